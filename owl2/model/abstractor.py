@@ -1,0 +1,185 @@
+"""Visual abstractor: patch features to K + 1 embeddings of the language model (SPEC 1.2).
+
+Shapes: N pictures, P patches, K learnable queries, D width, h heads, d = D / h, L the language
+model's width.
+
+    features I (N, 1+P, D) ─┐
+    queries  V (N,  K,  D) ─┴► layers: V attends [V; I] ──► visual_fc (N, K, L) ──► + vit_eos
+                                                                              (N, K+1, L)
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from owl2.model.configuration import Owl2AbstractorConfig
+from owl2.model.vision import attend
+
+
+def sincos_1d(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """The code [sin(p·ω), cos(p·ω)] with ω_j = 1 / 10000^(j / (width/2)) (SPEC 1.2).
+
+    Args:
+        positions: (n,) positions.
+        width: of the code, even.
+
+    Returns:
+        (n, width), float32, computed in float64.
+    """
+    half = width // 2
+    omega = 1.0 / 10000 ** (torch.arange(half, dtype=torch.float64, device="cpu") / half)
+    angles = positions.to(torch.float64)[:, None] * omega  # (n, width / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def sincos_2d(grid_size: int, width: int) -> torch.Tensor:
+    """Codes of a square patch grid after a row of zeros for CLS: the column's, then the row's.
+
+    Returns:
+        (1 + grid_size², width), float32; patches in reading order.
+    """
+    axis = torch.arange(grid_size, device="cpu")
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    halves = [sincos_1d(index.flatten(), width // 2) for index in (columns, rows)]
+    return torch.cat([torch.zeros(1, width, device="cpu"), torch.cat(halves, dim=1)])
+
+
+class AbstractorAttention(nn.Module):
+    """The queries attend to themselves and to the picture.
+
+    Position codes go into queries and keys before the projections; values get none. The codes are
+    computed, but released checkpoints carry them, so they are buffers that are saved.
+    """
+
+    is_causal = False
+    num_key_value_groups = 1  # read by transformers' attention functions
+
+    def __init__(self, config: Owl2AbstractorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.scaling = (width // self.num_heads) ** -0.5
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(config.encoder_hidden_size, width)
+        self.value = nn.Linear(config.encoder_hidden_size, width)
+        self.q_pos_embed: torch.Tensor
+        self.k_pos_embed: torch.Tensor
+        queries, tokens = config.num_learnable_queries, 1 + config.grid_size**2
+        self.register_buffer("q_pos_embed", torch.empty(queries, width))
+        self.register_buffer("k_pos_embed", torch.empty(tokens, width))
+
+    def position_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Freshly computed (q_pos_embed, k_pos_embed)."""
+        width, queries = self.config.hidden_size, self.config.num_learnable_queries
+        query_codes = sincos_1d(torch.arange(queries, device="cpu"), width)
+        return query_codes, sincos_2d(self.config.grid_size, width)
+
+    def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """(N, K, D) queries and (N, 1+P, D) features, both normed, to (N, K, D)."""
+        tokens = torch.cat([queries, features], dim=1)  # (N, K+1+P, D)
+        token_codes = torch.cat([self.q_pos_embed, self.k_pos_embed])  # (K+1+P, D)
+        query = self._heads(self.query(queries + self.q_pos_embed))
+        key = self._heads(self.key(tokens + token_codes))
+        value = self._heads(self.value(tokens))
+        return attend(self, query, key, value, self.config.attention_probs_dropout_prob)
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, h, n, d)
+
+
+class AbstractorMLP(nn.Module):
+    """SwiGLU with a norm inside: ``w2(ffn_ln(silu(w1 x) * w3 x))``."""
+
+    def __init__(self, config: Owl2AbstractorConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.w1 = nn.Linear(width, inner)
+        self.w2 = nn.Linear(inner, width)
+        self.w3 = nn.Linear(width, inner)
+        self.ffn_ln = nn.LayerNorm(inner, eps=config.layer_norm_eps)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.ffn_ln(F.silu(self.w1(states)) * self.w3(states)))
+
+
+class AbstractorOutput(nn.Module):
+    """What follows the attention: projection and MLP, each with its residual."""
+
+    def __init__(self, config: Owl2AbstractorConfig) -> None:
+        super().__init__()
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm2 = nn.LayerNorm(config.hidden_size)
+        self.mlp = AbstractorMLP(config)
+
+    def forward(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        states = residual + self.out_proj(attended)
+        return states + self.mlp(self.norm2(states))
+
+
+class AbstractorCrossAttention(nn.Module):
+    """One layer's body; norm1, normk and norm2 have PyTorch's default eps (1e-5)."""
+
+    def __init__(self, config: Owl2AbstractorConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size)
+        self.normk = nn.LayerNorm(config.encoder_hidden_size)
+        self.attention = AbstractorAttention(config)
+        self.output = AbstractorOutput(config)
+
+    def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        # The residual starts from the normed queries, as in the released model.
+        queries = self.norm1(queries)
+        return self.output(self.attention(queries, self.normk(features)), queries)
+
+
+class AbstractorLayer(GradientCheckpointingLayer):
+    def __init__(self, config: Owl2AbstractorConfig) -> None:
+        super().__init__()
+        self.crossattention = AbstractorCrossAttention(config)
+
+    def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return self.crossattention(queries, features)
+
+
+class AbstractorEncoder(nn.Module):
+    def __init__(self, config: Owl2AbstractorConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            AbstractorLayer(config) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            queries = layer(queries, features)
+        return queries
+
+
+class VisualAbstractor(nn.Module):
+    """Features of a picture (N, 1+P, D) to its K + 1 embeddings (N, K+1, L)."""
+
+    def __init__(self, config: Owl2AbstractorConfig, language_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.query_embeds = nn.Parameter(
+            torch.empty(1, config.num_learnable_queries, config.hidden_size)
+        )
+        self.encoder = AbstractorEncoder(config)
+        self.visual_fc = nn.Linear(config.hidden_size, language_width)
+        self.vit_eos = nn.Parameter(torch.empty(1, 1, language_width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        queries = self.query_embeds.expand(len(features), -1, -1)  # (N, K, D)
+        embeddings = self.visual_fc(self.encoder(queries, features))  # (N, K, L)
+        vit_eos = self.vit_eos.expand(len(features), -1, -1)
+        return torch.cat([embeddings, vit_eos], dim=1)  # (N, K+1, L)
+
+    @torch.no_grad()
+    def set_grid_size(self, grid_size: int) -> None:
+        """Expect another patch grid from now on: the position codes are computed anew."""
+        self.config.grid_size = grid_size
+        for layer in self.encoder.layers:
+            attention = layer.crossattention.attention
+            _, codes = attention.position_codes()
+            attention.k_pos_embed = codes.to(attention.k_pos_embed)

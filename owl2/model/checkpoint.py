@@ -1,0 +1,167 @@
+"""Reading and refusing checkpoints in the released layout (SPEC 1.4).
+
+Module names equal the released keys, so transformers' own loader does the work. What is added: a
+key is loaded, recomputed (position codes, ``inv_freq``) or refused with a list; nothing is
+initialised silently. Positions learned at another resolution are resized.
+"""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from owl2.errors import InputError
+
+POSITIONS = "model.vision_model.embeddings.position_embedding"
+KEYS_SHOWN = 12
+# Old config.json files spell out every default of the transformers that wrote them. This one would
+# cap answers, or warn beside every max_new_tokens.
+UNSET_MAX_LENGTH = 20
+
+
+class ReleasedCheckpoints(PreTrainedModel):
+    """`from_pretrained` that accounts for every key."""
+
+    # Computed, not learned: made anew where a checkpoint does not carry them.
+    _keys_to_ignore_on_load_missing = [r"attention\.[qk]_pos_embed$"]
+    # Old LLaMA checkpoints carry these; they are computed from the configuration.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # a narrower, documented signature
+        cls, name_or_path: str | Path, *args: Any, image_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint in the released layout: a directory or a hub id.
+
+        Args:
+            name_or_path: holds ``config.json`` and ``pytorch_model*.bin`` or ``*.safetensors``,
+                in shards with an index or whole. Pickles are read with ``weights_only=True``.
+            image_size: take pictures of this size (pixels); positions are resized bicubically.
+            kwargs: as transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``,
+                ``device_map``, ``quantization_config`` ...).
+
+        Raises:
+            InputError: if this is no checkpoint of mPLUG-Owl2, or if a key is missing,
+                unexpected or of another shape; the message lists them.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        _check_directory(Path(name_or_path))
+        model, info = cls._load(name_or_path, *args, **kwargs)
+        mismatched = {key: (tuple(a), tuple(b)) for key, a, b in info["mismatched_keys"]}
+        if POSITIONS in mismatched and "quantization_config" not in kwargs:
+            # The configuration asks for another resolution than the weights were trained at:
+            # load at theirs, then resize.
+            image_size = image_size or model.config.image_size
+            stored = _image_size_of(mismatched[POSITIONS][0], model.config)
+            if stored is not None:
+                config = model.config
+                config.visual_config.visual_model.image_size = stored
+                grid = stored // config.visual_config.visual_model.patch_size
+                config.visual_config.visual_abstractor.grid_size = grid
+                kwargs.pop("config", None)
+                model, info = cls._load(name_or_path, *args, config=config, **kwargs)
+                mismatched = {k: (tuple(a), tuple(b)) for k, a, b in info["mismatched_keys"]}
+        _refuse(name_or_path, info["missing_keys"], info["unexpected_keys"], mismatched)
+        if model.can_generate() and model.generation_config.max_length == UNSET_MAX_LENGTH:
+            model.generation_config.max_length = None
+        if image_size is not None:
+            model.set_image_size(image_size)
+        return (model, info) if want_info else model
+
+    @classmethod
+    def from_parts(
+        cls, config: Any, weights: dict[str, Any], dtype: Any, fresh: tuple[str, ...]
+    ) -> Any:
+        """A model of `weights`; only parameters whose names start with `fresh` may be missing.
+
+        Those are initialised; tensors in `weights` are taken over without a copy.
+        """
+        model, info = cls._load(None, config=config, state_dict=weights, dtype=dtype)
+        missing = {key for key in info["missing_keys"] if not key.startswith(fresh)}
+        mismatched = {key: (tuple(a), tuple(b)) for key, a, b in info["mismatched_keys"]}
+        _refuse("the given weights", missing, info["unexpected_keys"], mismatched)
+        return model
+
+    @classmethod
+    def _load(cls, name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        try:
+            with _quiet():  # its report would say "newly initialized"; ours refuses
+                return super().from_pretrained(name_or_path, *args, **kwargs)
+        except InputError:
+            raise
+        except (OSError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+            raise InputError(f"{name_or_path} cannot be loaded as a checkpoint: {error}") from error
+        except RuntimeError as error:
+            if "PytorchStreamReader" not in str(error):  # what torch says of a broken .bin
+                raise
+            raise InputError(f"{name_or_path}: a weight file is broken: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_directory(path: Path) -> None:
+    """A path that exists must be a checkpoint directory; all else is left to the hub."""
+    if path.is_file():
+        raise InputError(f"{path} is a file; give the checkpoint's directory")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{path} is no checkpoint: it has no config.json")
+
+
+def _image_size_of(shape: tuple[int, ...], config: Any) -> int | None:
+    """The picture size whose position embedding has this shape (1, 1 + n², D), if there is one."""
+    if len(shape) != 3:
+        return None
+    grid = round((shape[1] - 1) ** 0.5)
+    if grid < 1 or shape[1] != 1 + grid**2:
+        return None
+    return grid * config.visual_config.visual_model.patch_size
+
+
+def _refuse(
+    name_or_path: str | Path,
+    missing: set[str],
+    unexpected: set[str],
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """Raise if anything in the checkpoint is not accounted for."""
+    shapes = {f"{key}: {a} in the file, {b} in the model" for key, (a, b) in mismatched.items()}
+    parts = [
+        _listing(f"{len(keys)} {kind}", sorted(keys))
+        for kind, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
+        if keys
+    ]
+    if not parts:
+        return
+    hint = ""
+    if any(key.endswith("self_attn.k_proj.weight") for key in unexpected):
+        hint = "\nThis looks like a plain LLaMA; `owl2 init` makes an mPLUG-Owl2 of one."
+    raise InputError(
+        f"{name_or_path} does not fit its config.json as an mPLUG-Owl2 checkpoint. Keys\n"
+        + "\n".join(parts)
+        + hint
+    )
+
+
+def _listing(title: str, lines: list[str]) -> str:
+    shown = lines[:KEYS_SHOWN]
+    if len(lines) > KEYS_SHOWN:
+        shown.append(f"... and {len(lines) - KEYS_SHOWN} more")
+    return "\n".join([f"  {title}:", *(f"    {line}" for line in shown)])

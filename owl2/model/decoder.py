@@ -1,0 +1,88 @@
+"""Language decoder: transformers' LLaMA layers with MAM in them; only the difference (SPEC 1.3).
+
+Norms, `k_proj` and `v_proj` have weights for each modality; `q_proj`, `o_proj` and the MLP are
+shared. Shapes: B sequences, S positions, D width, h heads, d = D / h.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from owl2.model.configuration import Owl2Config
+from owl2.model.modality import Multiway, Routing
+
+
+class Owl2Attention(LlamaAttention):
+    """LLaMA's attention; keys and values are projected by each token's own modality."""
+
+    def __init__(self, config: Owl2Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        for name in ("k_proj", "v_proj"):
+            linear = getattr(self, name)
+            make = partial(
+                nn.Linear, linear.in_features, linear.out_features, bias=linear.bias is not None
+            )
+            setattr(self, name, Multiway(make))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        routing: Routing | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert position_embeddings is not None  # always given by the decoder; LLaMA's signature
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, h, S, d)
+        key = self.k_proj(hidden_states, routing).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states, routing).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attended.flatten(2)), weights  # (B, S, D)
+
+
+class Owl2DecoderLayer(LlamaDecoderLayer):
+    """LLaMA's layer with norms for each modality."""
+
+    def __init__(self, config: Owl2Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        make = partial(LlamaRMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = Multiway(make)
+        self.post_attention_layernorm = Multiway(make)
+        self.self_attn = Owl2Attention(config, layer_idx)
+
+    def forward(
+        self, hidden_states: torch.Tensor, routing: Routing | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states, routing)
+        hidden_states = hidden_states + self.self_attn(normed, routing=routing, **kwargs)[0]
+        normed = self.post_attention_layernorm(hidden_states, routing)
+        return hidden_states + self.mlp(normed)

@@ -1,0 +1,58 @@
+"""The modality-adaptive module, MAM: a norm or a projection with a weight a modality (SPEC 1.3).
+
+Shapes: B sequences, S positions, D features; rows = B · S tokens, T of them text and V visual.
+
+Which token is of which modality is the same in every layer, so it is worked out once a forward (a
+`Routing`) and handed down. A step without visual tokens has no routing (`None`): then a module is
+its text weight and nothing else, the plain LLaMA path.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+TEXT, VISUAL = 0, 1
+
+
+class Routing(NamedTuple):
+    """Where the tokens of each modality stand in the flattened batch.
+
+    Attributes:
+        rows: the rows' indices (T,) of text and (V,) of visual tokens.
+        order: (B·S,) puts the concatenation [text; visual] back into the batch's order.
+    """
+
+    rows: tuple[torch.Tensor, torch.Tensor]
+    order: torch.Tensor
+
+    @classmethod
+    def of(cls, token_types: torch.Tensor) -> "Routing | None":
+        """The routing of (B, S) modalities (0 text, 1 visual); None if there is no visual token."""
+        visual = token_types.flatten() == VISUAL
+        rows = ((~visual).nonzero()[:, 0], visual.nonzero()[:, 0])
+        if not len(rows[VISUAL]):
+            return None
+        return cls(rows, torch.argsort(torch.cat(rows)))
+
+
+class Multiway(nn.Module):
+    """Two modules of the same kind, ``multiway.0`` for text and ``multiway.1`` for visual tokens.
+
+    Args:
+        make: makes one of them: a `torch.nn.Linear`, an RMSNorm, any module that treats each
+            token by itself.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.multiway = nn.ModuleList([make(), make()])
+
+    def forward(self, hidden_states: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+        """(B, S, D) to (B, S, D'), each token through its modality's module."""
+        if routing is None:
+            return self.multiway[TEXT](hidden_states)
+        rows = hidden_states.flatten(0, 1)  # (B·S, D)
+        parts = [way(rows[index]) for way, index in zip(self.multiway, routing.rows, strict=True)]
+        return torch.cat(parts)[routing.order].unflatten(0, hidden_states.shape[:2])

@@ -1,0 +1,299 @@
+"""mPLUG-Owl2: vision encoder, visual abstractor and a LLaMA decoder with MAM as one model.
+
+    pixel_values (N, 3, H, W) ──► vision_model ──► visual_abstractor (N, K+1, D) ─┐ scatter
+    input_ids (B, S) ──► embed_tokens (B, S, D) ──────────────────────────────────┴─► (B, S, D)
+    ──► LLaMA layers, routed by modality ──► norm ──► lm_head (B, S, vocabulary)
+
+Shapes: B sequences of S positions, N pictures in the whole batch, K learnable queries, D width.
+`input_ids` already hold K + 1 times `config.image_token_id` for every picture; the length of a
+sequence never changes inside the model.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Cache, GenerationMixin
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import can_return_tuple
+
+from owl2.errors import InputError
+from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
+from owl2.model.checkpoint import ReleasedCheckpoints
+from owl2.model.configuration import Owl2Config
+from owl2.model.decoder import Owl2DecoderLayer
+from owl2.model.modality import Multiway, Routing
+from owl2.model.vision import VisionEmbeddings, VisionModel
+
+
+class Owl2PreTrainedModel(ReleasedCheckpoints, LlamaPreTrainedModel):
+    """Initialisation and what transformers needs to know; loading is in `ReleasedCheckpoints`."""
+
+    config_class = Owl2Config
+    config: Owl2Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "Owl2DecoderLayer", "VisionLayer", "AbstractorLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, VisionEmbeddings):
+            init.normal_(module.cls_token, std=std)
+            init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, VisualAbstractor):
+            init.normal_(module.query_embeds, std=std)
+            init.normal_(module.vit_eos, std=std)
+        elif isinstance(module, AbstractorAttention):
+            query_codes, key_codes = module.position_codes()
+            init.copy_(module.q_pos_embed, query_codes)
+            init.copy_(module.k_pos_embed, key_codes)
+        elif isinstance(module, Multiway):
+            # The visual weights start as copies of the text ones (SPEC 1.3).
+            text, visual = (dict(way.named_parameters()) for way in module.multiway)
+            for name, weight in text.items():
+                init.copy_(visual[name], weight)
+
+
+class Owl2Model(Owl2PreTrainedModel, LlamaModel):
+    """Everything but `lm_head`: LLaMA's model whose input may hold pictures."""
+
+    def __init__(self, config: Owl2Config) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        # One attention implementation for all three parts, also when none was asked for.
+        config.visual_config._attn_implementation = config._attn_implementation
+        layer = Owl2DecoderLayer if config.use_mam else LlamaDecoderLayer
+        visual = config.visual_config
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.vision_model = VisionModel(visual.visual_model)
+        self.visual_abstractor = VisualAbstractor(visual.visual_abstractor, config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """See `Owl2ForConditionalGeneration.forward`; returns hidden states after the norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give either input_ids or inputs_embeds")
+        if input_ids is not None:
+            is_image = input_ids == self.config.image_token_id  # (B, S)
+            if mm_token_type_ids is None:
+                mm_token_type_ids = is_image.long()
+            # The image token has no row in the embedding; any id does, its row is overwritten.
+            inputs_embeds = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
+            inputs_embeds = self._scatter_images(inputs_embeds, is_image, pixel_values)
+        elif pixel_values is not None:
+            raise InputError("pixel_values need input_ids, which say where the pictures go")
+        if self.config.use_mam and mm_token_type_ids is not None:
+            kwargs["routing"] = Routing.of(mm_token_type_ids)
+        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **_: Any
+    ) -> BaseModelOutputWithPooling:
+        """Pictures to embeddings of the language model.
+
+        Args:
+            pixel_values: (N, 3, H, W), normalised.
+
+        Returns:
+            ``.pooler_output`` (N, K+1, D): what stands in the sequence;
+            ``.last_hidden_state`` (N, 1+P, width): the vision encoder's features, CLS first.
+        """
+        features = self.vision_model(pixel_values)  # (N, 1+P, width)
+        embeddings = self.visual_abstractor(features)  # (N, K+1, D)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeddings)
+
+    def _scatter_images(
+        self, inputs_embeds: torch.Tensor, is_image: torch.Tensor, pixel_values: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Put the pictures' embeddings where the image tokens stand; counts must agree."""
+        positions, per_image = int(is_image.sum()), self.config.num_image_tokens
+        pictures = 0 if pixel_values is None else len(pixel_values)
+        if positions != pictures * per_image:
+            raise InputError(
+                f"input_ids hold {positions} image tokens, room for {positions / per_image:g} "
+                f"pictures of {per_image} tokens each, but pixel_values hold {pictures} pictures"
+            )
+        if pixel_values is None or not pictures:
+            return inputs_embeds
+        embeddings = self.get_image_features(pixel_values).pooler_output.to(inputs_embeds)
+        return inputs_embeds.masked_scatter(is_image[..., None], embeddings)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Take pictures of `image_size` x `image_size` pixels from now on (SPEC 2, resolution).
+
+        Learned positions are resized bicubically, computed ones computed anew.
+
+        Raises:
+            InputError: if `image_size` is not a positive multiple of the patch size.
+        """
+        patch = self.config.visual_config.visual_model.patch_size
+        if image_size <= 0 or image_size % patch:
+            raise InputError(f"image_size ({image_size}) must be a multiple of the patch ({patch})")
+        if image_size != self.config.image_size:
+            self.vision_model.set_image_size(image_size)
+            self.visual_abstractor.set_grid_size(image_size // patch)
+
+
+class Owl2ForConditionalGeneration(Owl2PreTrainedModel, GenerationMixin):
+    """mPLUG-Owl2 with its language-model head: ask, generate, train."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Owl2Config) -> None:
+        super().__init__(config)
+        self.model = Owl2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss if there are labels.
+
+        Args:
+            input_ids: (B, S), with K + 1 image tokens for every picture.
+            pixel_values: (N, 3, H, W), all pictures of the batch in order of appearance.
+            attention_mask: (B, S), 0 on padding, either side.
+            position_ids: (B, S); counted from 0 over the mixed sequence where absent.
+            past_key_values: any of transformers' caches.
+            inputs_embeds: (B, S, D) instead of `input_ids`, pictures already in it.
+            mm_token_type_ids: (B, S), 0 text, 1 visual; derived from `input_ids` where absent.
+            labels: (B, S), -100 where there is no loss.
+            logits_to_keep: compute the last so many positions only (0: all), or these indices.
+            num_items_in_batch: divide the summed loss by this instead of by this batch's labels.
+
+        Returns:
+            ``.loss``, ``.logits`` (B, S, vocabulary), ``.past_key_values``, and on request
+            ``.hidden_states`` and ``.attentions`` (eager only).
+
+        Raises:
+            InputError: image tokens and pictures do not fit, or pictures of another size.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """See `Owl2Model.get_image_features`."""
+        return self.model.get_image_features(pixel_values)
+
+    def set_image_size(self, image_size: int) -> None:
+        """See `Owl2Model.set_image_size`."""
+        self.model.set_image_size(image_size)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs.pop("pixel_values", None)  # they are in the cache
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Beams and several answers: pictures are repeated a prompt at a time, in their order."""
+        pixel_values = model_kwargs.get("pixel_values")
+        if expand_size > 1 and pixel_values is not None and input_ids is not None:
+            image_tokens = (input_ids == self.config.image_token_id).sum(1)
+            counts = (image_tokens // self.config.num_image_tokens).tolist()
+            model_kwargs.pop("pixel_values")
+            repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
+            pixel_values = torch.cat(repeated)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+def next_token_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of each next token, averaged over all labelled tokens (SPEC 2).
+
+    Args:
+        logits: (B, S, vocabulary).
+        labels: (B, S), -100 where there is no loss.
+        num_items_in_batch: the number of labels to average over; this batch's where absent. With
+            accumulated gradients it counts all of the step's batches.
+
+    Returns:
+        a scalar in float32; 0 for a batch without any label, never NaN.
+    """
+    targets = labels[:, 1:].flatten().to(logits.device)
+    predictions = logits[:, :-1].flatten(0, 1).float()
+    total = F.cross_entropy(predictions, targets, ignore_index=-100, reduction="sum")
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != -100).sum()
+    count = torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
+    return total / count

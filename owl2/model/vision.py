@@ -1,0 +1,185 @@
+"""Vision encoder: pixels to patch features (SPEC 1.1), a CLIP ViT in the released layout.
+
+Shapes: N pictures, C channels, H = W pixels, P patches a picture, D width, h heads, d = D / h.
+
+    pixel_values (N, C, H, W) ──► embeddings (N, 1+P, D) ──► blocks ──► post_layernorm (N, 1+P, D)
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from owl2.errors import InputError
+from owl2.model.configuration import Owl2VisionConfig
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches by a convolution without bias, a class token in front, learned positions, a norm."""
+
+    def __init__(self, config: Owl2VisionConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.image_size = config.image_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.patch_embed = nn.Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.grid_size**2, width))
+        self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        expected = (self.patch_embed.in_channels, self.image_size, self.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise InputError(
+                f"pixel_values have the shape {tuple(pixel_values.shape)}, but this model takes "
+                f"(N, {', '.join(map(str, expected))}): prepare pictures with its own processor, "
+                "or load it with image_size=..."
+            )
+        patches = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)  # (N, P, D)
+        cls_token = self.cls_token.expand(len(patches), -1, -1)
+        embeddings = torch.cat([cls_token, patches], dim=1)  # (N, 1+P, D)
+        return self.pre_layernorm(embeddings + self.position_embedding)
+
+
+class VisionAttention(nn.Module):
+    """Self-attention over all tokens; one fused projection laid out per head: (h, 3, d)."""
+
+    is_causal = False
+    num_key_value_groups = 1  # read by transformers' attention functions
+
+    def __init__(self, config: Owl2VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // self.num_heads) ** -0.5
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        fused = self.query_key_value(hidden_states)  # (N, 1+P, 3D)
+        fused = fused.unflatten(-1, (self.num_heads, 3, -1)).transpose(1, 2)  # (N, h, 1+P, 3, d)
+        query, key, value = fused.unbind(3)
+        attended = attend(self, query, key, value, self.config.attention_dropout)
+        return self.dense(attended)
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention without a mask through transformers' interface (eager, sdpa, flash ...).
+
+    Args:
+        module: carries ``config``, ``scaling``, ``is_causal`` and ``num_key_value_groups``.
+        query: (N, h, Q, d); key, value: (N, h, M, d).
+        dropout: probability while training.
+
+    Returns:
+        (N, Q, h * d)
+    """
+    interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    attended, _ = interface(
+        module,
+        query,
+        key,
+        value,
+        None,
+        dropout=dropout if module.training else 0.0,
+        scaling=module.scaling,
+    )
+    return attended.flatten(2)
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: Owl2VisionConfig) -> None:
+        super().__init__()
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class VisionLayer(GradientCheckpointingLayer):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: Owl2VisionConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VisionAttention(config)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: Owl2VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class VisionModel(nn.Module):
+    """The vision encoder: ``pixel_values`` (N, C, H, W) to features (N, 1+P, D), CLS first.
+
+    The final norm is applied to all tokens and all of them go on to the abstractor.
+    """
+
+    def __init__(self, config: Owl2VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        pixel_values = pixel_values.to(self.embeddings.patch_embed.weight.dtype)
+        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+
+    @torch.no_grad()
+    def set_image_size(self, image_size: int) -> None:
+        """Take pictures of another size from now on; positions are resized bicubically (SPEC 2)."""
+        grid = image_size // self.config.patch_size
+        embeddings = self.embeddings
+        embeddings.position_embedding = nn.Parameter(
+            resize_positions(embeddings.position_embedding, grid),
+            requires_grad=embeddings.position_embedding.requires_grad,
+        )
+        embeddings.image_size = self.config.image_size = image_size
+
+
+def resize_positions(positions: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Position embeddings of a square grid, resized bicubically; the class token's is kept.
+
+    Args:
+        positions: (1, 1 + n², D), the class token's first.
+        grid_size: patches along the new grid's edge, m.
+
+    Returns:
+        (1, 1 + m², D) in the dtype of `positions`; interpolated in float32.
+    """
+    cls_position, patches = positions[:, :1], positions[:, 1:]
+    old = round(patches.shape[1] ** 0.5)
+    if old == grid_size:
+        return positions.clone()
+    plane = patches.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, n, n)
+    plane = F.interpolate(plane, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
+    resized = plane.flatten(2).transpose(1, 2).to(positions.dtype)  # (1, m², D)
+    return torch.cat([cls_position, resized], dim=1)
