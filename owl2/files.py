@@ -1,0 +1,94 @@
+"""Files and directories that appear whole or not at all.
+
+Everything is written beside its target under a hidden temporary name and then renamed, so whoever
+looks at the target sees the old state or the new one, also when the writer is killed half-way.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from owl2.errors import InputError
+
+
+@contextmanager
+def whole_directory(target: str | Path) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``target`` when the block ends without an exception.
+
+    On an exception (Ctrl-C included) what was written is removed and an older ``target`` stays as
+    it was. On success an older directory is replaced. The temporary directory is a sibling of the
+    target, named ``.NAME.part-XXXX``: on the same file system, so that the rename is one step.
+
+    Raises:
+        InputError: ``target`` exists and is not a directory, or its parent cannot be made.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise InputError(
+            f"{target} is a file, and a directory is to be written there; move it away"
+        )
+    _make_parent(target)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+    try:
+        part.chmod(0o777 & ~_umask())  # mkdtemp shuts others out; a checkpoint is to be shared
+        yield part
+        _put_in_place(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write ``text`` (UTF-8) to ``path``, replacing an older file in one step.
+
+    Raises:
+        InputError: ``path`` is a directory, or its parent cannot be made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a directory, and a file is to be written there; move it away")
+    _make_parent(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _put_in_place(part: Path, target: Path) -> None:
+    if not target.exists():
+        part.rename(target)
+        return
+    # A directory that is not empty cannot be renamed over, so the old one steps aside first and
+    # comes back if the new one cannot take its place.
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    old = target.rename(aside / target.name)
+    try:
+        part.rename(target)
+    except BaseException:
+        old.rename(target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be made: {error.strerror}") from error
+
+
+def _umask() -> int:
+    # The only way to read it is to set it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
