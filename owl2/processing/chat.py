@@ -1,0 +1,270 @@
+"""Messages → one text, and which of its characters are to be learned.
+
+::
+
+    messages ──read_messages──► Conversation (turns, pictures) ──render──► text, spans of the answers
+
+The format is a Jinja template, saved with the checkpoint: another language model's format is data.
+What an answer is, the template says with `{% generation %}`; ids and labels come from this one text.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from owl2.errors import InputError
+
+IMAGE_TOKEN = "<|image|>"
+
+# SPEC 1.5. Rounds are joined with nothing; the space before an answer is the answer's, as it is part
+# of its first token. Contents may be strings or lists of parts, for other tools that use this file.
+DEFAULT_CHAT_TEMPLATE = """\
+{%- macro body(content) -%}
+  {%- if content is string -%}
+    {{- content -}}
+  {%- else -%}
+    {%- for part in content -%}
+      {{- part['text'] if part['type'] == 'text' else '<|image|>' -}}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}
+    {{- 'USER: ' + body(message['content']) -}}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- ' ASSISTANT:' -}}
+    {%- generation -%}
+      {{- ' ' + body(message['content']) + eos_token -}}
+    {%- endgeneration -%}
+  {%- else -%}
+    {{- raise_exception('the format of mPLUG-Owl2 has no ' + message['role'] + ' prompt; \
+put that text at the start of the first user turn') -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- ' ASSISTANT:' -}}
+{%- endif -%}
+"""
+
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PICTURE_KEYS = ("image", "url", "path", "base64", "image_url")
+_ROLES = ("system", "user", "assistant")
+
+Message = Mapping[str, Any]
+Spans = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Checked messages. Parts are `{"type": "text", "text": str}` and `{"type": "image"}`.
+
+    `pictures`: what the image parts hold, in order of appearance, as `load_image` takes it (not yet
+    opened); a bare `{"type": "image"}` has none.
+    """
+
+    turns: tuple[dict[str, Any], ...]
+    pictures: tuple[Any, ...]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last turn waits for an answer."""
+        return bool(self.turns[-1]["role"] == "user")
+
+
+# ------------------------------------------------------------------ messages → Conversation
+
+
+def read_messages(messages: Sequence[Message]) -> Conversation:
+    """transformers' message format → `Conversation`.
+
+    Roles alternate from `user` on (a template may allow `system` before it). A content is a string or a
+    list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" | "path" | "base64": ...}`
+    or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`. `<|image|>` in a text marks a picture too.
+
+    Raises `InputError` that names the message: unknown or misplaced role, an empty turn, a part of
+    another kind, a picture in an answer.
+    """
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise InputError(
+            f"Messages must be a list of {{'role': ..., 'content': ...}}, not {_article(messages)}."
+        )
+    if not messages:
+        raise InputError("The list of messages is empty: give at least one user turn.")
+    turns, pictures = [], []
+    expected = "user"
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise InputError(
+                f"{where} must be a dict with 'role' and 'content', not {message!r:.200}."
+            )
+        role = message["role"]
+        _check_role(role, expected, index, where)
+        parts = _read_content(message["content"], role, where, pictures)
+        turns.append({"role": role, "content": parts})
+        expected = "assistant" if role == "user" else "user"
+    if turns[-1]["role"] == "system":
+        raise InputError("The messages hold a system prompt only: add a user turn.")
+    return Conversation(tuple(turns), tuple(pictures))
+
+
+def check_question(messages: Sequence[Message]) -> None:
+    """Raises `InputError` unless `messages` ends with a user turn that holds words, not only a picture."""
+    turn = read_messages(messages).turns[-1]
+    if turn["role"] != "user":
+        raise InputError(
+            "The last message is an answer already: end with a user turn to ask something."
+        )
+    if not flat_text(turn["content"]).replace(IMAGE_TOKEN, "").strip():
+        raise InputError("The question is empty: write what you want to know about the picture.")
+
+
+def flat_text(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The parts of a message joined with nothing between, pictures as `<|image|>`."""
+    return "".join(part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in parts)
+
+
+def _check_role(role: Any, expected: str, index: int, where: str) -> None:
+    if role not in _ROLES:
+        raise InputError(f"{where} has the role {role!r}; roles are {', '.join(_ROLES)}.")
+    if role == "system" and index == 0:
+        return
+    if role != expected:
+        raise InputError(
+            f"{where} has the role {role!r} where {expected!r} is due: turns alternate, the user begins."
+        )
+
+
+def _read_content(content: Any, role: str, where: str, pictures: list[Any]) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        parts = [{"type": "text", "text": content}]
+    elif isinstance(content, Sequence) and not isinstance(content, (bytes, bytearray)):
+        parts = [
+            _read_part(part, f"{where}, part {number}", pictures)
+            for number, part in enumerate(content)
+        ]
+    else:
+        raise InputError(
+            f"The content of {where} must be a text or a list of parts, not {_article(content)}."
+        )
+    text = flat_text(parts)
+    if role != "user" and IMAGE_TOKEN in text:
+        raise InputError(f"{where} is the {role}'s and holds a picture; only user turns can.")
+    if not text.strip():
+        raise InputError(f"{where} ({role}) is empty: every turn needs a text or a picture.")
+    return parts
+
+
+def _read_part(part: Any, where: str, pictures: list[Any]) -> dict[str, Any]:
+    if not isinstance(part, Mapping):
+        raise InputError(f"{where} must be a dict with a 'type', not {_article(part)}.")
+    kind = part.get("type")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise InputError(f"{where} is of type 'text' and must hold a string under 'text'.")
+        return {"type": "text", "text": part["text"]}
+    if kind not in ("image", "image_url"):
+        hint = " Give a video as its frames, each an image." if kind == "video" else ""
+        raise InputError(f"{where} is of type {kind!r}; types are 'text' and 'image'.{hint}")
+    given = [key for key in _PICTURE_KEYS if part.get(key) is not None]
+    if len(given) > 1:
+        raise InputError(f"{where} gives its picture more than once, as {' and '.join(given)}.")
+    if given:
+        pictures.append(_picture_source(given[0], part[given[0]], where))
+    return {"type": "image"}
+
+
+def _picture_source(key: str, value: Any, where: str) -> Any:
+    if key == "image_url" and isinstance(value, Mapping):
+        value = value.get("url")
+    if key == "image":
+        return value
+    if key == "path" and isinstance(value, (str, Path)):
+        return Path(value)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key!r} must be a string, not {_article(value)}.")
+    if key == "base64" and not value.startswith("data:"):
+        return f"data:;base64,{value}"
+    return value
+
+
+def _article(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+# ------------------------------------------------------------------ Conversation → text
+
+
+def render(
+    conversation: Conversation,
+    template: str,
+    special_tokens: Mapping[str, str],
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    **variables: Any,
+) -> str:
+    """The conversation as one text, pictures as `<|image|>`. Raises `InputError` with what the template objects to."""
+    text, _ = _render(
+        conversation,
+        template,
+        special_tokens,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        **variables,
+    )
+    return text
+
+
+def render_with_answers(
+    conversation: Conversation, template: str, special_tokens: Mapping[str, str]
+) -> tuple[str, Spans]:
+    """`render` of a closed conversation, and the (start, end) of what the template marks as generated.
+
+    Raises `InputError` for a template without `{% generation %}` blocks: it would leave nothing to learn.
+    """
+    if not _GENERATION_BLOCK.search(template):
+        raise InputError(
+            "The chat template does not mark what the model is to learn. Put {% generation %} before and "
+            "{% endgeneration %} after the assistant's text and its end token in chat_template.jinja."
+        )
+    return _render(conversation, template, special_tokens, return_assistant_tokens_mask=True)
+
+
+def _render(
+    conversation: Conversation,
+    template: str,
+    special_tokens: Mapping[str, str],
+    **options: Any,
+) -> tuple[str, Spans]:
+    turns: Any = conversation.turns
+    if not _understands_parts(template, tuple(special_tokens.items())):
+        turns = [{**turn, "content": flat_text(turn["content"])} for turn in turns]
+    try:
+        texts, spans = render_jinja_template(
+            [list(turns)], chat_template=template, **{**special_tokens, **options}
+        )
+    except TemplateError as error:
+        raise InputError(f"The chat template cannot write these messages: {error}.") from error
+    return texts[0], [tuple(span) for span in spans[0]] if spans else []
+
+
+@lru_cache(maxsize=16)
+def _understands_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template writes a list of parts (as those of vision models do) or wants plain strings.
+
+    Found by trying, as nothing in a template says so: a text model's either fails or prints the list.
+    """
+    parts = [{"type": "image"}, {"type": "text", "text": "probe"}]
+    try:
+        texts, _ = render_jinja_template(
+            [[{"role": "user", "content": parts}]], chat_template=template, **dict(special_tokens)
+        )
+    except (TemplateError, TypeError):
+        return False
+    return f"{IMAGE_TOKEN}probe" in texts[0].replace("\n", "") and "'type'" not in texts[0]
