@@ -1,0 +1,159 @@
+"""A recipe: everything a training run is told, as YAML; what is not written is the paper's.
+
+    recipe.yaml ──► its `base` first, itself over it, `key=value` over both ──► Recipe
+
+Two stages have two sets of defaults, those of the paper (SPEC §2), so a recipe holds only what
+differs from it. This module knows what a recipe may say; `recipe_file` reads the files.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+# What both stages share. `image_size: null` in a recipe means: as the checkpoint.
+PAPER = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.98,
+    "adam_epsilon": 1e-6,
+    "max_grad_norm": 1.0,
+    "vision_layer_decay": 0.9,
+    "gradient_checkpointing": True,
+}
+PAPER_STAGES: dict[int, dict[str, Any]] = {
+    1: PAPER
+    | {
+        "image_size": 224,
+        "augment": "crop_flip",
+        "max_length": 256,
+        "max_steps": 42_500,
+        "batch_size": 8192,
+        "learning_rate": 1e-4,
+        "min_learning_rate": 1e-6,
+        "warmup_steps": 1000,
+        "weight_decay": 0.05,
+    },
+    2: PAPER
+    | {
+        "image_size": 448,
+        "augment": "none",
+        "max_length": 2048,
+        "max_steps": 4800,
+        "batch_size": 256,
+        "learning_rate": 2e-5,
+        "min_learning_rate": 1e-7,
+        "warmup_steps": 250,
+        "weight_decay": 0.0,
+    },
+}
+
+
+class Part(BaseModel):
+    """A part of a recipe: unknown keys and values of another type are refused, never coerced."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataSource(Part):
+    """Where samples come from: a `dataset` that owl2 knows by name, or a `file` of samples."""
+
+    dataset: str | None = Field(None, description="a data set's name, e.g. easy_vqa")
+    file: str | None = Field(None, description="LLaVA-style .json, or .jsonl of messages")
+    images: str | None = Field(None, description="folder that a file's picture paths start from")
+    split: str = Field("train", description="the data set's split")
+    options: dict[str, Any] = Field({}, description="the data set's own options, e.g. style")
+    count: Positive | None = Field(None, description="samples an epoch; null = all of them once")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "DataSource":
+        if (self.dataset is None) == (self.file is None):
+            raise ValueError("give either `dataset` or `file`")
+        if self.dataset is not None and self.images is not None:
+            raise ValueError("`images` belongs to a `file`; a `dataset` knows its own pictures")
+        return self
+
+
+class Recipe(Part):
+    """All settings of a run. Paths are relative to the directory the command is given in.
+
+    Fields without a value here have the paper's for their stage (`PAPER_STAGES`, SPEC §2).
+    """
+
+    model: str = Field(description="the checkpoint to start from: a directory or a hub id")
+    output: str = Field(description="directory for the model, the report and the plots")
+    overwrite: bool = Field(False, description="replace a finished model in `output`")
+    stage: Literal[1, 2] = Field(description="1: vision, abstractor, visual weights of MAM; 2: all")
+    data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="where from")
+
+    image_size: Positive | None = Field(description="pixels an edge; null = the checkpoint's")
+    augment: Literal["none", "crop_flip", "dihedral"] = Field(description="what pictures undergo")
+    max_length: Annotated[int, Field(ge=2)] = Field(description="tokens a sample, pictures' too")
+
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="or max_steps")
+    max_steps: Positive | None = Field(None, description="optimizer steps of the run; or epochs")
+    batch_size: Positive = Field(description="samples an optimizer step, over all devices")
+    gradient_accumulation: Positive = Field(1, description="pieces a device computes a step in")
+
+    learning_rate: Rate = Field(description="the peak, reached after the warm-up")
+    min_learning_rate: Annotated[float, Field(ge=0)] = Field(description="the cosine's end")
+    warmup_steps: NotNegative = Field(description="steps of linear rise from 0 to the peak")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        description="AdamW's, on matrices only: not on norms, biases and embeddings"
+    )
+    adam_beta1: Share
+    adam_beta2: Share
+    adam_epsilon: Rate
+    max_grad_norm: Rate = Field(description="gradients are clipped to this norm")
+    vision_layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="rate of a ViT block, relative to the block above"
+    )
+
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the arithmetic; null = bfloat16 on a GPU, float32 on a CPU"
+    )
+    gradient_checkpointing: bool = Field(description="less memory for about a third more time")
+    workers: NotNegative = Field(2, description="processes that prepare batches; 0 = none")
+    seed: NotNegative = 0
+    log_every: Positive = Field(10, description="steps between lines of the log")
+    save_every: Positive | None = Field(None, description="steps between saved states")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_paper(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        # With a stage that does not exist only that is to be reported, not what hangs on it.
+        stage = given.get("stage")
+        defaults = dict(PAPER_STAGES[2 if stage == 2 else 1])
+        if given.get("epochs") is not None:
+            del defaults["max_steps"]
+        return defaults | given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give either `epochs` or `max_steps`")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"`batch_size` ({self.batch_size}) must be a multiple of "
+                f"`gradient_accumulation` ({self.gradient_accumulation})"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"`min_learning_rate` ({self.min_learning_rate}) is above `learning_rate` "
+                f"({self.learning_rate})"
+            )
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"`warmup_steps` ({self.warmup_steps}) must be fewer than `max_steps` "
+                f"({self.max_steps}), or the peak rate is never reached"
+            )
+        return self
+
+    def precision_on(self, device_type: str) -> Literal["float32", "bfloat16"]:
+        """The precision a run takes on "cuda", "cpu", …: the paper's bfloat16 where it is fast."""
+        return self.precision or ("bfloat16" if device_type == "cuda" else "float32")

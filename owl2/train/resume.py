@@ -1,0 +1,162 @@
+"""What a run leaves in its output directory, so that the same command goes on after a stop.
+
+    OUTPUT/checkpoints/recipe.json      what is being trained: another recipe may not go on with it
+    OUTPUT/checkpoints/checkpoint-N/    transformers' Trainer's state after step N
+    OUTPUT/checkpoints/latest.json      which of them is whole; written last, in one step
+    OUTPUT/model/                       the finished model; then `checkpoints` is gone
+
+A checkpoint that a kill cut short is never in `latest.json`, so it is never picked up.
+"""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from owl2.errors import InputError
+from owl2.files import write_whole
+from owl2.train.recipe import Recipe
+
+# Settings that change neither what is learned nor in which order.
+INDIFFERENT = {"output", "overwrite", "log_every", "save_every", "workers"}
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands."""
+
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved state: the Trainer's directory, and the run's position in it."""
+
+    directory: Path
+    position: Position
+
+
+def checkpoints_of(output: Path) -> Path:
+    """The directory of a run's saved states."""
+    return output / "checkpoints"
+
+
+def prepare_output(recipe: Recipe) -> Saved | None:
+    """Make the output directory ready for this recipe.
+
+    Returns:
+        the state to go on from, or None for a run from the start.
+
+    Raises:
+        InputError: `output` holds a finished model or another recipe's unfinished run, and
+            `overwrite` is not set.
+    """
+    output = Path(recipe.output)
+    checkpoints = checkpoints_of(output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: {output} is a file; give a directory")
+    if (output / "model").exists() and not recipe.overwrite:
+        raise InputError(
+            f"{output / 'model'} is a finished model; give another `output`, or overwrite=true"
+        )
+    identity = recipe.model_dump(mode="json", exclude=INDIFFERENT)
+    saved = _latest(checkpoints)
+    if saved is not None:
+        before = json.loads((checkpoints / "recipe.json").read_text(encoding="utf-8"))
+        changed = [key for key in identity if before.get(key) != identity[key]]
+        if not changed:
+            return saved
+        if not recipe.overwrite:
+            raise InputError(
+                f"{output} holds an unfinished run of another recipe (differs in "
+                f"{', '.join(changed)}); give another `output`, or overwrite=true to start anew"
+            )
+    if checkpoints.exists():
+        shutil.rmtree(checkpoints)
+    write_whole(checkpoints / "recipe.json", json.dumps(identity, indent=2) + "\n")
+    return None
+
+
+def _latest(checkpoints: Path) -> Saved | None:
+    pointer = checkpoints / "latest.json"
+    if not pointer.is_file():
+        return None
+    content = json.loads(pointer.read_text(encoding="utf-8"))
+    return Saved(checkpoints / content["checkpoint"], Position(**content["position"]))
+
+
+class KeepState(TrainerCallback):
+    """Points to each new checkpoint once it is whole, and drops the one before."""
+
+    def __init__(self, output: Path, position: Callable[[int], Position]) -> None:
+        """`position` is called with the step when a checkpoint has been written."""
+        self.checkpoints = checkpoints_of(output)
+        self.position = position
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        name = f"checkpoint-{state.global_step}"
+        pointer = {"checkpoint": name, "position": asdict(self.position(state.global_step))}
+        write_whole(self.checkpoints / "latest.json", json.dumps(pointer) + "\n")
+        for other in self.checkpoints.glob("checkpoint-*"):
+            if other.name != name:
+                shutil.rmtree(other)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """On Ctrl-C: finish the step, save the state, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.stopped = False
+        self._before: Any = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        process = os.getpid()
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            # Processes that prepare batches inherit this and get the terminal's Ctrl-C, too; they
+            # must go on until the step is done.
+            self.asked = True
+            if os.getpid() == process:
+                signal.signal(signal.SIGINT, self._before)
+                # Not `print`: the signal may have come in the middle of one.
+                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
+
+        self._before = signal.signal(signal.SIGINT, ask)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.asked and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def release(self) -> None:
+        """Give Ctrl-C its usual meaning back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)

@@ -1,0 +1,118 @@
+"""What each stage of training trains (SPEC §2).
+
+Every parameter belongs to one part of the model, told by its registered name, step by step:
+
+    model.vision_model.…                                          vision encoder
+    model.visual_abstractor.…                                     abstractor
+    model.layers.N.{two norms, k_proj, v_proj}.multiway.1.…       the decoder's visual weights (MAM)
+    model.{embed_tokens, layers, norm}.…   lm_head.…              the decoder's other weights
+
+Stage 1 trains the first three, stage 2 all. The model has no dropout and no drop path of its own
+(the paper's drop path is 0), so a stage is nothing but the set of trained parameters.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import nn
+
+
+class Part(StrEnum):
+    """The parts of the model that stages tell apart."""
+
+    VISION = "vision encoder"
+    ABSTRACTOR = "abstractor"
+    VISUAL_WEIGHTS = "decoder: visual weights"
+    DECODER = "decoder: text and shared weights"
+
+
+TRAINED = {
+    1: (Part.VISION, Part.ABSTRACTOR, Part.VISUAL_WEIGHTS),
+    2: tuple(Part),
+}
+
+
+def part_of(name: str) -> Part:
+    """The part that a parameter of this registered name belongs to.
+
+    Raises:
+        ValueError: for a name outside the released layout: whether it is trained must be decided
+            by whoever adds it, not guessed here.
+    """
+    match name.split("."):
+        case ["model", "vision_model", *_]:
+            return Part.VISION
+        case ["model", "visual_abstractor", *_]:
+            return Part.ABSTRACTOR
+        case [
+            "model",
+            "layers",
+            _,
+            "input_layernorm" | "post_attention_layernorm",
+            "multiway",
+            "1",
+            *_,
+        ]:
+            return Part.VISUAL_WEIGHTS
+        case ["model", "layers", _, "self_attn", "k_proj" | "v_proj", "multiway", "1", *_]:
+            return Part.VISUAL_WEIGHTS
+        case ["model", "embed_tokens" | "layers" | "norm", *_] | ["lm_head", *_]:
+            return Part.DECODER
+    raise ValueError(f"the parameter {name} belongs to no part of mPLUG-Owl2 known to the stages")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Which parameters are trained and which are frozen, by name; their sizes by part.
+
+    A parameter with two names (tied embeddings) stands here with both and is counted once.
+    """
+
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+    sizes: dict[Part, int]
+    stage: int
+
+    @property
+    def trainable_size(self) -> int:
+        """Trained numbers."""
+        return sum(size for part, size in self.sizes.items() if part in TRAINED[self.stage])
+
+    @property
+    def frozen_size(self) -> int:
+        """Numbers that stay as they are."""
+        return sum(self.sizes.values()) - self.trainable_size
+
+    def lines(self) -> Iterable[str]:
+        """For people: a line a part that the model has."""
+        for part, size in self.sizes.items():
+            verb = "trained" if part in TRAINED[self.stage] else "frozen"
+            yield f"{part:<34} {size:>13,} parameters  {verb}"
+
+
+def apply_stage(model: nn.Module, stage: int) -> Trained:
+    """Let exactly the parameters of a stage be trained, in place; say which.
+
+    Without MAM (``use_mam: false``) there are no visual weights, so stage 1 trains the vision
+    encoder and the abstractor.
+
+    Raises:
+        ValueError: for a stage other than 1 or 2, or a parameter that no part claims.
+    """
+    if stage not in TRAINED:
+        raise ValueError(f"there are stages 1 and 2, not {stage}")
+    sizes = dict.fromkeys(Part, 0)
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        parameter.requires_grad_(part in TRAINED[stage])
+        sizes[part] += parameter.numel()
+    # All names, those of tied weights too: what one name trains, another must not call frozen.
+    named = list(model.named_parameters(remove_duplicate=False))
+    trainable = tuple(name for name, _ in named if part_of(name) in TRAINED[stage])
+    frozen = tuple(name for name, _ in named if part_of(name) not in TRAINED[stage])
+    at_odds = [n for n, p in named if p.requires_grad != (part_of(n) in TRAINED[stage])]
+    if at_odds:
+        raise ValueError(f"tied weights of parts that a stage tells apart: {at_odds}")
+    assert set(trainable) | set(frozen) == {name for name, _ in named}
+    return Trained(trainable, frozen, {p: s for p, s in sizes.items() if s}, stage)

@@ -1,0 +1,192 @@
+"""transformers' Trainer with a recipe's optimizer and schedule, and a check of every loss.
+
+What is different from the Trainer, and all that is: groups of parameters with rates of their own,
+losses and gradients that must be finite, a step without needless work, and its own progress.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from owl2.errors import InputError
+from owl2.train.optimizer import make_adamw, parameter_groups
+from owl2.train.recipe import Recipe
+
+
+class Owl2Trainer(Trainer):
+    """A Trainer for the model's trainable parameters, as a recipe says."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        train_dataset: Dataset,
+        collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+        checkpoints: Path,
+    ) -> None:
+        """`collate` makes a batch for the model of the data set's items."""
+        self.recipe = recipe
+        self.samples = 0  # seen by this process in this session
+        self._step_loss: torch.Tensor | float = 0.0
+        super().__init__(
+            model=model,
+            args=training_arguments(recipe, checkpoints),
+            train_dataset=train_dataset,
+            data_collator=collate,
+            callbacks=[_TellEpoch(train_dataset)],
+        )
+        self.remove_callback(PrinterCallback)  # would print dicts between our lines
+        if recipe.gradient_checkpointing:
+            enable_checkpointing(model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the recipe's groups of parameters."""
+        if self.optimizer is None:
+            groups = parameter_groups(
+                self.model if model is None else model,
+                learning_rate=self.recipe.learning_rate,
+                weight_decay=self.recipe.weight_decay,
+                vision_layer_decay=self.recipe.vision_layer_decay,
+            )
+            betas = (self.recipe.adam_beta1, self.recipe.adam_beta2)
+            self.optimizer = make_adamw(groups, betas=betas, epsilon=self.recipe.adam_epsilon)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Linear warm-up, then a cosine from each group's peak to its minimum."""
+        if self.recipe.warmup_steps >= num_training_steps:
+            raise InputError(
+                f"warmup_steps ({self.recipe.warmup_steps}) must be fewer than the run's steps "
+                f"({num_training_steps}), or the peak rate is never reached"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        """The model's loss; refuses a batch from which this stage can learn nothing."""
+        result = super().compute_loss(model, inputs, *args, **kw)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not loss.requires_grad:
+            raise InputError(
+                f"step {self.state.global_step + 1}: a batch without any picture, and stage "
+                f"{self.recipe.stage} trains only what pictures pass through; leave text-only "
+                "samples out of `data`"
+            )
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One piece of a step: forward and backward."""
+        inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+        self.samples += len(inputs["input_ids"]) * self.args.world_size
+        loss = super().training_step(*args, **kwargs)
+        self._step_loss = self._step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Called once a step, after its last piece and before the optimizer: the one moment when
+        # nothing is spoilt yet and one look (on a GPU, each waits for the queue) covers all.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss, norm_value = float(self._step_loss), float(norm)
+        self._step_loss = 0.0
+        if not math.isfinite(loss) or not math.isfinite(norm_value):
+            raise InputError(
+                f"step {self.state.global_step + 1}: the loss is {loss}, the gradient's norm "
+                f"{norm_value}; stopped before they reached a weight, and nothing was saved. Try "
+                "a lower learning_rate, a longer warm-up, or precision=float32"
+            )
+        return norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: the Trainer's estimate walks through all parameters at each step, and leaves out
+        the vision encoder."""
+        return 0
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the data set which epoch begins: accelerate does not after a resumed one."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
+    """A recipe in the Trainer's terms.
+
+    Raises:
+        InputError: the batch cannot be shared out, or the device lacks the precision.
+    """
+    has_cuda = torch.cuda.is_available()
+    precision = recipe.precision_on("cuda" if has_cuda else "cpu")
+    if precision == "bfloat16" and has_cuda and not torch.cuda.is_bf16_supported():
+        raise InputError("precision: this GPU has no bfloat16; set precision=float32")
+    args = TrainingArguments(
+        output_dir=str(checkpoints),
+        use_cpu=not has_cuda and not torch.backends.mps.is_available(),
+        bf16=precision == "bfloat16",
+        max_steps=recipe.max_steps or -1,
+        num_train_epochs=recipe.epochs or 1.0,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        # A ratio, not a rate: each group of parameters falls to its own share of its own peak.
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_learning_rate / recipe.learning_rate},
+        warmup_steps=recipe.warmup_steps,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=has_cuda,
+        remove_unused_columns=False,
+        logging_steps=recipe.log_every,
+        logging_first_step=True,
+        # Ours is `Owl2Trainer._get_grad_norm`; the Trainer's hides what is not finite.
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    devices = args.world_size * recipe.gradient_accumulation
+    if recipe.batch_size % devices:
+        raise InputError(
+            f"batch_size ({recipe.batch_size}) must be a multiple of devices x "
+            f"gradient_accumulation ({args.world_size} x {recipe.gradient_accumulation})"
+        )
+    args.per_device_train_batch_size = recipe.batch_size // devices
+    # Else the Trainer would take several GPUs without a launcher as one big one (DataParallel).
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Compute activations again in the backward pass, in all three parts of the model."""
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.16 has the old name only
+        model.activation_checkpointing_enable(how)
+    else:
+        model.gradient_checkpointing_enable(how)

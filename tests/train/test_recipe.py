@@ -1,0 +1,80 @@
+"""The settings of a recipe: the paper's table (SPEC §2), and what a recipe refuses."""
+
+import pytest
+from pydantic import ValidationError
+
+from owl2.train.recipe import Recipe
+
+# SPEC §2's table, written down once more and by hand: (stage 1, stage 2).
+TABLE = {
+    "image_size": (224, 448),
+    "max_length": (256, 2048),
+    "augment": ("crop_flip", "none"),
+    "adam_beta1": (0.9, 0.9),
+    "adam_beta2": (0.98, 0.98),
+    "adam_epsilon": (1e-6, 1e-6),
+    "weight_decay": (0.05, 0.0),
+    "max_grad_norm": (1.0, 1.0),
+    "learning_rate": (1e-4, 2e-5),
+    "min_learning_rate": (1e-6, 1e-7),
+    "warmup_steps": (1000, 250),
+    "max_steps": (42_500, 4_800),
+    "epochs": (None, None),
+    "vision_layer_decay": (0.9, 0.9),
+    "batch_size": (8192, 256),
+    "gradient_accumulation": (1, 1),
+    "gradient_checkpointing": (True, True),
+}
+# Not the paper's business.
+OURS = {
+    "model",
+    "output",
+    "overwrite",
+    "stage",
+    "data",
+    "precision",
+    "workers",
+    "seed",
+    "log_every",
+    "save_every",
+}
+LEAST = {"model": "m", "output": "o", "data": [{"dataset": "easy_vqa"}]}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_defaults_are_the_papers(stage):
+    settings = Recipe(**LEAST, stage=stage).model_dump()
+    for name, values in TABLE.items():
+        assert settings[name] == values[stage - 1], name
+    assert set(settings) == set(TABLE) | OURS  # a new setting must be put in one of them
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_precision_is_the_papers_where_there_is_a_gpu(stage):
+    recipe = Recipe(**LEAST, stage=stage)
+    assert recipe.precision_on("cuda") == "bfloat16"
+    assert recipe.precision_on("cpu") == "float32"
+    assert Recipe(**LEAST, stage=stage, precision="bfloat16").precision_on("cpu") == "bfloat16"
+
+
+def test_epochs_take_the_place_of_the_papers_steps():
+    recipe = Recipe(**LEAST, stage=2, epochs=1.5)
+    assert (recipe.epochs, recipe.max_steps) == (1.5, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"epochs": 1.0, "max_steps": 5000}, "either `epochs` or `max_steps`"),
+        ({"max_steps": None}, "either `epochs` or `max_steps`"),
+        ({"gradient_accumulation": 3}, "multiple of"),
+        ({"min_learning_rate": 1.0}, "above `learning_rate`"),
+        ({"max_steps": 250}, "`warmup_steps`"),
+        ({"data": [{}]}, "either `dataset` or `file`"),
+        ({"data": [{"dataset": "a", "file": "b"}]}, "either `dataset` or `file`"),
+        ({"data": [{"dataset": "a", "images": "b"}]}, "`images` belongs to a `file`"),
+    ],
+)
+def test_contradictions_are_refused(settings, complaint):
+    with pytest.raises(ValidationError, match=complaint):
+        Recipe(**(LEAST | {"stage": 2} | settings))
