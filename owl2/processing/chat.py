@@ -5,7 +5,8 @@
     messages ──read_messages──► Conversation (turns, pictures) ──render──► text, spans of the answers
 
 The format is a Jinja template, saved with the checkpoint: another language model's format is data.
-What an answer is, the template says with `{% generation %}`; ids and labels come from this one text.
+What an answer is, the template says with `{% generation %}`; ids and labels come from this one
+text.
 """
 
 import re
@@ -22,8 +23,9 @@ from owl2.errors import InputError
 
 IMAGE_TOKEN = "<|image|>"
 
-# SPEC 1.5. Rounds are joined with nothing; the space before an answer is the answer's, as it is part
-# of its first token. Contents may be strings or lists of parts, for other tools that use this file.
+# SPEC 1.5. Rounds are joined with nothing; the space before an answer is the answer's, as it is
+# part of its first token. Contents may be strings or lists of parts, for other tools that use this
+# file.
 DEFAULT_CHAT_TEMPLATE = """\
 {%- macro body(content) -%}
   {%- if content is string -%}
@@ -83,9 +85,10 @@ class Conversation:
 def read_messages(messages: Sequence[Message]) -> Conversation:
     """transformers' message format → `Conversation`.
 
-    Roles alternate from `user` on (a template may allow `system` before it). A content is a string or a
-    list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" | "path" | "base64": ...}`
-    or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`. `<|image|>` in a text marks a picture too.
+    Roles alternate from `user` on (a template may allow `system` before it). A content is a string
+    or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" | "path"
+    | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`. `<|image|>` in
+    a text marks a picture too.
 
     Raises `InputError` that names the message: unknown or misplaced role, an empty turn, a part of
     another kind, a picture in an answer.
@@ -224,9 +227,11 @@ def render(
 def render_with_answers(
     conversation: Conversation, template: str, special_tokens: Mapping[str, str]
 ) -> tuple[str, Spans]:
-    """`render` of a closed conversation, and the (start, end) of what the template marks as generated.
+    """`render` of a closed conversation, and the (start, end) of what the template marks as
+    generated.
 
-    Raises `InputError` for a template without `{% generation %}` blocks: it would leave nothing to learn.
+    Raises `InputError` for a template without `{% generation %}` blocks: it would leave nothing to
+    learn.
     """
     if not _GENERATION_BLOCK.search(template):
         raise InputError(
@@ -256,9 +261,11 @@ def _render(
 
 @lru_cache(maxsize=16)
 def _understands_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
-    """Whether a template writes a list of parts (as those of vision models do) or wants plain strings.
+    """Whether a template writes a list of parts (as those of vision models do) or wants plain
+    strings.
 
-    Found by trying, as nothing in a template says so: a text model's either fails or prints the list.
+    Found by trying, as nothing in a template says so: a text model's either fails or prints the
+    list.
     """
     parts = [{"type": "image"}, {"type": "text", "text": "probe"}]
     try:

@@ -24,10 +24,11 @@ GIVEN_STYLE = "dim"
 
 @dataclass(frozen=True)
 class Learned:
-    """A rendered conversation as ids, each with whether it is learned and where it stands in `text`.
+    """A rendered conversation as ids, each with whether it is learned and where it stands in
+    `text`.
 
-    All K+1 ids of a picture have the offsets of its `<|image|>`. `image_ends`: how many ids there are
-    up to the end of each picture.
+    All K+1 ids of a picture have the offsets of its `<|image|>`. `image_ends`: how many ids there
+    are up to the end of each picture.
     """
 
     text: str
@@ -46,8 +47,8 @@ def encode_learned(
 ) -> Learned:
     """`text` → ids: pieces between pictures each on their own, a picture as `image_ids`.
 
-    `start_ids` go before it, unless the text writes them itself. A token is learned if it lies in one
-    of `spans` (sorted, in characters of `text`).
+    `start_ids` go before it, unless the text writes them itself. A token is learned if it lies in
+    one of `spans` (sorted, in characters of `text`).
 
     Raises `InputError` if the tokenizer gives no offsets, or has a token that is half in a span.
     """
@@ -101,8 +102,9 @@ def _encode_piece(
     learned = _mask(offsets, spans)
     if learned is not None:
         return ids, offsets, learned
-    # A token across the edge of an answer ("\n\n" of a format's line break and the answer's own). When the
-    # model answers, the prompt ends at that edge and was tokenised alone: so do it here too.
+    # A token across the edge of an answer ("\n\n" of a format's line break and the answer's own).
+    # When the model answers, the prompt ends at that edge and was tokenised alone: so do it here
+    # too.
     if isinstance(tokenizer, Owl2Tokenizer):
         raise InputError(
             "An answer begins or ends in the middle of a token, and SentencePiece would put a space "

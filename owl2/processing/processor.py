@@ -60,9 +60,10 @@ IGNORED = -100  # the label of a position without a loss, as PyTorch's cross-ent
 class Owl2Processor(ProcessorMixin):
     """Messages, prompts and pictures → the model's inputs, and ids → text.
 
-    `num_image_tokens`: the places of a picture, K+1. `image_token_id`: the id that marks them, just past the
-    model's vocabulary (default: `len(tokenizer)`). `chat_template`: Jinja; default: SPEC 1.5.
-    Prompts are padded on the tokenizer's `padding_side`, which is set to left: what generation needs.
+    `num_image_tokens`: the places of a picture, K+1. `image_token_id`: the id that marks them, just
+    past the model's vocabulary (default: `len(tokenizer)`). `chat_template`: Jinja; default: SPEC
+    1.5. Prompts are padded on the tokenizer's `padding_side`, which is set to left: what generation
+    needs.
     """
 
     image_token = IMAGE_TOKEN
@@ -75,7 +76,8 @@ class Owl2Processor(ProcessorMixin):
         num_image_tokens: int = 65,
         image_token_id: int | None = None,
     ) -> None:
-        # Not the mixin's own __init__: it asks for transformers' image processor classes, whose pixels are others.
+        # Not the mixin's own __init__: it asks for transformers' image processor classes, whose
+        # pixels are others.
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "left"
@@ -107,14 +109,15 @@ class Owl2Processor(ProcessorMixin):
         return_tensors: str | None = None,
         return_mm_token_type_ids: bool = True,
     ) -> BatchFeature:
-        """Prompts with `<|image|>` and their pictures → `input_ids`, `attention_mask`, `mm_token_type_ids`
-        (all (B,S)) and `pixel_values` (N,3,size,size; absent without pictures).
+        """Prompts with `<|image|>` and their pictures → `input_ids`, `attention_mask`,
+        `mm_token_type_ids` (all (B,S)) and `pixel_values` (N,3,size,size; absent without pictures).
 
         `images`: in order of appearance, all prompts' in one list, or a list for each prompt.
-        `padding`: True or "longest", "max_length" (with `max_length`), False; `padding_side`: "left" or "right".
+        `padding`: True or "longest", "max_length" (with `max_length`), False; `padding_side`:
+        "left" or "right".
 
-        Raises `InputError`: counts of placeholders and pictures differ, a picture cannot be read, prompts of
-        different lengths as tensors without padding.
+        Raises `InputError`: counts of placeholders and pictures differ, a picture cannot be read,
+        prompts of different lengths as tensors without padding.
         """
         if truncation:
             raise InputError(
@@ -186,11 +189,13 @@ class Owl2Processor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
-        """Messages (or a list of such) → the prompt as text, as ids, or as all of the model's inputs.
+        """Messages (or a list of such) → the prompt as text, as ids, or as all of the model's
+        inputs.
 
-        As transformers has it: `tokenize=False` gives the text (a list for a list), `tokenize=True` the ids, with
-        `return_dict=True` the `BatchFeature` of `__call__`, pictures of the messages read. `add_generation_prompt`
-        opens the assistant's turn. Other keywords are variables of the template, and it must know them.
+        As transformers has it: `tokenize=False` gives the text (a list for a list), `tokenize=True`
+        the ids, with `return_dict=True` the `BatchFeature` of `__call__`, pictures of the messages
+        read. `add_generation_prompt` opens the assistant's turn. Other keywords are variables of
+        the template, and it must know them.
 
         Raises `InputError`: see `chat.read_messages` and `__call__`.
         """
@@ -241,13 +246,16 @@ class Owl2Processor(ProcessorMixin):
     # -------------------------------------------------------------- training
 
     def for_training(self, messages: Any, max_length: int | None = None) -> BatchFeature:
-        """One closed conversation → a batch of one: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`
-        (all (1,S)) and `pixel_values` (N,3,size,size; absent without pictures).
+        """One closed conversation → a batch of one: `input_ids`, `attention_mask`,
+        `mm_token_type_ids`, `labels` (all (1,S)) and `pixel_values` (N,3,size,size; absent without
+        pictures).
 
-        `labels` are the ids of what the template marks as generated (the answers and their end tokens), -100
-        elsewhere. `max_length`: longer samples are cut at the right, which can leave no label at all.
+        `labels` are the ids of what the template marks as generated (the answers and their end
+        tokens), -100 elsewhere. `max_length`: longer samples are cut at the right, which can leave
+        no label at all.
 
-        Raises `InputError`: see `chat.read_messages` and `__call__`; also when a picture is beyond `max_length`.
+        Raises `InputError`: see `chat.read_messages` and `__call__`; also when a picture is beyond
+        `max_length`.
         """
         conversation = chat.read_messages(messages)
         sample = self._encode_learned(conversation)
@@ -273,10 +281,11 @@ class Owl2Processor(ProcessorMixin):
         return BatchFeature(data)
 
     def show_labels(self, messages: Any) -> Text:
-        """The conversation as the model gets it, for a terminal: what is learned in colour, the rest dim.
+        """The conversation as the model gets it, for a terminal: what is learned in colour, the
+        rest dim.
 
-        From the ids and mask of `for_training`; a picture's places are written `<|image|>×(K+1)`. The
-        pictures are not opened.
+        From the ids and mask of `for_training`; a picture's places are written `<|image|>×(K+1)`.
+        The pictures are not opened.
         """
         sample = self._encode_learned(chat.read_messages(messages))
         start = "".join(self.tokenizer.convert_ids_to_tokens(self._start_ids))
@@ -300,8 +309,8 @@ class Owl2Processor(ProcessorMixin):
     # -------------------------------------------------------------- ids → text
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
-        """Ids (a list or a tensor; or rows of them) → text (or a list). The K+1 places of a picture are one
-        `<|image|>`, or nothing with `skip_special_tokens`."""
+        """Ids (a list or a tensor; or rows of them) → text (or a list). The K+1 places of a picture
+        are one `<|image|>`, or nothing with `skip_special_tokens`."""
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(ids, int):
             ids = [ids]
@@ -366,8 +375,8 @@ class Owl2Processor(ProcessorMixin):
     ) -> "Owl2Processor":
         """The processor of a checkpoint: a directory or a hub id, ours or in the released layout.
 
-        `chat_template`, `image_policy`, `max_pixels`: instead of what the checkpoint says.
-        `hub`: `revision`, `token`, `cache_dir`, `local_files_only`, ..., as everywhere in transformers.
+        `chat_template`, `image_policy`, `max_pixels`: instead of what the checkpoint says. `hub`:
+        `revision`, `token`, `cache_dir`, `local_files_only`, ..., as everywhere in transformers.
 
         Raises `InputError` that names what the checkpoint lacks.
         """

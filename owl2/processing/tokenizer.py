@@ -1,8 +1,9 @@
 """Text → ids, exactly as SentencePiece gives them, with the place of every token in the text.
 
-A prompt is split at each `<|image|>` and every piece is tokenised **on its own** (SPEC 1.5), whatever the
-tokenizer: `encode` does one such piece. For LLaMA's SentencePiece models a piece is split again at the control
-tokens (`<s>`, `</s>`, `<unk>`), as LLaMA's original tokenizer does; nothing is stripped.
+A prompt is split at each `<|image|>` and every piece is tokenised **on its own** (SPEC 1.5),
+whatever the tokenizer: `encode` does one such piece. For LLaMA's SentencePiece models a piece is
+split again at the control tokens (`<s>`, `</s>`, `<unk>`), as LLaMA's original tokenizer does;
+nothing is stripped.
 """
 
 import io
@@ -25,8 +26,8 @@ Offsets = list[tuple[int, int]]
 TOKENIZER_FILE = "tokenizer.model"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
-# What transformers keeps about a tokenizer object, and what only this class understands: not for the file, which
-# LlamaTokenizer classes of any version read.
+# What transformers keeps about a tokenizer object, and what only this class understands: not for
+# the file, which LlamaTokenizer classes of any version read.
 _NOT_SAVED = (
     "backend",
     "is_local",
@@ -38,10 +39,12 @@ _NOT_SAVED = (
 
 
 class Owl2Tokenizer(SentencePieceBackend):
-    """A SentencePiece model as a transformers tokenizer; ids equal SentencePiece's own, runs of spaces included.
+    """A SentencePiece model as a transformers tokenizer; ids equal SentencePiece's own, runs of
+    spaces included.
 
-    `vocab_file`: the `tokenizer.model`. `<s>` is put at the start once; LLaMA has no token for padding, and the
-    released checkpoint pads with `<unk>`. `decode(encode(text))` is `text` again (less `<s>`).
+    `vocab_file`: the `tokenizer.model`. `<s>` is put at the start once; LLaMA has no token for
+    padding, and the released checkpoint pads with `<unk>`. `decode(encode(text))` is `text` again
+    (less `<s>`).
 
     Raises `InputError` when the file is missing or is no SentencePiece model.
     """
@@ -60,9 +63,9 @@ class Owl2Tokenizer(SentencePieceBackend):
         padding_side: str = "left",
         **kwargs: Any,
     ) -> None:
-        # `legacy` in a file means how LLaMA treats text after a control token. The checkpoint was trained with the
-        # first way, and the ids of SentencePiece are what this class is for, so the file is not asked. The end token
-        # is the chat template's business.
+        # `legacy` in a file means how LLaMA treats text after a control token. The checkpoint was
+        # trained with the first way, and the ids of SentencePiece are what this class is for, so
+        # the file is not asked. The end token is the chat template's business.
         for key in ("legacy", "add_eos_token", "special_tokens_pattern", "sp_model_kwargs"):
             kwargs.pop(key, None)
         if not os.path.isfile(vocab_file):
@@ -105,10 +108,12 @@ class Owl2Tokenizer(SentencePieceBackend):
         )
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        """`text` → its ids, no `<s>` added, and for each the (start, end) of its characters in `text`.
+        """`text` → its ids, no `<s>` added, and for each the (start, end) of its characters in
+        `text`.
 
-        The bytes of a character that has no token of its own, and a "▁" that stands for no character, have
-        an empty place where their character begins; the last byte has the whole character.
+        The bytes of a character that has no token of its own, and a "▁" that stands for no
+        character, have an empty place where their character begins; the last byte has the whole
+        character.
         """
         ids: list[int] = []
         offsets: Offsets = []
@@ -147,8 +152,9 @@ class Owl2Tokenizer(SentencePieceBackend):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs: Any,
     ) -> str:
-        """The inverse of encoding: runs between control tokens are decoded by SentencePiece, which drops the
-        space it put before each run. `clean_up_tokenization_spaces` is for other kinds of tokenizer: ignored."""
+        """The inverse of encoding: runs between control tokens are decoded by SentencePiece, which
+        drops the space it put before each run. `clean_up_tokenization_spaces` is for other kinds of
+        tokenizer: ignored."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         special = set(self.all_special_ids)
         size = self.sp_model.get_piece_size()
@@ -259,13 +265,15 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def train_tokenizer(texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int) -> int:
-    """Trains a small SentencePiece model with LLaMA's conventions and writes it to `path` (a `tokenizer.model`).
+    """Trains a small SentencePiece model with LLaMA's conventions and writes it to `path` (a
+    `tokenizer.model`).
 
-    BPE with bytes for what it does not know, nothing normalised or stripped, digits apart, `<unk>` 0, `<s>` 1,
-    `</s>` 2. The same texts give the same file. `vocab_size`: at most this many pieces; few texts give fewer.
+    BPE with bytes for what it does not know, nothing normalised or stripped, digits apart, `<unk>`
+    0, `<s>` 1, `</s>` 2. The same texts give the same file. `vocab_size`: at most this many pieces;
+    few texts give fewer.
 
-    Returns the number of pieces. Raises `InputError` without texts, or if `vocab_size` cannot hold the 259 pieces
-    that are always there and the letters of `texts`.
+    Returns the number of pieces. Raises `InputError` without texts, or if `vocab_size` cannot hold
+    the 259 pieces that are always there and the letters of `texts`.
     """
     model = io.BytesIO()
     try:
