@@ -1,0 +1,273 @@
+"""Any form of picture → an upright RGB picture of 8 bits a channel.
+
+Every error names the picture, and whatever a user can cause is an `InputError`.
+"""
+
+import base64
+import binascii
+import io
+import os
+import struct
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from owl2.errors import InputError
+
+# Pillow's own threshold for a suspicious picture: a quarter of a gigabyte as RGB.
+DEFAULT_MAX_PIXELS = 89_478_485
+# Both policies go through a square of the longer edge; a 1×50,000 picture would be a bomb by that.
+SQUARE_FACTOR = 4
+
+URL_TIMEOUT_SECONDS = 20
+URL_MAX_BYTES = 64 * 1024 * 1024
+
+_pillow_limit_lock = threading.Lock()
+
+
+def load_image(source: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Any form of picture → an upright RGB `PIL.Image`.
+
+    `source`: a path (`str`, `Path`, `file://`), an http(s) URL, a `PIL.Image`, encoded `bytes`, a
+    data-URI, a base64 string, or a numpy/torch array (H,W), (H,W,C) or (C,H,W), C in 1, 3, 4,
+    `uint8`, `uint16` or float in 0..1. EXIF rotation is applied, 16-bit pictures are scaled to 8
+    bits, alpha is dropped (what `convert("RGB")` does, and so the authors' pixels).
+
+    Raises `InputError`: no such file, not a picture, broken, empty, or more than `max_pixels`
+    pixels (known from the header, before anything is decoded).
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, max_pixels, "the given PIL picture")
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        name = f"the array of shape {tuple(source.shape)}"
+        return _to_rgb(_array_to_picture(source, name), max_pixels, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(bytes(source), max_pixels, f"the given {len(source)} bytes")
+    if isinstance(source, os.PathLike):
+        return _read_file(Path(source), max_pixels)
+    if isinstance(source, str):
+        return _load_string(source, max_pixels)
+    raise InputError(
+        f"A picture cannot be a {type(source).__name__}: give a path, a URL, a PIL picture, bytes, "
+        "a data-URI, a base64 string or an array."
+    )
+
+
+def _load_string(source: str, max_pixels: int) -> Image.Image:
+    shown = source if len(source) <= 120 else f"{source[:60]}…({len(source)} characters)"
+    scheme = source[:8].lower()
+    if scheme.startswith(("http://", "https://")):
+        return _decode(_fetch(source), max_pixels, shown)
+    if scheme.startswith("data:"):
+        return _decode(_decode_data_uri(source, shown), max_pixels, f"the data-URI {shown}")
+    if scheme.startswith("file://"):
+        path = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
+        return _read_file(Path(path), max_pixels)
+    if not os.path.exists(source) and len(source) >= 64:
+        # Long enough for a picture, and no such file: a bare base64 string, if it is one.
+        try:
+            data = base64.b64decode("".join(source.split()), validate=True)
+        except (binascii.Error, ValueError):
+            pass
+        else:
+            return _decode(data, max_pixels, f"the base64 string {shown}")
+    return _read_file(Path(source), max_pixels)
+
+
+def _read_file(path: Path, max_pixels: int) -> Image.Image:
+    try:
+        with path.open("rb") as file:
+            return _decode(file, max_pixels, f"the file '{path}'")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"No picture at '{path}': there is no such file (looked from {Path.cwd()}). "
+            "Check the path."
+        ) from error
+    except IsADirectoryError as error:
+        raise InputError(
+            f"'{path}' is a directory, not a picture. Give one of its files."
+        ) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"The picture at '{path}' cannot be read: {error}.") from error
+
+
+# What Pillow's decoders raise when the data ends or makes no sense (SyntaxError: a PNG's chunk).
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def _fetch(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "owl2"})
+    try:
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as reply:
+            data: bytes = reply.read(URL_MAX_BYTES + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise InputError(f"The picture at {url} cannot be fetched: {error}.") from error
+    if len(data) > URL_MAX_BYTES:
+        raise InputError(
+            f"The picture at {url} is larger than {URL_MAX_BYTES // 2**20} MiB. "
+            "Download it and give its path."
+        )
+    return data
+
+
+def _decode_data_uri(uri: str, shown: str) -> bytes:
+    header, comma, payload = uri.partition(",")
+    if not comma:
+        raise InputError(
+            f"{shown} is not a data-URI: no comma. Expected data:image/png;base64,...."
+        )
+    if not header.lower().endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(payload)
+    try:
+        return base64.b64decode("".join(urllib.parse.unquote(payload).split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"The data-URI {shown} holds no valid base64: {error}.") from error
+
+
+def _decode(data: Any, max_pixels: int, name: str) -> Image.Image:
+    """Encoded bytes or an open file → RGB; the size is checked between header and pixels."""
+    stream = io.BytesIO(data) if isinstance(data, bytes) else data
+    try:
+        with _without_pillow_limit():
+            picture = Image.open(stream)
+        with picture:
+            return _to_rgb(picture, max_pixels, name)
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{_sentence(name)} is not a picture in a format that Pillow reads "
+            "(PNG, JPEG, WebP, ...)."
+        ) from error
+
+
+@contextmanager
+def _without_pillow_limit() -> Iterator[None]:
+    """Read a header without Pillow's own limit on pixels: `max_pixels` may be above or below it.
+
+    Pillow keeps the limit in a module variable; the lock keeps two threads from restoring each
+    other's value.
+    """
+    with _pillow_limit_lock:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _to_rgb(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
+    _check_size(picture.width, picture.height, max_pixels, name)
+    try:
+        picture.load()
+        picture = _upright(picture)
+        if picture.mode.startswith("I;16"):
+            picture = _scale_to_8_bits(picture, 65535.0, name)
+        elif picture.mode in ("I", "F"):
+            picture = _scale_to_8_bits(picture, None, name)
+        elif picture.mode == "P" and "transparency" in picture.info:
+            # The same colours as straight to RGB, but Pillow warns about the direct way.
+            picture = picture.convert("RGBA")
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    except InputError:
+        raise
+    except _DECODING_ERRORS as error:
+        raise InputError(
+            f"{_sentence(name)} cannot be decoded: {error}. It may be broken or cut off: "
+            "get it again, or save it as PNG."
+        ) from error
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        # Spoilt EXIF is common in pictures from the web and says nothing about the pixels.
+        return picture
+    return picture if orientation == 1 else ImageOps.exif_transpose(picture)
+
+
+def _check_size(width: int, height: int, max_pixels: int, name: str) -> None:
+    if width == 0 or height == 0:
+        raise InputError(f"{_sentence(name)} is empty: {width}×{height} pixels.")
+    if width * height > max_pixels or max(width, height) ** 2 > SQUARE_FACTOR * max_pixels:
+        edge = int((SQUARE_FACTOR * max_pixels) ** 0.5)
+        raise InputError(
+            f"{_sentence(name)} has {width}×{height} = {width * height:,} pixels; the limit is "
+            f"{max_pixels:,}, and {edge:,} for an edge. Make it smaller, or raise max_pixels if "
+            "you trust it."
+        )
+
+
+def _scale_to_8_bits(picture: Image.Image, top: float | None, name: str) -> Image.Image:
+    """Greys of more than 8 bits → "L". `convert` would clip them at 255, which makes them white.
+
+    `top`: the value of white; None: found from the values (up to 1 for floats, 255, 65535, else the
+    range they have).
+    """
+    values = np.asarray(picture).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise InputError(f"{_sentence(name)} holds values that are not finite.")
+    if top is None:
+        low, high = float(values.min()), float(values.max())
+        tops = [1.0, 255.0, 65535.0] if picture.mode == "F" else [255.0, 65535.0]
+        fitting = [white for white in tops if low >= 0 and high <= white]
+        if not fitting:
+            values, fitting = values - low, [max(high - low, 1.0)]
+        top = fitting[0]
+    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
+
+
+def _array_to_picture(source: Any, name: str) -> Image.Image:
+    if isinstance(source, torch.Tensor):
+        tensor = source.detach().cpu()
+        source = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    array = source
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (3, 4)):
+        raise InputError(
+            f"{_sentence(name)} is no picture: it must be (H,W), (H,W,C) or (C,H,W), C in 1, 3, 4."
+        )
+    if array.size == 0:
+        raise InputError(f"{_sentence(name)} is empty.")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
+            raise InputError(
+                f"{_sentence(name)} has float values outside 0..1. Divide by 255 or give uint8 "
+                "values; don't normalise: that is done here."
+            )
+        array = np.rint(array.astype(np.float64) * 255.0)
+    elif array.dtype == np.uint16:
+        array = np.rint(array / 257.0)
+    elif array.dtype == np.bool_:
+        array = array * 255
+    elif array.dtype != np.uint8 and (array.min() < 0 or array.max() > 255):
+        raise InputError(
+            f"{_sentence(name)} has {array.dtype} values outside 0..255. Give uint8 values."
+        )
+    return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
+
+
+def _sentence(name: str) -> str:
+    return name[0].upper() + name[1:]
