@@ -56,8 +56,10 @@ class Owl2Trainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the recipe's groups of parameters."""
         if self.optimizer is None:
+            trained = self.model if model is None else model
+            assert trained is not None  # a Trainer without a model is refused by its __init__
             groups = parameter_groups(
-                self.model if model is None else model,
+                trained,
                 learning_rate=self.recipe.learning_rate,
                 weight_decay=self.recipe.weight_decay,
                 vision_layer_decay=self.recipe.vision_layer_decay,
