@@ -1,0 +1,1 @@
+"""Files → Samples → batches for the model."""

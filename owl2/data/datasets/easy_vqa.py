@@ -1,0 +1,207 @@
+"""easy-VQA: one coloured shape a picture, questions of one or two forms, 13 answers.
+
+The PyPI package `easy-vqa` carries it: 4,000 pictures of 64×64 pixels with 38,575 questions to train
+on, 1,000 with 9,673 to test on. The splits are the package's own.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from random import Random
+from types import ModuleType
+from typing import Any
+
+from owl2.data.names import look_up
+from owl2.data.sample import Message, Sample
+from owl2.errors import InputError
+
+VQA_PROMPT = "{question}\nAnswer the question using a single word or phrase."  # SPEC 1.5
+PROMPTS = {"short": "{question}"}
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of the package's `questions.json`; `number` is its place there, from 0."""
+
+    number: int
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a split with all that is asked about it, in the package's order."""
+
+    number: int
+    path: str
+    questions: tuple[Question, ...]
+
+
+def easy_vqa(
+    split: str, *, style: str = "single", prompt: str = VQA_PROMPT, seed: int = 0
+) -> list[Sample]:
+    """The Samples of a split, `train` or `test`, in one of three styles.
+
+    - `captions` (stage 1; training split only): a picture and what its questions and answers tell
+      of it, such as "a red circle."; see `caption`.
+    - `joined` (stage 2, SPEC §2): all questions about a picture in one conversation, the order
+      shuffled by `seed`. Earlier answers give later ones away, so mix with `single`.
+    - `single`: a conversation a question, in the package's order.
+
+    `prompt`: the user's words, with `{question}` in it; default: SPEC 1.5's form for VQA; `short`:
+    the question alone, which is enough for a model that knows nothing else.
+
+    Raises:
+        InputError: another split, style or prompt; captions of the test split; no such package.
+    """
+    styles = {"captions": _captions, "joined": _joined, "single": _single}
+    make = look_up("style of the dataset 'easy_vqa':", style, styles)
+    prompt = PROMPTS.get(prompt, prompt)
+    if "{question}" not in prompt:
+        raise InputError(f"The prompt {prompt!r} must be 'short' or have {{question}} in it.")
+    return make(pictures(split), split, prompt, seed)
+
+
+def pictures(split: str) -> list[Picture]:
+    """The pictures of a split in the order of their numbers. Raises `InputError` as `easy_vqa`."""
+    package = _package()
+    questions, paths = look_up(
+        "split of the dataset 'easy_vqa':",
+        split,
+        {
+            "train": (package.get_train_questions, package.get_train_image_paths),
+            "test": (package.get_test_questions, package.get_test_image_paths),
+        },
+    )
+    asked: dict[int, list[Question]] = defaultdict(list)
+    for number, (text, answer, picture) in enumerate(zip(*questions(), strict=True)):
+        asked[picture].append(Question(number, text, answer))
+    return [
+        Picture(number, path, tuple(asked[number])) for number, path in sorted(paths().items())
+    ]
+
+
+def _package() -> ModuleType:
+    try:
+        import easy_vqa as package
+    except ImportError as error:
+        raise InputError(
+            "The dataset 'easy_vqa' needs the package easy-vqa: pip install 'mplug-owl2[data]'."
+        ) from error
+    return package
+
+
+# ------------------------------------------------------------------ the three styles
+
+
+def _captions(given: list[Picture], split: str, prompt: str, seed: int) -> list[Sample]:
+    if split != "train":
+        raise InputError(
+            "Captions of easy_vqa are made of answers, and the test split's answers are for "
+            "evaluation only: use split train."
+        )
+    return [
+        Sample([_user(picture), _assistant(caption(picture))], _source(split, picture))
+        for picture in given
+    ]
+
+
+def _joined(given: list[Picture], split: str, prompt: str, seed: int) -> list[Sample]:
+    samples = []
+    for picture in given:
+        questions = list(picture.questions)
+        Random(f"{seed}/{picture.number}").shuffle(questions)
+        messages: list[Message] = []
+        for question in questions:
+            words = _ask(prompt, question)
+            messages.append(_user(picture, words) if not messages else _user(None, words))
+            messages.append(_assistant(question.answer))
+        samples.append(Sample(messages, _source(split, picture)))
+    return samples
+
+
+def _single(given: list[Picture], split: str, prompt: str, seed: int) -> list[Sample]:
+    # In the package's own order, so that an evaluation's rows can be laid beside its file.
+    pairs = sorted(
+        ((question, picture) for picture in given for question in picture.questions),
+        key=lambda pair: pair[0].number,
+    )
+    return [
+        Sample(
+            [_user(picture, _ask(prompt, question)), _assistant(question.answer)],
+            f"easy_vqa/{split}#{question.number}",
+        )
+        for question, picture in pairs
+    ]
+
+
+def _ask(prompt: str, question: Question) -> str:
+    # Not str.format: braces elsewhere in a prompt are words like any other.
+    return prompt.replace("{question}", question.text)
+
+
+def _user(picture: Picture | None, words: str = "") -> Message:
+    parts: list[dict[str, Any]] = []
+    if picture is not None:
+        parts.append({"type": "image", "path": picture.path})
+    if words:
+        parts.append({"type": "text", "text": words})
+    return {"role": "user", "content": parts}
+
+
+def _assistant(words: str) -> Message:
+    return {"role": "assistant", "content": words}
+
+
+def _source(split: str, picture: Picture) -> str:
+    return f"easy_vqa/{split}/images/{picture.number}.png"
+
+
+# ------------------------------------------------------------------ captions
+
+
+def caption(picture: Picture) -> str:
+    """What the questions and answers tell of a picture: "a red circle.", or less if they tell less.
+
+    A word is known when an answer says it, when a question takes it for granted ("what is the
+    *blue* shape?"), when a yes or no affirms it, or when all other words of its kind are denied.
+    Unknown: "a circle.", "a red shape.", "a shape.".
+    """
+    shape = _known(picture, SHAPES)
+    colour = _known(picture, COLOURS)
+    return f"a {f'{colour} ' if colour else ''}{shape or 'shape'}."
+
+
+def _known(picture: Picture, kind: tuple[str, ...]) -> str | None:
+    """The word of this kind that is true of the picture, or None where the questions leave it open.
+
+    Raises:
+        InputError: the questions and answers contradict each other.
+    """
+    affirmed: set[str] = set()
+    denied: set[str] = set()
+    for question in picture.questions:
+        holds = _holds(question)
+        said = {word for word in kind if word in re.findall(r"\w+", question.text)}
+        (affirmed if holds else denied).update(said)
+        if question.answer in kind:
+            affirmed.add(question.answer)
+    if not affirmed and len(denied) == len(kind) - 1:
+        return next(word for word in kind if word not in denied)
+    if len(affirmed) > 1 or affirmed & denied:
+        raise InputError(
+            f"{picture.path}: its questions and answers contradict each other: "
+            f"{', '.join(sorted(affirmed))}, but not {', '.join(sorted(denied))}."
+        )
+    return next(iter(affirmed), None)
+
+
+def _holds(question: Question) -> bool:
+    """Whether what the question names is in the picture, according to its answer."""
+    if question.answer not in ("yes", "no"):
+        return True  # "what color is the circle?" takes the circle for granted
+    negated = re.search(r"\b(not|no)\b", question.text) is not None
+    return (question.answer == "yes") != negated

@@ -1,0 +1,44 @@
+"""The one thing that readers give and that training takes: a conversation with its pictures."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from owl2.errors import InputError
+from owl2.processing.chat import IMAGE_TOKEN, flat_text, read_messages
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation in transformers' message format, and where it came from.
+
+    `messages`: `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`; a picture is a
+    part such as `{"type": "image", "path": ...}` and stays unopened until the sample is used.
+    `source`: the file and row, or the dataset and item, for whoever has to find it again.
+    """
+
+    messages: list[Message]
+    source: str
+
+
+def checked(sample: Sample) -> Sample:
+    """The sample, after a look at its messages; no picture is opened.
+
+    Raises:
+        InputError: that begins with `source`; see `chat.read_messages`. Also where the last turn is
+            not an answer, or a text marks another number of pictures than come with it.
+    """
+    try:
+        conversation = read_messages(sample.messages)
+    except InputError as error:
+        raise InputError(f"{sample.source}: {error}") from error
+    if conversation.is_open:
+        raise InputError(f"{sample.source}: the last turn is the user's; there is no answer to learn.")
+    marked = sum(flat_text(turn["content"]).count(IMAGE_TOKEN) for turn in conversation.turns)
+    if marked != len(conversation.pictures):
+        raise InputError(
+            f"{sample.source}: the text marks {marked} pictures and {len(conversation.pictures)} come "
+            "with it; these must be the same."
+        )
+    return sample
