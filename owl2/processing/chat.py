@@ -2,7 +2,7 @@
 
 ::
 
-    messages ──read_messages──► Conversation (turns, pictures) ──render──► text, spans of the answers
+    messages ──read_messages──► Conversation (turns, pictures) ──render──► text, answers' spans
 
 The format is a Jinja template, saved with the checkpoint: another language model's format is data.
 What an answer is, the template says with `{% generation %}`; ids and labels come from this one
@@ -55,6 +55,7 @@ put that text at the start of the first user turn') -}}
 """
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _PICTURE_KEYS = ("image", "url", "path", "base64", "image_url")
 _ROLES = ("system", "user", "assistant")
 
@@ -99,13 +100,14 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
         )
     if not messages:
         raise InputError("The list of messages is empty: give at least one user turn.")
-    turns, pictures = [], []
+    turns: list[dict[str, Any]] = []
+    pictures: list[Any] = []
     expected = "user"
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise InputError(
-                f"{where} must be a dict with 'role' and 'content', not {message!r:.200}."
+                f"{where} must be a dict with 'role' and 'content', not {message!r:.100}."
             )
         role = message["role"]
         _check_role(role, expected, index, where)
@@ -118,7 +120,7 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
 
 
 def check_question(messages: Sequence[Message]) -> None:
-    """Raises `InputError` unless `messages` ends with a user turn that holds words, not only a picture."""
+    """Raises `InputError` unless `messages` ends with a user turn that holds words."""
     turn = read_messages(messages).turns[-1]
     if turn["role"] != "user":
         raise InputError(
@@ -140,7 +142,8 @@ def _check_role(role: Any, expected: str, index: int, where: str) -> None:
         return
     if role != expected:
         raise InputError(
-            f"{where} has the role {role!r} where {expected!r} is due: turns alternate, the user begins."
+            f"{where} has the role {role!r} where {expected!r} is due: turns alternate, "
+            "the user begins."
         )
 
 
@@ -212,7 +215,17 @@ def render(
     continue_final_message: bool = False,
     **variables: Any,
 ) -> str:
-    """The conversation as one text, pictures as `<|image|>`. Raises `InputError` with what the template objects to."""
+    """The conversation as one text, pictures as `<|image|>`.
+
+    `variables`: others of the template. Raises `InputError` with what the template objects to, or
+    if the prompt is to be opened after an answer, or an answer to be continued that is not there.
+    """
+    if conversation.is_open and continue_final_message:
+        raise InputError("continue_final_message needs an assistant turn at the end to continue.")
+    if not conversation.is_open and add_generation_prompt:
+        raise InputError(
+            "The last message is an answer: end with a user turn to open the next one."
+        )
     text, _ = _render(
         conversation,
         template,
@@ -235,10 +248,16 @@ def render_with_answers(
     """
     if not _GENERATION_BLOCK.search(template):
         raise InputError(
-            "The chat template does not mark what the model is to learn. Put {% generation %} before and "
-            "{% endgeneration %} after the assistant's text and its end token in chat_template.jinja."
+            "The chat template does not mark what the model is to learn. In chat_template.jinja, "
+            "put {% generation %} before and {% endgeneration %} after the assistant's text and its "
+            "end token."
         )
     return _render(conversation, template, special_tokens, return_assistant_tokens_mask=True)
+
+
+def has_variable(template: str, name: str) -> bool:
+    """Whether `name` occurs in the template's code, so that its value can change something."""
+    return any(re.search(rf"\b{re.escape(name)}\b", code) for code in _CODE.findall(template))
 
 
 def _render(
@@ -247,31 +266,36 @@ def _render(
     special_tokens: Mapping[str, str],
     **options: Any,
 ) -> tuple[str, Spans]:
-    turns: Any = conversation.turns
+    turns: list[dict[str, Any]] = list(conversation.turns)
     if not _understands_parts(template, tuple(special_tokens.items())):
         turns = [{**turn, "content": flat_text(turn["content"])} for turn in turns]
+    variables: dict[str, Any] = {**special_tokens, **options}
     try:
-        texts, spans = render_jinja_template(
-            [list(turns)], chat_template=template, **{**special_tokens, **options}
-        )
-    except TemplateError as error:
+        return _render_turns(turns, template, variables)
+    except (TemplateError, TypeError) as error:
         raise InputError(f"The chat template cannot write these messages: {error}.") from error
-    return texts[0], [tuple(span) for span in spans[0]] if spans else []
+
+
+def _render_turns(
+    turns: list[dict[str, Any]], template: str, variables: dict[str, Any]
+) -> tuple[str, Spans]:
+    # transformers compiles a template once and keeps it; its annotation says `str`, it gives lists.
+    rendered: Any = render_jinja_template([turns], chat_template=template, **variables)
+    texts, spans = rendered
+    return texts[0], [(start, end) for start, end in spans[0]] if spans else []
 
 
 @lru_cache(maxsize=16)
 def _understands_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
-    """Whether a template writes a list of parts (as those of vision models do) or wants plain
-    strings.
+    """Whether a template writes a list of parts (as vision models' do) or wants plain strings.
 
-    Found by trying, as nothing in a template says so: a text model's either fails or prints the
-    list.
+    Found by trying, as nothing in a template says so: a text model's fails or prints the list.
     """
     parts = [{"type": "image"}, {"type": "text", "text": "probe"}]
     try:
-        texts, _ = render_jinja_template(
-            [[{"role": "user", "content": parts}]], chat_template=template, **dict(special_tokens)
+        text, _ = _render_turns(
+            [{"role": "user", "content": parts}], template, dict(special_tokens)
         )
     except (TemplateError, TypeError):
         return False
-    return f"{IMAGE_TOKEN}probe" in texts[0].replace("\n", "") and "'type'" not in texts[0]
+    return text.count(IMAGE_TOKEN) == 1 and text.count("probe") == 1 and "'type'" not in text

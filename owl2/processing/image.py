@@ -119,7 +119,8 @@ class Owl2ImageProcessor:
     # -------------------------------------------------------------- preprocessor_config.json
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of the released `preprocessor_config.json` (a CLIPImageProcessor reads them), and our two."""
+        """`preprocessor_config.json`: the released keys, as a CLIPImageProcessor reads them, and
+        our two."""
         return {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
@@ -165,7 +166,7 @@ class Owl2ImageProcessor:
 
 
 def _edge(config: Mapping[str, Any]) -> int:
-    """The edge of the square: `crop_size`, or `size` where nothing is cropped (a number or a dict)."""
+    """The edge of the square that `crop_size` and `size` (a number or a dict each) agree on."""
     edges = {
         key: set(given.values()) if isinstance(given, Mapping) else {given}
         for key in ("crop_size", "size")

@@ -9,7 +9,7 @@ S tokens, in which a picture takes K+1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -107,14 +107,14 @@ def _encode_piece(
     # too.
     if isinstance(tokenizer, Owl2Tokenizer):
         raise InputError(
-            "An answer begins or ends in the middle of a token, and SentencePiece would put a space "
-            f"before it if it were tokenised alone: {piece!r:.200}. Strip the answer's white space, "
-            "or let the chat template write a space before it."
+            "An answer begins or ends in the middle of a token, and SentencePiece would put a "
+            f"space before it if it were tokenised alone: {piece!r:.200}. Strip the answer's white "
+            "space, or let the chat template write a space before it."
         )
     edges = sorted({edge - position for span in spans for edge in span})
     cuts = [0, *(edge for edge in edges if 0 < edge < len(piece)), len(piece)]
     ids, offsets = [], []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         part_ids, part_offsets = encode_with_offsets(tokenizer, piece[begin:end])
         ids += part_ids
         shift = position + begin

@@ -150,6 +150,7 @@ class Owl2Tokenizer(SentencePieceBackend):
         token_ids: int | list[int],
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = False,
         **kwargs: Any,
     ) -> str:
         """The inverse of encoding: runs between control tokens are decoded by SentencePiece, which
@@ -166,7 +167,8 @@ class Owl2Tokenizer(SentencePieceBackend):
                 run_ids = list(run)
                 if (worst := max(run_ids)) >= size or min(run_ids) < 0:
                     raise InputError(
-                        f"Token id {worst} is outside of the tokenizer's {size} pieces: cannot decode it."
+                        f"Token id {worst if worst >= size else min(run_ids)} cannot be decoded: "
+                        f"the tokenizer has ids from 0 to {size - 1}."
                     )
                 text.append(self.sp_model.decode(run_ids))
             else:
@@ -190,10 +192,10 @@ class Owl2Tokenizer(SentencePieceBackend):
         path.write_bytes(self.sp_model.serialized_model_proto())
         return (str(path),)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the mixin's further options go through kwargs
         self, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[str, ...]:
-        """Writes `tokenizer.model` and a `tokenizer_config.json` of a LlamaTokenizer, so that others load it too."""
+        """Writes `tokenizer.model`, and a `tokenizer_config.json` that any LlamaTokenizer reads."""
         files = super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / TOKENIZER_CONFIG_FILE
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -241,8 +243,9 @@ def encode_with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[
         return tokenizer.encode_with_offsets(text)
     if not tokenizer.is_fast:
         raise InputError(
-            f"{type(tokenizer).__name__} does not tell which characters a token stands for, so the words to learn "
-            "cannot be marked. Use the fast version of this tokenizer (a tokenizer.json), or its tokenizer.model."
+            f"{type(tokenizer).__name__} does not tell which characters a token stands for, so the "
+            "words to learn cannot be marked. Use the fast version of this tokenizer (a "
+            "tokenizer.json), or its tokenizer.model."
         )
     if not text:
         return [], []
@@ -251,7 +254,10 @@ def encode_with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What this tokenizer puts before a text: `[bos]`, or nothing (GPT-2's kind). Ends of text are the template's."""
+    """What this tokenizer puts before a text: `[bos]`, or nothing (as GPT-2's kind).
+
+    What it may put at the end is left out: the end of an answer is the chat template's.
+    """
     if tokenizer.bos_token_id is None:
         return []
     if isinstance(tokenizer, Owl2Tokenizer):
@@ -302,8 +308,9 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike[str], vocab_si
         needed = re.search(r"size is smaller than required_chars\. \d+ vs (\d+)", str(error))
         reason = f"these texts need {needed[1]} at least" if needed else str(error)
         raise InputError(
-            f"No tokenizer with vocab_size {vocab_size} can be trained: {reason}. It must hold 259 pieces "
-            "(3 control tokens, 256 bytes) and every letter of the texts, and there must be texts."
+            f"No tokenizer with vocab_size {vocab_size} can be trained: {reason}. It must hold 259 "
+            "pieces (3 control tokens, 256 bytes) and every letter of the texts, and there must be "
+            "texts."
         ) from error
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
