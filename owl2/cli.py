@@ -4,6 +4,7 @@ torch and transformers take seconds to import, so each command imports what it n
 """
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,6 +41,53 @@ def _options(
 def show_version() -> None:
     """Say the version."""
     _print_version(True)
+
+
+@app.command("train")
+def train_model(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Over the recipe's own, such as learning_rate=1e-4 or data.0.count=100.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Train as a recipe says; the same command goes on with a run that was stopped."""
+    from owl2.train.recipe_file import read_recipe
+    from owl2.train.run import train
+
+    result = train(read_recipe(recipe, settings or []))
+    if not result.finished:
+        print(f"stopped after step {result.step} of {result.steps}; the same command goes on")
+        raise typer.Exit(130)
+    print(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {result.model}")
+
+
+data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("show")
+def show_data(
+    model: Annotated[str, typer.Option(help="A checkpoint, whose processor is used.")],
+    source: Annotated[str, typer.Argument(help="A dataset's name, or a .json or .jsonl file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OPTION=VALUE]...",
+            help="The dataset's options, such as split=train; for a file images=DIR.",
+            show_default=False,
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+) -> None:
+    """Print samples as the model gets them; what is learned is green."""
+    from owl2.data.show import show
+
+    show(model, source, settings or [], count)
 
 
 def main() -> None:

@@ -2,15 +2,15 @@
 
 ::
 
-    TrainingSet[i]: Sample ──augment its pictures──► processor.for_training ──► features of one sample
-    Collator: features of a batch ──leave out what has no label──► collate ──► batch
+    TrainingSet[i]: Sample ──augment its pictures──► processor.for_training ──► features
+    Collator: features of several samples ──leave out what has no label──► collate ──► batch
 
     features   input_ids, attention_mask, mm_token_type_ids, labels (1,S); pixel_values (N,3,H,W)
-    batch      the same, (B,S) and (ΣN,3,H,W), S the longest of the batch; no picture: no pixel_values
+    batch      the same, (B,S) and (ΣN,3,H,W), S the longest; without pictures no pixel_values
 
-A sample that was cut to nothing but question teaches nothing. It is left out of its batch, counted,
-and named in a warning. It still has its place in the order of samples, so an epoch has the same
-steps on every device, and no device waits for another.
+A sample of which cutting has left only the question teaches nothing. It is left out of its batch,
+counted, and named in a warning. It keeps its place in the order of samples, so an epoch has the
+same steps on every device, and no device waits for another.
 """
 
 import logging
@@ -119,12 +119,16 @@ class Collator:
 
     def __call__(self, features: Sequence[Features]) -> dict[str, torch.Tensor]:
         """See `collate`. Where nothing is left, one sample stays, with no label: its loss is 0."""
-        kept = [item for item in features if bool((item["labels"] != IGNORED).any())]
-        if missing := len(features) - len(kept):
-            self._count([item for item in features if not any(item is other for other in kept)])
-        return collate(kept or features[:1], self.pad_token_id, self.side)
+        labelled: list[Features] = []
+        unlabelled: list[Features] = []
+        for item in features:
+            has_label = bool((item["labels"] != IGNORED).any())
+            (labelled if has_label else unlabelled).append(item)
+        if unlabelled:
+            self._report(unlabelled)
+        return collate(labelled or unlabelled[:1], self.pad_token_id, self.side)
 
-    def _count(self, unlabelled: Sequence[Features]) -> None:
+    def _report(self, unlabelled: Sequence[Features]) -> None:
         with self._left_out.get_lock():
             self._left_out.value += len(unlabelled)
         for item in unlabelled:

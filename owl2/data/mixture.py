@@ -3,7 +3,7 @@
 ::
 
     source 0: all its samples ─┐
-    source 1: `count` drawn ───┴─► indices 0 … len-1, in the order of the sources; the sampler shuffles
+    source 1: `count` drawn ───┴─► indices 0 … len-1, source after source; the sampler shuffles
 """
 
 from collections.abc import Iterable, Sequence

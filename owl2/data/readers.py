@@ -2,7 +2,7 @@
 
 ::
 
-    .json   LLaVA's: [{"image": "a.png", "conversations": [{"from": "human", "value": ...}, ...]}, ...]
+    .json   LLaVA's: [{"image": "a.png", "conversations": [{"from": "human", "value": ...}, ...]}]
     .jsonl  a line a conversation: {"messages": [{"role": "user", "content": ...}, ...]}
 
 Every row is looked at when the file is read; a bad one raises with the file and the row. Pictures

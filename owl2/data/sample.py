@@ -13,8 +13,8 @@ Message = dict[str, Any]
 class Sample:
     """One conversation in transformers' message format, and where it came from.
 
-    `messages`: `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`; a picture is a
-    part such as `{"type": "image", "path": ...}` and stays unopened until the sample is used.
+    `messages`: `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`; a picture is
+    a part such as `{"type": "image", "path": ...}` and stays unopened until the sample is used.
     `source`: the file and row, or the dataset and item, for whoever has to find it again.
     """
 
@@ -34,11 +34,13 @@ def checked(sample: Sample) -> Sample:
     except InputError as error:
         raise InputError(f"{sample.source}: {error}") from error
     if conversation.is_open:
-        raise InputError(f"{sample.source}: the last turn is the user's; there is no answer to learn.")
+        raise InputError(
+            f"{sample.source}: the last turn is the user's; there is no answer to learn."
+        )
     marked = sum(flat_text(turn["content"]).count(IMAGE_TOKEN) for turn in conversation.turns)
     if marked != len(conversation.pictures):
         raise InputError(
-            f"{sample.source}: the text marks {marked} pictures and {len(conversation.pictures)} come "
-            "with it; these must be the same."
+            f"{sample.source}: the text marks {marked} pictures, and {len(conversation.pictures)} "
+            "come with it; these must be the same."
         )
     return sample

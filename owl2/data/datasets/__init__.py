@@ -7,7 +7,6 @@ from typing import Any
 from owl2.data.datasets.easy_vqa import easy_vqa
 from owl2.data.names import look_up
 from owl2.data.sample import Sample
-from owl2.errors import InputError
 
 # A dataset is a function of the split, and of keyword options that have defaults.
 DATASETS: dict[str, Callable[..., Sequence[Sample]]] = {"easy_vqa": easy_vqa}
@@ -25,8 +24,6 @@ def load_dataset(name: str, split: str = "train", **options: Any) -> Sequence[Sa
         for parameter in inspect.signature(dataset).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    if not known and options:
-        raise InputError(f"The dataset {name!r} has no options; {', '.join(options)} cannot be set.")
     for option in options:
-        look_up(f"option of the dataset {name!r}:", option, known)
+        look_up(f"option of the dataset {name}", option, known)
     return dataset(split, **options)

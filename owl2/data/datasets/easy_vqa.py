@@ -1,7 +1,7 @@
-"""easy-VQA: one coloured shape a picture, questions of one or two forms, 13 answers.
+"""easy-VQA: a picture has one coloured shape; 13 answers tell all that is asked about it.
 
-The PyPI package `easy-vqa` carries it: 4,000 pictures of 64×64 pixels with 38,575 questions to train
-on, 1,000 with 9,673 to test on. The splits are the package's own.
+The PyPI package `easy-vqa` carries it: 4,000 pictures of 64×64 pixels with 38,575 questions to
+train on, 1,000 with 9,673 to test on. The splits are the package's own.
 """
 
 import re
@@ -16,7 +16,7 @@ from owl2.data.sample import Message, Sample
 from owl2.errors import InputError
 
 VQA_PROMPT = "{question}\nAnswer the question using a single word or phrase."  # SPEC 1.5
-PROMPTS = {"short": "{question}"}
+SHORT_PROMPT = "{question}"
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -58,10 +58,10 @@ def easy_vqa(
         InputError: another split, style or prompt; captions of the test split; no such package.
     """
     styles = {"captions": _captions, "joined": _joined, "single": _single}
-    make = look_up("style of the dataset 'easy_vqa':", style, styles)
-    prompt = PROMPTS.get(prompt, prompt)
-    if "{question}" not in prompt:
-        raise InputError(f"The prompt {prompt!r} must be 'short' or have {{question}} in it.")
+    make = look_up("style of the dataset easy_vqa", style, styles)
+    prompt = SHORT_PROMPT if prompt == "short" else prompt
+    if not isinstance(prompt, str) or "{question}" not in prompt:
+        raise InputError(f"The prompt must be 'short' or have {{question}} in it, not {prompt!r}.")
     return make(pictures(split), split, prompt, seed)
 
 
@@ -69,7 +69,7 @@ def pictures(split: str) -> list[Picture]:
     """The pictures of a split in the order of their numbers. Raises `InputError` as `easy_vqa`."""
     package = _package()
     questions, paths = look_up(
-        "split of the dataset 'easy_vqa':",
+        "split of the dataset easy_vqa",
         split,
         {
             "train": (package.get_train_questions, package.get_train_image_paths),
@@ -79,9 +79,7 @@ def pictures(split: str) -> list[Picture]:
     asked: dict[int, list[Question]] = defaultdict(list)
     for number, (text, answer, picture) in enumerate(zip(*questions(), strict=True)):
         asked[picture].append(Question(number, text, answer))
-    return [
-        Picture(number, path, tuple(asked[number])) for number, path in sorted(paths().items())
-    ]
+    return [Picture(number, path, tuple(asked[number])) for number, path in sorted(paths().items())]
 
 
 def _package() -> ModuleType:
@@ -185,18 +183,17 @@ def _known(picture: Picture, kind: tuple[str, ...]) -> str | None:
     denied: set[str] = set()
     for question in picture.questions:
         holds = _holds(question)
-        said = {word for word in kind if word in re.findall(r"\w+", question.text)}
+        said = set(re.findall(r"\w+", question.text)) & set(kind)
         (affirmed if holds else denied).update(said)
         if question.answer in kind:
             affirmed.add(question.answer)
-    if not affirmed and len(denied) == len(kind) - 1:
-        return next(word for word in kind if word not in denied)
-    if len(affirmed) > 1 or affirmed & denied:
+    possible = (affirmed or set(kind)) - denied
+    if len(affirmed) > 1 or not possible:
         raise InputError(
-            f"{picture.path}: its questions and answers contradict each other: "
-            f"{', '.join(sorted(affirmed))}, but not {', '.join(sorted(denied))}."
+            f"{picture.path}: its questions and answers contradict each other: of "
+            f"{', '.join(kind)} they affirm {sorted(affirmed)} and deny {sorted(denied)}."
         )
-    return next(iter(affirmed), None)
+    return possible.pop() if len(possible) == 1 else None
 
 
 def _holds(question: Question) -> bool:
