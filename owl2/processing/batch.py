@@ -13,8 +13,8 @@ from owl2.processing.chat import IMAGE_TOKEN
 def match_pictures(counts: Sequence[int], images: Any) -> list[Any]:
     """Pictures as a user gives them → one flat list in order of appearance.
 
-    `counts`: the placeholders of each prompt. `images`: one picture, a list for all prompts, or a list
-    for each prompt. Raises `InputError` with both counts where they differ.
+    `counts`: the placeholders of each prompt. `images`: one picture, a list for all prompts, or a
+    list for each prompt. Raises `InputError` with both counts where they differ.
     """
     if images is None:
         images = []

@@ -249,8 +249,8 @@ def render_with_answers(
     if not _GENERATION_BLOCK.search(template):
         raise InputError(
             "The chat template does not mark what the model is to learn. In chat_template.jinja, "
-            "put {% generation %} before and {% endgeneration %} after the assistant's text and its "
-            "end token."
+            "put {% generation %} before and {% endgeneration %} after the assistant's text and "
+            "its end token."
         )
     return _render(conversation, template, special_tokens, return_assistant_tokens_mask=True)
 

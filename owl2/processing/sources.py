@@ -149,13 +149,15 @@ def _decode(data: Any, max_pixels: int, name: str) -> Image.Image:
     try:
         with _without_pillow_limit():
             picture = Image.open(stream)
-        with picture:
-            return _to_rgb(picture, max_pixels, name)
     except UnidentifiedImageError as error:
         raise InputError(
             f"{_sentence(name)} is not a picture in a format that Pillow reads "
             "(PNG, JPEG, WebP, ...)."
         ) from error
+    except _DECODING_ERRORS as error:
+        raise _undecodable(name, error) from error
+    with picture:
+        return _to_rgb(picture, max_pixels, name)
 
 
 @contextmanager
@@ -190,10 +192,14 @@ def _to_rgb(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
     except InputError:
         raise
     except _DECODING_ERRORS as error:
-        raise InputError(
-            f"{_sentence(name)} cannot be decoded: {error}. It may be broken or cut off: "
-            "get it again, or save it as PNG."
-        ) from error
+        raise _undecodable(name, error) from error
+
+
+def _undecodable(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"{_sentence(name)} cannot be decoded: {error}. It may be broken or cut off: get it again, "
+        "or save it as PNG."
+    )
 
 
 def _upright(picture: Image.Image) -> Image.Image:

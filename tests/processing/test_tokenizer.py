@@ -1,0 +1,223 @@
+"""Ids are SentencePiece's own, places are right, decoding is the inverse, files round-trip."""
+
+import json
+import pickle
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from owl2.errors import InputError
+from owl2.processing.tokenizer import (
+    Owl2Tokenizer,
+    encode,
+    encode_with_offsets,
+    start_ids,
+    train_tokenizer,
+)
+from tests.processing.samples import TEXTS
+
+STRINGS = [
+    "USER: What is the capital of France? ASSISTANT:",
+    "  runs   of    spaces  ",
+    " ",
+    "\n\n\tdef f(x):\n    return x + 1",
+    "一只猫头鹰站在树枝上。🦉 and é",
+    "no-break space and \u200d joiner",
+    "<|im_start|>user <0x41> s>",
+]
+
+
+@pytest.fixture
+def model(llama_file) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(llama_file))
+
+
+# (SentencePiece writes "▁" for a space, so one in the text comes back as a space.)
+@pytest.mark.parametrize("text", [*STRINGS, "a ▁ b"])
+def test_ids_are_sentencepieces_own(llama, model, text):
+    assert encode(llama, text) == model.encode(text)
+    assert llama(text)["input_ids"] == [1, *model.encode(text)]
+    assert llama(text, add_special_tokens=False)["input_ids"] == model.encode(text)
+
+
+def test_control_tokens_split_the_text(llama, model):
+    text = "one </s>  two<s><unk> three</s>"
+    expected = [*model.encode("one "), 2, *model.encode("  two"), 1, 0, *model.encode(" three"), 2]
+    assert encode(llama, text) == encode_with_offsets(llama, text)[0] == expected
+    assert llama(text)["input_ids"] == [1, *expected]
+    assert llama.decode(expected) == text
+
+
+@pytest.mark.parametrize("text", [*STRINGS, "a</s> b</s>🦉</s>", "<s> x"])
+def test_offsets_cover_the_text(llama, text):
+    ids, offsets = encode_with_offsets(llama, text)
+    assert ids == encode(llama, text)
+    assert len(ids) == len(offsets)
+    position = 0
+    for begin, end in offsets:
+        assert begin == position <= end  # no gap, no overlap
+        position = end
+    assert position == len(text)
+    for id_, (begin, end) in zip(ids, offsets, strict=True):
+        piece = llama.convert_ids_to_tokens(id_)
+        if not piece.startswith("<") and begin < end:
+            assert piece.replace("▁", " ").endswith(text[begin:end])
+
+
+@pytest.mark.parametrize("text", [*STRINGS, "a</s> b</s>🦉</s>"])
+def test_decoding_is_the_inverse(llama, text):
+    ids = llama(text)["input_ids"]
+    assert llama.decode(ids) == "<s>" + text
+    assert llama.batch_decode([ids], skip_special_tokens=True) == [text.replace("</s>", "")]
+
+
+def test_an_answer_has_no_leading_space(llama):
+    prompt, whole = "Where? ASSISTANT:", "Where? ASSISTANT: On  the mat.</s>"
+    answer = encode(llama, whole)[len(encode(llama, prompt)) :]
+    assert llama.decode(answer, skip_special_tokens=True) == "On  the mat."
+    # A stream shows what is new at every step: what was shown is never taken back.
+    shown = ""
+    for count in range(1, len(answer) + 1):
+        text = llama.decode(answer[:count], skip_special_tokens=True)
+        assert text.startswith(shown)
+        shown = text
+
+
+def test_bytes_of_a_character_come_together(llama):
+    ids = encode(llama, "a🦉")
+    assert llama.decode(ids[:-1]).startswith("a\ufffd")
+    assert llama.decode(ids) == "a🦉"
+
+
+def test_ids_that_are_no_tokens(llama):
+    with pytest.raises(InputError, match=r"id 32000 cannot be decoded.*0 to 31999"):
+        llama.decode([5, 32000])
+    with pytest.raises(InputError, match="id -100 cannot"):
+        llama.decode([-100, 5])
+
+
+def test_padding_is_marked(llama):
+    batch = llama(["one", "one two three four"], padding=True)
+    assert llama.pad_token_id == 0
+    assert batch["input_ids"][0][0] == 0
+    assert batch["attention_mask"][0] == [0, 0, 0, 1, 1]
+    assert "token_type_ids" not in batch
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_round_trip(tmp_path, llama, llama_file, legacy):
+    llama.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.model").read_bytes() == llama_file.read_bytes()
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    assert config["tokenizer_class"] == "LlamaTokenizer"
+    # What LLaMA-2's own file says must not change the ids.
+    path.write_text(json.dumps({**config, "legacy": legacy, "pad_token": None}))
+    again = Owl2Tokenizer.from_pretrained(tmp_path)
+    for text in [*STRINGS, "a</s> b"]:
+        assert again(text)["input_ids"] == llama(text)["input_ids"] == [1, *encode(again, text)]
+    assert (again.pad_token, len(again)) == ("<unk>", 32000)
+    (tmp_path / "again").mkdir()
+    again.save_pretrained(tmp_path / "again")
+    llama.save_pretrained(tmp_path)
+    assert (tmp_path / "again/tokenizer_config.json").read_text() == path.read_text()
+
+
+def test_others_read_what_is_saved(tmp_path, llama):
+    llama.save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(theirs).__name__.startswith("LlamaTokenizer")
+    assert theirs("A red bus.")["input_ids"] == llama("A red bus.")["input_ids"]
+
+
+def test_saving_does_not_need_the_file_it_came_from(tmp_path, tiny_file):
+    copy = tmp_path / "tokenizer.model"
+    copy.write_bytes(tiny_file.read_bytes())
+    tokenizer = Owl2Tokenizer(copy)
+    copy.unlink()
+    tokenizer.save_pretrained(tmp_path)
+    assert copy.read_bytes() == tiny_file.read_bytes()
+
+
+def test_added_tokens_survive(tmp_path, llama):
+    llama.add_tokens(["<|box|>"], special_tokens=True)
+    ids = encode(llama, "a<|box|> b")
+    assert ids[1] == 32000 and len(llama) == 32001
+    assert llama.decode(ids) == "a<|box|> b"
+    llama.save_pretrained(tmp_path)
+    again = Owl2Tokenizer.from_pretrained(tmp_path)
+    assert encode(again, "a<|box|> b") == ids and len(again) == 32001
+
+
+def test_workers_can_pickle_it(llama):
+    again = pickle.loads(pickle.dumps(llama))
+    assert encode(again, "a  b</s>") == encode(llama, "a  b</s>")
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(InputError, match=r"No SentencePiece model at '.*gone'"):
+        Owl2Tokenizer(tmp_path / "gone")
+    (tmp_path / "text").write_text("no model")
+    with pytest.raises(InputError, match="is no SentencePiece model"):
+        Owl2Tokenizer(tmp_path / "text")
+
+
+# ------------------------------------------------------------------ other tokenizers
+
+
+def test_a_fast_tokenizer_gives_the_same_form(byte_level):
+    text = "What colour  is the circle?<|im_end|> é"
+    ids, offsets = encode_with_offsets(byte_level, text)
+    assert ids == encode(byte_level, text) == byte_level(text)["input_ids"]
+    assert "".join(text[begin:end] for begin, end in offsets).startswith("What colour  is")
+    assert encode_with_offsets(byte_level, "") == ([], [])
+    assert start_ids(byte_level) == []
+
+
+def test_what_goes_before_a_text(llama, llama_file):
+    assert start_ids(llama) == [1]
+    assert start_ids(Owl2Tokenizer(llama_file, add_bos_token=False)) == []
+
+
+def test_a_tokenizer_without_places_is_refused(byte_level, monkeypatch):
+    monkeypatch.setattr(type(byte_level), "is_fast", False)
+    with pytest.raises(InputError, match=r"does not tell which characters.*tokenizer\.json"):
+        encode_with_offsets(byte_level, "text")
+
+
+# ------------------------------------------------------------------ one's own
+
+
+def test_trained_with_llamas_conventions(tiny_file):
+    tokenizer = Owl2Tokenizer(tiny_file)
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
+    assert len(tokenizer) == 320
+    for text in [*TEXTS, *STRINGS]:
+        ids = tokenizer(text)["input_ids"]
+        assert 0 not in ids  # bytes stand in for what it never saw
+        assert tokenizer.decode(ids) == "<s>" + text
+    assert len(encode(tokenizer, "12")) == 3  # "▁", "1", "2"
+
+
+def test_training_is_quiet_and_gives_the_same_file(tmp_path, capfd):
+    sizes = [train_tokenizer(TEXTS, tmp_path / name, 300) for name in ("a/one.model", "two.model")]
+    assert sizes == [300, 300]
+    assert (tmp_path / "a/one.model").read_bytes() == (tmp_path / "two.model").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "two.model"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_few_texts_give_fewer_pieces(tmp_path):
+    size = train_tokenizer(TEXTS, tmp_path / "m", 100_000)
+    assert 300 < size < 1000
+    assert len(Owl2Tokenizer(tmp_path / "m")) == size
+
+
+def test_training_that_cannot_be(tmp_path, capfd):
+    with pytest.raises(InputError, match=r"vocab_size 200 .*: these texts need \d+ at least"):
+        train_tokenizer(TEXTS, tmp_path / "m", 200)
+    with pytest.raises(InputError, match="there must be texts"):
+        train_tokenizer([], tmp_path / "m", 400)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
