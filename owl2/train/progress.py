@@ -63,13 +63,13 @@ class Watch(TrainerCallback):
     """Writes the log and shows it; a context manager, so that the live line ends with the run."""
 
     def __init__(
-        self, log: RunLog, console: Console, start: Position, samples: Callable[[], int]
+        self, log: RunLog, console: Console, start: Position, counts: Callable[[], tuple[int, int]]
     ) -> None:
-        """`samples` is called for the number of samples seen since the start of this process."""
+        """`counts` is called for the samples seen, and left out, since this process began."""
         self.log = log
         self.console = console
         self._before = start
-        self._samples = samples
+        self._counts = counts
         self._began = self._last_plain = time.perf_counter()
         self._last = start
         self._live: Progress | None = None
@@ -96,9 +96,12 @@ class Watch(TrainerCallback):
 
     def position(self, step: int) -> Position:
         """Where the run stands after `step`, all its processes so far taken together."""
-        seconds = time.perf_counter() - self._began
+        samples, left_out = self._counts()
         return Position(
-            step, self._before.samples + self._samples(), self._before.seconds + seconds
+            step,
+            self._before.samples + samples,
+            self._before.left_out + left_out,
+            self._before.seconds + time.perf_counter() - self._began,
         )
 
     def on_train_begin(

@@ -65,7 +65,8 @@ class DataSource(Part):
     file: str | None = Field(None, description="LLaVA-style .json, or .jsonl of messages")
     images: str | None = Field(None, description="folder that a file's picture paths start from")
     split: str = Field("train", description="the data set's split")
-    options: dict[str, Any] = Field({}, description="the data set's own options, e.g. style")
+    style: str | None = Field(None, description="how the data set becomes conversations")
+    options: dict[str, Any] = Field({}, description="the data set's own other options")
     count: Positive | None = Field(None, description="samples an epoch; null = all of them once")
 
     @model_validator(mode="after")
@@ -74,6 +75,8 @@ class DataSource(Part):
             raise ValueError("give either `dataset` or `file`")
         if self.dataset is not None and self.images is not None:
             raise ValueError("`images` belongs to a `file`; a `dataset` knows its own pictures")
+        if self.file is not None and self.model_fields_set & {"split", "style", "options"}:
+            raise ValueError("`split`, `style` and `options` belong to a `dataset`, not a `file`")
         return self
 
 

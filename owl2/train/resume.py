@@ -34,6 +34,7 @@ class Position:
 
     step: int = 0
     samples: int = 0
+    left_out: int = 0
     seconds: float = 0.0
 
 
@@ -50,11 +51,8 @@ def checkpoints_of(output: Path) -> Path:
     return output / "checkpoints"
 
 
-def prepare_output(recipe: Recipe) -> Saved | None:
-    """Make the output directory ready for this recipe.
-
-    Returns:
-        the state to go on from, or None for a run from the start.
+def find_state(recipe: Recipe) -> Saved | None:
+    """The state that a run of this recipe goes on from, None for a start; changes nothing.
 
     Raises:
         InputError: `output` holds a finished model or another recipe's unfinished run, and
@@ -68,22 +66,32 @@ def prepare_output(recipe: Recipe) -> Saved | None:
         raise InputError(
             f"{output / 'model'} is a finished model; give another `output`, or overwrite=true"
         )
-    identity = recipe.model_dump(mode="json", exclude=INDIFFERENT)
     saved = _latest(checkpoints)
-    if saved is not None:
-        before = json.loads((checkpoints / "recipe.json").read_text(encoding="utf-8"))
-        changed = [key for key in identity if before.get(key) != identity[key]]
-        if not changed:
-            return saved
-        if not recipe.overwrite:
-            raise InputError(
-                f"{output} holds an unfinished run of another recipe (differs in "
-                f"{', '.join(changed)}); give another `output`, or overwrite=true to start anew"
-            )
+    if saved is None:
+        return None
+    before = json.loads((checkpoints / "recipe.json").read_text(encoding="utf-8"))
+    identity = _identity(recipe)
+    changed = [key for key in identity if before.get(key) != identity[key]]
+    if not changed:
+        return saved
+    if recipe.overwrite:
+        return None
+    raise InputError(
+        f"{output} holds an unfinished run of another recipe (differs in {', '.join(changed)}); "
+        "give another `output`, or overwrite=true to start anew"
+    )
+
+
+def begin(recipe: Recipe) -> None:
+    """Make the output directory ready for a run from the start."""
+    checkpoints = checkpoints_of(Path(recipe.output))
     if checkpoints.exists():
         shutil.rmtree(checkpoints)
-    write_whole(checkpoints / "recipe.json", json.dumps(identity, indent=2) + "\n")
-    return None
+    write_whole(checkpoints / "recipe.json", json.dumps(_identity(recipe), indent=2) + "\n")
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude=INDIFFERENT)
 
 
 def _latest(checkpoints: Path) -> Saved | None:
@@ -101,6 +109,17 @@ class KeepState(TrainerCallback):
         """`position` is called with the step when a checkpoint has been written."""
         self.checkpoints = checkpoints_of(output)
         self.position = position
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # The finished model is written next; going on from a last step would train one too many.
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
     def on_save(
         self,

@@ -72,6 +72,7 @@ def test_epochs_take_the_place_of_the_papers_steps():
         ({"max_steps": 250}, "`warmup_steps`"),
         ({"data": [{}]}, "either `dataset` or `file`"),
         ({"data": [{"dataset": "a", "file": "b"}]}, "either `dataset` or `file`"),
+        ({"data": [{"file": "a.json", "style": "b"}]}, "belong to a `dataset`"),
         ({"data": [{"dataset": "a", "images": "b"}]}, "`images` belongs to a `file`"),
     ],
 )

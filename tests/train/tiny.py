@@ -9,9 +9,9 @@ from owl2.model.owl2 import Owl2ForConditionalGeneration
 VISION_BLOCKS = 3
 
 
-def make_config(**settings):
+def make_config(vocab_size=40, **settings):
     return Owl2Config(
-        vocab_size=40,
+        vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,

@@ -1,0 +1,228 @@
+"""A whole run, from a recipe to a model.
+
+checkpoint + processor ──► stage ──► Trainer over the mixture of samples ──► OUTPUT/model
+                                                                             OUTPUT/log.jsonl
+                                                                             OUTPUT/loss.png
+                                                                             OUTPUT/run.json
+"""
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from owl2.data.collate import Collator, TrainingSet
+from owl2.data.datasets import load_dataset
+from owl2.data.mixture import Mixture, Source
+from owl2.data.readers import read_file
+from owl2.errors import InputError
+from owl2.files import whole_directory
+from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.processing.processor import Owl2Processor
+from owl2.train.optimizer import groups_table, parameter_groups
+from owl2.train.progress import RunLog, Watch
+from owl2.train.recipe import DataSource, Recipe
+from owl2.train.report import peak_memory, plot_loss, write_run
+from owl2.train.resume import (
+    KeepState,
+    Position,
+    Saved,
+    StopOnInterrupt,
+    begin,
+    checkpoints_of,
+    find_state,
+)
+from owl2.train.stages import Trained, apply_stage
+from owl2.train.trainer import Owl2Trainer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run. `finished` is False after Ctrl-C: the same recipe then goes on."""
+
+    output: Path
+    finished: bool
+    step: int
+    steps: int
+    seconds: float
+
+    @property
+    def model(self) -> Path:
+        """Where the trained model is, once the run has finished."""
+        return self.output / "model"
+
+
+def train(recipe: Recipe, console: Console | None = None) -> Result:
+    """Train as the recipe says; go on with it if an earlier run of it was stopped.
+
+    Args:
+        console: where the progress is shown; default: the terminal.
+
+    Raises:
+        InputError: for a model, data or settings that cannot be used, an `output` that holds
+            something else, a loss that is not finite.
+    """
+    console = console or Console()
+    saved = find_state(recipe)
+    with _quiet_transformers():
+        model, processor = _load(recipe)
+        trained = apply_stage(model, recipe.stage)
+        samples = _training_set(recipe, processor)
+        _announce(console, recipe, model, trained, len(samples), saved)
+        if saved is None:
+            begin(recipe)
+        return _train(recipe, console, model, processor, trained, samples, saved)
+
+
+def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
+    """The starting checkpoint, in float32: small updates need the digits."""
+    model = Owl2ForConditionalGeneration.from_pretrained(
+        recipe.model, dtype=torch.float32, image_size=recipe.image_size
+    )
+    processor = Owl2Processor.from_pretrained(recipe.model)
+    processor.image_processor.size = model.config.image_size
+    return model, processor
+
+
+def _training_set(recipe: Recipe, processor: Owl2Processor) -> TrainingSet:
+    mixture = Mixture([_source(entry) for entry in recipe.data], recipe.seed)
+    return TrainingSet(
+        mixture,
+        processor,
+        augment=recipe.augment,
+        max_length=recipe.max_length,
+        seed=recipe.seed,
+    )
+
+
+def _source(entry: DataSource) -> Source:
+    if entry.file is not None:
+        return Source(read_file(entry.file, entry.images), entry.count)
+    assert entry.dataset is not None  # a DataSource has one or the other
+    options = entry.options | ({} if entry.style is None else {"style": entry.style})
+    return Source(load_dataset(entry.dataset, entry.split, **options), entry.count)
+
+
+def _announce(
+    console: Console,
+    recipe: Recipe,
+    model: Owl2ForConditionalGeneration,
+    trained: Trained,
+    samples: int,
+    saved: Saved | None,
+) -> None:
+    console.print(f"Stage {recipe.stage}, from {recipe.model}", markup=False)
+    for line in trained.lines():
+        console.print(f"  {line}", highlight=False)
+    groups = parameter_groups(
+        model,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        vision_layer_decay=recipe.vision_layer_decay,
+    )
+    console.print(groups_table(groups))
+    size = model.config.image_size
+    console.print(f"{samples:,} samples an epoch, pictures at {size} x {size} pixels")
+    if saved is not None:
+        console.print(f"Going on after step {saved.position.step}")
+
+
+def _train(
+    recipe: Recipe,
+    console: Console,
+    model: Owl2ForConditionalGeneration,
+    processor: Owl2Processor,
+    trained: Trained,
+    samples: TrainingSet,
+    saved: Saved | None,
+) -> Result:
+    output = Path(recipe.output)
+    start = saved.position if saved is not None else Position()
+    used_cache = model.config.use_cache
+    collator = Collator(processor.tokenizer.pad_token_id or 0)
+    trainer = Owl2Trainer(model, recipe, samples, collator, checkpoints_of(output))
+    log = RunLog(output / "log.jsonl", start)
+    watch = Watch(log, console, start, lambda: (trainer.samples, collator.left_out))
+    stop = StopOnInterrupt()
+    for callback in (watch, KeepState(output, watch.position), stop):
+        trainer.add_callback(callback)
+    try:
+        with watch:
+            trainer.train(resume_from_checkpoint=str(saved.directory) if saved else None)
+    except InputError as error:
+        raise _from_worker(error) from error
+    finally:
+        stop.release()
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    end = watch.position(step)
+    result = Result(output, not stop.stopped, step, steps, end.seconds)
+    if not result.finished:
+        return result
+    model.config.use_cache = used_cache  # which the Trainer switches off
+    with whole_directory(result.model) as directory:
+        model.save_pretrained(directory)
+        processor.save_pretrained(directory)
+    shutil.rmtree(checkpoints_of(output))
+    _report(recipe, console, trainer, log, end, trained)
+    return result
+
+
+def _report(
+    recipe: Recipe,
+    console: Console,
+    trainer: Owl2Trainer,
+    log: RunLog,
+    end: Position,
+    trained: Trained,
+) -> None:
+    output, device = Path(recipe.output), trainer.args.device
+    facts: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "precision": recipe.precision_on(device.type),
+        "steps": end.step,
+        "seconds": end.seconds,
+        "samples": end.samples,
+        "samples_left_out": end.left_out,
+        "samples_per_second": end.samples / max(end.seconds, 1e-9),
+        "peak_memory_bytes": peak_memory(device),
+        "trainable_parameters": trained.trainable_size,
+        "frozen_parameters": trained.frozen_size,
+        "loss": log.lines[-1]["smoothed_loss"],
+    }
+    write_run(output / "run.json", facts)
+    if not plot_loss(output / "loss.png", log.lines, f"{output.name}: stage {recipe.stage}"):
+        hint = "No loss.png: matplotlib is missing (pip install 'mplug-owl2[plot]')"
+        console.print(hint, markup=False)
+
+
+def _from_worker(error: InputError) -> InputError:
+    """An error as it was raised: PyTorch wraps a worker's in the traceback that it came with."""
+    if not str(error).startswith("Caught InputError in DataLoader worker"):
+        return error
+    _, _, message = str(error).rpartition(f"{InputError.__module__}.InputError: ")
+    return InputError(message.strip())
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own bars (loading, saving) between the lines of progress."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # The Trainer reads a checkpoint's config.json as if it were no model's in particular,
+            # and then warns of the name that the released layout has.
+            warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated")
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
