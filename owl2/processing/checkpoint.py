@@ -42,8 +42,9 @@ def find_files(name: str, hub: dict[str, Any]) -> dict[str, Path | None]:
     if files[PREPROCESSOR_FILE] is None:
         missing.append(f"the picture settings ({PREPROCESSOR_FILE})")
     if missing:
+        where = f"'{name}'" if Path(name).is_dir() else f"'{name}' on the hub"
         raise InputError(
-            f"'{name}' holds no processor: {' and '.join(missing)} missing. Copy the files from "
+            f"{where} holds no processor: {' and '.join(missing)} missing. Copy the files from "
             "the checkpoint it was made from, or make one with `owl2 init`."
         )
     return files

@@ -60,7 +60,7 @@ def byte_level() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*TEXTS, *["a\n\nb"] * 20], trainer)
+    tokenizer.train_from_iterator([*TEXTS, *["a\n\n\nb"] * 20], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>"
     )

@@ -1,0 +1,487 @@
+"""Messages, prompts and pictures → the model's inputs; golden/text complete; USERS 6 and 10."""
+
+import json
+import shutil
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from owl2.errors import InputError
+from owl2.processing import checkpoint
+from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import Owl2Tokenizer
+from tests.processing.samples import CHATML, ask
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = range(len(json.loads((GOLDEN / "text" / "cases.json").read_text())["cases"]))
+PLACES = 6
+
+
+def golden_form(processor, values: list[int], ids: list[int]) -> list[int]:
+    """Ids or labels with one entry for each picture's places (the golden files' -200)."""
+    short = []
+    position = 0
+    for is_image, run in groupby(ids, key=lambda id_: id_ == processor.image_token_id):
+        length = len(list(run))
+        part = values[position : position + length]
+        if is_image:
+            assert length % PLACES == 0 and len(set(part)) == 1
+            part = [-200 if part[0] == processor.image_token_id else part[0]] * (length // PLACES)
+        short += part
+        position += length
+    return short
+
+
+def golden_messages(turns: list[dict], picture) -> list[dict]:
+    """The golden conversations as messages, pictures as parts."""
+    messages = []
+    for turn in turns:
+        parts: list[dict] = []
+        for number, text in enumerate(turn["value"].split("<|image|>")):
+            parts += [{"type": "image", "image": picture}] if number else []
+            parts += [{"type": "text", "text": text}] if text else []
+        messages.append(
+            {"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": parts}
+        )
+    return messages
+
+
+# ------------------------------------------------------------------ golden/text
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_golden_prompts(processor, golden_text, picture, number):
+    case = golden_text["cases"][number]
+    pictures = [picture] * case["full_prompt"].count("<|image|>")
+    for form in ("full", "open"):
+        inputs = processor(text=case[f"{form}_prompt"], images=pictures)
+        ids = inputs["input_ids"][0]
+        assert golden_form(processor, ids, ids) == case[f"{form}_ids"]
+    messages = golden_messages(case["conversation"], picture)
+    opened = processor.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=True)
+    assert opened == inputs["input_ids"]
+    assert processor.apply_chat_template(messages) == case["full_prompt"]
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_golden_labels(processor, golden_text, picture, number):
+    case = golden_text["cases"][number]["train"]
+    batch = processor.for_training(golden_messages(case["sources"], picture))
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    assert golden_form(processor, ids, ids) == case["input_ids"]
+    assert golden_form(processor, labels, ids) == case["labels"]
+
+
+# ------------------------------------------------------------------ prompts
+
+
+def test_inputs_of_a_batch(processor, picture):
+    other = Image.new("RGB", (8, 8), (0, 255, 0))
+    prompts = [
+        "USER: no picture ASSISTANT:",
+        "<|image|>a",
+        "USER: <|image|> and <|image|> ASSISTANT:",
+    ]
+    inputs = processor(
+        text=prompts, images=[picture, other, picture], padding=True, return_tensors="pt"
+    )
+    length = inputs["input_ids"].shape[1]
+    assert all(inputs[key].shape == (3, length) for key in ("attention_mask", "mm_token_type_ids"))
+    assert all(
+        inputs[key].dtype == torch.int64
+        for key in ("input_ids", "attention_mask", "mm_token_type_ids")
+    )
+    assert inputs["mm_token_type_ids"].sum(1).tolist() == [0, PLACES, 2 * PLACES]
+    assert (inputs["mm_token_type_ids"] == (inputs["input_ids"] == 32000)).all()
+    assert inputs["pixel_values"].shape == (3, 3, 56, 56)
+    alone = processor(text=prompts[2], images=[other, picture], return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"][1:], alone["pixel_values"])
+    assert "pixel_values" not in processor(text=prompts[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_padding_on_either_side_changes_no_row(processor, picture, side):
+    prompts = ["one", "one two three four five", "<|image|>"]
+    singles = [
+        processor(text=prompt, images=[picture] * prompt.count("<|image|>"))["input_ids"][0]
+        for prompt in prompts
+    ]
+    batch = processor(text=prompts, images=picture, padding="longest", padding_side=side)
+    longest = max(map(len, singles))
+    for row, mask, types, alone in zip(
+        batch["input_ids"],
+        batch["attention_mask"],
+        batch["mm_token_type_ids"],
+        singles,
+        strict=True,
+    ):
+        empty = longest - len(alone)
+        real = slice(0, len(alone)) if side == "right" else slice(empty, longest)
+        assert row[real] == alone
+        assert mask == [int(i in range(longest)[real]) for i in range(longest)]
+        assert sum(types) == (PLACES if 32000 in alone else 0)
+        assert [id_ for id_, m in zip(row, mask, strict=True) if not m] == [0] * empty
+
+
+def test_padding_to_a_length(processor):
+    batch = processor(text=["one", "one two"], padding="max_length", max_length=9)
+    assert [len(row) for row in batch["input_ids"]] == [9, 9]
+    batch = processor(text=["one", "one two"], padding=True, pad_to_multiple_of=8)
+    assert [len(row) for row in batch["input_ids"]] == [8, 8]
+    with pytest.raises(InputError, match="3 tokens, 1 more than max_length 2"):
+        processor(text="one two", padding="max_length", max_length=2)
+    with pytest.raises(InputError, match="needs max_length"):
+        processor(text="one", padding="max_length")
+    with pytest.raises(InputError, match="padding is 'left'"):
+        processor(text="one", padding="left")
+    with pytest.raises(InputError, match="padding_side is 'both'"):
+        processor(text="one", padding_side="both")
+    with pytest.raises(InputError, match="2 to 3 tokens do not fit into one tensor: pass padding"):
+        processor(text=["one", "one two"], return_tensors="pt")
+
+
+def test_the_start_is_added_once(processor):
+    assert processor(text="<s>USER: a")["input_ids"] == processor(text="USER: a")["input_ids"]
+    assert processor(text="USER: a")["input_ids"][0].count(1) == 1
+    assert 1 not in processor(text="USER: a", add_special_tokens=False)["input_ids"][0]
+
+
+@pytest.mark.parametrize("form", ["flat", "nested", "nested with None", "array", "tensor"])
+def test_pictures_of_a_batch_come_in_several_forms(processor, form):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3), dtype=np.uint8)
+    first, second = pictures
+    images = {
+        "flat": [first, second],
+        "nested": [[], [first, second]],
+        "nested with None": [None, [first, second]],
+        "array": pictures,
+        "tensor": torch.from_numpy(pictures),
+    }[form]
+    inputs = processor(text=["none", "<|image|><|image|>"], images=images)
+    expected = processor.image_processor([first, second])["pixel_values"]
+    assert torch.equal(inputs["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        ("<|image|>", None, r"The prompt has 1 <\|image\|> placeholder, but 0 pictures were"),
+        ("none", [1], r"The prompt has 0 <\|image\|> placeholders, but 1 picture was"),
+        ("<|image|><|image|>", [1], "has 2 .* but 1 picture was given"),
+        (["<|image|>", "a"], [1, 2], "The batch has 1 .* but 2 pictures were"),
+        (["<|image|>", "a"], [[], [1]], "Prompt 1 of 2 has 1 .* but 0 pictures"),
+        (["<|image|>", "a"], [[1]], "2 prompts, but pictures for 1"),
+    ],
+)
+def test_a_wrong_count_of_pictures(processor, text, images, message):
+    with pytest.raises(InputError, match=message):
+        processor(text=text, images=images)
+
+
+@pytest.mark.parametrize("text", [None, [], 5, ["a", 5]])
+def test_text_must_be_text(processor, text):
+    with pytest.raises((InputError, TypeError)):
+        processor(text=text)
+
+
+def test_arguments_that_do_not_exist(processor):
+    with pytest.raises(TypeError, match="paddding"):
+        processor(text="a", paddding=True)
+    with pytest.raises(TypeError, match="paddding"):
+        processor.apply_chat_template(ask("a"), paddding=True)
+    with pytest.raises(InputError, match="never cut"):
+        processor(text="a", truncation=True)
+
+
+# ------------------------------------------------------------------ messages
+
+
+def test_messages_to_everything(processor, picture):
+    batch = [ask(picture, "What?"), ask("Hi")]
+    options = {"add_generation_prompt": True}
+    texts = processor.apply_chat_template(batch, **options)
+    assert texts == ["USER: <|image|>What? ASSISTANT:", "USER: Hi ASSISTANT:"]
+    options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    inputs = processor.apply_chat_template(batch, **options)
+    by_text = processor(text=texts, images=[picture], padding=True, return_tensors="pt")
+    assert inputs.keys() == by_text.keys()
+    assert all(torch.equal(inputs[key], by_text[key]) for key in inputs)
+    right = processor.apply_chat_template(batch, padding_side="right", **options)
+    assert right["attention_mask"][1].tolist()[-1] == 0
+    again = processor.apply_chat_template(batch, **options)
+    assert all(torch.equal(inputs[key], again[key]) for key in inputs)
+
+
+def test_a_bare_picture_is_counted(processor, picture):
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == "USER: <|image|>a ASSISTANT:"
+    assert processor(text=prompt, images=picture)["pixel_values"].shape[0] == 1
+    with pytest.raises(InputError, match=r"has 1 .* but 0 pictures"):
+        processor.apply_chat_template(messages, tokenize=True)
+    literal = ask(picture, "<|image|> and this one")
+    with pytest.raises(InputError, match=r"has 2 .* but 1 picture was given"):
+        processor.apply_chat_template(literal, tokenize=True)
+
+
+# ------------------------------------------------------------------ training (USERS 6)
+
+ANSWERS = [
+    "Bus",
+    "  kept?  ",
+    "一只猫头鹰站在树枝上。🦉",
+    "```python\nprint(f(1))\n```",
+    "</s> x",
+    "12\n\n",
+]
+
+
+@pytest.mark.parametrize("kind", ["llama", "tiny", "byte level"])
+@pytest.mark.parametrize("template", ["default", "ChatML"])
+def test_labels_decode_to_exactly_the_answers(
+    kind, template, llama, tiny_file, byte_level, picture
+):
+    tokenizer = {"llama": llama, "tiny": Owl2Tokenizer(tiny_file), "byte level": byte_level}[kind]
+    chat_template = CHATML if template == "ChatML" else None
+    processor = Owl2Processor(Owl2ImageProcessor(28), tokenizer, chat_template, PLACES)
+    space, end = ("", "<|im_end|>") if template == "ChatML" else (" ", tokenizer.eos_token)
+    for answer in ANSWERS:
+        messages = [*ask(picture, "What is it?", answer=answer), *ask("And now?", answer="A cat.")]
+        batch = processor.for_training(messages)
+        assert {key: tuple(value.shape) for key, value in batch.items()} == {
+            **dict.fromkeys(
+                ("input_ids", "attention_mask", "mm_token_type_ids", "labels"),
+                (1, batch["input_ids"].shape[1]),
+            ),
+            "pixel_values": (1, 3, 28, 28),
+        }
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        learned = labels != -100
+        assert (labels[learned] == ids[learned]).all()
+        assert not learned[batch["mm_token_type_ids"][0].bool()].any()
+        runs = [
+            [place for place, _ in run]
+            for is_learned, run in groupby(enumerate(learned.tolist()), lambda item: item[1])
+            if is_learned
+        ]
+        texts = [tokenizer.decode(ids[run]) for run in runs]
+        expected = [f"{space}{answer}{end}", f"{space}A cat.{end}"]
+        if kind != "byte level":  # SentencePiece drops the first space of what it decodes
+            expected = [text.removeprefix(" ") for text in expected]
+        assert texts == expected
+        # The prompt of inference is the beginning of the sample of training.
+        prompt = processor.apply_chat_template(
+            messages[:3], add_generation_prompt=True, tokenize=True
+        )[0]
+        assert ids[: len(prompt)].tolist() == prompt and runs[1][0] == len(prompt)
+
+
+def test_text_only_sample_and_picture_only_turn(processor, picture):
+    batch = processor.for_training(ask("Hi", answer="Hello."))
+    assert "pixel_values" not in batch and not batch["mm_token_type_ids"].any()
+    batch = processor.for_training(ask(picture, answer="A bus."))
+    assert batch["pixel_values"].shape == (1, 3, 56, 56)
+
+
+def test_max_length_cuts_at_the_right(processor, picture):
+    messages = ask(picture, "What is it?", answer="A red bus.")
+    whole = processor.for_training(messages)
+    length = whole["input_ids"].shape[1]
+    cut = processor.for_training(messages, max_length=length - 2)
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
+        assert torch.equal(cut[key], whole[key][:, : length - 2])
+    assert torch.equal(
+        processor.for_training(messages, max_length=length)["labels"], whole["labels"]
+    )
+    prompt = int((whole["labels"] == -100).sum())
+    nothing = processor.for_training(messages, max_length=prompt)
+    assert (nothing["labels"] == -100).all()  # the data side counts it and leaves it out
+    end = 5 + PLACES  # <s> USER : ▁ and the picture
+    assert int(whole["mm_token_type_ids"].nonzero()[-1][1]) == end - 1
+    assert processor.for_training(messages, max_length=end)["input_ids"].shape == (1, end)
+    with pytest.raises(InputError, match=f"has {length} tokens.*at token {end}, beyond max_length"):
+        processor.for_training(messages, max_length=end - 1)
+
+
+def test_samples_that_cannot_be_learned(processor, llama, picture):
+    with pytest.raises(InputError, match="last turn has no answer"):
+        processor.for_training(ask("Hi"))
+    with pytest.raises(InputError, match=r"has 1 .* but 0 pictures"):
+        processor.for_training(ask("<|image|>Hi", answer="x"))
+    with pytest.raises(InputError, match="No picture at"):
+        processor.for_training(ask(Path("gone.png"), answer="x"))
+    processor.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match=r"put \{% generation %\}"):
+        processor.for_training(ask("Hi", answer="x"))
+    processor.chat_template = None
+    with pytest.raises(InputError, match="must be a Jinja text"):
+        processor.for_training(ask("Hi", answer="x"))
+    processor.chat_template = CHATML
+    llama.eos_token = None
+    with pytest.raises(InputError, match="no end token"):
+        processor.for_training(ask("Hi", answer="x"))
+
+
+def test_the_coloured_view_is_the_mask(processor, picture):
+    messages = [*ask(picture, "What?", answer="A  bus."), *ask("Sure?", answer="Yes 🦉")]
+    shown = processor.show_labels(messages)
+    expected = "<s>USER: <|image|>×6What? ASSISTANT: A  bus.</s>USER: Sure? ASSISTANT: Yes 🦉</s>"
+    assert shown.plain == expected
+    bright = [shown.plain[s.start : s.end] for s in shown.spans if s.style == "bold green"]
+    assert bright == [" A  bus.</s>", " Yes 🦉</s>"]
+    assert {str(s.style) for s in shown.spans} == {"dim", "bold green"}
+    console = Console(force_terminal=True, width=200, color_system="standard")
+    with console.capture() as capture:
+        console.print(shown)
+    assert "\x1b[1;32m A  bus.</s>" in capture.get()
+
+
+# ------------------------------------------------------------------ ids → text
+
+
+def test_decoding_prompts_with_pictures(processor, picture):
+    prompt = "USER: <|image|><|image|>one</s> two  ASSISTANT:"
+    ids = processor(text=prompt, images=[picture, picture], return_tensors="pt")["input_ids"]
+    assert processor.decode(ids[0]) == "<s>" + prompt
+    assert processor.batch_decode(ids) == processor.decode(ids) == ["<s>" + prompt]
+    plain = processor.batch_decode(ids, skip_special_tokens=True)
+    assert plain == ["USER: one two  ASSISTANT:"]
+    assert processor.decode([1, 330]) == "<s>A" and processor.decode(330) == "A"
+    assert processor.decode([]) == ""
+
+
+# ------------------------------------------------------------------ files
+
+
+def equal_processors(one: Owl2Processor, other: Owl2Processor, picture) -> None:
+    messages = [*ask(picture, "What  is it?", answer="A bus."), *ask("Sure?", answer="Yes")]
+    for first, second in (
+        (one.for_training(messages), other.for_training(messages)),
+        (one(text=["a", "b  c d"], padding=True), other(text=["a", "b  c d"], padding=True)),
+    ):
+        assert first.keys() == second.keys()
+        assert all(np.array_equal(first[key], second[key]) for key in first)
+    assert one.chat_template == other.chat_template
+    assert one.to_dict() == other.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte level"])
+def test_round_trip(tmp_path, kind, llama, byte_level, picture):
+    tokenizer = llama if kind == "llama" else byte_level
+    template = None if kind == "llama" else CHATML
+    token_id = None if kind == "llama" else 512
+    pixels = Owl2ImageProcessor(28, "pad", max_pixels=5_000)
+    processor = Owl2Processor(pixels, tokenizer, template, 9, token_id)
+    processor.save_pretrained(tmp_path / "a")
+    again = Owl2Processor.from_pretrained(tmp_path / "a")
+    equal_processors(processor, again, picture)
+    assert again.image_token_id == (token_id or 32000) and again.num_image_tokens == 9
+    assert again.image_processor.to_dict() == pixels.to_dict()
+    again.save_pretrained(tmp_path / "b")
+    files, files_again = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"
+    )
+    if kind == "byte level":  # a fast tokenizer's own: transformers adds to it when it loads
+        del files["tokenizer_config.json"], files_again["tokenizer_config.json"]
+    assert files == files_again
+    changed = Owl2Processor.from_pretrained(
+        tmp_path / "a", image_policy="resize", max_pixels=7, chat_template="x"
+    )
+    assert changed.image_processor.policy == "resize" and changed.chat_template == "x"
+    assert changed.image_processor.max_pixels == 7
+
+
+@pytest.fixture
+def released(tmp_path, llama_file) -> Path:
+    """A directory as the authors released it: nothing of ours."""
+    config = {
+        "model_type": "mplug_owl2",
+        "vocab_size": 32000,
+        "visual_config": {"visual_abstractor": {"num_learnable_queries": 5}},
+    }
+    tokenizer = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "padding_side": "right"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    shutil.copy(llama_file, tmp_path / "tokenizer.model")
+    shutil.copy(GOLDEN / "image" / "preprocessor_config.json", tmp_path)
+    return tmp_path
+
+
+def test_the_released_layout(released, processor, picture):
+    loaded = Owl2Processor.from_pretrained(released)
+    equal_processors(processor, loaded, picture)
+    assert (loaded.num_image_tokens, loaded.image_token_id) == (6, 32000)
+    assert loaded.image_processor.policy == "resize"
+
+
+def test_the_models_vocabulary_may_be_larger_than_the_tokenizers(released):
+    config = json.loads((released / "config.json").read_text())
+    (released / "config.json").write_text(json.dumps({**config, "vocab_size": 32064}))
+    loaded = Owl2Processor.from_pretrained(released)
+    assert loaded.image_token_id == 32064
+    loaded.save_pretrained(released)
+    (released / "config.json").unlink()
+    assert Owl2Processor.from_pretrained(released).image_token_id == 32064
+
+
+def test_defaults_without_a_count_of_queries(released):
+    (released / "config.json").write_text(json.dumps({"model_type": "mplug_owl2"}))
+    assert Owl2Processor.from_pretrained(released).num_image_tokens == 65
+
+
+def test_auto_processor(released, processor, picture):
+    from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
+
+    class DummyConfig(PreTrainedConfig):
+        model_type = "owl2_processor_test"
+
+    AutoConfig.register("owl2_processor_test", DummyConfig)
+    AutoProcessor.register(DummyConfig, Owl2Processor)
+    config = json.loads((released / "config.json").read_text())
+    config["model_type"] = "owl2_processor_test"
+    (released / "config.json").write_text(json.dumps(config))
+    loaded = AutoProcessor.from_pretrained(released)
+    assert type(loaded) is Owl2Processor
+    equal_processors(processor, loaded, picture)
+    loaded.save_pretrained(released)  # now found by processor_config.json's class
+    assert type(AutoProcessor.from_pretrained(released)) is Owl2Processor
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise OSError("not today")
+
+
+def test_checkpoints_that_lack_something(tmp_path, released, monkeypatch):
+    with pytest.raises(InputError, match=r"no directory '\./nowhere'"):
+        Owl2Processor.from_pretrained("./nowhere")
+    with pytest.raises(InputError, match=r"'nobody/nothing' on the hub holds no processor"):
+        Owl2Processor.from_pretrained("nobody/nothing")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "cached_file", refuse)
+        with pytest.raises(InputError, match=r"the hub does not give its config.json: not today"):
+            Owl2Processor.from_pretrained("nobody/nothing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match=r"a tokenizer \(tokenizer.model or .* and the picture"):
+        Owl2Processor.from_pretrained(empty)
+    (released / "preprocessor_config.json").write_text("[1")
+    with pytest.raises(InputError, match=r"preprocessor_config.json is no JSON"):
+        Owl2Processor.from_pretrained(released)
+    (released / "preprocessor_config.json").write_text("[1]")
+    with pytest.raises(InputError, match="must hold a JSON object"):
+        Owl2Processor.from_pretrained(released)
+    with pytest.raises(TypeError, match="policy"):
+        Owl2Processor.from_pretrained(released, policy="pad")
+    with pytest.raises(InputError, match="push_to_hub is not offered"):
+        Owl2Processor.save_pretrained(None, tmp_path, push_to_hub=True)
+
+
+def test_the_id_of_pictures_lies_past_the_vocabulary(llama):
+    with pytest.raises(InputError, match="5 is one of the tokenizer's 32000"):
+        Owl2Processor(Owl2ImageProcessor(28), llama, image_token_id=5)
