@@ -1,0 +1,36 @@
+"""What the tests of data share: a processor small enough to count its tokens."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
+
+PLACES = 5
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    texts = ["USER: what color is the circle?", " ASSISTANT: red", "a blue rectangle. yes no"]
+    train_tokenizer(texts, path, 320)
+    return path
+
+
+@pytest.fixture
+def processor(tokenizer_file) -> Owl2Processor:
+    images = Owl2ImageProcessor(size=8)
+    return Owl2Processor(images, Owl2Tokenizer(tokenizer_file), num_image_tokens=PLACES)
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """12×8 pixels, every one of another colour."""
+    path = tmp_path / "picture.png"
+    made = Image.new("RGB", (12, 8))
+    made.putdata([(x * 20, y * 30, x * y) for y in range(8) for x in range(12)])
+    made.save(path)
+    return path

@@ -1,0 +1,197 @@
+"""On the package's own files: what is said of them, and that the splits stay apart."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from owl2.data.datasets.easy_vqa import (
+    COLOURS,
+    SHAPES,
+    Picture,
+    Question,
+    caption,
+    easy_vqa,
+    pictures,
+)
+from owl2.data.sample import checked
+from owl2.errors import InputError
+from owl2.processing.chat import read_messages
+from owl2.processing.sources import load_image
+
+SUFFIX = "\nAnswer the question using a single word or phrase."
+
+
+def path_of(sample) -> Path:
+    (path,) = read_messages(sample.messages).pictures
+    return Path(path)
+
+
+def pairs(sample) -> list[tuple[str, str]]:
+    """(question as the user puts it, answer) of each round, without the picture."""
+    said = [
+        turn["content"] if isinstance(turn["content"], str) else turn["content"][-1]["text"]
+        for turn in sample.messages
+    ]
+    return list(zip(said[::2], said[1::2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("split", "images", "questions"), [("train", 4000, 38575), ("test", 1000, 9673)]
+)
+def test_single_is_every_question_in_the_packages_order(split, images, questions):
+    samples = easy_vqa(split, prompt="short")
+    assert len(samples) == questions
+    assert len({path_of(sample) for sample in samples}) == images
+    import easy_vqa as package
+
+    texts, answers, numbers = getattr(package, f"get_{split}_questions")()
+    paths = getattr(package, f"get_{split}_image_paths")()
+    for place in (0, 1, questions // 2, questions - 1):
+        assert pairs(samples[place]) == [(texts[place], answers[place])]
+        assert path_of(samples[place]) == Path(paths[numbers[place]])
+        assert samples[place].source == f"easy_vqa/{split}#{place}"
+
+
+def test_the_splits_share_no_picture():
+    directories = {
+        split: {path_of(sample).parent for sample in easy_vqa(split)} for split in ("train", "test")
+    }
+    assert {path.parent.name for path in directories["train"]} == {"train"}
+    assert {path.parent.name for path in directories["test"]} == {"test"}
+
+
+@pytest.mark.parametrize("style", ["captions", "joined", "single"])
+def test_samples_are_well_formed(style):
+    samples = easy_vqa("train", style=style)
+    for sample in samples[::97]:
+        checked(sample)
+        assert sample.messages[0]["content"][0]["type"] == "image"
+        assert load_image(path_of(sample)).size == (64, 64)
+
+
+def test_joined_holds_all_questions_of_a_picture_in_another_order():
+    joined = {path_of(sample): sample for sample in easy_vqa("train", style="joined")}
+    assert len(joined) == 4000
+    single: dict[Path, list] = {}
+    for sample in easy_vqa("train"):
+        single.setdefault(path_of(sample), []).extend(pairs(sample))
+    reordered = 0
+    for path, sample in joined.items():
+        assert Counter(pairs(sample)) == Counter(single[path])
+        reordered += pairs(sample) != single[path]
+    assert reordered > 3900
+
+
+def test_joined_order_depends_on_the_seed_only():
+    first, again, other = (easy_vqa("train", style="joined", seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert sum(one != two for one, two in zip(first, other, strict=True)) > 3900
+
+
+def test_prompts():
+    def first(**options) -> str:
+        return pairs(easy_vqa("test", **options)[0])[0][0]
+
+    assert first() == f"what is the red shape?{SUFFIX}"
+    assert first(prompt="short") == "what is the red shape?"
+    assert first(prompt="{braces} Q: {question}") == "{braces} Q: what is the red shape?"
+    joined = easy_vqa("test", style="joined")[0]
+    assert all(question.endswith(SUFFIX) for question, _ in pairs(joined))
+
+
+@pytest.mark.parametrize(
+    ("split", "options", "complaint"),
+    [
+        ("validation", {}, "'validation' is no split .* test, train"),
+        ("train", {"style": "caption"}, "Do you mean 'captions'"),
+        ("train", {"style": ["single"]}, "is no style"),
+        ("train", {"prompt": "what?"}, "must be 'short' or have {question}"),
+        ("train", {"prompt": 3}, "must be 'short' or have {question}"),
+        ("test", {"style": "captions"}, "for evaluation only"),
+    ],
+)
+def test_wrong_options(split, options, complaint):
+    with pytest.raises(InputError, match=complaint):
+        easy_vqa(split, **options)
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(InputError, match=r"pip install 'mplug-owl2\[data\]'"):
+        easy_vqa("train")
+
+
+# ------------------------------------------------------------------ captions
+
+
+def asked(*questions: tuple[str, str]) -> Picture:
+    rows = [Question(number, *question) for number, question in enumerate(questions)]
+    return Picture(0, "0.png", tuple(rows))
+
+
+@pytest.mark.parametrize(
+    ("questions", "expected"),
+    [
+        (
+            [("what shape is present?", "circle"), ("what color is the shape?", "red")],
+            "a red circle.",
+        ),
+        ([("what is the blue shape?", "triangle")], "a blue triangle."),
+        ([("what color is the triangle?", "teal")], "a teal triangle."),
+        ([("is there a circle?", "yes")], "a circle."),
+        ([("is no circle present?", "no")], "a circle."),
+        ([("does the image not contain a gray shape?", "no")], "a gray shape."),
+        ([("is there not a circle?", "yes")], "a shape."),
+        ([("is there a circle?", "no"), ("is no triangle present?", "yes")], "a rectangle."),
+        (
+            [(f"is there a {colour} shape?", "no") for colour in COLOURS[1:]],
+            f"a {COLOURS[0]} shape.",
+        ),
+        ([(f"is there a {colour} shape?", "no") for colour in COLOURS[2:]], "a shape."),
+    ],
+)
+def test_caption_says_what_the_answers_tell(questions, expected):
+    assert caption(asked(*questions)) == expected
+
+
+@pytest.mark.parametrize(
+    "questions",
+    [
+        [("what shape is present?", "circle"), ("is there a triangle?", "yes")],
+        [("what shape is present?", "circle"), ("is there a circle?", "no")],
+        [(f"is there a {shape}?", "no") for shape in SHAPES],
+    ],
+)
+def test_contradictions_are_refused(questions):
+    with pytest.raises(InputError, match=r"0\.png: its questions and answers contradict"):
+        caption(asked(*questions))
+
+
+def test_how_complete_the_captions_are():
+    words = [caption(picture)[2:-1].split() for picture in pictures("train")]
+    told = Counter((bool({*said} & {*COLOURS}), bool({*said} & {*SHAPES})) for said in words)
+    assert told == {(True, True): 3578, (False, True): 259, (True, False): 134, (False, False): 29}
+
+
+def test_captions_name_the_colour_that_the_picture_is_painted_in():
+    paint = {
+        "black": (0, 0, 0),
+        "blue": (0, 0, 255),
+        "brown": (165, 42, 42),
+        "gray": (128, 128, 128),
+        "green": (0, 255, 0),
+        "red": (255, 0, 0),
+        "teal": (0, 128, 128),
+        "yellow": (255, 255, 0),
+    }
+    compared = 0
+    for picture in pictures("train")[::4]:
+        colour = caption(picture).split()[1]
+        if colour in COLOURS:
+            counts = sorted(load_image(picture.path).getcolors(64 * 64), reverse=True)
+            shape_and_background = [value for _, value in counts[:2]]
+            assert paint[colour] in shape_and_background, picture.path
+            compared += 1
+    assert compared > 900

@@ -1,0 +1,20 @@
+import pytest
+
+from owl2.data.datasets import DATASETS, load_dataset
+from owl2.errors import InputError
+
+
+def test_options_reach_the_dataset(monkeypatch):
+    def colours(split: str, *, bright: bool = False) -> list[str]:
+        return [f"{split} {bright}"]
+
+    monkeypatch.setitem(DATASETS, "colours", colours)
+    assert load_dataset("colours") == ["train False"]
+    assert load_dataset("colours", "test", bright=True) == ["test True"]
+    with pytest.raises(InputError, match=r"'brigth' is no option .* Do you mean 'bright'"):
+        load_dataset("colours", brigth=True)
+
+
+def test_unknown_dataset():
+    with pytest.raises(InputError, match=r"'easy-vqa' is no dataset\. Do you mean 'easy_vqa'"):
+        load_dataset("easy-vqa")

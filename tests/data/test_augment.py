@@ -1,0 +1,74 @@
+from collections import Counter
+from random import Random
+
+import pytest
+from PIL import Image
+
+from owl2.data.augment import AUGMENTATIONS, CROP_ATTEMPTS, MIN_AREA, RATIOS, _random_box
+
+
+@pytest.fixture
+def square() -> Image.Image:
+    made = Image.new("RGB", (6, 6))
+    made.putdata([(x * 40, y * 40, x * y) for y in range(6) for x in range(6)])
+    return made
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_same_chance_same_picture_and_the_given_one_stays(square, name):
+    before = square.tobytes()
+    change = AUGMENTATIONS[name]
+    results = [change(square, Random(seed)).tobytes() for seed in (1, 1)]
+    assert results[0] == results[1]
+    assert square.tobytes() == before
+    different = {change(square, Random(seed)).tobytes() for seed in range(50)}
+    assert len(different) == 1 if name == "none" else len(different) > 5
+
+
+def test_dihedral_is_the_eight_symmetries_evenly(square):
+    seen = Counter(AUGMENTATIONS["dihedral"](square, Random(seed)).tobytes() for seed in range(800))
+    quarter = [square.rotate(90 * turns) for turns in range(4)]
+    mirrored = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in quarter]
+    assert set(seen) == {picture.tobytes() for picture in quarter + mirrored}
+    assert min(seen.values()) > 60
+
+
+def test_dihedral_of_a_wide_picture(picture):
+    wide = Image.open(picture)
+    sizes = {AUGMENTATIONS["dihedral"](wide, Random(seed)).size for seed in range(50)}
+    assert sizes == {(12, 8), (8, 12)}
+
+
+def test_crop_flip_gives_squares_of_a_large_part():
+    grey = Image.linear_gradient("L").rotate(90).convert("RGB").resize((200, 100))
+    flipped = 0
+    for seed in range(400):
+        part = AUGMENTATIONS["crop_flip"](grey, Random(seed))
+        assert part.width == part.height
+        flipped += part.getpixel((0, 0)) > part.getpixel((part.width - 1, 0))
+    assert 150 < flipped < 250
+
+
+def test_crops_are_within_the_bounds():
+    chance = Random(0)
+    shares = []
+    for _ in range(2000):
+        left, top, width, height = _random_box(300, 200, chance)
+        assert 0 <= left <= 300 - width
+        assert 0 <= top <= 200 - height
+        if (width, height) != (300, 200):
+            assert RATIOS[0] - 0.01 < width / height < RATIOS[1] + 0.01
+            shares.append(width * height / 60_000)
+    assert MIN_AREA - 0.01 < min(shares) < 0.52
+    assert max(shares) > 0.85
+
+
+def test_a_picture_too_narrow_for_any_crop_is_kept_whole():
+    assert CROP_ATTEMPTS > 0
+    assert _random_box(1000, 1, Random(0)) == (0, 0, 1000, 1)
+
+
+def test_one_pixel(square):
+    dot = square.crop((2, 2, 3, 3))
+    for change in AUGMENTATIONS.values():
+        assert change(dot, Random(0)).tobytes() == dot.tobytes()

@@ -1,0 +1,42 @@
+import pytest
+
+from owl2.data.sample import Sample, checked
+from owl2.errors import InputError
+
+PICTURE = {"type": "image", "path": "not opened.png"}
+
+
+def talk(*contents) -> list[dict]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        talk("hello", "hi"),
+        talk([PICTURE], "a red circle."),
+        talk([PICTURE, PICTURE, {"type": "text", "text": "same?"}], "no", "sure?", "yes"),
+    ],
+)
+def test_good_samples_pass_as_they_are(messages):
+    sample = Sample(messages, "here")
+    assert checked(sample) is sample
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "empty"),
+        (talk("hello"), "no answer to learn"),
+        (talk("hello", "hi", "and?"), "no answer to learn"),
+        ([{"role": "assistant", "content": "hi"}], "'user' is due"),
+        (talk("<|image|>what?", "hm"), "marks 1 pictures, and 0 come"),
+        (talk([{"type": "image"}], "hm"), "marks 1 pictures, and 0 come"),
+        (talk([{"type": "sound"}], "hm"), "part 0"),
+    ],
+)
+def test_bad_samples_say_where_they_came_from(messages, complaint):
+    with pytest.raises(InputError, match=complaint) as caught:
+        checked(Sample(messages, "talks.jsonl:17"))
+    assert str(caught.value).startswith("talks.jsonl:17: ")

@@ -1,0 +1,80 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from owl2.data.show import open_source, show
+from owl2.errors import InputError
+
+
+@pytest.fixture
+def checkpoint(tmp_path, processor):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def talks(tmp_path):
+    turns = [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": "red"}]
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps([{"image": "not opened.png", "conversations": turns}] * 3))
+    return path
+
+
+def test_learned_words_are_green_and_others_are_not(checkpoint, talks):
+    console = Console(force_terminal=True, color_system="standard", width=80, record=True)
+    with console.capture() as capture:
+        show(str(checkpoint), str(talks), [], 2, console)
+    shown = capture.get()
+    assert shown.count("\x1b[1;32m red</s>") == 2
+    assert "\x1b[2mUSER: <|image|>×5\nwhat color? ASSISTANT:" in shown.replace(
+        "\x1b[0m\n\x1b[2m", "\n"
+    )
+    assert f"{talks}:0" in shown
+    assert f"{talks}:2" not in shown
+    assert "2 of 3 samples" in shown
+
+
+def test_dataset_with_options():
+    samples = open_source("easy_vqa", ["split=train", "style=joined", "prompt=short", "seed=5"])
+    assert len(samples) == 4000
+
+
+def test_file_with_picture_directory(talks, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (sample, *_) = open_source(str(talks), [f"images={tmp_path / 'pictures'}"])
+    assert str(tmp_path / "pictures" / "not opened.png") in repr(sample.messages)
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "complaint"),
+    [
+        ("easy_vq", [], "'easy_vq' is no dataset. Do you mean 'easy_vqa'"),
+        ("easy_vqa", ["style"], "'style' must have the form option=value"),
+        ("easy_vqa", ["=3"], "must have the form option=value"),
+        ("easy_vqa", ["stile=joined"], "Do you mean 'style'"),
+        ("easy_vqa", ["name=joined"], "'name' is no option"),
+        ("easy_vqa", ["style=[unclosed"], "the value cannot be read"),
+        ("talks.json", ["split=train"], "has the setting 'images' only, not split"),
+    ],
+)
+def test_wrong_settings(source, settings, complaint):
+    with pytest.raises(InputError, match=complaint):
+        open_source(source, settings)
+
+
+def test_the_command(checkpoint, talks):
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "owl2", "data", "show", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    good = run("--model", str(checkpoint), str(talks), "--count", "1")
+    assert good.returncode == 0, good.stderr
+    assert "ASSISTANT: red</s>" in good.stdout
+    bad = run("--model", str(checkpoint), "no-such.json")
+    assert bad.returncode == 2
+    assert bad.stderr == "error: no-such.json cannot be read: No such file or directory.\n"
