@@ -97,7 +97,7 @@ def main() -> None:
     says what), and with 130 on Ctrl-C; the latter and wrong usage are typer's own doing.
     """
     try:
-        app()
+        app(prog_name="owl2")
     except InputError as error:
         _complain(str(error))
         sys.exit(2)

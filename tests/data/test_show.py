@@ -1,10 +1,10 @@
 import json
-import subprocess
 import sys
 
 import pytest
 from rich.console import Console
 
+from owl2.cli import main
 from owl2.data.show import open_source, show
 from owl2.errors import InputError
 
@@ -67,14 +67,15 @@ def test_wrong_settings(source, settings, complaint):
         open_source(source, settings)
 
 
-def test_the_command(checkpoint, talks):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "owl2", "data", "show", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_the_command(checkpoint, talks, monkeypatch, capsys):
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["owl2", "data", "show", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code
 
-    good = run("--model", str(checkpoint), str(talks), "--count", "1")
-    assert good.returncode == 0, good.stderr
-    assert "ASSISTANT: red</s>" in good.stdout
-    bad = run("--model", str(checkpoint), "no-such.json")
-    assert bad.returncode == 2
-    assert bad.stderr == "error: no-such.json cannot be read: No such file or directory.\n"
+    assert run("--model", str(checkpoint), str(talks), "--count", "1") == 0
+    assert "ASSISTANT: red</s>" in capsys.readouterr().out
+    assert run("--model", str(checkpoint), "no-such.json") == 2
+    expected = "error: no-such.json cannot be read: No such file or directory.\n"
+    assert capsys.readouterr().err == expected
