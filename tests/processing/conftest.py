@@ -30,8 +30,9 @@ def llama_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def llama(llama_file) -> Owl2Tokenizer:
+    """For all tests, as it takes a while to load: a test that changes it makes its own."""
     return Owl2Tokenizer(llama_file)
 
 

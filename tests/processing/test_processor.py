@@ -309,7 +309,7 @@ def test_max_length_cuts_at_the_right(processor, picture):
         processor.for_training(messages, max_length=end - 1)
 
 
-def test_samples_that_cannot_be_learned(processor, llama, picture):
+def test_samples_that_cannot_be_learned(processor, llama_file, picture):
     with pytest.raises(InputError, match="last turn has no answer"):
         processor.for_training(ask("Hi"))
     with pytest.raises(InputError, match=r"has 1 .* but 0 pictures"):
@@ -323,7 +323,8 @@ def test_samples_that_cannot_be_learned(processor, llama, picture):
     with pytest.raises(InputError, match="must be a Jinja text"):
         processor.for_training(ask("Hi", answer="x"))
     processor.chat_template = CHATML
-    llama.eos_token = None
+    processor.tokenizer = Owl2Tokenizer(llama_file)
+    processor.tokenizer.eos_token = None
     with pytest.raises(InputError, match="no end token"):
         processor.for_training(ask("Hi", answer="x"))
 

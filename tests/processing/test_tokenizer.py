@@ -140,7 +140,8 @@ def test_saving_does_not_need_the_file_it_came_from(tmp_path, tiny_file):
     assert copy.read_bytes() == tiny_file.read_bytes()
 
 
-def test_added_tokens_survive(tmp_path, llama):
+def test_added_tokens_survive(tmp_path, llama_file):
+    llama = Owl2Tokenizer(llama_file)
     llama.add_tokens(["<|box|>"], special_tokens=True)
     ids = encode(llama, "a<|box|> b")
     assert ids[1] == 32000 and len(llama) == 32001
