@@ -170,8 +170,8 @@ class Owl2Processor(ProcessorMixin):
 
         As transformers has it: `tokenize=False` gives the text (a list for a list), `tokenize=True`
         the ids, with `return_dict=True` the `BatchFeature` of `__call__`, pictures of the messages
-        read. `add_generation_prompt` opens the assistant's turn. Other keywords are variables of
-        the template, and it must know them.
+        read. `add_generation_prompt` opens the assistant's turn. `processor_kwargs`: further
+        keywords of `__call__`; all others are variables of the template, and it must know them.
 
         Raises `InputError`: see `chat.read_messages` and `__call__`.
         """
@@ -201,14 +201,14 @@ class Owl2Processor(ProcessorMixin):
         ]
         if not tokenize:
             return texts if is_batch else texts[0]
-        inputs = self(
-            text=texts,
-            images=[list(item.pictures) for item in conversations],
-            padding=padding,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
+        options = {
+            "padding": padding,
+            "padding_side": padding_side,
+            "return_tensors": return_tensors,
             **(processor_kwargs or {}),
-        )
+        }
+        pictures = [list(item.pictures) for item in conversations]
+        inputs = self(text=texts, images=pictures, **options)
         return inputs if return_dict else inputs["input_ids"]
 
     # -------------------------------------------------------------- training

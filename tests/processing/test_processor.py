@@ -1,6 +1,7 @@
 """Messages, prompts and pictures → the model's inputs; golden/text complete; USERS 6 and 10."""
 
 import json
+import pickle
 import shutil
 from itertools import groupby
 from pathlib import Path
@@ -216,6 +217,8 @@ def test_messages_to_everything(processor, picture):
     assert right["attention_mask"][1].tolist()[-1] == 0
     again = processor.apply_chat_template(batch, **options)
     assert all(torch.equal(inputs[key], again[key]) for key in inputs)
+    options["processor_kwargs"] = {"padding": "max_length", "max_length": 40}
+    assert processor.apply_chat_template(batch, **options)["input_ids"].shape == (2, 40)
 
 
 def test_a_bare_picture_is_counted(processor, picture):
@@ -481,6 +484,10 @@ def test_checkpoints_that_lack_something(tmp_path, released, monkeypatch):
         Owl2Processor.from_pretrained(released, policy="pad")
     with pytest.raises(InputError, match="push_to_hub is not offered"):
         Owl2Processor.save_pretrained(None, tmp_path, push_to_hub=True)
+
+
+def test_workers_can_pickle_it(processor, picture):
+    equal_processors(processor, pickle.loads(pickle.dumps(processor)), picture)
 
 
 def test_the_id_of_pictures_lies_past_the_vocabulary(llama):
