@@ -5,11 +5,11 @@ Every error names the picture, and whatever a user can cause is an `InputError`.
 
 import base64
 import binascii
+import http.client
 import io
 import os
 import struct
 import threading
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -119,7 +119,7 @@ def _fetch(url: str) -> bytes:
     try:
         with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as reply:
             data: bytes = reply.read(URL_MAX_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (http.client.HTTPException, OSError, ValueError) as error:  # URLError is an OSError
         raise InputError(f"The picture at {url} cannot be fetched: {error}.") from error
     if len(data) > URL_MAX_BYTES:
         raise InputError(

@@ -1,5 +1,9 @@
 """Texts, a template and messages that several of these tests use."""
 
+import numpy as np
+
+from owl2.processing.processor import Owl2Processor
+
 TEXTS = [
     "USER: What colour is the circle? ASSISTANT: red",
     "USER: Is there a triangle in the picture?\n\nASSISTANT: yes, 12 of them",
@@ -31,3 +35,16 @@ def ask(*parts: object, answer: str | None = None) -> list[dict]:
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     return messages
+
+
+def equal_processors(one: Owl2Processor, other: Owl2Processor, picture: object) -> None:
+    """Asserts that both give the same samples and prompts."""
+    messages = [*ask(picture, "What  is it?", answer="A bus."), *ask("Sure?", answer="Yes")]
+    for first, second in (
+        (one.for_training(messages), other.for_training(messages)),
+        (one(text=["a", "b  c d"], padding=True), other(text=["a", "b  c d"], padding=True)),
+    ):
+        assert first.keys() == second.keys()
+        assert all(np.array_equal(first[key], second[key]) for key in first)
+    assert one.chat_template == other.chat_template
+    assert one.to_dict() == other.to_dict()

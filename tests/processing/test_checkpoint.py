@@ -1,0 +1,126 @@
+"""A processor is saved with a checkpoint and comes back; the released layout is read as it is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from owl2.errors import InputError
+from owl2.processing import checkpoint
+from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.processor import Owl2Processor
+from tests.processing.samples import CHATML, equal_processors
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte level"])
+def test_round_trip(tmp_path, kind, llama, byte_level, picture):
+    tokenizer = llama if kind == "llama" else byte_level
+    template = None if kind == "llama" else CHATML
+    token_id = None if kind == "llama" else 512
+    pixels = Owl2ImageProcessor(28, "pad", max_pixels=5_000)
+    processor = Owl2Processor(pixels, tokenizer, template, 9, token_id)
+    processor.save_pretrained(tmp_path / "a")
+    again = Owl2Processor.from_pretrained(tmp_path / "a")
+    equal_processors(processor, again, picture)
+    assert again.image_token_id == (token_id or 32000) and again.num_image_tokens == 9
+    assert again.image_processor.to_dict() == pixels.to_dict()
+    again.save_pretrained(tmp_path / "b")
+    files, files_again = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"
+    )
+    if kind == "byte level":  # a fast tokenizer's own: transformers adds to it when it loads
+        del files["tokenizer_config.json"], files_again["tokenizer_config.json"]
+    assert files == files_again
+    changed = Owl2Processor.from_pretrained(
+        tmp_path / "a", image_policy="resize", max_pixels=7, chat_template="x"
+    )
+    assert changed.image_processor.policy == "resize" and changed.chat_template == "x"
+    assert changed.image_processor.max_pixels == 7
+
+
+@pytest.fixture
+def released(tmp_path, llama_file) -> Path:
+    """A directory as the authors released it: nothing of ours."""
+    config = {
+        "model_type": "mplug_owl2",
+        "vocab_size": 32000,
+        "visual_config": {"visual_abstractor": {"num_learnable_queries": 5}},
+    }
+    tokenizer = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "padding_side": "right"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    shutil.copy(llama_file, tmp_path / "tokenizer.model")
+    shutil.copy(GOLDEN / "image" / "preprocessor_config.json", tmp_path)
+    return tmp_path
+
+
+def test_the_released_layout(released, processor, picture):
+    loaded = Owl2Processor.from_pretrained(released)
+    equal_processors(processor, loaded, picture)
+    assert (loaded.num_image_tokens, loaded.image_token_id) == (6, 32000)
+    assert loaded.image_processor.policy == "resize"
+
+
+def test_the_models_vocabulary_may_be_larger_than_the_tokenizers(released):
+    config = json.loads((released / "config.json").read_text())
+    (released / "config.json").write_text(json.dumps({**config, "vocab_size": 32064}))
+    loaded = Owl2Processor.from_pretrained(released)
+    assert loaded.image_token_id == 32064
+    loaded.save_pretrained(released)
+    (released / "config.json").unlink()
+    assert Owl2Processor.from_pretrained(released).image_token_id == 32064
+
+
+def test_defaults_without_a_count_of_queries(released):
+    (released / "config.json").write_text(json.dumps({"model_type": "mplug_owl2"}))
+    assert Owl2Processor.from_pretrained(released).num_image_tokens == 65
+
+
+def test_auto_processor(released, processor, picture):
+    from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
+
+    class DummyConfig(PreTrainedConfig):
+        model_type = "owl2_processor_test"
+
+    AutoConfig.register("owl2_processor_test", DummyConfig)
+    AutoProcessor.register(DummyConfig, Owl2Processor)
+    config = json.loads((released / "config.json").read_text())
+    config["model_type"] = "owl2_processor_test"
+    (released / "config.json").write_text(json.dumps(config))
+    loaded = AutoProcessor.from_pretrained(released)
+    assert type(loaded) is Owl2Processor
+    equal_processors(processor, loaded, picture)
+    loaded.save_pretrained(released)  # now found by processor_config.json's class
+    assert type(AutoProcessor.from_pretrained(released)) is Owl2Processor
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise OSError("not today")
+
+
+def test_checkpoints_that_lack_something(tmp_path, released, monkeypatch):
+    with pytest.raises(InputError, match=r"no directory '\./nowhere'"):
+        Owl2Processor.from_pretrained("./nowhere")
+    with pytest.raises(InputError, match=r"'nobody/nothing' on the hub holds no processor"):
+        Owl2Processor.from_pretrained("nobody/nothing")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "cached_file", refuse)
+        with pytest.raises(InputError, match=r"the hub does not give its config.json: not today"):
+            Owl2Processor.from_pretrained("nobody/nothing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match=r"a tokenizer \(tokenizer.model or .* and the picture"):
+        Owl2Processor.from_pretrained(empty)
+    (released / "preprocessor_config.json").write_text("[1")
+    with pytest.raises(InputError, match=r"preprocessor_config.json is no JSON"):
+        Owl2Processor.from_pretrained(released)
+    (released / "preprocessor_config.json").write_text("[1]")
+    with pytest.raises(InputError, match="must hold a JSON object"):
+        Owl2Processor.from_pretrained(released)
+    with pytest.raises(TypeError, match="policy"):
+        Owl2Processor.from_pretrained(released, policy="pad")
+    with pytest.raises(InputError, match="push_to_hub is not offered"):
+        Owl2Processor.save_pretrained(None, tmp_path, push_to_hub=True)
