@@ -54,5 +54,10 @@ class Multiway(nn.Module):
         if routing is None:
             return self.multiway[TEXT](hidden_states)
         rows = hidden_states.flatten(0, 1)  # (B·S, D)
-        parts = [way(rows[index]) for way, index in zip(self.multiway, routing.rows, strict=True)]
-        return torch.cat(parts)[routing.order].unflatten(0, hidden_states.shape[:2])
+        # index_select: its gradient is an index_add, several times faster than that of rows[index].
+        parts = [
+            way(rows.index_select(0, index))
+            for way, index in zip(self.multiway, routing.rows, strict=True)
+        ]
+        joined = torch.cat(parts).index_select(0, routing.order)
+        return joined.unflatten(0, hidden_states.shape[:2])

@@ -233,7 +233,9 @@ class Owl2ForConditionalGeneration(Owl2PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def get_image_features(self, pixel_values: torch.Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **_: Any
+    ) -> BaseModelOutputWithPooling:
         """See `Owl2Model.get_image_features`."""
         return self.model.get_image_features(pixel_values)
 
