@@ -48,7 +48,8 @@ def open_source(source: str, settings: Sequence[str]) -> Sequence[Sample]:
     """
     options = dict(_setting(setting) for setting in settings)
     if not is_sample_file(source):
-        return load_dataset(source, **options)
+        split = options.pop("split", "train")
+        return load_dataset(source, split, **options)
     images = options.pop("images", None)
     if options:
         raise InputError(f"A file has the setting 'images' only, not {', '.join(options)}.")

@@ -12,7 +12,7 @@ from owl2.data.sample import Sample
 DATASETS: dict[str, Callable[..., Sequence[Sample]]] = {"easy_vqa": easy_vqa}
 
 
-def load_dataset(name: str, /, split: str = "train", **options: Any) -> Sequence[Sample]:
+def load_dataset(name: str, split: str = "train", /, **options: Any) -> Sequence[Sample]:
     """The Samples of a split of a dataset in `DATASETS`.
 
     Raises:

@@ -13,6 +13,9 @@ def test_options_reach_the_dataset(monkeypatch):
     assert load_dataset("colours", "test", bright=True) == ["test True"]
     with pytest.raises(InputError, match=r"'brigth' is no option .* Do you mean 'bright'"):
         load_dataset("colours", brigth=True)
+    for reserved in ("split", "name"):
+        with pytest.raises(InputError, match=f"'{reserved}' is no option"):
+            load_dataset("colours", "train", **{reserved: "test"})
 
 
 def test_unknown_dataset():
