@@ -123,7 +123,7 @@ def groups_table(groups: list[dict[str, Any]]) -> Table:
     """The groups for the terminal: which, at what rate and decay, how many numbers."""
     table = Table(title="What is trained", title_justify="left")
     table.add_column("part")
-    for column in ("× rate", "peak rate", "weight decay", "tensors", "parameters"):
+    for column in ("× rate", "rate", "decay", "tensors", "parameters"):
         table.add_column(column, justify="right")
     for group in groups:
         table.add_row(

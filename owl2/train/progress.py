@@ -18,7 +18,7 @@ from owl2.train.resume import Position
 
 PLAIN_SECONDS = 5.0
 # Logged losses that the smoothed one looks back on, roughly.
-SMOOTHING = 10
+SMOOTHING = 5
 
 
 class RunLog:
@@ -166,4 +166,6 @@ class Watch(TrainerCallback):
         now = time.perf_counter()
         if done <= 1 or line["step"] == max_steps or now - self._last_plain >= PLAIN_SECONDS:
             self._last_plain = now
-            self.console.print(f"step {line['step']:>6}/{max_steps}  {text}", highlight=False)
+            self.console.print(
+                f"step {line['step']:>6}/{max_steps}  {text}", highlight=False, soft_wrap=True
+            )

@@ -71,7 +71,7 @@ def _read_layers(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], d
     if path.resolve() in above:
         circle = " → ".join(str(file) for file in (*above, path.resolve()))
         raise InputError(f"recipes that are each other's `base`: {circle}")
-    own = _read_yaml(path)
+    own = read_yaml(path)
     base = own.pop("base", None)
     settings: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -83,7 +83,8 @@ def _read_layers(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], d
     return settings, origins | dict.fromkeys(own, str(path))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of `key: value` lines, as people write it. Raises `InputError` if it is not."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:

@@ -118,7 +118,7 @@ def _announce(
     samples: int,
     saved: Saved | None,
 ) -> None:
-    console.print(f"Stage {recipe.stage}, from {recipe.model}", markup=False)
+    console.print(f"Stage {recipe.stage}, from {recipe.model}", markup=False, soft_wrap=True)
     for line in trained.lines():
         console.print(f"  {line}", highlight=False)
     groups = parameter_groups(
@@ -129,9 +129,11 @@ def _announce(
     )
     console.print(groups_table(groups))
     size = model.config.image_size
-    console.print(f"{samples:,} samples an epoch, pictures at {size} x {size} pixels")
+    console.print(
+        f"{samples:,} samples an epoch, pictures at {size} x {size} pixels", highlight=False
+    )
     if saved is not None:
-        console.print(f"Going on after step {saved.position.step}")
+        console.print(f"Going on after step {saved.position.step}", highlight=False)
 
 
 def _train(
@@ -196,7 +198,8 @@ def _report(
         "peak_memory_bytes": peak_memory(device),
         "trainable_parameters": trained.trainable_size,
         "frozen_parameters": trained.frozen_size,
-        "loss": log.lines[-1]["smoothed_loss"],
+        "loss": log.lines[-1]["loss"],
+        "smoothed_loss": log.lines[-1]["smoothed_loss"],
     }
     write_run(output / "run.json", facts)
     if not plot_loss(output / "loss.png", log.lines, f"{output.name}: stage {recipe.stage}"):

@@ -23,8 +23,8 @@ class Part(StrEnum):
 
     VISION = "vision encoder"
     ABSTRACTOR = "abstractor"
-    VISUAL_WEIGHTS = "decoder: visual weights"
-    DECODER = "decoder: text and shared weights"
+    VISUAL_WEIGHTS = "decoder: visual"
+    DECODER = "decoder: text and shared"
 
 
 TRAINED = {
@@ -88,7 +88,7 @@ class Trained:
         """For people: a line a part that the model has."""
         for part, size in self.sizes.items():
             verb = "trained" if part in TRAINED[self.stage] else "frozen"
-            yield f"{part:<34} {size:>13,} parameters  {verb}"
+            yield f"{part:<26} {size:>13,} parameters  {verb}"
 
 
 def apply_stage(model: nn.Module, stage: int) -> Trained:

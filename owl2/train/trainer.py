@@ -113,6 +113,21 @@ class Owl2Trainer(Trainer):
             )
         return norm
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Going on with a state: all of it or nothing. The Trainer only warns, and does so of tied
+        # weights, too, which are saved under one of their names.
+        model = self.model
+        assert isinstance(model, nn.Module)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {id(parameter) for name, parameter in named.items() if name not in missing}
+        lost = sorted(n for n in missing if n not in named or id(named[n]) not in loaded)
+        if lost or load_result.unexpected_keys:
+            raise InputError(
+                f"{self.args.output_dir} holds the state of another model: missing {lost}, "
+                f"unexpected {sorted(load_result.unexpected_keys)}; overwrite=true starts anew"
+            )
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: the Trainer's estimate walks through all parameters at each step, and leaves out
         the vision encoder."""

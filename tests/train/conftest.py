@@ -1,8 +1,15 @@
 """What tests of training share."""
 
-import pytest
+import json
 
+import pytest
+from PIL import Image
+
+from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train.recipe import Recipe
+from tests.train.tiny import COLOURS, QUESTION, ROWS, make_model
 
 
 @pytest.fixture
@@ -22,6 +29,56 @@ def make_recipe(tmp_path):
             "gradient_checkpointing": False,
             "workers": 0,
             "log_every": 1,
+        }
+        return Recipe(**(least | settings))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with an untrained checkpoint, pictures of one colour, and what is said of them."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = []
+    for number in range(ROWS):
+        colour = COLOURS[number % len(COLOURS)]
+        Image.new("RGB", (10, 10), colour).save(folder / f"{number}.png")
+        answer = " ".join([colour] * (1 + number % 3))
+        turns = [
+            {"from": "human", "value": f"<image>\n{QUESTION}"},
+            {"from": "gpt", "value": answer},
+        ]
+        rows.append({"image": f"{number}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    checkpoint = folder / "start"
+    checkpoint.mkdir()
+    texts = [f"USER: \n{QUESTION} ASSISTANT: {colour}" for colour in COLOURS] * 10
+    train_tokenizer(texts, checkpoint / "tokenizer.model", 300)
+    tokenizer = Owl2Tokenizer(str(checkpoint / "tokenizer.model"))
+    model = make_model(vocab_size=len(tokenizer))
+    model.save_pretrained(checkpoint)
+    processor = Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3)
+    processor.save_pretrained(checkpoint)
+    return folder
+
+
+@pytest.fixture
+def recipe(world, tmp_path):
+    def make(**settings):
+        least = {
+            "model": str(world / "start"),
+            "output": str(tmp_path / "run"),
+            "stage": 2,
+            "data": [{"file": str(world / "data.json")}],
+            "image_size": None,
+            "augment": "dihedral",
+            "max_steps": 10,
+            "batch_size": 4,
+            "warmup_steps": 2,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+            "workers": 0,
+            "log_every": 2,
         }
         return Recipe(**(least | settings))
 

@@ -204,6 +204,25 @@ def test_a_warm_up_longer_than_the_epochs_is_refused(make_recipe, tmp_path):
         make_trainer(recipe, tmp_path).train()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_going_on_equals_not_having_stopped(make_recipe, tmp_path, caplog, tied):
+    recipe = make_recipe(save_every=2)
+    whole = make_model(tie_word_embeddings=tied)
+    make_trainer(recipe, tmp_path, whole).train()
+    resumed = make_model(seed=1, tie_word_embeddings=tied)
+    make_trainer(recipe, tmp_path, resumed).train(str(tmp_path / "checkpoints" / "checkpoint-2"))
+    assert hashes(whole) == hashes(resumed)
+    assert "missing keys" not in caplog.text
+
+
+def test_a_state_of_another_model_is_refused(make_recipe, tmp_path):
+    recipe = make_recipe(save_every=2)
+    make_trainer(recipe, tmp_path, make_model(use_mam=False)).train()
+    trainer = make_trainer(recipe, tmp_path)
+    with pytest.raises(InputError, match="the state of another model"):
+        trainer.train(str(tmp_path / "checkpoints" / "checkpoint-2"))
+
+
 def test_bfloat16_computes_in_it_and_keeps_float32_weights(make_recipe, tmp_path):
     model = make_model()
     trainer = make_trainer(make_recipe(precision="bfloat16"), tmp_path, model)

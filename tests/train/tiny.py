@@ -7,6 +7,9 @@ from owl2.model.configuration import Owl2Config
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 
 VISION_BLOCKS = 3
+COLOURS = ("red", "green", "blue", "white")
+QUESTION = "what is this"
+ROWS = 24
 
 
 def make_config(vocab_size=40, **settings):
