@@ -43,6 +43,47 @@ def show_version() -> None:
     _print_version(True)
 
 
+@app.command("init")
+def init_model(
+    llm: Annotated[str, typer.Option(help="A LLaMA: directory, hub id, .gguf file, or 'fresh'.")],
+    vision: Annotated[str, typer.Option(help="A CLIP tower: directory, hub id, or 'fresh'.")],
+    output: Annotated[Path, typer.Option(help="Directory for the untrained model.")],
+    sizes: Annotated[Path | None, typer.Option(help="YAML: sizes of what is fresh.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels an edge.")] = None,
+    mam: Annotated[bool, typer.Option(help="Weights a modality; without: one set.")] = True,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja, for another format.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 ...")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything fresh.")] = 0,
+) -> None:
+    """Put a LLaMA and a vision tower together: an untrained model for stage 1."""
+    from owl2.train.initial import init_checkpoint
+
+    model = init_checkpoint(
+        llm,
+        vision,
+        output,
+        sizes=sizes,
+        image_size=image_size,
+        use_mam=mam,
+        chat_template=chat_template,
+        dtype=dtype,
+        seed=seed,
+    )
+    print(f"{model.num_parameters():,} parameters, untrained; the model is in {output}")
+
+
+@app.command("info")
+def show_info(
+    model: Annotated[
+        str | None, typer.Argument(help="A directory or hub id; default: the released sizes.")
+    ] = None,
+) -> None:
+    """Show a model's parts and how large they are, without loading its weights."""
+    from owl2.model.sizes import describe
+
+    Console().print(describe(model))
+
+
 @app.command("train")
 def train_model(
     recipe: Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")],

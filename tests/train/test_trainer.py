@@ -56,6 +56,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(make_recipe, tmp_pat
     assert len({int((samples[i]["labels"] != -100).sum()) for i in range(8)}) > 2
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_recipe_with_checkpointing_has_the_same_gradients(make_recipe, tmp_path, stage):
+    settings = {"stage": stage, "max_steps": 1}
+    plain = first_gradients(make_recipe(**settings), tmp_path)
+    recomputed = first_gradients(make_recipe(**settings, gradient_checkpointing=True), tmp_path)
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=1e-7, msg=name)
+
+
 @pytest.mark.parametrize("use_mam", [True, False])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_frozen_tensors_stay_bit_identical(make_recipe, tmp_path, stage, use_mam):
