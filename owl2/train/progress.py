@@ -1,6 +1,6 @@
 """How a run is watched: a line a logged step in ``log.jsonl``, and the same on the terminal.
 
-On a terminal one live line; in a file or a CI log plain lines, at most one every few seconds.
+On a terminal a bar and a live line; in a file or a CI log plain lines, at most one every few seconds.
 """
 
 import json
@@ -10,8 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from owl2.train.resume import Position
@@ -72,21 +74,22 @@ class Watch(TrainerCallback):
         self._counts = counts
         self._began = self._last_plain = time.perf_counter()
         self._last = start
-        self._live: Progress | None = None
-        self._task = TaskID(0)
+        self._live: Live | None = None
+        self._text = Text("starting")
+        self._bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=None)
+        )
+        self._task = self._bar.add_task("", total=1)
 
     def __enter__(self) -> "Watch":
         if self.console.is_terminal:
-            self._live = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
+            self._live = Live(
+                Group(self._bar, self._text),
                 console=self.console,
                 # A few redraws a second: more would cost a small model's steps time.
                 refresh_per_second=2,
             )
             self._live.start()
-            self._task = self._live.add_task("", total=1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,8 +115,7 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._began = time.perf_counter()
-        if self._live is not None:
-            self._live.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(
         self,
@@ -122,8 +124,7 @@ class Watch(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if self._live is not None:
-            self._live.update(self._task, completed=state.global_step)
+        self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
         self,
@@ -161,7 +162,7 @@ class Watch(TrainerCallback):
             f"{timedelta(seconds=round(left))} left"
         )
         if self._live is not None:
-            self._live.update(self._task, description=text)
+            self._text.plain = text
             return
         now = time.perf_counter()
         if done <= 1 or line["step"] == max_steps or now - self._last_plain >= PLAIN_SECONDS:

@@ -282,7 +282,7 @@ def test_without_matplotlib_there_is_a_hint(recipe, monkeypatch):
     assert "pip install 'mplug-owl2[plot]'" in console.file.getvalue()
 
 
-def test_on_a_terminal_there_is_one_live_line(recipe):
+def test_on_a_terminal_there_is_a_live_line(recipe):
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     train(recipe(), console)
     shown = console.file.getvalue()
