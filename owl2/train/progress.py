@@ -1,6 +1,6 @@
 """How a run is watched: a line a logged step in ``log.jsonl``, and the same on the terminal.
 
-On a terminal a bar and a live line; in a file or a CI log plain lines, at most one every few seconds.
+On a terminal a bar and a live line; elsewhere plain lines, at most one every few seconds.
 """
 
 import json
