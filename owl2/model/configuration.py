@@ -1,6 +1,5 @@
 """The configuration of an mPLUG-Owl2 model: the released ``config.json``, read and written.
 
-
 ``config.json`` is a flat LLaMA configuration with one more entry, ``visual_config``::
 
     {"model_type": "mplug_owl2", "hidden_size": 4096, ...,

@@ -9,7 +9,8 @@ from owl2.processing.image import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train.recipe import Recipe
-from tests.train.tiny import COLOURS, QUESTION, ROWS, make_model
+from tests.tiny import make_model
+from tests.train.tiny import COLOURS, QUESTION, ROWS
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from owl2.train.optimizer import groups_table, make_adamw, parameter_groups
 from owl2.train.stages import apply_stage
-from tests.train.tiny import VISION_BLOCKS, make_model
+from tests.tiny import VISION_BLOCKS, make_model
 
 # Written down by hand for three blocks: 0.9 to the power of the levels above.
 SCALES = {

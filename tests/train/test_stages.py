@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from owl2.train.stages import TRAINED, Part, apply_stage, part_of
-from tests.train.tiny import make_model
+from tests.tiny import make_model
 
 VISUAL_WEIGHTS = re.compile(
     r"model\.layers\.\d+\."

@@ -9,7 +9,8 @@ import torch
 from owl2.errors import InputError
 from owl2.train.stages import apply_stage
 from owl2.train.trainer import Owl2Trainer, enable_checkpointing
-from tests.train.tiny import RandomSamples, collate, make_model
+from tests.tiny import make_model
+from tests.train.tiny import RandomSamples, collate
 
 
 def make_trainer(recipe, tmp_path, model=None, samples=None):

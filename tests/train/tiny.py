@@ -1,50 +1,11 @@
-"""A model of a few thousand numbers, and batches for it made of random ids and pixels."""
+"""Batches of random ids and pixels for `tests.tiny`'s model, and what the tests' pictures show."""
 
 import torch
 from torch.utils.data import Dataset
 
-from owl2.model.configuration import Owl2Config
-from owl2.model.owl2 import Owl2ForConditionalGeneration
-
-VISION_BLOCKS = 3
 COLOURS = ("red", "green", "blue", "white")
 QUESTION = "what is this"
 ROWS = 24
-
-
-def make_config(vocab_size=40, **settings):
-    return Owl2Config(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        visual_config={
-            "visual_model": {
-                "hidden_size": 8,
-                "num_hidden_layers": VISION_BLOCKS,
-                "num_attention_heads": 2,
-                "intermediate_size": 16,
-                "image_size": 8,
-                "patch_size": 4,
-            },
-            "visual_abstractor": {
-                "hidden_size": 8,
-                "encoder_hidden_size": 8,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 12,
-                "num_learnable_queries": 2,
-            },
-        },
-        **settings,
-    )
-
-
-def make_model(seed=0, **settings):
-    torch.manual_seed(seed)
-    return Owl2ForConditionalGeneration(make_config(**settings))
 
 
 class RandomSamples(Dataset):
