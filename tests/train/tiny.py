@@ -1,4 +1,4 @@
-"""Batches of random ids and pixels for `tests.tiny`'s model, and what the tests' pictures show."""
+"""Batches of random ids and pixels for the model of `tests.tiny`; what the pictures show."""
 
 import torch
 from torch.utils.data import Dataset
