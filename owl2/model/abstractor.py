@@ -179,7 +179,7 @@ class VisualAbstractor(nn.Module):
     def set_grid_size(self, grid_size: int) -> None:
         """Expect another patch grid from now on: the position codes are computed anew."""
         self.config.grid_size = grid_size
-        for layer in self.encoder.layers:
-            attention = layer.crossattention.attention
-            _, codes = attention.position_codes()
-            attention.k_pos_embed = codes.to(attention.k_pos_embed)
+        for module in self.modules():
+            if isinstance(module, AbstractorAttention):
+                _, codes = module.position_codes()
+                module.k_pos_embed = codes.to(module.k_pos_embed)

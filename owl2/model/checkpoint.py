@@ -50,7 +50,7 @@ class ReleasedCheckpoints(PreTrainedModel):
                 unexpected or of another shape; the message lists them.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        _check_directory(Path(name_or_path))
+        _check_directory(Path(name_or_path), kwargs.get("subfolder") or "")
         model, info = cls._load(name_or_path, *args, **kwargs)
         mismatched = {key: (tuple(a), tuple(b)) for key, a, b in info["mismatched_keys"]}
         if POSITIONS in mismatched and "quantization_config" not in kwargs:
@@ -92,7 +92,8 @@ class ReleasedCheckpoints(PreTrainedModel):
         kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
             with _quiet():  # its report would say "newly initialized"; ours refuses
-                return super().from_pretrained(name_or_path, *args, **kwargs)
+                loaded: Any = super().from_pretrained(name_or_path, *args, **kwargs)
+                return loaded
         except InputError:
             raise
         except (OSError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
@@ -113,12 +114,12 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _check_directory(path: Path) -> None:
+def _check_directory(path: Path, subfolder: str) -> None:
     """A path that exists must be a checkpoint directory; all else is left to the hub."""
     if path.is_file():
         raise InputError(f"{path} is a file; give the checkpoint's directory")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"{path} is no checkpoint: it has no config.json")
+    if path.is_dir() and not (path / subfolder / "config.json").is_file():
+        raise InputError(f"{path / subfolder} is no checkpoint: it has no config.json")
 
 
 def _image_size_of(shape: tuple[int, ...], config: Any) -> int | None:

@@ -162,7 +162,7 @@ class Owl2Config(LlamaConfig):
         rope = dict(written.pop("rope_parameters", None) or {})
         if rope:
             written["rope_theta"] = rope.pop("rope_theta", 10000.0)
-            written["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
+            written["rope_scaling"] = _as_rope_scaling(rope)
         if "dtype" in written:
             written["torch_dtype"] = written.pop("dtype")
         written["architectures"] = [AUTHORS_ARCHITECTURE]
@@ -173,6 +173,20 @@ class Owl2Config(LlamaConfig):
             for name in self.visual_config.sub_configs
         }
         return written
+
+
+def _as_rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+    """transformers 5's rope settings as ``rope_scaling``.
+
+    The kinds that transformers 4.31 knows are written as it wants them: `type` and `factor`, and
+    nothing else.
+    """
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind in ("linear", "dynamic"):
+        return {"type": kind, "factor": rope["factor"]}
+    return rope
 
 
 def _own_settings(config: PreTrainedConfig) -> dict[str, Any]:

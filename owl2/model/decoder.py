@@ -36,7 +36,7 @@ class Owl2Attention(LlamaAttention):
             )
             setattr(self, name, Multiway(make))
 
-    def forward(
+    def forward(  # type: ignore[override]  # LLaMA's, plus the routing
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -75,11 +75,12 @@ class Owl2DecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: Owl2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         make = partial(LlamaRMSNorm, config.hidden_size, eps=config.rms_norm_eps)
-        self.input_layernorm = Multiway(make)
-        self.post_attention_layernorm = Multiway(make)
+        # By setattr, as for a type checker these are LLaMA's own norms.
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(self, name, Multiway(make))
         self.self_attn = Owl2Attention(config, layer_idx)
 
-    def forward(
+    def forward(  # type: ignore[override]  # LLaMA's, plus the routing
         self, hidden_states: torch.Tensor, routing: Routing | None = None, **kwargs: Any
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states, routing)

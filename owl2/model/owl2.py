@@ -45,7 +45,7 @@ class Owl2PreTrainedModel(ReleasedCheckpoints, LlamaPreTrainedModel):
     config_class = Owl2Config
     config: Owl2Config
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "Owl2DecoderLayer", "VisionLayer", "AbstractorLayer"]
 
@@ -134,17 +134,12 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         self, inputs_embeds: torch.Tensor, is_image: torch.Tensor, pixel_values: torch.Tensor | None
     ) -> torch.Tensor:
         """Put the pictures' embeddings where the image tokens stand; counts must agree."""
-        positions, per_image = int(is_image.sum()), self.config.num_image_tokens
-        pictures = 0 if pixel_values is None else len(pixel_values)
-        if positions != pictures * per_image:
-            raise InputError(
-                f"input_ids hold {positions} image tokens, room for {positions / per_image:g} "
-                f"pictures of {per_image} tokens each, but pixel_values hold {pictures} pictures"
-            )
-        if pixel_values is None or not pictures:
+        check_pictures(is_image, pixel_values, self.config.num_image_tokens)
+        if pixel_values is None or not len(pixel_values):
             return inputs_embeds
-        embeddings = self.get_image_features(pixel_values).pooler_output.to(inputs_embeds)
-        return inputs_embeds.masked_scatter(is_image[..., None], embeddings)
+        features = self.get_image_features(pixel_values)
+        embeddings: torch.Tensor = features.pooler_output  # type: ignore[assignment]  # never None
+        return inputs_embeds.masked_scatter(is_image[..., None], embeddings.to(inputs_embeds))
 
     def set_image_size(self, image_size: int) -> None:
         """Take pictures of `image_size` x `image_size` pixels from now on (SPEC 2, resolution).
@@ -243,37 +238,93 @@ class Owl2ForConditionalGeneration(Owl2PreTrainedModel, GenerationMixin):
         """See `Owl2Model.set_image_size`."""
         self.model.set_image_size(image_size)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("pixel_values", None)  # they are in the cache
-        return inputs
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, for prompts padded on either side.
+
+        New tokens are written behind a prompt, so padding there would stand between the two: such
+        rows (by `attention_mask`) are first turned to left padding, and come back so.
+        """
+        mask: Any = kwargs.get("attention_mask")
+        ids = kwargs.get("input_ids", inputs)
+        prompts = kwargs.get("inputs_embeds") if ids is None else ids
+        # A mask longer than the prompts speaks of a filled cache, which cannot be turned.
+        whole = mask is not None and prompts is not None and mask.shape == prompts.shape[:2]
+        if whole and (mask[:, -1] == 0).any():
+            rows = ("input_ids", "inputs_embeds", "mm_token_type_ids", "position_ids")
+            for name in (*rows, "attention_mask"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = left_padded(kwargs[name], mask)
+            inputs = None if inputs is None else left_padded(inputs, mask)
+        generate = super().generate  # type: ignore[misc]  # no class fits the Protocol of its self
+        return generate(inputs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Beams and several answers: pictures are repeated a prompt at a time, in their order."""
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            image_tokens = (input_ids == self.config.image_token_id).sum(1)
-            counts = (image_tokens // self.config.num_image_tokens).tolist()
+            is_image = input_ids == self.config.image_token_id
+            counts = check_pictures(is_image, pixel_values, self.config.num_image_tokens)
             model_kwargs.pop("pixel_values")
             repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
             pixel_values = torch.cat(repeated)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        expand = super()._expand_inputs_for_generation  # type: ignore[misc]  # as in generate
+        expanded_ids, model_kwargs = expand(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if pixel_values is not None:
             model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return expanded_ids, model_kwargs
+
+
+def check_pictures(
+    is_image: torch.Tensor, pixel_values: torch.Tensor | None, per_image: int
+) -> list[int]:
+    """How many pictures each sequence has room for, which must be those that there are.
+
+    Args:
+        is_image: (B, S), True on image tokens.
+        pixel_values: (N, 3, H, W), or None.
+        per_image: image tokens a picture, K + 1.
+
+    Returns:
+        B numbers, whose sum is N.
+
+    Raises:
+        InputError: with both counts; or if a sequence holds a part of a picture.
+    """
+    tokens: list[int] = is_image.sum(1).tolist()
+    positions, pictures = sum(tokens), 0 if pixel_values is None else len(pixel_values)
+    if positions != pictures * per_image:
+        raise InputError(
+            f"input_ids hold {positions} image tokens, room for {positions / per_image:g} "
+            f"pictures of {per_image} tokens each, but pixel_values hold {pictures} pictures"
+        )
+    for row, count in enumerate(tokens):
+        if count % per_image:
+            raise InputError(
+                f"row {row} of input_ids holds {count} image tokens, but a picture takes "
+                f"{per_image}: a prompt must hold whole pictures"
+            )
+    return [count // per_image for count in tokens]
+
+
+def left_padded(rows: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Turn every row (B, S, ...) so that the padding at its end stands at its beginning.
+
+    Args:
+        attention_mask: (B, S) of the rows as they are, 0 on padding.
+    """
+    length = attention_mask.shape[1]
+    trailing = (attention_mask.flip(1).cumsum(1) == 0).sum(1)  # (B,)
+    places = torch.arange(length, device=rows.device) - trailing[:, None].to(rows.device)  # (B, S)
+    batch = torch.arange(len(rows), device=rows.device)[:, None]
+    return rows[batch, places % length]
 
 
 def next_token_loss(

@@ -6,6 +6,7 @@ Shapes: N pictures, C channels, H = W pixels, P patches a picture, D width, h he
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,8 +85,9 @@ def attend(
     Returns:
         (N, Q, h * d)
     """
+    config: Any = module.config
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation, eager_attention_forward
+        config._attn_implementation, eager_attention_forward
     )
     attended, _ = interface(
         module,

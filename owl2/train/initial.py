@@ -70,6 +70,7 @@ def init_checkpoint(
         raise InputError(f"{output} exists already; give another --output or move it away")
     settings = _read_sizes(sizes)
     torch.manual_seed(seed)
+    tokenizer: PreTrainedTokenizerBase
     with TemporaryDirectory() as scratch:
         if llm == FRESH:
             tokenizer = _fresh_tokenizer(settings["tokenizer"], Path(scratch))
@@ -85,7 +86,7 @@ def init_checkpoint(
             use_mam=use_mam,
         )
         if dtype != "auto":
-            model = model.to(_dtype(dtype))
+            model.to(_dtype(dtype))  # type: ignore[arg-type]  # a decorator hides its self
         processor = _processor(model, tokenizer, chat_template)
         with whole_directory(output) as directory:
             model.save_pretrained(directory)
