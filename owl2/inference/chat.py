@@ -1,0 +1,203 @@
+"""`owl2 chat`: one question, or a conversation on the terminal."""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, TextIO
+
+from PIL import Image
+from transformers.utils import logging as transformers_logging
+
+from owl2.errors import InputError
+from owl2.inference.decoding import Options
+from owl2.inference.engine import Engine
+from owl2.inference.loading import load_model
+from owl2.processing.chat import IMAGE_TOKEN, Message, check_question
+from owl2.processing.image import ImagePolicy, load_image
+from owl2.processing.processor import Owl2Processor
+
+HELP = """\
+Write a question and press Enter. A line that begins with / is a command:
+  /image FILE   add a picture (a file or a URL) to the next question; several are possible
+  /clear        forget the conversation and the pictures
+  /help         this
+  /quit         leave (also Ctrl-D)
+Ctrl-C stops an answer. <|image|> in a question marks where a picture goes; else they come first."""
+
+PROMPT = "> "
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `owl2 chat` loads; see `Engine.from_pretrained`."""
+
+    model: str
+    device: str | None = None
+    dtype: str | None = None
+    image_policy: Any = None
+    max_pixels: int | None = None
+
+    def load_processor(self) -> Owl2Processor:
+        """The checkpoint's processor."""
+        policy: ImagePolicy | None = self.image_policy
+        return Owl2Processor.from_pretrained(
+            self.model, image_policy=policy, max_pixels=self.max_pixels
+        )
+
+    def load_engine(self, processor: Owl2Processor) -> Engine:
+        """The engine with that processor."""
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()  # a bar in a log file is no help
+        return Engine(load_model(self.model, self.device, self.dtype), processor)
+
+
+def user_turn(text: str, pictures: Sequence[Any]) -> Message:
+    """A question with its pictures: at its `<|image|>` placeholders if it has any, else before it.
+
+    Raises:
+        InputError: if it has placeholders, but not as many as there are pictures.
+    """
+    pieces = text.split(IMAGE_TOKEN)
+    if len(pieces) == 1:
+        pieces = [""] * len(pictures) + pieces
+    elif len(pieces) - 1 != len(pictures):
+        raise InputError(
+            f"The question has {len(pieces) - 1} {IMAGE_TOKEN} for {len(pictures)} picture(s): "
+            "each takes one. A question without any has its pictures before it."
+        )
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            parts.append({"type": "image", "image": pictures[number - 1]})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return {"role": "user", "content": parts}
+
+
+def ask(
+    settings: Settings,
+    question: str,
+    images: Sequence[str],
+    options: Options,
+    out: TextIO | None = None,
+) -> None:
+    """Write the answer to one question to `out` (default: stdout) as it is made, and a line's end.
+
+    Raises:
+        InputError: see `Engine.stream`.
+    """
+    out = out or sys.stdout
+    if not question.strip():
+        raise InputError("The question is empty: write what you want to know.")
+    messages = [user_turn(question, images)]
+    check_question(messages)
+    processor = settings.load_processor()
+    # Reading 16 GB of weights takes a while: a wrong path is better found before.
+    for image in images:
+        load_image(image, processor.image_processor.max_pixels)
+    engine = settings.load_engine(processor)
+    for piece in engine.stream(messages, **options):
+        out.write(piece)
+        out.flush()
+    out.write("\n")
+    out.flush()
+
+
+def converse(settings: Settings, images: Sequence[str], options: Options) -> None:
+    """A conversation on the terminal, until Ctrl-D or /quit."""
+    processor = settings.load_processor()
+    limit = processor.image_processor.max_pixels
+    pictures = [load_image(image, limit) for image in images]
+    engine = settings.load_engine(processor)
+    with suppress(ImportError):  # Windows has none
+        import_module("readline")  # gives input() its line editing
+    print(f"{settings.model} on {engine.model.device}. /help says what can be done.")
+    Conversation(engine, options, pictures).run()
+
+
+@dataclass
+class Conversation:
+    """The state of a conversation on a terminal, and the loop that reads and answers.
+
+    `pictures` wait for the next question. `read` gives a line for a prompt, `write` takes text.
+    """
+
+    engine: Engine
+    options: Options
+    pictures: list[Image.Image] = field(default_factory=list)
+    read: Callable[[str], str] = input
+    write: Callable[[str], Any] = lambda text: print(text, end="", flush=True)
+    messages: list[Message] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Read, answer, until the end. What goes wrong with one line is said, and it goes on."""
+        while True:
+            try:
+                line = self.read(PROMPT).strip()
+            except EOFError:
+                self.write("\n")
+                return
+            except KeyboardInterrupt:
+                self.write("\n(Ctrl-D or /quit leaves)\n")
+                continue
+            if line == "/quit":
+                return
+            try:
+                self.take(line)
+            except InputError as error:
+                self.write(f"error: {error}\n")
+
+    def take(self, line: str) -> None:
+        """Do what a line says: a command, or a question.
+
+        Raises:
+            InputError: an unknown command, a picture that cannot be read; see `Engine.stream`. The
+                conversation is then as it was before.
+        """
+        command, _, argument = line.partition(" ")
+        if not line.startswith("/"):
+            self.answer(line)
+        elif command == "/image":
+            self._add_picture(argument.strip())
+        elif command == "/clear":
+            self.messages, self.pictures = [], []
+            self.write("(a new conversation)\n")
+        elif command == "/help":
+            self.write(HELP + "\n")
+        else:
+            raise InputError(f"there is no command {command}; /help lists them")
+
+    def answer(self, question: str) -> None:
+        """Ask, write the answer as it comes, and remember both."""
+        if not question:
+            return
+        turn = user_turn(question, self.pictures)
+        pieces: list[str] = []
+        try:
+            # Not kept before the answer is there: an error must leave nothing behind.
+            for piece in self.engine.stream([*self.messages, turn], **self.options):
+                pieces.append(piece)
+                self.write(piece)
+        except KeyboardInterrupt:
+            self.write(" (stopped)")
+        finally:
+            self.write("\n" if pieces else "")
+        answer = "".join(pieces)
+        if not answer.strip():
+            self.write("(no answer; the question is forgotten)\n")
+            return
+        self.messages += [turn, {"role": "assistant", "content": answer}]
+        self.pictures = []
+
+    def _add_picture(self, path: str) -> None:
+        if not path:
+            raise InputError("/image needs a file: /image FILE")
+        # A path dragged into a terminal comes quoted.
+        if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
+            path = path[1:-1]
+        limit = self.engine.processor.image_processor.max_pixels
+        self.pictures.append(load_image(path, limit))
+        number = len(self.pictures)
+        self.write(f"({number} picture{'s' if number > 1 else ''} for the next question)\n")
