@@ -37,7 +37,12 @@ def crop_flip(picture: Image.Image, chance: Random) -> Image.Image:
     part = picture.resize(
         (edge, edge), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
     )
-    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else part
+    return flip(part, chance)
+
+
+def flip(picture: Image.Image, chance: Random) -> Image.Image:
+    """Mirrored, left and right exchanged, in half of the cases."""
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else picture
 
 
 def dihedral(picture: Image.Image, chance: Random) -> Image.Image:
@@ -49,6 +54,7 @@ def dihedral(picture: Image.Image, chance: Random) -> Image.Image:
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": none,
     "crop_flip": crop_flip,
+    "flip": flip,
     "dihedral": dihedral,
 }
 

@@ -75,6 +75,8 @@ class DataSource(Part):
             raise ValueError("give either `dataset` or `file`")
         if self.dataset is not None and self.images is not None:
             raise ValueError("`images` belongs to a `file`; a `dataset` knows its own pictures")
+        if self.dataset is not None and self.split.startswith("test"):
+            raise ValueError("`split` is a test split, which is for evaluation only")
         if self.file is not None and self.model_fields_set & {"split", "style", "options"}:
             raise ValueError("`split`, `style` and `options` belong to a `dataset`, not a `file`")
         return self
@@ -93,7 +95,7 @@ class Recipe(Part):
     data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="where from")
 
     image_size: Positive | None = Field(description="pixels an edge; null = the checkpoint's")
-    augment: Literal["none", "crop_flip", "dihedral"] = Field(description="what pictures undergo")
+    augment: Literal["none", "crop_flip", "flip", "dihedral"] = Field(description="what pictures undergo")
     max_length: Annotated[int, Field(ge=2)] = Field(description="tokens a sample, pictures' too")
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="or max_steps")

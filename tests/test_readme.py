@@ -1,0 +1,67 @@
+"""What the README shows is run: its Python, its commands, its recipe."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from PIL import Image
+
+from owl2.cli import app
+from owl2.train.recipe_file import read_recipe
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+RELEASED = "MAGAer13/mplug-owl2-llama2-7b"
+
+
+def blocks(language):
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert found, f"no {language} in the README"
+    return found
+
+
+def test_the_python(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """As it stands, one block after the other; with a tiny model in place of the released one."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("street.jpg")
+    # 512 new tokens of noise would take a while.
+    code = "\n".join(blocks("python")).replace(RELEASED, str(tiny_checkpoint)).replace("512", "8")
+    assert RELEASED in README
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_recipe(tmp_path):
+    for text in blocks("yaml"):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(text, encoding="utf-8")
+        recipe = read_recipe(file, ["learning_rate=1e-4"])
+        assert recipe.stage == 2
+        assert recipe.learning_rate == 1e-4
+        assert yaml.safe_load(text).keys() <= recipe.model_dump().keys()
+
+
+def commands():
+    lines = [line.split("#")[0].strip() for block in blocks("") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("owl2 ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_and_its_options_exist(line):
+    command = typer.main.get_command(app)
+    words = line.split()[1:]
+    while hasattr(command, "commands"):  # a group
+        name = words.pop(0)
+        assert name in command.commands, f"there is no command {name}"
+        command = command.commands[name]
+    known = {option for parameter in command.params for option in parameter.opts}
+    used = {word for word in words if word.startswith("--")}
+    assert used <= known
+
+
+def test_make_targets_exist():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
+    assert {"demo", "test"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
