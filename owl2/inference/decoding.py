@@ -140,7 +140,7 @@ class Sampler(LogitsProcessor):
         self.generator: torch.Generator | None = None
         self.warpers: list[LogitsProcessor] = []
         if decoding.temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(decoding.temperature))
+            self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
         if decoding.top_k:
             self.warpers.append(TopKLogitsWarper(decoding.top_k))
         if decoding.top_p < 1:

@@ -1,0 +1,39 @@
+"""The public names, and what importing the package registers (DESIGN 4)."""
+
+import shutil
+import subprocess
+import sys
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import owl2
+
+
+def test_the_public_names():
+    names = {"Engine", "Owl2Config", "Owl2ForConditionalGeneration", "Owl2Processor"}
+    assert names <= set(owl2.__all__)
+    assert all(hasattr(owl2, name) for name in owl2.__all__)
+
+
+def test_auto_classes_find_ours(tiny_checkpoint):
+    assert type(AutoConfig.from_pretrained(tiny_checkpoint)) is owl2.Owl2Config
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+    assert type(processor) is owl2.Owl2Processor
+    assert processor.num_image_tokens == 3
+    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    assert type(model) is owl2.Owl2ForConditionalGeneration
+
+
+def test_a_released_checkpoint_names_no_processor_and_gets_ours(tiny_checkpoint, tmp_path):
+    released = tmp_path / "released"
+    shutil.copytree(tiny_checkpoint, released)
+    (released / "processor_config.json").unlink()
+    (released / "chat_template.jinja").unlink()
+    assert type(AutoProcessor.from_pretrained(released)) is owl2.Owl2Processor
+
+
+def test_importing_reads_nothing_that_is_heavy_and_unused():
+    heavy = ["easy_vqa", "matplotlib", "peft", "pydantic", "typer"]
+    code = f"import sys, owl2; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
