@@ -47,4 +47,7 @@ def picture_inputs():
     """Two pictures in one prompt for the tiny model (40 words, 3 places a picture, 8 px)."""
     image = [40] * 3
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    return {"input_ids": torch.tensor([[1, 5, *image, 6, 7, *image, 9, 11]]), "pixel_values": pixels}
+    return {
+        "input_ids": torch.tensor([[1, 5, *image, 6, 7, *image, 9, 11]]),
+        "pixel_values": pixels,
+    }

@@ -1,0 +1,156 @@
+"""config.json: read as released, written so that it reads back here and there."""
+
+import copy
+import json
+
+import pytest
+from transformers import AutoConfig
+
+import owl2  # noqa: F401  # registers with the Auto classes
+from owl2.errors import InputError
+from owl2.model.configuration import Owl2Config
+from tests.model.golden import FOLDER, MODELS
+from tests.tiny import make_config
+
+# What the model reads. 4.31 wrote every default of transformers beside these; 5 drops them.
+# fmt: off
+SETTINGS = [
+    "architectures", "attention_bias", "bos_token_id", "eos_token_id", "hidden_act",
+    "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings",
+    "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "pad_token_id", "pretraining_tp", "rms_norm_eps", "rope_scaling", "rope_theta",
+    "tie_word_embeddings", "torch_dtype", "use_cache", "vocab_size",
+]
+VISUAL = [
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "layer_norm_eps", "model_type", "initializer_range", "use_cls_token",
+]
+OWN = {
+    "visual_model": [
+        *VISUAL,
+        "attention_dropout", "hidden_act", "image_size", "initializer_factor", "num_channels",
+        "patch_size", "projection_dim", "use_flash_attn", "use_post_layernorm",
+    ],
+    "visual_abstractor": [
+        *VISUAL,
+        "add_v2t_pos_emb", "attention_probs_dropout_prob", "encoder_hidden_size", "grid_size",
+        "num_learnable_queries",
+    ],
+}
+# fmt: on
+
+
+def read(path):
+    return json.loads((path / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_released_config_keeps_its_settings(name, tmp_path):
+    released = read(FOLDER / name)
+    Owl2Config.from_pretrained(FOLDER / name).save_pretrained(tmp_path)
+    written = read(tmp_path)
+    for setting in SETTINGS:
+        assert written.get(setting) == released.get(setting), setting
+    for part, settings in OWN.items():
+        for setting in settings:
+            expected = released["visual_config"][part][setting]
+            assert written["visual_config"][part][setting] == expected, (part, setting)
+    assert "use_mam" not in written
+    # Read and written once more it is the same file.
+    Owl2Config.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert read(tmp_path / "again") == written
+
+
+def test_the_defaults_are_the_released_model():
+    config = Owl2Config()
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (4096, 32, 32000)
+    assert (config.image_size, config.num_image_tokens, config.image_token_id) == (448, 65, 32000)
+    assert config.visual_config.visual_abstractor.grid_size == 32
+    assert config.rms_norm_eps == 1e-5
+    assert config.rope_parameters["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize("use_mam", [True, False])
+def test_use_mam_is_written_only_when_it_is_not_the_released_behaviour(use_mam, tmp_path):
+    make_config(use_mam=use_mam).save_pretrained(tmp_path)
+    assert read(tmp_path).get("use_mam") == (None if use_mam else False)
+    assert AutoConfig.from_pretrained(tmp_path).use_mam is use_mam
+
+
+def test_rope_is_written_under_its_old_names(tmp_path):
+    make_config(rope_theta=5e5).save_pretrained(tmp_path)
+    written = read(tmp_path)
+    assert (written["rope_theta"], written["rope_scaling"]) == (5e5, None)
+    assert "rope_parameters" not in written
+    assert Owl2Config.from_pretrained(tmp_path).rope_parameters["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_rope_scaling_is_written_as_the_authors_transformers_reads_it(kind, tmp_path):
+    """4.31 refuses anything but a dict of exactly `type` and `factor`."""
+    scaling = {"type": kind, "factor": 2.0}
+    make_config(rope_scaling=dict(scaling)).save_pretrained(tmp_path)
+    assert read(tmp_path)["rope_scaling"] == scaling
+    again = Owl2Config.from_pretrained(tmp_path)
+    assert again.rope_parameters["rope_type"] == kind
+    assert again.rope_parameters["factor"] == 2.0
+
+
+def test_rope_scaling_of_later_kinds_is_kept(tmp_path):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    make_config(rope_scaling=dict(scaling), rope_theta=5e5).save_pretrained(tmp_path)
+    assert read(tmp_path)["rope_scaling"] == scaling
+    again = Owl2Config.from_pretrained(tmp_path)
+    assert again.rope_parameters == scaling | {"rope_theta": 5e5}
+
+
+def test_an_edited_picture_size_takes_the_grid_along(tmp_path):
+    make_config().save_pretrained(tmp_path)
+    edited = read(tmp_path)
+    edited["visual_config"]["visual_model"]["image_size"] = 16
+    (tmp_path / "config.json").write_text(json.dumps(edited), encoding="utf-8")
+    assert AutoConfig.from_pretrained(tmp_path).visual_config.visual_abstractor.grid_size == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"vision": {"use_cls_token": False}}, ["visual_model.use_cls_token"]),
+        ({"vision": {"use_post_layernorm": False}}, ["visual_model.use_post_layernorm"]),
+        ({"vision": {"image_size": 9}}, ["visual_model.image_size", "9", "4"]),
+        ({"vision": {"num_attention_heads": 3}}, ["visual_model.hidden_size", "8", "3"]),
+        ({"abstractor": {"use_cls_token": False}}, ["visual_abstractor.use_cls_token"]),
+        ({"abstractor": {"add_v2t_pos_emb": True}}, ["visual_abstractor.add_v2t_pos_emb"]),
+        ({"abstractor": {"hidden_size": 12}}, ["hidden_size", "12", "8"]),
+        ({"abstractor": {"num_attention_heads": 3}}, ["visual_abstractor.hidden_size", "8", "3"]),
+        (
+            {"abstractor": {"hidden_size": 12, "encoder_hidden_size": 12}},
+            ["encoder_hidden_size", "12", "8"],
+        ),
+        (
+            {
+                "vision": {"hidden_size": 6},
+                "abstractor": {"hidden_size": 6, "encoder_hidden_size": 6},
+            },
+            ["visual_abstractor.hidden_size", "6", "4"],
+        ),
+    ],
+)
+def test_what_the_architecture_does_not_have_is_refused(changes, names):
+    with pytest.raises(InputError) as error:
+        make_config(**changes)
+    assert all(name in str(error.value) for name in names), error.value
+
+
+def test_a_config_can_be_copied():
+    config = make_config(use_mam=False)
+    copied = copy.deepcopy(config)
+    copied.visual_config.visual_model.image_size = 16
+    assert config.image_size == 8
+    assert Owl2Config(**config.to_dict()).to_dict() == config.to_dict()
