@@ -41,14 +41,20 @@ class Picture:
 
 
 def easy_vqa(
-    split: str, *, style: str = "single", prompt: str = VQA_PROMPT, seed: int = 0
+    split: str,
+    *,
+    style: str = "single",
+    prompt: str = VQA_PROMPT,
+    most: int | None = None,
+    seed: int = 0,
 ) -> list[Sample]:
     """The Samples of a split, `train` or `test`, in one of three styles.
 
     - `captions` (stage 1; training split only): a picture and what its questions and answers tell
       of it, such as "a red circle."; see `caption`.
     - `joined` (stage 2, SPEC §2): all questions about a picture in one conversation, the order
-      shuffled by `seed`. Earlier answers give later ones away, so mix with `single`.
+      shuffled by `seed`. Earlier answers give later ones away, so mix with `single`, or let a
+      conversation have `most` questions: the others go on to further ones about the picture.
     - `single`: a conversation a question, in the package's order.
 
     `prompt`: the user's words, with `{question}` in it; default: SPEC 1.5's form for VQA; `short`:
@@ -62,7 +68,9 @@ def easy_vqa(
     prompt = SHORT_PROMPT if prompt == "short" else prompt
     if not isinstance(prompt, str) or "{question}" not in prompt:
         raise InputError(f"The prompt must be 'short' or have {{question}} in it, not {prompt!r}.")
-    return make(pictures(split), split, prompt, seed)
+    if most is not None and (style != "joined" or not isinstance(most, int) or most < 1):
+        raise InputError(f"`most` is {most!r}; it is a number from 1 on, for the style joined.")
+    return make(pictures(split), split, prompt, seed, most)
 
 
 def pictures(split: str) -> list[Picture]:
@@ -95,7 +103,9 @@ def _package() -> ModuleType:
 # ------------------------------------------------------------------ the three styles
 
 
-def _captions(given: list[Picture], split: str, prompt: str, seed: int) -> list[Sample]:
+def _captions(
+    given: list[Picture], split: str, prompt: str, seed: int, most: int | None
+) -> list[Sample]:
     if split != "train":
         raise InputError(
             "Captions of easy_vqa are made of answers, and the test split's answers are for "
@@ -107,21 +117,27 @@ def _captions(given: list[Picture], split: str, prompt: str, seed: int) -> list[
     ]
 
 
-def _joined(given: list[Picture], split: str, prompt: str, seed: int) -> list[Sample]:
+def _joined(
+    given: list[Picture], split: str, prompt: str, seed: int, most: int | None
+) -> list[Sample]:
     samples = []
     for picture in given:
         questions = list(picture.questions)
         Random(f"{seed}/{picture.number}").shuffle(questions)
-        messages: list[Message] = []
-        for question in questions:
-            words = _ask(prompt, question)
-            messages.append(_user(picture, words) if not messages else _user(None, words))
-            messages.append(_assistant(question.answer))
-        samples.append(Sample(messages, _source(split, picture)))
+        length = most or len(questions)
+        for start in range(0, len(questions), length):
+            conversation = questions[start : start + length]
+            messages: list[Message] = []
+            for number, question in enumerate(conversation):
+                messages.append(_user(None if number else picture, _ask(prompt, question)))
+                messages.append(_assistant(question.answer))
+            samples.append(Sample(messages, _source(split, picture)))
     return samples
 
 
-def _single(given: list[Picture], split: str, prompt: str, seed: int) -> list[Sample]:
+def _single(
+    given: list[Picture], split: str, prompt: str, seed: int, most: int | None
+) -> list[Sample]:
     # In the package's own order, so that an evaluation's rows can be laid beside its file.
     pairs = sorted(
         ((question, picture) for picture in given for question in picture.questions),

@@ -84,6 +84,22 @@ def test_joined_holds_all_questions_of_a_picture_in_another_order():
     assert reordered > 3900
 
 
+def test_joined_with_at_most_three_questions_holds_the_same_pairs():
+    whole = {path_of(sample): sample for sample in easy_vqa("train", style="joined")}
+    parts = easy_vqa("train", style="joined", most=3)
+    assert {len(pairs(part)) for part in parts} == {1, 2, 3}
+    regrouped = {}
+    for part in parts:
+        regrouped.setdefault(path_of(part), []).extend(pairs(part))
+    assert regrouped == {path: pairs(sample) for path, sample in whole.items()}
+
+
+@pytest.mark.parametrize("options", [{"most": 0}, {"most": "3"}, {"most": 3, "style": "single"}])
+def test_a_wrong_most_is_refused(options):
+    with pytest.raises(InputError, match="most"):
+        easy_vqa("train", **{"style": "joined"} | options)
+
+
 def test_joined_order_depends_on_the_seed_only():
     first, again, other = (easy_vqa("train", style="joined", seed=seed) for seed in (0, 0, 1))
     assert first == again
