@@ -114,7 +114,15 @@ def converse(settings: Settings, images: Sequence[str], options: Options) -> Non
     with suppress(ImportError):  # Windows has none
         import_module("readline")  # gives input() its line editing
     print(f"{settings.model} on {engine.model.device}. /help says what can be done.")
-    Conversation(engine, options, pictures).run()
+    read = input if sys.stdin.isatty() else _read_aloud
+    Conversation(engine, options, pictures, read).run()
+
+
+def _read_aloud(prompt: str) -> str:
+    """`input` for a script on stdin: what it says is shown, as if typed."""
+    line = input(prompt)
+    print(line)
+    return line
 
 
 @dataclass
