@@ -258,6 +258,17 @@ class Owl2ForConditionalGeneration(Owl2PreTrainedModel, GenerationMixin):
         generate = super().generate  # type: ignore[misc]  # no class fits the Protocol of its self
         return generate(inputs, *args, **kwargs)
 
+    def prepare_inputs_for_generation(  # type: ignore[override]  # hands on what it does not name
+        self, input_ids: torch.LongTensor, **kwargs: Any
+    ) -> dict[str, Any]:
+        prepare = super().prepare_inputs_for_generation  # type: ignore[misc]  # as in generate
+        inputs: dict[str, Any] = prepare(input_ids, **kwargs)
+        # transformers 5.16 leaves the modalities of the whole sequence beside a step's one token.
+        types, ids = inputs.get("mm_token_type_ids"), inputs.get("input_ids")
+        if types is not None and ids is not None:
+            inputs["mm_token_type_ids"] = types[:, -ids.shape[1] :]
+        return inputs
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,

@@ -76,7 +76,7 @@ def test_refused(shared_engine, broken, conversations):
             shared_engine.score(conversations[0], choices)
     with pytest.raises(InputError, match="empty"):
         shared_engine.score(conversations[0], ["red", " "])
-    with pytest.raises(InputError, match="choice 2 .* more than the context"):
+    with pytest.raises(InputError, match=r"choice 2 .* more than the context"):
         shared_engine.score(conversations[0], ["red", "no " * 120])
     with pytest.raises(InputError, match="not finite"):
         broken.score(conversations[0], ["red"])
