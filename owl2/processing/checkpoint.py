@@ -39,7 +39,7 @@ def find_files(name: str, hub: dict[str, Any]) -> dict[str, Path | None]:
     missing = []
     if not any(files[file] for file in _TOKENIZER_FILES):
         missing.append(f"a tokenizer ({' or '.join(_TOKENIZER_FILES[:2])})")
-    if files[PREPROCESSOR_FILE] is None:
+    if files[PREPROCESSOR_FILE] is None and files[CONFIG_FILE] is None:
         missing.append(f"the picture settings ({PREPROCESSOR_FILE})")
     if missing:
         where = f"'{name}'" if Path(name).is_dir() else f"'{name}' on the hub"

@@ -356,7 +356,10 @@ class Owl2Processor(ProcessorMixin):
         files = saved.find_files(str(pretrained_model_name_or_path), hub)
         config = saved.read_json(files[saved.CONFIG_FILE])
         own = saved.read_json(files[saved.PROCESSOR_FILE])
+        visual = config.get("visual_config", {})
         pixels = saved.read_json(files[saved.PREPROCESSOR_FILE])
+        if not pixels:  # all else about pixels has one value in every such checkpoint (SPEC 1.5)
+            pixels = {"size": visual.get("visual_model", {}).get("image_size", 448)}
         if image_policy is not None:
             pixels["image_policy"] = image_policy
         if max_pixels is not None:
@@ -370,7 +373,7 @@ class Owl2Processor(ProcessorMixin):
         image_token_id = own.get("image_token_id")
         if config:
             # The model's own configuration comes first: it is what the ids must fit.
-            abstractor = config.get("visual_config", {}).get("visual_abstractor", {})
+            abstractor = visual.get("visual_abstractor", {})
             num_image_tokens = abstractor.get("num_learnable_queries", 64) + 1
             image_token_id = max(config.get("vocab_size", 0), len(tokenizer))
         return cls(

@@ -79,6 +79,18 @@ def test_defaults_without_a_count_of_queries(released):
     assert Owl2Processor.from_pretrained(released).num_image_tokens == 65
 
 
+def test_the_picture_size_of_the_model_where_no_file_says_it(released):
+    """Only sizes differ from checkpoint to checkpoint, and config.json has them."""
+    (released / "preprocessor_config.json").unlink()
+    config = json.loads((released / "config.json").read_text())
+    config["visual_config"]["visual_model"] = {"image_size": 28}
+    (released / "config.json").write_text(json.dumps(config))
+    assert Owl2Processor.from_pretrained(released).image_processor.size == 28
+    (released / "config.json").unlink()
+    with pytest.raises(InputError, match="the picture settings"):
+        Owl2Processor.from_pretrained(released)
+
+
 def test_auto_processor(released, processor, picture):
     from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
