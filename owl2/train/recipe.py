@@ -95,7 +95,9 @@ class Recipe(Part):
     data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="where from")
 
     image_size: Positive | None = Field(description="pixels an edge; null = the checkpoint's")
-    augment: Literal["none", "crop_flip", "flip", "dihedral"] = Field(description="what pictures undergo")
+    augment: Literal["none", "crop_flip", "flip", "dihedral"] = Field(
+        description="what pictures undergo"
+    )
     max_length: Annotated[int, Field(ge=2)] = Field(description="tokens a sample, pictures' too")
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="or max_steps")
