@@ -49,6 +49,10 @@ class Multiway(nn.Module):
         super().__init__()
         self.multiway = nn.ModuleList([make(), make()])
 
+    def copy_text_weights(self) -> None:
+        """Visual weights start as copies of the text ones (SPEC 1.3)."""
+        self.multiway[VISUAL].load_state_dict(self.multiway[TEXT].state_dict())
+
     def forward(self, hidden_states: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
         """(B, S, D) to (B, S, D'), each token through its modality's module."""
         if routing is None:

@@ -63,11 +63,6 @@ class Owl2PreTrainedModel(ReleasedCheckpoints, LlamaPreTrainedModel):
             query_codes, key_codes = module.position_codes()
             init.copy_(module.q_pos_embed, query_codes)
             init.copy_(module.k_pos_embed, key_codes)
-        elif isinstance(module, Multiway):
-            # The visual weights start as copies of the text ones (SPEC 1.3).
-            text, visual = (dict(way.named_parameters()) for way in module.multiway)
-            for name, weight in text.items():
-                init.copy_(visual[name], weight)
 
 
 class Owl2Model(Owl2PreTrainedModel, LlamaModel):
@@ -89,6 +84,10 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         self.visual_abstractor = VisualAbstractor(visual.visual_abstractor, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
+        # Not in _init_weights: transformers asks that of modules with weights of their own only.
+        for module in self.modules():
+            if isinstance(module, Multiway):
+                module.copy_text_weights()
 
     def forward(
         self,

@@ -1,0 +1,159 @@
+"""MAM: every token through its own modality's weights, and text never through the visual ones."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from owl2.model.modality import TEXT, VISUAL, Multiway, Routing
+from tests.model.conftest import make_modalities_differ
+from tests.tiny import make_config, make_model
+
+MULTIWAY = ("input_layernorm", "post_attention_layernorm", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def visual_weights(model):
+    return {n: p for n, p in model.named_parameters() if ".multiway.1." in n}
+
+
+def spoil(model):
+    """Whatever reads a visual weight from now on is not a number."""
+    with torch.no_grad():
+        for weight in visual_weights(model).values():
+            weight.fill_(torch.nan)
+
+
+def test_each_token_goes_through_its_modality():
+    torch.manual_seed(0)
+    multiway = Multiway(lambda: nn.Linear(4, 6))
+    states = torch.randn(2, 5, 4)
+    types = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 1]])
+    mixed = multiway(states, Routing.of(types))
+    for row in range(2):
+        for place in range(5):
+            expected = multiway.multiway[types[row, place]](states[row, place])
+            torch.testing.assert_close(mixed[row, place], expected)
+
+
+def test_all_visual_and_none():
+    multiway = Multiway(lambda: nn.Linear(4, 4))
+    states = torch.randn(2, 3, 4)
+    assert Routing.of(torch.zeros(2, 3, dtype=torch.long)) is None
+    assert torch.equal(multiway(states), multiway.multiway[TEXT](states))
+    routing = Routing.of(torch.ones(2, 3, dtype=torch.long))
+    torch.testing.assert_close(multiway(states, routing), multiway.multiway[VISUAL](states))
+
+
+def test_gradients_reach_each_modality_from_its_own_tokens():
+    multiway = Multiway(lambda: nn.Linear(4, 4, bias=False))
+    states = torch.randn(1, 4, 4)
+    routing = Routing.of(torch.tensor([[0, 1, 0, 1]]))
+    multiway(states, routing)[0, [0, 2]].sum().backward()
+    assert multiway.multiway[TEXT].weight.grad.abs().sum() > 0
+    assert multiway.multiway[VISUAL].weight.grad.abs().sum() == 0
+
+
+def test_visual_weights_start_as_copies():
+    state = make_model(attention_bias=True).state_dict()
+    visual = [name for name in state if ".multiway.1." in name]
+    assert len(visual) == 2 * (4 + 2)  # two layers: two norms, K and V, and these two's biases
+    for name in visual:
+        text = state[name.replace(".multiway.1.", ".multiway.0.")]
+        assert torch.equal(state[name], text), name
+        assert state[name].data_ptr() != text.data_ptr()
+
+
+def test_the_names_of_the_weights_a_modality():
+    multiway = {n.split(".multiway.")[0] for n in make_model().state_dict() if ".multiway." in n}
+    assert multiway == {f"model.layers.{i}.{module}" for i in range(2) for module in MULTIWAY}
+
+
+def test_text_alone_never_touches_a_visual_weight(tiny):
+    ids = torch.tensor([[1, 5, 9, 11]])
+    before = logits(tiny, input_ids=ids)
+    spoil(tiny)
+    assert torch.equal(logits(tiny, input_ids=ids), before)
+
+
+def test_a_picture_does_touch_them(tiny, picture_inputs):
+    spoil(tiny)
+    assert logits(tiny, **picture_inputs).isnan().any()
+
+
+@pytest.mark.parametrize("with_types", [True, False])
+def test_decoding_after_a_picture_never_touches_a_visual_weight(tiny, picture_inputs, with_types):
+    if with_types:
+        types = (picture_inputs["input_ids"] == 40).long()
+        picture_inputs["mm_token_type_ids"] = types
+    new = torch.tensor([[3], [17], [4]])
+    whole = picture_inputs | {
+        "input_ids": torch.cat([picture_inputs["input_ids"], new.T], dim=1),
+    }
+    if with_types:
+        whole["mm_token_type_ids"] = torch.cat([types, torch.zeros(1, 3).long()], dim=1)
+    expected = logits(tiny, **whole)[:, -3:]
+    with torch.no_grad():
+        cache = tiny(**picture_inputs, use_cache=True).past_key_values
+    spoil(tiny)
+    for step, token in enumerate(new):
+        extra = {"mm_token_type_ids": torch.zeros(1, 1).long()} if with_types else {}
+        step_logits = logits(tiny, input_ids=token[None], past_key_values=cache, **extra)
+        torch.testing.assert_close(step_logits[0, 0], expected[0, step], rtol=0, atol=1e-5)
+
+
+def test_without_mam_the_names_are_llamas_own():
+    model = make_model(use_mam=False)
+    decoder = {n for n in model.state_dict() if not n.startswith(("model.visi", "model.visual"))}
+    llama = LlamaForCausalLM(make_config())
+    assert decoder == set(llama.state_dict())
+
+
+def test_without_mam_equals_mam_with_equal_weights(picture_inputs):
+    plain = make_model(use_mam=False).eval()
+    make_modalities_differ(plain)  # random weights; there are no modalities in it
+    twice = make_model().eval()
+    state = plain.state_dict()
+    for module in MULTIWAY:
+        for i in range(2):
+            name = f"model.layers.{i}.{module}"
+            weight = state.pop(f"{name}.weight")
+            state |= {f"{name}.multiway.{m}.weight": weight for m in (TEXT, VISUAL)}
+    twice.load_state_dict(state)
+    expected = logits(plain, **picture_inputs)
+    torch.testing.assert_close(logits(twice, **picture_inputs), expected, rtol=0, atol=1e-5)
+    text = torch.tensor([[1, 5, 9]])
+    assert torch.equal(logits(twice, input_ids=text), logits(plain, input_ids=text))
+    spoiled = picture_inputs | {"pixel_values": picture_inputs["pixel_values"].flip(0)}
+    assert not torch.allclose(logits(plain, **spoiled), expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"head_dim": 6},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"use_mam": False},
+    ],
+)
+def test_text_logits_are_bit_identical_to_a_llama_of_the_same_weights(settings):
+    """Sizes that LLaMA has but the released model has not: grouped queries, tied embeddings ..."""
+    model = make_model(**settings).eval()
+    make_modalities_differ(model)
+    config = make_config(**settings).to_dict()
+    llama = LlamaForCausalLM(LlamaForCausalLM.config_class(**config)).eval()
+    state = {n.replace(".multiway.0.", "."): t for n, t in model.state_dict().items()}
+    llama.load_state_dict({name: state[name] for name in llama.state_dict()})
+    ids = torch.tensor([[1, 5, 9, 11, 30, 2], [1, 7, 7, 0, 0, 3]])
+    assert torch.equal(logits(model, input_ids=ids), logits(llama, input_ids=ids))
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    masked = [logits(m, input_ids=ids, attention_mask=mask) for m in (model, llama)]
+    assert torch.equal(*masked)

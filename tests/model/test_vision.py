@@ -1,0 +1,149 @@
+"""Vision encoder: pictures of another size, CLIP's layout, what it refuses."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from owl2.errors import InputError
+from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.vision import resize_positions
+from tests.model.golden import FOLDER
+from tests.tiny import make_model
+
+GOLDEN = FOLDER / "model_mha"  # 56 px, a grid of 4 x 4
+POSITIONS = "model.vision_model.embeddings.position_embedding"
+
+
+def load(path, **options):
+    return Owl2ForConditionalGeneration.from_pretrained(path, **options)
+
+
+def bicubic(stored, grid):
+    """The interpolation of SPEC §2 by torch itself, patch by patch of the result."""
+    old = round((stored.shape[1] - 1) ** 0.5)
+    planes = stored[0, 1:].T.reshape(1, -1, old, old)
+    resized = F.interpolate(planes, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([stored[:, :1], resized[0].flatten(1).T[None]], dim=1)
+
+
+def check_size(model, size, grid):
+    stored = load(GOLDEN).state_dict()[POSITIONS]
+    torch.testing.assert_close(model.state_dict()[POSITIONS], bicubic(stored, grid))
+    visual = model.config.visual_config
+    assert (model.config.image_size, visual.visual_model.image_size) == (size, size)
+    assert visual.visual_abstractor.grid_size == grid
+    for name, codes in model.state_dict().items():
+        if name.endswith("k_pos_embed"):
+            assert codes.shape == (1 + grid**2, 48)
+            assert not codes[0].any()
+            # The second row of patches starts with the first's column and the next row's code.
+            torch.testing.assert_close(codes[1 + grid, :24], codes[1, :24])
+            torch.testing.assert_close(codes[1 + grid, 24:], codes[2, :24])
+    with torch.no_grad():
+        features = model.get_image_features(torch.randn(1, 3, size, size))
+    assert features.last_hidden_state.shape == (1, 1 + grid**2, 48)
+    assert features.pooler_output.shape == (1, 6, 64)
+
+
+@pytest.mark.parametrize(("size", "grid"), [(112, 8), (28, 2), (70, 5)])
+def test_another_size_by_argument(size, grid):
+    check_size(load(GOLDEN, image_size=size), size, grid)
+
+
+def test_another_size_after_loading():
+    model = load(GOLDEN)
+    model.set_image_size(112)
+    check_size(model, 112, 8)
+
+
+def edit_size(path, size):
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config["visual_config"]["visual_model"]["image_size"] = size
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_another_size_by_an_edited_config(tmp_path):
+    load(GOLDEN).save_pretrained(tmp_path)
+    edit_size(tmp_path, 112)
+    check_size(load(tmp_path), 112, 8)
+
+
+def test_another_size_by_a_config_which_stays_the_callers():
+    config = load(GOLDEN).config
+    config.visual_config.visual_model.image_size = 112
+    before = config.to_dict()
+    check_size(load(GOLDEN, config=config), 112, 8)
+    assert config.to_dict() == before
+
+
+def test_the_argument_comes_before_the_config(tmp_path):
+    load(GOLDEN).save_pretrained(tmp_path)
+    edit_size(tmp_path, 112)
+    check_size(load(tmp_path, image_size=28), 28, 2)
+
+
+def test_a_resized_model_is_saved_at_its_new_size(tmp_path):
+    load(GOLDEN, image_size=112).save_pretrained(tmp_path)
+    check_size(load(tmp_path), 112, 8)
+
+
+def test_the_dtype_is_kept_and_interpolated_in_float32():
+    model = load(GOLDEN, image_size=112, dtype=torch.bfloat16)
+    positions = model.state_dict()[POSITIONS]
+    stored = load(GOLDEN, dtype=torch.bfloat16).state_dict()[POSITIONS].float()
+    assert positions.dtype == torch.bfloat16
+    assert torch.equal(positions, bicubic(stored, 8).to(torch.bfloat16))
+
+
+def test_the_same_size_changes_nothing():
+    model, plain = load(GOLDEN, image_size=56), load(GOLDEN)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    positions = plain.state_dict()[POSITIONS]
+    assert torch.equal(resize_positions(positions, 4), positions)
+
+
+def test_a_frozen_position_embedding_stays_frozen():
+    model = make_model()
+    model.requires_grad_(False)
+    model.set_image_size(16)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", [0, -14, 57])
+def test_a_size_that_patches_do_not_fill_is_refused(size):
+    with pytest.raises(InputError, match="multiple of the patch"):
+        load(GOLDEN).set_image_size(size)
+
+
+def test_positions_that_are_no_square_are_refused(tmp_path):
+    model = load(GOLDEN)
+    state = model.state_dict() | {POSITIONS: torch.zeros(1, 1 + 15, 48)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(InputError, match=r"position_embedding: \(1, 16, 48\) in the file"):
+        load(tmp_path)
+
+
+def test_positions_of_another_width_are_refused(tmp_path):
+    model = load(GOLDEN)
+    state = model.state_dict() | {POSITIONS: torch.zeros(1, 17, 40)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(InputError, match=r"position_embedding: \(1, 17, 40\) in the file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 8), (1, 3, 16, 16), (1, 1, 8, 8), (3, 8, 8)])
+def test_pixels_of_another_size_are_refused(tiny, shape):
+    with pytest.raises(InputError, match="this model takes") as error:
+        tiny.get_image_features(torch.zeros(shape))
+    assert str(shape) in str(error.value) and "(N, 3, 8, 8)" in str(error.value)
+
+
+def test_pictures_do_not_see_each_other(tiny):
+    pixels = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        together = tiny.get_image_features(pixels).pooler_output
+        alone = [tiny.get_image_features(picture[None]).pooler_output for picture in pixels]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
