@@ -258,10 +258,11 @@ class Owl2ForConditionalGeneration(Owl2PreTrainedModel, GenerationMixin):
         return generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # hands on what it does not name
-        self, input_ids: torch.LongTensor, **kwargs: Any
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
+        # inputs_embeds is named as transformers looks at the signature: whether they may be given.
         prepare = super().prepare_inputs_for_generation  # type: ignore[misc]  # as in generate
-        inputs: dict[str, Any] = prepare(input_ids, **kwargs)
+        inputs: dict[str, Any] = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # transformers 5.16 leaves the modalities of the whole sequence beside a step's one token.
         types, ids = inputs.get("mm_token_type_ids"), inputs.get("input_ids")
         if types is not None and ids is not None:

@@ -1,0 +1,127 @@
+"""`generate`: beams, several answers, embeddings, types, caches."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tests.model.conftest import make_modalities_differ
+from tests.model.golden import inputs_of, load_cases, load_model
+from tests.tiny import make_model
+
+IMAGE = [40] * 3
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture
+def model():
+    """Another tiny model: this one's answers change from token to token."""
+    model = make_model(seed=5).eval()
+    make_modalities_differ(model)
+    return model
+
+
+def two_prompts():
+    """Each with two pictures, all four different."""
+    ids = torch.tensor([[1, *IMAGE, 5, *IMAGE, 6], [1, 9, *IMAGE, *IMAGE, 8]])
+    pixels = 3 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+
+
+def one_by_one(inputs):
+    for row in range(2):
+        yield {
+            "input_ids": inputs["input_ids"][row : row + 1],
+            "pixel_values": inputs["pixel_values"][2 * row : 2 * row + 2],
+            "attention_mask": inputs["attention_mask"][row : row + 1],
+        }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "use_cache": False},
+    ],
+)
+def test_beams_of_several_prompts_equal_one_by_one(model, options):
+    inputs = two_prompts()
+    together = model.generate(**inputs, **GREEDY, **options)
+    alone = [model.generate(**single, **GREEDY, **options) for single in one_by_one(inputs)]
+    assert torch.equal(together, torch.cat(alone))
+    # The pictures do matter: other ones lead to other answers.
+    inputs["pixel_values"] = -inputs["pixel_values"]
+    assert not torch.equal(model.generate(**inputs, **GREEDY, **options), together)
+
+
+def test_several_answers_see_their_own_prompts_pictures(model):
+    """Sampling draws differently for a batch, so the first step's scores are compared."""
+    inputs = two_prompts()
+    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 1}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    scores = model.generate(**inputs, **options).logits[0]
+    with torch.no_grad():
+        expected = [model(**single).logits[:, -1] for single in one_by_one(inputs)]
+    torch.testing.assert_close(
+        scores, torch.cat(expected).repeat_interleave(3, dim=0), rtol=0, atol=1e-5
+    )
+
+
+def test_without_a_cache_the_answer_is_the_same(model):
+    inputs = two_prompts()
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), expected)
+    assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
+
+
+def test_types_change_no_answer_even_right_behind_a_picture(model):
+    ids = torch.tensor([[1, 5, *IMAGE]])
+    inputs = {"input_ids": ids, "pixel_values": two_prompts()["pixel_values"][:1]}
+    expected = model.generate(**inputs, **GREEDY)
+    types = (ids == 40).long()
+    assert torch.equal(model.generate(**inputs, mm_token_type_ids=types, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_from_embeddings(model, beams):
+    inputs = two_prompts()
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids.clamp(max=39))
+        pictures = model.get_image_features(inputs["pixel_values"]).pooler_output
+        embeds[ids == 40] = pictures.flatten(0, 1)
+    expected = model.generate(**inputs, **GREEDY, num_beams=beams)[:, ids.shape[1] :]
+    answer = model.generate(
+        inputs_embeds=embeds,
+        mm_token_type_ids=(ids == 40).long(),
+        attention_mask=inputs["attention_mask"],
+        **GREEDY,
+        num_beams=beams,
+    )
+    assert torch.equal(answer, expected)
+
+
+def test_going_on_from_a_cache(model):
+    """A second turn with a new picture: old ids and mask whole, pictures only the new ones."""
+    inputs = two_prompts()
+    first = next(one_by_one(inputs))
+    cache = DynamicCache(config=model.config)
+    answered = model.generate(**first, past_key_values=cache, **GREEDY)
+    whole = torch.cat([answered, torch.tensor([[1, *IMAGE, 4]])], dim=1)
+    new = inputs["pixel_values"][3:]
+    pictures = torch.cat([first["pixel_values"], new])
+    mask = torch.ones_like(whole)
+    expected = model.generate(whole, pixel_values=pictures, attention_mask=mask, **GREEDY)
+    went_on = model.generate(
+        whole, pixel_values=new, attention_mask=mask, past_key_values=cache, **GREEDY
+    )
+    assert torch.equal(went_on, expected)
+
+
+def test_the_end_token_ends_an_answer():
+    """golden's answer of 5 tokens ends with </s>, whatever is asked for."""
+    model, cases = load_model("model_mha"), load_cases("model_mha")
+    inputs = inputs_of(cases, "generate_text", model.config)
+    assert model.generate(**inputs, max_new_tokens=200)[0, -1] == 2
+    longer = model.generate(**inputs, max_new_tokens=24, eos_token_id=None)
+    assert longer.shape[1] == inputs["input_ids"].shape[1] + 24

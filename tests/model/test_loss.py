@@ -1,0 +1,123 @@
+"""The loss: over labelled words only, always finite; gradients with and without checkpointing."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from owl2.model.owl2 import next_token_loss
+from tests.model.conftest import make_modalities_differ
+from tests.tiny import make_model
+
+
+@pytest.fixture
+def batch(picture_inputs):
+    ids = picture_inputs["input_ids"]
+    labels = torch.where(ids == 40, -100, ids)
+    labels[:, :6] = -100
+    return picture_inputs | {"labels": labels}
+
+
+def gradients(model):
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_mean_over_labelled_tokens_predicted_from_the_one_before():
+    logits = torch.randn(2, 5, 7)
+    labels = torch.tensor([[3, -100, 2, 6, -100], [-100, -100, -100, -100, 1]])
+    # (0, 0) has nothing before it; so 2, 6 and 1 are left.
+    terms = [
+        F.cross_entropy(logits[row, place - 1], labels[row, place])
+        for row, place in ((0, 2), (0, 3), (1, 4))
+    ]
+    torch.testing.assert_close(next_token_loss(logits, labels), sum(terms) / 3)
+    for count in (6, torch.tensor(6)):
+        torch.testing.assert_close(next_token_loss(logits, labels, count), sum(terms) / 6)
+
+
+def test_sixteen_bit_logits_give_a_float32_loss():
+    logits = torch.randn(1, 4, 7).to(torch.bfloat16)
+    labels = torch.tensor([[1, 2, 3, 4]])
+    loss = next_token_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    assert loss == next_token_loss(logits.float(), labels)
+
+
+def test_the_models_loss_and_its_count(tiny, batch):
+    output = tiny(**batch)
+    expected = next_token_loss(output.logits, batch["labels"])
+    torch.testing.assert_close(output.loss, expected)
+    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    torch.testing.assert_close(
+        tiny(**batch, num_items_in_batch=2 * labelled).loss, expected / 2, rtol=1e-5, atol=0
+    )
+
+
+def test_a_batch_without_a_label_has_loss_0_and_finite_gradients(tiny, batch):
+    for count in (None, 0, torch.tensor(0)):
+        tiny.zero_grad()
+        labels = torch.full_like(batch["labels"], -100)
+        loss = tiny(**batch | {"labels": labels}, num_items_in_batch=count).loss
+        assert loss.item() == 0
+        loss.backward()
+        assert all(not gradient.any() for gradient in gradients(tiny).values())
+        assert all(torch.isfinite(gradient).all() for gradient in gradients(tiny).values())
+
+
+def test_no_labels_no_loss(tiny, picture_inputs):
+    assert tiny(**picture_inputs).loss is None
+
+
+def test_every_parameter_gets_a_gradient_from_pictures_and_words(tiny, batch):
+    tiny(**batch).loss.backward()
+    assert gradients(tiny).keys() == dict(tiny.named_parameters()).keys()
+    # Zero by mathematics: the keys' biases of the abstractor do not change a softmax.
+    still = {n for n, g in gradients(tiny).items() if g.abs().max() < 1e-9}
+    assert all(name.endswith("attention.key.bias") for name in still), still
+
+
+def test_text_leaves_the_visual_side_alone(tiny):
+    ids = torch.tensor([[1, 5, 6, 7]])
+    tiny(input_ids=ids, labels=ids).loss.backward()
+    visual = ("vision_model", "visual_abstractor", ".multiway.1.")
+    for name in gradients(tiny):
+        assert not any(part in name for part in visual), name
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # 5.16 has no other name
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_checkpointed_gradients_equal_plain_ones_in_all_parts(batch, reentrant, attention):
+    results = []
+    for checkpointed in (False, True):
+        model = make_model(attn_implementation=attention).train()
+        make_modalities_differ(model)
+        runs = count_runs(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(**batch, use_cache=False).loss.backward()
+        results.append(gradients(model))
+        assert runs == dict.fromkeys(runs, 2 if checkpointed else 1)
+    plain, recomputed = results
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in recomputed.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def count_runs(model):
+    """How often one MLP of each part runs."""
+    modules = {
+        "vision": model.model.vision_model.encoder.layers[0].mlp,
+        "abstractor": model.model.visual_abstractor.encoder.layers[0].crossattention.output.mlp,
+        "decoder": model.model.layers[0].mlp,
+    }
+    runs = dict.fromkeys(modules, 0)
+
+    def counter(name):
+        def count(*_):
+            runs[name] += 1
+
+        return count
+
+    for name, module in modules.items():
+        module.register_forward_pre_hook(counter(name))
+    return runs
