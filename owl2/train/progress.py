@@ -20,7 +20,7 @@ from owl2.train.resume import Position
 
 PLAIN_SECONDS = 5.0
 # Logged losses that the smoothed one looks back on, roughly.
-SMOOTHING = 5
+SMOOTHING = 3
 
 
 class RunLog:

@@ -50,6 +50,9 @@ def plot_loss(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> boo
     smooth = [line["smoothed_loss"] for line in lines]
     above.plot(steps, smooth, color="tab:blue", linewidth=2, label="smoothed")
     above.set(title=title, ylabel="loss a token (nats)")
+    # Logarithmic: the first steps would dwarf all that comes after. Linear around 0, which a
+    # batch without labels has.
+    above.set_yscale("symlog", linthresh=1e-3)
     above.set_ylim(bottom=0)
     above.legend(frameon=False)
     below.plot(steps, [line["learning_rate"] for line in lines], color="tab:orange")
