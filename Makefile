@@ -13,11 +13,11 @@ define install
 	touch $(1)/.installed
 endef
 
-.PHONY: help setup demo test test-slow test-oldest check format
+.PHONY: help setup demo demo-quick test test-slow test-oldest check format
 
 help:
 	@echo "make setup        install into $(VENV) (the others do it by themselves)"
-	@echo "make demo         build, train, evaluate and ask a tiny model, on real data"
+	@echo "make demo         build, train, evaluate and ask a tiny model, on real data; demo-quick: its commands"
 	@echo "make test         the tests; test-slow: the long ones; test-oldest: on the oldest transformers"
 	@echo "make check        formatting, lint, types, import layers; format: put right what can be"
 
@@ -31,6 +31,9 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh
+
+demo-quick: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh --quick
 
 test: setup
 	$(BIN)/python -m pytest --timeout 300

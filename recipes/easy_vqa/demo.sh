@@ -30,8 +30,15 @@ say "4/5  Evaluate: the 9,673 questions of the test split, with the picture and 
 owl2 eval --model $run/model --tasks easy_vqa --prompt short --output $run/eval "${limit[@]}"
 
 say "5/5  Ask about three pictures of the test split"
-pictures=$(python -c "import easy_vqa; print(*list(easy_vqa.get_test_image_paths().values())[:3])")
-for picture in $pictures; do
+python - "$run/pictures" <<'END'
+import pathlib, shutil, sys
+import easy_vqa
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(parents=True)
+for number, path in enumerate(list(easy_vqa.get_test_image_paths().values())[:3], 1):
+    shutil.copy(path, folder / f"{number}.png")
+END
+for picture in "$run"/pictures/*.png; do
     printf '%s\n' "/clear" "/image $picture" \
         "what shape is in the image?" "what color is the shape?" "is there a blue shape?"
 done | owl2 chat --model $run/model
@@ -39,9 +46,9 @@ done | owl2 chat --model $run/model
 say "There it is"
 cat <<END
 scores          $run/eval/results.json
-every answer    $run/eval/answers/
+every answer    $run/eval/answers/  $run/eval/report.png
 learning curves $run/stage1/loss.png  $run/loss.png
 the model       $run/model
 
-Go on asking:   .venv/bin/owl2 chat --model $run/model
+Go on asking:   .venv/bin/owl2 chat --model $run/model --image $run/pictures/1.png
 END
