@@ -58,7 +58,7 @@ class Multiway(nn.Module):
         if routing is None:
             return self.multiway[TEXT](hidden_states)
         rows = hidden_states.flatten(0, 1)  # (B·S, D)
-        # index_select: its gradient is an index_add, several times faster than that of rows[index].
+        # index_select: on a GPU the gradient of rows[index] would sort the indices first.
         parts = [
             way(rows.index_select(0, index))
             for way, index in zip(self.multiway, routing.rows, strict=True)
