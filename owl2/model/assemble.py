@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from owl2.errors import InputError
+from owl2.model.checkpoint import ACCOUNT_FOR_KEYS, reading, refuse_gaps
 from owl2.model.configuration import Owl2AbstractorConfig, Owl2Config, Owl2VisionConfig
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 
@@ -84,21 +85,27 @@ def load_llm(source: str | Path, dtype: torch.dtype | str = "auto") -> LlamaForC
         InputError: if it cannot be read, or is no LLaMA.
     """
     path = Path(source)
+    options: dict[str, Any] = {}
+    if path.suffix == ".gguf":
+        options["gguf_file"] = path.name
+        # 5.16 always dequantises; later versions keep the blocks unless told.
+        if quantised := getattr(transformers, "GgufConfig", None):
+            options["quantization_config"] = quantised(dequantize=True)
+        dtype = torch.float32 if dtype == "auto" else dtype
+    place = path.parent if options else source
     try:
-        if path.suffix != ".gguf":
-            llm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        else:
-            # 5.16 always dequantises; later versions keep the blocks unless told.
-            quantised = getattr(transformers, "GgufConfig", None)
-            options = {"quantization_config": quantised(dequantize=True)} if quantised else {}
-            dtype = torch.float32 if dtype == "auto" else dtype
-            llm = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=dtype, **options
+        with reading(source):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, **options, **ACCOUNT_FOR_KEYS
             )
-    except (OSError, ValueError, ImportError) as error:
+    except InputError:
+        raise
+    except (ValueError, ImportError) as error:  # no language model; or gguf is not installed
         raise InputError(f"{source} cannot be loaded as a language model: {error}") from error
+    llm, info = loaded
     if not isinstance(llm, LlamaForCausalLM):
         raise InputError(f"{source} is a {llm.config.model_type} model; a LLaMA is needed")
+    refuse_gaps(source, info)
     return llm
 
 
@@ -114,14 +121,18 @@ def load_vision(source: str | Path) -> CLIPVisionModel:
         InputError: if it cannot be read, or is no CLIP.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        if config.model_type not in ("clip", "clip_vision_model"):
-            raise InputError(f"{source} is a {config.model_type} model; a CLIP tower is needed")
-        return CLIPVisionModel.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        with reading(source):
+            kind = transformers.AutoConfig.from_pretrained(source).model_type
+            if kind not in ("clip", "clip_vision_model"):
+                raise InputError(f"{source} is a {kind} model; a CLIP tower is needed")
+            loaded: Any = CLIPVisionModel.from_pretrained(source, **ACCOUNT_FOR_KEYS)
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{source} cannot be loaded as a CLIP tower: {error}") from error
+    tower, info = loaded
+    refuse_gaps(source, info)
+    return tower
 
 
 def decoder_weights(llm: LlamaForCausalLM, use_mam: bool = True) -> dict[str, torch.Tensor]:

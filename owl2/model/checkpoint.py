@@ -22,6 +22,8 @@ KEYS_SHOWN = 12
 # Old config.json files spell out every default of the transformers that wrote them. This one would
 # cap answers, or warn beside every max_new_tokens.
 UNSET_MAX_LENGTH = 20
+# transformers says which keys did not fit, and we decide.
+ACCOUNT_FOR_KEYS: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
 class ReleasedCheckpoints(PreTrainedModel):
@@ -89,29 +91,42 @@ class ReleasedCheckpoints(PreTrainedModel):
 
     @classmethod
     def _load(cls, name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
-        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        try:
-            with _quiet():  # its report would say "newly initialized"; ours refuses
-                loaded: Any = super().from_pretrained(name_or_path, *args, **kwargs)
-                return loaded
-        except InputError:
-            raise
-        except (OSError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-            raise InputError(f"{name_or_path} cannot be loaded as a checkpoint: {error}") from error
-        except RuntimeError as error:
-            if "PytorchStreamReader" not in str(error):  # what torch says of a broken .bin
-                raise
-            raise InputError(f"{name_or_path}: a weight file is broken: {error}") from error
+        with reading(name_or_path):
+            loaded: Any = super().from_pretrained(name_or_path, *args, **kwargs, **ACCOUNT_FOR_KEYS)
+        return loaded
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def reading(source: str | Path | None) -> Iterator[None]:
+    """What goes wrong while weights are read is an InputError.
+
+    transformers' own report is not shown: it says "newly initialized" where we refuse.
+    """
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
+    except (OSError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(f"{source} cannot be loaded as a checkpoint: {error}") from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):  # what torch says of a broken .bin
+            raise
+        raise InputError(f"{source}: a weight file is broken: {error}") from error
     finally:
         logging.set_verbosity(before)
+
+
+def refuse_gaps(source: str | Path, info: dict[str, Any]) -> None:
+    """Raise if transformers had to make up weights of a model which is not ours."""
+    shapes = [
+        f"{key}: {tuple(a)} in the file, {tuple(b)} in the model"
+        for key, a, b in info["mismatched_keys"]
+    ]
+    gaps = sorted(info["missing_keys"]) + sorted(shapes)
+    if gaps:
+        raise InputError(
+            f"{source} lacks weights\n" + _listing("missing or of another shape", gaps)
+        )
 
 
 def _check_directory(path: Path, subfolder: str) -> None:

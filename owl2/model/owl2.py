@@ -49,6 +49,11 @@ class Owl2PreTrainedModel(ReleasedCheckpoints, LlamaPreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer", "Owl2DecoderLayer", "VisionLayer", "AbstractorLayer"]
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, for all three parts: 5.16 does not look into nested configurations."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.config.visual_config._attn_implementation = self.config._attn_implementation
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
