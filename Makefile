@@ -35,14 +35,15 @@ demo: setup
 demo-quick: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh --quick
 
+# A process a core, and a thread a process: more threads than cores wait for each other.
 test: setup
-	$(BIN)/python -m pytest --timeout 300
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --timeout 300
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --timeout 300
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --timeout 300
 
 check: setup
 	$(BIN)/ruff format --check .

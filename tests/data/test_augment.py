@@ -22,7 +22,15 @@ def test_same_chance_same_picture_and_the_given_one_stays(square, name):
     assert results[0] == results[1]
     assert square.tobytes() == before
     different = {change(square, Random(seed)).tobytes() for seed in range(50)}
-    assert len(different) == 1 if name == "none" else len(different) > 5
+    expected = {"none": range(1, 2), "flip": range(2, 3), "dihedral": range(8, 9)}
+    assert len(different) in expected.get(name, range(6, 51))
+
+
+def test_flip_mirrors_half_of_the_pictures(square):
+    mirrored = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
+    seen = [AUGMENTATIONS["flip"](square, Random(seed)).tobytes() for seed in range(400)]
+    assert set(seen) == {mirrored, square.tobytes()}
+    assert 150 < seen.count(mirrored) < 250
 
 
 def test_dihedral_is_the_eight_symmetries_evenly(square):

@@ -26,7 +26,7 @@ def talks(tmp_path):
 
 
 def test_learned_words_are_green_and_others_are_not(checkpoint, talks):
-    console = Console(force_terminal=True, color_system="standard", width=80, record=True)
+    console = Console(force_terminal=True, color_system="standard", width=300, record=True)
     with console.capture() as capture:
         show(str(checkpoint), str(talks), [], 2, console)
     shown = capture.get()

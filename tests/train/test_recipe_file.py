@@ -64,7 +64,7 @@ def test_epochs_and_steps_oust_each_other(write):
         ("batch_size: true", "`batch_size` is True", "must be a whole number"),
         ("batch_size: 0", "`batch_size` is 0", "greater than or equal to 1"),
         ("gradient_checkpointing: 1", "`gradient_checkpointing` is 1", "must be true or false"),
-        ("augment: flip", "`augment` is 'flip'", "'none', 'crop_flip' or 'dihedral'"),
+        ("augment: turn", "`augment` is 'turn'", "'none', 'crop_flip', 'flip' or 'dihedral'"),
         ("image_size: big", "`image_size` is 'big'", "must be a whole number"),
         ("learning_rate: .nan", "`learning_rate` is nan", "must be a finite number"),
     ],
