@@ -14,11 +14,18 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from owl2.errors import InputError
 from owl2.model.checkpoint import ACCOUNT_FOR_KEYS, reading, refuse_gaps
-from owl2.model.configuration import Owl2AbstractorConfig, Owl2Config, Owl2VisionConfig
+from owl2.model.configuration import (
+    DECODER_SIZES,
+    Owl2AbstractorConfig,
+    Owl2Config,
+    Owl2VisionConfig,
+    check_sizes,
+)
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 
 MULTIWAY = re.compile(
@@ -110,8 +117,16 @@ def load_llm(source: str | Path, dtype: torch.dtype | str = "auto") -> LlamaForC
 
 
 def fresh_llm(**settings: Any) -> LlamaForCausalLM:
-    """A LLaMA of the given `LlamaConfig` settings with random weights."""
-    return LlamaForCausalLM(LlamaConfig(**settings))
+    """A LLaMA of the given `LlamaConfig` settings with random weights.
+
+    Raises:
+        InputError: for settings that no LLaMA can have.
+    """
+    check_sizes("the language model", settings, (*DECODER_SIZES, "num_key_value_heads"))
+    try:
+        return LlamaForCausalLM(LlamaConfig(**settings))
+    except (StrictDataclassError, KeyError) as error:  # types and heads; an unknown activation
+        raise InputError(f"a language model cannot have these settings: {error}") from error
 
 
 def load_vision(source: str | Path) -> CLIPVisionModel:

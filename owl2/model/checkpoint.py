@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -22,6 +23,8 @@ KEYS_SHOWN = 12
 # Old config.json files spell out every default of the transformers that wrote them. This one would
 # cap answers, or warn beside every max_new_tokens.
 UNSET_MAX_LENGTH = 20
+# The last: a setting in config.json of a wrong type.
+UNREADABLE = (OSError, SafetensorError, pickle.UnpicklingError, EOFError, StrictDataclassError)
 # transformers says which keys did not fit, and we decide.
 ACCOUNT_FOR_KEYS: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
 
@@ -92,7 +95,9 @@ class ReleasedCheckpoints(PreTrainedModel):
     @classmethod
     def _load(cls, name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         with reading(name_or_path):
-            loaded: Any = super().from_pretrained(name_or_path, *args, **kwargs, **ACCOUNT_FOR_KEYS)
+            loaded: Any = super().from_pretrained(
+                name_or_path, *args, **(kwargs | ACCOUNT_FOR_KEYS)
+            )
         return loaded
 
 
@@ -106,7 +111,7 @@ def reading(source: str | Path | None) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
-    except (OSError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{source} cannot be loaded as a checkpoint: {error}") from error
     except RuntimeError as error:
         if "PytorchStreamReader" not in str(error):  # what torch says of a broken .bin

@@ -11,12 +11,22 @@ settings are written under the names that the authors' transformers 4.31 reads, 
 written here loads there.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from owl2.errors import InputError
 
+DECODER_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+VISUAL_SIZES = DECODER_SIZES[1:]
 AUTHORS_ARCHITECTURE = "MPLUGOwl2LlamaForCausalLM"
 
 
@@ -43,6 +53,10 @@ class Owl2VisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         _refuse_unless(self.use_cls_token, "visual_model.use_cls_token", False)
         _refuse_unless(self.use_post_layernorm, "visual_model.use_post_layernorm", False)
+        names = (*VISUAL_SIZES, "image_size", "patch_size", "num_channels")
+        check_sizes("visual_model", vars(self), names)
+        if self.hidden_act not in ACT2FN:
+            raise InputError(f"visual_model.hidden_act: there is no activation {self.hidden_act!r}")
         _refuse_remainder("visual_model.image_size", self.image_size, "patch_size", self.patch_size)
         _refuse_remainder(
             "visual_model.hidden_size",
@@ -79,6 +93,8 @@ class Owl2AbstractorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         _refuse_unless(self.use_cls_token, "visual_abstractor.use_cls_token", False)
         _refuse_unless(not self.add_v2t_pos_emb, "visual_abstractor.add_v2t_pos_emb", True)
+        names = (*VISUAL_SIZES, "encoder_hidden_size", "num_learnable_queries")
+        check_sizes("visual_abstractor", vars(self), names)
         if self.hidden_size != self.encoder_hidden_size:
             raise InputError(
                 f"visual_abstractor.hidden_size ({self.hidden_size}) must equal "
@@ -139,7 +155,13 @@ class Owl2Config(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.visual_config = _as_config(Owl2VisualConfig, self.visual_config)
+        check_sizes("the decoder", vars(self), DECODER_SIZES)
+        if not isinstance(self.use_mam, bool):
+            raise InputError(f"use_mam must be true or false, not {self.use_mam!r}")
         super().__post_init__(**kwargs)
+        check_sizes("the decoder", vars(self), ["num_key_value_heads"])
+        heads, groups = self.num_attention_heads, self.num_key_value_heads or 1  # never None here
+        _refuse_remainder("num_attention_heads", heads, "num_key_value_heads", groups)
 
     @property
     def image_token_id(self) -> int:
@@ -203,6 +225,14 @@ def _as_config(cls: type[PreTrainedConfig], value: Any) -> PreTrainedConfig:
     if value is None or isinstance(value, dict):
         return cls(**(value or {}))
     raise InputError(f"expected a {cls.__name__} or a dict, got {type(value).__name__}")
+
+
+def check_sizes(part: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise an InputError unless all `names` that `values` hold are whole numbers of at least 1."""
+    for name in names:
+        value = values.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{part}: {name} must be a whole number of at least 1, not {value!r}")
 
 
 def _refuse_unless(condition: bool, name: str, value: Any) -> None:

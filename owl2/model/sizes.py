@@ -3,6 +3,7 @@
 from collections import Counter
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 
 from owl2.errors import InputError
@@ -87,4 +88,7 @@ def _read_config(name_or_path: str) -> Owl2Config:
         raise InputError(
             f"{name_or_path} is a {values.get('model_type')} model, no {Owl2Config.model_type}"
         )
-    return Owl2Config(**values)
+    try:
+        return Owl2Config(**values)
+    except StrictDataclassError as error:
+        raise InputError(f"{name_or_path}/config.json: {error}") from error

@@ -69,6 +69,7 @@ def init_checkpoint(
     if Path(output).exists():
         raise InputError(f"{output} exists already; give another --output or move it away")
     settings = _read_sizes(sizes)
+    weights_dtype = None if dtype == "auto" else _dtype(dtype)
     torch.manual_seed(seed)
     tokenizer: PreTrainedTokenizerBase
     with TemporaryDirectory() as scratch:
@@ -76,7 +77,7 @@ def init_checkpoint(
             tokenizer = _fresh_tokenizer(settings["tokenizer"], Path(scratch))
             language_model = _fresh_llm(settings["llm"], tokenizer)
         else:
-            language_model = load_llm(llm, dtype)
+            language_model = load_llm(llm, weights_dtype or "auto")
             tokenizer = load_tokenizer(llm)
         model = assemble(
             language_model,
@@ -85,8 +86,8 @@ def init_checkpoint(
             image_size=image_size,
             use_mam=use_mam,
         )
-        if dtype != "auto":
-            model.to(_dtype(dtype))  # type: ignore[arg-type]  # a decorator hides its self
+        if weights_dtype is not None:
+            model.to(weights_dtype)  # type: ignore[arg-type]  # a decorator hides its self
         processor = _processor(model, tokenizer, chat_template)
         with whole_directory(output) as directory:
             model.save_pretrained(directory)

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 import owl2  # noqa: F401  # registers with the Auto classes
 from owl2.errors import InputError
 from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.sizes import describe
 from tests.model.golden import FOLDER, MODELS
 from tests.tiny import make_config, make_model
 
@@ -220,6 +221,18 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         load(tmp_path)
     with pytest.raises(InputError, match="no-such/model"):
         load("no-such/model")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("hidden_size", "many"), ("rms_norm_eps", "small"), ("use_mam", 3)]
+)
+def test_a_setting_of_a_wrong_type_is_refused(setting, value, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) | {setting: value}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for read in (load, lambda path: describe(str(path))):
+        with pytest.raises(InputError, match=setting):
+            read(tmp_path)
 
 
 def test_a_subfolder_is_looked_into(tmp_path):
