@@ -48,7 +48,7 @@ def draw_answers(path: Path, answers: Sequence[Answer], title: str) -> bool:
     rows = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(2.6 * COLUMNS, 0.6 + 2.9 * rows), layout="constrained")
     figure.suptitle(title)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
     for axes, answer in zip(grid, shown, strict=False):
