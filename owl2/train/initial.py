@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from owl2.data.datasets import load_dataset
 from owl2.data.names import look_up
@@ -69,6 +70,7 @@ def init_checkpoint(
     if Path(output).exists():
         raise InputError(f"{output} exists already; give another --output or move it away")
     settings = _read_sizes(sizes)
+    _refuse_unused(settings, sizes, llm, vision)
     weights_dtype = None if dtype == "auto" else _dtype(dtype)
     torch.manual_seed(seed)
     tokenizer: PreTrainedTokenizerBase
@@ -102,16 +104,14 @@ def load_tokenizer(llm: str | Path) -> PreTrainedTokenizerBase:
         InputError: if there is none that can be read.
     """
     path = Path(llm)
-    if (path / TOKENIZER_FILE).is_file():
-        return Owl2Tokenizer.from_pretrained(str(path))
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent) if gguf else str(llm), **gguf)
-        if not gguf and getattr(tokenizer, "vocab_file", None):
-            return Owl2Tokenizer.from_pretrained(str(llm))  # a hub id with a tokenizer.model
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        file = cached_file(str(llm), TOKENIZER_FILE, _raise_exceptions_for_missing_entries=False)
+        tokenizer_class = AutoTokenizer if file is None else Owl2Tokenizer
+        return tokenizer_class.from_pretrained(str(llm))
     except (OSError, ValueError) as error:
         raise InputError(f"{llm} has no tokenizer that can be read: {error}") from error
-    return tokenizer
 
 
 def _processor(
@@ -151,6 +151,16 @@ def _read_sizes(path: str | Path | None) -> dict[str, dict[str, Any]]:
         for name in settings:
             look_up(f"setting of `{section}` in {path}", name, dict.fromkeys(known))
     return {section: dict(given.get(section) or {}) for section in SECTIONS}
+
+
+def _refuse_unused(settings: dict[str, Any], path: Any, llm: str, vision: str) -> None:
+    """Sizes of a part that is not fresh would change nothing."""
+    for section, part in (("llm", llm), ("tokenizer", llm), ("vision", vision)):
+        if settings[section] and part != FRESH:
+            raise InputError(
+                f"{path}: `{section}` has sizes of something fresh, but it comes from {part}: "
+                "leave the section out"
+            )
 
 
 def _fresh_llm(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

