@@ -16,7 +16,17 @@ RELEASED = "MAGAer13/mplug-owl2-llama2-7b"
 
 
 def blocks(language):
-    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    """The fenced blocks of a language; "" are those of none."""
+    found, inside = [], None
+    for line in README.splitlines():
+        if not line.startswith("```"):
+            if inside is not None:
+                inside.append(line)
+        elif inside is None:
+            inside, opened = [], line.removeprefix("```")
+        else:
+            found += ["\n".join(inside)] if opened == language else []
+            inside = None
     assert found, f"no {language} in the README"
     return found
 
@@ -60,8 +70,23 @@ def test_a_command_and_its_options_exist(line):
     assert used <= known
 
 
+def test_the_commands_are_found():
+    assert {line.split()[1] for line in commands()} == {
+        "chat",
+        "init",
+        "train",
+        "data",
+        "eval",
+        "info",
+    }
+
+
 def test_make_targets_exist():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
     assert {"demo", "test"} <= targets
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"@@|TODO|XXX", README)
