@@ -83,23 +83,36 @@ def evaluate(settings: Settings, console: Console | None = None) -> dict[str, An
         raise InputError("batch_size and limit must be 1 or more.")
     prompts = {task.name: full_prompt(task, settings.prompt) for task in tasks}
     questions = {task.name: task.read(prompts[task.name])[: settings.limit] for task in tasks}
-    folder = _make_folder(settings.output)
+    _check_output(settings.output)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # a bar in a log file is no help
     engine = Engine.from_pretrained(settings.model, settings.device, settings.dtype)
 
+    folder = _make_folder(settings.output)  # not before: a wrong name would leave it empty
     results: dict[str, Any] = {"model": settings.model, "tasks": {}}
     rounds: dict[str, _Round] = {}
-    for task in tasks:
-        rounds |= _ask(engine, task, questions[task.name], settings, folder, console)
-        results["tasks"][task.name] = {
-            **_scores(rounds[task.name], rounds.get(f"{task.name}_blind")),
-            "prompt": prompts[task.name],
-            **_circumstances(engine, task, settings),
-        }
+    try:
+        for task in tasks:
+            rounds |= _ask(engine, task, questions[task.name], settings, folder, console)
+            results["tasks"][task.name] = {
+                **_scores(rounds[task.name], rounds.get(_blind(task.name))),
+                "prompt": prompts[task.name],
+                **_circumstances(engine, task, settings),
+            }
+    except KeyboardInterrupt:
+        _say(console, f"\nStopped; the answers so far are in {_part(folder, '*')}")
+        raise
     _write(settings.output, folder, rounds, results)
     _show(settings.output, tasks, rounds, results, console)
     return results
+
+
+def _check_output(output: Path) -> None:
+    in_the_way = next((path for path in (output, *output.parents) if path.is_file()), None)
+    if in_the_way is not None:
+        raise InputError(
+            f"The results cannot be written to {output}: {in_the_way} is a file; move it away."
+        )
 
 
 def _make_folder(output: Path) -> Path:
@@ -107,9 +120,7 @@ def _make_folder(output: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        in_the_way = next((p for p in (folder, *folder.parents) if p.is_file()), None)
-        why = f"{in_the_way} is a file; move it away" if in_the_way else error.strerror
-        raise InputError(f"The results cannot be written to {output}: {why}.") from error
+        raise InputError(f"{folder} cannot be made: {error.strerror}.") from error
     return folder
 
 
@@ -124,7 +135,7 @@ def _ask(
     """The task's rounds by the names of their files."""
     todo = {task.name: list(questions)}
     if settings.blind:
-        todo[f"{task.name}_blind"] = [
+        todo[_blind(task.name)] = [
             replace(question, messages=without_pictures(question.messages))
             for question in questions
         ]
@@ -133,11 +144,7 @@ def _ask(
     for name, asked in todo.items():
         part = _part(folder, name)
         with Watch(console, name.ljust(width), len(asked)) as watch:
-            try:
-                answers = answer_all(engine, task, asked, settings.batch_size, watch, part)
-            except KeyboardInterrupt:
-                _say(console, f"\nStopped; the {watch.done} answers so far are in {part}")
-                raise
+            answers = answer_all(engine, task, asked, settings.batch_size, watch, part)
             rounds[name] = _Round(answers, watch.seconds)
     return rounds
 
@@ -191,13 +198,14 @@ def _circumstances(engine: Engine, task: Task, settings: Settings) -> dict[str, 
 
 
 def _write(output: Path, folder: Path, rounds: dict[str, _Round], results: dict[str, Any]) -> None:
-    for name in results["tasks"]:
-        # Of an evaluation whose scores these are not.
-        (folder / f"{name}_blind.jsonl").unlink(missing_ok=True)
     for name, done in rounds.items():
         lines = "".join(answer.to_json() + "\n" for answer in done.answers)
         write_whole(folder / f"{name}.jsonl", lines)
         _part(folder, name).unlink()
+    for name in map(_blind, results["tasks"]):
+        if name not in rounds:  # those of an earlier evaluation do not belong to these scores
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
+            _part(folder, name).unlink(missing_ok=True)
     write_whole(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -221,6 +229,10 @@ def _show(
             hint = "No report.png: matplotlib is missing (pip install 'mplug-owl2[plot]')"
             _say(console, hint)
     _say(console, f"scores: {output / 'results.json'}, every answer: {output / 'answers'}")
+
+
+def _blind(name: str) -> str:
+    return f"{name}_blind"
 
 
 def _part(folder: Path, name: str) -> Path:

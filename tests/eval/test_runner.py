@@ -1,164 +1,163 @@
-import io
+"""A whole evaluation: what it writes, and what it leaves alone when it is stopped."""
+
+import dataclasses
 import json
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from rich.console import Console
 
-from owl2 import cli
 from owl2.errors import InputError
-from owl2.eval import runner
 from owl2.eval.runner import Settings, evaluate
+from owl2.eval.tasks import without_pictures
 from owl2.inference.engine import Engine
 
 
 @pytest.fixture
-def settings(tiny_checkpoint, tmp_path):
-    return Settings(
-        str(tiny_checkpoint), "easy_vqa", tmp_path / "out", batch_size=8, limit=12, prompt="short"
-    )
+def settings(tiny_checkpoint, task, tmp_path):
+    return Settings(str(tiny_checkpoint), task.name, tmp_path / "out", batch_size=6, device="cpu")
 
 
-@pytest.fixture
-def run():
-    def evaluated(settings):
-        shown = io.StringIO()
-        results = evaluate(settings, Console(file=shown, width=100))
-        return results, shown.getvalue()
-
-    return evaluated
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def answers(settings, name="easy_vqa"):
-    lines = (settings.output / "answers" / f"{name}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_results_and_every_answer(settings, run):
-    results, shown = run(settings)
-    assert json.loads((settings.output / "results.json").read_text()) == results
-    task = results["tasks"]["easy_vqa"]
-    rows, blind = answers(settings), answers(settings, "easy_vqa_blind")
+def test_results(settings, plain, engine, questions):
+    results = evaluate(settings, plain)
+    assert json.loads((settings.output / "results.json").read_text(encoding="utf-8")) == results
     assert results["model"] == settings.model
-    assert task["n"] == len(rows) == len(blind) == 12
-    for metric, those in (("accuracy", rows), ("accuracy_blind", blind)):
-        assert type(task["metrics"][metric]) is float
-        assert task["metrics"][metric] == sum(row["correct"] for row in those) / 12
-    assert sum(kind["n"] for kind in task["by_answer_kind"].values()) == 12
-    assert task["prompt"] == "{question}"
-    assert task["scorer"] == {"name": "exact_match", "version": "1"}
-    assert task["preprocessing"]["size"] == 8
-    assert {"owl2", "torch", "transformers"} <= task["versions"].keys()
-    assert rows[0]["prompt"] == f"USER: <|image|>{rows[0]['question']} ASSISTANT:"
-    assert blind[0]["prompt"] == f"USER: {rows[0]['question']} ASSISTANT:"
-    assert [row["id"] for row in rows] == [f"easy_vqa/test#{number}" for number in range(12)]
-    assert not list(settings.output.rglob("*.part*"))
-    assert "results.json" in shown
-
-
-def test_answers_are_those_of_one_by_one(settings, run, tiny_checkpoint):
-    run(settings)
-    together = answers(settings)
-    run(replace(settings, batch_size=1))
-    assert answers(settings) == together
-    engine = Engine.from_pretrained(tiny_checkpoint)
-    task = runner.find_tasks("easy_vqa")[0]
-    alone = [
-        engine.chat(question.messages, max_new_tokens=10, do_sample=False)
-        for question in task.read("{question}")[:12]
+    result = results["tasks"]["made"]
+    blind = [
+        engine.chat(without_pictures(question.messages), max_new_tokens=4) in question.expected
+        for question in questions
     ]
-    assert [row["answer"] for row in together] == alone
-    assert len(set(alone)) > 1  # else a mix-up would not be seen
+    assert result["metrics"] == {"accuracy": 0.5, "accuracy_blind": sum(blind) / len(blind)}
+    assert result["metrics"]["accuracy_blind"] < 0.5
+    assert result["n"] == len(questions)
+    first, later = result["by_answer_kind"]["first"], result["by_answer_kind"]["later"]
+    assert (first["n"], first["accuracy"]) == (5, 2 / 5)
+    assert (later["n"], later["accuracy"]) == (15, 8 / 15)
+    assert first["accuracy_blind"] == sum(blind[:5]) / 5
+    assert result["prompt"] == "{question}"
+    assert result["preprocessing"]["size"] == 8
+    assert result["preprocessing"]["policy"] == "resize"
+    assert result["decoding"]["do_sample"] is False
+    assert result["decoding"]["max_new_tokens"] == 4
+    assert result["decoding"]["batch_size"] == 6
+    assert result["decoding"]["dtype"] == "float32"
+    assert result["scorer"] == {"name": "exact_match", "version": "1"}
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["seconds"] > 0
+    assert result["samples_per_second"] == pytest.approx(len(questions) / result["seconds"])
 
 
-def test_a_model_that_knows_the_answers_has_them_all_right(settings, run, monkeypatch):
-    known = {
-        tuple(part["text"] for part in question.messages[0]["content"] if "text" in part): question
-        for question in runner.find_tasks("easy_vqa")[0].read("{question}")[:12]
+def test_files(settings, plain, questions):
+    evaluate(settings, plain)
+    assert files(settings.output) == {
+        "results.json",
+        "report.png",
+        "answers/made.jsonl",
+        "answers/made_blind.jsonl",
     }
-
-    def batch(self, conversations, **options):
-        for messages in conversations:
-            parts = messages[0]["content"]
-            [right] = known[tuple(part["text"] for part in parts if "text" in part)].expected
-            # Blind, it does not know.
-            yield right if any(part["type"] == "image" for part in parts) else "perhaps"
-
-    monkeypatch.setattr(Engine, "batch", lambda *args, **options: list(batch(*args, **options)))
-    results, shown = run(settings)
-    assert results["tasks"]["easy_vqa"]["metrics"] == {"accuracy": 1.0, "accuracy_blind": 0.0}
-    assert "100.00%" in shown
+    for name, start in (("made", "USER: <|image|>is it"), ("made_blind", "USER: is it")):
+        lines = rows(settings.output / "answers" / f"{name}.jsonl")
+        assert [line["id"] for line in lines] == [question.id for question in questions]
+        assert all(line["prompt"].startswith(start) for line in lines)
+    text = plain.file.getvalue()
+    for words in ("50.00%", "blind", "first", "made         ", "20/20", "results.json", "left"):
+        assert words in text, text
+    assert "\x1b" not in text
 
 
-def test_not_blind(settings, run):
-    run(settings)
-    results, _ = run(replace(settings, blind=False))
-    assert results["tasks"]["easy_vqa"]["metrics"].keys() == {"accuracy"}
-    assert not (settings.output / "answers" / "easy_vqa_blind.jsonl").exists()
+def test_twice_is_the_same_and_no_blind_leaves_no_blind_answers(settings, plain):
+    evaluate(settings, plain)
+    before = (settings.output / "answers" / "made.jsonl").read_bytes()
+    results = evaluate(dataclasses.replace(settings, blind=False, batch_size=1), plain)
+    assert (settings.output / "answers" / "made.jsonl").read_bytes() == before
+    assert results["tasks"]["made"]["metrics"] == {"accuracy": 0.5}
+    assert "seconds_blind" not in results["tasks"]["made"]
+    assert files(settings.output) == {"results.json", "report.png", "answers/made.jsonl"}
 
 
-def test_stopped_half_way_keeps_the_answers_so_far_and_the_older_scores(settings, run, monkeypatch):
-    run(settings)
-    older = (settings.output / "results.json").read_text()
+def test_a_checkpoint_that_samples_is_evaluated_greedily(settings, plain, monkeypatch):
+    load = Engine.from_pretrained
+
+    def sampling(*arguments):
+        engine = load(*arguments)
+        engine.model.generation_config.do_sample = True
+        engine.model.generation_config.temperature = 5.0
+        return engine
+
+    monkeypatch.setattr(Engine, "from_pretrained", sampling)
+    results = evaluate(dataclasses.replace(settings, blind=False), plain)
+    assert results["tasks"]["made"]["metrics"] == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, InputError])
+def test_stopped_half_way(settings, plain, monkeypatch, stop):
+    evaluate(settings, plain)
+    before = {name: (settings.output / name).read_bytes() for name in files(settings.output)}
     batch, calls = Engine.batch, []
 
-    def stops(self, conversations, **options):
+    def stopping(self, conversations, **options):
         calls.append(len(conversations))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+        if len(calls) == 6:  # the second batch of the blind round
+            raise stop("stop")
         return batch(self, conversations, **options)
 
-    monkeypatch.setattr(Engine, "batch", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run(settings)
-    part = settings.output / "answers" / "easy_vqa.part.jsonl"
-    assert len(part.read_text().splitlines()) == calls[0] == 8
-    assert (settings.output / "results.json").read_text() == older
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "batch", stopping)
+        with pytest.raises(stop):
+            evaluate(settings, plain)
+    answers = settings.output / "answers"
+    assert len(rows(answers / "made.part.jsonl")) == 20, "nothing that was answered is lost"
+    assert len(rows(answers / "made_blind.part.jsonl")) == 6
+    assert before == {name: (settings.output / name).read_bytes() for name in before}
+    if stop is KeyboardInterrupt:
+        assert "Stopped; the answers so far are in" in plain.file.getvalue()
+
+    evaluate(dataclasses.replace(settings, blind=False), plain)
+    assert files(settings.output) == {"results.json", "report.png", "answers/made.jsonl"}
 
 
-def test_the_report_shows_pictures(settings, run):
-    run(settings)
-    with Image.open(settings.output / "report.png") as drawn:
-        pixels = np.asarray(drawn.convert("RGB")).astype(int)
-    # easy-VQA's backgrounds are white with a tint, its shapes mostly coloured; a page without
-    # pictures is white and has black letters.
-    tinted = (np.ptp(pixels, axis=2) > 5).mean()
-    assert tinted > 0.2
+def test_report_shows_the_pictures(settings, plain):
+    evaluate(dataclasses.replace(settings, blind=False, limit=4), plain)
+    with Image.open(settings.output / "report.png") as report:
+        colours = np.asarray(report.convert("RGB")).reshape(-1, 3)
+    for colour in ((255, 0, 0), (0, 0, 255), (0, 255, 0)):
+        share = (colours == colour).all(1).mean()
+        assert 0.05 < share < 0.3, (colour, share)
+    for words in ((0, 128, 0), (220, 20, 60)):  # green: right, crimson: wrong
+        assert (colours == words).all(1).sum() > 50, words
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tasks": "easy_vq"}, "Do you mean 'easy_vqa'"),
+def test_without_matplotlib(settings, plain, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    evaluate(settings, plain)
+    assert "pip install 'mplug-owl2[plot]'" in plain.file.getvalue()
+    assert "results.json" in files(settings.output)
+
+
+def test_wrong_settings_leave_nothing_behind(settings, plain, tmp_path):
+    (tmp_path / "file").write_text("")
+    for changes, words in (
+        ({"tasks": "mad"}, "'made'"),
+        ({"model": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"model": str(tmp_path / "file")}, "file"),
+        ({"output": tmp_path / "file"}, "is a file"),
+        ({"output": tmp_path / "file" / "out"}, "is a file"),
         ({"batch_size": 0}, "1 or more"),
         ({"limit": 0}, "1 or more"),
-        ({"prompt": "no place"}, "question"),
-        ({"model": "/nowhere"}, "nowhere"),
-    ],
-)
-def test_what_is_refused(settings, run, change, message):
-    with pytest.raises(InputError, match=message):
-        run(replace(settings, **change))
-    assert not (settings.output / "results.json").exists()
-
-
-def test_the_command(settings, monkeypatch, capfd):
-    settings.output.write_text("in the way")
-    words = ["owl2", "eval", "--model", settings.model, "--tasks", "easy_vqa"]
-    monkeypatch.setattr(sys, "argv", [*words, "--output", str(settings.output)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    error = capfd.readouterr().err
-    assert "is a file; move it away" in error
-    assert "Traceback" not in error
-    settings.output.unlink()
-    options = ["--limit", "3", "--prompt", "short", "--no-blind", "--output", str(settings.output)]
-    monkeypatch.setattr(sys, "argv", words + options)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0
-    assert len(answers(settings)) == 3
+        ({"device": "abacus"}, "abacus"),
+    ):
+        with pytest.raises(InputError, match=words):
+            evaluate(dataclasses.replace(settings, **changes), plain)
+    assert files(tmp_path) == {"file"}
+    assert not settings.output.exists()

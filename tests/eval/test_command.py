@@ -1,0 +1,101 @@
+"""`owl2 eval` as a user meets it, on easy-VQA."""
+
+import json
+import sys
+
+import pytest
+
+from owl2 import cli
+
+pytest.importorskip("easy_vqa")
+
+
+@pytest.fixture
+def owl2(monkeypatch, capfd, tiny_checkpoint, tmp_path):
+    """The command: its exit code, stdout and stderr."""
+
+    def run(*arguments, tasks="easy_vqa", model=tiny_checkpoint, output=tmp_path / "out"):
+        wanted = ["--model", model, "--tasks", tasks, "--output", output, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["owl2", "eval", *map(str, [*wanted, *arguments])])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), *capfd.readouterr()
+        return 0, *capfd.readouterr()
+
+    return run
+
+
+def test_easy_vqa(owl2, tmp_path):
+    code, out, err = owl2("--prompt", "short", "--limit", "40", "--batch-size", "16")
+    assert (code, err) == (0, "")
+    assert "yes or no" in out
+    assert f"scores: {tmp_path / 'out' / 'results.json'}" in out
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["easy_vqa"]
+    assert (result["n"], result["limit"], result["prompt"]) == (40, 40, "{question}")
+    assert result["metrics"].keys() == {"accuracy", "accuracy_blind"}
+    assert all(type(score) is float for score in result["metrics"].values())
+    line = (tmp_path / "out" / "answers" / "easy_vqa.jsonl").read_text().splitlines()[0]
+    assert json.loads(line)["prompt"] == "USER: <|image|>what is the red shape? ASSISTANT:"
+
+
+def test_options(owl2, tmp_path):
+    code, _, err = owl2("--prompt", "{question} why", "--limit", "2", "--no-blind")
+    assert (code, err) == (0, "")
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["easy_vqa"]
+    assert result["metrics"].keys() == {"accuracy"}
+    assert result["prompt"] == "{question} why"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ([], {"tasks": "easy_vqq"}, "Do you mean 'easy_vqa'?"),
+        ([], {"tasks": ","}, "No task is named"),
+        ([], {"model": "/no/where"}, "/no/where"),
+        (["--prompt", "what?"], {}, "{question}"),
+        (["--dtype", "int3"], {}, "int3"),
+    ],
+)
+def test_what_the_user_got_wrong_exits_with_2(owl2, tmp_path, arguments, options, words):
+    code, out, err = owl2(*arguments, **options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_a_file(owl2, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = owl2(output=tmp_path / "file")
+    assert code == 2
+    assert "is a file; move it away" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_without_the_package(owl2, monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    code, _, err = owl2()
+    assert code == 2
+    assert "pip install 'mplug-owl2[data]'" in err
+
+
+def test_ctrl_c(owl2, monkeypatch, tmp_path):
+    from owl2.inference.engine import Engine
+
+    batch, calls = Engine.batch, []
+
+    def stopping(self, conversations, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return batch(self, conversations, **options)
+
+    monkeypatch.setattr(Engine, "batch", stopping)
+    code, out, err = owl2("--prompt", "short", "--limit", "20", "--batch-size", "8")
+    assert code == 130
+    assert "Traceback" not in err
+    assert "Stopped; the answers so far are in" in out
+    assert len((tmp_path / "out/answers/easy_vqa.part.jsonl").read_text().splitlines()) == 8
+    assert not (tmp_path / "out/results.json").exists()
