@@ -4,7 +4,9 @@ import shutil
 import subprocess
 import sys
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+import pytest
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import owl2
 
@@ -30,6 +32,29 @@ def test_a_released_checkpoint_names_no_processor_and_gets_ours(tiny_checkpoint,
     (released / "processor_config.json").unlink()
     (released / "chat_template.jinja").unlink()
     assert type(AutoProcessor.from_pretrained(released)) is owl2.Owl2Processor
+
+
+@pytest.mark.parametrize("given", ["objects", "a directory"])
+def test_transformers_pipeline(tiny_checkpoint, given):
+    if given == "objects":
+        parts = {
+            "model": owl2.Owl2ForConditionalGeneration.from_pretrained(tiny_checkpoint),
+            "processor": owl2.Owl2Processor.from_pretrained(tiny_checkpoint),
+        }
+    else:
+        parts = {"model": str(tiny_checkpoint)}
+    chat = pipeline("image-text-to-text", **parts)
+    content = [{"type": "image", "image": Image.new("RGB", (9, 5))}, {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": content}]
+    options = {"max_new_tokens": 4, "generate_kwargs": {"do_sample": False}}
+    (answer,) = chat(text=messages, return_full_text=False, **options)
+    inputs = chat.processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = chat.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    prompt = inputs["input_ids"].shape[1]
+    said = chat.processor.decode(output[0, prompt:], skip_special_tokens=True)
+    assert said and answer["generated_text"] == said
 
 
 def test_importing_reads_nothing_that_is_heavy_and_unused():

@@ -56,15 +56,16 @@ def read_llava_json(path: str | Path, image_root: str | Path | None = None) -> l
     """
     path = Path(path)
     root = _image_root(path, image_root)
+    text = _read_text(path)
     try:
-        rows = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} must hold a list of conversations, with one at least.")
     return [
         checked(Sample(_llava_messages(row, root, source), source))
-        for row, source in ((row, f"{path}:{number}") for number, row in enumerate(rows))
+        for row, source in ((row, f"{path}, row {n}") for n, row in enumerate(rows, start=1))
     ]
 
 
@@ -116,11 +117,11 @@ def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
     # Not splitlines: it also splits at characters that JSON allows inside a string.
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
-            source = f"{path}:{number}"
+            source = f"{path}, line {number}"
             try:
                 yield json.loads(line), source
-            except json.JSONDecodeError as error:
-                raise InputError(f"{source}: the line is not JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{source}: not JSON: {error}") from error
 
 
 # ------------------------------------------------------------------ LLaVA's rows

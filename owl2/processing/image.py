@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from owl2.errors import InputError
-from owl2.processing.sources import DEFAULT_MAX_PIXELS, load_image
+from owl2.processing.sources import DEFAULT_MAX_PIXELS, check_max_pixels, load_image
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "DEFAULT_MAX_PIXELS", "POLICIES", "ImagePolicy"]
 __all__ += ["Owl2ImageProcessor", "load_image"]
@@ -51,11 +51,11 @@ class Owl2ImageProcessor:
             raise InputError(
                 f"image_policy is {policy!r}; it must be one of {', '.join(POLICIES)}."
             )
-        if not (isinstance(size, int) and size > 0):
+        if not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
             raise InputError(
                 f"The picture size is {size!r}; it must be a number of pixels above 0."
             )
-        if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
+        if not (_are_three(image_mean) and _are_three(image_std) and min(image_std) > 0):
             raise InputError(
                 f"image_mean {image_mean} and image_std {image_std} must hold 3 numbers each, "
                 "those of image_std above 0."
@@ -64,7 +64,7 @@ class Owl2ImageProcessor:
         self.policy = policy
         self.image_mean = tuple(float(value) for value in image_mean)
         self.image_std = tuple(float(value) for value in image_std)
-        self.max_pixels = int(max_pixels)
+        self.max_pixels = check_max_pixels(max_pixels)
         # One entry a grey level and channel, computed as CLIP's processor computes a pixel (scale,
         # shift, divide, in float32): a look-up instead of three passes over the picture.
         levels = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
@@ -154,28 +154,52 @@ class Owl2ImageProcessor:
         for key, value in expected.items():
             if config.get(key, value) != value:
                 raise _unsupported(f"{key} is {config[key]!r}; only {value!r} is supported")
-        if not math.isclose(factor := config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-            raise _unsupported(f"rescale_factor is {factor}, not 1/255")
-        return cls(
-            size=_edge(config),
-            policy=config.get("image_policy", "resize"),
-            image_mean=config.get("image_mean", CLIP_MEAN),
-            image_std=config.get("image_std", CLIP_STD),
-            max_pixels=config.get("max_pixels", DEFAULT_MAX_PIXELS),
+        factor = config.get("rescale_factor", 1 / 255)
+        if not (_is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-6)):
+            raise _unsupported(f"rescale_factor is {factor!r}, not 1/255")
+        size = _edge(config)
+        try:
+            return cls(
+                size=size,
+                policy=config.get("image_policy", "resize"),
+                image_mean=config.get("image_mean", CLIP_MEAN),
+                image_std=config.get("image_std", CLIP_STD),
+                max_pixels=config.get("max_pixels", DEFAULT_MAX_PIXELS),
+            )
+        except InputError as error:
+            raise InputError(f"preprocessor_config.json: {error}") from error
+
+    def changed(self, policy: ImagePolicy | None, max_pixels: int | None) -> "Owl2ImageProcessor":
+        """The same with another policy or limit; None keeps it."""
+        return type(self)(
+            self.size,
+            self.policy if policy is None else policy,
+            self.image_mean,
+            self.image_std,
+            self.max_pixels if max_pixels is None else max_pixels,
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _are_three(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and len(values) == 3 and all(map(_is_number, values))
 
 
 def _edge(config: Mapping[str, Any]) -> int:
     """The edge of the square that `crop_size` and `size` (a number or a dict each) agree on."""
     edges = {
-        key: set(given.values()) if isinstance(given, Mapping) else {given}
+        key: list(given.values()) if isinstance(given, Mapping) else [given]
         for key in ("crop_size", "size")
         if (given := config.get(key)) is not None
     }
     if not config.get("do_center_crop", "crop_size" in edges):
         edges.pop("crop_size", None)
-    found = set().union(*edges.values())
-    if len(found) != 1 or not isinstance(edge := found.pop(), int):
+    found = [edge for given in edges.values() for edge in given]
+    edge = found[0] if found else None
+    if not isinstance(edge, int) or any(other != edge for other in found):
         raise _unsupported(
             f"size is {config.get('size')!r} and crop_size {config.get('crop_size')!r}; they must "
             "name one edge in pixels, as pictures are squares before they are resized"

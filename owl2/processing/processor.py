@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.text import Text
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from owl2.errors import InputError
@@ -25,13 +25,15 @@ from owl2.processing import checkpoint as saved
 from owl2.processing.batch import match_pictures, pad
 from owl2.processing.chat import IMAGE_TOKEN, Conversation
 from owl2.processing.image import ImagePolicy, Owl2ImageProcessor
-from owl2.processing.tokenizer import TOKENIZER_FILE, Owl2Tokenizer, encode, start_ids
+from owl2.processing.tokenizer import encode, start_ids
 
 _HUB_OPTIONS = frozenset(
     ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 )
-# What AutoProcessor adds on its way to a processor class.
-_FROM_AUTO = ("_from_auto", "code_revision", "trust_remote_code")
+# What AutoProcessor and pipelines add on their way to a processor class.
+_FROM_AUTO = frozenset(
+    ("_commit_hash", "_from_auto", "_from_pipeline", "code_revision", "dtype", "trust_remote_code")
+)
 
 IGNORED = -100  # the label of a position without a loss, as PyTorch's cross-entropy has it
 
@@ -298,6 +300,13 @@ class Owl2Processor(ProcessorMixin):
         """`decode` for each row."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
 
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """`batch_decode` by the name that transformers' pipeline uses (the mixin's own would give
+        the places of pictures to the tokenizer)."""
+        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
+
     # -------------------------------------------------------------- files
 
     def to_dict(self) -> dict[str, Any]:
@@ -353,31 +362,30 @@ class Owl2Processor(ProcessorMixin):
             hub.pop(key, None)
         if unknown := sorted(hub.keys() - _HUB_OPTIONS):
             raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(unknown)}")
-        files = saved.find_files(str(pretrained_model_name_or_path), hub)
+        name = str(pretrained_model_name_or_path)
+        files = saved.find_files(name, hub)
         config = saved.read_json(files[saved.CONFIG_FILE])
         own = saved.read_json(files[saved.PROCESSOR_FILE])
-        visual = config.get("visual_config", {})
+        visual = saved.section(config, "visual_config")
         pixels = saved.read_json(files[saved.PREPROCESSOR_FILE])
         if not pixels:  # all else about pixels has one value in every such checkpoint (SPEC 1.5)
-            pixels = {"size": visual.get("visual_model", {}).get("image_size", 448)}
-        if image_policy is not None:
-            pixels["image_policy"] = image_policy
-        if max_pixels is not None:
-            pixels["max_pixels"] = max_pixels
-        tokenizer_class = AutoTokenizer if files[TOKENIZER_FILE] is None else Owl2Tokenizer
-        tokenizer = tokenizer_class.from_pretrained(str(pretrained_model_name_or_path), **hub)
-        template_file = files[saved.TEMPLATE_FILE]
-        if chat_template is None and template_file is not None:
-            chat_template = template_file.read_text(encoding="utf-8")
-        num_image_tokens = own.get("num_image_tokens", 65)
-        image_token_id = own.get("image_token_id")
+            pixels = {
+                "size": saved.number(saved.section(visual, "visual_model"), "image_size", 448)
+            }
+        image_processor = Owl2ImageProcessor.from_dict(pixels).changed(image_policy, max_pixels)
+        saved_template = saved.read_template(files[saved.TEMPLATE_FILE])
+        chat_template = saved_template if chat_template is None else chat_template
+        tokenizer = saved.load_tokenizer(name, files, hub)
+        size = len(tokenizer)
+        num_image_tokens = saved.number(own, "num_image_tokens", 65, saved.PROCESSOR_FILE)
+        image_token_id = saved.number(own, "image_token_id", size, saved.PROCESSOR_FILE)
         if config:
             # The model's own configuration comes first: it is what the ids must fit.
-            abstractor = visual.get("visual_abstractor", {})
-            num_image_tokens = abstractor.get("num_learnable_queries", 64) + 1
-            image_token_id = max(config.get("vocab_size", 0), len(tokenizer))
+            abstractor = saved.section(visual, "visual_abstractor")
+            num_image_tokens = saved.number(abstractor, "num_learnable_queries", 64) + 1
+            image_token_id = max(saved.number(config, "vocab_size", size), size)
         return cls(
-            Owl2ImageProcessor.from_dict(pixels),
+            image_processor,
             tokenizer,
             tokenizer.chat_template if chat_template is None else chat_template,
             num_image_tokens,

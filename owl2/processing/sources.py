@@ -8,12 +8,13 @@ import binascii
 import http.client
 import io
 import os
-import struct
+import re
 import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ SQUARE_FACTOR = 4
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 1024 * 1024
 
+# Not all that Pillow knows: bytes come from anywhere, and for some formats (EPS) Pillow starts
+# other programs, for others its decoders are little used.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "ICO", "AVIF", "JPEG2000")
+
+# Two letters at least: one is a drive.
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+
 _pillow_limit_lock = threading.Lock()
 
 
@@ -45,6 +53,7 @@ def load_image(source: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     Raises `InputError`: no such file, not a picture, broken, empty, or more than `max_pixels`
     pixels (known from the header, before anything is decoded).
     """
+    max_pixels = check_max_pixels(max_pixels)
     if isinstance(source, Image.Image):
         return _to_rgb(source, max_pixels, "the given PIL picture")
     if isinstance(source, (np.ndarray, torch.Tensor)):
@@ -62,7 +71,16 @@ def load_image(source: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     )
 
 
+def check_max_pixels(value: Any) -> int:
+    """`value` as an int. Raises `InputError` unless it is a whole number above 0."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise InputError(f"max_pixels is {value!r}; it must be a whole number above 0.")
+    return int(value)
+
+
 def _load_string(source: str, max_pixels: int) -> Image.Image:
+    if not source.strip():
+        raise InputError("The path of the picture is empty: give a path or a URL.")
     shown = source if len(source) <= 120 else f"{source[:60]}…({len(source)} characters)"
     scheme = source[:8].lower()
     if scheme.startswith(("http://", "https://")):
@@ -70,8 +88,12 @@ def _load_string(source: str, max_pixels: int) -> Image.Image:
     if scheme.startswith("data:"):
         return _decode(_decode_data_uri(source, shown), max_pixels, f"the data-URI {shown}")
     if scheme.startswith("file://"):
-        path = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
-        return _read_file(Path(path), max_pixels)
+        return _read_file(_file_url_path(source), max_pixels)
+    if found := _SCHEME.match(source):
+        raise InputError(
+            f"{shown} cannot be read: {found[1]}:// is none of http://, https://, file:// and "
+            "data:. Download the picture and give its path."
+        )
     if not os.path.exists(source) and len(source) >= 64:
         # Long enough for a picture, and no such file: a bare base64 string, if it is one.
         try:
@@ -81,6 +103,19 @@ def _load_string(source: str, max_pixels: int) -> Image.Image:
         else:
             return _decode(data, max_pixels, f"the base64 string {shown}")
     return _read_file(Path(source), max_pixels)
+
+
+def _file_url_path(url: str) -> Path:
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{url} is no valid URL: {error}.") from error
+    if parts.netloc not in ("", "localhost"):
+        raise InputError(
+            f"{url} names a file of the computer '{parts.netloc}': only file:///... of this one is "
+            "read."
+        )
+    return Path(urllib.request.url2pathname(parts.path))
 
 
 def _read_file(path: Path, max_pixels: int) -> Image.Image:
@@ -102,21 +137,9 @@ def _read_file(path: Path, max_pixels: int) -> Image.Image:
         raise InputError(f"The picture at '{path}' cannot be read: {error}.") from error
 
 
-# What Pillow's decoders raise when the data ends or makes no sense (SyntaxError: a PNG's chunk).
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
 def _fetch(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "owl2"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "owl2"})
         with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as reply:
             data: bytes = reply.read(URL_MAX_BYTES + 1)
     except (http.client.HTTPException, OSError, ValueError) as error:  # URLError is an OSError
@@ -146,18 +169,27 @@ def _decode_data_uri(uri: str, shown: str) -> bytes:
 def _decode(data: Any, max_pixels: int, name: str) -> Image.Image:
     """Encoded bytes or an open file → RGB; the size is checked between header and pixels."""
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
+    if not stream.read(1):
+        raise InputError(f"{_sentence(name)} is empty: it holds 0 bytes.")
+    stream.seek(0)
     try:
         with _without_pillow_limit():
-            picture = Image.open(stream)
+            picture = Image.open(stream, formats=_formats())
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{_sentence(name)} is not a picture in a format that Pillow reads "
-            "(PNG, JPEG, WebP, ...)."
+            f"{_sentence(name)} is not a picture in a format that is read "
+            f"({', '.join(_formats())})."
         ) from error
-    except _DECODING_ERRORS as error:
+    except Exception as error:  # a foreign decoder on bytes from anywhere: it raises anything
         raise _undecodable(name, error) from error
     with picture:
         return _to_rgb(picture, max_pixels, name)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()  # Pillow knows the rarer formats only after this
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @contextmanager
@@ -191,7 +223,7 @@ def _to_rgb(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     except InputError:
         raise
-    except _DECODING_ERRORS as error:
+    except Exception as error:  # as in `_decode`: most formats are decoded only here
         raise _undecodable(name, error) from error
 
 
@@ -205,8 +237,9 @@ def _undecodable(name: str, error: Exception) -> InputError:
 def _upright(picture: Image.Image) -> Image.Image:
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        # Spoilt EXIF is common in pictures from the web and says nothing about the pixels.
+    except Exception:
+        # Spoilt EXIF is common in pictures from the web and says nothing about the pixels. Pillow
+        # raises anything for it.
         return picture
     return picture if orientation == 1 else ImageOps.exif_transpose(picture)
 
@@ -247,6 +280,11 @@ def _array_to_picture(source: Any, name: str) -> Image.Image:
         tensor = source.detach().cpu()
         source = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     array = source
+    if array.dtype.kind not in "buif":
+        raise InputError(
+            f"{_sentence(name)} has values of the type {array.dtype}. Give uint8 values, or floats "
+            "in 0..1."
+        )
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:

@@ -86,7 +86,7 @@ def test_pictures_start_from_the_root_and_source_names_the_row(tmp_path):
     path = llava(tmp_path / "talks.json", human("hi"), human("<image>", "deep/a.png"))
     samples = read_llava_json(path, root)
     assert pictures(samples[1]) == [str(root / "deep" / "a.png")]
-    assert [sample.source for sample in samples] == [f"{path}:0", f"{path}:1"]
+    assert [sample.source for sample in samples] == [f"{path}, row 1", f"{path}, row 2"]
 
 
 def test_urls_stay_urls(tmp_path):
@@ -119,7 +119,7 @@ def test_bad_llava_row_is_named(tmp_path, row, complaint):
     path = llava(tmp_path / "talks.json", human("good"), row)
     with pytest.raises(InputError, match=complaint) as caught:
         read_llava_json(path)
-    assert str(caught.value).startswith(f"{path}:1: ")
+    assert str(caught.value).startswith(f"{path}, row 2: ")
 
 
 # ------------------------------------------------------------------ messages
@@ -132,7 +132,7 @@ def test_messages_are_taken_as_they_are(tmp_path):
     (sample,) = read_messages_jsonl(path)
     assert texts(sample) == ["<|image|> spaces stay ", "yes"]
     assert pictures(sample) == [str(tmp_path / "a.png")]
-    assert sample.source == f"{path}:1"
+    assert sample.source == f"{path}, line 1"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_line_separators_inside_a_string_and_blank_lines(tmp_path):
     line = json.dumps({"messages": messages}, ensure_ascii=False)
     path.write_text(f"{line}\n\n{line}\n", encoding="utf-8")
     samples = read_messages_jsonl(path)
-    assert [sample.source for sample in samples] == [f"{path}:1", f"{path}:3"]
+    assert [sample.source for sample in samples] == [f"{path}, line 1", f"{path}, line 3"]
     assert texts(samples[0]) == ["a\u2028b", "c"]
 
 
@@ -178,7 +178,7 @@ def test_bad_line_is_named(tmp_path, line, complaint):
     path.write_text(f"{good}\n{line}\n")
     with pytest.raises(InputError, match=complaint) as caught:
         read_messages_jsonl(path)
-    assert str(caught.value).startswith(f"{path}:2: ")
+    assert str(caught.value).startswith(f"{path}, line 2: ")
 
 
 # ------------------------------------------------------------------ files
@@ -191,8 +191,11 @@ def test_bad_line_is_named(tmp_path, line, complaint):
         ("talks.json", b"{", "not JSON"),
         ("talks.json", b"{}", "must hold a list"),
         ("talks.json", b"[]", "must hold a list"),
+        ("talks.json", b"[" * 100_000, "not JSON: .*recursion"),
+        ("talks.json", b"[" + b"1" * 5_000 + b"]", "not JSON"),
         ("talks.json", b"\xff\xfe", "UTF-8"),
         ("talks.jsonl", b"\n", "no line"),
+        ("talks.jsonl", b'{"messages": ' + b"[" * 100_000, "line 1: not JSON: .*recursion"),
         ("talks.jsonl", b"\xff\xfe", "UTF-8"),
     ],
 )

@@ -34,8 +34,8 @@ def test_learned_words_are_green_and_others_are_not(checkpoint, talks):
     assert "\x1b[2mUSER: <|image|>×5\nwhat color? ASSISTANT:" in shown.replace(
         "\x1b[0m\n\x1b[2m", "\n"
     )
-    assert f"{talks}:0" in shown
-    assert f"{talks}:2" not in shown
+    assert f"{talks}, row 1" in shown
+    assert f"{talks}, row 3" not in shown
     assert "2 of 3 samples" in shown
 
 

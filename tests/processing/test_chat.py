@@ -80,6 +80,8 @@ def test_a_template_that_marks_no_answers_is_refused_for_training_only():
 def test_template_errors_are_the_users():
     with pytest.raises(InputError, match="cannot write these messages"):
         write([USER], "{{ raise_exception('no!') }}")
+    with pytest.raises(InputError, match=r"cannot write these messages: division by zero"):
+        write([USER], "{{ 1/0 }}")
     with pytest.raises(InputError, match="cannot write these messages"):
         write([USER], "{% for %}")
 

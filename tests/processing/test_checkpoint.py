@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from owl2.errors import InputError
 from owl2.processing import checkpoint
@@ -113,11 +114,83 @@ def refuse(*args: object, **kwargs: object) -> None:
     raise OSError("not today")
 
 
+def test_a_mistyped_path_asks_the_hub_once_at_most(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def unreachable(name: str, file: str, **kwargs: object) -> None:
+        asked.append(file)
+        raise OSError("no connection") from LocalEntryNotFoundError("no connection")
+
+    with pytest.raises(InputError, match=r"no directory 'runs/modl' here, and offline, only the"):
+        Owl2Processor.from_pretrained("runs/modl")
+    monkeypatch.setattr(checkpoint, "cached_file", unreachable)
+    monkeypatch.setattr(checkpoint, "is_offline_mode", lambda: False)
+    with pytest.raises(InputError, match=r"no directory 'runs/modl' here, and the hub cannot be"):
+        Owl2Processor.from_pretrained("runs/modl")
+    assert asked == ["config.json"]
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match=r"no directory 'runs/modl', though 'runs' is here"):
+        Owl2Processor.from_pretrained("runs/modl")
+    assert asked == ["config.json"]
+
+
+def test_what_the_cache_lacks_is_not_said_of_the_hub(released, monkeypatch):
+    config = str(released / "config.json")
+    monkeypatch.setattr(
+        checkpoint, "cached_file", lambda _, file, **kw: config if file == "config.json" else None
+    )
+    with pytest.raises(InputError, match=r"'nobody/nothing' in the hub's cache holds no processor"):
+        Owl2Processor.from_pretrained("nobody/nothing")
+    monkeypatch.setattr(checkpoint, "is_offline_mode", lambda: False)
+    with pytest.raises(InputError, match=r"'nobody/nothing' on the hub holds no processor"):
+        Owl2Processor.from_pretrained("nobody/nothing")
+
+
+def test_settings_alone_are_no_tokenizer(released):
+    (released / "tokenizer.model").unlink()
+    (released / "vocab.json").write_text("{}")
+    with pytest.raises(InputError, match=r"a tokenizer \(tokenizer.model or tokenizer.json or"):
+        Owl2Processor.from_pretrained(released)
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+    (released / "tokenizer.json").write_text(json.dumps(empty))
+    with pytest.raises(InputError, match="no tokens for the text 'x'"):
+        Owl2Processor.from_pretrained(released)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("tokenizer_config.json", b"{", "tokenizer_config.json is no JSON"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is no JSON"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json must hold a JSON object"),
+        ("tokenizer_config.json", b'{"bos_token": 5}', "tokenizer_config.json: bos_token is 5"),
+        (
+            "tokenizer_config.json",
+            b'{"extra_special_tokens": 5}',
+            "tokenizer of .* cannot be loaded",
+        ),
+        ("preprocessor_config.json", b'{"size": 56, "image_mean": 5}', "json: image_mean 5"),
+        ("config.json", b'{"visual_config": null}', "config.json: visual_config is None"),
+        ("config.json", b'{"vocab_size": null}', "config.json: vocab_size is None"),
+        (
+            "config.json",
+            b'{"visual_config": {"visual_abstractor": {"num_learnable_queries": "8"}}}',
+            "config.json: num_learnable_queries is '8'",
+        ),
+        ("processor_config.json", b'{"num_image_tokens": 0}', "processor_config.json: num_image"),
+        ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja is not a text file in UTF-8"),
+    ],
+)
+def test_files_of_wrong_content_are_named(released, file, content, complaint):
+    (released / file).write_bytes(content)
+    with pytest.raises(InputError, match=complaint):
+        Owl2Processor.from_pretrained(released)
+
+
 def test_checkpoints_that_lack_something(tmp_path, released, monkeypatch):
     with pytest.raises(InputError, match=r"no directory '\./nowhere'"):
         Owl2Processor.from_pretrained("./nowhere")
-    with pytest.raises(InputError, match=r"'nobody/nothing' on the hub holds no processor"):
-        Owl2Processor.from_pretrained("nobody/nothing")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "cached_file", refuse)
         with pytest.raises(InputError, match=r"the hub does not give its config.json: not today"):

@@ -356,6 +356,7 @@ def test_decoding_prompts_with_pictures(processor, picture):
     assert plain == ["USER: one two  ASSISTANT:"]
     assert processor.decode([1, 330]) == "<s>A" and processor.decode(330) == "A"
     assert processor.decode([]) == ""
+    assert processor.post_process_image_text_to_text(ids) == plain
 
 
 # ------------------------------------------------------------------ the object

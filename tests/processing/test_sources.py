@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 from owl2.errors import InputError
 from owl2.processing import sources
@@ -169,13 +169,24 @@ def test_cmyk_jpeg_and_animated_gif():
         (Path("missing.png"), "No picture at 'missing.png'"),
         ("/", "is a directory"),
         ("a\0b.png", "cannot be read"),
-        (b"", "given 0 bytes is not a picture"),
+        (b"", "given 0 bytes is empty"),
         (b"hello, this is text", "not a picture in a format"),
         ("data:image/png,hello", "not a picture"),
         ("data:image/png;base64,###", "no valid base64"),
         ("data:nothing", "no comma"),
         ("aGVsbG8g" * 20, "base64 string.*not a picture"),
+        ("", "path of the picture is empty"),
+        (" ", "path of the picture is empty"),
+        ("http://[::1", "http.* cannot be fetched: Invalid IPv6"),
+        ("ftp://x/y.png", "ftp:// is none of http://, https://, file://"),
+        ("file://server/share/a.png", "file of the computer 'server'"),
+        ("file://[::1", "no valid URL"),
+        ("file://localhost/missing.png", "No picture at '/missing.png'"),
         (12, "cannot be a int"),
+        (np.full((4, 4, 3), None), "type object"),
+        (np.full((4, 4, 3), "1"), "type <U1"),
+        (np.zeros((4, 4, 3), complex), "type complex128"),
+        (torch.zeros((4, 4, 3), dtype=torch.complex64), "type complex64"),
         (None, "cannot be a NoneType"),
         (np.zeros((2, 3, 5, 7)), r"\(2, 3, 5, 7\) is no picture"),
         (np.zeros((5, 7, 2)), "is no picture"),
@@ -199,6 +210,42 @@ def test_truncated_files(tmp_path, kind):
     path.write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(InputError, match=r"cut' (cannot be decoded|is not a picture)"):
         load_image(path)
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(InputError, match=r"a\.png' is empty"):
+        load_image(tmp_path / "a.png")
+
+
+def test_formats_that_are_not_safe_are_not_opened(monkeypatch):
+    def ghostscript(*args: object, **kwargs: object) -> None:
+        raise AssertionError("EPS must not be decoded")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    for kind in ("EPS", "PCX", "SGI"):
+        with pytest.raises(InputError, match=r"not a picture in a format that is read \(PNG, JPEG"):
+            load_image(encoded(gradient(), kind))
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "AVIF", "JPEG2000"])
+def test_rarer_formats_are_opened(kind):
+    if kind not in sources._formats():
+        pytest.skip("this Pillow lacks it")
+    assert load_image(encoded(gradient(size=(16, 16)), kind)).size == (16, 16)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError])
+@pytest.mark.parametrize("step", ["open", "load"])
+def test_whatever_a_decoder_raises_means_a_broken_picture(monkeypatch, error, step):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error("bad box")
+
+    data = encoded(gradient())
+    monkeypatch.setattr(Image if step == "open" else PngImagePlugin.PngImageFile, step, fail)
+    with pytest.raises(InputError, match="cannot be decoded: bad box") as caught:
+        load_image(data)
+    assert type(caught.value.__cause__) is error
 
 
 def test_flipped_bytes_never_raise_anything_else():
@@ -233,6 +280,12 @@ def test_limit_on_pixels_goes_both_ways(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own limit is not in the way
     assert load_image(encoded(picture), max_pixels=96).size == (12, 8)
     assert Image.MAX_IMAGE_PIXELS == 10
+
+
+@pytest.mark.parametrize("limit", [0, -5, 1.5, "many", None, True])
+def test_limit_on_pixels_must_be_a_count(limit):
+    with pytest.raises(InputError, match=r"max_pixels is .*whole number above 0"):
+        load_image(gradient(), max_pixels=limit)
 
 
 def test_long_and_thin_is_a_bomb_too():
