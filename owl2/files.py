@@ -1,7 +1,10 @@
 """Files and directories that appear whole or not at all.
 
 Everything is written beside its target under a hidden temporary name and then renamed, so whoever
-looks at the target sees the old state or the new one, also when the writer is killed half-way.
+looks at the target never sees half of it, also when the writer is killed half-way. A file, and a
+directory where none was, appear in one step. A directory that replaces another takes two renames:
+between them the target is missing, and a kill at that moment leaves the old one beside it, in
+``.NAME.old-XXXX/``, and the new one in ``.NAME.part-XXXX``.
 """
 
 import os
@@ -23,7 +26,8 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
     target, named ``.NAME.part-XXXX``: on the same file system, so that the rename is one step.
 
     Raises:
-        InputError: ``target`` exists and is not a directory, or its parent cannot be made.
+        InputError: ``target`` exists and is not a directory, or cannot be written: no permission,
+            no space, no such place.
     """
     target = Path(target)
     if target.exists() and not target.is_dir():
@@ -31,36 +35,52 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
             f"{target} is a file, and a directory is to be written there; move it away"
         )
     _make_parent(target)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
-    try:
-        part.chmod(0o777 & ~_umask())  # mkdtemp shuts others out; a checkpoint is to be shared
-        yield part
-        _put_in_place(part, target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with _said_of(target):
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+        try:
+            part.chmod(0o777 & ~_umask())  # mkdtemp shuts others out; a checkpoint is to be shared
+            yield part
+            _put_in_place(part, target)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def write_whole(path: str | Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path``, replacing an older file in one step.
 
     Raises:
-        InputError: ``path`` is a directory, or its parent cannot be made.
+        InputError: ``path`` is a directory, or cannot be written.
     """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a directory, and a file is to be written there; move it away")
     _make_parent(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        part.chmod(0o666 & ~_umask())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with _said_of(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
+        part = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            part.chmod(0o666 & ~_umask())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def require_writable(target: str | Path) -> None:
+    """Refuse a ``target`` that nothing could be written to, before hours of work; leaves nothing.
+
+    Raises:
+        InputError: the nearest directory above ``target`` takes no new entry.
+    """
+    target = Path(target).absolute()
+    with _said_of(target):
+        above = next(path for path in target.parents if path.exists())
+        # Tried, not asked for: permissions say nothing of read-only and of virtual file systems.
+        with tempfile.TemporaryDirectory(prefix=".owl2-", dir=above):
+            pass
 
 
 def _put_in_place(part: Path, target: Path) -> None:
@@ -78,6 +98,15 @@ def _put_in_place(part: Path, target: Path) -> None:
         aside.rmdir()
         raise
     shutil.rmtree(aside)
+
+
+@contextmanager
+def _said_of(target: Path) -> Iterator[None]:
+    """What the file system refuses, as an error about `target`, not about its temporary name."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror or error}") from error
 
 
 def _make_parent(path: Path) -> None:

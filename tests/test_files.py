@@ -1,10 +1,12 @@
+import errno
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
 from owl2.errors import InputError
-from owl2.files import whole_directory, write_whole
+from owl2.files import require_writable, whole_directory, write_whole
 
 
 def names(directory: Path) -> list[str]:
@@ -60,7 +62,10 @@ def test_older_directory_comes_back_when_the_last_rename_fails(tmp_path, monkeyp
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no space"), whole_directory(target) as part:
+    with (
+        pytest.raises(InputError, match="model cannot be written: no space"),
+        whole_directory(target) as part,
+    ):
         (part / "new.bin").write_text("new")
     assert names(tmp_path) == ["model"]
     assert names(target) == ["old.bin"]
@@ -109,3 +114,28 @@ def test_file_failure_leaves_the_old_one(tmp_path):
 def test_file_refuses_a_directory_in_its_place(tmp_path):
     with pytest.raises(InputError, match="is a directory"):
         write_whole(tmp_path, "text")
+
+
+def test_what_the_file_system_refuses_names_the_target(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="/proc/out cannot be written: No such file"):
+        whole_directory("/proc/out").__enter__()
+    with pytest.raises(InputError, match="/proc/out cannot be written: No such file"):
+        write_whole("/proc/out", "text")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    no_space = "cannot be written: No space left on device"
+    with pytest.raises(InputError, match=no_space), whole_directory(tmp_path / "model") as part:
+        (part / "half.bin").write_text("half")
+        raise full
+    monkeypatch.setattr(os, "fdopen", lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(InputError, match=no_space):
+        write_whole(tmp_path / "a.json", "text")
+    assert names(tmp_path) == []
+
+
+def test_whether_a_target_can_be_written_is_told_before_and_leaves_nothing(tmp_path):
+    require_writable(tmp_path / "a" / "b")
+    assert names(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    for target in ("/proc/a/b", tmp_path / "file" / "a"):
+        with pytest.raises(InputError, match=f"{target} cannot be written: No"):
+            require_writable(target)

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 from owl2.data.datasets import load_dataset
 from owl2.data.names import look_up
 from owl2.errors import InputError
-from owl2.files import whole_directory
+from owl2.files import require_writable, whole_directory
 from owl2.model.assemble import assemble, fresh_llm, load_llm, load_vision
 from owl2.model.configuration import Owl2AbstractorConfig, Owl2VisionConfig
 from owl2.model.owl2 import Owl2ForConditionalGeneration
@@ -30,6 +30,12 @@ from owl2.processing.tokenizer import TOKENIZER_FILE, Owl2Tokenizer, train_token
 from owl2.train.recipe_file import read_yaml
 
 FRESH = "fresh"
+# What a chat template must be able to write, or the checkpoint could not be asked anything.
+PROBE = [
+    {"role": "user", "content": [{"type": "text", "text": "a"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+    {"role": "user", "content": [{"type": "text", "text": "c"}]},
+]
 TOKENIZER_SETTINGS = {"dataset": str, "vocab_size": int}
 SECTIONS: dict[str, Any] = {
     "llm": {field.name for field in fields(LlamaConfig)} | {"rope_theta"},
@@ -71,6 +77,8 @@ def init_checkpoint(
         raise InputError(f"{output} exists already; give another --output or move it away")
     settings = _read_sizes(sizes)
     _refuse_unused(settings, sizes, llm, vision)
+    require_writable(output)
+    template = None if chat_template is None else _read_template(Path(chat_template))
     weights_dtype = None if dtype == "auto" else _dtype(dtype)
     torch.manual_seed(seed)
     tokenizer: PreTrainedTokenizerBase
@@ -90,7 +98,7 @@ def init_checkpoint(
         )
         if weights_dtype is not None:
             model.to(weights_dtype)  # type: ignore[arg-type]  # a decorator hides its self
-        processor = _processor(model, tokenizer, chat_template)
+        processor = _processor(model, tokenizer, template)
         with whole_directory(output) as directory:
             model.save_pretrained(directory)
             processor.save_pretrained(directory)
@@ -117,7 +125,7 @@ def load_tokenizer(llm: str | Path) -> PreTrainedTokenizerBase:
 def _processor(
     model: Owl2ForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | Path | None,
+    template: str | None,
 ) -> Owl2Processor:
     config = model.config
     if len(tokenizer) > config.vocab_size:
@@ -125,21 +133,27 @@ def _processor(
             f"the tokenizer has {len(tokenizer)} tokens, the language model only "
             f"{config.vocab_size}: they do not belong together"
         )
-    template = None
-    if chat_template is not None:
-        try:
-            template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"the chat template {chat_template} cannot be read: {error}"
-            ) from error
-    return Owl2Processor(
+    processor = Owl2Processor(
         Owl2ImageProcessor(config.image_size),
         tokenizer,
         template,
         num_image_tokens=config.num_image_tokens,
         image_token_id=config.image_token_id,
     )
+    try:
+        processor.apply_chat_template(PROBE, add_generation_prompt=True)
+    except InputError as error:
+        raise InputError(f"the chat template cannot be used: {error}") from error
+    return processor
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the chat template {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the chat template {path} is not text in UTF-8") from error
 
 
 def _read_sizes(path: str | Path | None) -> dict[str, dict[str, Any]]:

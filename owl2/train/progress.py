@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from owl2.errors import InputError
 from owl2.train.resume import Position
 
 PLAIN_SECONDS = 5.0
@@ -35,8 +36,7 @@ class RunLog:
         """Goes on after `start`: lines of steps that are to be repeated are dropped."""
         self.lines: list[dict[str, Any]] = []
         if start.step and path.is_file():
-            old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            self.lines = [line for line in old if line["step"] <= start.step]
+            self.lines = [line for line in _read_lines(path) if line["step"] <= start.step]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
         for line in self.lines:
@@ -61,13 +61,33 @@ class RunLog:
         self._file.flush()
 
 
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, without a last one that a kill cut short."""
+    texts = path.read_bytes().splitlines()
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number < len(texts):
+                raise InputError(
+                    f"{path}:{number} is no line of a log; overwrite=true starts anew"
+                ) from error
+    return lines
+
+
 class Watch(TrainerCallback):
     """Writes the log and shows it; a context manager, so that the live line ends with the run."""
 
     def __init__(
-        self, log: RunLog, console: Console, start: Position, counts: Callable[[], tuple[int, int]]
+        self,
+        log: RunLog,
+        console: Console,
+        start: Position,
+        counts: Callable[[], tuple[int, int, bool]],
     ) -> None:
-        """`counts` is called for the samples seen, and left out, since this process began."""
+        """`counts` is called for what happened since this process began: how many samples were
+        seen, how many left out, whether there was a label."""
         self.log = log
         self.console = console
         self._before = start
@@ -99,12 +119,13 @@ class Watch(TrainerCallback):
 
     def position(self, step: int) -> Position:
         """Where the run stands after `step`, all its processes so far taken together."""
-        samples, left_out = self._counts()
+        samples, left_out, labelled = self._counts()
         return Position(
             step,
             self._before.samples + samples,
             self._before.left_out + left_out,
             self._before.seconds + time.perf_counter() - self._began,
+            self._before.labelled or labelled,
         )
 
     def on_train_begin(
@@ -125,6 +146,22 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._bar.update(self._task, completed=state.global_step)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # The last epoch may be a part of one; a run that was stopped may yet meet a label.
+        stopped = control.should_training_stop and state.global_step < state.max_steps
+        if not stopped and not self.position(state.global_step).labelled:
+            raise InputError(
+                f"after {state.global_step} steps there was nothing to learn: every sample was cut "
+                "before its first answer and left out. Set a larger max_length, or give samples "
+                "with shorter questions"
+            )
 
     def on_log(
         self,

@@ -8,7 +8,8 @@ differs from it. This module knows what a recipe may say; `recipe_file` reads th
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -124,7 +125,7 @@ class Recipe(Part):
     )
     gradient_checkpointing: bool = Field(description="less memory for about a third more time")
     workers: NotNegative = Field(2, description="processes that prepare batches; 0 = none")
-    seed: NotNegative = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # NumPy takes no more
     log_every: Positive = Field(10, description="steps between lines of the log")
     save_every: Positive | None = Field(None, description="steps between saved states")
 
@@ -139,6 +140,13 @@ class Recipe(Part):
         if given.get("epochs") is not None:
             del defaults["max_steps"]
         return defaults | given
+
+    @field_validator("stage", mode="before")
+    @classmethod
+    def _a_number(cls, stage: Any) -> Any:
+        if type(stage) is not int:  # True and 1.0 equal 1, so Literal would take them
+            raise PydanticKnownError("literal_error", {"expected": "1 or 2"})
+        return stage
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

@@ -88,11 +88,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
-        raise InputError(f"there is no recipe {path}") from error
+        raise InputError(f"there is no file {path}") from error
     except OSError as error:
-        raise InputError(f"the recipe {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not text in UTF-8, so not a recipe") from error
+        raise InputError(f"{path} is not text in UTF-8") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -100,7 +100,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: this is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: a recipe is a list of `key: value` lines; this file is not")
+        raise InputError(f"{path} must be a list of `key: value` lines, but is not")
     for key in content:
         if not isinstance(key, str):
             raise InputError(f"{path}: the key {key!r} is not a name")
@@ -162,7 +162,10 @@ def _in_words(detail: ErrorDetails, origins: dict[str, str], path: str) -> str:
     """One of pydantic's findings as a line: file, field, what was given, what is wanted."""
     where = [part for part in detail["loc"] if not _names_a_branch(part)]
     field = ".".join(str(part) for part in where)
-    origin = origins.get(str(where[0]), path) if where else path
+    if where:
+        origin = origins.get(str(where[0]), path)
+    else:  # settings that do not go together
+        origin = f"{path} or {COMMAND_LINE}" if COMMAND_LINE in origins.values() else path
     kind, given = detail["type"], detail["input"]
     if kind == "missing":
         return f"{path}: `{field}` is missing: {_meaning(where)}"

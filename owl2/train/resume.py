@@ -5,7 +5,8 @@
     OUTPUT/checkpoints/latest.json      which of them is whole; written last, in one step
     OUTPUT/model/                       the finished model; then `checkpoints` is gone
 
-A checkpoint that a kill cut short is never in `latest.json`, so it is never picked up.
+A checkpoint that a kill cut short is never in `latest.json`, so it is never picked up. Of the
+others all files must be there: without an optimizer's state the Trainer would silently begin anew.
 """
 
 import json
@@ -27,6 +28,10 @@ from owl2.train.recipe import Recipe
 # Settings that change neither what is learned nor in which order.
 INDIFFERENT = {"output", "overwrite", "log_every", "save_every", "workers"}
 
+# What a state consists of, beside the weights.
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
+WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
+
 
 @dataclass(frozen=True)
 class Position:
@@ -36,6 +41,7 @@ class Position:
     samples: int = 0
     left_out: int = 0
     seconds: float = 0.0
+    labelled: bool = False  # whether there was anything to learn yet
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ def find_state(recipe: Recipe) -> Saved | None:
     """The state that a run of this recipe goes on from, None for a start; changes nothing.
 
     Raises:
-        InputError: `output` holds a finished model or another recipe's unfinished run, and
-            `overwrite` is not set.
+        InputError: `output` holds a finished model, another recipe's unfinished run or a damaged
+            state, and `overwrite` is not set.
     """
     output = Path(recipe.output)
     checkpoints = checkpoints_of(output)
@@ -66,20 +72,25 @@ def find_state(recipe: Recipe) -> Saved | None:
         raise InputError(
             f"{output / 'model'} is a finished model; give another `output`, or overwrite=true"
         )
-    saved = _latest(checkpoints)
-    if saved is None:
-        return None
-    before = json.loads((checkpoints / "recipe.json").read_text(encoding="utf-8"))
+    try:
+        if not (checkpoints / "latest.json").is_file():
+            return None
+        _require_same(recipe, _read(checkpoints / "recipe.json"))
+        return _latest(checkpoints)
+    except InputError:
+        if recipe.overwrite:
+            return None
+        raise
+
+
+def _require_same(recipe: Recipe, before: dict[str, Any]) -> None:
     identity = _identity(recipe)
     changed = [key for key in identity if before.get(key) != identity[key]]
-    if not changed:
-        return saved
-    if recipe.overwrite:
-        return None
-    raise InputError(
-        f"{output} holds an unfinished run of another recipe (differs in {', '.join(changed)}); "
-        "give another `output`, or overwrite=true to start anew"
-    )
+    if changed:
+        raise InputError(
+            f"{recipe.output} holds an unfinished run of another recipe (differs in "
+            f"{', '.join(changed)}); give another `output`, or overwrite=true to start anew"
+        )
 
 
 def begin(recipe: Recipe) -> None:
@@ -94,12 +105,54 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude=INDIFFERENT)
 
 
-def _latest(checkpoints: Path) -> Saved | None:
+def _latest(checkpoints: Path) -> Saved:
     pointer = checkpoints / "latest.json"
-    if not pointer.is_file():
-        return None
-    content = json.loads(pointer.read_text(encoding="utf-8"))
-    return Saved(checkpoints / content["checkpoint"], Position(**content["position"]))
+    content = _read(pointer)
+    try:
+        saved = Saved(checkpoints / content["checkpoint"], Position(**content["position"]))
+    except (KeyError, TypeError) as error:
+        raise _damaged(pointer, "does not say which state is whole") from error
+    _require_whole(saved)
+    return saved
+
+
+def _require_whole(saved: Saved) -> None:
+    directory = saved.directory
+    for pattern in STATE_FILES:
+        _require_file(directory, pattern)
+    if (directory / SHARDS).is_file():
+        shards = _read(directory / SHARDS).get("weight_map", {})
+        for shard in sorted(set(shards.values())):
+            _require_file(directory, shard)
+    else:
+        _require_file(directory, WEIGHTS)
+    state = directory / "trainer_state.json"
+    if _read(state).get("global_step") != saved.position.step:
+        raise _damaged(state, f"is not of step {saved.position.step}")
+
+
+def _require_file(directory: Path, pattern: str) -> None:
+    files = list(directory.glob(pattern))
+    if not files or not all(file.stat().st_size for file in files):
+        raise _damaged(directory, f"lacks {pattern}, or it is empty")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _damaged(path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # neither JSON nor text
+        raise _damaged(path, "is damaged") from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "is damaged")
+    return content
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path} {what}, so the run cannot go on as it was; overwrite=true starts anew"
+    )
 
 
 class KeepState(TrainerCallback):

@@ -23,7 +23,7 @@ from owl2.data.datasets import load_dataset
 from owl2.data.mixture import Mixture, Source
 from owl2.data.readers import read_file
 from owl2.errors import InputError
-from owl2.files import whole_directory
+from owl2.files import require_writable, whole_directory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.optimizer import groups_table, parameter_groups
@@ -67,10 +67,12 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
 
     Raises:
         InputError: for a model, data or settings that cannot be used, an `output` that holds
-            something else, a loss that is not finite.
+            something else or a damaged state, a loss or weights that are not finite, samples
+            without anything to learn.
     """
     console = console or Console()
     saved = find_state(recipe)
+    require_writable(Path(recipe.output) / "model")
     with _quiet_transformers():
         model, processor = _load(recipe)
         trained = apply_stage(model, recipe.stage)
@@ -88,6 +90,12 @@ def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
     )
     processor = Owl2Processor.from_pretrained(recipe.model)
     processor.image_processor.size = model.config.image_size
+    context = model.config.max_position_embeddings
+    if recipe.max_length > context:
+        raise InputError(
+            f"max_length ({recipe.max_length}) is more than the {context} positions of "
+            f"{recipe.model}: set max_length to at most {context}"
+        )
     return model, processor
 
 
@@ -151,7 +159,9 @@ def _train(
     collator = Collator(processor.tokenizer.pad_token_id or 0)
     trainer = Owl2Trainer(model, recipe, samples, collator, checkpoints_of(output))
     log = RunLog(output / "log.jsonl", start)
-    watch = Watch(log, console, start, lambda: (trainer.samples, collator.left_out))
+    watch = Watch(
+        log, console, start, lambda: (trainer.samples, collator.left_out, trainer.labelled)
+    )
     stop = StopOnInterrupt()
     for callback in (watch, KeepState(output, watch.position), stop):
         trainer.add_callback(callback)
@@ -167,6 +177,7 @@ def _train(
     result = Result(output, not stop.stopped, step, steps, end.seconds)
     if not result.finished:
         return result
+    trainer.require_finite()
     model.config.use_cache = used_cache  # which the Trainer switches off
     with whole_directory(result.model) as directory:
         model.save_pretrained(directory)

@@ -42,6 +42,8 @@ class Owl2Trainer(Trainer):
         self.recipe = recipe
         self.samples = 0  # seen by this process in this session
         self._step_loss: torch.Tensor | float = 0.0
+        # Whether this process has met a label, on any device; a tensor, as looking would wait.
+        self._labelled: torch.Tensor = torch.tensor(False)
         super().__init__(
             model=model,
             args=training_arguments(recipe, checkpoints),
@@ -95,9 +97,36 @@ class Owl2Trainer(Trainer):
         """One piece of a step: forward and backward."""
         inputs = args[1] if len(args) > 1 else kwargs["inputs"]
         self.samples += len(inputs["input_ids"]) * self.args.world_size
+        labels = args[2] if len(args) > 2 else kwargs["num_items_in_batch"]  # the whole step's
+        self._labelled = (labels > 0) | self._labelled.to(labels.device)
         loss = super().training_step(*args, **kwargs)
         self._step_loss = self._step_loss + loss
         return loss
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there was anything to learn since this process began."""
+        return bool(self._labelled)
+
+    def require_finite(self) -> None:
+        """Refuse weights that are not numbers: the last update may have spoilt them.
+
+        Raises:
+            InputError: names the step and the first such parameter.
+        """
+        assert isinstance(self.model, nn.Module)
+        trained = [(n, p.detach()) for n, p in self.model.named_parameters() if p.requires_grad]
+        finite = torch.stack([tensor.isfinite().all() for _, tensor in trained])
+        if not finite.all():
+            name = trained[finite.tolist().index(False)][0]
+            raise InputError(
+                f"step {self.state.global_step}: after its update {name} is not finite, so it was "
+                "not saved. Try a lower learning_rate or a longer warm-up"
+            )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.require_finite()
+        super()._save_checkpoint(*args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Called once a step, after its last piece and before the optimizer: the one moment when

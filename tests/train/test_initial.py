@@ -243,6 +243,26 @@ def test_other_things_that_are_refused(llama_folder, sizes, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (b"{{ '\xff' }}", "chat.jinja is not text in UTF-8"),
+        (b"{% for m in messages %}", "chat template cannot be used: .*endfor"),
+        (b"{{ messages[0].role.no.such }}", "chat template cannot be used"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used(llama_folder, sizes, tmp_path, template, message):
+    (tmp_path / "chat.jinja").write_bytes(template)
+    options = {"sizes": sizes(**VISUAL), "chat_template": tmp_path / "chat.jinja"}
+    refused(message, str(llama_folder), "fresh", tmp_path / "out", **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"chat.jinja", "sizes.yaml"}
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(initial, "load_llm", lambda *_: pytest.fail("loaded"))
+    refused("/proc/no/out cannot be written", "some-llm", "fresh", "/proc/no/out")
+
+
 def test_a_tokenizer_of_another_model_is_refused(llama_folder, sizes, tmp_path):
     llm = tmp_path / "llm"
     LlamaForCausalLM(LlamaConfig(**SIZES["llm"] | {"vocab_size": 100})).save_pretrained(llm)

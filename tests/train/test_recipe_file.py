@@ -93,6 +93,29 @@ def test_the_file_named_is_the_one_with_the_mistake(write):
     assert third == "the command line: `log_every` is 'three', but must be a whole number"
 
 
+def test_settings_at_odds_are_not_blamed_on_one_of_their_origins(write):
+    write(LEAST + "min_learning_rate: 1e-3\n", "base.yaml")
+    path = write("base: base.yaml\n")
+    with pytest.raises(InputError) as caught:
+        read_recipe(path)  # the stage's learning_rate is 1e-4
+    assert str(caught.value).startswith(f"{path}: `min_learning_rate`")
+    with pytest.raises(InputError) as caught:
+        read_recipe(path, ["learning_rate=1e-5"])
+    assert str(caught.value).startswith(f"{path} or the command line: `min_learning_rate`")
+
+
+@pytest.mark.parametrize("stage", ["true", "1.0", "'1'"])
+def test_a_stage_is_a_whole_number(write, stage):
+    with pytest.raises(InputError, match=r"`stage` is .*, but must be 1 or 2"):
+        read_recipe(write(LEAST.replace("stage: 1", f"stage: {stage}")))
+
+
+def test_a_seed_has_32_bits(write):
+    assert read_recipe(write(LEAST), [f"seed={2**32 - 1}"]).seed == 2**32 - 1
+    with pytest.raises(InputError, match="`seed` is 4294967296, but must be"):
+        read_recipe(write(LEAST), [f"seed={2**32}"])
+
+
 def test_mistakes_within_a_source(write):
     path = write(LEAST)
     with pytest.raises(InputError, match=r"`data.0.cuont`; the nearest is `count`"):
@@ -121,9 +144,9 @@ def test_what_must_be_given_is_asked_for(write):
 
 
 def test_files_that_are_no_recipe(write, tmp_path):
-    with pytest.raises(InputError, match=r"there is no recipe .*nowhere.yaml"):
+    with pytest.raises(InputError, match=r"there is no file .*nowhere.yaml"):
         read_recipe(tmp_path / "nowhere.yaml")
-    with pytest.raises(InputError, match=r"there is no recipe .*gone.yaml"):
+    with pytest.raises(InputError, match=r"there is no file .*gone.yaml"):
         read_recipe(write("base: gone.yaml\n"))
     with pytest.raises(InputError, match=r"recipe.yaml:3:1: this is not YAML"):
         read_recipe(write("model: m\noutput: [o\n"))

@@ -1,9 +1,7 @@
-"""Whole runs, from a recipe to a model: reports, stops, going on, what is refused."""
+"""Whole runs, from a recipe to a model: reports, what is refused."""
 
 import io
 import json
-import os
-import signal
 import sys
 
 import pytest
@@ -16,22 +14,8 @@ from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
+from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 from tests.train.tiny import QUESTION, ROWS
-
-
-def quiet():
-    return Console(file=io.StringIO(), width=120)
-
-
-def weights(directory):
-    model = Owl2ForConditionalGeneration.from_pretrained(directory)
-    return model.state_dict()
-
-
-def assert_same_weights(one, other):
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different
 
 
 def test_a_run_leaves_a_model_and_its_reports(recipe, world):
@@ -90,129 +74,27 @@ def test_it_learns(recipe):
     assert facts["smoothed_loss"] < lines[0]["loss"] / 4
 
 
-def test_stage_1_then_stage_2(recipe, tmp_path):
+def test_stage_2_starts_from_what_stage_1_left(recipe, world, tmp_path, monkeypatch):
     first = train(recipe(stage=1, output=str(tmp_path / "1")), quiet())
+    begun = {}
+    go = Owl2Trainer.train
+
+    def spy(self, *args, **kwargs):
+        begun.update({name: t.clone() for name, t in self.model.state_dict().items()})
+        return go(self, *args, **kwargs)
+
+    monkeypatch.setattr(Owl2Trainer, "train", spy)
     second = train(recipe(model=str(first.model), output=str(tmp_path / "2")), quiet())
-    one, two = weights(first.model), weights(second.model)
-    assert not torch.equal(one["lm_head.weight"], two["lm_head.weight"])
+    start, one, two = (weights(path) for path in (world / "start", first.model, second.model))
+    assert_same_weights(begun, one)
+    name = "model.visual_abstractor.query_embeds"  # which both stages train
+    assert not torch.equal(one[name], start[name]) and not torch.equal(two[name], one[name])
 
 
 def test_another_resolution_reaches_model_and_processor(recipe):
     result = train(recipe(image_size=16, max_steps=3), quiet())
     assert Owl2ForConditionalGeneration.from_pretrained(result.model).config.image_size == 16
     assert Owl2Processor.from_pretrained(result.model).image_processor.size == 16
-
-
-# ------------------------------------------------------------------ stopping and going on
-
-
-def interrupt_at(monkeypatch, step):
-    """Ctrl-C while this step is being computed."""
-    compute = Owl2Trainer.training_step
-    pressed = False
-
-    def computing(self, *args, **kwargs):
-        nonlocal pressed
-        if self.state.global_step + 1 == step and not pressed:
-            pressed = True
-            os.kill(os.getpid(), signal.SIGINT)
-        return compute(self, *args, **kwargs)
-
-    monkeypatch.setattr(Owl2Trainer, "training_step", computing)
-
-
-# In the first epoch, at its end, in the second.
-@pytest.mark.parametrize(("step", "workers"), [(3, 0), (6, 0), (8, 2)])
-def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, step, workers):
-    settings = {"workers": workers, "data": recipe().data, "gradient_accumulation": 2}
-    whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
-        stopped = train(recipe(**settings), quiet())
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert (stopped.finished, stopped.step) == (False, step)
-    assert not stopped.model.exists()
-
-    console = quiet()
-    resumed = train(recipe(**settings), console)
-    assert f"Going on after step {step}" in console.file.getvalue()
-    assert resumed.finished
-    assert_same_weights(weights(whole.model), weights(resumed.model))
-    logs = [
-        [json.loads(line) for line in (run.output / "log.jsonl").open(encoding="utf-8")]
-        for run in (whole, resumed)
-    ]
-    last = [{k: log[-1][k] for k in ("step", "learning_rate", "samples")} for log in logs]
-    assert last[0] == last[1]
-    steps = [line["step"] for line in logs[1]]
-    assert steps == sorted(set(steps))
-    assert not (resumed.output / "checkpoints").exists()
-
-
-def test_a_killed_run_goes_on_from_its_last_whole_state(recipe, tmp_path, monkeypatch):
-    whole = train(recipe(output=str(tmp_path / "whole")), quiet())
-
-    class Killed(BaseException):
-        pass
-
-    def die(self, *args, **kwargs):
-        if self.state.global_step == 7:
-            raise Killed
-        return compute(self, *args, **kwargs)
-
-    compute = Owl2Trainer.training_step
-    with monkeypatch.context() as patch:
-        patch.setattr(Owl2Trainer, "training_step", die)
-        with pytest.raises(Killed):
-            train(recipe(save_every=3), quiet())
-    checkpoints = tmp_path / "run" / "checkpoints"
-    saved = {path.name for path in checkpoints.iterdir()}
-    assert saved == {"recipe.json", "latest.json", "checkpoint-6"}  # one state, not all
-    # A state that the kill cut short is not what is gone on from.
-    (checkpoints / "checkpoint-9").mkdir()
-    (checkpoints / "checkpoint-9" / "trainer_state.json").write_text("{", encoding="utf-8")
-    resumed = train(recipe(), quiet())  # also without save_every: it changes nothing learned
-    assert_same_weights(weights(whole.model), weights(resumed.model))
-
-
-def test_two_runs_of_a_recipe_are_the_same(recipe, tmp_path):
-    runs = [train(recipe(output=str(tmp_path / name)), quiet()) for name in "ab"]
-    assert_same_weights(*(weights(run.model) for run in runs))
-
-
-def test_another_recipe_does_not_go_on_with_a_run(recipe, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        train(recipe(), quiet())
-    with pytest.raises(InputError, match=r"another recipe \(differs in batch_size, seed\)"):
-        train(recipe(seed=5, batch_size=8), quiet())
-    console = quiet()
-    assert train(recipe(seed=5, batch_size=8, overwrite=True), console).finished
-    assert "Going on" not in console.file.getvalue()
-
-
-def test_a_finished_model_is_not_overwritten_unasked(recipe):
-    result = train(recipe(), quiet())
-    before = weights(result.model)
-    with pytest.raises(
-        InputError, match="finished model; give another `output`, or overwrite=true"
-    ):
-        train(recipe(seed=1), quiet())
-    assert_same_weights(weights(result.model), before)
-    train(recipe(seed=1, overwrite=True), quiet())
-    assert not torch.equal(weights(result.model)["lm_head.weight"], before["lm_head.weight"])
-
-
-def test_an_overwriting_run_goes_on_after_a_stop(recipe, monkeypatch):
-    train(recipe(), quiet())
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        stopped = train(recipe(seed=1, overwrite=True), quiet())
-    assert stopped.model.exists()  # the older one, until there is another
-    console = quiet()
-    assert train(recipe(seed=1, overwrite=True), console).finished
-    assert "Going on after step 4" in console.file.getvalue()
 
 
 # ------------------------------------------------------------------ what is refused or left out
@@ -246,7 +128,7 @@ def test_a_broken_picture_is_named_without_a_traceback(recipe, tmp_path, workers
     with pytest.raises(InputError) as caught:
         train(bad, quiet())
     assert "gone.png" in str(caught.value)
-    assert "bad.json:0" in str(caught.value)
+    assert "bad.json, row 1" in str(caught.value)
     assert "Traceback" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -270,6 +152,34 @@ def test_samples_cut_to_nothing_are_counted(recipe, world):
     facts = json.loads((result.output / "run.json").read_text(encoding="utf-8"))
     assert facts["samples_left_out"] == 3
     assert facts["samples"] == ROWS - 3
+
+
+def test_samples_all_cut_to_nothing_are_refused(recipe, tmp_path):
+    short = recipe(max_length=9, max_steps=9, epochs=None)
+    with pytest.raises(InputError, match=r"after 6 steps there was nothing to learn.*max_length"):
+        train(short, quiet())  # an epoch has six
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("save_every", [None, 2])
+def test_weights_that_the_last_update_spoilt_are_not_saved(recipe, tmp_path, save_every):
+    steps = 2 if save_every is None else 3
+    spoilt = recipe(learning_rate=1e99, warmup_steps=1, max_steps=steps, save_every=save_every)
+    with pytest.raises(InputError, match=r"step 2: after its update \S+ is not finite"):
+        train(spoilt, quiet())
+    assert not (tmp_path / "run" / "model").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_samples_longer_than_the_models_context_are_refused(recipe, tmp_path):
+    with pytest.raises(InputError, match=r"max_length \(2049\).* 2048 .*to at most 2048"):
+        train(recipe(max_length=2049), quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written(recipe):
+    with pytest.raises(InputError, match="/proc/run/model cannot be written"):
+        train(recipe(output="/proc/run"), quiet())
 
 
 def test_without_matplotlib_there_is_a_hint(recipe, monkeypatch):
