@@ -33,8 +33,8 @@ URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 1024 * 1024
 
 # Not all that Pillow knows: bytes come from anywhere, and for some formats (EPS) Pillow starts
-# other programs, for others its decoders are little used.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "ICO", "AVIF", "JPEG2000")
+# other programs, for others its decoders are little used. MPO (cameras') is read as JPEG.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 
 # Two letters at least: one is a drive.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
