@@ -57,13 +57,17 @@ def chat_with_model(
     temperature: Annotated[float | None, typer.Option(help="Sample; 0: greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="The same seed, the same answer.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     image_policy: Annotated[
         str | None, typer.Option(help="resize or pad: how a picture becomes a square.")
     ] = None,
-    max_pixels: Annotated[int | None, typer.Option(help="The largest picture accepted.")] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="The largest picture accepted.")
+    ] = None,
 ) -> None:
     """Ask about pictures: one question, or a conversation on the terminal."""
     from owl2.inference.chat import Settings, ask, converse
@@ -93,7 +97,7 @@ def init_model(
     mam: Annotated[bool, typer.Option(help="Weights a modality; without: one set.")] = True,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja, for another format.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 ...")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of everything fresh.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything fresh.")] = 0,
 ) -> None:
     """Put a LLaMA and a vision tower together: an untrained model for stage 1."""
     from owl2.train.initial import init_checkpoint

@@ -158,6 +158,13 @@ def test_wrong_options(refused, tiny_checkpoint, option, value):
     assert value in line
 
 
+@pytest.mark.parametrize(("option", "value"), [("--seed", 2**64), ("--max-pixels", 0)])
+def test_options_out_of_their_range(owl2, tiny_checkpoint, option, value):
+    code, _, err = owl2("chat", "--model", tiny_checkpoint, "what?", option, value)
+    assert code == 2
+    assert option in err
+
+
 def test_no_checkpoint(refused, tmp_path, picture):
     assert "red.png" in refused("chat", "--model", picture, "what?")
     assert "empty" in refused("chat", "--model", tmp_path / "empty", "what?")

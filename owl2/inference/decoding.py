@@ -24,6 +24,7 @@ from transformers import (
 from owl2.errors import InputError
 
 DEFAULT_MAX_NEW_TOKENS = 512
+LARGEST_SEED = 2**32 - 1  # the same as training takes
 SAMPLING = ("temperature", "top_p", "top_k")
 
 
@@ -97,6 +98,7 @@ class Decoding:
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
+            ("seed", 0 <= (self.seed or 0) <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}"),
         ):
             if not fits:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be {wanted}")

@@ -8,6 +8,7 @@ import torch
 from owl2.errors import InputError
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 
+DEVICES = ("cuda", "mps", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -25,8 +26,10 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise InputError(
-            f"device {device!r} is none that torch knows: try cuda, mps, cpu"
+            f"device {str(device)!r} is none that torch knows: try {', '.join(DEVICES)}"
         ) from error
+    if chosen.type not in DEVICES:
+        raise InputError(f"device {str(device)!r} cannot be used: try {', '.join(DEVICES)}")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(chosen.type, True):
         raise InputError(f"device {str(device)!r} cannot be used: torch finds none on this machine")
@@ -80,4 +83,7 @@ def load_model(
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name_or_path} cannot be loaded: {error}") from error
-    return model.to(chosen).eval()
+    try:
+        return model.to(chosen).eval()
+    except RuntimeError as error:  # no driver, or too little memory
+        raise InputError(f"the model cannot be put on device {str(chosen)!r}: {error}") from error

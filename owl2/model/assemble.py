@@ -27,6 +27,7 @@ from owl2.model.configuration import (
     check_sizes,
 )
 from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.weight_files import check_weight_files
 
 MULTIWAY = re.compile(
     r"(model\.layers\.\d+\.(?:input_layernorm|post_attention_layernorm"
@@ -100,6 +101,8 @@ def load_llm(source: str | Path, dtype: torch.dtype | str = "auto") -> LlamaForC
             options["quantization_config"] = quantised(dequantize=True)
         dtype = torch.float32 if dtype == "auto" else dtype
     place = path.parent if options else source
+    if not options and path.is_dir():
+        check_weight_files(path)
     try:
         with reading(source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -135,6 +138,8 @@ def load_vision(source: str | Path) -> CLIPVisionModel:
     Raises:
         InputError: if it cannot be read, or is no CLIP.
     """
+    if Path(source).is_dir():
+        check_weight_files(Path(source))
     try:
         with reading(source):
             kind = transformers.AutoConfig.from_pretrained(source).model_type

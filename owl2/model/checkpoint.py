@@ -17,14 +17,18 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from owl2.errors import InputError
+from owl2.model.config_file import check_generation, read_config
+from owl2.model.weight_files import check_weight_files
 
 POSITIONS = "model.vision_model.embeddings.position_embedding"
 KEYS_SHOWN = 12
+# Options that say where a checkpoint is.
+HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Old config.json files spell out every default of the transformers that wrote them. This one would
 # cap answers, or warn beside every max_new_tokens.
 UNSET_MAX_LENGTH = 20
 # The last: a setting in config.json of a wrong type.
-UNREADABLE = (OSError, SafetensorError, pickle.UnpicklingError, EOFError, StrictDataclassError)
+UNREADABLE = (OSError, SafetensorError, EOFError, StrictDataclassError)
 # transformers says which keys did not fit, and we decide.
 ACCOUNT_FOR_KEYS: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
 
@@ -55,7 +59,7 @@ class ReleasedCheckpoints(PreTrainedModel):
                 unexpected or of another shape; the message lists them.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        _check_directory(Path(name_or_path), kwargs.get("subfolder") or "")
+        _check_files(name_or_path, kwargs)
         model, info = cls._load(name_or_path, *args, **kwargs)
         mismatched = {key: (tuple(a), tuple(b)) for key, a, b in info["mismatched_keys"]}
         if POSITIONS in mismatched and "quantization_config" not in kwargs:
@@ -111,6 +115,8 @@ def reading(source: str | Path | None) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
+    except pickle.UnpicklingError as error:  # torch's own words advise to switch its safety off
+        raise InputError(f"{source}: a weight file is broken, or holds code") from error
     except UNREADABLE as error:
         raise InputError(f"{source} cannot be loaded as a checkpoint: {error}") from error
     except RuntimeError as error:
@@ -134,12 +140,23 @@ def refuse_gaps(source: str | Path, info: dict[str, Any]) -> None:
         )
 
 
-def _check_directory(path: Path, subfolder: str) -> None:
-    """A path that exists must be a checkpoint directory; all else is left to the hub."""
-    if path.is_file():
-        raise InputError(f"{path} is a file; give the checkpoint's directory")
-    if path.is_dir() and not (path / subfolder / "config.json").is_file():
-        raise InputError(f"{path / subfolder} is no checkpoint: it has no config.json")
+def _check_files(name_or_path: str | Path, options: dict[str, Any]) -> None:
+    """The configuration, and the files of a local directory, before any weight is read."""
+    config = options.get("config")
+    if config is None:
+        config = read_config(
+            name_or_path, **{name: options[name] for name in HUB if name in options}
+        )
+    folder = Path(name_or_path) / (options.get("subfolder") or "")
+    if not folder.is_dir():
+        return
+    check_generation(folder)
+    whole = check_weight_files(folder, options.get("use_safetensors") is not False)
+    if whole and getattr(config, "quantization_config", None) is None:
+        raise InputError(
+            f"{folder}: weights must be floating-point numbers, not whole ones\n"
+            + _listing("these are not", whole)
+        )
 
 
 def _image_size_of(shape: tuple[int, ...], config: Any) -> int | None:

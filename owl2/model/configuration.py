@@ -200,14 +200,14 @@ class Owl2Config(LlamaConfig):
 def _as_rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     """transformers 5's rope settings as ``rope_scaling``.
 
-    The kinds that transformers 4.31 knows are written as it wants them: `type` and `factor`, and
-    nothing else.
+    The kinds that transformers 4.31 knows are written as it wants them: `type` and `factor`, a
+    float, and nothing else.
     """
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
     if kind in ("linear", "dynamic"):
-        return {"type": kind, "factor": rope["factor"]}
+        return {"type": kind, "factor": float(rope["factor"])}
     return rope
 
 

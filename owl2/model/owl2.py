@@ -35,7 +35,9 @@ from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.checkpoint import ReleasedCheckpoints
 from owl2.model.configuration import Owl2Config
 from owl2.model.decoder import Owl2DecoderLayer
+from owl2.model.generation import PictureGeneration
 from owl2.model.modality import Multiway, Routing
+from owl2.model.pictures import check_ids, check_pictures
 from owl2.model.vision import VisionEmbeddings, VisionModel
 
 
@@ -106,6 +108,8 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
         if input_ids is not None:
+            if input_ids.shape[1] > 1:  # not at every step: reading the numbers waits for the GPU
+                check_ids(input_ids, self.config.image_token_id)
             is_image = input_ids == self.config.image_token_id  # (B, S)
             if mm_token_type_ids is None:
                 mm_token_type_ids = is_image.long()
@@ -161,7 +165,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             self.visual_abstractor.set_grid_size(image_size // patch)
 
 
-class Owl2ForConditionalGeneration(Owl2PreTrainedModel, GenerationMixin):
+class Owl2ForConditionalGeneration(PictureGeneration, Owl2PreTrainedModel, GenerationMixin):
     """mPLUG-Owl2 with its language-model head: ask, generate, train."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -208,8 +212,12 @@ class Owl2ForConditionalGeneration(Owl2PreTrainedModel, GenerationMixin):
             ``.hidden_states`` and ``.attentions`` (eager only).
 
         Raises:
-            InputError: image tokens and pictures do not fit, or pictures of another size.
+            InputError: image tokens and pictures do not fit, or pictures of another size; ids that
+                the vocabulary does not have; labels beside `logits_to_keep`.
         """
+        all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and not all_logits:
+            raise InputError("labels need the logits of all positions: leave logits_to_keep at 0")
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -241,106 +249,6 @@ class Owl2ForConditionalGeneration(Owl2PreTrainedModel, GenerationMixin):
     def set_image_size(self, image_size: int) -> None:
         """See `Owl2Model.set_image_size`."""
         self.model.set_image_size(image_size)
-
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, for prompts padded on either side.
-
-        New tokens are written behind a prompt, so padding there would stand between the two: such
-        rows (by `attention_mask`) are first turned to left padding, and come back so.
-        """
-        mask: Any = kwargs.get("attention_mask")
-        ids = kwargs.get("input_ids", inputs)
-        prompts = kwargs.get("inputs_embeds") if ids is None else ids
-        # A mask longer than the prompts speaks of a filled cache, which cannot be turned.
-        whole = mask is not None and prompts is not None and mask.shape == prompts.shape[:2]
-        if whole and (mask[:, -1] == 0).any():
-            rows = ("input_ids", "inputs_embeds", "mm_token_type_ids", "position_ids")
-            for name in (*rows, "attention_mask"):
-                if kwargs.get(name) is not None:
-                    kwargs[name] = left_padded(kwargs[name], mask)
-            inputs = None if inputs is None else left_padded(inputs, mask)
-        generate = super().generate  # type: ignore[misc]  # no class fits the Protocol of its self
-        return generate(inputs, *args, **kwargs)
-
-    def prepare_inputs_for_generation(  # type: ignore[override]  # hands on what it does not name
-        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        # inputs_embeds is named as transformers looks at the signature: whether they may be given.
-        prepare = super().prepare_inputs_for_generation  # type: ignore[misc]  # as in generate
-        inputs: dict[str, Any] = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        # transformers 5.16 leaves the modalities of the whole sequence beside a step's one token.
-        types, ids = inputs.get("mm_token_type_ids"), inputs.get("input_ids")
-        if types is not None and ids is not None:
-            inputs["mm_token_type_ids"] = types[:, -ids.shape[1] :]
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Beams and several answers: pictures are repeated a prompt at a time, in their order."""
-        pixel_values = model_kwargs.get("pixel_values")
-        if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            is_image = input_ids == self.config.image_token_id
-            counts = check_pictures(is_image, pixel_values, self.config.num_image_tokens)
-            model_kwargs.pop("pixel_values")
-            repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
-            pixel_values = torch.cat(repeated)
-        expand = super()._expand_inputs_for_generation  # type: ignore[misc]  # as in generate
-        expanded_ids, model_kwargs = expand(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return expanded_ids, model_kwargs
-
-
-def check_pictures(
-    is_image: torch.Tensor, pixel_values: torch.Tensor | None, per_image: int
-) -> list[int]:
-    """How many pictures each sequence has room for, which must be those that there are.
-
-    Args:
-        is_image: (B, S), True on image tokens.
-        pixel_values: (N, 3, H, W), or None.
-        per_image: image tokens a picture, K + 1.
-
-    Returns:
-        B numbers, whose sum is N.
-
-    Raises:
-        InputError: with both counts; or if a sequence holds a part of a picture.
-    """
-    tokens: list[int] = is_image.sum(1).tolist()
-    positions, pictures = sum(tokens), 0 if pixel_values is None else len(pixel_values)
-    if positions != pictures * per_image:
-        raise InputError(
-            f"input_ids hold {positions} image tokens, room for {positions / per_image:g} "
-            f"pictures of {per_image} tokens each, but pixel_values hold {pictures} pictures"
-        )
-    for row, count in enumerate(tokens):
-        if count % per_image:
-            raise InputError(
-                f"row {row} of input_ids holds {count} image tokens, but a picture takes "
-                f"{per_image}: a prompt must hold whole pictures"
-            )
-    return [count // per_image for count in tokens]
-
-
-def left_padded(rows: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Turn every row (B, S, ...) so that the padding at its end stands at its beginning.
-
-    Args:
-        attention_mask: (B, S) of the rows as they are, 0 on padding.
-    """
-    length = attention_mask.shape[1]
-    trailing = (attention_mask.flip(1).cumsum(1) == 0).sum(1)  # (B,)
-    places = torch.arange(length, device=rows.device) - trailing[:, None].to(rows.device)  # (B, S)
-    batch = torch.arange(len(rows), device=rows.device)[:, None]
-    return rows[batch, places % length]
 
 
 def next_token_loss(

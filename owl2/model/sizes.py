@@ -3,10 +3,9 @@
 from collections import Counter
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 
-from owl2.errors import InputError
+from owl2.model.config_file import read_config
 from owl2.model.configuration import Owl2Config
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 
@@ -41,7 +40,7 @@ def describe(name_or_path: str | None = None) -> Table:
     Raises:
         InputError: if there is no configuration of an mPLUG-Owl2.
     """
-    config = Owl2Config() if name_or_path is None else _read_config(name_or_path)
+    config = Owl2Config() if name_or_path is None else read_config(name_or_path)
     vision, abstractor = config.visual_config.visual_model, config.visual_config.visual_abstractor
     shapes = {
         "vision encoder": f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, "
@@ -74,21 +73,3 @@ def _part_of(name: str) -> str:
     if name.startswith("model.layers.") and ".multiway.1." in name:
         return VISUAL
     return next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
-
-
-def _read_config(name_or_path: str) -> Owl2Config:
-    try:
-        values, _ = Owl2Config.get_config_dict(name_or_path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path} has no config.json that can be read: {error}") from error
-    kind = values.get("model_type")
-    if kind is None:
-        raise InputError(f"{name_or_path} has no config.json of a model")
-    if kind != Owl2Config.model_type:
-        raise InputError(
-            f"{name_or_path} is a {values.get('model_type')} model, no {Owl2Config.model_type}"
-        )
-    try:
-        return Owl2Config(**values)
-    except StrictDataclassError as error:
-        raise InputError(f"{name_or_path}/config.json: {error}") from error

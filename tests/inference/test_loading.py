@@ -5,7 +5,7 @@ import torch
 
 from owl2.errors import InputError
 from owl2.inference.engine import Engine
-from owl2.inference.loading import choose_device, choose_dtype
+from owl2.inference.loading import choose_device, choose_dtype, load_model
 
 
 def test_the_fastest_device_there_is(monkeypatch):
@@ -49,7 +49,9 @@ def test_processor_settings_are_handed_on(tiny_checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "abacus"}, "abacus"),
+        ({"device": "abacus"}, "abacus.*cuda, mps, cpu"),
+        ({"device": "meta"}, "meta.*cuda, mps, cpu"),
+        ({"device": "xla"}, "xla.*cuda, mps, cpu"),
         ({"device": "cpu", "dtype": "int3"}, "int3.*float32, bfloat16"),
         ({"device": "cpu", "attn_implementation": "magic"}, "magic"),
         ({"device": "cpu", "image_policy": "crop"}, "crop"),
@@ -68,3 +70,21 @@ def test_a_device_that_is_not_there(monkeypatch, tiny_checkpoint):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="there are 1"):
         choose_device("cuda:1")
+
+
+def test_a_device_without_a_driver(monkeypatch, tiny_checkpoint):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+    def no_driver(self, device):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.nn.Module, "to", no_driver)
+    with pytest.raises(InputError, match="'cuda': no driver"):
+        load_model(tiny_checkpoint, device="cuda", dtype="float32")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_out_of_range(shared_engine, conversations, seed):
+    with pytest.raises(InputError, match="seed"):
+        shared_engine.chat(conversations[0], seed=seed, temperature=1.0)

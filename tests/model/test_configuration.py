@@ -162,3 +162,10 @@ def test_a_config_can_be_copied():
     copied.visual_config.visual_model.image_size = 16
     assert config.image_size == 8
     assert Owl2Config(**config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_a_whole_rope_factor_is_written_as_a_float():
+    """4.31 refuses an int."""
+    scaling = {"type": "linear", "factor": 2}
+    written = make_config(rope_scaling=scaling).to_diff_dict()["rope_scaling"]
+    assert type(written["factor"]) is float

@@ -2,8 +2,15 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
+from owl2.errors import InputError
 from tests.model.conftest import make_modalities_differ
 from tests.model.golden import inputs_of, load_cases, load_model
 from tests.tiny import make_model
@@ -125,3 +132,58 @@ def test_the_end_token_ends_an_answer():
     assert model.generate(**inputs, max_new_tokens=200)[0, -1] == 2
     longer = model.generate(**inputs, max_new_tokens=24, eos_token_id=None)
     assert longer.shape[1] == inputs["input_ids"].shape[1] + 24
+
+
+PROCESSORS = {
+    "repetition_penalty": lambda value, ids: RepetitionPenaltyLogitsProcessor(value),
+    "encoder_repetition_penalty": EncoderRepetitionPenaltyLogitsProcessor,
+    "no_repeat_ngram_size": lambda value, ids: NoRepeatNGramLogitsProcessor(value),
+    "encoder_no_repeat_ngram_size": EncoderNoRepeatNGramLogitsProcessor,
+}
+
+
+def greedy_by_hand(model, inputs, make, steps):
+    """One row at a time, the processor seeing text only."""
+    rows = []
+    for single in one_by_one(inputs):
+        ids = single["input_ids"]
+        prompt = ids[ids != 40][None]
+        processor = make(prompt)
+        for _ in range(steps):
+            with torch.no_grad():
+                scores = model(ids, pixel_values=single["pixel_values"]).logits[:, -1]
+            chosen = processor(ids[ids != 40][None], scores).argmax(-1, keepdim=True)
+            ids = torch.cat([ids, chosen], dim=1)
+        rows.append(ids)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("repetition_penalty", 3.0),
+        ("encoder_repetition_penalty", 0.3),
+        ("no_repeat_ngram_size", 1),
+        ("encoder_no_repeat_ngram_size", 1),
+    ],
+)
+def test_what_scores_by_the_prompts_ids_sees_its_text(model, option, value):
+    inputs = two_prompts()
+    expected = greedy_by_hand(model, inputs, lambda ids: PROCESSORS[option](value, ids), 8)
+    answers = model.generate(**inputs, **GREEDY, **{option: value})
+    assert torch.equal(answers, expected)
+
+
+def test_the_penalty_is_felt(model):
+    """Or the test above would compare nothing."""
+    plain = model.generate(**two_prompts(), **GREEDY)
+    assert not torch.equal(model.generate(**two_prompts(), **GREEDY, repetition_penalty=3.0), plain)
+
+
+def test_looking_up_the_prompt_needs_one_without_pictures(model):
+    single = next(one_by_one(two_prompts()))
+    with pytest.raises(InputError, match="prompt_lookup_num_tokens"):
+        model.generate(**single, **GREEDY, prompt_lookup_num_tokens=2)
+    text = torch.tensor([[1, 5, 6, 7, 5, 6]])
+    expected = model.generate(text, **GREEDY)
+    assert torch.equal(model.generate(text, **GREEDY, prompt_lookup_num_tokens=2), expected)
