@@ -1,6 +1,7 @@
 """The command `owl2`: parses, calls one function a command, prints.
 
-torch and transformers take seconds to import, so each command imports what it needs when it runs.
+Importing the package registers the model with transformers, which takes seconds; each command
+imports the further rooms that it needs when it runs.
 """
 
 import sys
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from owl2 import __version__
 from owl2.errors import InputError
@@ -207,6 +209,8 @@ def main() -> None:
     It ends with exit code 0, with 2 where the user's input was wrong (then the last line on stderr
     says what), and with 130 on Ctrl-C; the latter and wrong usage are typer's own doing.
     """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # a bar in a log file is no help
     try:
         app(prog_name="owl2")
     except InputError as error:

@@ -10,7 +10,6 @@
 import importlib.metadata
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from owl2 import __version__
 from owl2.errors import InputError
@@ -84,8 +82,6 @@ def evaluate(settings: Settings, console: Console | None = None) -> dict[str, An
     prompts = {task.name: full_prompt(task, settings.prompt) for task in tasks}
     questions = {task.name: task.read(prompts[task.name])[: settings.limit] for task in tasks}
     _check_output(settings.output)
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # a bar in a log file is no help
     engine = Engine.from_pretrained(settings.model, settings.device, settings.dtype)
 
     folder = _make_folder(settings.output)  # not before: a wrong name would leave it empty

@@ -8,7 +8,6 @@ from importlib import import_module
 from typing import Any, TextIO
 
 from PIL import Image
-from transformers.utils import logging as transformers_logging
 
 from owl2.errors import InputError
 from owl2.inference.decoding import Options
@@ -48,8 +47,6 @@ class Settings:
 
     def load_engine(self, processor: Owl2Processor) -> Engine:
         """The engine with that processor."""
-        if not sys.stderr.isatty():
-            transformers_logging.disable_progress_bar()  # a bar in a log file is no help
         return Engine(load_model(self.model, self.device, self.dtype), processor)
 
 
