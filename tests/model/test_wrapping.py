@@ -94,3 +94,16 @@ def test_vocabulary_can_grow(picture_inputs):
     assert model.config.image_token_id == 48
     picture_inputs["input_ids"][picture_inputs["input_ids"] == 40] = 48
     assert logits(model, **picture_inputs).shape[-1] == 48
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
+def test_a_quantiser_replaces_every_linear(tiny, picture_inputs):
+    """8-bit weights by torch's own dynamic quantisation, which runs on any CPU."""
+    expected = logits(tiny, **picture_inputs)
+    quantised = torch.ao.quantization.quantize_dynamic(
+        copy.deepcopy(tiny), {nn.Linear}, dtype=torch.qint8
+    )
+    assert linears(tiny)
+    assert not linears(quantised)
+    difference = (logits(quantised, **picture_inputs) - expected).abs().max()
+    assert 0 < difference < 0.1 * expected.abs().max()
