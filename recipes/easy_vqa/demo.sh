@@ -3,9 +3,6 @@
 # cores. `demo.sh --quick` goes through the same commands in a minute; its model learns nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-# Threads that wait give their core away. By default they spin, and where another program has one of
-# the cores, steps then take ten times as long (docs/log.md).
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 run=runs/demo
 steps=() limit=()

@@ -2,9 +2,6 @@
 # The demo's model trained for longer; well under an hour on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-# Threads that wait give their core away. By default they spin, and where another program has one of
-# the cores, steps then take ten times as long (docs/log.md).
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 recipes=recipes/easy_vqa
 owl2 init --llm fresh --vision fresh --sizes $recipes/sizes.yaml --output runs/long/start
 owl2 train $recipes/long_stage1.yaml
