@@ -53,6 +53,16 @@ PAPER_STAGES: dict[int, dict[str, Any]] = {
 }
 
 
+ORIGINS = ("dataset", "file", "shards", "table")
+# Which settings go with which origin of samples.
+SETTINGS_OF = {
+    "images": ("file",),
+    "split": ("dataset", "table"),
+    "style": ("dataset",),
+    "options": ("dataset",),
+}
+
+
 class Part(BaseModel):
     """A part of a recipe: unknown keys and values of another type are refused, never coerced."""
 
@@ -60,27 +70,73 @@ class Part(BaseModel):
 
 
 class DataSource(Part):
-    """Where samples come from: a `dataset` that owl2 knows by name, or a `file` of samples."""
+    """Where samples come from, one of four: a `dataset` that owl2 knows by name, a `file` of
+    samples, tar `shards` as WebDataset has them, or a `table` that `datasets` saved to disk."""
 
+    name: str | None = Field(None, description="what the mixture calls it; default: where from")
     dataset: str | None = Field(None, description="a data set's name, e.g. easy_vqa")
     file: str | None = Field(None, description="LLaVA-style .json, or .jsonl of messages")
+    shards: str | list[str] | None = Field(
+        None, description="tar files: paths with * or {000..099}, http(s) or pipe: urls"
+    )
+    table: str | None = Field(None, description="directory that datasets' save_to_disk wrote")
     images: str | None = Field(None, description="folder that a file's picture paths start from")
-    split: str = Field("train", description="the data set's split")
+    split: str = Field("train", description="the split of a dataset or table")
     style: str | None = Field(None, description="how the data set becomes conversations")
     options: dict[str, Any] = Field({}, description="the data set's own other options")
     count: Positive | None = Field(None, description="samples an epoch; null = all of them once")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="share of the samples, relative to the other sources'; instead of count"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataSource":
-        if (self.dataset is None) == (self.file is None):
-            raise ValueError("give either `dataset` or `file`")
-        if self.dataset is not None and self.images is not None:
-            raise ValueError("`images` belongs to a `file`; a `dataset` knows its own pictures")
-        if self.dataset is not None and self.split.startswith("test"):
+        if len(self._origins()) != 1:
+            raise ValueError("give one of `dataset`, `file`, `shards` and `table`")
+        origin = self._origins()[0]
+        for setting, owners in SETTINGS_OF.items():
+            if setting in self.model_fields_set and origin not in owners:
+                raise ValueError(f"`{setting}` belongs to a `{owners[0]}`, not to `{origin}`")
+        if self.split.startswith("test"):
             raise ValueError("`split` is a test split, which is for evaluation only")
-        if self.file is not None and self.model_fields_set & {"split", "style", "options"}:
-            raise ValueError("`split`, `style` and `options` belong to a `dataset`, not a `file`")
+        if self.count is not None and self.weight is not None:
+            raise ValueError("give either `count` or `weight`")
         return self
+
+    def _origins(self) -> list[str]:
+        return [name for name in ORIGINS if getattr(self, name) is not None]
+
+    @property
+    def title(self) -> str:
+        """What people know this source by: its name, else where it comes from."""
+        origin = getattr(self, self._origins()[0])
+        return self.name or (origin if isinstance(origin, str) else origin[0])
+
+
+class Adapter(Part):
+    """LoRA: small trained matrices beside frozen ones; what `trained` names is trained fully."""
+
+    rank: Positive = 16
+    alpha: Rate = Field(32.0, description="the update is scaled by alpha / rank")
+    dropout: Share = 0.0
+    on: list[Literal["decoder", "abstractor", "vision"]] = Field(
+        ["decoder"], min_length=1, description="parts whose Linears all get an adapter"
+    )
+    only: list[str] | None = Field(
+        None, description="of those Linears the ones so named, e.g. [q_proj, v_proj]; null = all"
+    )
+    trained: list[Literal["abstractor", "vision"]] = Field(
+        [], description="parts that are trained fully beside the adapters"
+    )
+
+
+class Validation(Part):
+    """What is watched on samples that are not trained on."""
+
+    data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="held-out samples")
+    every: Positive = Field(500, description="steps between looks")
+    samples: Positive | None = Field(1000, description="the first so many; null = all")
+    answers: NotNegative = Field(3, description="questions whose generated answers are shown")
 
 
 class Recipe(Part):
@@ -100,6 +156,24 @@ class Recipe(Part):
         description="what pictures undergo"
     )
     max_length: Annotated[int, Field(ge=2)] = Field(description="tokens a sample, pictures' too")
+    on_bad: Literal["stop", "skip"] = Field(
+        "stop", description="a sample that cannot be used: stop, or leave it out and count it"
+    )
+    group_by_length: bool = Field(False, description="batches of samples about as long: less pad")
+    packing: bool = Field(
+        False, description="the samples of a batch in few long rows, kept apart: no padding"
+    )
+    shuffle_window: Positive = Field(
+        1000, description="samples of shards that are held and shuffled at a time"
+    )
+
+    adapter: Adapter | None = Field(None, description="LoRA instead of full training")
+    quantize: Literal["8bit", "4bit"] | None = Field(
+        None, description="the frozen decoder in 8 or 4 bits; needs an adapter"
+    )
+    frozen: list[Literal["vision", "abstractor", "visual", "decoder"]] = Field(
+        [], description="parts that stay as they are although the stage trains them"
+    )
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="or max_steps")
     max_steps: Positive | None = Field(None, description="optimizer steps of the run; or epochs")
@@ -119,15 +193,23 @@ class Recipe(Part):
     vision_layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         description="rate of a ViT block, relative to the block above"
     )
+    vision_learning_rate: Rate | None = Field(None, description="peak at the ViT's top, if other")
+    abstractor_learning_rate: Rate | None = Field(None, description="the abstractor's, if other")
 
     precision: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the arithmetic; null = bfloat16 on a GPU, float32 on a CPU"
+    )
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="how attention is computed; null = transformers' choice, sdpa"
     )
     gradient_checkpointing: bool = Field(description="less memory for about a third more time")
     workers: NotNegative = Field(2, description="processes that prepare batches; 0 = none")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # NumPy takes no more
     log_every: Positive = Field(10, description="steps between lines of the log")
     save_every: Positive | None = Field(None, description="steps between saved states")
+    validation: Validation | None = Field(None, description="loss and answers on held-out samples")
+    tensorboard: bool = Field(False, description="events for TensorBoard in OUTPUT/tensorboard")
+    wandb: str | None = Field(None, description="the project in Weights & Biases")
 
     @model_validator(mode="before")
     @classmethod
@@ -157,6 +239,15 @@ class Recipe(Part):
                 f"`batch_size` ({self.batch_size}) must be a multiple of "
                 f"`gradient_accumulation` ({self.gradient_accumulation})"
             )
+        weighted = [source.weight is not None for source in self.data]
+        if any(weighted) and not all(weighted):
+            raise ValueError("`data`: give every source a `weight`, or none")
+        if any(weighted) and self.epochs is not None:
+            raise ValueError("`weight`s have no epochs: give `max_steps`")
+        if self.quantize is not None and self.adapter is None:
+            raise ValueError("`quantize` needs an `adapter`: rounded weights cannot be trained")
+        if self.packing and self.group_by_length:
+            raise ValueError("`packing` leaves no padding, so `group_by_length` has no use")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"`min_learning_rate` ({self.min_learning_rate}) is above `learning_rate` "

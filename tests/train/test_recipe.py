@@ -37,6 +37,19 @@ OURS = {
     "seed",
     "log_every",
     "save_every",
+    "on_bad",
+    "group_by_length",
+    "packing",
+    "shuffle_window",
+    "adapter",
+    "quantize",
+    "frozen",
+    "vision_learning_rate",
+    "abstractor_learning_rate",
+    "attention",
+    "validation",
+    "tensorboard",
+    "wandb",
 }
 LEAST = {"model": "m", "output": "o", "data": [{"dataset": "easy_vqa"}]}
 
@@ -70,12 +83,29 @@ def test_epochs_take_the_place_of_the_papers_steps():
         ({"gradient_accumulation": 3}, "multiple of"),
         ({"min_learning_rate": 1.0}, "above `learning_rate`"),
         ({"max_steps": 250}, "`warmup_steps`"),
-        ({"data": [{}]}, "either `dataset` or `file`"),
-        ({"data": [{"dataset": "a", "file": "b"}]}, "either `dataset` or `file`"),
-        ({"data": [{"file": "a.json", "style": "b"}]}, "belong to a `dataset`"),
+        ({"data": [{}]}, "one of `dataset`, `file`"),
+        ({"data": [{"dataset": "a", "file": "b"}]}, "one of `dataset`, `file`"),
+        ({"data": [{"file": "a.json", "style": "b"}]}, "belongs to a `dataset`"),
         ({"data": [{"dataset": "a", "images": "b"}]}, "`images` belongs to a `file`"),
     ],
 )
 def test_contradictions_are_refused(settings, complaint):
+    with pytest.raises(ValidationError, match=complaint):
+        Recipe(**(LEAST | {"stage": 2} | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"data": [{"shards": "a.tar", "images": "b"}]}, "`images` belongs to a `file`"),
+        ({"data": [{"file": "a.json", "count": 2, "weight": 1.0}]}, "`count` or `weight`"),
+        ({"data": [{"file": "a", "weight": 1.0}, {"file": "b"}]}, "every source a `weight`"),
+        ({"data": [{"file": "a", "weight": 1.0}], "epochs": 1.0}, "have no epochs"),
+        ({"quantize": "4bit"}, "needs an `adapter`"),
+        ({"packing": True, "group_by_length": True}, "no padding"),
+        ({"data": [{"table": "a", "split": "test"}]}, "test split"),
+    ],
+)
+def test_settings_of_real_training_that_contradict_each_other(settings, complaint):
     with pytest.raises(ValidationError, match=complaint):
         Recipe(**(LEAST | {"stage": 2} | settings))
