@@ -4,31 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 from PIL import Image
 
-from owl2.cli import app
 from owl2.train.recipe_file import read_recipe
+from tests.documents import blocks, commands, require_command
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 RELEASED = "MAGAer13/mplug-owl2-llama2-7b"
-
-
-def blocks(language):
-    """The fenced blocks of a language; "" are those of none."""
-    found, inside = [], None
-    for line in README.splitlines():
-        if not line.startswith("```"):
-            if inside is not None:
-                inside.append(line)
-        elif inside is None:
-            inside, opened = [], line.removeprefix("```")
-        else:
-            found += ["\n".join(inside)] if opened == language else []
-            inside = None
-    assert found, f"no {language} in the README"
-    return found
 
 
 def test_the_python(tiny_checkpoint, tmp_path, monkeypatch, capsys):
@@ -36,14 +19,18 @@ def test_the_python(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 30), "red").save("street.jpg")
     # 512 new tokens of noise would take a while.
-    code = "\n".join(blocks("python")).replace(RELEASED, str(tiny_checkpoint)).replace("512", "8")
+    code = (
+        "\n".join(blocks(README, "python"))
+        .replace(RELEASED, str(tiny_checkpoint))
+        .replace("512", "8")
+    )
     assert RELEASED in README
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
 def test_the_recipe(tmp_path):
-    for text in blocks("yaml"):
+    for text in blocks(README, "yaml"):
         file = tmp_path / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
         recipe = read_recipe(file, ["learning_rate=1e-4"])
@@ -52,26 +39,13 @@ def test_the_recipe(tmp_path):
         assert yaml.safe_load(text).keys() <= recipe.model_dump().keys()
 
 
-def commands():
-    lines = [line.split("#")[0].strip() for block in blocks("") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("owl2 ")]
-
-
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", commands(README))
 def test_a_command_and_its_options_exist(line):
-    command = typer.main.get_command(app)
-    words = line.split()[1:]
-    while hasattr(command, "commands"):  # a group
-        name = words.pop(0)
-        assert name in command.commands, f"there is no command {name}"
-        command = command.commands[name]
-    known = {option for parameter in command.params for option in parameter.opts}
-    used = {word for word in words if word.startswith("--")}
-    assert used <= known
+    require_command(line)
 
 
 def test_the_commands_are_found():
-    assert {line.split()[1] for line in commands()} == {
+    assert {line.split()[1] for line in commands(README)} == {
         "chat",
         "init",
         "train",
