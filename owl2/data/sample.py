@@ -35,12 +35,13 @@ def checked(sample: Sample) -> Sample:
         raise InputError(f"{sample.source}: {error}") from error
     if conversation.is_open:
         raise InputError(
-            f"{sample.source}: the last turn is the user's; there is no answer to learn."
+            f"{sample.source}: the last turn is the user's; there is no answer to learn.", "roles"
         )
     marked = sum(flat_text(turn["content"]).count(IMAGE_TOKEN) for turn in conversation.turns)
     if marked != len(conversation.pictures):
         raise InputError(
             f"{sample.source}: the text marks {marked} pictures, and {len(conversation.pictures)} "
-            "come with it; these must be the same."
+            "come with it; these must be the same.",
+            "placeholder count",
         )
     return sample

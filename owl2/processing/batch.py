@@ -42,7 +42,10 @@ def match_pictures(counts: Sequence[int], images: Any) -> list[Any]:
 def _miscount(which: str, placeholders: int, pictures: int) -> InputError:
     holds = f"{placeholders} {IMAGE_TOKEN} placeholder{'' if placeholders == 1 else 's'}"
     given = f"{pictures} picture{' was' if pictures == 1 else 's were'} given"
-    return InputError(f"{which} has {holds}, but {given}: each placeholder takes one picture.")
+    return InputError(
+        f"{which} has {holds}, but {given}: each placeholder takes one picture.",
+        "placeholder count",
+    )
 
 
 def pad(

@@ -114,7 +114,7 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
         turns.append({"role": role, "content": parts})
         expected = "assistant" if role == "user" else "user"
     if turns[-1]["role"] == "system":
-        raise InputError("The messages hold a system prompt only: add a user turn.")
+        raise InputError("The messages hold a system prompt only: add a user turn.", "roles")
     return Conversation(tuple(turns), tuple(pictures))
 
 
@@ -136,13 +136,14 @@ def flat_text(parts: Sequence[Mapping[str, Any]]) -> str:
 
 def _check_role(role: Any, expected: str, index: int, where: str) -> None:
     if role not in _ROLES:
-        raise InputError(f"{where} has the role {role!r}; roles are {', '.join(_ROLES)}.")
+        raise InputError(f"{where} has the role {role!r}; roles are {', '.join(_ROLES)}.", "roles")
     if role == "system" and index == 0:
         return
     if role != expected:
         raise InputError(
             f"{where} has the role {role!r} where {expected!r} is due: turns alternate, "
-            "the user begins."
+            "the user begins.",
+            "roles",
         )
 
 
@@ -156,13 +157,19 @@ def _read_content(content: Any, role: str, where: str, pictures: list[Any]) -> l
         ]
     else:
         raise InputError(
-            f"The content of {where} must be a text or a list of parts, not {_article(content)}."
+            f"The content of {where} must be a text or a list of parts, not {_article(content)}.",
+            "not a string",
         )
     text = flat_text(parts)
     if role != "user" and IMAGE_TOKEN in text:
-        raise InputError(f"{where} is the {role}'s and holds a picture; only user turns can.")
+        raise InputError(
+            f"{where} is the {role}'s and holds a picture; only user turns can.",
+            "placeholder count",
+        )
     if not text.strip():
-        raise InputError(f"{where} ({role}) is empty: every turn needs a text or a picture.")
+        raise InputError(
+            f"{where} ({role}) is empty: every turn needs a text or a picture.", "empty turn"
+        )
     return parts
 
 
@@ -172,7 +179,9 @@ def _read_part(part: Any, where: str, pictures: list[Any]) -> dict[str, Any]:
     kind = part.get("type")
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise InputError(f"{where} is of type 'text' and must hold a string under 'text'.")
+            raise InputError(
+                f"{where} is of type 'text' and must hold a string under 'text'.", "not a string"
+            )
         return {"type": "text", "text": part["text"]}
     if kind not in ("image", "image_url"):
         hint = " Give a video as its frames, each an image." if kind == "video" else ""

@@ -237,7 +237,8 @@ class Owl2Processor(ProcessorMixin):
                 raise InputError(
                     f"The sample has {len(ids)} tokens and its last picture ends at token "
                     f"{sample.image_ends[-1]}, beyond max_length {max_length}: give fewer pictures "
-                    "or words, or a larger max_length."
+                    "or words, or a larger max_length.",
+                    "too long",
                 )
             ids, learned = ids[:max_length], learned[:max_length]
         input_ids = torch.tensor([ids])
@@ -250,6 +251,10 @@ class Owl2Processor(ProcessorMixin):
         if pictures:
             data.update(self.image_processor(pictures))
         return BatchFeature(data)
+
+    def count_tokens(self, messages: Any) -> int:
+        """How many tokens a conversation has for training, before any is cut."""
+        return len(self._encode_learned(chat.read_messages(messages)).ids)
 
     def show_labels(self, messages: Any) -> Text:
         """The conversation as the model gets it, for a terminal: learned in colour, the rest dim.
@@ -264,7 +269,8 @@ class Owl2Processor(ProcessorMixin):
     def _encode_learned(self, conversation: Conversation) -> labels.Learned:
         if conversation.is_open:
             raise InputError(
-                "The last turn has no answer, so there is nothing to learn from it: add it."
+                "The last turn has no answer, so there is nothing to learn from it: add it.",
+                "roles",
             )
         if self.tokenizer.eos_token is None:
             raise InputError(

@@ -125,7 +125,8 @@ def _read_file(path: Path, max_pixels: int) -> Image.Image:
     except FileNotFoundError as error:
         raise InputError(
             f"No picture at '{path}': there is no such file (looked from {Path.cwd()}). "
-            "Check the path."
+            "Check the path.",
+            "missing picture",
         ) from error
     except IsADirectoryError as error:
         raise InputError(
@@ -143,7 +144,9 @@ def _fetch(url: str) -> bytes:
         with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as reply:
             data: bytes = reply.read(URL_MAX_BYTES + 1)
     except (http.client.HTTPException, OSError, ValueError) as error:  # URLError is an OSError
-        raise InputError(f"The picture at {url} cannot be fetched: {error}.") from error
+        raise InputError(
+            f"The picture at {url} cannot be fetched: {error}.", "missing picture"
+        ) from error
     if len(data) > URL_MAX_BYTES:
         raise InputError(
             f"The picture at {url} is larger than {URL_MAX_BYTES // 2**20} MiB. "
@@ -252,7 +255,8 @@ def _check_size(width: int, height: int, max_pixels: int, name: str) -> None:
         raise InputError(
             f"{_sentence(name)} has {width}×{height} = {width * height:,} pixels; the limit is "
             f"{max_pixels:,}, and {edge:,} for an edge. Make it smaller, or raise max_pixels if "
-            "you trust it."
+            "you trust it.",
+            "huge picture",
         )
 
 
