@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from owl2.errors import InputError
+from owl2.errors import Fault, InputError
 from owl2.processing.chat import IMAGE_TOKEN, flat_text, read_messages
 
 Message = dict[str, Any]
@@ -20,6 +20,27 @@ class Sample:
 
     messages: list[Message]
     source: str
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What stands in a Sample's place where a row is no sample, so that the others go on.
+
+    `source` as a Sample's; `reason`: what is wrong, without the source; `fault`: its kind.
+    """
+
+    source: str
+    reason: str
+    fault: Fault = "format"
+
+    @classmethod
+    def of(cls, source: str, error: InputError) -> "Bad":
+        """The error that reading `source` raised."""
+        return cls(source, str(error).removeprefix(f"{source}: "), error.fault)
+
+    def raised(self) -> InputError:
+        """The error again, for whoever cannot go on without this row."""
+        return InputError(f"{self.source}: {self.reason}", self.fault)
 
 
 def checked(sample: Sample) -> Sample:
