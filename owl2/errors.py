@@ -25,13 +25,12 @@ class InputError(ValueError):
     ``fault``: what of a row of data is wrong, for who counts such rows.
     """
 
-    def __init__(self, message: str = "", fault: Fault | None = None) -> None:
+    def __init__(self, message: str = "", fault: Fault = "format") -> None:
         super().__init__(message)
-        self._fault = fault
+        self._fault: Fault = fault
 
     @property
     def fault(self) -> Fault:
-        """As given, else that of the error it was raised from, else "format"."""
-        if self._fault is None and isinstance(self.__cause__, InputError):
-            return self.__cause__.fault
-        return self._fault or "format"
+        """That of the error it was raised from, which knew more; else as given."""
+        deeper = self.__cause__.fault if isinstance(self.__cause__, InputError) else "format"
+        return self._fault if deeper == "format" else deeper
