@@ -85,8 +85,9 @@ class Owl2ImageProcessor:
             try:
                 picture = load_image(source, self.max_pixels)
             except InputError as error:
-                place = f"Picture {index + 1} of {len(pictures)}: " if len(pictures) > 1 else ""
-                raise InputError(f"{place}{error}", "broken picture") from error
+                if len(pictures) == 1:
+                    raise
+                raise InputError(f"Picture {index + 1} of {len(pictures)}: {error}") from error
             self._fill(picture, pixels[index])
         if return_tensors == "np":
             return {"pixel_values": pixels}

@@ -54,6 +54,20 @@ def load_image(source: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     pixels (known from the header, before anything is decoded).
     """
     max_pixels = check_max_pixels(max_pixels)
+    try:
+        return _load(source, max_pixels)
+    except InputError as error:
+        raise InputError(str(error), "broken picture") from error
+
+
+def check_max_pixels(value: Any) -> int:
+    """`value` as an int. Raises `InputError` unless it is a whole number above 0."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise InputError(f"max_pixels is {value!r}; it must be a whole number above 0.")
+    return int(value)
+
+
+def _load(source: Any, max_pixels: int) -> Image.Image:
     if isinstance(source, Image.Image):
         return _to_rgb(source, max_pixels, "the given PIL picture")
     if isinstance(source, (np.ndarray, torch.Tensor)):
@@ -69,13 +83,6 @@ def load_image(source: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
         f"A picture cannot be a {type(source).__name__}: give a path, a URL, a PIL picture, bytes, "
         "a data-URI, a base64 string or an array."
     )
-
-
-def check_max_pixels(value: Any) -> int:
-    """`value` as an int. Raises `InputError` unless it is a whole number above 0."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise InputError(f"max_pixels is {value!r}; it must be a whole number above 0.")
-    return int(value)
 
 
 def _load_string(source: str, max_pixels: int) -> Image.Image:
