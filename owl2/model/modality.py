@@ -4,7 +4,9 @@ Shapes: B sequences, S positions, D features; rows = B · S tokens, T of them te
 
 Which token is of which modality is the same in every layer, so it is worked out once a forward (a
 `Routing`) and handed down. A step without visual tokens has no routing (`None`): then a module is
-its text weight and nothing else, the plain LLaMA path.
+its text weight and nothing else, the plain LLaMA path. Only where processes share out the weights
+must all of them be touched by each; then such a step is routed, too, with no rows for the visual
+weights, whose gradient is zeros and not missing.
 """
 
 from collections.abc import Callable
@@ -28,11 +30,14 @@ class Routing(NamedTuple):
     order: torch.Tensor
 
     @classmethod
-    def of(cls, token_types: torch.Tensor) -> "Routing | None":
-        """The routing of (B, S) modalities (0 text, 1 visual); None if there is no visual token."""
+    def of(cls, token_types: torch.Tensor, always: bool = False) -> "Routing | None":
+        """The routing of (B, S) modalities (0 text, 1 visual).
+
+        None if there is no visual token, unless `always`: then every weight is used.
+        """
         visual = token_types.flatten() == VISUAL
         rows = ((~visual).nonzero()[:, 0], visual.nonzero()[:, 0])
-        if not len(rows[VISUAL]):
+        if not len(rows[VISUAL]) and not always:
             return None
         return cls(rows, torch.argsort(torch.cat(rows)))
 

@@ -49,7 +49,7 @@ class Owl2PreTrainedModel(ReleasedCheckpoints, LlamaPreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "Owl2DecoderLayer", "VisionLayer", "AbstractorLayer"]
+    _no_split_modules = ["VisionLayer", "AbstractorLayer"]  # and the decoder's, of either kind
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """transformers' own, for all three parts: 5.16 does not look into nested configurations."""
@@ -73,13 +73,24 @@ class Owl2PreTrainedModel(ReleasedCheckpoints, LlamaPreTrainedModel):
 
 
 class Owl2Model(Owl2PreTrainedModel, LlamaModel):
-    """Everything but `lm_head`: LLaMA's model whose input may hold pictures."""
+    """Everything but `lm_head`: LLaMA's model whose input may hold pictures.
+
+    Attributes:
+        use_every_weight: let a batch without pictures pass through all weights, too, without
+            changing its result: a blank picture times 0, and MAM routed to no visual token.
+            Processes that share out a model's weights or gradients wait for each other at each
+            weight, so one that skips some hangs the others (USERS 7).
+    """
+
+    use_every_weight = False
 
     def __init__(self, config: Owl2Config) -> None:
         LlamaPreTrainedModel.__init__(self, config)
         # One attention implementation for all three parts, also when none was asked for.
         config.visual_config._attn_implementation = config._attn_implementation
         layer = Owl2DecoderLayer if config.use_mam else LlamaDecoderLayer
+        # Only what is there: accelerate refuses to shard by the name of a class that is not.
+        self._no_split_modules = [*self._no_split_modules, layer.__name__]
         visual = config.visual_config
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -119,7 +130,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         elif pixel_values is not None:
             raise InputError("pixel_values need input_ids, which say where the pictures go")
         if self.config.use_mam and mm_token_type_ids is not None:
-            kwargs["routing"] = Routing.of(mm_token_type_ids)
+            kwargs["routing"] = Routing.of(mm_token_type_ids, always=self.use_every_weight)
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
     def get_image_features(
@@ -144,7 +155,11 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         """Put the pictures' embeddings where the image tokens stand; counts must agree."""
         check_pictures(is_image, pixel_values, self.config.num_image_tokens)
         if pixel_values is None or not len(pixel_values):
-            return inputs_embeds
+            if not self.use_every_weight:
+                return inputs_embeds
+            size = self.config.image_size
+            blank: Any = self.get_image_features(inputs_embeds.new_zeros(1, 3, size, size))
+            return inputs_embeds + 0 * blank.pooler_output.mean().to(inputs_embeds)
         features = self.get_image_features(pixel_values)
         embeddings: torch.Tensor = features.pooler_output  # type: ignore[assignment]  # never None
         return inputs_embeds.masked_scatter(is_image[..., None], embeddings.to(inputs_embeds))

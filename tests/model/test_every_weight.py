@@ -1,0 +1,73 @@
+"""A batch without pictures that passes through every weight: same loss, no gradient missing."""
+
+import pytest
+import torch
+
+from tests.model.conftest import make_modalities_differ
+from tests.tiny import make_model
+
+IDS = torch.tensor([[1, 5, 9, 11], [1, 7, 0, 0]])
+MASK = (IDS != 0).long()
+LABELS = IDS.masked_fill(IDS == 0, -100)
+
+
+def filled(**settings):
+    model = make_model(**settings)
+    make_modalities_differ(model)
+    return model
+
+
+def gradients(model):
+    model.zero_grad(set_to_none=True)
+    output = model(input_ids=IDS, attention_mask=MASK, labels=LABELS)
+    output.loss.backward()
+    return output, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("mam", [True, False])
+def test_text_alone_gives_the_same_loss_and_gradients(mam):
+    model = filled(use_mam=mam)
+    plain, before = gradients(model)
+    model.model.use_every_weight = True
+    every, after = gradients(model)
+    torch.testing.assert_close(every.logits, plain.logits)
+    torch.testing.assert_close(every.loss, plain.loss)
+    unused = {name for name, gradient in before.items() if gradient is None}
+    assert any("vision_model" in name for name in unused)
+    assert mam == any(".multiway.1." in name for name in unused)
+    for name, gradient in after.items():
+        if name in unused:
+            assert not gradient.any(), name  # zeros, and not None
+        else:
+            torch.testing.assert_close(gradient, before[name], msg=name)
+
+
+def test_a_stage_that_trains_what_pictures_use_has_a_gradient_without_them():
+    model = filled()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision_model" in name or ".multiway.1." in name)
+    model.model.use_every_weight = True
+    _, found = gradients(model)
+    assert found
+    assert all(gradient is not None and not gradient.any() for gradient in found.values())
+
+
+def test_a_batch_with_pictures_is_as_before():
+    model = filled()
+    inputs = {
+        "input_ids": torch.tensor([[1, 40, 40, 40, 5]]),
+        "pixel_values": torch.randn(1, 3, 8, 8),
+    }
+    before = model(**inputs).logits
+    model.model.use_every_weight = True
+    assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("mam", "layer"), [(True, "Owl2DecoderLayer"), (False, "LlamaDecoderLayer")]
+)
+def test_the_layers_to_shard_by_are_those_that_the_model_has(mam, layer):
+    model = make_model(use_mam=mam)
+    assert set(model._no_split_modules) == {layer, "VisionLayer", "AbstractorLayer"}
+    classes = {type(module).__name__ for module in model.modules()}
+    assert set(model._no_split_modules) <= classes
