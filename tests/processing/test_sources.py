@@ -245,7 +245,10 @@ def test_whatever_a_decoder_raises_means_a_broken_picture(monkeypatch, error, st
     monkeypatch.setattr(Image if step == "open" else PngImagePlugin.PngImageFile, step, fail)
     with pytest.raises(InputError, match="cannot be decoded: bad box") as caught:
         load_image(data)
-    assert type(caught.value.__cause__) is error
+    cause = caught.value.__cause__
+    assert cause is not None
+    assert type(cause.__cause__) is error
+    assert caught.value.fault == "broken picture"
 
 
 def test_flipped_bytes_never_raise_anything_else():
