@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from owl2.errors import InputError
 
@@ -46,8 +47,12 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
             raise
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write ``text`` (UTF-8) to ``path``, replacing an older file in one step.
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[TextIO]:
+    """Yield a text file (UTF-8) that becomes ``path`` when the block ends without an exception.
+
+    For what is too long to be held as one text; otherwise as ``write_whole``. On an exception
+    (Ctrl-C included) what was written is removed and an older file stays as it was.
 
     Raises:
         InputError: ``path`` is a directory, or cannot be written.
@@ -61,12 +66,22 @@ def write_whole(path: str | Path, text: str) -> None:
         part = Path(name)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+                yield file
             part.chmod(0o666 & ~_umask())
             part.replace(path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write ``text`` (UTF-8) to ``path``, replacing an older file in one step.
+
+    Raises:
+        InputError: ``path`` is a directory, or cannot be written.
+    """
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def require_writable(target: str | Path) -> None:

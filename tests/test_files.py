@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from owl2.errors import InputError
-from owl2.files import require_writable, whole_directory, write_whole
+from owl2.files import require_writable, whole_directory, whole_file, write_whole
 
 
 def names(directory: Path) -> list[str]:
@@ -139,3 +139,22 @@ def test_whether_a_target_can_be_written_is_told_before_and_leaves_nothing(tmp_p
     for target in ("/proc/a/b", tmp_path / "file" / "a"):
         with pytest.raises(InputError, match=f"{target} cannot be written: No"):
             require_writable(target)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("older", [False, True])
+def test_file_written_in_pieces_is_whole_or_as_it_was(tmp_path, error, older):
+    target = tmp_path / "rows.jsonl"
+    if older:
+        target.write_text("old")
+    with pytest.raises(error), whole_file(target) as file:
+        file.write("half")
+        file.flush()
+        assert target.exists() == older
+        raise error
+    assert names(tmp_path) == (["rows.jsonl"] if older else [])
+    with whole_file(target) as file:
+        file.write("é")
+        file.write("ü")
+    assert names(tmp_path) == ["rows.jsonl"]
+    assert target.read_text(encoding="utf-8") == "éü"
