@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from owl2.data.datasets import load_dataset
-from owl2.data.datasets.easy_vqa import COLOURS, SHAPES, SHORT_PROMPT, VQA_PROMPT
+from owl2.data.datasets.easy_vqa import COLOURS, SHAPES, SHORT_PROMPT
+from owl2.data.datasets.prompts import VQA_PROMPT
 from owl2.data.names import look_up
 from owl2.data.sample import Message
 from owl2.errors import InputError

@@ -11,11 +11,11 @@ from random import Random
 from types import ModuleType
 from typing import Any
 
+from owl2.data.datasets.prompts import VQA_PROMPT
 from owl2.data.names import look_up
 from owl2.data.sample import Message, Sample
 from owl2.errors import InputError
 
-VQA_PROMPT = "{question}\nAnswer the question using a single word or phrase."  # SPEC 1.5
 SHORT_PROMPT = "{question}"
 
 SHAPES = ("circle", "rectangle", "triangle")
