@@ -183,6 +183,40 @@ data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
+def _print_public_data(wanted: bool) -> None:
+    if wanted:
+        from owl2.data.convert import listing
+
+        print(listing(), end="")
+        raise typer.Exit
+
+
+@data_app.command("convert")
+def convert_data(
+    name: Annotated[str, typer.Argument(help="A public data set; --list shows all.")],
+    source: Annotated[Path, typer.Argument(help="The folder with the published files.")],
+    out: Annotated[Path, typer.Argument(help="What to write: .jsonl; for shards .yaml.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OPTION=VALUE]...",
+            help="The data set's options, such as split=train; check_pictures=DIR looks for them.",
+            show_default=False,
+        ),
+    ] = None,
+    list_: Annotated[
+        bool,
+        typer.Option(
+            "--list", callback=_print_public_data, is_eager=True, help="Show what is known."
+        ),
+    ] = False,
+) -> None:
+    """Turn the published files of a public data set into samples to train on."""
+    from owl2.data.convert import convert
+
+    convert(name, source, out, settings or [])
+
+
 @data_app.command("show")
 def show_data(
     model: Annotated[str, typer.Option(help="A checkpoint, whose processor is used.")],

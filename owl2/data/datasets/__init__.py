@@ -1,11 +1,15 @@
-"""Public datasets by name. Each file here turns a dataset's own files into Samples."""
+"""Public datasets by name. Each file here turns a dataset's own files into Samples.
 
-import inspect
+There are two kinds: what a package carries is read anew for each run (`DATASETS`, here); what is
+published as large files is first written down as a file of samples (`public.PUBLIC`, for
+`owl2 data convert`).
+"""
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from owl2.data.datasets.easy_vqa import easy_vqa
-from owl2.data.names import look_up
+from owl2.data.names import check_options, look_up
 from owl2.data.sample import Sample
 
 # A dataset is a function of the split, and of keyword options that have defaults.
@@ -19,11 +23,5 @@ def load_dataset(name: str, split: str = "train", /, **options: Any) -> Sequence
         InputError: an unknown name, split or option, or an option's value that it does not know.
     """
     dataset = look_up("dataset", name, DATASETS)
-    known = {
-        parameter.name: parameter
-        for parameter in inspect.signature(dataset).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    for option in options:
-        look_up(f"option of the dataset {name}", option, known)
+    check_options(f"option of the dataset {name}", dataset, options)
     return dataset(split, **options)

@@ -1,0 +1,233 @@
+"""`owl2 data convert`: the published files of a public data set → what training reads.
+
+::
+
+    published files ── converter ──► Samples ──► OUT.jsonl, a conversation a line
+                           └───────► LeftOut ──► OUT.stats.json: what was left out, and why
+    img2dataset's shards ── looked at ──► OUT.yaml: an entry for a recipe's `data`
+
+Pictures are not touched: the lines hold paths as the authors' archives have them, and a recipe's
+`images` says where the archives were unpacked.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from owl2.data.datasets.img2dataset import Shard, ranges
+from owl2.data.datasets.public import PUBLIC, Public
+from owl2.data.datasets.published import LeftOut
+from owl2.data.names import look_up, options_of, read_setting
+from owl2.data.sample import Sample, checked
+from owl2.errors import InputError
+from owl2.files import require_writable, whole_file, write_whole
+
+PLAIN_SECONDS = 10.0
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class Pictures:
+    """Where pictures are looked for while converting, if anywhere.
+
+    `folder`: picture paths start from it; None: nothing is looked for. `missing`: `stop` at the
+    first sample whose picture is not there, or `skip` it, counted.
+    """
+
+    folder: Path | None = None
+    missing: str = "stop"
+    seen: set[str] = field(default_factory=set)
+
+    def has_all(self, sample: Sample) -> bool:
+        """Notes the sample's pictures; whether they are there, as far as they are looked for.
+
+        Raises:
+            InputError: one is not, and `missing` is `stop`.
+        """
+        named = set(_pictures_of(sample)) - self.seen
+        if self.folder is not None:
+            for path in (self.folder / name for name in named):
+                if path.is_file():
+                    continue
+                if self.missing == "skip":
+                    return False
+                raise InputError(
+                    f"{sample.source}: the picture {path} is not there. missing=skip leaves out "
+                    "and counts what has no picture."
+                )
+        self.seen.update(named)
+        return True
+
+
+def convert(
+    name: str, source: Path, out: Path, settings: Sequence[str], console: Console | None = None
+) -> None:
+    """Write the data set `name`, from the published files in the folder `source`, to `out`.
+
+    `out`: a .jsonl file, beside which .stats.json is written; for shards a .yaml file. `settings`:
+    `option=value`: the data set's own, and `check_pictures=DIR` with `missing=stop|skip`. Nothing
+    is left behind if it fails.
+
+    Raises:
+        InputError: an unknown data set or option, files that are not as published, nothing left to
+            write, or a place that cannot be written to.
+    """
+    console = console or Console(soft_wrap=True, highlight=False)
+    entry = look_up("public data set", name, PUBLIC)
+    given = dict(read_setting(setting) for setting in settings)
+    is_shards = entry.is_shards
+    pictures = Pictures() if is_shards else _take_pictures(given)
+    _check(name, entry, given)
+    ending = ".yaml" if is_shards else ".jsonl"
+    if out.suffix != ending:
+        raise InputError(f"{out}: the ending must be {ending}, which is what is written.")
+    require_writable(out)
+    items = _watched(entry.convert(source, **given), name, console)
+    if is_shards:
+        _write_entry(name, items, out, console)
+    else:
+        _write_samples(name, items, out, pictures, {"source": str(source)} | given, console)
+
+
+def listing() -> str:
+    """What can be converted, from which files, where these are published, and the options."""
+    return "\n".join(_described(name, entry) for name, entry in PUBLIC.items())
+
+
+def _described(name: str, entry: Public) -> str:
+    lines = [f"{name}  (in the paper: {entry.paper})", f"  files    {entry.files}"]
+    lines += [f"  from     {entry.url}  ({entry.licence})", "  options"]
+    for key, value in options_of(entry.convert).items():
+        lines[-1] += f" {key}={'...' if value is None else str(value).splitlines()[0]}"
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------ settings
+
+
+def _take_pictures(given: dict[str, Any]) -> Pictures:
+    folder, missing = given.pop("check_pictures", None), given.pop("missing", "stop")
+    look_up("way with missing pictures", missing, {"stop": 0, "skip": 0})
+    if folder is None:
+        if missing == "skip":
+            raise InputError("missing=skip needs check_pictures=DIR: where are the pictures?")
+        return Pictures()
+    if not Path(str(folder)).is_dir():
+        raise InputError(f"check_pictures={folder}: there is no such folder.")
+    return Pictures(Path(str(folder)), missing)
+
+
+def _check(name: str, entry: Public, given: Mapping[str, Any]) -> None:
+    known = options_of(entry.convert)
+    for option, value in given.items():
+        default = look_up(f"option of the data set {name}", option, known)
+        # A file's name may look like a number.
+        kinds = (type(default),) if default is not None else (str, int)
+        if type(value) not in kinds:
+            raise InputError(
+                f"{option}={value}: it must be of the kind of {default!r}."
+                if default is not None
+                else f"{option}={value}: it must be a name or a number."
+            )
+
+
+# ------------------------------------------------------------------ writing
+
+
+def _write_samples(
+    name: str,
+    items: Iterable[Any],
+    out: Path,
+    pictures: Pictures,
+    options: Mapping[str, Any],
+    console: Console,
+) -> None:
+    left_out: Counter[str] = Counter()
+    samples = answers = 0
+    with whole_file(out) as file:
+        for item in items:
+            if isinstance(item, LeftOut):
+                left_out[item.reason] += item.count
+            elif not pictures.has_all(checked(item)):
+                left_out["samples whose picture is not there"] += 1
+            else:
+                row = {"messages": item.messages, "source": item.source}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                samples += 1
+                answers += sum(turn["role"] == "assistant" for turn in item.messages)
+        if not samples:
+            raise InputError(f"{name}: nothing is left to write. {_told(left_out)}")
+    statistics = {
+        "name": name,
+        "options": dict(options),
+        "samples": samples,
+        "answers": answers,
+        "pictures": len(pictures.seen),
+        "left_out": dict(left_out),
+    }
+    write_whole(out.with_suffix(".stats.json"), json.dumps(statistics, indent=2) + "\n")
+    console.print(
+        f"{samples:,} samples with {answers:,} answers about {len(pictures.seen):,} pictures "
+        f"are in {out}",
+        markup=False,
+    )
+    console.print(_told(left_out), markup=False)
+
+
+def _write_entry(name: str, items: Iterable[Any], out: Path, console: Console) -> None:
+    left_out: Counter[str] = Counter()
+    found: list[Shard] = []
+    for item in items:
+        if isinstance(item, LeftOut):
+            left_out[item.reason] += item.count
+        else:
+            found.append(item)
+    if not found:
+        raise InputError(f"{name}: no shard is finished. {_told(left_out)}")
+    pairs = sum(shard.pairs for shard in found)
+    # With the pairs as weights, sources are drawn from as if all were one.
+    entry = {"name": name, "shards": ranges([shard.path for shard in found]), "weight": pairs}
+    head = f"# {len(found):,} shards with {pairs:,} pairs, for a recipe's `data`\n"
+    write_whole(out, head + yaml.safe_dump([entry], sort_keys=False, width=200))
+    console.print(f"{len(found):,} shards with {pairs:,} pairs are listed in {out}", markup=False)
+    console.print(_told(left_out), markup=False)
+
+
+def _told(left_out: Mapping[str, int]) -> str:
+    if not left_out:
+        return "Nothing was left out."
+    return "Left out: " + "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+
+
+def _pictures_of(sample: Sample) -> Iterator[str]:
+    for turn in sample.messages:
+        for part in turn["content"] if isinstance(turn["content"], list) else ():
+            if part["type"] == "image":
+                yield str(part["path"])
+
+
+def _watched(items: Iterable[Item], name: str, console: Console) -> Iterator[Item]:
+    """The items, with their number on the terminal; in a log file a line every few seconds."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    last = time.monotonic()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(f"{name}: reading")
+        for number, item in enumerate(items, start=1):
+            if number % 1000 == 0:
+                said = f"{name}: {number:,}"
+                progress.update(task, description=said)
+                if not console.is_terminal and time.monotonic() - last > PLAIN_SECONDS:
+                    last = time.monotonic()
+                    console.print(said, markup=False)
+            yield item

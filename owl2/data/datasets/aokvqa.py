@@ -1,0 +1,84 @@
+"""A-OKVQA: questions that need knowledge, with four options and ten people's own answers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from owl2.data.datasets.coco import coco_picture
+from owl2.data.datasets.joined import NOTHING_SAID, most_agreed
+from owl2.data.datasets.prompts import LETTERS, about_picture, choice_question, short_question
+from owl2.data.datasets.published import LeftOut, Row, json_rows, known_split, published_file
+from owl2.data.names import look_up
+from owl2.data.sample import Sample
+from owl2.errors import InputError
+
+FORMS = ("direct", "choice", "reordered")
+
+
+def aokvqa(
+    source: Path,
+    *,
+    split: str = "train",
+    forms: str = "direct,choice,reordered",
+    file: str | None = None,
+    seed: int = 0,
+) -> Iterator[Sample | LeftOut]:
+    """A-OKVQA: each question in up to three `forms`, each a conversation of its own.
+
+    `direct`: the most agreed of the people's answers; `choice`: the options, and the right one's
+    letter; `reordered`: the same in another order, drawn by `seed` and the question. They are not
+    joined, as each gives the others' answer away; 3 × 17,056 are the paper's 50 K.
+
+    Reads `aokvqa_v1p0_train.json` (`split=val`: `aokvqa_v1p0_val.json`). The pictures are COCO's of
+    2017.
+
+    Raises:
+        InputError: a file that is not as published, or of another split; another form.
+    """
+    wanted = [
+        look_up("form of A-OKVQA's questions", form, {f: f for f in FORMS})
+        for form in str(forms).split(",")
+    ]
+    splits = {name: f"aokvqa_v1p0_{name}.json" for name in ("train", "val")}
+    path = published_file(source, file, known_split("aokvqa", split, splits))
+    for row in json_rows(path):
+        if row.text("split") != split:
+            raise InputError(f"{row.where} is of the split {row.text('split')!r}, not {split!r}.")
+        yield from _question(row, f"{split}2017", wanted, seed)
+
+
+def _question(row: Row, folder: str, forms: list[str], seed: int) -> Iterator[Sample | LeftOut]:
+    question, options, right = _published(row)
+    picture = coco_picture(row.integer("image_id"), folder)
+    for form in forms:
+        if form == "direct":
+            words, answer = short_question(question), most_agreed(row.texts("direct_answers"))
+        else:
+            order = list(range(len(options)))
+            if form == "reordered":
+                order = another_order(len(options), Random(f"{seed}/{row.text('question_id')}"))
+            words = choice_question(question, [options[place] for place in order])
+            answer = LETTERS[order.index(right)]
+        if question and answer:
+            yield Sample(about_picture(picture, [(words, answer)]), f"{row.where}, {form}")
+        else:
+            yield NOTHING_SAID
+
+
+def another_order(length: int, random: Random) -> list[int]:
+    """The numbers below `length` in any order but their own (for which it takes two)."""
+    order = list(range(length))
+    while length > 1 and order == list(range(length)):
+        random.shuffle(order)
+    return order
+
+
+def _published(row: Row) -> tuple[str, list[str], int]:
+    options, right = row.texts("choices"), row.integer("correct_choice_idx")
+    if not 2 <= len(options) <= len(LETTERS) or not all(options):
+        raise InputError(f"{row.where}: 'choices' must be options with words, two at least.")
+    if not 0 <= right < len(options):
+        raise InputError(
+            f"{row.where}: 'correct_choice_idx' is {right}, and there are {len(options)} options."
+        )
+    return row.text("question"), options, right

@@ -1,0 +1,32 @@
+"""GQA: questions made of Visual Genome's scene graphs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from owl2.data.datasets.joined import joined
+from owl2.data.datasets.prompts import short_question
+from owl2.data.datasets.published import LeftOut, json_entries, known_split, published_file
+from owl2.data.sample import Sample
+
+
+def gqa(
+    source: Path, *, split: str = "train", file: str | None = None
+) -> Iterator[Sample | LeftOut]:
+    """GQA's balanced questions with their short answers; those about a picture are joined.
+
+    Reads `train_balanced_questions.json` (`split=val`: `val_balanced_questions.json`). Pictures are
+    in `images/`.
+
+    Raises:
+        InputError: a file that is not as published; another split.
+    """
+    names = {name: f"{name}_balanced_questions.json" for name in ("train", "val")}
+    path = published_file(source, file, known_split("gqa", split, names))
+    asked = (
+        (
+            f"images/{row.text('imageId')}.jpg",
+            (short_question(row.text("question")), row.text("answer")),
+        )
+        for _, row in json_entries(path)
+    )
+    return joined(asked, path)

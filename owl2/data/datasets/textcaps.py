@@ -1,0 +1,41 @@
+"""TextCaps: captions that need reading what is written in the picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from owl2.data.datasets.coco import NO_WORDS, one_caption
+from owl2.data.datasets.published import (
+    LeftOut,
+    json_object,
+    known_split,
+    published_file,
+    refuse_test,
+)
+from owl2.data.sample import Sample
+
+
+def textcaps(
+    source: Path, *, split: str = "train", file: str | None = None, seed: int = 0
+) -> Iterator[Sample | LeftOut]:
+    """TextCaps: a picture with one of its captions, drawn by `seed` and the picture.
+
+    Reads `TextCaps_0.1_train.json` (`split=val`: `TextCaps_0.1_val.json`), where each row is a
+    caption. Pictures of both are in `train_images/` (the archive `train_val_images.zip`).
+
+    Raises:
+        InputError: a file that is not as published, or of the test split.
+    """
+    names = {name: f"TextCaps_0.1_{name}.json" for name in ("train", "val")}
+    path = published_file(source, file, known_split("textcaps", split, names))
+    content = json_object(path)
+    refuse_test(content.value.get("dataset_type"), str(path))
+    references: dict[str, list[str]] = {}
+    for row in content.rows("data"):
+        captions = references.setdefault(f"train_images/{row.text('image_id')}.jpg", [])
+        if caption := row.text("caption_str"):
+            captions.append(caption)
+        else:
+            yield NO_WORDS
+    for picture, captions in references.items():
+        if captions:
+            yield from one_caption(picture, captions, path, seed)

@@ -1,0 +1,75 @@
+"""Visual Genome: phrases for regions of a picture, some fifty a picture."""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from owl2.data.datasets.published import LeftOut, Row, json_rows, published_file
+from owl2.data.datasets.regions import (
+    NO_EXTENT,
+    Region,
+    check_settings,
+    region,
+    region_samples,
+    shuffled,
+)
+from owl2.data.sample import Sample
+from owl2.errors import InputError
+
+Pictures = dict[int, tuple[str, tuple[float, ...]]]
+
+
+def visual_genome(
+    source: Path,
+    *,
+    direction: str = "both",
+    most: int = 10,
+    regions: str | None = None,
+    pictures: str | None = None,
+    seed: int = 0,
+) -> Iterator[Sample | LeftOut]:
+    """Visual Genome: `most` regions a picture, drawn by `seed`; see `regions` for the form.
+
+    Reads `region_descriptions.json` and `image_data.json`. Pictures are in `VG_100K/` and
+    `VG_100K_2/`, as in their URLs. It has no splits, and shares pictures with COCO's.
+
+    Raises:
+        InputError: a file that is not as published.
+    """
+    check_settings(direction, most)
+    path = published_file(source, regions, "region_descriptions.json")
+    known = _pictures(published_file(source, pictures, "image_data.json"))
+    for row in json_rows(path):
+        yield from _picture(row, known, direction, most, seed)
+
+
+def _pictures(path: Path) -> Pictures:
+    found: Pictures = {}
+    for row in json_rows(path):
+        folder, name = PurePosixPath(urlsplit(row.text("url")).path).parts[-2:]
+        found[row.integer("image_id")] = (f"{folder}/{name}", row.numbers("width", "height"))
+    return found
+
+
+def _picture(
+    row: Row, known: Pictures, direction: str, most: int, seed: int
+) -> Iterator[Sample | LeftOut]:
+    number = row.integer("id")
+    if number not in known:
+        raise InputError(f"{row.where}: picture {number} is not in the file of pictures.")
+    picture, size = known[number]
+    found: list[Region] = []
+    for each in row.rows("regions"):
+        phrase = each.text("phrase")
+        here = region(phrase, each.numbers("x", "y", "width", "height"), size)
+        if not phrase:
+            yield LeftOut("regions without a phrase")
+        elif here is None:
+            yield NO_EXTENT
+        else:
+            found.append(here)
+    drawn = shuffled(found, seed, picture)[:most]
+    if len(found) > most:
+        yield LeftOut(f"regions beyond {most} of a picture", len(found) - most)
+    if drawn:
+        yield from region_samples(picture, drawn, direction, row.where)

@@ -1,0 +1,99 @@
+"""VQAv2 and OK-VQA: questions about COCO's pictures, with ten people's answers each.
+
+Both come as a file of questions and a file of annotations, joined by `question_id`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from owl2.data.datasets.coco import coco_folder, coco_picture
+from owl2.data.datasets.joined import joined, most_agreed
+from owl2.data.datasets.prompts import Pair, short_question
+from owl2.data.datasets.published import (
+    LeftOut,
+    Row,
+    json_object,
+    known_split,
+    published_file,
+    refuse_test,
+)
+from owl2.data.sample import Sample
+from owl2.errors import InputError
+
+
+def vqav2(
+    source: Path,
+    *,
+    split: str = "train",
+    coco: int = 2014,
+    questions: str | None = None,
+    annotations: str | None = None,
+) -> Iterator[Sample | LeftOut]:
+    """VQAv2: the most agreed answer; the questions about a picture are one conversation.
+
+    Reads `v2_OpenEnded_mscoco_train2014_questions.json` and `v2_mscoco_train2014_annotations.json`
+    (`split=val`: of val2014). `coco`: the year of the picture archives at hand, 2014 or 2017.
+
+    Raises:
+        InputError: a file that is not as published; files that do not belong together; a test file.
+    """
+    folder = known_split("vqav2", split, {"train": "train2014", "val": "val2014"})
+    asked = published_file(source, questions, f"v2_OpenEnded_mscoco_{folder}_questions.json")
+    answered = published_file(source, annotations, f"v2_mscoco_{folder}_annotations.json")
+    return joined(_pairs(asked, answered, coco_folder(split, coco)), asked)
+
+
+def okvqa(
+    source: Path,
+    *,
+    split: str = "train",
+    coco: int = 2014,
+    questions: str | None = None,
+    annotations: str | None = None,
+) -> Iterator[Sample | LeftOut]:
+    """OK-VQA, version 1.1: as VQAv2. An annotator's answer is taken under `answer`.
+
+    Reads `OpenEnded_mscoco_train2014_questions.json` and `mscoco_train2014_annotations.json`.
+    Version 1.0 holds word stems there ("pony tail" is "poni tail").
+
+    Raises:
+        InputError: as `vqav2`.
+    """
+    folder = known_split("okvqa", split, {"train": "train2014", "val": "val2014"})
+    asked = published_file(source, questions, f"OpenEnded_mscoco_{folder}_questions.json")
+    answered = published_file(source, annotations, f"mscoco_{folder}_annotations.json")
+    return joined(_pairs(asked, answered, coco_folder(split, coco)), asked)
+
+
+def _pairs(asked: Path, answered: Path, folder: str) -> Iterator[tuple[str, Pair]]:
+    answers = _answers(answered)
+    for row in _list(asked, "questions"):
+        number = row.integer("question_id")
+        if number not in answers:
+            raise InputError(
+                f"{row.where}: {answered.name} has no answer to question {number}; "
+                "the two files must be of the same split."
+            )
+        question = short_question(row.text("question"))
+        picture = coco_picture(row.integer("image_id"), folder)
+        yield picture, (question, answers.pop(number))
+    if answers:
+        raise InputError(
+            f"{answered} answers {len(answers)} questions that {asked.name} does not ask; "
+            "the two files must be of the same split."
+        )
+
+
+def _answers(path: Path) -> dict[int, str]:
+    return {
+        row.integer("question_id"): most_agreed(
+            given.text("answer") for given in row.rows("answers")
+        )
+        for row in _list(path, "annotations")
+    }
+
+
+def _list(path: Path, key: str) -> list[Row]:
+    content = json_object(path)
+    refuse_test(content.value.get("data_subtype"), str(path))
+    return content.rows(key)
