@@ -98,6 +98,26 @@ def require_writable(target: str | Path) -> None:
             pass
 
 
+def require_checkpoint(name: str, what: str) -> None:
+    """Refuse a name that is no directory and cannot be a hub id (``owner/name``) either.
+
+    ``what`` completes "to load ... from".
+
+    Raises:
+        InputError: it is written like a path, or its first part is a directory here.
+    """
+    if Path(name).is_dir():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"There is no directory '{name}' to load {what} from. Check the path.")
+    folder = name.split("/")[0]
+    if Path(folder).is_dir():
+        raise InputError(
+            f"There is no directory '{name}', though '{folder}' is here. Check the path. (If you "
+            "mean the hub's, run this from another directory.)"
+        )
+
+
 def _put_in_place(part: Path, target: Path) -> None:
     if not target.exists():
         part.rename(target)

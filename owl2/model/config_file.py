@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from owl2.errors import InputError
+from owl2.files import require_checkpoint
 from owl2.model.configuration import Owl2Config
 
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
@@ -27,6 +29,7 @@ def read_config(name_or_path: str | Path, **hub: Any) -> Owl2Config:
     path, subfolder = Path(name_or_path), hub.get("subfolder") or ""
     if path.is_file():
         raise InputError(f"{path} is a file; give the checkpoint's directory")
+    require_checkpoint(str(name_or_path), "a model")
     if path.is_dir() and not (path / subfolder / "config.json").is_file():
         raise InputError(f"{path / subfolder} is no checkpoint: it has no config.json")
     file = path / subfolder / "config.json"
@@ -34,6 +37,11 @@ def read_config(name_or_path: str | Path, **hub: Any) -> Owl2Config:
         values, _ = Owl2Config.get_config_dict(name_or_path, **hub)
         kind = values.get("model_type")
     except (OSError, ValueError) as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise InputError(
+                f"There is no directory '{name_or_path}' here, and the hub cannot be asked or does "
+                "not have it. Check the path, or the connection."
+            ) from error
         raise InputError(f"{name_or_path} has no config.json that can be read: {error}") from error
     except (TypeError, AttributeError) as error:  # transformers looks things up in what is no dict
         raise InputError(f"{file}: expected an object of settings") from error

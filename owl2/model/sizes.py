@@ -64,7 +64,9 @@ def describe(name_or_path: str | None = None) -> Table:
             table.add_row(part, f"{counts[part]:,}", shape)
     table.add_section()
     total = sum(counts.values())
-    table.add_row("all", f"{total:,}", f"{total * 2 / 1e9:,.2f} GB in 16 bits")
+    size = total * 2  # bytes
+    shown = f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
+    table.add_row("all", f"{total:,}", f"{shown} in 16 bits")
     return table
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from owl2.errors import InputError
+from owl2.files import require_checkpoint
 from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Owl2Tokenizer, encode
 
 CONFIG_FILE = "config.json"
@@ -36,7 +37,7 @@ def find_files(name: str, hub: dict[str, Any]) -> Files:
     Raises `InputError`: no such directory, not on the hub or not reachable, or without what a
     processor needs.
     """
-    _check_name(name)
+    require_checkpoint(name, "a processor")
     files = {file: _find(name, file, hub) for file in _FILES}
     for vocabulary in _VOCABULARIES:
         files |= {file: _find(name, file, hub) for file in vocabulary}
@@ -56,22 +57,6 @@ def find_files(name: str, hub: dict[str, Any]) -> Files:
             "the checkpoint it was made from, or make one with `owl2 init`."
         )
     return files
-
-
-def _check_name(name: str) -> None:
-    """Raises `InputError` for what is no directory and cannot be a hub id either."""
-    if Path(name).is_dir():
-        return
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(
-            f"There is no directory '{name}' to load a processor from. Check the path."
-        )
-    folder = name.split("/")[0]
-    if Path(folder).is_dir():
-        raise InputError(
-            f"There is no directory '{name}', though '{folder}' is here. Check the path. (If you "
-            "mean the hub's, run this from another directory.)"
-        )
 
 
 def _find(name: str, file: str, hub: dict[str, Any]) -> Path | None:

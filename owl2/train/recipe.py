@@ -254,8 +254,10 @@ class Recipe(Part):
                 f"({self.learning_rate})"
             )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            is_default = self.warmup_steps == PAPER_STAGES[self.stage]["warmup_steps"]
+            default = f", the default of stage {self.stage}" if is_default else ""
             raise ValueError(
-                f"`warmup_steps` ({self.warmup_steps}) must be fewer than `max_steps` "
+                f"`warmup_steps` ({self.warmup_steps}{default}) must be fewer than `max_steps` "
                 f"({self.max_steps}), or the peak rate is never reached"
             )
         return self

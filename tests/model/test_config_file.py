@@ -86,3 +86,24 @@ def test_generation_settings_are_taken(folder):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=r"generation_config\.json"):
             READERS[0](folder)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "There is no directory 'nowhere' to load a model from"),
+        ("./nowhere", "There is no directory './nowhere' to load a model from"),
+        ("a/b/c", "There is no directory 'a/b/c' to load a model from"),
+        ("here/nothing", "There is no directory 'here/nothing', though 'here' is here"),
+        ("nobody/nothing", "There is no directory 'nobody/nothing' here, and the hub"),
+    ],
+)
+def test_a_wrong_path_is_called_one(read, name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputError, match=message) as caught:
+        read(name)
+    assert "Repo id" not in str(caught.value)

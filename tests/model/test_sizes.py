@@ -76,6 +76,7 @@ def test_the_command_shows_a_checkpoint(monkeypatch, capsys, tmp_path):
     assert code == 0
     assert "4 heads (2 for keys and values)" in out and "vocabulary 40, tied" in out
     assert "MAM" not in out
+    assert " MB in 16 bits" in out and " 0.00" not in out
 
 
 @pytest.mark.parametrize("content", [None, "{broken", "{}", '{"model_type": "clip"}'])
