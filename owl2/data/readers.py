@@ -1,17 +1,18 @@
-"""Files of conversations → Samples.
+"""Rows → Samples; where the rows lie is no matter here: see `rows`, `shards`, `tables`.
 
-::
+What a row is, its keys say::
 
-    .json   LLaVA's: [{"image": "a.png", "conversations": [{"from": "human", "value": ...}, ...]}]
-    .jsonl  a line a conversation: {"messages": [{"role": "user", "content": ...}, ...]}
+    messages [+ images]        transformers' messages; a bare {"type": "image"} part stands for the
+                               next of `images`
+    conversations [+ image]    LLaVA's: [{"from": "human" | "gpt", "value": ...}, ...]; <image> in
+                               a text stands for the next of `image`
+    caption | text + image     a picture and what is on it: the question is the picture alone
 
-Every row is looked at when the file is read; a bad one raises with the file and the row. Pictures
-are opened only when a sample is used.
+Pictures are opened only when a sample is used.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,140 +22,133 @@ from owl2.errors import InputError
 # LLaVA's files write the first, the authors of mPLUG-Owl2 the second.
 _PICTURE_MARK = re.compile(r"<image>|<\|image\|>")
 _LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_PICTURE_KEYS = ("image", "images")
+_CAPTION_KEYS = ("caption", "text")
 
 
-def read_file(path: str | Path, image_root: str | Path | None = None) -> list[Sample]:
-    """A `.json` or `.jsonl` file → its Samples, by the rule of its ending.
-
-    `image_root`: the directory that picture paths in the file start from; default: the file's own.
-
-    Raises:
-        InputError: no such file, another ending, not JSON, no row in it, or a bad row (names it).
-    """
-    reader = _reader(path)
-    if reader is None:
-        raise InputError(
-            f"{path}: the ending must be .json (LLaVA's format) or .jsonl (messages in each line)."
-        )
-    return reader(path, image_root)
+# What a row gives as a picture → the part of a message that holds it. For what is no picture it
+# raises `InputError`, which need not name the row.
+PictureReader = Callable[[Any], Message]
 
 
-def is_sample_file(name: str) -> bool:
-    """Whether `read_file` knows the ending of this name."""
-    return _reader(name) is not None
+def read_row(row: Any, source: str, picture: PictureReader, given: Sequence[Any] = ()) -> Sample:
+    """A row of any of the three kinds → its Sample, checked.
 
+    `given`: pictures that lie beside the row; then names of pictures in the row say nothing.
 
-def read_llava_json(path: str | Path, image_root: str | Path | None = None) -> list[Sample]:
-    """LLaVA's JSON → Samples, with the text as the authors' training code normalises it (SPEC 1.5).
-
-    A turn with one picture becomes the picture, a line break, and the stripped text, wherever the
-    mark stood. With several pictures in a turn the marks stay where they are, because the words
-    between tell which is which. A turn without pictures stays as it is, spaces included.
+    LLaVA's text becomes what the authors' training code makes of it (SPEC 1.5): a turn with one
+    picture is the picture, a line break, and the stripped text, wherever the mark stood. With
+    several pictures in a turn the marks stay where they are, because the words between tell which
+    is which. A turn without pictures stays as it is, spaces included; so does all in messages.
 
     Raises:
-        InputError: see `read_file`.
+        InputError: that begins with `source`: none or several of the three kinds, another number of
+            pictures than the row has places for, or see `checked`.
     """
-    path = Path(path)
-    root = _image_root(path, image_root)
-    text = _read_text(path)
     try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rows, list) or not rows:
-        raise InputError(f"{path} must hold a list of conversations, with one at least.")
-    return [
-        checked(Sample(_llava_messages(row, root, source), source))
-        for row, source in ((row, f"{path}, row {n}") for n, row in enumerate(rows, start=1))
-    ]
+        if not isinstance(row, Mapping):
+            raise InputError(f"a row must be an object, not a {type(row).__name__}.")
+        pictures = [picture(one) for one in given or _pictures(row)]
+        messages = _MESSAGES[_kind(row)](row, pictures, picture)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return checked(Sample(messages, source))
 
 
-def read_messages_jsonl(path: str | Path, image_root: str | Path | None = None) -> list[Sample]:
-    """Lines of `{"messages": [...]}`, in transformers' message format, → Samples.
+class PicturesUnder:
+    """Reads names of pictures as paths that start from a directory; urls stay what they are."""
 
-    The text is taken as it is. In a picture part, `path` and `image` hold a path (relative ones
-    start from `image_root`), a URL or a data-URI; `base64` holds the picture itself.
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __call__(self, given: Any, /) -> Message:
+        if not isinstance(given, str) or not given:
+            raise InputError(f"a picture must be a path or a url, not {given!r:.80}.")
+        if given.startswith(("http://", "https://", "data:")):
+            return {"type": "image", "url": given}
+        return {"type": "image", "path": str(self.root / given)}
+
+
+def picture_root(path: Path, images: str | Path | None) -> Path:
+    """The directory that picture paths start from: `images`, else the one that `path` lies in.
 
     Raises:
-        InputError: see `read_file`.
+        InputError: there is no such directory.
     """
-    path = Path(path)
-    root = _image_root(path, image_root)
-    samples = [
-        checked(Sample(_with_root(_messages(row, source), root), source))
-        for row, source in _json_lines(path)
-    ]
-    if not samples:
-        raise InputError(f"{path} has no line with messages.")
-    return samples
-
-
-Reader = Callable[[str | Path, str | Path | None], list[Sample]]
-
-
-def _reader(name: str | Path) -> Reader | None:
-    readers: dict[str, Reader] = {".json": read_llava_json, ".jsonl": read_messages_jsonl}
-    return readers.get(Path(name).suffix.lower())
-
-
-def _image_root(path: Path, image_root: str | Path | None) -> Path:
-    root = path.parent if image_root is None else Path(image_root)
+    root = path.parent if images is None else Path(images)
     if not root.is_dir():
         raise InputError(f"{root}, where the pictures of {path} should be, is not a directory.")
     return root
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a text file in UTF-8: {error}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+def _kind(row: Mapping[str, Any]) -> str:
+    kinds = [key for key in ("messages", "conversations") if row.get(key) is not None]
+    if len(kinds) == 2:
+        raise InputError("a row holds 'messages' and 'conversations': which are to be learned?")
+    if kinds:
+        return kinds[0]
+    if any(isinstance(row.get(key), str) for key in _CAPTION_KEYS):
+        return "caption"
+    raise InputError(
+        "a row must be an object with a list 'messages' (transformers'), a list 'conversations' "
+        "(LLaVA's), or a picture with a 'caption' or 'text'."
+    )
 
 
-def _json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    # Not splitlines: it also splits at characters that JSON allows inside a string.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            source = f"{path}, line {number}"
-            try:
-                yield json.loads(line), source
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{source}: not JSON: {error}") from error
+def _pictures(row: Mapping[str, Any]) -> list[Any]:
+    named = [row[key] for key in _PICTURE_KEYS if row.get(key) is not None]
+    if len(named) > 1:
+        raise InputError("a row names its pictures twice, under 'image' and 'images'.")
+    if not named:
+        return []
+    return named[0] if isinstance(named[0], list) else named
 
 
-# ------------------------------------------------------------------ LLaVA's rows
+def _turns(row: Mapping[str, Any], key: str) -> list[Any]:
+    if not isinstance(row[key], list):
+        raise InputError(f"a row must have a list {key!r}, not {row[key]!r:.80}.")
+    return row[key]
 
 
-def _llava_messages(row: Any, root: Path, source: str) -> list[Message]:
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-        raise InputError(f"{source}: a row must be an object with a list 'conversations'.")
-    pictures = _llava_pictures(row.get("image"), root, source)
-    turns = [_llava_turn(turn, source) for turn in row["conversations"]]
+# ------------------------------------------------------------------ captions
+
+
+def _from_caption(
+    row: Mapping[str, Any], pictures: list[Message], _: PictureReader
+) -> list[Message]:
+    if len(pictures) != 1:
+        raise InputError(
+            f"a caption needs one picture, and the row has {len(pictures)}.", "placeholder count"
+        )
+    caption = next(row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str))
+    question = {"role": "user", "content": [pictures[0]]}
+    return [question, {"role": "assistant", "content": caption.strip()}]
+
+
+# ------------------------------------------------------------------ LLaVA's conversations
+
+
+def _from_llava(row: Mapping[str, Any], pictures: list[Message], _: PictureReader) -> list[Message]:
+    turns = [_llava_turn(turn) for turn in _turns(row, "conversations")]
     marked = sum(len(_PICTURE_MARK.findall(text)) for _, text in turns)
     if marked != len(pictures):
         raise InputError(
-            f"{source}: the text marks {marked} pictures with <image>, and 'image' names "
-            f"{len(pictures)}; these must be the same."
+            f"the text marks {marked} pictures with <image>, and the row has {len(pictures)}; "
+            "these must be the same.",
+            "placeholder count",
         )
     unused = iter(pictures)
     return [{"role": role, "content": _llava_content(text, unused)} for role, text in turns]
 
 
-def _llava_pictures(given: Any, root: Path, source: str) -> list[Message]:
-    names = [] if given is None else given if isinstance(given, list) else [given]
-    if not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{source}: 'image' must be a path or a list of paths, not {given!r:.80}.")
-    return [_picture(name, root) for name in names]
-
-
-def _llava_turn(turn: Any, source: str) -> tuple[str, str]:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise InputError(f"{source}: a turn must be an object with 'from' and a string 'value'.")
+def _llava_turn(turn: Any) -> tuple[str, str]:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        raise InputError(
+            "a turn must be an object with 'from' and a string 'value'.", "not a string"
+        )
     role = turn.get("from")
     if not isinstance(role, str) or role not in _LLAVA_ROLES:
-        raise InputError(f"{source}: a turn is from {role!r}; it must be from 'human' or 'gpt'.")
+        raise InputError(f"a turn is from {role!r}; it must be from 'human' or 'gpt'.", "roles")
     return _LLAVA_ROLES[role], turn["value"]
 
 
@@ -177,39 +171,42 @@ def _llava_content(text: str, pictures: Iterator[Message]) -> str | list[Message
     return parts
 
 
-# ------------------------------------------------------------------ rows of messages
+# ------------------------------------------------------------------ transformers' messages
 
 
-def _messages(row: Any, source: str) -> list[Any]:
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        return row["messages"]
-    hint = " Rows with 'conversations' (LLaVA's) belong in a .json file." * (
-        isinstance(row, dict) and "conversations" in row
-    )
-    raise InputError(f"{source}: a line must be an object with a list 'messages'.{hint}")
+def _from_messages(
+    row: Mapping[str, Any], pictures: list[Message], picture: PictureReader
+) -> list[Message]:
+    unused = iter(pictures)
+    messages = [_read_message(message, unused, picture) for message in _turns(row, "messages")]
+    if left := len(list(unused)):
+        raise InputError(
+            f"the row has {len(pictures)} pictures, and its messages have places for "
+            f'{len(pictures) - left}: each needs a part {{"type": "image"}}.',
+            "placeholder count",
+        )
+    return messages
 
 
-def _with_root(messages: list[Any], root: Path) -> list[Message]:
-    """The messages with relative picture paths made to start from `root`; the rest untouched."""
-    return [
-        message | {"content": [_part_with_root(part, root) for part in message["content"]]}
-        if isinstance(message, dict) and isinstance(message.get("content"), list)
-        else message
-        for message in messages
-    ]
+def _read_message(message: Any, pictures: Iterator[Message], picture: PictureReader) -> Any:
+    # What is no message or no part is left as it is: `checked` says where it stands.
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+        return message
+    parts = [_read_part(part, pictures, picture) for part in message["content"]]
+    return {**message, "content": parts}
 
 
-def _part_with_root(part: Any, root: Path) -> Any:
-    if not isinstance(part, dict) or part.get("type") != "image":
+def _read_part(part: Any, pictures: Iterator[Message], picture: PictureReader) -> Any:
+    if not isinstance(part, Mapping) or part.get("type") != "image":
         return part
+    # Tables have every key in every part, empty where it says nothing.
+    said = {key: value for key, value in part.items() if value is not None}
+    if said.keys() == {"type"}:
+        return next(pictures, said)
     for key in ("path", "image"):
-        if isinstance(part.get(key), str):
-            rest = {name: value for name, value in part.items() if name != key}
-            return rest | _picture(part[key], root)
-    return part
+        if key in said:
+            return {name: value for name, value in said.items() if name != key} | picture(said[key])
+    return said
 
 
-def _picture(name: str, root: Path) -> Message:
-    if name.startswith(("http://", "https://", "data:")):
-        return {"type": "image", "url": name}
-    return {"type": "image", "path": str(root / name)}
+_MESSAGES = {"messages": _from_messages, "conversations": _from_llava, "caption": _from_caption}

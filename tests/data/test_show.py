@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from owl2.cli import main
-from owl2.data.show import open_source, show
+from owl2.data.show import show
+from owl2.data.sources import open_words
 from owl2.errors import InputError
 
 
@@ -40,13 +41,13 @@ def test_learned_words_are_green_and_others_are_not(checkpoint, talks):
 
 
 def test_dataset_with_options():
-    samples = open_source("easy_vqa", ["split=train", "style=joined", "prompt=short", "seed=5"])
+    samples = open_words("easy_vqa", ["split=train", "style=joined", "prompt=short", "seed=5"])
     assert len(samples) == 4000
 
 
 def test_file_with_picture_directory(talks, tmp_path):
     (tmp_path / "pictures").mkdir()
-    (sample, *_) = open_source(str(talks), [f"images={tmp_path / 'pictures'}"])
+    (sample, *_) = open_words(str(talks), [f"images={tmp_path / 'pictures'}"])
     assert str(tmp_path / "pictures" / "not opened.png") in repr(sample.messages)
 
 
@@ -59,12 +60,12 @@ def test_file_with_picture_directory(talks, tmp_path):
         ("easy_vqa", ["stile=joined"], "Do you mean 'style'"),
         ("easy_vqa", ["name=joined"], "'name' is no option"),
         ("easy_vqa", ["style=[unclosed"], "the value cannot be read"),
-        ("talks.json", ["split=train"], "has the setting 'images' only, not split"),
+        ("talks.json", ["split=train"], "has no setting split: only images"),
     ],
 )
 def test_wrong_settings(source, settings, complaint):
     with pytest.raises(InputError, match=complaint):
-        open_source(source, settings)
+        open_words(source, settings)
 
 
 def test_the_command(checkpoint, talks, monkeypatch, capsys):
