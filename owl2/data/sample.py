@@ -38,6 +38,11 @@ class Bad:
         """The error that reading `source` raised."""
         return cls(source, str(error).removeprefix(f"{source}: "), error.fault)
 
+    @classmethod
+    def row(cls, error: InputError) -> "Bad":
+        """The error that taking a row raised, which begins with the row that it is about."""
+        return cls.of(str(error).partition(": ")[0], error)
+
     def raised(self) -> InputError:
         """The error again, for whoever cannot go on without this row."""
         return InputError(f"{self.source}: {self.reason}", self.fault)
