@@ -17,11 +17,18 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from owl2.errors import InputError
+from owl2.model.adapters import (
+    AdapterFiles,
+    find_adapter,
+    has_adapter,
+    load_adapter,
+    save_adapter,
+)
 from owl2.model.config_file import check_generation, read_config
+from owl2.model.keys import Shapes, key_problems, listing
 from owl2.model.weight_files import check_weight_files
 
 POSITIONS = "model.vision_model.embeddings.position_embedding"
-KEYS_SHOWN = 12
 # Options that say where a checkpoint is.
 HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Old config.json files spell out every default of the transformers that wrote them. This one would
@@ -43,21 +50,34 @@ class ReleasedCheckpoints(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # a narrower, documented signature
-        cls, name_or_path: str | Path, *args: Any, image_size: int | None = None, **kwargs: Any
+        cls,
+        name_or_path: str | Path,
+        *args: Any,
+        image_size: int | None = None,
+        base: str | Path | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint in the released layout: a directory or a hub id.
+        """Load a checkpoint in the released layout, or an adapter and its base model.
 
         Args:
-            name_or_path: holds ``config.json`` and ``pytorch_model*.bin`` or ``*.safetensors``,
-                in shards with an index or whole. Pickles are read with ``weights_only=True``.
+            name_or_path: a directory or a hub id. Holds ``config.json`` and ``pytorch_model*.bin``
+                or ``*.safetensors``, in shards with an index or whole; pickles are read with
+                ``weights_only=True``. Or it holds an adapter (`owl2.model.adapters`).
+            base: for an adapter: where its base model is, instead of the place that it names.
             image_size: take pictures of this size (pixels); positions are resized bicubically.
             kwargs: as transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``,
                 ``device_map``, ``quantization_config`` ...).
 
         Raises:
-            InputError: if this is no checkpoint of mPLUG-Owl2, or if a key is missing,
-                unexpected or of another shape; the message lists them.
+            InputError: if this is no checkpoint of mPLUG-Owl2, if a key is missing, unexpected or
+                of another shape (the message lists them), or an adapter's base is not there.
         """
+        # transformers' Auto classes say so when they have seen an adapter themselves.
+        source = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path", name_or_path)
+        if adapter := find_adapter(source, {name: kwargs[name] for name in HUB if name in kwargs}):
+            return cls._adapted(adapter, base, image_size, *args, **kwargs)
+        if base is not None:
+            raise InputError(f"base=... is for adapters, and {name_or_path} is a whole model")
         want_info = kwargs.pop("output_loading_info", False)
         _check_files(name_or_path, kwargs)
         model, info = cls._load(name_or_path, *args, **kwargs)
@@ -81,6 +101,52 @@ class ReleasedCheckpoints(PreTrainedModel):
         if image_size is not None:
             model.set_image_size(image_size)
         return (model, info) if want_info else model
+
+    @classmethod
+    def _adapted(
+        cls,
+        adapter: AdapterFiles,
+        base: str | Path | None,
+        image_size: int | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model with the adapter in it; nothing of it is to be trained."""
+        for name in ("adapter_kwargs", "revision", "subfolder"):  # the adapter's, not its base's
+            kwargs.pop(name, None)
+        want_info = kwargs.pop("output_loading_info", False)
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
+        place, revision = adapter.base(base, hub)
+        if config := kwargs.get("config"):
+            # From an Auto class: the adapter's own, whose picture size comes after the base.
+            grid = read_config(place, revision=revision, **hub).visual_config
+            config.visual_config.visual_model.image_size = grid.visual_model.image_size
+            config.visual_config.visual_abstractor.grid_size = grid.visual_model.grid_size
+        if revision is not None:
+            kwargs["revision"] = revision
+        model, info = cls.from_pretrained(place, *args, output_loading_info=True, **kwargs)
+        if adapter.image_size is not None:
+            model.set_image_size(adapter.image_size)
+        load_adapter(model, adapter)
+        if image_size is not None:
+            model.set_image_size(image_size)
+        return (model.eval(), info) if want_info else model.eval()
+
+    def save_pretrained(  # type: ignore[override]  # the rest as transformers' has it
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers' own; of a model with an adapter, an adapter's directory is written.
+
+        transformers would leave out the parts that were trained as a whole beside it.
+        """
+        if not has_adapter(self):
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        elif is_main_process:
+            save_adapter(self, save_directory, state_dict)
 
     @classmethod
     def from_parts(
@@ -135,9 +201,7 @@ def refuse_gaps(source: str | Path, info: dict[str, Any]) -> None:
     ]
     gaps = sorted(info["missing_keys"]) + sorted(shapes)
     if gaps:
-        raise InputError(
-            f"{source} lacks weights\n" + _listing("missing or of another shape", gaps)
-        )
+        raise InputError(f"{source} lacks weights\n" + listing("missing or of another shape", gaps))
 
 
 def _check_files(name_or_path: str | Path, options: dict[str, Any]) -> None:
@@ -155,7 +219,7 @@ def _check_files(name_or_path: str | Path, options: dict[str, Any]) -> None:
     if whole and getattr(config, "quantization_config", None) is None:
         raise InputError(
             f"{folder}: weights must be floating-point numbers, not whole ones\n"
-            + _listing("these are not", whole)
+            + listing("these are not", whole)
         )
 
 
@@ -173,33 +237,17 @@ def _refuse(
     name_or_path: str | Path,
     missing: set[str],
     unexpected: set[str],
-    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    mismatched: Shapes,
 ) -> None:
     """Raise if anything in the checkpoint is not accounted for."""
-    shapes = {f"{key}: {a} in the file, {b} in the model" for key, (a, b) in mismatched.items()}
-    parts = [
-        _listing(f"{len(keys)} {kind}", sorted(keys))
-        for kind, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
-        if keys
-    ]
-    if not parts:
+    problems = key_problems(missing, unexpected, mismatched)
+    if not problems:
         return
     hint = ""
     if any(key.endswith("self_attn.k_proj.weight") for key in unexpected):
         hint = "\nThis looks like a plain LLaMA; `owl2 init` makes an mPLUG-Owl2 of one."
     raise InputError(
         f"{name_or_path} does not fit its config.json as an mPLUG-Owl2 checkpoint. Keys\n"
-        + "\n".join(parts)
+        + problems
         + hint
     )
-
-
-def _listing(title: str, lines: list[str]) -> str:
-    shown = lines[:KEYS_SHOWN]
-    if len(lines) > KEYS_SHOWN:
-        shown.append(f"... and {len(lines) - KEYS_SHOWN} more")
-    return "\n".join([f"  {title}:", *(f"    {line}" for line in shown)])

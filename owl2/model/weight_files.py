@@ -27,9 +27,14 @@ def check_weight_files(folder: Path, safetensors: bool = True) -> list[str]:
         InputError: a file that is no weights (broken, empty, text, other pickled things), or an
             index that names files elsewhere.
     """
+    return [name for file in weight_files(folder, safetensors) for name in check_weight_file(file)]
+
+
+def weight_files(folder: Path, safetensors: bool = True) -> list[Path]:
+    """The files that a local directory's weights are read from; there may be none."""
     for stem, suffix in KINDS if safetensors else KINDS[1:]:
         if files := _files_of(folder, stem, suffix):
-            return [name for file in files for name in _look_into(file)]
+            return files
     return []
 
 
@@ -56,8 +61,12 @@ def _shards(index: Path) -> list[str]:
     return sorted(names)
 
 
-def _look_into(file: Path) -> list[str]:
-    """Names of tensors that are no floating-point numbers."""
+def check_weight_file(file: Path) -> list[str]:
+    """Names of the file's tensors that are no floating-point numbers.
+
+    Raises:
+        InputError: it is no file of weights.
+    """
     _refuse_placeholder(file)
     if file.suffix == ".safetensors":
         try:
@@ -66,15 +75,18 @@ def _look_into(file: Path) -> list[str]:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is broken, or no safetensors file: {error}") from error
         return [name for name, kind in kinds.items() if kind[0] in "IUC" or kind == "BOOL"]
-    tensors = _unpickled(file)
+    tensors = unpickled(file)
     return [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
 
 
-def _unpickled(file: Path) -> dict[str, torch.Tensor]:
-    """What a ``.bin`` holds: without the numbers, but the format before torch 1.6 is read whole."""
+def unpickled(file: Path, place: str = "meta") -> dict[str, torch.Tensor]:
+    """What a ``.bin`` holds; numbers are read when they are looked at, which `place` meta forbids.
+
+    The format before torch 1.6 is read whole.
+    """
     with file.open("rb") as opened:
         zipped = opened.read(len(ZIP)) == ZIP
-    place = "meta" if zipped else "cpu"
+    place = place if zipped else "cpu"
     try:
         tensors: Any = torch.load(file, map_location=place, mmap=zipped, weights_only=True)
     except Exception as error:  # unpickling raises whatever the bytes lead it to

@@ -9,13 +9,18 @@ Every parameter belongs to one part of the model, told by its registered name, s
 
 Stage 1 trains the first three, stage 2 all. The model has no dropout and no drop path of its own
 (the paper's drop path is 0), so a stage is nothing but the set of trained parameters.
+
+LoRA's matrices stand below the Linear that they belong to (`…q_proj.lora_A.default.weight`, whose
+own weight is then `…q_proj.base_layer.weight`), so they are of that Linear's part.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from torch import nn
+
+from owl2.errors import InputError
 
 
 class Part(StrEnum):
@@ -30,6 +35,14 @@ class Part(StrEnum):
 TRAINED = {
     1: (Part.VISION, Part.ABSTRACTOR, Part.VISUAL_WEIGHTS),
     2: tuple(Part),
+}
+
+# What recipes call the parts.
+PARTS = {
+    "vision": Part.VISION,
+    "abstractor": Part.ABSTRACTOR,
+    "visual": Part.VISUAL_WEIGHTS,
+    "decoder": Part.DECODER,
 }
 
 
@@ -72,12 +85,12 @@ class Trained:
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
     sizes: dict[Part, int]
-    stage: int
+    trained_sizes: dict[Part, int]
 
     @property
     def trainable_size(self) -> int:
         """Trained numbers."""
-        return sum(size for part, size in self.sizes.items() if part in TRAINED[self.stage])
+        return sum(self.trained_sizes.values())
 
     @property
     def frozen_size(self) -> int:
@@ -87,32 +100,57 @@ class Trained:
     def lines(self) -> Iterable[str]:
         """For people: a line a part that the model has."""
         for part, size in self.sizes.items():
-            verb = "trained" if part in TRAINED[self.stage] else "frozen"
+            trained = self.trained_sizes[part]
+            verb = (
+                "trained"
+                if trained == size
+                else "frozen"
+                if not trained
+                else f"{trained:,} trained"
+            )
             yield f"{part:<26} {size:>13,} parameters  {verb}"
 
 
-def apply_stage(model: nn.Module, stage: int) -> Trained:
+def apply_stage(model: nn.Module, stage: int, frozen: Sequence[str] = ()) -> Trained:
     """Let exactly the parameters of a stage be trained, in place; say which.
 
     Without MAM (``use_mam: false``) there are no visual weights, so stage 1 trains the vision
     encoder and the abstractor.
 
+    Args:
+        frozen: parts (names of `PARTS`) that stay as they are although the stage trains them.
+
     Raises:
         ValueError: for a stage other than 1 or 2, or a parameter that no part claims.
+        InputError: nothing is left to train.
     """
     if stage not in TRAINED:
         raise ValueError(f"there are stages 1 and 2, not {stage}")
-    sizes = dict.fromkeys(Part, 0)
+    wanted = set(TRAINED[stage]) - {PARTS[name] for name in frozen}
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        parameter.requires_grad_(part in TRAINED[stage])
-        sizes[part] += parameter.numel()
-    # All names, those of tied weights too: what one name trains, another must not call frozen.
-    named = list(model.named_parameters(remove_duplicate=False))
-    trainable = tuple(name for name, _ in named if part_of(name) in TRAINED[stage])
-    frozen = tuple(name for name, _ in named if part_of(name) not in TRAINED[stage])
-    at_odds = [n for n, p in named if p.requires_grad != (part_of(n) in TRAINED[stage])]
+        parameter.requires_grad_(part_of(name) in wanted)
+    named = model.named_parameters(remove_duplicate=False)
+    at_odds = [n for n, p in named if p.requires_grad != (part_of(n) in wanted)]
     if at_odds:
         raise ValueError(f"tied weights of parts that a stage tells apart: {at_odds}")
-    assert set(trainable) | set(frozen) == {name for name, _ in named}
-    return Trained(trainable, frozen, {p: s for p, s in sizes.items() if s}, stage)
+    trained = what_is_trained(model)
+    if not trained.trainable:
+        raise InputError(f"frozen: of what stage {stage} trains, nothing is left")
+    return trained
+
+
+def what_is_trained(model: nn.Module) -> Trained:
+    """What of a model is to be trained, told by its parameters' `requires_grad`."""
+    sizes, trained_sizes = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0)
+    for name, parameter in model.named_parameters():
+        # bitsandbytes packs two 4-bit numbers into a byte and keeps the shape beside them.
+        packed = getattr(parameter, "quant_state", None)
+        size = packed.shape.numel() if packed is not None else parameter.numel()
+        sizes[part_of(name)] += size
+        trained_sizes[part_of(name)] += size * parameter.requires_grad
+    # All names, those of tied weights too: what one name trains, another must not call frozen.
+    named = list(model.named_parameters(remove_duplicate=False))
+    trainable = tuple(name for name, parameter in named if parameter.requires_grad)
+    frozen = tuple(name for name, parameter in named if not parameter.requires_grad)
+    there = {part: size for part, size in sizes.items() if size}
+    return Trained(trainable, frozen, there, {part: trained_sizes[part] for part in there})

@@ -1,0 +1,62 @@
+"""A checkpoint's fingerprint: tells whether weights are the ones that an adapter was trained on.
+
+It is made of the beginning of every tensor, so it takes a second for any size and changes with
+every training, yet is the same in another file format or in other shards.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from owl2.model.weight_files import check_weight_file, unpickled, weight_files
+
+NUMBERS = 16  # of each tensor
+# Computed, not learned: checkpoints may or may not hold them.
+COMPUTED = ("_pos_embed", ".inv_freq")
+
+
+def fingerprint(folder: Path) -> str | None:
+    """Of the weights in a local directory; None if there are none.
+
+    Raises:
+        InputError: a file that is no weights.
+    """
+    digest = hashlib.sha256()
+    starts = {}
+    for file in weight_files(folder):
+        starts |= dict(_starts(file))
+    for name in sorted(starts):
+        shape, numbers = starts[name]
+        digest.update(f"{name} {shape}\n".encode())
+        # float32 holds every 16-bit number exactly, and NumPy has no bfloat16.
+        digest.update(numbers.to(torch.float32).numpy().tobytes())
+    return digest.hexdigest() if starts else None
+
+
+def _starts(file: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.Tensor]]]:
+    """Of each learned tensor its name, shape and first numbers."""
+    if file.suffix != ".safetensors":
+        for name, tensor in unpickled(file, place="cpu").items():
+            if not name.endswith(COMPUTED):
+                yield name, (tuple(tensor.shape), _start(tensor))
+        return
+    check_weight_file(file)
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  # no dict
+            if not name.endswith(COMPUTED):
+                part = opened.get_slice(name)
+                shape = tuple(part.get_shape())
+                start = part[:1] if shape else opened.get_tensor(name)
+                if len(shape) == 1:
+                    start = part[:NUMBERS]
+                yield name, (shape, _start(start))
+
+
+def _start(tensor: torch.Tensor) -> torch.Tensor:
+    # Row by row down to a vector: flattening a tensor of a mapped file could read all of it.
+    while tensor.dim() > 1:
+        tensor = tensor[0]
+    return tensor.flatten()[:NUMBERS].clone()

@@ -1,0 +1,169 @@
+"""Training with adapters: LoRA where a recipe wants it, on a base that may be quantised; merging.
+
+All LoRA matrices are float32, as small updates need the digits. What stays as it is can be held in
+fewer bits: in bfloat16 where the arithmetic is, or rounded to 8 or 4 bits (`quantize`).
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from owl2.errors import InputError
+from owl2.files import require_writable, whole_directory
+from owl2.model.adapters import add_lora, find_adapter, lora_parameters, merge_adapter
+from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.quantization import quantization
+from owl2.processing.processor import Owl2Processor
+from owl2.train.recipe import Adapter, Recipe
+from owl2.train.stages import Trained, what_is_trained
+
+PREFIXES = {
+    "decoder": "model.layers.",
+    "abstractor": "model.visual_abstractor.",
+    "vision": "model.vision_model.",
+}
+LAYER = re.compile(r"\.layers\.\d+\.")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def loading_options(recipe: Recipe) -> dict[str, Any]:
+    """What `from_pretrained` is told of a base in 8 or 4 bits; nothing for a whole one.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    if recipe.quantize is None:
+        return {}
+    has_cuda = torch.cuda.is_available()
+    precision = recipe.precision_on("cuda" if has_cuda else "cpu")
+    options: dict[str, Any] = {
+        "quantization_config": quantization(recipe.quantize, DTYPES[precision])
+    }
+    if has_cuda:  # where bitsandbytes puts it now it stays, and each process has its own GPU
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    return options
+
+
+def adapt(model: PreTrainedModel, settings: Adapter, seed: int) -> Trained:
+    """Put LoRA into the model, in place; let it and the parts in `trained` be trained.
+
+    Args:
+        seed: of LoRA's random half.
+
+    Raises:
+        InputError: no Linear is meant, or a part is to be trained in two ways.
+    """
+    from peft import LoraConfig
+
+    both = [part for part in settings.trained if part in settings.on]
+    if both:
+        raise InputError(
+            f"adapter: {', '.join(both)} stands in `on` and in `trained`; a part that is trained "
+            "fully needs no LoRA"
+        )
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # it is only divided by the rank
+        lora_dropout=settings.dropout,
+        target_modules=_pattern(_meant(model, settings)),
+    )
+    whole = [PREFIXES[part].removesuffix(".") for part in settings.trained]
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
+        torch.manual_seed(seed)
+        add_lora(model, config, whole)
+    for parameter in lora_parameters(model):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    for part in whole:
+        model.get_submodule(part).requires_grad_(True)
+    return what_is_trained(model)
+
+
+def hold_frozen_in_bfloat16(model: nn.Module) -> None:
+    """Round the frozen Linears' weights, in place: half the memory, and the same results.
+
+    For training whose arithmetic is bfloat16: torch's autocast rounds a Linear's weights before
+    every product. Norms, embeddings and positions it does not, so they stay as they are.
+    """
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    used = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
+    for linear in linears:
+        for parameter in linear.parameters(recurse=False):
+            tied = used.count(id(parameter)) > 1  # an embedding's numbers, too
+            if not parameter.requires_grad and not tied:
+                parameter.data = parameter.data.bfloat16()
+
+
+def _meant(model: nn.Module, settings: Adapter) -> list[str]:
+    """Names of the Linears that get LoRA."""
+    prefixes = tuple(PREFIXES[part] for part in settings.on)
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(prefixes)
+    ]
+    if settings.only is None:
+        return linears
+    chosen: set[str] = set()
+    for word in settings.only:
+        found = {name for name in linears if f".{word}." in f".{name}."}
+        if not found:
+            kinds = sorted({_kind(name) for name in linears})
+            raise InputError(
+                f"adapter.only: no Linear of {', '.join(settings.on)} is named {word!r}; there are "
+                + ", ".join(kinds)
+            )
+        chosen |= found
+    return sorted(chosen)
+
+
+def _kind(name: str) -> str:
+    """A Linear's own name, without that of its modality."""
+    return name.split(".multiway.")[0].rsplit(".", 1)[-1]
+
+
+def _pattern(names: list[str]) -> str:
+    """A regular expression for exactly these Linears, in every layer: short, for a file."""
+    kinds = {r"\.layers\.\d+\.".join(map(re.escape, LAYER.split(name))) for name in names}
+    return "|".join(sorted(kinds))
+
+
+def merge(
+    adapter: str | Path, output: str | Path, dtype: str | None = None, base: str | None = None
+) -> Path:
+    """Write base model and adapter as one plain checkpoint in the released layout.
+
+    Args:
+        adapter: what a run with `adapter` left: a directory or a hub id.
+        output: a directory for the checkpoint; must not be there yet.
+        dtype: of the weights: float32, bfloat16 or float16; default: as the base has them.
+        base: where the base model is, instead of the place that the adapter names.
+
+    Raises:
+        InputError: no adapter, no base, another base; `output` is there or cannot be written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if Path(output).exists():
+        raise InputError(f"{output} is there already; give another --output")
+    files = find_adapter(adapter, {})
+    if files is None:
+        raise InputError(f"{adapter} is no adapter: it has no adapter_config.json")
+    require_writable(output)
+    # Sums are rounded once, to what is asked for; as the base has them nothing is to be rounded.
+    model = Owl2ForConditionalGeneration.from_pretrained(
+        adapter, dtype="auto" if dtype is None else torch.float32, base=base
+    )
+    merge_adapter(model, files)
+    if dtype is not None:
+        model.to(DTYPES[dtype])
+    processor = Owl2Processor.from_pretrained(str(adapter))
+    with whole_directory(output) as directory:
+        model.save_pretrained(directory)
+        processor.save_pretrained(directory)
+    return Path(output)
