@@ -2,37 +2,35 @@
 
 ::
 
-    TrainingSet[i]: Sample ──augment its pictures──► processor.for_training ──► features
-    Collator: features of several samples ──leave out what has no label──► collate ──► batch
+    TrainingSet[draw]: Sample ──augment its pictures──► processor.for_training ──► features, or Bad
+    Collator: features of several samples ──leave out what is bad──► collate or pack ──► Collated
 
     features   input_ids, attention_mask, mm_token_type_ids, labels (1,S); pixel_values (N,3,H,W)
     batch      the same, (B,S) and (ΣN,3,H,W), S the longest; without pictures no pixel_values
 
-A sample of which cutting has left only the question teaches nothing. It is left out of its batch,
-counted, and named in a warning. It keeps its place in the order of samples, so an epoch has the
-same steps on every device, and no device waits for another.
+A sample that cannot be used is left out of its batch, never replaced, and reported with it;
+whether that stops the run is for whoever takes the batch. It keeps its place in the order of
+samples, so every process has the same steps and none waits for another.
 """
 
-import logging
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from owl2.data.augment import AUGMENTATIONS, none
-from owl2.data.mixture import Mixture
+from owl2.data.mixture import Draw, Mixture
 from owl2.data.names import look_up
-from owl2.data.sample import Message
+from owl2.data.packing import pack
+from owl2.data.sample import Bad, Message, Sample
 from owl2.errors import InputError
 from owl2.processing.chat import read_messages
 from owl2.processing.image import load_image
 from owl2.processing.processor import IGNORED, Owl2Processor
-
-logger = logging.getLogger(__name__)
 
 Features = dict[str, Any]
 Side = Literal["left", "right"]
@@ -40,14 +38,14 @@ Side = Literal["left", "right"]
 _TOKENWISE = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
 
 
-class TrainingSet(Dataset[Features]):
-    """Samples → features, one sample an index; what a DataLoader's workers do.
+class TrainingSet(Dataset[Features | Bad]):
+    """Draws of a mixture → features; what a DataLoader's workers do.
 
-    `augment` is a name of `AUGMENTATIONS`. Its chance depends on `seed`, the epoch and the index
+    `augment` is a name of `AUGMENTATIONS`. Its chance depends on `seed`, the epoch and the draw
     only, not on which worker does the work. `max_length`: see `Owl2Processor.for_training`.
 
-    Indexing raises `InputError` that begins with the sample's `source`: a picture that cannot be
-    read, a count of pictures that does not fit, a picture beyond `max_length`.
+    What cannot be used comes out as a `Bad`: a row that is no sample, a picture that cannot be
+    read, a count of pictures that does not fit, a picture beyond `max_length`, no answer before it.
     """
 
     def __init__(
@@ -65,24 +63,24 @@ class TrainingSet(Dataset[Features]):
         self.max_length = max_length
         self.seed = seed
 
-    def set_epoch(self, epoch: int) -> None:
-        """Before each epoch's iteration begins: workers take the number along when they start."""
-        self.mixture.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.mixture)
-
-    def __getitem__(self, index: int) -> Features:
-        sample = self.mixture[index]
-        chance = Random(f"{self.seed}/{self.mixture.epoch}/{index}")
+    def __getitem__(self, draw: Draw) -> Features | Bad:
         try:
-            messages = sample.messages
-            if self.augment is not none:
-                messages = self._augmented(messages, chance)
-            features = dict(self.processor.for_training(messages, self.max_length))
+            sample = self.mixture[draw]
         except InputError as error:
-            raise InputError(f"{sample.source}: {error}") from error
-        return features | {"source": sample.source}
+            return Bad.row(error)
+        if isinstance(sample, Bad):
+            return sample
+        chance = Random(f"{self.seed}/{draw.epoch}/{draw.source}/{draw.turn}")
+        try:
+            return self._features(sample, chance)
+        except InputError as error:
+            return Bad.of(sample.source, error)
+
+    def _features(self, sample: Sample, chance: Random) -> Features:
+        messages = sample.messages
+        if self.augment is not none:
+            messages = self._augmented(messages, chance)
+        return features_of(messages, self.processor, self.max_length)
 
     def _augmented(self, messages: Sequence[Message], chance: Random) -> list[Message]:
         """The messages with their pictures opened and changed."""
@@ -94,6 +92,24 @@ class TrainingSet(Dataset[Features]):
         return [message | {"content": _with(message["content"], changed)} for message in messages]
 
 
+def features_of(
+    messages: Sequence[Message], processor: Owl2Processor, max_length: int | None
+) -> Features:
+    """A conversation → its features.
+
+    Raises:
+        InputError: see `Owl2Processor.for_training`; also where cutting leaves nothing to learn.
+    """
+    features = dict(processor.for_training(messages, max_length))
+    if not (features["labels"] != IGNORED).any():
+        raise InputError(
+            f"nothing to learn is left of it after cutting it to {max_length} tokens: shorten what "
+            "comes before the answer, or set a larger max_length",
+            fault="nothing to learn",
+        )
+    return features
+
+
 def _with(content: Any, pictures: Iterator[Message]) -> Any:
     """The content of a message with its picture parts replaced by the next of `pictures`."""
     if isinstance(content, str):
@@ -101,42 +117,55 @@ def _with(content: Any, pictures: Iterator[Message]) -> Any:
     return [part if part.get("type") == "text" else next(pictures) for part in content]
 
 
-class Collator:
-    """Features of a batch → the batch, without samples that have no label; counts those.
+class Collated(NamedTuple):
+    """A batch for the model, and of what it was made: so many samples, tokens, pictures."""
 
-    A DataLoader's workers and its owner share the count: `left_out` is over all of them.
+    batch: dict[str, torch.Tensor]
+    samples: int
+    tokens: int
+    pictures: int
+    left_out: list[Bad]
+
+
+class Collator:
+    """Features of a batch → the batch, without those that are bad.
+
+    `room`: pack the samples into rows of at most so many tokens (`math.inf`: one row); None: a row
+    a sample, padded.
     """
 
-    def __init__(self, pad_token_id: int, side: Side = "right") -> None:
-        self.pad_token_id = pad_token_id
-        self.side = side
-        self._left_out = multiprocessing.Value("q", 0)
+    def __init__(self, processor: Owl2Processor, room: float | None = None) -> None:
+        self.pad_token_id = processor.tokenizer.pad_token_id or 0
+        self.room = room
+        self._nothing = _nothing(processor)
 
-    @property
-    def left_out(self) -> int:
-        """How many samples have been left out so far."""
-        return self._left_out.value
+    def __call__(self, features: Sequence[Features | Bad]) -> Collated:
+        """See `collate` and `pack`. Where nothing is left, no label is: the loss is 0."""
+        good = [item for item in features if not isinstance(item, Bad)]
+        laid_out = good or [self._nothing]
+        if self.room is None:
+            batch = collate(laid_out, self.pad_token_id)
+        else:
+            batch = pack(laid_out, self.pad_token_id, self.room)
+        return Collated(
+            batch,
+            samples=len(good),
+            tokens=sum(item["input_ids"].shape[1] for item in good),
+            pictures=sum(len(item.get("pixel_values", ())) for item in good),
+            left_out=[item for item in features if isinstance(item, Bad)],
+        )
 
-    def __call__(self, features: Sequence[Features]) -> dict[str, torch.Tensor]:
-        """See `collate`. Where nothing is left, one sample stays, with no label: its loss is 0."""
-        labelled: list[Features] = []
-        unlabelled: list[Features] = []
-        for item in features:
-            has_label = bool((item["labels"] != IGNORED).any())
-            (labelled if has_label else unlabelled).append(item)
-        if unlabelled:
-            self._report(unlabelled)
-        return collate(labelled or unlabelled[:1], self.pad_token_id, self.side)
 
-    def _report(self, unlabelled: Sequence[Features]) -> None:
-        with self._left_out.get_lock():
-            self._left_out.value += len(unlabelled)
-        for item in unlabelled:
-            logger.warning(
-                "%s: left out: nothing to learn is left of it after cutting it to %d tokens",
-                item.get("source", "a sample"),
-                item["input_ids"].shape[-1],
-            )
+def _nothing(processor: Owl2Processor) -> Features:
+    """A blank picture and no label: all parts of the model compute, and none learns."""
+    blank = Image.new("RGB", (1, 1))
+    features = processor.for_training(
+        [
+            {"role": "user", "content": [{"type": "image", "image": blank}]},
+            {"role": "assistant", "content": "-"},
+        ]
+    )
+    return {**features, "labels": torch.full_like(features["labels"], IGNORED)}
 
 
 def collate(

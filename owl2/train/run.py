@@ -6,6 +6,7 @@ checkpoint + processor ──► stage ──► Trainer over the mixture of sam
                                                                              OUTPUT/run.json
 """
 
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -19,9 +20,8 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from owl2.data.collate import Collator, TrainingSet
-from owl2.data.datasets import load_dataset
 from owl2.data.mixture import Mixture, Source
-from owl2.data.readers import read_file
+from owl2.data.sources import open_source
 from owl2.errors import InputError
 from owl2.files import require_writable, whole_directory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
@@ -77,7 +77,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
         model, processor = _load(recipe)
         trained = apply_stage(model, recipe.stage)
         samples = _training_set(recipe, processor)
-        _announce(console, recipe, model, trained, len(samples), saved)
+        _announce(console, recipe, model, trained, samples.mixture.epoch_size, saved)
         if saved is None:
             begin(recipe)
         return _train(recipe, console, model, processor, trained, samples, saved)
@@ -86,7 +86,10 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
 def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
     """The starting checkpoint, in float32: small updates need the digits."""
     model = Owl2ForConditionalGeneration.from_pretrained(
-        recipe.model, dtype=torch.float32, image_size=recipe.image_size
+        recipe.model,
+        dtype=torch.float32,
+        image_size=recipe.image_size,
+        attn_implementation=recipe.attention,
     )
     processor = Owl2Processor.from_pretrained(recipe.model)
     processor.image_processor.size = model.config.image_size
@@ -100,7 +103,8 @@ def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
 
 
 def _training_set(recipe: Recipe, processor: Owl2Processor) -> TrainingSet:
-    mixture = Mixture([_source(entry) for entry in recipe.data], recipe.seed)
+    sources = [_source(entry) for entry in recipe.data]
+    mixture = Mixture(sources, recipe.seed, recipe.shuffle_window)
     return TrainingSet(
         mixture,
         processor,
@@ -111,11 +115,16 @@ def _training_set(recipe: Recipe, processor: Owl2Processor) -> TrainingSet:
 
 
 def _source(entry: DataSource) -> Source:
-    if entry.file is not None:
-        return Source(read_file(entry.file, entry.images), entry.count)
-    assert entry.dataset is not None  # a DataSource has one or the other
-    options = entry.options | ({} if entry.style is None else {"style": entry.style})
-    return Source(load_dataset(entry.dataset, entry.split, **options), entry.count)
+    samples = open_source(**entry.model_dump(exclude={"name", "count", "weight"}))
+    return Source(samples, entry.count, entry.weight, entry.title)
+
+
+def _room(recipe: Recipe) -> float | None:
+    """How long the rows of packed samples may get; None: not packed."""
+    if not recipe.packing:
+        return None
+    # Flash attention keeps samples apart in a batch of one row only.
+    return math.inf if recipe.attention == "flash_attention_2" else recipe.max_length
 
 
 def _announce(
@@ -123,7 +132,7 @@ def _announce(
     recipe: Recipe,
     model: Owl2ForConditionalGeneration,
     trained: Trained,
-    samples: int,
+    samples: int | None,
     saved: Saved | None,
 ) -> None:
     console.print(f"Stage {recipe.stage}, from {recipe.model}", markup=False, soft_wrap=True)
@@ -137,9 +146,8 @@ def _announce(
     )
     console.print(groups_table(groups))
     size = model.config.image_size
-    console.print(
-        f"{samples:,} samples an epoch, pictures at {size} x {size} pixels", highlight=False
-    )
+    amount = "Samples by weight" if samples is None else f"{samples:,} samples an epoch"
+    console.print(f"{amount}, pictures at {size} x {size} pixels", highlight=False)
     if saved is not None:
         console.print(f"Going on after step {saved.position.step}", highlight=False)
 
@@ -156,11 +164,11 @@ def _train(
     output = Path(recipe.output)
     start = saved.position if saved is not None else Position()
     used_cache = model.config.use_cache
-    collator = Collator(processor.tokenizer.pad_token_id or 0)
+    collator = Collator(processor, _room(recipe))
     trainer = Owl2Trainer(model, recipe, samples, collator, checkpoints_of(output))
     log = RunLog(output / "log.jsonl", start)
     watch = Watch(
-        log, console, start, lambda: (trainer.samples, collator.left_out, trainer.labelled)
+        log, console, start, lambda: (trainer.seen.samples, trainer.seen.left_out, trainer.labelled)
     )
     stop = StopOnInterrupt()
     for callback in (watch, KeepState(output, watch.position), stop):
@@ -168,8 +176,6 @@ def _train(
     try:
         with watch:
             trainer.train(resume_from_checkpoint=str(saved.directory) if saved else None)
-    except InputError as error:
-        raise _from_worker(error) from error
     finally:
         stop.release()
     step, steps = trainer.state.global_step, trainer.state.max_steps
@@ -216,14 +222,6 @@ def _report(
     if not plot_loss(output / "loss.png", log.lines, f"{output.name}: stage {recipe.stage}"):
         hint = "No loss.png: matplotlib is missing (pip install 'mplug-owl2[plot]')"
         console.print(hint, markup=False)
-
-
-def _from_worker(error: InputError) -> InputError:
-    """An error as it was raised: PyTorch wraps a worker's in the traceback that it came with."""
-    if not str(error).startswith("Caught InputError in DataLoader worker"):
-        return error
-    _, _, message = str(error).rpartition(f"{InputError.__module__}.InputError: ")
-    return InputError(message.strip())
 
 
 @contextmanager

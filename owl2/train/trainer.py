@@ -5,24 +5,18 @@ losses and gradients that must be finite, a step without needless work, and its 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
+from owl2.data.collate import Collated, TrainingSet
+from owl2.data.loader import Loader
 from owl2.errors import InputError
+from owl2.train.feed import Feed, Seen, TellEpochs, run_steps
 from owl2.train.optimizer import make_adamw, parameter_groups
 from owl2.train.recipe import Recipe
 
@@ -34,26 +28,78 @@ class Owl2Trainer(Trainer):
         self,
         model: PreTrainedModel,
         recipe: Recipe,
-        train_dataset: Dataset,
-        collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+        train_dataset: TrainingSet,
+        collate: Callable[[Sequence[Any]], Collated],
         checkpoints: Path,
     ) -> None:
         """`collate` makes a batch for the model of the data set's items."""
         self.recipe = recipe
-        self.samples = 0  # seen by this process in this session
         self._step_loss: torch.Tensor | float = 0.0
         # Whether this process has met a label, on any device; a tensor, as looking would wait.
         self._labelled: torch.Tensor = torch.tensor(False)
+        epoch_size = train_dataset.mixture.epoch_size
+        epochs = TellEpochs(epoch_size, recipe.batch_size)
         super().__init__(
             model=model,
-            args=training_arguments(recipe, checkpoints),
-            train_dataset=train_dataset,
-            data_collator=collate,
-            callbacks=[_TellEpoch(train_dataset)],
+            args=training_arguments(recipe, checkpoints, run_steps(recipe, epoch_size)),
+            callbacks=[epochs],
         )
+        epochs.handler = self.callback_handler
+        self.feed = self._make_feed(train_dataset, collate, checkpoints.parent)
         self.remove_callback(PrinterCallback)  # would print dicts between our lines
         if recipe.gradient_checkpointing:
             enable_checkpointing(model)
+
+    def _make_feed(
+        self, dataset: TrainingSet, collate: Callable[[Sequence[Any]], Collated], output: Path
+    ) -> Feed:
+        recipe, args = self.recipe, self.args
+        loader = Loader(
+            dataset,
+            dataset.mixture,
+            collate,
+            args.per_device_train_batch_size,
+            rank=args.process_index,
+            world=args.world_size,
+            image_tokens=self.model.config.num_image_tokens if recipe.group_by_length else None,
+            workers=recipe.workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return Feed(loader, self.accelerator, output, recipe.on_bad)
+
+    @property
+    def seen(self) -> Seen:
+        """What all processes together have been trained on since this one began."""
+        return self.feed.seen
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this process has waited for batches since it began."""
+        return self.feed.loader.waited
+
+    def get_train_dataloader(self) -> Any:
+        """Ours: it knows its share, and accelerate is to leave it as it is."""
+        return self.feed
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The batches of one optimizer step, and how many labels they have on all devices."""
+        step = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.feed.share_counts()
+        return step
+
+    # The Trainer keeps the state of chance for each process: when it saves, and when it goes on,
+    # before the first batch. What comes next of the data belongs to it.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.feed.save(Path(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self.feed.load(Path(checkpoint))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the recipe's groups of parameters."""
@@ -95,8 +141,6 @@ class Owl2Trainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One piece of a step: forward and backward."""
-        inputs = args[1] if len(args) > 1 else kwargs["inputs"]
-        self.samples += len(inputs["input_ids"]) * self.args.world_size
         labels = args[2] if len(args) > 2 else kwargs["num_items_in_batch"]  # the whole step's
         self._labelled = (labels > 0) | self._labelled.to(labels.device)
         loss = super().training_step(*args, **kwargs)
@@ -163,25 +207,8 @@ class Owl2Trainer(Trainer):
         return 0
 
 
-class _TellEpoch(TrainerCallback):
-    """Tells the data set which epoch begins: accelerate does not after a resumed one."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(int(state.epoch or 0))
-
-
-def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
-    """A recipe in the Trainer's terms.
+def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> TrainingArguments:
+    """A recipe of `max_steps` optimizer steps in the Trainer's terms.
 
     Raises:
         InputError: the batch cannot be shared out, or the device lacks the precision.
@@ -194,8 +221,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         output_dir=str(checkpoints),
         use_cpu=not has_cuda and not torch.backends.mps.is_available(),
         bf16=precision == "bfloat16",
-        max_steps=recipe.max_steps or -1,
-        num_train_epochs=recipe.epochs or 1.0,
+        max_steps=max_steps,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
@@ -204,8 +230,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         warmup_steps=recipe.warmup_steps,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
-        data_seed=recipe.seed,
-        dataloader_num_workers=recipe.workers,
+        # Our loader goes on by itself; the Trainer is not to count batches off.
+        ignore_data_skip=True,
         dataloader_pin_memory=has_cuda,
         remove_unused_columns=False,
         logging_steps=recipe.log_every,

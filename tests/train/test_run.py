@@ -144,6 +144,7 @@ def test_samples_cut_to_nothing_are_counted(recipe, world):
         recipe(
             data=[{"file": str(world / "long.json")}],
             max_length=longest,
+            on_bad="skip",
             epochs=1.0,
             max_steps=None,
         ),
@@ -152,12 +153,24 @@ def test_samples_cut_to_nothing_are_counted(recipe, world):
     facts = json.loads((result.output / "run.json").read_text(encoding="utf-8"))
     assert facts["samples_left_out"] == 3
     assert facts["samples"] == ROWS - 3
+    lines = (result.output / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
+    left_out = sorted((json.loads(line) for line in lines), key=lambda line: line["source"])
+    assert [line["source"] for line in left_out] == [
+        f"{world / 'long.json'}, row {row}" for row in (1, 2, 3)
+    ]
+    assert {line["fault"] for line in left_out} == {"nothing to learn"}
 
 
 def test_samples_all_cut_to_nothing_are_refused(recipe, tmp_path):
-    short = recipe(max_length=9, max_steps=9, epochs=None)
+    short = recipe(max_length=9, max_steps=9, epochs=None, on_bad="skip")
     with pytest.raises(InputError, match=r"after 6 steps there was nothing to learn.*max_length"):
         train(short, quiet())  # an epoch has six
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_sample_cut_to_nothing_stops_the_run_by_default(recipe, tmp_path):
+    with pytest.raises(InputError, match=r"data\.json, row \d+: nothing to learn.*on_bad=skip"):
+        train(recipe(max_length=9), quiet())
     assert not (tmp_path / "run" / "model").exists()
 
 

@@ -10,7 +10,7 @@ from owl2.errors import InputError
 from owl2.train.stages import apply_stage
 from owl2.train.trainer import Owl2Trainer, enable_checkpointing
 from tests.tiny import make_model
-from tests.train.tiny import RandomSamples, collate
+from tests.train.tiny import RandomSamples, collate, pad
 
 
 def make_trainer(recipe, tmp_path, model=None, samples=None):
@@ -53,8 +53,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(make_recipe, tmp_pat
     for name, gradient in whole.items():
         torch.testing.assert_close(pieces[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     # The pieces do differ in labels, or this would show nothing.
-    samples = RandomSamples(8)
-    assert len({int((samples[i]["labels"] != -100).sum()) for i in range(8)}) > 2
+    samples = [RandomSamples(8).made(number) for number in range(8)]
+    assert len({int((sample["labels"] != -100).sum()) for sample in samples}) > 2
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -91,13 +91,13 @@ def test_the_loss_goes_down(make_recipe, tmp_path):
 
 
 class SameEveryEpoch(RandomSamples):
-    def set_epoch(self, epoch):
-        pass
+    def made(self, index, epoch=0):
+        return super().made(index)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_checkpointed_gradients_equal_plain_ones(stage):
-    batch = collate([RandomSamples(4)[i] for i in range(4)])
+    batch = pad([RandomSamples(4).made(number) for number in range(4)])
     results = []
     for checkpointed in (False, True):
         model = make_model().train()
@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_harm(make_recipe, tm
     recipe = make_recipe(save_every=1, max_steps=8)
     model = make_model()
     trainer = make_trainer(recipe, tmp_path, model)
-    trainer.data_collator = spoil(batch=3)
+    trainer.feed.loader.collate = spoil(batch=3)
     with pytest.raises(InputError, match="step 3: the loss is nan"):
         trainer.train()
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -178,7 +178,7 @@ def spoil(batch):
         count += 1
         made = collate(samples)
         if count == batch:
-            made["pixel_values"][0, 0, 0, 0] = math.nan
+            made.batch["pixel_values"][0, 0, 0, 0] = math.nan
         return made
 
     return collate_and_spoil

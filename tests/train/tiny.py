@@ -3,6 +3,9 @@
 import torch
 from torch.utils.data import Dataset
 
+from owl2.data.collate import Collated
+from owl2.data.mixture import Mixture, Source
+
 COLOURS = ("red", "green", "blue", "white")
 QUESTION = "what is this"
 ROWS = 24
@@ -12,18 +15,14 @@ class RandomSamples(Dataset):
     """Samples of a picture and some random words, of different lengths; the epoch changes them."""
 
     def __init__(self, count, pictures=True):
-        self.count = count
+        self.mixture = Mixture([Source(range(count))])
         self.pictures = pictures
-        self.epoch = 0
 
-    def __len__(self):
-        return self.count
+    def __getitem__(self, draw):
+        return self.made(self.mixture[draw], draw.epoch)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __getitem__(self, index):
-        source = torch.Generator().manual_seed(1000 * self.epoch + index)
+    def made(self, index, epoch=0):
+        source = torch.Generator().manual_seed(1000 * epoch + index)
         words = torch.randint(3, 40, (4 + index % 5,), generator=source)
         image = torch.full((3,), 40) if self.pictures else torch.tensor([], dtype=torch.long)
         ids = torch.cat([torch.tensor([1]), image, words])
@@ -34,9 +33,16 @@ class RandomSamples(Dataset):
 
 
 def collate(samples):
+    """As owl2's collator gives it: the batch, and what was in it."""
+    batch = pad(samples)
+    tokens = int(batch["attention_mask"].sum())
+    return Collated(batch, len(samples), tokens, len(batch.get("pixel_values", ())), [])
+
+
+def pad(samples):
     longest = max(len(sample["input_ids"]) for sample in samples)
 
-    def pad(key, value):
+    def fill(key, value):
         rows = [sample[key] for sample in samples]
         return torch.stack(
             [torch.cat([row, row.new_full((longest - len(row),), value)]) for row in rows]
@@ -44,8 +50,8 @@ def collate(samples):
 
     lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
     batch = {
-        "input_ids": pad("input_ids", 0),
-        "labels": pad("labels", -100),
+        "input_ids": fill("input_ids", 0),
+        "labels": fill("labels", -100),
         "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
     }
     pixels = [s["pixel_values"] for s in samples if s["pixel_values"] is not None]
