@@ -4,6 +4,7 @@ Importing the package registers the model with transformers, which takes seconds
 imports the further rooms that it needs when it runs.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -215,6 +216,70 @@ def convert_data(
     from owl2.data.convert import convert
 
     convert(name, source, out, settings or [])
+
+
+@data_app.command("check")
+def check_data(
+    source: Annotated[
+        str, typer.Argument(help="A recipe (all its data), a file, shards, a table, or a dataset.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OPTION=VALUE]...",
+            help="The source's options; for a recipe KEY=VALUE over its own.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint, whose processor is used; default: recipe's.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for all bad rows and the statistics.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens; default: the recipe's, or the context.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: as many as cores.")
+    ] = None,
+    pictures: Annotated[bool, typer.Option(help="Open them: broken ones show only so.")] = True,
+    fetch: Annotated[bool, typer.Option(help="Also pictures behind http(s) URLs.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="For the share of padding; default: recipe's, or 8.")
+    ] = None,
+) -> None:
+    """Look at all samples before training does: what is bad, how long, how many pictures.
+
+    Exit code 0: no row is bad; 1: some are; 130: stopped by Ctrl-C.
+    """
+    from owl2.data.check import check, context_of, named
+    from owl2.data.looking import Rules
+    from owl2.data.sources import open_source, open_words
+    from owl2.processing.processor import Owl2Processor
+
+    if Path(source).suffix.lower() in (".yaml", ".yml"):
+        from owl2.train.recipe_file import read_recipe
+
+        recipe = read_recipe(source, settings or [])
+        entries = [*recipe.data, *(recipe.validation.data if recipe.validation else [])]
+        sources = named((entry.title, open_source(**entry.origin())) for entry in entries)
+        model, max_length = model or recipe.model, max_length or recipe.max_length
+        batch_size = batch_size or recipe.batch_size // recipe.gradient_accumulation
+    elif model is None:
+        raise InputError("Give --model DIR: its processor says how many tokens a sample has.")
+    else:
+        sources = named([(source, open_words(source, settings or []))])
+        max_length = max_length or context_of(model)
+    findings = check(
+        sources,
+        Owl2Processor.from_pretrained(model),
+        Rules(max_length, pictures, fetch),
+        workers=workers or os.cpu_count() or 1,
+        batch_size=batch_size or 8,
+        output=output,
+    )
+    raise typer.Exit(130 if not findings.finished else int(findings.all.bad.total() > 0))
 
 
 @data_app.command("show")

@@ -106,6 +106,10 @@ class DataSource(Part):
     def _origins(self) -> list[str]:
         return [name for name in ORIGINS if getattr(self, name) is not None]
 
+    def origin(self) -> dict[str, Any]:
+        """What `owl2.data.sources.open_source` takes."""
+        return self.model_dump(exclude={"name", "count", "weight"})
+
     @property
     def title(self) -> str:
         """What people know this source by: its name, else where it comes from."""

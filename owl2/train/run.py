@@ -26,29 +26,37 @@ from owl2.errors import InputError
 from owl2.files import require_writable, whole_directory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
+from owl2.train.adapters import loading_options, prepare
+from owl2.train.log import Lines, RunLog
 from owl2.train.optimizer import groups_table, parameter_groups
-from owl2.train.progress import RunLog, Watch
+from owl2.train.panel import terminal_view
+from owl2.train.progress import View, Watch
 from owl2.train.recipe import DataSource, Recipe
-from owl2.train.report import peak_memory, plot_loss, write_run
+from owl2.train.report import measured, peak_memory, plot_loss, summary, write_run
 from owl2.train.resume import (
     KeepState,
     Position,
     Saved,
-    StopOnInterrupt,
+    Stop,
     begin,
     checkpoints_of,
     find_state,
 )
-from owl2.train.stages import Trained, apply_stage
+from owl2.train.saving import writing
+from owl2.train.stages import Trained
+from owl2.train.team import Team
 from owl2.train.trainer import Owl2Trainer
+from owl2.train.validation import HeldOut, Validate, Validator
+from owl2.train.writers import make_writers, require_writers
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run. `finished` is False after Ctrl-C: the same recipe then goes on."""
+    """What came of a run. `finished` is False after a signal: the same recipe then goes on."""
 
     output: Path
     finished: bool
+    signal: int  # Ctrl-C's or SIGTERM's number, 0 if there was none
     step: int
     steps: int
     seconds: float
@@ -70,17 +78,23 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
             something else or a damaged state, a loss or weights that are not finite, samples
             without anything to learn.
     """
-    console = console or Console()
-    saved = find_state(recipe)
-    require_writable(Path(recipe.output) / "model")
-    with _quiet_transformers():
-        model, processor = _load(recipe)
-        trained = apply_stage(model, recipe.stage)
-        samples = _training_set(recipe, processor)
-        _announce(console, recipe, model, trained, samples.mixture.epoch_size, saved)
-        if saved is None:
-            begin(recipe)
-        return _train(recipe, console, model, processor, trained, samples, saved)
+    with Team.gathered() as team, _quiet_transformers():
+        console = (console or Console()) if team.first else Console(quiet=True)
+        with team.together():
+            require_writers(recipe)
+            saved = find_state(recipe, team)
+            require_writable(Path(recipe.output) / "model")
+            model, processor = _load(recipe)
+            trained = prepare(model, recipe)
+            samples = _training_set(recipe, processor)
+            validator = _validator(recipe, processor, team)
+            _announce(console, recipe, model, trained, samples.mixture.epoch_size, saved)
+        with team.together():
+            if team.first:
+                begin(recipe, saved)
+        return _train(
+            recipe, team, console, model, processor, trained, samples, validator, saved
+        )
 
 
 def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
@@ -90,6 +104,7 @@ def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
         dtype=torch.float32,
         image_size=recipe.image_size,
         attn_implementation=recipe.attention,
+        **loading_options(recipe),
     )
     processor = Owl2Processor.from_pretrained(recipe.model)
     processor.image_processor.size = model.config.image_size
@@ -154,42 +169,56 @@ def _announce(
 
 def _train(
     recipe: Recipe,
+    team: Team,
     console: Console,
     model: Owl2ForConditionalGeneration,
     processor: Owl2Processor,
     trained: Trained,
     samples: TrainingSet,
+    validator: Validator | None,
     saved: Saved | None,
 ) -> Result:
     output = Path(recipe.output)
     start = saved.position if saved is not None else Position()
     used_cache = model.config.use_cache
     collator = Collator(processor, _room(recipe))
-    trainer = Owl2Trainer(model, recipe, samples, collator, checkpoints_of(output))
-    log = RunLog(output / "log.jsonl", start)
-    watch = Watch(
-        log, console, start, lambda: (trainer.seen.samples, trainer.seen.left_out, trainer.labelled)
-    )
-    stop = StopOnInterrupt()
-    for callback in (watch, KeepState(output, watch.position), stop):
+    trainer = Owl2Trainer(model, recipe, samples, collator, checkpoints_of(output), team)
+    log = RunLog(output / "log.jsonl" if team.first else None, start.step)
+    looks = Lines(output / "validation.jsonl" if team.first and validator else None, start.step)
+    views: list[View] = []
+    if team.first:
+        views = [terminal_view(console, str(output)), *make_writers(recipe, start.step)]
+    watch = Watch(log, views, start, lambda: trainer.seen, lambda: trainer.waited, team)
+    trainer.add_callback(watch)
+    if recipe.validation is not None and validator is not None:
+        every = recipe.validation.every
+        trainer.add_callback(Validate(validator, every, looks, lambda: model, watch.looked))
+    stop = Stop(team)
+    for callback in (KeepState(output, watch.position, team), stop):
         trainer.add_callback(callback)
     try:
-        with watch:
+        with watch, writing(output):
             trainer.train(resume_from_checkpoint=str(saved.directory) if saved else None)
     finally:
         stop.release()
     step, steps = trainer.state.global_step, trainer.state.max_steps
     end = watch.position(step)
-    result = Result(output, not stop.stopped, step, steps, end.seconds)
+    result = Result(output, not stop.signal, stop.signal, step, steps, end.seconds)
     if not result.finished:
         return result
-    trainer.require_finite()
+    with team.together():
+        trainer.require_finite()
     model.config.use_cache = used_cache  # which the Trainer switches off
-    with whole_directory(result.model) as directory:
-        model.save_pretrained(directory)
-        processor.save_pretrained(directory)
-    shutil.rmtree(checkpoints_of(output))
-    _report(recipe, console, trainer, log, end, trained)
+    weights = trainer.whole_weights()
+    facts = _facts(recipe, trainer, trained, team) | measured(end, log.lines, looks.lines)
+    with team.together():
+        if team.first:
+            with whole_directory(result.model) as directory, writing(result.model):
+                model.save_pretrained(directory, state_dict=weights)
+                processor.save_pretrained(directory)
+                # Before there is a finished model, so that a kill in between is gone on from.
+                _report(recipe, console, trainer, log, end, trained)
+            shutil.rmtree(checkpoints_of(output))
     return result
 
 

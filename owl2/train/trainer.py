@@ -5,20 +5,28 @@ losses and gradients that must be finite, a step without needless work, and its 
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from owl2.data.collate import Collated, TrainingSet
 from owl2.data.loader import Loader
 from owl2.errors import InputError
+from owl2.model.adapters import has_adapter, load_state
+from owl2.model.owl2 import Owl2Model
 from owl2.train.feed import Feed, Seen, TellEpochs, run_steps
 from owl2.train.optimizer import make_adamw, parameter_groups
 from owl2.train.recipe import Recipe
+from owl2.train.saving import writing
+from owl2.train.team import Team
 
 
 class Owl2Trainer(Trainer):
@@ -31,9 +39,11 @@ class Owl2Trainer(Trainer):
         train_dataset: TrainingSet,
         collate: Callable[[Sequence[Any]], Collated],
         checkpoints: Path,
+        team: Team | None = None,
     ) -> None:
         """`collate` makes a batch for the model of the data set's items."""
         self.recipe = recipe
+        self.team = team or Team()
         self._step_loss: torch.Tensor | float = 0.0
         # Whether this process has met a label, on any device; a tensor, as looking would wait.
         self._labelled: torch.Tensor = torch.tensor(False)
@@ -49,6 +59,18 @@ class Owl2Trainer(Trainer):
         self.remove_callback(PrinterCallback)  # would print dicts between our lines
         if recipe.gradient_checkpointing:
             enable_checkpointing(model)
+        if self.team.size > 1:
+            share_every_weight(model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; shards by FSDP2 between CPUs, too, where accelerate would not say a word
+        and train with whole copies."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.team.sharing == "FSDP" and state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def _make_feed(
         self, dataset: TrainingSet, collate: Callable[[Sequence[Any]], Collated], output: Path
@@ -85,9 +107,11 @@ class Owl2Trainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """The batches of one optimizer step, and how many labels they have on all devices."""
-        step = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self.team.together():
+            batches = [next(epoch_iterator) for _ in range(num_batches)]
+        labels = self._get_num_items_in_batch(batches, device)
         self.feed.share_counts()
-        return step
+        return batches, labels
 
     # The Trainer keeps the state of chance for each process: when it saves, and when it goes on,
     # before the first batch. What comes next of the data belongs to it.
@@ -159,32 +183,61 @@ class Owl2Trainer(Trainer):
             InputError: names the step and the first such parameter.
         """
         assert isinstance(self.model, nn.Module)
-        trained = [(n, p.detach()) for n, p in self.model.named_parameters() if p.requires_grad]
-        finite = torch.stack([tensor.isfinite().all() for _, tensor in trained])
-        if not finite.all():
-            name = trained[finite.tolist().index(False)][0]
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        spoilt = torch.stack([~own_share(p).isfinite().all() for _, p in trained])
+        counts = self.team.total(*spoilt.tolist())  # each process sees its own share of them
+        if any(counts):
+            name = next(name for (name, _), count in zip(trained, counts, strict=True) if count)
             raise InputError(
                 f"step {self.state.global_step}: after its update {name} is not finite, so it was "
                 "not saved. Try a lower learning_rate or a longer warm-up"
             )
 
+    def whole_weights(self) -> dict[str, Any] | None:
+        """All weights where processes hold shares of them, put together in the first; else None.
+
+        All processes must ask.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            weights: dict[str, Any] = self.accelerator.get_state_dict(self.model_wrapped)
+            return weights
+        return None
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.require_finite()
-        super()._save_checkpoint(*args, **kwargs)
+        with self.team.together():
+            self.require_finite()
+        directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            with self.team.together(), writing(directory):
+                super()._save_checkpoint(*args, **kwargs)
+        except InputError:
+            shutil.rmtree(directory, ignore_errors=True)  # room for whoever wants to go on
+            raise
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Called once a step, after its last piece and before the optimizer: the one moment when
         # nothing is spoilt yet and one look (on a GPU, each waits for the queue) covers all.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        loss, norm_value = float(self._step_loss), float(norm)
+        # DeepSpeed has no norm of a step that it left out. The others': the same everywhere.
+        norm_value = 0.0 if norm is None else float(norm)
+        loss = self.team.total(float(self._step_loss))[0] / self.team.size
         self._step_loss = 0.0
-        if not math.isfinite(loss) or not math.isfinite(norm_value):
+        with self.team.together():
+            if math.isfinite(loss) and math.isfinite(norm_value):
+                return norm
             raise InputError(
                 f"step {self.state.global_step + 1}: the loss is {loss}, the gradient's norm "
                 f"{norm_value}; stopped before they reached a weight, and nothing was saved. Try "
                 "a lower learning_rate, a longer warm-up, or precision=float32"
             )
-        return norm
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # The Trainer does not know models with LoRA in them, only peft's own wrapped around one.
+        shared = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if has_adapter(self.model) and not shared:
+            load_state(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Going on with a state: all of it or nothing. The Trainer only warns, and does so of tied
@@ -205,6 +258,19 @@ class Owl2Trainer(Trainer):
         """0: the Trainer's estimate walks through all parameters at each step, and leaves out
         the vision encoder."""
         return 0
+
+
+def share_every_weight(model: nn.Module) -> None:
+    """Let each batch pass through every weight, as other processes wait for it there."""
+    for module in model.modules():
+        if isinstance(module, Owl2Model):
+            module.use_every_weight = True
+
+
+def own_share(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter: its shard under FSDP2 or ZeRO-3, else all of it."""
+    shard = getattr(parameter, "ds_tensor", parameter.detach())
+    return shard.to_local() if isinstance(shard, DTensor) else shard
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> TrainingArguments:
@@ -234,6 +300,9 @@ def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> Tra
         ignore_data_skip=True,
         dataloader_pin_memory=has_cuda,
         remove_unused_columns=False,
+        # With several processes the model uses every weight, and its buffers never change.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         logging_steps=recipe.log_every,
         logging_first_step=True,
         # Ours is `Owl2Trainer._get_grad_norm`; the Trainer's hides what is not finite.
