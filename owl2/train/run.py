@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from owl2.data.collate import Collator, TrainingSet
 from owl2.data.mixture import Mixture, Source
-from owl2.data.sources import open_source
+from owl2.data.sources import Samples, open_source
 from owl2.errors import InputError
 from owl2.files import require_writable, whole_directory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
@@ -92,9 +92,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
         with team.together():
             if team.first:
                 begin(recipe, saved)
-        return _train(
-            recipe, team, console, model, processor, trained, samples, validator, saved
-        )
+        return _train(recipe, team, console, model, processor, trained, samples, validator, saved)
 
 
 def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
@@ -130,8 +128,33 @@ def _training_set(recipe: Recipe, processor: Owl2Processor) -> TrainingSet:
 
 
 def _source(entry: DataSource) -> Source:
-    samples = open_source(**entry.model_dump(exclude={"name", "count", "weight"}))
-    return Source(samples, entry.count, entry.weight, entry.title)
+    return Source(_opened(entry), entry.count, entry.weight, entry.title)
+
+
+def _opened(entry: DataSource) -> Samples:
+    return open_source(**entry.model_dump(exclude={"name", "count", "weight"}))
+
+
+def _validator(recipe: Recipe, processor: Owl2Processor, team: Team) -> Validator | None:
+    settings = recipe.validation
+    if settings is None:
+        return None
+    held_out = HeldOut(
+        [(_opened(entry), entry.count) for entry in settings.data],
+        processor,
+        most=settings.samples,
+        max_length=recipe.max_length,
+    )
+    return Validator(
+        held_out,
+        processor,
+        team,
+        # What training has room for; without gradients there is more.
+        batch_size=max(recipe.batch_size // (team.size * recipe.gradient_accumulation), 1),
+        workers=recipe.workers,
+        answers=settings.answers,
+        skip_bad=recipe.on_bad == "skip",
+    )
 
 
 def _room(recipe: Recipe) -> float | None:
@@ -201,6 +224,7 @@ def _train(
             trainer.train(resume_from_checkpoint=str(saved.directory) if saved else None)
     finally:
         stop.release()
+        looks.close()
     step, steps = trainer.state.global_step, trainer.state.max_steps
     end = watch.position(step)
     result = Result(output, not stop.signal, stop.signal, step, steps, end.seconds)
@@ -210,47 +234,55 @@ def _train(
         trainer.require_finite()
     model.config.use_cache = used_cache  # which the Trainer switches off
     weights = trainer.whole_weights()
-    facts = _facts(recipe, trainer, trained, team) | measured(end, log.lines, looks.lines)
+    facts = _setting(recipe, trainer, trained) | measured(end, log.lines, looks.lines)
+    facts["peak_memory_bytes"] = peak_memory(trainer.args.device, team)
     with team.together():
         if team.first:
             with whole_directory(result.model) as directory, writing(result.model):
                 model.save_pretrained(directory, state_dict=weights)
                 processor.save_pretrained(directory)
                 # Before there is a finished model, so that a kill in between is gone on from.
-                _report(recipe, console, trainer, log, end, trained)
+                _report(console, output, facts, log, looks)
             shutil.rmtree(checkpoints_of(output))
+    console.print(summary(facts, _files(output)))
     return result
 
 
-def _report(
-    recipe: Recipe,
-    console: Console,
-    trainer: Owl2Trainer,
-    log: RunLog,
-    end: Position,
-    trained: Trained,
-) -> None:
-    output, device = Path(recipe.output), trainer.args.device
-    facts: dict[str, Any] = {
+def _setting(recipe: Recipe, trainer: Owl2Trainer, trained: Trained) -> dict[str, Any]:
+    """What a run was, before anything was measured."""
+    device = trainer.args.device
+    return {
         "recipe": recipe.model_dump(mode="json"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
         "precision": recipe.precision_on(device.type),
-        "steps": end.step,
-        "seconds": end.seconds,
-        "samples": end.samples,
-        "samples_left_out": end.left_out,
-        "samples_per_second": end.samples / max(end.seconds, 1e-9),
-        "peak_memory_bytes": peak_memory(device),
         "trainable_parameters": trained.trainable_size,
         "frozen_parameters": trained.frozen_size,
-        "loss": log.lines[-1]["loss"],
-        "smoothed_loss": log.lines[-1]["smoothed_loss"],
     }
+
+
+def _report(
+    console: Console, output: Path, facts: dict[str, Any], log: RunLog, looks: Lines
+) -> None:
     write_run(output / "run.json", facts)
-    if not plot_loss(output / "loss.png", log.lines, f"{output.name}: stage {recipe.stage}"):
+    if not plot_loss(output / "loss.png", log.lines, looks.lines, str(output)):
         hint = "No loss.png: matplotlib is missing (pip install 'mplug-owl2[plot]')"
         console.print(hint, markup=False)
+
+
+def _files(output: Path) -> dict[str, Path]:
+    """What a run leaves, by what it is; some of it only where the recipe asks for it."""
+    names = {
+        "model": "model",
+        "loss curve": "loss.png",
+        "log": "log.jsonl",
+        "validation": "validation.jsonl",
+        "TensorBoard": "tensorboard",
+        "left out": "left_out.jsonl",
+        "all figures": "run.json",
+    }
+    return {what: output / name for what, name in names.items()}
 
 
 @contextmanager

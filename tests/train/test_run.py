@@ -58,7 +58,7 @@ def test_a_run_leaves_a_model_and_its_reports(recipe, world):
     assert facts["seconds"] > 0
     assert {"owl2", "python", "torch", "transformers"} < facts["versions"].keys()
     with Image.open(result.output / "loss.png") as plot:
-        assert plot.size == (960, 600)
+        assert plot.size == (960, 720)
 
     shown = console.file.getvalue()
     assert "What is trained" in shown
