@@ -46,8 +46,11 @@ def visual_genome(
 def _pictures(path: Path) -> Pictures:
     found: Pictures = {}
     for row in json_rows(path):
-        folder, name = PurePosixPath(urlsplit(row.text("url")).path).parts[-2:]
-        found[row.integer("image_id")] = (f"{folder}/{name}", row.numbers("width", "height"))
+        url = row.text("url")
+        parts = PurePosixPath(urlsplit(url).path).parts
+        if len(parts) < 2:
+            raise InputError(f"{row.where}: 'url' is {url!r:.80}, without a folder and a name.")
+        found[row.integer("image_id")] = ("/".join(parts[-2:]), row.numbers("width", "height"))
     return found
 
 

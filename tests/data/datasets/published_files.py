@@ -1,0 +1,54 @@
+"""Writing small files in the official formats, and reading what converters make of them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from owl2.data.datasets.published import LeftOut
+from owl2.data.sample import Sample, checked
+from owl2.processing.chat import flat_text, read_messages
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+CAPTION = "Provide a one-sentence caption for the provided image."
+
+
+def put(folder: Path, name: str, content: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def put_lines(folder: Path, name: str, rows: Iterable[Any]) -> Path:
+    path = folder / name
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def split_up(items: Iterable[Sample | LeftOut]) -> tuple[list[Sample], dict[str, int]]:
+    """The samples, all of which training takes, and what was left out by reason."""
+    samples: list[Sample] = []
+    left_out: Counter[str] = Counter()
+    for item in items:
+        if isinstance(item, LeftOut):
+            left_out[item.reason] += item.count
+        else:
+            samples.append(checked(item))
+    return samples, dict(left_out)
+
+
+def told(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
+    """(path of the picture, rounds as flat text) of a sample; the picture is `<|image|>` there."""
+    conversation = read_messages(sample.messages)
+    texts = [flat_text(turn["content"]) for turn in conversation.turns]
+    (picture,) = conversation.pictures or (None,)
+    rounds = list(zip(texts[::2], texts[1::2], strict=True))
+    return None if picture is None else picture.as_posix(), rounds
+
+
+def told_all(items: Iterable[Sample | LeftOut]) -> list[tuple[str | None, list[tuple[str, str]]]]:
+    samples, left_out = split_up(items)
+    assert left_out == {}
+    return [told(sample) for sample in samples]

@@ -1,0 +1,104 @@
+from random import Random
+
+import pytest
+
+from owl2.data.datasets.aokvqa import another_order, aokvqa
+from owl2.errors import InputError
+from tests.data.datasets.published_files import LETTER, SHORT, put, split_up, told_all
+
+OPTIONS = ["man", "stranger", "player", "dog"]
+
+
+def question(**change: object) -> dict:
+    return {
+        "split": "train",
+        "image_id": 299207,
+        "question_id": "22MexNkBPpdZGX6sxbxVBH",
+        "question": "Who is on the court?",
+        "choices": OPTIONS,
+        "correct_choice_idx": 2,
+        "direct_answers": ["ball", "player", "player", "ball"],
+        "difficult_direct_answer": False,
+        "rationales": ["A player hits the ball."],
+    } | change
+
+
+@pytest.fixture
+def folder(tmp_path):
+    put(tmp_path, "aokvqa_v1p0_train.json", [question()])
+    return tmp_path
+
+
+def test_three_forms_of_a_question(folder):
+    direct, choice, reordered = told_all(aokvqa(folder))
+    picture = "train2017/000000299207.jpg"
+    assert direct == (picture, [(f"<|image|>\nWho is on the court?{SHORT}", "ball")])
+    asked = "<|image|>\nWho is on the court?\nA. man\nB. stranger\nC. player\nD. dog\n"
+    assert choice == (picture, [(asked + LETTER, "C")])
+    ((words, letter),) = reordered[1]
+    begin, *lines, end = words.split("\n")[1:]
+    assert (begin, end) == ("Who is on the court?", LETTER)
+    assert [line[:3] for line in lines] == ["A. ", "B. ", "C. ", "D. "]
+    options = [line[3:] for line in lines]
+    assert sorted(options) == sorted(OPTIONS)
+    assert options != OPTIONS
+    assert f"{letter}. player" in lines
+
+
+def test_the_other_order_hangs_on_the_seed(folder):
+    orders = {str(told_all(aokvqa(folder, forms="reordered", seed=seed))) for seed in range(30)}
+    assert len(orders) > 5
+    assert told_all(aokvqa(folder, seed=3)) == told_all(aokvqa(folder, seed=3))
+
+
+def test_forms_can_be_chosen(folder):
+    (choice, direct) = split_up(aokvqa(folder, forms="choice,direct"))[0]
+    assert choice.source.endswith("row 1, choice")
+    assert direct.source.endswith("row 1, direct")
+    with pytest.raises(InputError, match=r"'order' is no form .* Do you mean 'reordered'"):
+        list(aokvqa(folder, forms="direct,order"))
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 9])
+def test_another_order_is_another(length):
+    for seed in range(30):
+        order = another_order(length, Random(seed))
+        assert order != list(range(length))
+        assert sorted(order) == list(range(length))
+
+
+def test_no_direct_answer_is_counted(tmp_path):
+    put(tmp_path, "aokvqa_v1p0_train.json", [question(direct_answers=[])])
+    samples, left_out = split_up(aokvqa(tmp_path))
+    assert len(samples) == 2
+    assert left_out == {"questions without words or without an answer": 1}
+
+
+def test_val_apart_and_test_refused(tmp_path, folder):
+    put(tmp_path, "aokvqa_v1p0_val.json", [question(split="val")])
+    ((picture, _),) = told_all(aokvqa(tmp_path, split="val", forms="direct"))
+    assert picture == "val2017/000000299207.jpg"
+    with pytest.raises(InputError, match="row 1 is of the split 'val', not 'train'"):
+        list(aokvqa(tmp_path, file="aokvqa_v1p0_val.json"))
+    with pytest.raises(InputError, match="evaluation only"):
+        list(aokvqa(tmp_path, split="test"))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"correct_choice_idx": 4}, "'correct_choice_idx' is 4, and there are 4 options"),
+        ({"correct_choice_idx": -1}, "'correct_choice_idx' is -1"),
+        ({"correct_choice_idx": None}, "'correct_choice_idx' is None"),
+        ({"choices": ["one"]}, "two at least"),
+        ({"choices": ["one", ""]}, "options with words"),
+        ({"choices": [1, 2]}, "not a list of texts"),
+        ({"image_id": "299207"}, "'image_id' is '299207'"),
+        ({"direct_answers": "player"}, "'direct_answers' is 'player'"),
+    ],
+)
+def test_a_row_that_is_not_as_published(tmp_path, change, complaint):
+    path = put(tmp_path, "aokvqa_v1p0_train.json", [question(), question(**change)])
+    with pytest.raises(InputError, match=complaint) as caught:
+        list(aokvqa(tmp_path))
+    assert str(caught.value).startswith(f"{path}, row 2")

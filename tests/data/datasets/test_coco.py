@@ -1,0 +1,151 @@
+import pytest
+
+from owl2.data.datasets.coco import coco_captions, coco_folder, coco_picture
+from owl2.errors import InputError
+from tests.data.datasets.published_files import CAPTION, put, split_up, told, told_all
+
+NINE, SEVEN = "COCO_train2014_000000000009.jpg", "COCO_train2014_000000000007.jpg"
+
+
+def picture(number: int, name: str) -> dict:
+    return {
+        "license": 5,
+        "file_name": name,
+        "coco_url": f"http://images.cocodataset.org/train2014/{name}",
+        "height": 480,
+        "width": 640,
+        "date_captured": "2013-11-14 16:28:13",
+        "flickr_url": "http://farm4.staticflickr.com/a.jpg",
+        "id": number,
+    }
+
+
+def official(*captions: tuple[int, str]) -> dict:
+    return {
+        "info": {"description": "This is 1.0 version of the 2014 MS COCO dataset.", "year": 2014},
+        "images": [picture(9, NINE), picture(7, SEVEN)],
+        "licenses": [{"url": "http://creativecommons.org", "id": 5, "name": "Attribution"}],
+        "type": "captions",
+        "annotations": [
+            {"image_id": number, "id": 100 + place, "caption": caption}
+            for place, (number, caption) in enumerate(captions)
+        ],
+    }
+
+
+CAPTIONS = [(7, "A dog. \n"), (9, "Two cats"), (7, "a brown dog"), (9, "cats"), (7, "One dog")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    put(tmp_path, "captions_train2014.json", official(*CAPTIONS))
+    return tmp_path
+
+
+def test_pairs_are_all_captions(folder):
+    assert told_all(coco_captions(folder, style="pairs")) == [
+        (f"train2014/{SEVEN}", [("<|image|>", "A dog.")]),
+        (f"train2014/{SEVEN}", [("<|image|>", "a brown dog")]),
+        (f"train2014/{SEVEN}", [("<|image|>", "One dog")]),
+        (f"train2014/{NINE}", [("<|image|>", "Two cats")]),
+        (f"train2014/{NINE}", [("<|image|>", "cats")]),
+    ]
+
+
+def test_instruction_is_one_caption_drawn_by_the_seed(folder):
+    drawn = set()
+    for seed in range(20):
+        (first, second) = told_all(coco_captions(folder, seed=seed))
+        assert (first, second) == tuple(told_all(coco_captions(folder, seed=seed)))
+        assert [first[0], second[0]] == [f"train2014/{SEVEN}", f"train2014/{NINE}"]
+        ((words, caption),) = first[1]
+        assert words == f"<|image|>\n{CAPTION}"
+        drawn.add(caption)
+    assert drawn == {"A dog.", "a brown dog", "One dog"}
+
+
+def test_blank_captions_are_counted(tmp_path):
+    put(tmp_path, "captions_train2014.json", official((7, " "), (7, "a dog"), (9, "")))
+    samples, left_out = split_up(coco_captions(tmp_path))
+    assert [told(sample)[1][0][1] for sample in samples] == ["a dog"]
+    assert left_out == {"captions without words": 2}
+
+
+def karpathy(split: str, number: int, *captions: str) -> dict:
+    folder = "train2014" if split == "train" else "val2014"
+    return {
+        "filepath": folder,
+        "sentids": [770337 + place for place in range(len(captions))],
+        "filename": f"COCO_{folder}_{number:012d}.jpg",
+        "imgid": 0,
+        "split": split,
+        "sentences": [
+            {"tokens": caption.split(), "raw": caption, "imgid": 0, "sentid": 770337 + place}
+            for place, caption in enumerate(captions)
+        ],
+        "cocoid": number,
+    }
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", ("train2014/COCO_train2014_000000000001.jpg", "one")),
+        ("restval", ("val2014/COCO_val2014_000000000002.jpg", "two")),
+        ("val", ("val2014/COCO_val2014_000000000003.jpg", "three")),
+    ],
+)
+def test_karpathys_splits(tmp_path, split, expected):
+    rows = [
+        karpathy(*row)
+        for row in (
+            ("train", 1, "one"),
+            ("restval", 2, "two"),
+            ("val", 3, "three"),
+            ("test", 4, "four"),
+        )
+    ]
+    put(tmp_path, "dataset_coco.json", {"images": rows, "dataset": "coco"})
+    ((name, ((_, caption),)),) = told_all(coco_captions(tmp_path, split=split))
+    assert (name, caption) == expected
+
+
+def test_a_split_that_a_file_does_not_have(tmp_path, folder):
+    with pytest.raises(InputError, match=r"only Karpathy's .* has a split 'restval'"):
+        list(coco_captions(folder, split="restval", file="captions_train2014.json"))
+    path = put(tmp_path, "dataset_coco.json", {"images": [karpathy("val", 3, "x")]})
+    with pytest.raises(InputError, match="no picture of the split 'train'"):
+        list(coco_captions(tmp_path, file=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"annotations": [{"image_id": 5, "id": 1, "caption": "x"}]}, "annotations 1: there is no"),
+        ({"annotations": [{"image_id": 7, "id": 1}]}, "annotations 1: 'caption', a text, is miss"),
+        ({"images": [{"id": 7}]}, "images 1: 'file_name', a text, is missing"),
+        ({"images": 3}, "'images' is 3, not a list"),
+    ],
+)
+def test_files_that_are_not_as_published(tmp_path, change, complaint):
+    path = put(tmp_path, "captions_train2014.json", official(*CAPTIONS) | change)
+    with pytest.raises(InputError, match=complaint) as caught:
+        list(coco_captions(tmp_path))
+    assert str(caught.value).startswith(str(path))
+
+
+def test_unknown_style_and_test_split(folder):
+    with pytest.raises(InputError, match=r"'pair' is no style .* Do you mean 'pairs'"):
+        list(coco_captions(folder, style="pair"))
+    with pytest.raises(InputError, match="evaluation only"):
+        list(coco_captions(folder, split="test2014"))
+
+
+def test_names_of_pictures():
+    assert coco_picture(9, "train2014") == f"train2014/{NINE}"
+    assert coco_picture(9, "train2017") == "train2017/000000000009.jpg"
+    assert (coco_folder("val", 2014), coco_folder("train", 2017)) == ("val2014", "train2017")
+    with pytest.raises(InputError, match="spread over"):
+        coco_folder("val", 2017)
+    with pytest.raises(InputError, match="'2015' is no year"):
+        coco_folder("train", 2015)

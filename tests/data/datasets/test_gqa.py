@@ -1,0 +1,55 @@
+import pytest
+
+from owl2.data.datasets.gqa import gqa
+from owl2.errors import InputError
+from tests.data.datasets.published_files import SHORT, put, told_all
+
+
+def question(picture: str, text: str, answer: str) -> dict:
+    return {
+        "semantic": [{"operation": "select", "dependencies": [], "argument": "sky (2486325)"}],
+        "entailed": ["02930160"],
+        "equivalent": ["02930152"],
+        "question": text,
+        "imageId": picture,
+        "isBalanced": True,
+        "groups": {"global": None, "local": "06-sky_dark"},
+        "answer": answer,
+        "semanticStr": "select: sky (2486325)->verify color: dark [0]",
+        "annotations": {"answer": {}, "question": {"2": "2486325"}, "fullAnswer": {}},
+        "types": {"detailed": "verifyAttr", "semantic": "attr", "structural": "verify"},
+        "fullAnswer": "Yes, the sky is dark.",
+    }
+
+
+def test_short_answers_joined_by_picture(tmp_path):
+    rows = {
+        "02930152": question("2354786", "Is the sky dark?", "yes"),
+        "07333408": question("2375429", "What is on the wall?", "pipe"),
+        "07333405": question("2354786", "Is it red?", "no"),
+    }
+    put(tmp_path, "train_balanced_questions.json", rows)
+    assert told_all(gqa(tmp_path)) == [
+        (
+            "images/2354786.jpg",
+            [(f"<|image|>\nIs the sky dark?{SHORT}", "yes"), (f"Is it red?{SHORT}", "no")],
+        ),
+        ("images/2375429.jpg", [(f"<|image|>\nWhat is on the wall?{SHORT}", "pipe")]),
+    ]
+
+
+def test_val_is_another_file_and_test_is_refused(tmp_path):
+    put(tmp_path, "val_balanced_questions.json", {"1": question("5", "Is it?", "yes")})
+    assert [picture for picture, _ in told_all(gqa(tmp_path, split="val"))] == ["images/5.jpg"]
+    with pytest.raises(InputError, match="evaluation only"):
+        gqa(tmp_path, split="testdev")
+
+
+@pytest.mark.parametrize("key", ["question", "answer", "imageId"])
+def test_a_row_that_lacks_something_is_named(tmp_path, key):
+    row = question("5", "Is it?", "yes")
+    del row[key]
+    path = put(tmp_path, "train_balanced_questions.json", {"0123": row})
+    with pytest.raises(InputError, match=f"'0123': '{key}', a text, is missing") as caught:
+        list(gqa(tmp_path))
+    assert str(caught.value).startswith(str(path))

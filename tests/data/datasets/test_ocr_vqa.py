@@ -1,0 +1,85 @@
+import pytest
+
+from owl2.data.datasets.ocr_vqa import ocr_vqa
+from owl2.errors import InputError
+from tests.data.datasets.published_files import SHORT, put, split_up, told, told_all
+
+
+def cover(split: int, *pairs: tuple[str, str], url: object = "http://e.com/I/61Y5.jpg") -> dict:
+    return {
+        "imageURL": url,
+        "questions": [question for question, _ in pairs],
+        "answers": [answer for _, answer in pairs],
+        "title": "Mom's Family Wall Calendar 2016",
+        "authorName": "Sandra Boynton",
+        "genre": "Calendars",
+        "split": split,
+    }
+
+
+WHO = ("Who wrote this book?", "Sandra Boynton")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = {
+        "761183272": cover(1, WHO, ("Is this a comic?", "No")),
+        "B00": cover(2, WHO, url="http://e.com/I/7.gif?x=1.jpg"),
+        "1111": cover(3, WHO),
+    }
+    put(tmp_path, "dataset.json", rows)
+    return tmp_path
+
+
+def test_questions_about_a_cover_are_one_conversation(folder):
+    assert told_all(ocr_vqa(folder)) == [
+        (
+            "images/761183272.jpg",
+            [
+                (f"<|image|>\nWho wrote this book?{SHORT}", "Sandra Boynton"),
+                (f"Is this a comic?{SHORT}", "No"),
+            ],
+        )
+    ]
+
+
+def test_val_apart_and_test_refused(folder):
+    assert [picture for picture, _ in told_all(ocr_vqa(folder, split="val"))] == ["images/B00.gif"]
+    with pytest.raises(InputError, match="evaluation only"):
+        list(ocr_vqa(folder, split="test"))
+
+
+def test_what_is_left_out(tmp_path):
+    rows = {
+        "1": cover(1, WHO, url=""),
+        "2": cover(1, WHO, url=None),
+        "3": cover(1, ("Who?", ""), WHO),
+        "4": cover(1, ("", "x")),
+    }
+    put(tmp_path, "dataset.json", rows)
+    samples, left_out = split_up(ocr_vqa(tmp_path))
+    assert [told(sample) for sample in samples] == [
+        ("images/3.jpg", [(f"<|image|>\nWho wrote this book?{SHORT}", "Sandra Boynton")])
+    ]
+    assert left_out == {
+        "covers without a picture's URL": 2,
+        "questions without words or without an answer": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"answers": []}, "2 questions with 0 answers"),
+        ({"split": 4}, "'split' is 4"),
+        ({"split": "train"}, "'split' is 'train', not a whole number"),
+        ({"questions": "Who?"}, "'questions' is 'Who.', not a list of texts"),
+        ({"imageURL": 3}, "'imageURL' is 3, not a text"),
+    ],
+)
+def test_a_row_that_is_not_as_published(tmp_path, change, complaint):
+    rows = {"9": cover(1, WHO), "10": cover(1, WHO, WHO) | change}
+    path = put(tmp_path, "dataset.json", rows)
+    with pytest.raises(InputError, match=complaint) as caught:
+        list(ocr_vqa(tmp_path))
+    assert str(caught.value).startswith(f"{path}, '10': ")

@@ -1,0 +1,184 @@
+import os
+import pickle
+
+import pytest
+
+from owl2.data.datasets.refcoco import refcoco
+from owl2.errors import InputError
+from tests.data.datasets.published_files import put, split_up, told, told_all
+
+
+def thing(number: int, picture: int, *phrases: str, split: str = "train") -> dict:
+    return {
+        "sent_ids": list(range(len(phrases))),
+        "file_name": f"COCO_train2014_{picture:012d}_{number}.jpg",
+        "ann_id": number + 1000,
+        "ref_id": number,
+        "image_id": picture,
+        "split": split,
+        "sentences": [
+            {"tokens": phrase.split(), "raw": phrase.upper(), "sent_id": place, "sent": phrase}
+            for place, phrase in enumerate(phrases)
+        ],
+        "category_id": 1,
+    }
+
+
+def instances(*boxes: tuple[int, int, list[float]]) -> dict:
+    numbers = dict.fromkeys(picture for _, picture, _ in boxes)
+    return {
+        "info": {"description": "2014 MS COCO dataset"},
+        "images": [
+            {
+                "license": 1,
+                "file_name": f"COCO_train2014_{number:012d}.jpg",
+                "coco_url": "http://mscoco.org/images/9",
+                "height": 200,
+                "width": 100,
+                "date_captured": "2013-11-14 11:18:45",
+                "flickr_url": "http://farm9.staticflickr.com/a.jpg",
+                "id": number,
+            }
+            for number in numbers
+        ],
+        "licenses": [],
+        "annotations": [
+            {
+                "segmentation": [[1.0, 2.0, 3.0, 4.0]],
+                "area": 20.5,
+                "iscrowd": 0,
+                "image_id": picture,
+                "bbox": box,
+                "category_id": 1,
+                "id": number + 1000,
+            }
+            for number, picture, box in boxes
+        ],
+        "categories": [{"supercategory": "person", "id": 1, "name": "person"}],
+    }
+
+
+BOXES = instances((1, 9, [10, 20, 30, 40]), (2, 7, [0, 0, 50, 50]), (3, 9, [50.0, 100, 50, 100]))
+THINGS = [thing(1, 9, "man left", "the man"), thing(2, 7, "cup"), thing(3, 9, "dog")]
+
+
+def put_things(folder, things: object, name: str = "refs(unc).p", protocol: int = 2) -> None:
+    (folder / name).write_bytes(pickle.dumps(things, protocol=protocol))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    put(tmp_path, "instances.json", BOXES)
+    put_things(tmp_path, THINGS)
+    return tmp_path
+
+
+def said(items) -> list[tuple[str | None, list[str]]]:
+    return [(picture, [answer for _, answer in rounds]) for picture, rounds in told_all(items)]
+
+
+NINE, SEVEN = (f"train2014/COCO_train2014_00000000000{n}.jpg" for n in (9, 7))
+
+
+def test_things_of_a_picture_both_ways(folder):
+    described, located = told_all(refcoco(folder))[:2]
+    assert [words.split("] of")[0] for words, _ in described[1]] == [
+        "<|image|>\nDescribe the region [0.10, 0.10, 0.40, 0.30",
+        "Describe the region [0.50, 0.50, 1.00, 1.00",
+    ]
+    assert described[1][1][1] == "dog"
+    ((phrase, box), (_, second)) = located[1]
+    assert phrase.startswith(f'<|image|>\nWhere in the image is "{described[1][0][1]}"?')
+    assert (box, second) == ("[0.10, 0.10, 0.40, 0.30]", "[0.50, 0.50, 1.00, 1.00]")
+    assert said(refcoco(folder))[2:] == [(SEVEN, ["cup"]), (SEVEN, ["[0.00, 0.00, 0.50, 0.25]"])]
+
+
+def test_one_phrase_a_thing_drawn_by_the_seed(folder):
+    drawn = set()
+    for seed in range(20):
+        first = said(refcoco(folder, direction="describe", seed=seed))
+        assert first == said(refcoco(folder, direction="describe", seed=seed))
+        drawn.add(first[0][1][0])
+    assert drawn == {"man left", "the man"}
+
+
+def test_no_more_than_most_in_a_conversation(folder):
+    answers = said(refcoco(folder, direction="locate", most=1))
+    assert [picture for picture, _ in answers] == [NINE, NINE, SEVEN]
+
+
+def test_names_of_2017(folder):
+    pictures = {picture for picture, _ in said(refcoco(folder, coco=2017))}
+    assert pictures == {"train2017/000000000009.jpg", "train2017/000000000007.jpg"}
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4])
+def test_splits_stay_apart(tmp_path, protocol):
+    put(tmp_path, "instances.json", BOXES)
+    things = [
+        thing(1, 9, "a man", split="testA"),
+        thing(2, 7, "tasse à café", split="val"),
+        THINGS[2],
+    ]
+    put_things(tmp_path, things, "refs(umd).p", protocol)
+    options = {"refs": "refs(umd).p", "direction": "describe"}
+    assert said(refcoco(tmp_path, **options)) == [(NINE, ["dog"])]
+    assert said(refcoco(tmp_path, split="val", **options)) == [(SEVEN, ["tasse à café"])]
+    with pytest.raises(InputError, match="evaluation only"):
+        list(refcoco(tmp_path, split="testA", **options))
+
+
+def test_what_is_left_out(tmp_path):
+    put(tmp_path, "instances.json", instances((1, 9, [10, 20, 30, 40]), (2, 9, [5, 5, 0, 5])))
+    put_things(tmp_path, [thing(1, 9, " "), thing(2, 9, "cup"), thing(1, 9, "", "a man")])
+    samples, left_out = split_up(refcoco(tmp_path, direction="describe"))
+    assert [told(sample)[1][0][1] for sample in samples] == ["a man"]
+    assert left_out == {
+        "things without a phrase": 1,
+        "regions without extent, or smaller than can be written": 1,
+    }
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm-done",)
+
+
+def test_a_pickle_that_would_run_something_does_not(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    put_things(folder, [THINGS[0] | {"sentences": Harmful()}])
+    with pytest.raises(InputError, match=r"not a pickle of plain .*: it holds (posix|nt)\.mkdir"):
+        list(refcoco(folder))
+    assert not (folder / "harm-done").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps(THINGS)[:50], b"\x80\x02]"])
+def test_damaged_pickles(folder, content):
+    (folder / "refs(unc).p").write_bytes(content)
+    with pytest.raises(InputError, match=r"refs\(unc\)\.p is not a pickle"):
+        list(refcoco(folder))
+
+
+@pytest.mark.parametrize(
+    ("things", "complaint"),
+    [
+        ({}, "must hold a list"),
+        ([], "must hold a list"),
+        ([THINGS[0], 3], "row 2 is 3, not an object"),
+        ([thing(9, 9, "x")], r"row 1: instances\.json lacks picture 9 or box 1009"),
+        ([thing(1, 8, "x")], "lacks picture 8"),
+        ([THINGS[0] | {"sentences": "x"}], "'sentences' is 'x', not a list"),
+        ([THINGS[0] | {"ref_id": None}], "'ref_id' is None"),
+    ],
+)
+def test_things_that_are_not_as_published(folder, things, complaint):
+    put_things(folder, things)
+    with pytest.raises(InputError, match=complaint):
+        list(refcoco(folder))
+
+
+@pytest.mark.parametrize("box", [[1, 2, 3], None, [1, 2, 3, "4"]])
+def test_boxes_that_are_not_as_published(folder, box):
+    put(folder, "instances.json", instances((1, 9, box), (2, 7, box), (3, 9, box)))
+    with pytest.raises(InputError, match=r"instances\.json, annotations 1: "):
+        list(refcoco(folder))

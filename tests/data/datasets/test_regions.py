@@ -1,0 +1,93 @@
+import pytest
+
+from owl2.data.datasets.regions import (
+    Region,
+    check_settings,
+    region,
+    region_samples,
+    shuffled,
+    written,
+)
+from owl2.errors import InputError
+from tests.data.datasets.published_files import told
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "expected"),
+    [
+        ((10, 20, 30, 40), (100, 200), (0.1, 0.1, 0.4, 0.3)),
+        ((0, 0, 100, 200), (100, 200), (0, 0, 1, 1)),
+        ((-10, 190, 60, 60), (100, 200), (0, 0.95, 0.5, 1)),
+        ((33.333, 0, 1, 100), (100, 100), (0.33, 0, 0.34, 1)),
+    ],
+)
+def test_boxes_are_shares_of_the_picture(box, size, expected):
+    made = region("a dog", box, size)
+    assert made is not None
+    assert made.box == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((10, 10, 0, 5), (100, 100)),
+        ((10, 10, 5, -5), (100, 100)),
+        ((100, 10, 5, 5), (100, 100)),
+        ((-9, 10, 5, 5), (100, 100)),
+        ((10, 10, 0.4, 50), (100, 100)),
+        ((10, 10, 5, 5), (0, 100)),
+    ],
+)
+def test_what_has_no_extent_is_no_region(box, size):
+    assert region("a dog", box, size) is None
+
+
+def test_both_directions_are_conversations_of_their_own():
+    given = [Region("a dog", (0, 0.05, 0.5, 1)), Region("its {box}", (0.25, 0.5, 0.75, 0.99))]
+    described, located = region_samples("a.jpg", given, "both", "here")
+    assert told(described) == (
+        "a.jpg",
+        [
+            (
+                "<|image|>\nDescribe the region [0.00, 0.05, 0.50, 1.00] of the image in a short "
+                "phrase.",
+                "a dog",
+            ),
+            (
+                "Describe the region [0.25, 0.50, 0.75, 0.99] of the image in a short phrase.",
+                "its {box}",
+            ),
+        ],
+    )
+    where = "Where in the image is"
+    how = "Give the region as [left, top, right, bottom]."
+    assert told(located) == (
+        "a.jpg",
+        [
+            (f'<|image|>\n{where} "a dog"? {how}', "[0.00, 0.05, 0.50, 1.00]"),
+            (f'{where} "its {{box}}"? {how}', "[0.25, 0.50, 0.75, 0.99]"),
+        ],
+    )
+    assert (described.source, located.source) == ("here, describe", "here, locate")
+    assert [*region_samples("a.jpg", given, "locate", "here")] == [located]
+    assert [*region_samples("a.jpg", given, "describe", "here")] == [described]
+
+
+def test_written():
+    assert written((0, 1, 0.125, 0.999)) == "[0.00, 1.00, 0.12, 1.00]"
+
+
+def test_the_order_hangs_on_seed_and_picture():
+    given = [Region(str(number), (0, 0, 1, 1)) for number in range(20)]
+    assert shuffled(given, 1, "a.jpg") == shuffled(given, 1, "a.jpg")
+    assert shuffled(given, 1, "a.jpg") != shuffled(given, 2, "a.jpg")
+    assert shuffled(given, 1, "a.jpg") != shuffled(given, 1, "b.jpg")
+    assert sorted(shuffled(given, 1, "a.jpg"), key=given.index) == given
+
+
+@pytest.mark.parametrize("most", [0, -1, True, "10", 1.5])
+def test_settings(most):
+    with pytest.raises(InputError, match="`most` is"):
+        check_settings("both", most)
+    with pytest.raises(InputError, match=r"'locat' is no direction .* Do you mean 'locate'"):
+        check_settings("locat", 10)

@@ -1,0 +1,79 @@
+import pytest
+
+from owl2.data.datasets.textcaps import textcaps
+from owl2.errors import InputError
+from tests.data.datasets.published_files import CAPTION, put, split_up, told, told_all
+
+A, B = "054c394fcc4bfa1e", "8a9b7c6d5e4f3210"
+
+
+def published(*captions: tuple[str, str], split: str = "train") -> dict:
+    said = {
+        picture: [text for name, text in captions if name == picture] for picture, _ in captions
+    }
+    return {
+        "dataset_type": split,
+        "dataset_name": "textcaps",
+        "dataset_version": "0.1",
+        "data": [
+            {
+                "caption_str": text,
+                "image_id": picture,
+                "image_classes": ["Bottle"],
+                "flickr_original_url": f"https://c1.staticflickr.com/{picture}_o.jpg",
+                "flickr_300k_url": f"https://c1.staticflickr.com/{picture}_z.jpg",
+                "image_width": 1024,
+                "image_height": 768,
+                "set_name": split,
+                "image_name": picture,
+                "image_path": f"{split}/{picture}.jpg",
+                "caption_id": place,
+                "caption_tokens": text.split(),
+                "reference_strs": said[picture],
+                "reference_tokens": [each.split() for each in said[picture]],
+            }
+            for place, (picture, text) in enumerate(captions)
+        ],
+    }
+
+
+CAPTIONS = [(A, "A bottle of ale. "), (B, "A sign that says stop."), (A, "Beer"), (A, "An ale")]
+
+
+def test_one_caption_a_picture_drawn_by_the_seed(tmp_path):
+    put(tmp_path, "TextCaps_0.1_train.json", published(*CAPTIONS))
+    drawn = set()
+    for seed in range(20):
+        first, second = told_all(textcaps(tmp_path, seed=seed))
+        assert [first, second] == told_all(textcaps(tmp_path, seed=seed))
+        assert second == (
+            f"train_images/{B}.jpg",
+            [(f"<|image|>\n{CAPTION}", "A sign that says stop.")],
+        )
+        assert first[0] == f"train_images/{A}.jpg"
+        drawn.add(first[1][0][1])
+    assert drawn == {"A bottle of ale.", "Beer", "An ale"}
+
+
+def test_blank_captions_are_counted(tmp_path):
+    put(tmp_path, "TextCaps_0.1_val.json", published((A, ""), (B, "x"), split="val"))
+    samples, left_out = split_up(textcaps(tmp_path, split="val"))
+    assert [told(sample)[0] for sample in samples] == [f"train_images/{B}.jpg"]
+    assert left_out == {"captions without words": 1}
+
+
+def test_the_test_split_is_refused_by_either_name(tmp_path):
+    with pytest.raises(InputError, match="evaluation only"):
+        list(textcaps(tmp_path, split="test"))
+    put(tmp_path, "x.json", published(*CAPTIONS, split="test"))
+    with pytest.raises(InputError, match=r"x\.json: 'test' is a test split"):
+        list(textcaps(tmp_path, file="x.json"))
+
+
+def test_a_row_that_is_not_as_published(tmp_path):
+    content = published(*CAPTIONS)
+    del content["data"][1]["caption_str"]
+    path = put(tmp_path, "TextCaps_0.1_train.json", content)
+    with pytest.raises(InputError, match="data 2: 'caption_str', a text, is missing") as caught:
+        list(textcaps(tmp_path))
+    assert str(caught.value).startswith(str(path))

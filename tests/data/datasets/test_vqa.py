@@ -1,0 +1,127 @@
+import pytest
+
+from owl2.data.datasets.vqa import okvqa, vqav2
+from owl2.errors import InputError
+from tests.data.datasets.published_files import SHORT, put, split_up, told, told_all
+
+NAMES = {
+    vqav2: ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json"),
+    okvqa: ("OpenEnded_mscoco_train2014_questions.json", "mscoco_train2014_annotations.json"),
+}
+
+
+def questions(*rows: tuple[int, int, str], subtype: str = "train2014") -> dict:
+    return {
+        "info": {"description": "This is v2.0 of the VQA dataset.", "version": "2.0"},
+        "task_type": "Open-Ended",
+        "data_type": "mscoco",
+        "license": {"name": "Creative Commons Attribution 4.0 International License"},
+        "data_subtype": subtype,
+        "questions": [
+            {"image_id": image, "question": text, "question_id": number}
+            for image, number, text in rows
+        ],
+    }
+
+
+def annotations(*rows: tuple[int, int, list[str]]) -> dict:
+    return {
+        "info": {"description": "This is v2.0 of the VQA dataset.", "version": "2.0"},
+        "license": {"name": "Creative Commons Attribution 4.0 International License"},
+        "data_subtype": "train2014",
+        "annotations": [
+            {
+                "question_type": "what is",
+                "multiple_choice_answer": "ignored",
+                "answers": [
+                    {"answer": answer, "answer_confidence": "yes", "answer_id": place}
+                    for place, answer in enumerate(answers, start=1)
+                ],
+                "image_id": image,
+                "answer_type": "other",
+                "question_id": number,
+            }
+            for image, number, answers in rows
+        ],
+        "data_type": "mscoco",
+    }
+
+
+ASKED = [(458752, 458752000, "What is this?"), (9, 9000, "How many?"), (458752, 458752001, "Why?")]
+ANSWERED = [(9, 9000, ["2", "two", "2"]), (458752, 458752000, ["net"] * 2 + ["nets"])]
+WHY = (458752, 458752001, ["fun", "sport", "sport", "fun"])
+
+
+@pytest.mark.parametrize("read", [vqav2, okvqa])
+def test_most_agreed_answers_joined_by_picture(tmp_path, read):
+    put(tmp_path, NAMES[read][0], questions(*ASKED))
+    put(tmp_path, NAMES[read][1], annotations(*ANSWERED, WHY))
+    expected = [
+        (
+            "train2014/COCO_train2014_000000458752.jpg",
+            [(f"<|image|>\nWhat is this?{SHORT}", "net"), (f"Why?{SHORT}", "fun")],
+        ),
+        ("train2014/COCO_train2014_000000000009.jpg", [(f"<|image|>\nHow many?{SHORT}", "2")]),
+    ]
+    assert told_all(read(tmp_path)) == expected
+    of_2017 = told_all(read(tmp_path, coco=2017))
+    assert [picture for picture, _ in of_2017] == [
+        "train2017/000000458752.jpg",
+        "train2017/000000000009.jpg",
+    ]
+
+
+@pytest.mark.parametrize("read", [vqav2, okvqa])
+def test_the_validation_split_has_files_and_pictures_of_its_own(tmp_path, read):
+    names = [name.replace("train", "val") for name in NAMES[read]]
+    put(tmp_path, names[0], questions((42, 42000, "What?"), subtype="val2014"))
+    put(tmp_path, names[1], annotations((42, 42000, ["surfing"])))
+    ((picture, rounds),) = told_all(read(tmp_path, split="val"))
+    assert picture == "val2014/COCO_val2014_000000000042.jpg"
+    assert rounds == [(f"<|image|>\nWhat?{SHORT}", "surfing")]
+
+
+def test_files_of_other_names_and_blank_answers(tmp_path):
+    put(tmp_path, "q.json", questions(*ASKED))
+    put(tmp_path, "a.json", annotations(*ANSWERED, (458752, 458752001, ["", " "])))
+    samples, left_out = split_up(vqav2(tmp_path, questions="q.json", annotations="a.json"))
+    assert [len(told(sample)[1]) for sample in samples] == [1, 1]
+    assert left_out == {"questions without words or without an answer": 1}
+
+
+def broken(key: str, row: int, **change: object) -> tuple[dict, dict]:
+    asked, answered = questions(*ASKED), annotations(*ANSWERED, WHY)
+    (asked if key == "questions" else answered)[key][row] |= change
+    return asked, answered
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        (
+            (questions(*ASKED), annotations(*ANSWERED)),
+            "questions 3: .* no answer to question 45875",
+        ),
+        ((questions(ASKED[1]), annotations(*ANSWERED)), "answers 1 questions that .* does not ask"),
+        ((questions(*ASKED, subtype="test2015"), annotations(WHY)), "evaluation only"),
+        (broken("questions", 1, question=None), "questions 2: 'question' is None, not a text"),
+        (broken("questions", 1, image_id="9"), "questions 2: 'image_id' is '9', not a whole"),
+        (broken("annotations", 1, answers={}), r"annotations 2: 'answers' is {}, not a list"),
+        (broken("annotations", 0, answers=[{"answer": 2}]), "annotations 1, answers 1: 'answer'"),
+    ],
+)
+def test_files_that_are_not_as_published(tmp_path, files, complaint):
+    for name, content in zip(NAMES[vqav2], files, strict=True):
+        put(tmp_path, name, content)
+    with pytest.raises(InputError, match=complaint) as caught:
+        list(vqav2(tmp_path))
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_test_split_and_missing_file(tmp_path):
+    with pytest.raises(InputError, match="evaluation only"):
+        vqav2(tmp_path, split="test2015")
+    with pytest.raises(
+        InputError, match=r"v2_OpenEnded_mscoco_train2014_questions\.json is not th"
+    ):
+        vqav2(tmp_path)
