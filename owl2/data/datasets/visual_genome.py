@@ -76,3 +76,5 @@ def _picture(
         yield LeftOut(f"regions beyond {most} of a picture", len(found) - most)
     if drawn:
         yield from region_samples(picture, drawn, direction, row.where)
+    else:
+        yield LeftOut("pictures without a region that can be used")

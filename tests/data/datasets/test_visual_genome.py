@@ -79,6 +79,7 @@ def test_what_is_left_out(tmp_path):
     assert left_out == {
         "regions without a phrase": 1,
         "regions without extent, or smaller than can be written": 2,
+        "pictures without a region that can be used": 2,
     }
 
 

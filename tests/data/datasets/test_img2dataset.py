@@ -1,0 +1,116 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from owl2.data.datasets.img2dataset import Shard, ranges, shards
+from owl2.data.datasets.published import LeftOut
+from owl2.errors import InputError
+
+
+def put_shard(folder: Path, number: int, pairs: int = 2, **statistics: object) -> Path:
+    """A shard as img2dataset writes it, with its statistics."""
+    path = folder / f"{number:05d}.tar"
+    with tarfile.open(path, "w") as archive:
+        for place in range(pairs):
+            key = f"{number:05d}{place:04d}"
+            row = {
+                "caption": "a dog",
+                "url": "https://example.org/dog.jpg",
+                "key": key,
+                "status": "success",
+                "error_message": None,
+                "width": 256,
+                "height": 256,
+                "original_width": 640,
+                "original_height": 480,
+                "exif": "{}",
+                "sha256": "5f",
+            }
+            for ending, content in (
+                ("jpg", b"\xff\xd8 picture"),
+                ("json", json.dumps(row).encode()),
+                ("txt", b"a dog"),
+            ):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    told = {
+        "count": pairs + 3,
+        "successes": pairs,
+        "failed_to_download": 2,
+        "failed_to_resize": 1,
+        "duration": 12.5,
+        "start_time": 1700000000.0,
+        "end_time": 1700000012.5,
+        "status_dict": {"success": pairs, "HTTP Error 404: Not Found": 2},
+    }
+    (folder / f"{number:05d}_stats.json").write_text(json.dumps(told | statistics))
+    (folder / f"{number:05d}.parquet").write_bytes(b"PAR1")
+    return path
+
+
+def test_finished_shards_in_order(tmp_path):
+    paths = [put_shard(tmp_path, number, pairs) for number, pairs in ((2, 1), (0, 2), (1, 3))]
+    (tmp_path / "wandb.tar").write_bytes(b"")  # not a shard's name
+    expected = [Shard(paths[1], 2), Shard(paths[2], 3), Shard(paths[0], 1)]
+    assert list(shards(tmp_path)) == list(shards(tmp_path, read=True)) == expected
+
+
+def test_what_is_not_finished_is_left_out(tmp_path):
+    unfinished, cut, _, tiny, good = (put_shard(tmp_path, number) for number in range(5))
+    unfinished.with_name("00000_stats.json").unlink()
+    cut.write_bytes(cut.read_bytes()[:2048])
+    put_shard(tmp_path, 2, pairs=0)
+    tiny.write_bytes(b"")
+    assert list(shards(tmp_path)) == [
+        LeftOut("shards without statistics, so not finished"),
+        LeftOut("shards cut short"),
+        LeftOut("shards without a pair"),
+        LeftOut("shards cut short"),
+        Shard(good, 2),
+    ]
+
+
+def test_reading_finds_what_the_statistics_do_not_tell(tmp_path):
+    path = put_shard(tmp_path, 0, successes=3)
+    assert list(shards(tmp_path)) == [Shard(path, 3)]
+    with pytest.raises(
+        InputError, match=r"00000\.tar has 2 pictures, and its statistics tell of 3"
+    ):
+        list(shards(tmp_path, read=True))
+    path.write_bytes(b"garbage" * 512 + bytes(1024))
+    with pytest.raises(InputError, match=r"00000\.tar is not a tar file that can be read"):
+        list(shards(tmp_path, read=True))
+
+
+def test_folders_and_statistics_that_are_not_as_written(tmp_path):
+    with pytest.raises(InputError, match="has no shards"):
+        list(shards(tmp_path))
+    with pytest.raises(InputError, match="none is not a folder"):
+        list(shards(tmp_path / "none"))
+    path = put_shard(tmp_path, 0, successes="2")
+    with pytest.raises(InputError, match=r"00000_stats\.json: 'successes' is '2', not a whole"):
+        list(shards(tmp_path))
+    path.with_name("00000_stats.json").write_text("{")
+    with pytest.raises(InputError, match=r"00000_stats\.json is not JSON"):
+        list(shards(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        (["00000"], ["d/00000.tar"]),
+        (["00000", "00001", "00002"], ["d/{00000..00002}.tar"]),
+        (
+            ["00000", "00001", "00003", "00005", "00006"],
+            ["d/{00000..00001}.tar", "d/00003.tar", "d/{00005..00006}.tar"],
+        ),
+        (["99999", "100000"], ["d/99999.tar", "d/100000.tar"]),
+        ([], []),
+    ],
+)
+def test_ranges(numbers, expected):
+    assert ranges([Path("d") / f"{number}.tar" for number in numbers]) == expected

@@ -1,0 +1,44 @@
+import pytest
+
+from owl2.data.datasets.llava import llava_instruct
+from owl2.errors import InputError
+from tests.data.datasets.published_files import put, told_all
+
+
+def row(*turns: tuple[str, str], image: str = "000000033471.jpg") -> dict:
+    return {
+        "id": image[:12],
+        "image": image,
+        "conversations": [{"from": name, "value": text} for name, text in turns],
+    }
+
+
+def test_conversations_with_the_picture_first(tmp_path):
+    content = [
+        row(
+            ("human", "<image>\nWhat are the colors of the bus?"),
+            ("gpt", "The bus is white and red."),
+            ("human", "What feature is seen?"),
+            ("gpt", "An advertisement."),
+        ),
+        row(("human", "Describe it.\n<image>"), ("gpt", "A bus."), image="000000052846.jpg"),
+    ]
+    put(tmp_path, "llava_instruct_150k.json", content)
+    assert told_all(llava_instruct(tmp_path)) == [
+        (
+            "train2017/000000033471.jpg",
+            [
+                ("<|image|>\nWhat are the colors of the bus?", "The bus is white and red."),
+                ("What feature is seen?", "An advertisement."),
+            ],
+        ),
+        ("train2017/000000052846.jpg", [("<|image|>\nDescribe it.", "A bus.")]),
+    ]
+
+
+def test_a_row_that_is_not_as_published(tmp_path):
+    good = row(("human", "<image>\nWhat?"), ("gpt", "A bus."))
+    path = put(tmp_path, "llava_instruct_150k.json", [good, row(("human", "?"), ("gpt", "!"))])
+    with pytest.raises(InputError, match="the text marks 0 pictures") as caught:
+        list(llava_instruct(tmp_path))
+    assert str(caught.value).startswith(f"{path}, row 2: ")

@@ -1,0 +1,46 @@
+"""What all converters have in common."""
+
+import inspect
+
+import pytest
+
+from owl2.data.datasets.public import PUBLIC, from_package
+from owl2.data.names import options_of
+from owl2.errors import InputError
+from tests.data.datasets.published_files import told_all
+
+OF_THE_PAPER = [
+    *("cc3m", "cc12m", "laion", "coyo", "datacomp"),
+    *("coco_captions", "textcaps", "vqav2", "okvqa", "gqa", "ocr_vqa", "aokvqa"),
+    *("refcoco", "visual_genome", "llava_instruct", "sharegpt", "slimorca"),
+]
+
+
+def test_all_of_the_paper_are_there():
+    assert set(PUBLIC) == {*OF_THE_PAPER, "easy_vqa"}
+    assert all(entry.url.startswith("https://") for entry in PUBLIC.values())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_options_have_defaults_and_test_splits_are_refused(name, tmp_path):
+    options = options_of(PUBLIC[name].convert)
+    assert inspect.Parameter.empty not in options.values()
+    folder = "package" if name == "easy_vqa" else tmp_path
+    if "split" in options:
+        with pytest.raises(InputError, match="evaluation only"):
+            list(PUBLIC[name].convert(folder, split="test"))
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_a_folder_without_the_files(name, tmp_path):
+    with pytest.raises(InputError, match=r"is not there|has no shards"):
+        list(PUBLIC[name].convert(tmp_path))
+    with pytest.raises(InputError, match="is not a folder"):
+        list(PUBLIC[name].convert(tmp_path / "none"))
+
+
+def test_easy_vqa_is_the_package(tmp_path):
+    samples = told_all(from_package("package", most=2))
+    assert sum(len(rounds) for _, rounds in samples) == 38575
+    with pytest.raises(InputError, match="write `package` for the folder"):
+        list(from_package(tmp_path))
