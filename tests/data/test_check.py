@@ -1,0 +1,376 @@
+"""`owl2 data check`: every kind of bad row, in every kind of source, as training finds them."""
+
+import io
+import json
+import os
+import signal
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from owl2 import cli
+from owl2.data import check as check_module
+from owl2.data.check import check, context_of, named
+from owl2.data.collate import TrainingSet
+from owl2.data.looking import Judge, Rules, mark_of
+from owl2.data.mixture import Draw, Mixture, Source
+from owl2.data.rows import Rows
+from owl2.data.sample import Bad
+from owl2.data.shards import Shards
+from owl2.errors import InputError
+from owl2.processing.processor import Owl2Processor
+
+MAX_LENGTH = 40
+MAX_PIXELS = 10_000
+
+
+@pytest.fixture
+def checkpoint(tmp_path, processor):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    processor.image_processor = processor.image_processor.changed(None, MAX_PIXELS)
+    processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def load(checkpoint):
+    return lambda: Owl2Processor.from_pretrained(checkpoint)
+
+
+def turns(question: object, answer: object = "red", first: str = "human") -> list[dict]:
+    return [{"from": first, "value": question}, {"from": "gpt", "value": answer}]
+
+
+def row(question: object, picture: object = None, answer: object = "red", **more: object) -> dict:
+    made = {"conversations": turns(question, answer)}
+    return (made if picture is None else made | {"image": picture}) | more
+
+
+LONG = "what color is the circle? " * 10
+# What the rows are, and the fault that the check is to find; None: a good row.
+ROWS: list[tuple[object, str | None]] = [
+    (row("<image>what color?", "good.png"), None),
+    (row("<image>what color?", "gone.png"), "missing picture"),
+    (row("<image>what color?", "cut.png"), "broken picture"),
+    (row("<image>what color?", "words.png"), "broken picture"),
+    (row("<image>what color?", "bomb.png"), "huge picture"),
+    (row("what color?", "good.png"), "placeholder count"),
+    (row("<image> or <image>?", "good.png"), "placeholder count"),
+    (row("what?", "good.png", answer="<image>red"), "placeholder count"),
+    ({"conversations": turns("a", first="gpt")}, "roles"),
+    ({"conversations": turns("a")[:1]}, "roles"),
+    ({"conversations": turns("a", first="robot")}, "roles"),
+    (row("what color?", answer=" "), "empty turn"),
+    (row("what color?", answer=3), "not a string"),
+    (row(LONG + "<image>" + LONG + "<image>", ["good.png"] * 2), "too long"),
+    (row(LONG), "nothing to learn"),
+    (row("what color?", answer="red " * 60), None),  # cut
+    ("no object", "format"),
+    (row("<image>what color?", "good.png"), None),  # the first one again
+]
+BAD = {f"row {number}": fault for number, (_, fault) in enumerate(ROWS, start=1) if fault}
+
+
+@pytest.fixture
+def talks(tmp_path):
+    Image.effect_noise((30, 20), 50).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "words.png").write_text("no picture")
+    Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps([made for made, _ in ROWS]), encoding="utf-8")
+    return path
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def run(load, sources, rules: Rules | None = None, **options):
+    options = {"workers": 1, "console": quiet()} | options
+    return check(sources, load(), rules or Rules(MAX_LENGTH), **options)
+
+
+def faults(findings) -> dict[str, str]:
+    return {bad.source.rpartition(", ")[2]: bad.fault for _, bad in findings.first}
+
+
+# ------------------------------------------------------------------ what is found
+
+
+def test_every_kind_of_bad_row_is_listed(load, talks):
+    findings = run(load, {"talks": Rows(talks)})
+    assert faults(findings) == BAD
+    tally = findings.all
+    assert (tally.rows, tally.usable, tally.cut) == (len(ROWS), len(ROWS) - len(BAD), 1)
+    assert findings.duplicates == 1
+
+
+def test_training_refuses_these_rows_and_no_others(load, talks):
+    found = {(bad.source, bad.fault, bad.reason) for _, bad in run(load, {"": Rows(talks)}).first}
+    training = TrainingSet(Mixture([Source(Rows(talks))]), load(), max_length=MAX_LENGTH)
+    taken = [training[Draw(0, 0, turn)] for turn in range(len(ROWS))]
+    refused = {(bad.source, bad.fault, bad.reason) for bad in taken if isinstance(bad, Bad)}
+    assert refused == found
+    assert len(found) == len(BAD)
+
+
+def test_rows_of_messages(load, tmp_path):
+    lines = [
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}',
+        '{"messages": [{"role": "system", "content": "be kind"}]}',
+        '{"messages": ',
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    expected = {"line 2": "not a string", "line 3": "not a string", "line 4": "roles"}
+    assert faults(run(load, {"": Rows(path)})) == expected | {"line 5": "format"}
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path, talks):
+    good, cut = (tmp_path / "good.png").read_bytes(), (tmp_path / "cut.png").read_bytes()
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for key, picture in {"a": good, "b": cut, "c": good}.items():
+                add(tar, f"{key}.png", picture)
+                add(tar, f"{key}.txt", b"" if (number, key) == (1, "c") else b"a red circle")
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "2.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    return tmp_path / "{0..2}.tar"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards(load, shards, workers):
+    findings = run(load, {"web": Shards(str(shards))}, workers=workers)
+    places = [(Path(bad.source).name, bad.fault) for _, bad in findings.first]
+    assert places[:3] == [
+        ("0.tar, b", "broken picture"),
+        ("1.tar, b", "broken picture"),
+        ("1.tar, c", "empty turn"),
+    ]
+    assert places[-1][0] == "2.tar"
+    assert findings.tallies["web"].pictures[1] == findings.all.usable >= 3
+
+
+def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatch):
+    monkeypatch.setattr("owl2.data.looking.ROWS_A_UNIT", 3)
+    results = []
+    for workers in (1, 2, 3):
+        output = tmp_path / f"out{workers}"
+        run(load, named([("a", Rows(talks)), ("a", Rows(talks))]), workers=workers, output=output)
+        facts = json.loads((output / "statistics.json").read_text(encoding="utf-8"))
+        assert facts.pop("workers") == workers
+        assert facts.pop("seconds") > 0
+        results.append((facts, (output / "bad_rows.jsonl").read_text(encoding="utf-8")))
+        assert (output / "statistics.png").stat().st_size > 10_000
+    assert results[0] == results[1] == results[2]
+    facts, rows = results[0]
+    assert facts["all"]["bad_by_kind"]["roles"] == 6
+    assert facts["sources"]["a"] == facts["sources"]["a (2)"]
+    assert facts["complete"] is True
+    lines = [json.loads(line) for line in rows.splitlines()]
+    assert [line["data"] for line in lines] == ["a"] * len(BAD) + ["a (2)"] * len(BAD)
+    assert lines[0] == {
+        "data": "a",
+        "row": f"{talks}, row 2",
+        "kind": "missing picture",
+        "reason": lines[0]["reason"],
+    }
+    assert "gone.png" in lines[0]["reason"]
+
+
+def test_the_terminal_shows_the_first_and_counts_all(load, talks):
+    console = quiet()
+    sources = named([("a", Rows(talks)), ("a", Rows(talks))])
+    run(load, sources, console=console)
+    shown = console.file.getvalue()
+    assert f"{talks}, row 2: No picture at" in shown
+    assert f"... and {2 * len(BAD) - check_module.SHOWN} more" in shown
+    assert "6  placeholder count" in shown
+    assert f"{2 * len(BAD)} rows are bad" in shown
+    assert "2 samples (33.3%) are cut to 40 tokens" in shown
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def test_pictures_behind_urls_are_counted_but_not_fetched(load, tmp_path, monkeypatch):
+    def fetch(*args: object, **kwargs: object) -> None:
+        raise OSError("the network was asked")
+
+    monkeypatch.setattr("urllib.request.urlopen", fetch)
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps([row("<image>what?", "https://example.org/a.png")]))
+    console = quiet()
+    findings = run(load, {"": Rows(path)}, console=console)
+    assert (findings.all.unopened, findings.all.bad.total()) == (1, 0)
+    assert findings.all.pictures == {1: 1}
+    assert "1 pictures were not looked at; --fetch" in console.file.getvalue()
+    asked = run(load, {"": Rows(path)}, Rules(MAX_LENGTH, fetch=True))
+    assert asked.all.bad == {"missing picture": 1}
+
+
+def test_without_opening_pictures_only_texts_are_judged(load, talks):
+    findings = run(load, {"": Rows(talks)}, Rules(MAX_LENGTH, open_pictures=False))
+    pictures = ("missing picture", "broken picture", "huge picture")
+    assert set(faults(findings).values()) == set(BAD.values()) - set(pictures)
+    assert findings.all.unopened == 6
+    assert not findings.all.edges
+
+
+def test_sizes_are_those_of_the_files(load, talks):
+    tally = run(load, {"": Rows(talks)}).all
+    assert tally.edges == {30: 2}
+    assert tally.summary()["width_to_height"]["median"] == pytest.approx(1.5, rel=0.02)
+
+
+def test_same_words_with_another_picture_are_another_sample():
+    def marks(*pictures: object) -> set[int]:
+        parts = [{"type": "image", "image": picture} for picture in pictures]
+        return {mark_of([{"role": "user", "content": [part]}]) for part in parts}
+
+    one, other = (Image.new("RGB", (2, 2), colour) for colour in ("red", "blue"))
+    assert len(marks("a.png", "b.png", b"a", b"b", one, other)) == 6
+    assert len(marks(b"a", b"a")) == len(marks(one, one.copy())) == 1
+
+
+# ------------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("owl2.data.looking.ROWS_A_UNIT", 2)
+    add = check_module._Progress.add
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(self, *counts: int) -> None:
+        add(self, *counts)
+        if self._done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(check_module._Progress, "add", interrupted)
+    many = named([("talks", Rows(talks))] * 30)
+    findings = run(load, many, workers=workers, output=tmp_path / "out")
+    assert not findings.finished
+    assert 4 <= findings.all.rows < 30 * len(ROWS)
+    lines = (tmp_path / "out" / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == findings.all.bad.total() >= 3
+    facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
+    assert facts["complete"] is False
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_worker_that_dies_is_no_hanging(load, talks, monkeypatch):
+    def die(self, sample: object) -> None:
+        os._exit(9)
+
+    monkeypatch.setattr("owl2.data.looking.ROWS_A_UNIT", 2)
+    monkeypatch.setattr(Judge, "look", die)
+    with pytest.raises(InputError, match="fewer --workers"):
+        run(load, {"": Rows(talks)}, workers=2)
+
+
+def test_an_output_that_cannot_be_written(load, talks):
+    with pytest.raises(InputError, match="/proc/nowhere cannot be made"):
+        run(load, {"": Rows(talks)}, output="/proc/nowhere")
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def owl2(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["owl2", "data", "check", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return command
+
+
+def test_the_command_tells_by_its_exit_code(owl2, checkpoint, talks, tmp_path):
+    options = ("--model", checkpoint, "--max-length", MAX_LENGTH, "--workers", 1)
+    code, out, err = owl2(*options, talks, f"images={tmp_path}", "--output", tmp_path / "out")
+    assert (code, err) == (1, "")
+    assert f"{len(BAD)} rows are bad" in out
+    assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == len(BAD)
+    talks.write_text(json.dumps([ROWS[0][0]]))
+    code, out, err = owl2(*options, talks)
+    assert (code, err) == (0, "")
+    assert "No row is bad." in out
+    assert "tokens a sample, uncut" in out
+
+
+def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
+    recipe = {
+        "model": str(checkpoint),
+        "output": str(tmp_path / "run"),
+        "stage": 2,
+        "max_length": MAX_LENGTH,
+        "batch_size": 6,
+        "gradient_accumulation": 2,
+        "data": [{"file": str(talks)}],
+        "validation": {"data": [{"file": str(talks)}]},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    assert owl2(path, "--output", tmp_path / "out", "--workers", 2)[0] == 1
+    facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
+    assert list(facts["sources"]) == [str(talks), f"{talks} (2)"]
+    assert (facts["max_length"], facts["batches"]["batch_size"]) == (MAX_LENGTH, 3)
+    assert facts["all"]["bad"] == 2 * len(BAD)
+    owl2(path, "max_length=4000", "--output", tmp_path / "out", "--workers", 1)
+    facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
+    assert facts["max_length"] == 4000
+    assert "too long" not in facts["all"]["bad_by_kind"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["talks.json"], "Give --model DIR"),
+        (["--model", "nowhere", "talks.json"], "no directory 'nowhere'"),
+        (["--model", "model", "gone.json"], "gone.json cannot be read"),
+        (["--model", "model", "talks.json", "split=test"], "has no setting split"),
+        (["gone.yaml"], "there is no file gone.yaml"),
+    ],
+)
+def test_wrong_usage(owl2, checkpoint, talks, tmp_path, monkeypatch, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = owl2(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert complaint in err
+
+
+def test_the_limit_is_the_models_context(checkpoint, owl2, talks):
+    assert context_of(str(checkpoint)) is None
+    config = {"model_type": "mplug_owl2", "max_position_embeddings": MAX_LENGTH}
+    config |= {"visual_config": {"visual_abstractor": {"num_learnable_queries": 4}}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert context_of(str(checkpoint)) == MAX_LENGTH
+    code, out, _ = owl2("--model", checkpoint, talks, "--workers", 1)
+    assert code == 1
+    assert "are cut to 40 tokens" in out
+
+
+def test_names_of_sources():
+    assert list(named((name, []) for name in "abaa")) == ["a", "b", "a (2)", "a (3)"]
