@@ -143,15 +143,26 @@ def train_model(
         ),
     ] = None,
 ) -> None:
-    """Train as a recipe says; the same command goes on with a run that was stopped."""
+    """Train as a recipe says; the same command goes on with a run that was stopped.
+
+    On several GPUs: accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m owl2 train ...
+    """
     from owl2.train.recipe_file import read_recipe
     from owl2.train.run import train
+    from owl2.train.team import Team
 
-    result = train(read_recipe(recipe, settings or []))
+    with Team.gathered() as team:
+        with team.together():
+            chosen = read_recipe(recipe, settings or [])
+        result = train(chosen)
+    if result.finished:
+        said = f"{result.steps} steps in {result.seconds:.0f} s; the model is in {result.model}"
+    else:
+        said = f"stopped after step {result.step} of {result.steps}; the same command goes on"
+    if team.first:
+        print(said)
     if not result.finished:
-        print(f"stopped after step {result.step} of {result.steps}; the same command goes on")
-        raise typer.Exit(130)
-    print(f"{result.steps} steps in {result.seconds:.0f} s; the model is in {result.model}")
+        raise typer.Exit(128 + result.signal)
 
 
 @app.command("eval")
@@ -306,7 +317,8 @@ def main() -> None:
     """Run the command line.
 
     It ends with exit code 0, with 2 where the user's input was wrong (then the last line on stderr
-    says what), and with 130 on Ctrl-C; the latter and wrong usage are typer's own doing.
+    says what), with 130 on Ctrl-C and, from `owl2 train`, 143 on SIGTERM; Ctrl-C elsewhere and
+    wrong usage are typer's own doing.
     """
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # a bar in a log file is no help

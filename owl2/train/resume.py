@@ -5,8 +5,9 @@
     OUTPUT/checkpoints/latest.json      which of them is whole; written last, in one step
     OUTPUT/model/                       the finished model; then `checkpoints` is gone
 
-A checkpoint that a kill cut short is never in `latest.json`, so it is never picked up. Of the
-others all files must be there: without an optimizer's state the Trainer would silently begin anew.
+A checkpoint that a kill cut short is never in `latest.json`, so it is never picked up. Of the one
+that is, all files must be there in the size that they had: without an optimizer's state the Trainer
+would silently begin anew. Each checkpoint replaces the one before, once it is whole and on disk.
 """
 
 import json
@@ -24,24 +25,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from owl2.errors import InputError
 from owl2.files import write_whole
 from owl2.train.recipe import Recipe
+from owl2.train.saving import sizes_on_disk, writing
+from owl2.train.team import Team
 
 # Settings that change neither what is learned nor in which order.
 INDIFFERENT = {"output", "overwrite", "log_every", "save_every", "workers"}
-
-# What a state consists of, beside the weights.
-STATE_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
-WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
+INDIFFERENT |= {"validation", "tensorboard", "wandb"}  # which only watch
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands."""
+    """Where a run stands, all its processes and all its sessions taken together."""
 
     step: int = 0
     samples: int = 0
+    tokens: int = 0
+    pictures: int = 0
     left_out: int = 0
     seconds: float = 0.0
-    labelled: bool = False  # whether there was anything to learn yet
+    waited: float = 0.0  # of them for batches, a process on average
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ def checkpoints_of(output: Path) -> Path:
     return output / "checkpoints"
 
 
-def find_state(recipe: Recipe) -> Saved | None:
+def find_state(recipe: Recipe, team: Team) -> Saved | None:
     """The state that a run of this recipe goes on from, None for a start; changes nothing.
 
     Raises:
         InputError: `output` holds a finished model, another recipe's unfinished run or a damaged
-            state, and `overwrite` is not set.
+            state, and `overwrite` is not set; or one of other processes than this `team`.
     """
     output = Path(recipe.output)
     checkpoints = checkpoints_of(output)
@@ -76,7 +78,7 @@ def find_state(recipe: Recipe) -> Saved | None:
         if not (checkpoints / "latest.json").is_file():
             return None
         _require_same(recipe, _read(checkpoints / "recipe.json"))
-        return _latest(checkpoints)
+        return _latest(checkpoints, team)
     except InputError:
         if recipe.overwrite:
             return None
@@ -93,48 +95,61 @@ def _require_same(recipe: Recipe, before: dict[str, Any]) -> None:
         )
 
 
-def begin(recipe: Recipe) -> None:
-    """Make the output directory ready for a run from the start."""
-    checkpoints = checkpoints_of(Path(recipe.output))
+def begin(recipe: Recipe, saved: Saved | None) -> None:
+    """Make the output directory ready for a run, from the start or from a state.
+
+    What a kill left half written goes; nobody looks at it any more, and it takes room.
+    """
+    output = Path(recipe.output)
+    checkpoints = checkpoints_of(output)
+    for part in output.glob(".model.part-*"):
+        shutil.rmtree(part)
+    if saved is not None:
+        _drop_others(saved.directory)
+        return
     if checkpoints.exists():
+        # First: while the rest goes, a kill must not leave a pointer to what is half gone.
+        (checkpoints / "latest.json").unlink(missing_ok=True)
         shutil.rmtree(checkpoints)
     write_whole(checkpoints / "recipe.json", json.dumps(_identity(recipe), indent=2) + "\n")
+
+
+def _drop_others(directory: Path) -> None:
+    for other in directory.parent.glob("checkpoint-*"):
+        if other.name != directory.name:
+            shutil.rmtree(other)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude=INDIFFERENT)
 
 
-def _latest(checkpoints: Path) -> Saved:
+def _latest(checkpoints: Path, team: Team) -> Saved:
     pointer = checkpoints / "latest.json"
     content = _read(pointer)
     try:
         saved = Saved(checkpoints / content["checkpoint"], Position(**content["position"]))
-    except (KeyError, TypeError) as error:
+        processes, sharing, files = content["processes"], content["sharing"], content["files"]
+        _require_whole(saved, files)
+    except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(pointer, "does not say which state is whole") from error
-    _require_whole(saved)
+    if (processes, sharing) != (team.size, team.sharing):
+        raise InputError(
+            f"{saved.directory} is the state of {processes} processes ({sharing}), and these are "
+            f"{team.size} ({team.sharing}): go on with as many and the same configuration, or "
+            "overwrite=true starts anew"
+        )
     return saved
 
 
-def _require_whole(saved: Saved) -> None:
-    directory = saved.directory
-    for pattern in STATE_FILES:
-        _require_file(directory, pattern)
-    if (directory / SHARDS).is_file():
-        shards = _read(directory / SHARDS).get("weight_map", {})
-        for shard in sorted(set(shards.values())):
-            _require_file(directory, shard)
-    else:
-        _require_file(directory, WEIGHTS)
-    state = directory / "trainer_state.json"
+def _require_whole(saved: Saved, files: dict[str, int]) -> None:
+    for name, size in files.items():
+        path = saved.directory / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise _damaged(saved.directory, f"lacks {name}, or a part of it")
+    state = saved.directory / "trainer_state.json"
     if _read(state).get("global_step") != saved.position.step:
         raise _damaged(state, f"is not of step {saved.position.step}")
-
-
-def _require_file(directory: Path, pattern: str) -> None:
-    files = list(directory.glob(pattern))
-    if not files or not all(file.stat().st_size for file in files):
-        raise _damaged(directory, f"lacks {pattern}, or it is empty")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -158,10 +173,11 @@ def _damaged(path: Path, what: str) -> InputError:
 class KeepState(TrainerCallback):
     """Points to each new checkpoint once it is whole, and drops the one before."""
 
-    def __init__(self, output: Path, position: Callable[[int], Position]) -> None:
+    def __init__(self, output: Path, position: Callable[[int], Position], team: Team) -> None:
         """`position` is called with the step when a checkpoint has been written."""
         self.checkpoints = checkpoints_of(output)
         self.position = position
+        self.team = team
 
     def on_step_end(
         self,
@@ -173,6 +189,9 @@ class KeepState(TrainerCallback):
         # The finished model is written next; going on from a last step would train one too many.
         if state.global_step >= state.max_steps:
             control.should_save = False
+        # A line's loss is the mean since the line before. With a line at each state, those that
+        # follow are the same whether or not the run was stopped in between.
+        control.should_log |= control.should_save
 
     def on_save(
         self,
@@ -181,21 +200,53 @@ class KeepState(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        name = f"checkpoint-{state.global_step}"
-        pointer = {"checkpoint": name, "position": asdict(self.position(state.global_step))}
+        position = self.position(state.global_step)
+        with self.team.together():
+            if self.team.first:
+                directory = self.checkpoints / f"checkpoint-{state.global_step}"
+                with writing(directory):
+                    self._point_to(directory, position)
+                _drop_others(directory)
+
+    def _point_to(self, directory: Path, position: Position) -> None:
+        files = sizes_on_disk(directory)
+        missing = [name for name in self._of_each_process() if name not in files]
+        if missing:
+            raise InputError(
+                f"{directory} lacks {missing[0]}: `output` must be on a disk that all nodes share"
+            )
+        pointer = {
+            "checkpoint": directory.name,
+            "position": asdict(position),
+            "processes": self.team.size,
+            "sharing": self.team.sharing,
+            "files": files,
+        }
         write_whole(self.checkpoints / "latest.json", json.dumps(pointer) + "\n")
-        for other in self.checkpoints.glob("checkpoint-*"):
-            if other.name != name:
-                shutil.rmtree(other)
+
+    def _of_each_process(self) -> list[str]:
+        if self.team.size == 1:
+            return ["rng_state.pth"]
+        return [f"rng_state_{rank}.pth" for rank in range(self.team.size)]
 
 
-class StopOnInterrupt(TrainerCallback):
-    """On Ctrl-C: finish the step, save the state, stop. A second Ctrl-C stops at once."""
+class Stop(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, save the state, stop; all processes at the same step.
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.stopped = False
-        self._before: Any = None
+    A second one stops this process at once, unless there are others: launchers pass signals on, so
+    each may come twice.
+
+    Attributes:
+        signal: what the run was stopped by, 0 if it was not.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self.signal = 0
+        self._asked = 0
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(
         self,
@@ -209,13 +260,17 @@ class StopOnInterrupt(TrainerCallback):
         def ask(number: int, frame: FrameType | None) -> None:
             # Processes that prepare batches inherit this and get the terminal's Ctrl-C, too; they
             # must go on until the step is done.
-            self.asked = True
-            if os.getpid() == process:
-                signal.signal(signal.SIGINT, self._before)
+            first, self._asked = not self._asked, number
+            if os.getpid() != process or not first:
+                return
+            if self.team.size == 1:
+                self.release()
+            if self.team.first:
                 # Not `print`: the signal may have come in the middle of one.
-                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
+                os.write(2, b"\nfinishing this step, then saving\n")
 
-        self._before = signal.signal(signal.SIGINT, ask)
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, ask)
 
     def on_step_end(
         self,
@@ -224,11 +279,12 @@ class StopOnInterrupt(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if self.asked and state.global_step < state.max_steps:
-            self.stopped = True
+        asked = self.team.total(*(self._asked == number for number in self.SIGNALS))
+        if any(asked) and state.global_step < state.max_steps:
+            self.signal = max(n for n, count in zip(self.SIGNALS, asked, strict=True) if count)
             control.should_log = control.should_save = control.should_training_stop = True
 
     def release(self) -> None:
-        """Give Ctrl-C its usual meaning back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        """Give the signals their usual meaning back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

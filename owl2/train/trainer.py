@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType
+from accelerate import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -69,7 +69,7 @@ class Owl2Trainer(Trainer):
         state = self.accelerator.state
         if self.team.sharing == "FSDP" and state.distributed_type == DistributedType.MULTI_CPU:
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
-            state.distributed_type = DistributedType.FSDP
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
     def _make_feed(
@@ -83,7 +83,7 @@ class Owl2Trainer(Trainer):
             args.per_device_train_batch_size,
             rank=args.process_index,
             world=args.world_size,
-            image_tokens=self.model.config.num_image_tokens if recipe.group_by_length else None,
+            image_tokens=dataset.processor.num_image_tokens if recipe.group_by_length else None,
             workers=recipe.workers,
             pin_memory=args.dataloader_pin_memory,
         )
