@@ -1,14 +1,13 @@
-import logging
-from collections import Counter
+import math
 
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from owl2.data.collate import Collator, TrainingSet, collate
-from owl2.data.mixture import Mixture, Source
-from owl2.data.sample import Sample
+from owl2.data.mixture import Draw, Mixture, Source
+from owl2.data.packing import pack
+from owl2.data.sample import Bad, Sample
 from owl2.errors import InputError
 from owl2.processing.processor import IGNORED
 
@@ -35,9 +34,12 @@ def samples(picture) -> list[Sample]:
     ]
 
 
-def features_of(samples, processor, **options) -> list[dict]:
-    made = training_set(samples, processor, **options)
-    return [made[index] for index in range(len(made))]
+def features_of(samples, processor, epoch=0, **options) -> list[dict]:
+    """Of each of the samples, in their own order."""
+    return [
+        made[Draw(0, epoch, 0)]
+        for made in (training_set([given], processor, **options) for given in samples)
+    ]
 
 
 # ------------------------------------------------------------------ samples → features
@@ -46,7 +48,6 @@ def features_of(samples, processor, **options) -> list[dict]:
 def test_without_augmentation_features_are_the_processors(samples, processor):
     for given, features in zip(samples, features_of(samples, processor), strict=True):
         expected = processor.for_training(given.messages)
-        assert features.pop("source") == given.source
         assert features.keys() == expected.keys()
         for key, tensor in expected.items():
             assert torch.equal(features[key], tensor)
@@ -54,11 +55,10 @@ def test_without_augmentation_features_are_the_processors(samples, processor):
 
 def test_augmentation_changes_pixels_only(samples, processor):
     plain = features_of(samples, processor)
-    changed = training_set(samples, processor, augment="dihedral", seed=1)
     differing = 0
     for epoch in range(4):
-        changed.set_epoch(epoch)
-        for before, after in zip(plain, (changed[i] for i in range(3)), strict=True):
+        changed = features_of(samples, processor, epoch, augment="dihedral", seed=1)
+        for before, after in zip(plain, changed, strict=True):
             assert before.keys() == after.keys()
             for key in ("input_ids", "attention_mask", "mm_token_type_ids", "labels"):
                 assert torch.equal(before[key], after[key])
@@ -78,17 +78,19 @@ def test_augmented_pictures_stay_in_order(tmp_path, processor):
     assert not torch.allclose(plain["pixel_values"][0], plain["pixel_values"][1])
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_only(picture, processor):
-    def pixels(seed: int, epoch: int, index: int) -> torch.Tensor:
-        given = [sample(f"{number}?", "yes", picture) for number in range(8)]
-        made = training_set(given, processor, augment="crop_flip", seed=seed)
-        made.set_epoch(epoch)
-        return made[index]["pixel_values"]
+def test_augmentation_depends_on_seed_epoch_and_draw_only(picture, processor):
+    def pixels(seed: int, draw: Draw) -> torch.Tensor:
+        given = [sample("?", "yes", picture)]
+        made = TrainingSet(
+            Mixture([Source(given, 9)] * 2), processor, augment="crop_flip", seed=seed
+        )
+        return made[draw]["pixel_values"]
 
-    first = pixels(0, 0, 0)
-    assert torch.equal(first, pixels(0, 0, 0))
-    for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        assert not torch.equal(first, pixels(*other))
+    first = pixels(0, Draw(0, 0, 0))
+    assert torch.equal(first, pixels(0, Draw(0, 0, 0)))
+    others = ((1, Draw(0, 0, 0)), (0, Draw(1, 0, 0)), (0, Draw(0, 1, 0)), (0, Draw(0, 0, 1)))
+    for seed, draw in others:
+        assert not torch.equal(first, pixels(seed, draw))
 
 
 def test_samples_are_not_changed_by_augmentation(samples, processor):
@@ -97,29 +99,69 @@ def test_samples_are_not_changed_by_augmentation(samples, processor):
     assert repr(samples) == before
 
 
+# ------------------------------------------------------------------ what cannot be used
+
+
 @pytest.mark.parametrize("augment", ["none", "dihedral"])
-@pytest.mark.parametrize("content", [None, b"not a picture"])
-def test_a_picture_that_cannot_be_read_names_the_sample(tmp_path, processor, augment, content):
+@pytest.mark.parametrize(
+    ("content", "fault"), [(None, "missing picture"), (b"not a picture", "broken picture")]
+)
+def test_a_picture_that_cannot_be_read(tmp_path, processor, augment, content, fault):
     path = tmp_path / "broken.png"
     if content is not None:
         path.write_bytes(content)
-    made = training_set([sample("?", "!", path, source="talks.json:7")], processor, augment=augment)
-    with pytest.raises(InputError, match=r"^talks\.json:7: .*broken\.png"):
-        made[0]
+    given = [sample("?", "!", path, source="talks.json:7")]
+    (bad,) = features_of(given, processor, augment=augment)
+    assert (bad.source, bad.fault) == ("talks.json:7", fault)
+    assert "broken.png" in bad.reason
+    assert "talks.json" not in bad.reason
 
 
 def test_the_limit_on_pixels_holds_under_augmentation_too(samples, processor):
     processor.image_processor.max_pixels = 50
-    made = training_set(samples, processor, augment="dihedral")
+    made = training_set(samples[:1], processor, augment="dihedral")
     # What comes out is small, so only the check before decoding can refuse the picture.
     made.augment = lambda picture, chance: picture.crop((0, 0, 1, 1))
-    with pytest.raises(InputError, match=r"^one: .*pixels"):
-        made[0]
+    bad = made[Draw(0, 0, 0)]
+    assert (bad.source, bad.fault) == ("one", "huge picture")
+
+
+def test_a_sample_cut_to_no_label(processor):
+    given = [sample(LONG, "red", source="talks.json:3")]
+    (bad,) = features_of(given, processor, max_length=60)
+    assert (bad.source, bad.fault) == ("talks.json:3", "nothing to learn")
+    assert "60 tokens" in bad.reason
+
+
+def test_a_sample_cut_in_its_answer_still_teaches(processor):
+    (features,) = features_of([sample("what?", LONG)], processor, max_length=60)
+    assert features["input_ids"].shape == (1, 60)
+
+
+def test_a_row_that_is_no_sample(processor):
+    class Rows(list):
+        def __getitem__(self, place):
+            raise InputError("talks.json, row 7: not a list", fault="format")
+
+    (bad,) = [TrainingSet(Mixture([Source(Rows([0]))]), processor)[Draw(0, 0, 0)]]
+    assert bad == Bad("talks.json, row 7", "not a list", "format")
+
+
+def test_what_a_stream_gives_is_taken_as_it_is(samples, processor):
+    made = training_set(samples, processor)
+    bad = Bad("000.tar, 7", "no picture")
+    assert made[Draw(0, 0, 0, bad)] is bad
+    (expected,) = features_of(samples[1:2], processor)
+    streamed = made[Draw(0, 0, 5, samples[1])]
+    assert torch.equal(streamed["input_ids"], expected["input_ids"])
 
 
 def test_unknown_augmentation(samples, processor):
     with pytest.raises(InputError, match="Do you mean 'dihedral'"):
         training_set(samples, processor, augment="dihedrl")
+
+
+LONG = "what color is the circle? " * 30
 
 
 # ------------------------------------------------------------------ features → batch
@@ -156,67 +198,27 @@ def test_a_batch_of_text_has_no_pixels(samples, processor):
     assert "pixel_values" not in batch
 
 
-# ------------------------------------------------------------------ samples without labels
+# ------------------------------------------------------------------ what a batch says of itself
 
 
-LONG = "what color is the circle? " * 30
+@pytest.mark.parametrize("room", [None, 60, math.inf])
+def test_bad_samples_are_left_out_and_told(samples, processor, room):
+    features = features_of(samples, processor)
+    bad = [Bad("talks.json:3", "why"), Bad("talks.json:4", "why not")]
+    collated = Collator(processor, room)([bad[0], *features, bad[1]])
+    expected = collate(features, 0) if room is None else pack(features, 0, room)
+    assert collated.batch.keys() == expected.keys()
+    assert all(torch.equal(collated.batch[key], expected[key]) for key in expected)
+    assert collated.left_out == bad
+    tokens = sum(item["input_ids"].shape[1] for item in features)
+    assert (collated.samples, collated.tokens, collated.pictures) == (3, tokens, 3)
 
 
-def test_a_sample_cut_to_no_label_is_left_out_and_counted(samples, processor, caplog):
-    given = [*samples, sample(LONG, "red", source="talks.json:3")]
-    features = features_of(given, processor, max_length=60)
-    assert features[3]["input_ids"].shape == (1, 60)
-    collator = Collator(0)
-    with caplog.at_level(logging.WARNING):
-        batch = collator(features)
-    expected = collate(features[:3], 0)
-    assert all(torch.equal(batch[key], expected[key]) for key in expected)
-    assert collator.left_out == 1
-    assert [record.getMessage().split(": ")[0] for record in caplog.records] == ["talks.json:3"]
-    collator(features[:3])
-    assert collator.left_out == 1
-
-
-def test_a_batch_with_no_label_at_all_stays_a_batch(processor, picture):
-    given = [sample(LONG, "red", picture), sample(LONG, "blue", picture)]
-    collator = Collator(0)
-    batch = collator(features_of(given, processor, max_length=60))
-    assert collator.left_out == 2
-    assert batch["input_ids"].shape == (1, 60)
+@pytest.mark.parametrize("room", [None, 60])
+def test_a_batch_of_nothing_has_no_label_but_passes_through_all_of_the_model(processor, room):
+    bad = [Bad("talks.json:3", "why")]
+    batch, *counts = Collator(processor, room)(bad)
+    assert counts == [0, 0, 0, bad]
     assert bool((batch["labels"] == IGNORED).all())
-    assert batch["pixel_values"].shape[0] == 1
-
-
-def test_a_sample_cut_in_its_answer_still_teaches(processor):
-    given = [sample("what?", LONG)]
-    collator = Collator(0)
-    batch = collator(features_of(given, processor, max_length=60))
-    assert (collator.left_out, batch["input_ids"].shape) == (0, (1, 60))
-    assert bool((batch["labels"] != IGNORED).any())
-
-
-# ------------------------------------------------------------------ workers
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_make_the_same_batches_and_count_together(picture, processor, workers):
-    given = [sample(f"{number}?", "yes", picture) for number in range(12)]
-    given += [sample(LONG, "yes") for _ in range(4)]
-    made = TrainingSet(
-        Mixture([Source(given), Source(given, 5)], seed=3),
-        processor,
-        augment="crop_flip",
-        max_length=60,
-        seed=3,
-    )
-    made.set_epoch(2)
-    collator = Collator(0)
-    batches = list(DataLoader(made, batch_size=4, num_workers=workers, collate_fn=collator))
-    unlabelled = sum(bool((made[i]["labels"] == IGNORED).all()) for i in range(len(made)))
-    assert collator.left_out == unlabelled >= 4
-    rows = [row for batch in batches for row in batch.get("pixel_values", [])]
-    pixels = [made[i]["pixel_values"][0] for i in range(len(made)) if "pixel_values" in made[i]]
-    assert len(rows) == len(pixels)
-    assert all(torch.equal(row, own) for row, own in zip(rows, pixels, strict=True))
-    sizes = Counter(batch["input_ids"].shape[0] for batch in batches)
-    assert sizes[4] >= 3
+    assert batch["pixel_values"].shape == (1, 3, 8, 8)
+    assert int(batch["mm_token_type_ids"].sum()) == PLACES

@@ -1,0 +1,82 @@
+import math
+from random import Random
+
+import pytest
+import torch
+from transformers.masking_utils import find_packed_sequence_indices
+
+from owl2.data.packing import first_fit_decreasing, pack
+from owl2.processing.processor import IGNORED
+
+
+def features(length: int, pictures: int = 0, answer: int = 2) -> dict:
+    """`length` tokens: `pictures` of two each, words, and at the end `answer` labelled ones."""
+    ids = torch.arange(100 * length, 101 * length)[None]
+    types = torch.zeros_like(ids)
+    types[0, : 2 * pictures] = 1
+    labels = torch.full_like(ids, IGNORED)
+    labels[0, length - answer :] = ids[0, length - answer :]
+    item = {"input_ids": ids, "mm_token_type_ids": types, "labels": labels}
+    if pictures:
+        item["pixel_values"] = torch.full((pictures, 3, 2, 2), float(length))
+    return item
+
+
+def test_first_fit_decreasing_of_a_known_case():
+    assert first_fit_decreasing([5, 3, 4, 2], 8) == [[0, 1], [2, 3]]
+    assert first_fit_decreasing([3, 3, 3], 5) == [[0], [1], [2]]
+    assert first_fit_decreasing([9, 1], 5) == [[0], [1]]
+    assert first_fit_decreasing([4, 1, 7], math.inf) == [[2, 0, 1]]
+
+
+def test_rows_hold_everything_once_and_are_nearly_as_few_as_can_be():
+    for seed in range(50):
+        chance = Random(seed)
+        lengths = [chance.randint(1, 60) for _ in range(chance.randint(1, 40))]
+        rows = first_fit_decreasing(lengths, 60)
+        assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
+        filled = [sum(lengths[place] for place in row) for row in rows]
+        assert max(filled) <= 60
+        assert len(rows) <= 11 / 9 * math.ceil(sum(lengths) / 60) + 1
+
+
+@pytest.mark.parametrize("room", [8, 11, 14, math.inf])
+def test_every_sample_lies_whole_and_apart(room):
+    items = [features(5, 1), features(3), features(4, 1), features(2, 1, answer=0), features(8, 2)]
+    batch = pack(items, 7, room)
+    sequences = find_packed_sequence_indices(batch["position_ids"])
+    if room == math.inf:
+        assert batch["input_ids"].shape == (1, 22)
+    assert batch["input_ids"].shape[1] <= room
+    found = []
+    for row in range(len(batch["input_ids"])):
+        for number in sequences[row].unique():
+            here = sequences[row] == number
+            found.append({key: batch[key][row][here] for key in batch if key != "pixel_values"})
+    for item in items:
+        (piece,) = [p for p in found if torch.equal(p["input_ids"], item["input_ids"][0])]
+        found = [p for p in found if p is not piece]
+        assert torch.equal(piece["mm_token_type_ids"], item["mm_token_type_ids"][0])
+        assert torch.equal(piece["labels"], item["labels"][0])
+        assert torch.equal(piece["position_ids"], torch.arange(len(piece["input_ids"])))
+    for padding in found:
+        assert bool((padding["input_ids"] == 7).all())
+        assert bool((padding["labels"] == IGNORED).all())
+        assert not padding["mm_token_type_ids"].any()
+
+
+def test_pictures_come_in_the_order_of_the_rows():
+    batch = pack([features(3, 1), features(5, 2), features(4, 1)], 0, 8)
+    # Rows [5, 3] and [4]: the longest first.
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [5, 5, 3, 4]
+
+
+def test_the_first_label_of_a_sample_is_not_predicted_from_the_one_before():
+    items = [features(4, answer=4), features(3, answer=3)]
+    labels = pack(items, 0, 8)["labels"][0]
+    assert [int(label) for label in labels[[0, 4]]] == [IGNORED, IGNORED]
+    assert int((labels != IGNORED).sum()) == 5
+
+
+def test_a_batch_of_text_has_no_pixels():
+    assert "pixel_values" not in pack([features(3)], 0, 8)
