@@ -67,6 +67,7 @@ class Engine:
         attn_implementation: str | None = None,
         image_policy: ImagePolicy | None = None,
         max_pixels: int | None = None,
+        quantize: str | None = None,
     ) -> "Engine":
         """A checkpoint's engine.
 
@@ -77,11 +78,12 @@ class Engine:
             attn_implementation: eager, sdpa or flash_attention_2.
             image_policy: resize or pad, instead of the checkpoint's.
             max_pixels: the largest picture to accept, instead of the checkpoint's.
+            quantize: 8bit or 4bit: the decoder's weights in fewer bits.
 
         Raises:
             InputError: what cannot be loaded, and why.
         """
-        model = load_model(name_or_path, device, dtype, attn_implementation)
+        model = load_model(name_or_path, device, dtype, attn_implementation, quantize)
         processor = Owl2Processor.from_pretrained(
             name_or_path, image_policy=image_policy, max_pixels=max_pixels
         )

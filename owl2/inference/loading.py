@@ -7,6 +7,7 @@ import torch
 
 from owl2.errors import InputError
 from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.quantization import quantization
 
 DEVICES = ("cuda", "mps", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,8 +68,12 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantize: str | None = None,
 ) -> Owl2ForConditionalGeneration:
     """A checkpoint's model, ready to answer.
+
+    Args:
+        quantize: 8bit or 4bit: the decoder's weights in fewer bits, by bitsandbytes.
 
     Raises:
         InputError: no such checkpoint, device, dtype or attention implementation.
@@ -77,12 +82,17 @@ def load_model(
     options: dict[str, Any] = {"dtype": choose_dtype(chosen, dtype)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if quantize is not None:
+        options["quantization_config"] = quantization(quantize, options["dtype"])
+        options["device_map"] = {"": chosen}  # it stays where it is loaded
     try:
         model = Owl2ForConditionalGeneration.from_pretrained(name_or_path, **options)
     except (ImportError, ValueError) as error:  # flash_attention_2 not installed, or no such name
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name_or_path} cannot be loaded: {error}") from error
+    if quantize is not None:
+        return model.eval()
     try:
         return model.to(chosen).eval()
     except RuntimeError as error:  # no driver, or too little memory

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from owl2.errors import InputError
 from owl2.model.config_file import read_config
@@ -97,40 +96,6 @@ class AdapterFiles:
                 f"{file} whatever fits is taken"
             )
 
-    def load_onto(self, model: PreTrainedModel) -> None:
-        """Put the adapter's numbers in the places that `add_lora` made.
-
-        Raises:
-            InputError: the file is broken, or a key is missing, unexpected or of another shape.
-        """
-        from peft import set_peft_model_state_dict
-
-        file = self.folder / WEIGHTS
-        if not file.is_file():
-            raise InputError(f"{self.name} is an adapter without its weights, {WEIGHTS}")
-        check_weight_file(file)
-        try:
-            stored = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is broken, or no safetensors file: {error}") from error
-        expected = adapter_tensors(model)
-        shapes = {
-            key: (tuple(stored[key].shape), tuple(expected[key].shape))
-            for key in stored.keys() & expected.keys()
-            if stored[key].shape != expected[key].shape
-        }
-        missing = {key for key in expected.keys() - stored.keys() if not key.endswith(COMPUTED)}
-        problems = key_problems(missing, stored.keys() - expected.keys(), shapes)
-        if problems:
-            raise InputError(f"{file} does not fit {CONFIG} and the base model. Keys\n{problems}")
-        own = model.state_dict()  # shares the model's memory
-        whole = {key: key.removeprefix(PREFIX) for key in stored if _is_whole(model, key)}
-        with torch.no_grad():
-            for key, name in whole.items():
-                own[name].copy_(stored.pop(key))
-        lora = {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
-        set_peft_model_state_dict(model, lora)
-
 
 def find_adapter(name_or_path: str | Path, hub: dict[str, Any]) -> AdapterFiles | None:
     """The adapter in a directory or on the hub (fetched); None if there is none.
@@ -199,7 +164,42 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> None:
         add_lora(model, config, _modules_named(model, whole))
     except ValueError as error:  # peft: no such Linears
         raise InputError(f"{adapter.name} does not fit its base model: {error}") from error
-    adapter.load_onto(model)
+    load_state(model, adapter.folder)
+
+
+def load_state(model: PreTrainedModel, folder: Path) -> None:
+    """Put an adapter's numbers in the places that `add_lora` made.
+
+    Args:
+        folder: an adapter's directory.
+
+    Raises:
+        InputError: the file is broken, or a key is missing, unexpected or of another shape.
+    """
+    from peft import set_peft_model_state_dict
+
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise InputError(f"{folder} holds an adapter without its weights, {WEIGHTS}")
+    check_weight_file(file)
+    stored = load_file(file)
+    expected = adapter_tensors(model)
+    shapes = {
+        key: (tuple(stored[key].shape), tuple(expected[key].shape))
+        for key in stored.keys() & expected.keys()
+        if stored[key].shape != expected[key].shape
+    }
+    missing = {key for key in expected.keys() - stored.keys() if not key.endswith(COMPUTED)}
+    problems = key_problems(missing, stored.keys() - expected.keys(), shapes)
+    if problems:
+        raise InputError(f"{file} does not fit {CONFIG} and the base model. Keys\n{problems}")
+    own = model.state_dict()  # shares the model's memory
+    whole = {key: key.removeprefix(PREFIX) for key in stored if _is_whole(model, key)}
+    with torch.no_grad():
+        for key, name in whole.items():
+            own[name].copy_(stored.pop(key))
+    lora = {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
+    set_peft_model_state_dict(model, lora)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -273,7 +273,7 @@ def merge_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> None:
     for _, layer in layers:
         for parameter in lora_parameters(layer):
             parameter.data = parameter.data.float()
-    adapter.load_onto(model)
+    load_state(model, adapter.folder)
     for name, layer in layers:
         linear = layer.get_base_layer()
         dtype = linear.weight.dtype
@@ -303,7 +303,7 @@ def base_fingerprint(model: PreTrainedModel) -> str | None:
     known: str | None = getattr(model, "_base_fingerprint", None)
     if known is None and (folder := _folder_of(model)) is not None:
         known = fingerprint(folder)
-        model._base_fingerprint = known
+        model._base_fingerprint = known  # type: ignore[assignment]  # any attribute goes
     return known
 
 

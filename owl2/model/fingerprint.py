@@ -14,6 +14,7 @@ from safetensors import safe_open
 from owl2.model.weight_files import check_weight_file, unpickled, weight_files
 
 NUMBERS = 16  # of each tensor
+Start = tuple[tuple[int, ...], torch.Tensor]  # a tensor's shape and first numbers
 # Computed, not learned: checkpoints may or may not hold them.
 COMPUTED = ("_pos_embed", ".inv_freq")
 
@@ -25,7 +26,7 @@ def fingerprint(folder: Path) -> str | None:
         InputError: a file that is no weights.
     """
     digest = hashlib.sha256()
-    starts = {}
+    starts: dict[str, Start] = {}
     for file in weight_files(folder):
         starts |= dict(_starts(file))
     for name in sorted(starts):
@@ -36,8 +37,8 @@ def fingerprint(folder: Path) -> str | None:
     return digest.hexdigest() if starts else None
 
 
-def _starts(file: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.Tensor]]]:
-    """Of each learned tensor its name, shape and first numbers."""
+def _starts(file: Path) -> Iterator[tuple[str, Start]]:
+    """The learned tensors' starts, by name."""
     if file.suffix != ".safetensors":
         for name, tensor in unpickled(file, place="cpu").items():
             if not name.endswith(COMPUTED):

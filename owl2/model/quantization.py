@@ -6,22 +6,20 @@ would cost much and save little. Only the Linears in the decoder's layers are ro
 
 import importlib.util
 import logging
-from typing import Literal
-
 import torch
 from transformers import BitsAndBytesConfig
 
 from owl2.errors import InputError
 
-Bits = Literal["8bit", "4bit"]
 BITS = ("8bit", "4bit")
 KEPT = ["model.vision_model", "model.visual_abstractor", "lm_head"]
 
 
-def quantization(bits: Bits, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """How to load a base model in so many bits: `from_pretrained(quantization_config=...)`.
 
     Args:
+        bits: one of `BITS`.
         compute_dtype: of the arithmetic with 4-bit weights.
 
     Raises:

@@ -15,12 +15,18 @@ from transformers import PreTrainedModel
 
 from owl2.errors import InputError
 from owl2.files import require_writable, whole_directory
-from owl2.model.adapters import add_lora, find_adapter, lora_parameters, merge_adapter
+from owl2.model.adapters import (
+    add_lora,
+    find_adapter,
+    is_adapter,
+    lora_parameters,
+    merge_adapter,
+)
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.model.quantization import quantization
 from owl2.processing.processor import Owl2Processor
 from owl2.train.recipe import Adapter, Recipe
-from owl2.train.stages import Trained, what_is_trained
+from owl2.train.stages import Trained, apply_stage, what_is_trained
 
 PREFIXES = {
     "decoder": "model.layers.",
@@ -35,18 +41,39 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
     """What `from_pretrained` is told of a base in 8 or 4 bits; nothing for a whole one.
 
     Raises:
-        InputError: bitsandbytes is not installed.
+        InputError: the model is an adapter, or bitsandbytes is not installed.
     """
+    if is_adapter(recipe.model):
+        raise InputError(
+            f"model: {recipe.model} is an adapter, and a run starts from a whole model: make one "
+            f"with `owl2 merge {recipe.model} --output DIR`, and give that"
+        )
     if recipe.quantize is None:
         return {}
-    has_cuda = torch.cuda.is_available()
-    precision = recipe.precision_on("cuda" if has_cuda else "cpu")
-    options: dict[str, Any] = {
-        "quantization_config": quantization(recipe.quantize, DTYPES[precision])
-    }
-    if has_cuda:  # where bitsandbytes puts it now it stays, and each process has its own GPU
+    config = quantization(recipe.quantize, _precision(recipe))
+    options: dict[str, Any] = {"quantization_config": config}
+    if torch.cuda.is_available():  # a quantised model stays where it is loaded: one GPU a process
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     return options
+
+
+def prepare(model: PreTrainedModel, recipe: Recipe) -> Trained:
+    """Let exactly what a recipe says be trained, in place; say which.
+
+    Raises:
+        InputError: nothing is left to train, or no Linear is meant.
+    """
+    if recipe.adapter is None:
+        return apply_stage(model, recipe.stage, recipe.frozen)
+    trained = adapt(model, recipe.adapter, recipe.seed)
+    if _precision(recipe) == torch.bfloat16:
+        # Only here, as the frozen weights are not saved: the base keeps its digits.
+        hold_frozen_in_bfloat16(model)
+    return trained
+
+
+def _precision(recipe: Recipe) -> torch.dtype:
+    return DTYPES[recipe.precision_on("cuda" if torch.cuda.is_available() else "cpu")]
 
 
 def adapt(model: PreTrainedModel, settings: Adapter, seed: int) -> Trained:
@@ -56,16 +83,10 @@ def adapt(model: PreTrainedModel, settings: Adapter, seed: int) -> Trained:
         seed: of LoRA's random half.
 
     Raises:
-        InputError: no Linear is meant, or a part is to be trained in two ways.
+        InputError: no Linear is meant.
     """
     from peft import LoraConfig
 
-    both = [part for part in settings.trained if part in settings.on]
-    if both:
-        raise InputError(
-            f"adapter: {', '.join(both)} stands in `on` and in `trained`; a part that is trained "
-            "fully needs no LoRA"
-        )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # it is only divided by the rank

@@ -133,6 +133,16 @@ class Adapter(Part):
         [], description="parts that are trained fully beside the adapters"
     )
 
+    @model_validator(mode="after")
+    def _one_way(self) -> "Adapter":
+        both = [part for part in self.trained if part in self.on]
+        if both:
+            raise ValueError(
+                f"{', '.join(both)} stands in `on` and in `trained`: what is trained fully needs "
+                "no LoRA"
+            )
+        return self
+
 
 class Validation(Part):
     """What is watched on samples that are not trained on."""
@@ -248,6 +258,12 @@ class Recipe(Part):
             raise ValueError("`data`: give every source a `weight`, or none")
         if any(weighted) and self.epochs is not None:
             raise ValueError("`weight`s have no epochs: give `max_steps`")
+        if self.adapter is not None and self.stage == 1:
+            raise ValueError("`adapter` is for stage 2: stage 1 trains new weights, and fully")
+        if self.adapter is not None and self.frozen:
+            raise ValueError(
+                "`frozen` is for full training: with an `adapter` all stays but what it trains"
+            )
         if self.quantize is not None and self.adapter is None:
             raise ValueError("`quantize` needs an `adapter`: rounded weights cannot be trained")
         if self.packing and self.group_by_length:
