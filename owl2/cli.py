@@ -71,12 +71,15 @@ def chat_with_model(
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="The largest picture accepted.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: the decoder in fewer bits, with bitsandbytes.")
+    ] = None,
 ) -> None:
     """Ask about pictures: one question, or a conversation on the terminal."""
     from owl2.inference.chat import Settings, ask, converse
     from owl2.inference.decoding import Options
 
-    settings = Settings(model, device, dtype, image_policy, max_pixels)
+    settings = Settings(model, device, dtype, image_policy, max_pixels, quantize)
     options: Options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -163,6 +166,23 @@ def train_model(
         print(said)
     if not result.finished:
         raise typer.Exit(128 + result.signal)
+
+
+@app.command("merge")
+def merge_adapter(
+    adapter: Annotated[str, typer.Argument(help="What training with an adapter left.")],
+    output: Annotated[Path, typer.Option(help="Directory for the plain checkpoint.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if it is not where the adapter says.")
+    ] = None,
+) -> None:
+    """Make one plain checkpoint of an adapter and its base model."""
+    from owl2.train.adapters import merge
+
+    print(f"the merged model is in {merge(adapter, output, dtype, base)}")
 
 
 @app.command("eval")
@@ -306,11 +326,18 @@ def show_data(
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+    start: Annotated[int, typer.Option(min=0, help="From this one on, the first being 0.")] = 0,
+    random: Annotated[bool, typer.Option("--random", help="Drawn from all of them.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of --random.")] = 0,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with the pictures to this file instead.")
+    ] = None,
 ) -> None:
-    """Print samples as the model gets them; what is learned is green."""
+    """Print samples as the model gets them; what is learned is green, or in ⟦brackets⟧."""
     from owl2.data.show import show
 
-    show(model, source, settings or [], count)
+    drawn = seed if random else None
+    show(model, source, settings or [], count, start=start, seed=drawn, html=html)
 
 
 def main() -> None:

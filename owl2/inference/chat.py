@@ -37,6 +37,7 @@ class Settings:
     dtype: str | None = None
     image_policy: Any = None
     max_pixels: int | None = None
+    quantize: str | None = None
 
     def load_processor(self) -> Owl2Processor:
         """The checkpoint's processor."""
@@ -47,7 +48,8 @@ class Settings:
 
     def load_engine(self, processor: Owl2Processor) -> Engine:
         """The engine with that processor."""
-        return Engine(load_model(self.model, self.device, self.dtype), processor)
+        model = load_model(self.model, self.device, self.dtype, quantize=self.quantize)
+        return Engine(model, processor)
 
 
 def user_turn(text: str, pictures: Sequence[Any]) -> Message:
