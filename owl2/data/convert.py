@@ -130,14 +130,20 @@ def _check(name: str, entry: Public, given: Mapping[str, Any]) -> None:
     known = options_of(entry.convert)
     for option, value in given.items():
         default = look_up(f"option of the data set {name}", option, known)
-        # A file's name may look like a number.
-        kinds = (type(default),) if default is not None else (str, int)
+        kinds, what = _KINDS[type(default)]
         if type(value) not in kinds:
-            raise InputError(
-                f"{option}={value}: it must be of the kind of {default!r}."
-                if default is not None
-                else f"{option}={value}: it must be a name or a number."
-            )
+            such = "" if default is None else f", such as {default!r}"
+            raise InputError(f"{option}={value}: it must be {what}{such}.")
+
+
+# By the type of an option's default, the types that its value may have. None is the default of
+# names of files and of numbers of things; a file's name may look like a number.
+_KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a number"),
+    str: ((str,), "a text"),
+    type(None): ((str, int), "a name or a number"),
+}
 
 
 # ------------------------------------------------------------------ writing

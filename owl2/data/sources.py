@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from owl2.data.datasets import load_dataset
+from owl2.data.names import read_setting
 from owl2.data.rows import Rows, is_row_file
 from owl2.data.sample import Sample
 from owl2.data.shards import Shards, is_shard_url
@@ -68,7 +67,7 @@ def open_words(source: str, settings: Sequence[str] = ()) -> Samples:
     Raises:
         InputError: a setting without `=` or that the source does not have; see `open_source`.
     """
-    given = dict(_setting(setting) for setting in settings)
+    given = dict(read_setting(setting) for setting in settings)
     if is_row_file(source):
         return open_source(file=source, **_only(given, "A file", "images"))
     if is_shard_url(source):
@@ -93,13 +92,3 @@ def _only(given: dict[str, Any], kind: str, *known: str) -> dict[str, Any]:
         have = f"only {' and '.join(known)} can be set" if known else "nothing can be set"
         raise InputError(f"{kind} has no setting {', '.join(others)}: {have}.")
     return {key: str(value) for key, value in given.items()}
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise InputError(f"{text!r} must have the form option=value.")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"{text!r}: the value cannot be read: {error}") from error

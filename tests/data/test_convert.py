@@ -1,0 +1,293 @@
+"""`owl2 data convert`: what is written, what is refused, and that it is read back as it was."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from owl2.cli import main
+from owl2.data.convert import convert, listing
+from owl2.data.datasets.easy_vqa import easy_vqa
+from owl2.data.datasets.public import PUBLIC
+from owl2.data.datasets.vqa import okvqa, vqav2
+from owl2.data.rows import Rows
+from owl2.data.sample import checked
+from owl2.data.shards import Shards
+from owl2.errors import InputError
+from owl2.train.recipe import DataSource
+from tests.data.datasets.published_files import SHORT, put, told
+from tests.data.datasets.test_aokvqa import question as aokvqa_question
+from tests.data.datasets.test_coco import CAPTIONS, official
+from tests.data.datasets.test_gqa import question
+from tests.data.datasets.test_img2dataset import put_shard
+from tests.data.datasets.test_llava import row as llava_row
+from tests.data.datasets.test_ocr_vqa import WHO, cover
+from tests.data.datasets.test_refcoco import BOXES, THINGS, put_things
+from tests.data.datasets.test_talk import SHAREGPT, SLIMORCA, orca, shared
+from tests.data.datasets.test_textcaps import CAPTIONS as TEXTCAPS
+from tests.data.datasets.test_textcaps import published as textcaps_file
+from tests.data.datasets.test_visual_genome import phrase, publish
+from tests.data.datasets.test_vqa import ANSWERED, ASKED, NAMES, WHY, annotations, questions
+
+
+@pytest.fixture
+def console():
+    return Console(record=True, width=200)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "published"
+    folder.mkdir()
+    return folder
+
+
+def publish_gqa(folder: Path) -> None:
+    rows = {
+        "1": question("5", "Is it dark?", "yes"),
+        "2": question("6", "Is it réd?\u2028", "no"),
+        "3": question("5", "Is it blue?", ""),
+    }
+    put(folder, "train_balanced_questions.json", rows)
+
+
+def publish_vqa(read, folder: Path) -> None:
+    put(folder, NAMES[read][0], questions(*ASKED))
+    put(folder, NAMES[read][1], annotations(*ANSWERED, WHY))
+
+
+def publish_refcoco(folder: Path) -> None:
+    put(folder, "instances.json", BOXES)
+    put_things(folder, THINGS)
+
+
+TALK = (("human", "Hi\u2028"), ("gpt", "Hello"))
+PUBLISH = {
+    "coco_captions": lambda f: put(f, "captions_train2014.json", official(*CAPTIONS)),
+    "textcaps": lambda f: put(f, "TextCaps_0.1_train.json", textcaps_file(*TEXTCAPS)),
+    "vqav2": lambda f: publish_vqa(vqav2, f),
+    "okvqa": lambda f: publish_vqa(okvqa, f),
+    "gqa": publish_gqa,
+    "ocr_vqa": lambda f: put(f, "dataset.json", {"1": cover(1, WHO), "2": cover(3, WHO)}),
+    "aokvqa": lambda f: put(f, "aokvqa_v1p0_train.json", [aokvqa_question()]),
+    "refcoco": publish_refcoco,
+    "visual_genome": lambda f: publish(f, {"id": 1, "regions": [phrase(5, "a man")]}),
+    "llava_instruct": lambda f: put(
+        f, "llava_instruct_150k.json", [llava_row(("human", "<image>\nWhat?"), ("gpt", "A bus."))]
+    ),
+    "sharegpt": lambda f: put(f, SHAREGPT, [shared(*TALK)]),
+    "slimorca": lambda f: (f / SLIMORCA).write_text(json.dumps(orca(("system", "Be."), *TALK))),
+}
+
+
+def test_every_data_set_with_samples_is_tried():
+    assert {*PUBLISH, "easy_vqa"} == {name for name, entry in PUBLIC.items() if not entry.is_shards}
+
+
+@pytest.mark.parametrize("name", PUBLISH)
+def test_what_is_written_is_read_back_as_it_was(name, tmp_path, folder, console):
+    PUBLISH[name](folder)
+    out = tmp_path / "out.jsonl"
+    convert(name, folder, out, [], console)
+    samples = [item for item in PUBLIC[name].convert(folder) if hasattr(item, "messages")]
+    back = Rows(out, tmp_path)
+    assert len(back) == len(samples) > 0
+    for was, now in zip(samples, back, strict=True):
+        picture, rounds = told(checked(now))
+        expected, same = told(was)
+        assert rounds == same
+        assert picture == (None if expected is None else f"{tmp_path}/{expected}")
+    lines = out.read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["messages"] for line in lines] == [each.messages for each in samples]
+    assert [json.loads(line)["source"] for line in lines] == [each.source for each in samples]
+
+
+def test_counts_are_told_and_written(tmp_path, folder, console):
+    publish_gqa(folder)
+    out = tmp_path / "deep" / "gqa.jsonl"
+    convert("gqa", folder, out, ["file=train_balanced_questions.json"], console)
+    assert json.loads(out.with_name("gqa.stats.json").read_text()) == {
+        "name": "gqa",
+        "options": {"source": str(folder), "file": "train_balanced_questions.json"},
+        "samples": 2,
+        "answers": 2,
+        "pictures": 2,
+        "left_out": {"questions without words or without an answer": 1},
+    }
+    said = console.export_text()
+    assert f"2 samples with 2 answers about 2 pictures are in {out}" in said
+    assert "Left out: 1 questions without words or without an answer" in said
+    assert sorted(path.name for path in out.parent.iterdir()) == ["gqa.jsonl", "gqa.stats.json"]
+
+
+def test_the_same_settings_write_the_same_file(tmp_path, folder, console):
+    put(folder, "captions_train2014.json", official(*CAPTIONS))
+    texts = {}
+    for seed in [*range(10), *range(10)]:
+        out = tmp_path / f"{seed}.jsonl"
+        convert("coco_captions", folder, out, [f"seed={seed}"], console)
+        assert texts.setdefault(seed, out.read_bytes()) == out.read_bytes()
+    assert len(set(texts.values())) > 1
+
+
+def test_easy_vqa_is_what_its_package_gives(tmp_path, console):
+    out = tmp_path / "easy_vqa.jsonl"
+    convert("easy_vqa", Path("package"), out, ["style=captions"], console)
+    back = Rows(out)
+    samples = easy_vqa("train", style="captions")
+    assert len(back) == len(samples)
+    for place in (0, 1999, 3999):
+        assert told(back[place]) == told(samples[place])
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def test_missing_pictures_stop_or_are_left_out_and_counted(tmp_path, folder, console):
+    publish_gqa(folder)
+    pictures = tmp_path / "gqa"
+    (pictures / "images").mkdir(parents=True)
+    (pictures / "images" / "6.jpg").write_bytes(b"not opened")
+    out = tmp_path / "gqa.jsonl"
+    look = f"check_pictures={pictures}"
+    with pytest.raises(InputError, match=r"images/5\.jpg: the picture .*/gqa/images/5\.jpg is not"):
+        convert("gqa", folder, out, [look], console)
+    assert not out.exists()
+    convert("gqa", folder, out, [look, "missing=skip"], console)
+    (sample,) = Rows(out, pictures)
+    assert told(sample)[1] == [(f"<|image|>\nIs it réd?{SHORT}", "no")]
+    left_out = json.loads(out.with_name("gqa.stats.json").read_text())["left_out"]
+    assert left_out["samples whose picture is not there"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (["missing=skip"], "needs check_pictures=DIR"),
+        (["check_pictures=none/there"], "none/there: there is no such folder"),
+        (["check_pictures=.", "missing=ignore"], "'ignore' is no way with missing pictures"),
+    ],
+)
+def test_settings_of_missing_pictures(tmp_path, folder, settings, complaint, console):
+    with pytest.raises(InputError, match=complaint):
+        convert("gqa", folder, tmp_path / "gqa.jsonl", settings, console)
+
+
+# ------------------------------------------------------------------ shards
+
+
+def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
+    for number in (0, 1, 2, 4):
+        put_shard(folder, number, number + 1)
+    put_shard(folder, 3).with_name("00003_stats.json").unlink()
+    out = tmp_path / "cc3m.yaml"
+    convert("cc3m", folder, out, ["read=true"], console)
+    assert out.read_text() == (
+        "# 4 shards with 11 pairs, for a recipe's `data`\n"
+        "- name: cc3m\n"
+        "  shards:\n"
+        f"  - {folder}/{{00000..00002}}.tar\n"
+        f"  - {folder}/00004.tar\n"
+        "  weight: 11\n"
+    )
+    said = console.export_text()
+    assert "4 shards with 11 pairs are listed" in said
+    assert "Left out: 1 shards without statistics, so not finished" in said
+    (entry,) = yaml.safe_load(out.read_text())
+    source = DataSource(**entry)
+    assert Shards(source.shards).urls == [f"{folder}/{number:05d}.tar" for number in (0, 1, 2, 4)]
+
+
+def test_no_finished_shard(tmp_path, folder, console):
+    put_shard(folder, 0).with_name("00000_stats.json").unlink()
+    with pytest.raises(
+        InputError, match=r"laion: no shard is finished\. Left out: 1 shards without"
+    ):
+        convert("laion", folder, tmp_path / "laion.yaml", [], console)
+    assert not (tmp_path / "laion.yaml").exists()
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "settings", "complaint"),
+    [
+        ("gqq", "out.jsonl", [], "'gqq' is no public data set. Do you mean 'gqa'"),
+        ("gqa", "out.json", [], r"out\.json: the ending must be \.jsonl"),
+        ("cc3m", "out.jsonl", [], r"out\.jsonl: the ending must be \.yaml"),
+        ("gqa", "out.jsonl", ["seed=1"], "'seed' is no option of the data set gqa"),
+        ("gqa", "out.jsonl", ["source=x"], "'source' is no option of the data set gqa"),
+        ("gqa", "out.jsonl", ["split"], "must have the form option=value"),
+        ("gqa", "out.jsonl", ["split=test"], "for evaluation only"),
+        ("gqa", "out.jsonl", ["split=3"], "split=3: it must be a text, such as 'train'"),
+        ("gqa", "out.jsonl", ["file=[a]"], "file=.*: it must be a name"),
+        ("coco_captions", "out.jsonl", ["seed=x"], "seed=x: it must be a number, such as 0"),
+        ("coco_captions", "out.jsonl", ["seed=true"], "seed=True: it must be a number"),
+        ("laion", "out.yaml", ["read=1"], "read=1: it must be true or false, such as False"),
+        ("laion", "out.yaml", ["check_pictures=."], "'check_pictures' is no option"),
+    ],
+)
+def test_wrong_words(tmp_path, folder, name, out, settings, complaint, console):
+    with pytest.raises(InputError, match=complaint):
+        convert(name, folder, tmp_path / out, settings, console)
+    assert not (tmp_path / out).exists()
+
+
+def test_nothing_left_is_an_error(tmp_path, folder, console):
+    put(folder, "train_balanced_questions.json", {"1": question("5", "Is it?", "")})
+    with pytest.raises(InputError, match=r"gqa: nothing is left to write\. Left out: 1 questions"):
+        convert("gqa", folder, tmp_path / "gqa.jsonl", [], console)
+
+
+def test_a_bad_row_leaves_an_older_file_as_it_was(tmp_path, folder, console):
+    rows = [shared(*TALK)] * 3 + [{"id": "no conversations"}]
+    put(folder, SHAREGPT, rows)
+    out = tmp_path / "sharegpt.jsonl"
+    out.write_text("old")
+    with pytest.raises(InputError, match=r"row 4: 'conversations'"):
+        convert("sharegpt", folder, out, [], console)
+    assert out.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "sharegpt.jsonl"]
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path, folder, console):
+    publish_gqa(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        convert("gqa", folder, tmp_path / "file" / "gqa.jsonl", [], console)
+
+
+# ------------------------------------------------------------------ the command
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["owl2", "data", "convert", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code
+
+
+def test_the_command(tmp_path, folder, monkeypatch, capsys):
+    publish_gqa(folder)
+    out = tmp_path / "gqa.jsonl"
+    assert run(monkeypatch, "gqa", str(folder), str(out), "split=train") == 0
+    assert len(Rows(out, tmp_path)) == 2
+    assert "2 samples" in capsys.readouterr().out
+    assert run(monkeypatch, "gqa", str(folder), str(out), "split=val") == 2
+    assert "val_balanced_questions.json is not there" in capsys.readouterr().err
+    assert run(monkeypatch, "gqa", str(folder)) == 2
+
+
+def test_the_list(monkeypatch, capsys):
+    assert run(monkeypatch, "--list") == 0
+    said = capsys.readouterr().out
+    assert said == listing()
+    for name, entry in PUBLIC.items():
+        assert f"\n{name}  " in f"\n{said}"
+        assert entry.url in said
+        assert entry.files in said
+    assert "options split=train coco=2014 questions=... annotations=..." in said
