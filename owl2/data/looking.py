@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from owl2.data.collate import features_of
-from owl2.data.sample import Bad, Message, Sample
+from owl2.data.sample import Bad, Message, Sample, taken
 from owl2.data.shards import Shards
 from owl2.data.sources import Samples
 from owl2.data.statistics import Seen, Tally
@@ -192,20 +192,13 @@ class Desk:
     def _samples(self, unit: Unit) -> Iterator[Sample | Bad]:
         samples = self.sources[unit.source]
         if not isinstance(samples, Shards):
-            yield from (_taken(samples, place) for place in range(unit.start, unit.stop))
+            yield from (taken(samples, place) for place in range(unit.start, unit.stop))
             return
         url = samples.urls[unit.start]
         try:
             yield from Shards([url])
         except InputError as error:  # the shard as a whole: gone, or no tar
             yield Bad.of(url, error)
-
-
-def _taken(samples: Sequence[Sample], place: int) -> Sample | Bad:
-    try:
-        return samples[place]
-    except InputError as error:
-        return Bad.row(error)
 
 
 @contextmanager

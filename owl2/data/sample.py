@@ -1,5 +1,6 @@
 """The one thing that readers give and that training takes: a conversation with its pictures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,14 @@ class Bad:
     def raised(self) -> InputError:
         """The error again, for whoever cannot go on without this row."""
         return InputError(f"{self.source}: {self.reason}", self.fault)
+
+
+def taken(samples: Sequence[Sample], place: int) -> Sample | Bad:
+    """A sample, or what is wrong with its row."""
+    try:
+        return samples[place]
+    except InputError as error:
+        return Bad.row(error)
 
 
 def checked(sample: Sample) -> Sample:

@@ -1,39 +1,126 @@
-"""`owl2 data show`: samples as the model gets them, on the terminal."""
+"""`owl2 data show`: samples as the model gets them, on the terminal or as a page with pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from owl2.data.sample import Bad
+from owl2.data.page import page
+from owl2.data.sample import Bad, Sample, taken
 from owl2.data.shards import Shards
-from owl2.data.sources import open_words
+from owl2.data.sources import Samples, open_words
+from owl2.errors import InputError
+from owl2.files import write_whole
+from owl2.processing.chat import read_messages
+from owl2.processing.image import load_image
+from owl2.processing.labels import LEARNED_STYLE
 from owl2.processing.processor import Owl2Processor
+
+# Around learned words where there is no colour.
+BEGIN, END = "⟦", "⟧"
+# Samples of shards that are held to be drawn from.
+WINDOW = 1000
 
 
 def show(
-    model: str, source: str, settings: Sequence[str], count: int, console: Console | None = None
+    model: str,
+    source: str,
+    settings: Sequence[str],
+    count: int,
+    console: Console | None = None,
+    *,
+    start: int = 0,
+    seed: int | None = None,
+    html: str | Path | None = None,
 ) -> None:
-    """Print the first `count` samples; words that are learned are green, all others dim.
+    """Print samples; words that are learned are green, or between ⟦ and ⟧ where there is no colour.
 
     `model`: the checkpoint (or hub id) whose processor is used. `source` and `settings`: see
-    `open_words`.
+    `open_words`. `count` samples from number `start` on (from 0), in order, or with a `seed` in one
+    that it draws. `html`: a file that becomes a page with the pictures, instead.
 
     Raises:
-        InputError: no processor in `model`, or see `open_words`.
+        InputError: no processor in `model`, `html` cannot be written, or see `open_words`.
     """
     console = console or Console()
     samples = open_words(source, settings)
     processor = Owl2Processor.from_pretrained(model)
-    first = list(islice(samples, count))
-    for sample in first:
-        console.print(Text(sample.source, "bold"))
-        if isinstance(sample, Bad):
-            console.print(Text(f"left out: {sample.reason}", "red"), soft_wrap=True)
-        else:
-            console.print(processor.show_labels(sample.messages), soft_wrap=True)
-        console.print()
+    chosen = islice(_in_order(samples, start + count, seed), start, start + count)
     total = "the" if isinstance(samples, Shards) else f"{len(samples):,}"
-    summary = Text(f"{len(first):,} of {total} samples; ")
-    console.print(summary + Text("green is learned", "bold green") + Text(", the rest is given"))
+    if html is not None:
+        shown = list(chosen)
+        write_whole(html, page(shown, processor, f"{len(shown):,} of {total} samples of {source}"))
+        console.print(f"{len(shown):,} samples are in {html}", markup=False, soft_wrap=True)
+        return
+    number = 0
+    for sample in chosen:
+        _print(console, sample, processor)
+        number += 1
+    learned = Text(f"{BEGIN}this{END} is learned")
+    if _has_colours(console):
+        learned = Text("green is learned", LEARNED_STYLE)
+    console.print(Text(f"{number:,} of {total} samples; ") + learned + ", the rest is given")
+
+
+def _in_order(samples: Samples, wanted: int, seed: int | None) -> Iterator[Sample | Bad]:
+    """The first `wanted`, or more of them."""
+    if isinstance(samples, Shards):
+        if seed is None:
+            yield from samples
+        else:
+            yield from (sample for sample, _ in samples.stream(seed=seed, window=WINDOW))
+        return
+    size = len(samples)
+    places: Sequence[int] = range(size)
+    if seed is not None:
+        places = Random(seed).sample(places, min(wanted, size))
+    yield from (taken(samples, place) for place in places)
+
+
+def _print(console: Console, sample: Sample | Bad, processor: Owl2Processor) -> None:
+    def say(text: Text) -> None:
+        console.print(text, soft_wrap=True)
+
+    say(Text(sample.source, "bold"))
+    try:
+        if isinstance(sample, Bad):
+            raise sample.raised()
+        for number, picture in enumerate(read_messages(sample.messages).pictures, start=1):
+            max_pixels = processor.image_processor.max_pixels
+            say(Text(f"picture {number}: ") + _described(picture, max_pixels))
+        say(_marked(processor.show_labels(sample.messages), console))
+    except InputError as error:
+        say(Text(f"bad: {str(error).removeprefix(f'{sample.source}: ')}", "red"))
+    console.print()
+
+
+def _described(picture: Any, max_pixels: int) -> Text:
+    """Where a picture is, and its size; one behind a URL is not fetched."""
+    if isinstance(picture, str) and picture.startswith(("http://", "https://")):
+        return Text(picture)
+    named = isinstance(picture, (str, Path)) and not str(picture).startswith("data:")
+    try:
+        width, height = load_image(picture, max_pixels).size
+    except InputError as error:
+        return Text(str(error), "red")
+    return Text(f"{picture}, {width}×{height}" if named else f"{width}×{height}")
+
+
+def _has_colours(console: Console) -> bool:
+    return console.is_terminal and console.color_system is not None
+
+
+def _marked(text: Text, console: Console) -> Text:
+    """The same; where colours do not show, with brackets around what is learned."""
+    if _has_colours(console):
+        return text
+    marked = text.plain
+    for span in reversed(text.spans):
+        if span.style == LEARNED_STYLE:
+            inside = marked[span.start : span.end]
+            marked = f"{marked[: span.start]}{BEGIN}{inside}{END}{marked[span.end :]}"
+    return Text(marked)

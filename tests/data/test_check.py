@@ -170,7 +170,7 @@ def test_shards(load, shards, workers):
 def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatch):
     monkeypatch.setattr("owl2.data.looking.ROWS_A_UNIT", 3)
     results = []
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         output = tmp_path / f"out{workers}"
         run(load, named([("a", Rows(talks)), ("a", Rows(talks))]), workers=workers, output=output)
         facts = json.loads((output / "statistics.json").read_text(encoding="utf-8"))
@@ -178,7 +178,7 @@ def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatc
         assert facts.pop("seconds") > 0
         results.append((facts, (output / "bad_rows.jsonl").read_text(encoding="utf-8")))
         assert (output / "statistics.png").stat().st_size > 10_000
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
     facts, rows = results[0]
     assert facts["all"]["bad_by_kind"]["roles"] == 6
     assert facts["sources"]["a"] == facts["sources"]["a (2)"]

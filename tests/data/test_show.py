@@ -1,7 +1,12 @@
+import base64
+import io
 import json
+import re
 import sys
+import tarfile
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from owl2.cli import main
@@ -40,6 +45,92 @@ def test_learned_words_are_green_and_others_are_not(checkpoint, talks):
     assert "2 of 3 samples" in shown
 
 
+@pytest.fixture
+def mixed(tmp_path):
+    """Ten rows that say their number; one has a picture, one has none where it says, one is bad."""
+    Image.new("RGB", (600, 300), "red").save(tmp_path / "red.png")
+    rows = []
+    for number in range(10):
+        turns = [
+            {"from": "human", "value": f"what is <b>{number}</b>?"},
+            {"from": "gpt", "value": f"number {number} & more"},
+        ]
+        rows.append({"conversations": turns})
+    for number, name in ((1, "red.png"), (2, "gone.png")):
+        rows[number]["image"] = name
+        rows[number]["conversations"][0]["value"] += "<image>"
+    rows[3]["conversations"].pop()
+    path = tmp_path / "mixed.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def shown(checkpoint, source, count, **options) -> str:
+    console = Console(file=io.StringIO(), width=500)
+    show(str(checkpoint), str(source), [], count, console, **options)
+    return console.file.getvalue()
+
+
+def test_without_colours_learned_words_are_in_brackets(checkpoint, mixed):
+    text = shown(checkpoint, mixed, 1)
+    assert "<s>USER: what is <b>0</b>? ASSISTANT:⟦ number 0 & more</s>⟧\n" in text
+    assert text.endswith("1 of 10 samples; ⟦this⟧ is learned, the rest is given\n")
+    turns = [{"role": role, "content": "yes"} for role in ("user", "assistant")] * 2
+    many = mixed.with_suffix(".jsonl")
+    many.write_text(json.dumps({"messages": turns}))
+    expected = "<s>USER: yes ASSISTANT:⟦ yes</s>⟧USER: yes ASSISTANT:⟦ yes</s>⟧\n"
+    assert expected in shown(checkpoint, many, 1)
+
+
+def test_pictures_are_named_and_bad_rows_do_not_end_it(checkpoint, mixed):
+    text = shown(checkpoint, mixed, 3, start=1)
+    assert f"picture 1: {mixed.parent / 'red.png'}, 600×300\n" in text
+    assert "picture 1: No picture at" in text
+    assert f"{mixed}, row 4\nbad: the last turn is the user's" in text
+    assert "row 5" not in text and "row 1\n" not in text
+
+
+def test_drawn_samples_are_others_and_the_same_for_a_seed(checkpoint, mixed):
+    def rows(**options) -> list[str]:
+        lines = shown(checkpoint, mixed, options.pop("count", 4), **options).splitlines()
+        return [line for line in lines if line.startswith(f"{mixed}, row ")]
+
+    first = rows(seed=1)
+    assert len(set(first)) == 4
+    assert rows(seed=1) == first != rows(seed=2)
+    assert sorted(rows(seed=3, count=99)) == sorted(rows(count=99))
+    assert rows(seed=1, count=2, start=2) == first[2:]
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_shards_are_shown(checkpoint, tmp_path, seed):
+    picture = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(picture, "PNG")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (("a.png", picture.getvalue()), ("a.txt", b"a red circle")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    text = shown(checkpoint, tmp_path / "0.tar", 1, seed=seed)
+    assert "0.tar, a\npicture 1: 30×20\n" in text
+    assert "⟦ a red circle</s>⟧" in text
+    assert "1 of the samples" in text
+
+
+def test_the_page_holds_pictures_and_words(checkpoint, mixed, tmp_path):
+    file = tmp_path / "page.html"
+    said = shown(checkpoint, mixed, 4, html=file)
+    assert said == f"4 samples are in {file}\n"
+    text = file.read_text(encoding="utf-8")
+    (data,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (320, 160)
+    assert "what is &lt;b&gt;0&lt;/b&gt;?" in text and "<b>" not in text
+    assert '<span class="learned"> number 0 &amp; more&lt;/s&gt;</span>' in text
+    assert text.count('<p class="bad">') == 2  # the picture that is gone, the row without an answer
+    with pytest.raises(InputError, match="cannot be made"):
+        shown(checkpoint, mixed, 1, html="/proc/nowhere/page.html")
+
+
 def test_dataset_with_options():
     samples = open_words("easy_vqa", ["split=train", "style=joined", "prompt=short", "seed=5"])
     assert len(samples) == 4000
@@ -76,7 +167,7 @@ def test_the_command(checkpoint, talks, monkeypatch, capsys):
         return end.value.code
 
     assert run("--model", str(checkpoint), str(talks), "--count", "1") == 0
-    assert "ASSISTANT: red</s>" in capsys.readouterr().out
+    assert "ASSISTANT:⟦ red</s>⟧" in capsys.readouterr().out
     assert run("--model", str(checkpoint), "no-such.json") == 2
     expected = "error: no-such.json cannot be read: No such file or directory.\n"
     assert capsys.readouterr().err == expected
