@@ -1,0 +1,130 @@
+"""Counts of counts: what they say must be what the samples themselves say."""
+
+import io
+import json
+import sys
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from owl2.data.statistics import (
+    Seen,
+    Tally,
+    batches,
+    clipped,
+    padding_share,
+    plot_statistics,
+    sources_table,
+    spread,
+    spread_table,
+)
+
+
+def some(number: int, seed: int = 0) -> list[Seen]:
+    chance = Random(seed)
+    made = []
+    for _ in range(number):
+        pictures = chance.choice([0, 1, 1, 3])
+        sizes = tuple((chance.randint(1, 2000), chance.randint(1, 2000)) for _ in range(pictures))
+        tokens = int(chance.lognormvariate(4, 1)) + 2
+        made.append(Seen(2, pictures, tokens, tokens // 2, tokens > 100, sizes))
+    return made
+
+
+def tally_of(seen: list[Seen]) -> Tally:
+    tally = Tally()
+    for one in seen:
+        tally.add(one)
+    return tally
+
+
+@pytest.mark.parametrize("number", [1, 2, 99, 1000])
+def test_spread_is_that_of_the_values(number):
+    values = [one.tokens for one in some(number)]
+    found = spread(Counter(values))
+    assert found["total"] == sum(values)
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert (found["min"], found["max"]) == (min(values), max(values))
+    for name, percent in {"median": 50, "p95": 95, "p99": 99}.items():
+        assert found[name] == np.percentile(values, percent, method="inverted_cdf")
+    assert spread({}) == {}
+
+
+def test_parts_add_up_to_the_whole():
+    seen = some(300)
+    whole = tally_of(seen)
+    whole.bad["roles"] += 3
+    parts = [tally_of(seen[start : start + 70]) for start in range(0, 300, 70)]
+    parts[1].bad["roles"] += 1
+    parts[4].bad["roles"] += 2
+    added = Tally()
+    for part in parts:
+        added.merge(part)
+    assert added == whole
+    assert (added.rows, added.usable) == (303, 300)
+    assert added.cut == sum(one.tokens > 100 for one in seen)
+    assert added.edges.total() == added.pictures[1] + 3 * added.pictures[3]
+
+
+def test_the_summary_is_json_and_names_all():
+    tally = tally_of(some(50))
+    tally.bad["roles"] += 1
+    summary = json.loads(json.dumps(tally.summary()))
+    assert (summary["rows"], summary["usable"], summary["bad"]) == (51, 50, 1)
+    assert summary["bad_by_kind"] == {"roles": 1}
+    ratios = [w / h for one in some(50) for w, h in one.sizes]
+    assert summary["width_to_height"]["median"] == pytest.approx(np.median(ratios), rel=0.1)
+    assert Tally().summary()["cut_share"] == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_padding_is_what_batches_at_random_have(batch_size):
+    lengths = Counter(one.tokens for one in some(500))
+    chance = Random(1)
+    tokens = places = 0
+    for _ in range(4000):
+        drawn = chance.choices(list(lengths), list(lengths.values()), k=batch_size)
+        tokens += sum(drawn)
+        places += batch_size * max(drawn)
+    assert padding_share(lengths, batch_size) == pytest.approx(1 - tokens / places, abs=0.01)
+    assert padding_share({7: 3}, 8) == pytest.approx(0)
+
+
+def test_packing_leaves_little_and_lengths_are_cut():
+    lengths = Counter({10: 90, 500: 10})
+    assert clipped(lengths, 100) == {10: 90, 100: 10}
+    shares = batches(lengths, 100, 32)
+    assert shares["batch_size"] == 32
+    assert shares["padded"] > 0.7
+    assert shares["packed"] < 0.2
+    assert batches(lengths, 100, 32) == shares
+    assert batches({50: 9}, 100, 2) == {"batch_size": 2, "padded": 0, "packed": 0}
+    assert batches(Counter(), 100, 2)["padded"] == 0
+
+
+def test_tables_say_the_numbers():
+    tally = tally_of([Seen(2, 1, 117, 30, True, ((640, 480),)), Seen(4, 0, 1200, 40)])
+    tally.bad["roles"] += 7
+    console = Console(file=io.StringIO(), width=120)
+    console.print(sources_table({"mine": tally}), spread_table(tally))
+    text = console.file.getvalue()
+    cells = [cell.strip() for cell in next(x for x in text.splitlines() if "mine" in x).split("│")]
+    assert cells[1:-1] == ["mine", "9", "2", "7", "1", "1,317", "70", "1"]
+    assert "658.5" in text and "640" in text
+
+
+@pytest.mark.parametrize("seen", [[], some(1), some(300), [Seen(2, 0, 5, 2), Seen(2, 0, 10**6, 2)]])
+def test_the_plot(tmp_path, seen):
+    path = tmp_path / "statistics.png"
+    assert plot_statistics(path, tally_of(seen), "a $title_", 100)
+    assert Image.open(path).size == (1200, 780)
+
+
+def test_without_matplotlib_nothing_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not plot_statistics(tmp_path / "statistics.png", Tally(), "", None)
+    assert not list(tmp_path.iterdir())
