@@ -1,0 +1,191 @@
+"""Packed batches teach exactly what padded ones do."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers.masking_utils import create_causal_mask
+
+from owl2.data.collate import collate
+from owl2.data.packing import pack
+from owl2.train.run import train
+from owl2.train.trainer import Owl2Trainer, enable_checkpointing
+from tests.tiny import make_config, make_model
+from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
+from tests.train.tiny import RandomSamples
+
+ROOM = 24
+
+
+def samples(with_pictures=True):
+    """Of a picture, of words only, and of a picture again, of different lengths."""
+    items = []
+    for number, pictures in enumerate([with_pictures, False, with_pictures, False, with_pictures]):
+        made = RandomSamples(1, pictures=pictures).made(number)
+        item = {key: made[key][None] for key in ("input_ids", "labels")}
+        item["attention_mask"] = torch.ones_like(item["input_ids"])
+        item["mm_token_type_ids"] = (item["input_ids"] == 40).long()
+        if pictures:
+            item["pixel_values"] = made["pixel_values"][None]
+        items.append(item)
+    return items
+
+
+def learned(batch, attention="sdpa", checkpointed=False, **settings):
+    """The loss of a batch and its gradients, all by name."""
+    settings |= {"initializer_range": 0.4, "attn_implementation": attention}
+    model = make_model(**settings).train()
+    assert model.config._attn_implementation == attention
+    with torch.no_grad():  # else text and visual weights are copies, and routing shows nowhere
+        for name, parameter in model.named_parameters():
+            if "multiway.1" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    if checkpointed:
+        enable_checkpointing(model)
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(one, other):
+    assert one[0] == pytest.approx(other[0], rel=1e-6)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        if gradient is None:
+            assert other[1][name] is None
+            continue
+        # The abstractor's key biases have a gradient of 0, and here of some 1e-8.
+        allowed = max(1e-5 * float(gradient.abs().max()), 1e-6)
+        torch.testing.assert_close(other[1][name], gradient, rtol=0, atol=allowed, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("use_mam", [True, False])
+@pytest.mark.parametrize("room", [ROOM, math.inf])
+@pytest.mark.parametrize("with_pictures", [True, False])
+def test_packed_equals_padded_in_loss_and_every_gradient(attention, use_mam, room, with_pictures):
+    items = samples(with_pictures)
+    packed = pack(items, 0, room)
+    assert len(packed["input_ids"]) == (1 if room == math.inf else 2)
+    padded = collate(items, 0)
+    assert_same(
+        learned(padded, attention, use_mam=use_mam), learned(packed, attention, use_mam=use_mam)
+    )
+
+
+def test_it_would_show_if_samples_saw_each_other():
+    items = samples()
+    packed = pack(items, 0, ROOM)
+    loss, _ = learned(collate(items, 0))
+    packed["position_ids"] = torch.arange(packed["input_ids"].shape[1]).expand_as(
+        packed["input_ids"]
+    )
+    assert learned(packed)[0] != pytest.approx(loss, rel=1e-3)
+
+
+def test_activation_checkpointing_changes_nothing_of_a_packed_batch():
+    packed = pack(samples(), 0, ROOM)
+    assert_same(learned(packed), learned(packed, checkpointed=True))
+
+
+def mask_of(attention, **given):
+    config = make_config()
+    config._attn_implementation = attention
+    embeddings = torch.zeros(*given["position_ids"].shape, config.hidden_size)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=embeddings,
+        attention_mask=None,
+        past_key_values=None,
+        **given,
+    )
+
+
+def test_flex_attention_has_the_mask_of_sdpa():
+    """Backward passes of flex attention need a GPU, so on a CPU the masks are compared."""
+    positions = pack(samples(), 0, ROOM)["position_ids"]
+    dense = mask_of("sdpa", position_ids=positions)[:, 0]
+    flex = mask_of("flex_attention", position_ids=positions)
+    rows, width = positions.shape
+    places = torch.arange(width)
+    seen = flex.mask_mod(
+        torch.arange(rows)[:, None, None], torch.tensor(0), places[:, None], places[None]
+    )
+    assert torch.equal(seen, dense)
+    assert not torch.equal(seen[0], torch.tril(seen.new_ones(width, width)))
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+def lines(result):
+    text = (result.output / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def mixed(world, tmp_path):
+    """The pictures of the world, and texts of many lengths."""
+    rows = []
+    for number in range(20):
+        turns = [
+            {"from": "human", "value": "what is this " * (1 + number % 9)},
+            {"from": "gpt", "value": "red " * (1 + number % 4) + "blue"},
+        ]
+        rows.append({"conversations": turns})
+    (tmp_path / "text.json").write_text(json.dumps(rows), encoding="utf-8")
+    return [{"file": str(world / "data.json")}, {"file": str(tmp_path / "text.json")}]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_packed_run_is_the_padded_run(recipe, tmp_path, mixed, accumulation):
+    """Up to rounding, which a large epsilon keeps AdamW from making large."""
+    settings = {
+        "data": mixed,
+        "max_length": 150,
+        "batch_size": 8,
+        "log_every": 1,
+        "adam_epsilon": 1e-3,
+        "gradient_accumulation": accumulation,
+        "gradient_checkpointing": True,
+    }
+    padded = train(recipe(output=str(tmp_path / "padded"), **settings), quiet())
+    packed = train(recipe(output=str(tmp_path / "packed"), packing=True, **settings), quiet())
+    for one, other in zip(lines(padded), lines(packed), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert other["samples"] == one["samples"]
+    assert lines(padded)[-1]["loss"] < lines(padded)[0]["loss"] / 1.1
+    start, one, other = (weights(path) for path in (recipe().model, padded.model, packed.model))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5, msg=name)
+    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-2
+
+
+@pytest.mark.parametrize("settings", [{"packing": True, "workers": 2}, {"group_by_length": True}])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    recipe, tmp_path, monkeypatch, mixed, settings
+):
+    settings = settings | {"data": mixed, "max_length": 150}
+    whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert train(recipe(**settings), quiet()).step == 6
+    resumed = train(recipe(**settings), quiet())
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+
+
+def test_packed_rows_are_in_fact_fewer(recipe, mixed, monkeypatch):
+    shapes = []
+    step = Owl2Trainer.training_step
+
+    def spy(self, model, inputs, *args, **kwargs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        assert "attention_mask" not in inputs
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Owl2Trainer, "training_step", spy)
+    train(recipe(data=mixed, max_length=150, batch_size=8, packing=True), quiet())
+    assert max(rows for rows, _ in shapes) < 8
+    assert max(width for _, width in shapes) <= 150
