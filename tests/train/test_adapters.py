@@ -1,0 +1,356 @@
+"""Runs with adapters: what is trained, what stays, what is left in the output."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from owl2.errors import InputError
+from owl2.inference.engine import Engine
+from owl2.model.adapters import lora_layers
+from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.processing.processor import Owl2Processor
+from owl2.train.adapters import adapt, hold_frozen_in_bfloat16, loading_options, merge, prepare
+from owl2.train.optimizer import parameter_groups
+from owl2.train.recipe import Adapter
+from owl2.train.run import train
+from owl2.train.stages import Part, what_is_trained
+from owl2.train.trainer import Owl2Trainer
+from tests.tiny import make_model
+from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
+from tests.train.tiny import QUESTION
+
+LORA = {"rank": 2, "alpha": 4.0}
+PARTS = LORA | {"on": ["decoder"], "trained": ["abstractor", "vision"]}
+ALL = LORA | {"on": ["decoder", "abstractor", "vision"]}
+
+
+def load(folder, **options):
+    return Owl2ForConditionalGeneration.from_pretrained(folder, **options).eval()
+
+
+def ask(question, picture=None):
+    parts = [{"type": "text", "text": question}]
+    if picture is not None:
+        parts.insert(0, {"type": "image", "path": str(picture)})
+    return [{"role": "user", "content": parts}]
+
+
+def names_with_lora(model):
+    return {name for name, _ in lora_layers(model)}
+
+
+# ------------------------------------------------------------------ where LoRA goes
+
+
+def test_default_is_every_linear_of_the_decoder():
+    model = make_model()
+    adapt(model, Adapter(), seed=0)
+    layer = "model.layers.{}."
+    kinds = ["self_attn.q_proj", "self_attn.o_proj"]
+    kinds += [f"self_attn.{p}_proj.multiway.{way}" for p in "kv" for way in (0, 1)]
+    kinds += [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    assert names_with_lora(model) == {layer.format(i) + kind for i in range(2) for kind in kinds}
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({"only": ["q_proj", "v_proj"]}, r"model\.layers\.\d\.self_attn\.(q|v)_proj.*"),
+        ({"only": ["k_proj.multiway.1"]}, r"model\.layers\.\d\.self_attn\.k_proj\.multiway\.1"),
+        ({"on": ["abstractor"]}, r"model\.visual_abstractor\..*(w\d|query|key|value|proj|fc)"),
+        (
+            {"on": ["vision"], "only": ["fc1"]},
+            r"model\.vision_model\.encoder\.layers\.\d\.mlp\.fc1",
+        ),
+    ],
+)
+def test_on_and_only(settings, pattern):
+    model = make_model()
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    expected = {name for name in linears if re.fullmatch(pattern, name)}
+    adapt(model, Adapter(**settings), seed=0)
+    assert names_with_lora(model) == expected
+    assert expected
+
+
+def test_a_name_that_no_linear_has_is_refused():
+    with pytest.raises(InputError, match=r"'qkv'.* down_proj, gate_proj, k_proj, o_proj, q_proj"):
+        adapt(make_model(), Adapter(only=["q_proj", "qkv"]), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter": {"on": ["vision"], "trained": ["vision"]}}, "vision stands in `on` and in"),
+        ({"adapter": LORA, "stage": 1}, "`adapter` is for stage 2"),
+        ({"adapter": LORA, "frozen": ["vision"]}, "`frozen` is for full training"),
+    ],
+)
+def test_contradictions_are_refused(recipe, settings, message):
+    with pytest.raises(ValidationError, match=message):
+        recipe(**settings)
+
+
+def test_the_same_seed_gives_the_same_lora_and_leaves_chance_alone():
+    torch.manual_seed(5)
+    models = [make_model() for _ in range(3)]
+    state = torch.get_rng_state()
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        adapt(model, Adapter(), seed)
+    assert torch.equal(state, torch.get_rng_state())
+    one, same, other = (model.state_dict() for model in models)
+    name = "model.layers.0.mlp.up_proj.lora_A.default.weight"
+    assert torch.equal(one[name], same[name])
+    assert not torch.equal(one[name], other[name])
+
+
+# ------------------------------------------------------------------ what is trained
+
+
+@pytest.mark.parametrize("adapter", [LORA, PARTS, ALL])
+def test_groups_cover_what_is_trained_and_nothing_else(adapter):
+    model = make_model()
+    trained = adapt(model, Adapter(**adapter), seed=0)
+    for name in trained.trainable:
+        whole = name.startswith(("model.visual_abstractor.", "model.vision_model."))
+        assert ".lora_" in name or (whole and "trained" in adapter), name
+    assert all(".lora_" not in name for name in trained.frozen)
+    # It asserts by itself that each trained parameter stands in one group.
+    groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.1, vision_layer_decay=0.9)
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            assert id(parameter) in decayed, name
+
+
+def test_lora_counts_to_the_part_it_stands_in():
+    model = make_model()
+    whole = what_is_trained(model).sizes
+    trained = adapt(model, Adapter(rank=1, only=["k_proj"]), seed=0)
+    # In each of two layers: 16 numbers in, 2 heads of 4 out.
+    assert trained.trained_sizes == {
+        Part.VISION: 0,
+        Part.ABSTRACTOR: 0,
+        Part.VISUAL_WEIGHTS: 2 * (16 + 8),
+        Part.DECODER: 2 * (16 + 8),
+    }
+    assert trained.frozen_size == sum(whole.values())
+    lines = dict(zip(trained.sizes, trained.lines(), strict=True))
+    assert lines[Part.VISION].endswith("frozen")
+    assert lines[Part.DECODER].endswith("48 trained")
+
+
+@pytest.mark.parametrize("frozen", [["vision"], ["abstractor", "visual"], ["decoder"]])
+def test_frozen_parts_stay(recipe, frozen):
+    settings = recipe(frozen=frozen, max_steps=4)
+    result = train(settings, quiet())
+    before, after = weights(settings.model), weights(result.model)
+    titles = {"vision": Part.VISION, "abstractor": Part.ABSTRACTOR}
+    titles |= {"visual": Part.VISUAL_WEIGHTS, "decoder": Part.DECODER}
+    stay = [titles[name] for name in frozen]
+    model = make_model()
+    trained = prepare(model, settings)
+    for part in Part:
+        assert (trained.trained_sizes[part] == 0) == (part in stay)
+    for name, tensor in before.items():
+        if name in trained.frozen:
+            assert torch.equal(tensor, after[name]), name
+    assert any(not torch.equal(before[name], after[name]) for name in trained.trainable)
+
+
+def test_everything_frozen_is_refused(recipe):
+    settings = recipe(frozen=["vision", "abstractor", "visual", "decoder"])
+    with pytest.raises(InputError, match="nothing is left"):
+        prepare(make_model(), settings)
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+@pytest.mark.parametrize("adapter", [LORA, PARTS, ALL], ids=["lora", "parts", "all"])
+def test_live_merged_and_reloaded_agree_after_training(
+    recipe, world, tmp_path, monkeypatch, adapter
+):
+    settings = recipe(adapter=adapter, gradient_checkpointing=adapter is ALL)
+    trainers = []
+    monkeypatch.setattr(
+        Owl2Trainer, "require_finite", lambda self: trainers.append(self)
+    )  # the last that a run asks for: the live model
+    result = train(settings, quiet())
+    live = trainers[-1].model.eval()
+    reloaded = load(result.model)
+    merged = load(merge(result.model, tmp_path / "merged"))
+    base = load(world / "start")
+
+    # Frozen tensors are bit-identical, here and on disk; LoRA has learned.
+    frozen = 0
+    for name, tensor in live.state_dict().items():
+        plain = name.replace(".base_layer", "")
+        if plain in base.state_dict() and not live.get_parameter_or_buffer(name).requires_grad:
+            assert torch.equal(tensor, base.state_dict()[plain]), name
+            frozen += 1
+    assert frozen > 20
+    assert all(layer.lora_B["default"].weight.any() for _, layer in lora_layers(live))
+    if "trained" in adapter:
+        name = "model.visual_abstractor.query_embeds"
+        assert not torch.equal(reloaded.state_dict()[name], base.state_dict()[name])
+
+    processor = Owl2Processor.from_pretrained(result.model)
+    for question in (ask(QUESTION, world / "1.png"), ask(QUESTION)):
+        inputs = processor.apply_chat_template(
+            question,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            expected = live(**inputs).logits
+            assert not torch.allclose(expected, base(**inputs).logits, atol=1e-3)
+            for model in (reloaded, merged):
+                torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=0)
+    assert (tmp_path / "merged" / "tokenizer.model").is_file()
+    answers = {
+        Engine.from_pretrained(folder).chat(ask(QUESTION, world / "1.png"), max_new_tokens=5)
+        for folder in (result.model, tmp_path / "merged")
+    }
+    assert len(answers) == 1
+
+
+# With the whole vision encoder, whose state must not be lost, and with chance in every step.
+@pytest.mark.parametrize("adapter", [LORA | {"dropout": 0.3}, PARTS])
+def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, adapter):
+    whole = train(recipe(output=str(tmp_path / "whole"), adapter=adapter), quiet())
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        stopped = train(recipe(adapter=adapter), quiet())
+    assert (stopped.finished, stopped.step) == (False, 6)
+    resumed = train(recipe(adapter=adapter), quiet())
+    assert resumed.finished
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+    losses = [
+        json.loads((run.output / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["loss"]
+        for run in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_does_not_start_from_an_adapter(recipe, tmp_path):
+    result = train(recipe(adapter=LORA, max_steps=3), quiet())
+    again = recipe(model=str(result.model), output=str(tmp_path / "again"))
+    with pytest.raises(InputError, match=r"is an adapter.*owl2 merge"):
+        train(again, quiet())
+    merged = merge(result.model, tmp_path / "merged")
+    assert train(recipe(model=str(merged), output=str(tmp_path / "again")), quiet()).finished
+
+
+def test_merge_says_what_is_wrong(world, tmp_path):
+    with pytest.raises(InputError, match="is no adapter"):
+        merge(world / "start", tmp_path / "merged")
+    with pytest.raises(InputError, match="is there already"):
+        merge(world / "start", tmp_path)
+    with pytest.raises(InputError, match="dtype is 'int8'"):
+        merge(world / "start", tmp_path / "merged", dtype="int8")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merge_in_another_dtype(recipe, tmp_path):
+    result = train(recipe(adapter=LORA, max_steps=3), quiet())
+    merge(result.model, tmp_path / "merged", dtype="bfloat16")
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+# ------------------------------------------------------------------ fewer bits
+
+
+def test_frozen_linears_in_bfloat16_change_nothing(picture_batch):
+    """Under bfloat16 arithmetic: the loss and every gradient are the same bits."""
+    results = []
+    for held in (False, True):
+        model = make_model(tie_word_embeddings=True)
+        adapt(model, Adapter(**LORA), seed=0)
+        if held:
+            hold_frozen_in_bfloat16(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**picture_batch).loss
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((loss, grads))
+    (loss, grads), (held_loss, held_grads) = results
+    assert torch.equal(loss, held_loss)
+    assert grads.keys() == held_grads.keys()
+    assert all(torch.equal(grads[name], held_grads[name]) for name in grads)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes["model.layers.0.mlp.up_proj.base_layer.weight"] == torch.bfloat16
+    assert dtypes["model.vision_model.encoder.layers.0.mlp.fc1.weight"] == torch.bfloat16
+    assert dtypes["model.layers.0.mlp.up_proj.lora_A.default.weight"] == torch.float32
+    assert dtypes["model.embed_tokens.weight"] == torch.float32  # the head's numbers, too
+    assert dtypes["model.norm.weight"] == torch.float32
+
+
+@pytest.fixture
+def picture_batch():
+    ids = torch.tensor([[1, 40, 40, 40, 5, 6, 7], [1, 8, 9, 10, 11, 12, 13]])
+    labels = ids.masked_fill((ids == 40) | (ids == 1), -100)
+    return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(1, 3, 8, 8)}
+
+
+@pytest.fixture
+def wide(world, tmp_path):
+    """A checkpoint whose sizes suit bitsandbytes' kernels on CPUs: multiples of 32."""
+    folder = tmp_path / "wide"
+    shutil.copytree(world / "start", folder)
+    vocabulary = load(folder).config.vocab_size
+    make_model(vocab_size=vocabulary, hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("bits", "precision"), [("8bit", "bfloat16"), ("4bit", "bfloat16"), ("4bit", "float32")]
+)
+def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bits, precision):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    kind = {"8bit": bitsandbytes.nn.Linear8bitLt, "4bit": bitsandbytes.nn.Linear4bit}[bits]
+    settings = recipe(
+        model=wide,
+        adapter=LORA | {"trained": ["abstractor"]},
+        quantize=bits,
+        precision=precision,
+        gradient_checkpointing=True,
+    )
+    before = load(settings.model, **loading_options(settings)).state_dict()
+    live = []
+    monkeypatch.setattr(Owl2Trainer, "require_finite", lambda self: live.append(self.model))
+    result = train(settings, quiet())
+    model = live[-1]
+    rounded = {name for name, module in model.named_modules() if isinstance(module, kind)}
+    assert rounded
+    assert all(re.fullmatch(r"model\.layers\.\d\..*base_layer", name) for name in rounded)
+    vision = model.model.vision_model.encoder.layers[0].mlp.fc1.weight.dtype
+    assert vision == {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert all(layer.lora_B["default"].weight.any() for _, layer in lora_layers(model))
+    for name in rounded:
+        plain = name.removesuffix(".base_layer") + ".weight"
+        assert torch.equal(model.get_submodule(name).weight, before[plain]), name
+
+    # What is left is an adapter to the whole base: it answers on that, and on a rounded one.
+    question = ask(QUESTION, world / "1.png")
+    for quantize in (None, bits):
+        engine = Engine.from_pretrained(result.model, quantize=quantize, dtype="bfloat16")
+        assert isinstance(engine.chat(question, max_new_tokens=3), str)
+    linears = dict(lora_layers(engine.model))
+    assert all(isinstance(layer.get_base_layer(), kind) for layer in linears.values())
+    assert engine.model.model.visual_abstractor.visual_fc.weight.dtype == torch.bfloat16
+
+
+def test_without_bitsandbytes_it_is_named(recipe, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs bitsandbytes.*mplug-owl2\[quant\]"):
+        loading_options(recipe(adapter=LORA, quantize="4bit"))
