@@ -30,6 +30,9 @@ from owl2.data.sample import Sample, checked
 from owl2.errors import InputError
 from owl2.files import require_writable, whole_file, write_whole
 
+# How a file begins that tells where shards are.
+HEAD = "# An entry of a recipe's `data`"
+
 PLAIN_SECONDS = 10.0
 
 Item = TypeVar("Item")
@@ -75,11 +78,11 @@ def convert(
 
     `out`: a .jsonl file, beside which .stats.json is written; for shards a .yaml file. `settings`:
     `option=value`: the data set's own, and `check_pictures=DIR` with `missing=stop|skip`. Nothing
-    is left behind if it fails.
+    is left behind if it fails; an older file of this command is replaced.
 
     Raises:
         InputError: an unknown data set or option, files that are not as published, nothing left to
-            write, or a place that cannot be written to.
+            write, a place that cannot be written to or where something else is.
     """
     console = console or Console(soft_wrap=True, highlight=False)
     entry = look_up("public data set", name, PUBLIC)
@@ -90,6 +93,7 @@ def convert(
     ending = ".yaml" if is_shards else ".jsonl"
     if out.suffix != ending:
         raise InputError(f"{out}: the ending must be {ending}, which is what is written.")
+    _refuse_others(out)
     require_writable(out)
     items = _watched(entry.convert(source, **given), name, console)
     if is_shards:
@@ -144,6 +148,19 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a text"),
     type(None): ((str, int), "a name or a number"),
 }
+
+
+def _refuse_others(out: Path) -> None:
+    """Raises `InputError` if `out` is a file that this command did not write."""
+    if not out.exists():
+        return
+    if out.suffix == ".yaml":
+        with out.open("rb") as file:
+            ours = file.read(len(HEAD)) == HEAD.encode()
+    else:
+        ours = out.with_suffix(".stats.json").exists()
+    if not ours:
+        raise InputError(f"{out} is there already, and not from this command; move it away.")
 
 
 # ------------------------------------------------------------------ writing
@@ -202,7 +219,7 @@ def _write_entry(name: str, items: Iterable[Any], out: Path, console: Console) -
     pairs = sum(shard.pairs for shard in found)
     # With the pairs as weights, sources are drawn from as if all were one.
     entry = {"name": name, "shards": ranges([shard.path for shard in found]), "weight": pairs}
-    head = f"# {len(found):,} shards with {pairs:,} pairs, for a recipe's `data`\n"
+    head = f"{HEAD}: {len(found):,} shards with {pairs:,} pairs\n"
     write_whole(out, head + yaml.safe_dump([entry], sort_keys=False, width=200))
     console.print(f"{len(found):,} shards with {pairs:,} pairs are listed in {out}", markup=False)
     console.print(_told(left_out), markup=False)

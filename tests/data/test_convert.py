@@ -186,7 +186,7 @@ def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
     out = tmp_path / "cc3m.yaml"
     convert("cc3m", folder, out, ["read=true"], console)
     assert out.read_text() == (
-        "# 4 shards with 11 pairs, for a recipe's `data`\n"
+        "# An entry of a recipe's `data`: 4 shards with 11 pairs\n"
         "- name: cc3m\n"
         "  shards:\n"
         f"  - {folder}/{{00000..00002}}.tar\n"
@@ -244,14 +244,33 @@ def test_nothing_left_is_an_error(tmp_path, folder, console):
 
 
 def test_a_bad_row_leaves_an_older_file_as_it_was(tmp_path, folder, console):
-    rows = [shared(*TALK)] * 3 + [{"id": "no conversations"}]
-    put(folder, SHAREGPT, rows)
+    put(folder, SHAREGPT, [shared(*TALK)])
     out = tmp_path / "sharegpt.jsonl"
-    out.write_text("old")
+    convert("sharegpt", folder, out, [], console)
+    old = out.read_text()
+    put(folder, SHAREGPT, [shared(*TALK)] * 3 + [{"id": "no conversations"}])
     with pytest.raises(InputError, match=r"row 4: 'conversations'"):
         convert("sharegpt", folder, out, [], console)
-    assert out.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["published", "sharegpt.jsonl"]
+    assert out.read_text() == old
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "published",
+        "sharegpt.jsonl",
+        "sharegpt.stats.json",
+    ]
+
+
+@pytest.mark.parametrize(("name", "out"), [("slimorca", SLIMORCA), ("cc3m", "recipe.yaml")])
+def test_other_files_are_not_overwritten(folder, name, out, console):
+    (folder / SLIMORCA).write_text(json.dumps(orca(*TALK)))
+    put_shard(folder, 0)
+    path = folder / out
+    path.write_text(before := "# An entry\n" if name == "cc3m" else path.read_text())
+    with pytest.raises(InputError, match="is there already, and not from this command"):
+        convert(name, folder, path, [], console)
+    assert path.read_text() == before
+    other = folder / f"out{path.suffix}"
+    for _ in range(2):
+        convert(name, folder, other, [], console)
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path, folder, console):
@@ -290,4 +309,4 @@ def test_the_list(monkeypatch, capsys):
         assert f"\n{name}  " in f"\n{said}"
         assert entry.url in said
         assert entry.files in said
-    assert "options split=train coco=2014 questions=... annotations=..." in said
+    assert "options split=train coco=2014 most=... questions=... annotations=..." in said

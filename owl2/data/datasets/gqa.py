@@ -10,12 +10,12 @@ from owl2.data.sample import Sample
 
 
 def gqa(
-    source: Path, *, split: str = "train", file: str | None = None
+    source: Path, *, split: str = "train", most: int | None = None, file: str | None = None
 ) -> Iterator[Sample | LeftOut]:
     """GQA's balanced questions with their short answers; those about a picture are joined.
 
     Reads `train_balanced_questions.json` (`split=val`: `val_balanced_questions.json`). Pictures are
-    in `images/`.
+    in `images/`. `most`: of the questions in a conversation; default: all about the picture.
 
     Raises:
         InputError: a file that is not as published; another split.
@@ -29,4 +29,4 @@ def gqa(
         )
         for _, row in json_entries(path)
     )
-    return joined(asked, path)
+    return joined(asked, path, most)

@@ -119,6 +119,12 @@ def refuse_test(split: object, where: str) -> None:
         raise InputError(f"{where}: {split!r} is a test split, which is for evaluation only.")
 
 
+def check_most(most: object) -> None:
+    """Raises `InputError` unless `most`, of the rounds of a conversation, is a number from 1 on."""
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise InputError(f"`most` is {most!r}; it must be a number of rounds from 1 on.")
+
+
 # ------------------------------------------------------------------ files
 
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from random import Random
 
 from owl2.data.datasets.prompts import Pair, about_picture
-from owl2.data.datasets.published import LeftOut
+from owl2.data.datasets.published import LeftOut, check_most
 from owl2.data.names import look_up
 from owl2.data.sample import Sample
-from owl2.errors import InputError
 
 NO_EXTENT = LeftOut("regions without extent, or smaller than can be written")
 
@@ -67,8 +66,7 @@ DIRECTIONS = {"describe": (describe,), "locate": (locate,), "both": (describe, l
 def check_settings(direction: object, most: object) -> None:
     """Raises `InputError` for an unknown direction, or a `most` that is no number from 1 on."""
     look_up("direction of regions", direction, DIRECTIONS)
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-        raise InputError(f"`most` is {most!r}; it must be a number of regions from 1 on.")
+    check_most(most)
 
 
 def region_samples(

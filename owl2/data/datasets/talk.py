@@ -13,6 +13,9 @@ from owl2.data.datasets.published import LeftOut, Row, json_lines, json_rows, pu
 from owl2.data.sample import Message, Sample
 from owl2.processing.chat import IMAGE_TOKEN
 
+# What a model takes for a picture or for an end, wherever it is written (in HTML, <s> strikes out).
+MARKS = (IMAGE_TOKEN, "</s>", "<s>", "<unk>")
+
 # ShareGPT's files have all of these; other writers (bing, bard) are neither.
 ROLES = {
     "human": "user",
@@ -78,9 +81,9 @@ def _unusable(turns: Sequence[tuple[str, str]]) -> str | None:
     # A system text may be empty; nothing is lost by that.
     if not all(text for role, (_, text) in zip(roles, turns, strict=True) if role != "system"):
         return "with an empty turn"
-    if any(IMAGE_TOKEN in text for _, text in turns):
-        return f"that write {IMAGE_TOKEN}, the mark of a picture"
-    return None
+    written = (mark for mark in MARKS if any(mark in text for _, text in turns))
+    mark = next(written, None)
+    return None if mark is None else f"that write {mark}, a mark of the format"
 
 
 def _messages(turns: Sequence[tuple[str, str]]) -> list[Message]:

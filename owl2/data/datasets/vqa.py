@@ -26,6 +26,7 @@ def vqav2(
     *,
     split: str = "train",
     coco: int = 2014,
+    most: int | None = None,
     questions: str | None = None,
     annotations: str | None = None,
 ) -> Iterator[Sample | LeftOut]:
@@ -33,6 +34,7 @@ def vqav2(
 
     Reads `v2_OpenEnded_mscoco_train2014_questions.json` and `v2_mscoco_train2014_annotations.json`
     (`split=val`: of val2014). `coco`: the year of the picture archives at hand, 2014 or 2017.
+    `most`: of the questions in a conversation; default: all about the picture.
 
     Raises:
         InputError: a file that is not as published; files that do not belong together; a test file.
@@ -40,7 +42,7 @@ def vqav2(
     folder = known_split("vqav2", split, {"train": "train2014", "val": "val2014"})
     asked = published_file(source, questions, f"v2_OpenEnded_mscoco_{folder}_questions.json")
     answered = published_file(source, annotations, f"v2_mscoco_{folder}_annotations.json")
-    return joined(_pairs(asked, answered, coco_folder(split, coco)), asked)
+    return joined(_pairs(asked, answered, coco_folder(split, coco)), asked, most)
 
 
 def okvqa(
@@ -48,6 +50,7 @@ def okvqa(
     *,
     split: str = "train",
     coco: int = 2014,
+    most: int | None = None,
     questions: str | None = None,
     annotations: str | None = None,
 ) -> Iterator[Sample | LeftOut]:
@@ -62,7 +65,7 @@ def okvqa(
     folder = known_split("okvqa", split, {"train": "train2014", "val": "val2014"})
     asked = published_file(source, questions, f"OpenEnded_mscoco_{folder}_questions.json")
     answered = published_file(source, annotations, f"mscoco_{folder}_annotations.json")
-    return joined(_pairs(asked, answered, coco_folder(split, coco)), asked)
+    return joined(_pairs(asked, answered, coco_folder(split, coco)), asked, most)
 
 
 def _pairs(asked: Path, answered: Path, folder: str) -> Iterator[tuple[str, Pair]]:

@@ -9,6 +9,7 @@ from owl2.data.datasets.prompts import (
     picture_and_text,
     short_question,
 )
+from owl2.errors import InputError
 from tests.data.datasets.published_files import SHORT, split_up, told
 
 
@@ -45,6 +46,20 @@ def test_a_conversation_a_picture_in_order_of_appearance():
         "file.json, picture 1.jpg",
     ]
     assert left_out == {"questions without words or without an answer": 2}
+
+
+def test_no_more_than_most_in_a_conversation():
+    asked = [("1.jpg", (f"{n}?", str(n))) for n in range(5)] + [("2.jpg", ("a?", "b"))]
+    samples, _ = split_up(joined(asked, Path("file.json"), 2))
+    assert [(told(each)[0], [answer for _, answer in told(each)[1]]) for each in samples] == [
+        ("1.jpg", ["0", "1"]),
+        ("1.jpg", ["2", "3"]),
+        ("1.jpg", ["4"]),
+        ("2.jpg", ["b"]),
+    ]
+    assert told(samples[1])[1][0][0] == "<|image|>\n2?"
+    with pytest.raises(InputError, match="`most` is 0"):
+        list(joined(asked, Path("file.json"), 0))
 
 
 def test_messages_of_a_conversation_and_of_a_pair():

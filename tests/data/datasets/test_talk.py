@@ -53,6 +53,8 @@ def test_sharegpt(tmp_path):
         ([("human", "Hi"), ("gpt", "?"), ("gpt", "!")], "conversations whose turns do not alt"),
         ([("human", "a"), ("system", "b"), ("gpt", "c")], "conversations whose turns do not alt"),
         ([("human", "what is <|image|>?"), ("gpt", "c")], "conversations that write <|image|>"),
+        ([("human", "strike"), ("gpt", "<s>old</s> new")], "conversations that write </s>, a mark"),
+        ([("system", "<s>"), ("human", "a"), ("gpt", "b")], "conversations that write <s>"),
     ],
 )
 def test_what_is_left_out_whole(tmp_path, given, reason):
