@@ -232,9 +232,11 @@ def plot_statistics(path: Path, tally: Tally, title: str, max_length: int | None
         lengths.legend(frameon=False)
     _histogram(pictures, tally.pictures, "pictures a sample")
     _histogram(edges, tally.edges, "longer edge of a picture, pixels")
-    _histogram(ratios, tally.ratios, "width : height of a picture")
-    ticks = [-2, -1, 0, 1, 2]
-    ratios.set_xticks([tick * RATIO_STEPS for tick in ticks], ["1:4", "1:2", "1:1", "2:1", "4:1"])
+    _histogram(ratios, clipped(tally.ratios, RATIO_STEPS * 3), "width : height of a picture")
+    ticks = range(-3, 4)
+    names = [f"1:{2**-tick}" if tick < 0 else f"{2**tick}:1" for tick in ticks]
+    ratios.set_xticks([tick * RATIO_STEPS for tick in ticks], names)
+    ratios.set_xlim(-3.1 * RATIO_STEPS, 3.1 * RATIO_STEPS)
     figure.savefig(path, dpi=120)
     return True
 
@@ -248,11 +250,11 @@ def _histogram(axes: Any, counts: Mapping[int, int], label: str) -> None:
         return
     # Few outliers must not press all the others into one bar: what is beyond goes into the last.
     found = spread(counts)
-    low, high = int(found["min"]), int(min(found["max"], 2 * abs(found["p99"]) + 1))
+    low, high = int(found["min"]), int(min(found["max"], 1.2 * abs(found["p99"]) + 1))
     shown = clipped(counts, high)
     width = max(1, math.ceil((high - low + 1) / 60))
     bins = [low - 0.5 + width * step for step in range((high - low) // width + 2)]
-    axes.set_xlim(low - 0.5 - width, max(bins) + width)
+    axes.set_xlim(low - 0.5 - 0.4 * width, max(bins) + 0.4 * width)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.hist(list(shown), bins=bins, weights=list(shown.values()), color="tab:blue")
     if high < found["max"]:
