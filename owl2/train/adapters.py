@@ -66,10 +66,22 @@ def prepare(model: PreTrainedModel, recipe: Recipe) -> Trained:
     if recipe.adapter is None:
         return apply_stage(model, recipe.stage, recipe.frozen)
     trained = adapt(model, recipe.adapter, recipe.seed)
+    _keep_trainable(model)
     if _precision(recipe) == torch.bfloat16:
         # Only here, as the frozen weights are not saved: the base keeps its digits.
         hold_frozen_in_bfloat16(model)
     return trained
+
+
+def _keep_trainable(model: nn.Module) -> None:
+    """Let looks at held-out samples leave a 4-bit model as it is.
+
+    On some CPUs bitsandbytes packs weights anew when they are first used without a gradient, and
+    the products with such weights have none: after a look, training would go on with wrong ones.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain bool
 
 
 def _precision(recipe: Recipe) -> torch.dtype:

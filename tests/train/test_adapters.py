@@ -350,6 +350,31 @@ def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bi
     assert engine.model.model.visual_abstractor.visual_fc.weight.dtype == torch.bfloat16
 
 
+def test_a_look_in_between_leaves_a_quantised_model_trainable(recipe, wide, picture_batch):
+    pytest.importorskip("bitsandbytes")
+    settings = recipe(model=wide, adapter=LORA, quantize="4bit", precision="bfloat16")
+    model = load(wide, **loading_options(settings)).train()
+    image = model.config.image_token_id
+    ids = picture_batch["input_ids"]
+    batch = picture_batch | {"input_ids": ids.masked_fill(ids == 40, image)}
+    prepare(model, settings)
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**batch)
+    model.train()
+    after = gradients()
+    assert before
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_without_bitsandbytes_it_is_named(recipe, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs bitsandbytes.*mplug-owl2\[quant\]"):
