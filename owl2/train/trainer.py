@@ -300,9 +300,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> Tra
         ignore_data_skip=True,
         dataloader_pin_memory=has_cuda,
         remove_unused_columns=False,
-        # With several processes the model uses every weight, and its buffers never change.
+        # With several processes the model uses every weight.
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         logging_steps=recipe.log_every,
         logging_first_step=True,
         # Ours is `Owl2Trainer._get_grad_norm`; the Trainer's hides what is not finite.
