@@ -94,5 +94,7 @@ def _loaded(path: Path) -> Any:
         ) from error
     try:
         return load_from_disk(str(path), keep_in_memory=False)
+    except IndexError as error:  # so `datasets` fails where there is nothing
+        raise InputError(f"{path} has no rows.") from error
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error

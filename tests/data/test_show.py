@@ -11,7 +11,6 @@ from rich.console import Console
 
 from owl2.cli import main
 from owl2.data.show import show
-from owl2.data.sources import open_words
 from owl2.errors import InputError
 
 
@@ -129,34 +128,6 @@ def test_the_page_holds_pictures_and_words(checkpoint, mixed, tmp_path):
     assert text.count('<p class="bad">') == 2  # the picture that is gone, the row without an answer
     with pytest.raises(InputError, match="cannot be made"):
         shown(checkpoint, mixed, 1, html="/proc/nowhere/page.html")
-
-
-def test_dataset_with_options():
-    samples = open_words("easy_vqa", ["split=train", "style=joined", "prompt=short", "seed=5"])
-    assert len(samples) == 4000
-
-
-def test_file_with_picture_directory(talks, tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (sample, *_) = open_words(str(talks), [f"images={tmp_path / 'pictures'}"])
-    assert str(tmp_path / "pictures" / "not opened.png") in repr(sample.messages)
-
-
-@pytest.mark.parametrize(
-    ("source", "settings", "complaint"),
-    [
-        ("easy_vq", [], "'easy_vq' is no dataset. Do you mean 'easy_vqa'"),
-        ("easy_vqa", ["style"], "'style' must have the form option=value"),
-        ("easy_vqa", ["=3"], "must have the form option=value"),
-        ("easy_vqa", ["stile=joined"], "Do you mean 'style'"),
-        ("easy_vqa", ["name=joined"], "'name' is no option"),
-        ("easy_vqa", ["style=[unclosed"], "the value cannot be read"),
-        ("talks.json", ["split=train"], "has no setting split: only images"),
-    ],
-)
-def test_wrong_settings(source, settings, complaint):
-    with pytest.raises(InputError, match=complaint):
-        open_words(source, settings)
 
 
 def test_the_command(checkpoint, talks, monkeypatch, capsys):
