@@ -133,10 +133,11 @@ def plot_loss(
     loss, rate, norm = figure.subplots(3, sharex=True, height_ratios=[4, 1, 1])
     _draw_loss(loss, steps, lines, looks)
     rate.plot(steps, [line["learning_rate"] for line in lines], color="tab:orange")
-    rate.set(ylabel="learning rate")
+    rate.set(ylabel="rate")
     rate.set_ylim(bottom=0)
     norm.plot(steps, _positive([line["grad_norm"] for line in lines]), color="tab:green")
-    norm.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    norm.set(xlabel="step", ylabel="gradient", yscale="log")
+    _plain_ticks(norm)
     for axes in (loss, rate, norm):
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -164,9 +165,21 @@ def _draw_loss(
     if drawn and max(drawn) > WIDE * min(drawn):
         # Or the first steps would dwarf all that comes after.
         axes.set_yscale("log")
+        _plain_ticks(axes)
     else:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
+
+
+def _plain_ticks(axes: Any) -> None:
+    """0.1, 0.2, 0.5, 1 on a logarithmic axis, instead of powers of ten; if it is long 0.1, 1."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = axes.get_ylim()
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=15))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _positive(values: Sequence[float]) -> list[float]:
