@@ -6,7 +6,6 @@ checkpoint + processor ──► stage ──► Trainer over the mixture of sam
                                                                              OUTPUT/run.json
 """
 
-import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from owl2.files import require_writable, whole_directory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import loading_options, prepare
+from owl2.train.attention import packed_room, require_attention
 from owl2.train.log import Lines, RunLog
 from owl2.train.optimizer import groups_table, parameter_groups
 from owl2.train.panel import terminal_view
@@ -82,6 +82,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
         console = (console or Console()) if team.first else Console(quiet=True)
         with team.together():
             require_writers(recipe)
+            require_attention(recipe)
             saved = find_state(recipe, team)
             require_writable(Path(recipe.output) / "model")
             model, processor = _load(recipe)
@@ -157,14 +158,6 @@ def _validator(recipe: Recipe, processor: Owl2Processor, team: Team) -> Validato
     )
 
 
-def _room(recipe: Recipe) -> float | None:
-    """How long the rows of packed samples may get; None: not packed."""
-    if not recipe.packing:
-        return None
-    # Flash attention keeps samples apart in a batch of one row only.
-    return math.inf if recipe.attention == "flash_attention_2" else recipe.max_length
-
-
 def _announce(
     console: Console,
     recipe: Recipe,
@@ -204,7 +197,7 @@ def _train(
     output = Path(recipe.output)
     start = saved.position if saved is not None else Position()
     used_cache = model.config.use_cache
-    collator = Collator(processor, _room(recipe))
+    collator = Collator(processor, packed_room(recipe))
     trainer = Owl2Trainer(model, recipe, samples, collator, checkpoints_of(output), team)
     log = RunLog(output / "log.jsonl" if team.first else None, start.step)
     looks = Lines(output / "validation.jsonl" if team.first and validator else None, start.step)

@@ -2,10 +2,12 @@
 
 import json
 import math
+from itertools import accumulate
 
 import pytest
 import torch
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from owl2.data.collate import collate
 from owl2.data.packing import pack
@@ -102,11 +104,15 @@ def mask_of(attention, **given):
     )
 
 
+# Through flex attention PyTorch goes backwards on a GPU only: on a CPU its mask and its loss are
+# compared, and computed as they stand, as compiling them takes a minute.
+
+
 def test_flex_attention_has_the_mask_of_sdpa():
-    """Backward passes of flex attention need a GPU, so on a CPU the masks are compared."""
     positions = pack(samples(), 0, ROOM)["position_ids"]
     dense = mask_of("sdpa", position_ids=positions)[:, 0]
-    flex = mask_of("flex_attention", position_ids=positions)
+    with torch.compiler.set_stance("force_eager"):
+        flex = mask_of("flex_attention", position_ids=positions)
     rows, width = positions.shape
     places = torch.arange(width)
     seen = flex.mask_mod(
@@ -114,6 +120,27 @@ def test_flex_attention_has_the_mask_of_sdpa():
     )
     assert torch.equal(seen, dense)
     assert not torch.equal(seen[0], torch.tril(seen.new_ones(width, width)))
+
+
+def test_flex_attention_has_the_loss_of_padded_rows():
+    items = samples()
+    batches = {"sdpa": collate(items, 0), "flex_attention": pack(items, 0, ROOM)}
+    losses = []
+    for attention, batch in batches.items():
+        model = make_model(initializer_range=0.4, attn_implementation=attention).eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            losses.append(model(**batch, use_cache=False).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_flash_attention_is_told_the_lengths_of_the_samples():
+    """transformers tells them from the positions, in a batch of one row."""
+    items = samples()
+    positions = pack(items, 0, math.inf)["position_ids"]
+    lengths = sorted((item["input_ids"].shape[1] for item in items), reverse=True)
+    (ends, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions)
+    assert ends.tolist() == [0, *accumulate(lengths)]
+    assert longest == lengths[0]
 
 
 # ------------------------------------------------------------------ whole runs
