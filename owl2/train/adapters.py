@@ -134,7 +134,7 @@ def hold_frozen_in_bfloat16(model: nn.Module) -> None:
 
 def _meant(model: nn.Module, settings: Adapter) -> list[str]:
     """Names of the Linears that get LoRA."""
-    prefixes = tuple(PREFIXES[part] for part in settings.on)
+    prefixes = tuple(PREFIXES[part] for part in settings.parts)
     linears = [
         name
         for name, module in model.named_modules()
@@ -148,7 +148,7 @@ def _meant(model: nn.Module, settings: Adapter) -> list[str]:
         if not found:
             kinds = sorted({_kind(name) for name in linears})
             raise InputError(
-                f"adapter.only: no Linear of {', '.join(settings.on)} is named {word!r}; there are "
+                f"adapter.only: no Linear of {', '.join(settings.parts)} is named {word!r}; there are "
                 + ", ".join(kinds)
             )
         chosen |= found

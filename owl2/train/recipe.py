@@ -123,7 +123,7 @@ class Adapter(Part):
     rank: Positive = 16
     alpha: Rate = Field(32.0, description="the update is scaled by alpha / rank")
     dropout: Share = 0.0
-    on: list[Literal["decoder", "abstractor", "vision"]] = Field(
+    parts: list[Literal["decoder", "abstractor", "vision"]] = Field(
         ["decoder"], min_length=1, description="parts whose Linears all get an adapter"
     )
     only: list[str] | None = Field(
@@ -135,10 +135,10 @@ class Adapter(Part):
 
     @model_validator(mode="after")
     def _one_way(self) -> "Adapter":
-        both = [part for part in self.trained if part in self.on]
+        both = [part for part in self.trained if part in self.parts]
         if both:
             raise ValueError(
-                f"{', '.join(both)} stands in `on` and in `trained`: what is trained fully needs "
+                f"{', '.join(both)} stands in `parts` and in `trained`: what is trained fully needs "
                 "no LoRA"
             )
         return self

@@ -21,9 +21,9 @@ from tests.tiny import make_model
 EVERYWHERE = ["decoder", "abstractor", "vision"]
 CASES = {
     "default": ({}, {}),
-    "everywhere": ({"on": EVERYWHERE}, {}),
+    "everywhere": ({"parts": EVERYWHERE}, {}),
     "trained parts": ({"trained": ["abstractor", "vision"]}, {}),
-    "no mam": ({"on": ["decoder", "vision"], "trained": ["abstractor"]}, {"use_mam": False}),
+    "no mam": ({"parts": ["decoder", "vision"], "trained": ["abstractor"]}, {"use_mam": False}),
     "tied": ({}, {"tie_word_embeddings": True}),
     "all heads": ({"only": ["k_proj", "v_proj"]}, {"num_key_value_heads": 4}),
 }
@@ -207,6 +207,32 @@ def test_from_another_directory(tmp_path, monkeypatch):
     assert_close(live, load("adapter", base="moved"))
     with pytest.raises(InputError, match=r"base=.* is for adapters"):
         load("moved", base="moved")
+
+
+def put_into_hub_cache(cache, repository, revision, folder):
+    """As huggingface_hub leaves what it has fetched."""
+    home = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, home / "snapshots" / revision)
+    (home / "refs").mkdir(exist_ok=True)
+    (home / "refs" / "main").write_text(revision, encoding="utf-8")
+
+
+def test_from_the_hub(base, tmp_path):
+    """The base's revision is part of its name: a later one is not taken for it."""
+    cache, first, later = tmp_path / "cache", "1" * 40, "2" * 40
+    put_into_hub_cache(cache, "somebody/base", first, base)
+    live = load("somebody/base", cache_dir=cache)
+    adapt(live, Adapter(rank=2), seed=0)
+    live.save_pretrained(tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["base_model_name_or_path"] == "somebody/base"
+    assert written["revision"] == first
+
+    put_into_hub_cache(cache, "somebody/base", later, make_base(tmp_path / "later", seed=1))
+    put_into_hub_cache(cache, "somebody/adapter", "3" * 40, tmp_path / "adapter")
+    assert_close(live, load("somebody/adapter", cache_dir=cache))
+    auto = AutoModelForImageTextToText.from_pretrained("somebody/adapter", cache_dir=cache)
+    assert_close(live, auto)
 
 
 def test_another_base_under_its_name_is_refused(tmp_path):

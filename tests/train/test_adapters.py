@@ -25,8 +25,8 @@ from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 from tests.train.tiny import QUESTION
 
 LORA = {"rank": 2, "alpha": 4.0}
-PARTS = LORA | {"on": ["decoder"], "trained": ["abstractor", "vision"]}
-ALL = LORA | {"on": ["decoder", "abstractor", "vision"]}
+PARTS = LORA | {"parts": ["decoder"], "trained": ["abstractor", "vision"]}
+ALL = LORA | {"parts": ["decoder", "abstractor", "vision"]}
 
 
 def load(folder, **options):
@@ -62,9 +62,9 @@ def test_default_is_every_linear_of_the_decoder():
     [
         ({"only": ["q_proj", "v_proj"]}, r"model\.layers\.\d\.self_attn\.(q|v)_proj.*"),
         ({"only": ["k_proj.multiway.1"]}, r"model\.layers\.\d\.self_attn\.k_proj\.multiway\.1"),
-        ({"on": ["abstractor"]}, r"model\.visual_abstractor\..*(w\d|query|key|value|proj|fc)"),
+        ({"parts": ["abstractor"]}, r"model\.visual_abstractor\..*(w\d|query|key|value|proj|fc)"),
         (
-            {"on": ["vision"], "only": ["fc1"]},
+            {"parts": ["vision"], "only": ["fc1"]},
             r"model\.vision_model\.encoder\.layers\.\d\.mlp\.fc1",
         ),
     ],
@@ -86,7 +86,7 @@ def test_a_name_that_no_linear_has_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"adapter": {"on": ["vision"], "trained": ["vision"]}}, "vision stands in `on` and in"),
+        ({"adapter": {"parts": ["vision"], "trained": ["vision"]}}, "vision stands in `parts` and in"),
         ({"adapter": LORA, "stage": 1}, "`adapter` is for stage 2"),
         ({"adapter": LORA, "frozen": ["vision"]}, "`frozen` is for full training"),
     ],

@@ -1,0 +1,93 @@
+"""A folder of pictures and the demo's model: fine-tuning makes it better on what was held out."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from owl2.inference.engine import Engine
+from owl2.train.recipe import Recipe
+from owl2.train.run import train
+from tests.train.runs import quiet
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # the demo itself may have to run first
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo's model; made if nobody has yet."""
+    model = ROOT / "runs" / "demo" / "model"
+    if not model.is_dir():
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        script = ["bash", str(ROOT / "recipes" / "easy_vqa" / "demo.sh")]
+        subprocess.run(script, check=True, env=os.environ | {"PATH": path})
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of small and large shapes, and what is asked about them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    script = runpy.run_path(str(ROOT / "recipes" / "finetune" / "example_folder.py"))
+    script["main"](folder)
+    return folder
+
+
+def accuracy(model, folder):
+    rows = json.loads((folder / "held_out.json").read_text(encoding="utf-8"))
+    questions = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "path": str(folder / row["image"])},
+                    {"type": "text", "text": row["conversations"][0]["value"].split("<image>")[1]},
+                ],
+            }
+        ]
+        for row in rows
+    ]
+    answers = Engine.from_pretrained(model).batch(questions)
+    wanted = [row["conversations"][1]["value"] for row in rows]
+    return sum(a == w for a, w in zip(answers, wanted, strict=True)) / len(rows)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"learning_rate": 5e-4},
+        {"learning_rate": 2e-3, "adapter": {"trained": ["abstractor", "vision"]}},
+        {"learning_rate": 3e-3, "adapter": {"parts": ["decoder", "abstractor", "vision"]}},
+    ],
+    ids=["full", "LoRA and vision", "LoRA only"],
+)
+def test_fine_tuning_improves_what_was_held_out(demo, folder, tmp_path, how):
+    recipe = Recipe(
+        **{
+            "stage": 2,
+            "model": str(demo),
+            "output": str(tmp_path / "run"),
+            "data": [{"file": str(folder / "train.json")}],
+            "image_size": None,
+            "max_length": 256,
+            "epochs": 8.0,
+            "batch_size": 16,
+            "min_learning_rate": 1e-5,
+            "warmup_steps": 10,
+            "gradient_checkpointing": False,
+            "workers": 0,
+            "validation": {"data": [{"file": str(folder / "held_out.json")}], "every": 100},
+        }
+        | how
+    )
+    result = train(recipe, quiet())
+    looks = (result.output / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss"] for line in looks]
+    assert losses[-1] < 0.05 * losses[0]
+    assert accuracy(demo, folder) < 0.1  # nobody has told it of sizes
+    assert accuracy(result.model, folder) > 0.95
