@@ -1,0 +1,173 @@
+"""Runs on several sources: streams, weights, samples that cannot be used; where they stand."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+from owl2.data.loader import Loader
+from owl2.errors import InputError
+from owl2.train.feed import Feed, run_steps
+from owl2.train.run import train
+from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
+from tests.train.tiny import QUESTION, RandomSamples, collate
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three shards of eight pictures with captions; the third's first has no picture that opens."""
+    number = 0
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"{shard:03}.tar", "w") as tar:
+            for place in range(8):
+                data = io.BytesIO()
+                Image.new("RGB", (9, 9), (number * 10, 0, 0)).save(data, "PNG")
+                broken = (shard, place) == (2, 0)
+                content = {"png": b"no" if broken else data.getvalue(), "txt": b"red " * 3}
+                for ending, blob in content.items():
+                    entry = tarfile.TarInfo(f"{number:05}.{ending}")
+                    entry.size = len(blob)
+                    tar.addfile(entry, io.BytesIO(blob))
+                number += 1
+    return str(tmp_path / "{000..002}.tar")
+
+
+@pytest.fixture
+def mixed(world, tmp_path, shards):
+    """A stream, a file, and a file with two rows that cannot be used."""
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "red"}]
+    rows = [
+        {"image": str(world / "0.png"), "conversations": turns},
+        {"image": "gone.png", "conversations": turns},
+        {"conversations": turns},
+    ]
+    (tmp_path / "bad.json").write_text(json.dumps(rows), encoding="utf-8")
+    return [
+        {"shards": shards, "count": 10},
+        {"file": str(world / "data.json")},
+        {"file": str(tmp_path / "bad.json")},
+    ]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"workers": 2}, {"group_by_length": True, "shuffle_window": 3}, {"packing": True}],
+)
+def test_a_stopped_run_goes_on_with_the_next_samples(
+    recipe, tmp_path, monkeypatch, mixed, settings
+):
+    settings = settings | {"data": mixed, "on_bad": "skip", "max_steps": 22}
+    whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
+    left_out = read_lines(whole.output / "left_out.jsonl")
+    assert {line["fault"] for line in left_out} == {
+        "missing picture",
+        "placeholder count",
+        "broken picture",
+    }
+    facts = json.loads((whole.output / "run.json").read_text(encoding="utf-8"))
+    assert facts["samples_left_out"] == len(left_out)
+    assert facts["samples"] == 22 * 4 - len(left_out)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13)
+        stopped = train(recipe(**settings), quiet())
+    # As if it had been killed after its state was saved, and had left out more by then.
+    with (stopped.output / "left_out.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"source": "later"}\n{"sou')
+    resumed = train(recipe(**settings), quiet())
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+    assert read_lines(resumed.output / "left_out.jsonl") == left_out
+
+
+def test_what_an_earlier_run_left_out_is_forgotten(recipe, mixed):
+    settings = {"data": mixed, "on_bad": "skip", "max_steps": 12}
+    first = train(recipe(**settings), quiet())
+    assert read_lines(first.output / "left_out.jsonl")
+    train(recipe(overwrite=True), quiet())
+    assert not (first.output / "left_out.jsonl").exists()
+
+
+def test_weights_have_no_epochs(recipe, mixed, world):
+    data = [
+        {"shards": mixed[0]["shards"], "weight": 0.5},
+        {"file": str(world / "data.json"), "weight": 2.0},
+    ]
+    console = quiet()
+    result = train(recipe(data=data, on_bad="skip", max_steps=12), console)
+    assert "Samples by weight, pictures at" in console.file.getvalue()
+    assert {line["epoch"] for line in read_lines(result.output / "log.jsonl")} == {0.0}
+
+
+def test_a_stream_without_a_number_of_samples_is_refused(recipe, shards):
+    with pytest.raises(InputError, match=r"001?.*\.tar is read as a stream.*`count`.*`weight`"):
+        train(recipe(data=[{"shards": shards}]), quiet())
+
+
+def test_the_log_tells_the_datas_epochs(recipe):
+    result = train(recipe(max_steps=15, log_every=3), quiet())  # 24 samples, 4 a step
+    epochs = {line["step"]: line["epoch"] for line in read_lines(result.output / "log.jsonl")}
+    assert epochs == {1: 1 / 6, 3: 0.5, 6: 1.0, 9: 1.5, 12: 2.0, 15: 2.5}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "steps"), [(1.0, 24, 6), (1.0, 25, 7), (0.5, 24, 3), (1.1, 40, 11)]
+)
+def test_steps_of_epochs(make_recipe, epochs, samples, steps):
+    recipe = make_recipe(epochs=epochs, max_steps=None, batch_size=4)
+    assert run_steps(recipe, samples) == steps
+    assert run_steps(make_recipe(max_steps=7), samples) == 7
+
+
+# ------------------------------------------------------------------ the state
+
+
+@pytest.fixture
+def feed(tmp_path):
+    def make():
+        data = RandomSamples(10)
+        return Feed(Loader(data, data.mixture, collate, 2), Accelerator(cpu=True), tmp_path)
+
+    return make
+
+
+def test_a_feed_goes_on_after_what_was_taken(feed, tmp_path):
+    one = feed()
+    batches = iter(one)
+    next(batches), next(batches)
+    one.save(tmp_path)
+    third = next(batches)
+    other = feed()
+    other.load(tmp_path)
+    assert next(iter(other))["input_ids"].tolist() == third["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"world": 1, "left_out": 0}'])
+def test_a_damaged_state_is_refused(feed, tmp_path, content):
+    if content is not None:
+        (tmp_path / "data_state_0.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=r"data_state_0\.json cannot be read.*overwrite=true"):
+        feed().load(tmp_path)
+
+
+def test_a_state_of_other_processes_is_refused(feed, tmp_path):
+    one = feed()
+    one.world = 2
+    one.save(tmp_path)
+    with pytest.raises(InputError, match="of a run on 2 processes, this one has 1"):
+        feed().load(tmp_path)
+
+
+def test_what_was_in_the_batches_is_counted(feed):
+    one = feed()
+    batches = iter(one)
+    taken = [next(batches) for _ in range(3)]
+    assert one.seen.samples == 0  # until all processes add theirs
+    one.share_counts()
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in taken)
+    assert one.seen == (6, tokens, 6, 0)
