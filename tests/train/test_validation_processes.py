@@ -1,0 +1,61 @@
+"""Looks at held-out samples by two processes: the figures and answers of one."""
+
+import json
+
+import pytest
+
+from owl2.train.run import train
+from tests.train.processes import FSDP, run
+from tests.train.runs import quiet
+from tests.train.tiny import QUESTION
+
+HELD_OUT = 7  # so that one of two processes has a batch more, and its last is not full
+
+
+@pytest.fixture
+def watched(recipe, world, tmp_path):
+    """A recipe that looks at pictures and words alone, in turn: a process has only one of them."""
+    rows = []
+    for number in range(HELD_OUT):
+        asked, row = QUESTION, {}
+        if number % 2:
+            asked, row = f"<image>\n{QUESTION}", {"image": str(world / f"{number}.png")}
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "red " * (number + 1)}]
+        rows.append(row | {"conversations": turns})
+    path = tmp_path / "held_out.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    held_out = {"data": [{"file": str(path), "images": "/"}], "every": 2, "answers": 1}
+
+    def make(name):
+        output = str(tmp_path / name)
+        return recipe(output=output, validation=held_out, max_steps=2, warmup_steps=0, log_every=1)
+
+    return make
+
+
+def read(folder, name):
+    return [json.loads(line) for line in (folder / name).open(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
+def test_two_processes_see_what_one_sees(watched, tmp_path, environment):
+    alone = train(watched("one"), quiet()).output
+    run(tmp_path / "said", train, watched("two"), count=2, environment=environment)
+    together = tmp_path / "two"
+
+    one, two = read(alone, "validation.jsonl"), read(together, "validation.jsonl")
+    assert [look["step"] for look in two] == [0, 2]
+    for expected, found in zip(one, two, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        same = ("step", "tokens", "samples", "left_out")
+        assert [found[key] for key in same] == [expected[key] for key in same]
+        assert found["samples"] == HELD_OUT
+    assert two[0]["answers"] == one[0]["answers"]
+
+    for expected, found in zip(read(alone, "log.jsonl"), read(together, "log.jsonl"), strict=True):
+        same = ("step", "samples", "tokens", "pictures", "left_out")
+        assert [found[key] for key in same] == [expected[key] for key in same]
+    facts = json.loads((together / "run.json").read_text(encoding="utf-8"))
+    each = facts["peak_memory_bytes"]["process_each"]
+    assert len(each) == facts["processes"] == 2
+    assert facts["peak_memory_bytes"]["process"] == max(each) and min(each) > 10_000_000
