@@ -7,9 +7,10 @@ are L + 2 levels, and level l of 0 … L+1 is trained at d^(L+1-l) of the peak r
     level i + 1   block i of 0 … L-1                                              d^(L-i)
     level L + 1   post_layernorm                                                  1
 
-so the last block has d, not 1: the full rate is for what stands above the ViT's blocks. Abstractor
-and decoder have the full rate. Weight decay is for matrices: not for norms and biases (vectors),
-not for embeddings.
+so the last block has d, not 1: the full rate is for what stands above the ViT's blocks. Decoder,
+abstractor and the ViT's top have the same peak rate unless a recipe gives the latter two others.
+Each group falls to its own share of its own peak: minima keep the peaks' proportions. Weight decay
+is for matrices: not for norms and biases (vectors), not for embeddings.
 """
 
 from collections import defaultdict
@@ -19,6 +20,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from owl2.train.recipe import Recipe
 from owl2.train.stages import Part, part_of
 
 # Learned vectors that stand for tokens or positions; a tied lm_head is `embed_tokens`, too.
@@ -41,24 +43,50 @@ class _Kind(NamedTuple):
     decays: bool
 
 
+def recipe_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The `parameter_groups` that a recipe asks for."""
+    return parameter_groups(
+        model,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        vision_layer_decay=recipe.vision_layer_decay,
+        vision_learning_rate=recipe.vision_learning_rate,
+        abstractor_learning_rate=recipe.abstractor_learning_rate,
+    )
+
+
 def parameter_groups(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, vision_layer_decay: float
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    vision_layer_decay: float,
+    vision_learning_rate: float | None = None,
+    abstractor_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer that hold every trainable parameter exactly once.
 
+    Args:
+        vision_learning_rate: the ViT's at its top, falling from there; None: as all.
+        abstractor_learning_rate: the abstractor's; None: as all.
+
     Returns:
         Dicts with ``params``, ``lr`` (the group's peak), ``weight_decay``; for people, ``name``
-        and ``lr_scale``. From the words down to the picture, so the first has the full rate: it is
-        the one that the Trainer reports.
+        and ``lr_scale``, relative to `learning_rate`. From the words down to the picture, so if any
+        of the decoder is trained the first has `learning_rate`: it is the one that the Trainer
+        reports.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     blocks = 1 + max(
         (_vision_block(name) for name, _ in model.named_parameters()),
         default=-1,
     )
+    peaks = {Part.VISION: vision_learning_rate, Part.ABSTRACTOR: abstractor_learning_rate}
     members: dict[_Kind, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        members[_kind(name, parameter, blocks, vision_layer_decay)].append(parameter)
+        kind = _kind(name, parameter, blocks, vision_layer_decay)
+        peak = peaks.get(part_of(name)) or learning_rate
+        members[kind._replace(scale=kind.scale * peak / learning_rate)].append(parameter)
     groups = [
         {
             "name": kind.name,

@@ -28,7 +28,7 @@ from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import loading_options, prepare
 from owl2.train.attention import packed_room, require_attention
 from owl2.train.log import Lines, RunLog
-from owl2.train.optimizer import groups_table, parameter_groups
+from owl2.train.optimizer import groups_table, recipe_groups
 from owl2.train.panel import terminal_view
 from owl2.train.progress import View, Watch
 from owl2.train.recipe import DataSource, Recipe
@@ -169,13 +169,7 @@ def _announce(
     console.print(f"Stage {recipe.stage}, from {recipe.model}", markup=False, soft_wrap=True)
     for line in trained.lines():
         console.print(f"  {line}", highlight=False)
-    groups = parameter_groups(
-        model,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        vision_layer_decay=recipe.vision_layer_decay,
-    )
-    console.print(groups_table(groups))
+    console.print(groups_table(recipe_groups(model, recipe)))
     size = model.config.image_size
     amount = "Samples by weight" if samples is None else f"{samples:,} samples an epoch"
     console.print(f"{amount}, pictures at {size} x {size} pixels", highlight=False)

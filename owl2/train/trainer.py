@@ -23,7 +23,7 @@ from owl2.errors import InputError
 from owl2.model.adapters import has_adapter, load_state
 from owl2.model.owl2 import Owl2Model
 from owl2.train.feed import Feed, Seen, TellEpochs, run_steps
-from owl2.train.optimizer import make_adamw, parameter_groups
+from owl2.train.optimizer import make_adamw, recipe_groups
 from owl2.train.recipe import Recipe
 from owl2.train.saving import writing
 from owl2.train.team import Team
@@ -130,12 +130,7 @@ class Owl2Trainer(Trainer):
         if self.optimizer is None:
             trained = self.model if model is None else model
             assert trained is not None  # a Trainer without a model is refused by its __init__
-            groups = parameter_groups(
-                trained,
-                learning_rate=self.recipe.learning_rate,
-                weight_decay=self.recipe.weight_decay,
-                vision_layer_decay=self.recipe.vision_layer_decay,
-            )
+            groups = recipe_groups(trained, self.recipe)
             betas = (self.recipe.adam_beta1, self.recipe.adam_beta2)
             self.optimizer = make_adamw(groups, betas=betas, epsilon=self.recipe.adam_epsilon)
         return self.optimizer

@@ -1,11 +1,16 @@
 """Groups of parameters: rates that fall towards the pixels, decay on matrices only."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from rich.console import Console
+from transformers import get_scheduler
 
-from owl2.train.optimizer import groups_table, make_adamw, parameter_groups
+from owl2.train.adapters import prepare
+from owl2.train.optimizer import groups_table, make_adamw, parameter_groups, recipe_groups
 from owl2.train.stages import apply_stage
+from owl2.train.trainer import training_arguments
 from tests.tiny import VISION_BLOCKS, make_model
 
 # Written down by hand for three blocks: 0.9 to the power of the levels above.
@@ -97,3 +102,73 @@ def test_the_table_shows_all_groups():
     text = console.export_text()
     for words in ("vision embeddings", "vision block 2", "abstractor", "0.6561", "0.05"):
         assert words in text
+
+
+def test_parts_have_rates_of_their_own():
+    model = make_model()
+    groups = parameter_groups(
+        model,
+        learning_rate=2.0,
+        weight_decay=0.05,
+        vision_layer_decay=0.9,
+        vision_learning_rate=0.5,
+        abstractor_learning_rate=8.0,
+    )
+    peaks = {
+        "lm_head.weight": 2.0,
+        "model.layers.1.self_attn.v_proj.multiway.1.weight": 2.0,
+        "model.visual_abstractor.visual_fc.weight": 8.0,
+        "model.visual_abstractor.vit_eos": 8.0,
+        "model.vision_model.post_layernorm.bias": 0.5,
+        "model.vision_model.encoder.layers.2.mlp.fc1.weight": 0.5 * 0.9,
+        "model.vision_model.embeddings.cls_token": 0.5 * 0.9**4,
+    }
+    parameters = dict(model.named_parameters())
+    for name, peak in peaks.items():
+        assert group_of(groups, parameters[name])["lr"] == pytest.approx(peak), name
+    assert groups[0]["lr"] == 2.0
+    assert [g["lr"] for g in groups] == pytest.approx([2.0 * g["lr_scale"] for g in groups])
+
+
+def test_a_recipe_s_rates_reach_the_groups_and_fall_in_proportion(make_recipe):
+    """From peak to minimum each by the same factor, in the Trainer's own schedule."""
+    recipe = make_recipe(
+        learning_rate=1e-2,
+        min_learning_rate=1e-3,
+        vision_learning_rate=4e-3,
+        abstractor_learning_rate=3e-2,
+        warmup_steps=2,
+        max_steps=10,
+    )
+    model = make_model()
+    groups = recipe_groups(model, recipe)
+    peaks = [group["lr"] for group in groups]
+    assert {1e-2, 3e-2, 4e-3} <= set(peaks)
+    optimizer = make_adamw(groups, betas=(0.9, 0.98), epsilon=1e-6)
+    arguments = training_arguments(recipe, Path("unused"), recipe.max_steps)
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=recipe.warmup_steps,
+        num_training_steps=recipe.max_steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    reached = []
+    for _ in range(recipe.max_steps):
+        optimizer.step()
+        schedule.step()
+        reached.append(schedule.get_last_lr())
+    assert reached[1] == pytest.approx(peaks)
+    assert reached[-1] == pytest.approx([0.1 * peak for peak in peaks])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"adapter": {"rank": 2}}, {"stage": 1}, {"frozen": ["vision"]}]
+)
+def test_the_table_counts_every_trained_number_once(make_recipe, settings):
+    recipe = make_recipe(**settings)
+    model = make_model()
+    trained = prepare(model, recipe)
+    table = groups_table(recipe_groups(model, recipe))
+    counts = [int(cell.replace(",", "")) for cell in table.columns[-1].cells]
+    assert sum(counts) == trained.trainable_size
