@@ -13,7 +13,6 @@ train the parts in `modules_to_save` where they stand, without a second copy of 
 
 import copy
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from owl2.errors import InputError
 from owl2.model.config_file import read_config
-from owl2.model.fingerprint import COMPUTED, fingerprint
 from owl2.model.keys import key_problems
+from owl2.model.source import COMPUTED, IF_THERE, Source
 from owl2.model.weight_files import check_weight_file
 
 # peft takes a second to import, so those who need it do so when they run.
@@ -89,9 +88,10 @@ class AdapterFiles:
             expected = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged: {error!r}") from error
-        if base_fingerprint(model) not in (expected, None):
+        source = _source_of(model)
+        if source and source.fingerprint not in (expected, None):
             raise InputError(
-                f"{model.name_or_path} is not the model that {self.name} was trained on: its "
+                f"{source.name} is not the model that {self.name} was trained on: its "
                 "weights are others. Give the right one with base=...; without "
                 f"{file} whatever fits is taken"
             )
@@ -123,9 +123,7 @@ def find_adapter(name_or_path: str | Path, hub: dict[str, Any]) -> AdapterFiles 
         raise InputError(f"{file}: owl2 reads adapters of the kind LORA, not {config.peft_type}")
     if not Path(name_or_path).is_dir():
         for wanted in (WEIGHTS, BASE, "config.json"):
-            cached_file(
-                str(name_or_path), wanted, _raise_exceptions_for_missing_entries=False, **hub
-            )
+            cached_file(str(name_or_path), wanted, **IF_THERE, **hub)
     return AdapterFiles(str(name_or_path), folder, config)
 
 
@@ -140,15 +138,14 @@ def add_lora(model: PreTrainedModel, config: "LoraConfig", whole: Iterable[str] 
     Args:
         whole: names of the parts that the adapter holds as a whole.
     """
-    place = str(model.name_or_path)
-    base_fingerprint(model)  # now: who saves hours later may find other files there
+    if source := _source_of(model):
+        _ = source.fingerprint  # now: who saves hours later may find other files there
     model.add_adapter(config)
     model.requires_grad_(False)
     # peft would wrap the parts in `modules_to_save` beside a copy, so it hears of them afterwards.
     config.modules_to_save = list(whole) or None
-    # A path that is found again from another directory; a hub id stays what it is.
-    config.base_model_name_or_path = os.path.abspath(place) if Path(place).is_dir() else place
-    config.revision = None if Path(place).is_dir() else model.config._commit_hash
+    config.base_model_name_or_path = source.name if source else None
+    config.revision = source.revision if source else None
 
 
 def load_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> None:
@@ -257,8 +254,9 @@ def save_adapter(
     if hasattr(config, "quantization_config"):  # of this run's copy of the base, not of the base
         del config.quantization_config
     config.save_pretrained(folder)
-    if mark := base_fingerprint(model):
-        text = json.dumps({"fingerprint": mark}, indent=2) + "\n"
+    source = _source_of(model)
+    if source and source.fingerprint:
+        text = json.dumps({"fingerprint": source.fingerprint}, indent=2) + "\n"
         (folder / BASE).write_text(text, encoding="utf-8")
 
 
@@ -298,27 +296,9 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
-def base_fingerprint(model: PreTrainedModel) -> str | None:
-    """Of the files that the model was loaded from; None if there are none here."""
-    known: str | None = getattr(model, "_base_fingerprint", None)
-    if known is None and (folder := _folder_of(model)) is not None:
-        known = fingerprint(folder)
-        model._base_fingerprint = known  # type: ignore[assignment]  # any attribute goes
-    return known
-
-
-def _folder_of(model: PreTrainedModel) -> Path | None:
-    place = str(model.name_or_path)
-    if not place or Path(place).is_dir():
-        return Path(place) if place else None
-    file = cached_file(
-        place,
-        "config.json",
-        revision=model.config._commit_hash,
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    return Path(file).parent if file else None
+def _source_of(model: PreTrainedModel) -> Source | None:
+    source: Source | None = getattr(model, "loaded_from", None)  # of ours, see `checkpoint`
+    return source
 
 
 def _modules_named(model: nn.Module, names: Iterable[str]) -> list[str]:

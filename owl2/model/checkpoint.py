@@ -26,6 +26,7 @@ from owl2.model.adapters import (
 )
 from owl2.model.config_file import check_generation, read_config
 from owl2.model.keys import Shapes, key_problems, listing
+from owl2.model.source import Source
 from owl2.model.weight_files import check_weight_files
 
 POSITIONS = "model.vision_model.embeddings.position_embedding"
@@ -41,7 +42,9 @@ ACCOUNT_FOR_KEYS: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loa
 
 
 class ReleasedCheckpoints(PreTrainedModel):
-    """`from_pretrained` that accounts for every key."""
+    """`from_pretrained` that accounts for every key, and remembers the place."""
+
+    loaded_from: Source | None = None
 
     # Computed, not learned: made anew where a checkpoint does not carry them.
     _keys_to_ignore_on_load_missing = [r"attention\.[qk]_pos_embed$"]
@@ -73,8 +76,9 @@ class ReleasedCheckpoints(PreTrainedModel):
                 of another shape (the message lists them), or an adapter's base is not there.
         """
         # transformers' Auto classes say so when they have seen an adapter themselves.
-        source = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path", name_or_path)
-        if adapter := find_adapter(source, {name: kwargs[name] for name in HUB if name in kwargs}):
+        asked = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path", name_or_path)
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
+        if adapter := find_adapter(asked, hub):
             return cls._adapted(adapter, base, image_size, *args, **kwargs)
         if base is not None:
             raise InputError(f"base=... is for adapters, and {name_or_path} is a whole model")
@@ -100,6 +104,7 @@ class ReleasedCheckpoints(PreTrainedModel):
             model.generation_config.max_length = None
         if image_size is not None:
             model.set_image_size(image_size)
+        model.loaded_from = Source.of(name_or_path, hub)
         return (model, info) if want_info else model
 
     @classmethod

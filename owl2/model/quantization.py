@@ -6,6 +6,7 @@ would cost much and save little. Only the Linears in the decoder's layers are ro
 
 import importlib.util
 import logging
+
 import torch
 from transformers import BitsAndBytesConfig
 

@@ -76,7 +76,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(base, tmp_path_factory):
     """A live model with every kind of adapter, and its directory."""
-    model = make_adapted(base, on=["decoder", "vision"], trained=["abstractor"])
+    model = make_adapted(base, parts=["decoder", "vision"], trained=["abstractor"])
     folder = tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder)
     return model, folder
@@ -132,7 +132,7 @@ def test_files_are_small_and_peft_reads_them(saved, base):
 
 
 def test_transformers_reads_the_adapter_too(base, tmp_path):
-    live = make_adapted(base, on=EVERYWHERE)
+    live = make_adapted(base, parts=EVERYWHERE)
     live.save_pretrained(tmp_path)
     model = load(base)
     model.load_adapter(str(tmp_path))

@@ -86,7 +86,10 @@ def test_a_name_that_no_linear_has_is_refused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"adapter": {"parts": ["vision"], "trained": ["vision"]}}, "vision stands in `parts` and in"),
+        (
+            {"adapter": {"parts": ["vision"], "trained": ["vision"]}},
+            "vision stands in `parts` and in",
+        ),
         ({"adapter": LORA, "stage": 1}, "`adapter` is for stage 2"),
         ({"adapter": LORA, "frozen": ["vision"]}, "`frozen` is for full training"),
     ],

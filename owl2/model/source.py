@@ -1,22 +1,63 @@
-"""A checkpoint's fingerprint: tells whether weights are the ones that an adapter was trained on.
+"""Where a model's weights came from: a place that is found again, and their fingerprint.
 
-It is made of the beginning of every tensor, so it takes a second for any size and changes with
-every training, yet is the same in another file format or in other shards.
+The fingerprint tells whether weights are the ones that an adapter was trained on. It is made of the
+beginning of every tensor, so it takes a second for any size and changes with every training, yet is
+the same in another file format or in other shards.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from owl2.model.weight_files import check_weight_file, unpickled, weight_files
 
 NUMBERS = 16  # of each tensor
+# Of a file that the hub, or its cache here, may not have.
+IF_THERE: dict[str, Any] = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 Start = tuple[tuple[int, ...], torch.Tensor]  # a tensor's shape and first numbers
 # Computed, not learned: checkpoints may or may not hold them.
 COMPUTED = ("_pos_embed", ".inv_freq")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A local directory, `name` its absolute path, or a repository on the hub at one revision."""
+
+    name: str
+    revision: str | None
+    folder: Path | None  # with the files; None if the hub's cache has none
+
+    @classmethod
+    def of(cls, name_or_path: str | Path, hub: dict[str, Any]) -> "Source":
+        """Of what transformers has just loaded from there.
+
+        Args:
+            hub: where it looked, as `from_pretrained` (``subfolder``, ``revision`` ...).
+        """
+        if Path(name_or_path).is_dir():
+            # Absolute, to be found from another working directory, too.
+            folder = os.path.abspath(Path(name_or_path) / (hub.get("subfolder") or ""))
+            return cls(folder, None, Path(folder))
+        fetched = hub | {"local_files_only": True, "force_download": False}
+        file = cached_file(str(name_or_path), "config.json", **fetched, **IF_THERE)
+        folder_there = Path(file).parent if file else None
+        return cls(str(name_or_path), extract_commit_hash(file, None), folder_there)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Of the weights; None if they are not here. Read once: what is there later may differ."""
+        return fingerprint(self.folder) if self.folder else None
 
 
 def fingerprint(folder: Path) -> str | None:
