@@ -136,9 +136,8 @@ class LivePanel:
             rows.add_row("validation", _looked(self._look, self._first_look))
         for answer in () if self._look is None else self._look.answers:
             rows.add_row("", _shown(answer))
-        return Panel(
-            Group(self._progress(), rows), title=self.title, title_align="left", border_style="blue"
-        )
+        inside = Group(self._progress(), rows)
+        return Panel(inside, title=Text(self.title), title_align="left", border_style="blue")
 
     def _progress(self) -> Table:
         row = Table.grid(padding=(0, 2), expand=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from owl2 import __version__
 from owl2.files import write_whole
@@ -90,7 +91,7 @@ def summary(facts: Mapping[str, Any], files: Mapping[str, Path]) -> Table:
     table.add_section()
     for name, path in files.items():
         if path.exists():
-            table.add_row(name, str(path))
+            table.add_row(name, Text(str(path)))
     return table
 
 
