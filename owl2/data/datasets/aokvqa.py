@@ -7,7 +7,14 @@ from random import Random
 from owl2.data.datasets.coco import coco_picture
 from owl2.data.datasets.joined import NOTHING_SAID, most_agreed
 from owl2.data.datasets.prompts import LETTERS, about_picture, choice_question, short_question
-from owl2.data.datasets.published import LeftOut, Row, json_rows, known_split, published_file
+from owl2.data.datasets.published import (
+    LeftOut,
+    Row,
+    json_rows,
+    known_split,
+    published_file,
+    require_split,
+)
 from owl2.data.names import look_up
 from owl2.data.sample import Sample
 from owl2.errors import InputError
@@ -42,8 +49,7 @@ def aokvqa(
     splits = {name: f"aokvqa_v1p0_{name}.json" for name in ("train", "val")}
     path = published_file(source, file, known_split("aokvqa", split, splits))
     for row in json_rows(path):
-        if row.text("split") != split:
-            raise InputError(f"{row.where} is of the split {row.text('split')!r}, not {split!r}.")
+        require_split(row.text("split"), split, row.where)
         yield from _question(row, f"{split}2017", wanted, seed)
 
 

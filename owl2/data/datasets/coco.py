@@ -16,6 +16,7 @@ from owl2.data.datasets.published import (
     json_object,
     known_split,
     published_file,
+    require_split,
 )
 from owl2.data.names import look_up
 from owl2.data.sample import Sample
@@ -100,6 +101,8 @@ def _references(path: Path, split: str, folder: str) -> dict[str, list[str]]:
         number = row.integer("image_id")
         if number not in names:
             raise InputError(f"{row.where}: there is no picture {number} in 'images'.")
+        if names[number].startswith("COCO_"):  # COCO's names of 2014 tell the split
+            require_split(names[number].split("_")[1], folder, row.where)
         references.setdefault(f"{folder}/{names[number]}", []).append(row.text("caption"))
     return references
 

@@ -119,6 +119,16 @@ def refuse_test(split: object, where: str) -> None:
         raise InputError(f"{where}: {split!r} is a test split, which is for evaluation only.")
 
 
+def require_split(said: object, wanted: str, where: str) -> None:
+    """Raises `InputError` where a file or row says that it is of another split than is wanted.
+
+    `said`: what it says; None: nothing.
+    """
+    refuse_test(said, where)
+    if said not in (None, wanted):
+        raise InputError(f"{where} is of the split {said!r:.40}, not {wanted!r}.")
+
+
 def check_most(most: object) -> None:
     """Raises `InputError` unless `most`, of the rounds of a conversation, is a number from 1 on."""
     if not isinstance(most, int) or isinstance(most, bool) or most < 1:

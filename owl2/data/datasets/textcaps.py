@@ -9,7 +9,7 @@ from owl2.data.datasets.published import (
     json_object,
     known_split,
     published_file,
-    refuse_test,
+    require_split,
 )
 from owl2.data.sample import Sample
 
@@ -28,7 +28,7 @@ def textcaps(
     names = {name: f"TextCaps_0.1_{name}.json" for name in ("train", "val")}
     path = published_file(source, file, known_split("textcaps", split, names))
     content = json_object(path)
-    refuse_test(content.value.get("dataset_type"), str(path))
+    require_split(content.value.get("dataset_type"), split, str(path))
     references: dict[str, list[str]] = {}
     for row in content.rows("data"):
         captions = references.setdefault(f"train_images/{row.text('image_id')}.jpg", [])

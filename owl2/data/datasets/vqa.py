@@ -15,7 +15,7 @@ from owl2.data.datasets.published import (
     json_object,
     known_split,
     published_file,
-    refuse_test,
+    require_split,
 )
 from owl2.data.sample import Sample
 from owl2.errors import InputError
@@ -42,7 +42,7 @@ def vqav2(
     folder = known_split("vqav2", split, {"train": "train2014", "val": "val2014"})
     asked = published_file(source, questions, f"v2_OpenEnded_mscoco_{folder}_questions.json")
     answered = published_file(source, annotations, f"v2_mscoco_{folder}_annotations.json")
-    return joined(_pairs(asked, answered, coco_folder(split, coco)), asked, most)
+    return joined(_pairs(asked, answered, folder, coco_folder(split, coco)), asked, most)
 
 
 def okvqa(
@@ -65,12 +65,12 @@ def okvqa(
     folder = known_split("okvqa", split, {"train": "train2014", "val": "val2014"})
     asked = published_file(source, questions, f"OpenEnded_mscoco_{folder}_questions.json")
     answered = published_file(source, annotations, f"mscoco_{folder}_annotations.json")
-    return joined(_pairs(asked, answered, coco_folder(split, coco)), asked, most)
+    return joined(_pairs(asked, answered, folder, coco_folder(split, coco)), asked, most)
 
 
-def _pairs(asked: Path, answered: Path, folder: str) -> Iterator[tuple[str, Pair]]:
-    answers = _answers(answered)
-    for row in _list(asked, "questions"):
+def _pairs(asked: Path, answered: Path, subtype: str, folder: str) -> Iterator[tuple[str, Pair]]:
+    answers = _answers(answered, subtype)
+    for row in _list(asked, "questions", subtype):
         number = row.integer("question_id")
         if number not in answers:
             raise InputError(
@@ -87,16 +87,16 @@ def _pairs(asked: Path, answered: Path, folder: str) -> Iterator[tuple[str, Pair
         )
 
 
-def _answers(path: Path) -> dict[int, str]:
+def _answers(path: Path, subtype: str) -> dict[int, str]:
     return {
         row.integer("question_id"): most_agreed(
             given.text("answer") for given in row.rows("answers")
         )
-        for row in _list(path, "annotations")
+        for row in _list(path, "annotations", subtype)
     }
 
 
-def _list(path: Path, key: str) -> list[Row]:
+def _list(path: Path, key: str, subtype: str) -> list[Row]:
     content = json_object(path)
-    refuse_test(content.value.get("data_subtype"), str(path))
+    require_split(content.value.get("data_subtype"), subtype, str(path))
     return content.rows(key)

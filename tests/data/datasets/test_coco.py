@@ -134,6 +134,21 @@ def test_files_that_are_not_as_published(tmp_path, change, complaint):
     assert str(caught.value).startswith(str(path))
 
 
+def test_a_file_of_another_split_is_refused(folder):
+    with pytest.raises(
+        InputError, match="annotations 1 is of the split 'train2014', not 'val2014'"
+    ):
+        list(coco_captions(folder, split="val", file="captions_train2014.json"))
+
+
+def test_the_names_of_2017(tmp_path):
+    content = official((9, "Two cats"))
+    content["images"] = [picture(9, "000000000009.jpg")]
+    put(tmp_path, "captions_train2017.json", content)
+    ((name, _),) = told_all(coco_captions(tmp_path, split="train2017"))
+    assert name == "train2017/000000000009.jpg"
+
+
 def test_unknown_style_and_test_split(folder):
     with pytest.raises(InputError, match=r"'pair' is no style .* Do you mean 'pairs'"):
         list(coco_captions(folder, style="pair"))

@@ -68,6 +68,9 @@ def test_the_test_split_is_refused_by_either_name(tmp_path):
     put(tmp_path, "x.json", published(*CAPTIONS, split="test"))
     with pytest.raises(InputError, match=r"x\.json: 'test' is a test split"):
         list(textcaps(tmp_path, file="x.json"))
+    put(tmp_path, "x.json", published(*CAPTIONS, split="val"))
+    with pytest.raises(InputError, match=r"x\.json is of the split 'val', not 'train'"):
+        list(textcaps(tmp_path, file="x.json"))
 
 
 def test_a_row_that_is_not_as_published(tmp_path):

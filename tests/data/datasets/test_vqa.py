@@ -24,11 +24,11 @@ def questions(*rows: tuple[int, int, str], subtype: str = "train2014") -> dict:
     }
 
 
-def annotations(*rows: tuple[int, int, list[str]]) -> dict:
+def annotations(*rows: tuple[int, int, list[str]], subtype: str = "train2014") -> dict:
     return {
         "info": {"description": "This is v2.0 of the VQA dataset.", "version": "2.0"},
         "license": {"name": "Creative Commons Attribution 4.0 International License"},
-        "data_subtype": "train2014",
+        "data_subtype": subtype,
         "annotations": [
             {
                 "question_type": "what is",
@@ -75,7 +75,7 @@ def test_most_agreed_answers_joined_by_picture(tmp_path, read):
 def test_the_validation_split_has_files_and_pictures_of_its_own(tmp_path, read):
     names = [name.replace("train", "val") for name in NAMES[read]]
     put(tmp_path, names[0], questions((42, 42000, "What?"), subtype="val2014"))
-    put(tmp_path, names[1], annotations((42, 42000, ["surfing"])))
+    put(tmp_path, names[1], annotations((42, 42000, ["surfing"]), subtype="val2014"))
     ((picture, rounds),) = told_all(read(tmp_path, split="val"))
     assert picture == "val2014/COCO_val2014_000000000042.jpg"
     assert rounds == [(f"<|image|>\nWhat?{SHORT}", "surfing")]
@@ -104,6 +104,14 @@ def broken(key: str, row: int, **change: object) -> tuple[dict, dict]:
         ),
         ((questions(ASKED[1]), annotations(*ANSWERED)), "answers 1 questions that .* does not ask"),
         ((questions(*ASKED, subtype="test2015"), annotations(WHY)), "evaluation only"),
+        (
+            (questions(*ASKED, subtype="val2014"), annotations(WHY)),
+            "of the split 'val2014', not 't",
+        ),
+        (
+            (questions(*ASKED), annotations(WHY, subtype="val2014")),
+            "of the split 'val2014', not 't",
+        ),
         (broken("questions", 1, question=None), "questions 2: 'question' is None, not a text"),
         (broken("questions", 1, image_id="9"), "questions 2: 'image_id' is '9', not a whole"),
         (broken("annotations", 1, answers={}), r"annotations 2: 'answers' is {}, not a list"),
