@@ -148,8 +148,8 @@ def _meant(model: nn.Module, settings: Adapter) -> list[str]:
         if not found:
             kinds = sorted({_kind(name) for name in linears})
             raise InputError(
-                f"adapter.only: no Linear of {', '.join(settings.parts)} is named {word!r}; there are "
-                + ", ".join(kinds)
+                f"adapter.only: no Linear of {', '.join(settings.parts)} is named {word!r}; there "
+                f"are {', '.join(kinds)}"
             )
         chosen |= found
     return sorted(chosen)
