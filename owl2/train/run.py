@@ -207,7 +207,7 @@ def _train(
     for callback in (KeepState(output, watch.position, team), stop):
         trainer.add_callback(callback)
     try:
-        with watch, writing(output):
+        with writing(output), watch:
             trainer.train(resume_from_checkpoint=str(saved.directory) if saved else None)
     finally:
         stop.release()

@@ -31,8 +31,10 @@ def writing(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError, CheckpointException, RuntimeError) as error:
         if not _is_of_the_disk(error):
             raise
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[-1]
-        raise InputError(f"{target} cannot be written: {reason}; {_room(target)}") from error
+        raise InputError(
+            f"{target} cannot be written: {_reason(error)}; {_room(target)}. With more room the "
+            "same command goes on from the last whole state"
+        ) from error
 
 
 def _is_of_the_disk(error: BaseException) -> bool:
@@ -46,9 +48,18 @@ def _is_of_the_disk(error: BaseException) -> bool:
     return any(word in str(error) for word in TORCH_WRITER)
 
 
+def _reason(error: BaseException) -> str:
+    match error:
+        case OSError():
+            return error.strerror or str(error)
+        case SafetensorError():
+            return str(error)
+    return "not all of a file could be"  # torch does not say why
+
+
 def _room(target: Path) -> str:
     place = next(path for path in (target, *target.absolute().parents) if path.exists())
-    return f"{shutil.disk_usage(place).free / 1e9:.3g} GB are free on that disk"
+    return f"{shutil.disk_usage(place).free / 1e9:.2f} GB are free on that disk"
 
 
 def sizes_on_disk(directory: Path) -> dict[str, int]:

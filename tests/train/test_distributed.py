@@ -1,0 +1,255 @@
+"""Two processes on CPUs: they compute what one computes, stop together, and save one model."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.train.recipe import Recipe
+from owl2.train.run import train
+from owl2.train.team import Team
+from owl2.train.trainer import Owl2Trainer
+from tests.tiny import make_model
+from tests.train.processes import FSDP, owl2, run, start
+from tests.train.runs import quiet, weights
+from tests.train.tiny import COLOURS, QUESTION
+
+SHARINGS = {"DDP": {}, "FSDP2": FSDP}
+# Next to no rate, so that the gradients of all steps are of the same weights, and no clipping.
+STILL = {"learning_rate": 1e-9, "min_learning_rate": 0.0, "max_grad_norm": 1e9, "max_steps": 3}
+CASES = {"stage 2": {}, "stage 1": {"stage": 1}}
+MORE = {
+    "in pieces": {"gradient_accumulation": 2, "batch_size": 4, "gradient_checkpointing": True},
+    "packed": {"packing": True, "batch_size": 4},
+    "tied": {"model": "tied"},
+    "LoRA": {"adapter": {"rank": 2, "parts": ["decoder", "vision"], "trained": ["abstractor"]}},
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(world, tmp_path_factory):
+    """Settings of a run on pictures and on words alone, a sample a process and step."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = []
+    for number in range(24):
+        colour = COLOURS[number % len(COLOURS)]
+        asked, row = QUESTION, {}
+        if number % 2:
+            asked, row = f"<image>\n{QUESTION}", {"image": str(world / f"{number}.png")}
+        answer = " ".join([colour] * (1 + number % 5))
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        rows.append(row | {"conversations": turns})
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    tied = folder / "tied"
+    old = Owl2ForConditionalGeneration.from_pretrained(world / "start")
+    make_model(vocab_size=old.config.vocab_size, tie_word_embeddings=True).save_pretrained(tied)
+    for path in (world / "start").iterdir():
+        if not (tied / path.name).exists():
+            (tied / path.name).write_bytes(path.read_bytes())
+    return {
+        "model": str(world / "start"),
+        "stage": 2,
+        "data": [{"file": str(folder / "data.json"), "images": "/"}],
+        "image_size": None,
+        "augment": "none",
+        "max_steps": 5,
+        "batch_size": 2,
+        "seed": 2,  # whose first steps have pictures in the one, in the other, in both
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+        "workers": 0,
+        "log_every": 1,
+        "save_every": None,
+    }, tied
+
+
+def keep_gradients(folder, recipes):
+    """Train by each recipe; keep the gradients of every step, and whether it had pictures."""
+    kept = []
+    norm, step = Owl2Trainer._get_grad_norm, Owl2Trainer.training_step
+    pictures = []
+
+    def keep_norm(self, model, grad_norm=None):
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                found[name] = whole.clone()
+        loss = self.team.total(float(self._step_loss))[0] / self.team.size
+        total = norm(self, model, grad_norm)
+        kept.append({"gradients": found, "loss": loss, "norm": float(total)})
+        kept[-1]["pictures"] = list(pictures)
+        pictures.clear()
+        return total
+
+    def keep_pictures(self, model, inputs, *args, **kwargs):
+        pictures.append(len(inputs.get("pixel_values", ())))
+        return step(self, model, inputs, *args, **kwargs)
+
+    Owl2Trainer._get_grad_norm, Owl2Trainer.training_step = keep_norm, keep_pictures
+    with Team.gathered() as team:
+        for name, recipe in recipes.items():
+            kept.clear()
+            train(recipe, quiet())
+            torch.save(kept, folder / f"{name} {team.rank} of {team.size}.pt")
+
+
+@pytest.fixture(scope="module")
+def gradients(mixed, tmp_path_factory):
+    """`keep_gradients` of some cases, by 1 process or 2 in a way; gives where it kept them."""
+    settings, tied = mixed
+    places = {}
+
+    def keep(sharing, cases):
+        key = (sharing, *cases)
+        if key not in places:
+            place = places[key] = tmp_path_factory.mktemp("gradients")
+            recipes = {}
+            for name, case in cases.items():
+                case = case | ({"model": str(tied)} if case.get("model") else {})
+                output = {"output": str(place / name)}
+                recipes[name] = Recipe(**settings | STILL | case | output)
+            environment = SHARINGS.get(sharing)
+            count = 1 if environment is None else 2
+            run(place, keep_gradients, place, recipes, count=count, environment=environment)
+        return places[key]
+
+    return keep
+
+
+def assert_those_of_one(gradients, sharing, case, cases):
+    one = torch.load(gradients("one", cases) / f"{case} 0 of 1.pt")
+    place = gradients(sharing, cases)
+    two = [torch.load(place / f"{case} {rank} of 2.pt") for rank in range(2)]
+    if cases[case].get("batch_size") is None:
+        # One with pictures beside one without, both ways round: what could hang.
+        shares = [tuple(bool(sum(s["pictures"])) for s in step) for step in zip(*two, strict=True)]
+        assert shares == [(False, True), (True, False), (True, True)]
+    for expected, found in zip(one, two[0], strict=True):
+        torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found["norm"], expected["norm"], rtol=1e-5, atol=1e-6)
+        assert expected["gradients"].keys() <= found["gradients"].keys()
+        for name, gradient in found["gradients"].items():
+            alone = expected["gradients"].get(name)
+            if alone is None:  # a step without pictures, so nothing to learn for it
+                assert not gradient.any(), name
+            else:
+                torch.testing.assert_close(gradient, alone, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_losses_and_gradients_of_one(gradients, case, sharing):
+    assert_those_of_one(gradients, sharing, case, CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("case", MORE)
+def test_the_same_in_pieces_packed_tied_and_with_adapters(gradients, case, sharing):
+    assert_those_of_one(gradients, sharing, case, MORE)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "tie"),
+    [
+        ("DDP", False),
+        ("FSDP2", True),
+        pytest.param("DDP", True, marks=pytest.mark.slow),
+        pytest.param("FSDP2", False, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharing, tie):
+    settings, tied = mixed
+    settings = settings | ({"model": str(tied)} if tie else {})
+    alone = train(Recipe(**settings, output=str(tmp_path / "one")), quiet())
+    recipe = Recipe(**settings, output=str(tmp_path / "two"))
+    processes = run(tmp_path / "said", train, recipe, count=2, environment=SHARINGS[sharing])
+    model = tmp_path / "two" / "model"
+    assert {path.name for path in model.iterdir()} == {path.name for path in alone.model.iterdir()}
+    assert (model / "config.json").read_text() == (alone.model / "config.json").read_text()
+    one, two = weights(alone.model), weights(model)
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert weight.numel()
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    assert "step" in processes.said(0)
+    assert "step" not in processes.said(1)  # one speaks for both
+    lines = [
+        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        for run in (alone.output, tmp_path / "two")
+    ]
+    for expected, found in zip(*lines, strict=True):
+        for key in ("step", "samples", "tokens", "learning_rate"):
+            assert found[key] == expected[key]
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_what_one_process_finds_wrong_ends_both(mixed, tmp_path):
+    settings, _ = mixed
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no picture")
+    turns = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
+    rows = json.loads(Path(settings["data"][0]["file"]).read_text(encoding="utf-8"))
+    rows = [*rows[:5], {"image": str(path), "conversations": turns}]
+    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    recipe = write(tmp_path, settings | {"data": [{"file": str(tmp_path / "data.json")}]})
+    processes = start(tmp_path / "said", owl2, "train", recipe, count=2)
+    assert processes.wait() == [2, 2]
+    assert processes.said().count("error:") == 1
+    assert "broken.png" in processes.said(0)
+    assert "Traceback" not in processes.said()
+
+
+def write(folder, settings):
+    """A recipe's file."""
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"output": str(folder / "run")} | settings), encoding="utf-8")
+    return str(path)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def lines_of(output):
+    path = output / "log.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("sharing", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
+def test_sigterm_to_one_stops_both_and_the_same_command_goes_on(mixed, tmp_path, sharing):
+    settings, _ = mixed
+    settings = settings | {"max_steps": 40, "learning_rate": 1e-2}
+    environment = SHARINGS[sharing]
+    whole = Recipe(**settings, output=str(tmp_path / "whole"))
+    run(tmp_path / "said0", train, whole, count=2, environment=environment)
+    recipe = write(tmp_path, settings)
+    command = ("train", recipe)
+    output = tmp_path / "run"
+    processes = start(tmp_path / "said1", owl2, *command, count=2, environment=environment)
+    wait_for(lambda: len(lines_of(output)) > 3)
+    os.kill(processes.members[1].pid, signal.SIGTERM)
+    assert processes.wait() == [143, 143]
+    assert "the same command goes on" in processes.said(0)
+    assert not (output / "model").exists()
+    assert (output / "checkpoints" / "latest.json").exists()
+
+    other = start(tmp_path / "said2", owl2, *command)  # one process
+    assert other.wait() == [2]
+    assert "is the state of 2 processes" in other.said()
+
+    run(tmp_path / "said3", owl2, *command, count=2, environment=environment)
+    one, two = weights(tmp_path / "whole" / "model"), weights(output / "model")
+    assert all(torch.equal(one[name], two[name]) for name in one)

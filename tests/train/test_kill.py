@@ -1,0 +1,256 @@
+"""Real processes that are really killed: the same command goes on as if nothing had been."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from owl2.errors import InputError
+from owl2.train.recipe import Recipe
+from owl2.train.run import train
+from tests.train.processes import owl2, run, start
+from tests.train.runs import quiet
+
+CASES = {
+    "full": {},
+    "packed": {"packing": True},
+    "workers": {"workers": 2, "gradient_accumulation": 2},
+    "LoRA": {"adapter": {"rank": 2, "dropout": 0.1, "trained": ["abstractor"]}, "stage": 2},
+    "two processes": {},
+}
+
+
+@pytest.fixture
+def settings(world, tmp_path):
+    return {
+        "model": str(world / "start"),
+        "output": str(tmp_path / "run"),
+        "stage": 2,
+        "data": [{"file": str(world / "data.json")}],
+        "image_size": None,
+        "augment": "dihedral",
+        "max_steps": 24,
+        "batch_size": 4,
+        "warmup_steps": 2,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "workers": 0,
+        "log_every": 2,
+        "save_every": 3,
+    }
+
+
+def write(folder, settings):
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return str(path)
+
+
+def kill_while(condition, processes, checkpoints, pause=0.0):
+    """kill -9 to all, some time after something is there in the directory of the states."""
+    end = time.monotonic() + 60
+    while not condition(checkpoints):
+        assert time.monotonic() < end, processes.said()
+        assert all(member.is_alive() for member in processes.members), processes.said()
+        time.sleep(0.001)  # a state of this size takes some hundredths to write
+    time.sleep(pause)
+    for member in processes.members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member.pid, signal.SIGKILL)
+    return processes.wait()
+
+
+def latest(checkpoints):
+    path = checkpoints / "latest.json"
+    return json.loads(path.read_text())["checkpoint"] if path.exists() else None
+
+
+def any_state(checkpoints):
+    return latest(checkpoints) is not None
+
+
+def half_a_state(checkpoints):
+    """A state that is being written, beside an older whole one."""
+    names = [path.name for path in checkpoints.glob("checkpoint-*")]
+    return latest(checkpoints) is not None and len(names) > 1
+
+
+def curve(output):
+    """What a log says of learning and of data; not how long it took."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    keys = ("step", "epoch", "loss", "smoothed_loss", "learning_rate", "grad_norm")
+    return [[line[key] for key in (*keys, "samples", "tokens", "pictures")] for line in lines]
+
+
+def assert_same_model(one, other):
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert files and files == sorted(path.name for path in other.glob("*.safetensors"))
+    for name in files:
+        expected, found = load_file(one / name), load_file(other / name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case == "full" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_killed_twice_and_gone_on_equals_uninterrupted(settings, tmp_path, case):
+    settings = settings | CASES[case]
+    count = 2 if case == "two processes" else 1
+    whole = Recipe(**settings | {"output": str(tmp_path / "whole")})
+    run(tmp_path / "said0", train, whole, count=count)
+    command = ("train", write(tmp_path, settings))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    chance = random.Random(case)
+    processes = start(tmp_path / "said1", owl2, *command, count=count)
+    codes = kill_while(any_state, processes, checkpoints, chance.random() / 4)
+    assert set(codes) == {-signal.SIGKILL}
+    first = latest(checkpoints)
+    processes = start(tmp_path / "said2", owl2, *command, count=count)
+    kill_while(lambda place: latest(place) != first and half_a_state(place), processes, checkpoints)
+    processes = run(tmp_path / "said3", owl2, *command, count=count)
+    assert "Going on after step" in processes.said(0)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert_same_model(tmp_path / "whole" / "model", tmp_path / "run" / "model")
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not [name for name in left if "part" in name or name == "checkpoints"]
+
+
+@pytest.fixture
+def killed(settings, tmp_path):
+    """The settings of a run that was killed, and its states' directory."""
+    recipe = Recipe(**settings | {"max_steps": 8, "save_every": 5})
+    checkpoints = tmp_path / "run" / "checkpoints"
+
+    class Killed(BaseException):
+        pass
+
+    from owl2.train.trainer import Owl2Trainer
+
+    step = Owl2Trainer.training_step
+
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 7:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Owl2Trainer, "training_step", die)
+        with pytest.raises(Killed):
+            train(recipe, quiet())
+    assert latest(checkpoints) == "checkpoint-5"
+    return recipe, checkpoints
+
+
+def files_of(checkpoints):
+    directory = checkpoints / latest(checkpoints)
+    return directory, sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def test_every_file_of_a_state_is_missed_when_it_is_cut_short(killed):
+    recipe, checkpoints = killed
+    _, files = files_of(checkpoints)
+    assert len(files) > 6
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(InputError, match=rf"lacks {path.name}, or a part of it"):
+            train(recipe, quiet())
+        path.write_bytes(whole)
+    assert train(recipe, quiet()).finished
+
+
+def test_half_a_state_beside_the_whole_one_is_neither_used_nor_kept(killed, monkeypatch):
+    recipe, checkpoints = killed
+    directory, _ = files_of(checkpoints)
+    shutil.copytree(directory, checkpoints / "checkpoint-7")
+    (checkpoints / "checkpoint-7" / "of-a-larger-team.pth").touch()
+    part = checkpoints.parent / ".model.part-abc"
+    part.mkdir()
+    console = quiet()
+    seen = []
+    monkeypatch.setattr(
+        "owl2.train.run._train",
+        lambda *args: seen.append({path.name for path in checkpoints.glob("checkpoint-*")}),
+    )
+    train(recipe, console)
+    assert "Going on after step 5" in console.file.getvalue()
+    assert seen == [{"checkpoint-5"}]
+    assert not part.exists()
+
+
+def limited(recipe, bytes_a_file):
+    """Train where no file may get larger: the system then refuses to write, as when it is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
+    owl2("train", recipe)
+
+
+@pytest.mark.parametrize(
+    ("bytes_a_file", "changes"),
+    [
+        (150_000, {}),  # less than the optimizer's state, which torch writes
+        (20_000, {}),  # less than the weights, which safetensors writes
+        (9000, {"save_every": None, "log_every": 1, "max_steps": 90}),  # less than the log
+    ],
+)
+def test_no_room(settings, tmp_path, bytes_a_file, changes):
+    recipe = write(tmp_path, settings | {"max_steps": 6} | changes)
+    processes = start(tmp_path / "said", limited, recipe, bytes_a_file)
+    assert processes.wait() == [2], processes.said()
+    said = processes.said()
+    assert "cannot be written" in said and "GB are free on that disk" in said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk for one state, and not for two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=600k tmpfs {disk} 2>/dev/null"):
+        pytest.skip("mounting is not permitted here")
+    yield disk
+    os.system(f"umount {disk}")
+
+
+def test_a_full_disk_leaves_the_last_state_and_the_run_goes_on_once_there_is_room(
+    settings, tmp_path, small_disk
+):
+    settings = settings | {"output": str(small_disk / "run"), "max_steps": 9}
+    recipe = write(tmp_path, settings)
+    checkpoints = small_disk / "run" / "checkpoints"
+    processes = start(tmp_path / "said", owl2, "train", recipe)
+    assert processes.wait() == [2], processes.said()
+    assert "0.00 GB are free on that disk" in processes.said()
+    assert latest(checkpoints) == "checkpoint-3"
+    os.system(f"mount -o remount,size=9m {small_disk}")
+    processes = run(tmp_path / "said2", owl2, "train", recipe)
+    assert "Going on after step 3" in processes.said()
+    whole = train(Recipe(**settings | {"output": str(tmp_path / "whole")}), quiet())
+    assert_same_model(whole.model, small_disk / "run" / "model")
+
+
+def test_sigterm_saves_and_stops_with_143(settings, tmp_path):
+    command = ("train", write(tmp_path, settings | {"save_every": None, "max_steps": 2000}))
+    processes = start(tmp_path / "said", owl2, *command)
+    log = tmp_path / "run" / "log.jsonl"
+    end = time.monotonic() + 60
+    while not (log.exists() and log.read_bytes()):
+        assert time.monotonic() < end, processes.said()
+        time.sleep(0.01)
+    processes.members[0].terminate()
+    assert processes.wait() == [143]
+    assert "the same command goes on" in processes.said()
+    state = latest(tmp_path / "run" / "checkpoints")
+    step = json.loads(log.read_text().splitlines()[-1])["step"]
+    assert state == f"checkpoint-{step}"
