@@ -327,7 +327,7 @@ def check_data(
 
     Exit code 0: no row is bad; 1: some are; 130: stopped by Ctrl-C.
     """
-    from owl2.data.check import check, context_of, named
+    from owl2.data.check import check, limit_of, named
     from owl2.data.looking import Rules
     from owl2.data.sources import open_source, open_words
     from owl2.processing.processor import Owl2Processor
@@ -344,11 +344,10 @@ def check_data(
         raise InputError("Give --model DIR: its processor says how many tokens a sample has.")
     else:
         sources = named([(source, open_words(source, settings or []))])
-        max_length = max_length or context_of(model)
     findings = check(
         sources,
         Owl2Processor.from_pretrained(model),
-        Rules(max_length, pictures, fetch),
+        Rules(limit_of(model, max_length), pictures, fetch),
         workers=workers or os.cpu_count() or 1,
         batch_size=batch_size or 8,
         output=output,

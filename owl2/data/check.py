@@ -29,6 +29,7 @@ from owl2.data.looking import Judge, Result, Rules, context, count_units, look_a
 from owl2.data.sample import Bad
 from owl2.data.sources import Samples
 from owl2.data.statistics import Tally, batches, plot_statistics, sources_table, spread_table
+from owl2.errors import InputError
 from owl2.files import whole_file, write_whole
 from owl2.processing import checkpoint as saved
 from owl2.processing.processor import Owl2Processor
@@ -76,15 +77,26 @@ class Findings:
             self.marks.extend(result.marks)
 
 
-def context_of(model: str) -> int | None:
-    """How many tokens a checkpoint's model can take, None if it does not say.
+def limit_of(model: str, max_length: int | None) -> int | None:
+    """How many tokens a sample may have: `max_length`, or all that the checkpoint's model takes.
+
+    None: any number, as the checkpoint does not say.
 
     Raises:
-        InputError: no processor there, or a config.json that cannot be read.
+        InputError: no processor there, a config.json that cannot be read, or the model takes less
+            than `max_length`.
     """
     config = saved.read_json(saved.find_files(model, {})[saved.CONFIG_FILE])
     key = "max_position_embeddings"
-    return saved.number(config, key, 1) if config.get(key) is not None else None
+    if config.get(key) is None:
+        return max_length
+    context = saved.number(config, key, 1)
+    if max_length is not None and max_length > context:
+        raise InputError(
+            f"max_length ({max_length}) is more than the {context} positions of {model}: set it to "
+            f"at most {context}"
+        )
+    return context if max_length is None else max_length
 
 
 def named(sources: Iterable[tuple[str, Samples]]) -> dict[str, Samples]:
@@ -113,7 +125,8 @@ def check(
     number of `workers` (processes) changes nothing. The `processor` is of no other use afterwards.
 
     Raises:
-        InputError: `output` cannot be written, or a worker was ended from outside.
+        InputError: `output` cannot be written, a worker was ended from outside, or, after all
+            has been said, a source has no sample.
     """
     console = console or Console()
     output = None if output is None else Path(output)
@@ -139,6 +152,10 @@ def check(
             hint = f"No {PLOT}: matplotlib is missing (pip install 'mplug-owl2[plot]')"
             console.print(hint, markup=False)
         console.print(f"{BAD_ROWS} and the statistics are in {output}", markup=False)
+    if findings.finished and (
+        empty := [n for n, part in findings.tallies.items() if not part.rows]
+    ):
+        raise InputError(f"{', '.join(empty)}: there is no sample in it")
     return findings
 
 

@@ -14,13 +14,14 @@ from rich.console import Console
 
 from owl2 import cli
 from owl2.data import check as check_module
-from owl2.data.check import check, context_of, named
+from owl2.data.check import check, limit_of, named
 from owl2.data.collate import TrainingSet
 from owl2.data.looking import Judge, Rules, mark_of
 from owl2.data.mixture import Draw, Mixture, Source
 from owl2.data.rows import Rows
 from owl2.data.sample import Bad
 from owl2.data.shards import Shards
+from owl2.data.sources import open_source
 from owl2.errors import InputError
 from owl2.processing.processor import Owl2Processor
 
@@ -112,11 +113,13 @@ def test_every_kind_of_bad_row_is_listed(load, talks):
     assert findings.duplicates == 1
 
 
-def test_training_refuses_these_rows_and_no_others(load, talks):
-    found = {(bad.source, bad.fault, bad.reason) for _, bad in run(load, {"": Rows(talks)}).first}
-    training = TrainingSet(Mixture([Source(Rows(talks))]), load(), max_length=MAX_LENGTH)
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_training_refuses_these_rows_and_no_others(load, talks, augment):
+    mixture = Mixture([Source(Rows(talks))])
+    training = TrainingSet(mixture, load(), augment=augment, max_length=MAX_LENGTH)
     taken = [training[Draw(0, 0, turn)] for turn in range(len(ROWS))]
-    refused = {(bad.source, bad.fault, bad.reason) for bad in taken if isinstance(bad, Bad)}
+    refused = {(bad.source, bad.fault) for bad in taken if isinstance(bad, Bad)}
+    found = {(bad.source, bad.fault) for _, bad in run(load, {"": Rows(talks)}).first}
     assert refused == found
     assert len(found) == len(BAD)
 
@@ -165,6 +168,26 @@ def test_shards(load, shards, workers):
     ]
     assert places[-1][0] == "2.tar"
     assert findings.tallies["web"].pictures[1] == findings.all.usable >= 3
+
+
+def test_shards_without_a_sample_are_not_clean(load, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    with pytest.raises(InputError, match="web: there is no sample in it"):
+        run(load, {"web": Shards(str(tmp_path / "0.tar"))})
+
+
+def test_tables(load, tmp_path, talks):
+    datasets = pytest.importorskip("datasets")
+    pictures = [(tmp_path / name).read_bytes() for name in ("good.png", "cut.png", "good.png")]
+    columns = {
+        "image": [{"bytes": data, "path": None} for data in pictures],
+        "caption": ["a red circle", "a red circle", " "],
+    }
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "table")
+    findings = run(load, {"": open_source(table=str(tmp_path / "table"))}, workers=2)
+    assert faults(findings) == {"row 2": "broken picture", "row 3": "empty turn"}
 
 
 def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatch):
@@ -319,6 +342,20 @@ def test_the_command_tells_by_its_exit_code(owl2, checkpoint, talks, tmp_path):
     assert "tokens a sample, uncut" in out
 
 
+def test_the_command_after_an_interrupt(owl2, checkpoint, talks, monkeypatch):
+    look = Judge.look
+
+    def interrupted(self, sample: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return look(self, sample)
+
+    monkeypatch.setattr(Judge, "look", interrupted)
+    code, out, err = owl2("--model", checkpoint, talks, "--workers", 1)
+    assert (code, err) == (130, "")
+    assert "Stopped: these are the first 1 rows" in out
+    assert "No row is bad" not in out
+
+
 def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
     recipe = {
         "model": str(checkpoint),
@@ -362,14 +399,18 @@ def test_wrong_usage(owl2, checkpoint, talks, tmp_path, monkeypatch, arguments, 
 
 
 def test_the_limit_is_the_models_context(checkpoint, owl2, talks):
-    assert context_of(str(checkpoint)) is None
+    assert limit_of(str(checkpoint), None) is None
+    assert limit_of(str(checkpoint), 7) == 7
     config = {"model_type": "mplug_owl2", "max_position_embeddings": MAX_LENGTH}
     config |= {"visual_config": {"visual_abstractor": {"num_learnable_queries": 4}}}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    assert context_of(str(checkpoint)) == MAX_LENGTH
+    assert limit_of(str(checkpoint), None) == MAX_LENGTH
     code, out, _ = owl2("--model", checkpoint, talks, "--workers", 1)
     assert code == 1
     assert "are cut to 40 tokens" in out
+    code, _, err = owl2("--model", checkpoint, talks, "--max-length", MAX_LENGTH + 1)
+    assert code == 2
+    assert "set it to at most 40" in err
 
 
 def test_names_of_sources():
