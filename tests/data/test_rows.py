@@ -66,6 +66,13 @@ def test_the_size_of_pieces_changes_nothing(tmp_path, monkeypatch):
         assert (Rows(path)._places == whole._places).all()
 
 
+def test_a_number_at_a_pieces_end_is_one_row(tmp_path, small_pieces):
+    path = tmp_path / "talks.json"
+    path.write_text("[1234567890123456, 3]")
+    with pytest.raises(InputError, match="row 2: a row must be an object, not a int"):
+        Rows(path)[1]
+
+
 def test_rows_are_a_sequence(tmp_path):
     path = tmp_path / "talks.json"
     path.write_text(json.dumps([talk(number) for number in range(5)]))

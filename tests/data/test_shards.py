@@ -96,6 +96,11 @@ def test_what_is_left_over_goes_to_each_rank_in_turn(tmp_path):
     # In two epochs of three shards each of two ranks has three.
     ends = [[state["epoch"] for _, state in islice(stream, 13)] for stream in streams]
     assert [epochs.count(0) + epochs.count(1) for epochs in ends] == [12, 12]
+    one = Shards(str(tmp_path / "000.tar"))
+    # In eight epochs of one shard of four each of eight ranks has four samples.
+    streams = (one.stream(seed=0, window=2, rank=rank, world=8) for rank in range(8))
+    ends = [[state["epoch"] for _, state in islice(stream, 5)] for stream in streams]
+    assert [sum(epoch < 8 for epoch in epochs) for epochs in ends] == [4] * 8
 
 
 # ------------------------------------------------------------------ going on
