@@ -118,6 +118,18 @@ def test_the_model_and_chance_are_as_before(start, samples):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_look_is_without_dropout_gradients_and_checkpointing(start, samples, answers):
+    model, processor = start
+    enable_checkpointing(model)
+    how = set()
+    model.model.layers[0].register_forward_hook(
+        lambda layer, *_: how.add((layer.training, torch.is_grad_enabled()))
+    )
+    look(start, HeldOut([(samples, None)], processor, most=2), answers=answers)
+    assert how == {(False, False)}
+
+
 def test_sources_take_turns(start, samples):
     held_out = HeldOut([(samples[:2], None), (samples[10:20], 4), (samples[20:], None)], start[1])
     first = [held_out.sample(number).source for number in range(len(held_out))]
@@ -197,6 +209,23 @@ def test_a_run_with_looks_ends_with_the_weights_of_one_without(recipe, world, tm
     assert "step      3/10  validation loss" in shown
     assert "wanted 'red'" in shown
     assert "validation loss" in shown.split("What came of it")[1]
+
+
+def test_a_look_computes_in_the_precision_of_training(recipe, world, monkeypatch):
+    sums, dtypes = Validator._sums, set()
+
+    def looking(self, model):
+        hook = model.model.layers[0].mlp.register_forward_hook(
+            lambda _m, _i, out: dtypes.add(out.dtype)
+        )
+        found = sums(self, model)
+        hook.remove()
+        return found
+
+    monkeypatch.setattr(Validator, "_sums", looking)
+    held_out = {"data": [{"file": str(world / "data.json")}], "samples": 2, "answers": 0}
+    train(recipe(validation=held_out, precision="bfloat16", max_steps=3), quiet())
+    assert dtypes == {torch.bfloat16}
 
 
 def test_a_resumed_run_looks_where_it_would_have_looked(recipe, world, monkeypatch, tmp_path):
