@@ -57,17 +57,27 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
     return options
 
 
-def prepare(model: PreTrainedModel, recipe: Recipe) -> Trained:
+def prepare(model: PreTrainedModel, recipe: Recipe, autocast: bool = True) -> Trained:
     """Let exactly what a recipe says be trained, in place; say which.
 
+    Args:
+        autocast: whether torch's autocast gives the arithmetic its precision. FSDP2 and DeepSpeed
+            have their own ways.
+
     Raises:
-        InputError: nothing is left to train, or no Linear is meant.
+        InputError: nothing is left to train, no Linear is meant, or rounded weights would have to
+            be shared out.
     """
+    if recipe.quantize is not None and not autocast:
+        raise InputError(
+            "quantize: FSDP2 and DeepSpeed cannot share out rounded weights; let each process hold "
+            "them whole (recipes/accelerate/ddp.yaml)"
+        )
     if recipe.adapter is None:
         return apply_stage(model, recipe.stage, recipe.frozen)
     trained = adapt(model, recipe.adapter, recipe.seed)
     _keep_trainable(model)
-    if _precision(recipe) == torch.bfloat16:
+    if autocast and _precision(recipe) == torch.bfloat16:
         # Only here, as the frozen weights are not saved: the base keeps its digits.
         hold_frozen_in_bfloat16(model)
     return trained

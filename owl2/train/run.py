@@ -86,7 +86,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
             saved = find_state(recipe, team)
             require_writable(Path(recipe.output) / "model")
             model, processor = _load(recipe)
-            trained = prepare(model, recipe)
+            trained = prepare(model, recipe, autocast=team.sharing == "each whole")
             samples = _training_set(recipe, processor)
             validator = _validator(recipe, processor, team)
             _announce(console, recipe, model, trained, samples.mixture.epoch_size, saved)

@@ -1,0 +1,110 @@
+"""A model large enough to measure, a folder to train it on, and the bytes that a run took."""
+
+import gc
+import io
+import json
+
+from PIL import Image
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
+
+from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
+from owl2.train.recipe import Recipe
+from owl2.train.run import train
+from owl2.train.trainer import Owl2Trainer
+from tests.tiny import make_model
+
+LENGTH = 96
+QUESTION = "what is this"
+# Wide for its depth, so that what a plan counts is more than what it cannot see.
+WIDE = {
+    "vocab_size": 1200,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 256,
+    "vision": {
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 384,
+        "image_size": 40,
+        "patch_size": 5,
+    },
+    "abstractor": {
+        "hidden_size": 96,
+        "encoder_hidden_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "num_learnable_queries": 8,
+    },
+}
+
+
+def make_world(folder):
+    """Write a checkpoint `start` and `data.json`: pictures, each with many words or few."""
+    rows = []
+    for number in range(16):
+        Image.new("RGB", (40, 40), (number * 15, 0, 0)).save(folder / f"{number}.png")
+        answer = " ".join(["red"] * (20 if number % 4 == 3 else 3 * LENGTH))
+        turns = [
+            {"from": "human", "value": f"<image>\n{QUESTION}"},
+            {"from": "gpt", "value": answer},
+        ]
+        rows.append({"image": f"{number}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    start = folder / "start"
+    start.mkdir()
+    texts = [f"USER: \n{QUESTION} ASSISTANT: {colour}" for colour in ("red", "green", "blue")]
+    train_tokenizer(texts * 10, start / "tokenizer.model", 300)
+    make_model(**WIDE).save_pretrained(start)
+    tokenizer = Owl2Tokenizer(str(start / "tokenizer.model"))
+    Owl2Processor(Owl2ImageProcessor(40), tokenizer, num_image_tokens=9).save_pretrained(start)
+
+
+def make_recipe(folder, output, **settings):
+    """A run of two steps over that data."""
+    least = {
+        "model": str(folder / "start"),
+        "output": str(output),
+        "stage": 2,
+        "data": [{"file": str(folder / "data.json")}],
+        "image_size": None,
+        "augment": "none",
+        "max_length": LENGTH,
+        "max_steps": 2,
+        "batch_size": 8,
+        "warmup_steps": 0,
+        "gradient_checkpointing": False,
+        "workers": 0,
+    }
+    return Recipe(**(least | settings))
+
+
+def measured_peak(recipe, monkeypatch):
+    """The most bytes that torch's allocator had given out at a time while a recipe was trained."""
+    training, peaks = Owl2Trainer.train, []
+
+    def measured(self, *args, **kwargs):
+        gc.collect()  # else what an earlier run left is let go in this one, and counts as less
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+        live = most = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            result = training(self, *args, **kwargs)
+        for event in seen.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                most = max(most, live)
+        peaks.append(most)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Owl2Trainer, "train", measured)
+        train(recipe, Console(file=io.StringIO()))
+    return peaks[0]
