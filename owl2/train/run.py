@@ -192,7 +192,8 @@ def _train(
     start = saved.position if saved is not None else Position()
     used_cache = model.config.use_cache
     collator = Collator(processor, packed_room(recipe))
-    trainer = Owl2Trainer(model, recipe, samples, collator, checkpoints_of(output), team)
+    with team.together():
+        trainer = Owl2Trainer(model, recipe, samples, collator, checkpoints_of(output), team)
     log = RunLog(output / "log.jsonl" if team.first else None, start.step)
     looks = Lines(output / "validation.jsonl" if team.first and validator else None, start.step)
     views: list[View] = []

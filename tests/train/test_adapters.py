@@ -2,42 +2,31 @@
 
 import json
 import re
-import shutil
+from contextlib import suppress
 
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from owl2 import cli
 from owl2.errors import InputError
 from owl2.inference.engine import Engine
 from owl2.model.adapters import lora_layers
-from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
-from owl2.train.adapters import adapt, hold_frozen_in_bfloat16, loading_options, merge, prepare
+from owl2.train.adapters import adapt, merge, prepare
 from owl2.train.optimizer import parameter_groups
 from owl2.train.recipe import Adapter
 from owl2.train.run import train
 from owl2.train.stages import Part, what_is_trained
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
+from tests.train.adapted import LORA, ask, load
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 from tests.train.tiny import QUESTION
 
-LORA = {"rank": 2, "alpha": 4.0}
 PARTS = LORA | {"parts": ["decoder"], "trained": ["abstractor", "vision"]}
 ALL = LORA | {"parts": ["decoder", "abstractor", "vision"]}
-
-
-def load(folder, **options):
-    return Owl2ForConditionalGeneration.from_pretrained(folder, **options).eval()
-
-
-def ask(question, picture=None):
-    parts = [{"type": "text", "text": question}]
-    if picture is not None:
-        parts.insert(0, {"type": "image", "path": str(picture)})
-    return [{"role": "user", "content": parts}]
 
 
 def names_with_lora(model):
@@ -252,6 +241,28 @@ def test_a_run_does_not_start_from_an_adapter(recipe, tmp_path):
     assert train(recipe(model=str(merged), output=str(tmp_path / "again")), quiet()).finished
 
 
+def test_merging_on_the_command_line(recipe, world, tmp_path, monkeypatch, capsys):
+    result = train(recipe(adapter=LORA, max_steps=3), quiet())
+
+    def owl2(*arguments):
+        monkeypatch.setattr("sys.argv", ["owl2", *map(str, arguments)])
+        cli.main()
+
+    with suppress(SystemExit):
+        owl2("merge", result.model, "--output", tmp_path / "merged")
+    assert f"the merged model is in {tmp_path / 'merged'}" in capsys.readouterr().out
+    answers = []
+    for model in (result.model, tmp_path / "merged"):
+        picture = ["--image", world / "1.png", "--max-new-tokens", 5]
+        with suppress(SystemExit):
+            owl2("chat", "--model", model, *picture, QUESTION)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
+    with pytest.raises(SystemExit, match="2"):
+        owl2("merge", result.model, "--output", tmp_path / "merged")
+    assert "is there already" in capsys.readouterr().err
+
+
 def test_merge_says_what_is_wrong(world, tmp_path):
     with pytest.raises(InputError, match="is no adapter"):
         merge(world / "start", tmp_path / "merged")
@@ -267,118 +278,3 @@ def test_merge_in_another_dtype(recipe, tmp_path):
     merge(result.model, tmp_path / "merged", dtype="bfloat16")
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-
-
-# ------------------------------------------------------------------ fewer bits
-
-
-def test_frozen_linears_in_bfloat16_change_nothing(picture_batch):
-    """Under bfloat16 arithmetic: the loss and every gradient are the same bits."""
-    results = []
-    for held in (False, True):
-        model = make_model(tie_word_embeddings=True)
-        adapt(model, Adapter(**LORA), seed=0)
-        if held:
-            hold_frozen_in_bfloat16(model)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**picture_batch).loss
-        loss.backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        results.append((loss, grads))
-    (loss, grads), (held_loss, held_grads) = results
-    assert torch.equal(loss, held_loss)
-    assert grads.keys() == held_grads.keys()
-    assert all(torch.equal(grads[name], held_grads[name]) for name in grads)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    assert dtypes["model.layers.0.mlp.up_proj.base_layer.weight"] == torch.bfloat16
-    assert dtypes["model.vision_model.encoder.layers.0.mlp.fc1.weight"] == torch.bfloat16
-    assert dtypes["model.layers.0.mlp.up_proj.lora_A.default.weight"] == torch.float32
-    assert dtypes["model.embed_tokens.weight"] == torch.float32  # the head's numbers, too
-    assert dtypes["model.norm.weight"] == torch.float32
-
-
-@pytest.fixture
-def picture_batch():
-    ids = torch.tensor([[1, 40, 40, 40, 5, 6, 7], [1, 8, 9, 10, 11, 12, 13]])
-    labels = ids.masked_fill((ids == 40) | (ids == 1), -100)
-    return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(1, 3, 8, 8)}
-
-
-@pytest.fixture
-def wide(world, tmp_path):
-    """A checkpoint whose sizes suit bitsandbytes' kernels on CPUs: multiples of 32."""
-    folder = tmp_path / "wide"
-    shutil.copytree(world / "start", folder)
-    vocabulary = load(folder).config.vocab_size
-    make_model(vocab_size=vocabulary, hidden_size=64, intermediate_size=64).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("bits", "precision"), [("8bit", "bfloat16"), ("4bit", "bfloat16"), ("4bit", "float32")]
-)
-def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bits, precision):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    kind = {"8bit": bitsandbytes.nn.Linear8bitLt, "4bit": bitsandbytes.nn.Linear4bit}[bits]
-    settings = recipe(
-        model=wide,
-        adapter=LORA | {"trained": ["abstractor"]},
-        quantize=bits,
-        precision=precision,
-        gradient_checkpointing=True,
-    )
-    before = load(settings.model, **loading_options(settings)).state_dict()
-    live = []
-    monkeypatch.setattr(Owl2Trainer, "require_finite", lambda self: live.append(self.model))
-    result = train(settings, quiet())
-    model = live[-1]
-    rounded = {name for name, module in model.named_modules() if isinstance(module, kind)}
-    assert rounded
-    assert all(re.fullmatch(r"model\.layers\.\d\..*base_layer", name) for name in rounded)
-    vision = model.model.vision_model.encoder.layers[0].mlp.fc1.weight.dtype
-    assert vision == {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    assert all(layer.lora_B["default"].weight.any() for _, layer in lora_layers(model))
-    for name in rounded:
-        plain = name.removesuffix(".base_layer") + ".weight"
-        assert torch.equal(model.get_submodule(name).weight, before[plain]), name
-
-    # What is left is an adapter to the whole base: it answers on that, and on a rounded one.
-    question = ask(QUESTION, world / "1.png")
-    for quantize in (None, bits):
-        engine = Engine.from_pretrained(result.model, quantize=quantize, dtype="bfloat16")
-        assert isinstance(engine.chat(question, max_new_tokens=3), str)
-    linears = dict(lora_layers(engine.model))
-    assert all(isinstance(layer.get_base_layer(), kind) for layer in linears.values())
-    assert engine.model.model.visual_abstractor.visual_fc.weight.dtype == torch.bfloat16
-
-
-def test_a_look_in_between_leaves_a_quantised_model_trainable(recipe, wide, picture_batch):
-    pytest.importorskip("bitsandbytes")
-    settings = recipe(model=wide, adapter=LORA, quantize="4bit", precision="bfloat16")
-    model = load(wide, **loading_options(settings)).train()
-    image = model.config.image_token_id
-    ids = picture_batch["input_ids"]
-    batch = picture_batch | {"input_ids": ids.masked_fill(ids == 40, image)}
-    prepare(model, settings)
-
-    def gradients():
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            model(**batch).loss.backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    before = gradients()
-    model.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(**batch)
-    model.train()
-    after = gradients()
-    assert before
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_without_bitsandbytes_it_is_named(recipe, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs bitsandbytes.*mplug-owl2\[quant\]"):
-        loading_options(recipe(adapter=LORA, quantize="4bit"))
