@@ -97,9 +97,11 @@ class Rows(Sequence[Sample]):
         return read_row(self._parsed(start, length, source), source, self._picture)
 
     def _parsed(self, start: int, length: int, source: str) -> Any:
-        try:
+        with _reported(self.path):
             # The file's position is shared with forked workers, so it is not used.
-            return json.loads(os.pread(self._descriptor(), length, start).decode())
+            data = os.pread(self._descriptor(), length, start)
+        try:
+            return json.loads(data.decode())
         except UnicodeDecodeError as error:
             raise InputError(f"{source}: not text in UTF-8: {error}") from error
         except (ValueError, RecursionError) as error:
@@ -107,8 +109,7 @@ class Rows(Sequence[Sample]):
 
     def _descriptor(self) -> int:
         if self._file is None:
-            with _reported(self.path):
-                self._file = self.path.open("rb")
+            self._file = self.path.open("rb")
             if os.fstat(self._file.fileno()).st_size != self._size:
                 raise InputError(f"{self.path} has changed since it was opened: start again.")
         return self._file.fileno()

@@ -20,7 +20,7 @@ import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ def is_shard_url(name: str) -> bool:
 class _Entry(NamedTuple):
     """A sample, the place of its shard in the epoch's order, and its row there, from 0."""
 
+    epoch: int
     shard: int
     row: int
     sample: Sample | Bad
@@ -60,7 +61,8 @@ class Shards:
     `urls` is the list of all; sources of samples are named "URL, KEY".
 
     A sample that is none stands as a `Bad` in its place. A shard that cannot be opened or is cut
-    short raises `InputError` when it is reached: then there is no telling what is missing.
+    short raises `InputError` when it is read, in a stream up to a window ahead: there is no telling
+    what is missing then.
 
     Raises:
         InputError: a pattern without a match, a path that is no file, or no webdataset.
@@ -109,22 +111,25 @@ class Shards:
         return self._stream(of, state or {"epoch": 0, "shard": 0, "row": 0, "used": 0})
 
     def _stream(self, of: dict[str, int], start: State) -> Iterator[tuple[Sample | Bad, State]]:
-        shard, row, used = start["shard"], start["row"], start["used"]
+        windows = _Windows(self._entries(of, start), of["window"])
+        used = start["used"]
+        while True:
+            window = windows.take()
+            here = {"epoch": window[0].epoch, "shard": window[0].shard, "row": window[0].row}
+            Random(f"{of['seed']}/{here}").shuffle(window)
+            total = len(window)
+            del window[total - used :]
+            while window:
+                sample = window.pop().sample
+                yield sample, here | {"used": total - len(window), "of": of}
+                windows.grow()
+            used = 0
+
+    def _entries(self, of: dict[str, int], start: State) -> Iterator[_Entry]:
+        shard, row = start["shard"], start["row"]
         empty: set[str] = set()
         for epoch in count(start["epoch"]):
-            entries = self._epoch(epoch, of, shard, row, empty)
-            while entry := next(entries, None):
-                here = {"epoch": epoch, "shard": entry.shard, "row": entry.row}
-                samples = [entry.sample]
-                samples += (entry.sample for entry in islice(entries, of["window"] - 1))
-                Random(f"{of['seed']}/{here}").shuffle(samples)
-                total = len(samples)
-                del samples[total - used :]
-                while samples:
-                    # Popped, so that the next window fills what this one gives back.
-                    sample = samples.pop()
-                    yield sample, here | {"used": total - len(samples), "of": of}
-                used = 0
+            yield from self._epoch(epoch, of, shard, row, empty)
             shard = row = 0
 
     def _epoch(
@@ -143,11 +148,41 @@ class Shards:
             number = skip - 1
             for number, (key, files) in enumerate(read_shard(url, _is_wanted, skip), start=skip):
                 if size >= world or (position + number) % world == rank:
-                    yield _Entry(place, number, _sample(f"{url}, {key}", files))
+                    yield _Entry(epoch, place, number, _sample(f"{url}, {key}", files))
             if number < 0:
                 empty.add(url)
                 if empty.issuperset(self.urls):
                     raise InputError(f"There is no sample in {_listed(self.urls)}.")
+
+
+class _Windows:
+    """Neighbours in windows: `size` of them, or what is left of an epoch.
+
+    While one window is used up, the next is read one by one, each in the place of a used one: there
+    is no pause between windows, and never more than one in memory.
+    """
+
+    def __init__(self, entries: Iterator[_Entry], size: int) -> None:
+        self._entries = entries
+        self._size = size
+        self._coming: list[_Entry] = []
+        self._next = next(entries)
+
+    def grow(self) -> bool:
+        """Read one more for the window to come; False where it is whole."""
+        coming = self._coming
+        if len(coming) == self._size or (coming and coming[0].epoch != self._next.epoch):
+            return False
+        coming.append(self._next)
+        self._next = next(self._entries)
+        return True
+
+    def take(self) -> list[_Entry]:
+        """The next window, in order."""
+        while self.grow():
+            pass
+        window, self._coming = self._coming, []
+        return window
 
 
 def _expanded(pattern: str) -> list[str]:

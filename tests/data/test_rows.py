@@ -111,6 +111,15 @@ def test_a_file_that_has_changed_is_refused(tmp_path):
         samples[0]
 
 
+def test_a_file_that_has_gone_is_named(tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps(talk(1)))
+    samples = Rows(path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"talks\.jsonl cannot be read: No such file"):
+        samples[0]
+
+
 # ------------------------------------------------------------------ memory
 
 STATUS = Path("/proc/self/statm")

@@ -1,11 +1,12 @@
 import json
-from itertools import islice
+from itertools import islice, pairwise
 from random import Random
 
 import pytest
 
 from owl2.data.sample import Bad, Sample
-from owl2.data.shards import Shards, is_shard_url
+from owl2.data.shards import Shards, _sample, is_shard_url
+from owl2.data.tar import Files
 from owl2.errors import InputError
 from owl2.processing.chat import flat_text, read_messages
 from tests.data.tars import PNG, captions, picture, write_shards, write_tar
@@ -123,10 +124,10 @@ def test_going_on_opens_no_shard_before_the_window(tmp_path):
     whole = list(islice(shards.stream(seed=0, window=4), 50))
     # All of the fourth and fifth shard; windows of four do not fit tens.
     _, state = whole[35]
-    for url in {sample.source.split(",")[0] for sample, _ in whole[:30]}:
+    for url in {sample.source.split(",")[0] for sample, _ in whole[:28]}:
         open(url, "w").close()
-    rest = list(islice(shards.stream(seed=0, window=4, state=state), 14))
-    assert rest == whole[36:]
+    rest = list(islice(shards.stream(seed=0, window=4, state=state), 8))
+    assert rest == whole[36:44]
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"window": 5}, {"rank": 1}, {"world": 3}])
@@ -155,6 +156,21 @@ def test_shards_without_a_sample_are_not_read_forever(tmp_path, world):
     shards = Shards(str(write_shards(tmp_path, [0, 0]) / "*.tar"))
     with pytest.raises(InputError, match="There is no sample in"):
         next(shards.stream(seed=0, window=4, world=world))
+
+
+def test_the_next_window_is_read_while_this_one_is_used(tmp_path, monkeypatch):
+    """Neither all at once nor more than is wanted: a sample is read for each one that is given."""
+    shards = Shards(str(write_tar(tmp_path / "a.tar", captions(range(30)))))
+    read: list[str] = []
+
+    def reading(source: str, files: Files) -> Sample | Bad:
+        read.append(source)
+        return _sample(source, files)
+
+    monkeypatch.setattr("owl2.data.shards._sample", reading)
+    counts = [len(read) for _ in islice(shards.stream(seed=0, window=10), 25)]
+    assert counts[:12] == [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]
+    assert max(later - earlier for earlier, later in pairwise(counts)) == 1
 
 
 # ------------------------------------------------------------------ samples
