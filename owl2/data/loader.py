@@ -11,6 +11,7 @@ They are some batches ahead, so each batch's state is kept until it is taken: a 
 of the batches trained on.
 """
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -123,6 +124,13 @@ class _Planned(Sampler[list[Draw]]):
             yield draws
 
 
+def _leave_stopping_to_others(worker: int) -> None:
+    # Ctrl-C and job schedulers signal all processes of a job. The one that trains wants to finish
+    # its step first, and ends its workers then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Loader:
     """Batches without an end.
 
@@ -164,6 +172,7 @@ class Loader:
                 collate_fn=self.collate,
                 num_workers=self.workers,
                 pin_memory=self.pin_memory,
+                worker_init_fn=_leave_stopping_to_others,
                 # Of its own, or it would draw from the chance that the model's dropout has, at the
                 # start of each process: a resumed run would differ from an uninterrupted one.
                 generator=torch.Generator(),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 from accelerate import PartialState
@@ -48,8 +49,17 @@ class Team:
             yield cls()
             return
         began = not distributed.is_initialized()
+        if os.environ.get(SHARING["DeepSpeed"]) == "true" and find_spec("deepspeed") is None:
+            raise InputError("DeepSpeed is not installed: pip install deepspeed")
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-        yield cls(distributed.new_group(backend="gloo", timeout=PATIENCE))
+        team = cls(distributed.new_group(backend="gloo", timeout=PATIENCE))
+        try:
+            yield team
+        except InputError:
+            # If the first has met the same, it says so, and then the launcher ends this process.
+            if began and not team.first:
+                time.sleep(HEAD_START)
+            raise
         if began:  # not after an exception: the others may be waiting, and this process ends
             distributed.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)

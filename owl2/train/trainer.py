@@ -66,6 +66,8 @@ class Owl2Trainer(Trainer):
         """The Trainer's; shards by FSDP2 between CPUs, too, where accelerate would not say a word
         and train with whole copies."""
         super().create_accelerator_and_postprocess()
+        if self.team.sharing == "DeepSpeed" and not self.is_deepspeed_enabled:
+            raise InputError("DeepSpeed is for GPUs: use another of recipes/accelerate here")
         state = self.accelerator.state
         if self.team.sharing == "FSDP" and state.distributed_type == DistributedType.MULTI_CPU:
             state.fsdp_plugin = FullyShardedDataParallelPlugin()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -240,15 +241,22 @@ def test_a_full_disk_leaves_the_last_state_and_the_run_goes_on_once_there_is_roo
     assert_same_model(whole.model, small_disk / "run" / "model")
 
 
-def test_sigterm_saves_and_stops_with_143(settings, tmp_path):
-    command = ("train", write(tmp_path, settings | {"save_every": None, "max_steps": 2000}))
+# As a scheduler does it: to all processes of a job, also those that prepare batches.
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_and_stops_with_143(settings, tmp_path, workers):
+    changes = {"save_every": None, "max_steps": 2000, "workers": workers}
+    command = ("train", write(tmp_path, settings | changes))
     processes = start(tmp_path / "said", owl2, *command)
     log = tmp_path / "run" / "log.jsonl"
     end = time.monotonic() + 60
     while not (log.exists() and log.read_bytes()):
         assert time.monotonic() < end, processes.said()
         time.sleep(0.01)
-    processes.members[0].terminate()
+    main = psutil.Process(processes.members[0].pid)
+    job = [main, *main.children(recursive=True)]
+    assert len(job) >= 1 + workers  # and what keeps track of them
+    for member in job:
+        member.terminate()
     assert processes.wait() == [143]
     assert "the same command goes on" in processes.said()
     state = latest(tmp_path / "run" / "checkpoints")
