@@ -123,6 +123,13 @@ def test_counts_are_told_and_written(tmp_path, folder, console):
     assert sorted(path.name for path in out.parent.iterdir()) == ["gqa.jsonl", "gqa.stats.json"]
 
 
+def test_things_left_out_together_count_each(tmp_path, folder, console):
+    put(folder, "captions_train2014.json", official((7, ""), (7, " "), (9, ""), (7, "a dog")))
+    convert("coco_captions", folder, tmp_path / "coco.jsonl", [], console)
+    left_out = json.loads((tmp_path / "coco.stats.json").read_text())["left_out"]
+    assert left_out == {"captions without words": 3}
+
+
 def test_the_same_settings_write_the_same_file(tmp_path, folder, console):
     put(folder, "captions_train2014.json", official(*CAPTIONS))
     texts = {}

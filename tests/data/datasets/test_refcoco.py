@@ -128,6 +128,17 @@ def test_splits_stay_apart(tmp_path, protocol):
         list(refcoco(tmp_path, split="testA", **options))
 
 
+def test_byte_strings_of_python_2_are_utf_8(tmp_path):
+    put(tmp_path, "instances.json", BOXES)
+    put_things(tmp_path, [thing(2, 7, "tasse à café")])
+    path = tmp_path / "refs(unc).p"
+    text = "tasse à café".encode()
+    length = len(text).to_bytes(4, "little")
+    # The marks of Python 3's and of Python 2's strings.
+    path.write_bytes(path.read_bytes().replace(b"X" + length + text, b"T" + length + text))
+    assert said(refcoco(tmp_path, direction="describe")) == [(SEVEN, ["tasse à café"])]
+
+
 def test_what_is_left_out(tmp_path):
     put(tmp_path, "instances.json", instances((1, 9, [10, 20, 30, 40]), (2, 9, [5, 5, 0, 5])))
     put_things(tmp_path, [thing(1, 9, " "), thing(2, 9, "cup"), thing(1, 9, "", "a man")])
