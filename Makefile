@@ -13,11 +13,12 @@ define install
 	touch $(1)/.installed
 endef
 
-.PHONY: help setup demo demo-quick test test-slow test-oldest check format
+.PHONY: help setup demo demo-quick docs test test-slow test-oldest check format
 
 help:
 	@echo "make setup        install into $(VENV) (the others do it by themselves)"
 	@echo "make demo         build, train, evaluate and ask a tiny model, on real data; demo-quick: its commands"
+	@echo "make docs         the commands of the how-tos in docs/, after make demo or demo-quick"
 	@echo "make test         the tests; test-slow: the long ones; test-oldest: on the oldest transformers"
 	@echo "make check        formatting, lint, types, import layers; format: put right what can be"
 
@@ -34,6 +35,9 @@ demo: setup
 
 demo-quick: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh --quick
+
+docs: setup
+	$(BIN)/python tests/run_docs.py
 
 # A process a core, and a thread a process: more threads than cores wait for each other.
 test: setup

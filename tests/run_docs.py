@@ -2,8 +2,8 @@
 
     python tests/run_docs.py [PAGE...]      e.g. finetune; default: all that have some
 
-Each page runs in a folder of its own, with this repository's recipes/ and runs/ in it; the first
-command that fails ends it.
+Each page runs in a folder of its own, in which are this repository's recipes/ and the demo's runs,
+or those of `make demo-quick` in their place; the first command that fails ends it.
 """
 
 import os
@@ -25,13 +25,21 @@ def run(page: Path) -> int:
         return 0
     print(f"\n\033[1m{page.relative_to(ROOT)}\033[0m", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("recipes", "runs", "docs"):
-            (Path(folder) / name).symlink_to(ROOT / name)
+        (Path(folder) / "recipes").symlink_to(ROOT / "recipes")
+        (Path(folder) / "runs").mkdir()
+        (Path(folder) / "runs" / "demo").symlink_to(_demo())
         bin_directory = Path(sys.executable).parent
         environment = os.environ | {"PATH": f"{bin_directory}:{os.environ['PATH']}"}
         return subprocess.run(
             ["bash", "-exuo", "pipefail", "-c", script], cwd=folder, env=environment
         ).returncode
+
+
+def _demo() -> Path:
+    for name in ("demo", "demo-quick"):
+        if (ROOT / "runs" / name / "model").is_dir():
+            return ROOT / "runs" / name
+    sys.exit("the how-tos go on from the demo's model: run `make demo` or `make demo-quick`")
 
 
 def main(names: list[str]) -> int:
