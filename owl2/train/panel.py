@@ -1,6 +1,7 @@
 """A run on the terminal: a live panel, or plain lines where the output is a file or a pipe."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -202,11 +203,13 @@ def _short(text: str) -> str:
 
 
 def curve(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
-    """Values as a row of bars, each the mean of its part of them."""
+    """Values as a row of bars, each the mean of its part of them; logarithmic if none is 0."""
     count = min(len(values), width)
     edges = [len(values) * place // count for place in range(count + 1)] if count else [0]
     parts = [values[a:b] for a, b in pairwise(edges)]
     means = [sum(part) / len(part) for part in parts]
+    if all(mean > 0 for mean in means):  # or a steep start would leave the rest flat
+        means = [math.log(mean) for mean in means]
     low, high = min(means, default=0.0), max(means, default=0.0)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)

@@ -84,7 +84,7 @@ def test_a_panel_that_goes_on_has_the_curve_from_before():
     panel.begin(2, 4, [{"loss": 4.0}, {"loss": 2.0}])
     panel.log(LINE | {"loss": 1.0}, 1.0)
     panel.close()
-    assert "█▃▁" in shown(panel)
+    assert "█▅▁" in shown(panel)
 
 
 def test_markup_in_an_answer_is_text():
@@ -148,7 +148,13 @@ def test_plain_lines_show_every_look():
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([], ""), ([3.0], "▁"), ([2.0, 2.0], "▁▁"), ([0.0, 7.0, 3.0], "▁█▄")],
+    [
+        ([], ""),
+        ([3.0], "▁"),
+        ([2.0, 2.0], "▁▁"),
+        ([0.0, 7.0, 3.0], "▁█▄"),
+        ([100.0, 1.0, 10.0], "█▁▅"),
+    ],
 )
 def test_curve(values, expected):
     assert curve(values) == expected
