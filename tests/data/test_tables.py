@@ -1,4 +1,5 @@
 import pytest
+import torch.utils.data
 
 from owl2.data.tables import Table, is_table
 from owl2.errors import InputError
@@ -109,13 +110,29 @@ def captions(count: int) -> list[dict]:
 
 def test_a_table_is_a_sequence(tmp_path):
     table = Table(saved(tmp_path / "t", captions(7)))
-    answers = [sample.messages[1]["content"] for sample in table]
-    assert answers == ["0", "1", "2", "3", "4", "5", "6"]
+    assert answers(table) == ["0", "1", "2", "3", "4", "5", "6"]
     assert len(table) == 7
     assert table[-1] == table[6]
-    assert [sample.messages[1]["content"] for sample in table[1:4:2]] == ["1", "3"]
+    assert answers(table[1:4:2]) == ["1", "3"]
     with pytest.raises(IndexError):
         table[7]
+
+
+def answers(samples) -> list[str]:
+    return [sample.messages[1]["content"] for sample in samples]
+
+
+def test_forked_workers_read_what_their_owner_reads(tmp_path):
+    table = Table(saved(tmp_path / "t", captions(200)))
+    expected = answers(table)
+    loader = torch.utils.data.DataLoader(
+        table,
+        batch_size=10,
+        num_workers=2,
+        collate_fn=answers,
+        multiprocessing_context="fork",
+    )
+    assert [answer for batch in loader for answer in batch] == expected
 
 
 def test_splits(tmp_path):
