@@ -150,6 +150,20 @@ def test_easy_vqa_is_what_its_package_gives(tmp_path, console):
         assert told(back[place]) == told(samples[place])
 
 
+def test_training_takes_what_is_written(tmp_path, folder, console, processor, picture):
+    publish_gqa(folder)
+    (folder / "images").mkdir()
+    for number in (5, 6):
+        picture.with_name(f"{number}.jpg").write_bytes(picture.read_bytes())
+        picture.with_name(f"{number}.jpg").rename(folder / "images" / f"{number}.jpg")
+    convert("gqa", folder, tmp_path / "gqa.jsonl", [], console)
+    for sample, answer in zip(Rows(tmp_path / "gqa.jsonl", folder), ("yes", "no"), strict=True):
+        features = processor.for_training(sample.messages)
+        labels = features["labels"].flatten()
+        assert processor.tokenizer.decode(labels[labels >= 0]).strip() == f"{answer}</s>"
+        assert len(features["pixel_values"]) == 1
+
+
 # ------------------------------------------------------------------ pictures
 
 

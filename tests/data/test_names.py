@@ -1,6 +1,6 @@
 import pytest
 
-from owl2.data.names import look_up
+from owl2.data.names import check_options, look_up, options_of, read_setting
 from owl2.errors import InputError
 
 
@@ -18,3 +18,34 @@ def test_names_the_nearest_and_all():
 def test_anything_else_is_refused_without_a_guess(name):
     with pytest.raises(InputError, match=r"is no number\. There are: one\."):
         look_up("number", name, {"one": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("seed=3", ("seed", 3)),
+        ("read=true", ("read", True)),
+        ("refs=refs(umd).p", ("refs", "refs(umd).p")),
+        ("prompt=a=b", ("prompt", "a=b")),
+        ("file=", ("file", None)),
+    ],
+)
+def test_settings_are_read_as_yaml(text, read):
+    assert read_setting(text) == read
+
+
+@pytest.mark.parametrize("text", ["seed", "=3", "", "seed=[3"])
+def test_what_is_no_setting(text):
+    with pytest.raises(InputError, match=r"must have the form option=value|cannot be read"):
+        read_setting(text)
+
+
+def test_options_are_what_only_a_keyword_can_give():
+    def shapes(split, extra=1, *, seed=0, prompt=None):
+        raise AssertionError("only looked at")
+
+    assert options_of(shapes) == {"seed": 0, "prompt": None}
+    check_options("option of shapes", shapes, {"seed": 3})
+    for other in ("extra", "split", "sed"):
+        with pytest.raises(InputError, match=f"'{other}' is no option of shapes"):
+            check_options("option of shapes", shapes, {other: 3})
