@@ -254,7 +254,7 @@ def evaluate_model(
     evaluate(Settings(model, tasks, output, batch_size, limit, blind, prompt, device, dtype))
 
 
-data_app = typer.Typer(help="Look at data.", no_args_is_help=True)
+data_app = typer.Typer(help="Convert, check and look at data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
