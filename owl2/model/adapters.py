@@ -75,27 +75,6 @@ class AdapterFiles:
             ) from error
         return place, revision
 
-    def check_base(self, model: PreTrainedModel) -> None:
-        """Refuse a model with other weights than those that the adapter was trained on.
-
-        Raises:
-            InputError: says which, and what to do.
-        """
-        file = self.folder / BASE
-        if not file.is_file():  # made by another tool
-            return
-        try:
-            expected = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} is damaged: {error!r}") from error
-        source = _source_of(model)
-        if source and source.fingerprint not in (expected, None):
-            raise InputError(
-                f"{source.name} is not the model that {self.name} was trained on: its "
-                "weights are others. Give the right one with base=...; without "
-                f"{file} whatever fits is taken"
-            )
-
 
 def find_adapter(name_or_path: str | Path, hub: dict[str, Any]) -> AdapterFiles | None:
     """The adapter in a directory or on the hub (fetched); None if there is none.
@@ -154,25 +133,52 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> None:
     Raises:
         InputError: the adapter does not fit, names what is missing or too much.
     """
-    adapter.check_base(model)
+    check_base(model, adapter.folder)
     config = copy.deepcopy(adapter.config)
     whole, config.modules_to_save = config.modules_to_save or [], None
     try:
         add_lora(model, config, _modules_named(model, whole))
     except ValueError as error:  # peft: no such Linears
         raise InputError(f"{adapter.name} does not fit its base model: {error}") from error
-    load_state(model, adapter.folder)
+    _load_numbers(model, adapter.folder)
+
+
+def check_base(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model with other weights than those that an adapter was trained on.
+
+    Args:
+        folder: the adapter's directory.
+
+    Raises:
+        InputError: says which, and what to do.
+    """
+    file = folder / BASE
+    if not file.is_file():  # made by another tool
+        return
+    try:
+        expected = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged: {error!r}") from error
+    source = _source_of(model)
+    if source and source.fingerprint not in (expected, None):
+        raise InputError(
+            f"{source.name} is not the model that {folder} was trained on: its weights are others. "
+            f"Give the right one with base=...; without {file} whatever fits is taken"
+        )
 
 
 def load_state(model: PreTrainedModel, folder: Path) -> None:
-    """Put an adapter's numbers in the places that `add_lora` made.
-
-    Args:
-        folder: an adapter's directory.
+    """Go on from an adapter's directory: its numbers, in the places that `add_lora` made.
 
     Raises:
-        InputError: the file is broken, or a key is missing, unexpected or of another shape.
+        InputError: it was trained on another base, is broken, or a key is missing, unexpected or of
+            another shape.
     """
+    check_base(model, folder)
+    _load_numbers(model, folder)
+
+
+def _load_numbers(model: PreTrainedModel, folder: Path) -> None:
     from peft import set_peft_model_state_dict
 
     file = folder / WEIGHTS
@@ -271,7 +277,7 @@ def merge_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> None:
     for _, layer in layers:
         for parameter in lora_parameters(layer):
             parameter.data = parameter.data.float()
-    load_state(model, adapter.folder)
+    _load_numbers(model, adapter.folder)
     for name, layer in layers:
         linear = layer.get_base_layer()
         dtype = linear.weight.dtype

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from contextlib import suppress
 
 import pytest
@@ -230,6 +231,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
         for run in (whole, resumed)
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_run_does_not_go_on_with_another_base(recipe, world, tmp_path, monkeypatch):
+    start = tmp_path / "start"
+    shutil.copytree(world / "start", start)
+    settings = recipe(model=str(start), adapter=LORA)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        train(settings, quiet())
+    model = load(start)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    model.save_pretrained(start)
+    with pytest.raises(InputError, match="weights are others"):
+        train(settings, quiet())
 
 
 def test_a_run_does_not_start_from_an_adapter(recipe, tmp_path):
