@@ -56,7 +56,7 @@ PAPER_STAGES: dict[int, dict[str, Any]] = {
 ORIGINS = ("dataset", "file", "shards", "table")
 # Which settings go with which origin of samples.
 SETTINGS_OF = {
-    "images": ("file",),
+    "images": ("file", "table"),
     "split": ("dataset", "table"),
     "style": ("dataset",),
     "options": ("dataset",),
@@ -80,7 +80,9 @@ class DataSource(Part):
         None, description="tar files: paths with * or {000..099}, http(s) or pipe: urls"
     )
     table: str | None = Field(None, description="directory that datasets' save_to_disk wrote")
-    images: str | None = Field(None, description="folder that a file's picture paths start from")
+    images: str | None = Field(
+        None, description="folder that a file's or table's picture paths start from"
+    )
     split: str = Field("train", description="the split of a dataset or table")
     style: str | None = Field(None, description="how the data set becomes conversations")
     options: dict[str, Any] = Field({}, description="the data set's own other options")
@@ -152,6 +154,12 @@ class Validation(Part):
     samples: Positive | None = Field(1000, description="the first so many; null = all")
     answers: NotNegative = Field(3, description="questions whose generated answers are shown")
 
+    @model_validator(mode="after")
+    def _without_weights(self) -> "Validation":
+        if any(source.weight is not None for source in self.data):
+            raise ValueError("sources take turns here, so a `weight` has no meaning; give `count`")
+        return self
+
 
 class Recipe(Part):
     """All settings of a run. Paths are relative to the directory the command is given in.
@@ -220,7 +228,9 @@ class Recipe(Part):
     workers: NotNegative = Field(2, description="processes that prepare batches; 0 = none")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # NumPy takes no more
     log_every: Positive = Field(10, description="steps between lines of the log")
-    save_every: Positive | None = Field(None, description="steps between saved states")
+    save_every: Positive | None = Field(
+        500, description="steps between saved states, which a killed run goes on from; null = none"
+    )
     validation: Validation | None = Field(None, description="loss and answers on held-out samples")
     tensorboard: bool = Field(False, description="events for TensorBoard in OUTPUT/tensorboard")
     wandb: str | None = Field(None, description="the project in Weights & Biases")

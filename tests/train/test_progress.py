@@ -126,6 +126,12 @@ def test_an_epoch_of_nothing_is_refused():
     make_watch([Seen(samples=1)], [0.0]).on_epoch_end(ARGS, state(6), control)
 
 
+def test_on_a_gpu_its_memory_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 + device.index)
+    held = progress.memory_held(torch.device("cuda", 1))
+    assert held["gpu_bytes"] == 8 and held["process_bytes"] > 10_000_000
+
+
 # ------------------------------------------------------------------ in a run
 
 

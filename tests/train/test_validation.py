@@ -138,6 +138,12 @@ def test_sources_take_turns(start, samples):
     assert len(HeldOut([(samples, 5)], start[1], most=3)) == 3
 
 
+def test_a_weight_has_no_meaning(recipe, world):
+    source = {"file": str(world / "data.json"), "weight": 2.0}
+    with pytest.raises(ValueError, match="take turns"):
+        recipe(validation={"data": [source]})
+
+
 def test_of_a_stream_the_first_are_held(start, samples):
     held_out = HeldOut([(Stream(samples), None)], start[1], most=5)
     assert look(start, held_out).samples == 5
