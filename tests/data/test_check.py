@@ -16,7 +16,7 @@ from owl2 import cli
 from owl2.data import check as check_module
 from owl2.data.check import check, limit_of, named
 from owl2.data.collate import TrainingSet
-from owl2.data.looking import Judge, Rules, mark_of
+from owl2.data.looking import Judge, Rules, context, mark_of
 from owl2.data.mixture import Draw, Mixture, Source
 from owl2.data.rows import Rows
 from owl2.data.sample import Bad
@@ -296,6 +296,15 @@ def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, w
     facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
     assert facts["complete"] is False
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_stops_at_once():
+    stop = context().Event()
+    with pytest.raises(KeyboardInterrupt), check_module._stopped_by_interrupt(stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_worker_that_dies_is_no_hanging(load, talks, monkeypatch):
