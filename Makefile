@@ -19,6 +19,7 @@ help:
 	@echo "make setup        install into $(VENV) (the others do it by themselves)"
 	@echo "make demo         build, train, evaluate and ask a tiny model, on real data; demo-quick: its commands"
 	@echo "make docs         the commands of the how-tos in docs/, after make demo or demo-quick"
+	@echo "make recipes-quick  the recipes that are shipped, each for some steps with a tiny model"
 	@echo "make test         the tests; test-slow: the long ones; test-oldest: on the oldest transformers"
 	@echo "make check        formatting, lint, types, import layers; format: put right what can be"
 
@@ -32,6 +33,9 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh
+
+recipes-quick: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/small.sh
 
 demo-quick: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh --quick
