@@ -18,7 +18,6 @@ from owl2.files import require_writable, whole_directory
 from owl2.model.adapters import (
     add_lora,
     find_adapter,
-    is_adapter,
     lora_parameters,
     merge_adapter,
 )
@@ -43,7 +42,7 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
     Raises:
         InputError: the model is an adapter, or bitsandbytes is not installed.
     """
-    if is_adapter(recipe.model):
+    if find_adapter(recipe.model, {}):
         raise InputError(
             f"model: {recipe.model} is an adapter, and a run starts from a whole model: make one "
             f"with `owl2 merge {recipe.model} --output DIR`, and give that"
