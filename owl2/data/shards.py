@@ -30,7 +30,7 @@ from owl2.data.sample import Bad, Message, Sample
 from owl2.data.tar import Files, read_shard, require_webdataset
 from owl2.errors import InputError
 
-_URL = re.compile(r"(pipe|[a-z][a-z0-9+.-]*:/):?", re.IGNORECASE)
+_URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp)")
 
 _KINDS = ("txt", "json")

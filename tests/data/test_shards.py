@@ -331,6 +331,7 @@ def test_shards_that_are_not_there(tmp_path, pattern, complaint):
         ("pipe:cat a", True),
         ("https://example.org/a", True),
         ("easy_vqa", False),
+        ("pipeline/rows", False),
         ("a.jsonl", False),
         ("some/table", False),
     ],
