@@ -29,7 +29,10 @@ from owl2.train.saving import sizes_on_disk, writing
 from owl2.train.team import Team
 
 # Settings that change neither what is learned nor in which order.
-INDIFFERENT = {"output", "overwrite", "log_every", "save_every", "workers"}
+INDIFFERENT = {
+    *("output", "overwrite", "workers"),
+    *("log_every", "save_every", "tensorboard", "wandb"),
+}
 INDIFFERENT |= {"validation", "tensorboard", "wandb"}  # which only watch
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tests.train.processes import FSDP, owl2, run, start
 from tests.train.runs import quiet, weights
 from tests.train.tiny import COLOURS, QUESTION
 
+ROOT = Path(__file__).parents[2]
 SHARINGS = {"DDP": {}, "FSDP2": FSDP}
 # Next to no rate, so that the gradients of all steps are of the same weights, and no clipping.
 STILL = {"learning_rate": 1e-9, "min_learning_rate": 0.0, "max_grad_norm": 1e9, "max_steps": 3}
@@ -253,3 +256,80 @@ def test_sigterm_to_one_stops_both_and_the_same_command_goes_on(mixed, tmp_path,
     run(tmp_path / "said3", owl2, *command, count=2, environment=environment)
     one, two = weights(tmp_path / "whole" / "model"), weights(output / "model")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def launched(*launcher):
+    """A launcher's process, which starts two of `owl2`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def accelerate(name):
+    config = f"recipes/accelerate/{name}.yaml"
+    port = ("--main_process_port", "0")
+    return ("accelerate.commands.launch", "--config_file", config, "--num_processes", "2", *port)
+
+
+LAUNCHERS = {
+    "ddp.yaml": accelerate("ddp"),
+    "fsdp2.yaml": accelerate("fsdp2"),
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_train_stop_and_go_on(mixed, tmp_path, launcher):
+    settings, _ = mixed
+    settings = settings | {"save_every": 200}
+    recipe = write(tmp_path, settings)
+    command = (*LAUNCHERS[launcher], "-m", "owl2", "train", recipe)
+    output = tmp_path / "run"
+    stopped = launched(*command, "max_steps=20000")
+    wait_for(lambda: len(lines_of(output)) > 3, 120)
+    stopped.send_signal(signal.SIGTERM)
+    said, _ = stopped.communicate(timeout=120)
+    assert stopped.returncode
+    assert (output / "checkpoints" / "latest.json").exists(), said
+    assert "the same command goes on" in said
+    step = json.loads(lines_of(output)[-1])["step"]
+    # The same command but for its end, which comes at once: what was learned is not looked at.
+    pointer = output / "checkpoints" / "recipe.json"
+    changed = json.loads(pointer.read_text()) | {"max_steps": step + 2}
+    pointer.write_text(json.dumps(changed), encoding="utf-8")
+    finished = launched(*command, f"max_steps={step + 2}")
+    said, _ = finished.communicate(timeout=120)
+    assert finished.returncode == 0, said
+    assert f"Going on after step {step}" in said
+    facts = json.loads((output / "run.json").read_text())
+    assert (facts["processes"], facts["steps"]) == (2, step + 2)
+    assert weights(output / "model")
+
+    refused = launched(*command, f"max_steps={step + 2}")
+    said, _ = refused.communicate(timeout=120)
+    assert refused.returncode
+    assert said.count("is a finished model") == 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3"])
+def test_accelerate_takes_the_configurations(name):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    arguments = [*accelerate(name)[1:], "-m", "owl2", "train", "recipe.yaml", "seed=1"]
+    taken, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    ways = (taken.multi_gpu, taken.use_fsdp, taken.use_deepspeed)
+    assert ways == tuple(name == each for each in ("ddp", "fsdp2", "deepspeed_zero3"))
+    if name == "fsdp2":
+        assert taken.fsdp_version == 2
+    if name == "deepspeed_zero3":
+        assert taken.zero_stage == 3
+        assert taken.zero3_save_16bit_model
+    assert (taken.num_processes, taken.mixed_precision) == (2, "no")
+    assert taken.training_script_args == ["train", "recipe.yaml", "seed=1"]

@@ -90,7 +90,7 @@ def empty(path):
 )
 def test_a_state_that_lacks_something_is_not_gone_on_from(recipe, stopped, name, damage):
     damage(stopped / "checkpoint-4" / name)
-    named = name.replace("rng_state", r"rng_state\*").replace(".", r"\.")
+    named = name.replace(".", r"\.")
     with pytest.raises(InputError, match=f"checkpoint-4 lacks {named}.*overwrite=true starts anew"):
         train(recipe(), quiet())
 
