@@ -5,6 +5,7 @@ imports the further rooms that it needs when it runs.
 """
 
 import os
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -391,6 +392,8 @@ def main() -> None:
     """
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # a bar in a log file is no help
+    # Where it is installed, it is imported in every training and advises of further packages.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(prog_name="owl2")
     except InputError as error:
