@@ -4,8 +4,8 @@ Importing the package registers the model with transformers, which takes seconds
 imports the further rooms that it needs when it runs.
 """
 
-import os
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
