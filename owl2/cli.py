@@ -359,12 +359,12 @@ def check_data(
 @data_app.command("show")
 def show_data(
     model: Annotated[str, typer.Option(help="A checkpoint, whose processor is used.")],
-    source: Annotated[str, typer.Argument(help="A dataset's name, or a .json or .jsonl file.")],
+    source: Annotated[str, typer.Argument(help="A file, shards, a table, or a dataset.")],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[OPTION=VALUE]...",
-            help="The dataset's options, such as split=train; for a file images=DIR.",
+            help="The source's options, such as split=train, or images=DIR of a file.",
             show_default=False,
         ),
     ] = None,
