@@ -88,3 +88,8 @@ def test_a_device_without_a_driver(monkeypatch, tiny_checkpoint):
 def test_seeds_out_of_range(shared_engine, conversations, seed):
     with pytest.raises(InputError, match="seed"):
         shared_engine.chat(conversations[0], seed=seed, temperature=1.0)
+
+
+def test_other_numbers_of_bits_are_refused(tiny_checkpoint):
+    with pytest.raises(InputError, match="quantize is '3bit'; it must be one of 8bit, 4bit"):
+        load_model(tiny_checkpoint, "cpu", quantize="3bit")
