@@ -306,23 +306,13 @@ def check_data(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A checkpoint, whose processor is used; default: recipe's.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Directory for all bad rows and the statistics.")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens; default: the recipe's, or the context.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; default: as many as cores.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="A checkpoint; default: the recipe's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for bad rows, statistics.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Default: recipe, context.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
     pictures: Annotated[bool, typer.Option(help="Open them: broken ones show only so.")] = True,
     fetch: Annotated[bool, typer.Option(help="Also pictures behind http(s) URLs.")] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="For the share of padding; default: recipe's, or 8.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="To tell the padding of.")] = None,
 ) -> None:
     """Look at all samples before training does: what is bad, how long, how many pictures.
 
