@@ -115,6 +115,8 @@ class Watch(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # else the log would end before the run
         for view in self.views:
             view.step(state.global_step)
 

@@ -151,6 +151,12 @@ def test_counts_of_a_run_are_those_of_its_samples(recipe, world):
     assert facts["tokens_per_second"] == pytest.approx(facts["tokens"] / facts["seconds"])
 
 
+def test_the_last_step_has_a_line(recipe):
+    result = train(recipe(max_steps=5, log_every=3), quiet())
+    lines = [json.loads(line) for line in (result.output / "log.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 3, 5]
+
+
 def test_counts_go_on_after_a_stop(recipe, monkeypatch, tmp_path):
     whole = train(recipe(output=str(tmp_path / "whole")), quiet())
     with monkeypatch.context() as patch:
