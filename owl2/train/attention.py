@@ -9,7 +9,7 @@ import importlib.util
 import math
 
 import torch
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from owl2.errors import InputError
 from owl2.train.recipe import Recipe

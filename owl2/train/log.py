@@ -50,7 +50,7 @@ class RunLog(Lines):
     """``log.jsonl``.
 
     Keys, for the whole run so far and all its processes together:
-        step, epoch (null where sources have weights), seconds, and of the samples trained on:
+        step, epoch (0 where sources have weights), seconds, and of the samples trained on:
         samples, tokens (pictures' too, padding not), pictures; left_out: samples that could not be
         used.
     Since the line before:

@@ -7,6 +7,7 @@ import tarfile
 import pytest
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import load_file
 
 from owl2.data.loader import Loader
 from owl2.errors import InputError
@@ -171,3 +172,18 @@ def test_what_was_in_the_batches_is_counted(feed):
     one.share_counts()
     tokens = sum(int(batch["attention_mask"].sum()) for batch in taken)
     assert one.seen == (6, tokens, 6, 0)
+
+
+def test_dropout_goes_on_with_the_chance_that_comes_next(recipe, tmp_path, monkeypatch):
+    """Which neither the batches nor the workers draw from."""
+    settings = {"adapter": {"rank": 2, "dropout": 0.3}, "packing": True, "workers": 2}
+    whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        assert train(recipe(**settings), quiet()).step == 5
+    resumed = train(recipe(**settings), quiet())
+    one, other = (
+        load_file(result.model / "adapter_model.safetensors") for result in (whole, resumed)
+    )
+    assert_same_weights(one, other)
+    assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
