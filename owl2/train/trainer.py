@@ -231,6 +231,7 @@ class Owl2Trainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # The Trainer does not know models with LoRA in them, only peft's own wrapped around one.
         shared = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        assert isinstance(self.model, PreTrainedModel)
         if has_adapter(self.model) and not shared:
             load_state(self.model, Path(resume_from_checkpoint))
         else:
