@@ -197,8 +197,9 @@ def _train(
     log = RunLog(output / "log.jsonl" if team.first else None, start.step)
     looks = Lines(output / "validation.jsonl" if team.first and validator else None, start.step)
     views: list[View] = []
-    if team.first:
-        views = [terminal_view(console, str(output)), *make_writers(recipe, start.step)]
+    with team.together():
+        if team.first:
+            views = [terminal_view(console, str(output)), *make_writers(recipe, start.step)]
     watch = Watch(log, views, start, lambda: trainer.seen, lambda: trainer.waited, team)
     trainer.add_callback(watch)
     if recipe.validation is not None and validator is not None:

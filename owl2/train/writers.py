@@ -115,6 +115,9 @@ class WeightsAndBiases:
 
     OUTPUT/wandb_run holds its id, by which a resumed run finds it. Steps that it already has are
     ignored there.
+
+    Raises:
+        InputError: Weights & Biases refuses the run.
     """
 
     def __init__(self, output: Path, project: str, recipe: Recipe, start: int) -> None:
@@ -122,14 +125,19 @@ class WeightsAndBiases:
         kept = output / "wandb_run"
         if not start or not kept.is_file():
             write_whole(kept, uuid.uuid4().hex[:8] + "\n")
-        self._run = self._wandb.init(
-            project=project,
-            name=output.name,
-            id=kept.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=str(output),
-            config=recipe.model_dump(mode="json"),
-        )
+        try:
+            self._run = self._wandb.init(
+                project=project,
+                name=output.name,
+                id=kept.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                dir=str(output),
+                config=recipe.model_dump(mode="json"),
+            )
+        except self._wandb.Error as error:  # no account, no network
+            raise InputError(
+                f"wandb: {error} With WANDB_MODE=offline the run is kept on the disk"
+            ) from error
 
     def begin(self, step: int, steps: int, lines: Sequence[dict[str, Any]]) -> None:
         """See `View`."""

@@ -108,6 +108,10 @@ class StubRun:
         self.finished = True
 
 
+class WandbError(Exception):
+    pass
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """In the place of the package: keeps what it is called with."""
@@ -119,6 +123,7 @@ def wandb(monkeypatch):
         return stub.runs[-1]
 
     stub.init = init
+    stub.Error = WandbError
     stub.Image = lambda pixels: ("image", pixels.shape)
     stub.Table = lambda columns, data: {"columns": columns, "data": data}
     monkeypatch.setitem(sys.modules, "wandb", stub)
@@ -152,6 +157,16 @@ def test_wandb_of_a_resumed_run_goes_on_in_the_same_record(recipe, monkeypatch, 
     assert first == second and len(first) == 8
     train(recipe(wandb="owls", max_steps=3, overwrite=True), quiet())
     assert wandb.inits[-1]["id"] != first
+
+
+def test_wandb_without_an_account(recipe, wandb, tmp_path):
+    def refuse(**settings):
+        raise WandbError("No API key configured.")
+
+    wandb.init = refuse
+    with pytest.raises(InputError, match=r"wandb: No API key configured\. With WANDB_MODE=offline"):
+        train(recipe(wandb="owls"), quiet())
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_an_answer_without_and_with_two_pictures(recipe, tmp_path, wandb):
