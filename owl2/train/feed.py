@@ -58,8 +58,9 @@ class Feed:
             self._leave_out(collated.left_out)
             held = (collated.samples, collated.tokens, collated.pictures, len(collated.left_out))
             self._fresh = Seen(*(sum(pair) for pair in zip(self._fresh, held, strict=True)))
+            # Only from pinned memory may a copy still be under way when the next batch is written.
             yield {
-                name: tensor.to(device, non_blocking=True)
+                name: tensor.to(device, non_blocking=self.loader.pin_memory)
                 for name, tensor in collated.batch.items()
             }
 

@@ -1,4 +1,5 @@
 import json
+import pickle
 import random
 from itertools import chain, islice
 
@@ -156,3 +157,11 @@ def test_waiting_is_counted(processor, monkeypatch):
     assert made.waited == 0
     list(islice(made, 3))
     assert 0 < made.waited < 10
+
+
+def test_workers_that_are_no_copies_can_be_told_everything(picture, processor):
+    """On other systems, and by Python 3.14, workers begin with what pickle carries to them."""
+    made = loader(with_pictures(picture), processor)
+    dataset, collate = pickle.loads(pickle.dumps((made.dataset, made.collate)))
+    draws, _ = next(batches_of(with_pictures(picture), 4))
+    assert_same([collate([dataset[draw] for draw in draws])], islice(made, 1))
