@@ -161,23 +161,28 @@ def test_the_same_in_pieces_packed_tied_and_with_adapters(gradients, case, shari
 
 
 @pytest.mark.parametrize(
-    ("sharing", "tie"),
+    ("sharing", "case"),
     [
-        ("DDP", False),
-        ("FSDP2", True),
-        pytest.param("DDP", True, marks=pytest.mark.slow),
-        pytest.param("FSDP2", False, marks=pytest.mark.slow),
+        ("DDP", "stage 2"),
+        ("FSDP2", "tied"),
+        pytest.param("DDP", "tied", marks=pytest.mark.slow),
+        pytest.param("DDP", "LoRA", marks=pytest.mark.slow),
+        pytest.param("FSDP2", "stage 2", marks=pytest.mark.slow),
+        pytest.param("FSDP2", "LoRA", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharing, tie):
+def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharing, case):
     settings, tied = mixed
-    settings = settings | ({"model": str(tied)} if tie else {})
+    settings = settings | (CASES | MORE)[case] | ({"model": str(tied)} if case == "tied" else {})
     alone = train(Recipe(**settings, output=str(tmp_path / "one")), quiet())
     recipe = Recipe(**settings, output=str(tmp_path / "two"))
     processes = run(tmp_path / "said", train, recipe, count=2, environment=SHARINGS[sharing])
     model = tmp_path / "two" / "model"
     assert {path.name for path in model.iterdir()} == {path.name for path in alone.model.iterdir()}
-    assert (model / "config.json").read_text() == (alone.model / "config.json").read_text()
+    for name in ("config.json", "adapter_config.json"):
+        assert (model / name).exists() == (alone.model / name).exists()
+        if (model / name).exists():
+            assert (model / name).read_text() == (alone.model / name).read_text()
     one, two = weights(alone.model), weights(model)
     assert one.keys() == two.keys()
     for name, weight in one.items():
