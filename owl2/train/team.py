@@ -51,6 +51,9 @@ class Team:
         began = not distributed.is_initialized()
         if os.environ.get(SHARING["DeepSpeed"]) == "true" and find_spec("deepspeed") is None:
             raise InputError("DeepSpeed is not installed: pip install deepspeed")
+        if not torch.cuda.is_available():
+            # Else it is "cpu:0", where transformers 5.16 would load a state to, and torch cannot.
+            os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         team = cls(distributed.new_group(backend="gloo", timeout=PATIENCE))
         try:
