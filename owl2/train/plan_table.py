@@ -100,7 +100,7 @@ def verdict(plan: Plan, advice: list[Advice]) -> Iterator[str]:
     times = f", {batch.passes} times a step" if batch.passes > 1 else ""
     yield f"A device computes {batch.rows} x {batch.length} tokens at a time{times}."
     if plan.fits is False and not advice:
-        yield "Nothing that was tried makes it fit: take more or larger devices, or shorter samples."
+        yield "Nothing that was tried makes it fit: take more or larger devices or shorter samples."
     for number, piece in enumerate(advice):
         lead = "  or" if number else "Fits with"
         yield f"{lead:<9} {piece.change}   ({_size(piece.total)})"

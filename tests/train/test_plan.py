@@ -210,21 +210,24 @@ def recipe_file(tmp_path):
     make_model(**SMALL).save_pretrained(tmp_path / "start")
     file = tmp_path / "recipe.yaml"
     recipe = recipe_of(model=str(tmp_path / "start"), data=[{"dataset": "easy_vqa", "count": 99}])
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)), encoding="utf-8")
+    file.write_text(
+        yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)), encoding="utf-8"
+    )
     return file
 
 
 def test_the_command(monkeypatch, capsys, recipe_file, tmp_path):
     numbers = tmp_path / "plan.json"
+    need = dry_run(recipe_of(), setting_of()).memory(Sharding.NONE, 1).total
     code, out, _ = run(
-        monkeypatch, capsys, recipe_file, "--gpus", 0, "--gpu-memory", "2.2M", "--json", numbers
+        monkeypatch, capsys, recipe_file, "--gpus", 0, "--gpu-memory", need, "--json", numbers
     )
     assert code == 0
     for words in ("decoder: visual", "optimizer states", "no checkpointing ◄", "Does not fit"):
         assert words in out
     assert "The largest piece: activations, decoder" in out
     plan = json.loads(numbers.read_text(encoding="utf-8"))
-    assert plan["fits"] is False and plan["advice"]
+    assert plan["fits"] is False and plan["advice"] and plan["total"] == need
     assert plan["advice"][0]["change"].startswith("gradient_checkpointing=true")
     assert plan["advice"][0]["change"].split("   ")[0] in out
     assert sum(plan["parameters"].values()) == sum(plan["trained"].values())
