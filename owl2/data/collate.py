@@ -34,6 +34,7 @@ from owl2.processing.processor import IGNORED, Owl2Processor
 
 Features = dict[str, Any]
 Side = Literal["left", "right"]
+Layout = Literal["padded", "packed", "one row"]
 
 _TOKENWISE = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
 
@@ -130,23 +131,22 @@ class Collated(NamedTuple):
 class Collator:
     """Features of a batch → the batch, without those that are bad.
 
-    `room`: pack the samples into rows of at most so many tokens (`math.inf`: one row); None: a row
-    a sample, padded.
+    `layout`: a row a sample, padded; or the samples packed into few rows, or into one.
     """
 
-    def __init__(self, processor: Owl2Processor, room: float | None = None) -> None:
+    def __init__(self, processor: Owl2Processor, layout: Layout = "padded") -> None:
         self.pad_token_id = processor.tokenizer.pad_token_id or 0
-        self.room = room
+        self.layout = layout
         self._nothing = _nothing(processor)
 
     def __call__(self, features: Sequence[Features | Bad]) -> Collated:
         """See `collate` and `pack`. Where nothing is left, no label is: the loss is 0."""
         good = [item for item in features if not isinstance(item, Bad)]
         laid_out = good or [self._nothing]
-        if self.room is None:
+        if self.layout == "padded":
             batch = collate(laid_out, self.pad_token_id)
         else:
-            batch = pack(laid_out, self.pad_token_id, self.room)
+            batch = pack(laid_out, self.pad_token_id, one_row=self.layout == "one row")
         return Collated(
             batch,
             samples=len(good),

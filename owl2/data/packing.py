@@ -2,13 +2,14 @@
 
 ::
 
-    samples    AAAAA  BBB  CCCC  DD                lengths 5, 3, 4, 2; rows of at most 8
-    padded     AAAAA                               4 rows of 5: 20 places for 14 tokens
+    samples    AAAAA  BBB  CC  DD                lengths 5, 3, 2, 2
+    padded     AAAAA                             4 rows of 5: 20 places for 12 tokens
                BBB..
-               CCCC.
+               CC...
                DD...
-    packed     AAAAABBB       position_ids 01234012    2 rows of 8: 16 places
-               CCCCDD..                    01230101
+    packed     AAAAA          position_ids 01234     3 rows of 5: 15 places
+               BBBCC                       01201
+               DD...                       01012
 
 Nothing but the layout differs: positions begin anew with each sample, and where they do,
 transformers' masks (and flash attention's variable lengths) begin a new sequence. That holds only
@@ -25,14 +26,14 @@ from torch.nn.utils.rnn import pad_sequence
 from owl2.processing.processor import IGNORED
 
 
-def first_fit_decreasing(lengths: Sequence[int], room: float) -> list[list[int]]:
+def first_fit_decreasing(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Places in `lengths`, in rows of at most `room` together; at most 11/9 of the fewest + 1.
 
     The longest comes first, and each goes to the first row with room for it (Johnson, 1973). One
     that is longer than `room` has a row to itself.
     """
     rows: list[list[int]] = []
-    left: list[float] = []
+    left: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
         length = lengths[place]
         row = next((number for number, free in enumerate(left) if free >= length), None)
@@ -46,9 +47,11 @@ def first_fit_decreasing(lengths: Sequence[int], room: float) -> list[list[int]]
 
 
 def pack(
-    features: Sequence[dict[str, Any]], pad_token_id: int, room: float
+    features: Sequence[dict[str, Any]], pad_token_id: int, one_row: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Features of samples → a batch of R rows of at most `room` tokens, as few as can be.
+    """Features of samples → a batch of R rows as long as the longest sample; or one row of all.
+
+    Longer rows would waste no less, and a dense mask's attention costs the square of their length.
 
     Returns:
         `input_ids`, `mm_token_type_ids`, `labels` and `position_ids`, all (R,S), S the longest
@@ -56,7 +59,7 @@ def pack(
         no picture. A sample's first label is -100: what stands before it is another sample.
     """
     lengths = [item["input_ids"].shape[1] for item in features]
-    rows = first_fit_decreasing(lengths, room)
+    rows = first_fit_decreasing(lengths, sum(lengths) if one_row else max(lengths))
     width = max(sum(lengths[place] for place in row) for row in rows)
     batch = {
         key: pad_sequence(

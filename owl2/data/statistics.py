@@ -152,23 +152,23 @@ def batches(
     lengths: Mapping[int, int], max_length: int | None, batch_size: int
 ) -> dict[str, float]:
     """The share of places without a token: `padded` to the longest of a batch, or `packed` into
-    rows of at most `max_length` tokens (without one: one row, so nothing is left over)."""
+    rows as long as a batch's longest sample."""
     cut = clipped(lengths, max_length)
     return {
         "batch_size": batch_size,
         "padded": padding_share(cut, batch_size),
-        "packed": 0.0 if max_length is None else _packed_share(cut, batch_size, max_length),
+        "packed": _packed_share(cut, batch_size),
     }
 
 
-def _packed_share(lengths: Mapping[int, int], batch_size: int, room: int) -> float:
+def _packed_share(lengths: Mapping[int, int], batch_size: int) -> float:
     """Found by packing some batches of samples drawn at random."""
     values, weights = list(lengths), list(lengths.values())
     chance = Random(0)
     tokens = places = 0
     for _ in range(DRAWN_BATCHES if values else 0):
         drawn = chance.choices(values, weights, k=batch_size)
-        rows = [sum(drawn[at] for at in row) for row in first_fit_decreasing(drawn, room)]
+        rows = [sum(drawn[at] for at in row) for row in first_fit_decreasing(drawn, max(drawn))]
         tokens += sum(rows)
         places += len(rows) * max(rows)
     return 1 - tokens / places if places else 0.0

@@ -6,11 +6,11 @@ flash_attention_2    no mask: lengths that vary, of one row; GPU, bfloat16, the 
 """
 
 import importlib.util
-import math
 
 import torch
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from owl2.data.collate import Layout
 from owl2.errors import InputError
 from owl2.train.recipe import Recipe
 
@@ -38,9 +38,9 @@ def require_attention(recipe: Recipe) -> None:
         raise InputError("attention: flash_attention_2 computes in bfloat16; set precision to it")
 
 
-def packed_room(recipe: Recipe) -> float | None:
-    """How many tokens the rows of packed samples may have; None: not packed."""
+def layout(recipe: Recipe) -> Layout:
+    """How the samples of a batch lie in its rows."""
     if not recipe.packing:
-        return None
+        return "padded"
     # Flash attention keeps samples apart in a batch of one row only.
-    return math.inf if recipe.attention == "flash_attention_2" else recipe.max_length
+    return "one row" if recipe.attention == "flash_attention_2" else "packed"

@@ -140,8 +140,8 @@ class Adapter(Part):
         both = [part for part in self.trained if part in self.parts]
         if both:
             raise ValueError(
-                f"{', '.join(both)} stands in `parts` and in `trained`: what is trained fully needs "
-                "no LoRA"
+                f"{', '.join(both)} stands in `parts` and in `trained`: what is trained fully "
+                "needs no LoRA"
             )
         return self
 

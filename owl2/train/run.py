@@ -26,7 +26,7 @@ from owl2.files import require_writable, whole_directory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import loading_options, prepare
-from owl2.train.attention import packed_room, require_attention
+from owl2.train.attention import layout, require_attention
 from owl2.train.log import Lines, RunLog
 from owl2.train.optimizer import groups_table, recipe_groups
 from owl2.train.panel import terminal_view
@@ -191,7 +191,7 @@ def _train(
     output = Path(recipe.output)
     start = saved.position if saved is not None else Position()
     used_cache = model.config.use_cache
-    collator = Collator(processor, packed_room(recipe))
+    collator = Collator(processor, layout(recipe))
     with team.together():
         trainer = Owl2Trainer(model, recipe, samples, collator, checkpoints_of(output), team)
     log = RunLog(output / "log.jsonl" if team.first else None, start.step)

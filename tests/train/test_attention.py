@@ -1,10 +1,8 @@
-import math
-
 import pytest
 
 from owl2.errors import InputError
 from owl2.train import attention
-from owl2.train.attention import packed_room, require_attention
+from owl2.train.attention import layout, require_attention
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.train.runs import quiet
@@ -52,7 +50,7 @@ def test_the_model_computes_as_the_recipe_says(recipe, monkeypatch):
 
 
 def test_rows_of_packed_samples(make_recipe):
-    assert packed_room(make_recipe(max_length=70)) is None
-    assert packed_room(make_recipe(max_length=70, packing=True)) == 70
+    assert layout(make_recipe()) == "padded"
+    assert layout(make_recipe(packing=True)) == "packed"
     flash = make_recipe(max_length=70, packing=True, attention="flash_attention_2")
-    assert packed_room(flash) == math.inf
+    assert layout(flash) == "one row"

@@ -27,7 +27,7 @@ def padded():
 
 
 def packed():
-    return pack(samples(), 0, 24)
+    return pack(samples(), 0)
 
 
 def learned(batch, stage, checkpointing, frozen=()):
