@@ -52,6 +52,8 @@ def test_the_commands_are_found():
         "data",
         "eval",
         "info",
+        "plan",
+        "merge",
     }
 
 
