@@ -80,8 +80,9 @@ class AbstractorAttention(nn.Module):
         """(N, K, D) queries and (N, 1+P, D) features, both normed, to (N, K, D)."""
         tokens = torch.cat([queries, features], dim=1)  # (N, K+1+P, D)
         token_codes = torch.cat([self.q_pos_embed, self.k_pos_embed])  # (K+1+P, D)
-        query = self._heads(self.query(queries + self.q_pos_embed))
-        key = self._heads(self.key(tokens + token_codes))
+        # FSDP2 hands on weights in bfloat16, but leaves buffers in float32.
+        query = self._heads(self.query((queries + self.q_pos_embed).to(queries)))
+        key = self._heads(self.key((tokens + token_codes).to(tokens)))
         value = self._heads(self.value(tokens))
         return attend(self, query, key, value, self.config.attention_probs_dropout_prob)
 

@@ -141,7 +141,9 @@ class DryRun:
         if sharding is Sharding.NONE:
             return FLOAT32 * self.trained
         weights, gradients = self.rest + 2 * self.layer, max(self.rest, self.layer)
-        return (HALF if self.half else FLOAT32) * (weights + gradients)
+        # FSDP2 adds gradients up in float32, of which it makes copies of those in 16 bits.
+        sums = FLOAT32 if self.half and sharding is Sharding.FSDP2 else 0
+        return (HALF if self.half else FLOAT32) * (weights + gradients) + sums * gradients
 
 
 def dry_run(recipe: Recipe, setting: Setting) -> DryRun:

@@ -160,6 +160,44 @@ def test_the_same_in_pieces_packed_tied_and_with_adapters(gradients, case, shari
     assert_those_of_one(gradients, sharing, case, MORE)
 
 
+def look_between_pieces(recipe):
+    """Train; losses and sums of gradients are in float32, and each process holds its share."""
+    step = Owl2Trainer.training_step
+
+    def looked_at(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        policies = {
+            module._get_fsdp_state()._mp_policy
+            for module in model.modules()
+            if hasattr(module, "_get_fsdp_state")
+        }
+        assert {(p.param_dtype, p.reduce_dtype, p.output_dtype) for p in policies} == {
+            (torch.bfloat16, torch.float32, None)
+        }
+        assert loss.dtype == torch.float32
+        assert float(loss) != float(loss.bfloat16())
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None, f"{name} holds no share of its gradient"
+            assert gradient.to_local().dtype == torch.float32
+            assert gradient.to_local().shape == parameter.to_local().shape
+        return loss
+
+    Owl2Trainer.training_step = looked_at
+    train(recipe, quiet())
+
+
+def test_fsdp2_in_bfloat16_adds_up_in_float32_and_holds_shares(mixed, tmp_path):
+    settings, _ = mixed
+    pieces = {"precision": "bfloat16", "gradient_accumulation": 2, "batch_size": 4, "max_steps": 2}
+    looks = {"validation": {"data": settings["data"], "samples": 3, "answers": 1}}
+    recipe = Recipe(**settings | pieces | looks, output=str(tmp_path / "run"))
+    run(tmp_path / "said", look_between_pieces, recipe, count=2, environment=FSDP)
+    assert {weight.dtype for weight in weights(tmp_path / "run" / "model").values()} == {
+        torch.float32
+    }
+
+
 @pytest.mark.parametrize(
     ("sharing", "case"),
     [
