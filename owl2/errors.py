@@ -13,6 +13,7 @@ Fault = Literal[
     "not a string",
     "too long",
     "nothing to learn",
+    "lost file",
     "format",
 ]
 

@@ -234,7 +234,7 @@ def _told(left_out: Mapping[str, int]) -> str:
 def _pictures_of(sample: Sample) -> Iterator[str]:
     for turn in sample.messages:
         for part in turn["content"] if isinstance(turn["content"], list) else ():
-            if part["type"] == "image":
+            if "path" in part:  # not what is behind a URL
                 yield str(part["path"])
 
 

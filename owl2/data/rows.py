@@ -111,7 +111,9 @@ class Rows(Sequence[Sample]):
         if self._file is None:
             self._file = self.path.open("rb")
             if os.fstat(self._file.fileno()).st_size != self._size:
-                raise InputError(f"{self.path} has changed since it was opened: start again.")
+                raise InputError(
+                    f"{self.path} has changed since it was opened: start again.", "lost file"
+                )
         return self._file.fileno()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _reported(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}.", "lost file") from error
 
 
 # ------------------------------------------------------------------ lines

@@ -94,15 +94,16 @@ class Feed:
         path = self._state_file(checkpoint)
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
+            world: int = state["world"]
             self._lines, self.loader.state = state["left_out"], state["loader"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read, so the run cannot go on with the samples that come next; "
                 "overwrite=true starts anew"
             ) from error
-        if state["world"] != self.world:
+        if world != self.world:
             raise InputError(
-                f"{checkpoint} is of a run on {state['world']} processes, this one has "
+                f"{checkpoint} is of a run on {world} processes, this one has "
                 f"{self.world}: go on with as many, or overwrite=true to start anew"
             )
 
@@ -110,6 +111,10 @@ class Feed:
         return checkpoint / f"data_state_{self.rank}.json"
 
     def _leave_out(self, samples: list[Bad]) -> None:
+        for bad in samples:
+            # Not a row is bad then but all of a source, which nobody asked to be left out.
+            if bad.fault == "lost file":
+                raise bad.raised()
         if not samples:
             return
         if self.on_bad == "stop":

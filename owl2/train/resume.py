@@ -28,11 +28,9 @@ from owl2.train.recipe import Recipe
 from owl2.train.saving import sizes_on_disk, writing
 from owl2.train.team import Team
 
-# Settings that change neither what is learned nor in which order.
-INDIFFERENT = {
-    *("output", "overwrite", "workers"),
-    *("log_every", "save_every", "tensorboard", "wandb"),
-}
+# Settings that change neither what is learned nor in which order. `on_bad`, because a run that
+# stopped at a bad row goes on with it left out.
+INDIFFERENT = {"output", "overwrite", "workers", "on_bad", "log_every", "save_every"}
 INDIFFERENT |= {"validation", "tensorboard", "wandb"}  # which only watch
 
 

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from owl2.data.collate import Collator, Features, TrainingSet
 from owl2.data.mixture import Draw, Mixture, Source
-from owl2.data.sample import Bad, Message, Sample
+from owl2.data.sample import Bad, Message, Sample, taken
 from owl2.data.sources import Samples
 from owl2.errors import InputError
 from owl2.inference.engine import Engine
@@ -117,10 +117,7 @@ class HeldOut(Dataset[Features | Bad]):
     def sample(self, number: int) -> Sample | Bad:
         """A sample as it was read."""
         source, place = self.places[number]
-        try:
-            return self.sources[source][place]
-        except InputError as error:  # which begins with the row that it is about
-            return Bad.of(str(error).partition(": ")[0], error)
+        return taken(self.sources[source], place)
 
     def __getitem__(self, number: int) -> Features | Bad:
         return self._features[Draw(0, 0, number, self.sample(number))]
@@ -186,7 +183,8 @@ class Validator:
         """One look; all processes must take it together.
 
         Raises:
-            InputError: a loss that is not finite; without `skip_bad`, a sample that cannot be used.
+            InputError: a loss that is not finite, no sample that can be used; without `skip_bad`, a
+                sample that cannot be used.
         """
         began = time.perf_counter()
         with _evaluating(model):
@@ -198,9 +196,13 @@ class Validator:
                 f"validation after step {step}: the loss is {loss}. Try a lower learning_rate, a "
                 "longer warm-up, or precision=float32"
             )
+        if not tokens:  # a loss of 0 would look like the best of all
+            raise InputError(
+                f"validation: none of the {int(left_out)} held-out samples can be used; "
+                "`owl2 data check RECIPE` says why"
+            )
         seconds = time.perf_counter() - began
-        mean = loss / max(tokens, 1)
-        return Look(step, mean, int(tokens), int(samples), int(left_out), seconds, answers)
+        return Look(step, loss / tokens, int(tokens), int(samples), int(left_out), seconds, answers)
 
     def _sums(self, model: Owl2ForConditionalGeneration) -> tuple[float, int, int, int]:
         """Of this process' share: the loss of all tokens, and the numbers of tokens, of samples and

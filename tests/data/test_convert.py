@@ -331,3 +331,11 @@ def test_the_list(monkeypatch, capsys):
         assert entry.url in said
         assert entry.files in said
     assert "options split=train coco=2014 most=... questions=... annotations=..." in said
+
+
+def test_pictures_behind_urls_stay_what_they_are(folder, tmp_path):
+    said = [("human", "<image>\nWhat is it?"), ("gpt", "A bus.")]
+    row = llava_row(*said, image="https://example.org/a.jpg")
+    put(folder, "llava_instruct_150k.json", [row])
+    convert("llava_instruct", folder, tmp_path / "out.jsonl", [f"check_pictures={tmp_path}"])
+    assert "https://example.org/a.jpg" in (tmp_path / "out.jsonl").read_text()

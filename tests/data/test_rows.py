@@ -107,8 +107,9 @@ def test_a_file_that_has_changed_is_refused(tmp_path):
     path.write_text(json.dumps(talk(1)))
     samples = pickle.loads(pickle.dumps(Rows(path)))
     path.write_text("\n" + json.dumps(talk(1)))
-    with pytest.raises(InputError, match="has changed since"):
+    with pytest.raises(InputError, match="has changed since") as caught:
         samples[0]
+    assert caught.value.fault == "lost file"  # of all rows, so none is to be left out for it
 
 
 def test_a_file_that_has_gone_is_named(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from owl2.data.loader import Loader
+from owl2.data.sample import Bad
 from owl2.errors import InputError
 from owl2.train.feed import Feed, run_steps
 from owl2.train.run import train
@@ -94,6 +95,22 @@ def test_what_an_earlier_run_left_out_is_forgotten(recipe, mixed):
     assert not (first.output / "left_out.jsonl").exists()
 
 
+def test_a_run_that_stopped_at_a_bad_row_goes_on_without_it(recipe, mixed, monkeypatch, tmp_path):
+    settings = {"data": mixed, "max_steps": 12, "save_every": 1}
+    whole = train(recipe(output=str(tmp_path / "whole"), on_bad="skip", **settings), quiet())
+    with pytest.raises(InputError, match="on_bad=skip leaves such samples out"):
+        train(recipe(**settings), quiet())
+    resumed = train(recipe(on_bad="skip", **settings), quiet())
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+
+
+def test_a_file_that_is_lost_stops_the_run_also_with_skip(feed):
+    one = feed()
+    one.on_bad = "skip"
+    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
+        one._leave_out([Bad.row(InputError("a.jsonl has changed since: start again", "lost file"))])
+
+
 def test_weights_have_no_epochs(recipe, mixed, world):
     data = [
         {"shards": mixed[0]["shards"], "weight": 0.5},
@@ -148,7 +165,10 @@ def test_a_feed_goes_on_after_what_was_taken(feed, tmp_path):
     assert next(iter(other))["input_ids"].tolist() == third["input_ids"].tolist()
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"world": 1, "left_out": 0}'])
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "[]", "{}", '{"world": 1, "left_out": 0}', '{"left_out": 0, "loader": null}'],
+)
 def test_a_damaged_state_is_refused(feed, tmp_path, content):
     if content is not None:
         (tmp_path / "data_state_0.json").write_text(content, encoding="utf-8")

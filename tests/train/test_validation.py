@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from owl2.data.rows import Rows
+from owl2.data.sample import Bad
 from owl2.errors import InputError
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
@@ -163,6 +164,12 @@ def test_a_loss_that_is_not_finite(start, samples):
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(InputError, match="validation after step 7: the loss is nan"):
         look(start, HeldOut([(samples, None)], processor))
+
+
+def test_no_sample_that_can_be_used(start, samples):
+    bad = [Bad(sample.source, "it is broken") for sample in samples[:3]]
+    with pytest.raises(InputError, match="none of the 3 held-out samples can be used"):
+        look(start, HeldOut([(bad, None)], start[1]), skip_bad=True)
 
 
 def test_answers_are_those_of_chat(start, samples):
