@@ -134,6 +134,14 @@ def flat_text(parts: Sequence[Mapping[str, Any]]) -> str:
     return "".join(part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in parts)
 
 
+def has_half_character(text: str) -> bool:
+    """Whether a surrogate stands alone in it, as where JSON was cut in the middle of an emoji.
+
+    Python takes it for text; tokenizers and files do not.
+    """
+    return re.search("[\ud800-\udfff]", text) is not None
+
+
 def _check_role(role: Any, expected: str, index: int, where: str) -> None:
     if role not in _ROLES:
         raise InputError(f"{where} has the role {role!r}; roles are {', '.join(_ROLES)}.", "roles")
@@ -165,6 +173,11 @@ def _read_content(content: Any, role: str, where: str, pictures: list[Any]) -> l
         raise InputError(
             f"{where} is the {role}'s and holds a picture; only user turns can.",
             "placeholder count",
+        )
+    if has_half_character(text):
+        raise InputError(
+            f"{where} ({role}) holds half of a character (such as \\ud83d without its other half), "
+            "which is no text: remove it."
         )
     if not text.strip():
         raise InputError(

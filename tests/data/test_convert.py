@@ -339,3 +339,14 @@ def test_pictures_behind_urls_stay_what_they_are(folder, tmp_path):
     put(folder, "llava_instruct_150k.json", [row])
     convert("llava_instruct", folder, tmp_path / "out.jsonl", [f"check_pictures={tmp_path}"])
     assert "https://example.org/a.jpg" in (tmp_path / "out.jsonl").read_text()
+
+
+def test_half_of_a_character_is_left_out(folder, tmp_path):
+    """As where an emoji was cut in two: JSON can write it, a text file and a tokenizer cannot."""
+    turns = [{"from": "human", "value": "hi \ud83d"}, {"from": "gpt", "value": "a"}]
+    whole = [{"from": "human", "value": "hi \U0001f600"}, {"from": "gpt", "value": "a"}]
+    rows = [{"id": "1", "conversations": turns}, {"id": "2", "conversations": whole}]
+    (folder / "ShareGPT_V3_unfiltered_cleaned_split.json").write_text(json.dumps(rows))
+    convert("sharegpt", folder, tmp_path / "out.jsonl", [])
+    stats = json.loads((tmp_path / "out.stats.json").read_text())
+    assert stats["left_out"] == {"conversations with half of a character": 1}

@@ -40,3 +40,9 @@ def test_bad_samples_say_where_they_came_from(messages, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
         checked(Sample(messages, "talks.jsonl:17"))
     assert str(caught.value).startswith("talks.jsonl:17: ")
+
+
+def test_half_of_a_character_is_no_text():
+    messages = [{"role": "user", "content": "hi \ud83d"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(InputError, match=r"row 1: .*half of a character"):
+        checked(Sample(messages, "row 1"))
