@@ -154,6 +154,7 @@ class Loader:
     ) -> None:
         """`dataset` makes features of the draws of `mixture`; the rest as in `batches_of`."""
         self.dataset = dataset
+        self.mixture = mixture
         self.collate = collate
         self._plan = partial(
             batches_of, mixture, size, rank=rank, world=world, image_tokens=image_tokens

@@ -97,6 +97,14 @@ class Mixture:
         return self.sources[number].name or f"Source {number} of the data"
 
     @property
+    def sizes(self) -> list[int | None]:
+        """How many samples each source has; None for streams. The order hangs on them."""
+        return [
+            None if isinstance(source.samples, Stream) else len(source.samples)
+            for source in self.sources
+        ]
+
+    @property
     def has_streams(self) -> bool:
         """Whether some samples come without places."""
         return any(isinstance(source.samples, Stream) for source in self.sources)

@@ -74,6 +74,9 @@ class Rows(Sequence[Sample]):
         places = array("q")
         with _reported(self.path), self.path.open("rb") as file:
             self._size = os.fstat(file.fileno()).st_size
+            if not self._is_list and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+                raise InputError(f"{self.path} is a list of rows, not a row a line: name it .json.")
+            file.seek(0)
             find = _rows_of_list if self._is_list else _rows_of_lines
             for place in _watched(find(file, self.path), f"Reading {self.path}", self._size):
                 places.extend(place)

@@ -55,6 +55,8 @@ class Engine:
                 )
         self.model = model.eval()
         self.processor = processor
+        # As `generate` has it: True where several processes share the weights of one model.
+        self.synced_gpus: bool | None = None
         self._end_ids = _end_ids(model.generation_config, processor)
         self._open_ids = _byte_ids(processor)
 
@@ -254,6 +256,7 @@ class Engine:
             logits_processor=decoding.processors(self.model.dtype),
             stopping_criteria=stopping,
             streamer=streamer,
+            synced_gpus=self.synced_gpus,
         )
         return ids[:, prompt:]
 

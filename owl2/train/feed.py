@@ -25,6 +25,9 @@ from owl2.errors import InputError
 from owl2.files import write_whole
 from owl2.train.recipe import Recipe
 
+# So many samples left out and none used: not some rows are bad, but what the recipe says of them.
+ALL_BAD = 100
+
 
 class Seen(NamedTuple):
     """What all processes together have been given since this one began."""
@@ -48,6 +51,7 @@ class Feed:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self._left_out = output / f"left_out{f'_{self.rank}' * (self.rank > 0)}.jsonl"
         self._lines = 0  # of that file, since the run began
+        self._used = False  # whether any sample was
         self._fresh = Seen()
         self._seen = torch.zeros(len(Seen._fields), dtype=torch.long)
 
@@ -65,7 +69,11 @@ class Feed:
             }
 
     def share_counts(self) -> None:
-        """Add up what all processes took since the last call; all of them must call it."""
+        """Add up what all processes took since the last call; all of them must call it.
+
+        Raises:
+            InputError: `ALL_BAD` samples were left out, and not one could be used.
+        """
         # On the device only where others have to be asked, as reading it back then waits.
         if self.world > 1:
             fresh = torch.tensor(self._fresh, device=self.accelerator.device)
@@ -74,6 +82,13 @@ class Feed:
         else:
             self._seen += torch.tensor(self._fresh)
         self._fresh = Seen()
+        if self.on_bad == "skip" and not self._used:
+            self._used = self.seen.samples > 0
+            if not self._used and self.seen.left_out >= ALL_BAD:
+                raise InputError(
+                    f"the first {self.seen.left_out} samples were all left out, as none can be "
+                    f"used: see {self._left_out.parent}/left_out.jsonl, and check `data`"
+                )
 
     @property
     def seen(self) -> Seen:
@@ -82,7 +97,12 @@ class Feed:
 
     def save(self, checkpoint: Path) -> None:
         """Write where this process' batches stand."""
-        state = {"world": self.world, "left_out": self._lines, "loader": self.loader.state}
+        state = {
+            "world": self.world,
+            "sizes": self.loader.mixture.sizes,
+            "left_out": self._lines,
+            "loader": self.loader.state,
+        }
         write_whole(self._state_file(checkpoint), json.dumps(state) + "\n")
 
     def load(self, checkpoint: Path) -> None:
@@ -94,13 +114,19 @@ class Feed:
         path = self._state_file(checkpoint)
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            world: int = state["world"]
+            world, sizes = state["world"], state["sizes"]
             self._lines, self.loader.state = state["left_out"], state["loader"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read, so the run cannot go on with the samples that come next; "
                 "overwrite=true starts anew"
             ) from error
+        if sizes != self.loader.mixture.sizes:
+            raise InputError(
+                f"{checkpoint} is of a run on sources with {sizes} samples, now they have "
+                f"{self.loader.mixture.sizes}: their order would be another. Give the same "
+                "data, or overwrite=true to start anew"
+            )
         if world != self.world:
             raise InputError(
                 f"{checkpoint} is of a run on {world} processes, this one has "

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from owl2.data.names import look_up
+from owl2.data.shards import Shards
+from owl2.data.sources import open_source
 from owl2.errors import InputError
 from owl2.files import write_whole
 from owl2.train.advice import advise
@@ -47,7 +49,8 @@ def plan_recipe(
     sharding = look_up("sharding", options.sharding, {str(way): way for way in Sharding})
     if sharding is not Sharding.NONE and machine.devices == 1:
         raise InputError(f"--sharding {sharding} needs several devices: give --gpus")
-    data = Data(options.tokens, options.pictures, options.samples)
+    samples = counted(recipe) if options.samples is None else options.samples
+    data = Data(options.tokens, options.pictures, samples)
     if options.statistics is not None:
         data = read_statistics(options.statistics, recipe.max_length)
     config, origin = config_of(recipe, options.like)
@@ -61,6 +64,24 @@ def plan_recipe(
         except OSError as error:
             raise InputError(f"{json_file} cannot be written: {error.strerror}") from error
         console.print(f"All numbers are in {json_file}", markup=False)
+
+
+def counted(recipe: Recipe) -> int | None:
+    """Samples an epoch, where they matter and the data is at hand; else None."""
+    if recipe.epochs is None:
+        return None
+    total = 0
+    for source in recipe.data:
+        path = source.file or source.table
+        if source.count is None:
+            if source.shards is not None or (path is not None and not Path(path).exists()):
+                return None
+            samples = open_source(**source.origin())
+            assert not isinstance(samples, Shards)
+            total += len(samples)
+        else:
+            total += source.count
+    return total
 
 
 def read_statistics(path: Path, max_length: int) -> Data:

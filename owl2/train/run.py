@@ -90,7 +90,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
             samples = _training_set(recipe, processor)
             validator = _validator(recipe, processor, team)
             _announce(console, recipe, model, trained, samples.mixture.epoch_size, saved)
-        with team.together():
+        with team.together(), writing(Path(recipe.output)):
             if team.first:
                 begin(recipe, saved)
         return _train(recipe, team, console, model, processor, trained, samples, validator, saved)

@@ -196,7 +196,7 @@ class Validator:
                 f"validation after step {step}: the loss is {loss}. Try a lower learning_rate, a "
                 "longer warm-up, or precision=float32"
             )
-        if not tokens:  # a loss of 0 would look like the best of all
+        if left_out and not tokens:  # a loss of 0 would look like the best of all
             raise InputError(
                 f"validation: none of the {int(left_out)} held-out samples can be used; "
                 "`owl2 data check RECIPE` says why"
@@ -251,6 +251,8 @@ class Validator:
         if not self._questions:
             return
         engine = Engine(model, self.processor)
+        # Where weights are shared out, all processes take each step, or one waits for ever.
+        engine.synced_gpus = True if self.team.sharing != "each whole" else None
         for source, messages, wanted in self._questions:
             answer = engine.chat(messages, max_new_tokens=ANSWER_TOKENS, do_sample=False)
             asked = read_messages(messages)

@@ -240,3 +240,9 @@ def test_a_bar_is_shown_to_who_waits(tmp_path, monkeypatch, stream, patience, ra
     monkeypatch.setenv("RANK", rank)
     Rows(path)
     assert ("Reading" in shown.getvalue()) == is_shown
+
+
+def test_a_list_in_a_jsonl_file_is_told_apart(tmp_path):
+    (tmp_path / "talks.jsonl").write_text('\ufeff [\n{"a": 1},\n{"a": 2}]', encoding="utf-8")
+    with pytest.raises(InputError, match=r"a list of rows, not a row a line: name it \.json"):
+        Rows(tmp_path / "talks.jsonl")

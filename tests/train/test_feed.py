@@ -184,6 +184,23 @@ def test_a_state_of_other_processes_is_refused(feed, tmp_path):
         feed().load(tmp_path)
 
 
+def test_a_state_of_other_data_is_refused(feed, tmp_path):
+    feed().save(tmp_path)
+    state = json.loads((tmp_path / "data_state_0.json").read_text(encoding="utf-8"))
+    assert state["sizes"] == [10]
+    (tmp_path / "data_state_0.json").write_text(json.dumps(state | {"sizes": [11]}))
+    with pytest.raises(InputError, match=r"sources with \[11\] samples, now they have \[10\]"):
+        feed().load(tmp_path)
+
+
+def test_a_run_of_nothing_but_bad_samples_ends(recipe, tmp_path):
+    rows = [{"image": f"{n}.png", "caption": "red"} for n in range(200)]
+    (tmp_path / "gone.json").write_text(json.dumps(rows), encoding="utf-8")
+    settings = {"data": [{"file": str(tmp_path / "gone.json")}], "on_bad": "skip", "max_steps": 50}
+    with pytest.raises(InputError, match=r"the first 100 samples were all left out.*left_out"):
+        train(recipe(**settings), quiet())
+
+
 def test_what_was_in_the_batches_is_counted(feed):
     one = feed()
     batches = iter(one)

