@@ -196,7 +196,7 @@ class Validator:
                 f"validation after step {step}: the loss is {loss}. Try a lower learning_rate, a "
                 "longer warm-up, or precision=float32"
             )
-        if left_out and not tokens:  # a loss of 0 would look like the best of all
+        if not tokens:  # a loss of 0 would look like the best of all
             raise InputError(
                 f"validation: none of the {int(left_out)} held-out samples can be used; "
                 "`owl2 data check RECIPE` says why"
