@@ -1,0 +1,189 @@
+"""The fast path: one token for each of several sequences, over a cache that stays where it is.
+
+::
+
+    ids (B,), positions (B,) ──► embed_tokens (B, D) ──► layers: text weights only, each sequence
+    attends to its own row of the cache ──► norm ──► lm_head (B, V)
+
+After the prompt all tokens are text (SPEC 1.3), so a step is a plain LLaMA's. It is written here
+once more, for one token a sequence, because what a general forward does around the arithmetic
+(masks, caches that are put together anew, routing) takes longer than the arithmetic itself.
+Prompts go through the model's own forward.
+
+Shapes: B sequences, D width, h key-value heads, d head width, C the cache's capacity, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from owl2.model.modality import TEXT, Multiway
+from owl2.model.owl2 import Owl2ForConditionalGeneration
+
+SMALLEST = 256  # positions a row has room for at first
+
+
+class KeyValues:
+    """A static cache: one row a sequence, each filled up to a length of its own.
+
+    Who uses it knows the lengths; what lies beyond them is not read.
+
+    Attributes:
+        keys, values: for each layer (rows, h, C, d).
+    """
+
+    def __init__(
+        self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.rows = self.capacity = 0
+        shape = (0, heads, 0, width)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position of one row, over all layers."""
+        heads, width = self.keys[0].shape[1], self.keys[0].shape[3]
+        return 2 * len(self.keys) * heads * width * self.keys[0].element_size()
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Make room for so many rows and positions at least; what is there is kept.
+
+        It grows by doubling, so that a growing dialogue is seldom copied.
+        """
+        if rows <= self.rows and capacity <= self.capacity:
+            return
+        rows = self.rows if rows <= self.rows else max(rows, 2 * self.rows)
+        if capacity > self.capacity:
+            self.capacity = max(SMALLEST, 1 << (capacity - 1).bit_length())
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                new = old.new_zeros(rows, old.shape[1], self.capacity, old.shape[3])
+                new[: old.shape[0], :, : old.shape[2]] = old
+                tensors[layer] = new
+        self.rows = rows
+
+    def put(
+        self,
+        row: int,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        start: int = 0,
+    ) -> None:
+        """Write a layer's (h, n, d) each into `row` from position `start` on."""
+        for own, new in ((self.keys, keys), (self.values, values)):
+            for tensor, part in zip(own, new, strict=True):
+                tensor[row, :, start : start + part.shape[1]] = part
+
+    def take(self, row: int, length: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Copies of the first `length` positions of a row: (h, length, d) a layer."""
+        return (
+            [tensor[row, :, :length].clone() for tensor in self.keys],
+            [tensor[row, :, :length].clone() for tensor in self.values],
+        )
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one row over another's."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+
+class FastDecoder:
+    """A model's decoder, one token for each of several sequences at a time.
+
+    It reads the model's weights where they are: when they are trained, it is, too.
+
+    Attributes:
+        cache: rows 0 … B-1 are the sequences of a step.
+    """
+
+    def __init__(self, model: Owl2ForConditionalGeneration) -> None:
+        self.model = model
+        config = model.config
+        self.cache = KeyValues(
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            model.dtype,
+            model.device,
+        )
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits of the next token of each sequence; its keys and values go into the cache.
+
+        Args:
+            tokens: (B,) ids of text, on the model's device.
+            positions: (B,) where each stands in its sequence, on the CPU: all before it are filled.
+
+        Returns:
+            (B, V)
+        """
+        decoder, cache = self.model.model, self.cache
+        length = int(positions.max()) + 1
+        cache.reserve(len(tokens), length)
+        places = positions.to(tokens.device)
+        hidden = decoder.embed_tokens(tokens)  # (B, D)
+        cos, sin = decoder.rotary_emb(hidden[None], places[None])  # (1, B, d)
+        turn = cos[0], sin[0]
+        for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
+            hidden = layer_step(layer, hidden, keys, values, places, length, turn)
+        return self.model.lm_head(decoder.norm(hidden))
+
+
+def text(module: nn.Module) -> Any:
+    """The module that text goes through."""
+    return module.multiway[TEXT] if isinstance(module, Multiway) else module
+
+
+def layer_step(
+    layer: Any,
+    hidden: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    length: int,
+    turn: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """One decoder layer for one token of each sequence: (B, D) to (B, D)."""
+    attention = layer.self_attn
+    heads = (len(hidden), -1, attention.head_dim)
+    normed = text(layer.input_layernorm)(hidden)
+    query = attention.q_proj(normed).view(heads)  # (B, heads, d)
+    key = text(attention.k_proj)(normed).view(heads)  # (B, h, d)
+    value = text(attention.v_proj)(normed).view(heads)
+    query, key = apply_rotary_pos_emb(query, key, *turn)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    keys[rows, :, positions] = key
+    values[rows, :, positions] = value
+    attended = attend(query, keys, values, positions, length, attention.scaling)
+    hidden = hidden + attention.o_proj(attended.flatten(1))
+    return hidden + layer.mlp(text(layer.post_attention_layernorm)(hidden))
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    length: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Each sequence's one query (B, heads, d) over its row of (rows, h, C, d), up to its position.
+
+    Returns:
+        (B, heads, d)
+    """
+    batch = len(query)
+    seen = torch.arange(length, device=query.device) <= positions[:, None]  # (B, length)
+    return nn.functional.scaled_dot_product_attention(
+        query[:, :, None],
+        keys[:batch, :, :length],
+        values[:batch, :, :length],
+        attn_mask=seen[:, None, None],
+        scale=scaling,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )[:, :, 0]
