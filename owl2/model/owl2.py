@@ -124,9 +124,8 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             is_image = input_ids == self.config.image_token_id  # (B, S)
             if mm_token_type_ids is None:
                 mm_token_type_ids = is_image.long()
-            # The image token has no row in the embedding; any id does, its row is overwritten.
-            inputs_embeds = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
-            inputs_embeds = self._scatter_images(inputs_embeds, is_image, pixel_values)
+            check_pictures(is_image, pixel_values, self.config.num_image_tokens)
+            inputs_embeds = self._put_together(input_ids, is_image, self._encode(pixel_values))
         elif pixel_values is not None:
             raise InputError("pixel_values need input_ids, which say where the pictures go")
         if self.config.use_mam and mm_token_type_ids is not None:
@@ -149,20 +148,44 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         embeddings = self.visual_abstractor(features)  # (N, K+1, D)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeddings)
 
-    def _scatter_images(
-        self, inputs_embeds: torch.Tensor, is_image: torch.Tensor, pixel_values: torch.Tensor | None
+    def embed(
+        self, input_ids: torch.Tensor, image_embeddings: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Put the pictures' embeddings where the image tokens stand; counts must agree."""
-        check_pictures(is_image, pixel_values, self.config.num_image_tokens)
+        """A mixed sequence of embeddings, for `forward` as ``inputs_embeds``.
+
+        Args:
+            input_ids: (B, S), with K + 1 image tokens for every picture.
+            image_embeddings: (N, K+1, D) from `get_image_features`, in order of appearance.
+
+        Returns:
+            (B, S, D): words' embeddings, and the pictures' where the image tokens stand.
+
+        Raises:
+            InputError: image tokens and pictures do not fit, with both counts; ids that the
+                vocabulary does not have.
+        """
+        check_ids(input_ids, self.config.image_token_id)
+        is_image = input_ids == self.config.image_token_id  # (B, S)
+        check_pictures(is_image, image_embeddings, self.config.num_image_tokens)
+        return self._put_together(input_ids, is_image, image_embeddings)
+
+    def _put_together(
+        self, input_ids: torch.Tensor, is_image: torch.Tensor, pictures: torch.Tensor | None
+    ) -> torch.Tensor:
+        # The image token has no row in the embedding; any id does, its row is overwritten.
+        words = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
+        if pictures is not None and len(pictures):
+            return words.masked_scatter(is_image[..., None], pictures.to(words))
+        if not self.use_every_weight:
+            return words
+        size = self.config.image_size
+        blank: Any = self.get_image_features(words.new_zeros(1, 3, size, size))
+        return words + 0 * blank.pooler_output.mean().to(words)
+
+    def _encode(self, pixel_values: torch.Tensor | None) -> torch.Tensor | None:
         if pixel_values is None or not len(pixel_values):
-            if not self.use_every_weight:
-                return inputs_embeds
-            size = self.config.image_size
-            blank: Any = self.get_image_features(inputs_embeds.new_zeros(1, 3, size, size))
-            return inputs_embeds + 0 * blank.pooler_output.mean().to(inputs_embeds)
-        features = self.get_image_features(pixel_values)
-        embeddings: torch.Tensor = features.pooler_output  # type: ignore[assignment]  # never None
-        return inputs_embeds.masked_scatter(is_image[..., None], embeddings.to(inputs_embeds))
+            return None
+        return self.get_image_features(pixel_values).pooler_output
 
     def set_image_size(self, image_size: int) -> None:
         """Take pictures of `image_size` x `image_size` pixels from now on (SPEC 2, resolution).

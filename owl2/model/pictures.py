@@ -31,13 +31,13 @@ def check_ids(input_ids: torch.Tensor, image_token_id: int) -> None:
 
 
 def check_pictures(
-    is_image: torch.Tensor, pixel_values: torch.Tensor | None, per_image: int
+    is_image: torch.Tensor, pictures: torch.Tensor | None, per_image: int
 ) -> list[int]:
     """How many pictures each sequence has room for, which must be those that there are.
 
     Args:
         is_image: (B, S), True on image tokens.
-        pixel_values: (N, 3, H, W), or None.
+        pictures: one a picture along the first dimension, or None.
         per_image: image tokens a picture, K + 1.
 
     Returns:
@@ -47,11 +47,11 @@ def check_pictures(
         InputError: with both counts; or if a sequence holds a part of a picture.
     """
     tokens: list[int] = is_image.sum(1).tolist()
-    positions, pictures = sum(tokens), 0 if pixel_values is None else len(pixel_values)
-    if positions != pictures * per_image:
+    positions, given = sum(tokens), 0 if pictures is None else len(pictures)
+    if positions != given * per_image:
         raise InputError(
             f"input_ids hold {positions} image tokens, room for {positions / per_image:g} "
-            f"pictures of {per_image} tokens each, but pixel_values hold {pictures} pictures"
+            f"pictures of {per_image} tokens each, but pixel_values hold {given} pictures"
         )
     for row, count in enumerate(tokens):
         if count % per_image:

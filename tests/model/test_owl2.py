@@ -102,6 +102,22 @@ def test_embeddings_with_types_equal_ids(tiny, picture_inputs):
     assert not torch.allclose(as_text, expected, atol=1e-3)
 
 
+def test_a_mixed_sequence_put_together_by_the_model(tiny, picture_inputs):
+    """What `embed` gives goes on as the ids themselves would."""
+    ids, pixels = picture_inputs.values()
+    with torch.no_grad():
+        pictures = tiny.get_image_features(pixels).pooler_output
+        embeds = tiny.model.embed(ids, pictures)
+        words = tiny.model.embed(ids.clamp(max=39))
+    assert torch.equal(embeds, embed(tiny, ids, pixels))
+    assert torch.equal(words, tiny.get_input_embeddings()(ids.clamp(max=39)))
+    for wrong in (None, pictures[:1]):
+        with pytest.raises(InputError, match=f"6 image tokens.*{0 if wrong is None else 1} pict"):
+            tiny.model.embed(ids, wrong)
+    with pytest.raises(InputError, match="hold 41"):
+        tiny.model.embed(torch.tensor([[1, 41]]))
+
+
 def test_types_beside_ids_change_nothing(tiny, picture_inputs):
     types = (picture_inputs["input_ids"] == 40).long()
     expected = logits(tiny, **picture_inputs)
