@@ -1,0 +1,77 @@
+"""The most memory that training takes, measured in a process of its own.
+
+    python -m owl2.bench.memory textbook|owl2 ORIGIN     prints bytes; ORIGIN is `Origin` as JSON
+
+On a CPU: the most resident memory, less what the process held before it made the model, so weights,
+gradients, the optimizer's state, activations and whatever else two steps need. On a GPU: the most
+bytes of tensors at one time.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import torch
+
+from owl2.bench.sizes import Origin
+from owl2.bench.training import Training
+from owl2.bench.workload import Batches, Workload
+from owl2.errors import InputError
+
+STEPS = 2  # the optimizer's state is made in the first
+STATUS = Path("/proc/self/status")
+
+
+def step_memory(who: str, origin: Origin) -> float:
+    """Bytes at most of `who`'s training steps, "textbook" or "owl2", padded.
+
+    Raises:
+        InputError: the process ended without an answer, as one does when memory runs out.
+    """
+    command = [sys.executable, "-m", "owl2.bench.memory", who, json.dumps(asdict(origin))]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing; was it out of memory?"])[-1]
+        raise InputError(f"train_memory: the process of {who} ended with {done.returncode}: {last}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def measure(who: str, origin: Origin) -> float:
+    """The same in this process, which should have done nothing before."""
+    before = psutil.Process().memory_info().rss
+    model = origin.load()
+    batches = Batches.of(Workload(model.config, model.device, model.dtype))
+    training = Training(model, batches)
+    for _ in range(STEPS):
+        training.textbook_step() if who == "textbook" else training.padded_step()
+    if model.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(model.device))
+    return float(peak_resident() - before)
+
+
+def peak_resident() -> int:
+    """Bytes that this process held resident at most."""
+    if STATUS.exists():
+        # Not getrusage: its maximum is inherited from the process that started this one.
+        found = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(arguments: Sequence[str]) -> None:
+    who, origin = arguments
+    print(measure(who, Origin(**json.loads(origin))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,116 @@
+"""What was measured, for people: a table on the terminal, the same in Markdown, and a picture."""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from owl2.errors import InputError
+
+COLUMNS = ("figure", "unit", "textbook", "owl2", "llama", "ratio", "of the limit", "also")
+COLOURS = {"textbook": "0.75", "owl2": "tab:blue", "llama": "tab:orange"}
+
+
+def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """A row of `COLUMNS` for each figure."""
+    for name, figure in results["figures"].items():
+        share = figure["limit_share"]
+        yield (
+            name,
+            figure["unit"],
+            *(_value(figure, who) for who in ("textbook", "owl2", "llama")),
+            f"{figure['ratio']:.2f}",
+            "–" if share is None else f"{share:.0%}",
+            ", ".join(_also(figure)),
+        )
+
+
+def table(results: Mapping[str, Any], title: str) -> Table:
+    """For the terminal."""
+    shown = Table(title=title, title_justify="left", caption=limits(results["machine"]))
+    for number, column in enumerate(COLUMNS):
+        shown.add_column(column, justify="right" if 2 <= number <= 6 else "left")
+    for row in rows(results):
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(results: Mapping[str, Any], title: str) -> str:
+    """The same as a page's table."""
+    ruler = ["---", "---", *["---:"] * 5, "---"]
+    lines = [f"**{title}**; {limits(results['machine'])}", ""]
+    lines += ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ruler, *rows(results))]
+    return "\n".join(lines) + "\n"
+
+
+def limits(machine: Mapping[str, Any]) -> str:
+    """The machine's limits in one line."""
+    return (
+        f"matrix product {machine['matmul_gflops']:,.0f} GFLOP/s, matrix-vector "
+        f"{machine['matvec_gb_s']:,.1f} GB/s, memory read {machine['read_gb_s']:,.1f} GB/s"
+    )
+
+
+def require_matplotlib() -> None:
+    """Refuse to begin what could not be drawn.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError(
+            "--output draws a picture, which needs matplotlib: pip install 'mplug-owl2[plot]'"
+        )
+
+
+def draw(path: Path, results: Mapping[str, Any], title: str) -> None:
+    """For each figure a small chart: a bar an implementation, a line from smallest to largest."""
+    from matplotlib.figure import Figure
+
+    figures = results["figures"]
+    columns = min(4, len(figures))
+    lines = -(-len(figures) // columns)
+    picture = Figure(figsize=(3.4 * columns, 0.9 + 1.9 * lines), layout="constrained")
+    picture.suptitle(f"{title}\n{limits(results['machine'])}", fontsize=9)
+    grid = picture.subplots(lines, columns, squeeze=False).ravel()
+    for axes in grid[len(figures) :]:
+        axes.set_axis_off()
+    for axes, (name, figure) in zip(grid, figures.items(), strict=False):
+        names = list(figure["spread"])
+        values = [figure[who] for who in names]
+        spread = list(zip(*figure["spread"].values(), strict=True))
+        errors = [
+            [max(0.0, value - low) for value, low in zip(values, spread[0], strict=True)],
+            [max(0.0, high - value) for value, high in zip(values, spread[1], strict=True)],
+        ]
+        colours = [COLOURS.get(who, "tab:green") for who in names]
+        axes.barh(names, values, xerr=errors, color=colours, error_kw={"lw": 1, "capsize": 2})
+        axes.invert_yaxis()
+        axes.set_title(f"{name}, {figure['unit']} (ratio {figure['ratio']:.2f})", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture.savefig(path, dpi=130)
+
+
+def _value(figure: Mapping[str, Any], who: str) -> str:
+    """The median, and half of the way from smallest to largest."""
+    if figure[who] is None:
+        return "–"
+    low, high = figure["spread"][who]
+    return f"{_short(figure[who])} ± {_short((high - low) / 2)}"
+
+
+def _also(figure: Mapping[str, Any]) -> Iterator[str]:
+    for who in figure["spread"]:
+        if who not in COLOURS:
+            times = figure[f"against_{who}"]
+            yield f"{who} {_short(figure[who])} ({times:.2f} ×)"
+
+
+def _short(value: float) -> str:
+    """Three digits or so."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value else "0"
