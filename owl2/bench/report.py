@@ -9,29 +9,34 @@ from rich.table import Table
 
 from owl2.errors import InputError
 
-COLUMNS = ("figure", "unit", "textbook", "owl2", "llama", "ratio", "of the limit", "also")
+COLUMNS = ("figure", "unit", "textbook", "owl2", "llama", "ratio", "limit", "spread")
 COLOURS = {"textbook": "0.75", "owl2": "tab:blue", "llama": "tab:orange"}
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """A row of `COLUMNS` for each figure."""
+    """Rows of `COLUMNS`: for each figure one, and one for each further implementation."""
     for name, figure in results["figures"].items():
         share = figure["limit_share"]
         yield (
             name,
             figure["unit"],
-            *(_value(figure, who) for who in ("textbook", "owl2", "llama")),
+            *(_short(figure[who]) for who in ("textbook", "owl2", "llama")),
             f"{figure['ratio']:.2f}",
             "–" if share is None else f"{share:.0%}",
-            ", ".join(_also(figure)),
+            f"±{max(_spread(figure, who) for who in figure['spread']):.0%}",
         )
+        for who in figure["spread"]:
+            if who not in COLOURS:
+                times = f"{figure[f'against_{who}']:.2f}"
+                yield (f"  {who}: {_short(figure[who])}", "", "", "", "", times, "", "")
 
 
 def table(results: Mapping[str, Any], title: str) -> Table:
     """For the terminal."""
     shown = Table(title=title, title_justify="left", caption=limits(results["machine"]))
     for number, column in enumerate(COLUMNS):
-        shown.add_column(column, justify="right" if 2 <= number <= 6 else "left")
+        justify: Any = "right" if number >= 2 else "left"
+        shown.add_column(column, justify=justify, no_wrap=True)
     for row in rows(results):
         shown.add_row(*row)
     return shown
@@ -39,7 +44,7 @@ def table(results: Mapping[str, Any], title: str) -> Table:
 
 def markdown(results: Mapping[str, Any], title: str) -> str:
     """The same as a page's table."""
-    ruler = ["---", "---", *["---:"] * 5, "---"]
+    ruler = ["---", "---", *["---:"] * 6]
     lines = [f"**{title}**; {limits(results['machine'])}", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ruler, *rows(results))]
     return "\n".join(lines) + "\n"
@@ -94,23 +99,14 @@ def draw(path: Path, results: Mapping[str, Any], title: str) -> None:
     picture.savefig(path, dpi=130)
 
 
-def _value(figure: Mapping[str, Any], who: str) -> str:
-    """The median, and half of the way from smallest to largest."""
-    if figure[who] is None:
-        return "–"
+def _spread(figure: Mapping[str, Any], who: str) -> float:
+    """Half of the way from the smallest to the largest, as a share of the median."""
     low, high = figure["spread"][who]
-    return f"{_short(figure[who])} ± {_short((high - low) / 2)}"
+    return (high - low) / 2 / figure[who]
 
 
-def _also(figure: Mapping[str, Any]) -> Iterator[str]:
-    for who in figure["spread"]:
-        if who not in COLOURS:
-            times = figure[f"against_{who}"]
-            yield f"{who} {_short(figure[who])} ({times:.2f} ×)"
-
-
-def _short(value: float) -> str:
-    """Three digits or so."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if value else "0"
+def _short(value: float | None) -> str:
+    """Three digits or so; a dash for what is not there."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
