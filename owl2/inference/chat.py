@@ -49,7 +49,7 @@ class Settings:
     def load_engine(self, processor: Owl2Processor) -> Engine:
         """The engine with that processor."""
         model = load_model(self.model, self.device, self.dtype, quantize=self.quantize)
-        return Engine(model, processor)
+        return Engine(model, processor, reuse=True)
 
 
 def user_turn(text: str, pictures: Sequence[Any]) -> Message:

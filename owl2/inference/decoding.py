@@ -1,20 +1,20 @@
 """How the next token is chosen: greedy or sampled, and never from logits that are not finite.
 
-Sampling is done here, by a logits processor that leaves one token to choose from, so that a seed
-needs a generator of its own only: transformers' sampling draws from torch's global one, which a
-thread that streams would share with its consumer. The warpers are transformers'.
+Sampling is done here, so that each answer draws from a generator of its own: its tokens then depend
+neither on torch's global one, which threads share, nor on what else is in the batch. The warpers
+are transformers'.
 
-Shapes: B prompts, V the vocabulary.
+Shapes: B sequences, V the vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -38,7 +38,8 @@ class Options(TypedDict, total=False):
         temperature: above 1 wilder, below 1 tamer, 0 greedy.
         top_p: only the likeliest tokens that together have this probability.
         top_k: only so many of the likeliest tokens; 0: all.
-        seed: the same seed gives the same answer; torch's global generator is not touched.
+        seed: the same seed gives the same answer; torch's global generator is not touched. Of
+            several conversations together, number i (from 0) has the seed `seed` + i.
     """
 
     max_new_tokens: int | None
@@ -85,12 +86,13 @@ class Decoding:
         # The limit of an infinitely small temperature; dividing by it would give NaN.
         return cls(**values | {"do_sample": False}) if decoding.temperature == 0 else decoding
 
-    def processors(self, dtype: torch.dtype) -> LogitsProcessorList:
-        """What to hand to `generate`, with do_sample=False. One answer's or batch's: has state."""
-        chain: list[LogitsProcessor] = [RefuseNonFinite(dtype)]
-        if self.do_sample:
-            chain.append(Sampler(self))
-        return LogitsProcessorList(chain)
+    def of_answer(self, number: int) -> "Decoding":
+        """For one of several answers: each has its own seed, as if it were asked for alone."""
+        return self if self.seed is None else replace(self, seed=self.seed + number)
+
+    def sampler(self, device: torch.device) -> "Sampler | None":
+        """What draws one answer's tokens; None: the likeliest is taken."""
+        return Sampler(self, device) if self.do_sample else None
 
     def _check(self) -> None:
         for name, fits, wanted in (
@@ -104,20 +106,62 @@ class Decoding:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be {wanted}")
 
 
-class RefuseNonFinite(LogitsProcessor):
-    """Raises where logits hold a NaN or +infinity, or rule out every token."""
+class Sampler:
+    """How one answer's tokens are drawn: it has a generator of its own, or torch's for no seed.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.step = 0
+    Attributes:
+        settings: equal for samplers that may look at their logits together.
+    """
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.step += 1
-        # Comparisons with NaN are False. -infinity is how other processors forbid a token.
-        fine = (scores < float("inf")).all() & (scores.amax(-1) > float("-inf")).all()
-        if not fine:
-            raise non_finite(self.dtype, f"token {self.step} of the answer")
-        return scores
+    def __init__(self, decoding: Decoding, device: torch.device) -> None:
+        self.settings = replace(decoding, seed=None)
+        self.generator: torch.Generator | None = None
+        if decoding.seed is not None:
+            self.generator = torch.Generator(device).manual_seed(decoding.seed)
+
+
+def choose(logits: torch.Tensor, samplers: Sequence[Sampler | None]) -> list[int | None]:
+    """The next token of each sequence; None where its logits are not finite.
+
+    Logits are not finite if they hold a NaN or +infinity, or rule out every token: -infinity is how
+    a token is forbidden. All waits for the device are one.
+
+    Args:
+        logits: (B, V).
+        samplers: B of them; None: the likeliest token.
+    """
+    top, chosen = logits.max(-1)  # (B,), NaN if there is one in the row
+    fine = top.isfinite()
+    together: dict[Decoding, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        if sampler is not None:
+            together.setdefault(sampler.settings, []).append(row)
+    for settings, rows in together.items():
+        # What is not finite is not chosen from, but drawing from it would fail for all.
+        scores = logits[rows].float().masked_fill(~fine[rows, None], 0.0)
+        for probabilities, row in zip(_warped(scores, settings).softmax(-1), rows, strict=True):
+            sampler = samplers[row]
+            assert sampler is not None  # or its row would not be here
+            chosen[row] = torch.multinomial(probabilities, 1, generator=sampler.generator)[0]
+    tokens, finite = torch.stack([chosen, fine.to(chosen.dtype)]).tolist()
+    return [token if is_fine else None for token, is_fine in zip(tokens, finite, strict=True)]
+
+
+def _warped(scores: torch.Tensor, settings: Decoding) -> torch.Tensor:
+    """(B, V) scores with the settings' temperature, -infinity on tokens that they leave out."""
+    warpers: list[LogitsProcessor] = []
+    if settings.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+    if settings.top_k:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    if settings.min_p:
+        warpers.append(MinPLogitsWarper(settings.min_p))
+    no_ids = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
+    for warper in warpers:
+        scores = warper(no_ids, scores)
+    return scores
 
 
 def non_finite(dtype: torch.dtype, where: str) -> InputError:
@@ -132,28 +176,3 @@ def non_finite(dtype: torch.dtype, where: str) -> InputError:
         f"The model's logits are not finite (NaN or infinity) at {where}. It runs in {name}; "
         f"{advice}."
     )
-
-
-class Sampler(LogitsProcessor):
-    """Draws a token from (B, V) scores; returns scores that leave only that one."""
-
-    def __init__(self, decoding: Decoding) -> None:
-        self.seed = decoding.seed
-        self.generator: torch.Generator | None = None
-        self.warpers: list[LogitsProcessor] = []
-        if decoding.temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
-        if decoding.top_k:
-            self.warpers.append(TopKLogitsWarper(decoding.top_k))
-        if decoding.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(decoding.top_p))
-        if decoding.min_p:
-            self.warpers.append(MinPLogitsWarper(decoding.min_p))
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.seed is not None and self.generator is None:
-            self.generator = torch.Generator(scores.device).manual_seed(self.seed)
-        for warper in self.warpers:
-            scores = warper(input_ids, scores)
-        chosen = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)  # (B, 1)
-        return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)

@@ -2,47 +2,59 @@
 
 ::
 
-    messages ──processor──► input_ids (B, S), padded on the left, pixel_values (N, 3, H, W)
-    ──model.generate──► new ids (B, T) ──► text
+    messages ──processor──► Prompt: ids (S,), pixel_values (N, 3, H, W)
+    ──Runner, with all that waits──► new ids (T,) ──► text
 
-B conversations of S tokens, N pictures in all, T new tokens. Nothing is kept between calls, so a
-second call gives the same as the first.
+S tokens, N pictures, T new tokens. From call to call nothing is kept, or what costs time but not
+what changes an answer (`reuse`): a second call gives the same as the first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from transformers import BatchFeature, GenerationConfig, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig
 
 from owl2.errors import InputError
+from owl2.inference import plain
 from owl2.inference.decoding import Decoding, Options
 from owl2.inference.loading import load_model
-from owl2.inference.scoring import prompt_and_answer, score_answers
-from owl2.inference.streaming import stream_tokens, text_pieces
+from owl2.inference.prefill import Read
+from owl2.inference.runner import Prompt, Runner
+from owl2.inference.scoring import prompt_and_answer, read_alone, score_answers
+from owl2.inference.streaming import text_pieces
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.chat import Message, check_question
 from owl2.processing.image import ImagePolicy
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer
 
+# Requests that are answered together if memory allows: far more than any machine gains from.
+MAX_BATCH = 128
+
 Messages = Sequence[Message]
 
 
 class Engine:
-    """A model and its processor, answering.
+    """A model and its processor, answering; from any number of threads at once.
 
     Args:
         model: on the device and in the dtype it is to run in.
         processor: the same checkpoint's.
+        reuse: keep pictures' features, and prompts' keys and values, from call to call, so that a
+            second question about a picture and a next turn cost little. Not for a model that is
+            being trained: with False, nothing is kept. Changes that autograd sees make it forget
+            by itself; after any other, call `forget`.
 
     Raises:
         InputError: if the two do not fit.
     """
 
-    def __init__(self, model: Owl2ForConditionalGeneration, processor: Owl2Processor) -> None:
+    def __init__(
+        self, model: Owl2ForConditionalGeneration, processor: Owl2Processor, *, reuse: bool = False
+    ) -> None:
         for what, ours, theirs in (
             ("image token id", model.config.image_token_id, processor.image_token_id),
             ("tokens a picture", model.config.num_image_tokens, processor.num_image_tokens),
@@ -57,6 +69,9 @@ class Engine:
         self.processor = processor
         # As `generate` has it: True where several processes share the weights of one model.
         self.synced_gpus: bool | None = None
+        self.runner: Runner | None = None
+        if plain.is_whole(model):
+            self.runner = Runner(model, max_batch=MAX_BATCH, reuse=reuse)
         self._end_ids = _end_ids(model.generation_config, processor)
         self._open_ids = _byte_ids(processor)
 
@@ -70,6 +85,7 @@ class Engine:
         image_policy: ImagePolicy | None = None,
         max_pixels: int | None = None,
         quantize: str | None = None,
+        reuse: bool = True,
     ) -> "Engine":
         """A checkpoint's engine.
 
@@ -81,6 +97,7 @@ class Engine:
             image_policy: resize or pad, instead of the checkpoint's.
             max_pixels: the largest picture to accept, instead of the checkpoint's.
             quantize: 8bit or 4bit: the decoder's weights in fewer bits.
+            reuse: keep features, keys and values from call to call; see `Engine`.
 
         Raises:
             InputError: what cannot be loaded, and why.
@@ -89,12 +106,18 @@ class Engine:
         processor = Owl2Processor.from_pretrained(
             name_or_path, image_policy=image_policy, max_pixels=max_pixels
         )
-        return cls(model, processor)
+        return cls(model, processor, reuse=reuse)
 
     @property
     def context(self) -> int:
         """Tokens that prompt and answer can have together; a picture takes K + 1 of them."""
         return int(self.model.config.max_position_embeddings)
+
+    def forget(self) -> None:
+        """Keep nothing of earlier calls: what is computed next is computed with the weights as they
+        are."""
+        if self.runner is not None:
+            self.runner.forget()
 
     # -------------------------------------------------------------- answers
 
@@ -114,11 +137,9 @@ class Engine:
         if not list_of_messages:
             return []
         decoding = Decoding.of(options, self.model.generation_config)
-        inputs, room = self._inputs(list_of_messages)
+        prompts, room = self._prompts(list_of_messages)
         limits = [min(decoding.max_new_tokens, tokens) for tokens in room]
-        answers = self._generate(inputs, decoding, max(limits)).tolist()
-        # Shorter prompts may go on for longer; what a long one got beyond its limit is not its own.
-        return [self._decode(answer[:limit]) for answer, limit in zip(answers, limits, strict=True)]
+        return [self._decode(answer) for answer in self._generate(prompts, decoding, limits)]
 
     def stream(self, messages: Messages, **options: Unpack[Options]) -> Iterator[str]:
         """The answer of `chat` in pieces, as it is made; joined, they are exactly that answer.
@@ -127,20 +148,12 @@ class Engine:
         loop early (or `.close()`) ends the generation.
         """
         decoding = Decoding.of(options, self.model.generation_config)
-        inputs, [room] = self._inputs([messages])
+        [prompt], [room] = self._prompts([messages])
+        return self._stream(prompt, decoding, min(decoding.max_new_tokens, room))
 
-        def generate(streamer: BaseStreamer, stop: StoppingCriteria) -> None:
-            limit = min(decoding.max_new_tokens, room)
-            self._generate(inputs, decoding, limit, streamer, StoppingCriteriaList([stop]))
-
-        return self._stream(generate)
-
-    def _stream(self, generate: Any) -> Iterator[str]:
-        tokens = stream_tokens(generate)
-        try:
+    def _stream(self, prompt: Prompt, decoding: Decoding, limit: int) -> Iterator[str]:
+        with closing(self._tokens(prompt, decoding, limit)) as tokens:
             yield from text_pieces(tokens, self._decode, self._open_ids)
-        finally:
-            tokens.close()  # type: ignore[attr-defined]  # it is a generator
 
     # -------------------------------------------------------------- scores
 
@@ -168,7 +181,7 @@ class Engine:
         """
         if isinstance(choices, str) or not choices:
             raise InputError("Give the choices to score as a non-empty list of texts.")
-        inputs, _ = self._inputs([messages])
+        [whole], _ = self._prompts([messages])
         # As long as no choice changes how the prompt is tokenised, there is one group.
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for number, choice in enumerate(choices):
@@ -183,18 +196,27 @@ class Engine:
                 answer = answer[:-1]
             groups.setdefault(tuple(prompt), []).append((number, answer))
         scores = [0.0] * len(choices)
-        pixels = inputs.get("pixel_values")
         for ids, members in groups.items():
             answers = [answer for _, answer in members]
-            rows = score_answers(self.model, ids, answers, pixels, max(1, batch_size))
+            rows = self._score(Prompt(ids, whole.pixel_values), answers, max(1, batch_size))
             for (number, _), row in zip(members, rows, strict=True):
                 scores[number] = float((row.mean() if normalise else row.sum()).item())
         return scores
 
+    def _score(
+        self, prompt: Prompt, answers: Sequence[Sequence[int]], batch_size: int
+    ) -> list[torch.Tensor]:
+        def score(read: Read) -> list[torch.Tensor]:
+            return score_answers(self.model, read.logits, read.cache, answers, batch_size)
+
+        if runner := self._runner():
+            return runner.read(prompt, score)
+        return score_answers(self.model, *read_alone(self.model, *prompt), answers, batch_size)
+
     # -------------------------------------------------------------- parts
 
-    def _inputs(self, list_of_messages: Sequence[Messages]) -> tuple[BatchFeature, list[int]]:
-        """The model's inputs, and how many tokens of the context each prompt leaves."""
+    def _prompts(self, list_of_messages: Sequence[Messages]) -> tuple[list[Prompt], list[int]]:
+        """Ids and pictures of each, and how many tokens of the context each leaves."""
         for number, messages in enumerate(list_of_messages):
             try:
                 check_question(messages)
@@ -203,62 +225,44 @@ class Engine:
                     raise
                 raise InputError(f"Conversation {number}: {error}") from error
         inputs = self.processor.apply_chat_template(
-            list(list_of_messages),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
+            list(list_of_messages), add_generation_prompt=True, tokenize=True, return_dict=True
         )
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        room = [self.context - length for length in lengths]
+        rows = inputs["input_ids"]
+        room = [self.context - len(row) for row in rows]
         if min(room) < 1:
             number = room.index(min(room))
             which = f"The prompt of conversation {number}" if len(room) > 1 else "The prompt"
             raise InputError(
-                f"{which} has {lengths[number]} tokens; the model's context is {self.context}, one "
-                f"of them for the answer: {1 - room[number]} too many. Use fewer words, turns or "
-                f"pictures (a picture takes {self.processor.num_image_tokens})."
+                f"{which} has {len(rows[number])} tokens; the model's context is {self.context}, "
+                f"one of them for the answer: {1 - room[number]} too many. Use fewer words, turns "
+                f"or pictures (a picture takes {self.processor.num_image_tokens})."
             )
-        return inputs.to(self.model.device, dtype=self.model.dtype), room
+        tokens = [row.count(self.processor.image_token_id) for row in rows]
+        counts = [count // self.processor.num_image_tokens for count in tokens]
+        pixels: Any = [None] * len(rows)
+        if "pixel_values" in inputs:
+            pixels = inputs["pixel_values"].split(counts)
+        prompts = [Prompt(tuple(row), own) for row, own in zip(rows, pixels, strict=True)]
+        return prompts, room
 
     def _generate(
-        self,
-        inputs: BatchFeature,
-        decoding: Decoding,
-        limit: int,
-        streamer: BaseStreamer | None = None,
-        stopping: StoppingCriteriaList | None = None,
-    ) -> torch.Tensor:
-        """New ids (B, T), T at most `limit`."""
-        prompt = inputs["input_ids"].shape[1]
-        # transformers fills what is unset from the checkpoint's settings, and warns when it then
-        # has both: name the limit as a checkpoint with a max_length (LLaMA's have one) does.
-        named = self.model.generation_config.max_new_tokens is not None
-        length = {"max_new_tokens": limit} if named else {"max_length": prompt + limit}
-        config = GenerationConfig(
-            **length,
-            do_sample=False,  # what is sampled, our own processor samples
-            num_beams=1,  # beams have no order to stream in
-            num_return_sequences=1,
-            return_dict_in_generate=False,
-            eos_token_id=self._end_ids or None,
-            pad_token_id=self._end_ids[0] if self._end_ids else 0,  # after the end; not read
-            # Settings of a sampling checkpoint, or transformers would warn of them.
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
+        self, prompts: Sequence[Prompt], decoding: Decoding, limits: Sequence[int]
+    ) -> list[list[int]]:
+        """New ids of each, its end token too if it has one."""
+        if runner := self._runner():
+            return runner.generate(prompts, decoding, limits, self._end_ids)
+        return plain.generate(
+            self.model, prompts, decoding, limits, self._end_ids, self.synced_gpus
         )
-        ids = self.model.generate(
-            **inputs,
-            generation_config=config,
-            logits_processor=decoding.processors(self.model.dtype),
-            stopping_criteria=stopping,
-            streamer=streamer,
-            synced_gpus=self.synced_gpus,
-        )
-        return ids[:, prompt:]
+
+    def _tokens(self, prompt: Prompt, decoding: Decoding, limit: int) -> Generator[int, None, None]:
+        """The new ids as they are made."""
+        if runner := self._runner():
+            return runner.stream(prompt, decoding, limit, self._end_ids)
+        return (token for token in self._generate([prompt], decoding, [limit])[0])
+
+    def _runner(self) -> Runner | None:
+        return None if self.synced_gpus else self.runner
 
     def _decode(self, ids: list[int]) -> str:
         """New ids up to the end token → text, without white space around it."""

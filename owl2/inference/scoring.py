@@ -49,32 +49,40 @@ def prompt_and_answer(
 
 
 @torch.no_grad()
+def read_alone(
+    model: Owl2ForConditionalGeneration, prompt: Sequence[int], pixel_values: torch.Tensor | None
+) -> tuple[torch.Tensor, DynamicCache]:
+    """The logits (1, V) after a prompt of P ids with its N pictures (N, 3, H, W), and its cache."""
+    cache = DynamicCache(config=model.config)
+    pictures: dict[str, Any] = {}
+    if pixel_values is not None:
+        pictures["pixel_values"] = pixel_values.to(model.device, model.dtype)
+    ids = torch.tensor([list(prompt)], device=model.device)  # (1, P)
+    outputs = model(
+        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **pictures
+    )
+    return outputs.logits[:, -1], cache
+
+
+@torch.no_grad()
 def score_answers(
     model: Owl2ForConditionalGeneration,
-    prompt: Sequence[int],
+    logits: torch.Tensor,
+    cache: DynamicCache,
     answers: Sequence[Sequence[int]],
-    pixel_values: torch.Tensor | None,
     batch_size: int,
 ) -> list[torch.Tensor]:
     """Log-probability of every token of every answer after one prompt: C tensors of its length.
 
     Args:
-        prompt: P ids, pictures' places in it.
+        logits: (1, V) after the prompt.
+        cache: of the prompt; left as it is.
         answers: C lists of ids.
-        pixel_values: (N, 3, H, W) of the prompt's N pictures, or None.
     """
-    device = model.device
-    cache = DynamicCache(config=model.config)
-    pictures: dict[str, Any] = {} if pixel_values is None else {"pixel_values": pixel_values}
-    ids = torch.tensor([list(prompt)], device=device)  # (1, P)
-    outputs = model(
-        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **pictures
-    )
-    first = outputs.logits[:, -1:]  # (1, 1, V)
     scores = []
     for start in range(0, len(answers), batch_size):
         some = answers[start : start + batch_size]
-        scores += _score_after(model, cache, first, some)
+        scores += _score_after(model, cache, logits[:, None], some)
     return scores
 
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from owl2.inference.engine import Engine
+from owl2.inference.fast import FastDecoder
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,20 @@ def broken(engine):
     with torch.no_grad():
         engine.model.lm_head.weight[5, 0] = float("nan")
     return engine
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many sequences each step of any model takes on, as a list that grows."""
+    made = []
+    step = FastDecoder.step
+
+    def counted(self, tokens, positions):
+        made.append(len(tokens))
+        return step(self, tokens, positions)
+
+    monkeypatch.setattr(FastDecoder, "step", counted)
+    return made
 
 
 def picture(number, size=(10, 12)):

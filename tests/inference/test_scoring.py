@@ -28,23 +28,27 @@ def test_scores_are_what_training_would_see(shared_engine, conversations, number
     messages = conversations[number]
     expected = [by_hand(shared_engine, messages, choice) for choice in CHOICES]
     scores = shared_engine.score(messages, CHOICES)
-    assert scores == pytest.approx([float(row.sum()) for row in expected], abs=1e-5)
+    assert scores == pytest.approx([float(row.sum()) for row in expected], abs=1e-5, rel=1e-6)
     means = shared_engine.score(messages, CHOICES, normalise=True)
-    assert means == pytest.approx([float(row.mean()) for row in expected], abs=1e-5)
+    assert means == pytest.approx([float(row.mean()) for row in expected], abs=1e-5, rel=1e-6)
     open_ended = shared_engine.score(messages, CHOICES, include_end=False)
-    assert open_ended == pytest.approx([float(row[:-1].sum()) for row in expected], abs=1e-5)
+    assert open_ended == pytest.approx(
+        [float(row[:-1].sum()) for row in expected], abs=1e-5, rel=1e-6
+    )
 
 
 def test_scores_do_not_depend_on_the_batch(shared_engine, conversations):
     messages = conversations[2]
     scores = shared_engine.score(messages, CHOICES)
     alone = [shared_engine.score(messages, [choice])[0] for choice in CHOICES]
-    assert scores == pytest.approx(alone, abs=1e-5)
+    assert scores == pytest.approx(alone, abs=1e-5, rel=1e-6)
     for size in (1, 2, 4):
         assert shared_engine.score(messages, CHOICES, batch_size=size) == pytest.approx(
             alone, abs=1e-5
         )
-    assert shared_engine.score(messages, CHOICES[::-1])[::-1] == pytest.approx(alone, abs=1e-5)
+    assert shared_engine.score(messages, CHOICES[::-1])[::-1] == pytest.approx(
+        alone, abs=1e-5, rel=1e-6
+    )
 
 
 def test_pictures_are_computed_once(engine, conversations):

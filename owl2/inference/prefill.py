@@ -1,0 +1,276 @@
+"""Prompts → the logits after them and their keys and values, with what is kept from earlier ones.
+
+::
+
+    ids, pictures ──► Begun: what is kept of its start, what is left to compute
+    several Begun ──► embeddings, right-padded ──the model's own forward──► Read: a row for each
+
+Right padding needs no mask where all rows start at the same position: causal attention keeps it
+from all that comes before.
+
+Shapes: B prompts, P kept positions, S positions to compute, N pictures, K+1 embeddings a picture, D
+width, V vocabulary, h key-value heads, d head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DynamicCache
+
+from owl2.errors import InputError
+from owl2.inference.reuse import Features, Key, Prefix, Prefixes, digest, weights_mark
+from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.pictures import check_ids, check_pictures
+
+PICTURES = 32  # that the vision encoder takes at a time
+
+
+class Picture(NamedTuple):
+    """One picture of a prompt: the position of its first token, and (3, H, W) pixels."""
+
+    start: int
+    digest: bytes
+    pixels: torch.Tensor
+
+
+@dataclass
+class Begun:
+    """A prompt that is to be computed.
+
+    Attributes:
+        key: its ids, image tokens as their picture's digest.
+        prefix, shared: what is kept of its first `shared` tokens.
+    """
+
+    ids: tuple[int, ...]
+    pictures: tuple[Picture, ...]
+    key: Key
+    prefix: Prefix | None = None
+    shared: int = 0
+
+    @property
+    def rest(self) -> int:
+        """How many tokens are to be computed."""
+        return len(self.ids) - self.shared
+
+    @property
+    def new_pictures(self) -> list[Picture]:
+        """Those that are to be computed."""
+        return [picture for picture in self.pictures if picture.start >= self.shared]
+
+
+class Read(NamedTuple):
+    """What came of some prompts.
+
+    Attributes:
+        logits: (B, V) after the last token of each.
+        cache: (B, h, P + S, d) a layer: of row i the first `starts[i]` positions and, from P, the
+            largest of the starts, `lengths[i]` more.
+    """
+
+    logits: torch.Tensor
+    cache: DynamicCache
+    starts: list[int]
+    lengths: list[int]
+
+    @property
+    def keys(self) -> list[torch.Tensor]:
+        layers: Any = self.cache.layers  # typed as of any kind
+        return [layer.keys for layer in layers]
+
+    @property
+    def values(self) -> list[torch.Tensor]:
+        layers: Any = self.cache.layers
+        return [layer.values for layer in layers]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the rows have no gap in them, only padding at their end."""
+        return min(self.starts) == max(self.starts)
+
+    def row(self, number: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Keys and values of one prompt, (h, length, d) a layer; views where there is one prompt,
+        else copies."""
+        start, offset = self.starts[number], max(self.starts)
+        end = offset + self.lengths[number]
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            if len(tensor) == 1:
+                return tensor[0]
+            return torch.cat([tensor[number, :, :start], tensor[number, :, offset:end]], dim=1)
+
+        return [own(tensor) for tensor in self.keys], [own(tensor) for tensor in self.values]
+
+
+class Reader:
+    """Computes prompts with a model, and keeps what later ones can use.
+
+    Attributes:
+        epoch: goes up whenever all that was kept is forgotten.
+    """
+
+    def __init__(
+        self, model: Owl2ForConditionalGeneration, prefix_bytes: int, feature_bytes: int
+    ) -> None:
+        self.model = model
+        self.prefixes = Prefixes(prefix_bytes)
+        self.features = Features(feature_bytes)
+        self.epoch = 0
+        self._weights: Any = None
+
+    def begin(self, ids: Sequence[int], pixel_values: torch.Tensor | None) -> Begun:
+        """A prompt with its N pictures, (N, 3, H, W) or None; nothing is computed yet.
+
+        Raises:
+            InputError: no ids, or such as the model does not have; pictures that do not fit.
+        """
+        config = self.model.config
+        if not len(ids):
+            raise InputError("a prompt must have one token at least")
+        row = torch.tensor([list(ids)])
+        check_ids(row, config.image_token_id)
+        is_image = row == config.image_token_id  # (1, S)
+        check_pictures(is_image, pixel_values, config.num_image_tokens)
+        key: list[int | bytes] = list(ids)
+        pictures = []
+        if pixel_values is not None and len(pixel_values):
+            self._check_size(pixel_values)
+            places = is_image[0].nonzero()[:, 0].view(len(pixel_values), -1).tolist()
+            for own, pixels in zip(places, pixel_values.cpu(), strict=True):
+                picture = Picture(own[0], digest(pixels), pixels)
+                pictures.append(picture)
+                for place in own:
+                    key[place] = picture.digest
+        return Begun(tuple(ids), tuple(pictures), tuple(key))
+
+    def look_up(self, prompt: Begun) -> None:
+        """Find what is kept of a prompt's start; whole pictures of it."""
+        prompt.prefix, prompt.shared = self.prefixes.find(prompt.key)
+        image = self.model.config.image_token_id
+        if prompt.shared and prompt.ids[prompt.shared] == image:
+            # Inside a picture only if it began before.
+            before = [picture for picture in prompt.pictures if picture.start < prompt.shared]
+            tokens = prompt.ids[: prompt.shared].count(image)
+            if tokens % self.model.config.num_image_tokens:
+                prompt.shared = before[-1].start
+        if not prompt.shared:
+            prompt.prefix = None
+
+    def read(self, prompts: Sequence[Begun]) -> Read:
+        """Compute prompts together, from where what `look_up` found ends, and keep them."""
+        model, device = self.model, self.model.device
+        starts = [prompt.shared for prompt in prompts]
+        lengths = [prompt.rest for prompt in prompts]
+        longest, offset = max(lengths), max(starts)
+        rows = [
+            [*prompt.ids[prompt.shared :], *[0] * (longest - prompt.rest)] for prompt in prompts
+        ]
+        ids = torch.tensor(rows, device=device)  # (B, S)
+        options: dict[str, Any] = {}
+        if min(starts) != offset:  # some rows have a gap before what is computed
+            options = _around_gaps(starts, offset, longest, device)
+        embeddings = self._embeddings(prompts)
+        if embeddings is not None:
+            options["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+        cache = DynamicCache(config=model.config)
+        if offset:
+            _fill(cache, prompts, offset)
+        hidden = model.model(
+            inputs_embeds=model.model.embed(ids, embeddings),
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        ).last_hidden_state  # (B, S, D)
+        last = torch.tensor(lengths, device=device) - 1
+        logits = model.lm_head(hidden[torch.arange(len(prompts), device=device), last])
+        read = Read(logits, cache, starts, lengths)
+        for number, prompt in enumerate(prompts):
+            if self.prefixes.wants(prompt.key):
+                self.prefixes.add(prompt.key, *read.row(number))
+            prompt.prefix = None  # it may be dropped now
+        return read
+
+    def forget(self) -> None:
+        """Drop all that is kept."""
+        self.prefixes.clear()
+        self.features.clear()
+        self.epoch += 1
+
+    def forget_if_changed(self) -> None:
+        """Drop all that is kept if the model's weights are others than at the last call."""
+        if not (self.prefixes.limit or self.features.limit):
+            return
+        if (mark := weights_mark(self.model)) != self._weights:
+            self.forget()
+            self._weights = mark
+
+    def _check_size(self, pixel_values: torch.Tensor) -> None:
+        size = self.model.config.image_size
+        if tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise InputError(
+                f"pixel_values have the shape {tuple(pixel_values.shape)}, but this model takes "
+                f"(N, 3, {size}, {size})"
+            )
+
+    def _embeddings(self, prompts: Sequence[Begun]) -> torch.Tensor | None:
+        """(N, K+1, D) of all pictures to compute; each different one is encoded once."""
+        pictures = [picture for prompt in prompts for picture in prompt.new_pictures]
+        if not pictures:
+            return None
+        known: dict[bytes, torch.Tensor] = {}
+        missing: dict[bytes, torch.Tensor] = {}
+        for picture in pictures:
+            kept = self.features.find(picture.digest)
+            if kept is None:
+                missing[picture.digest] = picture.pixels
+            else:
+                known[picture.digest] = kept
+        digests = list(missing)
+        for begin in range(0, len(digests), PICTURES):
+            some = digests[begin : begin + PICTURES]
+            pixels = torch.stack([missing[digest] for digest in some])
+            pixels = pixels.to(self.model.device, self.model.dtype)
+            encoded: Any = self.model.get_image_features(pixels).pooler_output
+            for digest_, embeddings in zip(some, encoded, strict=True):
+                known[digest_] = embeddings
+                if self.features.limit:
+                    self.features.add(digest_, embeddings.clone())
+        return torch.stack([known[picture.digest] for picture in pictures])
+
+
+def _fill(cache: DynamicCache, prompts: Sequence[Begun], offset: int) -> None:
+    """Put what is kept of the prompts' starts into an empty cache: rows of `offset` positions."""
+    starts = [prompt.shared for prompt in prompts]
+    kept = [prompt.prefix for prompt in prompts]
+    layers = next(len(prefix.keys) for prefix in kept if prefix is not None)
+    for layer in range(layers):
+        keys = _rows([prefix.keys[layer] if prefix else None for prefix in kept], starts, offset)
+        values = _rows(
+            [prefix.values[layer] if prefix else None for prefix in kept], starts, offset
+        )
+        cache.update(keys, values, layer)
+
+
+def _rows(kept: Sequence[torch.Tensor | None], starts: Sequence[int], offset: int) -> torch.Tensor:
+    """The first `starts` positions of B tensors (h, P, d) or None, as one (B, h, `offset`, d)."""
+    like = next(tensor for tensor in kept if tensor is not None)
+    if all(tensor is like for tensor in kept) and set(starts) == {offset}:
+        return like[:, :offset].expand(len(kept), -1, -1, -1)
+    rows = like.new_zeros(len(kept), like.shape[0], offset, like.shape[2])
+    for row, (tensor, start) in enumerate(zip(kept, starts, strict=True)):
+        if tensor is not None:
+            rows[row, :, :start] = tensor[:, :start]
+    return rows
+
+
+def _around_gaps(
+    starts: Sequence[int], offset: int, longest: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Mask (B, P + S) and positions (B, S) of rows that are kept up to `starts` of P positions."""
+    begin = torch.tensor(starts)[:, None]  # (B, 1)
+    place = torch.arange(offset + longest)
+    mask = (place < begin) | (place >= offset)  # (B, P + S)
+    positions = begin + torch.arange(longest)  # (B, S)
+    return {"attention_mask": mask.long().to(device), "position_ids": positions.to(device)}

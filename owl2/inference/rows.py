@@ -1,0 +1,159 @@
+"""Sequences that are being answered, all of them a token further at each step.
+
+::
+
+    Request ──join, with its prompt's keys and values──► a row of the cache
+    ──step──► a token more ──► … ──its end token, its limit, or nobody waits──► the row is free
+
+Rows are always 0 … B-1: the last one moves to where one becomes free.
+
+Shapes: B sequences, V vocabulary.
+"""
+
+from collections.abc import Collection, Sequence
+from itertools import chain
+from queue import SimpleQueue
+
+import torch
+
+from owl2.inference.decoding import Sampler, choose, non_finite
+from owl2.inference.fast import FastDecoder
+from owl2.inference.prefill import Begun, Read, Reader
+
+
+class Request:
+    """A prompt that waits for its answer, or is being answered.
+
+    Attributes:
+        answer: ids so far, the end token too.
+        cancelled: nobody waits any more; may be set from any thread.
+    """
+
+    def __init__(
+        self,
+        prompt: Begun,
+        sampler: Sampler | None,
+        limit: int,
+        ends: Collection[int],
+        listener: SimpleQueue,
+        streams: bool = False,
+    ) -> None:
+        """`listener`: gets each token if it `streams`, and at the end in any case the exception
+        that ended it, or None."""
+        self.prompt = prompt
+        self.sampler = sampler
+        self.limit = limit
+        self.ends = ends
+        self.answer: list[int] = []
+        self.cancelled = False
+        self.epoch = 0  # of what is kept, when the prompt was computed
+        self._listener = listener
+        self._streams = streams
+
+    @property
+    def filled(self) -> int:
+        """Positions whose keys and values are there: all but the last token's."""
+        return len(self.prompt.ids) + len(self.answer) - 1
+
+    @property
+    def longest(self) -> int:
+        """Positions that it may need in all."""
+        return len(self.prompt.ids) + self.limit
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer is whole."""
+        if not self.answer:
+            return False
+        return len(self.answer) >= self.limit or self.answer[-1] in self.ends
+
+    def add(self, token: int) -> None:
+        """Take its next token, and tell who listens."""
+        self.answer.append(token)
+        if self._streams:
+            self._listener.put(token)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Tell who listens that nothing more comes."""
+        self._listener.put(error)
+
+
+class Rows:
+    """The requests that are being answered, each in the row of the cache that has its number.
+
+    Args:
+        reader: keeps keys and values of requests that are over.
+    """
+
+    def __init__(self, decoder: FastDecoder, reader: Reader) -> None:
+        self.decoder = decoder
+        self.active: list[Request] = []
+        self._reader = reader
+
+    def join(self, requests: Sequence[Request], read: Read) -> None:
+        """Take in requests whose prompts are computed, and choose their first tokens."""
+        first = len(self.active)
+        for request in requests:
+            request.epoch = self._reader.epoch
+        going = self._take_tokens(requests, read.logits)
+        cache = self.decoder.cache
+        cache.reserve(first + len(requests), max(request.filled for request in requests) + 1)
+        if read.aligned:  # what padding leaves behind a row's end is not read, and written over
+            for own, new in zip(
+                chain(cache.keys, cache.values), chain(read.keys, read.values), strict=True
+            ):
+                own[first : first + len(requests), :, : new.shape[2]] = new
+        else:
+            for number in range(len(requests)):
+                cache.put(first + number, *read.row(number))
+        self.active += requests
+        self._leave([first + number for number, goes_on in enumerate(going) if not goes_on])
+
+    def step(self) -> None:
+        """A token more for all."""
+        tokens = torch.tensor([request.answer[-1] for request in self.active])
+        positions = torch.tensor([request.filled for request in self.active])
+        logits = self.decoder.step(tokens.to(self.decoder.model.device), positions)  # (B, V)
+        going = self._take_tokens(self.active, logits)
+        self._leave([row for row, goes_on in enumerate(going) if not goes_on])
+
+    def drop_cancelled(self) -> None:
+        """Free the rows of requests that nobody waits for."""
+        self._leave([row for row, request in enumerate(self.active) if request.cancelled])
+
+    def _take_tokens(self, requests: Sequence[Request], logits: torch.Tensor) -> list[bool]:
+        """Choose and hand out the next token of each; False for those that are over with it."""
+        tokens = choose(logits, [request.sampler for request in requests])
+        going = []
+        for request, token in zip(requests, tokens, strict=True):
+            if token is None:
+                place = f"token {len(request.answer) + 1} of the answer"
+                request.end(non_finite(logits.dtype, place))
+                going.append(False)
+                continue
+            request.add(token)
+            if request.is_over:
+                request.end()
+            going.append(not request.is_over)
+        return going
+
+    def _leave(self, rows: Sequence[int]) -> None:
+        """Free rows; `rows` in ascending order."""
+        cache = self.decoder.cache
+        for row in reversed(rows):
+            request, last = self.active[row], len(self.active) - 1
+            self._keep(request, row)
+            if row != last:
+                moved = self.active[last]
+                cache.move(last, row, moved.filled)
+                self.active[row] = moved
+            self.active.pop()
+
+    def _keep(self, request: Request, row: int) -> None:
+        """Keep prompt and answer of a request that leaves its row: a next turn begins with them."""
+        whole = request.is_over or request.cancelled  # else its numbers went wrong
+        if not whole or request.epoch != self._reader.epoch:
+            return
+        key = (*request.prompt.key, *request.answer[:-1])
+        if self._reader.prefixes.wants(key):
+            self._reader.prefixes.add(key, *self.decoder.cache.take(row, request.filled))

@@ -1,0 +1,153 @@
+"""Prompts in ids → answers in ids: what waits is computed together, what is known is not again.
+
+::
+
+    any thread ──Request──► Inbox ──► one worker thread, turn by turn:
+        prompts of like length ──Reader: one forward──► rows of the cache
+        all rows ──FastDecoder: a token each──► queues ──► the threads that wait
+
+New requests join between steps and finished ones leave, so none waits for another's end. An answer
+does not depend on what else is computed beside it, as far as the dtype's rounding goes.
+"""
+
+import weakref
+from collections.abc import Callable, Collection, Generator, Sequence
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import torch
+
+from owl2.inference.decoding import Decoding
+from owl2.inference.prefill import Read, Reader
+from owl2.inference.reuse import free_memory
+from owl2.inference.rows import Request
+from owl2.inference.worker import Inbox, Job, Worker
+from owl2.model.owl2 import Owl2ForConditionalGeneration
+
+# Of the memory that is free beside the model: for keys and values of earlier prompts, for pictures'
+# embeddings, for what is being answered.
+PREFIX_SHARE, FEATURE_SHARE, ROWS_SHARE = 0.1, 0.01, 0.5
+
+
+class Prompt(NamedTuple):
+    """Ids with K + 1 image tokens for every picture, and the pictures (N, 3, H, W) or None."""
+
+    ids: tuple[int, ...]
+    pixel_values: torch.Tensor | None = None
+
+
+class Runner:
+    """Answers prompts with a model, from any number of threads at once.
+
+    The pictures' embeddings, and the keys and values of prompts and answers, are kept from request
+    to request. They are forgotten when weights change in a way that autograd sees (optimizers,
+    `load_state_dict`); after writing to ``weight.data`` call `forget`.
+
+    Args:
+        max_batch: requests that are answered together.
+        prefix_bytes: for keys and values; default: a tenth of what is free beside the model.
+        feature_bytes: for pictures' embeddings; default: a hundredth.
+        reuse: False: nothing is kept, whatever these two say.
+    """
+
+    def __init__(
+        self,
+        model: Owl2ForConditionalGeneration,
+        *,
+        max_batch: int = 16,
+        prefix_bytes: int | None = None,
+        feature_bytes: int | None = None,
+        reuse: bool = True,
+    ) -> None:
+        free = free_memory(model.device)
+        if prefix_bytes is None:
+            prefix_bytes = int(free * PREFIX_SHARE)
+        if feature_bytes is None:
+            feature_bytes = int(free * FEATURE_SHARE)
+        self.model = model
+        self._reader = Reader(model, prefix_bytes * reuse, feature_bytes * reuse)
+        self._inbox = Inbox()
+        self._worker = Worker(self._reader, self._inbox, max_batch, int(free * ROWS_SHARE))
+        # Also at the interpreter's end, which must not find the worker's thread inside of torch.
+        weakref.finalize(self._worker, self._inbox.close)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        limits: Sequence[int],
+        ends: Collection[int],
+    ) -> list[list[int]]:
+        """The answers, each up to one of the ids in `ends` (included) or to its limit.
+
+        Prompt i is sampled with the seed `decoding.seed` + i, so its answer is the one that it
+        would have alone with that seed.
+
+        Raises:
+            InputError: ids or pictures that do not fit; logits that are not finite.
+        """
+        ended: SimpleQueue = SimpleQueue()
+        requests = [
+            self._request(prompt, decoding.of_answer(number), limit, ends, ended)
+            for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        ]
+        try:
+            self._inbox.put(requests, self._worker)
+            for _ in requests:
+                if (error := ended.get()) is not None:
+                    raise error
+        finally:
+            for request in requests:
+                request.cancelled = True
+        return [request.answer for request in requests]
+
+    def stream(
+        self, prompt: Prompt, decoding: Decoding, limit: int, ends: Collection[int]
+    ) -> Generator[int, None, None]:
+        """The ids of `generate`'s answer, as they are made.
+
+        Nothing is computed before the first is asked for. Closing the iterator frees the row.
+        """
+        queue: SimpleQueue = SimpleQueue()
+        request = self._request(prompt, decoding, limit, ends, queue, streams=True)
+
+        def tokens() -> Generator[int, None, None]:
+            try:
+                self._inbox.put([request], self._worker)
+                while isinstance(item := queue.get(), int):
+                    yield item
+                if item is not None:
+                    raise item
+            finally:
+                request.cancelled = True
+
+        return tokens()
+
+    def read(self, prompt: Prompt, use: Callable[[Read], Any]) -> Any:
+        """What `use` makes of a prompt's logits, keys and values, in the worker's thread.
+
+        It must leave them as they are. Other requests wait meanwhile.
+        """
+        done: SimpleQueue = SimpleQueue()
+        job = Job(self._reader.begin(*prompt), use, done)
+        self._inbox.put([job], self._worker)
+        if (error := done.get()) is not None:
+            raise error
+        return job.result
+
+    def forget(self) -> None:
+        """Keep nothing of what was computed so far."""
+        self._worker.forget = True
+
+    def _request(
+        self,
+        prompt: Prompt,
+        decoding: Decoding,
+        limit: int,
+        ends: Collection[int],
+        listener: SimpleQueue,
+        streams: bool = False,
+    ) -> Request:
+        begun = self._reader.begin(*prompt)
+        sampler = decoding.sampler(self.model.device)
+        return Request(begun, sampler, limit, frozenset(ends), listener, streams)

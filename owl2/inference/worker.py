@@ -1,0 +1,225 @@
+"""The one thread that runs a model: it takes what waits, turn by turn, or sleeps.
+
+A turn: prompts that are alike are computed together and join the rows, then all rows get a token.
+Only this thread touches the rows and what is kept, so nothing else is locked.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from owl2.inference.fast import FastDecoder
+from owl2.inference.prefill import Begun, Read, Reader
+from owl2.inference.rows import Request, Rows
+
+# Positions that one forward computes: while nobody waits for a next token, and while some do.
+ALONE, BETWEEN_STEPS = 4096, 512
+
+
+@dataclass
+class Job:
+    """A prompt that is not to be answered: `use` makes something else of it.
+
+    Attributes:
+        done: gets the exception that ended it, or None when the result is there.
+    """
+
+    prompt: Begun
+    use: Callable[[Read], Any]
+    done: SimpleQueue
+    result: Any = None
+
+
+class Inbox:
+    """What was sent and is not taken yet, and the thread that waits for it.
+
+    It does not know the worker, so that an idle thread keeps no model in memory.
+    """
+
+    def __init__(self) -> None:
+        # Its lock can be taken twice by one thread: the garbage collector may close a stream, or
+        # drop the worker, in the middle of anything.
+        self._changed = threading.Condition()
+        self._items: list[Request | Job] = []
+        self._thread: threading.Thread | None = None
+        self.closed = False
+
+    def put(self, items: Sequence[Request | Job], worker: "Worker") -> None:
+        """Hand in requests or jobs; the worker's thread is started if there is none."""
+        with self._changed:
+            self._items += items
+            if self._thread is None or not self._thread.is_alive():  # a fork leaves threads behind
+                self._thread = threading.Thread(
+                    target=_serve, args=(self, weakref.ref(worker)), name="owl2-runner", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+
+    def take(self) -> list[Request | Job]:
+        """All that was handed in since."""
+        with self._changed:
+            items, self._items = self._items, []
+        return items
+
+    def wait(self) -> bool:
+        """Sleep until there is something to take; False: until there never will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self.closed)
+            return not self.closed
+
+    def close(self) -> None:
+        """End the thread, after the turn that it is in."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+
+def _serve(inbox: Inbox, reference: "weakref.ref[Worker]") -> None:
+    while inbox.wait():
+        worker = reference()
+        if worker is None:
+            return
+        worker.work()
+        del worker  # or sleeping would keep it alive
+
+
+class Worker:
+    """What the thread does.
+
+    Args:
+        max_batch: requests in rows at a time.
+        rows_bytes: that their keys and values may take; one request is taken in any case.
+
+    Attributes:
+        forget: whether to drop what is kept before the next prompt; set from any thread.
+    """
+
+    def __init__(self, reader: Reader, inbox: Inbox, max_batch: int, rows_bytes: int) -> None:
+        self.reader = reader
+        self.inbox = inbox
+        self.max_batch = max_batch
+        self.rows_bytes = rows_bytes
+        self.forget = False
+        self._rows: Rows | None = None
+        self._waiting: list[Request] = []
+        self._jobs: list[Job] = []
+
+    def work(self) -> None:
+        """Turns until nothing is left to do. What goes wrong with the machine is told to all who
+        wait, and it goes on."""
+        with torch.no_grad(), _on(self.reader.model.device):
+            while not self.inbox.closed:
+                try:
+                    if not self._turn():
+                        return
+                except BaseException as error:  # whatever it is, it is raised where one waits
+                    self._fail(error)
+
+    def _turn(self) -> bool:
+        """Whether there is more to do."""
+        for item in self.inbox.take():
+            if isinstance(item, Job):
+                self._jobs.append(item)
+            else:
+                self._waiting.append(item)
+        self._waiting = [request for request in self._waiting if not request.cancelled]
+        rows = self._usable_rows()
+        rows.drop_cancelled()
+        if self._jobs or (self._waiting and len(rows.active) < self.max_batch):
+            self._forget_if_wanted()
+            while self._jobs:
+                self._do(self._jobs.pop(0))
+            if group := self._alike(rows):
+                rows.join(group, self.reader.read([request.prompt for request in group]))
+                self._waiting = [request for request in self._waiting if request not in group]
+        if rows.active:
+            rows.step()
+        return bool(self._waiting or rows.active)
+
+    def _alike(self, rows: Rows) -> list[Request]:
+        """Requests of those that wait, the first among them, to be computed in one forward.
+
+        They have about as many tokens to compute, so that little is padding. Of those whose prompts
+        begin alike only one is taken: its keys and values serve the others in the next turn.
+        """
+        waiting = self._waiting[: self.max_batch]
+        for request in waiting:
+            self.reader.look_up(request.prompt)
+        most = BETWEEN_STEPS if rows.active else ALONE
+        shortest = self.reader.prefixes.shortest
+        group: list[Request] = []
+        starts = set()
+        longest = 0
+        for request in waiting:
+            prompt = request.prompt
+            near = not group or abs(prompt.rest - group[0].prompt.rest) <= max(8, prompt.rest // 8)
+            start = prompt.key[: prompt.shared + shortest]
+            repeats = self.reader.prefixes.limit and prompt.rest > shortest and start in starts
+            if not near or repeats:
+                continue
+            longest = max(longest, prompt.rest)
+            too_long = group and (len(group) + 1) * longest > most
+            if too_long or not self._fits([*rows.active, *group, request]):
+                break
+            group.append(request)
+            starts.add(start)
+        return group
+
+    def _fits(self, requests: Sequence[Request]) -> bool:
+        """Whether there are rows and memory for so many."""
+        if len(requests) == 1:
+            return True
+        longest = max(request.longest for request in requests)
+        # Twice: the cache grows by doubling.
+        size = 2 * len(requests) * longest * self._usable_rows().decoder.cache.position_bytes
+        return len(requests) <= self.max_batch and size <= self.rows_bytes
+
+    def _do(self, job: Job) -> None:
+        error: BaseException | None = None
+        try:
+            self.reader.look_up(job.prompt)
+            job.result = job.use(self.reader.read([job.prompt]))
+        except BaseException as raised:  # it is raised where one waits for the result
+            error = raised
+        job.done.put(error)
+
+    def _forget_if_wanted(self) -> None:
+        if self.forget:
+            self.forget = False
+            self.reader.forget()
+        self.reader.forget_if_changed()
+
+    def _usable_rows(self) -> Rows:
+        """The rows; anew if the model was put on another device or into another dtype."""
+        model = self.reader.model
+        if self._rows is not None and not self._rows.active:
+            keys = self._rows.decoder.cache.keys[0]
+            if (keys.dtype, keys.device) != (model.dtype, model.device):
+                self._rows = None
+        if self._rows is None:
+            self._rows = Rows(FastDecoder(model), self.reader)
+        return self._rows
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell all who wait, and let go of all memory: too little of it may have been the error."""
+        active = self._rows.active if self._rows is not None else []
+        for request in [*active, *self._waiting]:
+            request.end(error)
+        for job in self._jobs:
+            job.done.put(error)
+        self._rows, self._waiting, self._jobs = None, [], []
+        self.reader.forget()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """A thread has a current GPU of its own."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
