@@ -14,13 +14,11 @@ Shapes: B sequences, D width, h key-value heads, d head width, C the cache's cap
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from owl2.model.modality import TEXT, Multiway
+from owl2.inference.native.build import available
+from owl2.inference.steps import NativeStep, TorchStep
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 
 SMALLEST = 256  # positions a row has room for at first
@@ -110,6 +108,7 @@ class FastDecoder:
             model.dtype,
             model.device,
         )
+        self.by = choose_step(model)
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -130,60 +129,11 @@ class FastDecoder:
         cos, sin = decoder.rotary_emb(hidden[None], places[None])  # (1, B, d)
         turn = cos[0], sin[0]
         for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
-            hidden = layer_step(layer, hidden, keys, values, places, length, turn)
-        return self.model.lm_head(decoder.norm(hidden))
+            hidden = self.by.layer(layer, hidden, keys, values, places, length, turn)
+        return self.by.linear(self.model.lm_head, self.by.norm(decoder.norm, hidden))
 
 
-def text(module: nn.Module) -> Any:
-    """The module that text goes through."""
-    return module.multiway[TEXT] if isinstance(module, Multiway) else module
-
-
-def layer_step(
-    layer: Any,
-    hidden: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: torch.Tensor,
-    length: int,
-    turn: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """One decoder layer for one token of each sequence: (B, D) to (B, D)."""
-    attention = layer.self_attn
-    heads = (len(hidden), -1, attention.head_dim)
-    normed = text(layer.input_layernorm)(hidden)
-    query = attention.q_proj(normed).view(heads)  # (B, heads, d)
-    key = text(attention.k_proj)(normed).view(heads)  # (B, h, d)
-    value = text(attention.v_proj)(normed).view(heads)
-    query, key = apply_rotary_pos_emb(query, key, *turn)
-    rows = torch.arange(len(hidden), device=hidden.device)
-    keys[rows, :, positions] = key
-    values[rows, :, positions] = value
-    attended = attend(query, keys, values, positions, length, attention.scaling)
-    hidden = hidden + attention.o_proj(attended.flatten(1))
-    return hidden + layer.mlp(text(layer.post_attention_layernorm)(hidden))
-
-
-def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: torch.Tensor,
-    length: int,
-    scaling: float,
-) -> torch.Tensor:
-    """Each sequence's one query (B, heads, d) over its row of (rows, h, C, d), up to its position.
-
-    Returns:
-        (B, heads, d)
-    """
-    batch = len(query)
-    seen = torch.arange(length, device=query.device) <= positions[:, None]  # (B, length)
-    return nn.functional.scaled_dot_product_attention(
-        query[:, :, None],
-        keys[:batch, :, :length],
-        values[:batch, :, :length],
-        attn_mask=seen[:, None, None],
-        scale=scaling,
-        enable_gqa=query.shape[1] != keys.shape[1],
-    )[:, :, 0]
+def choose_step(model: Owl2ForConditionalGeneration) -> TorchStep:
+    """The fastest way for a model; says on stderr why, where it is not what it could be."""
+    supported = NativeStep.supports(model.dtype, model.device)
+    return NativeStep() if supported and available() else TorchStep()

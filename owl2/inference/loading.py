@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from owl2.errors import InputError
+from owl2.inference.quantised import quantise, require_bits
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.model.quantization import quantization
 
@@ -58,9 +59,15 @@ def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
         return torch.bfloat16 if native else torch.float16
     if device.type == "mps":
         return torch.float16  # every macOS with MPS has it; bfloat16 only the later ones
-    # Most CPUs compute 16-bit numbers by way of 32 bits, more slowly, and some operations have no
-    # such kernel at all. Who lacks the memory can ask for bfloat16.
-    return torch.float32
+    # Other CPUs compute 16-bit numbers by way of 32 bits, more slowly.
+    return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies numbers in bfloat16 itself; False where torch is too old to say."""
+    ask = getattr(torch.cpu, "get_capabilities", dict)
+    can = ask()
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def load_model(
@@ -73,16 +80,19 @@ def load_model(
     """A checkpoint's model, ready to answer.
 
     Args:
-        quantize: 8bit or 4bit: the decoder's weights in fewer bits, by bitsandbytes.
+        quantize: 8bit or 4bit: the decoder's weights in fewer bits: on a CPU by `quantised`, on a
+            GPU by bitsandbytes.
 
     Raises:
         InputError: no such checkpoint, device, dtype or attention implementation.
     """
     chosen = choose_device(device)
+    if quantize is not None:
+        require_bits(quantize)
     options: dict[str, Any] = {"dtype": choose_dtype(chosen, dtype)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if quantize is not None:
+    if quantize is not None and chosen.type == "cuda":
         options["quantization_config"] = quantization(quantize, options["dtype"])
         options["device_map"] = {"": chosen}  # it stays where it is loaded
     try:
@@ -91,8 +101,10 @@ def load_model(
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name_or_path} cannot be loaded: {error}") from error
-    if quantize is not None:
+    if "quantization_config" in options:
         return model.eval()
+    if quantize is not None:
+        quantise(model, quantize)
     try:
         return model.to(chosen).eval()
     except RuntimeError as error:  # no driver, or too little memory

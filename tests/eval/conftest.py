@@ -17,7 +17,7 @@ LIMIT = {"max_new_tokens": 4, "do_sample": False}
 
 @pytest.fixture(scope="session")
 def engine(tiny_checkpoint):
-    return Engine.from_pretrained(tiny_checkpoint, device="cpu")
+    return Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

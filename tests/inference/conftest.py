@@ -12,7 +12,7 @@ from owl2.inference.fast import FastDecoder
 
 @pytest.fixture(scope="session")
 def shared_engine(tiny_checkpoint):
-    return Engine.from_pretrained(tiny_checkpoint, device="cpu")
+    return Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
 
 
 @pytest.fixture

@@ -67,7 +67,8 @@ def test_a_second_call_gives_the_same(shared_engine, conversations):
 
 
 def test_attention_implementations_agree(tiny_checkpoint, shared_engine, conversations):
-    eager = Engine.from_pretrained(tiny_checkpoint, device="cpu", attn_implementation="eager")
+    options = {"device": "cpu", "dtype": "float32", "attn_implementation": "eager"}
+    eager = Engine.from_pretrained(tiny_checkpoint, **options)
     assert eager.model.config._attn_implementation == "eager"
     some = conversations[:6]
     assert eager.batch(some, max_new_tokens=5) == shared_engine.batch(some, max_new_tokens=5)

@@ -21,11 +21,13 @@ def test_the_fastest_device_there_is(monkeypatch):
         ("cuda", True, torch.bfloat16),
         ("cuda", False, torch.float16),
         ("mps", False, torch.float16),
-        ("cpu", True, torch.float32),
+        ("cpu", True, torch.bfloat16),
+        ("cpu", False, torch.float32),
     ],
 )
 def test_dtype_by_device(monkeypatch, device, bf16, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     assert choose_dtype(torch.device(device)) == dtype
     assert choose_dtype(torch.device(device), "float32") == torch.float32
     assert choose_dtype(torch.device(device), torch.float16) == torch.float16

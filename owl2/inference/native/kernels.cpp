@@ -1,0 +1,388 @@
+// The arithmetic of one decode step on a CPU: a few tokens through large matrices.
+//
+// Such a step is limited by how fast weights can be read, and each is read once. So a matrix is
+// read row after row, as it lies in memory, by as many threads as torch uses; general libraries,
+// made for many tokens, reach a third to a half of the memory's speed here.
+//
+// Activations are float or bfloat16, weights are of the same type, or whole numbers of 8 or 4 bits
+// with a scale (`quantised.py` makes them). Sums are in float. Row-major everywhere.
+//   x (M, K) tokens   w (N, K) a Linear's weight   y (M, N)
+// Vectors are the compiler's own (vector_size), so that every CPU runs this; the two instructions
+// that have no such form, products of bfloat16 and of bytes, are used where the CPU has them.
+
+#include <algorithm>
+#include <vector>
+
+#include "numbers.h"
+
+namespace {
+
+// ---------------------------------------------------------------- products
+
+// out[r * M + m] for R rows of w and M tokens, both (.., K). While they are computed, what is at
+// `next`, if anything, is fetched into the cache: the R rows to come.
+template <int R, int M, class T>
+inline void tile(const T* w, const T* x, int64_t K, const T* next, float* out) {
+  constexpr int STEP = Product<T>::STEP;
+  constexpr int LANES = R * M == 1 ? 4 : 1;  // a single sum would wait for itself
+  Floats acc[R][M][LANES] = {};
+  int64_t k = 0;
+  for (; k + LANES * STEP <= K; k += LANES * STEP)
+    for (int r = 0; r < R; r++) {
+      if (next) __builtin_prefetch(next + r * K + k, 0, 2);
+      for (int m = 0; m < M; m++)
+        for (int l = 0; l < LANES; l++) {
+          const int64_t at = k + l * STEP;
+          acc[r][m][l] = Product<T>::add(acc[r][m][l], w + r * K + at, x + m * K + at);
+        }
+    }
+  for (; k < K; k += STEP)
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++)
+        acc[r][m][0] = Product<T>::add(acc[r][m][0], w + r * K + k, x + m * K + k);
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      for (int l = 1; l < LANES; l++) acc[r][m][0] += acc[r][m][l];
+      out[r * M + m] = sum(acc[r][m][0]);
+    }
+}
+
+// A token as whole numbers of 16 bits, scaled to its largest value, in two bytes: 256 high + low.
+// Bytes multiply with bytes in one instruction, and 16 bits are as fine as bfloat16 where it
+// matters.
+struct Token {
+  std::vector<int8_t> high, low;
+  std::vector<int32_t> sums;  // of every 64 numbers
+  int64_t sum_high = 0, sum_low = 0;
+  float scale;
+
+  template <class T>
+  Token(const T* x, int64_t K) : high(K), low(K), sums(K / 64) {
+    float top = 0;
+    for (int64_t k = 0; k < K; k++) top = std::max(top, std::fabs(to_float(x[k])));
+    scale = top / 32512;  // 127 * 256, so that both bytes fit
+    const float inverse = top > 0 ? 32512 / top : 0;
+    for (int64_t k = 0; k < K; k++) {
+      const int32_t whole = int32_t(std::nearbyintf(to_float(x[k]) * inverse));
+      const int32_t h = (whole + 128) >> 8, l = whole - 256 * h;
+      high[k] = int8_t(h), low[k] = int8_t(l);
+      sums[k / 64] += whole, sum_high += h, sum_low += l;
+    }
+  }
+};
+
+// ---------------------------------------------------------------- weights
+// Each kind can multiply one row with one token, and write a row out as numbers of type T, whose
+// products are then to be multiplied by `factor`.
+
+template <class T>
+struct Whole {
+  const T* w;
+  int64_t K;
+  static constexpr bool IN_PLACE = true;
+  const T* row(int64_t n) const { return w + n * K; }
+  float factor(int64_t) const { return 1; }
+};
+
+// 8 bits: (w - 128) * scale[n].
+struct Eight {
+  const uint8_t* w;
+  const float* scale;  // (N)
+  int64_t K;
+  static constexpr bool IN_PLACE = false;
+  float factor(int64_t n) const { return scale[n]; }
+
+  float times(int64_t n, const Token& x) const {
+    Ints high[2] = {}, low[2] = {};
+    const uint8_t* row = w + n * K;
+    for (int64_t k = 0, l = 0; k < K; k += 64, l ^= 1) {
+      const Bytes a = bytes(row + k);
+      high[l] = add(high[l], a, bytes(&x.high[k])), low[l] = add(low[l], a, bytes(&x.low[k]));
+    }
+    const int64_t h = sum(high[0] + high[1]) - 128 * x.sum_high;
+    const int64_t l = sum(low[0] + low[1]) - 128 * x.sum_low;
+    return float(256 * h + l) * x.scale * scale[n];
+  }
+  template <class T>
+  void expand(int64_t n, T* out) const {
+    for (int64_t k = 0; k < K; k += WIDE) store(out + k, load(w + n * K + k) - 128);
+  }
+};
+
+// 4 bits, two a byte: (w - 8) * scale[n, g], in groups of 64. Byte i of a group holds the numbers
+// i and i + 32.
+struct Four {
+  const uint8_t* w;
+  const float* scale;  // (N, K / 64)
+  int64_t K;
+  static constexpr bool IN_PLACE = false;
+  float factor(int64_t) const { return 1; }
+
+  float times(int64_t n, const Token& x) const {
+    const int64_t groups = K / 64;
+    const float* scales = scale + n * groups;
+    Floats acc = {};
+    float offset = 0;
+    for (int64_t g = 0; g < groups; g++) {
+      const Bytes a = nibbles(w + n * K / 2 + 32 * g);
+      const Ints high = add(Ints{}, a, bytes(&x.high[64 * g]));
+      const Ints low = add(Ints{}, a, bytes(&x.low[64 * g]));
+      acc += __builtin_convertvector(256 * high + low, Floats) * scales[g];
+      offset += scales[g] * float(x.sums[g]);
+    }
+    return (sum(acc) - 8 * offset) * x.scale;
+  }
+  template <class T>
+  void expand(int64_t n, T* out) const {
+    for (int64_t g = 0; g < K / 64; g++) {
+      const Bytes a = nibbles(w + n * K / 2 + 32 * g);
+      uint8_t numbers[64];
+      std::memcpy(numbers, &a, 64);
+      for (int i = 0; i < 64; i += WIDE)
+        store(out + 64 * g + i, (load(numbers + i) - 8) * scale[n * (K / 64) + g]);
+    }
+  }
+};
+
+// ---------------------------------------------------------------- all rows, all tokens
+
+constexpr int ROWS = 4, TOKENS = 4;  // at a time: their sums fit into the registers
+
+template <int R, int M, class T>
+inline void put(const T* w, const T* x, int64_t K, const T* next, const float* factors,
+                const T* bias, T* y, int64_t N) {
+  float out[R * M];
+  tile<R, M>(w, x, K, next, out);
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++)
+      store(y + m * N + r, out[r * M + m] * factors[r] + (bias ? to_float(bias[r]) : 0));
+}
+
+template <int R, class T>
+inline void put_all(const T* w, const T* x, int64_t K, const T* next, const float* factors,
+                    const T* bias, T* y, int64_t M, int64_t N) {
+  int64_t m = 0;
+  for (; m + TOKENS <= M; m += TOKENS)
+    put<R, TOKENS>(w, x + m * K, K, m ? nullptr : next, factors, bias, y + m * N, N);
+  for (; m < M; m++)
+    put<R, 1>(w, x + m * K, K, m ? nullptr : next, factors, bias, y + m * N, N);
+}
+
+template <class Weights, class T>
+void multiply(const Weights& weights, const T* x, const T* bias, T* y, int64_t M, int64_t N,
+              int64_t K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> expanded(Weights::IN_PLACE ? 0 : ROWS * K);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < (N + ROWS - 1) / ROWS; i++) {
+      const int64_t n = i * ROWS, some = std::min<int64_t>(ROWS, N - n);
+      const T *w, *next = nullptr;
+      if constexpr (Weights::IN_PLACE) {
+        w = weights.row(n);
+        if (n + 2 * ROWS <= N) next = weights.row(n + ROWS);
+      } else {
+        for (int64_t r = 0; r < some; r++) weights.expand(n + r, expanded.data() + r * K);
+        w = expanded.data();
+      }
+      float factors[ROWS];
+      for (int64_t r = 0; r < some; r++) factors[r] = weights.factor(n + r);
+      const T* b = bias ? bias + n : nullptr;
+      if (some == ROWS) {
+        put_all<ROWS>(w, x, K, next, factors, b, y + n, M, N);
+      } else {
+        for (int64_t r = 0; r < some; r++)
+          put_all<1>(w + r * K, x, K, next, factors + r, b ? b + r : b, y + n + r, M, N);
+      }
+    }
+  }
+}
+
+// One token takes the rows one by one: then memory is read as it lies.
+template <class Weights, class T>
+void multiply_one(const Weights& weights, const T* x, const T* bias, T* y, int64_t N, int64_t K,
+                  int threads) {
+  const auto each_row = [&](const auto& times) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < N; n++) store(y + n, times(n) + (bias ? to_float(bias[n]) : 0));
+  };
+  if constexpr (Weights::IN_PLACE) {
+    each_row([&](int64_t n) {
+      float out;
+      tile<1, 1, T>(weights.row(n), x, K, nullptr, &out);
+      return out;
+    });
+  } else {
+    const Token token(x, K);
+    each_row([&](int64_t n) { return weights.times(n, token); });
+  }
+}
+
+// ---------------------------------------------------------------- what stands between matrices
+
+template <class T>
+void rms_norm(const T* x, const T* weight, T* y, int64_t M, int64_t D, float epsilon) {
+  for (int64_t m = 0; m < M; m++) {
+    const T* row = x + m * D;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < D; i++) squares += to_float(row[i]) * to_float(row[i]);
+    const float inverse = 1 / std::sqrt(squares / D + epsilon);
+    for (int64_t i = 0; i < D; i++) {
+      T normed;  // LLaMA's norm rounds before its weight
+      store(&normed, to_float(row[i]) * inverse);
+      store(y + m * D + i, to_float(normed) * to_float(weight[i]));
+    }
+  }
+}
+
+template <class T>
+void swiglu(const T* gate, const T* up, T* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const float g = to_float(gate[i]);
+    store(y + i, g / (1 + std::exp(-g)) * to_float(up[i]));
+  }
+}
+
+// Where a sequence's keys and values lie: (rows, h, C, d).
+template <class T>
+struct Cache {
+  T *keys, *values;
+  int64_t h, C, d;
+  int64_t at(int64_t row, int64_t head, int64_t position) const {
+    return ((row * h + head) * C + position) * d;
+  }
+};
+
+template <class T>
+void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
+  const int64_t half = d / 2;
+  std::vector<float> turned(d);  // y may be x
+  for (int64_t i = 0; i < d; i++) {
+    const float other = i < half ? -to_float(x[i + half]) : to_float(x[i - half]);
+    turned[i] = to_float(x[i]) * to_float(cos[i]) + other * to_float(sin[i]);
+  }
+  for (int64_t i = 0; i < d; i++) store(y + i, turned[i]);
+}
+
+template <class T>
+void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t n, int64_t d,
+                float scaling, std::vector<float>& scores) {
+  constexpr int STEP = Product<T>::STEP;
+  scores.resize(n);
+  float top = -INFINITY;
+  for (int64_t i = 0; i < n; i++) {
+    Floats acc = {};
+    for (int64_t j = 0; j < d; j += STEP) acc = Product<T>::add(acc, keys + i * d + j, query + j);
+    scores[i] = sum(acc) * scaling;
+    top = std::max(top, scores[i]);
+  }
+  float total = 0;
+  for (int64_t i = 0; i < n; i++) total += scores[i] = std::exp(scores[i] - top);
+  constexpr int AT_ONCE = 4;
+  for (int64_t j = 0; j < d; j += AT_ONCE * WIDE) {
+    const int parts = int(std::min<int64_t>(AT_ONCE, (d - j) / WIDE));
+    Floats acc[AT_ONCE] = {};
+    for (int64_t i = 0; i < n; i++)
+      for (int p = 0; p < parts; p++) acc[p] += scores[i] * load(values + i * d + j + p * WIDE);
+    for (int p = 0; p < parts; p++)
+      for (int l = 0; l < WIDE; l++) store(out + j + p * WIDE + l, acc[p][l] / total);
+  }
+}
+
+// qkv of B sequences: queries and keys are turned to their positions, keys and values kept, and
+// each query attends to all that its sequence has up to there.
+template <class T>
+void attend(T* query, const T* key, const T* value, const T* cos, const T* sin,
+            const int64_t* positions, Cache<T> cache, T* out, int64_t B, int64_t heads,
+            float scaling, int threads) {
+  const int64_t d = cache.d, group = heads / cache.h;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> scores;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < B * cache.h; i++) {
+      const int64_t b = i / cache.h, g = i % cache.h, position = positions[b];
+      const T *c = cos + b * d, *s = sin + b * d;
+      rotate(key + i * d, c, s, cache.keys + cache.at(b, g, position), d);
+      std::memcpy(cache.values + cache.at(b, g, position), value + i * d, d * sizeof(T));
+      for (int64_t e = 0; e < group; e++) {
+        const int64_t at = (b * heads + g * group + e) * d;
+        rotate(query + at, c, s, query + at, d);
+        attend_one(query + at, cache.keys + cache.at(b, g, 0), cache.values + cache.at(b, g, 0),
+                   out + at, position + 1, d, scaling, scores);
+      }
+    }
+  }
+}
+
+template <class Weights, class T>
+void linear(const Weights& weights, const T* x, const T* bias, T* y, int64_t M, int64_t N,
+            int64_t K, int threads) {
+  if (M == 1)
+    multiply_one(weights, x, bias, y, N, K, threads);
+  else
+    multiply(weights, x, bias, y, M, N, K, threads);
+}
+
+template <class T>
+void linear(int bits, const T* x, const void* w, const float* scale, const T* bias, T* y,
+            int64_t M, int64_t N, int64_t K, int threads) {
+  const auto* whole = static_cast<const uint8_t*>(w);
+  if (bits == 8)
+    linear(Eight{whole, scale, K}, x, bias, y, M, N, K, threads);
+  else if (bits == 4)
+    linear(Four{whole, scale, K}, x, bias, y, M, N, K, threads);
+  else
+    linear(Whole<T>{static_cast<const T*>(w), K}, x, bias, y, M, N, K, threads);
+}
+
+template <class Weights, class T>
+void expand(const Weights& weights, T* out, int64_t N, int64_t K, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t n = 0; n < N; n++) {
+    weights.expand(n, out + n * K);
+    const float factor = weights.factor(n);
+    if (factor != 1)
+      for (int64_t k = 0; k < K; k++) store(out + n * K + k, to_float(out[n * K + k]) * factor);
+  }
+}
+
+template <class T>
+void expand(int bits, const uint8_t* w, const float* scale, T* out, int64_t N, int64_t K,
+            int threads) {
+  if (bits == 8)
+    expand(Eight{w, scale, K}, out, N, K, threads);
+  else
+    expand(Four{w, scale, K}, out, N, K, threads);
+}
+}  // namespace
+
+// What Python calls: each function once for float and once for bfloat16. `bits`: of whole-number
+// weights, else 0. K and d are multiples of what the products take at a time; Python sees to it.
+#define EXPORT(T, NAME)                                                                           \
+  extern "C" void linear_##NAME(int bits, const T* x, const void* w, const float* scale,          \
+                                const T* bias, T* y, int64_t M, int64_t N, int64_t K,             \
+                                int threads) {                                                    \
+    linear(bits, x, w, scale, bias, y, M, N, K, threads);                                         \
+  }                                                                                               \
+  extern "C" void expand_##NAME(int bits, const uint8_t* w, const float* scale, T* out, int64_t N, \
+                                int64_t K, int threads) {                                         \
+    expand(bits, w, scale, out, N, K, threads);                                                   \
+  }                                                                                               \
+  extern "C" void rms_norm_##NAME(const T* x, const T* weight, T* y, int64_t M, int64_t D,        \
+                                  float epsilon) {                                                \
+    rms_norm(x, weight, y, M, D, epsilon);                                                        \
+  }                                                                                               \
+  extern "C" void swiglu_##NAME(const T* gate, const T* up, T* y, int64_t n) {                    \
+    swiglu(gate, up, y, n);                                                                       \
+  }                                                                                               \
+  extern "C" void attend_##NAME(T* query, const T* key, const T* value, const T* cos,             \
+                                const T* sin, const int64_t* positions, T* keys, T* values,       \
+                                T* out, int64_t B, int64_t heads, int64_t h, int64_t C,           \
+                                int64_t d, float scaling, int threads) {                          \
+    attend(query, key, value, cos, sin, positions, Cache<T>{keys, values, h, C, d}, out, B,       \
+           heads, scaling, threads);                                                              \
+  }
+EXPORT(float, float32)
+EXPORT(bf16, bfloat16)

@@ -1,0 +1,125 @@
+// Numbers and vectors of them, as `kernels.cpp` computes with them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int WIDE = 16;  // floats in a vector
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint8_t Octets __attribute__((vector_size(16)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline void store(float* p, float x) { *p = x; }
+inline void store(bf16* p, float x) {  // rounded to nearest, ties to even, as torch does
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  p->bits = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Floats load(const bf16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return (Floats)(__builtin_convertvector(h, Bits) << 16);
+}
+inline Floats load(const uint8_t* p) {
+  Octets o;
+  std::memcpy(&o, p, sizeof o);
+  const Bits wide = __builtin_convertvector(__builtin_convertvector(o, Halves), Bits);
+  return __builtin_convertvector((Ints)wide, Floats);
+}
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, Floats v) {  // as one alone, for numbers that are none but finite
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  const Bits bits = (Bits)v;
+  const Halves h = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+  std::memcpy(p, &h, sizeof h);
+#endif
+}
+inline float sum(Floats v) {  // by halves: added one after the other, each waits for the last
+  const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                    __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+inline int32_t sum(Ints v) {
+  int32_t total = 0;
+  for (int i = 0; i < WIDE; i++) total += v[i];
+  return total;
+}
+
+// Products of T, STEP at a time, summed into 16 lanes.
+template <class T>
+struct Product {
+  static constexpr int STEP = WIDE;
+  static Floats add(Floats acc, const T* w, const T* x) { return acc + load(w) * load(x); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Product<bf16> {
+  static constexpr int STEP = 2 * WIDE;
+  static Floats add(Floats acc, const bf16* w, const bf16* x) {
+    return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w),
+                                    (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+#endif
+
+// 64 bytes; `add` sums the products of four neighbours into each of 16 lanes: w from 0 to 255, x
+// from -128 to 127.
+#if defined(__AVX512VNNI__)
+typedef __m512i Bytes;
+inline Bytes bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline Bytes nibbles(const uint8_t* p) {  // 32 bytes to 64 numbers: low halves, then high ones
+  const __m256i both = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi8(15);
+  const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(both, mask)), second, 1);
+}
+inline Ints add(Ints acc, Bytes w, Bytes x) {
+  return (Ints)_mm512_dpbusd_epi32((__m512i)acc, w, x);
+}
+#else
+struct Bytes {
+  uint8_t b[64];
+};
+inline Bytes bytes(const void* p) {
+  Bytes v;
+  std::memcpy(v.b, p, 64);
+  return v;
+}
+inline Bytes nibbles(const uint8_t* p) {
+  Bytes v;
+  for (int i = 0; i < 32; i++) v.b[i] = p[i] & 15, v.b[32 + i] = p[i] >> 4;
+  return v;
+}
+inline Ints add(Ints acc, const Bytes& w, const Bytes& x) {
+  for (int i = 0; i < 64; i++) acc[i / 4] += int32_t(w.b[i]) * int8_t(x.b[i]);
+  return acc;
+}
+#endif
+}  // namespace
