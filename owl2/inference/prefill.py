@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from owl2.errors import InputError
 from owl2.inference.reuse import Features, Key, Prefix, Prefixes, digest, weights_mark
 from owl2.model.owl2 import Owl2ForConditionalGeneration
-from owl2.model.pictures import check_ids, check_pictures
+from owl2.model.pictures import Contents, check_pictures
 
 PICTURES = 32  # that the vision encoder takes at a time
 
@@ -130,9 +130,9 @@ class Reader:
         if not len(ids):
             raise InputError("a prompt must have one token at least")
         row = torch.tensor([list(ids)])
-        check_ids(row, config.image_token_id)
+        contents = Contents.of(row, config.image_token_id)
+        check_pictures(contents.images, pixel_values, config.num_image_tokens)
         is_image = row == config.image_token_id  # (1, S)
-        check_pictures(is_image, pixel_values, config.num_image_tokens)
         key: list[int | bytes] = list(ids)
         pictures = []
         if pixel_values is not None and len(pixel_values):

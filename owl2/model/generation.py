@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from owl2.errors import InputError
-from owl2.model.pictures import check_pictures
+from owl2.model.pictures import Contents, check_pictures
 
 # They look up scores by the ids of the prompt, and the image token has none.
 LOOK_UP_IDS = (
@@ -73,8 +73,8 @@ class PictureGeneration(GenerationMixin):
         """Beams and several answers: pictures are repeated a prompt at a time, in their order."""
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            is_image = input_ids == self.config.image_token_id
-            counts = check_pictures(is_image, pixel_values, self.config.num_image_tokens)
+            images = Contents.of(input_ids, self.config.image_token_id).images
+            counts = check_pictures(images, pixel_values, self.config.num_image_tokens)
             model_kwargs.pop("pixel_values")
             repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
             pixel_values = torch.cat(repeated)

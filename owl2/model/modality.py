@@ -30,16 +30,27 @@ class Routing(NamedTuple):
     order: torch.Tensor
 
     @classmethod
-    def of(cls, token_types: torch.Tensor, always: bool = False) -> "Routing | None":
+    def of(
+        cls, token_types: torch.Tensor, visual: int | None = None, always: bool = False
+    ) -> "Routing | None":
         """The routing of (B, S) modalities (0 text, 1 visual).
 
-        None if there is no visual token, unless `always`: then every weight is used.
+        Args:
+            visual: how many positions are visual; counted where absent, which waits for a GPU.
+            always: a routing for text alone, too, so that every weight is used.
+
+        Returns:
+            None if there is no visual token, unless `always`.
         """
-        visual = token_types.flatten() == VISUAL
-        rows = ((~visual).nonzero()[:, 0], visual.nonzero()[:, 0])
-        if not len(rows[VISUAL]) and not always:
+        is_visual = token_types.flatten() == VISUAL
+        if visual is None:
+            visual = int(is_visual.sum())
+        if not visual and not always:
             return None
-        return cls(rows, torch.argsort(torch.cat(rows)))
+        # Sorted, and not searched: how many a search finds, a GPU would have to tell.
+        joined = is_visual.argsort(stable=True)
+        text, visual_rows = joined.split([len(joined) - visual, visual])
+        return cls((text, visual_rows), joined.argsort())
 
 
 class Multiway(nn.Module):

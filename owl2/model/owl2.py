@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_outputs import (
@@ -36,8 +35,9 @@ from owl2.model.checkpoint import ReleasedCheckpoints
 from owl2.model.configuration import Owl2Config
 from owl2.model.decoder import Owl2DecoderLayer
 from owl2.model.generation import PictureGeneration
+from owl2.model.loss import labelled_positions, loss_in_chunks, next_token_loss
 from owl2.model.modality import Multiway, Routing
-from owl2.model.pictures import check_ids, check_pictures
+from owl2.model.pictures import Contents, check_pictures
 from owl2.model.vision import VisionEmbeddings, VisionModel
 
 
@@ -118,18 +118,20 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         """See `Owl2ForConditionalGeneration.forward`; returns hidden states after the norm."""
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
-        if input_ids is not None:
-            if input_ids.shape[1] > 1:  # not at every step: reading the numbers waits for the GPU
-                check_ids(input_ids, self.config.image_token_id)
+        visual: int | None = None  # how many positions are
+        if input_ids is None:
+            if pixel_values is not None:
+                raise InputError("pixel_values need input_ids, which say where the pictures go")
+        elif input_ids.shape[1] == 1 and pixel_values is None and not self.use_every_weight:
+            # A step of `generate`: no picture has room in it, so nothing has to be looked at.
+            inputs_embeds, mm_token_type_ids = self._embed_words(input_ids), None
+        else:
+            visual = self._check(input_ids, pixel_values, mm_token_type_ids)
             is_image = input_ids == self.config.image_token_id  # (B, S)
-            if mm_token_type_ids is None:
-                mm_token_type_ids = is_image.long()
-            check_pictures(is_image, pixel_values, self.config.num_image_tokens)
             inputs_embeds = self._put_together(input_ids, is_image, self._encode(pixel_values))
-        elif pixel_values is not None:
-            raise InputError("pixel_values need input_ids, which say where the pictures go")
+            mm_token_type_ids = is_image if mm_token_type_ids is None else mm_token_type_ids
         if self.config.use_mam and mm_token_type_ids is not None:
-            kwargs["routing"] = Routing.of(mm_token_type_ids, always=self.use_every_weight)
+            kwargs["routing"] = Routing.of(mm_token_type_ids, visual, always=self.use_every_weight)
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
     def get_image_features(
@@ -164,10 +166,27 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             InputError: image tokens and pictures do not fit, with both counts; ids that the
                 vocabulary does not have.
         """
-        check_ids(input_ids, self.config.image_token_id)
+        self._check(input_ids, image_embeddings)
         is_image = input_ids == self.config.image_token_id  # (B, S)
-        check_pictures(is_image, image_embeddings, self.config.num_image_tokens)
         return self._put_together(input_ids, is_image, image_embeddings)
+
+    def _check(
+        self,
+        input_ids: torch.Tensor,
+        pictures: torch.Tensor | None,
+        token_types: torch.Tensor | None = None,
+    ) -> int:
+        """Whether ids and pictures fit; returns how many positions are visual."""
+        contents = Contents.of(input_ids, self.config.image_token_id, token_types)
+        check_pictures(contents.images, pictures, self.config.num_image_tokens)
+        return contents.visual
+
+    def _embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:  # an id that is no word's: say which, and why
+            self._check(input_ids, None)
+            raise
 
     def _put_together(
         self, input_ids: torch.Tensor, is_image: torch.Tensor, pictures: torch.Tensor | None
@@ -229,6 +248,7 @@ class Owl2ForConditionalGeneration(PictureGeneration, Owl2PreTrainedModel, Gener
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if there are labels.
@@ -244,6 +264,8 @@ class Owl2ForConditionalGeneration(PictureGeneration, Owl2PreTrainedModel, Gener
             labels: (B, S), -100 where there is no loss.
             logits_to_keep: compute the last so many positions only (0: all), or these indices.
             num_items_in_batch: divide the summed loss by this instead of by this batch's labels.
+            return_logits: False to train: `.logits` is None, and the loss is computed at labelled
+                positions only, in chunks, so that the logits are never there at once.
 
         Returns:
             ``.loss``, ``.logits`` (B, S, vocabulary), ``.past_key_values``, and on request
@@ -256,6 +278,8 @@ class Owl2ForConditionalGeneration(PictureGeneration, Owl2PreTrainedModel, Gener
         all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not all_logits:
             raise InputError("labels need the logits of all positions: leave logits_to_keep at 0")
+        # Before the decoder: it waits for a GPU, which has nothing to do as yet.
+        labelled = None if labels is None or return_logits else labelled_positions(labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -267,9 +291,16 @@ class Owl2ForConditionalGeneration(PictureGeneration, Owl2PreTrainedModel, Gener
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None if labels is None else next_token_loss(logits, labels, num_items_in_batch)
+        hidden_states = outputs.last_hidden_state  # (B, S, D)
+        logits = loss = None
+        if return_logits:
+            last = isinstance(logits_to_keep, int)
+            keep = slice(-logits_to_keep, None) if last else logits_to_keep
+            logits = self.lm_head(hidden_states[:, keep])
+            if labels is not None:
+                loss = next_token_loss(logits, labels, num_items_in_batch)
+        elif labelled is not None:
+            loss = loss_in_chunks(self.lm_head, hidden_states, *labelled, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -287,28 +318,3 @@ class Owl2ForConditionalGeneration(PictureGeneration, Owl2PreTrainedModel, Gener
     def set_image_size(self, image_size: int) -> None:
         """See `Owl2Model.set_image_size`."""
         self.model.set_image_size(image_size)
-
-
-def next_token_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """Cross-entropy of each next token, averaged over all labelled tokens (SPEC 2).
-
-    Args:
-        logits: (B, S, vocabulary).
-        labels: (B, S), -100 where there is no loss.
-        num_items_in_batch: the number of labels to average over; this batch's where absent. With
-            accumulated gradients it counts all of the step's batches.
-
-    Returns:
-        a scalar in float32; 0 for a batch without any label, never NaN.
-    """
-    targets = labels[:, 1:].flatten().to(logits.device)
-    predictions = logits[:, :-1].flatten(0, 1).float()
-    total = F.cross_entropy(predictions, targets, ignore_index=-100, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets != -100).sum()
-    count = torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
-    return total / count

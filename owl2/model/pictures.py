@@ -1,43 +1,80 @@
-"""Whether token ids and pictures fit each other and the model."""
+"""Whether token ids and pictures fit each other and the model.
+
+Looking at numbers makes the host wait for a GPU until all work queued before is done. So a forward
+looks once, at all that it wants to know together, before it has queued anything (`Contents.of`);
+and not at all where there can be no picture, in a step of one new token.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from owl2.errors import InputError
+from owl2.model.modality import VISUAL
 
 AUTHORS_PLACEHOLDER = -200
 
 
-def check_ids(input_ids: torch.Tensor, image_token_id: int) -> None:
-    """Raise an InputError if `input_ids` (B, S) hold an id that is neither a word's nor an image's.
+class Contents(NamedTuple):
+    """What a batch of ids holds, as numbers of the host.
 
-    Args:
-        image_token_id: the largest id there is, just past the vocabulary.
+    Attributes:
+        images: of each of B sequences, how many image tokens.
+        visual: how many positions of all are of the visual modality.
     """
-    if not input_ids.numel():
-        return
-    low, high = (int(bound) for bound in input_ids.aminmax())
-    if low >= 0 and high <= image_token_id:
-        return
-    wrong = low if low < 0 else high
+
+    images: list[int]
+    visual: int
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: torch.Tensor,
+        image_token_id: int,
+        token_types: torch.Tensor | None = None,
+    ) -> "Contents":
+        """Read them; a GPU is waited for once.
+
+        Args:
+            input_ids: (B, S).
+            image_token_id: the largest id there is, just past the vocabulary.
+            token_types: (B, S) modalities; those of the ids where absent.
+
+        Raises:
+            InputError: an id that is neither a word's nor an image's.
+        """
+        if not input_ids.numel():
+            return cls([0] * len(input_ids), 0)
+        images = (input_ids == image_token_id).sum(1)  # (B,)
+        visual = images.sum() if token_types is None else (token_types == VISUAL).sum()
+        bounds = torch.stack([*input_ids.aminmax(), visual.to(input_ids)])
+        low, high, visual_count, *counts = torch.cat([bounds, images.to(bounds)]).tolist()
+        if low < 0 or high > image_token_id:
+            raise _no_such_id(low if low < 0 else high, image_token_id)
+        return cls(counts, visual_count)
+
+
+def _no_such_id(wrong: int, image_token_id: int) -> InputError:
     hint = (
         f"{AUTHORS_PLACEHOLDER} is the placeholder of the authors' code; here "
         if wrong == AUTHORS_PLACEHOLDER
         else ""
     )
-    raise InputError(
+    return InputError(
         f"input_ids hold {wrong}; ids go from 0 to {image_token_id}, the image token. {hint}"
         "a picture takes several image tokens, which the processor writes"
     )
 
 
 def check_pictures(
-    is_image: torch.Tensor, pictures: torch.Tensor | None, per_image: int
+    images: Sequence[int], pictures: torch.Tensor | None, per_image: int
 ) -> list[int]:
     """How many pictures each sequence has room for, which must be those that there are.
 
     Args:
-        is_image: (B, S), True on image tokens.
-        pictures: one a picture along the first dimension, or None.
+        images: of each of B sequences, how many image tokens.
+        pictures: one a picture along the first dimension, N of them; or None.
         per_image: image tokens a picture, K + 1.
 
     Returns:
@@ -46,17 +83,16 @@ def check_pictures(
     Raises:
         InputError: with both counts; or if a sequence holds a part of a picture.
     """
-    tokens: list[int] = is_image.sum(1).tolist()
-    positions, given = sum(tokens), 0 if pictures is None else len(pictures)
+    positions, given = sum(images), 0 if pictures is None else len(pictures)
     if positions != given * per_image:
         raise InputError(
             f"input_ids hold {positions} image tokens, room for {positions / per_image:g} "
             f"pictures of {per_image} tokens each, but pixel_values hold {given} pictures"
         )
-    for row, count in enumerate(tokens):
+    for row, count in enumerate(images):
         if count % per_image:
             raise InputError(
                 f"row {row} of input_ids holds {count} image tokens, but a picture takes "
                 f"{per_image}: a prompt must hold whole pictures"
             )
-    return [count // per_image for count in tokens]
+    return [count // per_image for count in images]

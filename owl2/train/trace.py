@@ -29,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from owl2.model.loss import loss_in_chunks
 from owl2.model.modality import Routing
-from owl2.model.owl2 import Owl2ForConditionalGeneration, next_token_loss
+from owl2.model.owl2 import Owl2ForConditionalGeneration
 
 
 class Held(StrEnum):
@@ -173,18 +174,19 @@ def _forward(
         use_cache=False,
     ).last_hidden_state
     ledger.purpose = Held.LOGITS
-    logits = model.lm_head(hidden)
-    loss = next_token_loss(logits, batch.labels, batch.labelled)
-    return {"loss": loss, "logits": logits}
+    rows, targets = torch.zeros_like(batch.targets), batch.targets
+    return {"loss": loss_in_chunks(model.lm_head, hidden, rows, targets, len(targets))}
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Inputs of a step: (B, S) tokens, N pictures; padded, so attention has a mask."""
+    """Inputs of a step: (B, S) tokens, N pictures; padded, so attention has a mask.
+
+    `targets` (T,): as many labels as there can be, one at each word but a sequence's first.
+    """
 
     input_ids: torch.Tensor
-    labels: torch.Tensor
-    labelled: torch.Tensor
+    targets: torch.Tensor
     is_image: torch.Tensor
     attention_mask: torch.Tensor
     pixel_values: torch.Tensor | None
@@ -203,8 +205,7 @@ class _Batch:
             pixels = torch.zeros(shape.pictures, channels, config.image_size, config.image_size)
         return cls(
             input_ids=whole,
-            labels=torch.zeros_like(whole),
-            labelled=torch.ones((), dtype=torch.long),
+            targets=whole.new_zeros(max(0, tokens - shape.rows - visual)),
             is_image=whole.bool(),
             attention_mask=torch.ones(shape.rows, 1, shape.length, shape.length, dtype=torch.bool),
             pixel_values=pixels,

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from owl2.model.owl2 import next_token_loss
+from owl2.model import loss as loss_module
+from owl2.model.loss import next_token_loss
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import make_model
 
@@ -121,3 +122,89 @@ def count_runs(model):
     for name, module in modules.items():
         module.register_forward_pre_hook(counter(name))
     return runs
+
+
+def both_ways(model, inputs, **options):
+    """(loss, gradients) with all logits at once, and in chunks."""
+    results = []
+    for return_logits in (True, False):
+        model.zero_grad(set_to_none=True)
+        output = model(**inputs, **options, return_logits=return_logits)
+        assert (output.logits is None) != return_logits
+        output.loss.backward()
+        results.append((output.loss, gradients(model)))
+    return results
+
+
+def labelled_at(batch, places):
+    labels = torch.full_like(batch["labels"], -100)
+    labels[:, places] = batch["input_ids"][:, places]
+    return batch | {"labels": labels}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 512])
+@pytest.mark.parametrize("places", [[5, 6, 10, 11], [11], [0], []])
+@pytest.mark.parametrize("count", [None, 7, torch.tensor(3)])
+def test_in_chunks_as_at_once(monkeypatch, batch, chunk, places, count):
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    for settings in ({}, {"tie_word_embeddings": True}):
+        model = make_model(**settings).train()
+        make_modalities_differ(model)
+        inputs = labelled_at(batch, places)
+        inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
+        inputs["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)
+        # Rows with different labels.
+        none = torch.full_like(inputs["labels"], -100)
+        inputs["labels"] = torch.cat([inputs["labels"], none.where(none == 0, inputs["labels"])])
+        inputs["labels"][1, 6:] = -100
+        (loss, plain), (chunked_loss, chunked) = both_ways(model, inputs, num_items_in_batch=count)
+        assert loss.dtype == chunked_loss.dtype == torch.float32
+        torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=1e-6)
+        assert plain.keys() == chunked.keys()  # lm_head's too where there is no label
+        for name, gradient in chunked.items():
+            torch.testing.assert_close(gradient, plain[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_logits_of_a_chunk_at_a_time_and_of_labelled_positions_only(monkeypatch, tiny, batch):
+    monkeypatch.setattr(loss_module, "CHUNK", 2)
+    seen = []
+    tiny.lm_head.register_forward_hook(lambda _m, _i, logits: seen.append(tuple(logits.shape)))
+    tiny(**labelled_at(batch, [5, 6, 11]), return_logits=False).loss.backward()
+    assert seen[:2] == [(2, 40), (1, 40)]
+    assert len(seen) == 4  # and once more each in the backward pass
+    with torch.no_grad():
+        del seen[:]
+        assert tiny(**picture_alone(batch), return_logits=False).logits is None
+        assert not seen
+
+
+def picture_alone(batch):
+    return {name: batch[name] for name in ("input_ids", "pixel_values")}
+
+
+def test_in_chunks_under_autocast_over_accumulated_steps(monkeypatch, tiny, batch):
+    monkeypatch.setattr(loss_module, "CHUNK", 2)
+    results = []
+    for return_logits in (True, False):
+        tiny.zero_grad(set_to_none=True)
+        for places in ([5, 6, 10], [11]):
+            with torch.autocast("cpu", torch.bfloat16):
+                inputs = labelled_at(batch, places)
+                output = tiny(**inputs, num_items_in_batch=4, return_logits=return_logits)
+            assert output.loss.dtype == torch.float32
+            output.loss.backward()
+        results.append(gradients(tiny))
+    plain, chunked = results
+    for name, gradient in chunked.items():
+        error = (gradient - plain[name]).abs().max()
+        assert error <= 0.02 * plain[name].abs().max() + 1e-6, name
+
+
+def test_in_chunks_compiled(tiny, batch):
+    torch.compiler.reset()
+    compiled = torch.compile(tiny, backend="eager")
+    expected = tiny(**batch).loss
+    loss = compiled(**batch, return_logits=False).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert gradients(tiny).keys() == dict(tiny.named_parameters()).keys()

@@ -1,0 +1,100 @@
+"""How often a forward reads numbers of a tensor: on a GPU the host waits there for all its work."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from owl2.model.owl2 import Owl2ForConditionalGeneration
+from tests.tiny import make_model
+
+READING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"}
+LABELS = torch.tensor([[-100] * 10 + [9, 11]])
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result depends on numbers, and calls of `tolist`."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.seen = []
+        plain = torch.Tensor.tolist
+
+        def tolist(tensor):
+            self.seen.append("tolist")
+            return plain(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._overloadpacket.__name__
+        boolean = name == "index" and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in READING or boolean:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    return Waits(monkeypatch)
+
+
+def test_waits_are_counted(waits):
+    numbers = torch.tensor([1, 2])
+    with waits:
+        int(numbers[0])
+        bool(numbers.any())
+        numbers.tolist()
+        _ = numbers[numbers > 1]
+    assert len(waits.seen) == 4
+
+
+def ran(model, **inputs):
+    with torch.no_grad():
+        return model(**inputs, use_cache=True)
+
+
+@pytest.mark.parametrize("mam", [True, False])
+def test_none_in_a_decoding_step_and_one_in_a_prompt(waits, picture_inputs, mam):
+    model: Owl2ForConditionalGeneration = make_model(use_mam=mam).eval()
+    with waits:
+        cache = ran(model, **picture_inputs, logits_to_keep=1).past_key_values
+    assert waits.seen == ["tolist"]
+    del waits.seen[:]
+    types = {"mm_token_type_ids": torch.zeros(1, 1).long()}
+    with waits:
+        ran(model, input_ids=torch.tensor([[5]]), past_key_values=cache)
+        ran(model, input_ids=torch.tensor([[5]]), past_key_values=cache, **types)
+    assert waits.seen == []
+
+
+def test_types_beside_the_ids_are_counted_in_the_same_look(waits, tiny, picture_inputs):
+    types = (picture_inputs["input_ids"] == 40).long()
+    with waits:
+        ran(tiny, **picture_inputs, mm_token_type_ids=types)
+    assert waits.seen == ["tolist"]
+
+
+def test_embeddings_are_looked_at_for_their_types_only(waits, tiny, picture_inputs):
+    ids, pixels = picture_inputs.values()
+    embeds = tiny.model.embed(ids, tiny.get_image_features(pixels).pooler_output)
+    del waits.seen[:]
+    with waits:
+        ran(tiny, inputs_embeds=embeds)
+    assert waits.seen == []
+    with waits:
+        ran(tiny, inputs_embeds=embeds, mm_token_type_ids=(ids == 40).long())
+    assert len(waits.seen) == 1
+
+
+def test_training_looks_twice_and_before_there_is_work(waits, tiny, picture_inputs):
+    begun = []
+    tiny.model.vision_model.register_forward_pre_hook(lambda *_: begun.append(len(waits.seen)))
+    with waits:
+        loss = tiny(**picture_inputs, labels=LABELS, return_logits=False, use_cache=False).loss
+        loss.backward()
+    ours, transformers = waits.seen[:2], waits.seen[2:]
+    assert ours == ["nonzero", "tolist"]  # the labels; the ids
+    assert begun == [2]
+    assert len(transformers) <= 1  # whether rows are packed, where there is no cache
