@@ -64,8 +64,8 @@ def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU multiplies numbers in bfloat16 itself; False where torch is too old to say."""
-    ask = getattr(torch.cpu, "get_capabilities", dict)
+    """Whether this CPU multiplies numbers in bfloat16 itself; False if torch is too old to say."""
+    ask: Any = getattr(torch.cpu, "get_capabilities", dict)
     can = ask()
     return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
