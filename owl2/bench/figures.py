@@ -4,7 +4,7 @@ A figure has up to three implementations with fixed names, `textbook`, `owl2` an
 are named for what they are, and owl2 is compared with each of them as `against_NAME`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from owl2.bench.counting import decode_bytes, decoder_flops, picture_flops, training_flops
-from owl2.bench.memory import step_memory
+from owl2.bench.memory import STEPS, step_memory
 from owl2.bench.subjects import LlamaSteps, Steps, Subjects
 from owl2.bench.workload import BATCH, NEW, QUESTION, TEXT, TOGETHER, Request
 
@@ -39,6 +39,7 @@ class Figure:
         least: seconds that owl2's run takes at the machine's limits; None if there is no such.
         ratio: the cost of the first over that of the second.
         most: rounds at most, where more say nothing new.
+        warm: what runs once before; None: all. Those that only use what is warm already need not.
     """
 
     unit: str
@@ -46,6 +47,7 @@ class Figure:
     least: float | None
     ratio: tuple[str, str] = ("textbook", "owl2")
     most: int | None = None
+    warm: Collection[str] | None = None
 
 
 def encode_8(on: Subjects) -> Figure:
@@ -125,6 +127,17 @@ def decode_1(on: Subjects) -> Figure:
     return _decode(on, 1)
 
 
+def decode_1_int8(on: Subjects) -> Figure:
+    """The same with the decoder's weights in 8 bits; the textbook keeps the model's dtype."""
+    prompt = on.workload.prompt(), on.workload.pixels()
+    ours = Steps(on.eight_bits, prompt)
+    runs = {
+        "textbook": _textbook_decode(on, prompt),
+        "owl2": Run(partial(ours.decode, NEW), NEW),
+    }
+    return Figure("tokens/s", runs, NEW * on.limits.seconds(read=decode_bytes(on.config, 1)))
+
+
 def decode_16(on: Subjects) -> Figure:
     """Sixteen together; the textbook, one after the other, makes as many a second as of one."""
     return _decode(on, TOGETHER)
@@ -177,7 +190,7 @@ def generate_16_mixed(on: Subjects) -> Figure:
     )
     # Then as many steps as the longest answer has tokens.
     steps = (max(limits) - 1) * on.limits.seconds(read=_step_bytes(on))
-    return Figure("tokens/s", runs, on.limits.seconds(flops) + steps, most=2)
+    return Figure("tokens/s", runs, on.limits.seconds(flops) + steps, most=2, warm={"owl2"})
 
 
 def train_step(on: Subjects) -> Figure:
@@ -198,8 +211,11 @@ def _train(on: Subjects, step: Callable[[], Any]) -> Figure:
 
 
 def train_memory(on: Subjects) -> Figure:
-    """The most memory of two such steps, padded, each implementation in a process of its own."""
-    runs = {who: Run(partial(step_memory, who, on.origin)) for who in ("textbook", "owl2")}
+    """The most memory of two such steps, padded, each implementation in a process of its own.
+
+    `selective` is owl2's with `gradient_checkpointing: selective`.
+    """
+    runs = {who: Run(partial(step_memory, who, on.origin)) for who in STEPS}
     return Figure("MiB", runs, None, ratio=("owl2", "textbook"), most=1)
 
 
@@ -252,6 +268,7 @@ FIGURES: dict[str, Callable[[Subjects], Figure]] = {
         prefill_8,
         ttft_second_question,
         decode_1,
+        decode_1_int8,
         decode_16,
         generate_16_mixed,
         mam_decode,

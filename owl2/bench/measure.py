@@ -23,8 +23,9 @@ def measure(figure: Figure, rounds: int, device: torch.device) -> Iterator[Costs
     costs: Costs = {name: [] for name in figure.runs}
     rounds = min(rounds, figure.most or rounds)
     if figure.unit != "MiB":
-        for run in figure.runs.values():
-            run.call()  # compiles, allocates, fills caches
+        for name, run in figure.runs.items():
+            if figure.warm is None or name in figure.warm:
+                run.call()  # compiles, allocates, fills caches
     began = time.perf_counter()
     for number in range(rounds):
         if number >= LEAST_ROUNDS and time.perf_counter() - began > PATIENCE:

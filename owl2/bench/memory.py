@@ -1,6 +1,6 @@
 """The most memory that training takes, measured in a process of its own.
 
-    python -m owl2.bench.memory textbook|owl2 ORIGIN     prints bytes; ORIGIN is `Origin` as JSON
+    python -m owl2.bench.memory WHO ORIGIN     prints bytes; ORIGIN is `Origin` as JSON
 
 On a CPU: the most resident memory, less what the process held before it made the model, so weights,
 gradients, the optimizer's state, activations and whatever else two steps need. On a GPU: the most
@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,15 +21,19 @@ import torch
 
 from owl2.bench.sizes import Origin
 from owl2.bench.training import Training
-from owl2.bench.workload import Batches, Workload
 from owl2.errors import InputError
 
-STEPS = 2  # the optimizer's state is made in the first
+COUNT = 2  # the optimizer's state is made in the first
+STEPS: dict[str, Callable[[Training], object]] = {
+    "textbook": Training.textbook_step,
+    "owl2": Training.padded_step,
+    "selective": Training.selective_step,
+}
 STATUS = Path("/proc/self/status")
 
 
 def step_memory(who: str, origin: Origin) -> float:
-    """Bytes at most of `who`'s training steps, "textbook" or "owl2", padded.
+    """Bytes at most of `who`'s training steps, one of `STEPS`.
 
     Raises:
         InputError: the process ended without an answer, as one does when memory runs out.
@@ -45,13 +49,11 @@ def step_memory(who: str, origin: Origin) -> float:
 def measure(who: str, origin: Origin) -> float:
     """The same in this process, which should have done nothing before."""
     before = psutil.Process().memory_info().rss
-    model = origin.load()
-    batches = Batches.of(Workload(model.config, model.device, model.dtype))
-    training = Training(model, batches)
-    for _ in range(STEPS):
-        training.textbook_step() if who == "textbook" else training.padded_step()
-    if model.device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(model.device))
+    training = Training(origin)
+    for _ in range(COUNT):
+        STEPS[who](training)
+    if training.model.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(training.model.device))
     return float(peak_resident() - before)
 
 

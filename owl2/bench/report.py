@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from owl2.errors import InputError
@@ -33,7 +34,14 @@ def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def table(results: Mapping[str, Any], title: str) -> Table:
     """For the terminal."""
-    shown = Table(title=title, title_justify="left", caption=limits(results["machine"]))
+    shown = Table(
+        title=title,
+        title_justify="left",
+        caption=limits(results["machine"]),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # it is to fit into 80 columns
+    )
     for number, column in enumerate(COLUMNS):
         justify: Any = "right" if number >= 2 else "left"
         shown.add_column(column, justify=justify, no_wrap=True)

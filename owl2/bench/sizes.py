@@ -134,6 +134,12 @@ def random_model(
     return model.eval()
 
 
+def twin(model: Owl2ForConditionalGeneration) -> Owl2ForConditionalGeneration:
+    """The same model in modules of its own, sharing all its tensors."""
+    config = Owl2Config(**model.config.to_dict())
+    return _sharing(model, Owl2ForConditionalGeneration, config, model.state_dict())
+
+
 def without_mam(model: Owl2ForConditionalGeneration) -> Owl2ForConditionalGeneration:
     """The same model with the text weights for both modalities, sharing all its tensors."""
     config = Owl2Config(**{**model.config.to_dict(), "use_mam": False})
@@ -165,4 +171,4 @@ def _sharing(model: Any, cls: Any, config: Any, weights: dict[str, torch.Tensor]
     with init_empty_weights(include_buffers=False):
         relative = cls(config)
     relative.load_state_dict(weights, assign=True)
-    return relative.to(model.device).requires_grad_(False).eval()
+    return relative.to(model.device).eval()

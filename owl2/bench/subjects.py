@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from owl2.bench.limits import Limits
-from owl2.bench.sizes import Origin, plain_llama, without_mam
+from owl2.bench.sizes import Origin, plain_llama, twin, without_mam
 from owl2.bench.textbook import Textbook
 from owl2.bench.training import Training
-from owl2.bench.workload import Batches, Request, Workload
+from owl2.bench.workload import Request, Workload
 from owl2.inference.decoding import Decoding
 from owl2.inference.fast import FastDecoder
+from owl2.inference.quantised import quantise
+from owl2.inference.runner import Prompt, Runner
 from owl2.model.owl2 import Owl2ForConditionalGeneration
-
-if TYPE_CHECKING:
-    from owl2.inference.runner import Prompt, Runner
 
 GREEDY = Decoding()
 
@@ -43,6 +42,13 @@ class Subjects:
         return without_mam(self.model)
 
     @cached_property
+    def eight_bits(self) -> Owl2ForConditionalGeneration:
+        """The model with its decoder's weights in 8 bits."""
+        rounded = twin(self.model)
+        quantise(rounded, "8bit")
+        return rounded
+
+    @cached_property
     def llama(self) -> LlamaForCausalLM:
         """transformers' LLaMA of the decoder's shape and weights."""
         return plain_llama(self.model)
@@ -50,22 +56,18 @@ class Subjects:
     @cached_property
     def training(self) -> Training:
         """Both training steps; what learns is a model of its own."""
-        return Training(self.origin.load(), Batches.of(self.workload))
+        return Training(self.origin)
 
     # The project, as its users get it
 
     @cached_property
-    def runner(self) -> "Runner":
+    def runner(self) -> Runner:
         """Answers many at a time, and remembers pictures and prefixes."""
-        from owl2.inference.runner import Runner
-
         return Runner(self.model)
 
     @cached_property
-    def forgetful(self) -> "Runner":
+    def forgetful(self) -> Runner:
         """Without memory: each request is computed from its first token on."""
-        from owl2.inference.runner import Runner
-
         return Runner(self.model, reuse=False)
 
     @torch.no_grad()
@@ -78,12 +80,12 @@ class Subjects:
         out = self.model(ids, pixel_values, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].argmax(-1)
 
-    def answer(self, runner: "Runner", requests: Sequence[Request]) -> list[list[int]]:
+    def answer(self, runner: Runner, requests: Sequence[Request]) -> list[list[int]]:
         """Greedy answers of exactly as many tokens as are wanted."""
         prompts = [as_prompt(request) for request in requests]
         return runner.generate(prompts, GREEDY, [request.limit for request in requests], ())
 
-    def first_token(self, runner: "Runner", request: Request) -> int:
+    def first_token(self, runner: Runner, request: Request) -> int:
         """Ends as soon as it is there."""
         stream = runner.stream(as_prompt(request), GREEDY, request.limit, ())
         try:
@@ -105,10 +107,9 @@ class Steps:
         model: Owl2ForConditionalGeneration,
         prompt: tuple[torch.Tensor, torch.Tensor | None],
         rows: int = 1,
-        decoder: FastDecoder | None = None,
     ) -> None:
         ids, pixel_values = prompt
-        self.decoder = decoder or FastDecoder(model)
+        self.decoder = FastDecoder(model)
         with torch.no_grad():
             out = model(ids, pixel_values, use_cache=True, logits_to_keep=1)
         self.start = ids.shape[1]
@@ -153,8 +154,6 @@ class LlamaSteps:
         return found
 
 
-def as_prompt(request: Request) -> "Prompt":
+def as_prompt(request: Request) -> Prompt:
     """As the project's runner takes it."""
-    from owl2.inference.runner import Prompt
-
     return Prompt(tuple(request.ids[0].tolist()), request.pixel_values)

@@ -5,28 +5,32 @@ textbook's being torch's default.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from owl2.bench.sizes import Origin
 from owl2.bench.textbook import Textbook
-from owl2.bench.workload import Batches
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.bench.workload import Batches, Workload
+from owl2.train.blocks import enable_checkpointing
 from owl2.train.optimizer import make_adamw, parameter_groups
 
 RATE = 1e-6  # so small that random data does no harm in a hundred steps
 
 
 class Training:
-    """Steps over the same batch, again and again.
+    """Steps over the same batch, again and again, as `owl2 train` computes by itself.
 
-    Args:
-        model: all of it is trained.
+    All weights are trained. For 16 bits they are float32, with autocast around the arithmetic, for
+    the textbook, too: so the authors' scripts train.
     """
 
-    def __init__(self, model: Owl2ForConditionalGeneration, batches: Batches) -> None:
-        self.model = model.requires_grad_(True).train()
-        self.batches = batches
+    def __init__(self, origin: Origin) -> None:
+        device, dtype = origin.place()
+        self.half = None if dtype == torch.float32 else dtype
+        self.model = replace(origin, dtype="float32").load().requires_grad_(True).train()
+        self.batches = Batches.of(Workload(self.model.config, device, torch.float32))
         self.textbook = Textbook(self.model)
         self.parameters = list(self.model.parameters())
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -47,8 +51,16 @@ class Training:
         """The project's, over the packed batch."""
         return self._own_step(self.batches.packed)
 
+    def selective_step(self) -> float:
+        """As `padded_step`, but what is cheap to compute again is not kept; from now on."""
+        if not self.model.is_gradient_checkpointing:
+            enable_checkpointing(self.model, selective=True)
+        return self.padded_step()
+
     def _own_step(self, batch: dict[str, torch.Tensor]) -> float:
-        return self._step("owl2", lambda: self.model(**batch).loss, self._adamw)
+        return self._step(
+            "owl2", lambda: self.model(**batch, return_logits=False).loss, self._adamw
+        )
 
     def _adamw(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = parameter_groups(
@@ -64,7 +76,9 @@ class Training:
     ) -> float:
         if who not in self._optimizers:
             self._optimizers[who] = make_optimizer()
-        loss = loss_of()
+        kind = self.model.device.type
+        with torch.autocast(kind, self.half or torch.bfloat16, enabled=self.half is not None):
+            loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self._optimizers[who].step()
