@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
+from owl2.inference.graphs import CompiledStep, Graphs
 from owl2.inference.native.build import available
 from owl2.inference.steps import NativeStep, TorchStep
 from owl2.model.owl2 import Owl2ForConditionalGeneration
@@ -109,31 +110,47 @@ class FastDecoder:
             model.device,
         )
         self.by = choose_step(model)
+        self.graphs = Graphs(self._run) if isinstance(self.by, CompiledStep) else None
+        self._recorded_at = 0  # the cache's address when graphs were recorded
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits of the next token of each sequence; its keys and values go into the cache.
+
+        Rows beyond B may be written to.
 
         Args:
             tokens: (B,) ids of text, on the model's device.
             positions: (B,) where each stands in its sequence, on the CPU: all before it are filled.
 
         Returns:
-            (B, V)
+            (B, V); on a GPU good until the next step.
         """
-        decoder, cache = self.model.model, self.cache
         length = int(positions.max()) + 1
-        cache.reserve(len(tokens), length)
-        places = positions.to(tokens.device)
+        if self.graphs is None:
+            self.cache.reserve(len(tokens), length)
+            return self._run(tokens, positions.to(tokens.device), length)
+        rows, _ = self.graphs.sizes(len(tokens), length, length)
+        self.cache.reserve(rows, length)
+        if self.cache.keys[0].data_ptr() != self._recorded_at:
+            self.graphs.clear()
+            self._recorded_at = self.cache.keys[0].data_ptr()
+        return self.graphs(tokens, positions, length, self.cache.capacity)
+
+    def _run(self, tokens: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
+        decoder, cache = self.model.model, self.cache
         hidden = decoder.embed_tokens(tokens)  # (B, D)
-        cos, sin = decoder.rotary_emb(hidden[None], places[None])  # (1, B, d)
+        cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, B, d)
         turn = cos[0], sin[0]
         for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
-            hidden = self.by.layer(layer, hidden, keys, values, places, length, turn)
+            hidden = self.by.layer(layer, hidden, keys, values, positions, length, turn)
         return self.by.linear(self.model.lm_head, self.by.norm(decoder.norm, hidden))
 
 
 def choose_step(model: Owl2ForConditionalGeneration) -> TorchStep:
     """The fastest way for a model; says on stderr why, where it is not what it could be."""
+    if model.device.type == "cuda":
+        # bitsandbytes' products look at numbers on the host, which cannot be recorded.
+        return TorchStep() if getattr(model, "is_quantized", False) else CompiledStep()
     supported = NativeStep.supports(model.dtype, model.device)
     return NativeStep() if supported and available() else TorchStep()

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from owl2 import Owl2ForConditionalGeneration
 from owl2.inference.fast import FastDecoder, KeyValues
+from owl2.inference.graphs import CompiledStep, Graphs
 from owl2.inference.quantised import QuantisedLinear, quantise
 from owl2.inference.steps import NativeStep, TorchStep
 
@@ -136,3 +137,51 @@ def test_the_cache_grows_and_keeps_what_it_has():
         for ours, given in zip(keys + values, parts, strict=True):
             assert torch.equal(ours, given)
     assert cache.position_bytes == 2 * 2 * 3 * 4 * 4
+
+
+def test_a_compiled_step_is_not_compiled_again_as_sequences_grow(golden_models):
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = golden_models("model_mha")
+    decoder, ids, logits = filled(model, CompiledStep(backend=backend))
+    torch.testing.assert_close(run(decoder, ids, 2), expected(logits, 2), atol=1e-4, rtol=0)
+    compiled = len(made)
+    assert compiled
+    for position in range(14, 20):  # all three rows, longer and longer
+        decoder.step(ids[:, position], torch.full((3,), position))
+    assert len(made) == compiled
+
+
+@pytest.mark.slow  # a compiler at work
+def test_compiled_steps_are_the_forwards(golden_models):
+    torch._dynamo.reset()
+    decoder, ids, logits = filled(golden_models("model_gqa"), CompiledStep())
+    torch.testing.assert_close(run(decoder, ids), expected(logits), atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_compiled_runs_all_the_same(golden_models, capsys):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here\nand more")
+
+    torch._dynamo.reset()
+    decoder, ids, logits = filled(golden_models("model_mha"), CompiledStep(backend=backend))
+    torch.testing.assert_close(run(decoder, ids, 2), expected(logits, 2), atol=1e-4, rtol=0)
+    said = capsys.readouterr().err
+    assert said.startswith("owl2: not compiled, so slower: ")
+    assert said.count("\n") == 1
+
+
+def test_graphs_are_recorded_for_few_sizes():
+    graphs = Graphs(lambda tokens, positions, length: tokens)
+    assert [graphs.sizes(batch, 10, 4096)[0] for batch in (1, 2, 3, 16, 17)] == [1, 2, 4, 16, 32]
+    assert [graphs.sizes(1, length, 700)[1] for length in (1, 256, 257, 650)] == [
+        256,
+        256,
+        512,
+        700,
+    ]
