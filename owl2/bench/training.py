@@ -59,7 +59,9 @@ class Training:
 
     def _own_step(self, batch: dict[str, torch.Tensor]) -> float:
         return self._step(
-            "owl2", lambda: self.model(**batch, return_logits=False).loss, self._adamw
+            "owl2",
+            lambda: self.model(**batch, use_cache=False, return_logits=False).loss,
+            self._adamw,
         )
 
     def _adamw(self) -> torch.optim.Optimizer:
