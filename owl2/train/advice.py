@@ -19,9 +19,9 @@ class Advice:
 def advise(plan: Plan) -> list[Advice]:
     """Changes with which a plan that does not fit would, the smallest first; maybe none.
 
-    Activation checkpointing is part of all of them: it costs a third of the time, the others more
-    or quality. Then smaller pieces of a step; then sharding, LoRA, LoRA on 4 bits, each with the
-    largest pieces that fit.
+    Activation checkpointing is part of all of them: it costs up to a third of the time, the others
+    more or quality. Then smaller pieces of a step; then sharding, LoRA, LoRA on 4 bits, each with
+    the largest pieces that fit.
     """
     if plan.fits is not False:
         return []
@@ -31,6 +31,9 @@ def advise(plan: Plan) -> list[Advice]:
 def _changes(plan: Plan) -> Iterator[tuple[list[str], Recipe, Setting]]:
     recipe, setting, words = plan.recipe, plan.setting, list[str]()
     if not recipe.gradient_checkpointing:
+        some = checkpointed(recipe, "selective")
+        yield ["gradient_checkpointing=selective"], some, setting
+    if recipe.gradient_checkpointing is not True:
         recipe, words = checkpointed(recipe, True), ["gradient_checkpointing=true"]
     yield words, recipe, setting
     if setting.sharding is Sharding.NONE and setting.machine.devices > 1:

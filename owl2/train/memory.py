@@ -20,10 +20,10 @@ from owl2.errors import InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.train.adapters import prepare
+from owl2.train.blocks import enable_checkpointing
 from owl2.train.machine import Machine
 from owl2.train.recipe import Recipe
 from owl2.train.trace import ACTIVATIONS, Held, Shape, Trace, trace_step
-from owl2.train.trainer import enable_checkpointing
 
 FLOAT32, HALF = 4, 2
 ADAM_STATES = 2  # running means of the gradient and of its square, in float32
@@ -209,7 +209,7 @@ def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForCon
     for linear in _rounded(model, recipe):
         linear.to(torch.bfloat16)
     if recipe.gradient_checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, recipe.gradient_checkpointing == "selective")
     return model
 
 

@@ -15,7 +15,7 @@ from owl2.errors import InputError
 from owl2.model.config_file import read_config
 from owl2.model.configuration import Owl2Config
 from owl2.train.memory import Memory, Setting, Sharding, dry_run, prepared_model, shape_of
-from owl2.train.recipe import Recipe
+from owl2.train.recipe import Checkpointing, Recipe
 from owl2.train.stages import Trained, what_is_trained
 from owl2.train.trace import Shape, trace_step
 
@@ -53,14 +53,14 @@ class Plan:
 
     Attributes:
         batch: what a device computes at a time.
-        memory: of one device, by sharding and whether activations are computed again.
+        memory: of one device, by sharding and which activations are computed again.
     """
 
     recipe: Recipe
     setting: Setting
     trained: Trained
     batch: Shape
-    memory: dict[tuple[Sharding, bool], Memory]
+    memory: dict[tuple[Sharding, Checkpointing], Memory]
     work: Work
 
     @property
@@ -91,9 +91,9 @@ def make_plan(recipe: Recipe, setting: Setting) -> Plan:
     ways = [Sharding.NONE]
     if devices > 1:
         ways.append(Sharding.FSDP2 if chosen is Sharding.NONE else chosen)
-    memory: dict[tuple[Sharding, bool], Memory] = {}
-    flops: dict[bool, int] = {}
-    for again in (True, False):
+    memory: dict[tuple[Sharding, Checkpointing], Memory] = {}
+    flops: dict[Checkpointing, int] = {}
+    for again in dict.fromkeys((True, recipe.gradient_checkpointing, False)):
         run = dry_run(checkpointed(recipe, again), replace(setting, sharding=Sharding.NONE))
         flops[again] = run.trace.all_flops
         for way in ways:
@@ -105,16 +105,16 @@ def make_plan(recipe: Recipe, setting: Setting) -> Plan:
     return Plan(recipe, setting, trained, shape_of(recipe, setting), memory, work)
 
 
-def checkpointed(recipe: Recipe, on: bool) -> Recipe:
+def checkpointed(recipe: Recipe, how: Checkpointing) -> Recipe:
     """The recipe with activation checkpointing, or without."""
-    return recipe.model_copy(update={"gradient_checkpointing": on})
+    return recipe.model_copy(update={"gradient_checkpointing": how})
 
 
-def _work(recipe: Recipe, setting: Setting, flops: dict[bool, int]) -> Work:
+def _work(recipe: Recipe, setting: Setting, flops: dict[Checkpointing, int]) -> Work:
     """FLOPs and tokens of a step.
 
     Args:
-        flops: of what a device computes at a time, with and without computing activations again.
+        flops: of what a device computes at a time, by which activations are computed again.
     """
     data, batch = setting.data, recipe.batch_size
     tokens = data.tokens or recipe.max_length
@@ -122,7 +122,7 @@ def _work(recipe: Recipe, setting: Setting, flops: dict[bool, int]) -> Work:
         once = float(flops[False]) * setting.machine.devices * recipe.gradient_accumulation
     else:
         once = _mean_flops(recipe, setting, tokens) * batch
-    again = once * (flops[True] / flops[False] - 1) if recipe.gradient_checkpointing else 0.0
+    again = once * (flops[recipe.gradient_checkpointing] / flops[False] - 1)
     picture_tokens = batch * data.pictures * setting.config.num_image_tokens
     return Work(
         samples=batch,

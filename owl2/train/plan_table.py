@@ -10,6 +10,9 @@ from owl2.train.advice import Advice
 from owl2.train.machine import GIB, MIB, REACHED, USABLE
 from owl2.train.memory import Sharding
 from owl2.train.plan import Plan
+from owl2.train.recipe import Checkpointing
+
+AGAIN: dict[Checkpointing, str] = {True: "", "selective": "selective ", False: "no "}
 
 
 def show(console: Console, plan: Plan, origin: str, advice: list[Advice]) -> None:
@@ -41,7 +44,7 @@ def _parts_table(plan: Plan, origin: str) -> Table:
 
 def _memory_table(plan: Plan) -> Table:
     titles = {
-        key: f"{'whole' if way is Sharding.NONE else way}, {'' if again else 'no '}checkpointing"
+        key: f"{'whole' if way is Sharding.NONE else way}, {AGAIN[again]}checkpointing"
         for key in plan.memory
         for way, again in [key]
     }

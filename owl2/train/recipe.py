@@ -8,6 +8,7 @@ differs from it. This module knows what a recipe may say; `recipe_file` reads th
 
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
@@ -15,6 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Checkpointing = bool | Literal["selective"]  # see owl2.train.blocks
 
 # What both stages share. `image_size: null` in a recipe means: as the checkpoint.
 PAPER = {
@@ -219,12 +221,17 @@ class Recipe(Part):
     abstractor_learning_rate: Rate | None = Field(None, description="the abstractor's, if other")
 
     precision: Literal["float32", "bfloat16"] | None = Field(
-        None, description="of the arithmetic; null = bfloat16 on a GPU, float32 on a CPU"
+        None, description="of the arithmetic; null = bfloat16 where the hardware has it"
     )
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
         None, description="how attention is computed; null = transformers' choice, sdpa"
     )
-    gradient_checkpointing: bool = Field(description="less memory for about a third more time")
+    gradient_checkpointing: Checkpointing = Field(
+        description="true: least memory for a third more time; selective: half of both"
+    )
+    compile: bool = Field(
+        False, description="torch compiles the repeated blocks, which takes minutes"
+    )
     workers: NotNegative = Field(2, description="processes that prepare batches; 0 = none")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # NumPy takes no more
     log_every: Positive = Field(10, description="steps between lines of the log")
@@ -253,6 +260,13 @@ class Recipe(Part):
         if type(stage) is not int:  # True and 1.0 equal 1, so Literal would take them
             raise PydanticKnownError("literal_error", {"expected": "1 or 2"})
         return stage
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _one_of_three(cls, given: Any) -> Any:
+        if given != "selective" and type(given) is not bool:
+            raise PydanticKnownError("literal_error", {"expected": "true, false or 'selective'"})
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -293,5 +307,17 @@ class Recipe(Part):
         return self
 
     def precision_on(self, device_type: str) -> Literal["float32", "bfloat16"]:
-        """The precision a run takes on "cuda", "cpu", …: the paper's bfloat16 where it is fast."""
-        return self.precision or ("bfloat16" if device_type == "cuda" else "float32")
+        """The precision a run takes on "cuda", "cpu", …: the paper's bfloat16 where it is fast.
+
+        "cpu" is this machine's.
+        """
+        if self.precision is not None:
+            return self.precision
+        fast = device_type == "cuda" or (device_type == "cpu" and cpu_has_bfloat16())
+        return "bfloat16" if fast else "float32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16; others take float32's time and more."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))

@@ -27,6 +27,7 @@ from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import loading_options, prepare
 from owl2.train.attention import layout, require_attention
+from owl2.train.blocks import require_compiler
 from owl2.train.log import Lines, RunLog
 from owl2.train.optimizer import groups_table, recipe_groups
 from owl2.train.panel import terminal_view
@@ -83,6 +84,8 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
         with team.together():
             require_writers(recipe)
             require_attention(recipe)
+            if recipe.compile:
+                require_compiler("cuda" if torch.cuda.is_available() else "cpu")
             saved = find_state(recipe, team)
             require_writable(Path(recipe.output) / "model")
             model, processor = _load(recipe)

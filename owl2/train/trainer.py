@@ -23,6 +23,7 @@ from owl2.data.loader import Loader
 from owl2.errors import InputError
 from owl2.model.adapters import has_adapter, load_state
 from owl2.model.owl2 import Owl2Model
+from owl2.train.blocks import compile_blocks, enable_checkpointing
 from owl2.train.feed import Feed, Seen, TellEpochs, run_steps
 from owl2.train.optimizer import make_adamw, recipe_groups
 from owl2.train.recipe import Recipe
@@ -59,7 +60,9 @@ class Owl2Trainer(Trainer):
         self.feed = self._make_feed(train_dataset, collate, checkpoints.parent)
         self.remove_callback(PrinterCallback)  # would print dicts between our lines
         if recipe.gradient_checkpointing:
-            enable_checkpointing(model)
+            enable_checkpointing(model, recipe.gradient_checkpointing == "selective")
+        if recipe.compile:
+            compile_blocks(model)
         if self.team.size > 1:
             share_every_weight(model)
 
@@ -153,6 +156,7 @@ class Owl2Trainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """The model's loss; refuses a batch from which this stage can learn nothing."""
+        inputs = {**inputs, "return_logits": False}
         result = super().compute_loss(model, inputs, *args, **kw)
         loss = result[0] if isinstance(result, tuple) else result
         if not loss.requires_grad:
@@ -337,12 +341,3 @@ def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> Tra
     # Else the Trainer would take several GPUs without a launcher as one big one (DataParallel).
     args._n_gpu = min(args.n_gpu, 1)
     return args
-
-
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Compute activations again in the backward pass, in all three parts of the model."""
-    how = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.16 has the old name only
-        model.activation_checkpointing_enable(how)
-    else:
-        model.gradient_checkpointing_enable(how)

@@ -29,6 +29,7 @@ def make_recipe(tmp_path):
             "min_learning_rate": 1e-4,
             "gradient_checkpointing": False,
             "workers": 0,
+            "precision": "float32",
             "log_every": 1,
         }
         return Recipe(**(least | settings))
@@ -79,6 +80,7 @@ def recipe(world, tmp_path):
             "learning_rate": 1e-2,
             "gradient_checkpointing": False,
             "workers": 0,
+            "precision": "float32",
             "log_every": 2,
         }
         return Recipe(**(least | settings))

@@ -82,6 +82,7 @@ def make_recipe(folder, output, **settings):
         "warmup_steps": 0,
         "gradient_checkpointing": False,
         "workers": 0,
+        "precision": "float32",
     }
     return Recipe(**(least | settings))
 

@@ -10,9 +10,11 @@ from owl2.data.packing import pack
 from owl2.model.abstractor import AbstractorLayer
 from owl2.model.decoder import Owl2DecoderLayer
 from owl2.model.vision import VisionLayer
+from owl2.train.adapters import adapt
+from owl2.train.blocks import enable_checkpointing
+from owl2.train.recipe import Adapter
 from owl2.train.stages import apply_stage
 from owl2.train.trace import HELD, Shape, trace_step
-from owl2.train.trainer import enable_checkpointing
 from tests.tiny import VISION_BLOCKS, make_model
 from tests.train.test_packing import samples
 from tests.train.test_trace import on_meta
@@ -35,7 +37,7 @@ def learned(batch, stage, checkpointing, frozen=()):
     model = make_model(initializer_range=0.4).train()
     apply_stage(model, stage, frozen)
     if checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, checkpointing == "selective")
     ran: Counter = Counter()
 
     def count(kind, *_):
@@ -52,13 +54,14 @@ def learned(batch, stage, checkpointing, frozen=()):
     return loss.detach(), gradients, ran
 
 
+@pytest.mark.parametrize("how", [True, "selective"])
 @pytest.mark.parametrize("layout", [padded, packed])
 @pytest.mark.parametrize(
     ("stage", "frozen"), [(1, ()), (2, ()), (2, ("vision",))], ids=["1", "2", "2, vision frozen"]
 )
-def test_gradients_are_equal(layout, stage, frozen):
+def test_gradients_are_equal(layout, stage, frozen, how):
     kept = learned(layout(), stage, False, frozen)
-    again = learned(layout(), stage, True, frozen)
+    again = learned(layout(), stage, how, frozen)
     assert torch.equal(kept[0], again[0])
     assert kept[1].keys() == again[1].keys()
     for name, gradient in kept[1].items():
@@ -77,12 +80,85 @@ def test_what_is_not_trained_is_not_computed_again():
     assert ran[AbstractorLayer] == 2 * LAYERS[AbstractorLayer]
 
 
+@pytest.fixture(scope="module")
+def traces():
+    """Without checkpointing, selective, with."""
+    return [
+        trace_step(on_meta(checkpointing=how), Shape(4, 64, 4), autocast=True)
+        for how in (False, "selective", True)
+    ]
+
+
 @pytest.mark.parametrize("part", ["vision encoder", "abstractor", "decoder"])
-def test_each_part_holds_less(part):
+def test_each_part_holds_less(traces, part):
     """At the end of the forward pass, when most is held; real runs are in test_memory."""
     column = [str(kind) for kind in HELD].index(f"activations, {part}")
-    kept, again = (
-        trace_step(on_meta(checkpointing=on), Shape(4, 64, 4)).held[:, column].max()
-        for on in (False, True)
-    )
-    assert again < 0.4 * kept
+    kept, some, least = (trace.held[:, column].max() for trace in traces)
+    assert least < 0.6 * kept
+    assert least < some < 0.8 * kept
+
+
+def test_selective_computes_no_product_again(traces):
+    kept, some, least = (trace.all_flops for trace in traces)
+    assert kept == some < least
+
+
+def saved_by_part(model, batch):
+    """Bytes that autograd keeps, by the part that is computed when it does, and in all of it.
+
+    Weights themselves cost nothing to keep.
+    """
+    parts = {
+        "vision": model.model.vision_model,
+        "abstractor": model.model.visual_abstractor,
+        **{f"layer {n}": layer for n, layer in enumerate(model.model.layers)},
+    }
+    weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    kept: Counter = Counter()
+    at = ["rest"]
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[at[-1]] += storage.nbytes()
+        return tensor
+
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, name=name: at.append(name))
+        part.register_forward_hook(lambda *_: at.pop() and None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch, use_cache=False).loss.backward()
+    return kept
+
+
+def test_frozen_vision_keeps_nothing():
+    model = make_model().train()
+    apply_stage(model, 2, ("vision",))
+    kept = saved_by_part(model, padded())
+    assert kept["vision"] == 0 < kept["abstractor"] and kept["layer 0"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_nothing_is_kept_before_the_first_trained_weight(checkpointing):
+    """LoRA on the last layer alone: pictures, words and the first layer run without a graph."""
+    model = make_model().train()
+    adapt(model, Adapter(rank=2), seed=0)
+    for parameter in model.model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    if checkpointing:
+        enable_checkpointing(model, checkpointing == "selective")
+    kept = saved_by_part(model, padded())
+    assert kept["vision"] == kept["abstractor"] == kept["layer 0"] == 0 < kept["layer 1"]
+
+
+def test_frozen_linears_do_not_keep_their_inputs():
+    """Stage 1 passes gradients through the frozen decoder: they need its weights, no inputs."""
+    model = make_model().train()
+    apply_stage(model, 1)
+    everything = saved_by_part(make_model().train(), padded())
+    some = saved_by_part(model, padded())
+    # Of an MLP: silu(gate) * up into `down`, and the normed states into `gate` and `up`.
+    rows = padded()["input_ids"].numel()
+    inputs = 4 * rows * (model.config.intermediate_size + model.config.hidden_size)
+    for layer in ("layer 0", "layer 1"):
+        assert some[layer] <= everything[layer] - inputs

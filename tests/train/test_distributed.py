@@ -67,6 +67,7 @@ def mixed(world, tmp_path_factory):
         "learning_rate": 1e-3,
         "gradient_checkpointing": False,
         "workers": 0,
+        "precision": "float32",
         "log_every": 1,
         "save_every": None,
     }, tied

@@ -81,6 +81,7 @@ def test_fine_tuning_improves_what_was_held_out(demo, folder, tmp_path, how):
             "warmup_steps": 10,
             "gradient_checkpointing": False,
             "workers": 0,
+            "precision": "float32",
             "validation": {"data": [{"file": str(folder / "held_out.json")}], "every": 100},
         }
         | how

@@ -26,6 +26,11 @@ CASES = {
     "workers": {"workers": 2, "gradient_accumulation": 2},
     "LoRA": {"adapter": {"rank": 2, "dropout": 0.1, "trained": ["abstractor"]}, "stage": 2},
     "two processes": {},
+    "selective, bfloat16": {
+        "packing": True,
+        "gradient_checkpointing": "selective",
+        "precision": "bfloat16",
+    },
 }
 
 
@@ -44,6 +49,7 @@ def settings(world, tmp_path):
         "learning_rate": 1e-2,
         "gradient_checkpointing": False,
         "workers": 0,
+        "precision": "float32",
         "log_every": 2,
         "save_every": 3,
     }

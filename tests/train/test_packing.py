@@ -10,8 +10,9 @@ from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_p
 
 from owl2.data.collate import collate
 from owl2.data.packing import pack
+from owl2.train.blocks import enable_checkpointing
 from owl2.train.run import train
-from owl2.train.trainer import Owl2Trainer, enable_checkpointing
+from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_config, make_model
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 from tests.train.tiny import RandomSamples

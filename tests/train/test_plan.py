@@ -103,6 +103,15 @@ def test_all_ways_are_planned():
         assert plan.memory[way, True].total < plan.memory[way, False].total
 
 
+def test_selective_checkpointing_stands_beside_all_and_nothing():
+    plan = make_plan(recipe_of(gradient_checkpointing="selective"), setting_of())
+    least, chosen, most = (
+        plan.memory[Sharding.NONE, how].total for how in (True, "selective", False)
+    )
+    assert plan.need.total == chosen and least < chosen < most
+    assert plan.work.recomputed == 0  # no product is
+
+
 def test_whether_it_fits():
     plan = make_plan(recipe_of(), setting_of())
     need = plan.need.total
@@ -230,7 +239,7 @@ def test_the_command(monkeypatch, capsys, recipe_file, tmp_path):
     assert "The largest piece: activations, decoder" in out
     plan = json.loads(numbers.read_text(encoding="utf-8"))
     assert plan["fits"] is False and plan["advice"] and plan["total"] == need
-    assert plan["advice"][0]["change"].startswith("gradient_checkpointing=true")
+    assert plan["advice"][0]["change"].startswith("gradient_checkpointing=selective")
     assert plan["advice"][0]["change"].split("   ")[0] in out
     assert sum(plan["parameters"].values()) == sum(plan["trained"].values())
     chosen = [m for m in plan["memory"] if not m["gradient_checkpointing"]]

@@ -1,6 +1,7 @@
 """The settings of a recipe: the paper's table (SPEC §2), and what a recipe refuses."""
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from owl2.train.recipe import Recipe
@@ -40,6 +41,7 @@ OURS = {
     "on_bad",
     "group_by_length",
     "packing",
+    "compile",
     "shuffle_window",
     "adapter",
     "quantize",
@@ -63,10 +65,14 @@ def test_defaults_are_the_papers(stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_precision_is_the_papers_where_there_is_a_gpu(stage):
+def test_precision_is_the_papers_where_the_hardware_has_it(stage, monkeypatch):
     recipe = Recipe(**LEAST, stage=stage)
-    assert recipe.precision_on("cuda") == "bfloat16"
-    assert recipe.precision_on("cpu") == "float32"
+    for capable, precision in (("avx512_f", "float32"), ("avx512_bf16", "bfloat16")):
+        capabilities = {"avx512_f": True, "avx512_bf16": False, capable: True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert recipe.precision_on("cpu") == precision
+        assert recipe.precision_on("cuda") == "bfloat16"
+        assert recipe.precision_on("mps") == "float32"
     assert Recipe(**LEAST, stage=stage, precision="bfloat16").precision_on("cpu") == "bfloat16"
 
 

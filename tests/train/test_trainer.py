@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from owl2.errors import InputError
+from owl2.train.blocks import enable_checkpointing
 from owl2.train.stages import apply_stage
-from owl2.train.trainer import Owl2Trainer, enable_checkpointing
+from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.tiny import RandomSamples, collate, pad
 

@@ -11,9 +11,9 @@ from owl2.data.sample import Bad
 from owl2.errors import InputError
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
+from owl2.train.blocks import enable_checkpointing
 from owl2.train.run import train
 from owl2.train.team import Team
-from owl2.train.trainer import enable_checkpointing
 from owl2.train.validation import HeldOut, Look, Validator, _shares
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 
