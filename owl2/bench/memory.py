@@ -21,7 +21,6 @@ import torch
 
 from owl2.bench.sizes import Origin
 from owl2.bench.training import Training
-from owl2.errors import InputError
 
 COUNT = 2  # the optimizer's state is made in the first
 STEPS: dict[str, Callable[[Training], object]] = {
@@ -32,17 +31,21 @@ STEPS: dict[str, Callable[[Training], object]] = {
 STATUS = Path("/proc/self/status")
 
 
+class NotMeasured(Exception):
+    """A figure that this machine has no room for."""
+
+
 def step_memory(who: str, origin: Origin) -> float:
     """Bytes at most of `who`'s training steps, one of `STEPS`.
 
     Raises:
-        InputError: the process ended without an answer, as one does when memory runs out.
+        NotMeasured: the process ended without an answer, as one does when memory runs out.
     """
     command = [sys.executable, "-m", "owl2.bench.memory", who, json.dumps(asdict(origin))]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing; was it out of memory?"])[-1]
-        raise InputError(f"train_memory: the process of {who} ended with {done.returncode}: {last}")
+        raise NotMeasured(f"the process of {who} ended with {done.returncode}: {last}")
     return float(done.stdout.splitlines()[-1])
 
 

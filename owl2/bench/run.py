@@ -21,6 +21,7 @@ from owl2 import __version__
 from owl2.bench.figures import FIGURES
 from owl2.bench.limits import measure_limits
 from owl2.bench.measure import measure, result
+from owl2.bench.memory import NotMeasured
 from owl2.bench.report import draw, markdown, require_matplotlib, table
 from owl2.bench.sizes import Origin
 from owl2.bench.subjects import Subjects
@@ -52,7 +53,8 @@ class Settings:
 def bench(settings: Settings, console: Console) -> dict[str, Any]:
     """Measure, show and write; returns what is in ``bench.json``.
 
-    Ctrl-C ends it with what has been measured until then.
+    What there is not enough memory for is left out, with the reason in ``left_out``. Ctrl-C ends it
+    with what has been measured until then.
 
     Raises:
         InputError: no such figure, size, checkpoint, device or dtype; an `output` that cannot be
@@ -65,7 +67,7 @@ def bench(settings: Settings, console: Console) -> dict[str, Any]:
         require_matplotlib()
         require_writable(settings.output / "bench.json")
     origin = Origin(settings.model, settings.size or DEFAULT_SIZE, settings.device, settings.dtype)
-    results: dict[str, Any] = {"machine": {}, "figures": {}, "finished": False}
+    results: dict[str, Any] = {"machine": {}, "figures": {}, "left_out": {}, "finished": False}
     try:
         _measure_all(origin, names, settings.repeats, results, console)
         results["finished"] = True
@@ -119,9 +121,13 @@ def _measure_all(
             progress.update(task, description=name)
             if not console.is_terminal:
                 console.print(f"{name} ...", style="dim", highlight=False)
-            figure = FIGURES[name](on)
-            for costs in measure(figure, repeats, device):
-                results["figures"][name] = result(figure, costs)
+            try:
+                figure = FIGURES[name](on)
+                for costs in measure(figure, repeats, device):
+                    results["figures"][name] = result(figure, costs)
+            except (NotMeasured, torch.OutOfMemoryError) as error:
+                results["left_out"][name] = why = str(error).splitlines()[0]
+                console.print(f"{name} is left out: {why}", markup=False, highlight=False)
             progress.advance(task)
 
 

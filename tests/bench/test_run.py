@@ -79,6 +79,18 @@ def test_all_of_it_as_a_program(tmp_path, monkeypatch):
     assert figures["train_memory"]["selective"] > 0
 
 
+def test_what_does_not_fit_is_left_out(quick, console, monkeypatch):
+    def too_large(_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setitem(FIGURES, "decode_1", too_large)
+    results = bench(replace(TINY, figures="decode_1,mam_prefill"), console)
+    assert results["finished"] is True
+    assert [*results["figures"]] == ["mam_prefill"]
+    assert results["left_out"] == {"decode_1": "CUDA out of memory."}
+    assert "decode_1 is left out: CUDA out of memory." in console.file.getvalue()
+
+
 def test_ratios_and_shares():
     calls = []
     runs = {
@@ -153,5 +165,5 @@ def test_memory_is_that_of_the_steps(monkeypatch):
 
 
 def test_a_process_that_fails_says_why():
-    with pytest.raises(InputError, match=r"train_memory: the process of nobody .*nobody"):
+    with pytest.raises(memory.NotMeasured, match=r"the process of nobody .*nobody"):
         memory.step_memory("nobody", Origin(size="tiny", device="cpu", dtype="float32"))
