@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from owl2.model.configuration import Owl2Config
-from owl2.model.modality import Multiway, Routing
+from owl2.model.modality import Multiway, Parts, Routing
 
 
 class Owl2Attention(LlamaAttention):
@@ -43,13 +43,22 @@ class Owl2Attention(LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         routing: Routing | None = None,
+        parts: Parts | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """LLaMA's. `parts`: `hidden_states` split by `routing`, so that K and V need not do it."""
         assert position_embeddings is not None  # always given by the decoder; LLaMA's signature
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, h, S, d)
-        key = self.k_proj(hidden_states, routing).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states, routing).view(heads).transpose(1, 2)
+        if routing is None or parts is None:
+            key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
+        else:
+            projections: Any = (self.k_proj, self.v_proj)
+            key, value = (
+                routing.join(projection.each(parts), len(hidden_states))
+                for projection in projections
+            )
+        key, value = (states.view(heads).transpose(1, 2) for states in (key, value))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -83,7 +92,13 @@ class Owl2DecoderLayer(LlamaDecoderLayer):
     def forward(  # type: ignore[override]  # LLaMA's, plus the routing
         self, hidden_states: torch.Tensor, routing: Routing | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        normed = self.input_layernorm(hidden_states, routing)
-        hidden_states = hidden_states + self.self_attn(normed, routing=routing, **kwargs)[0]
+        norm: Any = self.input_layernorm
+        if routing is None:
+            normed, parts = norm(hidden_states), None
+        else:
+            parts = norm.each(routing.split(hidden_states))
+            normed = routing.join(parts, len(hidden_states))
+        attended, _ = self.self_attn(normed, routing=routing, parts=parts, **kwargs)
+        hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states, routing)
         return hidden_states + self.mlp(normed)

@@ -10,24 +10,28 @@ weights, whose gradient is zeros and not missing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 TEXT, VISUAL = 0, 1
 
+Parts = tuple[torch.Tensor, torch.Tensor]  # text's and visual tokens'
+
 
 class Routing(NamedTuple):
     """Where the tokens of each modality stand in the flattened batch.
 
     Attributes:
-        rows: the rows' indices (T,) of text and (V,) of visual tokens.
-        order: (B·S,) puts the concatenation [text; visual] back into the batch's order.
+        grouped: (B·S,) the rows of all text tokens, then those of all visual ones.
+        order: (B·S,) puts tokens so grouped back into the batch's order: the inverse.
+        sizes: T and V.
     """
 
-    rows: tuple[torch.Tensor, torch.Tensor]
+    grouped: torch.Tensor
     order: torch.Tensor
+    sizes: tuple[int, int]
 
     @classmethod
     def of(
@@ -48,9 +52,38 @@ class Routing(NamedTuple):
         if not visual and not always:
             return None
         # Sorted, and not searched: how many a search finds, a GPU would have to tell.
-        joined = is_visual.argsort(stable=True)
-        text, visual_rows = joined.split([len(joined) - visual, visual])
-        return cls((text, visual_rows), joined.argsort())
+        grouped = is_visual.argsort(stable=True)
+        return cls(grouped, grouped.argsort(), (len(grouped) - visual, visual))
+
+    def split(self, hidden_states: torch.Tensor) -> Parts:
+        """(B, S, D) to the tokens of each modality, (T, D) and (V, D)."""
+        rows: torch.Tensor = Reorder.apply(hidden_states.flatten(0, 1), self.grouped, self.order)
+        text, visual = rows.split(self.sizes)
+        return text, visual
+
+    def join(self, parts: Parts, batch: int) -> torch.Tensor:
+        """What `split` gives for `batch` sequences, (T, D) and (V, D), to (B, S, D)."""
+        rows: torch.Tensor = Reorder.apply(torch.cat(parts), self.order, self.grouped)
+        return rows.unflatten(0, (batch, -1))
+
+
+class Reorder(torch.autograd.Function):
+    """Rows in another order: those of the gradient go back in the inverse one.
+
+    PyTorch does not know that no row is taken twice: it would add up into a tensor of zeros.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
 
 
 class Multiway(nn.Module):
@@ -73,11 +106,9 @@ class Multiway(nn.Module):
         """(B, S, D) to (B, S, D'), each token through its modality's module."""
         if routing is None:
             return self.multiway[TEXT](hidden_states)
-        rows = hidden_states.flatten(0, 1)  # (B·S, D)
-        # index_select: on a GPU the gradient of rows[index] would sort the indices first.
-        parts = [
-            way(rows.index_select(0, index))
-            for way, index in zip(self.multiway, routing.rows, strict=True)
-        ]
-        joined = torch.cat(parts).index_select(0, routing.order)
-        return joined.unflatten(0, hidden_states.shape[:2])
+        parts = self.each(routing.split(hidden_states))
+        return routing.join(parts, len(hidden_states))
+
+    def each(self, parts: Parts) -> Parts:
+        """Tokens that are split already, (T, D) and (V, D), each through its module."""
+        return self.multiway[TEXT](parts[TEXT]), self.multiway[VISUAL](parts[VISUAL])

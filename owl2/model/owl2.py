@@ -296,7 +296,8 @@ class Owl2ForConditionalGeneration(PictureGeneration, Owl2PreTrainedModel, Gener
         if return_logits:
             last = isinstance(logits_to_keep, int)
             keep = slice(-logits_to_keep, None) if last else logits_to_keep
-            logits = self.lm_head(hidden_states[:, keep])
+            # A slice that is not contiguous would make `linear` copy the whole weight.
+            logits = self.lm_head(hidden_states[:, keep].contiguous())
             if labels is not None:
                 loss = next_token_loss(logits, labels, num_items_in_batch)
         elif labelled is not None:

@@ -19,6 +19,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from owl2.errors import InputError
 from owl2.model.configuration import Owl2VisionConfig
 
+FEW_KEYS = 512  # see `_products_are_faster`
+
 
 class VisionEmbeddings(nn.Module):
     """Patches by a convolution without bias, a class token in front, learned positions, a norm."""
@@ -86,6 +88,9 @@ def attend(
         (N, Q, h * d)
     """
     config: Any = module.config
+    scaling: Any = module.scaling
+    if config._attn_implementation == "sdpa" and _products_are_faster(query, key):
+        return attend_by_products(query, key, value, scaling)
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, eager_attention_forward
     )
@@ -96,9 +101,29 @@ def attend(
         value,
         None,
         dropout=dropout if module.training else 0.0,
-        scaling=module.scaling,
+        scaling=scaling,
     )
     return attended.flatten(2)
+
+
+def _products_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether PyTorch's fused attention takes longer than plain products, as it does on CPUs in
+    bfloat16: half as long again with 257 keys, as long with 1,025 (docs/log.md, 2026-11-22)."""
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return on_cpu and key.shape[2] <= FEW_KEYS and not torch.is_grad_enabled()
+
+
+def attend_by_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attention without a mask as two batched matrix products; shapes as for `attend`."""
+    pictures, heads = query.shape[:2]
+    query, key, value = (states.flatten(0, 1) for states in (query, key, value))  # (N·h, ., d)
+    # Nothing is added to the product, so what stands in for a summand is never read.
+    nothing = query.new_empty(1).expand(len(query), query.shape[1], key.shape[1])
+    scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scaling)
+    attended = torch.bmm(scores.softmax(-1), value)  # (N·h, Q, d)
+    return attended.unflatten(0, (pictures, heads)).transpose(1, 2).flatten(2)
 
 
 class VisionMLP(nn.Module):

@@ -199,8 +199,9 @@ class _Batch:
         tokens, visual = whole.numel(), shape.pictures * config.num_image_tokens
         routing, pixels = None, None
         if shape.pictures:
-            rows = whole.new_zeros(tokens - visual), whole.new_zeros(visual)
-            routing = Routing(rows, whole.new_zeros(tokens)) if config.use_mam else None
+            rows = whole.new_zeros(tokens)
+            sizes = tokens - visual, visual
+            routing = Routing(rows, rows, sizes) if config.use_mam else None
             channels = config.visual_config.visual_model.num_channels
             pixels = torch.zeros(shape.pictures, channels, config.image_size, config.image_size)
         return cls(

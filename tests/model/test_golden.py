@@ -30,6 +30,28 @@ def test_logits_and_hidden_states(golden_model, cases, case):
     check_hidden_states(output, cases, case)
 
 
+@pytest.mark.slow  # compiled to C++: a minute
+@pytest.mark.parametrize("case", ["text", "image", "two_images"])
+def test_compiled_logits(golden_name, cases, case):
+    torch.compiler.reset()
+    model = load_model(golden_name)
+    model.forward = torch.compile(model.forward)
+    logits = run(model, cases, case).logits
+    torch.testing.assert_close(logits, cases[f"{case}.logits"], **TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_compiled_training(golden_name, cases, return_logits):
+    torch.compiler.reset()
+    model = load_model(golden_name).train()
+    forward = torch.compile(model.forward)
+    output = forward(**inputs_of(cases, "train", model.config), return_logits=return_logits)
+    torch.testing.assert_close(output.loss, cases["train.loss"][0], **TOLERANCE)
+    output.loss.backward()
+    check_gradients(model, cases)
+
+
 def test_vision_and_abstractor(golden_model, cases):
     with torch.no_grad():
         features = golden_model.get_image_features(cases["image.pixel_values"])
@@ -70,6 +92,11 @@ def test_training(golden_name, cases):
         real = inputs["attention_mask"].bool()
         torch.testing.assert_close(output.logits[real], cases["train.logits"][real], **TOLERANCE)
         output.loss.backward()
+        check_gradients(model, cases)
+        model.zero_grad()
+        in_chunks = model(**inputs, return_logits=False)
+        torch.testing.assert_close(in_chunks.loss, cases["train.loss"][0], **TOLERANCE)
+        in_chunks.loss.backward()
         check_gradients(model, cases)
 
 

@@ -40,6 +40,54 @@ def test_each_token_goes_through_its_modality():
             torch.testing.assert_close(mixed[row, place], expected)
 
 
+@pytest.mark.parametrize("visual", [None, 4])
+def test_splitting_and_joining_and_their_gradients(visual):
+    """Against indexing with a mask: values, order within a modality, gradients."""
+    types = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]])
+    states = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    routing = Routing.of(types, visual)
+    assert routing.sizes == (6, 4)
+    for part, wanted in zip(routing.split(states), (TEXT, VISUAL), strict=True):
+        assert torch.equal(part, states[types == wanted])
+    assert torch.equal(routing.join(routing.split(states), 2), states)
+
+    def mixed(states):
+        text, pictures = routing.split(states)
+        return routing.join((text.sin(), pictures.exp()), 2)
+
+    def masked(states):
+        return torch.where(types[..., None] == VISUAL, states.exp(), states.sin())
+
+    weights = torch.randn_like(states)
+    found = torch.autograd.grad((mixed(states) * weights).sum(), states)
+    expected = torch.autograd.grad((masked(states) * weights).sum(), states)
+    assert torch.equal(*found, *expected)
+
+
+def test_a_decoder_layer_equals_its_parts_one_by_one(tiny):
+    """Keys and values of tokens split once as of each projection by itself; gradients, too."""
+    attention = tiny.model.layers[0].self_attn
+    routing = Routing.of(torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]))
+    found = []
+    for at_once in (True, False):
+        tiny.zero_grad()
+        states = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(5))
+        states.requires_grad_()
+        for projection in (attention.k_proj, attention.v_proj):
+            if at_once:
+                projected = routing.join(projection.each(routing.split(states)), 2)
+            else:
+                rows = [
+                    projection.multiway[m](token)
+                    for token, m in zip(states.flatten(0, 1), [0, 1, 1, 0, 0, 0, 1, 1], strict=True)
+                ]
+                projected = torch.stack(rows).view(2, 4, -1)
+            projected.square().sum().backward()
+        found.append([states.grad, *(p.grad for p in attention.k_proj.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_all_visual_and_none():
     multiway = Multiway(lambda: nn.Linear(4, 4))
     states = torch.randn(2, 3, 4)
