@@ -65,9 +65,9 @@ class Runner:
         if feature_bytes is None:
             feature_bytes = int(free * FEATURE_SHARE)
         self.model = model
-        self._reader = Reader(model, prefix_bytes * reuse, feature_bytes * reuse)
+        self.reader = Reader(model, prefix_bytes * reuse, feature_bytes * reuse)
         self._inbox = Inbox()
-        self._worker = Worker(self._reader, self._inbox, max_batch, int(free * ROWS_SHARE))
+        self._worker = Worker(self.reader, self._inbox, max_batch, int(free * ROWS_SHARE))
         # Also at the interpreter's end, which must not find the worker's thread inside of torch.
         weakref.finalize(self._worker, self._inbox.close)
 
@@ -129,7 +129,7 @@ class Runner:
         It must leave them as they are. Other requests wait meanwhile.
         """
         done: SimpleQueue = SimpleQueue()
-        job = Job(self._reader.begin(*prompt), use, done)
+        job = Job(self.reader.begin(*prompt), use, done)
         self._inbox.put([job], self._worker)
         if (error := done.get()) is not None:
             raise error
@@ -148,6 +148,6 @@ class Runner:
         listener: SimpleQueue,
         streams: bool = False,
     ) -> Request:
-        begun = self._reader.begin(*prompt)
+        begun = self.reader.begin(*prompt)
         sampler = decoding.sampler(self.model.device)
         return Request(begun, sampler, limit, frozenset(ends), listener, streams)

@@ -8,6 +8,7 @@ import torch
 
 from owl2.errors import InputError
 from owl2.inference.engine import Engine
+from owl2.inference.fast import FastDecoder
 from owl2.processing.image import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from tests.inference.conftest import ask, picture
@@ -219,14 +220,14 @@ def test_logits_that_are_not_finite(broken, conversations, options):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_become_infinite_later(engine, conversations, value):
-    steps = []
+def test_logits_that_become_infinite_later(engine, conversations, value, monkeypatch, steps):
+    step = FastDecoder.step
 
-    def spoil(module, inputs, output):
-        steps.append(1)
-        return output.index_fill(-1, torch.tensor(7), value) if len(steps) == 3 else output
+    def spoilt(self, tokens, positions):
+        logits = step(self, tokens, positions)
+        return logits.index_fill(-1, torch.tensor(7), value) if len(steps) == 2 else logits
 
-    engine.model.lm_head.register_forward_hook(spoil)
+    monkeypatch.setattr(FastDecoder, "step", spoilt)
     with pytest.raises(InputError, match="token 3 of the answer"):
         engine.chat(conversations[0], max_new_tokens=6, temperature=1.0)
 
