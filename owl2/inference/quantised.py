@@ -29,7 +29,7 @@ class QuantisedLinear(nn.Module):
     Attributes:
         bits: 8 or 4.
         weight: uint8, (N, K) of 8 bits, the number + 128; (N, K / 2) of 4 bits, the number + 8:
-            byte i of a group of 64 has the numbers i and i + 32.
+            byte i of a group of 64 has the numbers i and i + 32. K is rounded up to 64s.
         scale: float32, (N,) for 8 bits, (N, K / 64) for 4.
     """
 
@@ -37,8 +37,9 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         self.bits = bits
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.padding = -self.in_features % GROUP  # zeros behind a row, which the kernels need
         rounding = round_to_8_bits if bits == 8 else round_to_4_bits
-        weight, scale = rounding(linear.weight.detach())
+        weight, scale = rounding(F.pad(linear.weight.detach(), (0, self.padding)))
         self.weight: torch.Tensor
         self.scale: torch.Tensor
         self.register_buffer("weight", weight)
@@ -48,21 +49,23 @@ class QuantisedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N). Many tokens go through the weight written out in their dtype."""
         native = x.device.type == "cpu" and x.dtype in ops.DTYPES and available()
-        tokens = x.reshape(-1, self.in_features)
-        if native and len(tokens) <= ops.MOST_TOKENS:
-            y = ops.linear(tokens.contiguous(), self.weight, self.bias, self.scale, self.bits)
+        if native and x.numel() <= ops.MOST_TOKENS * self.in_features:
+            tokens = F.pad(x.reshape(-1, self.in_features), (0, self.padding)).contiguous()
+            y = ops.linear(tokens, self.weight, self.bias, self.scale, self.bits)
             return y.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.written_out(x.dtype, native), self.bias)
 
     def written_out(self, dtype: torch.dtype, native: bool = False) -> torch.Tensor:
         """The weight (N, K) that the numbers stand for."""
+        width = self.in_features
         if native:
-            return ops.expand(self.weight, self.scale, self.bits, self.in_features, dtype)
+            padded = width + self.padding
+            return ops.expand(self.weight, self.scale, self.bits, padded, dtype)[:, :width]
         if self.bits == 8:
-            return ((self.weight.float() - 128) * self.scale[:, None]).to(dtype)
+            return ((self.weight[:, :width].float() - 128) * self.scale[:, None]).to(dtype)
         pairs = self.weight.unflatten(1, (-1, GROUP // 2))  # (N, K / 64, 32)
         numbers = torch.cat([pairs & 15, pairs >> 4], dim=2).float() - 8
-        return (numbers * self.scale[..., None]).flatten(1).to(dtype)
+        return (numbers * self.scale[..., None]).flatten(1)[:, :width].to(dtype)
 
 
 def round_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +115,6 @@ def quantise(model: Any, name: str) -> None:
     for layer in model.model.layers:
         for module in list(layer.modules()):
             for child_name, child in list(module.named_children()):
-                if type(child) is nn.Linear and child.in_features % GROUP == 0:
+                if type(child) is nn.Linear:
                     setattr(module, child_name, QuantisedLinear(child, BITS[name]))
-    if model.lm_head.in_features % GROUP == 0:
-        model.lm_head = QuantisedLinear(model.lm_head, 8)
+    model.lm_head = QuantisedLinear(model.lm_head, 8)

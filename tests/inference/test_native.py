@@ -55,6 +55,17 @@ def test_linear_with_fewer_bits(dtype, bits, tokens, rows, width):
     assert_near(written, quantised.written_out(torch.float64), dtype)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_widths_between_groups(bits, tokens, monkeypatch):
+    quantised = QuantisedLinear(torch.nn.Linear(96, 10), bits)
+    x = random(2, tokens, 96)
+    native = quantised(x)
+    monkeypatch.setattr("owl2.inference.quantised.available", lambda: False)
+    assert native.shape == (2, tokens, 10)
+    torch.testing.assert_close(native, quantised(x), atol=1e-3, rtol=0)
+
+
 def test_a_token_of_zeros_and_one_with_an_outlier():
     linear = torch.nn.Linear(64, 8, bias=False)
     quantised = QuantisedLinear(linear, 8)
