@@ -13,29 +13,36 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention.h"
 #include "numbers.h"
 
 namespace {
 
 // ---------------------------------------------------------------- products
 
-// out[r * M + m] for R rows of w and M tokens, both (.., K). While they are computed, what is at
-// `next`, if anything, is fetched into the cache: the R rows to come.
+// Rows that are to come, fetched into the cache while others are computed.
+template <class T>
+struct Ahead {
+  const T* w = nullptr;
+  int64_t rows = 0;
+};
+
+// out[r * M + m] for R rows of w and M tokens, both (.., K).
 template <int R, int M, class T>
-inline void tile(const T* w, const T* x, int64_t K, const T* next, float* out) {
+inline void tile(const T* w, const T* x, int64_t K, Ahead<T> ahead, float* out) {
   constexpr int STEP = Product<T>::STEP;
   constexpr int LANES = R * M == 1 ? 4 : 1;  // a single sum would wait for itself
   Floats acc[R][M][LANES] = {};
   int64_t k = 0;
-  for (; k + LANES * STEP <= K; k += LANES * STEP)
-    for (int r = 0; r < R; r++) {
-      if (next) __builtin_prefetch(next + r * K + k, 0, 2);
+  for (; k + LANES * STEP <= K; k += LANES * STEP) {
+    for (int64_t r = 0; r < ahead.rows; r++) __builtin_prefetch(ahead.w + r * K + k, 0, 2);
+    for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++)
         for (int l = 0; l < LANES; l++) {
           const int64_t at = k + l * STEP;
           acc[r][m][l] = Product<T>::add(acc[r][m][l], w + r * K + at, x + m * K + at);
         }
-    }
+  }
   for (; k < K; k += STEP)
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++)
@@ -148,24 +155,39 @@ struct Four {
 
 constexpr int ROWS = 4, TOKENS = 4;  // at a time: their sums fit into the registers
 
+// Some rows of a matrix with what belongs to them, from the first of them on.
+template <class T>
+struct Rows {
+  const T* w;
+  const float* factors;
+  const T* bias;
+  T* y;
+  int64_t N, K;
+};
+
 template <int R, int M, class T>
-inline void put(const T* w, const T* x, int64_t K, const T* next, const float* factors,
-                const T* bias, T* y, int64_t N) {
+inline void put(const Rows<T>& rows, const T* x, int64_t m, Ahead<T> ahead) {
   float out[R * M];
-  tile<R, M>(w, x, K, next, out);
+  tile<R, M>(rows.w, x + m * rows.K, rows.K, ahead, out);
   for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++)
-      store(y + m * N + r, out[r * M + m] * factors[r] + (bias ? to_float(bias[r]) : 0));
+    for (int j = 0; j < M; j++)
+      store(rows.y + (m + j) * rows.N + r,
+            out[r * M + j] * rows.factors[r] + (rows.bias ? to_float(rows.bias[r]) : 0));
 }
 
+// All tokens. Each tile fetches its part of the rows to come, so that memory is never idle.
 template <int R, class T>
-inline void put_all(const T* w, const T* x, int64_t K, const T* next, const float* factors,
-                    const T* bias, T* y, int64_t M, int64_t N) {
+inline void put_all(const Rows<T>& rows, const T* x, int64_t M, const T* next) {
+  const int64_t tiles = (M + TOKENS - 1) / TOKENS;
+  const auto ahead = [&](int64_t i) {
+    const int64_t from = R * i / tiles, to = R * (i + 1) / tiles;
+    return next ? Ahead<T>{next + from * rows.K, to - from} : Ahead<T>{};
+  };
   int64_t m = 0;
-  for (; m + TOKENS <= M; m += TOKENS)
-    put<R, TOKENS>(w, x + m * K, K, m ? nullptr : next, factors, bias, y + m * N, N);
-  for (; m < M; m++)
-    put<R, 1>(w, x + m * K, K, m ? nullptr : next, factors, bias, y + m * N, N);
+  for (; m + TOKENS <= M; m += TOKENS) put<R, TOKENS>(rows, x, m, ahead(m / TOKENS));
+  if (M - m == 3) put<R, 3>(rows, x, m, ahead(tiles - 1));
+  if (M - m == 2) put<R, 2>(rows, x, m, ahead(tiles - 1));
+  if (M - m == 1) put<R, 1>(rows, x, m, ahead(tiles - 1));
 }
 
 template <class Weights, class T>
@@ -188,12 +210,11 @@ void multiply(const Weights& weights, const T* x, const T* bias, T* y, int64_t M
       float factors[ROWS];
       for (int64_t r = 0; r < some; r++) factors[r] = weights.factor(n + r);
       const T* b = bias ? bias + n : nullptr;
-      if (some == ROWS) {
-        put_all<ROWS>(w, x, K, next, factors, b, y + n, M, N);
-      } else {
+      if (some == ROWS)
+        put_all<ROWS>(Rows<T>{w, factors, b, y + n, N, K}, x, M, next);
+      else
         for (int64_t r = 0; r < some; r++)
-          put_all<1>(w + r * K, x, K, next, factors + r, b ? b + r : b, y + n + r, M, N);
-      }
+          put_all<1, T>({w + r * K, factors + r, b ? b + r : b, y + n + r, N, K}, x, M, nullptr);
     }
   }
 }
@@ -209,7 +230,7 @@ void multiply_one(const Weights& weights, const T* x, const T* bias, T* y, int64
   if constexpr (Weights::IN_PLACE) {
     each_row([&](int64_t n) {
       float out;
-      tile<1, 1, T>(weights.row(n), x, K, nullptr, &out);
+      tile<1, 1, T>(weights.row(n), x, K, {}, &out);
       return out;
     });
   } else {
@@ -241,78 +262,6 @@ void swiglu(const T* gate, const T* up, T* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     const float g = to_float(gate[i]);
     store(y + i, g / (1 + std::exp(-g)) * to_float(up[i]));
-  }
-}
-
-// Where a sequence's keys and values lie: (rows, h, C, d).
-template <class T>
-struct Cache {
-  T *keys, *values;
-  int64_t h, C, d;
-  int64_t at(int64_t row, int64_t head, int64_t position) const {
-    return ((row * h + head) * C + position) * d;
-  }
-};
-
-template <class T>
-void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
-  const int64_t half = d / 2;
-  std::vector<float> turned(d);  // y may be x
-  for (int64_t i = 0; i < d; i++) {
-    const float other = i < half ? -to_float(x[i + half]) : to_float(x[i - half]);
-    turned[i] = to_float(x[i]) * to_float(cos[i]) + other * to_float(sin[i]);
-  }
-  for (int64_t i = 0; i < d; i++) store(y + i, turned[i]);
-}
-
-template <class T>
-void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t n, int64_t d,
-                float scaling, std::vector<float>& scores) {
-  constexpr int STEP = Product<T>::STEP;
-  scores.resize(n);
-  float top = -INFINITY;
-  for (int64_t i = 0; i < n; i++) {
-    Floats acc = {};
-    for (int64_t j = 0; j < d; j += STEP) acc = Product<T>::add(acc, keys + i * d + j, query + j);
-    scores[i] = sum(acc) * scaling;
-    top = std::max(top, scores[i]);
-  }
-  float total = 0;
-  for (int64_t i = 0; i < n; i++) total += scores[i] = std::exp(scores[i] - top);
-  constexpr int AT_ONCE = 4;
-  for (int64_t j = 0; j < d; j += AT_ONCE * WIDE) {
-    const int parts = int(std::min<int64_t>(AT_ONCE, (d - j) / WIDE));
-    Floats acc[AT_ONCE] = {};
-    for (int64_t i = 0; i < n; i++)
-      for (int p = 0; p < parts; p++) acc[p] += scores[i] * load(values + i * d + j + p * WIDE);
-    for (int p = 0; p < parts; p++)
-      for (int l = 0; l < WIDE; l++) store(out + j + p * WIDE + l, acc[p][l] / total);
-  }
-}
-
-// qkv of B sequences: queries and keys are turned to their positions, keys and values kept, and
-// each query attends to all that its sequence has up to there.
-template <class T>
-void attend(T* query, const T* key, const T* value, const T* cos, const T* sin,
-            const int64_t* positions, Cache<T> cache, T* out, int64_t B, int64_t heads,
-            float scaling, int threads) {
-  const int64_t d = cache.d, group = heads / cache.h;
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> scores;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < B * cache.h; i++) {
-      const int64_t b = i / cache.h, g = i % cache.h, position = positions[b];
-      const T *c = cos + b * d, *s = sin + b * d;
-      rotate(key + i * d, c, s, cache.keys + cache.at(b, g, position), d);
-      std::memcpy(cache.values + cache.at(b, g, position), value + i * d, d * sizeof(T));
-      for (int64_t e = 0; e < group; e++) {
-        const int64_t at = (b * heads + g * group + e) * d;
-        rotate(query + at, c, s, query + at, d);
-        attend_one(query + at, cache.keys + cache.at(b, g, 0), cache.values + cache.at(b, g, 0),
-                   out + at, position + 1, d, scaling, scores);
-      }
-    }
   }
 }
 
