@@ -296,8 +296,9 @@ class Owl2ForConditionalGeneration(PictureGeneration, Owl2PreTrainedModel, Gener
         if return_logits:
             last = isinstance(logits_to_keep, int)
             keep = slice(-logits_to_keep, None) if last else logits_to_keep
-            # A slice that is not contiguous would make `linear` copy the whole weight.
-            logits = self.lm_head(hidden_states[:, keep].contiguous())
+            kept = hidden_states[:, keep]
+            # As a matrix: `linear` may copy the whole weight for a slice with three dimensions.
+            logits = self.lm_head(kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
             if labels is not None:
                 loss = next_token_loss(logits, labels, num_items_in_batch)
         elif labelled is not None:
