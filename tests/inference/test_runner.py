@@ -372,3 +372,11 @@ def test_models_that_are_not_whole_are_left_to_generate(shared_engine, conversat
     assert plain.is_whole(shared_engine.model) is False
     monkeypatch.undo()
     assert plain.is_whole(shared_engine.model)
+
+
+def test_a_prompt_that_ends_with_its_picture_is_computed_from_where_that_begins(model, prompts):
+    prompt = Prompt((1, 5, *IMAGE), prompts[1].pixel_values)
+    runner = Runner(model)
+    runner.reader.prefixes.shortest = 1
+    expected = plain.generate(model, [prompt], GREEDY, [TOKENS], {7})
+    assert [run(runner, [prompt]) for _ in range(2)] == [expected] * 2
