@@ -137,14 +137,49 @@ class FastDecoder:
             self._recorded_at = self.cache.keys[0].data_ptr()
         return self.graphs(tokens, positions, length, self.cache.capacity)
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether the model was put on another device or into another dtype."""
+        keys = self.cache.keys[0]
+        return (keys.dtype, keys.device) != (self.model.dtype, self.model.device)
+
+    @property
+    def several(self) -> int:
+        """How many tokens of text `extend` takes at most; 1: it is not there."""
+        return self.by.several(self.model.config.head_dim, self.model.dtype)
+
+    @torch.no_grad()
+    def extend(self, row: int, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        """Several tokens more of one sequence, as a step: a short text behind a long prompt.
+
+        Args:
+            tokens: (S,) ids of text, at most `several`.
+            start: position of the first; all before it are filled.
+
+        Returns:
+            (1, V) logits after the last.
+        """
+        self.cache.reserve(row + 1, start + len(tokens))
+        rows = torch.full_like(tokens, row)
+        positions = torch.arange(start, start + len(tokens))
+        hidden = self._hidden(tokens, rows, positions, start + len(tokens))
+        return self.by.linear(self.model.lm_head, hidden[-1:])
+
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
+        rows = torch.arange(len(tokens), device=tokens.device)
+        hidden = self._hidden(tokens, rows, positions, length)
+        return self.by.linear(self.model.lm_head, hidden)
+
+    def _hidden(
+        self, tokens: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, length: int
+    ) -> torch.Tensor:
         decoder, cache = self.model.model, self.cache
         hidden = decoder.embed_tokens(tokens)  # (B, D)
         cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, B, d)
         turn = cos[0], sin[0]
         for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
-            hidden = self.by.layer(layer, hidden, keys, values, positions, length, turn)
-        return self.by.linear(self.model.lm_head, self.by.norm(decoder.norm, hidden))
+            hidden = self.by.layer(layer, hidden, keys, values, rows, positions, length, turn)
+        return self.by.norm(decoder.norm, hidden)
 
 
 def choose_step(model: Owl2ForConditionalGeneration) -> TorchStep:

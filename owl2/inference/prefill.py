@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from owl2.errors import InputError
+from owl2.inference.fast import FastDecoder
 from owl2.inference.reuse import Features, Key, Prefix, Prefixes, digest, weights_mark
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.model.pictures import Contents, check_pictures
@@ -119,6 +120,7 @@ class Reader:
         self.features = Features(feature_bytes)
         self.epoch = 0
         self._weights: Any = None
+        self._short: FastDecoder | None = None
 
     def begin(self, ids: Sequence[int], pixel_values: torch.Tensor | None) -> Begun:
         """A prompt with its N pictures, (N, 3, H, W) or None; nothing is computed yet.
@@ -160,6 +162,8 @@ class Reader:
 
     def read(self, prompts: Sequence[Begun]) -> Read:
         """Compute prompts together, from where what `look_up` found ends, and keep them."""
+        if len(prompts) == 1 and self._is_short(prompts[0]):
+            return self._extend(prompts[0])
         model, device = self.model, self.model.device
         starts = [prompt.shared for prompt in prompts]
         lengths = [prompt.rest for prompt in prompts]
@@ -185,7 +189,34 @@ class Reader:
         ).last_hidden_state  # (B, S, D)
         last = torch.tensor(lengths, device=device) - 1
         logits = model.lm_head(hidden[torch.arange(len(prompts), device=device), last])
-        read = Read(logits, cache, starts, lengths)
+        return self._kept(prompts, Read(logits, cache, starts, lengths))
+
+    def _is_short(self, prompt: Begun) -> bool:
+        """Whether what is left of it are a few words, which a step takes together."""
+        return prompt.rest <= self._decoder().several and not prompt.new_pictures
+
+    def _decoder(self) -> FastDecoder:
+        """Its cache has one row, for prompts."""
+        if self._short is None or self._short.is_stale:
+            self._short = FastDecoder(self.model)
+        return self._short
+
+    def _extend(self, prompt: Begun) -> Read:
+        decoder, start, end = self._decoder(), prompt.shared, len(prompt.ids)
+        decoder.cache.reserve(1, end)
+        if prompt.prefix is not None:
+            keys = [tensor[:, :start] for tensor in prompt.prefix.keys]
+            decoder.cache.put(0, keys, [tensor[:, :start] for tensor in prompt.prefix.values])
+        logits = decoder.extend(0, torch.tensor(prompt.ids[start:]), start)
+        cache = DynamicCache(config=self.model.config)
+        for layer, (own_keys, own_values) in enumerate(
+            zip(*decoder.cache.take(0, end), strict=True)
+        ):
+            cache.update(own_keys[None], own_values[None], layer)
+        return self._kept([prompt], Read(logits, cache, [start], [prompt.rest]))
+
+    def _kept(self, prompts: Sequence[Begun], read: Read) -> Read:
+        """`read`, after its keys and values were kept."""
         for number, prompt in enumerate(prompts):
             if self.prefixes.wants(prompt.key):
                 self.prefixes.add(prompt.key, *read.row(number))

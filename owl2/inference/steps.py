@@ -29,12 +29,17 @@ def text(module: nn.Module) -> Any:
 class TorchStep:
     """A layer's step by torch's operations."""
 
+    def several(self, head_width: int, dtype: torch.dtype) -> int:
+        """How many tokens of one sequence a step takes."""
+        return 1
+
     def layer(
         self,
         layer: Any,
         hidden: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        rows: torch.Tensor,
         positions: torch.Tensor,
         length: int,
         turn: tuple[torch.Tensor, torch.Tensor],
@@ -42,8 +47,9 @@ class TorchStep:
         """(B, D) to (B, D); writes into the cache.
 
         Args:
-            keys, values: the cache, (rows, h, C, d); row b is sequence b's.
-            positions: (B,) where the tokens stand; all before them are filled.
+            keys, values: the cache, (R, h, C, d), a row a sequence.
+            rows: (B,) the tokens' sequences: 0 … B-1, but for kernels any (`several`).
+            positions: (B,) where the tokens stand; all before them are filled, or of the step.
             length: the largest of them + 1.
             turn: cosines and sines of the positions, (B, d) each.
         """
@@ -54,7 +60,7 @@ class TorchStep:
         key = self.linear(text(attention.k_proj), normed).view(heads)  # (B, h, d)
         value = self.linear(text(attention.v_proj), normed).view(heads)
         attended = self.attend(
-            query, key, value, keys, values, positions, length, turn, attention.scaling
+            query, key, value, keys, values, rows, positions, length, turn, attention.scaling
         )
         hidden = hidden + self.linear(attention.o_proj, attended.flatten(1))
         normed = self.norm(text(layer.post_attention_layernorm), hidden)
@@ -84,6 +90,7 @@ class TorchStep:
         value: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        rows: torch.Tensor,
         positions: torch.Tensor,
         length: int,
         turn: tuple[torch.Tensor, torch.Tensor],
@@ -92,7 +99,6 @@ class TorchStep:
         """Each sequence's query (B, heads, d) over its row of the cache, its own token included."""
         batch = len(query)
         query, key = apply_rotary_pos_emb(query, key, *turn)
-        rows = torch.arange(batch, device=query.device)
         keys[rows, :, positions] = key
         values[rows, :, positions] = value
         seen = torch.arange(length, device=query.device) <= positions[:, None]  # (B, length)
@@ -113,6 +119,9 @@ class NativeStep(TorchStep):
     def supports(dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernels take such a model at all."""
         return device.type == "cpu" and dtype in ops.DTYPES
+
+    def several(self, head_width: int, dtype: torch.dtype) -> int:
+        return 1 if head_width % ops.STEPS[dtype] else ops.MOST_TOKENS
 
     def norm(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(hidden, module.weight, module.variance_epsilon)
@@ -135,11 +144,14 @@ class NativeStep(TorchStep):
         value: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        rows: torch.Tensor,
         positions: torch.Tensor,
         length: int,
         turn: tuple[torch.Tensor, torch.Tensor],
         scaling: float,
     ) -> torch.Tensor:
         if query.shape[2] % ops.STEPS[query.dtype]:  # narrower than a vector
-            return super().attend(query, key, value, keys, values, positions, length, turn, scaling)
-        return ops.attend(query, key, value, turn, positions, keys, values, scaling)
+            return super().attend(
+                query, key, value, keys, values, rows, positions, length, turn, scaling
+            )
+        return ops.attend(query, key, value, turn, rows, positions, keys, values, scaling)

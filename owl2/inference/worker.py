@@ -201,10 +201,9 @@ class Worker:
     def _usable_rows(self) -> Rows:
         """The rows; anew if the model was put on another device or into another dtype."""
         model = self.reader.model
-        if self._rows is not None and not self._rows.active:
-            keys = self._rows.decoder.cache.keys[0]
-            if (keys.dtype, keys.device) != (model.dtype, model.device):
-                self._rows = None
+        rows = self._rows
+        if rows is not None and not rows.active and rows.decoder.is_stale:
+            self._rows = None
         if self._rows is None:
             self._rows = Rows(FastDecoder(model), self.reader)
         return self._rows

@@ -185,3 +185,20 @@ def test_graphs_are_recorded_for_few_sizes():
         512,
         700,
     ]
+
+
+@pytest.mark.parametrize("name", ["model_mha", "model_gqa", "no_mam"])
+def test_a_short_text_is_a_step(golden_models, name):
+    model = golden_models(name)
+    decoder, ids, logits = filled(model)
+    assert decoder.several > 1
+    for row, start in enumerate(LENGTHS):
+        ours = decoder.extend(row, ids[row, start:], start)
+        torch.testing.assert_close(ours[0], logits[row, -1], atol=1e-4, rtol=0)
+    # What it has kept is what steps would have: the next token follows.
+    position = ids.shape[1]
+    token = torch.tensor([5, 6, 7])
+    with torch.no_grad():
+        longer = model(input_ids=torch.cat([ids, token[:, None]], 1)).logits[:, -1]
+    step = decoder.step(token, torch.full((3,), position))
+    torch.testing.assert_close(step, longer, atol=1e-4, rtol=0)

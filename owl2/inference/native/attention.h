@@ -33,7 +33,7 @@ template <class T>
 void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t n, int64_t d,
                 float scaling, std::vector<float>& scores) {
   constexpr int STEP = Product<T>::STEP;
-  scores.resize(n);
+  scores.resize((n + WIDE - 1) / WIDE * WIDE, -INFINITY);
   float top = -INFINITY;
   for (int64_t i = 0; i < n; i++) {
     Floats acc = {};
@@ -41,8 +41,14 @@ void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t 
     scores[i] = sum(acc) * scaling;
     top = std::max(top, scores[i]);
   }
-  float total = 0;
-  for (int64_t i = 0; i < n; i++) total += scores[i] = std::exp(scores[i] - top);
+  for (int64_t i = n; i < int64_t(scores.size()); i++) scores[i] = -INFINITY;
+  Floats totals = {};
+  for (size_t i = 0; i < scores.size(); i += WIDE) {
+    const Floats weights = exponential(load(&scores[i]) - top);
+    totals += weights;
+    store(&scores[i], weights);
+  }
+  const float total = sum(totals);
   constexpr int AT_ONCE = 4;
   for (int64_t j = 0; j < d; j += AT_ONCE * WIDE) {
     const int parts = int(std::min<int64_t>(AT_ONCE, (d - j) / WIDE));
@@ -54,27 +60,31 @@ void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t 
   }
 }
 
-// qkv of B sequences: queries and keys are turned to their positions, keys and values kept, and
-// each query attends to all that its sequence has up to there.
+// Queries and keys of B tokens are turned to their positions, keys and values kept, and then each
+// query attends to all that its sequence, a row of the cache, has up to there. Several tokens may
+// be of one sequence.
 template <class T>
 void attend(T* query, const T* key, const T* value, const T* cos, const T* sin,
-            const int64_t* positions, Cache<T> cache, T* out, int64_t B, int64_t heads,
-            float scaling, int threads) {
+            const int64_t* rows, const int64_t* positions, Cache<T> cache, T* out, int64_t B,
+            int64_t heads, float scaling, int threads) {
   const int64_t d = cache.d, group = heads / cache.h;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> scores;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B * cache.h; i++) {
-      const int64_t b = i / cache.h, g = i % cache.h, position = positions[b];
-      const T *c = cos + b * d, *s = sin + b * d;
-      rotate(key + i * d, c, s, cache.keys + cache.at(b, g, position), d);
-      std::memcpy(cache.values + cache.at(b, g, position), value + i * d, d * sizeof(T));
+      const int64_t b = i / cache.h, at = cache.at(rows[b], i % cache.h, positions[b]);
+      rotate(key + i * d, cos + b * d, sin + b * d, cache.keys + at, d);
+      std::memcpy(cache.values + at, value + i * d, d * sizeof(T));
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < B * cache.h; i++) {
+      const int64_t b = i / cache.h, g = i % cache.h, first = cache.at(rows[b], g, 0);
       for (int64_t e = 0; e < group; e++) {
         const int64_t at = (b * heads + g * group + e) * d;
-        rotate(query + at, c, s, query + at, d);
-        attend_one(query + at, cache.keys + cache.at(b, g, 0), cache.values + cache.at(b, g, 0),
-                   out + at, position + 1, d, scaling, scores);
+        rotate(query + at, cos + b * d, sin + b * d, query + at, d);
+        attend_one(query + at, cache.keys + first, cache.values + first, out + at,
+                   positions[b] + 1, d, scaling, scores);
       }
     }
   }

@@ -259,7 +259,12 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t M, int64_t D, float eps
 
 template <class T>
 void swiglu(const T* gate, const T* up, T* y, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
+  int64_t i = 0;
+  for (; i + WIDE <= n; i += WIDE) {
+    const Floats g = load(gate + i);
+    store(y + i, g / (1 + exponential(-g)) * load(up + i));
+  }
+  for (; i < n; i++) {
     const float g = to_float(gate[i]);
     store(y + i, g / (1 + std::exp(-g)) * to_float(up[i]));
   }
@@ -327,10 +332,11 @@ void expand(int bits, const uint8_t* w, const float* scale, T* out, int64_t N, i
     swiglu(gate, up, y, n);                                                                       \
   }                                                                                               \
   extern "C" void attend_##NAME(T* query, const T* key, const T* value, const T* cos,             \
-                                const T* sin, const int64_t* positions, T* keys, T* values,       \
+                                const T* sin, const int64_t* rows, const int64_t* positions,      \
+                                T* keys, T* values,                                               \
                                 T* out, int64_t B, int64_t heads, int64_t h, int64_t C,           \
                                 int64_t d, float scaling, int threads) {                          \
-    attend(query, key, value, cos, sin, positions, Cache<T>{keys, values, h, C, d}, out, B,       \
+    attend(query, key, value, cos, sin, rows, positions, Cache<T>{keys, values, h, C, d}, out, B,       \
            heads, scaling, threads);                                                              \
   }
 EXPORT(float, float32)

@@ -73,6 +73,25 @@ inline int32_t sum(Ints v) {
   return total;
 }
 
+// e^x to float's precision but for its last bits: 2^n times a power series of what is left, |r| <
+// 0.35. Below -87 it is 0, and what is above 88 is 88.
+inline Floats exponential(Floats x) {
+  const Ints small = x < -87.f, large = x > 88.f;
+  x = large ? Floats{} + 88.f : small ? Floats{} - 87.f : x;
+  const Floats shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to a whole number
+  const Floats whole = shifted - 12582912.f;
+  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
+  Floats series = r * (1 / 720.f) + 1 / 120.f;
+  series = series * r + 1 / 24.f;
+  series = series * r + 1 / 6.f;
+  series = series * r + 0.5f;
+  series = series * r + 1.f;
+  series = series * r + 1.f;
+  const Ints power = (((Ints)shifted - 0x4b400000) + 127) << 23;  // the bits of 2^n
+  const Floats result = series * (Floats)power;
+  return small ? Floats{} : result;
+}
+
 // Products of T, STEP at a time, summed into 16 lanes.
 template <class T>
 struct Product {

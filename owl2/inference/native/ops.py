@@ -23,7 +23,7 @@ ARGUMENTS = {
     "expand": [ctypes.c_int, *[POINTER] * 3, *[COUNT] * 2, THREADS],
     "rms_norm": [*[POINTER] * 3, *[COUNT] * 2, NUMBER],
     "swiglu": [*[POINTER] * 3, COUNT],
-    "attend": [*[POINTER] * 9, *[COUNT] * 5, NUMBER, THREADS],
+    "attend": [*[POINTER] * 10, *[COUNT] * 5, NUMBER, THREADS],
 }
 
 
@@ -115,25 +115,26 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     turn: tuple[torch.Tensor, torch.Tensor],
+    rows: torch.Tensor,
     positions: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """One token of each sequence: turned to its position, kept, and attending to what is there.
+    """B tokens, turned to their positions, kept, and each attending to its sequence up to there.
 
     Args:
         query: (B, heads, d), written over.
         key, value: (B, h, d).
         turn: cosines and sines of the positions, (B, d) each.
-        positions: (B,), int64.
-        keys, values: the cache, (rows, h, C, d); row b is sequence b's.
+        rows, positions: (B,), int64: of the cache; several may be of one row.
+        keys, values: the cache, (R, h, C, d), a row a sequence.
 
     Returns:
         (B, heads, d)
     """
     out = torch.empty_like(query)
-    tensors = (query, key, value, *turn, positions, keys, values, out)
+    tensors = (query, key, value, *turn, rows, positions, keys, values, out)
     function("attend", query.dtype)(
         *(tensor.data_ptr() for tensor in tensors),
         *query.shape[:2],
