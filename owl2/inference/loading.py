@@ -7,6 +7,7 @@ import torch
 
 from owl2.errors import InputError
 from owl2.inference.quantised import quantise, require_bits
+from owl2.model.allocation import keep_memory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.model.quantization import quantization
 
@@ -87,6 +88,8 @@ def load_model(
         InputError: no such checkpoint, device, dtype or attention implementation.
     """
     chosen = choose_device(device)
+    if chosen.type == "cpu":
+        keep_memory()
     if quantize is not None:
         require_bits(quantize)
     options: dict[str, Any] = {"dtype": choose_dtype(chosen, dtype)}

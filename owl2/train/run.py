@@ -23,6 +23,7 @@ from owl2.data.mixture import Mixture, Source
 from owl2.data.sources import Samples, open_source
 from owl2.errors import InputError
 from owl2.files import require_writable, whole_directory
+from owl2.model.allocation import keep_memory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import loading_options, prepare
@@ -79,6 +80,8 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
             something else or a damaged state, a loss or weights that are not finite, samples
             without anything to learn.
     """
+    if not torch.cuda.is_available():
+        keep_memory()
     with Team.gathered() as team, _quiet_transformers():
         console = (console or Console()) if team.first else Console(quiet=True)
         with team.together():
