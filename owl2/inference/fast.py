@@ -146,7 +146,7 @@ class FastDecoder:
     @property
     def several(self) -> int:
         """How many tokens of text `extend` takes at most; 1: it is not there."""
-        return self.by.several(self.model.config.head_dim, self.model.dtype)
+        return self.by.several(self.model.model.layers)
 
     @torch.no_grad()
     def extend(self, row: int, tokens: torch.Tensor, start: int) -> torch.Tensor:

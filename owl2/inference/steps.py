@@ -7,6 +7,7 @@ Linear that is none of torch's own (LoRA, fewer bits) is called.
 Shapes: B sequences, D width, h key-value heads, d head width, C the cache's capacity.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from owl2.inference.native import ops
+from owl2.inference.quantised import QuantisedLinear
 from owl2.model.modality import TEXT, Multiway
 
+MOST_AT_ONCE = 128  # sequences; beyond, products by torch gain more than one call saves
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
@@ -29,8 +32,8 @@ def text(module: nn.Module) -> Any:
 class TorchStep:
     """A layer's step by torch's operations."""
 
-    def several(self, head_width: int, dtype: torch.dtype) -> int:
-        """How many tokens of one sequence a step takes."""
+    def several(self, layers: Iterable[Any]) -> int:
+        """How many tokens of one sequence a step through these layers takes."""
         return 1
 
     def layer(
@@ -77,11 +80,7 @@ class TorchStep:
     def mlp(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
         """The gated MLP of (B, D)."""
         gate, up = self.linear(module.gate_proj, hidden), self.linear(module.up_proj, hidden)
-        return self.linear(module.down_proj, self.gated(module.act_fn, gate, up))
-
-    def gated(self, activation: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """activation(gate) * up."""
-        return activation(gate) * up
+        return self.linear(module.down_proj, module.act_fn(gate) * up)
 
     def attend(
         self,
@@ -113,15 +112,48 @@ class TorchStep:
 
 
 class NativeStep(TorchStep):
-    """The same by CPU kernels, for models in float32 or bfloat16 (`supports`)."""
+    """The same by CPU kernels, for models in float32 or bfloat16 (`supports`).
+
+    A layer of plain Linears is one call; others go part by part.
+    """
 
     @staticmethod
     def supports(dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernels take such a model at all."""
         return device.type == "cpu" and dtype in ops.DTYPES
 
-    def several(self, head_width: int, dtype: torch.dtype) -> int:
-        return 1 if head_width % ops.STEPS[dtype] else ops.MOST_TOKENS
+    def several(self, layers: Iterable[Any]) -> int:
+        return ops.MOST_TOKENS if all(_is_whole(layer) for layer in layers) else 1
+
+    def layer(
+        self,
+        layer: Any,
+        hidden: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        length: int,
+        turn: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        if len(hidden) > MOST_AT_ONCE or not _is_whole(layer):
+            return super().layer(layer, hidden, keys, values, rows, positions, length, turn)
+        attention = layer.self_attn
+        norms = [text(layer.input_layernorm), text(layer.post_attention_layernorm)]
+        hidden = hidden.contiguous().clone()
+        ops.step(
+            hidden,
+            [_matrix(linear) for linear in _linears(layer)],
+            [(norm.weight, norm.variance_epsilon) for norm in norms],
+            turn,
+            rows,
+            positions,
+            keys,
+            values,
+            attention.q_proj.out_features // attention.head_dim,
+            attention.scaling,
+        )
+        return hidden
 
     def norm(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(hidden, module.weight, module.variance_epsilon)
@@ -129,29 +161,36 @@ class NativeStep(TorchStep):
     def linear(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
         few = len(hidden) <= ops.MOST_TOKENS
         if few and type(module) is nn.Linear and ops.fits(module.weight):
-            return ops.linear(hidden, module.weight, module.bias)
+            return ops.linear(hidden.contiguous(), module.weight, module.bias)
         return module(hidden)
 
-    def gated(self, activation: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        if isinstance(activation, SILU):
-            return ops.swiglu(gate, up)
-        return activation(gate) * up
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        length: int,
-        turn: tuple[torch.Tensor, torch.Tensor],
-        scaling: float,
-    ) -> torch.Tensor:
-        if query.shape[2] % ops.STEPS[query.dtype]:  # narrower than a vector
-            return super().attend(
-                query, key, value, keys, values, rows, positions, length, turn, scaling
-            )
-        return ops.attend(query, key, value, turn, rows, positions, keys, values, scaling)
+def _linears(layer: Any) -> list[Any]:
+    """In the order of `ops.MATRICES`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return [*map(text, projections), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _is_whole(layer: Any) -> bool:
+    """Whether a layer is what `ops.step` takes."""
+    linears = _linears(layer)
+    dtype = text(layer.input_layernorm).weight.dtype
+    return (
+        isinstance(layer.mlp.act_fn, SILU)
+        and layer.self_attn.head_dim % ops.STEPS[dtype] == 0
+        and all(
+            ops.fits(linear.weight) if type(linear) is nn.Linear else _is_quantised(linear)
+            for linear in linears
+        )
+    )
+
+
+def _is_quantised(linear: Any) -> bool:
+    return type(linear) is QuantisedLinear and not linear.padding
+
+
+def _matrix(linear: Any) -> ops.Matrix:
+    if type(linear) is QuantisedLinear:
+        return ops.matrix(linear.weight, linear.bias, linear.scale, linear.bits)
+    return ops.matrix(linear.weight, linear.bias)

@@ -312,6 +312,68 @@ void expand(int bits, const uint8_t* w, const float* scale, T* out, int64_t N, i
 }
 }  // namespace
 
+// ---------------------------------------------------------------- a whole layer
+
+// A Linear as Python hands it over: `bits` of whole numbers, else 0.
+struct Matrix {
+  const void* w;
+  const float* scale;
+  const void* bias;
+  int64_t bits, N;
+};
+
+// A decoder layer and where its tokens are. Same order as `ops.Layer`.
+struct Layer {
+  Matrix query, key, value, output, gate, up, down;
+  const void *norm, *second_norm;
+  const void *cos, *sin;             // (B, d)
+  const int64_t *rows, *positions;   // (B)
+  void *keys, *values;               // (rows, h, C, d)
+  int64_t B, D, heads, h, C, d;
+  float epsilon, second_epsilon, scaling;
+  int32_t threads;
+};
+
+namespace {
+
+template <class T>
+std::vector<T> product(const Matrix& m, const std::vector<T>& x, int64_t B, int threads) {
+  std::vector<T> y(B * m.N);
+  linear(int(m.bits), x.data(), m.w, m.scale, static_cast<const T*>(m.bias), y.data(), B, m.N,
+         int64_t(x.size()) / B, threads);
+  return y;
+}
+
+template <class T>
+void add(T* x, const std::vector<T>& y) {
+  for (size_t i = 0; i < y.size(); i++) store(x + i, to_float(x[i]) + to_float(y[i]));
+}
+
+// One layer for B tokens, hidden (B, D) in place.
+template <class T>
+void step(const Layer& l, T* hidden) {
+  const auto all = [&](const Matrix& m, const std::vector<T>& x) {
+    return product(m, x, l.B, l.threads);
+  };
+  std::vector<T> normed(l.B * l.D);
+  rms_norm(hidden, static_cast<const T*>(l.norm), normed.data(), l.B, l.D, l.epsilon);
+  std::vector<T> query = all(l.query, normed);
+  const std::vector<T> key = all(l.key, normed), value = all(l.value, normed);
+  std::vector<T> attended(query.size());
+  attend(query.data(), key.data(), value.data(), static_cast<const T*>(l.cos),
+         static_cast<const T*>(l.sin), l.rows, l.positions,
+         Cache<T>{static_cast<T*>(l.keys), static_cast<T*>(l.values), l.h, l.C, l.d},
+         attended.data(), l.B, l.heads, l.scaling, l.threads);
+  add(hidden, all(l.output, attended));
+  rms_norm(hidden, static_cast<const T*>(l.second_norm), normed.data(), l.B, l.D,
+           l.second_epsilon);
+  std::vector<T> gate = all(l.gate, normed);
+  const std::vector<T> up = all(l.up, normed);
+  swiglu(gate.data(), up.data(), gate.data(), int64_t(gate.size()));
+  add(hidden, all(l.down, gate));
+}
+}  // namespace
+
 // What Python calls: each function once for float and once for bfloat16. `bits`: of whole-number
 // weights, else 0. K and d are multiples of what the products take at a time; Python sees to it.
 #define EXPORT(T, NAME)                                                                           \
@@ -328,16 +390,6 @@ void expand(int bits, const uint8_t* w, const float* scale, T* out, int64_t N, i
                                   float epsilon) {                                                \
     rms_norm(x, weight, y, M, D, epsilon);                                                        \
   }                                                                                               \
-  extern "C" void swiglu_##NAME(const T* gate, const T* up, T* y, int64_t n) {                    \
-    swiglu(gate, up, y, n);                                                                       \
-  }                                                                                               \
-  extern "C" void attend_##NAME(T* query, const T* key, const T* value, const T* cos,             \
-                                const T* sin, const int64_t* rows, const int64_t* positions,      \
-                                T* keys, T* values,                                               \
-                                T* out, int64_t B, int64_t heads, int64_t h, int64_t C,           \
-                                int64_t d, float scaling, int threads) {                          \
-    attend(query, key, value, cos, sin, rows, positions, Cache<T>{keys, values, h, C, d}, out, B,       \
-           heads, scaling, threads);                                                              \
-  }
+  extern "C" void step_##NAME(const Layer* layer, T* hidden) { step(*layer, hidden); }
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)

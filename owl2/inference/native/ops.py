@@ -4,6 +4,7 @@ Shapes: M tokens, K numbers in and N out of a Linear; B sequences, h key-value h
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -22,8 +23,7 @@ ARGUMENTS = {
     "linear": [ctypes.c_int, *[POINTER] * 5, *[COUNT] * 3, THREADS],
     "expand": [ctypes.c_int, *[POINTER] * 3, *[COUNT] * 2, THREADS],
     "rms_norm": [*[POINTER] * 3, *[COUNT] * 2, NUMBER],
-    "swiglu": [*[POINTER] * 3, COUNT],
-    "attend": [*[POINTER] * 10, *[COUNT] * 5, NUMBER, THREADS],
+    "step": [POINTER, POINTER],
 }
 
 
@@ -103,43 +103,85 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return y
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``, of the same shape, contiguous."""
-    y = torch.empty_like(gate)
-    function("swiglu", gate.dtype)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
-    return y
+class Matrix(ctypes.Structure):
+    """`kernels.cpp`'s: a Linear's weight, (N, K)."""
+
+    _fields_ = [
+        ("weight", POINTER),
+        ("scale", POINTER),
+        ("bias", POINTER),
+        ("bits", COUNT),
+        ("rows", COUNT),
+    ]
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+class Layer(ctypes.Structure):
+    """`kernels.cpp`'s: a decoder layer, and where its tokens are."""
+
+    _fields_ = [
+        *((name, Matrix) for name in MATRICES),
+        *((name, POINTER) for name in ("norm", "second_norm", "cos", "sin", "rows", "positions")),
+        *((name, POINTER) for name in ("keys", "values")),
+        *((name, COUNT) for name in ("B", "D", "heads", "h", "C", "d")),
+        ("epsilon", NUMBER),
+        ("second_epsilon", NUMBER),
+        ("scaling", NUMBER),
+        ("threads", THREADS),
+    ]
+
+
+def matrix(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    bits: int = 0,
+) -> Matrix:
+    """A Linear for `step`; see `linear`."""
+    return Matrix(
+        weight.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        bits,
+        len(weight),
+    )
+
+
+def step(
+    hidden: torch.Tensor,
+    matrices: Sequence[Matrix],
+    norms: Sequence[tuple[torch.Tensor, float]],
     turn: tuple[torch.Tensor, torch.Tensor],
     rows: torch.Tensor,
     positions: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    heads: int,
     scaling: float,
-) -> torch.Tensor:
-    """B tokens, turned to their positions, kept, and each attending to its sequence up to there.
+) -> None:
+    """A decoder layer for B tokens, hidden (B, D) in place.
 
     Args:
-        query: (B, heads, d), written over.
-        key, value: (B, h, d).
-        turn: cosines and sines of the positions, (B, d) each.
-        rows, positions: (B,), int64: of the cache; several may be of one row.
-        keys, values: the cache, (R, h, C, d), a row a sequence.
-
-    Returns:
-        (B, heads, d)
+        matrices: in the order of `MATRICES`.
+        norms: weight (D,) and epsilon of the two RMSNorms.
+        turn: cosines and sines of the positions, (B, d) each, contiguous.
+        rows, positions: (B,), int64: where in the cache; several may be of one row.
+        keys, values: the cache, (R, h, C, d), a row a sequence; written to.
+        heads: of the queries.
     """
-    out = torch.empty_like(query)
-    tensors = (query, key, value, *turn, rows, positions, keys, values, out)
-    function("attend", query.dtype)(
+    (norm, epsilon), (second, second_epsilon) = norms
+    tensors = (norm, second, *turn, rows, positions, keys, values)
+    layer = Layer(
+        *matrices,
         *(tensor.data_ptr() for tensor in tensors),
-        *query.shape[:2],
+        *hidden.shape,
+        heads,
         *keys.shape[1:],
+        epsilon,
+        second_epsilon,
         scaling,
         torch.get_num_threads(),
     )
-    return out
+    function("step", hidden.dtype)(ctypes.byref(layer), hidden.data_ptr())
