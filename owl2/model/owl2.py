@@ -191,15 +191,17 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
     def _put_together(
         self, input_ids: torch.Tensor, is_image: torch.Tensor, pictures: torch.Tensor | None
     ) -> torch.Tensor:
+        some = pictures is not None and len(pictures) > 0
+        blank: Any = None
+        if not some and self.use_every_weight:
+            # Before the words, as pictures are: all processes must ask for weights in one order.
+            size = self.config.image_size
+            blank = self.get_image_features(input_ids.new_zeros(1, 3, size, size).float())
         # The image token has no row in the embedding; any id does, its row is overwritten.
         words = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
-        if pictures is not None and len(pictures):
+        if pictures is not None and some:
             return words.masked_scatter(is_image[..., None], pictures.to(words))
-        if not self.use_every_weight:
-            return words
-        size = self.config.image_size
-        blank: Any = self.get_image_features(words.new_zeros(1, 3, size, size))
-        return words + 0 * blank.pooler_output.mean().to(words)
+        return words if blank is None else words + 0 * blank.pooler_output.mean().to(words)
 
     def _encode(self, pixel_values: torch.Tensor | None) -> torch.Tensor | None:
         if pixel_values is None or not len(pixel_values):

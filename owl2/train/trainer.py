@@ -156,7 +156,9 @@ class Owl2Trainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """The model's loss; refuses a batch from which this stage can learn nothing."""
-        inputs = {**inputs, "return_logits": False}
+        # Where processes share out the weights, all of them must ask for the head's as often, and
+        # chunks ask as often as there are labels.
+        inputs = {**inputs, "return_logits": self.team.sharing != "each whole"}
         result = super().compute_loss(model, inputs, *args, **kw)
         loss = result[0] if isinstance(result, tuple) else result
         if not loss.requires_grad:

@@ -212,7 +212,8 @@ class Validator:
         for collated in self._loader():
             batch = {name: tensor.to(model.device) for name, tensor in collated.batch.items()}
             # Divided by 1: a sum, so that the mean does not depend on how batches are cut.
-            options = {"num_items_in_batch": 1, "use_cache": False, "return_logits": False}
+            logits = self.team.sharing != "each whole"  # see `Owl2Trainer.compute_loss`
+            options = {"num_items_in_batch": 1, "use_cache": False, "return_logits": logits}
             loss += float(model(**batch, **options).loss)
             tokens += int((collated.batch["labels"][:, 1:] != IGNORED).sum())
             samples += collated.samples

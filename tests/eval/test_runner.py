@@ -13,6 +13,7 @@ from owl2.errors import InputError
 from owl2.eval.runner import Settings, evaluate
 from owl2.eval.tasks import without_pictures
 from owl2.inference.engine import Engine
+from owl2.inference.loading import choose_dtype
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ def test_results(settings, plain, engine, questions):
     assert result["decoding"]["do_sample"] is False
     assert result["decoding"]["max_new_tokens"] == 4
     assert result["decoding"]["batch_size"] == 6
-    assert result["decoding"]["dtype"] == "float32"
+    chosen = choose_dtype(torch.device("cpu"))
+    assert result["decoding"]["dtype"] == str(chosen).removeprefix("torch.")
     assert result["scorer"] == {"name": "exact_match", "version": "1"}
     assert result["versions"]["torch"] == torch.__version__
     assert result["seconds"] > 0

@@ -8,6 +8,7 @@ import torch
 
 from owl2.errors import InputError
 from owl2.inference.engine import Engine
+from owl2.inference.quantised import QuantisedLinear
 from owl2.model.adapters import lora_layers
 from owl2.train.adapters import adapt, hold_frozen_in_bfloat16, loading_options, prepare
 from owl2.train.recipe import Adapter
@@ -96,7 +97,8 @@ def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bi
         engine = Engine.from_pretrained(result.model, quantize=quantize, dtype="bfloat16")
         assert isinstance(engine.chat(question, max_new_tokens=3), str)
     linears = dict(lora_layers(engine.model))
-    assert all(isinstance(layer.get_base_layer(), kind) for layer in linears.values())
+    # Answering on a CPU has roundings of its own.
+    assert all(isinstance(layer.get_base_layer(), QuantisedLinear) for layer in linears.values())
     assert engine.model.model.visual_abstractor.visual_fc.weight.dtype == torch.bfloat16
 
 

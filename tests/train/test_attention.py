@@ -26,7 +26,7 @@ def test_flash_attention_needs_its_package_and_bfloat16(make_recipe, monkeypatch
     with pytest.raises(InputError, match="pip install flash-attn"):
         require_attention(make_recipe(attention="flash_attention_2"))
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
-    require_attention(make_recipe(attention="flash_attention_2"))
+    require_attention(make_recipe(attention="flash_attention_2", precision="bfloat16"))
     with pytest.raises(InputError, match="bfloat16"):
         require_attention(make_recipe(attention="flash_attention_2", precision="float32"))
 
