@@ -54,6 +54,7 @@ def test_the_commands_are_found():
         "info",
         "plan",
         "merge",
+        "bench",
     }
 
 
