@@ -7,7 +7,7 @@ import torch
 
 from owl2.errors import InputError
 from owl2.inference.quantised import quantise, require_bits
-from owl2.model.allocation import keep_memory
+from owl2.model.cpu import has_bfloat16, keep_memory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.model.quantization import quantization
 
@@ -62,13 +62,6 @@ def choose_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
         return torch.float16  # every macOS with MPS has it; bfloat16 only the later ones
     # Other CPUs compute 16-bit numbers by way of 32 bits, more slowly.
     return torch.bfloat16 if has_bfloat16() else torch.float32
-
-
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies numbers in bfloat16 itself; False if torch is too old to say."""
-    ask: Any = getattr(torch.cpu, "get_capabilities", dict)
-    can = ask()
-    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def load_model(

@@ -47,7 +47,7 @@ class TorchStep:
         length: int,
         turn: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """(B, D) to (B, D); writes into the cache.
+        """(B, D) to (B, D), which may be written over; writes into the cache.
 
         Args:
             keys, values: the cache, (R, h, C, d), a row a sequence.
@@ -140,7 +140,6 @@ class NativeStep(TorchStep):
             return super().layer(layer, hidden, keys, values, rows, positions, length, turn)
         attention = layer.self_attn
         norms = [text(layer.input_layernorm), text(layer.post_attention_layernorm)]
-        hidden = hidden.contiguous().clone()
         ops.step(
             hidden,
             [_matrix(linear) for linear in _linears(layer)],
@@ -156,11 +155,13 @@ class NativeStep(TorchStep):
         return hidden
 
     def norm(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if module.weight.dtype != hidden.dtype:
+            return module(hidden)
         return ops.rms_norm(hidden, module.weight, module.variance_epsilon)
 
     def linear(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
         few = len(hidden) <= ops.MOST_TOKENS
-        if few and type(module) is nn.Linear and ops.fits(module.weight):
+        if few and _is_plain(module, hidden.dtype):
             return ops.linear(hidden.contiguous(), module.weight, module.bias)
         return module(hidden)
 
@@ -174,16 +175,20 @@ def _linears(layer: Any) -> list[Any]:
 
 def _is_whole(layer: Any) -> bool:
     """Whether a layer is what `ops.step` takes."""
-    linears = _linears(layer)
-    dtype = text(layer.input_layernorm).weight.dtype
+    norms = text(layer.input_layernorm), text(layer.post_attention_layernorm)
+    dtypes = {norm.weight.dtype for norm in norms}
+    dtype = dtypes.pop()
     return (
-        isinstance(layer.mlp.act_fn, SILU)
+        not dtypes  # kernels read all as of one dtype
+        and dtype in ops.DTYPES
+        and isinstance(layer.mlp.act_fn, SILU)
         and layer.self_attn.head_dim % ops.STEPS[dtype] == 0
-        and all(
-            ops.fits(linear.weight) if type(linear) is nn.Linear else _is_quantised(linear)
-            for linear in linears
-        )
+        and all(_is_plain(linear, dtype) or _is_quantised(linear) for linear in _linears(layer))
     )
+
+
+def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
+    return type(linear) is nn.Linear and linear.weight.dtype == dtype and ops.fits(linear.weight)
 
 
 def _is_quantised(linear: Any) -> bool:

@@ -8,9 +8,10 @@ differs from it. This module knows what a recipe may say; `recipe_file` reads th
 
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
+
+from owl2.model.cpu import has_bfloat16
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -313,11 +314,5 @@ class Recipe(Part):
         """
         if self.precision is not None:
             return self.precision
-        fast = device_type == "cuda" or (device_type == "cpu" and cpu_has_bfloat16())
+        fast = device_type == "cuda" or (device_type == "cpu" and has_bfloat16())
         return "bfloat16" if fast else "float32"
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies matrices in bfloat16; others take float32's time and more."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16"))

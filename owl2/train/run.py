@@ -23,7 +23,7 @@ from owl2.data.mixture import Mixture, Source
 from owl2.data.sources import Samples, open_source
 from owl2.errors import InputError
 from owl2.files import require_writable, whole_directory
-from owl2.model.allocation import keep_memory
+from owl2.model.cpu import keep_memory
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import loading_options, prepare

@@ -202,3 +202,13 @@ def test_a_short_text_is_a_step(golden_models, name):
         longer = model(input_ids=torch.cat([ids, token[:, None]], 1)).logits[:, -1]
     step = decoder.step(token, torch.full((3,), position))
     torch.testing.assert_close(step, longer, atol=1e-4, rtol=0)
+
+
+def test_weights_of_two_dtypes_are_not_read_as_one(golden_models):
+    model = golden_models("model_mha")
+    _, _, logits = filled(model)
+    decoder, ids, _ = filled(model)
+    down = model.model.layers[0].mlp.down_proj.to(torch.float64)
+    down.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
+    down.register_forward_hook(lambda module, inputs, output: output.float())
+    torch.testing.assert_close(run(decoder, ids, 2), expected(logits, 2), atol=1e-4, rtol=0)

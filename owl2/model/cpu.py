@@ -1,6 +1,9 @@
-"""How the C library hands out memory to torch on a CPU."""
+"""What this machine's CPU and C library offer to torch."""
 
 import ctypes
+from typing import Any
+
+import torch
 
 # glibc's malloc.h
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
@@ -20,3 +23,13 @@ def keep_memory() -> None:
     mallopt(MMAP_MAX, 0)
     mallopt(TRIM_THRESHOLD, LARGEST)
     mallopt(ARENA_MAX, 1)  # others than the first cannot hold large tensors
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies numbers in bfloat16 itself: others take float32's time and more.
+
+    False if torch is too old to say.
+    """
+    ask: Any = getattr(torch.cpu, "get_capabilities", dict)
+    can = ask()
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
