@@ -13,8 +13,9 @@ import torch
 
 from owl2.bench.counting import decode_bytes, decoder_flops, picture_flops, training_flops
 from owl2.bench.memory import STEPS, step_memory
-from owl2.bench.subjects import LlamaSteps, Steps, Subjects
+from owl2.bench.subjects import LlamaSteps, Prompts, Steps, Subjects
 from owl2.bench.workload import BATCH, NEW, QUESTION, TEXT, TOGETHER, Request
+from owl2.inference.runner import Prompt
 
 
 @dataclass(frozen=True)
@@ -235,23 +236,17 @@ def mam_decode(on: Subjects) -> Figure:
 
 
 def mam_prefill(on: Subjects) -> Figure:
-    """Embeddings of a picture and 64 words through the decoder, with MAM and without it."""
-    length = TEXT + on.config.num_image_tokens
-    ids = on.workload.words(length)
-    embeddings = on.model.model.embed_tokens(ids).detach()
-    types = torch.zeros_like(ids)
-    types[:, TEXT - QUESTION : -QUESTION] = 1
-
-    @torch.no_grad()
-    def run(model: Any) -> None:
-        model(inputs_embeds=embeddings, mm_token_type_ids=types, use_cache=True, logits_to_keep=1)
-
+    """A picture that is encoded already and 64 words through the decoder, with and without MAM."""
+    ids = on.workload.prompt()
+    prompt = Prompt(tuple(ids[0].tolist()), on.workload.pixels())
+    words = on.workload.words(ids.shape[1])
+    ours, plain = (Prompts(model, feature_bytes=1 << 30) for model in (on.model, on.plain))
     runs = {
-        "owl2": Run(lambda: run(on.model)),
-        "plain": Run(lambda: run(on.plain)),
-        "llama": Run(lambda: _llama_prefill(on, ids)),
+        "owl2": Run(lambda: ours.read([prompt])),
+        "plain": Run(lambda: plain.read([prompt])),
+        "llama": Run(lambda: _llama_prefill(on, words)),
     }
-    least = on.limits.seconds(decoder_flops(on.config, length))
+    least = on.limits.seconds(decoder_flops(on.config, ids.shape[1]))
     return Figure("ms", runs, least, ratio=("owl2", "plain"))
 
 

@@ -1,4 +1,4 @@
-"""The fast path: one token for each of several sequences, over a cache that stays where it is.
+"""The fast path: tokens of several sequences, over a cache that stays where it is.
 
 ::
 
@@ -8,18 +8,22 @@
 After the prompt all tokens are text (SPEC 1.3), so a step is a plain LLaMA's. It is written here
 once more, for one token a sequence, because what a general forward does around the arithmetic
 (masks, caches that are put together anew, routing) takes longer than the arithmetic itself.
-Prompts go through the model's own forward.
 
-Shapes: B sequences, D width, h key-value heads, d head width, C the cache's capacity, V vocabulary.
+Where the CPU kernels run, prompts go this way, too (`fill`): tokens of all prompts in one line,
+without padding, the text first and then the pictures. Else they go through the model's own forward.
+
+Shapes: B sequences, D width, h key-value heads, d head width, C the cache's capacity, V vocabulary,
+M tokens of prompts.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from owl2.inference.graphs import CompiledStep, Graphs
 from owl2.inference.native.build import available
-from owl2.inference.steps import NativeStep, TorchStep
+from owl2.inference.steps import NativeStep, TorchStep, Where
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 
 SMALLEST = 256  # positions a row has room for at first
@@ -144,42 +148,53 @@ class FastDecoder:
         return (keys.dtype, keys.device) != (self.model.dtype, self.model.device)
 
     @property
-    def several(self) -> int:
-        """How many tokens of text `extend` takes at most; 1: it is not there."""
-        return self.by.several(self.model.model.layers)
+    def takes_prompts(self) -> bool:
+        """Whether `fill` is there."""
+        return isinstance(self.by, NativeStep)
 
     @torch.no_grad()
-    def extend(self, row: int, tokens: torch.Tensor, start: int) -> torch.Tensor:
-        """Several tokens more of one sequence, as a step: a short text behind a long prompt.
+    def fill(
+        self,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        visual: int,
+        wanted: torch.Tensor,
+    ) -> torch.Tensor:
+        """Tokens of any sequences at once; their keys and values go into the cache.
 
         Args:
-            tokens: (S,) ids of text, at most `several`.
-            start: position of the first; all before it are filled.
+            hidden: (M, D) embeddings, the last `visual` of them of pictures; written over.
+            rows, positions: (M,) where each stands: all before it are filled, or among them.
+            wanted: (B,) numbers of tokens.
 
         Returns:
-            (1, V) logits after the last.
+            (B, V) logits after the wanted tokens.
         """
-        self.cache.reserve(row + 1, start + len(tokens))
-        rows = torch.full_like(tokens, row)
-        positions = torch.arange(start, start + len(tokens))
-        hidden = self._hidden(tokens, rows, positions, start + len(tokens))
-        return self.by.linear(self.model.lm_head, hidden[-1:])
+        length = int(positions.max()) + 1
+        self.cache.reserve(int(rows.max()) + 1, length)
+        hidden = self._layers(hidden, rows, positions, length, visual)[wanted]
+        return self.by.linear(self.model.lm_head, self.by.norm(self.model.model.norm, hidden))
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
         rows = torch.arange(len(tokens), device=tokens.device)
-        hidden = self._hidden(tokens, rows, positions, length)
-        return self.by.linear(self.model.lm_head, hidden)
+        hidden = self.model.model.embed_tokens(tokens)  # (B, D)
+        hidden = self._layers(hidden, rows, positions, length)
+        return self.by.linear(self.model.lm_head, self.by.norm(self.model.model.norm, hidden))
 
-    def _hidden(
-        self, tokens: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, length: int
+    def _layers(
+        self,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        length: int,
+        visual: int = 0,
     ) -> torch.Tensor:
         decoder, cache = self.model.model, self.cache
-        hidden = decoder.embed_tokens(tokens)  # (B, D)
         cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, B, d)
-        turn = cos[0], sin[0]
-        for layer, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
-            hidden = self.by.layer(layer, hidden, keys, values, rows, positions, length, turn)
-        return self.by.norm(decoder.norm, hidden)
+        where = Where(rows, positions, length, (cos[0], sin[0]), visual)
+        layers: Any = decoder.layers
+        return self.by.layers(layers, hidden, cache.keys, cache.values, where)
 
 
 def choose_step(model: Owl2ForConditionalGeneration) -> TorchStep:
@@ -187,5 +202,5 @@ def choose_step(model: Owl2ForConditionalGeneration) -> TorchStep:
     if model.device.type == "cuda":
         # bitsandbytes' products look at numbers on the host, which cannot be recorded.
         return TorchStep() if getattr(model, "is_quantized", False) else CompiledStep()
-    supported = NativeStep.supports(model.dtype, model.device)
+    supported = NativeStep.supports(model.config, model.dtype, model.device)
     return NativeStep() if supported and available() else TorchStep()

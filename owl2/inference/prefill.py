@@ -1,15 +1,16 @@
-"""Prompts → the logits after them and their keys and values, with what is kept from earlier ones.
+"""Prompts → their keys and values in rows of a cache, and the logits after them.
 
 ::
 
     ids, pictures ──► Begun: what is kept of its start, what is left to compute
-    several Begun ──► embeddings, right-padded ──the model's own forward──► Read: a row for each
+    several Begun ──► embeddings ──► keys and values in rows; logits of each one's last token
 
-Right padding needs no mask where all rows start at the same position: causal attention keeps it
-from all that comes before.
+By the CPU kernels all prompts' tokens are one line (`FastDecoder.fill`). Else they are right-padded
+rows of the model's own forward, which needs no mask where all start at the same position: causal
+attention keeps padding from all that comes before.
 
-Shapes: B prompts, P kept positions, S positions to compute, N pictures, K+1 embeddings a picture, D
-width, V vocabulary, h key-value heads, d head width.
+Shapes: B prompts, P kept positions, S positions to compute, M tokens in all, N pictures, K+1
+embeddings a picture, D width, V vocabulary, h key-value heads, d head width.
 """
 
 from collections.abc import Sequence
@@ -63,46 +64,15 @@ class Begun:
 
 
 class Read(NamedTuple):
-    """What came of some prompts.
+    """What came of a prompt of P tokens.
 
     Attributes:
-        logits: (B, V) after the last token of each.
-        cache: (B, h, P + S, d) a layer: of row i the first `starts[i]` positions and, from P, the
-            largest of the starts, `lengths[i]` more.
+        logits: (1, V) after the last of them.
+        cache: (1, h, P, d) a layer; good until the next prompt is read.
     """
 
     logits: torch.Tensor
     cache: DynamicCache
-    starts: list[int]
-    lengths: list[int]
-
-    @property
-    def keys(self) -> list[torch.Tensor]:
-        layers: Any = self.cache.layers  # typed as of any kind
-        return [layer.keys for layer in layers]
-
-    @property
-    def values(self) -> list[torch.Tensor]:
-        layers: Any = self.cache.layers
-        return [layer.values for layer in layers]
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the rows have no gap in them, only padding at their end."""
-        return min(self.starts) == max(self.starts)
-
-    def row(self, number: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Keys and values of one prompt, (h, length, d) a layer; views where there is one prompt,
-        else copies."""
-        start, offset = self.starts[number], max(self.starts)
-        end = offset + self.lengths[number]
-
-        def own(tensor: torch.Tensor) -> torch.Tensor:
-            if len(tensor) == 1:
-                return tensor[0]
-            return torch.cat([tensor[number, :, :start], tensor[number, :, offset:end]], dim=1)
-
-        return [own(tensor) for tensor in self.keys], [own(tensor) for tensor in self.values]
 
 
 class Reader:
@@ -120,7 +90,7 @@ class Reader:
         self.features = Features(feature_bytes)
         self.epoch = 0
         self._weights: Any = None
-        self._short: FastDecoder | None = None
+        self._alone: FastDecoder | None = None
 
     def begin(self, ids: Sequence[int], pixel_values: torch.Tensor | None) -> Begun:
         """A prompt with its N pictures, (N, 3, H, W) or None; nothing is computed yet.
@@ -160,10 +130,61 @@ class Reader:
         if not prompt.shared:
             prompt.prefix = None
 
-    def read(self, prompts: Sequence[Begun]) -> Read:
-        """Compute prompts together, from where what `look_up` found ends, and keep them."""
-        if len(prompts) == 1 and self._is_short(prompts[0]):
-            return self._extend(prompts[0])
+    def read_alone(self, prompt: Begun) -> Read:
+        """Compute one prompt in a place of its own."""
+        if self._alone is None or self._alone.is_stale:
+            self._alone = FastDecoder(self.model)
+        logits = self.read([prompt], self._alone, 0)
+        cache = DynamicCache(config=self.model.config)
+        for layer, (keys, values) in enumerate(
+            zip(self._alone.cache.keys, self._alone.cache.values, strict=True)
+        ):
+            own = slice(0, 1), slice(None), slice(0, len(prompt.ids))
+            cache.update(keys[own], values[own], layer)
+        return Read(logits, cache)
+
+    def read(self, prompts: Sequence[Begun], decoder: FastDecoder, first: int) -> torch.Tensor:
+        """Compute prompts together, from where what `look_up` found ends, and keep them.
+
+        Their keys and values are put into the decoder's rows `first` …
+
+        Returns:
+            (B, V) logits after the last token of each.
+        """
+        decoder.cache.reserve(first + len(prompts), max(len(prompt.ids) for prompt in prompts))
+        way = self._fill if decoder.takes_prompts else self._forward
+        logits = way(prompts, decoder, first)
+        for row, prompt in enumerate(prompts, first):
+            if self.prefixes.wants(prompt.key):
+                self.prefixes.add(prompt.key, *decoder.cache.take(row, len(prompt.ids)))
+            prompt.prefix = None  # it may be dropped now
+        return logits
+
+    def _fill(self, prompts: Sequence[Begun], decoder: FastDecoder, first: int) -> torch.Tensor:
+        rows, positions = [], []
+        for row, prompt in enumerate(prompts, first):
+            if prompt.prefix is not None:
+                kept = (prompt.prefix.keys, prompt.prefix.values)
+                keys, values = ([own[:, : prompt.shared] for own in part] for part in kept)
+                decoder.cache.put(row, keys, values)
+            rows.append(torch.full((prompt.rest,), row))
+            positions.append(torch.arange(prompt.shared, len(prompt.ids)))
+        ids = torch.tensor([id_ for prompt in prompts for id_ in prompt.ids[prompt.shared :]])
+        is_image = ids == self.model.config.image_token_id  # (M,)
+        order = is_image.int().argsort(stable=True)  # text first
+        hidden = self.model.model.embed_tokens(ids[~is_image])
+        visual = 0
+        if (embeddings := self._embeddings(prompts)) is not None:
+            pictures = embeddings.flatten(0, 1)
+            visual = len(pictures)
+            hidden = torch.cat([hidden, pictures])
+        last = torch.tensor([prompt.rest for prompt in prompts]).cumsum(0) - 1
+        wanted = order.argsort()[last]
+        return decoder.fill(
+            hidden, torch.cat(rows)[order], torch.cat(positions)[order], visual, wanted
+        )
+
+    def _forward(self, prompts: Sequence[Begun], decoder: FastDecoder, first: int) -> torch.Tensor:
         model, device = self.model, self.model.device
         starts = [prompt.shared for prompt in prompts]
         lengths = [prompt.rest for prompt in prompts]
@@ -180,48 +201,21 @@ class Reader:
             options["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
         cache = DynamicCache(config=model.config)
         if offset:
-            _fill(cache, prompts, offset)
+            _start(cache, prompts, offset)
         hidden = model.model(
             inputs_embeds=model.model.embed(ids, embeddings),
             past_key_values=cache,
             use_cache=True,
             **options,
         ).last_hidden_state  # (B, S, D)
+        for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            layers: Any = cache.layers  # typed as of any kind
+            for begin, from_, to in ((0, 0, start), (start, offset, offset + length)):
+                keys = [layer.keys[number, :, from_:to] for layer in layers]
+                values = [layer.values[number, :, from_:to] for layer in layers]
+                decoder.cache.put(first + number, keys, values, begin)
         last = torch.tensor(lengths, device=device) - 1
-        logits = model.lm_head(hidden[torch.arange(len(prompts), device=device), last])
-        return self._kept(prompts, Read(logits, cache, starts, lengths))
-
-    def _is_short(self, prompt: Begun) -> bool:
-        """Whether what is left of it are a few words, which a step takes together."""
-        return prompt.rest <= self._decoder().several and not prompt.new_pictures
-
-    def _decoder(self) -> FastDecoder:
-        """Its cache has one row, for prompts."""
-        if self._short is None or self._short.is_stale:
-            self._short = FastDecoder(self.model)
-        return self._short
-
-    def _extend(self, prompt: Begun) -> Read:
-        decoder, start, end = self._decoder(), prompt.shared, len(prompt.ids)
-        decoder.cache.reserve(1, end)
-        if prompt.prefix is not None:
-            keys = [tensor[:, :start] for tensor in prompt.prefix.keys]
-            decoder.cache.put(0, keys, [tensor[:, :start] for tensor in prompt.prefix.values])
-        logits = decoder.extend(0, torch.tensor(prompt.ids[start:]), start)
-        cache = DynamicCache(config=self.model.config)
-        for layer, (own_keys, own_values) in enumerate(
-            zip(*decoder.cache.take(0, end), strict=True)
-        ):
-            cache.update(own_keys[None], own_values[None], layer)
-        return self._kept([prompt], Read(logits, cache, [start], [prompt.rest]))
-
-    def _kept(self, prompts: Sequence[Begun], read: Read) -> Read:
-        """`read`, after its keys and values were kept."""
-        for number, prompt in enumerate(prompts):
-            if self.prefixes.wants(prompt.key):
-                self.prefixes.add(prompt.key, *read.row(number))
-            prompt.prefix = None  # it may be dropped now
-        return read
+        return model.lm_head(hidden[torch.arange(len(prompts), device=device), last])
 
     def forget(self) -> None:
         """Drop all that is kept."""
@@ -271,7 +265,7 @@ class Reader:
         return torch.stack([known[picture.digest] for picture in pictures])
 
 
-def _fill(cache: DynamicCache, prompts: Sequence[Begun], offset: int) -> None:
+def _start(cache: DynamicCache, prompts: Sequence[Begun], offset: int) -> None:
     """Put what is kept of the prompts' starts into an empty cache: rows of `offset` positions."""
     starts = [prompt.shared for prompt in prompts]
     kept = [prompt.prefix for prompt in prompts]

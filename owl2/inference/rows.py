@@ -2,7 +2,7 @@
 
 ::
 
-    Request ──join, with its prompt's keys and values──► a row of the cache
+    Request ──join: its prompt is computed──► a row of the cache
     ──step──► a token more ──► … ──its end token, its limit, or nobody waits──► the row is free
 
 Rows are always 0 … B-1: the last one moves to where one becomes free.
@@ -11,14 +11,13 @@ Shapes: B sequences, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence
-from itertools import chain
 from queue import SimpleQueue
 
 import torch
 
 from owl2.inference.decoding import Sampler, choose, non_finite
 from owl2.inference.fast import FastDecoder
-from owl2.inference.prefill import Begun, Read, Reader
+from owl2.inference.prefill import Begun, Reader
 
 
 class Request:
@@ -90,22 +89,14 @@ class Rows:
         self.active: list[Request] = []
         self._reader = reader
 
-    def join(self, requests: Sequence[Request], read: Read) -> None:
-        """Take in requests whose prompts are computed, and choose their first tokens."""
+    def join(self, requests: Sequence[Request]) -> None:
+        """Take in requests: compute their prompts, and choose their first tokens."""
         first = len(self.active)
+        prompts = [request.prompt for request in requests]
+        logits = self._reader.read(prompts, self.decoder, first)
         for request in requests:
             request.epoch = self._reader.epoch
-        going = self._take_tokens(requests, read.logits)
-        cache = self.decoder.cache
-        cache.reserve(first + len(requests), max(request.filled for request in requests) + 1)
-        if read.aligned:  # what padding leaves behind a row's end is not read, and written over
-            for own, new in zip(
-                chain(cache.keys, cache.values), chain(read.keys, read.values), strict=True
-            ):
-                own[first : first + len(requests), :, : new.shape[2]] = new
-        else:
-            for number in range(len(requests)):
-                cache.put(first + number, *read.row(number))
+        going = self._take_tokens(requests, logits)
         self.active += requests
         self._leave([first + number for number, goes_on in enumerate(going) if not goes_on])
 

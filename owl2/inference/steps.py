@@ -1,14 +1,16 @@
-"""One token of each of several sequences through one decoder layer, in two ways.
+"""Tokens through the decoder's layers, over a cache that stays where it is, in two ways.
 
-`TorchStep` is made of torch's operations: for GPUs, where it is compiled, and for CPUs without a
-compiler. `NativeStep` has kernels of its own for CPUs. Both read a model's modules as they are; a
-Linear that is none of torch's own (LoRA, fewer bits) is called.
+`TorchStep` is made of torch's operations, one token a sequence: for GPUs, where it is compiled, and
+for CPUs without a compiler. `NativeStep` has kernels of its own for CPUs, and takes whole prompts,
+too. Both read a model's modules as they are; a Linear that is none of torch's own (LoRA, fewer
+bits) is called.
 
-Shapes: B sequences, D width, h key-value heads, d head width, C the cache's capacity.
+Shapes: B tokens, the last V of them of pictures, D width, h key-value heads, d head width, R rows
+of a cache of capacity C.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,10 +20,27 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from owl2.inference.native import ops
 from owl2.inference.quantised import QuantisedLinear
-from owl2.model.modality import TEXT, Multiway
+from owl2.model.modality import TEXT, VISUAL, Multiway
 
-MOST_AT_ONCE = 128  # sequences; beyond, products by torch gain more than one call saves
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
+
+class Where(NamedTuple):
+    """Tokens' places.
+
+    Attributes:
+        rows: (B,) the tokens' sequences; for `TorchStep` 0 … B-1, else any.
+        positions: (B,) where they stand in them; all before is filled, or among the tokens.
+        length: the largest of them + 1.
+        turn: cosines and sines of the positions, (B, d) each.
+        visual: V; only `NativeStep` takes any.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    length: int
+    turn: tuple[torch.Tensor, torch.Tensor]
+    visual: int = 0
 
 
 def text(module: nn.Module) -> Any:
@@ -29,12 +48,32 @@ def text(module: nn.Module) -> Any:
     return module.multiway[TEXT] if isinstance(module, Multiway) else module
 
 
-class TorchStep:
-    """A layer's step by torch's operations."""
+def ways(module: nn.Module) -> tuple[Any, Any]:
+    """The modules that text and pictures go through."""
+    if isinstance(module, Multiway):
+        return module.multiway[TEXT], module.multiway[VISUAL]
+    return module, module
 
-    def several(self, layers: Iterable[Any]) -> int:
-        """How many tokens of one sequence a step through these layers takes."""
-        return 1
+
+class TorchStep:
+    """Layers by torch's operations, for a token of text a sequence."""
+
+    def layers(
+        self,
+        layers: Sequence[Any],
+        hidden: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        where: Where,
+    ) -> torch.Tensor:
+        """(B, D), which may be written over, through all layers; writes into the cache.
+
+        Args:
+            keys, values: the cache, (R, h, C, d) a layer, a row a sequence.
+        """
+        for layer, own_keys, own_values in zip(layers, keys, values, strict=True):
+            hidden = self.layer(layer, hidden, own_keys, own_values, where)
+        return hidden
 
     def layer(
         self,
@@ -42,32 +81,44 @@ class TorchStep:
         hidden: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        length: int,
-        turn: tuple[torch.Tensor, torch.Tensor],
+        where: Where,
     ) -> torch.Tensor:
-        """(B, D) to (B, D), which may be written over; writes into the cache.
-
-        Args:
-            keys, values: the cache, (R, h, C, d), a row a sequence.
-            rows: (B,) the tokens' sequences: 0 … B-1, but for kernels any (`several`).
-            positions: (B,) where the tokens stand; all before them are filled, or of the step.
-            length: the largest of them + 1.
-            turn: cosines and sines of the positions, (B, d) each.
-        """
+        """One layer of `layers`."""
         attention = layer.self_attn
         heads = (len(hidden), -1, attention.head_dim)
-        normed = self.norm(text(layer.input_layernorm), hidden)
-        query = self.linear(attention.q_proj, normed).view(heads)  # (B, heads, d)
-        key = self.linear(text(attention.k_proj), normed).view(heads)  # (B, h, d)
-        value = self.linear(text(attention.v_proj), normed).view(heads)
-        attended = self.attend(
-            query, key, value, keys, values, rows, positions, length, turn, attention.scaling
-        )
-        hidden = hidden + self.linear(attention.o_proj, attended.flatten(1))
-        normed = self.norm(text(layer.post_attention_layernorm), hidden)
-        return hidden + self.mlp(layer.mlp, normed)
+        normed = text(layer.input_layernorm)(hidden)
+        query = attention.q_proj(normed).view(heads)  # (B, heads, d)
+        key = text(attention.k_proj)(normed).view(heads)  # (B, h, d)
+        value = text(attention.v_proj)(normed).view(heads)
+        attended = self.attend(query, key, value, keys, values, where, attention.scaling)
+        hidden = hidden + attention.o_proj(attended.flatten(1))
+        return hidden + layer.mlp(text(layer.post_attention_layernorm)(hidden))
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        where: Where,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Each sequence's query (B, heads, d) over its row of the cache, its own token included."""
+        batch = len(query)
+        query, key = apply_rotary_pos_emb(query, key, *where.turn)
+        keys[where.rows, :, where.positions] = key
+        values[where.rows, :, where.positions] = value
+        places = torch.arange(where.length, device=query.device)
+        seen = places <= where.positions[:, None]  # (B, length)
+        return F.scaled_dot_product_attention(
+            query[:, :, None],
+            keys[:batch, :, : where.length],
+            values[:batch, :, : where.length],
+            attn_mask=seen[:, None, None],
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )[:, :, 0]
 
     def norm(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
         """An RMSNorm of (B, D)."""
@@ -77,53 +128,49 @@ class TorchStep:
         """A Linear, or what stands for one: (B, K) to (B, N)."""
         return module(hidden)
 
-    def mlp(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """The gated MLP of (B, D)."""
-        gate, up = self.linear(module.gate_proj, hidden), self.linear(module.up_proj, hidden)
-        return self.linear(module.down_proj, module.act_fn(gate) * up)
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        length: int,
-        turn: tuple[torch.Tensor, torch.Tensor],
-        scaling: float,
-    ) -> torch.Tensor:
-        """Each sequence's query (B, heads, d) over its row of the cache, its own token included."""
-        batch = len(query)
-        query, key = apply_rotary_pos_emb(query, key, *turn)
-        keys[rows, :, positions] = key
-        values[rows, :, positions] = value
-        seen = torch.arange(length, device=query.device) <= positions[:, None]  # (B, length)
-        return F.scaled_dot_product_attention(
-            query[:, :, None],
-            keys[:batch, :, :length],
-            values[:batch, :, :length],
-            attn_mask=seen[:, None, None],
-            scale=scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )[:, :, 0]
-
 
 class NativeStep(TorchStep):
-    """The same by CPU kernels, for models in float32 or bfloat16 (`supports`).
+    """The same by CPU kernels, for models that `supports` names, and for any tokens.
 
-    A layer of plain Linears is one call; others go part by part.
+    Few tokens of text through plain Linears are one call for all layers; else it goes part by part,
+    with torch's matrix products. Tokens of pictures are the last ones, so that each modality is a
+    slice, and nothing is gathered.
     """
 
     @staticmethod
-    def supports(dtype: torch.dtype, device: torch.device) -> bool:
+    def supports(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernels take such a model at all."""
-        return device.type == "cpu" and dtype in ops.DTYPES
+        return (
+            device.type == "cpu"
+            and dtype in ops.DTYPES
+            and config.head_dim % ops.STEPS[dtype] == 0
+            and isinstance(ACT2FN[config.hidden_act], SILU)
+        )
 
-    def several(self, layers: Iterable[Any]) -> int:
-        return ops.MOST_TOKENS if all(_is_whole(layer) for layer in layers) else 1
+    def layers(
+        self,
+        layers: Sequence[Any],
+        hidden: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        where: Where,
+    ) -> torch.Tensor:
+        few = len(hidden) <= ops.MOST_TOKENS and not where.visual
+        if not (few and all(map(_is_whole, layers))):
+            return super().layers(layers, hidden, keys, values, where)
+        own = [
+            ops.layer(
+                hidden.shape[1],
+                [_matrix(linear) for linear in _linears(layer)],
+                [(norm.weight, norm.variance_epsilon) for norm in _norms(layer)],
+                ops.places(where.turn, where.rows, where.positions, own_keys, own_values),
+                layer.self_attn.q_proj.out_features // layer.self_attn.head_dim,
+                layer.self_attn.scaling,
+            )
+            for layer, own_keys, own_values in zip(layers, keys, values, strict=True)
+        ]
+        ops.steps(hidden, own)
+        return hidden
 
     def layer(
         self,
@@ -131,39 +178,55 @@ class NativeStep(TorchStep):
         hidden: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        length: int,
-        turn: tuple[torch.Tensor, torch.Tensor],
+        where: Where,
     ) -> torch.Tensor:
-        if len(hidden) > MOST_AT_ONCE or not _is_whole(layer):
-            return super().layer(layer, hidden, keys, values, rows, positions, length, turn)
-        attention = layer.self_attn
-        norms = [text(layer.input_layernorm), text(layer.post_attention_layernorm)]
-        ops.step(
-            hidden,
-            [_matrix(linear) for linear in _linears(layer)],
-            [(norm.weight, norm.variance_epsilon) for norm in norms],
-            turn,
-            rows,
-            positions,
-            keys,
-            values,
-            attention.q_proj.out_features // attention.head_dim,
-            attention.scaling,
-        )
-        return hidden
+        attention, width = layer.self_attn, layer.self_attn.head_dim
+        border = len(hidden) - where.visual
+        normed = self._norms(layer.input_layernorm, hidden, border)
+        query = self.linear(attention.q_proj, normed)
+        parts = slice(None, border), slice(border, None)
+        for part, to_key, to_value in zip(
+            parts, ways(attention.k_proj), ways(attention.v_proj), strict=True
+        ):
+            turn = where.turn[0][part], where.turn[1][part]
+            at = ops.places(turn, where.rows[part], where.positions[part], keys, values)
+            if len(turn[0]):
+                own = normed[part]
+                ops.keep(at, self.linear(to_key, own), self.linear(to_value, own))
+        at = ops.places(where.turn, where.rows, where.positions, keys, values)
+        attended = ops.attend(at, query, query.shape[1] // width, attention.scaling)
+        hidden = hidden + self.linear(attention.o_proj, attended)
+        normed = self._norms(layer.post_attention_layernorm, hidden, border)
+        gate, up = self.linear(layer.mlp.gate_proj, normed), self.linear(layer.mlp.up_proj, normed)
+        return hidden.add_(self.linear(layer.mlp.down_proj, ops.swiglu(gate, up)))
 
-    def norm(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
-        if module.weight.dtype != hidden.dtype:
-            return module(hidden)
-        return ops.rms_norm(hidden, module.weight, module.variance_epsilon)
+    def _norms(self, module: nn.Module, hidden: torch.Tensor, border: int) -> torch.Tensor:
+        """The tokens before `border` as text, the others as pictures': (B, D) to (B, D)."""
+        of_text, of_pictures = ways(module)
+        if border == len(hidden) or of_text is of_pictures:
+            return self.norm(of_text, hidden)
+        normed = torch.empty_like(hidden)
+        self.norm(of_text, hidden[:border], normed[:border])
+        self.norm(of_pictures, hidden[border:], normed[border:])
+        return normed
+
+    def norm(
+        self, module: Any, hidden: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if module.weight.dtype == hidden.dtype and hidden.shape[1] % ops.WIDE == 0:
+            weight, epsilon = module.weight, module.variance_epsilon
+            return ops.rms_norm(hidden.contiguous(), weight, epsilon, out)
+        return module(hidden) if out is None else out.copy_(module(hidden))
 
     def linear(self, module: Any, hidden: torch.Tensor) -> torch.Tensor:
         few = len(hidden) <= ops.MOST_TOKENS
         if few and _is_plain(module, hidden.dtype):
             return ops.linear(hidden.contiguous(), module.weight, module.bias)
-        return module(hidden)
+        return module(hidden).contiguous()
+
+
+def _norms(layer: Any) -> list[Any]:
+    return [text(layer.input_layernorm), text(layer.post_attention_layernorm)]
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -174,16 +237,16 @@ def _linears(layer: Any) -> list[Any]:
 
 
 def _is_whole(layer: Any) -> bool:
-    """Whether a layer is what `ops.step` takes."""
-    norms = text(layer.input_layernorm), text(layer.post_attention_layernorm)
-    dtypes = {norm.weight.dtype for norm in norms}
+    """Whether a layer is what `ops.steps` takes."""
+    dtypes = {norm.weight.dtype for norm in _norms(layer)}
     dtype = dtypes.pop()
+    width = layer.self_attn.q_proj.in_features
     return (
-        not dtypes  # kernels read all as of one dtype
-        and dtype in ops.DTYPES
-        and isinstance(layer.mlp.act_fn, SILU)
-        and layer.self_attn.head_dim % ops.STEPS[dtype] == 0
-        and all(_is_plain(linear, dtype) or _is_quantised(linear) for linear in _linears(layer))
+        not dtypes
+        and width % ops.WIDE == 0
+        and all(  # kernels read all as of one dtype
+            _is_plain(linear, dtype) or _is_quantised(linear) for linear in _linears(layer)
+        )
     )
 
 

@@ -139,7 +139,7 @@ class Worker:
             while self._jobs:
                 self._do(self._jobs.pop(0))
             if group := self._alike(rows):
-                rows.join(group, self.reader.read([request.prompt for request in group]))
+                rows.join(group)
                 self._waiting = [request for request in self._waiting if request not in group]
         if rows.active:
             rows.step()
@@ -148,27 +148,28 @@ class Worker:
     def _alike(self, rows: Rows) -> list[Request]:
         """Requests of those that wait, the first among them, to be computed in one forward.
 
-        They have about as many tokens to compute, so that little is padding. Of those whose prompts
+        Where rows are padded they have about as many tokens to compute. Of those whose prompts
         begin alike only one is taken: its keys and values serve the others in the next turn.
         """
         waiting = self._waiting[: self.max_batch]
         for request in waiting:
             self.reader.look_up(request.prompt)
         most = BETWEEN_STEPS if rows.active else ALONE
+        padded = not rows.decoder.takes_prompts
         shortest = self.reader.prefixes.shortest
         group: list[Request] = []
         starts = set()
-        longest = 0
+        longest = total = 0
         for request in waiting:
             prompt = request.prompt
             near = not group or abs(prompt.rest - group[0].prompt.rest) <= max(8, prompt.rest // 8)
             start = prompt.key[: prompt.shared + shortest]
             repeats = self.reader.prefixes.limit and prompt.rest > shortest and start in starts
-            if not near or repeats:
+            if (padded and not near) or repeats:
                 continue
-            longest = max(longest, prompt.rest)
-            too_long = group and (len(group) + 1) * longest > most
-            if too_long or not self._fits([*rows.active, *group, request]):
+            longest, total = max(longest, prompt.rest), total + prompt.rest
+            size = (len(group) + 1) * longest if padded else total
+            if (group and size > most) or not self._fits([*rows.active, *group, request]):
                 break
             group.append(request)
             starts.add(start)
@@ -187,7 +188,7 @@ class Worker:
         error: BaseException | None = None
         try:
             self.reader.look_up(job.prompt)
-            job.result = job.use(self.reader.read([job.prompt]))
+            job.result = job.use(self.reader.read_alone(job.prompt))
         except BaseException as raised:  # it is raised where one waits for the result
             error = raised
         job.done.put(error)

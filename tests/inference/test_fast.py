@@ -9,13 +9,14 @@ from transformers import DynamicCache
 from owl2 import Owl2ForConditionalGeneration
 from owl2.inference.fast import FastDecoder, KeyValues
 from owl2.inference.graphs import CompiledStep, Graphs
+from owl2.inference.prefill import Reader
 from owl2.inference.quantised import QuantisedLinear, quantise
 from owl2.inference.steps import NativeStep, TorchStep
 
 LENGTHS = [3, 7, 12]  # of the prompts, each in its own row
 
 
-@pytest.fixture(params=["model_mha", "model_gqa", "model_wide", "no_mam"])
+@pytest.fixture(params=["model_mha", "model_gqa", "two_heads", "no_mam"])
 def model(request, golden_models):
     return golden_models(request.param)
 
@@ -44,6 +45,8 @@ def small_model(name):
     ).config
     if name == "model_gqa":
         config.num_key_value_heads = 1
+    elif name == "two_heads":  # as wide as the kernels need them for bfloat16
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 1, 32
     else:
         config.use_mam = False
     torch.manual_seed(0)
@@ -87,10 +90,11 @@ def test_steps_are_the_forwards(model, step):
 
 
 def test_bfloat16_is_as_close_to_float32_as_the_plain_model(golden_models):
-    model = golden_models("model_wide")
+    model = golden_models("two_heads")
     decoder, ids, exact = filled(model)
     del decoder
     decoder, ids, plain = filled(model.to(torch.bfloat16))
+    assert isinstance(decoder.by, NativeStep)
     ours = (run(decoder, ids).float() - expected(exact)).abs().mean()
     theirs = (expected(plain).float() - expected(exact)).abs().mean()
     assert 0 < ours < 1.2 * theirs
@@ -187,21 +191,71 @@ def test_graphs_are_recorded_for_few_sizes():
     ]
 
 
+def test_heads_that_the_kernels_do_not_take(golden_models):
+    model = golden_models("model_wide")  # 8 wide
+    decoder, ids, logits = filled(model)
+    assert not decoder.takes_prompts
+    torch.testing.assert_close(run(decoder, ids), expected(logits), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["model_mha", "model_gqa", "no_mam"])
-def test_a_short_text_is_a_step(golden_models, name):
+@pytest.mark.parametrize("limit", [1, 1000], ids=["parts", "one call"])
+def test_several_texts_at_once_are_the_forwards(golden_models, name, limit, monkeypatch):
+    monkeypatch.setattr("owl2.inference.native.ops.MOST_TOKENS", limit)
     model = golden_models(name)
     decoder, ids, logits = filled(model)
-    assert decoder.several > 1
-    for row, start in enumerate(LENGTHS):
-        ours = decoder.extend(row, ids[row, start:], start)
-        torch.testing.assert_close(ours[0], logits[row, -1], atol=1e-4, rtol=0)
+    rows = torch.cat([torch.full((20 - n,), row) for row, n in enumerate(LENGTHS)])
+    positions = torch.cat([torch.arange(n, 20) for n in LENGTHS])
+    mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
+    rows, positions = rows[mixed], positions[mixed]
+    last = torch.stack([((rows == r) & (positions == 19)).nonzero()[0, 0] for r in range(3)])
+    with torch.no_grad():
+        hidden = model.model.embed_tokens(ids[rows, positions])
+    ours = decoder.fill(hidden, rows, positions, 0, last)
+    torch.testing.assert_close(ours, logits[:, -1], atol=1e-4, rtol=0)
     # What it has kept is what steps would have: the next token follows.
-    position = ids.shape[1]
     token = torch.tensor([5, 6, 7])
     with torch.no_grad():
         longer = model(input_ids=torch.cat([ids, token[:, None]], 1)).logits[:, -1]
-    step = decoder.step(token, torch.full((3,), position))
+    step = decoder.step(token, torch.full((3,), 20))
     torch.testing.assert_close(step, longer, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["model_mha", "model_gqa", "two_heads", "no_mam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_with_pictures_are_the_forwards(golden_models, name, dtype):
+    exact = golden_models(name)
+    model = golden_models(name).to(dtype)
+    image, places = exact.config.image_token_id, exact.config.num_image_tokens
+    chance = torch.Generator().manual_seed(2)
+    words = torch.randint(3, 90, (40,), generator=chance).tolist()
+    picture = [image] * places
+    prompts = [
+        ([*words[:5], *picture, *words[5:9]], 1),
+        (words[9:21], 0),
+        ([*picture, words[21], *picture], 2),
+    ]
+    size = exact.config.image_size
+    pixels = [torch.randn(n, 3, size, size, generator=chance) if n else None for _, n in prompts]
+    expected, plain = [], []
+    for made, whose in ((expected, exact), (plain, model)):
+        for (ids, _), own in zip(prompts, pixels, strict=True):
+            with torch.no_grad():
+                given = None if own is None else own.to(whose.dtype)
+                made.append(whose(torch.tensor([ids]), given).logits[0, -1].float())
+    reader = Reader(model, 0, 0)
+    begun = [reader.begin(ids, own) for (ids, _), own in zip(prompts, pixels, strict=True)]
+    decoder = FastDecoder(model)
+    with torch.no_grad():
+        ours = reader.read(begun, decoder, 1).float()
+    if dtype == torch.float32:
+        assert decoder.takes_prompts
+        torch.testing.assert_close(ours, torch.stack(expected), atol=1e-4, rtol=0)
+        return
+    ours_off, theirs_off = (
+        (got - torch.stack(expected)).abs().mean() for got in (ours, torch.stack(plain))
+    )
+    assert 0 < ours_off < 1.2 * theirs_off
 
 
 def test_weights_of_two_dtypes_are_not_read_as_one(golden_models):

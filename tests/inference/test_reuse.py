@@ -31,12 +31,17 @@ def encoded(keeping):
 
 
 @pytest.fixture
-def computed(keeping):
-    """How many positions each prompt's forward took."""
+def computed(keeping, monkeypatch):
+    """How many positions of each prompt were computed."""
     calls = []
-    keeping.model.model.layers[0].register_forward_hook(
-        lambda module, inputs, output: calls.append(inputs[0].shape[1])
-    )
+    reader = keeping.runner.reader
+    read = reader.read
+
+    def counted(prompts, *where):
+        calls.extend(prompt.rest for prompt in prompts)
+        return read(prompts, *where)
+
+    monkeypatch.setattr(reader, "read", counted)
     return calls
 
 

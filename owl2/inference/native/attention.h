@@ -1,92 +1,116 @@
-// One token of each sequence over the keys and values that its sequence has.
+// Tokens of sequences over the keys and values that their sequences have.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
 #include "numbers.h"
+#include "team.h"
 
 namespace {
 
-// Where a sequence's keys and values lie: (rows, h, C, d).
-template <class T>
-struct Cache {
-  T *keys, *values;
-  int64_t h, C, d;
-  int64_t at(int64_t row, int64_t head, int64_t position) const {
-    return ((row * h + head) * C + position) * d;
+// Where B tokens stand, and where their sequences' keys and values lie. Same order as `ops.Places`.
+struct Places {
+  const void *cos, *sin;            // (B, d), of the positions
+  const int64_t *rows, *positions;  // (B)
+  void *keys, *values;              // (rows, h, C, d)
+  int64_t B, h, C, d;
+
+  int64_t at(int64_t b, int64_t head, int64_t position) const {
+    return ((rows[b] * h + head) * C + position) * d;
   }
 };
 
+// y may be x.
 template <class T>
 void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
   const int64_t half = d / 2;
-  std::vector<float> turned(d);  // y may be x
-  for (int64_t i = 0; i < d; i++) {
-    const float other = i < half ? -to_float(x[i + half]) : to_float(x[i - half]);
-    turned[i] = to_float(x[i]) * to_float(cos[i]) + other * to_float(sin[i]);
+  int64_t i = 0;
+  for (; i + WIDE <= half; i += WIDE) {
+    const Floats first = load(x + i), second = load(x + i + half);
+    store(y + i, first * load(cos + i) - second * load(sin + i));
+    store(y + i + half, second * load(cos + i + half) + first * load(sin + i + half));
   }
-  for (int64_t i = 0; i < d; i++) store(y + i, turned[i]);
+  for (; i < half; i++) {
+    const float first = to_float(x[i]), second = to_float(x[i + half]);
+    store(y + i, first * to_float(cos[i]) - second * to_float(sin[i]));
+    store(y + i + half, second * to_float(cos[i + half]) + first * to_float(sin[i + half]));
+  }
 }
 
+// One query (d) over n keys and values (n, d).
 template <class T>
 void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t n, int64_t d,
                 float scaling, std::vector<float>& scores) {
   constexpr int STEP = Product<T>::STEP;
-  scores.resize((n + WIDE - 1) / WIDE * WIDE, -INFINITY);
-  float top = -INFINITY;
-  for (int64_t i = 0; i < n; i++) {
-    Floats acc = {};
-    for (int64_t j = 0; j < d; j += STEP) acc = Product<T>::add(acc, keys + i * d + j, query + j);
-    scores[i] = sum(acc) * scaling;
-    top = std::max(top, scores[i]);
+  scores.resize((n + WIDE - 1) / WIDE * WIDE);
+  Floats most = Floats{} - INFINITY;
+  for (int64_t i = 0; i < n; i += WIDE) {
+    Floats products[WIDE] = {};
+    const int64_t some = std::min<int64_t>(WIDE, n - i);
+    for (int64_t s = 0; s < some; s++)
+      for (int64_t j = 0; j < d; j += STEP)
+        products[s] = Product<T>::add(products[s], keys + (i + s) * d + j, query + j);
+    Floats score = sums(products) * scaling;
+    for (int64_t s = some; s < WIDE; s++) score[s] = -INFINITY;
+    most = most > score ? most : score;
+    store(&scores[i], score);
   }
-  for (int64_t i = n; i < int64_t(scores.size()); i++) scores[i] = -INFINITY;
+  float top = most[0];
+  for (int i = 1; i < WIDE; i++) top = std::max(top, most[i]);
   Floats totals = {};
   for (size_t i = 0; i < scores.size(); i += WIDE) {
     const Floats weights = exponential(load(&scores[i]) - top);
     totals += weights;
     store(&scores[i], weights);
   }
-  const float total = sum(totals);
+  const float inverse = 1 / sum(totals);
   constexpr int AT_ONCE = 4;
-  for (int64_t j = 0; j < d; j += AT_ONCE * WIDE) {
-    const int parts = int(std::min<int64_t>(AT_ONCE, (d - j) / WIDE));
-    Floats acc[AT_ONCE] = {};
+  int64_t j = 0;
+  const auto gather = [&]<int PARTS>() {
+    Floats acc[PARTS] = {};
     for (int64_t i = 0; i < n; i++)
-      for (int p = 0; p < parts; p++) acc[p] += scores[i] * load(values + i * d + j + p * WIDE);
-    for (int p = 0; p < parts; p++)
-      for (int l = 0; l < WIDE; l++) store(out + j + p * WIDE + l, acc[p][l] / total);
+      for (int p = 0; p < PARTS; p++) acc[p] += scores[i] * load(values + i * d + j + p * WIDE);
+    for (int p = 0; p < PARTS; p++) store(out + j + p * WIDE, acc[p] * inverse);
+    j += PARTS * WIDE;
+  };
+  while (j + AT_ONCE * WIDE <= d) gather.template operator()<AT_ONCE>();
+  while (j < d) gather.template operator()<1>();
+}
+
+// Keys are turned to their positions, and kept with their values: (B, h, d) each.
+template <class T>
+void keep(const Member& member, const Places& places, const T* key, const T* value) {
+  const int64_t d = places.d;
+  const auto [from, to] = member.share(places.B * places.h, 1);
+  for (int64_t i = from; i < to; i++) {
+    const int64_t b = i / places.h, at = places.at(b, i % places.h, places.positions[b]);
+    rotate(key + i * d, static_cast<const T*>(places.cos) + b * d,
+           static_cast<const T*>(places.sin) + b * d, static_cast<T*>(places.keys) + at, d);
+    std::memcpy(static_cast<T*>(places.values) + at, value + i * d, d * sizeof(T));
   }
 }
 
-// Queries and keys of B tokens are turned to their positions, keys and values kept, and then each
-// query attends to all that its sequence, a row of the cache, has up to there. Several tokens may
-// be of one sequence.
+// Queries (B, heads, d) are turned to their positions, and each attends to all that its sequence
+// has up to there. Several tokens may be of one sequence.
 template <class T>
-void attend(T* query, const T* key, const T* value, const T* cos, const T* sin,
-            const int64_t* rows, const int64_t* positions, Cache<T> cache, T* out, int64_t B,
-            int64_t heads, float scaling, int threads) {
-  const int64_t d = cache.d, group = heads / cache.h;
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> scores;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < B * cache.h; i++) {
-      const int64_t b = i / cache.h, at = cache.at(rows[b], i % cache.h, positions[b]);
-      rotate(key + i * d, cos + b * d, sin + b * d, cache.keys + at, d);
-      std::memcpy(cache.values + at, value + i * d, d * sizeof(T));
-    }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < B * cache.h; i++) {
-      const int64_t b = i / cache.h, g = i % cache.h, first = cache.at(rows[b], g, 0);
+void attend(const Member& member, const Places& places, T* query, T* out, int64_t heads,
+            float scaling) {
+  thread_local std::vector<float> scores;
+  const int64_t d = places.d, group = heads / places.h;
+  // Head after head, so that keys and values stay in the cache from token to token.
+  member.deal(places.B * places.h, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) {
+      const int64_t b = i % places.B, g = i / places.B, first = places.at(b, g, 0);
       for (int64_t e = 0; e < group; e++) {
         const int64_t at = (b * heads + g * group + e) * d;
-        rotate(query + at, cos + b * d, sin + b * d, query + at, d);
-        attend_one(query + at, cache.keys + first, cache.values + first, out + at,
-                   positions[b] + 1, d, scaling, scores);
+        rotate(query + at, static_cast<const T*>(places.cos) + b * d,
+               static_cast<const T*>(places.sin) + b * d, query + at, d);
+        attend_one(query + at, static_cast<const T*>(places.keys) + first,
+                   static_cast<const T*>(places.values) + first, out + at,
+                   places.positions[b] + 1, d, scaling, scores);
       }
     }
-  }
+  });
 }
 }  // namespace

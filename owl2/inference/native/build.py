@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  # loads the OpenMP library that the kernels are to share
 
-SOURCES = ("kernels.cpp", "attention.h", "numbers.h")
+SOURCES = ("kernels.cpp", "attention.h", "numbers.h", "products.h", "team.h")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-shared")
 
 

@@ -16,6 +16,7 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint8_t Octets __attribute__((vector_size(16)));
+typedef int8_t Signed __attribute__((vector_size(16)));
 
 struct bf16 {
   uint16_t bits;
@@ -51,12 +52,12 @@ inline Floats load(const uint8_t* p) {
   return __builtin_convertvector((Ints)wide, Floats);
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-inline void store(bf16* p, Floats v) {  // as one alone, for numbers that are none but finite
+inline void store(bf16* p, Floats v) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
 #else
-  const Bits bits = (Bits)v;
-  const Halves h = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+  const Bits bits = (Bits)v, whole = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Halves h = __builtin_convertvector(v != v ? Bits{} + 0x7fc0 : whole, Halves);
   std::memcpy(p, &h, sizeof h);
 #endif
 }
@@ -71,6 +72,36 @@ inline int32_t sum(Ints v) {
   int32_t total = 0;
   for (int i = 0; i < WIDE; i++) total += v[i];
   return total;
+}
+
+// The sums of 16 vectors, one a lane: halves of two are added side by side, then of four …
+inline Floats sums(const Floats (&v)[WIDE]) {
+  Floats eights[8], fours[4], twos[2];
+  for (int i = 0; i < 8; i++) {
+    const Floats a = v[2 * i], b = v[2 * i + 1];
+    eights[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 4; i++) {
+    const Floats a = eights[2 * i], b = eights[2 * i + 1];
+    fours[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 2; i++) {
+    const Floats a = fours[2 * i], b = fours[2 * i + 1];
+    twos[i] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+              __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+  }
+  const Floats a = twos[0], b = twos[1];
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// To the nearest whole number, of less than 2^22: added to 1.5 * 2^23, nothing else has room.
+inline Ints rounded(Floats v) { return (Ints)(v + 12582912.f) - 0x4b400000; }
+inline void store(int8_t* p, Ints v) {
+  const Signed narrow = __builtin_convertvector(v, Signed);
+  std::memcpy(p, &narrow, sizeof narrow);
 }
 
 // e^x to float's precision but for its last bits: 2^n times a power series of what is left, |r| <

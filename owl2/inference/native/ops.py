@@ -1,6 +1,7 @@
 """The CPU kernels for tensors. No gradients; `kernels.cpp` says how they work.
 
-Shapes: M tokens, K numbers in and N out of a Linear; B sequences, h key-value heads of width d.
+Shapes: M tokens, K numbers in and N out of a Linear; B tokens of sequences, h key-value heads, d
+head width.
 """
 
 import ctypes
@@ -14,16 +15,62 @@ from owl2.inference.native.build import library
 
 MOST_TOKENS = 32  # beyond, torch's own matrix product is faster
 GROUP = 64  # numbers of 4 bits that share a scale
+WIDE = 16  # numbers that are computed at once
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 STEPS = {torch.float32: 16, torch.bfloat16: 32}  # what K and d must be multiples of
 
 
 POINTER, COUNT, THREADS, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+class Matrix(ctypes.Structure):
+    """`products.h`'s: a Linear's weight, (N, K)."""
+
+    _fields_ = [
+        ("weight", POINTER),
+        ("scale", POINTER),
+        ("bias", POINTER),
+        ("bits", COUNT),
+        ("rows", COUNT),
+    ]
+
+
+class Places(ctypes.Structure):
+    """`attention.h`'s: where B tokens stand, and their sequences' keys and values."""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("cos", "sin", "rows", "positions", "keys", "values")),
+        *((name, COUNT) for name in ("B", "h", "C", "d")),
+    ]
+
+
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+class Layer(ctypes.Structure):
+    """`kernels.cpp`'s: a decoder layer, and where its tokens are."""
+
+    _fields_ = [
+        *((name, Matrix) for name in MATRICES),
+        ("norm", POINTER),
+        ("second_norm", POINTER),
+        ("places", Places),
+        ("D", COUNT),
+        ("heads", COUNT),
+        ("epsilon", NUMBER),
+        ("second_epsilon", NUMBER),
+        ("scaling", NUMBER),
+    ]
+
+
 ARGUMENTS = {
-    "linear": [ctypes.c_int, *[POINTER] * 5, *[COUNT] * 3, THREADS],
-    "expand": [ctypes.c_int, *[POINTER] * 3, *[COUNT] * 2, THREADS],
-    "rms_norm": [*[POINTER] * 3, *[COUNT] * 2, NUMBER],
-    "step": [POINTER, POINTER],
+    "linear": [*[POINTER] * 3, *[COUNT] * 2, THREADS],
+    "expand": [*[POINTER] * 2, COUNT, THREADS],
+    "rms_norm": [*[POINTER] * 3, *[COUNT] * 2, NUMBER, THREADS],
+    "swiglu": [*[POINTER] * 2, COUNT, THREADS],
+    "keep": [*[POINTER] * 3, THREADS],
+    "attend": [*[POINTER] * 3, COUNT, NUMBER, THREADS],
+    "steps": [POINTER, COUNT, POINTER, THREADS],
 }
 
 
@@ -49,6 +96,22 @@ def fits(weight: torch.Tensor) -> bool:
     )
 
 
+def matrix(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    bits: int = 0,
+) -> Matrix:
+    """A Linear for `steps`; see `linear`."""
+    return Matrix(
+        weight.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        bits,
+        len(weight),
+    )
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -62,21 +125,9 @@ def linear(
         weight: (N, K) of x's dtype; or with `bits` uint8, (N, K) of 8 or (N, K / 2) of 4 bits.
         scale: of whole numbers, float32: (N,) for 8 bits, (N, K / 64) for 4.
     """
-    tokens, width = x.shape
-    rows = weight.shape[0]
-    y = x.new_empty(tokens, rows)
-    function("linear", x.dtype)(
-        bits,
-        x.data_ptr(),
-        weight.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        tokens,
-        rows,
-        width,
-        torch.get_num_threads(),
-    )
+    y = x.new_empty(len(x), len(weight))
+    own = matrix(weight, bias, scale, bits)
+    call("linear", x.dtype, ctypes.byref(own), x.data_ptr(), y.data_ptr(), *x.shape)
     return y
 
 
@@ -85,103 +136,82 @@ def expand(
 ) -> torch.Tensor:
     """Whole numbers, see `linear`, as an (N, K) matrix of `dtype`; `width` is K."""
     out = torch.empty(len(weight), width, dtype=dtype)
-    function("expand", dtype)(
-        bits,
-        weight.data_ptr(),
-        scale.data_ptr(),
-        out.data_ptr(),
-        *out.shape,
-        torch.get_num_threads(),
-    )
+    own = matrix(weight, None, scale, bits)
+    call("expand", dtype, ctypes.byref(own), out.data_ptr(), width)
     return out
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """LLaMA's norm of (M, K), contiguous."""
-    y = torch.empty_like(x)
-    function("rms_norm", x.dtype)(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, epsilon)
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """LLaMA's norm of (M, K), contiguous; K is a multiple of 16."""
+    y = torch.empty_like(x) if out is None else out
+    call("rms_norm", x.dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, epsilon)
     return y
 
 
-class Matrix(ctypes.Structure):
-    """`kernels.cpp`'s: a Linear's weight, (N, K)."""
-
-    _fields_ = [
-        ("weight", POINTER),
-        ("scale", POINTER),
-        ("bias", POINTER),
-        ("bits", COUNT),
-        ("rows", COUNT),
-    ]
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` in place of `gate`; both contiguous and of one shape."""
+    call("swiglu", gate.dtype, gate.data_ptr(), up.data_ptr(), gate.numel())
+    return gate
 
 
-MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
-
-
-class Layer(ctypes.Structure):
-    """`kernels.cpp`'s: a decoder layer, and where its tokens are."""
-
-    _fields_ = [
-        *((name, Matrix) for name in MATRICES),
-        *((name, POINTER) for name in ("norm", "second_norm", "cos", "sin", "rows", "positions")),
-        *((name, POINTER) for name in ("keys", "values")),
-        *((name, COUNT) for name in ("B", "D", "heads", "h", "C", "d")),
-        ("epsilon", NUMBER),
-        ("second_epsilon", NUMBER),
-        ("scaling", NUMBER),
-        ("threads", THREADS),
-    ]
-
-
-def matrix(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    bits: int = 0,
-) -> Matrix:
-    """A Linear for `step`; see `linear`."""
-    return Matrix(
-        weight.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        bits,
-        len(weight),
-    )
-
-
-def step(
-    hidden: torch.Tensor,
-    matrices: Sequence[Matrix],
-    norms: Sequence[tuple[torch.Tensor, float]],
+def places(
     turn: tuple[torch.Tensor, torch.Tensor],
     rows: torch.Tensor,
     positions: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    heads: int,
-    scaling: float,
-) -> None:
-    """A decoder layer for B tokens, hidden (B, D) in place.
+) -> Places:
+    """Where B tokens are.
 
     Args:
-        matrices: in the order of `MATRICES`.
-        norms: weight (D,) and epsilon of the two RMSNorms.
         turn: cosines and sines of the positions, (B, d) each, contiguous.
         rows, positions: (B,), int64: where in the cache; several may be of one row.
-        keys, values: the cache, (R, h, C, d), a row a sequence; written to.
+        keys, values: the cache, (R, h, C, d), a row a sequence.
+    """
+    tensors = (*turn, rows, positions, keys, values)
+    return Places(*(tensor.data_ptr() for tensor in tensors), len(rows), *keys.shape[1:])
+
+
+def keep(at: Places, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Write keys, turned to their positions, and values into the cache: (B, h, d) each."""
+    call("keep", key.dtype, ctypes.byref(at), key.data_ptr(), value.data_ptr())
+
+
+def attend(at: Places, query: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:
+    """Queries (B, heads, d), written over, each over its row of the cache up to its position."""
+    out = torch.empty_like(query)
+    call("attend", query.dtype, ctypes.byref(at), query.data_ptr(), out.data_ptr(), heads, scaling)
+    return out
+
+
+def layer(
+    width: int,
+    matrices: Sequence[Matrix],
+    norms: Sequence[tuple[torch.Tensor, float]],
+    at: Places,
+    heads: int,
+    scaling: float,
+) -> Layer:
+    """A decoder layer for `steps`.
+
+    Args:
+        width: D.
+        matrices: in the order of `MATRICES`.
+        norms: weight (D,) and epsilon of the two RMSNorms.
         heads: of the queries.
     """
     (norm, epsilon), (second, second_epsilon) = norms
-    tensors = (norm, second, *turn, rows, positions, keys, values)
-    layer = Layer(
-        *matrices,
-        *(tensor.data_ptr() for tensor in tensors),
-        *hidden.shape,
-        heads,
-        *keys.shape[1:],
-        epsilon,
-        second_epsilon,
-        scaling,
-        torch.get_num_threads(),
-    )
-    function("step", hidden.dtype)(ctypes.byref(layer), hidden.data_ptr())
+    pointers = norm.data_ptr(), second.data_ptr()
+    return Layer(*matrices, *pointers, at, width, heads, epsilon, second_epsilon, scaling)
+
+
+def steps(hidden: torch.Tensor, layers: Sequence[Layer]) -> None:
+    """Decoder layers of one shape, one after the other, for B tokens, hidden (B, D) in place."""
+    call("steps", hidden.dtype, (Layer * len(layers))(*layers), len(layers), hidden.data_ptr())
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+    """A kernel with as many threads as torch uses."""
+    function(name, dtype)(*arguments, torch.get_num_threads())

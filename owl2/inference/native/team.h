@@ -1,0 +1,76 @@
+// Threads that compute something together: each its share, with points at which all wait.
+//
+// A waiting thread looks again and again instead of going to sleep: a decode step has a hundred
+// such points, and to be woken takes longer than a small product. OpenMP's own barrier sleeps as
+// soon as a process has more of OpenMP's threads than cores, and it has as many for every thread of
+// Python's that ever computed something.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+namespace {
+
+struct Range {
+  int64_t from, to;
+};
+
+// One of the threads.
+class Member {
+ public:
+  struct Meeting {
+    std::atomic<int> arrived{0}, held{0};
+  };
+
+  Member(Meeting& meeting, int number, int size)
+      : meeting_(meeting), number_(number), size_(size) {}
+
+  // This thread's part of 0 … n, of whole `step`s where they go.
+  Range share(int64_t n, int64_t step) const {
+    const int64_t steps = (n + step - 1) / step;
+    return {std::min(n, steps * number_ / size_ * step),
+            std::min(n, steps * (number_ + 1) / size_ * step)};
+  }
+
+  // Calls `work` with this thread's parts of 0 … n: small ones in turn, where later ones take
+  // longer.
+  template <class Work>
+  void deal(int64_t n, const Work& work) const {
+    const int64_t step = std::max<int64_t>(1, n / (8 * size_));
+    for (int64_t i = number_ * step; i < n; i += size_ * step) work(i, std::min(n, i + step));
+  }
+
+  // Until all are here.
+  void wait() {
+    constexpr int PATIENCE = 1 << 14;  // then the core may be needed by who is waited for
+    const int now = meeting_.held.load(std::memory_order_relaxed);
+    if (meeting_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      meeting_.arrived.store(0, std::memory_order_relaxed);
+      meeting_.held.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int looks = 0; meeting_.held.load(std::memory_order_acquire) == now; looks++) {
+      if (looks > PATIENCE) std::this_thread::yield();
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  Meeting& meeting_;
+  int number_, size_;
+};
+
+// Calls `work` with a Member in each of so many threads.
+template <class Work>
+void together(int threads, const Work& work) {
+  Member::Meeting meeting;
+#pragma omp parallel num_threads(threads)
+  work(Member(meeting, omp_get_thread_num(), omp_get_num_threads()));
+}
+}  // namespace
