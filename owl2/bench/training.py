@@ -13,7 +13,7 @@ import torch
 from owl2.bench.sizes import Origin
 from owl2.bench.textbook import Textbook
 from owl2.bench.workload import Batches, Workload
-from owl2.train.blocks import enable_checkpointing
+from owl2.train.blocks import enable_checkpointing, is_checkpointed
 from owl2.train.optimizer import make_adamw, parameter_groups
 
 RATE = 1e-6  # so small that random data does no harm in a hundred steps
@@ -53,7 +53,7 @@ class Training:
 
     def selective_step(self) -> float:
         """As `padded_step`, but what is cheap to compute again is not kept; from now on."""
-        if not self.model.is_gradient_checkpointing:
+        if not is_checkpointed(self.model):
             enable_checkpointing(self.model, selective=True)
         return self.padded_step()
 
@@ -79,7 +79,12 @@ class Training:
         if who not in self._optimizers:
             self._optimizers[who] = make_optimizer()
         kind = self.model.device.type
-        with torch.autocast(kind, self.half or torch.bfloat16, enabled=self.half is not None):
+        with torch.autocast(
+            kind,
+            self.half or torch.bfloat16,
+            enabled=self.half is not None,
+            cache_enabled=not is_checkpointed(self.model),
+        ):
             loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)

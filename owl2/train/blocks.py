@@ -57,6 +57,15 @@ def enable_checkpointing(model: PreTrainedModel, selective: bool = False) -> Non
         block.gradient_checkpointing = False
 
 
+def is_checkpointed(model: torch.nn.Module) -> bool:
+    """Whether any block is computed again.
+
+    Then autocast should not keep its 16-bit copies of weights from forward to backward, as it does
+    by itself: they are as large as the activations that are saved.
+    """
+    return any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
+
+
 def _without_graph(model: PreTrainedModel) -> Iterator[GradientCheckpointingLayer]:
     """Blocks that come before the first trained weight, on the way from pixels to words."""
     whole: Any = model.get_submodule("model")

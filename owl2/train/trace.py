@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from owl2.model.loss import loss_in_chunks
 from owl2.model.modality import Routing
 from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.train.blocks import is_checkpointed
 
 
 class Held(StrEnum):
@@ -148,7 +149,9 @@ def _one_pass(
 
     computed: Callable[[], dict[str, torch.Tensor]] = forward
     if autocast:  # the two wrappers that accelerate puts around a model's forward
-        computed = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(forward))
+        keeps = not is_checkpointed(model)
+        cast = torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps)
+        computed = convert_outputs_to_fp32(cast(forward))
     loss = computed()["loss"]
     ledger.purpose = Held.BACKWARD
     loss.backward()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -70,6 +70,8 @@ class Owl2Trainer(Trainer):
         """The Trainer's; shards by FSDP2 between CPUs, too, where accelerate would not say a word
         and train with whole copies."""
         super().create_accelerator_and_postprocess()
+        if self.recipe.gradient_checkpointing:  # see `is_checkpointed`
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if self.team.sharing == "DeepSpeed" and not self.is_deepspeed_enabled:
             raise InputError("DeepSpeed is for GPUs: use another of recipes/accelerate here")
         state = self.accelerator.state

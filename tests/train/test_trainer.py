@@ -249,3 +249,19 @@ def test_the_trainer_prints_nothing_of_its_own(make_recipe, tmp_path, capsys):
     make_trainer(make_recipe(), tmp_path).train()
     captured = capsys.readouterr()
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("checkpointing", [False, "selective", True])
+def test_copies_of_weights_are_not_kept_beside_checkpoints(make_recipe, tmp_path, checkpointing):
+    """Autocast's 16-bit copies would stay until the forward pass is over."""
+    recipe = make_recipe(
+        precision="bfloat16", gradient_checkpointing=checkpointing, batch_size=2, max_steps=1
+    )
+    trainer = make_trainer(recipe, tmp_path)
+    keeps: list[bool] = []
+    layer = trainer.model.model.layers[0].mlp.gate_proj
+
+    layer.register_forward_hook(lambda *_: keeps.append(torch.is_autocast_cache_enabled()))
+    trainer.train()
+    assert keeps
+    assert all(kept == (not checkpointing) for kept in keeps)
