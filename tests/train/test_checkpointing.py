@@ -89,13 +89,15 @@ def traces():
     ]
 
 
-@pytest.mark.parametrize("part", ["vision encoder", "abstractor", "decoder"])
-def test_each_part_holds_less(traces, part):
+@pytest.mark.parametrize(
+    ("part", "bound"), [("vision encoder", 0.4), ("abstractor", 0.6), ("decoder", 0.4)]
+)
+def test_each_part_holds_less(traces, part, bound):
     """At the end of the forward pass, when most is held; real runs are in test_memory."""
     column = [str(kind) for kind in HELD].index(f"activations, {part}")
     kept, some, least = (trace.held[:, column].max() for trace in traces)
-    assert least < 0.5 * kept
-    assert least < some < 0.7 * kept
+    assert least < bound * kept
+    assert least < some < 0.8 * kept
 
 
 def test_selective_computes_no_product_again(traces):
