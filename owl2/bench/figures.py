@@ -214,7 +214,8 @@ def _train(on: Subjects, step: Callable[[], Any]) -> Figure:
 def train_memory(on: Subjects) -> Figure:
     """The most memory of two such steps, padded, each implementation in a process of its own.
 
-    `selective` is owl2's with `gradient_checkpointing: selective`.
+    owl2's is with `gradient_checkpointing: selective`, as in all steps of the bench; `all_kept` and
+    `least_kept` are with `false` and `true`.
     """
     runs = {who: Run(partial(step_memory, who, on.origin)) for who in STEPS}
     return Figure("MiB", runs, None, ratio=("owl2", "textbook"), most=1)

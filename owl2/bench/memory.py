@@ -21,12 +21,14 @@ import torch
 
 from owl2.bench.sizes import Origin
 from owl2.bench.training import Training
+from owl2.train.recipe import Checkpointing
 
 COUNT = 2  # the optimizer's state is made in the first
-STEPS: dict[str, Callable[[Training], object]] = {
-    "textbook": Training.textbook_step,
-    "owl2": Training.padded_step,
-    "selective": Training.selective_step,
+STEPS: dict[str, tuple[Checkpointing, Callable[[Training], object]]] = {
+    "textbook": (False, Training.textbook_step),
+    "owl2": ("selective", Training.padded_step),
+    "all_kept": (False, Training.padded_step),
+    "least_kept": (True, Training.padded_step),
 }
 STATUS = Path("/proc/self/status")
 
@@ -52,9 +54,10 @@ def step_memory(who: str, origin: Origin) -> float:
 def measure(who: str, origin: Origin) -> float:
     """The same in this process, which should have done nothing before."""
     before = psutil.Process().memory_info().rss
-    training = Training(origin)
+    checkpointing, step = STEPS[who]
+    training = Training(origin, checkpointing)
     for _ in range(COUNT):
-        STEPS[who](training)
+        step(training)
     if training.model.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(training.model.device))
     return float(peak_resident() - before)

@@ -15,6 +15,7 @@ from owl2.bench.textbook import Textbook
 from owl2.bench.workload import Batches, Workload
 from owl2.train.blocks import enable_checkpointing, is_checkpointed
 from owl2.train.optimizer import make_adamw, parameter_groups
+from owl2.train.recipe import Checkpointing
 
 RATE = 1e-6  # so small that random data does no harm in a hundred steps
 
@@ -24,14 +25,19 @@ class Training:
 
     All weights are trained. For 16 bits they are float32, with autocast around the arithmetic, for
     the textbook, too: so the authors' scripts train.
+
+    Args:
+        checkpointing: the project's `gradient_checkpointing`.
     """
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin, checkpointing: Checkpointing = "selective") -> None:
         device, dtype = origin.place()
         self.half = None if dtype == torch.float32 else dtype
         self.model = replace(origin, dtype="float32").load().requires_grad_(True).train()
         self.batches = Batches.of(Workload(self.model.config, device, torch.float32))
-        self.textbook = Textbook(self.model)
+        self.textbook = Textbook(self.model)  # which keeps all activations
+        if checkpointing:
+            enable_checkpointing(self.model, selective=checkpointing == "selective")
         self.parameters = list(self.model.parameters())
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
 
@@ -50,12 +56,6 @@ class Training:
     def packed_step(self) -> float:
         """The project's, over the packed batch."""
         return self._own_step(self.batches.packed)
-
-    def selective_step(self) -> float:
-        """As `padded_step`, but what is cheap to compute again is not kept; from now on."""
-        if not is_checkpointed(self.model):
-            enable_checkpointing(self.model, selective=True)
-        return self.padded_step()
 
     def _own_step(self, batch: dict[str, torch.Tensor]) -> float:
         return self._step(

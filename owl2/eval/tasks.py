@@ -1,91 +1,77 @@
-"""Tasks by name: what is asked, what is expected, and how answers are scored."""
+"""Tasks by name: what is asked, how, and how answers are scored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from owl2.data.datasets import load_dataset
-from owl2.data.datasets.easy_vqa import COLOURS, SHAPES, SHORT_PROMPT
-from owl2.data.datasets.prompts import VQA_PROMPT
+from owl2.data.datasets.easy_vqa import SHORT_PROMPT
 from owl2.data.names import look_up
 from owl2.data.sample import Message
 from owl2.errors import InputError
-from owl2.eval.scoring import EXACT_MATCH, Scorer
+from owl2.eval.metrics import Metric, find_metric
+from owl2.eval.questions import Broken, Question
+from owl2.eval.readers import Reader, Source, find_reader, sorted_out
+from owl2.eval.recipes import SUITES, Recipe, recipes
 from owl2.processing.chat import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question, asked by itself.
-
-    `id`: where it came from, such as "easy_vqa/test#17"; unique in its task. `text`: the bare
-    question. `messages`: what the model is asked, which ends with a user turn; pictures are not yet
-    opened. `expected`: the answers that are right. `kind`: what the results are broken down by.
-    """
-
-    id: str
-    text: str
-    messages: list[Message]
-    expected: tuple[str, ...]
-    kind: str
-
-
-@dataclass(frozen=True)
 class Task:
-    """`read(prompt)` gives the questions; `prompt` (the default one) has `{question}` in it.
-
-    `max_new_tokens`: how long an answer may be, with any tokenizer.
-    """
+    """A benchmark, ready to be asked."""
 
     name: str
-    read: Callable[[str], list[Question]]
-    prompt: str
-    scorer: Scorer
-    max_new_tokens: int
+    recipe: Recipe
+    reader: Reader
+    metric: Metric
+
+    @classmethod
+    def of(cls, name: str, recipe: Recipe) -> "Task":
+        return cls(name, recipe, find_reader(recipe.reader), find_metric(recipe.metric))
+
+    def source(self, data: Path | None, prompt: str | None = None) -> Source:
+        """Its files in ``--data``, and the prompt to use.
+
+        Args:
+            prompt: instead of its own, with ``{question}`` in it; "short" for the question alone.
+        """
+        if prompt is None:
+            prompt = self.recipe.prompt
+        elif prompt == "short":
+            prompt = SHORT_PROMPT
+        folders = () if data is None else (data / self.name, data)
+        where = self.recipe.data
+        advice = f"Get {self.recipe.title} from {where.origin} (licence: {where.licence})."
+        return Source(folders, prompt, dict(self.recipe.options), advice)
+
+    def read(self, source: Source) -> tuple[list[Question], list[Broken]]:
+        """Its questions, and what cannot be asked.
+
+        Raises:
+            MissingData: a file is not there.
+            InputError: a file is not what it should be.
+        """
+        return sorted_out(self.reader(source))
 
 
-def read_easy_vqa(prompt: str) -> list[Question]:
-    """The 9,673 questions of easy-VQA's test split, in the package's order.
-
-    Raises:
-        InputError: a prompt without `{question}`; the package easy-vqa is missing.
-    """
-    asked = load_dataset("easy_vqa", "test", style="single", prompt=prompt)
-    bare = load_dataset("easy_vqa", "test", style="single", prompt=SHORT_PROMPT)
-    questions = []
-    for sample, words in zip(asked, bare, strict=True):
-        *messages, answer = sample.messages
-        [turn] = words.messages[:-1]
-        text = "".join(part["text"] for part in turn["content"] if part["type"] == "text")
-        expected = (answer["content"],)
-        questions.append(Question(sample.source, text, messages, expected, _kind(expected[0])))
-    return questions
-
-
-def _kind(answer: str) -> str:
-    kinds = {"yes or no": ("yes", "no"), "shape": SHAPES, "colour": COLOURS}
-    return next(kind for kind, answers in kinds.items() if answer in answers)
-
-
-TASKS = {
-    "easy_vqa": Task("easy_vqa", read_easy_vqa, VQA_PROMPT, EXACT_MATCH, max_new_tokens=10),
-}
-
-
-def find_tasks(names: str) -> list[Task]:
-    """The tasks of a list such as "easy_vqa,another", each once.
+def find_tasks(
+    names: str | None, suite: str | None = None, table: Mapping[str, Recipe] | None = None
+) -> list[Task]:
+    """The tasks of a list such as "mme,pope" and of a suite ("paper": all), each once.
 
     Raises:
         InputError: a name that is no task's (says which is the nearest), or none at all.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted:
-        raise InputError(f"No task is named. There are: {', '.join(sorted(TASKS))}.")
-    return [look_up("task", name, TASKS) for name in dict.fromkeys(wanted)]
-
-
-def full_prompt(task: Task, prompt: str | None) -> str:
-    """The prompt to use: the task's own for None, the bare question for "short"."""
-    return task.prompt if prompt is None else SHORT_PROMPT if prompt == "short" else prompt
+    table = recipes() if table is None else table
+    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
+    found = {name: look_up("task", name, table) for name in dict.fromkeys(wanted)}
+    if suite is not None:
+        look_up("suite", suite, dict.fromkeys((*SUITES, "paper")))
+        for name, recipe in table.items():
+            if recipe.suite == suite or (suite == "paper" and recipe.suite):
+                found.setdefault(name, recipe)
+    if not found:
+        raise InputError(f"No task is named. There are: {', '.join(sorted(table))}.")
+    return [Task.of(name, recipe) for name, recipe in found.items()]
 
 
 def without_pictures(messages: Sequence[Message]) -> list[Message]:

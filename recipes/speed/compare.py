@@ -172,9 +172,11 @@ def _timed(answer: Answer, prompts: Prompts, new: int) -> dict[str, Any]:
     }
 
 
-def measure_all(folder: Path, rounds: int, vllm_python: list[str], lengths: list[str]) -> None:
+def measure_all(
+    folder: Path, subjects: Sequence[str], rounds: int, vllm_python: list[str], lengths: list[str]
+) -> None:
     """All in turn, each in a process of its own, `rounds` times; a table in the end."""
-    subjects = [name for name in SUBJECTS if name != "vllm" or vllm_python]
+    subjects = [name for name in subjects if name != "vllm" or vllm_python]
     found: dict[str, list[dict]] = {name: [] for name in subjects}
     for number in range(rounds):
         for name in subjects:
@@ -239,6 +241,7 @@ def main() -> None:
     parser.add_argument(
         "--vllm", default="", help="`all`: what starts Python in vLLM's environment"
     )
+    parser.add_argument("--subjects", default=",".join(SUBJECTS), help="of `all`; ours is needed")
     parser.add_argument("--rounds", type=int, default=2, help="of `all`")
     parser.add_argument("--size", default="bench", help="`make`: as in `owl2 bench --size`")
     parser.add_argument("--dtype", default="bfloat16", help="`make`: of the weights")
@@ -249,7 +252,8 @@ def main() -> None:
         make(asked.folder, asked.size, asked.dtype)
     elif asked.what == "all":
         lengths = ["--prompt", str(asked.prompt), "--new", str(asked.new)]
-        measure_all(asked.folder, asked.rounds, shlex.split(asked.vllm), lengths)
+        subjects = asked.subjects.split(",")
+        measure_all(asked.folder, subjects, asked.rounds, shlex.split(asked.vllm), lengths)
     else:
         result = measure(asked.what, asked.folder, asked.prompt, asked.new)
         for count, figures in result["requests"].items():

@@ -16,6 +16,7 @@ from owl2.bench.limits import Limits
 from owl2.bench.measure import measure, result
 from owl2.bench.run import Settings, bench
 from owl2.bench.sizes import Origin
+from owl2.train.blocks import is_checkpointed
 from owl2.errors import InputError
 
 NAMES = {
@@ -76,7 +77,7 @@ def test_all_of_it_as_a_program(tmp_path, monkeypatch):
     assert end.value.code == 0
     figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
     assert set(figures) == NAMES
-    assert figures["train_memory"]["selective"] > 0
+    assert figures["train_memory"]["least_kept"] > 0
 
 
 def test_what_does_not_fit_is_left_out(quick, console, monkeypatch):
@@ -157,10 +158,15 @@ def test_a_checkpoint(quick, console, tiny_checkpoint):
 def test_memory_is_that_of_the_steps(monkeypatch):
     """In this process, where other tests have been: only that it runs, and who is asked for."""
     asked = []
-    steps = {name: lambda training, name=name: asked.append(name) for name in memory.STEPS}
+    steps = {
+        name: (how, lambda training, name=name: asked.append((name, is_checkpointed(training.model))))
+        for name, (how, _) in memory.STEPS.items()
+    }
     monkeypatch.setattr(memory, "STEPS", steps)
-    memory.measure("selective", Origin(size="tiny", device="cpu", dtype="float32"))
-    assert asked == ["selective"] * memory.COUNT
+    for name, again in (("owl2", True), ("all_kept", False), ("textbook", False)):
+        del asked[:]
+        memory.measure(name, Origin(size="tiny", device="cpu", dtype="float32"))
+        assert asked == [(name, again)] * memory.COUNT
     assert memory.peak_resident() > 50 * 2**20
 
 

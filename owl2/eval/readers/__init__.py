@@ -1,0 +1,104 @@
+"""Benchmarks in the format in which they are published → questions. A module a family.
+
+A reader is a function of a `Source`. It yields Questions, and a Broken for a row that cannot be
+asked; for a file that is missing it raises `MissingData`. It opens no picture.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from owl2.errors import InputError
+from owl2.eval.questions import Broken, Question
+
+
+class MissingData(InputError):
+    """A benchmark's file that is not there."""
+
+
+@dataclass
+class Source:
+    """Where a benchmark's files are, and how it is to be asked.
+
+    Attributes:
+        folders: to look into, in this order: the benchmark's own, then the one that several share
+            (COCO's pictures).
+        prompt: with ``{question}`` in it; readers of captions take it as it is.
+        options: the recipe's, such as a split.
+        advice: where to get it, and under which licence, for `MissingData`.
+        read: files that the reader has used, for the data's fingerprint.
+    """
+
+    folders: tuple[Path, ...]
+    prompt: str
+    options: dict[str, Any] = field(default_factory=dict)
+    advice: str = ""
+    read: list[Path] = field(default_factory=list)
+
+    def file(self, *names: str) -> Path:
+        """The first of these names (relative, ``*`` allowed) that is a file.
+
+        Raises:
+            MissingData: none is; says which, and where to get it.
+        """
+        for folder in self.folders:
+            for name in names:
+                for path in sorted(folder.glob(name)):
+                    if path.is_file():
+                        if path not in self.read:
+                            self.read.append(path)
+                        return path
+        raise MissingData(
+            f"{self.folders[0] / names[0]} is not there"
+            f"{'' if len(names) == 1 else ' (nor ' + ', '.join(names[1:]) + ')'}. {self.advice}"
+        )
+
+    def picture(self, *names: str) -> Path | None:
+        """The first of these names that is there; None: no such picture."""
+        for folder in self.folders:
+            for name in names:
+                if (folder / name).exists():
+                    return folder / name
+        return None
+
+    def ask(self, question: str) -> str:
+        """The question in the prompt's words."""
+        return self.prompt.replace("{question}", question)
+
+
+Reader = Callable[[Source], Iterable[Question | Broken]]
+
+
+def find_reader(path: str) -> Reader:
+    """The reader that a recipe names: ``MODULE.FUNCTION`` in this package, such as "vqa.vqav2"."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def sorted_out(items: Iterable[Question | Broken]) -> tuple[list[Question], list[Broken]]:
+    """Questions and what is broken; ids that come twice are broken, too."""
+    questions: list[Question] = []
+    broken: list[Broken] = []
+    ids: set[str] = set()
+    for item in items:
+        if isinstance(item, Broken):
+            broken.append(item)
+        elif item.id in ids:
+            broken.append(Broken(item.id, "an earlier question has the same id"))
+        else:
+            ids.add(item.id)
+            questions.append(item)
+    return questions, broken
+
+
+def with_picture(path: Path, words: str) -> list[dict[str, Any]]:
+    """A user's turn: the picture, then the words, nothing between (SPEC 1.5)."""
+    return with_pictures([path], words)
+
+
+def with_pictures(paths: Iterable[Path], words: str) -> list[dict[str, Any]]:
+    """A user's turn with several pictures or frames in order."""
+    parts: Iterator[dict[str, Any]] = ({"type": "image", "path": str(path)} for path in paths)
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": words}]}]
