@@ -38,14 +38,65 @@ void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
   }
 }
 
+// out (d) = the sum of n values (n, d), each times its weight, times `scale`. Weights behind the
+// last are 0 up to a multiple of 16.
+template <class T>
+void weigh(const float* weights, const T* values, int64_t n, int64_t d, float scale, T* out) {
+  constexpr int AT_ONCE = 4;
+  int64_t j = 0;
+  const auto some = [&]<int PARTS>() {
+    Floats acc[PARTS] = {};
+    for (int64_t i = 0; i < n; i++)
+      for (int p = 0; p < PARTS; p++) acc[p] += weights[i] * load(values + i * d + j + p * WIDE);
+    for (int p = 0; p < PARTS; p++) store(out + j + p * WIDE, acc[p] * scale);
+    j += PARTS * WIDE;
+  };
+  while (j + AT_ONCE * WIDE <= d) some.template operator()<AT_ONCE>();
+  while (j < d) some.template operator()<1>();
+}
+
+#if defined(__AVX512BF16__)
+// Two values at a time: their numbers are interleaved, so that one instruction multiplies both with
+// their weights and adds. Weights are rounded to bfloat16, as torch does.
+template <>
+void weigh(const float* weights, const bf16* values, int64_t n, int64_t d, float scale,
+           bf16* out) {
+  for (int64_t j = 0; j < d; j += 2 * WIDE) {
+    Floats low[2] = {}, high[2] = {};  // sums that wait for each other's, were there one of each
+    const auto add = [&](int64_t i, __m512i second) {
+      const __m512i first = _mm512_loadu_si512(values + i * d + j);
+      bf16 pair[2];
+      store(&pair[0], weights[i]), store(&pair[1], weights[i + 1]);
+      int32_t both;
+      std::memcpy(&both, pair, 4);
+      const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+      Floats &l = low[i / 2 % 2], &h = high[i / 2 % 2];
+      l = (Floats)_mm512_dpbf16_ps((__m512)l, (__m512bh)_mm512_unpacklo_epi16(first, second),
+                                   weight);
+      h = (Floats)_mm512_dpbf16_ps((__m512)h, (__m512bh)_mm512_unpackhi_epi16(first, second),
+                                   weight);
+    };
+    int64_t i = 0;
+    for (; i + 2 <= n; i += 2) add(i, _mm512_loadu_si512(values + (i + 1) * d + j));
+    if (i < n) add(i, _mm512_setzero_si512());
+    const Floats l = (low[0] + low[1]) * scale, h = (high[0] + high[1]) * scale;
+    // Of every eight numbers the first four are in `low`, the others in `high`.
+    store(out + j, __builtin_shufflevector(l, h, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
+                                           22, 23));
+    store(out + j + WIDE, __builtin_shufflevector(l, h, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14,
+                                                  15, 28, 29, 30, 31));
+  }
+}
+#endif
+
 // One query (d) over n keys and values (n, d).
 template <class T>
 void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t n, int64_t d,
                 float scaling, std::vector<float>& scores) {
   constexpr int STEP = Product<T>::STEP;
-  scores.resize((n + WIDE - 1) / WIDE * WIDE);
+  scores.resize((n + WIDE) / WIDE * WIDE);  // one more than n at least
   Floats most = Floats{} - INFINITY;
-  for (int64_t i = 0; i < n; i += WIDE) {
+  for (int64_t i = 0; i < int64_t(scores.size()); i += WIDE) {
     Floats products[WIDE] = {};
     const int64_t some = std::min<int64_t>(WIDE, n - i);
     for (int64_t s = 0; s < some; s++)
@@ -64,18 +115,7 @@ void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t 
     totals += weights;
     store(&scores[i], weights);
   }
-  const float inverse = 1 / sum(totals);
-  constexpr int AT_ONCE = 4;
-  int64_t j = 0;
-  const auto gather = [&]<int PARTS>() {
-    Floats acc[PARTS] = {};
-    for (int64_t i = 0; i < n; i++)
-      for (int p = 0; p < PARTS; p++) acc[p] += scores[i] * load(values + i * d + j + p * WIDE);
-    for (int p = 0; p < PARTS; p++) store(out + j + p * WIDE, acc[p] * inverse);
-    j += PARTS * WIDE;
-  };
-  while (j + AT_ONCE * WIDE <= d) gather.template operator()<AT_ONCE>();
-  while (j < d) gather.template operator()<1>();
+  weigh(scores.data(), values, n, d, 1 / sum(totals), out);
 }
 
 // Keys are turned to their positions, and kept with their values: (B, h, d) each.

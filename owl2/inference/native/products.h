@@ -39,6 +39,12 @@ inline void tile(const T* w, const T* x, int64_t K, Ahead<T> ahead, float* out) 
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++)
         acc[r][m][0] = Product<T>::add(acc[r][m][0], w + r * K + k, x + m * K + k);
+  if constexpr (R * M == WIDE) {
+    Floats all[WIDE];
+    for (int i = 0; i < WIDE; i++) all[i] = acc[i / M][i % M][0];
+    store(out, sums(all));
+    return;
+  }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) {
       for (int l = 1; l < LANES; l++) acc[r][m][0] += acc[r][m][l];
