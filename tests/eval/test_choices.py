@@ -1,0 +1,93 @@
+"""The letter that a free answer means."""
+
+import pytest
+
+from owl2.eval.metrics.choices import LETTER, letter_of, listed
+from owl2.eval.questions import Answer, Question
+
+OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
+
+
+@pytest.mark.parametrize(
+    "said, letter",
+    [
+        ("B", "B"),
+        (" b ", "B"),
+        ("(c)", "C"),
+        ("D.", "D"),
+        ("**B**", "B"),
+        ("B. a dog house", "B"),
+        ("B: two cats", "B"),  # the letter is what was asked for
+        ("(B) a dog house", "B"),
+        ("C) two cats", "C"),
+        ("c) two cats", "C"),
+        ("B\nBecause it has a roof.", "B"),
+        ("B a dog house", "B"),
+        ("A, a dog", "A"),
+        ("The answer is B.", "B"),
+        ("The answer is A", "A"),
+        ("Answer: (C)", "C"),
+        ("The correct answer is: D because there is nothing", "D"),
+        ("I would choose option C here.", "C"),
+        ("Neither A nor B fits; the answer is C.", "C"),
+        ("It must be (D), I think", "D"),
+        ("a dog", "A"),
+        ("A dog", "A"),
+        ("A dog house.", "B"),
+        ("There are two cats in the picture", "C"),
+        ("The answer is: A dog house", "B"),
+        # Nothing, or more than one:
+        ("", None),
+        ("E", None),
+        ("The answer is E.", None),
+        ("I think so", None),
+        ("A bird", None),
+        ("The answer is B or C", None),
+        ("(A) or (B)", None),
+        ("Option A and option B", None),
+        ("two cats and a dog", None),
+        ("dogs", None),
+        ("a doghouse", None),
+        ("The answer", None),
+    ],
+)
+def test_an_answer_means_a_letter_or_none(said, letter):
+    assert letter_of(said, OPTIONS) == letter
+
+
+def test_words_that_begin_like_letters_are_words():
+    assert letter_of("The answer is X-ray", ("MRI", "X-ray")) == "B"
+    assert letter_of("The answer is B-side", ("A-side", "B-side")) == "B"
+
+
+def test_fewer_options_have_fewer_letters():
+    assert letter_of("C", OPTIONS) == "C"
+    assert letter_of("C", OPTIONS[:2]) is None
+
+
+def test_options_with_the_same_words_or_none_are_not_told_apart():
+    assert letter_of("yes", ("yes", "yes", "no")) is None
+    assert letter_of("no", ("yes", "yes", "no")) == "C"
+    assert letter_of("maybe", ("", "no")) is None
+
+
+def test_options_may_be_numbers_and_signs():
+    assert letter_of("12", ("1", "12", "2")) == "B"
+    assert letter_of("It is 3.5", ("3", "3.5")) == "B"
+    assert letter_of("-2", ("2", "-2")) == "B"
+    assert letter_of("x + 1", ("x", "x + 1")) == "B"
+
+
+def test_options_are_written_below_the_question():
+    assert listed("Which?", ["red", "blue"]) == "Which?\nA. red\nB. blue"
+
+
+def test_accuracy_counts_what_is_unparsed_as_wrong():
+    def answer(text, letter):
+        return Answer(Question(text, "?", [], (letter,), facts={"options": OPTIONS}), "", text)
+
+    scores = LETTER.score(
+        [answer("B", "B"), answer("C.", "B"), answer("hm", "A"), answer("D", "D")]
+    )
+    assert scores.each == [1.0, 0.0, 0.0, 1.0]
+    assert scores.metrics == {"accuracy": 0.5, "unparsed": 0.25}
