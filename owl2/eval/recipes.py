@@ -44,7 +44,8 @@ class Recipe(BaseModel):
         image_policy: how a picture becomes a square; None: as the checkpoint says.
         shots: examples before the question.
         judge: whether a judging model decides.
-        paper: the paper's figures (SPEC 3), by the metric's name; beside each task's own figure.
+        paper: the paper's figures (SPEC 3), by the metric's name, as the paper prints them.
+        scale: what a metric's value is times, to be told as the paper tells it: 100 for shares.
         note: what makes the two hard to compare, if anything does.
         lmms, lm: the task's name in lmms-eval or lm-eval, if it has one.
     """
@@ -63,6 +64,7 @@ class Recipe(BaseModel):
     shots: int = Field(0, ge=0)
     judge: bool = False
     paper: dict[str, float] = Field(default_factory=dict)
+    scale: float = Field(1, gt=0)
     note: str = ""
     lmms: str | None = None
     lm: str | None = None
