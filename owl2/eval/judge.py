@@ -1,0 +1,203 @@
+"""Answers that wait for a judge → scores.
+
+::
+
+    RUN/answers/NAME.jsonl ──Rubric──► prompts ──Endpoint──► RUN/judgements/NAME.jsonl
+                                                      ──metric──► RUN/results.json
+
+Each judgement is written down as soon as it is there, so that a run that was killed, or that the
+server failed, goes on where it was. What cannot be judged is named, and never scored as wrong.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from owl2.data.datasets.published import json_lines, json_object
+from owl2.errors import InputError
+from owl2.eval.endpoint import Endpoint, NoReply
+from owl2.eval.metrics import Scores, find_metric
+from owl2.eval.metrics.judged import RUBRICS, Rubric
+from owl2.eval.questions import Answer, Question
+from owl2.eval.recipes import Recipe, recipes
+from owl2.files import write_whole
+
+WORKERS = 4
+UNREACHED_IN_A_ROW = 4  # then the server is taken to be away
+
+Say = Callable[[str], None]
+Judgement = dict[str, Any]  # a line of the journal: id, key, value, reply, judge
+
+
+@dataclass
+class Judged:
+    """What came of a task's answers.
+
+    Attributes:
+        judged: how many have a judgement now, earlier ones too.
+        failed: why the others have none, by the question's id.
+    """
+
+    judged: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def judge_run(
+    run: Path, url: str, model: str, say: Say = print, *, endpoint: Endpoint | None = None
+) -> dict[str, Judged]:
+    """Judge the answers of a run that need it; its results have the scores afterwards.
+
+    Args:
+        run: the folder that `owl2 eval` wrote.
+        endpoint: with other limits than the usual ones; `url` and `model` otherwise.
+
+    Returns:
+        By task. Those that failed are asked again by the next call.
+
+    Raises:
+        InputError: no such run, or nothing in it that is to be judged; an endpoint that refuses the
+            key or the model. Judgements made until then are kept.
+    """
+    endpoint = endpoint or Endpoint(url, model)
+    path = run / "results.json"
+    if not path.is_file():
+        raise InputError(f"{path} is not there: give the folder that `owl2 eval` wrote.")
+    results = json_object(path).value
+    table = recipes()
+    names = [name for name in results["tasks"] if name in table and table[name].judge]
+    if not names:
+        raise InputError(f"{run} has no task that a judge scores.")
+    done = {}
+    for name in names:
+        done[name], scores = _judge_task(run, name, table[name], endpoint, say)
+        results["tasks"][name]["metrics"] = scores.metrics
+        results["tasks"][name]["judge"] = {
+            "model": endpoint.model,
+            "url": endpoint.url,
+            "judged": done[name].judged,
+            "not_judged": [
+                {"id": key, "reason": reason} for key, reason in done[name].failed.items()
+            ],
+        }
+        write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    return done
+
+
+def _judge_task(
+    run: Path, name: str, recipe: Recipe, endpoint: Endpoint, say: Say
+) -> tuple[Judged, Scores]:
+    file = run / "answers" / f"{name}.jsonl"
+    rows = [row.value for row in json_lines(file)]
+    metric = find_metric(recipe.metric)
+    journal = Journal(run / "judgements" / f"{name}.jsonl")
+    judged = judge_rows(
+        rows, RUBRICS[metric.name], endpoint, journal, lambda line: say(f"{name}: {line}")
+    )
+    scores = metric.score([_answer(row) for row in rows])
+    for row, score in zip(rows, scores.each, strict=True):
+        row["score"] = score
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return judged, scores
+
+
+class Journal:
+    """Judgements in a file, a line each as soon as it is there.
+
+    Attributes:
+        known: by key, which is of the judge's model and of all that it was asked.
+
+    Raises:
+        InputError: a line that is none of ours.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, Judgement] = {}
+        if not path.is_file():
+            return
+        # A kill may leave half a line at the end; what comes next must not be joined to it.
+        whole = path.read_bytes().rpartition(b"\n")
+        path.write_bytes(whole[0] + whole[1])
+        for row in json_lines(path):
+            self.known[row.text("key")] = row.value
+
+    def add(self, judgement: Judgement) -> None:
+        """Write it down."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(judgement, ensure_ascii=False) + "\n")
+        self.known[judgement["key"]] = judgement
+
+
+def judge_rows(
+    rows: Sequence[dict[str, Any]], rubric: Rubric, endpoint: Endpoint, journal: Journal, say: Say
+) -> Judged:
+    """Judge answers, `WORKERS` at once; each row gets its `judgement`, or None.
+
+    Args:
+        rows: as `owl2 eval` writes answers: `id`, `question`, `facts`, `answer`.
+
+    Raises:
+        InputError: the endpoint refuses the key or the model; what it said before is in `journal`.
+    """
+    prompts = [rubric.ask(row["question"], row["facts"], row["answer"]) for row in rows]
+    keys = [_key(endpoint.model, prompt) for prompt in prompts]
+    todo = [place for place, key in enumerate(keys) if key not in journal.known]
+    result = Judged()
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        asked = {pool.submit(endpoint.ask, prompts[place], rubric.read): place for place in todo}
+        for place, future in _finished(asked):
+            identity = {"id": rows[place]["id"], "key": keys[place], "judge": endpoint.model}
+            if future.cancelled():
+                result.failed[rows[place]["id"]] = "not asked, as the server does not answer"
+            elif isinstance(error := future.exception(), NoReply):
+                result.failed[rows[place]["id"]] = str(error)
+                say(f"{rows[place]['id']} is not judged: {error}")
+            else:
+                value, reply = future.result()
+                journal.add({**identity, "value": value, "reply": reply})
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    for row, key in zip(rows, keys, strict=True):
+        row["judgement"] = journal.known.get(key)
+    result.judged = sum(row["judgement"] is not None for row in rows)
+    say(f"{result.judged} of {len(rows)} answers are judged")
+    return result
+
+
+def _finished(asked: dict["Future[Any]", int]) -> "Iterator[tuple[int, Future[Any]]]":
+    """Places with what came of them, as they come.
+
+    When the server is away, or refuses us, the rest is cancelled; a refusal is raised at the end.
+    """
+    unreached = 0
+    refused: InputError | None = None
+    for future in as_completed(asked):
+        error = None if future.cancelled() else future.exception()
+        if isinstance(error, InputError):
+            refused = error
+        else:
+            yield asked[future], future
+        if not future.cancelled():
+            unreached = unreached + 1 if isinstance(error, NoReply) and not error.reached else 0
+        if refused or unreached >= UNREACHED_IN_A_ROW:
+            for other in asked:
+                other.cancel()
+    if refused is not None:
+        raise refused
+
+
+def _key(model: str, prompt: str) -> str:
+    return hashlib.sha256(f"{model}\n{prompt}".encode()).hexdigest()
+
+
+def _answer(row: dict[str, Any]) -> Answer:
+    judgement = row.get("judgement")
+    facts = {**row["facts"], "judged": None if judgement is None else judgement["value"]}
+    question = Question(row["id"], row["question"], [], (), row["kind"], facts)
+    return Answer(question, row["prompt"], row["answer"])

@@ -1,0 +1,73 @@
+"""MME's score: of each category, accuracy and accuracy+, in percent and summed (arXiv:2306.13394).
+
+Every picture has two questions, one to be answered yes and one no. Accuracy is the share of right
+answers, accuracy+ the share of pictures with both right; a category is worth up to 200 points.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+from owl2.eval.metrics import Metric, Scores, mean
+from owl2.eval.questions import Answer
+
+PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
+COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
+
+
+def yes_or_no(text: str) -> str | None:
+    """What an answer means, as the benchmark's own script finds it: by its first four letters.
+
+    "Yes, ..." is yes; but "Not sure" and "Nope" are no.
+    """
+    said = text.strip().lower().replace(".", "")
+    if said in ("y", "n"):
+        return {"y": "yes", "n": "no"}[said]
+    start = said[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else None
+
+
+def _score(answers: Sequence[Answer]) -> Scores:
+    right = [
+        float(yes_or_no(answer.text) == answer.question.expected[0].lower()) for answer in answers
+    ]
+    categories: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for answer, score in zip(answers, right, strict=True):
+        facts = answer.question.facts
+        categories[facts["category"]][facts["picture"]].append(score)
+    points = {name: sum(_shares(pictures.values())) for name, pictures in categories.items()}
+    accuracy, accuracy_plus = _shares(
+        [scores for pictures in categories.values() for scores in pictures.values()]
+    )
+    metrics = {
+        "perception": sum(points.get(name, 0.0) for name in PERCEPTION),
+        "cognition": sum(points.get(name, 0.0) for name in COGNITION),
+        "accuracy": accuracy / 100,
+        "accuracy_plus": accuracy_plus / 100,
+        **{name: points[name] for name in (*PERCEPTION, *COGNITION) if name in points},
+    }
+    return Scores(metrics, list(right))
+
+
+def _shares(pictures: Collection[Sequence[float]]) -> tuple[float, float]:
+    """Accuracy and accuracy+ in percent; a picture with one question alone has no accuracy+."""
+    both = [float(all(scores)) for scores in pictures if len(scores) > 1]
+    return 100 * mean([score for scores in pictures for score in scores]), 100 * mean(both)
+
+
+MME = Metric("mme", "1", "perception", _score)

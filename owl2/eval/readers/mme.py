@@ -1,0 +1,74 @@
+"""MME: folders by category, a text a picture with its two questions (arXiv:2306.13394).
+
+Text and picture stand side by side, or in ``questions_answers_YN/`` and ``images/``. A text's
+lines are a question and its answer, Yes or No, with a tab between.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from owl2.errors import InputError
+from owl2.eval.metrics.mme import COGNITION, PERCEPTION
+from owl2.eval.questions import Broken, Question
+from owl2.eval.readers import Source, with_picture
+
+ROOTS = ("", "MME_Benchmark_release_version/", "MME_Benchmark_release_version/MME_Benchmark/")
+TEXTS = "questions_answers_YN"
+REQUEST = "Please answer yes or no."  # the recipe's prompt has its own
+
+
+def mme(source: Source) -> Iterator[Question | Broken]:
+    """Ids such as "OCR/0001#1"; kinds are the 14 categories.
+
+    Raises:
+        MissingData: a category without texts.
+        InputError: a line that is not a question and its answer.
+    """
+    for category in (*PERCEPTION, *COGNITION):
+        first = source.file(
+            *(f"{root}{category}/{inner}*.txt" for root in ROOTS for inner in ("", f"{TEXTS}/"))
+        )
+        texts = sorted(first.parent.glob("*.txt"))
+        source.read += texts[1:]
+        for text in texts:
+            yield from _questions(source, category, text)
+
+
+def _questions(source: Source, category: str, text: Path) -> Iterator[Question | Broken]:
+    picture = _picture_of(text)
+    for number, (words, answer) in enumerate(_lines(text), start=1):
+        identity = f"{category}/{text.stem}#{number}"
+        if picture is None:
+            yield Broken(identity, f"the picture of {text} is not there")
+            continue
+        bare = words.removesuffix(REQUEST).rstrip()
+        yield Question(
+            identity,
+            bare,
+            with_picture(picture, source.ask(bare)),
+            (answer,),
+            kind=category,
+            facts={"category": category, "picture": text.stem},
+        )
+
+
+def _picture_of(text: Path) -> Path | None:
+    beside = text.parent.parent / "images" if text.parent.name == TEXTS else text.parent
+    names = (f"{text.stem}{suffix}" for suffix in (".jpg", ".png", ".jpeg"))
+    return next((beside / name for name in names if (beside / name).exists()), None)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        words, tab, answer = line.rpartition("\t")
+        if not tab or answer.strip().lower() not in ("yes", "no"):
+            raise InputError(
+                f"{path}, line {number}: {line!r:.80} is not a question, a tab, and Yes or No."
+            )
+        yield words.strip(), answer.strip()

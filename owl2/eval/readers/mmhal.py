@@ -1,0 +1,43 @@
+"""MMHal-Bench: 96 questions that invite hallucination (arXiv:2309.14525).
+
+The published file names the pictures by their addresses; here they are files in ``images/``, by
+the last part of the address.
+"""
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
+from owl2.data.datasets.published import json_rows
+from owl2.eval.questions import Broken, Question
+from owl2.eval.readers import Source, with_picture
+
+
+def mmhal(source: Source) -> Iterator[Question | Broken]:
+    """Ids count the rows from 1, such as "mmhal#1"; kinds are the eight types of questions.
+
+    Raises:
+        MissingData: no response_template.json.
+        InputError: it is not as published.
+    """
+    path = source.file("response_template.json")
+    for number, row in enumerate(json_rows(path), start=1):
+        identity = f"mmhal#{number}"
+        address, words = row.text("image_src"), row.text("question")
+        name = PurePosixPath(urlsplit(address).path).name
+        picture = source.picture(f"images/{name}", name)
+        if picture is None:
+            yield Broken(identity, f"the picture images/{name} is not there; get it from {address}")
+            continue
+        facts = {
+            "reference": row.text("gt_answer"),
+            "content": ", ".join(row.texts("image_content")),
+        }
+        yield Question(
+            identity,
+            words,
+            with_picture(picture, source.ask(words)),
+            (),
+            kind=row.text("question_type"),
+            facts=facts,
+        )

@@ -1,0 +1,27 @@
+"""POPE: is such a thing in the picture? 3,000 questions a split, on COCO (arXiv:2305.10355)."""
+
+from collections.abc import Iterator
+
+from owl2.data.datasets.published import json_lines
+from owl2.eval.questions import Broken, Question
+from owl2.eval.readers import Source, with_picture
+
+
+def pope(source: Source) -> Iterator[Question | Broken]:
+    """Ids are the published numbers. The option `split`: random, popular or adversarial.
+
+    Raises:
+        MissingData: no such file.
+        InputError: it is not as published.
+    """
+    name = f"coco_pope_{source.options['split']}.json"
+    for row in json_lines(source.file(name, f"pope/{name}", f"output/coco/{name}")):
+        identity = str(row.integer("question_id"))
+        words, label = row.text("text"), row.text("label").lower()
+        picture = source.picture(f"val2014/{row.text('image')}", row.text("image"))
+        if picture is None:
+            yield Broken(identity, f"the picture {row.text('image')} is not there")
+        elif label not in ("yes", "no"):
+            yield Broken(identity, f"its label is {label!r:.40}, not yes or no")
+        else:
+            yield Question(identity, words, with_picture(picture, source.ask(words)), (label,))

@@ -1,0 +1,58 @@
+"""SEED-Bench: 14,233 questions on pictures and 3,757 on videos, four options (arXiv:2307.16125)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from owl2.data.datasets.published import Row, json_object
+from owl2.errors import InputError
+from owl2.eval.metrics.choices import listed
+from owl2.eval.questions import Broken, Question
+from owl2.eval.readers import Source, with_picture
+from owl2.eval.readers.video import with_video
+
+OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
+
+
+def seed_bench(source: Source) -> Iterator[Question | Broken]:
+    """Ids are the published ones; kinds are the twelve types of questions.
+
+    Pictures are in ``SEED-Bench-image/``; videos, or folders with their frames, in
+    ``SEED-Bench-video/``. The option `frames`: so many of a video, from the part that the question
+    is about.
+
+    Raises:
+        MissingData: no SEED-Bench.json.
+        InputError: it is not as published.
+    """
+    published = json_object(source.file("SEED-Bench.json"))
+    types = published.value.get("question_type")
+    if not isinstance(types, dict):
+        raise InputError(f"{published.where}: 'question_type', an object, is missing.")
+    kinds = {number: name for name, number in types.items()}
+    for row in published.rows("questions"):
+        identity = str(row.value.get("question_id"))
+        options = [str(row.value.get(key, "")).strip() for key in OPTIONS]
+        answer, media = row.text("answer"), row.text("data_type")
+        if answer not in ("A", "B", "C", "D") or not all(options):
+            yield Broken(identity, "it has no four options, or no answer among them")
+            continue
+        words = listed(row.text("question"), options)
+        messages = _messages(source, row, media, source.ask(words))
+        if messages is None:
+            yield Broken(identity, f"the {media} {row.text('data_id')} is not there")
+            continue
+        facts = {"options": options, "media": media}
+        kind = kinds.get(row.value.get("question_type_id"), "")
+        yield Question(identity, words, messages, (answer,), kind, facts)
+
+
+def _messages(source: Source, row: Row, media: str, words: str) -> list[dict[str, Any]] | None:
+    name = row.text("data_id")
+    if media == "image":
+        picture = source.picture(f"SEED-Bench-image/{name}", name)
+        return None if picture is None else with_picture(picture, words)
+    video = source.picture(f"SEED-Bench-video/{name}", f"SEED-Bench-video/{Path(name).stem}")
+    segment = row.value.get("segment")  # of some videos; seconds
+    part = (float(segment[0]), float(segment[1])) if segment else None
+    return with_video(video, source.options["frames"], words, part)
