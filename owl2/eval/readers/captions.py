@@ -1,0 +1,59 @@
+"""Captions of COCO and Flickr30K, in the splits of Karpathy and Fei-Fei (2015).
+
+Each is one file ``{"images": [{"filename", "imgid", "split", "sentences": [{"raw"}, ...]}, ...]}``;
+COCO's also says which archive a picture is in (`filepath`) and its number there (`cocoid`).
+"""
+
+from collections.abc import Iterator
+
+from owl2.data.datasets.prompts import CAPTION_PROMPT
+from owl2.data.datasets.published import Row, json_object
+from owl2.errors import InputError
+from owl2.eval.questions import Broken, Question
+from owl2.eval.readers import Source, with_picture
+
+
+def coco(source: Source) -> Iterator[Question | Broken]:
+    """5,000 pictures of val2014; ids are COCO's numbers. Option `split`: default "test".
+
+    Raises:
+        MissingData: no `dataset_coco.json`.
+        InputError: it is not as published, or has no such split.
+    """
+    for row in _rows(source, "dataset_coco.json"):
+        name = row.text("filename")
+        path = f"{row.text('filepath')}/{name}"
+        yield _question(source, row, str(row.integer("cocoid")), path, name)
+
+
+def flickr30k(source: Source) -> Iterator[Question | Broken]:
+    """1,000 pictures; ids are their file names. Option `split`: default "test".
+
+    Raises:
+        MissingData: no `dataset_flickr30k.json`.
+        InputError: it is not as published, or has no such split.
+    """
+    for row in _rows(source, "dataset_flickr30k.json"):
+        name = row.text("filename")
+        folders = ("flickr30k-images", "flickr30k_images", "images")
+        yield _question(source, row, name, *(f"{folder}/{name}" for folder in folders), name)
+
+
+def _rows(source: Source, name: str) -> list[Row]:
+    split = source.options.get("split", "test")
+    content = json_object(source.file(name))
+    rows = [row for row in content.rows("images") if row.text("split") == split]
+    if not rows:
+        raise InputError(f"{content.where} has no picture of the split {split!r}.")
+    return rows
+
+
+def _question(source: Source, row: Row, number: str, *pictures: str) -> Question | Broken:
+    references = tuple(filter(None, (sentence.text("raw") for sentence in row.rows("sentences"))))
+    if not references:
+        return Broken(number, "nobody's caption is there to compare with")
+    picture = source.picture(*pictures)
+    if picture is None:
+        return Broken(number, f"the picture {pictures[0]} is not there")
+    words = source.ask(CAPTION_PROMPT)
+    return Question(number, words, with_picture(picture, words), references)

@@ -1,0 +1,145 @@
+"""A user's own questions: a JSONL file, a question a line.
+
+::
+
+    {"picture": "a.jpg", "question": "What is it?", "answers": ["a dog", "dog"], "metric": "exact"}
+
+- `picture`: a path beside the file (or beside the data of ``--data``), a list of several, or none.
+- `question`: may be missing for captions, which then are asked for in the paper's words.
+- `answers` (or `answer`, a single one): all that are right; with options a letter or an option.
+- `options`: two or more, of a multiple choice.
+- `metric`: in the first line, for the whole file: `exact`, `vqa`, `cider` or `choice`. Without it,
+  `choice` if the first line has options, else `exact`.
+- `id`, `kind`: optional; ids are line numbers otherwise.
+
+A line that cannot be asked is counted and named, and the others go on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from owl2.data.datasets.prompts import CAPTION_PROMPT, CHOICE_REQUEST, LETTERS, VQA_PROMPT
+from owl2.data.datasets.published import Row, json_lines
+from owl2.data.names import look_up
+from owl2.errors import InputError
+from owl2.eval.metrics import find_metric
+from owl2.eval.metrics.choices import listed
+from owl2.eval.questions import Broken, Question
+from owl2.eval.readers import Source, with_pictures
+from owl2.eval.recipes import Data, Recipe
+from owl2.eval.tasks import Task
+
+FEWEST_PEOPLE = 4  # of fewer, no answer can have a VQA accuracy of 1
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How questions of a metric are asked."""
+
+    metric: str
+    prompt: str
+    max_new_tokens: int = 16
+
+
+WAYS = {
+    "exact": _Way("exact.MATCH", VQA_PROMPT),
+    "vqa": _Way("vqa.VQA", VQA_PROMPT),
+    "choice": _Way("choices.LETTER", f"{{question}}\n{CHOICE_REQUEST}"),
+    "cider": _Way("captions.CIDER", "{question}", 64),
+}
+
+
+def own_task(path: Path) -> Task:
+    """The questions of a file as a task, which is called as the file is, without its ending.
+
+    Raises:
+        InputError: the file cannot be read, is empty, or names a metric that there is not.
+    """
+    first = next(json_lines(path), None)
+    if first is None:
+        raise InputError(f"{path} holds no questions.")
+    name = first.value.get("metric", "choice" if "options" in first.value else "exact")
+    way = look_up("metric for questions of one's own", name, WAYS)
+    recipe = Recipe(
+        title=path.name,
+        suite=None,
+        reader="own",
+        metric=way.metric,
+        prompt=way.prompt,
+        max_new_tokens=way.max_new_tokens,
+        shots=0,
+        scale=100,
+        data=Data(files=[str(path)], origin=str(path), licence="the user's"),
+    )
+    return Task(path.stem, recipe, partial(_questions, path, name), find_metric(way.metric))
+
+
+def _questions(path: Path, metric: str, source: Source) -> Iterator[Question | Broken]:
+    source.read.append(path)
+    for row in json_lines(path):
+        number = row.where.rpartition(" ")[2]
+        name = str(row.value.get("id", number))
+        try:
+            yield _question(path, metric, source, row, name)
+        except InputError as error:
+            yield Broken(name, str(error))
+
+
+def _question(path: Path, metric: str, source: Source, row: Row, name: str) -> Question:
+    """Raises `InputError`: whatever is wrong with the line."""
+    if row.value.get("metric", metric) != metric:
+        raise InputError(f"{row.where}: the metric of the file is {metric!r}, by its first line.")
+    blank = metric == "cider" and "question" not in row.value
+    text = CAPTION_PROMPT if blank else row.text("question")
+    if not text:
+        raise InputError(f"{row.where}: the question is blank.")
+    options = row.texts("options") if metric == "choice" else []
+    expected = _expected(row, metric, options)
+    pictures = [_picture(path, source, row, name) for name in _names(row)]
+    asked = listed(text, options) if options else text
+    kind = row.text("kind") if "kind" in row.value else ""
+    facts = {"options": options} if options else {}
+    return Question(name, text, with_pictures(pictures, source.ask(asked)), expected, kind, facts)
+
+
+def _names(row: Row) -> list[str]:
+    """Of its pictures."""
+    if isinstance(row.value.get("picture"), list):
+        return row.texts("picture")
+    return [row.text("picture")] if "picture" in row.value else []
+
+
+def _picture(path: Path, source: Source, row: Row, name: str) -> Path:
+    beside = path.parent / name
+    found = beside if name and beside.is_file() else source.picture(name)
+    if found is None or not name:
+        raise InputError(f"{row.where}: the picture {beside} is not there.")
+    return found
+
+
+def _expected(row: Row, metric: str, options: list[str]) -> tuple[str, ...]:
+    given = row.texts("answers") if "answers" in row.value else [row.text("answer")]
+    answers = [answer for answer in given if answer]
+    if not answers:
+        raise InputError(f"{row.where}: no answer is given.")
+    if metric == "vqa" and len(answers) < FEWEST_PEOPLE:
+        raise InputError(
+            f"{row.where}: VQA accuracy compares with the answers of {FEWEST_PEOPLE} people at "
+            f"least (ten, in VQA's own data), not {len(answers)}; for fewer take exact."
+        )
+    if metric == "cider" and not any(sign.isalnum() for answer in answers for sign in answer):
+        raise InputError(f"{row.where}: no answer has words to compare a caption with.")
+    return (_letter(row, answers, options),) if metric == "choice" else tuple(answers)
+
+
+def _letter(row: Row, answers: list[str], options: list[str]) -> str:
+    letters = LETTERS[: len(options)]
+    if not 2 <= len(options) <= len(LETTERS) or len(answers) > 1:
+        raise InputError(f"{row.where}: a multiple choice has 2 to 26 options and one answer.")
+    if options.count(answers[0]) == 1:  # the option "B" before the letter B
+        return letters[options.index(answers[0])]
+    if len(answers[0]) == 1 and answers[0] in letters:
+        return answers[0]
+    raise InputError(f"{row.where}: the answer {answers[0]!r} is none of the options.")
