@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from owl2.bench.limits import Limits
-from owl2.bench.sizes import Origin, plain_llama, twin, without_mam
+from owl2.bench.sizes import Origin
 from owl2.bench.textbook import Textbook
 from owl2.bench.training import Training
 from owl2.bench.workload import Request, Workload
@@ -18,6 +18,7 @@ from owl2.inference.prefill import Reader
 from owl2.inference.quantised import quantise
 from owl2.inference.runner import Prompt, Runner
 from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.relatives import plain_llama, twin, without_mam
 
 GREEDY = Decoding()
 

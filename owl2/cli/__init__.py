@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from owl2 import __version__
-from owl2.cli import data, measures, models, questions
+from owl2.cli import data, evaluation, measures, models, questions
 from owl2.errors import InputError
 
 app = typer.Typer(
@@ -51,6 +51,7 @@ def show_version() -> None:
 app.add_typer(questions.app)
 app.add_typer(models.app)
 app.add_typer(data.app, name="data")
+app.add_typer(evaluation.app, name="eval")
 app.add_typer(measures.app)
 
 

@@ -1,6 +1,5 @@
-"""Commands that ask a model: chat, eval."""
+"""The command that asks a model: chat."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -53,29 +52,3 @@ def chat_with_model(
         converse(settings, image or [], options)
     else:
         ask(settings, question, image or [], options)
-
-
-@app.command("eval")
-def evaluate_model(
-    model: Annotated[str, typer.Option(help="A checkpoint: directory or hub id.")],
-    tasks: Annotated[str, typer.Option(help="Names, separated by commas: easy_vqa.")],
-    output: Annotated[Path, typer.Option(help="Directory for results.json and the answers.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 128,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many questions of each task.")
-    ] = None,
-    blind: Annotated[bool, typer.Option(help="Ask the same without the picture, too.")] = True,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="Words with {question} in them, or 'short' for the question alone; what the model "
-            "was trained with. Default: the task's own."
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-) -> None:
-    """Ask the questions of a task and score the answers."""
-    from owl2.eval.runner import Settings, evaluate
-
-    evaluate(Settings(model, tasks, output, batch_size, limit, blind, prompt, device, dtype))

@@ -2,97 +2,203 @@
 
 ::
 
-    questions ──sorted by length──► batches ──Engine.batch──► texts ──scorer──► PART.jsonl
-                                             ──in the questions' order──► list of Answers
+    questions ──less those answered earlier──► this process's share ──sorted by length──► batches
+    ──Engine.batch, or lm-eval──► texts ──► Journal, of all processes
+    ──in the questions' order──► Answers, and Brokens for those that could not be asked
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from owl2.errors import InputError
+from owl2.eval.fingerprints import picture_fingerprint
+from owl2.eval.journal import Journal, Row, key_of
 from owl2.eval.progress import Watch
-from owl2.eval.tasks import Question, Task
+from owl2.eval.questions import Answer, Broken, Question
+from owl2.eval.readers import Source
+from owl2.eval.tasks import Task
+from owl2.eval.team import Team
 from owl2.inference.decoding import Options
 from owl2.inference.engine import Engine
+from owl2.processing.chat import read_messages
+
+TEXT_CHUNK = 8  # batches of lm-eval that are written down together
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model said; `prompt` is the text that it got, pictures as `<|image|>`."""
+class Asked:
+    """A round's answers, in the order of its questions.
 
-    question: Question
-    prompt: str
-    text: str
-    is_right: bool
+    Attributes:
+        broken: what could not be asked, such as a picture that cannot be read.
+        seconds: that were spent on them, of all processes and of all starts together.
+        pictures: fingerprints of each answer's pictures.
+    """
 
-    def to_json(self) -> str:
-        """A line of the file of answers."""
-        row = {
-            "id": self.question.id,
-            "question": self.question.text,
-            "kind": self.question.kind,
-            "prompt": self.prompt,
-            "expected": list(self.question.expected),
-            "answer": self.text,
-            "correct": self.is_right,
-        }
-        return json.dumps(row, ensure_ascii=False)
+    answers: list[Answer]
+    broken: list[Broken]
+    seconds: float
+    pictures: list[list[str]] = field(default_factory=list)
+
+
+@dataclass
+class Round:
+    """A task's questions with their pictures, or blind, on their way to answers.
+
+    Attributes:
+        name: of its files.
+    """
+
+    name: str
+    task: Task
+    source: Source
+    questions: Sequence[Question]
+    journal: Journal
+    keys: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keys = [key_of(question) for question in self.questions]
+
+    def ask(self, engine: Engine, batch_size: int, team: Team, watch: Watch) -> None:
+        """This process's share of what nobody has answered yet, into the journal.
+
+        The answers do not depend on `batch_size`, as far as the dtype's rounding goes.
+
+        Raises:
+            InputError: lm-eval, which some tasks need, is not installed; the disk is full.
+        """
+        known = self.journal.known()
+        places = [place for place in team.share(range(len(self.keys)))]
+        todo = [place for place in places if self.keys[place] not in known]
+        watch.begin(len(places), len(places) - len(todo))
+        ask = _ask_text if self.task.recipe.way == "lm-eval" else _ask
+        began = time.perf_counter()
+        for rows in ask(engine, self, todo, batch_size):
+            now = time.perf_counter()
+            for place, row in rows.items():
+                row |= {"key": self.keys[place], "id": self.questions[place].id}
+                row["seconds"] = (now - began) / len(rows)
+            self.journal.add(rows.values())
+            watch.add(len(rows))
+            began = now
+
+    def gather(self) -> Asked:
+        """What came of all questions, once all processes have answered theirs.
+
+        Raises:
+            InputError: another process stands still.
+        """
+        rows = self.journal.all(self.keys)
+        done = Asked([], [], sum(row["seconds"] for row in rows))
+        for question, row in zip(self.questions, rows, strict=True):
+            if "broken" in row:
+                done.broken.append(Broken(question.id, row["broken"]))
+                continue
+            facts = {**question.facts, **row.get("facts", {})}
+            answer = Answer(replace(question, facts=facts), row["prompt"], row["answer"])
+            done.answers.append(answer)
+            done.pictures.append(row["pictures"])
+        return done
 
 
 def decoding_of(task: Task) -> Options:
     """Greedy, so that the same model gives the same answers, whatever its own settings are."""
-    return {"do_sample": False, "max_new_tokens": task.max_new_tokens}
+    return {"do_sample": False, "max_new_tokens": task.recipe.max_new_tokens}
 
 
-def answer_all(
-    engine: Engine,
-    task: Task,
-    questions: Sequence[Question],
-    batch_size: int,
-    watch: Watch,
-    part: Path,
-) -> list[Answer]:
-    """The answers in the order of the questions.
-
-    They do not depend on `batch_size`, as far as the dtype's rounding goes.
-
-    Args:
-        part: a file for the answers so far, a line each, in the order in which they are made; it
-            is still there if this is interrupted.
-
-    Raises:
-        InputError: as `Engine.batch`.
-    """
-    asked = [(question, prompt_of(engine, question)) for question in questions]
+def _ask(
+    engine: Engine, round_: Round, todo: Sequence[int], batch_size: int
+) -> Iterator[dict[int, Row]]:
+    """Rows by the places of their questions, a batch at a time."""
+    prompts: dict[int, str] = {}
+    unfit: dict[int, Row] = {}
+    for place in todo:
+        try:
+            prompts[place] = prompt_of(engine, round_.questions[place])
+        except InputError as error:
+            unfit[place] = {"broken": str(error)}
+    if unfit:
+        yield unfit
     # Like with like, so that little is padding; the longest first, so that memory is short at the
     # start or not at all.
-    order = sorted(range(len(asked)), key=lambda place: -len(asked[place][1]))
-    answers: dict[int, Answer] = {}
-    with part.open("w", encoding="utf-8") as file:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            texts = engine.batch(
-                [asked[place][0].messages for place in places], **decoding_of(task)
-            )
-            for place, text in zip(places, texts, strict=True):
-                question, prompt = asked[place]
-                is_right = task.scorer.is_right(text, question.expected)
-                answers[place] = Answer(question, prompt, text, is_right)
-                file.write(answers[place].to_json() + "\n")
-            file.flush()
-            watch.add(len(places), sum(answers[place].is_right for place in places))
-    return [answers[place] for place in range(len(asked))]
+    order = sorted(prompts, key=lambda place: -len(prompts[place]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        asked = [round_.questions[place].messages for place in places]
+        said = answer_or_reason(engine, asked, decoding_of(round_.task))
+        rows: dict[int, Row] = {}
+        for place, text in zip(places, said, strict=True):
+            if isinstance(text, InputError):
+                rows[place] = {"broken": str(text)}
+            else:
+                pictures = picture_fingerprints(round_.questions[place])
+                rows[place] = {"prompt": prompts[place], "answer": text, "pictures": pictures}
+        yield rows
+
+
+def answer_or_reason(
+    engine: Engine, asked: Sequence[list[dict[str, Any]]], decoding: Options
+) -> list[str | InputError]:
+    """An answer for each, or why it could not be asked.
+
+    One picture that cannot be read fails a batch before the model runs, so it is looked for by
+    halving.
+    """
+    try:
+        return [*engine.batch(asked, **decoding)]
+    except InputError as error:
+        if len(asked) == 1:
+            return [error]
+    half = len(asked) // 2
+    first = answer_or_reason(engine, asked[:half], decoding)
+    return first + answer_or_reason(engine, asked[half:], decoding)
+
+
+def _ask_text(
+    engine: Engine, round_: Round, todo: Sequence[int], batch_size: int
+) -> Iterator[dict[int, Row]]:
+    from owl2.eval.suites.text_tasks import run_text  # imports lm-eval, which takes seconds
+
+    chunk = batch_size * TEXT_CHUNK
+    for start in range(0, len(todo), chunk):
+        places = todo[start : start + chunk]
+        questions = [round_.questions[place] for place in places]
+        answers = run_text(round_.task, round_.source, questions, engine, batch_size)
+        yield {
+            place: {
+                "prompt": answer.prompt,
+                "answer": answer.text,
+                "pictures": [],
+                "facts": _added(question.facts, answer.question.facts),
+            }
+            for place, question, answer in zip(places, questions, answers, strict=True)
+        }
+
+
+def _added(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in after.items() if name not in before}
 
 
 def prompt_of(engine: Engine, question: Question) -> str:
-    """The question as the model gets it."""
-    try:
-        prompt: Any = engine.processor.apply_chat_template(
-            question.messages, add_generation_prompt=True
-        )
-    except InputError as error:
-        raise InputError(f"{question.id}: {error}") from error
-    return str(prompt)
+    """The question as the model gets it, pictures as ``<|image|>``."""
+    return str(engine.processor.apply_chat_template(question.messages, add_generation_prompt=True))
+
+
+def picture_fingerprints(question: Question) -> list[str]:
+    """Of each of its pictures, in order."""
+    return [picture_fingerprint(source) for source in read_messages(question.messages).pictures]
+
+
+def picture_names(question: Question) -> list[str]:
+    """For people and for pages: the path, URL or name of each picture; "" where it has none."""
+    pictures = read_messages(question.messages).pictures
+    return [str(source) if _has_name(source) else "" for source in pictures]
+
+
+def _has_name(source: Any) -> bool:
+    if isinstance(source, str):
+        return not source.startswith("data:")
+    return isinstance(source, Path) or hasattr(source, "__fspath__")

@@ -10,23 +10,33 @@ PLAIN_SECONDS = 5.0
 
 
 class Watch:
-    """Counts answers and right ones and shows them; a context manager.
+    """Counts answers and shows how many there are; a context manager.
 
     Attributes:
-        done, right: answers so far, and those of them that are right.
-        seconds: since it was entered.
+        done: answers so far, with those of an earlier start.
     """
 
-    def __init__(self, console: Console, what: str, total: int) -> None:
-        self.done = self.right = 0
+    def __init__(self, console: Console, what: str) -> None:
+        self.done = 0
         self._console = console
         self._what = what
-        self._total = total
+        self._total = self._before = 0
         self._began = self._last_plain = time.perf_counter()
         self._bar: Progress | None = None
 
     def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, total: int, before: int) -> None:
+        """So many answers are wanted, of which so many were there before."""
+        self._total, self._before, self.done = total, before, before
         self._began = self._last_plain = time.perf_counter()
+        if before:
+            self._say(f"{self._what} {before:>6}/{total}  answered earlier; going on")
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn(self._what, markup=False),
@@ -36,32 +46,25 @@ class Watch:
                 console=self._console,
                 refresh_per_second=2,
             )
-            self._bar.add_task("", total=self._total, state="")
+            self._bar.add_task("", total=total, completed=before, state="")
             self._bar.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    @property
-    def seconds(self) -> float:
-        """Wall time since the block began."""
-        return time.perf_counter() - self._began
-
-    def add(self, done: int, right: int) -> None:
-        """So many more answers, of which so many are right."""
-        self.done += done
-        self.right += right
+    def add(self, count: int) -> None:
+        """So many more answers."""
+        self.done += count
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done, state=self._state())
             return
         now = time.perf_counter()
         if self.done == self._total or now - self._last_plain >= PLAIN_SECONDS:
             self._last_plain = now
-            line = f"{self._what} {self.done:>6}/{self._total}  {self._state()}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._say(f"{self._what} {self.done:>6}/{self._total}  {self._state()}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _state(self) -> str:
-        left = self.seconds / self.done * (self._total - self.done)
-        return f"{self.right / self.done:.1%} right  {timedelta(seconds=round(left))} left"
+        seconds = time.perf_counter() - self._began
+        new = self.done - self._before
+        left = timedelta(seconds=round(seconds / new * (self._total - self.done)))
+        return f"{new / max(seconds, 1e-9):,.1f} questions/s  {left} left"

@@ -1,80 +1,205 @@
-"""What is left of an evaluation for people: a table on the terminal, and ``report.png``."""
+"""What is left of an evaluation for people: tables on the terminal, report.md, report.html.
 
-import textwrap
-import warnings
-from collections.abc import Mapping, Sequence
+All of it comes from ``results.json``, so it can be written anew once a judge has spoken.
+"""
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from owl2.eval.answering import Answer
-from owl2.processing.chat import read_messages
-from owl2.processing.sources import load_image
+from owl2.data.datasets.published import json_object
+from owl2.eval.plots import draw_radar, has_matplotlib
+from owl2.eval.recipes import SUITES
+from owl2.eval.results import BLIND
+from owl2.files import write_whole
 
-COLUMNS = 4
-EXAMPLES = 8  # spread evenly over all questions, right or wrong as they come
-MISTAKES = 4  # and so many of the wrong ones
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
+table { border-collapse: collapse } th, td { padding: .25em .8em; text-align: right }
+th:first-child, td:first-child, td:last-child, th:last-child { text-align: left }
+thead { border-bottom: 2px solid #888 } tbody tr:nth-child(even) { background: #f4f4f4 }
+img { max-width: 40em }
+"""
+HEAD = ("benchmark", "figure", "n", "ours", "paper", "difference", "blind", "remarks")
+TITLES = {
+    "captions": "Captions",
+    "vqa": "Visual question answering",
+    "mllm": "Multimodal benchmarks",
+    "hallucination": "Hallucination",
+    "text": "Text",
+    "video": "Video",
+    None: "Others",
+}
+assert set(SUITES) < set(TITLES)
+
+Row = tuple[str, ...]
+
+
+def shown(value: float, result: Mapping[str, Any]) -> str:
+    """A metric's value as the paper tells it."""
+    return f"{value * result['scale']:.2f}{'%' if result['scale'] == 100 else ''}"
 
 
 def results_table(task: str, result: Mapping[str, Any]) -> Table:
     """A task's entry of ``results.json``: all questions, then kind by kind."""
+    metrics = [name for name in result["metrics"] if not name.endswith(BLIND)]
     table = Table(title=task, title_justify="left")
-    blind = "accuracy_blind" in result["metrics"]
-    for column in ("questions", "n", "accuracy", *(["blind"] if blind else [])):
-        table.add_column(column, justify="left" if column == "questions" else "right")
-    rows = {"all": {"n": result["n"], **result["metrics"]}, **result["by_answer_kind"]}
+    table.add_column("questions")
+    for column in ("n", *(column for name in metrics for column in _columns(name, result))):
+        table.add_column(column, justify="right")
+    rows = {"all": {"n": result["n"], **result["metrics"]}, **result.get("by_answer_kind", {})}
     for name, row in rows.items():
-        scores = [row["accuracy"], *([row["accuracy_blind"]] if blind else [])]
-        table.add_row(name, f"{row['n']:,}", *(f"{score:.2%}" for score in scores))
+        cells = [
+            "" if row.get(key) is None else shown(row[key], result)
+            for metric in metrics
+            for key in _keys(metric, result)
+        ]
+        table.add_row(name, f"{row['n']:,}", *cells)
     return table
 
 
-def draw_answers(path: Path, answers: Sequence[Answer], title: str) -> bool:
-    """A grid of pictures with question and answer: examples, and below them mistakes.
+def _keys(metric: str, result: Mapping[str, Any]) -> list[str]:
+    return [key for key in (metric, f"{metric}{BLIND}") if key in result["metrics"]]
 
-    Returns:
-        False if matplotlib (the extra ``plot``) is not installed, so nothing was drawn.
+
+def _columns(metric: str, result: Mapping[str, Any]) -> list[str]:
+    return [key.replace(BLIND, ", blind") for key in _keys(metric, result)]
+
+
+# ------------------------------------------------------------------ report.md, report.html
+
+
+def write_report(output: Path) -> None:
+    """``report.md``, ``report.html`` and, against three figures of the paper or more,
+    ``radar.png``, from ``results.json``.
 
     Raises:
-        InputError: a picture that cannot be read.
+        InputError: there is no ``results.json``, or a file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return False
-    shown = [*_spread(answers, EXAMPLES)]
-    wrong = [answer for answer in answers if not answer.is_right and answer not in shown]
-    shown += _spread(wrong, MISTAKES)
-    rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(2.6 * COLUMNS, 0.6 + 2.9 * rows), layout="constrained")
-    figure.suptitle(title)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_axis_off()
-    for axes, answer in zip(grid, shown, strict=False):
-        pictures = read_messages(answer.question.messages).pictures
-        if pictures:
-            axes.imshow(load_image(pictures[0]))
-        said = answer.text if answer.is_right else f"{answer.text} (not {_expected(answer)})"
-        question = textwrap.fill(textwrap.shorten(answer.question.text, 90), 30)
-        words = f"{question}\n{textwrap.shorten(said, 34)}"
-        # Words from outside are no formulas, whatever signs are in them.
-        axes.set_title(
-            words, fontsize=9, color="green" if answer.is_right else "crimson", parse_math=False
+    results = json_object(output / "results.json").value
+    radar = output / "radar.png"
+    shares = paper_shares(results)
+    drawn = has_matplotlib() and draw_radar(radar, shares, Path(results["model"]).name)
+    if not drawn:
+        radar.unlink(missing_ok=True)
+    write_whole(output / "report.md", _markdown(results, drawn))
+    write_whole(output / "report.html", _html(results, radar if drawn else None))
+
+
+def paper_shares(results: Mapping[str, Any]) -> dict[str, float]:
+    """Ours divided by the paper's figure, of each figure that both have, by name."""
+    shares = {}
+    for name, result in results["tasks"].items():
+        for metric, figure in result["figures"].items():
+            value = result["metrics"].get(metric)
+            if value is not None:
+                several = f" {metric}" if len(result["figures"]) > 1 else ""
+                shares[f"{result['title']}{several}"] = value * result["scale"] / figure["paper"]
+    return shares
+
+
+def sections(results: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    """The paper's tables with a column of ours: title and rows as `HEAD` names their cells."""
+    for suite, title in TITLES.items():
+        rows = [
+            row
+            for name, result in results["tasks"].items()
+            if result["suite"] == suite
+            for row in _rows(name, result)
+        ]
+        if rows:
+            yield title, rows
+
+
+def _rows(name: str, result: Mapping[str, Any]) -> Iterator[Row]:
+    figures = result["figures"]
+    metrics = result["metrics"]
+    # The benchmark's own figure first, those that the paper has, then all others.
+    names = dict.fromkeys([result["main"], *figures, *metrics])
+    for number, metric in enumerate(n for n in names if not n.endswith(BLIND)):
+        value, blind = metrics.get(metric), metrics.get(f"{metric}{BLIND}")
+        paper = figures.get(metric, {}).get("paper")
+        difference = None if value is None or paper is None else value * result["scale"] - paper
+        yield (
+            f"{result['title']} ({name})" if number == 0 else "",
+            metric,
+            f"{result['n']:,}" if number == 0 else "",
+            "to be judged" if value is None else shown(value, result),
+            "" if paper is None else f"{paper:g}",
+            "" if difference is None else f"{difference:+.2f}",
+            "" if blind is None else shown(blind, result),
+            _remarks(result) if number == 0 else "",
         )
-    with warnings.catch_warnings():
-        # An untrained model says anything, and not every font has it: it becomes a box.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(path, dpi=120)
-    return True
 
 
-def _spread(answers: Sequence[Answer], count: int) -> list[Answer]:
-    if len(answers) <= count:
-        return list(answers)
-    return [answers[place * len(answers) // count] for place in range(count)]
+def _remarks(result: Mapping[str, Any]) -> str:
+    limit = f"only the first {result['limit']} questions" if result["limit"] else ""
+    broken = f"{result['broken']['n']} could not be asked" if result["broken"]["n"] else ""
+    return "; ".join(filter(None, (limit, broken, result["note"])))
 
 
-def _expected(answer: Answer) -> str:
-    return " or ".join(answer.question.expected)
+def _circumstances(results: Mapping[str, Any]) -> list[Row]:
+    machine = results["machine"]
+    first = next(iter(results["tasks"].values()))
+    decoding, pictures = first["decoding"], first["preprocessing"]
+    return [
+        ("weights", results["fingerprint"][:16]),
+        ("pictures", f"{pictures['size']} x {pictures['size']} pixels, {pictures['policy']}"),
+        ("numbers", decoding["dtype"]),
+        ("modality-adaptive module", "on" if decoding["mam"] else "off"),
+        ("machine", f"{machine['name']}, {machine['processes']} processes"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in first["versions"].items())),
+    ]
+
+
+def _broken(results: Mapping[str, Any]) -> list[Row]:
+    return [
+        (name, item["id"], item["reason"])
+        for name, result in results["tasks"].items()
+        for item in result["broken"]["first"]
+    ]
+
+
+def _parts(results: Mapping[str, Any]) -> Iterator[tuple[str, Row, Sequence[Row]]]:
+    """Title, head and rows of all tables."""
+    for title, rows in sections(results):
+        yield title, HEAD, rows
+    if skipped := list(results["skipped"].items()):
+        yield "Left out", ("benchmark", "why"), skipped
+    if broken := _broken(results):
+        yield "Could not be asked (the first ones)", ("benchmark", "sample", "why"), broken
+    yield "How", ("", ""), _circumstances(results)
+
+
+def _markdown(results: Mapping[str, Any], radar: bool) -> str:
+    def line(cells: Row) -> str:
+        return "| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in cells) + " |"
+
+    text = f"# {results['model']}\n"
+    for title, head, rows in _parts(results):
+        ruler = "|" + " --- |" * len(head)
+        text += f"\n## {title}\n\n" + "\n".join([line(head), ruler, *map(line, rows)]) + "\n"
+    return text + ("\n![Against the paper](radar.png)\n" if radar else "")
+
+
+def _html(results: Mapping[str, Any], radar: Path | None) -> str:
+    def line(cells: Row, cell: str) -> str:
+        return "<tr>" + "".join(f"<{cell}>{escape(text)}</{cell}>" for text in cells) + "</tr>"
+
+    body = ""
+    for title, head, rows in _parts(results):
+        lines = "\n".join(line(row, "td") for row in rows)
+        body += f"<h2>{escape(title)}</h2>\n<table><thead>{line(head, 'th')}</thead>\n"
+        body += f"<tbody>\n{lines}\n</tbody></table>\n"
+    if radar is not None:
+        picture = base64.b64encode(radar.read_bytes()).decode()
+        body += f'<h2>Against the paper</h2>\n<img src="data:image/png;base64,{picture}" alt="">\n'
+    title = escape(results["model"])
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}</body></html>\n"
+    )

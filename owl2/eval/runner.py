@@ -1,33 +1,56 @@
-"""A whole evaluation, from names of tasks to ``results.json``.
+"""A whole evaluation, from names of tasks to ``results.json`` and a report.
 
 ::
 
     checkpoint ──► Engine ┐
-    tasks ──► Questions ──┴──► Answers, and blind ones ──► OUTPUT/answers/TASK[_blind].jsonl
-                                                           OUTPUT/results.json, report.png
+    tasks ──► Questions ──┴──► Round, with the pictures and blind ──► OUTPUT/answers/NAME.part.jsonl
+    all parts ──metric──► OUTPUT/answers/NAME.jsonl, results.json, report.md, report.html, plots
 """
 
-import importlib.metadata
 import json
-import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from owl2 import __version__
+from owl2.data.datasets.published import json_object
 from owl2.errors import InputError
-from owl2.eval.answering import Answer, answer_all, decoding_of
+from owl2.eval.answering import Asked, Round
+from owl2.eval.fingerprints import model_fingerprint
+from owl2.eval.journal import Journal, remove_parts
+from owl2.eval.judge import judge_run
+from owl2.eval.loading import Subject
+from owl2.eval.plots import draw_answers, has_matplotlib
 from owl2.eval.progress import Watch
-from owl2.eval.report import draw_answers, results_table
-from owl2.eval.tasks import Question, Task, find_tasks, full_prompt, without_pictures
+from owl2.eval.report import results_table, shown, write_report
+from owl2.eval.results import (
+    BLIND,
+    SEED,
+    Ready,
+    answer_lines,
+    broken_lines,
+    facts_of,
+    machine_of,
+    scores_of,
+    settings_of,
+)
+from owl2.eval.tasks import Task, find_tasks, without_pictures
+from owl2.eval.team import Team
 from owl2.files import write_whole
 from owl2.inference.engine import Engine
+from owl2.processing.image import ImagePolicy
 
-PACKAGES = ("torch", "transformers", "pillow")
+
+@dataclass(frozen=True)
+class Judge:
+    """An OpenAI-compatible endpoint; the key is in the environment (OPENAI_API_KEY)."""
+
+    url: str
+    model: str
 
 
 @dataclass(frozen=True)
@@ -35,72 +58,137 @@ class Settings:
     """What `owl2 eval` was asked for.
 
     Attributes:
-        model: a directory or a hub id.
-        tasks: names, separated by commas.
+        tasks: names, and files of one's own questions, separated by commas.
+        suite: all tasks of it, too.
+        data: the folder of the benchmarks' own files.
         limit: only the first so many questions of each task.
         blind: ask the same without the picture, too.
-        prompt: instead of the task's own: with `{question}` in it, or "short".
+        prompt: instead of the tasks' own: with `{question}` in it, or "short".
+        judge: None: what needs one is left to `owl2 eval judge`.
     """
 
-    model: str
-    tasks: str
+    subject: Subject
     output: Path
+    tasks: str | None = None
+    suite: str | None = None
+    data: Path | None = None
     batch_size: int = 128
     limit: int | None = None
-    blind: bool = True
+    blind: bool = False
     prompt: str | None = None
-    device: str | None = None
-    dtype: str | None = None
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
-class _Round:
-    """All answers to a task's questions, with the pictures or blind."""
+class Checkpoint:
+    """What is known of it once it is loaded: its fingerprint, and how it takes pictures."""
 
-    answers: list[Answer]
-    seconds: float
-
-    def accuracy(self, kind: str | None = None) -> float:
-        right = [a.is_right for a in self.answers if kind in (None, a.question.kind)]
-        return sum(right) / len(right)
+    fingerprint: str
+    policy: ImagePolicy
 
 
-def evaluate(settings: Settings, console: Console | None = None) -> dict[str, Any]:
+@dataclass
+class _Evaluation:
+    """What goes from step to step."""
+
+    settings: Settings
+    console: Console
+    team: Team
+    skipped: dict[str, str] = field(default_factory=dict)
+    rounds: dict[str, Round] = field(default_factory=dict)
+    circumstances: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.output / "answers"
+
+
+def evaluate(
+    settings: Settings, console: Console | None = None, team: Team | None = None
+) -> dict[str, Any]:
     """Ask, score, and write what came of it; returns what is in ``results.json``.
 
     Files of an earlier evaluation in `output` are replaced only when all answers are there. Until
-    then they are in ``answers/NAME.part.jsonl``.
+    then they are in ``answers/NAME.part.jsonl``, from which the next call with the same settings
+    goes on. Of several processes, only the first one returns results; the others' are empty.
 
     Raises:
-        InputError: an unknown task, a dataset that is not installed, no checkpoint, an `output`
-            that is a file, settings out of their range; whatever `Engine.batch` objects to.
+        InputError: an unknown task, no checkpoint, an `output` that is a file, settings out of
+            their range; or nothing could be evaluated, as data is missing or all of it is broken.
     """
-    console = console or Console()
-    tasks = find_tasks(settings.tasks)
+    team = team or Team.of(os.environ)
+    console = console or Console(quiet=team.rank > 0)
+    ready, skipped = read_tasks(settings)
+    for name, reason in skipped.items():
+        _say(console, f"{name} is left out: {reason}")
+    _check_output(settings.output)
+    torch.manual_seed(SEED)
+    engine = settings.subject.load(team)
+    _make_folder(settings.output / "answers")  # not before: a wrong name would leave it empty
+
+    evaluation = _Evaluation(settings, console, team, skipped)
+    own = Checkpoint(model_fingerprint(engine.model), engine.processor.image_processor.policy)
+    try:
+        for item in ready:
+            _ask(evaluation, engine, item, own)
+        if team.rank:
+            return {}
+        gathered = {name: round_.gather() for name, round_ in evaluation.rounds.items()}
+    except KeyboardInterrupt:
+        parts = evaluation.folder / "*.part.jsonl"
+        _say(console, f"\nStopped; the answers so far are in {parts}: the same command goes on.")
+        raise
+    machine = {**machine_of(engine), "processes": team.size, "batch_size": settings.batch_size}
+    results = {
+        "model": settings.subject.model,
+        "fingerprint": own.fingerprint,
+        "machine": machine,
+        "tasks": _entries(evaluation, ready, gathered),
+        "skipped": evaluation.skipped,
+    }
+    if not results["tasks"]:
+        raise InputError(_nothing(evaluation.skipped))
+    _write(evaluation, ready, gathered, results)
+    if settings.judge is not None:
+        judge(settings.output, settings.judge, console)
+        results = json_object(settings.output / "results.json").value
+    _show(evaluation, ready, gathered, results)
+    return results
+
+
+def read_tasks(settings: Settings) -> tuple[list[Ready], dict[str, str]]:
+    """The tasks whose data is there, with their questions; and why the others are left out.
+
+    Raises:
+        InputError: an unknown task or suite, numbers out of their range; no task has its data.
+    """
     if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
         raise InputError("batch_size and limit must be 1 or more.")
-    prompts = {task.name: full_prompt(task, settings.prompt) for task in tasks}
-    questions = {task.name: task.read(prompts[task.name])[: settings.limit] for task in tasks}
-    _check_output(settings.output)
-    engine = Engine.from_pretrained(settings.model, settings.device, settings.dtype)
+    ready, skipped = [], {}
+    for task in find_tasks(settings.tasks, settings.suite):
+        try:
+            source = task.source(settings.data, settings.prompt)
+            questions, broken = task.read(source)
+            _require_some(task, questions, len(broken))
+        except InputError as error:
+            skipped[task.name] = str(error)
+            continue
+        ready.append(Ready(task, source, questions[: settings.limit], broken))
+    if not ready:
+        raise InputError(_nothing(skipped))
+    return ready, skipped
 
-    folder = _make_folder(settings.output)  # not before: a wrong name would leave it empty
-    results: dict[str, Any] = {"model": settings.model, "tasks": {}}
-    rounds: dict[str, _Round] = {}
-    try:
-        for task in tasks:
-            rounds |= _ask(engine, task, questions[task.name], settings, folder, console)
-            results["tasks"][task.name] = {
-                **_scores(rounds[task.name], rounds.get(_blind(task.name))),
-                "prompt": prompts[task.name],
-                **_circumstances(engine, task, settings),
-            }
-    except KeyboardInterrupt:
-        _say(console, f"\nStopped; the answers so far are in {_part(folder, '*')}")
-        raise
-    _write(settings.output, folder, rounds, results)
-    _show(settings.output, tasks, rounds, results, console)
-    return results
+
+def _require_some(task: Task, questions: list[Any], broken: int) -> None:
+    if not questions:
+        raise InputError(f"{task.name} has no question that can be asked, and {broken} broken.")
+
+
+def _nothing(skipped: dict[str, str]) -> str:
+    if len(skipped) == 1:
+        return next(iter(skipped.values()))
+    lines = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+    return f"Nothing could be evaluated.{lines}"
 
 
 def _check_output(output: Path) -> None:
@@ -111,128 +199,152 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _make_folder(output: Path) -> Path:
-    folder = output / "answers"
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror}.") from error
-    return folder
 
 
-def _ask(
-    engine: Engine,
-    task: Task,
-    questions: Sequence[Question],
-    settings: Settings,
-    folder: Path,
-    console: Console,
-) -> dict[str, _Round]:
-    """The task's rounds by the names of their files."""
-    todo = {task.name: list(questions)}
-    if settings.blind:
-        todo[_blind(task.name)] = [
-            replace(question, messages=without_pictures(question.messages))
-            for question in questions
-        ]
-    rounds = {}
-    width = max(map(len, todo))
-    for name, asked in todo.items():
-        part = _part(folder, name)
-        with Watch(console, name.ljust(width), len(asked)) as watch:
-            answers = answer_all(engine, task, asked, settings.batch_size, watch, part)
-            rounds[name] = _Round(answers, watch.seconds)
-    return rounds
+def _ask(evaluation: _Evaluation, engine: Engine, ready: Ready, own: Checkpoint) -> None:
+    """A task's rounds, into their journals; a task that cannot be asked is left out."""
+    settings, task = evaluation.settings, ready.task
+    # As asked for, else as the benchmark's recipe says, else as the checkpoint does.
+    policy = settings.subject.image_policy or task.recipe.image_policy or own.policy
+    engine.processor.image_processor.policy = policy
+    made = settings_of(engine, task)
+    evaluation.circumstances[task.name] = made
+    try:
+        for name, questions in _rounds(ready, settings.blind):
+            journal = Journal(
+                evaluation.folder, name, {**made, "model": own.fingerprint}, evaluation.team
+            )
+            round_ = Round(name, task, ready.source, questions, journal)
+            with Watch(evaluation.console, name) as watch:
+                round_.ask(engine, settings.batch_size, evaluation.team, watch)
+            evaluation.rounds[name] = round_
+    except InputError as error:
+        evaluation.rounds.pop(task.name, None)
+        evaluation.skipped[task.name] = str(error)
+        _say(evaluation.console, f"{task.name} is left out: {error}")
 
 
-def _scores(plain: _Round, blind: _Round | None) -> dict[str, Any]:
-    def metrics(kind: str | None = None) -> dict[str, float]:
-        scores = {"accuracy": plain.accuracy(kind)}
-        return scores if blind is None else scores | {"accuracy_blind": blind.accuracy(kind)}
-
-    kinds = [answer.question.kind for answer in plain.answers]
-    seconds = {"seconds": plain.seconds}
-    if blind is not None:
-        seconds["seconds_blind"] = blind.seconds
-    return {
-        "metrics": metrics(),
-        "n": len(kinds),
-        "by_answer_kind": {k: {"n": kinds.count(k), **metrics(k)} for k in sorted(set(kinds))},
-        **seconds,
-        "samples_per_second": len(kinds) / plain.seconds,
-    }
+def _rounds(ready: Ready, blind: bool) -> Iterator[tuple[str, list[Any]]]:
+    yield ready.task.name, ready.questions
+    if blind and ready.task.recipe.way == "generate":  # text has no pictures to take away
+        yield (
+            f"{ready.task.name}{BLIND}",
+            [replace(q, messages=without_pictures(q.messages)) for q in ready.questions],
+        )
 
 
-def _circumstances(engine: Engine, task: Task, settings: Settings) -> dict[str, Any]:
-    """What else has to be the same for the same scores."""
-    processor, model = engine.processor, engine.model
-    pictures = processor.image_processor
-    return {
-        "limit": settings.limit,
-        "preprocessing": {
-            "size": pictures.size,
-            "policy": pictures.policy,
-            "mean": list(pictures.image_mean),
-            "std": list(pictures.image_std),
-            "tokens_per_picture": processor.num_image_tokens,
-        },
-        "decoding": {
-            **decoding_of(task),
-            "batch_size": settings.batch_size,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
-            "attention": model.config._attn_implementation,
-        },
-        "scorer": task.scorer.to_dict(),
-        "versions": {
-            "owl2": __version__,
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
-        "threads": torch.get_num_threads(),
-    }
+def _entries(
+    evaluation: _Evaluation, ready: list[Ready], gathered: dict[str, Asked]
+) -> dict[str, Any]:
+    """Of each task of which at least one question could be asked."""
+    entries = {}
+    for item in ready:
+        name = item.task.name
+        asked = gathered.get(name)
+        if asked is None:
+            continue
+        if not asked.answers:
+            evaluation.skipped[name] = (
+                f"none of its {len(asked.broken)} questions could be asked; the first: "
+                f"{asked.broken[0].reason}"
+            )
+            continue
+        entries[name] = {
+            **scores_of(item.task.metric, asked, gathered.get(f"{name}{BLIND}")),
+            "limit": evaluation.settings.limit,
+            **facts_of(item, asked),
+            **evaluation.circumstances[name],
+        }
+    return entries
 
 
-def _write(output: Path, folder: Path, rounds: dict[str, _Round], results: dict[str, Any]) -> None:
-    for name, done in rounds.items():
-        lines = "".join(answer.to_json() + "\n" for answer in done.answers)
-        write_whole(folder / f"{name}.jsonl", lines)
-        _part(folder, name).unlink()
-    for name in map(_blind, results["tasks"]):
-        if name not in rounds:  # those of an earlier evaluation do not belong to these scores
-            (folder / f"{name}.jsonl").unlink(missing_ok=True)
-            _part(folder, name).unlink(missing_ok=True)
-    write_whole(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+def _write(
+    evaluation: _Evaluation,
+    ready: list[Ready],
+    gathered: dict[str, Asked],
+    results: dict[str, Any],
+) -> None:
+    """The answers, what could not be asked, and the results; then the parts are not needed."""
+    folder = evaluation.folder
+    for item in ready:
+        name, metric = item.task.name, item.task.metric
+        for own in (name, f"{name}{BLIND}"):
+            asked = gathered.get(own)
+            lines = answer_lines(metric, asked.answers) if asked else ""
+            _write_or_remove(folder / f"{own}.jsonl", lines)
+        asked = gathered.get(name)
+        broken = [*item.broken, *(asked.broken if asked else [])]
+        _write_or_remove(folder / f"{name}.broken.jsonl", broken_lines(broken))
+    path = evaluation.settings.output / "results.json"
+    write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    for item in ready:
+        for own in (item.task.name, f"{item.task.name}{BLIND}"):
+            remove_parts(folder, own)
+
+
+def _write_or_remove(path: Path, text: str) -> None:
+    """Without a text, that of an earlier evaluation does not belong to these scores either."""
+    if text:
+        write_whole(path, text)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def judge(output: Path, judge: Judge, console: Console) -> None:
+    """Have the answers judged that need it, and write the report anew.
+
+    Raises:
+        InputError: as `judge_run`.
+    """
+    judge_run(output, judge.url, judge.model, lambda line: _say(console, line))
+    write_report(output)
 
 
 def _show(
-    output: Path,
-    tasks: Sequence[Task],
-    rounds: dict[str, _Round],
+    evaluation: _Evaluation,
+    ready: list[Ready],
+    gathered: dict[str, Asked],
     results: dict[str, Any],
-    console: Console,
 ) -> None:
-    for number, task in enumerate(tasks):
-        result = results["tasks"][task.name]
-        console.print(results_table(task.name, result))
+    console, output = evaluation.console, evaluation.settings.output
+    for name, result in results["tasks"].items():
+        console.print(results_table(name, result))
         seconds = result["seconds"] + result.get("seconds_blind", 0.0)
-        _say(console, f"{seconds:.0f} s, {result['samples_per_second']:.0f} questions/s")
-        path = output / ("report.png" if len(tasks) == 1 else f"report_{task.name}.png")
-        title = f"{task.name}: {result['metrics']['accuracy']:.2%} of {result['n']:,} right"
-        if draw_answers(path, rounds[task.name].answers, title):
-            _say(console, f"examples: {path}")
-        elif number == 0:
-            hint = "No report.png: matplotlib is missing (pip install 'mplug-owl2[plot]')"
-            _say(console, hint)
-    _say(console, f"scores: {output / 'results.json'}, every answer: {output / 'answers'}")
+        speed = result["samples_per_second"] or 0.0
+        _say(console, f"{seconds:.0f} s, {speed:.0f} questions/s")
+        if result["broken"]["n"]:
+            first = result["broken"]["first"][0]
+            left = f"{result['broken']['n']} could not be asked; the first: {first['id']}: "
+            _say(console, left + first["reason"])
+    if has_matplotlib():
+        for item in ready:
+            if item.task.name in results["tasks"]:
+                path = _draw(output, item, gathered[item.task.name], results)
+                _say(console, f"examples: {path}")
+    else:
+        _say(console, "No report.png: matplotlib is missing (pip install 'mplug-owl2[plot]')")
+    write_report(output)
+    _say(
+        console,
+        f"scores: {output / 'results.json'}, report: {output / 'report.html'}, every answer: "
+        f"{evaluation.folder}",
+    )
 
 
-def _blind(name: str) -> str:
-    return f"{name}_blind"
-
-
-def _part(folder: Path, name: str) -> Path:
-    return folder / f"{name}.part.jsonl"
+def _draw(output: Path, item: Ready, asked: Asked, results: dict[str, Any]) -> Path:
+    name, metric = item.task.name, item.task.metric
+    path = output / ("report.png" if len(results["tasks"]) == 1 else f"report_{name}.png")
+    each = metric.score(asked.answers).each
+    result = results["tasks"][name]
+    main = result["metrics"].get(metric.main)
+    title = f"{name}: {metric.main} {'to be judged' if main is None else shown(main, result)}"
+    draw_answers(path, list(zip(asked.answers, each, strict=True)), f"{title}, n = {result['n']:,}")
+    return path
 
 
 def _say(console: Console, line: str) -> None:

@@ -14,6 +14,8 @@ from owl2.eval.readers import Reader, Source, find_reader, sorted_out
 from owl2.eval.recipes import SUITES, Recipe, recipes
 from owl2.processing.chat import IMAGE_TOKEN
 
+FILE_ENDING = ".jsonl"  # of one's own questions
+
 
 @dataclass(frozen=True)
 class Task:
@@ -56,22 +58,43 @@ class Task:
 def find_tasks(
     names: str | None, suite: str | None = None, table: Mapping[str, Recipe] | None = None
 ) -> list[Task]:
-    """The tasks of a list such as "mme,pope" and of a suite ("paper": all), each once.
+    """The tasks of a list such as "mme,pope,mine.jsonl" and of a suite ("paper": all), each once.
 
     Raises:
-        InputError: a name that is no task's (says which is the nearest), or none at all.
+        InputError: a name that is no task's (says which is the nearest), or none at all; a file of
+            one's own questions that is not there, cannot be read, or is called as a task is.
     """
     table = recipes() if table is None else table
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
-    found = {name: look_up("task", name, table) for name in dict.fromkeys(wanted)}
+    files = [name for name in dict.fromkeys(wanted) if name.endswith(FILE_ENDING)]
+    own = [_own(Path(name), table) for name in files]
+    _require_different([task.name for task in own])
+    found = {n: look_up("task", n, table) for n in dict.fromkeys(wanted) if n not in files}
     if suite is not None:
         look_up("suite", suite, dict.fromkeys((*SUITES, "paper")))
         for name, recipe in table.items():
             if recipe.suite == suite or (suite == "paper" and recipe.suite):
                 found.setdefault(name, recipe)
-    if not found:
+    if not found and not own:
         raise InputError(f"No task is named. There are: {', '.join(sorted(table))}.")
-    return [Task.of(name, recipe) for name, recipe in found.items()]
+    return [*(Task.of(name, recipe) for name, recipe in found.items()), *own]
+
+
+def _own(path: Path, table: Mapping[str, Recipe]) -> Task:
+    from owl2.eval.readers.own import own_task  # it makes a Task, which is defined here
+
+    if not path.is_file():
+        raise InputError(f"There is no file {path} with questions. Check the path.")
+    task = own_task(path)
+    if task.name in table:
+        raise InputError(f"{path} is called as the task {task.name!r} is: rename the file.")
+    return task
+
+
+def _require_different(names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"Two files are called {twice}{FILE_ENDING}: rename one.")
 
 
 def without_pictures(messages: Sequence[Message]) -> list[Message]:

@@ -38,7 +38,8 @@ def make(folder: Path, size: str, dtype: str) -> None:
     """Write the model, and its decoder as a plain LLaMA with the same weights."""
     import torch
 
-    from owl2.bench.sizes import plain_llama, random_model
+    from owl2.bench.sizes import random_model
+    from owl2.model.relatives import plain_llama
 
     model = random_model(size, torch.device("cpu"), getattr(torch, dtype))
     model.save_pretrained(folder / "owl2")

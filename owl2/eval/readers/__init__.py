@@ -43,6 +43,10 @@ class Source:
         Raises:
             MissingData: none is; says which, and where to get it.
         """
+        if not self.folders:
+            raise MissingData(
+                f"{names[0]} is needed: give --data DIR, the folder that it is in. {self.advice}"
+            )
         for folder in self.folders:
             for name in names:
                 for path in sorted(folder.glob(name)):

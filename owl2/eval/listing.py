@@ -1,0 +1,73 @@
+"""``owl2 eval --list``: every task, the paper's figure, and whether its data is here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from owl2.errors import InputError
+from owl2.eval.questions import Question
+from owl2.eval.readers import MissingData
+from owl2.eval.recipes import Recipe, recipes
+from owl2.eval.tasks import Task
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a task's data.
+
+    Attributes:
+        found: whether a question can be read.
+        why: if not, what is missing or wrong.
+    """
+
+    found: bool
+    why: str = ""
+
+
+def data_state(task: Task, data: Path | None) -> State:
+    """Whether its first question can be read; not whether all of its pictures are there."""
+    source = task.source(data)
+    try:
+        for item in task.reader(source):
+            if isinstance(item, Question):
+                return State(True)
+    except MissingData as error:
+        return State(False, str(error))
+    except InputError as error:
+        return State(False, f"wrong: {error}")
+    return State(False, "no question in it can be asked: pictures are missing, or rows are broken")
+
+
+def show_tasks(data: Path | None, console: Console) -> None:
+    """Print all tasks, and below them what is missing and where to get it."""
+    states = {name: data_state(Task.of(name, recipe), data) for name, recipe in recipes().items()}
+    table = Table(title="Tasks", title_justify="left")
+    for column in ("suite", "task", "benchmark", "the paper's", "data", "judge"):
+        table.add_column(column, no_wrap=column in ("suite", "task", "benchmark"))
+    for name, recipe in recipes().items():
+        table.add_row(
+            recipe.suite or "",
+            name,
+            recipe.title,
+            ", ".join(_figures(recipe)),
+            "found" if states[name].found else "missing",
+            "needed" if recipe.judge else "",
+        )
+    console.print(table)
+    for name, state in states.items():
+        if not state.found:
+            _say(console, f"{name}: {state.why}")
+    if data is None:
+        _say(console, "Data is looked for in --data DIR, each task's in DIR/TASK, then in DIR.")
+
+
+def _figures(recipe: Recipe) -> Iterator[str]:
+    for name, figure in recipe.paper.items():
+        yield f"{name} {figure:g}" if len(recipe.paper) > 1 else f"{figure:g}"
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
