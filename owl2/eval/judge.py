@@ -20,13 +20,14 @@ from typing import Any
 from owl2.data.datasets.published import json_lines, json_object
 from owl2.errors import InputError
 from owl2.eval.endpoint import Endpoint, NoReply
-from owl2.eval.metrics import Scores, find_metric
+from owl2.eval.metrics import Metric, find_metric
 from owl2.eval.metrics.judged import RUBRICS, Rubric
 from owl2.eval.questions import Answer, Question
 from owl2.eval.recipes import Recipe, recipes
 from owl2.files import write_whole
 
 WORKERS = 4
+BLIND = "_blind"  # ends the names of what was asked without the picture
 UNREACHED_IN_A_ROW = 4  # then the server is taken to be away
 
 Say = Callable[[str], None]
@@ -68,40 +69,53 @@ def judge_run(
         raise InputError(f"{path} is not there: give the folder that `owl2 eval` wrote.")
     results = json_object(path).value
     table = recipes()
-    names = [name for name in results["tasks"] if name in table and table[name].judge]
+    names = [name for name in results.get("tasks", {}) if name in table and table[name].judge]
     if not names:
         raise InputError(f"{run} has no task that a judge scores.")
     done = {}
     for name in names:
-        done[name], scores = _judge_task(run, name, table[name], endpoint, say)
-        results["tasks"][name]["metrics"] = scores.metrics
-        results["tasks"][name]["judge"] = {
-            "model": endpoint.model,
-            "url": endpoint.url,
-            "judged": done[name].judged,
-            "not_judged": [
-                {"id": key, "reason": reason} for key, reason in done[name].failed.items()
-            ],
-        }
+        done[name] = _judge_task(run, name, table[name], results["tasks"][name], endpoint, say)
         write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return done
 
 
 def _judge_task(
-    run: Path, name: str, recipe: Recipe, endpoint: Endpoint, say: Say
-) -> tuple[Judged, Scores]:
-    file = run / "answers" / f"{name}.jsonl"
-    rows = [row.value for row in json_lines(file)]
+    run: Path, name: str, recipe: Recipe, entry: dict[str, Any], endpoint: Endpoint, say: Say
+) -> Judged:
+    """Judges a task's answers, those without the picture too, and changes its entry of results."""
     metric = find_metric(recipe.metric)
-    journal = Journal(run / "judgements" / f"{name}.jsonl")
-    judged = judge_rows(
-        rows, RUBRICS[metric.name], endpoint, journal, lambda line: say(f"{name}: {line}")
-    )
-    scores = metric.score([_answer(row) for row in rows])
-    for row, score in zip(rows, scores.each, strict=True):
-        row["score"] = score
-    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return judged, scores
+    metrics: dict[str, float] = {}
+    kinds: dict[str, dict[str, float]] = entry.get("by_answer_kind", {})
+    both = Judged()
+    for ending in ("", BLIND):
+        file = run / "answers" / f"{name}{ending}.jsonl"
+        if ending and not file.is_file():
+            continue
+        rows = [row.value for row in json_lines(file)]
+        journal = Journal(run / "judgements" / f"{name}{ending}.jsonl")
+        judged = judge_rows(rows, RUBRICS[metric.name], endpoint, journal, f"{name}{ending}", say)
+        answers = [_answer(row) for row in rows]
+        for row, score in zip(rows, metric.score(answers).each, strict=True):
+            row["score"] = score
+        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        metrics |= _named(metric, answers, ending)
+        for kind, figures in kinds.items():
+            some = [answer for answer in answers if answer.question.kind == kind]
+            figures |= _named(metric, some, ending) if some else {}
+        both.judged += judged.judged
+        both.failed |= {f"{key}{ending}": reason for key, reason in judged.failed.items()}
+    entry["metrics"] = metrics
+    entry["judge"] = {
+        "model": endpoint.model,
+        "url": endpoint.url,
+        "judged": both.judged,
+        "not_judged": [{"id": key, "reason": reason} for key, reason in both.failed.items()],
+    }
+    return both
+
+
+def _named(metric: Metric, answers: Sequence[Answer], ending: str) -> dict[str, float]:
+    return {f"{name}{ending}": value for name, value in metric.score(answers).metrics.items()}
 
 
 class Journal:
@@ -134,12 +148,18 @@ class Journal:
 
 
 def judge_rows(
-    rows: Sequence[dict[str, Any]], rubric: Rubric, endpoint: Endpoint, journal: Journal, say: Say
+    rows: Sequence[dict[str, Any]],
+    rubric: Rubric,
+    endpoint: Endpoint,
+    journal: Journal,
+    name: str,
+    say: Say,
 ) -> Judged:
     """Judge answers, `WORKERS` at once; each row gets its `judgement`, or None.
 
     Args:
         rows: as `owl2 eval` writes answers: `id`, `question`, `facts`, `answer`.
+        name: what `say` is told that this is about.
 
     Raises:
         InputError: the endpoint refuses the key or the model; what it said before is in `journal`.
@@ -157,7 +177,7 @@ def judge_rows(
                 result.failed[rows[place]["id"]] = "not asked, as the server does not answer"
             elif isinstance(error := future.exception(), NoReply):
                 result.failed[rows[place]["id"]] = str(error)
-                say(f"{rows[place]['id']} is not judged: {error}")
+                say(f"{name}, {rows[place]['id']}: not judged: {error}")
             else:
                 value, reply = future.result()
                 journal.add({**identity, "value": value, "reply": reply})
@@ -166,7 +186,7 @@ def judge_rows(
     for row, key in zip(rows, keys, strict=True):
         row["judgement"] = journal.known.get(key)
     result.judged = sum(row["judgement"] is not None for row in rows)
-    say(f"{result.judged} of {len(rows)} answers are judged")
+    say(f"{name}: {result.judged} of {len(rows)} answers are judged")
     return result
 
 

@@ -44,7 +44,9 @@ def by_number(scores):
 
 def judge(rows, server, folder, **limits):
     journal = Journal(folder / "mm_vet.jsonl")
-    return judge_rows(rows, RUBRICS["mm_vet"], quick(server, **limits), journal, lambda line: None)
+    return judge_rows(
+        rows, RUBRICS["mm_vet"], quick(server, **limits), journal, "mm_vet", lambda line: None
+    )
 
 
 # ------------------------------------------------------------------ what is asked and read
@@ -157,7 +159,7 @@ def test_another_answer_or_another_judge_is_judged_anew(tmp_path):
         assert len(server.asked) == 2
         journal = Journal(tmp_path / "mm_vet.jsonl")
         other = Endpoint(server.url, "judge-2", wait=0.01)
-        judge_rows([row(1)], RUBRICS["mm_vet"], other, journal, lambda line: None)
+        judge_rows([row(1)], RUBRICS["mm_vet"], other, journal, "mm_vet", lambda line: None)
         assert len(server.asked) == 3
 
 
@@ -178,10 +180,10 @@ def test_a_server_that_is_away_is_not_asked_to_the_end(tmp_path):
     with serving(completion("1")) as server:
         gone = quick(server, attempts=1)
     journal = Journal(tmp_path / "mm_vet.jsonl")
-    result = judge_rows(rows, RUBRICS["mm_vet"], gone, journal, said.append)
+    result = judge_rows(rows, RUBRICS["mm_vet"], gone, journal, "mm_vet", said.append)
     assert result.judged == 0 and len(result.failed) == 60
     assert "not asked" in result.failed["v1_59"]
-    assert len(said) < 30 and said[-1] == "0 of 60 answers are judged"
+    assert len(said) < 30 and said[-1] == "mm_vet: 0 of 60 answers are judged"
 
 
 def test_a_refused_key_ends_it_and_keeps_what_was_told(tmp_path):
@@ -223,6 +225,34 @@ def test_a_runs_results_and_answers_have_the_scores(run):
     rows = [json.loads(line) for line in (run / "answers/mm_vet.jsonl").read_text().splitlines()]
     assert [row["score"] for row in rows] == [0.0, 1.0, 0.5, None]
     assert rows[1]["judgement"]["reply"] == "Score: 1.0"
+
+
+def test_kinds_and_blind_answers_are_judged_with_the_rest(tmp_path):
+    facts = {"reference": "no dog", "content": "cat"}
+    rows = [{**row(n), "facts": facts, "kind": kind} for n, kind in enumerate(["a", "a", "b"])]
+    (tmp_path / "answers").mkdir()
+    lines = "".join(json.dumps(one) + "\n" for one in rows)
+    for file in ("mmhal", "mmhal_blind"):
+        (tmp_path / "answers" / f"{file}.jsonl").write_text(lines)
+        lines = lines.replace("an answer", "a guess")
+    kinds = {"a": {"n": 2, "judged": 0.0}, "b": {"n": 1, "judged": 0.0}}
+    results = {"tasks": {"mmhal": {"metrics": {"judged": 0.0}, "by_answer_kind": kinds}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+
+    def step(body):
+        text = body["messages"][0]["content"]
+        number = int(re.search(r"question (\d)", text)[1])
+        return completion(f"Rating: {number if 'a guess' in text else number + 3}")
+
+    with serving(step) as server:
+        done = judge_run(tmp_path, server.url, "j", lambda line: None, endpoint=quick(server))
+    assert done["mmhal"].judged == 6
+    entry = json.loads((tmp_path / "results.json").read_text())["tasks"]["mmhal"]
+    assert entry["metrics"]["score"] == 4.0 and entry["metrics"]["hallucination_rate"] == 0.0
+    blind = entry["metrics"]["score_blind"], entry["metrics"]["hallucination_rate_blind"]
+    assert blind == (1.0, 1.0)
+    assert entry["by_answer_kind"]["a"]["score"] == 3.5 and entry["by_answer_kind"]["a"]["n"] == 2
+    assert entry["by_answer_kind"]["b"]["score_blind"] == 2.0
 
 
 def test_what_is_no_run_or_has_nothing_to_judge_is_said(run, tmp_path):
