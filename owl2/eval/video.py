@@ -117,8 +117,6 @@ def _decoded(video: Path, count: int, segment: Segment | None) -> tuple[Path, ..
         for number, frame in enumerate(frames, start=1):
             paths.append(folder / f"{number}.jpg")
             frame.convert("RGB").save(paths[-1], quality=JPEG_QUALITY, subsampling=0)
-    except InputError:
-        raise
     except Exception as error:  # foreign decoders on files from anywhere: they raise anything
         raise InputError(f"The video {video} cannot be decoded: {error}.") from error
     return tuple(paths)
@@ -164,7 +162,7 @@ def _times(container: Any) -> list[float]:
 def _chosen(times: Sequence[float], count: int, segment: Segment | None) -> list[int]:
     """Places of the frames to take, of those whose times are in the segment, or nearest to it."""
     if not times:
-        raise InputError("it has no frames")
+        raise ValueError("it has no frames")
     places = list(range(len(times)))
     if segment is not None:
         start, end = segment
