@@ -104,7 +104,7 @@ def ttft_second_question(on: Subjects) -> Figure:
 
     def request() -> Request:
         ids = torch.cat([before, on.workload.places(), on.workload.words(QUESTION)], dim=1)
-        return Request(ids, pictures["now"], NEW)
+        return Request(ids, pictures["now"], 1)  # more would go on behind its back
 
     def first() -> None:
         on.first_token(on.runner, request())

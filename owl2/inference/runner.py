@@ -2,7 +2,7 @@
 
 ::
 
-    any thread ──Request──► Inbox ──► one worker thread, turn by turn:
+    any thread ──Request──► Inbox ──► one thread that leads, turn by turn:
         prompts of like length ──Reader: one forward──► rows of the cache
         all rows ──FastDecoder: a token each──► queues ──► the threads that wait
 
@@ -92,13 +92,13 @@ class Runner:
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
         try:
-            self._inbox.put(requests, self._worker)
+            self._worker.lead(requests, lambda: ended.qsize() == len(requests))
             for _ in requests:
                 if (error := ended.get()) is not None:
                     raise error
-        finally:
-            for request in requests:
-                request.cancelled = True
+        except BaseException:
+            self._cancel(requests)
+            raise
         return [request.answer for request in requests]
 
     def stream(
@@ -112,28 +112,40 @@ class Runner:
         request = self._request(prompt, decoding, limit, ends, queue, streams=True)
 
         def tokens() -> Generator[int, None, None]:
+            item: Any = 0
+            new = True
             try:
-                self._inbox.put([request], self._worker)
-                while isinstance(item := queue.get(), int):
-                    yield item
+                while isinstance(item, int):
+                    if queue.empty():
+                        self._worker.lead([request], lambda: not queue.empty(), new)
+                        new = False
+                    if isinstance(item := queue.get(), int):
+                        yield item
                 if item is not None:
                     raise item
             finally:
-                request.cancelled = True
+                if isinstance(item, int):
+                    self._cancel([request])
 
         return tokens()
 
     def read(self, prompt: Prompt, use: Callable[[Read], Any]) -> Any:
-        """What `use` makes of a prompt's logits, keys and values, in the worker's thread.
+        """What `use` makes of a prompt's logits, keys and values, by who leads.
 
         It must leave them as they are. Other requests wait meanwhile.
         """
         done: SimpleQueue = SimpleQueue()
         job = Job(self.reader.begin(*prompt), use, done)
-        self._inbox.put([job], self._worker)
+        self._worker.lead([job], lambda: not done.empty())
         if (error := done.get()) is not None:
             raise error
         return job.result
+
+    def _cancel(self, requests: Sequence[Request]) -> None:
+        """Nobody waits any more: free their rows."""
+        for request in requests:
+            request.cancelled = True
+        self._inbox.put([], self._worker)
 
     def forget(self) -> None:
         """Keep nothing of what was computed so far."""

@@ -1,7 +1,11 @@
-"""The one thread that runs a model: it takes what waits, turn by turn, or sleeps.
+"""Who runs a model takes what waits, turn by turn: a thread that else sleeps, or the main thread.
 
 A turn: prompts that are alike are computed together and join the rows, then all rows get a token.
-Only this thread touches the rows and what is kept, so nothing else is locked.
+Only who holds the worker's lock touches the rows and what is kept, so nothing else is locked.
+
+The main thread leads while nobody else does and its own requests last. It could as well wait for
+the other one; but each thread that computes has a pool of OpenMP's, and as soon as there are more
+of their threads than cores, they go to sleep after each operation: prompts take a third longer.
 """
 
 import threading
@@ -47,13 +51,20 @@ class Inbox:
         # drop the worker, in the middle of anything.
         self._changed = threading.Condition()
         self._items: list[Request | Job] = []
+        self._roused = False
         self._thread: threading.Thread | None = None
         self.closed = False
 
-    def put(self, items: Sequence[Request | Job], worker: "Worker") -> None:
-        """Hand in requests or jobs; the worker's thread is started if there is none."""
+    def add(self, items: Sequence[Request | Job]) -> None:
+        """Hand in requests or jobs, for who leads."""
         with self._changed:
             self._items += items
+
+    def put(self, items: Sequence[Request | Job], worker: "Worker") -> None:
+        """The same for the thread, which is started if there is none; of no items: wake it."""
+        with self._changed:
+            self._items += items
+            self._roused = True
             if self._thread is None or not self._thread.is_alive():  # a fork leaves threads behind
                 self._thread = threading.Thread(
                     target=_serve, args=(self, weakref.ref(worker)), name="owl2-runner", daemon=True
@@ -68,9 +79,10 @@ class Inbox:
         return items
 
     def wait(self) -> bool:
-        """Sleep until there is something to take; False: until there never will be."""
+        """Sleep until there is something to do; False: until there never will be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._items or self.closed)
+            self._changed.wait_for(lambda: self._roused or self.closed)
+            self._roused = False
             return not self.closed
 
     def close(self) -> None:
@@ -88,18 +100,20 @@ def _serve(inbox: Inbox, reference: "weakref.ref[Worker]") -> None:
         worker = reference()
         if worker is None:
             return
-        worker.work()
+        with worker.lock:
+            worker.work()
         del worker  # or sleeping would keep it alive
 
 
 class Worker:
-    """What the thread does.
+    """What a thread does that leads.
 
     Args:
         max_batch: requests in rows at a time.
         rows_bytes: that their keys and values may take; one request is taken in any case.
 
     Attributes:
+        lock: who leads holds it.
         forget: whether to drop what is kept before the next prompt; set from any thread.
     """
 
@@ -108,19 +122,47 @@ class Worker:
         self.inbox = inbox
         self.max_batch = max_batch
         self.rows_bytes = rows_bytes
+        self.lock = threading.Lock()
         self.forget = False
         self._rows: Rows | None = None
         self._waiting: list[Request] = []
         self._jobs: list[Job] = []
 
-    def work(self) -> None:
+    def lead(
+        self, own: Sequence[Request | Job], until: Callable[[], bool], new: bool = True
+    ) -> None:
+        """Do `own`, and what others hand in meanwhile, in this thread if it is the main one and
+        nobody leads; else leave it to the other thread.
+
+        Args:
+            new: they were not handed in before.
+        """
+        items = own if new else []
+        is_main = threading.current_thread() is threading.main_thread()
+        if not (is_main and self.lock.acquire(blocking=False)):
+            self.inbox.put(items, self)
+            return
+        try:
+            self.inbox.add(items)
+            self.work(until)
+        finally:
+            active = self._rows.active if self._rows is not None else []
+            others = [one for one in (*active, *self._waiting, *self._jobs) if one not in own]
+            self.lock.release()
+            if others:
+                self.inbox.put([], self)
+
+    def work(self, until: Callable[[], bool] = lambda: False) -> None:
         """Turns until nothing is left to do. What goes wrong with the machine is told to all who
         wait, and it goes on."""
         with torch.no_grad(), _on(self.reader.model.device):
-            while not self.inbox.closed:
+            while not (self.inbox.closed or until()):
                 try:
                     if not self._turn():
                         return
+                except KeyboardInterrupt:
+                    self._fail(RuntimeError("a step was interrupted; ask again"))
+                    raise
                 except BaseException as error:  # whatever it is, it is raised where one waits
                     self._fail(error)
 

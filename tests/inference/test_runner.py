@@ -6,6 +6,7 @@ import textwrap
 import threading
 import time
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -172,6 +173,21 @@ def test_closing_a_stream_frees_its_row(model, prompts, alone, steps):
     assert len(steps) < 10_000
 
 
+def in_thread(call):
+    """What came of a call in another thread: its result, or its exception."""
+    made = []
+
+    def target():
+        try:
+            made.append(call())
+        except BaseException as error:
+            made.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    return thread, made
+
+
 def test_an_interrupted_call_frees_its_rows(model, prompts, alone, monkeypatch):
     runner = Runner(model, max_batch=2)
 
@@ -184,9 +200,67 @@ def test_an_interrupted_call_frees_its_rows(model, prompts, alone, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("owl2.inference.runner.SimpleQueue", Interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            runner.generate(prompts[:2], GREEDY, [100_000] * 2, ())
+        thread, made = in_thread(
+            lambda: runner.generate(prompts[:2], GREEDY, [100_000] * 2, ()),
+        )
+        thread.join(20)
+    assert isinstance(made[0], KeyboardInterrupt)
     assert run(runner, prompts) == alone
+
+
+def test_an_interrupted_step_ends_all_and_leaves_it_usable(model, prompts, alone, monkeypatch):
+    """The main thread leads, another one waits; Ctrl-C comes in the middle of a step."""
+    runner = Runner(model)
+    step, other = FastDecoder.step, []
+
+    def interrupted(self, tokens, positions):
+        if not other:
+            other.append(in_thread(lambda: run(runner, prompts[1:2])))
+        if len(tokens) == 2:
+            raise KeyboardInterrupt
+        return step(self, tokens, positions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FastDecoder, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.generate(prompts[:1], GREEDY, [100_000], ())
+        [(thread, made)] = other
+        thread.join(20)
+    assert "interrupted" in str(made[0])
+    assert run(runner, prompts) == alone
+
+
+def test_the_main_thread_leads_and_leaves_the_rest_to_the_other(model, prompts, alone, monkeypatch):
+    runner = Runner(model)
+    step, leaders, other = FastDecoder.step, [], []
+
+    def noted(self, tokens, positions):
+        leaders.append((threading.current_thread() is threading.main_thread(), len(tokens)))
+        if not other:
+            long = [TOKENS + 20]
+            other.append(in_thread(lambda: runner.generate(prompts[1:2], GREEDY, long, ())))
+            time.sleep(0.2)
+        return step(self, tokens, positions)
+
+    monkeypatch.setattr(FastDecoder, "step", noted)
+    assert run(runner, prompts[:1]) == alone[:1]
+    [(thread, made)] = other
+    thread.join(20)
+    assert made[0][0][:TOKENS] == alone[1]
+    assert leaders[0] == (True, 1)
+    assert (True, 2) in leaders, "both together"
+    assert leaders[-1] == (False, 1), "the longer one goes on without the main thread"
+
+
+def test_a_stream_of_the_main_thread_is_made_as_it_is_asked_for(model, prompts, alone, steps):
+    runner = Runner(model)
+    stream = runner.stream(prompts[0], GREEDY, TOKENS, ())
+    first = next(stream)
+    made = len(steps)
+    time.sleep(0.1)
+    assert len(steps) == made <= 1
+    assert run(runner, prompts[1:2]) == alone[1:2]  # beside it
+    assert [first, *stream] == alone[0]
 
 
 def test_an_error_reaches_only_whose_it_is(model, prompts, alone, monkeypatch):
@@ -319,6 +393,8 @@ def test_nobody_asks_no_thread_and_no_model_stay(prompts):
     runner = Runner(make_model(seed=1).eval())
     before = threading.active_count()
     run(runner, prompts[:2])
+    assert threading.active_count() == before, "the main thread does it itself"
+    in_thread(partial(run, runner, prompts[:2]))[0].join(20)
     assert threading.active_count() == before + 1
     gone = weakref.ref(runner.model)
     del runner
