@@ -12,7 +12,7 @@ from rich.text import Text
 from owl2.data.sample import Bad, Sample
 from owl2.errors import InputError
 from owl2.processing.chat import read_messages
-from owl2.processing.image import load_image
+from owl2.processing.image import DEFAULT_MAX_PIXELS, load_image
 from owl2.processing.labels import LEARNED_STYLE
 from owl2.processing.processor import Owl2Processor
 
@@ -49,7 +49,7 @@ def _article(sample: Sample | Bad, processor: Owl2Processor) -> str:
             raise sample.raised()
         found = read_messages(sample.messages).pictures
         max_pixels = processor.image_processor.max_pixels
-        pictures = "\n".join(_figure(picture, max_pixels) for picture in found)
+        pictures = "\n".join(figure(picture, max_pixels) for picture in found)
         words = _words(processor.show_labels(sample.messages))
     except InputError as error:
         words = _bad(error)
@@ -59,7 +59,7 @@ def _article(sample: Sample | Bad, processor: Owl2Processor) -> str:
     )
 
 
-def _figure(picture: Any, max_pixels: int) -> str:
+def figure(picture: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> str:
     """A picture, small; one behind a URL stays there, for the browser to fetch."""
     if isinstance(picture, str) and picture.startswith(("http://", "https://")):
         return f'<img src="{escape(picture)}" alt="">'

@@ -71,7 +71,7 @@ class Round:
             InputError: lm-eval, which some tasks need, is not installed; the disk is full.
         """
         known = self.journal.known()
-        places = [place for place in team.share(range(len(self.keys)))]
+        places = team.share(range(len(self.keys)))
         todo = [place for place in places if self.keys[place] not in known]
         watch.begin(len(places), len(places) - len(todo))
         ask = _ask_text if self.task.recipe.way == "lm-eval" else _ask

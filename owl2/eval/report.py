@@ -93,7 +93,7 @@ def write_report(output: Path) -> None:
 def paper_shares(results: Mapping[str, Any]) -> dict[str, float]:
     """Ours divided by the paper's figure, of each figure that both have, by name."""
     shares = {}
-    for name, result in results["tasks"].items():
+    for result in results["tasks"].values():
         for metric, figure in result["figures"].items():
             value = result["metrics"].get(metric)
             if value is not None:

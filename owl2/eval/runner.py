@@ -149,8 +149,11 @@ def evaluate(
     if not results["tasks"]:
         raise InputError(_nothing(evaluation.skipped))
     _write(evaluation, ready, gathered, results)
-    if settings.judge is not None:
-        judge(settings.output, settings.judge, console)
+    if settings.judge is not None and any(item.task.recipe.judge for item in ready):
+        try:
+            judge(settings.output, settings.judge, console)
+        except InputError as error:
+            _say(console, f"Not judged: {error} `owl2 eval judge {settings.output}` does it later.")
         results = json_object(settings.output / "results.json").value
     _show(evaluation, ready, gathered, results)
     return results
