@@ -37,6 +37,16 @@ class NoReply(Exception):
         self.reached = reached
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The key is for the host that the user named, and no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
 class _Passing(Exception):
     """What may be better next time; `wait`: seconds that the server asks for."""
 
@@ -103,7 +113,7 @@ class Endpoint:
             "max_tokens": 512,
         }
         try:
-            with urllib.request.urlopen(self._request(body), timeout=self.timeout) as reply:
+            with _OPENER.open(self._request(body), timeout=self.timeout) as reply:
                 data = reply.read(MAX_REPLY_BYTES)
         except urllib.error.HTTPError as error:
             with error:
@@ -133,6 +143,9 @@ class Endpoint:
         except (http.client.HTTPException, OSError):
             words = str(error.reason)
         said = f"{self.url} answers {error.code}: {words[:200]}"
+        if error.code in (301, 302, 303, 307, 308):
+            there = error.headers.get("Location")
+            return InputError(f"{self.url} answers that it is elsewhere: give {there} as the URL.")
         if error.code in REFUSED:
             given = "is set" if os.environ.get(KEY) else "is not set"
             return InputError(

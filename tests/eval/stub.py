@@ -43,6 +43,8 @@ class Handler(BaseHTTPRequestHandler):
         code, text, seconds = step(body) if callable(step) else step
         time.sleep(seconds)
         self.send_response(code)
+        if code in (301, 307):
+            self.send_header("Location", text)
         self.end_headers()
         self.wfile.write(text.encode())
 

@@ -100,6 +100,14 @@ def test_a_refusal_is_the_users_and_is_not_repeated(stub, code, what, monkeypatc
     assert len(server.asked) == 1
 
 
+def test_the_key_is_not_sent_on_to_another_place(stub):
+    server = stub(completion("7"))
+    other = stub((307, server.url, 0.0))
+    with pytest.raises(InputError, match=f"elsewhere: give {server.url} as the URL"):
+        endpoint(other).ask("?", number)
+    assert server.asked == []
+
+
 def test_an_objection_to_one_prompt_concerns_that_alone(stub):
     server = stub((400, "too long", 0.0), completion("7"))
     with pytest.raises(NoReply, match="400: too long"):
