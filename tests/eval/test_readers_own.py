@@ -111,6 +111,12 @@ def test_cider(write, monkeypatch):
     assert ["no answer has words" in item.reason for item in broken] == [True]
 
 
+def test_cider_without_its_package(write, monkeypatch):
+    monkeypatch.setattr("owl2.eval.metrics.captions.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pycocoevalcap"):
+        read(write({"answer": "a wall", "metric": "cider"}))
+
+
 def test_pictures_may_be_in_the_data_folder(write, tmp_path):
     path = write({"picture": "blue.png", "question": "Colour?", "answer": "blue"})
     _, questions, _ = read(path, tmp_path / "more")

@@ -21,6 +21,8 @@ CAPTION = "Provide a one-sentence caption for the provided image."
 
 def read(name, data=FIXTURES, prompt=None):
     [task] = find_tasks(name)
+    if task.metric.name == "cider":
+        pytest.importorskip("pycocoevalcap")
     source = task.source(data, prompt)
     return task.read(source), source
 
@@ -70,8 +72,6 @@ def test_every_picture_is_there_and_comes_first(name):
 def test_what_is_expected_scores_all(name, monkeypatch):
     monkeypatch.setattr("owl2.eval.metrics.captions.TOKENISER", STAND_IN)
     [task] = find_tasks(name)
-    if task.metric.name == "cider":
-        pytest.importorskip("pycocoevalcap")
     (questions, _), _ = read(name)
     answers = [Answer(question, "", question.expected[0]) for question in questions]
     best = task.metric.score(answers)
@@ -168,12 +168,19 @@ def test_missing_files_say_where_to_get_them(name, tmp_path):
     assert "licence: " in message
 
 
-def test_pictures_beside_the_file_will_do(copy):
+@pytest.mark.parametrize(("name", "count"), [("coco", 2), ("vqav2", 3)])
+def test_pictures_beside_the_file_will_do(copy, name, count):
     data = copy("coco/dataset_coco.json", lambda content: None)
     for picture in (data / "val2014").iterdir():
-        picture.rename(data / "coco" / picture.name)
-    (questions, _), _ = read("coco", data)
-    assert len(questions) == 2
+        picture.rename(data / name / picture.name)
+    (questions, _), _ = read(name, data)
+    assert len(questions) == count
+
+
+def test_without_the_package_of_cider_nothing_is_asked(monkeypatch):
+    monkeypatch.setattr("owl2.eval.metrics.captions.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pycocoevalcap"):
+        read("coco")
 
 
 def _no_answers(content):

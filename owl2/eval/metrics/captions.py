@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 
 from owl2.errors import InputError
 from owl2.eval.metrics import Metric, Scores
@@ -27,13 +28,20 @@ _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"
 _HIGHEST = 10.0  # CIDEr of a caption that is equal to all references
 
 
+def check_installed() -> None:
+    """For readers, so that it is known before anything is asked.
+
+    Raises:
+        InputError: pycocoevalcap is not there.
+    """
+    if find_spec("pycocoevalcap") is None:
+        raise InputError("CIDEr needs the package pycocoevalcap: pip install 'mplug-owl2[eval]'.")
+
+
 def _score(answers: Sequence[Answer]) -> Scores:
-    try:
-        from pycocoevalcap.cider.cider import Cider
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "CIDEr needs the package pycocoevalcap: pip install 'mplug-owl2[eval]'."
-        ) from error
+    check_installed()
+    from pycocoevalcap.cider.cider import Cider
+
     said = tokenised([answer.text for answer in answers])
     expected = tokenised([text for answer in answers for text in answer.question.expected])
     rest = iter(expected)

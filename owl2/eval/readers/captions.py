@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from owl2.data.datasets.prompts import CAPTION_PROMPT
 from owl2.data.datasets.published import Row, json_object
 from owl2.errors import InputError
+from owl2.eval.metrics.captions import check_installed
 from owl2.eval.questions import Broken, Question
 from owl2.eval.readers import Source, with_picture
 
@@ -18,7 +19,7 @@ def coco(source: Source) -> Iterator[Question | Broken]:
 
     Raises:
         MissingData: no `dataset_coco.json`.
-        InputError: it is not as published, or has no such split.
+        InputError: it is not as published, or has no such split; CIDEr's package is missing.
     """
     for row in _rows(source, "dataset_coco.json"):
         name = row.text("filename")
@@ -31,7 +32,7 @@ def flickr30k(source: Source) -> Iterator[Question | Broken]:
 
     Raises:
         MissingData: no `dataset_flickr30k.json`.
-        InputError: it is not as published, or has no such split.
+        InputError: it is not as published, or has no such split; CIDEr's package is missing.
     """
     for row in _rows(source, "dataset_flickr30k.json"):
         name = row.text("filename")
@@ -41,7 +42,9 @@ def flickr30k(source: Source) -> Iterator[Question | Broken]:
 
 def _rows(source: Source, name: str) -> list[Row]:
     split = source.options.get("split", "test")
-    content = json_object(source.file(name))
+    path = source.file(name)
+    check_installed()
+    content = json_object(path)
     rows = [row for row in content.rows("images") if row.text("split") == split]
     if not rows:
         raise InputError(f"{content.where} has no picture of the split {split!r}.")

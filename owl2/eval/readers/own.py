@@ -25,6 +25,7 @@ from owl2.data.datasets.published import Row, json_lines
 from owl2.data.names import look_up
 from owl2.errors import InputError
 from owl2.eval.metrics import find_metric
+from owl2.eval.metrics.captions import check_installed
 from owl2.eval.metrics.choices import listed
 from owl2.eval.questions import Broken, Question
 from owl2.eval.readers import Source, with_pictures
@@ -77,6 +78,8 @@ def own_task(path: Path) -> Task:
 
 
 def _questions(path: Path, metric: str, source: Source) -> Iterator[Question | Broken]:
+    if metric == "cider":
+        check_installed()
     source.read.append(path)
     for row in json_lines(path):
         number = row.where.rpartition(" ")[2]
