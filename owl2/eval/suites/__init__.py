@@ -3,3 +3,10 @@
 Their packages are imported by the modules here and by nothing else of `owl2`, and only when one of
 these is: importing them takes seconds, and has side effects.
 """
+
+from pathlib import Path
+
+
+def own_tasks() -> Path:
+    """The folder with the tasks that lmms-eval does not have, for its ``--include_path``."""
+    return Path(__file__).parent / "tasks"

@@ -16,7 +16,6 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -221,8 +220,3 @@ class Owl2Multimodal(lmms):
         name = f"{task} {split} {number}"
         self.broken[name] = str(error)
         _LOG.warning("owl2: %s cannot be asked and counts as not answered: %s", name, error)
-
-
-def own_tasks() -> Path:
-    """The folder with the tasks that lmms-eval does not have, for its ``--include_path``."""
-    return Path(__file__).parent / "tasks"
