@@ -47,7 +47,7 @@ def test_by_hand(without_java):
     # The cosine of one-word vectors is 1 or 0; of the four lengths of phrases there is one: 10/4.
     scores = CIDER.score(given)
     assert scores.each == pytest.approx([0.25, 0.25, 0])
-    assert scores.metrics == pytest.approx({"CIDEr": 2 * 2.5 / 3})
+    assert scores.metrics == pytest.approx({"CIDEr": 100 * 2 * 2.5 / 3})
     assert CIDER.main in scores.metrics
 
 
@@ -81,7 +81,7 @@ def test_as_pycocoevalcap():
 
     score, each = cider.compute_score(words(REFERENCES), words([[text] for text in said]))
     assert score > 0.5
-    assert scores.metrics == pytest.approx({"CIDEr": score})
+    assert scores.metrics == pytest.approx({"CIDEr": 100 * score})
     assert scores.each == pytest.approx([value / 10 for value in each])
 
 

@@ -51,6 +51,7 @@ def test_exact(write, tmp_path):
         )
     )
     assert (task.name, task.metric.name, broken) == ("mine", "exact_match", [])
+    assert (task.recipe.max_new_tokens, task.recipe.scale) == (16, 100)
     assert [question.id for question in questions] == ["1", "7", "3"]
     assert [question.kind for question in questions] == ["", "sum", ""]
     assert words(questions[0]) == "Colour?\nAnswer the question using a single word or phrase."
@@ -106,7 +107,7 @@ def test_cider(write, monkeypatch):
         "Provide a one-sentence caption for the provided image.",
         "Caption?",
     ]
-    assert task.recipe.max_new_tokens > 16
+    assert (task.recipe.max_new_tokens, task.recipe.scale) == (64, 1)
     assert scores(task, questions, "A plain red wall.", "a cat") == pytest.approx([1, 0])
     assert ["no answer has words" in item.reason for item in broken] == [True]
 

@@ -2,7 +2,8 @@
 
 pycocoevalcap computes it from words that the Penn Treebank's tokeniser of Stanford CoreNLP made;
 both are as in COCO's own evaluation. The tokeniser needs java. Without it ours stands in, which
-agrees on plain sentences; `results.json` says which of the two it was.
+agrees on plain sentences; `results.json` says which of the two it was. The figure is told as papers
+tell it, a hundred times pycocoevalcap's.
 
 A phrase weighs the more, the fewer of the *evaluated* pictures have it in their references: the
 CIDEr of a part of a benchmark says nothing about the whole, and that of one picture is 0.
@@ -25,7 +26,7 @@ TOKENISER = PTB if shutil.which("java") else STAND_IN
 
 # What COCO's evaluation drops. Brackets stay as words there, by a slip: it looks for capitals.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-_HIGHEST = 10.0  # CIDEr of a caption that is equal to all references
+_HIGHEST = 10.0  # by pycocoevalcap, of a caption that is equal to all references
 
 
 def check_installed() -> None:
@@ -50,7 +51,7 @@ def _score(answers: Sequence[Answer]) -> Scores:
         for place, answer in enumerate(answers)
     }
     cider, each = Cider().compute_score(references, {n: [words] for n, words in enumerate(said)})
-    return Scores({"CIDEr": float(cider)}, [float(score) / _HIGHEST for score in each])
+    return Scores({"CIDEr": 100 * float(cider)}, [float(score) / _HIGHEST for score in each])
 
 
 def tokenised(captions: Sequence[str]) -> list[str]:

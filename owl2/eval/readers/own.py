@@ -42,13 +42,14 @@ class _Way:
     metric: str
     prompt: str
     max_new_tokens: int = 16
+    scale: float = 100  # all but CIDEr are shares
 
 
 WAYS = {
     "exact": _Way("exact.MATCH", VQA_PROMPT),
     "vqa": _Way("vqa.VQA", VQA_PROMPT),
     "choice": _Way("choices.LETTER", f"{{question}}\n{CHOICE_REQUEST}"),
-    "cider": _Way("captions.CIDER", "{question}", 64),
+    "cider": _Way("captions.CIDER", "{question}", max_new_tokens=64, scale=1),
 }
 
 
@@ -71,7 +72,7 @@ def own_task(path: Path) -> Task:
         prompt=way.prompt,
         max_new_tokens=way.max_new_tokens,
         shots=0,
-        scale=100,
+        scale=way.scale,
         data=Data(files=[str(path)], origin=str(path), licence="the user's"),
     )
     return Task(path.stem, recipe, partial(_questions, path, name), find_metric(way.metric))
