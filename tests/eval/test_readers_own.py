@@ -136,6 +136,8 @@ def test_pictures_may_be_in_the_data_folder(write, tmp_path):
         ({"question": " ", "answer": "a"}, "the question is blank"),
         ({"answer": "a"}, "'question', a text, is missing"),
         ({"question": "?", "answer": "a", "metric": "vqa"}, "metric of the file is 'exact'"),
+        ({"question": "?", "options": ["a", "b"], "answer": "a"}, "options are of a choice"),
+        ({"image": "red.png", "question": "?", "answer": "a"}, "line 2). There are: answer, "),
         ({"id": "1", "question": "?", "answer": "a"}, "same id"),
     ],
 )
@@ -153,6 +155,7 @@ def test_a_broken_line_is_named_and_the_others_go_on(write, row, words):
         ("", "holds no questions"),
         ('{"metric": "cidr"}\n', "Do you mean 'cider'?"),
         ('{"metric": ["vqa"]}\n', "There are: choice, cider, exact, vqa"),
+        ('{"pictures": []}\n', "Do you mean 'picture'?"),
         ("[]\n", "line 1 is []"),
         ("{\n", "line 1: not JSON"),
     ],

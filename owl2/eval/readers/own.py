@@ -12,7 +12,8 @@
   `choice` if the first line has options, else `exact`.
 - `id`, `kind`: optional; ids are line numbers otherwise.
 
-A line that cannot be asked is counted and named, and the others go on.
+A line that cannot be asked, another key in it among the reasons, is counted and named, and the
+others go on.
 """
 
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ from owl2.eval.readers import Source, with_pictures
 from owl2.eval.recipes import Data, Recipe
 from owl2.eval.tasks import Task
 
+KEYS = dict.fromkeys(
+    ("picture", "question", "answers", "answer", "options", "metric", "id", "kind")
+)
 FEWEST_PEOPLE = 4  # of fewer, no answer can have a VQA accuracy of 1
 
 
@@ -57,11 +61,13 @@ def own_task(path: Path) -> Task:
     """The questions of a file as a task, which is called as the file is, without its ending.
 
     Raises:
-        InputError: the file cannot be read, is empty, or names a metric that there is not.
+        InputError: the file cannot be read or is empty; its first line names a metric that there is
+            not, or has another key.
     """
     first = next(json_lines(path), None)
     if first is None:
         raise InputError(f"{path} holds no questions.")
+    _check_keys(first)
     name = first.value.get("metric", "choice" if "options" in first.value else "exact")
     way = look_up("metric for questions of one's own", name, WAYS)
     recipe = Recipe(
@@ -93,8 +99,11 @@ def _questions(path: Path, metric: str, source: Source) -> Iterator[Question | B
 
 def _question(path: Path, metric: str, source: Source, row: Row, name: str) -> Question:
     """Raises `InputError`: whatever is wrong with the line."""
+    _check_keys(row)
     if row.value.get("metric", metric) != metric:
         raise InputError(f"{row.where}: the metric of the file is {metric!r}, by its first line.")
+    if "options" in row.value and metric != "choice":
+        raise InputError(f"{row.where}: options are of a choice; the metric is {metric!r}.")
     blank = metric == "cider" and "question" not in row.value
     text = CAPTION_PROMPT if blank else row.text("question")
     if not text:
@@ -106,6 +115,12 @@ def _question(path: Path, metric: str, source: Source, row: Row, name: str) -> Q
     kind = row.text("kind") if "kind" in row.value else ""
     facts = {"options": options} if options else {}
     return Question(name, text, with_pictures(pictures, source.ask(asked)), expected, kind, facts)
+
+
+def _check_keys(row: Row) -> None:
+    """A picture under another key would be a question asked blind."""
+    for key in row.value:
+        look_up(f"key of a question ({row.where})", key, KEYS)
 
 
 def _names(row: Row) -> list[str]:
