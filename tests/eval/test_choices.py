@@ -16,6 +16,7 @@ OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
         ("(c)", "C"),
         ("D.", "D"),
         ("**B**", "B"),
+        ("The answer is **B**.", "B"),
         ("B. a dog house", "B"),
         ("B: two cats", "B"),  # the letter is what was asked for
         ("(B) a dog house", "B"),

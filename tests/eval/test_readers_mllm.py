@@ -188,11 +188,14 @@ def test_a_line_of_mme_without_an_answer_is_named(copy):
         read("mme", data)
 
 
-def test_all_texts_of_mme_are_in_its_fingerprint():
+def test_all_texts_of_mme_are_in_its_fingerprint(copy):
+    data = copy("mme")
+    shutil.copy(data / "mme/OCR/6610.txt", data / "mme/OCR/6620.txt")
+    shutil.copy(data / "mme/OCR/6610.jpg", data / "mme/OCR/6620.jpg")
     [task] = find_tasks("mme")
-    source = task.source(FIXTURES)
-    task.read(source)
-    assert len(source.read) == len(set(source.read)) == 14
+    source = task.source(data)
+    assert len(task.read(source)[0]) == 30
+    assert len(source.read) == len(set(source.read)) == 15
 
 
 # ------------------------------------------------------------------ MMBench
@@ -213,6 +216,11 @@ def test_later_rounds_of_mmbench_show_the_first_ones_picture():
     questions = by_id("mmbench")
     assert pictures(questions["3000241"]) == pictures(questions["241"])
     assert load_image(*pictures(questions["241"])).getpixel((5, 5))[2] > 200  # blue
+
+
+def test_the_rounds_of_a_question_come_one_after_the_other():
+    firsts = [question.facts["question"] for question in by_id("mmbench").values()]
+    assert firsts == ["241"] * 4 + ["252"] * 2
 
 
 def change_rows(path, function):

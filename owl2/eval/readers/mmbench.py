@@ -32,7 +32,8 @@ def mmbench(source: Source) -> Iterator[Question | Broken]:
         InputError: a file without some of the columns, or without answers.
     """
     path = source.file(*FILES)
-    rows = list(_rows(path))
+    # A question's rounds together, so that the first few questions are whole ones.
+    rows = sorted(_rows(path), key=lambda row: divmod(int(row["index"]), ROUND)[::-1])
     pictures = {row["index"]: row["image"] for row in rows if len(row["image"]) >= SHORTEST_PICTURE}
     has_rounds = any(int(row["index"]) >= ROUND for row in rows)
     for row in rows:
