@@ -35,7 +35,8 @@ def require_command(line):
     """Fails if the command or one of its options does not exist."""
     command = typer.main.get_command(app)
     words = line.split()[1:]
-    while hasattr(command, "commands"):  # a group
+    # A group; one that has options of its own is a command, too.
+    while hasattr(command, "commands") and not words[0].startswith("--"):
         name = words.pop(0)
         assert name in command.commands, f"there is no command {name}"
         command = command.commands[name]

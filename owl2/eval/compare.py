@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -90,10 +90,10 @@ class Compared:
         return (
             self.name,
             f"{len(self.pairs):,}",
-            f"{first:.2%}",
-            f"{second:.2%}",
-            f"{second - first:+.2%}",
-            f"{low:+.2%} to {high:+.2%}",
+            f"{first:.1%}",
+            f"{second:.1%}",
+            f"{second - first:+.1%}",
+            f"{low:+.1%} … {high:+.1%}",
             f"{sum(pair.difference > 0 for pair in self.pairs):,}",
             f"{sum(pair.difference < 0 for pair in self.pairs):,}",
             f"{sum(pair.first['answer'] != pair.second['answer'] for pair in self.pairs):,}",
@@ -121,7 +121,8 @@ def compare(first: Path, second: Path, page: Path, console: Console) -> list[Com
         raise InputError(f"{first} and {second} have no task with scores in common.")
     table = Table(title=f"A: {first}, B: {second}", title_justify="left")
     for column in HEAD:
-        table.add_column(column, justify="left" if column == "task" else "right")
+        justify: Literal["left", "right"] = "left" if column == "task" else "right"
+        table.add_column(column, justify=justify, no_wrap=column in HEAD[:6])
     for one in found:
         table.add_row(*one.cells())
     console.print(table)

@@ -8,6 +8,7 @@
 The trial's answers are thrown away. Picture size, dtype and batch size are those of the evaluation.
 """
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -137,7 +138,7 @@ def _sum(costs: Sequence[Cost]) -> Cost:
 
 def _cells(cost: Cost) -> list[str]:
     counts = (cost.questions, cost.pictures, cost.prompt_tokens, cost.new_tokens)
-    return [cost.name, *(f"{n:,}" for n in counts), str(timedelta(seconds=round(cost.seconds)))]
+    return [cost.name, *(f"{n:,}" for n in counts), str(timedelta(seconds=math.ceil(cost.seconds)))]
 
 
 def _say(console: Console, line: str) -> None:

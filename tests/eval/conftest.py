@@ -1,13 +1,17 @@
 """What tests of evaluation share: an engine, and a task whose right answers are known."""
 
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from owl2.eval.scoring import EXACT_MATCH
-from owl2.eval.tasks import TASKS, Question, Task
+from owl2.eval import listing, tasks
+from owl2.eval.questions import Question
+from owl2.eval.recipes import Data, Recipe, recipes
+from owl2.eval.tasks import Task
 from owl2.inference.engine import Engine
 
 COLOURS = ("red", "blue", "lime", "white", "black", "yellow")
@@ -45,10 +49,28 @@ def questions(engine, pictures):
 
 
 @pytest.fixture
-def task(questions, monkeypatch):
-    made = Task("made", lambda prompt: questions, "{question}", EXACT_MATCH, 4)
-    monkeypatch.setitem(TASKS, "made", made)
-    return made
+def samples(questions):
+    """What the made task's reader yields; a test may change the list."""
+    return list(questions)
+
+
+@pytest.fixture
+def task(samples, monkeypatch):
+    """One more task, `made`, beside those that there are."""
+    recipe = Recipe(
+        title="Made",
+        suite=None,
+        reader="made.samples",
+        metric="exact.MATCH",
+        max_new_tokens=4,
+        scale=100,
+        data=Data(files=[], origin="here", licence="none"),
+    )
+    reader = SimpleNamespace(samples=lambda source: iter(samples))
+    monkeypatch.setitem(sys.modules, "owl2.eval.readers.made", reader)
+    for module in (tasks, listing):
+        monkeypatch.setattr(module, "recipes", lambda: {**recipes(), "made": recipe})
+    return Task.of("made", recipe)
 
 
 @pytest.fixture

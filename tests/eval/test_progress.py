@@ -9,36 +9,50 @@ from owl2.eval.progress import Watch
 
 
 def test_a_log_file_gets_a_line_now_and_then(plain, monkeypatch):
-    with Watch(plain, "task", 40) as watch:
+    with Watch(plain, "task") as watch:
+        watch.begin(40, 0)
         for _ in range(39):
-            watch.add(1, 1)
+            watch.add(1)
         assert plain.file.getvalue() == ""
-        watch.add(1, 0)
-    assert plain.file.getvalue() == "task     40/40  97.5% right  0:00:00 left\n"
-    assert (watch.done, watch.right) == (40, 39)
+        watch.add(1)
+    [line] = plain.file.getvalue().splitlines()
+    assert line.startswith("task     40/40  ")
+    assert line.endswith(" questions/s  0:00:00 left")
+    assert watch.done == 40
 
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
-    with Watch(plain, "next", 4) as watch:
-        watch.add(2, 1)
-    assert "next      2/4  50.0% right" in plain.file.getvalue()
+    with Watch(plain, "next") as watch:
+        watch.begin(4, 0)
+        watch.add(2)
+    assert "next      2/4  " in plain.file.getvalue()
 
 
 def test_time_left(plain, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    with Watch(plain, "task", 100) as watch:
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    with Watch(plain, "task") as watch:
+        watch.begin(110, 10)
         now[0] += 30
-        watch.add(25, 20)
-        assert watch.seconds == 30
-    assert "80.0% right  0:01:30 left" in plain.file.getvalue()
+        watch.add(25)
+    text = plain.file.getvalue()
+    assert "10/110  answered earlier; going on" in text
+    assert "35/110  0.8 questions/s  0:01:30 left" in text, "earlier answers took no time now"
+
+
+def test_nothing_left_to_do(plain):
+    with Watch(plain, "task") as watch:
+        watch.begin(10, 10)
+    assert "10/10  answered earlier" in plain.file.getvalue()
 
 
 def test_a_terminal_gets_a_bar():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with Watch(console, "task", 4) as watch:
-        watch.add(3, 3)
-        watch.add(1, 0)
+    with Watch(console, "task") as watch:
+        watch.begin(4, 0)
+        watch.add(3)
+        watch.add(1)
     text = console.file.getvalue()
     assert "4/4" in text
-    assert "75.0% right" in text
+    assert "questions/s" in text
     assert "━" in text

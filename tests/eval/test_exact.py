@@ -2,11 +2,16 @@
 
 import pytest
 
-from owl2.eval.scoring import EXACT_MATCH, normalise
+from owl2.eval.metrics.exact import MATCH, normalise
+from owl2.eval.questions import Answer, Question
+
+
+def answer(text, expected):
+    return Answer(Question(text, "?", [], tuple(expected)), "", text)
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected", "right"),
+    ("said", "expected", "right"),
     [
         ("red", ["red"], True),
         (" Red.\n", ["red"], True),
@@ -23,8 +28,14 @@ from owl2.eval.scoring import EXACT_MATCH, normalise
         ("red", [], False),
     ],
 )
-def test_exact_match(answer, expected, right):
-    assert EXACT_MATCH.is_right(answer, expected) is right
+def test_exact_match(said, expected, right):
+    assert MATCH.score([answer(said, expected)]).each == [float(right)]
+
+
+def test_accuracy_is_the_mean():
+    scores = MATCH.score([answer("red", ["red"]), answer("red", ["blue"]), answer("a", ["A."])])
+    assert scores.metrics == {"accuracy": pytest.approx(2 / 3)}
+    assert scores.each == [1.0, 0.0, 1.0]
 
 
 def test_normalised_stays_normalised():
@@ -34,4 +45,4 @@ def test_normalised_stays_normalised():
 
 
 def test_results_say_which_rule_it_was():
-    assert EXACT_MATCH.to_dict() == {"name": "exact_match", "version": "1"}
+    assert MATCH.to_dict() == {"name": "exact_match", "version": "1"}
