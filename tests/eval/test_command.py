@@ -27,7 +27,7 @@ def owl2(monkeypatch, capfd, tiny_checkpoint, tmp_path):
 
 
 def test_easy_vqa(owl2, tmp_path):
-    code, out, err = owl2("--prompt", "short", "--limit", "40", "--batch-size", "16")
+    code, out, err = owl2("--prompt", "short", "--limit", "40", "--batch-size", "16", "--blind")
     assert (code, err) == (0, "")
     assert "yes or no" in out
     assert f"scores: {tmp_path / 'out' / 'results.json'}" in out
@@ -40,11 +40,15 @@ def test_easy_vqa(owl2, tmp_path):
 
 
 def test_options(owl2, tmp_path):
-    code, _, err = owl2("--prompt", "{question} why", "--limit", "2", "--no-blind")
+    code, _, err = owl2(
+        "--prompt", "{question} why", "--limit", "2", "--no-mam", "--image-size", "16"
+    )
     assert (code, err) == (0, "")
     result = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["easy_vqa"]
     assert result["metrics"].keys() == {"accuracy"}
     assert result["prompt"] == "{question} why"
+    assert result["decoding"]["mam"] is False
+    assert result["preprocessing"]["size"] == 16
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,10 @@ def test_options(owl2, tmp_path):
         ([], {"model": "/no/where"}, "/no/where"),
         (["--prompt", "what?"], {}, "{question}"),
         (["--dtype", "int3"], {}, "int3"),
+        (["--suite", "papers"], {}, "Do you mean 'paper'?"),
+        (["--judge-url", "http://localhost:1"], {}, "--judge-model is missing"),
+        (["--image-size", "7"], {}, "multiple of the patch"),
+        ([], {"tasks": "vqav2"}, "visualqa.org"),
     ],
 )
 def test_what_the_user_got_wrong_exits_with_2(owl2, tmp_path, arguments, options, words):
@@ -97,5 +105,75 @@ def test_ctrl_c(owl2, monkeypatch, tmp_path):
     assert code == 130
     assert "Traceback" not in err
     assert "Stopped; the answers so far are in" in out
-    assert len((tmp_path / "out/answers/easy_vqa.part.jsonl").read_text().splitlines()) == 8
+    assert len((tmp_path / "out/answers/easy_vqa.part.jsonl").read_text().splitlines()) == 1 + 8
     assert not (tmp_path / "out/results.json").exists()
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Any `owl2 eval ...`: its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["owl2", "eval", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0), *capfd.readouterr()
+        return 0, *capfd.readouterr()
+
+    return run
+
+
+def test_list(command, tmp_path):
+    code, out, err = command("--list", "--data", tmp_path)
+    assert (code, err) == (0, "")
+    assert "pope_random" in out
+    assert f"{tmp_path / 'vqav2'}" in out
+
+
+def test_plan_writes_nothing(command, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--plan", "--model", tiny_checkpoint, "--tasks", "easy_vqa", "--limit", "6")
+    code, out, err = command(*arguments, "--batch-size", "2", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "prompt tokens" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare(owl2, command, tmp_path):
+    for name, extra in (("a", ()), ("b", ("--image-policy", "pad"))):
+        limits = ("--prompt", "short", "--limit", "4")
+        assert owl2(*limits, *extra, output=tmp_path / name)[0] == 0
+    page = tmp_path / "page.html"
+    code, out, err = command("compare", tmp_path / "a", tmp_path / "b", "--output", page)
+    assert (code, err) == (0, "")
+    assert "preprocessing.policy is 'resize' in A, 'pad' in B" in out
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_judge(command, monkeypatch, tmp_path):
+    from owl2.eval import runner
+
+    asked, reported = [], []
+    monkeypatch.setattr(runner, "judge_run", lambda *arguments: asked.append(arguments[:3]))
+    monkeypatch.setattr(runner, "write_report", reported.append)
+    url = ("--judge-url", "http://localhost:1/v1", "--judge-model", "j")
+    assert command("judge", tmp_path, *url)[0] == 0
+    assert asked == [(tmp_path, "http://localhost:1/v1", "j")]
+    assert reported == [tmp_path], "the report has the judged figures"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tasks", "easy_vqa", "--output", "x"], "--model is missing"),
+        (["--tasks", "easy_vqa", "--model", "x"], "--output is missing"),
+        (["judge", "run"], "--judge-url is missing"),
+        (["compare", "a", "b"], "a/results.json is not there"),
+    ],
+)
+def test_what_is_missing_is_said(command, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err
