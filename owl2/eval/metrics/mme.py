@@ -1,7 +1,8 @@
 """MME's score: of each category, accuracy and accuracy+, in percent and summed (arXiv:2306.13394).
 
 Every picture has two questions, one to be answered yes and one no. Accuracy is the share of right
-answers, accuracy+ the share of pictures with both right; a category is worth up to 200 points.
+answers, accuracy+ the share of pictures with both right; a category is worth up to 200 points. The
+figures of one category alone are those of its kind of questions.
 """
 
 from collections import defaultdict
@@ -54,13 +55,11 @@ def _score(answers: Sequence[Answer]) -> Scores:
     accuracy, accuracy_plus = _shares(
         [scores for pictures in categories.values() for scores in pictures.values()]
     )
-    metrics = {
-        "perception": sum(points.get(name, 0.0) for name in PERCEPTION),
-        "cognition": sum(points.get(name, 0.0) for name in COGNITION),
-        "accuracy": accuracy / 100,
-        "accuracy_plus": accuracy_plus / 100,
-        **{name: points[name] for name in (*PERCEPTION, *COGNITION) if name in points},
-    }
+    metrics = {"accuracy": accuracy / 100, "accuracy_plus": accuracy_plus / 100}
+    for half, names in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        asked = [points[name] for name in names if name in points]
+        if asked:
+            metrics[half] = sum(asked)
     return Scores(metrics, list(right))
 
 
