@@ -12,17 +12,24 @@ from importlib import import_module
 from owl2.errors import InputError
 
 
+def register() -> None:
+    """Makes `owl2` one of lm-eval's models in this process; twice is once."""
+    from lm_eval.api.registry import model_registry
+
+    # What enters lm-eval's own models; it would not do so any more once ours is there.
+    import_module("lm_eval.models")
+    if "owl2" not in model_registry:
+        model_registry.register("owl2", target="owl2.eval.suites.text:Owl2Text")
+
+
 def main() -> None:
     """Runs lm-eval on this process's arguments. What a user got wrong ends with exit code 2."""
     try:
         from lm_eval.__main__ import cli_evaluate
-        from lm_eval.api.registry import model_registry
 
-        # What enters lm-eval's own models; it would not do so any more once ours is there.
-        import_module("lm_eval.models")
+        register()
     except ModuleNotFoundError as error:
         sys.exit(_told(f"{error.name} is not installed: pip install 'mplug-owl2[eval]'"))
-    model_registry.register("owl2", target="owl2.eval.suites.text:Owl2Text")
     try:
         cli_evaluate()
     except InputError as error:

@@ -6,8 +6,11 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from lm_eval.api.instance import Instance
+
 from owl2.errors import InputError
 from owl2.eval.readers import MissingData
+from owl2.eval.suites.text import Owl2Text
 from owl2.eval.suites.text_tasks import run_text
 from owl2.eval.tasks import find_tasks
 from owl2.inference.engine import Engine
@@ -19,9 +22,14 @@ NAMES = ("bbh", "agieval", "arc_c", "arc_e", "boolq", "triviaqa", "hellaswag")
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint):
     engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
-    # 256 new tokens at most are lm-eval's default, and a prompt has to fit beside them.
-    engine.model.config.max_position_embeddings = 2048
+    engine.model.config.max_position_embeddings = 2048  # MMLU's prompts are long
     return engine
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Answers of 256 tokens, lm-eval's own number, would take most of the time here."""
+    monkeypatch.setattr(Owl2Text, "max_gen_toks", 8)
 
 
 def run(name, engine, batch_size=4, data=FIXTURES):
@@ -70,10 +78,6 @@ def test_from_the_published_files_to_scores(name, engine):
 
 def test_right_is_what_the_model_finds_likeliest(engine):
     """Against `Owl2Text` over the bare prompts: no score is lm-eval's alone to say."""
-    from lm_eval.api.instance import Instance
-
-    from owl2.eval.suites.text import Owl2Text
-
     _, _, _, [first, second] = run("boolq", engine)
     pairs = [(answer.prompt, word) for answer in (first, second) for word in (" no", " yes")]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
