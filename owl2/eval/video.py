@@ -25,6 +25,8 @@ JPEG_QUALITY = 95  # of a decoded frame on its way to the model
 
 Segment = tuple[float, float]  # seconds from the video's start
 
+_NAME = re.compile(r"(.+), frame (\d+) of (\d+)(?: from (\S+) to (\S+) s)?", re.DOTALL)
+
 _decoding = threading.Lock()
 
 
@@ -53,6 +55,16 @@ class Frame(os.PathLike[str]):
     def __str__(self) -> str:
         part = "" if self.segment is None else " from {:g} to {:g} s".format(*self.segment)
         return f"{self.video}, frame {self.number} of {self.count}{part}"
+
+
+def named(name: str) -> Frame | str:
+    """The frame that `str(frame)` named, as in a file of answers; any other name as it is."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return name
+    video, number, count, start, end = found.groups()
+    segment = None if start is None else (float(start), float(end))
+    return Frame(Path(video), int(number), int(count), segment)
 
 
 def frames_of(video: Path, count: int, segment: Segment | None = None) -> Sequence[Path | Frame]:

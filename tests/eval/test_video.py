@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from owl2.errors import InputError
-from owl2.eval.video import Frame, frames_of, spread
+from owl2.eval.video import Frame, frames_of, named, spread
 from owl2.processing.sources import load_image
 
 GREYS = [0, 40, 80, 120, 160, 200]
@@ -120,3 +120,10 @@ def test_a_film_that_is_none_is_said(tmp_path):
 
 def test_frames_are_told_apart_by_what_they_are_of(gif):
     assert Frame(gif, 1, 2) == Frame(gif, 1, 2) != Frame(gif, 1, 2, (0.0, 1.0))
+
+
+@pytest.mark.parametrize("segment", [None, (0.0, 1.25)])
+def test_a_frame_is_found_again_by_its_name(gif, segment):
+    frame = frames_of(gif, 3, segment)[1]
+    assert named(str(frame)) == frame
+    assert named(str(gif)) == str(gif)
