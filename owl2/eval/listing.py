@@ -9,7 +9,7 @@ from rich.table import Table
 
 from owl2.errors import InputError
 from owl2.eval.questions import Question
-from owl2.eval.readers import MissingData
+from owl2.eval.readers import Source
 from owl2.eval.recipes import Recipe, recipes
 from owl2.eval.tasks import Task
 
@@ -19,8 +19,7 @@ class State:
     """Of a task's data.
 
     Attributes:
-        found: whether a question can be read.
-        why: if not, what is missing or wrong.
+        why: if it is not there, what is missing and where to get it.
     """
 
     found: bool
@@ -28,17 +27,30 @@ class State:
 
 
 def data_state(task: Task, data: Path | None) -> State:
-    """Whether its first question can be read; not whether all of its pictures are there."""
+    """Whether its files are there, by their names; of a task without files, whether it can be read.
+
+    Not whether they are whole, nor whether all pictures are there: that takes minutes for some.
+    """
     source = task.source(data)
+    if task.recipe.data.files:
+        missing = [entry for entry in task.recipe.data.files if not _is_there(source, entry)]
+        if not missing:
+            return State(True)
+        where = str(source.folders[0]) if source.folders else "the folder of --data"
+        return State(False, f"{', '.join(missing)} not in {where}. {source.advice}")
     try:
         for item in task.reader(source):
             if isinstance(item, Question):
                 return State(True)
-    except MissingData as error:
-        return State(False, str(error))
     except InputError as error:
-        return State(False, f"wrong: {error}")
-    return State(False, "no question in it can be asked: pictures are missing, or rows are broken")
+        return State(False, str(error))
+    return State(False, "no question in it can be asked")
+
+
+def _is_there(source: Source, entry: str) -> bool:
+    """An entry of a recipe's files: names with ``*``, alternatives parted by " or "."""
+    found = (folder.glob(name) for folder in source.folders for name in entry.split(" or "))
+    return any(next(paths, None) is not None for paths in found)
 
 
 def show_tasks(data: Path | None, console: Console) -> None:

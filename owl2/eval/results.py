@@ -14,7 +14,7 @@ from owl2.eval.fingerprints import (
     questions_fingerprint,
     versions,
 )
-from owl2.eval.metrics import Each, Metric
+from owl2.eval.metrics import Each, Metric, Scores
 from owl2.eval.questions import Answer, Broken, Question
 from owl2.eval.readers import Source
 from owl2.eval.tasks import Task
@@ -39,27 +39,62 @@ class Ready:
     broken: list[Broken]
 
 
-def scores_of(metric: Metric, asked: Asked, blind: Asked | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Scored:
+    """A round's answers with their scores; `kinds`: the metrics of each kind of questions.
+
+    Made once, as some metrics take a while.
+    """
+
+    asked: Asked
+    scores: Scores
+    kinds: dict[str, dict[str, float]]
+
+    @classmethod
+    def of(cls, metric: Metric, asked: Asked) -> "Scored":
+        """Score answers: one at least."""
+        by_kind: dict[str, list[Answer]] = {}
+        for answer in asked.answers:
+            by_kind.setdefault(answer.question.kind, []).append(answer)
+        kinds = {}
+        if len(by_kind) > 1:
+            kinds = {kind: metric.score(by_kind[kind]).metrics for kind in sorted(by_kind)}
+        return cls(asked, metric.score(asked.answers), kinds)
+
+    @property
+    def pairs(self) -> list[tuple[Answer, Each]]:
+        """Each answer with its own score."""
+        return list(zip(self.asked.answers, self.scores.each, strict=True))
+
+    @property
+    def lines(self) -> str:
+        """The file of answers: a line each, in the order of the questions."""
+        return "".join(f"{answer_line(answer, score)}\n" for answer, score in self.pairs)
+
+
+def scores_of(scored: Scored, blind: Scored | None) -> dict[str, Any]:
     """Metrics of all answers and of each kind, how many there are, and how long they took."""
 
-    def of(kind: str | None) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for ending, done in (("", asked), (BLIND, blind)):
-            some = [a for a in done.answers if kind in (None, a.question.kind)] if done else []
-            if some:
-                values = metric.score(some).metrics
-                found |= {f"{name}{ending}": float(value) for name, value in values.items()}
-        return found
+    def both(plain: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+        found = {name: float(value) for name, value in plain.items()}
+        return found | {f"{name}{BLIND}": float(value) for name, value in other.items()}
 
-    kinds = [answer.question.kind for answer in asked.answers]
-    scores: dict[str, Any] = {"metrics": of(None), "n": len(kinds)}
-    if len(set(kinds)) > 1:
-        scores["by_answer_kind"] = {k: {"n": kinds.count(k), **of(k)} for k in sorted(set(kinds))}
-    scores["seconds"] = asked.seconds
+    kinds = [answer.question.kind for answer in scored.asked.answers]
+    seconds = scored.asked.seconds
+    entry: dict[str, Any] = {
+        "metrics": both(scored.scores.metrics, blind.scores.metrics if blind else {}),
+        "n": len(kinds),
+    }
+    if scored.kinds:
+        entry["by_answer_kind"] = {
+            kind: {"n": kinds.count(kind), **both(own, blind.kinds.get(kind, {}) if blind else {})}
+            for kind, own in scored.kinds.items()
+        }
+    entry["seconds"] = seconds
     if blind is not None:
-        scores["seconds_blind"] = blind.seconds
-    scores["samples_per_second"] = len(kinds) / asked.seconds if asked.seconds else None
-    return scores
+        entry["seconds_blind"] = blind.asked.seconds
+    entry["samples_per_second"] = len(kinds) / seconds if seconds else None
+    return entry
 
 
 def facts_of(ready: Ready, asked: Asked) -> dict[str, Any]:
@@ -136,13 +171,6 @@ def answer_line(answer: Answer, score: Each) -> str:
         "score": score,
     }
     return json.dumps(row, ensure_ascii=False, default=str)
-
-
-def answer_lines(metric: Metric, answers: Sequence[Answer]) -> str:
-    """The file of answers: a line each, in the order of the questions."""
-    each = metric.score(answers).each if answers else []
-    rows = zip(answers, each, strict=True)
-    return "".join(f"{answer_line(answer, score)}\n" for answer, score in rows)
 
 
 def broken_lines(broken: Sequence[Broken]) -> str:

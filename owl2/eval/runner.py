@@ -31,7 +31,7 @@ from owl2.eval.results import (
     BLIND,
     SEED,
     Ready,
-    answer_lines,
+    Scored,
     broken_lines,
     facts_of,
     machine_of,
@@ -97,6 +97,14 @@ class _Evaluation:
     skipped: dict[str, str] = field(default_factory=dict)
     rounds: dict[str, Round] = field(default_factory=dict)
     circumstances: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gathered: dict[str, Asked] = field(default_factory=dict)
+    scored: dict[str, Scored] = field(default_factory=dict)
+
+    def leave_out(self, task: Task, reason: str) -> None:
+        """Say so, and go on with the others."""
+        self.scored.pop(task.name, None)
+        self.skipped[task.name] = reason
+        _say(self.console, f"{task.name} is left out: {reason}")
 
     @property
     def folder(self) -> Path:
@@ -133,7 +141,8 @@ def evaluate(
             _ask(evaluation, engine, item, own)
         if team.rank:
             return {}
-        gathered = {name: round_.gather() for name, round_ in evaluation.rounds.items()}
+        for round_ in evaluation.rounds.values():
+            _score(evaluation, round_)
     except KeyboardInterrupt:
         parts = evaluation.folder / "*.part.jsonl"
         _say(console, f"\nStopped; the answers so far are in {parts}: the same command goes on.")
@@ -143,19 +152,19 @@ def evaluate(
         "model": settings.subject.model,
         "fingerprint": own.fingerprint,
         "machine": machine,
-        "tasks": _entries(evaluation, ready, gathered),
+        "tasks": _entries(evaluation, ready),
         "skipped": evaluation.skipped,
     }
     if not results["tasks"]:
         raise InputError(_nothing(evaluation.skipped))
-    _write(evaluation, ready, gathered, results)
+    _write(evaluation, ready, results)
     if settings.judge is not None and any(item.task.recipe.judge for item in ready):
         try:
             judge(settings.output, settings.judge, console)
         except InputError as error:
             _say(console, f"Not judged: {error} `owl2 eval judge {settings.output}` does it later.")
         results = json_object(settings.output / "results.json").value
-    _show(evaluation, ready, gathered, results)
+    _show(evaluation, ready, results)
     return results
 
 
@@ -228,8 +237,7 @@ def _ask(evaluation: _Evaluation, engine: Engine, ready: Ready, own: Checkpoint)
             evaluation.rounds[name] = round_
     except InputError as error:
         evaluation.rounds.pop(task.name, None)
-        evaluation.skipped[task.name] = str(error)
-        _say(evaluation.console, f"{task.name} is left out: {error}")
+        evaluation.leave_out(task, str(error))
 
 
 def _rounds(ready: Ready, blind: bool) -> Iterator[tuple[str, list[Any]]]:
@@ -241,46 +249,47 @@ def _rounds(ready: Ready, blind: bool) -> Iterator[tuple[str, list[Any]]]:
         )
 
 
-def _entries(
-    evaluation: _Evaluation, ready: list[Ready], gathered: dict[str, Asked]
-) -> dict[str, Any]:
-    """Of each task of which at least one question could be asked."""
-    entries = {}
-    for item in ready:
-        name = item.task.name
-        asked = gathered.get(name)
-        if asked is None:
-            continue
+def _score(evaluation: _Evaluation, round_: Round) -> None:
+    """What came of a round, once all processes have answered; scored, if there is an answer."""
+    name, task = round_.name, round_.task
+    asked = evaluation.gathered[name] = round_.gather()
+    try:
         if not asked.answers:
-            evaluation.skipped[name] = (
+            raise InputError(
                 f"none of its {len(asked.broken)} questions could be asked; the first: "
                 f"{asked.broken[0].reason}"
             )
-            continue
-        entries[name] = {
-            **scores_of(item.task.metric, asked, gathered.get(f"{name}{BLIND}")),
+        evaluation.scored[name] = Scored.of(task.metric, asked)
+    except InputError as error:
+        if name == task.name:
+            evaluation.leave_out(task, str(error))
+        else:
+            _say(evaluation.console, f"{task.name} has no blind scores: {error}")
+
+
+def _entries(evaluation: _Evaluation, ready: list[Ready]) -> dict[str, Any]:
+    """Of each task that has scores."""
+    scored = evaluation.scored
+    return {
+        item.task.name: {
+            **scores_of(own, scored.get(f"{item.task.name}{BLIND}")),
             "limit": evaluation.settings.limit,
-            **facts_of(item, asked),
-            **evaluation.circumstances[name],
+            **facts_of(item, own.asked),
+            **evaluation.circumstances[item.task.name],
         }
-    return entries
+        for item in ready
+        if (own := scored.get(item.task.name)) is not None
+    }
 
 
-def _write(
-    evaluation: _Evaluation,
-    ready: list[Ready],
-    gathered: dict[str, Asked],
-    results: dict[str, Any],
-) -> None:
+def _write(evaluation: _Evaluation, ready: list[Ready], results: dict[str, Any]) -> None:
     """The answers, what could not be asked, and the results; then the parts are not needed."""
-    folder = evaluation.folder
+    folder, scored = evaluation.folder, evaluation.scored
     for item in ready:
-        name, metric = item.task.name, item.task.metric
+        name = item.task.name
         for own in (name, f"{name}{BLIND}"):
-            asked = gathered.get(own)
-            lines = answer_lines(metric, asked.answers) if asked else ""
-            _write_or_remove(folder / f"{own}.jsonl", lines)
-        asked = gathered.get(name)
+            _write_or_remove(folder / f"{own}.jsonl", scored[own].lines if own in scored else "")
+        asked = evaluation.gathered.get(name)
         broken = [*item.broken, *(asked.broken if asked else [])]
         _write_or_remove(folder / f"{name}.broken.jsonl", broken_lines(broken))
     path = evaluation.settings.output / "results.json"
@@ -308,12 +317,7 @@ def judge(output: Path, judge: Judge, console: Console) -> None:
     write_report(output)
 
 
-def _show(
-    evaluation: _Evaluation,
-    ready: list[Ready],
-    gathered: dict[str, Asked],
-    results: dict[str, Any],
-) -> None:
+def _show(evaluation: _Evaluation, ready: list[Ready], results: dict[str, Any]) -> None:
     console, output = evaluation.console, evaluation.settings.output
     for name, result in results["tasks"].items():
         console.print(results_table(name, result))
@@ -327,7 +331,7 @@ def _show(
     if has_matplotlib():
         for item in ready:
             if item.task.name in results["tasks"]:
-                path = _draw(output, item, gathered[item.task.name], results)
+                path = _draw(output, item, evaluation.scored[item.task.name], results)
                 _say(console, f"examples: {path}")
     else:
         _say(console, "No report.png: matplotlib is missing (pip install 'mplug-owl2[plot]')")
@@ -339,14 +343,13 @@ def _show(
     )
 
 
-def _draw(output: Path, item: Ready, asked: Asked, results: dict[str, Any]) -> Path:
-    name, metric = item.task.name, item.task.metric
+def _draw(output: Path, item: Ready, scored: Scored, results: dict[str, Any]) -> Path:
+    name, main = item.task.name, item.task.metric.main
     path = output / ("report.png" if len(results["tasks"]) == 1 else f"report_{name}.png")
-    each = metric.score(asked.answers).each
     result = results["tasks"][name]
-    main = result["metrics"].get(metric.main)
-    title = f"{name}: {metric.main} {'to be judged' if main is None else shown(main, result)}"
-    draw_answers(path, list(zip(asked.answers, each, strict=True)), f"{title}, n = {result['n']:,}")
+    value = result["metrics"].get(main)
+    figure = "to be judged" if value is None else shown(value, result)
+    draw_answers(path, scored.pairs, f"{name}: {main} {figure}, n = {result['n']:,}")
     return path
 
 

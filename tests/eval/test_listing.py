@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -9,6 +10,9 @@ from rich.console import Console
 from owl2.eval.listing import data_state, show_tasks
 from owl2.eval.questions import Broken
 from owl2.eval.recipes import recipes
+from owl2.eval.tasks import find_tasks
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def test_without_a_folder_it_says_where_it_would_look(listed, task):
     assert "--data DIR" in listed(None).splitlines()[-1]
 
 
-def test_data_that_is_wrong_or_broken_is_not_found(task, samples, tmp_path, questions):
+def test_a_task_without_files_is_read(task, samples, tmp_path, questions):
     assert data_state(task, None).found
     samples.insert(0, Broken("1", "lost"))
     assert data_state(task, None).found, "the second can be asked"
@@ -46,12 +50,28 @@ def test_data_that_is_wrong_or_broken_is_not_found(task, samples, tmp_path, ques
     assert "no question in it can be asked" in data_state(task, None).why
 
 
-def test_a_file_that_is_not_what_it_should_be(listed, tmp_path):
+def test_all_files_have_to_be_there(tmp_path):
+    [coco] = find_tasks("coco")
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco" / "dataset_coco.json").write_text("[]")
-    [line] = [line for line in listed(tmp_path).splitlines() if line.startswith("coco: ")]
-    assert line.startswith("coco: wrong: ")
-    assert "dataset_coco.json" in line
+    state = data_state(coco, tmp_path)
+    assert not state.found
+    assert state.why.startswith("val2014/COCO_val2014_*.jpg not in")
+    (tmp_path / "val2014").mkdir()
+    (tmp_path / "val2014" / "COCO_val2014_1.jpg").write_bytes(b"")
+    assert data_state(coco, tmp_path).found, "pictures may lie where other tasks find them, too"
+
+
+def test_one_of_two_names_is_enough(tmp_path):
+    [mmbench] = find_tasks("mmbench")
+    assert not data_state(mmbench, tmp_path).found
+    (tmp_path / "MMBench_DEV_EN.tsv").write_text("")
+    assert data_state(mmbench, tmp_path).found
+
+
+def test_the_fixtures_are_complete():
+    for task in find_tasks(None, "paper"):
+        assert data_state(task, FIXTURES).found, task.name
 
 
 def test_no_suite_is_imported():
