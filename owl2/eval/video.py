@@ -53,7 +53,7 @@ class Frame(os.PathLike[str]):
             return str(_decoded(self.video, self.count, self.segment)[self.number - 1])
 
     def __str__(self) -> str:
-        part = "" if self.segment is None else " from {:g} to {:g} s".format(*self.segment)
+        part = "" if self.segment is None else " from {} to {} s".format(*self.segment)
         return f"{self.video}, frame {self.number} of {self.count}{part}"
 
 

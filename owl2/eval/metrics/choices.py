@@ -15,7 +15,7 @@ from owl2.eval.questions import Answer
 # "A" and "I" are words too: as letters they end what is said, or a sign or a reason follows.
 _LETTER = (
     r"[(\[]?(?:([B-HJ-Z])(?![-'’\w])"
-    r"|([AI])(?=\s*(?:$|[.,:;!)\]\n/]|(?:and|or|as|because|since)\b)))"
+    r"|([AI])(?=\s*(?:$|[.,:;!)\]\n/]|(?:and|or|as|because|is|since)\b)))"
 )
 _ONE_OR_TWO = rf"{_LETTER}(?:[)\]]?\s*(?:/|\bor\b|\band\b)\s*{_LETTER})?"
 _RULES = tuple(
@@ -23,6 +23,8 @@ _RULES = tuple(
     for rule in (
         rf"\b(?i:answer)(?i:\s+is|\s*:)+\s*(?i:option\s+|choice\s+)?{_ONE_OR_TWO}",
         rf"\b(?i:option|choice)\s+{_ONE_OR_TWO}",
+        rf"^{_LETTER}\s+(?:as|because|is|since)\b",
+        rf"\b(?i:be|choose|is|it['’]s|pick|say|select)\s+{_LETTER}\W*$",
         r"[(\[]([A-Z])[)\]]",
     )
 )
@@ -38,8 +40,8 @@ def letter_of(text: str, options: Sequence[str]) -> str | None:
 
     The first rule that finds a letter decides: the answer is a letter, with or without brackets
     and a sign; it begins with one, then ":", ".", ")", a new line or that option's own words; it
-    says "the answer is B", "option B" or "(B)", and no other letter in the same way; it holds the
-    words of one option and of no other.
+    says "the answer is B", "option B", "B is ...", "I choose B" or "(B)", and no other letter in
+    the same way; it holds the words of one option and of no other.
 
     Args:
         options: their words, in order; the first is A's.
