@@ -181,11 +181,15 @@ def test_mme_that_always_says_yes_gets_half_and_no_pair():
     assert (figures["perception"], figures["cognition"]) == (500, 200)
 
 
-def test_a_line_of_mme_without_an_answer_is_named(copy):
+def test_a_text_of_mme_that_is_no_pair_of_questions_is_broken(copy):
     data = copy("mme")
     (data / "mme/OCR/6610.txt").write_text("Is it?\tYes\nIs it not?\tPerhaps\n")
-    with pytest.raises(InputError, match=r"6610\.txt, line 2: .*Perhaps"):
-        read("mme", data)
+    (data / "mme/count/notes.txt").write_bytes("caf\xe9\tYes".encode("latin-1"))
+    questions, broken = read("mme", data)
+    assert len(questions) == 26
+    assert {item.id for item in broken} == {"OCR/6610", "count/notes"}
+    reasons = " ".join(item.reason for item in broken)
+    assert "6610.txt, line 2: 'Is it not?\\tPerhaps'" in reasons and "notes.txt" in reasons
 
 
 def test_all_texts_of_mme_are_in_its_fingerprint(copy):
@@ -316,6 +320,15 @@ def test_rows_whose_answer_is_no_option_are_broken(copy):
         path, lambda file: file | {"questions": [{**q, "answer": "E"} for q in file["questions"]]}
     )
     assert len(read("seed_bench", data)[1]) == 4
+
+
+def test_a_segment_that_is_none_is_broken(copy):
+    data = copy("seed_bench")
+    path = data / "seed_bench/SEED-Bench.json"
+    change(path, lambda f: f | {"questions": [{**q, "segment": ["a"]} for q in f["questions"]]})
+    questions, broken = read("seed_bench", data)
+    assert len(questions) == 2 and len(broken) == 2  # pictures have no use for it
+    assert "its segment ['a'] is not two numbers" in broken[0].reason
 
 
 def test_q_benchs_test_split_without_answers_is_refused(copy):

@@ -22,7 +22,6 @@ def mme(source: Source) -> Iterator[Question | Broken]:
 
     Raises:
         MissingData: a category without texts.
-        InputError: a line that is not a question and its answer.
     """
     for category in (*PERCEPTION, *COGNITION):
         first = source.file(
@@ -31,10 +30,14 @@ def mme(source: Source) -> Iterator[Question | Broken]:
         texts = sorted(first.parent.glob("*.txt"))
         source.read += texts[1:]
         for text in texts:
-            yield from _questions(source, category, text)
+            try:
+                yield from _questions(source, category, text)
+            except InputError as error:  # one of many files, such as somebody's notes
+                yield Broken(f"{category}/{text.stem}", str(error))
 
 
 def _questions(source: Source, category: str, text: Path) -> Iterator[Question | Broken]:
+    """The two of a picture. Raises `InputError`: a text that is no such pair of lines."""
     picture = _picture_of(text)
     for number, (words, answer) in enumerate(_lines(text), start=1):
         identity = f"{category}/{text.stem}#{number}"
@@ -58,11 +61,12 @@ def _picture_of(text: Path) -> Path | None:
     return next((beside / name for name in names if (beside / name).exists()), None)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def _lines(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}.") from error
+    pairs = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -71,4 +75,5 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             raise InputError(
                 f"{path}, line {number}: {line!r:.80} is not a question, a tab, and Yes or No."
             )
-        yield words.strip(), answer.strip()
+        pairs.append((words.strip(), answer.strip()))
+    return pairs

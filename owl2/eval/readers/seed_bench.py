@@ -37,6 +37,10 @@ def seed_bench(source: Source) -> Iterator[Question | Broken]:
         if answer not in ("A", "B", "C", "D") or not all(options):
             yield Broken(identity, "it has no four options, or no answer among them")
             continue
+        segment = row.value.get("segment") or None  # seconds, of some videos
+        if media == "video" and segment is not None and not _is_pair(segment):
+            yield Broken(identity, f"its segment {segment!r:.60} is not two numbers")
+            continue
         words = listed(row.text("question"), options)
         messages = _messages(source, row, media, source.ask(words))
         if messages is None:
@@ -53,6 +57,14 @@ def _messages(source: Source, row: Row, media: str, words: str) -> list[dict[str
         picture = source.picture(f"SEED-Bench-image/{name}", name)
         return None if picture is None else with_picture(picture, words)
     video = source.picture(f"SEED-Bench-video/{name}", f"SEED-Bench-video/{Path(name).stem}")
-    segment = row.value.get("segment")  # of some videos; seconds
+    segment = row.value.get("segment")
     part = (float(segment[0]), float(segment[1])) if segment else None
     return with_video(video, source.options["frames"], words, part)
+
+
+def _is_pair(segment: Any) -> bool:
+    return (
+        isinstance(segment, list)
+        and len(segment) == 2
+        and all(isinstance(second, (int, float)) for second in segment)
+    )
