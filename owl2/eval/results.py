@@ -139,7 +139,7 @@ def settings_of(engine: Engine, task: Task) -> dict[str, Any]:
             "tokens_per_picture": processor.num_image_tokens,
         },
         "decoding": {
-            **decoding_of(task),
+            **({"by": "lm-eval"} if task.recipe.way == "lm-eval" else decoding_of(task)),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
             "mam": bool(model.config.use_mam),

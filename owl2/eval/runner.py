@@ -330,9 +330,9 @@ def _show(evaluation: _Evaluation, ready: list[Ready], results: dict[str, Any]) 
             _say(console, left + first["reason"])
     if has_matplotlib():
         for item in ready:
-            if item.task.name in results["tasks"]:
-                path = _draw(output, item, evaluation.scored[item.task.name], results)
-                _say(console, f"examples: {path}")
+            scored = evaluation.scored.get(item.task.name)
+            if scored is not None and any(scored.asked.pictures):
+                _say(console, f"examples: {_draw(output, item, scored, results)}")
     else:
         _say(console, "No report.png: matplotlib is missing (pip install 'mplug-owl2[plot]')")
     write_report(output)

@@ -1,0 +1,84 @@
+"""``owl2 eval --suite paper``: each benchmark from its published files to a figure in the report.
+
+The files are tests/eval/fixtures; what is in them, and the figures, the readers' and metrics' own
+tests check. One row of most is broken on purpose.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from owl2.eval import runner
+from owl2.eval.loading import Subject
+from owl2.eval.recipes import recipes
+from owl2.eval.runner import Settings, evaluate
+from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import Owl2Tokenizer
+from tests.tiny import make_model
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PAPER = [name for name, recipe in recipes().items() if recipe.suite]
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("pycocoevalcap")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint, tmp_path_factory):
+    """The folder of an evaluation of all of them, by a model whose context holds five shots."""
+    from owl2.eval.suites.text import Owl2Text
+
+    model, output = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("run")
+    tokenizer = Owl2Tokenizer(tiny_checkpoint / "tokenizer.model")
+    make_model(
+        vocab_size=len(tokenizer), initializer_range=0.4, max_position_embeddings=4096
+    ).save_pretrained(model)
+    Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3).save_pretrained(model)
+    settings = Settings(
+        Subject(str(model), "cpu", "float32"), output, suite="paper", data=FIXTURES, batch_size=16
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "has_matplotlib", lambda: False)
+        patch.setattr(Owl2Text, "max_gen_toks", 8)
+        evaluate(settings)
+    return output
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    return json.loads((run / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_benchmark(results, run, name):
+    assert name not in results["skipped"]
+    result, recipe = results["tasks"][name], recipes()[name]
+    assert result["n"] > 0
+    lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == result["n"]
+    assert all(row["prompt"] for row in rows)
+    assert result["data"]["files"], "what was read"
+    if recipe.judge:
+        assert result["main"] not in result["metrics"]
+        assert {row["score"] for row in rows} == {None}
+    else:
+        assert result["main"] in result["metrics"]
+        assert all(0 <= row["score"] <= 1 for row in rows if row["score"] is not None)
+    assert {metric: entry["paper"] for metric, entry in result["figures"].items()} == recipe.paper
+
+
+def test_pictures_are_in_the_prompts_of_all_but_text(run):
+    for name in PAPER:
+        lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        has_picture = "<|image|>" in json.loads(lines[0])["prompt"]
+        assert has_picture == (recipes()[name].suite != "text"), name
+
+
+def test_the_report_has_them_all(run):
+    text = (run / "report.md").read_text(encoding="utf-8")
+    for name in PAPER:
+        assert f"({name}) |" in text
+    assert text.count("to be judged") == 3, "MM-Vet's figure, MMHal-Bench's two"
