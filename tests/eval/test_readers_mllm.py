@@ -1,24 +1,18 @@
 """MLLM, hallucination and video benchmarks, from files as they are published."""
 
-import base64
-import csv
-import io
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from owl2.errors import InputError
-from owl2.eval.questions import Answer
+from owl2.eval.listing import data_state
 from owl2.eval.readers import MissingData
 from owl2.eval.tasks import find_tasks
-from owl2.processing.chat import read_messages
 from owl2.processing.sources import load_image
+from tests.eval.reading import FIXTURES, LETTER, SHORT, by_id, pictures, read, score, words
 
-FIXTURES = Path(__file__).parent / "fixtures"
 COUNTS = {  # questions, pictures of each
     "mme": (28, 1),
     "mmbench": (6, 1),
@@ -34,31 +28,6 @@ COUNTS = {  # questions, pictures of each
     "tgif_qa": (3, 8),
 }
 JUDGED = ("mm_vet", "mmhal")
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
-
-
-def read(name, data=FIXTURES):
-    [task] = find_tasks(name)
-    return task.read(task.source(data))
-
-
-def by_id(name, data=FIXTURES):
-    return {question.id: question for question in read(name, data)[0]}
-
-
-def words(question):
-    return question.messages[-1]["content"][-1]["text"]
-
-
-def pictures(question):
-    return read_messages(question.messages).pictures
-
-
-def score(name, say):
-    """The metric's figures when `say` answers each of the fixture's questions."""
-    [task] = find_tasks(name)
-    return task.metric.score([Answer(q, "", say(q)) for q in read(name)[0]]).metrics
 
 
 @pytest.fixture
@@ -124,6 +93,22 @@ def test_paper_figures_are_of_what_the_metric_gives(name):
     else:
         assert task.metric.main in task.recipe.paper
         assert task.recipe.paper.keys() <= figures.keys()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_files_that_are_told_are_those_that_are_read(name, tmp_path):
+    [task] = find_tasks(name)
+    assert data_state(task, FIXTURES).found
+    assert not data_state(task, tmp_path).found
+    for path in task.source(FIXTURES).folders[0].iterdir():
+        if name == "mme" or path.is_file():
+            shutil.copytree(FIXTURES / name, tmp_path / name)
+            gone = tmp_path / name / path.name
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+            assert not data_state(task, tmp_path).found
+            with pytest.raises(MissingData):
+                read(name, tmp_path)
+            shutil.rmtree(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -200,91 +185,6 @@ def test_all_texts_of_mme_are_in_its_fingerprint(copy):
     source = task.source(data)
     assert len(task.read(source)[0]) == 30
     assert len(source.read) == len(set(source.read)) == 15
-
-
-# ------------------------------------------------------------------ MMBench
-
-
-def test_mmbench_asks_hint_question_and_options():
-    question = by_id("mmbench")["1000252"]
-    assert words(question) == (
-        'The picture has one colour.\nIt is "warm".\nWhich of the two is true?\n'
-        "A. It is cold.\nB. It is warm." + LETTER
-    )
-    assert question.expected == ("B",)
-    assert question.facts["question"] == "252"
-    assert question.kind == "logic_reasoning"
-
-
-def test_later_rounds_of_mmbench_show_the_first_ones_picture():
-    questions = by_id("mmbench")
-    assert pictures(questions["3000241"]) == pictures(questions["241"])
-    assert load_image(*pictures(questions["241"])).getpixel((5, 5))[2] > 200  # blue
-
-
-def test_the_rounds_of_a_question_come_one_after_the_other():
-    firsts = [question.facts["question"] for question in by_id("mmbench").values()]
-    assert firsts == ["241"] * 4 + ["252"] * 2
-
-
-def change_rows(path, function):
-    with path.open(newline="") as file:
-        rows = function(list(csv.DictReader(file, delimiter="\t")))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), delimiter="\t")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def test_rounds_of_mmbench_are_made_where_the_file_has_none(copy):
-    data = copy("mmbench")
-    change_rows(data / "mmbench/mmbench_dev_20230712.tsv", lambda rows: rows[:2])
-    made, published = by_id("mmbench", data), by_id("mmbench")
-    assert made.keys() == published.keys()
-    for identity, question in made.items():
-        assert question == published[identity]
-
-
-def test_a_model_that_likes_a_letter_gets_nothing_of_mmbench():
-    figures = score("mmbench", lambda question: "A")
-    assert figures["accuracy"] == 0 and figures["accuracy_of_rounds"] == pytest.approx(2 / 6)
-
-
-def test_pictures_of_mmbench_may_be_large(copy):
-    data = copy("mmbench")
-    out = io.BytesIO()
-    Image.effect_noise((400, 400), 90).save(out, "PNG")
-    large = base64.b64encode(out.getvalue()).decode()
-    assert len(large) > 131_072  # csv's own limit
-    path = data / "mmbench/mmbench_dev_20230712.tsv"
-    change_rows(path, lambda rows: [{**row, "image": large} for row in rows])
-    questions, _ = read("mmbench", data)
-    assert load_image(*pictures(questions[0])).size == (400, 400)
-
-
-def test_rows_of_mmbench_without_a_picture_are_broken(copy):
-    data = copy("mmbench")
-    path = data / "mmbench/mmbench_dev_20230712.tsv"
-    change_rows(path, lambda rows: [{**row, "image": "241"} for row in rows])
-    questions, broken = read("mmbench", data)
-    assert questions == [] and len(broken) == 6
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda row: {k: v for k, v in row.items() if k != "answer"}, "no column answer.*dev"),
-        (lambda row: {**row, "answer": ""}, "index 241: the answer ''"),
-        (lambda row: {**row, "answer": "E"}, "index 241: the answer 'E'"),
-        (lambda row: {**row, "index": "x"}, "line 2: the index 'x'"),
-    ],
-)
-def test_what_is_wrong_in_mmbenchs_file_is_named(function, message, copy):
-    data = copy("mmbench")
-    path = data / "mmbench/mmbench_dev_20230712.tsv"
-    change_rows(path, lambda rows: [function(row) for row in rows])
-    with pytest.raises(InputError, match=message):
-        read("mmbench", data)
 
 
 # ------------------------------------------------------------------ the others

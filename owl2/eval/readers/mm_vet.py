@@ -14,10 +14,10 @@ def mm_vet(source: Source) -> Iterator[Question | Broken]:
         MissingData: no mm-vet.json.
         InputError: it is not as published.
     """
-    path = source.file("mm-vet.json", "mm-vet/mm-vet.json")
+    path = source.file("mm-vet.json")
     for identity, row in json_entries(path):
         name, words = row.text("imagename"), row.text("question")
-        picture = source.picture(f"images/{name}", f"mm-vet/images/{name}")
+        picture = source.picture(f"images/{name}")
         if picture is None:
             yield Broken(identity, f"the picture {name} is not there")
             continue

@@ -16,7 +16,7 @@ from owl2.eval.questions import Broken, Question
 from owl2.eval.readers import Source
 
 ROUND = 1_000_000
-FILES = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv", "MMBench_DEV_EN_legacy.tsv")
+FILES = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv")
 COLUMNS = ("index", "question", "A", "B", "answer", "image")
 LARGEST_FIELD = 2**30  # csv's own limit is less than a picture
 SHORTEST_PICTURE = 64  # characters of base64; less is the index of the row that has the picture

@@ -12,7 +12,6 @@ from owl2.eval.metrics.mme import COGNITION, PERCEPTION
 from owl2.eval.questions import Broken, Question
 from owl2.eval.readers import Source, with_picture
 
-ROOTS = ("", "MME_Benchmark_release_version/", "MME_Benchmark_release_version/MME_Benchmark/")
 TEXTS = "questions_answers_YN"
 REQUEST = "Please answer yes or no."  # the recipe's prompt has its own
 
@@ -24,9 +23,7 @@ def mme(source: Source) -> Iterator[Question | Broken]:
         MissingData: a category without texts.
     """
     for category in (*PERCEPTION, *COGNITION):
-        first = source.file(
-            *(f"{root}{category}/{inner}*.txt" for root in ROOTS for inner in ("", f"{TEXTS}/"))
-        )
+        first = source.file(f"{category}/*.txt", f"{category}/{TEXTS}/*.txt")
         texts = sorted(first.parent.glob("*.txt"))
         source.read += texts[1:]
         for text in texts:

@@ -25,7 +25,7 @@ def mmhal(source: Source) -> Iterator[Question | Broken]:
         identity = f"mmhal#{number}"
         address, words = row.text("image_src"), row.text("question")
         name = PurePosixPath(urlsplit(address).path).name
-        picture = source.picture(f"images/{name}", name)
+        picture = source.picture(f"images/{name}")
         if picture is None:
             yield Broken(identity, f"the picture images/{name} is not there; get it from {address}")
             continue

@@ -15,10 +15,10 @@ def pope(source: Source) -> Iterator[Question | Broken]:
         InputError: it is not as published.
     """
     name = f"coco_pope_{source.options['split']}.json"
-    for row in json_lines(source.file(name, f"pope/{name}", f"output/coco/{name}")):
+    for row in json_lines(source.file(name, f"pope/{name}")):
         identity = str(row.integer("question_id"))
         words, label = row.text("text"), row.text("label").lower()
-        picture = source.picture(f"val2014/{row.text('image')}", row.text("image"))
+        picture = source.picture(f"val2014/{row.text('image')}")
         if picture is None:
             yield Broken(identity, f"the picture {row.text('image')} is not there")
         elif label not in ("yes", "no"):

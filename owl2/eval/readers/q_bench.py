@@ -21,7 +21,7 @@ def q_bench(source: Source) -> Iterator[Question | Broken]:
     for number, row in enumerate(json_rows(source.file("llvisionqa_dev.json")), start=1):
         identity, name = f"q_bench#{number}", row.text("img_path")
         options, answer = row.texts("candidates"), row.text("correct_ans")
-        picture = source.picture(f"images/{name}", name)
+        picture = source.picture(f"images/{name}")
         if picture is None:
             yield Broken(identity, f"the picture images/{name} is not there")
             continue

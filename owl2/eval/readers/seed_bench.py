@@ -54,7 +54,7 @@ def seed_bench(source: Source) -> Iterator[Question | Broken]:
 def _messages(source: Source, row: Row, media: str, words: str) -> list[dict[str, Any]] | None:
     name = row.text("data_id")
     if media == "image":
-        picture = source.picture(f"SEED-Bench-image/{name}", name)
+        picture = source.picture(f"SEED-Bench-image/{name}")
         return None if picture is None else with_picture(picture, words)
     video = source.picture(f"SEED-Bench-video/{name}", f"SEED-Bench-video/{Path(name).stem}")
     segment = row.value.get("segment")

@@ -5,7 +5,7 @@ same place or in ``frames/``. Folders come first, as they need no decoder.
 """
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def msrvtt_qa(source: Source) -> Iterator[Question | Broken]:
     """
     for row in json_rows(source.file("test_qa.json")):
         name = f"video{row.integer('video_id')}"
-        video = _find(source, ("TestVideo", "TrainValVideo", "videos"), name, ".mp4")
+        video = _find(source, "TestVideo", name, ".mp4")
         identity, words = str(row.integer("id")), row.text("question")
         yield _question(source, identity, words, row.text("answer"), video, name)
 
@@ -39,9 +39,9 @@ def msvd_qa(source: Source) -> Iterator[Question | Broken]:
     clips = _clips(source.file("youtube_mapping.txt"))
     for row in json_rows(source.file("test_qa.json")):
         name = f"vid{row.integer('video_id')}"
-        video = _find(source, ("YouTubeClips", "videos"), name, ".avi")
+        video = _find(source, "YouTubeClips", name, ".avi")
         if video is None and name in clips:
-            video = _find(source, ("YouTubeClips", "videos"), clips[name], ".avi")
+            video = _find(source, "YouTubeClips", clips[name], ".avi")
         identity, words = str(row.integer("id")), row.text("question")
         missing = clips.get(name, name)
         yield _question(source, identity, words, row.text("answer"), video, missing)
@@ -49,10 +49,10 @@ def msvd_qa(source: Source) -> Iterator[Question | Broken]:
 
 def tgif_qa(source: Source) -> Iterator[Question | Broken]:
     """Ids count the rows from 1; kinds are what is asked for. Otherwise as `msrvtt_qa`."""
-    path = source.file("Test_frameqa_question.csv", "dataset/Test_frameqa_question.csv")
+    path = source.file("Test_frameqa_question.csv")
     for number, row in enumerate(_tabbed(path), start=1):
         name = row["gif_name"].strip()
-        video = _find(source, ("gifs",), name, ".gif")
+        video = _find(source, "gifs", name, ".gif")
         kind = TGIF_KINDS.get(row["type"].strip(), row["type"].strip())
         words, answer = row["question"].strip(), row["answer"].strip()
         yield _question(source, f"tgif_qa#{number}", words, answer, video, name, kind)
@@ -78,9 +78,8 @@ def with_video(
     return [{"role": "user", "content": [*parts, {"type": "text", "text": words}]}]
 
 
-def _find(source: Source, places: Sequence[str], name: str, suffix: str) -> Path | None:
-    folders = [f"{place}/{name}" for place in ("frames", *places)]
-    return source.picture(*folders, *(f"{place}/{name}{suffix}" for place in places))
+def _find(source: Source, place: str, name: str, suffix: str) -> Path | None:
+    return source.picture(f"frames/{name}", f"{place}/{name}", f"{place}/{name}{suffix}")
 
 
 def _question(
