@@ -7,7 +7,9 @@
     ──► Answers: its prompt, what was chosen or written, facts["scores"]
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,19 +94,32 @@ def run_text(
         config = _config(file, [question.facts for question in some], shown, task.recipe.shots)
         names[config["task"]] = some
         configs.append(config)
-    results = simple_evaluate(
-        Owl2Text(engine, batch_size=batch_size),
-        tasks=list(manager.load(configs)["tasks"].values()),
-        task_manager=manager,
-        num_fewshot=task.recipe.shots or None,
-        bootstrap_iters=0,
-    )
+    with _quiet():
+        results = simple_evaluate(
+            Owl2Text(engine, batch_size=batch_size),
+            tasks=list(manager.load(configs)["tasks"].values()),
+            task_manager=manager,
+            num_fewshot=task.recipe.shots or None,
+            bootstrap_iters=0,
+        )
     for name, some in names.items():
         for sample in results["samples"][name]:
             if suite.answers in (None, sample["filter"]):
                 question = some[sample["doc_id"]]
                 answered[question.id] = _answer(question, sample)
     return [answered[question.id] for question in questions]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval warns of what is meant here, such as a model that is loaded already."""
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _examples(task: Task, source: Source) -> list[Question]:
