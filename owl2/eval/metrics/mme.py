@@ -55,11 +55,12 @@ def _score(answers: Sequence[Answer]) -> Scores:
     accuracy, accuracy_plus = _shares(
         [scores for pictures in categories.values() for scores in pictures.values()]
     )
-    metrics = {"accuracy": accuracy / 100, "accuracy_plus": accuracy_plus / 100}
+    metrics = {}
     for half, names in (("perception", PERCEPTION), ("cognition", COGNITION)):
         asked = [points[name] for name in names if name in points]
         if asked:
             metrics[half] = sum(asked)
+    metrics |= {"accuracy": accuracy / 100, "accuracy_plus": accuracy_plus / 100}
     return Scores(metrics, list(right))
 
 
