@@ -67,7 +67,8 @@ def _keys(metric: str, result: Mapping[str, Any]) -> list[str]:
 
 
 def _columns(metric: str, result: Mapping[str, Any]) -> list[str]:
-    return [key.replace(BLIND, ", blind") for key in _keys(metric, result)]
+    alone = result["metrics"].keys() <= {metric, f"{metric}{BLIND}"}
+    return [metric, "blind" if alone else f"{metric}, blind"][: len(_keys(metric, result))]
 
 
 # ------------------------------------------------------------------ report.md, report.html

@@ -27,7 +27,7 @@ say "3/5  Stage 2: questions and answers; everything is trained"
 owl2 train $recipes/stage2.yaml model=$run/stage1/model output=$run "${steps[@]}"
 
 say "4/5  Evaluate: the 9,673 questions of the test split, with the picture and without (blind)"
-owl2 eval --model $run/model --tasks easy_vqa --prompt short --output $run/eval "${limit[@]}"
+owl2 eval --model $run/model --tasks easy_vqa --prompt short --blind --output $run/eval "${limit[@]}"
 
 say "5/5  Ask about three pictures of the test split"
 python - "$run/pictures" <<'END'
@@ -46,7 +46,7 @@ done | owl2 chat --model $run/model
 say "There it is"
 cat <<END
 scores          $run/eval/results.json
-every answer    $run/eval/answers/  $run/eval/report.png
+every answer    $run/eval/answers/  $run/eval/report.html  $run/eval/report.png
 learning curves $run/stage1/loss.png  $run/loss.png
 the model       $run/model
 

@@ -6,4 +6,4 @@ recipes=recipes/easy_vqa
 owl2 init --llm fresh --vision fresh --sizes $recipes/sizes.yaml --output runs/long/start
 owl2 train $recipes/long_stage1.yaml
 owl2 train $recipes/long_stage2.yaml
-owl2 eval --model runs/long/model --tasks easy_vqa --prompt short --output runs/long/eval
+owl2 eval --model runs/long/model --tasks easy_vqa --prompt short --blind --output runs/long/eval

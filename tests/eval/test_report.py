@@ -109,6 +109,13 @@ def test_a_table_of_a_task(plain):
         assert words in text
 
 
+def test_the_only_metric_is_called_blind(plain):
+    result = {"metrics": {"accuracy": 0.5, "accuracy_blind": 0.25}, "n": 3, "scale": 100}
+    plain.print(results_table("task", result))
+    assert " blind " in plain.file.getvalue()
+    assert "accuracy, blind" not in plain.file.getvalue()
+
+
 def test_no_run_there(tmp_path):
     with pytest.raises(InputError, match=r"results\.json"):
         write_report(tmp_path)
