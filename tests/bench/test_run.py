@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from owl2.bench.limits import Limits
 from owl2.bench.measure import measure, result
 from owl2.bench.run import Settings, bench
 from owl2.bench.sizes import Origin
-from owl2.train.blocks import is_checkpointed
 from owl2.errors import InputError
+from owl2.train.blocks import is_checkpointed
 
 NAMES = {
     *("encode_8", "prefill_1", "prefill_8", "ttft_second_question"),
@@ -158,10 +159,11 @@ def test_a_checkpoint(quick, console, tiny_checkpoint):
 def test_memory_is_that_of_the_steps(monkeypatch):
     """In this process, where other tests have been: only that it runs, and who is asked for."""
     asked = []
-    steps = {
-        name: (how, lambda training, name=name: asked.append((name, is_checkpointed(training.model))))
-        for name, (how, _) in memory.STEPS.items()
-    }
+
+    def note(training, name):
+        asked.append((name, is_checkpointed(training.model)))
+
+    steps = {name: (how, partial(note, name=name)) for name, (how, _) in memory.STEPS.items()}
     monkeypatch.setattr(memory, "STEPS", steps)
     for name, again in (("owl2", True), ("all_kept", False), ("textbook", False)):
         del asked[:]

@@ -5,11 +5,11 @@ import torch
 
 from owl2.bench.limits import Limits
 from owl2.bench.sizes import Origin
-from owl2.model.relatives import plain_llama, twin, without_mam
 from owl2.bench.subjects import LlamaSteps, Steps, Subjects
 from owl2.bench.workload import Batches, Request
 from owl2.inference.decoding import Decoding
 from owl2.inference.runner import Prompt, Runner
+from owl2.model.relatives import plain_llama, twin, without_mam
 
 
 def close(left, right):
