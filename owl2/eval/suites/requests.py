@@ -72,7 +72,8 @@ def pictures_of(found: Iterable[Any], max_frames: int) -> list[Picture]:
 def decoding(settings: Mapping[str, Any], max_new_tokens: int) -> tuple[dict[str, Any], list[str]]:
     """lmms-eval's `generation_kwargs` → the engine's options, and the texts that end an answer.
 
-    A task that gives a temperature and ``do_sample: false`` means the latter.
+    A task that gives a temperature and ``do_sample: false`` means the latter; a temperature of 0 is
+    greedy, too.
 
     Raises:
         InputError: beams, which this engine has not.
@@ -81,7 +82,7 @@ def decoding(settings: Mapping[str, Any], max_new_tokens: int) -> tuple[dict[str
         raise InputError(f"generation_kwargs: num_beams is {beams}; the model owl2 has no beams.")
     given = settings.get("max_new_tokens", settings.get("max_gen_toks"))
     options: dict[str, Any] = {"max_new_tokens": given or max_new_tokens, "do_sample": False}
-    if settings.get("do_sample") and (settings.get("temperature") or 1.0) > 0:
+    if settings.get("do_sample") and settings.get("temperature") != 0:
         drawn = {name: settings.get(name) for name in ("temperature", "top_p", "top_k")}
         options |= {"do_sample": True, **{name: value for name, value in drawn.items() if value}}
     until = settings.get("until") or []
