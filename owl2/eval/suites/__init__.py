@@ -1,7 +1,7 @@
 """The two suites that the field uses, beside ours: lmms-eval (pictures) and lm-eval (text).
 
-Their packages are imported by the modules here and by nothing else of `owl2`, and only when one of
-these is: importing them takes seconds, and has side effects.
+Their packages are imported by the modules here and by lm-eval's front door (`owl2.eval.lm_eval`),
+and by nothing else of `owl2`: importing them takes seconds, and has side effects.
 """
 
 from pathlib import Path
