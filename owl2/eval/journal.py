@@ -17,6 +17,7 @@ from typing import Any
 from owl2.errors import InputError
 from owl2.eval.questions import Question
 from owl2.eval.team import Team
+from owl2.processing.chat import has_half_character
 
 Row = dict[str, Any]
 
@@ -32,6 +33,9 @@ class Journal:
         name: the round's.
         settings: on which the answers depend; JSON.
 
+    Attributes:
+        began_anew: whether answers of other settings were there, which are gone now.
+
     Raises:
         InputError: a file that cannot be written.
     """
@@ -41,6 +45,7 @@ class Journal:
         self._head = json.dumps({"settings": settings}, sort_keys=True, default=str)
         self.path = folder / f"{name}.part{f'-{team.rank}' if team.rank else ''}.jsonl"
         rows, length = self._read(self.path)
+        self.began_anew = rows is None and self.path.is_file()
         try:
             if rows is None:
                 self.path.write_text(self._head + "\n", encoding="utf-8")
@@ -60,7 +65,7 @@ class Journal:
 
     def add(self, rows: Iterable[Row]) -> None:
         """Write them down, so that they outlive this process."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        lines = "".join(f"{json_text(row)}\n" for row in rows)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(lines)
 
@@ -100,7 +105,8 @@ class Journal:
             return None, 0
         data = path.read_bytes()
         length = data.rfind(b"\n") + 1
-        head, *lines = data[:length].decode("utf-8", errors="replace").splitlines() or [""]
+        # Not `splitlines`, which takes more than line feeds for ends of lines.
+        head, *lines = data[:length].decode("utf-8", errors="replace").split("\n")[:-1] or [""]
         if head != self._head:
             return None, 0
         try:
@@ -113,6 +119,14 @@ def remove_parts(folder: Path, name: str) -> None:
     """Of a round, of however many processes."""
     for path in folder.glob(f"{escape(name)}.part*.jsonl"):
         path.unlink(missing_ok=True)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON for people, all on one line if not indented; what no file can hold is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    if has_half_character(text):
+        text = json.dumps(value, indent=indent, default=str)
+    return text
 
 
 def key_of(question: Question) -> str:

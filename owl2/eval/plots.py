@@ -84,10 +84,15 @@ def draw_radar(path: Path, shares: Mapping[str, float], name: str) -> bool:
         closed = [*zip(angles, values, strict=True), (angles[0], values[0])]
         axes.plot(*zip(*closed, strict=True), label=label, color=colour)
         axes.fill(*zip(*closed, strict=True), alpha=0.12, color=colour)
-    axes.set_xticks(angles, list(shares), parse_math=False)
-    axes.set_ylim(0, max(1.1, *shares.values()))
+    axes.set_xticks(angles, [""] * len(shares))
+    edge = max(1.1, *shares.values())
+    axes.set_ylim(0, edge)
+    for angle, label in zip(angles, shares, strict=True):
+        side = math.cos(angle)
+        align = "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
+        axes.text(angle, 1.05 * edge, label, ha=align, va="center", parse_math=False)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["25%", "50%", "75%", "100%"])
-    legend = axes.legend(loc="upper right", bbox_to_anchor=(1.15, 1.1))
+    legend = axes.legend(loc="upper right", bbox_to_anchor=(1.25, 1.15))
     for text in legend.get_texts():
         text.set_parse_math(False)
     _save(figure, path)

@@ -92,15 +92,13 @@ def write_report(output: Path) -> None:
 
 
 def paper_shares(results: Mapping[str, Any]) -> dict[str, float]:
-    """Ours divided by the paper's figure, of each figure that both have, by name."""
-    shares = {}
-    for result in results["tasks"].values():
-        for metric, figure in result["figures"].items():
-            value = result["metrics"].get(metric)
-            if value is not None:
-                several = f" {metric}" if len(result["figures"]) > 1 else ""
-                shares[f"{result['title']}{several}"] = value * result["scale"] / figure["paper"]
-    return shares
+    """Ours divided by the paper's, of each task's own figure that both have; of those, more is
+    better."""
+    return {
+        name: result["metrics"][main] * result["scale"] / result["figures"][main]["paper"]
+        for name, result in results["tasks"].items()
+        if (main := result["main"]) in result["metrics"] and main in result["figures"]
+    }
 
 
 def sections(results: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:

@@ -1,6 +1,5 @@
 """What ``results.json`` and the files of answers hold of a task (DESIGN 4)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from owl2.eval.fingerprints import (
     questions_fingerprint,
     versions,
 )
+from owl2.eval.journal import json_text
 from owl2.eval.metrics import Each, Metric, Scores
 from owl2.eval.questions import Answer, Broken, Question
 from owl2.eval.readers import Source
@@ -170,10 +170,10 @@ def answer_line(answer: Answer, score: Each) -> str:
         "answer": answer.text,
         "score": score,
     }
-    return json.dumps(row, ensure_ascii=False, default=str)
+    return json_text(row)
 
 
 def broken_lines(broken: Sequence[Broken]) -> str:
     """The file of what could not be asked."""
     rows: list[Mapping[str, str]] = [{"id": item.id, "reason": item.reason} for item in broken]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json_text(row) + "\n" for row in rows)

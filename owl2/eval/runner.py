@@ -7,7 +7,6 @@
     all parts ──metric──► OUTPUT/answers/NAME.jsonl, results.json, report.md, report.html, plots
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from owl2.data.datasets.published import json_object
 from owl2.errors import InputError
 from owl2.eval.answering import Asked, Round
 from owl2.eval.fingerprints import model_fingerprint
-from owl2.eval.journal import Journal, remove_parts
+from owl2.eval.journal import Journal, json_text, remove_parts
 from owl2.eval.judge import judge_run
 from owl2.eval.loading import Subject
 from owl2.eval.plots import draw_answers, has_matplotlib
@@ -231,6 +230,8 @@ def _ask(evaluation: _Evaluation, engine: Engine, ready: Ready, own: Checkpoint)
             journal = Journal(
                 evaluation.folder, name, {**made, "model": own.fingerprint}, evaluation.team
             )
+            if journal.began_anew:
+                _say(evaluation.console, f"{name}: earlier answers are of other settings; anew")
             round_ = Round(name, task, ready.source, questions, journal)
             with Watch(evaluation.console, name) as watch:
                 round_.ask(engine, settings.batch_size, evaluation.team, watch)
@@ -293,7 +294,7 @@ def _write(evaluation: _Evaluation, ready: list[Ready], results: dict[str, Any])
         broken = [*item.broken, *(asked.broken if asked else [])]
         _write_or_remove(folder / f"{name}.broken.jsonl", broken_lines(broken))
     path = evaluation.settings.output / "results.json"
-    write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json_text(results, indent=2) + "\n")
     for item in ready:
         for own in (item.task.name, f"{item.task.name}{BLIND}"):
             remove_parts(folder, own)

@@ -34,6 +34,14 @@ def test_rows_come_back(make):
     assert make().known().keys() == {"a", "b", "c"}
 
 
+def test_any_text_is_a_line(make):
+    texts = ["\u2028 \x85 \x0b", "\r\n", "half \ud83e", "🦉"]
+    rows = [{"key": str(n), "answer": text} for n, text in enumerate(texts)]
+    make().add(rows)
+    assert make().all(["0", "1", "2", "3"]) == rows
+    assert "🦉" in make().path.read_text(encoding="utf-8")
+
+
 def test_half_a_line_is_dropped_and_nothing_is_joined_to_it(make):
     make().add([row("a"), row("b")])
     path = make().path
@@ -55,7 +63,10 @@ def test_what_is_of_other_settings_or_not_ours_is_begun_anew(make, text):
 
 def test_other_settings(make):
     make(1).add([row("a")])
-    assert make(2).known() == {}
+    assert not make(1).began_anew
+    second = make(2)
+    assert second.known() == {}
+    assert second.began_anew
     assert make(1).known() == {}, "the file is the second's now"
 
 
