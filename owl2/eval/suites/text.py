@@ -5,8 +5,10 @@ is ours here is where the model and its tokenizer come from, and the chat format
 """
 
 import copy
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -61,16 +63,17 @@ class Owl2Text(HFLM):
                 pretrained, where, chosen, quantize=quantize, reuse=False
             )
         self.processor = engine.processor
-        super().__init__(
-            pretrained=engine.model,
-            # HFLM gives a tokenizer that has none a token for padding, and ours is the engine's.
-            tokenizer=copy.deepcopy(engine.processor.tokenizer),
-            backend="causal",
-            batch_size=batch_size or 1,
-            max_batch_size=max_batch_size,
-            add_bos_token=add_bos_token,
-            **{"max_length": engine.context, **hflm},
-        )
+        with quiet():
+            super().__init__(
+                pretrained=engine.model,
+                # HFLM may give it a token for padding, and this one is the engine's.
+                tokenizer=copy.deepcopy(engine.processor.tokenizer),
+                backend="causal",
+                batch_size=batch_size or 1,
+                max_batch_size=max_batch_size,
+                add_bos_token=add_bos_token,
+                **{"max_length": engine.context, **hflm},
+            )
         if workers is not None:
             self.accelerator = workers
             self._rank, self._world_size = workers.process_index, workers.num_processes
@@ -123,6 +126,18 @@ class Owl2Text(HFLM):
             prompt = self.apply_chat_template(asked)
             self._place = (prompt[len(turn) :], whole[len(prompt) : whole.index("!", len(prompt))])
         return self._place
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without lm-eval's warnings of what is meant here, such as a model that is loaded already."""
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 _OPTIONS = {

@@ -7,9 +7,7 @@
     ──► Answers: its prompt, what was chosen or written, facts["scores"]
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +73,7 @@ def run_text(
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
 
-        from owl2.eval.suites.text import Owl2Text
+        from owl2.eval.suites.text import Owl2Text, quiet
     except ModuleNotFoundError as error:
         raise InputError(
             f"The text benchmarks need {error.name}: pip install 'mplug-owl2[eval]'"
@@ -94,7 +92,7 @@ def run_text(
         config = _config(file, [question.facts for question in some], shown, task.recipe.shots)
         names[config["task"]] = some
         configs.append(config)
-    with _quiet():
+    with quiet():
         results = simple_evaluate(
             Owl2Text(engine, batch_size=batch_size),
             tasks=list(manager.load(configs)["tasks"].values()),
@@ -108,18 +106,6 @@ def run_text(
                 question = some[sample["doc_id"]]
                 answered[question.id] = _answer(question, sample)
     return [answered[question.id] for question in questions]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval warns of what is meant here, such as a model that is loaded already."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 def _examples(task: Task, source: Source) -> list[Question]:
