@@ -92,9 +92,12 @@ def run_text(
         config = _config(file, [question.facts for question in some], shown, task.recipe.shots)
         names[config["task"]] = some
         configs.append(config)
+    # lm-eval's default is the logits' own dtype: in bfloat16 many options would be equally likely,
+    # and the first of them chosen.
+    model = Owl2Text(engine, batch_size=batch_size, softmax_dtype="float32")
     with quiet():
         results = simple_evaluate(
-            Owl2Text(engine, batch_size=batch_size),
+            model,
             tasks=list(manager.load(configs)["tasks"].values()),
             task_manager=manager,
             num_fewshot=task.recipe.shots or None,

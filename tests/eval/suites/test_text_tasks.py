@@ -110,3 +110,19 @@ def test_a_file_that_is_none_of_the_benchmark(engine, tmp_path):
     (tmp_path / "cooking.json").write_text('{"examples": [{"input": "a", "target": "b"}]}')
     with pytest.raises(InputError, match="lm-eval has no task 'cooking'"):
         run("bbh", engine, data=tmp_path)
+
+
+def test_bfloat16_logits_do_not_make_options_equal(tiny_checkpoint):
+    """Rounded to 8 bits, log-probabilities around -20 are multiples of 1/8."""
+    engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    found = []
+    likelihoods = Owl2Text.loglikelihood
+
+    def spy(self, requests, disable_tqdm=False):
+        found.extend(likelihoods(self, requests, disable_tqdm))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Owl2Text, "loglikelihood", spy)
+        run("boolq", engine)
+    assert any(score * 8 != round(score * 8) for score, _ in found)
