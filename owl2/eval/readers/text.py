@@ -244,8 +244,15 @@ def _xsum_lines(path: Path) -> Iterator[tuple[str, str, str]]:
 def _xsum_files(source: Source, path: Path) -> Iterator[tuple[str, str, str]]:
     for identity in json_object(path).texts("test"):
         file = source.picture(f"bbc-summary-data/{identity}.summary")
-        parts = {} if file is None else _xsum_parts(file.read_text(encoding="utf-8"))
+        parts = {} if file is None else _xsum_parts(_text(file))
         yield identity, parts.get("RESTBODY", ""), parts.get("FIRST-SENTENCE", "")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def _xsum_parts(text: str) -> dict[str, str]:
