@@ -5,6 +5,7 @@ tests check. One row of most is broken on purpose.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import pytest
 from owl2.eval import runner
 from owl2.eval.loading import Subject
 from owl2.eval.recipes import recipes
-from owl2.eval.runner import Settings, evaluate
+from owl2.eval.runner import Judge, Settings, evaluate
 from owl2.processing.image import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer
+from tests.eval.stub import completion, serving
 from tests.tiny import make_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -82,3 +84,21 @@ def test_the_report_has_them_all(run):
     for name in PAPER:
         assert f"({name}) |" in text
     assert text.count("to be judged") == 3, "MM-Vet's figure, MMHal-Bench's two"
+
+
+def test_what_needs_a_judge_is_judged_later(run, tmp_path, plain):
+    """Against a server that fails first, and then gives both benchmarks their kind of reply."""
+    output = shutil.copytree(run, tmp_path / "run")
+
+    def reply(body):
+        is_hallucination = "hallucination" in json.dumps(body).lower()
+        return completion("Rating: 6" if is_hallucination else "0.5")
+
+    with serving((500, "busy", 0.0), reply) as server:
+        runner.judge(output, Judge(server.url, "judge-1"), plain)
+    judged = json.loads((output / "results.json").read_text(encoding="utf-8"))["tasks"]
+    for name in ("mm_vet", "mmhal"):
+        assert judged[name]["judge"]["model"] == "judge-1"
+        assert judged[name]["judge"]["judged"] + len(judged[name]["judge"]["not_judged"]) == 3
+    assert judged["mm_vet"]["metrics"]["score"] == pytest.approx(0.5)
+    assert "| MM-Vet (mm_vet) | score | 3 | 50.00% | 36.2 |" in (output / "report.md").read_text()
