@@ -130,6 +130,7 @@ class FastDecoder:
         Returns:
             (B, V); on a GPU good until the next step.
         """
+        self._require_fresh()
         length = int(positions.max()) + 1
         if self.graphs is None:
             self.cache.reserve(len(tokens), length)
@@ -146,6 +147,11 @@ class FastDecoder:
         """Whether the model was put on another device or into another dtype."""
         keys = self.cache.keys[0]
         return (keys.dtype, keys.device) != (self.model.dtype, self.model.device)
+
+    def _require_fresh(self) -> None:
+        """Kernels would write numbers of one size where there is room for those of another."""
+        if self.is_stale:
+            raise RuntimeError("the model was moved or cast in the middle of an answer; ask again")
 
     @property
     def takes_prompts(self) -> bool:
@@ -171,6 +177,7 @@ class FastDecoder:
         Returns:
             (B, V) logits after the wanted tokens.
         """
+        self._require_fresh()
         length = int(positions.max()) + 1
         self.cache.reserve(int(rows.max()) + 1, length)
         hidden = self._layers(hidden, rows, positions, length, visual)[wanted]
@@ -202,5 +209,4 @@ def choose_step(model: Owl2ForConditionalGeneration) -> TorchStep:
     if model.device.type == "cuda":
         # bitsandbytes' products look at numbers on the host, which cannot be recorded.
         return TorchStep() if getattr(model, "is_quantized", False) else CompiledStep()
-    supported = NativeStep.supports(model.config, model.dtype, model.device)
-    return NativeStep() if supported and available() else TorchStep()
+    return NativeStep() if NativeStep.supports(model) and available() else TorchStep()

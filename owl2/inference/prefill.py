@@ -221,6 +221,7 @@ class Reader:
         """Drop all that is kept."""
         self.prefixes.clear()
         self.features.clear()
+        self._alone = None
         self.epoch += 1
 
     def forget_if_changed(self) -> None:

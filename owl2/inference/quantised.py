@@ -46,6 +46,14 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedLinear":
+        """torch's, which `to` and its kin call; the scale stays float32."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N). Many tokens go through the weight written out in their dtype."""
         native = x.device.type == "cpu" and x.dtype in ops.DTYPES and available()

@@ -96,9 +96,9 @@ class Runner:
             for _ in requests:
                 if (error := ended.get()) is not None:
                     raise error
-        except BaseException:
-            self._cancel(requests)
-            raise
+        finally:
+            for request in requests:
+                request.cancelled = True
         return [request.answer for request in requests]
 
     def stream(
@@ -106,7 +106,8 @@ class Runner:
     ) -> Generator[int, None, None]:
         """The ids of `generate`'s answer, as they are made.
 
-        Nothing is computed before the first is asked for. Closing the iterator frees the row.
+        Nothing is computed before the first is asked for. Closing the iterator frees the row
+        for who asks next.
         """
         queue: SimpleQueue = SimpleQueue()
         request = self._request(prompt, decoding, limit, ends, queue, streams=True)
@@ -124,8 +125,7 @@ class Runner:
                 if item is not None:
                     raise item
             finally:
-                if isinstance(item, int):
-                    self._cancel([request])
+                request.cancelled = True
 
         return tokens()
 
@@ -140,12 +140,6 @@ class Runner:
         if (error := done.get()) is not None:
             raise error
         return job.result
-
-    def _cancel(self, requests: Sequence[Request]) -> None:
-        """Nobody waits any more: free their rows."""
-        for request in requests:
-            request.cancelled = True
-        self._inbox.put([], self._worker)
 
     def forget(self) -> None:
         """Keep nothing of what was computed so far."""

@@ -138,13 +138,17 @@ class NativeStep(TorchStep):
     """
 
     @staticmethod
-    def supports(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether the kernels take such a model at all."""
+    def supports(model: Any) -> bool:
+        """Whether the kernels take such a model at all; single Linears may be anything."""
+        config, dtype, decoder = model.config, model.dtype, model.model
+        stream = [decoder.embed_tokens, decoder.norm]
+        stream += [norm for layer in decoder.layers for norm in _norms(layer)]
         return (
-            device.type == "cpu"
+            model.device.type == "cpu"
             and dtype in ops.DTYPES
             and config.head_dim % ops.STEPS[dtype] == 0
             and isinstance(ACT2FN[config.hidden_act], SILU)
+            and all(module.weight.dtype == dtype for module in stream)
         )
 
     def layers(
@@ -156,7 +160,7 @@ class NativeStep(TorchStep):
         where: Where,
     ) -> torch.Tensor:
         few = len(hidden) <= ops.MOST_TOKENS and not where.visual
-        if not (few and all(map(_is_whole, layers))):
+        if not (few and all(_is_whole(layer, hidden.dtype) for layer in layers)):
             return super().layers(layers, hidden, keys, values, where)
         own = [
             ops.layer(
@@ -222,7 +226,7 @@ class NativeStep(TorchStep):
         few = len(hidden) <= ops.MOST_TOKENS
         if few and _is_plain(module, hidden.dtype):
             return ops.linear(hidden.contiguous(), module.weight, module.bias)
-        return module(hidden).contiguous()
+        return module(hidden).to(hidden.dtype).contiguous()
 
 
 def _norms(layer: Any) -> list[Any]:
@@ -236,26 +240,33 @@ def _linears(layer: Any) -> list[Any]:
     return [*map(text, projections), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _is_whole(layer: Any) -> bool:
-    """Whether a layer is what `ops.steps` takes."""
-    dtypes = {norm.weight.dtype for norm in _norms(layer)}
-    dtype = dtypes.pop()
+def _is_whole(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether a layer is what `ops.steps` takes for tokens of this dtype, and of it all through."""
     width = layer.self_attn.q_proj.in_features
     return (
-        not dtypes
-        and width % ops.WIDE == 0
-        and all(  # kernels read all as of one dtype
-            _is_plain(linear, dtype) or _is_quantised(linear) for linear in _linears(layer)
+        width % ops.WIDE == 0
+        and all(norm.weight.dtype == dtype for norm in _norms(layer))
+        and all(
+            _is_plain(linear, dtype) or _is_quantised(linear, dtype) for linear in _linears(layer)
         )
     )
 
 
 def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
-    return type(linear) is nn.Linear and linear.weight.dtype == dtype and ops.fits(linear.weight)
+    return (
+        type(linear) is nn.Linear
+        and linear.weight.dtype == dtype
+        and ops.fits(linear.weight)
+        and _has_bias_of(linear, dtype)
+    )
 
 
-def _is_quantised(linear: Any) -> bool:
-    return type(linear) is QuantisedLinear and not linear.padding
+def _is_quantised(linear: Any, dtype: torch.dtype) -> bool:
+    return type(linear) is QuantisedLinear and not linear.padding and _has_bias_of(linear, dtype)
+
+
+def _has_bias_of(linear: Any, dtype: torch.dtype) -> bool:
+    return linear.bias is None or linear.bias.dtype == dtype
 
 
 def _matrix(linear: Any) -> ops.Matrix:

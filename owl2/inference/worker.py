@@ -8,10 +8,11 @@ the other one; but each thread that computes has a pool of OpenMP's, and as soon
 of their threads than cores, they go to sleep after each operation: prompts take a third longer.
 """
 
+import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -26,7 +27,7 @@ from owl2.inference.rows import Request, Rows
 ALONE, BETWEEN_STEPS = 4096, 512
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A prompt that is not to be answered: `use` makes something else of it.
 
@@ -47,6 +48,10 @@ class Inbox:
     """
 
     def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Make it empty and new."""
         # Its lock can be taken twice by one thread: the garbage collector may close a stream, or
         # drop the worker, in the middle of anything.
         self._changed = threading.Condition()
@@ -61,11 +66,17 @@ class Inbox:
             self._items += items
 
     def put(self, items: Sequence[Request | Job], worker: "Worker") -> None:
-        """The same for the thread, which is started if there is none; of no items: wake it."""
+        """The same for the thread, which is started if there is none; of no items: wake it.
+
+        Raises:
+            RuntimeError: it is closed.
+        """
         with self._changed:
+            if self.closed:
+                raise RuntimeError("the runner is closed: the process ends")
             self._items += items
             self._roused = True
-            if self._thread is None or not self._thread.is_alive():  # a fork leaves threads behind
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
                     target=_serve, args=(self, weakref.ref(worker)), name="owl2-runner", daemon=True
                 )
@@ -100,7 +111,8 @@ def _serve(inbox: Inbox, reference: "weakref.ref[Worker]") -> None:
         worker = reference()
         if worker is None:
             return
-        with worker.lock:
+        # What is no Exception ends the turns of who leads; here all are told of it already.
+        with suppress(BaseException), worker.lock:
             worker.work()
         del worker  # or sleeping would keep it alive
 
@@ -124,6 +136,8 @@ class Worker:
         self.rows_bytes = rows_bytes
         self.lock = threading.Lock()
         self.forget = False
+        self._process = os.getpid()
+        self._main_leads = True
         self._rows: Rows | None = None
         self._waiting: list[Request] = []
         self._jobs: list[Job] = []
@@ -137,42 +151,53 @@ class Worker:
         Args:
             new: they were not handed in before.
         """
+        self._renew_after_fork()
         items = own if new else []
-        is_main = threading.current_thread() is threading.main_thread()
-        if not (is_main and self.lock.acquire(blocking=False)):
+        is_main = threading.current_thread() is threading.main_thread() and self._main_leads
+        if self.inbox.closed or not (is_main and self.lock.acquire(blocking=False)):
             self.inbox.put(items, self)
             return
+        others = False
         try:
             self.inbox.add(items)
             self.work(until)
         finally:
-            active = self._rows.active if self._rows is not None else []
-            others = [one for one in (*active, *self._waiting, *self._jobs) if one not in own]
-            self.lock.release()
-            if others:
-                self.inbox.put([], self)
+            try:
+                active = self._rows.active if self._rows is not None else []
+                others = any(one not in own for one in (*active, *self._waiting))
+            finally:
+                self.lock.release()
+        if others:
+            self.inbox.put([], self)
+
+    def _renew_after_fork(self) -> None:
+        """A fork has neither its parent's threads, OpenMP's among them, nor who holds its locks."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._main_leads = False  # another thread gets threads of OpenMP's anew
+            self.lock = threading.Lock()
+            self.inbox.renew()
+            self._rows, self._waiting, self._jobs = None, [], []
 
     def work(self, until: Callable[[], bool] = lambda: False) -> None:
         """Turns until nothing is left to do. What goes wrong with the machine is told to all who
         wait, and it goes on."""
-        with torch.no_grad(), _on(self.reader.model.device):
+        with _plain_modes(self.reader.model.device):
             while not (self.inbox.closed or until()):
                 try:
                     if not self._turn():
                         return
-                except KeyboardInterrupt:
+                except Exception as error:  # whatever it is, it is raised where one waits
+                    self._fail(error)
+                except BaseException:  # of who leads: Ctrl-C above all
                     self._fail(RuntimeError("a step was interrupted; ask again"))
                     raise
-                except BaseException as error:  # whatever it is, it is raised where one waits
-                    self._fail(error)
 
     def _turn(self) -> bool:
         """Whether there is more to do."""
-        for item in self.inbox.take():
-            if isinstance(item, Job):
-                self._jobs.append(item)
-            else:
-                self._waiting.append(item)
+        items = self.inbox.take()
+        self._jobs += [item for item in items if isinstance(item, Job)]
+        self._waiting += [item for item in items if not isinstance(item, Job)]
         self._waiting = [request for request in self._waiting if not request.cancelled]
         rows = self._usable_rows()
         rows.drop_cancelled()
@@ -231,8 +256,11 @@ class Worker:
         try:
             self.reader.look_up(job.prompt)
             job.result = job.use(self.reader.read_alone(job.prompt))
-        except BaseException as raised:  # it is raised where one waits for the result
+        except Exception as raised:  # it is raised where one waits for the result
             error = raised
+        except BaseException:
+            job.done.put(RuntimeError("a step was interrupted; ask again"))
+            raise
         job.done.put(error)
 
     def _forget_if_wanted(self) -> None:
@@ -262,6 +290,13 @@ class Worker:
         self.reader.forget()
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """A thread has a current GPU of its own."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def _plain_modes(device: torch.device) -> Iterator[None]:
+    """No gradients; and what a caller has set for its thread does not reach the computation."""
+    with (
+        torch.inference_mode(False),  # outside of no_grad, as it turns gradients on
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        yield

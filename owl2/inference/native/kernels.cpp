@@ -16,6 +16,8 @@
 #include "products.h"
 #include "team.h"
 
+namespace {
+
 // A decoder layer and where its tokens are. Same order as `ops.Layer`.
 struct Layer {
   Matrix query, key, value, output, gate, up, down;
@@ -24,8 +26,6 @@ struct Layer {
   int64_t D, heads;
   float epsilon, second_epsilon, scaling;
 };
-
-namespace {
 
 template <class T>
 void rms_norm(const Member& member, const T* x, const void* weight, T* y, int64_t M, int64_t D,
@@ -79,11 +79,10 @@ struct Space {
 template <class T>
 void step(Member& member, const Layer& l, Space<T>& space, T* hidden, Token& token) {
   const int64_t B = l.places.B;
-  const bool whole_numbers = l.query.bits || l.key.bits || l.value.bits || l.output.bits ||
-                             l.gate.bits || l.up.bits || l.down.bits;
-  const auto ready = [&](const std::vector<T>& x) {  // of all threads; for `Matrix::times`
+  // x is there, of all threads, for matrices of which some may be whole numbers.
+  const auto ready = [&](const std::vector<T>& x, int64_t bits) {
     member.wait();
-    if (whole_numbers && B == 1) token.take(x.data(), int64_t(x.size()));
+    if (bits && B == 1) token.take(x.data(), int64_t(x.size()));
   };
   const auto product = [&](const Matrix& m, const std::vector<T>& x, std::vector<T>& y) {
     const Range range = member.share(m.N, SHARE);
@@ -97,7 +96,7 @@ void step(Member& member, const Layer& l, Space<T>& space, T* hidden, Token& tok
         store(hidden + i, to_float(hidden[i]) + to_float(space.added[i]));
   };
   rms_norm(member, hidden, l.norm, space.normed.data(), B, l.D, l.epsilon);
-  ready(space.normed);
+  ready(space.normed, l.query.bits | l.key.bits | l.value.bits);
   product(l.query, space.normed, space.query);
   product(l.key, space.normed, space.key);
   product(l.value, space.normed, space.value);
@@ -105,16 +104,16 @@ void step(Member& member, const Layer& l, Space<T>& space, T* hidden, Token& tok
   keep(member, l.places, space.key.data(), space.value.data());
   member.wait();
   attend(member, l.places, space.query.data(), space.attended.data(), l.heads, l.scaling);
-  ready(space.attended);
+  ready(space.attended, l.output.bits);
   add(l.output, space.attended);
   member.wait();
   rms_norm(member, hidden, l.second_norm, space.normed.data(), B, l.D, l.second_epsilon);
-  ready(space.normed);
+  ready(space.normed, l.gate.bits | l.up.bits);
   const auto [from, to] = product(l.gate, space.normed, space.gate);
   product(l.up, space.normed, space.up);
   for (int64_t b = 0; b < B; b++)
     swiglu(&space.gate[b * l.gate.N + from], &space.up[b * l.gate.N + from], to - from);
-  ready(space.gate);
+  ready(space.gate, l.down.bits);
   add(l.down, space.gate);
   member.wait();
 }

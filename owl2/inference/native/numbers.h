@@ -68,8 +68,8 @@ inline float sum(Floats v) {  // by halves: added one after the other, each wait
                     __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
-inline int32_t sum(Ints v) {
-  int32_t total = 0;
+inline int64_t sum(Ints v) {
+  int64_t total = 0;
   for (int i = 0; i < WIDE; i++) total += v[i];
   return total;
 }

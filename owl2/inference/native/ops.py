@@ -102,7 +102,13 @@ def matrix(
     scale: torch.Tensor | None = None,
     bits: int = 0,
 ) -> Matrix:
-    """A Linear for `steps`; see `linear`."""
+    """A Linear for `steps`; see `linear`.
+
+    Raises:
+        TypeError: a scale that is not float32.
+    """
+    if scale is not None and scale.dtype != torch.float32:
+        raise TypeError(f"scale is {scale.dtype}; the kernels read float32")
     return Matrix(
         weight.data_ptr(),
         None if scale is None else scale.data_ptr(),

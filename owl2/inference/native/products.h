@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "numbers.h"
@@ -63,15 +64,24 @@ struct Token {
   void take(const T* x, int64_t K) {
     high.resize(K), low.resize(K), sums.resize(K / 64);
     Floats most = {};
+    Ints finite = Ints{} - 1;
     for (int64_t k = 0; k < K; k += WIDE) {
       const Floats v = load(x + k), size = v < 0.f ? -v : v;
       most = most > size ? most : size;
+      finite &= size <= std::numeric_limits<float>::max();
     }
     float top = 0;
-    for (int i = 0; i < WIDE; i++) top = std::max(top, most[i]);
-    scale = top / 32512;  // 127 * 256, so that both bytes fit
-    const float inverse = top > 0 ? 32512 / top : 0;
+    bool all_finite = true;
+    for (int i = 0; i < WIDE; i++) top = std::max(top, most[i]), all_finite &= finite[i] != 0;
+    // 127 * 256, so that both bytes fit. What is not finite makes all that comes of it so.
+    scale = all_finite ? top / 32512 : std::numeric_limits<float>::quiet_NaN();
+    const float inverse = all_finite && top > 0 ? 32512 / top : 0;
     sum_high = sum_low = 0;
+    if (!all_finite) {
+      std::fill(high.begin(), high.end(), 0), std::fill(low.begin(), low.end(), 0);
+      std::fill(sums.begin(), sums.end(), 0);
+      return;
+    }
     for (int64_t k = 0; k < K; k += 64) {
       Ints whole_sum = {}, high_sum = {};
       for (int64_t i = k; i < k + 64; i += WIDE) {
@@ -79,9 +89,9 @@ struct Token {
         store(&high[i], h), store(&low[i], whole - 256 * h);
         whole_sum += whole, high_sum += h;
       }
-      sums[k / 64] = sum(whole_sum);
+      sums[k / 64] = int32_t(sum(whole_sum));
       sum_high += sum(high_sum);
-      sum_low += sums[k / 64] - 256 * int64_t(sum(high_sum));
+      sum_low += sums[k / 64] - 256 * sum(high_sum);
     }
   }
 };
