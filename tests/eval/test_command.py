@@ -1,6 +1,8 @@
 """`owl2 eval` as a user meets it, on easy-VQA."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -16,6 +18,7 @@ def owl2(monkeypatch, capfd, tiny_checkpoint, tmp_path):
 
     def run(*arguments, tasks="easy_vqa", model=tiny_checkpoint, output=tmp_path / "out"):
         wanted = ["--model", model, "--tasks", tasks, "--output", output, "--device", "cpu"]
+        arguments += ["--dtype", "float32"]
         monkeypatch.setattr(sys, "argv", ["owl2", "eval", *map(str, [*wanted, *arguments])])
         try:
             cli.main()
@@ -177,3 +180,22 @@ def test_what_is_missing_is_said(command, monkeypatch, tmp_path, arguments, word
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert words in err
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_give_what_one_gives(tiny_checkpoint, tmp_path):
+    def start(output, **environment):
+        arguments = ["--model", tiny_checkpoint, "--tasks", "easy_vqa", "--prompt", "short"]
+        arguments += ["--limit", "30", "--batch-size", "4", "--output", output, "--device", "cpu"]
+        arguments += ["--dtype", "float32"]
+        command = [sys.executable, "-m", "owl2", "eval", *map(str, arguments)]
+        return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE)
+
+    two = [start(tmp_path / "two", RANK=rank, WORLD_SIZE="2") for rank in "01"]
+    runs = [*two, start(tmp_path / "one")]
+    said = [run.communicate(timeout=300)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert said[1] == b"", "the first process speaks for both"
+    answers = "answers/easy_vqa.jsonl"
+    assert (tmp_path / "two" / answers).read_bytes() == (tmp_path / "one" / answers).read_bytes()
+    assert [path.name for path in (tmp_path / "two" / "answers").iterdir()] == ["easy_vqa.jsonl"]
