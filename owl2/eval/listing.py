@@ -57,13 +57,12 @@ def show_tasks(data: Path | None, console: Console) -> None:
     """Print all tasks, and below them what is missing and where to get it."""
     states = {name: data_state(Task.of(name, recipe), data) for name, recipe in recipes().items()}
     table = Table(title="Tasks", title_justify="left")
-    for column in ("suite", "task", "benchmark", "the paper's", "data", "judge"):
-        table.add_column(column, no_wrap=column in ("suite", "task", "benchmark"))
+    for column in ("suite", "task", "the paper's", "data", "judge"):
+        table.add_column(column, no_wrap=column != "the paper's")
     for name, recipe in recipes().items():
         table.add_row(
             recipe.suite or "",
             name,
-            recipe.title,
             ", ".join(_figures(recipe)),
             "found" if states[name].found else "missing",
             "needed" if recipe.judge else "",
