@@ -62,3 +62,10 @@ def conversations():
     made[1] = [*made[1], {"role": "assistant", "content": "red"}, *ask("and now?", picture(7))]
     made[6] = [*made[6], {"role": "assistant", "content": "a circle"}, *ask("what colour?")]
     return made
+
+
+@pytest.fixture
+def three_threads(monkeypatch):
+    """Kernels with more threads than `make test` has, also for little work."""
+    monkeypatch.setattr("owl2.inference.native.ops.ALONE", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

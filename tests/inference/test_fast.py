@@ -13,6 +13,7 @@ from owl2.inference.prefill import Reader
 from owl2.inference.quantised import QuantisedLinear, quantise
 from owl2.inference.steps import NativeStep, TorchStep
 
+pytestmark = pytest.mark.usefixtures("three_threads")
 LENGTHS = [3, 7, 12]  # of the prompts, each in its own row
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from owl2.inference.native import build, ops
 from owl2.inference.quantised import QuantisedLinear
 
+pytestmark = pytest.mark.usefixtures("three_threads")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", ops.DTYPES)
 

@@ -14,6 +14,7 @@ import torch
 from owl2.inference.native.build import library
 
 MOST_TOKENS = 72  # beyond, torch's own matrix product is faster
+ALONE = 2**18  # multiplications that one thread does sooner than several meet
 GROUP = 64  # numbers of 4 bits that share a scale
 WIDE = 16  # numbers that are computed at once
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -133,7 +134,15 @@ def linear(
     """
     y = x.new_empty(len(x), len(weight))
     own = matrix(weight, bias, scale, bits)
-    call("linear", x.dtype, ctypes.byref(own), x.data_ptr(), y.data_ptr(), *x.shape)
+    call(
+        "linear",
+        x.dtype,
+        y.numel() * x.shape[1],
+        ctypes.byref(own),
+        x.data_ptr(),
+        y.data_ptr(),
+        *x.shape,
+    )
     return y
 
 
@@ -143,7 +152,7 @@ def expand(
     """Whole numbers, see `linear`, as an (N, K) matrix of `dtype`; `width` is K."""
     out = torch.empty(len(weight), width, dtype=dtype)
     own = matrix(weight, None, scale, bits)
-    call("expand", dtype, ctypes.byref(own), out.data_ptr(), width)
+    call("expand", dtype, out.numel(), ctypes.byref(own), out.data_ptr(), width)
     return out
 
 
@@ -152,13 +161,22 @@ def rms_norm(
 ) -> torch.Tensor:
     """LLaMA's norm of (M, K), contiguous; K is a multiple of 16."""
     y = torch.empty_like(x) if out is None else out
-    call("rms_norm", x.dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, epsilon)
+    call(
+        "rms_norm",
+        x.dtype,
+        4 * x.numel(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        *x.shape,
+        epsilon,
+    )
     return y
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` in place of `gate`; both contiguous and of one shape."""
-    call("swiglu", gate.dtype, gate.data_ptr(), up.data_ptr(), gate.numel())
+    call("swiglu", gate.dtype, 8 * gate.numel(), gate.data_ptr(), up.data_ptr(), gate.numel())
     return gate
 
 
@@ -182,13 +200,15 @@ def places(
 
 def keep(at: Places, key: torch.Tensor, value: torch.Tensor) -> None:
     """Write keys, turned to their positions, and values into the cache: (B, h, d) each."""
-    call("keep", key.dtype, ctypes.byref(at), key.data_ptr(), value.data_ptr())
+    call("keep", key.dtype, 4 * key.numel(), ctypes.byref(at), key.data_ptr(), value.data_ptr())
 
 
 def attend(at: Places, query: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:
     """Queries (B, heads, d), written over, each over its row of the cache up to its position."""
     out = torch.empty_like(query)
-    call("attend", query.dtype, ctypes.byref(at), query.data_ptr(), out.data_ptr(), heads, scaling)
+    work = 64 * query.numel()  # at least: how many positions each looks at is not known here
+    pointers = ctypes.byref(at), query.data_ptr(), out.data_ptr()
+    call("attend", query.dtype, work, *pointers, heads, scaling)
     return out
 
 
@@ -215,9 +235,12 @@ def layer(
 
 def steps(hidden: torch.Tensor, layers: Sequence[Layer]) -> None:
     """Decoder layers of one shape, one after the other, for B tokens, hidden (B, D) in place."""
-    call("steps", hidden.dtype, (Layer * len(layers))(*layers), len(layers), hidden.data_ptr())
+    first = layers[0]
+    work = sum(getattr(first, name).rows for name in MATRICES) * hidden.numel()  # a layer's, about
+    all_layers = (Layer * len(layers))(*layers)
+    call("steps", hidden.dtype, work, all_layers, len(layers), hidden.data_ptr())
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """A kernel with as many threads as torch uses."""
-    function(name, dtype)(*arguments, torch.get_num_threads())
+def call(name: str, dtype: torch.dtype, work: int, *arguments: Any) -> None:
+    """A kernel with as many threads as torch uses; with one for little work."""
+    function(name, dtype)(*arguments, 1 if work < ALONE else torch.get_num_threads())

@@ -1,9 +1,9 @@
 // Threads that compute something together: each its share, with points at which all wait.
 //
-// A waiting thread looks again and again instead of going to sleep: a decode step has a hundred
-// such points, and to be woken takes longer than a small product. OpenMP's own barrier sleeps as
-// soon as a process has more of OpenMP's threads than cores, and it has as many for every thread of
-// Python's that ever computed something.
+// A waiting thread looks again and again for a while before it goes to sleep: a decode step has a
+// hundred such points, and to be woken takes longer than a small product. OpenMP's own barrier
+// sleeps at once as soon as a process has more of OpenMP's threads than cores, and it has as many
+// for every thread of Python's that ever computed something.
 #pragma once
 
 #include <omp.h>
@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <thread>
 
 namespace {
 
@@ -46,15 +45,16 @@ class Member {
 
   // Until all are here.
   void wait() {
-    constexpr int PATIENCE = 1 << 14;  // then the core may be needed by who is waited for
+    constexpr int PATIENCE = 1 << 12;  // some 50 us; then who is waited for may need the core
     const int now = meeting_.held.load(std::memory_order_relaxed);
     if (meeting_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       meeting_.arrived.store(0, std::memory_order_relaxed);
       meeting_.held.store(now + 1, std::memory_order_release);
+      meeting_.held.notify_all();
       return;
     }
     for (int looks = 0; meeting_.held.load(std::memory_order_acquire) == now; looks++) {
-      if (looks > PATIENCE) std::this_thread::yield();
+      if (looks > PATIENCE) meeting_.held.wait(now, std::memory_order_acquire);
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
