@@ -7,6 +7,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so set
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def broken_pictures_are_broken(monkeypatch):
+    """Importing lmms-eval tells Pillow, for all the process, to take half a picture for a whole."""
+    from PIL import ImageFile
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A directory with the tiny model and a processor, untrained; for reading only."""

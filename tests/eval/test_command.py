@@ -18,7 +18,7 @@ def owl2(monkeypatch, capfd, tiny_checkpoint, tmp_path):
 
     def run(*arguments, tasks="easy_vqa", model=tiny_checkpoint, output=tmp_path / "out"):
         wanted = ["--model", model, "--tasks", tasks, "--output", output, "--device", "cpu"]
-        arguments += ["--dtype", "float32"]
+        wanted += ["--dtype", "float32"]
         monkeypatch.setattr(sys, "argv", ["owl2", "eval", *map(str, [*wanted, *arguments])])
         try:
             cli.main()
