@@ -15,6 +15,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -124,11 +125,35 @@ class _Planned(Sampler[list[Draw]]):
             yield draws
 
 
+# Ctrl-C and job schedulers signal all processes of a job.
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _stops_wait() -> Iterator[None]:
+    """Signals that stop a run are delivered after this; what is forked here starts with them held.
+
+    A worker would otherwise die of one that comes before `_leave_stopping_to_others` has run in it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_stopping_to_others(worker: int) -> None:
-    # Ctrl-C and job schedulers signal all processes of a job. The one that trains wants to finish
-    # its step first, and ends its workers then.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # The process that trains wants to finish its step first, and ends its workers then.
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+def working_on(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """The batches of `loader`, whose workers leave Ctrl-C and SIGTERM to this process."""
+    loader.worker_init_fn = _leave_stopping_to_others
+    with _stops_wait():
+        return iter(loader)
 
 
 class Loader:
@@ -166,19 +191,17 @@ class Loader:
 
     def __iter__(self) -> Iterator[Collated]:
         states: deque[dict[str, Any]] = deque()
-        batches = iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=_Planned(self._plan(state=self.state), states),
-                collate_fn=self.collate,
-                num_workers=self.workers,
-                pin_memory=self.pin_memory,
-                worker_init_fn=_leave_stopping_to_others,
-                # Of its own, or it would draw from the chance that the model's dropout has, at the
-                # start of each process: a resumed run would differ from an uninterrupted one.
-                generator=torch.Generator(),
-            )
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=_Planned(self._plan(state=self.state), states),
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            pin_memory=self.pin_memory,
+            # Of its own, or it would draw from the chance that the model's dropout has, at the
+            # start of each process: a resumed run would differ from an uninterrupted one.
+            generator=torch.Generator(),
         )
+        batches = working_on(loader)
         while True:
             began = time.perf_counter()
             collated = next(batches)

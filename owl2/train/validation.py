@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from owl2.data.collate import Collator, Features, TrainingSet
+from owl2.data.loader import working_on
 from owl2.data.mixture import Draw, Mixture, Source
 from owl2.data.sample import Bad, Message, Sample, taken
 from owl2.data.sources import Samples
@@ -209,7 +210,7 @@ class Validator:
         of those left out."""
         loss, tokens, samples = 0.0, 0, 0
         left_out: list[Bad] = []
-        for collated in self._loader():
+        for collated in working_on(self._loader()):
             batch = {name: tensor.to(model.device) for name, tensor in collated.batch.items()}
             # Divided by 1: a sum, so that the mean does not depend on how batches are cut.
             logits = self.team.sharing != "each whole"  # see `Owl2Trainer.compute_loss`

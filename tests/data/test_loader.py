@@ -1,13 +1,24 @@
 import json
 import pickle
 import random
+import signal
+import threading
+import time
 from itertools import chain, islice
 
+import psutil
 import pytest
 import torch
 
 from owl2.data.collate import Collator, TrainingSet
-from owl2.data.loader import GROUPED, Loader, batches_of, estimated_length
+from owl2.data.loader import (
+    GROUPED,
+    STOPS,
+    Loader,
+    _leave_stopping_to_others,
+    batches_of,
+    estimated_length,
+)
 from owl2.data.mixture import Mixture, Source
 from owl2.data.sample import Bad, Sample
 from tests.data.streams import Numbered
@@ -157,6 +168,29 @@ def test_waiting_is_counted(processor, monkeypatch):
     assert made.waited == 0
     list(islice(made, 3))
     assert 0 < made.waited < 10
+
+
+def test_a_worker_that_has_just_begun_leaves_stopping_to_others(picture, processor, monkeypatch):
+    others = set(psutil.Process().children())
+
+    def slowly(worker: int) -> None:
+        time.sleep(1)
+        _leave_stopping_to_others(worker)
+
+    def stop_worker() -> None:
+        while not (begun := set(psutil.Process().children()) - others):
+            time.sleep(0.001)
+        worker = begun.pop()
+        for number in STOPS:
+            worker.send_signal(number)
+
+    monkeypatch.setattr("owl2.data.loader._leave_stopping_to_others", slowly)
+    stopping = threading.Thread(target=stop_worker)
+    stopping.start()
+    batches = list(islice(loader(with_pictures(picture), processor, workers=1), 2))
+    stopping.join()
+    assert len(batches) == 2
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPS)
 
 
 def test_workers_that_are_no_copies_can_be_told_everything(picture, processor):
