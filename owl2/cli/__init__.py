@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from owl2 import __version__
-from owl2.cli import data, evaluation, measures, models, questions
+from owl2.cli import data, evaluation, measures, models, questions, serving, studies
 from owl2.errors import InputError
 
 app = typer.Typer(
@@ -53,6 +53,8 @@ app.add_typer(models.app)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(measures.app)
+app.add_typer(serving.app)
+app.add_typer(studies.app)
 
 
 def main() -> None:
