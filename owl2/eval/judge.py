@@ -40,10 +40,12 @@ class Judged:
 
     Attributes:
         judged: how many have a judgement now, earlier ones too.
+        new: how many of them were made by this call.
         failed: why the others have none, by the question's id.
     """
 
     judged: int = 0
+    new: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -103,6 +105,7 @@ def _judge_task(
             some = [answer for answer in answers if answer.question.kind == kind]
             figures |= _named(metric, some, ending) if some else {}
         both.judged += judged.judged
+        both.new += judged.new
         both.failed |= {f"{key}{ending}": reason for key, reason in judged.failed.items()}
     entry["metrics"] = metrics
     entry["judge"] = {
@@ -181,6 +184,7 @@ def judge_rows(
             else:
                 value, reply = future.result()
                 journal.add({**identity, "value": value, "reply": reply})
+                result.new += 1
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     for row, key in zip(rows, keys, strict=True):

@@ -312,10 +312,19 @@ def judge(output: Path, judge: Judge, console: Console) -> None:
     """Have the answers judged that need it, and write the report anew.
 
     Raises:
-        InputError: as `judge_run`.
+        InputError: as `judge_run`; or not one of the answers that were still to be judged was.
     """
-    judge_run(output, judge.url, judge.model, lambda line: _say(console, line))
+    done = judge_run(output, judge.url, judge.model, lambda line: _say(console, line))
     write_report(output)
+    failed = {
+        f"{name}, {key}": why for name, one in done.items() for key, why in one.failed.items()
+    }
+    if failed and not any(one.new for one in done.values()):
+        first, why = next(iter(failed.items()))
+        raise InputError(
+            f"No answer could be judged: {len(failed)} failed. The first: {first}: {why}. The same "
+            "command asks again."
+        )
 
 
 def _show(evaluation: _Evaluation, ready: list[Ready], results: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from owl2 import cli
+from owl2.eval.judge import Judged
+from tests.eval.stub import completion, serving
 
 pytest.importorskip("easy_vqa")
 
@@ -157,13 +159,52 @@ def test_compare(owl2, command, tmp_path):
 def test_judge(command, monkeypatch, tmp_path):
     from owl2.eval import runner
 
-    asked, reported = [], []
-    monkeypatch.setattr(runner, "judge_run", lambda *arguments: asked.append(arguments[:3]))
+    asked, reported, done = [], [], {}
+    monkeypatch.setattr(runner, "judge_run", lambda *given: asked.append(given[:3]) or done)
     monkeypatch.setattr(runner, "write_report", reported.append)
     url = ("--judge-url", "http://localhost:1/v1", "--judge-model", "j")
     assert command("judge", tmp_path, *url)[0] == 0
     assert asked == [(tmp_path, "http://localhost:1/v1", "j")]
     assert reported == [tmp_path], "the report has the judged figures"
+
+    done["mmhal"] = Judged(judged=3, new=0, failed={"7": "it is away"})
+    code, out, err = command("judge", tmp_path, *url)
+    assert (code, out) == (2, "")
+    assert "No answer could be judged: 1 failed. The first: mmhal, 7: it is away." in err
+    done["mm_vet"] = Judged(judged=1, new=1)
+    assert command("judge", tmp_path, *url)[0] == 0, "something was"
+    assert len(reported) == 3
+
+
+def test_a_judge_that_is_away_exits_with_2(command, tmp_path):
+    facts = {"reference": "a dog", "capabilities": ["rec"]}
+    row = {"id": "1", "question": "What?", "kind": "", "prompt": "", "facts": facts, "answer": "a"}
+    write_judged_run(tmp_path, row)
+    with serving((400, "never", 0.0)) as server:
+        url = ("--judge-url", server.url, "--judge-model", "j")
+        code, out, err = command("judge", tmp_path, *url)
+        assert (code, "mm_vet: 0 of 1 answers are judged" in out) == (2, True)
+        assert "No answer could be judged: 1 failed. The first: mm_vet, 1: " in err
+        assert "400: never" in err
+        server.script = [completion("Score: 1")]
+        assert command("judge", tmp_path, *url)[0] == 0
+        assert command("judge", tmp_path, *url)[0] == 0, "all are judged"
+        assert len(server.asked) == 2
+
+
+def write_judged_run(folder, row):
+    """What `owl2 eval` leaves for a judge, and as much else as the report needs."""
+    entry = {
+        "title": "MM-Vet", "suite": "mllm", "main": "score", "figures": {}, "scale": 100, "n": 1,
+        "note": "", "limit": None, "broken": {"n": 0, "first": []}, "metrics": {"judged": 0.0},
+        "decoding": {"dtype": "float32", "mam": True},
+        "preprocessing": {"size": 8, "policy": "resize"}, "versions": {},
+    }  # fmt: skip
+    results = {"model": "m", "fingerprint": "f", "machine": {"name": "cpu", "processes": 1}}
+    results |= {"tasks": {"mm_vet": entry}, "skipped": {}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "answers").mkdir()
+    (folder / "answers" / "mm_vet.jsonl").write_text(json.dumps(row) + "\n")
 
 
 @pytest.mark.parametrize(

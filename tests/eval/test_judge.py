@@ -136,7 +136,7 @@ def test_all_that_is_told_is_kept_and_all_that_fails_is_named(tmp_path):
     rows = [row(number) for number in range(9)]
     with serving(by_number({n: n / 10 for n in range(9)} | trouble)) as server:
         result = judge(rows, server, tmp_path, attempts=2)
-        assert result.judged == 6
+        assert (result.judged, result.new) == (6, 6)
         assert result.failed.keys() == {"v1_3", "v1_5", "v1_7"}
         assert "500: broken (2 attempts)" in result.failed["v1_3"]
         assert "'no idea'" in result.failed["v1_5"]
@@ -145,7 +145,7 @@ def test_all_that_is_told_is_kept_and_all_that_fails_is_named(tmp_path):
         server.asked.clear()
         server.script = [by_number({3: 0.3, 5: 0.5, 7: 0.7})]
         result = judge(rows, server, tmp_path)
-        assert (result.judged, result.failed) == (9, {})
+        assert (result.judged, result.new, result.failed) == (9, 3, {})
         assert len(server.asked) == 3
     assert [row["judgement"]["value"] for row in rows] == [n / 10 for n in range(9)]
 
