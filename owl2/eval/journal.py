@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from owl2.errors import InputError
+from owl2.eval.alive import Others
 from owl2.eval.questions import Question
 from owl2.eval.team import Team
 from owl2.processing.chat import has_half_character
@@ -73,24 +74,32 @@ class Journal:
         """The rows of these keys, as soon as the other processes have theirs.
 
         Raises:
-            InputError: another process has added nothing for `PATIENCE` seconds.
+            InputError: a process has died whose answers are missing, or nobody has added any for
+                `PATIENCE` seconds.
         """
+        others = Others(self._folder, self._team)
         seen, changed = -1, time.monotonic()
         while True:
+            dead = others.dead()  # before the answers: the last ones come before the last sign
             size = sum(path.stat().st_size for path in self._parts())
             if size != seen:
                 seen, changed = size, time.monotonic()
                 rows = self.known()
-                missing = sum(key not in rows for key in keys)
+                missing = [place for place, key in enumerate(keys) if key not in rows]
                 if not missing:
                     return [rows[key] for key in keys]
+            if lost := dead & {self._team.whose(place) for place in missing}:
+                raise self._missing(missing, keys, f"process {min(lost)} has ended or was killed")
             if self._team.size == 1 or time.monotonic() - changed > PATIENCE:
-                raise InputError(
-                    f"{self._name}: {missing} answers of {len(keys)} are missing, and the other "
-                    f"{self._team.size - 1} processes have written none for {PATIENCE:.0f} s. The "
-                    "same command goes on from what is there."
-                )
+                why = f"nobody has written one for {PATIENCE:.0f} s"
+                raise self._missing(missing, keys, why)
             time.sleep(LOOK_SECONDS)
+
+    def _missing(self, missing: Sequence[int], keys: Sequence[str], why: str) -> InputError:
+        return InputError(
+            f"{self._name}: {len(missing)} answers of {len(keys)} are missing, and {why}. The same "
+            "command goes on from what is there."
+        )
 
     def remove(self) -> None:
         """All parts of the round, once its answers are elsewhere."""

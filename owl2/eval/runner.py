@@ -18,6 +18,7 @@ from rich.console import Console
 
 from owl2.data.datasets.published import json_object
 from owl2.errors import InputError
+from owl2.eval.alive import beating, forget
 from owl2.eval.answering import Asked, Round
 from owl2.eval.fingerprints import model_fingerprint
 from owl2.eval.journal import Journal, json_text, remove_parts
@@ -121,7 +122,8 @@ def evaluate(
 
     Raises:
         InputError: an unknown task, no checkpoint, an `output` that is a file, settings out of
-            their range; or nothing could be evaluated, as data is missing or all of it is broken.
+            their range; nothing could be evaluated, as data is missing or all of it is broken; a
+            process died before it had all its answers.
     """
     team = team or Team.of(os.environ)
     console = console or Console(quiet=team.rank > 0)
@@ -130,22 +132,24 @@ def evaluate(
         _say(console, f"{name} is left out: {reason}")
     _check_output(settings.output)
     torch.manual_seed(SEED)
-    engine = settings.subject.load(team)
-    _make_folder(settings.output / "answers")  # not before: a wrong name would leave it empty
-
-    evaluation = _Evaluation(settings, console, team, skipped)
-    own = Checkpoint(model_fingerprint(engine.model), engine.processor.image_processor.policy)
-    try:
-        for item in ready:
-            _ask(evaluation, engine, item, own)
-        if team.rank:
-            return {}
-        for round_ in evaluation.rounds.values():
-            _score(evaluation, round_)
-    except KeyboardInterrupt:
-        parts = evaluation.folder / "*.part.jsonl"
-        _say(console, f"\nStopped; the answers so far are in {parts}: the same command goes on.")
-        raise
+    with beating(settings.output / "answers", team):
+        engine = settings.subject.load(team)
+        _make_folder(settings.output / "answers")  # not before: a wrong name would leave it empty
+        evaluation = _Evaluation(settings, console, team, skipped)
+        own = Checkpoint(model_fingerprint(engine.model), engine.processor.image_processor.policy)
+        try:
+            for item in ready:
+                _ask(evaluation, engine, item, own)
+            if team.rank:
+                return {}
+            for round_ in evaluation.rounds.values():
+                _score(evaluation, round_)
+        except KeyboardInterrupt:
+            parts = evaluation.folder / "*.part.jsonl"
+            _say(
+                console, f"\nStopped; the answers so far are in {parts}: the same command goes on."
+            )
+            raise
     machine = {**machine_of(engine), "processes": team.size, "batch_size": settings.batch_size}
     results = {
         "model": settings.subject.model,
@@ -298,6 +302,7 @@ def _write(evaluation: _Evaluation, ready: list[Ready], results: dict[str, Any])
     for item in ready:
         for own in (item.task.name, f"{item.task.name}{BLIND}"):
             remove_parts(folder, own)
+    forget(folder)
 
 
 def _write_or_remove(path: Path, text: str) -> None:

@@ -1,8 +1,8 @@
 """Several processes that evaluate together: each asks its share, and the first one scores all.
 
-They say nothing to each other but through the files of answers, so that one which is slower, or
-which starts later, holds up nobody, and a GPU each is all that it takes: ``torchrun``, ``accelerate
-launch`` or ``srun`` set the variables that are read here.
+They say nothing to each other but through the files of answers (and signs of life beside them), so
+that one which is slower, or which starts later, holds up nobody, and a GPU each is all that it
+takes: ``torchrun``, ``accelerate launch`` or ``srun`` set the variables that are read here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,3 +48,7 @@ class Team:
     def share(self, items: Sequence[Item]) -> list[Item]:
         """What this process does of all: every `size`-th, so that each has long ones and short."""
         return list(items[self.rank :: self.size])
+
+    def whose(self, place: int) -> int:
+        """The rank of the process whose share has the item at `place`."""
+        return place % self.size

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from owl2.errors import InputError
+from owl2.eval import alive
 from owl2.eval import journal as module
+from owl2.eval.alive import beating
 from owl2.eval.journal import Journal, key_of
 from owl2.eval.team import Team
 
@@ -97,8 +99,27 @@ def test_a_process_that_stands_still_is_given_up(make, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 0.05)
     first = make(team=Team(0, 2))
     first.add([row("a")])
-    with pytest.raises(InputError, match="1 answers of 2 are missing"):
+    with pytest.raises(InputError, match="1 answers of 2 are missing, and nobody has written one"):
         first.all(["a", "b"])
+
+
+def test_a_process_that_died_is_given_up_soon(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(alive, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(alive, "QUIET_SECONDS", 1.0)
+    first, second, third = (make(team=Team(rank, 3)) for rank in range(3))
+    first.add([row("a")])
+    with beating(tmp_path, Team(1, 3)), beating(tmp_path, Team(2, 3)):
+        threading.Timer(1.5, lambda: [second.add([row("b")]), third.add([row("c")])]).start()
+        assert len(first.all(["a", "b", "c"])) == 3, "they lived, and were waited for"
+    assert len(first.all(["a", "b", "c"])) == 3, "they ended, and owe nothing"
+    third.add([row("f")])
+    first.add([row("d")])
+    with (
+        beating(tmp_path, Team(2, 3)),
+        pytest.raises(InputError, match=r"1 answers of 6 are missing, and process 1 has ended"),
+    ):
+        first.all(["a", "b", "c", "d", "e", "f"])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -223,7 +223,7 @@ def test_two_processes_give_what_one_gives(settings, plain, tmp_path):
 
 def test_only_the_first_process_scores(settings, plain):
     assert evaluate(settings, plain, Team(1, 2)) == {}
-    assert files(settings.output) == {"answers/made.part-1.jsonl"}
+    assert files(settings.output) == {"answers/made.part-1.jsonl", "answers/process-1.alive"}
 
 
 def test_broken_samples_are_counted_named_and_shown(settings, plain, samples, tmp_path):

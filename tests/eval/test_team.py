@@ -24,3 +24,5 @@ def test_shares_are_all_of_it_and_no_more():
     assert sorted(item for share in shares for item in share) == items
     assert {len(share) for share in shares} == {3, 4}
     assert Team().share(items) == items
+    assert [Team(1, 3).whose(place) for place in (0, 4, 11)] == [0, 1, 2]
+    assert all(Team(0, 3).whose(item) == rank for rank in range(3) for item in shares[rank])
