@@ -1,0 +1,98 @@
+"""How much a request may ask for, and how many may ask at a time.
+
+What goes beyond has a status and a code of its own:
+
+| limit | status | code |
+|---|---|---|
+| `body_bytes` | 413 | body_too_large |
+| `body_seconds` | 408 | body_too_slow |
+| `depth` | 400 | too_deep |
+| `messages` | 400 | too_many_messages |
+| `pictures` | 400 | too_many_pictures |
+| `picture_bytes`, `pixels`, `picture_memory`, `picture_seconds` | 400 | see `pictures` |
+| `answers` | 400 | too_many_answers |
+| `answer_tokens` | 400 | too_many_tokens |
+| `queue` | 429 | rate_limit_exceeded |
+| `seconds` | 503 | timeout |
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from owl2.serve.errors import ApiError
+from owl2.serve.schema import MAX_ANSWERS, MAX_TOKENS, ChatRequest
+
+MIB = 2**20
+
+
+class Limits(BaseModel):
+    """What a server allows; all are for one request unless they say otherwise.
+
+    Attributes:
+        body_bytes: of the body, pictures in it as base64 (a third more than the file).
+        body_seconds: until all of the body has come.
+        depth: of its JSON's nesting.
+        messages: turns of the conversation.
+        pictures: in all turns together.
+        picture_bytes: of one picture's file.
+        pixels: of one picture; its longer edge may have at most the root of four times as many.
+        picture_seconds: to decode one picture.
+        picture_memory: bytes, to decode one picture.
+        decoders: pictures decoded at a time, in the whole server.
+        answers: `n`.
+        answer_tokens: of each answer, that a request may ask for.
+        running: requests answered at a time.
+        queue: requests that wait beside those.
+        seconds: from a request's arrival to its last token.
+        remote: whether pictures are fetched from URLs.
+        remote_seconds: to fetch one picture, redirects and look-ups among it.
+        remote_redirects: that are followed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    body_bytes: int = Field(32 * MIB, ge=1)
+    body_seconds: float = Field(60.0, gt=0)
+    depth: int = Field(32, ge=8)
+    messages: int = Field(256, ge=1)
+    pictures: int = Field(8, ge=0)
+    picture_bytes: int = Field(16 * MIB, ge=1)
+    pixels: int = Field(2**25, ge=1)
+    picture_seconds: float = Field(10.0, gt=0)
+    picture_memory: int = Field(1024 * MIB, ge=64 * MIB)
+    decoders: int = Field(2, ge=1)
+    answers: int = Field(8, ge=1, le=MAX_ANSWERS)
+    answer_tokens: int = Field(2048, ge=1, le=MAX_TOKENS)
+    running: int = Field(64, ge=1)
+    queue: int = Field(256, ge=0)
+    seconds: float = Field(600.0, gt=0)
+    remote: bool = False
+    remote_seconds: float = Field(10.0, gt=0)
+    remote_redirects: int = Field(3, ge=0)
+
+
+def check(request: ChatRequest, limits: Limits) -> None:
+    """Refuse what can be refused by its numbers alone.
+
+    Raises:
+        ApiError: 400, with the limit's code and the field.
+    """
+    pictures = sum(len(message.pictures) for message in request.messages)
+    for what, given, limit, code, param in (
+        ("messages", len(request.messages), limits.messages, "too_many_messages", "messages"),
+        ("pictures", pictures, limits.pictures, "too_many_pictures", "messages"),
+        ("answers", request.answers, limits.answers, "too_many_answers", "n"),
+        (
+            "tokens of an answer",
+            request.answer_tokens or 0,
+            limits.answer_tokens,
+            "too_many_tokens",
+            "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens",
+        ),
+    ):
+        if given > limit:
+            raise ApiError(
+                400,
+                f"The request asks for {given} {what}; this server's limit is {limit}.",
+                code=code,
+                param=param,
+            )
