@@ -14,6 +14,7 @@ of exception by the status.
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from itertools import groupby
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -80,7 +81,10 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """`{"error": {...}}`: the reply, or an event of a stream that has begun."""
         detail = ErrorDetail(
-            message=_plain(self.message), type=self.type, param=self.param, code=self.code
+            message=_plain(self.message),
+            type=self.type,
+            param=None if self.param is None else _plain(self.param),
+            code=self.code,
         )
         return ErrorReply(error=detail).model_dump()
 
@@ -171,7 +175,8 @@ def _of_http(error: HTTPException) -> ApiError:
 def _of_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first problem of a body that does not fit; OpenAI's servers say 400, not 422."""
     first = problems[0]
-    places = [str(place) for place in first["loc"]]
+    # Of a kind of part, pydantic names the kind before the field of that name.
+    places = [str(place) for place, _ in groupby(first["loc"])]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "it cannot be parsed")
         return ApiError(400, f"The body is no JSON: {reason}.", code="invalid_json")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -70,17 +71,34 @@ class ImagePart(Strict):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+def _as_parts(content: Any) -> Any:
+    return [TextPart(type="text", text=content)] if isinstance(content, str) else content
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Content = Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
+Stop = Annotated[
+    list[Name],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(
+        _as_list, json_schema_input_type=Name | Annotated[list[Name], Field(max_length=MAX_STOPS)]
+    ),
+]
+
+
 class ChatMessage(Strict):
-    """A turn. `developer` is OpenAI's newer name of `system`."""
+    """A turn; a content that is a string is one part. `developer` is OpenAI's newer name of
+    `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Content
 
     @property
     def pictures(self) -> list[ImageUrl]:
         """In order of appearance."""
-        if isinstance(self.content, str):
-            return []
         return [part.image_url for part in self.content if isinstance(part, ImagePart)]
 
 
@@ -110,7 +128,7 @@ class ChatRequest(Strict):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS, description="not OpenAI's; 0 or -1: all")
     seed: int | None = Field(None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED)
-    stop: Name | Annotated[list[Name], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | None = None
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_SCORES)
@@ -169,7 +187,7 @@ class ChatRequest(Strict):
             "top_p": None if greedy else self.top_p,
             "top_k": None if self.top_k is None else max(self.top_k, 0),
             "seed": seed,
-            "stop": [self.stop] if isinstance(self.stop, str) else list(self.stop or ()),
+            "stop": list(self.stop or ()),
             "top_logprobs": self.scores,
         }
 
