@@ -184,7 +184,7 @@ def read_tasks(settings: Settings) -> tuple[list[Ready], dict[str, str]]:
         try:
             source = task.source(settings.data, settings.prompt)
             questions, broken = task.read(source)
-            _require_some(task, questions, len(broken))
+            _require_some(task, questions, broken)
         except InputError as error:
             skipped[task.name] = str(error)
             continue
@@ -194,9 +194,12 @@ def read_tasks(settings: Settings) -> tuple[list[Ready], dict[str, str]]:
     return ready, skipped
 
 
-def _require_some(task: Task, questions: list[Any], broken: int) -> None:
+def _require_some(task: Task, questions: list[Any], broken: list[Any]) -> None:
     if not questions:
-        raise InputError(f"{task.name} has no question that can be asked, and {broken} broken.")
+        first = f". The first: {broken[0].reason}" if broken else "."
+        raise InputError(
+            f"{task.name} has no question that can be asked, and {len(broken)} broken{first}"
+        )
 
 
 def _nothing(skipped: dict[str, str]) -> str:

@@ -149,20 +149,50 @@ def test_a_broken_line_is_named_and_the_others_go_on(write, row, words):
     assert broken.id in ("2", "1")
 
 
+BROKEN_LINES = [
+    (b"{", "line 1: not JSON"),
+    (b'{"question": "Which?", "ans', "line 1: not JSON"),
+    (b"\xff\xfe", "line 1: not JSON: 'utf-8' codec"),
+    (b"[" * 100_000, "line 1: not JSON"),
+    (b"[]", "line 1 is []"),
+    (b'{"pictures": []}', "Do you mean 'picture'?"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BROKEN_LINES)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_line_that_is_none_is_named_and_the_others_go_on(tmp_path, line, words, place):
+    lines = [b'{"question": "fine?", "answer": "yes"}'] * 2
+    lines.insert(place, line)
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join(lines))
+    _, questions, [broken] = read(tmp_path / "mine.jsonl")
+    assert broken.id == str(place + 1)
+    assert words.replace("line 1", f"line {place + 1}") in broken.reason
+    assert {question.id for question in questions} == {"1", "2", "3"} - {broken.id}
+
+
+def test_the_first_line_that_can_be_read_names_the_metric(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{\n{"question": "Which?", "options": ["a", "b"], "answer": "a"}\n')
+    task, questions, broken = read(path)
+    assert (task.metric.name, len(questions), len(broken)) == ("letter", 1, 1)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds no questions"),
-        ('{"metric": "cidr"}\n', "Do you mean 'cider'?"),
-        ('{"metric": ["vqa"]}\n', "There are: choice, cider, exact, vqa"),
-        ('{"pictures": []}\n', "Do you mean 'picture'?"),
-        ("[]\n", "line 1 is []"),
-        ("{\n", "line 1: not JSON"),
+        (b"", "holds no questions"),
+        (b"\n \n", "holds no questions"),
+        (b'{"metric": "cidr"}\n', "Do you mean 'cider'?"),
+        (b'{"metric": ["vqa"]}\n', "There are: choice, cider, exact, vqa"),
+        # Without it the others would be scored by another metric.
+        (b'{"metrics": "vqa"}\n{"question": "Why?", "answer": "a"}\n', "Do you mean 'metric'?"),
+        *BROKEN_LINES,
     ],
 )
 def test_a_file_that_is_none(tmp_path, text, words):
     path = tmp_path / "mine.jsonl"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(InputError) as caught:
         own_task(path)
     assert words in str(caught.value)

@@ -249,9 +249,19 @@ def test_broken_samples_are_counted_named_and_shown(settings, plain, samples, tm
         assert "the picture x.png is not there" in text
 
 
+def test_lines_of_ones_own_file_that_are_none_are_shown_too(settings, plain, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "Which?", "answer": "a"}\n{"question": "Which?", "ans\n[1]\n')
+    result = evaluate(replace(settings, tasks=str(path)), plain)["tasks"]["mine"]
+    assert (result["n"], result["broken"]["n"]) == (1, 2)
+    report = (settings.output / "report.md").read_text()
+    assert f"{path}, line 2: not JSON" in report
+    assert f"{path}, line 3 is [1], not an object" in report
+
+
 def test_nothing_but_broken_samples_is_an_error(settings, plain, samples):
     samples[:] = [Broken("1", "lost")]
-    with pytest.raises(InputError, match="made has no question that can be asked, and 1 broken"):
+    with pytest.raises(InputError, match=r"no question that can be asked, and 1 broken\. .*lost"):
         evaluate(settings, plain)
     assert not settings.output.exists()
 

@@ -12,17 +12,19 @@
   `choice` if the first line has options, else `exact`.
 - `id`, `kind`: optional; ids are line numbers otherwise.
 
-A line that cannot be asked, another key in it among the reasons, is counted and named, and the
-others go on.
+A line that cannot be asked (it is no JSON, it has another key, ...) is counted and named, and the
+others go on; the first line that can be read counts as the first.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
 from owl2.data.datasets.prompts import CAPTION_PROMPT, CHOICE_REQUEST, LETTERS, VQA_PROMPT
-from owl2.data.datasets.published import Row, json_lines
+from owl2.data.datasets.published import Row, as_row
 from owl2.data.names import look_up
 from owl2.errors import InputError
 from owl2.eval.metrics import find_metric
@@ -61,15 +63,10 @@ def own_task(path: Path) -> Task:
     """The questions of a file as a task, which is called as the file is, without its ending.
 
     Raises:
-        InputError: the file cannot be read or is empty; its first line names a metric that there is
-            not, or has another key.
+        InputError: the file cannot be read, or no line of it; the metric is named wrongly.
     """
-    first = next(json_lines(path), None)
-    if first is None:
-        raise InputError(f"{path} holds no questions.")
-    _check_keys(first)
-    name = first.value.get("metric", "choice" if "options" in first.value else "exact")
-    way = look_up("metric for questions of one's own", name, WAYS)
+    name = _metric(path)
+    way = WAYS[name]
     recipe = Recipe(
         title=path.name,
         suite=None,
@@ -84,22 +81,75 @@ def own_task(path: Path) -> Task:
     return Task(path.stem, recipe, partial(_questions, path, name), find_metric(way.metric))
 
 
+def _metric(path: Path) -> str:
+    """The name of the file's metric, by its first line that can be read."""
+    first: Broken | None = None
+    for row in _rows(path):
+        if isinstance(row, Row):
+            name = row.value.get("metric", "choice" if "options" in row.value else "exact")
+            look_up("metric for questions of one's own", name, WAYS)
+            return str(name)
+        first = first or row
+    if first is None:
+        raise InputError(f"{path} holds no questions.")
+    raise InputError(f"{path} holds no line that can be read. The first: {first.reason}")
+
+
 def _questions(path: Path, metric: str, source: Source) -> Iterator[Question | Broken]:
     if metric == "cider":
         check_installed()
     source.read.append(path)
-    for row in json_lines(path):
-        number = row.where.rpartition(" ")[2]
-        name = str(row.value.get("id", number))
+    for row in _rows(path):
+        if isinstance(row, Broken):
+            yield row
+            continue
+        name = str(row.value.get("id", _number(row.where)))
         try:
             yield _question(path, metric, source, row, name)
         except InputError as error:
             yield Broken(name, str(error))
 
 
+def _rows(path: Path) -> Iterator[Row | Broken]:
+    """Its lines, with no other keys than ours; one that is none is no reason to stop.
+
+    Raises:
+        InputError: the file cannot be read; a key that seems to mean the metric, as without it all
+            lines would be scored by another one.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _row(line, f"{path}, line {number}")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _row(line: bytes, where: str) -> Row | Broken:
+    try:
+        row = as_row(json.loads(line.decode("utf-8-sig")), where)
+    except InputError as error:
+        return Broken(_number(where), str(error))
+    except (ValueError, RecursionError) as error:
+        return Broken(_number(where), f"{where}: not JSON: {error}")
+    try:
+        # A picture under another key would be a question asked blind.
+        for key in row.value:
+            look_up(f"key of a question ({where})", key, KEYS)
+    except InputError as error:
+        if get_close_matches(key, ["metric"]):
+            raise
+        return Broken(str(row.value.get("id", _number(where))), str(error))
+    return row
+
+
+def _number(where: str) -> str:
+    return where.rpartition(" ")[2]
+
+
 def _question(path: Path, metric: str, source: Source, row: Row, name: str) -> Question:
     """Raises `InputError`: whatever is wrong with the line."""
-    _check_keys(row)
     if row.value.get("metric", metric) != metric:
         raise InputError(f"{row.where}: the metric of the file is {metric!r}, by its first line.")
     if "options" in row.value and metric != "choice":
@@ -115,12 +165,6 @@ def _question(path: Path, metric: str, source: Source, row: Row, name: str) -> Q
     kind = row.text("kind") if "kind" in row.value else ""
     facts = {"options": options} if options else {}
     return Question(name, text, with_pictures(pictures, source.ask(asked)), expected, kind, facts)
-
-
-def _check_keys(row: Row) -> None:
-    """A picture under another key would be a question asked blind."""
-    for key in row.value:
-        look_up(f"key of a question ({row.where})", key, KEYS)
 
 
 def _names(row: Row) -> list[str]:
