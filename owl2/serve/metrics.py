@@ -21,7 +21,7 @@ class Metrics:
     """Counters of one app.
 
     Attributes:
-        requests: answered HTTP requests by `route` (its pattern, so that there are few) and `status`.
+        requests: answered HTTP requests by `route` (its pattern: there are few) and `status`.
         running: chat requests that have a place at the engine.
         waiting: those that wait for one.
         ended: answers by `reason`: stop, length; gone: the client left; failed; cut: by a limit of
@@ -34,26 +34,30 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        own = {"registry": self.registry}
+        own = self.registry
         self.requests = Counter(
-            "owl2_requests", "HTTP requests answered.", ["route", "status"], **own
+            "owl2_requests", "HTTP requests answered.", ["route", "status"], registry=own
         )
-        self.running = Gauge("owl2_requests_running", "Chat requests being answered.", **own)
-        self.waiting = Gauge("owl2_requests_waiting", "Chat requests waiting for a place.", **own)
-        self.ended = Counter("owl2_answers", "Answers ended, and why.", ["reason"], **own)
-        self.prompt_tokens = Counter("owl2_prompt_tokens", "Tokens of prompts answered.", **own)
-        self.generated_tokens = Counter("owl2_generated_tokens", "Tokens made.", **own)
+        self.running = Gauge("owl2_requests_running", "Chat requests being answered.", registry=own)
+        self.waiting = Gauge(
+            "owl2_requests_waiting", "Chat requests waiting for a place.", registry=own
+        )
+        self.ended = Counter("owl2_answers", "Answers ended, and why.", ["reason"], registry=own)
+        self.prompt_tokens = Counter(
+            "owl2_prompt_tokens", "Tokens of prompts answered.", registry=own
+        )
+        self.generated_tokens = Counter("owl2_generated_tokens", "Tokens made.", registry=own)
         self.first_token = Histogram(
             "owl2_time_to_first_token_seconds",
             "From a chat request's arrival to its first token.",
             buckets=LATENCIES,
-            **own,
+            registry=own,
         )
         self.whole = Histogram(
             "owl2_request_seconds",
             "From a chat request's arrival to its last token.",
             buckets=LATENCIES,
-            **own,
+            registry=own,
         )
 
     def text(self) -> bytes:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from owl2.inference.completion import Piece, TokenScore
+from owl2.serve.schema import ChatRequest
 
 DONE = b"data: [DONE]\n\n"
-IMPOSSIBLE = -9999.0
 
 
 class Reply:
@@ -21,13 +21,21 @@ class Reply:
 
     Args:
         model: the name that the server goes by.
-        scored: whether log-probabilities were asked for.
-        answers: how many (`n`).
+        request: what was asked for.
+
+    Attributes:
+        prompt_tokens: to be set when they are known.
     """
 
-    def __init__(self, model: str, answers: int, scored: bool) -> None:
+    def __init__(self, model: str, request: ChatRequest) -> None:
+        answers = request.answers
         self.prompt_tokens = 0
-        self._scored = scored
+        self._scored = request.scores is not None
+        # OpenAI's chunks say so where the usage is to come.
+        options = request.stream_options
+        self._no_usage: dict[str, Any] = (
+            {"usage": None} if options is not None and options.include_usage else {}
+        )
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         self._model = model
         self._texts: list[list[str]] = [[] for _ in range(answers)]
@@ -65,9 +73,10 @@ class Reply:
         ]
         return self._object("chat.completion", choices) | {"usage": self.usage}
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """The first chunk of an answer: whose turn it is."""
-        return self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+    def opening(self) -> list[dict[str, Any]]:
+        """The first chunk of each answer: whose turn it is."""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return [self._chunk(index, delta) for index in range(len(self._texts))]
 
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         """What a piece adds, and the answer's end in a chunk of its own."""
@@ -78,9 +87,10 @@ class Reply:
             chunks.append(self._chunk(piece.index, {}, reason=piece.finish_reason))
         return chunks
 
-    def closing(self) -> dict[str, Any]:
+    def closing(self) -> list[dict[str, Any]]:
         """The last chunk where usage was asked for: no answer's, with the counts."""
-        return self._object("chat.completion.chunk", []) | {"usage": self.usage}
+        chunk = self._object("chat.completion.chunk", [])
+        return [chunk | {"usage": self.usage}] if self._no_usage else []
 
     def _chunk(
         self,
@@ -95,7 +105,7 @@ class Reply:
             "logprobs": _logprobs(scores) if scores else None,
             "finish_reason": reason,
         }
-        return self._object("chat.completion.chunk", [choice])
+        return self._object("chat.completion.chunk", [choice]) | self._no_usage
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"object": kind, **self._head, "model": self._model, "choices": choices}
@@ -117,6 +127,4 @@ def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any]:
 
 
 def _token(score: TokenScore) -> dict[str, Any]:
-    # JSON has no minus infinity; this is what OpenAI says of the impossible.
-    logprob = max(score.logprob, IMPOSSIBLE)
-    return {"token": score.text, "logprob": logprob, "bytes": score.bytes}
+    return {"token": score.text, "logprob": score.logprob, "bytes": score.bytes}

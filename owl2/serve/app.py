@@ -1,0 +1,132 @@
+"""The API as an ASGI app: OpenAI's routes, health, metrics and a page that documents them."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from owl2 import __version__
+from owl2.inference.engine import Engine
+from owl2.serve import errors
+from owl2.serve.answering import Desk
+from owl2.serve.chat import ChatService, add_chat
+from owl2.serve.document import page
+from owl2.serve.limits import Limits
+from owl2.serve.metrics import Metrics
+from owl2.serve.schema import Model, ModelList
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is told beside its engine.
+
+    Attributes:
+        name: what the model is called in requests and replies.
+        example: a command that works, for the page of documentation.
+    """
+
+    name: str
+    limits: Limits = field(default_factory=Limits)
+    example: str = ""
+
+
+def make_app(engine: Engine, settings: Settings) -> FastAPI:
+    """The app. Its `state.desk` knows what is being answered, and refuses what is new if told."""
+    metrics = Metrics()
+    desk = Desk(engine, settings.limits, metrics)
+    app = FastAPI(
+        title=f"{settings.name} on owl2",
+        version=__version__,
+        description="mPLUG-Owl2 behind the interface of OpenAI's chat completions.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.desk = desk
+    add_chat(app, ChatService(desk, settings.name))
+    _add_models(app, settings.name)
+    _add_health(app, desk, metrics)
+    _add_document(app, settings.example)
+    errors.add_handlers(app)
+    app.add_middleware(_Counted, metrics=metrics)
+    return app
+
+
+def _add_models(app: FastAPI, name: str) -> None:
+    model = Model(id=name, object="model", created=int(time.time()), owned_by="owl2")
+
+    @app.get("/v1/models", responses=errors.responses(401))
+    async def list_models() -> ModelList:
+        """The one model that is served."""
+        return ModelList(object="list", data=[model])
+
+    # A hub id has a slash in it.
+    @app.get("/v1/models/{name:path}", responses=errors.responses(401, 404))
+    async def retrieve_model(name: str) -> Model:
+        """The model of that name."""
+        if name != model.id:
+            raise errors.ApiError(
+                404,
+                f"There is no model '{name}' here; this server has '{model.id}'.",
+                code="model_not_found",
+                param="model",
+            )
+        return model
+
+
+def _add_health(app: FastAPI, desk: Desk, metrics: Metrics) -> None:
+    @app.get("/health", responses=errors.responses(503))
+    async def health() -> dict[str, str]:
+        """Whether requests are taken: 200, or 503 while the server finishes its last ones."""
+        if desk.closing:
+            raise errors.closing()
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def show_metrics() -> Response:
+        """For Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_document(app: FastAPI, example: str) -> None:
+    @app.get("/docs", include_in_schema=False)
+    async def document() -> HTMLResponse:
+        return HTMLResponse(page(app.openapi(), example))
+
+
+class _Counted:
+    """Counts requests by route and status, and writes a line of each to the log.
+
+    The line has the route's pattern, never what the client wrote: no key, no picture, no text.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = time.perf_counter()
+        status = 500  # where nothing is sent here, the outermost layer says this
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_on)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self.metrics.requests.labels(route, status).inc()
+            client = scope["client"][0] if scope.get("client") else "-"
+            seconds = time.perf_counter() - begun
+            logger.info("%s %s %s %d %.2f s", client, scope["method"], route, status, seconds)
