@@ -163,7 +163,8 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _of_http(error: HTTPException) -> ApiError:
     """Starlette's own: an unknown path, a wrong method, a body that is no JSON."""
-    codes = {404: "not_found", 405: "method_not_allowed"}
+    # 400: FastAPI's word on a body that is no UTF-8, too deep, or has a number of no end.
+    codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
     return ApiError(
         error.status_code,
         str(error.detail),

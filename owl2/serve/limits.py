@@ -6,7 +6,6 @@ What goes beyond has a status and a code of its own:
 |---|---|---|
 | `body_bytes` | 413 | body_too_large |
 | `body_seconds` | 408 | body_too_slow |
-| `depth` | 400 | too_deep |
 | `messages` | 400 | too_many_messages |
 | `pictures` | 400 | too_many_pictures |
 | `picture_bytes`, `pixels`, `picture_memory`, `picture_seconds` | 400 | see `pictures` |
@@ -30,7 +29,6 @@ class Limits(BaseModel):
     Attributes:
         body_bytes: of the body, pictures in it as base64 (a third more than the file).
         body_seconds: until all of the body has come.
-        depth: of its JSON's nesting.
         messages: turns of the conversation.
         pictures: in all turns together.
         picture_bytes: of one picture's file.
@@ -52,7 +50,6 @@ class Limits(BaseModel):
 
     body_bytes: int = Field(32 * MIB, ge=1)
     body_seconds: float = Field(60.0, gt=0)
-    depth: int = Field(32, ge=8)
     messages: int = Field(256, ge=1)
     pictures: int = Field(8, ge=0)
     picture_bytes: int = Field(16 * MIB, ge=1)

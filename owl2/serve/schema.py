@@ -20,6 +20,8 @@ from pydantic import (
 
 MAX_TOKENS = 1_000_000  # beyond any context; the server's own limit is far below
 MAX_ANSWERS = 128
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
 MAX_STOPS = 16
 MAX_SCORES = 20
 LARGEST_SEED = 2**63 - 1  # OpenAI's
@@ -79,7 +81,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Content = Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
+Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
+Content = Annotated[Parts, BeforeValidator(_as_parts, json_schema_input_type=str | Parts)]
 Stop = Annotated[
     list[Name],
     Field(max_length=MAX_STOPS),
@@ -121,7 +124,7 @@ class ChatRequest(Strict):
     """`POST /v1/chat/completions`."""
 
     model: Name
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2)
