@@ -1,0 +1,44 @@
+# A server (or any other command of owl2) in a container; docs/serving.md says how to run it.
+#
+#   docker build --tag owl2 .                                   # for CPUs
+#   docker build --tag owl2:cuda --build-arg DEVICE=cuda .      # for NVIDIA's GPUs
+#
+# The steps are those of the README's "Install".
+FROM python:3.11-slim-bookworm
+
+# cpu or cuda. CUDA's own libraries come with the wheels of torch; the driver is the host's.
+ARG DEVICE=cpu
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+
+# g++ stays: the kernels for CPUs are compiled on first use, for the CPU that they then run on.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/owl2
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY owl2 owl2
+
+# On PyPI, torch is the build for CUDA; its own index has the one for CPUs, a tenth of the size.
+RUN if [ "$DEVICE" = cpu ]; then index=(--index-url https://download.pytorch.org/whl/cpu); else index=(); fi \
+    && pip install --no-cache-dir --constraint constraints.txt "${index[@]}" torch \
+    && pip install --no-cache-dir --constraint constraints.txt '.[serve,quant]'
+
+# The home has what is kept between starts: downloads from the hub and the compiled kernels.
+RUN useradd --create-home --uid 1000 owl2
+USER 1000
+WORKDIR /home/owl2
+ENV HF_HOME=/home/owl2/.cache/huggingface \
+    PYTHONUNBUFFERED=1
+VOLUME ["/home/owl2/.cache", "/model"]
+EXPOSE 8000
+
+HEALTHCHECK --start-period=10m --interval=30s --timeout=5s \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+
+# `docker stop` sends SIGTERM: what runs is answered, what is new is refused.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["owl2"]
+CMD ["serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000"]
