@@ -1,4 +1,4 @@
-"""Load once, answer many: chat, stream, batch, score.
+"""Load once, answer many: chat, stream, batch, complete, score.
 
 ::
 
@@ -9,8 +9,7 @@ S tokens, N pictures, T new tokens. From call to call nothing is kept, or what c
 what changes an answer (`reuse`): a second call gives the same as the first.
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -19,12 +18,14 @@ from transformers import GenerationConfig
 
 from owl2.errors import InputError
 from owl2.inference import plain
+from owl2.inference.completion import AnswerInMaking, Completion, Events, check_request
 from owl2.inference.decoding import Decoding, Options
 from owl2.inference.loading import load_model
 from owl2.inference.prefill import Read
 from owl2.inference.runner import Prompt, Runner
 from owl2.inference.scoring import prompt_and_answer, read_alone, score_answers
-from owl2.inference.streaming import text_pieces
+from owl2.inference.streaming import TextStream
+from owl2.inference.tokens import TokenTexts
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 from owl2.processing.chat import Message, check_question
 from owl2.processing.image import ImagePolicy
@@ -74,6 +75,7 @@ class Engine:
             self.runner = Runner(model, max_batch=MAX_BATCH, reuse=reuse)
         self._end_ids = _end_ids(model.generation_config, processor)
         self._open_ids = _byte_ids(processor)
+        self._token_texts = TokenTexts(processor.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -121,39 +123,97 @@ class Engine:
 
     # -------------------------------------------------------------- answers
 
-    def chat(self, messages: Messages, **options: Unpack[Options]) -> str:
+    def chat(
+        self, messages: Messages, *, stop: str | Sequence[str] = (), **options: Unpack[Options]
+    ) -> str:
         """The answer to a conversation that ends with a question.
 
         Greedy, unless the checkpoint's `generation_config` or an option says otherwise.
+
+        Args:
+            stop: texts that end the answer; neither they nor what follows are part of it.
 
         Raises:
             InputError: an empty question, a picture that cannot be read or is missing, a prompt
                 beyond the context, an option out of its range, logits that are not finite.
         """
-        return self.batch([messages], **options)[0]
+        return self.batch([messages], stop=stop, **options)[0]
 
-    def batch(self, list_of_messages: Sequence[Messages], **options: Unpack[Options]) -> list[str]:
+    def batch(
+        self,
+        list_of_messages: Sequence[Messages],
+        *,
+        stop: str | Sequence[str] = (),
+        **options: Unpack[Options],
+    ) -> list[str]:
         """`chat` for several conversations at once, with any number of pictures each."""
         if not list_of_messages:
             return []
+        if stop:  # only who reads an answer as it is made can end it
+            completion = self._complete(list_of_messages, 1, stop, None, options)
+            return [answer.text for answer in completion.whole()]
         decoding = Decoding.of(options, self.model.generation_config)
         prompts, room = self._prompts(list_of_messages)
         limits = [min(decoding.max_new_tokens, tokens) for tokens in room]
-        return [self._decode(answer) for answer in self._generate(prompts, decoding, limits)]
+        return [
+            self._decode(answer).strip() for answer in self._generate(prompts, decoding, limits)
+        ]
 
-    def stream(self, messages: Messages, **options: Unpack[Options]) -> Iterator[str]:
+    def stream(
+        self, messages: Messages, *, stop: str | Sequence[str] = (), **options: Unpack[Options]
+    ) -> Iterator[str]:
         """The answer of `chat` in pieces, as it is made; joined, they are exactly that answer.
 
         The input is checked at once, the model runs when the first piece is asked for. Leaving the
         loop early (or `.close()`) ends the generation.
         """
-        decoding = Decoding.of(options, self.model.generation_config)
-        [prompt], [room] = self._prompts([messages])
-        return self._stream(prompt, decoding, min(decoding.max_new_tokens, room))
+        return _texts(self._complete([messages], 1, stop, None, options))
 
-    def _stream(self, prompt: Prompt, decoding: Decoding, limit: int) -> Iterator[str]:
-        with closing(self._tokens(prompt, decoding, limit)) as tokens:
-            yield from text_pieces(tokens, self._decode, self._open_ids)
+    def complete(
+        self,
+        messages: Messages,
+        *,
+        n: int = 1,
+        stop: str | Sequence[str] = (),
+        top_logprobs: int | None = None,
+        **options: Unpack[Options],
+    ) -> Completion:
+        """Answers as a server gives them: in pieces, counted, with why they end; see `Completion`.
+
+        The input is checked at once, the model runs when the first piece is asked for.
+
+        Args:
+            n: answers. The prompt is computed once for all; with a seed, number i (from 0) is what
+                `chat` gives for `seed` + i.
+            stop: as in `chat`.
+            top_logprobs: None: no log-probabilities; 0: each token's own; up to 20: also those of
+                so many of the likeliest in its place.
+
+        Raises:
+            InputError: as `chat`.
+        """
+        return self._complete([messages], n, stop, top_logprobs, options)
+
+    def _complete(
+        self,
+        list_of_messages: Sequence[Messages],
+        n: int,
+        stop: str | Sequence[str],
+        top: int | None,
+        options: Options,
+    ) -> Completion:
+        """n answers to each of several conversations, numbered one conversation after the other."""
+        stops = check_request(n, MAX_BATCH, stop, top)
+        decoding = Decoding.of(options, self.model.generation_config)
+        prompts, room = self._prompts(list_of_messages)
+        limits = [min(decoding.max_new_tokens, tokens) for tokens in room]
+        answers = []
+        for index in range(n * len(prompts)):
+            stream = TextStream(self._decode, self._open_ids, stops)
+            limit = limits[index // n]
+            answers.append(AnswerInMaking(index, limit, self._end_ids, stream, self._token_texts))
+        events = self._follow(prompts, decoding, limits, n, top)
+        return Completion(sum(len(prompt.ids) for prompt in prompts), events, answers)
 
     # -------------------------------------------------------------- scores
 
@@ -255,23 +315,41 @@ class Engine:
             self.model, prompts, decoding, limits, self._end_ids, self.synced_gpus
         )
 
-    def _tokens(self, prompt: Prompt, decoding: Decoding, limit: int) -> Generator[int, None, None]:
-        """The new ids as they are made."""
+    def _follow(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        limits: Sequence[int],
+        n: int,
+        top: int | None,
+    ) -> Events:
+        """The new ids of n answers to each, as they are made."""
         if runner := self._runner():
-            return runner.stream(prompt, decoding, limit, self._end_ids)
-        return (token for token in self._generate([prompt], decoding, [limit])[0])
+            return runner.follow(prompts, decoding, limits, self._end_ids, n, top)
+        if top is not None:
+            raise InputError("top_logprobs needs the whole model on one device; leave it out")
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        own_limits = [limit for limit in limits for _ in range(n)]
+        return plain.Whole(lambda: self._generate(repeated, decoding, own_limits))
 
     def _runner(self) -> Runner | None:
         return None if self.synced_gpus else self.runner
 
     def _decode(self, ids: list[int]) -> str:
-        """New ids up to the end token → text, without white space around it."""
+        """New ids up to the end token → text, with the white space around it."""
         end = next((place for place, id_ in enumerate(ids) if id_ in self._end_ids), len(ids))
         # No tidying of spaces: it changes text that was streamed already.
         text = self.processor.decode(
             ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return str(text).strip()
+        return str(text)
+
+
+def _texts(completion: Completion) -> Iterator[str]:
+    with completion:
+        for piece in completion:
+            if piece.text:
+                yield piece.text
 
 
 def _end_ids(defaults: GenerationConfig, processor: Owl2Processor) -> list[int]:

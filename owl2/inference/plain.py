@@ -4,12 +4,13 @@ Several processes may share out the weights of one model (FSDP2, ZeRO-3): each h
 weight, and all must take every step together. Nothing is kept, nothing is streamed.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from owl2.inference.decoding import Decoding, choose, non_finite
+from owl2.inference.rows import Event
 from owl2.inference.runner import Prompt
 from owl2.model.owl2 import Owl2ForConditionalGeneration
 
@@ -65,6 +66,32 @@ def generate(
     answers: list[list[int]] = ids[:, longest:].tolist()
     # Shorter prompts may go on for longer; what a long one got beyond its limit is not its own.
     return [_ended(answer[:own], ends) for answer, own in zip(answers, limits, strict=True)]
+
+
+class Whole:
+    """Answers that come at once, looked at token by token; made when the first is asked for."""
+
+    def __init__(self, make: Callable[[], list[list[int]]]) -> None:
+        self._make = make
+        self._dropped: set[int] = set()
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Event]:
+        if self._closed:
+            return
+        for number, answer in enumerate(self._make()):
+            for token in answer:
+                if self._closed or number in self._dropped:
+                    break
+                yield Event(number, token)
+
+    def drop(self, number: int) -> None:
+        """No more of this answer."""
+        self._dropped.add(number)
+
+    def close(self) -> None:
+        """No more of any."""
+        self._closed = True
 
 
 class _Choose(LogitsProcessor):

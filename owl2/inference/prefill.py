@@ -37,9 +37,9 @@ class Picture(NamedTuple):
     pixels: torch.Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Begun:
-    """A prompt that is to be computed.
+    """A prompt that is to be computed; one, for however many answers.
 
     Attributes:
         key: its ids, image tokens as their picture's digest.

@@ -12,12 +12,22 @@ Shapes: B sequences, V vocabulary.
 
 from collections.abc import Collection, Sequence
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import torch
 
 from owl2.inference.decoding import Sampler, choose, non_finite
 from owl2.inference.fast import FastDecoder
+from owl2.inference.logprobs import Score, score_tokens
 from owl2.inference.prefill import Begun, Reader
+
+
+class Event(NamedTuple):
+    """A token was made: for the request of this number among those with the same listener."""
+
+    number: int
+    token: int
+    score: Score | None = None
 
 
 class Request:
@@ -25,6 +35,7 @@ class Request:
 
     Attributes:
         answer: ids so far, the end token too.
+        top: how many of the likeliest tokens are reported beside each; None: no scores.
         cancelled: nobody waits any more; may be set from any thread.
     """
 
@@ -35,10 +46,11 @@ class Request:
         limit: int,
         ends: Collection[int],
         listener: SimpleQueue,
-        streams: bool = False,
+        number: int | None = None,
+        top: int | None = None,
     ) -> None:
-        """`listener`: gets each token if it `streams`, and at the end in any case the exception
-        that ended it, or None."""
+        """`listener`: gets an `Event` for each token if the request has a `number`, and at the end
+        in any case the exception that ended it, or None."""
         self.prompt = prompt
         self.sampler = sampler
         self.limit = limit
@@ -46,8 +58,9 @@ class Request:
         self.answer: list[int] = []
         self.cancelled = False
         self.epoch = 0  # of what is kept, when the prompt was computed
+        self.top = top
         self._listener = listener
-        self._streams = streams
+        self._number = number
 
     @property
     def filled(self) -> int:
@@ -66,11 +79,11 @@ class Request:
             return False
         return len(self.answer) >= self.limit or self.answer[-1] in self.ends
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, score: Score | None = None) -> None:
         """Take its next token, and tell who listens."""
         self.answer.append(token)
-        if self._streams:
-            self._listener.put(token)
+        if self._number is not None:
+            self._listener.put(Event(self._number, token, score))
 
     def end(self, error: BaseException | None = None) -> None:
         """Tell who listens that nothing more comes."""
@@ -90,10 +103,23 @@ class Rows:
         self._reader = reader
 
     def join(self, requests: Sequence[Request]) -> None:
-        """Take in requests: compute their prompts, and choose their first tokens."""
-        first = len(self.active)
-        prompts = [request.prompt for request in requests]
-        logits = self._reader.read(prompts, self.decoder, first)
+        """Take in requests: compute their prompts, and choose their first tokens.
+
+        Several may have one prompt: it is computed once, and copied.
+        """
+        first, cache = len(self.active), self.decoder.cache
+        firsts: dict[Begun, Request] = {}
+        for request in requests:
+            firsts.setdefault(request.prompt, request)
+        copies = [request for request in requests if request is not firsts[request.prompt]]
+        requests = [*firsts.values(), *copies]
+        cache.reserve(first + len(requests), max(len(prompt.ids) for prompt in firsts))
+        logits = self._reader.read(list(firsts), self.decoder, first)
+        if copies:
+            numbers = {prompt: number for number, prompt in enumerate(firsts)}
+            for row, request in enumerate(copies, first + len(firsts)):
+                cache.move(first + numbers[request.prompt], row, len(request.prompt.ids))
+            logits = logits[[numbers[request.prompt] for request in requests]]
         for request in requests:
             request.epoch = self._reader.epoch
         going = self._take_tokens(requests, logits)
@@ -115,14 +141,15 @@ class Rows:
     def _take_tokens(self, requests: Sequence[Request], logits: torch.Tensor) -> list[bool]:
         """Choose and hand out the next token of each; False for those that are over with it."""
         tokens = choose(logits, [request.sampler for request in requests])
+        scores = score_tokens(logits, tokens, [request.top for request in requests])
         going = []
-        for request, token in zip(requests, tokens, strict=True):
+        for request, token, score in zip(requests, tokens, scores, strict=True):
             if token is None:
                 place = f"token {len(request.answer) + 1} of the answer"
                 request.end(non_finite(logits.dtype, place))
                 going.append(False)
                 continue
-            request.add(token)
+            request.add(token, score)
             if request.is_over:
                 request.end()
             going.append(not request.is_over)

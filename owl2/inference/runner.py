@@ -12,12 +12,14 @@ does not depend on what else is computed beside it, as far as the dtype's roundi
 
 import weakref
 from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
 
 from owl2.inference.decoding import Decoding
+from owl2.inference.following import Following
 from owl2.inference.prefill import Read, Reader
 from owl2.inference.reuse import free_memory
 from owl2.inference.rows import Request
@@ -87,10 +89,11 @@ class Runner:
             InputError: ids or pictures that do not fit; logits that are not finite.
         """
         ended: SimpleQueue = SimpleQueue()
-        requests = [
-            self._request(prompt, decoding.of_answer(number), limit, ends, ended)
-            for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
-        ]
+        requests = []
+        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            sampler = decoding.of_answer(number).sampler(self.model.device)
+            begun = self.reader.begin(*prompt)
+            requests.append(Request(begun, sampler, limit, frozenset(ends), ended))
         try:
             self._worker.lead(requests, lambda: ended.qsize() == len(requests))
             for _ in requests:
@@ -109,25 +112,44 @@ class Runner:
         Nothing is computed before the first is asked for. Closing the iterator frees the row
         for who asks next.
         """
-        queue: SimpleQueue = SimpleQueue()
-        request = self._request(prompt, decoding, limit, ends, queue, streams=True)
+        following = self.follow([prompt], decoding, [limit], ends)
 
         def tokens() -> Generator[int, None, None]:
-            item: Any = 0
-            new = True
-            try:
-                while isinstance(item, int):
-                    if queue.empty():
-                        self._worker.lead([request], lambda: not queue.empty(), new)
-                        new = False
-                    if isinstance(item := queue.get(), int):
-                        yield item
-                if item is not None:
-                    raise item
-            finally:
-                request.cancelled = True
+            with closing(following):
+                for event in following:
+                    yield event.token
 
         return tokens()
+
+    def follow(
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        limits: Sequence[int],
+        ends: Collection[int],
+        copies: int = 1,
+        top: int | None = None,
+    ) -> Following:
+        """Answers as they are made, the tokens of all of them in one line.
+
+        Args:
+            copies: answers to each prompt, which is computed once: those of prompt i have the
+                numbers from i · copies on. Number i is sampled with the seed `decoding.seed` + i.
+            top: of how many of the likeliest tokens each event has the log-probabilities, beside
+                its own; None: no scores.
+
+        Raises:
+            InputError: as `generate`.
+        """
+        queue: SimpleQueue = SimpleQueue()
+        requests: list[Request] = []
+        for prompt, limit in zip(prompts, limits, strict=True):
+            begun = self.reader.begin(*prompt)
+            for _ in range(copies):
+                number = len(requests)
+                sampler = decoding.of_answer(number).sampler(self.model.device)
+                requests.append(Request(begun, sampler, limit, frozenset(ends), queue, number, top))
+        return Following(self._worker, requests, queue)
 
     def read(self, prompt: Prompt, use: Callable[[Read], Any]) -> Any:
         """What `use` makes of a prompt's logits, keys and values, by who leads.
@@ -144,16 +166,3 @@ class Runner:
     def forget(self) -> None:
         """Keep nothing of what was computed so far."""
         self._worker.forget = True
-
-    def _request(
-        self,
-        prompt: Prompt,
-        decoding: Decoding,
-        limit: int,
-        ends: Collection[int],
-        listener: SimpleQueue,
-        streams: bool = False,
-    ) -> Request:
-        begun = self.reader.begin(*prompt)
-        sampler = decoding.sampler(self.model.device)
-        return Request(begun, sampler, limit, frozenset(ends), listener, streams)

@@ -216,7 +216,8 @@ class Worker:
         """Requests of those that wait, the first among them, to be computed in one forward.
 
         Where rows are padded they have about as many tokens to compute. Of those whose prompts
-        begin alike only one is taken: its keys and values serve the others in the next turn.
+        begin alike only one is taken: its keys and values serve the others in the next turn. Those
+        that share one prompt come together, as long as there is room.
         """
         waiting = self._waiting[: self.max_batch]
         for request in waiting:
@@ -225,20 +226,26 @@ class Worker:
         padded = not rows.decoder.takes_prompts
         shortest = self.reader.prefixes.shortest
         group: list[Request] = []
+        prompts: list[Begun] = []
         starts = set()
         longest = total = 0
         for request in waiting:
             prompt = request.prompt
+            fits = self._fits([*rows.active, *group, request])
+            if prompt in prompts and fits:
+                group.append(request)
+                continue
             near = not group or abs(prompt.rest - group[0].prompt.rest) <= max(8, prompt.rest // 8)
             start = prompt.key[: prompt.shared + shortest]
             repeats = self.reader.prefixes.limit and prompt.rest > shortest and start in starts
             if (padded and not near) or repeats:
                 continue
             longest, total = max(longest, prompt.rest), total + prompt.rest
-            size = (len(group) + 1) * longest if padded else total
-            if (group and size > most) or not self._fits([*rows.active, *group, request]):
+            size = (len(prompts) + 1) * longest if padded else total
+            if (group and size > most) or not fits:
                 break
             group.append(request)
+            prompts.append(prompt)
             starts.add(start)
         return group
 
