@@ -3,6 +3,7 @@
 FastAPI's own page takes its scripts from another server; this one is whole, and works offline.
 """
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -79,7 +80,7 @@ def _fields(schema: dict[str, Any]) -> str:
     return _table(("Field", "Type", ""), rows) if rows else f"<p>{_type(schema)}</p>"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["".join(f"<th>{cell}</th>" for cell in head)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'

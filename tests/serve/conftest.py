@@ -8,3 +8,22 @@ def tiny_engine(tiny_checkpoint):
     from owl2.inference.engine import Engine
 
     return Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def server_url(tiny_engine):
+    """An app with the tiny engine, named tiny, behind a socket."""
+    from owl2.serve.app import Settings, make_app
+    from tests.serve.running import running
+
+    with running(make_app(tiny_engine, Settings("tiny"))) as url:
+        yield url
+
+
+@pytest.fixture
+def client(server_url):
+    """The official client, which does not try again: an error is to be seen."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{server_url}/v1", api_key="any", max_retries=0, timeout=30) as client:
+        yield client
