@@ -10,7 +10,6 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from owl2.errors import InputError
@@ -190,15 +189,3 @@ def prompt_of(engine: Engine, question: Question) -> str:
 def picture_fingerprints(question: Question) -> list[str]:
     """Of each of its pictures, in order."""
     return [picture_fingerprint(source) for source in read_messages(question.messages).pictures]
-
-
-def picture_names(question: Question) -> list[str]:
-    """For people and for pages: the path, URL or name of each picture; "" where it has none."""
-    pictures = read_messages(question.messages).pictures
-    return [str(source) if _has_name(source) else "" for source in pictures]
-
-
-def _has_name(source: Any) -> bool:
-    if isinstance(source, str):
-        return not source.startswith("data:")
-    return isinstance(source, Path) or hasattr(source, "__fspath__")

@@ -23,6 +23,7 @@ from rich.table import Table
 from owl2.data.datasets.published import json_lines, json_object
 from owl2.data.page import figure
 from owl2.errors import InputError
+from owl2.eval.pictures import find_picture
 from owl2.files import write_whole
 
 RESAMPLES, SEED = 10_000, 0
@@ -39,6 +40,8 @@ table { border-collapse: collapse } th, td { padding: .25em .8em; text-align: ri
 th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px solid #888 }
 article { display: flex; gap: 1.5em; border-top: 1px solid #ccc; padding: 1em 0 }
 .pictures { flex: none; width: 320px } .pictures img { max-width: 100%; display: block }
+.frames { display: grid; grid-template-columns: 1fr 1fr; gap: .3em; align-content: start }
+.frames small { display: none }
 h3 { font-size: .85em; color: #555; font-weight: normal; margin: 0; word-break: break-all }
 p { margin: .3em 0; white-space: pre-wrap; overflow-wrap: anywhere }
 .better { color: #06661f } .worse { color: #b00020 } small { color: #555; word-break: break-all }
@@ -215,24 +218,26 @@ def _page(first: Path, second: Path, found: Sequence[Compared]) -> str:
         "the questions' scores; the interval is of B - A, from a paired bootstrap of "
         f"{RESAMPLES:,}.</p>\n<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>\n"
         + unlike
-        + "\n".join(map(_section, found))
+        + "\n".join(_section(one, first / "answers") for one in found)
         + "\n</body></html>\n"
     )
 
 
-def _section(one: Compared) -> str:
+def _section(one: Compared, answers: Path) -> str:
     differing = one.differing
     left_out = f"; the first {SHOWN} of them" if len(differing) > SHOWN else ""
-    articles = "\n".join(_article(pair) for pair in differing[:SHOWN])
+    articles = "\n".join(_article(pair, answers) for pair in differing[:SHOWN])
     return (
         f"<h2>{escape(one.name)}</h2>\n<p>{len(differing):,} questions have different "
         f"scores{left_out}.</p>\n{articles}"
     )
 
 
-def _article(pair: Pair) -> str:
+def _article(pair: Pair, answers: Path) -> str:
     row = pair.first
-    pictures = "\n".join(figure(name) for name in row["pictures"] if name)
+    names = [name for name in row["pictures"] if name]
+    pictures = "\n".join(figure(find_picture(name, answers)) for name in names)
+    kind = "pictures frames" if len(names) > 1 else "pictures"
     expected = " or ".join(dict.fromkeys(row["expected"]))
     ours = (("A", pair.first, -pair.difference), ("B", pair.second, pair.difference))
     said = "\n".join(
@@ -241,7 +246,7 @@ def _article(pair: Pair) -> str:
         for letter, answer, gain in ours
     )
     return (
-        f'<article><div class="pictures">{pictures}</div>\n<div><h3>{escape(row["id"])}</h3>'
+        f'<article><div class="{kind}">{pictures}</div>\n<div><h3>{escape(row["id"])}</h3>'
         f"<p>{escape(row['question'])}</p>\n<p>Expected: {escape(expected)}</p>\n{said}</div>"
         "</article>"
     )

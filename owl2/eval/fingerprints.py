@@ -57,7 +57,7 @@ def pictures_fingerprint(digests: Iterable[Sequence[str]]) -> str:
 def picture_fingerprint(source: Any) -> str:
     """Of a picture as `owl2.processing.sources.load_image` takes it: of its bytes where they are
     here, else of its name."""
-    if isinstance(source, (str, Path)) and os.path.isfile(source):
+    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
         return file_fingerprint(Path(source))[:32]
     if isinstance(source, Image.Image):
         source = repr((source.mode, source.size)).encode() + source.tobytes()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from owl2.eval.answering import Asked, decoding_of, picture_names
+from owl2.eval.answering import Asked, decoding_of
 from owl2.eval.fingerprints import (
     file_fingerprint,
     pictures_fingerprint,
@@ -66,10 +66,14 @@ class Scored:
         """Each answer with its own score."""
         return list(zip(self.asked.answers, self.scores.each, strict=True))
 
-    @property
-    def lines(self) -> str:
-        """The file of answers: a line each, in the order of the questions."""
-        return "".join(f"{answer_line(answer, score)}\n" for answer, score in self.pairs)
+    def lines(self, pictures: Sequence[Sequence[str]]) -> str:
+        """The file of answers: a line each, in the order of the questions.
+
+        Args:
+            pictures: the names of each answer's.
+        """
+        rows = zip(self.pairs, pictures, strict=True)
+        return "".join(f"{answer_line(*pair, names)}\n" for pair, names in rows)
 
 
 def scores_of(scored: Scored, blind: Scored | None) -> dict[str, Any]:
@@ -156,14 +160,14 @@ def machine_of(engine: Engine) -> dict[str, Any]:
     return {"device": str(device), "name": named, "threads": torch.get_num_threads()}
 
 
-def answer_line(answer: Answer, score: Each) -> str:
+def answer_line(answer: Answer, score: Each, pictures: Sequence[str]) -> str:
     """A line of the file of answers, from which it can be scored and judged without the data."""
     question = answer.question
     row = {
         "id": question.id,
         "question": question.text,
         "kind": question.kind,
-        "pictures": picture_names(question),
+        "pictures": list(pictures),
         "prompt": answer.prompt,
         "expected": list(question.expected),
         "facts": dict(question.facts),

@@ -24,6 +24,7 @@ from owl2.eval.fingerprints import model_fingerprint
 from owl2.eval.journal import Journal, json_text, remove_parts
 from owl2.eval.judge import judge_run
 from owl2.eval.loading import Subject
+from owl2.eval.pictures import named_pictures
 from owl2.eval.plots import draw_answers, has_matplotlib
 from owl2.eval.progress import Watch
 from owl2.eval.report import results_table, shown, write_report
@@ -296,7 +297,10 @@ def _write(evaluation: _Evaluation, ready: list[Ready], results: dict[str, Any])
     for item in ready:
         name = item.task.name
         for own in (name, f"{name}{BLIND}"):
-            _write_or_remove(folder / f"{own}.jsonl", scored[own].lines if own in scored else "")
+            lines = ""
+            if own in scored:
+                lines = scored[own].lines(named_pictures(scored[own].asked, folder))
+            _write_or_remove(folder / f"{own}.jsonl", lines)
         asked = evaluation.gathered.get(name)
         broken = [*item.broken, *(asked.broken if asked else [])]
         _write_or_remove(folder / f"{name}.broken.jsonl", broken_lines(broken))

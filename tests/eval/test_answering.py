@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from owl2.eval.answering import Round, decoding_of, picture_names
+from owl2.eval.answering import Round, decoding_of
 from owl2.eval.journal import Journal
 from owl2.eval.progress import Watch
 from owl2.eval.questions import Question
@@ -142,9 +142,3 @@ def test_two_processes_share_the_questions(answer, batches, questions):
     first = answer(questions, 8, Team(0, 2))
     assert sum(map(len, batches)) == 20
     assert first.gather().answers == one.answers == second.gather().answers
-
-
-def test_pictures_have_names(questions, pictures):
-    assert picture_names(questions[0]) == [str(pictures / "red.png")]
-    inline = [{"role": "user", "content": [{"type": "image", "base64": "AAAA"}]}]
-    assert picture_names(replace(questions[0], messages=inline)) == [""]

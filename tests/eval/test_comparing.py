@@ -1,5 +1,7 @@
 """Two runs side by side: intervals, what differs, and the page."""
 
+import base64
+import io
 import json
 
 import numpy as np
@@ -70,6 +72,27 @@ def test_the_page_shows_where_they_differ_with_pictures(tmp_path, plain):
     assert 'class="better">A: &lt;script&gt; (1.00)' in page
     assert 'class="worse">B: a (0.00)' in page
     assert "Expected: a or b" in page
+
+
+def test_the_page_shows_frames_of_videos(tmp_path, plain):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=500)
+    name = f"{tmp_path / 'x.gif'}, frame 2 of 2"
+    first = run(tmp_path / "a", {"1": 1.0}, picture=name)
+    compare(first, run(tmp_path / "b", {"1": 0.0}), tmp_path / "page.html", plain)
+    page = (tmp_path / "page.html").read_text()
+    encoded = page.partition("data:image/jpeg;base64,")[2].partition('"')[0]
+    red, green, blue = Image.open(io.BytesIO(base64.b64decode(encoded))).getpixel((4, 4))
+    assert blue > 200 > red + green
+
+
+def test_the_page_shows_copies_wherever_the_run_is(tmp_path, plain):
+    first = run(tmp_path / "a", {"1": 1.0}, picture="pictures/f.jpg")
+    (first / "answers" / "pictures").mkdir()
+    Image.new("RGB", (8, 8), "red").save(first / "answers" / "pictures" / "f.jpg")
+    moved = first.rename(tmp_path / "moved")
+    compare(moved, run(tmp_path / "b", {"1": 0.0}), tmp_path / "page.html", plain)
+    assert "data:image/jpeg;base64," in (tmp_path / "page.html").read_text()
 
 
 def test_a_picture_that_is_gone_is_said(tmp_path, plain):

@@ -12,10 +12,12 @@ import pytest
 
 from owl2.eval import runner
 from owl2.eval.loading import Subject
+from owl2.eval.pictures import find_picture
 from owl2.eval.recipes import recipes
 from owl2.eval.runner import Judge, Settings, evaluate
 from owl2.processing.image import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
+from owl2.processing.sources import load_image
 from owl2.processing.tokenizer import Owl2Tokenizer
 from tests.eval.stub import completion, serving
 from tests.tiny import make_model
@@ -77,6 +79,16 @@ def test_pictures_are_in_the_prompts_of_all_but_text(run):
         lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         has_picture = "<|image|>" in json.loads(lines[0])["prompt"]
         assert has_picture == (recipes()[name].suite != "text"), name
+
+
+def test_pictures_of_all_can_be_looked_at_later(run):
+    """MMBench's are within its file, those of videos are frames."""
+    for name in PAPER:
+        lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        names = json.loads(lines[0])["pictures"]
+        assert bool(names) == (recipes()[name].suite != "text"), name
+        for picture in names:
+            assert min(load_image(find_picture(picture, run / "answers")).size) > 0
 
 
 def test_the_report_has_them_all(run):
