@@ -1,5 +1,59 @@
 """The commands that look inside or go over many pictures: attend, caption."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
+from rich.console import Console
 
 app = typer.Typer()
+
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Quantize = Annotated[str | None, typer.Option(help="8bit or 4bit: the decoder in fewer bits.")]
+
+
+@app.command("attend")
+def draw_attention(
+    model: Annotated[str, typer.Option(help="A checkpoint: directory or hub id.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    output: Annotated[Path, typer.Option(help="Folder for the figures and attention.npz.")],
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="A picture: file or URL. Goes before the question, or to its <|image|>."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Such as 0,15,-1,mean. Default: first, middle, last and the mean."),
+    ] = None,
+    word: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the answer, to be painted over the picture. Default: each."),
+    ] = None,
+    without_mam: Annotated[
+        bool, typer.Option("--without-mam", help="Beside it the same without MAM.")
+    ] = False,
+    answer: Annotated[
+        str | None, typer.Option(help="Look at this one instead of the model's own.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the answer at most.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+) -> None:
+    """Draw where the model looks while it answers: at which words, and where in the picture."""
+    from owl2.inference.chat import Settings as Model
+    from owl2.study.attend import Settings, attend
+
+    settings = Settings(
+        Model(model, device, dtype, quantize=quantize),
+        question,
+        image or [],
+        output,
+        layers,
+        word or [],
+        without_mam,
+        answer,
+        max_new_tokens,
+    )
+    attend(settings, Console(soft_wrap=True))

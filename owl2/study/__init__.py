@@ -9,16 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from owl2.study.heat import heat_map, overlay, words_of
+    from owl2.study.heat import heat_map, overlay, share_of, words_of
     from owl2.study.looks import Looks, look
     from owl2.study.script import Span
 
 _ROOMS = {
-    "heat": ("heat_map", "overlay", "words_of"),
+    "heat": ("heat_map", "overlay", "share_of", "words_of"),
     "looks": ("Looks", "look"),
     "script": ("Span",),
 }
-__all__ = ["Looks", "Span", "heat_map", "look", "overlay", "words_of"]
+__all__ = ["Looks", "Span", "heat_map", "look", "overlay", "share_of", "words_of"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,13 +15,15 @@ from PIL import Image
 
 from owl2.errors import InputError
 from owl2.study.looks import Looks
+from owl2.study.script import Span
 
 LONGEST = 1024  # pixels of a map's longer edge: it is made of some hundred patches
+BELL = 0.5  # patches: how wide the bell curve is that smooths a map
 # A Chinese character is a word of its own, as no spaces part them.
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
-# From nothing to the most: black, violet, red, orange, light yellow (RGB).
+# From nothing to the most: blue, violet, red, orange, yellow (RGB).
 COLOURS = np.array(
-    [[10, 8, 40], [92, 20, 110], [190, 45, 85], [246, 130, 40], [253, 240, 160]], np.float32
+    [[60, 60, 200], [120, 40, 190], [215, 40, 110], [250, 120, 30], [255, 225, 60]], np.float32
 )
 
 Words = str | tuple[int, int] | None
@@ -73,17 +75,25 @@ def patch_map(
     Raises:
         InputError: no such picture, word or layer.
     """
-    spans = [span for span in looks.spans if span.kind == "picture"]
-    if not 0 <= picture < len(spans):
-        raise InputError(f"There is no picture {picture}; {len(spans)} were given, from 0 on.")
     first, end = tokens_of(looks, words)
-    span = spans[picture]
+    span = _span_of(looks, picture)
     # The last of a picture's positions is the same for every picture: nothing of it is in there.
     queries = looks.of_layer(layer)[:, first:end, span.start : span.end - 1].mean((0, 1))  # (K,)
     patches = queries @ looks.patches[picture][:, 1:]  # (g * g,), without CLS
     grid = round(len(patches) ** 0.5)
     most_even: np.ndarray = (patches / patches.mean()).reshape(grid, grid).astype(np.float32)
     return most_even
+
+
+def share_of(looks: Looks, words: Words = None, picture: int = 0) -> float:
+    """How much of the words' attention is on a picture, 0 to 1: mean over heads and layers.
+
+    Raises:
+        InputError: no such picture or word.
+    """
+    first, end = tokens_of(looks, words)
+    span = _span_of(looks, picture)
+    return float(looks.mean[:, first:end, span.start : span.end].sum(-1).mean())
 
 
 def heat_map(
@@ -94,34 +104,51 @@ def heat_map(
     width, height = looks.sizes[picture]
     scale = min(1.0, LONGEST / max(width, height))
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    whole = (width, height)
-    if looks.policy == "pad":  # the square that the model saw had margins
-        whole = (max(whole), max(whole))
-    image = Image.fromarray(grid).resize(whole, Image.Resampling.BICUBIC)
-    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
-    map_: np.ndarray = np.asarray(image)[top : top + height, left : left + width].clip(min=0)
+    # The square that the model saw is the picture stretched, or the picture with margins.
+    edges = (width, height) if looks.policy == "resize" else (max(width, height),) * 2
+    across, down = _smoothing(edges[0], len(grid)), _smoothing(edges[1], len(grid))
+    left, top = (edges[0] - width) // 2, (edges[1] - height) // 2
+    map_: np.ndarray = down[top : top + height] @ grid @ across[left : left + width].T
     return map_
 
 
-def overlay(picture: Image.Image, heat: np.ndarray, strength: float = 0.75) -> Image.Image:
+def _span_of(looks: Looks, picture: int) -> Span:
+    spans = [span for span in looks.spans if span.kind == "picture"]
+    if not 0 <= picture < len(spans):
+        raise InputError(f"There is no picture {picture}; {len(spans)} were given, from 0 on.")
+    return spans[picture]
+
+
+def _smoothing(pixels: int, patches: int) -> np.ndarray:
+    """(pixels, patches) float32: a pixel is the mean of the patches around it, by a bell curve.
+
+    Bicubic interpolation would swing beyond the values, and draw rings where nothing is.
+    """
+    places = (np.arange(pixels) + 0.5) * patches / pixels - 0.5
+    weights = np.exp(-(((places[:, None] - np.arange(patches)) / BELL) ** 2) / 2)
+    smoothing: np.ndarray = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return smoothing
+
+
+def overlay(picture: Image.Image, heat: np.ndarray, strength: float = 0.85) -> Image.Image:
     """A picture with a heat map of `heat_map` painted over it, in the picture's size.
 
-    The least is left as it is, though dimmed; the most is bright.
+    Where there is least of it the picture is as it was, but for its colours, which are paler.
 
     Args:
         heat: (h, w), any size.
-        strength: of the colours where there is most of it, 0 to 1.
+        strength: of the paint where there is most of it, 0 to 1.
     """
     low, high = float(heat.min()), float(heat.max())
-    level = (heat - low) / max(high - low, 1e-12)
-    resized = Image.fromarray(level.astype(np.float32)).resize(
-        picture.size, Image.Resampling.BILINEAR
-    )
-    level = np.asarray(resized).clip(0, 1)[..., None]  # (H, W, 1)
+    level = ((heat - low) / max(high - low, 1e-12)).astype(np.float32)
+    resized = Image.fromarray(level).resize(picture.size, Image.Resampling.BILINEAR)
+    level = np.asarray(resized)  # (H, W)
     stops = np.linspace(0, 1, len(COLOURS))
-    colours = np.stack([np.interp(level[..., 0], stops, COLOURS[:, c]) for c in range(3)], -1)
-    share = strength * (0.35 + 0.65 * level)
-    painted = (1 - share) * np.asarray(picture.convert("RGB"), np.float32) + share * colours
+    paint = np.stack([np.interp(level, stops, own) for own in COLOURS.T], axis=-1)  # (H, W, 3)
+    share = strength * level[..., None] ** 0.7
+    colours = np.asarray(picture.convert("RGB"), np.float32)
+    pale = 0.5 * colours + 0.5 * np.asarray(picture.convert("L"), np.float32)[..., None]
+    painted = (1 - share) * pale + share * paint
     return Image.fromarray(painted.round().astype(np.uint8))
 
 
