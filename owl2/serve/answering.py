@@ -186,6 +186,7 @@ class Answer:
                 self._metrics.prompt_tokens.inc(tokens)
                 return tokens
             case Exception() as error:
+                self.close("failed")
                 raise error
             case other:
                 raise AssertionError(f"{other!r} before the beginning")
@@ -194,6 +195,7 @@ class Answer:
         """The next piece; None after the last."""
         item = await self._arrived.get()
         if isinstance(item, Exception):
+            self.close("failed")
             raise item
         if item is None:
             self._metrics.whole.observe(self._loop.time() - self._arrival)
@@ -208,11 +210,17 @@ class Answer:
             self._metrics.ended.labels(item.finish_reason).inc()
         return item
 
+    def __enter__(self) -> "Answer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close("cut" if kind is errors.ApiError else "gone")
+
     def close(self, reason: str = "gone") -> None:
-        """Nobody wants the rest: free its rows. After the end it does nothing.
+        """Nobody wants the rest, if there is any: free its rows.
 
         Args:
-            reason: for the metrics.
+            reason: for the metrics, as in `Metrics.ended`.
         """
         with self._closing:
             if self._closed:

@@ -87,7 +87,7 @@ class ChatService:
 
         async with self.desk.in_time(visit):
             answer = await self.desk.answer(visit, messages, body.answers, options)
-            stack.callback(answer.close)
+            stack.enter_context(answer)
             reply.prompt_tokens = await answer.begun()
         return answer
 
@@ -115,6 +115,7 @@ class ChatService:
                 yield event(chunk)
             yield DONE
         except Exception as error:  # the status was sent long ago: the stream must say it
+            answer.close("cut")  # if it did not end by itself
             yield event(errors.as_api_error(error).body())
 
 
