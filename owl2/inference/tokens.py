@@ -28,9 +28,9 @@ class TokenTexts:
         return self._known[token]
 
     def _read(self, token: int) -> tuple[str, bytes]:
-        name: Any = self._tokenizer.convert_ids_to_tokens(token)  # typed as if there were several
-        if name is None:  # an id for which there is room in the model, but no token
+        if token >= len(self._tokenizer):  # the model may have room for more
             return "", b""
+        name: Any = self._tokenizer.convert_ids_to_tokens(token)  # typed as if there were several
         if token in self._special:
             return str(name), b""
         if byte := _BYTE.match(name):
