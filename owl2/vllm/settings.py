@@ -1,0 +1,29 @@
+"""What vLLM has to be told about a checkpoint before anything of it is loaded."""
+
+from typing import Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from owl2.errors import InputError
+from owl2.vllm import TOKENIZER_MODE
+
+
+class Owl2Settings(VerifyAndUpdateConfig):
+    """vLLM calls these two for a checkpoint of ours, with its own configurations."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Ids as the model was trained with, instead of a converted tokenizer's."""
+        if model_config.tokenizer_mode == "auto":
+            model_config.tokenizer_mode = TOKENIZER_MODE
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Raise an InputError for a way of sharing out the model that it does not have."""
+        parts = vllm_config.parallel_config.tensor_parallel_size
+        heads = vllm_config.model_config.hf_config.num_key_value_heads
+        if heads % parts:
+            raise InputError(
+                f"tensor_parallel_size {parts} does not divide the model's {heads} key-value "
+                "heads: take a divisor, or several copies of the model behind a router"
+            )
