@@ -15,14 +15,16 @@ def decoder(tokenizer):
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def text_pieces(ids, decode, open_ids=(), stop=()):
+def spelling(parts):
+    """A decoder for which token i is part i."""
+    return lambda ids: "".join(parts[id_] for id_ in ids)
+
+
+def text_pieces(ids, decode, open_ids=()):
     """What is given out for each of the ids, and at the end; none empty."""
-    stream = TextStream(decode, open_ids, stop)
-    pieces = []
-    for id_ in ids:
-        if stream.cut is None:
-            pieces.append(stream.add(id_))
-    return [piece for piece in (*pieces, stream.finish()) if piece]
+    stream = TextStream(decode, open_ids)
+    pieces = [*map(stream.add, ids), stream.finish()]
+    return [piece for piece in pieces if piece]
 
 
 def test_joined_pieces_are_the_answer(shared_engine, conversations):
@@ -56,9 +58,9 @@ def test_any_tokens_at_all(shared_engine):
     source = random.Random(1)
     bytes_ = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256)]
     everything = range(len(tokenizer))
-    for _ in range(200):
+    for length in [*range(14)] * 12 + [33, 70, 150] * 12:
         pool = source.choice([bytes_, everything])
-        ids = source.choices(pool, k=source.randrange(14))
+        ids = source.choices(pool, k=length)
         assert "".join(text_pieces(ids, decode)) == decode(ids).strip()
 
 
@@ -79,6 +81,58 @@ def test_tokenizers_that_decode_runs_of_bytes_at_once():
     ids = [256, 0x41, 0xFF, 256, 0xC3, 0xA9, 256]  # a valid byte that an invalid one spoils
     assert "".join(text_pieces(ids, decode, open_ids)) == decode(ids).strip()
     assert "".join(text_pieces(ids, decode)) != decode(ids), "the case needs no care"
+
+
+def test_a_long_answer_is_not_decoded_again_and_again(shared_engine):
+    tokenizer = shared_engine.processor.tokenizer
+    ids = tokenizer.encode_exact("yes, a blue circle 你好 🦉 and so on " * 50)
+    decoded = []
+
+    def decode(some):
+        decoded.append(len(some))
+        return tokenizer.decode(some)
+
+    assert "".join(text_pieces(ids, decode)) == tokenizer.decode(ids).strip()
+    assert max(decoded) < 50 < len(ids) / 10
+
+
+@pytest.mark.parametrize(
+    ("stops", "left"),
+    [
+        (["cd"], "ab"),
+        (["bcd", "c"], "ab"),  # the one that is whole first
+        (["bcd", "d"], "a"),  # whole at once: the longer one
+        ([" ef"], "abcd"),
+        (["\n"], "abcd ef"),
+        (["f\n\ng"], "abcd e"),
+        (["abcd"], ""),
+        (["h", "ij"], "abcd ef\n\ng"),
+        (["i"], "abcd ef\n\ngh"),
+        (["gha", "hh", "x"], "abcd ef\n\ngh"),
+    ],
+)
+def test_stop_strings_across_tokens(stops, left):
+    text = "abcd ef\n\ngh"
+    ways = ([text], list(text), ["abc", "d ", "ef\n", "\ng", "h"], ["ab", "cd e", "f\n\ng", "h"])
+    for parts in ways:
+        stream = TextStream(spelling(parts), (), stops)
+        given = ""
+        for number in range(len(parts)):
+            given += stream.add(number)
+            if stream.cut is not None:
+                break
+        assert given + stream.finish() == left
+        assert (stream.cut is not None) == (left != text)
+
+
+def test_what_may_begin_a_stop_string_waits():
+    letters = "one END two EN three"
+    stream = TextStream(spelling(letters), (), ["ENDE", "EN three and"])
+    given = [stream.add(number) for number in range(len(letters))]
+    assert "".join(given[:7]) == "one"
+    assert given[7] == " END"
+    assert "".join(given) == "one END two"
+    assert stream.finish() == " EN three"
 
 
 def test_leaving_early_ends_the_generation(engine, conversations, steps):
