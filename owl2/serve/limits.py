@@ -54,7 +54,7 @@ class Limits(BaseModel):
     pictures: int = Field(8, ge=0)
     picture_bytes: int = Field(16 * MIB, ge=1)
     pixels: int = Field(2**25, ge=1)
-    picture_seconds: float = Field(10.0, gt=0)
+    picture_seconds: float = Field(20.0, gt=0)
     picture_memory: int = Field(1024 * MIB, ge=64 * MIB)
     decoders: int = Field(2, ge=1)
     answers: int = Field(8, ge=1, le=MAX_ANSWERS)

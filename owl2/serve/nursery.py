@@ -1,0 +1,163 @@
+"""The process that decoders of pictures are forked from: `python -m owl2.serve.nursery FD`.
+
+::
+
+    server ──a socket for one picture──► nursery ──fork──► decoder: RGB picture, or what is wrong
+
+It imports once and never computes, so that a fork is safe and takes milliseconds. Each picture gets
+a process of its own, which has nothing of other requests in it, may use so much memory and time,
+and can open neither files nor connections: whatever a picture does to Pillow ends with it.
+
+A job on its socket: the length of a JSON header, the header (`Job`), the picture's file. The reply:
+`PICTURE`, `BROKEN` or `HUGE`, a length, and RGB bytes or a sentence in UTF-8. Nothing is pickled,
+as the decoder may be under a stranger's command.
+"""
+
+import gc
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
+
+from owl2.errors import InputError
+from owl2.processing.image import ImagePolicy, Owl2ImageProcessor, load_image
+
+PICTURE, BROKEN, HUGE = b"P", b"B", b"H"
+LENGTH = struct.Struct("!I")
+CALL = b"j"  # comes with a job's socket
+READY = b"."
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is wanted of a picture whose file has `length` bytes.
+
+    Attributes:
+        size: edge of the square that the model sees, in pixels; so many RGB pixels come back.
+        policy: see `Owl2ImageProcessor`, as for `mean`.
+        max_pixels: of the picture.
+        memory: bytes, beside what the process has.
+        seconds: from its beginning; then the process is gone.
+    """
+
+    length: int
+    size: int
+    policy: ImagePolicy
+    mean: tuple[float, ...]
+    max_pixels: int
+    memory: int
+    seconds: float
+
+    def pack(self) -> bytes:
+        """The head of the message."""
+        header = json.dumps(asdict(self)).encode()
+        return LENGTH.pack(len(header)) + header
+
+
+def receive(connection: socket.socket, length: int) -> bytes:
+    """So many bytes.
+
+    Raises:
+        EOFError: there are fewer.
+    """
+    parts = []
+    while length:
+        part = connection.recv(min(length, 2**20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def main(control: socket.socket) -> None:
+    """Fork a decoder for each socket that comes, until the server is gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
+    Image.init()  # or each decoder would import the formats
+    gc.collect()
+    gc.freeze()
+    control.sendall(READY)
+    while True:
+        call, sockets, _, _ = socket.recv_fds(control, len(CALL), 1)
+        if not call:
+            return
+        if os.fork() == 0:
+            control.close()
+            _decode_and_end(socket.socket(fileno=sockets[0]))
+        os.close(sockets[0])
+
+
+def _decode_and_end(connection: socket.socket) -> NoReturn:
+    # Not through the interpreter's end: that is the nursery's.
+    code = 1
+    try:
+        job = Job(**json.loads(receive(connection, LENGTH.unpack(receive(connection, 4))[0])))
+        _confine(job)
+        status, reply = _decode(job, receive(connection, job.length))
+        connection.sendall(status + LENGTH.pack(len(reply)) + reply)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _confine(job: Job) -> None:
+    import resource  # the server reads this file, too, and there are systems without it
+
+    signal.setitimer(signal.ITIMER_REAL, job.seconds)  # its signal ends the process
+    with suppress(OSError):  # no such file outside Linux: if memory is short, this one goes first
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    # What decoders complain of is said in the reply; clients are not to fill the log.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NOFILE: 0,
+        resource.RLIMIT_AS: _own_size() + job.memory,
+    }
+    if sys.platform != "linux":
+        del limits[resource.RLIMIT_AS]  # macOS refuses it
+    for what, limit in limits.items():
+        resource.setrlimit(what, (limit, limit))
+
+
+def _own_size() -> int:
+    """Bytes of this process's address space; 0 where the system does not tell."""
+    with suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return pages * mmap.PAGESIZE
+    return 0
+
+
+def _decode(job: Job, data: bytes) -> tuple[bytes, bytes]:
+    try:
+        processor = Owl2ImageProcessor(
+            job.size, job.policy, job.mean, (1.0, 1.0, 1.0), max_pixels=job.max_pixels
+        )
+        picture = processor.square(load_image(data, job.max_pixels))
+        return PICTURE, picture.tobytes()
+    except (InputError, MemoryError) as error:
+        if _is_of_memory(error):
+            return HUGE, b"The picture takes too much memory to decode: make it smaller."
+        is_huge = isinstance(error, InputError) and error.fault == "huge picture"
+        return HUGE if is_huge else BROKEN, str(error).encode("utf-8", "backslashreplace")
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, MemoryError):
+        error = error.__cause__
+    return error is not None
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])))
