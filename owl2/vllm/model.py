@@ -48,6 +48,10 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         }
     )
 
+    # SupportsMultiModal's, which carries no types.
+    _mark_tower_model: Any
+    _mark_language_model: Any
+
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str:
         """What stands in a prompt for a picture."""

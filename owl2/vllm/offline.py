@@ -1,0 +1,148 @@
+"""Many conversations through vLLM in this process: for millions of pictures.
+
+conversations ──a window of them──► prompts, small pictures ──vLLM, all at once──► answers
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from owl2.errors import InputError
+from owl2.inference.decoding import Decoding, Options
+from owl2.inference.engine import Messages
+from owl2.processing import chat
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.sources import load_image
+
+# Conversations handed over at once: enough that the last ones to finish do not count.
+WINDOW = 1024
+
+Prompt = dict[str, Any]  # vLLM's
+
+
+def answer_all(
+    model: str | Path,
+    conversations: Iterable[Messages],
+    options: Options | None = None,
+    *,
+    window: int = WINDOW,
+    **settings: Any,
+) -> Iterator[str | InputError]:
+    """The answer to each conversation, in order; greedy ones are those of `Engine.batch`.
+
+    Args:
+        model: a checkpoint's directory or hub id.
+        conversations: messages that end with a question; taken as they are needed, up to two
+            windows ahead.
+        options: as for `Engine.chat`.
+        window: how many conversations vLLM is given at once.
+        settings: of vLLM's `LLM` (``dtype``, ``tensor_parallel_size``, ``max_model_len`` ...).
+
+    Yields:
+        The text; or the `InputError` of a conversation that cannot be asked, in its place.
+
+    Raises:
+        InputError: vLLM is not installed, no such checkpoint, an option out of its range.
+    """
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise InputError(
+            f"vLLM cannot be imported ({error}): pip install 'mplug-owl2[vllm]', in an "
+            "environment of its own"
+        ) from error
+    processor = Owl2Processor.from_pretrained(model)
+    decoding = Decoding.of(options or {}, _defaults(model))
+    llm = LLM(str(model), **settings)
+    context = int(llm.llm_engine.model_config.max_model_len)
+    first = 0
+    for prompts in _windows(processor, conversations, context, window):
+        asked = [number for number, prompt in enumerate(prompts) if isinstance(prompt, dict)]
+        outputs = llm.generate(
+            [prompts[number] for number in asked],
+            [_sampling(decoding.of_answer(first + number)) for number in asked],
+            use_tqdm=False,
+        )
+        texts = iter([output.outputs[0].text.strip() for output in outputs])
+        for prompt in prompts:
+            yield prompt if isinstance(prompt, InputError) else next(texts)
+        first += len(prompts)
+
+
+def _windows(
+    processor: Owl2Processor, conversations: Iterable[Messages], context: int, window: int
+) -> Iterator[list[Prompt | InputError]]:
+    """Prompts, a window at a time; while one is answered, the next one's pictures are opened."""
+    rest = iter(conversations)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+
+        def begin() -> list[Future[Prompt | InputError]]:
+            some = islice(rest, window)
+            return [pool.submit(_prompt, processor, messages, context) for messages in some]
+
+        ahead = begin()
+        while ahead:
+            prompts = [prompt.result() for prompt in ahead]
+            ahead = begin()
+            yield prompts
+
+
+def _defaults(model: str | Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:  # it has none
+        return GenerationConfig()
+
+
+def _prompt(processor: Owl2Processor, messages: Messages, context: int) -> Prompt | InputError:
+    """What vLLM is given for a conversation; or what is wrong with it."""
+    from owl2.vllm.tokenizer import encode_prompt  # imports vLLM, which may not be there
+
+    try:
+        chat.check_question(messages)
+        conversation = chat.read_messages(messages)
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        ids = encode_prompt(processor, text)
+        if (places := ids.count(processor.image_token_id)) != len(conversation.pictures):
+            raise InputError(
+                f"The prompt has {places} placeholders for {len(conversation.pictures)} pictures",
+                "placeholder count",
+            )
+        length = len(ids) + places * (processor.num_image_tokens - 1)
+        if length >= context:
+            raise InputError(
+                f"The prompt has {length} tokens; the context is {context}, one of them for the "
+                "answer",
+                "too long",
+            )
+        # Squares of the model's size: small on their way to vLLM's processes, and what the
+        # processor makes of a square of this size is the square.
+        pixels = processor.image_processor
+        pictures = [
+            pixels.square(load_image(picture, pixels.max_pixels))
+            for picture in conversation.pictures
+        ]
+    except InputError as error:
+        return error
+    prompt: Prompt = {"prompt_token_ids": ids}
+    return prompt | {"multi_modal_data": {"image": pictures}} if pictures else prompt
+
+
+def _sampling(decoding: Decoding) -> Any:
+    from vllm import SamplingParams
+
+    if not decoding.do_sample:
+        return SamplingParams(temperature=0, max_tokens=decoding.max_new_tokens)
+    return SamplingParams(
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
+        min_p=decoding.min_p,
+        seed=decoding.seed,
+        max_tokens=decoding.max_new_tokens,
+    )
