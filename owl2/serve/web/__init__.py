@@ -1,0 +1,26 @@
+"""The web page: ask about pictures in a browser, and see where the model looked.
+
+::
+
+    mounting ──► page (what stands where) ──► asking ──► Desk ──► engine
+                                          └─► looked ──► owl2.study
+
+All words are in `texts`; how it looks is in `page.css`, what the browser does in `page.js`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from owl2.serve.web.mounting import make_web_app, mount
+    from owl2.serve.web.page import make_page
+
+_ROOMS = {"make_page": "page", "make_web_app": "mounting", "mount": "mounting"}
+__all__ = ["make_page", "make_web_app", "mount"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only when asked for: gradio takes seconds.
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)

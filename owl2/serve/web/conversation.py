@@ -1,0 +1,72 @@
+"""One visitor's conversation, kept in the server: what the browser shows is only a view of it.
+
+So a browser cannot put words into the model's mouth, nor name a file that was not uploaded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from owl2.inference.chat import user_turn
+from owl2.processing.chat import Message
+
+
+@dataclass
+class Turn:
+    """A question and its answer, as far as it is there.
+
+    Attributes:
+        files: the pictures as they were uploaded, for showing.
+        pictures: the same, decoded, for the model.
+        note: what is said below the answer, such as that it was stopped.
+    """
+
+    question: str
+    files: tuple[str, ...] = ()
+    pictures: tuple[Image.Image, ...] = ()
+    answer: str = ""
+    note: str = ""
+
+
+@dataclass
+class Conversation:
+    """The turns so far.
+
+    Attributes:
+        busy: the last one is being answered.
+        stop: ends that answer, while there is one.
+    """
+
+    turns: list[Turn] = field(default_factory=list)
+    busy: bool = False
+    stop: Callable[[], None] | None = None
+
+    @property
+    def pictures(self) -> int:
+        """How many there are in all turns."""
+        return sum(len(turn.pictures) for turn in self.turns)
+
+    def messages(self) -> list[Message]:
+        """For the engine: the turns, the last one without its answer."""
+        messages: list[Message] = []
+        for turn in self.turns:
+            messages += [
+                user_turn(turn.question, turn.pictures),
+                {"role": "assistant", "content": turn.answer},
+            ]
+        return messages[:-1]
+
+    def shown(self) -> list[dict[str, Any]]:
+        """For gradio's Chatbot: pictures before their question, notes below their answer."""
+        rows: list[dict[str, Any]] = []
+        for number, turn in enumerate(self.turns):
+            rows += [{"role": "user", "content": {"path": file}} for file in turn.files]
+            rows.append({"role": "user", "content": turn.question})
+            note = f"<small class='note'>{turn.note}</small>" if turn.note else ""
+            answer = "\n\n".join(part for part in (turn.answer, note) if part)
+            is_last = number == len(self.turns) - 1
+            if answer or not (self.busy and is_last):
+                rows.append({"role": "assistant", "content": answer})
+        return rows

@@ -1,0 +1,172 @@
+"""The tab "where it looked": the pictures of the last question, painted, for the answer's words.
+
+The model is run once a question; another word is only another sum of what was recorded then.
+"""
+
+import asyncio
+import base64
+import html
+import io
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+from PIL import Image
+
+from owl2.inference.engine import Engine
+from owl2.serve.errors import as_api_error
+from owl2.serve.web.conversation import Conversation
+from owl2.serve.web.texts import error_text, text
+from owl2.study import Looks, heat_map, look, overlay, words_of
+from owl2.study.heat import COLOURS
+
+EDGE = 512  # pixels of a painted square: smaller, and a map over it has steps
+ALL = -1  # the choice of no word
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the tab shows of one answer.
+
+    Attributes:
+        looks: with the mean over layers and heads only; the rest would fill the server's memory.
+        squares: the pictures of all questions so far, as the model saw them.
+        files: the same, as they were uploaded.
+    """
+
+    looks: Looks
+    squares: tuple[Image.Image, ...]
+    files: tuple[str, ...]
+
+    @property
+    def words(self) -> list[tuple[str, tuple[int, int]]]:
+        """The answer's, each with its tokens."""
+        return words_of(self.looks)
+
+
+class Looking:
+    """The tab's functions. One at a time looks: it is a curiosity, and the answers come first."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = asyncio.Lock()
+
+    async def show(self, talk: Conversation, language: str) -> tuple[Looked | None, Any, str]:
+        """Look at the last answer: what to keep, the words to choose from, the picture of all."""
+        turns = [turn for turn in talk.turns if turn.answer.strip()]
+        if not turns or talk.busy:
+            return self._nothing("error_no_answer", language)
+        if not any(turn.pictures for turn in turns):
+            return self._nothing("error_no_picture", language)
+        try:
+            async with self._lock:
+                looked = await asyncio.to_thread(self._look, Conversation(turns))
+        except Exception as error:  # what is our own fault is logged there, and here it is said
+            gr.Warning(error_text(as_api_error(error), language))
+            return None, gr.update(visible=False), ""
+        choices = [(text("all_words", language), ALL)]
+        choices += [(word, number) for number, (word, _) in enumerate(looked.words)]
+        return (
+            looked,
+            gr.update(choices=choices, value=ALL, visible=True),
+            paint(looked, ALL, language),
+        )
+
+    def _nothing(self, key: str, language: str) -> tuple[None, Any, str]:
+        gr.Info(text(key, language))
+        return None, gr.update(visible=False), ""
+
+    def _look(self, talk: Conversation) -> Looked:
+        answer = talk.turns[-1].answer.strip()
+        looks = look(
+            self._engine, self._engine.processor, talk.messages(), answer=answer, layers=(0,)
+        )
+        mean = looks.mean.mean(0, keepdims=True)  # (1, T, S)
+        small = replace(looks, mean=mean, attention=mean[:0], layers=())
+        squares = [picture.resize((EDGE, EDGE)) for turn in talk.turns for picture in turn.pictures]
+        files = [file for turn in talk.turns for file in turn.files]
+        return Looked(small, tuple(squares), tuple(files))
+
+
+def paint(looked: Looked | None, word: int | None, language: str) -> str:
+    """HTML: each picture beside itself painted, and how much came from where.
+
+    Args:
+        word: its number among the answer's words, or `ALL`.
+    """
+    if looked is None:
+        return ""
+    known = word is not None and 0 <= word < len(looked.words)
+    tokens = looked.words[word][1] if known and word is not None else (0, len(looked.looks.tokens))
+    rows = []
+    # A square that was a longer picture is stretched to it again, or loses its margins.
+    fit = "cover" if looked.looks.policy == "pad" else "fill"
+    for number, (file, square) in enumerate(zip(looked.files, looked.squares, strict=True)):
+        painted = _data_uri(overlay(square, heat_map(looked.looks, tokens, number)))
+        name = text("figure_picture", language)
+        if len(looked.files) > 1:
+            name = text("figure_pictures", language, number=number + 1)
+        rows.append(
+            f"<div class='row'>{_figure(file, name)}"
+            f"{_figure(file, text('figure_looked', language), painted, fit)}</div>"
+        )
+    if rows:
+        rows.append(_scale(language))
+    return f"<div class='looked'>{''.join(rows)}{_shares(looked.looks, tokens, language)}</div>"
+
+
+def shares(looks: Looks, tokens: tuple[int, int]) -> dict[str, list[float]]:
+    """How much of the attention of some of the answer's tokens lies on what; it sums to one.
+
+    Returns:
+        "text", "picture" (one for each) and "answer", each a list of spans' shares.
+    """
+    of_position = looks.mean[:, tokens[0] : tokens[1]].mean((0, 1))  # (S,)
+    sums: dict[str, list[float]] = {"text": [], "picture": [], "answer": []}
+    for span in looks.spans:
+        sums[span.kind].append(float(of_position[span.start : span.end].sum()))
+    return sums
+
+
+def _figure(file: str, name: str, painted: str = "", fit: str = "") -> str:
+    """The uploaded picture, or what is painted, in its place and shape."""
+    alt = html.escape(name)
+    above = f"<img class='painted {fit}' alt='{alt}' src='{painted}'>" if painted else ""
+    below = f"<img alt='{'' if painted else alt}' src='gradio_api/file={quote(file)}'>"
+    return f"<figure><div>{below}{above}</div><figcaption>{alt}</figcaption></figure>"
+
+
+def _data_uri(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _scale(language: str) -> str:
+    colours = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in COLOURS)
+    bar = f"<i style='background: linear-gradient(to right, {colours})'></i>"
+    return f"<div class='scale'>{text('less', language)}{bar}{text('more', language)}</div>"
+
+
+def _shares(looks: Looks, tokens: tuple[int, int], language: str) -> str:
+    parts = []
+    sums = shares(looks, tokens)
+    several = len(sums["picture"]) > 1
+    for number, share in enumerate(sums["picture"], 1):
+        key = "figure_pictures" if several else "figure_picture"
+        parts.append(("picture", text(key, language, number=number), share))
+    parts.append(("text", text("share_text", language), sum(sums["text"])))
+    parts.append(("answer", text("share_answer", language), sum(sums["answer"])))
+    bar = "".join(
+        f"<div class='of-{kind}' style='width: {share:.2%}' title='{html.escape(name)}'>"
+        f"{f'{share:.0%}' if share > 0.06 else ''}</div>"
+        for kind, name, share in parts
+    )
+    legend = "".join(
+        f"<span><i class='of-{kind}'></i>{html.escape(name)} {share:.0%}</span>"
+        for kind, name, share in parts
+    )
+    title = html.escape(text("shares", language))
+    body = f"<div class='shares'>{bar}</div><div class='legend'>{legend}</div>"
+    return f"<div><h4>{title}</h4>{body}</div>"

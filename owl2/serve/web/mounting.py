@@ -1,0 +1,159 @@
+"""The page in an app: under `/web`, beside the API or alone."""
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
+from PIL import Image
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from owl2.inference.engine import Engine
+from owl2.serve.answering import Desk
+from owl2.serve.decoding import Decoders
+from owl2.serve.errors import ApiError
+from owl2.serve.keys import Keys
+from owl2.serve.limits import Limits
+from owl2.serve.metrics import Metrics
+from owl2.serve.web.asking import Decode
+from owl2.serve.web.examples import drawn, read_examples
+from owl2.serve.web.page import HERE, i18n, make_page, theme
+from owl2.serve.web.texts import TEXTS
+
+PATH = "/web"
+
+# Whatever an answer holds: a browser fetches nothing from elsewhere, and sends nothing there.
+# gradio's own scripts are inline and compile templates.
+POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "media-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self' data: blob:",
+        "worker-src 'self' blob:",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'self'",
+    )
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def mount(
+    app: FastAPI,
+    engine: Engine,
+    limits: Limits,
+    *,
+    name: str = "mPLUG-Owl2",
+    keys: Keys | None = None,
+    examples: str | Path | None = None,
+) -> None:
+    """Put the page into an app, at `/web/`, over the same engine and under the same limits.
+
+    It stands at the app's desk (`app.state.desk`), or gives it one.
+
+    Args:
+        name: of the model, as the page shows it.
+        keys: whoever opens the page must give one of them, as a password.
+        examples: a JSON file of questions to begin with (`read_examples`); default: drawn ones.
+
+    Raises:
+        InputError: what is wrong with the examples; a system that cannot decode pictures safely.
+    """
+    if not hasattr(app.state, "desk"):
+        app.state.desk = Desk(engine, limits, Metrics())
+    folder = Path(tempfile.mkdtemp(prefix="owl2-web-"))
+    chosen = drawn(folder) if examples is None else read_examples(examples)
+    gr.mount_gradio_app(
+        app,
+        make_page(app.state.desk, decoding(engine, limits), name, chosen),
+        PATH,
+        theme=theme(),
+        css=(HERE / "page.css").read_text("utf-8"),
+        i18n=i18n,
+        auth=None if keys is None else _opens(keys),
+        auth_message=" ".join(TEXTS["sign_in"]),
+        max_file_size=limits.picture_bytes,
+        allowed_paths=[str(file) for example in chosen for file in example.pictures],
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+    )
+    page: Any = app.routes[-1]
+    page.app = WithHeaders(page.app)
+
+
+def make_web_app(
+    engine: Engine, limits: Limits, *, name: str, examples: str | Path | None = None
+) -> FastAPI:
+    """An app with the page alone; its `state.desk` is as `make_app`'s."""
+    app = FastAPI(title=f"{name} on owl2", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/")
+    async def to_page() -> RedirectResponse:
+        return RedirectResponse(f"{PATH}/")
+
+    mount(app, engine, limits, name=name, examples=examples)
+    return app
+
+
+def decoding(engine: Engine, limits: Limits) -> Decode:
+    """Pictures' files to the squares that the model sees, in processes of their own."""
+    decoders = Decoders(limits, engine.processor.image_processor)
+    decoders.start()
+    pool = ThreadPoolExecutor(limits.decoders, "owl2-page-picture")
+
+    async def decode(data: bytes) -> Image.Image:
+        if len(data) > limits.picture_bytes:
+            raise ApiError(
+                400,
+                f"The picture has {len(data):,} bytes; the limit is {limits.picture_bytes:,}.",
+                code="image_too_large",
+            )
+        return await asyncio.get_running_loop().run_in_executor(pool, decoders.decode, data)
+
+    return decode
+
+
+def _opens(keys: Keys) -> Callable[[str, str], bool]:
+    def opens(_: str, password: str) -> bool:
+        try:
+            keys.check(f"Bearer {password}".encode())
+        except ApiError:
+            return False
+        return True
+
+    return opens
+
+
+class WithHeaders:
+    """An ASGI app whose replies have `HEADERS`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, send_on)

@@ -1,0 +1,215 @@
+"""The page itself: what stands where, and what calls what.
+
+::
+
+    head: name, language, light        tabs: chat · where it looked · settings
+    chat ◄── views ── Asking           words ──► paint ──► figures
+"""
+
+import html
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before gradio is imported: it reports its use over the network otherwise.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+
+from owl2.inference.decoding import DEFAULT_MAX_NEW_TOKENS
+from owl2.inference.engine import Engine
+from owl2.serve.answering import Desk
+from owl2.serve.web.asking import Asking, Decode
+from owl2.serve.web.conversation import Conversation
+from owl2.serve.web.examples import Example
+from owl2.serve.web.looked import Looking, paint
+from owl2.serve.web.texts import LANGUAGES, translations
+
+HERE = Path(__file__).parent
+# An uploaded picture is deleted when it is older than this; looked for as often. In seconds.
+FILES_LIVE = 3600
+SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"]
+
+OWL = (HERE / "owl.svg").read_text("utf-8")
+
+i18n = gr.I18n(**translations())
+
+
+def theme() -> gr.themes.Base:
+    """Fonts come with gradio: nothing is fetched from elsewhere."""
+    return gr.themes.Soft(
+        primary_hue="orange",
+        secondary_hue="orange",
+        neutral_hue="stone",
+        radius_size="lg",
+        font=[gr.themes.LocalFont("Source Sans Pro"), "system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "Consolas", "monospace"],
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is in the page and takes part in what happens."""
+
+    language: gr.Radio
+    talk: gr.State
+    tabs: gr.Tabs
+    chat: gr.Chatbot
+    box: gr.MultimodalTextbox
+    again: gr.Button
+    look: gr.Button
+    clear: gr.Button
+    looked: gr.State
+    words: gr.Radio
+    figures: gr.HTML
+    settings: list[Any]
+
+
+def make_page(desk: Desk, decode: Decode, name: str, examples: list[Example]) -> gr.Blocks:
+    """The page for the engine of a desk.
+
+    Args:
+        decode: see `Asking`.
+        name: of the model.
+        examples: to begin with.
+    """
+    page = gr.Blocks(
+        title=f"owl2 · {name}",
+        analytics_enabled=False,
+        delete_cache=(FILES_LIVE, FILES_LIVE),
+        fill_width=True,
+    )
+    with page:
+        parts = _lay_out(desk, name, examples)
+        _connect(page, parts, Asking(desk, decode, examples), Looking(desk.engine))
+    return page
+
+
+def _lay_out(desk: Desk, name: str, examples: list[Example]) -> Parts:
+    with gr.Row(elem_id="head"):
+        gr.HTML(
+            f"<div class='brand'>{OWL}<b>owl2</b><span>{html.escape(name)}</span></div>",
+            elem_id="brand",
+        )
+        language = gr.Radio(
+            [(shown, key) for key, shown in LANGUAGES.items()],
+            value="en",
+            show_label=False,
+            container=False,
+            elem_id="language",
+        )
+        gr.Button("◐", elem_id="theme").click(None, js="() => window.owl2.theme()")
+    with gr.Tabs() as tabs:
+        with gr.Tab(i18n("tab_chat"), id="chat"):
+            chat = gr.Chatbot(
+                label=i18n("chat"),
+                show_label=False,
+                placeholder=i18n("welcome"),
+                examples=[_card(example) for example in examples],
+                buttons=["copy", "copy_all"],
+                feedback_options=None,
+                latex_delimiters=[],
+                elem_id="chat",
+            )
+            box = gr.MultimodalTextbox(
+                placeholder=i18n("question"),
+                show_label=False,
+                file_types=SUFFIXES,
+                file_count="multiple",
+                sources=["upload"],
+                max_plain_text_length=100_000,
+                autofocus=True,
+                elem_id="box",
+            )
+            with gr.Row(elem_id="acts"):
+                look = gr.Button(i18n("look"), elem_id="look")
+                again = gr.Button(i18n("again"), elem_id="again")
+                clear = gr.Button(i18n("clear"), elem_id="clear")
+        with gr.Tab(i18n("tab_looked"), id="looked"):
+            gr.Markdown(i18n("looked_help"))
+            words = gr.Radio([], label=i18n("words"), visible=False, elem_id="words")
+            figures = gr.HTML(elem_id="figures")
+        with gr.Tab(i18n("tab_settings"), id="settings"):
+            settings = _settings(desk.engine, desk.limits.answer_tokens)
+    return Parts(
+        language=language,
+        talk=gr.State(Conversation()),
+        tabs=tabs,
+        chat=chat,
+        box=box,
+        again=again,
+        look=look,
+        clear=clear,
+        looked=gr.State(None),
+        words=words,
+        figures=figures,
+        settings=[language, *settings],
+    )
+
+
+def _card(example: Example) -> Any:
+    return {"text": example.question, "files": [str(path) for path in example.pictures]}
+
+
+def _settings(engine: Engine, limit: int) -> list[Any]:
+    """In the order of `asking.Settings`; as the checkpoint has them."""
+    defaults = engine.model.generation_config
+    most = min(limit, engine.context)
+    temperature = (defaults.temperature or 1.0) if defaults.do_sample else 0.0
+    return [
+        gr.Slider(
+            1,
+            most,
+            value=min(defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, most),
+            step=1,
+            label=i18n("max_new_tokens"),
+            info=i18n("max_new_tokens_info"),
+        ),
+        gr.Slider(
+            0,
+            2,
+            value=temperature,
+            step=0.05,
+            label=i18n("temperature"),
+            info=i18n("temperature_info"),
+        ),
+        gr.Slider(
+            0.05,
+            1,
+            value=defaults.top_p or 1.0,
+            step=0.05,
+            label=i18n("top_p"),
+            info=i18n("top_p_info"),
+        ),
+        gr.Number(None, precision=0, minimum=0, label=i18n("seed"), info=i18n("seed_info")),
+    ]
+
+
+def _connect(page: gr.Blocks, parts: Parts, asking: Asking, looking: Looking) -> None:
+    shown = [parts.box, parts.chat]
+    # The desk says how many are answered at a time. No names: these are no API for others.
+    many: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
+    given = [parts.talk, *parts.settings]
+    quiet: dict[str, Any] = {**many, "show_progress": "hidden"}
+    parts.box.submit(asking.ask, [parts.box, *given], shown, **quiet)
+    parts.chat.example_select(asking.ask_example, given, shown, **quiet)
+    parts.again.click(asking.again, given, shown, **quiet)
+    parts.box.stop(asking.stop, [parts.talk], None, **quiet)
+    parts.clear.click(asking.clear, [parts.talk], shown, **quiet)
+    parts.chat.clear(asking.clear, [parts.talk], shown, **quiet)
+
+    to_tab = parts.look.click(lambda: gr.update(selected="looked"), None, parts.tabs, **quiet)
+    figures = [parts.looked, parts.words, parts.figures]
+    to_tab.then(looking.show, [parts.talk, parts.language], figures, **many)
+    chosen = [parts.looked, parts.words, parts.language]
+    parts.words.input(paint, chosen, parts.figures, **quiet)
+
+    page.load(None, None, parts.language, js=(HERE / "page.js").read_text("utf-8"))
+    parts.language.input(
+        paint,
+        chosen,
+        parts.figures,
+        js="(...given) => { window.owl2.choose(given[2]); return given; }",
+        **quiet,
+    )
