@@ -1,5 +1,78 @@
 """The commands that put a model into people's hands: serve, web."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
+from owl2.errors import InputError
+
 app = typer.Typer()
+
+
+@app.command("serve")
+def serve_model(
+    model: Annotated[str, typer.Option(help="A checkpoint: directory or hub id.")],
+    limits: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[LIMIT=VALUE]...",
+            help="Of requests, such as pictures=4 or queue=1000; docs/serving.md lists them.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0: all, for other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help="The environment variable with the API keys, commas between."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="The file with the API keys, one a line.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call it; default: the directory's name.")
+    ] = None,
+    web: Annotated[bool, typer.Option("--web", help="The web page too, at /web.")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: the decoder in fewer bits, with bitsandbytes.")
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="To finish what runs, when it is to end.")
+    ] = 30.0,
+) -> None:
+    """Serve a model behind OpenAI's chat API, until Ctrl-C or SIGTERM.
+
+    Then it finishes what it has begun and refuses what is new (503). Exit code 0: all was finished;
+    1: something was cut off.
+    """
+    try:
+        from owl2.serve.starting import Command
+        from owl2.serve.starting import serve_model as start
+    except ModuleNotFoundError as error:
+        raise _needs_extra("serve", error) from error
+    command = Command(
+        model,
+        host,
+        port,
+        served_model_name,
+        api_key_env,
+        api_key_file,
+        device,
+        dtype,
+        quantize,
+        limits or (),
+        drain_seconds,
+        web,
+    )
+    raise typer.Exit(start(command))
+
+
+def _needs_extra(name: str, error: ModuleNotFoundError) -> InputError:
+    return InputError(
+        f"owl2 {name} needs the package {error.name}: pip install 'mplug-owl2[serve]'."
+    )

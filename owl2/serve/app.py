@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI
@@ -15,9 +17,15 @@ from owl2.serve import errors
 from owl2.serve.answering import Desk
 from owl2.serve.chat import ChatService, add_chat
 from owl2.serve.document import page
+from owl2.serve.door import Door
+from owl2.serve.keys import Keys
 from owl2.serve.limits import Limits
 from owl2.serve.metrics import Metrics
+from owl2.serve.pictures import Pictures
 from owl2.serve.schema import Model, ModelList
+
+# What needs no key: monitoring, reading, and the web page, which asks for the key itself.
+FREE = ("/health", "/metrics", "/docs", "/openapi.json", "/web")
 
 logger = logging.getLogger(__name__)
 
@@ -28,32 +36,46 @@ class Settings:
 
     Attributes:
         name: what the model is called in requests and replies.
+        limits: of requests, and of how many.
+        keys: who may ask; None: everyone.
         example: a command that works, for the page of documentation.
     """
 
     name: str
     limits: Limits = field(default_factory=Limits)
+    keys: Keys | None = None
     example: str = ""
 
 
 def make_app(engine: Engine, settings: Settings) -> FastAPI:
     """The app. Its `state.desk` knows what is being answered, and refuses what is new if told."""
+    limits = settings.limits
     metrics = Metrics()
-    desk = Desk(engine, settings.limits, metrics)
+    desk = Desk(engine, limits, metrics)
+    pictures = Pictures(limits, engine.processor.image_processor)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        pictures.start()
+        yield
+        pictures.close()
+
     app = FastAPI(
         title=f"{settings.name} on owl2",
         version=__version__,
         description="mPLUG-Owl2 behind the interface of OpenAI's chat completions.",
         docs_url=None,
         redoc_url=None,
+        lifespan=lifespan,
     )
     app.state.desk = desk
-    add_chat(app, ChatService(desk, settings.name))
+    add_chat(app, ChatService(desk, pictures, settings.name))
     _add_models(app, settings.name)
     _add_health(app, desk, metrics)
     _add_document(app, settings.example)
     errors.add_handlers(app)
-    app.add_middleware(_Counted, metrics=metrics)
+    app.add_middleware(Door, limits=limits, keys=settings.keys, free=FREE)
+    app.add_middleware(_Counted, metrics=metrics)  # outside of the door: it counts who is refused
     return app
 
 

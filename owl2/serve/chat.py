@@ -8,8 +8,9 @@ A client that goes away is noticed in every part of it, and its place at the eng
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -17,10 +18,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from owl2.inference.decoding import DEFAULT_MAX_NEW_TOKENS
-from owl2.processing.chat import Message
 from owl2.serve import errors
 from owl2.serve.answering import Answer, Desk, Visit
 from owl2.serve.limits import check
+from owl2.serve.pictures import Pictures
 from owl2.serve.replies import DONE, Reply, event
 from owl2.serve.schema import ChatReply, ChatRequest
 
@@ -43,8 +44,9 @@ class ChatService:
         name: of the model, which a request must give.
     """
 
-    def __init__(self, desk: Desk, name: str) -> None:
+    def __init__(self, desk: Desk, pictures: Pictures, name: str) -> None:
         self.desk = desk
+        self.pictures = pictures
         self.name = name
         default = desk.engine.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         self._max_tokens = min(default, desk.limits.answer_tokens)
@@ -81,10 +83,7 @@ class ChatService:
     ) -> Answer:
         options = body.options()
         options["max_new_tokens"] = options["max_new_tokens"] or self._max_tokens
-
-        async def messages() -> Sequence[Message]:
-            return [message.model_dump() for message in body.messages]
-
+        messages = partial(self.pictures.messages, body.messages)
         async with self.desk.in_time(visit):
             answer = await self.desk.answer(visit, messages, body.answers, options)
             stack.enter_context(answer)
