@@ -181,6 +181,9 @@ def _of_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "it cannot be parsed")
         return ApiError(400, f"The body is no JSON: {reason}.", code="invalid_json")
+    if places == ["body"] and first["type"] != "value_error":
+        message = "Send a JSON object, with the header 'Content-Type: application/json'."
+        return ApiError(400, message, code="invalid_json")
     param = ".".join(places[1:]) or None
     where = f"'{param}'" if param else "The body"
     message = f"{where}: {_lower(str(first['msg']).removeprefix('Value error, '))}"
