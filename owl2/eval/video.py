@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from owl2.errors import InputError
+from owl2.eval.readers import MissingData
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ANIMATIONS = (".gif", ".webp")
@@ -74,7 +75,7 @@ def frames_of(video: Path, count: int, segment: Segment | None = None) -> Sequen
     already; one without pictures gives none.
 
     Raises:
-        InputError: a file for which the package `av` is needed, and it is not installed.
+        MissingData: a file for which the package `av` is needed, and it is not installed.
     """
     if video.is_dir():
         pictures = sorted(
@@ -106,7 +107,7 @@ def _av(video: Path) -> ModuleType:
     try:
         import av
     except ModuleNotFoundError as error:
-        raise InputError(
+        raise MissingData(
             f"{video}: the package av is needed to decode it (pip install av). Without it, give a "
             "folder of the same name, less its ending, with the video's frames as pictures."
         ) from error

@@ -86,12 +86,21 @@ def test_rows_of_mmbench_without_a_picture_are_broken(data):
     ("function", "message"),
     [
         (lambda row: {k: v for k, v in row.items() if k != "answer"}, "no column answer.*dev"),
-        (lambda row: {**row, "answer": ""}, "index 241: the answer ''"),
-        (lambda row: {**row, "answer": "E"}, "index 241: the answer 'E'"),
-        (lambda row: {**row, "index": "x"}, "line 2: the index 'x'"),
+        (lambda row: {**row, "answer": ""}, "row 1: the answer ''"),
+        (lambda row: {**row, "answer": "E"}, "row 1: the answer 'E'"),
+        (lambda row: {**row, "index": "x"}, "row 1: the index 'x'"),
     ],
 )
 def test_what_is_wrong_in_mmbenchs_file_is_named(function, message, data):
     change_rows(data / FILE, lambda rows: [function(row) for row in rows])
     with pytest.raises(InputError, match=message):
         read("mmbench", data)
+
+
+@pytest.mark.parametrize("change", [{"answer": "E"}, {"index": "x"}, {"index": ""}])
+def test_a_row_of_mmbench_that_is_none_is_broken(change, data):
+    published = {question.id for question in read("mmbench", data)[0]}
+    change_rows(data / FILE, lambda rows: [*rows[:-1], rows[-1] | change])
+    questions, [broken] = read("mmbench", data)
+    assert len(questions) == len(published) - 1
+    assert f"{data / FILE}, row {len(published)}: " in broken.reason

@@ -4,18 +4,20 @@ A reader is a function of a `Source`. It yields Questions, and a Broken for a ro
 asked; for a file that is missing it raises `MissingData`. It opens no picture.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from owl2.data.datasets.published import Row, as_row
 from owl2.errors import InputError
 from owl2.eval.questions import Broken, Question
 
 
 class MissingData(InputError):
-    """A benchmark's file that is not there."""
+    """A benchmark's file that is not there, or a package that is needed to read it."""
 
 
 @dataclass
@@ -79,6 +81,63 @@ def find_reader(path: str) -> Reader:
     """The reader that a recipe names: ``MODULE.FUNCTION`` in this package, such as "vqa.vqav2"."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def each(
+    rows: Iterable[Row | Broken], make: Callable[[int, Row], Question | Broken]
+) -> Iterator[Question | Broken]:
+    """A question a row; a row that is not as published is broken, and the others go on.
+
+    Args:
+        make: of a row's number, from 1, and the row; what it raises tells what is wrong with it.
+
+    Raises:
+        MissingData: what `make` raises of that kind.
+        InputError: not one of the rows is as published: it is another file.
+    """
+    first: InputError | None = None
+    some = False
+    for number, row in enumerate(rows, start=1):
+        try:
+            if isinstance(row, Broken):
+                raise InputError(row.reason)
+            made = make(number, row)
+        except MissingData:
+            raise
+        except InputError as error:
+            first = first or error
+            place = row.id if isinstance(row, Broken) else row.where.rpartition(", ")[2]
+            yield Broken(place, str(error))
+        else:
+            some = True
+            yield made
+    if first is not None and not some:
+        raise first
+
+
+def lines(path: Path) -> Iterator[Row | Broken]:
+    """The objects of a file with one a line; a line that is none is broken.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _row(line, path, f"line {number}")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _row(line: bytes, path: Path, place: str) -> Row | Broken:
+    where = f"{path}, {place}"
+    try:
+        return as_row(json.loads(line.decode("utf-8-sig")), where)
+    except InputError as error:
+        return Broken(place, str(error))
+    except (ValueError, RecursionError) as error:
+        return Broken(place, f"{where}: not JSON: {error}")
 
 
 def sorted_out(items: Iterable[Question | Broken]) -> tuple[list[Question], list[Broken]]:

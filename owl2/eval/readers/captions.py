@@ -11,7 +11,7 @@ from owl2.data.datasets.published import Row, json_object
 from owl2.errors import InputError
 from owl2.eval.metrics.captions import check_installed
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, with_picture
+from owl2.eval.readers import Source, each, with_picture
 
 
 def coco(source: Source) -> Iterator[Question | Broken]:
@@ -21,10 +21,13 @@ def coco(source: Source) -> Iterator[Question | Broken]:
         MissingData: no `dataset_coco.json`.
         InputError: it is not as published, or has no such split; CIDEr's package is missing.
     """
-    for row in _rows(source, "dataset_coco.json"):
+
+    def make(_: int, row: Row) -> Question | Broken:
         name = row.text("filename")
         path = f"{row.text('filepath')}/{name}"
-        yield _question(source, row, str(row.integer("cocoid")), path, name)
+        return _question(source, row, str(row.integer("cocoid")), path, name)
+
+    return each(_rows(source, "dataset_coco.json"), make)
 
 
 def flickr30k(source: Source) -> Iterator[Question | Broken]:
@@ -34,10 +37,13 @@ def flickr30k(source: Source) -> Iterator[Question | Broken]:
         MissingData: no `dataset_flickr30k.json`.
         InputError: it is not as published, or has no such split; CIDEr's package is missing.
     """
-    for row in _rows(source, "dataset_flickr30k.json"):
+
+    def make(_: int, row: Row) -> Question | Broken:
         name = row.text("filename")
         folders = ("flickr30k-images", "flickr30k_images", "images")
-        yield _question(source, row, name, *(f"{folder}/{name}" for folder in folders), name)
+        return _question(source, row, name, *(f"{folder}/{name}" for folder in folders), name)
+
+    return each(_rows(source, "dataset_flickr30k.json"), make)
 
 
 def _rows(source: Source, name: str) -> list[Row]:
@@ -45,7 +51,7 @@ def _rows(source: Source, name: str) -> list[Row]:
     path = source.file(name)
     check_installed()
     content = json_object(path)
-    rows = [row for row in content.rows("images") if row.text("split") == split]
+    rows = [row for row in content.rows("images") if row.value.get("split") == split]
     if not rows:
         raise InputError(f"{content.where} has no picture of the split {split!r}.")
     return rows

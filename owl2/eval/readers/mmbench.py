@@ -33,13 +33,23 @@ def mmbench(source: Source) -> Iterator[Question | Broken]:
     """
     path = source.file(*FILES)
     # A question's rounds together, so that the first few questions are whole ones.
-    rows = sorted(_rows(path), key=lambda row: divmod(int(row["index"]), ROUND)[::-1])
+    rows, broken = [], []
+    for number, row in enumerate(_rows(path), start=1):
+        why = _wrong(row)
+        if why is None:
+            rows.append(row)
+        else:
+            broken.append(Broken(row["index"] or f"row {number}", f"{path}, row {number}: {why}"))
+    if broken and not rows:
+        raise InputError(f"{broken[0].reason}.")
+    yield from broken
+    rows.sort(key=lambda row: divmod(int(row["index"]), ROUND)[::-1])
     pictures = {row["index"]: row["image"] for row in rows if len(row["image"]) >= SHORTEST_PICTURE}
     has_rounds = any(int(row["index"]) >= ROUND for row in rows)
     for row in rows:
         index = int(row["index"])
         options = _options(row)
-        place = _place(row, options, path)
+        place = LETTERS.index(_cell(row, "answer"))
         first = str(index % ROUND)
         picture = pictures.get(row["index"]) or pictures.get(row["image"]) or pictures.get(first)
         for number in range(1 if has_rounds else len(options)):
@@ -72,13 +82,7 @@ def _rows(path: Path) -> Iterator[Cells]:
                     f"{path} has no column {', '.join(missing)}. The test split has no answers: "
                     "take the dev split."
                 )
-            for row in reader:
-                if not row["index"].isdecimal():
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: the index {row['index']!r:.40} is no "
-                        "whole number."
-                    )
-                yield row
+            yield from reader
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a TSV: {error}") from error
 
@@ -93,11 +97,11 @@ def _options(row: Cells) -> list[str]:
     return [cell for letter in "ABCDEF" if (cell := _cell(row, letter))]
 
 
-def _place(row: Cells, options: list[str], path: Path) -> int:
-    answer = _cell(row, "answer")
+def _wrong(row: Cells) -> str | None:
+    """What makes it impossible to ask or score a row."""
+    if not row["index"].isdecimal():
+        return f"the index {row['index']!r:.40} is no whole number"
+    options, answer = _options(row), _cell(row, "answer")
     if len(answer) != 1 or answer not in LETTERS[: len(options)]:
-        raise InputError(
-            f"{path}, index {row['index']}: the answer {answer!r:.40} is none of the "
-            f"{len(options)} options' letters."
-        )
-    return LETTERS.index(answer)
+        return f"the answer {answer!r:.40} is none of the {len(options)} options' letters"
+    return None

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from owl2.data.datasets.published import json_rows
+from owl2.data.datasets.published import Row, json_rows
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, with_picture
+from owl2.eval.readers import Source, each, with_picture
 
 
 def mmhal(source: Source) -> Iterator[Question | Broken]:
@@ -20,24 +20,22 @@ def mmhal(source: Source) -> Iterator[Question | Broken]:
         MissingData: no response_template.json.
         InputError: it is not as published.
     """
-    path = source.file("response_template.json")
-    for number, row in enumerate(json_rows(path), start=1):
-        identity = f"mmhal#{number}"
-        address, words = row.text("image_src"), row.text("question")
-        name = PurePosixPath(urlsplit(address).path).name
-        picture = source.picture(f"images/{name}")
-        if picture is None:
-            yield Broken(identity, f"the picture images/{name} is not there; get it from {address}")
-            continue
-        facts = {
-            "reference": row.text("gt_answer"),
-            "content": ", ".join(row.texts("image_content")),
-        }
-        yield Question(
-            identity,
-            words,
-            with_picture(picture, source.ask(words)),
-            (),
-            kind=row.text("question_type"),
-            facts=facts,
-        )
+    rows = json_rows(source.file("response_template.json"))
+    return each(rows, lambda number, row: _question(source, f"mmhal#{number}", row))
+
+
+def _question(source: Source, identity: str, row: Row) -> Question | Broken:
+    address, words = row.text("image_src"), row.text("question")
+    name = PurePosixPath(urlsplit(address).path).name
+    picture = source.picture(f"images/{name}")
+    if picture is None:
+        return Broken(identity, f"the picture images/{name} is not there; get it from {address}")
+    facts = {"reference": row.text("gt_answer"), "content": ", ".join(row.texts("image_content"))}
+    return Question(
+        identity,
+        words,
+        with_picture(picture, source.ask(words)),
+        (),
+        kind=row.text("question_type"),
+        facts=facts,
+    )

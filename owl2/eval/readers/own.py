@@ -16,7 +16,6 @@ A line that cannot be asked (it is no JSON, it has another key, ...) is counted 
 others go on; the first line that can be read counts as the first.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,14 +23,14 @@ from functools import partial
 from pathlib import Path
 
 from owl2.data.datasets.prompts import CAPTION_PROMPT, CHOICE_REQUEST, LETTERS, VQA_PROMPT
-from owl2.data.datasets.published import Row, as_row
+from owl2.data.datasets.published import Row
 from owl2.data.names import look_up
 from owl2.errors import InputError
 from owl2.eval.metrics import find_metric
 from owl2.eval.metrics.captions import check_installed
 from owl2.eval.metrics.choices import listed
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, with_pictures
+from owl2.eval.readers import Source, lines, with_pictures
 from owl2.eval.recipes import Data, Recipe
 from owl2.eval.tasks import Task
 
@@ -117,31 +116,20 @@ def _rows(path: Path) -> Iterator[Row | Broken]:
         InputError: the file cannot be read; a key that seems to mean the metric, as without it all
             lines would be scored by another one.
     """
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _row(line, f"{path}, line {number}")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _row(line: bytes, where: str) -> Row | Broken:
-    try:
-        row = as_row(json.loads(line.decode("utf-8-sig")), where)
-    except InputError as error:
-        return Broken(_number(where), str(error))
-    except (ValueError, RecursionError) as error:
-        return Broken(_number(where), f"{where}: not JSON: {error}")
-    try:
-        # A picture under another key would be a question asked blind.
-        for key in row.value:
-            look_up(f"key of a question ({where})", key, KEYS)
-    except InputError as error:
-        if get_close_matches(key, ["metric"]):
-            raise
-        return Broken(str(row.value.get("id", _number(where))), str(error))
-    return row
+    for row in lines(path):
+        if isinstance(row, Broken):
+            yield Broken(_number(row.id), row.reason)
+            continue
+        try:
+            # A picture under another key would be a question asked blind.
+            for key in row.value:
+                look_up(f"key of a question ({row.where})", key, KEYS)
+        except InputError as error:
+            if get_close_matches(key, ["metric"]):
+                raise
+            yield Broken(str(row.value.get("id", _number(row.where))), str(error))
+        else:
+            yield row
 
 
 def _number(where: str) -> str:

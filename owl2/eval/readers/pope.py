@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from owl2.data.datasets.published import json_lines
+from owl2.data.datasets.published import Row
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, with_picture
+from owl2.eval.readers import Source, each, lines, with_picture
 
 
 def pope(source: Source) -> Iterator[Question | Broken]:
@@ -15,13 +15,16 @@ def pope(source: Source) -> Iterator[Question | Broken]:
         InputError: it is not as published.
     """
     name = f"coco_pope_{source.options['split']}.json"
-    for row in json_lines(source.file(name, f"pope/{name}")):
-        identity = str(row.integer("question_id"))
-        words, label = row.text("text"), row.text("label").lower()
-        picture = source.picture(f"val2014/{row.text('image')}")
-        if picture is None:
-            yield Broken(identity, f"the picture {row.text('image')} is not there")
-        elif label not in ("yes", "no"):
-            yield Broken(identity, f"its label is {label!r:.40}, not yes or no")
-        else:
-            yield Question(identity, words, with_picture(picture, source.ask(words)), (label,))
+    path = source.file(name, f"pope/{name}")
+    return each(lines(path), lambda _, row: _question(source, row))
+
+
+def _question(source: Source, row: Row) -> Question | Broken:
+    identity = str(row.integer("question_id"))
+    words, label = row.text("text"), row.text("label").lower()
+    picture = source.picture(f"val2014/{row.text('image')}")
+    if picture is None:
+        return Broken(identity, f"the picture {row.text('image')} is not there")
+    if label not in ("yes", "no"):
+        return Broken(identity, f"its label is {label!r:.40}, not yes or no")
+    return Question(identity, words, with_picture(picture, source.ask(words)), (label,))

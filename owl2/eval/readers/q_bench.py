@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from owl2.data.datasets.prompts import LETTERS
-from owl2.data.datasets.published import json_rows
+from owl2.data.datasets.published import Row, json_rows
 from owl2.eval.metrics.choices import listed
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, with_picture
+from owl2.eval.readers import Source, each, with_picture
 
 TYPES = ("yes or no", "what", "how")
 
@@ -18,23 +18,24 @@ def q_bench(source: Source) -> Iterator[Question | Broken]:
         MissingData: no llvisionqa_dev.json.
         InputError: it is not as published.
     """
-    for number, row in enumerate(json_rows(source.file("llvisionqa_dev.json")), start=1):
-        identity, name = f"q_bench#{number}", row.text("img_path")
-        options, answer = row.texts("candidates"), row.text("correct_ans")
-        picture = source.picture(f"images/{name}")
-        if picture is None:
-            yield Broken(identity, f"the picture images/{name} is not there")
-            continue
-        if answer not in options:
-            yield Broken(identity, f"its answer {answer!r:.60} is none of its options")
-            continue
-        words = listed(row.text("question"), options)
-        kind = row.integer("type")
-        yield Question(
-            identity,
-            words,
-            with_picture(picture, source.ask(words)),
-            (LETTERS[options.index(answer)],),
-            kind=TYPES[kind] if kind in range(len(TYPES)) else str(kind),
-            facts={"options": options},
-        )
+    rows = json_rows(source.file("llvisionqa_dev.json"))
+    return each(rows, lambda number, row: _question(source, f"q_bench#{number}", row))
+
+
+def _question(source: Source, identity: str, row: Row) -> Question | Broken:
+    name, options, answer = row.text("img_path"), row.texts("candidates"), row.text("correct_ans")
+    picture = source.picture(f"images/{name}")
+    if picture is None:
+        return Broken(identity, f"the picture images/{name} is not there")
+    if answer not in options:
+        return Broken(identity, f"its answer {answer!r:.60} is none of its options")
+    words = listed(row.text("question"), options)
+    kind = row.integer("type")
+    return Question(
+        identity,
+        words,
+        with_picture(picture, source.ask(words)),
+        (LETTERS[options.index(answer)],),
+        kind=TYPES[kind] if kind in range(len(TYPES)) else str(kind),
+        facts={"options": options},
+    )

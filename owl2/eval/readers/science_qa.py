@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 from owl2.data.datasets.prompts import LETTERS
 from owl2.data.datasets.published import Row, json_entries, json_object
-from owl2.errors import InputError
 from owl2.eval.metrics.choices import listed
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, with_picture
+from owl2.eval.readers import Source, each, with_picture
 from owl2.eval.readers.vqa import as_text
 
 
@@ -23,12 +22,13 @@ def image_only(source: Source) -> Iterator[Question | Broken]:
     problems = dict(json_entries(source.file("problems.json", "data/scienceqa/problems.json")))
     splits = json_object(source.file("pid_splits.json", "data/scienceqa/pid_splits.json"))
     split = str(source.options.get("split", "test"))
+    known = [number for number in splits.texts(split) if number in problems]
+    pictured = [number for number in known if problems[number].value.get("image")]
+    rows = [problems[number] for number in pictured]
+    yield from each(rows, lambda place, row: _question(source, pictured[place - 1], row, split))
     for number in splits.texts(split):
         if number not in problems:
-            raise InputError(f"{splits.where}: {split!r} has {number}, problems.json does not.")
-        row = problems[number]
-        if row.value.get("image"):
-            yield _question(source, number, row, split)
+            yield Broken(number, f"{splits.where}: {split!r} has it, problems.json does not")
 
 
 def _question(source: Source, number: str, row: Row, split: str) -> Question | Broken:

@@ -8,7 +8,7 @@ from owl2.data.datasets.published import Row, json_object
 from owl2.errors import InputError
 from owl2.eval.metrics.choices import listed
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, with_picture
+from owl2.eval.readers import Source, each, with_picture
 from owl2.eval.readers.video import with_video
 
 OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
@@ -29,26 +29,30 @@ def seed_bench(source: Source) -> Iterator[Question | Broken]:
     types = published.value.get("question_type")
     if not isinstance(types, dict):
         raise InputError(f"{published.where}: 'question_type', an object, is missing.")
-    kinds = {number: name for name, number in types.items()}
-    for row in published.rows("questions"):
-        identity = str(row.value.get("question_id"))
-        options = [str(row.value.get(key, "")).strip() for key in OPTIONS]
-        answer, media = row.text("answer"), row.text("data_type")
-        if answer not in ("A", "B", "C", "D") or not all(options):
-            yield Broken(identity, "it has no four options, or no answer among them")
-            continue
-        segment = row.value.get("segment") or None  # seconds, of some videos
-        if media == "video" and segment is not None and not _is_pair(segment):
-            yield Broken(identity, f"its segment {segment!r:.60} is not two numbers")
-            continue
-        words = listed(row.text("question"), options)
-        messages = _messages(source, row, media, source.ask(words))
-        if messages is None:
-            yield Broken(identity, f"the {media} {row.text('data_id')} is not there")
-            continue
-        facts = {"options": options, "media": media}
-        kind = kinds.get(row.value.get("question_type_id"), "")
-        yield Question(identity, words, messages, (answer,), kind, facts)
+    kinds = {str(number): name for name, number in types.items()}
+    return each(
+        published.rows("questions"),
+        lambda _, row: _question(
+            source, row, kinds.get(str(row.value.get("question_type_id")), "")
+        ),
+    )
+
+
+def _question(source: Source, row: Row, kind: str) -> Question | Broken:
+    identity = str(row.value.get("question_id"))
+    options = [str(row.value.get(key, "")).strip() for key in OPTIONS]
+    answer, media = row.text("answer"), row.text("data_type")
+    if answer not in ("A", "B", "C", "D") or not all(options):
+        return Broken(identity, "it has no four options, or no answer among them")
+    segment = row.value.get("segment") or None  # seconds, of some videos
+    if media == "video" and segment is not None and not _is_pair(segment):
+        return Broken(identity, f"its segment {segment!r:.60} is not two numbers")
+    words = listed(row.text("question"), options)
+    messages = _messages(source, row, media, source.ask(words))
+    if messages is None:
+        return Broken(identity, f"the {media} {row.text('data_id')} is not there")
+    facts = {"options": options, "media": media}
+    return Question(identity, words, messages, (answer,), kind, facts)
 
 
 def _messages(source: Source, row: Row, media: str, words: str) -> list[dict[str, Any]] | None:

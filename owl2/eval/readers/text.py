@@ -7,12 +7,13 @@ bare ones, and lm-eval writes the prompt. XSum alone is asked like a question on
 import csv
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from owl2.data.datasets.published import Row, json_lines, json_object
+from owl2.data.datasets.published import Row, json_object
 from owl2.errors import InputError
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source
+from owl2.eval.readers import Source, each, lines
 
 LETTERS = "ABCDEFG"
 
@@ -40,23 +41,24 @@ def mmlu(source: Source) -> Iterator[Question | Broken]:
 
     The option `split` is "test", or "dev" for the five examples of each subject.
 
-    Raises:
-        InputError: a row that does not have six columns.
     """
     split = source.options.get("split", "test")
     name = f"*_{split}.csv"
     for path in _all(source, f"{split}/{name}", f"data/{split}/{name}", name):
         subject = path.name.removesuffix(f"_{split}.csv")
         for number, cells in enumerate(_csv(path), start=1):
+            identity = f"{subject}#{number}"
             if len(cells) != 6:
-                raise InputError(
+                yield Broken(
+                    identity,
                     f"{path}, row {number} has {len(cells)} columns, not a question, four options "
-                    "and a letter."
+                    "and a letter",
                 )
+                continue
             question, *options, letter = cells
             letter = letter.strip()
             if letter not in tuple("ABCD"):
-                yield Broken(f"{subject}#{number}", f"its answer is {letter!r}, none of A, B, C, D")
+                yield Broken(identity, f"its answer is {letter!r}, none of A, B, C, D")
                 continue
             facts: dict[str, object] = {
                 "question": question,
@@ -64,7 +66,7 @@ def mmlu(source: Source) -> Iterator[Question | Broken]:
                 "choices": options,
                 "answer": LETTERS.index(letter),
             }
-            yield _question(f"{subject}#{number}", question, (letter,), facts, subject)
+            yield _question(identity, question, (letter,), facts, subject)
 
 
 def _csv(path: Path) -> Iterator[list[str]]:
@@ -78,10 +80,13 @@ def _csv(path: Path) -> Iterator[list[str]]:
 def bbh(source: Source) -> Iterator[Question | Broken]:
     """A JSON a task, with `examples` of `input` and `target`. Kinds are the tasks."""
     for path in _all(source, "*.json", "bbh/*.json"):
-        for number, row in enumerate(json_object(path).rows("examples"), start=1):
-            text, target = row.text("input"), row.text("target")
-            facts: dict[str, object] = {"input": text, "target": target}
-            yield _question(f"{path.stem}#{number}", text, (target,), facts, path.stem)
+        yield from each(json_object(path).rows("examples"), partial(_bbh, path.stem))
+
+
+def _bbh(task: str, number: int, row: Row) -> Question:
+    text, target = row.text("input"), row.text("target")
+    facts: dict[str, object] = {"input": text, "target": target}
+    return _question(f"{task}#{number}", text, (target,), facts, task)
 
 
 # AGIEval's sets in Chinese, and those whose answer is written and not chosen.
@@ -98,23 +103,23 @@ def agieval(source: Source) -> Iterator[Question | Broken]:
     (AGIEval, arXiv:2304.06364; its ``src/dataset_loader.py``.)
     """
     for path in _all(source, "*.jsonl", "v1/*.jsonl", "data/v1/*.jsonl", "data/v1_1/*.jsonl"):
-        name = path.stem
-        for number, row in enumerate(json_lines(path), start=1):
-            identity = f"{name}#{number}"
-            if name in WRITTEN:
-                answer = row.text("answer")
-                facts: dict[str, object] = {"query": _agieval_words(name, row), "answer": answer}
-                yield _question(identity, row.text("question"), (answer,), facts, name)
-                continue
-            options = row.texts("options")
-            given = row.value.get("label")
-            letters = list(given) if isinstance(given, (str, list)) else []  # "AB" or ["A", "B"]
-            if not letters or any(letter not in LETTERS[: len(options)] for letter in letters):
-                yield Broken(identity, f"its label is {given!r}, of {len(options)} options")
-                continue
-            gold = [LETTERS.index(letter) for letter in letters]
-            facts = {"query": _agieval_words(name, row), "choices": options, "gold": gold}
-            yield _question(identity, row.text("question"), tuple(letters), facts, name)
+        yield from each(lines(path), partial(_agieval, path.stem))
+
+
+def _agieval(name: str, number: int, row: Row) -> Question | Broken:
+    identity = f"{name}#{number}"
+    if name in WRITTEN:
+        answer = row.text("answer")
+        facts: dict[str, object] = {"query": _agieval_words(name, row), "answer": answer}
+        return _question(identity, row.text("question"), (answer,), facts, name)
+    options = row.texts("options")
+    given = row.value.get("label")
+    letters = list(given) if isinstance(given, (str, list)) else []  # "AB" or ["A", "B"]
+    if not letters or any(letter not in tuple(LETTERS[: len(options)]) for letter in letters):
+        return Broken(identity, f"its label is {given!r}, of {len(options)} options")
+    gold = [LETTERS.index(letter) for letter in letters]
+    facts = {"query": _agieval_words(name, row), "choices": options, "gold": gold}
+    return _question(identity, row.text("question"), tuple(letters), facts, name)
 
 
 def _agieval_words(name: str, row: Row) -> str:
@@ -140,68 +145,75 @@ def arc(source: Source) -> Iterator[Question | Broken]:
     name = f"ARC-{source.options['set']}"
     file = f"{name}-Test.jsonl"
     path = source.file(file, f"{name}/{file}", f"ARC-V1-Feb2018-2/{name}/{file}")
-    for row in json_lines(path):
-        asked = _inner(row, "question")
-        options = asked.rows("choices")
-        labels = [option.text("label") for option in options]
-        identity, key = row.text("id"), row.text("answerKey")
-        if key not in labels:
-            yield Broken(identity, f"its answerKey is {key!r}, none of {', '.join(labels)}")
-            continue
-        stem = asked.text("stem")
-        choices = {"text": [option.text("text") for option in options], "label": labels}
-        facts: dict[str, object] = {
-            "id": identity, "question": stem, "choices": choices, "answerKey": key
-        }  # fmt: skip
-        yield _question(identity, stem, (key,), facts)
+    return each(lines(path), _arc)
+
+
+def _arc(_: int, row: Row) -> Question | Broken:
+    asked = _inner(row, "question")
+    options = asked.rows("choices")
+    labels = [option.text("label") for option in options]
+    identity, key = row.text("id"), row.text("answerKey")
+    if key not in labels:
+        return Broken(identity, f"its answerKey is {key!r}, none of {', '.join(labels)}")
+    stem = asked.text("stem")
+    choices = {"text": [option.text("text") for option in options], "label": labels}
+    facts: dict[str, object] = {
+        "id": identity, "question": stem, "choices": choices, "answerKey": key
+    }  # fmt: skip
+    return _question(identity, stem, (key,), facts)
 
 
 def hellaswag(source: Source) -> Iterator[Question | Broken]:
     """Lines of ``hellaswag_val.jsonl``; kinds are "indomain" and "zeroshot"."""
-    for number, row in enumerate(json_lines(source.file("hellaswag_val.jsonl")), start=1):
-        endings, label = row.texts("endings"), row.integer("label")
-        if not 0 <= label < len(endings):
-            yield Broken(f"val#{number}", f"its label is {label}, of {len(endings)} endings")
-            continue
-        facts: dict[str, object] = {
-            "ctx_a": row.text("ctx_a"),
-            "ctx_b": row.text("ctx_b"),
-            "activity_label": row.text("activity_label"),
-            "endings": endings,
-            "label": str(label),
-        }
-        kind = str(row.value.get("split_type", ""))
-        yield _question(f"val#{number}", row.text("ctx"), (endings[label],), facts, kind)
+    return each(lines(source.file("hellaswag_val.jsonl")), _hellaswag)
+
+
+def _hellaswag(number: int, row: Row) -> Question | Broken:
+    endings, label = row.texts("endings"), row.integer("label")
+    if not 0 <= label < len(endings):
+        return Broken(f"val#{number}", f"its label is {label}, of {len(endings)} endings")
+    facts: dict[str, object] = {
+        "ctx_a": row.text("ctx_a"),
+        "ctx_b": row.text("ctx_b"),
+        "activity_label": row.text("activity_label"),
+        "endings": endings,
+        "label": str(label),
+    }
+    kind = str(row.value.get("split_type", ""))
+    return _question(f"val#{number}", row.text("ctx"), (endings[label],), facts, kind)
 
 
 def boolq(source: Source) -> Iterator[Question | Broken]:
     """Lines of the authors' ``dev.jsonl`` (`answer`) or SuperGLUE's ``val.jsonl`` (`label`)."""
-    path = source.file("dev.jsonl", "val.jsonl", "BoolQ/val.jsonl")
-    for number, row in enumerate(json_lines(path), start=1):
-        answer = row.value.get("answer", row.value.get("label"))
-        if not isinstance(answer, bool):
-            yield Broken(f"val#{number}", f"its answer is {answer!r}, neither true nor false")
-            continue
-        question = row.text("question")
-        facts: dict[str, object] = {
-            "question": question, "passage": row.text("passage"), "label": int(answer)
-        }  # fmt: skip
-        yield _question(f"val#{number}", question, ("yes" if answer else "no",), facts)
+    return each(lines(source.file("dev.jsonl", "val.jsonl", "BoolQ/val.jsonl")), _boolq)
+
+
+def _boolq(number: int, row: Row) -> Question | Broken:
+    answer = row.value.get("answer", row.value.get("label"))
+    if not isinstance(answer, bool):
+        return Broken(f"val#{number}", f"its answer is {answer!r}, neither true nor false")
+    question = row.text("question")
+    facts: dict[str, object] = {
+        "question": question, "passage": row.text("passage"), "label": int(answer)
+    }  # fmt: skip
+    return _question(f"val#{number}", question, ("yes" if answer else "no",), facts)
 
 
 def triviaqa(source: Source) -> Iterator[Question | Broken]:
     """``qa/web-dev.json`` and ``qa/wikipedia-dev.json``, without their documents; the kinds."""
     for kind in ("web", "wikipedia"):
         path = source.file(f"qa/{kind}-dev.json", f"{kind}-dev.json")
-        for row in json_object(path).rows("Data"):
-            question = row.text("Question")
-            aliases = _inner(row, "Answer").texts("Aliases")
-            identity = f"{kind}/{row.text('QuestionId')}"
-            if not aliases:
-                yield Broken(identity, "it has no answer")
-                continue
-            facts: dict[str, object] = {"question": question, "answer": {"aliases": aliases}}
-            yield _question(identity, question, tuple(aliases), facts, kind)
+        yield from each(json_object(path).rows("Data"), partial(_triviaqa, kind))
+
+
+def _triviaqa(kind: str, _: int, row: Row) -> Question | Broken:
+    question = row.text("Question")
+    aliases = _inner(row, "Answer").texts("Aliases")
+    identity = f"{kind}/{row.text('QuestionId')}"
+    if not aliases:
+        return Broken(identity, "it has no answer")
+    facts: dict[str, object] = {"question": question, "answer": {"aliases": aliases}}
+    return _question(identity, question, tuple(aliases), facts, kind)
 
 
 def _inner(row: Row, key: str) -> Row:
@@ -224,28 +236,31 @@ def xsum(source: Source) -> Iterator[Question | Broken]:
     """
     table = "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json"
     path = source.file("test.jsonl", "xsum_test.jsonl", table)
-    for identity, article, summary in (
-        _xsum_lines(path) if path.suffix == ".jsonl" else _xsum_files(source, path)
-    ):
-        if not article or not summary:
-            yield Broken(identity, "its article or its summary is not there")
-            continue
-        words = re.findall(r"\S+\s*", article)
-        text = "".join(words[: source.options["most_words"]]).strip()
-        yield Question(identity, text, [{"role": "user", "content": source.ask(text)}], (summary,))
+    rows = lines(path) if path.suffix == ".jsonl" else _xsum_files(source, path)
+    return each(rows, partial(_xsum, source))
 
 
-def _xsum_lines(path: Path) -> Iterator[tuple[str, str, str]]:
-    for number, row in enumerate(json_lines(path), start=1):
-        identity = str(row.value.get("id", number))
-        yield identity, row.text("document"), row.text("summary")
+def _xsum(source: Source, number: int, row: Row) -> Question | Broken:
+    identity = str(row.value.get("id", number))
+    article, summary = row.text("document"), row.text("summary")
+    if not article or not summary:
+        return Broken(identity, "its article or its summary is not there")
+    words = re.findall(r"\S+\s*", article)
+    text = "".join(words[: source.options["most_words"]]).strip()
+    return Question(identity, text, [{"role": "user", "content": source.ask(text)}], (summary,))
 
 
-def _xsum_files(source: Source, path: Path) -> Iterator[tuple[str, str, str]]:
+def _xsum_files(source: Source, path: Path) -> Iterator[Row | Broken]:
+    """As rows of the lines of JSON."""
     for identity in json_object(path).texts("test"):
         file = source.picture(f"bbc-summary-data/{identity}.summary")
-        parts = {} if file is None else _xsum_parts(_text(file))
-        yield identity, parts.get("RESTBODY", ""), parts.get("FIRST-SENTENCE", "")
+        try:
+            parts = {} if file is None else _xsum_parts(_text(file))
+        except InputError as error:
+            yield Broken(identity, str(error))
+            continue
+        article, summary = parts.get("RESTBODY", ""), parts.get("FIRST-SENTENCE", "")
+        yield Row({"id": identity, "document": article, "summary": summary}, identity)
 
 
 def _text(path: Path) -> str:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from owl2.data.datasets.published import json_rows
+from owl2.data.datasets.published import Row, json_rows
 from owl2.errors import InputError
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source
+from owl2.eval.readers import Source, each
 from owl2.eval.video import Segment, frames_of
 
 ASKED_BY = ("what", "who", "how", "when", "where")  # the kinds of MSRVTT-QA and MSVD-QA
@@ -27,24 +27,30 @@ def msrvtt_qa(source: Source) -> Iterator[Question | Broken]:
         MissingData: no test_qa.json.
         InputError: it is not as published; a video cannot be decoded here at all.
     """
-    for row in json_rows(source.file("test_qa.json")):
+
+    def make(_: int, row: Row) -> Question | Broken:
         name = f"video{row.integer('video_id')}"
         video = _find(source, "TestVideo", name, ".mp4")
         identity, words = str(row.integer("id")), row.text("question")
-        yield _question(source, identity, words, row.text("answer"), video, name)
+        return _question(source, identity, words, row.text("answer"), video, name)
+
+    return each(json_rows(source.file("test_qa.json")), make)
 
 
 def msvd_qa(source: Source) -> Iterator[Question | Broken]:
     """As `msrvtt_qa`; ``youtube_mapping.txt`` says which file a video's number means."""
     clips = _clips(source.file("youtube_mapping.txt"))
-    for row in json_rows(source.file("test_qa.json")):
+
+    def make(_: int, row: Row) -> Question | Broken:
         name = f"vid{row.integer('video_id')}"
         video = _find(source, "YouTubeClips", name, ".avi")
         if video is None and name in clips:
             video = _find(source, "YouTubeClips", clips[name], ".avi")
         identity, words = str(row.integer("id")), row.text("question")
         missing = clips.get(name, name)
-        yield _question(source, identity, words, row.text("answer"), video, missing)
+        return _question(source, identity, words, row.text("answer"), video, missing)
+
+    return each(json_rows(source.file("test_qa.json")), make)
 
 
 def tgif_qa(source: Source) -> Iterator[Question | Broken]:

@@ -16,7 +16,7 @@ from owl2.data.datasets.published import (
 )
 from owl2.errors import InputError
 from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, with_picture
+from owl2.eval.readers import Source, each, with_picture
 
 COCO = "val2014"
 
@@ -55,11 +55,17 @@ def gqa(source: Source) -> Iterator[Question | Broken]:
         MissingData: no `testdev_balanced_questions.json`.
         InputError: it is not as published.
     """
-    for number, row in json_entries(source.file("testdev_balanced_questions.json")):
+    rows = dict(json_entries(source.file("testdev_balanced_questions.json")))
+    numbers = list(rows)
+
+    def make(number: int, row: Row) -> Question | Broken:
         structure = as_text(row.value.get("types"), "structural")
         kind = {"": "", "query": "open"}.get(structure, "binary")
         name = f"{row.text('imageId')}.jpg"
-        yield _question(source, row, number, [row.text("answer")], kind, f"images/{name}", name)
+        answers = [row.text("answer")]
+        return _question(source, row, numbers[number - 1], answers, kind, f"images/{name}", name)
+
+    return each(rows.values(), make)
 
 
 def vizwiz(source: Source) -> Iterator[Question | Broken]:
@@ -71,11 +77,15 @@ def vizwiz(source: Source) -> Iterator[Question | Broken]:
         MissingData: no `val.json`.
         InputError: it is not as published.
     """
-    for row in json_rows(source.file("val.json", "Annotations/val.json", "annotations/val.json")):
+
+    def make(_: int, row: Row) -> Question | Broken:
         name = row.text("image")
         answers = [given.text("answer") for given in row.rows("answers")]
         kind = as_text(row.value, "answer_type")
-        yield _question(source, row, name, answers, kind, f"val/{name}", f"images/{name}", name)
+        return _question(source, row, name, answers, kind, f"val/{name}", f"images/{name}", name)
+
+    path = source.file("val.json", "Annotations/val.json", "annotations/val.json")
+    return each(json_rows(path), make)
 
 
 def textvqa(source: Source) -> Iterator[Question | Broken]:
@@ -85,12 +95,15 @@ def textvqa(source: Source) -> Iterator[Question | Broken]:
         MissingData: no `TextVQA_0.5.1_val.json`.
         InputError: it is not as published.
     """
-    for row in json_object(source.file("TextVQA_0.5.1_val.json")).rows("data"):
+
+    def make(_: int, row: Row) -> Question | Broken:
         name = f"{row.text('image_id')}.jpg"
         number = str(row.integer("question_id"))
         folders = ("train_images", "train_val_images/train_images", "images")
         places = (*(f"{folder}/{name}" for folder in folders), name)
-        yield _question(source, row, number, row.texts("answers"), "", *places)
+        return _question(source, row, number, row.texts("answers"), "", *places)
+
+    return each(json_object(source.file("TextVQA_0.5.1_val.json")).rows("data"), make)
 
 
 def as_text(value: object, key: str) -> str:
@@ -105,11 +118,16 @@ def _about_coco(
     """The two files joined; `kind`: the annotations' key for it."""
     annotations = json_object(answered)
     require_split(annotations.value.get("data_subtype"), COCO, str(answered))
-    given = {row.integer("question_id"): row for row in annotations.rows("annotations")}
+    given = {
+        number: row
+        for row in annotations.rows("annotations")
+        if isinstance(number := row.value.get("question_id"), int)
+    }
     names = annotations.value.get("question_types")  # OK-VQA's: "one" and so on → a name
     questions = json_object(asked)
     require_split(questions.value.get("data_subtype"), COCO, str(asked))
-    for row in questions.rows("questions"):
+
+    def make(_: int, row: Row) -> Question | Broken:
         number = row.integer("question_id")
         if number not in given:
             raise InputError(
@@ -120,7 +138,9 @@ def _about_coco(
         answers = [person.text("answer") for person in given[number].rows("answers")]
         path = coco_picture(row.integer("image_id"), COCO)
         places = (path, f"images/{path}", path.removeprefix(f"{COCO}/"))
-        yield _question(source, row, str(number), answers, as_text(names, code) or code, *places)
+        return _question(source, row, str(number), answers, as_text(names, code) or code, *places)
+
+    return each(questions.rows("questions"), make)
 
 
 def _question(
