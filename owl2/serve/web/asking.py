@@ -28,6 +28,8 @@ from owl2.serve.web.texts import error_text, text
 # Between two views of a growing answer: an eye sees no more, and each view is sent anew.
 VIEW_SECONDS = 0.05
 
+SEED_DIGITS = 9  # all such numbers are seeds
+
 Decode = Callable[[bytes], Awaitable[Image.Image]]
 Result = TypeVar("Result")
 
@@ -47,13 +49,14 @@ class Settings(NamedTuple):
 
     Attributes:
         language: of what the page says; the model answers in the question's.
+        seed: digits, or nothing.
     """
 
     language: str
     max_new_tokens: int
     temperature: float
     top_p: float
-    seed: int | None
+    seed: str
 
 
 class Stopped(Exception):
@@ -78,7 +81,7 @@ class Asking:
             return
         how = Settings(*settings)
         try:
-            turn = await self._turn(given["text"], given["files"], talk, how.language)
+            turn = self._turn(given["text"], given["files"], talk, how.language)
         except (ApiError, InputError) as error:
             _warn(error, how.language)
             yield View(gr.update(value=given), talk.shown())
@@ -121,23 +124,25 @@ class Asking:
 
     # -------------------------------------------------------------- parts
 
-    async def _turn(
-        self, question: str, files: list[str], talk: Conversation, language: str
-    ) -> Turn:
+    def _turn(self, question: str, files: list[str], talk: Conversation, language: str) -> Turn:
         limits = self.desk.limits
         if not question.strip():
             raise InputError(text("error_empty", language))
-        if talk.pictures + len(files) > limits.pictures:
+        pictures = talk.pictures + len(files)
+        if pictures > limits.pictures:
             raise ApiError(
                 400,
-                f"There are {talk.pictures + len(files)} pictures in this conversation; the limit "
-                f"is {limits.pictures}.",
+                f"There are {pictures} pictures in this conversation; the limit is "
+                f"{limits.pictures}. Begin a new one.",
                 code="too_many_pictures",
             )
         if 2 * len(talk.turns) + 1 > limits.messages:
-            raise ApiError(400, "Begin a new conversation.", code="too_many_messages")
-        pictures = [await self._picture(Path(file), language) for file in files]
-        return Turn(question, tuple(files), tuple(pictures))
+            raise ApiError(
+                400,
+                f"A conversation has {limits.messages} messages at most. Begin a new one.",
+                code="too_many_messages",
+            )
+        return Turn(question, tuple(files))
 
     async def _picture(self, file: Path, language: str) -> Image.Image:
         try:
@@ -218,9 +223,13 @@ class Asking:
                 answer.close()
 
     async def _begin(self, visit: Visit, talk: Conversation, how: Settings) -> Answer:
-        """Wait for a place, and until the prompt is read."""
+        """Wait for a place, until the pictures are open, and until the prompt is read."""
 
         async def messages() -> list[Message]:
+            turn = talk.turns[-1]
+            if not turn.pictures:  # else it is answered again
+                pictures = [await self._picture(Path(file), how.language) for file in turn.files]
+                turn.pictures = tuple(pictures)
             return talk.messages()
 
         async with self.desk.in_time(visit):
@@ -233,10 +242,13 @@ class Asking:
         return answer
 
     def _options(self, how: Settings) -> dict[str, Any]:
+        seed = how.seed.strip()
+        if seed and not (seed.isdecimal() and len(seed) <= SEED_DIGITS):
+            raise InputError(text("error_seed", how.language))
         options: dict[str, Any] = {
             "max_new_tokens": min(int(how.max_new_tokens), self.desk.limits.answer_tokens),
             "temperature": how.temperature,
-            "seed": None if how.seed is None else int(how.seed),
+            "seed": int(seed) if seed else None,
         }
         return options | ({"top_p": how.top_p} if how.temperature else {})
 

@@ -19,7 +19,7 @@ class Turn:
 
     Attributes:
         files: the pictures as they were uploaded, for showing.
-        pictures: the same, decoded, for the model.
+        pictures: the same for the model; not opened before the answer begins.
         note: what is said below the answer, such as that it was stopped.
     """
 
@@ -46,7 +46,7 @@ class Conversation:
     @property
     def pictures(self) -> int:
         """How many there are in all turns."""
-        return sum(len(turn.pictures) for turn in self.turns)
+        return sum(len(turn.files) for turn in self.turns)
 
     def messages(self) -> list[Message]:
         """For the engine: the turns, the last one without its answer."""

@@ -53,29 +53,24 @@ class Looking:
         self._lock = asyncio.Lock()
 
     async def show(self, talk: Conversation, language: str) -> tuple[Looked | None, Any, str]:
-        """Look at the last answer: what to keep, the words to choose from, the picture of all."""
+        """Look at the last answer: what to keep, and what `describe` gives."""
         turns = [turn for turn in talk.turns if turn.answer.strip()]
+        looked = None
         if not turns or talk.busy:
-            return self._nothing("error_no_answer", language)
-        if not any(turn.pictures for turn in turns):
-            return self._nothing("error_no_picture", language)
-        try:
-            async with self._lock:
-                looked = await asyncio.to_thread(self._look, Conversation(turns))
-        except Exception as error:  # what is our own fault is logged there, and here it is said
-            gr.Warning(error_text(as_api_error(error), language))
-            return None, gr.update(visible=False), ""
-        choices = [(text("all_words", language), ALL)]
-        choices += [(word, number) for number, (word, _) in enumerate(looked.words)]
-        return (
-            looked,
-            gr.update(choices=choices, value=ALL, visible=True),
-            paint(looked, ALL, language),
-        )
+            gr.Info(text("error_no_answer", language))
+        elif not any(turn.pictures for turn in turns):
+            gr.Info(text("error_no_picture", language))
+        else:
+            try:
+                async with self._lock:
+                    looked = await asyncio.to_thread(self._look, Conversation(turns))
+            except Exception as error:  # what is our own fault is logged, and here it is said
+                gr.Warning(error_text(as_api_error(error), language))
+        return looked, *describe(looked, ALL, language)
 
-    def _nothing(self, key: str, language: str) -> tuple[None, Any, str]:
-        gr.Info(text(key, language))
-        return None, gr.update(visible=False), ""
+    async def forget(self, language: str) -> tuple[None, Any, str]:
+        """The tab as it was in the beginning."""
+        return None, *describe(None, ALL, language)
 
     def _look(self, talk: Conversation) -> Looked:
         answer = talk.turns[-1].answer.strip()
@@ -89,6 +84,16 @@ class Looking:
         return Looked(small, tuple(squares), tuple(files))
 
 
+def describe(looked: Looked | None, word: int | None, language: str) -> tuple[Any, str]:
+    """The words to choose from, `word` chosen, and what `paint` gives."""
+    if looked is None:
+        return gr.update(visible=False), paint(None, ALL, language)
+    choices = [(text("all_words", language), ALL)]
+    choices += [(name, number) for number, (name, _) in enumerate(looked.words)]
+    update = gr.update(choices=choices, value=word, visible=True)
+    return update, paint(looked, word, language)
+
+
 def paint(looked: Looked | None, word: int | None, language: str) -> str:
     """HTML: each picture beside itself painted, and how much came from where.
 
@@ -96,7 +101,7 @@ def paint(looked: Looked | None, word: int | None, language: str) -> str:
         word: its number among the answer's words, or `ALL`.
     """
     if looked is None:
-        return ""
+        return html.escape(text("looked_help", language))
     known = word is not None and 0 <= word < len(looked.words)
     tokens = looked.words[word][1] if known and word is not None else (0, len(looked.looks.tokens))
     rows = []

@@ -23,7 +23,7 @@ from owl2.serve.answering import Desk
 from owl2.serve.web.asking import Asking, Decode
 from owl2.serve.web.conversation import Conversation
 from owl2.serve.web.examples import Example
-from owl2.serve.web.looked import Looking, paint
+from owl2.serve.web.looked import Looking, describe, paint
 from owl2.serve.web.texts import LANGUAGES, translations
 
 HERE = Path(__file__).parent
@@ -43,7 +43,8 @@ def theme() -> gr.themes.Base:
         secondary_hue="orange",
         neutral_hue="stone",
         radius_size="lg",
-        font=[gr.themes.LocalFont("Source Sans Pro"), "system-ui", "sans-serif"],
+        # Of its weights only these two are whole; the one between is cut down to a few letters.
+        font=[gr.themes.LocalFont("Source Sans Pro", (400, 700)), "system-ui", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "monospace"],
     )
 
@@ -105,7 +106,7 @@ def _lay_out(desk: Desk, name: str, examples: list[Example]) -> Parts:
             chat = gr.Chatbot(
                 label=i18n("chat"),
                 show_label=False,
-                placeholder=i18n("welcome"),
+                placeholder=str(i18n("welcome")),
                 examples=[_card(example) for example in examples],
                 buttons=["copy", "copy_all"],
                 feedback_options=None,
@@ -113,7 +114,7 @@ def _lay_out(desk: Desk, name: str, examples: list[Example]) -> Parts:
                 elem_id="chat",
             )
             box = gr.MultimodalTextbox(
-                placeholder=i18n("question"),
+                placeholder=str(i18n("question")),
                 show_label=False,
                 file_types=SUFFIXES,
                 file_count="multiple",
@@ -126,11 +127,10 @@ def _lay_out(desk: Desk, name: str, examples: list[Example]) -> Parts:
                 look = gr.Button(i18n("look"), elem_id="look")
                 again = gr.Button(i18n("again"), elem_id="again")
                 clear = gr.Button(i18n("clear"), elem_id="clear")
-        with gr.Tab(i18n("tab_looked"), id="looked"):
-            gr.Markdown(i18n("looked_help"))
+        with gr.Tab(i18n("tab_looked"), id="looked", render_children=True):
             words = gr.Radio([], label=i18n("words"), visible=False, elem_id="words")
-            figures = gr.HTML(elem_id="figures")
-        with gr.Tab(i18n("tab_settings"), id="settings"):
+            figures = gr.HTML(i18n("looked_help"), elem_id="figures")
+        with gr.Tab(i18n("tab_settings"), id="settings", render_children=True):
             settings = _settings(desk.engine, desk.limits.answer_tokens)
     return Parts(
         language=language,
@@ -182,7 +182,8 @@ def _settings(engine: Engine, limit: int) -> list[Any]:
             label=i18n("top_p"),
             info=i18n("top_p_info"),
         ),
-        gr.Number(None, precision=0, minimum=0, label=i18n("seed"), info=i18n("seed_info")),
+        # No Number: the browser would make a 0 of an empty one.
+        gr.Textbox("", max_lines=1, label=i18n("seed"), info=i18n("seed_info"), elem_id="seed"),
     ]
 
 
@@ -196,20 +197,17 @@ def _connect(page: gr.Blocks, parts: Parts, asking: Asking, looking: Looking) ->
     parts.chat.example_select(asking.ask_example, given, shown, **quiet)
     parts.again.click(asking.again, given, shown, **quiet)
     parts.box.stop(asking.stop, [parts.talk], None, **quiet)
-    parts.clear.click(asking.clear, [parts.talk], shown, **quiet)
-    parts.chat.clear(asking.clear, [parts.talk], shown, **quiet)
+    looked = [parts.looked, parts.words, parts.figures]
+    for cleared in (parts.clear.click, parts.chat.clear):
+        empty = cleared(asking.clear, [parts.talk], shown, **quiet)
+        empty.then(looking.forget, [parts.language], looked, **quiet)
 
     to_tab = parts.look.click(lambda: gr.update(selected="looked"), None, parts.tabs, **quiet)
-    figures = [parts.looked, parts.words, parts.figures]
-    to_tab.then(looking.show, [parts.talk, parts.language], figures, **many)
+    to_tab.then(looking.show, [parts.talk, parts.language], looked, **many)
     chosen = [parts.looked, parts.words, parts.language]
     parts.words.input(paint, chosen, parts.figures, **quiet)
 
     page.load(None, None, parts.language, js=(HERE / "page.js").read_text("utf-8"))
-    parts.language.input(
-        paint,
-        chosen,
-        parts.figures,
-        js="(...given) => { window.owl2.choose(given[2]); return given; }",
-        **quiet,
-    )
+    # What the browser has in both languages it changes itself; what the server said is said anew.
+    choose = "(...given) => { window.owl2.choose(given[2]); return given; }"
+    parts.language.input(describe, chosen, [parts.words, parts.figures], js=choose, **quiet)

@@ -66,6 +66,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "stopped": ("(stopped)", "（已停止）"),
     "empty": ("(the model had no answer)", "（模型没有给出回答）"),
     "error_empty": ("Write a question first.", "请先写下问题。"),
+    "error_seed": (
+        "The seed must be a whole number of at most 9 digits, or empty.",
+        "随机种子必须是不超过 9 位的整数，或留空。",
+    ),
     "error_no_picture": (
         "No question here has a picture: there is nothing to look at.",
         "这里的问题没有图片，没有可看的内容。",
