@@ -108,7 +108,16 @@ class Server(uvicorn.Server):
         self._over = float("inf")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Let clients in.
+
+        Raises:
+            InputError: two servers loaded for the same port; the other one was here first.
+        """
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise InputError(f"Nobody can be let in: {error}.") from error
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
