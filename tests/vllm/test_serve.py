@@ -1,0 +1,146 @@
+"""`vllm serve DIR` answers the official client, and goes on after what it refuses."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.conftest import NEW, STEP, ask, picture
+
+pytestmark = pytest.mark.vllm
+
+START_SECONDS = 400
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint, tmp_path_factory):
+    openai = pytest.importorskip("openai")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [
+        *(str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
+        *("--max-num-batched-tokens", str(STEP), "--max-num-seqs", "4"),
+        *("--served-model-name", "owl2"),
+    ]
+    log = tmp_path_factory.mktemp("vllm_serve") / "log"
+    with log.open("w") as written:
+        # A group of its own, so that all its processes end.
+        server = subprocess.Popen(
+            command, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    made = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    try:
+        wait_for(made, server, log)
+        yield made
+    finally:
+        server.terminate()
+        try:
+            server.wait(60)
+        finally:
+            end(server.pid)
+
+
+def wait_for(client, server, log):
+    import openai
+
+    for _ in range(START_SECONDS):
+        assert server.poll() is None, log.read_text()[-4000:]
+        try:
+            assert [model.id for model in client.models.list()] == ["owl2"]
+            return
+        except openai.APIConnectionError:
+            time.sleep(1)
+    raise AssertionError(f"not there after {START_SECONDS} s: {log.read_text()[-4000:]}")
+
+
+def end(group):
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # all have ended by themselves
+
+
+def as_url(given):
+    file = io.BytesIO()
+    given.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def asked(text, *urls):
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {
+        "model": "owl2",
+        "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
+        "max_tokens": NEW,
+        "temperature": 0,
+    }
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_answers_are_the_engines(client, engine, count):
+    pictures = [picture(number) for number in range(count)]
+    reply = client.chat.completions.create(**asked("what is this?", *map(as_url, pictures)))
+    expected = engine.chat(ask("what is this?", *pictures), max_new_tokens=NEW)
+    assert reply.choices[0].message.content.strip() == expected
+    assert reply.usage.prompt_tokens == len(
+        engine.processor.apply_chat_template(
+            ask("what is this?", *pictures), add_generation_prompt=True, tokenize=True
+        )[0]
+    )
+
+
+def test_a_streamed_answer_is_the_whole_one(client):
+    request = asked("what is this?", as_url(picture(3)))
+    whole = client.chat.completions.create(**request).choices[0].message.content
+    pieces = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(**request, stream=True)
+    ]
+    assert len(pieces) > 2
+    assert "".join(pieces) == whole
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        asked("<|image|> what?"),
+        asked("<|image|> what?", as_url(picture(1))),
+        asked("what?", "data:image/png;base64,bm8gcGljdHVyZQ=="),
+        asked("too long " * 200),
+        asked("what?", as_url(picture(1))) | {"extra_body": {"mm_processor_kwargs": {"size": 9}}},
+    ],
+    ids=["no picture", "a picture too few", "no such format", "too long", "unknown option"],
+)
+def test_what_it_refuses_is_a_400_and_the_next_is_answered(client, engine, request_):
+    import openai
+
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**request_)
+    reply = client.chat.completions.create(**asked("no", as_url(picture(2))))
+    expected = engine.chat(ask("no", picture(2)), max_new_tokens=NEW)
+    assert reply.choices[0].message.content.strip() == expected
+
+
+def test_a_picture_is_prepared_as_asked(client, engine):
+    """By the picture's other policy: the answer to a long one differs."""
+    from owl2.inference.engine import Engine
+
+    long = picture(4, size=(40, 8))
+    processor = type(engine.processor).from_pretrained(
+        engine.processor.tokenizer.name_or_path, image_policy="pad"
+    )
+    padded = Engine(engine.model, processor).chat(ask("what?", long), max_new_tokens=NEW)
+    reply = client.chat.completions.create(
+        **asked("what?", as_url(long)), extra_body={"mm_processor_kwargs": {"image_policy": "pad"}}
+    )
+    assert reply.choices[0].message.content.strip() == padded
+    assert padded != engine.chat(ask("what?", long), max_new_tokens=NEW)
