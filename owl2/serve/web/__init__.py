@@ -12,11 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from owl2.serve.web.mounting import make_web_app, mount
+    from owl2.serve.web.examples import read_examples
+    from owl2.serve.web.mounting import mount
     from owl2.serve.web.page import make_page
 
-_ROOMS = {"make_page": "page", "make_web_app": "mounting", "mount": "mounting"}
-__all__ = ["make_page", "make_web_app", "mount"]
+_ROOMS = {"make_page": "page", "mount": "mounting", "read_examples": "examples"}
+__all__ = ["make_page", "mount", "read_examples"]
 
 
 def __getattr__(name: str) -> Any:

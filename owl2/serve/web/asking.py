@@ -9,7 +9,7 @@ The page stands at the same desk as the API: its places, queue and limits of tim
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -70,7 +70,7 @@ class Asking:
         decode: a picture's file to an RGB picture; raises `ApiError` or `InputError`.
     """
 
-    def __init__(self, desk: Desk, decode: Decode, examples: list[Example]) -> None:
+    def __init__(self, desk: Desk, decode: Decode, examples: Sequence[Example]) -> None:
         self.desk = desk
         self._decode = decode
         self._examples = examples

@@ -12,6 +12,8 @@ from PIL import Image
 from owl2.inference.chat import user_turn
 from owl2.processing.chat import Message
 
+WAITING = "<span class='waiting'>● ● ●</span>"
+
 
 @dataclass
 class Turn:
@@ -61,12 +63,11 @@ class Conversation:
     def shown(self) -> list[dict[str, Any]]:
         """For gradio's Chatbot: pictures before their question, notes below their answer."""
         rows: list[dict[str, Any]] = []
-        for number, turn in enumerate(self.turns):
+        for turn in self.turns:
             rows += [{"role": "user", "content": {"path": file}} for file in turn.files]
             rows.append({"role": "user", "content": turn.question})
+            waits = self.busy and turn is self.turns[-1] and not turn.answer
             note = f"<small class='note'>{turn.note}</small>" if turn.note else ""
-            answer = "\n\n".join(part for part in (turn.answer, note) if part)
-            is_last = number == len(self.turns) - 1
-            if answer or not (self.busy and is_last):
-                rows.append({"role": "assistant", "content": answer})
+            answer = WAITING if waits else "\n\n".join(filter(None, (turn.answer, note)))
+            rows.append({"role": "assistant", "content": answer})
         return rows

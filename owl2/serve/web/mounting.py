@@ -1,15 +1,14 @@
-"""The page in an app: under `/web`, beside the API or alone."""
+"""The page in an app: under `/web/`, beside the API."""
 
 import asyncio
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
 from PIL import Image
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,7 +21,7 @@ from owl2.serve.keys import Keys
 from owl2.serve.limits import Limits
 from owl2.serve.metrics import Metrics
 from owl2.serve.web.asking import Decode
-from owl2.serve.web.examples import drawn, read_examples
+from owl2.serve.web.examples import Example, drawn
 from owl2.serve.web.page import HERE, i18n, make_page, theme
 from owl2.serve.web.texts import TEXTS
 
@@ -59,7 +58,7 @@ def mount(
     *,
     name: str = "mPLUG-Owl2",
     keys: Keys | None = None,
-    examples: str | Path | None = None,
+    examples: Sequence[Example] | None = None,
 ) -> None:
     """Put the page into an app, at `/web/`, over the same engine and under the same limits.
 
@@ -68,18 +67,18 @@ def mount(
     Args:
         name: of the model, as the page shows it.
         keys: whoever opens the page must give one of them, as a password.
-        examples: a JSON file of questions to begin with (`read_examples`); default: drawn ones.
+        examples: to begin with, as `read_examples` gives them; default: drawn ones.
 
     Raises:
-        InputError: what is wrong with the examples; a system that cannot decode pictures safely.
+        InputError: a system that cannot decode pictures safely.
     """
     if not hasattr(app.state, "desk"):
         app.state.desk = Desk(engine, limits, Metrics())
-    folder = Path(tempfile.mkdtemp(prefix="owl2-web-"))
-    chosen = drawn(folder) if examples is None else read_examples(examples)
+    if examples is None:
+        examples = drawn(Path(tempfile.mkdtemp(prefix="owl2-web-")))
     gr.mount_gradio_app(
         app,
-        make_page(app.state.desk, decoding(engine, limits), name, chosen),
+        make_page(app.state.desk, decoding(engine, limits), name, examples),
         PATH,
         theme=theme(),
         css=(HERE / "page.css").read_text("utf-8"),
@@ -87,7 +86,7 @@ def mount(
         auth=None if keys is None else _opens(keys),
         auth_message=" ".join(TEXTS["sign_in"]),
         max_file_size=limits.picture_bytes,
-        allowed_paths=[str(file) for example in chosen for file in example.pictures],
+        allowed_paths=[str(file) for example in examples for file in example.pictures],
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
@@ -97,20 +96,6 @@ def mount(
     )
     page: Any = app.routes[-1]
     page.app = WithHeaders(page.app)
-
-
-def make_web_app(
-    engine: Engine, limits: Limits, *, name: str, examples: str | Path | None = None
-) -> FastAPI:
-    """An app with the page alone; its `state.desk` is as `make_app`'s."""
-    app = FastAPI(title=f"{name} on owl2", docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.get("/")
-    async def to_page() -> RedirectResponse:
-        return RedirectResponse(f"{PATH}/")
-
-    mount(app, engine, limits, name=name, examples=examples)
-    return app
 
 
 def decoding(engine: Engine, limits: Limits) -> Decode:

@@ -8,6 +8,7 @@
 
 import html
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Parts:
     settings: list[Any]
 
 
-def make_page(desk: Desk, decode: Decode, name: str, examples: list[Example]) -> gr.Blocks:
+def make_page(desk: Desk, decode: Decode, name: str, examples: Sequence[Example]) -> gr.Blocks:
     """The page for the engine of a desk.
 
     Args:
@@ -87,7 +88,7 @@ def make_page(desk: Desk, decode: Decode, name: str, examples: list[Example]) ->
     return page
 
 
-def _lay_out(desk: Desk, name: str, examples: list[Example]) -> Parts:
+def _lay_out(desk: Desk, name: str, examples: Sequence[Example]) -> Parts:
     with gr.Row(elem_id="head"):
         gr.HTML(
             f"<div class='brand'>{OWL}<b>owl2</b><span>{html.escape(name)}</span></div>",
