@@ -1,0 +1,315 @@
+"""Pictures of strangers: the same pixels as the engine's own, and no harm."""
+
+import io
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from owl2.errors import InputError
+from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.sources import FORMATS, SQUARE_FACTOR
+from owl2.serve import decoding, nursery
+from owl2.serve.decoding import Decoders, Nursery
+from owl2.serve.errors import ApiError
+from owl2.serve.limits import MIB, Limits
+
+SIZE = 24
+Image.init()  # or the rarer formats would be missing below
+
+
+def noise(mode, size, seed=0):
+    width, height = size
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    if mode == "I;16":
+        return Image.fromarray((values[..., 0].astype(np.uint16) << 8) + values[..., 1])
+    return Image.fromarray(values, "RGBA").convert(mode)
+
+
+def saved(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(noise("RGB", (40, 30)), "JPEG", exif=exif)
+
+
+FILES = {
+    **{kind: saved(noise("RGB", (40, 30)), kind) for kind in FORMATS if kind in Image.SAVE},
+    "portrait": saved(noise("RGB", (30, 70)), "PNG"),
+    "small": saved(noise("RGB", (3, 2)), "PNG"),
+    "as it is": saved(noise("RGB", (SIZE, SIZE)), "PNG"),
+    "alpha": saved(noise("RGBA", (40, 30)), "PNG"),
+    "palette": saved(noise("P", (40, 30)), "GIF", transparency=3),
+    "grey": saved(noise("L", (40, 30)), "JPEG"),
+    "16 bits": saved(noise("I;16", (40, 30)), "PNG"),
+    "CMYK": saved(noise("CMYK", (40, 30)), "JPEG"),
+    "two bits": saved(noise("1", (40, 30)), "TIFF", compression="group4"),
+    "packed": saved(noise("RGB", (40, 30)), "TIFF", compression="tiff_lzw"),
+    "rotated": rotated(),
+}
+
+
+def decode(data, like=None, **limits):
+    return Decoders(Limits(**limits), like or Owl2ImageProcessor(SIZE)).decode(data)
+
+
+def refused(data, code, **limits):
+    with pytest.raises(ApiError) as caught:
+        decode(data, **limits)
+    assert (caught.value.status, caught.value.code) == (400, code)
+    return caught.value.message
+
+
+def still_works():
+    assert decode(FILES["PNG"]).size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize("policy", ["resize", "pad"])
+@pytest.mark.parametrize("data", FILES.values(), ids=FILES)
+def test_the_pixels_are_those_of_the_file(data, policy):
+    like = Owl2ImageProcessor(SIZE, policy)
+    decoded = decode(data, like)
+    assert (decoded.mode, decoded.size) == ("RGB", (SIZE, SIZE))
+    ours, files = (like(source, "np")["pixel_values"] for source in (decoded, data))
+    np.testing.assert_array_equal(ours, files)
+    assert np.ptp(ours) > 0.5  # or two empty pictures would be equal
+
+
+def test_other_means_and_sizes():
+    like = Owl2ImageProcessor(9, "pad", (0.1, 0.9, 0.4), (0.3, 0.2, 0.1))
+    for name in ("portrait", "JPEG"):
+        decoded = decode(FILES[name], like)
+        pixels = like(decoded, "np")["pixel_values"]
+        np.testing.assert_array_equal(pixels, like(FILES[name], "np")["pixel_values"])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])
+def test_what_is_cut_off_or_spoilt_is_refused_or_a_picture(kind):
+    data = FILES[kind]
+    refused(data[: len(data) // 2], "invalid_image")
+    refused(data[:10], "invalid_image")
+    random = np.random.default_rng(1)
+    for _ in range(5):
+        spoilt = bytearray(data)
+        for place in random.integers(0, len(data), 20):
+            spoilt[place] = random.integers(256)
+        try:
+            assert decode(bytes(spoilt)).size == (SIZE, SIZE)
+        except ApiError as error:
+            assert error.status == 400
+            assert error.code in ("invalid_image", "image_too_large")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 1000,
+        b"no picture",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage",
+    ],
+    ids=["nothing", "zeros", "words", "SVG", "EPS"],
+)
+def test_what_is_no_picture(data):
+    refused(data, "invalid_image")
+
+
+def chunk(name, data):
+    return struct.pack("!I", len(data)) + name + data + struct.pack("!I", zlib.crc32(name + data))
+
+
+def bomb(width, height, rows=0):
+    """A small PNG that says it is large; with `rows` it really is."""
+    data = zlib.compress(bytes(rows * (1 + 3 * width)), 9)
+    header = struct.pack("!2I5B", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (2**31 - 1, 1), (1, 50_000)])
+def test_more_pixels_than_allowed_are_known_from_the_header(size):
+    message = refused(bomb(*size), "image_too_large", pixels=10_000_000)
+    assert "pixels" in message
+
+
+def test_the_smaller_limit_on_pixels_holds():
+    data = FILES["PNG"]
+    like = Owl2ImageProcessor(SIZE, max_pixels=1000)
+    assert "limit is 1,000" in refused_by(Decoders(Limits(), like), data)
+    assert "limit is 900" in refused(data, "image_too_large", pixels=900)
+
+
+def refused_by(decoders, data):
+    with pytest.raises(ApiError) as caught:
+        decoders.decode(data)
+    return caught.value.message
+
+
+def test_too_much_memory_ends_nothing_but_the_picture():
+    data = bomb(5000, 5000, 5000)
+    assert len(data) < 200_000
+    assert "memory" in refused(data, "image_too_large", picture_memory=64 * MIB)
+    still_works()
+
+
+@pytest.mark.slow
+def test_the_largest_pictures_allowed_fit_into_the_memory_allowed():
+    edge = int((SQUARE_FACTOR * Limits().pixels) ** 0.5)
+    data = saved(Image.new("RGB", (edge, Limits().pixels // edge)), "JPEG", quality=1)
+    assert decode(data, picture_seconds=100).size == (SIZE, SIZE)
+
+
+def test_too_much_time_ends_nothing_but_the_picture():
+    begin = time.monotonic()
+    message = refused(bomb(5000, 5000, 5000), "image_too_large", picture_seconds=0.01)
+    assert "longer than 0.01 seconds" in message
+    assert time.monotonic() - begin < decoding.GRACE_SECONDS  # the decoder ended itself
+    still_works()
+
+
+def answer_with(monkeypatch, reply):
+    """Decoders whose decoder reads all and says `reply`, then ends."""
+
+    def work(connection):
+        with connection:
+            head = nursery.receive(connection, 4)
+            job = nursery.receive(connection, nursery.LENGTH.unpack(head)[0])
+            nursery.receive(connection, nursery.json.loads(job)["length"])
+            connection.sendall(reply)
+
+    def open_(self):
+        ours, theirs = socket.socketpair()
+        threading.Thread(target=work, args=(theirs,)).start()
+        return ours
+
+    monkeypatch.setattr(Nursery, "open", open_)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"",
+        b"P",
+        b"P" + nursery.LENGTH.pack(3 * SIZE**2),
+        b"P" + nursery.LENGTH.pack(3 * SIZE**2) + b"x" * (3 * SIZE**2 - 1),
+        b"P" + nursery.LENGTH.pack(2**32 - 1) + b"x" * 100,
+        b"P" + nursery.LENGTH.pack(5) + b"x" * 5,
+        b"B" + nursery.LENGTH.pack(2**32 - 1) + b"x" * 100,
+        b"?" + nursery.LENGTH.pack(2) + b"\xff\xfe",
+    ],
+)
+def test_a_decoder_that_died_or_was_taken_over(monkeypatch, reply):
+    answer_with(monkeypatch, reply)
+    refused(FILES["PNG"], "invalid_image")
+
+
+def test_a_decoder_that_is_stuck(monkeypatch):
+    monkeypatch.setattr(decoding, "GRACE_SECONDS", 0.1)
+    pair = socket.socketpair()
+    monkeypatch.setattr(Nursery, "open", lambda self: pair[0])
+    refused(FILES["PNG"], "image_too_large", picture_seconds=0.1)
+
+
+def confined(check):
+    """Whether `check` holds in a process that is confined as a decoder is."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            job = nursery.Job(0, 8, "resize", (0.5, 0.5, 0.5), 10, 64 * MIB, 30.0)
+            nursery._confine(job)
+            code = 0 if check() else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def raises(kind, call):
+    try:
+        call()
+    except kind:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda: raises(OSError, lambda: os.open("/etc/passwd", os.O_RDONLY)),
+        lambda: raises(OSError, lambda: os.open(os.devnull, os.O_WRONLY)),
+        lambda: raises(OSError, socket.socket),
+        lambda: raises(MemoryError, lambda: bytearray(2048 * MIB)),
+    ],
+    ids=["reads", "writes", "connects", "fills memory"],
+)
+def test_a_decoder_can_do_no_harm(check):
+    assert confined(check)
+
+
+def test_a_decoder_can_do_its_work():
+    assert confined(lambda: bytearray(30 * MIB))
+
+
+def test_a_decoder_has_no_secrets(monkeypatch):
+    monkeypatch.setenv("OWL2_API_KEY", "the-key-of-the-house")
+    assert "the-key-of-the-house" not in str(decoding._environment())
+
+
+def test_several_at_a_time_get_their_own():
+    colours = [(n, 255 - n, n // 2) for n in range(0, 250, 25)]
+    got = {}
+
+    def work(colour):
+        got[colour] = decode(saved(Image.new("RGB", (50, 40), colour), "PNG")).getpixel((5, 5))
+
+    threads = [threading.Thread(target=work, args=(colour,)) for colour in colours]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert got == {colour: colour for colour in colours}
+
+
+def test_no_process_and_no_file_is_left_behind():
+    still_works()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        still_works()
+        refused(b"x" * 100, "invalid_image")
+    assert len(os.listdir("/proc/self/fd")) == before
+    parent = decoding._nursery()._process.pid
+    with open(f"/proc/{parent}/task/{parent}/children") as file:
+        end = time.monotonic() + 5
+        while file.read().split() and time.monotonic() < end:
+            time.sleep(0.01)
+            file.seek(0)
+        file.seek(0)
+        assert file.read().split() == []
+
+
+def test_a_processor_that_would_refuse_the_square():
+    with pytest.raises(InputError, match="max_pixels"):
+        Decoders(Limits(), Owl2ImageProcessor(SIZE, max_pixels=SIZE**2 - 1))
+
+
+@pytest.mark.slow
+def test_decoders_come_back_when_the_process_they_are_forked_from_is_killed():
+    still_works()
+    process = decoding._nursery()._process
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    still_works()
+    assert decoding._nursery()._process.pid != process.pid
