@@ -13,9 +13,16 @@ class Owl2Settings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Ids as the model was trained with, instead of a converted tokenizer's."""
+        """Ids and pixels as the model was trained with.
+
+        That is: its own tokenizer instead of a converted one; and pictures as they are in their
+        files, instead of on vLLM's white ground, since the checkpoint's processor knows what to do
+        with what is transparent or has 16 bits.
+        """
         if model_config.tokenizer_mode == "auto":
             model_config.tokenizer_mode = TOKENIZER_MODE
+        pictures = model_config.multimodal_config.media_io_kwargs.setdefault("image", {})
+        pictures.setdefault("image_mode", None)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

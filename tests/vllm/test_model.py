@@ -1,5 +1,9 @@
 """vLLM's greedy tokens are the Engine's, in float32: alone, together, cut up and remembered."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from tests.vllm.conftest import (
@@ -70,6 +74,7 @@ def test_one_visual_token_alone_in_a_step(llm, engine, extra):
         input_ids=ids, pixel_values=pixels, max_new_tokens=8, do_sample=False
     )
     sampling = SamplingParams(temperature=0, max_tokens=8)
+    assert llm.reset_prefix_cache()
     for remembered in (0, 64):
         [output] = llm.generate([prompt], sampling, use_tqdm=False)
         assert output.num_cached_tokens == remembered
@@ -91,18 +96,47 @@ def test_a_placeholder_without_a_picture_is_refused_and_the_next_is_answered(
     assert vllm_tokens(llm, [good]) == [engine_tokens(engine, good)]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_mam": False},
-        {"num_key_value_heads": 4, "tie_word_embeddings": True},
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    ],
-)
-def test_other_decoders(tmp_path, settings):
+def test_without_mam(tmp_path):
+    answers_as_the_engine(make_checkpoint(tmp_path, use_mam=False))
+
+
+def test_as_released_and_all_that_llamas_have(tmp_path):
+    """Shards of ``.bin``, old buffers, no position codes, another picture size than it has; tied
+    embeddings, as many key-value heads as heads, scaled positions."""
+    import torch
+    from safetensors.torch import load_file
+
+    directory = make_checkpoint(
+        tmp_path,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        rope_scaling={"rope_type": "linear", "factor": 2.0},
+    )
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weights = {name: weight for name, weight in weights.items() if "pos_embed" not in name}
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    names = sorted(weights)
+    index = {}
+    for number in (0, 1):
+        shard = f"pytorch_model-{number + 1:05}-of-00002.bin"
+        part = {name: weights[name] for name in names[number::2]}
+        torch.save(part, directory / shard)
+        index |= dict.fromkeys(part, shard)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (directory / "pytorch_model.bin.index.json").write_text(text)
+    config = json.loads((directory / "config.json").read_text())
+    config["visual_config"]["visual_model"]["image_size"] = 12
+    (directory / "config.json").write_text(json.dumps(config))
+    pixels = json.loads((directory / "preprocessor_config.json").read_text())
+    pixels |= {"size": 12, "crop_size": 12}
+    (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
+    answers_as_the_engine(directory)
+
+
+def answers_as_the_engine(directory):
     from owl2.inference.engine import Engine
 
-    directory = make_checkpoint(tmp_path, **settings)
     engine = Engine.from_pretrained(directory, device="cpu", dtype="float32", reuse=False)
     expected = [engine_tokens(engine, messages) for messages in conversations()]
     with running(directory) as llm:
@@ -112,3 +146,31 @@ def test_other_decoders(tmp_path, settings):
 def test_two_processes_share_the_decoder(checkpoint, expected):
     with running(checkpoint, tensor_parallel_size=2) as llm:
         assert vllm_tokens(llm, conversations()) == expected
+
+
+def test_more_processes_than_key_value_heads_are_refused(checkpoint):
+    with (
+        pytest.raises(Exception, match="does not divide the model's 2 key-value heads"),
+        running(checkpoint, tensor_parallel_size=4),
+    ):
+        pass
+
+
+def test_a_recorded_step_and_a_counted_one_are_the_same():
+    """Where a CUDA graph is recorded, both modalities are computed and one is chosen."""
+    import torch
+
+    from owl2.vllm.decoder import VisualTokens
+
+    inputs, states = torch.randn(7, 3), torch.randn(7, 3)
+    mask = torch.tensor([0, 1, 1, 0, 0, 1, 0]).bool()[:, None]
+    counted = VisualTokens(mask, mask[:, 0].nonzero()[:, 0]).put(states, torch.exp, inputs)
+    assert torch.equal(counted, VisualTokens(mask, None).put(states, torch.exp, inputs))
+    assert torch.equal(counted[mask[:, 0]], inputs[mask[:, 0]].exp())
+    assert torch.equal(counted[~mask[:, 0]], states[~mask[:, 0]])
+
+
+def test_importing_the_plug_in_does_not_import_vllm():
+    """vLLM asks all that are installed for theirs; ours must not cost those who do not use it."""
+    code = "import sys, owl2.vllm; assert 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

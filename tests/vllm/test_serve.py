@@ -130,6 +130,20 @@ def test_what_it_refuses_is_a_400_and_the_next_is_answered(client, engine, reque
     assert reply.choices[0].message.content.strip() == expected
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "P"])
+def test_pictures_of_all_kinds_are_seen_as_the_engine_sees_them(client, engine, mode):
+    given = picture(6)
+    if mode == "RGBA":
+        given.putalpha(given.getchannel("R"))
+    elif mode == "I;16":
+        given = given.convert("I").point(lambda value: value * 257).convert(mode)
+    else:
+        given = given.convert(mode)
+    reply = client.chat.completions.create(**asked("what is this?", as_url(given)))
+    expected = engine.chat(ask("what is this?", given), max_new_tokens=NEW)
+    assert reply.choices[0].message.content.strip() == expected
+
+
 def test_a_picture_is_prepared_as_asked(client, engine):
     """By the picture's other policy: the answer to a long one differs."""
     from owl2.inference.engine import Engine
