@@ -15,7 +15,7 @@ from owl2.inference.scoring import prompt_and_answer
 from owl2.model import vision
 from owl2.model.relatives import without_mam
 from owl2.study import look, recording
-from owl2.study.recording import abstractor_attention
+from owl2.study.recording import abstractor_attention, decoder_attention
 from tests.inference.conftest import ask, picture
 from tests.tiny import make_model
 
@@ -255,3 +255,25 @@ def test_bfloat16(engine, conversations):
     looks = look(model, engine.processor, conversations[2], answer=ANSWER)
     assert looks.mean.dtype == np.float32
     np.testing.assert_allclose(looks.mean.sum(-1), 1, atol=1e-5)
+
+
+def test_what_other_threads_compute_is_not_recorded(engine):
+    taken = []
+    ids = torch.tensor([[1, 5, 6]])
+    pixels = engine.processor.image_processor([picture(1)])["pixel_values"]
+
+    def compute():
+        with torch.no_grad():
+            engine.model(input_ids=ids, use_cache=True)
+            engine.model.get_image_features(pixels)
+
+    with (
+        decoder_attention(engine.model, lambda *given: taken.append(given)),
+        abstractor_attention(engine.model, taken.append),
+    ):
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+        assert not taken
+        compute()
+    assert len(taken) == 4
