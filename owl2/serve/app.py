@@ -15,7 +15,7 @@ from owl2 import __version__
 from owl2.inference.engine import Engine
 from owl2.serve import errors
 from owl2.serve.answering import Desk
-from owl2.serve.chat import ChatService, add_chat
+from owl2.serve.chat import OTHERS, ChatService, add_chat
 from owl2.serve.document import page
 from owl2.serve.door import Door
 from owl2.serve.keys import Keys
@@ -88,7 +88,7 @@ def _add_models(app: FastAPI, name: str) -> None:
         return ModelList(object="list", data=[model])
 
     # A hub id has a slash in it.
-    @app.get("/v1/models/{name:path}", responses=errors.responses(401, 404))
+    @app.get("/v1/models/{name:path}", responses=errors.responses(401, 404) | OTHERS)
     async def retrieve_model(name: str) -> Model:
         """The model of that name."""
         if name != model.id:

@@ -18,17 +18,24 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from owl2.inference.decoding import DEFAULT_MAX_NEW_TOKENS
+from owl2.processing.chat import Message
 from owl2.serve import errors
 from owl2.serve.answering import Answer, Desk, Visit
 from owl2.serve.limits import check
 from owl2.serve.pictures import Pictures
 from owl2.serve.replies import DONE, Reply, event
 from owl2.serve.schema import ChatReply, ChatRequest
+from owl2.serve.system import into_first_turn, takes_system_prompt
 
 # After the last token: what a client takes longer to read is cut.
 READING_SECONDS = 30.0
 # nginx's number for a client that left. Nobody reads it but the metrics.
 CLIENT_LEFT = 499
+
+# For a route's `responses`; without it FastAPI says that it answers 422, which it does not.
+OTHERS: dict[int | str, dict[str, Any]] = {
+    "default": {"model": errors.ErrorReply, "description": "Any other error"}
+}
 
 Result = TypeVar("Result")
 
@@ -49,6 +56,7 @@ class ChatService:
         self.pictures = pictures
         self.name = name
         default = desk.engine.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        self._takes_system_prompt = takes_system_prompt(desk.engine.processor)
         self._max_tokens = min(default, desk.limits.answer_tokens)
 
     async def answer(self, body: ChatRequest, request: Request) -> Response:
@@ -83,12 +91,16 @@ class ChatService:
     ) -> Answer:
         options = body.options()
         options["max_new_tokens"] = options["max_new_tokens"] or self._max_tokens
-        messages = partial(self.pictures.messages, body.messages)
+        messages = partial(self._messages, body)
         async with self.desk.in_time(visit):
             answer = await self.desk.answer(visit, messages, body.answers, options)
             stack.enter_context(answer)
             reply.prompt_tokens = await answer.begun()
         return answer
+
+    async def _messages(self, body: ChatRequest) -> list[Message]:
+        messages = await self.pictures.messages(body.messages)
+        return messages if self._takes_system_prompt else into_first_turn(messages)
 
     async def _finish(self, visit: Visit, answer: Answer, reply: Reply) -> None:
         async with self.desk.in_time(visit):
@@ -174,6 +186,7 @@ def add_chat(app: FastAPI, service: ChatService) -> None:
         responses={
             200: {"content": {"text/event-stream": {}}},
             **errors.responses(400, 401, 404, 408, 413, 429, 500, 503),
+            **OTHERS,
         },
     )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
