@@ -32,9 +32,13 @@ PIECE = 2**16
 
 _UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 as seen from networks without it (RFC 6052)
-# Azure's machines reach their host by it, and it is no private one:
+# Closed beside what `ipaddress` calls not global, which differs from version to version: protocol
+# assignments (RFC 6890; one cloud has its metadata there), relays of 6to4 (RFC 7526), and the
+# address by which Azure's machines reach their host, see
 # https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16
-_AZURE_HOST = ipaddress.ip_address("168.63.129.16")
+_CLOSED = [
+    ipaddress.ip_network(net) for net in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")
+]
 
 
 class Network:
@@ -101,7 +105,8 @@ def is_public(address: str) -> bool:
             ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         elif ip not in _UNICAST or ip.sixtofour or ip.teredo:
             return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip == _AZURE_HOST)
+    closed = ip.is_multicast or ip.is_reserved or any(ip in net for net in _CLOSED)
+    return ip.is_global and not closed
 
 
 def _read_url(url: str) -> _Target:
