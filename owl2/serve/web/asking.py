@@ -23,6 +23,7 @@ from owl2.serve.answering import Answer, Desk, Visit
 from owl2.serve.errors import ApiError, as_api_error
 from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.examples import Example
+from owl2.serve.web.saying import note, warn
 from owl2.serve.web.texts import error_text, text
 
 # Between two views of a growing answer: an eye sees no more, and each view is sent anew.
@@ -83,7 +84,7 @@ class Asking:
         try:
             turn = self._turn(given["text"], given["files"], talk, how.language)
         except (ApiError, InputError) as error:
-            _warn(error, how.language)
+            warn(error, how.language)
             yield View(gr.update(value=given), talk.shown())
             return
         talk.turns.append(turn)
@@ -105,7 +106,7 @@ class Asking:
             return
         how = Settings(*settings)
         if not talk.turns:
-            gr.Info(text("error_no_answer", how.language))
+            note("error_no_answer", how.language)
             return
         async with aclosing(self._answer(talk, how)) as views:
             async for view in views:
@@ -173,11 +174,11 @@ class Asking:
                         yield View(gr.skip(), talk.shown())
                         seen = time.monotonic()
             if not turn.answer.strip():
-                gr.Info(text("empty", how.language))
+                note("empty", how.language)
         except Stopped:
             turn.note = text("stopped", how.language)
         except Exception as error:  # what is our own fault is logged there, and here it is said
-            _warn(error, how.language)
+            warn(error, how.language)
         finally:
             talk.busy, talk.stop = False, None
         box: dict[str, Any] = {}
@@ -270,7 +271,3 @@ async def _unless(stopping: asyncio.Event, work: Coroutine[Any, Any, Result]) ->
         stop.cancel()
         task.cancel()
         await asyncio.gather(task, stop, return_exceptions=True)
-
-
-def _warn(error: Exception, language: str) -> None:
-    gr.Warning(error_text(as_api_error(error), language))

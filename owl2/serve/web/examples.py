@@ -28,6 +28,7 @@ class Example:
 
 def drawn(folder: Path) -> list[Example]:
     """Three plain pictures, written into `folder`, each with a question."""
+    folder.mkdir(parents=True, exist_ok=True)
     examples = []
     for shape, colour, ground, (x, y, radius), question in _DRAWN:
         path = folder / f"{shape}.png"

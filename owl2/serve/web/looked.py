@@ -15,9 +15,9 @@ import gradio as gr
 from PIL import Image
 
 from owl2.inference.engine import Engine
-from owl2.serve.errors import as_api_error
 from owl2.serve.web.conversation import Conversation
-from owl2.serve.web.texts import error_text, text
+from owl2.serve.web.saying import note, warn
+from owl2.serve.web.texts import text
 from owl2.study import Looks, heat_map, look, overlay, words_of
 from owl2.study.heat import COLOURS
 
@@ -57,15 +57,15 @@ class Looking:
         turns = [turn for turn in talk.turns if turn.answer.strip()]
         looked = None
         if not turns or talk.busy:
-            gr.Info(text("error_no_answer", language))
+            note("error_no_answer", language)
         elif not any(turn.pictures for turn in turns):
-            gr.Info(text("error_no_picture", language))
+            note("error_no_picture", language)
         else:
             try:
                 async with self._lock:
                     looked = await asyncio.to_thread(self._look, Conversation(turns))
             except Exception as error:  # what is our own fault is logged, and here it is said
-                gr.Warning(error_text(as_api_error(error), language))
+                warn(error, language)
         return looked, *describe(looked, ALL, language)
 
     async def forget(self, language: str) -> tuple[None, Any, str]:
@@ -116,9 +116,8 @@ def paint(looked: Looked | None, word: int | None, language: str) -> str:
             f"<div class='row'>{_figure(file, name)}"
             f"{_figure(file, text('figure_looked', language), painted, fit)}</div>"
         )
-    if rows:
-        rows.append(_scale(language))
-    return f"<div class='looked'>{''.join(rows)}{_shares(looked.looks, tokens, language)}</div>"
+    pairs = f"<div class='pairs'>{''.join(rows)}</div>{_scale(language)}" if rows else ""
+    return f"<div class='looked'>{pairs}{_shares(looked.looks, tokens, language)}</div>"
 
 
 def shares(looks: Looks, tokens: tuple[int, int]) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 """The page in an app: under `/web/`, beside the API."""
 
 import asyncio
-import tempfile
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,7 +75,7 @@ def mount(
     if not hasattr(app.state, "desk"):
         app.state.desk = Desk(engine, limits, Metrics())
     if examples is None:
-        examples = drawn(Path(tempfile.mkdtemp(prefix="owl2-web-")))
+        examples = drawn(Path(os.environ["GRADIO_TEMP_DIR"]))
     gr.mount_gradio_app(
         app,
         make_page(app.state.desk, decoding(engine, limits), name, examples),

@@ -24,6 +24,10 @@
     input.files = event.dataTransfer.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
   });
+  const icon = document.createElement("link");
+  icon.rel = "icon";
+  icon.href = "data:image/svg+xml," + encodeURIComponent(document.querySelector("#brand svg").outerHTML);
+  document.head.append(icon);
   const known = localStorage.getItem("owl2-language");
   const language = known || (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
   window.owl2.speak(language);

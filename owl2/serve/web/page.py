@@ -6,15 +6,22 @@
     chat ◄── views ── Asking           words ──► paint ──► figures
 """
 
+import atexit
 import html
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before gradio is imported: it reports its use over the network otherwise.
+# Both before gradio is imported. It reports its use over the network otherwise; and its folder for
+# visitors' pictures is else one that all its programs on a machine share, and clear for each other.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+if "GRADIO_TEMP_DIR" not in os.environ:
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="owl2-web-")
+    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 import gradio as gr
 
@@ -28,8 +35,8 @@ from owl2.serve.web.looked import Looking, describe, paint
 from owl2.serve.web.texts import LANGUAGES, translations
 
 HERE = Path(__file__).parent
-# An uploaded picture is deleted when it is older than this; looked for as often. In seconds.
-FILES_LIVE = 3600
+# Seconds after which an uploaded picture is deleted, and after which they are looked for again.
+FILES_LIVE, FILES_LOOK = 4 * 3600, 600
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"]
 
 OWL = (HERE / "owl.svg").read_text("utf-8")
@@ -79,7 +86,7 @@ def make_page(desk: Desk, decode: Decode, name: str, examples: Sequence[Example]
     page = gr.Blocks(
         title=f"owl2 · {name}",
         analytics_enabled=False,
-        delete_cache=(FILES_LIVE, FILES_LIVE),
+        delete_cache=(FILES_LOOK, FILES_LIVE),
         fill_width=True,
     )
     with page:
@@ -114,6 +121,7 @@ def _lay_out(desk: Desk, name: str, examples: Sequence[Example]) -> Parts:
                 latex_delimiters=[],
                 elem_id="chat",
             )
+            chat.keep_in_cache.update(chat.temp_files)  # the examples are no visitor's
             box = gr.MultimodalTextbox(
                 placeholder=str(i18n("question")),
                 show_label=False,

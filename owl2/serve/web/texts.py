@@ -80,7 +80,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "文件“{name}”已不存在，请重新添加。",
     ),
     "error_in_file": ("{name}: {error}", "{name}：{error}"),
-    "error_other": ("{error}", "出错了：{error}"),
+    "title_error": ("That did not work", "出错了"),
+    "title_note": ("Note", "提示"),
     "error_500": (
         "Something went wrong in the server; its log says what.",
         "服务器出错了，详情见其日志。",
@@ -119,4 +120,4 @@ def error_text(error: ApiError, language: str) -> str:
         return text("error_500", language)
     if language == "zh" and error.code in CHINESE_ERRORS:
         return CHINESE_ERRORS[error.code]
-    return text("error_other", language, error=error.message)
+    return error.message
