@@ -1,0 +1,280 @@
+"""How fast servers answer when 1, 4 and 16 ask at a time: any with OpenAI's interface.
+
+::
+
+    python recipes/serving/load.py ours=http://127.0.0.1:8000 vllm=http://127.0.0.1:8001 \\
+        --output load.json
+
+So many clients each stream one answer after the other. No two requests are alike, so that nothing
+is known from an earlier one; half of them have a picture. Several servers take turns in each round,
+so that a machine's better and worse minutes reach all of them; those that wait should be idle.
+
+Times are the client's: from sending a request to its first text, and to its end.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+WORDS = ("what", "which", "colour", "is", "are", "the", "a", "left", "above", "circle", "square")
+
+
+@dataclass
+class Reply:
+    """What came of one request; seconds."""
+
+    first: float
+    whole: float
+    prompt_tokens: int
+    tokens: int
+
+
+@dataclass
+class Round:
+    """So many requests at a server, `clients` at a time, in `seconds`."""
+
+    server: str
+    clients: int
+    seconds: float
+    replies: list[Reply]
+    errors: list[str]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(reply.tokens for reply in self.replies) / self.seconds
+
+
+@dataclass
+class Server:
+    """A name, where it is, its model, and how to reach it."""
+
+    name: str
+    url: str
+    model: str = ""
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Ask all servers; the exit code: 1 if a request failed."""
+    given = read(arguments)
+    key = os.environ.get(given.key_env or "", "") or "none"
+    servers = [server_of(word, key) for word in given.servers]
+    rounds = asyncio.run(measure(servers, given))
+    lines = [
+        summary([one for one in rounds if (one.server, one.clients) == (server.name, clients)])
+        for clients in given.clients
+        for server in servers
+    ]
+    show(lines)
+    if given.output:
+        report = {
+            "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+            "options": {name: getattr(given, name) for name in OPTIONS},
+            "servers": [{"name": one.name, "url": one.url, "model": one.model} for one in servers],
+            "results": lines,
+            "rounds": [asdict(one) for one in rounds],
+        }
+        given.output.write_text(json.dumps(report, indent=1) + "\n")
+    failed = [error for one in rounds for error in one.errors]
+    for error in sorted(set(failed)):
+        print(f"{failed.count(error)} failed: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+OPTIONS = ("clients", "rounds", "requests", "max_tokens", "words", "pictures", "edge")
+
+
+def read(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("servers", nargs="+", metavar="[NAME=]URL", help="without /v1")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="at a time")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--words", type=int, default=30, help="of a question")
+    parser.add_argument("--pictures", type=float, default=0.5, help="share of requests with one")
+    parser.add_argument("--edge", type=int, default=224, help="of a picture, in pixels")
+    parser.add_argument("--key-env", help="the environment variable with the API key")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds, of a request")
+    parser.add_argument("--output", type=Path, help="JSON with every request's numbers")
+    return parser.parse_args(arguments)
+
+
+def server_of(word: str, key: str) -> Server:
+    """`NAME=URL` or URL → where it is, and its first model."""
+    name, _, url = word.rpartition("=")
+    url = url.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {key}"}
+    models = httpx.get(f"{url}/v1/models", headers=headers, timeout=30).raise_for_status().json()
+    return Server(name or url, url, models["data"][0]["id"], headers)
+
+
+# ------------------------------------------------------------------ asking
+
+
+async def measure(servers: Sequence[Server], given: argparse.Namespace) -> list[Round]:
+    """All rounds, after one request to each server that nobody counts."""
+    numbers = iter(range(sys.maxsize))
+    start = time.time_ns()  # questions of an earlier run are not asked again
+
+    def body(server: Server) -> dict[str, Any]:
+        return request(server.model, random.Random(f"{start} {next(numbers)}"), given)
+
+    rounds = []
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(timeout=given.timeout, limits=limits) as client:
+        for server in servers:
+            await ask(client, server, body(server))
+        for clients in given.clients:
+            for _ in range(given.rounds):
+                for server in servers:
+                    bodies = [body(server) for _ in range(clients * given.requests)]
+                    rounds.append(await one_round(client, server, clients, bodies))
+    return rounds
+
+
+async def one_round(
+    client: httpx.AsyncClient, server: Server, clients: int, bodies: list[dict[str, Any]]
+) -> Round:
+    """Send `bodies`, `clients` of them at a time."""
+    replies: list[Reply] = []
+    errors: list[str] = []
+
+    async def one_client() -> None:
+        while bodies:
+            try:
+                replies.append(await ask(client, server, bodies.pop()))
+            except (httpx.HTTPError, ValueError) as error:
+                errors.append(f"{server.name}: {type(error).__name__} {error}"[:300])
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(one_client() for _ in range(clients)))
+    return Round(server.name, clients, time.perf_counter() - begun, replies, errors)
+
+
+async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -> Reply:
+    """Stream one answer.
+
+    Raises:
+        httpx.HTTPError: the server cannot be reached, or refuses.
+        ValueError: what it sends is no whole answer.
+    """
+    url = f"{server.url}/v1/chat/completions"
+    begun = time.perf_counter()
+    first = usage = None
+    async with client.stream("POST", url, json=body, headers=server.headers) as response:
+        if response.is_error:
+            raise ValueError(f"{response.status_code}: {(await response.aread()).decode()}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise ValueError(str(chunk["error"]))
+            usage = chunk.get("usage") or usage
+            texts = (choice["delta"].get("content") for choice in chunk["choices"])
+            if first is None and any(texts):
+                first = time.perf_counter() - begun
+    whole = time.perf_counter() - begun
+    if usage is None:
+        raise ValueError("the stream ended without its usage")
+    return Reply(first or whole, whole, usage["prompt_tokens"], usage["completion_tokens"])
+
+
+def request(model: str, source: random.Random, given: argparse.Namespace) -> dict[str, Any]:
+    """A body like no other, whose answer is greedy and, where a server can, of full length."""
+    question = " ".join(source.choices(WORDS, k=given.words)) + f" {source.getrandbits(32)}?"
+    content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if source.random() < given.pictures:
+        content.insert(0, {"type": "image_url", "image_url": {"url": picture(source, given.edge)}})
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": given.max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,  # vLLM's; who does not know it may end earlier
+    }
+
+
+def picture(source: random.Random, edge: int) -> str:
+    """A data-URI of coloured squares."""
+    colours = Image.frombytes("RGB", (8, 8), source.randbytes(8 * 8 * 3))
+    file = io.BytesIO()
+    colours.resize((edge, edge), Image.Resampling.NEAREST).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+# ------------------------------------------------------------------ reporting
+
+
+def summary(rounds: Sequence[Round]) -> dict[str, Any]:
+    """A line of the table: all requests' times, and the median round's throughput."""
+    replies = [reply for one in rounds for reply in one.replies]
+    speeds = [one.tokens_per_second for one in rounds]
+    line: dict[str, Any] = {
+        "server": rounds[0].server,
+        "clients": rounds[0].clients,
+        "requests": len(replies),
+        "failed": sum(len(one.errors) for one in rounds),
+        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second_range": [min(speeds), max(speeds)],
+        "tokens": statistics.fmean([reply.tokens for reply in replies] or [0]),
+    }
+    for name in ("first", "whole"):
+        times = sorted(getattr(reply, name) for reply in replies)
+        for percent in (50, 95):
+            line[f"{name}_ms_p{percent}"] = 1e3 * percentile(times, percent)
+    return line
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Of sorted values: the smallest that so many percent do not exceed; NaN of none."""
+    if not values:
+        return float("nan")
+    return values[max(0, -int(-len(values) * percent // 100) - 1)]
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """A table, in milliseconds."""
+    table = Table(caption="times in ms, of the client; tokens/s: median of the rounds")
+    for title in ("at a time", "server", "requests", "tokens/s", "tokens", "first p50", "p95"):
+        table.add_column(title, justify="left" if title == "server" else "right")
+    table.add_column("whole p50", justify="right")
+    table.add_column("p95", justify="right")
+    for line in lines:
+        times = [
+            line[f"{name}_ms_p{percent}"] for name in ("first", "whole") for percent in (50, 95)
+        ]
+        table.add_row(
+            str(line["clients"]),
+            line["server"],
+            str(line["requests"]) + (f" (+{line['failed']} failed)" if line["failed"] else ""),
+            f"{line['tokens_per_second']:.1f}",
+            f"{line['tokens']:.0f}",
+            *(f"{value:.0f}" for value in times),
+        )
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

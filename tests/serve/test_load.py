@@ -1,0 +1,73 @@
+"""recipes/serving/load.py: what it reports of a server."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from owl2.errors import InputError
+from owl2.serve.app import Settings, make_app
+from tests.serve.running import ToldEngine, running
+
+
+@pytest.fixture(scope="module")
+def load():
+    path = Path(__file__).parents[2] / "recipes/serving/load.py"
+    spec = importlib.util.spec_from_file_location("load", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_report_of_two_servers(load, server_url, tmp_path, capsys):
+    output = tmp_path / "load.json"
+    options = "--clients 1 3 --rounds 2 --requests 2 --max-tokens 5 --words 4 --edge 16 --output"
+    words = [f"one={server_url}", f"other={server_url}/v1", *options.split(), str(output)]
+    assert load.main(words) == 0
+    report = json.loads(output.read_text())
+    lines = report["results"]
+    assert [(line["clients"], line["server"]) for line in lines] == [
+        (1, "one"), (1, "other"), (3, "one"), (3, "other"),
+    ]  # fmt: skip
+    assert [line["requests"] for line in lines] == [4, 4, 12, 12]
+    for line in lines:
+        assert line["failed"] == 0
+        assert 0 < line["first_ms_p50"] <= line["first_ms_p95"] <= line["whole_ms_p95"]
+        assert line["first_ms_p50"] <= line["whole_ms_p50"]
+        assert 1 <= line["tokens"] <= 5
+        assert line["tokens_per_second"] > 0
+    assert [one["server"] for one in report["rounds"]][:4] == ["one", "other"] * 2
+    prompts = {reply["prompt_tokens"] for one in report["rounds"] for reply in one["replies"]}
+    assert len(prompts) > 3, "no two requests should be alike"
+    assert "12" in capsys.readouterr().out
+
+
+def test_failures_are_counted_and_said(load, tiny_engine, capsys):
+    engine = ToldEngine(tiny_engine, refuse=InputError("no memory"))
+    with running(make_app(engine, Settings("tiny"))) as url:
+        with pytest.raises(ValueError, match="400"):
+            load.main([url, "--clients", "1", "--rounds", "1"])
+        options = [url, "--clients", "2", "--rounds", "1", "--pictures", "0"]
+        asked = load.ask
+        tried = []
+
+        async def first_works(*arguments):
+            tried.append(1)
+            return await asked(*arguments) if len(tried) > 1 else None
+
+        load.ask = first_works
+        try:
+            assert load.main(options) == 1
+        finally:
+            load.ask = asked
+    shown = capsys.readouterr()
+    assert "4 failed" in shown.out + shown.err
+    assert "400" in shown.err
+
+
+def test_percentiles(load):
+    values = [float(value) for value in range(1, 21)]
+    assert load.percentile(values, 50) == 10
+    assert load.percentile(values, 95) == 19
+    assert load.percentile(values[:1], 95) == 1
