@@ -57,3 +57,42 @@ def draw_attention(
         max_new_tokens,
     )
     attend(settings, Console(soft_wrap=True))
+
+
+@app.command("caption")
+def caption_pictures(
+    folder: Annotated[Path, typer.Argument(help="With the pictures.")],
+    model: Annotated[str, typer.Option(help="A checkpoint: directory or hub id.")],
+    output: Annotated[Path, typer.Option(help="A .jsonl file: a line a picture.")],
+    prompt: Annotated[
+        str, typer.Option(help="What is asked about each picture.")
+    ] = "Provide a one-sentence caption for the provided image.",
+    recursive: Annotated[bool, typer.Option("--recursive", help="Folders in it, too.")] = False,
+    engine: Annotated[str, typer.Option(help="owl2 or vllm.")] = "owl2",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a caption at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+) -> None:
+    """Caption all pictures of a folder, or ask the same about each.
+
+    Started again after it was stopped, it goes on where it was. Several processes share the work,
+    as torchrun or srun start them (RANK, WORLD_SIZE).
+    """
+    from owl2.serve.captions import Settings, caption
+
+    settings = Settings(
+        folder,
+        model,
+        output,
+        prompt,
+        recursive,
+        engine,
+        max_new_tokens,
+        batch_size,
+        device,
+        dtype,
+        quantize,
+    )
+    caption(settings, Console(soft_wrap=True))

@@ -12,14 +12,18 @@ PLAIN_SECONDS = 5.0
 class Watch:
     """Counts answers and shows how many there are; a context manager.
 
+    Args:
+        unit: what is answered, in the plural.
+
     Attributes:
         done: answers so far, with those of an earlier start.
     """
 
-    def __init__(self, console: Console, what: str) -> None:
+    def __init__(self, console: Console, what: str, unit: str = "questions") -> None:
         self.done = 0
         self._console = console
         self._what = what
+        self._unit = unit
         self._total = self._before = 0
         self._began = self._last_plain = time.perf_counter()
         self._bar: Progress | None = None
@@ -67,4 +71,4 @@ class Watch:
         seconds = time.perf_counter() - self._began
         new = self.done - self._before
         left = timedelta(seconds=round(seconds / new * (self._total - self.done)))
-        return f"{new / max(seconds, 1e-9):,.1f} questions/s  {left} left"
+        return f"{new / max(seconds, 1e-9):,.1f} {self._unit}/s  {left} left"
