@@ -114,7 +114,7 @@ class Endpoint:
         }
         try:
             with _OPENER.open(self._request(body), timeout=self.timeout) as reply:
-                data = reply.read(MAX_REPLY_BYTES)
+                data = self._whole(reply)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._objection(error) from error
@@ -127,6 +127,15 @@ class Endpoint:
         if not isinstance(content, str):
             raise _Passing(f"a chat completion without text: {data[:200]!r}")
         return content
+
+    def _whole(self, reply: http.client.HTTPResponse) -> bytes:
+        """A server that sends a byte now and then would never be late by the socket's own clock."""
+        data, until = b"", time.monotonic() + self.timeout
+        while (some := reply.read1(MAX_REPLY_BYTES - len(data))) and len(data) < MAX_REPLY_BYTES:
+            data += some
+            if time.monotonic() > until:
+                raise TimeoutError(f"the reply takes more than {self.timeout:g} s")
+        return data
 
     def _request(self, body: dict[str, Any]) -> urllib.request.Request:
         url = self.url.rstrip("/")

@@ -10,7 +10,6 @@ server failed, goes on where it was. What cannot be judged is named, and never s
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 from owl2.data.datasets.published import json_lines, json_object
 from owl2.errors import InputError
 from owl2.eval.endpoint import Endpoint, NoReply
+from owl2.eval.journal import json_text
 from owl2.eval.metrics import Metric, find_metric
 from owl2.eval.metrics.judged import RUBRICS, Rubric
 from owl2.eval.questions import Answer, Question
@@ -77,7 +77,7 @@ def judge_run(
     done = {}
     for name in names:
         done[name] = _judge_task(run, name, table[name], results["tasks"][name], endpoint, say)
-        write_whole(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_whole(path, json_text(results, indent=2) + "\n")
     return done
 
 
@@ -99,7 +99,7 @@ def _judge_task(
         answers = [_answer(row) for row in rows]
         for row, score in zip(rows, metric.score(answers).each, strict=True):
             row["score"] = score
-        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_whole(file, "".join(json_text(row) + "\n" for row in rows))
         metrics |= _named(metric, answers, ending)
         for kind, figures in kinds.items():
             some = [answer for answer in answers if answer.question.kind == kind]
@@ -146,7 +146,7 @@ class Journal:
         """Write it down."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(judgement, ensure_ascii=False) + "\n")
+            file.write(json_text(judgement) + "\n")
         self.known[judgement["key"]] = judgement
 
 
@@ -217,7 +217,7 @@ def _finished(asked: dict["Future[Any]", int]) -> "Iterator[tuple[int, Future[An
 
 
 def _key(model: str, prompt: str) -> str:
-    return hashlib.sha256(f"{model}\n{prompt}".encode()).hexdigest()
+    return hashlib.sha256(f"{model}\n{prompt}".encode(errors="surrogatepass")).hexdigest()
 
 
 def _answer(row: dict[str, Any]) -> Answer:

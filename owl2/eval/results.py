@@ -119,7 +119,9 @@ def facts_of(ready: Ready, asked: Asked) -> dict[str, Any]:
         "shots": recipe.shots,
         "scorer": metric.to_dict(),
         "data": {
-            "files": {path.name: file_fingerprint(path) for path in ready.source.read},
+            "files": {
+                ready.source.name(path): file_fingerprint(path) for path in ready.source.read
+            },
             "questions": questions_fingerprint(ready.questions),
             "pictures": pictures_fingerprint(asked.pictures),
         },

@@ -1,8 +1,9 @@
 """A chat endpoint that is slow, fails and talks nonsense."""
 
 import socket
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -119,3 +120,23 @@ def test_an_objection_to_one_prompt_concerns_that_alone(stub):
 def test_a_url_that_is_none(url):
     with pytest.raises(InputError, match="no endpoint"):
         Endpoint(url, "judge-1")
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(100):
+                    connection.sendall(b" ")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        began = time.monotonic()
+        with pytest.raises(NoReply, match=r"takes more than 0\.3 s"):
+            Endpoint(url, "j", timeout=0.3, attempts=1).ask("?", number)
+        assert time.monotonic() - began < 3

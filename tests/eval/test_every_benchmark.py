@@ -15,6 +15,7 @@ from owl2.eval.loading import Subject
 from owl2.eval.pictures import find_picture
 from owl2.eval.recipes import recipes
 from owl2.eval.runner import Judge, Settings, evaluate
+from owl2.eval.tasks import find_tasks
 from owl2.processing.image import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.sources import load_image
@@ -79,6 +80,18 @@ def test_pictures_are_in_the_prompts_of_all_but_text(run):
         lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         has_picture = "<|image|>" in json.loads(lines[0])["prompt"]
         assert has_picture == (recipes()[name].suite != "text"), name
+
+
+def test_each_file_that_was_read_has_its_fingerprint(results):
+    """MME has files of the same name in its folders."""
+    for name in PAPER:
+        files = results["tasks"][name]["data"]["files"]
+        [task] = find_tasks(name)
+        source = task.source(FIXTURES)
+        task.read(source)
+        assert files.keys() >= {source.name(path) for path in source.read}, name
+        assert len({source.name(path) for path in source.read}) == len(set(source.read)), name
+    assert "OCR/6610.txt" in results["tasks"]["mme"]["data"]["files"]
 
 
 def test_pictures_of_all_can_be_looked_at_later(run):

@@ -72,6 +72,10 @@ def test_the_judge_gets_question_reference_and_answer_but_no_braces_are_filled_i
         ("Score: -0.5", None),
         ("Score: 0.2 or score: 0.4", None),
         ("Score: 1.2.3", None),
+        ("Score: 1/1", 1.0),
+        ("Score: 1/10", None),
+        ("Score: 0,5", None),
+        ("Score: 10", None),
         ("perfect", None),
         ("", None),
     ],
@@ -85,6 +89,7 @@ def test_scores_are_read_or_refused(reply, score):
     [
         ("It invents a dog.\nRating: 2", 2.0),
         ("Rating: 6/6", 6.0),
+        ("Rating: 3/5", None),
         ("On the rating scale from 0 to 6 this is\n**Rating: 0**", 0.0),
         ("4", 4.0),
         ("Rating: 2.5", None),
@@ -161,6 +166,18 @@ def test_another_answer_or_another_judge_is_judged_anew(tmp_path):
         other = Endpoint(server.url, "judge-2", wait=0.01)
         judge_rows([row(1)], RUBRICS["mm_vet"], other, journal, "mm_vet", lambda line: None)
         assert len(server.asked) == 3
+
+
+def test_any_text_can_be_judged(run):
+    half = row(0, answer="half \ud83e")
+    (run / "answers" / "mm_vet.jsonl").write_text(json.dumps(half) + "\n")
+    with serving(completion("Score: 1")) as server:
+        for _ in range(2):
+            done = judge_run(run, server.url, "j", lambda line: None, endpoint=quick(server))
+        assert len(server.asked) == 1
+    assert done["mm_vet"].judged == 1
+    [line] = (run / "answers" / "mm_vet.jsonl").read_text().splitlines()
+    assert json.loads(line)["answer"] == half["answer"]
 
 
 def test_half_a_line_of_a_killed_run_is_judged_again(tmp_path):

@@ -94,7 +94,7 @@ def read_score(reply: str) -> float | None:
     >>> read_score("The colour is wrong.\\nScore: 0.5")
     0.5
     """
-    return _only(r"score(?: is| of)?[\s:*=]*(-?[0-9.]*[0-9])", reply, 1.0)
+    return _only("score", reply, 1.0)
 
 
 def read_rating(reply: str) -> float | None:
@@ -103,18 +103,23 @@ def read_rating(reply: str) -> float | None:
     >>> read_rating("It invents a dog. **Rating: 2**")
     2.0
     """
-    figure = _only(r"rating(?: is| of)?[\s:*=]*(-?[0-9.]*[0-9])", reply, HIGHEST_RATING)
+    figure = _only("rating", reply, HIGHEST_RATING)
     return figure if figure is not None and figure.is_integer() else None
 
 
-def _only(pattern: str, reply: str, highest: float) -> float | None:
-    found = set(re.findall(pattern, reply, re.IGNORECASE)) or {reply.strip()}
+def _only(name: str, reply: str, highest: float) -> float | None:
+    """The figure after a name, which may say of what it is ("4/6")."""
+    # "0,5" is none: it could be a half, or 0 and something else.
+    figure = r"-?[0-9.]*[0-9](?!,?[0-9])"
+    pattern = rf"{name}(?: is| of)?[\s:*=]*({figure})(?:\s*/\s*({figure}))?"
+    found = set(re.findall(pattern, reply, re.IGNORECASE)) or {(reply.strip(), "")}
     try:
-        figures = {float(figure) for figure in found}
+        figures = {float(said) for said, _ in found}
+        scales = {float(scale) for _, scale in found if scale}
     except ValueError:
         return None
-    figure = figures.pop()
-    return figure if not figures and 0 <= figure <= highest else None
+    told = figures.pop()
+    return told if not figures and scales <= {highest} and 0 <= told <= highest else None
 
 
 # ------------------------------------------------------------------ metrics

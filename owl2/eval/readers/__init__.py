@@ -61,6 +61,14 @@ class Source:
             f"{'' if len(names) == 1 else ' (nor ' + ', '.join(names[1:]) + ')'}. {self.advice}"
         )
 
+    def name(self, path: Path) -> str:
+        """Of a file that was read: from the folder on in which it was found, as many benchmarks
+        have files of the same name."""
+        for folder in self.folders:
+            if path.is_relative_to(folder):
+                return path.relative_to(folder).as_posix()
+        return path.name
+
     def picture(self, *names: str) -> Path | None:
         """The first of these names that is there; None: no such picture."""
         for folder in self.folders:

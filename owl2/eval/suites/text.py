@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
 
@@ -52,6 +53,10 @@ class Owl2Text(HFLM):
                 f"model_args: there is no {', '.join(unknown)}. There are: {names}, "
                 f"{', '.join(sorted(_OPTIONS))}."
             )
+        # lm-eval's command line says so where the user says nothing, and its own `hf` model then
+        # takes what there is.
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None
         workers = Accelerator() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
         if isinstance(pretrained, Engine):
             engine = pretrained

@@ -113,6 +113,14 @@ def test_arguments_that_there_are_not(tiny_checkpoint):
         Owl2Text("/nowhere", device="cpu")
 
 
+def test_lm_evals_own_default_device_is_what_there_is(tiny_checkpoint, monkeypatch):
+    """Its command line says cuda:0 where the user says nothing."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert Owl2Text(str(tiny_checkpoint), device="cuda:0").device.type in ("cpu", "mps")
+    with pytest.raises(InputError, match="cuda:1"):
+        Owl2Text(str(tiny_checkpoint), device="cuda:1")
+
+
 def test_the_front_door_knows_both_models(monkeypatch, capsys):
     def evaluate():
         assert get_model("owl2") is Owl2Text
