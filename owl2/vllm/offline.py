@@ -68,7 +68,7 @@ def answer_all(
             [_sampling(decoding.of_answer(first + number)) for number in asked],
             use_tqdm=False,
         )
-        texts = iter([output.outputs[0].text.strip() for output in outputs])
+        texts = iter([_text(processor, output.outputs[0]) for output in outputs])
         for prompt in prompts:
             yield prompt if isinstance(prompt, InputError) else next(texts)
         first += len(prompts)
@@ -136,13 +136,17 @@ def _prompt(processor: Owl2Processor, messages: Messages, context: int) -> Promp
 def _sampling(decoding: Decoding) -> Any:
     from vllm import SamplingParams
 
-    if not decoding.do_sample:
-        return SamplingParams(temperature=0, max_tokens=decoding.max_new_tokens)
-    return SamplingParams(
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k,
-        min_p=decoding.min_p,
-        seed=decoding.seed,
-        max_tokens=decoding.max_new_tokens,
-    )
+    chosen: dict[str, Any] = {"temperature": 0}
+    if decoding.do_sample:
+        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        chosen = {name: getattr(decoding, name) for name in names}
+    return SamplingParams(max_tokens=decoding.max_new_tokens, detokenize=False, **chosen)
+
+
+def _text(processor: Owl2Processor, answer: Any) -> str:
+    """An answer's ids as the Engine writes them: vLLM leaves out a character that is not whole."""
+    ids = list(answer.token_ids)
+    if answer.finish_reason == "stop":  # by an end token, as no stop texts are asked for
+        ids.pop()
+    text = processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).strip()

