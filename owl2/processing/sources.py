@@ -9,6 +9,7 @@ import http.client
 import io
 import os
 import re
+import sys
 import threading
 import urllib.parse
 import urllib.request
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from owl2.errors import InputError
@@ -70,7 +70,7 @@ def check_max_pixels(value: Any) -> int:
 def _load(source: Any, max_pixels: int) -> Image.Image:
     if isinstance(source, Image.Image):
         return _to_rgb(source, max_pixels, "the given PIL picture")
-    if isinstance(source, (np.ndarray, torch.Tensor)):
+    if isinstance(source, np.ndarray) or _is_tensor(source):
         name = f"the array of shape {tuple(source.shape)}"
         return _to_rgb(_array_to_picture(source, name), max_pixels, name)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -286,8 +286,14 @@ def _scale_to_8_bits(picture: Image.Image, top: float | None, name: str) -> Imag
     return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
 
 
+def _is_tensor(source: Any) -> bool:
+    # Who has a tensor has loaded torch; the server's decoders never do, which are many and small.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.Tensor)
+
+
 def _array_to_picture(source: Any, name: str) -> Image.Image:
-    if isinstance(source, torch.Tensor):
+    if _is_tensor(source):
         tensor = source.detach().cpu()
         source = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     array = source

@@ -158,7 +158,7 @@ class Nursery:
             return self._control
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-P", "-m", "owl2.serve.nursery", str(theirs.fileno())]
+            command = [sys.executable, "-P", nursery.__file__, str(theirs.fileno())]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""The process that decoders of pictures are forked from: `python -m owl2.serve.nursery FD`.
+"""The process that decoders of pictures are forked from: `python owl2/serve/nursery.py FD`.
 
 ::
 
@@ -24,9 +24,16 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from PIL import Image
+
+if __name__ == "__main__":
+    # What `import owl2` brings along takes seconds and hundreds of megabytes, torch and
+    # transformers; here the package is only where its modules are.
+    sys.modules["owl2"] = ModuleType("owl2")
+    sys.modules["owl2"].__path__ = [str(Path(__file__).parents[1])]
 
 from owl2.errors import InputError
 from owl2.processing.image import ImagePolicy, Owl2ImageProcessor, load_image
