@@ -1,0 +1,72 @@
+"""Load: 64 clients at once, of all kinds, some of them leaving: nobody is lost or mixed up."""
+
+import re
+import sys
+
+import httpx
+import psutil
+import pytest
+
+from owl2.inference.engine import Engine
+from tests.serve import crowd
+from tests.serve.running import until
+from tests.serve.test_starting import Started
+
+CLIENTS = 64
+
+
+@pytest.fixture(scope="module")
+def questions(tiny_engine):
+    asked = crowd.questions(Engine(tiny_engine.model, tiny_engine.processor))
+    assert len({question.greedy for question in asked}) > 5
+    assert sum(question.stopped != question.greedy for question in asked) > 2
+    return asked
+
+
+def metric(url, name, labels=""):
+    text = httpx.get(f"{url}/metrics").text
+    found = re.search(rf"^owl2_{name}{re.escape(labels)} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def is_empty(url):
+    return not metric(url, "requests_running") and not metric(url, "requests_waiting")
+
+
+def test_64_clients_at_once(server_url, tiny_engine, questions):
+    before = metric(server_url, "answers_total", '{reason="gone"}')
+    seen = crowd.visit(server_url, questions, CLIENTS, 2)
+    assert seen.wrong == []
+    assert sum(seen.kinds[kind.__name__] for kind in crowd.KINDS) == CLIENTS * 2
+    assert len(seen.kinds) > len(crowd.KINDS), "nobody left while it waited"
+    until(lambda: is_empty(server_url))
+    assert metric(server_url, "answers_total", '{reason="gone"}') > before
+    worker = tiny_engine.runner._worker
+    until(lambda: not (worker._rows.active or worker._waiting))
+    assert crowd.visit(server_url, questions, 1, 6).wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no /proc and no file descriptors")
+def test_hours_in_a_minute(tiny_checkpoint, questions):
+    """Crowd after crowd at a server of its own: it stays as large as it was."""
+    words = ("--model", tiny_checkpoint, "--port", "0", "--served-model-name", "tiny")
+    server = Started(*words, "--device", "cpu", "--dtype", "float32")
+    try:
+        process = psutil.Process(server.process.pid)
+        sizes = []
+        for number in range(12):
+            seen = crowd.visit(server.url, questions, CLIENTS, 6, seed=number)
+            assert seen.wrong == []
+            until(lambda: is_empty(server.url))
+            until(lambda: len(process.net_connections()) <= 3)
+            info = process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()
+            sizes.append(info)
+        # What is kept on purpose (pictures, prompts, threads of the pool) is there by then.
+        (early, files, threads), (late, last_files, last_threads) = sizes[3], sizes[-1]
+        assert late - early < 8, sizes
+        assert last_files <= files + 2, sizes
+        assert last_threads <= threads, sizes
+    finally:
+        server.process.kill()
+        server.process.wait()
