@@ -1,7 +1,8 @@
 """The commands that put a model into people's hands: serve, web."""
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -50,29 +51,80 @@ def serve_model(
     Then it finishes what it has begun and refuses what is new (503). Exit code 0: all was finished;
     1: something was cut off.
     """
+    options = {
+        "name": served_model_name,
+        "api_key_env": api_key_env,
+        "api_key_file": api_key_file,
+        "drain_seconds": drain_seconds,
+        "web": web,
+    }
+    loading = {"device": device, "dtype": dtype, "quantize": quantize}
+    _start("serve", model, host=host, port=port, limits=limits or (), **options, **loading)
+
+
+@app.command("web")
+def open_page(
+    model: Annotated[str, typer.Option(help="A checkpoint: directory or hub id.")],
+    limits: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[LIMIT=VALUE]...",
+            help="Of requests, such as pictures=4 or queue=1000; docs/serving.md lists them.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0: all, for other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help='To begin with: JSON, [{"question": TEXT, "image": FILE}, ...].'),
+    ] = None,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help="The environment variable with the API keys, commas between."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="The file with the API keys, one a line.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What the page calls it; default: the directory's name.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: the decoder in fewer bits, with bitsandbytes.")
+    ] = None,
+) -> None:
+    """Ask about pictures in a browser: `owl2 serve --web`, with examples of your own.
+
+    The page is at /web, in English and Chinese, and needs no network. With API keys, a visitor
+    gives one of them as the password.
+    """
+    options = {
+        "name": served_model_name,
+        "api_key_env": api_key_env,
+        "api_key_file": api_key_file,
+        "web": True,
+        "examples": examples,
+    }
+    loading = {"device": device, "dtype": dtype, "quantize": quantize}
+    _start("web", model, host=host, port=port, limits=limits or (), **options, **loading)
+
+
+def _start(command: str, model: str, **options: Any) -> NoReturn:
     try:
-        from owl2.serve.starting import Command
-        from owl2.serve.starting import serve_model as start
+        from owl2.serve.starting import Command, serve_model
     except ModuleNotFoundError as error:
-        raise _needs_extra("serve", error) from error
-    command = Command(
-        model,
-        host,
-        port,
-        served_model_name,
-        api_key_env,
-        api_key_file,
-        device,
-        dtype,
-        quantize,
-        limits or (),
-        drain_seconds,
-        web,
-    )
-    raise typer.Exit(start(command))
+        raise _needs_extra(command, error.name) from error
+    # It takes seconds to be imported, and is so only when the page is made.
+    if options["web"] and find_spec("gradio") is None:
+        raise _needs_extra(command, "gradio")
+    raise typer.Exit(serve_model(Command(model, **options)))
 
 
-def _needs_extra(name: str, error: ModuleNotFoundError) -> InputError:
+def _needs_extra(command: str, package: str | None) -> InputError:
     return InputError(
-        f"owl2 {name} needs the package {error.name}: pip install 'mplug-owl2[serve]'."
+        f"owl2 {command} needs the package {package}: pip install 'mplug-owl2[serve]'."
     )

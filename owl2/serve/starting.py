@@ -23,6 +23,7 @@ from owl2.serve.app import Settings, make_app
 from owl2.serve.keys import Keys
 from owl2.serve.limits import Limits
 from owl2.serve.server import address_of, curl_line, serve, take_port
+from owl2.serve.web.examples import read_examples
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -35,6 +36,8 @@ class Command:
         name: what the model is called; None: the directory's name, or the hub id.
         limits: `limit=value`, by the names of `Limits`.
         drain_seconds: to finish what runs, when it is to end.
+        web: the web page, too.
+        examples: a file of questions that the page begins with.
     """
 
     model: str
@@ -49,6 +52,7 @@ class Command:
     limits: Sequence[str] = ()
     drain_seconds: float = 30.0
     web: bool = False
+    examples: Path | None = None
 
 
 def serve_model(command: Command) -> int:
@@ -60,6 +64,7 @@ def serve_model(command: Command) -> int:
     limits = read_limits(command.limits)
     keys = _read_keys(command)
     name = command.name or _name_of(command.model)
+    examples = None if command.examples is None else read_examples(command.examples)
     with take_port(command.host, command.port) as taken:
         url = address_of(taken)
         line = curl_line(url, name, _key_in_shell(command))
@@ -69,7 +74,7 @@ def serve_model(command: Command) -> int:
         if command.web:
             from owl2.serve.web import mount
 
-            mount(app, engine, limits, keys=keys, name=name)
+            mount(app, engine, limits, keys=keys, name=name, examples=examples)
 
         def say_where() -> None:
             precision = str(engine.model.dtype).removeprefix("torch.")

@@ -31,8 +31,8 @@ from owl2.serve.answering import Desk
 from owl2.serve.web.asking import Asking, Decode
 from owl2.serve.web.conversation import Conversation
 from owl2.serve.web.examples import Example
-from owl2.serve.web.looked import Looking, describe, paint
-from owl2.serve.web.texts import LANGUAGES, translations
+from owl2.serve.web.looked import Looked, Looking, describe, paint
+from owl2.serve.web.texts import LANGUAGES, text, translations
 
 HERE = Path(__file__).parent
 # Seconds after which an uploaded picture is deleted, and after which they are looked for again.
@@ -64,6 +64,7 @@ class Parts:
     language: gr.Radio
     talk: gr.State
     tabs: gr.Tabs
+    labelled: dict[str, gr.Tab]
     chat: gr.Chatbot
     box: gr.MultimodalTextbox
     again: gr.Button
@@ -110,7 +111,7 @@ def _lay_out(desk: Desk, name: str, examples: Sequence[Example]) -> Parts:
         )
         gr.Button("◐", elem_id="theme").click(None, js="() => window.owl2.theme()")
     with gr.Tabs() as tabs:
-        with gr.Tab(i18n("tab_chat"), id="chat"):
+        with gr.Tab(i18n("tab_chat"), id="chat") as chat_tab:
             chat = gr.Chatbot(
                 label=i18n("chat"),
                 show_label=False,
@@ -136,15 +137,16 @@ def _lay_out(desk: Desk, name: str, examples: Sequence[Example]) -> Parts:
                 look = gr.Button(i18n("look"), elem_id="look")
                 again = gr.Button(i18n("again"), elem_id="again")
                 clear = gr.Button(i18n("clear"), elem_id="clear")
-        with gr.Tab(i18n("tab_looked"), id="looked", render_children=True):
+        with gr.Tab(i18n("tab_looked"), id="looked", render_children=True) as looked_tab:
             words = gr.Radio([], label=i18n("words"), visible=False, elem_id="words")
             figures = gr.HTML(i18n("looked_help"), elem_id="figures")
-        with gr.Tab(i18n("tab_settings"), id="settings", render_children=True):
+        with gr.Tab(i18n("tab_settings"), id="settings", render_children=True) as settings_tab:
             settings = _settings(desk.engine, desk.limits.answer_tokens)
     return Parts(
         language=language,
         talk=gr.State(Conversation()),
         tabs=tabs,
+        labelled={"tab_chat": chat_tab, "tab_looked": looked_tab, "tab_settings": settings_tab},
         chat=chat,
         box=box,
         again=again,
@@ -217,6 +219,13 @@ def _connect(page: gr.Blocks, parts: Parts, asking: Asking, looking: Looking) ->
     parts.words.input(paint, chosen, parts.figures, **quiet)
 
     page.load(None, None, parts.language, js=(HERE / "page.js").read_text("utf-8"))
-    # What the browser has in both languages it changes itself; what the server said is said anew.
-    choose = "(...given) => { window.owl2.choose(given[2]); return given; }"
-    parts.language.input(describe, chosen, [parts.words, parts.figures], js=choose, **quiet)
+    parts.language.input(None, parts.language, js="(language) => window.owl2.choose(language)")
+
+    # What the browser has in both languages it changes itself, but for the names of closed tabs;
+    # what the server said is said anew.
+    def translate(looked: Looked | None, word: int | None, language: str) -> list[Any]:
+        names = [gr.update(label=text(key, language)) for key in parts.labelled]
+        return [*describe(looked, word, language), *names]
+
+    said = [parts.words, parts.figures, *parts.labelled.values()]
+    parts.language.change(translate, chosen, said, **quiet)
