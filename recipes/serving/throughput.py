@@ -5,6 +5,7 @@
     make ──► FOLDER/model: random weights, a tokenizer, a processor
     ours | vllm ──► FILE.json, each in its own environment
     all ──► the two in turn, several rounds ──► a table, and FOLDER/throughput.json
+    capacity ──► what that is in a day, and how many such machines so many requests a day take
 
 1, 4 and 16 requests together, each with a picture of its own that was never asked about before:
 pictures are prepared and encoded in the time that is taken. Answers are greedy and all of one
@@ -13,6 +14,7 @@ length; nothing is kept from request to request. docs/serving.md has the command
 
 import argparse
 import json
+import math
 import os
 import shlex
 import statistics
@@ -29,6 +31,7 @@ NEW = 64  # tokens of an answer
 REPEATS = 3  # after one to warm up
 QUESTION = "what is in this picture, what is it doing there, and what colour is it? " * 3
 PICTURE = (320, 240)  # pixels
+SECONDS_A_DAY = 24 * 60 * 60
 
 Messages = list[dict[str, Any]]
 Answer = Callable[[Sequence[Messages], int], list[list[int]]]  # conversations, new tokens → ids
@@ -91,7 +94,7 @@ def vllm(model: Path, threads: int) -> Answer:
     engine = LLM(
         str(model),
         dtype=_dtype(model),
-        max_model_len=1024,
+        max_model_len=min(1024, _config(model)["max_position_embeddings"]),
         max_num_seqs=max(COUNTS),
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
@@ -215,8 +218,26 @@ def table(found: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def capacity(found: dict[str, list[dict]], requests: int) -> str:
+    """A table: requests a day on one machine, and machines for `requests` a day."""
+    lines = [
+        f"| requests together | | requests a day | machines for {requests:,} a day |",
+        "|---:|---|---:|---:|",
+    ]
+    for count in map(str, COUNTS):
+        for name, runs in found.items():
+            seconds = [statistics.median(run["requests"][count]["seconds"]) for run in runs]
+            a_day = SECONDS_A_DAY * int(count) / statistics.median(seconds)
+            lines.append(f"| {count} | {name} | {a_day:,.0f} | {math.ceil(requests / a_day)} |")
+    return "\n".join(lines)
+
+
+def _config(model: Path) -> dict[str, Any]:
+    return json.loads((model / "config.json").read_text())
+
+
 def _dtype(model: Path) -> str:
-    config = json.loads((model / "config.json").read_text())
+    config = _config(model)
     return str(config.get("torch_dtype") or config.get("dtype") or "float32")
 
 
@@ -225,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["make", "all", *SUBJECTS])
+    parser.add_argument("what", choices=["make", "all", "capacity", *SUBJECTS])
     parser.add_argument("folder", type=Path, help="where `make` writes the model, and figures go")
     parser.add_argument("--model", type=Path, help="another checkpoint than that of `make`")
     parser.add_argument("--output", type=Path, help="of one measurement")
@@ -236,6 +257,7 @@ def main() -> None:
     parser.add_argument("--size", default="bench", help="`make`: as in `owl2 bench --size`")
     parser.add_argument("--dtype", default="bfloat16", help="`make`: of the weights")
     parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer")
+    parser.add_argument("--requests", type=int, default=1_000_000, help="`capacity`: a day")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on CPUs")
     asked = parser.parse_args()
     model = asked.model or asked.folder / "model"
@@ -244,6 +266,9 @@ def main() -> None:
     elif asked.what == "all":
         options = ["--new", str(asked.new), "--threads", str(asked.threads)]
         measure_all(asked.folder, model, asked.rounds, shlex.split(asked.vllm), options)
+    elif asked.what == "capacity":
+        found = json.loads((asked.folder / "throughput.json").read_text())
+        print(capacity(found, asked.requests))
     else:
         result = measure(asked.what, model, asked.new, asked.threads)
         for count, figures in result["requests"].items():
