@@ -3,6 +3,7 @@
 FastAPI's own page takes its scripts from another server; this one is whole, and works offline.
 """
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -12,7 +13,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { margin-top: 2.5rem; font-size: 1.15rem; } h3 { margin: 1.2rem 0 .4rem; font-size: 1rem; }
 code { font: .9em ui-monospace, monospace; } .method { color: #b3590f; margin-right: .5rem; }
-pre { overflow-x: auto; padding: .8rem; border: 1px solid #8885; border-radius: 6px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem; border: 1px solid #8885;
+border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top;
 padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8884; } th { font-weight: 600; }
 .scroll { overflow-x: auto; }
@@ -29,7 +31,7 @@ def page(document: dict[str, Any], example: str) -> str:
     info = document["info"]
     parts = [
         f"<h1>{escape(info['title'])}</h1>",
-        f"<p>{escape(info.get('description', ''))}</p>",
+        f"<p>{_words(info.get('description', ''))}</p>",
         f"<pre><code>{escape(example)}</code></pre>",
         '<p>For programs: <a href="openapi.json">openapi.json</a></p>',
     ]
@@ -39,7 +41,7 @@ def page(document: dict[str, Any], example: str) -> str:
     parts.append("<h1>Objects</h1>")
     for name, schema in document.get("components", {}).get("schemas", {}).items():
         parts.append(f'<h2 id="{escape(name)}"><code>{escape(name)}</code></h2>')
-        parts += [f"<p>{escape(schema.get('description', ''))}</p>", _fields(schema)]
+        parts += [f"<p>{_words(schema.get('description', ''))}</p>", _fields(schema)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -54,16 +56,15 @@ def _operation(
     description = operation.get("description") or operation.get("summary", "")
     parts = [
         f'<h2><code><span class="method">{escape(method.upper())}</span>{escape(path)}</code></h2>',
-        *(f"<p>{escape(text)}</p>" for text in description.split("\n\n")),
+        *(f"<p>{_words(text)}</p>" for text in description.split("\n\n")),
     ]
     for content in operation.get("requestBody", {}).get("content", {}).values():
         parts.append(f"<p>Body: {_type(content['schema'])}</p>")
     rows = []
     for status, reply in operation["responses"].items():
         kinds = [
-            f"<code>{escape(kind)}</code> {_type(content['schema'])}"
+            f"<code>{escape(kind)}</code> {_type(content['schema']) if content else ''}"
             for kind, content in reply.get("content", {}).items()
-            if content.get("schema")
         ]
         rows.append((escape(status), escape(reply["description"]), "<br>".join(kinds)))
     return [*parts, _table(("Status", "", "Reply"), rows)]
@@ -75,7 +76,7 @@ def _fields(schema: dict[str, Any]) -> str:
     for name, field in schema.get("properties", {}).items():
         default = field.get("default")
         more = "needed" if name in needed else "" if default is None else f"default: {default}"
-        text = " ".join(filter(None, (escape(field.get("description", "")), escape(more))))
+        text = " ".join(filter(None, (_words(field.get("description", "")), escape(more))))
         rows.append((f"<code>{escape(name)}</code>", _type(field), text))
     return _table(("Field", "Type", ""), rows) if rows else f"<p>{_type(schema)}</p>"
 
@@ -84,6 +85,11 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["".join(f"<th>{cell}</th>" for cell in head)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     return f'<div class="scroll"><table><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
+
+
+def _words(text: str) -> str:
+    """Text with `code` in it."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _type(schema: dict[str, Any]) -> str:

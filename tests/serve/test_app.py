@@ -29,6 +29,8 @@ def test_its_page_is_whole(server_url):
         assert f"{route}</code>" in page.text
     for field in ("max_tokens", "temperature", "top_p", "stop", "seed", "logprobs", "image_url"):
         assert f"<code>{field}</code>" in page.text
+    assert "text/event-stream" in page.text
+    assert "`" not in page.text
     assert not re.search(r"<script|<link|<img|src=|url\(", page.text)
     for anchor in re.findall(r'href="#([^"]+)"', page.text):
         assert f'id="{anchor}"' in page.text
