@@ -7,6 +7,7 @@ does not (a refused key, an unknown model) is the user's, and said at once.
 import http.client
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -81,16 +82,23 @@ class Endpoint:
                 "http://localhost:8000/v1."
             )
 
-    def ask(self, prompt: str, read: Callable[[str], Read | None]) -> tuple[Read, str]:
+    def ask(
+        self,
+        prompt: str,
+        read: Callable[[str], Read | None],
+        stop: threading.Event | None = None,
+    ) -> tuple[Read, str]:
         """What `read` finds in the model's reply, and the reply.
 
         Args:
             read: gives None for a reply that is of no use; that is tried again, too.
+            stop: once it is set, nothing is tried again.
 
         Raises:
             NoReply: all attempts failed, or the server objects to this prompt.
             InputError: it refuses the key, or knows no such model or URL.
         """
+        stop = stop or threading.Event()
         for attempt in range(1, self.attempts + 1):
             try:
                 reply = self._complete(prompt)
@@ -102,7 +110,8 @@ class Endpoint:
                 if attempt == self.attempts:
                     raise NoReply(f"{error} ({attempt} attempts)", error.reached) from error
                 pause = max(self.wait * 2 ** (attempt - 1), error.wait)
-                time.sleep(min(pause, LONGEST_WAIT_SECONDS))
+                if stop.wait(min(pause, LONGEST_WAIT_SECONDS)):
+                    raise NoReply(f"{error} (then stopped)", error.reached) from error
         raise ValueError(f"attempts is {self.attempts}; it must be 1 or more")
 
     def _complete(self, prompt: str) -> str:

@@ -10,6 +10,7 @@ server failed, goes on where it was. What cannot be judged is named, and never s
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -171,9 +172,11 @@ def judge_rows(
     keys = [_key(endpoint.model, prompt) for prompt in prompts]
     todo = [place for place, key in enumerate(keys) if key not in journal.known]
     result = Judged()
-    pool = ThreadPoolExecutor(WORKERS)
+    pool, stop = ThreadPoolExecutor(WORKERS), threading.Event()
     try:
-        asked = {pool.submit(endpoint.ask, prompts[place], rubric.read): place for place in todo}
+        asked = {
+            pool.submit(endpoint.ask, prompts[place], rubric.read, stop): place for place in todo
+        }
         for place, future in _finished(asked):
             identity = {"id": rows[place]["id"], "key": keys[place], "judge": endpoint.model}
             if future.cancelled():
@@ -186,6 +189,7 @@ def judge_rows(
                 journal.add({**identity, "value": value, "reply": reply})
                 result.new += 1
     finally:
+        stop.set()  # or Ctrl-C would wait for all attempts of those that are being asked
         pool.shutdown(wait=False, cancel_futures=True)
     for row, key in zip(rows, keys, strict=True):
         row["judgement"] = journal.known.get(key)

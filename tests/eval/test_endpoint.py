@@ -75,12 +75,23 @@ def test_what_lasts_is_reported_with_its_reason(stub):
         endpoint(stub(completion("hm")), attempts=2).ask("?", number)
 
 
-def test_waits_double(stub, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
+class Never(threading.Event):
+    """Is not set, and does not wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pauses = []
+
+    def wait(self, timeout=None):
+        self.pauses.append(timeout)
+        return False
+
+
+def test_waits_double(stub):
+    stop = Never()
     with pytest.raises(NoReply):
-        endpoint(stub((500, "", 0)), attempts=4, wait=0.5).ask("?", number)
-    assert [pause for pause in pauses if pause] == [0.5, 1.0, 2.0]
+        endpoint(stub((500, "", 0)), attempts=4, wait=0.5).ask("?", number, stop)
+    assert stop.pauses == [0.5, 1.0, 2.0]
 
 
 def test_a_server_that_is_away_is_told_apart():
@@ -120,6 +131,16 @@ def test_an_objection_to_one_prompt_concerns_that_alone(stub):
 def test_a_url_that_is_none(url):
     with pytest.raises(InputError, match="no endpoint"):
         Endpoint(url, "judge-1")
+
+
+def test_what_is_stopped_is_not_tried_again(stub):
+    server, stop = stub((500, "busy", 0.0)), threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    began = time.monotonic()
+    with pytest.raises(NoReply, match=r"500: busy \(then stopped\)"):
+        endpoint(server, wait=30.0).ask("?", number, stop)
+    assert time.monotonic() - began < 10
+    assert len(server.asked) == 1
 
 
 def test_a_server_that_sends_a_byte_now_and_then_is_given_up():

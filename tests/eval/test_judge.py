@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,24 @@ def test_a_refused_key_ends_it_and_keeps_what_was_told(tmp_path):
             judge(rows, server, tmp_path)
         assert len(server.asked) < 30
     assert len(Journal(tmp_path / "mm_vet.jsonl").known) == 3
+
+
+def test_ctrl_c_leaves_no_attempts_to_wait_for(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def say(line):
+        raise Stopped
+
+    rows = [row(0), row(1)]
+    scores = {0: (400, "never", 0.3), 1: (500, "busy", 0.0)}
+    with serving(by_number(scores)) as server:
+        patient = quick(server, wait=0.6)
+        journal = Journal(tmp_path / "mm_vet.jsonl")
+        with pytest.raises(Stopped):  # while the second one waits for its next attempt
+            judge_rows(rows, RUBRICS["mm_vet"], patient, journal, "mm_vet", say)
+        time.sleep(1.2)
+        assert len(server.asked) == 2
 
 
 # ------------------------------------------------------------------ a run
