@@ -164,6 +164,7 @@ class Asking:
         before = (turn.answer, turn.note)
         turn.answer = turn.note = ""
         talk.busy = True
+        box: dict[str, Any] = {}
         try:
             yield View(gr.update(value=None, submit_btn=False, stop_btn=True), talk.shown())
             async with aclosing(self._pieces(talk, turn, how)) as pieces:
@@ -181,10 +182,9 @@ class Asking:
             warn(error, how.language)
         finally:
             talk.busy, talk.stop = False, None
-        box: dict[str, Any] = {}
-        if not turn.answer.strip():
-            turn.answer, turn.note = before
-            if not turn.answer and turn in talk.turns:
+            if not turn.answer.strip():
+                turn.answer, turn.note = before
+            if not turn.answer and turn in talk.turns:  # else it was cleared meanwhile
                 talk.turns.remove(turn)
                 box["value"] = {"text": turn.question, "files": list(turn.files)}
         yield View(gr.update(submit_btn=True, stop_btn=False, **box), talk.shown())
@@ -201,7 +201,7 @@ class Asking:
         stopping = asyncio.Event()
         talk.stop = stopping.set
         with self.desk.visit() as visit:
-            answer = await _unless(stopping, self._begin(visit, talk, how))
+            answer = await _unless(stopping, self._begin(visit, talk, turn, how))
 
             def stop() -> None:
                 stopping.set()
@@ -223,11 +223,10 @@ class Asking:
             finally:
                 answer.close()
 
-    async def _begin(self, visit: Visit, talk: Conversation, how: Settings) -> Answer:
+    async def _begin(self, visit: Visit, talk: Conversation, turn: Turn, how: Settings) -> Answer:
         """Wait for a place, until the pictures are open, and until the prompt is read."""
 
         async def messages() -> list[Message]:
-            turn = talk.turns[-1]
             if not turn.pictures:  # else it is answered again
                 pictures = [await self._picture(Path(file), how.language) for file in turn.files]
                 turn.pictures = tuple(pictures)
