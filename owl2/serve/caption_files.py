@@ -59,6 +59,7 @@ class CaptionFiles:
         self._places: dict[str, Place] = {}
         self._seen: dict[Path, int] = {}  # bytes of each file
         self._handles: dict[Path, BinaryIO] = {}
+        self._is_empty = False  # whether this process's part is; not known before it is locked
         self._check_output()
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,8 @@ class CaptionFiles:
 
     def close(self) -> None:
         """Let go of all files, and of this process's part for who goes on."""
+        if self._is_empty:
+            self._part.unlink(missing_ok=True)
         for file in (self._file, *self._handles.values()):
             file.close()
 
@@ -96,6 +99,9 @@ class CaptionFiles:
 
     def add(self, name: str, caption: str | InputError) -> None:
         """Write a picture's caption down, or why it has none, so that it outlives this process."""
+        if self._is_empty:
+            self._write({"settings": self._settings})
+            self._is_empty = False
         key = "error" if isinstance(caption, InputError) else "caption"
         self._write({"file_name": name, key: str(caption)})
 
@@ -152,11 +158,10 @@ class CaptionFiles:
 
     def _begin(self) -> None:
         _lock(self._file, self._part)
-        data = self._part.read_bytes()
-        self._file.truncate(data.rfind(b"\n") + 1)  # a kill may leave half a line
+        whole = self._part.read_bytes().rfind(b"\n") + 1  # a kill may leave half a line
+        self._file.truncate(whole)
+        self._is_empty = not whole
         self.look()
-        if not self._part.stat().st_size:
-            self._write({"settings": self._settings})
 
     def _check_output(self) -> None:
         if not self.output.exists():
