@@ -28,6 +28,7 @@ from owl2.errors import InputError
 logger = logging.getLogger(__name__)
 
 SHOWN = 200  # characters of a value that an error repeats, at most
+LONGEST = 1000  # characters of a message: what others wrote of an error may repeat more
 
 
 class ErrorDetail(BaseModel):
@@ -81,7 +82,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """`{"error": {...}}`: the reply, or an event of a stream that has begun."""
         detail = ErrorDetail(
-            message=_plain(self.message),
+            message=_plain(_shortened(self.message, LONGEST)),
             type=self.type,
             param=None if self.param is None else _plain(self.param),
             code=self.code,
@@ -189,7 +190,7 @@ def _of_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     message = f"{where}: {_lower(str(first['msg']).removeprefix('Value error, '))}"
     given = first.get("input")
     if isinstance(given, (bool, int, float, str)) and given != "":
-        message += f" (it is {_shortened(given)})"
+        message += f" (it is {_shown(given)})"
     if len(problems) > 1:
         message += f"; {len(problems) - 1} more of the kind"
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
@@ -200,10 +201,15 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _shortened(value: object) -> str:
+def _shown(value: object) -> str:
     # Python writes no integers of more than some thousand digits.
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**SHOWN else "a huge number"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+        return "a huge number"
+    return _shortened(repr(value), SHOWN)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _plain(text: str) -> str:

@@ -1,0 +1,322 @@
+"""Whatever comes: never a 5xx, never a hang, and the next good request is answered as ever."""
+
+import base64
+import copy
+import io
+import json
+import socket
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi import checks
+
+from owl2.serve.limits import MIB, Limits
+from tests.serve.running import running
+
+SECONDS = 20  # in which every reply must be there
+LIMITS = Limits(
+    answer_tokens=4,
+    answers=3,
+    body_bytes=2 * MIB,
+    picture_bytes=MIB,
+    pixels=500_000,
+    picture_memory=128 * MIB,
+)
+GOOD = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "what is this?"}],
+    "max_tokens": 4,
+    "temperature": 0,
+}
+JSON = {"Content-Type": "application/json"}
+
+
+def bounded(examples):
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def saved(kind="PNG", size=(20, 13)):
+    file = io.BytesIO()
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(values).save(file, kind)
+    return file.getvalue()
+
+
+def asked_about(url):
+    question = {"type": "text", "text": "what is this?"}
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    return GOOD | {"messages": [{"role": "user", "content": [picture, question]}]}
+
+
+def data_uri(data):
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+FULL = asked_about(data_uri(saved())) | {
+    "stream": False,
+    "n": 2,
+    "seed": 5,
+    "top_p": 0.5,
+    "stop": ["a", "b"],
+    "logprobs": True,
+    "top_logprobs": 2,
+    "tools": [],
+    "user": "me",
+}
+
+
+@pytest.fixture(scope="module")
+def url(tiny_engine):
+    from owl2.serve.app import Settings, make_app
+
+    with running(make_app(tiny_engine, Settings("tiny", LIMITS))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    with httpx.Client(base_url=url, timeout=SECONDS) as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def good_reply(http):
+    def good_reply():
+        reply = http.post("/v1/chat/completions", json=FULL)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"]
+
+    return good_reply
+
+
+@pytest.fixture(autouse=True, scope="module")
+def all_is_as_before(good_reply):
+    """Around all tests: the same question has the same answer after them."""
+    before = good_reply()
+    yield
+    assert good_reply() == before
+
+
+def send(http, body):
+    """The reply to a body that a client made itself; it must be an answer or an error of theirs."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    reply = http.post("/v1/chat/completions", content=content, headers=JSON)
+    assert reply.status_code < 500, reply.text
+    if reply.status_code >= 400:
+        error = reply.json()["error"]
+        assert error["message"] and error["type"] == "invalid_request_error"
+        assert len(error["message"]) < 1100
+    return reply
+
+
+# ------------------------------------------------------------------ by the API's own document
+
+
+CHECKS = [
+    not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+]
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+@pytest.mark.parametrize("examples", [15, pytest.param(400, marks=pytest.mark.slow)])
+def test_requests_made_from_the_document(url, mode, examples):
+    document = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    tried = set()
+    for found in document.get_all_operations():
+        operation = found.ok()
+        if mode == GenerationMode.NEGATIVE and not operation.body:
+            continue  # every text can be a path
+        tried.add((operation.method, operation.path))
+
+        @bounded(examples if operation.body else 3)
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def try_it(case):
+            body = case.body
+            if isinstance(body, dict) and isinstance(body.get("model"), str):
+                body["model"] = "tiny"  # a random name would get no further than a 404
+                if body.get("max_tokens") not in (None, 0):
+                    body["max_tokens"] = 4
+            case.call_and_validate(checks=CHECKS, timeout=SECONDS)
+
+        try_it()
+    assert ("post", "/v1/chat/completions") in tried
+    assert mode == GenerationMode.NEGATIVE or len(tried) >= 5
+
+
+# ------------------------------------------------------------------ good requests, spoilt
+
+NUMBERS = st.one_of(
+    st.integers(),
+    st.integers(-(10**300), 10**300),
+    st.floats(),
+    st.sampled_from([0, -1, 2**31, 2**32, 2**63, 2**64, 1e308, -0.0]),
+)
+WORDS = st.one_of(
+    st.text(max_size=20),
+    st.text(st.characters(min_codepoint=0xD7F0, max_codepoint=0xE010), max_size=5),
+    st.sampled_from(
+        ["\0", "\ud83d", "<|image|>", "</s>", "<s>", "USER: ", " ASSISTANT:", "ﷺ" * 99]
+    ),
+    st.sampled_from(
+        ["data:", "data:image/png;base64,", "file:///etc/passwd", "http://[", "a" * 5000]
+    ),
+)
+ANYTHING = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, WORDS),
+    lambda some: st.one_of(st.lists(some, max_size=3), st.dictionaries(WORDS, some, max_size=3)),
+    max_leaves=5,
+)
+
+
+def places(value, path=()):
+    """Where something is in a JSON value."""
+    yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from places(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from places(item, (*path, index))
+
+
+PLACES = list(places(FULL))[1:]
+
+
+def spoilt(request, changes):
+    request = copy.deepcopy(request)
+    for (*above, last), value in changes:
+        place = request
+        try:
+            for step in above:
+                place = place[step]
+            place[last] = value
+        except (KeyError, IndexError, TypeError):  # an earlier change took it away
+            continue
+    return request
+
+
+@bounded(100)
+@given(st.lists(st.tuples(st.sampled_from(PLACES), ANYTHING), min_size=1, max_size=3))
+def test_wrong_values_anywhere(http, changes):
+    send(http, spoilt(FULL, changes))
+
+
+@bounded(30)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["role", "content"]),
+            st.one_of(st.sampled_from(["system", "user", "assistant", "developer"]), WORDS),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_conversations_of_any_kind(http, turns):
+    messages = [{"role": "user", "content": "a"} | {name: value} for name, value in turns]
+    send(http, GOOD | {"messages": messages})
+
+
+@bounded(40)
+@given(st.integers(0, len(json.dumps(FULL)) - 1), st.binary(max_size=3))
+def test_json_that_is_cut_or_has_bytes_in_it(http, place, more):
+    whole = json.dumps(FULL).encode()
+    assert send(http, whole[:place]).status_code == 400
+    send(http, whole[:place] + more + whole[place:])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 500_000,
+        b'{"messages":' * 100_000,
+        b'{"model": "tiny", "messages": ' + b'[{"a":' * 400 + b"1" + b"}]" * 400 + b"}",
+        b'{"x": ' + b"[" * 900 + b"]" * 900 + b"," + json.dumps(GOOD).encode()[1:],
+        b'{"n": ' + b"9" * 1_000_000 + b"}",
+        b'{"temperature": 1e999999, ' + json.dumps(GOOD).encode()[1:],
+        b'{"seed": NaN, "x": -Infinity, ' + json.dumps(GOOD).encode()[1:],
+        b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
+        json.dumps(GOOD).encode("utf-16"),
+        b"x" * (2 * MIB + 1),
+        json.dumps(GOOD | {"messages": GOOD["messages"] * 30_000}).encode(),
+        json.dumps(GOOD | {"stop": ["a"] * 100_000}).encode(),
+        json.dumps(GOOD | {f"field {n}": n for n in range(50_000)}).encode(),
+        json.dumps(GOOD | {"messages": [{"role": "user", "content": "a " * 500_000}]}).encode(),
+        json.dumps(GOOD | {"messages": [{"role": "user", "content": "<|image|>" * 9}]}).encode(),
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+def test_bodies_that_are_large_deep_or_odd(http, body):
+    send(http, body)
+
+
+# ------------------------------------------------------------------ pictures, spoilt
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "ICO", "JPEG2000"])
+@bounded(8)
+@given(random=st.randoms(use_true_random=False))
+def test_pictures_with_wrong_bytes(http, kind, random):
+    Image.init()
+    data = bytearray(saved(kind))
+    for _ in range(random.randrange(1, 30)):
+        data[random.randrange(len(data))] = random.randrange(256)
+    send(http, asked_about(data_uri(bytes(data[: random.randrange(len(data)) or None]))))
+    send(http, asked_about(data_uri(bytes(data))))
+
+
+@bounded(40)
+@given(st.one_of(WORDS, st.binary(max_size=200).map(data_uri)))
+def test_urls_of_pictures(http, url):
+    assert send(http, asked_about(url)).status_code == 400
+
+
+# ------------------------------------------------------------------ no HTTP at all
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 1000,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n{}",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9"
+        + b"9" * 99
+        + b"\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /" + b"a" * 100_000,
+        b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 10_000,
+    ],
+    ids=lambda data: repr(data[:20]),
+)
+def test_connections_that_say_something_else(http, url, data):
+    place = urlsplit(url)
+    with socket.create_connection((place.hostname, place.port), 5) as connection:
+        try:
+            connection.sendall(data)
+            connection.settimeout(0.1)
+            assert not connection.recv(1000).startswith(b"HTTP/1.1 5")
+        except (TimeoutError, ConnectionError):  # it waits for more, or has hung up
+            pass
+    assert http.get("/health").status_code == 200
