@@ -99,7 +99,8 @@ class Desk:
         """Give up all that is not finished; who asked for it is told so."""
         self._stopped = True
         for clock in self._clocks:
-            clock.reschedule(0.0)
+            if not clock.expired():
+                clock.reschedule(0.0)
 
     async def answer(
         self,

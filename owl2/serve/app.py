@@ -15,7 +15,7 @@ from owl2 import __version__
 from owl2.inference.engine import Engine
 from owl2.serve import errors
 from owl2.serve.answering import Desk
-from owl2.serve.chat import OTHERS, ChatService, add_chat
+from owl2.serve.chat import CLIENT_LEFT, OTHERS, ChatService, add_chat
 from owl2.serve.document import page
 from owl2.serve.door import Door
 from owl2.serve.keys import Keys
@@ -125,6 +125,8 @@ class _Counted:
     """Counts requests by route and status, and writes a line of each to the log.
 
     The line has the route's pattern, never what the client wrote: no key, no picture, no text.
+    What nobody caught is answered here, too: Starlette's own layer would raise it again, and the
+    connection, which the client means to use again, would be closed.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -136,7 +138,7 @@ class _Counted:
             await self.app(scope, receive, send)
             return
         begun = time.perf_counter()
-        status = 500  # where nothing is sent here, the outermost layer says this
+        status = 0
 
         async def send_on(message: Message) -> None:
             nonlocal status
@@ -146,8 +148,13 @@ class _Counted:
 
         try:
             await self.app(scope, receive, send_on)
+        except Exception as error:  # any fault of ours
+            if status:
+                raise  # half a reply was sent: the connection has to be closed
+            await errors.as_api_error(error).response()(scope, receive, send_on)
         finally:
             route = getattr(scope.get("route"), "path", "none")
+            status = status or CLIENT_LEFT  # in the middle of its own request
             self.metrics.requests.labels(route, status).inc()
             client = scope["client"][0] if scope.get("client") else "-"
             seconds = time.perf_counter() - begun

@@ -2,13 +2,14 @@
 
 import logging
 import re
+import socket
 
 import httpx
 import pytest
 
 from owl2.serve.app import Settings, make_app
 from owl2.serve.keys import Keys
-from tests.serve.running import running
+from tests.serve.running import running, until
 
 ROUTES = ["/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/health", "/metrics"]
 
@@ -72,6 +73,17 @@ def test_the_log_has_a_line_a_request_and_no_word_of_it(server_url, caplog):
     assert re.fullmatch(r"127\.0\.0\.1 POST /v1/chat/completions 200 \d+\.\d\d s", lines[0])
     assert len(lines) == 2
     assert not any(word in " ".join(lines) for word in ("what", "house", "abc", "\n"))
+
+
+def test_who_leaves_before_the_question_is_whole(server_url):
+    address = httpx.URL(server_url)
+    with socket.create_connection((address.host, address.port)) as connection:
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
+    counted = 'owl2_requests_total{route="none",status="499"} 1.0'
+    until(lambda: counted in httpx.get(f"{server_url}/metrics").text)
 
 
 @pytest.mark.parametrize("number", range(2))
