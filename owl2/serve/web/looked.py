@@ -7,6 +7,7 @@ import asyncio
 import base64
 import html
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +16,7 @@ import gradio as gr
 from PIL import Image
 
 from owl2.inference.engine import Engine
-from owl2.serve.web.conversation import Conversation
+from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.saying import note, warn
 from owl2.serve.web.texts import text
 from owl2.study import Looks, heat_map, look, overlay, words_of
@@ -33,11 +34,13 @@ class Looked:
         looks: with the mean over layers and heads only; the rest would fill the server's memory.
         squares: the pictures of all questions so far, as the model saw them.
         files: the same, as they were uploaded.
+        of: which questions and answers these are.
     """
 
     looks: Looks
     squares: tuple[Image.Image, ...]
     files: tuple[str, ...]
+    of: tuple[tuple[str, str], ...]
 
     @property
     def words(self) -> list[tuple[str, tuple[int, int]]]:
@@ -52,20 +55,26 @@ class Looking:
         self._engine = engine
         self._lock = asyncio.Lock()
 
-    async def show(self, talk: Conversation, language: str) -> tuple[Looked | None, Any, str]:
-        """Look at the last answer: what to keep, and what `describe` gives."""
+    async def show(
+        self, talk: Conversation, looked: Looked | None, language: str
+    ) -> tuple[Looked | None, Any, str]:
+        """Look at the last answer, unless it is the one looked at before.
+
+        Returns:
+            What to keep, and what `describe` gives.
+        """
         turns = [turn for turn in talk.turns if turn.answer.strip()]
-        looked = None
-        if not turns or talk.busy:
-            note("error_no_answer", language)
-        elif not any(turn.pictures for turn in turns):
-            note("error_no_picture", language)
-        else:
+        if talk.busy or not any(turn.pictures for turn in turns):
+            if turns:
+                note("error_busy" if talk.busy else "error_no_picture", language)
+            return await self.forget(language)
+        if looked is None or looked.of != _of(turns):
             try:
                 async with self._lock:
                     looked = await asyncio.to_thread(self._look, Conversation(turns))
             except Exception as error:  # what is our own fault is logged, and here it is said
                 warn(error, language)
+                return await self.forget(language)
         return looked, *describe(looked, ALL, language)
 
     async def forget(self, language: str) -> tuple[None, Any, str]:
@@ -81,7 +90,11 @@ class Looking:
         small = replace(looks, mean=mean, attention=mean[:0], layers=())
         squares = [picture.resize((EDGE, EDGE)) for turn in talk.turns for picture in turn.pictures]
         files = [file for turn in talk.turns for file in turn.files]
-        return Looked(small, tuple(squares), tuple(files))
+        return Looked(small, tuple(squares), tuple(files), _of(talk.turns))
+
+
+def _of(turns: Sequence[Turn]) -> tuple[tuple[str, str], ...]:
+    return tuple((turn.question, turn.answer) for turn in turns)
 
 
 def describe(looked: Looked | None, word: int | None, language: str) -> tuple[Any, str]:

@@ -213,8 +213,11 @@ def _connect(page: gr.Blocks, parts: Parts, asking: Asking, looking: Looking) ->
         empty = cleared(asking.clear, [parts.talk], shown, **quiet)
         empty.then(looking.forget, [parts.language], looked, **quiet)
 
-    to_tab = parts.look.click(lambda: gr.update(selected="looked"), None, parts.tabs, **quiet)
-    to_tab.then(looking.show, [parts.talk, parts.language], looked, **many)
+    # To open the tab is to look, however it is opened.
+    parts.look.click(lambda: gr.update(selected="looked"), None, parts.tabs, **quiet)
+    parts.labelled["tab_looked"].select(
+        looking.show, [parts.talk, parts.looked, parts.language], looked, **many
+    )
     chosen = [parts.looked, parts.words, parts.language]
     parts.words.input(paint, chosen, parts.figures, **quiet)
 

@@ -46,10 +46,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "温度大于 0 时：种子相同，回答相同。留空：每次都不同。",
     ),
     "looked_help": (
-        "Ask about a picture first. Then press “Where did it look?”: the picture is painted with "
-        "how much of each part is behind the answer, or behind one of its words.",
-        "请先就图片提问，再按“它看了哪里？”：图片上会用颜色标出每个部分对整个回答、"
-        "或对其中某个词的影响。",
+        "Ask about a picture first. Then it is painted here, with how much of each part is behind "
+        "the answer, or behind one of its words.",
+        "请先就图片提问。然后这里的图片上会用颜色标出：整个回答、或其中某个词，"
+        "在多大程度上来自图片的每个部分。",
     ),
     "words": ("Behind which words?", "看哪个词？"),
     "all_words": ("the whole answer", "整个回答"),
@@ -75,6 +75,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "这里的问题没有图片，没有可看的内容。",
     ),
     "error_no_answer": ("Ask something first.", "请先提问。"),
+    "error_busy": ("The answer is still being written.", "回答还没有写完。"),
     "error_file_gone": (
         "The file “{name}” is no longer there; add it again.",
         "文件“{name}”已不存在，请重新添加。",
