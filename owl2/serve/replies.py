@@ -127,4 +127,5 @@ def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any]:
 
 
 def _token(score: TokenScore) -> dict[str, Any]:
-    return {"token": score.text, "logprob": score.logprob, "bytes": score.bytes}
+    # A token that is no text, as the end token, has none.
+    return {"token": score.text, "logprob": score.logprob, "bytes": score.bytes or None}
