@@ -29,6 +29,9 @@ from typing import NoReturn
 
 from PIL import Image
 
+if sys.platform != "win32":
+    import resource  # Windows has none, and says so in `decoding`
+
 if __name__ == "__main__":
     # What `import owl2` brings along takes seconds and hundreds of megabytes, torch and
     # transformers; here the package is only where its modules are.
@@ -117,8 +120,6 @@ def _decode_and_end(connection: socket.socket) -> NoReturn:
 
 
 def _confine(job: Job) -> None:
-    import resource  # the server reads this file, too, and there are systems without it
-
     signal.setitimer(signal.ITIMER_REAL, job.seconds)  # its signal ends the process
     with suppress(OSError):  # no such file outside Linux: if memory is short, this one goes first
         Path("/proc/self/oom_score_adj").write_text("1000")

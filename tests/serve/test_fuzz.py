@@ -151,7 +151,7 @@ def test_requests_made_from_the_document(url, mode, examples):
         @given(case=operation.as_strategy(generation_mode=mode))
         def try_it(case):
             body = case.body
-            if isinstance(body, dict) and isinstance(body.get("model"), str):
+            if mode == GenerationMode.POSITIVE and isinstance(body, dict):
                 body["model"] = "tiny"  # a random name would get no further than a 404
                 if body.get("max_tokens") not in (None, 0):
                     body["max_tokens"] = 4
