@@ -42,17 +42,20 @@ def record(
         pixel_values: (N, 3, H, W) or None.
         layers: whose weights to keep.
     """
-    kept: dict[int, torch.Tensor] = {}
-    total: list[torch.Tensor] = []
+    count = len(script.answer)
+    shape = (model.config.num_attention_heads, count, len(script.prompt) + count - 1)  # (h, T, S)
+    kept = torch.zeros(len(layers), *shape)
+    total = torch.zeros(shape, device=model.device)
     shares: list[torch.Tensor] = []
 
-    def take(layer: int, weights: torch.Tensor) -> None:  # (h, T, S)
-        total[:] = [total[0] + weights if total else weights]
+    def take(layer: int, weights: torch.Tensor) -> None:
+        total.add_(weights)
         mean = weights.mean(0)  # (T, S)
         parts = [mean[:, span.start : span.end].sum(1) for span in script.spans]
         shares.append(torch.stack(parts, 1).cpu())
-        if layer in layers:
-            kept[layer] = weights.cpu()
+        for number, chosen in enumerate(layers):
+            if chosen == layer:
+                kept[number] = weights
 
     # The last token of the prompt is read again, as it is what the answer's first comes from.
     ids = [script.prompt[-1], *script.answer[:-1]]
@@ -62,12 +65,9 @@ def record(
             past_key_values=_start(cache, len(script.prompt) - 1, model),
             use_cache=True,
         )
-    mean = total[0] / len(shares)
     return Record(
-        torch.stack([kept[layer] for layer in layers]).numpy()
-        if layers
-        else np.zeros((0, *mean.shape), np.float32),
-        mean.cpu().numpy(),
+        kept.numpy(),
+        (total / len(shares)).cpu().numpy(),
         torch.stack(shares).numpy(),
         _patches(model, pixel_values),
     )

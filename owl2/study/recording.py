@@ -87,7 +87,7 @@ def _weights(
     Args:
         is_causal: the queries are the last positions, and see no later one.
     """
-    scores = query.float() @ key.float().transpose(-1, -2) * scaling
+    scores = (query.float() * scaling) @ key.float().transpose(-1, -2)
     if is_causal:
         count, positions = scores.shape[-2:]
         later = torch.ones(count, positions, dtype=torch.bool, device=scores.device)

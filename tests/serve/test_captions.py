@@ -408,7 +408,7 @@ def test_the_default_prompt_is_the_papers(settings):
 
 @pytest.mark.slow
 def test_the_command_is_killed_again_and_again(settings, folder, tmp_path):
-    for number in range(300):
+    for number in range(150):
         picture(number).save(folder / f"{number:03}.png")
     base = [sys.executable, "-m", "owl2", "caption", str(folder), "--model", settings.model]
     base += ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--recursive"]
