@@ -182,6 +182,16 @@ def test_a_slow_reader_does_not_hold_a_place(serve):
         assert second().status_code == 200
 
 
+def test_a_picture_that_is_refused_holds_no_place(serve):
+    server = serve(running=1)
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "?"}]}]
+    for _ in range(2):
+        assert error_of(server.post(BODY | {"messages": messages})) == (400, "invalid_image")
+    assert server.metric("owl2_requests_running") == 0
+    assert server.engine.asked == []
+
+
 def test_what_the_engine_refuses(serve):
     server = serve(refuse=InputError("The prompt is too long."))
     for body in (BODY, STREAMED):
