@@ -34,48 +34,45 @@ class Door:
         self._limits = limits
         self._keys = keys
         self._free = tuple(path.rstrip("/") for path in free)
+        self._held = 0  # bytes of bodies whose requests are not finished
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_free(scope):
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        body = _Body()
         try:
-            if self._keys is not None:
-                given = headers.get("authorization")
-                self._keys.check(None if given is None else given.encode("latin-1"))
-            body = await self._read(headers, receive)
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-            return
-        if body is not None:
-            await self._app(scope, _with_body(body, receive), send)
+            try:
+                has_come = await self._take(scope, receive, body)
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
+            if has_come:
+                await self._app(scope, _with_body(body.joined(), receive), send)
+        finally:
+            self._held -= body.size
 
     def _is_free(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         return any(path == free or path.startswith(f"{free}/") for free in self._free)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """All of the body; None: the client left."""
+    async def _take(self, scope: Scope, receive: Receive, body: "_Body") -> bool:
+        """Fill `body`; False: the client left.
+
+        Raises:
+            ApiError: it may not come in.
+        """
+        headers = Headers(scope=scope)
+        if self._keys is not None:
+            given = headers.get("authorization")
+            self._keys.check(None if given is None else given.encode("latin-1"))
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._limits.body_bytes:
             raise self._too_large()
-        chunks = []
-        size = 0
         seconds = self._limits.body_seconds
         try:
             async with asyncio.timeout(seconds):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    chunk = message.get("body", b"")
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    if size > self._limits.body_bytes:
-                        raise self._too_large()
-                    more = message.get("more_body", False)
+                return await self._read(receive, body)
         except TimeoutError as error:
             raise ApiError(
                 408,
@@ -83,7 +80,28 @@ class Door:
                 code="body_too_slow",
                 headers={"Connection": "close"},
             ) from error
-        return b"".join(chunks)
+
+    async def _read(self, receive: Receive, body: "_Body") -> bool:
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
+            chunk = message.get("body", b"")
+            body.add(chunk)
+            self._held += len(chunk)
+            if body.size > self._limits.body_bytes:
+                raise self._too_large()
+            if self._held > self._limits.held_bytes:
+                raise ApiError(
+                    429,
+                    "The server is busy: it has no more room for requests of this size. Ask again "
+                    "in a moment.",
+                    code="rate_limit_exceeded",
+                    headers={"Retry-After": "1"},
+                )
+            more = message.get("more_body", False)
+        return True
 
     def _too_large(self) -> ApiError:
         return ApiError(
@@ -92,6 +110,23 @@ class Door:
             "this server's limit. Send fewer or smaller pictures.",
             code="body_too_large",
         )
+
+
+class _Body:
+    """What has come of a body so far."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._chunks: list[bytes] = []
+
+    def add(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        self._chunks.append(chunk)
+
+    def joined(self) -> bytes:
+        """All of it, which is not kept here any longer."""
+        chunks, self._chunks = self._chunks, []
+        return b"".join(chunks)
 
 
 def _with_body(body: bytes, receive: Receive) -> Receive:

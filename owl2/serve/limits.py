@@ -11,7 +11,7 @@ What goes beyond has a status and a code of its own:
 | `picture_bytes`, `pixels`, `picture_memory`, `picture_seconds` | 400 | see `pictures` |
 | `answers` | 400 | too_many_answers |
 | `answer_tokens` | 400 | too_many_tokens |
-| `queue` | 429 | rate_limit_exceeded |
+| `queue`, `held_bytes` | 429 | rate_limit_exceeded |
 | `seconds` | 503 | timeout |
 """
 
@@ -40,6 +40,7 @@ class Limits(BaseModel):
         answer_tokens: of each answer, that a request may ask for.
         running: requests answered at a time.
         queue: requests that wait beside those.
+        held_bytes: of the bodies of all requests that are not finished.
         seconds: from a request's arrival to its last token.
         remote: whether pictures are fetched from URLs.
         remote_seconds: to fetch one picture, redirects and look-ups among it.
@@ -61,6 +62,7 @@ class Limits(BaseModel):
     answer_tokens: int = Field(default=2048, ge=1, le=MAX_TOKENS)
     running: int = Field(default=64, ge=1)
     queue: int = Field(default=256, ge=0)
+    held_bytes: int = Field(default=1024 * MIB, ge=1)
     seconds: float = Field(default=600.0, gt=0)
     remote: bool = False
     remote_seconds: float = Field(default=10.0, gt=0)

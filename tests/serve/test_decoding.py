@@ -305,6 +305,37 @@ def test_a_processor_that_would_refuse_the_square():
         Decoders(Limits(), Owl2ImageProcessor(SIZE, max_pixels=SIZE**2 - 1))
 
 
+def threads_started_by(work):
+    """How many threads a new thread starts that does `work`; they stay, as OpenMP's do."""
+    found = []
+
+    def count():
+        work()
+        found.extend(os.listdir("/proc/self/task"))
+
+    before = set(os.listdir("/proc/self/task"))
+    thread = threading.Thread(target=count)
+    thread.start()
+    thread.join()
+    return len(set(found) - before) - 1
+
+
+def test_the_engine_makes_pixels_of_them_without_threads_of_its_own():
+    # Each thread that computes with torch gets a pool of OpenMP's, and pools get in each other's
+    # way: a request's thread must not.
+    import torch
+
+    like = Owl2ImageProcessor(448)
+    squares = [decode(FILES["JPEG"], like)] * 4
+    cores = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert threads_started_by(lambda: torch.ones(2**22).exp()) == 2  # as it would be
+        assert threads_started_by(lambda: like(squares)) == 0
+    finally:
+        torch.set_num_threads(cores)
+
+
 @pytest.mark.slow
 def test_decoders_come_back_when_the_process_they_are_forked_from_is_killed():
     still_works()

@@ -137,6 +137,39 @@ def test_afterwards_the_application_hears_that_the_client_left():
     ]
 
 
+def test_the_bodies_of_all_requests_together_have_a_limit():
+    replies = []
+    finish = asyncio.Event()
+
+    async def inside(scope, receive, send):
+        await finish.wait()
+        replies.append("fine")
+
+    async def ask(door, size):
+        async def receive():
+            return {"type": "http.request", "body": b"x" * size}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                replies.append(message["status"])
+
+        await door({"type": "http", "path": "/v1/x", "headers": []}, receive, send)
+
+    async def work():
+        door = Door(inside, limits=Limits(held_bytes=100))
+        first = asyncio.ensure_future(ask(door, 60))
+        await asyncio.sleep(0)
+        await ask(door, 41)
+        second = asyncio.ensure_future(ask(door, 40))
+        await asyncio.sleep(0)
+        finish.set()
+        await asyncio.gather(first, second)
+        await ask(door, 100)  # all room is free again
+
+    asyncio.run(work())
+    assert replies == [429, "fine", "fine", "fine"]
+
+
 def test_what_is_no_request_goes_through(inside):
     async def nothing(*_):
         raise AssertionError("nobody is to be asked")

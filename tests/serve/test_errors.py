@@ -93,6 +93,7 @@ def part(**fields):
         ({"n": -(10**300)}, "n", "invalid_value", "a huge number"),
         ({"stop": ["a"] * 20}, "stop", "invalid_value", "at most 16"),
         ({"tools": [{}]}, "tools", "invalid_value", "this model cannot do that"),
+        ({"frequency_penalty": 1}, "frequency_penalty", "invalid_value", "cannot do that"),
         ({"top_logprobs": 2}, None, "invalid_value", "needs logprobs"),
         (part(type="text"), "messages.0.content.0.text", "missing_required_parameter", "required"),
         (
