@@ -18,6 +18,7 @@ from rich.console import Console
 
 from owl2 import Engine, cli
 from owl2.errors import InputError
+from owl2.eval.team import Team
 from owl2.inference.chat import user_turn
 from owl2.serve import caption_files, captions
 from owl2.serve.caption_files import CaptionFiles
@@ -244,7 +245,7 @@ def test_other_captions_are_not_mixed_in(settings, stub, values):
 
 def test_nor_those_of_a_process_that_was_stopped(settings, stub):
     settings.output.parent.mkdir()
-    with CaptionFiles(settings.output, settings.identity(), captions.Team()) as begun:
+    with CaptionFiles(settings.output, settings.identity(), Team()) as begun:
         begun.add("a.png", "red")
     with pytest.raises(InputError, match="another prompt"):
         run(changed(settings, prompt="what?"))
@@ -281,6 +282,28 @@ def test_a_line_that_is_no_captions(settings, stub, line):
     settings.output.with_name("captions.part-3.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match=r"captions.part-3.jsonl holds a line .* at byte 0"):
         run(settings)
+
+
+def test_a_caption_counts_more_than_an_earlier_failure(settings, stub):
+    """Of three processes the last one could not read it; of two the second one could."""
+    settings.output.parent.mkdir()
+    for rank, size, text in ((2, 3, InputError("busy")), (1, 2, "red"), (0, 1, "blue")):
+        with CaptionFiles(settings.output, settings.identity(), Team(rank, size)) as begun:
+            begun.add("c.webp" if rank else "a.png", text)
+    run(settings)
+    assert "c.webp" not in stub.asked
+    assert [row["caption"] for row in rows(settings)][::3] == ["blue", "red"]
+
+
+def test_half_a_line_of_another_process_is_read_when_it_is_whole(settings):
+    settings.output.parent.mkdir()
+    line = b'{"file_name": "a.png", "caption": "red"}\n'
+    other = settings.output.with_name("captions.part-1.jsonl")
+    with CaptionFiles(settings.output, settings.identity(), Team(0, 2)) as begun:
+        for end in (15, len(line)):
+            other.write_bytes(line[:end])
+            begun.look()
+            assert begun.has_caption("a.png") == (end == len(line))
 
 
 # ------------------------------------------------------------------ several processes
