@@ -116,6 +116,7 @@ def test_data_uris_with_breaks_and_percents():
         ("data:image/png;base64,a", "invalid_base64"),
         ("data:image/png;base64,ab=c", "invalid_base64"),
         ("data:image/png;base64,äöü=", "invalid_base64"),
+        ("data:image/png;base64,AA!AAA", "invalid_base64"),
         ("data:image/png;base64,AAAA", "invalid_image"),
         ("data:image/png;base64," + "AAAA" * 1000, "invalid_image"),
         ("file:///etc/passwd", "invalid_image_url"),
@@ -134,7 +135,10 @@ def test_what_is_no_picture_is_refused(url, code):
 def test_no_file_of_the_server_is_opened(tmp_path, form):
     path = tmp_path / "picture.png"
     path.write_bytes(saved(picture()))
-    assert refused(form.format(path)).code == "invalid_image_url"
+    for remote in (False, True):
+        error = refused(form.format(path), remote=remote)
+        assert error.code == "invalid_image_url"
+        assert "paths and other things are not read" in error.message
 
 
 def test_a_bare_base64_string_is_no_url():
@@ -158,6 +162,12 @@ def test_remote_pictures_where_they_are_allowed():
     ours, file = (LIKE(one, "np")["pixel_values"] for one in (part["image"], data))
     np.testing.assert_array_equal(ours, file)
     assert network.reached == [(PUBLIC, 80)] * 2
+
+
+def test_nothing_is_fetched_unless_the_server_says_so():
+    network = Stub(9)
+    assert "fetches no pictures" in refused("http://good.test/", network=network).message
+    assert (network.asked, network.reached) == ([], [])
 
 
 def test_remote_pictures_are_decoded_with_the_same_care():
