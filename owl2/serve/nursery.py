@@ -97,7 +97,10 @@ def main(control: socket.socket) -> None:
     gc.freeze()
     control.sendall(READY)
     while True:
-        call, sockets, _, _ = socket.recv_fds(control, len(CALL), 1)
+        try:
+            call, sockets, _, _ = socket.recv_fds(control, len(CALL), 1)
+        except ConnectionResetError:  # the server ended before it ever asked for one
+            return
         if not call:
             return
         if os.fork() == 0:

@@ -9,8 +9,9 @@ What can be wrong with the options is found out before the weights are read, whi
 
 import logging
 import shlex
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,15 +148,25 @@ def _load(command: Command) -> Engine:
     of the main thread, which will not compute again, would slow down the engine's (see `worker`).
     """
 
-    def load() -> Engine:
-        engine = Engine.from_pretrained(
-            command.model, device=command.device, dtype=command.dtype, quantize=command.quantize
-        )
-        engine.chat([{"role": "user", "content": "Hello?"}], max_new_tokens=1)
-        return engine
+    loaded: Future[Engine] = Future()
 
-    with ThreadPoolExecutor(1, "owl2-load") as thread:
-        return thread.submit(load).result()
+    def load() -> None:
+        try:
+            engine = Engine.from_pretrained(
+                command.model, device=command.device, dtype=command.dtype, quantize=command.quantize
+            )
+            engine.chat([{"role": "user", "content": "Hello?"}], max_new_tokens=1)
+        except BaseException as error:  # it is raised where one waits
+            loaded.set_exception(error)
+        else:
+            loaded.set_result(engine)
+
+    # Ctrl-C ends the process without waiting for such a thread.
+    thread = threading.Thread(target=load, name="owl2-load", daemon=True)
+    thread.start()
+    engine = loaded.result()
+    thread.join()
+    return engine
 
 
 def _log_to_stderr() -> None:
