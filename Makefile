@@ -15,7 +15,7 @@ define install
 	touch $(1)/.installed
 endef
 
-.PHONY: help setup demo demo-quick docs test test-slow test-oldest test-vllm check format
+.PHONY: help setup demo demo-quick docs test test-slow test-oldest test-vllm test-browser check format
 
 help:
 	@echo "make setup        install into $(VENV) (the others do it by themselves)"
@@ -24,6 +24,7 @@ help:
 	@echo "make recipes-quick  the recipes that are shipped, each for some steps with a tiny model"
 	@echo "make test         the tests; test-slow: the long ones; test-oldest: on the oldest transformers"
 	@echo "make test-vllm    the tests of the vLLM plug-in, in an environment of its own"
+	@echo "make test-browser the tests of the web page, in Chromium (installed by apt if it is not there)"
 	@echo "make check        formatting, lint, types, import layers; format: put right what can be"
 
 setup: $(VENV)/.installed
@@ -66,6 +67,14 @@ test-oldest: $(OLDEST)/.installed
 # Some minutes: each start of vLLM takes most of one.
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 900 tests/vllm
+
+# Playwright drives it; Debian's own browser, as its downloads are no package of a registry.
+test-browser: setup
+	@{ command -v chromium || command -v chromium-browser; } >/dev/null || { \
+		echo "There is no chromium: installing it with apt-get"; \
+		SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+		$$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends chromium; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/serve/web
 
 check: setup
 	$(BIN)/ruff format --check .

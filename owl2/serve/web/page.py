@@ -104,12 +104,12 @@ def _lay_out(desk: Desk, name: str, examples: Sequence[Example]) -> Parts:
         )
         language = gr.Radio(
             [(shown, key) for key, shown in LANGUAGES.items()],
-            value="en",
+            label=i18n("language"),  # not seen, but read aloud
             show_label=False,
             container=False,
             elem_id="language",
         )
-        gr.Button("◐", elem_id="theme").click(None, js="() => window.owl2.theme()")
+        gr.Button(i18n("theme"), elem_id="theme").click(None, js="() => window.owl2.theme()")
     with gr.Tabs() as tabs:
         with gr.Tab(i18n("tab_chat"), id="chat") as chat_tab:
             chat = gr.Chatbot(
@@ -125,6 +125,7 @@ def _lay_out(desk: Desk, name: str, examples: Sequence[Example]) -> Parts:
             chat.keep_in_cache.update(chat.temp_files)  # the examples are no visitor's
             box = gr.MultimodalTextbox(
                 placeholder=str(i18n("question")),
+                label=i18n("question"),
                 show_label=False,
                 file_types=SUFFIXES,
                 file_count="multiple",

@@ -10,10 +10,10 @@ from owl2.serve.web.texts import error_text, text
 
 def note(key: str, language: str) -> None:
     """Say the words of a key."""
-    gr.Info(text(key, language), title=text("title_note", language))
+    gr.Info(text(key, language))
 
 
 def warn(error: Exception, language: str) -> None:
     """Say an error; what is no fault of the visitor's goes to the log."""
     words = html.escape(error_text(as_api_error(error), language))  # the page takes it as HTML
-    gr.Warning(words, title=text("title_error", language))
+    gr.Warning(words)

@@ -14,6 +14,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "tab_looked": ("Where it looked", "它看了哪里"),
     "tab_settings": ("Settings", "设置"),
     "language": ("Language", "语言"),
+    "theme": ("Light or dark", "明亮或黑暗"),
     "welcome": (
         "### Ask about a picture\nDrop one here, or several, and write a question. "
         "Or begin with one of these:",
@@ -81,8 +82,6 @@ TEXTS: dict[str, tuple[str, str]] = {
         "文件“{name}”已不存在，请重新添加。",
     ),
     "error_in_file": ("{name}: {error}", "{name}：{error}"),
-    "title_error": ("That did not work", "出错了"),
-    "title_note": ("Note", "提示"),
     "error_500": (
         "Something went wrong in the server; its log says what.",
         "服务器出错了，详情见其日志。",

@@ -1,0 +1,101 @@
+"""A browser, and pages for it: over an engine that does as told, and over the tiny one."""
+
+import shutil
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+
+# Its network is this machine, its disc is not ours, and it calls nobody at home.
+CHROMIUM = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+PATIENCE = 20_000  # milliseconds
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import expect, sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        pytest.fail("There is no chromium: `make test-browser` installs it.")
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=CHROMIUM)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def told(tiny_engine):
+    """The URL of a page, and its engine, which says what the test says."""
+    from owl2.serve.app import Settings, make_app
+    from owl2.serve.limits import Limits
+    from owl2.serve.web import mount
+    from tests.serve.running import ToldEngine, running
+
+    engine = ToldEngine(tiny_engine)
+    limits = Limits(picture_bytes=50_000, pictures=4)
+    app = make_app(engine, Settings("told", limits))
+    mount(app, engine, limits, name="told")
+    with running(app) as url:
+        yield f"{url}/web/", engine
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_engine):
+    """The URL of a page over a model."""
+    from owl2.serve.app import Settings, make_app
+    from owl2.serve.limits import Limits
+    from owl2.serve.web import mount
+    from tests.serve.running import running
+
+    app = make_app(tiny_engine, Settings("tiny"))
+    mount(app, tiny_engine, Limits(), name="tiny")
+    with running(app) as url:
+        yield f"{url}/web/"
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a URL in a browser of its own; in the end nothing has gone wrong in any."""
+    wrong = []
+
+    def check(request):
+        place = urlsplit(request.url)
+        if place.scheme not in ("data", "blob") and place.hostname != "127.0.0.1":
+            wrong.append(request.url)
+
+    with ExitStack() as stack:
+
+        def open_page(url, **settings):
+            given = {"locale": "en-US", "viewport": {"width": 1000, "height": 800}} | settings
+            context = browser.new_context(**given)
+            stack.callback(context.close)
+            context.set_default_timeout(PATIENCE)
+            context.on("request", check)
+            page = context.new_page()
+            page.on("pageerror", lambda error: wrong.append(str(error)))
+            page.goto(url)
+            page.locator("#box textarea").wait_for()
+            page.wait_for_function("window.owl2")  # its script has run
+            return page
+
+        yield open_page
+    assert wrong == []
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures' files."""
+    files = [tmp_path / f"{name}.png" for name in ("red", "green", "blue")]
+    for file in files:
+        Image.new("RGB", (40, 30), file.stem).save(file)
+    return files

@@ -1,0 +1,98 @@
+"""Pictures of the page for the documents: `python tests/serve/web/screenshots.py MODEL FOLDER`.
+
+They are of the demo's model, which answers questions about plain shapes:
+`make demo`, then `python tests/serve/web/screenshots.py runs/demo/model docs/images`.
+"""
+
+import io
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from owl2.inference.engine import Engine
+from owl2.serve.app import Settings, make_app
+from owl2.serve.limits import Limits
+from owl2.serve.web import mount
+from tests.serve.running import running
+
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+DESKTOP = {"viewport": {"width": 1100, "height": 760}}
+PHONE = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "is_mobile": True}
+MOST_BYTES = 150_000
+
+
+def open_page(browser: Browser, url: str, **settings: object) -> Page:
+    page = browser.new_context(**({"locale": "en-US"} | settings)).new_page()
+    page.goto(url)
+    page.wait_for_function("window.owl2")
+    expect(page.locator("#chat .example")).to_have_count(3)
+    page.wait_for_timeout(1500)  # for fonts and pictures
+    return page
+
+
+def talk(page: Page, example: int, *questions: str) -> Page:
+    """An example, and questions after it, each answered."""
+    answers = page.get_by_test_id("bot")
+    page.locator("#chat .example").nth(example).click()
+    for number, question in enumerate(("", *questions), 1):
+        if question:
+            page.fill("#box textarea", question)
+            page.click("#box .submit-button")
+        expect(answers).to_have_count(number)
+        expect(answers.last).not_to_contain_text("●")
+        expect(page.locator("#box .submit-button")).to_be_visible()
+    page.mouse.move(5, 5)
+    page.wait_for_timeout(600)
+    return page
+
+
+def look(page: Page) -> Page:
+    page.click("#look")
+    expect(page.locator(".looked figure")).to_have_count(2)
+    page.mouse.move(5, 5)
+    page.wait_for_timeout(600)
+    return page
+
+
+def shoot(page: Page, path: Path) -> None:
+    page.evaluate("document.activeElement.blur()")
+    page.wait_for_timeout(200)
+    picture = Image.open(io.BytesIO(page.screenshot()))
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    size = path.stat().st_size
+    assert size < MOST_BYTES, f"{path} has {size} bytes"
+    print(path, picture.size, size)
+    page.context.close()
+
+
+def main(model: str, folder: Path) -> None:
+    engine = Engine.from_pretrained(model, device="cpu", dtype="float32")
+    name = "easy-VQA"
+    app = make_app(engine, Settings(name))
+    mount(app, engine, Limits(), name=name)
+    expect.set_options(timeout=60_000)
+    with running(app) as place, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=ARGUMENTS
+        )
+        url = f"{place}/web/"
+        color, blue = "what color is the shape?", "is there a blue shape?"
+        shoot(open_page(browser, url, **DESKTOP), folder / "web.png")
+        page = open_page(browser, url, color_scheme="dark", **DESKTOP)
+        shoot(talk(page, 0, color, blue), folder / "web-dark.png")
+        page = open_page(browser, url, **DESKTOP)
+        shoot(look(talk(page, 1)), folder / "web-looked.png")
+        page = open_page(browser, url, locale="zh-CN", **DESKTOP)
+        shoot(talk(page, 2, color), folder / "web-zh.png")
+        page = open_page(browser, url, **PHONE)
+        shoot(talk(page, 1, "what shape is in the image?"), folder / "web-phone.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
