@@ -131,18 +131,19 @@ def server_of(word: str, key: str) -> Server:
 
 
 async def measure(servers: Sequence[Server], given: argparse.Namespace) -> list[Round]:
-    """All rounds, after one request to each server that nobody counts."""
+    """All rounds, after a request of each kind to each server that nobody counts."""
     numbers = iter(range(sys.maxsize))
     start = time.time_ns()  # questions of an earlier run are not asked again
 
-    def body(server: Server) -> dict[str, Any]:
-        return request(server.model, random.Random(f"{start} {next(numbers)}"), given)
+    def body(server: Server, pictures: float = given.pictures) -> dict[str, Any]:
+        return request(server.model, random.Random(f"{start} {next(numbers)}"), given, pictures)
 
     rounds = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(timeout=given.timeout, limits=limits) as client:
         for server in servers:
-            await ask(client, server, body(server))
+            for pictures in {0.0, float(given.pictures > 0)}:
+                await ask(client, server, body(server, pictures))
         for clients in given.clients:
             for _ in range(given.rounds):
                 for server in servers:
@@ -199,11 +200,17 @@ async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -
     return Reply(first or whole, whole, usage["prompt_tokens"], usage["completion_tokens"])
 
 
-def request(model: str, source: random.Random, given: argparse.Namespace) -> dict[str, Any]:
-    """A body like no other, whose answer is greedy and, where a server can, of full length."""
+def request(
+    model: str, source: random.Random, given: argparse.Namespace, pictures: float
+) -> dict[str, Any]:
+    """A body like no other, whose answer is greedy and, where a server can, of full length.
+
+    Args:
+        pictures: how probably it has one.
+    """
     question = " ".join(source.choices(WORDS, k=given.words)) + f" {source.getrandbits(32)}?"
     content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-    if source.random() < given.pictures:
+    if source.random() < pictures:
         content.insert(0, {"type": "image_url", "image_url": {"url": picture(source, given.edge)}})
     return {
         "model": model,
