@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from PIL import Image
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -22,6 +24,7 @@ from owl2.errors import InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing.chat import IMAGE_TOKEN
 from owl2.processing.processor import Owl2Processor
+from owl2.processing.sources import load_image
 
 # The id at a picture's places. Any of the vocabulary does: the embedding is the picture's.
 PLACE_ID = 0
@@ -32,6 +35,16 @@ OPTIONS = ("image_policy",)
 def _processor(name: str, revision: str | None, image_policy: Any) -> Owl2Processor:
     hub: dict[str, Any] = {} if revision is None else {"revision": revision}
     return Owl2Processor.from_pretrained(name, image_policy=image_policy, **hub)
+
+
+class PictureParser(MultiModalDataParser):
+    """Pictures in the checkpoint's colours: vLLM would put what is transparent on white."""
+
+    def _parse_image_data(self, data: Any) -> Any:
+        items = [data] if isinstance(data, Image.Image) else data
+        if isinstance(items, list):
+            items = [load_image(item) if isinstance(item, Image.Image) else item for item in items]
+        return super()._parse_image_data(items)
 
 
 class Owl2ProcessingInfo(BaseProcessingInfo):
@@ -54,6 +67,9 @@ class Owl2ProcessingInfo(BaseProcessingInfo):
             )
         model = self.ctx.model_config
         return _processor(model.model, model.revision, options.get("image_policy"))
+
+    def get_data_parser(self) -> PictureParser:
+        return PictureParser()
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}

@@ -16,8 +16,8 @@ class Owl2Settings(VerifyAndUpdateConfig):
         """Ids and pixels as the model was trained with.
 
         That is: its own tokenizer instead of a converted one; and pictures as they are in their
-        files, instead of on vLLM's white ground, since the checkpoint's processor knows what to do
-        with what is transparent or has 16 bits.
+        files, instead of in vLLM's RGB: `processing.PictureParser` knows what is transparent or
+        has 16 bits.
         """
         if model_config.tokenizer_mode == "auto":
             model_config.tokenizer_mode = TOKENIZER_MODE

@@ -29,7 +29,7 @@ def client(checkpoint, tmp_path_factory):
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
         *("--max-num-batched-tokens", str(STEP), "--max-num-seqs", "4"),
-        *("--served-model-name", "owl2"),
+        *("--served-model-name", "owl2", "--trust-request-mm-kwargs"),
     ]
     log = tmp_path_factory.mktemp("vllm_serve") / "log"
     with log.open("w") as written:
