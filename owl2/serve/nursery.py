@@ -95,18 +95,22 @@ def main(control: socket.socket) -> None:
     Image.init()  # or each decoder would import the formats
     gc.collect()
     gc.freeze()
-    control.sendall(READY)
-    while True:
-        try:
-            call, sockets, _, _ = socket.recv_fds(control, len(CALL), 1)
-        except ConnectionResetError:  # the server ended before it ever asked for one
-            return
-        if not call:
-            return
-        if os.fork() == 0:
-            control.close()
-            _decode_and_end(socket.socket(fileno=sockets[0]))
-        os.close(sockets[0])
+    with suppress(ConnectionError):  # the server has ended before it asked for anything
+        control.sendall(READY)
+        while _fork_one(control):
+            pass
+
+
+def _fork_one(control: socket.socket) -> bool:
+    """Wait for a job's socket; False: the server is gone."""
+    call, sockets, _, _ = socket.recv_fds(control, len(CALL), 1)
+    if not call:
+        return False
+    if os.fork() == 0:
+        control.close()
+        _decode_and_end(socket.socket(fileno=sockets[0]))
+    os.close(sockets[0])
+    return True
 
 
 def _decode_and_end(connection: socket.socket) -> NoReturn:

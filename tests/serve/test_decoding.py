@@ -208,11 +208,16 @@ def answer_with(monkeypatch, reply):
         b"P" + nursery.LENGTH.pack(2**32 - 1) + b"x" * 100,
         b"P" + nursery.LENGTH.pack(5) + b"x" * 5,
         b"B" + nursery.LENGTH.pack(2**32 - 1) + b"x" * 100,
-        b"?" + nursery.LENGTH.pack(2) + b"\xff\xfe",
+        b"B" + nursery.LENGTH.pack(20_000) + b"x" * 20_000,
     ],
 )
 def test_a_decoder_that_died_or_was_taken_over(monkeypatch, reply):
     answer_with(monkeypatch, reply)
+    assert "the process that tried it ended" in refused(FILES["PNG"], "invalid_image")
+
+
+def test_a_decoder_that_says_what_is_no_text(monkeypatch):
+    answer_with(monkeypatch, b"?" + nursery.LENGTH.pack(2) + b"\xff\xfe")
     refused(FILES["PNG"], "invalid_image")
 
 
@@ -220,7 +225,9 @@ def test_a_decoder_that_is_stuck(monkeypatch):
     monkeypatch.setattr(decoding, "GRACE_SECONDS", 0.1)
     pair = socket.socketpair()
     monkeypatch.setattr(Nursery, "open", lambda self: pair[0])
+    begin = time.monotonic()
     refused(FILES["PNG"], "image_too_large", picture_seconds=0.1)
+    assert time.monotonic() - begin < 5
 
 
 def confined(check):
@@ -334,6 +341,18 @@ def test_the_engine_makes_pixels_of_them_without_threads_of_its_own():
         assert threads_started_by(lambda: like(squares)) == 0
     finally:
         torch.set_num_threads(cores)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_process_they_are_forked_from_ends_with_the_server(used, capfd):
+    own = Nursery()
+    if used:
+        own.open().close()
+    else:
+        own.start()
+    own._control.close()  # as the system does when a process is killed
+    assert own._process.wait(60) == 0
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow
