@@ -203,7 +203,7 @@ async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -
 def request(
     model: str, source: random.Random, given: argparse.Namespace, pictures: float
 ) -> dict[str, Any]:
-    """A body like no other, whose answer is greedy and, where a server can, of full length.
+    """A body like no other. The answer is greedy: of one model, every server's is equally long.
 
     Args:
         pictures: how probably it has one.
@@ -219,7 +219,6 @@ def request(
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "ignore_eos": True,  # vLLM's; who does not know it may end earlier
     }
 
 
