@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, NamedTuple
 
+from owl2.errors import InputError
 from owl2.inference.completion import Completion, Piece
 from owl2.inference.engine import Engine
 from owl2.processing.chat import Message
@@ -187,7 +188,7 @@ class Answer:
                 self._metrics.prompt_tokens.inc(tokens)
                 return tokens
             case Exception() as error:
-                self.close("failed")
+                self._fail(error)
                 raise error
             case other:
                 raise AssertionError(f"{other!r} before the beginning")
@@ -196,7 +197,7 @@ class Answer:
         """The next piece; None after the last."""
         item = await self._arrived.get()
         if isinstance(item, Exception):
-            self.close("failed")
+            self._fail(item)
             raise item
         if item is None:
             self._metrics.whole.observe(self._loop.time() - self._arrival)
@@ -210,6 +211,9 @@ class Answer:
             self._unfinished -= 1
             self._metrics.ended.labels(item.finish_reason).inc()
         return item
+
+    def _fail(self, error: Exception) -> None:
+        self.close("refused" if isinstance(error, InputError) else "failed")
 
     def __enter__(self) -> "Answer":
         return self

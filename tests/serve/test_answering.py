@@ -198,6 +198,7 @@ def test_what_the_engine_refuses(serve):
         reply = server.post(body)
         assert reply.status_code == 400
         assert reply.json()["error"]["message"] == "The prompt is too long."
+    assert server.metric('owl2_answers_total{reason="refused"}') == 2
     assert server.metric("owl2_requests_running") == 0
 
 
@@ -227,7 +228,8 @@ def test_a_fault_in_the_middle_of_a_stream(serve, error):
     said = json.loads(lines[-1][6:])["error"]
     assert ("not finite" in said["message"]) == isinstance(error, InputError)
     assert "fault" not in said["message"]
-    assert server.metric('owl2_answers_total{reason="failed"}') == 1
+    reason = "refused" if isinstance(error, InputError) else "failed"
+    assert server.metric(f'owl2_answers_total{{reason="{reason}"}}') == 1
 
 
 def test_closing_refuses_what_is_new_and_finishes_what_runs(serve):
