@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
@@ -288,6 +289,50 @@ def test_pictures_with_wrong_bytes(http, kind, random):
 @given(st.one_of(WORDS, st.binary(max_size=200).map(data_uri)))
 def test_urls_of_pictures(http, url):
     assert send(http, asked_about(url)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        asked_about(data_uri(saved()[:100])),
+        asked_about("file:///etc/passwd"),
+        {"messages": [{"role": "user", "content": " "}]},
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a " * 5000}]},
+        {"messages": [{"role": "user", "content": "<|image|>"}]},
+        {"max_tokens": 5},
+        {"n": 4},
+    ],
+    ids=["broken", "file", "empty", "no question", "too long", "no picture", "tokens", "answers"],
+)
+def test_a_stream_that_cannot_be_has_a_status_too(http, change):
+    for stream in (False, True):
+        assert send(http, GOOD | change | {"stream": stream}).status_code == 400
+
+
+def test_good_requests_among_bad_ones(url, good_reply):
+    expected = good_reply()
+    bad = [
+        json.dumps(asked_about(data_uri(saved()[:50]))).encode(),
+        json.dumps(asked_about(data_uri(b"x" * 1000))).encode(),
+        json.dumps(asked_about(data_uri(saved("JPEG", (2000, 2000))))).encode(),
+        json.dumps(FULL).encode()[:-1],
+        b"[" * 100_000,
+        b"x" * (2 * MIB + 1),
+    ]
+    good = json.dumps(FULL).encode()
+
+    def ask(body):
+        with httpx.Client(base_url=url, timeout=SECONDS) as http:
+            return send(http, body)
+
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(ask, [*bad, good] * 6))
+    for number, reply in enumerate(replies):
+        if number % 7 == 6:
+            assert reply.json()["choices"] == expected
+        else:
+            assert 400 <= reply.status_code < 500
 
 
 # ------------------------------------------------------------------ no HTTP at all
