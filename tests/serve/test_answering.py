@@ -182,6 +182,16 @@ def test_a_slow_reader_does_not_hold_a_place(serve):
         assert second().status_code == 200
 
 
+@pytest.mark.parametrize(("limit", "tokens"), [(2048, 512), (5, 5)])
+def test_who_asks_for_no_number_of_tokens_gets_the_usual_or_the_limit(serve, limit, tokens):
+    server = serve(answer_tokens=limit)
+    reply = server.later()
+    told = server.asked()
+    told.end()
+    assert reply().status_code == 200
+    assert told.options["max_new_tokens"] == tokens
+
+
 def test_a_picture_that_is_refused_holds_no_place(serve):
     server = serve(running=1)
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
