@@ -3,6 +3,7 @@
 They need matplotlib (the extra ``plot``).
 """
 
+import math
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ SPANS = {"picture": "#f28e2b", "text": "#4e79a7", "answer": "#59a14f"}
 NAMES = {"picture": "picture", "text": "prompt's words", "answer": "answer's words"}
 CHINESE = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC")
 MOST_LABELS = 48  # positions that can be labelled with their words
+LABEL = 0.11  # inches that a small one takes
 SMALLEST = 360  # pixels along an edge at which a picture is painted
 
 Layers = Sequence[int | None]  # None: the mean over all
@@ -47,7 +49,7 @@ def draw_maps(path: Path, looks: Sequence[Looks], layers: Layers, question: str)
     first = looks[0]
     tokens, positions = len(first.tokens), first.spans[-1].end
     width = max(2.4, min(6.0, 0.13 * positions))
-    height = max(0.75, min(5.0, 0.26 * tokens))
+    height = max(0.75, min(7.0, 0.26 * tokens))
     labelled = positions <= MOST_LABELS
     with _style():
         figure = Figure(
@@ -57,7 +59,7 @@ def draw_maps(path: Path, looks: Sequence[Looks], layers: Layers, question: str)
             ),
             layout="constrained",
         )
-        figure.suptitle(_title(question, first.answer), x=0.01, ha="left", parse_math=False)
+        _set_title(figure, question, first.answer)
         grid = figure.subplots(len(looks), len(layers), squeeze=False, sharex=True, sharey=True)
         for axes in grid.ravel():
             axes.tick_params(length=0)
@@ -80,7 +82,7 @@ def draw_maps(path: Path, looks: Sequence[Looks], layers: Layers, question: str)
                 if row == 0:
                     axes.set_title(_layer_name(layer), pad=12)
                 if column == 0:
-                    axes.set_yticks(range(tokens), [_shown(token) for token in own.tokens])
+                    _label_tokens(axes, own, height)
                     if len(looks) > 1:
                         axes.set_ylabel(_mam_name(own), labelpad=8)
         for axes in grid[-1]:
@@ -103,7 +105,7 @@ def draw_shares(path: Path, looks: Sequence[Looks], question: str) -> None:
     width = max(3.6, min(7.0, 0.35 * count))
     with _style():
         figure = Figure(figsize=(0.9 + width * len(looks), 3.6), layout="constrained")
-        figure.suptitle(_title(question, looks[0].answer), x=0.01, ha="left", parse_math=False)
+        _set_title(figure, question, looks[0].answer)
         grid = figure.subplots(1, len(looks), squeeze=False, sharey=True)[0]
         for axes, own in zip(grid, looks, strict=True):
             bottom = np.zeros(count)
@@ -155,7 +157,7 @@ def draw_heat(
     columns = 1 + len(words) * len(groups[0])
     with _style():
         figure = Figure(figsize=(2.6 * columns + 0.2, 0.5 + 2.75 * len(rows)), layout="constrained")
-        figure.suptitle(_title(question, looks[0].answer), x=0.01, ha="left", parse_math=False)
+        _set_title(figure, question, looks[0].answer)
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for axes in grid.ravel():
             axes.set_xticks([])
@@ -200,6 +202,14 @@ def _above(axes: Any) -> Any:
     from matplotlib.transforms import ScaledTranslation
 
     return axes.get_xaxis_transform() + ScaledTranslation(0, 0.06, axes.figure.dpi_scale_trans)
+
+
+def _label_tokens(axes: Any, looks: Looks, inches: float) -> None:
+    count = len(looks.tokens)
+    step = math.ceil(count * LABEL / inches)
+    places = range(0, count, step)
+    labels = [_shown(looks.tokens[place]) for place in places]
+    axes.set_yticks(places, labels, fontsize=9 if count <= 20 else 7)
 
 
 def _label_positions(axes: Any, looks: Looks, labelled: bool) -> None:
@@ -251,9 +261,11 @@ def _plural(looks: Looks) -> str:
     return "s" if sum(span.kind == "picture" for span in looks.spans) > 1 else ""
 
 
-def _title(question: str, answer: str) -> str:
-    said = textwrap.shorten(answer, 120, placeholder=" …")
-    return f"{textwrap.shorten(question, 120, placeholder=' …')}  →  {said}"
+def _set_title(figure: Any, question: str, answer: str) -> None:
+    asked, said = (textwrap.shorten(text, 120, placeholder=" …") for text in (question, answer))
+    letters = int(figure.get_figwidth() * 11)  # that fit beside each other
+    title = textwrap.fill(f"{asked} → {said}", letters)
+    figure.suptitle(title, x=0.01, ha="left", parse_math=False)
 
 
 def _shown(token: str) -> str:

@@ -18,6 +18,7 @@ from owl2.study.looks import Looks
 from owl2.study.script import Span
 
 LONGEST = 1024  # pixels of a map's longer edge: it is made of some hundred patches
+CLEAR = 3.0  # even shares
 BELL = 0.5  # patches: how wide the bell curve is that smooths a map
 # A Chinese character is a word of its own, as no spaces part them.
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
@@ -133,14 +134,16 @@ def _smoothing(pixels: int, patches: int) -> np.ndarray:
 def overlay(picture: Image.Image, heat: np.ndarray, strength: float = 0.85) -> Image.Image:
     """A picture with a heat map of `heat_map` painted over it, in the picture's size.
 
-    Where there is least of it the picture is as it was, but for its colours, which are paler.
+    Where there is no more of it than an even share (1) the picture is as it was, but for its
+    colours, which are paler; the most is brightest, if it is `CLEAR` even shares at least. So a
+    model that looks nowhere in particular paints nothing.
 
     Args:
         heat: (h, w), any size.
         strength: of the paint where there is most of it, 0 to 1.
     """
-    low, high = float(heat.min()), float(heat.max())
-    level = ((heat - low) / max(high - low, 1e-12)).astype(np.float32)
+    most = max(float(heat.max()), CLEAR)
+    level = ((heat - 1) / (most - 1)).clip(min=0).astype(np.float32)
     resized = Image.fromarray(level).resize(picture.size, Image.Resampling.BILINEAR)
     level = np.asarray(resized)  # (H, W)
     stops = np.linspace(0, 1, len(COLOURS))
