@@ -138,7 +138,7 @@ CHECKS = [
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
-@pytest.mark.parametrize("examples", [15, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(400, marks=pytest.mark.slow)])
 def test_requests_made_from_the_document(url, mode, examples):
     document = schemathesis.openapi.from_url(f"{url}/openapi.json")
     tried = set()
