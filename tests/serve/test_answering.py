@@ -202,6 +202,20 @@ def test_a_picture_that_is_refused_holds_no_place(serve):
     assert server.engine.asked == []
 
 
+def test_megabytes_of_text_are_refused_at_a_glance(serve):
+    server = serve()  # the tiny model's context has 128 tokens
+
+    def saying(characters):
+        return BODY | {"messages": [{"role": "user", "content": "a" * characters}]}
+
+    assert error_of(server.post(saying(10**7))) == (400, "context_length_exceeded")
+    assert error_of(server.post(saying(128 * 64 + 1))) == (400, "context_length_exceeded")
+    assert server.engine.asked == []
+    reply = server.later(saying(128 * 64))
+    server.asked().end()
+    assert reply().status_code == 200
+
+
 def test_what_the_engine_refuses(serve):
     server = serve(refuse=InputError("The prompt is too long."))
     for body in (BODY, STREAMED):
