@@ -100,7 +100,7 @@ class ChatService:
         if characters > self.desk.engine.context * CHARACTERS_A_TOKEN:
             raise errors.ApiError(
                 400,
-                f"The messages have {characters:,} characters, far more than the model's context of "
+                f"The messages have {characters:,} characters, more than the model's context of "
                 f"{self.desk.engine.context:,} tokens can hold. Use fewer words or turns.",
                 code="context_length_exceeded",
                 param="messages",
