@@ -25,7 +25,8 @@ from owl2.serve.pictures import Pictures
 from owl2.serve.schema import Model, ModelList
 
 # What needs no key: monitoring, reading, and the web page, which asks for the key itself.
-FREE = ("/health", "/metrics", "/docs", "/openapi.json", "/web")
+PAGE = "/web"
+FREE = ("/health", "/metrics", "/docs", "/openapi.json", PAGE)
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +154,13 @@ class _Counted:
                 raise  # half a reply was sent: the connection has to be closed
             await errors.as_api_error(error).response()(scope, receive, send_on)
         finally:
-            route = getattr(scope.get("route"), "path", "none")
+            # The page is a hundred files, which are one place and no news.
+            is_page = scope["path"].startswith(f"{PAGE}/")
+            route = PAGE if is_page else getattr(scope.get("route"), "path", "none")
             status = status or CLIENT_LEFT  # in the middle of its own request
             self.metrics.requests.labels(route, status).inc()
             client = scope["client"][0] if scope.get("client") else "-"
             seconds = time.perf_counter() - begun
-            logger.info("%s %s %s %d %.2f s", client, scope["method"], route, status, seconds)
+            level = logging.DEBUG if is_page else logging.INFO
+            words = "%s %s %s %d %.2f s"
+            logger.log(level, words, client, scope["method"], route, status, seconds)

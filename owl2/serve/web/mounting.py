@@ -95,7 +95,7 @@ def mount(
         pwa=False,
     )
     page: Any = app.routes[-1]
-    page.app = WithHeaders(page.app)
+    page.app = PageApp(page.app, app.state.desk)
 
 
 def decoding(engine: Engine, limits: Limits) -> Decode:
@@ -127,18 +127,32 @@ def _opens(keys: Keys) -> Callable[[str, str], bool]:
     return opens
 
 
-class WithHeaders:
-    """An ASGI app whose replies have `HEADERS`."""
+class PageApp:
+    """gradio's ASGI app, whose replies have `HEADERS`.
 
-    def __init__(self, app: ASGIApp) -> None:
+    It keeps a connection open for each page that is. When the server ends, these are cancelled;
+    they end quietly here, as nothing is wrong then.
+    """
+
+    def __init__(self, app: ASGIApp, desk: Desk) -> None:
         self._app = app
+        self._desk = desk
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
         async def send_on(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        await self._app(scope, receive, send_on)
+        try:
+            await self._app(scope, receive, send_on)
+        except asyncio.CancelledError:
+            if not (self._desk.closing and has_begun):
+                raise
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

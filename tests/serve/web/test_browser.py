@@ -1,5 +1,10 @@
 """The page in a browser, as a person meets it."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -9,6 +14,8 @@ from tests.serve.running import until
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
+PAGE = re.compile(r"page is at (http://\S+)")
+LEFT = {"examples.json", "temporary", "log", "red.png", "green.png", "blue.png"}
 PHONE = {"viewport": {"width": 375, "height": 700}, "has_touch": True, "is_mobile": True}
 
 
@@ -322,3 +329,41 @@ def test_where_it_looked(visit, tiny, pictures):
     me.page.click("#clear")
     me.tab(1)
     me.expect(me.page.locator("#figures")).to_contain_text("请先就图片提问")
+
+
+def test_owl2_web_from_its_line_to_its_end(visit, tiny_checkpoint, tmp_path, pictures):
+    examples = [{"question": "what is red?", "image": str(pictures[0])}]
+    (tmp_path / "examples.json").write_text(json.dumps(examples))
+    command = [sys.executable, "-m", "owl2", "web", "--model", str(tiny_checkpoint)]
+    command += ["--port", "0", "--device", "cpu", "--examples", str(tmp_path / "examples.json")]
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    environment.pop("GRADIO_TEMP_DIR", None)  # the test's own process has one
+    log = tmp_path / "log"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+        ) as process,
+    ):
+        try:
+            url = next(found[1] for line in process.stdout if (found := PAGE.search(line)))
+            me = Page(visit(url))
+            me.page.locator("#chat .example").click()
+            me.expect(me.answers).to_have_count(1)
+            me.expect(me.answers.last).not_to_contain_text("●")
+            me.expect(me.page.locator("#box .submit-button")).to_be_visible()
+            assert any(folder.rglob("red.png"))
+            process.terminate()  # the page is still open
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert "Traceback" not in log.read_text()
+    assert not any(folder.rglob("*.png"))
+    assert {path.name for path in tmp_path.iterdir()} <= LEFT  # nothing else is left lying about
