@@ -10,7 +10,9 @@ from PIL import Image
 from owl2.train.recipe_file import read_recipe
 from tests.documents import blocks, commands, require_command
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 RELEASED = "MAGAer13/mplug-owl2-llama2-7b"
 
 
@@ -19,11 +21,9 @@ def test_the_python(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 30), "red").save("street.jpg")
     # 512 new tokens of noise would take a while.
-    code = (
-        "\n".join(blocks(README, "python"))
-        .replace(RELEASED, str(tiny_checkpoint))
-        .replace("512", "8")
-    )
+    # What talks to a server is run in tests/serve/test_readme.py.
+    own = [block for block in blocks(README, "python") if "import OpenAI" not in block]
+    code = "\n".join(own).replace(RELEASED, str(tiny_checkpoint)).replace("512", "8")
     assert RELEASED in README
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
@@ -55,11 +55,14 @@ def test_the_commands_are_found():
         "plan",
         "merge",
         "bench",
+        "serve",
+        "attend",
+        "caption",
     }
 
 
 def test_make_targets_exist():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
     assert {"demo", "test"} <= targets
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
@@ -67,3 +70,48 @@ def test_make_targets_exist():
 
 def test_nothing_is_left_to_fill_in():
     assert not re.search(r"@@|TODO|XXX", README)
+
+
+# ------------------------------------------------------------------ in Chinese
+
+
+def shown(text):
+    """All fenced blocks with their languages, without comments, which are translated."""
+    fenced = re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(r" +#.*|^# .*", "", block, flags=re.MULTILINE) for block in fenced]
+
+
+def prose(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_chinese_readme_shows_the_same_commands_code_and_output():
+    assert shown(CHINESE) == shown(README)
+    assert len(shown(README)) > 8
+
+
+def test_the_chinese_readme_has_the_same_parts():
+    def outline(text):
+        return re.findall(r"^(#+) |^(\|)|^(!)\[", prose(text), re.MULTILINE)
+
+    assert outline(CHINESE) == outline(README)
+
+
+def test_the_chinese_readme_has_the_same_links_and_figures():
+    def links(text):
+        found = re.findall(r"\]\(([^)]+)\)", prose(text))
+        return sorted(set(found) - {"README.md", "README.zh-CN.md"})
+
+    def figures(text):
+        # Words for small numbers differ by language; digits do not.
+        return set(re.findall(r"\d[\d,.]*\d", re.sub(r"\]\([^)]+\)", "", prose(text))))
+
+    assert links(CHINESE) == links(README)
+    assert figures(CHINESE) == figures(README)
+    assert "README.md" in CHINESE and "README.zh-CN.md" in README
+
+
+@pytest.mark.parametrize("text", [README, CHINESE], ids=["English", "Chinese"])
+def test_what_is_linked_is_there(text):
+    for target in re.findall(r"\]\(([^)#]+)\)", prose(text)):
+        assert target.startswith("https://") or (ROOT / target).exists(), target

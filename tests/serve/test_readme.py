@@ -1,0 +1,86 @@
+"""A person's path: the README's `owl2 serve`, and its curl and Python in another terminal."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.documents import blocks, commands
+from tests.serve.running import until
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+TOLD = "http://127.0.0.1:8000"  # what the README says; here the port is any free one
+
+
+@pytest.fixture(scope="module")
+def url(tiny_checkpoint):
+    """Where the README's own command says that it serves, with a tiny model."""
+    [line] = [line for line in commands(README) if line.startswith("owl2 serve")]
+    words = shlex.split(line.replace("runs/demo/model", str(tiny_checkpoint)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words, "--port", "0", "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    lines = []
+    reading = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reading.start()
+    try:
+        until(lambda: "Ctrl-C ends it.\n" in lines or process.poll() is not None, 120)
+        assert process.poll() is None, "".join(lines)
+        yield re.search(r"(http://\S+)/v1\n", "".join(lines))[1]
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_the_curl_line(url):
+    [line] = [block for block in blocks(README, "bash") if block.startswith("curl")]
+    done = subprocess.run(
+        ["bash", "-c", line.replace(TOLD, url)], capture_output=True, text=True, check=True
+    )
+    [choice] = json.loads(done.stdout)["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] in ("stop", "length")
+
+
+def test_the_python(url, tmp_path, monkeypatch, capsys):
+    """What it prints is what the same request gives whole."""
+    from openai import OpenAI
+
+    monkeypatch.chdir(tmp_path)
+    Path("runs/demo/pictures").mkdir(parents=True)
+    Image.new("RGB", (40, 30), "red").save("runs/demo/pictures/1.png")
+    [code] = [block for block in blocks(README, "python") if "import OpenAI" in block]
+    code = code.replace(TOLD, url).replace("stream=True", "stream=True, max_tokens=8")
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    whole = OpenAI(base_url=f"{url}/v1", api_key="none").chat.completions.create(
+        model="owl2",
+        max_tokens=8,
+        messages=json.loads(_messages(code, names["picture"])),
+    )
+    assert capsys.readouterr().out == whole.choices[0].message.content != ""
+
+
+def _messages(code, picture):
+    """The README's own messages, as JSON."""
+    inner = re.search(r"messages=(\[.*?\n    \]),", code, re.DOTALL)[1]
+    return json.dumps(eval(inner, {"picture": picture}))
+
+
+def test_the_web_page_is_there(url):
+    assert f"{TOLD}/web" in README
+    page = httpx.get(f"{url}/web", follow_redirects=True)
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
