@@ -61,17 +61,20 @@ def answer_all(
     llm = LLM(str(model), **settings)
     context = int(llm.llm_engine.model_config.max_model_len)
     first = 0
-    for prompts in _windows(processor, conversations, context, window):
-        asked = [number for number, prompt in enumerate(prompts) if isinstance(prompt, dict)]
-        outputs = llm.generate(
-            [prompts[number] for number in asked],
-            [_sampling(decoding.of_answer(first + number)) for number in asked],
-            use_tqdm=False,
-        )
-        texts = iter([_text(processor, output.outputs[0]) for output in outputs])
-        for prompt in prompts:
-            yield prompt if isinstance(prompt, InputError) else next(texts)
-        first += len(prompts)
+    try:
+        for prompts in _windows(processor, conversations, context, window):
+            asked = [number for number, prompt in enumerate(prompts) if isinstance(prompt, dict)]
+            outputs = llm.generate(
+                [prompts[number] for number in asked],
+                [_sampling(decoding.of_answer(first + number)) for number in asked],
+                use_tqdm=False,
+            )
+            texts = iter([_text(processor, output.outputs[0]) for output in outputs])
+            for prompt in prompts:
+                yield prompt if isinstance(prompt, InputError) else next(texts)
+            first += len(prompts)
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # its processes, and their memory
 
 
 def _windows(
