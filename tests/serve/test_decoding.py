@@ -180,6 +180,28 @@ def test_too_much_time_ends_nothing_but_the_picture():
     still_works()
 
 
+def children():
+    parent = decoding._nursery()._process.pid
+    with open(f"/proc/{parent}/task/{parent}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def test_a_crash_ends_nothing_but_the_picture():
+    still_works()
+    told = []
+    data = bomb(5000, 5000, 5000)
+    thread = threading.Thread(target=lambda: told.append(refused(data, "invalid_image")))
+    thread.start()
+    end = time.monotonic() + 10
+    while not (own := children()) and time.monotonic() < end:
+        time.sleep(0.001)
+    for child in own:
+        os.kill(child, signal.SIGSEGV)
+    thread.join(10)
+    assert ["the process that tried it ended" in message for message in told] == [True]
+    still_works()
+
+
 def answer_with(monkeypatch, reply):
     """Decoders whose decoder reads all and says `reply`, then ends."""
 
@@ -297,14 +319,10 @@ def test_no_process_and_no_file_is_left_behind():
         still_works()
         refused(b"x" * 100, "invalid_image")
     assert len(os.listdir("/proc/self/fd")) == before
-    parent = decoding._nursery()._process.pid
-    with open(f"/proc/{parent}/task/{parent}/children") as file:
-        end = time.monotonic() + 5
-        while file.read().split() and time.monotonic() < end:
-            time.sleep(0.01)
-            file.seek(0)
-        file.seek(0)
-        assert file.read().split() == []
+    end = time.monotonic() + 5
+    while children() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert children() == []
 
 
 def test_a_processor_that_would_refuse_the_square():
