@@ -88,6 +88,24 @@ def test_streamed_and_whole_are_the_same(ask, messages):
     assert all(chunk.usage is None for chunk in chunks)
 
 
+def test_the_clients_own_gathering_of_a_stream(client, ask):
+    # It takes an answer that is as long as it may be for none at all, so this one is stopped.
+    options = {"max_tokens": 12, "temperature": 0, "logprobs": True}
+    options["stop"] = ask().choices[0].message.content[6:9]
+    whole = ask(**options)
+    asked = {"model": "tiny", "messages": ASKED["text"]}
+    with client.chat.completions.stream(**asked, **options) as stream:
+        events = [event.type for event in stream]
+        gathered = stream.get_final_completion()
+    assert "content.delta" in events
+    assert gathered.choices[0].message.content == whole.choices[0].message.content
+    assert gathered.choices[0].finish_reason == whole.choices[0].finish_reason == "stop"
+    tokens = gathered.choices[0].logprobs.content
+    assert [token.token for token in tokens] == [
+        token.token for token in whole.choices[0].logprobs.content
+    ]
+
+
 def test_usage_at_the_end_of_a_stream(ask):
     *chunks, last = ask(stream=True, stream_options={"include_usage": True})
     assert last.choices == []
