@@ -139,12 +139,12 @@ class PageApp:
         self._desk = desk
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_begun = False
+        is_open = False  # its reply has begun and has not ended
 
         async def send_on(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal is_open
+            is_open = message.get("more_body", message["type"] == "http.response.start")
             if message["type"] == "http.response.start":
-                has_begun = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
@@ -153,6 +153,7 @@ class PageApp:
         try:
             await self._app(scope, receive, send_on)
         except asyncio.CancelledError:
-            if not (self._desk.closing and has_begun):
+            if not self._desk.closing:
                 raise
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if is_open:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
