@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 from contextlib import contextmanager
 
@@ -199,6 +200,23 @@ def test_a_picture_that_is_refused_holds_no_place(serve):
     for _ in range(2):
         assert error_of(server.post(BODY | {"messages": messages})) == (400, "invalid_image")
     assert server.metric("owl2_requests_running") == 0
+    assert server.engine.asked == []
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_pictures_of_the_servers_own_network_are_not_fetched(serve, remote):
+    server = serve(remote=remote)
+    with socket.create_server(("127.0.0.1", 0)) as inside:
+        url = f"http://127.0.0.1:{inside.getsockname()[1]}/a.png"
+        for address in (url, url.replace("127.0.0.1", "localhost"), "file:///etc/passwd"):
+            picture = {"type": "image_url", "image_url": {"url": address}}
+            messages = [{"role": "user", "content": [picture, {"type": "text", "text": "?"}]}]
+            reply = server.post(BODY | {"messages": messages})
+            assert error_of(reply) == (400, "invalid_image_url")
+            assert reply.json()["error"]["param"] == "messages.0.content.0.image_url.url"
+        inside.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            inside.accept()
     assert server.engine.asked == []
 
 
