@@ -64,11 +64,9 @@ def answer_all(
     try:
         for prompts in _windows(processor, conversations, context, window):
             asked = [number for number, prompt in enumerate(prompts) if isinstance(prompt, dict)]
-            outputs = llm.generate(
-                [prompts[number] for number in asked],
-                [_sampling(decoding.of_answer(first + number)) for number in asked],
-                use_tqdm=False,
-            )
+            sampling = [_sampling(decoding.of_answer(first + number)) for number in asked]
+            given = [prompts[number] for number in asked]
+            outputs = llm.generate(given, sampling, use_tqdm=False) if given else []
             texts = iter([_text(processor, output.outputs[0]) for output in outputs])
             for prompt in prompts:
                 yield prompt if isinstance(prompt, InputError) else next(texts)

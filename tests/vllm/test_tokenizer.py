@@ -78,6 +78,53 @@ def test_copies_are_the_same(tokenizer, again):
     assert made.max_token_id == tokenizer.max_token_id < made.encode("<|image|>")[-1]
 
 
+@pytest.fixture(scope="module")
+def fast_checkpoint(tmp_path_factory, checkpoint):
+    """A checkpoint whose tokenizer is of another family: byte-level BPE, nothing before a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from owl2.processing.image import Owl2ImageProcessor
+    from owl2.processing.processor import Owl2Processor
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["what is this? a red circle"] * 20, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    directory = tmp_path_factory.mktemp("fast")
+    processor = Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3)
+    processor.save_pretrained(directory)
+    return directory
+
+
+def test_a_fast_tokenizer_of_another_family(fast_checkpoint):
+    from vllm.tokenizers.hf import maybe_make_thread_pool
+
+    from owl2.processing.processor import Owl2Processor
+    from owl2.vllm.tokenizer import Owl2PromptTokenizer
+
+    processor = Owl2Processor.from_pretrained(fast_checkpoint)
+    tokenizer = Owl2PromptTokenizer.from_pretrained(fast_checkpoint)
+    # What vLLM does with a fast one: a copy for each thread.
+    pooled = maybe_make_thread_pool(copy.copy(tokenizer), 2)
+    for prompt in PROMPTS:
+        ids = processor(text=prompt)["input_ids"][0]
+        assert tokenizer.encode(prompt) == pooled.encode(prompt) == ids
+        assert tokenizer.decode(ids) == prompt
+    place = processor.image_token_id
+    assert pooled.encode("a<|image|>a").count(place) == 1
+    assert tokenizer.max_token_id < place
+
+
 def picture_of_nothing():
     from PIL import Image
 
