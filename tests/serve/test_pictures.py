@@ -116,7 +116,7 @@ def test_data_uris_with_breaks_and_percents():
         ("data:image/png;base64,a", "invalid_base64"),
         ("data:image/png;base64,ab=c", "invalid_base64"),
         ("data:image/png;base64,äöü=", "invalid_base64"),
-        ("data:image/png;base64,AA!AAA", "invalid_base64"),
+        ("data:image/png;base64,AA!AA", "invalid_base64"),
         ("data:image/png;base64,AAAA", "invalid_image"),
         ("data:image/png;base64," + "AAAA" * 1000, "invalid_image"),
         ("file:///etc/passwd", "invalid_image_url"),
