@@ -21,7 +21,7 @@ from owl2.serve.web import mount
 from tests.serve.running import running
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-DESKTOP = {"viewport": {"width": 1100, "height": 760}}
+DESKTOP = {"viewport": {"width": 1100, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "is_mobile": True}
 MOST_BYTES = 150_000
 
@@ -91,7 +91,7 @@ def main(model: str, folder: Path) -> None:
         shoot(open_page(browser, url, **DESKTOP), folder / "web.png")
         page = open_page(browser, url, color_scheme="dark", **DESKTOP)
         shoot(talk(page, 0, color), folder / "web-dark.png")
-        page = open_page(browser, url, **DESKTOP | {"viewport": {"width": 1100, "height": 800}})
+        page = open_page(browser, url, **DESKTOP)
         shoot(look(talk(page, 1)), folder / "web-looked.png")
         page = open_page(browser, url, locale="zh-CN", **DESKTOP)
         shoot(talk(page, 2, color), folder / "web-zh.png")
