@@ -12,9 +12,9 @@ from owl2.errors import InputError
 EDGE = 256
 # What easy-VQA's pictures are like, so that a model of the demo can answer, too.
 _DRAWN = (
-    ("circle", (30, 160, 40), (228, 240, 246), (146, 116, 64), "what shape is in the image?"),
-    ("triangle", (240, 25, 25), (246, 240, 226), (124, 136, 78), "what color is the shape?"),
-    ("rectangle", (20, 60, 220), (238, 246, 232), (110, 130, 72), "is there a blue shape?"),
+    ("circle", (30, 160, 40), (228, 240, 246), (156, 108, 44), "what shape is in the image?"),
+    ("triangle", (240, 25, 25), (246, 240, 226), (116, 140, 54), "what color is the shape?"),
+    ("rectangle", (20, 60, 220), (238, 246, 232), (104, 134, 56), "is there a blue shape?"),
 )
 
 

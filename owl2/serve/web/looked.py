@@ -20,7 +20,7 @@ from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.saying import note, warn
 from owl2.serve.web.texts import text
 from owl2.study import Looks, heat_map, look, overlay, words_of
-from owl2.study.heat import COLOURS
+from owl2.study.heat import CLEAR, COLOURS
 
 EDGE = 512  # pixels of a painted square: smaller, and a map over it has steps
 ALL = -1  # the choice of no word
@@ -121,15 +121,18 @@ def paint(looked: Looked | None, word: int | None, language: str) -> str:
     # A square that was a longer picture is stretched to it again, or loses its margins.
     fit = "cover" if looked.looks.policy == "pad" else "fill"
     for number, (file, square) in enumerate(zip(looked.files, looked.squares, strict=True)):
-        painted = _data_uri(overlay(square, heat_map(looked.looks, tokens, number)))
+        heat = heat_map(looked.looks, tokens, number)
+        painted = _data_uri(overlay(square, heat))
         name = text("figure_picture", language)
         if len(looked.files) > 1:
             name = text("figure_pictures", language, number=number + 1)
         rows.append(
             f"<div class='row'>{_figure(file, name)}"
             f"{_figure(file, text('figure_looked', language), painted, fit)}</div>"
+            + _scale(max(float(heat.max()), CLEAR), language)
         )
-    pairs = f"<div class='pairs'>{''.join(rows)}</div>{_scale(language)}" if rows else ""
+    pairs = "".join(f"<div>{row}</div>" for row in rows)
+    pairs = f"<div class='pairs'>{pairs}</div>" if rows else ""
     return f"<div class='looked'>{pairs}{_shares(looked.looks, tokens, language)}</div>"
 
 
@@ -160,10 +163,12 @@ def _data_uri(picture: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _scale(language: str) -> str:
+def _scale(most: float, language: str) -> str:
+    """What the colours of `overlay` mean; `most`: even shares at the bright end."""
     colours = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in COLOURS)
     bar = f"<i style='background: linear-gradient(to right, {colours})'></i>"
-    return f"<div class='scale'>{text('less', language)}{bar}{text('more', language)}</div>"
+    more = text("more", language, times=f"{most:.0f}")
+    return f"<div class='scale'>{text('less', language)}{bar}{more}</div>"
 
 
 def _shares(looks: Looks, tokens: tuple[int, int], language: str) -> str:
