@@ -92,7 +92,7 @@ def main(model: str, folder: Path) -> None:
         page = open_page(browser, url, color_scheme="dark", **DESKTOP)
         shoot(talk(page, 0, color), folder / "web-dark.png")
         page = open_page(browser, url, **DESKTOP)
-        shoot(look(talk(page, 1)), folder / "web-looked.png")
+        shoot(look(talk(page, 0, color)), folder / "web-looked.png")
         page = open_page(browser, url, locale="zh-CN", **DESKTOP)
         shoot(talk(page, 2, color), folder / "web-zh.png")
         page = open_page(browser, url, **PHONE)
