@@ -10,38 +10,44 @@ from owl2.errors import InputError
 
 app = typer.Typer()
 
+# What both commands take.
+Model = Annotated[str, typer.Option(help="A checkpoint: directory or hub id.")]
+LimitWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[LIMIT=VALUE]...",
+        help="Of requests, such as pictures=4 or queue=1000; docs/serving.md lists them.",
+        show_default=False,
+    ),
+]
+Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all, for other machines.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+KeyVariable = Annotated[
+    str | None, typer.Option(help="The environment variable with the API keys, commas between.")
+]
+KeyFile = Annotated[Path | None, typer.Option(help="The file with the API keys, one a line.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="8bit or 4bit: the decoder in fewer bits, with bitsandbytes.")
+]
+
 
 @app.command("serve")
 def serve_model(
-    model: Annotated[str, typer.Option(help="A checkpoint: directory or hub id.")],
-    limits: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[LIMIT=VALUE]...",
-            help="Of requests, such as pictures=4 or queue=1000; docs/serving.md lists them.",
-            show_default=False,
-        ),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0: all, for other machines.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(help="The environment variable with the API keys, commas between."),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="The file with the API keys, one a line.")
-    ] = None,
+    model: Model,
+    limits: LimitWords = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key_env: KeyVariable = None,
+    api_key_file: KeyFile = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call it; default: the directory's name.")
     ] = None,
     web: Annotated[bool, typer.Option("--web", help="The web page too, at /web.")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="8bit or 4bit: the decoder in fewer bits, with bitsandbytes.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="To finish what runs, when it is to end.")
     ] = 30.0,
@@ -64,38 +70,22 @@ def serve_model(
 
 @app.command("web")
 def open_page(
-    model: Annotated[str, typer.Option(help="A checkpoint: directory or hub id.")],
-    limits: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[LIMIT=VALUE]...",
-            help="Of requests, such as pictures=4 or queue=1000; docs/serving.md lists them.",
-            show_default=False,
-        ),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0: all, for other machines.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    model: Model,
+    limits: LimitWords = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     examples: Annotated[
         Path | None,
         typer.Option(help='To begin with: JSON, [{"question": TEXT, "image": FILE}, ...].'),
     ] = None,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(help="The environment variable with the API keys, commas between."),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="The file with the API keys, one a line.")
-    ] = None,
+    api_key_env: KeyVariable = None,
+    api_key_file: KeyFile = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What the page calls it; default: the directory's name.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="8bit or 4bit: the decoder in fewer bits, with bitsandbytes.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
 ) -> None:
     """Ask about pictures in a browser: `owl2 serve --web`, with examples of your own.
 
