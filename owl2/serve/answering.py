@@ -14,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from owl2.errors import InputError
@@ -25,11 +26,17 @@ from owl2.serve.limits import Limits
 from owl2.serve.metrics import Metrics
 
 
-class Visit(NamedTuple):
-    """When a request came, and when it must be over; both in the loop's time."""
+@dataclass
+class Visit:
+    """When a request came, and when it must be over; both in the loop's time.
+
+    Attributes:
+        waits: it has had no place yet.
+    """
 
     arrival: float
     deadline: float
+    waits: bool = True
 
 
 class _Begun(NamedTuple):
@@ -52,7 +59,8 @@ class Desk:
         self.metrics = metrics
         self.closing = False
         self.inside = 0
-        self._waiting = 0
+        self._waiting = 0  # from their arrival: many may come before the first asks for a place
+        self._taken = 0
         self._stopped = False
         self._places = asyncio.Semaphore(limits.running)
         self._pool = ThreadPoolExecutor(limits.running, thread_name_prefix="owl2-request")
@@ -67,14 +75,17 @@ class Desk:
         """
         if self.closing:
             raise errors.closing()
-        if self._places.locked() and self._waiting >= self.limits.queue:
+        if self._taken + self._waiting >= self.limits.running + self.limits.queue:
             raise errors.too_busy(self._waiting)
         arrival = asyncio.get_running_loop().time()
+        visit = Visit(arrival, arrival + self.limits.seconds)
         self.inside += 1
+        self._waiting += 1
         try:
-            yield Visit(arrival, arrival + self.limits.seconds)
+            yield visit
         finally:
             self.inside -= 1
+            self._wait_no_more(visit)
 
     @asynccontextmanager
     async def in_time(self, visit: Visit) -> AsyncIterator[None]:
@@ -115,12 +126,10 @@ class Desk:
         The place is free again when the engine has finished or the `Answer` is closed: a client
         that reads slowly does not hold it.
         """
-        self._waiting += 1
-        try:
-            with self.metrics.waiting.track_inprogress():
-                await self._places.acquire()
-        finally:
-            self._waiting -= 1
+        with self.metrics.waiting.track_inprogress():
+            await self._places.acquire()
+        self._taken += 1
+        self._wait_no_more(visit)
         self.metrics.running.inc()
         try:
             answer = Answer(self.metrics, visit.arrival, answers)
@@ -131,7 +140,12 @@ class Desk:
             raise
         return answer
 
+    def _wait_no_more(self, visit: Visit) -> None:
+        self._waiting -= visit.waits
+        visit.waits = False
+
     def _leave(self) -> None:
+        self._taken -= 1
         self.metrics.running.dec()
         self._places.release()
 

@@ -1,5 +1,6 @@
 """Places at the engine: who is answered, who waits, who is sent away, who leaves."""
 
+import asyncio
 import json
 import re
 import socket
@@ -10,8 +11,11 @@ import httpx
 import pytest
 
 from owl2.errors import InputError
+from owl2.serve.answering import Desk
 from owl2.serve.app import Settings, make_app
+from owl2.serve.errors import ApiError
 from owl2.serve.limits import Limits
+from owl2.serve.metrics import Metrics
 from tests.serve.running import ToldEngine, running, until
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "what is this?"}]}
@@ -142,6 +146,23 @@ def test_so_many_run_so_many_wait_the_next_is_sent_away(serve):
         server.asked(number).end()
     assert [reply().status_code for reply in replies] == [200, 200, 200]
     assert server.metric("owl2_requests_running") == server.metric("owl2_requests_waiting") == 0
+
+
+def test_who_comes_at_the_same_moment_is_counted_too(tiny_engine):
+    desk = Desk(ToldEngine(tiny_engine), Limits(running=1, queue=1), Metrics())
+
+    async def come():
+        try:
+            with desk.visit():
+                await asyncio.sleep(0)  # others come before it asks for a place
+        except ApiError as error:
+            return error.code
+
+    async def five():
+        return await asyncio.gather(*(come() for _ in range(5)))
+
+    for _ in range(2):  # who goes without a place leaves none taken
+        assert asyncio.run(five()) == [None, None, *["rate_limit_exceeded"] * 3]
 
 
 def test_time_is_limited_where_nothing_was_sent(serve):
