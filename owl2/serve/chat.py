@@ -21,7 +21,7 @@ from owl2.inference.decoding import DEFAULT_MAX_NEW_TOKENS
 from owl2.processing.chat import Message
 from owl2.serve import errors
 from owl2.serve.answering import Answer, Desk, Visit
-from owl2.serve.limits import check
+from owl2.serve.limits import check, check_length
 from owl2.serve.pictures import Pictures
 from owl2.serve.replies import DONE, Reply, event
 from owl2.serve.schema import ChatReply, ChatRequest, TextPart
@@ -29,8 +29,6 @@ from owl2.serve.system import into_first_turn, takes_system_prompt
 
 # After the last token: what a client takes longer to read is cut.
 READING_SECONDS = 30.0
-# Of the longest texts: no prompt has more, but for endless runs of the same character.
-CHARACTERS_A_TOKEN = 64
 # nginx's number for a client that left. Nobody reads it but the metrics.
 CLIENT_LEFT = 499
 
@@ -90,21 +88,13 @@ class ChatService:
         return JSONResponse(reply.whole())
 
     def _check_length(self, body: ChatRequest) -> None:
-        """Refuse at a glance what cannot fit: to tokenise megabytes takes many seconds."""
         characters = sum(
             len(part.text)
             for message in body.messages
             for part in message.content
             if isinstance(part, TextPart)
         )
-        if characters > self.desk.engine.context * CHARACTERS_A_TOKEN:
-            raise errors.ApiError(
-                400,
-                f"The messages have {characters:,} characters, more than the model's context of "
-                f"{self.desk.engine.context:,} tokens can hold. Use fewer words or turns.",
-                code="context_length_exceeded",
-                param="messages",
-            )
+        check_length(characters, self.desk.engine.context)
 
     async def _begin(
         self, visit: Visit, body: ChatRequest, reply: Reply, stack: ExitStack

@@ -21,6 +21,8 @@ from owl2.serve.errors import ApiError
 from owl2.serve.schema import MAX_ANSWERS, MAX_TOKENS, ChatRequest
 
 MIB = 2**20
+# Of the longest texts: no prompt has more, but for endless runs of the same character.
+CHARACTERS_A_TOKEN = 64
 
 
 class Limits(BaseModel):
@@ -95,3 +97,23 @@ def check(request: ChatRequest, limits: Limits) -> None:
                 code=code,
                 param=param,
             )
+
+
+def check_length(characters: int, context: int) -> None:
+    """Refuse at a glance what cannot fit: to tokenise megabytes takes many seconds.
+
+    Args:
+        characters: of all messages.
+        context: the model's, in tokens.
+
+    Raises:
+        ApiError: 400.
+    """
+    if characters > context * CHARACTERS_A_TOKEN:
+        raise ApiError(
+            400,
+            f"The messages have {characters:,} characters, more than the model's context of "
+            f"{context:,} tokens can hold. Use fewer words or turns.",
+            code="context_length_exceeded",
+            param="messages",
+        )

@@ -21,6 +21,7 @@ from owl2.errors import InputError
 from owl2.processing.chat import Message
 from owl2.serve.answering import Answer, Desk, Visit
 from owl2.serve.errors import ApiError, as_api_error
+from owl2.serve.limits import check_length
 from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.examples import Example
 from owl2.serve.web.saying import note, warn
@@ -143,6 +144,8 @@ class Asking:
                 f"A conversation has {limits.messages} messages at most. Begin a new one.",
                 code="too_many_messages",
             )
+        said = sum(len(turn.question) + len(turn.answer) for turn in talk.turns)
+        check_length(said + len(question), self.desk.engine.context)
         return Turn(question, tuple(files))
 
     async def _picture(self, file: Path, language: str) -> Image.Image:

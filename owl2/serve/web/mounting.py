@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 from PIL import Image
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from owl2.inference.engine import Engine
@@ -18,7 +18,7 @@ from owl2.serve.answering import Desk
 from owl2.serve.decoding import Decoders
 from owl2.serve.errors import ApiError
 from owl2.serve.keys import Keys
-from owl2.serve.limits import Limits
+from owl2.serve.limits import MIB, Limits
 from owl2.serve.metrics import Metrics
 from owl2.serve.web.asking import Decode
 from owl2.serve.web.examples import Example, drawn
@@ -26,6 +26,11 @@ from owl2.serve.web.page import HERE, i18n, make_page, theme
 from owl2.serve.web.texts import TEXTS
 
 PATH = "/web"
+
+# Of a request that brings no pictures: words and settings.
+SAID_BYTES = 2 * MIB
+# Of an upload, beside its pictures: what stands between them.
+FORM_BYTES = MIB
 
 # Whatever an answer holds: a browser fetches nothing from elsewhere, and sends nothing there.
 # gradio's own scripts are inline and compile templates.
@@ -95,7 +100,7 @@ def mount(
         pwa=False,
     )
     page: Any = app.routes[-1]
-    page.app = PageApp(page.app, app.state.desk)
+    page.app = PageApp(page.app, app.state.desk, limits)
 
 
 def decoding(engine: Engine, limits: Limits) -> Decode:
@@ -128,21 +133,37 @@ def _opens(keys: Keys) -> Callable[[str, str], bool]:
 
 
 class PageApp:
-    """gradio's ASGI app, whose replies have `HEADERS`.
+    """gradio's ASGI app, whose replies have `HEADERS`, and whose requests have limits.
+
+    gradio limits each file, not how many; and it reads other bodies whole, before it asks who sends
+    them. An upload may be as large as all pictures of a conversation, anything else `SAID_BYTES`.
 
     It keeps a connection open for each page that is. When the server ends, these are cancelled;
     they end quietly here, as nothing is wrong then.
     """
 
-    def __init__(self, app: ASGIApp, desk: Desk) -> None:
+    def __init__(self, app: ASGIApp, desk: Desk, limits: Limits) -> None:
         self._app = app
         self._desk = desk
+        self._upload_bytes = limits.pictures * limits.picture_bytes + FORM_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = False  # its reply has begun and has not ended
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_upload = scope["path"].rstrip("/").endswith("/upload")
+        body = _Body(receive, self._upload_bytes if is_upload else SAID_BYTES)
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > body.most:
+            await body.refusal().response()(scope, receive, send)
+            return
+        has_begun = is_open = False  # its reply; and has not ended
 
         async def send_on(message: Message) -> None:
-            nonlocal is_open
+            nonlocal has_begun, is_open
+            if body.is_too_large and not has_begun:
+                return  # whatever gradio makes of half a body
+            has_begun = True
             is_open = message.get("more_body", message["type"] == "http.response.start")
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -151,9 +172,42 @@ class PageApp:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_on)
+            await self._app(scope, body.receive, send_on)
         except asyncio.CancelledError:
             if not self._desk.closing:
                 raise
             if is_open:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except Exception:
+            if has_begun or not body.is_too_large:
+                raise
+        if body.is_too_large and not has_begun:
+            await body.refusal().response()(scope, receive, send)
+
+
+class _Body:
+    """A request's body, which ends where it has `most` bytes, as if the client had left."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive = receive
+        self._size = 0
+        self.most = most
+
+    @property
+    def is_too_large(self) -> bool:
+        return self._size > self.most
+
+    async def receive(self) -> Message:
+        if not self.is_too_large:
+            message = await self._receive()
+            self._size += len(message.get("body", b""))
+            if not self.is_too_large:
+                return message
+        return {"type": "http.disconnect"}
+
+    def refusal(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The request is larger than {self.most:,} bytes, which is this page's limit.",
+            code="body_too_large",
+        )

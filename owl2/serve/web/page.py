@@ -57,6 +57,27 @@ def theme() -> gr.themes.Base:
     )
 
 
+class Page(gr.Blocks):
+    """gradio's, but files are uploaded, and none is fetched: where a request names a URL as its
+    file, gradio itself would download that, of whatever size."""
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], *more: Any, **named: Any
+    ) -> Any:
+        if _names_other_files(inputs):
+            raise gr.Error("Files must be uploaded.", print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, *more, **named)
+
+
+def _names_other_files(value: Any) -> bool:
+    """Whether something in it is a file by a URL; gradio itself looks which paths are uploads'."""
+    if isinstance(value, dict):
+        path = value.get("path")
+        is_other = isinstance(path, str) and not os.path.isabs(path)
+        return is_other or any(map(_names_other_files, value.values()))
+    return isinstance(value, list) and any(map(_names_other_files, value))
+
+
 @dataclass(frozen=True)
 class Parts:
     """What is in the page and takes part in what happens."""
@@ -84,7 +105,7 @@ def make_page(desk: Desk, decode: Decode, name: str, examples: Sequence[Example]
         name: of the model.
         examples: to begin with.
     """
-    page = gr.Blocks(
+    page = Page(
         title=f"owl2 · {name}",
         analytics_enabled=False,
         delete_cache=(FILES_LOOK, FILES_LIVE),

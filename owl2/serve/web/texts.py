@@ -95,6 +95,7 @@ CHINESE_ERRORS = {
     "invalid_image": "这不是能读取的图片，或者文件已损坏。",
     "image_too_large": "这张图片太大了。",
     "too_many_messages": "这个对话太长了，请开始新对话。",
+    "context_length_exceeded": "文字太长了，请缩短问题或开始新对话。",
     "rate_limit_exceeded": "服务器正忙，请稍后再试。",
     "timeout": "回答未能在规定时间内完成。",
     "shutting_down": "服务器正在关闭。",

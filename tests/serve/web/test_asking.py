@@ -293,6 +293,8 @@ def test_an_empty_answer_is_forgotten(visit, capsys):
         ({}, (*SETTINGS[:4], "seven"), "The seed must be"),
         ({"files": ["a.png"] * 3}, SETTINGS, "3 pictures in this conversation; the limit is 2"),
         ({"files": ["a.png"] * 3}, ("zh", *SETTINGS[1:]), "图片太多"),
+        ({"question": "a" * (128 * 64 + 1)}, SETTINGS, "context of 128 tokens"),
+        ({"question": "a" * (128 * 64 + 1)}, ("zh", *SETTINGS[1:]), "文字太长"),
         ({"files": ["gone.png"]}, SETTINGS, "“gone.png” is no longer there"),
     ],
 )

@@ -84,6 +84,50 @@ def test_an_upload_has_the_apis_limit(page):
     assert upload(page[0], b"x" * 2001).status_code == 413
 
 
+def test_uploads_have_a_limit_together(page):
+    one = ("files", ("cat.png", b"x" * 2000, "image/png"))
+    url = f"{page[0]}/web/gradio_api/upload"
+    assert httpx.post(url, files=[one] * 8).status_code == 200
+    assert httpx.post(url, files=[one] * 600).status_code == 413
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("path", ["gradio_api/queue/join", "gradio_api/cancel", "login"])
+def test_no_body_is_read_without_end(closed, path, is_chunked):
+    # Of a form it is six fields: starlette itself ends a field of 1 MiB.
+    pieces = [b'{"data": ["', *[b"a" * 2**19 + b"&"] * 6, b'"]}']
+    content = iter(pieces) if is_chunked else b"".join(pieces)
+    kind = "application/x-www-form-urlencoded" if path == "login" else "application/json"
+    with httpx.Client(base_url=closed) as client:
+        reply = client.post(f"/web/{path}", content=content, headers={"Content-Type": kind})
+    assert reply.status_code == 413
+    assert reply.json()["error"]["code"] == "body_too_large"
+    assert httpx.get(f"{closed}/web/").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["box", "slider"])
+def test_a_url_in_the_place_of_a_file_is_not_fetched(page, name, monkeypatch):
+    fetched = []
+
+    async def fetch(url, folder):
+        fetched.append(url)
+        raise OSError
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
+    config = httpx.get(f"{page[0]}/web/config").json()
+    [ask] = [one for one in config["dependencies"] if one["targets"][0][1:] == ["submit"]]
+    file = {"path": "http://example.com/cat.png", "meta": {"_type": "gradio.FileData"}}
+    box = {"text": "what?", "files": [file] if name == "box" else []}
+    data = [box, None, "en", file if name == "slider" else 8, 0, 1, ""]
+    asked = {"data": data, "fn_index": ask["id"], "session_hash": name}
+    api = f"{page[0]}/web/gradio_api/queue"
+    assert httpx.post(f"{api}/join", json=asked).status_code == 200
+    with httpx.stream("GET", f"{api}/data", params={"session_hash": name}) as reply:
+        [end] = [line for line in reply.iter_lines() if "process_completed" in line]
+    assert "Files must be uploaded" in end
+    assert fetched == []
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../etc/passwd", str(Path(__file__))])
 def test_no_file_of_the_server_is_given(page, path):
     assert httpx.get(f"{page[0]}/web/gradio_api/file={path}").status_code in (403, 404)
