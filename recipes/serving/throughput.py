@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,8 +38,13 @@ Messages = list[dict[str, Any]]
 Answer = Callable[[Sequence[Messages], int], list[list[int]]]  # conversations, new tokens → ids
 
 
-def make(folder: Path, size: str, dtype: str) -> None:
-    """Write a checkpoint of random weights that can be asked."""
+def make(folder: Path, size: str, dtype: str, tokenizer: Path | None) -> None:
+    """Write a checkpoint of random weights that can be asked.
+
+    Args:
+        tokenizer: a SentencePiece file. Random weights say any id, so a server, which puts answers
+            into words, wants one as large as the vocabulary. None: a small one is trained.
+    """
     import torch
 
     from owl2.bench.sizes import random_model
@@ -49,11 +55,15 @@ def make(folder: Path, size: str, dtype: str) -> None:
     model = random_model(size, torch.device("cpu"), getattr(torch, dtype))
     directory = folder / "model"
     model.save_pretrained(directory)
-    train_tokenizer([QUESTION, "USER: ASSISTANT:"], directory / "tokenizer.model", 300)
+    file = directory / "tokenizer.model"
+    if tokenizer:
+        shutil.copyfile(tokenizer, file)
+    else:
+        train_tokenizer([QUESTION, "USER: ASSISTANT:"], file, 300)
     config = model.config
     Owl2Processor(
         Owl2ImageProcessor(config.image_size),
-        Owl2Tokenizer(directory / "tokenizer.model"),
+        Owl2Tokenizer(file),
         num_image_tokens=config.num_image_tokens,
         image_token_id=config.image_token_id,
     ).save_pretrained(directory)
@@ -256,13 +266,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of `all`")
     parser.add_argument("--size", default="bench", help="`make`: as in `owl2 bench --size`")
     parser.add_argument("--dtype", default="bfloat16", help="`make`: of the weights")
+    parser.add_argument("--tokenizer", type=Path, help="`make`: a SentencePiece file, to be served")
     parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer")
     parser.add_argument("--requests", type=int, default=1_000_000, help="`capacity`: a day")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on CPUs")
     asked = parser.parse_args()
     model = asked.model or asked.folder / "model"
     if asked.what == "make":
-        make(asked.folder, asked.size, asked.dtype)
+        make(asked.folder, asked.size, asked.dtype, asked.tokenizer)
     elif asked.what == "all":
         options = ["--new", str(asked.new), "--threads", str(asked.threads)]
         measure_all(asked.folder, model, asked.rounds, shlex.split(asked.vllm), options)
