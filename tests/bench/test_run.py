@@ -172,6 +172,7 @@ def test_memory_is_that_of_the_steps(monkeypatch):
     assert memory.peak_resident() > 50 * 2**20
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why():
     with pytest.raises(memory.NotMeasured, match=r"the process of nobody .*nobody"):
         memory.step_memory("nobody", Origin(size="tiny", device="cpu", dtype="float32"))

@@ -30,6 +30,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(alive, "QUIET_SECONDS", 1.5)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_seen(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", BEATING, str(tmp_path)])
     try:

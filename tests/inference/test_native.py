@@ -130,6 +130,7 @@ def test_a_cache_that_cannot_be_written(empty_cache, monkeypatch):
         build.library()
 
 
+@pytest.mark.slow
 def test_processors_without_special_instructions(tmp_path):
     # The same source for an older x86, run where it can run: on this one.
     if shutil.which("g++") is None:

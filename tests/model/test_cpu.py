@@ -28,5 +28,6 @@ def faults(how: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other C libraries are left as they are")
+@pytest.mark.slow
 def test_freed_memory_is_used_again():
     assert faults("kept") < faults("as it is") / 10

@@ -63,7 +63,12 @@ def wide(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bits", "precision"), [("8bit", "bfloat16"), ("4bit", "bfloat16"), ("4bit", "float32")]
+    ("bits", "precision"),
+    [
+        ("8bit", "bfloat16"),
+        pytest.param("4bit", "bfloat16", marks=pytest.mark.slow),
+        ("4bit", "float32"),
+    ],
 )
 def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bits, precision):
     bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -67,6 +67,7 @@ def test_a_loss_that_is_not_finite_exits_with_2_and_leaves_no_model(
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_terminal_then_the_same_command(recipe_file, tmp_path):
     """The terminal sends it to the processes that prepare batches, too."""
     words = [recipe_file, "max_steps=40", "workers=1"]

@@ -148,8 +148,15 @@ def assert_those_of_one(gradients, sharing, case, cases):
                 torch.testing.assert_close(gradient, alone, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "sharing"),
+    [
+        ("stage 1", "DDP"),
+        ("stage 2", "FSDP2"),
+        pytest.param("stage 1", "FSDP2", marks=pytest.mark.slow),
+        pytest.param("stage 2", "DDP", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_give_the_losses_and_gradients_of_one(gradients, case, sharing):
     assert_those_of_one(gradients, sharing, case, CASES)
 
@@ -188,6 +195,7 @@ def look_between_pieces(recipe):
     train(recipe, quiet())
 
 
+@pytest.mark.slow
 def test_fsdp2_in_bfloat16_adds_up_in_float32_and_holds_shares(mixed, tmp_path):
     settings, _ = mixed
     pieces = {"precision": "bfloat16", "gradient_accumulation": 2, "batch_size": 4, "max_steps": 2}
@@ -203,7 +211,7 @@ def test_fsdp2_in_bfloat16_adds_up_in_float32_and_holds_shares(mixed, tmp_path):
     ("sharing", "case"),
     [
         ("DDP", "stage 2"),
-        ("FSDP2", "tied"),
+        pytest.param("FSDP2", "tied", marks=pytest.mark.slow),
         pytest.param("DDP", "tied", marks=pytest.mark.slow),
         pytest.param("DDP", "LoRA", marks=pytest.mark.slow),
         pytest.param("FSDP2", "stage 2", marks=pytest.mark.slow),

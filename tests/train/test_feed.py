@@ -60,7 +60,12 @@ def read_lines(path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"workers": 2}, {"group_by_length": True, "shuffle_window": 3}, {"packing": True}],
+    [
+        {"packing": True, "workers": 2},
+        pytest.param({"packing": True}, marks=pytest.mark.slow),
+        pytest.param({"workers": 2}, marks=pytest.mark.slow),
+        pytest.param({"group_by_length": True, "shuffle_window": 3}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_goes_on_with_the_next_samples(
     recipe, tmp_path, monkeypatch, mixed, settings

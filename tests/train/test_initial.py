@@ -147,6 +147,7 @@ def smollm2():
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
+@pytest.mark.slow
 def test_smollm2_keeps_its_logits(smollm2, sizes, tmp_path, monkeypatch):
     """Grouped queries, tied embeddings, a tokenizer of another family; through the saved files."""
     ids = torch.randint(0, 49152, (1, 40), generator=torch.Generator().manual_seed(0))

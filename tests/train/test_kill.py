@@ -248,7 +248,7 @@ def test_a_full_disk_leaves_the_last_state_and_the_run_goes_on_once_there_is_roo
 
 
 # As a scheduler does it: to all processes of a job, also those that prepare batches.
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_and_stops_with_143(settings, tmp_path, workers):
     changes = {"save_every": None, "max_steps": 2000, "workers": workers}
     command = ("train", write(tmp_path, settings | changes))

@@ -27,13 +27,17 @@ def folder(tmp_path_factory):
 SLOW = pytest.mark.slow
 CASES = [
     pytest.param({}, id="all of it"),
-    pytest.param({"precision": "bfloat16", "gradient_accumulation": 2}, id="bfloat16, 2 pieces"),
-    pytest.param({"gradient_checkpointing": True}, id="activations again"),
+    pytest.param(
+        {"precision": "bfloat16", "gradient_accumulation": 2}, id="bfloat16, 2 pieces", marks=SLOW
+    ),
+    pytest.param({"gradient_checkpointing": True}, id="activations again", marks=SLOW),
     pytest.param({"stage": 1, "precision": "bfloat16"}, id="stage 1, bfloat16"),
     pytest.param(
         {"gradient_checkpointing": "selective", "precision": "bfloat16"}, id="selective, bfloat16"
     ),
-    pytest.param({"max_length": 60, "batch_size": 12, "image_size": 30}, id="other sizes"),
+    pytest.param(
+        {"max_length": 60, "batch_size": 12, "image_size": 30}, id="other sizes", marks=SLOW
+    ),
     pytest.param({"adapter": {"rank": 8}}, id="LoRA"),
     pytest.param({"precision": "bfloat16"}, id="bfloat16", marks=SLOW),
     pytest.param({"stage": 1, "gradient_checkpointing": True}, id="stage 1, again", marks=SLOW),

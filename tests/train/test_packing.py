@@ -170,7 +170,7 @@ def mixed(world, tmp_path):
     return [{"file": str(world / "data.json")}, {"file": str(tmp_path / "text.json")}]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_packed_run_is_the_padded_run(recipe, tmp_path, mixed, accumulation):
     """Up to rounding, which a large epsilon keeps AdamW from making large."""
     settings = {
@@ -195,7 +195,13 @@ def test_a_packed_run_is_the_padded_run(recipe, tmp_path, mixed, accumulation):
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-2
 
 
-@pytest.mark.parametrize("settings", [{"packing": True, "workers": 2}, {"group_by_length": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"packing": True, "workers": 2},
+        pytest.param({"group_by_length": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
     recipe, tmp_path, monkeypatch, mixed, settings
 ):

@@ -13,7 +13,14 @@ from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 
 
 # In the first epoch, at its end, in the second.
-@pytest.mark.parametrize(("step", "workers"), [(3, 0), (6, 0), (8, 2)])
+@pytest.mark.parametrize(
+    ("step", "workers"),
+    [
+        pytest.param(3, 0, marks=pytest.mark.slow),
+        pytest.param(6, 0, marks=pytest.mark.slow),
+        (8, 2),
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, step, workers):
     settings = {"workers": workers, "data": recipe().data, "gradient_accumulation": 2}
     whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())

@@ -37,7 +37,10 @@ def read(folder, name):
     return [json.loads(line) for line in (folder / name).open(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(
+    "environment",
+    [pytest.param({}, id="DDP"), pytest.param(FSDP, id="FSDP2", marks=pytest.mark.slow)],
+)
 def test_two_processes_see_what_one_sees(watched, tmp_path, environment):
     alone = train(watched("one"), quiet()).output
     run(tmp_path / "said", train, watched("two"), count=2, environment=environment)
