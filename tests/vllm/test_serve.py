@@ -89,7 +89,7 @@ def agrees(reply, expected):
     """vLLM leaves white space at an answer's ends, and out what follows an unfinished character as
     long as it has not gone on."""
     text = reply.choices[0].message.content.strip()
-    held = expected[len(text) :]
+    held = expected[len(text) :].lstrip()
     return bool(text) and expected.startswith(text) and (not held or held[0] == "\ufffd")
 
 
