@@ -61,31 +61,44 @@ void weigh(const float* weights, const T* values, int64_t n, int64_t d, float sc
 template <>
 void weigh(const float* weights, const bf16* values, int64_t n, int64_t d, float scale,
            bf16* out) {
-  for (int64_t j = 0; j < d; j += 2 * WIDE) {
-    Floats low[2] = {}, high[2] = {};  // sums that wait for each other's, were there one of each
-    const auto add = [&](int64_t i, __m512i second) {
-      const __m512i first = _mm512_loadu_si512(values + i * d + j);
-      bf16 pair[2];
-      store(&pair[0], weights[i]), store(&pair[1], weights[i + 1]);
+  constexpr int AT_ONCE = 2, SETS = 2;  // sums that wait for each other's, were there one set
+  thread_local std::vector<bf16> rounded;
+  rounded.resize((n + WIDE) / WIDE * WIDE);
+  for (int64_t i = 0; i < int64_t(rounded.size()); i += WIDE) store(&rounded[i], load(weights + i));
+  int64_t j = 0;
+  const auto some = [&]<int PARTS>() {
+    Floats low[SETS][PARTS] = {}, high[SETS][PARTS] = {};
+    const auto add = [&]<int SET, bool PAIR>(int64_t i) {
       int32_t both;
-      std::memcpy(&both, pair, 4);
+      std::memcpy(&both, &rounded[i], 4);
       const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
-      Floats &l = low[i / 2 % 2], &h = high[i / 2 % 2];
-      l = (Floats)_mm512_dpbf16_ps((__m512)l, (__m512bh)_mm512_unpacklo_epi16(first, second),
-                                   weight);
-      h = (Floats)_mm512_dpbf16_ps((__m512)h, (__m512bh)_mm512_unpackhi_epi16(first, second),
-                                   weight);
+      for (int p = 0; p < PARTS; p++) {
+        const bf16* at = values + i * d + j + p * 2 * WIDE;
+        const __m512i first = _mm512_loadu_si512(at);
+        const __m512i second = PAIR ? _mm512_loadu_si512(at + d) : _mm512_setzero_si512();
+        Floats &l = low[SET][p], &h = high[SET][p];
+        l = (Floats)_mm512_dpbf16_ps((__m512)l, (__m512bh)_mm512_unpacklo_epi16(first, second),
+                                     weight);
+        h = (Floats)_mm512_dpbf16_ps((__m512)h, (__m512bh)_mm512_unpackhi_epi16(first, second),
+                                     weight);
+      }
     };
     int64_t i = 0;
-    for (; i + 2 <= n; i += 2) add(i, _mm512_loadu_si512(values + (i + 1) * d + j));
-    if (i < n) add(i, _mm512_setzero_si512());
-    const Floats l = (low[0] + low[1]) * scale, h = (high[0] + high[1]) * scale;
-    // Of every eight numbers the first four are in `low`, the others in `high`.
-    store(out + j, __builtin_shufflevector(l, h, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
-                                           22, 23));
-    store(out + j + WIDE, __builtin_shufflevector(l, h, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14,
-                                                  15, 28, 29, 30, 31));
-  }
+    for (; i + 4 <= n; i += 4)
+      add.template operator()<0, true>(i), add.template operator()<1, true>(i + 2);
+    if (i + 2 <= n) add.template operator()<0, true>(i), i += 2;
+    if (i < n) add.template operator()<1, false>(i);
+    for (int p = 0; p < PARTS; p++, j += 2 * WIDE) {
+      const Floats l = (low[0][p] + low[1][p]) * scale, h = (high[0][p] + high[1][p]) * scale;
+      // Of every eight numbers the first four are in `low`, the others in `high`.
+      store(out + j, __builtin_shufflevector(l, h, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
+                                             22, 23));
+      store(out + j + WIDE, __builtin_shufflevector(l, h, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14,
+                                                    15, 28, 29, 30, 31));
+    }
+  };
+  while (j + AT_ONCE * 2 * WIDE <= d) some.template operator()<AT_ONCE>();
+  while (j < d) some.template operator()<1>();
 }
 #endif
 
@@ -99,9 +112,15 @@ void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t 
   for (int64_t i = 0; i < int64_t(scores.size()); i += WIDE) {
     Floats products[WIDE] = {};
     const int64_t some = std::min<int64_t>(WIDE, n - i);
-    for (int64_t s = 0; s < some; s++)
+    const auto add = [&](int64_t count) {
       for (int64_t j = 0; j < d; j += STEP)
-        products[s] = Product<T>::add(products[s], keys + (i + s) * d + j, query + j);
+        for (int64_t s = 0; s < count; s++)
+          products[s] = Product<T>::add(products[s], keys + (i + s) * d + j, query + j);
+    };
+    if (some == WIDE)
+      add(WIDE);  // a number that the compiler knows: the sums stay in registers
+    else
+      add(some);
     Floats score = sums(products) * scaling;
     for (int64_t s = some; s < WIDE; s++) score[s] = -INFINITY;
     most = most > score ? most : score;
