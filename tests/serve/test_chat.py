@@ -231,3 +231,14 @@ def test_requests_at_the_same_time_are_answered_as_if_alone(server_url, ask):
     replies = asyncio.run(_together(server_url, requests))
     alone = [ask(messages).choices[0].message.content for messages in ASKED.values()]
     assert [reply.choices[0].message.content for reply in replies] == alone * 4
+
+
+def test_nobody_spoils_the_answers_of_others(server_url, ask):
+    import asyncio
+
+    request = {"model": "tiny", "messages": ASKED["text"], "max_tokens": 12}
+    replies = asyncio.run(
+        _together(server_url, [request | {"temperature": cold} for cold in (0, 1e-300, 0, 1e-44)])
+    )
+    alone = ask().choices[0].message.content
+    assert [reply.choices[0].message.content for reply in replies] == [alone] * 4
