@@ -24,6 +24,7 @@ if "GRADIO_TEMP_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from owl2.inference.decoding import DEFAULT_MAX_NEW_TOKENS
 from owl2.inference.engine import Engine
@@ -58,8 +59,12 @@ def theme() -> gr.themes.Base:
 
 
 class Page(gr.Blocks):
-    """gradio's, but files are uploaded, and none is fetched: where a request names a URL as its
-    file, gradio itself would download that, of whatever size."""
+    """gradio's, but a file is one that was uploaded.
+
+    Where a request names a URL as its file, gradio itself would download that, of whatever size;
+    and it looks whether a path is an upload's only where it has launched a page itself, not where
+    the page is in another app: it would give visitors any file that the server can read.
+    """
 
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], *more: Any, **named: Any
@@ -70,12 +75,19 @@ class Page(gr.Blocks):
 
 
 def _names_other_files(value: Any) -> bool:
-    """Whether something in it is a file by a URL; gradio itself looks which paths are uploads'."""
+    """Whether something in it is a file that was not uploaded: a URL, or a path elsewhere."""
     if isinstance(value, dict):
         path = value.get("path")
-        is_other = isinstance(path, str) and not os.path.isabs(path)
+        is_other = isinstance(path, str) and not _is_upload(path)
         return is_other or any(map(_names_other_files, value.values()))
     return isinstance(value, list) and any(map(_names_other_files, value))
+
+
+def _is_upload(path: str) -> bool:
+    folder = get_upload_folder()
+    place = Path(os.path.abspath(path))  # without ".."; uploads are no links
+    folders = (Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))
+    return os.path.isabs(path) and any(one in place.parents for one in folders)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The page in an app: what a browser is given, and who may open it; without a browser."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.serve.running import ToldEngine, running
 
 KEY = "a-key-of-the-house"
 LIMITS = Limits(picture_bytes=2000)
+OTHER_FIELDS = {"language": "en", "slider": 8}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,23 @@ def test_no_body_is_read_without_end(closed, path, is_chunked):
     assert httpx.get(f"{closed}/web/").status_code == 200
 
 
-@pytest.mark.parametrize("name", ["box", "slider"])
+def answer_about(path, url, name):
+    """What comes of a question whose file, in the box or another field, is at that path."""
+    config = httpx.get(f"{url}/web/config").json()
+    [ask] = [one for one in config["dependencies"] if one["targets"][0][1:] == ["submit"]]
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    box = {"text": "what?", "files": [file] if name == "box" else []}
+    language, slider = (file if name == other else good for other, good in OTHER_FIELDS.items())
+    data = [box, None, language, slider, 0, 1, ""]
+    asked = {"data": data, "fn_index": ask["id"], "session_hash": name}
+    api = f"{url}/web/gradio_api/queue"
+    assert httpx.post(f"{api}/join", json=asked).status_code == 200
+    with httpx.stream("GET", f"{api}/data", params={"session_hash": name}) as reply:
+        [end] = [line for line in reply.iter_lines() if "process_completed" in line]
+    return end
+
+
+@pytest.mark.parametrize("name", ["box", *OTHER_FIELDS])
 def test_a_url_in_the_place_of_a_file_is_not_fetched(page, name, monkeypatch):
     fetched = []
 
@@ -114,18 +132,27 @@ def test_a_url_in_the_place_of_a_file_is_not_fetched(page, name, monkeypatch):
         raise OSError
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
-    config = httpx.get(f"{page[0]}/web/config").json()
-    [ask] = [one for one in config["dependencies"] if one["targets"][0][1:] == ["submit"]]
-    file = {"path": "http://example.com/cat.png", "meta": {"_type": "gradio.FileData"}}
-    box = {"text": "what?", "files": [file] if name == "box" else []}
-    data = [box, None, "en", file if name == "slider" else 8, 0, 1, ""]
-    asked = {"data": data, "fn_index": ask["id"], "session_hash": name}
-    api = f"{page[0]}/web/gradio_api/queue"
-    assert httpx.post(f"{api}/join", json=asked).status_code == 200
-    with httpx.stream("GET", f"{api}/data", params={"session_hash": name}) as reply:
-        [end] = [line for line in reply.iter_lines() if "process_completed" in line]
-    assert "Files must be uploaded" in end
+    assert "Files must be uploaded" in answer_about("http://example.com/cat.png", page[0], name)
     assert fetched == []
+
+
+@pytest.mark.parametrize("name", ["box", *OTHER_FIELDS])
+def test_a_path_of_the_server_is_no_upload(page, name, tmp_path):
+    # What gradio takes for a file it copies to where visitors get theirs, and names the copy.
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"nobody's business")
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    by_a_detour = os.path.join(folder, os.path.relpath(secret, folder))
+    for path in (str(secret), by_a_detour, str(folder), f"{folder}x/a.png"):
+        assert "Files must be uploaded" in answer_about(path, page[0], name)
+    assert not list(folder.rglob("secret.png"))
+
+
+def test_an_upload_is_taken(page):
+    [path] = upload(page[0], b"x").json()
+    end = json.loads(answer_about(path, page[0], "box").removeprefix("data:"))
+    assert end["success"]
+    assert end["output"]["data"][0]["value"]["files"][0]["path"] == path  # it was no picture
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../etc/passwd", str(Path(__file__))])
