@@ -55,6 +55,10 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
+# A route of gradio's that the page has no use for: it gives a visitor's file to ffmpeg, if the
+# machine has one, in this process' own environment; a file can make that open others, and URLs.
+SHUT = ("/process_recording",)
+
 
 def mount(
     app: FastAPI,
@@ -150,6 +154,10 @@ class PageApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope["path"].rstrip("/").endswith(SHUT):
+            error = ApiError(404, "The page has no such route.", code="not_found")
+            await error.response()(scope, receive, send)
             return
         is_upload = scope["path"].rstrip("/").endswith("/upload")
         body = _Body(receive, self._upload_bytes if is_upload else SAID_BYTES)

@@ -160,6 +160,14 @@ def test_no_file_of_the_server_is_given(page, path):
     assert httpx.get(f"{page[0]}/web/gradio_api/file={path}").status_code in (403, 404)
 
 
+@pytest.mark.parametrize("end", ["", "/"])
+def test_no_film_is_given_to_ffmpeg(page, end):
+    film = {"video": ("a.mp4", b"#EXTM3U", "video/mp4")}
+    url = f"{page[0]}/web/gradio_api/process_recording{end}"
+    reply = httpx.post(url, files=film, follow_redirects=True)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+
+
 def test_no_function_of_the_page_is_an_api(page):
     info = httpx.get(f"{page[0]}/web/gradio_api/info").json()
     assert info["named_endpoints"] == {}
