@@ -26,6 +26,9 @@ from owl2.errors import InputError
 DEFAULT_MAX_NEW_TOKENS = 512
 LARGEST_SEED = 2**32 - 1  # the same as training takes
 SAMPLING = ("temperature", "top_p", "top_k")
+# One below it is 0, its limit: logits divided by much less are not finite, nothing can be drawn
+# from them, and whatever is computed in the same step would fail, too.
+LOWEST_TEMPERATURE = 1e-5
 
 
 class Options(TypedDict, total=False):
@@ -35,7 +38,7 @@ class Options(TypedDict, total=False):
         max_new_tokens: of an answer at most; cut to what fits into the context.
         do_sample: draw tokens instead of taking the likeliest. Giving one of the next three also
             asks for it.
-        temperature: above 1 wilder, below 1 tamer, 0 greedy.
+        temperature: above 1 wilder, below 1 tamer, 0 (or less than 0.00001) greedy.
         top_p: only the likeliest tokens that together have this probability.
         top_k: only so many of the likeliest tokens; 0: all.
         seed: the same seed gives the same answer; torch's global generator is not touched. Of
@@ -83,8 +86,8 @@ class Decoding:
             values["do_sample"] = True
         decoding = cls(**values)
         decoding._check()
-        # The limit of an infinitely small temperature; dividing by it would give NaN.
-        return cls(**values | {"do_sample": False}) if decoding.temperature == 0 else decoding
+        is_greedy = decoding.temperature < LOWEST_TEMPERATURE
+        return cls(**values | {"do_sample": False}) if is_greedy else decoding
 
     def of_answer(self, number: int) -> "Decoding":
         """For one of several answers: each has its own seed, as if it were asked for alone."""

@@ -295,7 +295,8 @@ class Engine:
             raise InputError(
                 f"{which} has {len(rows[number])} tokens; the model's context is {self.context}, "
                 f"one of them for the answer: {1 - room[number]} too many. Use fewer words, turns "
-                f"or pictures (a picture takes {self.processor.num_image_tokens})."
+                f"or pictures (a picture takes {self.processor.num_image_tokens}).",
+                fault="too long",
             )
         tokens = [row.count(self.processor.image_token_id) for row in rows]
         counts = [count // self.processor.num_image_tokens for count in tokens]

@@ -25,10 +25,6 @@ from owl2.serve import errors
 from owl2.serve.limits import Limits
 from owl2.serve.metrics import Metrics
 
-# A temperature below it is 0, which is its limit: logits divided by a much smaller one are not
-# finite, nothing can be drawn from them, and all that is computed in the same step would fail, too.
-LOWEST_TEMPERATURE = 1e-5
-
 
 @dataclass
 class Visit:
@@ -137,8 +133,6 @@ class Desk:
         self.metrics.running.inc()
         try:
             answer = Answer(self.metrics, visit.arrival, answers)
-            if 0 < (options.get("temperature") or 0) < LOWEST_TEMPERATURE:
-                options = options | {"temperature": 0.0}
             given = await messages()
             self._pool.submit(answer.work, self.engine, given, options, self._leave)
         except BaseException:

@@ -135,7 +135,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
-        return ApiError(400, str(error))
+        code = "context_length_exceeded" if error.fault == "too long" else None
+        return ApiError(400, str(error), code=code)
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors())
     if isinstance(error, HTTPException):

@@ -104,7 +104,14 @@ def test_sampling_without_a_seed_follows_torch(shared_engine, conversations):
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"temperature": 0}]
+    "options",
+    [
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"temperature": 1e-4},
+        {"temperature": 1e-300},
+        {"temperature": 0},
+    ],
 )
 def test_limits_of_sampling_are_greedy(shared_engine, conversations, options):
     greedy = shared_engine.chat(conversations[2], max_new_tokens=TOKENS)

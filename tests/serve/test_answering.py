@@ -214,16 +214,6 @@ def test_who_asks_for_no_number_of_tokens_gets_the_usual_or_the_limit(serve, lim
     assert told.options["max_new_tokens"] == tokens
 
 
-@pytest.mark.parametrize(("asked", "given"), [(1e-300, 0.0), (1e-6, 0.0), (1e-4, 1e-4), (0, 0)])
-def test_a_temperature_of_nearly_nothing_is_none(serve, asked, given):
-    server = serve()
-    reply = server.later(BODY | {"temperature": asked})
-    told = server.asked()
-    told.end()
-    assert reply().status_code == 200
-    assert told.options["temperature"] == given
-
-
 def test_a_picture_that_is_refused_holds_no_place(serve):
     server = serve(running=1)
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}

@@ -212,6 +212,12 @@ def test_errors_have_the_clients_classes(client, changes, error, words, stream):
     assert caught.value.body["message"]
 
 
+def test_a_prompt_that_does_not_fit_has_openais_code(ask):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(user("what is " * 200))
+    assert caught.value.code == "context_length_exceeded"
+
+
 async def _together(url, requests):
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any") as client:
         import asyncio

@@ -186,7 +186,7 @@ class PageApp:
                 raise
             if is_open:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except Exception:
+        except Exception:  # of any kind: gradio read half a body
             if has_begun or not body.is_too_large:
                 raise
         if body.is_too_large and not has_begun:
