@@ -22,7 +22,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY owl2 owl2
 
 # On PyPI, torch is the build for CUDA; its own index has the one for CPUs, a tenth of the size.
-RUN if [ "$DEVICE" = cpu ]; then index=(--index-url https://download.pytorch.org/whl/cpu); else index=(); fi \
+RUN if [ "$DEVICE" = cpu ]; then index=(--extra-index-url https://download.pytorch.org/whl/cpu); else index=(); fi \
     && pip install --no-cache-dir --constraint constraints.txt "${index[@]}" torch \
     && pip install --no-cache-dir --constraint constraints.txt '.[serve,quant]'
 

@@ -103,7 +103,14 @@ def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
 
     To be called before something that shares out weights (FSDP2) wraps them.
     """
+    from torch._functorch import config
+
+    functorch: Any = config  # whose options differ from version to version
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    # Of graphs that hold their own backward pass, as a block's never do. torch 2.13 looks for it in
+    # a block that has nothing to learn, too, and refuses attention there as it might draw numbers.
+    if hasattr(functorch, "remat_using_tags_for_fwd_loss_bwd_graph"):
+        functorch.remat_using_tags_for_fwd_loss_bwd_graph = False
     for block in blocks_of(model):
         block.compile(dynamic=True, backend=backend)
 

@@ -58,7 +58,7 @@ def test_what_is_installed_is_what_the_readme_says():
     told = "\n".join(blocks((ROOT / "README.md").read_text(encoding="utf-8"), ""))
     told = [" ".join(line.split(" #")[0].split()) for line in told.splitlines()]
     steps = " && ".join(of("RUN")).replace(" --no-cache-dir", "")
-    index = re.search(r"index=\((--index-url \S+)\)", steps).group(1)
+    index = re.search(r"index=\((--extra-index-url \S+)\)", steps).group(1)
     installs = re.findall(r"pip install [^&]*", steps.replace('"${index[@]}"', index))
     assert len(installs) == 2
     for install in installs:

@@ -59,11 +59,14 @@ def assert_close(found, expected):
     for (loss, gradients), (wanted, wanted_gradients) in zip(found, expected, strict=True):
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
         assert gradients.keys() == wanted_gradients.keys()
+        # Fused sums round differently; and of its keys' bias, which a softmax does not see, the
+        # gradient is nothing but rounding.
+        noise = 1e-7 * max(float(one.abs().max()) for one in wanted_gradients.values())
         for name, gradient in gradients.items():
             wanted_gradient = wanted_gradients[name]
             size = float(wanted_gradient.abs().max())
             torch.testing.assert_close(
-                gradient, wanted_gradient, rtol=1e-5, atol=1e-5 * size, msg=name
+                gradient, wanted_gradient, rtol=5e-5, atol=5e-5 * size + noise, msg=name
             )
 
 
