@@ -66,7 +66,7 @@ test-oldest: $(OLDEST)/.installed
 
 # Some minutes: each start of vLLM takes most of one.
 test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 900 tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 900 tests/vllm_plugin
 
 # Playwright drives it; Debian's own browser, as its downloads are no package of a registry.
 test-browser: setup

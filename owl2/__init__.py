@@ -10,9 +10,9 @@ from transformers import (
     AutoProcessor,
 )
 
-from owl2.inference.engine import Engine
+from owl2.engine.engine import Engine
 from owl2.model.configuration import Owl2Config
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 
 __version__ = "0.1.0"

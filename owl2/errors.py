@@ -1,37 +1,71 @@
-"""The one exception that means: something the user gave is wrong."""
+"""`InputError`: the one exception for errors that a user can cause and correct."""
 
-from typing import Literal
+from enum import StrEnum
 
-# What can be wrong with a row of data, in the words of the table that counts it.
-Fault = Literal[
-    "missing picture",
-    "broken picture",
-    "huge picture",
-    "placeholder count",
-    "roles",
-    "empty turn",
-    "not a string",
-    "too long",
-    "nothing to learn",
-    "lost file",
-    "format",
-]
+
+class ErrorCode(StrEnum):
+    """The kind of an `InputError`. Programs and tests compare codes; messages are for people."""
+
+    # Options, arguments and settings
+    INVALID_VALUE = "invalid_value"  # a value of the right type that is not allowed
+    INVALID_TYPE = "invalid_type"  # a value of the wrong type
+    MISSING_VALUE = "missing_value"  # a required option, key or argument is absent
+    UNKNOWN_NAME = "unknown_name"  # no such task, dataset, option, key, metric, device ...
+    CONFLICT = "conflict"  # two settings exclude each other
+    UNSUPPORTED = "unsupported"  # the model, device or library cannot do this
+
+    # Files and the network
+    FILE_NOT_FOUND = "file_not_found"
+    FILE_EXISTS = "file_exists"  # an output that would be overwritten
+    FILE_CHANGED = "file_changed"  # a file changed or disappeared while it was in use
+    UNREADABLE_FILE = "unreadable_file"  # no permission, truncated or corrupt
+    WRITE_FAILED = "write_failed"  # no permission or no space left on the device
+    INVALID_FORMAT = "invalid_format"  # the content does not follow the expected format
+    NETWORK = "network"  # a URL, hub or server that cannot be reached or refuses
+
+    # Checkpoints
+    INVALID_CONFIG = "invalid_config"  # config.json or another settings file of a checkpoint
+    MISSING_WEIGHTS = "missing_weights"
+    UNEXPECTED_WEIGHTS = "unexpected_weights"
+    SHAPE_MISMATCH = "shape_mismatch"
+    BASE_MODEL_MISMATCH = "base_model_mismatch"  # an adapter with another base model
+
+    # Images
+    MISSING_IMAGE = "missing_image"
+    BROKEN_IMAGE = "broken_image"
+    IMAGE_TOO_LARGE = "image_too_large"
+    IMAGE_COUNT_MISMATCH = "image_count_mismatch"  # placeholders and images differ in number
+
+    # Messages and samples
+    INVALID_ROLE = "invalid_role"
+    EMPTY_MESSAGE = "empty_message"
+    TOO_LONG = "too_long"  # more tokens than the context or `max_length`
+    NO_LABELS = "no_labels"  # no token contributes to the loss
+    EMPTY_DATASET = "empty_dataset"
+
+    # Runs
+    RESUME_MISMATCH = "resume_mismatch"  # the state of an earlier run does not fit this one
+    NON_FINITE = "non_finite"  # NaN or infinity in logits, loss or weights
+    PROCESS_FAILED = "process_failed"  # another process of the run failed or stopped
+    MISSING_DEPENDENCY = "missing_dependency"  # an optional package is not installed
+    OUT_OF_MEMORY = "out_of_memory"
 
 
 class InputError(ValueError):
-    """Something a user gave is wrong.
+    """An error that a user can cause and correct.
 
     The message says what was wrong, where, and what to do about it. The command line prints it
-    without a traceback and exits with 2; a library caller may catch it as a ``ValueError``.
-    ``fault``: what of a row of data is wrong, for who counts such rows.
+    without a traceback and exits with code 2; a library caller may catch it as a `ValueError`.
+
+    Args:
+        message: For people.
+        code: For programs. Code that raises an `InputError` from another one passes its code on.
     """
 
-    def __init__(self, message: str = "", fault: Fault = "format") -> None:
-        super().__init__(message)
-        self._fault: Fault = fault
+    def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_FORMAT) -> None:
+        super().__init__(message, code)
+        self.message = message
+        self.code = code
 
-    @property
-    def fault(self) -> Fault:
-        """That of the error it was raised from, which knew more; else as given."""
-        deeper = self.__cause__.fault if isinstance(self.__cause__, InputError) else "format"
-        return self._fault if deeper == "format" else deeper
+    def __str__(self) -> str:
+        return self.message

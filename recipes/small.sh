@@ -15,7 +15,7 @@ small=(
     image_size=null max_length=96 batch_size=8 gradient_accumulation=2 precision=float32
     max_steps=4 warmup_steps=1 save_every=null log_every=1 workers=0
 )
-pictures='[{dataset: easy_vqa, style: captions, count: 64}]'
+images='[{dataset: easy_vqa, style: captions, count: 64}]'
 mixture='[{name: one, dataset: easy_vqa, style: joined, count: 40}, {name: two, dataset: easy_vqa, style: captions, count: 24}]'
 own=("data.0.file=$run/folder/train.json" "data.0.images=$run/folder")
 
@@ -25,7 +25,7 @@ owl2 init --llm fresh --vision fresh --sizes recipes/easy_vqa/sizes.yaml --outpu
 python recipes/finetune/example_folder.py "$run/folder"
 
 say "The paper's stage 1"
-owl2 train recipes/paper/stage1.yaml "${small[@]}" model="$run/start" output="$run/stage1" data="$pictures"
+owl2 train recipes/paper/stage1.yaml "${small[@]}" model="$run/start" output="$run/stage1" data="$images"
 
 say "The paper's stage 2, from there"
 owl2 train recipes/paper/stage2.yaml "${small[@]}" model="$run/stage1/model" output="$run/stage2" data="$mixture"

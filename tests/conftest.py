@@ -8,8 +8,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def broken_pictures_are_broken(monkeypatch):
-    """Importing lmms-eval tells Pillow, for all the process, to take half a picture for a whole."""
+def broken_images_are_broken(monkeypatch):
+    """Importing lmms-eval tells Pillow, for all the process, to take half an image for a whole."""
     from PIL import ImageFile
 
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
@@ -19,7 +19,7 @@ def broken_pictures_are_broken(monkeypatch):
 def tiny_checkpoint(tmp_path_factory):
     """A directory with the tiny model and a processor, untrained; for reading only."""
     # Imported here, as most tests do without and transformers takes seconds.
-    from owl2.processing.image import Owl2ImageProcessor
+    from owl2.processing.image_processing import Owl2ImageProcessor
     from owl2.processing.processor import Owl2Processor
     from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
     from tests.tiny import make_model

@@ -50,7 +50,7 @@ def exit_code_of_a_command_that_raises(monkeypatch, error: BaseException) -> int
 
 
 def test_input_error_is_one_line_and_exits_with_2(monkeypatch, capsys):
-    message = "the picture [red]cat.png[/red] is broken: " + "give another one, " * 20
+    message = "the image [red]cat.png[/red] is broken: " + "give another one, " * 20
     assert exit_code_of_a_command_that_raises(monkeypatch, InputError(message)) == 2
     captured = capsys.readouterr()
     assert captured.err == f"error: {message}\n"

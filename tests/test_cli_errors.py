@@ -48,7 +48,7 @@ def refused(owl2):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     path = tmp_path / "red.png"
     Image.new("RGB", (10, 10), "red").save(path)
     return path
@@ -71,8 +71,8 @@ def spoilt(tiny_checkpoint, tmp_path):
     return make
 
 
-def test_what_works(owl2, tiny_checkpoint, picture):
-    arguments = ("chat", "--model", tiny_checkpoint, "--image", picture, "--max-new-tokens", "5")
+def test_what_works(owl2, tiny_checkpoint, image):
+    arguments = ("chat", "--model", tiny_checkpoint, "--image", image, "--max-new-tokens", "5")
     code, out, err = owl2(*arguments, "what is this?")
     assert (code, err) == (0, "")
     assert out.endswith("\n")
@@ -81,14 +81,14 @@ def test_what_works(owl2, tiny_checkpoint, picture):
     assert owl2(*arguments, "what is <|image|>?", "--image-policy", "pad")[0] == 0
 
 
-def test_a_conversation_is_read_from_stdin(owl2, tiny_checkpoint, picture, monkeypatch):
+def test_a_conversation_is_read_from_stdin(owl2, tiny_checkpoint, image, monkeypatch):
     lines = "what is this?\n/image nowhere.png\n/quit\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     code, out, err = owl2(
-        "chat", "--model", tiny_checkpoint, "--image", picture, "--max-new-tokens", 3
+        "chat", "--model", tiny_checkpoint, "--image", image, "--max-new-tokens", 3
     )
     assert (code, err) == (0, "")
-    assert "error: No picture at 'nowhere.png'" in out
+    assert "error: No image at 'nowhere.png'" in out
 
 
 def test_as_a_program(tiny_checkpoint, tmp_path):
@@ -96,21 +96,21 @@ def test_as_a_program(tiny_checkpoint, tmp_path):
     command += ["--image", str(tmp_path / "none.png")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: No picture at")
+    assert done.stderr.startswith("error: No image at")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_missing_picture(refused, tiny_checkpoint, tmp_path):
+def test_a_missing_image(refused, tiny_checkpoint, tmp_path):
     path = tmp_path / "none.png"
     assert str(path) in refused("chat", "--model", tiny_checkpoint, "--image", path, "what?")
 
 
-def test_a_broken_picture(refused, tiny_checkpoint, picture):
-    picture.write_bytes(picture.read_bytes()[:50])
-    assert "red.png" in refused("chat", "--model", tiny_checkpoint, "--image", picture, "what?")
-    picture.write_text("no picture")
-    line = refused("chat", "--model", tiny_checkpoint, "--image", picture, "what?")
-    assert "is not a picture" in line
+def test_a_broken_image(refused, tiny_checkpoint, image):
+    image.write_bytes(image.read_bytes()[:50])
+    assert "red.png" in refused("chat", "--model", tiny_checkpoint, "--image", image, "what?")
+    image.write_text("no image")
+    line = refused("chat", "--model", tiny_checkpoint, "--image", image, "what?")
+    assert "is not an image" in line
 
 
 def test_a_decompression_bomb(refused, owl2, tiny_checkpoint, tmp_path):
@@ -124,15 +124,15 @@ def test_a_decompression_bomb(refused, owl2, tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("placeholders", [2, 3])
-def test_more_placeholders_than_pictures(refused, tiny_checkpoint, picture, placeholders):
+def test_more_placeholders_than_images(refused, tiny_checkpoint, image, placeholders):
     question = "what is " + "<|image|>" * placeholders
-    line = refused("chat", "--model", tiny_checkpoint, "--image", picture, question)
-    assert f"{placeholders} <|image|> for 1 picture" in line
+    line = refused("chat", "--model", tiny_checkpoint, "--image", image, question)
+    assert f"{placeholders} <|image|> for 1 image" in line
 
 
 @pytest.mark.parametrize("question", ["", "   ", "<|image|>"])
-def test_an_empty_question(refused, tiny_checkpoint, picture, question):
-    line = refused("chat", "--model", tiny_checkpoint, "--image", picture, question)
+def test_an_empty_question(refused, tiny_checkpoint, image, question):
+    line = refused("chat", "--model", tiny_checkpoint, "--image", image, question)
     assert "empty" in line
 
 
@@ -165,8 +165,8 @@ def test_options_out_of_their_range(owl2, tiny_checkpoint, option, value):
     assert option in err
 
 
-def test_no_checkpoint(refused, tmp_path, picture):
-    assert "red.png" in refused("chat", "--model", picture, "what?")
+def test_no_checkpoint(refused, tmp_path, image):
+    assert "red.png" in refused("chat", "--model", image, "what?")
     assert "empty" in refused("chat", "--model", tmp_path / "empty", "what?")
     (tmp_path / "empty").mkdir()
     assert "empty" in refused("chat", "--model", tmp_path / "empty", "what?")

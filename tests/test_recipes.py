@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from owl2.data.datasets import load_dataset
-from owl2.data.datasets.public import PUBLIC
+from owl2.data.datasets.registry import PUBLIC
 from owl2.train.recipe_file import read_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -3,13 +3,13 @@
 import torch
 
 from owl2.model.configuration import Owl2Config
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 
 VISION_BLOCKS = 3
 
 
 def make_config(vocab_size=40, vision=None, abstractor=None, **settings):
-    """Grouped queries, two queries a picture; `vision`, `abstractor` and `settings` change it."""
+    """Grouped queries, two queries an image; `vision`, `abstractor` and `settings` change it."""
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 24,

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from owl2.bench.sizes import Origin
+from owl2.bench.presets import Origin
 from owl2.bench.training import Training
 from owl2.train.recipe import Checkpointing
 

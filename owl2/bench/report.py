@@ -1,4 +1,4 @@
-"""What was measured, for people: a table on the terminal, the same in Markdown, and a picture."""
+"""What was measured, for people: a table on the terminal, the same in Markdown, and an image."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -74,7 +74,7 @@ def require_matplotlib() -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
-            "--output draws a picture, which needs matplotlib: pip install 'mplug-owl2[plot]'"
+            "--output draws an image, which needs matplotlib: pip install 'owl2-vlm[plot]'"
         )
 
 
@@ -85,9 +85,9 @@ def draw(path: Path, results: Mapping[str, Any], title: str) -> None:
     figures = results["figures"]
     columns = min(4, len(figures))
     lines = -(-len(figures) // columns)
-    picture = Figure(figsize=(3.4 * columns, 0.9 + 1.9 * lines), layout="constrained")
-    picture.suptitle(f"{title}\n{limits(results['machine'])}", fontsize=9)
-    grid = picture.subplots(lines, columns, squeeze=False).ravel()
+    image = Figure(figsize=(3.4 * columns, 0.9 + 1.9 * lines), layout="constrained")
+    image.suptitle(f"{title}\n{limits(results['machine'])}", fontsize=9)
+    grid = image.subplots(lines, columns, squeeze=False).ravel()
     for axes in grid[len(figures) :]:
         axes.set_axis_off()
     for axes, (name, figure) in zip(grid, figures.items(), strict=False):
@@ -104,7 +104,7 @@ def draw(path: Path, results: Mapping[str, Any], title: str) -> None:
         axes.set_title(f"{name}, {figure['unit']} (ratio {figure['ratio']:.2f})", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    picture.savefig(path, dpi=130)
+    image.savefig(path, dpi=130)
 
 
 def _spread(figure: Mapping[str, Any], who: str) -> float:

@@ -18,16 +18,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from owl2 import __version__
-from owl2.bench.figures import FIGURES
-from owl2.bench.limits import measure_limits
-from owl2.bench.measure import measure, result
+from owl2.bench.cases import FIGURES
+from owl2.bench.implementations import Subjects
 from owl2.bench.memory import NotMeasured
+from owl2.bench.presets import Origin
 from owl2.bench.report import draw, markdown, require_matplotlib, table
-from owl2.bench.sizes import Origin
-from owl2.bench.subjects import Subjects
-from owl2.data.names import look_up
+from owl2.bench.roofline import measure_limits
+from owl2.bench.timing import measure, result
 from owl2.errors import InputError
 from owl2.files import require_writable, write_whole
+from owl2.registry import look_up
 
 DEFAULT_SIZE = "bench"
 

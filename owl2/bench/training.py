@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from owl2.bench.sizes import Origin
-from owl2.bench.textbook import Textbook
+from owl2.bench.baseline import Textbook
+from owl2.bench.presets import Origin
 from owl2.bench.workload import Batches, Workload
-from owl2.train.blocks import enable_checkpointing, is_checkpointed
 from owl2.train.optimizer import make_adamw, parameter_groups
+from owl2.train.parallelize import enable_checkpointing, is_checkpointed
 from owl2.train.recipe import Checkpointing
 
 RATE = 1e-6  # so small that random data does no harm in a hundred steps

@@ -1,7 +1,7 @@
-"""What is asked of each implementation: prompts, pictures and training samples, at random.
+"""What is asked of each implementation: prompts, images and training samples, at random.
 
 Speed does not hang on what the words are, so they are random ids, and no tokenizer is needed. The
-amounts are those of daily use: a question about a picture, sixteen different requests, a batch of
+amounts are those of daily use: a question about an image, sixteen different requests, a batch of
 conversations from short to long.
 """
 
@@ -14,19 +14,19 @@ from owl2.data.collate import collate
 from owl2.data.packing import pack
 from owl2.model.configuration import Owl2Config
 
-BATCH = 8  # pictures, prompts and training samples in one batch
-TEXT = 64  # text tokens beside a picture
-QUESTION = 20  # of them behind the picture where a question is asked: "USER: …? ASSISTANT:"
+BATCH = 8  # images, prompts and training samples in one batch
+TEXT = 64  # text tokens beside an image
+QUESTION = 20  # of them behind the image where a question is asked: "USER: …? ASSISTANT:"
 NEW = 24  # tokens in a measurement of decoding
 TOGETHER = 16  # requests that wait at the same time
 FIRST_WORD = 3  # smaller ids are special
 IGNORED = -100
-# Text tokens of the training samples, even on a logarithmic scale; every other has a picture.
+# Text tokens of the training samples, even on a logarithmic scale; every other has an image.
 TRAINING_TEXT = (24, 34, 48, 68, 96, 136, 192, 256)
 
 
 class Request(NamedTuple):
-    """A prompt (1, S), its picture (1, 3, H, W) if it has one, and tokens wanted."""
+    """A prompt (1, S), its image (1, 3, H, W) if it has one, and tokens wanted."""
 
     ids: torch.Tensor
     pixel_values: torch.Tensor | None
@@ -59,17 +59,17 @@ class Workload:
         return ids.to(self.device)
 
     def prompt(self, text: int = TEXT, behind: int = QUESTION) -> torch.Tensor:
-        """A prompt (1, text + K + 1): a picture with `behind` of the text tokens behind it."""
+        """A prompt (1, text + K + 1): an image with `behind` of the text tokens behind it."""
         return torch.cat([self.words(text - behind), self.places(), self.words(behind)], dim=1)
 
     def places(self) -> torch.Tensor:
-        """(1, K + 1): the image tokens of a picture."""
+        """(1, K + 1): the image tokens of an image."""
         return torch.full((1, self.config.num_image_tokens), self.config.image_token_id).to(
             self.device
         )
 
     def requests(self) -> list[Request]:
-        """Requests of all lengths, some about a picture, whose answers have 16 to 91 tokens."""
+        """Requests of all lengths, some about an image, whose answers have 16 to 91 tokens."""
         mixed = []
         for number in range(TOGETHER):
             text, limit = 12 + 4 * (number * 7 % TOGETHER), 16 + 5 * (number * 5 % TOGETHER)
@@ -83,8 +83,8 @@ class Workload:
         """Features of training samples, as a collator takes them; the last half is the answer."""
         samples = []
         for number, text in enumerate(TRAINING_TEXT):
-            has_picture = number % 2 == 0
-            ids = self.prompt(text, text - 4) if has_picture else self.words(text)
+            has_image = number % 2 == 0
+            ids = self.prompt(text, text - 4) if has_image else self.words(text)
             labels = ids.clone()
             labels[:, : ids.shape[1] - text // 2] = IGNORED
             sample = {
@@ -93,7 +93,7 @@ class Workload:
                 "mm_token_type_ids": (ids == self.config.image_token_id).long(),
                 "labels": labels,
             }
-            samples.append(sample | ({"pixel_values": self.pixels()} if has_picture else {}))
+            samples.append(sample | ({"pixel_values": self.pixels()} if has_image else {}))
         return samples
 
 
@@ -104,7 +104,7 @@ class Batches(NamedTuple):
     packed: dict[str, torch.Tensor]
     lengths: list[int]
     labels: int
-    pictures: int
+    images: int
 
     @classmethod
     def of(cls, workload: Workload) -> "Batches":

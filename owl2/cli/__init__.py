@@ -14,12 +14,12 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from owl2 import __version__
-from owl2.cli import data, evaluation, measures, models, questions, serving, studies
+from owl2.cli import bench, chat, data, eval, images, serve, train
 from owl2.errors import InputError
 
 app = typer.Typer(
     name="owl2",
-    help="mPLUG-Owl2: ask about pictures, train, evaluate.",
+    help="mPLUG-Owl2: ask about images, train, evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -48,13 +48,13 @@ def show_version() -> None:
 
 
 # Those without a name are the command's own.
-app.add_typer(questions.app)
-app.add_typer(models.app)
+app.add_typer(chat.app)
+app.add_typer(train.app)
 app.add_typer(data.app, name="data")
-app.add_typer(evaluation.app, name="eval")
-app.add_typer(measures.app)
-app.add_typer(serving.app)
-app.add_typer(studies.app)
+app.add_typer(eval.app, name="eval")
+app.add_typer(bench.app)
+app.add_typer(serve.app)
+app.add_typer(images.app)
 
 
 def main() -> None:

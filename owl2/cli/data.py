@@ -28,7 +28,7 @@ def convert_data(
         list[str] | None,
         typer.Argument(
             metavar="[OPTION=VALUE]...",
-            help="The data set's options, such as split=train; check_pictures=DIR looks for them.",
+            help="The data set's options, such as split=train; check_images=DIR looks for them.",
             show_default=False,
         ),
     ] = None,
@@ -62,17 +62,17 @@ def check_data(
     output: Annotated[Path | None, typer.Option(help="Folder for bad rows, statistics.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Default: recipe, context.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
-    pictures: Annotated[bool, typer.Option(help="Open them: broken ones show only so.")] = True,
-    fetch: Annotated[bool, typer.Option(help="Also pictures behind http(s) URLs.")] = False,
+    images: Annotated[bool, typer.Option(help="Open them: broken ones show only so.")] = True,
+    fetch: Annotated[bool, typer.Option(help="Also images behind http(s) URLs.")] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="To tell the padding of.")] = None,
 ) -> None:
-    """Look at all samples before training does: what is bad, how long, how many pictures.
+    """Look at all samples before training does: what is bad, how long, how many images.
 
     Exit code 0: no row is bad; 1: some are; 130: stopped by Ctrl-C.
     """
-    from owl2.data.check import check, limit_of, named
-    from owl2.data.looking import Rules
-    from owl2.data.sources import open_source, open_words
+    from owl2.data.open_dataset import open_source, open_words
+    from owl2.data.validate.command import check, limit_of, named
+    from owl2.data.validate.validator import Rules
     from owl2.processing.processor import Owl2Processor
 
     if Path(source).suffix.lower() in (".yaml", ".yml"):
@@ -90,7 +90,7 @@ def check_data(
     findings = check(
         sources,
         Owl2Processor.from_pretrained(model),
-        Rules(limit_of(model, max_length), pictures, fetch),
+        Rules(limit_of(model, max_length), images, fetch),
         workers=workers or os.cpu_count() or 1,
         batch_size=batch_size or 8,
         output=output,
@@ -115,7 +115,7 @@ def show_data(
     random: Annotated[bool, typer.Option("--random", help="Drawn from all of them.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of --random.")] = 0,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with the pictures to this file instead.")
+        Path | None, typer.Option(help="Write a page with the images to this file instead.")
     ] = None,
 ) -> None:
     """Print samples as the model gets them; what is learned is green, or in ⟦brackets⟧."""

@@ -1,6 +1,6 @@
-"""What pictures undergo in training: a picture and a source of chance → a picture.
+"""What images undergo in training: an image and a source of chance → an image.
 
-The chance is given, so that the same (seed, epoch, sample) makes the same picture in any process.
+The chance is given, so that the same (seed, epoch, sample) makes the same image in any process.
 """
 
 import math
@@ -20,35 +20,35 @@ CROP_ATTEMPTS = 10
 _TURNS = (None, *Image.Transpose)
 
 
-def none(picture: Image.Image, chance: Random) -> Image.Image:
-    """The picture as it is (SPEC §2, stage 2)."""
-    return picture
+def none(image: Image.Image, chance: Random) -> Image.Image:
+    """The image as it is (SPEC §2, stage 2)."""
+    return image
 
 
-def crop_flip(picture: Image.Image, chance: Random) -> Image.Image:
+def crop_flip(image: Image.Image, chance: Random) -> Image.Image:
     """A random part, stretched to a square, and in half of the cases mirrored (SPEC §2, stage 1).
 
     The part has `MIN_AREA` to all of the area, evenly, and a ratio of width to height in `RATIOS`,
     evenly in its logarithm. The square has the part's longer edge, so both image policies take
     it as it is.
     """
-    left, top, width, height = _random_box(picture.width, picture.height, chance)
+    left, top, width, height = _random_box(image.width, image.height, chance)
     edge = max(width, height)
-    part = picture.resize(
+    part = image.resize(
         (edge, edge), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
     )
     return flip(part, chance)
 
 
-def flip(picture: Image.Image, chance: Random) -> Image.Image:
+def flip(image: Image.Image, chance: Random) -> Image.Image:
     """Mirrored, left and right exchanged, in half of the cases."""
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else picture
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else image
 
 
-def dihedral(picture: Image.Image, chance: Random) -> Image.Image:
+def dihedral(image: Image.Image, chance: Random) -> Image.Image:
     """One of the eight symmetries of the square, each as likely: turned by quarters, mirrored."""
     turn = chance.choice(_TURNS)
-    return picture if turn is None else picture.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {

@@ -2,11 +2,11 @@
 
 ::
 
-    TrainingSet[draw]: Sample ──augment its pictures──► processor.for_training ──► features, or Bad
+    TrainingSet[draw]: Sample ──augment its images──► processor.for_training ──► features, or Bad
     Collator: features of several samples ──leave out what is bad──► collate or pack ──► Collated
 
     features   input_ids, attention_mask, mm_token_type_ids, labels (1,S); pixel_values (N,3,H,W)
-    batch      the same, (B,S) and (ΣN,3,H,W), S the longest; without pictures no pixel_values
+    batch      the same, (B,S) and (ΣN,3,H,W), S the longest; without images no pixel_values
 
 A sample that cannot be used is left out of its batch, never replaced, and reported with it;
 whether that stops the run is for whoever takes the batch. It keeps its place in the order of
@@ -24,13 +24,13 @@ from torch.utils.data import Dataset
 
 from owl2.data.augment import AUGMENTATIONS, none
 from owl2.data.mixture import Draw, Mixture
-from owl2.data.names import look_up
 from owl2.data.packing import pack
 from owl2.data.sample import Bad, Message, Sample
-from owl2.errors import InputError
-from owl2.processing.chat import read_messages
-from owl2.processing.image import load_image
+from owl2.errors import ErrorCode, InputError
+from owl2.processing.chat_template import read_messages
+from owl2.processing.image_processing import load_image
 from owl2.processing.processor import IGNORED, Owl2Processor
+from owl2.registry import look_up
 
 Features = dict[str, Any]
 Side = Literal["left", "right"]
@@ -45,8 +45,8 @@ class TrainingSet(Dataset[Features | Bad]):
     `augment` is a name of `AUGMENTATIONS`. Its chance depends on `seed`, the epoch and the draw
     only, not on which worker does the work. `max_length`: see `Owl2Processor.for_training`.
 
-    What cannot be used comes out as a `Bad`: a row that is no sample, a picture that cannot be
-    read, a count of pictures that does not fit, a picture beyond `max_length`, no answer before it.
+    What cannot be used comes out as a `Bad`: a row that is no sample, an image that cannot be
+    read, a count of images that does not fit, an image beyond `max_length`, no answer before it.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class TrainingSet(Dataset[Features | Bad]):
         return features_of(messages, self.processor, self.max_length)
 
     def _augmented(self, messages: Sequence[Message], chance: Random) -> list[Message]:
-        """The messages with their pictures opened and changed."""
+        """The messages with their images opened and changed."""
         max_pixels = self.processor.image_processor.max_pixels
         changed = (
             {"type": "image", "image": self.augment(load_image(source, max_pixels), chance)}
-            for source in read_messages(messages).pictures
+            for source in read_messages(messages).images
         )
         return [message | {"content": _with(message["content"], changed)} for message in messages]
 
@@ -106,25 +106,25 @@ def features_of(
         raise InputError(
             f"nothing to learn is left of it after cutting it to {max_length} tokens: shorten what "
             "comes before the answer, or set a larger max_length",
-            fault="nothing to learn",
+            code=ErrorCode.NO_LABELS,
         )
     return features
 
 
-def _with(content: Any, pictures: Iterator[Message]) -> Any:
-    """The content of a message with its picture parts replaced by the next of `pictures`."""
+def _with(content: Any, images: Iterator[Message]) -> Any:
+    """The content of a message with its image parts replaced by the next of `images`."""
     if isinstance(content, str):
         return content
-    return [part if part.get("type") == "text" else next(pictures) for part in content]
+    return [part if part.get("type") == "text" else next(images) for part in content]
 
 
 class Collated(NamedTuple):
-    """A batch for the model, and of what it was made: so many samples, tokens, pictures."""
+    """A batch for the model, and of what it was made: so many samples, tokens, images."""
 
     batch: dict[str, torch.Tensor]
     samples: int
     tokens: int
-    pictures: int
+    images: int
     left_out: list[Bad]
 
 
@@ -151,13 +151,13 @@ class Collator:
             batch,
             samples=len(good),
             tokens=sum(item["input_ids"].shape[1] for item in good),
-            pictures=sum(len(item.get("pixel_values", ())) for item in good),
+            images=sum(len(item.get("pixel_values", ())) for item in good),
             left_out=[item for item in features if isinstance(item, Bad)],
         )
 
 
 def _nothing(processor: Owl2Processor) -> Features:
-    """A blank picture and no label: all parts of the model compute, and none learns."""
+    """A blank image and no label: all parts of the model compute, and none learns."""
     blank = Image.new("RGB", (1, 1))
     features = processor.for_training(
         [
@@ -176,7 +176,7 @@ def collate(
     Returns:
         `input_ids` (filled with `pad_token_id`), `attention_mask` (0), `mm_token_type_ids` (0) and
         `labels` (-100), all (B,S); `pixel_values` (N,3,H,W), the samples' in order, absent if
-        there is no picture.
+        there is no image.
     """
     fill = {"input_ids": pad_token_id, "labels": IGNORED}
     batch = {

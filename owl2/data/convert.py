@@ -6,7 +6,7 @@
                            └───────► LeftOut ──► OUT.stats.json: what was left out, and why
     img2dataset's shards ── looked at ──► OUT.yaml: an entry for a recipe's `data`
 
-Pictures are not touched: the lines hold paths as the authors' archives have them, and a recipe's
+Images are not touched: the lines hold paths as the authors' archives have them, and a recipe's
 `images` says where the archives were unpacked.
 """
 
@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from owl2.data.datasets.img2dataset import Shard, ranges
-from owl2.data.datasets.public import PUBLIC, Public
-from owl2.data.datasets.published import LeftOut
-from owl2.data.names import look_up, options_of, read_setting
+from owl2.data.datasets.registry import PUBLIC, Public
 from owl2.data.sample import Sample, checked
 from owl2.errors import InputError
 from owl2.files import require_writable, whole_file, write_whole
+from owl2.json_records import LeftOut
+from owl2.registry import look_up, options_of, read_setting
 
 # How a file begins that tells where shards are.
 HEAD = "# An entry of a recipe's `data`"
@@ -39,11 +39,11 @@ Item = TypeVar("Item")
 
 
 @dataclass
-class Pictures:
-    """Where pictures are looked for while converting, if anywhere.
+class Images:
+    """Where images are looked for while converting, if anywhere.
 
-    `folder`: picture paths start from it; None: nothing is looked for. `missing`: `stop` at the
-    first sample whose picture is not there, or `skip` it, counted.
+    `folder`: image paths start from it; None: nothing is looked for. `missing`: `stop` at the
+    first sample whose image is not there, or `skip` it, counted.
     """
 
     folder: Path | None = None
@@ -51,12 +51,12 @@ class Pictures:
     seen: set[str] = field(default_factory=set)
 
     def has_all(self, sample: Sample) -> bool:
-        """Notes the sample's pictures; whether they are there, as far as they are looked for.
+        """Notes the sample's images; whether they are there, as far as they are looked for.
 
         Raises:
             InputError: one is not, and `missing` is `stop`.
         """
-        named = set(_pictures_of(sample)) - self.seen
+        named = set(_images_of(sample)) - self.seen
         if self.folder is not None:
             for path in (self.folder / name for name in named):
                 if path.is_file():
@@ -64,8 +64,8 @@ class Pictures:
                 if self.missing == "skip":
                     return False
                 raise InputError(
-                    f"{sample.source}: the picture {path} is not there. missing=skip leaves out "
-                    "and counts what has no picture."
+                    f"{sample.source}: the image {path} is not there. missing=skip leaves out "
+                    "and counts what has no image."
                 )
         self.seen.update(named)
         return True
@@ -77,7 +77,7 @@ def convert(
     """Write the data set `name`, from the published files in the folder `source`, to `out`.
 
     `out`: a .jsonl file, beside which .stats.json is written; for shards a .yaml file. `settings`:
-    `option=value`: the data set's own, and `check_pictures=DIR` with `missing=stop|skip`. Nothing
+    `option=value`: the data set's own, and `check_images=DIR` with `missing=stop|skip`. Nothing
     is left behind if it fails; an older file of this command is replaced.
 
     Raises:
@@ -88,7 +88,7 @@ def convert(
     entry = look_up("public data set", name, PUBLIC)
     given = dict(read_setting(setting) for setting in settings)
     is_shards = entry.is_shards
-    pictures = Pictures() if is_shards else _take_pictures(given)
+    images = Images() if is_shards else _take_images(given)
     _check(name, entry, given)
     ending = ".yaml" if is_shards else ".jsonl"
     if out.suffix != ending:
@@ -99,7 +99,7 @@ def convert(
     if is_shards:
         _write_entry(name, items, out, console)
     else:
-        _write_samples(name, items, out, pictures, {"source": str(source)} | given, console)
+        _write_samples(name, items, out, images, {"source": str(source)} | given, console)
 
 
 def listing() -> str:
@@ -118,16 +118,16 @@ def _described(name: str, entry: Public) -> str:
 # ------------------------------------------------------------------ settings
 
 
-def _take_pictures(given: dict[str, Any]) -> Pictures:
-    folder, missing = given.pop("check_pictures", None), given.pop("missing", "stop")
-    look_up("way with missing pictures", missing, {"stop": 0, "skip": 0})
+def _take_images(given: dict[str, Any]) -> Images:
+    folder, missing = given.pop("check_images", None), given.pop("missing", "stop")
+    look_up("way with missing images", missing, {"stop": 0, "skip": 0})
     if folder is None:
         if missing == "skip":
-            raise InputError("missing=skip needs check_pictures=DIR: where are the pictures?")
-        return Pictures()
+            raise InputError("missing=skip needs check_images=DIR: where are the images?")
+        return Images()
     if not Path(str(folder)).is_dir():
-        raise InputError(f"check_pictures={folder}: there is no such folder.")
-    return Pictures(Path(str(folder)), missing)
+        raise InputError(f"check_images={folder}: there is no such folder.")
+    return Images(Path(str(folder)), missing)
 
 
 def _check(name: str, entry: Public, given: Mapping[str, Any]) -> None:
@@ -170,7 +170,7 @@ def _write_samples(
     name: str,
     items: Iterable[Any],
     out: Path,
-    pictures: Pictures,
+    images: Images,
     options: Mapping[str, Any],
     console: Console,
 ) -> None:
@@ -180,8 +180,8 @@ def _write_samples(
         for item in items:
             if isinstance(item, LeftOut):
                 left_out[item.reason] += item.count
-            elif not pictures.has_all(checked(item)):
-                left_out["samples whose picture is not there"] += 1
+            elif not images.has_all(checked(item)):
+                left_out["samples whose image is not there"] += 1
             else:
                 row = {"messages": item.messages, "source": item.source}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -194,12 +194,12 @@ def _write_samples(
         "options": dict(options),
         "samples": samples,
         "answers": answers,
-        "pictures": len(pictures.seen),
+        "images": len(images.seen),
         "left_out": dict(left_out),
     }
     write_whole(out.with_suffix(".stats.json"), json.dumps(statistics, indent=2) + "\n")
     console.print(
-        f"{samples:,} samples with {answers:,} answers about {len(pictures.seen):,} pictures "
+        f"{samples:,} samples with {answers:,} answers about {len(images.seen):,} images "
         f"are in {out}",
         markup=False,
     )
@@ -231,7 +231,7 @@ def _told(left_out: Mapping[str, int]) -> str:
     return "Left out: " + "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
 
 
-def _pictures_of(sample: Sample) -> Iterator[str]:
+def _images_of(sample: Sample) -> Iterator[str]:
     for turn in sample.messages:
         for part in turn["content"] if isinstance(turn["content"], list) else ():
             if "path" in part:  # not what is behind a URL

@@ -56,7 +56,7 @@ def pack(
     Returns:
         `input_ids`, `mm_token_type_ids`, `labels` and `position_ids`, all (R,S), S the longest
         row; `pixel_values` (N,3,H,W) in the order in which the rows show them, absent if there is
-        no picture. A sample's first label is -100: what stands before it is another sample.
+        no image. A sample's first label is -100: what stands before it is another sample.
     """
     lengths = [item["input_ids"].shape[1] for item in features]
     rows = first_fit_decreasing(lengths, sum(lengths) if one_row else max(lengths))

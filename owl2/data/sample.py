@@ -1,11 +1,11 @@
-"""The one thing that readers give and that training takes: a conversation with its pictures."""
+"""The one thing that readers give and that training takes: a conversation with its images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from owl2.errors import Fault, InputError
-from owl2.processing.chat import IMAGE_TOKEN, flat_text, read_messages
+from owl2.errors import ErrorCode, InputError
+from owl2.processing.chat_template import IMAGE_TOKEN, flat_text, read_messages
 
 Message = dict[str, Any]
 
@@ -14,7 +14,7 @@ Message = dict[str, Any]
 class Sample:
     """One conversation in transformers' message format, and where it came from.
 
-    `messages`: `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`; a picture is
+    `messages`: `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`; an image is
     a part such as `{"type": "image", "path": ...}` and stays unopened until the sample is used.
     `source`: the file and row, or the dataset and item, for whoever has to find it again.
     """
@@ -27,17 +27,17 @@ class Sample:
 class Bad:
     """What stands in a Sample's place where a row is no sample, so that the others go on.
 
-    `source` as a Sample's; `reason`: what is wrong, without the source; `fault`: its kind.
+    `source` as a Sample's; `reason`: what is wrong, without the source; `code`: its kind.
     """
 
     source: str
     reason: str
-    fault: Fault = "format"
+    code: ErrorCode = "format"
 
     @classmethod
     def of(cls, source: str, error: InputError) -> "Bad":
         """The error that reading `source` raised."""
-        return cls(source, str(error).removeprefix(f"{source}: "), error.fault)
+        return cls(source, str(error).removeprefix(f"{source}: "), error.code)
 
     @classmethod
     def row(cls, error: InputError) -> "Bad":
@@ -46,7 +46,7 @@ class Bad:
 
     def raised(self) -> InputError:
         """The error again, for whoever cannot go on without this row."""
-        return InputError(f"{self.source}: {self.reason}", self.fault)
+        return InputError(f"{self.source}: {self.reason}", self.code)
 
 
 def taken(samples: Sequence[Sample], place: int) -> Sample | Bad:
@@ -58,25 +58,26 @@ def taken(samples: Sequence[Sample], place: int) -> Sample | Bad:
 
 
 def checked(sample: Sample) -> Sample:
-    """The sample, after a look at its messages; no picture is opened.
+    """The sample, after a look at its messages; no image is opened.
 
     Raises:
         InputError: that begins with `source`; see `chat.read_messages`. Also where the last turn is
-            not an answer, or a text marks another number of pictures than come with it.
+            not an answer, or a text marks another number of images than come with it.
     """
     try:
         conversation = read_messages(sample.messages)
     except InputError as error:
-        raise InputError(f"{sample.source}: {error}") from error
+        raise InputError(f"{sample.source}: {error}", error.code) from error
     if conversation.is_open:
         raise InputError(
-            f"{sample.source}: the last turn is the user's; there is no answer to learn.", "roles"
+            f"{sample.source}: the last turn is the user's; there is no answer to learn.",
+            ErrorCode.INVALID_ROLE,
         )
     marked = sum(flat_text(turn["content"]).count(IMAGE_TOKEN) for turn in conversation.turns)
-    if marked != len(conversation.pictures):
+    if marked != len(conversation.images):
         raise InputError(
-            f"{sample.source}: the text marks {marked} pictures, and {len(conversation.pictures)} "
+            f"{sample.source}: the text marks {marked} images, and {len(conversation.images)} "
             "come with it; these must be the same.",
-            "placeholder count",
+            ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     return sample

@@ -1,4 +1,4 @@
-"""`owl2 data show`: samples as the model gets them, on the terminal or as a page with pictures."""
+"""`owl2 data show`: samples as the model gets them, on the terminal or as a page with images."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -9,15 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from owl2.data.page import page
+from owl2.data.html_preview import page
+from owl2.data.open_dataset import Samples, open_words
 from owl2.data.sample import Bad, Sample, taken
-from owl2.data.shards import Shards
-from owl2.data.sources import Samples, open_words
+from owl2.data.webdataset import Shards
 from owl2.errors import InputError
 from owl2.files import write_whole
-from owl2.processing.chat import read_messages
-from owl2.processing.image import load_image
-from owl2.processing.labels import LEARNED_STYLE
+from owl2.processing.chat_template import read_messages
+from owl2.processing.image_processing import load_image
+from owl2.processing.loss_mask import LEARNED_STYLE
 from owl2.processing.processor import Owl2Processor
 
 # Around learned words where there is no colour.
@@ -41,7 +41,7 @@ def show(
 
     `model`: the checkpoint (or hub id) whose processor is used. `source` and `settings`: see
     `open_words`. `count` samples from number `start` on (from 0), in order, or with a `seed` in one
-    that it draws. `html`: a file that becomes a page with the pictures, instead.
+    that it draws. `html`: a file that becomes a page with the images, instead.
 
     Raises:
         InputError: no processor in `model`, `html` cannot be written, or see `open_words`.
@@ -89,25 +89,25 @@ def _print(console: Console, sample: Sample | Bad, processor: Owl2Processor) -> 
     try:
         if isinstance(sample, Bad):
             raise sample.raised()
-        for number, picture in enumerate(read_messages(sample.messages).pictures, start=1):
+        for number, image in enumerate(read_messages(sample.messages).images, start=1):
             max_pixels = processor.image_processor.max_pixels
-            say(Text(f"picture {number}: ") + _described(picture, max_pixels))
+            say(Text(f"image {number}: ") + _described(image, max_pixels))
         say(_marked(processor.show_labels(sample.messages), console))
     except InputError as error:
         say(Text(f"bad: {str(error).removeprefix(f'{sample.source}: ')}", "red"))
     console.print()
 
 
-def _described(picture: Any, max_pixels: int) -> Text:
-    """Where a picture is, and its size; one behind a URL is not fetched."""
-    if isinstance(picture, str) and picture.startswith(("http://", "https://")):
-        return Text(picture)
-    named = isinstance(picture, (str, Path)) and not str(picture).startswith("data:")
+def _described(image: Any, max_pixels: int) -> Text:
+    """Where an image is, and its size; one behind a URL is not fetched."""
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        return Text(image)
+    named = isinstance(image, (str, Path)) and not str(image).startswith("data:")
     try:
-        width, height = load_image(picture, max_pixels).size
+        width, height = load_image(image, max_pixels).size
     except InputError as error:
         return Text(str(error), "red")
-    return Text(f"{picture}, {width}×{height}" if named else f"{width}×{height}")
+    return Text(f"{image}, {width}×{height}" if named else f"{width}×{height}")
 
 
 def _has_colours(console: Console) -> bool:

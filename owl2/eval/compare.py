@@ -4,7 +4,7 @@
 
     A/answers/NAME.jsonl ┐ by the question's id
     B/answers/NAME.jsonl ┴──► pairs of scores ──paired bootstrap──► B - A with an interval
-                              pairs that differ, with their pictures ──► one HTML page
+                              pairs that differ, with their images ──► one HTML page
 
 Compared is the mean of the questions' own scores (0 to 1), which for most tasks is the metric
 itself; for others (CIDEr, MME's sum) it moves with it, and the metrics stand beside it.
@@ -20,11 +20,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from owl2.data.datasets.published import json_lines, json_object
-from owl2.data.page import figure
+from owl2.data.html_preview import figure
 from owl2.errors import InputError
-from owl2.eval.pictures import find_picture
+from owl2.eval.image_refs import find_image
 from owl2.files import write_whole
+from owl2.json_records import json_lines, json_object
 
 RESAMPLES, SEED = 10_000, 0
 AT_A_TIME = 250  # resamples: a count for each different score of each is in memory
@@ -39,7 +39,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; 
 table { border-collapse: collapse } th, td { padding: .25em .8em; text-align: right }
 th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px solid #888 }
 article { display: flex; gap: 1.5em; border-top: 1px solid #ccc; padding: 1em 0 }
-.pictures { flex: none; width: 320px } .pictures img { max-width: 100%; display: block }
+.images { flex: none; width: 320px } .images img { max-width: 100%; display: block }
 .frames { display: grid; grid-template-columns: 1fr 1fr; gap: .3em; align-content: start }
 .frames small { display: none }
 h3 { font-size: .85em; color: #555; font-weight: normal; margin: 0; word-break: break-all }
@@ -235,9 +235,9 @@ def _section(one: Compared, answers: Path) -> str:
 
 def _article(pair: Pair, answers: Path) -> str:
     row = pair.first
-    names = [name for name in row["pictures"] if name]
-    pictures = "\n".join(figure(find_picture(name, answers)) for name in names)
-    kind = "pictures frames" if len(names) > 1 else "pictures"
+    names = [name for name in row["images"] if name]
+    images = "\n".join(figure(find_image(name, answers)) for name in names)
+    kind = "images frames" if len(names) > 1 else "images"
     expected = " or ".join(dict.fromkeys(row["expected"]))
     ours = (("A", pair.first, -pair.difference), ("B", pair.second, pair.difference))
     said = "\n".join(
@@ -246,7 +246,7 @@ def _article(pair: Pair, answers: Path) -> str:
         for letter, answer, gain in ours
     )
     return (
-        f'<article><div class="{kind}">{pictures}</div>\n<div><h3>{escape(row["id"])}</h3>'
+        f'<article><div class="{kind}">{images}</div>\n<div><h3>{escape(row["id"])}</h3>'
         f"<p>{escape(row['question'])}</p>\n<p>Expected: {escape(expected)}</p>\n{said}</div>"
         "</article>"
     )

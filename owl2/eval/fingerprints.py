@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from owl2 import __version__
-from owl2.eval.questions import Question
+from owl2.eval.samples import Question
 
 PACKAGES = ("torch", "transformers", "pillow", "lm-eval", "lmms-eval", "pycocoevalcap")
 PER_TENSOR = 256  # numbers of each weight that are looked at: a training step changes them all
@@ -34,7 +34,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def questions_fingerprint(questions: Iterable[Question]) -> str:
-    """Of what is asked and what is expected; without the pictures."""
+    """Of what is asked and what is expected; without the images."""
     digest = hashlib.sha256()
     for question in questions:
         row = [question.id, question.text, question.expected, question.kind, question.facts]
@@ -49,13 +49,13 @@ def file_fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def pictures_fingerprint(digests: Iterable[Sequence[str]]) -> str:
-    """Of the pictures' own, in the order of the questions."""
+def images_fingerprint(digests: Iterable[Sequence[str]]) -> str:
+    """Of the images' own, in the order of the questions."""
     return hashlib.sha256("\n".join(" ".join(own) for own in digests).encode()).hexdigest()
 
 
-def picture_fingerprint(source: Any) -> str:
-    """Of a picture as `owl2.processing.sources.load_image` takes it: of its bytes where they are
+def image_fingerprint(source: Any) -> str:
+    """Of an image as `owl2.processing.image_io.load_image` takes it: of its bytes where they are
     here, else of its name."""
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
         return file_fingerprint(Path(source))[:32]

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from owl2.errors import InputError
-from owl2.eval.questions import Question
 from owl2.eval.readers import Source
-from owl2.eval.recipes import Recipe, recipes
+from owl2.eval.samples import Question
+from owl2.eval.task_config import Recipe, recipes
 from owl2.eval.tasks import Task
 
 
@@ -29,7 +29,7 @@ class State:
 def data_state(task: Task, data: Path | None) -> State:
     """Whether its files are there, by their names; of a task without files, whether it can be read.
 
-    Not whether they are whole, nor whether all pictures are there: that takes minutes for some.
+    Not whether they are whole, nor whether all images are there: that takes minutes for some.
     """
     source = task.source(data)
     if task.recipe.data.files:

@@ -19,7 +19,7 @@ def register() -> None:
     # What enters lm-eval's own models; it would not do so any more once ours is there.
     import_module("lm_eval.models")
     if "owl2" not in model_registry:
-        model_registry.register("owl2", target="owl2.eval.suites.text:Owl2Text")
+        model_registry.register("owl2", target="owl2.eval.adapters.lm_eval_model:Owl2Text")
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
 
         register()
     except ModuleNotFoundError as error:
-        sys.exit(_told(f"{error.name} is not installed: pip install 'mplug-owl2[eval]'"))
+        sys.exit(_told(f"{error.name} is not installed: pip install 'owl2-vlm[eval]'"))
     try:
         cli_evaluate()
     except InputError as error:

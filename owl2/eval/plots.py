@@ -1,4 +1,4 @@
-"""Plots of an evaluation: examples with their pictures, and a radar plot against the paper.
+"""Plots of an evaluation: examples with their images, and a radar plot against the paper.
 
 They need matplotlib (the extra ``plot``); ask `has_matplotlib` first.
 """
@@ -13,9 +13,9 @@ from typing import Any
 
 from owl2.errors import InputError
 from owl2.eval.metrics import Each
-from owl2.eval.questions import Answer
-from owl2.processing.chat import read_messages
-from owl2.processing.sources import load_image
+from owl2.eval.samples import Answer
+from owl2.processing.chat_template import read_messages
+from owl2.processing.image_io import load_image
 
 COLUMNS = 4
 EXAMPLES = 8  # spread evenly over all questions, right or wrong as they come
@@ -31,7 +31,7 @@ def has_matplotlib() -> bool:
 
 
 def draw_answers(path: Path, scored: Sequence[Scored], title: str) -> None:
-    """A grid of pictures with question and answer: examples, and below them mistakes."""
+    """A grid of images with question and answer: examples, and below them mistakes."""
     from matplotlib.figure import Figure
 
     shown = _spread(scored, EXAMPLES)
@@ -44,10 +44,10 @@ def draw_answers(path: Path, scored: Sequence[Scored], title: str) -> None:
     for axes in grid:
         axes.set_axis_off()
     for axes, (answer, score) in zip(grid, shown, strict=False):
-        pictures = read_messages(answer.question.messages).pictures
+        images = read_messages(answer.question.messages).images
         try:
-            if pictures:
-                axes.imshow(load_image(pictures[0]))
+            if images:
+                axes.imshow(load_image(images[0]))
         except InputError as error:  # gone since it was asked about
             axes.text(0.5, 0.5, textwrap.fill(str(error), 30), ha="center", parse_math=False)
         question = textwrap.fill(textwrap.shorten(answer.question.text, 90), 30)

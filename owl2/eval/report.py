@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.table import Table
 
-from owl2.data.datasets.published import json_object
 from owl2.eval.plots import draw_radar, has_matplotlib
-from owl2.eval.recipes import SUITES
 from owl2.eval.results import BLIND
+from owl2.eval.task_config import SUITES
 from owl2.files import write_whole
+from owl2.json_records import json_object
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
@@ -144,10 +144,10 @@ def _remarks(result: Mapping[str, Any]) -> str:
 def _circumstances(results: Mapping[str, Any]) -> list[Row]:
     machine = results["machine"]
     first = next(iter(results["tasks"].values()))
-    decoding, pictures = first["decoding"], first["preprocessing"]
+    decoding, images = first["decoding"], first["preprocessing"]
     return [
         ("weights", results["fingerprint"][:16]),
-        ("pictures", f"{pictures['size']} x {pictures['size']} pixels, {pictures['policy']}"),
+        ("images", f"{images['size']} x {images['size']} pixels, {images['policy']}"),
         ("numbers", decoding["dtype"]),
         ("modality-adaptive module", "on" if decoding["mam"] else "off"),
         ("machine", f"{machine['name']}, {machine['processes']} processes"),
@@ -195,8 +195,8 @@ def _html(results: Mapping[str, Any], radar: Path | None) -> str:
         body += f"<h2>{escape(title)}</h2>\n<table><thead>{line(head, 'th')}</thead>\n"
         body += f"<tbody>\n{lines}\n</tbody></table>\n"
     if radar is not None:
-        picture = base64.b64encode(radar.read_bytes()).decode()
-        body += f'<h2>Against the paper</h2>\n<img src="data:image/png;base64,{picture}" alt="">\n'
+        image = base64.b64encode(radar.read_bytes()).decode()
+        body += f'<h2>Against the paper</h2>\n<img src="data:image/png;base64,{image}" alt="">\n'
     title = escape(results["model"])
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'

@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
-from owl2.eval.answering import Asked, decoding_of
+from owl2.engine.engine import Engine
 from owl2.eval.fingerprints import (
     file_fingerprint,
-    pictures_fingerprint,
+    images_fingerprint,
     questions_fingerprint,
     versions,
 )
-from owl2.eval.journal import json_text
+from owl2.eval.generate import Asked, decoding_of
 from owl2.eval.metrics import Each, Metric, Scores
-from owl2.eval.questions import Answer, Broken, Question
 from owl2.eval.readers import Source
+from owl2.eval.response_cache import json_text
+from owl2.eval.samples import Answer, Broken, Question
 from owl2.eval.tasks import Task
-from owl2.inference.engine import Engine
 
 BROKEN_SHOWN = 20  # in results.json; all are in their file beside the answers
 BLIND = "_blind"
@@ -66,13 +66,13 @@ class Scored:
         """Each answer with its own score."""
         return list(zip(self.asked.answers, self.scores.each, strict=True))
 
-    def lines(self, pictures: Sequence[Sequence[str]]) -> str:
+    def lines(self, images: Sequence[Sequence[str]]) -> str:
         """The file of answers: a line each, in the order of the questions.
 
         Args:
-            pictures: the names of each answer's.
+            images: the names of each answer's.
         """
-        rows = zip(self.pairs, pictures, strict=True)
+        rows = zip(self.pairs, images, strict=True)
         return "".join(f"{answer_line(*pair, names)}\n" for pair, names in rows)
 
 
@@ -123,7 +123,7 @@ def facts_of(ready: Ready, asked: Asked) -> dict[str, Any]:
                 ready.source.name(path): file_fingerprint(path) for path in ready.source.read
             },
             "questions": questions_fingerprint(ready.questions),
-            "pictures": pictures_fingerprint(asked.pictures),
+            "images": images_fingerprint(asked.images),
         },
         "broken": {
             "n": len(broken),
@@ -135,14 +135,14 @@ def facts_of(ready: Ready, asked: Asked) -> dict[str, Any]:
 def settings_of(engine: Engine, task: Task) -> dict[str, Any]:
     """What the answers depend on, beside the questions, the weights and the machine."""
     processor, model = engine.processor, engine.model
-    pictures = processor.image_processor
+    images = processor.image_processor
     return {
         "preprocessing": {
-            "size": pictures.size,
-            "policy": pictures.policy,
-            "mean": list(pictures.image_mean),
-            "std": list(pictures.image_std),
-            "tokens_per_picture": processor.num_image_tokens,
+            "size": images.size,
+            "policy": images.policy,
+            "mean": list(images.image_mean),
+            "std": list(images.image_std),
+            "tokens_per_image": processor.num_image_tokens,
         },
         "decoding": {
             **({"by": "lm-eval"} if task.recipe.way == "lm-eval" else decoding_of(task)),
@@ -162,14 +162,14 @@ def machine_of(engine: Engine) -> dict[str, Any]:
     return {"device": str(device), "name": named, "threads": torch.get_num_threads()}
 
 
-def answer_line(answer: Answer, score: Each, pictures: Sequence[str]) -> str:
+def answer_line(answer: Answer, score: Each, images: Sequence[str]) -> str:
     """A line of the file of answers, from which it can be scored and judged without the data."""
     question = answer.question
     row = {
         "id": question.id,
         "question": question.text,
         "kind": question.kind,
-        "pictures": list(pictures),
+        "images": list(images),
         "prompt": answer.prompt,
         "expected": list(question.expected),
         "facts": dict(question.facts),

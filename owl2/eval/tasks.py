@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from owl2.data.datasets.easy_vqa import SHORT_PROMPT
-from owl2.data.names import look_up
 from owl2.data.sample import Message
 from owl2.errors import InputError
 from owl2.eval.metrics import Metric, find_metric
-from owl2.eval.questions import Broken, Question
 from owl2.eval.readers import Reader, Source, find_reader, sorted_out
-from owl2.eval.recipes import SUITES, Recipe, recipes
-from owl2.processing.chat import IMAGE_TOKEN
+from owl2.eval.samples import Broken, Question
+from owl2.eval.task_config import SUITES, Recipe, recipes
+from owl2.processing.chat_template import IMAGE_TOKEN
+from owl2.registry import look_up
 
 FILE_ENDING = ".jsonl"  # of one's own questions
 
@@ -81,7 +81,7 @@ def find_tasks(
 
 
 def _own(path: Path, table: Mapping[str, Recipe]) -> Task:
-    from owl2.eval.readers.own import own_task  # it makes a Task, which is defined here
+    from owl2.eval.readers.custom import own_task  # it makes a Task, which is defined here
 
     if not path.is_file():
         raise InputError(f"There is no file {path} with questions. Check the path.")
@@ -97,8 +97,8 @@ def _require_different(names: Sequence[str]) -> None:
         raise InputError(f"Two files are called {twice}{FILE_ENDING}: rename one.")
 
 
-def without_pictures(messages: Sequence[Message]) -> list[Message]:
-    """The same messages, blind: no picture, and no place for one."""
+def without_images(messages: Sequence[Message]) -> list[Message]:
+    """The same messages, blind: no image, and no place for one."""
     return [{**message, "content": _words(message["content"])} for message in messages]
 
 

@@ -1,6 +1,6 @@
 """Frames of a video, evenly spaced, decoded when they are looked at.
 
-A video is a folder with its frames as pictures (in the order of the numbers in their names), an
+A video is a folder with its frames as images (in the order of the numbers in their names), an
 animated GIF or WebP (Pillow decodes them), or any other file (the package `av` does).
 """
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageSequence
 from owl2.errors import InputError
 from owl2.eval.readers import MissingData
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ANIMATIONS = (".gif", ".webp")
 JPEG_QUALITY = 95  # of a decoded frame on its way to the model
 
@@ -49,7 +49,7 @@ class Frame(os.PathLike[str]):
     segment: Segment | None = None
 
     def __fspath__(self) -> str:
-        """The picture's path. Raises `InputError`: the video cannot be decoded."""
+        """The image's path. Raises `InputError`: the video cannot be decoded."""
         with _decoding:
             return str(_decoded(self.video, self.count, self.segment)[self.number - 1])
 
@@ -72,16 +72,16 @@ def frames_of(video: Path, count: int, segment: Segment | None = None) -> Sequen
     """`count` frames of a video: the middles of as many equal parts of it, in order.
 
     Of a video with fewer frames, some come twice. A folder's frames are taken to be of the segment
-    already; one without pictures gives none.
+    already; one without images gives none.
 
     Raises:
         MissingData: a file for which the package `av` is needed, and it is not installed.
     """
     if video.is_dir():
-        pictures = sorted(
-            (path for path in video.iterdir() if path.suffix.lower() in PICTURES), key=_by_number
+        images = sorted(
+            (path for path in video.iterdir() if path.suffix.lower() in IMAGES), key=_by_number
         )
-        return [pictures[place] for place in spread(len(pictures), count)] if pictures else []
+        return [images[place] for place in spread(len(images), count)] if images else []
     if video.suffix.lower() not in ANIMATIONS:
         _av(video)
     return [Frame(video, number, count, segment) for number in range(1, count + 1)]
@@ -109,7 +109,7 @@ def _av(video: Path) -> ModuleType:
     except ModuleNotFoundError as error:
         raise MissingData(
             f"{video}: the package av is needed to decode it (pip install av). Without it, give a "
-            "folder of the same name, less its ending, with the video's frames as pictures."
+            "folder of the same name, less its ending, with the video's frames as images."
         ) from error
     module: ModuleType = av
     return module
@@ -136,15 +136,15 @@ def _decoded(video: Path, count: int, segment: Segment | None) -> tuple[Path, ..
 
 
 def _animation(video: Path, count: int, segment: Segment | None) -> list[Image.Image]:
-    with Image.open(video) as picture:
+    with Image.open(video) as image:
         times, now = [], 0.0
-        for frame in ImageSequence.Iterator(picture):
+        for frame in ImageSequence.Iterator(image):
             times.append(now)
             now += frame.info.get("duration", 0) / 1000
         found = []
         for place in _chosen(times, count, segment):
-            picture.seek(place)
-            found.append(picture.convert("RGB"))
+            image.seek(place)
+            found.append(image.convert("RGB"))
         return found
 
 

@@ -1,6 +1,6 @@
 """Visual abstractor: patch features to K + 1 embeddings of the language model (SPEC 1.2).
 
-Shapes: N pictures, P patches, K learnable queries, D width, h heads, d = D / h, L the language
+Shapes: N images, P patches, K learnable queries, D width, h heads, d = D / h, L the language
 model's width.
 
     features I (N, 1+P, D) ─┐
@@ -46,7 +46,7 @@ def sincos_2d(grid_size: int, width: int) -> torch.Tensor:
 
 
 class AbstractorAttention(nn.Module):
-    """The queries attend to themselves and to the picture.
+    """The queries attend to themselves and to the image.
 
     Position codes go into queries and keys before the projections; values get none. The codes are
     computed, but released checkpoints carry them, so they are buffers that are saved.
@@ -158,7 +158,7 @@ class AbstractorEncoder(nn.Module):
 
 
 class VisualAbstractor(nn.Module):
-    """Features of a picture (N, 1+P, D) to its K + 1 embeddings (N, K+1, L)."""
+    """Features of an image (N, 1+P, D) to its K + 1 embeddings (N, K+1, L)."""
 
     def __init__(self, config: Owl2AbstractorConfig, language_width: int) -> None:
         super().__init__()

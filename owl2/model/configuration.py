@@ -67,7 +67,7 @@ class Owl2VisionConfig(PreTrainedConfig):
 
     @property
     def grid_size(self) -> int:
-        """Patches along one edge of the picture."""
+        """Patches along one edge of the image."""
         return self.image_size // self.patch_size
 
 
@@ -129,7 +129,7 @@ class Owl2VisualConfig(PreTrainedConfig):
                 f"visual_abstractor.encoder_hidden_size ({abstractor.encoder_hidden_size}) must "
                 f"equal visual_model.hidden_size ({vision.hidden_size})"
             )
-        # The grid follows from the picture; a config edited in one place only stays consistent.
+        # The grid follows from the image; a config edited in one place only stays consistent.
         abstractor.grid_size = vision.grid_size
 
 
@@ -175,7 +175,7 @@ class Owl2Config(LlamaConfig):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures that the vision encoder takes, in pixels."""
+        """Height and width of the images that the vision encoder takes, in pixels."""
         return self.visual_config.visual_model.image_size
 
     def to_diff_dict(self) -> dict[str, Any]:

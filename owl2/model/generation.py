@@ -1,4 +1,4 @@
-"""`generate` with pictures in the prompt: padding, beams, caches, and scores by token id."""
+"""`generate` with images in the prompt: padding, beams, caches, and scores by token id."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from owl2.errors import InputError
-from owl2.model.pictures import Contents, check_pictures
+from owl2.model.image_inputs import Contents, check_images
 
 # They look up scores by the ids of the prompt, and the image token has none.
 LOOK_UP_IDS = (
@@ -26,7 +26,7 @@ LOOK_UP_IDS = (
 )
 
 
-class PictureGeneration(GenerationMixin):
+class ImageGeneration(GenerationMixin):
     """transformers' generation for a model whose prompts hold image tokens."""
 
     config: Any  # of an mPLUG-Owl2
@@ -70,11 +70,11 @@ class PictureGeneration(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Beams and several answers: pictures are repeated a prompt at a time, in their order."""
+        """Beams and several answers: images are repeated a prompt at a time, in their order."""
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            images = Contents.of(input_ids, self.config.image_token_id).images
-            counts = check_pictures(images, pixel_values, self.config.num_image_tokens)
+            image_tokens = Contents.of(input_ids, self.config.image_token_id).image_tokens
+            counts = check_images(image_tokens, pixel_values, self.config.num_image_tokens)
             model_kwargs.pop("pixel_values")
             repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
             pixel_values = torch.cat(repeated)
@@ -101,7 +101,7 @@ class PictureGeneration(GenerationMixin):
         if looked_up and (input_ids == self.config.image_token_id).any():
             raise InputError(
                 "prompt_lookup_num_tokens guesses that the answer repeats the prompt, image tokens "
-                "too: leave it out where the prompt holds a picture"
+                "too: leave it out where the prompt holds an image"
             )
         make = super()._get_candidate_generator  # type: ignore[misc]  # as in generate
         return make(generation_config, input_ids, *args, **kwargs)

@@ -1,6 +1,6 @@
 """Vision encoder: pixels to patch features (SPEC 1.1), a CLIP ViT in the released layout.
 
-Shapes: N pictures, C channels, H = W pixels, P patches a picture, D width, h heads, d = D / h.
+Shapes: N images, C channels, H = W pixels, P patches an image, D width, h heads, d = D / h.
 
     pixel_values (N, C, H, W) ──► embeddings (N, 1+P, D) ──► blocks ──► post_layernorm (N, 1+P, D)
 """
@@ -39,7 +39,7 @@ class VisionEmbeddings(nn.Module):
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise InputError(
                 f"pixel_values have the shape {tuple(pixel_values.shape)}, but this model takes "
-                f"(N, {', '.join(map(str, expected))}): prepare pictures with its own processor, "
+                f"(N, {', '.join(map(str, expected))}): prepare images with its own processor, "
                 "or load it with image_size=..."
             )
         patches = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)  # (N, P, D)
@@ -117,13 +117,13 @@ def attend_by_products(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """Attention without a mask as two batched matrix products; shapes as for `attend`."""
-    pictures, heads = query.shape[:2]
+    images, heads = query.shape[:2]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))  # (N·h, ., d)
     # Nothing is added to the product, so what stands in for a summand is never read.
     nothing = query.new_empty(1).expand(len(query), query.shape[1], key.shape[1])
     scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scaling)
     attended = torch.bmm(scores.softmax(-1), value)  # (N·h, Q, d)
-    return attended.unflatten(0, (pictures, heads)).transpose(1, 2).flatten(2)
+    return attended.unflatten(0, (images, heads)).transpose(1, 2).flatten(2)
 
 
 class VisionMLP(nn.Module):
@@ -182,7 +182,7 @@ class VisionModel(nn.Module):
 
     @torch.no_grad()
     def set_image_size(self, image_size: int) -> None:
-        """Take pictures of another size from now on; positions are resized bicubically (SPEC 2)."""
+        """Take images of another size from now on; positions are resized bicubically (SPEC 2)."""
         grid = image_size // self.config.patch_size
         embeddings = self.embeddings
         embeddings.position_embedding = nn.Parameter(

@@ -1,12 +1,12 @@
-"""The one way from messages and pictures to the model's inputs; saved with every checkpoint.
+"""The one way from messages and images to the model's inputs; saved with every checkpoint.
 
 ::
 
     text ──split at each <|image|>──► pieces ──tokenizer──► ids of each
          ──joined with (K+1) × image_token_id──► input_ids (B,S), attention_mask, mm_token_type_ids
-    pictures ──Owl2ImageProcessor──► pixel_values (N,3,size,size), in order of appearance
+    images ──Owl2ImageProcessor──► pixel_values (N,3,size,size), in order of appearance
 
-B prompts, S tokens, N pictures in all, K learnable queries (a picture takes K+1 places).
+B prompts, S tokens, N images in all, K learnable queries (an image takes K+1 places).
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,20 @@ from rich.text import Text
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from owl2.errors import InputError
-from owl2.processing import chat, labels
-from owl2.processing import checkpoint as saved
-from owl2.processing.batch import match_pictures, pad
-from owl2.processing.chat import IMAGE_TOKEN, Conversation
-from owl2.processing.image import ImagePolicy, Owl2ImageProcessor
+from owl2.errors import ErrorCode, InputError
+from owl2.processing import pretrained_files as saved
+from owl2.processing.batching import match_images, pad
+from owl2.processing.chat_template import (
+    DEFAULT_CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    Conversation,
+    has_variable,
+    read_messages,
+    render,
+    render_with_answers,
+)
+from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
+from owl2.processing.loss_mask import Learned, encode_learned, show
 from owl2.processing.tokenizer import encode, start_ids
 
 _HUB_OPTIONS = frozenset(
@@ -39,9 +47,9 @@ IGNORED = -100  # the label of a position without a loss, as PyTorch's cross-ent
 
 
 class Owl2Processor(ProcessorMixin):
-    """Messages, prompts and pictures → the model's inputs, and ids → text.
+    """Messages, prompts and images → the model's inputs, and ids → text.
 
-    `num_image_tokens`: the places of a picture, K+1. `image_token_id`: the id that marks them, just
+    `num_image_tokens`: the places of an image, K+1. `image_token_id`: the id that marks them, just
     past the model's vocabulary (default: `len(tokenizer)`). `chat_template`: Jinja; default: SPEC
     1.5. Prompts are padded on the tokenizer's `padding_side`, which is set to left: what generation
     needs.
@@ -62,7 +70,7 @@ class Owl2Processor(ProcessorMixin):
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "left"
-        self.chat_template = chat.DEFAULT_CHAT_TEMPLATE if chat_template is None else chat_template
+        self.chat_template = DEFAULT_CHAT_TEMPLATE if chat_template is None else chat_template
         self.num_image_tokens = num_image_tokens
         self.image_token_id = len(tokenizer) if image_token_id is None else image_token_id
         if self.image_token_id < len(tokenizer):
@@ -102,26 +110,26 @@ class Owl2Processor(ProcessorMixin):
         return_tensors: str | None = None,
         return_mm_token_type_ids: bool = True,
     ) -> BatchFeature:
-        """Prompts with `<|image|>` and their pictures → the model's inputs.
+        """Prompts with `<|image|>` and their images → the model's inputs.
 
-        These are `input_ids`, `attention_mask`, `mm_token_type_ids` (0 text, 1 picture; all (B,S))
-        and `pixel_values` (N,3,size,size; absent without pictures).
+        These are `input_ids`, `attention_mask`, `mm_token_type_ids` (0 text, 1 image; all (B,S))
+        and `pixel_values` (N,3,size,size; absent without images).
 
         `images`: in order of appearance, all prompts' in one list, or a list for each prompt.
         `padding`: True or "longest", "max_length" (with `max_length`), False; `padding_side`:
         "left" or "right".
 
-        Raises `InputError`: counts of placeholders and pictures differ, a picture cannot be read,
+        Raises `InputError`: counts of placeholders and images differ, an image cannot be read,
         prompts of different lengths as tensors without padding.
         """
         if truncation:
             raise InputError(
-                "Prompts are never cut (a question or a picture would go): shorten the text."
+                "Prompts are never cut (a question or an image would go): shorten the text."
             )
         texts = [text] if isinstance(text, str) else list(text) if text is not None else []
         if not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise InputError("`text` must be a prompt or a non-empty list of prompts (strings).")
-        pictures = match_pictures([prompt.count(IMAGE_TOKEN) for prompt in texts], images)
+        images = match_images([prompt.count(IMAGE_TOKEN) for prompt in texts], images)
         rows = [self._encode(prompt, add_special_tokens) for prompt in texts]
         data: dict[str, Any] = pad(
             rows,
@@ -136,8 +144,8 @@ class Owl2Processor(ProcessorMixin):
             data["mm_token_type_ids"] = [
                 [int(id_ == self.image_token_id) for id_ in row] for row in data["input_ids"]
             ]
-        if pictures:
-            data.update(self.image_processor(pictures, return_tensors=return_tensors))
+        if images:
+            data.update(self.image_processor(images, return_tensors=return_tensors))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
@@ -171,14 +179,14 @@ class Owl2Processor(ProcessorMixin):
         """Messages (or a list of such) → the prompt as text, as ids, or as the model's inputs.
 
         As transformers has it: `tokenize=False` gives the text (a list for a list), `tokenize=True`
-        the ids, with `return_dict=True` the `BatchFeature` of `__call__`, pictures of the messages
+        the ids, with `return_dict=True` the `BatchFeature` of `__call__`, images of the messages
         read. `add_generation_prompt` opens the assistant's turn. `processor_kwargs`: further
         keywords of `__call__`; all others are variables of the template, and it must know them.
 
-        Raises `InputError`: see `chat.read_messages` and `__call__`.
+        Raises `InputError`: see `read_messages` and `__call__`.
         """
         template = self._template if chat_template is None else chat_template
-        if unknown := [name for name in variables if not chat.has_variable(template, name)]:
+        if unknown := [name for name in variables if not has_variable(template, name)]:
             raise TypeError(
                 f"apply_chat_template() got unexpected arguments: {', '.join(unknown)}, which are "
                 "no variables of the chat template either"
@@ -187,11 +195,10 @@ class Owl2Processor(ProcessorMixin):
             next(iter(conversation), None), (list, tuple)
         )
         conversations = [
-            chat.read_messages(messages)
-            for messages in (conversation if is_batch else [conversation])
+            read_messages(messages) for messages in (conversation if is_batch else [conversation])
         ]
         texts = [
-            chat.render(
+            render(
                 item,
                 template,
                 self.tokenizer.special_tokens_map,
@@ -209,8 +216,8 @@ class Owl2Processor(ProcessorMixin):
             "return_tensors": return_tensors,
             **(processor_kwargs or {}),
         }
-        pictures = [list(item.pictures) for item in conversations]
-        inputs = self(text=texts, images=pictures, **options)
+        images = [list(item.images) for item in conversations]
+        inputs = self(text=texts, images=images, **options)
         return inputs if return_dict else inputs["input_ids"]
 
     # -------------------------------------------------------------- training
@@ -219,26 +226,26 @@ class Owl2Processor(ProcessorMixin):
         """One conversation that ends with an answer → a batch of one.
 
         It holds `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (all (1,S)) and
-        `pixel_values` (N,3,size,size; absent without pictures).
+        `pixel_values` (N,3,size,size; absent without images).
 
         `labels` are the ids of what the template marks as generated (the answers and their end
         tokens), -100 elsewhere. `max_length`: longer samples are cut at the right, which can leave
         no label at all.
 
-        Raises `InputError`: see `chat.read_messages` and `__call__`; also when a picture is beyond
+        Raises `InputError`: see `read_messages` and `__call__`; also when an image is beyond
         `max_length`.
         """
-        conversation = chat.read_messages(messages)
+        conversation = read_messages(messages)
         sample = self._encode_learned(conversation)
-        pictures = match_pictures([len(sample.image_ends)], list(conversation.pictures))
+        images = match_images([len(sample.image_ends)], list(conversation.images))
         ids, learned = sample.ids, sample.learned
         if max_length is not None and len(ids) > max_length:
             if sample.image_ends and sample.image_ends[-1] > max_length:
                 raise InputError(
-                    f"The sample has {len(ids)} tokens and its last picture ends at token "
-                    f"{sample.image_ends[-1]}, beyond max_length {max_length}: give fewer pictures "
+                    f"The sample has {len(ids)} tokens and its last image ends at token "
+                    f"{sample.image_ends[-1]}, beyond max_length {max_length}: give fewer images "
                     "or words, or a larger max_length.",
-                    "too long",
+                    ErrorCode.TOO_LONG,
                 )
             ids, learned = ids[:max_length], learned[:max_length]
         input_ids = torch.tensor([ids])
@@ -248,44 +255,44 @@ class Owl2Processor(ProcessorMixin):
             "mm_token_type_ids": (input_ids == self.image_token_id).long(),
             "labels": input_ids.masked_fill(~torch.tensor([learned]), IGNORED),
         }
-        if pictures:
-            data.update(self.image_processor(pictures))
+        if images:
+            data.update(self.image_processor(images))
         return BatchFeature(data)
 
     def count_tokens(self, messages: Any) -> int:
         """How many tokens a conversation has for training, before any is cut."""
-        return len(self._encode_learned(chat.read_messages(messages)).ids)
+        return len(self._encode_learned(read_messages(messages)).ids)
 
     def show_labels(self, messages: Any) -> Text:
         """The conversation as the model gets it, for a terminal: learned in colour, the rest dim.
 
-        From the ids and mask of `for_training`; a picture's places are written `<|image|>×(K+1)`.
-        The pictures are not opened.
+        From the ids and mask of `for_training`; an image's places are written `<|image|>×(K+1)`.
+        The images are not opened.
         """
-        sample = self._encode_learned(chat.read_messages(messages))
+        sample = self._encode_learned(read_messages(messages))
         start = "".join(self.tokenizer.convert_ids_to_tokens(self._start_ids))
-        return labels.show(sample, start, self.num_image_tokens)
+        return show(sample, start, self.num_image_tokens)
 
-    def _encode_learned(self, conversation: Conversation) -> labels.Learned:
+    def _encode_learned(self, conversation: Conversation) -> Learned:
         if conversation.is_open:
             raise InputError(
                 "The last turn has no answer, so there is nothing to learn from it: add it.",
-                "roles",
+                ErrorCode.INVALID_ROLE,
             )
         if self.tokenizer.eos_token is None:
             raise InputError(
                 "The tokenizer has no end token, so no model could learn to stop: set eos_token."
             )
-        text, spans = chat.render_with_answers(
+        text, spans = render_with_answers(
             conversation, self._template, self.tokenizer.special_tokens_map
         )
         image_ids = [self.image_token_id] * self.num_image_tokens
-        return labels.encode_learned(self.tokenizer, text, spans, self._start_ids, image_ids)
+        return encode_learned(self.tokenizer, text, spans, self._start_ids, image_ids)
 
     # -------------------------------------------------------------- ids → text
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
-        """Ids (a list or a tensor; or rows of them) → text (or a list). The K+1 places of a picture
+        """Ids (a list or a tensor; or rows of them) → text (or a list). The K+1 places of an image
         are one `<|image|>`, or nothing with `skip_special_tokens`."""
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         if isinstance(ids, int):
@@ -310,7 +317,7 @@ class Owl2Processor(ProcessorMixin):
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """`batch_decode` by the name that transformers' pipeline uses (the mixin's own would give
-        the places of pictures to the tokenizer)."""
+        the places of images to the tokenizer)."""
         return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
 
     # -------------------------------------------------------------- files

@@ -226,7 +226,7 @@ def _sentencepiece_offsets(model: Any, text: str) -> tuple[list[int], Offsets]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """One piece of a prompt (between two pictures) → ids; nothing is added."""
+    """One piece of a prompt (between two images) → ids; nothing is added."""
     if isinstance(tokenizer, Owl2Tokenizer):
         return tokenizer.encode_exact(text)
     return (

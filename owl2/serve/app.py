@@ -12,17 +12,17 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from owl2 import __version__
-from owl2.inference.engine import Engine
+from owl2.engine.engine import Engine
 from owl2.serve import errors
-from owl2.serve.answering import Desk
-from owl2.serve.chat import CLIENT_LEFT, OTHERS, ChatService, add_chat
-from owl2.serve.document import page
-from owl2.serve.door import Door
-from owl2.serve.keys import Keys
+from owl2.serve.admission import Desk
+from owl2.serve.auth import Keys
+from owl2.serve.chat_completions import CLIENT_LEFT, OTHERS, ChatService, add_chat
+from owl2.serve.docs_page import page
 from owl2.serve.limits import Limits
 from owl2.serve.metrics import Metrics
-from owl2.serve.pictures import Pictures
-from owl2.serve.schema import Model, ModelList
+from owl2.serve.middleware import Door
+from owl2.serve.protocol import Model, ModelList
+from owl2.serve.request_images import Images
 
 # What needs no key: monitoring, reading, and the web page, which asks for the key itself.
 PAGE = "/web"
@@ -53,13 +53,13 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     limits = settings.limits
     metrics = Metrics()
     desk = Desk(engine, limits, metrics)
-    pictures = Pictures(limits, engine.processor.image_processor)
+    images = Images(limits, engine.processor.image_processor)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        pictures.start()
+        images.start()
         yield
-        pictures.close()
+        images.close()
 
     app = FastAPI(
         title=f"{settings.name} on owl2",
@@ -70,7 +70,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.desk = desk
-    add_chat(app, ChatService(desk, pictures, settings.name))
+    add_chat(app, ChatService(desk, images, settings.name))
     _add_models(app, settings.name)
     _add_health(app, desk, metrics)
     _add_document(app, settings.example)
@@ -125,7 +125,7 @@ def _add_document(app: FastAPI, example: str) -> None:
 class _Counted:
     """Counts requests by route and status, and writes a line of each to the log.
 
-    The line has the route's pattern, never what the client wrote: no key, no picture, no text.
+    The line has the route's pattern, never what the client wrote: no key, no image, no text.
     What nobody caught is answered here, too: Starlette's own layer would raise it again, and the
     connection, which the client means to use again, would be closed.
     """
@@ -149,7 +149,7 @@ class _Counted:
 
         try:
             await self.app(scope, receive, send_on)
-        except Exception as error:  # any fault of ours
+        except Exception as error:  # any code of ours
             if status:
                 raise  # half a reply was sent: the connection has to be closed
             await errors.as_api_error(error).response()(scope, receive, send_on)

@@ -2,10 +2,10 @@
 
 ::
 
-    routes, pictures, engine ──ApiError, InputError, …──► as_api_error ──► status and ErrorReply
+    routes, images, engine ──ApiError, InputError, …──► as_api_error ──► status and ErrorReply
 
 What a client can cause is a 4xx, what the server is too small for a 429 or 503. Anything else is a
-fault of ours: it is logged whole, and the client learns no more than that.
+code of ours: it is logged whole, and the client learns no more than that.
 
 The shape is that of https://platform.openai.com/docs/guides/error-codes: clients choose their class
 of exception by the status.
@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +131,11 @@ def closing() -> ApiError:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of an exception. What is our own fault is logged here."""
+    """What a client is told of an exception. What is our own code is logged here."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
-        code = "context_length_exceeded" if error.fault == "too long" else None
+        code = "context_length_exceeded" if error.code == ErrorCode.TOO_LONG else None
         return ApiError(400, str(error), code=code)
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors())

@@ -7,8 +7,8 @@ What goes beyond has a status and a code of its own:
 | `body_bytes` | 413 | body_too_large |
 | `body_seconds` | 408 | body_too_slow |
 | `messages` | 400 | too_many_messages |
-| `pictures` | 400 | too_many_pictures |
-| `picture_bytes`, `pixels`, `picture_memory`, `picture_seconds` | 400 | see `pictures` |
+| `images` | 400 | too_many_images |
+| `image_bytes`, `pixels`, `image_memory`, `image_seconds` | 400 | see `images` |
 | `answers` | 400 | too_many_answers |
 | `answer_tokens` | 400 | too_many_tokens |
 | `queue`, `held_bytes` | 429 | rate_limit_exceeded |
@@ -18,7 +18,7 @@ What goes beyond has a status and a code of its own:
 from pydantic import BaseModel, ConfigDict, Field
 
 from owl2.serve.errors import ApiError
-from owl2.serve.schema import MAX_ANSWERS, MAX_TOKENS, ChatRequest
+from owl2.serve.protocol import MAX_ANSWERS, MAX_TOKENS, ChatRequest
 
 MIB = 2**20
 # Of the longest texts: no prompt has more, but for endless runs of the same character.
@@ -29,23 +29,23 @@ class Limits(BaseModel):
     """What a server allows; all are for one request unless they say otherwise.
 
     Attributes:
-        body_bytes: of the body, pictures in it as base64 (a third more than the file).
+        body_bytes: of the body, images in it as base64 (a third more than the file).
         body_seconds: until all of the body has come.
         messages: turns of the conversation.
-        pictures: in all turns together.
-        picture_bytes: of one picture's file.
-        pixels: of one picture; its longer edge may have at most the root of four times as many.
-        picture_seconds: to decode one picture.
-        picture_memory: bytes, to decode one picture.
-        decoders: pictures decoded at a time, in the whole server.
+        images: in all turns together.
+        image_bytes: of one image's file.
+        pixels: of one image; its longer edge may have at most the root of four times as many.
+        image_seconds: to decode one image.
+        image_memory: bytes, to decode one image.
+        decoders: images decoded at a time, in the whole server.
         answers: `n`.
         answer_tokens: of each answer, that a request may ask for.
         running: requests answered at a time.
         queue: requests that wait beside those.
         held_bytes: of the bodies of all requests that are not finished.
         seconds: from a request's arrival to its last token.
-        remote: whether pictures are fetched from URLs.
-        remote_seconds: to fetch one picture, redirects and look-ups among it.
+        remote: whether images are fetched from URLs.
+        remote_seconds: to fetch one image, redirects and look-ups among it.
         remote_redirects: that are followed.
     """
 
@@ -54,11 +54,11 @@ class Limits(BaseModel):
     body_bytes: int = Field(default=32 * MIB, ge=1)
     body_seconds: float = Field(default=60.0, gt=0)
     messages: int = Field(default=256, ge=1)
-    pictures: int = Field(default=8, ge=0)
-    picture_bytes: int = Field(default=16 * MIB, ge=1)
+    images: int = Field(default=8, ge=0)
+    image_bytes: int = Field(default=16 * MIB, ge=1)
     pixels: int = Field(default=2**25, ge=1)
-    picture_seconds: float = Field(default=20.0, gt=0)
-    picture_memory: int = Field(default=1024 * MIB, ge=64 * MIB)
+    image_seconds: float = Field(default=20.0, gt=0)
+    image_memory: int = Field(default=1024 * MIB, ge=64 * MIB)
     decoders: int = Field(default=2, ge=1)
     answers: int = Field(default=8, ge=1, le=MAX_ANSWERS)
     answer_tokens: int = Field(default=2048, ge=1, le=MAX_TOKENS)
@@ -77,10 +77,10 @@ def check(request: ChatRequest, limits: Limits) -> None:
     Raises:
         ApiError: 400, with the limit's code and the field.
     """
-    pictures = sum(len(message.pictures) for message in request.messages)
+    images = sum(len(message.images) for message in request.messages)
     for what, given, limit, code, param in (
         ("messages", len(request.messages), limits.messages, "too_many_messages", "messages"),
-        ("pictures", pictures, limits.pictures, "too_many_pictures", "messages"),
+        ("images", images, limits.images, "too_many_images", "messages"),
         ("answers", request.answers, limits.answers, "too_many_answers", "n"),
         (
             "tokens of an answer",

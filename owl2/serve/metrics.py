@@ -25,7 +25,7 @@ class Metrics:
         running: chat requests that have a place at the engine.
         waiting: those that wait for one.
         ended: answers by `reason`: stop, length; gone: the client left; cut: by a limit of time or
-            the server's end; refused: the request was wrong; failed: a fault of ours.
+            the server's end; refused: the request was wrong; failed: a code of ours.
         first_token: seconds from a request's arrival to its first token.
         whole: seconds from its arrival to its last.
     """

@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from owl2.errors import InputError
-from owl2.serve.answering import Desk
+from owl2.serve.admission import Desk
 
 # Clients keep connections for reuse; who closes first should not be the server.
 KEEP_ALIVE_SECONDS = 75

@@ -13,19 +13,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from owl2.errors import InputError
-from owl2.files import require_writable, whole_directory
-from owl2.model.adapters import (
+from owl2.checkpoints.adapters import (
     add_lora,
     find_adapter,
     lora_parameters,
     merge_adapter,
 )
-from owl2.model.owl2 import Owl2ForConditionalGeneration
-from owl2.model.quantization import quantization
+from owl2.checkpoints.quantization import quantization
+from owl2.errors import InputError
+from owl2.files import require_writable, whole_directory
+from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.recipe import Adapter, Recipe
-from owl2.train.stages import Trained, apply_stage, what_is_trained
+from owl2.train.trainable import Trained, apply_stage, what_is_trained
 
 PREFIXES = {
     "decoder": "model.layers.",

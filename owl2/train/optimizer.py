@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from owl2.train.recipe import Recipe
-from owl2.train.stages import Part, part_of
+from owl2.train.trainable import Part, part_of
 
 # Learned vectors that stand for tokens or positions; a tied lm_head is `embed_tokens`, too.
 EMBEDDINGS = (
@@ -34,7 +34,7 @@ EMBEDDINGS = (
 
 
 class _Kind(NamedTuple):
-    """What parameters of one group have in common; sorts from the picture up to the words."""
+    """What parameters of one group have in common; sorts from the image up to the words."""
 
     part: int
     level: int
@@ -72,7 +72,7 @@ def parameter_groups(
 
     Returns:
         Dicts with ``params``, ``lr`` (the group's peak), ``weight_decay``; for people, ``name``
-        and ``lr_scale``, relative to `learning_rate`. From the words down to the picture, so if any
+        and ``lr_scale``, relative to `learning_rate`. From the words down to the image, so if any
         of the decoder is trained the first has `learning_rate`: it is the one that the Trainer
         reports.
     """

@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
-from owl2.model.cpu import has_bfloat16
+from owl2.runtime import has_bfloat16
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Checkpointing = bool | Literal["selective"]  # see owl2.train.blocks
+Checkpointing = bool | Literal["selective"]  # see owl2.train.parallelize
 
 # What both stages share. `image_size: null` in a recipe means: as the checkpoint.
 PAPER = {
@@ -84,7 +84,7 @@ class DataSource(Part):
     )
     table: str | None = Field(None, description="directory that datasets' save_to_disk wrote")
     images: str | None = Field(
-        None, description="folder that a file's or table's picture paths start from"
+        None, description="folder that a file's or table's image paths start from"
     )
     split: str = Field("train", description="the split of a dataset or table")
     style: str | None = Field(None, description="how the data set becomes conversations")
@@ -112,7 +112,7 @@ class DataSource(Part):
         return [name for name in ORIGINS if getattr(self, name) is not None]
 
     def origin(self) -> dict[str, Any]:
-        """What `owl2.data.sources.open_source` takes."""
+        """What `owl2.data.open_dataset.open_source` takes."""
         return self.model_dump(exclude={"name", "count", "weight"})
 
     @property
@@ -178,9 +178,9 @@ class Recipe(Part):
 
     image_size: Positive | None = Field(description="pixels an edge; null = the checkpoint's")
     augment: Literal["none", "crop_flip", "flip", "dihedral"] = Field(
-        description="what pictures undergo"
+        description="what images undergo"
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(description="tokens a sample, pictures' too")
+    max_length: Annotated[int, Field(ge=2)] = Field(description="tokens a sample, images' too")
     on_bad: Literal["stop", "skip"] = Field(
         "stop", description="a sample that cannot be used: stop, or leave it out and count it"
     )

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from owl2 import __version__
 from owl2.files import write_whole
-from owl2.train.panel import size
-from owl2.train.resume import Position
-from owl2.train.team import Team
+from owl2.train.checkpointer import Position
+from owl2.train.console import size
+from owl2.train.distributed import Team
 
 PACKAGES = ("torch", "transformers", "accelerate", "pillow")
 # A loss that has fallen by more than this is drawn on a logarithmic axis.
@@ -63,7 +63,7 @@ def measured(
         "samples": end.samples,
         "samples_left_out": end.left_out,
         "tokens": end.tokens,
-        "pictures": end.pictures,
+        "images": end.images,
         "samples_per_second": end.samples / seconds,
         "tokens_per_second": end.tokens / seconds,
         "waiting_share": end.waited / seconds,
@@ -104,7 +104,7 @@ def _summed_up(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "validation loss", f"{first['loss']:.4f} → {last['loss']:.4f}{least}"
     left_out = facts["samples_left_out"]
     yield "samples", f"{facts['samples']:,}" + (f", {left_out:,} left out" if left_out else "")
-    yield "tokens, pictures", f"{facts['tokens']:,}, {facts['pictures']:,}"
+    yield "tokens, images", f"{facts['tokens']:,}, {facts['images']:,}"
     samples, tokens = facts["samples_per_second"], facts["tokens_per_second"]
     yield "speed", f"{samples:,.1f} samples/s, {tokens:,.0f} tokens/s"
     yield "waiting for data", f"{facts['waiting_share']:.1%} of the time"

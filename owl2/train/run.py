@@ -20,22 +20,15 @@ from transformers.utils import logging as transformers_logging
 
 from owl2.data.collate import Collator, TrainingSet
 from owl2.data.mixture import Mixture, Source
-from owl2.data.sources import Samples, open_source
+from owl2.data.open_dataset import Samples, open_source
 from owl2.errors import InputError
 from owl2.files import require_writable, whole_directory
-from owl2.model.cpu import keep_memory
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
+from owl2.runtime import keep_memory
 from owl2.train.adapters import loading_options, prepare
-from owl2.train.attention import layout, require_attention
-from owl2.train.blocks import require_compiler
-from owl2.train.log import Lines, RunLog
-from owl2.train.optimizer import groups_table, recipe_groups
-from owl2.train.panel import terminal_view
-from owl2.train.progress import View, Watch
-from owl2.train.recipe import DataSource, Recipe
-from owl2.train.report import measured, peak_memory, plot_loss, summary, write_run
-from owl2.train.resume import (
+from owl2.train.attn_implementation import layout, require_attention
+from owl2.train.checkpointer import (
     KeepState,
     Position,
     Saved,
@@ -44,12 +37,19 @@ from owl2.train.resume import (
     checkpoints_of,
     find_state,
 )
-from owl2.train.saving import writing
-from owl2.train.stages import Trained
-from owl2.train.team import Team
+from owl2.train.console import terminal_view
+from owl2.train.disk_errors import writing
+from owl2.train.distributed import Team
+from owl2.train.jsonl_logger import Lines, RunLog
+from owl2.train.loggers import make_writers, require_writers
+from owl2.train.metrics import View, Watch
+from owl2.train.optimizer import groups_table, recipe_groups
+from owl2.train.parallelize import require_compiler
+from owl2.train.recipe import DataSource, Recipe
+from owl2.train.report import measured, peak_memory, plot_loss, summary, write_run
+from owl2.train.trainable import Trained
 from owl2.train.trainer import Owl2Trainer
 from owl2.train.validation import HeldOut, Validate, Validator
-from owl2.train.writers import make_writers, require_writers
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _announce(
     console.print(groups_table(recipe_groups(model, recipe)))
     size = model.config.image_size
     amount = "Samples by weight" if samples is None else f"{samples:,} samples an epoch"
-    console.print(f"{amount}, pictures at {size} x {size} pixels", highlight=False)
+    console.print(f"{amount}, images at {size} x {size} pixels", highlight=False)
     if saved is not None:
         console.print(f"Going on after step {saved.position.step}", highlight=False)
 
@@ -262,7 +262,7 @@ def _report(
 ) -> None:
     write_run(output / "run.json", facts)
     if not plot_loss(output / "loss.png", log.lines, looks.lines, str(output)):
-        hint = "No loss.png: matplotlib is missing (pip install 'mplug-owl2[plot]')"
+        hint = "No loss.png: matplotlib is missing (pip install 'owl2-vlm[plot]')"
         console.print(hint, markup=False)
 
 

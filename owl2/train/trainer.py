@@ -18,17 +18,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
+from owl2.checkpoints.adapters import has_adapter, load_state
 from owl2.data.collate import Collated, TrainingSet
-from owl2.data.loader import Loader
+from owl2.data.dataloader import Loader
 from owl2.errors import InputError
-from owl2.model.adapters import has_adapter, load_state
-from owl2.model.owl2 import Owl2Model
-from owl2.train.blocks import compile_blocks, enable_checkpointing
-from owl2.train.feed import Feed, Seen, TellEpochs, run_steps
+from owl2.model.modeling import Owl2Model
+from owl2.train.disk_errors import writing
+from owl2.train.distributed import Team
 from owl2.train.optimizer import make_adamw, recipe_groups
+from owl2.train.parallelize import compile_blocks, enable_checkpointing
 from owl2.train.recipe import Recipe
-from owl2.train.saving import writing
-from owl2.train.team import Team
+from owl2.train.train_dataloader import Feed, Seen, TellEpochs, run_steps
 
 
 class Owl2Trainer(Trainer):
@@ -165,8 +165,8 @@ class Owl2Trainer(Trainer):
         loss = result[0] if isinstance(result, tuple) else result
         if not loss.requires_grad:
             raise InputError(
-                f"step {self.state.global_step + 1}: a batch without any picture, and stage "
-                f"{self.recipe.stage} trains only what pictures pass through; leave text-only "
+                f"step {self.state.global_step + 1}: a batch without any image, and stage "
+                f"{self.recipe.stage} trains only what images pass through; leave text-only "
                 "samples out of `data`"
             )
         return result

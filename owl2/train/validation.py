@@ -26,17 +26,17 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from owl2.data.collate import Collator, Features, TrainingSet
-from owl2.data.loader import working_on
+from owl2.data.dataloader import working_on
 from owl2.data.mixture import Draw, Mixture, Source
+from owl2.data.open_dataset import Samples
 from owl2.data.sample import Bad, Message, Sample, taken
-from owl2.data.sources import Samples
+from owl2.engine.engine import Engine
 from owl2.errors import InputError
-from owl2.inference.engine import Engine
-from owl2.model.owl2 import Owl2ForConditionalGeneration
-from owl2.processing.chat import flat_text, read_messages
+from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.processing.chat_template import flat_text, read_messages
 from owl2.processing.processor import IGNORED, Owl2Processor
-from owl2.train.log import Lines
-from owl2.train.team import Team
+from owl2.train.distributed import Team
+from owl2.train.jsonl_logger import Lines
 
 # An answer that goes on for longer is cut: it is to be looked at, not to be measured.
 ANSWER_TOKENS = 64
@@ -46,14 +46,14 @@ ANSWER_TOKENS = 64
 class Answer:
     """What the model says to the first question of a sample, beside what it should say.
 
-    `pictures`: what the question shows, as `load_image` takes them.
+    `images`: what the question shows, as `load_image` takes them.
     """
 
     source: str
     question: str
     wanted: str
     answer: str
-    pictures: tuple[Any, ...] = ()
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Look:
     answers: tuple[Answer, ...] = ()
 
     def line(self) -> dict[str, Any]:
-        """The look as ``validation.jsonl`` has it: its attributes; of answers not the pictures."""
+        """The look as ``validation.jsonl`` has it: its attributes; of answers not the images."""
         line = asdict(self)
         for answer in line["answers"]:
-            del answer["pictures"]
+            del answer["images"]
         return line
 
 
@@ -260,7 +260,7 @@ class Validator:
             answer = engine.chat(messages, max_new_tokens=ANSWER_TOKENS, do_sample=False)
             asked = read_messages(messages)
             text = "\n".join(flat_text(turn["content"]) for turn in asked.turns)
-            yield Answer(source, text, wanted, answer, tuple(asked.pictures))
+            yield Answer(source, text, wanted, answer, tuple(asked.images))
 
 
 def _shares(count: int, size: int, rank: int, world: int) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""Draws a folder as somebody's own data could be: pictures, and questions about them as JSON.
+"""Draws a folder as somebody's own data could be: images, and questions about them as JSON.
 
     python recipes/finetune/example_folder.py FOLDER
 
-    FOLDER/pictures/*.png     one shape each, small or large
+    FOLDER/images/*.png     one shape each, small or large
     FOLDER/train.json         400 of them with a question and its answer, in LLaVA's format
     FOLDER/held_out.json      100 others
 
@@ -24,13 +24,13 @@ EDGE = 64
 
 
 def draw(chance: Random) -> tuple[Image.Image, str]:
-    """A picture with one shape, and whether that is small or large."""
+    """An image with one shape, and whether that is small or large."""
     size = chance.choice(list(RADII))
     radius = chance.randint(*RADII[size])
     x, y = (chance.randint(radius, EDGE - 1 - radius) for _ in range(2))
     box = (x - radius, y - radius, x + radius, y + radius)
-    picture = Image.new("RGB", (EDGE, EDGE), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (EDGE, EDGE), "white")
+    pen = ImageDraw.Draw(image)
     shapes = {
         "circle": pen.ellipse,
         "rectangle": pen.rectangle,
@@ -39,19 +39,19 @@ def draw(chance: Random) -> tuple[Image.Image, str]:
         ),
     }
     shapes[chance.choice(list(shapes))](box, fill=chance.choice(COLOURS))
-    return picture, size
+    return image, size
 
 
 def main(folder: Path) -> None:
     """Draw both splits into `folder`."""
     chance = Random(0)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, count in SPLITS.items():
         rows = []
         for number in range(count):
-            picture, size = draw(chance)
-            name = f"pictures/{split}_{number}.png"
-            picture.save(folder / name)
+            image, size = draw(chance)
+            name = f"images/{split}_{number}.png"
+            image.save(folder / name)
             turns = [
                 {"from": "human", "value": f"<image>\n{QUESTION}"},
                 {"from": "gpt", "value": size},

@@ -6,7 +6,7 @@
         --output load.json
 
 So many clients each stream one answer after the other. No two requests are alike, so that nothing
-is known from an earlier one; half of them have a picture. Several servers take turns in each round,
+is known from an earlier one; half of them have an image. Several servers take turns in each round,
 so that a machine's better and worse minutes reach all of them; those that wait should be idle.
 
 Times are the client's: from sending a request to its first text, and to its end.
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-OPTIONS = ("clients", "rounds", "requests", "max_tokens", "words", "pictures", "edge")
+OPTIONS = ("clients", "rounds", "requests", "max_tokens", "words", "images", "edge")
 
 
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -110,8 +110,8 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--words", type=int, default=30, help="of a question")
-    parser.add_argument("--pictures", type=float, default=0.5, help="share of requests with one")
-    parser.add_argument("--edge", type=int, default=224, help="of a picture, in pixels")
+    parser.add_argument("--images", type=float, default=0.5, help="share of requests with one")
+    parser.add_argument("--edge", type=int, default=224, help="of an image, in pixels")
     parser.add_argument("--key-env", help="the environment variable with the API key")
     parser.add_argument("--timeout", type=float, default=600, help="seconds, of a request")
     parser.add_argument("--output", type=Path, help="JSON with every request's numbers")
@@ -135,15 +135,15 @@ async def measure(servers: Sequence[Server], given: argparse.Namespace) -> list[
     numbers = iter(range(sys.maxsize))
     start = time.time_ns()  # questions of an earlier run are not asked again
 
-    def body(server: Server, pictures: float = given.pictures) -> dict[str, Any]:
-        return request(server.model, random.Random(f"{start} {next(numbers)}"), given, pictures)
+    def body(server: Server, images: float = given.images) -> dict[str, Any]:
+        return request(server.model, random.Random(f"{start} {next(numbers)}"), given, images)
 
     rounds = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(timeout=given.timeout, limits=limits) as client:
         for server in servers:
-            for pictures in {0.0, float(given.pictures > 0)}:
-                await ask(client, server, body(server, pictures))
+            for images in {0.0, float(given.images > 0)}:
+                await ask(client, server, body(server, images))
         for clients in given.clients:
             for _ in range(given.rounds):
                 for server in servers:
@@ -201,17 +201,17 @@ async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -
 
 
 def request(
-    model: str, source: random.Random, given: argparse.Namespace, pictures: float
+    model: str, source: random.Random, given: argparse.Namespace, images: float
 ) -> dict[str, Any]:
     """A body like no other. The answer is greedy: of one model, every server's is equally long.
 
     Args:
-        pictures: how probably it has one.
+        images: how probably it has one.
     """
     question = " ".join(source.choices(WORDS, k=given.words)) + f" {source.getrandbits(32)}?"
     content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-    if source.random() < pictures:
-        content.insert(0, {"type": "image_url", "image_url": {"url": picture(source, given.edge)}})
+    if source.random() < images:
+        content.insert(0, {"type": "image_url", "image_url": {"url": image(source, given.edge)}})
     return {
         "model": model,
         "messages": [{"role": "user", "content": content}],
@@ -222,7 +222,7 @@ def request(
     }
 
 
-def picture(source: random.Random, edge: int) -> str:
+def image(source: random.Random, edge: int) -> str:
     """A data-URI of coloured squares."""
     colours = Image.frombytes("RGB", (8, 8), source.randbytes(8 * 8 * 3))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Questions about pictures: this project's Engine and vLLM on one checkpoint, without a server.
+"""Questions about images: this project's Engine and vLLM on one checkpoint, without a server.
 
 ::
 
@@ -7,8 +7,8 @@
     all ──► the two in turn, several rounds ──► a table, and FOLDER/throughput.json
     capacity ──► what that is in a day, and how many such machines so many requests a day take
 
-1, 4 and 16 requests together, each with a picture of its own that was never asked about before:
-pictures are prepared and encoded in the time that is taken. Answers are greedy and all of one
+1, 4 and 16 requests together, each with an image of its own that was never asked about before:
+images are prepared and encoded in the time that is taken. Answers are greedy and all of one
 length; nothing is kept from request to request. docs/serving.md has the commands.
 """
 
@@ -30,8 +30,8 @@ from typing import Any
 COUNTS = (1, 4, 16)  # requests together
 NEW = 64  # tokens of an answer
 REPEATS = 3  # after one to warm up
-QUESTION = "what is in this picture, what is it doing there, and what colour is it? " * 3
-PICTURE = (320, 240)  # pixels
+QUESTION = "what is in this image, what is it doing there, and what colour is it? " * 3
+IMAGE = (320, 240)  # pixels
 SECONDS_A_DAY = 24 * 60 * 60
 
 Messages = list[dict[str, Any]]
@@ -47,8 +47,8 @@ def make(folder: Path, size: str, dtype: str, tokenizer: Path | None) -> None:
     """
     import torch
 
-    from owl2.bench.sizes import random_model
-    from owl2.processing.image import Owl2ImageProcessor
+    from owl2.bench.presets import random_model
+    from owl2.processing.image_processing import Owl2ImageProcessor
     from owl2.processing.processor import Owl2Processor
     from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 
@@ -74,8 +74,8 @@ def ours(model: Path, threads: int) -> Answer:
     import torch
 
     from owl2 import Engine
-    from owl2.inference.decoding import Decoding
-    from owl2.inference.runner import Prompt
+    from owl2.engine.engine_core import Prompt
+    from owl2.engine.sampling import Decoding
 
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
@@ -89,7 +89,7 @@ def ours(model: Path, threads: int) -> Answer:
             list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True
         )
         rows = zip(inputs["input_ids"], inputs["pixel_values"].split(1), strict=True)
-        prompts = [Prompt(tuple(ids), picture) for ids, picture in rows]
+        prompts = [Prompt(tuple(ids), image) for ids, image in rows]
         return runner.generate(prompts, Decoding(), [new] * len(prompts), ())
 
     return answer
@@ -137,7 +137,7 @@ def measure(name: str, model: Path, new: int, threads: int) -> dict[str, Any]:
 
     Returns:
         For each count of requests: `seconds` and `first_seconds` of each repetition;
-        `tokens_per_second`, pictures and prompts included; `answers` of the first, the ids.
+        `tokens_per_second`, images and prompts included; `answers` of the first, the ids.
     """
     prepare, packages = SUBJECTS[name]
     answer = prepare(model, threads)
@@ -149,7 +149,7 @@ def measure(name: str, model: Path, new: int, threads: int) -> dict[str, Any]:
 
 
 def _timed(answer: Answer, count: int, new: int) -> dict[str, Any]:
-    seen = count * 1000  # so that no picture is asked about twice
+    seen = count * 1000  # so that no image is asked about twice
     answers = answer(conversations(count, seen), new)
     if any(len(ids) != new for ids in answers):
         raise RuntimeError(f"answers of {[len(ids) for ids in answers]} tokens instead of {new}")
@@ -171,15 +171,15 @@ def _timed(answer: Answer, count: int, new: int) -> dict[str, Any]:
 
 
 def conversations(count: int, seen: int) -> list[Messages]:
-    """`count` questions, each with a picture of its own: numbers `seen` and on."""
+    """`count` questions, each with an image of its own: numbers `seen` and on."""
     import numpy as np
     from PIL import Image
 
     made = []
     for number in range(seen, seen + count):
         colours = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        picture = Image.fromarray(colours).resize(PICTURE)
-        parts = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+        image = Image.fromarray(colours).resize(IMAGE)
+        parts = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
         made.append([{"role": "user", "content": parts}])
     return made
 

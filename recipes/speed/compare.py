@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PROMPT, NEW = 129, 128  # tokens; the prompt is as long as a picture and 64 words of size `bench`
+PROMPT, NEW = 129, 128  # tokens; the prompt is as long as an image and 64 words of size `bench`
 COUNTS = (1, 16)  # requests together
 REPEATS = 3  # after one to warm up
 THREADS = 2
@@ -38,8 +38,8 @@ def make(folder: Path, size: str, dtype: str) -> None:
     """Write the model, and its decoder as a plain LLaMA with the same weights."""
     import torch
 
-    from owl2.bench.sizes import random_model
-    from owl2.model.relatives import plain_llama
+    from owl2.bench.presets import random_model
+    from owl2.model.variants import plain_llama
 
     model = random_model(size, torch.device("cpu"), getattr(torch, dtype))
     model.save_pretrained(folder / "owl2")
@@ -48,9 +48,9 @@ def make(folder: Path, size: str, dtype: str) -> None:
 
 def ours(folder: Path) -> Answer:
     """This project, as `Engine` uses it."""
-    from owl2.inference.decoding import Decoding
-    from owl2.inference.loading import load_model
-    from owl2.inference.runner import Prompt, Runner
+    from owl2.engine.engine_core import Prompt, Runner
+    from owl2.engine.load_model import load_model
+    from owl2.engine.sampling import Decoding
 
     dtype = _config(folder)["dtype"]
     runner = Runner(load_model(folder / "owl2", "cpu", dtype), max_batch=max(COUNTS), reuse=False)

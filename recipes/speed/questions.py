@@ -5,7 +5,7 @@
     python recipes/speed/questions.py --model runs/demo/model
 
 Every engine is new and keeps nothing (`reuse=False`), so that "one by one" is honest in both ways:
-nothing is left over from the other, and a picture's second question costs as much as its first.
+nothing is left over from the other, and an image's second question costs as much as its first.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from rich.progress import track
 
 from owl2 import Engine
-from owl2.eval.answering import decoding_of
+from owl2.eval.generate import decoding_of
 from owl2.eval.tasks import find_tasks
 
 SLICE = 512  # questions, before the other way has its turn

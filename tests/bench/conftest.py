@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from owl2.bench.textbook import Textbook
+from owl2.bench.baseline import Textbook
 from owl2.bench.workload import Workload
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import make_model
@@ -11,7 +11,7 @@ from tests.tiny import make_model
 
 @pytest.fixture(params=[True, False], ids=["mam", "no mam"])
 def model(request):
-    """Small enough to be exact, with grouped queries; two queries a picture."""
+    """Small enough to be exact, with grouped queries; two queries an image."""
     made = make_model(use_mam=request.param).eval()
     make_modalities_differ(made)
     return made

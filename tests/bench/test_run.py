@@ -12,13 +12,13 @@ from rich.console import Console
 
 from owl2 import cli
 from owl2.bench import memory, run
-from owl2.bench.figures import FIGURES, Figure, Run
-from owl2.bench.limits import Limits
-from owl2.bench.measure import measure, result
+from owl2.bench.cases import FIGURES, Figure, Run
+from owl2.bench.presets import Origin
+from owl2.bench.roofline import Limits
 from owl2.bench.run import Settings, bench
-from owl2.bench.sizes import Origin
+from owl2.bench.timing import measure, result
 from owl2.errors import InputError
-from owl2.train.blocks import is_checkpointed
+from owl2.train.parallelize import is_checkpointed
 
 NAMES = {
     *("encode_8", "prefill_1", "prefill_8", "ttft_second_question"),
@@ -145,9 +145,9 @@ def test_what_is_refused(quick, console, settings, said):
         bench(replace(TINY, **settings), console)
 
 
-def test_a_picture_without_matplotlib(console, tmp_path, monkeypatch):
+def test_a_image_without_matplotlib(console, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"mplug-owl2\[plot\]"):
+    with pytest.raises(InputError, match=r"owl2-vlm\[plot\]"):
         bench(replace(TINY, output=tmp_path), console)
 
 

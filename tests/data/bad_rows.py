@@ -5,6 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
 
 MAX_LENGTH = 40
@@ -15,42 +16,42 @@ def turns(question: object, answer: object = "red", first: str = "human") -> lis
     return [{"from": first, "value": question}, {"from": "gpt", "value": answer}]
 
 
-def row(question: object, picture: object = None, answer: object = "red", **more: object) -> dict:
+def row(question: object, image: object = None, answer: object = "red", **more: object) -> dict:
     made = {"conversations": turns(question, answer)}
-    return (made if picture is None else made | {"image": picture}) | more
+    return (made if image is None else made | {"image": image}) | more
 
 
 LONG = "what color is the circle? " * 10
-# What the rows are, and the fault that the check is to find; None: a good row.
+# What the rows are, and the code that the check is to find; None: a good row.
 ROWS: list[tuple[object, str | None]] = [
     (row("<image>what color?", "good.png"), None),
-    (row("<image>what color?", "gone.png"), "missing picture"),
-    (row("<image>what color?", "cut.png"), "broken picture"),
-    (row("<image>what color?", "words.png"), "broken picture"),
-    (row("<image>what color?", "bomb.png"), "huge picture"),
-    (row("what color?", "good.png"), "placeholder count"),
-    (row("<image> or <image>?", "good.png"), "placeholder count"),
-    (row("what?", "good.png", answer="<image>red"), "placeholder count"),
-    ({"conversations": turns("a", first="gpt")}, "roles"),
-    ({"conversations": turns("a")[:1]}, "roles"),
-    ({"conversations": turns("a", first="robot")}, "roles"),
-    (row("what color?", answer=" "), "empty turn"),
-    (row("what color?", answer=3), "not a string"),
-    (row(LONG + "<image>" + LONG + "<image>", ["good.png"] * 2), "too long"),
-    (row(LONG), "nothing to learn"),
+    (row("<image>what color?", "gone.png"), ErrorCode.MISSING_IMAGE),
+    (row("<image>what color?", "cut.png"), ErrorCode.BROKEN_IMAGE),
+    (row("<image>what color?", "words.png"), ErrorCode.BROKEN_IMAGE),
+    (row("<image>what color?", "bomb.png"), ErrorCode.IMAGE_TOO_LARGE),
+    (row("what color?", "good.png"), ErrorCode.IMAGE_COUNT_MISMATCH),
+    (row("<image> or <image>?", "good.png"), ErrorCode.IMAGE_COUNT_MISMATCH),
+    (row("what?", "good.png", answer="<image>red"), ErrorCode.IMAGE_COUNT_MISMATCH),
+    ({"conversations": turns("a", first="gpt")}, ErrorCode.INVALID_ROLE),
+    ({"conversations": turns("a")[:1]}, ErrorCode.INVALID_ROLE),
+    ({"conversations": turns("a", first="robot")}, ErrorCode.INVALID_ROLE),
+    (row("what color?", answer=" "), ErrorCode.EMPTY_MESSAGE),
+    (row("what color?", answer=3), ErrorCode.INVALID_TYPE),
+    (row(LONG + "<image>" + LONG + "<image>", ["good.png"] * 2), ErrorCode.TOO_LONG),
+    (row(LONG), ErrorCode.NO_LABELS),
     (row("what color?", answer="red " * 60), None),  # cut
     ("no object", "format"),
     (row("<image>what color?", "good.png"), None),  # the first one again
 ]
-BAD = {f"row {number}": fault for number, (_, fault) in enumerate(ROWS, start=1) if fault}
+BAD = {f"row {number}": code for number, (_, code) in enumerate(ROWS, start=1) if code}
 
 
 def write_talks(folder: Path) -> Path:
-    """A file of `ROWS`, and beside it their pictures."""
+    """A file of `ROWS`, and beside it their images."""
     Image.effect_noise((30, 20), 50).save(folder / "good.png")
     whole = (folder / "good.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "words.png").write_text("no picture")
+    (folder / "words.png").write_text("no image")
     Image.new("1", (300, 300)).save(folder / "bomb.png")
     path = folder / "talks.json"
     path.write_text(json.dumps([made for made, _ in ROWS]), encoding="utf-8")
@@ -58,7 +59,7 @@ def write_talks(folder: Path) -> Path:
 
 
 def save_checkpoint(folder: Path, processor: Owl2Processor) -> Path:
-    """A checkpoint's processor that takes no larger pictures than `MAX_PIXELS`."""
+    """A checkpoint's processor that takes no larger images than `MAX_PIXELS`."""
     directory = folder / "model"
     directory.mkdir()
     processor.image_processor = processor.image_processor.changed(None, MAX_PIXELS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 
@@ -27,9 +27,9 @@ def processor(tokenizer_file) -> Owl2Processor:
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
+def image(tmp_path) -> Path:
     """12×8 pixels, every one of another colour."""
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     made = Image.new("RGB", (12, 8))
     made.putdata([(x * 20, y * 30, x * y) for y in range(8) for x in range(12)])
     made.save(path)

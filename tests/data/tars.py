@@ -12,13 +12,13 @@ from PIL import Image
 File = tuple[str, bytes]
 
 
-def picture(colour: str = "red", kind: str = "PNG") -> bytes:
+def image(colour: str = "red", kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), colour).save(file, kind)
     return file.getvalue()
 
 
-PNG = picture()
+PNG = image()
 
 
 def write_tar(path: Path, files: Iterable[File], mode: str = "w") -> Path:
@@ -31,7 +31,7 @@ def write_tar(path: Path, files: Iterable[File], mode: str = "w") -> Path:
 
 
 def captions(numbers: Iterable[int]) -> list[File]:
-    """As img2dataset writes: picture, caption, and what else is known."""
+    """As img2dataset writes: image, caption, and what else is known."""
     return [
         file
         for number in numbers

@@ -15,7 +15,7 @@ def square() -> Image.Image:
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_same_chance_same_picture_and_the_given_one_stays(square, name):
+def test_same_chance_same_image_and_the_given_one_stays(square, name):
     before = square.tobytes()
     change = AUGMENTATIONS[name]
     results = [change(square, Random(seed)).tobytes() for seed in (1, 1)]
@@ -26,7 +26,7 @@ def test_same_chance_same_picture_and_the_given_one_stays(square, name):
     assert len(different) in expected.get(name, range(6, 51))
 
 
-def test_flip_mirrors_half_of_the_pictures(square):
+def test_flip_mirrors_half_of_the_images(square):
     mirrored = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes()
     seen = [AUGMENTATIONS["flip"](square, Random(seed)).tobytes() for seed in range(400)]
     assert set(seen) == {mirrored, square.tobytes()}
@@ -36,13 +36,13 @@ def test_flip_mirrors_half_of_the_pictures(square):
 def test_dihedral_is_the_eight_symmetries_evenly(square):
     seen = Counter(AUGMENTATIONS["dihedral"](square, Random(seed)).tobytes() for seed in range(800))
     quarter = [square.rotate(90 * turns) for turns in range(4)]
-    mirrored = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in quarter]
-    assert set(seen) == {picture.tobytes() for picture in quarter + mirrored}
+    mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in quarter]
+    assert set(seen) == {image.tobytes() for image in quarter + mirrored}
     assert min(seen.values()) > 60
 
 
-def test_dihedral_of_a_wide_picture(picture):
-    wide = Image.open(picture)
+def test_dihedral_of_a_wide_image(image):
+    wide = Image.open(image)
     sizes = {AUGMENTATIONS["dihedral"](wide, Random(seed)).size for seed in range(50)}
     assert sizes == {(12, 8), (8, 12)}
 
@@ -71,7 +71,7 @@ def test_crops_are_within_the_bounds():
     assert max(shares) > 0.85
 
 
-def test_a_picture_too_narrow_for_any_crop_is_kept_whole():
+def test_a_image_too_narrow_for_any_crop_is_kept_whole():
     assert CROP_ATTEMPTS > 0
     assert _random_box(1000, 1, Random(0)) == (0, 0, 1000, 1)
 

@@ -6,14 +6,14 @@ from owl2.data.collate import Collator, TrainingSet, collate
 from owl2.data.mixture import Draw, Mixture, Source
 from owl2.data.packing import pack
 from owl2.data.sample import Bad, Sample
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import IGNORED
 
-PLACES = 5  # of a picture, as in conftest.py
+PLACES = 5  # of an image, as in conftest.py
 
 
-def sample(question: str, answer: str, *pictures, source: str = "here") -> Sample:
-    content = [{"type": "image", "path": str(path)} for path in pictures]
+def sample(question: str, answer: str, *images, source: str = "here") -> Sample:
+    content = [{"type": "image", "path": str(path)} for path in images]
     content.append({"type": "text", "text": question})
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return Sample(messages, source)
@@ -24,11 +24,11 @@ def training_set(samples, processor, **options) -> TrainingSet:
 
 
 @pytest.fixture
-def samples(picture) -> list[Sample]:
+def samples(image) -> list[Sample]:
     return [
-        sample("what color is the circle?", "red", picture, source="one"),
+        sample("what color is the circle?", "red", image, source="one"),
         sample("yes or no?", "a blue rectangle.", source="two"),
-        sample("same?", "no", picture, picture, source="three"),
+        sample("same?", "no", image, image, source="three"),
     ]
 
 
@@ -65,7 +65,7 @@ def test_augmentation_changes_pixels_only(samples, processor):
     assert differing >= 4
 
 
-def test_augmented_pictures_stay_in_order(tmp_path, processor):
+def test_augmented_images_stay_in_order(tmp_path, processor):
     paths = []
     for name in ("red", "blue"):
         paths.append(tmp_path / f"{name}.png")
@@ -76,9 +76,9 @@ def test_augmented_pictures_stay_in_order(tmp_path, processor):
     assert not torch.allclose(plain["pixel_values"][0], plain["pixel_values"][1])
 
 
-def test_augmentation_depends_on_seed_epoch_and_draw_only(picture, processor):
+def test_augmentation_depends_on_seed_epoch_and_draw_only(image, processor):
     def pixels(seed: int, draw: Draw) -> torch.Tensor:
-        given = [sample("?", "yes", picture)]
+        given = [sample("?", "yes", image)]
         made = TrainingSet(
             Mixture([Source(given, 9)] * 2), processor, augment="crop_flip", seed=seed
         )
@@ -102,15 +102,16 @@ def test_samples_are_not_changed_by_augmentation(samples, processor):
 
 @pytest.mark.parametrize("augment", ["none", "dihedral"])
 @pytest.mark.parametrize(
-    ("content", "fault"), [(None, "missing picture"), (b"not a picture", "broken picture")]
+    ("content", "code"),
+    [(None, ErrorCode.MISSING_IMAGE), (b"not an image", ErrorCode.BROKEN_IMAGE)],
 )
-def test_a_picture_that_cannot_be_read(tmp_path, processor, augment, content, fault):
+def test_a_image_that_cannot_be_read(tmp_path, processor, augment, content, code):
     path = tmp_path / "broken.png"
     if content is not None:
         path.write_bytes(content)
     given = [sample("?", "!", path, source="talks.json:7")]
     (bad,) = features_of(given, processor, augment=augment)
-    assert (bad.source, bad.fault) == ("talks.json:7", fault)
+    assert (bad.source, bad.code) == ("talks.json:7", code)
     assert "broken.png" in bad.reason
     assert "talks.json" not in bad.reason
 
@@ -118,16 +119,16 @@ def test_a_picture_that_cannot_be_read(tmp_path, processor, augment, content, fa
 def test_the_limit_on_pixels_holds_under_augmentation_too(samples, processor):
     processor.image_processor.max_pixels = 50
     made = training_set(samples[:1], processor, augment="dihedral")
-    # What comes out is small, so only the check before decoding can refuse the picture.
-    made.augment = lambda picture, chance: picture.crop((0, 0, 1, 1))
+    # What comes out is small, so only the check before decoding can refuse the image.
+    made.augment = lambda image, chance: image.crop((0, 0, 1, 1))
     bad = made[Draw(0, 0, 0)]
-    assert (bad.source, bad.fault) == ("one", "huge picture")
+    assert (bad.source, bad.code) == ("one", ErrorCode.IMAGE_TOO_LARGE)
 
 
 def test_a_sample_cut_to_no_label(processor):
     given = [sample(LONG, "red", source="talks.json:3")]
     (bad,) = features_of(given, processor, max_length=60)
-    assert (bad.source, bad.fault) == ("talks.json:3", "nothing to learn")
+    assert (bad.source, bad.code) == ("talks.json:3", ErrorCode.NO_LABELS)
     assert "60 tokens" in bad.reason
 
 
@@ -139,7 +140,7 @@ def test_a_sample_cut_in_its_answer_still_teaches(processor):
 def test_a_row_that_is_no_sample(processor):
     class Rows(list):
         def __getitem__(self, place):
-            raise InputError("talks.json, row 7: not a list", fault="format")
+            raise InputError("talks.json, row 7: not a list", code="format")
 
     (bad,) = [TrainingSet(Mixture([Source(Rows([0]))]), processor)[Draw(0, 0, 0)]]
     assert bad == Bad("talks.json, row 7", "not a list", "format")
@@ -147,7 +148,7 @@ def test_a_row_that_is_no_sample(processor):
 
 def test_what_a_stream_gives_is_taken_as_it_is(samples, processor):
     made = training_set(samples, processor)
-    bad = Bad("000.tar, 7", "no picture")
+    bad = Bad("000.tar, 7", "no image")
     assert made[Draw(0, 0, 0, bad)] is bad
     (expected,) = features_of(samples[1:2], processor)
     streamed = made[Draw(0, 0, 5, samples[1])]
@@ -211,7 +212,7 @@ def test_bad_samples_are_left_out_and_told(samples, processor, layout):
     assert all(torch.equal(collated.batch[key], expected[key]) for key in expected)
     assert collated.left_out == bad
     tokens = sum(item["input_ids"].shape[1] for item in features)
-    assert (collated.samples, collated.tokens, collated.pictures) == (3, tokens, 3)
+    assert (collated.samples, collated.tokens, collated.images) == (3, tokens, 3)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])

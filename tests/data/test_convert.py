@@ -11,11 +11,11 @@ from rich.console import Console
 from owl2.cli import main
 from owl2.data.convert import convert, listing
 from owl2.data.datasets.easy_vqa import easy_vqa
-from owl2.data.datasets.public import PUBLIC
+from owl2.data.datasets.registry import PUBLIC
 from owl2.data.datasets.vqa import okvqa, vqav2
-from owl2.data.rows import Rows
+from owl2.data.json_dataset import Rows
 from owl2.data.sample import checked
-from owl2.data.shards import Shards
+from owl2.data.webdataset import Shards
 from owl2.errors import InputError
 from owl2.train.recipe import DataSource
 from tests.data.datasets.published_files import SHORT, put, told
@@ -26,7 +26,7 @@ from tests.data.datasets.test_img2dataset import put_shard
 from tests.data.datasets.test_llava import row as llava_row
 from tests.data.datasets.test_ocr_vqa import WHO, cover
 from tests.data.datasets.test_refcoco import BOXES, THINGS, put_things
-from tests.data.datasets.test_talk import SHAREGPT, SLIMORCA, orca, shared
+from tests.data.datasets.test_text_chat import SHAREGPT, SLIMORCA, orca, shared
 from tests.data.datasets.test_textcaps import CAPTIONS as TEXTCAPS
 from tests.data.datasets.test_textcaps import published as textcaps_file
 from tests.data.datasets.test_visual_genome import phrase, publish
@@ -96,10 +96,10 @@ def test_what_is_written_is_read_back_as_it_was(name, tmp_path, folder, console)
     back = Rows(out, tmp_path)
     assert len(back) == len(samples) > 0
     for was, now in zip(samples, back, strict=True):
-        picture, rounds = told(checked(now))
+        image, rounds = told(checked(now))
         expected, same = told(was)
         assert rounds == same
-        assert picture == (None if expected is None else f"{tmp_path}/{expected}")
+        assert image == (None if expected is None else f"{tmp_path}/{expected}")
     lines = out.read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line)["messages"] for line in lines] == [each.messages for each in samples]
     assert [json.loads(line)["source"] for line in lines] == [each.source for each in samples]
@@ -114,11 +114,11 @@ def test_counts_are_told_and_written(tmp_path, folder, console):
         "options": {"source": str(folder), "file": "train_balanced_questions.json"},
         "samples": 2,
         "answers": 2,
-        "pictures": 2,
+        "images": 2,
         "left_out": {"questions without words or without an answer": 1},
     }
     said = console.export_text()
-    assert f"2 samples with 2 answers about 2 pictures are in {out}" in said
+    assert f"2 samples with 2 answers about 2 images are in {out}" in said
     assert "Left out: 1 questions without words or without an answer" in said
     assert sorted(path.name for path in out.parent.iterdir()) == ["gqa.jsonl", "gqa.stats.json"]
 
@@ -150,12 +150,12 @@ def test_easy_vqa_is_what_its_package_gives(tmp_path, console):
         assert told(back[place]) == told(samples[place])
 
 
-def test_training_takes_what_is_written(tmp_path, folder, console, processor, picture):
+def test_training_takes_what_is_written(tmp_path, folder, console, processor, image):
     publish_gqa(folder)
     (folder / "images").mkdir()
     for number in (5, 6):
-        picture.with_name(f"{number}.jpg").write_bytes(picture.read_bytes())
-        picture.with_name(f"{number}.jpg").rename(folder / "images" / f"{number}.jpg")
+        image.with_name(f"{number}.jpg").write_bytes(image.read_bytes())
+        image.with_name(f"{number}.jpg").rename(folder / "images" / f"{number}.jpg")
     convert("gqa", folder, tmp_path / "gqa.jsonl", [], console)
     for sample, answer in zip(Rows(tmp_path / "gqa.jsonl", folder), ("yes", "no"), strict=True):
         features = processor.for_training(sample.messages)
@@ -164,35 +164,35 @@ def test_training_takes_what_is_written(tmp_path, folder, console, processor, pi
         assert len(features["pixel_values"]) == 1
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ images
 
 
-def test_missing_pictures_stop_or_are_left_out_and_counted(tmp_path, folder, console):
+def test_missing_images_stop_or_are_left_out_and_counted(tmp_path, folder, console):
     publish_gqa(folder)
-    pictures = tmp_path / "gqa"
-    (pictures / "images").mkdir(parents=True)
-    (pictures / "images" / "6.jpg").write_bytes(b"not opened")
+    images = tmp_path / "gqa"
+    (images / "images").mkdir(parents=True)
+    (images / "images" / "6.jpg").write_bytes(b"not opened")
     out = tmp_path / "gqa.jsonl"
-    look = f"check_pictures={pictures}"
-    with pytest.raises(InputError, match=r"images/5\.jpg: the picture .*/gqa/images/5\.jpg is not"):
+    look = f"check_images={images}"
+    with pytest.raises(InputError, match=r"images/5\.jpg: the image .*/gqa/images/5\.jpg is not"):
         convert("gqa", folder, out, [look], console)
     assert not out.exists()
     convert("gqa", folder, out, [look, "missing=skip"], console)
-    (sample,) = Rows(out, pictures)
+    (sample,) = Rows(out, images)
     assert told(sample)[1] == [(f"<|image|>\nIs it réd?{SHORT}", "no")]
     left_out = json.loads(out.with_name("gqa.stats.json").read_text())["left_out"]
-    assert left_out["samples whose picture is not there"] == 1
+    assert left_out["samples whose image is not there"] == 1
 
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        (["missing=skip"], "needs check_pictures=DIR"),
-        (["check_pictures=none/there"], "none/there: there is no such folder"),
-        (["check_pictures=.", "missing=ignore"], "'ignore' is no way with missing pictures"),
+        (["missing=skip"], "needs check_images=DIR"),
+        (["check_images=none/there"], "none/there: there is no such folder"),
+        (["check_images=.", "missing=ignore"], "'ignore' is no way with missing images"),
     ],
 )
-def test_settings_of_missing_pictures(tmp_path, folder, settings, complaint, console):
+def test_settings_of_missing_images(tmp_path, folder, settings, complaint, console):
     with pytest.raises(InputError, match=complaint):
         convert("gqa", folder, tmp_path / "gqa.jsonl", settings, console)
 
@@ -249,7 +249,7 @@ def test_no_finished_shard(tmp_path, folder, console):
         ("coco_captions", "out.jsonl", ["seed=x"], "seed=x: it must be a number, such as 0"),
         ("coco_captions", "out.jsonl", ["seed=true"], "seed=True: it must be a number"),
         ("laion", "out.yaml", ["read=1"], "read=1: it must be true or false, such as False"),
-        ("laion", "out.yaml", ["check_pictures=."], "'check_pictures' is no option"),
+        ("laion", "out.yaml", ["check_images=."], "'check_images' is no option"),
     ],
 )
 def test_wrong_words(tmp_path, folder, name, out, settings, complaint, console):
@@ -333,11 +333,11 @@ def test_the_list(monkeypatch, capsys):
     assert "options split=train coco=2014 most=... questions=... annotations=..." in said
 
 
-def test_pictures_behind_urls_stay_what_they_are(folder, tmp_path):
+def test_images_behind_urls_stay_what_they_are(folder, tmp_path):
     said = [("human", "<image>\nWhat is it?"), ("gpt", "A bus.")]
     row = llava_row(*said, image="https://example.org/a.jpg")
     put(folder, "llava_instruct_150k.json", [row])
-    convert("llava_instruct", folder, tmp_path / "out.jsonl", [f"check_pictures={tmp_path}"])
+    convert("llava_instruct", folder, tmp_path / "out.jsonl", [f"check_images={tmp_path}"])
     assert "https://example.org/a.jpg" in (tmp_path / "out.jsonl").read_text()
 
 

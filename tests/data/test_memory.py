@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from owl2.data.sample import Sample
-from owl2.data.shards import Shards
+from owl2.data.webdataset import Shards
 from tests.data.tars import write_tar
 
 STATUS = Path("/proc/self/statm")
@@ -21,7 +21,7 @@ def resident_megabytes() -> float:
     return int(STATUS.read_text().split()[1]) * 4096 / 1e6
 
 
-def pictures(edge: int) -> list[bytes]:
+def images(edge: int) -> list[bytes]:
     """Of noise, so that their size is not packed away; an edge of 64 is 12 kB."""
     chance = Random(0)
     made = []
@@ -33,8 +33,8 @@ def pictures(edge: int) -> list[bytes]:
 
 
 def write(directory: Path, samples: int, shards: int, edge: int) -> int:
-    """Captioned pictures in so many shards → bytes."""
-    kinds = pictures(edge)
+    """Captioned images in so many shards → bytes."""
+    kinds = images(edge)
     each = samples // shards
     for shard in range(shards):
         numbers = range(shard * each, (shard + 1) * each)

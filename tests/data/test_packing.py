@@ -9,16 +9,16 @@ from owl2.data.packing import first_fit_decreasing, pack
 from owl2.processing.processor import IGNORED
 
 
-def features(length: int, pictures: int = 0, answer: int = 2) -> dict:
-    """`length` tokens: `pictures` of two each, words, and at the end `answer` labelled ones."""
+def features(length: int, images: int = 0, answer: int = 2) -> dict:
+    """`length` tokens: `images` of two each, words, and at the end `answer` labelled ones."""
     ids = torch.arange(100 * length, 101 * length)[None]
     types = torch.zeros_like(ids)
-    types[0, : 2 * pictures] = 1
+    types[0, : 2 * images] = 1
     labels = torch.full_like(ids, IGNORED)
     labels[0, length - answer :] = ids[0, length - answer :]
     item = {"input_ids": ids, "mm_token_type_ids": types, "labels": labels}
-    if pictures:
-        item["pixel_values"] = torch.full((pictures, 3, 2, 2), float(length))
+    if images:
+        item["pixel_values"] = torch.full((images, 3, 2, 2), float(length))
     return item
 
 
@@ -63,7 +63,7 @@ def test_every_sample_lies_whole_and_apart(one_row):
         assert not padding["mm_token_type_ids"].any()
 
 
-def test_pictures_come_in_the_order_of_the_rows():
+def test_images_come_in_the_order_of_the_rows():
     batch = pack([features(3, 1), features(5, 2), features(4, 1), features(9)], 0)
     # Rows [9], [5, 4] and [3]: the longest first.
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [5, 5, 4, 3]

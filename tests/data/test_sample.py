@@ -3,7 +3,7 @@ import pytest
 from owl2.data.sample import Sample, checked
 from owl2.errors import InputError
 
-PICTURE = {"type": "image", "path": "not opened.png"}
+IMAGE = {"type": "image", "path": "not opened.png"}
 
 
 def talk(*contents) -> list[dict]:
@@ -15,8 +15,8 @@ def talk(*contents) -> list[dict]:
     "messages",
     [
         talk("hello", "hi"),
-        talk([PICTURE], "a red circle."),
-        talk([PICTURE, PICTURE, {"type": "text", "text": "same?"}], "no", "sure?", "yes"),
+        talk([IMAGE], "a red circle."),
+        talk([IMAGE, IMAGE, {"type": "text", "text": "same?"}], "no", "sure?", "yes"),
     ],
 )
 def test_good_samples_pass_as_they_are(messages):
@@ -31,8 +31,8 @@ def test_good_samples_pass_as_they_are(messages):
         (talk("hello"), "no answer to learn"),
         (talk("hello", "hi", "and?"), "no answer to learn"),
         ([{"role": "assistant", "content": "hi"}], "'user' is due"),
-        (talk("<|image|>what?", "hm"), "marks 1 pictures, and 0 come"),
-        (talk([{"type": "image"}], "hm"), "marks 1 pictures, and 0 come"),
+        (talk("<|image|>what?", "hm"), "marks 1 images, and 0 come"),
+        (talk([{"type": "image"}], "hm"), "marks 1 images, and 0 come"),
         (talk([{"type": "sound"}], "hm"), "part 0"),
     ],
 )

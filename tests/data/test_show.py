@@ -46,7 +46,7 @@ def test_learned_words_are_green_and_others_are_not(checkpoint, talks):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Ten rows that say their number; one has a picture, one has none where it says, one is bad."""
+    """Ten rows that say their number; one has an image, one has none where it says, one is bad."""
     Image.new("RGB", (600, 300), "red").save(tmp_path / "red.png")
     rows = []
     for number in range(10):
@@ -81,10 +81,10 @@ def test_without_colours_learned_words_are_in_brackets(checkpoint, mixed):
     assert expected in shown(checkpoint, many, 1)
 
 
-def test_pictures_are_named_and_bad_rows_do_not_end_it(checkpoint, mixed):
+def test_images_are_named_and_bad_rows_do_not_end_it(checkpoint, mixed):
     text = shown(checkpoint, mixed, 3, start=1)
-    assert f"picture 1: {mixed.parent / 'red.png'}, 600×300\n" in text
-    assert "picture 1: No picture at" in text
+    assert f"image 1: {mixed.parent / 'red.png'}, 600×300\n" in text
+    assert "image 1: No image at" in text
     assert f"{mixed}, row 4\nbad: the last turn is the user's" in text
     assert "row 5" not in text and "row 1\n" not in text
 
@@ -103,20 +103,20 @@ def test_drawn_samples_are_others_and_the_same_for_a_seed(checkpoint, mixed):
 
 @pytest.mark.parametrize("seed", [None, 0])
 def test_shards_are_shown(checkpoint, tmp_path, seed):
-    picture = io.BytesIO()
-    Image.new("RGB", (30, 20)).save(picture, "PNG")
+    image = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(image, "PNG")
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name, data in (("a.png", picture.getvalue()), ("a.txt", b"a red circle")):
+        for name, data in (("a.png", image.getvalue()), ("a.txt", b"a red circle")):
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     text = shown(checkpoint, tmp_path / "0.tar", 1, seed=seed)
-    assert "0.tar, a\npicture 1: 30×20\n" in text
+    assert "0.tar, a\nimage 1: 30×20\n" in text
     assert "⟦ a red circle</s>⟧" in text
     assert "1 of the samples" in text
 
 
-def test_the_page_holds_pictures_and_words(checkpoint, mixed, tmp_path):
+def test_the_page_holds_images_and_words(checkpoint, mixed, tmp_path):
     file = tmp_path / "page.html"
     said = shown(checkpoint, mixed, 4, html=file)
     assert said == f"4 samples are in {file}\n"
@@ -125,7 +125,7 @@ def test_the_page_holds_pictures_and_words(checkpoint, mixed, tmp_path):
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (320, 160)
     assert "what is &lt;b&gt;0&lt;/b&gt;?" in text and "<b>" not in text
     assert '<span class="learned"> number 0 &amp; more&lt;/s&gt;</span>' in text
-    assert text.count('<p class="bad">') == 2  # the picture that is gone, the row without an answer
+    assert text.count('<p class="bad">') == 2  # the image that is gone, the row without an answer
     with pytest.raises(InputError, match="cannot be made"):
         shown(checkpoint, mixed, 1, html="/proc/nowhere/page.html")
 

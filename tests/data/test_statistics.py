@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from owl2.data.statistics import (
+from owl2.data.validate.statistics import (
     Seen,
     Tally,
     batches,
@@ -22,16 +22,17 @@ from owl2.data.statistics import (
     spread,
     spread_table,
 )
+from owl2.errors import ErrorCode
 
 
 def some(number: int, seed: int = 0) -> list[Seen]:
     chance = Random(seed)
     made = []
     for _ in range(number):
-        pictures = chance.choice([0, 1, 1, 3])
-        sizes = tuple((chance.randint(1, 2000), chance.randint(1, 2000)) for _ in range(pictures))
+        images = chance.choice([0, 1, 1, 3])
+        sizes = tuple((chance.randint(1, 2000), chance.randint(1, 2000)) for _ in range(images))
         tokens = int(chance.lognormvariate(4, 1)) + 2
-        made.append(Seen(2, pictures, tokens, tokens // 2, tokens > 100, sizes))
+        made.append(Seen(2, images, tokens, tokens // 2, tokens > 100, sizes))
     return made
 
 
@@ -57,25 +58,25 @@ def test_spread_is_that_of_the_values(number):
 def test_parts_add_up_to_the_whole():
     seen = some(300)
     whole = tally_of(seen)
-    whole.bad["roles"] += 3
+    whole.bad[ErrorCode.INVALID_ROLE] += 3
     parts = [tally_of(seen[start : start + 70]) for start in range(0, 300, 70)]
-    parts[1].bad["roles"] += 1
-    parts[4].bad["roles"] += 2
+    parts[1].bad[ErrorCode.INVALID_ROLE] += 1
+    parts[4].bad[ErrorCode.INVALID_ROLE] += 2
     added = Tally()
     for part in parts:
         added.merge(part)
     assert added == whole
     assert (added.rows, added.usable) == (303, 300)
     assert added.cut == sum(one.tokens > 100 for one in seen)
-    assert added.edges.total() == added.pictures[1] + 3 * added.pictures[3]
+    assert added.edges.total() == added.images[1] + 3 * added.images[3]
 
 
 def test_the_summary_is_json_and_names_all():
     tally = tally_of(some(50))
-    tally.bad["roles"] += 1
+    tally.bad[ErrorCode.INVALID_ROLE] += 1
     summary = json.loads(json.dumps(tally.summary()))
     assert (summary["rows"], summary["usable"], summary["bad"]) == (51, 50, 1)
-    assert summary["bad_by_kind"] == {"roles": 1}
+    assert summary["bad_by_kind"] == {ErrorCode.INVALID_ROLE: 1}
     ratios = [w / h for one in some(50) for w, h in one.sizes]
     assert summary["width_to_height"]["median"] == pytest.approx(np.median(ratios), rel=0.1)
     assert Tally().summary()["cut_share"] == 0
@@ -108,7 +109,7 @@ def test_packing_leaves_little_and_lengths_are_cut():
 
 def test_tables_say_the_numbers():
     tally = tally_of([Seen(2, 1, 117, 30, True, ((640, 480),)), Seen(4, 0, 1200, 40)])
-    tally.bad["roles"] += 7
+    tally.bad[ErrorCode.INVALID_ROLE] += 7
     console = Console(file=io.StringIO(), width=120)
     console.print(sources_table({"mine": tally}), spread_table(tally))
     text = console.file.getvalue()

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from owl2.engine.engine import Engine
 from owl2.eval import listing, tasks
-from owl2.eval.questions import Question
-from owl2.eval.recipes import Data, Recipe, recipes
+from owl2.eval.samples import Question
+from owl2.eval.task_config import Data, Recipe, recipes
 from owl2.eval.tasks import Task
-from owl2.inference.engine import Engine
 
 COLOURS = ("red", "blue", "lime", "white", "black", "yellow")
 COUNT = 20
@@ -25,22 +25,22 @@ def engine(tiny_checkpoint):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for colour in COLOURS:
         Image.new("RGB", (10, 12), colour).save(folder / f"{colour}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
-def questions(engine, pictures):
+def questions(engine, images):
     """Of different lengths. The odd ones expect what the model says, so half of it is right."""
     made = []
     for number in range(COUNT):
         # Neither sorted by length nor all different.
         words = "is it a " + "very " * (number * 7 % 4) + f"{COLOURS[number % 5]} one?"
-        picture = {"type": "image", "path": str(pictures / f"{COLOURS[number % 6]}.png")}
-        messages = [{"role": "user", "content": [picture, {"type": "text", "text": words}]}]
+        image = {"type": "image", "path": str(images / f"{COLOURS[number % 6]}.png")}
+        messages = [{"role": "user", "content": [image, {"type": "text", "text": words}]}]
         said = engine.chat(messages, **LIMIT)
         expected = ("neither", said) if number % 2 else (f"not {said}",)
         kind = "first" if number < 5 else "later"

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 from owl2.eval.tasks import find_tasks
-from owl2.processing.chat import read_messages
+from owl2.processing.chat_template import read_messages
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -24,8 +24,8 @@ def words(question):
     return question.messages[-1]["content"][-1]["text"]
 
 
-def pictures(question):
-    return read_messages(question.messages).pictures
+def images(question):
+    return read_messages(question.messages).images
 
 
 def score(name, say):

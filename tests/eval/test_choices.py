@@ -3,7 +3,7 @@
 import pytest
 
 from owl2.eval.metrics.choices import LETTER, letter_of, listed
-from owl2.eval.questions import Answer, Question
+from owl2.eval.samples import Answer, Question
 
 OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
 
@@ -41,7 +41,7 @@ OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
         ("a dog", "A"),
         ("A dog", "A"),
         ("A dog house.", "B"),
-        ("There are two cats in the picture", "C"),
+        ("There are two cats in the image", "C"),
         ("The answer is: A dog house", "B"),
         # Nothing, or more than one:
         ("", None),

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from owl2 import cli
-from owl2.eval.judge import Judged
+from owl2.eval.llm_judge import Judged
 from tests.eval.stub import completion, serving
 
 pytest.importorskip("easy_vqa")
@@ -91,11 +91,11 @@ def test_without_the_package(owl2, monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     code, _, err = owl2()
     assert code == 2
-    assert "pip install 'mplug-owl2[data]'" in err
+    assert "pip install 'owl2-vlm[data]'" in err
 
 
 def test_ctrl_c(owl2, monkeypatch, tmp_path):
-    from owl2.inference.engine import Engine
+    from owl2.engine.engine import Engine
 
     batch, calls = Engine.batch, []
 
@@ -157,11 +157,11 @@ def test_compare(owl2, command, tmp_path):
 
 
 def test_judge(command, monkeypatch, tmp_path):
-    from owl2.eval import runner
+    from owl2.eval import evaluate
 
     asked, reported, done = [], [], {}
-    monkeypatch.setattr(runner, "judge_run", lambda *given: asked.append(given[:3]) or done)
-    monkeypatch.setattr(runner, "write_report", reported.append)
+    monkeypatch.setattr(evaluate, "judge_run", lambda *given: asked.append(given[:3]) or done)
+    monkeypatch.setattr(evaluate, "write_report", reported.append)
     url = ("--judge-url", "http://localhost:1/v1", "--judge-model", "j")
     assert command("judge", tmp_path, *url)[0] == 0
     assert asked == [(tmp_path, "http://localhost:1/v1", "j")]

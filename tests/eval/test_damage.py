@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from owl2.errors import InputError
-from owl2.eval.questions import Broken, Question
 from owl2.eval.readers import MissingData, each, lines
+from owl2.eval.samples import Broken, Question
 from tests.eval.reading import FIXTURES, read
 
 # (benchmark, file, where the rows are in it); "lines": one a line; "entries": an object of rows.

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from owl2.eval import runner
-from owl2.eval.loading import Subject
-from owl2.eval.pictures import find_picture
-from owl2.eval.recipes import recipes
-from owl2.eval.runner import Judge, Settings, evaluate
+from owl2.eval import evaluate as evaluate_module
+from owl2.eval.evaluate import Judge, Settings, evaluate
+from owl2.eval.image_refs import find_image
+from owl2.eval.model_args import Subject
+from owl2.eval.task_config import recipes
 from owl2.eval.tasks import find_tasks
-from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.image_io import load_image
+from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
-from owl2.processing.sources import load_image
 from owl2.processing.tokenizer import Owl2Tokenizer
 from tests.eval.stub import completion, serving
 from tests.tiny import make_model
@@ -33,7 +33,7 @@ pytest.importorskip("pycocoevalcap")
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint, tmp_path_factory):
     """The folder of an evaluation of all of them, by a model whose context holds five shots."""
-    from owl2.eval.suites.text import Owl2Text
+    from owl2.eval.adapters.lm_eval_model import Owl2Text
 
     model, output = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("run")
     tokenizer = Owl2Tokenizer(tiny_checkpoint / "tokenizer.model")
@@ -45,7 +45,7 @@ def run(tiny_checkpoint, tmp_path_factory):
         Subject(str(model), "cpu", "float32"), output, suite="paper", data=FIXTURES, batch_size=16
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "has_matplotlib", lambda: False)
+        patch.setattr(evaluate_module, "has_matplotlib", lambda: False)
         patch.setattr(Owl2Text, "max_gen_toks", 8)
         evaluate(settings)
     return output
@@ -75,11 +75,11 @@ def test_a_benchmark(results, run, name):
     assert {metric: entry["paper"] for metric, entry in result["figures"].items()} == recipe.paper
 
 
-def test_pictures_are_in_the_prompts_of_all_but_text(run):
+def test_images_are_in_the_prompts_of_all_but_text(run):
     for name in PAPER:
         lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        has_picture = "<|image|>" in json.loads(lines[0])["prompt"]
-        assert has_picture == (recipes()[name].suite != "text"), name
+        has_image = "<|image|>" in json.loads(lines[0])["prompt"]
+        assert has_image == (recipes()[name].suite != "text"), name
 
 
 def test_each_file_that_was_read_has_its_fingerprint(results):
@@ -94,14 +94,14 @@ def test_each_file_that_was_read_has_its_fingerprint(results):
     assert "OCR/6610.txt" in results["tasks"]["mme"]["data"]["files"]
 
 
-def test_pictures_of_all_can_be_looked_at_later(run):
+def test_images_of_all_can_be_looked_at_later(run):
     """MMBench's are within its file, those of videos are frames."""
     for name in PAPER:
         lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        names = json.loads(lines[0])["pictures"]
+        names = json.loads(lines[0])["images"]
         assert bool(names) == (recipes()[name].suite != "text"), name
-        for picture in names:
-            assert min(load_image(find_picture(picture, run / "answers")).size) > 0
+        for image in names:
+            assert min(load_image(find_image(image, run / "answers")).size) > 0
 
 
 def test_the_report_has_them_all(run):
@@ -120,7 +120,7 @@ def test_what_needs_a_judge_is_judged_later(run, tmp_path, plain):
         return completion("Rating: 6" if is_hallucination else "0.5")
 
     with serving((500, "busy", 0.0), reply) as server:
-        runner.judge(output, Judge(server.url, "judge-1"), plain)
+        evaluate_module.judge(output, Judge(server.url, "judge-1"), plain)
     judged = json.loads((output / "results.json").read_text(encoding="utf-8"))["tasks"]
     for name in ("mm_vet", "mmhal"):
         assert judged[name]["judge"]["model"] == "judge-1"

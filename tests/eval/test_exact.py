@@ -3,7 +3,7 @@
 import pytest
 
 from owl2.eval.metrics.exact import MATCH, normalise
-from owl2.eval.questions import Answer, Question
+from owl2.eval.samples import Answer, Question
 
 
 def answer(text, expected):

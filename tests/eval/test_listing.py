@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from owl2.eval.listing import data_state, show_tasks
-from owl2.eval.questions import Broken
-from owl2.eval.recipes import recipes
+from owl2.eval.samples import Broken
+from owl2.eval.task_config import recipes
 from owl2.eval.tasks import find_tasks
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -60,7 +60,7 @@ def test_all_files_have_to_be_there(tmp_path):
     assert state.why.startswith("val2014/COCO_val2014_*.jpg not in")
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014" / "COCO_val2014_1.jpg").write_bytes(b"")
-    assert data_state(coco, tmp_path).found, "pictures may lie where other tasks find them, too"
+    assert data_state(coco, tmp_path).found, "images may lie where other tasks find them, too"
 
 
 def test_one_of_two_names_is_enough(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from owl2.eval.metrics.mmbench import CIRCULAR
 from owl2.eval.metrics.mme import COGNITION, MME, PERCEPTION
-from owl2.eval.questions import Answer, Question
+from owl2.eval.samples import Answer, Question
 
 pytestmark = pytest.mark.slow  # lmms-eval takes ten seconds to import
 
@@ -25,11 +25,11 @@ def test_mme():
     drawn = random.Random(1)
     answers, rows = [], []
     for category in (*PERCEPTION, *COGNITION):
-        for picture in map(str, range(20)):
+        for image in map(str, range(20)):
             for expected in ("Yes", "No"):
                 text = drawn.choice(SAID)
-                answers.append(said(text, expected, category=category, picture=picture))
-                doc = {"answer": expected, "category": category, "question_id": picture}
+                answers.append(said(text, expected, category=category, image=image))
+                doc = {"answer": expected, "category": category, "question_id": image}
                 rows.append(theirs.mme_process_results(doc, [text]))
     metrics = MME.score(answers).metrics
     for name in ("perception", "cognition"):

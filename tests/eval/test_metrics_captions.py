@@ -9,7 +9,7 @@ import pytest
 from owl2.errors import InputError
 from owl2.eval.metrics import captions
 from owl2.eval.metrics.captions import CIDER, PTB, STAND_IN, stand_in, tokenised
-from owl2.eval.questions import Answer, Question
+from owl2.eval.samples import Answer, Question
 
 java = pytest.mark.skipif(not shutil.which("java"), reason="there is no java")
 
@@ -41,7 +41,7 @@ def without_java(monkeypatch):
 
 
 def test_by_hand(without_java):
-    """Three pictures, one word each, of which every one is in one picture's references only."""
+    """Three images, one word each, of which every one is in one image's references only."""
     pytest.importorskip("pycocoevalcap")
     given = answers("red", "blue", "pink", references=[["Red."], ["blue"], ["lime"]])
     # The cosine of one-word vectors is 1 or 0; of the four lengths of phrases there is one: 10/4.
@@ -56,7 +56,7 @@ def test_a_longer_caption_costs(without_java):
     words = "one two three four five six"
     given = answers(words, f"{words} seven", references=[[words], [words + " eight"]])
     alone = CIDER.score(given).each
-    # All phrases of the references' first six words are in both pictures: they weigh nothing.
+    # All phrases of the references' first six words are in both images: they weigh nothing.
     assert alone[0] == pytest.approx(0)
     given = answers("x y z w", "a b c d e f", references=[["x y z w"], ["a b c d"]])
     each = CIDER.score(given).each
@@ -119,5 +119,5 @@ def test_java_that_fails(monkeypatch):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr(captions, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'mplug-owl2\[eval\]'"):
+    with pytest.raises(InputError, match=r"pip install 'owl2-vlm\[eval\]'"):
         CIDER.score(answers("a", "b", "c"))

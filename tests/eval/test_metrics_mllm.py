@@ -6,7 +6,7 @@ from owl2.eval.metrics.mmbench import CIRCULAR
 from owl2.eval.metrics.mme import COGNITION, MME, PERCEPTION, yes_or_no
 from owl2.eval.metrics.pope import POPE, says_yes
 from owl2.eval.metrics.seed_bench import SEED_BENCH
-from owl2.eval.questions import Answer, Question
+from owl2.eval.samples import Answer, Question
 
 OPTIONS = ["red", "green", "blue"]
 
@@ -37,10 +37,10 @@ def test_mme_reads_the_first_four_letters(text, meant):
     assert yes_or_no(text) == meant
 
 
-def pair(category, picture, *texts):
-    """Answers to a picture's two questions, of which the first is to be answered yes."""
+def pair(category, image, *texts):
+    """Answers to an image's two questions, of which the first is to be answered yes."""
     return [
-        said(text, expected, category=category, picture=picture)
+        said(text, expected, category=category, image=image)
         for text, expected in zip(texts, ("Yes", "No"), strict=False)
     ]
 
@@ -51,11 +51,11 @@ def test_mme_adds_accuracy_and_accuracy_plus_of_each_category():
         *pair("existence", "2", "Yes", "Yes"),  # one
         *pair("existence", "3", "no", "yes"),  # none
         *pair("existence", "4", "hm", "No"),  # one
-        *pair("OCR", "1", "Yes", "No"),  # another picture, though its name is the same
+        *pair("OCR", "1", "Yes", "No"),  # another image, though its name is the same
         *pair("code_reasoning", "1", "Yes", "Yes"),
     ]
     scores = MME.score(answers)
-    # existence: 4 of 8 right, 1 of 4 pictures; OCR: all; code_reasoning: 1 of 2, no picture.
+    # existence: 4 of 8 right, 1 of 4 images; OCR: all; code_reasoning: 1 of 2, no image.
     assert scores.metrics == pytest.approx(
         {
             "perception": (50 + 25) + 200,
@@ -147,7 +147,7 @@ def test_a_question_of_mmbench_is_right_if_all_its_rounds_are():
     assert scores.each == [1, 1, 1, 1, 0, 0, 1, 0]
 
 
-def test_seed_bench_tells_pictures_and_videos_apart():
+def test_seed_bench_tells_images_and_videos_apart():
     def answer(text, letter, media):
         return said(text, letter, options=OPTIONS, media=media)
 

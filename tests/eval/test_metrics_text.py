@@ -6,7 +6,7 @@ import pytest
 
 from owl2.errors import InputError
 from owl2.eval.metrics.text import ACC, ACC_NORM, ROUGE
-from owl2.eval.questions import Answer, Question
+from owl2.eval.samples import Answer, Question
 
 
 def answer(text, *expected, **facts):
@@ -44,5 +44,5 @@ def test_rouge():
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(InputError, match=r"mplug-owl2\[eval\]"):
+    with pytest.raises(InputError, match=r"owl2-vlm\[eval\]"):
         ROUGE.score([answer("a", "b")])

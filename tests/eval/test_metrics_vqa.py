@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from owl2.eval.metrics.vqa import TEXTVQA, VQA, accuracy, normalise, normalise_textvqa
-from owl2.eval.questions import Answer, Question
+from owl2.eval.samples import Answer, Question
 
 
 def answer(text, *expected):

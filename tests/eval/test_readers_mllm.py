@@ -10,10 +10,10 @@ from owl2.errors import InputError
 from owl2.eval.listing import data_state
 from owl2.eval.readers import MissingData
 from owl2.eval.tasks import find_tasks
-from owl2.processing.sources import load_image
-from tests.eval.reading import FIXTURES, LETTER, SHORT, by_id, pictures, read, score, words
+from owl2.processing.image_io import load_image
+from tests.eval.reading import FIXTURES, LETTER, SHORT, by_id, images, read, score, words
 
-COUNTS = {  # questions, pictures of each
+COUNTS = {  # questions, images of each
     "mme": (28, 1),
     "mmbench": (6, 1),
     "mm_vet": (3, 1),
@@ -59,14 +59,14 @@ def test_they_are_all_in_the_suites():
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_every_fixture_is_read_whole_and_its_pictures_open(name):
+def test_every_fixture_is_read_whole_and_its_images_open(name):
     questions, broken = read(name)
     assert broken == []
     assert len(questions) == COUNTS[name][0]
     for question in questions:
-        shown = pictures(question)
+        shown = images(question)
         assert len(shown) == (COUNTS[name][1] or len(shown)) > 0
-        assert all(load_image(picture).size for picture in shown)
+        assert all(load_image(image).size for image in shown)
         assert [part["type"] for part in question.messages[0]["content"]].index("text") == len(
             shown
         )
@@ -126,7 +126,7 @@ def test_missing_data_is_named_with_its_origin(name, tmp_path):
     [
         ("mme", "mme/OCR/6610.jpg", 26, "6610.txt is not there"),
         ("mme", "mme/posters/images/tt6605.jpg", 26, "tt6605.txt is not there"),
-        ("mm_vet", "mm_vet/images/v1_1.jpg", 2, "the picture v1_1.jpg is not there"),
+        ("mm_vet", "mm_vet/images/v1_1.jpg", 2, "the image v1_1.jpg is not there"),
         ("seed_bench", "seed_bench/SEED-Bench-image/1454426_2591111986", 3, "the image 1454426"),
         ("seed_bench", "seed_bench/SEED-Bench-video/770", 3, "the video 770.webm is not there"),
         ("q_bench", "q_bench/images/00002.jpg", 1, "images/00002.jpg is not there"),
@@ -137,7 +137,7 @@ def test_missing_data_is_named_with_its_origin(name, tmp_path):
         ("tgif_qa", "tgif_qa/gifs/tumblr_made1.gif", 1, "tumblr_made1 is not there"),
     ],
 )
-def test_a_missing_picture_is_named_and_the_others_are_asked(name, gone, left, reason, copy):
+def test_a_missing_image_is_named_and_the_others_are_asked(name, gone, left, reason, copy):
     data = copy(name)
     path = data / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -203,7 +203,7 @@ def test_options_are_asked_as_letters():
 
 def test_seed_bench_asks_of_videos_too():
     video = by_id("seed_bench")["3000"]
-    assert len(pictures(video)) == 8 and video.facts["media"] == "video"
+    assert len(images(video)) == 8 and video.facts["media"] == "video"
     figures = score("seed_bench", lambda q: "B" if q.facts["media"] == "image" else "D")
     assert (figures["accuracy_image"], figures["accuracy_video"]) == (0.5, 0.5)
 
@@ -227,7 +227,7 @@ def test_a_segment_that_is_none_is_broken(copy):
     path = data / "seed_bench/SEED-Bench.json"
     change(path, lambda f: f | {"questions": [{**q, "segment": ["a"]} for q in f["questions"]]})
     questions, broken = read("seed_bench", data)
-    assert len(questions) == 2 and len(broken) == 2  # pictures have no use for it
+    assert len(questions) == 2 and len(broken) == 2  # images have no use for it
     assert "its segment ['a'] is not two numbers" in broken[0].reason
 
 
@@ -280,10 +280,10 @@ def test_the_judge_gets_what_the_benchmarks_give_it():
 
 
 def test_videos_are_found_as_folders_and_files():
-    assert {path.parent.name for path in pictures(by_id("msrvtt_qa")["158581"])} == {"video7010"}
-    folders = [pictures(question)[0].parent for question in by_id("msvd_qa").values()]
+    assert {path.parent.name for path in images(by_id("msrvtt_qa")["158581"])} == {"video7010"}
+    folders = [images(question)[0].parent for question in by_id("msvd_qa").values()]
     assert [folder.name for folder in folders] == ["vid1451", "made0_00002_0_9"]
-    first, *_, last = pictures(by_id("tgif_qa")["tgif_qa#3"])
+    first, *_, last = images(by_id("tgif_qa")["tgif_qa#3"])
     assert str(first).endswith("tumblr_made2.gif, frame 1 of 8")
     left, right = (load_image(frame).convert("L") for frame in (first, last))
     assert left.getpixel((1, 4)) > 200 > right.getpixel((1, 4))  # the square moves to the right

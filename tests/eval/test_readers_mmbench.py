@@ -1,4 +1,4 @@
-"""MMBench's file: hints, options, pictures in base64, rounds."""
+"""MMBench's file: hints, options, images in base64, rounds."""
 
 import base64
 import csv
@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from owl2.errors import InputError
-from owl2.processing.sources import load_image
-from tests.eval.reading import FIXTURES, LETTER, by_id, pictures, read, score, words
+from owl2.processing.image_io import load_image
+from tests.eval.reading import FIXTURES, LETTER, by_id, images, read, score, words
 
 FILE = "mmbench/mmbench_dev_20230712.tsv"
 
@@ -25,7 +25,7 @@ def data(tmp_path):
 def test_mmbench_asks_hint_question_and_options():
     question = by_id("mmbench")["1000252"]
     assert words(question) == (
-        'The picture has one colour.\nIt is "warm".\nWhich of the two is true?\n'
+        'The image has one colour.\nIt is "warm".\nWhich of the two is true?\n'
         "A. It is cold.\nB. It is warm." + LETTER
     )
     assert question.expected == ("B",)
@@ -33,10 +33,10 @@ def test_mmbench_asks_hint_question_and_options():
     assert question.kind == "logic_reasoning"
 
 
-def test_later_rounds_of_mmbench_show_the_first_ones_picture():
+def test_later_rounds_of_mmbench_show_the_first_ones_image():
     questions = by_id("mmbench")
-    assert pictures(questions["3000241"]) == pictures(questions["241"])
-    assert load_image(*pictures(questions["241"])).getpixel((5, 5))[2] > 200  # blue
+    assert images(questions["3000241"]) == images(questions["241"])
+    assert load_image(*images(questions["241"])).getpixel((5, 5))[2] > 200  # blue
 
 
 def test_the_rounds_of_a_question_come_one_after_the_other():
@@ -66,17 +66,17 @@ def test_a_model_that_likes_a_letter_gets_nothing_of_mmbench():
     assert figures["accuracy"] == 0 and figures["accuracy_of_rounds"] == pytest.approx(2 / 6)
 
 
-def test_pictures_of_mmbench_may_be_large(data):
+def test_images_of_mmbench_may_be_large(data):
     out = io.BytesIO()
     Image.effect_noise((400, 400), 90).save(out, "PNG")
     large = base64.b64encode(out.getvalue()).decode()
     assert len(large) > 131_072  # csv's own limit
     change_rows(data / FILE, lambda rows: [{**row, "image": large} for row in rows])
     questions, _ = read("mmbench", data)
-    assert load_image(*pictures(questions[0])).size == (400, 400)
+    assert load_image(*images(questions[0])).size == (400, 400)
 
 
-def test_rows_of_mmbench_without_a_picture_are_broken(data):
+def test_rows_of_mmbench_without_a_image_are_broken(data):
     change_rows(data / FILE, lambda rows: [{**row, "image": "241"} for row in rows])
     questions, broken = read("mmbench", data)
     assert questions == [] and len(broken) == 6

@@ -9,8 +9,8 @@ from PIL import Image
 
 from owl2.errors import InputError
 from owl2.eval.metrics.captions import STAND_IN
-from owl2.eval.questions import Answer
 from owl2.eval.readers import MissingData
+from owl2.eval.samples import Answer
 from owl2.eval.tasks import find_tasks
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -55,14 +55,14 @@ def test_they_are_all_in_the_suites():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_picture_is_there_and_comes_first(name):
+def test_every_image_is_there_and_comes_first(name):
     (questions, _), source = read(name)
     assert questions
     assert len({question.id for question in questions}) == len(questions)
     for question in questions:
         [turn] = question.messages
-        picture, words = turn["content"]
-        assert Image.open(picture["path"]).size[0] > 1
+        image, words = turn["content"]
+        assert Image.open(image["path"]).size[0] > 1
         assert words["type"] == "text"
         assert question.text in words["text"]
     assert source.read and all(path.is_file() for path in source.read)
@@ -90,7 +90,7 @@ def test_captions():
     assert len(questions[1].expected) == 5
     [missing] = broken
     assert missing.id == "1199"
-    assert missing.reason == "the picture val2014/COCO_val2014_000000001199.jpg is not there"
+    assert missing.reason == "the image val2014/COCO_val2014_000000001199.jpg is not there"
     assert source.read == [FIXTURES / "coco" / "dataset_coco.json"]
     (questions, broken), _ = read("flickr30k")
     assert [question.id for question in questions] == ["2201.jpg", "2203.jpg"]
@@ -149,13 +149,13 @@ def test_science_qa():
     hot, sea = questions
     assert (hot.id, hot.kind, hot.expected) == ("11", "natural science", ("B",))
     assert hot.messages[0]["content"][1]["text"] == (
-        "Context: The picture shows lava.\nWhich of these is hotter?\nA. ice\nB. lava\n"
+        "Context: The image shows lava.\nWhich of these is hotter?\nA. ice\nB. lava\n"
         "Answer with the option's letter from the given choices directly."
     )
     assert hot.text == "Which of these is hotter?"
     assert sea.messages[0]["content"][1]["text"].startswith("Which sea is shown?\nA. the North")
     assert sea.facts["options"][3] == "the Black Sea"
-    assert [item.id for item in broken] == ["14"], "12 has no picture and is not of IMG"
+    assert [item.id for item in broken] == ["14"], "12 has no image and is not of IMG"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,10 +169,10 @@ def test_missing_files_say_where_to_get_them(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "count"), [("coco", 2), ("vqav2", 3)])
-def test_pictures_beside_the_file_will_do(copy, name, count):
+def test_images_beside_the_file_will_do(copy, name, count):
     data = copy("coco/dataset_coco.json", lambda content: None)
-    for picture in (data / "val2014").iterdir():
-        picture.rename(data / name / picture.name)
+    for image in (data / "val2014").iterdir():
+        image.rename(data / name / image.name)
     (questions, _), _ = read(name, data)
     assert len(questions) == count
 
@@ -237,7 +237,7 @@ def _no_test(content):
     [
         ("vqav2", "v2_mscoco_val2014_annotations.json", _other_split, "train2014"),
         ("okvqa", "OpenEnded_mscoco_val2014_questions.json", _other_split, "train2014"),
-        ("coco", "dataset_coco.json", _no_test, "no picture of the split 'test'"),
+        ("coco", "dataset_coco.json", _no_test, "no image of the split 'test'"),
         ("gqa", "testdev_balanced_questions.json", lambda _: {"1": {}}, "'1': 'imageId'"),
         ("vizwiz", "val.json", lambda _: [{"image": 1}], "row 1: 'image' is 1"),
         ("textvqa", "TextVQA_0.5.1_val.json", lambda _: {"data": [{}]}, "data 1: 'image_id'"),

@@ -9,8 +9,8 @@ import pytest
 
 from owl2.errors import InputError
 from owl2.eval.readers import MissingData
-from owl2.eval.recipes import SUITES, recipes
-from owl2.eval.tasks import find_tasks, without_pictures
+from owl2.eval.task_config import SUITES, recipes
+from owl2.eval.tasks import find_tasks, without_images
 
 easy_vqa = pytest.importorskip("easy_vqa")
 
@@ -28,18 +28,18 @@ def questions():
 
 
 def test_easy_vqa_is_the_whole_test_split(questions):
-    texts, answers, pictures = easy_vqa.get_test_questions()
+    texts, answers, images = easy_vqa.get_test_questions()
     assert len(questions) == 9673
     assert [question.text for question in questions] == texts
     assert [question.expected for question in questions] == [(answer,) for answer in answers]
     assert [question.id for question in questions[:2]] == ["easy_vqa/test#0", "easy_vqa/test#1"]
     assert len({question.id for question in questions}) == 9673
     paths = easy_vqa.get_test_image_paths()
-    for question, picture in zip(questions, pictures, strict=True):
+    for question, image in zip(questions, images, strict=True):
         [turn] = question.messages
         image, words = turn["content"]
         assert turn["role"] == "user"
-        assert image == {"type": "image", "path": paths[picture]}
+        assert image == {"type": "image", "path": paths[image]}
         assert words == {"type": "text", "text": f"Tell me: {question.text}"}
         assert "test" in Path(image["path"]).parts
 
@@ -70,7 +70,7 @@ def test_blind():
         {"role": "assistant", "content": "a dog"},
         {"role": "user", "content": "<|image|>and here?"},
     ]
-    assert without_pictures(messages) == [
+    assert without_images(messages) == [
         {"role": "user", "content": [{"type": "text", "text": "in , what?"}]},
         {"role": "assistant", "content": "a dog"},
         {"role": "user", "content": "and here?"},
@@ -156,5 +156,5 @@ def test_missing_data_says_which_file_where_from_and_under_which_licence(tmp_pat
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(InputError, match=r"mplug-owl2\[data\]"):
+    with pytest.raises(InputError, match=r"owl2-vlm\[data\]"):
         read("{question}")

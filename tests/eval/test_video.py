@@ -7,7 +7,7 @@ from PIL import Image
 
 from owl2.errors import InputError
 from owl2.eval.video import Frame, frames_of, named, spread
-from owl2.processing.sources import load_image
+from owl2.processing.image_io import load_image
 
 GREYS = [0, 40, 80, 120, 160, 200]
 
@@ -42,7 +42,7 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     assert len(frames_of(tmp_path, 12)) == 12
 
 
-def test_a_folder_without_pictures_gives_none(tmp_path):
+def test_a_folder_without_images_gives_none(tmp_path):
     assert frames_of(tmp_path, 4) == []
 
 
@@ -58,7 +58,7 @@ def test_a_segment_has_its_own_frames(gif):
     assert greys(frames_of(gif, 1, (9.0, 12.0))) == pytest.approx([GREYS[5]], abs=2)
 
 
-def test_nothing_is_decoded_before_a_picture_is_opened(tmp_path):
+def test_nothing_is_decoded_before_a_image_is_opened(tmp_path):
     broken = tmp_path / "broken.gif"
     broken.write_bytes(b"GIF89a")
     first = frames_of(broken, 2)[0]
@@ -91,8 +91,8 @@ def film(tmp_path):
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
         for number in range(20):
-            picture = Image.new("RGB", (64, 64), (10 * number,) * 3)
-            for packet in stream.encode(av.VideoFrame.from_image(picture)):
+            image = Image.new("RGB", (64, 64), (10 * number,) * 3)
+            for packet in stream.encode(av.VideoFrame.from_image(image)):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

@@ -43,8 +43,8 @@ def make_modalities_differ(model):
 
 
 @pytest.fixture
-def picture_inputs():
-    """Two pictures in one prompt for the tiny model (40 words, 3 places a picture, 8 px)."""
+def image_inputs():
+    """Two images in one prompt for the tiny model (40 words, 3 places an image, 8 px)."""
     image = [40] * 3
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     return {

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 
 MODELS = ("model_mha", "model_wide")
 FOLDER = Path(__file__).parent.parent / "golden"
-PICTURE = -200  # marks a picture in the cases' ids
+IMAGE = -200  # marks an image in the cases' ids
 
 
 def load_model(name, **options):
@@ -21,15 +21,15 @@ def load_cases(name):
 
 
 def expand(values, ids, config, fill=None):
-    """Rows of T values to rows in which a picture takes K + 1 places.
+    """Rows of T values to rows in which an image takes K + 1 places.
 
-    Those hold `fill`, or what the picture's own place held where `fill` is None.
+    Those hold `fill`, or what the image's own place held where `fill` is None.
     """
     rows = []
     for row, marks in zip(values.tolist(), ids.tolist(), strict=True):
         expanded = []
         for value, mark in zip(row, marks, strict=True):
-            if mark != PICTURE:
+            if mark != IMAGE:
                 expanded.append(value)
             else:
                 kept = value if fill is None else fill

@@ -110,7 +110,7 @@ def test_rope_scaling_of_later_kinds_is_kept(tmp_path):
     assert again.rope_parameters == scaling | {"rope_theta": 5e5}
 
 
-def test_an_edited_picture_size_takes_the_grid_along(tmp_path):
+def test_an_edited_image_size_takes_the_grid_along(tmp_path):
     make_config().save_pretrained(tmp_path)
     edited = read(tmp_path)
     edited["visual_config"]["visual_model"]["image_size"] = 16

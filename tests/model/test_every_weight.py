@@ -1,4 +1,4 @@
-"""A batch without pictures that passes through every weight: same loss, no gradient missing."""
+"""A batch without images that passes through every weight: same loss, no gradient missing."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_text_alone_gives_the_same_loss_and_gradients(mam):
             torch.testing.assert_close(gradient, before[name], msg=name)
 
 
-def test_a_stage_that_trains_what_pictures_use_has_a_gradient_without_them():
+def test_a_stage_that_trains_what_images_use_has_a_gradient_without_them():
     model = filled()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision_model" in name or ".multiway.1." in name)
@@ -52,7 +52,7 @@ def test_a_stage_that_trains_what_pictures_use_has_a_gradient_without_them():
     assert all(gradient is not None and not gradient.any() for gradient in found.values())
 
 
-def test_a_batch_with_pictures_is_as_before():
+def test_a_batch_with_images_is_as_before():
     model = filled()
     inputs = {
         "input_ids": torch.tensor([[1, 40, 40, 40, 5]]),

@@ -28,7 +28,7 @@ def model():
 
 
 def two_prompts():
-    """Each with two pictures, all four different."""
+    """Each with two images, all four different."""
     ids = torch.tensor([[1, *IMAGE, 5, *IMAGE, 6], [1, 9, *IMAGE, *IMAGE, 8]])
     pixels = 3 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     return {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
@@ -56,12 +56,12 @@ def test_beams_of_several_prompts_equal_one_by_one(model, options):
     together = model.generate(**inputs, **GREEDY, **options)
     alone = [model.generate(**single, **GREEDY, **options) for single in one_by_one(inputs)]
     assert torch.equal(together, torch.cat(alone))
-    # The pictures do matter: other ones lead to other answers.
+    # The images do matter: other ones lead to other answers.
     inputs["pixel_values"] = -inputs["pixel_values"]
     assert not torch.equal(model.generate(**inputs, **GREEDY, **options), together)
 
 
-def test_several_answers_see_their_own_prompts_pictures(model):
+def test_several_answers_see_their_own_prompts_images(model):
     """Sampling draws differently for a batch, so the first step's scores are compared."""
     inputs = two_prompts()
     options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 1}
@@ -81,7 +81,7 @@ def test_without_a_cache_the_answer_is_the_same(model):
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
 
 
-def test_types_change_no_answer_even_right_behind_a_picture(model):
+def test_types_change_no_answer_even_right_behind_a_image(model):
     ids = torch.tensor([[1, 5, *IMAGE]])
     inputs = {"input_ids": ids, "pixel_values": two_prompts()["pixel_values"][:1]}
     expected = model.generate(**inputs, **GREEDY)
@@ -95,8 +95,8 @@ def test_from_embeddings(model, beams):
     ids = inputs["input_ids"]
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids.clamp(max=39))
-        pictures = model.get_image_features(inputs["pixel_values"]).pooler_output
-        embeds[ids == 40] = pictures.flatten(0, 1)
+        images = model.get_image_features(inputs["pixel_values"]).pooler_output
+        embeds[ids == 40] = images.flatten(0, 1)
     expected = model.generate(**inputs, **GREEDY, num_beams=beams)[:, ids.shape[1] :]
     answer = model.generate(
         inputs_embeds=embeds,
@@ -109,16 +109,16 @@ def test_from_embeddings(model, beams):
 
 
 def test_going_on_from_a_cache(model):
-    """A second turn with a new picture: old ids and mask whole, pictures only the new ones."""
+    """A second turn with a new image: old ids and mask whole, images only the new ones."""
     inputs = two_prompts()
     first = next(one_by_one(inputs))
     cache = DynamicCache(config=model.config)
     answered = model.generate(**first, past_key_values=cache, **GREEDY)
     whole = torch.cat([answered, torch.tensor([[1, *IMAGE, 4]])], dim=1)
     new = inputs["pixel_values"][3:]
-    pictures = torch.cat([first["pixel_values"], new])
+    images = torch.cat([first["pixel_values"], new])
     mask = torch.ones_like(whole)
-    expected = model.generate(whole, pixel_values=pictures, attention_mask=mask, **GREEDY)
+    expected = model.generate(whole, pixel_values=images, attention_mask=mask, **GREEDY)
     went_on = model.generate(
         whole, pixel_values=new, attention_mask=mask, past_key_values=cache, **GREEDY
     )
@@ -180,7 +180,7 @@ def test_the_penalty_is_felt(model):
     assert not torch.equal(model.generate(**two_prompts(), **GREEDY, repetition_penalty=3.0), plain)
 
 
-def test_looking_up_the_prompt_needs_one_without_pictures(model):
+def test_looking_up_the_prompt_needs_one_without_images(model):
     single = next(one_by_one(two_prompts()))
     with pytest.raises(InputError, match="prompt_lookup_num_tokens"):
         model.generate(**single, **GREEDY, prompt_lookup_num_tokens=2)

@@ -11,11 +11,11 @@ from tests.tiny import make_model
 
 
 @pytest.fixture
-def batch(picture_inputs):
-    ids = picture_inputs["input_ids"]
+def batch(image_inputs):
+    ids = image_inputs["input_ids"]
     labels = torch.where(ids == 40, -100, ids)
     labels[:, :6] = -100
-    return picture_inputs | {"labels": labels}
+    return image_inputs | {"labels": labels}
 
 
 def gradients(model):
@@ -64,11 +64,11 @@ def test_a_batch_without_a_label_has_loss_0_and_finite_gradients(tiny, batch):
         assert all(torch.isfinite(gradient).all() for gradient in gradients(tiny).values())
 
 
-def test_no_labels_no_loss(tiny, picture_inputs):
-    assert tiny(**picture_inputs).loss is None
+def test_no_labels_no_loss(tiny, image_inputs):
+    assert tiny(**image_inputs).loss is None
 
 
-def test_every_parameter_gets_a_gradient_from_pictures_and_words(tiny, batch):
+def test_every_parameter_gets_a_gradient_from_images_and_words(tiny, batch):
     tiny(**batch).loss.backward()
     assert gradients(tiny).keys() == dict(tiny.named_parameters()).keys()
     # Zero by mathematics: the keys' biases of the abstractor do not change a softmax.
@@ -174,11 +174,11 @@ def test_logits_of_a_chunk_at_a_time_and_of_labelled_positions_only(monkeypatch,
     assert len(seen) == 4  # and once more each in the backward pass
     with torch.no_grad():
         del seen[:]
-        assert tiny(**picture_alone(batch), return_logits=False).logits is None
+        assert tiny(**image_alone(batch), return_logits=False).logits is None
         assert not seen
 
 
-def picture_alone(batch):
+def image_alone(batch):
     return {name: batch[name] for name in ("input_ids", "pixel_values")}
 
 

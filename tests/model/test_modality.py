@@ -52,8 +52,8 @@ def test_splitting_and_joining_and_their_gradients(visual):
     assert torch.equal(routing.join(routing.split(states), 2), states)
 
     def mixed(states):
-        text, pictures = routing.split(states)
-        return routing.join((text.sin(), pictures.exp()), 2)
+        text, images = routing.split(states)
+        return routing.join((text.sin(), images.exp()), 2)
 
     def masked(states):
         return torch.where(types[..., None] == VISUAL, states.exp(), states.sin())
@@ -128,25 +128,25 @@ def test_text_alone_never_touches_a_visual_weight(tiny):
     assert torch.equal(logits(tiny, input_ids=ids), before)
 
 
-def test_a_picture_does_touch_them(tiny, picture_inputs):
+def test_a_image_does_touch_them(tiny, image_inputs):
     spoil(tiny)
-    assert logits(tiny, **picture_inputs).isnan().any()
+    assert logits(tiny, **image_inputs).isnan().any()
 
 
 @pytest.mark.parametrize("with_types", [True, False])
-def test_decoding_after_a_picture_never_touches_a_visual_weight(tiny, picture_inputs, with_types):
+def test_decoding_after_a_image_never_touches_a_visual_weight(tiny, image_inputs, with_types):
     if with_types:
-        types = (picture_inputs["input_ids"] == 40).long()
-        picture_inputs["mm_token_type_ids"] = types
+        types = (image_inputs["input_ids"] == 40).long()
+        image_inputs["mm_token_type_ids"] = types
     new = torch.tensor([[3], [17], [4]])
-    whole = picture_inputs | {
-        "input_ids": torch.cat([picture_inputs["input_ids"], new.T], dim=1),
+    whole = image_inputs | {
+        "input_ids": torch.cat([image_inputs["input_ids"], new.T], dim=1),
     }
     if with_types:
         whole["mm_token_type_ids"] = torch.cat([types, torch.zeros(1, 3).long()], dim=1)
     expected = logits(tiny, **whole)[:, -3:]
     with torch.no_grad():
-        cache = tiny(**picture_inputs, use_cache=True).past_key_values
+        cache = tiny(**image_inputs, use_cache=True).past_key_values
     spoil(tiny)
     for step, token in enumerate(new):
         extra = {"mm_token_type_ids": torch.zeros(1, 1).long()} if with_types else {}
@@ -161,7 +161,7 @@ def test_without_mam_the_names_are_llamas_own():
     assert decoder == set(llama.state_dict())
 
 
-def test_without_mam_equals_mam_with_equal_weights(picture_inputs):
+def test_without_mam_equals_mam_with_equal_weights(image_inputs):
     plain = make_model(use_mam=False).eval()
     make_modalities_differ(plain)  # random weights; there are no modalities in it
     twice = make_model().eval()
@@ -172,11 +172,11 @@ def test_without_mam_equals_mam_with_equal_weights(picture_inputs):
             weight = state.pop(f"{name}.weight")
             state |= {f"{name}.multiway.{m}.weight": weight for m in (TEXT, VISUAL)}
     twice.load_state_dict(state)
-    expected = logits(plain, **picture_inputs)
-    torch.testing.assert_close(logits(twice, **picture_inputs), expected, rtol=0, atol=1e-5)
+    expected = logits(plain, **image_inputs)
+    torch.testing.assert_close(logits(twice, **image_inputs), expected, rtol=0, atol=1e-5)
     text = torch.tensor([[1, 5, 9]])
     assert torch.equal(logits(twice, input_ids=text), logits(plain, input_ids=text))
-    spoiled = picture_inputs | {"pixel_values": picture_inputs["pixel_values"].flip(0)}
+    spoiled = image_inputs | {"pixel_values": image_inputs["pixel_values"].flip(0)}
     assert not torch.allclose(logits(plain, **spoiled), expected)
 
 

@@ -1,4 +1,4 @@
-"""Vision encoder: pictures of another size, CLIP's layout, what it refuses."""
+"""Vision encoder: images of another size, CLIP's layout, what it refuses."""
 
 import json
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from owl2.errors import InputError
 from owl2.model import vision
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.model.vision import attend_by_products, resize_positions
 from tests.model.golden import FOLDER
 from tests.tiny import make_model
@@ -142,11 +142,11 @@ def test_pixels_of_another_size_are_refused(tiny, shape):
     assert str(shape) in str(error.value) and "(N, 3, 8, 8)" in str(error.value)
 
 
-def test_pictures_do_not_see_each_other(tiny):
+def test_images_do_not_see_each_other(tiny):
     pixels = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
         together = tiny.get_image_features(pixels).pooler_output
-        alone = [tiny.get_image_features(picture[None]).pooler_output for picture in pixels]
+        alone = [tiny.get_image_features(image[None]).pooler_output for image in pixels]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.tiny import make_model
 
 READING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"}
@@ -56,10 +56,10 @@ def ran(model, **inputs):
 
 
 @pytest.mark.parametrize("mam", [True, False])
-def test_none_in_a_decoding_step_and_one_in_a_prompt(waits, picture_inputs, mam):
+def test_none_in_a_decoding_step_and_one_in_a_prompt(waits, image_inputs, mam):
     model: Owl2ForConditionalGeneration = make_model(use_mam=mam).eval()
     with waits:
-        cache = ran(model, **picture_inputs, logits_to_keep=1).past_key_values
+        cache = ran(model, **image_inputs, logits_to_keep=1).past_key_values
     assert waits.seen == ["tolist"]
     del waits.seen[:]
     types = {"mm_token_type_ids": torch.zeros(1, 1).long()}
@@ -69,15 +69,15 @@ def test_none_in_a_decoding_step_and_one_in_a_prompt(waits, picture_inputs, mam)
     assert waits.seen == []
 
 
-def test_types_beside_the_ids_are_counted_in_the_same_look(waits, tiny, picture_inputs):
-    types = (picture_inputs["input_ids"] == 40).long()
+def test_types_beside_the_ids_are_counted_in_the_same_look(waits, tiny, image_inputs):
+    types = (image_inputs["input_ids"] == 40).long()
     with waits:
-        ran(tiny, **picture_inputs, mm_token_type_ids=types)
+        ran(tiny, **image_inputs, mm_token_type_ids=types)
     assert waits.seen == ["tolist"]
 
 
-def test_embeddings_are_looked_at_for_their_types_only(waits, tiny, picture_inputs):
-    ids, pixels = picture_inputs.values()
+def test_embeddings_are_looked_at_for_their_types_only(waits, tiny, image_inputs):
+    ids, pixels = image_inputs.values()
     embeds = tiny.model.embed(ids, tiny.get_image_features(pixels).pooler_output)
     del waits.seen[:]
     with waits:
@@ -88,11 +88,11 @@ def test_embeddings_are_looked_at_for_their_types_only(waits, tiny, picture_inpu
     assert len(waits.seen) == 1
 
 
-def test_training_looks_twice_and_before_there_is_work(waits, tiny, picture_inputs):
+def test_training_looks_twice_and_before_there_is_work(waits, tiny, image_inputs):
     begun = []
     tiny.model.vision_model.register_forward_pre_hook(lambda *_: begun.append(len(waits.seen)))
     with waits:
-        loss = tiny(**picture_inputs, labels=LABELS, return_logits=False, use_cache=False).loss
+        loss = tiny(**image_inputs, labels=LABELS, return_logits=False, use_cache=False).loss
         loss.backward()
     ours, transformers = waits.seen[:2], waits.seen[2:]
     assert ours == ["nonzero", "tolist"]  # the labels; the ids

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.tiny import make_model
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -47,63 +47,63 @@ VISUAL_K_AND_V = [f"self_attn.{name}_proj.multiway.1" for name in "kv"]
         (["q_proj", *VISUAL_K_AND_V, "query_key_value", "w1", "visual_fc"], 2 + 4 + 3 + 2 + 1),
     ],
 )
-def test_lora_wraps_every_linear_that_it_is_asked_to(tiny, picture_inputs, targets, count):
+def test_lora_wraps_every_linear_that_it_is_asked_to(tiny, image_inputs, targets, count):
     names = linears(tiny)
-    before = logits(tiny, **picture_inputs)
+    before = logits(tiny, **image_inputs)
     model = adapted(tiny, targets)
     if count is None:
         assert wrapped(model) == names - {"lm_head"}
     else:
         assert len(wrapped(model)) == count
-    live = logits(model, **picture_inputs)
+    live = logits(model, **image_inputs)
     assert (live - before).abs().max() > 1e-2
     merged = model.merge_and_unload()
     assert type(merged) is Owl2ForConditionalGeneration
-    torch.testing.assert_close(logits(merged, **picture_inputs), live, **CLOSE)
+    torch.testing.assert_close(logits(merged, **image_inputs), live, **CLOSE)
 
 
-def test_an_adapter_trains_and_is_saved_without_the_base(tiny, picture_inputs, tmp_path):
+def test_an_adapter_trains_and_is_saved_without_the_base(tiny, image_inputs, tmp_path):
     base = copy.deepcopy(tiny)
     model = adapted(tiny, "all-linear").train()
-    model(**picture_inputs, labels=torch.ones_like(picture_inputs["input_ids"])).loss.backward()
+    model(**image_inputs, labels=torch.ones_like(image_inputs["input_ids"])).loss.backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
     assert trained and all("lora_" in name for name in trained)
     model.eval().save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    expected = logits(model, **picture_inputs)
-    torch.testing.assert_close(logits(again, **picture_inputs), expected, **CLOSE)
-    answer = again.generate(**picture_inputs, max_new_tokens=3, do_sample=False)
-    assert answer.shape[1] <= picture_inputs["input_ids"].shape[1] + 3
+    expected = logits(model, **image_inputs)
+    torch.testing.assert_close(logits(again, **image_inputs), expected, **CLOSE)
+    answer = again.generate(**image_inputs, max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] <= image_inputs["input_ids"].shape[1] + 3
 
 
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 )  # "eager" traces and takes apart the same graphs, without a minute of C++ compilation
-def test_compiled_equals_eager(tiny, picture_inputs, backend):
+def test_compiled_equals_eager(tiny, image_inputs, backend):
     torch.compiler.reset()
     compiled = torch.compile(copy.deepcopy(tiny), backend=backend)
-    for inputs in (picture_inputs, {"input_ids": torch.tensor([[1, 5, 6]])}):
+    for inputs in (image_inputs, {"input_ids": torch.tensor([[1, 5, 6]])}):
         expected = logits(tiny, **inputs)
         torch.testing.assert_close(logits(compiled, **inputs), expected, **CLOSE)
 
 
-def test_vocabulary_can_grow(picture_inputs):
-    """The picture's id stays just past the vocabulary; so old ids for pictures are words then."""
+def test_vocabulary_can_grow(image_inputs):
+    """The image's id stays just past the vocabulary; so old ids for images are words then."""
     model = make_model()
     model.resize_token_embeddings(48)
     assert model.config.image_token_id == 48
-    picture_inputs["input_ids"][picture_inputs["input_ids"] == 40] = 48
-    assert logits(model, **picture_inputs).shape[-1] == 48
+    image_inputs["input_ids"][image_inputs["input_ids"] == 40] = 48
+    assert logits(model, **image_inputs).shape[-1] == 48
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
-def test_a_quantiser_replaces_every_linear(tiny, picture_inputs):
+def test_a_quantiser_replaces_every_linear(tiny, image_inputs):
     """8-bit weights by torch's own dynamic quantisation, which runs on any CPU."""
-    expected = logits(tiny, **picture_inputs)
+    expected = logits(tiny, **image_inputs)
     quantised = torch.ao.quantization.quantize_dynamic(
         copy.deepcopy(tiny), {nn.Linear}, dtype=torch.qint8
     )
     assert linears(tiny)
     assert not linears(quantised)
-    difference = (logits(quantised, **picture_inputs) - expected).abs().max()
+    difference = (logits(quantised, **image_inputs) - expected).abs().max()
     assert 0 < difference < 0.1 * expected.abs().max()

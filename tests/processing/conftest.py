@@ -9,7 +9,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from tests.processing.samples import TEXTS
@@ -38,7 +38,7 @@ def llama(llama_file) -> Owl2Tokenizer:
 
 @pytest.fixture
 def processor(llama) -> Owl2Processor:
-    """K = 5 as in golden/model_mha, so a picture takes 6 places."""
+    """K = 5 as in golden/model_mha, so an image takes 6 places."""
     return Owl2Processor(Owl2ImageProcessor(56), llama, num_image_tokens=6)
 
 
@@ -68,5 +68,5 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.new("RGB", (20, 10), (200, 30, 60))

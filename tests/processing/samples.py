@@ -6,7 +6,7 @@ from owl2.processing.processor import Owl2Processor
 
 TEXTS = [
     "USER: What colour is the circle? ASSISTANT: red",
-    "USER: Is there a triangle in the picture?\n\nASSISTANT: yes, 12 of them",
+    "USER: Is there a triangle in the image?\n\nASSISTANT: yes, 12 of them",
     "Answer the question using a single word or phrase.",
 ]
 
@@ -24,7 +24,7 @@ CHATML = """\
 
 
 def ask(*parts: object, answer: str | None = None) -> list[dict]:
-    """One round; strings are texts, anything else is a picture."""
+    """One round; strings are texts, anything else is an image."""
     content: list[dict] = [
         {"type": "text", "text": part}
         if isinstance(part, str)
@@ -37,9 +37,9 @@ def ask(*parts: object, answer: str | None = None) -> list[dict]:
     return messages
 
 
-def equal_processors(one: Owl2Processor, other: Owl2Processor, picture: object) -> None:
+def equal_processors(one: Owl2Processor, other: Owl2Processor, image: object) -> None:
     """Asserts that both give the same samples and prompts."""
-    messages = [*ask(picture, "What  is it?", answer="A bus."), *ask("Sure?", answer="Yes")]
+    messages = [*ask(image, "What  is it?", answer="A bus."), *ask("Sure?", answer="Yes")]
     for first, second in (
         (one.for_training(messages), other.for_training(messages)),
         (one(text=["a", "b  c d"], padding=True), other(text=["a", "b  c d"], padding=True)),

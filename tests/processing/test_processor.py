@@ -1,4 +1,4 @@
-"""Messages, prompts and pictures → the model's inputs; golden/text complete; USERS 6 and 10."""
+"""Messages, prompts and images → the model's inputs; golden/text complete; USERS 6 and 10."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from owl2.errors import InputError
-from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer
 from tests.processing.samples import CHATML, ask, equal_processors
@@ -23,7 +23,7 @@ PLACES = 6
 
 
 def golden_form(processor, values: list[int], ids: list[int]) -> list[int]:
-    """Ids or labels with one entry for each picture's places (the golden files' -200)."""
+    """Ids or labels with one entry for each image's places (the golden files' -200)."""
     short = []
     position = 0
     for is_image, run in groupby(ids, key=lambda id_: id_ == processor.image_token_id):
@@ -37,13 +37,13 @@ def golden_form(processor, values: list[int], ids: list[int]) -> list[int]:
     return short
 
 
-def golden_messages(turns: list[dict], picture) -> list[dict]:
-    """The golden conversations as messages, pictures as parts."""
+def golden_messages(turns: list[dict], image) -> list[dict]:
+    """The golden conversations as messages, images as parts."""
     messages = []
     for turn in turns:
         parts: list[dict] = []
         for number, text in enumerate(turn["value"].split("<|image|>")):
-            parts += [{"type": "image", "image": picture}] if number else []
+            parts += [{"type": "image", "image": image}] if number else []
             parts += [{"type": "text", "text": text}] if text else []
         messages.append(
             {"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": parts}
@@ -55,23 +55,23 @@ def golden_messages(turns: list[dict], picture) -> list[dict]:
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_golden_prompts(processor, golden_text, picture, number):
+def test_golden_prompts(processor, golden_text, image, number):
     case = golden_text["cases"][number]
-    pictures = [picture] * case["full_prompt"].count("<|image|>")
+    images = [image] * case["full_prompt"].count("<|image|>")
     for form in ("full", "open"):
-        inputs = processor(text=case[f"{form}_prompt"], images=pictures)
+        inputs = processor(text=case[f"{form}_prompt"], images=images)
         ids = inputs["input_ids"][0]
         assert golden_form(processor, ids, ids) == case[f"{form}_ids"]
-    messages = golden_messages(case["conversation"], picture)
+    messages = golden_messages(case["conversation"], image)
     opened = processor.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=True)
     assert opened == inputs["input_ids"]
     assert processor.apply_chat_template(messages) == case["full_prompt"]
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_golden_labels(processor, golden_text, picture, number):
+def test_golden_labels(processor, golden_text, image, number):
     case = golden_text["cases"][number]["train"]
-    batch = processor.for_training(golden_messages(case["sources"], picture))
+    batch = processor.for_training(golden_messages(case["sources"], image))
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     assert golden_form(processor, ids, ids) == case["input_ids"]
     assert golden_form(processor, labels, ids) == case["labels"]
@@ -80,15 +80,15 @@ def test_golden_labels(processor, golden_text, picture, number):
 # ------------------------------------------------------------------ prompts
 
 
-def test_inputs_of_a_batch(processor, picture):
+def test_inputs_of_a_batch(processor, image):
     other = Image.new("RGB", (8, 8), (0, 255, 0))
     prompts = [
-        "USER: no picture ASSISTANT:",
+        "USER: no image ASSISTANT:",
         "<|image|>a",
         "USER: <|image|> and <|image|> ASSISTANT:",
     ]
     inputs = processor(
-        text=prompts, images=[picture, other, picture], padding=True, return_tensors="pt"
+        text=prompts, images=[image, other, image], padding=True, return_tensors="pt"
     )
     length = inputs["input_ids"].shape[1]
     assert all(inputs[key].shape == (3, length) for key in ("attention_mask", "mm_token_type_ids"))
@@ -99,19 +99,19 @@ def test_inputs_of_a_batch(processor, picture):
     assert inputs["mm_token_type_ids"].sum(1).tolist() == [0, PLACES, 2 * PLACES]
     assert (inputs["mm_token_type_ids"] == (inputs["input_ids"] == 32000)).all()
     assert inputs["pixel_values"].shape == (3, 3, 56, 56)
-    alone = processor(text=prompts[2], images=[other, picture], return_tensors="pt")
+    alone = processor(text=prompts[2], images=[other, image], return_tensors="pt")
     assert torch.equal(inputs["pixel_values"][1:], alone["pixel_values"])
     assert "pixel_values" not in processor(text=prompts[0])
 
 
 @pytest.mark.parametrize("side", ["left", "right", None])
-def test_padding_on_either_side_changes_no_row(processor, picture, side):
+def test_padding_on_either_side_changes_no_row(processor, image, side):
     prompts = ["one", "one two three four five", "<|image|>"]
     singles = [
-        processor(text=prompt, images=[picture] * prompt.count("<|image|>"))["input_ids"][0]
+        processor(text=prompt, images=[image] * prompt.count("<|image|>"))["input_ids"][0]
         for prompt in prompts
     ]
-    batch = processor(text=prompts, images=picture, padding="longest", padding_side=side)
+    batch = processor(text=prompts, images=image, padding="longest", padding_side=side)
     longest = max(map(len, singles))
     for row, mask, types, alone in zip(
         batch["input_ids"],
@@ -152,15 +152,15 @@ def test_the_start_is_added_once(processor):
 
 
 @pytest.mark.parametrize("form", ["flat", "nested", "nested with None", "array", "tensor"])
-def test_pictures_of_a_batch_come_in_several_forms(processor, form):
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3), dtype=np.uint8)
-    first, second = pictures
+def test_images_of_a_batch_come_in_several_forms(processor, form):
+    images = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3), dtype=np.uint8)
+    first, second = images
     images = {
         "flat": [first, second],
         "nested": [[], [first, second]],
         "nested with None": [None, [first, second]],
-        "array": pictures,
-        "tensor": torch.from_numpy(pictures),
+        "array": images,
+        "tensor": torch.from_numpy(images),
     }[form]
     inputs = processor(text=["none", "<|image|><|image|>"], images=images)
     expected = processor.image_processor([first, second])["pixel_values"]
@@ -170,15 +170,15 @@ def test_pictures_of_a_batch_come_in_several_forms(processor, form):
 @pytest.mark.parametrize(
     ("text", "images", "message"),
     [
-        ("<|image|>", None, r"The prompt has 1 <\|image\|> placeholder, but 0 pictures were"),
-        ("none", [1], r"The prompt has 0 <\|image\|> placeholders, but 1 picture was"),
-        ("<|image|><|image|>", [1], "has 2 .* but 1 picture was given"),
-        (["<|image|>", "a"], [1, 2], "The batch has 1 .* but 2 pictures were"),
-        (["<|image|>", "a"], [[], [1]], "Prompt 1 of 2 has 1 .* but 0 pictures"),
-        (["<|image|>", "a"], [[1]], "2 prompts, but pictures for 1"),
+        ("<|image|>", None, r"The prompt has 1 <\|image\|> placeholder, but 0 images were"),
+        ("none", [1], r"The prompt has 0 <\|image\|> placeholders, but 1 image was"),
+        ("<|image|><|image|>", [1], "has 2 .* but 1 image was given"),
+        (["<|image|>", "a"], [1, 2], "The batch has 1 .* but 2 images were"),
+        (["<|image|>", "a"], [[], [1]], "Prompt 1 of 2 has 1 .* but 0 images"),
+        (["<|image|>", "a"], [[1]], "2 prompts, but images for 1"),
     ],
 )
-def test_a_wrong_count_of_pictures(processor, text, images, message):
+def test_a_wrong_count_of_images(processor, text, images, message):
     with pytest.raises(InputError, match=message):
         processor(text=text, images=images)
 
@@ -201,14 +201,14 @@ def test_arguments_that_do_not_exist(processor):
 # ------------------------------------------------------------------ messages
 
 
-def test_messages_to_everything(processor, picture):
-    batch = [ask(picture, "What?"), ask("Hi")]
+def test_messages_to_everything(processor, image):
+    batch = [ask(image, "What?"), ask("Hi")]
     options = {"add_generation_prompt": True}
     texts = processor.apply_chat_template(batch, **options)
     assert texts == ["USER: <|image|>What? ASSISTANT:", "USER: Hi ASSISTANT:"]
     options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
     inputs = processor.apply_chat_template(batch, **options)
-    by_text = processor(text=texts, images=[picture], padding=True, return_tensors="pt")
+    by_text = processor(text=texts, images=[image], padding=True, return_tensors="pt")
     assert inputs.keys() == by_text.keys()
     assert all(torch.equal(inputs[key], by_text[key]) for key in inputs)
     right = processor.apply_chat_template(batch, padding_side="right", **options)
@@ -219,15 +219,15 @@ def test_messages_to_everything(processor, picture):
     assert processor.apply_chat_template(batch, **options)["input_ids"].shape == (2, 40)
 
 
-def test_a_bare_picture_is_counted(processor, picture):
+def test_a_bare_image_is_counted(processor, image):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert prompt == "USER: <|image|>a ASSISTANT:"
-    assert processor(text=prompt, images=picture)["pixel_values"].shape[0] == 1
-    with pytest.raises(InputError, match=r"has 1 .* but 0 pictures"):
+    assert processor(text=prompt, images=image)["pixel_values"].shape[0] == 1
+    with pytest.raises(InputError, match=r"has 1 .* but 0 images"):
         processor.apply_chat_template(messages, tokenize=True)
-    literal = ask(picture, "<|image|> and this one")
-    with pytest.raises(InputError, match=r"has 2 .* but 1 picture was given"):
+    literal = ask(image, "<|image|> and this one")
+    with pytest.raises(InputError, match=r"has 2 .* but 1 image was given"):
         processor.apply_chat_template(literal, tokenize=True)
 
 
@@ -245,15 +245,13 @@ ANSWERS = [
 
 @pytest.mark.parametrize("kind", ["llama", "tiny", "byte level"])
 @pytest.mark.parametrize("template", ["default", "ChatML"])
-def test_labels_decode_to_exactly_the_answers(
-    kind, template, llama, tiny_file, byte_level, picture
-):
+def test_labels_decode_to_exactly_the_answers(kind, template, llama, tiny_file, byte_level, image):
     tokenizer = {"llama": llama, "tiny": Owl2Tokenizer(tiny_file), "byte level": byte_level}[kind]
     chat_template = CHATML if template == "ChatML" else None
     processor = Owl2Processor(Owl2ImageProcessor(28), tokenizer, chat_template, PLACES)
     space, end = ("", "<|im_end|>") if template == "ChatML" else (" ", tokenizer.eos_token)
     for answer in ANSWERS:
-        messages = [*ask(picture, "What is it?", answer=answer), *ask("And now?", answer="A cat.")]
+        messages = [*ask(image, "What is it?", answer=answer), *ask("And now?", answer="A cat.")]
         batch = processor.for_training(messages)
         assert {key: tuple(value.shape) for key, value in batch.items()} == {
             **dict.fromkeys(
@@ -283,15 +281,15 @@ def test_labels_decode_to_exactly_the_answers(
         assert ids[: len(prompt)].tolist() == prompt and runs[1][0] == len(prompt)
 
 
-def test_text_only_sample_and_picture_only_turn(processor, picture):
+def test_text_only_sample_and_image_only_turn(processor, image):
     batch = processor.for_training(ask("Hi", answer="Hello."))
     assert "pixel_values" not in batch and not batch["mm_token_type_ids"].any()
-    batch = processor.for_training(ask(picture, answer="A bus."))
+    batch = processor.for_training(ask(image, answer="A bus."))
     assert batch["pixel_values"].shape == (1, 3, 56, 56)
 
 
-def test_max_length_cuts_at_the_right(processor, picture):
-    messages = ask(picture, "What is it?", answer="A red bus.")
+def test_max_length_cuts_at_the_right(processor, image):
+    messages = ask(image, "What is it?", answer="A red bus.")
     whole = processor.for_training(messages)
     length = whole["input_ids"].shape[1]
     cut = processor.for_training(messages, max_length=length - 2)
@@ -303,19 +301,19 @@ def test_max_length_cuts_at_the_right(processor, picture):
     prompt = int((whole["labels"] == -100).sum())
     nothing = processor.for_training(messages, max_length=prompt)
     assert (nothing["labels"] == -100).all()  # the data side counts it and leaves it out
-    end = 5 + PLACES  # <s> USER : ▁ and the picture
+    end = 5 + PLACES  # <s> USER : ▁ and the image
     assert int(whole["mm_token_type_ids"].nonzero()[-1][1]) == end - 1
     assert processor.for_training(messages, max_length=end)["input_ids"].shape == (1, end)
     with pytest.raises(InputError, match=f"has {length} tokens.*at token {end}, beyond max_length"):
         processor.for_training(messages, max_length=end - 1)
 
 
-def test_samples_that_cannot_be_learned(processor, llama_file, picture):
+def test_samples_that_cannot_be_learned(processor, llama_file, image):
     with pytest.raises(InputError, match="last turn has no answer"):
         processor.for_training(ask("Hi"))
-    with pytest.raises(InputError, match=r"has 1 .* but 0 pictures"):
+    with pytest.raises(InputError, match=r"has 1 .* but 0 images"):
         processor.for_training(ask("<|image|>Hi", answer="x"))
-    with pytest.raises(InputError, match="No picture at"):
+    with pytest.raises(InputError, match="No image at"):
         processor.for_training(ask(Path("gone.png"), answer="x"))
     processor.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(InputError, match=r"put \{% generation %\}"):
@@ -330,8 +328,8 @@ def test_samples_that_cannot_be_learned(processor, llama_file, picture):
         processor.for_training(ask("Hi", answer="x"))
 
 
-def test_the_coloured_view_is_the_mask(processor, picture):
-    messages = [*ask(picture, "What?", answer="A  bus."), *ask("Sure?", answer="Yes 🦉")]
+def test_the_coloured_view_is_the_mask(processor, image):
+    messages = [*ask(image, "What?", answer="A  bus."), *ask("Sure?", answer="Yes 🦉")]
     shown = processor.show_labels(messages)
     expected = "<s>USER: <|image|>×6What? ASSISTANT: A  bus.</s>USER: Sure? ASSISTANT: Yes 🦉</s>"
     assert shown.plain == expected
@@ -347,9 +345,9 @@ def test_the_coloured_view_is_the_mask(processor, picture):
 # ------------------------------------------------------------------ ids → text
 
 
-def test_decoding_prompts_with_pictures(processor, picture):
+def test_decoding_prompts_with_images(processor, image):
     prompt = "USER: <|image|><|image|>one</s> two  ASSISTANT:"
-    ids = processor(text=prompt, images=[picture, picture], return_tensors="pt")["input_ids"]
+    ids = processor(text=prompt, images=[image, image], return_tensors="pt")["input_ids"]
     assert processor.decode(ids[0]) == "<s>" + prompt
     assert processor.batch_decode(ids) == processor.decode(ids) == ["<s>" + prompt]
     plain = processor.batch_decode(ids, skip_special_tokens=True)
@@ -362,10 +360,10 @@ def test_decoding_prompts_with_pictures(processor, picture):
 # ------------------------------------------------------------------ the object
 
 
-def test_workers_can_pickle_it(processor, picture):
-    equal_processors(processor, pickle.loads(pickle.dumps(processor)), picture)
+def test_workers_can_pickle_it(processor, image):
+    equal_processors(processor, pickle.loads(pickle.dumps(processor)), image)
 
 
-def test_the_id_of_pictures_lies_past_the_vocabulary(llama):
+def test_the_id_of_images_lies_past_the_vocabulary(llama):
     with pytest.raises(InputError, match="5 is one of the tokenizer's 32000"):
         Owl2Processor(Owl2ImageProcessor(28), llama, image_token_id=5)

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_checkpoint):
-    from owl2.inference.engine import Engine
+    from owl2.engine.engine import Engine
 
     return Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
 

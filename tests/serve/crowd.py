@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from tests.inference.conftest import ask, picture
+from tests.engine.conftest import ask, image
 
 TOKENS = 10
 STOP = "e"
@@ -38,7 +38,7 @@ class Seen:
 
 
 def questions(engine):
-    """8, half of them with one picture or two, answered one by one.
+    """8, half of them with one image or two, answered one by one.
 
     Args:
         engine: one that keeps nothing.
@@ -46,9 +46,9 @@ def questions(engine):
     made = []
     for number in range(8):
         text = ("what is this?", "no", "is it red? " * 3, "a blue circle, 你好")[number % 4]
-        pictures = [picture(number), picture(number + 20)][: number // 2 % 3]
-        asked = ask(text, *pictures)
-        parts = [{"type": "image_url", "image_url": {"url": data_uri(one)}} for one in pictures]
+        images = [image(number), image(number + 20)][: number // 2 % 3]
+        asked = ask(text, *images)
+        parts = [{"type": "image_url", "image_url": {"url": data_uri(one)}} for one in images]
         sampled = {"max_new_tokens": TOKENS, "temperature": 1.5}
         made.append(
             Question(

@@ -44,7 +44,7 @@ class Told:
         self._tokens = [0] * n
 
     def say(self, text, index=0, finish_reason=None):
-        from owl2.inference.completion import Piece
+        from owl2.engine.output import Piece
 
         self._tokens[index] += 1
         self._items.put(Piece(index, text, (), self._tokens[index], finish_reason))

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from owl2.serve.app import Settings, make_app
-from owl2.serve.keys import Keys
+from owl2.serve.auth import Keys
 from tests.serve.running import running, until
 
 ROUTES = ["/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/health", "/metrics"]

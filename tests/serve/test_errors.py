@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from owl2.errors import InputError
 from owl2.serve import errors
-from owl2.serve.schema import ChatRequest
+from owl2.serve.protocol import ChatRequest
 
 GOOD = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 

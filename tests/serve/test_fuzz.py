@@ -27,9 +27,9 @@ LIMITS = Limits(
     answer_tokens=4,
     answers=3,
     body_bytes=2 * MIB,
-    picture_bytes=MIB,
+    image_bytes=MIB,
     pixels=500_000,
-    picture_memory=128 * MIB,
+    image_memory=128 * MIB,
 )
 GOOD = {
     "model": "tiny",
@@ -60,8 +60,8 @@ def saved(kind="PNG", size=(20, 13)):
 
 def asked_about(url):
     question = {"type": "text", "text": "what is this?"}
-    picture = {"type": "image_url", "image_url": {"url": url}}
-    return GOOD | {"messages": [{"role": "user", "content": [picture, question]}]}
+    image = {"type": "image_url", "image_url": {"url": url}}
+    return GOOD | {"messages": [{"role": "user", "content": [image, question]}]}
 
 
 def data_uri(data):
@@ -283,13 +283,13 @@ def test_bodies_that_are_large_deep_or_odd(http, body):
     send(http, body)
 
 
-# ------------------------------------------------------------------ pictures, spoilt
+# ------------------------------------------------------------------ images, spoilt
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "ICO", "JPEG2000"])
 @bounded(8)
 @given(random=st.randoms(use_true_random=False))
-def test_pictures_with_wrong_bytes(http, kind, random):
+def test_images_with_wrong_bytes(http, kind, random):
     Image.init()
     data = bytearray(saved(kind))
     for _ in range(random.randrange(1, 30)):
@@ -300,7 +300,7 @@ def test_pictures_with_wrong_bytes(http, kind, random):
 
 @bounded(40)
 @given(st.one_of(WORDS, st.binary(max_size=200).map(data_uri)))
-def test_urls_of_pictures(http, url):
+def test_urls_of_images(http, url):
     assert send(http, asked_about(url)).status_code == 400
 
 
@@ -316,7 +316,7 @@ def test_urls_of_pictures(http, url):
         {"max_tokens": 5},
         {"n": 4},
     ],
-    ids=["broken", "file", "empty", "no question", "too long", "no picture", "tokens", "answers"],
+    ids=["broken", "file", "empty", "no question", "too long", "no image", "tokens", "answers"],
 )
 def test_a_stream_that_cannot_be_has_a_status_too(http, change):
     for stream in (False, True):

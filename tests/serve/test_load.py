@@ -48,7 +48,7 @@ def test_failures_are_counted_and_said(load, tiny_engine, capsys):
     with running(make_app(engine, Settings("tiny"))) as url:
         with pytest.raises(ValueError, match="400"):
             load.main([url, "--clients", "1", "--rounds", "1"])
-        options = [url, "--clients", "2", "--rounds", "1", "--pictures", "0"]
+        options = [url, "--clients", "2", "--rounds", "1", "--images", "0"]
         asked = load.ask
         tried = []
 

@@ -59,8 +59,8 @@ def test_the_python(url, tmp_path, monkeypatch, capsys):
     from openai import OpenAI
 
     monkeypatch.chdir(tmp_path)
-    Path("runs/demo/pictures").mkdir(parents=True)
-    Image.new("RGB", (40, 30), "red").save("runs/demo/pictures/1.png")
+    Path("runs/demo/images").mkdir(parents=True)
+    Image.new("RGB", (40, 30), "red").save("runs/demo/images/1.png")
     [code] = [block for block in blocks(README, "python") if "import OpenAI" in block]
     code = code.replace(TOLD, url).replace("stream=True", "stream=True, max_tokens=8")
     names = {}
@@ -68,15 +68,15 @@ def test_the_python(url, tmp_path, monkeypatch, capsys):
     whole = OpenAI(base_url=f"{url}/v1", api_key="none").chat.completions.create(
         model="owl2",
         max_tokens=8,
-        messages=json.loads(_messages(code, names["picture"])),
+        messages=json.loads(_messages(code, names["image"])),
     )
     assert capsys.readouterr().out == whole.choices[0].message.content != ""
 
 
-def _messages(code, picture):
+def _messages(code, image):
     """The README's own messages, as JSON."""
     inner = re.search(r"messages=(\[.*?\n    \]),", code, re.DOTALL)[1]
-    return json.dumps(eval(inner, {"picture": picture}))
+    return json.dumps(eval(inner, {"image": image}))
 
 
 def test_the_web_page_is_there(url):

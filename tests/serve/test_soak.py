@@ -7,11 +7,11 @@ import httpx
 import psutil
 import pytest
 
-from owl2.inference.engine import Engine
+from owl2.engine.engine import Engine
 from owl2.serve.limits import Limits
 from tests.serve import crowd
 from tests.serve.running import until
-from tests.serve.test_starting import Started
+from tests.serve.test_launch import Started
 
 CLIENTS = 64
 
@@ -63,7 +63,7 @@ def test_crowd_after_crowd_it_stays_as_large_as_it_was(tiny_checkpoint, question
             info = process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()
             sizes.append(info)
         print(sizes)
-        # What is kept on purpose (pictures, prompts) is there by then.
+        # What is kept on purpose (images, prompts) is there by then.
         (early, files, _), (late, last_files, threads) = sizes[3], sizes[-1]
         assert late - early < 8, sizes
         assert last_files <= files + 2, sizes

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from owl2.inference.rows import Rows
+from owl2.engine.running_batch import Rows
 from tests.serve.running import until
 
 ASKED = [{"role": "user", "content": "what is this?"}]

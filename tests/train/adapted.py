@@ -1,6 +1,6 @@
 """What tests of adapters share: the smallest LoRA, models as they answer, questions."""
 
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 
 LORA = {"rank": 2, "alpha": 4.0}
 
@@ -9,8 +9,8 @@ def load(folder, **options):
     return Owl2ForConditionalGeneration.from_pretrained(folder, **options).eval()
 
 
-def ask(question, picture=None):
+def ask(question, image=None):
     parts = [{"type": "text", "text": question}]
-    if picture is not None:
-        parts.insert(0, {"type": "image", "path": str(picture)})
+    if image is not None:
+        parts.insert(0, {"type": "image", "path": str(image)})
     return [{"role": "user", "content": parts}]

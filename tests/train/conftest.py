@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train.recipe import Recipe
@@ -39,7 +39,7 @@ def make_recipe(tmp_path):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with an untrained checkpoint, pictures of one colour, and what is said of them."""
+    """A folder with an untrained checkpoint, images of one colour, and what is said of them."""
     folder = tmp_path_factory.mktemp("world")
     rows = []
     for number in range(ROWS):

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train.recipe import Recipe
@@ -47,7 +47,7 @@ WIDE = {
 
 
 def make_world(folder):
-    """Write a checkpoint `start` and `data.json`: pictures, each with many words or few."""
+    """Write a checkpoint `start` and `data.json`: images, each with many words or few."""
     rows = []
     for number in range(16):
         Image.new("RGB", (40, 40), (number * 15, 0, 0)).save(folder / f"{number}.png")

@@ -7,7 +7,7 @@ import signal
 import torch
 from rich.console import Console
 
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.trainer import Owl2Trainer
 
 

@@ -11,15 +11,15 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from owl2 import cli
+from owl2.checkpoints.adapters import lora_layers
+from owl2.engine.engine import Engine
 from owl2.errors import InputError
-from owl2.inference.engine import Engine
-from owl2.model.adapters import lora_layers
 from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import adapt, merge, prepare
 from owl2.train.optimizer import parameter_groups
 from owl2.train.recipe import Adapter
 from owl2.train.run import train
-from owl2.train.stages import Part, what_is_trained
+from owl2.train.trainable import Part, what_is_trained
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.adapted import LORA, ask, load
@@ -269,9 +269,9 @@ def test_merging_on_the_command_line(recipe, world, tmp_path, monkeypatch, capsy
     assert f"the merged model is in {tmp_path / 'merged'}" in capsys.readouterr().out
     answers = []
     for model in (result.model, tmp_path / "merged"):
-        picture = ["--image", world / "1.png", "--max-new-tokens", 5]
+        image = ["--image", world / "1.png", "--max-new-tokens", 5]
         with suppress(SystemExit):
-            owl2("chat", "--model", model, *picture, QUESTION)
+            owl2("chat", "--model", model, *image, QUESTION)
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != ""
     with pytest.raises(SystemExit, match="2"):

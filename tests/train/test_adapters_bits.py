@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
+from owl2.checkpoints.adapters import lora_layers
+from owl2.engine.backends.weight_only_quantization import QuantisedLinear
+from owl2.engine.engine import Engine
 from owl2.errors import InputError
-from owl2.inference.engine import Engine
-from owl2.inference.quantised import QuantisedLinear
-from owl2.model.adapters import lora_layers
 from owl2.train.adapters import adapt, hold_frozen_in_bfloat16, loading_options, prepare
 from owl2.train.recipe import Adapter
 from owl2.train.run import train
@@ -20,7 +20,7 @@ from tests.train.runs import quiet
 from tests.train.tiny import QUESTION
 
 
-def test_frozen_linears_in_bfloat16_change_nothing(picture_batch):
+def test_frozen_linears_in_bfloat16_change_nothing(image_batch):
     """Under bfloat16 arithmetic: the loss and every gradient are the same bits."""
     results = []
     for held in (False, True):
@@ -29,7 +29,7 @@ def test_frozen_linears_in_bfloat16_change_nothing(picture_batch):
         if held:
             hold_frozen_in_bfloat16(model)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**picture_batch).loss
+            loss = model(**image_batch).loss
         loss.backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         results.append((loss, grads))
@@ -46,7 +46,7 @@ def test_frozen_linears_in_bfloat16_change_nothing(picture_batch):
 
 
 @pytest.fixture
-def picture_batch():
+def image_batch():
     ids = torch.tensor([[1, 40, 40, 40, 5, 6, 7], [1, 8, 9, 10, 11, 12, 13]])
     labels = ids.masked_fill((ids == 40) | (ids == 1), -100)
     return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(1, 3, 8, 8)}
@@ -107,13 +107,13 @@ def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bi
     assert engine.model.model.visual_abstractor.visual_fc.weight.dtype == torch.bfloat16
 
 
-def test_a_look_in_between_leaves_a_quantised_model_trainable(recipe, wide, picture_batch):
+def test_a_look_in_between_leaves_a_quantised_model_trainable(recipe, wide, image_batch):
     pytest.importorskip("bitsandbytes")
     settings = recipe(model=wide, adapter=LORA, quantize="4bit", precision="bfloat16")
     model = load(wide, **loading_options(settings)).train()
     image = model.config.image_token_id
-    ids = picture_batch["input_ids"]
-    batch = picture_batch | {"input_ids": ids.masked_fill(ids == 40, image)}
+    ids = image_batch["input_ids"]
+    batch = image_batch | {"input_ids": ids.masked_fill(ids == 40, image)}
     prepare(model, settings)
 
     def gradients():
@@ -140,5 +140,5 @@ def test_rounded_weights_are_not_shared_out(recipe):
 
 def test_without_bitsandbytes_it_is_named(recipe, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"needs bitsandbytes.*mplug-owl2\[quant\]"):
+    with pytest.raises(InputError, match=r"needs bitsandbytes.*owl2-vlm\[quant\]"):
         loading_options(recipe(adapter=LORA, quantize="4bit"))

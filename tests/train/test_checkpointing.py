@@ -11,13 +11,13 @@ from owl2.model.abstractor import AbstractorLayer
 from owl2.model.decoder import Owl2DecoderLayer
 from owl2.model.vision import VisionLayer
 from owl2.train.adapters import adapt
-from owl2.train.blocks import enable_checkpointing
+from owl2.train.estimate.tracer import HELD, Shape, trace_step
+from owl2.train.parallelize import enable_checkpointing
 from owl2.train.recipe import Adapter
-from owl2.train.stages import apply_stage
-from owl2.train.trace import HELD, Shape, trace_step
+from owl2.train.trainable import apply_stage
 from tests.tiny import VISION_BLOCKS, make_model
 from tests.train.test_packing import samples
-from tests.train.test_trace import on_meta
+from tests.train.test_tracer import on_meta
 from tests.train.tiny import RandomSamples, pad
 
 LAYERS = {VisionLayer: VISION_BLOCKS, AbstractorLayer: 2, Owl2DecoderLayer: 2}
@@ -142,7 +142,7 @@ def test_frozen_vision_keeps_nothing():
 
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_nothing_is_kept_before_the_first_trained_weight(checkpointing):
-    """LoRA on the last layer alone: pictures, words and the first layer run without a graph."""
+    """LoRA on the last layer alone: images, words and the first layer run without a graph."""
     model = make_model().train()
     adapt(model, Adapter(rank=2), seed=0)
     for parameter in model.model.layers[0].parameters():

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from owl2 import cli
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.train.distributed import Team
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
-from owl2.train.team import Team
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.processes import FSDP, owl2, run, start
@@ -36,7 +36,7 @@ MORE = {
 
 @pytest.fixture(scope="module")
 def mixed(world, tmp_path_factory):
-    """Settings of a run on pictures and on words alone, a sample a process and step."""
+    """Settings of a run on images and on words alone, a sample a process and step."""
     folder = tmp_path_factory.mktemp("mixed")
     rows = []
     for number in range(24):
@@ -62,7 +62,7 @@ def mixed(world, tmp_path_factory):
         "augment": "none",
         "max_steps": 5,
         "batch_size": 2,
-        "seed": 2,  # whose first steps have pictures in the one, in the other, in both
+        "seed": 2,  # whose first steps have images in the one, in the other, in both
         "warmup_steps": 0,
         "learning_rate": 1e-3,
         "gradient_checkpointing": False,
@@ -74,10 +74,10 @@ def mixed(world, tmp_path_factory):
 
 
 def keep_gradients(folder, recipes):
-    """Train by each recipe; keep the gradients of every step, and whether it had pictures."""
+    """Train by each recipe; keep the gradients of every step, and whether it had images."""
     kept = []
     norm, step = Owl2Trainer._get_grad_norm, Owl2Trainer.training_step
-    pictures = []
+    images = []
 
     def keep_norm(self, model, grad_norm=None):
         found = {}
@@ -89,15 +89,15 @@ def keep_gradients(folder, recipes):
         loss = self.team.total(float(self._step_loss))[0] / self.team.size
         total = norm(self, model, grad_norm)
         kept.append({"gradients": found, "loss": loss, "norm": float(total)})
-        kept[-1]["pictures"] = list(pictures)
-        pictures.clear()
+        kept[-1]["images"] = list(images)
+        images.clear()
         return total
 
-    def keep_pictures(self, model, inputs, *args, **kwargs):
-        pictures.append(len(inputs.get("pixel_values", ())))
+    def keep_images(self, model, inputs, *args, **kwargs):
+        images.append(len(inputs.get("pixel_values", ())))
         return step(self, model, inputs, *args, **kwargs)
 
-    Owl2Trainer._get_grad_norm, Owl2Trainer.training_step = keep_norm, keep_pictures
+    Owl2Trainer._get_grad_norm, Owl2Trainer.training_step = keep_norm, keep_images
     with Team.gathered() as team:
         for name, recipe in recipes.items():
             kept.clear()
@@ -133,8 +133,8 @@ def assert_those_of_one(gradients, sharing, case, cases):
     place = gradients(sharing, cases)
     two = [torch.load(place / f"{case} {rank} of 2.pt") for rank in range(2)]
     if cases[case].get("batch_size") is None:
-        # One with pictures beside one without, both ways round: what could hang.
-        shares = [tuple(bool(sum(s["pictures"])) for s in step) for step in zip(*two, strict=True)]
+        # One with images beside one without, both ways round: what could hang.
+        shares = [tuple(bool(sum(s["images"])) for s in step) for step in zip(*two, strict=True)]
         assert shares == [(False, True), (True, False), (True, True)]
     for expected, found in zip(one, two[0], strict=True):
         torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-6, atol=1e-6)
@@ -142,7 +142,7 @@ def assert_those_of_one(gradients, sharing, case, cases):
         assert expected["gradients"].keys() <= found["gradients"].keys()
         for name, gradient in found["gradients"].items():
             alone = expected["gradients"].get(name)
-            if alone is None:  # a step without pictures, so nothing to learn for it
+            if alone is None:  # a step without images, so nothing to learn for it
                 assert not gradient.any(), name
             else:
                 torch.testing.assert_close(gradient, alone, rtol=1e-5, atol=1e-6, msg=name)
@@ -251,7 +251,7 @@ def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharing, case):
 def test_what_one_process_finds_wrong_ends_both(mixed, tmp_path):
     settings, _ = mixed
     path = tmp_path / "broken.png"
-    path.write_bytes(b"no picture")
+    path.write_bytes(b"no image")
     turns = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
     rows = json.loads(Path(settings["data"][0]["file"]).read_text(encoding="utf-8"))
     rows = [*rows[:5], {"image": str(path), "conversations": turns}]

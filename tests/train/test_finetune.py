@@ -1,4 +1,4 @@
-"""A folder of pictures and the demo's model: fine-tuning makes it better on what was held out."""
+"""A folder of images and the demo's model: fine-tuning makes it better on what was held out."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from owl2.inference.engine import Engine
+from owl2.engine.engine import Engine
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
 from tests.train.runs import quiet
@@ -31,8 +31,8 @@ def demo():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures of small and large shapes, and what is asked about them."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Images of small and large shapes, and what is asked about them."""
+    folder = tmp_path_factory.mktemp("images")
     script = runpy.run_path(str(ROOT / "recipes" / "finetune" / "example_folder.py"))
     script["main"](folder)
     return folder

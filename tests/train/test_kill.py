@@ -94,7 +94,7 @@ def curve(output):
     """What a log says of learning and of data; not how long it took."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     keys = ("step", "epoch", "loss", "smoothed_loss", "learning_rate", "grad_norm")
-    return [[line[key] for key in (*keys, "samples", "tokens", "pictures")] for line in lines]
+    return [[line[key] for key in (*keys, "samples", "tokens", "images")] for line in lines]
 
 
 def assert_same_model(one, other):

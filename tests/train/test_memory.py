@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from owl2.checkpoints.config_file import read_config
 from owl2.errors import InputError
-from owl2.model.config_file import read_config
 from owl2.model.configuration import Owl2Config
-from owl2.train.machine import Machine
-from owl2.train.memory import Data, Setting, Sharding, dry_run, prepared_model, shape_of
-from owl2.train.trace import Held
+from owl2.train.estimate.hardware import Machine
+from owl2.train.estimate.memory import Data, Setting, Sharding, dry_run, prepared_model, shape_of
+from owl2.train.estimate.tracer import Held
 from tests.tiny import make_config
 from tests.train.measured import WIDE, make_recipe, make_world, measured_peak
 
@@ -119,7 +119,7 @@ def test_packing_with_a_mean_makes_fewer_rows(tmp_path):
     recipe = small(tmp_path, packing=True)
     setting = Setting(make_config(**WIDE), CPU, data=Data(tokens=30))
     assert shape_of(recipe, setting).rows == 3  # 8 samples of 30 tokens in rows of 96
-    assert shape_of(recipe, setting).pictures == 8
+    assert shape_of(recipe, setting).images == 8
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from transformers import get_scheduler
 
 from owl2.train.adapters import prepare
 from owl2.train.optimizer import groups_table, make_adamw, parameter_groups, recipe_groups
-from owl2.train.stages import apply_stage
+from owl2.train.trainable import apply_stage
 from owl2.train.trainer import training_arguments
 from tests.tiny import VISION_BLOCKS, make_model
 

@@ -10,25 +10,25 @@ from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_p
 
 from owl2.data.collate import collate
 from owl2.data.packing import pack
-from owl2.train.blocks import enable_checkpointing
+from owl2.train.parallelize import enable_checkpointing
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_config, make_model
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 from tests.train.tiny import RandomSamples
 
-LONGEST = 24  # so long that two of the others with pictures fit into a row
+LONGEST = 24  # so long that two of the others with images fit into a row
 
 
-def samples(with_pictures=True):
-    """Of a picture, of words only, and of a picture again, of different lengths."""
+def samples(with_images=True):
+    """Of an image, of words only, and of an image again, of different lengths."""
     items = []
-    for number, pictures in enumerate([with_pictures, False, with_pictures, False, with_pictures]):
-        made = RandomSamples(1, pictures=pictures).made(number)
+    for number, images in enumerate([with_images, False, with_images, False, with_images]):
+        made = RandomSamples(1, images=images).made(number)
         item = {key: made[key][None] for key in ("input_ids", "labels")}
         item["attention_mask"] = torch.ones_like(item["input_ids"])
         item["mm_token_type_ids"] = (item["input_ids"] == 40).long()
-        if pictures:
+        if images:
             item["pixel_values"] = made["pixel_values"][None]
         items.append(item)
     words = torch.randint(3, 40, (1, LONGEST), generator=torch.Generator().manual_seed(9))
@@ -68,11 +68,9 @@ def assert_same(one, other):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("use_mam", [True, False])
 @pytest.mark.parametrize("one_row", [False, True])
-@pytest.mark.parametrize("with_pictures", [True, False])
-def test_packed_equals_padded_in_loss_and_every_gradient(
-    attention, use_mam, one_row, with_pictures
-):
-    items = samples(with_pictures)
+@pytest.mark.parametrize("with_images", [True, False])
+def test_packed_equals_padded_in_loss_and_every_gradient(attention, use_mam, one_row, with_images):
+    items = samples(with_images)
     packed = pack(items, 0, one_row)
     assert len(packed["input_ids"]) == (1 if one_row else 3)
     padded = collate(items, 0)
@@ -158,7 +156,7 @@ def lines(result):
 
 @pytest.fixture
 def mixed(world, tmp_path):
-    """The pictures of the world, and texts of many lengths."""
+    """The images of the world, and texts of many lengths."""
     rows = []
     for number in range(20):
         turns = [

@@ -6,12 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from owl2.train.checkpointer import Position
+from owl2.train.distributed import Team
 from owl2.train.report import measured, peak_memory, plot_loss, summary
-from owl2.train.resume import Position
-from owl2.train.team import Team
 
 END = Position(
-    step=20, samples=640, tokens=64_000, pictures=600, left_out=2, seconds=80.0, waited=4.0
+    step=20, samples=640, tokens=64_000, images=600, left_out=2, seconds=80.0, waited=4.0
 )
 
 

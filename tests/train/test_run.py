@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from owl2.errors import InputError
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.errors import ErrorCode, InputError
+from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
@@ -62,7 +62,7 @@ def test_a_run_leaves_a_model_and_its_reports(recipe, world):
 
     shown = console.file.getvalue()
     assert "What is trained" in shown
-    assert "24 samples an epoch, pictures at 8 x 8 pixels" in shown
+    assert "24 samples an epoch, images at 8 x 8 pixels" in shown
     assert "step     10/10  loss" in shown
     assert "{" not in shown  # none of the Trainer's dicts
 
@@ -120,7 +120,7 @@ def test_data_that_is_not_there(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_is_named_without_a_traceback(recipe, tmp_path, workers):
+def test_a_broken_image_is_named_without_a_traceback(recipe, tmp_path, workers):
     turns = [{"from": "human", "value": "<image>a"}, {"from": "gpt", "value": "b"}]
     rows = [{"image": "gone.png", "conversations": turns}]
     (tmp_path / "bad.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -158,7 +158,7 @@ def test_samples_cut_to_nothing_are_counted(recipe, world):
     assert [line["source"] for line in left_out] == [
         f"{world / 'long.json'}, row {row}" for row in (1, 2, 3)
     ]
-    assert {line["fault"] for line in left_out} == {"nothing to learn"}
+    assert {line["code"] for line in left_out} == {ErrorCode.NO_LABELS}
 
 
 def test_samples_all_cut_to_nothing_are_refused(recipe, tmp_path):
@@ -202,7 +202,7 @@ def test_without_matplotlib_there_is_a_hint(recipe, monkeypatch):
     result = train(recipe(max_steps=3), console)
     assert result.model.is_dir()
     assert not (result.output / "loss.png").exists()
-    assert "pip install 'mplug-owl2[plot]'" in console.file.getvalue()
+    assert "pip install 'owl2-vlm[plot]'" in console.file.getvalue()
 
 
 def test_on_a_terminal_there_is_a_live_line(recipe):

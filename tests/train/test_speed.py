@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from owl2.data.datasets import load_dataset
-from owl2.processing.image import Owl2ImageProcessor
+from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train.recipe import Recipe
@@ -173,7 +173,7 @@ def test_two_workers_keep_up(mixture, tmp_path):
 
 
 @pytest.mark.parametrize("size", [224, 448])
-def test_pictures_a_second_and_core(tmp_path, size):
+def test_images_a_second_and_core(tmp_path, size):
     """Photographs of 640 x 480 pixels as JPEG, opened and brought to the model's size."""
     torch.manual_seed(0)
     paths = []
@@ -189,5 +189,5 @@ def test_pictures_a_second_and_core(tmp_path, size):
     for path in paths:
         processor([str(path)])
     speed = len(paths) / (time.process_time() - began)
-    print(f"{size} pixels: {speed:.0f} pictures/s and core")
+    print(f"{size} pixels: {speed:.0f} images/s and core")
     assert speed > 20

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from owl2.errors import InputError
-from owl2.train.blocks import enable_checkpointing
-from owl2.train.stages import apply_stage
+from owl2.train.parallelize import enable_checkpointing
+from owl2.train.trainable import apply_stage
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.tiny import RandomSamples, collate, pad
@@ -193,14 +193,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_recipe, tmp_path):
         trainer.train()
 
 
-def test_stage_1_refuses_a_batch_without_pictures(make_recipe, tmp_path):
-    trainer = make_trainer(make_recipe(stage=1), tmp_path, samples=RandomSamples(8, pictures=False))
-    with pytest.raises(InputError, match="without any picture"):
+def test_stage_1_refuses_a_batch_without_images(make_recipe, tmp_path):
+    trainer = make_trainer(make_recipe(stage=1), tmp_path, samples=RandomSamples(8, images=False))
+    with pytest.raises(InputError, match="without any image"):
         trainer.train()
 
 
-def test_stage_2_takes_a_batch_without_pictures(make_recipe, tmp_path):
-    trainer = make_trainer(make_recipe(), tmp_path, samples=RandomSamples(8, pictures=False))
+def test_stage_2_takes_a_batch_without_images(make_recipe, tmp_path):
+    trainer = make_trainer(make_recipe(), tmp_path, samples=RandomSamples(8, images=False))
     assert trainer.train().global_step == 4
 
 

@@ -6,14 +6,14 @@ from contextlib import suppress
 import pytest
 import torch
 
-from owl2.data.rows import Rows
+from owl2.data.json_dataset import Rows
 from owl2.data.sample import Bad
 from owl2.errors import InputError
-from owl2.model.owl2 import Owl2ForConditionalGeneration
+from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
-from owl2.train.blocks import enable_checkpointing
+from owl2.train.distributed import Team
+from owl2.train.parallelize import enable_checkpointing
 from owl2.train.run import train
-from owl2.train.team import Team
 from owl2.train.validation import HeldOut, Look, Validator, _shares
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 
@@ -176,7 +176,7 @@ def test_no_sample_that_can_be_used(start, samples):
 
 
 def test_answers_are_those_of_chat(start, samples):
-    from owl2.inference.engine import Engine
+    from owl2.engine.engine import Engine
 
     model, processor = start
     held_out = HeldOut([(samples, None)], processor)
@@ -187,7 +187,7 @@ def test_answers_are_those_of_chat(start, samples):
         assert answer.answer == engine.chat(sample.messages[:1], max_new_tokens=64, do_sample=False)
         assert answer.wanted == sample.messages[1]["content"]
         assert "what is this" in answer.question
-        assert len(answer.pictures) == 1
+        assert len(answer.images) == 1
 
 
 def test_what_the_line_holds():

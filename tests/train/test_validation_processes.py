@@ -14,7 +14,7 @@ HELD_OUT = 7  # so that one of two processes has a batch more, and its last is n
 
 @pytest.fixture
 def watched(recipe, world, tmp_path):
-    """A recipe that looks at pictures and words alone, in turn: a process has only one of them."""
+    """A recipe that looks at images and words alone, in turn: a process has only one of them."""
     rows = []
     for number in range(HELD_OUT):
         asked, row = QUESTION, {}
@@ -56,7 +56,7 @@ def test_two_processes_see_what_one_sees(watched, tmp_path, environment):
     assert two[0]["answers"] == one[0]["answers"]
 
     for expected, found in zip(read(alone, "log.jsonl"), read(together, "log.jsonl"), strict=True):
-        same = ("step", "samples", "tokens", "pictures", "left_out")
+        same = ("step", "samples", "tokens", "images", "left_out")
         assert [found[key] for key in same] == [expected[key] for key in same]
     facts = json.loads((together / "run.json").read_text(encoding="utf-8"))
     each = facts["peak_memory_bytes"]["process_each"]

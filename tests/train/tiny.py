@@ -1,4 +1,4 @@
-"""Batches of random ids and pixels for the model of `tests.tiny`; what the pictures show."""
+"""Batches of random ids and pixels for the model of `tests.tiny`; what the images show."""
 
 import torch
 from torch.utils.data import Dataset
@@ -12,11 +12,11 @@ ROWS = 24
 
 
 class RandomSamples(Dataset):
-    """Samples of a picture and some random words, of different lengths; the epoch changes them."""
+    """Samples of an image and some random words, of different lengths; the epoch changes them."""
 
-    def __init__(self, count, pictures=True):
+    def __init__(self, count, images=True):
         self.mixture = Mixture([Source(range(count))])
-        self.pictures = pictures
+        self.images = images
 
     def __getitem__(self, draw):
         return self.made(self.mixture[draw], draw.epoch)
@@ -24,11 +24,11 @@ class RandomSamples(Dataset):
     def made(self, index, epoch=0):
         source = torch.Generator().manual_seed(1000 * epoch + index)
         words = torch.randint(3, 40, (4 + index % 5,), generator=source)
-        image = torch.full((3,), 40) if self.pictures else torch.tensor([], dtype=torch.long)
+        image = torch.full((3,), 40) if self.images else torch.tensor([], dtype=torch.long)
         ids = torch.cat([torch.tensor([1]), image, words])
         labels = ids.clone()
         labels[: 1 + len(image) + index % 3] = -100
-        pixels = torch.randn(3, 8, 8, generator=source) if self.pictures else None
+        pixels = torch.randn(3, 8, 8, generator=source) if self.images else None
         return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
 
 

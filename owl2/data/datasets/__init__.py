@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from owl2.data.datasets.easy_vqa import easy_vqa
-from owl2.data.names import check_options, look_up
 from owl2.data.sample import Sample
+from owl2.registry import check_options, look_up
 
 # A dataset is a function of the split, and of keyword options that have defaults.
 DATASETS: dict[str, Callable[..., Sequence[Sample]]] = {"easy_vqa": easy_vqa}

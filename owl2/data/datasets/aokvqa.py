@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from owl2.data.datasets.coco import coco_picture
-from owl2.data.datasets.joined import NOTHING_SAID, most_agreed
-from owl2.data.datasets.prompts import LETTERS, about_picture, choice_question, short_question
-from owl2.data.datasets.published import (
+from owl2.data.datasets.coco import coco_image
+from owl2.data.datasets.group_by_image import NOTHING_SAID, most_agreed
+from owl2.data.datasets.prompts import LETTERS, about_image, choice_question, short_question
+from owl2.data.sample import Sample
+from owl2.errors import InputError
+from owl2.json_records import (
     LeftOut,
     Row,
     json_rows,
@@ -15,9 +17,7 @@ from owl2.data.datasets.published import (
     published_file,
     require_split,
 )
-from owl2.data.names import look_up
-from owl2.data.sample import Sample
-from owl2.errors import InputError
+from owl2.registry import look_up
 
 FORMS = ("direct", "choice", "reordered")
 
@@ -36,7 +36,7 @@ def aokvqa(
     letter; `reordered`: the same in another order, drawn by `seed` and the question. They are not
     joined, as each gives the others' answer away; 3 × 17,056 are the paper's 50 K.
 
-    Reads `aokvqa_v1p0_train.json` (`split=val`: `aokvqa_v1p0_val.json`). The pictures are COCO's of
+    Reads `aokvqa_v1p0_train.json` (`split=val`: `aokvqa_v1p0_val.json`). The images are COCO's of
     2017.
 
     Raises:
@@ -55,7 +55,7 @@ def aokvqa(
 
 def _question(row: Row, folder: str, forms: list[str], seed: int) -> Iterator[Sample | LeftOut]:
     question, options, right = _published(row)
-    picture = coco_picture(row.integer("image_id"), folder)
+    image = coco_image(row.integer("image_id"), folder)
     for form in forms:
         if form == "direct":
             words, answer = short_question(question), most_agreed(row.texts("direct_answers"))
@@ -66,7 +66,7 @@ def _question(row: Row, folder: str, forms: list[str], seed: int) -> Iterator[Sa
             words = choice_question(question, [options[place] for place in order])
             answer = LETTERS[order.index(right)]
         if question and answer:
-            yield Sample(about_picture(picture, [(words, answer)]), f"{row.where}, {form}")
+            yield Sample(about_image(image, [(words, answer)]), f"{row.where}, {form}")
         else:
             yield NOTHING_SAID
 

@@ -1,6 +1,6 @@
-"""easy-VQA: a picture has one coloured shape; 13 answers tell all that is asked about it.
+"""easy-VQA: an image has one coloured shape; 13 answers tell all that is asked about it.
 
-The PyPI package `easy-vqa` carries it: 4,000 pictures of 64×64 pixels with 38,575 questions to
+The PyPI package `easy-vqa` carries it: 4,000 images of 64×64 pixels with 38,575 questions to
 train on, 1,000 with 9,673 to test on. The splits are the package's own.
 """
 
@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from owl2.data.datasets.prompts import VQA_PROMPT
-from owl2.data.names import look_up
 from owl2.data.sample import Message, Sample
 from owl2.errors import InputError
+from owl2.registry import look_up
 
 SHORT_PROMPT = "{question}"
 
@@ -32,8 +32,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of a split with all that is asked about it, in the package's order."""
+class EasyVqaImage:
+    """An image of a split with all that is asked about it, in the package's order."""
 
     number: int
     path: str
@@ -50,11 +50,11 @@ def easy_vqa(
 ) -> list[Sample]:
     """The Samples of a split, `train` or `test`, in one of three styles.
 
-    - `captions` (stage 1; training split only): a picture and what its questions and answers tell
+    - `captions` (stage 1; training split only): an image and what its questions and answers tell
       of it, such as "a red circle."; see `caption`.
-    - `joined` (stage 2, SPEC §2): all questions about a picture in one conversation, the order
+    - `joined` (stage 2, SPEC §2): all questions about an image in one conversation, the order
       shuffled by `seed`. Earlier answers give later ones away, so mix with `single`, or let a
-      conversation have `most` questions: the others go on to further ones about the picture.
+      conversation have `most` questions: the others go on to further ones about the image.
     - `single`: a conversation a question, in the package's order.
 
     `prompt`: the user's words, with `{question}` in it; default: SPEC 1.5's form for VQA; `short`:
@@ -70,11 +70,11 @@ def easy_vqa(
         raise InputError(f"The prompt must be 'short' or have {{question}} in it, not {prompt!r}.")
     if most is not None and (style != "joined" or not isinstance(most, int) or most < 1):
         raise InputError(f"`most` is {most!r}; it is a number from 1 on, for the style joined.")
-    return make(pictures(split), split, prompt, seed, most)
+    return make(images(split), split, prompt, seed, most)
 
 
-def pictures(split: str) -> list[Picture]:
-    """The pictures of a split in the order of their numbers. Raises `InputError` as `easy_vqa`."""
+def images(split: str) -> list[EasyVqaImage]:
+    """The images of a split in the order of their numbers. Raises `InputError` as `easy_vqa`."""
     package = _package()
     questions, paths = look_up(
         "split of the dataset easy_vqa",
@@ -85,9 +85,11 @@ def pictures(split: str) -> list[Picture]:
         },
     )
     asked: dict[int, list[Question]] = defaultdict(list)
-    for number, (text, answer, picture) in enumerate(zip(*questions(), strict=True)):
-        asked[picture].append(Question(number, text, answer))
-    return [Picture(number, path, tuple(asked[number])) for number, path in sorted(paths().items())]
+    for number, (text, answer, image) in enumerate(zip(*questions(), strict=True)):
+        asked[image].append(Question(number, text, answer))
+    return [
+        EasyVqaImage(number, path, tuple(asked[number])) for number, path in sorted(paths().items())
+    ]
 
 
 def _package() -> ModuleType:
@@ -95,7 +97,7 @@ def _package() -> ModuleType:
         import easy_vqa as package
     except ImportError as error:
         raise InputError(
-            "The dataset 'easy_vqa' needs the package easy-vqa: pip install 'mplug-owl2[data]'."
+            "The dataset 'easy_vqa' needs the package easy-vqa: pip install 'owl2-vlm[data]'."
         ) from error
     return package
 
@@ -104,7 +106,7 @@ def _package() -> ModuleType:
 
 
 def _captions(
-    given: list[Picture], split: str, prompt: str, seed: int, most: int | None
+    given: list[EasyVqaImage], split: str, prompt: str, seed: int, most: int | None
 ) -> list[Sample]:
     if split != "train":
         raise InputError(
@@ -112,43 +114,42 @@ def _captions(
             "evaluation only: use split train."
         )
     return [
-        Sample([_user(picture), _assistant(caption(picture))], _source(split, picture))
-        for picture in given
+        Sample([_user(image), _assistant(caption(image))], _source(split, image)) for image in given
     ]
 
 
 def _joined(
-    given: list[Picture], split: str, prompt: str, seed: int, most: int | None
+    given: list[EasyVqaImage], split: str, prompt: str, seed: int, most: int | None
 ) -> list[Sample]:
     samples = []
-    for picture in given:
-        questions = list(picture.questions)
-        Random(f"{seed}/{picture.number}").shuffle(questions)
+    for image in given:
+        questions = list(image.questions)
+        Random(f"{seed}/{image.number}").shuffle(questions)
         length = most or len(questions)
         for start in range(0, len(questions), length):
             conversation = questions[start : start + length]
             messages: list[Message] = []
             for number, question in enumerate(conversation):
-                messages.append(_user(None if number else picture, _ask(prompt, question)))
+                messages.append(_user(None if number else image, _ask(prompt, question)))
                 messages.append(_assistant(question.answer))
-            samples.append(Sample(messages, _source(split, picture)))
+            samples.append(Sample(messages, _source(split, image)))
     return samples
 
 
 def _single(
-    given: list[Picture], split: str, prompt: str, seed: int, most: int | None
+    given: list[EasyVqaImage], split: str, prompt: str, seed: int, most: int | None
 ) -> list[Sample]:
     # In the package's own order, so that an evaluation's rows can be laid beside its file.
     pairs = sorted(
-        ((question, picture) for picture in given for question in picture.questions),
+        ((question, image) for image in given for question in image.questions),
         key=lambda pair: pair[0].number,
     )
     return [
         Sample(
-            [_user(picture, _ask(prompt, question)), _assistant(question.answer)],
+            [_user(image, _ask(prompt, question)), _assistant(question.answer)],
             f"easy_vqa/{split}#{question.number}",
         )
-        for question, picture in pairs
+        for question, image in pairs
     ]
 
 
@@ -157,10 +158,10 @@ def _ask(prompt: str, question: Question) -> str:
     return prompt.replace("{question}", question.text)
 
 
-def _user(picture: Picture | None, words: str = "") -> Message:
+def _user(image: EasyVqaImage | None, words: str = "") -> Message:
     parts: list[dict[str, Any]] = []
-    if picture is not None:
-        parts.append({"type": "image", "path": picture.path})
+    if image is not None:
+        parts.append({"type": "image", "path": image.path})
     if words:
         parts.append({"type": "text", "text": words})
     return {"role": "user", "content": parts}
@@ -170,34 +171,34 @@ def _assistant(words: str) -> Message:
     return {"role": "assistant", "content": words}
 
 
-def _source(split: str, picture: Picture) -> str:
-    return f"easy_vqa/{split}/images/{picture.number}.png"
+def _source(split: str, image: EasyVqaImage) -> str:
+    return f"easy_vqa/{split}/images/{image.number}.png"
 
 
 # ------------------------------------------------------------------ captions
 
 
-def caption(picture: Picture) -> str:
-    """What the questions and answers tell of a picture: "a red circle.", or less if they tell less.
+def caption(image: EasyVqaImage) -> str:
+    """What the questions and answers tell of an image: "a red circle.", or less if they tell less.
 
     A word is known when an answer says it, when a question takes it for granted ("what is the
     *blue* shape?"), when a yes or no affirms it, or when all other words of its kind are denied.
     Unknown: "a circle.", "a red shape.", "a shape.".
     """
-    shape = _known(picture, SHAPES)
-    colour = _known(picture, COLOURS)
+    shape = _known(image, SHAPES)
+    colour = _known(image, COLOURS)
     return f"a {f'{colour} ' if colour else ''}{shape or 'shape'}."
 
 
-def _known(picture: Picture, kind: tuple[str, ...]) -> str | None:
-    """The word of this kind that is true of the picture, or None where the questions leave it open.
+def _known(image: EasyVqaImage, kind: tuple[str, ...]) -> str | None:
+    """The word of this kind that is true of the image, or None where the questions leave it open.
 
     Raises:
         InputError: the questions and answers contradict each other.
     """
     affirmed: set[str] = set()
     denied: set[str] = set()
-    for question in picture.questions:
+    for question in image.questions:
         holds = _holds(question)
         said = set(re.findall(r"\w+", question.text)) & set(kind)
         (affirmed if holds else denied).update(said)
@@ -206,14 +207,14 @@ def _known(picture: Picture, kind: tuple[str, ...]) -> str | None:
     possible = (affirmed or set(kind)) - denied
     if len(affirmed) > 1 or not possible:
         raise InputError(
-            f"{picture.path}: its questions and answers contradict each other: of "
+            f"{image.path}: its questions and answers contradict each other: of "
             f"{', '.join(kind)} they affirm {sorted(affirmed)} and deny {sorted(denied)}."
         )
     return possible.pop() if len(possible) == 1 else None
 
 
 def _holds(question: Question) -> bool:
-    """Whether what the question names is in the picture, according to its answer."""
+    """Whether what the question names is in the image, according to its answer."""
     if question.answer not in ("yes", "no"):
         return True  # "what color is the circle?" takes the circle for granted
     negated = re.search(r"\b(not|no)\b", question.text) is not None

@@ -3,19 +3,19 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from owl2.data.datasets.joined import joined
+from owl2.data.datasets.group_by_image import joined
 from owl2.data.datasets.prompts import short_question
-from owl2.data.datasets.published import LeftOut, json_entries, known_split, published_file
 from owl2.data.sample import Sample
+from owl2.json_records import LeftOut, json_entries, known_split, published_file
 
 
 def gqa(
     source: Path, *, split: str = "train", most: int | None = None, file: str | None = None
 ) -> Iterator[Sample | LeftOut]:
-    """GQA's balanced questions with their short answers; those about a picture are joined.
+    """GQA's balanced questions with their short answers; those about an image are joined.
 
-    Reads `train_balanced_questions.json` (`split=val`: `val_balanced_questions.json`). Pictures are
-    in `images/`. `most`: of the questions in a conversation; default: all about the picture.
+    Reads `train_balanced_questions.json` (`split=val`: `val_balanced_questions.json`). Images are
+    in `images/`. `most`: of the questions in a conversation; default: all about the image.
 
     Raises:
         InputError: a file that is not as published; another split.

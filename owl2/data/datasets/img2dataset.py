@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl2.data.datasets.published import LeftOut, Row, json_object
 from owl2.errors import InputError
+from owl2.json_records import LeftOut, Row, json_object
 
 _NUMBERED = re.compile(r"(\d+)\.tar")
 _END = bytes(1024)  # two empty blocks: the end of an archive
-_PICTURES = (".jpg", ".png", ".webp")
+_IMAGES = (".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def shards(source: Path, *, read: bool = False) -> Iterator[Shard | LeftOut]:
     """The finished shards of a folder, in the order of their numbers.
 
     A shard is finished when its statistics are there and the archive has its end. With `read` every
-    archive is also gone through, and its pictures are counted against the statistics.
+    archive is also gone through, and its images are counted against the statistics.
 
     Raises:
         InputError: no folder, no shard in it, statistics of another form, or another count.
@@ -79,12 +79,12 @@ def _has_end(path: Path) -> bool:
 def _count(path: Path, pairs: int) -> None:
     try:
         with tarfile.open(path, "r:") as archive:
-            pictures = sum(member.name.endswith(_PICTURES) for member in archive)
+            images = sum(member.name.endswith(_IMAGES) for member in archive)
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"{path} is not a tar file that can be read: {error}") from error
-    if pictures != pairs:
+    if images != pairs:
         raise InputError(
-            f"{path} has {pictures} pictures, and its statistics tell of {pairs}; make it anew."
+            f"{path} has {images} images, and its statistics tell of {pairs}; make it anew."
         )
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from owl2.data.datasets.joined import NOTHING_SAID
-from owl2.data.datasets.prompts import about_picture, short_question
-from owl2.data.datasets.published import LeftOut, Row, json_entries, known_split, published_file
+from owl2.data.datasets.group_by_image import NOTHING_SAID
+from owl2.data.datasets.prompts import about_image, short_question
 from owl2.data.sample import Sample
 from owl2.errors import InputError
+from owl2.json_records import LeftOut, Row, json_entries, known_split, published_file
 
 SPLITS = {1: "train", 2: "val", 3: "test"}
 
@@ -18,7 +18,7 @@ def ocr_vqa(
 ) -> Iterator[Sample | LeftOut]:
     """OCR-VQA: all questions about a cover in one conversation.
 
-    Reads `dataset.json`, which has all three splits. Pictures are in `images/`, with the key as
+    Reads `dataset.json`, which has all three splits. Images are in `images/`, with the key as
     name and the ending of their URL, as the authors' download script saves them; covers without a
     URL are left out.
 
@@ -41,7 +41,7 @@ def _cover(key: str, row: Row) -> Iterator[Sample | LeftOut]:
         raise InputError(f"{row.where}: {len(questions)} questions with {len(answers)} answers.")
     url = row.text("imageURL") if row.value.get("imageURL") else ""
     if not url:
-        yield LeftOut("covers without a picture's URL")
+        yield LeftOut("covers without an image's URL")
         return
     asked = list(zip(questions, answers, strict=True))
     pairs = [
@@ -51,4 +51,4 @@ def _cover(key: str, row: Row) -> Iterator[Sample | LeftOut]:
         yield NOTHING_SAID
     if pairs:
         ending = PurePosixPath(urlsplit(url).path).suffix
-        yield Sample(about_picture(f"images/{key}{ending}", pairs), row.where)
+        yield Sample(about_image(f"images/{key}{ending}", pairs), row.where)

@@ -1,6 +1,6 @@
 """The user's words for each kind of data, and messages made of them (SPEC 1.5).
 
-As in the authors' training on LLaVA-style JSON, a picture comes first, then a line break, then the
+As in the authors' training on LLaVA-style JSON, an image comes first, then a line break, then the
 words.
 """
 
@@ -28,21 +28,21 @@ def choice_question(question: str, options: Sequence[str]) -> str:
     return "\n".join([question, *lines, CHOICE_REQUEST])
 
 
-def about_picture(picture: str, pairs: Iterable[Pair]) -> list[Message]:
-    """A conversation about one picture, which comes at the start; `picture`: its path."""
+def about_image(image: str, pairs: Iterable[Pair]) -> list[Message]:
+    """A conversation about one image, which comes at the start; `image`: its path."""
     messages: list[Message] = []
     for words, answer in pairs:
         parts: list[Message] = [{"type": "text", "text": words}]
         if not messages:
-            parts = [{"type": "image", "path": picture}, {"type": "text", "text": f"\n{words}"}]
+            parts = [{"type": "image", "path": image}, {"type": "text", "text": f"\n{words}"}]
         messages.append({"role": "user", "content": parts})
         messages.append({"role": "assistant", "content": answer})
     return messages
 
 
-def picture_and_text(picture: str, text: str) -> list[Message]:
+def image_and_text(image: str, text: str) -> list[Message]:
     """An image-text pair of pre-training: no words but the text itself."""
     return [
-        {"role": "user", "content": [{"type": "image", "path": picture}]},
+        {"role": "user", "content": [{"type": "image", "path": image}]},
         {"role": "assistant", "content": text},
     ]

@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: things in COCO's pictures, as people tell them from others."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: things in COCO's images, as people tell them from others."""
 
 import pickle
 from collections.abc import Iterator
@@ -6,8 +6,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from owl2.data.datasets.coco import coco_folder, coco_picture
-from owl2.data.datasets.published import (
+from owl2.data.datasets.coco import coco_folder, coco_image
+from owl2.data.datasets.regions import NO_EXTENT, Region, check_settings, region, region_samples
+from owl2.data.sample import Sample
+from owl2.errors import InputError
+from owl2.json_records import (
     LeftOut,
     Row,
     as_row,
@@ -15,9 +18,6 @@ from owl2.data.datasets.published import (
     known_split,
     published_file,
 )
-from owl2.data.datasets.regions import NO_EXTENT, Region, check_settings, region, region_samples
-from owl2.data.sample import Sample
-from owl2.errors import InputError
 
 
 def refcoco(
@@ -33,7 +33,7 @@ def refcoco(
 ) -> Iterator[Sample | LeftOut]:
     """RefCOCO: for each thing one of its phrases, drawn by `seed`; see `regions` for the form.
 
-    Up to `most` things of a picture are one conversation, the others go on to further ones.
+    Up to `most` things of an image are one conversation, the others go on to further ones.
     `source` is the folder of one of the three data sets (`refcoco`, `refcoco+`, `refcocog`);
     RefCOCOg's file is `refs=refs(umd).p`.
 
@@ -44,7 +44,7 @@ def refcoco(
     wanted = known_split("refcoco", split, {"train": "train", "val": "val"})
     path = published_file(source, refs, "refs(unc).p")
     boxes = published_file(source, instances, "instances.json")
-    folder = coco_folder("train", coco)  # its validation pictures, too, are of train2014
+    folder = coco_folder("train", coco)  # its validation images, too, are of train2014
     things: dict[int, list[Region]] = {}
     for thing in _things(path, wanted, boxes, seed):
         if isinstance(thing, LeftOut):
@@ -53,16 +53,16 @@ def refcoco(
             number, found = thing
             things.setdefault(number, []).append(found)
     for number, regions in things.items():
-        picture = coco_picture(number, folder)
+        image = coco_image(number, folder)
         for start in range(0, len(regions), most):
             part = regions[start : start + most]
-            yield from region_samples(picture, part, direction, f"{path}, picture {picture}")
+            yield from region_samples(image, part, direction, f"{path}, image {image}")
 
 
 def _things(
     path: Path, split: str, boxes: Path, seed: int
 ) -> Iterator[tuple[int, Region] | LeftOut]:
-    """(number of the picture, region) for each thing of the split."""
+    """(number of the image, region) for each thing of the split."""
     content = json_object(boxes)
     sizes = {row.integer("id"): row.numbers("width", "height") for row in content.rows("images")}
     found = {row.integer("id"): row for row in content.rows("annotations")}
@@ -71,7 +71,7 @@ def _things(
             continue
         number, thing = row.integer("image_id"), row.integer("ann_id")
         if number not in sizes or thing not in found:
-            raise InputError(f"{row.where}: {boxes.name} lacks picture {number} or box {thing}.")
+            raise InputError(f"{row.where}: {boxes.name} lacks image {number} or box {thing}.")
         phrases = [phrase for each in row.rows("sentences") if (phrase := each.text("sent"))]
         if not phrases:
             yield LeftOut("things without a phrase")

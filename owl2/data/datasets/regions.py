@@ -1,7 +1,7 @@
-"""Regions of a picture in words: what is there, and where is that.
+"""Regions of an image in words: what is there, and where is that.
 
 The paper says "regions" only; this form is our choice. A box is `[left, top, right, bottom]`, each
-a share of the picture's own width or height with two decimals (a hundredth of 448 pixels is less
+a share of the image's own width or height with two decimals (a hundredth of 448 pixels is less
 than a third of a patch). With the image policy `resize` that is a place in the square that the
 model sees, so train regions with `resize`, not `pad`, and without crops and flips.
 """
@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from owl2.data.datasets.prompts import Pair, about_picture
-from owl2.data.datasets.published import LeftOut, check_most
-from owl2.data.names import look_up
+from owl2.data.datasets.prompts import Pair, about_image
 from owl2.data.sample import Sample
+from owl2.json_records import LeftOut, check_most
+from owl2.registry import look_up
 
 NO_EXTENT = LeftOut("regions without extent, or smaller than can be written")
 
@@ -23,7 +23,7 @@ LOCATE = 'Where in the image is "{phrase}"? Give the region as [left, top, right
 
 @dataclass(frozen=True)
 class Region:
-    """A phrase and the box it is about: left, top, right, bottom as shares of the picture."""
+    """A phrase and the box it is about: left, top, right, bottom as shares of the image."""
 
     phrase: str
     box: tuple[float, float, float, float]
@@ -33,7 +33,7 @@ def region(phrase: str, box: Sequence[float], size: Sequence[float]) -> Region |
     """`box`: left, top, width, height, and `size`: width, height, in pixels.
 
     A box that reaches over the edge ends at the edge. None for what cannot be written: no extent
-    after rounding, or nothing inside the picture.
+    after rounding, or nothing inside the image.
     """
     left, top, width, height = box
     if min(size) <= 0:
@@ -70,17 +70,17 @@ def check_settings(direction: object, most: object) -> None:
 
 
 def region_samples(
-    picture: str, given: Sequence[Region], direction: str, source: str
+    image: str, given: Sequence[Region], direction: str, source: str
 ) -> Iterator[Sample]:
-    """The regions of a picture in one conversation a direction.
+    """The regions of an image in one conversation a direction.
 
     With `both` they are two conversations, as each direction gives the other's answers away.
     """
     for way in DIRECTIONS[direction]:
         pairs = [way(each) for each in given]
-        yield Sample(about_picture(picture, pairs), f"{source}, {way.__name__}")
+        yield Sample(about_image(image, pairs), f"{source}, {way.__name__}")
 
 
-def shuffled(given: Sequence[Region], seed: int, picture: str) -> list[Region]:
-    """The regions in an order drawn by the seed and the picture."""
-    return Random(f"{seed}/{picture}").sample(given, len(given))
+def shuffled(given: Sequence[Region], seed: int, image: str) -> list[Region]:
+    """The regions in an order drawn by the seed and the image."""
+    return Random(f"{seed}/{image}").sample(given, len(given))

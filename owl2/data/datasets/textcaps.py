@@ -1,26 +1,26 @@
-"""TextCaps: captions that need reading what is written in the picture."""
+"""TextCaps: captions that need reading what is written in the image."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from owl2.data.datasets.coco import NO_WORDS, one_caption
-from owl2.data.datasets.published import (
+from owl2.data.sample import Sample
+from owl2.json_records import (
     LeftOut,
     json_object,
     known_split,
     published_file,
     require_split,
 )
-from owl2.data.sample import Sample
 
 
 def textcaps(
     source: Path, *, split: str = "train", file: str | None = None, seed: int = 0
 ) -> Iterator[Sample | LeftOut]:
-    """TextCaps: a picture with one of its captions, drawn by `seed` and the picture.
+    """TextCaps: an image with one of its captions, drawn by `seed` and the image.
 
     Reads `TextCaps_0.1_train.json` (`split=val`: `TextCaps_0.1_val.json`), where each row is a
-    caption. Pictures of both are in `train_images/` (the archive `train_val_images.zip`).
+    caption. Images of both are in `train_images/` (the archive `train_val_images.zip`).
 
     Raises:
         InputError: a file that is not as published, or of the test split.
@@ -36,6 +36,6 @@ def textcaps(
             captions.append(caption)
         else:
             yield NO_WORDS
-    for picture, captions in references.items():
+    for image, captions in references.items():
         if captions:
-            yield from one_caption(picture, captions, path, seed)
+            yield from one_caption(image, captions, path, seed)

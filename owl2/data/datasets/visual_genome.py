@@ -1,10 +1,9 @@
-"""Visual Genome: phrases for regions of a picture, some fifty a picture."""
+"""Visual Genome: phrases for regions of an image, some fifty an image."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from owl2.data.datasets.published import LeftOut, Row, json_rows, published_file
 from owl2.data.datasets.regions import (
     NO_EXTENT,
     Region,
@@ -15,8 +14,9 @@ from owl2.data.datasets.regions import (
 )
 from owl2.data.sample import Sample
 from owl2.errors import InputError
+from owl2.json_records import LeftOut, Row, json_rows, published_file
 
-Pictures = dict[int, tuple[str, tuple[float, ...]]]
+Images = dict[int, tuple[str, tuple[float, ...]]]
 
 
 def visual_genome(
@@ -25,26 +25,26 @@ def visual_genome(
     direction: str = "both",
     most: int = 10,
     regions: str | None = None,
-    pictures: str | None = None,
+    images: str | None = None,
     seed: int = 0,
 ) -> Iterator[Sample | LeftOut]:
-    """Visual Genome: `most` regions a picture, drawn by `seed`; see `regions` for the form.
+    """Visual Genome: `most` regions an image, drawn by `seed`; see `regions` for the form.
 
-    Reads `region_descriptions.json` and `image_data.json`. Pictures are in `VG_100K/` and
-    `VG_100K_2/`, as in their URLs. It has no splits, and shares pictures with COCO's.
+    Reads `region_descriptions.json` and `image_data.json`. Images are in `VG_100K/` and
+    `VG_100K_2/`, as in their URLs. It has no splits, and shares images with COCO's.
 
     Raises:
         InputError: a file that is not as published.
     """
     check_settings(direction, most)
     path = published_file(source, regions, "region_descriptions.json")
-    known = _pictures(published_file(source, pictures, "image_data.json"))
+    known = _images(published_file(source, images, "image_data.json"))
     for row in json_rows(path):
-        yield from _picture(row, known, direction, most, seed)
+        yield from _image(row, known, direction, most, seed)
 
 
-def _pictures(path: Path) -> Pictures:
-    found: Pictures = {}
+def _images(path: Path) -> Images:
+    found: Images = {}
     for row in json_rows(path):
         url = row.text("url")
         parts = PurePosixPath(urlsplit(url).path).parts
@@ -54,13 +54,13 @@ def _pictures(path: Path) -> Pictures:
     return found
 
 
-def _picture(
-    row: Row, known: Pictures, direction: str, most: int, seed: int
+def _image(
+    row: Row, known: Images, direction: str, most: int, seed: int
 ) -> Iterator[Sample | LeftOut]:
     number = row.integer("id")
     if number not in known:
-        raise InputError(f"{row.where}: picture {number} is not in the file of pictures.")
-    picture, size = known[number]
+        raise InputError(f"{row.where}: image {number} is not in the file of images.")
+    image, size = known[number]
     found: list[Region] = []
     for each in row.rows("regions"):
         phrase = each.text("phrase")
@@ -71,10 +71,10 @@ def _picture(
             yield NO_EXTENT
         else:
             found.append(here)
-    drawn = shuffled(found, seed, picture)[:most]
+    drawn = shuffled(found, seed, image)[:most]
     if len(found) > most:
-        yield LeftOut(f"regions beyond {most} of a picture", len(found) - most)
+        yield LeftOut(f"regions beyond {most} of an image", len(found) - most)
     if drawn:
-        yield from region_samples(picture, drawn, direction, row.where)
+        yield from region_samples(image, drawn, direction, row.where)
     else:
-        yield LeftOut("pictures without a region that can be used")
+        yield LeftOut("images without a region that can be used")

@@ -1,4 +1,4 @@
-"""VQAv2 and OK-VQA: questions about COCO's pictures, with ten people's answers each.
+"""VQAv2 and OK-VQA: questions about COCO's images, with ten people's answers each.
 
 Both come as a file of questions and a file of annotations, joined by `question_id`.
 """
@@ -6,10 +6,12 @@ Both come as a file of questions and a file of annotations, joined by `question_
 from collections.abc import Iterator
 from pathlib import Path
 
-from owl2.data.datasets.coco import coco_folder, coco_picture
-from owl2.data.datasets.joined import joined, most_agreed
+from owl2.data.datasets.coco import coco_folder, coco_image
+from owl2.data.datasets.group_by_image import joined, most_agreed
 from owl2.data.datasets.prompts import Pair, short_question
-from owl2.data.datasets.published import (
+from owl2.data.sample import Sample
+from owl2.errors import InputError
+from owl2.json_records import (
     LeftOut,
     Row,
     json_object,
@@ -17,8 +19,6 @@ from owl2.data.datasets.published import (
     published_file,
     require_split,
 )
-from owl2.data.sample import Sample
-from owl2.errors import InputError
 
 
 def vqav2(
@@ -30,11 +30,11 @@ def vqav2(
     questions: str | None = None,
     annotations: str | None = None,
 ) -> Iterator[Sample | LeftOut]:
-    """VQAv2: the most agreed answer; the questions about a picture are one conversation.
+    """VQAv2: the most agreed answer; the questions about an image are one conversation.
 
     Reads `v2_OpenEnded_mscoco_train2014_questions.json` and `v2_mscoco_train2014_annotations.json`
-    (`split=val`: of val2014). `coco`: the year of the picture archives at hand, 2014 or 2017.
-    `most`: of the questions in a conversation; default: all about the picture.
+    (`split=val`: of val2014). `coco`: the year of the image archives at hand, 2014 or 2017.
+    `most`: of the questions in a conversation; default: all about the image.
 
     Raises:
         InputError: a file that is not as published; files that do not belong together; a test file.
@@ -78,8 +78,8 @@ def _pairs(asked: Path, answered: Path, subtype: str, folder: str) -> Iterator[t
                 "the two files must be of the same split."
             )
         question = short_question(row.text("question"))
-        picture = coco_picture(row.integer("image_id"), folder)
-        yield picture, (question, answers.pop(number))
+        image = coco_image(row.integer("image_id"), folder)
+        yield image, (question, answers.pop(number))
     if answers:
         raise InputError(
             f"{answered} answers {len(answers)} questions that {asked.name} does not ask; "

@@ -1,7 +1,7 @@
 """How answers are scored. A metric has a version, which a change of what it accepts raises.
 
 A metric sees all answers of a task at once, as some are of the whole (CIDEr, F1, pairs); it never
-sees pictures, and needs no model. Those here follow the benchmark's own definition; where the
+sees images, and needs no model. Those here follow the benchmark's own definition; where the
 suites differ from it, the module says so.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 Each = float | None  # 0 … 1, or None where nobody has judged it yet
 

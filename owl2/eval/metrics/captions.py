@@ -1,12 +1,12 @@
-"""CIDEr: how much of a caption several people's captions of the same picture share.
+"""CIDEr: how much of a caption several people's captions of the same image share.
 
 pycocoevalcap computes it from words that the Penn Treebank's tokeniser of Stanford CoreNLP made;
 both are as in COCO's own evaluation. The tokeniser needs java. Without it ours stands in, which
 agrees on plain sentences; `results.json` says which of the two it was. The figure is told as papers
 tell it, a hundred times pycocoevalcap's.
 
-A phrase weighs the more, the fewer of the *evaluated* pictures have it in their references: the
-CIDEr of a part of a benchmark says nothing about the whole, and that of one picture is 0.
+A phrase weighs the more, the fewer of the *evaluated* images have it in their references: the
+CIDEr of a part of a benchmark says nothing about the whole, and that of one image is 0.
 """
 
 import re
@@ -18,7 +18,7 @@ from importlib.util import find_spec
 
 from owl2.errors import InputError
 from owl2.eval.metrics import Metric, Scores
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 PTB = "PTBTokenizer, Stanford CoreNLP 3.4.1"
 STAND_IN = "ours, close to PTBTokenizer, as there is no java"
@@ -36,7 +36,7 @@ def check_installed() -> None:
         InputError: pycocoevalcap is not there.
     """
     if find_spec("pycocoevalcap") is None:
-        raise InputError("CIDEr needs the package pycocoevalcap: pip install 'mplug-owl2[eval]'.")
+        raise InputError("CIDEr needs the package pycocoevalcap: pip install 'owl2-vlm[eval]'.")
 
 
 def _score(answers: Sequence[Answer]) -> Scores:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from owl2.data.datasets.prompts import LETTERS
 from owl2.eval.metrics import Metric, Scores, mean
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 # "A" and "I" are words too: as letters they end what is said, or a sign or a reason follows.
 _LETTER = (

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from owl2.eval.metrics import Metric, Scores, mean
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 
 def normalise(answer: str) -> str:

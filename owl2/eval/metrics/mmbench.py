@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from owl2.eval.metrics import Metric, Scores, mean
 from owl2.eval.metrics.choices import right_letters
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 
 def _score(answers: Sequence[Answer]) -> Scores:

@@ -1,7 +1,7 @@
 """MME's score: of each category, accuracy and accuracy+, in percent and summed (arXiv:2306.13394).
 
-Every picture has two questions, one to be answered yes and one no. Accuracy is the share of right
-answers, accuracy+ the share of pictures with both right; a category is worth up to 200 points. The
+Every image has two questions, one to be answered yes and one no. Accuracy is the share of right
+answers, accuracy+ the share of images with both right; a category is worth up to 200 points. The
 figures of one category alone are those of its kind of questions.
 """
 
@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 from owl2.eval.metrics import Metric, Scores, mean
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 PERCEPTION = (
     "existence",
@@ -50,10 +50,10 @@ def _score(answers: Sequence[Answer]) -> Scores:
     categories: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for answer, score in zip(answers, right, strict=True):
         facts = answer.question.facts
-        categories[facts["category"]][facts["picture"]].append(score)
-    points = {name: sum(_shares(pictures.values())) for name, pictures in categories.items()}
+        categories[facts["category"]][facts["image"]].append(score)
+    points = {name: sum(_shares(images.values())) for name, images in categories.items()}
     accuracy, accuracy_plus = _shares(
-        [scores for pictures in categories.values() for scores in pictures.values()]
+        [scores for images in categories.values() for scores in images.values()]
     )
     metrics = {}
     for half, names in (("perception", PERCEPTION), ("cognition", COGNITION)):
@@ -64,10 +64,10 @@ def _score(answers: Sequence[Answer]) -> Scores:
     return Scores(metrics, list(right))
 
 
-def _shares(pictures: Collection[Sequence[float]]) -> tuple[float, float]:
-    """Accuracy and accuracy+ in percent; a picture with one question alone has no accuracy+."""
-    both = [float(all(scores)) for scores in pictures if len(scores) > 1]
-    return 100 * mean([score for scores in pictures for score in scores]), 100 * mean(both)
+def _shares(images: Collection[Sequence[float]]) -> tuple[float, float]:
+    """Accuracy and accuracy+ in percent; an image with one question alone has no accuracy+."""
+    both = [float(all(scores)) for scores in images if len(scores) > 1]
+    return 100 * mean([score for scores in images for score in scores]), 100 * mean(both)
 
 
 MME = Metric("mme", "1", "perception", _score)

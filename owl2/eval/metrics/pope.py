@@ -7,7 +7,7 @@ right answers.
 from collections.abc import Sequence
 
 from owl2.eval.metrics import Metric, Scores
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 
 def says_yes(text: str) -> bool:

@@ -1,10 +1,10 @@
-"""SEED-Bench: the right letters, of all questions and of those on pictures and on videos alone."""
+"""SEED-Bench: the right letters, of all questions and of those on images and on videos alone."""
 
 from collections.abc import Sequence
 
 from owl2.eval.metrics import Metric, Scores, mean
 from owl2.eval.metrics.choices import LETTER
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 
 def _score(answers: Sequence[Answer]) -> Scores:

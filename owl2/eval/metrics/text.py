@@ -1,6 +1,6 @@
 """The text benchmarks: what lm-eval made of each answer, over all of them; and ROUGE.
 
-lm-eval's scores are in a question's facts (`owl2.eval.suites.text_tasks`). A group such as MMLU is
+lm-eval's scores are in a question's facts (`adapters.text_tasks`). A group such as MMLU is
 the mean over all its questions, as lm-eval weighs its parts by their sizes.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from owl2.errors import InputError
 from owl2.eval.metrics import Metric, Scores, mean
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 
 def _suite(main: str) -> Metric:
@@ -39,7 +39,7 @@ def _rouge(answers: Sequence[Answer]) -> Scores:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ModuleNotFoundError as error:
-        raise InputError("ROUGE needs rouge-score: pip install 'mplug-owl2[eval]'") from error
+        raise InputError("ROUGE needs rouge-score: pip install 'owl2-vlm[eval]'") from error
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, use_stemmer=True)
     found = [scorer.score_multi(list(answer.question.expected), answer.text) for answer in answers]

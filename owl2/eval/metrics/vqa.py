@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from owl2.eval.metrics import Metric, Scores, mean
-from owl2.eval.questions import Answer
+from owl2.eval.samples import Answer
 
 _SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,+\d")

@@ -1,7 +1,7 @@
 """Benchmarks in the format in which they are published → questions. A module a family.
 
 A reader is a function of a `Source`. It yields Questions, and a Broken for a row that cannot be
-asked; for a file that is missing it raises `MissingData`. It opens no picture.
+asked; for a file that is missing it raises `MissingData`. It opens no image.
 """
 
 import json
@@ -11,9 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from owl2.data.datasets.published import Row, as_row
 from owl2.errors import InputError
-from owl2.eval.questions import Broken, Question
+from owl2.eval.samples import Broken, Question
+from owl2.json_records import Row, as_row
 
 
 class MissingData(InputError):
@@ -26,7 +26,7 @@ class Source:
 
     Attributes:
         folders: to look into, in this order: the benchmark's own, then the one that several share
-            (COCO's pictures).
+            (COCO's images).
         prompt: with ``{question}`` in it; readers of captions take it as it is.
         options: the recipe's, such as a split.
         advice: where to get it, and under which licence, for `MissingData`.
@@ -69,8 +69,8 @@ class Source:
                 return path.relative_to(folder).as_posix()
         return path.name
 
-    def picture(self, *names: str) -> Path | None:
-        """The first of these names that is there; None: no such picture."""
+    def image(self, *names: str) -> Path | None:
+        """The first of these names that is there; None: no such image."""
         for folder in self.folders:
             for name in names:
                 if (folder / name).exists():
@@ -164,12 +164,12 @@ def sorted_out(items: Iterable[Question | Broken]) -> tuple[list[Question], list
     return questions, broken
 
 
-def with_picture(path: Path, words: str) -> list[dict[str, Any]]:
-    """A user's turn: the picture, then the words, nothing between (SPEC 1.5)."""
-    return with_pictures([path], words)
+def with_image(path: Path, words: str) -> list[dict[str, Any]]:
+    """A user's turn: the image, then the words, nothing between (SPEC 1.5)."""
+    return with_images([path], words)
 
 
-def with_pictures(paths: Iterable[Path], words: str) -> list[dict[str, Any]]:
-    """A user's turn with several pictures or frames in order."""
+def with_images(paths: Iterable[Path], words: str) -> list[dict[str, Any]]:
+    """A user's turn with several images or frames in order."""
     parts: Iterator[dict[str, Any]] = ({"type": "image", "path": str(path)} for path in paths)
     return [{"role": "user", "content": [*parts, {"type": "text", "text": words}]}]

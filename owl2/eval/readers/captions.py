@@ -1,21 +1,21 @@
 """Captions of COCO and Flickr30K, in the splits of Karpathy and Fei-Fei (2015).
 
 Each is one file ``{"images": [{"filename", "imgid", "split", "sentences": [{"raw"}, ...]}, ...]}``;
-COCO's also says which archive a picture is in (`filepath`) and its number there (`cocoid`).
+COCO's also says which archive an image is in (`filepath`) and its number there (`cocoid`).
 """
 
 from collections.abc import Iterator
 
 from owl2.data.datasets.prompts import CAPTION_PROMPT
-from owl2.data.datasets.published import Row, json_object
 from owl2.errors import InputError
 from owl2.eval.metrics.captions import check_installed
-from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, each, with_picture
+from owl2.eval.readers import Source, each, with_image
+from owl2.eval.samples import Broken, Question
+from owl2.json_records import Row, json_object
 
 
 def coco(source: Source) -> Iterator[Question | Broken]:
-    """5,000 pictures of val2014; ids are COCO's numbers. Option `split`: default "test".
+    """5,000 images of val2014; ids are COCO's numbers. Option `split`: default "test".
 
     Raises:
         MissingData: no `dataset_coco.json`.
@@ -31,7 +31,7 @@ def coco(source: Source) -> Iterator[Question | Broken]:
 
 
 def flickr30k(source: Source) -> Iterator[Question | Broken]:
-    """1,000 pictures; ids are their file names. Option `split`: default "test".
+    """1,000 images; ids are their file names. Option `split`: default "test".
 
     Raises:
         MissingData: no `dataset_flickr30k.json`.
@@ -53,16 +53,16 @@ def _rows(source: Source, name: str) -> list[Row]:
     content = json_object(path)
     rows = [row for row in content.rows("images") if row.value.get("split") == split]
     if not rows:
-        raise InputError(f"{content.where} has no picture of the split {split!r}.")
+        raise InputError(f"{content.where} has no image of the split {split!r}.")
     return rows
 
 
-def _question(source: Source, row: Row, number: str, *pictures: str) -> Question | Broken:
+def _question(source: Source, row: Row, number: str, *images: str) -> Question | Broken:
     references = tuple(filter(None, (sentence.text("raw") for sentence in row.rows("sentences"))))
     if not references:
         return Broken(number, "nobody's caption is there to compare with")
-    picture = source.picture(*pictures)
-    if picture is None:
-        return Broken(number, f"the picture {pictures[0]} is not there")
+    image = source.image(*images)
+    if image is None:
+        return Broken(number, f"the image {images[0]} is not there")
     words = source.ask(CAPTION_PROMPT)
-    return Question(number, words, with_picture(picture, words), references)
+    return Question(number, words, with_image(image, words), references)

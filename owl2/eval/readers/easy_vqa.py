@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from owl2.data.datasets import load_dataset
 from owl2.data.datasets.easy_vqa import COLOURS, SHAPES, SHORT_PROMPT
-from owl2.eval.questions import Question
 from owl2.eval.readers import Source
+from owl2.eval.samples import Question
 
 
 def easy_vqa(source: Source) -> Iterator[Question]:

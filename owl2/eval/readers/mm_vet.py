@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from owl2.data.datasets.published import Row, json_entries
-from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, each, with_picture
+from owl2.eval.readers import Source, each, with_image
+from owl2.eval.samples import Broken, Question
+from owl2.json_records import Row, json_entries
 
 
 def mm_vet(source: Source) -> Iterator[Question | Broken]:
@@ -21,8 +21,8 @@ def mm_vet(source: Source) -> Iterator[Question | Broken]:
 
 def _question(source: Source, identity: str, row: Row) -> Question | Broken:
     name, words = row.text("imagename"), row.text("question")
-    picture = source.picture(f"images/{name}")
-    if picture is None:
-        return Broken(identity, f"the picture {name} is not there")
+    image = source.image(f"images/{name}")
+    if image is None:
+        return Broken(identity, f"the image {name} is not there")
     facts = {"reference": row.text("answer"), "capabilities": row.texts("capability")}
-    return Question(identity, words, with_picture(picture, source.ask(words)), (), facts=facts)
+    return Question(identity, words, with_image(image, source.ask(words)), (), facts=facts)

@@ -1,4 +1,4 @@
-"""MMBench: one TSV with the pictures in it, in base64 (arXiv:2307.06281).
+"""MMBench: one TSV with the images in it, in base64 (arXiv:2307.06281).
 
 A question comes once for each of its options, which move on by one place each time; index, and so
 id, of the later rounds is the first one's plus a multiple of 1,000,000. A file without such rounds
@@ -12,14 +12,14 @@ from pathlib import Path
 from owl2.data.datasets.prompts import LETTERS
 from owl2.errors import InputError
 from owl2.eval.metrics.choices import listed
-from owl2.eval.questions import Broken, Question
 from owl2.eval.readers import Source
+from owl2.eval.samples import Broken, Question
 
 ROUND = 1_000_000
 FILES = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN.tsv")
 COLUMNS = ("index", "question", "A", "B", "answer", "image")
-LARGEST_FIELD = 2**30  # csv's own limit is less than a picture
-SHORTEST_PICTURE = 64  # characters of base64; less is the index of the row that has the picture
+LARGEST_FIELD = 2**30  # csv's own limit is less than an image
+SHORTEST_IMAGE = 64  # characters of base64; less is the index of the row that has the image
 
 Cells = dict[str, str]
 
@@ -44,23 +44,23 @@ def mmbench(source: Source) -> Iterator[Question | Broken]:
         raise InputError(f"{broken[0].reason}.")
     yield from broken
     rows.sort(key=lambda row: divmod(int(row["index"]), ROUND)[::-1])
-    pictures = {row["index"]: row["image"] for row in rows if len(row["image"]) >= SHORTEST_PICTURE}
+    images = {row["index"]: row["image"] for row in rows if len(row["image"]) >= SHORTEST_IMAGE}
     has_rounds = any(int(row["index"]) >= ROUND for row in rows)
     for row in rows:
         index = int(row["index"])
         options = _options(row)
         place = LETTERS.index(_cell(row, "answer"))
         first = str(index % ROUND)
-        picture = pictures.get(row["index"]) or pictures.get(row["image"]) or pictures.get(first)
+        image = images.get(row["index"]) or images.get(row["image"]) or images.get(first)
         for number in range(1 if has_rounds else len(options)):
             identity = str(index + number * ROUND)
-            if picture is None:
-                yield Broken(identity, "there is no picture in its row, nor in the first round's")
+            if image is None:
+                yield Broken(identity, "there is no image in its row, nor in the first round's")
                 continue
             turned = options[number:] + options[:number]
             words = "\n".join(filter(None, [_cell(row, "hint"), row["question"].strip()]))
             asked = source.ask(listed(words, turned))
-            parts = [{"type": "image", "base64": picture}, {"type": "text", "text": asked}]
+            parts = [{"type": "image", "base64": image}, {"type": "text", "text": asked}]
             yield Question(
                 identity,
                 listed(words, turned),

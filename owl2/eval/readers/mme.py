@@ -1,6 +1,6 @@
-"""MME: folders by category, a text a picture with its two questions (arXiv:2306.13394).
+"""MME: folders by category, a text an image with its two questions (arXiv:2306.13394).
 
-Text and picture stand side by side, or in ``questions_answers_YN/`` and ``images/``. A text's
+Text and image stand side by side, or in ``questions_answers_YN/`` and ``images/``. A text's
 lines are a question and its answer, Yes or No, with a tab between.
 """
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from owl2.errors import InputError
 from owl2.eval.metrics.mme import COGNITION, PERCEPTION
-from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, with_picture
+from owl2.eval.readers import Source, with_image
+from owl2.eval.samples import Broken, Question
 
 TEXTS = "questions_answers_YN"
 REQUEST = "Please answer yes or no."  # the recipe's prompt has its own
@@ -34,25 +34,25 @@ def mme(source: Source) -> Iterator[Question | Broken]:
 
 
 def _questions(source: Source, category: str, text: Path) -> Iterator[Question | Broken]:
-    """The two of a picture. Raises `InputError`: a text that is no such pair of lines."""
-    picture = _picture_of(text)
+    """The two of an image. Raises `InputError`: a text that is no such pair of lines."""
+    image = _image_of(text)
     for number, (words, answer) in enumerate(_lines(text), start=1):
         identity = f"{category}/{text.stem}#{number}"
-        if picture is None:
-            yield Broken(identity, f"the picture of {text} is not there")
+        if image is None:
+            yield Broken(identity, f"the image of {text} is not there")
             continue
         bare = words.removesuffix(REQUEST).rstrip()
         yield Question(
             identity,
             bare,
-            with_picture(picture, source.ask(bare)),
+            with_image(image, source.ask(bare)),
             (answer,),
             kind=category,
-            facts={"category": category, "picture": text.stem},
+            facts={"category": category, "image": text.stem},
         )
 
 
-def _picture_of(text: Path) -> Path | None:
+def _image_of(text: Path) -> Path | None:
     beside = text.parent.parent / "images" if text.parent.name == TEXTS else text.parent
     names = (f"{text.stem}{suffix}" for suffix in (".jpg", ".png", ".jpeg"))
     return next((beside / name for name in names if (beside / name).exists()), None)

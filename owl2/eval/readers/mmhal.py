@@ -1,6 +1,6 @@
 """MMHal-Bench: 96 questions that invite hallucination (arXiv:2309.14525).
 
-The published file names the pictures by their addresses; here they are files in ``images/``, by
+The published file names the images by their addresses; here they are files in ``images/``, by
 the last part of the address.
 """
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from owl2.data.datasets.published import Row, json_rows
-from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, each, with_picture
+from owl2.eval.readers import Source, each, with_image
+from owl2.eval.samples import Broken, Question
+from owl2.json_records import Row, json_rows
 
 
 def mmhal(source: Source) -> Iterator[Question | Broken]:
@@ -27,14 +27,14 @@ def mmhal(source: Source) -> Iterator[Question | Broken]:
 def _question(source: Source, identity: str, row: Row) -> Question | Broken:
     address, words = row.text("image_src"), row.text("question")
     name = PurePosixPath(urlsplit(address).path).name
-    picture = source.picture(f"images/{name}")
-    if picture is None:
-        return Broken(identity, f"the picture images/{name} is not there; get it from {address}")
+    image = source.image(f"images/{name}")
+    if image is None:
+        return Broken(identity, f"the image images/{name} is not there; get it from {address}")
     facts = {"reference": row.text("gt_answer"), "content": ", ".join(row.texts("image_content"))}
     return Question(
         identity,
         words,
-        with_picture(picture, source.ask(words)),
+        with_image(image, source.ask(words)),
         (),
         kind=row.text("question_type"),
         facts=facts,

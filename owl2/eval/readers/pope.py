@@ -1,10 +1,10 @@
-"""POPE: is such a thing in the picture? 3,000 questions a split, on COCO (arXiv:2305.10355)."""
+"""POPE: is such a thing in the image? 3,000 questions a split, on COCO (arXiv:2305.10355)."""
 
 from collections.abc import Iterator
 
-from owl2.data.datasets.published import Row
-from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, each, lines, with_picture
+from owl2.eval.readers import Source, each, lines, with_image
+from owl2.eval.samples import Broken, Question
+from owl2.json_records import Row
 
 
 def pope(source: Source) -> Iterator[Question | Broken]:
@@ -22,9 +22,9 @@ def pope(source: Source) -> Iterator[Question | Broken]:
 def _question(source: Source, row: Row) -> Question | Broken:
     identity = str(row.integer("question_id"))
     words, label = row.text("text"), row.text("label").lower()
-    picture = source.picture(f"val2014/{row.text('image')}")
-    if picture is None:
-        return Broken(identity, f"the picture {row.text('image')} is not there")
+    image = source.image(f"val2014/{row.text('image')}")
+    if image is None:
+        return Broken(identity, f"the image {row.text('image')} is not there")
     if label not in ("yes", "no"):
         return Broken(identity, f"its label is {label!r:.40}, not yes or no")
-    return Question(identity, words, with_picture(picture, source.ask(words)), (label,))
+    return Question(identity, words, with_image(image, source.ask(words)), (label,))

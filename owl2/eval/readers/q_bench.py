@@ -1,12 +1,12 @@
-"""Q-Bench's first task, LLVisionQA: questions on a picture's quality (arXiv:2309.14181)."""
+"""Q-Bench's first task, LLVisionQA: questions on an image's quality (arXiv:2309.14181)."""
 
 from collections.abc import Iterator
 
 from owl2.data.datasets.prompts import LETTERS
-from owl2.data.datasets.published import Row, json_rows
 from owl2.eval.metrics.choices import listed
-from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, each, with_picture
+from owl2.eval.readers import Source, each, with_image
+from owl2.eval.samples import Broken, Question
+from owl2.json_records import Row, json_rows
 
 TYPES = ("yes or no", "what", "how")
 
@@ -24,9 +24,9 @@ def q_bench(source: Source) -> Iterator[Question | Broken]:
 
 def _question(source: Source, identity: str, row: Row) -> Question | Broken:
     name, options, answer = row.text("img_path"), row.texts("candidates"), row.text("correct_ans")
-    picture = source.picture(f"images/{name}")
-    if picture is None:
-        return Broken(identity, f"the picture images/{name} is not there")
+    image = source.image(f"images/{name}")
+    if image is None:
+        return Broken(identity, f"the image images/{name} is not there")
     if answer not in options:
         return Broken(identity, f"its answer {answer!r:.60} is none of its options")
     words = listed(row.text("question"), options)
@@ -34,7 +34,7 @@ def _question(source: Source, identity: str, row: Row) -> Question | Broken:
     return Question(
         identity,
         words,
-        with_picture(picture, source.ask(words)),
+        with_image(image, source.ask(words)),
         (LETTERS[options.index(answer)],),
         kind=TYPES[kind] if kind in range(len(TYPES)) else str(kind),
         facts={"options": options},

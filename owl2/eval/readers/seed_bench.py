@@ -1,15 +1,15 @@
-"""SEED-Bench: 14,233 questions on pictures and 3,757 on videos, four options (arXiv:2307.16125)."""
+"""SEED-Bench: 14,233 questions on images and 3,757 on videos, four options (arXiv:2307.16125)."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from owl2.data.datasets.published import Row, json_object
 from owl2.errors import InputError
 from owl2.eval.metrics.choices import listed
-from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, each, with_picture
+from owl2.eval.readers import Source, each, with_image
 from owl2.eval.readers.video import with_video
+from owl2.eval.samples import Broken, Question
+from owl2.json_records import Row, json_object
 
 OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
 
@@ -17,7 +17,7 @@ OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
 def seed_bench(source: Source) -> Iterator[Question | Broken]:
     """Ids are the published ones; kinds are the twelve types of questions.
 
-    Pictures are in ``SEED-Bench-image/``; videos, or folders with their frames, in
+    Images are in ``SEED-Bench-image/``; videos, or folders with their frames, in
     ``SEED-Bench-video/``. The option `frames`: so many of a video, from the part that the question
     is about.
 
@@ -58,9 +58,9 @@ def _question(source: Source, row: Row, kind: str) -> Question | Broken:
 def _messages(source: Source, row: Row, media: str, words: str) -> list[dict[str, Any]] | None:
     name = row.text("data_id")
     if media == "image":
-        picture = source.picture(f"SEED-Bench-image/{name}")
-        return None if picture is None else with_picture(picture, words)
-    video = source.picture(f"SEED-Bench-video/{name}", f"SEED-Bench-video/{Path(name).stem}")
+        image = source.image(f"SEED-Bench-image/{name}")
+        return None if image is None else with_image(image, words)
+    video = source.image(f"SEED-Bench-video/{name}", f"SEED-Bench-video/{Path(name).stem}")
     segment = row.value.get("segment")
     part = (float(segment[0]), float(segment[1])) if segment else None
     return with_video(video, source.options["frames"], words, part)

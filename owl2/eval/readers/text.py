@@ -1,7 +1,7 @@
 """The text benchmarks as published → questions whose facts are rows in the hub's columns.
 
-lm-eval's tasks read those columns (`owl2.eval.suites.text_tasks`): a question's words here are the
-bare ones, and lm-eval writes the prompt. XSum alone is asked like a question on a picture.
+lm-eval's tasks read those columns (`adapters.text_tasks`): a question's words here are the
+bare ones, and lm-eval writes the prompt. XSum alone is asked like a question on an image.
 """
 
 import csv
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from owl2.data.datasets.published import Row, json_object
 from owl2.errors import InputError
-from owl2.eval.questions import Broken, Question
 from owl2.eval.readers import Source, each, lines
+from owl2.eval.samples import Broken, Question
+from owl2.json_records import Row, json_object
 
 LETTERS = "ABCDEFG"
 
@@ -253,7 +253,7 @@ def _xsum(source: Source, number: int, row: Row) -> Question | Broken:
 def _xsum_files(source: Source, path: Path) -> Iterator[Row | Broken]:
     """As rows of the lines of JSON."""
     for identity in json_object(path).texts("test"):
-        file = source.picture(f"bbc-summary-data/{identity}.summary")
+        file = source.image(f"bbc-summary-data/{identity}.summary")
         try:
             parts = {} if file is None else _xsum_parts(_text(file))
         except InputError as error:

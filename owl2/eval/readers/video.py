@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from owl2.data.datasets.published import Row, json_rows
 from owl2.errors import InputError
-from owl2.eval.questions import Broken, Question
 from owl2.eval.readers import Source, each
+from owl2.eval.samples import Broken, Question
 from owl2.eval.video import Segment, frames_of
+from owl2.json_records import Row, json_rows
 
 ASKED_BY = ("what", "who", "how", "when", "where")  # the kinds of MSRVTT-QA and MSVD-QA
 TGIF_KINDS = {"0": "object", "1": "number", "2": "colour", "3": "location"}
@@ -85,7 +85,7 @@ def with_video(
 
 
 def _find(source: Source, place: str, name: str, suffix: str) -> Path | None:
-    return source.picture(f"frames/{name}", f"{place}/{name}", f"{place}/{name}{suffix}")
+    return source.image(f"frames/{name}", f"{place}/{name}", f"{place}/{name}{suffix}")
 
 
 def _question(

@@ -6,17 +6,17 @@ All but GQA have the answers of ten people each.
 from collections.abc import Iterator
 from pathlib import Path
 
-from owl2.data.datasets.coco import coco_picture
-from owl2.data.datasets.published import (
+from owl2.data.datasets.coco import coco_image
+from owl2.errors import InputError
+from owl2.eval.readers import Source, each, with_image
+from owl2.eval.samples import Broken, Question
+from owl2.json_records import (
     Row,
     json_entries,
     json_object,
     json_rows,
     require_split,
 )
-from owl2.errors import InputError
-from owl2.eval.questions import Broken, Question
-from owl2.eval.readers import Source, each, with_picture
 
 COCO = "val2014"
 
@@ -69,7 +69,7 @@ def gqa(source: Source) -> Iterator[Question | Broken]:
 
 
 def vizwiz(source: Source) -> Iterator[Question | Broken]:
-    """4,319 questions of blind people about photographs of theirs (val); ids are the pictures.
+    """4,319 questions of blind people about photographs of theirs (val); ids are the images.
 
     The kind is yes/no, number, other or unanswerable.
 
@@ -89,7 +89,7 @@ def vizwiz(source: Source) -> Iterator[Question | Broken]:
 
 
 def textvqa(source: Source) -> Iterator[Question | Broken]:
-    """5,000 questions about what is written in pictures (val); OCR's tokens are not shown.
+    """5,000 questions about what is written in images (val); OCR's tokens are not shown.
 
     Raises:
         MissingData: no `TextVQA_0.5.1_val.json`.
@@ -136,7 +136,7 @@ def _about_coco(
             )
         code = as_text(given[number].value, kind)
         answers = [person.text("answer") for person in given[number].rows("answers")]
-        path = coco_picture(row.integer("image_id"), COCO)
+        path = coco_image(row.integer("image_id"), COCO)
         places = (path, f"images/{path}", path.removeprefix(f"{COCO}/"))
         return _question(source, row, str(number), answers, as_text(names, code) or code, *places)
 
@@ -144,13 +144,13 @@ def _about_coco(
 
 
 def _question(
-    source: Source, row: Row, number: str, answers: list[str], kind: str, *pictures: str
+    source: Source, row: Row, number: str, answers: list[str], kind: str, *images: str
 ) -> Question | Broken:
     text = row.text("question")
     expected = tuple(answers)
     if not text or not any(expected):
         return Broken(number, "there is no question" if not text else "nobody's answer is there")
-    picture = source.picture(*pictures)
-    if picture is None:
-        return Broken(number, f"the picture {pictures[0]} is not there")
-    return Question(number, text, with_picture(picture, source.ask(text)), expected, kind)
+    image = source.image(*images)
+    if image is None:
+        return Broken(number, f"the image {images[0]} is not there")
+    return Question(number, text, with_image(image, source.ask(text)), expected, kind)

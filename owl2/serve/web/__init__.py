@@ -1,9 +1,9 @@
-"""The web page: ask about pictures in a browser, and see where the model looked.
+"""The web page: ask about images in a browser, and see where the model looked.
 
 ::
 
     mounting ──► page (what stands where) ──► asking ──► Desk ──► engine
-                                          └─► looked ──► owl2.study
+                                          └─► looked ──► owl2.attention
 
 All words are in `texts`; how it looks is in `page.css`, what the browser does in `page.js`.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from owl2.serve.web.examples import read_examples
-    from owl2.serve.web.mounting import mount
+    from owl2.serve.web.mount import mount
     from owl2.serve.web.page import make_page
 
 _ROOMS = {"make_page": "page", "mount": "mounting", "read_examples": "examples"}

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from owl2.inference.chat import user_turn
-from owl2.processing.chat import Message
+from owl2.engine.chat_session import user_turn
+from owl2.processing.chat_template import Message
 
 WAITING = "<span class='waiting'>● ● ●</span>"
 
@@ -20,14 +20,14 @@ class Turn:
     """A question and its answer, as far as it is there.
 
     Attributes:
-        files: the pictures as they were uploaded, for showing.
-        pictures: the same for the model; not opened before the answer begins.
+        files: the images as they were uploaded, for showing.
+        images: the same for the model; not opened before the answer begins.
         note: what is said below the answer, such as that it was stopped.
     """
 
     question: str
     files: tuple[str, ...] = ()
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
     answer: str = ""
     note: str = ""
 
@@ -46,7 +46,7 @@ class Conversation:
     stop: Callable[[], None] | None = None
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """How many there are in all turns."""
         return sum(len(turn.files) for turn in self.turns)
 
@@ -55,13 +55,13 @@ class Conversation:
         messages: list[Message] = []
         for turn in self.turns:
             messages += [
-                user_turn(turn.question, turn.pictures),
+                user_turn(turn.question, turn.images),
                 {"role": "assistant", "content": turn.answer},
             ]
         return messages[:-1]
 
     def shown(self) -> list[dict[str, Any]]:
-        """For gradio's Chatbot: pictures before their question, notes below their answer."""
+        """For gradio's Chatbot: images before their question, notes below their answer."""
         rows: list[dict[str, Any]] = []
         for turn in self.turns:
             rows += [{"role": "user", "content": {"path": file}} for file in turn.files]

@@ -1,4 +1,4 @@
-"""Pictures and questions to begin with: drawn, or one's own from a file."""
+"""Images and questions to begin with: drawn, or one's own from a file."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from owl2.errors import InputError
 
 EDGE = 256
-# What easy-VQA's pictures are like, so that a model of the demo can answer, too.
+# What easy-VQA's images are like, so that a model of the demo can answer, too.
 _DRAWN = (
     ("circle", (30, 160, 40), (228, 240, 246), (156, 108, 44), "what shape is in the image?"),
     ("triangle", (240, 25, 25), (246, 240, 226), (116, 140, 54), "what color is the shape?"),
@@ -20,14 +20,14 @@ _DRAWN = (
 
 @dataclass(frozen=True)
 class Example:
-    """A question about pictures, which are files."""
+    """A question about images, which are files."""
 
     question: str
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
 
 
 def drawn(folder: Path) -> list[Example]:
-    """Three plain pictures, written into `folder`, each with a question."""
+    """Three plain images, written into `folder`, each with a question."""
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
     for shape, colour, ground, (x, y, radius), question in _DRAWN:
@@ -69,7 +69,7 @@ def _example(row: Any, where: str, folder: Path) -> Example:
     files = tuple((folder / name).absolute() for name in names)
     for file in files:
         if not file.is_file():
-            raise InputError(f"{where}: there is no picture at {file}.")
+            raise InputError(f"{where}: there is no image at {file}.")
     return Example(question, files)
 
 
@@ -78,8 +78,8 @@ def _draw(
 ) -> Image.Image:
     """One shape; drawn four times as large first, for smooth edges."""
     x, y, radius = (4 * value for value in place)
-    picture = Image.new("RGB", (4 * EDGE, 4 * EDGE), ground)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (4 * EDGE, 4 * EDGE), ground)
+    pen = ImageDraw.Draw(image)
     if shape == "circle":
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
     elif shape == "triangle":
@@ -87,4 +87,4 @@ def _draw(
         pen.polygon(corners, fill=colour)
     else:
         pen.rectangle((x - radius, y - radius // 2, x + radius, y + radius // 2), fill=colour)
-    return picture.resize((EDGE, EDGE), Image.Resampling.LANCZOS)
+    return image.resize((EDGE, EDGE), Image.Resampling.LANCZOS)

@@ -15,7 +15,7 @@
   };
   const theme = localStorage.getItem("owl2-theme");
   if (theme) document.body.classList.toggle("dark", theme === "dark");
-  // A picture may be dropped anywhere on the page, not on the box alone.
+  // An image may be dropped anywhere on the page, not on the box alone.
   document.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", (event) => {
     const input = document.querySelector("#box input[type=file]");

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # Both before gradio is imported. It reports its use over the network otherwise; and its folder for
-# visitors' pictures is else one that all its programs on a machine share, and clear for each other.
+# visitors' images is else one that all its programs on a machine share, and clear for each other.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 if "GRADIO_TEMP_DIR" not in os.environ:
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="owl2-web-")
@@ -26,17 +26,17 @@ if "GRADIO_TEMP_DIR" not in os.environ:
 import gradio as gr
 from gradio.utils import get_upload_folder
 
-from owl2.inference.decoding import DEFAULT_MAX_NEW_TOKENS
-from owl2.inference.engine import Engine
-from owl2.serve.answering import Desk
-from owl2.serve.web.asking import Asking, Decode
+from owl2.engine.engine import Engine
+from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
+from owl2.serve.admission import Desk
+from owl2.serve.web.attention_tab import Looked, Looking, describe, paint
+from owl2.serve.web.chat_handler import Asking, Decode
 from owl2.serve.web.conversation import Conversation
 from owl2.serve.web.examples import Example
-from owl2.serve.web.looked import Looked, Looking, describe, paint
-from owl2.serve.web.texts import LANGUAGES, text, translations
+from owl2.serve.web.i18n import LANGUAGES, text, translations
 
 HERE = Path(__file__).parent
-# Seconds after which an uploaded picture is deleted, and after which they are looked for again.
+# Seconds after which an uploaded image is deleted, and after which they are looked for again.
 FILES_LIVE, FILES_LOOK = 4 * 3600, 600
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"]
 
@@ -194,7 +194,7 @@ def _lay_out(desk: Desk, name: str, examples: Sequence[Example]) -> Parts:
 
 
 def _card(example: Example) -> Any:
-    return {"text": example.question, "files": [str(path) for path in example.pictures]}
+    return {"text": example.question, "files": [str(path) for path in example.images]}
 
 
 def _settings(engine: Engine, limit: int) -> list[Any]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from owl2.data.datasets.published import LeftOut
 from owl2.data.sample import Sample, checked
-from owl2.processing.chat import flat_text, read_messages
+from owl2.json_records import LeftOut
+from owl2.processing.chat_template import flat_text, read_messages
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -40,12 +40,12 @@ def split_up(items: Iterable[Sample | LeftOut]) -> tuple[list[Sample], dict[str,
 
 
 def told(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
-    """(path of the picture, rounds as flat text) of a sample; the picture is `<|image|>` there."""
+    """(path of the image, rounds as flat text) of a sample; the image is `<|image|>` there."""
     conversation = read_messages(sample.messages)
     texts = [flat_text(turn["content"]) for turn in conversation.turns]
-    (picture,) = conversation.pictures or (None,)
+    (image,) = conversation.images or (None,)
     rounds = list(zip(texts[::2], texts[1::2], strict=True))
-    return None if picture is None else picture.as_posix(), rounds
+    return None if image is None else image.as_posix(), rounds
 
 
 def told_all(items: Iterable[Sample | LeftOut]) -> list[tuple[str | None, list[tuple[str, str]]]]:

@@ -31,10 +31,10 @@ def folder(tmp_path):
 
 def test_three_forms_of_a_question(folder):
     direct, choice, reordered = told_all(aokvqa(folder))
-    picture = "train2017/000000299207.jpg"
-    assert direct == (picture, [(f"<|image|>\nWho is on the court?{SHORT}", "ball")])
+    image = "train2017/000000299207.jpg"
+    assert direct == (image, [(f"<|image|>\nWho is on the court?{SHORT}", "ball")])
     asked = "<|image|>\nWho is on the court?\nA. man\nB. stranger\nC. player\nD. dog\n"
-    assert choice == (picture, [(asked + LETTER, "C")])
+    assert choice == (image, [(asked + LETTER, "C")])
     ((words, letter),) = reordered[1]
     begin, *lines, end = words.split("\n")[1:]
     assert (begin, end) == ("Who is on the court?", LETTER)
@@ -80,8 +80,8 @@ def test_no_direct_answer_is_counted(tmp_path):
 
 def test_val_apart_and_test_refused(tmp_path, folder):
     put(tmp_path, "aokvqa_v1p0_val.json", [question(split="val")])
-    ((picture, _),) = told_all(aokvqa(tmp_path, split="val", forms="direct"))
-    assert picture == "val2017/000000299207.jpg"
+    ((image, _),) = told_all(aokvqa(tmp_path, split="val", forms="direct"))
+    assert image == "val2017/000000299207.jpg"
     with pytest.raises(InputError, match="row 1 is of the split 'val', not 'train'"):
         list(aokvqa(tmp_path, file="aokvqa_v1p0_val.json"))
     with pytest.raises(InputError, match="evaluation only"):

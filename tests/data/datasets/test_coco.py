@@ -1,13 +1,13 @@
 import pytest
 
-from owl2.data.datasets.coco import coco_captions, coco_folder, coco_picture
+from owl2.data.datasets.coco import coco_captions, coco_folder, coco_image
 from owl2.errors import InputError
 from tests.data.datasets.published_files import CAPTION, put, split_up, told, told_all
 
 NINE, SEVEN = "COCO_train2014_000000000009.jpg", "COCO_train2014_000000000007.jpg"
 
 
-def picture(number: int, name: str) -> dict:
+def image(number: int, name: str) -> dict:
     return {
         "license": 5,
         "file_name": name,
@@ -23,7 +23,7 @@ def picture(number: int, name: str) -> dict:
 def official(*captions: tuple[int, str]) -> dict:
     return {
         "info": {"description": "This is 1.0 version of the 2014 MS COCO dataset.", "year": 2014},
-        "images": [picture(9, NINE), picture(7, SEVEN)],
+        "images": [image(9, NINE), image(7, SEVEN)],
         "licenses": [{"url": "http://creativecommons.org", "id": 5, "name": "Attribution"}],
         "type": "captions",
         "annotations": [
@@ -114,7 +114,7 @@ def test_a_split_that_a_file_does_not_have(tmp_path, folder):
     with pytest.raises(InputError, match=r"only Karpathy's .* has a split 'restval'"):
         list(coco_captions(folder, split="restval", file="captions_train2014.json"))
     path = put(tmp_path, "dataset_coco.json", {"images": [karpathy("val", 3, "x")]})
-    with pytest.raises(InputError, match="no picture of the split 'train'"):
+    with pytest.raises(InputError, match="no image of the split 'train'"):
         list(coco_captions(tmp_path, file=str(path)))
 
 
@@ -143,7 +143,7 @@ def test_a_file_of_another_split_is_refused(folder):
 
 def test_the_names_of_2017(tmp_path):
     content = official((9, "Two cats"))
-    content["images"] = [picture(9, "000000000009.jpg")]
+    content["images"] = [image(9, "000000000009.jpg")]
     put(tmp_path, "captions_train2017.json", content)
     ((name, _),) = told_all(coco_captions(tmp_path, split="train2017"))
     assert name == "train2017/000000000009.jpg"
@@ -156,9 +156,9 @@ def test_unknown_style_and_test_split(folder):
         list(coco_captions(folder, split="test2014"))
 
 
-def test_names_of_pictures():
-    assert coco_picture(9, "train2014") == f"train2014/{NINE}"
-    assert coco_picture(9, "train2017") == "train2017/000000000009.jpg"
+def test_names_of_images():
+    assert coco_image(9, "train2014") == f"train2014/{NINE}"
+    assert coco_image(9, "train2017") == "train2017/000000000009.jpg"
     assert (coco_folder("val", 2014), coco_folder("train", 2017)) == ("val2014", "train2017")
     with pytest.raises(InputError, match="spread over"):
         coco_folder("val", 2017)

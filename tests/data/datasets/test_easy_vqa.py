@@ -9,27 +9,27 @@ import pytest
 from owl2.data.datasets.easy_vqa import (
     COLOURS,
     SHAPES,
-    Picture,
+    EasyVqaImage,
     Question,
     caption,
     easy_vqa,
-    pictures,
+    images,
 )
 from owl2.data.sample import checked
 from owl2.errors import InputError
-from owl2.processing.chat import read_messages
-from owl2.processing.sources import load_image
+from owl2.processing.chat_template import read_messages
+from owl2.processing.image_io import load_image
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
 def path_of(sample) -> Path:
-    (path,) = read_messages(sample.messages).pictures
+    (path,) = read_messages(sample.messages).images
     return Path(path)
 
 
 def pairs(sample) -> list[tuple[str, str]]:
-    """(question as the user puts it, answer) of each round, without the picture."""
+    """(question as the user puts it, answer) of each round, without the image."""
     said = [
         turn["content"] if isinstance(turn["content"], str) else turn["content"][-1]["text"]
         for turn in sample.messages
@@ -54,7 +54,7 @@ def test_single_is_every_question_in_the_packages_order(split, images, questions
         assert samples[place].source == f"easy_vqa/{split}#{place}"
 
 
-def test_the_splits_share_no_picture():
+def test_the_splits_share_no_image():
     directories = {
         split: {path_of(sample).parent for sample in easy_vqa(split)} for split in ("train", "test")
     }
@@ -71,7 +71,7 @@ def test_samples_are_well_formed(style):
         assert load_image(path_of(sample)).size == (64, 64)
 
 
-def test_joined_holds_all_questions_of_a_picture_in_another_order():
+def test_joined_holds_all_questions_of_a_image_in_another_order():
     joined = {path_of(sample): sample for sample in easy_vqa("train", style="joined")}
     assert len(joined) == 4000
     single: dict[Path, list] = {}
@@ -135,16 +135,16 @@ def test_wrong_options(split, options, complaint):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(InputError, match=r"pip install 'mplug-owl2\[data\]'"):
+    with pytest.raises(InputError, match=r"pip install 'owl2-vlm\[data\]'"):
         easy_vqa("train")
 
 
 # ------------------------------------------------------------------ captions
 
 
-def asked(*questions: tuple[str, str]) -> Picture:
+def asked(*questions: tuple[str, str]) -> EasyVqaImage:
     rows = [Question(number, *question) for number, question in enumerate(questions)]
-    return Picture(0, "0.png", tuple(rows))
+    return EasyVqaImage(0, "0.png", tuple(rows))
 
 
 @pytest.mark.parametrize(
@@ -186,12 +186,12 @@ def test_contradictions_are_refused(questions):
 
 
 def test_how_complete_the_captions_are():
-    words = [caption(picture)[2:-1].split() for picture in pictures("train")]
+    words = [caption(image)[2:-1].split() for image in images("train")]
     told = Counter((bool({*said} & {*COLOURS}), bool({*said} & {*SHAPES})) for said in words)
     assert told == {(True, True): 3578, (False, True): 259, (True, False): 134, (False, False): 29}
 
 
-def test_captions_name_the_colour_that_the_picture_is_painted_in():
+def test_captions_name_the_colour_that_the_image_is_painted_in():
     paint = {
         "black": (0, 0, 0),
         "blue": (0, 0, 255),
@@ -203,11 +203,11 @@ def test_captions_name_the_colour_that_the_picture_is_painted_in():
         "yellow": (255, 255, 0),
     }
     compared = 0
-    for picture in pictures("train")[::4]:
-        colour = caption(picture).split()[1]
+    for image in images("train")[::4]:
+        colour = caption(image).split()[1]
         if colour in COLOURS:
-            counts = sorted(load_image(picture.path).getcolors(64 * 64), reverse=True)
+            counts = sorted(load_image(image.path).getcolors(64 * 64), reverse=True)
             shape_and_background = [value for _, value in counts[:2]]
-            assert paint[colour] in shape_and_background, picture.path
+            assert paint[colour] in shape_and_background, image.path
             compared += 1
     assert compared > 900

@@ -5,13 +5,13 @@ from owl2.errors import InputError
 from tests.data.datasets.published_files import SHORT, put, told_all
 
 
-def question(picture: str, text: str, answer: str) -> dict:
+def question(image: str, text: str, answer: str) -> dict:
     return {
         "semantic": [{"operation": "select", "dependencies": [], "argument": "sky (2486325)"}],
         "entailed": ["02930160"],
         "equivalent": ["02930152"],
         "question": text,
-        "imageId": picture,
+        "imageId": image,
         "isBalanced": True,
         "groups": {"global": None, "local": "06-sky_dark"},
         "answer": answer,
@@ -22,7 +22,7 @@ def question(picture: str, text: str, answer: str) -> dict:
     }
 
 
-def test_short_answers_joined_by_picture(tmp_path):
+def test_short_answers_joined_by_image(tmp_path):
     rows = {
         "02930152": question("2354786", "Is the sky dark?", "yes"),
         "07333408": question("2375429", "What is on the wall?", "pipe"),
@@ -40,7 +40,7 @@ def test_short_answers_joined_by_picture(tmp_path):
 
 def test_val_is_another_file_and_test_is_refused(tmp_path):
     put(tmp_path, "val_balanced_questions.json", {"1": question("5", "Is it?", "yes")})
-    assert [picture for picture, _ in told_all(gqa(tmp_path, split="val"))] == ["images/5.jpg"]
+    assert [image for image, _ in told_all(gqa(tmp_path, split="val"))] == ["images/5.jpg"]
     with pytest.raises(InputError, match="evaluation only"):
         gqa(tmp_path, split="testdev")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from owl2.data.datasets.img2dataset import Shard, ranges, shards
-from owl2.data.datasets.published import LeftOut
 from owl2.errors import InputError
+from owl2.json_records import LeftOut
 
 
 def put_shard(folder: Path, number: int, pairs: int = 2, **statistics: object) -> Path:
@@ -30,7 +30,7 @@ def put_shard(folder: Path, number: int, pairs: int = 2, **statistics: object) -
                 "sha256": "5f",
             }
             for ending, content in (
-                ("jpg", b"\xff\xd8 picture"),
+                ("jpg", b"\xff\xd8 image"),
                 ("json", json.dumps(row).encode()),
                 ("txt", b"a dog"),
             ):
@@ -77,9 +77,7 @@ def test_what_is_not_finished_is_left_out(tmp_path):
 def test_reading_finds_what_the_statistics_do_not_tell(tmp_path):
     path = put_shard(tmp_path, 0, successes=3)
     assert list(shards(tmp_path)) == [Shard(path, 3)]
-    with pytest.raises(
-        InputError, match=r"00000\.tar has 2 pictures, and its statistics tell of 3"
-    ):
+    with pytest.raises(InputError, match=r"00000\.tar has 2 images, and its statistics tell of 3"):
         list(shards(tmp_path, read=True))
     path.write_bytes(b"garbage" * 512 + bytes(1024))
     with pytest.raises(InputError, match=r"00000\.tar is not a tar file that can be read"):

@@ -13,7 +13,7 @@ def row(*turns: tuple[str, str], image: str = "000000033471.jpg") -> dict:
     }
 
 
-def test_conversations_with_the_picture_first(tmp_path):
+def test_conversations_with_the_image_first(tmp_path):
     content = [
         row(
             ("human", "<image>\nWhat are the colors of the bus?"),
@@ -39,6 +39,6 @@ def test_conversations_with_the_picture_first(tmp_path):
 def test_a_row_that_is_not_as_published(tmp_path):
     good = row(("human", "<image>\nWhat?"), ("gpt", "A bus."))
     path = put(tmp_path, "llava_instruct_150k.json", [good, row(("human", "?"), ("gpt", "!"))])
-    with pytest.raises(InputError, match="the text marks 0 pictures") as caught:
+    with pytest.raises(InputError, match="the text marks 0 images") as caught:
         list(llava_instruct(tmp_path))
     assert str(caught.value).startswith(f"{path}, row 2: ")

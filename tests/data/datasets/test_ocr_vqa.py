@@ -44,7 +44,7 @@ def test_questions_about_a_cover_are_one_conversation(folder):
 
 
 def test_val_apart_and_test_refused(folder):
-    assert [picture for picture, _ in told_all(ocr_vqa(folder, split="val"))] == ["images/B00.gif"]
+    assert [image for image, _ in told_all(ocr_vqa(folder, split="val"))] == ["images/B00.gif"]
     with pytest.raises(InputError, match="evaluation only"):
         list(ocr_vqa(folder, split="test"))
 
@@ -62,7 +62,7 @@ def test_what_is_left_out(tmp_path):
         ("images/3.jpg", [(f"<|image|>\nWho wrote this book?{SHORT}", "Sandra Boynton")])
     ]
     assert left_out == {
-        "covers without a picture's URL": 2,
+        "covers without an image's URL": 2,
         "questions without words or without an answer": 2,
     }
 

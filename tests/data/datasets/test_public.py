@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 
-from owl2.data.datasets.public import PUBLIC, from_package
-from owl2.data.names import options_of
+from owl2.data.datasets.registry import PUBLIC, from_package
 from owl2.errors import InputError
+from owl2.registry import options_of
 from tests.data.datasets.published_files import told_all
 
 OF_THE_PAPER = [

@@ -8,13 +8,13 @@ from owl2.errors import InputError
 from tests.data.datasets.published_files import put, split_up, told, told_all
 
 
-def thing(number: int, picture: int, *phrases: str, split: str = "train") -> dict:
+def thing(number: int, image: int, *phrases: str, split: str = "train") -> dict:
     return {
         "sent_ids": list(range(len(phrases))),
-        "file_name": f"COCO_train2014_{picture:012d}_{number}.jpg",
+        "file_name": f"COCO_train2014_{image:012d}_{number}.jpg",
         "ann_id": number + 1000,
         "ref_id": number,
-        "image_id": picture,
+        "image_id": image,
         "split": split,
         "sentences": [
             {"tokens": phrase.split(), "raw": phrase.upper(), "sent_id": place, "sent": phrase}
@@ -25,7 +25,7 @@ def thing(number: int, picture: int, *phrases: str, split: str = "train") -> dic
 
 
 def instances(*boxes: tuple[int, int, list[float]]) -> dict:
-    numbers = dict.fromkeys(picture for _, picture, _ in boxes)
+    numbers = dict.fromkeys(image for _, image, _ in boxes)
     return {
         "info": {"description": "2014 MS COCO dataset"},
         "images": [
@@ -47,12 +47,12 @@ def instances(*boxes: tuple[int, int, list[float]]) -> dict:
                 "segmentation": [[1.0, 2.0, 3.0, 4.0]],
                 "area": 20.5,
                 "iscrowd": 0,
-                "image_id": picture,
+                "image_id": image,
                 "bbox": box,
                 "category_id": 1,
                 "id": number + 1000,
             }
-            for number, picture, box in boxes
+            for number, image, box in boxes
         ],
         "categories": [{"supercategory": "person", "id": 1, "name": "person"}],
     }
@@ -74,13 +74,13 @@ def folder(tmp_path):
 
 
 def said(items) -> list[tuple[str | None, list[str]]]:
-    return [(picture, [answer for _, answer in rounds]) for picture, rounds in told_all(items)]
+    return [(image, [answer for _, answer in rounds]) for image, rounds in told_all(items)]
 
 
 NINE, SEVEN = (f"train2014/COCO_train2014_00000000000{n}.jpg" for n in (9, 7))
 
 
-def test_things_of_a_picture_both_ways(folder):
+def test_things_of_a_image_both_ways(folder):
     described, located = told_all(refcoco(folder))[:2]
     assert [words.split("] of")[0] for words, _ in described[1]] == [
         "<|image|>\nDescribe the region [0.10, 0.10, 0.40, 0.30",
@@ -104,12 +104,12 @@ def test_one_phrase_a_thing_drawn_by_the_seed(folder):
 
 def test_no_more_than_most_in_a_conversation(folder):
     answers = said(refcoco(folder, direction="locate", most=1))
-    assert [picture for picture, _ in answers] == [NINE, NINE, SEVEN]
+    assert [image for image, _ in answers] == [NINE, NINE, SEVEN]
 
 
 def test_names_of_2017(folder):
-    pictures = {picture for picture, _ in said(refcoco(folder, coco=2017))}
-    assert pictures == {"train2017/000000000009.jpg", "train2017/000000000007.jpg"}
+    images = {image for image, _ in said(refcoco(folder, coco=2017))}
+    assert images == {"train2017/000000000009.jpg", "train2017/000000000007.jpg"}
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4])
@@ -176,8 +176,8 @@ def test_damaged_pickles(folder, content):
         ({}, "must hold a list"),
         ([], "must hold a list"),
         ([THINGS[0], 3], "row 2 is 3, not an object"),
-        ([thing(9, 9, "x")], r"row 1: instances\.json lacks picture 9 or box 1009"),
-        ([thing(1, 8, "x")], "lacks picture 8"),
+        ([thing(9, 9, "x")], r"row 1: instances\.json lacks image 9 or box 1009"),
+        ([thing(1, 8, "x")], "lacks image 8"),
         ([THINGS[0] | {"sentences": "x"}], "'sentences' is 'x', not a list"),
         ([THINGS[0] | {"ref_id": None}], "'ref_id' is None"),
     ],

@@ -21,7 +21,7 @@ from tests.data.datasets.published_files import told
         ((33.333, 0, 1, 100), (100, 100), (0.33, 0, 0.34, 1)),
     ],
 )
-def test_boxes_are_shares_of_the_picture(box, size, expected):
+def test_boxes_are_shares_of_the_image(box, size, expected):
     made = region("a dog", box, size)
     assert made is not None
     assert made.box == pytest.approx(expected)
@@ -77,7 +77,7 @@ def test_written():
     assert written((0, 1, 0.125, 0.999)) == "[0.00, 1.00, 0.12, 1.00]"
 
 
-def test_the_order_hangs_on_seed_and_picture():
+def test_the_order_hangs_on_seed_and_image():
     given = [Region(str(number), (0, 0, 1, 1)) for number in range(20)]
     assert shuffled(given, 1, "a.jpg") == shuffled(given, 1, "a.jpg")
     assert shuffled(given, 1, "a.jpg") != shuffled(given, 2, "a.jpg")

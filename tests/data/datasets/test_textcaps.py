@@ -8,9 +8,7 @@ A, B = "054c394fcc4bfa1e", "8a9b7c6d5e4f3210"
 
 
 def published(*captions: tuple[str, str], split: str = "train") -> dict:
-    said = {
-        picture: [text for name, text in captions if name == picture] for picture, _ in captions
-    }
+    said = {image: [text for name, text in captions if name == image] for image, _ in captions}
     return {
         "dataset_type": split,
         "dataset_name": "textcaps",
@@ -18,21 +16,21 @@ def published(*captions: tuple[str, str], split: str = "train") -> dict:
         "data": [
             {
                 "caption_str": text,
-                "image_id": picture,
+                "image_id": image,
                 "image_classes": ["Bottle"],
-                "flickr_original_url": f"https://c1.staticflickr.com/{picture}_o.jpg",
-                "flickr_300k_url": f"https://c1.staticflickr.com/{picture}_z.jpg",
+                "flickr_original_url": f"https://c1.staticflickr.com/{image}_o.jpg",
+                "flickr_300k_url": f"https://c1.staticflickr.com/{image}_z.jpg",
                 "image_width": 1024,
                 "image_height": 768,
                 "set_name": split,
-                "image_name": picture,
-                "image_path": f"{split}/{picture}.jpg",
+                "image_name": image,
+                "image_path": f"{split}/{image}.jpg",
                 "caption_id": place,
                 "caption_tokens": text.split(),
-                "reference_strs": said[picture],
-                "reference_tokens": [each.split() for each in said[picture]],
+                "reference_strs": said[image],
+                "reference_tokens": [each.split() for each in said[image]],
             }
-            for place, (picture, text) in enumerate(captions)
+            for place, (image, text) in enumerate(captions)
         ],
     }
 
@@ -40,7 +38,7 @@ def published(*captions: tuple[str, str], split: str = "train") -> dict:
 CAPTIONS = [(A, "A bottle of ale. "), (B, "A sign that says stop."), (A, "Beer"), (A, "An ale")]
 
 
-def test_one_caption_a_picture_drawn_by_the_seed(tmp_path):
+def test_one_caption_a_image_drawn_by_the_seed(tmp_path):
     put(tmp_path, "TextCaps_0.1_train.json", published(*CAPTIONS))
     drawn = set()
     for seed in range(20):

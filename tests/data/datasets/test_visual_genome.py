@@ -5,20 +5,20 @@ from owl2.errors import InputError
 from tests.data.datasets.published_files import put, split_up, told
 
 
-def phrase(number: int, words: str, box=(10, 20, 30, 40), picture: int = 1) -> dict:
+def phrase(number: int, words: str, box=(10, 20, 30, 40), image: int = 1) -> dict:
     x, y, width, height = box
     return {
         "region_id": number,
         "width": width,
         "height": height,
-        "image_id": picture,
+        "image_id": image,
         "phrase": words,
         "y": y,
         "x": x,
     }
 
 
-def picture(number: int, folder: str = "VG_100K_2") -> dict:
+def image(number: int, folder: str = "VG_100K_2") -> dict:
     return {
         "width": 100,
         "url": f"https://cs.stanford.edu/people/rak248/{folder}/{number}.jpg",
@@ -31,19 +31,19 @@ def picture(number: int, folder: str = "VG_100K_2") -> dict:
 
 def publish(folder, *rows: dict) -> None:
     put(folder, "region_descriptions.json", list(rows))
-    put(folder, "image_data.json", [picture(1), picture(2, "VG_100K")])
+    put(folder, "image_data.json", [image(1), image(2, "VG_100K")])
 
 
 def test_regions_both_ways(tmp_path):
     publish(
         tmp_path,
         {"regions": [phrase(5, "a man "), phrase(6, "a shoe", (0, 0, 100, 100))], "id": 1},
-        {"id": 2, "regions": [phrase(7, "a car", picture=2)]},
+        {"id": 2, "regions": [phrase(7, "a car", image=2)]},
     )
     samples, left_out = split_up(visual_genome(tmp_path))
     assert left_out == {}
-    pictures = [told(sample)[0] for sample in samples]
-    assert pictures == ["VG_100K_2/1.jpg", "VG_100K_2/1.jpg", "VG_100K/2.jpg", "VG_100K/2.jpg"]
+    images = [told(sample)[0] for sample in samples]
+    assert images == ["VG_100K_2/1.jpg", "VG_100K_2/1.jpg", "VG_100K/2.jpg", "VG_100K/2.jpg"]
     described = dict(told(samples[0])[1])
     assert sorted(described.values()) == ["a man", "a shoe"]
     (first,) = (words for words, answer in told(samples[0])[1] if answer == "a man")
@@ -62,7 +62,7 @@ def test_most_are_drawn_by_the_seed_and_others_counted(tmp_path):
     drawn = set()
     for seed in range(5):
         (sample,), left_out = split_up(visual_genome(tmp_path, direction="describe", seed=seed))
-        assert left_out == {"regions beyond 10 of a picture": 15}
+        assert left_out == {"regions beyond 10 of an image": 15}
         answers = tuple(answer for _, answer in told(sample)[1])
         assert len(set(answers)) == 10
         drawn.add(answers)
@@ -79,14 +79,14 @@ def test_what_is_left_out(tmp_path):
     assert left_out == {
         "regions without a phrase": 1,
         "regions without extent, or smaller than can be written": 2,
-        "pictures without a region that can be used": 2,
+        "images without a region that can be used": 2,
     }
 
 
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"id": 3, "regions": []}, "row 2: picture 3 is not in the file of pictures"),
+        ({"id": 3, "regions": []}, "row 2: image 3 is not in the file of images"),
         ({"regions": []}, "row 2: 'id', a whole number, is missing"),
         ({"id": 1, "regions": [{"phrase": "x"}]}, "row 2, regions 1: 'x', a number, is missing"),
         ({"id": 1, "regions": [phrase(1, "x") | {"y": "3"}]}, "'y' is '3', not a number"),
@@ -101,6 +101,6 @@ def test_rows_that_are_not_as_published(tmp_path, row, complaint):
 
 def test_a_url_without_a_folder(tmp_path):
     publish(tmp_path, {"id": 1, "regions": []})
-    put(tmp_path, "image_data.json", [picture(1) | {"url": "1.jpg"}])
+    put(tmp_path, "image_data.json", [image(1) | {"url": "1.jpg"}])
     with pytest.raises(InputError, match="row 1: 'url'"):
         list(visual_genome(tmp_path))

@@ -53,7 +53,7 @@ WHY = (458752, 458752001, ["fun", "sport", "sport", "fun"])
 
 
 @pytest.mark.parametrize("read", [vqav2, okvqa])
-def test_most_agreed_answers_joined_by_picture(tmp_path, read):
+def test_most_agreed_answers_joined_by_image(tmp_path, read):
     put(tmp_path, NAMES[read][0], questions(*ASKED))
     put(tmp_path, NAMES[read][1], annotations(*ANSWERED, WHY))
     expected = [
@@ -65,19 +65,19 @@ def test_most_agreed_answers_joined_by_picture(tmp_path, read):
     ]
     assert told_all(read(tmp_path)) == expected
     of_2017 = told_all(read(tmp_path, coco=2017))
-    assert [picture for picture, _ in of_2017] == [
+    assert [image for image, _ in of_2017] == [
         "train2017/000000458752.jpg",
         "train2017/000000000009.jpg",
     ]
 
 
 @pytest.mark.parametrize("read", [vqav2, okvqa])
-def test_the_validation_split_has_files_and_pictures_of_its_own(tmp_path, read):
+def test_the_validation_split_has_files_and_images_of_its_own(tmp_path, read):
     names = [name.replace("train", "val") for name in NAMES[read]]
     put(tmp_path, names[0], questions((42, 42000, "What?"), subtype="val2014"))
     put(tmp_path, names[1], annotations((42, 42000, ["surfing"]), subtype="val2014"))
-    ((picture, rounds),) = told_all(read(tmp_path, split="val"))
-    assert picture == "val2014/COCO_val2014_000000000042.jpg"
+    ((image, rounds),) = told_all(read(tmp_path, split="val"))
+    assert image == "val2014/COCO_val2014_000000000042.jpg"
     assert rounds == [(f"<|image|>\nWhat?{SHORT}", "surfing")]
 
 

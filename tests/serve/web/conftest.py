@@ -42,7 +42,7 @@ def told(tiny_engine):
     from tests.serve.running import ToldEngine, running
 
     engine = ToldEngine(tiny_engine)
-    limits = Limits(picture_bytes=50_000, pictures=4)
+    limits = Limits(image_bytes=50_000, images=4)
     app = make_app(engine, Settings("told", limits))
     mount(app, engine, limits, name="told")
     with running(app) as url:
@@ -93,8 +93,8 @@ def visit(browser):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Three pictures' files."""
+def images(tmp_path):
+    """Three images' files."""
     files = [tmp_path / f"{name}.png" for name in ("red", "green", "blue")]
     for file in files:
         Image.new("RGB", (40, 30), file.stem).save(file)

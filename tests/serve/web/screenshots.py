@@ -1,4 +1,4 @@
-"""Pictures of the page for the documents: `python tests/serve/web/screenshots.py MODEL FOLDER`.
+"""Images of the page for the documents: `python tests/serve/web/screenshots.py MODEL FOLDER`.
 
 They are of the demo's model, which answers questions about plain shapes:
 `make demo`, then `python tests/serve/web/screenshots.py runs/demo/model docs/images`.
@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from owl2.inference.engine import Engine
+from owl2.engine.engine import Engine
 from owl2.serve.app import Settings, make_app
 from owl2.serve.limits import Limits
 from owl2.serve.web import mount
@@ -66,13 +66,13 @@ def look(page: Page) -> Page:
 def shoot(page: Page, path: Path) -> None:
     page.evaluate("document.activeElement.blur()")
     page.wait_for_timeout(200)
-    picture = Image.open(io.BytesIO(page.screenshot()))
-    picture.convert("RGB").save(path, optimize=True)
+    image = Image.open(io.BytesIO(page.screenshot()))
+    image.convert("RGB").save(path, optimize=True)
     if path.stat().st_size > MOST_BYTES:
-        picture.convert("RGB").quantize(256).save(path, optimize=True)
+        image.convert("RGB").quantize(256).save(path, optimize=True)
     size = path.stat().st_size
     assert size < MOST_BYTES, f"{path} has {size} bytes"
-    print(path, picture.size, size)
+    print(path, image.size, size)
     page.context.close()
 
 

@@ -70,9 +70,9 @@ def person(visit, told):
     return come
 
 
-def test_upload_ask_see_it_stream_and_ask_on(person, pictures):
+def test_upload_ask_see_it_stream_and_ask_on(person, images):
     me = person()
-    me.add(*pictures[:2])
+    me.add(*images[:2])
     me.ask("which colours?")
     told = me.told()
     parts = told.messages[0]["content"]
@@ -97,17 +97,17 @@ def test_upload_ask_see_it_stream_and_ask_on(person, pictures):
     me.expect(me.answers.last).to_have_text("yes")
 
 
-def test_a_broken_file_is_named_and_the_question_kept(person, pictures):
+def test_a_broken_file_is_named_and_the_question_kept(person, images):
     me = person()
-    broken = pictures[0].parent / "broken.png"
-    broken.write_bytes(pictures[0].read_bytes()[:50])
+    broken = images[0].parent / "broken.png"
+    broken.write_bytes(images[0].read_bytes()[:50])
     me.add(broken)
     me.ask("what is it?")
     me.expect(me.corner).to_contain_text("broken.png")
     me.expect(me.box).to_have_value("what is it?")
     me.expect(me.answers).to_have_count(0)
     me.page.locator("#box .thumbnail-item .delete-button").click()
-    me.add(pictures[0])
+    me.add(images[0])
     me.page.locator("#box .submit-button").click()
     me.answer("red")
     me.expect(me.answers.last).to_have_text("red")
@@ -122,7 +122,7 @@ def test_a_file_that_is_too_large_is_refused(person, tmp_path):
     assert me.answer("nothing").messages[0]["content"] == [{"type": "text", "text": "what?"}]
 
 
-def test_a_picture_dropped_anywhere_is_taken(person, pictures):
+def test_a_image_dropped_anywhere_is_taken(person, images):
     me = person()
     data = me.page.evaluate_handle(
         """(bytes) => {
@@ -130,7 +130,7 @@ def test_a_picture_dropped_anywhere_is_taken(person, pictures):
             data.items.add(new File([new Uint8Array(bytes)], "red.png", { type: "image/png" }));
             return data;
         }""",
-        list(pictures[0].read_bytes()),
+        list(images[0].read_bytes()),
     )
     me.page.dispatch_event("#chat", "drop", {"dataTransfer": data})
     me.expect(me.page.locator("#box .thumbnail-item")).to_have_count(1)
@@ -240,7 +240,7 @@ def test_all_chinese_browsers_are_shown_chinese(person, locale):
 def test_other_browsers_are_shown_english(person):
     me = person(locale="de-DE")
     me.expect(me.page.locator("#clear")).to_contain_text("New conversation")
-    me.expect(me.page.locator("#chat .placeholder-content")).to_contain_text("Ask about a picture")
+    me.expect(me.page.locator("#chat .placeholder-content")).to_contain_text("Ask about an image")
 
 
 def test_dark_by_the_system_and_by_the_button(person):
@@ -253,9 +253,9 @@ def test_dark_by_the_system_and_by_the_button(person):
     me.page.wait_for_function(f"window.owl2 && !{dark}")
 
 
-def test_a_phone_shows_all_of_it(person, pictures):
+def test_a_phone_shows_all_of_it(person, images):
     me = person(**PHONE)
-    me.add(*pictures)
+    me.add(*images)
     me.ask("which colours are these, and which of them do you like best of all?")
     me.answer("red, green and blue " * 12)
     wide = "document.documentElement.scrollWidth"
@@ -298,14 +298,14 @@ def test_what_an_answer_holds_runs_and_fetches_nothing(person):
         server.server_close()
 
 
-def test_where_it_looked(visit, tiny, pictures):
+def test_where_it_looked(visit, tiny, images):
     me = Page(visit(tiny))
     me.tab(2)
     number = me.page.get_by_label("number input for Longest answer")
     number.fill("8")
     number.blur()
     me.tab(0)
-    me.add(*pictures[:2])
+    me.add(*images[:2])
     me.ask("what is this?")
     me.expect(me.page.locator("#box .submit-button")).to_be_visible()
     me.expect(me.answers).to_have_count(1)
@@ -331,8 +331,8 @@ def test_where_it_looked(visit, tiny, pictures):
     me.expect(me.page.locator("#figures")).to_contain_text("请先就图片提问")
 
 
-def test_owl2_web_from_its_line_to_its_end(visit, tiny_checkpoint, tmp_path, pictures):
-    examples = [{"question": "what is red?", "image": str(pictures[0])}]
+def test_owl2_web_from_its_line_to_its_end(visit, tiny_checkpoint, tmp_path, images):
+    examples = [{"question": "what is red?", "image": str(images[0])}]
     (tmp_path / "examples.json").write_text(json.dumps(examples))
     command = [sys.executable, "-m", "owl2", "web", "--model", str(tiny_checkpoint)]
     command += ["--port", "0", "--device", "cpu", "--examples", str(tmp_path / "examples.json")]

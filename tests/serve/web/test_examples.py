@@ -1,4 +1,4 @@
-"""Pictures and questions to begin with."""
+"""Images and questions to begin with."""
 
 import json
 
@@ -13,7 +13,7 @@ def test_three_are_drawn_each_with_its_shape(tmp_path):
     examples = drawn(tmp_path / "new")
     assert len({example.question for example in examples}) == 3
     for example in examples:
-        [path] = example.pictures
+        [path] = example.images
         colours = Image.open(path).getcolors(100_000)
         largest = sorted((count for count, _ in colours), reverse=True)
         assert largest[0] > largest[1] > 4_000  # the ground, and a shape that one sees
@@ -31,8 +31,8 @@ def test_own_ones_are_found_beside_their_file(tmp_path):
     file.write_text(json.dumps(rows), encoding="utf-8")
     found = read_examples(file)
     assert [example.question for example in found] == ["what?", "and both?", "who are you?"]
-    assert [len(example.pictures) for example in found] == [1, 2, 0]
-    assert found[1].pictures[1] == tmp_path / "b.png"
+    assert [len(example.images) for example in found] == [1, 2, 0]
+    assert found[1].images[1] == tmp_path / "b.png"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_own_ones_are_found_beside_their_file(tmp_path):
         ('[{"question": "a"}, {"question": " "}]', "example 2 must be"),
         ('[{"question": "a", "image": 5}]', "'image' must be"),
         ('[{"question": "a", "image": [5]}]', "'image' must be"),
-        ('[{"question": "a", "image": "none.png"}]', "there is no picture at .*none.png"),
+        ('[{"question": "a", "image": "none.png"}]', "there is no image at .*none.png"),
     ],
 )
 def test_what_is_wrong_with_them_is_named(tmp_path, content, words):

@@ -1,0 +1,170 @@
+"""The public data sets that `owl2 data convert` knows: the paper's (SPEC §2), and easy-VQA."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from owl2.data.datasets.aokvqa import aokvqa
+from owl2.data.datasets.coco import coco_captions
+from owl2.data.datasets.easy_vqa import easy_vqa
+from owl2.data.datasets.gqa import gqa
+from owl2.data.datasets.img2dataset import Shard, shards
+from owl2.data.datasets.llava import llava_instruct
+from owl2.data.datasets.ocr_vqa import ocr_vqa
+from owl2.data.datasets.prompts import VQA_PROMPT
+from owl2.data.datasets.refcoco import refcoco
+from owl2.data.datasets.text_chat import sharegpt, slimorca
+from owl2.data.datasets.textcaps import textcaps
+from owl2.data.datasets.visual_genome import visual_genome
+from owl2.data.datasets.vqa import okvqa, vqav2
+from owl2.data.sample import Sample
+from owl2.errors import InputError
+from owl2.json_records import LeftOut, known_split
+
+Converter = Callable[..., Iterator[Sample | LeftOut] | Iterator[Shard | LeftOut]]
+
+
+@dataclass(frozen=True)
+class Public:
+    """A public data set.
+
+    `files`: what the folder must hold, `{split}` being train or val. `url`: where its authors
+    publish it. `paper`: what the paper takes of it. `licence`: of the annotations, as far as we
+    know; images have their own.
+    """
+
+    convert: Converter
+    files: str
+    url: str
+    paper: str
+    licence: str = "see there"
+
+    @property
+    def is_shards(self) -> bool:
+        """Whether it is trained on where it lies, so that only a recipe's entry is written."""
+        return self.convert is shards
+
+
+def from_package(
+    source: Path,
+    *,
+    split: str = "train",
+    style: str = "joined",
+    prompt: str = VQA_PROMPT,
+    most: int | None = None,
+    seed: int = 0,
+) -> Iterator[Sample | LeftOut]:
+    """easy-VQA, from its PyPI package: the folder is called `package`. Options: see `easy_vqa`.
+
+    Raises:
+        InputError: another folder, the test split, or see `easy_vqa`.
+    """
+    if str(source) != "package":
+        raise InputError(
+            f"easy_vqa comes with its package: write `package` for the folder, not {source}."
+        )
+    known_split("easy_vqa", split, {"train": "train"})
+    yield from easy_vqa(split, style=style, prompt=prompt, most=most, seed=seed)
+
+
+IMG2DATASET = "NNNNN.tar, NNNNN_stats.json"
+CC_BY = "CC BY 4.0"
+
+PUBLIC: dict[str, Public] = {
+    "cc3m": Public(
+        shards,
+        IMG2DATASET,
+        "https://ai.google.com/research/ConceptualCaptions/download",
+        "stage 1",
+    ),
+    "cc12m": Public(
+        shards,
+        IMG2DATASET,
+        "https://github.com/google-research-datasets/conceptual-12m",
+        "stage 1",
+    ),
+    "laion": Public(shards, IMG2DATASET, "https://laion.ai/blog/laion-5b/", "stage 1", CC_BY),
+    "coyo": Public(
+        shards, IMG2DATASET, "https://github.com/kakaobrain/coyo-dataset", "stage 1", CC_BY
+    ),
+    "datacomp": Public(
+        shards, IMG2DATASET, "https://github.com/mlfoundations/datacomp", "stage 1", CC_BY
+    ),
+    "coco_captions": Public(
+        coco_captions,
+        "captions_{split}2014.json or dataset_coco.json (Karpathy)",
+        "https://cocodataset.org/#download",
+        "stage 1; 82 K",
+        CC_BY,
+    ),
+    "textcaps": Public(
+        textcaps,
+        "TextCaps_0.1_{split}.json",
+        "https://textvqa.org/textcaps/dataset/",
+        "22 K",
+        CC_BY,
+    ),
+    "vqav2": Public(
+        vqav2,
+        "v2_OpenEnded_mscoco_{split}2014_questions.json, v2_mscoco_{split}2014_annotations.json",
+        "https://visualqa.org/download.html",
+        "83 K",
+        CC_BY,
+    ),
+    "okvqa": Public(
+        okvqa,
+        "OpenEnded_mscoco_{split}2014_questions.json, mscoco_{split}2014_annotations.json",
+        "https://okvqa.allenai.org/download.html",
+        "9 K",
+    ),
+    "gqa": Public(
+        gqa,
+        "{split}_balanced_questions.json",
+        "https://cs.stanford.edu/people/dorarad/gqa/download.html",
+        "72 K",
+    ),
+    "ocr_vqa": Public(ocr_vqa, "dataset.json", "https://ocr-vqa.github.io/", "80 K"),
+    "aokvqa": Public(
+        aokvqa, "aokvqa_v1p0_{split}.json", "https://github.com/allenai/aokvqa", "50 K"
+    ),
+    "refcoco": Public(
+        refcoco,
+        "refs(unc).p, instances.json",
+        "https://github.com/lichengunc/refer",
+        "30 K",
+    ),
+    "visual_genome": Public(
+        visual_genome,
+        "region_descriptions.json, image_data.json",
+        "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html",
+        "86 K",
+        CC_BY,
+    ),
+    "llava_instruct": Public(
+        llava_instruct,
+        "llava_instruct_150k.json",
+        "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
+        "158 K",
+        CC_BY,
+    ),
+    "sharegpt": Public(
+        sharegpt,
+        "ShareGPT_V3_unfiltered_cleaned_split.json",
+        "https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered",
+        "40 K",
+    ),
+    "slimorca": Public(
+        slimorca,
+        "oo-labeled_correct.gpt4.sharegpt.jsonl",
+        "https://huggingface.co/datasets/Open-Orca/SlimOrca",
+        "518 K",
+        "MIT",
+    ),
+    "easy_vqa": Public(
+        from_package,
+        "none: write `package` for the folder",
+        "https://github.com/vzhou842/easy-VQA",
+        "not in it",
+        "MIT",
+    ),
+}

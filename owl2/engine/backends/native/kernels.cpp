@@ -1,0 +1,194 @@
+// The arithmetic of an answer on a CPU: a few tokens through large matrices, and what stands
+// between the matrices.
+//
+// A decode step is limited by how fast weights can be read, and each is read once. So a matrix is
+// read row after row, as it lies in memory, by as many threads as torch uses; general libraries,
+// made for many tokens, reach a third to a half of the memory's speed here. All layers are one
+// call, in which threads meet but do not sleep.
+//
+// Activations are float or bfloat16, weights are of the same type, or whole numbers of 8 or 4 bits
+// with a scale (`quantised.py` makes them). Sums are in float. Row-major everywhere.
+// Vectors are the compiler's own (vector_size), so that every CPU runs this; the two instructions
+// that have no such form, products of bfloat16 and of bytes, are used where the CPU has them.
+
+#include "attention.h"
+#include "simd.h"
+#include "matmul.h"
+#include "thread_pool.h"
+
+namespace {
+
+// A decoder layer and where its tokens are. Same order as `ops.Layer`.
+struct Layer {
+  Matrix query, key, value, output, gate, up, down;
+  const void *norm, *second_norm;
+  Places places;
+  int64_t D, heads;
+  float epsilon, second_epsilon, scaling;
+};
+
+template <class T>
+void rms_norm(const Member& member, const T* x, const void* weight, T* y, int64_t M, int64_t D,
+              float epsilon) {
+  const auto [from, to] = member.share(M, 1);
+  const T* scale = static_cast<const T*>(weight);
+  for (int64_t m = from; m < to; m++) {
+    const T* row = x + m * D;
+    Floats squares = {};
+    for (int64_t i = 0; i < D; i += WIDE) squares += load(row + i) * load(row + i);
+    const float inverse = 1 / std::sqrt(sum(squares) / D + epsilon);
+    for (int64_t i = 0; i < D; i += WIDE) {
+      T normed[WIDE];  // LLaMA's norm rounds before its weight
+      store(normed, load(row + i) * inverse);
+      store(y + m * D + i, load(normed) * load(scale + i));
+    }
+  }
+}
+
+// gate = silu(gate) * up
+template <class T>
+void swiglu(T* gate, const T* up, int64_t n) {
+  int64_t i = 0;
+  for (; i + WIDE <= n; i += WIDE) {
+    const Floats g = load(gate + i);
+    store(gate + i, g / (1 + exponential(-g)) * load(up + i));
+  }
+  for (; i < n; i++) {
+    const float g = to_float(gate[i]);
+    store(gate + i, g / (1 + std::exp(-g)) * to_float(up[i]));
+  }
+}
+
+// What a layer makes on its way, for B tokens.
+template <class T>
+struct Space {
+  std::vector<T> normed, query, key, value, attended, gate, up, added;
+
+  explicit Space(const Layer& l)
+      : normed(l.places.B * l.D),
+        query(l.places.B * l.query.N),
+        key(l.places.B * l.key.N),
+        value(l.places.B * l.value.N),
+        attended(l.places.B * l.query.N),
+        gate(l.places.B * l.gate.N),
+        up(l.places.B * l.up.N),
+        added(l.places.B * l.D) {}
+};
+
+// One layer for B tokens, hidden (B, D) in place.
+template <class T>
+void step(Member& member, const Layer& l, Space<T>& space, T* hidden, Token& token) {
+  const int64_t B = l.places.B;
+  // x is there, of all threads, for matrices of which some may be whole numbers.
+  const auto ready = [&](const std::vector<T>& x, int64_t bits) {
+    member.wait();
+    if (bits && B == 1) token.take(x.data(), int64_t(x.size()));
+  };
+  const auto product = [&](const Matrix& m, const std::vector<T>& x, std::vector<T>& y) {
+    const Range range = member.share(m.N, SHARE);
+    m.times(range, x.data(), token, y.data(), B, int64_t(x.size()) / B);
+    return range;
+  };
+  const auto add = [&](const Matrix& m, const std::vector<T>& x) {
+    const auto [from, to] = product(m, x, space.added);
+    for (int64_t b = 0; b < B; b++)
+      for (int64_t i = b * l.D + from; i < b * l.D + to; i++)
+        store(hidden + i, to_float(hidden[i]) + to_float(space.added[i]));
+  };
+  rms_norm(member, hidden, l.norm, space.normed.data(), B, l.D, l.epsilon);
+  ready(space.normed, l.query.bits | l.key.bits | l.value.bits);
+  product(l.query, space.normed, space.query);
+  product(l.key, space.normed, space.key);
+  product(l.value, space.normed, space.value);
+  member.wait();
+  keep(member, l.places, space.key.data(), space.value.data());
+  member.wait();
+  attend(member, l.places, space.query.data(), space.attended.data(), l.heads, l.scaling);
+  ready(space.attended, l.output.bits);
+  add(l.output, space.attended);
+  member.wait();
+  rms_norm(member, hidden, l.second_norm, space.normed.data(), B, l.D, l.second_epsilon);
+  ready(space.normed, l.gate.bits | l.up.bits);
+  const auto [from, to] = product(l.gate, space.normed, space.gate);
+  product(l.up, space.normed, space.up);
+  for (int64_t b = 0; b < B; b++)
+    swiglu(&space.gate[b * l.gate.N + from], &space.up[b * l.gate.N + from], to - from);
+  ready(space.gate, l.down.bits);
+  add(l.down, space.gate);
+  member.wait();
+}
+
+template <class T>
+void steps(const Layer* layers, int64_t count, T* hidden, int threads) {
+  Space<T> space(*layers);
+  together(threads, [&](Member member) {
+    Token token;
+    for (int64_t i = 0; i < count; i++) step(member, layers[i], space, hidden, token);
+  });
+}
+
+template <class T>
+void linear(const Matrix& matrix, const T* x, T* y, int64_t M, int64_t K, int threads) {
+  together(threads, [&](Member member) {
+    Token token;
+    if (matrix.bits && M == 1) token.take(x, K);
+    matrix.times(member.share(matrix.N, SHARE), x, token, y, M, K);
+  });
+}
+
+template <class Weights, class T>
+void expand(Range range, const Weights& weights, T* out, int64_t K) {
+  for (int64_t n = range.from; n < range.to; n++) {
+    weights.expand(n, out + n * K);
+    const float factor = weights.factor(n);
+    if (factor != 1)
+      for (int64_t k = 0; k < K; k++) store(out + n * K + k, to_float(out[n * K + k]) * factor);
+  }
+}
+
+template <class T>
+void expand(const Matrix& matrix, T* out, int64_t K, int threads) {
+  const auto* whole = static_cast<const uint8_t*>(matrix.w);
+  together(threads, [&](Member member) {
+    const Range range = member.share(matrix.N, 1);
+    if (matrix.bits == 8)
+      expand(range, Eight{whole, matrix.scale, K}, out, K);
+    else
+      expand(range, Four{whole, matrix.scale, K}, out, K);
+  });
+}
+}  // namespace
+
+// What Python calls: each function once for float and once for bfloat16. K and d are multiples of
+// what the products take at a time; Python sees to it.
+#define EXPORT(T, NAME)                                                                           \
+  extern "C" void linear_##NAME(const Matrix* matrix, const T* x, T* y, int64_t M, int64_t K,     \
+                                int threads) {                                                    \
+    linear(*matrix, x, y, M, K, threads);                                                         \
+  }                                                                                               \
+  extern "C" void expand_##NAME(const Matrix* matrix, T* out, int64_t K, int threads) {           \
+    expand(*matrix, out, K, threads);                                                             \
+  }                                                                                               \
+  extern "C" void rms_norm_##NAME(const T* x, const void* weight, T* y, int64_t M, int64_t D,     \
+                                  float epsilon, int threads) {                                   \
+    together(threads, [&](Member member) { rms_norm(member, x, weight, y, M, D, epsilon); });     \
+  }                                                                                               \
+  extern "C" void swiglu_##NAME(T* gate, const T* up, int64_t n, int threads) {                   \
+    together(threads, [&](Member member) {                                                        \
+      const auto [from, to] = member.share(n, SHARE);                                             \
+      swiglu(gate + from, up + from, to - from);                                                  \
+    });                                                                                           \
+  }                                                                                               \
+  extern "C" void keep_##NAME(const Places* places, const T* key, const T* value, int threads) {  \
+    together(threads, [&](Member member) { keep(member, *places, key, value); });                 \
+  }                                                                                               \
+  extern "C" void attend_##NAME(const Places* places, T* query, T* out, int64_t heads,            \
+                                float scaling, int threads) {                                     \
+    together(threads,                                                                             \
+             [&](Member member) { attend(member, *places, query, out, heads, scaling); });        \
+  }                                                                                               \
+  extern "C" void steps_##NAME(const Layer* layers, int64_t count, T* hidden, int threads) {      \
+    steps(layers, count, hidden, threads);                                                        \
+  }
+EXPORT(float, float32)
+EXPORT(bf16, bfloat16)

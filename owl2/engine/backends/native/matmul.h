@@ -1,0 +1,283 @@
+// Products of tokens with the rows of a matrix, which may hold whole numbers of few bits.
+//   x (M, K) tokens   w (N, K) a Linear's weight   y (M, N)
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "simd.h"
+#include "thread_pool.h"
+
+namespace {
+
+// ---------------------------------------------------------------- products
+
+// Rows that are to come, fetched into the cache while others are computed.
+template <class T>
+struct Ahead {
+  const T* w = nullptr;
+  int64_t rows = 0;
+};
+
+// out[r * M + m] for R rows of w and M tokens, both (.., K).
+template <int R, int M, class T>
+inline void tile(const T* w, const T* x, int64_t K, Ahead<T> ahead, float* out) {
+  constexpr int STEP = Product<T>::STEP;
+  constexpr int LANES = R * M == 1 ? 4 : 1;  // a single sum would wait for itself
+  Floats acc[R][M][LANES] = {};
+  int64_t k = 0;
+  for (; k + LANES * STEP <= K; k += LANES * STEP) {
+    for (int64_t r = 0; r < ahead.rows; r++) __builtin_prefetch(ahead.w + r * K + k, 0, 2);
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++)
+        for (int l = 0; l < LANES; l++) {
+          const int64_t at = k + l * STEP;
+          acc[r][m][l] = Product<T>::add(acc[r][m][l], w + r * K + at, x + m * K + at);
+        }
+  }
+  for (; k < K; k += STEP)
+    for (int r = 0; r < R; r++)
+      for (int m = 0; m < M; m++)
+        acc[r][m][0] = Product<T>::add(acc[r][m][0], w + r * K + k, x + m * K + k);
+  for (int l = 1; l < LANES; l++) acc[0][0][0] += acc[0][0][l];
+  int i = 0;
+  for (; i + 8 < R * M; i += WIDE) {  // many at once
+    Floats some[WIDE] = {};
+    for (int j = i; j < std::min(i + WIDE, R * M); j++) some[j - i] = acc[j / M][j % M][0];
+    Floats totals = sums(some);
+    std::memcpy(out + i, &totals, sizeof(float) * std::min(WIDE, R * M - i));
+  }
+  for (; i < R * M; i++) out[i] = sum(acc[i / M][i % M][0]);
+}
+
+// A token as whole numbers of 16 bits, scaled to its largest value, in two bytes: 256 high + low.
+// Bytes multiply with bytes in one instruction, and 16 bits are as fine as bfloat16 where it
+// matters.
+struct Token {
+  std::vector<int8_t> high, low;
+  std::vector<int32_t> sums;  // of every 64 numbers
+  int64_t sum_high, sum_low;
+  float scale;
+
+  template <class T>
+  void take(const T* x, int64_t K) {
+    high.resize(K), low.resize(K), sums.resize(K / 64);
+    Floats most = {};
+    Ints finite = Ints{} - 1;
+    for (int64_t k = 0; k < K; k += WIDE) {
+      const Floats v = load(x + k), size = v < 0.f ? -v : v;
+      most = most > size ? most : size;
+      finite &= size <= std::numeric_limits<float>::max();
+    }
+    float top = 0;
+    bool all_finite = true;
+    for (int i = 0; i < WIDE; i++) top = std::max(top, most[i]), all_finite &= finite[i] != 0;
+    // 127 * 256, so that both bytes fit. What is not finite makes all that comes of it so.
+    scale = all_finite ? top / 32512 : std::numeric_limits<float>::quiet_NaN();
+    const float inverse = all_finite && top > 0 ? 32512 / top : 0;
+    sum_high = sum_low = 0;
+    if (!all_finite) {
+      std::fill(high.begin(), high.end(), 0), std::fill(low.begin(), low.end(), 0);
+      std::fill(sums.begin(), sums.end(), 0);
+      return;
+    }
+    for (int64_t k = 0; k < K; k += 64) {
+      Ints whole_sum = {}, high_sum = {};
+      for (int64_t i = k; i < k + 64; i += WIDE) {
+        const Ints whole = rounded(load(x + i) * inverse), h = (whole + 128) >> 8;
+        store(&high[i], h), store(&low[i], whole - 256 * h);
+        whole_sum += whole, high_sum += h;
+      }
+      sums[k / 64] = int32_t(sum(whole_sum));
+      sum_high += sum(high_sum);
+      sum_low += sums[k / 64] - 256 * sum(high_sum);
+    }
+  }
+};
+
+// ---------------------------------------------------------------- weights
+// Each kind can multiply one row with one token, and write a row out as numbers of type T, whose
+// products are then to be multiplied by `factor`.
+
+template <class T>
+struct Whole {
+  const T* w;
+  int64_t K;
+  static constexpr bool IN_PLACE = true;
+  const T* row(int64_t n) const { return w + n * K; }
+  float factor(int64_t) const { return 1; }
+};
+
+// 8 bits: (w - 128) * scale[n].
+struct Eight {
+  const uint8_t* w;
+  const float* scale;  // (N)
+  int64_t K;
+  static constexpr bool IN_PLACE = false;
+  float factor(int64_t n) const { return scale[n]; }
+
+  float times(int64_t n, const Token& x) const {
+    Ints high[2] = {}, low[2] = {};
+    const uint8_t* row = w + n * K;
+    for (int64_t k = 0, l = 0; k < K; k += 64, l ^= 1) {
+      const Bytes a = bytes(row + k);
+      high[l] = add(high[l], a, bytes(&x.high[k])), low[l] = add(low[l], a, bytes(&x.low[k]));
+    }
+    const int64_t h = sum(high[0] + high[1]) - 128 * x.sum_high;
+    const int64_t l = sum(low[0] + low[1]) - 128 * x.sum_low;
+    return float(256 * h + l) * x.scale * scale[n];
+  }
+  template <class T>
+  void expand(int64_t n, T* out) const {
+    for (int64_t k = 0; k < K; k += WIDE) store(out + k, load(w + n * K + k) - 128);
+  }
+};
+
+// 4 bits, two a byte: (w - 8) * scale[n, g], in groups of 64. Byte i of a group holds the numbers
+// i and i + 32.
+struct Four {
+  const uint8_t* w;
+  const float* scale;  // (N, K / 64)
+  int64_t K;
+  static constexpr bool IN_PLACE = false;
+  float factor(int64_t) const { return 1; }
+
+  float times(int64_t n, const Token& x) const {
+    const int64_t groups = K / 64;
+    const float* scales = scale + n * groups;
+    Floats acc = {};
+    float offset = 0;
+    for (int64_t g = 0; g < groups; g++) {
+      const Bytes a = nibbles(w + n * K / 2 + 32 * g);
+      const Ints high = add(Ints{}, a, bytes(&x.high[64 * g]));
+      const Ints low = add(Ints{}, a, bytes(&x.low[64 * g]));
+      acc += __builtin_convertvector(256 * high + low, Floats) * scales[g];
+      offset += scales[g] * float(x.sums[g]);
+    }
+    return (sum(acc) - 8 * offset) * x.scale;
+  }
+  template <class T>
+  void expand(int64_t n, T* out) const {
+    for (int64_t g = 0; g < K / 64; g++) {
+      const Bytes a = nibbles(w + n * K / 2 + 32 * g);
+      uint8_t numbers[64];
+      std::memcpy(numbers, &a, 64);
+      for (int i = 0; i < 64; i += WIDE)
+        store(out + 64 * g + i, (load(numbers + i) - 8) * scale[n * (K / 64) + g]);
+    }
+  }
+};
+
+// ---------------------------------------------------------------- all rows, all tokens
+
+constexpr int ROWS = 6, TOKENS = 4;  // at a time: their sums fit into the registers
+
+// Some rows of a matrix with what belongs to them, from the first of them on.
+template <class T>
+struct Rows {
+  const T* w;
+  const float* factors;
+  const T* bias;
+  T* y;
+  int64_t N, K;
+};
+
+template <int R, int M, class T>
+inline void put(const Rows<T>& rows, const T* x, int64_t m, Ahead<T> ahead) {
+  float out[R * M];
+  tile<R, M>(rows.w, x + m * rows.K, rows.K, ahead, out);
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < M; j++)
+      store(rows.y + (m + j) * rows.N + r,
+            out[r * M + j] * rows.factors[r] + (rows.bias ? to_float(rows.bias[r]) : 0));
+}
+
+// All tokens. Each tile fetches its part of the rows to come, so that memory is never idle.
+template <int R, class T>
+inline void put_all(const Rows<T>& rows, const T* x, int64_t M, const T* next) {
+  const int64_t tiles = (M + TOKENS - 1) / TOKENS;
+  const auto ahead = [&](int64_t i) {
+    const int64_t from = R * i / tiles, to = R * (i + 1) / tiles;
+    return next ? Ahead<T>{next + from * rows.K, to - from} : Ahead<T>{};
+  };
+  int64_t m = 0;
+  for (; m + TOKENS <= M; m += TOKENS) put<R, TOKENS>(rows, x, m, ahead(m / TOKENS));
+  if (M - m == 3) put<R, 3>(rows, x, m, ahead(tiles - 1));
+  if (M - m == 2) put<R, 2>(rows, x, m, ahead(tiles - 1));
+  if (M - m == 1) put<R, 1>(rows, x, m, ahead(tiles - 1));
+}
+
+template <class Weights, class T>
+void multiply(Range range, const Weights& weights, const T* x, const T* bias, T* y, int64_t M,
+              int64_t N, int64_t K) {
+  thread_local std::vector<T> expanded;
+  if (!Weights::IN_PLACE) expanded.resize(ROWS * K);
+  for (int64_t n = range.from; n < range.to; n += ROWS) {
+    const int64_t some = std::min<int64_t>(ROWS, range.to - n);
+    const T *w, *next = nullptr;
+    if constexpr (Weights::IN_PLACE) {
+      w = weights.row(n);
+      if (n + 2 * ROWS <= range.to) next = weights.row(n + ROWS);
+    } else {
+      for (int64_t r = 0; r < some; r++) weights.expand(n + r, expanded.data() + r * K);
+      w = expanded.data();
+    }
+    float factors[ROWS];
+    for (int64_t r = 0; r < some; r++) factors[r] = weights.factor(n + r);
+    const T* b = bias ? bias + n : nullptr;
+    if (some == ROWS)
+      put_all<ROWS>(Rows<T>{w, factors, b, y + n, N, K}, x, M, next);
+    else
+      for (int64_t r = 0; r < some; r++)
+        put_all<1, T>({w + r * K, factors + r, b ? b + r : b, y + n + r, N, K}, x, M, nullptr);
+  }
+}
+
+// One token takes the rows one by one: then memory is read as it lies.
+template <class Weights, class T>
+void multiply_one(Range range, const Weights& weights, const T* x, const Token& token,
+                  const T* bias, T* y, int64_t K) {
+  for (int64_t n = range.from; n < range.to; n++) {
+    float out;
+    if constexpr (Weights::IN_PLACE)
+      tile<1, 1, T>(weights.row(n), x, K, {}, &out);
+    else
+      out = weights.times(n, token);
+    store(y + n, out + (bias ? to_float(bias[n]) : 0));
+  }
+}
+
+// A Linear as Python hands it over: `bits` of whole numbers, else 0.
+struct Matrix {
+  const void* w;
+  const float* scale;
+  const void* bias;
+  int64_t bits, N;
+
+  // Some of y = x w^T + bias. `token`: x, if it is one, for whole numbers.
+  template <class T>
+  void times(Range range, const T* x, const Token& token, T* y, int64_t M, int64_t K) const {
+    const auto* whole = static_cast<const uint8_t*>(w);
+    if (bits == 8)
+      times(range, Eight{whole, scale, K}, x, token, y, M, K);
+    else if (bits == 4)
+      times(range, Four{whole, scale, K}, x, token, y, M, K);
+    else
+      times(range, Whole<T>{static_cast<const T*>(w), K}, x, token, y, M, K);
+  }
+
+ private:
+  template <class Weights, class T>
+  void times(Range range, const Weights& weights, const T* x, const Token& token, T* y, int64_t M,
+             int64_t K) const {
+    const T* b = static_cast<const T*>(bias);
+    if (M == 1)
+      multiply_one(range, weights, x, token, b, y, K);
+    else
+      multiply(range, weights, x, b, y, M, N, K);
+  }
+};
+
+constexpr int64_t SHARE = WIDE;  // threads share out rows in multiples of it
+}  // namespace

@@ -1,0 +1,169 @@
+"""mPLUG-Owl2 as vLLM's model: our vision encoder and abstractor, vLLM's LLaMA with MAM.
+
+    pixel_values (N, 3, H, W) ──► vision_model ──► visual_abstractor (N, K+1, D) ─┐ vLLM keeps them
+    scheduled ids (T,) ──► embed_tokens (T, D) ───────────────────────────────────┴─► (T, D)
+    ──► vLLM's LLaMA layers, told which tokens are visual ──► norm ──► lm_head (T, vocabulary)
+
+Shapes: N images to encode in this step, T tokens that are scheduled, of any requests, D width.
+
+Which tokens are visual, vLLM says in each step by position, when it asks for their embeddings: so
+it is right for a part of a prompt, with the rest of the prompt in the cache, and for new tokens,
+which are text. The ids do not say it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
+from owl2.model.vision import VisionModel, resize_positions
+from owl2.processing.chat_template import IMAGE_TOKEN
+from owl2.vllm_plugin.decoder import Owl2LlamaForCausalLM, VisualTokens
+from owl2.vllm_plugin.processing import Owl2DummyInputs, Owl2MultiModalProcessor, Owl2ProcessingInfo
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Owl2MultiModalProcessor, info=Owl2ProcessingInfo, dummy_inputs=Owl2DummyInputs
+)
+class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
+    """A released-layout checkpoint in vLLM. The two visual parts are whole in every process."""
+
+    # LLaMA's keep their meaning where vLLM asks for a layer's parts by their released names.
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "model.vision_model.": "vision_model.",
+            "model.visual_abstractor.": "visual_abstractor.",
+            "model.": "language_model.model.",
+            "lm_head.": "language_model.lm_head.",
+        }
+    )
+
+    # SupportsMultiModal's, which carries no types.
+    _mark_tower_model: Any
+    _mark_language_model: Any
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str:
+        """What stands in a prompt for an image."""
+        if modality != "image":
+            raise ValueError(f"mPLUG-Owl2 takes images, no {modality}")
+        return IMAGE_TOKEN
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.config = config
+        visual = config.visual_config
+        # vLLM sets none, and transformers' default writes the scores out.
+        visual._attn_implementation = "sdpa"
+        with self._mark_tower_model(vllm_config, "image"):
+            self.vision_model: nn.Module = VisionModel(visual.visual_model)
+            self.visual_abstractor: nn.Module = VisualAbstractor(
+                visual.visual_abstractor, config.hidden_size
+            )
+        with self._mark_language_model(vllm_config):
+            self.language_model = Owl2LlamaForCausalLM(
+                vllm_config=vllm_config, prefix=maybe_prefix(prefix, "language_model")
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self._compute_position_codes()
+        # In one place from step to step, where a CUDA graph finds it.
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        mask = torch.zeros(tokens, 1, dtype=torch.bool)
+        self.visual_mask: torch.Tensor
+        self.register_buffer("visual_mask", mask, persistent=False)
+        self._visual_rows: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def _compute_position_codes(self) -> None:
+        """Those of the abstractor: a checkpoint may be without them."""
+        for module in self.visual_abstractor.modules():
+            if isinstance(module, AbstractorAttention):
+                query_codes, key_codes = module.position_codes()
+                module.q_pos_embed.copy_(query_codes)
+                module.k_pos_embed.copy_(key_codes)
+
+    # -------------------------------------------------------------- a step
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """`pixel_values` (N, 3, H, W) to (N, K+1, D); nothing without them."""
+        pixel_values = kwargs.get("pixel_values")
+        if pixel_values is None:
+            return []
+        return self.visual_abstractor(self.vision_model(pixel_values))
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(T,) to (T, D), images' embeddings in their places.
+
+        vLLM calls this in each step before `forward`, with what of an image is in the step.
+        """
+        mask = self.visual_mask[: len(input_ids), 0]
+        if is_multimodal is None or not multimodal_embeddings:
+            mask.fill_(False)
+            self._visual_rows = None
+        else:
+            mask.copy_(is_multimodal)
+            self._visual_rows = is_multimodal.nonzero()[:, 0].to(mask.device)
+        return super().embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+
+    def _visual_tokens(self, inputs_embeds: torch.Tensor | None) -> VisualTokens | None:
+        """Of the step whose embeddings were asked for last."""
+        rows, self._visual_rows = self._visual_rows, None
+        if inputs_embeds is None or not self.config.use_mam:  # None: vLLM was told to take no image
+            return None
+        mask = self.visual_mask[: len(inputs_embeds)]
+        if inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing():
+            return VisualTokens(mask, None)
+        return None if rows is None else VisualTokens(mask, rows)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Hidden states (T, D) after the norm."""
+        visual = self._visual_tokens(inputs_embeds)
+        routed = {} if visual is None else {"visual": visual}
+        return self.language_model.model(
+            input_ids, positions, intermediate_tensors, inputs_embeds, **routed
+        )
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """(n, D) to (n, vocabulary)."""
+        return self.language_model.compute_logits(hidden_states)
+
+    # -------------------------------------------------------------- weights
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """The released keys (SPEC 1.4); what is missing or unexpected, vLLM refuses by name."""
+        # For a config.json that asks for another resolution than the positions were trained at.
+        if isinstance(self.vision_model, VisionModel):  # it is not where no image is to be taken
+            positions: Any = self.vision_model.embeddings.position_embedding
+            positions.weight_loader = _load_positions
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+def _load_positions(parameter: nn.Parameter, stored: torch.Tensor) -> None:
+    grid = round((parameter.shape[1] - 1) ** 0.5)
+    parameter.data.copy_(resize_positions(stored, grid))

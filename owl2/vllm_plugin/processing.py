@@ -1,0 +1,132 @@
+"""Images and placeholders for vLLM, by the checkpoint's own processor.
+
+ids with one image_token_id an image ──► K + 1 places each, vLLM remembers where
+images ──Owl2ImageProcessor──► pixel_values (3, H, W) each, kept by what the image holds
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image
+from transformers import BatchFeature
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import MultiModalDataParser
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+)
+
+from owl2.errors import InputError
+from owl2.model.configuration import Owl2Config
+from owl2.processing.chat_template import IMAGE_TOKEN
+from owl2.processing.image_io import load_image
+from owl2.processing.processor import Owl2Processor
+
+# The id at an image's places. Any of the vocabulary does: the embedding is the image's.
+PLACE_ID = 0
+OPTIONS = ("image_policy",)
+
+
+@lru_cache(maxsize=8)
+def _processor(name: str, revision: str | None, image_policy: Any) -> Owl2Processor:
+    hub: dict[str, Any] = {} if revision is None else {"revision": revision}
+    return Owl2Processor.from_pretrained(name, image_policy=image_policy, **hub)
+
+
+class ImageParser(MultiModalDataParser):
+    """Images in the checkpoint's colours: vLLM would put what is transparent on white."""
+
+    def _parse_image_data(self, data: Any) -> Any:
+        items = [data] if isinstance(data, Image.Image) else data
+        if isinstance(items, list):
+            items = [load_image(item) if isinstance(item, Image.Image) else item for item in items]
+        return super()._parse_image_data(items)
+
+
+class Owl2ProcessingInfo(BaseProcessingInfo):
+    """What of a checkpoint vLLM wants to know beforehand."""
+
+    def get_hf_config(self) -> Owl2Config:
+        return self.ctx.get_hf_config(Owl2Config)
+
+    def get_hf_processor(self, **kwargs: Any) -> Owl2Processor:
+        """The checkpoint's processor; `kwargs`: a request's or the server's mm_processor_kwargs.
+
+        Raises:
+            InputError: others than `OPTIONS`, or a policy that there is not.
+        """
+        options = self.ctx.get_merged_mm_kwargs(kwargs)
+        if unknown := sorted(options.keys() - set(OPTIONS)):
+            raise InputError(
+                f"mm_processor_kwargs: there is no {', '.join(unknown)}; there is "
+                f"{', '.join(OPTIONS)}"
+            )
+        model = self.ctx.model_config
+        return _processor(model.model, model.revision, options.get("image_policy"))
+
+    def get_data_parser(self) -> ImageParser:
+        return ImageParser()
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return {"image": None}
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        return {"image": self.get_hf_config().num_image_tokens}
+
+
+class Owl2DummyInputs(BaseDummyInputsBuilder[Owl2ProcessingInfo]):
+    """The largest input, by which vLLM measures memory."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return IMAGE_TOKEN * mm_counts.get("image", 0)
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        size = self.info.get_hf_config().image_size
+        count = mm_counts.get("image", 0)
+        return {"image": self._get_dummy_images(width=size, height=size, num_images=count)}
+
+
+class Owl2MultiModalProcessor(BaseMultiModalProcessor[Owl2ProcessingInfo]):
+    """A prompt's ids and its images → what the model gets."""
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]
+    ) -> BatchFeature:
+        prepare = self.info.get_hf_processor(**hf_kwargs).image_processor
+        pixels = prepare(list(hf_data["images"]))["pixel_values"]
+        return BatchFeature({"pixel_values": pixels.to(self.info.ctx.model_config.dtype)})
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, Any]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {"pixel_values": MultiModalFieldConfig.batched("image")}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Sequence[PromptReplacement]:
+        processor = self.info.get_hf_processor()
+        places = [PLACE_ID] * processor.num_image_tokens
+        return [
+            PromptReplacement(
+                modality="image", target=[processor.image_token_id], replacement=places
+            )
+        ]
+
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> Any:
+        placeholders = token_ids.count(self.info.get_hf_processor().image_token_id)
+        images = len(mm_prompt_updates.get("image", ()))
+        if placeholders != images:
+            raise VLLMValidationError(
+                f"The prompt has {placeholders} {IMAGE_TOKEN} placeholder(s), but {images} "
+                "image(s) were given: each placeholder takes one image.",
+                parameter="image",
+            )
+        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)

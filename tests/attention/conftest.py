@@ -1,0 +1,5 @@
+"""What tests of looking share with those of answering."""
+
+from tests.engine.conftest import conversations
+
+__all__ = ["conversations"]

@@ -1,0 +1,323 @@
+"""Adapters on disk: what is saved is what is loaded, merged, and read by peft itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from owl2.checkpoints.adapters import find_adapter, lora_layers, lora_parameters, merge_adapter
+from owl2.errors import InputError
+from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.train.adapters import adapt
+from owl2.train.recipe import Adapter
+from tests.model.conftest import make_modalities_differ
+from tests.tiny import make_model
+
+EVERYWHERE = ["decoder", "abstractor", "vision"]
+CASES = {
+    "default": ({}, {}),
+    "everywhere": ({"parts": EVERYWHERE}, {}),
+    "trained parts": ({"trained": ["abstractor", "vision"]}, {}),
+    "no mam": ({"parts": ["decoder", "vision"], "trained": ["abstractor"]}, {"use_mam": False}),
+    "tied": ({}, {"tie_word_embeddings": True}),
+    "all heads": ({"only": ["k_proj", "v_proj"]}, {"num_key_value_heads": 4}),
+}
+IMAGES = {
+    "input_ids": torch.tensor([[1, 5, 40, 40, 40, 6, 7, 40, 40, 40, 9, 11]]),
+    "pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+}
+TEXT = {"input_ids": torch.tensor([[1, 5, 6, 7, 9, 11, 30]])}
+
+
+def logits(model, inputs=IMAGES):
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def assert_close(one, other):
+    """Both kinds of input; float32, within 1e-5."""
+    for inputs in (IMAGES, TEXT):
+        torch.testing.assert_close(logits(one, inputs), logits(other, inputs), atol=1e-5, rtol=0)
+
+
+def make_base(folder, **settings):
+    model = make_model(**settings)
+    make_modalities_differ(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder, **options):
+    return Owl2ForConditionalGeneration.from_pretrained(folder, **options)
+
+
+def make_adapted(base, **settings):
+    """As after training: LoRA and the parts trained as a whole are far from where they began."""
+    model = load(base)
+    adapt(model, Adapter(rank=4, **settings), seed=0)
+    source = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=source)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def saved(base, tmp_path_factory):
+    """A live model with every kind of adapter, and its directory."""
+    model = make_adapted(base, parts=["decoder", "vision"], trained=["abstractor"])
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """The directory, to be spoilt."""
+    return Path(shutil.copytree(saved[1], tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(("adapter", "settings"), CASES.values(), ids=CASES)
+def test_live_reloaded_and_merged_agree(tmp_path, adapter, settings):
+    base = make_base(tmp_path / "base", **settings)
+    live = make_adapted(base, **adapter)
+    assert not torch.allclose(logits(live), logits(load(base)), atol=0.01)
+    live.save_pretrained(tmp_path / "adapter")
+
+    reloaded = load(tmp_path / "adapter")
+    assert type(reloaded) is Owl2ForConditionalGeneration
+    for name, tensor in live.state_dict().items():
+        assert torch.equal(tensor, reloaded.state_dict()[name]), name
+    assert_close(live, reloaded)
+
+    merge_adapter(reloaded, find_adapter(tmp_path / "adapter", {}))
+    assert not lora_parameters(reloaded)
+    assert_close(live, reloaded)
+    reloaded.save_pretrained(tmp_path / "merged")
+    plain = load(tmp_path / "merged")
+    assert plain.state_dict().keys() == load(base).state_dict().keys()
+    assert_close(live, plain)
+
+
+def test_files_are_small_and_peft_reads_them(saved, base):
+    live, folder = saved
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base.json",
+        "config.json",
+    }
+    stored = load_file(folder / "adapter_model.safetensors")
+    # LoRA of the decoder and the ViT, and the abstractor as a whole: nothing else.
+    assert all(
+        ".lora_" in key or key.startswith("base_model.model.model.visual_abstractor.")
+        for key in stored
+    )
+    for peft_model in (
+        PeftModel.from_pretrained(load(base), str(folder)),
+        PeftModel.from_pretrained(load(base), str(folder), is_trainable=True),
+    ):
+        assert_close(live, peft_model)
+
+
+def test_transformers_reads_the_adapter_too(base, tmp_path):
+    live = make_adapted(base, parts=EVERYWHERE)
+    live.save_pretrained(tmp_path)
+    model = load(base)
+    model.load_adapter(str(tmp_path))
+    assert_close(live, model)
+
+
+def test_auto_classes_read_it(saved):
+    live, folder = saved
+    options = {"attn_implementation": "eager"}
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    assert type(model) is Owl2ForConditionalGeneration
+    assert model.config._attn_implementation == "eager"
+    assert_close(live, model)
+
+
+def test_nothing_loaded_is_to_be_trained(saved):
+    model = load(saved[1])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+def test_saved_again_it_is_the_same(saved, tmp_path):
+    live, folder = saved
+    load(folder).save_pretrained(tmp_path / "again")
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            again = json.loads((tmp_path / "again" / file.name).read_text(encoding="utf-8"))
+            assert again == json.loads(file.read_text(encoding="utf-8")), file.name
+    assert_close(live, load(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("trained", [[], ["vision"]])
+def test_another_image_size_is_kept(base, tmp_path, trained):
+    live = load(base, image_size=16)
+    adapt(live, Adapter(rank=2, trained=trained), seed=0)
+    with torch.no_grad():
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05
+    live.save_pretrained(tmp_path)
+    inputs = IMAGES | {"pixel_values": torch.randn(2, 3, 16, 16)}
+    for model in (load(tmp_path), AutoModelForImageTextToText.from_pretrained(tmp_path)):
+        assert model.config.image_size == 16
+        torch.testing.assert_close(logits(live, inputs), logits(model, inputs))
+    assert load(tmp_path, image_size=8).config.image_size == 8
+
+
+def test_text_goes_past_the_visual_lora(base):
+    """Without an image only the text's LoRA is computed; with one, visual tokens take theirs."""
+    model = make_adapted(base, only=["k_proj", "v_proj"])
+    before = logits(model), logits(model, TEXT)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "multiway.1.lora_B" in name:
+                parameter += 1.0
+    assert torch.equal(before[1], logits(model, TEXT))
+    assert not torch.allclose(before[0], logits(model), atol=1e-3)
+
+
+def test_from_another_directory(tmp_path, monkeypatch):
+    """A base given by a relative path is found from everywhere; a moved one is asked for."""
+    make_base(tmp_path / "one" / "base")
+    monkeypatch.chdir(tmp_path / "one")
+    live = make_adapted("base")
+    live.save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert_close(live, load("adapter"))
+
+    (tmp_path / "one" / "base").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"one/base.*base=.*adapter_config\.json"):
+        load("adapter")
+    assert_close(live, load("adapter", base="moved"))
+    with pytest.raises(InputError, match=r"base=.* is for adapters"):
+        load("moved", base="moved")
+
+
+def put_into_hub_cache(cache, repository, revision, folder):
+    """As huggingface_hub leaves what it has fetched."""
+    home = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, home / "snapshots" / revision)
+    (home / "refs").mkdir(exist_ok=True)
+    (home / "refs" / "main").write_text(revision, encoding="utf-8")
+
+
+def test_from_the_hub(base, tmp_path):
+    """The base's revision is part of its name: a later one is not taken for it."""
+    cache, first, later = tmp_path / "cache", "1" * 40, "2" * 40
+    put_into_hub_cache(cache, "somebody/base", first, base)
+    live = load("somebody/base", cache_dir=cache)
+    adapt(live, Adapter(rank=2), seed=0)
+    live.save_pretrained(tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["base_model_name_or_path"] == "somebody/base"
+    assert written["revision"] == first
+
+    put_into_hub_cache(cache, "somebody/base", later, make_base(tmp_path / "later", seed=1))
+    put_into_hub_cache(cache, "somebody/adapter", "3" * 40, tmp_path / "adapter")
+    assert_close(live, load("somebody/adapter", cache_dir=cache))
+    auto = AutoModelForImageTextToText.from_pretrained("somebody/adapter", cache_dir=cache)
+    assert_close(live, auto)
+
+
+def test_another_base_under_its_name_is_refused(tmp_path):
+    base = make_base(tmp_path / "base")
+    make_adapted(base).save_pretrained(tmp_path / "adapter")
+    # The same weights in another format are the same base.
+    model = load(base)
+    shutil.rmtree(base)
+    base.mkdir()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    model.config.save_pretrained(base)
+    load(tmp_path / "adapter")
+
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 3] += 1e-3
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"not the model that .* was trained on.*base\.json"):
+        load(tmp_path / "adapter")
+    (tmp_path / "adapter" / "base.json").unlink()
+    load(tmp_path / "adapter")
+
+
+def spoil(folder, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+LORA = "base_model.model.model.layers.0.self_attn.v_proj.multiway.1.lora_A.weight"
+WHOLE = "base_model.model.model.visual_abstractor.vit_eos"
+
+
+@pytest.mark.parametrize("key", [LORA, WHOLE])
+def test_every_key_is_accounted_for(copied, key):
+    spoil(copied, lambda tensors: tensors.pop(key))
+    with pytest.raises(InputError, match=f"1 missing:\\s+{key}"):
+        load(copied)
+
+
+def test_an_unexpected_key_is_refused(copied):
+    spoil(copied, lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}))
+    with pytest.raises(InputError, match=r"1 unexpected:\s+base_model\.model\.lm_head\.weight"):
+        load(copied)
+
+
+def test_another_shape_is_refused(copied):
+    spoil(copied, lambda tensors: tensors.update({LORA: torch.zeros(4, 17)}))
+    with pytest.raises(InputError, match=r"\(4, 17\) in the file, \(4, 16\) in the model"):
+        load(copied)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("adapter_config.json", "{", "no adapter's configuration"),
+        ("adapter_config.json", '{"peft_type": "IA3"}', "owl2 reads adapters of the kind LORA"),
+        ("adapter_config.json", '{"peft_type": "LORA"}', "names no base model"),
+        ("adapter_model.safetensors", "text", "broken, or no safetensors file"),
+        ("adapter_model.safetensors", None, "without its weights"),
+        ("base.json", "[]", "damaged"),
+    ],
+)
+def test_broken_files_are_named(copied, file, text, message):
+    (copied / file).unlink()
+    if text is not None:
+        (copied / file).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        load(copied)
+
+
+def test_an_adapter_is_no_base(saved, tmp_path):
+    with pytest.raises(InputError, match="is an adapter itself"):
+        load(saved[1], base=saved[1])
+
+
+def test_merging_rounds_once(base, tmp_path):
+    """A 16-bit base: the sum is that of float32, rounded; LoRA is not rounded before."""
+    load(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    live = make_adapted(tmp_path / "base")
+    assert live.dtype == torch.bfloat16
+    live.save_pretrained(tmp_path / "adapter")
+    model = load(tmp_path / "adapter", dtype="auto")
+    name, layer = next(lora_layers(live))
+    expected = layer.get_base_layer().weight.float() + layer.get_delta_weight("default")
+    merge_adapter(model, find_adapter(tmp_path / "adapter", {}))
+    merged = model.get_submodule(name).weight
+    assert torch.equal(merged, expected.bfloat16())

@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+
+from owl2.data.datasets.group_by_image import joined, most_agreed
+from owl2.data.datasets.prompts import (
+    about_image,
+    choice_question,
+    image_and_text,
+    short_question,
+)
+from owl2.errors import InputError
+from tests.data.datasets.published_files import SHORT, split_up, told
+
+
+@pytest.mark.parametrize(
+    ("answers", "agreed"),
+    [
+        (["a", "b", "b"], "b"),
+        (["b", "a", "a", "b"], "b"),
+        (["a", "b", "a", "b"], "a"),
+        (["", "", "a"], "a"),
+        ([""], ""),
+        ([], ""),
+    ],
+)
+def test_most_agreed_and_of_equals_the_first(answers, agreed):
+    assert most_agreed(answers) == agreed
+
+
+def test_a_conversation_a_image_in_order_of_appearance():
+    asked = [
+        ("2.jpg", ("a?", "1")),
+        ("1.jpg", ("b?", "2")),
+        ("2.jpg", ("", "3")),
+        ("3.jpg", ("c?", "")),
+        ("2.jpg", ("d?", "4")),
+    ]
+    samples, left_out = split_up(joined(asked, Path("file.json")))
+    assert [told(sample) for sample in samples] == [
+        ("2.jpg", [("<|image|>\na?", "1"), ("d?", "4")]),
+        ("1.jpg", [("<|image|>\nb?", "2")]),
+    ]
+    assert [sample.source for sample in samples] == [
+        "file.json, image 2.jpg",
+        "file.json, image 1.jpg",
+    ]
+    assert left_out == {"questions without words or without an answer": 2}
+
+
+def test_no_more_than_most_in_a_conversation():
+    asked = [("1.jpg", (f"{n}?", str(n))) for n in range(5)] + [("2.jpg", ("a?", "b"))]
+    samples, _ = split_up(joined(asked, Path("file.json"), 2))
+    assert [(told(each)[0], [answer for _, answer in told(each)[1]]) for each in samples] == [
+        ("1.jpg", ["0", "1"]),
+        ("1.jpg", ["2", "3"]),
+        ("1.jpg", ["4"]),
+        ("2.jpg", ["b"]),
+    ]
+    assert told(samples[1])[1][0][0] == "<|image|>\n2?"
+    with pytest.raises(InputError, match="`most` is 0"):
+        list(joined(asked, Path("file.json"), 0))
+
+
+def test_messages_of_a_conversation_and_of_a_pair():
+    assert about_image("a.jpg", [("one?", "1"), ("two?", "2")]) == [
+        {
+            "role": "user",
+            "content": [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "\none?"}],
+        },
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": [{"type": "text", "text": "two?"}]},
+        {"role": "assistant", "content": "2"},
+    ]
+    assert image_and_text("a.jpg", "a dog") == [
+        {"role": "user", "content": [{"type": "image", "path": "a.jpg"}]},
+        {"role": "assistant", "content": "a dog"},
+    ]
+
+
+def test_prompts_of_the_paper():
+    assert short_question("what {question} is it?") == f"what {{question}} is it?{SHORT}"
+    assert short_question("") == ""
+    assert choice_question("which?", ["cat", "{options}"]) == (
+        "which?\nA. cat\nB. {options}\n"
+        "Answer with the option's letter from the given choices directly."
+    )

@@ -1,0 +1,112 @@
+import pytest
+
+from owl2.data.datasets.text_chat import sharegpt, slimorca
+from owl2.errors import InputError
+from tests.data.datasets.published_files import put, put_lines, split_up, told, told_all
+
+SHAREGPT = "ShareGPT_V3_unfiltered_cleaned_split.json"
+SLIMORCA = "oo-labeled_correct.gpt4.sharegpt.jsonl"
+
+
+def turns(*given: tuple[str, str]) -> list[dict]:
+    return [{"from": name, "value": text} for name, text in given]
+
+
+def shared(*given: tuple[str, str]) -> dict:
+    return {"id": "QWJhYvA_0", "conversations": turns(*given)}
+
+
+def orca(*given: tuple[str, str]) -> dict:
+    weights = {"system": None, "human": 0.0, "gpt": 1.0}
+    return {"conversations": [turn | {"weight": weights[turn["from"]]} for turn in turns(*given)]}
+
+
+def test_sharegpt(tmp_path):
+    rows = [
+        shared(("human", "Hi "), ("gpt", "\n Hello"), ("human", "So?"), ("gpt", "So what?")),
+        shared(("user", "1 + 1?"), ("chatgpt", "2")),
+        shared(("system", "Be short."), ("human", "Hi"), ("gpt", "Hello")),
+    ]
+    put(tmp_path, SHAREGPT, rows)
+    assert told_all(sharegpt(tmp_path)) == [
+        (None, [("Hi", "Hello"), ("So?", "So what?")]),
+        (None, [("1 + 1?", "2")]),
+        (None, [("Be short.\n\nHi", "Hello")]),
+    ]
+    assert [sample.source for sample in split_up(sharegpt(tmp_path))[0]] == [
+        f"{tmp_path / SHAREGPT}, row {n}" for n in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([], "conversations without a turn"),
+        ([("gpt", "Hello"), ("human", "Hi"), ("gpt", "So")], "conversations that begin with an an"),
+        ([("gpt", "Hello")], "conversations that begin with an answer"),
+        ([("system", "Be short.")], "conversations that begin with an answer"),
+        ([("human", "Hi")], "conversations without an answer"),
+        ([("human", "Hi"), ("gpt", "")], "conversations with an empty turn"),
+        ([("human", " "), ("gpt", "Hello")], "conversations with an empty turn"),
+        ([("human", "Hi"), ("bing", "Hello")], "conversations with turns from 'bing'"),
+        ([("human", "Hi"), ("human", "?"), ("gpt", "!")], "conversations whose turns do not alt"),
+        ([("human", "Hi"), ("gpt", "?"), ("gpt", "!")], "conversations whose turns do not alt"),
+        ([("human", "a"), ("system", "b"), ("gpt", "c")], "conversations whose turns do not alt"),
+        ([("human", "what is <|image|>?"), ("gpt", "c")], "conversations that write <|image|>"),
+        ([("human", "strike"), ("gpt", "<s>old</s> new")], "conversations that write </s>, a mark"),
+        ([("system", "<s>"), ("human", "a"), ("gpt", "b")], "conversations that write <s>"),
+    ],
+)
+def test_what_is_left_out_whole(tmp_path, given, reason):
+    put(tmp_path, SHAREGPT, [shared(*given), shared(("human", "a"), ("gpt", "b"))])
+    samples, left_out = split_up(sharegpt(tmp_path))
+    assert [told(sample) for sample in samples] == [(None, [("a", "b")])]
+    ((found, count),) = left_out.items()
+    assert found.startswith(reason)
+    assert count == 1
+
+
+def test_a_last_turn_without_an_answer_is_cut_off_and_counted(tmp_path):
+    rows = [shared(("human", "a"), ("gpt", "b"), ("human", "thanks")), shared(("human", "a"))]
+    put(tmp_path, SHAREGPT, rows)
+    samples, left_out = split_up(sharegpt(tmp_path))
+    assert [told(sample) for sample in samples] == [(None, [("a", "b")])]
+    assert left_out == {
+        "last turns without an answer": 1,
+        "conversations without an answer": 1,
+    }
+
+
+def test_slimorca_puts_the_system_text_first(tmp_path):
+    rows = [
+        orca(("system", "You are an AI."), ("human", "Write.\nNow"), ("gpt", "Done.")),
+        orca(("system", ""), ("human", "Write"), ("gpt", "Done")),
+        orca(("human", "Write"), ("gpt", "No")),
+    ]
+    put_lines(tmp_path, SLIMORCA, rows)
+    assert told_all(slimorca(tmp_path)) == [
+        (None, [("You are an AI.\n\nWrite.\nNow", "Done.")]),
+        (None, [("Write", "Done")]),
+        (None, [("Write", "No")]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"id": "x"}, "'conversations', a list of objects, is missing"),
+        ({"conversations": ["Hi"]}, "conversations 1 is 'Hi', not an object"),
+        ({"conversations": [{"from": "human"}]}, "conversations 1: 'value', a text, is missing"),
+        ({"conversations": [{"from": 1, "value": "x"}]}, "conversations 1: 'from' is 1, not a te"),
+    ],
+)
+def test_rows_that_are_not_as_published(tmp_path, row, complaint):
+    good = orca(("human", "Write"), ("gpt", "No"))
+    path = put_lines(tmp_path, SLIMORCA, [good, row])
+    with pytest.raises(InputError, match=complaint) as caught:
+        list(slimorca(tmp_path))
+    assert str(caught.value).startswith(f"{path}, line 2")
+    path = put(tmp_path, SHAREGPT, [good, row])
+    with pytest.raises(InputError, match=complaint) as caught:
+        list(sharegpt(tmp_path))
+    assert str(caught.value).startswith(f"{path}, row 2")

@@ -1,0 +1,257 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from owl2.data.json_dataset import Rows
+from owl2.errors import ErrorCode, InputError
+from owl2.processing.chat_template import flat_text, read_messages
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "text" / "cases.json"
+
+
+def llava(path: Path, *rows: object) -> Path:
+    path.write_text(json.dumps(list(rows)), encoding="utf-8")
+    return path
+
+
+def human(value: str, image: object = None, answer: str = "yes") -> dict:
+    row: dict = {"conversations": [{"from": "human", "value": value}]}
+    row["conversations"].append({"from": "gpt", "value": answer})
+    return row if image is None else row | {"image": image}
+
+
+def lines(path: Path, *rows: object) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def images(sample) -> list[str]:
+    return [str(image) for image in read_messages(sample.messages).images]
+
+
+def texts(sample) -> list[str]:
+    return [flat_text(turn["content"]) for turn in read_messages(sample.messages).turns]
+
+
+# ------------------------------------------------------------------ LLaVA's JSON
+
+
+def golden_cases() -> list[dict]:
+    return json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
+
+
+@pytest.mark.parametrize("case", golden_cases())
+def test_text_is_what_the_authors_training_code_makes_of_it(case, tmp_path):
+    row = {"conversations": case["conversation"]}
+    if any("<|image|>" in turn["value"] for turn in case["conversation"]):
+        row["image"] = "a.png"
+    (sample,) = Rows(llava(tmp_path / "talks.json", row))
+    assert texts(sample) == [turn["value"] for turn in case["train"]["sources"]]
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<|image|>"])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("M\nwhat?", "<|image|>\nwhat?"),
+        ("  what? \n M ", "<|image|>\nwhat?"),
+        ("is M red?", "<|image|>\nis  red?"),
+        (" M ", "<|image|>"),
+    ],
+)
+def test_one_image_comes_first(tmp_path, mark, value, text):
+    path = llava(tmp_path / "talks.json", human(value.replace("M", mark), "a.png"))
+    assert texts(Rows(path)[0]) == [text, "yes"]
+
+
+def test_several_images_of_a_turn_keep_their_places_and_order(tmp_path):
+    path = llava(tmp_path / "talks.json", human(" A: <image> B: <image>", ["a.png", "b.png"]))
+    (sample,) = Rows(path)
+    assert texts(sample)[0] == "A: <|image|> B: <|image|>"
+    assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+
+
+def test_images_of_several_turns_are_taken_in_order(tmp_path):
+    row = human("<image>one", ["a.png", "b.png"])
+    row["conversations"] += human("two<image>")["conversations"]
+    (sample,) = Rows(llava(tmp_path / "talks.json", row))
+    assert texts(sample) == ["<|image|>\none", "yes", "<|image|>\ntwo", "yes"]
+    assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+
+
+def test_images_start_from_the_root_and_source_names_the_row(tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    path = llava(tmp_path / "talks.json", human("hi"), human("<image>", "deep/a.png"))
+    samples = list(Rows(path, root))
+    assert images(samples[1]) == [str(root / "deep" / "a.png")]
+    assert [sample.source for sample in samples] == [f"{path}, row 1", f"{path}, row 2"]
+
+
+def test_urls_stay_urls(tmp_path):
+    path = llava(tmp_path / "talks.json", human("<image>", "https://example.org/a.png"))
+    (sample,) = Rows(path)
+    assert images(sample) == ["https://example.org/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("a string", "must be an object, not a str"),
+        ({"talk": []}, "list 'conversations'"),
+        ({"conversations": "hi"}, "list 'conversations'"),
+        ({"conversations": [], "messages": []}, "'messages' and 'conversations'"),
+        ({"conversations": []}, "empty"),
+        ({"conversations": ["hi"]}, "'from' and a string 'value'"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "string 'value'"),
+        ({"conversations": [{"from": "robot", "value": "hi"}]}, "from 'robot'"),
+        ({"conversations": [{"from": ["human"], "value": "hi"}]}, "from \\['human'\\]"),
+        ({"conversations": [{"from": "gpt", "value": "hi"}]}, "'user' is due"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "no answer"),
+        (human("no mark", "a.png"), "marks 0 images .* has 1"),
+        (human("<image>"), "marks 1 images .* has 0"),
+        (human("<image><|image|>", "a.png"), "marks 2 images .* has 1"),
+        (human("<image>", {"path": "a.png"}), "an image must be a path"),
+        (human("<image>", ""), "an image must be a path"),
+        (human("<image>", "a.png") | {"images": ["a.png"]}, "under 'image' and 'images'"),
+        (human("what?", "a.png", answer="<image>"), "messages\\[1\\]"),
+    ],
+)
+def test_bad_llava_row_is_named(tmp_path, row, complaint):
+    path = llava(tmp_path / "talks.json", human("good"), row)
+    rows = Rows(path)
+    assert texts(rows[0])[1] == "yes"
+    with pytest.raises(InputError, match=complaint) as caught:
+        rows[1]
+    assert str(caught.value).startswith(f"{path}, row 2: ")
+
+
+# ------------------------------------------------------------------ messages
+
+
+def test_messages_are_taken_as_they_are(tmp_path):
+    content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": " spaces stay "}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
+    path = lines(tmp_path / "talks.jsonl", {"messages": messages, "id": 7})
+    (sample,) = Rows(path)
+    assert texts(sample) == ["<|image|> spaces stay ", "yes"]
+    assert images(sample) == [str(tmp_path / "a.png")]
+    assert sample.source == f"{path}, line 1"
+
+
+@pytest.mark.parametrize(
+    ("part", "image"),
+    [
+        ({"path": "/abs/a.png"}, "/abs/a.png"),
+        ({"image": "https://example.org/a.png"}, "https://example.org/a.png"),
+        ({"url": "https://example.org/a.png"}, "https://example.org/a.png"),
+        ({"image": "data:image/png;base64,AAAA"}, "data:image/png;base64,AAAA"),
+    ],
+)
+def test_only_relative_paths_are_changed(tmp_path, part, image):
+    content = [{"type": "image"} | part]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
+    (sample,) = Rows(lines(tmp_path / "talks.jsonl", {"messages": messages}))
+    assert images(sample) == [image]
+
+
+def test_line_separators_inside_a_string_and_blank_lines(tmp_path):
+    messages = [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}]
+    path = tmp_path / "talks.jsonl"
+    line = json.dumps({"messages": messages}, ensure_ascii=False)
+    path.write_text(f"{line}\n\n{line}\n", encoding="utf-8")
+    samples = list(Rows(path))
+    assert [sample.source for sample in samples] == [f"{path}, line 1", f"{path}, line 3"]
+    assert texts(samples[0]) == ["a\u2028b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("[]", "must be an object, not a list"),
+        ("{}", "list 'messages'"),
+        ('{"messages": "hi"}', "list 'messages'"),
+        ('{"conversations": []}', "empty"),
+        ('{"messages": ["hi"]}', "messages\\[0\\]"),
+        ('{"messages": [{"role": "user", "content": "<|image|>"}]}', "no answer"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, line, complaint):
+    path = tmp_path / "talks.jsonl"
+    good = '{"messages": [{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}'
+    path.write_text(f"{good}\n{line}\n")
+    rows = Rows(path)
+    assert texts(rows[0]) == ["a", "b"]
+    with pytest.raises(InputError, match=complaint) as caught:
+        rows[1]
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+
+
+IMAGE = {"type": "image"}
+
+
+def asked(*parts: object) -> dict:
+    answer = {"role": "assistant", "content": "yes"}
+    return {"messages": [{"role": "user", "content": list(parts)}, answer]}
+
+
+def test_bare_parts_stand_for_the_images_beside_the_messages(tmp_path):
+    row = asked(IMAGE, {"type": "text", "text": "or"}, IMAGE) | {"images": ["a.png", "b.png"]}
+    (sample,) = Rows(lines(tmp_path / "talks.jsonl", row))
+    assert texts(sample) == ["<|image|>or<|image|>", "yes"]
+    assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (asked(IMAGE) | {"images": ["a.png", "b.png"]}, "has 2 images, .* places for 1"),
+        # A mark in a text is LLaVA's; trained as a word, it would teach to write it.
+        (asked({"type": "text", "text": "<image>?"}) | {"images": ["a.png"]}, "places for 0"),
+        (asked(IMAGE, IMAGE) | {"images": ["a.png"]}, "marks 2 images, and 1 come"),
+        (asked(IMAGE | {"path": 3}), "must be a path"),
+    ],
+)
+def test_images_beside_messages_must_fit(tmp_path, row, complaint):
+    rows = Rows(lines(tmp_path / "talks.jsonl", row))
+    with pytest.raises(InputError, match=complaint):
+        rows[0]
+
+
+# ------------------------------------------------------------------ both, and captions
+
+
+def test_a_row_is_what_its_keys_say_in_either_file(tmp_path):
+    rows = (human("<image>hi", "a.png"), asked(IMAGE) | {"images": ["a.png"]})
+    one = Rows(llava(tmp_path / "talks.json", *rows))
+    two = Rows(lines(tmp_path / "talks.jsonl", *rows))
+    assert [sample.messages for sample in one] == [sample.messages for sample in two]
+    assert texts(one[0]) == ["<|image|>\nhi", "yes"]
+
+
+def test_a_caption_is_the_answer_to_its_image(tmp_path):
+    path = lines(tmp_path / "captions.jsonl", {"image": "a.png", "caption": " a red circle\n"})
+    (sample,) = Rows(path)
+    assert texts(sample) == ["<|image|>", "a red circle"]
+    assert images(sample) == [str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint", "code"),
+    [
+        ({"image": "a.png", "caption": " "}, "is empty", ErrorCode.EMPTY_MESSAGE),
+        ({"caption": "a"}, "needs one image, .* has 0", ErrorCode.IMAGE_COUNT_MISMATCH),
+        ({"image": ["a.png", "b.png"], "text": "a"}, "has 2", ErrorCode.IMAGE_COUNT_MISMATCH),
+        (human("<image>"), "marks 1", ErrorCode.IMAGE_COUNT_MISMATCH),
+        ({"conversations": [{"from": "gpt", "value": 3}]}, "string", ErrorCode.INVALID_TYPE),
+        ({"conversations": [{"from": "me", "value": "hi"}]}, "from 'me'", ErrorCode.INVALID_ROLE),
+    ],
+)
+def test_what_is_wrong_is_told_by_kind(tmp_path, row, complaint, code):
+    path = lines(tmp_path / "captions.jsonl", row)
+    with pytest.raises(InputError, match=complaint) as caught:
+        Rows(path)[0]
+    assert caught.value.code == code
+    assert str(caught.value).startswith(f"{path}, line 1: ")

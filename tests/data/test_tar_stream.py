@@ -1,0 +1,155 @@
+import gzip
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from owl2.data.tar_stream import read_shard
+from owl2.errors import InputError
+from tests.data.tars import captions, write_tar
+
+FILES = captions(range(3))
+
+
+def keys(url: object, **options) -> list[str]:
+    return [key for key, _ in read_shard(str(url), lambda extension: True, **options)]
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return write_tar(tmp_path / "a.tar", FILES)
+
+
+def test_files_of_a_key_come_together(shard):
+    groups = list(read_shard(str(shard), lambda extension: extension != "json"))
+    assert [key for key, _ in groups] == ["000000", "000001", "000002"]
+    assert groups[1][1] == [("jpg", FILES[3][1]), ("txt", b"1")]
+
+
+def test_skipping_keys(shard):
+    assert keys(shard, skip=2) == ["000002"]
+    assert keys(shard, skip=9) == []
+
+
+def test_what_has_no_key_is_passed_over(tmp_path):
+    names = ["d/", "README", "__meta__.json", ".hidden", "._a.txt", "d/a.B.TXT"]
+    path = write_tar(tmp_path / "a.tar", [(name, b"") for name in names])
+    assert list(read_shard(str(path), lambda extension: True)) == [("d/a", [("b.txt", b"")])]
+
+
+def test_compressed(tmp_path):
+    assert len(keys(write_tar(tmp_path / "a.tar.gz", FILES, "w:gz"))) == 3
+
+
+# ------------------------------------------------------------------ cut short
+
+
+@pytest.mark.parametrize("pack", [bytes, partial(gzip.compress, mtime=0)])
+def test_no_cut_goes_unseen(tmp_path, shard, pack):
+    """Wherever it is cut, what comes before the error is a whole sample."""
+    whole = list(read_shard(str(shard), lambda extension: True))
+    # 9 files of a header and a block each; then two empty blocks, of which one says enough.
+    packed = pack(shard.read_bytes()[: (9 * 2 + 2) * 512])
+    last = 9 * 2 * 512 if pack is bytes else len(packed) - 30
+    path = tmp_path / "cut.tar"
+    for size in [*range(0, last, 96 if pack is bytes else 7), last]:
+        path.write_bytes(packed[:size])
+        found = []
+        with pytest.raises(InputError, match=r"cut\.tar cannot be read to its end"):
+            found += read_shard(str(path), lambda extension: True)
+        read = []
+        with pytest.raises(InputError):
+            for group in read_shard(str(path), lambda extension: True):
+                read.append(group)
+        assert read == whole[: len(read)]
+        assert len(read) < 3
+    path.write_bytes(packed)
+    assert list(read_shard(str(path), lambda extension: True)) == whole
+
+
+def test_a_damaged_header_is_not_the_end(tmp_path, shard):
+    damaged = bytearray(shard.read_bytes())
+    damaged[6 * 512 + 10] ^= 0xFF  # in the name of the second sample's first file
+    (tmp_path / "b.tar").write_bytes(damaged)
+    with pytest.raises(InputError, match="cut short or damaged"):
+        keys(tmp_path / "b.tar")
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
+def test_no_tar(tmp_path, content):
+    path = tmp_path / "b.tar"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"b\.tar cannot be read"):
+        keys(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"b\.tar cannot be opened: .*No such file"):
+        keys(tmp_path / "b.tar")
+
+
+# ------------------------------------------------------------------ urls
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path != "/cut":
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Length", "20480")
+        self.end_headers()
+        self.wfile.write(b"\0" * 100)
+        return None
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path)) as serving:
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+        thread.join()
+
+
+def test_over_http(shard, server):
+    assert len(keys(f"{server}/a.tar")) == 3
+    with pytest.raises(InputError, match=r"none\.tar cannot be read to its end: curl .* code 22"):
+        keys(f"{server}/none.tar")
+    with pytest.raises(InputError, match=r"/cut cannot be read to its end: curl .* code 18"):
+        keys(f"{server}/cut")
+
+
+def test_through_a_command(shard):
+    assert len(keys(f"pipe:cat {shard}")) == 3
+    assert len(keys(f"pipe:gzip -c {shard} | gunzip")) == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("exit 7", "code 7"),
+        ("cat SHARD; exit 7", "code 7"),
+        ("head -c 3000 SHARD", "unexpected end of data|cut short"),
+        ("head -c 3000 SHARD; exit 7", "code 7"),
+        ("cat TOKEN none.tar 2> /dev/null", "code 1"),
+    ],
+)
+def test_a_command_that_fails(shard, command, complaint):
+    command = command.replace("SHARD", str(shard))
+    with pytest.raises(InputError, match=complaint) as caught:
+        keys(f"pipe:{command}")
+    assert str(caught.value).count("TOKEN") <= 1  # the url that the user gave, and not again
+
+
+@pytest.mark.timeout(30)
+def test_a_command_that_is_left_early_is_not_waited_for(shard):
+    # More than is read at a time, and then nothing: neither the end nor a broken pipe.
+    groups = read_shard(f"pipe:cat {shard}; head -c 99999 /dev/zero; sleep 60", lambda name: True)
+    assert next(groups)[0] == "000000"
+    groups.close()

@@ -1,0 +1,125 @@
+"""`owl2 data check` on the command line: exit codes, recipes, wrong usage."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from owl2 import cli
+from owl2.data.validate.command import limit_of, named
+from owl2.data.validate.validator import Judge
+from owl2.errors import ErrorCode
+from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, save_checkpoint, write_talks
+
+
+@pytest.fixture
+def checkpoint(tmp_path, processor):
+    return save_checkpoint(tmp_path, processor)
+
+
+@pytest.fixture
+def talks(tmp_path):
+    return write_talks(tmp_path)
+
+
+@pytest.fixture
+def owl2(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["owl2", "data", "check", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return command
+
+
+def test_the_command_tells_by_its_exit_code(owl2, checkpoint, talks, tmp_path):
+    options = ("--model", checkpoint, "--max-length", MAX_LENGTH, "--workers", 1)
+    code, out, err = owl2(*options, talks, f"images={tmp_path}", "--output", tmp_path / "out")
+    assert (code, err) == (1, "")
+    assert f"{len(BAD)} rows are bad" in out
+    assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == len(BAD)
+    talks.write_text(json.dumps([ROWS[0][0]]))
+    code, out, err = owl2(*options, talks)
+    assert (code, err) == (0, "")
+    assert "No row is bad." in out
+    assert "tokens a sample, uncut" in out
+
+
+def test_the_command_after_an_interrupt(owl2, checkpoint, talks, monkeypatch):
+    look = Judge.look
+
+    def interrupted(self, sample: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return look(self, sample)
+
+    monkeypatch.setattr(Judge, "look", interrupted)
+    code, out, err = owl2("--model", checkpoint, talks, "--workers", 1)
+    assert (code, err) == (130, "")
+    assert "Stopped: these are the first 1 rows" in out
+    assert "No row is bad" not in out
+
+
+def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
+    recipe = {
+        "model": str(checkpoint),
+        "output": str(tmp_path / "run"),
+        "stage": 2,
+        "max_length": MAX_LENGTH,
+        "batch_size": 6,
+        "gradient_accumulation": 2,
+        "data": [{"file": str(talks)}],
+        "validation": {"data": [{"file": str(talks)}]},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    assert owl2(path, "--output", tmp_path / "out", "--workers", 2)[0] == 1
+    facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
+    assert list(facts["sources"]) == [str(talks), f"{talks} (2)"]
+    assert (facts["max_length"], facts["batches"]["batch_size"]) == (MAX_LENGTH, 3)
+    assert facts["all"]["bad"] == 2 * len(BAD)
+    owl2(path, "max_length=4000", "--output", tmp_path / "out", "--workers", 1)
+    facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
+    assert facts["max_length"] == 4000
+    assert ErrorCode.TOO_LONG not in facts["all"]["bad_by_kind"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["talks.json"], "Give --model DIR"),
+        (["--model", "nowhere", "talks.json"], "no directory 'nowhere'"),
+        (["--model", "model", "gone.json"], "gone.json cannot be read"),
+        (["--model", "model", "talks.json", "split=test"], "has no setting split"),
+        (["gone.yaml"], "there is no file gone.yaml"),
+    ],
+)
+def test_wrong_usage(owl2, checkpoint, talks, tmp_path, monkeypatch, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = owl2(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert complaint in err
+
+
+def test_the_limit_is_the_models_context(checkpoint, owl2, talks):
+    assert limit_of(str(checkpoint), None) is None
+    assert limit_of(str(checkpoint), 7) == 7
+    config = {"model_type": "mplug_owl2", "max_position_embeddings": MAX_LENGTH}
+    config |= {"visual_config": {"visual_abstractor": {"num_learnable_queries": 4}}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert limit_of(str(checkpoint), None) == MAX_LENGTH
+    code, out, _ = owl2("--model", checkpoint, talks, "--workers", 1)
+    assert code == 1
+    assert "are cut to 40 tokens" in out
+    code, _, err = owl2("--model", checkpoint, talks, "--max-length", MAX_LENGTH + 1)
+    assert code == 2
+    assert "set it to at most 40" in err
+
+
+def test_names_of_sources():
+    assert list(named((name, []) for name in "abaa")) == ["a", "b", "a (2)", "a (3)"]

@@ -1,0 +1,277 @@
+"""`owl2 data check`: every kind of bad row, in every kind of source, as training finds them."""
+
+import io
+import json
+import os
+import signal
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from owl2.data.collate import TrainingSet
+from owl2.data.json_dataset import Rows
+from owl2.data.mixture import Draw, Mixture, Source
+from owl2.data.open_dataset import open_source
+from owl2.data.sample import Bad
+from owl2.data.validate import command as check_module
+from owl2.data.validate.command import check, named
+from owl2.data.validate.validator import Judge, Rules, context, mark_of
+from owl2.data.webdataset import Shards
+from owl2.errors import ErrorCode, InputError
+from owl2.processing.processor import Owl2Processor
+from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, row, save_checkpoint, write_talks
+
+
+@pytest.fixture
+def checkpoint(tmp_path, processor):
+    return save_checkpoint(tmp_path, processor)
+
+
+@pytest.fixture
+def talks(tmp_path):
+    return write_talks(tmp_path)
+
+
+@pytest.fixture
+def load(checkpoint):
+    return lambda: Owl2Processor.from_pretrained(checkpoint)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def run(load, sources, rules: Rules | None = None, **options):
+    options = {"workers": 1, "console": quiet()} | options
+    return check(sources, load(), rules or Rules(MAX_LENGTH), **options)
+
+
+def faults(findings) -> dict[str, str]:
+    return {bad.source.rpartition(", ")[2]: bad.code for _, bad in findings.first}
+
+
+# ------------------------------------------------------------------ what is found
+
+
+def test_every_kind_of_bad_row_is_listed(load, talks):
+    findings = run(load, {"talks": Rows(talks)})
+    assert faults(findings) == BAD
+    tally = findings.all
+    assert (tally.rows, tally.usable, tally.cut) == (len(ROWS), len(ROWS) - len(BAD), 1)
+    assert findings.duplicates == 1
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_training_refuses_these_rows_and_no_others(load, talks, augment):
+    mixture = Mixture([Source(Rows(talks))])
+    training = TrainingSet(mixture, load(), augment=augment, max_length=MAX_LENGTH)
+    taken = [training[Draw(0, 0, turn)] for turn in range(len(ROWS))]
+    refused = {(bad.source, bad.code) for bad in taken if isinstance(bad, Bad)}
+    found = {(bad.source, bad.code) for _, bad in run(load, {"": Rows(talks)}).first}
+    assert refused == found
+    assert len(found) == len(BAD)
+
+
+def test_rows_of_messages(load, tmp_path):
+    lines = [
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}',
+        '{"messages": [{"role": "system", "content": "be kind"}]}',
+        '{"messages": ',
+    ]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    expected = {
+        "line 2": ErrorCode.INVALID_TYPE,
+        "line 3": ErrorCode.INVALID_TYPE,
+        "line 4": ErrorCode.INVALID_ROLE,
+    }
+    assert faults(run(load, {"": Rows(path)})) == expected | {"line 5": "format"}
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path, talks):
+    good, cut = (tmp_path / "good.png").read_bytes(), (tmp_path / "cut.png").read_bytes()
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for key, image in {"a": good, "b": cut, "c": good}.items():
+                add(tar, f"{key}.png", image)
+                add(tar, f"{key}.txt", b"" if (number, key) == (1, "c") else b"a red circle")
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "2.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    return tmp_path / "{0..2}.tar"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_shards(load, shards, workers):
+    findings = run(load, {"web": Shards(str(shards))}, workers=workers)
+    places = [(Path(bad.source).name, bad.code) for _, bad in findings.first]
+    assert places[:3] == [
+        ("0.tar, b", ErrorCode.BROKEN_IMAGE),
+        ("1.tar, b", ErrorCode.BROKEN_IMAGE),
+        ("1.tar, c", ErrorCode.EMPTY_MESSAGE),
+    ]
+    assert places[-1][0] == "2.tar"
+    assert findings.tallies["web"].images[1] == findings.all.usable >= 3
+
+
+def test_shards_without_a_sample_are_not_clean(load, tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    with pytest.raises(InputError, match="web: there is no sample in it"):
+        run(load, {"web": Shards(str(tmp_path / "0.tar"))})
+
+
+def test_tables(load, tmp_path, talks):
+    datasets = pytest.importorskip("datasets")
+    images = [(tmp_path / name).read_bytes() for name in ("good.png", "cut.png", "good.png")]
+    columns = {
+        "image": [{"bytes": data, "path": None} for data in images],
+        "caption": ["a red circle", "a red circle", " "],
+    }
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "table")
+    findings = run(load, {"": open_source(table=str(tmp_path / "table"))}, workers=2)
+    assert faults(findings) == {"row 2": ErrorCode.BROKEN_IMAGE, "row 3": ErrorCode.EMPTY_MESSAGE}
+
+
+def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatch):
+    monkeypatch.setattr("owl2.data.validate.validator.ROWS_A_UNIT", 3)
+    results = []
+    for workers in (1, 3):
+        output = tmp_path / f"out{workers}"
+        run(load, named([("a", Rows(talks)), ("a", Rows(talks))]), workers=workers, output=output)
+        facts = json.loads((output / "statistics.json").read_text(encoding="utf-8"))
+        assert facts.pop("workers") == workers
+        assert facts.pop("seconds") > 0
+        results.append((facts, (output / "bad_rows.jsonl").read_text(encoding="utf-8")))
+        assert (output / "statistics.png").stat().st_size > 10_000
+    assert results[0] == results[1]
+    facts, rows = results[0]
+    assert facts["all"]["bad_by_kind"][ErrorCode.INVALID_ROLE] == 6
+    assert facts["sources"]["a"] == facts["sources"]["a (2)"]
+    assert facts["complete"] is True
+    lines = [json.loads(line) for line in rows.splitlines()]
+    assert [line["data"] for line in lines] == ["a"] * len(BAD) + ["a (2)"] * len(BAD)
+    assert lines[0] == {
+        "data": "a",
+        "row": f"{talks}, row 2",
+        "kind": ErrorCode.MISSING_IMAGE,
+        "reason": lines[0]["reason"],
+    }
+    assert "gone.png" in lines[0]["reason"]
+
+
+def test_the_terminal_shows_the_first_and_counts_all(load, talks):
+    console = quiet()
+    sources = named([("a", Rows(talks)), ("a", Rows(talks))])
+    run(load, sources, console=console)
+    shown = console.file.getvalue()
+    assert f"{talks}, row 2: No image at" in shown
+    assert f"... and {2 * len(BAD) - check_module.SHOWN} more" in shown
+    assert "6  placeholder count" in shown
+    assert f"{2 * len(BAD)} rows are bad" in shown
+    assert "2 samples (33.3%) are cut to 40 tokens" in shown
+
+
+# ------------------------------------------------------------------ images
+
+
+def test_images_behind_urls_are_counted_but_not_fetched(load, tmp_path, monkeypatch):
+    def fetch(*args: object, **kwargs: object) -> None:
+        raise OSError("the network was asked")
+
+    monkeypatch.setattr("urllib.request.urlopen", fetch)
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps([row("<image>what?", "https://example.org/a.png")]))
+    console = quiet()
+    findings = run(load, {"": Rows(path)}, console=console)
+    assert (findings.all.unopened, findings.all.bad.total()) == (1, 0)
+    assert findings.all.images == {1: 1}
+    assert "1 images were not looked at; --fetch" in console.file.getvalue()
+    asked = run(load, {"": Rows(path)}, Rules(MAX_LENGTH, fetch=True))
+    assert asked.all.bad == {ErrorCode.MISSING_IMAGE: 1}
+
+
+def test_without_opening_images_only_texts_are_judged(load, talks):
+    findings = run(load, {"": Rows(talks)}, Rules(MAX_LENGTH, open_images=False))
+    images = (ErrorCode.MISSING_IMAGE, ErrorCode.BROKEN_IMAGE, ErrorCode.IMAGE_TOO_LARGE)
+    assert set(faults(findings).values()) == set(BAD.values()) - set(images)
+    assert findings.all.unopened == 6
+    assert not findings.all.edges
+
+
+def test_sizes_are_those_of_the_files(load, talks):
+    tally = run(load, {"": Rows(talks)}).all
+    assert tally.edges == {30: 2}
+    assert tally.summary()["width_to_height"]["median"] == pytest.approx(1.5, rel=0.02)
+
+
+def test_same_words_with_another_image_are_another_sample():
+    def marks(*images: object) -> set[int]:
+        parts = [{"type": "image", "image": image} for image in images]
+        return {mark_of([{"role": "user", "content": [part]}]) for part in parts}
+
+    one, other = (Image.new("RGB", (2, 2), colour) for colour in ("red", "blue"))
+    assert len(marks("a.png", "b.png", b"a", b"b", one, other)) == 6
+    assert len(marks(b"a", b"a")) == len(marks(one, one.copy())) == 1
+
+
+# ------------------------------------------------------------------ stopping
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("owl2.data.validate.validator.ROWS_A_UNIT", 2)
+    add = check_module._Progress.add
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(self, *counts: int) -> None:
+        add(self, *counts)
+        if self._done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(check_module._Progress, "add", interrupted)
+    many = named([("talks", Rows(talks))] * 30)
+    findings = run(load, many, workers=workers, output=tmp_path / "out")
+    assert not findings.finished
+    assert 4 <= findings.all.rows < 30 * len(ROWS)
+    lines = (tmp_path / "out" / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == findings.all.bad.total() >= 3
+    facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
+    assert facts["complete"] is False
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_stops_at_once():
+    stop = context().Event()
+    with pytest.raises(KeyboardInterrupt), check_module._stopped_by_interrupt(stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_worker_that_dies_is_no_hanging(load, talks, monkeypatch):
+    def die(self, sample: object) -> None:
+        os._exit(9)
+
+    monkeypatch.setattr("owl2.data.validate.validator.ROWS_A_UNIT", 2)
+    monkeypatch.setattr(Judge, "look", die)
+    with pytest.raises(InputError, match="fewer --workers"):
+        run(load, {"": Rows(talks)}, workers=2)
+
+
+def test_an_output_that_cannot_be_written(load, talks):
+    with pytest.raises(InputError, match="/proc/nowhere cannot be made"):
+        run(load, {"": Rows(talks)}, output="/proc/nowhere")

@@ -1,0 +1,340 @@
+import json
+from itertools import islice, pairwise
+from random import Random
+
+import pytest
+
+from owl2.data.sample import Bad, Sample
+from owl2.data.tar_stream import Files
+from owl2.data.webdataset import Shards, _sample, is_shard_url
+from owl2.errors import InputError
+from owl2.processing.chat_template import flat_text, read_messages
+from tests.data.tars import PNG, captions, write_shards, write_tar
+
+
+def number(sample: Sample | Bad) -> int:
+    assert isinstance(sample, Sample)
+    return int(sample.messages[1]["content"])
+
+
+def numbers(stream, count: int) -> list[int]:
+    return [number(sample) for sample, _ in islice(stream, count)]
+
+
+def text(sample: Sample) -> list[str]:
+    return [flat_text(turn["content"]) for turn in read_messages(sample.messages).turns]
+
+
+def one(tmp_path, *files) -> Sample | Bad:
+    (sample,) = Shards(str(write_tar(tmp_path / "one.tar", files)))
+    return sample
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Shards:
+    """40 samples in 5 shards of unequal size; one of them is empty."""
+    return Shards(str(write_shards(tmp_path_factory.mktemp("shards"), [11, 3, 0, 17, 9]) / "*.tar"))
+
+
+# ------------------------------------------------------------------ order
+
+
+def test_all_samples_once_in_order(shards):
+    samples = list(shards)
+    assert [number(sample) for sample in samples] == list(range(40))
+    assert samples[11].source == f"{shards.urls[1]}, 000011"
+
+
+@pytest.mark.parametrize("window", [1, 7, 10, 40, 1000])
+def test_an_epoch_has_every_sample_once(shards, window):
+    drawn = numbers(shards.stream(seed=0, window=window), 120)
+    epochs = [drawn[:40], drawn[40:80], drawn[80:]]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(40))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_depends_on_the_seed_alone(shards):
+    first, again = (numbers(shards.stream(seed=3, window=8), 90) for _ in range(2))
+    assert first == again
+    assert first != numbers(shards.stream(seed=4, window=8), 90)
+
+
+def test_a_window_of_one_leaves_each_shard_in_order(shards):
+    drawn = numbers(shards.stream(seed=0, window=1), 40)
+    whole = [list(range(*ends)) for ends in [(0, 11), (11, 14), (14, 31), (31, 40)]]
+    starts = sorted((drawn.index(shard[0]), shard) for shard in whole)
+    assert drawn == [place for _, shard in starts for place in shard]
+
+
+def test_windows_are_shuffled_each_in_another_way(tmp_path):
+    shards = Shards(str(write_tar(tmp_path / "a.tar", captions(range(40)))))
+    drawn = numbers(shards.stream(seed=0, window=10), 40)
+    orders = [tuple(place % 10 for place in drawn[at : at + 10]) for at in range(0, 40, 10)]
+    assert [sorted(drawn[at : at + 10]) for at in range(0, 40, 10)] == [
+        list(range(at, at + 10)) for at in range(0, 40, 10)
+    ]
+    assert len(set(orders)) == 4
+
+
+# ------------------------------------------------------------------ ranks
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, 7, 12])
+def test_ranks_share_every_epoch(shards, world):
+    """More shards than ranks, as many, and fewer: no sample twice, none missing."""
+    seen: list[tuple[int, int]] = []
+    for rank in range(world):
+        for sample, state in shards.stream(seed=1, window=6, rank=rank, world=world):
+            if state["epoch"] >= 4:  # a rank whose shards are empty passes over an epoch
+                break
+            seen.append((state["epoch"], number(sample)))
+    assert sorted(seen) == [(epoch, place) for epoch in range(4) for place in range(40)]
+
+
+def test_what_is_left_over_goes_to_each_rank_in_turn(tmp_path):
+    shards = Shards(str(write_shards(tmp_path, [4] * 3) / "*.tar"))
+    streams = (shards.stream(seed=0, window=2, rank=rank, world=2) for rank in range(2))
+    # In two epochs of three shards each of two ranks has three.
+    ends = [[state["epoch"] for _, state in islice(stream, 13)] for stream in streams]
+    assert [epochs.count(0) + epochs.count(1) for epochs in ends] == [12, 12]
+    one = Shards(str(tmp_path / "000.tar"))
+    # In eight epochs of one shard of four each of eight ranks has four samples.
+    streams = (one.stream(seed=0, window=2, rank=rank, world=8) for rank in range(8))
+    ends = [[state["epoch"] for _, state in islice(stream, 5)] for stream in streams]
+    assert [sum(epoch < 8 for epoch in epochs) for epochs in ends] == [4] * 8
+
+
+# ------------------------------------------------------------------ going on
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (0, 5), (5, 7)])
+@pytest.mark.parametrize("window", [1, 4, 13, 100])
+def test_going_on_anywhere_gives_what_would_have_come(shards, rank, world, window):
+    settings = {"seed": 2, "window": window, "rank": rank, "world": world}
+    whole = list(islice(shards.stream(**settings), 100))
+    for after in Random(window).sample(range(1, 90), 25):
+        state = json.loads(json.dumps(whole[after - 1][1]))
+        resumed = list(islice(shards.stream(**settings, state=state), 10))
+        assert resumed == whole[after : after + 10]
+
+
+def test_going_on_opens_no_shard_before_the_window(tmp_path):
+    directory = write_shards(tmp_path, [10] * 5)
+    shards = Shards(str(directory / "*.tar"))
+    whole = list(islice(shards.stream(seed=0, window=4), 50))
+    # All of the fourth and fifth shard; windows of four do not fit tens.
+    _, state = whole[35]
+    for url in {sample.source.split(",")[0] for sample, _ in whole[:28]}:
+        open(url, "w").close()
+    rest = list(islice(shards.stream(seed=0, window=4, state=state), 8))
+    assert rest == whole[36:44]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"window": 5}, {"rank": 1}, {"world": 3}])
+def test_a_position_of_another_stream_is_refused(shards, change):
+    settings = {"seed": 0, "window": 4, "rank": 0, "world": 2}
+    _, state = next(shards.stream(**settings))
+    with pytest.raises(InputError, match=r"was saved with seed 0, .* now it is"):
+        shards.stream(**settings | change, state=state)
+
+
+def test_a_position_in_other_shards_is_refused(shards, tmp_path):
+    _, state = next(shards.stream(seed=0, window=4))
+    other = Shards(str(write_shards(tmp_path, [3]) / "*.tar"))
+    with pytest.raises(InputError, match=r"shards 5; now it is .* shards 1"):
+        other.stream(seed=0, window=4, state=state)
+
+
+@pytest.mark.parametrize("change", [{"window": 0}, {"rank": 2}, {"rank": -1}])
+def test_no_such_stream(shards, change):
+    with pytest.raises(InputError, match="No stream has"):
+        shards.stream(**{"seed": 0, "window": 4, "rank": 0, "world": 2} | change)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_shards_without_a_sample_are_not_read_forever(tmp_path, world):
+    shards = Shards(str(write_shards(tmp_path, [0, 0]) / "*.tar"))
+    with pytest.raises(InputError, match="There is no sample in"):
+        next(shards.stream(seed=0, window=4, world=world))
+
+
+def test_the_next_window_is_read_while_this_one_is_used(tmp_path, monkeypatch):
+    """Neither all at once nor more than is wanted: a sample is read for each one that is given."""
+    shards = Shards(str(write_tar(tmp_path / "a.tar", captions(range(30)))))
+    read: list[str] = []
+
+    def reading(source: str, files: Files) -> Sample | Bad:
+        read.append(source)
+        return _sample(source, files)
+
+    monkeypatch.setattr("owl2.data.webdataset._sample", reading)
+    counts = [len(read) for _ in islice(shards.stream(seed=0, window=10), 25)]
+    assert counts[:12] == [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]
+    assert max(later - earlier for earlier, later in pairwise(counts)) == 1
+
+
+# ------------------------------------------------------------------ samples
+
+
+def row(**keys) -> tuple[str, bytes]:
+    return "a.json", json.dumps(keys).encode()
+
+
+def talk(*values: str) -> list[dict]:
+    return [
+        {"from": "gpt" if place % 2 else "human", "value": value}
+        for place, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp", "JPG"])
+def test_a_caption_is_the_answer_to_its_image(tmp_path, ending):
+    sample = one(tmp_path, (f"d/a.{ending}", PNG), ("d/a.txt", b" a fox \n"))
+    assert text(sample) == ["<|image|>", "a fox"]
+    assert sample.messages[0]["content"] == [{"type": "image", "image": PNG}]
+    assert sample.source == f"{tmp_path / 'one.tar'}, d/a"
+
+
+def test_txt_is_the_caption_where_json_has_one_too(tmp_path):
+    sample = one(tmp_path, ("a.jpg", PNG), row(caption="not this"), ("a.txt", b"this"))
+    assert text(sample) == ["<|image|>", "this"]
+
+
+def test_json_may_hold_the_caption(tmp_path):
+    keys = {"caption": "a fox", "url": "http://u", "key": "a", "status": "success", "exif": "{}"}
+    assert text(one(tmp_path, ("a.jpg", PNG), row(**keys))) == ["<|image|>", "a fox"]
+
+
+def test_json_may_hold_a_conversation(tmp_path):
+    turns = talk("what?\n<image>", "a fox")
+    sample = one(tmp_path, row(image="deep/b.jpg", conversations=turns), ("a.jpg", PNG))
+    assert text(sample) == ["<|image|>\nwhat?", "a fox"]
+    assert read_messages(sample.messages).images == (PNG,)
+
+
+def test_several_images_come_by_number(tmp_path):
+    image = {"type": "image"}
+    turns = [{"role": "user", "content": [image] * 3}, {"role": "assistant", "content": "a fox"}]
+    colours = [image(colour) for colour in ("red", "green", "blue")]
+    sample = one(
+        tmp_path,
+        ("a.10.jpg", colours[2]),
+        row(messages=turns),
+        ("a.1.png", colours[1]),
+        ("a.0.webp", colours[0]),
+        ("a.cls", b"5"),
+        ("a.seg.png", PNG),
+    )
+    assert list(read_messages(sample.messages).images) == colours
+
+
+def test_a_conversation_needs_no_image(tmp_path):
+    assert text(one(tmp_path, row(conversations=talk("hi", "hello")))) == ["hi", "hello"]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ([("a.jpg", PNG)], "there is no .txt or .json"),
+        ([("a.npy", b"x")], "there is no .txt or .json"),
+        ([("a.txt", b"a fox")], "needs one image, and the row has 0"),
+        ([("a.0.jpg", PNG), ("a.1.jpg", PNG), ("a.txt", b"a fox")], "the row has 2"),
+        ([("a.jpg", PNG), ("a.txt", b" ")], "is empty"),
+        ([("a.jpg", PNG), ("a.txt", b"\xff")], ".txt is not text in UTF-8"),
+        ([("a.jpg", PNG), ("a.json", b"{")], ".json is not JSON"),
+        ([("a.jpg", PNG), ("a.json", b"[" * 100_000)], ".json is not JSON"),
+        ([("a.jpg", PNG), ("a.json", b"[]")], "must be an object"),
+        ([("a.jpg", PNG), row(url="u", caption=None)], "a row must be"),
+        ([("a.jpg", PNG), ("a.jpg", PNG), ("a.txt", b"a fox")], "two files"),
+        ([("a.jpg", PNG), row(conversations=talk("no mark", "a"))], "marks 0 images"),
+        ([("a.jpg", PNG), row(conversations=talk("<image>"))], "no answer"),
+        ([row(image="b.jpg", conversations=talk("<image>", "a"))], "images of a shard lie"),
+        (
+            [
+                row(
+                    messages=[
+                        {"role": "user", "content": [{"type": "image", "path": "b.jpg"}]},
+                        {"role": "assistant", "content": "a"},
+                    ]
+                )
+            ],
+            "names the image 'b.jpg'",
+        ),
+    ],
+)
+def test_a_bad_sample_stands_in_its_place(tmp_path, files, reason):
+    good = captions([1])
+    path = write_tar(tmp_path / "some.tar", [*files, *good])
+    bad, sample = Shards(str(path))
+    assert isinstance(bad, Bad)
+    assert reason in bad.reason
+    assert bad.source == f"{path}, a"
+    assert not bad.reason.startswith(str(path))
+    assert number(sample) == 1
+    assert any(
+        isinstance(drawn, Bad)
+        for drawn, _ in islice(Shards([str(path)]).stream(seed=0, window=2), 2)
+    )
+
+
+# ------------------------------------------------------------------ names of shards
+
+
+def test_patterns_are_expanded(tmp_path):
+    write_shards(tmp_path, [1] * 12)
+    (tmp_path / "000.txt").write_text("no shard")
+    (tmp_path / "d.tar").mkdir()
+
+    def found(*patterns: str) -> list[str]:
+        urls = Shards([str(tmp_path / pattern) for pattern in patterns]).urls
+        return [url.removeprefix(f"{tmp_path}/") for url in urls]
+
+    assert found("*.tar") == [f"{place:03}.tar" for place in range(12)]
+    assert found("{000..002}.tar") == ["000.tar", "001.tar", "002.tar"]
+    assert found("01?.tar", "000.tar") == ["010.tar", "011.tar", "000.tar"]
+    assert found("{00*,011}.tar") == [f"{place:03}.tar" for place in range(10)] + ["011.tar"]
+
+
+def test_urls_are_not_looked_for_on_disk():
+    urls = ["https://example.org/{00..01}.tar", "pipe:cat *.tar", "s3://bucket/{a,b}.tar"]
+    assert Shards(urls).urls == [
+        "https://example.org/00.tar",
+        "https://example.org/01.tar",
+        "pipe:cat *.tar",
+        "s3://bucket/a.tar",
+        "s3://bucket/b.tar",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "complaint"),
+    [
+        ("none-*.tar", "none-.*: there is no such file"),
+        ("{000..002}.tar", "002.tar: there is no such file"),
+        ("{000..002.tar", "a brace is open"),
+    ],
+)
+def test_shards_that_are_not_there(tmp_path, pattern, complaint):
+    write_shards(tmp_path, [1, 1])
+    with pytest.raises(InputError, match=complaint):
+        Shards(str(tmp_path / pattern))
+    with pytest.raises(InputError, match="There is no shard"):
+        Shards([])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/{000..099}.tar", True),
+        ("a/*.TAR", True),
+        ("a.tar.gz", True),
+        ("pipe:cat a", True),
+        ("https://example.org/a", True),
+        ("easy_vqa", False),
+        ("pipeline/rows", False),
+        ("a.jsonl", False),
+        ("some/table", False),
+    ],
+)
+def test_what_names_shards(name, expected):
+    assert is_shard_url(name) == expected

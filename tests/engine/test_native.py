@@ -1,0 +1,157 @@
+"""The CPU kernels against torch's operations, and how they come to be on a machine."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from owl2.engine.backends.native import build, ops
+from owl2.engine.backends.weight_only_quantization import QuantisedLinear
+
+pytestmark = pytest.mark.usefixtures("three_threads")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+DTYPES = pytest.mark.parametrize("dtype", ops.DTYPES)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def assert_near(ours, theirs, dtype):
+    assert ours.dtype == dtype
+    error = (ours.double() - theirs.double()).abs().max() / theirs.abs().max()
+    assert error < TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 16, 32])
+@pytest.mark.parametrize(("rows", "width"), [(64, 32), (129, 96), (3, 1024), (50, 352)])
+def test_linear(dtype, tokens, rows, width):
+    x, weight = random(tokens, width, dtype=dtype), random(rows, width, dtype=dtype)
+    bias = random(rows, dtype=dtype)
+    assert ops.fits(weight)
+    expected = F.linear(x.double(), weight.double())
+    assert_near(ops.linear(x, weight), expected, dtype)
+    assert_near(ops.linear(x, weight, bias), expected + bias.double(), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize(("rows", "width"), [(64, 64), (129, 192), (3, 1024)])
+def test_linear_with_fewer_bits(dtype, bits, tokens, rows, width):
+    linear = torch.nn.Linear(width, rows)
+    torch.nn.init.normal_(linear.weight)
+    quantised = QuantisedLinear(linear.to(dtype), bits)
+    x = random(tokens, width, dtype=dtype)
+    expected = F.linear(x.double(), quantised.written_out(torch.float64), linear.bias.double())
+    bound = {torch.float32: 2e-4, torch.bfloat16: 1e-2}[dtype]  # a token alone has 16 bits
+    ours = ops.linear(x, quantised.weight, quantised.bias, quantised.scale, bits)
+    assert ours.dtype == dtype
+    assert (ours.double() - expected).abs().max() < bound * expected.abs().max()
+    written = ops.expand(quantised.weight, quantised.scale, bits, width, dtype)
+    assert_near(written, quantised.written_out(torch.float64), dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_widths_between_groups(bits, tokens, monkeypatch):
+    quantised = QuantisedLinear(torch.nn.Linear(96, 10), bits)
+    x = random(2, tokens, 96)
+    native = quantised(x)
+    monkeypatch.setattr("owl2.engine.backends.weight_only_quantization.available", lambda: False)
+    assert native.shape == (2, tokens, 10)
+    torch.testing.assert_close(native, quantised(x), atol=1e-3, rtol=0)
+
+
+def test_a_token_of_zeros_and_one_with_an_outlier():
+    linear = torch.nn.Linear(64, 8, bias=False)
+    quantised = QuantisedLinear(linear, 8)
+    assert not ops.linear(torch.zeros(1, 64), quantised.weight, None, quantised.scale, 8).any()
+    x = random(1, 64)
+    x[0, 3] = 1000.0
+    expected = F.linear(x, quantised.written_out(torch.float32))
+    ours = ops.linear(x, quantised.weight, None, quantised.scale, 8)
+    assert (ours - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
+@DTYPES
+def test_what_stands_between_matrices(dtype):
+    x, weight = random(5, 96, dtype=dtype), random(96, dtype=dtype)
+    assert_near(ops.rms_norm(x, weight, 1e-5), F.rms_norm(x, (96,), weight, 1e-5), dtype)
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in (build.library, build.available):
+        function.cache_clear()
+    yield tmp_path / "owl2"
+    for function in (build.library, build.available):
+        function.cache_clear()
+
+
+def test_compiled_once_and_kept(empty_cache, capfd, monkeypatch):
+    assert build.available()
+    assert "compiling its CPU kernels, once" in capfd.readouterr().err
+    [kept] = empty_cache.glob("kernels-*.so")
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "compile_into", None)  # a second start has no need of it
+    build.library()
+    assert capfd.readouterr().err == ""
+    assert [*empty_cache.iterdir()] == [kept]
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(empty_cache, capfd, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not build.available()
+    assert not build.available()
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert "no C++ compiler no-such-compiler" in said
+
+
+def test_a_compiler_that_fails(empty_cache, monkeypatch, tmp_path):
+    failing = tmp_path / "broken"
+    failing.write_text('#!/bin/sh\necho "line 1: no" >&2\nexit 1\n')
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    with pytest.raises(build.NotBuilt, match="failed: line 1: no"):
+        build.library()
+    assert not list(empty_cache.glob("kernels-*"))
+
+
+def test_a_cache_that_cannot_be_written(empty_cache, monkeypatch):
+    (empty_cache.parent / "owl2").write_text("a file stands in the way")
+    with pytest.raises(build.NotBuilt, match="cannot be kept in"):
+        build.library()
+
+
+@pytest.mark.slow
+def test_processors_without_special_instructions(tmp_path):
+    # The same source for an older x86, run where it can run: on this one.
+    if shutil.which("g++") is None:
+        pytest.fail("CI's machine has g++")
+    code = """
+import sys, torch
+from owl2.engine.backends.native import build
+from owl2.engine.backends.native import ops
+build.FLAGS = tuple("-march=x86-64-v2" if f == "-march=native" else f for f in build.FLAGS)
+from owl2.engine.backends.weight_only_quantization import QuantisedLinear
+torch.manual_seed(0)
+for dtype in ops.DTYPES:
+    x = torch.randn(3, 64).to(dtype)
+    linear = torch.nn.Linear(64, 9, bias=False).to(dtype)
+    assert torch.allclose(ops.linear(x, linear.weight), linear(x), atol=1e-2)
+    for bits in (8, 4):
+        q = QuantisedLinear(linear, bits)
+        for tokens in (1, 3):
+            expected = x[:tokens].float() @ q.written_out(torch.float32).T
+            ours = ops.linear(x[:tokens].contiguous(), q.weight, None, q.scale, bits)
+            assert torch.allclose(ours.float(), expected, atol=2e-2), (dtype, bits, tokens)
+"""
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)

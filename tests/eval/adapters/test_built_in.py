@@ -1,0 +1,86 @@
+"""lmms-eval's own MME over local data, with our model: what `owl2 eval` asks and scores, too."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lmms_eval")
+
+import lmms_eval
+from datasets import Dataset
+from lmms_eval import evaluator
+from lmms_eval.tasks import TaskManager
+
+from owl2.engine.engine import Engine
+from owl2.eval.adapters.lmms_eval import Owl2Multimodal
+from owl2.eval.samples import Answer
+from owl2.eval.tasks import find_tasks
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+MME = Path(str(lmms_eval.__file__)).parent / "tasks/mme/mme.yaml"
+
+
+class Says(Owl2Multimodal):
+    """Yes to every other question, so that a score is neither none nor all."""
+
+    def generate_until(self, requests):
+        return ["Yes" if request.args[3] % 3 else "No" for request in requests]
+
+
+@pytest.fixture
+def questions():
+    [task] = find_tasks("mme")
+    questions, _ = task.read(task.source(FIXTURES))
+    pairs = {}
+    for question in questions:
+        pairs.setdefault((question.kind, question.facts["image"]), []).append(question)
+    # lmms-eval takes no image with one question alone.
+    return task, [question for pair in pairs.values() if len(pair) == 2 for question in pair]
+
+
+@pytest.mark.parametrize("kind", [Owl2Multimodal, Says])
+def test_it_asks_and_scores_as_we_do(questions, kind, tiny_checkpoint, tmp_path, monkeypatch):
+    task, asked = questions
+    rows = [
+        {
+            "image": {"path": question.messages[0]["content"][0]["path"], "bytes": None},
+            "question": f"{question.text} Please answer yes or no.",
+            "answer": question.expected[0],
+            "category": question.kind,
+            "question_id": f"{question.kind}/{question.facts['image']}",
+        }
+        for question in asked
+    ]
+    for row in rows:
+        row["image"]["bytes"] = Path(row["image"]["path"]).read_bytes()
+    from datasets import Image as ImageColumn
+
+    data = Dataset.from_list(rows).cast_column("image", ImageColumn())
+    data.to_parquet(tmp_path / "mme.parquet")
+    (tmp_path / "local.yaml").write_text(
+        f"include: {MME}\ntask: mme_local\ndataset_path: parquet\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'mme.parquet'}}}}}\n"
+    )
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+    results = evaluator.simple_evaluate(
+        model=kind(engine, batch_size=4),
+        tasks=["mme_local"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    samples = sorted(results["samples"]["mme_local"], key=lambda sample: sample["doc_id"])
+    said = [sample["filtered_resps"][0] for sample in samples]
+    if kind is Owl2Multimodal:  # the same prompt, or the answers would not be the same
+        limit = task.recipe.max_new_tokens
+        own = engine.batch([question.messages for question in asked], max_new_tokens=limit)
+        assert said == [text.strip() for text in own]
+    answers = [Answer(question, "", text) for question, text in zip(asked, said, strict=True)]
+    scores = task.metric.score(answers).metrics
+    found = results["results"]["mme_local"]
+    assert scores["perception"] == pytest.approx(found["mme_perception_score,none"])
+    assert scores["cognition"] == pytest.approx(found["mme_cognition_score,none"])
+    if kind is Says:
+        assert 0 < scores["perception"] < 2000

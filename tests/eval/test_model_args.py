@@ -1,0 +1,97 @@
+"""The switches of the ablations change what is asked, and never the checkpoint."""
+
+import pytest
+import torch
+from PIL import Image
+
+from owl2.errors import InputError
+from owl2.eval import model_args
+from owl2.eval.model_args import Subject
+from owl2.eval.sharding import Team
+from owl2.model.variants import VISUAL_WAY
+
+
+def inputs(engine):
+    image = Image.new("RGB", (30, 20), "red")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what is this?"}]
+    return engine.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def logits(engine, **changed):
+    with torch.no_grad():
+        return engine.model(**{**inputs(engine), **changed}).logits
+
+
+def load(checkpoint, **changes):
+    return Subject(str(checkpoint), device="cpu", dtype="float32", **changes).load(Team())
+
+
+@pytest.fixture
+def trained(tiny_checkpoint, tmp_path):
+    """The tiny checkpoint with visual weights that differ from the text's."""
+    engine = load(tiny_checkpoint)
+    with torch.no_grad():
+        for name, weight in engine.model.named_parameters():
+            if VISUAL_WAY in name:
+                weight += 0.3 * torch.randn(
+                    weight.shape, generator=torch.Generator().manual_seed(1)
+                )
+    engine.model.save_pretrained(tmp_path)
+    engine.processor.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_without_mam_images_go_by_the_text_weights(trained):
+    files = {path: path.read_bytes() for path in trained.iterdir()}
+    plain, without = load(trained), load(trained, mam=False)
+    assert not without.model.config.use_mam
+    assert (logits(plain) - logits(without)).abs().max() > 1e-3
+    as_words = torch.zeros_like(inputs(plain)["mm_token_type_ids"])
+    torch.testing.assert_close(logits(without), logits(plain, mm_token_type_ids=as_words))
+    assert without.chat([{"role": "user", "content": "what is this?"}], max_new_tokens=3)
+    assert files == {path: path.read_bytes() for path in trained.iterdir()}
+
+
+def test_the_modality_adaptive_module_of_a_lora_stays(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(model_args, "has_adapter", lambda model: True)
+    with pytest.raises(InputError, match="owl2 merge"):
+        load(tiny_checkpoint, mam=False)
+
+
+def test_image_size_and_policy(tiny_checkpoint):
+    engine = load(tiny_checkpoint, image_size=16, image_policy="pad")
+    pixels = inputs(engine)["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16)
+    assert engine.model.config.image_size == 16
+    # A red image of 30 x 20 in the middle of the mean colour.
+    assert pixels[0, :, 0].abs().max() < 0.02
+    assert pixels[0, 0, 8].min() > 1
+    assert logits(engine).isfinite().all()
+
+
+def test_each_process_has_a_gpu(tiny_checkpoint, monkeypatch):
+    asked = []
+
+    def choose(device=None):
+        asked.append(device)
+        return torch.device(device or "cuda")
+
+    def stop(name, device, dtype):
+        raise InputError(f"on {device}")
+
+    monkeypatch.setattr(model_args, "choose_device", choose)
+    monkeypatch.setattr(model_args, "load_model", stop)
+    for device, team, where in (
+        (None, Team(), "cuda"),
+        (None, Team(3, 4, 1), "cuda:1"),
+        ("cuda:2", Team(3, 4, 1), "cuda:2"),
+        ("cpu", Team(3, 4, 1), "cpu"),
+    ):
+        with pytest.raises(InputError, match=f"^on {where}$"):
+            Subject(str(tiny_checkpoint), device).load(team)

@@ -1,0 +1,297 @@
+"""Every form and kind of image comes in as upright RGB; bad ones say what is wrong with them."""
+
+import base64
+import contextlib
+import http.server
+import io
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import EpsImagePlugin, Image, PngImagePlugin
+
+from owl2.errors import ErrorCode, InputError
+from owl2.processing import image_io
+from owl2.processing.image_io import load_image
+
+
+def gradient(mode: str = "RGB", size: tuple[int, int] = (12, 8)) -> Image.Image:
+    red = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0])
+    image = Image.fromarray(np.stack([red, red[::-1], 255 - red], -1).astype(np.uint8))
+    return image.convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.mode == other.mode == "RGB" and bool((np.asarray(one) == np.asarray(other)).all())
+
+
+# ------------------------------------------------------------------ forms of an image
+
+
+def test_every_form_gives_the_same_image(tmp_path):
+    image = gradient()
+    data = encoded(image)
+    path = tmp_path / "an image.png"
+    path.write_bytes(data)
+    text = base64.b64encode(data).decode()
+    array = np.asarray(image)
+    forms = [
+        path,
+        str(path),
+        path.as_uri(),
+        image,
+        data,
+        bytearray(data),
+        f"data:image/png;base64,{text}",
+        text,
+        array,
+        array.transpose(2, 0, 1),
+        array.astype(np.float32) / 255,
+        torch.from_numpy(array.copy()).permute(2, 0, 1),
+        torch.from_numpy(array / 255.0),
+        array.astype(np.uint16) * 257,
+        array.astype(np.int64),
+    ]
+    for form in forms:
+        assert same(load_image(form), image), type(form)
+
+
+def test_grey_and_one_channel_arrays():
+    grey = gradient("L")
+    array = np.asarray(grey)
+    for form in (array, array[..., None], array[None]):
+        assert same(load_image(form), grey.convert("RGB"))
+    assert np.asarray(load_image(array > 100)).max() == 255
+
+
+def test_url(monkeypatch):
+    data = encoded(gradient())
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path == "/a.png"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(data if found else b"")
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert same(load_image(f"{address}/a.png"), gradient())
+        with pytest.raises(InputError, match=r"b\.png cannot be fetched.*404"):
+            load_image(f"{address}/b.png")
+        monkeypatch.setattr(image_io, "URL_MAX_BYTES", 10)
+        with pytest.raises(InputError, match="larger than"):
+            load_image(f"{address}/a.png")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# ------------------------------------------------------------------ kinds of an image
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK", "YCbCr"])
+def test_modes_become_rgb_as_convert_does(mode):
+    image = gradient("L" if mode == "LA" else "RGB").convert(mode)
+    assert same(load_image(image), image.convert("RGB"))
+
+
+def test_palette_with_transparency_is_quiet():
+    data = encoded(gradient("P"), transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(load_image(data), gradient("P").convert("RGB"))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_16_bits_are_scaled_not_clipped(dtype):
+    wide = np.linspace(0, 65535, 64).reshape(8, 8).round()
+    image = Image.fromarray(wide.astype(dtype))
+    assert image.mode in ("I;16", "I", "F")
+    kind = {"uint16": "PNG", "int32": "TIFF", "float32": "TIFF"}[dtype]
+    for source in (image, encoded(image, kind)):
+        levels = np.asarray(load_image(source))[..., 0]
+        assert np.abs(levels - wide / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0, 3e6])
+def test_float_images_by_their_range(top):
+    values = np.linspace(0, top, 64, dtype=np.float32).reshape(8, 8)
+    levels = np.asarray(load_image(Image.fromarray(values)))[..., 0]
+    assert np.abs(levels - np.linspace(0, 255, 64).reshape(8, 8)).max() <= 0.5001
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation):
+    upright = gradient()
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpose that undoes each
+    stored = upright.transpose(back[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert same(load_image(encoded(stored, exif=exif)), upright)
+
+
+def test_spoilt_exif_is_no_reason_to_refuse():
+    data = encoded(gradient(), "JPEG", exif=b"Exif\x00\x00nonsense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert load_image(data).size == (12, 8)
+
+
+def test_cmyk_jpeg_and_animated_gif():
+    assert load_image(encoded(gradient("CMYK"), "JPEG")).mode == "RGB"
+    frames = [gradient("P"), gradient("P").rotate(180)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert same(load_image(data), gradient("P").convert("RGB"))
+
+
+# ------------------------------------------------------------------ what cannot be read
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing.png", "No image at 'missing.png'.*no such file"),
+        (Path("missing.png"), "No image at 'missing.png'"),
+        ("/", "is a directory"),
+        ("a\0b.png", "cannot be read"),
+        (b"", "given 0 bytes is empty"),
+        (b"hello, this is text", "not an image in a format"),
+        ("data:image/png,hello", "not an image"),
+        ("data:image/png;base64,###", "no valid base64"),
+        ("data:nothing", "no comma"),
+        ("aGVsbG8g" * 20, "base64 string.*not an image"),
+        ("", "path of the image is empty"),
+        (" ", "path of the image is empty"),
+        ("http://[::1", "http.* cannot be fetched: Invalid IPv6"),
+        ("ftp://x/y.png", "ftp:// is none of http://, https://, file://"),
+        ("file://server/share/a.png", "file of the computer 'server'"),
+        ("file://[::1", "no valid URL"),
+        ("file://localhost/missing.png", "No image at '/missing.png'"),
+        (12, "cannot be a int"),
+        (np.full((4, 4, 3), None), "type object"),
+        (np.full((4, 4, 3), "1"), "type <U1"),
+        (np.zeros((4, 4, 3), complex), "type complex128"),
+        (torch.zeros((4, 4, 3), dtype=torch.complex64), "type complex64"),
+        (None, "cannot be a NoneType"),
+        (np.zeros((2, 3, 5, 7)), r"\(2, 3, 5, 7\) is no image"),
+        (np.zeros((5, 7, 2)), "is no image"),
+        (np.zeros((0, 7, 3)), "is empty"),
+        (np.full((4, 4, 3), 255.0), r"float values outside 0\.\.1"),
+        (np.full((4, 4, 3), np.nan), "float values outside"),
+        (np.full((4, 4, 3), -1), "values outside 0..255"),
+        (Image.new("RGB", (0, 4)), "is empty: 0×4"),
+        (Image.fromarray(np.full((4, 4), np.inf, np.float32)), "not finite"),
+    ],
+)
+def test_errors_say_what_is_wrong(source, message):
+    with pytest.raises(InputError, match=message):
+        load_image(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_truncated_files(tmp_path, kind):
+    data = encoded(gradient(size=(90, 70)), kind)
+    path = tmp_path / "cut"
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(InputError, match=r"cut' (cannot be decoded|is not an image)"):
+        load_image(path)
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(InputError, match=r"a\.png' is empty"):
+        load_image(tmp_path / "a.png")
+
+
+def test_formats_that_are_not_safe_are_not_opened(monkeypatch):
+    def ghostscript(*args: object, **kwargs: object) -> None:
+        raise AssertionError("EPS must not be decoded")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    for kind in ("EPS", "PCX", "SGI"):
+        with pytest.raises(InputError, match=r"not an image in a format that is read \(PNG, JPEG"):
+            load_image(encoded(gradient(), kind))
+
+
+@pytest.mark.parametrize("kind", ["PPM", "MPO", "ICO", "AVIF", "JPEG2000"])
+def test_rarer_formats_are_opened(kind):
+    if kind != "MPO" and kind not in image_io._formats():
+        pytest.skip("this Pillow lacks it")
+    assert load_image(encoded(gradient(size=(16, 16)), kind)).size == (16, 16)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError])
+@pytest.mark.parametrize("step", ["open", "load"])
+def test_whatever_a_decoder_raises_means_a_broken_image(monkeypatch, error, step):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error("bad box")
+
+    data = encoded(gradient())
+    monkeypatch.setattr(Image if step == "open" else PngImagePlugin.PngImageFile, step, fail)
+    with pytest.raises(InputError, match="cannot be decoded: bad box") as caught:
+        load_image(data)
+    cause = caught.value.__cause__
+    assert cause is not None
+    assert type(cause.__cause__) is error
+    assert caught.value.code == ErrorCode.BROKEN_IMAGE
+
+
+def test_flipped_bytes_never_raise_anything_else():
+    data = bytearray(encoded(gradient(size=(40, 30))))
+    random = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(200):
+            broken = bytearray(data)
+            for place in random.integers(0, len(data), 3):
+                broken[place] = random.integers(0, 256)
+            with contextlib.suppress(InputError):
+                load_image(bytes(broken))
+
+
+def test_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (10_000, 10_000)).save(path)  # 12 KB, 300 MB as RGB
+    decoded = []
+    monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=r"100,000,000 pixels; the limit is 89,478,485"):
+            load_image(path)
+    assert not decoded
+
+
+def test_limit_on_pixels_goes_both_ways(monkeypatch):
+    image = gradient()
+    with pytest.raises(InputError, match=r"12×8 = 96 pixels; the limit is 95.*raise max_pixels"):
+        load_image(image, max_pixels=95)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own limit is not in the way
+    assert load_image(encoded(image), max_pixels=96).size == (12, 8)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+@pytest.mark.parametrize("limit", [0, -5, 1.5, "many", None, True])
+def test_limit_on_pixels_must_be_a_count(limit):
+    with pytest.raises(InputError, match=r"max_pixels is .*whole number above 0"):
+        load_image(gradient(), max_pixels=limit)
+
+
+def test_long_and_thin_is_a_bomb_too():
+    with pytest.raises(InputError, match="for an edge"):
+        load_image(Image.new("L", (1, 40_000)))
+    assert load_image(Image.new("L", (1, 400))).size == (1, 400)

@@ -1,0 +1,98 @@
+"""Pixels are the authors', and settings are read from and written to the checkpoint's file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from transformers import CLIPImageProcessor
+
+from owl2.errors import InputError
+from owl2.processing.image_processing import Owl2ImageProcessor
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "image"
+NAMES = [entry["file"] for entry in json.loads((GOLDEN / "images.json").read_text())]
+
+
+def gradient(size: tuple[int, int] = (12, 8)) -> Image.Image:
+    red = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0])
+    return Image.fromarray(np.stack([red, red[::-1], 255 - red], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("policy", ["resize", "pad"])
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_pixels(name, policy):
+    config = json.loads((GOLDEN / "preprocessor_config.json").read_text())
+    processor = Owl2ImageProcessor.from_dict({**config, "image_policy": policy})
+    pixels = processor(GOLDEN / name)["pixel_values"]
+    expected = load_file(GOLDEN / "pixels.safetensors")[f"{name[0]}.{policy}"]
+    assert pixels.shape == (1, 3, 56, 56)
+    assert np.abs(pixels[0].numpy() - expected).max() < 1e-6
+
+
+def test_released_settings_mean_resize():
+    config = json.loads((GOLDEN / "preprocessor_config.json").read_text())
+    processor = Owl2ImageProcessor.from_dict(config)
+    assert (processor.size, processor.policy) == (56, "resize")
+
+
+def test_clip_processor_reads_our_settings(tmp_path):
+    ours = Owl2ImageProcessor(28, policy="pad", max_pixels=10_000)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(ours.to_dict()))
+    theirs = CLIPImageProcessor.from_pretrained(tmp_path)
+    square = gradient(size=(40, 40))
+    expected = theirs(ours.square(square), return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(ours(square, "np")["pixel_values"], expected, atol=2e-6)
+    again = Owl2ImageProcessor.from_dict(ours.to_dict())
+    assert again.to_dict() == ours.to_dict()
+    assert (again.policy, again.max_pixels) == ("pad", 10_000)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resample": 2},
+        {"do_normalize": False},
+        {"rescale_factor": 1.0},
+        {"size": {"shortest_edge": 64}},
+        {"crop_size": {"height": 56, "width": 28}},
+        {"image_policy": "squash"},
+        {"image_std": [0.0, 1.0, 1.0]},
+        {"crop_size": None, "size": None},
+        {"size": [1, 2]},
+        {"size": {"height": [], "width": 56}},
+        {"image_mean": 5},
+        {"image_mean": ["a", "b", "c"]},
+        {"image_std": {"r": 1}},
+        {"max_pixels": "many"},
+        {"max_pixels": 0},
+        {"rescale_factor": "x"},
+        {"rescale_factor": None},
+    ],
+)
+def test_settings_that_would_give_other_pixels_are_refused(change):
+    config = {**Owl2ImageProcessor(56).to_dict(), **change}
+    with pytest.raises(InputError, match=rf"^preprocessor_config\.json: .*{next(iter(change))}"):
+        Owl2ImageProcessor.from_dict(config)
+
+
+def test_the_place_in_a_list_is_named():
+    with pytest.raises(InputError, match=r"Image 2 of 2: No image at 'gone\.png'"):
+        Owl2ImageProcessor(8)([gradient(), "gone.png"])
+
+
+def test_the_given_image_is_left_alone():
+    image = gradient()
+    before = image.copy()
+    first = Owl2ImageProcessor(16, policy="pad")(image)["pixel_values"]
+    again = Owl2ImageProcessor(16, policy="pad")(image)["pixel_values"]
+    assert (np.asarray(image) == np.asarray(before)).all() and torch.equal(first, again)
+
+
+def test_a_limit_on_pixels_can_be_set():
+    with pytest.raises(InputError, match="12×8 = 96 pixels; the limit is 95"):
+        Owl2ImageProcessor(8, max_pixels=95)(gradient())
+    assert Owl2ImageProcessor(8, max_pixels=96)(gradient(), "np")["pixel_values"].shape[0] == 1

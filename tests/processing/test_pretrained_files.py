@@ -1,0 +1,213 @@
+"""A processor is saved with a checkpoint and comes back; the released layout is read as it is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from owl2.errors import InputError
+from owl2.processing import pretrained_files
+from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.processor import Owl2Processor
+from tests.processing.samples import CHATML, equal_processors
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.mark.parametrize("kind", ["llama", "byte level"])
+def test_round_trip(tmp_path, kind, llama, byte_level, image):
+    tokenizer = llama if kind == "llama" else byte_level
+    template = None if kind == "llama" else CHATML
+    token_id = None if kind == "llama" else 512
+    pixels = Owl2ImageProcessor(28, "pad", max_pixels=5_000)
+    processor = Owl2Processor(pixels, tokenizer, template, 9, token_id)
+    processor.save_pretrained(tmp_path / "a")
+    again = Owl2Processor.from_pretrained(tmp_path / "a")
+    equal_processors(processor, again, image)
+    assert again.image_token_id == (token_id or 32000) and again.num_image_tokens == 9
+    assert again.image_processor.to_dict() == pixels.to_dict()
+    again.save_pretrained(tmp_path / "b")
+    files, files_again = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"
+    )
+    if kind == "byte level":  # a fast tokenizer's own: transformers adds to it when it loads
+        del files["tokenizer_config.json"], files_again["tokenizer_config.json"]
+    assert files == files_again
+    changed = Owl2Processor.from_pretrained(
+        tmp_path / "a", image_policy="resize", max_pixels=7, chat_template="x"
+    )
+    assert changed.image_processor.policy == "resize" and changed.chat_template == "x"
+    assert changed.image_processor.max_pixels == 7
+
+
+@pytest.fixture
+def released(tmp_path, llama_file) -> Path:
+    """A directory as the authors released it: nothing of ours."""
+    config = {
+        "model_type": "mplug_owl2",
+        "vocab_size": 32000,
+        "visual_config": {"visual_abstractor": {"num_learnable_queries": 5}},
+    }
+    tokenizer = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "padding_side": "right"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    shutil.copy(llama_file, tmp_path / "tokenizer.model")
+    shutil.copy(GOLDEN / "image" / "preprocessor_config.json", tmp_path)
+    return tmp_path
+
+
+def test_the_released_layout(released, processor, image):
+    loaded = Owl2Processor.from_pretrained(released)
+    equal_processors(processor, loaded, image)
+    assert (loaded.num_image_tokens, loaded.image_token_id) == (6, 32000)
+    assert loaded.image_processor.policy == "resize"
+
+
+def test_the_models_vocabulary_may_be_larger_than_the_tokenizers(released):
+    config = json.loads((released / "config.json").read_text())
+    (released / "config.json").write_text(json.dumps({**config, "vocab_size": 32064}))
+    loaded = Owl2Processor.from_pretrained(released)
+    assert loaded.image_token_id == 32064
+    loaded.save_pretrained(released)
+    (released / "config.json").unlink()
+    assert Owl2Processor.from_pretrained(released).image_token_id == 32064
+
+
+def test_defaults_without_a_count_of_queries(released):
+    (released / "config.json").write_text(json.dumps({"model_type": "mplug_owl2"}))
+    assert Owl2Processor.from_pretrained(released).num_image_tokens == 65
+
+
+def test_the_image_size_of_the_model_where_no_file_says_it(released):
+    """Only sizes differ from checkpoint to pretrained_files, and config.json has them."""
+    (released / "preprocessor_config.json").unlink()
+    config = json.loads((released / "config.json").read_text())
+    config["visual_config"]["visual_model"] = {"image_size": 28}
+    (released / "config.json").write_text(json.dumps(config))
+    assert Owl2Processor.from_pretrained(released).image_processor.size == 28
+    (released / "config.json").unlink()
+    with pytest.raises(InputError, match="the image settings"):
+        Owl2Processor.from_pretrained(released)
+
+
+def test_auto_processor(released, processor, image):
+    from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
+
+    class DummyConfig(PreTrainedConfig):
+        model_type = "owl2_processor_test"
+
+    AutoConfig.register("owl2_processor_test", DummyConfig)
+    AutoProcessor.register(DummyConfig, Owl2Processor)
+    config = json.loads((released / "config.json").read_text())
+    config["model_type"] = "owl2_processor_test"
+    (released / "config.json").write_text(json.dumps(config))
+    loaded = AutoProcessor.from_pretrained(released)
+    assert type(loaded) is Owl2Processor
+    equal_processors(processor, loaded, image)
+    loaded.save_pretrained(released)  # now found by processor_config.json's class
+    assert type(AutoProcessor.from_pretrained(released)) is Owl2Processor
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise OSError("not today")
+
+
+def test_a_mistyped_path_asks_the_hub_once_at_most(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def unreachable(name: str, file: str, **kwargs: object) -> None:
+        asked.append(file)
+        raise OSError("no connection") from LocalEntryNotFoundError("no connection")
+
+    with pytest.raises(InputError, match=r"no directory 'runs/modl' here, and offline, only the"):
+        Owl2Processor.from_pretrained("runs/modl")
+    monkeypatch.setattr(pretrained_files, "cached_file", unreachable)
+    monkeypatch.setattr(pretrained_files, "is_offline_mode", lambda: False)
+    with pytest.raises(InputError, match=r"no directory 'runs/modl' here, and the hub cannot be"):
+        Owl2Processor.from_pretrained("runs/modl")
+    assert asked == ["config.json"]
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match=r"no directory 'runs/modl', though 'runs' is here"):
+        Owl2Processor.from_pretrained("runs/modl")
+    assert asked == ["config.json"]
+
+
+def test_what_the_cache_lacks_is_not_said_of_the_hub(released, monkeypatch):
+    config = str(released / "config.json")
+    monkeypatch.setattr(
+        pretrained_files,
+        "cached_file",
+        lambda _, file, **kw: config if file == "config.json" else None,
+    )
+    with pytest.raises(InputError, match=r"'nobody/nothing' in the hub's cache holds no processor"):
+        Owl2Processor.from_pretrained("nobody/nothing")
+    monkeypatch.setattr(pretrained_files, "is_offline_mode", lambda: False)
+    with pytest.raises(InputError, match=r"'nobody/nothing' on the hub holds no processor"):
+        Owl2Processor.from_pretrained("nobody/nothing")
+
+
+def test_settings_alone_are_no_tokenizer(released):
+    (released / "tokenizer.model").unlink()
+    (released / "vocab.json").write_text("{}")
+    with pytest.raises(InputError, match=r"a tokenizer \(tokenizer.model or tokenizer.json or"):
+        Owl2Processor.from_pretrained(released)
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+    (released / "tokenizer.json").write_text(json.dumps(empty))
+    with pytest.raises(InputError, match="no tokens for the text 'x'"):
+        Owl2Processor.from_pretrained(released)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("tokenizer_config.json", b"{", "tokenizer_config.json is no JSON"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is no JSON"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json must hold a JSON object"),
+        ("tokenizer_config.json", b'{"bos_token": 5}', "tokenizer_config.json: bos_token is 5"),
+        (
+            "tokenizer_config.json",
+            b'{"extra_special_tokens": 5}',
+            "tokenizer of .* cannot be loaded",
+        ),
+        ("preprocessor_config.json", b'{"size": 56, "image_mean": 5}', "json: image_mean 5"),
+        ("config.json", b'{"visual_config": null}', "config.json: visual_config is None"),
+        ("config.json", b'{"vocab_size": null}', "config.json: vocab_size is None"),
+        (
+            "config.json",
+            b'{"visual_config": {"visual_abstractor": {"num_learnable_queries": "8"}}}',
+            "config.json: num_learnable_queries is '8'",
+        ),
+        ("processor_config.json", b'{"num_image_tokens": 0}', "processor_config.json: num_image"),
+        ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja is not a text file in UTF-8"),
+    ],
+)
+def test_files_of_wrong_content_are_named(released, file, content, complaint):
+    (released / file).write_bytes(content)
+    with pytest.raises(InputError, match=complaint):
+        Owl2Processor.from_pretrained(released)
+
+
+def test_checkpoints_that_lack_something(tmp_path, released, monkeypatch):
+    with pytest.raises(InputError, match=r"no directory '\./nowhere'"):
+        Owl2Processor.from_pretrained("./nowhere")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained_files, "cached_file", refuse)
+        with pytest.raises(InputError, match=r"the hub does not give its config.json: not today"):
+            Owl2Processor.from_pretrained("nobody/nothing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match=r"a tokenizer \(tokenizer.model or .* and the image"):
+        Owl2Processor.from_pretrained(empty)
+    (released / "preprocessor_config.json").write_text("[1")
+    with pytest.raises(InputError, match=r"preprocessor_config.json is no JSON"):
+        Owl2Processor.from_pretrained(released)
+    (released / "preprocessor_config.json").write_text("[1]")
+    with pytest.raises(InputError, match="must hold a JSON object"):
+        Owl2Processor.from_pretrained(released)
+    with pytest.raises(TypeError, match="policy"):
+        Owl2Processor.from_pretrained(released, policy="pad")
+    with pytest.raises(InputError, match="push_to_hub is not offered"):
+        Owl2Processor.save_pretrained(None, tmp_path, push_to_hub=True)

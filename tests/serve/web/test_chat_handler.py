@@ -1,0 +1,415 @@
+"""What happens when somebody asks on the page; without a browser."""
+
+import asyncio
+import warnings
+from contextlib import contextmanager
+
+import pytest
+from PIL import Image
+
+from owl2.errors import InputError
+from owl2.serve.admission import Desk
+from owl2.serve.errors import ApiError
+from owl2.serve.limits import Limits
+from owl2.serve.metrics import Metrics
+from owl2.serve.web.chat_handler import Asking
+from owl2.serve.web.conversation import WAITING, Conversation
+from owl2.serve.web.examples import Example
+from tests.serve.running import ToldEngine
+
+SETTINGS = ("en", 32, 0.0, 1.0, "")
+
+
+class Visitor:
+    """Asks, and holds what the browser would show.
+
+    Attributes:
+        talk: the conversation in the server.
+        box: the last change of the box that had a value.
+    """
+
+    def __init__(self, engine, decode=None, examples=(), **limits):
+        self.engine = engine
+        self.desk = Desk(engine, Limits(**limits), Metrics())
+        self.asking = Asking(self.desk, decode or self.opened, examples)
+        self.talk = Conversation()
+        self.box = "untouched"
+        self.chats = []
+
+    async def opened(self, data):
+        return Image.new("RGB", (8, 8), (data[0], 0, 0))
+
+    def ask(self, question="what?", files=(), settings=SETTINGS):
+        given = {"text": question, "files": [str(file) for file in files]}
+        return self.begin(self.asking.ask(given, self.talk, *settings))
+
+    def begin(self, views):
+        async def see():
+            async for view in views:
+                self.chats.append([row["content"] for row in view.chat])
+                if "value" in view.box:
+                    self.box = view.box["value"]
+
+        return asyncio.ensure_future(see())
+
+    async def until(self, condition):
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def asked(self, count=1):
+        await self.until(lambda: len(self.engine.asked) >= count)
+        return self.engine.asked[count - 1]
+
+    async def answered(self, *pieces, **given):
+        """A question, answered."""
+        count = len(self.engine.asked)
+        task = self.ask(**given)
+        told = await self.asked(count + 1)
+        for piece in pieces:
+            told.say(piece)
+        told.end()
+        await task
+        return told
+
+
+@pytest.fixture
+def engine(tiny_engine):
+    return ToldEngine(tiny_engine)
+
+
+@pytest.fixture
+def visit(engine):
+    """A coroutine function of a `Visitor`, run."""
+
+    def run(story, **settings):
+        async def tell():
+            visitor = Visitor(engine, **settings)
+            await story(visitor)
+            assert not visitor.talk.busy
+            assert visitor.desk.inside == 0
+            return visitor
+
+        return asyncio.run(tell())
+
+    return run
+
+
+@contextmanager
+def warned(words):
+    """Outside of a page, what it would say in its corner is a warning."""
+    with pytest.warns(UserWarning, match=words):
+        yield
+
+
+def test_the_view_grows_with_the_answer(visit):
+    async def story(visitor):
+        task = visitor.ask("what is this?")
+        told = await visitor.asked()
+        assert visitor.chats == [["what is this?", WAITING]]
+        assert visitor.box is None  # empty while it is answered
+        told.say("a red")
+        await visitor.until(lambda: visitor.chats[-1] == ["what is this?", "a red"])
+        told.say(" circle")
+        told.end()
+        await task
+        assert visitor.chats[-1] == ["what is this?", "a red circle"]
+
+    visit(story)
+
+
+def test_a_second_turn_carries_the_first_and_its_images(visit, tmp_path):
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(bytes([int(name[0])]))
+
+    async def story(visitor):
+        await visitor.answered("a cat", question="what?", files=sorted(tmp_path.iterdir()))
+        told = await visitor.answered("black", question="which colour?")
+        first, answer, second = told.messages
+        colours = [part["image"].getpixel((0, 0))[0] for part in first["content"][:-1]]
+        assert colours == [1, 2]
+        assert first["content"][-1] == {"type": "text", "text": "what?"}
+        assert answer == {"role": "assistant", "content": "a cat"}
+        assert second["content"] == [{"type": "text", "text": "which colour?"}]
+        assert visitor.talk.shown()[0]["content"] == {"path": str(tmp_path / "1.png")}
+
+    visit(story)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        (SETTINGS, {"max_new_tokens": 32, "temperature": 0.0, "seed": None}),
+        (
+            ("zh", 9999, 0.5, 0.9, " 7 "),
+            {"max_new_tokens": 100, "temperature": 0.5, "top_p": 0.9, "seed": 7},
+        ),
+    ],
+)
+def test_settings_reach_the_engine_within_the_limits(visit, settings, options):
+    async def story(visitor):
+        told = await visitor.answered("yes", settings=settings)
+        assert told.options == options
+
+    visit(story, answer_tokens=100)
+
+
+def test_an_answer_that_was_cut_says_so(visit):
+    async def story(visitor):
+        task = visitor.ask()
+        told = await visitor.asked()
+        told.say("a very")
+        told.end("length")
+        await task
+        assert "cut at the longest answer" in visitor.chats[-1][-1]
+        assert visitor.talk.turns[-1].answer == "a very"  # what the model sees next has no note
+
+    visit(story)
+
+
+def test_stop_keeps_what_is_there(visit):
+    async def story(visitor):
+        task = visitor.ask()
+        told = await visitor.asked()
+        told.say("a long")
+        await visitor.until(lambda: visitor.chats[-1][-1] == "a long")
+        await visitor.asking.stop(visitor.talk)
+        await task
+        assert told.closed
+        assert visitor.chats[-1][-1].startswith("a long")
+        assert "(stopped)" in visitor.chats[-1][-1]
+
+    visit(story)
+
+
+def test_stop_before_the_first_word_gives_the_question_back(visit):
+    async def story(visitor):
+        task = visitor.ask("what?")
+        told = await visitor.asked()
+        await visitor.asking.stop(visitor.talk)
+        await task
+        assert told.closed
+        assert visitor.chats[-1] == []
+        assert visitor.box == {"text": "what?", "files": []}
+
+    visit(story)
+
+
+def test_stop_while_others_are_answered_leaves_the_queue(visit):
+    async def story(visitor):
+        first = visitor.ask("first?")
+        told = await visitor.asked()
+        talk, visitor.talk = visitor.talk, Conversation()
+        second = visitor.ask("second?")
+        await visitor.until(lambda: visitor.desk.inside == 2)
+        await visitor.asking.stop(visitor.talk)
+        await second
+        told.say("one")
+        told.end()
+        await first
+        assert len(visitor.engine.asked) == 1
+        assert [turn.answer for turn in talk.turns] == ["one"]
+
+    visit(story, running=1)
+
+
+def test_who_leaves_frees_the_place(visit):
+    async def story(visitor):
+        views = visitor.asking.ask({"text": "what?", "files": []}, visitor.talk, *SETTINGS)
+        assert len((await anext(views)).chat) == 2
+        waiting = asyncio.ensure_future(anext(views))
+        told = await visitor.asked()
+        told.say("a")
+        await waiting
+        await views.aclose()  # as gradio does when the browser is gone
+        assert told.closed
+
+    visit(story)
+
+
+def test_again_replaces_the_answer_and_asks_the_same(visit):
+    async def story(visitor):
+        await visitor.answered("one", question="what?")
+        task = visitor.begin(visitor.asking.again(visitor.talk, *SETTINGS))
+        told = await visitor.asked(2)
+        assert len(told.messages) == 1
+        told.say("two")
+        told.end()
+        await task
+        assert visitor.chats[-1] == ["what?", "two"]
+
+    visit(story)
+
+
+def test_again_that_fails_leaves_the_old_answer(visit):
+    async def story(visitor):
+        await visitor.answered("one", question="what?")
+        task = visitor.begin(visitor.asking.again(visitor.talk, *SETTINGS))
+        (await visitor.asked(2)).fail(InputError("too long"))
+        with warned("too long"):
+            await task
+        assert visitor.chats[-1] == ["what?", "one"]
+
+    visit(story)
+
+
+def test_again_without_a_question_says_so(visit, capsys):
+    async def story(visitor):
+        await visitor.begin(visitor.asking.again(visitor.talk, *SETTINGS))
+
+    visit(story)
+    assert "Ask something first." in capsys.readouterr().out
+
+
+def test_clear_while_it_answers_ends_it_all(visit):
+    async def story(visitor):
+        task = visitor.ask("what?")
+        told = await visitor.asked()
+        view = await visitor.asking.clear(visitor.talk)
+        assert view.chat == []
+        await task
+        assert told.closed
+        assert visitor.chats[-1] == []
+        assert visitor.box is None  # not the question of the old conversation
+
+    visit(story)
+
+
+def test_an_empty_answer_is_forgotten(visit, capsys):
+    async def story(visitor):
+        await visitor.answered(" ", question="what?")
+        assert visitor.talk.turns == []
+        assert visitor.box == {"text": "what?", "files": []}
+
+    visit(story)
+    assert "the model had no answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "words"),
+    [
+        ({"question": " "}, SETTINGS, "Write a question first"),
+        ({"question": " "}, ("zh", *SETTINGS[1:]), "请先写下问题"),
+        ({}, (*SETTINGS[:4], "seven"), "The seed must be"),
+        ({"files": ["a.png"] * 3}, SETTINGS, "3 images in this conversation; the limit is 2"),
+        ({"files": ["a.png"] * 3}, ("zh", *SETTINGS[1:]), "图片太多"),
+        ({"question": "a" * (128 * 64 + 1)}, SETTINGS, "context of 128 tokens"),
+        ({"question": "a" * (128 * 64 + 1)}, ("zh", *SETTINGS[1:]), "文字太长"),
+        ({"files": ["gone.png"]}, SETTINGS, "“gone.png” is no longer there"),
+    ],
+)
+def test_what_cannot_be_asked_stays_in_the_box(visit, given, settings, words):
+    async def story(visitor):
+        with warned(words):
+            await visitor.ask(**given, settings=settings)
+        assert visitor.box == {
+            "text": given.get("question", "what?"),
+            "files": given.get("files", []),
+        }
+        assert visitor.talk.turns == []
+        assert visitor.engine.asked == []
+
+    visit(story, images=2)
+
+
+@pytest.mark.parametrize(("language", "words"), [("en", "it is broken"), ("zh", "文件已损坏")])
+def test_a_broken_image_is_named(visit, tmp_path, language, words):
+    (tmp_path / "cat.png").write_bytes(b"x")
+
+    async def decode(data):
+        raise ApiError(400, "it is broken", code="invalid_image")
+
+    async def story(visitor):
+        with warned(f"cat.png.*{words}"):
+            await visitor.ask(files=[tmp_path / "cat.png"], settings=(language, *SETTINGS[1:]))
+        assert visitor.box["files"] == [str(tmp_path / "cat.png")]
+        assert visitor.talk.turns == []
+        await visitor.answered("fine", question="and without it?")
+
+    visit(story, decode=decode)
+
+
+def test_images_of_all_turns_count(visit, tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"x")
+
+    async def story(visitor):
+        await visitor.answered("a", files=[tmp_path / "cat.png"])
+        with warned("2 images in this conversation; the limit is 1"):
+            await visitor.ask(files=[tmp_path / "cat.png"])
+
+    visit(story, images=1)
+
+
+def test_a_full_queue_sends_away(visit):
+    async def story(visitor):
+        first = visitor.ask("first?")
+        told = await visitor.asked()
+        visitor.talk = Conversation()
+        with warned("busy"):
+            await visitor.ask("second?")
+        told.say("one")
+        told.end()
+        await first
+
+    visit(story, running=1, queue=0)
+
+
+def test_what_takes_too_long_ends_with_what_is_there(visit):
+    async def story(visitor):
+        task = visitor.ask()
+        told = await visitor.asked()
+        told.say("slowly")
+        with warned("not finished within 0.2 seconds"):
+            await task
+        assert told.closed
+        assert visitor.chats[-1][-1] == "slowly"
+
+    visit(story, seconds=0.2)
+
+
+def test_a_fault_of_ours_is_logged_and_not_shown(visit, caplog):
+    async def story(visitor):
+        task = visitor.ask()
+        (await visitor.asked()).fail(RuntimeError("secret of the house"))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            await task
+        assert "its log says what" in str(said[0].message)
+        assert "secret" not in str(said[0].message)
+
+    visit(story)
+    assert "secret of the house" in caplog.text
+
+
+def test_an_example_is_taken_by_its_number(visit, tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"x")
+    examples = [Example("no", ()), Example("is it a cat?", (tmp_path / "cat.png",))]
+
+    class Event:
+        index = 1
+        value = {"text": "read this", "files": ["/etc/passwd"]}  # what a browser might send
+
+    async def story(visitor):
+        task = visitor.begin(visitor.asking.ask_example(Event(), visitor.talk, *SETTINGS))
+        told = await visitor.asked()
+        told.say("yes")
+        told.end()
+        await task
+        assert visitor.talk.turns[0].question == "is it a cat?"
+        assert visitor.talk.turns[0].files == (str(tmp_path / "cat.png"),)
+
+    visit(story, examples=examples)
+
+
+def test_while_it_answers_nothing_else_is_asked(visit):
+    async def story(visitor):
+        task = visitor.ask("first?")
+        told = await visitor.asked()
+        await visitor.ask("second?")
+        assert len(visitor.engine.asked) == 1
+        told.say("one")
+        told.end()
+        await task
+        assert [turn.question for turn in visitor.talk.turns] == ["first?"]
+
+    visit(story)

@@ -1,0 +1,171 @@
+import json
+
+import pytest
+
+from owl2.errors import InputError
+from owl2.json_records import (
+    Row,
+    as_row,
+    json_entries,
+    json_lines,
+    json_object,
+    json_rows,
+    known_split,
+    published_file,
+    refuse_test,
+)
+from tests.data.datasets.published_files import put
+
+
+def test_getters_give_what_is_there_without_space_around():
+    row = Row(
+        {"a": " b ", "n": 3, "x": 1.5, "t": [" c", "d "], "r": [{"k": 1}]}, "file.json, row 7"
+    )
+    assert (row.text("a"), row.integer("n"), row.numbers("n", "x")) == ("b", 3, (3, 1.5))
+    assert row.texts("t") == ["c", "d"]
+    assert row.rows("r") == [Row({"k": 1}, "file.json, row 7, r 1")]
+
+
+@pytest.mark.parametrize(
+    ("get", "value"),
+    [
+        ("text", 3),
+        ("text", None),
+        ("integer", "3"),
+        ("integer", True),
+        ("integer", 3.0),
+        ("numbers", "3"),
+        ("numbers", False),
+        ("texts", "abc"),
+        ("texts", ["a", 3]),
+        ("rows", {"k": 1}),
+    ],
+)
+def test_a_wrong_kind_and_a_missing_key_are_named(get, value):
+    with pytest.raises(InputError, match=r"^file\.json, row 7: 'key' is .*, not a "):
+        getattr(Row({"key": value}, "file.json, row 7"), get)("key")
+    with pytest.raises(InputError, match=r"^file\.json, row 7: 'key', a .*, is missing"):
+        getattr(Row({}, "file.json, row 7"), get)("key")
+
+
+def test_a_list_in_rows_that_is_no_object_is_named():
+    with pytest.raises(InputError, match=r"row 7, key 2 is 'b', not an object"):
+        Row({"key": [{}, "b"]}, "row 7").rows("key")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_lists_and_objects_are_read_piece_by_piece(tmp_path, indent):
+    values = [{"a": 'é [ ] { } " \\'}, {"b": [1, {"c": None}]}, {}]
+    path = tmp_path / "rows.json"
+    path.write_text("\n " + json.dumps(values, indent=indent) + " \n", encoding="utf-8")
+    rows = list(json_rows(path))
+    assert [row.value for row in rows] == values
+    assert [row.where for row in rows] == [f"{path}, row {n}" for n in (1, 2, 3)]
+    named = {"x, y": values[0], '"': values[1]}
+    path.write_text("\ufeff" + json.dumps(named, indent=indent), encoding="utf-8")
+    entries = list(json_entries(path))
+    assert {key: row.value for key, row in entries} == named
+    assert entries[0][1].where == f"{path}, 'x, y'"
+
+
+BROKEN = [
+    ("", "not JSON"),
+    ("{}", "holds something else than a list"),
+    ("[]", "holds nothing"),
+    ('[{"a": 1}', "cut short or damaged"),
+    ('[{"a": 1},', "not JSON"),
+    ('[{"a": 1} {"a": 2}]', "cut short or damaged at character 10"),
+    ('[{"a": 1}] x', "goes on after its end"),
+    ("[{1: 2}]", "not JSON"),
+    ("[" * 100_000, "not JSON"),
+    ('[{"a": 1}, 3]', "row 2 is 3, not an object"),
+]
+
+
+@pytest.mark.parametrize(("text", "complaint"), BROKEN)
+def test_broken_list_is_named(tmp_path, text, complaint):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=complaint) as caught:
+        list(json_rows(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[]", "holds something else than an object"),
+        ("{}", "holds nothing"),
+        ('{"a": {}', "cut short"),
+        ('{"a" {}}', "a key is due"),
+        ("{3: {}}", "a key is due"),
+        ('{"a": {}, }', "not JSON"),
+        ('{"a": 3}', "'a' is 3, not an object"),
+    ],
+)
+def test_broken_object_is_named(tmp_path, text, complaint):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=complaint) as caught:
+        list(json_entries(path))
+    assert str(path) in str(caught.value)
+
+
+def test_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "x\u2028y"}\n\n{"b": 2}', encoding="utf-8")
+    assert [(row.value, row.where) for row in json_lines(path)] == [
+        ({"a": "x\u2028y"}, f"{path}, line 1"),
+        ({"b": 2}, f"{path}, line 3"),
+    ]
+    path.write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(InputError, match=r"line 2: not JSON"):
+        list(json_lines(path))
+
+
+@pytest.mark.parametrize(
+    "read", [json_object, lambda p: list(json_rows(p)), lambda p: list(json_lines(p))]
+)
+def test_unreadable_files(tmp_path, read):
+    with pytest.raises(InputError, match=r"none\.json cannot be read: No such file"):
+        read(tmp_path / "none.json")
+    (tmp_path / "latin.json").write_bytes(b'[{"a": "\xe9"}]')
+    with pytest.raises(InputError, match=r"latin\.json is not a text file in UTF-8"):
+        read(tmp_path / "latin.json")
+
+
+def test_object(tmp_path):
+    path = put(tmp_path, "a.json", {"a": 1})
+    assert json_object(path) == as_row({"a": 1}, str(path))
+    with pytest.raises(InputError, match="not an object with keys"):
+        json_object(put(tmp_path, "a.json", [1]))
+    path.write_text('{"a"')
+    with pytest.raises(InputError, match="is not JSON"):
+        json_object(path)
+
+
+def test_published_file(tmp_path):
+    path = put(tmp_path, "a.json", {})
+    assert published_file(tmp_path, None, "a.json") == path
+    assert published_file(tmp_path, "a.json", "b.json") == path
+    assert published_file(tmp_path, str(path), "b.json") == path
+    with pytest.raises(InputError, match=r"b\.json is not there"):
+        published_file(tmp_path, None, "b.json")
+    with pytest.raises(InputError, match=r"a\.json is not a folder"):
+        published_file(path, None, "a.json")
+
+
+@pytest.mark.parametrize("split", ["test", "testA", "test2015", "TEST"])
+def test_test_splits_are_refused(split):
+    with pytest.raises(InputError, match="for evaluation only"):
+        known_split("vqav2", split, {"train": "a", "test": "b"})
+    with pytest.raises(InputError, match=r"^file\.json: .*for evaluation only"):
+        refuse_test(split, "file.json")
+
+
+def test_splits():
+    assert known_split("vqav2", "val", {"train": "a", "val": "b"}) == "b"
+    with pytest.raises(InputError, match="'vall' is no split of the data set vqav2"):
+        known_split("vqav2", "vall", {"train": "a", "val": "b"})
+    refuse_test("latest"[:2], "file.json")
+    refuse_test(None, "file.json")

