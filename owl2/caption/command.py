@@ -27,10 +27,10 @@ from owl2.engine.load_model import choose_device, load_model
 from owl2.engine.sampling import Options
 from owl2.errors import InputError
 from owl2.eval.generate import answer_or_reason
-from owl2.eval.progress import Watch
 from owl2.eval.sharding import Team
 from owl2.processing.image_processing import Owl2ImageProcessor, load_image
 from owl2.processing.processor import Owl2Processor
+from owl2.progress import ProgressReporter
 
 PROMPT = "Provide a one-sentence caption for the provided image."  # the paper's (SPEC 1.5)
 ENGINES = ("owl2", "vllm")
@@ -95,12 +95,12 @@ def caption(settings: Settings, console: Console) -> None:
     with CaptionFiles(settings.output, settings.identity(), team) as files:
         share = team.share(names)
         todo = [name for name in share if not files.has_caption(name)]
-        with Watch(console, "captions", unit="images") as watch:
-            watch.begin(len(share), len(share) - len(todo))
+        done = len(share) - len(todo)
+        with ProgressReporter(console, "captions", len(share), done, "images") as progress:
             said = _answers(settings, todo, team) if todo else iter(())
             for name, text in zip(todo, said, strict=True):
                 files.add(name, text)
-                watch.add(1)
+                progress.advance()
         if team.rank:
             console.print("this process's share is done; process 0 puts all together")
             return

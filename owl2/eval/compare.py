@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from owl2.data.html_preview import figure
+from owl2 import html
 from owl2.errors import InputError
 from owl2.eval.image_refs import find_image
 from owl2.files import write_whole
@@ -35,16 +35,11 @@ SHOWN = 100  # of each task's questions that differ, on the page
 SAME = ("prompt", "shots", "limit", "preprocessing", "decoding", "scorer", "data", "versions")
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
-table { border-collapse: collapse } th, td { padding: .25em .8em; text-align: right }
-th:first-child, td:first-child { text-align: left } thead { border-bottom: 2px solid #888 }
-article { display: flex; gap: 1.5em; border-top: 1px solid #ccc; padding: 1em 0 }
-.images { flex: none; width: 320px } .images img { max-width: 100%; display: block }
 .frames { display: grid; grid-template-columns: 1fr 1fr; gap: .3em; align-content: start }
 .frames small { display: none }
 h3 { font-size: .85em; color: #555; font-weight: normal; margin: 0; word-break: break-all }
 p { margin: .3em 0; white-space: pre-wrap; overflow-wrap: anywhere }
-.better { color: #06661f } .worse { color: #b00020 } small { color: #555; word-break: break-all }
+.better { color: #06661f } .worse { color: #b00020 }
 """
 HEAD = ("task", "n", "A", "B", "B - A", f"{SHARE}% interval", "better", "worse", "other words")
 
@@ -204,23 +199,15 @@ def _short(value: object) -> str:
 
 
 def _page(first: Path, second: Path, found: Sequence[Compared]) -> str:
-    title = f"{first} and {second}"
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in HEAD)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in one.cells()) + "</tr>"
-        for one in found
-    )
     unlike = "".join(f"<p>{escape(f'{c.name}: {line}')}</p>\n" for c in found for line in c.unlike)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>"
-        f"<h1>{escape(title)}</h1>\n<p>A: {escape(str(first))}, B: {escape(str(second))}. Means of "
-        "the questions' scores; the interval is of B - A, from a paired bootstrap of "
-        f"{RESAMPLES:,}.</p>\n<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>\n"
+    body = (
+        f"<p>A: {escape(str(first))}, B: {escape(str(second))}. Mean scores of the questions; the "
+        f"interval is of B - A, from a paired bootstrap of {RESAMPLES:,}.</p>\n"
+        + html.table(HEAD, (one.cells() for one in found))
         + unlike
         + "\n".join(_section(one, first / "answers") for one in found)
-        + "\n</body></html>\n"
     )
+    return html.page(f"{first} and {second}", body, STYLE)
 
 
 def _section(one: Compared, answers: Path) -> str:
@@ -236,7 +223,7 @@ def _section(one: Compared, answers: Path) -> str:
 def _article(pair: Pair, answers: Path) -> str:
     row = pair.first
     names = [name for name in row["images"] if name]
-    images = "\n".join(figure(find_image(name, answers)) for name in names)
+    images = "\n".join(html.thumbnail(find_image(name, answers)) for name in names)
     kind = "images frames" if len(names) > 1 else "images"
     expected = " or ".join(dict.fromkeys(row["expected"]))
     ours = (("A", pair.first, -pair.difference), ("B", pair.second, pair.difference))

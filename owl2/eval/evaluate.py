@@ -25,7 +25,6 @@ from owl2.eval.image_refs import named_images
 from owl2.eval.llm_judge import judge_run
 from owl2.eval.model_args import Subject
 from owl2.eval.plots import draw_answers, has_matplotlib
-from owl2.eval.progress import Watch
 from owl2.eval.report import results_table, shown, write_report
 from owl2.eval.response_cache import Journal, json_text, remove_parts
 from owl2.eval.results import (
@@ -241,8 +240,7 @@ def _ask(evaluation: _Evaluation, engine: Engine, ready: Ready, own: Checkpoint)
             if journal.began_anew:
                 _say(evaluation.console, f"{name}: earlier answers are of other settings; anew")
             round_ = Round(name, task, ready.source, questions, journal)
-            with Watch(evaluation.console, name) as watch:
-                round_.ask(engine, settings.batch_size, evaluation.team, watch)
+            round_.ask(engine, settings.batch_size, evaluation.team, evaluation.console)
             evaluation.rounds[name] = round_
     except InputError as error:
         evaluation.rounds.pop(task.name, None)

@@ -12,17 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rich.console import Console
+
 from owl2.engine.engine import Engine
 from owl2.engine.sampling import Options
 from owl2.errors import InputError
 from owl2.eval.fingerprints import image_fingerprint
-from owl2.eval.progress import Watch
 from owl2.eval.readers import Source
 from owl2.eval.response_cache import Journal, Row, key_of
 from owl2.eval.samples import Answer, Broken, Question
 from owl2.eval.sharding import Team
 from owl2.eval.tasks import Task
 from owl2.processing.chat_template import read_messages
+from owl2.progress import ProgressReporter
 
 TEXT_CHUNK = 8  # batches of lm-eval that are written down together
 
@@ -61,7 +63,7 @@ class Round:
     def __post_init__(self) -> None:
         self.keys = [key_of(question) for question in self.questions]
 
-    def ask(self, engine: Engine, batch_size: int, team: Team, watch: Watch) -> None:
+    def ask(self, engine: Engine, batch_size: int, team: Team, console: Console) -> None:
         """This process's share of what nobody has answered yet, into the journal.
 
         The answers do not depend on `batch_size`, as far as the dtype's rounding goes.
@@ -72,17 +74,18 @@ class Round:
         known = self.journal.known()
         places = team.share(range(len(self.keys)))
         todo = [place for place in places if self.keys[place] not in known]
-        watch.begin(len(places), len(places) - len(todo))
         ask = _ask_text if self.task.recipe.way == "lm-eval" else _ask
-        began = time.perf_counter()
-        for rows in ask(engine, self, todo, batch_size):
-            now = time.perf_counter()
-            for place, row in rows.items():
-                row |= {"key": self.keys[place], "id": self.questions[place].id}
-                row["seconds"] = (now - began) / len(rows)
-            self.journal.add(rows.values())
-            watch.add(len(rows))
-            began = now
+        done = len(places) - len(todo)
+        with ProgressReporter(console, self.name, len(places), done, "questions") as progress:
+            began = time.perf_counter()
+            for rows in ask(engine, self, todo, batch_size):
+                now = time.perf_counter()
+                for place, row in rows.items():
+                    row |= {"key": self.keys[place], "id": self.questions[place].id}
+                    row["seconds"] = (now - began) / len(rows)
+                self.journal.add(rows.values())
+                progress.advance(len(rows))
+                began = now
 
     def gather(self) -> Asked:
         """What came of all questions, once all processes have answered theirs.

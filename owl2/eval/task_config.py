@@ -76,6 +76,8 @@ def recipes() -> Mapping[str, Recipe]:
     """All entries by name, suite by suite."""
     found: dict[str, Recipe] = {}
     for file in (*SUITES, "others"):
-        text = files("owl2.eval").joinpath("paper", f"{file}.yaml").read_text(encoding="utf-8")
+        text = (
+            files("owl2.eval").joinpath("task_configs", f"{file}.yaml").read_text(encoding="utf-8")
+        )
         found |= {name: Recipe(**entry) for name, entry in (yaml.safe_load(text) or {}).items()}
     return found

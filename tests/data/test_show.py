@@ -125,7 +125,7 @@ def test_the_page_holds_images_and_words(checkpoint, mixed, tmp_path):
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (320, 160)
     assert "what is &lt;b&gt;0&lt;/b&gt;?" in text and "<b>" not in text
     assert '<span class="learned"> number 0 &amp; more&lt;/s&gt;</span>' in text
-    assert text.count('<p class="bad">') == 2  # the image that is gone, the row without an answer
+    assert text.count('<p class="error">') == 2  # the image that is gone, the row without an answer
     with pytest.raises(InputError, match="cannot be made"):
         shown(checkpoint, mixed, 1, html="/proc/nowhere/page.html")
 

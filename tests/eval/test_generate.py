@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from owl2.eval.generate import Round, decoding_of
-from owl2.eval.progress import Watch
 from owl2.eval.readers import Source
 from owl2.eval.response_cache import Journal
 from owl2.eval.samples import Question
@@ -20,8 +19,7 @@ def answer(engine, task, plain, tmp_path):
     def run(questions, batch_size, team=ALONE, settings="same"):
         journal = Journal(tmp_path, "made", {"settings": settings}, team)
         round_ = Round("made", task, Source((), "{question}"), questions, journal)
-        with Watch(plain, "made") as watch:
-            round_.ask(engine, batch_size, team, watch)
+        round_.ask(engine, batch_size, team, plain)
         return round_
 
     return run
