@@ -61,3 +61,8 @@ def _site_uri(path: Path) -> str | None:
         if path.is_relative_to(base):
             return path.relative_to(base).as_posix()
     return None
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Remove the `::` that introduces an indented block in a docstring."""
+    return re.sub(r"::</p>", ":</p>", re.sub(r"<p>::</p>\n?", "", html))
