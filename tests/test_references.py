@@ -21,7 +21,7 @@ SOURCE_SUFFIXES = {".cpp", ".h", ".ipynb", ".md", ".py", ".sh", ".toml", ".yaml"
 # Documents that are not part of the repository.
 EXTERNAL_DOCUMENTS = re.compile(
     r"\b(?:SPEC|USERS|FAMILY|DESIGN|REDESIGN|REVIEW|STYLE)(?:\.md\b|,?\s+§?\d)"
-    r"|\bSPEC\b|\bissues? #?\d+|\.\./shared\b|/work/"
+    r"|\bSPEC\b|\b(?i:issues?) #?\d+|\.\./shared\b|/work/"
 )
 SECTIONS = r"§\d+(?:\.\d+)*(?:(?:, | and |–|, and )§\d+(?:\.\d+)*)*"
 FENCE = re.compile(r"^([ \t]*)(```+|~~~+).*?^\1\2[ \t]*$", re.MULTILINE | re.DOTALL)
