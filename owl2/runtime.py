@@ -1,9 +1,14 @@
-"""What this machine's CPU and C library offer to torch."""
+"""Devices and dtypes by name, and settings of the CPU and the C library."""
 
 import ctypes
 from typing import Any
 
 import torch
+
+from owl2.errors import ErrorCode, InputError
+
+DEVICES = ("cuda", "mps", "cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # glibc's malloc.h
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
@@ -33,3 +38,64 @@ def has_bfloat16() -> bool:
     ask: Any = getattr(torch.cpu, "get_capabilities", dict)
     can = ask()
     return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"))
+
+
+def select_device(device: str | torch.device | None = None) -> torch.device:
+    """The requested device; without one the first that is available of cuda, mps and cpu.
+
+    Raises:
+        InputError: torch does not know the device, or this machine does not have it.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        selected = torch.device(device)
+    except RuntimeError as error:
+        raise _unknown_device(device) from error
+    if selected.type not in DEVICES:
+        raise _unknown_device(device)
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(selected.type, True):
+        raise InputError(
+            f"device {str(device)!r} is not available on this machine.", ErrorCode.UNSUPPORTED
+        )
+    if selected.type == "cuda" and (selected.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {str(device)!r} does not exist: this machine has "
+            f"{torch.cuda.device_count()} CUDA device(s).",
+            ErrorCode.UNSUPPORTED,
+        )
+    return selected
+
+
+def _unknown_device(device: str | torch.device) -> InputError:
+    return InputError(
+        f"unknown device {str(device)!r}; choose from {', '.join(DEVICES)}.", ErrorCode.UNKNOWN_NAME
+    )
+
+
+def select_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -> torch.dtype:
+    """The requested dtype (a name or a torch dtype); without one the best for the device.
+
+    Raises:
+        InputError: The name is not in `DTYPES`.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise InputError(
+                f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.", ErrorCode.UNKNOWN_NAME
+            )
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        # bfloat16 has the range of float32, so that nothing overflows. GPUs before Ampere emulate
+        # it slowly. They use float16, as the authors do for the released checkpoint.
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if is_native else torch.float16
+    if device.type == "mps":
+        return torch.float16  # every macOS with MPS supports it; bfloat16 needs a recent one
+    # CPUs without bfloat16 instructions convert to 32 bits, which is slower.
+    return torch.bfloat16 if has_bfloat16() else torch.float32

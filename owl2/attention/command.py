@@ -11,11 +11,11 @@ from rich.console import Console
 from owl2.attention.attention_maps import MAX_NEW_TOKENS, Looks, look
 from owl2.attention.heatmap import patch_map, tokens_of, words_of
 from owl2.attention.plots import draw_heat, draw_maps, draw_shares, require_matplotlib
-from owl2.engine.chat_session import Settings as Model
-from owl2.engine.chat_session import user_turn
+from owl2.engine.engine import Engine
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import InputError
 from owl2.files import whole_directory
-from owl2.processing.chat_template import check_question
+from owl2.processing.chat_template import check_question, user_message
 from owl2.processing.image_processing import load_image
 
 MEAN = "mean"
@@ -36,7 +36,7 @@ class Settings:
         answer: to look at instead of the model's own.
     """
 
-    model: Model
+    model: ModelArgs
     question: str
     images: Sequence[str]
     output: Path
@@ -56,13 +56,13 @@ def attend(settings: Settings, console: Console) -> None:
     """
     require_matplotlib()
     _require_own(settings.output)
-    messages = [user_turn(settings.question, settings.images)]
+    messages = [user_message(settings.question, settings.images)]
     check_question(messages)
     processor = settings.model.load_processor()
     limit = processor.image_processor.max_pixels
     images = [load_image(image, limit) for image in settings.images]
-    messages = [user_turn(settings.question, images)]
-    engine = settings.model.load_engine(processor)
+    messages = [user_message(settings.question, images)]
+    engine = Engine(settings.model.load_model(), processor, reuse=True)
     layers = _layers(settings.layers, engine.model.config.num_hidden_layers)
     asked: dict[str, Any] = {
         "layers": [layer for layer in layers if layer is not None],

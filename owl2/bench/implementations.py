@@ -16,11 +16,11 @@ from owl2.engine.backends.weight_only_quantization import quantise
 from owl2.engine.engine_core import Prompt, Runner
 from owl2.engine.model_runner import FastDecoder
 from owl2.engine.prefill import Reader
-from owl2.engine.sampling import Decoding
+from owl2.engine.sampling import SamplingParams
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.model.variants import plain_llama, twin, without_mam
 
-GREEDY = Decoding()
+GREEDY = SamplingParams()
 
 
 class Subjects:

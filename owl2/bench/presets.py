@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from owl2.engine.load_model import choose_device, choose_dtype, load_model
+from owl2.engine.load_model import load_model
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.registry import look_up
+from owl2.runtime import select_device, select_dtype
 
 SIZES: dict[str, dict[str, Any]] = {
     # A toy with which all of the bench runs in seconds; its figures mean nothing.
@@ -90,8 +91,8 @@ class Origin:
         Raises:
             InputError: for names of none.
         """
-        device = choose_device(self.device)
-        return device, choose_dtype(device, self.dtype)
+        device = select_device(self.device)
+        return device, select_dtype(device, self.dtype)
 
     def load(self) -> Owl2ForConditionalGeneration:
         """The model, ready to answer.

@@ -21,16 +21,16 @@ from rich.console import Console
 
 from owl2.caption.caption_files import CaptionFiles
 from owl2.checkpoints.provenance import fingerprint
-from owl2.engine.chat_session import user_turn
 from owl2.engine.engine import Engine
-from owl2.engine.load_model import choose_device, load_model
-from owl2.engine.sampling import Options
+from owl2.engine.load_model import load_model
 from owl2.errors import InputError
 from owl2.eval.generate import answer_or_reason
 from owl2.eval.sharding import Team
+from owl2.processing.chat_template import user_message
 from owl2.processing.image_processing import Owl2ImageProcessor, load_image
 from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
+from owl2.runtime import select_device
 
 PROMPT = "Provide a one-sentence caption for the provided image."  # the paper's (SPEC 1.5)
 ENGINES = ("owl2", "vllm")
@@ -73,7 +73,7 @@ class Settings:
         }
 
     @property
-    def options(self) -> Options:
+    def options(self) -> dict[str, Any]:
         """Greedy, so that an image has the same caption whenever it is made."""
         return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
 
@@ -146,7 +146,7 @@ def _answers(settings: Settings, names: Sequence[str], team: Team) -> Iterator[s
         more: dict[str, Any] = {} if settings.dtype is None else {"dtype": settings.dtype}
         if settings.quantize is not None or settings.device is not None:
             raise InputError("--quantize and --device are of owl2's own engine, not of vLLM.")
-        asked = ([user_turn(settings.prompt, [path])] for path in paths)
+        asked = ([user_message(settings.prompt, [path])] for path in paths)
         return answer_all(settings.model, asked, settings.options, **more)
     return _by_engine(settings, paths, _load(settings, team))
 
@@ -154,16 +154,16 @@ def _answers(settings: Settings, names: Sequence[str], team: Team) -> Iterator[s
 def _load(settings: Settings, team: Team) -> Engine:
     """The engine, where several processes have a GPU each on this process's own."""
     processor = Owl2Processor.from_pretrained(settings.model)
-    device = choose_device(settings.device)
+    device = select_device(settings.device)
     if device == torch.device("cuda") and team.size > 1:
-        device = choose_device(f"cuda:{team.local_rank}")
+        device = select_device(f"cuda:{team.local_rank}")
     model = load_model(settings.model, device, settings.dtype, quantize=settings.quantize)
     # Every image is new, so what is kept of one would serve no other.
     engine = Engine(model, processor, reuse=False)
     # What is wrong with the prompt is wrong with all of them: better found before.
     size = processor.image_processor.size
     blank = Image.new("RGB", (size, size))
-    engine.chat([user_turn(settings.prompt, [blank])], do_sample=False, max_new_tokens=1)
+    engine.chat([user_message(settings.prompt, [blank])], do_sample=False, max_new_tokens=1)
     return engine
 
 
@@ -173,7 +173,7 @@ def _by_engine(
     images = _opened(paths, engine.processor.image_processor, 2 * settings.batch_size)
     while batch := list(islice(images, settings.batch_size)):
         asked: list[Any] = [
-            [user_turn(settings.prompt, [image])]
+            [user_message(settings.prompt, [image])]
             for image in batch
             if not isinstance(image, InputError)
         ]

@@ -37,11 +37,11 @@ def chat_with_model(
     ] = None,
 ) -> None:
     """Ask about images: one question, or a conversation on the terminal."""
-    from owl2.engine.chat_session import Settings, ask, converse
-    from owl2.engine.sampling import Options
+    from owl2.engine.chat_session import ask, converse
+    from owl2.engine.load_model import ModelArgs
 
-    settings = Settings(model, device, dtype, image_policy, max_pixels, quantize)
-    options: Options = {
+    settings = ModelArgs(model, device, dtype, image_policy, max_pixels, quantize)
+    options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,

@@ -43,10 +43,10 @@ def draw_attention(
 ) -> None:
     """Draw where the model looks while it answers: at which words, and where in the image."""
     from owl2.attention.command import Settings, attend
-    from owl2.engine.chat_session import Settings as Model
+    from owl2.engine.load_model import ModelArgs
 
     settings = Settings(
-        Model(model, device, dtype, quantize=quantize),
+        ModelArgs(model, device, dtype, quantize=quantize),
         question,
         image or [],
         output,

@@ -10,12 +10,10 @@ from typing import Any, TextIO
 from PIL import Image
 
 from owl2.engine.engine import Engine
-from owl2.engine.load_model import load_model
-from owl2.engine.sampling import Options
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import InputError
-from owl2.processing.chat_template import IMAGE_TOKEN, Message, check_question
-from owl2.processing.image_processing import ImagePolicy, load_image
-from owl2.processing.processor import Owl2Processor
+from owl2.processing.chat_template import Message, check_question, user_message
+from owl2.processing.image_processing import load_image
 
 HELP = """\
 Write a question and press Enter. A line that begins with / is a command:
@@ -28,58 +26,11 @@ Ctrl-C stops an answer. <|image|> in a question marks where an image goes; else 
 PROMPT = "> "
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `owl2 chat` loads; see `Engine.from_pretrained`."""
-
-    model: str
-    device: str | None = None
-    dtype: str | None = None
-    image_policy: Any = None
-    max_pixels: int | None = None
-    quantize: str | None = None
-
-    def load_processor(self) -> Owl2Processor:
-        """The checkpoint's processor."""
-        policy: ImagePolicy | None = self.image_policy
-        return Owl2Processor.from_pretrained(
-            self.model, image_policy=policy, max_pixels=self.max_pixels
-        )
-
-    def load_engine(self, processor: Owl2Processor) -> Engine:
-        """The engine with that processor."""
-        model = load_model(self.model, self.device, self.dtype, quantize=self.quantize)
-        return Engine(model, processor, reuse=True)
-
-
-def user_turn(text: str, images: Sequence[Any]) -> Message:
-    """A question with its images: at its `<|image|>` placeholders if it has any, else before it.
-
-    Raises:
-        InputError: if it has placeholders, but not as many as there are images.
-    """
-    pieces = text.split(IMAGE_TOKEN)
-    if len(pieces) == 1:
-        pieces = [""] * len(images) + pieces
-    elif len(pieces) - 1 != len(images):
-        raise InputError(
-            f"The question has {len(pieces) - 1} {IMAGE_TOKEN} for {len(images)} image(s): "
-            "each takes one. A question without any has its images before it."
-        )
-    parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
-        if number:
-            parts.append({"type": "image", "image": images[number - 1]})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return {"role": "user", "content": parts}
-
-
 def ask(
-    settings: Settings,
+    settings: ModelArgs,
     question: str,
     images: Sequence[str],
-    options: Options,
+    options: dict[str, Any],
     out: TextIO | None = None,
 ) -> None:
     """Write the answer to one question to `out` (default: stdout) as it is made, and a line's end.
@@ -90,13 +41,13 @@ def ask(
     out = out or sys.stdout
     if not question.strip():
         raise InputError("The question is empty: write what you want to know.")
-    messages = [user_turn(question, images)]
+    messages = [user_message(question, images)]
     check_question(messages)
     processor = settings.load_processor()
     # Reading 16 GB of weights takes a while: a wrong path is better found before.
     for image in images:
         load_image(image, processor.image_processor.max_pixels)
-    engine = settings.load_engine(processor)
+    engine = Engine(settings.load_model(), processor, reuse=True)
     for piece in engine.stream(messages, **options):
         out.write(piece)
         out.flush()
@@ -104,12 +55,12 @@ def ask(
     out.flush()
 
 
-def converse(settings: Settings, sources: Sequence[str], options: Options) -> None:
+def converse(settings: ModelArgs, sources: Sequence[str], options: dict[str, Any]) -> None:
     """A conversation on the terminal, until Ctrl-D or /quit."""
     processor = settings.load_processor()
     limit = processor.image_processor.max_pixels
     images = [load_image(source, limit) for source in sources]
-    engine = settings.load_engine(processor)
+    engine = Engine(settings.load_model(), processor, reuse=True)
     with suppress(ImportError):  # Windows has none
         import_module("readline")  # gives input() its line editing
     print(f"{settings.model} on {engine.model.device}. /help says what can be done.")
@@ -132,7 +83,7 @@ class Conversation:
     """
 
     engine: Engine
-    options: Options
+    options: dict[str, Any]
     images: list[Image.Image] = field(default_factory=list)
     read: Callable[[str], str] = input
     write: Callable[[str], Any] = lambda text: print(text, end="", flush=True)
@@ -180,7 +131,7 @@ class Conversation:
         """Ask, write the answer as it comes, and remember both."""
         if not question:
             return
-        turn = user_turn(question, self.images)
+        turn = user_message(question, self.images)
         pieces: list[str] = []
         try:
             # Not kept before the answer is there: an error must leave nothing behind.

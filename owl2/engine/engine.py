@@ -11,7 +11,7 @@ what changes an answer (`reuse`): a second call gives the same as the first.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -22,7 +22,7 @@ from owl2.engine.engine_core import Prompt, Runner
 from owl2.engine.load_model import load_model
 from owl2.engine.output import AnswerInMaking, Completion, Events, check_request
 from owl2.engine.prefill import Read
-from owl2.engine.sampling import Decoding, Options
+from owl2.engine.sampling import SamplingParams
 from owl2.engine.scoring import prompt_and_answer, read_alone, score_answers
 from owl2.engine.token_text import TokenTexts
 from owl2.errors import ErrorCode, InputError
@@ -94,7 +94,7 @@ class Engine:
         Args:
             name_or_path: a directory or a hub id.
             device: default: cuda, else mps, else cpu.
-            dtype: default: what suits the device (`loading.choose_dtype`).
+            dtype: default: what suits the device (`loading.select_dtype`).
             attn_implementation: eager, sdpa or flash_attention_2.
             image_policy: resize or pad, instead of the checkpoint's.
             max_pixels: the largest image to accept, instead of the checkpoint's.
@@ -123,9 +123,7 @@ class Engine:
 
     # -------------------------------------------------------------- answers
 
-    def chat(
-        self, messages: Messages, *, stop: str | Sequence[str] = (), **options: Unpack[Options]
-    ) -> str:
+    def chat(self, messages: Messages, *, stop: str | Sequence[str] = (), **options: Any) -> str:
         """The answer to a conversation that ends with a question.
 
         Greedy, unless the checkpoint's `generation_config` or an option says otherwise.
@@ -144,7 +142,7 @@ class Engine:
         list_of_messages: Sequence[Messages],
         *,
         stop: str | Sequence[str] = (),
-        **options: Unpack[Options],
+        **options: Any,
     ) -> list[str]:
         """`chat` for several conversations at once, with any number of images each."""
         if not list_of_messages:
@@ -152,7 +150,7 @@ class Engine:
         if stop:  # only who reads an answer as it is made can end it
             completion = self._complete(list_of_messages, 1, stop, None, options)
             return [answer.text for answer in completion.whole()]
-        decoding = Decoding.of(options, self.model.generation_config)
+        decoding = SamplingParams.from_options(self.model.generation_config, **options)
         prompts, room = self._prompts(list_of_messages)
         limits = [min(decoding.max_new_tokens, tokens) for tokens in room]
         return [
@@ -160,7 +158,7 @@ class Engine:
         ]
 
     def stream(
-        self, messages: Messages, *, stop: str | Sequence[str] = (), **options: Unpack[Options]
+        self, messages: Messages, *, stop: str | Sequence[str] = (), **options: Any
     ) -> Iterator[str]:
         """The answer of `chat` in pieces, as it is made; joined, they are exactly that answer.
 
@@ -176,7 +174,7 @@ class Engine:
         n: int = 1,
         stop: str | Sequence[str] = (),
         top_logprobs: int | None = None,
-        **options: Unpack[Options],
+        **options: Any,
     ) -> Completion:
         """Answers as a server gives them: in pieces, counted, with why they end; see `Completion`.
 
@@ -200,11 +198,11 @@ class Engine:
         n: int,
         stop: str | Sequence[str],
         top: int | None,
-        options: Options,
+        options: dict[str, Any],
     ) -> Completion:
         """n answers to each of several conversations, numbered one conversation after the other."""
         stops = check_request(n, MAX_BATCH, stop, top)
-        decoding = Decoding.of(options, self.model.generation_config)
+        decoding = SamplingParams.from_options(self.model.generation_config, **options)
         prompts, room = self._prompts(list_of_messages)
         limits = [min(decoding.max_new_tokens, tokens) for tokens in room]
         answers = []
@@ -307,7 +305,7 @@ class Engine:
         return prompts, room
 
     def _generate(
-        self, prompts: Sequence[Prompt], decoding: Decoding, limits: Sequence[int]
+        self, prompts: Sequence[Prompt], decoding: SamplingParams, limits: Sequence[int]
     ) -> list[list[int]]:
         """New ids of each, its end token too if it has one."""
         if runner := self._runner():
@@ -319,7 +317,7 @@ class Engine:
     def _follow(
         self,
         prompts: Sequence[Prompt],
-        decoding: Decoding,
+        decoding: SamplingParams,
         limits: Sequence[int],
         n: int,
         top: int | None,

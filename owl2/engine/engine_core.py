@@ -21,7 +21,7 @@ import torch
 from owl2.engine.prefill import Read, Reader
 from owl2.engine.prefix_cache import free_memory
 from owl2.engine.running_batch import Request
-from owl2.engine.sampling import Decoding
+from owl2.engine.sampling import SamplingParams
 from owl2.engine.scheduler import Inbox, Job, Worker
 from owl2.engine.token_stream import Following
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -76,7 +76,7 @@ class Runner:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        decoding: Decoding,
+        decoding: SamplingParams,
         limits: Sequence[int],
         ends: Collection[int],
     ) -> list[list[int]]:
@@ -91,7 +91,7 @@ class Runner:
         ended: SimpleQueue = SimpleQueue()
         requests = []
         for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-            sampler = decoding.of_answer(number).sampler(self.model.device)
+            sampler = (decoding, decoding.generator(number, self.model.device))
             begun = self.reader.begin(*prompt)
             requests.append(Request(begun, sampler, limit, frozenset(ends), ended))
         try:
@@ -105,7 +105,7 @@ class Runner:
         return [request.answer for request in requests]
 
     def stream(
-        self, prompt: Prompt, decoding: Decoding, limit: int, ends: Collection[int]
+        self, prompt: Prompt, decoding: SamplingParams, limit: int, ends: Collection[int]
     ) -> Generator[int, None, None]:
         """The ids of `generate`'s answer, as they are made.
 
@@ -124,7 +124,7 @@ class Runner:
     def follow(
         self,
         prompts: Sequence[Prompt],
-        decoding: Decoding,
+        decoding: SamplingParams,
         limits: Sequence[int],
         ends: Collection[int],
         copies: int = 1,
@@ -147,7 +147,7 @@ class Runner:
             begun = self.reader.begin(*prompt)
             for _ in range(copies):
                 number = len(requests)
-                sampler = decoding.of_answer(number).sampler(self.model.device)
+                sampler = (decoding, decoding.generator(number, self.model.device))
                 requests.append(Request(begun, sampler, limit, frozenset(ends), queue, number, top))
         return Following(self._worker, requests, queue)
 

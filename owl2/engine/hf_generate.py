@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from owl2.engine.engine_core import Prompt
 from owl2.engine.running_batch import Event
-from owl2.engine.sampling import Decoding, choose, non_finite
+from owl2.engine.sampling import SamplingParams, non_finite_error, sample
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 
@@ -26,7 +26,7 @@ def is_whole(model: Owl2ForConditionalGeneration) -> bool:
 def generate(
     model: Owl2ForConditionalGeneration,
     prompts: Sequence[Prompt],
-    decoding: Decoding,
+    decoding: SamplingParams,
     limits: Sequence[int],
     ends: Collection[int],
     synced_gpus: bool | None = None,
@@ -97,17 +97,19 @@ class Whole:
 class _Choose(LogitsProcessor):
     """Scores (B, V) that leave only the token that `choose` gives."""
 
-    def __init__(self, decoding: Decoding, count: int, model: Owl2ForConditionalGeneration) -> None:
-        answers = (decoding.of_answer(number) for number in range(count))
-        self.samplers = [answer.sampler(model.device) for answer in answers]
+    def __init__(
+        self, decoding: SamplingParams, count: int, model: Owl2ForConditionalGeneration
+    ) -> None:
+        self.params = [decoding] * count
+        self.generators = [decoding.generator(number, model.device) for number in range(count)]
         self.dtype = model.dtype
         self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.step += 1
-        tokens = choose(scores, self.samplers)
+        tokens = sample(scores, self.params, self.generators)
         if None in tokens:
-            raise non_finite(self.dtype, f"token {self.step} of the answer")
+            raise non_finite_error(self.dtype, f"token {self.step} of the answer")
         chosen = torch.tensor(tokens, device=scores.device)[:, None]
         return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
 

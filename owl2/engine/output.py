@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from owl2.engine.detokenizer import TextStream
-from owl2.engine.logprobs import Score
 from owl2.engine.running_batch import Event
+from owl2.engine.sampling import Logprobs as Score
 from owl2.engine.token_text import TokenTexts
 from owl2.errors import InputError
 

@@ -16,10 +16,17 @@ from typing import NamedTuple
 
 import torch
 
-from owl2.engine.logprobs import Score, score_tokens
 from owl2.engine.model_runner import FastDecoder
 from owl2.engine.prefill import Begun, Reader
-from owl2.engine.sampling import Sampler, choose, non_finite
+from owl2.engine.sampling import (
+    Logprobs as Score,
+)
+from owl2.engine.sampling import (
+    SamplingParams,
+    compute_logprobs,
+    non_finite_error,
+    sample,
+)
 
 
 class Event(NamedTuple):
@@ -42,7 +49,7 @@ class Request:
     def __init__(
         self,
         prompt: Begun,
-        sampler: Sampler | None,
+        sampler: tuple[SamplingParams, torch.Generator | None],
         limit: int,
         ends: Collection[int],
         listener: SimpleQueue,
@@ -140,13 +147,13 @@ class Rows:
 
     def _take_tokens(self, requests: Sequence[Request], logits: torch.Tensor) -> list[bool]:
         """Choose and hand out the next token of each; False for those that are over with it."""
-        tokens = choose(logits, [request.sampler for request in requests])
-        scores = score_tokens(logits, tokens, [request.top for request in requests])
+        tokens = sample(logits, *zip(*[request.sampler for request in requests], strict=True))
+        scores = compute_logprobs(logits, tokens, [request.top for request in requests])
         going = []
         for request, token, score in zip(requests, tokens, scores, strict=True):
             if token is None:
                 place = f"token {len(request.answer) + 1} of the answer"
-                request.end(non_finite(logits.dtype, place))
+                request.end(non_finite_error(logits.dtype, place))
                 going.append(False)
                 continue
             request.add(token, score)

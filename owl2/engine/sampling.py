@@ -1,15 +1,15 @@
-"""How the next token is chosen: greedy or sampled, and never from logits that are not finite.
+"""Sampling parameters, and the choice of the next token from the logits.
 
-Sampling is done here, so that each answer draws from a generator of its own: its tokens then depend
-neither on torch's global one, which threads share, nor on what else is in the batch. The warpers
-are transformers'.
+Each answer draws from a generator of its own. Its tokens therefore depend neither on torch's global
+generator, which threads share, nor on the other sequences of the batch. The logits are warped by
+transformers' processors.
 
-Shapes: B sequences, V the vocabulary.
+Shapes: B sequences, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -21,41 +21,42 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
 DEFAULT_MAX_NEW_TOKENS = 512
-LARGEST_SEED = 2**32 - 1  # the same as training takes
-SAMPLING = ("temperature", "top_p", "top_k")
-# One below it is 0, its limit: logits divided by much less are not finite, nothing can be drawn
-# from them, and whatever is computed in the same step would fail, too.
-LOWEST_TEMPERATURE = 1e-5
-
-
-class Options(TypedDict, total=False):
-    """What `Engine.chat`, `.stream` and `.batch` take; None or absent: as the checkpoint says.
-
-    Attributes:
-        max_new_tokens: of an answer at most; cut to what fits into the context.
-        do_sample: draw tokens instead of taking the likeliest. Giving one of the next three also
-            asks for it.
-        temperature: above 1 wilder, below 1 tamer, 0 (or less than 0.00001) greedy.
-        top_p: only the likeliest tokens that together have this probability.
-        top_k: only so many of the likeliest tokens; 0: all.
-        seed: the same seed gives the same answer; torch's global generator is not touched. Of
-            several conversations together, number i (from 0) has the seed `seed` + i.
-    """
-
-    max_new_tokens: int | None
-    do_sample: bool | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    seed: int | None
+MAX_SEED = 2**32 - 1  # training accepts the same range
+MAX_TOP_LOGPROBS = 20
+# Parameters that request sampling by being set.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+# Lower temperatures are treated as 0. Logits divided by them are not finite, so that nothing can be
+# drawn from them, and the other sequences of the step would fail as well.
+MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """`Options` with the checkpoint's defaults in them; `min_p` is the checkpoint's alone."""
+class SamplingParams:
+    """How an answer is generated, and when it ends.
+
+    `Engine.chat`, `.batch`, `.stream` and `.complete` take the fields as keyword arguments; there,
+    None stands for the value in the checkpoint's `generation_config`.
+
+    Attributes:
+        max_new_tokens: Maximum number of generated tokens; at most what fits into the context.
+        do_sample: Draw tokens instead of taking the most probable one.
+        temperature: Divisor of the logits; below 0.00001 the answer is greedy.
+        top_p: Sample from the smallest set of most probable tokens with this total probability.
+        top_k: Sample from this number of most probable tokens; 0: all.
+        min_p: Exclude tokens below this fraction of the highest probability.
+        seed: Answer i of a request (counted from 0 over all its conversations) draws from a
+            generator with the seed `seed` + i. None: torch's global generator.
+        n: Number of answers to each prompt, which is computed once.
+        stop: Strings that end the answer; they are not part of it.
+        top_logprobs: Report the log-probability of each token and of this number of most probable
+            alternatives, 0 to 20. None: no log-probabilities.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
 
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     do_sample: bool = False
@@ -64,118 +65,169 @@ class Decoding:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
 
-    @classmethod
-    def of(cls, options: Options, defaults: GenerationConfig) -> "Decoding":
-        """Options over the model's `generation_config`, checked.
-
-        Raises:
-            InputError: a value out of its range, or sampling options with do_sample=False.
-            TypeError: an option that does not exist.
-        """
-        if unknown := sorted(options.keys() - Options.__annotations__.keys()):
-            raise TypeError(f"unexpected options: {', '.join(unknown)}")
-        given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-        asked = [name for name in SAMPLING if name in given]
-        if asked and given.get("do_sample") is False and given.get("temperature") != 0:
-            raise InputError(f"{' and '.join(asked)} have no effect with do_sample=False: drop one")
-        names = ("max_new_tokens", "do_sample", *SAMPLING, "min_p")
-        values = {name: getattr(defaults, name, None) for name in names}
-        values = {name: value for name, value in values.items() if value is not None} | given
-        if asked and "do_sample" not in given:
-            values["do_sample"] = True
-        decoding = cls(**values)
-        decoding._check()
-        is_greedy = decoding.temperature < LOWEST_TEMPERATURE
-        return cls(**values | {"do_sample": False}) if is_greedy else decoding
-
-    def of_answer(self, number: int) -> "Decoding":
-        """For one of several answers: each has its own seed, as if it were asked for alone."""
-        return self if self.seed is None else replace(self, seed=self.seed + number)
-
-    def sampler(self, device: torch.device) -> "Sampler | None":
-        """What draws one answer's tokens; None: the likeliest is taken."""
-        return Sampler(self, device) if self.do_sample else None
-
-    def _check(self) -> None:
-        for name, fits, wanted in (
+    def __post_init__(self) -> None:
+        for name, is_valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
-            ("seed", 0 <= (self.seed or 0) <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("seed", 0 <= (self.seed or 0) <= MAX_SEED, f"from 0 to {MAX_SEED}"),
+            ("n", self.n >= 1, "1 or more"),
+            (
+                "top_logprobs",
+                0 <= (self.top_logprobs or 0) <= MAX_TOP_LOGPROBS,
+                f"from 0 to {MAX_TOP_LOGPROBS}",
+            ),
         ):
-            if not fits:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+            if not is_valid:
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; it must be {expected}.",
+                    ErrorCode.INVALID_VALUE,
+                )
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError("stop must hold non-empty strings.", ErrorCode.INVALID_VALUE)
+
+    @classmethod
+    def from_options(cls, defaults: GenerationConfig, **options: Any) -> "SamplingParams":
+        """The options that are not None, over the defaults of a checkpoint.
+
+        Setting temperature, top_p, top_k or min_p implies do_sample=True. `stop` may be one string.
+
+        Raises:
+            InputError: A value is out of its range, or sampling options with do_sample=False.
+            TypeError: An unknown option.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        sampling = [name for name in _SAMPLING if name in given]
+        if sampling and given.get("do_sample") is False and given.get("temperature") != 0:
+            raise InputError(
+                f"{' and '.join(sampling)} have no effect with do_sample=False.",
+                ErrorCode.CONFLICT,
+            )
+        names = ("max_new_tokens", "do_sample", *_SAMPLING)
+        values = {name: getattr(defaults, name, None) for name in names}
+        values = {name: value for name, value in values.items() if value is not None} | given
+        if sampling and "do_sample" not in given:
+            values["do_sample"] = True
+        stop = values.pop("stop", ())
+        values["stop"] = (stop,) * bool(stop) if isinstance(stop, str) else tuple(stop)
+        params = cls(**values)
+        if params.temperature < MIN_TEMPERATURE:
+            params = replace(params, do_sample=False)
+        return params
+
+    def generator(self, index: int, device: torch.device) -> torch.Generator | None:
+        """The random generator of answer `index`; None: torch's global one."""
+        if self.seed is None or not self.do_sample:
+            return None
+        return torch.Generator(device).manual_seed(self.seed + index)
 
 
-class Sampler:
-    """How one answer's tokens are drawn: it has a generator of its own, or torch's for no seed.
-
-    Attributes:
-        settings: equal for samplers that may look at their logits together.
-    """
-
-    def __init__(self, decoding: Decoding, device: torch.device) -> None:
-        self.settings = replace(decoding, seed=None)
-        self.generator: torch.Generator | None = None
-        if decoding.seed is not None:
-            self.generator = torch.Generator(device).manual_seed(decoding.seed)
-
-
-def choose(logits: torch.Tensor, samplers: Sequence[Sampler | None]) -> list[int | None]:
+def sample(
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator | None],
+) -> list[int | None]:
     """The next token of each sequence; None where its logits are not finite.
 
-    Logits are not finite if they hold a NaN or +infinity, or rule out every token: -infinity is how
-    a token is forbidden. All waits for the device are one.
+    Logits are not finite if they contain NaN or +infinity, or if they exclude every token;
+    -infinity excludes a token. The device is synchronized once.
 
     Args:
         logits: (B, V).
-        samplers: B of them; None: the likeliest token.
+        params, generators: one for each sequence.
     """
-    top, chosen = logits.max(-1)  # (B,), NaN if there is one in the row
-    fine = top.isfinite()
-    together: dict[Decoding, list[int]] = {}
-    for row, sampler in enumerate(samplers):
-        if sampler is not None:
-            together.setdefault(sampler.settings, []).append(row)
-    for settings, rows in together.items():
-        # What is not finite is not chosen from, but drawing from it would fail for all.
-        scores = logits[rows].float().masked_fill(~fine[rows, None], 0.0)
-        for probabilities, row in zip(_warped(scores, settings).softmax(-1), rows, strict=True):
-            sampler = samplers[row]
-            assert sampler is not None  # or its row would not be here
-            chosen[row] = torch.multinomial(probabilities, 1, generator=sampler.generator)[0]
-    tokens, finite = torch.stack([chosen, fine.to(chosen.dtype)]).tolist()
-    return [token if is_fine else None for token, is_fine in zip(tokens, finite, strict=True)]
+    maximum, chosen = logits.max(-1)  # (B,); NaN if the row contains one
+    is_finite = maximum.isfinite()
+    groups: dict[tuple[float, int, float, float], list[int]] = {}
+    for row, own in enumerate(params):
+        if own.do_sample:
+            groups.setdefault((own.temperature, own.top_k, own.top_p, own.min_p), []).append(row)
+    for warping, rows in groups.items():
+        # Rows that are not finite are discarded below, but would make multinomial fail.
+        scores = logits[rows].float().masked_fill(~is_finite[rows, None], 0.0)
+        for probabilities, row in zip(_warp(scores, *warping).softmax(-1), rows, strict=True):
+            chosen[row] = torch.multinomial(probabilities, 1, generator=generators[row])[0]
+    tokens, finite = torch.stack([chosen, is_finite.to(chosen.dtype)]).tolist()
+    return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
 
 
-def _warped(scores: torch.Tensor, settings: Decoding) -> torch.Tensor:
-    """(B, V) scores with the settings' temperature, -infinity on tokens that they leave out."""
+def _warp(
+    scores: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> torch.Tensor:
+    """(B, V) scores over the temperature, with -infinity for excluded tokens."""
     warpers: list[LogitsProcessor] = []
-    if settings.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-    if settings.top_k:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    if settings.min_p:
-        warpers.append(MinPLogitsWarper(settings.min_p))
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
     no_ids = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
     for warper in warpers:
         scores = warper(no_ids, scores)
     return scores
 
 
-def non_finite(dtype: torch.dtype, where: str) -> InputError:
-    """The error for a model whose output is no numbers."""
+class Logprobs(NamedTuple):
+    """Log-probabilities of the logits as the model gives them, in float32.
+
+    Temperature, top_p and top_k change which token is drawn, but not these values.
+
+    Attributes:
+        logprob: of the chosen token.
+        top: (id, log-probability) of the most probable tokens, in descending order.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def compute_logprobs(
+    logits: torch.Tensor, tokens: Sequence[int | None], top_logprobs: Sequence[int | None]
+) -> list[Logprobs | None]:
+    """Log-probabilities of B chosen tokens; None where there is no token or none are requested.
+
+    Args:
+        logits: (B, V).
+        top_logprobs: for each sequence the number of alternatives, without tokens that the logits
+            exclude; None: no log-probabilities.
+    """
+    found: list[Logprobs | None] = [None] * len(tokens)
+    rows = [
+        row for row, top in enumerate(top_logprobs) if top is not None and tokens[row] is not None
+    ]
+    if not rows:
+        return found
+    logprobs = logits[rows].float().log_softmax(-1)
+    chosen = torch.tensor([tokens[row] for row in rows], device=logits.device)
+    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    counts = [top_logprobs[row] or 0 for row in rows]
+    best = logprobs.topk(min(max(counts), logits.shape[1]))
+    lines = zip(rows, counts, own, best.values.tolist(), best.indices.tolist(), strict=True)
+    for row, count, logprob, values, ids in lines:
+        top = zip(ids[:count], values[:count], strict=True)
+        found[row] = Logprobs(logprob, tuple(pair for pair in top if pair[1] > float("-inf")))
+    return found
+
+
+def non_finite_error(dtype: torch.dtype, position: str) -> InputError:
+    """The error for logits with NaN or infinity at a position of the answer."""
     name = str(dtype).removeprefix("torch.")
     advice = (
-        "the checkpoint's weights are probably broken"
+        "the weights of the checkpoint are probably corrupt"
         if dtype == torch.float32
-        else "numbers may be too large for it: try another dtype, bfloat16 or float32"
+        else "values may exceed its range; try bfloat16 or float32"
     )
     return InputError(
-        f"The model's logits are not finite (NaN or infinity) at {where}. It runs in {name}; "
-        f"{advice}."
+        f"The model's logits are not finite (NaN or infinity) at {position}. It runs in {name}: "
+        f"{advice}.",
+        ErrorCode.NON_FINITE,
     )

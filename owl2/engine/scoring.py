@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from owl2.engine.sampling import non_finite
+from owl2.engine.sampling import non_finite_error
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, read_messages, render_with_answers
@@ -109,5 +109,5 @@ def _score_after(
     for row in scores:
         if not row.isfinite().all():
             step = int((~row.isfinite()).nonzero()[0, 0]) + 1
-            raise non_finite(model.dtype, f"token {step} of a choice")
+            raise non_finite_error(model.dtype, f"token {step} of a choice")
     return scores

@@ -15,7 +15,6 @@ from typing import Any
 from rich.console import Console
 
 from owl2.engine.engine import Engine
-from owl2.engine.sampling import Options
 from owl2.errors import InputError
 from owl2.eval.fingerprints import image_fingerprint
 from owl2.eval.readers import Source
@@ -106,7 +105,7 @@ class Round:
         return done
 
 
-def decoding_of(task: Task) -> Options:
+def decoding_of(task: Task) -> dict[str, Any]:
     """Greedy, so that the same model gives the same answers, whatever its own settings are."""
     return {"do_sample": False, "max_new_tokens": task.recipe.max_new_tokens}
 
@@ -142,7 +141,7 @@ def _ask(
 
 
 def answer_or_reason(
-    engine: Engine, asked: Sequence[list[dict[str, Any]]], decoding: Options
+    engine: Engine, asked: Sequence[list[dict[str, Any]]], decoding: dict[str, Any]
 ) -> list[str | InputError]:
     """An answer for each, or why it could not be asked.
 

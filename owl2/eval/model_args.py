@@ -6,12 +6,13 @@ import torch
 
 from owl2.checkpoints.adapters import has_adapter
 from owl2.engine.engine import Engine
-from owl2.engine.load_model import choose_device, load_model
+from owl2.engine.load_model import load_model
 from owl2.errors import InputError
 from owl2.eval.sharding import Team
 from owl2.model.variants import without_mam
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
+from owl2.runtime import select_device
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Subject:
             InputError: no such checkpoint, device, dtype or policy; an image size that is no
                 multiple of the patch; no MAM to be switched off in a LoRA.
         """
-        device = choose_device(self.device)
+        device = select_device(self.device)
         if device == torch.device("cuda") and team.size > 1:
-            device = choose_device(f"cuda:{team.local_rank}")
+            device = select_device(f"cuda:{team.local_rank}")
         model = load_model(self.model, device, self.dtype)
         processor = Owl2Processor.from_pretrained(self.model, image_policy=self.image_policy)
         if not self.mam:

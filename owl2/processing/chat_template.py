@@ -131,6 +131,32 @@ def check_question(messages: Sequence[Message]) -> None:
         raise InputError("The question is empty: write what you want to know about the image.")
 
 
+def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
+    """The user message of a question and its images, as `Engine.chat` takes it.
+
+    Images replace the `<|image|>` placeholders of the text, or precede the text if it has none.
+
+    Raises:
+        InputError: The numbers of placeholders and images differ.
+    """
+    texts = text.split(IMAGE_TOKEN)
+    if len(texts) == 1:
+        texts = [""] * len(images) + texts
+    elif len(texts) - 1 != len(images):
+        raise InputError(
+            f"The question has {len(texts) - 1} {IMAGE_TOKEN} placeholder(s) for {len(images)} "
+            "image(s): each placeholder takes one image.",
+            ErrorCode.IMAGE_COUNT_MISMATCH,
+        )
+    parts: list[dict[str, Any]] = []
+    for index, segment in enumerate(texts):
+        if index:
+            parts.append({"type": "image", "image": images[index - 1]})
+        if segment:
+            parts.append({"type": "text", "text": segment})
+    return {"role": "user", "content": parts}
+
+
 def flat_text(parts: Sequence[Mapping[str, Any]]) -> str:
     """The parts of a message joined with nothing between, images as `<|image|>`."""
     return "".join(part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in parts)

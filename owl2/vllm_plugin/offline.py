@@ -13,7 +13,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from owl2.engine.engine import Messages
-from owl2.engine.sampling import Decoding, Options
+from owl2.engine.sampling import SamplingParams
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import check_question, read_messages
 from owl2.processing.image_io import load_image
@@ -28,7 +28,7 @@ Prompt = dict[str, Any]  # vLLM's
 def answer_all(
     model: str | Path,
     conversations: Iterable[Messages],
-    options: Options | None = None,
+    options: dict[str, Any] | None = None,
     *,
     window: int = WINDOW,
     **settings: Any,
@@ -57,14 +57,14 @@ def answer_all(
             "environment of its own"
         ) from error
     processor = Owl2Processor.from_pretrained(model)
-    decoding = Decoding.of(options or {}, _defaults(model))
+    decoding = SamplingParams.from_options(_defaults(model), **(options or {}))
     llm = LLM(str(model), **settings)
     context = int(llm.llm_engine.model_config.max_model_len)
     first = 0
     try:
         for prompts in _windows(processor, conversations, context, window):
             asked = [number for number, prompt in enumerate(prompts) if isinstance(prompt, dict)]
-            sampling = [_sampling(decoding.of_answer(first + number)) for number in asked]
+            sampling = [_sampling(decoding, first + number) for number in asked]
             given = [prompts[number] for number in asked]
             outputs = llm.generate(given, sampling, use_tqdm=False) if given else []
             texts = iter([_text(processor, output.outputs[0]) for output in outputs])
@@ -133,14 +133,15 @@ def _prompt(processor: Owl2Processor, messages: Messages, context: int) -> Promp
     return prompt | {"multi_modal_data": {"image": images}} if images else prompt
 
 
-def _sampling(decoding: Decoding) -> Any:
-    from vllm import SamplingParams
+def _sampling(params: SamplingParams, index: int) -> Any:
+    import vllm
 
     chosen: dict[str, Any] = {"temperature": 0}
-    if decoding.do_sample:
-        names = ("temperature", "top_p", "top_k", "min_p", "seed")
-        chosen = {name: getattr(decoding, name) for name in names}
-    return SamplingParams(max_tokens=decoding.max_new_tokens, detokenize=False, **chosen)
+    if params.do_sample:
+        names = ("temperature", "top_p", "top_k", "min_p")
+        chosen = {name: getattr(params, name) for name in names}
+        chosen["seed"] = None if params.seed is None else params.seed + index
+    return vllm.SamplingParams(max_tokens=params.max_new_tokens, detokenize=False, **chosen)
 
 
 def _text(processor: Owl2Processor, answer: Any) -> str:

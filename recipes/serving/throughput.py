@@ -75,7 +75,7 @@ def ours(model: Path, threads: int) -> Answer:
 
     from owl2 import Engine
     from owl2.engine.engine_core import Prompt
-    from owl2.engine.sampling import Decoding
+    from owl2.engine.sampling import SamplingParams
 
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
@@ -90,7 +90,7 @@ def ours(model: Path, threads: int) -> Answer:
         )
         rows = zip(inputs["input_ids"], inputs["pixel_values"].split(1), strict=True)
         prompts = [Prompt(tuple(ids), image) for ids, image in rows]
-        return runner.generate(prompts, Decoding(), [new] * len(prompts), ())
+        return runner.generate(prompts, SamplingParams(), [new] * len(prompts), ())
 
     return answer
 

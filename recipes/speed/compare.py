@@ -50,14 +50,14 @@ def ours(folder: Path) -> Answer:
     """This project, as `Engine` uses it."""
     from owl2.engine.engine_core import Prompt, Runner
     from owl2.engine.load_model import load_model
-    from owl2.engine.sampling import Decoding
+    from owl2.engine.sampling import SamplingParams
 
     dtype = _config(folder)["dtype"]
     runner = Runner(load_model(folder / "owl2", "cpu", dtype), max_batch=max(COUNTS), reuse=False)
 
     def answer(prompts: Prompts, new: int) -> list[list[int]]:
         asked = [Prompt(tuple(ids)) for ids in prompts]
-        return runner.generate(asked, Decoding(), [new] * len(asked), ())
+        return runner.generate(asked, SamplingParams(), [new] * len(asked), ())
 
     return answer
 

@@ -8,7 +8,7 @@ from owl2.bench.presets import Origin
 from owl2.bench.roofline import Limits
 from owl2.bench.workload import Batches, Request
 from owl2.engine.engine_core import Prompt, Runner
-from owl2.engine.sampling import Decoding
+from owl2.engine.sampling import SamplingParams
 from owl2.model.variants import plain_llama, twin, without_mam
 
 
@@ -67,7 +67,7 @@ def test_greedy_tokens(model, textbook, workload):
     assert [len(answer) for answer in answers] == [12, 7]
     assert len(set(answers[0])) > 1
     runner = Runner(model)
-    found = runner.generate([Prompt(*prompt) for prompt in prompts], Decoding(), [12, 7], ())
+    found = runner.generate([Prompt(*prompt) for prompt in prompts], SamplingParams(), [12, 7], ())
     assert found == answers
     for (ids, pixels, _), answer in zip(requests, answers, strict=True):
         out = model.generate(

@@ -11,8 +11,8 @@ from PIL import Image
 from owl2 import Engine, cli
 from owl2.caption import command
 from owl2.caption.command import find_images
-from owl2.engine.chat_session import user_turn
 from owl2.errors import InputError
+from owl2.processing.chat_template import user_message
 from tests.caption.conftest import DONE, NAMES, changed, files, report, rows, run
 
 
@@ -22,7 +22,7 @@ def test_captions_are_those_of_chat(settings, folder, tiny_checkpoint):
     engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
     options = {"do_sample": False, "max_new_tokens": 6}
     expected = [
-        engine.chat([user_turn(settings.prompt, [folder / name])], **options) for name in NAMES
+        engine.chat([user_message(settings.prompt, [folder / name])], **options) for name in NAMES
     ]
     assert rows(settings) == [
         {"file_name": name, "caption": text} for name, text in zip(NAMES, expected, strict=True)

@@ -5,8 +5,10 @@ import io
 import pytest
 from PIL import Image
 
-from owl2.engine.chat_session import HELP, Conversation, Settings, ask, user_turn
+from owl2.engine.chat_session import HELP, Conversation, ask
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import InputError
+from owl2.processing.chat_template import user_message
 from tests.engine.conftest import ask as one_turn
 from tests.engine.conftest import image
 
@@ -39,7 +41,7 @@ def talk(engine, *lines, images=(), **options):
 
 
 def test_one_question(tiny_checkpoint, shared_engine, file):
-    settings = Settings(str(tiny_checkpoint), device="cpu")
+    settings = ModelArgs(str(tiny_checkpoint), device="cpu")
     out = io.StringIO()
     ask(settings, "what is this?", [str(file)], OPTIONS, out)
     expected = shared_engine.chat(one_turn("what is this?", Image.open(file)), **OPTIONS)
@@ -47,20 +49,20 @@ def test_one_question(tiny_checkpoint, shared_engine, file):
 
 
 def test_images_stand_before_the_question_or_where_it_says():
-    turn = user_turn("what?", ["a", "b"])
+    turn = user_message("what?", ["a", "b"])
     kinds = [part.get("image") or part["text"] for part in turn["content"]]
     assert kinds == ["a", "b", "what?"]
-    turn = user_turn("is <|image|> like <|image|>?", ["a", "b"])
+    turn = user_message("is <|image|> like <|image|>?", ["a", "b"])
     kinds = [part.get("image") or part["text"] for part in turn["content"]]
     assert kinds == ["is ", "a", " like ", "b", "?"]
     for text, images in (("<|image|> what?", []), ("<|image|> what?", ["a", "b"])):
         with pytest.raises(InputError, match=f"1 .* for {len(images)} image"):
-            user_turn(text, images)
+            user_message(text, images)
 
 
 def test_faults_are_found_before_the_weights_are_read(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(Settings, "load_engine", lambda *_: pytest.fail("the model was loaded"))
-    settings = Settings(str(tiny_checkpoint))
+    monkeypatch.setattr(ModelArgs, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    settings = ModelArgs(str(tiny_checkpoint))
     for question, images in (("", []), ("what?", [str(tmp_path / "none.png")])):
         with pytest.raises(InputError):
             ask(settings, question, images, OPTIONS)

@@ -15,14 +15,14 @@ from owl2.engine import hf_generate
 from owl2.engine.engine import Engine
 from owl2.engine.engine_core import Prompt, Runner
 from owl2.engine.model_runner import FastDecoder
-from owl2.engine.sampling import Decoding, choose
+from owl2.engine.sampling import SamplingParams, sample
 from owl2.errors import InputError
 from tests.engine.conftest import ask, image
 from tests.tiny import make_model
 
 TOKENS = 10
 IMAGE = [40] * 3
-GREEDY = Decoding()
+GREEDY = SamplingParams()
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_plain_batches_too(model, prompts, alone):
     assert hf_generate.generate(model, prompts, GREEDY, limits, {7}) == alone
     limits[0] = 2
     assert hf_generate.generate(model, prompts[:2], GREEDY, limits[:2], ())[0] == alone[0][:2]
-    drawn = Decoding(do_sample=True, temperature=1.5, seed=3)
+    drawn = SamplingParams(do_sample=True, temperature=1.5, seed=3)
     assert hf_generate.generate(model, prompts, drawn, [TOKENS] * 20, {7}) == run(
         Runner(model), prompts, drawn
     )
@@ -118,10 +118,10 @@ def test_who_joins_late_gets_the_same(model, prompts, alone, steps):
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(model, prompts):
-    decoding = Decoding(do_sample=True, temperature=1.5, top_k=20, seed=5)
+    decoding = SamplingParams(do_sample=True, temperature=1.5, top_k=20, seed=5)
     together = run(Runner(model), prompts, decoding)
     for number, prompt in enumerate(prompts):
-        own = Decoding(do_sample=True, temperature=1.5, top_k=20, seed=5 + number)
+        own = SamplingParams(do_sample=True, temperature=1.5, top_k=20, seed=5 + number)
         assert run(Runner(model, reuse=False), [prompt], own) == [together[number]]
     assert run(Runner(model), [prompts[3]] * 4, decoding) != [together[3]] * 4
 
@@ -404,11 +404,11 @@ def test_nobody_asks_no_thread_and_no_model_stay(prompts):
 
 def test_the_process_ends_in_the_middle_of_an_answer():
     script = """
-        from owl2.engine.sampling import Decoding
+        from owl2.engine.sampling import SamplingParams
         from owl2.engine.engine_core import Prompt, Runner
         from tests.tiny import make_model
         runner = Runner(make_model().eval())
-        stream = runner.stream(Prompt((1, 2, 3)), Decoding(), 1_000_000, ())
+        stream = runner.stream(Prompt((1, 2, 3)), SamplingParams(), 1_000_000, ())
         next(stream)
         keep = [stream]
         keep.append(keep)
@@ -429,9 +429,10 @@ def test_choosing_marks_rows_that_are_not_finite():
     logits[2, 2] = float("inf")
     logits[3] = float("-inf")
     logits[4, 1] = float("-inf")
-    assert choose(logits, [None] * 6) == [1, None, None, None, 2, 1]
-    only = Decoding(do_sample=True, top_k=1, seed=1).sampler(logits.device)
-    assert choose(logits, [only] * 6) == [1, None, None, None, 2, 1]
+    assert sample(logits, [GREEDY] * 6, [None] * 6) == [1, None, None, None, 2, 1]
+    only = SamplingParams(do_sample=True, top_k=1, seed=1)
+    generator = only.generator(0, logits.device)
+    assert sample(logits, [only] * 6, [generator] * 6) == [1, None, None, None, 2, 1]
 
 
 def test_models_that_are_not_whole_are_left_to_generate(shared_engine, conversations, monkeypatch):

@@ -12,11 +12,11 @@ import torch
 from owl2.engine.backends.weight_only_quantization import QuantisedLinear, quantise
 from owl2.engine.engine_core import Prompt, Runner
 from owl2.engine.model_runner import FastDecoder
-from owl2.engine.sampling import Decoding
+from owl2.engine.sampling import SamplingParams
 from owl2.errors import InputError
 from tests.tiny import make_model
 
-GREEDY = Decoding()
+GREEDY = SamplingParams()
 PROMPT = Prompt((1, 5, 9, 13))
 TOKENS = 6
 
@@ -73,11 +73,11 @@ class _nothing:
 
 def test_a_stream_that_pauses_at_the_end_of_the_process():
     script = """
-        from owl2.engine.sampling import Decoding
+        from owl2.engine.sampling import SamplingParams
         from owl2.engine.engine_core import Prompt, Runner
         from tests.tiny import make_model
         runner = Runner(make_model().eval())
-        stream = runner.stream(Prompt((1, 2, 3)), Decoding(), 100, ())
+        stream = runner.stream(Prompt((1, 2, 3)), SamplingParams(), 100, ())
         next(stream)
         print("bye")
     """

@@ -85,7 +85,7 @@ def test_each_process_has_a_gpu(tiny_checkpoint, monkeypatch):
     def stop(name, device, dtype):
         raise InputError(f"on {device}")
 
-    monkeypatch.setattr(model_args, "choose_device", choose)
+    monkeypatch.setattr(model_args, "select_device", choose)
     monkeypatch.setattr(model_args, "load_model", stop)
     for device, team, where in (
         (None, Team(), "cuda"),

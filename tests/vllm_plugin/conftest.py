@@ -115,11 +115,11 @@ NEW = 12  # tokens of an answer
 
 def engine_tokens(engine, messages, new=NEW):
     """The Engine's greedy tokens, each conversation asked alone."""
-    from owl2.engine.sampling import Decoding
+    from owl2.engine.sampling import SamplingParams
 
     prompts, _ = engine._prompts([messages])
     end = engine._end_ids
-    return engine.runner.generate(prompts, Decoding(max_new_tokens=new), [new], end)[0]
+    return engine.runner.generate(prompts, SamplingParams(max_new_tokens=new), [new], end)[0]
 
 
 def vllm_tokens(llm, many, new=NEW):

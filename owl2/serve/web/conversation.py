@@ -9,8 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from owl2.engine.chat_session import user_turn
-from owl2.processing.chat_template import Message
+from owl2.processing.chat_template import Message, user_message
 
 WAITING = "<span class='waiting'>● ● ●</span>"
 
@@ -55,7 +54,7 @@ class Conversation:
         messages: list[Message] = []
         for turn in self.turns:
             messages += [
-                user_turn(turn.question, turn.images),
+                user_message(turn.question, turn.images),
                 {"role": "assistant", "content": turn.answer},
             ]
         return messages[:-1]
