@@ -57,8 +57,28 @@ def test_transformers_pipeline(tiny_checkpoint, given):
     assert said and answer["generated_text"] == said
 
 
-def test_importing_reads_nothing_that_is_heavy_and_unused():
+@pytest.mark.parametrize("first", ["import owl2, transformers", "import transformers, owl2"])
+@pytest.mark.parametrize(
+    "auto_class", ["AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"]
+)
+def test_auto_classes_find_owl2_in_any_import_order(tiny_checkpoint, first, auto_class):
+    code = f"{first}; print(type(transformers.{auto_class}.from_pretrained('{tiny_checkpoint}')))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "owl2." in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["no-such-command"]])
+def test_the_command_line_imports_nothing_heavy(arguments):
+    command = [sys.executable, "-X", "importtime", "-m", "owl2", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    lines = (line for line in result.stderr.splitlines() if line.startswith("import time:"))
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "pydantic", "peft", "matplotlib", "numpy"}
+
+
+def test_importing_the_package_imports_nothing_unused():
     heavy = ["easy_vqa", "matplotlib", "peft", "pydantic", "typer"]
-    code = f"import sys, owl2; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, owl2; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr

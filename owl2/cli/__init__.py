@@ -1,32 +1,43 @@
-"""The command `owl2`: parses, calls one function a command, prints.
+"""The command `owl2`: one file a command; each imports what it runs when it runs.
 
-Importing the package registers the model with transformers, which takes seconds; each command
-imports the further rooms that it needs when it runs. Here are what holds for all commands and the
-exit codes; the commands are in the files beside this one.
+The command line itself needs no more than typer, so help, versions and usage errors appear
+without delay. Exit codes: 0 success, 2 an error in the user's input (`InputError`), 130 Ctrl-C,
+143 SIGTERM during `owl2 train`.
 """
 
 import logging
+import os
 import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from owl2 import __version__
-from owl2.cli import bench, chat, data, eval, images, serve, train
+from owl2.cli import data, eval
+from owl2.cli.attend import attend
+from owl2.cli.bench import bench
+from owl2.cli.caption import caption
+from owl2.cli.chat import chat
+from owl2.cli.info import info
+from owl2.cli.init import init
+from owl2.cli.merge import merge
+from owl2.cli.plan import plan
+from owl2.cli.serve import serve
+from owl2.cli.train import train
+from owl2.cli.web import web
 from owl2.errors import InputError
 
 app = typer.Typer(
     name="owl2",
-    help="mPLUG-Owl2: ask about images, train, evaluate.",
+    help="mPLUG-Owl2: chat about images, train, evaluate, serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"owl2 {__version__}")
         raise typer.Exit
 
@@ -35,7 +46,9 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -43,39 +56,29 @@ def _options(
 
 @app.command("version")
 def show_version() -> None:
-    """Say the version."""
+    """Print the version and exit."""
     _print_version(True)
 
 
-# Those without a name are the command's own.
-app.add_typer(chat.app)
-app.add_typer(train.app)
+for command in (chat, init, info, plan, train, merge, bench, serve, web, attend, caption):
+    app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
-app.add_typer(bench.app)
-app.add_typer(serve.app)
-app.add_typer(images.app)
 
 
 def main() -> None:
-    """Run the command line.
-
-    It ends with exit code 0, with 2 where the user's input was wrong (then the last line on stderr
-    says what), with 130 on Ctrl-C and, from `owl2 train`, 143 on SIGTERM; Ctrl-C elsewhere and
-    wrong usage are typer's own doing.
-    """
+    """Run the command line; the exit codes are in the docstring of this module."""
     if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # a bar in a log file is no help
-    # Where it is installed, it is imported in every training and advises of further packages.
+        # No progress bars in log files. transformers reads the variable when it is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if "transformers" in sys.modules:
+            sys.modules["transformers"].utils.logging.disable_progress_bar()
+    # peft imports bitsandbytes, which logs advice on every import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(prog_name="owl2")
     except InputError as error:
-        _complain(str(error))
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print("error:", style="bold red", end=" ")
+        console.print(str(error), markup=False)
         sys.exit(2)
-
-
-def _complain(message: str) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False)

@@ -1,4 +1,4 @@
-"""Commands that measure: bench."""
+"""`owl2 bench`: speed and memory against baselines."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,38 +6,37 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-app = typer.Typer()
+from owl2.cli.options import Device, Dtype
 
 
-@app.command("bench")
-def measure_speed(
+def bench(
     model: Annotated[
-        str | None, typer.Option(help="A checkpoint: directory or hub id. Or give a --size.")
+        str | None,
+        typer.Option(help="Checkpoint: a directory or a hub id. Alternative to --size."),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="bench, tiny or 7b with random weights; default: bench.")
+        str | None,
+        typer.Option(help="bench, tiny or 7b: a model with random weights. Default: bench."),
     ] = None,
-    figures: Annotated[
-        str | None, typer.Option(help="Names, separated by commas; default: all.")
+    cases: Annotated[
+        str | None, typer.Option(help="Comma-separated cases to measure. Default: all.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for bench.json, bench.md and bench.png.")
+        Path | None, typer.Option(help="Directory for bench.json, bench.md and bench.png.")
     ] = None,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Rounds of each figure; of slow ones fewer, but two.")
+        int, typer.Option(min=1, help="Rounds per case; slow cases run fewer, at least two.")
     ] = 7,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16; default: bfloat16 if it is fast here."),
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Measure speed and memory beside a textbook's implementation and a plain LLaMA.
+    """Measure speed and memory against a baseline implementation and a plain LLaMA.
 
-    Ctrl-C ends it; what has been measured is shown and kept.
+    Ctrl-C stops the benchmark; results measured so far are printed and saved.
     """
-    from owl2.bench.run import Settings, bench
+    from owl2.bench.run import Settings
+    from owl2.bench.run import bench as run_bench
 
-    results = bench(Settings(model, size, figures, output, repeats, device, dtype), Console())
+    results = run_bench(Settings(model, size, cases, output, repeats, device, dtype), Console())
     if not results["finished"]:
         raise typer.Exit(130)

@@ -1,42 +1,39 @@
-"""The command that asks a model: chat."""
+"""`owl2 chat`: one question, or a conversation on the terminal."""
 
 from typing import Annotated
 
 import typer
 
-app = typer.Typer()
+from owl2.cli.options import Device, Dtype, Images, Model, Quantize
 
 
-@app.command("chat")
-def chat_with_model(
-    model: Annotated[str, typer.Option(help="A checkpoint: directory or hub id.")],
+def chat(
+    model: Model,
     question: Annotated[
-        str | None, typer.Argument(help="Ask this and end; without it: a conversation.")
+        str | None,
+        typer.Argument(help="Ask one question and exit; omit it for an interactive chat."),
     ] = None,
-    image: Annotated[
-        list[str] | None,
-        typer.Option(help="An image: file or URL. Goes before the question, or to its <|image|>."),
+    image: Images = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Maximum tokens to generate.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; 0 is greedy.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Of an answer at most.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Sample; 0: greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, help="The same seed, the same answer.")
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Random seed for sampling.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     image_policy: Annotated[
-        str | None, typer.Option(help="resize or pad: how an image becomes a square.")
+        str | None, typer.Option(help="resize or pad: how an image becomes square.")
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="The largest image accepted.")
+        int | None, typer.Option(min=1, help="Largest image accepted, in pixels.")
     ] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="8bit or 4bit: the decoder in fewer bits, with bitsandbytes.")
-    ] = None,
+    quantize: Quantize = None,
 ) -> None:
-    """Ask about images: one question, or a conversation on the terminal."""
+    """Ask about images: one question, or an interactive chat."""
     from owl2.engine.chat_session import ask, converse
     from owl2.engine.load_model import ModelArgs
 

@@ -1,13 +1,12 @@
 """Commands of evaluation: eval, and its compare and judge."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
 
 from owl2.errors import InputError
-from owl2.processing.image_processing import ImagePolicy
 
 if TYPE_CHECKING:
     from owl2.eval.evaluate import Judge
@@ -65,7 +64,7 @@ def evaluate_model(
         int | None, typer.Option(min=1, help="Pixels, instead of the checkpoint's.")
     ] = None,
     image_policy: Annotated[
-        ImagePolicy | None,
+        Literal["resize", "pad"] | None,
         typer.Option(help="resize or pad, instead of the task's or the checkpoint's."),
     ] = None,
     judge_url: JudgeUrl = None,

@@ -32,7 +32,7 @@ class Bad:
 
     source: str
     reason: str
-    code: ErrorCode = "format"
+    code: ErrorCode = ErrorCode.INVALID_FORMAT
 
     @classmethod
     def of(cls, source: str, error: InputError) -> "Bad":

@@ -14,7 +14,7 @@ written here loads there.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from owl2.errors import InputError
@@ -243,3 +243,6 @@ def _refuse_unless(condition: bool, name: str, value: Any) -> None:
 def _refuse_remainder(name: str, value: int, divisor_name: str, divisor: int) -> None:
     if value % divisor:
         raise InputError(f"{name} ({value}) must be a multiple of {divisor_name} ({divisor})")
+
+
+AutoConfig.register(Owl2Config.model_type, Owl2Config)

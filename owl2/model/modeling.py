@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    GenerationMixin,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -322,3 +327,7 @@ class Owl2ForConditionalGeneration(ImageGeneration, Owl2PreTrainedModel, Generat
     def set_image_size(self, image_size: int) -> None:
         """See `Owl2Model.set_image_size`."""
         self.model.set_image_size(image_size)
+
+
+AutoModelForCausalLM.register(Owl2Config, Owl2ForConditionalGeneration)
+AutoModelForImageTextToText.register(Owl2Config, Owl2ForConditionalGeneration)

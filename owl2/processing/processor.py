@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from rich.text import Text
-from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from owl2.errors import ErrorCode, InputError
+from owl2.model.configuration import Owl2Config
 from owl2.processing import pretrained_files as saved
 from owl2.processing.batching import match_images, pad
 from owl2.processing.chat_template import (
@@ -404,3 +405,6 @@ class Owl2Processor(ProcessorMixin):
             num_image_tokens,
             image_token_id,
         )
+
+
+AutoProcessor.register(Owl2Config, Owl2Processor)

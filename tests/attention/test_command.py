@@ -36,7 +36,7 @@ def run(monkeypatch, capsys, tmp_path, tiny_checkpoint):
 
 def test_figures_and_numbers(run, tmp_path):
     code, shown = run(
-        "what is this?", "--answer", "a red circle", "--without-mam", "--layers", "-1,mean"
+        "what is this?", "--answer", "a red circle", "--compare-no-mam", "--layers", "-1,mean"
     )
     assert code == 0, shown.err
     assert shown.out.startswith("a red circle\nthe figures and the numbers are in ")
@@ -61,7 +61,7 @@ def test_figures_and_numbers(run, tmp_path):
 
 
 def test_two_images_one_word_and_again_into_the_same_folder(run, tmp_path):
-    arguments = ("what is this?", "--answer", "red and $red$ \\x", "--word", "and")
+    arguments = ("what is this?", "--answer", "red and $red$ \\x", "--token", "and")
     assert run(*arguments, images=("1.png", "2.png"))[0] == 0
     assert run(*arguments, images=("1.png", "2.png"))[0] == 0
     with np.load(tmp_path / "out" / "attention.npz") as numbers:
@@ -85,7 +85,7 @@ def test_a_word_is_painted_once(run, tmp_path):
     [
         (["--layers", "0,7"], "There is no layer 7: they go from 0 to 1."),
         (["--layers", "first"], "--layers has 'first'"),
-        (["--answer", "a circle", "--word", "blue"], "'blue' is not in the answer"),
+        (["--answer", "a circle", "--token", "blue"], "'blue' is not in the answer"),
         (["--image", "missing.png"], "missing.png"),
     ],
 )

@@ -123,13 +123,13 @@ def test_the_command(monkeypatch, capsys, settings, folder):
             return end.code, capsys.readouterr()
         return 0, capsys.readouterr()
 
-    code, shown = call("--output", str(settings.output), "--prompt", "what?", "--recursive")
+    code, shown = call("--output-file", str(settings.output), "--prompt", "what?", "--recursive")
     assert code == 0 and "5 captions are in" in shown.out, shown.err
-    code, shown = call("--output", str(settings.output.with_suffix(".json")))
+    code, shown = call("--output-file", str(settings.output.with_suffix(".json")))
     assert code == 2 and "give the name of a .jsonl file" in shown.err
     for name in NAMES:
         (folder / name).write_bytes(b"broken")
-    code, shown = call("--output", str(settings.output.with_name("other.jsonl")))
+    code, shown = call("--output-file", str(settings.output.with_name("other.jsonl")))
     assert code == 2 and shown.err.endswith("None of the 3 images could be captioned.\n")
     assert "Traceback" not in shown.err
 
@@ -137,7 +137,7 @@ def test_the_command(monkeypatch, capsys, settings, folder):
 def test_the_default_prompt_is_the_papers(settings):
     from inspect import signature
 
-    from owl2.cli.images import caption_images
+    from owl2.cli.caption import caption as caption_images
     from owl2.data.datasets.prompts import CAPTION_PROMPT
 
     assert command.PROMPT == CAPTION_PROMPT

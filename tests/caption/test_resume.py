@@ -212,7 +212,7 @@ def test_two_processes_do_not_write_one_part(settings, stub):
     settings.output.parent.mkdir()
     with settings.output.with_name("captions.part-0.jsonl").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # the weakest claim
-        with pytest.raises(InputError, match=r"Another process writes command.part-0.jsonl.*RANK"):
+        with pytest.raises(InputError, match=r"Another process writes captions.part-0.jsonl.*RANK"):
             run(settings)
         assert not stub.asked
         assert files(settings) == ["captions.part-0.jsonl"], "it is the other's"
@@ -227,11 +227,11 @@ def test_the_command_is_killed_again_and_again(settings, folder, tmp_path):
     base = [sys.executable, "-m", "owl2", "caption", str(folder), "--model", settings.model]
     base += ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--recursive"]
     whole, output = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    subprocess.run([*base, "--output", str(whole)], check=True, timeout=300)
+    subprocess.run([*base, "--output-file", str(whole)], check=True, timeout=300)
     part, killed = tmp_path / "killed.part-0.jsonl", 0
     while not output.exists():
         before = part.read_bytes().count(b"\n") if part.exists() else 0
-        process = subprocess.Popen([*base, "--output", str(output)])
+        process = subprocess.Popen([*base, "--output-file", str(output)])
         while process.poll() is None:
             if part.exists() and part.read_bytes().count(b"\n") > before + 60:
                 process.kill()

@@ -1,0 +1,54 @@
+"""`owl2 attend`: attention maps of an answer."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from owl2.cli.options import Device, Dtype, Images, Model, Quantize
+
+
+def attend(
+    model: Model,
+    question: Annotated[str, typer.Argument(help="The question to ask.")],
+    output: Annotated[Path, typer.Option(help="Directory for the figures and attention.npz.")],
+    image: Images = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="E.g. 0,15,-1,mean. Default: first, middle, last and the mean."),
+    ] = None,
+    token: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Word of the answer to draw a heat map for; repeatable. Default: every word."
+        ),
+    ] = None,
+    compare_no_mam: Annotated[
+        bool, typer.Option("--compare-no-mam", help="Add the same figures without MAM.")
+    ] = False,
+    answer: Annotated[
+        str | None, typer.Option(help="Analyze this answer instead of generating one.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens to generate.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+) -> None:
+    """Draw the decoder's attention while it answers: over tokens and over the image."""
+    from owl2.attention.command import Settings
+    from owl2.attention.command import attend as run_attend
+    from owl2.engine.load_model import ModelArgs
+
+    settings = Settings(
+        ModelArgs(model, device, dtype, quantize=quantize),
+        question,
+        image or [],
+        output,
+        layers,
+        token or [],
+        compare_no_mam,
+        answer,
+        max_new_tokens,
+    )
+    run_attend(settings, Console(soft_wrap=True))

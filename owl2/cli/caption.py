@@ -1,0 +1,48 @@
+"""`owl2 caption`: captions for the images of a folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from owl2.cli.options import Device, Dtype, Model, Quantize
+
+
+def caption(
+    folder: Annotated[Path, typer.Argument(help="Folder with the images.")],
+    model: Model,
+    output_file: Annotated[Path, typer.Option(help="JSONL file to write, one line per image.")],
+    prompt: Annotated[
+        str, typer.Option(help="Prompt for each image.")
+    ] = "Provide a one-sentence caption for the provided image.",
+    recursive: Annotated[bool, typer.Option("--recursive", help="Include subfolders.")] = False,
+    engine: Annotated[str, typer.Option(help="owl2 or vllm.")] = "owl2",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per caption.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+) -> None:
+    """Caption all images of a folder, or ask the same question about each.
+
+    The same command resumes after an interruption. Several processes share the work when started
+    with torchrun or srun (RANK, WORLD_SIZE).
+    """
+    from owl2.caption.command import Settings
+    from owl2.caption.command import caption as run_caption
+
+    settings = Settings(
+        folder,
+        model,
+        output_file,
+        prompt,
+        recursive,
+        engine,
+        max_new_tokens,
+        batch_size,
+        device,
+        dtype,
+        quantize,
+    )
+    run_caption(settings, Console(soft_wrap=True))
