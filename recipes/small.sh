@@ -12,8 +12,8 @@ run=${1:-runs/small}
 rm -rf "$run"
 # What is small about it: over the recipe's own, the same for all of them.
 small=(
-    image_size=null max_length=96 batch_size=8 gradient_accumulation=2 precision=float32
-    max_steps=4 warmup_steps=1 save_every=null log_every=1 workers=0
+    image_size=null max_length=96 batch_size=8 gradient_accumulation_steps=2 dtype=float32
+    max_steps=4 warmup_steps=1 save_steps=null logging_steps=1 dataloader_num_workers=0
 )
 images='[{dataset: easy_vqa, style: captions, count: 64}]'
 mixture='[{name: one, dataset: easy_vqa, style: joined, count: 40}, {name: two, dataset: easy_vqa, style: captions, count: 24}]'

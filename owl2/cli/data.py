@@ -82,7 +82,7 @@ def check_data(
         entries = [*recipe.data, *(recipe.validation.data if recipe.validation else [])]
         sources = named((entry.title, open_source(**entry.origin())) for entry in entries)
         model, max_length = model or recipe.model, max_length or recipe.max_length
-        batch_size = batch_size or recipe.batch_size // recipe.gradient_accumulation
+        batch_size = batch_size or recipe.batch_size // recipe.gradient_accumulation_steps
     elif model is None:
         raise InputError("Give --model DIR: its processor says how many tokens a sample has.")
     else:

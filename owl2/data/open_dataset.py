@@ -31,7 +31,7 @@ def open_source(
     dataset: str | None = None,
     file: str | None = None,
     shards: str | Sequence[str] | None = None,
-    table: str | None = None,
+    hf_dataset: str | None = None,
     images: str | None = None,
     split: str = "train",
     style: str | None = None,
@@ -45,14 +45,14 @@ def open_source(
     Raises:
         InputError: none or several given; see `load_dataset`, `Rows`, `Shards`, `Table`.
     """
-    if sum(origin is not None for origin in (dataset, file, shards, table)) != 1:
-        raise InputError("Give one of dataset, file, shards and table to read samples from.")
+    if sum(origin is not None for origin in (dataset, file, shards, hf_dataset)) != 1:
+        raise InputError("Give one of dataset, file, shards and hf_dataset to read samples from.")
     if file is not None:
         return Rows(file, images)
     if shards is not None:
         return Shards(shards)
-    if table is not None:
-        return Table(table, split, images)
+    if hf_dataset is not None:
+        return Table(hf_dataset, split, images)
     assert dataset is not None
     return load_dataset(dataset, split, **_dataset_options(style, options))
 
@@ -73,7 +73,7 @@ def open_words(source: str, settings: Sequence[str] = ()) -> Samples:
     if is_shard_url(source):
         return open_source(shards=source, **_only(given, "Shards"))
     if is_table(source):
-        return open_source(table=source, **_only(given, "A table", "split", "images"))
+        return open_source(hf_dataset=source, **_only(given, "A table", "split", "images"))
     if Path(source).exists():
         raise InputError(
             f"{source} holds no samples: give a .json or .jsonl file, .tar files, or a directory "

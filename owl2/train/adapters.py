@@ -24,7 +24,7 @@ from owl2.errors import InputError
 from owl2.files import require_writable, whole_directory
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
-from owl2.train.recipe import Adapter, Recipe
+from owl2.train.recipe import LoraSettings, Recipe
 from owl2.train.trainable import Trained, apply_stage, what_is_trained
 
 PREFIXES = {
@@ -72,9 +72,9 @@ def prepare(model: PreTrainedModel, recipe: Recipe, autocast: bool = True) -> Tr
             "quantize: FSDP2 and DeepSpeed cannot share out rounded weights; let each process hold "
             "them whole (recipes/accelerate/ddp.yaml)"
         )
-    if recipe.adapter is None:
-        return apply_stage(model, recipe.stage, recipe.frozen)
-    trained = adapt(model, recipe.adapter, recipe.seed)
+    if recipe.lora is None:
+        return apply_stage(model, recipe.stage, recipe.freeze)
+    trained = adapt(model, recipe.lora, recipe.seed)
     _keep_trainable(model)
     if autocast and _precision(recipe) == torch.bfloat16:
         # Only here, as the frozen weights are not saved: the base keeps its digits.
@@ -94,10 +94,10 @@ def _keep_trainable(model: nn.Module) -> None:
 
 
 def _precision(recipe: Recipe) -> torch.dtype:
-    return DTYPES[recipe.precision_on("cuda" if torch.cuda.is_available() else "cpu")]
+    return DTYPES[recipe.resolve_dtype("cuda" if torch.cuda.is_available() else "cpu")]
 
 
-def adapt(model: PreTrainedModel, settings: Adapter, seed: int) -> Trained:
+def adapt(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Trained:
     """Put LoRA into the model, in place; let it and the parts in `trained` be trained.
 
     Args:
@@ -109,12 +109,12 @@ def adapt(model: PreTrainedModel, settings: Adapter, seed: int) -> Trained:
     from peft import LoraConfig
 
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # it is only divided by the rank
-        lora_dropout=settings.dropout,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # it is only divided by the rank
+        lora_dropout=settings.lora_dropout,
         target_modules=_pattern(_meant(model, settings)),
     )
-    whole = [PREFIXES[part].removesuffix(".") for part in settings.trained]
+    whole = [PREFIXES[part].removesuffix(".") for part in settings.modules_to_save]
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
         add_lora(model, config, whole)
@@ -141,7 +141,7 @@ def hold_frozen_in_bfloat16(model: nn.Module) -> None:
                 parameter.data = parameter.data.bfloat16()
 
 
-def _meant(model: nn.Module, settings: Adapter) -> list[str]:
+def _meant(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Names of the Linears that get LoRA."""
     prefixes = tuple(PREFIXES[part] for part in settings.parts)
     linears = [
@@ -149,15 +149,15 @@ def _meant(model: nn.Module, settings: Adapter) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(prefixes)
     ]
-    if settings.only is None:
+    if settings.target_modules is None:
         return linears
     chosen: set[str] = set()
-    for word in settings.only:
+    for word in settings.target_modules:
         found = {name for name in linears if f".{word}." in f".{name}."}
         if not found:
             kinds = sorted({_kind(name) for name in linears})
             raise InputError(
-                f"adapter.only: no Linear of {', '.join(settings.parts)} is named {word!r}; there "
+                f"lora.target_modules: no Linear of {', '.join(settings.parts)} is named {word!r}; there "
                 f"are {', '.join(kinds)}"
             )
         chosen |= found

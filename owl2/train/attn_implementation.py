@@ -21,20 +21,22 @@ def require_attention(recipe: Recipe) -> None:
     Raises:
         InputError: no GPU, no flash-attn, or a precision that it does not have.
     """
-    if recipe.attention not in ("flash_attention_2", "flex_attention"):
+    if recipe.attn_implementation not in ("flash_attention_2", "flex_attention"):
         return
     has_cuda = torch.cuda.is_available()
     if not has_cuda:
-        raise InputError(f"attention: {recipe.attention} trains on a GPU only; set attention=sdpa")
-    if recipe.attention == "flex_attention":
+        raise InputError(
+            f"attention: {recipe.attn_implementation} trains on a GPU only; set attn_implementation=sdpa"
+        )
+    if recipe.attn_implementation == "flex_attention":
         return
     # transformers takes the one or the other.
     if not is_flash_attn_2_available() and importlib.util.find_spec("kernels") is None:
         raise InputError(
             "attention: flash_attention_2 needs the package flash-attn (pip install flash-attn); "
-            "or set attention=sdpa"
+            "or set attn_implementation=sdpa"
         )
-    if recipe.precision_on("cuda") != "bfloat16":
+    if recipe.resolve_dtype("cuda") != "bfloat16":
         raise InputError("attention: flash_attention_2 computes in bfloat16; set precision to it")
 
 
@@ -43,4 +45,4 @@ def layout(recipe: Recipe) -> Layout:
     if not recipe.packing:
         return "padded"
     # Flash attention keeps samples apart in a batch of one row only.
-    return "one row" if recipe.attention == "flash_attention_2" else "packed"
+    return "one row" if recipe.attn_implementation == "flash_attention_2" else "packed"

@@ -28,10 +28,17 @@ from owl2.train.disk_errors import sizes_on_disk, writing
 from owl2.train.distributed import Team
 from owl2.train.recipe import Recipe
 
-# Settings that change neither what is learned nor in which order. `on_bad`, because a run that
+# Settings that change neither what is learned nor in which order. `on_invalid_sample`, because a run that
 # stopped at a bad row goes on with it left out.
-INDIFFERENT = {"output", "overwrite", "workers", "on_bad", "log_every", "save_every"}
-INDIFFERENT |= {"validation", "tensorboard", "wandb"}  # which only watch
+INDIFFERENT = {
+    "output",
+    "overwrite",
+    "dataloader_num_workers",
+    "on_invalid_sample",
+    "logging_steps",
+    "save_steps",
+}
+INDIFFERENT |= {"validation", "tensorboard", "wandb_project"}  # which only watch
 
 
 @dataclass(frozen=True)

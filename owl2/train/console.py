@@ -164,9 +164,12 @@ def _rows(line: dict[str, Any], losses: Sequence[float]) -> Iterator[tuple[str, 
         f"{line['samples_per_second']:,.1f} samples/s  {line['tokens_per_second']:,.0f} tokens/s  "
         f"{line['images_per_second']:,.1f} images/s",
     )
-    waiting = f"{line['waiting_share']:.1%} of the time"
+    waiting = f"{line['data_wait_fraction']:.1%} of the time"
     # Above this the data side is what the run is slow by.
-    yield "waiting for data", Text(waiting, style="yellow" if line["waiting_share"] > 0.05 else "")
+    yield (
+        "waiting for data",
+        Text(waiting, style="yellow" if line["data_wait_fraction"] > 0.05 else ""),
+    )
     gpu = f"  GPU at most {size(line['gpu_bytes'])}" if "gpu_bytes" in line else ""
     yield "memory", f"process {size(line['process_bytes'])}{gpu}"
     left_out = f"  left out {line['left_out']:,}" if line["left_out"] else ""

@@ -55,7 +55,7 @@ class RunLog(Lines):
         used.
     Since the line before:
         loss (the mean), samples_per_second, tokens_per_second, images_per_second (time for
-        validation not counted), waiting_share (of the time, spent without a batch to work on).
+        validation not counted), data_wait_fraction (of the time, spent without a batch to work on).
     At this step:
         smoothed_loss (a moving mean of the lines' losses), learning_rate (the decoder's and the
         abstractor's), grad_norm (before clipping), process_bytes (resident memory of the first

@@ -33,7 +33,7 @@ GROUPS = {
     "samples_per_second": "speed/samples_per_second",
     "tokens_per_second": "speed/tokens_per_second",
     "images_per_second": "speed/images_per_second",
-    "waiting_share": "speed/waiting_share",
+    "data_wait_fraction": "speed/data_wait_fraction",
     "process_bytes": "memory/process_bytes",
     "gpu_bytes": "memory/gpu_bytes",
 }
@@ -41,7 +41,7 @@ GROUPS = {
 
 def require_writers(recipe: Recipe) -> None:
     """Raises InputError if the recipe asks for a tool that is not installed."""
-    wanted = {"tensorboard": recipe.tensorboard, "wandb": recipe.wandb is not None}
+    wanted = {"tensorboard": recipe.tensorboard, "wandb": recipe.wandb_project is not None}
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
             extra = "'owl2-vlm[watch]'" if package == "tensorboard" else package
@@ -53,8 +53,8 @@ def make_writers(recipe: Recipe, start: int) -> Iterator[View]:
     output = Path(recipe.output)
     if recipe.tensorboard:
         yield TensorBoard(output / "tensorboard", recipe, start)
-    if recipe.wandb is not None:
-        yield WeightsAndBiases(output, recipe.wandb, recipe, start)
+    if recipe.wandb_project is not None:
+        yield WeightsAndBiases(output, recipe.wandb_project, recipe, start)
 
 
 def figures_of(line: dict[str, Any]) -> dict[str, float]:

@@ -163,7 +163,7 @@ class Watch(TrainerCallback):
                 "samples_per_second": (now.samples - last.samples) / seconds,
                 "tokens_per_second": (now.tokens - last.tokens) / seconds,
                 "images_per_second": (now.images - last.images) / seconds,
-                "waiting_share": min((now.waited - last.waited) / seconds, 1.0),
+                "data_wait_fraction": min((now.waited - last.waited) / seconds, 1.0),
             }
             | memory_held(args.device)
         )

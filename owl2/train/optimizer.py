@@ -49,7 +49,7 @@ def recipe_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         model,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
-        vision_layer_decay=recipe.vision_layer_decay,
+        vision_lr_layer_decay=recipe.vision_lr_layer_decay,
         vision_learning_rate=recipe.vision_learning_rate,
         abstractor_learning_rate=recipe.abstractor_learning_rate,
     )
@@ -60,7 +60,7 @@ def parameter_groups(
     *,
     learning_rate: float,
     weight_decay: float,
-    vision_layer_decay: float,
+    vision_lr_layer_decay: float,
     vision_learning_rate: float | None = None,
     abstractor_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def parameter_groups(
     peaks = {Part.VISION: vision_learning_rate, Part.ABSTRACTOR: abstractor_learning_rate}
     members: dict[_Kind, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        kind = _kind(name, parameter, blocks, vision_layer_decay)
+        kind = _kind(name, parameter, blocks, vision_lr_layer_decay)
         peak = peaks.get(part_of(name)) or learning_rate
         members[kind._replace(scale=kind.scale * peak / learning_rate)].append(parameter)
     groups = [

@@ -1,9 +1,10 @@
-"""A recipe: everything a training run is told, as YAML; what is not written is the paper's.
+"""The settings of a training run.
 
-    recipe.yaml ──► its `base` first, itself over it, `key=value` over both ──► Recipe
+    recipe.yaml ──► its `base`, then the file itself, then `key=value` overrides ──► Recipe
 
-Two stages have two sets of defaults, those of the paper (SPEC §2), so a recipe holds only what
-differs from it. This module knows what a recipe may say; `recipe_file` reads the files.
+The two training stages have different defaults, those of the paper (Specification §2), so a recipe
+contains only what differs from them. Keys have the names of transformers' `TrainingArguments` and
+peft's `LoraConfig` where these have the same setting. `recipe_file` reads the files.
 """
 
 from typing import Annotated, Any, Literal
@@ -19,13 +20,13 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Checkpointing = bool | Literal["selective"]  # see owl2.train.parallelize
 
-# What both stages share. `image_size: null` in a recipe means: as the checkpoint.
+# The settings that both stages share.
 PAPER = {
     "adam_beta1": 0.9,
     "adam_beta2": 0.98,
     "adam_epsilon": 1e-6,
     "max_grad_norm": 1.0,
-    "vision_layer_decay": 0.9,
+    "vision_lr_layer_decay": 0.9,
     "gradient_checkpointing": True,
 }
 PAPER_STAGES: dict[int, dict[str, Any]] = {
@@ -37,7 +38,7 @@ PAPER_STAGES: dict[int, dict[str, Any]] = {
         "max_steps": 42_500,
         "batch_size": 8192,
         "learning_rate": 1e-4,
-        "min_learning_rate": 1e-6,
+        "min_lr": 1e-6,
         "warmup_steps": 1000,
         "weight_decay": 0.05,
     },
@@ -49,61 +50,63 @@ PAPER_STAGES: dict[int, dict[str, Any]] = {
         "max_steps": 4800,
         "batch_size": 256,
         "learning_rate": 2e-5,
-        "min_learning_rate": 1e-7,
+        "min_lr": 1e-7,
         "warmup_steps": 250,
         "weight_decay": 0.0,
     },
 }
 
 
-ORIGINS = ("dataset", "file", "shards", "table")
-# Which settings go with which origin of samples.
+ORIGINS = ("dataset", "file", "shards", "hf_dataset")
+# The origins that each of these settings applies to.
 SETTINGS_OF = {
-    "images": ("file", "table"),
-    "split": ("dataset", "table"),
+    "images": ("file", "hf_dataset"),
+    "split": ("dataset", "hf_dataset"),
     "style": ("dataset",),
     "options": ("dataset",),
 }
 
 
-class Part(BaseModel):
-    """A part of a recipe: unknown keys and values of another type are refused, never coerced."""
+class Section(BaseModel):
+    """A section of a recipe. Unknown keys and values of another type are refused, not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class DataSource(Part):
-    """Where samples come from, one of four: a `dataset` that owl2 knows by name, a `file` of
-    samples, tar `shards` as WebDataset has them, or a `table` that `datasets` saved to disk."""
+class DataSource(Section):
+    """One source of samples: a `dataset` known by name, a `file` of samples, WebDataset `shards`,
+    or an `hf_dataset` that the library `datasets` saved to disk."""
 
-    name: str | None = Field(None, description="what the mixture calls it; default: where from")
-    dataset: str | None = Field(None, description="a data set's name, e.g. easy_vqa")
+    name: str | None = Field(None, description="name in the mixture; default: the origin")
+    dataset: str | None = Field(None, description="name of a dataset, e.g. easy_vqa")
     file: str | None = Field(None, description="LLaVA-style .json, or .jsonl of messages")
     shards: str | list[str] | None = Field(
-        None, description="tar files: paths with * or {000..099}, http(s) or pipe: urls"
+        None, description="tar files: paths with * or {000..099}, http(s) or pipe: URLs"
     )
-    table: str | None = Field(None, description="directory that datasets' save_to_disk wrote")
+    hf_dataset: str | None = Field(
+        None, description="directory written by save_to_disk of the library datasets"
+    )
     images: str | None = Field(
-        None, description="folder that a file's or table's image paths start from"
+        None, description="root directory of the image paths in a file or hf_dataset"
     )
-    split: str = Field("train", description="the split of a dataset or table")
-    style: str | None = Field(None, description="how the data set becomes conversations")
-    options: dict[str, Any] = Field({}, description="the data set's own other options")
-    count: Positive | None = Field(None, description="samples an epoch; null = all of them once")
+    split: str = Field("train", description="split of a dataset or hf_dataset")
+    style: str | None = Field(None, description="how the dataset is converted to conversations")
+    options: dict[str, Any] = Field({}, description="other options of the dataset")
+    count: Positive | None = Field(None, description="samples per epoch; null: each sample once")
     weight: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="share of the samples, relative to the other sources'; instead of count"
+        None, description="sampling weight relative to the other sources; excludes count"
     )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataSource":
-        if len(self._origins()) != 1:
-            raise ValueError("give one of `dataset`, `file`, `shards` and `table`")
-        origin = self._origins()[0]
+        origins = self._origins()
+        if len(origins) != 1:
+            raise ValueError("give exactly one of `dataset`, `file`, `shards` and `hf_dataset`")
         for setting, owners in SETTINGS_OF.items():
-            if setting in self.model_fields_set and origin not in owners:
-                raise ValueError(f"`{setting}` belongs to a `{owners[0]}`, not to `{origin}`")
+            if setting in self.model_fields_set and origins[0] not in owners:
+                raise ValueError(f"`{setting}` applies to `{owners[0]}`, not to `{origins[0]}`")
         if self.split.startswith("test"):
-            raise ValueError("`split` is a test split, which is for evaluation only")
+            raise ValueError("`split` is a test split, which is reserved for evaluation")
         if self.count is not None and self.weight is not None:
             raise ValueError("give either `count` or `weight`")
         return self
@@ -112,143 +115,143 @@ class DataSource(Part):
         return [name for name in ORIGINS if getattr(self, name) is not None]
 
     def origin(self) -> dict[str, Any]:
-        """What `owl2.data.open_dataset.open_source` takes."""
+        """The arguments of `owl2.data.open_dataset.open_source`."""
         return self.model_dump(exclude={"name", "count", "weight"})
 
     @property
     def title(self) -> str:
-        """What people know this source by: its name, else where it comes from."""
+        """The name for logs and messages: `name`, else the origin."""
         origin = getattr(self, self._origins()[0])
         return self.name or (origin if isinstance(origin, str) else origin[0])
 
 
-class Adapter(Part):
-    """LoRA: small trained matrices beside frozen ones; what `trained` names is trained fully."""
+class LoraSettings(Section):
+    """Settings of LoRA, with the names of peft's `LoraConfig`."""
 
-    rank: Positive = 16
-    alpha: Rate = Field(32.0, description="the update is scaled by alpha / rank")
-    dropout: Share = 0.0
+    r: Positive = 16
+    lora_alpha: Rate = Field(32.0, description="the update is scaled by lora_alpha / r")
+    lora_dropout: Share = 0.0
     parts: list[Literal["decoder", "abstractor", "vision"]] = Field(
-        ["decoder"], min_length=1, description="parts whose Linears all get an adapter"
+        ["decoder"], min_length=1, description="parts of the model that get LoRA"
     )
-    only: list[str] | None = Field(
-        None, description="of those Linears the ones so named, e.g. [q_proj, v_proj]; null = all"
+    target_modules: list[str] | None = Field(
+        None, description="names of the Linears in these parts, e.g. [q_proj, v_proj]; null: all"
     )
-    trained: list[Literal["abstractor", "vision"]] = Field(
-        [], description="parts that are trained fully beside the adapters"
+    modules_to_save: list[Literal["abstractor", "vision"]] = Field(
+        [], description="parts that are trained fully and saved with the adapter"
     )
 
     @model_validator(mode="after")
-    def _one_way(self) -> "Adapter":
-        both = [part for part in self.trained if part in self.parts]
+    def _parts_are_disjoint(self) -> "LoraSettings":
+        both = [part for part in self.modules_to_save if part in self.parts]
         if both:
             raise ValueError(
-                f"{', '.join(both)} stands in `parts` and in `trained`: what is trained fully "
-                "needs no LoRA"
+                f"{', '.join(both)} is in `parts` and in `modules_to_save`: a part that is trained "
+                "fully needs no LoRA"
             )
         return self
 
 
-class Validation(Part):
-    """What is watched on samples that are not trained on."""
+class ValidationSettings(Section):
+    """Settings of the validation on held-out samples during training."""
 
     data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="held-out samples")
-    every: Positive = Field(500, description="steps between looks")
-    samples: Positive | None = Field(1000, description="the first so many; null = all")
-    answers: NotNegative = Field(3, description="questions whose generated answers are shown")
+    eval_steps: Positive = Field(500, description="steps between validations")
+    max_samples: Positive | None = Field(1000, description="number of samples; null: all")
+    num_generations: NotNegative = Field(3, description="samples for which answers are generated")
 
     @model_validator(mode="after")
-    def _without_weights(self) -> "Validation":
+    def _no_weights(self) -> "ValidationSettings":
         if any(source.weight is not None for source in self.data):
-            raise ValueError("sources take turns here, so a `weight` has no meaning; give `count`")
+            raise ValueError("validation takes sources in turn, so give `count`, not `weight`")
         return self
 
 
-class Recipe(Part):
-    """All settings of a run. Paths are relative to the directory the command is given in.
+class Recipe(Section):
+    """All settings of a run. Paths are relative to the working directory.
 
-    Fields without a value here have the paper's for their stage (`PAPER_STAGES`, SPEC §2).
+    Fields without a default here have the paper's default for their stage (`PAPER_STAGES`).
     """
 
-    model: str = Field(description="the checkpoint to start from: a directory or a hub id")
-    output: str = Field(description="directory for the model, the report and the plots")
+    model: str = Field(description="checkpoint to start from: a directory or a hub id")
+    output: str = Field(description="directory for the model, the logs and the plots")
     overwrite: bool = Field(False, description="replace a finished model in `output`")
     stage: Literal[1, 2] = Field(description="1: vision, abstractor, visual weights of MAM; 2: all")
-    data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="where from")
+    data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="training samples")
 
-    image_size: Positive | None = Field(description="pixels an edge; null = the checkpoint's")
+    image_size: Positive | None = Field(description="pixels per edge; null: the checkpoint's")
     augment: Literal["none", "crop_flip", "flip", "dihedral"] = Field(
-        description="what images undergo"
+        description="image augmentation"
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(description="tokens a sample, images' too")
-    on_bad: Literal["stop", "skip"] = Field(
-        "stop", description="a sample that cannot be used: stop, or leave it out and count it"
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        description="maximum tokens per sample, image tokens included"
     )
-    group_by_length: bool = Field(False, description="batches of samples about as long: less pad")
+    on_invalid_sample: Literal["stop", "skip"] = Field(
+        "stop", description="stop at a sample that cannot be used, or skip and count it"
+    )
+    group_by_length: bool = Field(False, description="batch samples of similar length")
     packing: bool = Field(
-        False, description="the samples of a batch in few long rows, kept apart: no padding"
+        False, description="pack the samples of a batch into few rows without padding"
     )
-    shuffle_window: Positive = Field(
-        1000, description="samples of shards that are held and shuffled at a time"
-    )
+    shuffle_buffer: Positive = Field(1000, description="samples of shards shuffled at a time")
 
-    adapter: Adapter | None = Field(None, description="LoRA instead of full training")
+    lora: LoraSettings | None = Field(None, description="LoRA instead of full training")
     quantize: Literal["8bit", "4bit"] | None = Field(
-        None, description="the frozen decoder in 8 or 4 bits; needs an adapter"
+        None, description="quantize the frozen decoder to 8 or 4 bits; requires lora"
     )
-    frozen: list[Literal["vision", "abstractor", "visual", "decoder"]] = Field(
-        [], description="parts that stay as they are although the stage trains them"
+    freeze: list[Literal["vision", "abstractor", "visual", "decoder"]] = Field(
+        [], description="parts that stay frozen although the stage trains them"
     )
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="or max_steps")
     max_steps: Positive | None = Field(None, description="optimizer steps of the run; or epochs")
-    batch_size: Positive = Field(description="samples an optimizer step, over all devices")
-    gradient_accumulation: Positive = Field(1, description="pieces a device computes a step in")
+    batch_size: Positive = Field(description="samples per optimizer step, over all devices")
+    gradient_accumulation_steps: Positive = Field(
+        1, description="micro-batches per optimizer step on each device"
+    )
 
-    learning_rate: Rate = Field(description="the peak, reached after the warm-up")
-    min_learning_rate: Annotated[float, Field(ge=0)] = Field(description="the cosine's end")
-    warmup_steps: NotNegative = Field(description="steps of linear rise from 0 to the peak")
+    learning_rate: Rate = Field(description="peak learning rate, reached after the warm-up")
+    min_lr: Annotated[float, Field(ge=0)] = Field(description="final value of the cosine decay")
+    warmup_steps: NotNegative = Field(description="steps of linear warm-up from 0 to the peak")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        description="AdamW's, on matrices only: not on norms, biases and embeddings"
+        description="applies to matrices, not to norms, biases and embeddings"
     )
     adam_beta1: Share
     adam_beta2: Share
     adam_epsilon: Rate
     max_grad_norm: Rate = Field(description="gradients are clipped to this norm")
-    vision_layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        description="rate of a ViT block, relative to the block above"
+    vision_lr_layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="learning rate of a ViT block relative to the block above"
     )
-    vision_learning_rate: Rate | None = Field(None, description="peak at the ViT's top, if other")
-    abstractor_learning_rate: Rate | None = Field(None, description="the abstractor's, if other")
+    vision_learning_rate: Rate | None = Field(None, description="peak at the top of the ViT")
+    abstractor_learning_rate: Rate | None = Field(None, description="peak of the abstractor")
 
-    precision: Literal["float32", "bfloat16"] | None = Field(
-        None, description="of the arithmetic; null = bfloat16 where the hardware has it"
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the computation; null: bfloat16 where the hardware supports it"
     )
-    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
-        None, description="how attention is computed; null = transformers' choice, sdpa"
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = (
+        Field(None, description="attention backend; null: sdpa, transformers' default")
     )
     gradient_checkpointing: Checkpointing = Field(
-        description="true: least memory for a third more time; selective: half of both"
+        description="true: least memory, a third more time; selective: about half of both"
     )
-    compile: bool = Field(
-        False, description="torch compiles the repeated blocks, which takes minutes"
+    compile: bool = Field(False, description="compile the repeated blocks with torch.compile")
+    dataloader_num_workers: NotNegative = Field(2, description="processes that load the data")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # the range of NumPy's seeds
+    logging_steps: Positive = Field(10, description="steps between lines of the log")
+    save_steps: Positive | None = Field(
+        500, description="steps between checkpoints for resuming; null: none"
     )
-    workers: NotNegative = Field(2, description="processes that prepare batches; 0 = none")
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # NumPy takes no more
-    log_every: Positive = Field(10, description="steps between lines of the log")
-    save_every: Positive | None = Field(
-        500, description="steps between saved states, which a killed run goes on from; null = none"
-    )
-    validation: Validation | None = Field(None, description="loss and answers on held-out samples")
-    tensorboard: bool = Field(False, description="events for TensorBoard in OUTPUT/tensorboard")
-    wandb: str | None = Field(None, description="the project in Weights & Biases")
+    validation: ValidationSettings | None = Field(None, description="validation during training")
+    tensorboard: bool = Field(False, description="write TensorBoard events to OUTPUT/tensorboard")
+    wandb_project: str | None = Field(None, description="project in Weights & Biases")
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_the_paper(cls, given: Any) -> Any:
+    def _add_stage_defaults(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        # With a stage that does not exist only that is to be reported, not what hangs on it.
+        # For an invalid stage only the stage is reported, not the defaults that depend on it.
         stage = given.get("stage")
         defaults = dict(PAPER_STAGES[2 if stage == 2 else 1])
         if given.get("epochs") is not None:
@@ -257,14 +260,14 @@ class Recipe(Part):
 
     @field_validator("stage", mode="before")
     @classmethod
-    def _a_number(cls, stage: Any) -> Any:
+    def _is_integer(cls, stage: Any) -> Any:
         if type(stage) is not int:  # True and 1.0 equal 1, so Literal would take them
             raise PydanticKnownError("literal_error", {"expected": "1 or 2"})
         return stage
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
-    def _one_of_three(cls, given: Any) -> Any:
+    def _is_bool_or_selective(cls, given: Any) -> Any:
         if given != "selective" and type(given) is not bool:
             raise PydanticKnownError("literal_error", {"expected": "true, false or 'selective'"})
         return given
@@ -273,30 +276,27 @@ class Recipe(Part):
     def _consistent(self) -> "Recipe":
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("give either `epochs` or `max_steps`")
-        if self.batch_size % self.gradient_accumulation:
+        if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"`batch_size` ({self.batch_size}) must be a multiple of "
-                f"`gradient_accumulation` ({self.gradient_accumulation})"
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps})"
             )
         weighted = [source.weight is not None for source in self.data]
         if any(weighted) and not all(weighted):
-            raise ValueError("`data`: give every source a `weight`, or none")
+            raise ValueError("`data`: give a `weight` for every source, or for none")
         if any(weighted) and self.epochs is not None:
-            raise ValueError("`weight`s have no epochs: give `max_steps`")
-        if self.adapter is not None and self.stage == 1:
-            raise ValueError("`adapter` is for stage 2: stage 1 trains new weights, and fully")
-        if self.adapter is not None and self.frozen:
-            raise ValueError(
-                "`frozen` is for full training: with an `adapter` all stays but what it trains"
-            )
-        if self.quantize is not None and self.adapter is None:
-            raise ValueError("`quantize` needs an `adapter`: rounded weights cannot be trained")
+            raise ValueError("sources with a `weight` have no epochs: give `max_steps`")
+        if self.lora is not None and self.stage == 1:
+            raise ValueError("`lora` is for stage 2: stage 1 trains new weights fully")
+        if self.lora is not None and self.freeze:
+            raise ValueError("`freeze` is for full training: `lora` freezes all other weights")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError("`quantize` requires `lora`: quantized weights cannot be trained")
         if self.packing and self.group_by_length:
-            raise ValueError("`packing` leaves no padding, so `group_by_length` has no use")
-        if self.min_learning_rate > self.learning_rate:
+            raise ValueError("`packing` leaves no padding, so `group_by_length` has no effect")
+        if self.min_lr > self.learning_rate:
             raise ValueError(
-                f"`min_learning_rate` ({self.min_learning_rate}) is above `learning_rate` "
-                f"({self.learning_rate})"
+                f"`min_lr` ({self.min_lr}) is above `learning_rate` ({self.learning_rate})"
             )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             is_default = self.warmup_steps == PAPER_STAGES[self.stage]["warmup_steps"]
@@ -307,12 +307,12 @@ class Recipe(Part):
             )
         return self
 
-    def precision_on(self, device_type: str) -> Literal["float32", "bfloat16"]:
-        """The precision a run takes on "cuda", "cpu", …: the paper's bfloat16 where it is fast.
+    def resolve_dtype(self, device_type: str) -> Literal["float32", "bfloat16"]:
+        """The dtype of the computation on "cuda", "cpu", ...: `dtype`, else bfloat16 where fast.
 
-        "cpu" is this machine's.
+        "cpu" means the CPU of this machine.
         """
-        if self.precision is not None:
-            return self.precision
+        if self.dtype is not None:
+            return self.dtype
         fast = device_type == "cuda" or (device_type == "cpu" and has_bfloat16())
         return "bfloat16" if fast else "float32"

@@ -66,7 +66,7 @@ def measured(
         "images": end.images,
         "samples_per_second": end.samples / seconds,
         "tokens_per_second": end.tokens / seconds,
-        "waiting_share": end.waited / seconds,
+        "data_wait_fraction": end.waited / seconds,
         "first_loss": lines[0]["loss"],
         "loss": lines[-1]["loss"],
         "smoothed_loss": lines[-1]["smoothed_loss"],
@@ -107,7 +107,7 @@ def _summed_up(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokens, images", f"{facts['tokens']:,}, {facts['images']:,}"
     samples, tokens = facts["samples_per_second"], facts["tokens_per_second"]
     yield "speed", f"{samples:,.1f} samples/s, {tokens:,.0f} tokens/s"
-    yield "waiting for data", f"{facts['waiting_share']:.1%} of the time"
+    yield "waiting for data", f"{facts['data_wait_fraction']:.1%} of the time"
     peaks = facts["peak_memory_bytes"]
     gpu = f", GPU {size(peaks['gpu'])}" if "gpu" in peaks else ""
     yield "most memory", f"process {size(peaks['process'])}{gpu}"

@@ -108,7 +108,7 @@ def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
         recipe.model,
         dtype=torch.float32,
         image_size=recipe.image_size,
-        attn_implementation=recipe.attention,
+        attn_implementation=recipe.attn_implementation,
         **loading_options(recipe),
     )
     processor = Owl2Processor.from_pretrained(recipe.model)
@@ -124,7 +124,7 @@ def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
 
 def _training_set(recipe: Recipe, processor: Owl2Processor) -> TrainingSet:
     sources = [_source(entry) for entry in recipe.data]
-    mixture = Mixture(sources, recipe.seed, recipe.shuffle_window)
+    mixture = Mixture(sources, recipe.seed, recipe.shuffle_buffer)
     return TrainingSet(
         mixture,
         processor,
@@ -149,7 +149,7 @@ def _validator(recipe: Recipe, processor: Owl2Processor, team: Team) -> Validato
     held_out = HeldOut(
         [(_opened(entry), entry.count) for entry in settings.data],
         processor,
-        most=settings.samples,
+        most=settings.max_samples,
         max_length=recipe.max_length,
     )
     return Validator(
@@ -157,10 +157,10 @@ def _validator(recipe: Recipe, processor: Owl2Processor, team: Team) -> Validato
         processor,
         team,
         # What training has room for; without gradients there is more.
-        batch_size=max(recipe.batch_size // (team.size * recipe.gradient_accumulation), 1),
-        workers=recipe.workers,
-        answers=settings.answers,
-        skip_bad=recipe.on_bad == "skip",
+        batch_size=max(recipe.batch_size // (team.size * recipe.gradient_accumulation_steps), 1),
+        workers=recipe.dataloader_num_workers,
+        answers=settings.num_generations,
+        skip_bad=recipe.on_invalid_sample == "skip",
     )
 
 
@@ -209,7 +209,7 @@ def _train(
     watch = Watch(log, views, start, lambda: trainer.seen, lambda: trainer.waited, team)
     trainer.add_callback(watch)
     if recipe.validation is not None and validator is not None:
-        every = recipe.validation.every
+        every = recipe.validation.eval_steps
         trainer.add_callback(Validate(validator, every, looks, lambda: model, watch.looked))
     stop = Stop(team)
     for callback in (KeepState(output, watch.position, team), stop):
@@ -251,7 +251,7 @@ def _setting(recipe: Recipe, trainer: Owl2Trainer, trained: Trained) -> dict[str
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
-        "precision": recipe.precision_on(device.type),
+        "precision": recipe.resolve_dtype(device.type),
         "trainable_parameters": trained.trainable_size,
         "frozen_parameters": trained.frozen_size,
     }

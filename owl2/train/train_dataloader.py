@@ -1,7 +1,7 @@
 """What the Trainer is fed with: batches without an end, what was in them, and where they stand.
 
     OUTPUT/checkpoints/checkpoint-N/data_state_RANK.json    where each process' batches stand
-    OUTPUT/left_out.jsonl    with `on_bad: skip`, a line a sample that was left out; of processes
+    OUTPUT/left_out.jsonl    with `on_invalid_sample: skip`, a line a sample that was left out; of processes
                              but the first left_out_RANK.jsonl
 
 The loader knows the process' share and an exact position, so accelerate neither shards it nor skips
@@ -42,12 +42,16 @@ class Feed:
     """A loader's batches, on the device, and a count of what was in them."""
 
     def __init__(
-        self, loader: Loader, accelerator: Accelerator, output: Path, on_bad: str = "stop"
+        self,
+        loader: Loader,
+        accelerator: Accelerator,
+        output: Path,
+        on_invalid_sample: str = "stop",
     ) -> None:
-        """`on_bad`: "stop" raises at a sample that cannot be used, "skip" writes it to `output`."""
+        """`on_invalid_sample`: "stop" raises at a sample that cannot be used, "skip" writes it to `output`."""
         self.loader = loader
         self.accelerator = accelerator
-        self.on_bad = on_bad
+        self.on_invalid_sample = on_invalid_sample
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self._left_out = output / f"left_out{f'_{self.rank}' * (self.rank > 0)}.jsonl"
         self._lines = 0  # of that file, since the run began
@@ -82,7 +86,7 @@ class Feed:
         else:
             self._seen += torch.tensor(self._fresh)
         self._fresh = Seen()
-        if self.on_bad == "skip" and not self._used:
+        if self.on_invalid_sample == "skip" and not self._used:
             self._used = self.seen.samples > 0
             if not self._used and self.seen.left_out >= ALL_BAD:
                 raise InputError(
@@ -143,9 +147,9 @@ class Feed:
                 raise bad.raised()
         if not samples:
             return
-        if self.on_bad == "stop":
+        if self.on_invalid_sample == "stop":
             raise InputError(
-                f"{samples[0].source}: {samples[0].reason} (on_bad=skip leaves such samples out "
+                f"{samples[0].source}: {samples[0].reason} (on_invalid_sample=skip leaves such samples out "
                 "and counts them)"
             )
         with self._left_out.open("a", encoding="utf-8") as file:

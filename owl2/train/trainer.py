@@ -94,10 +94,10 @@ class Owl2Trainer(Trainer):
             rank=args.process_index,
             world=args.world_size,
             image_tokens=dataset.processor.num_image_tokens if recipe.group_by_length else None,
-            workers=recipe.workers,
+            workers=recipe.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
-        return Feed(loader, self.accelerator, output, recipe.on_bad)
+        return Feed(loader, self.accelerator, output, recipe.on_invalid_sample)
 
     @property
     def seen(self) -> Seen:
@@ -236,7 +236,7 @@ class Owl2Trainer(Trainer):
             raise InputError(
                 f"step {self.state.global_step + 1}: the loss is {loss}, the gradient's norm "
                 f"{norm_value}; stopped before they reached a weight, and nothing was saved. Try "
-                "a lower learning_rate, a longer warm-up, or precision=float32"
+                "a lower learning_rate, a longer warm-up, or dtype=float32"
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -304,19 +304,19 @@ def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> Tra
         InputError: the batch cannot be shared out, or the device lacks the precision.
     """
     has_cuda = torch.cuda.is_available()
-    precision = recipe.precision_on("cuda" if has_cuda else "cpu")
+    precision = recipe.resolve_dtype("cuda" if has_cuda else "cpu")
     if precision == "bfloat16" and has_cuda and not torch.cuda.is_bf16_supported():
-        raise InputError("precision: this GPU has no bfloat16; set precision=float32")
+        raise InputError("precision: this GPU has no bfloat16; set dtype=float32")
     args = TrainingArguments(
         output_dir=str(checkpoints),
         use_cpu=not has_cuda and not torch.backends.mps.is_available(),
         bf16=precision == "bfloat16",
         max_steps=max_steps,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         # A ratio, not a rate: each group of parameters falls to its own share of its own peak.
-        lr_scheduler_kwargs={"min_lr_rate": recipe.min_learning_rate / recipe.learning_rate},
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr / recipe.learning_rate},
         warmup_steps=recipe.warmup_steps,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
@@ -326,20 +326,20 @@ def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> Tra
         remove_unused_columns=False,
         # With several processes the model uses every weight.
         ddp_find_unused_parameters=False,
-        logging_steps=recipe.log_every,
+        logging_steps=recipe.logging_steps,
         logging_first_step=True,
         # Ours is `Owl2Trainer._get_grad_norm`; the Trainer's hides what is not finite.
         logging_nan_inf_filter=False,
-        save_strategy="steps" if recipe.save_every else "no",
-        save_steps=recipe.save_every or 500,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 500,
         report_to="none",
         disable_tqdm=True,
     )
-    devices = args.world_size * recipe.gradient_accumulation
+    devices = args.world_size * recipe.gradient_accumulation_steps
     if recipe.batch_size % devices:
         raise InputError(
             f"batch_size ({recipe.batch_size}) must be a multiple of devices x "
-            f"gradient_accumulation ({args.world_size} x {recipe.gradient_accumulation})"
+            f"gradient_accumulation_steps ({args.world_size} x {recipe.gradient_accumulation_steps})"
         )
     args.per_device_train_batch_size = recipe.batch_size // devices
     # Else the Trainer would take several GPUs without a launcher as one big one (DataParallel).

@@ -195,7 +195,7 @@ class Validator:
         if not math.isfinite(loss):
             raise InputError(
                 f"validation after step {step}: the loss is {loss}. Try a lower learning_rate, a "
-                "longer warm-up, or precision=float32"
+                "longer warm-up, or dtype=float32"
             )
         if not tokens:  # a loss of 0 would look like the best of all
             raise InputError(

@@ -14,7 +14,7 @@ from owl2.checkpoints.adapters import find_adapter, lora_layers, lora_parameters
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import adapt
-from owl2.train.recipe import Adapter
+from owl2.train.recipe import LoraSettings
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import make_model
 
@@ -22,10 +22,13 @@ EVERYWHERE = ["decoder", "abstractor", "vision"]
 CASES = {
     "default": ({}, {}),
     "everywhere": ({"parts": EVERYWHERE}, {}),
-    "trained parts": ({"trained": ["abstractor", "vision"]}, {}),
-    "no mam": ({"parts": ["decoder", "vision"], "trained": ["abstractor"]}, {"use_mam": False}),
+    "trained parts": ({"modules_to_save": ["abstractor", "vision"]}, {}),
+    "no mam": (
+        {"parts": ["decoder", "vision"], "modules_to_save": ["abstractor"]},
+        {"use_mam": False},
+    ),
     "tied": ({}, {"tie_word_embeddings": True}),
-    "all heads": ({"only": ["k_proj", "v_proj"]}, {"num_key_value_heads": 4}),
+    "all heads": ({"target_modules": ["k_proj", "v_proj"]}, {"num_key_value_heads": 4}),
 }
 IMAGES = {
     "input_ids": torch.tensor([[1, 5, 40, 40, 40, 6, 7, 40, 40, 40, 9, 11]]),
@@ -59,7 +62,7 @@ def load(folder, **options):
 def make_adapted(base, **settings):
     """As after training: LoRA and the parts trained as a whole are far from where they began."""
     model = load(base)
-    adapt(model, Adapter(rank=4, **settings), seed=0)
+    adapt(model, LoraSettings(r=4, **settings), seed=0)
     source = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -167,7 +170,7 @@ def test_saved_again_it_is_the_same(saved, tmp_path):
 @pytest.mark.parametrize("trained", [[], ["vision"]])
 def test_another_image_size_is_kept(base, tmp_path, trained):
     live = load(base, image_size=16)
-    adapt(live, Adapter(rank=2, trained=trained), seed=0)
+    adapt(live, LoraSettings(r=2, modules_to_save=trained), seed=0)
     with torch.no_grad():
         for parameter in live.parameters():
             if parameter.requires_grad:
@@ -222,7 +225,7 @@ def test_from_the_hub(base, tmp_path):
     cache, first, later = tmp_path / "cache", "1" * 40, "2" * 40
     put_into_hub_cache(cache, "somebody/base", first, base)
     live = load("somebody/base", cache_dir=cache)
-    adapt(live, Adapter(rank=2), seed=0)
+    adapt(live, LoraSettings(r=2), seed=0)
     live.save_pretrained(tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert written["base_model_name_or_path"] == "somebody/base"

@@ -48,10 +48,10 @@ def test_the_same_by_recipe_and_by_words(file, shard, table, tmp_path):
         ),
         (Shards, open_source(shards=str(shard)), open_words(str(shard))),
         (Shards, open_source(shards=[f"{tmp_path}/*.tar"]), open_words(f"{tmp_path}/*.tar")),
-        (Table, open_source(table=str(table)), open_words(str(table))),
+        (Table, open_source(hf_dataset=str(table)), open_words(str(table))),
         (
             Table,
-            open_source(table=str(table), split="dev", images=images),
+            open_source(hf_dataset=str(table), split="dev", images=images),
             open_words(str(table), ["split=dev", f"images={images}"]),
         ),
     ]
@@ -71,9 +71,9 @@ def test_a_dataset_with_options():
     assert one[:20] != open_source(dataset="easy_vqa", style="joined")[:20]
 
 
-@pytest.mark.parametrize("given", [{}, {"file": "a.json", "table": "t"}])
+@pytest.mark.parametrize("given", [{}, {"file": "a.json", "hf_dataset": "t"}])
 def test_one_origin(given):
-    with pytest.raises(InputError, match="Give one of dataset, file, shards and table"):
+    with pytest.raises(InputError, match="Give one of dataset, file, shards and hf_dataset"):
         open_source(**given)
 
 

@@ -71,7 +71,7 @@ def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
         "stage": 2,
         "max_length": MAX_LENGTH,
         "batch_size": 6,
-        "gradient_accumulation": 2,
+        "gradient_accumulation_steps": 2,
         "data": [{"file": str(talks)}],
         "validation": {"data": [{"file": str(talks)}]},
     }

@@ -141,7 +141,7 @@ def test_tables(load, tmp_path, talks):
     }
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table.save_to_disk(tmp_path / "table")
-    findings = run(load, {"": open_source(table=str(tmp_path / "table"))}, workers=2)
+    findings = run(load, {"": open_source(hf_dataset=str(tmp_path / "table"))}, workers=2)
     assert faults(findings) == {"row 2": ErrorCode.BROKEN_IMAGE, "row 3": ErrorCode.EMPTY_MESSAGE}
 
 

@@ -2,7 +2,7 @@
 
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
-LORA = {"rank": 2, "alpha": 4.0}
+LORA = {"r": 2, "lora_alpha": 4.0}
 
 
 def load(folder, **options):

@@ -26,11 +26,11 @@ def make_recipe(tmp_path):
             "batch_size": 4,
             "warmup_steps": 0,
             "learning_rate": 1e-2,
-            "min_learning_rate": 1e-4,
+            "min_lr": 1e-4,
             "gradient_checkpointing": False,
-            "workers": 0,
-            "precision": "float32",
-            "log_every": 1,
+            "dataloader_num_workers": 0,
+            "dtype": "float32",
+            "logging_steps": 1,
         }
         return Recipe(**(least | settings))
 
@@ -79,9 +79,9 @@ def recipe(world, tmp_path):
             "warmup_steps": 2,
             "learning_rate": 1e-2,
             "gradient_checkpointing": False,
-            "workers": 0,
-            "precision": "float32",
-            "log_every": 2,
+            "dataloader_num_workers": 0,
+            "dtype": "float32",
+            "logging_steps": 2,
         }
         return Recipe(**(least | settings))
 

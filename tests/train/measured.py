@@ -81,8 +81,8 @@ def make_recipe(folder, output, **settings):
         "batch_size": 8,
         "warmup_steps": 0,
         "gradient_checkpointing": False,
-        "workers": 0,
-        "precision": "float32",
+        "dataloader_num_workers": 0,
+        "dtype": "float32",
     }
     return Recipe(**(least | settings))
 

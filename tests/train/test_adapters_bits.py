@@ -11,7 +11,7 @@ from owl2.engine.backends.weight_only_quantization import QuantisedLinear
 from owl2.engine.engine import Engine
 from owl2.errors import InputError
 from owl2.train.adapters import adapt, hold_frozen_in_bfloat16, loading_options, prepare
-from owl2.train.recipe import Adapter
+from owl2.train.recipe import LoraSettings
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
@@ -25,7 +25,7 @@ def test_frozen_linears_in_bfloat16_change_nothing(image_batch):
     results = []
     for held in (False, True):
         model = make_model(tie_word_embeddings=True)
-        adapt(model, Adapter(**LORA), seed=0)
+        adapt(model, LoraSettings(**LORA), seed=0)
         if held:
             hold_frozen_in_bfloat16(model)
         with torch.autocast("cpu", torch.bfloat16):
@@ -75,9 +75,9 @@ def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bi
     kind = {"8bit": bitsandbytes.nn.Linear8bitLt, "4bit": bitsandbytes.nn.Linear4bit}[bits]
     settings = recipe(
         model=wide,
-        adapter=LORA | {"trained": ["abstractor"]},
+        lora=LORA | {"modules_to_save": ["abstractor"]},
         quantize=bits,
-        precision=precision,
+        dtype=precision,
         gradient_checkpointing=True,
     )
     before = load(settings.model, **loading_options(settings)).state_dict()
@@ -109,7 +109,7 @@ def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bi
 
 def test_a_look_in_between_leaves_a_quantised_model_trainable(recipe, wide, image_batch):
     pytest.importorskip("bitsandbytes")
-    settings = recipe(model=wide, adapter=LORA, quantize="4bit", precision="bfloat16")
+    settings = recipe(model=wide, lora=LORA, quantize="4bit", dtype="bfloat16")
     model = load(wide, **loading_options(settings)).train()
     image = model.config.image_token_id
     ids = image_batch["input_ids"]
@@ -133,7 +133,7 @@ def test_a_look_in_between_leaves_a_quantised_model_trainable(recipe, wide, imag
 
 
 def test_rounded_weights_are_not_shared_out(recipe):
-    settings = recipe(adapter=LORA, quantize="4bit")
+    settings = recipe(lora=LORA, quantize="4bit")
     with pytest.raises(InputError, match="cannot share out rounded weights"):
         prepare(make_model(), settings, autocast=False)
 
@@ -141,4 +141,4 @@ def test_rounded_weights_are_not_shared_out(recipe):
 def test_without_bitsandbytes_it_is_named(recipe, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs bitsandbytes.*owl2-vlm\[quant\]"):
-        loading_options(recipe(adapter=LORA, quantize="4bit"))
+        loading_options(recipe(lora=LORA, quantize="4bit"))

@@ -17,8 +17,13 @@ from tests.train.runs import assert_same_weights, quiet, weights
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
 def test_two_processes_save_one_adapter_and_go_on(recipe, tmp_path, environment):
-    adapter = {"rank": 2, "parts": ["decoder", "vision"], "trained": ["abstractor"], "dropout": 0.0}
-    settings = recipe(adapter=adapter, max_steps=30, log_every=1).model_dump(exclude_unset=True)
+    adapter = {
+        "r": 2,
+        "parts": ["decoder", "vision"],
+        "modules_to_save": ["abstractor"],
+        "lora_dropout": 0.0,
+    }
+    settings = recipe(lora=adapter, max_steps=30, logging_steps=1).model_dump(exclude_unset=True)
     settings["data"] = [{"file": source["file"]} for source in settings["data"]]
     alone = train(Recipe(**settings | {"output": str(tmp_path / "one")}), quiet())
     whole = Recipe(**settings | {"output": str(tmp_path / "two")})

@@ -13,7 +13,7 @@ from owl2.model.vision import VisionLayer
 from owl2.train.adapters import adapt
 from owl2.train.estimate.tracer import HELD, Shape, trace_step
 from owl2.train.parallelize import enable_checkpointing
-from owl2.train.recipe import Adapter
+from owl2.train.recipe import LoraSettings
 from owl2.train.trainable import apply_stage
 from tests.tiny import VISION_BLOCKS, make_model
 from tests.train.test_packing import samples
@@ -32,10 +32,10 @@ def packed():
     return pack(samples(), 0)
 
 
-def learned(batch, stage, checkpointing, frozen=()):
+def learned(batch, stage, checkpointing, freeze=()):
     """The loss, the trained parameters' gradients, and how often each kind of layer ran."""
     model = make_model(initializer_range=0.4).train()
-    apply_stage(model, stage, frozen)
+    apply_stage(model, stage, freeze)
     if checkpointing:
         enable_checkpointing(model, checkpointing == "selective")
     ran: Counter = Counter()
@@ -144,7 +144,7 @@ def test_frozen_vision_keeps_nothing():
 def test_nothing_is_kept_before_the_first_trained_weight(checkpointing):
     """LoRA on the last layer alone: images, words and the first layer run without a graph."""
     model = make_model().train()
-    adapt(model, Adapter(rank=2), seed=0)
+    adapt(model, LoraSettings(r=2), seed=0)
     for parameter in model.model.layers[0].parameters():
         parameter.requires_grad_(False)
     if checkpointing:

@@ -16,7 +16,7 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 @pytest.fixture
 def recipe_file(recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
-    settings = recipe(log_every=1).model_dump(exclude_unset=True)
+    settings = recipe(logging_steps=1).model_dump(exclude_unset=True)
     settings["data"] = [{"file": source["file"]} for source in settings["data"]]
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path
@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_exits_with_2_and_leaves_no_model(
 @pytest.mark.slow
 def test_ctrl_c_in_the_terminal_then_the_same_command(recipe_file, tmp_path):
     """The terminal sends it to the processes that prepare batches, too."""
-    words = [recipe_file, "max_steps=40", "workers=1"]
+    words = [recipe_file, "max_steps=40", "dataloader_num_workers=1"]
     command = [sys.executable, "-m", "owl2", "train", *map(str, words)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

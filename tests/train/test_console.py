@@ -25,7 +25,7 @@ LINE = {
     "samples_per_second": 85.3,
     "tokens_per_second": 20_576.1,
     "images_per_second": 83.3,
-    "waiting_share": 0.012,
+    "data_wait_fraction": 0.012,
     "process_bytes": 1_500_000_000,
 }
 ANSWERS = (

@@ -24,13 +24,17 @@ from tests.train.tiny import COLOURS, QUESTION
 ROOT = Path(__file__).parents[2]
 SHARINGS = {"DDP": {}, "FSDP2": FSDP}
 # Next to no rate, so that the gradients of all steps are of the same weights, and no clipping.
-STILL = {"learning_rate": 1e-9, "min_learning_rate": 0.0, "max_grad_norm": 1e9, "max_steps": 3}
+STILL = {"learning_rate": 1e-9, "min_lr": 0.0, "max_grad_norm": 1e9, "max_steps": 3}
 CASES = {"stage 2": {}, "stage 1": {"stage": 1}}
 MORE = {
-    "in pieces": {"gradient_accumulation": 2, "batch_size": 4, "gradient_checkpointing": True},
+    "in pieces": {
+        "gradient_accumulation_steps": 2,
+        "batch_size": 4,
+        "gradient_checkpointing": True,
+    },
     "packed": {"packing": True, "batch_size": 4},
     "tied": {"model": "tied"},
-    "LoRA": {"adapter": {"rank": 2, "parts": ["decoder", "vision"], "trained": ["abstractor"]}},
+    "LoRA": {"lora": {"r": 2, "parts": ["decoder", "vision"], "modules_to_save": ["abstractor"]}},
 }
 
 
@@ -66,10 +70,10 @@ def mixed(world, tmp_path_factory):
         "warmup_steps": 0,
         "learning_rate": 1e-3,
         "gradient_checkpointing": False,
-        "workers": 0,
-        "precision": "float32",
-        "log_every": 1,
-        "save_every": None,
+        "dataloader_num_workers": 0,
+        "dtype": "float32",
+        "logging_steps": 1,
+        "save_steps": None,
     }, tied
 
 
@@ -198,8 +202,13 @@ def look_between_pieces(recipe):
 @pytest.mark.slow
 def test_fsdp2_in_bfloat16_adds_up_in_float32_and_holds_shares(mixed, tmp_path):
     settings, _ = mixed
-    pieces = {"precision": "bfloat16", "gradient_accumulation": 2, "batch_size": 4, "max_steps": 2}
-    looks = {"validation": {"data": settings["data"], "samples": 3, "answers": 1}}
+    pieces = {
+        "dtype": "bfloat16",
+        "gradient_accumulation_steps": 2,
+        "batch_size": 4,
+        "max_steps": 2,
+    }
+    looks = {"validation": {"data": settings["data"], "max_samples": 3, "num_generations": 1}}
     recipe = Recipe(**settings | pieces | looks, output=str(tmp_path / "run"))
     run(tmp_path / "said", look_between_pieces, recipe, count=2, environment=FSDP)
     assert {weight.dtype for weight in weights(tmp_path / "run" / "model").values()} == {
@@ -340,7 +349,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_train_stop_and_go_on(mixed, tmp_path, launcher):
     settings, _ = mixed
-    settings = settings | {"save_every": 200}
+    settings = settings | {"save_steps": 200}
     recipe = write(tmp_path, settings)
     command = (*LAUNCHERS[launcher], "-m", "owl2", "train", recipe)
     output = tmp_path / "run"

@@ -48,7 +48,7 @@ def with_memory(size, devices=1):
 
 
 def test_a_step_and_the_run():
-    recipe = recipe_of(max_steps=5, gradient_accumulation=2, gradient_checkpointing=True)
+    recipe = recipe_of(max_steps=5, gradient_accumulation_steps=2, gradient_checkpointing=True)
     plan = make_plan(recipe, setting_of())
     work = plan.work
     assert (work.samples, work.images, work.steps) == (8, 8, 5)
@@ -62,7 +62,7 @@ def test_a_step_and_the_run():
 
 def test_pieces_and_devices_do_not_change_the_work():
     one = make_plan(recipe_of(), setting_of()).work
-    pieces = make_plan(recipe_of(gradient_accumulation=4), setting_of()).work
+    pieces = make_plan(recipe_of(gradient_accumulation_steps=4), setting_of()).work
     devices = make_plan(recipe_of(), setting_of(Machine(4, "cpu"))).work
     # transformers 5.16 counts a few for positions, once a piece.
     assert pieces.flops == pytest.approx(one.flops, rel=1e-4)
@@ -125,7 +125,7 @@ def test_whether_it_fits():
 @pytest.mark.slow
 def test_advice_is_true():
     """Each change, made, gives a plan that fits."""
-    one = recipe_of(batch_size=2, gradient_accumulation=2, gradient_checkpointing=True)
+    one = recipe_of(batch_size=2, gradient_accumulation_steps=2, gradient_checkpointing=True)
     least = dry_run(one, setting_of()).memory(Sharding.NONE, 2).total
     machine = with_memory(1.3 * least, devices=2)
     plan = make_plan(recipe_of(), setting_of(machine))
@@ -151,7 +151,7 @@ def test_smaller_pieces_are_no_smaller_than_needed():
     machine = with_memory(0.8 * tight.need.total / 0.92)
     plan = replace(tight, setting=setting_of(machine))
     pieces = advise(plan)[0]
-    assert pieces.change == "gradient_accumulation=2"
+    assert pieces.change == "gradient_accumulation_steps=2"
 
 
 def test_nothing_helps_where_there_is_no_room():
@@ -167,7 +167,7 @@ def test_nothing_helps_where_there_is_no_room():
     [
         ({"max_length": 300}, Data(), "more than the model's 256 positions"),
         ({"max_length": 3}, Data(), "no room for words"),
-        ({"batch_size": 3, "gradient_accumulation": 3}, Data(tokens=97), "--tokens is 97"),
+        ({"batch_size": 3, "gradient_accumulation_steps": 3}, Data(tokens=97), "--tokens is 97"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, data, words):

@@ -61,8 +61,8 @@ def accuracy(model, folder):
     "how",
     [
         {"learning_rate": 5e-4},
-        {"learning_rate": 2e-3, "adapter": {"trained": ["abstractor", "vision"]}},
-        {"learning_rate": 3e-3, "adapter": {"parts": ["decoder", "abstractor", "vision"]}},
+        {"learning_rate": 2e-3, "lora": {"modules_to_save": ["abstractor", "vision"]}},
+        {"learning_rate": 3e-3, "lora": {"parts": ["decoder", "abstractor", "vision"]}},
     ],
     ids=["full", "LoRA and vision", "LoRA only"],
 )
@@ -77,12 +77,12 @@ def test_fine_tuning_improves_what_was_held_out(demo, folder, tmp_path, how):
             "max_length": 256,
             "epochs": 8.0,
             "batch_size": 16,
-            "min_learning_rate": 1e-5,
+            "min_lr": 1e-5,
             "warmup_steps": 10,
             "gradient_checkpointing": False,
-            "workers": 0,
-            "precision": "float32",
-            "validation": {"data": [{"file": str(folder / "held_out.json")}], "every": 100},
+            "dataloader_num_workers": 0,
+            "dtype": "float32",
+            "validation": {"data": [{"file": str(folder / "held_out.json")}], "eval_steps": 100},
         }
         | how
     )

@@ -23,13 +23,13 @@ from tests.train.runs import quiet
 CASES = {
     "full": {},
     "packed": {"packing": True},
-    "workers": {"workers": 2, "gradient_accumulation": 2},
-    "LoRA": {"adapter": {"rank": 2, "dropout": 0.1, "trained": ["abstractor"]}, "stage": 2},
+    "dataloader_num_workers": {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2},
+    "LoRA": {"lora": {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["abstractor"]}, "stage": 2},
     "two processes": {},
     "selective, bfloat16": {
         "packing": True,
         "gradient_checkpointing": "selective",
-        "precision": "bfloat16",
+        "dtype": "bfloat16",
     },
 }
 
@@ -48,10 +48,10 @@ def settings(world, tmp_path):
         "warmup_steps": 2,
         "learning_rate": 1e-2,
         "gradient_checkpointing": False,
-        "workers": 0,
-        "precision": "float32",
-        "log_every": 2,
-        "save_every": 3,
+        "dataloader_num_workers": 0,
+        "dtype": "float32",
+        "logging_steps": 2,
+        "save_steps": 3,
     }
 
 
@@ -135,7 +135,7 @@ def test_killed_twice_and_gone_on_equals_uninterrupted(settings, tmp_path, case)
 @pytest.fixture
 def killed(settings, tmp_path):
     """The settings of a run that was killed, and its states' directory."""
-    recipe = Recipe(**settings | {"max_steps": 8, "save_every": 5})
+    recipe = Recipe(**settings | {"max_steps": 8, "save_steps": 5})
     checkpoints = tmp_path / "run" / "checkpoints"
 
     class Killed(BaseException):
@@ -206,7 +206,7 @@ def limited(recipe, bytes_a_file):
     [
         (150_000, {}),  # less than the optimizer's state, which torch writes
         (20_000, {}),  # less than the weights, which safetensors writes
-        (9000, {"save_every": None, "log_every": 1, "max_steps": 90}),  # less than the log
+        (9000, {"save_steps": None, "logging_steps": 1, "max_steps": 90}),  # less than the log
     ],
 )
 def test_no_room(settings, tmp_path, bytes_a_file, changes):
@@ -250,7 +250,7 @@ def test_a_full_disk_leaves_the_last_state_and_the_run_goes_on_once_there_is_roo
 # As a scheduler does it: to all processes of a job, also those that prepare batches.
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_and_stops_with_143(settings, tmp_path, workers):
-    changes = {"save_every": None, "max_steps": 2000, "workers": workers}
+    changes = {"save_steps": None, "max_steps": 2000, "dataloader_num_workers": workers}
     command = ("train", write(tmp_path, settings | changes))
     processes = start(tmp_path / "said", owl2, *command)
     log = tmp_path / "run" / "log.jsonl"

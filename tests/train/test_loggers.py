@@ -29,7 +29,7 @@ def read(path):
 
 def held_out(world):
     data = [{"file": str(world / "data.json")}]
-    return {"data": data, "every": 4, "samples": 4, "answers": 1}
+    return {"data": data, "eval_steps": 4, "max_samples": 4, "num_generations": 1}
 
 
 def test_tensorboard_has_the_figures_the_looks_and_the_recipe(recipe, world):
@@ -39,7 +39,7 @@ def test_tensorboard_has_the_figures_the_looks_and_the_recipe(recipe, world):
     lines = read(result.output / "log.jsonl")
     names = set(found.Tags()["scalars"])
     assert names == {name for line in lines for name in figures_of(line)} | {"validation/loss"}
-    assert {"train/loss", "speed/tokens_per_second", "speed/waiting_share"} < names
+    assert {"train/loss", "speed/tokens_per_second", "speed/data_wait_fraction"} < names
     losses = found.Scalars("train/loss")
     assert [event.step for event in losses] == [line["step"] for line in lines]
     assert [event.value for event in losses] == pytest.approx([line["loss"] for line in lines])
@@ -57,7 +57,7 @@ def test_tensorboard_has_the_figures_the_looks_and_the_recipe(recipe, world):
 
 def test_tensorboard_of_a_resumed_run_has_every_step_once(recipe, monkeypatch):
     pytest.importorskip("tensorboard")
-    settings = {"tensorboard": True, "log_every": 1}
+    settings = {"tensorboard": True, "logging_steps": 1}
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
         stopped = train(recipe(**settings), quiet())
@@ -74,8 +74,8 @@ def test_tensorboard_of_a_resumed_run_has_every_step_once(recipe, monkeypatch):
 
 def test_tensorboard_of_a_new_run_has_nothing_of_the_one_before(recipe):
     pytest.importorskip("tensorboard")
-    train(recipe(tensorboard=True, max_steps=6, log_every=1), quiet())
-    result = train(recipe(tensorboard=True, max_steps=3, log_every=1, overwrite=True), quiet())
+    train(recipe(tensorboard=True, max_steps=6, logging_steps=1), quiet())
+    result = train(recipe(tensorboard=True, max_steps=3, logging_steps=1, overwrite=True), quiet())
     found = events(result.output / "tensorboard").Scalars("train/loss")
     assert [event.step for event in found] == [1, 2, 3]
 
@@ -84,7 +84,7 @@ def test_tensorboard_of_a_new_run_has_nothing_of_the_one_before(recipe):
     ("settings", "message"),
     [
         ({"tensorboard": True}, r"tensorboard: .*pip install 'owl2-vlm\[watch\]'"),
-        ({"wandb": "owls"}, "wandb: .*pip install wandb"),
+        ({"wandb_project": "owls"}, "wandb: .*pip install wandb"),
     ],
 )
 def test_a_tool_that_is_not_installed_is_missed_before_any_work(
@@ -131,7 +131,7 @@ def wandb(monkeypatch):
 
 
 def test_wandb_has_the_figures_and_the_answers(recipe, world, wandb):
-    given = recipe(wandb="owls", validation=held_out(world), max_steps=4)
+    given = recipe(wandb_project="owls", validation=held_out(world), max_steps=4)
     result = train(given, quiet())
     [settings], [run] = wandb.inits, wandb.runs
     assert (settings["project"], settings["name"]) == ("owls", "run")
@@ -151,11 +151,11 @@ def test_wandb_has_the_figures_and_the_answers(recipe, world, wandb):
 def test_wandb_of_a_resumed_run_goes_on_in_the_same_record(recipe, monkeypatch, wandb):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
-        train(recipe(wandb="owls"), quiet())
-    train(recipe(wandb="owls"), quiet())
+        train(recipe(wandb_project="owls"), quiet())
+    train(recipe(wandb_project="owls"), quiet())
     first, second = (settings["id"] for settings in wandb.inits)
     assert first == second and len(first) == 8
-    train(recipe(wandb="owls", max_steps=3, overwrite=True), quiet())
+    train(recipe(wandb_project="owls", max_steps=3, overwrite=True), quiet())
     assert wandb.inits[-1]["id"] != first
 
 
@@ -165,7 +165,7 @@ def test_wandb_without_an_account(recipe, wandb, tmp_path):
 
     wandb.init = refuse
     with pytest.raises(InputError, match=r"wandb: No API key configured\. With WANDB_MODE=offline"):
-        train(recipe(wandb="owls"), quiet())
+        train(recipe(wandb_project="owls"), quiet())
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -173,7 +173,7 @@ def test_an_answer_without_and_with_two_images(recipe, tmp_path, wandb):
     Image.new("RGB", (300, 20), "red").save(tmp_path / "wide.png")
     wide = str(tmp_path / "wide.png")
     answers = (Answer("a", "q", "w", "x"), Answer("b", "q", "w", "x", (wide, wide)))
-    [view] = make_writers(recipe(wandb="owls"), 0)
+    [view] = make_writers(recipe(wandb_project="owls"), 0)
     view.look(Look(0, 1.0, 2, 2, 0, 1.0, answers))
     rows = wandb.runs[0].logged[0][1]["validation/answers"]["data"]
     assert [row[0] for row in rows] == [None, ("image", (224, 448, 3))]

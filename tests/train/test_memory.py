@@ -28,25 +28,27 @@ SLOW = pytest.mark.slow
 CASES = [
     pytest.param({}, id="all of it"),
     pytest.param(
-        {"precision": "bfloat16", "gradient_accumulation": 2}, id="bfloat16, 2 pieces", marks=SLOW
+        {"dtype": "bfloat16", "gradient_accumulation_steps": 2}, id="bfloat16, 2 pieces", marks=SLOW
     ),
     pytest.param({"gradient_checkpointing": True}, id="activations again", marks=SLOW),
-    pytest.param({"stage": 1, "precision": "bfloat16"}, id="stage 1, bfloat16"),
+    pytest.param({"stage": 1, "dtype": "bfloat16"}, id="stage 1, bfloat16"),
     pytest.param(
-        {"gradient_checkpointing": "selective", "precision": "bfloat16"}, id="selective, bfloat16"
+        {"gradient_checkpointing": "selective", "dtype": "bfloat16"}, id="selective, bfloat16"
     ),
     pytest.param(
         {"max_length": 60, "batch_size": 12, "image_size": 30}, id="other sizes", marks=SLOW
     ),
-    pytest.param({"adapter": {"rank": 8}}, id="LoRA"),
-    pytest.param({"precision": "bfloat16"}, id="bfloat16", marks=SLOW),
+    pytest.param({"lora": {"r": 8}}, id="LoRA"),
+    pytest.param({"dtype": "bfloat16"}, id="bfloat16", marks=SLOW),
     pytest.param({"stage": 1, "gradient_checkpointing": True}, id="stage 1, again", marks=SLOW),
-    pytest.param({"attention": "eager", "batch_size": 4}, id="eager attention", marks=SLOW),
-    pytest.param({"frozen": ["vision", "decoder"]}, id="parts frozen", marks=SLOW),
+    pytest.param(
+        {"attn_implementation": "eager", "batch_size": 4}, id="eager attention", marks=SLOW
+    ),
+    pytest.param({"freeze": ["vision", "decoder"]}, id="parts frozen", marks=SLOW),
     pytest.param(
         {
-            "adapter": {"rank": 4, "parts": ["decoder", "vision"], "trained": ["abstractor"]},
-            "precision": "bfloat16",
+            "lora": {"r": 4, "parts": ["decoder", "vision"], "modules_to_save": ["abstractor"]},
+            "dtype": "bfloat16",
             "gradient_checkpointing": True,
         },
         id="LoRA, bfloat16, again",
@@ -83,7 +85,7 @@ def test_the_optimizer_holds_two_numbers_for_each_that_is_trained(tmp_path):
 
 
 def test_sharding_shares_out_what_is_held_for_each_weight(tmp_path):
-    recipe = small(tmp_path, precision="bfloat16", gradient_accumulation=2)
+    recipe = small(tmp_path, dtype="bfloat16", gradient_accumulation_steps=2)
     run = run_of(recipe)
     whole, shared = run.memory(Sharding.NONE, 1), run.memory(Sharding.FSDP2, 4)
     assert shared.weights == whole.weights // 4
@@ -95,7 +97,7 @@ def test_sharding_shares_out_what_is_held_for_each_weight(tmp_path):
 
 
 def test_zero3_has_16_bits_and_masters(tmp_path):
-    recipe = small(tmp_path, precision="bfloat16")
+    recipe = small(tmp_path, dtype="bfloat16")
     machine = Machine.of(gpus=2)
     run = run_of(recipe, machine, Sharding.ZERO3)
     memory = run.memory(Sharding.ZERO3, 2)
@@ -106,7 +108,7 @@ def test_zero3_has_16_bits_and_masters(tmp_path):
 
 @pytest.mark.parametrize(("bits", "width"), [("4bit", 0.516), ("8bit", 1.0)])
 def test_rounded_weights_are_small(tmp_path, bits, width):
-    settings = {"adapter": {"rank": 2}, "precision": "bfloat16"}
+    settings = {"lora": {"r": 2}, "dtype": "bfloat16"}
     plain = run_of(small(tmp_path, **settings)).memory(Sharding.NONE, 1)
     rounded = run_of(small(tmp_path, **settings, quantize=bits)).memory(Sharding.NONE, 1)
     width_, mlp = WIDE["hidden_size"], WIDE["intermediate_size"]
@@ -137,7 +139,7 @@ def test_activations_of_the_released_model_as_one_counts_them():
         gradient_checkpointing=True,
         batch_size=1,
         max_length=512,
-        precision="bfloat16",
+        dtype="bfloat16",
     )
     run = dry_run(recipe, Setting(FULL, Machine.of()))
     memory = run.memory(Sharding.NONE, 1)

@@ -72,9 +72,9 @@ def test_figures_are_of_the_time_since_the_line_before(clock):
     watch.on_log(ARGS, state(20), None, LOGS)
     first, second = watch.log.lines
     assert (first["samples_per_second"], first["tokens_per_second"]) == (10.0, 200.0)
-    assert (first["images_per_second"], first["waiting_share"]) == (5.0, 0.25)
+    assert (first["images_per_second"], first["data_wait_fraction"]) == (5.0, 0.25)
     assert (second["samples_per_second"], second["tokens_per_second"]) == (2.5, 125.0)
-    assert (second["images_per_second"], second["waiting_share"]) == (0.5, 0.25)
+    assert (second["images_per_second"], second["data_wait_fraction"]) == (0.5, 0.25)
     assert [second[key] for key in ("samples", "tokens", "images", "left_out", "seconds")] == [
         30, 900, 12, 1, 6.0,
     ]  # fmt: skip
@@ -147,12 +147,12 @@ def test_counts_of_a_run_are_those_of_its_samples(recipe, world):
     assert len(set(lengths)) > 1
     assert facts["tokens"] == 2 * sum(lengths)
     assert facts["images"] == facts["samples"] == 2 * len(lengths)
-    assert 0 < facts["waiting_share"] < 1
+    assert 0 < facts["data_wait_fraction"] < 1
     assert facts["tokens_per_second"] == pytest.approx(facts["tokens"] / facts["seconds"])
 
 
 def test_the_last_step_has_a_line(recipe):
-    result = train(recipe(max_steps=5, log_every=3), quiet())
+    result = train(recipe(max_steps=5, logging_steps=3), quiet())
     lines = [json.loads(line) for line in (result.output / "log.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 3, 5]
 

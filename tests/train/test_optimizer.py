@@ -30,7 +30,7 @@ SCALES = {
 
 
 def groups_of(model):
-    return parameter_groups(model, learning_rate=2.0, weight_decay=0.05, vision_layer_decay=0.9)
+    return parameter_groups(model, learning_rate=2.0, weight_decay=0.05, vision_lr_layer_decay=0.9)
 
 
 def group_of(groups, parameter):
@@ -110,7 +110,7 @@ def test_parts_have_rates_of_their_own():
         model,
         learning_rate=2.0,
         weight_decay=0.05,
-        vision_layer_decay=0.9,
+        vision_lr_layer_decay=0.9,
         vision_learning_rate=0.5,
         abstractor_learning_rate=8.0,
     )
@@ -134,7 +134,7 @@ def test_a_recipe_s_rates_reach_the_groups_and_fall_in_proportion(make_recipe):
     """From peak to minimum each by the same factor, in the Trainer's own schedule."""
     recipe = make_recipe(
         learning_rate=1e-2,
-        min_learning_rate=1e-3,
+        min_lr=1e-3,
         vision_learning_rate=4e-3,
         abstractor_learning_rate=3e-2,
         warmup_steps=2,
@@ -162,9 +162,7 @@ def test_a_recipe_s_rates_reach_the_groups_and_fall_in_proportion(make_recipe):
     assert reached[-1] == pytest.approx([0.1 * peak for peak in peaks])
 
 
-@pytest.mark.parametrize(
-    "settings", [{"adapter": {"rank": 2}}, {"stage": 1}, {"frozen": ["vision"]}]
-)
+@pytest.mark.parametrize("settings", [{"lora": {"r": 2}}, {"stage": 1}, {"freeze": ["vision"]}])
 def test_the_table_counts_every_trained_number_once(make_recipe, settings):
     recipe = make_recipe(**settings)
     model = make_model()

@@ -37,11 +37,11 @@ def samples(with_images=True):
     return [*items, item]
 
 
-def learned(batch, attention="sdpa", checkpointed=False, **settings):
+def learned(batch, attn_implementation="sdpa", checkpointed=False, **settings):
     """The loss of a batch and its gradients, all by name."""
-    settings |= {"initializer_range": 0.4, "attn_implementation": attention}
+    settings |= {"initializer_range": 0.4, "attn_implementation": attn_implementation}
     model = make_model(**settings).train()
-    assert model.config._attn_implementation == attention
+    assert model.config._attn_implementation == attn_implementation
     with torch.no_grad():  # else text and visual weights are copies, and routing shows nowhere
         for name, parameter in model.named_parameters():
             if "multiway.1" in name:
@@ -175,9 +175,9 @@ def test_a_packed_run_is_the_padded_run(recipe, tmp_path, mixed, accumulation):
         "data": mixed,
         "max_length": 150,
         "batch_size": 8,
-        "log_every": 1,
+        "logging_steps": 1,
         "adam_epsilon": 1e-3,
-        "gradient_accumulation": accumulation,
+        "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": True,
     }
     padded = train(recipe(output=str(tmp_path / "padded"), **settings), quiet())
@@ -196,7 +196,7 @@ def test_a_packed_run_is_the_padded_run(recipe, tmp_path, mixed, accumulation):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"packing": True, "workers": 2},
+        {"packing": True, "dataloader_num_workers": 2},
         pytest.param({"group_by_length": True}, marks=pytest.mark.slow),
     ],
 )

@@ -8,7 +8,7 @@ from owl2.data.packing import pack
 from owl2.errors import InputError
 from owl2.train.adapters import adapt
 from owl2.train.parallelize import blocks_of, compile_blocks, enable_checkpointing, require_compiler
-from owl2.train.recipe import Adapter
+from owl2.train.recipe import LoraSettings
 from owl2.train.run import train
 from tests.tiny import VISION_BLOCKS, make_model
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
@@ -49,7 +49,7 @@ def learned(model):
 def prepared(checkpointing=False, lora=False):
     model = make_model(initializer_range=0.4).train()
     if lora:
-        adapt(model, Adapter(rank=2, trained=["abstractor"]), seed=0)
+        adapt(model, LoraSettings(r=2, modules_to_save=["abstractor"]), seed=0)
     if checkpointing:
         enable_checkpointing(model, checkpointing == "selective")
     return model
@@ -103,9 +103,9 @@ def test_stopped_and_gone_on_with_all_at_once_equals_uninterrupted(recipe, tmp_p
     settings = {
         "compile": True,
         "gradient_checkpointing": "selective",
-        "precision": "bfloat16",
+        "dtype": "bfloat16",
         "packing": True,
-        "gradient_accumulation": 2,
+        "gradient_accumulation_steps": 2,
     }
     whole = train(recipe(**settings, output=str(tmp_path / "whole")), quiet())
     interrupt_at(monkeypatch, 4)

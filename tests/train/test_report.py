@@ -38,7 +38,7 @@ def in_words(facts, files):
 def test_what_was_measured():
     facts = measured(END, LINES, LOOKS)
     assert (facts["samples_per_second"], facts["tokens_per_second"]) == (8.0, 800.0)
-    assert (facts["waiting_share"], facts["first_loss"], facts["loss"]) == (0.05, 6.0, 0.5)
+    assert (facts["data_wait_fraction"], facts["first_loss"], facts["loss"]) == (0.05, 6.0, 0.5)
     assert facts["validation"] == {
         "first": {"step": 0, "loss": 6.5},
         "last": {"step": 20, "loss": 1.0},

@@ -22,7 +22,11 @@ from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, step, workers):
-    settings = {"workers": workers, "data": recipe().data, "gradient_accumulation": 2}
+    settings = {
+        "dataloader_num_workers": workers,
+        "data": recipe().data,
+        "gradient_accumulation_steps": 2,
+    }
     whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -63,14 +67,14 @@ def test_a_killed_run_goes_on_from_its_last_whole_state(recipe, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Owl2Trainer, "training_step", die)
         with pytest.raises(Killed):
-            train(recipe(save_every=3), quiet())
+            train(recipe(save_steps=3), quiet())
     checkpoints = tmp_path / "run" / "checkpoints"
     saved = {path.name for path in checkpoints.iterdir()}
     assert saved == {"recipe.json", "latest.json", "checkpoint-6"}  # one state, not all
     # A state that the kill cut short is not what is gone on from.
     (checkpoints / "checkpoint-9").mkdir()
     (checkpoints / "checkpoint-9" / "trainer_state.json").write_text("{", encoding="utf-8")
-    resumed = train(recipe(), quiet())  # also without save_every: it changes nothing learned
+    resumed = train(recipe(), quiet())  # also without save_steps: it changes nothing learned
     assert_same_weights(weights(whole.model), weights(resumed.model))
 
 

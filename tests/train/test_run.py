@@ -124,7 +124,7 @@ def test_a_broken_image_is_named_without_a_traceback(recipe, tmp_path, workers):
     turns = [{"from": "human", "value": "<image>a"}, {"from": "gpt", "value": "b"}]
     rows = [{"image": "gone.png", "conversations": turns}]
     (tmp_path / "bad.json").write_text(json.dumps(rows), encoding="utf-8")
-    bad = recipe(data=[{"file": str(tmp_path / "bad.json")}], workers=workers)
+    bad = recipe(data=[{"file": str(tmp_path / "bad.json")}], dataloader_num_workers=workers)
     with pytest.raises(InputError) as caught:
         train(bad, quiet())
     assert "gone.png" in str(caught.value)
@@ -144,7 +144,7 @@ def test_samples_cut_to_nothing_are_counted(recipe, world):
         recipe(
             data=[{"file": str(world / "long.json")}],
             max_length=longest,
-            on_bad="skip",
+            on_invalid_sample="skip",
             epochs=1.0,
             max_steps=None,
         ),
@@ -162,22 +162,24 @@ def test_samples_cut_to_nothing_are_counted(recipe, world):
 
 
 def test_samples_all_cut_to_nothing_are_refused(recipe, tmp_path):
-    short = recipe(max_length=9, max_steps=9, epochs=None, on_bad="skip")
+    short = recipe(max_length=9, max_steps=9, epochs=None, on_invalid_sample="skip")
     with pytest.raises(InputError, match=r"after 6 steps there was nothing to learn.*max_length"):
         train(short, quiet())  # an epoch has six
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_a_sample_cut_to_nothing_stops_the_run_by_default(recipe, tmp_path):
-    with pytest.raises(InputError, match=r"data\.json, row \d+: nothing to learn.*on_bad=skip"):
+    with pytest.raises(
+        InputError, match=r"data\.json, row \d+: nothing to learn.*on_invalid_sample=skip"
+    ):
         train(recipe(max_length=9), quiet())
     assert not (tmp_path / "run" / "model").exists()
 
 
-@pytest.mark.parametrize("save_every", [None, 2])
-def test_weights_that_the_last_update_spoilt_are_not_saved(recipe, tmp_path, save_every):
-    steps = 2 if save_every is None else 3
-    spoilt = recipe(learning_rate=1e99, warmup_steps=1, max_steps=steps, save_every=save_every)
+@pytest.mark.parametrize("save_steps", [None, 2])
+def test_weights_that_the_last_update_spoilt_are_not_saved(recipe, tmp_path, save_steps):
+    steps = 2 if save_steps is None else 3
+    spoilt = recipe(learning_rate=1e99, warmup_steps=1, max_steps=steps, save_steps=save_steps)
     with pytest.raises(InputError, match=r"step 2: after its update \S+ is not finite"):
         train(spoilt, quiet())
     assert not (tmp_path / "run" / "model").exists()

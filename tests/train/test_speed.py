@@ -121,8 +121,8 @@ def run(mixture, output: Path, **settings):
         "warmup_steps": 5,
         "learning_rate": 1e-3,
         "gradient_checkpointing": False,
-        "workers": 0,
-        "log_every": 1,
+        "dataloader_num_workers": 0,
+        "logging_steps": 1,
     }
     result = train(Recipe(**(recipe | settings)), quiet())
     assert result.finished
@@ -165,9 +165,9 @@ def test_packing_has_more_tokens_a_second(mixture, tmp_path, clock):
 
 def test_two_workers_keep_up(mixture, tmp_path):
     """The run waits for data in less than 5 % of its time."""
-    lines = run(mixture, tmp_path / "run", workers=2, packing=True, max_steps=25)
+    lines = run(mixture, tmp_path / "run", dataloader_num_workers=2, packing=True, max_steps=25)
     lines = lines[2:]  # the workers begin
-    share = sum(line["waiting_share"] for line in lines) / len(lines)
+    share = sum(line["data_wait_fraction"] for line in lines) / len(lines)
     print(f"waiting for data: {share:.1%} of the time")
     assert share < 0.05
 

@@ -61,16 +61,16 @@ def read_lines(path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"packing": True, "workers": 2},
+        {"packing": True, "dataloader_num_workers": 2},
         pytest.param({"packing": True}, marks=pytest.mark.slow),
-        pytest.param({"workers": 2}, marks=pytest.mark.slow),
-        pytest.param({"group_by_length": True, "shuffle_window": 3}, marks=pytest.mark.slow),
+        pytest.param({"dataloader_num_workers": 2}, marks=pytest.mark.slow),
+        pytest.param({"group_by_length": True, "shuffle_buffer": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_goes_on_with_the_next_samples(
     recipe, tmp_path, monkeypatch, mixed, settings
 ):
-    settings = settings | {"data": mixed, "on_bad": "skip", "max_steps": 22}
+    settings = settings | {"data": mixed, "on_invalid_sample": "skip", "max_steps": 22}
     whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
     left_out = read_lines(whole.output / "left_out.jsonl")
     assert {line["code"] for line in left_out} == {
@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_with_the_next_samples(
 
 
 def test_what_an_earlier_run_left_out_is_forgotten(recipe, mixed):
-    settings = {"data": mixed, "on_bad": "skip", "max_steps": 12}
+    settings = {"data": mixed, "on_invalid_sample": "skip", "max_steps": 12}
     first = train(recipe(**settings), quiet())
     assert read_lines(first.output / "left_out.jsonl")
     train(recipe(overwrite=True), quiet())
@@ -101,17 +101,19 @@ def test_what_an_earlier_run_left_out_is_forgotten(recipe, mixed):
 
 
 def test_a_run_that_stopped_at_a_bad_row_goes_on_without_it(recipe, mixed, monkeypatch, tmp_path):
-    settings = {"data": mixed, "max_steps": 12, "save_every": 1}
-    whole = train(recipe(output=str(tmp_path / "whole"), on_bad="skip", **settings), quiet())
-    with pytest.raises(InputError, match="on_bad=skip leaves such samples out"):
+    settings = {"data": mixed, "max_steps": 12, "save_steps": 1}
+    whole = train(
+        recipe(output=str(tmp_path / "whole"), on_invalid_sample="skip", **settings), quiet()
+    )
+    with pytest.raises(InputError, match="on_invalid_sample=skip leaves such samples out"):
         train(recipe(**settings), quiet())
-    resumed = train(recipe(on_bad="skip", **settings), quiet())
+    resumed = train(recipe(on_invalid_sample="skip", **settings), quiet())
     assert_same_weights(weights(whole.model), weights(resumed.model))
 
 
 def test_a_file_that_is_lost_stops_the_run_also_with_skip(feed):
     one = feed()
-    one.on_bad = "skip"
+    one.on_invalid_sample = "skip"
     with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
         one._leave_out(
             [Bad.row(InputError("a.jsonl has changed since: start again", ErrorCode.FILE_CHANGED))]
@@ -124,7 +126,7 @@ def test_weights_have_no_epochs(recipe, mixed, world):
         {"file": str(world / "data.json"), "weight": 2.0},
     ]
     console = quiet()
-    result = train(recipe(data=data, on_bad="skip", max_steps=12), console)
+    result = train(recipe(data=data, on_invalid_sample="skip", max_steps=12), console)
     assert "Samples by weight, images at" in console.file.getvalue()
     assert {line["epoch"] for line in read_lines(result.output / "log.jsonl")} == {0.0}
 
@@ -135,7 +137,7 @@ def test_a_stream_without_a_number_of_samples_is_refused(recipe, shards):
 
 
 def test_the_log_tells_the_datas_epochs(recipe):
-    result = train(recipe(max_steps=15, log_every=3), quiet())  # 24 samples, 4 a step
+    result = train(recipe(max_steps=15, logging_steps=3), quiet())  # 24 samples, 4 a step
     epochs = {line["step"]: line["epoch"] for line in read_lines(result.output / "log.jsonl")}
     assert epochs == {1: 1 / 6, 3: 0.5, 6: 1.0, 9: 1.5, 12: 2.0, 15: 2.5}
 
@@ -203,7 +205,11 @@ def test_a_state_of_other_data_is_refused(feed, tmp_path):
 def test_a_run_of_nothing_but_bad_samples_ends(recipe, tmp_path):
     rows = [{"image": f"{n}.png", "caption": "red"} for n in range(200)]
     (tmp_path / "gone.json").write_text(json.dumps(rows), encoding="utf-8")
-    settings = {"data": [{"file": str(tmp_path / "gone.json")}], "on_bad": "skip", "max_steps": 50}
+    settings = {
+        "data": [{"file": str(tmp_path / "gone.json")}],
+        "on_invalid_sample": "skip",
+        "max_steps": 50,
+    }
     with pytest.raises(InputError, match=r"the first 100 samples were all left out.*left_out"):
         train(recipe(**settings), quiet())
 
@@ -220,7 +226,7 @@ def test_what_was_in_the_batches_is_counted(feed):
 
 def test_dropout_goes_on_with_the_chance_that_comes_next(recipe, tmp_path, monkeypatch):
     """Which neither the batches nor the workers draw from."""
-    settings = {"adapter": {"rank": 2, "dropout": 0.3}, "packing": True, "workers": 2}
+    settings = {"lora": {"r": 2, "lora_dropout": 0.3}, "packing": True, "dataloader_num_workers": 2}
     whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)

@@ -49,7 +49,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(make_recipe, tmp_pat
     """Pieces with different numbers of labels weigh by their labels, not by their number."""
     settings = {"batch_size": 8, "max_steps": 1, "max_grad_norm": 1e9}
     whole = first_gradients(make_recipe(**settings), tmp_path)
-    pieces = first_gradients(make_recipe(**settings, gradient_accumulation=4), tmp_path)
+    pieces = first_gradients(make_recipe(**settings, gradient_accumulation_steps=4), tmp_path)
     assert whole.keys() == pieces.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(pieces[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -139,9 +139,7 @@ class CountForwards:
 
 def test_the_schedule_is_warm_up_then_cosine_for_each_group(make_recipe, tmp_path):
     peak, least, warmup, steps = 1e-2, 1e-4, 4, 24
-    recipe = make_recipe(
-        learning_rate=peak, min_learning_rate=least, warmup_steps=warmup, max_steps=steps
-    )
+    recipe = make_recipe(learning_rate=peak, min_lr=least, warmup_steps=warmup, max_steps=steps)
     trainer = make_trainer(recipe, tmp_path)
     trainer.create_optimizer_and_scheduler(num_training_steps=steps)
     scales = [group["lr_scale"] for group in trainer.optimizer.param_groups]
@@ -159,7 +157,7 @@ def test_the_schedule_is_warm_up_then_cosine_for_each_group(make_recipe, tmp_pat
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_any_harm(make_recipe, tmp_path):
-    recipe = make_recipe(save_every=1, max_steps=8)
+    recipe = make_recipe(save_steps=1, max_steps=8)
     model = make_model()
     trainer = make_trainer(recipe, tmp_path, model)
     trainer.feed.loader.collate = spoil(batch=3)
@@ -218,7 +216,7 @@ def test_a_warm_up_longer_than_the_epochs_is_refused(make_recipe, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_going_on_equals_not_having_stopped(make_recipe, tmp_path, caplog, tied):
-    recipe = make_recipe(save_every=2)
+    recipe = make_recipe(save_steps=2)
     whole = make_model(tie_word_embeddings=tied)
     make_trainer(recipe, tmp_path, whole).train()
     resumed = make_model(seed=1, tie_word_embeddings=tied)
@@ -228,7 +226,7 @@ def test_going_on_equals_not_having_stopped(make_recipe, tmp_path, caplog, tied)
 
 
 def test_a_state_of_another_model_is_refused(make_recipe, tmp_path):
-    recipe = make_recipe(save_every=2)
+    recipe = make_recipe(save_steps=2)
     make_trainer(recipe, tmp_path, make_model(use_mam=False)).train()
     trainer = make_trainer(recipe, tmp_path)
     with pytest.raises(InputError, match="the state of another model"):
@@ -237,7 +235,7 @@ def test_a_state_of_another_model_is_refused(make_recipe, tmp_path):
 
 def test_bfloat16_computes_in_it_and_keeps_float32_weights(make_recipe, tmp_path):
     model = make_model()
-    trainer = make_trainer(make_recipe(precision="bfloat16"), tmp_path, model)
+    trainer = make_trainer(make_recipe(dtype="bfloat16"), tmp_path, model)
     seen = set()
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
     trainer.train()
@@ -255,7 +253,7 @@ def test_the_trainer_prints_nothing_of_its_own(make_recipe, tmp_path, capsys):
 def test_copies_of_weights_are_not_kept_beside_checkpoints(make_recipe, tmp_path, checkpointing):
     """Autocast's 16-bit copies would stay until the forward pass is over."""
     recipe = make_recipe(
-        precision="bfloat16", gradient_checkpointing=checkpointing, batch_size=2, max_steps=1
+        dtype="bfloat16", gradient_checkpointing=checkpointing, batch_size=2, max_steps=1
     )
     trainer = make_trainer(recipe, tmp_path)
     keeps: list[bool] = []

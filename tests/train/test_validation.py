@@ -201,11 +201,11 @@ def test_what_the_line_holds():
 def test_a_run_with_looks_ends_with_the_weights_of_one_without(recipe, world, tmp_path):
     held_out = {
         "data": [{"file": str(world / "data.json")}],
-        "every": 3,
-        "samples": 8,
-        "answers": 1,
+        "eval_steps": 3,
+        "max_samples": 8,
+        "num_generations": 1,
     }
-    settings = {"augment": "crop_flip", "gradient_checkpointing": True, "save_every": 4}
+    settings = {"augment": "crop_flip", "gradient_checkpointing": True, "save_steps": 4}
     plain = train(recipe(output=str(tmp_path / "plain"), **settings), quiet())
     console = quiet()
     watched = train(recipe(validation=held_out, **settings), console)
@@ -239,17 +239,21 @@ def test_a_look_computes_in_the_precision_of_training(recipe, world, monkeypatch
         return found
 
     monkeypatch.setattr(Validator, "_sums", looking)
-    held_out = {"data": [{"file": str(world / "data.json")}], "samples": 2, "answers": 0}
-    train(recipe(validation=held_out, precision="bfloat16", max_steps=3), quiet())
+    held_out = {
+        "data": [{"file": str(world / "data.json")}],
+        "max_samples": 2,
+        "num_generations": 0,
+    }
+    train(recipe(validation=held_out, dtype="bfloat16", max_steps=3), quiet())
     assert dtypes == {torch.bfloat16}
 
 
 def test_a_resumed_run_looks_where_it_would_have_looked(recipe, world, monkeypatch, tmp_path):
     held_out = {
         "data": [{"file": str(world / "data.json")}],
-        "every": 4,
-        "samples": 4,
-        "answers": 1,
+        "eval_steps": 4,
+        "max_samples": 4,
+        "num_generations": 1,
     }
     whole = train(recipe(output=str(tmp_path / "whole"), validation=held_out), quiet())
     with monkeypatch.context() as patch:
@@ -276,9 +280,9 @@ def test_held_out_samples_that_cannot_be_used(recipe, tmp_path):
     text = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     rows = [{"conversations": text}, {"image": "gone.png", "conversations": turns}]
     (tmp_path / "bad.json").write_text(json.dumps(rows), encoding="utf-8")
-    held_out = {"data": [{"file": str(tmp_path / "bad.json")}], "every": 3}
+    held_out = {"data": [{"file": str(tmp_path / "bad.json")}], "eval_steps": 3}
     with pytest.raises(InputError, match=r"validation: .*bad\.json, row 2: .*gone\.png"):
         train(recipe(validation=held_out), quiet())
-    result = train(recipe(validation=held_out, on_bad="skip", overwrite=True), quiet())
+    result = train(recipe(validation=held_out, on_invalid_sample="skip", overwrite=True), quiet())
     [line, *_] = [json.loads(line) for line in (result.output / "validation.jsonl").open()]
     assert (line["samples"], line["left_out"], len(line["answers"])) == (1, 1, 1)

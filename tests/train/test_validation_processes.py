@@ -24,11 +24,13 @@ def watched(recipe, world, tmp_path):
         rows.append(row | {"conversations": turns})
     path = tmp_path / "held_out.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
-    held_out = {"data": [{"file": str(path), "images": "/"}], "every": 2, "answers": 1}
+    held_out = {"data": [{"file": str(path), "images": "/"}], "eval_steps": 2, "num_generations": 1}
 
     def make(name):
         output = str(tmp_path / name)
-        return recipe(output=output, validation=held_out, max_steps=2, warmup_steps=0, log_every=1)
+        return recipe(
+            output=output, validation=held_out, max_steps=2, warmup_steps=0, logging_steps=1
+        )
 
     return make
 

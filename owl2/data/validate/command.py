@@ -305,7 +305,7 @@ def _say(
         say(f"Looked at {looked}.")
     if number:
         say(
-            f"{number:,} rows are bad: training refuses them, or on_bad: skip leaves them out.",
+            f"{number:,} rows are bad: training refuses them, or skips them with on_invalid_sample: skip.",
             "red",
         )
     elif findings.finished:

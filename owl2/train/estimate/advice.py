@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from owl2.train.estimate.estimate import Plan, checkpointed
 from owl2.train.estimate.memory import Setting, Sharding, dry_run
-from owl2.train.recipe import Adapter, Recipe
+from owl2.train.recipe import LoraSettings, Recipe
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ def _changes(plan: Plan) -> Iterator[tuple[list[str], Recipe, Setting]]:
         yield [*words, "--sharding fsdp2"], recipe, replace(setting, sharding=Sharding.FSDP2)
     if recipe.stage == 1 or recipe.quantize is not None:
         return
-    if recipe.adapter is None:
+    if recipe.lora is None:
         recipe, words = (
-            recipe.model_copy(update={"adapter": Adapter.model_validate({})}),
-            [*words, "adapter={}"],
+            recipe.model_copy(update={"lora": LoraSettings.model_validate({})}),
+            [*words, "lora={}"],
         )
         yield words, recipe, setting
     quantised = recipe.model_copy(update={"quantize": "4bit"})
@@ -53,7 +53,7 @@ def _changes(plan: Plan) -> Iterator[tuple[list[str], Recipe, Setting]]:
 def _tried(words: list[str], recipe: Recipe, setting: Setting) -> Advice | None:
     """The recipe with the largest pieces of a step that fit; None if not even one sample does."""
     samples = recipe.batch_size // setting.machine.devices
-    now = samples // recipe.gradient_accumulation
+    now = samples // recipe.gradient_accumulation_steps
     sizes = [size for size in range(now, 0, -1) if samples % size == 0]
     needs = {size: _need(recipe, setting, samples // size) for size in {sizes[0], sizes[-1]}}
     holds = setting.machine.holds
@@ -66,13 +66,13 @@ def _tried(words: list[str], recipe: Recipe, setting: Setting) -> Advice | None:
             need = needs.get(size) or _need(recipe, setting, samples // size)
             if holds(need):
                 changed = samples // size
-                if changed != recipe.gradient_accumulation:
-                    words = [*words, f"gradient_accumulation={changed}"]
+                if changed != recipe.gradient_accumulation_steps:
+                    words = [*words, f"gradient_accumulation_steps={changed}"]
                 return Advice(" ".join(words), need)
     return None
 
 
 def _need(recipe: Recipe, setting: Setting, pieces: int) -> int:
-    changed = recipe.model_copy(update={"gradient_accumulation": pieces})
+    changed = recipe.model_copy(update={"gradient_accumulation_steps": pieces})
     run = dry_run(changed, setting)
     return run.memory(setting.sharding, setting.machine.devices).total

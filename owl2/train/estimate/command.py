@@ -72,7 +72,7 @@ def counted(recipe: Recipe) -> int | None:
         return None
     total = 0
     for source in recipe.data:
-        path = source.file or source.table
+        path = source.file or source.hf_dataset
         if source.count is None:
             if source.shards is not None or (path is not None and not Path(path).exists()):
                 return None

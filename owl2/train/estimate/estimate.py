@@ -119,7 +119,7 @@ def _work(recipe: Recipe, setting: Setting, flops: dict[Checkpointing, int]) -> 
     data, batch = setting.data, recipe.batch_size
     tokens = data.tokens or recipe.max_length
     if data.tokens is None and data.images == 1:
-        once = float(flops[False]) * setting.machine.devices * recipe.gradient_accumulation
+        once = float(flops[False]) * setting.machine.devices * recipe.gradient_accumulation_steps
     else:
         once = _mean_flops(recipe, setting, tokens) * batch
     again = once * (flops[recipe.gradient_checkpointing] / flops[False] - 1)

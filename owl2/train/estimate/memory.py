@@ -152,7 +152,7 @@ def dry_run(recipe: Recipe, setting: Setting) -> DryRun:
     Raises:
         InputError: the batch cannot be shared out.
     """
-    half = recipe.precision_on(setting.machine.kind) == "bfloat16"
+    half = recipe.resolve_dtype(setting.machine.kind) == "bfloat16"
     sixteen = half and setting.sharding is Sharding.ZERO3
     shape = shape_of(recipe, setting)
     model = prepared_model(recipe, setting.config, half)
@@ -177,17 +177,17 @@ def shape_of(recipe: Recipe, setting: Setting) -> Shape:
         InputError: the batch cannot be shared out.
     """
     devices, data = setting.machine.devices, setting.data
-    pieces = devices * recipe.gradient_accumulation
+    pieces = devices * recipe.gradient_accumulation_steps
     if recipe.batch_size % pieces:
         raise InputError(
             f"batch_size ({recipe.batch_size}) must be a multiple of devices x "
-            f"gradient_accumulation ({devices} x {recipe.gradient_accumulation})"
+            f"gradient_accumulation_steps ({devices} x {recipe.gradient_accumulation_steps})"
         )
     samples = rows = recipe.batch_size // pieces
     if recipe.packing and data.tokens is not None:
         rows = math.ceil(samples * data.tokens / recipe.max_length)
     images = samples * math.ceil(data.images)
-    return Shape(rows, recipe.max_length, images, recipe.gradient_accumulation)
+    return Shape(rows, recipe.max_length, images, recipe.gradient_accumulation_steps)
 
 
 def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForConditionalGeneration:
@@ -205,7 +205,7 @@ def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForCon
         if recipe.image_size is not None:
             model.set_image_size(recipe.image_size)
         # By name, as the default is that of the machine which plans.
-        prepare(model, recipe.model_copy(update={"precision": precision}))
+        prepare(model, recipe.model_copy(update={"dtype": precision}))
     for linear in _rounded(model, recipe):
         linear.to(torch.bfloat16)
     if recipe.gradient_checkpointing:
