@@ -19,7 +19,7 @@ from owl2.errors import InputError
 
 
 @contextmanager
-def whole_directory(target: str | Path) -> Iterator[Path]:
+def atomic_directory(target: str | Path) -> Iterator[Path]:
     """Yield an empty directory that becomes ``target`` when the block ends without an exception.
 
     On an exception (Ctrl-C included) what was written is removed and an older ``target`` stays as
@@ -48,10 +48,10 @@ def whole_directory(target: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[TextIO]:
+def atomic_file(path: str | Path) -> Iterator[TextIO]:
     """Yield a text file (UTF-8) that becomes ``path`` when the block ends without an exception.
 
-    For what is too long to be held as one text; otherwise as ``write_whole``. On an exception
+    For what is too long to be held as one text; otherwise as ``atomic_write_text``. On an exception
     (Ctrl-C included) what was written is removed and an older file stays as it was.
 
     Raises:
@@ -74,13 +74,13 @@ def whole_file(path: str | Path) -> Iterator[TextIO]:
             raise
 
 
-def write_whole(path: str | Path, text: str) -> None:
+def atomic_write_text(path: str | Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path``, replacing an older file in one step.
 
     Raises:
         InputError: ``path`` is a directory, or cannot be written.
     """
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(text)
 
 

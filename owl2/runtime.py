@@ -15,7 +15,7 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 LARGEST = 2**31 - 1
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Let the process keep what it frees, for the next tensor of that size.
 
     glibc asks the system for each large tensor and gives it back, so that every activation is made
@@ -30,7 +30,7 @@ def keep_memory() -> None:
     mallopt(ARENA_MAX, 1)  # others than the first cannot hold large tensors
 
 
-def has_bfloat16() -> bool:
+def cpu_supports_bf16() -> bool:
     """Whether this CPU multiplies numbers in bfloat16 itself: others take float32's time and more.
 
     False if torch is too old to say.
@@ -98,4 +98,4 @@ def select_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
     if device.type == "mps":
         return torch.float16  # every macOS with MPS supports it; bfloat16 needs a recent one
     # CPUs without bfloat16 instructions convert to 32 bits, which is slower.
-    return torch.bfloat16 if has_bfloat16() else torch.float32
+    return torch.bfloat16 if cpu_supports_bf16() else torch.float32

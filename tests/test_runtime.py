@@ -7,9 +7,9 @@ import pytest
 
 CODE = """
 import resource, sys, torch
-from owl2.runtime import keep_memory
+from owl2.runtime import tune_malloc
 if sys.argv[1] == "kept":
-    keep_memory()
+    tune_malloc()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():

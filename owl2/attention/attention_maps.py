@@ -28,8 +28,9 @@ from owl2.engine.prefill import Read
 from owl2.engine.scoring import read_alone
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import Message, read_messages
-from owl2.processing.image_processing import ImagePolicy, load_image
+from owl2.processing.chat_template import Message, parse_messages
+from owl2.processing.image_io import load_image
+from owl2.processing.image_processing import ImagePolicy
 from owl2.processing.processor import Owl2Processor
 
 MAX_NEW_TOKENS = 64  # a figure with more rows than that shows nothing
@@ -175,7 +176,7 @@ def _opened(
     messages: Sequence[Message], processor: Owl2Processor
 ) -> tuple[list[Message], list[Image.Image]]:
     """The messages with their images opened, and these: what is behind a URL is fetched once."""
-    conversation = read_messages(messages)
+    conversation = parse_messages(messages)
     limit = processor.image_processor.max_pixels
     images = [load_image(source, limit) for source in conversation.images]
     rest = iter(images)

@@ -14,9 +14,9 @@ from owl2.attention.plots import draw_heat, draw_maps, draw_shares, require_matp
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import InputError
-from owl2.files import whole_directory
-from owl2.processing.chat_template import check_question, user_message
-from owl2.processing.image_processing import load_image
+from owl2.files import atomic_directory
+from owl2.processing.chat_template import user_message, validate_prompt
+from owl2.processing.image_io import load_image
 
 MEAN = "mean"
 MOST_WORDS = 7  # that are painted where none were chosen
@@ -57,7 +57,7 @@ def attend(settings: Settings, console: Console) -> None:
     require_matplotlib()
     _require_own(settings.output)
     messages = [user_message(settings.question, settings.images)]
-    check_question(messages)
+    validate_prompt(messages)
     processor = settings.model.load_processor()
     limit = processor.image_processor.max_pixels
     images = [load_image(image, limit) for image in settings.images]
@@ -73,7 +73,7 @@ def attend(settings: Settings, console: Console) -> None:
         answer = looks[0].answer
         looks.append(look(engine, processor, messages, answer=answer, use_mam=False, **asked))
     words = _words(looks[0], settings.words)
-    with whole_directory(settings.output) as folder:
+    with atomic_directory(settings.output) as folder:
         draw_maps(folder / "attention.png", looks, layers, settings.question)
         draw_shares(folder / "shares.png", looks, settings.question)
         if images:

@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import Literal
 
 from owl2.errors import InputError
-from owl2.processing.chat_template import Message, read_messages, render_with_answers
-from owl2.processing.loss_mask import encode_learned
+from owl2.processing.chat_template import Message, parse_messages, render_with_answers
+from owl2.processing.loss_mask import encode_with_loss_mask
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import start_ids
 
@@ -49,23 +49,23 @@ class Script:
         """Written as training would write it.
 
         Raises:
-            InputError: see `messages.read_messages`.
+            InputError: see `parse_messages`.
         """
-        conversation = read_messages([*messages, {"role": "assistant", "content": answer}])
+        conversation = parse_messages([*messages, {"role": "assistant", "content": answer}])
         tokenizer = processor.tokenizer
         text, answers = render_with_answers(
             conversation, str(processor.chat_template), tokenizer.special_tokens_map
         )
         image_ids = [processor.image_token_id] * processor.num_image_tokens
-        sample = encode_learned(tokenizer, text, answers, start_ids(tokenizer), image_ids)
+        sample = encode_with_loss_mask(tokenizer, text, answers, start_ids(tokenizer), image_ids)
         end = len(sample.ids)
         # A template may write something after the end token, which nobody answered.
         while end and (
-            not sample.learned[end - 1] or sample.ids[end - 1] == tokenizer.eos_token_id
+            not sample.loss_mask[end - 1] or sample.ids[end - 1] == tokenizer.eos_token_id
         ):
             end -= 1
         begin = end
-        while begin and sample.learned[begin - 1]:
+        while begin and sample.loss_mask[begin - 1]:
             begin -= 1
         if begin == end:
             raise InputError(f"The answer {answer!r} has no tokens to look at.")

@@ -18,7 +18,7 @@ from owl2.engine.model_runner import FastDecoder
 from owl2.engine.prefill import Reader
 from owl2.engine.sampling import SamplingParams
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.model.variants import plain_llama, twin, without_mam
+from owl2.model.variants import as_llama, as_no_mam, clone_sharing_weights
 
 GREEDY = SamplingParams()
 
@@ -41,19 +41,19 @@ class Subjects:
     @cached_property
     def plain(self) -> Owl2ForConditionalGeneration:
         """The project's own code for a model without MAM."""
-        return without_mam(self.model)
+        return as_no_mam(self.model)
 
     @cached_property
     def eight_bits(self) -> Owl2ForConditionalGeneration:
         """The model with its decoder's weights in 8 bits."""
-        rounded = twin(self.model)
+        rounded = clone_sharing_weights(self.model)
         quantise(rounded, "8bit")
         return rounded
 
     @cached_property
     def llama(self) -> LlamaForCausalLM:
         """transformers' LLaMA of the decoder's shape and weights."""
-        return plain_llama(self.model)
+        return as_llama(self.model)
 
     @cached_property
     def training(self) -> Training:

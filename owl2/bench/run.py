@@ -26,7 +26,7 @@ from owl2.bench.report import draw, markdown, require_matplotlib, table
 from owl2.bench.roofline import measure_limits
 from owl2.bench.timing import measure, result
 from owl2.errors import InputError
-from owl2.files import require_writable, write_whole
+from owl2.files import atomic_write_text, require_writable
 from owl2.registry import look_up
 
 DEFAULT_SIZE = "bench"
@@ -161,8 +161,8 @@ def _processor() -> str:
 
 
 def _write(output: Path, results: dict[str, Any], title: str, console: Console) -> None:
-    write_whole(output / "bench.json", json.dumps(results, indent=2) + "\n")
-    write_whole(output / "bench.md", markdown(results, title))
+    atomic_write_text(output / "bench.json", json.dumps(results, indent=2) + "\n")
+    atomic_write_text(output / "bench.md", markdown(results, title))
     draw(output / "bench.png", results, title)
     where = ", ".join(str(output / f"bench.{kind}") for kind in ("json", "md", "png"))
     console.print(where, markup=False, highlight=False, soft_wrap=True)

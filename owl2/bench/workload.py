@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from owl2.constants import IGNORE_INDEX
 from owl2.data.collate import collate
 from owl2.data.packing import pack
 from owl2.model.configuration import Owl2Config
@@ -20,7 +21,6 @@ QUESTION = 20  # of them behind the image where a question is asked: "USER: …?
 NEW = 24  # tokens in a measurement of decoding
 TOGETHER = 16  # requests that wait at the same time
 FIRST_WORD = 3  # smaller ids are special
-IGNORED = -100
 # Text tokens of the training samples, even on a logarithmic scale; every other has an image.
 TRAINING_TEXT = (24, 34, 48, 68, 96, 136, 192, 256)
 
@@ -86,7 +86,7 @@ class Workload:
             has_image = number % 2 == 0
             ids = self.prompt(text, text - 4) if has_image else self.words(text)
             labels = ids.clone()
-            labels[:, : ids.shape[1] - text // 2] = IGNORED
+            labels[:, : ids.shape[1] - text // 2] = IGNORE_INDEX
             sample = {
                 "input_ids": ids,
                 "attention_mask": torch.ones_like(ids),
@@ -115,6 +115,6 @@ class Batches(NamedTuple):
             padded,
             packed,
             [sample["input_ids"].shape[1] for sample in samples],
-            int((padded["labels"] != IGNORED).sum()),
+            int((padded["labels"] != IGNORE_INDEX).sum()),
             len(padded["pixel_values"]),
         )

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 from owl2.errors import InputError
 from owl2.eval.response_cache import json_text
 from owl2.eval.sharding import Team
-from owl2.files import whole_file, write_whole
+from owl2.files import atomic_file, atomic_write_text
 
 SUFFIX = ".jsonl"
 LOOK_SECONDS = 0.5
@@ -146,9 +146,9 @@ class CaptionFiles:
             "bad": [{"file_name": name, "error": error} for name, error in bad.items()],
         }
         # The report first: an output without one is taken for somebody else's.
-        write_whole(self.report, json_text(report, indent=2) + "\n")
+        atomic_write_text(self.report, json_text(report, indent=2) + "\n")
         if len(bad) < len(names):
-            with whole_file(self.output) as file:
+            with atomic_file(self.output) as file:
                 file.writelines(self._line(name).decode() for name in names if name not in bad)
         for part in self._parts():
             part.unlink(missing_ok=True)

@@ -27,7 +27,8 @@ from owl2.errors import InputError
 from owl2.eval.generate import answer_or_reason
 from owl2.eval.sharding import Team
 from owl2.processing.chat_template import user_message
-from owl2.processing.image_processing import Owl2ImageProcessor, load_image
+from owl2.processing.image_io import load_image
+from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 from owl2.runtime import select_device
@@ -190,7 +191,7 @@ def _opened(
 
     def open_one(path: Path) -> Image.Image | InputError:
         try:
-            return processor.square(load_image(path, processor.max_pixels))
+            return processor.to_square(load_image(path, processor.max_pixels))
         except InputError as error:
             return error
 

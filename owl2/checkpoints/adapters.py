@@ -27,7 +27,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from owl2.checkpoints.config_file import read_config
 from owl2.checkpoints.key_report import key_problems
-from owl2.checkpoints.provenance import COMPUTED, IF_THERE, Source
+from owl2.checkpoints.provenance import COMPUTED, IF_THERE, Provenance
 from owl2.checkpoints.weight_files import check_weight_file
 from owl2.errors import InputError
 
@@ -168,7 +168,7 @@ def check_base(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def load_state(model: PreTrainedModel, folder: Path) -> None:
+def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     """Go on from an adapter's directory: its numbers, in the places that `add_lora` made.
 
     Raises:
@@ -303,8 +303,8 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
 
 
-def _source_of(model: PreTrainedModel) -> Source | None:
-    source: Source | None = getattr(model, "loaded_from", None)  # of ours, see `checkpoint`
+def _source_of(model: PreTrainedModel) -> Provenance | None:
+    source: Provenance | None = getattr(model, "provenance", None)  # of ours, see `checkpoint`
     return source
 
 

@@ -56,7 +56,7 @@ def read_config(name_or_path: str | Path, **hub: Any) -> Owl2Config:
     return config
 
 
-def check_generation(folder: Path) -> None:
+def check_generation_config(folder: Path) -> None:
     """Raise an InputError if a local ``generation_config.json`` holds values of a wrong type."""
     file = folder / "generation_config.json"
     if not file.is_file():

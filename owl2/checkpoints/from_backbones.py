@@ -119,7 +119,7 @@ def load_llm(source: str | Path, dtype: torch.dtype | str = "auto") -> LlamaForC
     return llm
 
 
-def fresh_llm(**settings: Any) -> LlamaForCausalLM:
+def random_llm(**settings: Any) -> LlamaForCausalLM:
     """A LLaMA of the given `LlamaConfig` settings with random weights.
 
     Raises:

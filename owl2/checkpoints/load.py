@@ -23,9 +23,9 @@ from owl2.checkpoints.adapters import (
     load_adapter,
     save_adapter,
 )
-from owl2.checkpoints.config_file import check_generation, read_config
+from owl2.checkpoints.config_file import check_generation_config, read_config
 from owl2.checkpoints.key_report import Shapes, key_problems, listing
-from owl2.checkpoints.provenance import Source
+from owl2.checkpoints.provenance import Provenance
 from owl2.checkpoints.weight_files import check_weight_files
 from owl2.errors import InputError
 
@@ -41,10 +41,10 @@ UNREADABLE = (OSError, SafetensorError, EOFError, StrictDataclassError)
 ACCOUNT_FOR_KEYS: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
-class ReleasedCheckpoints(PreTrainedModel):
+class CheckpointMixin(PreTrainedModel):
     """`from_pretrained` that accounts for every key, and remembers the place."""
 
-    loaded_from: Source | None = None
+    provenance: Provenance | None = None
 
     # Computed, not learned: made anew where a checkpoint does not carry them.
     _keys_to_ignore_on_load_missing = [r"attention\.[qk]_pos_embed$"]
@@ -104,7 +104,7 @@ class ReleasedCheckpoints(PreTrainedModel):
             model.generation_config.max_length = None
         if image_size is not None:
             model.set_image_size(image_size)
-        model.loaded_from = Source.of(name_or_path, hub)
+        model.provenance = Provenance.of(name_or_path, hub)
         return (model, info) if want_info else model
 
     @classmethod
@@ -219,7 +219,7 @@ def _check_files(name_or_path: str | Path, options: dict[str, Any]) -> None:
     folder = Path(name_or_path) / (options.get("subfolder") or "")
     if not folder.is_dir():
         return
-    check_generation(folder)
+    check_generation_config(folder)
     whole = check_weight_files(folder, options.get("use_safetensors") is not False)
     if whole and getattr(config, "quantization_config", None) is None:
         raise InputError(

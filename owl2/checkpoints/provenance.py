@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from owl2.checkpoints.weight_files import check_weight_file, unpickled, weight_files
+from owl2.checkpoints.weight_files import check_weight_file, load_pickle_weights, weight_files
 
 NUMBERS = 16  # of each tensor
 # Of a file that the hub, or its cache here, may not have.
@@ -31,7 +31,7 @@ COMPUTED = ("_pos_embed", ".inv_freq")
 
 
 @dataclass(frozen=True)
-class Source:
+class Provenance:
     """A local directory, `name` its absolute path, or a repository on the hub at one revision."""
 
     name: str
@@ -39,7 +39,7 @@ class Source:
     folder: Path | None  # with the files; None if the hub's cache has none
 
     @classmethod
-    def of(cls, name_or_path: str | Path, hub: dict[str, Any]) -> "Source":
+    def of(cls, name_or_path: str | Path, hub: dict[str, Any]) -> "Provenance":
         """Of what transformers has just loaded from there.
 
         Args:
@@ -81,7 +81,7 @@ def fingerprint(folder: Path) -> str | None:
 def _starts(file: Path) -> Iterator[tuple[str, Start]]:
     """The learned tensors' starts, by name."""
     if file.suffix != ".safetensors":
-        for name, tensor in unpickled(file, place="cpu").items():
+        for name, tensor in load_pickle_weights(file, place="cpu").items():
             if not name.endswith(COMPUTED):
                 yield name, (tuple(tensor.shape), _start(tensor))
         return

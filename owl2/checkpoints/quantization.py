@@ -16,7 +16,7 @@ BITS = ("8bit", "4bit")
 KEPT = ["model.vision_model", "model.visual_abstractor", "lm_head"]
 
 
-def quantization(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """How to load a base model in so many bits: `from_pretrained(quantization_config=...)`.
 
     Args:

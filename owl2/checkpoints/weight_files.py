@@ -75,11 +75,11 @@ def check_weight_file(file: Path) -> list[str]:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is broken, or no safetensors file: {error}") from error
         return [name for name, kind in kinds.items() if kind[0] in "IUC" or kind == "BOOL"]
-    tensors = unpickled(file)
+    tensors = load_pickle_weights(file)
     return [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
 
 
-def unpickled(file: Path, place: str = "meta") -> dict[str, torch.Tensor]:
+def load_pickle_weights(file: Path, place: str = "meta") -> dict[str, torch.Tensor]:
     """What a ``.bin`` holds; numbers are read when they are looked at, which `place` meta forbids.
 
     The format before torch 1.6 is read whole.

@@ -22,14 +22,15 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from owl2.constants import IGNORE_INDEX
 from owl2.data.augment import AUGMENTATIONS, none
 from owl2.data.mixture import Draw, Mixture
 from owl2.data.packing import pack
 from owl2.data.sample import Bad, Message, Sample
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import read_messages
-from owl2.processing.image_processing import load_image
-from owl2.processing.processor import IGNORED, Owl2Processor
+from owl2.processing.chat_template import parse_messages
+from owl2.processing.image_io import load_image
+from owl2.processing.processor import Owl2Processor
 from owl2.registry import look_up
 
 Features = dict[str, Any]
@@ -88,7 +89,7 @@ class TrainingSet(Dataset[Features | Bad]):
         max_pixels = self.processor.image_processor.max_pixels
         changed = (
             {"type": "image", "image": self.augment(load_image(source, max_pixels), chance)}
-            for source in read_messages(messages).images
+            for source in parse_messages(messages).images
         )
         return [message | {"content": _with(message["content"], changed)} for message in messages]
 
@@ -102,7 +103,7 @@ def features_of(
         InputError: see `Owl2Processor.for_training`; also where cutting leaves nothing to learn.
     """
     features = dict(processor.for_training(messages, max_length))
-    if not (features["labels"] != IGNORED).any():
+    if not (features["labels"] != IGNORE_INDEX).any():
         raise InputError(
             f"nothing to learn is left of it after cutting it to {max_length} tokens: shorten what "
             "comes before the answer, or set a larger max_length",
@@ -165,7 +166,7 @@ def _nothing(processor: Owl2Processor) -> Features:
             {"role": "assistant", "content": "-"},
         ]
     )
-    return {**features, "labels": torch.full_like(features["labels"], IGNORED)}
+    return {**features, "labels": torch.full_like(features["labels"], IGNORE_INDEX)}
 
 
 def collate(
@@ -178,7 +179,7 @@ def collate(
         `labels` (-100), all (B,S); `pixel_values` (N,3,H,W), the samples' in order, absent if
         there is no image.
     """
-    fill = {"input_ids": pad_token_id, "labels": IGNORED}
+    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
     batch = {
         key: pad_sequence(
             [item[key][0] for item in features],

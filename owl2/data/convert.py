@@ -26,7 +26,7 @@ from owl2.data.datasets.img2dataset import Shard, ranges
 from owl2.data.datasets.registry import PUBLIC, Public
 from owl2.data.sample import Sample, checked
 from owl2.errors import InputError
-from owl2.files import require_writable, whole_file, write_whole
+from owl2.files import atomic_file, atomic_write_text, require_writable
 from owl2.json_records import LeftOut
 from owl2.registry import look_up, options_of, read_setting
 
@@ -176,7 +176,7 @@ def _write_samples(
 ) -> None:
     left_out: Counter[str] = Counter()
     samples = answers = 0
-    with whole_file(out) as file:
+    with atomic_file(out) as file:
         for item in items:
             if isinstance(item, LeftOut):
                 left_out[item.reason] += item.count
@@ -197,7 +197,7 @@ def _write_samples(
         "images": len(images.seen),
         "left_out": dict(left_out),
     }
-    write_whole(out.with_suffix(".stats.json"), json.dumps(statistics, indent=2) + "\n")
+    atomic_write_text(out.with_suffix(".stats.json"), json.dumps(statistics, indent=2) + "\n")
     console.print(
         f"{samples:,} samples with {answers:,} answers about {len(images.seen):,} images "
         f"are in {out}",
@@ -220,7 +220,7 @@ def _write_entry(name: str, items: Iterable[Any], out: Path, console: Console) -
     # With the pairs as weights, sources are drawn from as if all were one.
     entry = {"name": name, "shards": ranges([shard.path for shard in found]), "weight": pairs}
     head = f"{HEAD}: {len(found):,} shards with {pairs:,} pairs\n"
-    write_whole(out, head + yaml.safe_dump([entry], sort_keys=False, width=200))
+    atomic_write_text(out, head + yaml.safe_dump([entry], sort_keys=False, width=200))
     console.print(f"{len(found):,} shards with {pairs:,} pairs are listed in {out}", markup=False)
     console.print(_told(left_out), markup=False)
 

@@ -8,8 +8,8 @@ from rich.text import Text
 from owl2 import html
 from owl2.data.sample import Bad, Sample
 from owl2.errors import InputError
-from owl2.processing.chat_template import read_messages
-from owl2.processing.loss_mask import LEARNED_STYLE
+from owl2.processing.chat_template import parse_messages
+from owl2.processing.loss_mask import LABEL_STYLE
 from owl2.processing.processor import Owl2Processor
 
 _STYLE = """
@@ -32,7 +32,7 @@ def _article(sample: Sample | Bad, processor: Owl2Processor) -> str:
     try:
         if isinstance(sample, Bad):
             raise sample.raised()
-        found = read_messages(sample.messages).images
+        found = parse_messages(sample.messages).images
         max_pixels = processor.image_processor.max_pixels
         images = "\n".join(html.thumbnail(image, max_pixels) for image in found)
         words = _words(processor.show_labels(sample.messages))
@@ -48,6 +48,6 @@ def _words(text: Text) -> str:
     pieces = []
     for span in text.spans:
         piece = escape(text.plain[span.start : span.end])
-        learned = span.style == LEARNED_STYLE
+        learned = span.style == LABEL_STYLE
         pieces.append(f'<span class="learned">{piece}</span>' if learned else piece)
     return "".join(pieces)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from owl2.processing.processor import IGNORED
+from owl2.constants import IGNORE_INDEX
 
 
 def first_fit_decreasing(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -70,13 +70,13 @@ def pack(
         for key, value in (
             ("input_ids", pad_token_id),
             ("mm_token_type_ids", 0),
-            ("labels", IGNORED),
+            ("labels", IGNORE_INDEX),
         )
     }
     batch["position_ids"] = torch.stack(
         [_positions([lengths[place] for place in row], width) for row in rows]
     )
-    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED)
+    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORE_INDEX)
     shown = [features[place] for row in rows for place in row]
     pixels = [item["pixel_values"] for item in shown if "pixel_values" in item]
     return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})

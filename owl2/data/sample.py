@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import IMAGE_TOKEN, flat_text, read_messages
+from owl2.processing.chat_template import IMAGE_TOKEN, content_to_text, parse_messages
 
 Message = dict[str, Any]
 
@@ -61,11 +61,11 @@ def checked(sample: Sample) -> Sample:
     """The sample, after a look at its messages; no image is opened.
 
     Raises:
-        InputError: that begins with `source`; see `chat.read_messages`. Also where the last turn is
+        InputError: that begins with `source`; see `parse_messages`. Also where the last turn is
             not an answer, or a text marks another number of images than come with it.
     """
     try:
-        conversation = read_messages(sample.messages)
+        conversation = parse_messages(sample.messages)
     except InputError as error:
         raise InputError(f"{sample.source}: {error}", error.code) from error
     if conversation.is_open:
@@ -73,7 +73,7 @@ def checked(sample: Sample) -> Sample:
             f"{sample.source}: the last turn is the user's; there is no answer to learn.",
             ErrorCode.INVALID_ROLE,
         )
-    marked = sum(flat_text(turn["content"]).count(IMAGE_TOKEN) for turn in conversation.turns)
+    marked = sum(content_to_text(turn["content"]).count(IMAGE_TOKEN) for turn in conversation.turns)
     if marked != len(conversation.images):
         raise InputError(
             f"{sample.source}: the text marks {marked} images, and {len(conversation.images)} "

@@ -14,10 +14,10 @@ from owl2.data.open_dataset import Samples, open_words
 from owl2.data.sample import Bad, Sample, taken
 from owl2.data.webdataset import Shards
 from owl2.errors import InputError
-from owl2.files import write_whole
-from owl2.processing.chat_template import read_messages
-from owl2.processing.image_processing import load_image
-from owl2.processing.loss_mask import LEARNED_STYLE
+from owl2.files import atomic_write_text
+from owl2.processing.chat_template import parse_messages
+from owl2.processing.image_io import load_image
+from owl2.processing.loss_mask import LABEL_STYLE
 from owl2.processing.processor import Owl2Processor
 
 # Around learned words where there is no colour.
@@ -53,7 +53,9 @@ def show(
     total = "the" if isinstance(samples, Shards) else f"{len(samples):,}"
     if html is not None:
         shown = list(chosen)
-        write_whole(html, page(shown, processor, f"{len(shown):,} of {total} samples of {source}"))
+        atomic_write_text(
+            html, page(shown, processor, f"{len(shown):,} of {total} samples of {source}")
+        )
         console.print(f"{len(shown):,} samples are in {html}", markup=False, soft_wrap=True)
         return
     number = 0
@@ -62,7 +64,7 @@ def show(
         number += 1
     learned = Text(f"{BEGIN}this{END} is learned")
     if _has_colours(console):
-        learned = Text("green is learned", LEARNED_STYLE)
+        learned = Text("green is learned", LABEL_STYLE)
     console.print(Text(f"{number:,} of {total} samples; ") + learned + ", the rest is given")
 
 
@@ -89,7 +91,7 @@ def _print(console: Console, sample: Sample | Bad, processor: Owl2Processor) -> 
     try:
         if isinstance(sample, Bad):
             raise sample.raised()
-        for number, image in enumerate(read_messages(sample.messages).images, start=1):
+        for number, image in enumerate(parse_messages(sample.messages).images, start=1):
             max_pixels = processor.image_processor.max_pixels
             say(Text(f"image {number}: ") + _described(image, max_pixels))
         say(_marked(processor.show_labels(sample.messages), console))
@@ -120,7 +122,7 @@ def _marked(text: Text, console: Console) -> Text:
         return text
     marked = text.plain
     for span in reversed(text.spans):
-        if span.style == LEARNED_STYLE:
+        if span.style == LABEL_STYLE:
             inside = marked[span.start : span.end]
             marked = f"{marked[: span.start]}{BEGIN}{inside}{END}{marked[span.end :]}"
     return Text(marked)

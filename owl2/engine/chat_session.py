@@ -12,8 +12,8 @@ from PIL import Image
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import InputError
-from owl2.processing.chat_template import Message, check_question, user_message
-from owl2.processing.image_processing import load_image
+from owl2.processing.chat_template import Message, user_message, validate_prompt
+from owl2.processing.image_io import load_image
 
 HELP = """\
 Write a question and press Enter. A line that begins with / is a command:
@@ -42,7 +42,7 @@ def ask(
     if not question.strip():
         raise InputError("The question is empty: write what you want to know.")
     messages = [user_message(question, images)]
-    check_question(messages)
+    validate_prompt(messages)
     processor = settings.load_processor()
     # Reading 16 GB of weights takes a while: a wrong path is better found before.
     for image in images:

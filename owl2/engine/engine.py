@@ -27,7 +27,7 @@ from owl2.engine.scoring import prompt_and_answer, read_alone, score_answers
 from owl2.engine.token_text import TokenTexts
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import Message, check_question
+from owl2.processing.chat_template import Message, validate_prompt
 from owl2.processing.image_processing import ImagePolicy
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer
@@ -277,7 +277,7 @@ class Engine:
         """Ids and images of each, and how many tokens of the context each leaves."""
         for number, messages in enumerate(list_of_messages):
             try:
-                check_question(messages)
+                validate_prompt(messages)
             except InputError as error:
                 if len(list_of_messages) == 1:
                     raise

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from owl2.checkpoints.quantization import quantization
+from owl2.checkpoints.quantization import quantization_config
 from owl2.engine.backends.weight_only_quantization import quantise, require_bits
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
-from owl2.runtime import keep_memory, select_device, select_dtype
+from owl2.runtime import select_device, select_dtype, tune_malloc
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ def load_model(
     """
     selected = select_device(device)
     if selected.type == "cpu":
-        keep_memory()
+        tune_malloc()
     if quantize is not None:
         require_bits(quantize)
     options: dict[str, Any] = {"dtype": select_dtype(selected, dtype)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantize is not None and selected.type == "cuda":
-        options["quantization_config"] = quantization(quantize, options["dtype"])
+        options["quantization_config"] = quantization_config(quantize, options["dtype"])
         options["device_map"] = {"": selected}  # bitsandbytes cannot move the model afterwards
     try:
         model = Owl2ForConditionalGeneration.from_pretrained(name_or_path, **options)

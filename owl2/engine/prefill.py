@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from owl2.engine.model_runner import FastDecoder
 from owl2.engine.prefix_cache import Features, Key, Prefix, Prefixes, digest, weights_mark
 from owl2.errors import InputError
-from owl2.model.image_inputs import Contents, check_images
+from owl2.model.image_inputs import TokenCounts, images_per_sequence
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 IMAGES = 32  # that the vision encoder takes at a time
@@ -102,8 +102,8 @@ class Reader:
         if not len(ids):
             raise InputError("a prompt must have one token at least")
         row = torch.tensor([list(ids)])
-        contents = Contents.of(row, config.image_token_id)
-        check_images(contents.image_tokens, pixel_values, config.num_image_tokens)
+        contents = TokenCounts.of(row, config.image_token_id)
+        images_per_sequence(contents.image_tokens, pixel_values, config.num_image_tokens)
         is_image = row == config.image_token_id  # (1, S)
         key: list[int | bytes] = list(ids)
         images = []

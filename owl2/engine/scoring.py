@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from owl2.engine.sampling import non_finite_error
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import Message, read_messages, render_with_answers
-from owl2.processing.loss_mask import encode_learned
+from owl2.processing.chat_template import Message, parse_messages, render_with_answers
+from owl2.processing.loss_mask import encode_with_loss_mask
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import start_ids
 
@@ -32,17 +32,17 @@ def prompt_and_answer(
     The same rendering and mask as `Owl2Processor.for_training`, but no image is opened, as
     there may be many answers about one. Answers of earlier turns belong to the prompt.
     """
-    conversation = read_messages([*messages, {"role": "assistant", "content": answer}])
+    conversation = parse_messages([*messages, {"role": "assistant", "content": answer}])
     tokenizer = processor.tokenizer
     template = str(processor.chat_template)
     text, spans = render_with_answers(conversation, template, tokenizer.special_tokens_map)
     image_ids = [processor.image_token_id] * processor.num_image_tokens
-    sample = encode_learned(tokenizer, text, spans, start_ids(tokenizer), image_ids)
+    sample = encode_with_loss_mask(tokenizer, text, spans, start_ids(tokenizer), image_ids)
     end = len(sample.ids)
-    while end and not sample.learned[end - 1]:  # a template may write a line break after the end
+    while end and not sample.loss_mask[end - 1]:  # a template may write a line break after the end
         end -= 1
     begin = end
-    while begin and sample.learned[begin - 1]:
+    while begin and sample.loss_mask[begin - 1]:
         begin -= 1
     if begin == end:
         raise InputError(f"The choice {answer!r} has no tokens to score.")

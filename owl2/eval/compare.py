@@ -23,7 +23,7 @@ from rich.table import Table
 from owl2 import html
 from owl2.errors import InputError
 from owl2.eval.image_refs import find_image
-from owl2.files import write_whole
+from owl2.files import atomic_write_text
 from owl2.json_records import json_lines, json_object
 
 RESAMPLES, SEED = 10_000, 0
@@ -127,7 +127,7 @@ def compare(first: Path, second: Path, page: Path, console: Console) -> list[Com
     for one in found:
         for line in one.unlike:
             _say(console, f"{one.name}: {line}")
-    write_whole(page, _page(first, second, found))
+    atomic_write_text(page, _page(first, second, found))
     _say(console, f"questions on which they differ: {page}")
     return found
 

@@ -40,7 +40,7 @@ from owl2.eval.results import (
 )
 from owl2.eval.sharding import Team
 from owl2.eval.tasks import Task, find_tasks, without_images
-from owl2.files import write_whole
+from owl2.files import atomic_write_text
 from owl2.json_records import json_object
 from owl2.processing.image_processing import ImagePolicy
 
@@ -303,7 +303,7 @@ def _write(evaluation: _Evaluation, ready: list[Ready], results: dict[str, Any])
         broken = [*item.broken, *(asked.broken if asked else [])]
         _write_or_remove(folder / f"{name}.broken.jsonl", broken_lines(broken))
     path = evaluation.settings.output / "results.json"
-    write_whole(path, json_text(results, indent=2) + "\n")
+    atomic_write_text(path, json_text(results, indent=2) + "\n")
     for item in ready:
         for own in (item.task.name, f"{item.task.name}{BLIND}"):
             remove_parts(folder, own)
@@ -313,7 +313,7 @@ def _write(evaluation: _Evaluation, ready: list[Ready], results: dict[str, Any])
 def _write_or_remove(path: Path, text: str) -> None:
     """Without a text, that of an earlier evaluation does not belong to these scores either."""
     if text:
-        write_whole(path, text)
+        atomic_write_text(path, text)
     else:
         path.unlink(missing_ok=True)
 

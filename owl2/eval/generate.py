@@ -22,7 +22,7 @@ from owl2.eval.response_cache import Journal, Row, key_of
 from owl2.eval.samples import Answer, Broken, Question
 from owl2.eval.sharding import Team
 from owl2.eval.tasks import Task
-from owl2.processing.chat_template import read_messages
+from owl2.processing.chat_template import parse_messages
 from owl2.progress import ProgressReporter
 
 TEXT_CHUNK = 8  # batches of lm-eval that are written down together
@@ -190,4 +190,4 @@ def prompt_of(engine: Engine, question: Question) -> str:
 
 def image_fingerprints(question: Question) -> list[str]:
     """Of each of its images, in order."""
-    return [image_fingerprint(source) for source in read_messages(question.messages).images]
+    return [image_fingerprint(source) for source in parse_messages(question.messages).images]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from owl2.eval.generate import Asked
 from owl2.eval.video import Frame, named
-from owl2.processing.chat_template import read_messages
+from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 
 FOLDER = "images"
@@ -26,7 +26,7 @@ def named_images(asked: Asked, answers: Path) -> list[list[str]]:
         [
             _name(image, fingerprint, answers)
             for image, fingerprint in zip(
-                read_messages(answer.question.messages).images, fingerprints, strict=True
+                parse_messages(answer.question.messages).images, fingerprints, strict=True
             )
         ]
         for answer, fingerprints in zip(asked.answers, asked.images, strict=True)

@@ -24,7 +24,7 @@ from owl2.eval.openai_client import Endpoint, NoReply
 from owl2.eval.response_cache import json_text
 from owl2.eval.samples import Answer, Question
 from owl2.eval.task_config import Recipe, recipes
-from owl2.files import write_whole
+from owl2.files import atomic_write_text
 from owl2.json_records import json_lines, json_object
 
 WORKERS = 4
@@ -78,7 +78,7 @@ def judge_run(
     done = {}
     for name in names:
         done[name] = _judge_task(run, name, table[name], results["tasks"][name], endpoint, say)
-        write_whole(path, json_text(results, indent=2) + "\n")
+        atomic_write_text(path, json_text(results, indent=2) + "\n")
     return done
 
 
@@ -100,7 +100,7 @@ def _judge_task(
         answers = [_answer(row) for row in rows]
         for row, score in zip(rows, metric.score(answers).each, strict=True):
             row["score"] = score
-        write_whole(file, "".join(json_text(row) + "\n" for row in rows))
+        atomic_write_text(file, "".join(json_text(row) + "\n" for row in rows))
         metrics |= _named(metric, answers, ending)
         for kind, figures in kinds.items():
             some = [answer for answer in answers if answer.question.kind == kind]

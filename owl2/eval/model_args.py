@@ -9,7 +9,7 @@ from owl2.engine.engine import Engine
 from owl2.engine.load_model import load_model
 from owl2.errors import InputError
 from owl2.eval.sharding import Team
-from owl2.model.variants import without_mam
+from owl2.model.variants import as_no_mam
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.runtime import select_device
@@ -52,7 +52,7 @@ class Subject:
                     f"{self.model} is a LoRA, whose parts cannot be told by modality: merge it "
                     "first (`owl2 merge`), or leave out --no-mam."
                 )
-            model = without_mam(model)
+            model = as_no_mam(model)
         if self.image_size is not None:
             model.set_image_size(self.image_size)
             was = processor.image_processor

@@ -14,7 +14,7 @@ from typing import Any
 from owl2.errors import InputError
 from owl2.eval.metrics import Each
 from owl2.eval.samples import Answer
-from owl2.processing.chat_template import read_messages
+from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 
 COLUMNS = 4
@@ -44,7 +44,7 @@ def draw_answers(path: Path, scored: Sequence[Scored], title: str) -> None:
     for axes in grid:
         axes.set_axis_off()
     for axes, (answer, score) in zip(grid, shown, strict=False):
-        images = read_messages(answer.question.messages).images
+        images = parse_messages(answer.question.messages).images
         try:
             if images:
                 axes.imshow(load_image(images[0]))

@@ -14,7 +14,7 @@ from rich.table import Table
 from owl2.eval.plots import draw_radar, has_matplotlib
 from owl2.eval.results import BLIND
 from owl2.eval.task_config import SUITES
-from owl2.files import write_whole
+from owl2.files import atomic_write_text
 from owl2.json_records import json_object
 
 STYLE = """
@@ -87,8 +87,8 @@ def write_report(output: Path) -> None:
     drawn = has_matplotlib() and draw_radar(radar, shares, Path(results["model"]).name)
     if not drawn:
         radar.unlink(missing_ok=True)
-    write_whole(output / "report.md", _markdown(results, drawn))
-    write_whole(output / "report.html", _html(results, radar if drawn else None))
+    atomic_write_text(output / "report.md", _markdown(results, drawn))
+    atomic_write_text(output / "report.html", _html(results, radar if drawn else None))
 
 
 def paper_shares(results: Mapping[str, Any]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from owl2.errors import InputError
 from owl2.eval.heartbeat import Others
 from owl2.eval.samples import Question
 from owl2.eval.sharding import Team
-from owl2.processing.chat_template import has_half_character
+from owl2.processing.chat_template import has_lone_surrogate
 
 Row = dict[str, Any]
 
@@ -133,7 +133,7 @@ def remove_parts(folder: Path, name: str) -> None:
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON for people, all on one line if not indented; what no file can hold is escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
-    if has_half_character(text):
+    if has_lone_surrogate(text):
         text = json.dumps(value, indent=indent, default=str)
     return text
 

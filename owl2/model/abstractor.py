@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from owl2.model.configuration import Owl2AbstractorConfig
-from owl2.model.vision import attend
+from owl2.model.vision import maskless_attention
 
 
 def sincos_1d(positions: torch.Tensor, width: int) -> torch.Tensor:
@@ -84,7 +84,7 @@ class AbstractorAttention(nn.Module):
         query = self._heads(self.query((queries + self.q_pos_embed).to(queries)))
         key = self._heads(self.key((tokens + token_codes).to(tokens)))
         value = self._heads(self.value(tokens))
-        return attend(self, query, key, value, self.config.attention_probs_dropout_prob)
+        return maskless_attention(self, query, key, value, self.config.attention_probs_dropout_prob)
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, h, n, d)

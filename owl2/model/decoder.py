@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from owl2.model.configuration import Owl2Config
-from owl2.model.modality import Multiway, Parts, Routing
+from owl2.model.modality import ModalitySplit, Multiway, Routing
 
 
 class Owl2Attention(LlamaAttention):
@@ -43,7 +43,7 @@ class Owl2Attention(LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         routing: Routing | None = None,
-        parts: Parts | None = None,
+        parts: ModalitySplit | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """LLaMA's. `parts`: `hidden_states` split by `routing`, so that K and V need not do it."""

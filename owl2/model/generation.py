@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from owl2.errors import InputError
-from owl2.model.image_inputs import Contents, check_images
+from owl2.model.image_inputs import TokenCounts, images_per_sequence
 
 # They look up scores by the ids of the prompt, and the image token has none.
 LOOK_UP_IDS = (
@@ -26,7 +26,7 @@ LOOK_UP_IDS = (
 )
 
 
-class ImageGeneration(GenerationMixin):
+class MultimodalGenerationMixin(GenerationMixin):
     """transformers' generation for a model whose prompts hold image tokens."""
 
     config: Any  # of an mPLUG-Owl2
@@ -46,8 +46,8 @@ class ImageGeneration(GenerationMixin):
             rows = ("input_ids", "inputs_embeds", "mm_token_type_ids", "position_ids")
             for name in (*rows, "attention_mask"):
                 if kwargs.get(name) is not None:
-                    kwargs[name] = left_padded(kwargs[name], mask)
-            inputs = None if inputs is None else left_padded(inputs, mask)
+                    kwargs[name] = to_left_padding(kwargs[name], mask)
+            inputs = None if inputs is None else to_left_padding(inputs, mask)
         generate = super().generate  # type: ignore[misc]  # no class fits the Protocol of its self
         return generate(inputs, *args, **kwargs)
 
@@ -73,8 +73,8 @@ class ImageGeneration(GenerationMixin):
         """Beams and several answers: images are repeated a prompt at a time, in their order."""
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            image_tokens = Contents.of(input_ids, self.config.image_token_id).image_tokens
-            counts = check_images(image_tokens, pixel_values, self.config.num_image_tokens)
+            image_tokens = TokenCounts.of(input_ids, self.config.image_token_id).image_tokens
+            counts = images_per_sequence(image_tokens, pixel_values, self.config.num_image_tokens)
             model_kwargs.pop("pixel_values")
             repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
             pixel_values = torch.cat(repeated)
@@ -90,7 +90,7 @@ class ImageGeneration(GenerationMixin):
         make = super()._get_logits_processor  # type: ignore[misc]  # as in generate
         processors = make(*args, **kwargs)
         return LogitsProcessorList(
-            WithImageScore(processor) if isinstance(processor, LOOK_UP_IDS) else processor
+            PadImageTokenLogits(processor) if isinstance(processor, LOOK_UP_IDS) else processor
             for processor in processors
         )
 
@@ -107,7 +107,7 @@ class ImageGeneration(GenerationMixin):
         return make(generation_config, input_ids, *args, **kwargs)
 
 
-class WithImageScore(LogitsProcessor):
+class PadImageTokenLogits(LogitsProcessor):
     """Lends the image token a score, -infinity, while `inner` works; (B, V) in and out."""
 
     def __init__(self, inner: LogitsProcessor) -> None:
@@ -118,7 +118,7 @@ class WithImageScore(LogitsProcessor):
         return self.inner(input_ids, wider)[:, :-1]
 
 
-def left_padded(rows: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def to_left_padding(rows: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Turn every row (B, S, ...) so that the padding at its end stands at its beginning.
 
     Args:

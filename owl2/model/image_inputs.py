@@ -1,7 +1,7 @@
 """Whether token ids and images fit each other and the model.
 
 Looking at numbers makes the host wait for a GPU until all work queued before is done. So a forward
-looks once, at all that it wants to know together, before it has queued anything (`Contents.of`);
+looks once, at all that it wants to know together, before it has queued anything (`TokenCounts.of`);
 and not at all where there can be no image, in a step of one new token.
 """
 
@@ -16,7 +16,7 @@ from owl2.model.modality import VISUAL
 AUTHORS_PLACEHOLDER = -200
 
 
-class Contents(NamedTuple):
+class TokenCounts(NamedTuple):
     """What a batch of ids holds, as numbers of the host.
 
     Attributes:
@@ -33,7 +33,7 @@ class Contents(NamedTuple):
         input_ids: torch.Tensor,
         image_token_id: int,
         token_types: torch.Tensor | None = None,
-    ) -> "Contents":
+    ) -> "TokenCounts":
         """Read them; a GPU is waited for once.
 
         Args:
@@ -67,7 +67,7 @@ def _no_such_id(wrong: int, image_token_id: int) -> InputError:
     )
 
 
-def check_images(
+def images_per_sequence(
     image_tokens: Sequence[int], images: torch.Tensor | None, per_image: int
 ) -> list[int]:
     """How many images each sequence has room for, which must be those that there are.

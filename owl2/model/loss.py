@@ -5,8 +5,8 @@ Shapes: B sequences, S positions, D width, V vocabulary, T labelled positions in
     hidden_states (B, S, D) ─► labelled (T, D) ─► chunks ─► lm_head (chunk, V) ─► sum / count
 
 Logits are by far the largest tensor of a training step, V / D times the hidden states, and in an
-instruction's batch most positions have no label. So `loss_in_chunks` computes them at labelled
-positions only, a chunk at a time, and once more in the backward pass.
+instruction's batch most positions have no label. So `chunked_cross_entropy` computes them at
+labeled positions only, a chunk at a time, and once more in the backward pass.
 """
 
 import torch
@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # a label: no loss here
+from owl2.constants import IGNORE_INDEX
+
 CHUNK = 512  # positions: 66 MB of float32 logits with 32,000 words
 
 Count = torch.Tensor | int | None
@@ -36,20 +37,20 @@ def next_token_loss(
     """
     targets = labels[:, 1:].flatten().to(logits.device)
     total = _summed(logits[:, :-1].flatten(0, 1), targets)
-    return _mean(total, (targets != IGNORED).sum(), num_items_in_batch)
+    return _mean(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
 
 
-def labelled_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def labeled_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a next token has a label: rows (T,) of the flattened batch, and those labels (T,).
 
     How many there are must be known, so this waits for a GPU: call it before there is work queued.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # (B·S,)
-    rows = (following != IGNORED).nonzero()[:, 0]
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B·S,)
+    rows = (following != IGNORE_INDEX).nonzero()[:, 0]
     return rows, following.index_select(0, rows)
 
 
-def loss_in_chunks(
+def chunked_cross_entropy(
     lm_head: nn.Module,
     hidden_states: torch.Tensor,
     rows: torch.Tensor,
@@ -61,7 +62,7 @@ def loss_in_chunks(
     Args:
         lm_head: called as a module, a chunk at a time, so that whatever wraps it or hands it its
             weight (FSDP2, DeepSpeed, adapters) does so.
-        rows, targets: of `labelled_positions`.
+        rows, targets: of `labeled_positions`.
         num_items_in_batch: as for `next_token_loss`.
     """
 
@@ -78,7 +79,7 @@ def loss_in_chunks(
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _mean(total: torch.Tensor, labelled: torch.Tensor | int, wanted: Count) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 TEXT, VISUAL = 0, 1
 
-Parts = tuple[torch.Tensor, torch.Tensor]  # text's and visual tokens'
+ModalitySplit = tuple[torch.Tensor, torch.Tensor]  # text's and visual tokens'
 
 
 class Routing(NamedTuple):
@@ -55,19 +55,21 @@ class Routing(NamedTuple):
         grouped = is_visual.argsort(stable=True)
         return cls(grouped, grouped.argsort(), (len(grouped) - visual, visual))
 
-    def split(self, hidden_states: torch.Tensor) -> Parts:
+    def split(self, hidden_states: torch.Tensor) -> ModalitySplit:
         """(B, S, D) to the tokens of each modality, (T, D) and (V, D)."""
-        rows: torch.Tensor = Reorder.apply(hidden_states.flatten(0, 1), self.grouped, self.order)
+        rows: torch.Tensor = PermuteRows.apply(
+            hidden_states.flatten(0, 1), self.grouped, self.order
+        )
         text, visual = rows.split(self.sizes)
         return text, visual
 
-    def join(self, parts: Parts, batch: int) -> torch.Tensor:
+    def join(self, parts: ModalitySplit, batch: int) -> torch.Tensor:
         """What `split` gives for `batch` sequences, (T, D) and (V, D), to (B, S, D)."""
-        rows: torch.Tensor = Reorder.apply(torch.cat(parts), self.order, self.grouped)
+        rows: torch.Tensor = PermuteRows.apply(torch.cat(parts), self.order, self.grouped)
         return rows.unflatten(0, (batch, -1))
 
 
-class Reorder(torch.autograd.Function):
+class PermuteRows(torch.autograd.Function):
     """Rows in another order: those of the gradient go back in the inverse one.
 
     PyTorch does not know that no row is taken twice: it would add up into a tensor of zeros.
@@ -109,6 +111,6 @@ class Multiway(nn.Module):
         parts = self.each(routing.split(hidden_states))
         return routing.join(parts, len(hidden_states))
 
-    def each(self, parts: Parts) -> Parts:
+    def each(self, parts: ModalitySplit) -> ModalitySplit:
         """Tokens that are split already, (T, D) and (V, D), each through its module."""
         return self.multiway[TEXT](parts[TEXT]), self.multiway[VISUAL](parts[VISUAL])

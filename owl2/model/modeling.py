@@ -34,20 +34,20 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from owl2.checkpoints.load import ReleasedCheckpoints
+from owl2.checkpoints.load import CheckpointMixin
 from owl2.errors import InputError
 from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.configuration import Owl2Config
 from owl2.model.decoder import Owl2DecoderLayer
-from owl2.model.generation import ImageGeneration
-from owl2.model.image_inputs import Contents, check_images
-from owl2.model.loss import labelled_positions, loss_in_chunks, next_token_loss
+from owl2.model.generation import MultimodalGenerationMixin
+from owl2.model.image_inputs import TokenCounts, images_per_sequence
+from owl2.model.loss import chunked_cross_entropy, labeled_positions, next_token_loss
 from owl2.model.modality import Multiway, Routing
 from owl2.model.vision import VisionEmbeddings, VisionModel
 
 
-class Owl2PreTrainedModel(ReleasedCheckpoints, LlamaPreTrainedModel):
-    """Initialisation and what transformers needs to know; loading is in `ReleasedCheckpoints`."""
+class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
+    """Initialisation and what transformers needs to know; loading is in `CheckpointMixin`."""
 
     config_class = Owl2Config
     config: Owl2Config
@@ -81,13 +81,13 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
     """Everything but `lm_head`: LLaMA's model whose input may hold images.
 
     Attributes:
-        use_every_weight: let a batch without images pass through all weights, too, without
+        run_all_branches: let a batch without images pass through all weights, too, without
             changing its result: a blank image times 0, and MAM routed to no visual token.
             Processes that share out a model's weights or gradients wait for each other at each
             weight, so one that skips some hangs the others (USERS 7).
     """
 
-    use_every_weight = False
+    run_all_branches = False
 
     def __init__(self, config: Owl2Config) -> None:
         LlamaPreTrainedModel.__init__(self, config)
@@ -127,7 +127,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         if input_ids is None:
             if pixel_values is not None:
                 raise InputError("pixel_values need input_ids, which say where the images go")
-        elif input_ids.shape[1] == 1 and pixel_values is None and not self.use_every_weight:
+        elif input_ids.shape[1] == 1 and pixel_values is None and not self.run_all_branches:
             # A step of `generate`: no image has room in it, so nothing has to be looked at.
             inputs_embeds, mm_token_type_ids = self._embed_words(input_ids), None
         else:
@@ -136,7 +136,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             inputs_embeds = self._put_together(input_ids, is_image, self._encode(pixel_values))
             mm_token_type_ids = is_image if mm_token_type_ids is None else mm_token_type_ids
         if self.config.use_mam and mm_token_type_ids is not None:
-            kwargs["routing"] = Routing.of(mm_token_type_ids, visual, always=self.use_every_weight)
+            kwargs["routing"] = Routing.of(mm_token_type_ids, visual, always=self.run_all_branches)
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
     def get_image_features(
@@ -182,8 +182,8 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         token_types: torch.Tensor | None = None,
     ) -> int:
         """Whether ids and images fit; returns how many positions are visual."""
-        contents = Contents.of(input_ids, self.config.image_token_id, token_types)
-        check_images(contents.image_tokens, images, self.config.num_image_tokens)
+        contents = TokenCounts.of(input_ids, self.config.image_token_id, token_types)
+        images_per_sequence(contents.image_tokens, images, self.config.num_image_tokens)
         return contents.visual
 
     def _embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -198,7 +198,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
     ) -> torch.Tensor:
         some = images is not None and len(images) > 0
         blank: Any = None
-        if not some and self.use_every_weight:
+        if not some and self.run_all_branches:
             # Before the words, as images are: all processes must ask for weights in one order.
             size = self.config.image_size
             blank = self.get_image_features(input_ids.new_zeros(1, 3, size, size).float())
@@ -229,7 +229,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             self.visual_abstractor.set_grid_size(image_size // patch)
 
 
-class Owl2ForConditionalGeneration(ImageGeneration, Owl2PreTrainedModel, GenerationMixin):
+class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedModel, GenerationMixin):
     """mPLUG-Owl2 with its language-model head: ask, generate, train."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -286,7 +286,7 @@ class Owl2ForConditionalGeneration(ImageGeneration, Owl2PreTrainedModel, Generat
         if labels is not None and not all_logits:
             raise InputError("labels need the logits of all positions: leave logits_to_keep at 0")
         # Before the decoder: it waits for a GPU, which has nothing to do as yet.
-        labelled = None if labels is None or return_logits else labelled_positions(labels)
+        labelled = None if labels is None or return_logits else labeled_positions(labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -309,7 +309,7 @@ class Owl2ForConditionalGeneration(ImageGeneration, Owl2PreTrainedModel, Generat
             if labels is not None:
                 loss = next_token_loss(logits, labels, num_items_in_batch)
         elif labelled is not None:
-            loss = loss_in_chunks(self.lm_head, hidden_states, *labelled, num_items_in_batch)
+            loss = chunked_cross_entropy(self.lm_head, hidden_states, *labelled, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

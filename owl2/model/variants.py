@@ -11,22 +11,22 @@ from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 VISUAL_PARTS = ("model.vision_model.", "model.visual_abstractor.")
-TEXT_WAY, VISUAL_WAY = ".multiway.0.", ".multiway.1."
+TEXT_KEY, VISUAL_KEY = ".multiway.0.", ".multiway.1."
 
 
-def twin(model: Owl2ForConditionalGeneration) -> Owl2ForConditionalGeneration:
+def clone_sharing_weights(model: Owl2ForConditionalGeneration) -> Owl2ForConditionalGeneration:
     """The same model in modules of its own, sharing all its tensors."""
     config = Owl2Config(**model.config.to_dict())
     return _sharing(model, Owl2ForConditionalGeneration, config, model.state_dict())
 
 
-def without_mam(model: Owl2ForConditionalGeneration) -> Owl2ForConditionalGeneration:
+def as_no_mam(model: Owl2ForConditionalGeneration) -> Owl2ForConditionalGeneration:
     """The same model with the text weights for both modalities, sharing all its tensors."""
     config = Owl2Config(**{**model.config.to_dict(), "use_mam": False})
     return _sharing(model, Owl2ForConditionalGeneration, config, _text_weights(model))
 
 
-def plain_llama(model: Owl2ForConditionalGeneration) -> LlamaForCausalLM:
+def as_llama(model: Owl2ForConditionalGeneration) -> LlamaForCausalLM:
     """The decoder as transformers' own LLaMA, sharing the text weights."""
     known = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "dtype"}
     settings = {key: value for key, value in model.config.to_dict().items() if key in known}
@@ -40,9 +40,9 @@ def plain_llama(model: Owl2ForConditionalGeneration) -> LlamaForCausalLM:
 
 def _text_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
-        name.replace(TEXT_WAY, "."): tensor
+        name.replace(TEXT_KEY, "."): tensor
         for name, tensor in model.state_dict().items()
-        if VISUAL_WAY not in name
+        if VISUAL_KEY not in name
     }
 
 

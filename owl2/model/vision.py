@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from owl2.errors import InputError
 from owl2.model.configuration import Owl2VisionConfig
 
-FEW_KEYS = 512  # see `_products_are_faster`
+MATMUL_MAX_KEYS = 512  # see `_products_are_faster`
 
 
 class VisionEmbeddings(nn.Module):
@@ -66,11 +66,11 @@ class VisionAttention(nn.Module):
         fused = self.query_key_value(hidden_states)  # (N, 1+P, 3D)
         fused = fused.unflatten(-1, (self.num_heads, 3, -1)).transpose(1, 2)  # (N, h, 1+P, 3, d)
         query, key, value = fused.unbind(3)
-        attended = attend(self, query, key, value, self.config.attention_dropout)
+        attended = maskless_attention(self, query, key, value, self.config.attention_dropout)
         return self.dense(attended)
 
 
-def attend(
+def maskless_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -90,7 +90,7 @@ def attend(
     config: Any = module.config
     scaling: Any = module.scaling
     if config._attn_implementation == "sdpa" and _products_are_faster(query, key):
-        return attend_by_products(query, key, value, scaling)
+        return matmul_attention(query, key, value, scaling)
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, eager_attention_forward
     )
@@ -110,13 +110,13 @@ def _products_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether PyTorch's fused attention takes longer than plain products, as it does on CPUs in
     bfloat16: half as long again with 257 keys, as long with 1,025 (docs/log.md, 2026-11-22)."""
     on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    return on_cpu and key.shape[2] <= FEW_KEYS and not torch.is_grad_enabled()
+    return on_cpu and key.shape[2] <= MATMUL_MAX_KEYS and not torch.is_grad_enabled()
 
 
-def attend_by_products(
+def matmul_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attention without a mask as two batched matrix products; shapes as for `attend`."""
+    """Unmasked attention as two batched matrix products; shapes as in `maskless_attention`."""
     images, heads = query.shape[:2]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))  # (N·h, ., d)
     # Nothing is added to the product, so what stands in for a summand is never read.

@@ -10,7 +10,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import IMAGE_TOKEN
 
 
-def match_images(counts: Sequence[int], images: Any) -> list[Any]:
+def flatten_images(counts: Sequence[int], images: Any) -> list[Any]:
     """Images as a user gives them → one flat list in order of appearance.
 
     `counts`: the placeholders of each prompt. `images`: one image, a list for all prompts, or a

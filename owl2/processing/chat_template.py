@@ -2,7 +2,7 @@
 
 ::
 
-    messages ──read_messages──► Conversation (turns, images) ──render──► text, answers' spans
+    messages ──parse_messages──► ParsedMessages (turns, images) ──render──► text, answers' spans
 
 The format is a Jinja template, saved with the checkpoint: another language model's format is data.
 What an answer is, the template says with `{% generation %}`; ids and labels come from this one
@@ -63,7 +63,7 @@ Spans = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ParsedMessages:
     """Checked messages. Parts are `{"type": "text", "text": str}` and `{"type": "image"}`.
 
     `images`: what the image parts hold, in order of appearance, as `load_image` takes it (not yet
@@ -79,11 +79,11 @@ class Conversation:
         return bool(self.turns[-1]["role"] == "user")
 
 
-# ------------------------------------------------------------------ messages → Conversation
+# ------------------------------------------------------------------ messages → ParsedMessages
 
 
-def read_messages(messages: Sequence[Message]) -> Conversation:
-    """transformers' message format → `Conversation`.
+def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
+    """transformers' message format → `ParsedMessages`.
 
     Roles alternate from `user` on (a template may allow `system` before it). A content is a string
     or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" | "path"
@@ -117,17 +117,17 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
         raise InputError(
             "The messages hold a system prompt only: add a user turn.", ErrorCode.INVALID_ROLE
         )
-    return Conversation(tuple(turns), tuple(images))
+    return ParsedMessages(tuple(turns), tuple(images))
 
 
-def check_question(messages: Sequence[Message]) -> None:
+def validate_prompt(messages: Sequence[Message]) -> None:
     """Raises `InputError` unless `messages` ends with a user turn that holds words."""
-    turn = read_messages(messages).turns[-1]
+    turn = parse_messages(messages).turns[-1]
     if turn["role"] != "user":
         raise InputError(
             "The last message is an answer already: end with a user turn to ask something."
         )
-    if not flat_text(turn["content"]).replace(IMAGE_TOKEN, "").strip():
+    if not content_to_text(turn["content"]).replace(IMAGE_TOKEN, "").strip():
         raise InputError("The question is empty: write what you want to know about the image.")
 
 
@@ -157,12 +157,12 @@ def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
     return {"role": "user", "content": parts}
 
 
-def flat_text(parts: Sequence[Mapping[str, Any]]) -> str:
+def content_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
     """The parts of a message joined with nothing between, images as `<|image|>`."""
     return "".join(part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in parts)
 
 
-def has_half_character(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Whether a surrogate stands alone in it, as where JSON was cut in the middle of an emoji.
 
     Python takes it for text; tokenizers and files do not.
@@ -198,13 +198,13 @@ def _read_content(content: Any, role: str, where: str, images: list[Any]) -> lis
             f"The content of {where} must be a text or a list of parts, not {_article(content)}.",
             ErrorCode.INVALID_TYPE,
         )
-    text = flat_text(parts)
+    text = content_to_text(parts)
     if role != "user" and IMAGE_TOKEN in text:
         raise InputError(
             f"{where} is the {role}'s and holds an image; only user turns can.",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
-    if has_half_character(text):
+    if has_lone_surrogate(text):
         raise InputError(
             f"{where} ({role}) holds half of a character (such as \\ud83d without its other half), "
             "which is no text: remove it."
@@ -257,11 +257,11 @@ def _article(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-# ------------------------------------------------------------------ Conversation → text
+# ------------------------------------------------------------------ ParsedMessages → text
 
 
 def render(
-    conversation: Conversation,
+    conversation: ParsedMessages,
     template: str,
     special_tokens: Mapping[str, str],
     add_generation_prompt: bool = False,
@@ -291,7 +291,7 @@ def render(
 
 
 def render_with_answers(
-    conversation: Conversation, template: str, special_tokens: Mapping[str, str]
+    conversation: ParsedMessages, template: str, special_tokens: Mapping[str, str]
 ) -> tuple[str, Spans]:
     """`render` of a closed conversation, and the (start, end) of what the template marks as
     generated.
@@ -314,14 +314,14 @@ def has_variable(template: str, name: str) -> bool:
 
 
 def _render(
-    conversation: Conversation,
+    conversation: ParsedMessages,
     template: str,
     special_tokens: Mapping[str, str],
     **options: Any,
 ) -> tuple[str, Spans]:
     turns: list[dict[str, Any]] = list(conversation.turns)
     if not _understands_parts(template, tuple(special_tokens.items())):
-        turns = [{**turn, "content": flat_text(turn["content"])} for turn in turns]
+        turns = [{**turn, "content": content_to_text(turn["content"])} for turn in turns]
     variables: dict[str, Any] = {**special_tokens, **options}
     try:
         return _render_turns(turns, template, variables)

@@ -16,9 +16,6 @@ from PIL import Image
 from owl2.errors import InputError
 from owl2.processing.image_io import DEFAULT_MAX_PIXELS, check_max_pixels, load_image
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "DEFAULT_MAX_PIXELS", "POLICIES", "ImagePolicy"]
-__all__ += ["Owl2ImageProcessor", "load_image"]
-
 ImagePolicy = Literal["resize", "pad"]
 POLICIES: tuple[ImagePolicy, ...] = ("resize", "pad")
 
@@ -96,7 +93,7 @@ class Owl2ImageProcessor:
             return {"pixel_values": torch.from_numpy(pixels)}
         raise InputError(f"return_tensors is {return_tensors!r}; images come as 'pt' or 'np'.")
 
-    def square(self, image: Image.Image) -> Image.Image:
+    def to_square(self, image: Image.Image) -> Image.Image:
         """An RGB image → the (size, size) RGB image that the model sees."""
         edge = max(image.size)
         if image.width != image.height:
@@ -113,7 +110,7 @@ class Owl2ImageProcessor:
         return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
 
     def _fill(self, image: Image.Image, pixels: np.ndarray) -> None:
-        colours = np.asarray(self.square(image))  # (size, size, 3)
+        colours = np.asarray(self.to_square(image))  # (size, size, 3)
         for channel, levels in enumerate(self._levels):
             np.take(levels, colours[..., channel], out=pixels[channel], mode="clip")
 
@@ -170,7 +167,7 @@ class Owl2ImageProcessor:
         except InputError as error:
             raise InputError(f"preprocessor_config.json: {error}", error.code) from error
 
-    def changed(self, policy: ImagePolicy | None, max_pixels: int | None) -> "Owl2ImageProcessor":
+    def replace(self, policy: ImagePolicy | None, max_pixels: int | None) -> "Owl2ImageProcessor":
         """The same with another policy or limit; None keeps it."""
         return type(self)(
             self.size,

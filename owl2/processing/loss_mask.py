@@ -2,7 +2,7 @@
 
 ::
 
-    text with <|image|>, spans of the answers ──encode_learned──► ids (S), learned (S), offsets (S)
+    text with <|image|>, spans of the answers ──encode_with_loss_mask─► ids, mask, offsets (S)
 
 S tokens, in which an image takes K+1.
 """
@@ -18,12 +18,12 @@ from owl2.errors import InputError
 from owl2.processing.chat_template import IMAGE_TOKEN, Spans
 from owl2.processing.tokenizer import Offsets, Owl2Tokenizer, encode_with_offsets
 
-LEARNED_STYLE = "bold green"
-GIVEN_STYLE = "dim"
+LABEL_STYLE = "bold green"
+PROMPT_STYLE = "dim"
 
 
 @dataclass(frozen=True)
-class Learned:
+class EncodedConversation:
     """A rendered conversation as ids, each with whether it is learned and where it stands in
     `text`.
 
@@ -33,18 +33,18 @@ class Learned:
 
     text: str
     ids: list[int] = field(default_factory=list)
-    learned: list[bool] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
     offsets: Offsets = field(default_factory=list)
     image_ends: list[int] = field(default_factory=list)
 
 
-def encode_learned(
+def encode_with_loss_mask(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     spans: Spans,
     start_ids: Sequence[int],
     image_ids: Sequence[int],
-) -> Learned:
+) -> EncodedConversation:
     """`text` → ids: pieces between images each on their own, an image as `image_ids`.
 
     `start_ids` go before it, unless the text writes them itself. A token is learned if it lies in
@@ -52,7 +52,7 @@ def encode_learned(
 
     Raises `InputError` if the tokenizer gives no offsets, or has a token that is half in a span.
     """
-    sample = Learned(text)
+    sample = EncodedConversation(text)
     position = 0
     for number, piece in enumerate(text.split(IMAGE_TOKEN)):
         if number:
@@ -68,29 +68,31 @@ def encode_learned(
     return sample
 
 
-def show(sample: Learned, start: str, num_image_tokens: int) -> Text:
+def render_mask(sample: EncodedConversation, start: str, num_image_tokens: int) -> Text:
     """What the model gets, for a terminal: learned tokens bright, the rest dim, an image in short.
 
     `start`: how to write ids that stand for no text of the sample (`<s>`).
     """
     shown = Text()
     if sample.offsets and sample.offsets[0] == (0, 0) and not sample.text.startswith(start):
-        shown.append(start, GIVEN_STYLE)
+        shown.append(start, PROMPT_STYLE)
     position = 0
-    tokens = zip(sample.learned, sample.offsets, strict=True)
+    tokens = zip(sample.loss_mask, sample.offsets, strict=True)
     for learned, run in groupby(tokens, key=lambda token: token[0]):
         end = max(place[1] for _, place in run)
         piece = sample.text[position : max(position, end)]
         piece = piece.replace(IMAGE_TOKEN, f"{IMAGE_TOKEN}×{num_image_tokens}")
-        shown.append(piece, LEARNED_STYLE if learned else GIVEN_STYLE)
+        shown.append(piece, LABEL_STYLE if learned else PROMPT_STYLE)
         position = max(position, end)
     return shown
 
 
-def _extend(sample: Learned, ids: Sequence[int], offsets: Offsets, learned: list[bool]) -> None:
+def _extend(
+    sample: EncodedConversation, ids: Sequence[int], offsets: Offsets, learned: list[bool]
+) -> None:
     sample.ids.extend(ids)
     sample.offsets.extend(offsets)
-    sample.learned.extend(learned)
+    sample.loss_mask.extend(learned)
 
 
 def _encode_piece(

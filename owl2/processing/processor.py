@@ -19,21 +19,22 @@ from rich.text import Text
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from owl2.constants import IGNORE_INDEX
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing import pretrained_files as saved
-from owl2.processing.batching import match_images, pad
+from owl2.processing.batching import flatten_images, pad
 from owl2.processing.chat_template import (
     DEFAULT_CHAT_TEMPLATE,
     IMAGE_TOKEN,
-    Conversation,
+    ParsedMessages,
     has_variable,
-    read_messages,
+    parse_messages,
     render,
     render_with_answers,
 )
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
-from owl2.processing.loss_mask import Learned, encode_learned, show
+from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
 from owl2.processing.tokenizer import encode, start_ids
 
 _HUB_OPTIONS = frozenset(
@@ -43,8 +44,6 @@ _HUB_OPTIONS = frozenset(
 _FROM_AUTO = frozenset(
     ("_commit_hash", "_from_auto", "_from_pipeline", "code_revision", "dtype", "trust_remote_code")
 )
-
-IGNORED = -100  # the label of a position without a loss, as PyTorch's cross-entropy has it
 
 
 class Owl2Processor(ProcessorMixin):
@@ -130,7 +129,7 @@ class Owl2Processor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text) if text is not None else []
         if not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise InputError("`text` must be a prompt or a non-empty list of prompts (strings).")
-        images = match_images([prompt.count(IMAGE_TOKEN) for prompt in texts], images)
+        images = flatten_images([prompt.count(IMAGE_TOKEN) for prompt in texts], images)
         rows = [self._encode(prompt, add_special_tokens) for prompt in texts]
         data: dict[str, Any] = pad(
             rows,
@@ -184,7 +183,7 @@ class Owl2Processor(ProcessorMixin):
         read. `add_generation_prompt` opens the assistant's turn. `processor_kwargs`: further
         keywords of `__call__`; all others are variables of the template, and it must know them.
 
-        Raises `InputError`: see `read_messages` and `__call__`.
+        Raises `InputError`: see `parse_messages` and `__call__`.
         """
         template = self._template if chat_template is None else chat_template
         if unknown := [name for name in variables if not has_variable(template, name)]:
@@ -196,7 +195,7 @@ class Owl2Processor(ProcessorMixin):
             next(iter(conversation), None), (list, tuple)
         )
         conversations = [
-            read_messages(messages) for messages in (conversation if is_batch else [conversation])
+            parse_messages(messages) for messages in (conversation if is_batch else [conversation])
         ]
         texts = [
             render(
@@ -233,13 +232,13 @@ class Owl2Processor(ProcessorMixin):
         tokens), -100 elsewhere. `max_length`: longer samples are cut at the right, which can leave
         no label at all.
 
-        Raises `InputError`: see `read_messages` and `__call__`; also when an image is beyond
+        Raises `InputError`: see `parse_messages` and `__call__`; also when an image is beyond
         `max_length`.
         """
-        conversation = read_messages(messages)
+        conversation = parse_messages(messages)
         sample = self._encode_learned(conversation)
-        images = match_images([len(sample.image_ends)], list(conversation.images))
-        ids, learned = sample.ids, sample.learned
+        images = flatten_images([len(sample.image_ends)], list(conversation.images))
+        ids, learned = sample.ids, sample.loss_mask
         if max_length is not None and len(ids) > max_length:
             if sample.image_ends and sample.image_ends[-1] > max_length:
                 raise InputError(
@@ -254,7 +253,7 @@ class Owl2Processor(ProcessorMixin):
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "mm_token_type_ids": (input_ids == self.image_token_id).long(),
-            "labels": input_ids.masked_fill(~torch.tensor([learned]), IGNORED),
+            "labels": input_ids.masked_fill(~torch.tensor([learned]), IGNORE_INDEX),
         }
         if images:
             data.update(self.image_processor(images))
@@ -262,7 +261,7 @@ class Owl2Processor(ProcessorMixin):
 
     def count_tokens(self, messages: Any) -> int:
         """How many tokens a conversation has for training, before any is cut."""
-        return len(self._encode_learned(read_messages(messages)).ids)
+        return len(self._encode_learned(parse_messages(messages)).ids)
 
     def show_labels(self, messages: Any) -> Text:
         """The conversation as the model gets it, for a terminal: learned in colour, the rest dim.
@@ -270,11 +269,11 @@ class Owl2Processor(ProcessorMixin):
         From the ids and mask of `for_training`; an image's places are written `<|image|>×(K+1)`.
         The images are not opened.
         """
-        sample = self._encode_learned(read_messages(messages))
+        sample = self._encode_learned(parse_messages(messages))
         start = "".join(self.tokenizer.convert_ids_to_tokens(self._start_ids))
-        return show(sample, start, self.num_image_tokens)
+        return render_mask(sample, start, self.num_image_tokens)
 
-    def _encode_learned(self, conversation: Conversation) -> Learned:
+    def _encode_learned(self, conversation: ParsedMessages) -> EncodedConversation:
         if conversation.is_open:
             raise InputError(
                 "The last turn has no answer, so there is nothing to learn from it: add it.",
@@ -288,7 +287,7 @@ class Owl2Processor(ProcessorMixin):
             conversation, self._template, self.tokenizer.special_tokens_map
         )
         image_ids = [self.image_token_id] * self.num_image_tokens
-        return encode_learned(self.tokenizer, text, spans, self._start_ids, image_ids)
+        return encode_with_loss_mask(self.tokenizer, text, spans, self._start_ids, image_ids)
 
     # -------------------------------------------------------------- ids → text
 
@@ -386,7 +385,7 @@ class Owl2Processor(ProcessorMixin):
             pixels = {
                 "size": saved.number(saved.section(visual, "visual_model"), "image_size", 448)
             }
-        image_processor = Owl2ImageProcessor.from_dict(pixels).changed(image_policy, max_pixels)
+        image_processor = Owl2ImageProcessor.from_dict(pixels).replace(image_policy, max_pixels)
         saved_template = saved.read_template(files[saved.TEMPLATE_FILE])
         chat_template = saved_template if chat_template is None else chat_template
         tokenizer = saved.load_tokenizer(name, files, hub)

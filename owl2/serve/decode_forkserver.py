@@ -39,7 +39,8 @@ if __name__ == "__main__":
     sys.modules["owl2"].__path__ = [str(Path(__file__).parents[1])]
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor, load_image
+from owl2.processing.image_io import load_image
+from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 
 IMAGE, BROKEN, HUGE = b"P", b"B", b"H"
 LENGTH = struct.Struct("!I")
@@ -159,7 +160,7 @@ def _decode(job: Job, data: bytes) -> tuple[bytes, bytes]:
         processor = Owl2ImageProcessor(
             job.size, job.policy, job.mean, (1.0, 1.0, 1.0), max_pixels=job.max_pixels
         )
-        image = processor.square(load_image(data, job.max_pixels))
+        image = processor.to_square(load_image(data, job.max_pixels))
         return IMAGE, image.tobytes()
     except (InputError, MemoryError) as error:
         if _is_of_memory(error):

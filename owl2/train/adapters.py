@@ -19,9 +19,9 @@ from owl2.checkpoints.adapters import (
     lora_parameters,
     merge_adapter,
 )
-from owl2.checkpoints.quantization import quantization
+from owl2.checkpoints.quantization import quantization_config
 from owl2.errors import InputError
-from owl2.files import require_writable, whole_directory
+from owl2.files import atomic_directory, require_writable
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.train.recipe import LoraSettings, Recipe
@@ -49,7 +49,7 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
         )
     if recipe.quantize is None:
         return {}
-    config = quantization(recipe.quantize, _precision(recipe))
+    config = quantization_config(recipe.quantize, _precision(recipe))
     options: dict[str, Any] = {"quantization_config": config}
     if torch.cuda.is_available():  # a quantised model stays where it is loaded: one GPU a process
         options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
@@ -205,7 +205,7 @@ def merge(
     if dtype is not None:
         model.to(DTYPES[dtype])
     processor = Owl2Processor.from_pretrained(str(adapter))
-    with whole_directory(output) as directory:
+    with atomic_directory(output) as directory:
         model.save_pretrained(directory)
         processor.save_pretrained(directory)
     return Path(output)

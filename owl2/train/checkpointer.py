@@ -23,7 +23,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from owl2.errors import InputError
-from owl2.files import write_whole
+from owl2.files import atomic_write_text
 from owl2.train.disk_errors import sizes_on_disk, writing
 from owl2.train.distributed import Team
 from owl2.train.recipe import Recipe
@@ -119,7 +119,7 @@ def begin(recipe: Recipe, saved: Saved | None) -> None:
         # First: while the rest goes, a kill must not leave a pointer to what is half gone.
         (checkpoints / "latest.json").unlink(missing_ok=True)
         shutil.rmtree(checkpoints)
-    write_whole(checkpoints / "recipe.json", json.dumps(_identity(recipe), indent=2) + "\n")
+    atomic_write_text(checkpoints / "recipe.json", json.dumps(_identity(recipe), indent=2) + "\n")
 
 
 def _drop_others(directory: Path) -> None:
@@ -230,7 +230,7 @@ class KeepState(TrainerCallback):
             "sharing": self.team.sharing,
             "files": files,
         }
-        write_whole(self.checkpoints / "latest.json", json.dumps(pointer) + "\n")
+        atomic_write_text(self.checkpoints / "latest.json", json.dumps(pointer) + "\n")
 
     def _of_each_process(self) -> list[str]:
         if self.team.size == 1:

@@ -17,10 +17,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from owl2.checkpoints.from_backbones import assemble, fresh_llm, load_llm, load_vision
+from owl2.checkpoints.from_backbones import assemble, load_llm, load_vision, random_llm
 from owl2.data.datasets import load_dataset
 from owl2.errors import InputError
-from owl2.files import require_writable, whole_directory
+from owl2.files import atomic_directory, require_writable
 from owl2.model.configuration import Owl2AbstractorConfig, Owl2VisionConfig
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.image_processing import Owl2ImageProcessor
@@ -99,7 +99,7 @@ def init_checkpoint(
         if weights_dtype is not None:
             model.to(weights_dtype)  # type: ignore[arg-type]  # a decorator hides its self
         processor = _processor(model, tokenizer, template)
-        with whole_directory(output) as directory:
+        with atomic_directory(output) as directory:
             model.save_pretrained(directory)
             processor.save_pretrained(directory)
     return model
@@ -185,7 +185,7 @@ def _fresh_llm(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         "pad_token_id": tokenizer.pad_token_id,
         "rms_norm_eps": 1e-5,
     }
-    return fresh_llm(**ids | settings)
+    return random_llm(**ids | settings)
 
 
 def _fresh_tokenizer(settings: dict[str, Any], directory: Path) -> Owl2Tokenizer:

@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 
 from owl2.errors import InputError
-from owl2.files import write_whole
-from owl2.processing.image_processing import load_image
+from owl2.files import atomic_write_text
+from owl2.processing.image_io import load_image
 from owl2.train.metrics import View
 from owl2.train.recipe import Recipe
 from owl2.train.validation import Answer, Look
@@ -124,7 +124,7 @@ class WeightsAndBiases:
         self._wandb: Any = importlib.import_module("wandb")
         kept = output / "wandb_run"
         if not start or not kept.is_file():
-            write_whole(kept, uuid.uuid4().hex[:8] + "\n")
+            atomic_write_text(kept, uuid.uuid4().hex[:8] + "\n")
         try:
             self._run = self._wandb.init(
                 project=project,

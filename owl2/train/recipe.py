@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
-from owl2.runtime import has_bfloat16
+from owl2.runtime import cpu_supports_bf16
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -314,5 +314,5 @@ class Recipe(Section):
         """
         if self.dtype is not None:
             return self.dtype
-        fast = device_type == "cuda" or (device_type == "cpu" and has_bfloat16())
+        fast = device_type == "cuda" or (device_type == "cpu" and cpu_supports_bf16())
         return "bfloat16" if fast else "float32"

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from owl2 import __version__
-from owl2.files import write_whole
+from owl2.files import atomic_write_text
 from owl2.train.checkpointer import Position
 from owl2.train.console import size
 from owl2.train.distributed import Team
@@ -29,7 +29,7 @@ def write_run(path: Path, facts: Mapping[str, Any]) -> None:
     """Write ``run.json``: what was measured, and in which versions of what."""
     versions = {"owl2": __version__, "python": platform.python_version()}
     versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
-    write_whole(path, json.dumps({**facts, "versions": versions}, indent=2) + "\n")
+    atomic_write_text(path, json.dumps({**facts, "versions": versions}, indent=2) + "\n")
 
 
 def peak_memory(device: torch.device, team: Team) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from owl2.data.collate import Collator, TrainingSet
 from owl2.data.mixture import Mixture, Source
 from owl2.data.open_dataset import Samples, open_source
 from owl2.errors import InputError
-from owl2.files import require_writable, whole_directory
+from owl2.files import atomic_directory, require_writable
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
-from owl2.runtime import keep_memory
+from owl2.runtime import tune_malloc
 from owl2.train.adapters import loading_options, prepare
 from owl2.train.attn_implementation import layout, require_attention
 from owl2.train.checkpointer import (
@@ -81,7 +81,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
             without anything to learn.
     """
     if not torch.cuda.is_available():
-        keep_memory()
+        tune_malloc()
     with Team.gathered() as team, _quiet_transformers():
         console = (console or Console()) if team.first else Console(quiet=True)
         with team.together():
@@ -233,7 +233,7 @@ def _train(
     facts["peak_memory_bytes"] = peak_memory(trainer.args.device, team)
     with team.together():
         if team.first:
-            with whole_directory(result.model) as directory, writing(result.model):
+            with atomic_directory(result.model) as directory, writing(result.model):
                 model.save_pretrained(directory, state_dict=weights)
                 processor.save_pretrained(directory)
                 # Before there is a finished model, so that a kill in between is gone on from.

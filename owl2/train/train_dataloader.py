@@ -22,7 +22,7 @@ from transformers.trainer_callback import CallbackHandler
 from owl2.data.dataloader import Loader
 from owl2.data.sample import Bad
 from owl2.errors import ErrorCode, InputError
-from owl2.files import write_whole
+from owl2.files import atomic_write_text
 from owl2.train.recipe import Recipe
 
 # So many samples left out and none used: not some rows are bad, but what the recipe says of them.
@@ -107,7 +107,7 @@ class Feed:
             "left_out": self._lines,
             "loader": self.loader.state,
         }
-        write_whole(self._state_file(checkpoint), json.dumps(state) + "\n")
+        atomic_write_text(self._state_file(checkpoint), json.dumps(state) + "\n")
 
     def load(self, checkpoint: Path) -> None:
         """Go on with the batches after those of a checkpoint.
@@ -165,7 +165,7 @@ def _keep_lines(path: Path, count: int) -> None:
         return
     lines = path.read_bytes().splitlines(keepends=True)[:count]
     if lines:
-        write_whole(path, b"".join(lines).decode())
+        atomic_write_text(path, b"".join(lines).decode())
     else:
         path.unlink()
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from owl2.checkpoints.adapters import has_adapter, load_state
+from owl2.checkpoints.adapters import has_adapter, load_adapter_weights
 from owl2.data.collate import Collated, TrainingSet
 from owl2.data.dataloader import Loader
 from owl2.errors import InputError
@@ -244,7 +244,7 @@ class Owl2Trainer(Trainer):
         shared = self.is_fsdp_enabled or self.is_deepspeed_enabled
         assert isinstance(self.model, PreTrainedModel)
         if has_adapter(self.model) and not shared:
-            load_state(self.model, Path(resume_from_checkpoint))
+            load_adapter_weights(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -273,7 +273,7 @@ def share_every_weight(model: nn.Module) -> None:
     """Let each batch pass through every weight, as other processes wait for it there."""
     for module in model.modules():
         if isinstance(module, Owl2Model):
-            module.use_every_weight = True
+            module.run_all_branches = True
 
 
 def share_out_precisely(accelerator: Accelerator, half: bool) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from owl2.constants import IGNORE_INDEX
 from owl2.data.collate import Collator, Features, TrainingSet
 from owl2.data.dataloader import working_on
 from owl2.data.mixture import Draw, Mixture, Source
@@ -33,8 +34,8 @@ from owl2.data.sample import Bad, Message, Sample, taken
 from owl2.engine.engine import Engine
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import flat_text, read_messages
-from owl2.processing.processor import IGNORED, Owl2Processor
+from owl2.processing.chat_template import content_to_text, parse_messages
+from owl2.processing.processor import Owl2Processor
 from owl2.train.distributed import Team
 from owl2.train.jsonl_logger import Lines
 
@@ -216,7 +217,7 @@ class Validator:
             logits = self.team.sharing != "each whole"  # see `Owl2Trainer.compute_loss`
             options = {"num_items_in_batch": 1, "use_cache": False, "return_logits": logits}
             loss += float(model(**batch, **options).loss)
-            tokens += int((collated.batch["labels"][:, 1:] != IGNORED).sum())
+            tokens += int((collated.batch["labels"][:, 1:] != IGNORE_INDEX).sum())
             samples += collated.samples
             left_out += collated.left_out
             # Of several processes none may stop by itself: the others would wait for its weights.
@@ -246,9 +247,13 @@ class Validator:
             # Only what trains whole is sure to leave room for an answer.
             if isinstance(sample, Bad) or isinstance(self.held_out[number], Bad):
                 continue
-            turns = read_messages(sample.messages).turns
+            turns = parse_messages(sample.messages).turns
             end = next(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
-            yield sample.source, sample.messages[:end], flat_text(turns[end]["content"]).strip()
+            yield (
+                sample.source,
+                sample.messages[:end],
+                content_to_text(turns[end]["content"]).strip(),
+            )
 
     def _answers(self, model: Owl2ForConditionalGeneration) -> Iterator[Answer]:
         if not self._questions:
@@ -258,8 +263,8 @@ class Validator:
         engine.synced_gpus = True if self.team.sharing != "each whole" else None
         for source, messages, wanted in self._questions:
             answer = engine.chat(messages, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-            asked = read_messages(messages)
-            text = "\n".join(flat_text(turn["content"]) for turn in asked.turns)
+            asked = parse_messages(messages)
+            text = "\n".join(content_to_text(turn["content"]) for turn in asked.turns)
             yield Answer(source, text, wanted, answer, tuple(asked.images))
 
 

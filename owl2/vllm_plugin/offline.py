@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from owl2.engine.engine import Messages
 from owl2.engine.sampling import SamplingParams
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import check_question, read_messages
+from owl2.processing.chat_template import parse_messages, validate_prompt
 from owl2.processing.image_io import load_image
 from owl2.processing.processor import Owl2Processor
 
@@ -105,8 +105,8 @@ def _prompt(processor: Owl2Processor, messages: Messages, context: int) -> Promp
     from owl2.vllm_plugin.tokenizer import encode_prompt  # imports vLLM, which may not be there
 
     try:
-        check_question(messages)
-        conversation = read_messages(messages)
+        validate_prompt(messages)
+        conversation = parse_messages(messages)
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         ids = encode_prompt(processor, text)
         if (places := ids.count(processor.image_token_id)) != len(conversation.images):
@@ -125,7 +125,7 @@ def _prompt(processor: Owl2Processor, messages: Messages, context: int) -> Promp
         # processor makes of a square of this size is the square.
         pixels = processor.image_processor
         images = [
-            pixels.square(load_image(image, pixels.max_pixels)) for image in conversation.images
+            pixels.to_square(load_image(image, pixels.max_pixels)) for image in conversation.images
         ]
     except InputError as error:
         return error

@@ -11,7 +11,7 @@ from PIL import Image
 
 from owl2 import Engine
 from owl2.attention import heat_map, look
-from owl2.processing.image_processing import load_image
+from owl2.processing.image_io import load_image
 
 QUESTION = "what color is the shape?"
 

@@ -39,11 +39,11 @@ def make(folder: Path, size: str, dtype: str) -> None:
     import torch
 
     from owl2.bench.presets import random_model
-    from owl2.model.variants import plain_llama
+    from owl2.model.variants import as_llama
 
     model = random_model(size, torch.device("cpu"), getattr(torch, dtype))
     model.save_pretrained(folder / "owl2")
-    plain_llama(model).save_pretrained(folder / "llama")
+    as_llama(model).save_pretrained(folder / "llama")
 
 
 def ours(folder: Path) -> Answer:

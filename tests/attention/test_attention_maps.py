@@ -15,7 +15,7 @@ from owl2.engine.backends.weight_only_quantization import quantise
 from owl2.engine.scoring import prompt_and_answer
 from owl2.errors import InputError
 from owl2.model import vision
-from owl2.model.variants import without_mam
+from owl2.model.variants import as_no_mam
 from tests.engine.conftest import ask, image
 from tests.tiny import make_model
 
@@ -63,7 +63,7 @@ def test_without_mam_weights_are_those_of_a_model_that_has_none(engine, eager, c
     messages = conversations[2]
     with_mam = look(engine, engine.processor, messages, answer=ANSWER)
     looks = look(engine, engine.processor, messages, answer=ANSWER, use_mam=False)
-    expected = by_transformers(without_mam(eager), engine.processor, messages, ANSWER)
+    expected = by_transformers(as_no_mam(eager), engine.processor, messages, ANSWER)
     np.testing.assert_allclose(looks.attention, expected, atol=1e-5)
     assert (with_mam.use_mam, looks.use_mam) == (True, False)
     assert np.abs(looks.attention - with_mam.attention).max() < 1e-6, "untrained MAM is a copy"
@@ -237,7 +237,7 @@ def test_what_a_user_got_wrong(engine, conversations, options, said):
 
 
 def test_a_model_without_mam_has_none_to_leave_out(engine, conversations):
-    model = without_mam(engine.model)
+    model = as_no_mam(engine.model)
     assert not look(model, engine.processor, conversations[1], answer=ANSWER).use_mam
     with pytest.raises(InputError, match="no MAM"):
         look(model, engine.processor, conversations[1], answer=ANSWER, use_mam=False)

@@ -9,7 +9,7 @@ from owl2.bench.roofline import Limits
 from owl2.bench.workload import Batches, Request
 from owl2.engine.engine_core import Prompt, Runner
 from owl2.engine.sampling import SamplingParams
-from owl2.model.variants import plain_llama, twin, without_mam
+from owl2.model.variants import as_llama, as_no_mam, clone_sharing_weights
 
 
 def close(left, right):
@@ -80,20 +80,24 @@ def test_steps_of_all_decode_the_same(model, textbook, workload):
     prompt = workload.prompt(9, 4), workload.pixels()
     token, cache = textbook.prefill(*prompt)
     expected = textbook.decode(token, cache, 8)
-    for steps in (Steps(model, prompt), Steps(model, prompt, rows=3), Steps(twin(model), prompt)):
+    for steps in (
+        Steps(model, prompt),
+        Steps(model, prompt, rows=3),
+        Steps(clone_sharing_weights(model), prompt),
+    ):
         assert steps.decode(8) == expected
         assert steps.decode(8) == expected, "each time from the start"
 
 
 def test_relatives_share_the_weights(model, workload):
     words = workload.words(9)
-    plain, llama = without_mam(model), plain_llama(model)
+    plain, llama = as_no_mam(model), as_llama(model)
     with torch.no_grad():
         logits = model(words).logits
         close(plain(words).logits, logits)
         close(llama(words).logits, logits)
     ours = {tensor.data_ptr() for tensor in model.parameters()}
-    for relative in (plain, llama, twin(model)):
+    for relative in (plain, llama, clone_sharing_weights(model)):
         assert {tensor.data_ptr() for tensor in relative.parameters()} <= ours
     steps = LlamaSteps(llama, words, rows=2)
     expected = Steps(model, (words, None)).decode(6)
@@ -104,7 +108,7 @@ def test_relatives_share_the_weights(model, workload):
 def test_a_model_without_mam_has_one_way(model, workload):
     ids, pixels = workload.prompt(9, 4), workload.pixels()
     with torch.no_grad():
-        same = torch.equal(without_mam(model)(ids, pixels).logits, model(ids, pixels).logits)
+        same = torch.equal(as_no_mam(model)(ids, pixels).logits, model(ids, pixels).logits)
     assert same is not model.config.use_mam
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from owl2.checkpoints.provenance import Source, fingerprint
+from owl2.checkpoints.provenance import Provenance, fingerprint
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.tiny import make_model
 
@@ -55,8 +55,8 @@ def test_another_with_other_weights(checkpoint, tmp_path, change):
 def test_a_directory_is_named_by_its_whole_path(checkpoint, tmp_path, monkeypatch):
     shutil.copytree(checkpoint, tmp_path / "here" / "model")
     monkeypatch.chdir(tmp_path / "here")
-    source = Owl2ForConditionalGeneration.from_pretrained("model").loaded_from
-    assert source == Source(str(tmp_path / "here" / "model"), None, tmp_path / "here" / "model")
+    source = Owl2ForConditionalGeneration.from_pretrained("model").provenance
+    assert source == Provenance(str(tmp_path / "here" / "model"), None, tmp_path / "here" / "model")
     monkeypatch.chdir(tmp_path)
     assert source.fingerprint == fingerprint(checkpoint)
     # Read once: what is there later is not what the model was loaded from.
@@ -66,4 +66,4 @@ def test_a_directory_is_named_by_its_whole_path(checkpoint, tmp_path, monkeypatc
 
 def test_without_weights_there_is_none(tmp_path):
     assert fingerprint(tmp_path) is None
-    assert Source("somebody/nothing", None, None).fingerprint is None
+    assert Provenance("somebody/nothing", None, None).fingerprint is None

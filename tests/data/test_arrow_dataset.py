@@ -3,7 +3,7 @@ import torch.utils.data
 
 from owl2.data.arrow_dataset import Table, is_table
 from owl2.errors import InputError
-from owl2.processing.chat_template import flat_text, read_messages
+from owl2.processing.chat_template import content_to_text, parse_messages
 from tests.data.tars import PNG
 
 datasets = pytest.importorskip("datasets")
@@ -30,11 +30,11 @@ def words(text: str) -> dict:
 
 
 def text(sample) -> list[str]:
-    return [flat_text(turn["content"]) for turn in read_messages(sample.messages).turns]
+    return [content_to_text(turn["content"]) for turn in parse_messages(sample.messages).turns]
 
 
 def images(sample) -> tuple:
-    return read_messages(sample.messages).images
+    return parse_messages(sample.messages).images
 
 
 # ------------------------------------------------------------------ columns

@@ -2,12 +2,12 @@ import pytest
 import torch
 from PIL import Image
 
+from owl2.constants import IGNORE_INDEX
 from owl2.data.collate import Collator, TrainingSet, collate
 from owl2.data.mixture import Draw, Mixture, Source
 from owl2.data.packing import pack
 from owl2.data.sample import Bad, Sample
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.processor import IGNORED
 
 PLACES = 5  # of an image, as in conftest.py
 
@@ -172,7 +172,7 @@ def test_batch_holds_every_sample_and_only_padding_besides(samples, processor, s
     batch = collate(features, pad_token_id=7, side=side)
     lengths = [item["input_ids"].shape[1] for item in features]
     assert len(set(lengths)) == 3
-    fill = {"input_ids": 7, "attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}
+    fill = {"input_ids": 7, "attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORE_INDEX}
     for key, padding in fill.items():
         assert batch[key].shape == (3, max(lengths))
         for row, item, length in zip(batch[key], features, lengths, strict=True):
@@ -188,7 +188,7 @@ def test_batch_holds_every_sample_and_only_padding_besides(samples, processor, s
 
 def test_labels_decode_to_exactly_the_answers(samples, processor):
     batch = collate(features_of(samples, processor), pad_token_id=0)
-    answers = [processor.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]]
+    answers = [processor.tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
     assert answers == ["red</s>", "a blue rectangle.</s>", "no</s>"]
 
 
@@ -220,6 +220,6 @@ def test_a_batch_of_nothing_has_no_label_but_passes_through_all_of_the_model(pro
     bad = [Bad("talks.json:3", "why")]
     batch, *counts = Collator(processor, layout)(bad)
     assert counts == [0, 0, 0, bad]
-    assert bool((batch["labels"] == IGNORED).all())
+    assert bool((batch["labels"] == IGNORE_INDEX).all())
     assert batch["pixel_values"].shape == (1, 3, 8, 8)
     assert int(batch["mm_token_type_ids"].sum()) == PLACES

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
+from owl2.constants import IGNORE_INDEX
 from owl2.data.packing import first_fit_decreasing, pack
-from owl2.processing.processor import IGNORED
 
 
 def features(length: int, images: int = 0, answer: int = 2) -> dict:
@@ -14,7 +14,7 @@ def features(length: int, images: int = 0, answer: int = 2) -> dict:
     ids = torch.arange(100 * length, 101 * length)[None]
     types = torch.zeros_like(ids)
     types[0, : 2 * images] = 1
-    labels = torch.full_like(ids, IGNORED)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     labels[0, length - answer :] = ids[0, length - answer :]
     item = {"input_ids": ids, "mm_token_type_ids": types, "labels": labels}
     if images:
@@ -59,7 +59,7 @@ def test_every_sample_lies_whole_and_apart(one_row):
         assert torch.equal(piece["position_ids"], torch.arange(len(piece["input_ids"])))
     for padding in found:
         assert bool((padding["input_ids"] == 7).all())
-        assert bool((padding["labels"] == IGNORED).all())
+        assert bool((padding["labels"] == IGNORE_INDEX).all())
         assert not padding["mm_token_type_ids"].any()
 
 
@@ -72,8 +72,8 @@ def test_images_come_in_the_order_of_the_rows():
 def test_the_first_label_of_a_sample_is_not_predicted_from_the_one_before():
     items = [features(4, answer=4), features(3, answer=3)]
     labels = pack(items, 0, one_row=True)["labels"][0]
-    assert [int(label) for label in labels[[0, 4]]] == [IGNORED, IGNORED]
-    assert int((labels != IGNORED).sum()) == 5
+    assert [int(label) for label in labels[[0, 4]]] == [IGNORE_INDEX, IGNORE_INDEX]
+    assert int((labels != IGNORE_INDEX).sum()) == 5
 
 
 def test_a_batch_of_text_has_no_pixels():

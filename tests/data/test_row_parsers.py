@@ -5,7 +5,7 @@ import pytest
 
 from owl2.data.json_dataset import Rows
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import flat_text, read_messages
+from owl2.processing.chat_template import content_to_text, parse_messages
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "text" / "cases.json"
 
@@ -27,11 +27,11 @@ def lines(path: Path, *rows: object) -> Path:
 
 
 def images(sample) -> list[str]:
-    return [str(image) for image in read_messages(sample.messages).images]
+    return [str(image) for image in parse_messages(sample.messages).images]
 
 
 def texts(sample) -> list[str]:
-    return [flat_text(turn["content"]) for turn in read_messages(sample.messages).turns]
+    return [content_to_text(turn["content"]) for turn in parse_messages(sample.messages).turns]
 
 
 # ------------------------------------------------------------------ LLaVA's JSON

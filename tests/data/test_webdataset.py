@@ -8,7 +8,7 @@ from owl2.data.sample import Bad, Sample
 from owl2.data.tar_stream import Files
 from owl2.data.webdataset import Shards, _sample, is_shard_url
 from owl2.errors import InputError
-from owl2.processing.chat_template import flat_text, read_messages
+from owl2.processing.chat_template import content_to_text, parse_messages
 from tests.data.tars import PNG, captions, write_shards, write_tar
 
 
@@ -22,7 +22,7 @@ def numbers(stream, count: int) -> list[int]:
 
 
 def text(sample: Sample) -> list[str]:
-    return [flat_text(turn["content"]) for turn in read_messages(sample.messages).turns]
+    return [content_to_text(turn["content"]) for turn in parse_messages(sample.messages).turns]
 
 
 def one(tmp_path, *files) -> Sample | Bad:
@@ -209,7 +209,7 @@ def test_json_may_hold_a_conversation(tmp_path):
     turns = talk("what?\n<image>", "a fox")
     sample = one(tmp_path, row(image="deep/b.jpg", conversations=turns), ("a.jpg", PNG))
     assert text(sample) == ["<|image|>\nwhat?", "a fox"]
-    assert read_messages(sample.messages).images == (PNG,)
+    assert parse_messages(sample.messages).images == (PNG,)
 
 
 def test_several_images_come_by_number(tmp_path):
@@ -225,7 +225,7 @@ def test_several_images_come_by_number(tmp_path):
         ("a.cls", b"5"),
         ("a.seg.png", PNG),
     )
-    assert list(read_messages(sample.messages).images) == colours
+    assert list(parse_messages(sample.messages).images) == colours
 
 
 def test_a_conversation_needs_no_image(tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from owl2.eval.samples import Answer
 from owl2.eval.tasks import find_tasks
-from owl2.processing.chat_template import read_messages
+from owl2.processing.chat_template import parse_messages
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -25,7 +25,7 @@ def words(question):
 
 
 def images(question):
-    return read_messages(question.messages).images
+    return parse_messages(question.messages).images
 
 
 def score(name, say):

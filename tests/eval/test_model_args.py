@@ -8,7 +8,7 @@ from owl2.errors import InputError
 from owl2.eval import model_args
 from owl2.eval.model_args import Subject
 from owl2.eval.sharding import Team
-from owl2.model.variants import VISUAL_WAY
+from owl2.model.variants import VISUAL_KEY
 
 
 def inputs(engine):
@@ -38,7 +38,7 @@ def trained(tiny_checkpoint, tmp_path):
     engine = load(tiny_checkpoint)
     with torch.no_grad():
         for name, weight in engine.model.named_parameters():
-            if VISUAL_WAY in name:
+            if VISUAL_KEY in name:
                 weight += 0.3 * torch.randn(
                     weight.shape, generator=torch.Generator().manual_seed(1)
                 )

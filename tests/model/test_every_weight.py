@@ -28,7 +28,7 @@ def gradients(model):
 def test_text_alone_gives_the_same_loss_and_gradients(mam):
     model = filled(use_mam=mam)
     plain, before = gradients(model)
-    model.model.use_every_weight = True
+    model.model.run_all_branches = True
     every, after = gradients(model)
     torch.testing.assert_close(every.logits, plain.logits)
     torch.testing.assert_close(every.loss, plain.loss)
@@ -46,7 +46,7 @@ def test_a_stage_that_trains_what_images_use_has_a_gradient_without_them():
     model = filled()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision_model" in name or ".multiway.1." in name)
-    model.model.use_every_weight = True
+    model.model.run_all_branches = True
     _, found = gradients(model)
     assert found
     assert all(gradient is not None and not gradient.any() for gradient in found.values())
@@ -59,7 +59,7 @@ def test_a_batch_with_images_is_as_before():
         "pixel_values": torch.randn(1, 3, 8, 8),
     }
     before = model(**inputs).logits
-    model.model.use_every_weight = True
+    model.model.run_all_branches = True
     assert torch.equal(model(**inputs).logits, before)
 
 

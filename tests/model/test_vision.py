@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from owl2.errors import InputError
 from owl2.model import vision
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.model.vision import attend_by_products, resize_positions
+from owl2.model.vision import matmul_attention, resize_positions
 from tests.model.golden import FOLDER
 from tests.tiny import make_model
 
@@ -155,23 +155,21 @@ def test_products_attend_as_the_fused_kernel_does(queries):
     shapes = ((2, 4, queries, 8), (2, 4, 5, 8), (2, 4, 5, 8))
     query, key, value = (torch.randn(shape) for shape in shapes)
     expected = F.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
-    found = attend_by_products(query, key, value, 0.3)
+    found = matmul_attention(query, key, value, 0.3)
     torch.testing.assert_close(found, expected.flatten(2))
 
 
 def test_bfloat16_by_products_is_as_near_to_float32_as_the_fused_kernel(monkeypatch, tiny):
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     used = []
-    products = vision.attend_by_products
-    monkeypatch.setattr(
-        vision, "attend_by_products", lambda *args: used.append(1) or products(*args)
-    )
+    products = vision.matmul_attention
+    monkeypatch.setattr(vision, "matmul_attention", lambda *args: used.append(1) or products(*args))
     tiny.set_attn_implementation("sdpa")
     errors = []
     with torch.no_grad():
         expected = tiny.get_image_features(pixels).pooler_output
         tiny.to(torch.bfloat16)
-        for few in (vision.FEW_KEYS, 0):
+        for few in (vision.MATMUL_MAX_KEYS, 0):
             monkeypatch.setattr(vision, "FEW_KEYS", few)
             errors.append((tiny.get_image_features(pixels).pooler_output - expected).norm())
     assert len(used) == 3 + 2  # the blocks of both parts, the first time only

@@ -7,11 +7,11 @@ import pytest
 from owl2.errors import InputError
 from owl2.processing.chat_template import (
     DEFAULT_CHAT_TEMPLATE,
-    check_question,
     has_variable,
-    read_messages,
+    parse_messages,
     render,
     render_with_answers,
+    validate_prompt,
 )
 from tests.processing.samples import CHATML, ask
 
@@ -27,7 +27,7 @@ PARTS_ONLY = """\
 
 
 def write(messages, template=DEFAULT_CHAT_TEMPLATE, **options) -> str:
-    return render(read_messages(messages), template, EOS, **options)
+    return render(parse_messages(messages), template, EOS, **options)
 
 
 def test_golden_prompts(golden_text):
@@ -41,7 +41,7 @@ def test_golden_prompts(golden_text):
 
 
 def test_an_answer_is_its_space_its_words_and_the_end():
-    conversation = read_messages([USER, ANSWER, USER, {"role": "assistant", "content": " x\n"}])
+    conversation = parse_messages([USER, ANSWER, USER, {"role": "assistant", "content": " x\n"}])
     text, spans = render_with_answers(conversation, DEFAULT_CHAT_TEMPLATE, EOS)
     assert text == "USER: Hi ASSISTANT: Hello.</s>USER: Hi ASSISTANT:  x\n</s>"
     assert [text[begin:end] for begin, end in spans] == [" Hello.</s>", "  x\n</s>"]
@@ -80,7 +80,7 @@ def test_a_template_that_marks_no_answers_is_refused_for_training_only():
     template = template.replace("{%- endgeneration -%}", "")
     assert write([USER, ANSWER], template).endswith("Hello.</s>")
     with pytest.raises(InputError, match=r"put {% generation %} before"):
-        render_with_answers(read_messages([USER, ANSWER]), template, EOS)
+        render_with_answers(parse_messages([USER, ANSWER]), template, EOS)
 
 
 def test_template_errors_are_the_users():
@@ -109,10 +109,10 @@ def test_images_in_all_forms_and_in_order():
         ({"type": "image_url", "image_url": "https://x/c.png"}, "https://x/c.png"),
         ({"type": "image", "image": None, "url": "https://x/d.png"}, "https://x/d.png"),
     ]
-    conversation = read_messages([{"role": "user", "content": [part for part, _ in forms]}])
+    conversation = parse_messages([{"role": "user", "content": [part for part, _ in forms]}])
     assert list(conversation.images) == [source for _, source in forms]
     assert conversation.is_open
-    assert read_messages([{"role": "user", "content": [{"type": "image"}]}]).images == ()
+    assert parse_messages([{"role": "user", "content": [{"type": "image"}]}]).images == ()
 
 
 @pytest.mark.parametrize(
@@ -150,17 +150,17 @@ def test_images_in_all_forms_and_in_order():
 )
 def test_bad_messages_are_named(messages, message):
     with pytest.raises(InputError, match=message):
-        read_messages(messages)
+        parse_messages(messages)
 
 
 @pytest.mark.parametrize("text", ["", " \n", "<|image|>", "<|image|>\n"])
 def test_an_empty_question(text):
     with pytest.raises(InputError, match="question is empty"):
-        check_question(ask(object(), text))
+        validate_prompt(ask(object(), text))
 
 
 def test_a_question():
-    check_question([USER])
-    check_question(ask(object(), "What is it?"))
+    validate_prompt([USER])
+    validate_prompt(ask(object(), "What is it?"))
     with pytest.raises(InputError, match="answer already"):
-        check_question([USER, ANSWER])
+        validate_prompt([USER, ANSWER])

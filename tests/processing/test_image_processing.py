@@ -44,7 +44,7 @@ def test_clip_processor_reads_our_settings(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(ours.to_dict()))
     theirs = CLIPImageProcessor.from_pretrained(tmp_path)
     square = gradient(size=(40, 40))
-    expected = theirs(ours.square(square), return_tensors="np")["pixel_values"]
+    expected = theirs(ours.to_square(square), return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(ours(square, "np")["pixel_values"], expected, atol=2e-6)
     again = Owl2ImageProcessor.from_dict(ours.to_dict())
     assert again.to_dict() == ours.to_dict()

@@ -3,7 +3,7 @@
 import pytest
 
 from owl2.errors import InputError
-from owl2.processing.loss_mask import encode_learned
+from owl2.processing.loss_mask import encode_with_loss_mask
 from owl2.processing.tokenizer import Owl2Tokenizer, encode, train_tokenizer
 
 IMAGE = [9999] * 3
@@ -15,26 +15,26 @@ def spans_of(text: str, *parts: str) -> list[tuple[int, int]]:
 
 def test_pieces_between_images_are_on_their_own(llama):
     text = "a <|image|><|image|> b c</s>"
-    sample = encode_learned(llama, text, spans_of(text, " c</s>"), [1], IMAGE)
+    sample = encode_with_loss_mask(llama, text, spans_of(text, " c</s>"), [1], IMAGE)
     expected = [1, *encode(llama, "a "), *IMAGE, *IMAGE, *encode(llama, " b c</s>")]
     assert sample.ids == expected
     assert sample.image_ends == [len(encode(llama, "a ")) + 4, len(encode(llama, "a ")) + 7]
     learned = [
-        id_ for id_, is_learned in zip(sample.ids, sample.learned, strict=True) if is_learned
+        id_ for id_, is_learned in zip(sample.ids, sample.loss_mask, strict=True) if is_learned
     ]
     assert llama.decode(learned) == "c</s>"
 
 
 def test_a_written_start_is_not_doubled(llama):
-    assert encode_learned(llama, "<s>a", [], [1], IMAGE).ids == [1, *encode(llama, "a")]
-    assert encode_learned(llama, "<|image|>a", [], [1], IMAGE).ids[:4] == [1, *IMAGE]
+    assert encode_with_loss_mask(llama, "<s>a", [], [1], IMAGE).ids == [1, *encode(llama, "a")]
+    assert encode_with_loss_mask(llama, "<|image|>a", [], [1], IMAGE).ids[:4] == [1, *IMAGE]
 
 
 def test_an_answer_of_bytes_after_a_control_token(llama):
     text = "a</s>🦉</s>"
-    sample = encode_learned(llama, text, spans_of(text, "🦉</s>"), [1], IMAGE)
+    sample = encode_with_loss_mask(llama, text, spans_of(text, "🦉</s>"), [1], IMAGE)
     learned = [
-        id_ for id_, is_learned in zip(sample.ids, sample.learned, strict=True) if is_learned
+        id_ for id_, is_learned in zip(sample.ids, sample.loss_mask, strict=True) if is_learned
     ]
     assert learned == encode(llama, "🦉</s>")  # its "▁" too, which the model will have to say
 
@@ -42,11 +42,11 @@ def test_an_answer_of_bytes_after_a_control_token(llama):
 def test_a_token_across_the_edge_is_cut_there_as_when_the_model_answers(byte_level):
     text = "a\n\n\nb<|im_end|>\n"
     assert byte_level.tokenize(text)[1] == "ĊĊ"  # else this tests nothing
-    sample = encode_learned(byte_level, text, spans_of(text, "\n\nb<|im_end|>"), [], IMAGE)
+    sample = encode_with_loss_mask(byte_level, text, spans_of(text, "\n\nb<|im_end|>"), [], IMAGE)
     prompt = encode(byte_level, "a\n")
-    assert sample.ids[: len(prompt)] == prompt and not any(sample.learned[: len(prompt)])
+    assert sample.ids[: len(prompt)] == prompt and not any(sample.loss_mask[: len(prompt)])
     learned = [
-        id_ for id_, is_learned in zip(sample.ids, sample.learned, strict=True) if is_learned
+        id_ for id_, is_learned in zip(sample.ids, sample.loss_mask, strict=True) if is_learned
     ]
     assert byte_level.decode(learned) == "\n\nb<|im_end|>"
 
@@ -56,4 +56,4 @@ def test_sentencepiece_cannot_be_cut_inside_a_word(tmp_path):
     tokenizer = Owl2Tokenizer(tmp_path / "m")
     assert len(encode(tokenizer, "abab")) == 1
     with pytest.raises(InputError, match=r"in the middle of a token.*'abab'"):
-        encode_learned(tokenizer, "abab", [(2, 4)], [1], IMAGE)
+        encode_with_loss_mask(tokenizer, "abab", [(2, 4)], [1], IMAGE)

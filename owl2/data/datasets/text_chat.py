@@ -11,7 +11,7 @@ from pathlib import Path
 
 from owl2.data.sample import Message, Sample
 from owl2.json_records import LeftOut, Row, json_lines, json_rows, published_file
-from owl2.processing.chat_template import IMAGE_TOKEN, has_half_character
+from owl2.processing.chat_template import IMAGE_TOKEN, has_lone_surrogate
 
 # What a model takes for an image or for an end, wherever it is written (in HTML, <s> strikes out).
 MARKS = (IMAGE_TOKEN, "</s>", "<s>", "<unk>")
@@ -81,7 +81,7 @@ def _unusable(turns: Sequence[tuple[str, str]]) -> str | None:
     # A system text may be empty; nothing is lost by that.
     if not all(text for role, (_, text) in zip(roles, turns, strict=True) if role != "system"):
         return "with an empty turn"
-    if any(has_half_character(text) for _, text in turns):
+    if any(has_lone_surrogate(text) for _, text in turns):
         return "with half of a character"
     written = (mark for mark in MARKS if any(mark in text for _, text in turns))
     mark = next(written, None)

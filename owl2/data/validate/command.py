@@ -36,7 +36,7 @@ from owl2.data.validate.statistics import (
 )
 from owl2.data.validate.validator import Judge, Result, Rules, context, count_units, look_at_all
 from owl2.errors import InputError
-from owl2.files import whole_file, write_whole
+from owl2.files import atomic_file, atomic_write_text
 from owl2.processing import pretrained_files as saved
 from owl2.processing.processor import Owl2Processor
 
@@ -152,7 +152,7 @@ def check(
             "all": tally.summary(),
             "sources": {name: part.summary() for name, part in findings.tallies.items()},
         }
-        write_whole(output / STATISTICS, json.dumps(facts, indent=2) + "\n")
+        atomic_write_text(output / STATISTICS, json.dumps(facts, indent=2) + "\n")
         title = f"{tally.usable:,} samples of {', '.join(sources)}"
         if not plot_statistics(output / PLOT, tally, title, rules.max_length):
             hint = f"No {PLOT}: matplotlib is missing (pip install 'owl2-vlm[plot]')"
@@ -198,7 +198,7 @@ def _look(
 @contextmanager
 def _list_of_bad(output: Path | None) -> Iterator[TextIO]:
     """The open file for bad rows: written as they are found, for there may be any number."""
-    with open(os.devnull, "w") if output is None else whole_file(output / BAD_ROWS) as file:
+    with open(os.devnull, "w") if output is None else atomic_file(output / BAD_ROWS) as file:
         yield file
 
 

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from owl2.constants import IGNORE_INDEX
 from owl2.data.collate import features_of
 from owl2.data.open_dataset import Samples
 from owl2.data.sample import Bad, Message, Sample, taken
@@ -36,7 +37,7 @@ from owl2.data.validate.statistics import Seen, Tally
 from owl2.data.webdataset import Shards
 from owl2.errors import InputError
 from owl2.processing.image_processing import Owl2ImageProcessor
-from owl2.processing.processor import IGNORED, Owl2Processor
+from owl2.processing.processor import Owl2Processor
 
 ROWS_A_UNIT = 100
 UNITS_AHEAD = 4  # for each worker: enough that none waits, few enough that memory stays flat
@@ -125,7 +126,7 @@ class Judge:
             turns=len(sample.messages),
             images=len(looker.sizes) + looker.unopened,
             tokens=tokens,
-            learned=int((features["labels"] != IGNORED).sum()),
+            learned=int((features["labels"] != IGNORE_INDEX).sum()),
             is_cut=max_length is not None and tokens > max_length,
             sizes=tuple(looker.sizes),
             unopened=looker.unopened,

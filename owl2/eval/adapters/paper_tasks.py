@@ -22,7 +22,7 @@ from PIL import Image
 from owl2.errors import InputError
 from owl2.eval.samples import Answer
 from owl2.eval.tasks import find_tasks
-from owl2.processing.chat_template import flat_text, read_messages
+from owl2.processing.chat_template import content_to_text, parse_messages
 from owl2.processing.image_io import load_image
 
 DATA = "OWL2_EVAL_DATA"
@@ -64,7 +64,7 @@ class PublishedTask(ConfigurableTask):
                 "number": number,
                 "id": question.id,
                 "kind": question.kind,
-                "words": flat_text(
+                "words": content_to_text(
                     [part for part in _turn(question.messages) if part["type"] == "text"]
                 ),
                 "expected": list(question.expected),
@@ -84,7 +84,7 @@ class PublishedTask(ConfigurableTask):
 
     def doc_to_visual(self, doc: Mapping[str, Any]) -> list[Image.Image]:
         """The image, or a video's frames, in order."""
-        images = read_messages(self.questions[doc["number"]].messages).images
+        images = parse_messages(self.questions[doc["number"]].messages).images
         return [load_image(image) for image in images]
 
     def scored(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class PublishedTask(ConfigurableTask):
 
 
 def _turn(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return list(read_messages(messages).turns[-1]["content"])
+    return list(parse_messages(messages).turns[-1]["content"])
 
 
 def write_mmhal(results: Sequence[Mapping[str, Any]], args: Any) -> int:

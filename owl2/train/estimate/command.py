@@ -10,7 +10,7 @@ from rich.console import Console
 from owl2.data.open_dataset import open_source
 from owl2.data.webdataset import Shards
 from owl2.errors import InputError
-from owl2.files import write_whole
+from owl2.files import atomic_write_text
 from owl2.registry import look_up
 from owl2.train.estimate.advice import advise
 from owl2.train.estimate.estimate import config_of, make_plan
@@ -60,7 +60,7 @@ def plan_recipe(
     show(console, plan, origin, advice)
     if json_file is not None:
         try:
-            write_whole(json_file, json.dumps(as_json(plan, advice), indent=2) + "\n")
+            atomic_write_text(json_file, json.dumps(as_json(plan, advice), indent=2) + "\n")
         except OSError as error:
             raise InputError(f"{json_file} cannot be written: {error.strerror}") from error
         console.print(f"All numbers are in {json_file}", markup=False)

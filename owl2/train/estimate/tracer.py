@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from owl2.model.loss import loss_in_chunks
+from owl2.model.loss import chunked_cross_entropy
 from owl2.model.modality import Routing
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.parallelize import is_checkpointed
@@ -178,7 +178,7 @@ def _forward(
     ).last_hidden_state
     ledger.purpose = Held.LOGITS
     rows, targets = torch.zeros_like(batch.targets), batch.targets
-    return {"loss": loss_in_chunks(model.lm_head, hidden, rows, targets, len(targets))}
+    return {"loss": chunked_cross_entropy(model.lm_head, hidden, rows, targets, len(targets))}
 
 
 @dataclass(frozen=True)

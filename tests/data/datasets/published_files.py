@@ -8,7 +8,7 @@ from typing import Any
 
 from owl2.data.sample import Sample, checked
 from owl2.json_records import LeftOut
-from owl2.processing.chat_template import flat_text, read_messages
+from owl2.processing.chat_template import content_to_text, parse_messages
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -41,8 +41,8 @@ def split_up(items: Iterable[Sample | LeftOut]) -> tuple[list[Sample], dict[str,
 
 def told(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
     """(path of the image, rounds as flat text) of a sample; the image is `<|image|>` there."""
-    conversation = read_messages(sample.messages)
-    texts = [flat_text(turn["content"]) for turn in conversation.turns]
+    conversation = parse_messages(sample.messages)
+    texts = [content_to_text(turn["content"]) for turn in conversation.turns]
     (image,) = conversation.images or (None,)
     rounds = list(zip(texts[::2], texts[1::2], strict=True))
     return None if image is None else image.as_posix(), rounds

@@ -17,14 +17,14 @@ from owl2.data.datasets.easy_vqa import (
 )
 from owl2.data.sample import checked
 from owl2.errors import InputError
-from owl2.processing.chat_template import read_messages
+from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
 def path_of(sample) -> Path:
-    (path,) = read_messages(sample.messages).images
+    (path,) = parse_messages(sample.messages).images
     return Path(path)
 
 

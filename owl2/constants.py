@@ -1,0 +1,3 @@
+"""Constants that several packages share."""
+
+IGNORE_INDEX = -100  # label of a position without a loss, as in `torch.nn.CrossEntropyLoss`
