@@ -1,0 +1,1 @@
+"""Captions for folders of images. Start with `command.caption`."""

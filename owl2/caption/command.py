@@ -2,52 +2,61 @@
 
 ::
 
-    folder ──names, in order──► this process's share, less what is known ──threads──► images
-    ──Engine in batches, or vLLM──► captions ──CaptionFiles──► captions.jsonl
+    folder ──sorted names──► shard of this process, without finished ones ──threads──► images
+    ──Engine in batches, or vLLM──► captions ──ShardedJsonl──► captions.jsonl
 """
 
+import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from rich.console import Console
 
-from owl2.caption.caption_files import CaptionFiles
 from owl2.checkpoints.provenance import fingerprint
 from owl2.engine.engine import Engine
+from owl2.engine.error_isolation import batch_or_errors
 from owl2.engine.load_model import load_model
-from owl2.errors import InputError
-from owl2.eval.generate import answer_or_reason
-from owl2.eval.sharding import Team
+from owl2.errors import ErrorCode, InputError
+from owl2.files import atomic_file, atomic_write_text
 from owl2.processing.chat_template import user_message
 from owl2.processing.image_io import load_image
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 from owl2.runtime import select_device
+from owl2.sharded_jsonl import (
+    ShardedJsonl,
+    WorkerRank,
+    heartbeat,
+    remove_heartbeats,
+    settings_conflict,
+    to_json,
+)
 
-PROMPT = "Provide a one-sentence caption for the provided image."  # the paper's (SPEC 1.5)
+# The prompt of the paper (Specification §1.5).
+PROMPT = "Provide a one-sentence caption for the provided image."
 ENGINES = ("owl2", "vllm")
-IMAGES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
-IMAGES |= {".png", ".ppm", ".tif", ".tiff", ".webp"}
-SHOWN = 5  # bad images that are named on the terminal; the report has all
+EXTENSIONS = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
+EXTENSIONS |= {".png", ".ppm", ".tif", ".tiff", ".webp"}
+MAX_PRINTED_ERRORS = 5  # all are in the report
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `owl2 caption` does.
+class CaptionConfig:
+    """The options of `owl2 caption`.
 
     Attributes:
-        prompt: what is asked about each image.
-        engine: one of `ENGINES`.
-        batch_size: images at a time; of owl2's own engine.
+        output: The JSONL file to write.
+        prompt: The question about each image.
+        engine: One of `ENGINES`.
+        batch_size: Images per batch of the engine "owl2".
     """
 
     folder: Path
@@ -62,160 +71,225 @@ class Settings:
     dtype: str | None = None
     quantize: str | None = None
 
-    def identity(self) -> dict[str, Any]:
-        """On what the captions depend, as far as it is not rounding."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the captions depend on, except for rounding errors."""
         folder = Path(self.model)
-        place = str(folder.resolve()) if folder.is_dir() else self.model
+        name = str(folder.resolve()) if folder.is_dir() else self.model
         return {
-            "model": (fingerprint(folder) if folder.is_dir() else None) or place,
+            "model": (fingerprint(folder) if folder.is_dir() else None) or name,
             "prompt": self.prompt,
             "max_new_tokens": self.max_new_tokens,
             "quantize": self.quantize,
         }
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Greedy, so that an image has the same caption whenever it is made."""
+    def report(self) -> Path:
+        """The file next to the output with the settings and the errors."""
+        return self.output.with_name(f"{self.output.stem}.report.json")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Greedy, so that an image has the same caption in every run."""
         return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
 
 
-def caption(settings: Settings, console: Console) -> None:
-    """Caption a folder's images; started again after it was stopped, it goes on where it was.
+def caption(config: CaptionConfig, console: Console) -> None:
+    """Caption the images of a folder; a later run resumes and retries images that failed.
 
-    Of several processes (RANK, WORLD_SIZE) each does a share, and the first one puts the captions
-    together.
+    With several processes (RANK, WORLD_SIZE) each captions a shard, and process 0 merges them.
 
     Raises:
-        InputError: no folder, no images in it, not one that could be captioned; see
-            `CaptionFiles`, `Engine.from_pretrained`, `Engine.chat`.
+        InputError: The folder does not exist or has no images; no image could be captioned; the
+            output was not written by `owl2 caption`, or with other settings; see `ShardedJsonl`,
+            `Engine.from_pretrained` and `Engine.chat`.
     """
-    if settings.engine not in ENGINES:
-        raise InputError(f"--engine is {settings.engine!r}; there are {' and '.join(ENGINES)}.")
-    team = Team.of(os.environ)
-    names = find_images(settings.folder, settings.recursive)
-    with CaptionFiles(settings.output, settings.identity(), team) as files:
-        share = team.share(names)
-        todo = [name for name in share if not files.has_caption(name)]
-        done = len(share) - len(todo)
-        with ProgressReporter(console, "captions", len(share), done, "images") as progress:
-            said = _answers(settings, todo, team) if todo else iter(())
-            for name, text in zip(todo, said, strict=True):
-                files.add(name, text)
+    if config.engine not in ENGINES:
+        raise InputError(
+            f"--engine is {config.engine!r}. Choose from {', '.join(ENGINES)}.",
+            ErrorCode.UNKNOWN_NAME,
+        )
+    settings, worker = config.settings, WorkerRank.from_environment()
+    names = find_images(config.folder, config.recursive)
+    _check_output(config, settings)
+    output = config.output
+    with (
+        heartbeat(output.parent, worker),
+        ShardedJsonl(output, settings, worker, "file_name", "error", "error", output) as records,
+    ):
+        shard = worker.shard(names)
+        pending = [name for name in shard if name not in records]
+        done = len(shard) - len(pending)
+        with ProgressReporter(console, "captions", len(shard), done, "images") as progress:
+            answers = _captions(config, pending, worker) if pending else iter(())
+            for name, answer in zip(pending, answers, strict=True):
+                key = "error" if isinstance(answer, InputError) else "caption"
+                records.append([{"file_name": name, key: str(answer)}])
                 progress.advance()
-        if team.rank:
-            console.print("this process's share is done; process 0 puts all together")
+        if worker.rank:
+            console.print("This shard is complete. Process 0 merges all shards.")
             return
-        files.wait(names)
-        bad = files.finish(names)
-    _tell(settings, len(names), bad, console)
+        records.wait(names)
+        errors = _merge(config, settings, names, records)
+        records.remove()
+    remove_heartbeats(output.parent)
+    _print_summary(config, len(names), errors, console)
 
 
 def find_images(folder: Path, recursive: bool = False) -> list[str]:
-    """Paths of the images in a folder, seen from it, in order; told by their endings. Hidden
-    files and folders are left out.
+    """Sorted paths of the images in a folder, relative to it, by their file name extensions.
+
+    Hidden files and folders are skipped.
 
     Raises:
-        InputError: no such folder, or no image in it.
+        InputError: The folder does not exist or has no images.
     """
     if not folder.is_dir():
-        raise InputError(f"There is no folder '{folder}'.")
+        raise InputError(f"There is no folder '{folder}'.", ErrorCode.FILE_NOT_FOUND)
     found: list[str] = []
-    left_out = 0  # folders
-    for place, folders, names in os.walk(str(folder)):
+    has_subfolders = False
+    for directory, subfolders, names in os.walk(str(folder)):
         for name in names:
-            if Path(name).suffix.lower() in IMAGES and not name.startswith("."):
-                found.append(Path(place, name).relative_to(folder).as_posix())
-        inside = [name for name in folders if not name.startswith(".")]
-        left_out += 0 if recursive else len(inside)
-        folders[:] = inside if recursive else []
+            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
+                found.append(Path(directory, name).relative_to(folder).as_posix())
+        visible = [name for name in subfolders if not name.startswith(".")]
+        has_subfolders |= bool(visible)
+        subfolders[:] = visible if recursive else []
     if not found:
-        hint = " Its folders were not looked into: add --recursive." if left_out else ""
-        endings = ", ".join(sorted(ending[1:] for ending in IMAGES))
-        raise InputError(f"There are no images in '{folder}' ({endings}).{hint}")
+        hint = (
+            " To include subfolders, add --recursive." if has_subfolders and not recursive else ""
+        )
+        extensions = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
+        raise InputError(
+            f"There are no images in '{folder}' ({extensions}).{hint}", ErrorCode.EMPTY_DATASET
+        )
     return sorted(found)
 
 
-# ------------------------------------------------------------------ answers
+def _check_output(config: CaptionConfig, settings: Mapping[str, Any]) -> None:
+    """Refuse an existing output that this command with these settings did not write."""
+    if config.output.suffix != ".jsonl":
+        raise InputError(
+            f"--output-file is {config.output}. Its name must end with .jsonl.",
+            ErrorCode.INVALID_VALUE,
+        )
+    if not config.output.exists():
+        return
+    try:
+        written = json.loads(config.report.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{config.output} exists, and {config.report.name} does not show that `owl2 caption` "
+            "wrote it. Choose another --output-file, or move it away.",
+            ErrorCode.FILE_EXISTS,
+        ) from error
+    if written != settings:
+        raise settings_conflict(config.output, settings, written)
 
 
-def _answers(settings: Settings, names: Sequence[str], team: Team) -> Iterator[str | InputError]:
-    """A caption for each image, in order, or why it has none."""
-    paths = (settings.folder / name for name in names)
-    if settings.engine == "vllm":
-        from owl2.vllm_plugin.offline import answer_all
-
-        more: dict[str, Any] = {} if settings.dtype is None else {"dtype": settings.dtype}
-        if settings.quantize is not None or settings.device is not None:
-            raise InputError("--quantize and --device are of owl2's own engine, not of vLLM.")
-        asked = ([user_message(settings.prompt, [path])] for path in paths)
-        return answer_all(settings.model, asked, settings.options, **more)
-    return _by_engine(settings, paths, _load(settings, team))
+# ------------------------------------------------------------------ captions
 
 
-def _load(settings: Settings, team: Team) -> Engine:
-    """The engine, where several processes have a GPU each on this process's own."""
-    processor = Owl2Processor.from_pretrained(settings.model)
-    device = select_device(settings.device)
-    if device == torch.device("cuda") and team.size > 1:
-        device = select_device(f"cuda:{team.local_rank}")
-    model = load_model(settings.model, device, settings.dtype, quantize=settings.quantize)
-    # Every image is new, so what is kept of one would serve no other.
-    engine = Engine(model, processor, reuse=False)
-    # What is wrong with the prompt is wrong with all of them: better found before.
+def _captions(
+    config: CaptionConfig, names: Sequence[str], worker: WorkerRank
+) -> Iterator[str | InputError]:
+    """The caption of each image, in order, or the error that prevents it."""
+    paths = (config.folder / name for name in names)
+    if config.engine == "owl2":
+        return _captions_by_engine(config, paths, _load_engine(config, worker))
+    from owl2.vllm_plugin.offline import answer_all
+
+    if config.quantize is not None or config.device is not None:
+        raise InputError("--engine vllm has no --quantize and --device.", ErrorCode.CONFLICT)
+    more: dict[str, Any] = {} if config.dtype is None else {"dtype": config.dtype}
+    conversations = ([user_message(config.prompt, [path])] for path in paths)
+    return answer_all(config.model, conversations, config.sampling, **more)
+
+
+def _load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:
+    processor = Owl2Processor.from_pretrained(config.model)
+    device = worker.device(str(select_device(config.device)))
+    model = load_model(config.model, device, config.dtype, quantize=config.quantize)
+    engine = Engine(model, processor, reuse=False)  # all images differ
+    # An error in the prompt would occur for every image: find it first.
     size = processor.image_processor.size
     blank = Image.new("RGB", (size, size))
-    engine.chat([user_message(settings.prompt, [blank])], do_sample=False, max_new_tokens=1)
+    engine.chat([user_message(config.prompt, [blank])], do_sample=False, max_new_tokens=1)
     return engine
 
 
-def _by_engine(
-    settings: Settings, paths: Iterator[Path], engine: Engine
+def _captions_by_engine(
+    config: CaptionConfig, paths: Iterator[Path], engine: Engine
 ) -> Iterator[str | InputError]:
-    images = _opened(paths, engine.processor.image_processor, 2 * settings.batch_size)
-    while batch := list(islice(images, settings.batch_size)):
-        asked: list[Any] = [
-            [user_message(settings.prompt, [image])]
+    images = _load_ahead(paths, engine.processor.image_processor, 2 * config.batch_size)
+    while batch := list(islice(images, config.batch_size)):
+        conversations: list[Any] = [
+            [user_message(config.prompt, [image])]
             for image in batch
-            if not isinstance(image, InputError)
+            if isinstance(image, Image.Image)
         ]
-        texts = iter(answer_or_reason(engine, asked, settings.options) if asked else [])
+        answers = iter(batch_or_errors(engine, conversations, **config.sampling))
         for image in batch:
-            yield image if isinstance(image, InputError) else next(texts)
+            yield image if isinstance(image, InputError) else next(answers)
 
 
-def _opened(
-    paths: Iterator[Path], processor: Owl2ImageProcessor, ahead: int
+def _load_ahead(
+    paths: Iterator[Path], processor: Owl2ImageProcessor, count: int
 ) -> Iterator[Image.Image | InputError]:
-    """Images as squares of the model's size, or what is wrong with them; so many are opened by
-    threads while the model computes."""
+    """Images as squares of the model's size, or their errors.
 
-    def open_one(path: Path) -> Image.Image | InputError:
+    Threads load up to `count` images in advance, while the model computes.
+    """
+
+    def load(path: Path) -> Image.Image | InputError:
         try:
             return processor.to_square(load_image(path, processor.max_pixels))
         except InputError as error:
             return error
 
     with ThreadPoolExecutor() as pool:
-        waiting: deque[Future[Image.Image | InputError]] = deque()
+        pending: deque[Future[Image.Image | InputError]] = deque()
         for path in paths:
-            waiting.append(pool.submit(open_one, path))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(load, path))
+            if len(pending) > count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-# ------------------------------------------------------------------ at the end
+# ------------------------------------------------------------------ output
 
 
-def _tell(settings: Settings, images: int, bad: dict[str, str], console: Console) -> None:
-    for name, error in islice(bad.items(), SHOWN):
+def _merge(
+    config: CaptionConfig, settings: Mapping[str, Any], names: Sequence[str], records: ShardedJsonl
+) -> dict[str, str]:
+    """Write the report and, if there are captions, the output. Returns the errors by name."""
+    errors = {name: records.record(name)["error"] for name in names if name not in records}
+    report = {
+        "settings": settings,
+        "images": len(names),
+        "captions": len(names) - len(errors),
+        "errors": [{"file_name": name, "error": error} for name, error in errors.items()],
+    }
+    # The report first: an output without one is refused by the next run.
+    atomic_write_text(config.report, to_json(report, indent=2) + "\n")
+    if len(errors) < len(names):
+        with atomic_file(config.output) as file:
+            file.writelines(
+                f"{to_json(records.record(name))}\n" for name in names if name not in errors
+            )
+    return errors
+
+
+def _print_summary(
+    config: CaptionConfig, count: int, errors: Mapping[str, str], console: Console
+) -> None:
+    for name, error in islice(errors.items(), MAX_PRINTED_ERRORS):
         console.print(f"{name}: {error}", markup=False, highlight=False)
-    if len(bad) > SHOWN:
-        console.print(f"... and {len(bad) - SHOWN} more", highlight=False)
-    if len(bad) == images:
-        raise InputError(f"None of the {images} images could be captioned.")
-    report = f"{settings.output.stem}.report.json"
-    told = f"; {len(bad):,} could not be captioned, see {report}" if bad else ""
-    done = f"{images - len(bad):,} captions are in {settings.output}{told}"
-    console.print(done, markup=False, highlight=False)
+    if len(errors) > MAX_PRINTED_ERRORS:
+        console.print(f"... and {len(errors) - MAX_PRINTED_ERRORS} more", highlight=False)
+    if len(errors) == count:
+        raise InputError(f"None of the {count} images could be captioned.", ErrorCode.EMPTY_DATASET)
+    failed = f"; {len(errors):,} failed, see {config.report.name}" if errors else ""
+    line = f"{count - len(errors):,} captions are in {config.output}{failed}"
+    console.print(line, markup=False, highlight=False)

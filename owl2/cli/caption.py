@@ -29,10 +29,10 @@ def caption(
     The same command resumes after an interruption. Several processes share the work when started
     with torchrun or srun (RANK, WORLD_SIZE).
     """
-    from owl2.caption.command import Settings
+    from owl2.caption.command import CaptionConfig
     from owl2.caption.command import caption as run_caption
 
-    settings = Settings(
+    config = CaptionConfig(
         folder,
         model,
         output_file,
@@ -45,4 +45,4 @@ def caption(
         dtype,
         quantize,
     )
-    run_caption(settings, Console(soft_wrap=True))
+    run_caption(config, Console(soft_wrap=True))

@@ -1,19 +1,20 @@
-"""What tests of `owl2 caption` share: a folder, settings, and an engine without a model."""
+"""Shared by the tests of `owl2 caption`: a folder, its options, and an engine without a model."""
 
 import io
 import json
-import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from owl2.caption import command
-from owl2.caption.command import Settings, caption
+from owl2.caption.command import CaptionConfig, caption
 from owl2.errors import InputError
 from tests.engine.conftest import image
 
 NAMES = ["a.png", "b/1.jpg", "b/2.PNG", "c.webp", "d.png"]
+DONE = ["captions.jsonl", "captions.report.json"]
 
 
 @pytest.fixture
@@ -22,16 +23,16 @@ def folder(tmp_path):
     (folder / "b").mkdir(parents=True)
     for number, name in enumerate(NAMES):
         image(number, size=(20, 12)).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    (folder / "._a.png").write_text("macOS leaves such")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "._a.png").write_text("a file of macOS")
     (folder / ".git").mkdir()
     image(1).save(folder / ".git" / "x.png")
     return folder
 
 
 @pytest.fixture
-def settings(folder, tmp_path, tiny_checkpoint):
-    return Settings(
+def config(folder, tmp_path, tiny_checkpoint):
+    return CaptionConfig(
         folder,
         str(tiny_checkpoint),
         tmp_path / "out" / "captions.jsonl",
@@ -45,40 +46,34 @@ def settings(folder, tmp_path, tiny_checkpoint):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """An engine without a model: an image's caption is its name, and "bad" in it an error."""
-    state = SimpleNamespace(asked=[], seconds=0.0)
+    """An engine without a model: the caption is the file name; names with "bad" are errors."""
+    state = SimpleNamespace(asked=[], before_each=lambda name: None)
 
-    def answers(settings, paths, engine):
+    def captions(config, paths, engine):
         for path in paths:
-            time.sleep(state.seconds)
-            state.asked.append(path.relative_to(settings.folder).as_posix())
+            name = path.relative_to(config.folder).as_posix()
+            state.before_each(name)
+            state.asked.append(name)
             yield InputError("broken") if "bad" in path.name else f"a {path.name}"
 
-    monkeypatch.setattr(command, "_by_engine", answers)
-    monkeypatch.setattr(command, "_load", lambda *_: None)
+    monkeypatch.setattr(command, "_captions_by_engine", captions)
+    monkeypatch.setattr(command, "_load_engine", lambda *_: None)
     return state
 
 
-def run(settings):
+def run(config, **changes):
     console = Console(file=io.StringIO(), width=200)
-    caption(settings, console)
+    caption(replace(config, **changes), console)
     return console.file.getvalue()
 
 
-def rows(settings):
-    return [json.loads(line) for line in settings.output.read_text("utf-8").split("\n")[:-1]]
+def rows(config):
+    return [json.loads(line) for line in config.output.read_text("utf-8").split("\n")[:-1]]
 
 
-def report(settings):
-    return json.loads(settings.output.with_name("captions.report.json").read_text("utf-8"))
+def report(config):
+    return json.loads(config.report.read_text("utf-8"))
 
 
-def files(settings):
-    return sorted(file.name for file in settings.output.parent.iterdir())
-
-
-def changed(settings, **values):
-    return Settings(**{**settings.__dict__, **values})
-
-
-DONE = ["captions.jsonl", "captions.report.json"]
+def files(config):
+    return sorted(file.name for file in config.output.parent.iterdir())

@@ -1,163 +1,194 @@
-"""`owl2 caption`: every image once, in order, and what cannot be captioned told."""
+"""`owl2 caption`: each image once, in order, and a report of the errors."""
 
+import json
 import shutil
 import sys
-import time
+import threading
+from dataclasses import replace
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from owl2 import Engine, cli
+from owl2 import Engine
 from owl2.caption import command
 from owl2.caption.command import find_images
-from owl2.errors import InputError
+from owl2.cli.caption import caption as caption_options
+from owl2.data.datasets.prompts import CAPTION_PROMPT
+from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import user_message
-from tests.caption.conftest import DONE, NAMES, changed, files, report, rows, run
+from tests.caption.conftest import DONE, NAMES, files, report, rows, run
+from tests.cli import run_cli  # noqa: F401 - a fixture
+from tests.errors import raises_input_error
 
 
-def test_captions_are_those_of_chat(settings, folder, tiny_checkpoint):
+def test_captions_are_those_of_chat(config, folder, tiny_checkpoint):
     (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
-    told = run(settings)
+    printed = run(config)
     engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
     options = {"do_sample": False, "max_new_tokens": 6}
     expected = [
-        engine.chat([user_message(settings.prompt, [folder / name])], **options) for name in NAMES
+        engine.chat([user_message(config.prompt, [folder / name])], **options) for name in NAMES
     ]
-    assert rows(settings) == [
+    assert rows(config) == [
         {"file_name": name, "caption": text} for name, text in zip(NAMES, expected, strict=True)
     ]
     assert len(set(expected)) > 1
-    found = report(settings)
+    found = report(config)
     assert (found["images"], found["captions"]) == (6, 5)
-    [bad] = found["bad"]
-    assert bad["file_name"] == "bad.png" and "bad.png" in bad["error"]
-    assert "5 captions are in" in told and "1 could not be captioned" in told
-    assert "bad.png: " in told and " images/s " in told
-    assert files(settings) == DONE
+    [error] = found["errors"]
+    assert error["file_name"] == "bad.png"
+    assert "bad.png" in error["error"]
+    for needle in ("5 captions", "1 failed", "bad.png: ", " images/s "):
+        assert needle in printed
+    assert files(config) == DONE
 
 
-def test_which_files_are_images(folder):
+def test_images_are_found_by_their_extensions(folder):
     assert find_images(folder, recursive=True) == NAMES
     assert find_images(folder) == ["a.png", "c.webp", "d.png"]
-    with pytest.raises(InputError, match="add --recursive"):
+    with raises_input_error(ErrorCode.EMPTY_DATASET, "--recursive"):
         find_images(folder.parent)
     (folder / "empty").mkdir()
-    with pytest.raises(InputError, match=r"There are no images in .*avif, bmp.*\)\.$"):
+    with raises_input_error(ErrorCode.EMPTY_DATASET, "avif, bmp") as caught:
         find_images(folder / "empty")
-
-
-def test_no_such_folder(folder):
-    with pytest.raises(InputError, match="There is no folder"):
+    assert "--recursive" not in str(caught.value)
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "missing"):
         find_images(folder / "missing")
 
 
-def test_nothing_could_be_captioned(settings, folder, stub):
+def test_no_image_could_be_captioned(config, folder, stub):
     shutil.rmtree(folder)
     folder.mkdir()
     for number in range(7):
         (folder / f"bad{number}.png").touch()
-    with pytest.raises(InputError, match="None of the 7 images could be captioned"):
-        run(settings)
-    assert not settings.output.exists()
-    assert len(report(settings)["bad"]) == 7
+    with raises_input_error(ErrorCode.EMPTY_DATASET, "7 images"):
+        run(config)
+    assert not config.output.exists()
+    assert len(report(config)["errors"]) == 7
 
 
-def test_names_that_are_no_text(settings, folder, stub):
+def test_file_names_that_are_not_text(config, folder, stub):
     shutil.rmtree(folder)
     folder.mkdir()
     name = b"caf\xe9 \xe4\xbd\xa0.png".decode("utf-8", "surrogateescape")
     (folder / name).touch()
     (folder / "你 🦉\u2028.png").touch()
-    run(settings)
-    run(settings)
-    assert [row["file_name"] for row in rows(settings)] == sorted([name, "你 🦉\u2028.png"])
-    assert stub.asked == [row["file_name"] for row in rows(settings)]
+    run(config)
+    run(config)
+    assert [row["file_name"] for row in rows(config)] == sorted([name, "你 🦉\u2028.png"])
+    assert stub.asked == [row["file_name"] for row in rows(config)]
 
 
-def test_a_prompt_that_does_not_fit_is_found_before(settings):
-    for prompt, said in (("red " * 100, "the model's context is 128"), (" ", "empty")):
-        with pytest.raises(InputError, match=said):
-            run(changed(settings, prompt=prompt))
-    assert files(settings) == []
+@pytest.mark.parametrize(("prompt", "needle"), [("red " * 100, "128"), (" ", "empty")])
+def test_invalid_prompt_is_an_error_before_the_first_image(config, prompt, needle):
+    with pytest.raises(InputError) as error:
+        run(config, prompt=prompt)
+    assert needle in str(error.value)
+    assert files(config) == []
 
 
-def test_the_image_may_stand_anywhere_in_the_prompt(settings):
-    run(changed(settings, prompt="red <|image|> what?"))
-    assert len(rows(settings)) == len(NAMES)
+def test_prompt_may_place_the_image(config):
+    run(config, prompt="red <|image|> what?")
+    assert len(rows(config)) == len(NAMES)
 
 
-# ------------------------------------------------------------------ vLLM, and the command
-
-
-def test_the_same_through_vllm(settings, folder, monkeypatch):
+def test_vllm_gets_the_same_conversations(config, folder, monkeypatch):
     given = []
 
     def answer_all(model, conversations, options, **more):
         given.append((model, options, more))
         for messages in conversations:
             [image, text] = messages[0]["content"]
-            assert text["text"] == settings.prompt
+            assert text["text"] == config.prompt
             yield InputError("no") if image["image"].name == "d.png" else image["image"].name
 
-    monkeypatch.setitem(
-        sys.modules, "owl2.vllm_plugin.offline", SimpleNamespace(answer_all=answer_all)
-    )
-    with pytest.raises(InputError, match="of owl2's own engine, not of vLLM"):
-        run(changed(settings, engine="vllm"))
-    run(changed(settings, engine="vllm", device=None))
+    module = SimpleNamespace(answer_all=answer_all)
+    monkeypatch.setitem(sys.modules, "owl2.vllm_plugin.offline", module)
+    with raises_input_error(ErrorCode.CONFLICT, "--device"):
+        run(config, engine="vllm")
+    run(config, engine="vllm", device=None)
     options = {"do_sample": False, "max_new_tokens": 6}
-    assert given == [(settings.model, options, {"dtype": "float32"})]
-    assert [row["caption"] for row in rows(settings)] == ["a.png", "1.jpg", "2.PNG", "c.webp"]
-    with pytest.raises(InputError, match="there are owl2 and vllm"):
-        run(changed(settings, engine="sglang"))
+    assert given == [(config.model, options, {"dtype": "float32"})]
+    assert [row["caption"] for row in rows(config)] == ["a.png", "1.jpg", "2.PNG", "c.webp"]
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, "sglang"):
+        run(config, engine="sglang")
 
 
-def test_the_command(monkeypatch, capsys, settings, folder):
-    def call(*arguments):
-        base = ["owl2", "caption", str(folder), "--model", settings.model, "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [*base, "--max-new-tokens", "3", *arguments])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return end.code, capsys.readouterr()
-        return 0, capsys.readouterr()
+def test_command_line(run_cli, config, folder):  # noqa: F811 - the fixture
+    def call(output, *arguments):
+        base = ("caption", folder, "--model", config.model, "--device", "cpu")
+        return run_cli(*base, "--max-new-tokens", 3, "--output-file", output, *arguments)
 
-    code, shown = call("--output-file", str(settings.output), "--prompt", "what?", "--recursive")
-    assert code == 0 and "5 captions are in" in shown.out, shown.err
-    code, shown = call("--output-file", str(settings.output.with_suffix(".json")))
-    assert code == 2 and "give the name of a .jsonl file" in shown.err
+    result = call(config.output, "--prompt", "what?", "--recursive")
+    assert result.exit_code == 0, result.stderr
+    assert "5 captions" in result.stdout
+    result = call(config.output.with_suffix(".json"))
+    assert result.exit_code == 2
+    assert ".jsonl" in result.stderr
     for name in NAMES:
         (folder / name).write_bytes(b"broken")
-    code, shown = call("--output-file", str(settings.output.with_name("other.jsonl")))
-    assert code == 2 and shown.err.endswith("None of the 3 images could be captioned.\n")
-    assert "Traceback" not in shown.err
+    result = call(config.output.with_name("other.jsonl"))
+    assert result.exit_code == 2
+    assert "3 images" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_the_default_prompt_is_the_papers(settings):
-    from inspect import signature
-
-    from owl2.cli.caption import caption as caption_images
-    from owl2.data.datasets.prompts import CAPTION_PROMPT
-
+def test_default_prompt_is_the_prompt_of_the_paper():
     assert command.PROMPT == CAPTION_PROMPT
-    assert signature(caption_images).parameters["prompt"].default == CAPTION_PROMPT
+    assert signature(caption_options).parameters["prompt"].default == CAPTION_PROMPT
 
 
-def test_images_are_opened_ahead_and_in_order(folder):
+def test_images_are_loaded_ahead_in_order(folder):
     paths = [folder / name for name in NAMES] * 4
-    seen = []
+    loaded = threading.Semaphore(0)
 
-    class Watched:
+    class Processor:
         max_pixels = 10**6
 
         def square(self, opened):
-            seen.append(1)
+            loaded.release()
             return opened.resize((4, 4))
 
-    opened = command._opened(iter(paths), Watched(), ahead=3)
-    next(opened)
-    time.sleep(0.1)
-    assert 1 <= len(seen) <= 5, "not all of a million at once"
-    sizes = [one.size for one in opened if isinstance(one, Image.Image)]
+    images = command._load_ahead(iter(paths), Processor(), count=3)
+    next(images)
+    for _ in range(4):
+        assert loaded.acquire(timeout=30)
+    assert not loaded.acquire(timeout=0.1), "only 3 images more than the model needs"
+    sizes = [one.size for one in images if isinstance(one, Image.Image)]
     assert sizes == [(4, 4)] * 19
+
+
+def test_output_of_another_program_is_not_overwritten(config, stub):
+    config.output.parent.mkdir()
+    for text in ('{"file_name": "a.png"}\n', ""):
+        config.output.write_text(text)
+        with raises_input_error(ErrorCode.FILE_EXISTS, config.report.name):
+            run(config)
+        assert config.output.read_text() == text
+
+
+@pytest.mark.parametrize("changes", [{"prompt": "what?"}, {"max_new_tokens": 7}])
+def test_captions_with_other_settings_are_not_mixed(config, stub, changes):
+    run(config)
+    before = config.output.read_bytes()
+    [name] = changes
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, f"another {name}"):
+        run(config, **changes)
+    assert config.output.read_bytes() == before
+
+
+def test_model_is_identified_by_its_weights(config, tmp_path, tiny_checkpoint):
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_checkpoint, moved)
+    other = replace(config, model=str(moved))
+    assert other.settings == config.settings
+    (weights,) = moved.glob("*.safetensors")
+    data = bytearray(weights.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    for start in range(8 + size, len(data), 4):
+        data[start + 2] ^= 1
+    weights.write_bytes(data)
+    assert other.settings != config.settings
+    assert json.dumps(other.settings)

@@ -22,9 +22,9 @@ def test_the_same_file_through_vllm(checkpoint, tmp_path):
     base += ["--dtype", "float32", "--max-new-tokens", "8"]
     ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"
     for output, options in ((ours, ["--device", "cpu"]), (theirs, ["--engine", "vllm"])):
-        command = [*base, *options, "--output", str(output)]
+        command = [*base, *options, "--output-file", str(output)]
         subprocess.run(command, check=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert theirs.read_text("utf-8") == ours.read_text("utf-8")
     assert len(ours.read_text("utf-8").split("\n")) == 5
-    [bad] = json.loads((tmp_path / "theirs.report.json").read_text("utf-8"))["bad"]
-    assert bad["file_name"] == "1b.png"
+    [error] = json.loads((tmp_path / "theirs.report.json").read_text("utf-8"))["errors"]
+    assert error["file_name"] == "1b.png"
