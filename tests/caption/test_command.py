@@ -147,7 +147,7 @@ def test_images_are_loaded_ahead_in_order(folder):
     class Processor:
         max_pixels = 10**6
 
-        def square(self, opened):
+        def to_square(self, opened):
             loaded.release()
             return opened.resize((4, 4))
 
