@@ -2,7 +2,7 @@
 
 A converter is a function of the folder with the published files, and of keyword options that have
 defaults. It yields Samples whose image paths are relative, as the authors' archives have them,
-and a `LeftOut` for what is known to be in the files and cannot be learned from. Whatever else is
+and a `SkippedRows` for what is known to be in the files and cannot be learned from. Whatever else is
 not as published raises `InputError` with the file and the row.
 """
 
@@ -21,7 +21,7 @@ _DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedRows:
     """So many things were left out; `reason` names them in the plural: "questions without ..."."""
 
     reason: str
@@ -29,7 +29,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Row:
+class JsonRecord:
     """An object of a published file, and where it stands there. Its getters raise `InputError`."""
 
     value: dict[str, Any]
@@ -64,12 +64,12 @@ class Row:
             raise self._wrong(key, "a list of texts")
         return [value.strip() for value in values]
 
-    def rows(self, key: str) -> "list[Row]":
+    def rows(self, key: str) -> "list[JsonRecord]":
         """The list of objects under `key`."""
         values = self._get(key, "a list of objects")
         if not isinstance(values, list):
             raise self._wrong(key, "a list of objects")
-        return [as_row(value, f"{self.where}, {key} {n}") for n, value in enumerate(values, 1)]
+        return [as_record(value, f"{self.where}, {key} {n}") for n, value in enumerate(values, 1)]
 
     def _get(self, key: str, kind: str) -> Any:
         if key not in self.value:
@@ -80,11 +80,11 @@ class Row:
         return InputError(f"{self.where}: {key!r} is {self.value[key]!r:.80}, not {kind}.")
 
 
-def as_row(value: Any, where: str) -> Row:
+def as_record(value: Any, where: str) -> JsonRecord:
     """Raises `InputError` unless `value` is an object."""
     if not isinstance(value, dict):
         raise InputError(f"{where} is {value!r:.80}, not an object with keys.")
-    return Row(value, where)
+    return JsonRecord(value, where)
 
 
 # ------------------------------------------------------------------ options
@@ -129,7 +129,7 @@ def require_split(said: object, wanted: str, where: str) -> None:
         raise InputError(f"{where} is of the split {said!r:.40}, not {wanted!r}.")
 
 
-def check_most(most: object) -> None:
+def check_max_rounds(most: object) -> None:
     """Raises `InputError` unless `most`, of the rounds of a conversation, is a number from 1 on."""
     if not isinstance(most, int) or isinstance(most, bool) or most < 1:
         raise InputError(f"`most` is {most!r}; it must be a number of rounds from 1 on.")
@@ -138,15 +138,15 @@ def check_most(most: object) -> None:
 # ------------------------------------------------------------------ files
 
 
-def json_object(path: Path) -> Row:
+def json_object(path: Path) -> JsonRecord:
     """A file that holds one object. Raises `InputError`: unreadable, or something else in it."""
     try:
-        return as_row(json.loads(_read(path)), str(path))
+        return as_record(json.loads(_read(path)), str(path))
     except (ValueError, RecursionError) as error:
         raise _not_json(path, error) from error
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path) -> Iterator[JsonRecord]:
     """The objects of a file that holds a list of them.
 
     Only the text is in memory at once: as objects, the largest files would take ten times that.
@@ -155,23 +155,23 @@ def json_rows(path: Path) -> Iterator[Row]:
         InputError: unreadable, or something else in it (as soon as it is met).
     """
     for number, (_, value) in enumerate(_items(path, "[", "]"), start=1):
-        yield as_row(value, f"{path}, row {number}")
+        yield as_record(value, f"{path}, row {number}")
 
 
-def json_entries(path: Path) -> Iterator[tuple[str, Row]]:
+def json_entries(path: Path) -> Iterator[tuple[str, JsonRecord]]:
     """(key, object) of a file that holds an object of objects; otherwise as `json_rows`."""
     for key, value in _items(path, "{", "}"):
-        yield key, as_row(value, f"{path}, {key!r}")
+        yield key, as_record(value, f"{path}, {key!r}")
 
 
-def json_lines(path: Path) -> Iterator[Row]:
+def json_lines(path: Path) -> Iterator[JsonRecord]:
     """The objects of a file with one a line. Raises `InputError` as `json_rows`."""
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    yield as_row(_parsed(line, where), where)
+                    yield as_record(_parsed(line, where), where)
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
 

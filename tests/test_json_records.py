@@ -4,8 +4,8 @@ import pytest
 
 from owl2.errors import InputError
 from owl2.json_records import (
-    Row,
-    as_row,
+    JsonRecord,
+    as_record,
     json_entries,
     json_lines,
     json_object,
@@ -18,12 +18,12 @@ from tests.data.datasets.published_files import put
 
 
 def test_getters_give_what_is_there_without_space_around():
-    row = Row(
+    row = JsonRecord(
         {"a": " b ", "n": 3, "x": 1.5, "t": [" c", "d "], "r": [{"k": 1}]}, "file.json, row 7"
     )
     assert (row.text("a"), row.integer("n"), row.numbers("n", "x")) == ("b", 3, (3, 1.5))
     assert row.texts("t") == ["c", "d"]
-    assert row.rows("r") == [Row({"k": 1}, "file.json, row 7, r 1")]
+    assert row.rows("r") == [JsonRecord({"k": 1}, "file.json, row 7, r 1")]
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_getters_give_what_is_there_without_space_around():
 )
 def test_a_wrong_kind_and_a_missing_key_are_named(get, value):
     with pytest.raises(InputError, match=r"^file\.json, row 7: 'key' is .*, not a "):
-        getattr(Row({"key": value}, "file.json, row 7"), get)("key")
+        getattr(JsonRecord({"key": value}, "file.json, row 7"), get)("key")
     with pytest.raises(InputError, match=r"^file\.json, row 7: 'key', a .*, is missing"):
-        getattr(Row({}, "file.json, row 7"), get)("key")
+        getattr(JsonRecord({}, "file.json, row 7"), get)("key")
 
 
 def test_a_list_in_rows_that_is_no_object_is_named():
     with pytest.raises(InputError, match=r"row 7, key 2 is 'b', not an object"):
-        Row({"key": [{}, "b"]}, "row 7").rows("key")
+        JsonRecord({"key": [{}, "b"]}, "row 7").rows("key")
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -136,7 +136,7 @@ def test_unreadable_files(tmp_path, read):
 
 def test_object(tmp_path):
     path = put(tmp_path, "a.json", {"a": 1})
-    assert json_object(path) == as_row({"a": 1}, str(path))
+    assert json_object(path) == as_record({"a": 1}, str(path))
     with pytest.raises(InputError, match="not an object with keys"):
         json_object(put(tmp_path, "a.json", [1]))
     path.write_text('{"a"')

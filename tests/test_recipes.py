@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from owl2.data.datasets import load_dataset
-from owl2.data.datasets.registry import PUBLIC
+from owl2.data.datasets.registry import DATASET_CARDS
 from owl2.train.recipe_file import read_recipe
 from tests.train.test_recipe import PAPER
 
@@ -89,7 +89,7 @@ def test_stage2_mixture_is_that_of_the_paper():
     text_only = {source.name for source in recipe.data if source.images is None}
     assert text_only == {"sharegpt", "slimorca"}
     for source in recipe.data:  # files as `owl2 data convert NAME` makes them
-        assert Path(source.file).suffix == ".jsonl" and Path(source.file).stem in PUBLIC
+        assert Path(source.file).suffix == ".jsonl" and Path(source.file).stem in DATASET_CARDS
 
 
 def test_stage1_data_is_that_of_the_paper():

@@ -70,7 +70,7 @@ def check_data(
 
     Exit code 0: no row is bad; 1: some are; 130: stopped by Ctrl-C.
     """
-    from owl2.data.open_dataset import open_source, open_words
+    from owl2.data.open_dataset import open_dataset, open_from_cli
     from owl2.data.validate.command import check, limit_of, named
     from owl2.data.validate.validator import Rules
     from owl2.processing.processor import Owl2Processor
@@ -80,13 +80,13 @@ def check_data(
 
         recipe = read_recipe(source, settings or [])
         entries = [*recipe.data, *(recipe.validation.data if recipe.validation else [])]
-        sources = named((entry.title, open_source(**entry.origin())) for entry in entries)
+        sources = named((entry.title, open_dataset(**entry.origin())) for entry in entries)
         model, max_length = model or recipe.model, max_length or recipe.max_length
         batch_size = batch_size or recipe.batch_size // recipe.gradient_accumulation_steps
     elif model is None:
         raise InputError("Give --model DIR: its processor says how many tokens a sample has.")
     else:
-        sources = named([(source, open_words(source, settings or []))])
+        sources = named([(source, open_from_cli(source, settings or []))])
     findings = check(
         sources,
         Owl2Processor.from_pretrained(model),

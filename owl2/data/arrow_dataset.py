@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from owl2.data.row_parsers import ImagesUnder, image_root, read_row
+from owl2.data.row_parsers import ImagePathResolver, image_root, parse_row
 from owl2.data.sample import Message, Sample
 from owl2.errors import InputError
 from owl2.registry import look_up
@@ -18,12 +18,12 @@ from owl2.registry import look_up
 _MARKS = ("dataset_info.json", "dataset_dict.json")
 
 
-def is_table(name: str | Path) -> bool:
+def is_arrow_directory(name: str | Path) -> bool:
     """Whether this is a directory that `save_to_disk` wrote."""
     return any((Path(name) / mark).is_file() for mark in _MARKS)
 
 
-class Table(Sequence[Sample]):
+class ArrowDataset(Sequence[Sample]):
     """The Samples of a directory that `save_to_disk` wrote.
 
     `split`: of a directory that holds several. `images`: the directory that names of images start
@@ -38,7 +38,7 @@ class Table(Sequence[Sample]):
         self, path: str | Path, split: str = "train", images: str | Path | None = None
     ) -> None:
         self.path = Path(path)
-        if not is_table(path):
+        if not is_arrow_directory(path):
             raise InputError(f"{path} is no directory that save_to_disk of datasets wrote.")
         table = _loaded(self.path)
         if isinstance(table, dict):
@@ -46,7 +46,7 @@ class Table(Sequence[Sample]):
             self.path /= split
         elif split != "train":
             raise InputError(f"{path} has no splits: leave out split={split}.")
-        self._under = ImagesUnder(image_root(self.path / "_", images))
+        self._under = ImagePathResolver(image_root(self.path / "_", images))
         # Arrow's own rows: what they hold is not decoded.
         self._table = table.with_format("arrow")
         self._needs_columns()
@@ -63,7 +63,7 @@ class Table(Sequence[Sample]):
             return [self[place] for place in range(*index.indices(len(self)))]
         place = range(len(self))[index]
         (row,) = self._table[place].to_pylist()
-        return read_row(row, f"{self.path}, row {place + 1}", self._image)
+        return parse_row(row, f"{self.path}, row {place + 1}", self._image)
 
     def _image(self, given: Any) -> Message:
         """`datasets` keeps an image as its file's bytes, or as the path of a file elsewhere."""

@@ -1,6 +1,7 @@
-"""What images undergo in training: an image and a source of chance → an image.
+"""Image augmentation for training.
 
-The chance is given, so that the same (seed, epoch, sample) makes the same image in any process.
+An augmentation is a function of an image and a random generator, so the same (seed, epoch, sample)
+gives the same image in every process.
 """
 
 import math
@@ -11,44 +12,44 @@ from PIL import Image
 
 Augmentation = Callable[[Image.Image, Random], Image.Image]
 
-# Random resized crops keep this share of the area at least; less often cuts away what the caption
-# tells of.
+# A random resized crop keeps at least this share of the area. A smaller crop would often remove
+# what the caption describes.
 MIN_AREA = 0.5
-RATIOS = (3 / 4, 4 / 3)
+ASPECT_RATIOS = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
-_TURNS = (None, *Image.Transpose)
+_SYMMETRIES = (None, *Image.Transpose)
 
 
-def none(image: Image.Image, chance: Random) -> Image.Image:
-    """The image as it is (SPEC §2, stage 2)."""
+def none(image: Image.Image, rng: Random) -> Image.Image:
+    """The unchanged image (Specification §2, stage 2)."""
     return image
 
 
-def crop_flip(image: Image.Image, chance: Random) -> Image.Image:
-    """A random part, stretched to a square, and in half of the cases mirrored (SPEC §2, stage 1).
+def crop_flip(image: Image.Image, rng: Random) -> Image.Image:
+    """A random resized crop, mirrored with probability 0.5 (Specification §2, stage 1).
 
-    The part has `MIN_AREA` to all of the area, evenly, and a ratio of width to height in `RATIOS`,
-    evenly in its logarithm. The square has the part's longer edge, so both image policies take
-    it as it is.
+    The crop has a share of the area uniform in [`MIN_AREA`, 1] and an aspect ratio log-uniform in
+    `ASPECT_RATIOS`. It is stretched to a square with the longer edge of the crop, so the image
+    policies `resize` and `pad` give the same pixels.
     """
-    left, top, width, height = _random_box(image.width, image.height, chance)
+    left, top, width, height = _random_box(image.width, image.height, rng)
     edge = max(width, height)
-    part = image.resize(
+    crop = image.resize(
         (edge, edge), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
     )
-    return flip(part, chance)
+    return flip(crop, rng)
 
 
-def flip(image: Image.Image, chance: Random) -> Image.Image:
-    """Mirrored, left and right exchanged, in half of the cases."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if chance.random() < 0.5 else image
+def flip(image: Image.Image, rng: Random) -> Image.Image:
+    """The image, mirrored left to right with probability 0.5."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 
-def dihedral(image: Image.Image, chance: Random) -> Image.Image:
-    """One of the eight symmetries of the square, each as likely: turned by quarters, mirrored."""
-    turn = chance.choice(_TURNS)
-    return image if turn is None else image.transpose(turn)
+def dihedral(image: Image.Image, rng: Random) -> Image.Image:
+    """One of the eight rotations and reflections of the square, each with the same probability."""
+    symmetry = rng.choice(_SYMMETRIES)
+    return image if symmetry is None else image.transpose(symmetry)
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
@@ -59,12 +60,12 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 
 
-def _random_box(width: int, height: int, chance: Random) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random part; the whole where none fits in some attempts."""
+def _random_box(width: int, height: int, rng: Random) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a random crop; the full image if no attempt fits into it."""
     for _ in range(CROP_ATTEMPTS):
-        area = width * height * chance.uniform(MIN_AREA, 1)
-        ratio = math.exp(chance.uniform(math.log(RATIOS[0]), math.log(RATIOS[1])))
+        area = width * height * rng.uniform(MIN_AREA, 1)
+        ratio = math.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return chance.randint(0, width - w), chance.randint(0, height - h), w, h
+            return rng.randint(0, width - w), rng.randint(0, height - h), w, h
     return 0, 0, width, height

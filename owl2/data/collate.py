@@ -1,16 +1,16 @@
-"""Samples → what the model takes.
+"""Samples to batches.
 
 ::
 
-    TrainingSet[draw]: Sample ──augment its images──► processor.for_training ──► features, or Bad
-    Collator: features of several samples ──leave out what is bad──► collate or pack ──► Collated
+    Sample ──encode_sample──► Features, or InvalidSample
+    Features of several samples ──Collator──► Batch
 
-    features   input_ids, attention_mask, mm_token_type_ids, labels (1,S); pixel_values (N,3,H,W)
-    batch      the same, (B,S) and (ΣN,3,H,W), S the longest; without images no pixel_values
+    Features        input_ids, attention_mask, mm_token_type_ids, labels (1,S);
+                    pixel_values (N,3,H,W)
+    Batch.inputs    the same, (B,S) and (sum of N,3,H,W), S of the longest sample
 
-A sample that cannot be used is left out of its batch, never replaced, and reported with it;
-whether that stops the run is for whoever takes the batch. It keeps its place in the order of
-samples, so every process has the same steps and none waits for another.
+An invalid sample is removed from its batch, is not replaced, and is reported with the batch. It
+keeps its position in the order of samples, so all processes run the same number of steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,151 +20,129 @@ from typing import Any, Literal, NamedTuple
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 from owl2.constants import IGNORE_INDEX
-from owl2.data.augment import AUGMENTATIONS, none
-from owl2.data.mixture import Draw, Mixture
+from owl2.data.augment import Augmentation, none
 from owl2.data.packing import pack
-from owl2.data.sample import Bad, Message, Sample
+from owl2.data.sample import InvalidSample, Message, Sample
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 from owl2.processing.processor import Owl2Processor
-from owl2.registry import look_up
 
 Features = dict[str, Any]
 Side = Literal["left", "right"]
 Layout = Literal["padded", "packed", "one row"]
 
-_TOKENWISE = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
 
+def encode_sample(
+    sample: Sample | InvalidSample,
+    processor: Owl2Processor,
+    max_length: int | None = None,
+    augmentation: Augmentation = none,
+    rng: Random | None = None,
+) -> Features | InvalidSample:
+    """The features of a sample, see `Owl2Processor.for_training`.
 
-class TrainingSet(Dataset[Features | Bad]):
-    """Draws of a mixture → features; what a DataLoader's workers do.
+    Args:
+        max_length: Longer samples are truncated on the right; None for no limit.
+        augmentation: Applied to each image, with random numbers from `rng`.
 
-    `augment` is a name of `AUGMENTATIONS`. Its chance depends on `seed`, the epoch and the draw
-    only, not on which worker does the work. `max_length`: see `Owl2Processor.for_training`.
-
-    What cannot be used comes out as a `Bad`: a row that is no sample, an image that cannot be
-    read, a count of images that does not fit, an image beyond `max_length`, no answer before it.
+    Returns:
+        An `InvalidSample` where `sample` is one, an image cannot be read, the number of images does
+        not fit, an image ends after `max_length`, or no token before `max_length` has a label.
     """
-
-    def __init__(
-        self,
-        mixture: Mixture,
-        processor: Owl2Processor,
-        *,
-        augment: str = "none",
-        max_length: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.mixture = mixture
-        self.processor = processor
-        self.augment = look_up("augmentation", augment, AUGMENTATIONS)
-        self.max_length = max_length
-        self.seed = seed
-
-    def __getitem__(self, draw: Draw) -> Features | Bad:
-        try:
-            sample = self.mixture[draw]
-        except InputError as error:
-            return Bad.row(error)
-        if isinstance(sample, Bad):
-            return sample
-        chance = Random(f"{self.seed}/{draw.epoch}/{draw.source}/{draw.turn}")
-        try:
-            return self._features(sample, chance)
-        except InputError as error:
-            return Bad.of(sample.source, error)
-
-    def _features(self, sample: Sample, chance: Random) -> Features:
+    if isinstance(sample, InvalidSample):
+        return sample
+    try:
         messages = sample.messages
-        if self.augment is not none:
-            messages = self._augmented(messages, chance)
-        return features_of(messages, self.processor, self.max_length)
+        if augmentation is not none:
+            max_pixels = processor.image_processor.max_pixels
+            images = (
+                augmentation(load_image(image, max_pixels), rng or Random())
+                for image in parse_messages(messages).images
+            )
+            messages = [m | {"content": _replace_images(m["content"], images)} for m in messages]
+        features = dict(processor.for_training(messages, max_length))
+        require_labels(features, max_length)
+        return features
+    except InputError as error:
+        return InvalidSample.from_error(sample.source, error)
 
-    def _augmented(self, messages: Sequence[Message], chance: Random) -> list[Message]:
-        """The messages with their images opened and changed."""
-        max_pixels = self.processor.image_processor.max_pixels
-        changed = (
-            {"type": "image", "image": self.augment(load_image(source, max_pixels), chance)}
-            for source in parse_messages(messages).images
-        )
-        return [message | {"content": _with(message["content"], changed)} for message in messages]
 
-
-def features_of(
-    messages: Sequence[Message], processor: Owl2Processor, max_length: int | None
-) -> Features:
-    """A conversation → its features.
-
-    Raises:
-        InputError: see `Owl2Processor.for_training`; also where cutting leaves nothing to learn.
-    """
-    features = dict(processor.for_training(messages, max_length))
+def require_labels(features: Features, max_length: int | None) -> None:
+    """Raises `InputError` if no token of the truncated sample contributes to the loss."""
     if not (features["labels"] != IGNORE_INDEX).any():
         raise InputError(
-            f"nothing to learn is left of it after cutting it to {max_length} tokens: shorten what "
-            "comes before the answer, or set a larger max_length",
-            code=ErrorCode.NO_LABELS,
+            f"no label is left after truncation to {max_length} tokens: shorten the text before "
+            "the answer, or increase max_length",
+            ErrorCode.NO_LABELS,
         )
-    return features
 
 
-def _with(content: Any, images: Iterator[Message]) -> Any:
+def _replace_images(content: Any, images: Iterator[Image.Image]) -> Any:
     """The content of a message with its image parts replaced by the next of `images`."""
     if isinstance(content, str):
         return content
-    return [part if part.get("type") == "text" else next(images) for part in content]
+    parts: list[Message] = []
+    for part in content:
+        parts.append(
+            part if part.get("type") == "text" else {"type": "image", "image": next(images)}
+        )
+    return parts
 
 
-class Collated(NamedTuple):
-    """A batch for the model, and of what it was made: so many samples, tokens, images."""
+class Batch(NamedTuple):
+    """Model inputs, and what they were made of.
 
-    batch: dict[str, torch.Tensor]
-    samples: int
-    tokens: int
-    images: int
-    left_out: list[Bad]
+    Attributes:
+        inputs: See `collate` and `pack`.
+        num_samples: Valid samples in `inputs`.
+        num_tokens: Tokens of these samples, without padding.
+        num_images: Images of these samples.
+        skipped: The invalid samples of this batch.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    num_samples: int
+    num_tokens: int
+    num_images: int
+    skipped: list[InvalidSample]
 
 
 class Collator:
-    """Features of a batch → the batch, without those that are bad.
+    """Features of several samples to a `Batch`, without the invalid ones.
 
-    `layout`: a row a sample, padded; or the samples packed into few rows, or into one.
+    `layout`: "padded" (a row per sample), "packed" (several samples per row), or "one row".
     """
 
     def __init__(self, processor: Owl2Processor, layout: Layout = "padded") -> None:
         self.pad_token_id = processor.tokenizer.pad_token_id or 0
         self.layout = layout
-        self._nothing = _nothing(processor)
+        self._dummy = _dummy_features(processor)
 
-    def __call__(self, features: Sequence[Features | Bad]) -> Collated:
-        """See `collate` and `pack`. Where nothing is left, no label is: the loss is 0."""
-        good = [item for item in features if not isinstance(item, Bad)]
-        laid_out = good or [self._nothing]
+    def __call__(self, features: Sequence[Features | InvalidSample]) -> Batch:
+        """See `collate` and `pack`. A batch without a valid sample has no labels: its loss is 0."""
+        valid = [item for item in features if not isinstance(item, InvalidSample)]
+        items = valid or [self._dummy]
         if self.layout == "padded":
-            batch = collate(laid_out, self.pad_token_id)
+            inputs = collate(items, self.pad_token_id)
         else:
-            batch = pack(laid_out, self.pad_token_id, one_row=self.layout == "one row")
-        return Collated(
-            batch,
-            samples=len(good),
-            tokens=sum(item["input_ids"].shape[1] for item in good),
-            images=sum(len(item.get("pixel_values", ())) for item in good),
-            left_out=[item for item in features if isinstance(item, Bad)],
+            inputs = pack(items, self.pad_token_id, one_row=self.layout == "one row")
+        return Batch(
+            inputs,
+            num_samples=len(valid),
+            num_tokens=sum(item["input_ids"].shape[1] for item in valid),
+            num_images=sum(len(item.get("pixel_values", ())) for item in valid),
+            skipped=[item for item in features if isinstance(item, InvalidSample)],
         )
 
 
-def _nothing(processor: Owl2Processor) -> Features:
-    """A blank image and no label: all parts of the model compute, and none learns."""
-    blank = Image.new("RGB", (1, 1))
+def _dummy_features(processor: Owl2Processor) -> Features:
+    """A blank image without a label: every branch of the model runs, and the gradient is 0."""
+    blank = {"type": "image", "image": Image.new("RGB", (1, 1))}
     features = processor.for_training(
-        [
-            {"role": "user", "content": [{"type": "image", "image": blank}]},
-            {"role": "assistant", "content": "-"},
-        ]
+        [{"role": "user", "content": [blank]}, {"role": "assistant", "content": "-"}]
     )
     return {**features, "labels": torch.full_like(features["labels"], IGNORE_INDEX)}
 
@@ -172,22 +150,27 @@ def _nothing(processor: Owl2Processor) -> Features:
 def collate(
     features: Sequence[Features], pad_token_id: int, side: Side = "right"
 ) -> dict[str, torch.Tensor]:
-    """Features of B samples → a batch padded on `side` to the longest.
+    """The features of B samples, padded on `side` to the longest sample.
 
     Returns:
-        `input_ids` (filled with `pad_token_id`), `attention_mask` (0), `mm_token_type_ids` (0) and
-        `labels` (-100), all (B,S); `pixel_values` (N,3,H,W), the samples' in order, absent if
-        there is no image.
+        `input_ids` (padded with `pad_token_id`), `attention_mask` (0), `mm_token_type_ids` (0) and
+        `labels` (-100), all (B,S); `pixel_values` (N,3,H,W) in order of the samples, absent
+        without images.
     """
-    fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    padding = {
+        "input_ids": pad_token_id,
+        "attention_mask": 0,
+        "mm_token_type_ids": 0,
+        "labels": IGNORE_INDEX,
+    }
     batch = {
         key: pad_sequence(
             [item[key][0] for item in features],
             batch_first=True,
-            padding_value=fill.get(key, 0),
+            padding_value=value,
             padding_side=side,
         )
-        for key in _TOKENWISE
+        for key, value in padding.items()
     }
     pixels = [item["pixel_values"] for item in features if "pixel_values" in item]
     return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})

@@ -3,7 +3,7 @@
 ::
 
     published files ── converter ──► Samples ──► OUT.jsonl, a conversation a line
-                           └───────► LeftOut ──► OUT.stats.json: what was left out, and why
+                           └───────► SkippedRows ──► OUT.stats.json: what was left out, and why
     img2dataset's shards ── looked at ──► OUT.yaml: an entry for a recipe's `data`
 
 Images are not touched: the lines hold paths as the authors' archives have them, and a recipe's
@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from owl2.data.datasets.img2dataset import Shard, ranges
-from owl2.data.datasets.registry import PUBLIC, Public
-from owl2.data.sample import Sample, checked
+from owl2.data.datasets.registry import DATASET_CARDS, DatasetCard
+from owl2.data.sample import Sample, validated
 from owl2.errors import InputError
 from owl2.files import atomic_file, atomic_write_text, require_writable
-from owl2.json_records import LeftOut
+from owl2.json_records import SkippedRows
 from owl2.registry import look_up, options_of, read_setting
 
 # How a file begins that tells where shards are.
@@ -85,7 +85,7 @@ def convert(
             write, a place that cannot be written to or where something else is.
     """
     console = console or Console(soft_wrap=True, highlight=False)
-    entry = look_up("public data set", name, PUBLIC)
+    entry = look_up("public data set", name, DATASET_CARDS)
     given = dict(read_setting(setting) for setting in settings)
     is_shards = entry.is_shards
     images = Images() if is_shards else _take_images(given)
@@ -104,10 +104,10 @@ def convert(
 
 def listing() -> str:
     """What can be converted, from which files, where these are published, and the options."""
-    return "\n".join(_described(name, entry) for name, entry in PUBLIC.items())
+    return "\n".join(_described(name, entry) for name, entry in DATASET_CARDS.items())
 
 
-def _described(name: str, entry: Public) -> str:
+def _described(name: str, entry: DatasetCard) -> str:
     lines = [f"{name}  (in the paper: {entry.paper})", f"  files    {entry.files}"]
     lines += [f"  from     {entry.url}  ({entry.licence})", "  options"]
     for key, value in options_of(entry.convert).items():
@@ -130,7 +130,7 @@ def _take_images(given: dict[str, Any]) -> Images:
     return Images(Path(str(folder)), missing)
 
 
-def _check(name: str, entry: Public, given: Mapping[str, Any]) -> None:
+def _check(name: str, entry: DatasetCard, given: Mapping[str, Any]) -> None:
     known = options_of(entry.convert)
     for option, value in given.items():
         default = look_up(f"option of the data set {name}", option, known)
@@ -178,9 +178,9 @@ def _write_samples(
     samples = answers = 0
     with atomic_file(out) as file:
         for item in items:
-            if isinstance(item, LeftOut):
+            if isinstance(item, SkippedRows):
                 left_out[item.reason] += item.count
-            elif not images.has_all(checked(item)):
+            elif not images.has_all(validated(item)):
                 left_out["samples whose image is not there"] += 1
             else:
                 row = {"messages": item.messages, "source": item.source}
@@ -210,7 +210,7 @@ def _write_entry(name: str, items: Iterable[Any], out: Path, console: Console) -
     left_out: Counter[str] = Counter()
     found: list[Shard] = []
     for item in items:
-        if isinstance(item, LeftOut):
+        if isinstance(item, SkippedRows):
             left_out[item.reason] += item.count
         else:
             found.append(item)

@@ -1,103 +1,122 @@
-"""The order of samples → batches, by processes that work ahead, with a state that can be saved.
+"""Batches of a mixture, encoded by worker processes ahead of time, with a state for exact resume.
 
 ::
 
-    Mixture.draws ──batches_of──► [Draw, ...] ──workers: TrainingSet, Collator──► Collated ──► run
-                       │                                                                       ▲
-                       └── the state after it ────────────── waits until the batch is taken ───┘
+    MixtureBatchSampler ──[SampleIndex, ...]──► workers: MixtureDataset, Collator ──► Batch
+             │                                                                          ▲
+             └── state after the batch ──────── kept until the batch is returned ───────┘
 
-All that is chance happens in `batches_of`, in one process a device; the workers only work it off.
-They are some batches ahead, so each batch's state is kept until it is taken: a saved state is that
-of the batches trained on.
+All random decisions about the order are made in the main process. The workers are some batches
+ahead, so the state of each batch is kept until the batch is returned. torchdata's
+StatefulDataLoader does the same. It is not used because its last release (0.11, February 2025)
+subclasses private parts of torch's DataLoader and predates torch 2.7.
 """
 
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from owl2.data.collate import Collated, Features
-from owl2.data.mixture import Draw, Mixture, permuted
-from owl2.data.sample import Bad, Sample
-from owl2.errors import InputError
+from owl2.data.collate import Batch, Features
+from owl2.data.mixture import (
+    MixtureDataset,
+    MixtureSampler,
+    SampleIndex,
+    State,
+    make_generator,
+)
+from owl2.data.sample import InvalidSample, Sample
 
-# Batches that are sorted together by length: enough that lengths in a batch are close, few enough
-# that a window is far from an epoch.
-GROUPED = 50
-CHARACTERS_A_TOKEN = 4
+# Batches whose samples are sorted by length together: enough for similar lengths within a batch,
+# few enough that the order of an epoch stays random.
+GROUPED_BATCHES = 50
+CHARACTERS_PER_TOKEN = 4
+
+# Ctrl-C and job schedulers send these to all processes of a job.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def batches_of(
-    mixture: Mixture,
-    size: int,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    image_tokens: int | None = None,
-    state: dict[str, Any] | None = None,
-) -> Iterator[tuple[list[Draw], dict[str, Any]]]:
-    """The batches of process `rank` of `world`, `size` draws each, and the state after each.
+class MixtureBatchSampler(Sampler[list[SampleIndex]]):
+    """The endless batches of process `rank` of `world_size`, `batch_size` positions each.
 
-    Without an end. The batches of all processes together are those of one process with
-    `size` x `world`, but for what streams give, of which each process has its own share.
+    The batches of all processes together are those of one process with `batch_size * world_size`,
+    except for streams, of which each process has its own share.
 
     Args:
-        image_tokens: group samples of about the same length, counting an image as so many tokens;
-            None: as they come.
-        state: go on after it, with the same `size` x `world`.
+        image_tokens: Group samples of similar length, counting this many tokens per image; None for
+            no grouping.
+        state: Resume after this batch; see `states`.
+
+    Attributes:
+        states: The state after each batch that was yielded, oldest first, as JSON. The consumer
+            removes them.
     """
-    state = state or {"draws": None, "done": 0}
-    draws = mixture.draws(rank, world, state["draws"])
-    done: int = state["done"]
-    window = 1 if image_tokens is None else GROUPED
-    while True:
-        before = draws.state()
-        drawn = draws.take(window * size * world)
-        if image_tokens is None:
-            batches = [drawn[rank::world]]
-        elif mixture.has_streams:  # nobody knows how long other processes' samples are
-            batches = _grouped(mixture, drawn[rank::world], size, image_tokens, before)
-        else:
-            groups = _grouped(mixture, drawn, size * world, image_tokens, before)
-            batches = [group[rank::world] for group in groups]
-        for number in range(done, window):
-            whole = number + 1 == window
-            after = draws.state() if whole else before
-            yield batches[number], {"draws": after, "done": 0 if whole else number + 1}
-        done = 0
 
+    def __init__(
+        self,
+        dataset: MixtureDataset,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        image_tokens: int | None = None,
+        state: State | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
+        self.image_tokens = image_tokens
+        self.states: deque[State] = deque()
+        self._start = state or {"sampler": None, "batches": 0}
 
-def _grouped(
-    mixture: Mixture, drawn: Sequence[Draw], size: int, image_tokens: int, state: dict[str, Any]
-) -> list[list[Draw]]:
-    """Batches of neighbours in length, in an order by chance."""
-    lengths = [_length(mixture, draw, image_tokens) for draw in drawn]
-    places = sorted(range(len(drawn)), key=lambda place: (lengths[place], place))
-    batches = [
-        [drawn[place] for place in places[start : start + size]]
-        for start in range(0, len(places), size)
-    ]
-    key = (mixture.seed, state["epoch"], state["place"])
-    return [batches[permuted(number, len(batches), *key)] for number in range(len(batches))]
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
+        start: int = self._start["batches"]
+        sampler = MixtureSampler(self.dataset, self.rank, self.world_size, self._start["sampler"])
+        while True:
+            before = sampler.state()
+            batches = self._next_batches(sampler)
+            for i in range(start, len(batches)):
+                is_last = i + 1 == len(batches)
+                self.states.append(
+                    {
+                        "sampler": sampler.state() if is_last else before,
+                        "batches": 0 if is_last else i + 1,
+                    }
+                )
+                yield batches[i]
+            start = 0
 
+    def _next_batches(self, sampler: MixtureSampler) -> list[list[SampleIndex]]:
+        size, world_size = self.batch_size, self.world_size
+        if self.image_tokens is None:
+            return [sampler.take(size * world_size)[self.rank :: world_size]]
+        drawn = sampler.take(GROUPED_BATCHES * size * world_size)
+        if None in self.dataset.sizes:  # the lengths of other processes' samples are unknown
+            return self._group(drawn[self.rank :: world_size], size)
+        return [batch[self.rank :: world_size] for batch in self._group(drawn, size * world_size)]
 
-def _length(mixture: Mixture, draw: Draw, image_tokens: int) -> int:
-    """About how many tokens a draw's sample has; 0 if it is none."""
-    try:
-        sample = mixture[draw]
-    except InputError:
-        return 0  # which is said where the sample is used
-    return 0 if isinstance(sample, Bad) else estimated_length(sample, image_tokens)
+    def _group(self, drawn: Sequence[SampleIndex], size: int) -> list[list[SampleIndex]]:
+        """Batches of samples of similar length, in random order."""
+        lengths = torch.tensor([self._length(index) for index in drawn])
+        batches = lengths.argsort(stable=True).split(size)
+        generator = make_generator(self.dataset.seed, *drawn[0][:3], len(drawn))
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return [[drawn[i] for i in batches[number].tolist()] for number in order]
+
+    def _length(self, index: SampleIndex) -> int:
+        assert self.image_tokens is not None
+        sample = self.dataset.sample(index)
+        if isinstance(sample, InvalidSample):  # reported when the sample is encoded
+            return 0
+        return estimated_length(sample, self.image_tokens)
 
 
 def estimated_length(sample: Sample, image_tokens: int) -> int:
-    """About how many tokens a sample has, from its characters and images; nothing is opened."""
+    """Approximate number of tokens, from the characters and the images. No image is opened."""
     characters = images = 0
     for message in sample.messages:
         content = message["content"]
@@ -107,104 +126,86 @@ def estimated_length(sample: Sample, image_tokens: int) -> int:
         for part in content:
             characters += len(part.get("text", ""))
             images += part.get("type") != "text"
-    return characters // CHARACTERS_A_TOKEN + images * image_tokens
+    return characters // CHARACTERS_PER_TOKEN + images * image_tokens
 
 
-class _Planned(Sampler[list[Draw]]):
-    """`batches_of` as a DataLoader wants it; puts the state after each batch into `states`."""
+class MixtureDataLoader:
+    """Endless batches.
 
-    def __init__(
-        self, plan: Iterator[tuple[list[Draw], dict[str, Any]]], states: deque[dict[str, Any]]
-    ) -> None:
-        self.plan = plan
-        self.states = states
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        for draws, state in self.plan:
-            self.states.append(state)
-            yield draws
-
-
-# Ctrl-C and job schedulers signal all processes of a job.
-STOPS = (signal.SIGINT, signal.SIGTERM)
-
-
-@contextmanager
-def _stops_wait() -> Iterator[None]:
-    """Signals that stop a run are delivered after this; what is forked here starts with them held.
-
-    A worker would otherwise die of one that comes before `_leave_stopping_to_others` has run in it.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_stopping_to_others(worker: int) -> None:
-    # The process that trains wants to finish its step first, and ends its workers then.
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-
-
-def working_on(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """The batches of `loader`, whose workers leave Ctrl-C and SIGTERM to this process."""
-    loader.worker_init_fn = _leave_stopping_to_others
-    with _stops_wait():
-        return iter(loader)
-
-
-class Loader:
-    """Batches without an end.
+    Args:
+        collate: Features of a batch to the `Batch`.
+        batch_size: Samples per batch and process.
+        image_tokens: See `MixtureBatchSampler`.
+        num_workers: Worker processes; 0 encodes in the main process.
 
     Attributes:
-        state: where the batches taken so far end, for JSON; set it before iterating to go on.
-        waited: seconds spent waiting for batches so far.
+        state: The position after the batches returned so far, as JSON; None before the first. Set
+            it before iterating to resume.
+        wait_seconds: Time spent waiting for batches so far.
     """
 
     def __init__(
         self,
-        dataset: Dataset[Features | Bad],
-        mixture: Mixture,
-        collate: Callable[[Sequence[Features | Bad]], Collated],
-        size: int,
+        dataset: MixtureDataset,
+        collate: Callable[[Sequence[Features | InvalidSample]], Batch],
+        batch_size: int,
         *,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         image_tokens: int | None = None,
-        workers: int = 0,
+        num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """`dataset` makes features of the draws of `mixture`; the rest as in `batches_of`."""
         self.dataset = dataset
-        self.mixture = mixture
         self.collate = collate
-        self._plan = partial(
-            batches_of, mixture, size, rank=rank, world=world, image_tokens=image_tokens
-        )
-        self.workers = workers
         self.pin_memory = pin_memory
-        self.state: dict[str, Any] | None = None
-        self.waited = 0.0
+        self.state: State | None = None
+        self.wait_seconds = 0.0
+        self._num_workers = num_workers
+        self._sampling = {
+            "batch_size": batch_size,
+            "rank": rank,
+            "world_size": world_size,
+            "image_tokens": image_tokens,
+        }
 
-    def __iter__(self) -> Iterator[Collated]:
-        states: deque[dict[str, Any]] = deque()
+    def __iter__(self) -> Iterator[Batch]:
+        sampler = MixtureBatchSampler(self.dataset, **self._sampling, state=self.state)
         loader = DataLoader(
             self.dataset,
-            batch_sampler=_Planned(self._plan(state=self.state), states),
+            batch_sampler=sampler,
             collate_fn=self.collate,
-            num_workers=self.workers,
+            num_workers=self._num_workers,
             pin_memory=self.pin_memory,
-            # Of its own, or it would draw from the chance that the model's dropout has, at the
-            # start of each process: a resumed run would differ from an uninterrupted one.
+            # With its own generator the loader does not advance the global one, from which dropout
+            # draws. A resumed run would otherwise differ from an uninterrupted one.
             generator=torch.Generator(),
         )
-        batches = working_on(loader)
+        batches = iter_ignoring_signals(loader)
         while True:
-            began = time.perf_counter()
-            collated = next(batches)
-            self.waited += time.perf_counter() - began
-            self.state = states.popleft()
-            yield collated
+            start = time.perf_counter()
+            batch = next(batches)
+            self.wait_seconds += time.perf_counter() - start
+            self.state = sampler.states.popleft()
+            yield batch
+
+
+def iter_ignoring_signals(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """The batches of `loader`, whose workers ignore SIGINT and SIGTERM.
+
+    The training process finishes its step first, and stops the workers then. The signals are
+    blocked while the workers start: a worker would otherwise end if one arrived before
+    `_ignore_stop_signals` has run in it.
+    """
+    loader.worker_init_fn = _ignore_stop_signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -6,7 +6,7 @@ from html import escape
 from rich.text import Text
 
 from owl2 import html
-from owl2.data.sample import Bad, Sample
+from owl2.data.sample import InvalidSample, Sample
 from owl2.errors import InputError
 from owl2.processing.chat_template import parse_messages
 from owl2.processing.loss_mask import LABEL_STYLE
@@ -20,18 +20,18 @@ h2 { font-size: .85em; color: #555; font-weight: normal; margin: 0 0 .5em; word-
 """
 
 
-def page(samples: Sequence[Sample | Bad], processor: Owl2Processor, title: str) -> str:
+def page(samples: Sequence[Sample | InvalidSample], processor: Owl2Processor, title: str) -> str:
     """HTML that needs no other file: images are in it, small. What is learned is green."""
     articles = "\n".join(_article(sample, processor) for sample in samples)
     legend = '<p><span class="learned">Green</span> is learned, the rest is given.</p>\n'
     return html.page(title, legend + articles, _STYLE)
 
 
-def _article(sample: Sample | Bad, processor: Owl2Processor) -> str:
+def _article(sample: Sample | InvalidSample, processor: Owl2Processor) -> str:
     images = ""
     try:
-        if isinstance(sample, Bad):
-            raise sample.raised()
+        if isinstance(sample, InvalidSample):
+            raise sample.to_error()
         found = parse_messages(sample.messages).images
         max_pixels = processor.image_processor.max_pixels
         images = "\n".join(html.thumbnail(image, max_pixels) for image in found)

@@ -29,7 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from owl2.data.row_parsers import ImagesUnder, image_root, read_row
+from owl2.data.row_parsers import ImagePathResolver, image_root, parse_row
 from owl2.data.sample import Sample
 from owl2.errors import ErrorCode, InputError
 
@@ -42,12 +42,12 @@ _SPACE = re.compile(r"[ \t\n\r]*")  # what is white space to JSON
 Place = tuple[int, int, int]
 
 
-def is_row_file(name: str | Path) -> bool:
-    """Whether `Rows` knows the ending of this name."""
+def is_json_file(name: str | Path) -> bool:
+    """Whether `JsonDataset` knows the ending of this name."""
     return Path(name).suffix.lower() in (".json", ".jsonl")
 
 
-class Rows(Sequence[Sample]):
+class JsonDataset(Sequence[Sample]):
     """The Samples of a `.json` or `.jsonl` file, by the rule of its ending.
 
     `images`: the directory that image paths in the file start from; default: the file's own.
@@ -63,13 +63,13 @@ class Rows(Sequence[Sample]):
 
     def __init__(self, path: str | Path, images: str | Path | None = None) -> None:
         self.path = Path(path)
-        if not is_row_file(path):
+        if not is_json_file(path):
             raise InputError(
                 f"{path}: the ending must be .json (a list of rows, as LLaVA's files) or .jsonl (a "
                 "row in each line)."
             )
         self._is_list = self.path.suffix.lower() == ".json"
-        self._image = ImagesUnder(image_root(self.path, images))
+        self._image = ImagePathResolver(image_root(self.path, images))
         self._file: BinaryIO | None = None
         places = array("q")
         with _reported(self.path), self.path.open("rb") as file:
@@ -97,7 +97,7 @@ class Rows(Sequence[Sample]):
             return [self[place] for place in range(*index.indices(len(self)))]
         start, length, number = (int(value) for value in self._places[index])
         source = f"{self.path}, {'row' if self._is_list else 'line'} {number}"
-        return read_row(self._parsed(start, length, source), source, self._image)
+        return parse_row(self._parsed(start, length, source), source, self._image)
 
     def _parsed(self, start: int, length: int, source: str) -> Any:
         with _reported(self.path):

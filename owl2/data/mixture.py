@@ -1,252 +1,269 @@
-"""Several sources of Samples → one endless order of them, the same for all processes of a run.
+"""A mixture of datasets: which sample comes at which position, and its features.
 
 ::
 
-    position    0  1  2  3  4  ...    of the run
-    source      b  a  b  b  a         by chance: from what an epoch still has of each source, or by
-                                      weights
-    turn        0  0  1  2  1         how often that source has been drawn in the epoch
-    sample      the turn-th place of a permutation of the source; or the next that its stream gives
+    MixtureSampler ──SampleIndex──► MixtureDataset[index] ──encode_sample──► Features
 
-Which source is drawn and which sample is a matter of (seed, epoch, position) alone. So the order
-is the same whatever the number of processes and workers, and a state is a handful of numbers.
+    position     0  1  2  3  4  ...
+    source       1  0  1  1  0        a random order of the sources' samples of the epoch, or a
+                                      source drawn by weight
+    draw         0  0  1  2  1        how often the source was drawn before in this epoch
+    row          7  3  0  9  8        the draw-th row of a random permutation of the source; a
+                                      stream returns its next sample instead
+
+The order depends on the seed only. All processes compute the same order, whatever their number,
+and the state of a sampler is a few integers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any, Protocol, runtime_checkable
+from random import Random
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from owl2.data.sample import Bad, Sample
-from owl2.errors import InputError
+import torch
+from torch.utils.data import Dataset
 
-# Weights become whole numbers of this order, so that choosing is exact on every machine.
-_WEIGHT_UNITS = 1 << 40
-_ROUNDS = 6
+from owl2.data.augment import AUGMENTATIONS
+from owl2.data.collate import Features, encode_sample
+from owl2.data.sample import InvalidSample, Sample, get_or_invalid
+from owl2.errors import ErrorCode, InputError
+from owl2.processing.processor import Owl2Processor
+from owl2.registry import look_up
+
+# Sources with weights have no epochs. Their order is drawn in blocks of this many positions.
+BLOCK_SIZE = 1 << 16
+
+State = dict[str, Any]
 
 
 @runtime_checkable
-class Stream(Protocol):
-    """Samples without places: they come one after another, epoch after epoch, without an end."""
+class SampleStream(Protocol):
+    """A dataset without random access, such as tar files."""
 
     def stream(
-        self, *, seed: int, window: int, rank: int, world: int, state: dict[str, Any] | None
-    ) -> Iterator[tuple[Sample | Bad, dict[str, Any]]]:
-        """The share of process `rank` of `world`: samples, each with the state after it.
-
-        Samples are shuffled in windows of `window`. `state`: go on after it.
-        """
+        self, *, seed: int, shuffle_buffer: int, rank: int, world_size: int, state: State | None
+    ) -> Iterator[tuple[Sample | InvalidSample, State]]:
+        """An endless iterator over the samples of process `rank`, each with the state after it."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where samples come from, and how many of them an epoch has (`count`; None: each once).
+class MixtureSource:
+    """A dataset of a mixture.
 
-    Instead of a count, every source of a mixture may have a `weight`: its share, without epochs.
+    Attributes:
+        count: Samples per epoch; None for every sample once.
+        weight: Relative share of the samples, without epochs. Either all sources of a mixture have
+            a weight, or none.
+        name: Used in error messages.
     """
 
-    samples: Sequence[Sample] | Stream
+    samples: Sequence[Sample] | SampleStream
     count: int | None = None
     weight: float | None = None
     name: str = ""
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What is taken at one position: the `turn`-th of a source in an epoch; 0, 1, ... all three.
+class SampleIndex(NamedTuple):
+    """A position of the mixture.
 
-    `sample`: what a stream gave; None for another process' share, and for sources with places.
+    Attributes:
+        source: Index of the source.
+        epoch: 0 for sources with weights.
+        draw: How often the source was drawn before in this epoch.
+        row: Row of the source; None for streams.
+        sample: The sample of a stream; None for the positions of other processes.
     """
 
     source: int
     epoch: int
-    turn: int
-    sample: Sample | Bad | None = None
+    draw: int
+    row: int | None
+    sample: Sample | InvalidSample | None = None
 
 
-class Mixture:
-    """The sources of a run, and by `draws` the order in which their Samples are taken.
+class MixtureDataset(Dataset[Features | InvalidSample]):
+    """Encodes the samples of several sources; the indices come from a `MixtureSampler`.
 
-    Where a source has a count, every epoch draws anew: without repetition if the source has that
-    many, else each sample as often as the others or once more.
+    A source with a `count` below its size gives other samples in each epoch, without repetition
+    within the epoch. With a `count` above its size, every sample comes equally often or once more.
+
+    Args:
+        shuffle_buffer: Samples that a stream holds in memory to shuffle them.
+        augment: A name in `AUGMENTATIONS`. The random numbers depend on `seed`, the epoch and the
+            draw, not on the worker.
+        max_length: See `encode_sample`.
 
     Attributes:
-        epoch_size: samples in an epoch; None for weights, which have no epochs.
+        epoch_size: Samples per epoch; None for sources with weights.
 
     Raises:
-        InputError: no source, one without samples, a count below 1 or a weight of 0 or less, a
-            stream without either, weights for some sources only.
+        InputError: No source, a source without samples, a count below 1, a weight that is not
+            positive, a stream without count and weight, or weights for some sources only.
     """
 
-    def __init__(self, sources: Iterable[Source], seed: int = 0, window: int = 1000) -> None:
+    def __init__(
+        self,
+        sources: Sequence[MixtureSource],
+        processor: Owl2Processor,
+        *,
+        seed: int = 0,
+        shuffle_buffer: int = 1000,
+        augment: str = "none",
+        max_length: int | None = None,
+    ) -> None:
         self.sources = list(sources)
+        self.processor = processor
         self.seed = seed
-        self.window = window
+        self.shuffle_buffer = shuffle_buffer
+        self.augmentation = look_up("augmentation", augment, AUGMENTATIONS)
+        self.max_length = max_length
         if not self.sources:
-            raise InputError("There is nothing to train on: give at least one source of data.")
-        for number, source in enumerate(self.sources):
-            _check(source, self.name(number))
-        weighted = [source.weight is not None for source in self.sources]
-        if any(weighted) and not all(weighted):
-            raise InputError("Give every source of the data a weight, or none.")
-        self.shares = _weights(self.sources) if weighted[0] else _counts(self.sources)
-        self.epoch_size = None if weighted[0] else sum(self.shares)
-
-    def name(self, number: int) -> str:
-        """What people know a source by."""
-        return self.sources[number].name or f"Source {number} of the data"
+            raise InputError("no training data: add a source to `data`", ErrorCode.EMPTY_DATASET)
+        self.counts = [_checked_count(source, i) for i, source in enumerate(self.sources)]
+        self.weights = [source.weight for source in self.sources if source.weight is not None]
+        if 0 < len(self.weights) < len(self.sources):
+            raise InputError(
+                "either all sources of the data need a `weight`, or none", ErrorCode.CONFLICT
+            )
+        self.epoch_size = None if self.weights else sum(self.counts)
 
     @property
     def sizes(self) -> list[int | None]:
-        """How many samples each source has; None for streams. The order hangs on them."""
+        """Samples in each source, None for streams. The order of the samples depends on them."""
         return [
-            None if isinstance(source.samples, Stream) else len(source.samples)
+            None if isinstance(source.samples, SampleStream) else len(source.samples)
             for source in self.sources
         ]
 
-    @property
-    def has_streams(self) -> bool:
-        """Whether some samples come without places."""
-        return any(isinstance(source.samples, Stream) for source in self.sources)
+    def sample(self, index: SampleIndex) -> Sample | InvalidSample:
+        """The sample at `index`, not encoded."""
+        if index.row is not None:
+            samples = self.sources[index.source].samples
+            assert not isinstance(samples, SampleStream)
+            return get_or_invalid(samples, index.row)
+        assert index.sample is not None, "the position belongs to another process"
+        return index.sample
 
-    def draws(self, rank: int = 0, world: int = 1, state: dict[str, Any] | None = None) -> "Draws":
-        """The order as process `rank` of `world` follows it, from the start or after `state`."""
-        return Draws(self, rank, world, state)
-
-    def __getitem__(self, draw: Draw) -> Sample | Bad:
-        """The sample of a draw. Raises `InputError` where its row cannot be used."""
-        if draw.sample is not None:
-            return draw.sample
-        samples = self.sources[draw.source].samples
-        assert not isinstance(samples, Stream), "the draw is another process'"
-        size = len(samples)
-        turn, place = divmod(draw.turn, size)
-        return samples[permuted(place, size, self.seed, draw.epoch, draw.source, turn)]
+    def __getitem__(self, index: SampleIndex) -> Features | InvalidSample:
+        rng = Random(f"{self.seed}/{index.epoch}/{index.source}/{index.draw}")
+        sample = self.sample(index)
+        return encode_sample(sample, self.processor, self.max_length, self.augmentation, rng)
 
 
-class Draws:
-    """A walk through the order of a mixture."""
+class MixtureSampler:
+    """The endless order of the samples of a mixture, as process `rank` of `world_size` reads it.
+
+    `state`: resumes after the position at which `state()` was called, with the same arguments.
+    """
 
     def __init__(
-        self, mixture: Mixture, rank: int, world: int, state: dict[str, Any] | None
+        self,
+        dataset: MixtureDataset,
+        rank: int = 0,
+        world_size: int = 1,
+        state: State | None = None,
     ) -> None:
-        self.mixture = mixture
-        self.rank, self.world = rank, world
-        state = state or {"epoch": 0, "place": 0, "turns": [0] * len(mixture.sources)}
+        self.dataset = dataset
+        self.rank, self.world_size = rank, world_size
+        state = state or {"epoch": 0, "position": 0, "draws": [0] * len(dataset.sources)}
         self._epoch: int = state["epoch"]
-        self._place: int = state["place"]
-        self._turns: list[int] = list(state["turns"])
-        self._states: dict[str, Any] = dict(state.get("streams", {}))
-        self._streams: dict[int, Iterator[tuple[Sample | Bad, dict[str, Any]]]] = {}
+        self._position: int = state["position"]
+        self._draws: list[int] = list(state["draws"])
+        self._stream_states: dict[str, State] = dict(state.get("streams", {}))
+        self._streams: dict[int, Iterator[tuple[Sample | InvalidSample, State]]] = {}
+        self._order = self._source_order()
+        self._permutations: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
 
-    def state(self) -> dict[str, Any]:
-        """Where the walk stands, for JSON. With streams every process has its own."""
+    def state(self) -> State:
+        """The current position, as JSON. With streams it differs between processes."""
         return {
             "epoch": self._epoch,
-            "place": self._place,
-            "turns": list(self._turns),
-            "streams": dict(self._states),
+            "position": self._position,
+            "draws": list(self._draws),
+            "streams": dict(self._stream_states),
         }
 
-    def take(self, count: int) -> list[Draw]:
-        """The draws of the next `count` positions, a multiple of the number of processes.
+    def take(self, count: int) -> list[SampleIndex]:
+        """The next `count` positions of all processes, a multiple of `world_size`.
 
-        They are those of all processes, as every one needs to know what is used up; this one's
-        are [rank::world]. Only for those a stream is read.
+        Those of this process are `[rank::world_size]`. Streams are read for these only.
         """
-        return [self._next(index % self.world == self.rank) for index in range(count)]
+        return [self._next(i % self.world_size == self.rank) for i in range(count)]
 
-    def _next(self, own: bool) -> Draw:
-        mixture = self.mixture
-        if self._place == mixture.epoch_size:
-            self._epoch, self._place, self._turns = self._epoch + 1, 0, [0] * len(self._turns)
-        left = mixture.shares
-        if mixture.epoch_size is not None:
-            left = [share - turn for share, turn in zip(left, self._turns, strict=True)]
-        number = _chosen(left, _chance(mixture.seed, self._epoch, self._place))
-        turn = self._turns[number]
-        self._place += 1
-        self._turns[number] += 1
-        streamed = own and isinstance(mixture.sources[number].samples, Stream)
-        return Draw(number, self._epoch, turn, self._read(number) if streamed else None)
+    def _next(self, is_own: bool) -> SampleIndex:
+        if self._position == len(self._order):
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = self._source_order()
+            if not self.dataset.weights:
+                self._draws = [0] * len(self._draws)
+        source = int(self._order[self._position])
+        draw = self._draws[source]
+        self._position += 1
+        self._draws[source] += 1
+        epoch = 0 if self.dataset.weights else self._epoch
+        if not isinstance(self.dataset.sources[source].samples, SampleStream):
+            return SampleIndex(source, epoch, draw, self._row(source, epoch, draw))
+        sample = self._read_stream(source) if is_own else None
+        return SampleIndex(source, epoch, draw, None, sample)
 
-    def _read(self, number: int) -> Sample | Bad:
-        source = self.mixture.sources[number].samples
-        assert isinstance(source, Stream)
-        if number not in self._streams:
-            self._streams[number] = source.stream(
-                seed=self.mixture.seed,
-                window=self.mixture.window,
+    def _source_order(self) -> torch.Tensor:
+        """(positions of the epoch or block,): the source of each."""
+        generator = make_generator(self.dataset.seed, self._epoch)
+        if self.dataset.weights:
+            weights = torch.tensor(self.dataset.weights, dtype=torch.float64)
+            return weights.multinomial(BLOCK_SIZE, replacement=True, generator=generator)
+        counts = torch.tensor(self.dataset.counts)
+        order = torch.arange(len(counts)).repeat_interleave(counts)
+        return order[torch.randperm(len(order), generator=generator)]
+
+    def _row(self, source: int, epoch: int, draw: int) -> int:
+        samples = self.dataset.sources[source].samples
+        assert not isinstance(samples, SampleStream)
+        repeat, place = divmod(draw, len(samples))
+        key = (self.dataset.seed, epoch, source, repeat)
+        if self._permutations.get(source, (None,))[0] != key:
+            permutation = torch.randperm(len(samples), generator=make_generator(*key))
+            self._permutations[source] = key, permutation
+        return int(self._permutations[source][1][place])
+
+    def _read_stream(self, source: int) -> Sample | InvalidSample:
+        samples = self.dataset.sources[source].samples
+        assert isinstance(samples, SampleStream)
+        if source not in self._streams:
+            self._streams[source] = samples.stream(
+                seed=self.dataset.seed,
+                shuffle_buffer=self.dataset.shuffle_buffer,
                 rank=self.rank,
-                world=self.world,
-                state=self._states.get(str(number)),
+                world_size=self.world_size,
+                state=self._stream_states.get(str(source)),
             )
-        found = next(self._streams[number], None)
-        if found is None:
-            raise InputError(f"{self.mixture.name(number)} has no samples.")
-        sample, self._states[str(number)] = found
+        sample, self._stream_states[str(source)] = next(self._streams[source])
         return sample
 
 
-def permuted(place: int, size: int, *key: int) -> int:
-    """The number at `place` of a permutation of 0 … size-1, a different one for each `key`.
-
-    Takes no memory, however large `size`: a Feistel network permutes the next larger square of a
-    power of two, and is walked along until it comes back below `size` (Black & Rogaway, "Ciphers
-    with arbitrary finite domains", 2002).
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = place >> half, place & mask
-        for number in range(_ROUNDS):
-            left, right = right, left ^ (_chance(*key, number, right) & mask)
-        place = left << half | right
-        if place < size:
-            return place
+def make_generator(*key: int) -> torch.Generator:
+    """A generator with a seed that depends on `key` only."""
+    # Random hashes the text with SHA-512, so that similar keys give unrelated seeds.
+    return torch.Generator().manual_seed(Random(repr(key)).getrandbits(63))
 
 
-def _chance(*key: int) -> int:
-    """64 bits, the same for the same key in every version of everything."""
-    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest())
-
-
-def _chosen(shares: Sequence[int], chance: int) -> int:
-    """The place in `shares` that 64 bits of chance fall on, each as likely as its share."""
-    mark = sum(shares) * chance >> 64
-    for number, share in enumerate(shares):
-        mark -= share
-        if mark < 0:
-            return number
-    raise AssertionError("nothing is left to choose from")
-
-
-def _counts(sources: Sequence[Source]) -> list[int]:
-    counts = []
-    for source in sources:
-        if source.count is not None:
-            counts.append(source.count)
-        else:
-            assert not isinstance(source.samples, Stream)  # checked
-            counts.append(len(source.samples))
-    return counts
-
-
-def _weights(sources: Sequence[Source]) -> list[int]:
-    weights = [source.weight or 0.0 for source in sources]
-    return [max(1, round(weight / sum(weights) * _WEIGHT_UNITS)) for weight in weights]
-
-
-def _check(source: Source, name: str) -> None:
+def _checked_count(source: MixtureSource, index: int) -> int:
+    """Samples per epoch of a source without a weight; 0 for a stream with a weight."""
+    name = source.name or f"source {index} of the data"
     if source.count is not None and source.count < 1:
-        raise InputError(f"{name}: count is {source.count}, below 1.")
+        raise InputError(f"{name}: count is {source.count}, below 1", ErrorCode.INVALID_VALUE)
     if source.weight is not None and not source.weight > 0:
-        raise InputError(f"{name}: weight is {source.weight}; it must be above 0.")
-    if not isinstance(source.samples, Stream):
-        if not len(source.samples):
-            raise InputError(f"{name} has no samples.")
-    elif source.count is None and source.weight is None:
         raise InputError(
-            f"{name} is read as a stream, so nobody knows how many samples it has: give it a "
-            "`count` (samples an epoch), or every source a `weight`."
+            f"{name}: weight is {source.weight}; it must be positive", ErrorCode.INVALID_VALUE
         )
+    if not isinstance(source.samples, SampleStream):
+        if not len(source.samples):
+            raise InputError(f"{name} has no samples", ErrorCode.EMPTY_DATASET)
+        return len(source.samples) if source.count is None else source.count
+    if source.count is None and source.weight is None:
+        raise InputError(
+            f"{name} is a stream of unknown length: set `count` (samples per epoch), or give every "
+            "source a `weight`",
+            ErrorCode.MISSING_VALUE,
+        )
+    return source.count or 0

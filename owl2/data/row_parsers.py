@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from owl2.data.sample import Message, Sample, checked
+from owl2.data.sample import Message, Sample, validated
 from owl2.errors import ErrorCode, InputError
 
 # LLaVA's files write the first, the authors of mPLUG-Owl2 the second.
@@ -31,8 +31,8 @@ _CAPTION_KEYS = ("caption", "text")
 ImageReader = Callable[[Any], Message]
 
 
-def read_row(row: Any, source: str, image: ImageReader, given: Sequence[Any] = ()) -> Sample:
-    """A row of any of the three kinds → its Sample, checked.
+def parse_row(row: Any, source: str, image: ImageReader, given: Sequence[Any] = ()) -> Sample:
+    """A row of any of the three kinds → its Sample, validated.
 
     `given`: images that lie beside the row; then names of images in the row say nothing.
 
@@ -43,7 +43,7 @@ def read_row(row: Any, source: str, image: ImageReader, given: Sequence[Any] = (
 
     Raises:
         InputError: that begins with `source`: none or several of the three kinds, another number of
-            images than the row has places for, or see `checked`.
+            images than the row has places for, or see `validated`.
     """
     try:
         if not isinstance(row, Mapping):
@@ -52,10 +52,10 @@ def read_row(row: Any, source: str, image: ImageReader, given: Sequence[Any] = (
         messages = _MESSAGES[_kind(row)](row, images, image)
     except InputError as error:
         raise InputError(f"{source}: {error}", error.code) from error
-    return checked(Sample(messages, source))
+    return validated(Sample(messages, source))
 
 
-class ImagesUnder:
+class ImagePathResolver:
     """Reads names of images as paths that start from a directory; urls stay what they are."""
 
     def __init__(self, root: Path) -> None:
@@ -190,7 +190,7 @@ def _from_messages(
 
 
 def _read_message(message: Any, images: Iterator[Message], image: ImageReader) -> Any:
-    # What is no message or no part is left as it is: `checked` says where it stands.
+    # What is no message or no part is left as it is: `validated` says where it stands.
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
         return message
     parts = [_read_part(part, images, image) for part in message["content"]]

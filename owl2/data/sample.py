@@ -1,8 +1,9 @@
-"""The one thing that readers give and that training takes: a conversation with its images."""
+"""`Sample`: one conversation with its images, which every dataset returns."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import IMAGE_TOKEN, content_to_text, parse_messages
@@ -12,11 +13,14 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation in transformers' message format, and where it came from.
+    """One conversation.
 
-    `messages`: `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`; an image is
-    a part such as `{"type": "image", "path": ...}` and stays unopened until the sample is used.
-    `source`: the file and row, or the dataset and item, for whoever has to find it again.
+    Attributes:
+        messages: transformers' message format,
+            `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`. An image is a
+            part such as `{"type": "image", "path": ...}`. It is not opened before the sample is
+            encoded.
+        source: The file and row, or the dataset and item, for error messages.
     """
 
     messages: list[Message]
@@ -24,10 +28,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Bad:
-    """What stands in a Sample's place where a row is no sample, so that the others go on.
+class InvalidSample:
+    """Replaces a `Sample` that cannot be used, so that a stream of samples can continue.
 
-    `source` as a Sample's; `reason`: what is wrong, without the source; `code`: its kind.
+    Attributes:
+        source: As in `Sample`.
+        reason: The error message without the source.
+        code: The code of the error.
     """
 
     source: str
@@ -35,34 +42,49 @@ class Bad:
     code: ErrorCode = ErrorCode.INVALID_FORMAT
 
     @classmethod
-    def of(cls, source: str, error: InputError) -> "Bad":
-        """The error that reading `source` raised."""
+    def from_error(cls, source: str, error: InputError) -> "InvalidSample":
+        """The error that reading the row `source` raised."""
         return cls(source, str(error).removeprefix(f"{source}: "), error.code)
 
-    @classmethod
-    def row(cls, error: InputError) -> "Bad":
-        """The error that taking a row raised, which begins with the row that it is about."""
-        return cls.of(str(error).partition(": ")[0], error)
-
-    def raised(self) -> InputError:
-        """The error again, for whoever cannot go on without this row."""
+    def to_error(self) -> InputError:
+        """The error, for callers that cannot continue without this sample."""
         return InputError(f"{self.source}: {self.reason}", self.code)
 
 
-def taken(samples: Sequence[Sample], place: int) -> Sample | Bad:
-    """A sample, or what is wrong with its row."""
+class RowDataset(Sequence[Sample]):
+    """A dataset with random access. A row is read when it is accessed.
+
+    Accessing an invalid row raises `InputError`; its message starts with the source of the row.
+    """
+
+    @abstractmethod
+    def read(self, index: int) -> Sample:
+        """The sample at `index`, which is in `range(len(self))`."""
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        rows = range(len(self))[index]
+        return self.read(rows) if isinstance(rows, int) else [self.read(row) for row in rows]
+
+
+def get_or_invalid(samples: Sequence[Sample], index: int) -> Sample | InvalidSample:
+    """The sample at `index`, or the error of its row."""
     try:
-        return samples[place]
+        return samples[index]
     except InputError as error:
-        return Bad.row(error)
+        return InvalidSample.from_error(str(error).partition(": ")[0], error)
 
 
-def checked(sample: Sample) -> Sample:
-    """The sample, after a look at its messages; no image is opened.
+def validated(sample: Sample) -> Sample:
+    """The same sample, after a check of its messages. Images are not opened.
 
     Raises:
-        InputError: that begins with `source`; see `parse_messages`. Also where the last turn is
-            not an answer, or a text marks another number of images than come with it.
+        InputError: Starts with `sample.source`. The messages are not valid (see `parse_messages`),
+            the last turn is not an answer, or the number of image placeholders in the text differs
+            from the number of images.
     """
     try:
         conversation = parse_messages(sample.messages)
@@ -70,14 +92,16 @@ def checked(sample: Sample) -> Sample:
         raise InputError(f"{sample.source}: {error}", error.code) from error
     if conversation.is_open:
         raise InputError(
-            f"{sample.source}: the last turn is the user's; there is no answer to learn.",
+            f"{sample.source}: the last turn is a user turn; training needs an answer after it.",
             ErrorCode.INVALID_ROLE,
         )
-    marked = sum(content_to_text(turn["content"]).count(IMAGE_TOKEN) for turn in conversation.turns)
-    if marked != len(conversation.images):
+    placeholders = sum(
+        content_to_text(turn["content"]).count(IMAGE_TOKEN) for turn in conversation.turns
+    )
+    if placeholders != len(conversation.images):
         raise InputError(
-            f"{sample.source}: the text marks {marked} images, and {len(conversation.images)} "
-            "come with it; these must be the same.",
+            f"{sample.source}: the text has {placeholders} image placeholders, but the sample has "
+            f"{len(conversation.images)} images.",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     return sample

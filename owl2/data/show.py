@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from owl2.data.html_preview import page
-from owl2.data.open_dataset import Samples, open_words
-from owl2.data.sample import Bad, Sample, taken
-from owl2.data.webdataset import Shards
+from owl2.data.open_dataset import SampleDataset, open_from_cli
+from owl2.data.sample import InvalidSample, Sample, get_or_invalid
+from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
 from owl2.files import atomic_write_text
 from owl2.processing.chat_template import parse_messages
@@ -22,7 +22,7 @@ from owl2.processing.processor import Owl2Processor
 
 # Around learned words where there is no colour.
 BEGIN, END = "⟦", "⟧"
-# Samples of shards that are held to be drawn from.
+# SampleDataset of shards that are held to be drawn from.
 WINDOW = 1000
 
 
@@ -40,17 +40,17 @@ def show(
     """Print samples; words that are learned are green, or between ⟦ and ⟧ where there is no colour.
 
     `model`: the checkpoint (or hub id) whose processor is used. `source` and `settings`: see
-    `open_words`. `count` samples from number `start` on (from 0), in order, or with a `seed` in one
+    `open_from_cli`. `count` samples from number `start` on (from 0), in order, or with a `seed` in one
     that it draws. `html`: a file that becomes a page with the images, instead.
 
     Raises:
-        InputError: no processor in `model`, `html` cannot be written, or see `open_words`.
+        InputError: no processor in `model`, `html` cannot be written, or see `open_from_cli`.
     """
     console = console or Console()
-    samples = open_words(source, settings)
+    samples = open_from_cli(source, settings)
     processor = Owl2Processor.from_pretrained(model)
     chosen = islice(_in_order(samples, start + count, seed), start, start + count)
-    total = "the" if isinstance(samples, Shards) else f"{len(samples):,}"
+    total = "the" if isinstance(samples, TarDataset) else f"{len(samples):,}"
     if html is not None:
         shown = list(chosen)
         atomic_write_text(
@@ -68,29 +68,31 @@ def show(
     console.print(Text(f"{number:,} of {total} samples; ") + learned + ", the rest is given")
 
 
-def _in_order(samples: Samples, wanted: int, seed: int | None) -> Iterator[Sample | Bad]:
+def _in_order(
+    samples: SampleDataset, wanted: int, seed: int | None
+) -> Iterator[Sample | InvalidSample]:
     """The first `wanted`, or more of them."""
-    if isinstance(samples, Shards):
+    if isinstance(samples, TarDataset):
         if seed is None:
             yield from samples
         else:
-            yield from (sample for sample, _ in samples.stream(seed=seed, window=WINDOW))
+            yield from (sample for sample, _ in samples.stream(seed=seed, shuffle_buffer=WINDOW))
         return
     size = len(samples)
     places: Sequence[int] = range(size)
     if seed is not None:
         places = Random(seed).sample(places, min(wanted, size))
-    yield from (taken(samples, place) for place in places)
+    yield from (get_or_invalid(samples, place) for place in places)
 
 
-def _print(console: Console, sample: Sample | Bad, processor: Owl2Processor) -> None:
+def _print(console: Console, sample: Sample | InvalidSample, processor: Owl2Processor) -> None:
     def say(text: Text) -> None:
         console.print(text, soft_wrap=True)
 
     say(Text(sample.source, "bold"))
     try:
-        if isinstance(sample, Bad):
-            raise sample.raised()
+        if isinstance(sample, InvalidSample):
+            raise sample.to_error()
         for number, image in enumerate(parse_messages(sample.messages).images, start=1):
             max_pixels = processor.image_processor.max_pixels
             say(Text(f"image {number}: ") + _described(image, max_pixels))

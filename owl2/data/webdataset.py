@@ -25,8 +25,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from owl2.data.row_parsers import read_row
-from owl2.data.sample import Bad, Message, Sample
+from owl2.data.row_parsers import parse_row
+from owl2.data.sample import InvalidSample, Message, Sample
 from owl2.data.tar_stream import Files, read_shard, require_webdataset
 from owl2.errors import ErrorCode, InputError
 
@@ -35,7 +35,7 @@ _IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp)")
 
 _KINDS = ("txt", "json")
 
-# Where a stream stands, for JSON; see `Shards.stream`.
+# Where a stream stands, for JSON; see `TarDataset.stream`.
 State = dict[str, Any]
 
 
@@ -50,17 +50,17 @@ class _Entry(NamedTuple):
     epoch: int
     shard: int
     row: int
-    sample: Sample | Bad
+    sample: Sample | InvalidSample
 
 
-class Shards:
+class TarDataset:
     """The Samples of tar files.
 
     `urls`: paths, in which `*`, `?` and `{000..099}` are expanded, and urls that webdataset opens,
     such as `https://...` and `pipe:COMMAND`, in which only `{...}` is. One or several. Afterwards
     `urls` is the list of all; sources of samples are named "URL, KEY".
 
-    A sample that is none stands as a `Bad` in its place. A shard that cannot be opened or is cut
+    A sample that is none stands as a `InvalidSample` in its place. A shard that cannot be opened or is cut
     short raises `InputError` when it is read, in a stream up to a window ahead: there is no telling
     what is missing then.
 
@@ -75,15 +75,21 @@ class Shards:
         if not self.urls:
             raise InputError("There is no shard: give at least one tar file.")
 
-    def __iter__(self) -> Iterator[Sample | Bad]:
+    def __iter__(self) -> Iterator[Sample | InvalidSample]:
         """All samples once, in order."""
         for url in self.urls:
             for key, files in read_shard(url, _is_wanted):
                 yield _sample(f"{url}, {key}", files)
 
     def stream(
-        self, *, seed: int, window: int, rank: int = 0, world: int = 1, state: State | None = None
-    ) -> Iterator[tuple[Sample | Bad, State]]:
+        self,
+        *,
+        seed: int,
+        shuffle_buffer: int,
+        rank: int = 0,
+        world_size: int = 1,
+        state: State | None = None,
+    ) -> Iterator[tuple[Sample | InvalidSample, State]]:
         """Samples without end, epoch after epoch, each with the state after it.
 
         The order depends on `seed` only. Every epoch draws an order of the shards; the samples that
@@ -99,9 +105,11 @@ class Shards:
         Raises:
             InputError: a `state` of another stream, or no sample in all shards.
         """
-        if window < 1 or not 0 <= rank < world:
-            raise InputError(f"No stream has window {window}, rank {rank} and world {world}.")
-        told = {"seed": seed, "window": window, "rank": rank, "world": world}
+        if shuffle_buffer < 1 or not 0 <= rank < world_size:
+            raise InputError(
+                f"No stream has shuffle_buffer {shuffle_buffer}, rank {rank} and world_size {world_size}."
+            )
+        told = {"seed": seed, "window": shuffle_buffer, "rank": rank, "world": world_size}
         of = told | {"shards": len(self.urls)}
         if state is not None and state["of"] != of:
             raise InputError(
@@ -110,7 +118,9 @@ class Shards:
             )
         return self._stream(of, state or {"epoch": 0, "shard": 0, "row": 0, "used": 0})
 
-    def _stream(self, of: dict[str, int], start: State) -> Iterator[tuple[Sample | Bad, State]]:
+    def _stream(
+        self, of: dict[str, int], start: State
+    ) -> Iterator[tuple[Sample | InvalidSample, State]]:
         windows = _Windows(self._entries(of, start), of["window"])
         used = start["used"]
         while True:
@@ -219,11 +229,11 @@ def _is_wanted(extension: str) -> bool:
     return extension in _KINDS or _IMAGE.fullmatch(extension) is not None
 
 
-def _sample(source: str, files: Files) -> Sample | Bad:
+def _sample(source: str, files: Files) -> Sample | InvalidSample:
     try:
         return _read(source, files)
     except InputError as error:
-        return Bad.of(source, error)
+        return InvalidSample.from_error(source, error)
 
 
 def _read(source: str, files: Files) -> Sample:
@@ -241,7 +251,7 @@ def _read(source: str, files: Files) -> Sample:
             "there is no .txt or .json beside the image. (The files of a sample must follow each "
             "other; tar's --sort=name does that.)"
         )
-    return read_row(row, source, _image, given)
+    return parse_row(row, source, _image, given)
 
 
 def _image_number(extension: str) -> tuple[int, str]:

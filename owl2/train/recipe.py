@@ -115,7 +115,7 @@ class DataSource(Section):
         return [name for name in ORIGINS if getattr(self, name) is not None]
 
     def origin(self) -> dict[str, Any]:
-        """The arguments of `owl2.data.open_dataset.open_source`."""
+        """The arguments of `owl2.data.open_dataset.open_dataset`."""
         return self.model_dump(exclude={"name", "count", "weight"})
 
     @property

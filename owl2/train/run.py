@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from owl2.data.collate import Collator, TrainingSet
-from owl2.data.mixture import Mixture, Source
-from owl2.data.open_dataset import Samples, open_source
+from owl2.data.collate import Collator
+from owl2.data.mixture import MixtureDataset, MixtureSource
+from owl2.data.open_dataset import SampleDataset, open_dataset
 from owl2.errors import InputError
 from owl2.files import atomic_directory, require_writable
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -95,7 +95,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Result:
             trained = prepare(model, recipe, autocast=team.sharing == "each whole")
             samples = _training_set(recipe, processor)
             validator = _validator(recipe, processor, team)
-            _announce(console, recipe, model, trained, samples.mixture.epoch_size, saved)
+            _announce(console, recipe, model, trained, samples.epoch_size, saved)
         with team.together(), writing(Path(recipe.output)):
             if team.first:
                 begin(recipe, saved)
@@ -122,24 +122,24 @@ def _load(recipe: Recipe) -> tuple[Owl2ForConditionalGeneration, Owl2Processor]:
     return model, processor
 
 
-def _training_set(recipe: Recipe, processor: Owl2Processor) -> TrainingSet:
+def _training_set(recipe: Recipe, processor: Owl2Processor) -> MixtureDataset:
     sources = [_source(entry) for entry in recipe.data]
-    mixture = Mixture(sources, recipe.seed, recipe.shuffle_buffer)
-    return TrainingSet(
-        mixture,
+    return MixtureDataset(
+        sources,
         processor,
+        shuffle_buffer=recipe.shuffle_buffer,
         augment=recipe.augment,
         max_length=recipe.max_length,
         seed=recipe.seed,
     )
 
 
-def _source(entry: DataSource) -> Source:
-    return Source(_opened(entry), entry.count, entry.weight, entry.title)
+def _source(entry: DataSource) -> MixtureSource:
+    return MixtureSource(_opened(entry), entry.count, entry.weight, entry.title)
 
 
-def _opened(entry: DataSource) -> Samples:
-    return open_source(**entry.model_dump(exclude={"name", "count", "weight"}))
+def _opened(entry: DataSource) -> SampleDataset:
+    return open_dataset(**entry.origin())
 
 
 def _validator(recipe: Recipe, processor: Owl2Processor, team: Team) -> Validator | None:
@@ -177,7 +177,7 @@ def _announce(
         console.print(f"  {line}", highlight=False)
     console.print(groups_table(recipe_groups(model, recipe)))
     size = model.config.image_size
-    amount = "Samples by weight" if samples is None else f"{samples:,} samples an epoch"
+    amount = "SampleDataset by weight" if samples is None else f"{samples:,} samples an epoch"
     console.print(f"{amount}, images at {size} x {size} pixels", highlight=False)
     if saved is not None:
         console.print(f"Going on after step {saved.position.step}", highlight=False)
@@ -190,7 +190,7 @@ def _train(
     model: Owl2ForConditionalGeneration,
     processor: Owl2Processor,
     trained: Trained,
-    samples: TrainingSet,
+    samples: MixtureDataset,
     validator: Validator | None,
     saved: Saved | None,
 ) -> Result:

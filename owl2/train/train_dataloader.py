@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from owl2.data.dataloader import Loader
-from owl2.data.sample import Bad
+from owl2.data.dataloader import MixtureDataLoader
+from owl2.data.sample import InvalidSample
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text
 from owl2.train.recipe import Recipe
@@ -43,7 +43,7 @@ class Feed:
 
     def __init__(
         self,
-        loader: Loader,
+        loader: MixtureDataLoader,
         accelerator: Accelerator,
         output: Path,
         on_invalid_sample: str = "stop",
@@ -62,14 +62,14 @@ class Feed:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         _keep_lines(self._left_out, self._lines)
         device = self.accelerator.device
-        for collated in self.loader:
-            self._leave_out(collated.left_out)
-            held = (collated.samples, collated.tokens, collated.images, len(collated.left_out))
+        for batch in self.loader:
+            self._leave_out(batch.skipped)
+            held = (batch.num_samples, batch.num_tokens, batch.num_images, len(batch.skipped))
             self._fresh = Seen(*(sum(pair) for pair in zip(self._fresh, held, strict=True)))
             # Only from pinned memory may a copy still be under way when the next batch is written.
             yield {
                 name: tensor.to(device, non_blocking=self.loader.pin_memory)
-                for name, tensor in collated.batch.items()
+                for name, tensor in batch.inputs.items()
             }
 
     def share_counts(self) -> None:
@@ -103,7 +103,7 @@ class Feed:
         """Write where this process' batches stand."""
         state = {
             "world": self.world,
-            "sizes": self.loader.mixture.sizes,
+            "sizes": self.loader.dataset.sizes,
             "left_out": self._lines,
             "loader": self.loader.state,
         }
@@ -125,10 +125,10 @@ class Feed:
                 f"{path} cannot be read, so the run cannot go on with the samples that come next; "
                 "overwrite=true starts anew"
             ) from error
-        if sizes != self.loader.mixture.sizes:
+        if sizes != self.loader.dataset.sizes:
             raise InputError(
                 f"{checkpoint} is of a run on sources with {sizes} samples, now they have "
-                f"{self.loader.mixture.sizes}: their order would be another. Give the same "
+                f"{self.loader.dataset.sizes}: their order would be another. Give the same "
                 "data, or overwrite=true to start anew"
             )
         if world != self.world:
@@ -140,11 +140,11 @@ class Feed:
     def _state_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"data_state_{self.rank}.json"
 
-    def _leave_out(self, samples: list[Bad]) -> None:
+    def _leave_out(self, samples: list[InvalidSample]) -> None:
         for bad in samples:
             # Not a row is bad then but all of a source, which nobody asked to be left out.
             if bad.code == ErrorCode.FILE_CHANGED:
-                raise bad.raised()
+                raise bad.to_error()
         if not samples:
             return
         if self.on_invalid_sample == "stop":

@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from owl2.checkpoints.adapters import has_adapter, load_adapter_weights
-from owl2.data.collate import Collated, TrainingSet
-from owl2.data.dataloader import Loader
+from owl2.data.collate import Batch
+from owl2.data.dataloader import MixtureDataLoader
+from owl2.data.mixture import MixtureDataset
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2Model
 from owl2.train.disk_errors import writing
@@ -38,8 +39,8 @@ class Owl2Trainer(Trainer):
         self,
         model: PreTrainedModel,
         recipe: Recipe,
-        train_dataset: TrainingSet,
-        collate: Callable[[Sequence[Any]], Collated],
+        train_dataset: MixtureDataset,
+        collate: Callable[[Sequence[Any]], Batch],
         checkpoints: Path,
         team: Team | None = None,
     ) -> None:
@@ -49,7 +50,7 @@ class Owl2Trainer(Trainer):
         self._step_loss: torch.Tensor | float = 0.0
         # Whether this process has met a label, on any device; a tensor, as looking would wait.
         self._labelled: torch.Tensor = torch.tensor(False)
-        epoch_size = train_dataset.mixture.epoch_size
+        epoch_size = train_dataset.epoch_size
         epochs = TellEpochs(epoch_size, recipe.batch_size)
         super().__init__(
             model=model,
@@ -83,18 +84,17 @@ class Owl2Trainer(Trainer):
             share_out_precisely(self.accelerator, half=self.args.bf16)
 
     def _make_feed(
-        self, dataset: TrainingSet, collate: Callable[[Sequence[Any]], Collated], output: Path
+        self, dataset: MixtureDataset, collate: Callable[[Sequence[Any]], Batch], output: Path
     ) -> Feed:
         recipe, args = self.recipe, self.args
-        loader = Loader(
+        loader = MixtureDataLoader(
             dataset,
-            dataset.mixture,
             collate,
             args.per_device_train_batch_size,
             rank=args.process_index,
-            world=args.world_size,
+            world_size=args.world_size,
             image_tokens=dataset.processor.num_image_tokens if recipe.group_by_length else None,
-            workers=recipe.dataloader_num_workers,
+            num_workers=recipe.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
         return Feed(loader, self.accelerator, output, recipe.on_invalid_sample)
@@ -107,7 +107,7 @@ class Owl2Trainer(Trainer):
     @property
     def waited(self) -> float:
         """Seconds that this process has waited for batches since it began."""
-        return self.feed.loader.waited
+        return self.feed.loader.wait_seconds
 
     def get_train_dataloader(self) -> Any:
         """Ours: it knows its share, and accelerate is to leave it as it is."""

@@ -26,11 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from owl2.constants import IGNORE_INDEX
-from owl2.data.collate import Collator, Features, TrainingSet
-from owl2.data.dataloader import working_on
-from owl2.data.mixture import Draw, Mixture, Source
-from owl2.data.open_dataset import Samples
-from owl2.data.sample import Bad, Message, Sample, taken
+from owl2.data.collate import Collator, Features, encode_sample
+from owl2.data.dataloader import iter_ignoring_signals
+from owl2.data.open_dataset import SampleDataset
+from owl2.data.sample import InvalidSample, Message, Sample, get_or_invalid
 from owl2.engine.engine import Engine
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -84,7 +83,7 @@ class Look:
         return line
 
 
-class HeldOut(Dataset[Features | Bad]):
+class HeldOut(Dataset[Features | InvalidSample]):
     """Held-out samples by number → features; what a DataLoader's workers do.
 
     Attributes:
@@ -97,7 +96,7 @@ class HeldOut(Dataset[Features | Bad]):
 
     def __init__(
         self,
-        sources: Sequence[tuple[Samples, int | None]],
+        sources: Sequence[tuple[SampleDataset, int | None]],
         processor: Owl2Processor,
         *,
         most: int | None = None,
@@ -109,23 +108,22 @@ class HeldOut(Dataset[Features | Bad]):
         self.places = list(islice(_turns([len(source) for source in self.sources]), most))
         if not self.places:
             raise InputError("validation: its `data` has no samples")
-        # Only for how it makes features of a sample: which sample is ours to say.
-        mixture = Mixture([Source(source) for source in self.sources if len(source)])
-        self._features = TrainingSet(mixture, processor, max_length=max_length)
+        self.processor = processor
+        self.max_length = max_length
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def sample(self, number: int) -> Sample | Bad:
+    def sample(self, number: int) -> Sample | InvalidSample:
         """A sample as it was read."""
         source, place = self.places[number]
-        return taken(self.sources[source], place)
+        return get_or_invalid(self.sources[source], place)
 
-    def __getitem__(self, number: int) -> Features | Bad:
-        return self._features[Draw(0, 0, number, self.sample(number))]
+    def __getitem__(self, number: int) -> Features | InvalidSample:
+        return encode_sample(self.sample(number), self.processor, self.max_length)
 
 
-def _places(source: Samples, count: int | None, most: int | None) -> Sequence[Any]:
+def _places(source: SampleDataset, count: int | None, most: int | None) -> Sequence[Any]:
     """The first `count` samples by place; of a stream they are held in memory, at most `most`."""
     if isinstance(source, Sequence):
         return source if count is None else _First(source, count)
@@ -138,7 +136,7 @@ def _places(source: Samples, count: int | None, most: int | None) -> Sequence[An
 
 
 class _First(Sequence[Sample]):
-    """The first `count` of some samples, read when taken."""
+    """The first `count` of some samples, read when get_or_invalid."""
 
     def __init__(self, samples: Sequence[Sample], count: int) -> None:
         self.samples = samples
@@ -210,16 +208,16 @@ class Validator:
         """Of this process' share: the loss of all tokens, and the numbers of tokens, of samples and
         of those left out."""
         loss, tokens, samples = 0.0, 0, 0
-        left_out: list[Bad] = []
-        for collated in working_on(self._loader()):
-            batch = {name: tensor.to(model.device) for name, tensor in collated.batch.items()}
+        left_out: list[InvalidSample] = []
+        for collated in iter_ignoring_signals(self._loader()):
+            batch = {name: tensor.to(model.device) for name, tensor in collated.inputs.items()}
             # Divided by 1: a sum, so that the mean does not depend on how batches are cut.
             logits = self.team.sharing != "each whole"  # see `Owl2Trainer.compute_loss`
             options = {"num_items_in_batch": 1, "use_cache": False, "return_logits": logits}
             loss += float(model(**batch, **options).loss)
-            tokens += int((collated.batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-            samples += collated.samples
-            left_out += collated.left_out
+            tokens += int((collated.inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+            samples += collated.num_samples
+            left_out += collated.skipped
             # Of several processes none may stop by itself: the others would wait for its weights.
             if left_out and not self.skip_bad and self.team.size == 1:
                 break
@@ -245,7 +243,9 @@ class Validator:
         for number in (n for first in range(step) for n in range(first, len(self.held_out), step)):
             sample = self.held_out.sample(number)
             # Only what trains whole is sure to leave room for an answer.
-            if isinstance(sample, Bad) or isinstance(self.held_out[number], Bad):
+            if isinstance(sample, InvalidSample) or isinstance(
+                self.held_out[number], InvalidSample
+            ):
                 continue
             turns = parse_messages(sample.messages).turns
             end = next(place for place, turn in enumerate(turns) if turn["role"] == "assistant")

@@ -1,7 +1,7 @@
 import pytest
 import torch.utils.data
 
-from owl2.data.arrow_dataset import Table, is_table
+from owl2.data.arrow_dataset import ArrowDataset, is_arrow_directory
 from owl2.errors import InputError
 from owl2.processing.chat_template import content_to_text, parse_messages
 from tests.data.tars import PNG
@@ -49,7 +49,7 @@ def test_messages_with_images(tmp_path):
         {"messages": messages(words("hi")), "images": []},
     ]
     path = saved(tmp_path / "t", rows, images=datasets.List(datasets.Image()))
-    one, two = Table(path)
+    one, two = ArrowDataset(path)
     assert text(one) == ["<|image|>or<|image|>", "a fox"]
     assert images(one) == (PNG, b"2")  # not decoded: the second is no image
     assert text(two) == ["hi", "a fox"]
@@ -58,30 +58,32 @@ def test_messages_with_images(tmp_path):
 
 def test_messages_that_hold_their_images(tmp_path):
     rows = [{"messages": messages({"type": "image", "image": {"bytes": PNG, "path": None}})}]
-    (sample,) = Table(saved(tmp_path / "t", rows))
+    (sample,) = ArrowDataset(saved(tmp_path / "t", rows))
     assert images(sample) == (PNG,)
 
 
 def test_llava_rows(tmp_path):
     turns = [{"from": "human", "value": "what?<image>"}, {"from": "gpt", "value": "a fox"}]
     path = saved(tmp_path / "t", [{"conversations": turns, "image": "d/a.png", "id": 1}])
-    (sample,) = Table(path)
+    (sample,) = ArrowDataset(path)
     assert text(sample) == ["<|image|>\nwhat?", "a fox"]
     assert [str(name) for name in images(sample)] == [str(path / "d" / "a.png")]
-    (sample,) = Table(path, images=tmp_path)
+    (sample,) = ArrowDataset(path, images=tmp_path)
     assert [str(name) for name in images(sample)] == [str(tmp_path / "d" / "a.png")]
 
 
 @pytest.mark.parametrize("column", ["caption", "text"])
 def test_captions(tmp_path, column):
     rows = [{"image": {"bytes": PNG}, column: " a fox "}]
-    (sample,) = Table(saved(tmp_path / "t", rows, image=datasets.Image()))
+    (sample,) = ArrowDataset(saved(tmp_path / "t", rows, image=datasets.Image()))
     assert (text(sample), images(sample)) == (["<|image|>", "a fox"], (PNG,))
 
 
 def test_a_image_may_be_a_file_elsewhere(tmp_path):
     rows = [{"image": {"bytes": None, "path": "/data/a.png"}, "caption": "a fox"}]
-    (sample,) = Table(saved(tmp_path / "t", rows))  # with the feature, saving takes the file along
+    (sample,) = ArrowDataset(
+        saved(tmp_path / "t", rows)
+    )  # with the feature, saving takes the file along
     assert [str(name) for name in images(sample)] == ["/data/a.png"]
 
 
@@ -98,7 +100,7 @@ def test_a_image_may_be_a_file_elsewhere(tmp_path):
 def test_bad_rows_and_columns(tmp_path, row, complaint):
     path = saved(tmp_path / "t", [row])
     with pytest.raises(InputError, match=complaint):
-        Table(path)[0]
+        ArrowDataset(path)[0]
 
 
 # ------------------------------------------------------------------ directories
@@ -109,7 +111,7 @@ def captions(count: int) -> list[dict]:
 
 
 def test_a_table_is_a_sequence(tmp_path):
-    table = Table(saved(tmp_path / "t", captions(7)))
+    table = ArrowDataset(saved(tmp_path / "t", captions(7)))
     assert answers(table) == ["0", "1", "2", "3", "4", "5", "6"]
     assert len(table) == 7
     assert table[-1] == table[6]
@@ -123,7 +125,7 @@ def answers(samples) -> list[str]:
 
 
 def test_forked_workers_read_what_their_owner_reads(tmp_path):
-    table = Table(saved(tmp_path / "t", captions(200)))
+    table = ArrowDataset(saved(tmp_path / "t", captions(200)))
     expected = answers(table)
     loader = torch.utils.data.DataLoader(
         table,
@@ -141,28 +143,28 @@ def test_splits(tmp_path):
         for name, count in [("train", 3), ("dev", 2)]
     }
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "t")
-    assert len(Table(tmp_path / "t")) == 3
-    table = Table(tmp_path / "t", "dev")
+    assert len(ArrowDataset(tmp_path / "t")) == 3
+    table = ArrowDataset(tmp_path / "t", "dev")
     assert (len(table), table[1].source) == (2, f"{tmp_path / 't' / 'dev'}, row 2")
     with pytest.raises(InputError, match=r"'test' is no split of .* There are: dev, train"):
-        Table(tmp_path / "t", "test")
+        ArrowDataset(tmp_path / "t", "test")
     with pytest.raises(InputError, match="has no splits: leave out split=dev"):
-        Table(tmp_path / "t" / "train", "dev")
+        ArrowDataset(tmp_path / "t" / "train", "dev")
 
 
 def test_what_is_a_table(tmp_path):
     path = saved(tmp_path / "t", captions(1))
-    assert is_table(path)
-    assert not is_table(tmp_path)
-    assert not is_table(path / "state.json")
+    assert is_arrow_directory(path)
+    assert not is_arrow_directory(tmp_path)
+    assert not is_arrow_directory(path / "state.json")
     with pytest.raises(InputError, match=r"t2 is no directory that save_to_disk"):
-        Table(tmp_path / "t2")
+        ArrowDataset(tmp_path / "t2")
 
 
 def test_no_rows(tmp_path):
     datasets.Dataset.from_dict({"image": [], "caption": []}).save_to_disk(tmp_path / "t")
     with pytest.raises(InputError, match="has no rows"):
-        Table(tmp_path / "t")
+        ArrowDataset(tmp_path / "t")
 
 
 @pytest.mark.parametrize("damage", ["state.json", "data-00000-of-00001.arrow", "dataset_info.json"])
@@ -170,4 +172,4 @@ def test_a_damaged_table_is_named(tmp_path, damage):
     path = saved(tmp_path / "t", captions(3))
     (path / damage).write_bytes(b"{")
     with pytest.raises(InputError, match=rf"{path} cannot be read"):
-        Table(path)
+        ArrowDataset(path)

@@ -4,9 +4,9 @@ from PIL import Image
 
 from owl2.constants import IGNORE_INDEX
 from owl2.data.collate import Collator, TrainingSet, collate
-from owl2.data.mixture import Draw, Mixture, Source
+from owl2.data.mixture import Mixture, MixtureSource, SampleIndex
 from owl2.data.packing import pack
-from owl2.data.sample import Bad, Sample
+from owl2.data.sample import InvalidSample, Sample
 from owl2.errors import ErrorCode, InputError
 
 PLACES = 5  # of an image, as in conftest.py
@@ -20,7 +20,7 @@ def sample(question: str, answer: str, *images, source: str = "here") -> Sample:
 
 
 def training_set(samples, processor, **options) -> TrainingSet:
-    return TrainingSet(Mixture([Source(samples)]), processor, **options)
+    return TrainingSet(Mixture([MixtureSource(samples)]), processor, **options)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def samples(image) -> list[Sample]:
 def features_of(samples, processor, epoch=0, **options) -> list[dict]:
     """Of each of the samples, in their own order."""
     return [
-        made[Draw(0, epoch, 0)]
+        made[SampleIndex(0, epoch, 0)]
         for made in (training_set([given], processor, **options) for given in samples)
     ]
 
@@ -77,16 +77,21 @@ def test_augmented_images_stay_in_order(tmp_path, processor):
 
 
 def test_augmentation_depends_on_seed_epoch_and_draw_only(image, processor):
-    def pixels(seed: int, draw: Draw) -> torch.Tensor:
+    def pixels(seed: int, draw: SampleIndex) -> torch.Tensor:
         given = [sample("?", "yes", image)]
         made = TrainingSet(
-            Mixture([Source(given, 9)] * 2), processor, augment="crop_flip", seed=seed
+            Mixture([MixtureSource(given, 9)] * 2), processor, augment="crop_flip", seed=seed
         )
         return made[draw]["pixel_values"]
 
-    first = pixels(0, Draw(0, 0, 0))
-    assert torch.equal(first, pixels(0, Draw(0, 0, 0)))
-    others = ((1, Draw(0, 0, 0)), (0, Draw(1, 0, 0)), (0, Draw(0, 1, 0)), (0, Draw(0, 0, 1)))
+    first = pixels(0, SampleIndex(0, 0, 0))
+    assert torch.equal(first, pixels(0, SampleIndex(0, 0, 0)))
+    others = (
+        (1, SampleIndex(0, 0, 0)),
+        (0, SampleIndex(1, 0, 0)),
+        (0, SampleIndex(0, 1, 0)),
+        (0, SampleIndex(0, 0, 1)),
+    )
     for seed, draw in others:
         assert not torch.equal(first, pixels(seed, draw))
 
@@ -121,7 +126,7 @@ def test_the_limit_on_pixels_holds_under_augmentation_too(samples, processor):
     made = training_set(samples[:1], processor, augment="dihedral")
     # What comes out is small, so only the check before decoding can refuse the image.
     made.augment = lambda image, chance: image.crop((0, 0, 1, 1))
-    bad = made[Draw(0, 0, 0)]
+    bad = made[SampleIndex(0, 0, 0)]
     assert (bad.source, bad.code) == ("one", ErrorCode.IMAGE_TOO_LARGE)
 
 
@@ -142,16 +147,16 @@ def test_a_row_that_is_no_sample(processor):
         def __getitem__(self, place):
             raise InputError("talks.json, row 7: not a list", code="format")
 
-    (bad,) = [TrainingSet(Mixture([Source(Rows([0]))]), processor)[Draw(0, 0, 0)]]
-    assert bad == Bad("talks.json, row 7", "not a list", "format")
+    (bad,) = [TrainingSet(Mixture([MixtureSource(Rows([0]))]), processor)[SampleIndex(0, 0, 0)]]
+    assert bad == InvalidSample("talks.json, row 7", "not a list", "format")
 
 
 def test_what_a_stream_gives_is_taken_as_it_is(samples, processor):
     made = training_set(samples, processor)
-    bad = Bad("000.tar, 7", "no image")
-    assert made[Draw(0, 0, 0, bad)] is bad
+    bad = InvalidSample("000.tar, 7", "no image")
+    assert made[SampleIndex(0, 0, 0, bad)] is bad
     (expected,) = features_of(samples[1:2], processor)
-    streamed = made[Draw(0, 0, 5, samples[1])]
+    streamed = made[SampleIndex(0, 0, 5, samples[1])]
     assert torch.equal(streamed["input_ids"], expected["input_ids"])
 
 
@@ -203,7 +208,7 @@ def test_a_batch_of_text_has_no_pixels(samples, processor):
 @pytest.mark.parametrize("layout", ["padded", "packed", "one row"])
 def test_bad_samples_are_left_out_and_told(samples, processor, layout):
     features = features_of(samples, processor)
-    bad = [Bad("talks.json:3", "why"), Bad("talks.json:4", "why not")]
+    bad = [InvalidSample("talks.json:3", "why"), InvalidSample("talks.json:4", "why not")]
     collated = Collator(processor, layout)([bad[0], *features, bad[1]])
     expected = (
         collate(features, 0) if layout == "padded" else pack(features, 0, layout == "one row")
@@ -217,7 +222,7 @@ def test_bad_samples_are_left_out_and_told(samples, processor, layout):
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_a_batch_of_nothing_has_no_label_but_passes_through_all_of_the_model(processor, layout):
-    bad = [Bad("talks.json:3", "why")]
+    bad = [InvalidSample("talks.json:3", "why")]
     batch, *counts = Collator(processor, layout)(bad)
     assert counts == [0, 0, 0, bad]
     assert bool((batch["labels"] == IGNORE_INDEX).all())

@@ -11,11 +11,11 @@ from rich.console import Console
 from owl2.cli import main
 from owl2.data.convert import convert, listing
 from owl2.data.datasets.easy_vqa import easy_vqa
-from owl2.data.datasets.registry import PUBLIC
+from owl2.data.datasets.registry import DATASET_CARDS
 from owl2.data.datasets.vqa import okvqa, vqav2
-from owl2.data.json_dataset import Rows
-from owl2.data.sample import checked
-from owl2.data.webdataset import Shards
+from owl2.data.json_dataset import JsonDataset
+from owl2.data.sample import validated
+from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
 from owl2.train.recipe import DataSource
 from tests.data.datasets.published_files import SHORT, put, told
@@ -84,7 +84,9 @@ PUBLISH = {
 
 
 def test_every_data_set_with_samples_is_tried():
-    assert {*PUBLISH, "easy_vqa"} == {name for name, entry in PUBLIC.items() if not entry.is_shards}
+    assert {*PUBLISH, "easy_vqa"} == {
+        name for name, entry in DATASET_CARDS.items() if not entry.is_shards
+    }
 
 
 @pytest.mark.parametrize("name", PUBLISH)
@@ -92,11 +94,11 @@ def test_what_is_written_is_read_back_as_it_was(name, tmp_path, folder, console)
     PUBLISH[name](folder)
     out = tmp_path / "out.jsonl"
     convert(name, folder, out, [], console)
-    samples = [item for item in PUBLIC[name].convert(folder) if hasattr(item, "messages")]
-    back = Rows(out, tmp_path)
+    samples = [item for item in DATASET_CARDS[name].convert(folder) if hasattr(item, "messages")]
+    back = JsonDataset(out, tmp_path)
     assert len(back) == len(samples) > 0
     for was, now in zip(samples, back, strict=True):
-        image, rounds = told(checked(now))
+        image, rounds = told(validated(now))
         expected, same = told(was)
         assert rounds == same
         assert image == (None if expected is None else f"{tmp_path}/{expected}")
@@ -143,7 +145,7 @@ def test_the_same_settings_write_the_same_file(tmp_path, folder, console):
 def test_easy_vqa_is_what_its_package_gives(tmp_path, console):
     out = tmp_path / "easy_vqa.jsonl"
     convert("easy_vqa", Path("package"), out, ["style=captions"], console)
-    back = Rows(out)
+    back = JsonDataset(out)
     samples = easy_vqa("train", style="captions")
     assert len(back) == len(samples)
     for place in (0, 1999, 3999):
@@ -157,7 +159,9 @@ def test_training_takes_what_is_written(tmp_path, folder, console, processor, im
         image.with_name(f"{number}.jpg").write_bytes(image.read_bytes())
         image.with_name(f"{number}.jpg").rename(folder / "images" / f"{number}.jpg")
     convert("gqa", folder, tmp_path / "gqa.jsonl", [], console)
-    for sample, answer in zip(Rows(tmp_path / "gqa.jsonl", folder), ("yes", "no"), strict=True):
+    for sample, answer in zip(
+        JsonDataset(tmp_path / "gqa.jsonl", folder), ("yes", "no"), strict=True
+    ):
         features = processor.for_training(sample.messages)
         labels = features["labels"].flatten()
         assert processor.tokenizer.decode(labels[labels >= 0]).strip() == f"{answer}</s>"
@@ -178,7 +182,7 @@ def test_missing_images_stop_or_are_left_out_and_counted(tmp_path, folder, conso
         convert("gqa", folder, out, [look], console)
     assert not out.exists()
     convert("gqa", folder, out, [look, "missing=skip"], console)
-    (sample,) = Rows(out, images)
+    (sample,) = JsonDataset(out, images)
     assert told(sample)[1] == [(f"<|image|>\nIs it réd?{SHORT}", "no")]
     left_out = json.loads(out.with_name("gqa.stats.json").read_text())["left_out"]
     assert left_out["samples whose image is not there"] == 1
@@ -219,7 +223,9 @@ def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
     assert "Left out: 1 shards without statistics, so not finished" in said
     (entry,) = yaml.safe_load(out.read_text())
     source = DataSource(**entry)
-    assert Shards(source.shards).urls == [f"{folder}/{number:05d}.tar" for number in (0, 1, 2, 4)]
+    assert TarDataset(source.shards).urls == [
+        f"{folder}/{number:05d}.tar" for number in (0, 1, 2, 4)
+    ]
 
 
 def test_no_finished_shard(tmp_path, folder, console):
@@ -315,7 +321,7 @@ def test_the_command(tmp_path, folder, monkeypatch, capsys):
     publish_gqa(folder)
     out = tmp_path / "gqa.jsonl"
     assert run(monkeypatch, "gqa", str(folder), str(out), "split=train") == 0
-    assert len(Rows(out, tmp_path)) == 2
+    assert len(JsonDataset(out, tmp_path)) == 2
     assert "2 samples" in capsys.readouterr().out
     assert run(monkeypatch, "gqa", str(folder), str(out), "split=val") == 2
     assert "val_balanced_questions.json is not there" in capsys.readouterr().err
@@ -326,7 +332,7 @@ def test_the_list(monkeypatch, capsys):
     assert run(monkeypatch, "--list") == 0
     said = capsys.readouterr().out
     assert said == listing()
-    for name, entry in PUBLIC.items():
+    for name, entry in DATASET_CARDS.items():
         assert f"\n{name}  " in f"\n{said}"
         assert entry.url in said
         assert entry.files in said

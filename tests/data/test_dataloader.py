@@ -14,13 +14,13 @@ from owl2.data.collate import Collator, TrainingSet
 from owl2.data.dataloader import (
     GROUPED,
     STOPS,
-    Loader,
+    MixtureDataLoader,
     _leave_stopping_to_others,
     batches_of,
     estimated_length,
 )
-from owl2.data.mixture import Mixture, Source
-from owl2.data.sample import Bad, Sample
+from owl2.data.mixture import Mixture, MixtureSource
+from owl2.data.sample import InvalidSample, Sample
 from tests.data.streams import Numbered
 
 WORDS = "what color is the circle? yes no blue "
@@ -35,9 +35,12 @@ def sample(number: int, *images) -> Sample:
 
 
 def mixture(streams: bool = False, **settings) -> Mixture:
-    sources = [Source([sample(number) for number in range(90)]), Source([sample(1000)], 3)]
+    sources = [
+        MixtureSource([sample(number) for number in range(90)]),
+        MixtureSource([sample(1000)], 3),
+    ]
     if streams:
-        sources.append(Source(Numbered("s"), 30))
+        sources.append(MixtureSource(Numbered("s"), 30))
     return Mixture(sources, **settings)
 
 
@@ -104,29 +107,29 @@ def test_the_estimate_counts_text_and_images_of_all_turns():
 
 
 def test_a_row_that_is_no_sample_does_not_stop_the_grouping():
-    stream = [Bad("s", "why")] * 3
+    stream = [InvalidSample("s", "why")] * 3
 
     class Broken(Numbered):
         def stream(self, **given):
             yield from ((bad, {}) for bad in stream)
             yield from super().stream(**given)
 
-    made = Mixture([Source(Broken("s"), 30)])
+    made = Mixture([MixtureSource(Broken("s"), 30)])
     drawn = [draw for draws, _ in islice(batches_of(made, 4, image_tokens=5), 50) for draw in draws]
-    assert sum(isinstance(draw.sample, Bad) for draw in drawn) == 3
+    assert sum(isinstance(draw.sample, InvalidSample) for draw in drawn) == 3
 
 
 # ------------------------------------------------------------------ the loader
 
 
-def loader(made: Mixture, processor, workers: int = 0, **settings) -> Loader:
+def loader(made: Mixture, processor, workers: int = 0, **settings) -> MixtureDataLoader:
     dataset = TrainingSet(made, processor, augment="dihedral", max_length=70, seed=3)
-    return Loader(dataset, made, Collator(processor), 4, workers=workers, **settings)
+    return MixtureDataLoader(dataset, made, Collator(processor), 4, workers=workers, **settings)
 
 
 def with_images(image) -> Mixture:
     rows = [sample(number, *[image] * (number % 2)) for number in range(24)]
-    return Mixture([Source(rows), Source(Numbered("s"), 8)], seed=3)
+    return Mixture([MixtureSource(rows), MixtureSource(Numbered("s"), 8)], seed=3)
 
 
 def assert_same(batches, others):

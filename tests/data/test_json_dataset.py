@@ -8,7 +8,7 @@ import pytest
 import torch.utils.data
 
 from owl2.data import json_dataset as module
-from owl2.data.json_dataset import Rows
+from owl2.data.json_dataset import JsonDataset
 from owl2.errors import ErrorCode, InputError
 
 
@@ -40,7 +40,7 @@ def test_a_list_is_cut_where_its_rows_end(tmp_path, small_pieces, escaped, inden
     path = tmp_path / "talks.json"
     text = json.dumps([talk(word) for word in WORDS], ensure_ascii=escaped, indent=indent)
     path.write_bytes(bom + f"\n {text}\r\n\t".encode())
-    samples = Rows(path)
+    samples = JsonDataset(path)
     assert len(samples) == len(WORDS)
     assert answers(samples) == [f"{word}!" for word in WORDS]
     assert samples[-1].source == f"{path}, row {len(WORDS)}"
@@ -52,7 +52,7 @@ def test_lines_are_rows(tmp_path, bom, end):
     path = tmp_path / "talks.jsonl"
     text = end.join(json.dumps(talk(word), ensure_ascii=False) for word in WORDS)
     path.write_bytes(bom + text.encode())
-    samples = Rows(path)
+    samples = JsonDataset(path)
     assert answers(samples) == [f"{word}!" for word in WORDS]
     assert samples[2].source == f"{path}, line {5 if end == chr(10) + ' ' + chr(10) else 3}"
 
@@ -60,23 +60,23 @@ def test_lines_are_rows(tmp_path, bom, end):
 def test_the_size_of_pieces_changes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "talks.json"
     path.write_text(json.dumps([talk(word) for word in WORDS], ensure_ascii=False))
-    whole = Rows(path)
+    whole = JsonDataset(path)
     for piece in range(1, 40):
         monkeypatch.setattr(module, "_PIECE", piece)
-        assert (Rows(path)._places == whole._places).all()
+        assert (JsonDataset(path)._places == whole._places).all()
 
 
 def test_a_number_at_a_pieces_end_is_one_row(tmp_path, small_pieces):
     path = tmp_path / "talks.json"
     path.write_text("[1234567890123456, 3]")
     with pytest.raises(InputError, match="row 2: a row must be an object, not a int"):
-        Rows(path)[1]
+        JsonDataset(path)[1]
 
 
 def test_rows_are_a_sequence(tmp_path):
     path = tmp_path / "talks.json"
     path.write_text(json.dumps([talk(number) for number in range(5)]))
-    samples = Rows(path)
+    samples = JsonDataset(path)
     assert answers(samples[1:4:2]) == ["1!", "3!"]
     assert answers(reversed(samples)) == ["4!", "3!", "2!", "1!", "0!"]
     assert samples[-1] == samples[4]
@@ -90,7 +90,7 @@ def test_rows_are_a_sequence(tmp_path):
 def test_forked_workers_read_what_their_owner_reads(tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text("".join(json.dumps(talk(number)) + "\n" for number in range(200)))
-    samples = Rows(path)
+    samples = JsonDataset(path)
     expected = answers(samples)  # opens the file here first: a forked worker must not move in it
     loader = torch.utils.data.DataLoader(
         samples,
@@ -105,7 +105,7 @@ def test_forked_workers_read_what_their_owner_reads(tmp_path):
 def test_a_file_that_has_changed_is_refused(tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps(talk(1)))
-    samples = pickle.loads(pickle.dumps(Rows(path)))
+    samples = pickle.loads(pickle.dumps(JsonDataset(path)))
     path.write_text("\n" + json.dumps(talk(1)))
     with pytest.raises(InputError, match="has changed since") as caught:
         samples[0]
@@ -117,7 +117,7 @@ def test_a_file_that_has_changed_is_refused(tmp_path):
 def test_a_file_that_has_gone_is_named(tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps(talk(1)))
-    samples = Rows(path)
+    samples = JsonDataset(path)
     path.unlink()
     with pytest.raises(InputError, match=r"talks\.jsonl cannot be read: No such file"):
         samples[0]
@@ -144,7 +144,7 @@ def test_memory_holds_the_index_only(tmp_path, name):
             file.write((",\n" if name == "talks.json" else "\n") + row)
         file.write("]" * (name == "talks.json"))
     before = resident_megabytes()
-    samples = Rows(path)
+    samples = JsonDataset(path)
     assert len(samples) == count
     for place in range(0, count, 97):
         samples[place]
@@ -184,7 +184,7 @@ def test_bad_file_is_named(tmp_path, name, content, complaint):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(InputError, match=complaint) as caught:
-        Rows(path)[0]
+        JsonDataset(path)[0]
     assert str(path) in str(caught.value)
 
 
@@ -200,20 +200,20 @@ def test_a_broken_list_is_not_read_to_its_end(tmp_path, small_pieces):
 @pytest.mark.parametrize("name", ["none.json", "none.jsonl"])
 def test_missing_file(tmp_path, name):
     with pytest.raises(InputError, match=f"{name} cannot be read: No such file"):
-        Rows(tmp_path / name)
+        JsonDataset(tmp_path / name)
 
 
 def test_missing_image_directory(tmp_path):
     path = tmp_path / "talks.json"
     path.write_text(json.dumps([talk(1)]))
     with pytest.raises(InputError, match=r"images, where the images of .* is not a directory"):
-        Rows(path, tmp_path / "images")
+        JsonDataset(path, tmp_path / "images")
 
 
 def test_the_ending_may_be_in_capitals(tmp_path):
     path = tmp_path / "talks.JSON"
     path.write_text(json.dumps([talk(1)]))
-    assert answers(Rows(path)) == ["1!"]
+    assert answers(JsonDataset(path)) == ["1!"]
 
 
 # ------------------------------------------------------------------ waiting
@@ -240,11 +240,11 @@ def test_a_bar_is_shown_to_who_waits(tmp_path, monkeypatch, stream, patience, ra
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setattr(module, "_PATIENCE", patience)
     monkeypatch.setenv("RANK", rank)
-    Rows(path)
+    JsonDataset(path)
     assert ("Reading" in shown.getvalue()) == is_shown
 
 
 def test_a_list_in_a_jsonl_file_is_told_apart(tmp_path):
     (tmp_path / "talks.jsonl").write_text('\ufeff [\n{"a": 1},\n{"a": 2}]', encoding="utf-8")
     with pytest.raises(InputError, match=r"a list of rows, not a row a line: name it \.json"):
-        Rows(tmp_path / "talks.jsonl")
+        JsonDataset(tmp_path / "talks.jsonl")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from owl2.data.sample import Sample
-from owl2.data.webdataset import Shards
+from owl2.data.webdataset import TarDataset
 from tests.data.tars import write_tar
 
 STATUS = Path("/proc/self/statm")
@@ -54,7 +54,7 @@ def write(directory: Path, samples: int, shards: int, edge: int) -> int:
 )
 def test_memory_does_not_grow_with_the_data(tmp_path, samples, shards, edge, window):
     size = write(tmp_path, samples, shards, edge)
-    stream = Shards(str(tmp_path / "*.tar")).stream(seed=0, window=window)
+    stream = TarDataset(str(tmp_path / "*.tar")).stream(seed=0, window=window)
     began = time.perf_counter()
     found: list[float] = []
     seen: set[str] = set()

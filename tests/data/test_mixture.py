@@ -5,7 +5,7 @@ from itertools import groupby
 
 import pytest
 
-from owl2.data.mixture import Mixture, Source, permuted
+from owl2.data.mixture import Mixture, MixtureSource, permuted
 from owl2.data.sample import Sample
 from owl2.errors import InputError
 from tests.data.streams import Numbered
@@ -28,7 +28,7 @@ def epochs(mixture: Mixture, count: int) -> list[list[str]]:
 
 
 def test_without_a_count_every_sample_once_an_epoch():
-    mixture = Mixture([Source(samples("a", 30)), Source(samples("b", 20))])
+    mixture = Mixture([MixtureSource(samples("a", 30)), MixtureSource(samples("b", 20))])
     everything = [f"a{number}" for number in range(30)] + [f"b{number}" for number in range(20)]
     drawn = epochs(mixture, 3)
     assert [sorted(epoch) for epoch in drawn] == [sorted(everything)] * 3
@@ -36,7 +36,9 @@ def test_without_a_count_every_sample_once_an_epoch():
 
 
 def test_a_count_draws_anew_each_epoch_without_repetition():
-    drawn = epochs(Mixture([Source(samples("a", 100), 10), Source(samples("b", 5))]), 4)
+    drawn = epochs(
+        Mixture([MixtureSource(samples("a", 100), 10), MixtureSource(samples("b", 5))]), 4
+    )
     for epoch in drawn:
         assert len(epoch) == len(set(epoch)) == 15
         assert sum(name.startswith("b") for name in epoch) == 5
@@ -44,19 +46,24 @@ def test_a_count_draws_anew_each_epoch_without_repetition():
 
 
 def test_a_count_above_the_size_repeats_evenly():
-    for epoch in epochs(Mixture([Source(samples("a", 4), 10)]), 5):
+    for epoch in epochs(Mixture([MixtureSource(samples("a", 4), 10)]), 5):
         assert sorted(Counter(epoch).values()) == [2, 2, 3, 3]
 
 
 def test_sources_are_spread_over_the_epoch():
-    (epoch,) = epochs(Mixture([Source(samples("a", 300)), Source(samples("b", 100))]), 1)
+    (epoch,) = epochs(
+        Mixture([MixtureSource(samples("a", 300)), MixtureSource(samples("b", 100))]), 1
+    )
     for start in range(0, 400, 100):
         assert 10 <= sum(name[0] == "b" for name in epoch[start : start + 100]) <= 40
     assert max(len(list(run)) for _, run in groupby(name[0] for name in epoch)) < 40
 
 
 def test_weights_are_shares_without_an_end():
-    sources = [Source(samples("a", 10), weight=3.0), Source(samples("b", 1000), weight=0.5)]
+    sources = [
+        MixtureSource(samples("a", 10), weight=3.0),
+        MixtureSource(samples("b", 1000), weight=0.5),
+    ]
     mixture = Mixture(sources, seed=4)
     assert mixture.epoch_size is None
     drawn = taken(mixture, mixture.draws(), 3500)
@@ -68,7 +75,7 @@ def test_weights_are_shares_without_an_end():
 
 
 def test_the_order_depends_on_the_seed():
-    sources = [Source(samples("a", 50), 9), Source(samples("b", 50), 9)]
+    sources = [MixtureSource(samples("a", 50), 9), MixtureSource(samples("b", 50), 9)]
     one, same, other = (epochs(Mixture(sources, seed), 2) for seed in (1, 1, 2))
     assert one == same
     assert one[0] != other[0]
@@ -78,7 +85,7 @@ def test_the_order_depends_on_the_seed():
 
 def test_the_order_is_what_it_always_was():
     """Or a run that was stopped would go on with other samples under a newer version."""
-    mixture = Mixture([Source(samples("a", 5)), Source(samples("b", 100), 3)], seed=7)
+    mixture = Mixture([MixtureSource(samples("a", 5)), MixtureSource(samples("b", 100), 3)], seed=7)
     assert taken(mixture, mixture.draws(), 10) == EXPECTED
 
 
@@ -86,7 +93,7 @@ EXPECTED = ["a1", "a0", "a2", "b70", "a3", "a4", "b34", "b0", "a1", "a3"]
 
 
 def test_millions_take_no_room():
-    mixture = Mixture([Source(range(10**12)), Source(range(10**9), 5)])
+    mixture = Mixture([MixtureSource(range(10**12)), MixtureSource(range(10**9), 5)])
     assert len(pickle.dumps(mixture)) < 1000
     assert len({mixture[draw] for draw in mixture.draws().take(1000)}) == 1000
 
@@ -95,7 +102,7 @@ def test_millions_take_no_room():
 
 
 def test_processes_share_one_order():
-    mixture = Mixture([Source(samples("a", 50)), Source(samples("b", 40), 13)])
+    mixture = Mixture([MixtureSource(samples("a", 50)), MixtureSource(samples("b", 40), 13)])
     whole = taken(mixture, mixture.draws(), 240)
     for rank in range(3):
         draws = mixture.draws(rank, 3)
@@ -106,9 +113,9 @@ def test_processes_share_one_order():
 
 def with_streams(**settings) -> Mixture:
     sources = [
-        Source(samples("a", 20), **{key: value[0] for key, value in settings.items()}),
-        Source(Numbered("s"), **{key: value[1] for key, value in settings.items()}),
-        Source(Numbered("t"), **{key: value[2] for key, value in settings.items()}),
+        MixtureSource(samples("a", 20), **{key: value[0] for key, value in settings.items()}),
+        MixtureSource(Numbered("s"), **{key: value[1] for key, value in settings.items()}),
+        MixtureSource(Numbered("t"), **{key: value[2] for key, value in settings.items()}),
     ]
     return Mixture(sources, seed=3, window=7)
 
@@ -165,12 +172,18 @@ def test_permutations_are_equally_likely():
     ("sources", "complaint"),
     [
         ([], "nothing to train on"),
-        ([Source(samples("a", 1)), Source([])], "Source 1 .* no samples"),
-        ([Source([], name="talks.json")], "talks.json has no samples"),
-        ([Source(samples("a", 1), 0)], "count is 0"),
-        ([Source(samples("a", 1), weight=0.0)], "weight is 0.0"),
-        ([Source(samples("a", 1), weight=1.0), Source(samples("b", 1))], "a weight, or none"),
-        ([Source(Numbered("s"), name="cc3m")], "cc3m is read as a stream.*`count`.*`weight`"),
+        ([MixtureSource(samples("a", 1)), MixtureSource([])], "MixtureSource 1 .* no samples"),
+        ([MixtureSource([], name="talks.json")], "talks.json has no samples"),
+        ([MixtureSource(samples("a", 1), 0)], "count is 0"),
+        ([MixtureSource(samples("a", 1), weight=0.0)], "weight is 0.0"),
+        (
+            [MixtureSource(samples("a", 1), weight=1.0), MixtureSource(samples("b", 1))],
+            "a weight, or none",
+        ),
+        (
+            [MixtureSource(Numbered("s"), name="cc3m")],
+            "cc3m is read as a stream.*`count`.*`weight`",
+        ),
     ],
 )
 def test_nothing_to_draw_from(sources, complaint):
@@ -183,6 +196,6 @@ def test_a_stream_that_ends_is_named():
         def stream(self, **_):
             return iter(())
 
-    draws = Mixture([Source(Empty("s"), 5, name="cc3m")]).draws()
+    draws = Mixture([MixtureSource(Empty("s"), 5, name="cc3m")]).draws()
     with pytest.raises(InputError, match="cc3m has no samples"):
         draws.take(1)

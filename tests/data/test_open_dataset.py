@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from owl2.data.arrow_dataset import Table
-from owl2.data.json_dataset import Rows
-from owl2.data.open_dataset import open_source, open_words
+from owl2.data.arrow_dataset import ArrowDataset
+from owl2.data.json_dataset import JsonDataset
+from owl2.data.open_dataset import open_dataset, open_from_cli
 from owl2.data.sample import Sample
-from owl2.data.webdataset import Shards
+from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
 from tests.data.tars import captions, write_tar
 
@@ -40,19 +40,23 @@ def test_the_same_by_recipe_and_by_words(file, shard, table, tmp_path):
     (tmp_path / "images").mkdir()
     images = str(tmp_path / "images")
     pairs: list[tuple[type, object, object]] = [
-        (Rows, open_source(file=str(file)), open_words(str(file))),
+        (JsonDataset, open_dataset(file=str(file)), open_from_cli(str(file))),
         (
-            Rows,
-            open_source(file=str(file), images=images),
-            open_words(str(file), [f"images={images}"]),
+            JsonDataset,
+            open_dataset(file=str(file), images=images),
+            open_from_cli(str(file), [f"images={images}"]),
         ),
-        (Shards, open_source(shards=str(shard)), open_words(str(shard))),
-        (Shards, open_source(shards=[f"{tmp_path}/*.tar"]), open_words(f"{tmp_path}/*.tar")),
-        (Table, open_source(hf_dataset=str(table)), open_words(str(table))),
+        (TarDataset, open_dataset(shards=str(shard)), open_from_cli(str(shard))),
         (
-            Table,
-            open_source(hf_dataset=str(table), split="dev", images=images),
-            open_words(str(table), ["split=dev", f"images={images}"]),
+            TarDataset,
+            open_dataset(shards=[f"{tmp_path}/*.tar"]),
+            open_from_cli(f"{tmp_path}/*.tar"),
+        ),
+        (ArrowDataset, open_dataset(table=str(table)), open_from_cli(str(table))),
+        (
+            ArrowDataset,
+            open_dataset(table=str(table), split="dev", images=images),
+            open_from_cli(str(table), ["split=dev", f"images={images}"]),
         ),
     ]
     for kind, one, two in pairs:
@@ -65,16 +69,16 @@ def test_the_same_by_recipe_and_by_words(file, shard, table, tmp_path):
 def test_a_dataset_with_options():
     words = ["split=train", "style=joined", "prompt=short", "seed=5"]
     options = {"prompt": "short", "seed": 5}
-    one = open_source(dataset="easy_vqa", style="joined", options=options)
+    one = open_dataset(dataset="easy_vqa", style="joined", options=options)
     assert len(one) == 4000
-    assert one[:20] == open_words("easy_vqa", words)[:20]
-    assert one[:20] != open_source(dataset="easy_vqa", style="joined")[:20]
+    assert one[:20] == open_from_cli("easy_vqa", words)[:20]
+    assert one[:20] != open_dataset(dataset="easy_vqa", style="joined")[:20]
 
 
-@pytest.mark.parametrize("given", [{}, {"file": "a.json", "hf_dataset": "t"}])
+@pytest.mark.parametrize("given", [{}, {"file": "a.json", "table": "t"}])
 def test_one_origin(given):
-    with pytest.raises(InputError, match="Give one of dataset, file, shards and hf_dataset"):
-        open_source(**given)
+    with pytest.raises(InputError, match="Give one of dataset, file, shards and table"):
+        open_dataset(**given)
 
 
 @pytest.mark.parametrize(
@@ -87,23 +91,23 @@ def test_one_origin(given):
         ("easy_vqa", ["name=joined"], "'name' is no option"),
         ("easy_vqa", ["style=[unclosed"], "the value cannot be read"),
         ("talks.json", ["split=train"], "A file has no setting split: only images can be set"),
-        ("a.tar", ["split=train"], "Shards has no setting split: nothing can be set"),
+        ("a.tar", ["split=train"], "TarDataset has no setting split: nothing can be set"),
         (".", [], "holds no samples: give a .json"),
     ],
 )
 def test_wrong_settings(source, settings, complaint):
     with pytest.raises(InputError, match=complaint):
-        open_words(source, settings)
+        open_from_cli(source, settings)
 
 
-def _first(samples: Sequence[Sample] | Shards) -> Sample:
+def _first(samples: Sequence[Sample] | TarDataset) -> Sample:
     return next(iter(samples))
 
 
 @pytest.mark.slow  # the other process imports everything anew
 def test_sources_travel_to_another_process(file, shard, table):
     """Started anew, not forked: what is open here is not open there."""
-    sources = [Rows(file), Shards(str(shard)), Table(table)]
+    sources = [JsonDataset(file), TarDataset(str(shard)), ArrowDataset(table)]
     expected = [_first(source) for source in sources]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(_first, sources) == expected

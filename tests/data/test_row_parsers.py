@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from owl2.data.json_dataset import Rows
+from owl2.data.json_dataset import JsonDataset
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import content_to_text, parse_messages
 
@@ -46,7 +46,7 @@ def test_text_is_what_the_authors_training_code_makes_of_it(case, tmp_path):
     row = {"conversations": case["conversation"]}
     if any("<|image|>" in turn["value"] for turn in case["conversation"]):
         row["image"] = "a.png"
-    (sample,) = Rows(llava(tmp_path / "talks.json", row))
+    (sample,) = JsonDataset(llava(tmp_path / "talks.json", row))
     assert texts(sample) == [turn["value"] for turn in case["train"]["sources"]]
 
 
@@ -62,12 +62,12 @@ def test_text_is_what_the_authors_training_code_makes_of_it(case, tmp_path):
 )
 def test_one_image_comes_first(tmp_path, mark, value, text):
     path = llava(tmp_path / "talks.json", human(value.replace("M", mark), "a.png"))
-    assert texts(Rows(path)[0]) == [text, "yes"]
+    assert texts(JsonDataset(path)[0]) == [text, "yes"]
 
 
 def test_several_images_of_a_turn_keep_their_places_and_order(tmp_path):
     path = llava(tmp_path / "talks.json", human(" A: <image> B: <image>", ["a.png", "b.png"]))
-    (sample,) = Rows(path)
+    (sample,) = JsonDataset(path)
     assert texts(sample)[0] == "A: <|image|> B: <|image|>"
     assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
@@ -75,7 +75,7 @@ def test_several_images_of_a_turn_keep_their_places_and_order(tmp_path):
 def test_images_of_several_turns_are_taken_in_order(tmp_path):
     row = human("<image>one", ["a.png", "b.png"])
     row["conversations"] += human("two<image>")["conversations"]
-    (sample,) = Rows(llava(tmp_path / "talks.json", row))
+    (sample,) = JsonDataset(llava(tmp_path / "talks.json", row))
     assert texts(sample) == ["<|image|>\none", "yes", "<|image|>\ntwo", "yes"]
     assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
@@ -84,14 +84,14 @@ def test_images_start_from_the_root_and_source_names_the_row(tmp_path):
     root = tmp_path / "images"
     root.mkdir()
     path = llava(tmp_path / "talks.json", human("hi"), human("<image>", "deep/a.png"))
-    samples = list(Rows(path, root))
+    samples = list(JsonDataset(path, root))
     assert images(samples[1]) == [str(root / "deep" / "a.png")]
     assert [sample.source for sample in samples] == [f"{path}, row 1", f"{path}, row 2"]
 
 
 def test_urls_stay_urls(tmp_path):
     path = llava(tmp_path / "talks.json", human("<image>", "https://example.org/a.png"))
-    (sample,) = Rows(path)
+    (sample,) = JsonDataset(path)
     assert images(sample) == ["https://example.org/a.png"]
 
 
@@ -120,7 +120,7 @@ def test_urls_stay_urls(tmp_path):
 )
 def test_bad_llava_row_is_named(tmp_path, row, complaint):
     path = llava(tmp_path / "talks.json", human("good"), row)
-    rows = Rows(path)
+    rows = JsonDataset(path)
     assert texts(rows[0])[1] == "yes"
     with pytest.raises(InputError, match=complaint) as caught:
         rows[1]
@@ -134,7 +134,7 @@ def test_messages_are_taken_as_they_are(tmp_path):
     content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": " spaces stay "}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
     path = lines(tmp_path / "talks.jsonl", {"messages": messages, "id": 7})
-    (sample,) = Rows(path)
+    (sample,) = JsonDataset(path)
     assert texts(sample) == ["<|image|> spaces stay ", "yes"]
     assert images(sample) == [str(tmp_path / "a.png")]
     assert sample.source == f"{path}, line 1"
@@ -152,7 +152,7 @@ def test_messages_are_taken_as_they_are(tmp_path):
 def test_only_relative_paths_are_changed(tmp_path, part, image):
     content = [{"type": "image"} | part]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
-    (sample,) = Rows(lines(tmp_path / "talks.jsonl", {"messages": messages}))
+    (sample,) = JsonDataset(lines(tmp_path / "talks.jsonl", {"messages": messages}))
     assert images(sample) == [image]
 
 
@@ -161,7 +161,7 @@ def test_line_separators_inside_a_string_and_blank_lines(tmp_path):
     path = tmp_path / "talks.jsonl"
     line = json.dumps({"messages": messages}, ensure_ascii=False)
     path.write_text(f"{line}\n\n{line}\n", encoding="utf-8")
-    samples = list(Rows(path))
+    samples = list(JsonDataset(path))
     assert [sample.source for sample in samples] == [f"{path}, line 1", f"{path}, line 3"]
     assert texts(samples[0]) == ["a\u2028b", "c"]
 
@@ -182,7 +182,7 @@ def test_bad_line_is_named(tmp_path, line, complaint):
     path = tmp_path / "talks.jsonl"
     good = '{"messages": [{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}'
     path.write_text(f"{good}\n{line}\n")
-    rows = Rows(path)
+    rows = JsonDataset(path)
     assert texts(rows[0]) == ["a", "b"]
     with pytest.raises(InputError, match=complaint) as caught:
         rows[1]
@@ -199,7 +199,7 @@ def asked(*parts: object) -> dict:
 
 def test_bare_parts_stand_for_the_images_beside_the_messages(tmp_path):
     row = asked(IMAGE, {"type": "text", "text": "or"}, IMAGE) | {"images": ["a.png", "b.png"]}
-    (sample,) = Rows(lines(tmp_path / "talks.jsonl", row))
+    (sample,) = JsonDataset(lines(tmp_path / "talks.jsonl", row))
     assert texts(sample) == ["<|image|>or<|image|>", "yes"]
     assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
@@ -215,7 +215,7 @@ def test_bare_parts_stand_for_the_images_beside_the_messages(tmp_path):
     ],
 )
 def test_images_beside_messages_must_fit(tmp_path, row, complaint):
-    rows = Rows(lines(tmp_path / "talks.jsonl", row))
+    rows = JsonDataset(lines(tmp_path / "talks.jsonl", row))
     with pytest.raises(InputError, match=complaint):
         rows[0]
 
@@ -225,15 +225,15 @@ def test_images_beside_messages_must_fit(tmp_path, row, complaint):
 
 def test_a_row_is_what_its_keys_say_in_either_file(tmp_path):
     rows = (human("<image>hi", "a.png"), asked(IMAGE) | {"images": ["a.png"]})
-    one = Rows(llava(tmp_path / "talks.json", *rows))
-    two = Rows(lines(tmp_path / "talks.jsonl", *rows))
+    one = JsonDataset(llava(tmp_path / "talks.json", *rows))
+    two = JsonDataset(lines(tmp_path / "talks.jsonl", *rows))
     assert [sample.messages for sample in one] == [sample.messages for sample in two]
     assert texts(one[0]) == ["<|image|>\nhi", "yes"]
 
 
 def test_a_caption_is_the_answer_to_its_image(tmp_path):
     path = lines(tmp_path / "captions.jsonl", {"image": "a.png", "caption": " a red circle\n"})
-    (sample,) = Rows(path)
+    (sample,) = JsonDataset(path)
     assert texts(sample) == ["<|image|>", "a red circle"]
     assert images(sample) == [str(tmp_path / "a.png")]
 
@@ -252,6 +252,6 @@ def test_a_caption_is_the_answer_to_its_image(tmp_path):
 def test_what_is_wrong_is_told_by_kind(tmp_path, row, complaint, code):
     path = lines(tmp_path / "captions.jsonl", row)
     with pytest.raises(InputError, match=complaint) as caught:
-        Rows(path)[0]
+        JsonDataset(path)[0]
     assert caught.value.code == code
     assert str(caught.value).startswith(f"{path}, line 1: ")

@@ -1,6 +1,6 @@
 import pytest
 
-from owl2.data.sample import Sample, checked
+from owl2.data.sample import Sample, validated
 from owl2.errors import InputError
 
 IMAGE = {"type": "image", "path": "not opened.png"}
@@ -21,7 +21,7 @@ def talk(*contents) -> list[dict]:
 )
 def test_good_samples_pass_as_they_are(messages):
     sample = Sample(messages, "here")
-    assert checked(sample) is sample
+    assert validated(sample) is sample
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,11 @@ def test_good_samples_pass_as_they_are(messages):
 )
 def test_bad_samples_say_where_they_came_from(messages, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
-        checked(Sample(messages, "talks.jsonl:17"))
+        validated(Sample(messages, "talks.jsonl:17"))
     assert str(caught.value).startswith("talks.jsonl:17: ")
 
 
 def test_half_of_a_character_is_no_text():
     messages = [{"role": "user", "content": "hi \ud83d"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(InputError, match=r"row 1: .*half of a character"):
-        checked(Sample(messages, "row 1"))
+        validated(Sample(messages, "row 1"))

@@ -12,14 +12,14 @@ from PIL import Image
 from rich.console import Console
 
 from owl2.data.collate import TrainingSet
-from owl2.data.json_dataset import Rows
-from owl2.data.mixture import Draw, Mixture, Source
-from owl2.data.open_dataset import open_source
-from owl2.data.sample import Bad
+from owl2.data.json_dataset import JsonDataset
+from owl2.data.mixture import Mixture, MixtureSource, SampleIndex
+from owl2.data.open_dataset import open_dataset
+from owl2.data.sample import InvalidSample
 from owl2.data.validate import command as check_module
 from owl2.data.validate.command import check, named
 from owl2.data.validate.validator import Judge, Rules, context, mark_of
-from owl2.data.webdataset import Shards
+from owl2.data.webdataset import TarDataset
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
 from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, row, save_checkpoint, write_talks
@@ -57,7 +57,7 @@ def faults(findings) -> dict[str, str]:
 
 
 def test_every_kind_of_bad_row_is_listed(load, talks):
-    findings = run(load, {"talks": Rows(talks)})
+    findings = run(load, {"talks": JsonDataset(talks)})
     assert faults(findings) == BAD
     tally = findings.all
     assert (tally.rows, tally.usable, tally.cut) == (len(ROWS), len(ROWS) - len(BAD), 1)
@@ -66,11 +66,11 @@ def test_every_kind_of_bad_row_is_listed(load, talks):
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
 def test_training_refuses_these_rows_and_no_others(load, talks, augment):
-    mixture = Mixture([Source(Rows(talks))])
+    mixture = Mixture([MixtureSource(JsonDataset(talks))])
     training = TrainingSet(mixture, load(), augment=augment, max_length=MAX_LENGTH)
-    taken = [training[Draw(0, 0, turn)] for turn in range(len(ROWS))]
-    refused = {(bad.source, bad.code) for bad in taken if isinstance(bad, Bad)}
-    found = {(bad.source, bad.code) for _, bad in run(load, {"": Rows(talks)}).first}
+    taken = [training[SampleIndex(0, 0, turn)] for turn in range(len(ROWS))]
+    refused = {(bad.source, bad.code) for bad in taken if isinstance(bad, InvalidSample)}
+    found = {(bad.source, bad.code) for _, bad in run(load, {"": JsonDataset(talks)}).first}
     assert refused == found
     assert len(found) == len(BAD)
 
@@ -90,7 +90,7 @@ def test_rows_of_messages(load, tmp_path):
         "line 3": ErrorCode.INVALID_TYPE,
         "line 4": ErrorCode.INVALID_ROLE,
     }
-    assert faults(run(load, {"": Rows(path)})) == expected | {"line 5": "format"}
+    assert faults(run(load, {"": JsonDataset(path)})) == expected | {"line 5": "format"}
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -114,7 +114,7 @@ def shards(tmp_path, talks):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_shards(load, shards, workers):
-    findings = run(load, {"web": Shards(str(shards))}, workers=workers)
+    findings = run(load, {"web": TarDataset(str(shards))}, workers=workers)
     places = [(Path(bad.source).name, bad.code) for _, bad in findings.first]
     assert places[:3] == [
         ("0.tar, b", ErrorCode.BROKEN_IMAGE),
@@ -129,7 +129,7 @@ def test_shards_without_a_sample_are_not_clean(load, tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w"):
         pass
     with pytest.raises(InputError, match="web: there is no sample in it"):
-        run(load, {"web": Shards(str(tmp_path / "0.tar"))})
+        run(load, {"web": TarDataset(str(tmp_path / "0.tar"))})
 
 
 def test_tables(load, tmp_path, talks):
@@ -141,7 +141,7 @@ def test_tables(load, tmp_path, talks):
     }
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table.save_to_disk(tmp_path / "table")
-    findings = run(load, {"": open_source(hf_dataset=str(tmp_path / "table"))}, workers=2)
+    findings = run(load, {"": open_dataset(table=str(tmp_path / "table"))}, workers=2)
     assert faults(findings) == {"row 2": ErrorCode.BROKEN_IMAGE, "row 3": ErrorCode.EMPTY_MESSAGE}
 
 
@@ -150,7 +150,12 @@ def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatc
     results = []
     for workers in (1, 3):
         output = tmp_path / f"out{workers}"
-        run(load, named([("a", Rows(talks)), ("a", Rows(talks))]), workers=workers, output=output)
+        run(
+            load,
+            named([("a", JsonDataset(talks)), ("a", JsonDataset(talks))]),
+            workers=workers,
+            output=output,
+        )
         facts = json.loads((output / "statistics.json").read_text(encoding="utf-8"))
         assert facts.pop("workers") == workers
         assert facts.pop("seconds") > 0
@@ -174,7 +179,7 @@ def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatc
 
 def test_the_terminal_shows_the_first_and_counts_all(load, talks):
     console = quiet()
-    sources = named([("a", Rows(talks)), ("a", Rows(talks))])
+    sources = named([("a", JsonDataset(talks)), ("a", JsonDataset(talks))])
     run(load, sources, console=console)
     shown = console.file.getvalue()
     assert f"{talks}, row 2: No image at" in shown
@@ -195,16 +200,16 @@ def test_images_behind_urls_are_counted_but_not_fetched(load, tmp_path, monkeypa
     path = tmp_path / "talks.json"
     path.write_text(json.dumps([row("<image>what?", "https://example.org/a.png")]))
     console = quiet()
-    findings = run(load, {"": Rows(path)}, console=console)
+    findings = run(load, {"": JsonDataset(path)}, console=console)
     assert (findings.all.unopened, findings.all.bad.total()) == (1, 0)
     assert findings.all.images == {1: 1}
     assert "1 images were not looked at; --fetch" in console.file.getvalue()
-    asked = run(load, {"": Rows(path)}, Rules(MAX_LENGTH, fetch=True))
+    asked = run(load, {"": JsonDataset(path)}, Rules(MAX_LENGTH, fetch=True))
     assert asked.all.bad == {ErrorCode.MISSING_IMAGE: 1}
 
 
 def test_without_opening_images_only_texts_are_judged(load, talks):
-    findings = run(load, {"": Rows(talks)}, Rules(MAX_LENGTH, open_images=False))
+    findings = run(load, {"": JsonDataset(talks)}, Rules(MAX_LENGTH, open_images=False))
     images = (ErrorCode.MISSING_IMAGE, ErrorCode.BROKEN_IMAGE, ErrorCode.IMAGE_TOO_LARGE)
     assert set(faults(findings).values()) == set(BAD.values()) - set(images)
     assert findings.all.unopened == 6
@@ -212,7 +217,7 @@ def test_without_opening_images_only_texts_are_judged(load, talks):
 
 
 def test_sizes_are_those_of_the_files(load, talks):
-    tally = run(load, {"": Rows(talks)}).all
+    tally = run(load, {"": JsonDataset(talks)}).all
     assert tally.edges == {30: 2}
     assert tally.summary()["width_to_height"]["median"] == pytest.approx(1.5, rel=0.02)
 
@@ -242,7 +247,7 @@ def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, w
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(check_module._Progress, "add", interrupted)
-    many = named([("talks", Rows(talks))] * 30)
+    many = named([("talks", JsonDataset(talks))] * 30)
     findings = run(load, many, workers=workers, output=tmp_path / "out")
     assert not findings.finished
     assert 4 <= findings.all.rows < 30 * len(ROWS)
@@ -269,9 +274,9 @@ def test_a_worker_that_dies_is_no_hanging(load, talks, monkeypatch):
     monkeypatch.setattr("owl2.data.validate.validator.ROWS_A_UNIT", 2)
     monkeypatch.setattr(Judge, "look", die)
     with pytest.raises(InputError, match="fewer --workers"):
-        run(load, {"": Rows(talks)}, workers=2)
+        run(load, {"": JsonDataset(talks)}, workers=2)
 
 
 def test_an_output_that_cannot_be_written(load, talks):
     with pytest.raises(InputError, match="/proc/nowhere cannot be made"):
-        run(load, {"": Rows(talks)}, output="/proc/nowhere")
+        run(load, {"": JsonDataset(talks)}, output="/proc/nowhere")

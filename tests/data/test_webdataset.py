@@ -4,15 +4,15 @@ from random import Random
 
 import pytest
 
-from owl2.data.sample import Bad, Sample
+from owl2.data.sample import InvalidSample, Sample
 from owl2.data.tar_stream import Files
-from owl2.data.webdataset import Shards, _sample, is_shard_url
+from owl2.data.webdataset import TarDataset, _sample, is_shard_url
 from owl2.errors import InputError
 from owl2.processing.chat_template import content_to_text, parse_messages
 from tests.data.tars import PNG, captions, write_shards, write_tar
 
 
-def number(sample: Sample | Bad) -> int:
+def number(sample: Sample | InvalidSample) -> int:
     assert isinstance(sample, Sample)
     return int(sample.messages[1]["content"])
 
@@ -25,15 +25,17 @@ def text(sample: Sample) -> list[str]:
     return [content_to_text(turn["content"]) for turn in parse_messages(sample.messages).turns]
 
 
-def one(tmp_path, *files) -> Sample | Bad:
-    (sample,) = Shards(str(write_tar(tmp_path / "one.tar", files)))
+def one(tmp_path, *files) -> Sample | InvalidSample:
+    (sample,) = TarDataset(str(write_tar(tmp_path / "one.tar", files)))
     return sample
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Shards:
+def shards(tmp_path_factory) -> TarDataset:
     """40 samples in 5 shards of unequal size; one of them is empty."""
-    return Shards(str(write_shards(tmp_path_factory.mktemp("shards"), [11, 3, 0, 17, 9]) / "*.tar"))
+    return TarDataset(
+        str(write_shards(tmp_path_factory.mktemp("shards"), [11, 3, 0, 17, 9]) / "*.tar")
+    )
 
 
 # ------------------------------------------------------------------ order
@@ -67,7 +69,7 @@ def test_a_window_of_one_leaves_each_shard_in_order(shards):
 
 
 def test_windows_are_shuffled_each_in_another_way(tmp_path):
-    shards = Shards(str(write_tar(tmp_path / "a.tar", captions(range(40)))))
+    shards = TarDataset(str(write_tar(tmp_path / "a.tar", captions(range(40)))))
     drawn = numbers(shards.stream(seed=0, window=10), 40)
     orders = [tuple(place % 10 for place in drawn[at : at + 10]) for at in range(0, 40, 10)]
     assert [sorted(drawn[at : at + 10]) for at in range(0, 40, 10)] == [
@@ -92,12 +94,12 @@ def test_ranks_share_every_epoch(shards, world):
 
 
 def test_what_is_left_over_goes_to_each_rank_in_turn(tmp_path):
-    shards = Shards(str(write_shards(tmp_path, [4] * 3) / "*.tar"))
+    shards = TarDataset(str(write_shards(tmp_path, [4] * 3) / "*.tar"))
     streams = (shards.stream(seed=0, window=2, rank=rank, world=2) for rank in range(2))
     # In two epochs of three shards each of two ranks has three.
     ends = [[state["epoch"] for _, state in islice(stream, 13)] for stream in streams]
     assert [epochs.count(0) + epochs.count(1) for epochs in ends] == [12, 12]
-    one = Shards(str(tmp_path / "000.tar"))
+    one = TarDataset(str(tmp_path / "000.tar"))
     # In eight epochs of one shard of four each of eight ranks has four samples.
     streams = (one.stream(seed=0, window=2, rank=rank, world=8) for rank in range(8))
     ends = [[state["epoch"] for _, state in islice(stream, 5)] for stream in streams]
@@ -120,7 +122,7 @@ def test_going_on_anywhere_gives_what_would_have_come(shards, rank, world, windo
 
 def test_going_on_opens_no_shard_before_the_window(tmp_path):
     directory = write_shards(tmp_path, [10] * 5)
-    shards = Shards(str(directory / "*.tar"))
+    shards = TarDataset(str(directory / "*.tar"))
     whole = list(islice(shards.stream(seed=0, window=4), 50))
     # All of the fourth and fifth shard; windows of four do not fit tens.
     _, state = whole[35]
@@ -140,7 +142,7 @@ def test_a_position_of_another_stream_is_refused(shards, change):
 
 def test_a_position_in_other_shards_is_refused(shards, tmp_path):
     _, state = next(shards.stream(seed=0, window=4))
-    other = Shards(str(write_shards(tmp_path, [3]) / "*.tar"))
+    other = TarDataset(str(write_shards(tmp_path, [3]) / "*.tar"))
     with pytest.raises(InputError, match=r"shards 5; now it is .* shards 1"):
         other.stream(seed=0, window=4, state=state)
 
@@ -153,17 +155,17 @@ def test_no_such_stream(shards, change):
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_shards_without_a_sample_are_not_read_forever(tmp_path, world):
-    shards = Shards(str(write_shards(tmp_path, [0, 0]) / "*.tar"))
+    shards = TarDataset(str(write_shards(tmp_path, [0, 0]) / "*.tar"))
     with pytest.raises(InputError, match="There is no sample in"):
         next(shards.stream(seed=0, window=4, world=world))
 
 
 def test_the_next_window_is_read_while_this_one_is_used(tmp_path, monkeypatch):
     """Neither all at once nor more than is wanted: a sample is read for each one that is given."""
-    shards = Shards(str(write_tar(tmp_path / "a.tar", captions(range(30)))))
+    shards = TarDataset(str(write_tar(tmp_path / "a.tar", captions(range(30)))))
     read: list[str] = []
 
-    def reading(source: str, files: Files) -> Sample | Bad:
+    def reading(source: str, files: Files) -> Sample | InvalidSample:
         read.append(source)
         return _sample(source, files)
 
@@ -265,15 +267,15 @@ def test_a_conversation_needs_no_image(tmp_path):
 def test_a_bad_sample_stands_in_its_place(tmp_path, files, reason):
     good = captions([1])
     path = write_tar(tmp_path / "some.tar", [*files, *good])
-    bad, sample = Shards(str(path))
-    assert isinstance(bad, Bad)
+    bad, sample = TarDataset(str(path))
+    assert isinstance(bad, InvalidSample)
     assert reason in bad.reason
     assert bad.source == f"{path}, a"
     assert not bad.reason.startswith(str(path))
     assert number(sample) == 1
     assert any(
-        isinstance(drawn, Bad)
-        for drawn, _ in islice(Shards([str(path)]).stream(seed=0, window=2), 2)
+        isinstance(drawn, InvalidSample)
+        for drawn, _ in islice(TarDataset([str(path)]).stream(seed=0, window=2), 2)
     )
 
 
@@ -286,7 +288,7 @@ def test_patterns_are_expanded(tmp_path):
     (tmp_path / "d.tar").mkdir()
 
     def found(*patterns: str) -> list[str]:
-        urls = Shards([str(tmp_path / pattern) for pattern in patterns]).urls
+        urls = TarDataset([str(tmp_path / pattern) for pattern in patterns]).urls
         return [url.removeprefix(f"{tmp_path}/") for url in urls]
 
     assert found("*.tar") == [f"{place:03}.tar" for place in range(12)]
@@ -297,7 +299,7 @@ def test_patterns_are_expanded(tmp_path):
 
 def test_urls_are_not_looked_for_on_disk():
     urls = ["https://example.org/{00..01}.tar", "pipe:cat *.tar", "s3://bucket/{a,b}.tar"]
-    assert Shards(urls).urls == [
+    assert TarDataset(urls).urls == [
         "https://example.org/00.tar",
         "https://example.org/01.tar",
         "pipe:cat *.tar",
@@ -317,9 +319,9 @@ def test_urls_are_not_looked_for_on_disk():
 def test_shards_that_are_not_there(tmp_path, pattern, complaint):
     write_shards(tmp_path, [1, 1])
     with pytest.raises(InputError, match=complaint):
-        Shards(str(tmp_path / pattern))
+        TarDataset(str(tmp_path / pattern))
     with pytest.raises(InputError, match="There is no shard"):
-        Shards([])
+        TarDataset([])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from owl2.data.json_dataset import Rows
+from owl2.data.json_dataset import JsonDataset
 from owl2.errors import InputError
 from owl2.processing.processor import Owl2Processor
 from owl2.train import metrics
@@ -142,7 +142,7 @@ def test_counts_of_a_run_are_those_of_its_samples(recipe, world):
     processor = Owl2Processor.from_pretrained(world / "start")
     lengths = [
         processor.for_training(sample.messages)["input_ids"].shape[1]
-        for sample in Rows(world / "data.json")
+        for sample in JsonDataset(world / "data.json")
     ]
     assert len(set(lengths)) > 1
     assert facts["tokens"] == 2 * sum(lengths)

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from owl2.data.dataloader import Loader
-from owl2.data.sample import Bad
+from owl2.data.dataloader import MixtureDataLoader
+from owl2.data.sample import InvalidSample
 from owl2.errors import ErrorCode, InputError
 from owl2.train.run import train
 from owl2.train.train_dataloader import Feed, run_steps
@@ -114,10 +114,8 @@ def test_a_run_that_stopped_at_a_bad_row_goes_on_without_it(recipe, mixed, monke
 def test_a_file_that_is_lost_stops_the_run_also_with_skip(feed):
     one = feed()
     one.on_invalid_sample = "skip"
-    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
-        one._leave_out(
-            [Bad.row(InputError("a.jsonl has changed since: start again", ErrorCode.FILE_CHANGED))]
-        )
+    with pytest.raises(InputError, match=r"a\.jsonl: has changed since"):
+        one._leave_out([InvalidSample("a.jsonl", "has changed since", ErrorCode.FILE_CHANGED)])
 
 
 def test_weights_have_no_epochs(recipe, mixed, world):
@@ -158,7 +156,7 @@ def test_steps_of_epochs(make_recipe, epochs, samples, steps):
 def feed(tmp_path):
     def make():
         data = RandomSamples(10)
-        return Feed(Loader(data, data.mixture, collate, 2), Accelerator(cpu=True), tmp_path)
+        return Feed(MixtureDataLoader(data, collate, 2), Accelerator(cpu=True), tmp_path)
 
     return make
 

@@ -6,8 +6,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from owl2.data.json_dataset import Rows
-from owl2.data.sample import Bad
+from owl2.data.json_dataset import JsonDataset
+from owl2.data.sample import InvalidSample
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
@@ -49,7 +49,7 @@ def start(world):
 
 @pytest.fixture
 def samples(world):
-    return list(Rows(world / "data.json"))
+    return list(JsonDataset(world / "data.json"))
 
 
 def look(start, held_out, team=None, **settings):
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite(start, samples):
 
 
 def test_no_sample_that_can_be_used(start, samples):
-    bad = [Bad(sample.source, "it is broken") for sample in samples[:3]]
+    bad = [InvalidSample(sample.source, "it is broken") for sample in samples[:3]]
     with pytest.raises(InputError, match="none of the 3 held-out samples can be used"):
         look(start, HeldOut([(bad, None)], start[1]), skip_bad=True)
 

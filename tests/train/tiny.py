@@ -1,25 +1,24 @@
 """Batches of random ids and pixels for the model of `tests.tiny`; what the images show."""
 
 import torch
-from torch.utils.data import Dataset
 
-from owl2.data.collate import Collated
-from owl2.data.mixture import Mixture, Source
+from owl2.data.collate import Batch
+from owl2.data.mixture import MixtureDataset, MixtureSource
 
 COLOURS = ("red", "green", "blue", "white")
 QUESTION = "what is this"
 ROWS = 24
 
 
-class RandomSamples(Dataset):
+class RandomSamples(MixtureDataset):
     """Samples of an image and some random words, of different lengths; the epoch changes them."""
 
     def __init__(self, count, images=True):
-        self.mixture = Mixture([Source(range(count))])
+        super().__init__([MixtureSource(range(count))], processor=None)
         self.images = images
 
-    def __getitem__(self, draw):
-        return self.made(self.mixture[draw], draw.epoch)
+    def __getitem__(self, index):
+        return self.made(index.row, index.epoch)
 
     def made(self, index, epoch=0):
         source = torch.Generator().manual_seed(1000 * epoch + index)
@@ -36,7 +35,7 @@ def collate(samples):
     """As owl2's collator gives it: the batch, and what was in it."""
     batch = pad(samples)
     tokens = int(batch["attention_mask"].sum())
-    return Collated(batch, len(samples), tokens, len(batch.get("pixel_values", ())), [])
+    return Batch(batch, len(samples), tokens, len(batch.get("pixel_values", ())), [])
 
 
 def pad(samples):

@@ -5,13 +5,13 @@ from pathlib import Path
 from random import Random
 
 from owl2.data.datasets.coco import coco_image
-from owl2.data.datasets.group_by_image import NOTHING_SAID, most_agreed
+from owl2.data.datasets.group_by_image import NOTHING_SAID, majority_answer
 from owl2.data.datasets.prompts import LETTERS, about_image, choice_question, short_question
 from owl2.data.sample import Sample
 from owl2.errors import InputError
 from owl2.json_records import (
-    LeftOut,
-    Row,
+    JsonRecord,
+    SkippedRows,
     json_rows,
     known_split,
     published_file,
@@ -29,7 +29,7 @@ def aokvqa(
     forms: str = "direct,choice,reordered",
     file: str | None = None,
     seed: int = 0,
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """A-OKVQA: each question in up to three `forms`, each a conversation of its own.
 
     `direct`: the most agreed of the people's answers; `choice`: the options, and the right one's
@@ -53,12 +53,14 @@ def aokvqa(
         yield from _question(row, f"{split}2017", wanted, seed)
 
 
-def _question(row: Row, folder: str, forms: list[str], seed: int) -> Iterator[Sample | LeftOut]:
+def _question(
+    row: JsonRecord, folder: str, forms: list[str], seed: int
+) -> Iterator[Sample | SkippedRows]:
     question, options, right = _published(row)
     image = coco_image(row.integer("image_id"), folder)
     for form in forms:
         if form == "direct":
-            words, answer = short_question(question), most_agreed(row.texts("direct_answers"))
+            words, answer = short_question(question), majority_answer(row.texts("direct_answers"))
         else:
             order = list(range(len(options)))
             if form == "reordered":
@@ -79,7 +81,7 @@ def another_order(length: int, random: Random) -> list[int]:
     return order
 
 
-def _published(row: Row) -> tuple[str, list[str], int]:
+def _published(row: JsonRecord) -> tuple[str, list[str], int]:
     options, right = row.texts("choices"), row.integer("correct_choice_idx")
     if not 2 <= len(options) <= len(LETTERS) or not all(options):
         raise InputError(f"{row.where}: 'choices' must be options with words, two at least.")

@@ -13,8 +13,8 @@ from owl2.data.datasets.prompts import CAPTION_PROMPT, about_image, image_and_te
 from owl2.data.sample import Sample
 from owl2.errors import InputError
 from owl2.json_records import (
-    LeftOut,
-    Row,
+    JsonRecord,
+    SkippedRows,
     json_object,
     known_split,
     published_file,
@@ -31,7 +31,7 @@ SPLITS = {
     "train2017": "train2017",
     "val2017": "val2017",
 }
-NO_WORDS = LeftOut("captions without words")
+NO_WORDS = SkippedRows("captions without words")
 
 
 def coco_image(number: int, folder: str) -> str:
@@ -62,7 +62,7 @@ def coco_captions(
     style: str = "instruction",
     file: str | None = None,
     seed: int = 0,
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """COCO captions, of `captions_train2014.json` or Karpathy's `dataset_coco.json`.
 
     `style`: `instruction` (stage 2): the request for a caption and one of the references, drawn by
@@ -83,7 +83,7 @@ def coco_captions(
     for image, captions in references.items():
         said = [caption for caption in captions if caption]
         if len(said) < len(captions):
-            yield LeftOut(NO_WORDS.reason, len(captions) - len(said))
+            yield SkippedRows(NO_WORDS.reason, len(captions) - len(said))
         if said:
             yield from make(image, said, path, seed)
 
@@ -107,7 +107,7 @@ def _references(path: Path, split: str, folder: str) -> dict[str, list[str]]:
     return references
 
 
-def _karpathy(content: Row, split: str) -> dict[str, list[str]]:
+def _karpathy(content: JsonRecord, split: str) -> dict[str, list[str]]:
     references = {}
     for row in content.rows("images"):
         if row.text("split") == split:

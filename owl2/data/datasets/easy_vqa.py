@@ -19,11 +19,11 @@ from owl2.registry import look_up
 SHORT_PROMPT = "{question}"
 
 SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 @dataclass(frozen=True)
-class Question:
+class EasyVqaQuestion:
     """A row of the package's `questions.json`; `number` is its place there, from 0."""
 
     number: int
@@ -37,7 +37,7 @@ class EasyVqaImage:
 
     number: int
     path: str
-    questions: tuple[Question, ...]
+    questions: tuple[EasyVqaQuestion, ...]
 
 
 def easy_vqa(
@@ -84,9 +84,9 @@ def images(split: str) -> list[EasyVqaImage]:
             "test": (package.get_test_questions, package.get_test_image_paths),
         },
     )
-    asked: dict[int, list[Question]] = defaultdict(list)
+    asked: dict[int, list[EasyVqaQuestion]] = defaultdict(list)
     for number, (text, answer, image) in enumerate(zip(*questions(), strict=True)):
-        asked[image].append(Question(number, text, answer))
+        asked[image].append(EasyVqaQuestion(number, text, answer))
     return [
         EasyVqaImage(number, path, tuple(asked[number])) for number, path in sorted(paths().items())
     ]
@@ -153,7 +153,7 @@ def _single(
     ]
 
 
-def _ask(prompt: str, question: Question) -> str:
+def _ask(prompt: str, question: EasyVqaQuestion) -> str:
     # Not str.format: braces elsewhere in a prompt are words like any other.
     return prompt.replace("{question}", question.text)
 
@@ -186,7 +186,7 @@ def caption(image: EasyVqaImage) -> str:
     Unknown: "a circle.", "a red shape.", "a shape.".
     """
     shape = _known(image, SHAPES)
-    colour = _known(image, COLOURS)
+    colour = _known(image, COLORS)
     return f"a {f'{colour} ' if colour else ''}{shape or 'shape'}."
 
 
@@ -213,7 +213,7 @@ def _known(image: EasyVqaImage, kind: tuple[str, ...]) -> str | None:
     return possible.pop() if len(possible) == 1 else None
 
 
-def _holds(question: Question) -> bool:
+def _holds(question: EasyVqaQuestion) -> bool:
     """Whether what the question names is in the image, according to its answer."""
     if question.answer not in ("yes", "no"):
         return True  # "what color is the circle?" takes the circle for granted

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from owl2.data.datasets.prompts import Pair, about_image
 from owl2.data.sample import Sample
-from owl2.json_records import LeftOut, check_most
+from owl2.json_records import SkippedRows, check_max_rounds
 
-NOTHING_SAID = LeftOut("questions without words or without an answer")
+NOTHING_SAID = SkippedRows("questions without words or without an answer")
 
 
-def most_agreed(answers: Iterable[str]) -> str:
+def majority_answer(answers: Iterable[str]) -> str:
     """The answer that most annotators gave; of equals the one given first; "" if there is none.
 
     Blank answers do not count.
@@ -20,16 +20,16 @@ def most_agreed(answers: Iterable[str]) -> str:
     return max(votes, key=lambda answer: votes[answer], default="")  # max takes the first of equals
 
 
-def joined(
+def group_by_image(
     asked: Iterable[tuple[str, Pair]], path: Path, most: int | None = None
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """(image, (question, answer)) → a conversation an image (SPEC §2), in order of appearance.
 
     `path`: the file that it is from. `most`: of the questions in a conversation, others go on to
     further ones about the image. A blank question or answer is left out.
     """
     if most is not None:
-        check_most(most)
+        check_max_rounds(most)
     images: dict[str, list[Pair]] = {}
     for image, (question, answer) in asked:
         if question and answer:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from owl2.errors import InputError
-from owl2.json_records import LeftOut, Row, json_object
+from owl2.json_records import JsonRecord, SkippedRows, json_object
 
 _NUMBERED = re.compile(r"(\d+)\.tar")
 _END = bytes(1024)  # two empty blocks: the end of an archive
@@ -31,7 +31,7 @@ class Shard:
     pairs: int
 
 
-def shards(source: Path, *, read: bool = False) -> Iterator[Shard | LeftOut]:
+def shards(source: Path, *, read: bool = False) -> Iterator[Shard | SkippedRows]:
     """The finished shards of a folder, in the order of their numbers.
 
     A shard is finished when its statistics are there and the archive has its end. With `read` every
@@ -48,18 +48,18 @@ def shards(source: Path, *, read: bool = False) -> Iterator[Shard | LeftOut]:
     for path in paths:
         statistics = path.with_name(f"{path.stem}_stats.json")
         if not statistics.is_file():
-            yield LeftOut("shards without statistics, so not finished")
+            yield SkippedRows("shards without statistics, so not finished")
         elif not _has_end(path):
-            yield LeftOut("shards cut short")
+            yield SkippedRows("shards cut short")
         elif not (pairs := _pairs(json_object(statistics))):
-            yield LeftOut("shards without a pair")
+            yield SkippedRows("shards without a pair")
         else:
             if read:
                 _count(path, pairs)
             yield Shard(path, pairs)
 
 
-def _pairs(statistics: Row) -> int:
+def _pairs(statistics: JsonRecord) -> int:
     # `count` is what was asked for; what could not be fetched or decoded is not in the shard.
     return statistics.integer("successes")
 

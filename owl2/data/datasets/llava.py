@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from owl2.data.row_parsers import ImagesUnder, read_row
+from owl2.data.row_parsers import ImagePathResolver, parse_row
 from owl2.data.sample import Sample
-from owl2.json_records import LeftOut, json_rows, published_file
+from owl2.json_records import SkippedRows, json_rows, published_file
 
 
-def llava_instruct(source: Path, *, file: str | None = None) -> Iterator[Sample | LeftOut]:
+def llava_instruct(source: Path, *, file: str | None = None) -> Iterator[Sample | SkippedRows]:
     """LLaVA-Instruct, as it is; the text as the authors' training reads it (see `readers`).
 
     Reads `llava_instruct_150k.json`, whose images are names in COCO's `train2017`.
@@ -17,6 +17,6 @@ def llava_instruct(source: Path, *, file: str | None = None) -> Iterator[Sample 
         InputError: a file that is not as published.
     """
     path = published_file(source, file, "llava_instruct_150k.json")
-    images = ImagesUnder(Path("train2017"))
+    images = ImagePathResolver(Path("train2017"))
     for row in json_rows(path):
-        yield read_row(row.value, row.where, images)
+        yield parse_row(row.value, row.where, images)

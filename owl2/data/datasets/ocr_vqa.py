@@ -8,14 +8,14 @@ from owl2.data.datasets.group_by_image import NOTHING_SAID
 from owl2.data.datasets.prompts import about_image, short_question
 from owl2.data.sample import Sample
 from owl2.errors import InputError
-from owl2.json_records import LeftOut, Row, json_entries, known_split, published_file
+from owl2.json_records import JsonRecord, SkippedRows, json_entries, known_split, published_file
 
 SPLITS = {1: "train", 2: "val", 3: "test"}
 
 
 def ocr_vqa(
     source: Path, *, split: str = "train", file: str | None = None
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """OCR-VQA: all questions about a cover in one conversation.
 
     Reads `dataset.json`, which has all three splits. Images are in `images/`, with the key as
@@ -35,13 +35,13 @@ def ocr_vqa(
             yield from _cover(key, row)
 
 
-def _cover(key: str, row: Row) -> Iterator[Sample | LeftOut]:
+def _cover(key: str, row: JsonRecord) -> Iterator[Sample | SkippedRows]:
     questions, answers = row.texts("questions"), row.texts("answers")
     if len(questions) != len(answers):
         raise InputError(f"{row.where}: {len(questions)} questions with {len(answers)} answers.")
     url = row.text("imageURL") if row.value.get("imageURL") else ""
     if not url:
-        yield LeftOut("covers without an image's URL")
+        yield SkippedRows("covers without an image's URL")
         return
     asked = list(zip(questions, answers, strict=True))
     pairs = [

@@ -11,9 +11,9 @@ from owl2.data.datasets.regions import NO_EXTENT, Region, check_settings, region
 from owl2.data.sample import Sample
 from owl2.errors import InputError
 from owl2.json_records import (
-    LeftOut,
-    Row,
-    as_row,
+    JsonRecord,
+    SkippedRows,
+    as_record,
     json_object,
     known_split,
     published_file,
@@ -30,7 +30,7 @@ def refcoco(
     refs: str = "refs(unc).p",
     instances: str = "instances.json",
     seed: int = 0,
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """RefCOCO: for each thing one of its phrases, drawn by `seed`; see `regions` for the form.
 
     Up to `most` things of an image are one conversation, the others go on to further ones.
@@ -47,7 +47,7 @@ def refcoco(
     folder = coco_folder("train", coco)  # its validation images, too, are of train2014
     things: dict[int, list[Region]] = {}
     for thing in _things(path, wanted, boxes, seed):
-        if isinstance(thing, LeftOut):
+        if isinstance(thing, SkippedRows):
             yield thing
         else:
             number, found = thing
@@ -61,7 +61,7 @@ def refcoco(
 
 def _things(
     path: Path, split: str, boxes: Path, seed: int
-) -> Iterator[tuple[int, Region] | LeftOut]:
+) -> Iterator[tuple[int, Region] | SkippedRows]:
     """(number of the image, region) for each thing of the split."""
     content = json_object(boxes)
     sizes = {row.integer("id"): row.numbers("width", "height") for row in content.rows("images")}
@@ -74,18 +74,18 @@ def _things(
             raise InputError(f"{row.where}: {boxes.name} lacks image {number} or box {thing}.")
         phrases = [phrase for each in row.rows("sentences") if (phrase := each.text("sent"))]
         if not phrases:
-            yield LeftOut("things without a phrase")
+            yield SkippedRows("things without a phrase")
             continue
         phrase = Random(f"{seed}/{row.integer('ref_id')}").choice(phrases)
         here = region(phrase, _box(found[thing]), sizes[number])
         yield NO_EXTENT if here is None else (number, here)
 
 
-def _box(row: Row) -> list[float]:
+def _box(row: JsonRecord) -> list[float]:
     box = row.value.get("bbox")
     if not isinstance(box, list) or len(box) != 4:
         raise InputError(f"{row.where}: 'bbox' is {box!r:.80}, not left, top, width, height.")
-    named = Row(dict(zip(("left", "top", "width", "height"), box, strict=True)), row.where)
+    named = JsonRecord(dict(zip(("left", "top", "width", "height"), box, strict=True)), row.where)
     return list(named.numbers(*named.value))
 
 
@@ -99,7 +99,7 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
-def _pickled_rows(path: Path) -> Iterator[Row]:
+def _pickled_rows(path: Path) -> Iterator[JsonRecord]:
     try:
         with path.open("rb") as file:
             rows = _PlainUnpickler(file, encoding="utf-8").load()
@@ -109,4 +109,4 @@ def _pickled_rows(path: Path) -> Iterator[Row]:
         ) from error
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} must hold a list, with one thing at least.")
-    return (as_row(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1))
+    return (as_record(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1))

@@ -12,10 +12,10 @@ from random import Random
 
 from owl2.data.datasets.prompts import Pair, about_image
 from owl2.data.sample import Sample
-from owl2.json_records import LeftOut, check_most
+from owl2.json_records import SkippedRows, check_max_rounds
 from owl2.registry import look_up
 
-NO_EXTENT = LeftOut("regions without extent, or smaller than can be written")
+NO_EXTENT = SkippedRows("regions without extent, or smaller than can be written")
 
 DESCRIBE = "Describe the region {box} of the image in a short phrase."
 LOCATE = 'Where in the image is "{phrase}"? Give the region as [left, top, right, bottom].'
@@ -66,7 +66,7 @@ DIRECTIONS = {"describe": (describe,), "locate": (locate,), "both": (describe, l
 def check_settings(direction: object, most: object) -> None:
     """Raises `InputError` for an unknown direction, or a `most` that is no number from 1 on."""
     look_up("direction of regions", direction, DIRECTIONS)
-    check_most(most)
+    check_max_rounds(most)
 
 
 def region_samples(

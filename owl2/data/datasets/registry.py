@@ -19,13 +19,13 @@ from owl2.data.datasets.visual_genome import visual_genome
 from owl2.data.datasets.vqa import okvqa, vqav2
 from owl2.data.sample import Sample
 from owl2.errors import InputError
-from owl2.json_records import LeftOut, known_split
+from owl2.json_records import SkippedRows, known_split
 
-Converter = Callable[..., Iterator[Sample | LeftOut] | Iterator[Shard | LeftOut]]
+Converter = Callable[..., Iterator[Sample | SkippedRows] | Iterator[Shard | SkippedRows]]
 
 
 @dataclass(frozen=True)
-class Public:
+class DatasetCard:
     """A public data set.
 
     `files`: what the folder must hold, `{split}` being train or val. `url`: where its authors
@@ -53,7 +53,7 @@ def from_package(
     prompt: str = VQA_PROMPT,
     most: int | None = None,
     seed: int = 0,
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """easy-VQA, from its PyPI package: the folder is called `package`. Options: see `easy_vqa`.
 
     Raises:
@@ -70,97 +70,97 @@ def from_package(
 IMG2DATASET = "NNNNN.tar, NNNNN_stats.json"
 CC_BY = "CC BY 4.0"
 
-PUBLIC: dict[str, Public] = {
-    "cc3m": Public(
+DATASET_CARDS: dict[str, DatasetCard] = {
+    "cc3m": DatasetCard(
         shards,
         IMG2DATASET,
         "https://ai.google.com/research/ConceptualCaptions/download",
         "stage 1",
     ),
-    "cc12m": Public(
+    "cc12m": DatasetCard(
         shards,
         IMG2DATASET,
         "https://github.com/google-research-datasets/conceptual-12m",
         "stage 1",
     ),
-    "laion": Public(shards, IMG2DATASET, "https://laion.ai/blog/laion-5b/", "stage 1", CC_BY),
-    "coyo": Public(
+    "laion": DatasetCard(shards, IMG2DATASET, "https://laion.ai/blog/laion-5b/", "stage 1", CC_BY),
+    "coyo": DatasetCard(
         shards, IMG2DATASET, "https://github.com/kakaobrain/coyo-dataset", "stage 1", CC_BY
     ),
-    "datacomp": Public(
+    "datacomp": DatasetCard(
         shards, IMG2DATASET, "https://github.com/mlfoundations/datacomp", "stage 1", CC_BY
     ),
-    "coco_captions": Public(
+    "coco_captions": DatasetCard(
         coco_captions,
         "captions_{split}2014.json or dataset_coco.json (Karpathy)",
         "https://cocodataset.org/#download",
         "stage 1; 82 K",
         CC_BY,
     ),
-    "textcaps": Public(
+    "textcaps": DatasetCard(
         textcaps,
         "TextCaps_0.1_{split}.json",
         "https://textvqa.org/textcaps/dataset/",
         "22 K",
         CC_BY,
     ),
-    "vqav2": Public(
+    "vqav2": DatasetCard(
         vqav2,
         "v2_OpenEnded_mscoco_{split}2014_questions.json, v2_mscoco_{split}2014_annotations.json",
         "https://visualqa.org/download.html",
         "83 K",
         CC_BY,
     ),
-    "okvqa": Public(
+    "okvqa": DatasetCard(
         okvqa,
         "OpenEnded_mscoco_{split}2014_questions.json, mscoco_{split}2014_annotations.json",
         "https://okvqa.allenai.org/download.html",
         "9 K",
     ),
-    "gqa": Public(
+    "gqa": DatasetCard(
         gqa,
         "{split}_balanced_questions.json",
         "https://cs.stanford.edu/people/dorarad/gqa/download.html",
         "72 K",
     ),
-    "ocr_vqa": Public(ocr_vqa, "dataset.json", "https://ocr-vqa.github.io/", "80 K"),
-    "aokvqa": Public(
+    "ocr_vqa": DatasetCard(ocr_vqa, "dataset.json", "https://ocr-vqa.github.io/", "80 K"),
+    "aokvqa": DatasetCard(
         aokvqa, "aokvqa_v1p0_{split}.json", "https://github.com/allenai/aokvqa", "50 K"
     ),
-    "refcoco": Public(
+    "refcoco": DatasetCard(
         refcoco,
         "refs(unc).p, instances.json",
         "https://github.com/lichengunc/refer",
         "30 K",
     ),
-    "visual_genome": Public(
+    "visual_genome": DatasetCard(
         visual_genome,
         "region_descriptions.json, image_data.json",
         "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html",
         "86 K",
         CC_BY,
     ),
-    "llava_instruct": Public(
+    "llava_instruct": DatasetCard(
         llava_instruct,
         "llava_instruct_150k.json",
         "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
         "158 K",
         CC_BY,
     ),
-    "sharegpt": Public(
+    "sharegpt": DatasetCard(
         sharegpt,
         "ShareGPT_V3_unfiltered_cleaned_split.json",
         "https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered",
         "40 K",
     ),
-    "slimorca": Public(
+    "slimorca": DatasetCard(
         slimorca,
         "oo-labeled_correct.gpt4.sharegpt.jsonl",
         "https://huggingface.co/datasets/Open-Orca/SlimOrca",
         "518 K",
         "MIT",
     ),
-    "easy_vqa": Public(
+    "easy_vqa": DatasetCard(
         from_package,
         "none: write `package` for the folder",
         "https://github.com/vzhou842/easy-VQA",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from owl2.data.sample import Message, Sample
-from owl2.json_records import LeftOut, Row, json_lines, json_rows, published_file
+from owl2.json_records import JsonRecord, SkippedRows, json_lines, json_rows, published_file
 from owl2.processing.chat_template import IMAGE_TOKEN, has_lone_surrogate
 
 # What a model takes for an image or for an end, wherever it is written (in HTML, <s> strikes out).
@@ -26,7 +26,7 @@ ROLES = {
 }
 
 
-def sharegpt(source: Path, *, file: str | None = None) -> Iterator[Sample | LeftOut]:
+def sharegpt(source: Path, *, file: str | None = None) -> Iterator[Sample | SkippedRows]:
     """ShareGPT: conversations of people with ChatGPT.
 
     Reads `ShareGPT_V3_unfiltered_cleaned_split.json`. A last turn that nobody answers is cut off,
@@ -39,7 +39,7 @@ def sharegpt(source: Path, *, file: str | None = None) -> Iterator[Sample | Left
     return _conversations(json_rows(path))
 
 
-def slimorca(source: Path, *, file: str | None = None) -> Iterator[Sample | LeftOut]:
+def slimorca(source: Path, *, file: str | None = None) -> Iterator[Sample | SkippedRows]:
     """SlimOrca: instructions from FLAN with GPT-4's answers, mostly after a system text.
 
     Reads `oo-labeled_correct.gpt4.sharegpt.jsonl`.
@@ -51,17 +51,17 @@ def slimorca(source: Path, *, file: str | None = None) -> Iterator[Sample | Left
     return _conversations(json_lines(path))
 
 
-def _conversations(rows: Iterable[Row]) -> Iterator[Sample | LeftOut]:
+def _conversations(rows: Iterable[JsonRecord]) -> Iterator[Sample | SkippedRows]:
     for row in rows:
         turns = [(turn.text("from"), turn.text("value")) for turn in row.rows("conversations")]
         if len(turns) > 1 and ROLES.get(turns[-1][0]) == "user":
-            yield LeftOut("last turns without an answer")
+            yield SkippedRows("last turns without an answer")
             turns.pop()
         reason = _unusable(turns)
         if reason is None:
             yield Sample(_messages(turns), row.where)
         else:
-            yield LeftOut(f"conversations {reason}")
+            yield SkippedRows(f"conversations {reason}")
 
 
 def _unusable(turns: Sequence[tuple[str, str]]) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from owl2.data.datasets.coco import NO_WORDS, one_caption
 from owl2.data.sample import Sample
 from owl2.json_records import (
-    LeftOut,
+    SkippedRows,
     json_object,
     known_split,
     published_file,
@@ -16,7 +16,7 @@ from owl2.json_records import (
 
 def textcaps(
     source: Path, *, split: str = "train", file: str | None = None, seed: int = 0
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """TextCaps: an image with one of its captions, drawn by `seed` and the image.
 
     Reads `TextCaps_0.1_train.json` (`split=val`: `TextCaps_0.1_val.json`), where each row is a

@@ -14,7 +14,7 @@ from owl2.data.datasets.regions import (
 )
 from owl2.data.sample import Sample
 from owl2.errors import InputError
-from owl2.json_records import LeftOut, Row, json_rows, published_file
+from owl2.json_records import JsonRecord, SkippedRows, json_rows, published_file
 
 Images = dict[int, tuple[str, tuple[float, ...]]]
 
@@ -27,7 +27,7 @@ def visual_genome(
     regions: str | None = None,
     images: str | None = None,
     seed: int = 0,
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """Visual Genome: `most` regions an image, drawn by `seed`; see `regions` for the form.
 
     Reads `region_descriptions.json` and `image_data.json`. Images are in `VG_100K/` and
@@ -55,8 +55,8 @@ def _images(path: Path) -> Images:
 
 
 def _image(
-    row: Row, known: Images, direction: str, most: int, seed: int
-) -> Iterator[Sample | LeftOut]:
+    row: JsonRecord, known: Images, direction: str, most: int, seed: int
+) -> Iterator[Sample | SkippedRows]:
     number = row.integer("id")
     if number not in known:
         raise InputError(f"{row.where}: image {number} is not in the file of images.")
@@ -66,15 +66,15 @@ def _image(
         phrase = each.text("phrase")
         here = region(phrase, each.numbers("x", "y", "width", "height"), size)
         if not phrase:
-            yield LeftOut("regions without a phrase")
+            yield SkippedRows("regions without a phrase")
         elif here is None:
             yield NO_EXTENT
         else:
             found.append(here)
     drawn = shuffled(found, seed, image)[:most]
     if len(found) > most:
-        yield LeftOut(f"regions beyond {most} of an image", len(found) - most)
+        yield SkippedRows(f"regions beyond {most} of an image", len(found) - most)
     if drawn:
         yield from region_samples(image, drawn, direction, row.where)
     else:
-        yield LeftOut("images without a region that can be used")
+        yield SkippedRows("images without a region that can be used")

@@ -1,19 +1,19 @@
 """VQAv2 and OK-VQA: questions about COCO's images, with ten people's answers each.
 
-Both come as a file of questions and a file of annotations, joined by `question_id`.
+Both come as a file of questions and a file of annotations, group_by_image by `question_id`.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from owl2.data.datasets.coco import coco_folder, coco_image
-from owl2.data.datasets.group_by_image import joined, most_agreed
+from owl2.data.datasets.group_by_image import group_by_image, majority_answer
 from owl2.data.datasets.prompts import Pair, short_question
 from owl2.data.sample import Sample
 from owl2.errors import InputError
 from owl2.json_records import (
-    LeftOut,
-    Row,
+    JsonRecord,
+    SkippedRows,
     json_object,
     known_split,
     published_file,
@@ -29,7 +29,7 @@ def vqav2(
     most: int | None = None,
     questions: str | None = None,
     annotations: str | None = None,
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """VQAv2: the most agreed answer; the questions about an image are one conversation.
 
     Reads `v2_OpenEnded_mscoco_train2014_questions.json` and `v2_mscoco_train2014_annotations.json`
@@ -42,7 +42,7 @@ def vqav2(
     folder = known_split("vqav2", split, {"train": "train2014", "val": "val2014"})
     asked = published_file(source, questions, f"v2_OpenEnded_mscoco_{folder}_questions.json")
     answered = published_file(source, annotations, f"v2_mscoco_{folder}_annotations.json")
-    return joined(_pairs(asked, answered, folder, coco_folder(split, coco)), asked, most)
+    return group_by_image(_pairs(asked, answered, folder, coco_folder(split, coco)), asked, most)
 
 
 def okvqa(
@@ -53,7 +53,7 @@ def okvqa(
     most: int | None = None,
     questions: str | None = None,
     annotations: str | None = None,
-) -> Iterator[Sample | LeftOut]:
+) -> Iterator[Sample | SkippedRows]:
     """OK-VQA, version 1.1: as VQAv2. An annotator's answer is taken under `answer`.
 
     Reads `OpenEnded_mscoco_train2014_questions.json` and `mscoco_train2014_annotations.json`.
@@ -65,7 +65,7 @@ def okvqa(
     folder = known_split("okvqa", split, {"train": "train2014", "val": "val2014"})
     asked = published_file(source, questions, f"OpenEnded_mscoco_{folder}_questions.json")
     answered = published_file(source, annotations, f"mscoco_{folder}_annotations.json")
-    return joined(_pairs(asked, answered, folder, coco_folder(split, coco)), asked, most)
+    return group_by_image(_pairs(asked, answered, folder, coco_folder(split, coco)), asked, most)
 
 
 def _pairs(asked: Path, answered: Path, subtype: str, folder: str) -> Iterator[tuple[str, Pair]]:
@@ -89,14 +89,14 @@ def _pairs(asked: Path, answered: Path, subtype: str, folder: str) -> Iterator[t
 
 def _answers(path: Path, subtype: str) -> dict[int, str]:
     return {
-        row.integer("question_id"): most_agreed(
+        row.integer("question_id"): majority_answer(
             given.text("answer") for given in row.rows("answers")
         )
         for row in _list(path, "annotations", subtype)
     }
 
 
-def _list(path: Path, key: str, subtype: str) -> list[Row]:
+def _list(path: Path, key: str, subtype: str) -> list[JsonRecord]:
     content = json_object(path)
     require_split(content.value.get("data_subtype"), subtype, str(path))
     return content.rows(key)

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from owl2.data.open_dataset import Samples
-from owl2.data.sample import Bad
+from owl2.data.open_dataset import SampleDataset
+from owl2.data.sample import InvalidSample
 from owl2.data.validate.statistics import (
     Tally,
     batches,
@@ -55,7 +55,7 @@ class Findings:
     """
 
     tallies: dict[str, Tally]
-    first: list[tuple[str, Bad]] = field(default_factory=list)
+    first: list[tuple[str, InvalidSample]] = field(default_factory=list)
     marks: "array[int]" = field(default_factory=lambda: array("Q"))
     seconds: float = 0.0
     finished: bool = True
@@ -105,9 +105,9 @@ def limit_of(model: str, max_length: int | None) -> int | None:
     return context if max_length is None else max_length
 
 
-def named(sources: Iterable[tuple[str, Samples]]) -> dict[str, Samples]:
+def named(sources: Iterable[tuple[str, SampleDataset]]) -> dict[str, SampleDataset]:
     """Sources by name; the second of a name is called "NAME (2)"."""
-    by_name: dict[str, Samples] = {}
+    by_name: dict[str, SampleDataset] = {}
     for name, samples in sources:
         others = sum(other == name or other.startswith(f"{name} (") for other in by_name)
         by_name[f"{name} ({others + 1})" if others else name] = samples
@@ -115,7 +115,7 @@ def named(sources: Iterable[tuple[str, Samples]]) -> dict[str, Samples]:
 
 
 def check(
-    sources: Mapping[str, Samples],
+    sources: Mapping[str, SampleDataset],
     processor: Owl2Processor,
     rules: Rules,
     *,
@@ -169,7 +169,7 @@ def check(
 
 
 def _look(
-    sources: Mapping[str, Samples],
+    sources: Mapping[str, SampleDataset],
     judge: Judge,
     workers: int,
     output: Path | None,
@@ -202,7 +202,7 @@ def _list_of_bad(output: Path | None) -> Iterator[TextIO]:
         yield file
 
 
-def _as_line(name: str, bad: Bad) -> str:
+def _as_line(name: str, bad: InvalidSample) -> str:
     row = {"data": name, "row": bad.source, "kind": bad.code, "reason": bad.reason}
     return json.dumps(row, ensure_ascii=False) + "\n"
 

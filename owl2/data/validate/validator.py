@@ -30,11 +30,11 @@ import torch
 from PIL import Image
 
 from owl2.constants import IGNORE_INDEX
-from owl2.data.collate import features_of
-from owl2.data.open_dataset import Samples
-from owl2.data.sample import Bad, Message, Sample, taken
+from owl2.data.collate import require_labels
+from owl2.data.open_dataset import SampleDataset
+from owl2.data.sample import InvalidSample, Message, Sample, get_or_invalid
 from owl2.data.validate.statistics import Seen, Tally
-from owl2.data.webdataset import Shards
+from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
@@ -68,7 +68,7 @@ class Result:
     words and images (64 bits: the same for the same)."""
 
     unit: Unit
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[InvalidSample] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     marks: list[int] = field(default_factory=list)
 
@@ -109,16 +109,17 @@ class Judge:
         self._rules = rules
         self._like = processor.image_processor
 
-    def look(self, sample: Sample | Bad) -> Seen | Bad:
+    def look(self, sample: Sample | InvalidSample) -> Seen | InvalidSample:
         """What was seen of it, or why training would not take it."""
-        if isinstance(sample, Bad):
+        if isinstance(sample, InvalidSample):
             return sample
         looker = self._processor.image_processor = Looker(self._like, self._rules)
         max_length = self._rules.max_length
         try:
-            features = features_of(sample.messages, self._processor, max_length)
+            features = dict(self._processor.for_training(sample.messages, max_length))
+            require_labels(features, max_length)
         except InputError as error:
-            return Bad.of(sample.source, error)
+            return InvalidSample.from_error(sample.source, error)
         tokens = features["input_ids"].shape[-1]
         if tokens == max_length:  # just so long, or cut
             tokens = self._processor.count_tokens(sample.messages)
@@ -151,15 +152,15 @@ def _digest(data: bytes) -> bytes:
 # ------------------------------------------------------------------ many
 
 
-def count_units(sources: Sequence[Samples]) -> int:
+def count_units(sources: Sequence[SampleDataset]) -> int:
     """How many units all the work has."""
     return sum(1 for _ in units_of(sources))
 
 
-def units_of(sources: Sequence[Samples]) -> Iterator[Unit]:
+def units_of(sources: Sequence[SampleDataset]) -> Iterator[Unit]:
     """All the work, in the order of the data."""
     for number, samples in enumerate(sources):
-        if isinstance(samples, Shards):
+        if isinstance(samples, TarDataset):
             size, step = len(samples.urls), 1
         else:
             size, step = len(samples), ROWS_A_UNIT
@@ -170,7 +171,7 @@ def units_of(sources: Sequence[Samples]) -> Iterator[Unit]:
 class Desk:
     """Where units are worked on: the sources, the judge, and the word to stop."""
 
-    def __init__(self, sources: Sequence[Samples], judge: Judge, stop: Event) -> None:
+    def __init__(self, sources: Sequence[SampleDataset], judge: Judge, stop: Event) -> None:
         self.sources = sources
         self.judge = judge
         self.stop = stop
@@ -182,7 +183,7 @@ class Desk:
             if self.stop.is_set():
                 break
             seen = self.judge.look(sample)
-            if isinstance(seen, Bad):
+            if isinstance(seen, InvalidSample):
                 result.bad.append(seen)
                 result.tally.bad[seen.code] += 1
             elif isinstance(sample, Sample):
@@ -190,21 +191,21 @@ class Desk:
                 result.marks.append(mark_of(sample.messages))
         return result
 
-    def _samples(self, unit: Unit) -> Iterator[Sample | Bad]:
+    def _samples(self, unit: Unit) -> Iterator[Sample | InvalidSample]:
         samples = self.sources[unit.source]
-        if not isinstance(samples, Shards):
-            yield from (taken(samples, place) for place in range(unit.start, unit.stop))
+        if not isinstance(samples, TarDataset):
+            yield from (get_or_invalid(samples, place) for place in range(unit.start, unit.stop))
             return
         url = samples.urls[unit.start]
         try:
-            yield from Shards([url])
+            yield from TarDataset([url])
         except InputError as error:  # the shard as a whole: gone, or no tar
-            yield Bad.of(url, error)
+            yield InvalidSample.from_error(url, error)
 
 
 @contextmanager
 def look_at_all(
-    sources: Sequence[Samples], judge: Judge, workers: int, stop: Event
+    sources: Sequence[SampleDataset], judge: Judge, workers: int, stop: Event
 ) -> Iterator[Iterator[Result]]:
     """Results of all units, in their order whatever the number of workers.
 

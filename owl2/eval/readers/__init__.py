@@ -13,7 +13,7 @@ from typing import Any
 
 from owl2.errors import InputError
 from owl2.eval.samples import Broken, Question
-from owl2.json_records import Row, as_row
+from owl2.json_records import JsonRecord, as_record
 
 
 class MissingData(InputError):
@@ -92,7 +92,7 @@ def find_reader(path: str) -> Reader:
 
 
 def each(
-    rows: Iterable[Row | Broken], make: Callable[[int, Row], Question | Broken]
+    rows: Iterable[JsonRecord | Broken], make: Callable[[int, JsonRecord], Question | Broken]
 ) -> Iterator[Question | Broken]:
     """A question a row; a row that is not as published is broken, and the others go on.
 
@@ -123,7 +123,7 @@ def each(
         raise first
 
 
-def lines(path: Path) -> Iterator[Row | Broken]:
+def lines(path: Path) -> Iterator[JsonRecord | Broken]:
     """The objects of a file with one a line; a line that is none is broken.
 
     Raises:
@@ -138,10 +138,10 @@ def lines(path: Path) -> Iterator[Row | Broken]:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _row(line: bytes, path: Path, place: str) -> Row | Broken:
+def _row(line: bytes, path: Path, place: str) -> JsonRecord | Broken:
     where = f"{path}, {place}"
     try:
-        return as_row(json.loads(line.decode("utf-8-sig")), where)
+        return as_record(json.loads(line.decode("utf-8-sig")), where)
     except InputError as error:
         return Broken(place, str(error))
     except (ValueError, RecursionError) as error:

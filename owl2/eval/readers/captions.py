@@ -11,7 +11,7 @@ from owl2.errors import InputError
 from owl2.eval.metrics.captions import check_installed
 from owl2.eval.readers import Source, each, with_image
 from owl2.eval.samples import Broken, Question
-from owl2.json_records import Row, json_object
+from owl2.json_records import JsonRecord, json_object
 
 
 def coco(source: Source) -> Iterator[Question | Broken]:
@@ -22,7 +22,7 @@ def coco(source: Source) -> Iterator[Question | Broken]:
         InputError: it is not as published, or has no such split; CIDEr's package is missing.
     """
 
-    def make(_: int, row: Row) -> Question | Broken:
+    def make(_: int, row: JsonRecord) -> Question | Broken:
         name = row.text("filename")
         path = f"{row.text('filepath')}/{name}"
         return _question(source, row, str(row.integer("cocoid")), path, name)
@@ -38,7 +38,7 @@ def flickr30k(source: Source) -> Iterator[Question | Broken]:
         InputError: it is not as published, or has no such split; CIDEr's package is missing.
     """
 
-    def make(_: int, row: Row) -> Question | Broken:
+    def make(_: int, row: JsonRecord) -> Question | Broken:
         name = row.text("filename")
         folders = ("flickr30k-images", "flickr30k_images", "images")
         return _question(source, row, name, *(f"{folder}/{name}" for folder in folders), name)
@@ -46,7 +46,7 @@ def flickr30k(source: Source) -> Iterator[Question | Broken]:
     return each(_rows(source, "dataset_flickr30k.json"), make)
 
 
-def _rows(source: Source, name: str) -> list[Row]:
+def _rows(source: Source, name: str) -> list[JsonRecord]:
     split = source.options.get("split", "test")
     path = source.file(name)
     check_installed()
@@ -57,7 +57,7 @@ def _rows(source: Source, name: str) -> list[Row]:
     return rows
 
 
-def _question(source: Source, row: Row, number: str, *images: str) -> Question | Broken:
+def _question(source: Source, row: JsonRecord, number: str, *images: str) -> Question | Broken:
     references = tuple(filter(None, (sentence.text("raw") for sentence in row.rows("sentences"))))
     if not references:
         return Broken(number, "nobody's caption is there to compare with")

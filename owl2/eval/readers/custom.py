@@ -31,7 +31,7 @@ from owl2.eval.readers import Source, lines, with_images
 from owl2.eval.samples import Broken, Question
 from owl2.eval.task_config import Data, Recipe
 from owl2.eval.tasks import Task
-from owl2.json_records import Row
+from owl2.json_records import JsonRecord
 from owl2.registry import look_up
 
 KEYS = dict.fromkeys(("image", "question", "answers", "answer", "options", "metric", "id", "kind"))
@@ -82,7 +82,7 @@ def _metric(path: Path) -> str:
     """The name of the file's metric, by its first line that can be read."""
     first: Broken | None = None
     for row in _rows(path):
-        if isinstance(row, Row):
+        if isinstance(row, JsonRecord):
             name = row.value.get("metric", "choice" if "options" in row.value else "exact")
             look_up("metric for questions of one's own", name, WAYS)
             return str(name)
@@ -107,7 +107,7 @@ def _questions(path: Path, metric: str, source: Source) -> Iterator[Question | B
             yield Broken(name, str(error))
 
 
-def _rows(path: Path) -> Iterator[Row | Broken]:
+def _rows(path: Path) -> Iterator[JsonRecord | Broken]:
     """Its lines, with no other keys than ours; one that is none is no reason to stop.
 
     Raises:
@@ -134,7 +134,7 @@ def _number(where: str) -> str:
     return where.rpartition(" ")[2]
 
 
-def _question(path: Path, metric: str, source: Source, row: Row, name: str) -> Question:
+def _question(path: Path, metric: str, source: Source, row: JsonRecord, name: str) -> Question:
     """Raises `InputError`: whatever is wrong with the line."""
     if row.value.get("metric", metric) != metric:
         raise InputError(f"{row.where}: the metric of the file is {metric!r}, by its first line.")
@@ -153,14 +153,14 @@ def _question(path: Path, metric: str, source: Source, row: Row, name: str) -> Q
     return Question(name, text, with_images(images, source.ask(asked)), expected, kind, facts)
 
 
-def _names(row: Row) -> list[str]:
+def _names(row: JsonRecord) -> list[str]:
     """Of its images."""
     if isinstance(row.value.get("image"), list):
         return row.texts("image")
     return [row.text("image")] if "image" in row.value else []
 
 
-def _image(path: Path, source: Source, row: Row, name: str) -> Path:
+def _image(path: Path, source: Source, row: JsonRecord, name: str) -> Path:
     beside = path.parent / name
     found = beside if name and beside.is_file() else source.image(name)
     if found is None or not name:
@@ -168,7 +168,7 @@ def _image(path: Path, source: Source, row: Row, name: str) -> Path:
     return found
 
 
-def _expected(row: Row, metric: str, options: list[str]) -> tuple[str, ...]:
+def _expected(row: JsonRecord, metric: str, options: list[str]) -> tuple[str, ...]:
     given = row.texts("answers") if "answers" in row.value else [row.text("answer")]
     answers = [answer for answer in given if answer]
     if not answers:
@@ -183,7 +183,7 @@ def _expected(row: Row, metric: str, options: list[str]) -> tuple[str, ...]:
     return (_letter(row, answers, options),) if metric == "choice" else tuple(answers)
 
 
-def _letter(row: Row, answers: list[str], options: list[str]) -> str:
+def _letter(row: JsonRecord, answers: list[str], options: list[str]) -> str:
     letters = LETTERS[: len(options)]
     if not 2 <= len(options) <= len(LETTERS) or len(answers) > 1:
         raise InputError(f"{row.where}: a multiple choice has 2 to 26 options and one answer.")

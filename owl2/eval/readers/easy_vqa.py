@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from owl2.data.datasets import load_dataset
-from owl2.data.datasets.easy_vqa import COLOURS, SHAPES, SHORT_PROMPT
+from owl2.data.datasets.easy_vqa import COLORS, SHAPES, SHORT_PROMPT
 from owl2.eval.readers import Source
 from owl2.eval.samples import Question
 
@@ -25,5 +25,5 @@ def easy_vqa(source: Source) -> Iterator[Question]:
 
 
 def _kind(answer: str) -> str:
-    kinds = {"yes or no": ("yes", "no"), "shape": SHAPES, "colour": COLOURS}
+    kinds = {"yes or no": ("yes", "no"), "shape": SHAPES, "colour": COLORS}
     return next(kind for kind, answers in kinds.items() if answer in answers)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from owl2.eval.readers import Source, each, with_image
 from owl2.eval.samples import Broken, Question
-from owl2.json_records import Row, json_entries
+from owl2.json_records import JsonRecord, json_entries
 
 
 def mm_vet(source: Source) -> Iterator[Question | Broken]:
@@ -19,7 +19,7 @@ def mm_vet(source: Source) -> Iterator[Question | Broken]:
     return each(rows.values(), lambda number, row: _question(source, names[number - 1], row))
 
 
-def _question(source: Source, identity: str, row: Row) -> Question | Broken:
+def _question(source: Source, identity: str, row: JsonRecord) -> Question | Broken:
     name, words = row.text("imagename"), row.text("question")
     image = source.image(f"images/{name}")
     if image is None:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from owl2.eval.readers import Source, each, with_image
 from owl2.eval.samples import Broken, Question
-from owl2.json_records import Row, json_rows
+from owl2.json_records import JsonRecord, json_rows
 
 
 def mmhal(source: Source) -> Iterator[Question | Broken]:
@@ -24,7 +24,7 @@ def mmhal(source: Source) -> Iterator[Question | Broken]:
     return each(rows, lambda number, row: _question(source, f"mmhal#{number}", row))
 
 
-def _question(source: Source, identity: str, row: Row) -> Question | Broken:
+def _question(source: Source, identity: str, row: JsonRecord) -> Question | Broken:
     address, words = row.text("image_src"), row.text("question")
     name = PurePosixPath(urlsplit(address).path).name
     image = source.image(f"images/{name}")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from owl2.eval.readers import Source, each, lines, with_image
 from owl2.eval.samples import Broken, Question
-from owl2.json_records import Row
+from owl2.json_records import JsonRecord
 
 
 def pope(source: Source) -> Iterator[Question | Broken]:
@@ -19,7 +19,7 @@ def pope(source: Source) -> Iterator[Question | Broken]:
     return each(lines(path), lambda _, row: _question(source, row))
 
 
-def _question(source: Source, row: Row) -> Question | Broken:
+def _question(source: Source, row: JsonRecord) -> Question | Broken:
     identity = str(row.integer("question_id"))
     words, label = row.text("text"), row.text("label").lower()
     image = source.image(f"val2014/{row.text('image')}")

@@ -6,7 +6,7 @@ from owl2.data.datasets.prompts import LETTERS
 from owl2.eval.metrics.choices import listed
 from owl2.eval.readers import Source, each, with_image
 from owl2.eval.samples import Broken, Question
-from owl2.json_records import Row, json_rows
+from owl2.json_records import JsonRecord, json_rows
 
 TYPES = ("yes or no", "what", "how")
 
@@ -22,7 +22,7 @@ def q_bench(source: Source) -> Iterator[Question | Broken]:
     return each(rows, lambda number, row: _question(source, f"q_bench#{number}", row))
 
 
-def _question(source: Source, identity: str, row: Row) -> Question | Broken:
+def _question(source: Source, identity: str, row: JsonRecord) -> Question | Broken:
     name, options, answer = row.text("img_path"), row.texts("candidates"), row.text("correct_ans")
     image = source.image(f"images/{name}")
     if image is None:

@@ -7,7 +7,7 @@ from owl2.eval.metrics.choices import listed
 from owl2.eval.readers import Source, each, with_image
 from owl2.eval.readers.vqa import as_text
 from owl2.eval.samples import Broken, Question
-from owl2.json_records import Row, json_entries, json_object
+from owl2.json_records import JsonRecord, json_entries, json_object
 
 
 def image_only(source: Source) -> Iterator[Question | Broken]:
@@ -31,7 +31,7 @@ def image_only(source: Source) -> Iterator[Question | Broken]:
             yield Broken(number, f"{splits.where}: {split!r} has it, problems.json does not")
 
 
-def _question(source: Source, number: str, row: Row, split: str) -> Question | Broken:
+def _question(source: Source, number: str, row: JsonRecord, split: str) -> Question | Broken:
     text, options, place = row.text("question"), row.texts("choices"), row.integer("answer")
     if not 0 <= place < len(options):
         return Broken(number, f"answer {place} is none of the {len(options)} choices")

@@ -9,7 +9,7 @@ from owl2.eval.metrics.choices import listed
 from owl2.eval.readers import Source, each, with_image
 from owl2.eval.readers.video import with_video
 from owl2.eval.samples import Broken, Question
-from owl2.json_records import Row, json_object
+from owl2.json_records import JsonRecord, json_object
 
 OPTIONS = ("choice_a", "choice_b", "choice_c", "choice_d")
 
@@ -38,7 +38,7 @@ def seed_bench(source: Source) -> Iterator[Question | Broken]:
     )
 
 
-def _question(source: Source, row: Row, kind: str) -> Question | Broken:
+def _question(source: Source, row: JsonRecord, kind: str) -> Question | Broken:
     identity = str(row.value.get("question_id"))
     options = [str(row.value.get(key, "")).strip() for key in OPTIONS]
     answer, media = row.text("answer"), row.text("data_type")
@@ -55,7 +55,9 @@ def _question(source: Source, row: Row, kind: str) -> Question | Broken:
     return Question(identity, words, messages, (answer,), kind, facts)
 
 
-def _messages(source: Source, row: Row, media: str, words: str) -> list[dict[str, Any]] | None:
+def _messages(
+    source: Source, row: JsonRecord, media: str, words: str
+) -> list[dict[str, Any]] | None:
     name = row.text("data_id")
     if media == "image":
         image = source.image(f"SEED-Bench-image/{name}")

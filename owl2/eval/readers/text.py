@@ -13,7 +13,7 @@ from pathlib import Path
 from owl2.errors import InputError
 from owl2.eval.readers import Source, each, lines
 from owl2.eval.samples import Broken, Question
-from owl2.json_records import Row, json_object
+from owl2.json_records import JsonRecord, json_object
 
 LETTERS = "ABCDEFG"
 
@@ -83,7 +83,7 @@ def bbh(source: Source) -> Iterator[Question | Broken]:
         yield from each(json_object(path).rows("examples"), partial(_bbh, path.stem))
 
 
-def _bbh(task: str, number: int, row: Row) -> Question:
+def _bbh(task: str, number: int, row: JsonRecord) -> Question:
     text, target = row.text("input"), row.text("target")
     facts: dict[str, object] = {"input": text, "target": target}
     return _question(f"{task}#{number}", text, (target,), facts, task)
@@ -106,7 +106,7 @@ def agieval(source: Source) -> Iterator[Question | Broken]:
         yield from each(lines(path), partial(_agieval, path.stem))
 
 
-def _agieval(name: str, number: int, row: Row) -> Question | Broken:
+def _agieval(name: str, number: int, row: JsonRecord) -> Question | Broken:
     identity = f"{name}#{number}"
     if name in WRITTEN:
         answer = row.text("answer")
@@ -122,7 +122,7 @@ def _agieval(name: str, number: int, row: Row) -> Question | Broken:
     return _question(identity, row.text("question"), tuple(letters), facts, name)
 
 
-def _agieval_words(name: str, row: Row) -> str:
+def _agieval_words(name: str, row: JsonRecord) -> str:
     passage = row.text("passage") if row.value.get("passage") else ""
     question = row.text("question")
     if name in WRITTEN:
@@ -148,7 +148,7 @@ def arc(source: Source) -> Iterator[Question | Broken]:
     return each(lines(path), _arc)
 
 
-def _arc(_: int, row: Row) -> Question | Broken:
+def _arc(_: int, row: JsonRecord) -> Question | Broken:
     asked = _inner(row, "question")
     options = asked.rows("choices")
     labels = [option.text("label") for option in options]
@@ -168,7 +168,7 @@ def hellaswag(source: Source) -> Iterator[Question | Broken]:
     return each(lines(source.file("hellaswag_val.jsonl")), _hellaswag)
 
 
-def _hellaswag(number: int, row: Row) -> Question | Broken:
+def _hellaswag(number: int, row: JsonRecord) -> Question | Broken:
     endings, label = row.texts("endings"), row.integer("label")
     if not 0 <= label < len(endings):
         return Broken(f"val#{number}", f"its label is {label}, of {len(endings)} endings")
@@ -188,7 +188,7 @@ def boolq(source: Source) -> Iterator[Question | Broken]:
     return each(lines(source.file("dev.jsonl", "val.jsonl", "BoolQ/val.jsonl")), _boolq)
 
 
-def _boolq(number: int, row: Row) -> Question | Broken:
+def _boolq(number: int, row: JsonRecord) -> Question | Broken:
     answer = row.value.get("answer", row.value.get("label"))
     if not isinstance(answer, bool):
         return Broken(f"val#{number}", f"its answer is {answer!r}, neither true nor false")
@@ -206,7 +206,7 @@ def triviaqa(source: Source) -> Iterator[Question | Broken]:
         yield from each(json_object(path).rows("Data"), partial(_triviaqa, kind))
 
 
-def _triviaqa(kind: str, _: int, row: Row) -> Question | Broken:
+def _triviaqa(kind: str, _: int, row: JsonRecord) -> Question | Broken:
     question = row.text("Question")
     aliases = _inner(row, "Answer").texts("Aliases")
     identity = f"{kind}/{row.text('QuestionId')}"
@@ -216,11 +216,11 @@ def _triviaqa(kind: str, _: int, row: Row) -> Question | Broken:
     return _question(identity, question, tuple(aliases), facts, kind)
 
 
-def _inner(row: Row, key: str) -> Row:
+def _inner(row: JsonRecord, key: str) -> JsonRecord:
     value = row.value.get(key)
     if not isinstance(value, dict):
         raise InputError(f"{row.where}: {key!r} is {value!r:.80}, not an object with keys.")
-    return Row(value, f"{row.where}, {key}")
+    return JsonRecord(value, f"{row.where}, {key}")
 
 
 # ------------------------------------------------------------------ XSum
@@ -240,7 +240,7 @@ def xsum(source: Source) -> Iterator[Question | Broken]:
     return each(rows, partial(_xsum, source))
 
 
-def _xsum(source: Source, number: int, row: Row) -> Question | Broken:
+def _xsum(source: Source, number: int, row: JsonRecord) -> Question | Broken:
     identity = str(row.value.get("id", number))
     article, summary = row.text("document"), row.text("summary")
     if not article or not summary:
@@ -250,7 +250,7 @@ def _xsum(source: Source, number: int, row: Row) -> Question | Broken:
     return Question(identity, text, [{"role": "user", "content": source.ask(text)}], (summary,))
 
 
-def _xsum_files(source: Source, path: Path) -> Iterator[Row | Broken]:
+def _xsum_files(source: Source, path: Path) -> Iterator[JsonRecord | Broken]:
     """As rows of the lines of JSON."""
     for identity in json_object(path).texts("test"):
         file = source.image(f"bbc-summary-data/{identity}.summary")
@@ -260,7 +260,7 @@ def _xsum_files(source: Source, path: Path) -> Iterator[Row | Broken]:
             yield Broken(identity, str(error))
             continue
         article, summary = parts.get("RESTBODY", ""), parts.get("FIRST-SENTENCE", "")
-        yield Row({"id": identity, "document": article, "summary": summary}, identity)
+        yield JsonRecord({"id": identity, "document": article, "summary": summary}, identity)
 
 
 def _text(path: Path) -> str:

@@ -13,7 +13,7 @@ from owl2.errors import InputError
 from owl2.eval.readers import Source, each
 from owl2.eval.samples import Broken, Question
 from owl2.eval.video import Segment, frames_of
-from owl2.json_records import Row, json_rows
+from owl2.json_records import JsonRecord, json_rows
 
 ASKED_BY = ("what", "who", "how", "when", "where")  # the kinds of MSRVTT-QA and MSVD-QA
 TGIF_KINDS = {"0": "object", "1": "number", "2": "colour", "3": "location"}
@@ -28,7 +28,7 @@ def msrvtt_qa(source: Source) -> Iterator[Question | Broken]:
         InputError: it is not as published; a video cannot be decoded here at all.
     """
 
-    def make(_: int, row: Row) -> Question | Broken:
+    def make(_: int, row: JsonRecord) -> Question | Broken:
         name = f"video{row.integer('video_id')}"
         video = _find(source, "TestVideo", name, ".mp4")
         identity, words = str(row.integer("id")), row.text("question")
@@ -41,7 +41,7 @@ def msvd_qa(source: Source) -> Iterator[Question | Broken]:
     """As `msrvtt_qa`; ``youtube_mapping.txt`` says which file a video's number means."""
     clips = _clips(source.file("youtube_mapping.txt"))
 
-    def make(_: int, row: Row) -> Question | Broken:
+    def make(_: int, row: JsonRecord) -> Question | Broken:
         name = f"vid{row.integer('video_id')}"
         video = _find(source, "YouTubeClips", name, ".avi")
         if video is None and name in clips:

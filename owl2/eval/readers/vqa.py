@@ -11,7 +11,7 @@ from owl2.errors import InputError
 from owl2.eval.readers import Source, each, with_image
 from owl2.eval.samples import Broken, Question
 from owl2.json_records import (
-    Row,
+    JsonRecord,
     json_entries,
     json_object,
     json_rows,
@@ -58,7 +58,7 @@ def gqa(source: Source) -> Iterator[Question | Broken]:
     rows = dict(json_entries(source.file("testdev_balanced_questions.json")))
     numbers = list(rows)
 
-    def make(number: int, row: Row) -> Question | Broken:
+    def make(number: int, row: JsonRecord) -> Question | Broken:
         structure = as_text(row.value.get("types"), "structural")
         kind = {"": "", "query": "open"}.get(structure, "binary")
         name = f"{row.text('imageId')}.jpg"
@@ -78,7 +78,7 @@ def vizwiz(source: Source) -> Iterator[Question | Broken]:
         InputError: it is not as published.
     """
 
-    def make(_: int, row: Row) -> Question | Broken:
+    def make(_: int, row: JsonRecord) -> Question | Broken:
         name = row.text("image")
         answers = [given.text("answer") for given in row.rows("answers")]
         kind = as_text(row.value, "answer_type")
@@ -96,7 +96,7 @@ def textvqa(source: Source) -> Iterator[Question | Broken]:
         InputError: it is not as published.
     """
 
-    def make(_: int, row: Row) -> Question | Broken:
+    def make(_: int, row: JsonRecord) -> Question | Broken:
         name = f"{row.text('image_id')}.jpg"
         number = str(row.integer("question_id"))
         folders = ("train_images", "train_val_images/train_images", "images")
@@ -127,7 +127,7 @@ def _about_coco(
     questions = json_object(asked)
     require_split(questions.value.get("data_subtype"), COCO, str(asked))
 
-    def make(_: int, row: Row) -> Question | Broken:
+    def make(_: int, row: JsonRecord) -> Question | Broken:
         number = row.integer("question_id")
         if number not in given:
             raise InputError(
@@ -144,7 +144,7 @@ def _about_coco(
 
 
 def _question(
-    source: Source, row: Row, number: str, answers: list[str], kind: str, *images: str
+    source: Source, row: JsonRecord, number: str, answers: list[str], kind: str, *images: str
 ) -> Question | Broken:
     text = row.text("question")
     expected = tuple(answers)

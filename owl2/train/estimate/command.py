@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from owl2.data.open_dataset import open_source
-from owl2.data.webdataset import Shards
+from owl2.data.open_dataset import open_dataset
+from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
 from owl2.files import atomic_write_text
 from owl2.registry import look_up
@@ -76,8 +76,8 @@ def counted(recipe: Recipe) -> int | None:
         if source.count is None:
             if source.shards is not None or (path is not None and not Path(path).exists()):
                 return None
-            samples = open_source(**source.origin())
-            assert not isinstance(samples, Shards)
+            samples = open_dataset(**source.origin())
+            assert not isinstance(samples, TarDataset)
             total += len(samples)
         else:
             total += source.count

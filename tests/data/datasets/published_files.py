@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from owl2.data.sample import Sample, checked
-from owl2.json_records import LeftOut
+from owl2.data.sample import Sample, validated
+from owl2.json_records import SkippedRows
 from owl2.processing.chat_template import content_to_text, parse_messages
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -27,15 +27,15 @@ def put_lines(folder: Path, name: str, rows: Iterable[Any]) -> Path:
     return path
 
 
-def split_up(items: Iterable[Sample | LeftOut]) -> tuple[list[Sample], dict[str, int]]:
+def split_up(items: Iterable[Sample | SkippedRows]) -> tuple[list[Sample], dict[str, int]]:
     """The samples, all of which training takes, and what was left out by reason."""
     samples: list[Sample] = []
     left_out: Counter[str] = Counter()
     for item in items:
-        if isinstance(item, LeftOut):
+        if isinstance(item, SkippedRows):
             left_out[item.reason] += item.count
         else:
-            samples.append(checked(item))
+            samples.append(validated(item))
     return samples, dict(left_out)
 
 
@@ -48,7 +48,9 @@ def told(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
     return None if image is None else image.as_posix(), rounds
 
 
-def told_all(items: Iterable[Sample | LeftOut]) -> list[tuple[str | None, list[tuple[str, str]]]]:
+def told_all(
+    items: Iterable[Sample | SkippedRows],
+) -> list[tuple[str | None, list[tuple[str, str]]]]:
     samples, left_out = split_up(items)
     assert left_out == {}
     return [told(sample) for sample in samples]

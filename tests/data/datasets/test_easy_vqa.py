@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from owl2.data.datasets.easy_vqa import (
-    COLOURS,
+    COLORS,
     SHAPES,
     EasyVqaImage,
-    Question,
+    EasyVqaQuestion,
     caption,
     easy_vqa,
     images,
 )
-from owl2.data.sample import checked
+from owl2.data.sample import validated
 from owl2.errors import InputError
 from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
@@ -66,7 +66,7 @@ def test_the_splits_share_no_image():
 def test_samples_are_well_formed(style):
     samples = easy_vqa("train", style=style)
     for sample in samples[::97]:
-        checked(sample)
+        validated(sample)
         assert sample.messages[0]["content"][0]["type"] == "image"
         assert load_image(path_of(sample)).size == (64, 64)
 
@@ -143,7 +143,7 @@ def test_without_the_package(monkeypatch):
 
 
 def asked(*questions: tuple[str, str]) -> EasyVqaImage:
-    rows = [Question(number, *question) for number, question in enumerate(questions)]
+    rows = [EasyVqaQuestion(number, *question) for number, question in enumerate(questions)]
     return EasyVqaImage(0, "0.png", tuple(rows))
 
 
@@ -162,10 +162,10 @@ def asked(*questions: tuple[str, str]) -> EasyVqaImage:
         ([("is there not a circle?", "yes")], "a shape."),
         ([("is there a circle?", "no"), ("is no triangle present?", "yes")], "a rectangle."),
         (
-            [(f"is there a {colour} shape?", "no") for colour in COLOURS[1:]],
-            f"a {COLOURS[0]} shape.",
+            [(f"is there a {colour} shape?", "no") for colour in COLORS[1:]],
+            f"a {COLORS[0]} shape.",
         ),
-        ([(f"is there a {colour} shape?", "no") for colour in COLOURS[2:]], "a shape."),
+        ([(f"is there a {colour} shape?", "no") for colour in COLORS[2:]], "a shape."),
     ],
 )
 def test_caption_says_what_the_answers_tell(questions, expected):
@@ -187,7 +187,7 @@ def test_contradictions_are_refused(questions):
 
 def test_how_complete_the_captions_are():
     words = [caption(image)[2:-1].split() for image in images("train")]
-    told = Counter((bool({*said} & {*COLOURS}), bool({*said} & {*SHAPES})) for said in words)
+    told = Counter((bool({*said} & {*COLORS}), bool({*said} & {*SHAPES})) for said in words)
     assert told == {(True, True): 3578, (False, True): 259, (True, False): 134, (False, False): 29}
 
 
@@ -205,7 +205,7 @@ def test_captions_name_the_colour_that_the_image_is_painted_in():
     compared = 0
     for image in images("train")[::4]:
         colour = caption(image).split()[1]
-        if colour in COLOURS:
+        if colour in COLORS:
             counts = sorted(load_image(image.path).getcolors(64 * 64), reverse=True)
             shape_and_background = [value for _, value in counts[:2]]
             assert paint[colour] in shape_and_background, image.path

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from owl2.data.datasets.group_by_image import joined, most_agreed
+from owl2.data.datasets.group_by_image import group_by_image, majority_answer
 from owl2.data.datasets.prompts import (
     about_image,
     choice_question,
@@ -25,7 +25,7 @@ from tests.data.datasets.published_files import SHORT, split_up, told
     ],
 )
 def test_most_agreed_and_of_equals_the_first(answers, agreed):
-    assert most_agreed(answers) == agreed
+    assert majority_answer(answers) == agreed
 
 
 def test_a_conversation_a_image_in_order_of_appearance():
@@ -36,7 +36,7 @@ def test_a_conversation_a_image_in_order_of_appearance():
         ("3.jpg", ("c?", "")),
         ("2.jpg", ("d?", "4")),
     ]
-    samples, left_out = split_up(joined(asked, Path("file.json")))
+    samples, left_out = split_up(group_by_image(asked, Path("file.json")))
     assert [told(sample) for sample in samples] == [
         ("2.jpg", [("<|image|>\na?", "1"), ("d?", "4")]),
         ("1.jpg", [("<|image|>\nb?", "2")]),
@@ -50,7 +50,7 @@ def test_a_conversation_a_image_in_order_of_appearance():
 
 def test_no_more_than_most_in_a_conversation():
     asked = [("1.jpg", (f"{n}?", str(n))) for n in range(5)] + [("2.jpg", ("a?", "b"))]
-    samples, _ = split_up(joined(asked, Path("file.json"), 2))
+    samples, _ = split_up(group_by_image(asked, Path("file.json"), 2))
     assert [(told(each)[0], [answer for _, answer in told(each)[1]]) for each in samples] == [
         ("1.jpg", ["0", "1"]),
         ("1.jpg", ["2", "3"]),
@@ -59,7 +59,7 @@ def test_no_more_than_most_in_a_conversation():
     ]
     assert told(samples[1])[1][0][0] == "<|image|>\n2?"
     with pytest.raises(InputError, match="`most` is 0"):
-        list(joined(asked, Path("file.json"), 0))
+        list(group_by_image(asked, Path("file.json"), 0))
 
 
 def test_messages_of_a_conversation_and_of_a_pair():

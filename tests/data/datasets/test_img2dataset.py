@@ -7,7 +7,7 @@ import pytest
 
 from owl2.data.datasets.img2dataset import Shard, ranges, shards
 from owl2.errors import InputError
-from owl2.json_records import LeftOut
+from owl2.json_records import SkippedRows
 
 
 def put_shard(folder: Path, number: int, pairs: int = 2, **statistics: object) -> Path:
@@ -66,10 +66,10 @@ def test_what_is_not_finished_is_left_out(tmp_path):
     put_shard(tmp_path, 2, pairs=0)
     tiny.write_bytes(b"")
     assert list(shards(tmp_path)) == [
-        LeftOut("shards without statistics, so not finished"),
-        LeftOut("shards cut short"),
-        LeftOut("shards without a pair"),
-        LeftOut("shards cut short"),
+        SkippedRows("shards without statistics, so not finished"),
+        SkippedRows("shards cut short"),
+        SkippedRows("shards without a pair"),
+        SkippedRows("shards cut short"),
         Shard(good, 2),
     ]
 

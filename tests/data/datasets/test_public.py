@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from owl2.data.datasets.registry import PUBLIC, from_package
+from owl2.data.datasets.registry import DATASET_CARDS, from_package
 from owl2.errors import InputError
 from owl2.registry import options_of
 from tests.data.datasets.published_files import told_all
@@ -17,26 +17,26 @@ OF_THE_PAPER = [
 
 
 def test_all_of_the_paper_are_there():
-    assert set(PUBLIC) == {*OF_THE_PAPER, "easy_vqa"}
-    assert all(entry.url.startswith("https://") for entry in PUBLIC.values())
+    assert set(DATASET_CARDS) == {*OF_THE_PAPER, "easy_vqa"}
+    assert all(entry.url.startswith("https://") for entry in DATASET_CARDS.values())
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", DATASET_CARDS)
 def test_options_have_defaults_and_test_splits_are_refused(name, tmp_path):
-    options = options_of(PUBLIC[name].convert)
+    options = options_of(DATASET_CARDS[name].convert)
     assert inspect.Parameter.empty not in options.values()
     folder = "package" if name == "easy_vqa" else tmp_path
     if "split" in options:
         with pytest.raises(InputError, match="evaluation only"):
-            list(PUBLIC[name].convert(folder, split="test"))
+            list(DATASET_CARDS[name].convert(folder, split="test"))
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
 def test_a_folder_without_the_files(name, tmp_path):
     with pytest.raises(InputError, match=r"is not there|has no shards"):
-        list(PUBLIC[name].convert(tmp_path))
+        list(DATASET_CARDS[name].convert(tmp_path))
     with pytest.raises(InputError, match="is not a folder"):
-        list(PUBLIC[name].convert(tmp_path / "none"))
+        list(DATASET_CARDS[name].convert(tmp_path / "none"))
 
 
 def test_easy_vqa_is_the_package(tmp_path):
