@@ -130,7 +130,7 @@ def test_weights_have_no_epochs(recipe, mixed, world):
 
 
 def test_a_stream_without_a_number_of_samples_is_refused(recipe, shards):
-    with pytest.raises(InputError, match=r"001?.*\.tar is read as a stream.*`count`.*`weight`"):
+    with pytest.raises(InputError, match=r"001?.*\.tar is a stream.*`count`.*`weight`"):
         train(recipe(data=[{"shards": shards}]), quiet())
 
 
