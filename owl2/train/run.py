@@ -177,7 +177,7 @@ def _announce(
         console.print(f"  {line}", highlight=False)
     console.print(groups_table(recipe_groups(model, recipe)))
     size = model.config.image_size
-    amount = "SampleDataset by weight" if samples is None else f"{samples:,} samples an epoch"
+    amount = "Samples by weight" if samples is None else f"{samples:,} samples an epoch"
     console.print(f"{amount}, images at {size} x {size} pixels", highlight=False)
     if saved is not None:
         console.print(f"Going on after step {saved.position.step}", highlight=False)

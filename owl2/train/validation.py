@@ -136,7 +136,7 @@ def _places(source: SampleDataset, count: int | None, most: int | None) -> Seque
 
 
 class _First(Sequence[Sample]):
-    """The first `count` of some samples, read when get_or_invalid."""
+    """The first `count` of some samples, read when accessed."""
 
     def __init__(self, samples: Sequence[Sample], count: int) -> None:
         self.samples = samples
