@@ -1,6 +1,8 @@
 """Devices and dtypes by name, and settings of the CPU and the C library."""
 
 import ctypes
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,3 +101,28 @@ def select_dtype(device: torch.device, dtype: str | torch.dtype | None = None) -
         return torch.float16  # every macOS with MPS supports it; bfloat16 needs a recent one
     # CPUs without bfloat16 instructions convert to 32 bits, which is slower.
     return torch.bfloat16 if cpu_supports_bf16() else torch.float32
+
+
+@cache
+def openmp_library() -> str:
+    """The path of the GNU OpenMP library that torch has loaded; "" if it is unknown.
+
+    Other packages may have loaded copies of their own.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text().split()
+    except OSError:  # not Linux
+        return ""
+    paths = [path for path in maps if "/libgomp" in path]
+    return next((path for path in paths if "/torch/" in path), paths[0] if paths else "")
+
+
+def release_openmp_threads() -> None:
+    """End the OpenMP threads that belong to the calling thread; the next operation restarts them.
+
+    Each Python thread that computes has OpenMP threads. As soon as a process has more of them than
+    cores, all of them sleep after every operation instead of polling for the next one.
+    """
+    if path := openmp_library():
+        soft = 1  # omp_pause_soft
+        ctypes.CDLL(path).omp_pause_resource_all(soft)

@@ -23,14 +23,13 @@ from transformers import DynamicCache
 from owl2.attention.record import Record, record
 from owl2.attention.tokenized_dialogue import Script, Span
 from owl2.engine.engine import Engine
-from owl2.engine.engine_core import Prompt
-from owl2.engine.prefill import Read
-from owl2.engine.scoring import read_alone
+from owl2.engine.prefill import PrefillOutput
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, parse_messages
 from owl2.processing.image_io import load_image
 from owl2.processing.image_processing import ImagePolicy
+from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 
 MAX_NEW_TOKENS = 64  # a figure with more rows than that shows nothing
@@ -132,22 +131,21 @@ def look(
         if not answer:
             raise InputError("The model answers nothing, so there is nothing to look at: give one.")
     script = Script.of(processor, messages, answer)
-    if len(script.prompt) + len(script.answer) - 1 > engine.context:
+    if len(script.prompt) + len(script.answer) - 1 > engine.context_length:
         raise InputError(
             f"Prompt and answer have {len(script.prompt)} and {len(script.answer)} tokens; the "
-            f"model's context is {engine.context}. Use fewer words, turns or images."
+            f"model's context is {engine.context_length}. Use fewer words, turns or images."
         )
     pixels = processor.image_processor(images)["pixel_values"] if images else None
-    prompt = Prompt(script.prompt, pixels)
+    prompt = PreparedPrompt.from_ids(
+        script.prompt, pixels, processor.image_token_id, processor.num_image_tokens
+    )
 
-    def use(read: Read) -> Record:
+    def use(read: PrefillOutput) -> Record:
         cache = read.cache if use_mam else _read_without_mam(engine.model, prompt)
         return record(engine.model, script, cache, pixels, chosen)
 
-    if engine.runner is not None:  # in the thread that computes: others' requests wait meanwhile
-        recorded = engine.runner.read(prompt, use)
-    else:
-        recorded = use(Read(*read_alone(engine.model, *prompt)))
+    recorded = engine.run_prefilled(prompt, use)
     return Looks(
         tokens=script.answer_texts,
         prompt_tokens=script.prompt_texts,
@@ -191,7 +189,7 @@ def _opened(
 
 
 @torch.no_grad()
-def _read_without_mam(model: Owl2ForConditionalGeneration, prompt: Prompt) -> DynamicCache:
+def _read_without_mam(model: Owl2ForConditionalGeneration, prompt: PreparedPrompt) -> DynamicCache:
     """A prompt's cache, computed with the text weights for all its tokens."""
     ids = torch.tensor([prompt.ids], device=model.device)
     images: dict[str, Any] = {}

@@ -62,7 +62,7 @@ def attend(settings: Settings, console: Console) -> None:
     limit = processor.image_processor.max_pixels
     images = [load_image(image, limit) for image in settings.images]
     messages = [user_message(settings.question, images)]
-    engine = Engine(settings.model.load_model(), processor, reuse=True)
+    engine = Engine(settings.model.load_model(), processor, enable_prefix_caching=True)
     layers = _layers(settings.layers, engine.model.config.num_hidden_layers)
     asked: dict[str, Any] = {
         "layers": [layer for layer in layers if layer is not None],

@@ -15,7 +15,6 @@ from owl2.bench.flops import decode_bytes, decoder_flops, image_flops, training_
 from owl2.bench.implementations import LlamaSteps, Prompts, Steps, Subjects
 from owl2.bench.memory import STEPS, step_memory
 from owl2.bench.workload import BATCH, NEW, QUESTION, TEXT, TOGETHER, Request
-from owl2.engine.engine_core import Prompt
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def mam_decode(on: Subjects) -> Figure:
 def mam_prefill(on: Subjects) -> Figure:
     """An image that is encoded already and 64 words through the decoder, with and without MAM."""
     ids = on.workload.prompt()
-    prompt = Prompt(tuple(ids[0].tolist()), on.workload.pixels())
+    prompt = on.runner.prepare(ids[0].tolist(), on.workload.pixels())
     words = on.workload.words(ids.shape[1])
     ours, plain = (Prompts(model, feature_bytes=1 << 30) for model in (on.model, on.plain))
     runs = {

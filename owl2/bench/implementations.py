@@ -12,13 +12,15 @@ from owl2.bench.presets import Origin
 from owl2.bench.roofline import Limits
 from owl2.bench.training import Training
 from owl2.bench.workload import Request, Workload
-from owl2.engine.backends.weight_only_quantization import quantise
-from owl2.engine.engine_core import Prompt, Runner
-from owl2.engine.model_runner import FastDecoder
-from owl2.engine.prefill import Reader
+from owl2.engine.backends.weight_only_quantization import quantize
+from owl2.engine.engine_core import EngineCore
+from owl2.engine.model_runner import ModelRunner
+from owl2.engine.prefill import Prefiller
+from owl2.engine.prefix_cache import PromptState
 from owl2.engine.sampling import SamplingParams
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.model.variants import as_llama, as_no_mam, clone_sharing_weights
+from owl2.processing.prepared_prompt import PreparedPrompt
 
 GREEDY = SamplingParams()
 
@@ -47,7 +49,7 @@ class Subjects:
     def eight_bits(self) -> Owl2ForConditionalGeneration:
         """The model with its decoder's weights in 8 bits."""
         rounded = clone_sharing_weights(self.model)
-        quantise(rounded, "8bit")
+        quantize(rounded, "8bit")
         return rounded
 
     @cached_property
@@ -63,14 +65,14 @@ class Subjects:
     # The project, as its users get it
 
     @cached_property
-    def runner(self) -> Runner:
+    def runner(self) -> EngineCore:
         """Answers many at a time, and remembers images and prefixes."""
-        return Runner(self.model)
+        return EngineCore(self.model)
 
     @cached_property
-    def forgetful(self) -> Runner:
+    def forgetful(self) -> EngineCore:
         """Without memory: each request is computed from its first token on."""
-        return Runner(self.model, reuse=False)
+        return EngineCore(self.model, enable_prefix_caching=False)
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> Any:
@@ -84,16 +86,16 @@ class Subjects:
     def prefill(self, ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """The likeliest next tokens of prompts (B, S) with an image each."""
         rows = zip(ids.tolist(), pixel_values.split(1), strict=True)
-        return self.prompts.read([Prompt(tuple(row), image) for row, image in rows])
+        return self.prompts.read([self.runner.prepare(row, image) for row, image in rows])
 
-    def answer(self, runner: Runner, requests: Sequence[Request]) -> list[list[int]]:
+    def answer(self, runner: EngineCore, requests: Sequence[Request]) -> list[list[int]]:
         """Greedy answers of exactly as many tokens as are wanted."""
-        prompts = [as_prompt(request) for request in requests]
+        prompts = [as_prompt(runner, request) for request in requests]
         return runner.generate(prompts, GREEDY, [request.limit for request in requests], ())
 
-    def first_token(self, runner: Runner, request: Request) -> int:
+    def first_token(self, runner: EngineCore, request: Request) -> int:
         """Ends as soon as it is there."""
-        stream = runner.stream(as_prompt(request), GREEDY, request.limit, ())
+        stream = runner.stream(as_prompt(runner, request), GREEDY, request.limit, ())
         try:
             return next(iter(stream))
         finally:
@@ -109,14 +111,14 @@ class Prompts:
     """
 
     def __init__(self, model: Owl2ForConditionalGeneration, feature_bytes: int = 0) -> None:
-        self.decoder = FastDecoder(model)
-        self._reader = Reader(model, prefix_bytes=0, feature_bytes=feature_bytes)
+        self.decoder = ModelRunner(model)
+        self._prefiller = Prefiller(model, prefix_bytes=0, feature_bytes=feature_bytes)
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+    def read(self, prompts: Sequence[PreparedPrompt]) -> torch.Tensor:
         """The likeliest next tokens (B,), images and all."""
-        begun = [self._reader.begin(*prompt) for prompt in prompts]
-        return self._reader.read(begun, self.decoder, 0).argmax(-1)
+        states = [PromptState(prompt) for prompt in prompts]
+        return self._prefiller.prefill(states, self.decoder, 0).argmax(-1)
 
 
 class Steps:
@@ -133,7 +135,7 @@ class Steps:
         rows: int = 1,
     ) -> None:
         ids, pixel_values = prompt
-        self.decoder = FastDecoder(model)
+        self.decoder = ModelRunner(model)
         with torch.no_grad():
             out = model(ids, pixel_values, use_cache=True, logits_to_keep=1)
         self.start = ids.shape[1]
@@ -142,13 +144,13 @@ class Steps:
         self.decoder.cache.reserve(rows, self.start)
         for row in range(rows):
             keys, values = ([getattr(x, n)[0] for x in cache.layers] for n in ("keys", "values"))
-            self.decoder.cache.put(row, keys, values)
+            self.decoder.cache.write(row, keys, values)
 
     def decode(self, count: int) -> list[int]:
         """The `count` likeliest tokens of the first sequence; the others go along."""
         tokens, found = self.tokens, []
         for position in range(self.start, self.start + count):
-            logits = self.decoder.step(tokens, torch.full((len(tokens),), position))
+            logits = self.decoder.decode(tokens, torch.full((len(tokens),), position))
             tokens = logits.argmax(-1)
             found.append(int(tokens[0]))
         return found
@@ -178,6 +180,6 @@ class LlamaSteps:
         return found
 
 
-def as_prompt(request: Request) -> Prompt:
+def as_prompt(runner: EngineCore, request: Request) -> PreparedPrompt:
     """As the project's runner takes it."""
-    return Prompt(tuple(request.ids[0].tolist()), request.pixel_values)
+    return runner.prepare(request.ids[0].tolist(), request.pixel_values)

@@ -210,7 +210,7 @@ def _load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:
     processor = Owl2Processor.from_pretrained(config.model)
     device = worker.device(str(select_device(config.device)))
     model = load_model(config.model, device, config.dtype, quantize=config.quantize)
-    engine = Engine(model, processor, reuse=False)  # all images differ
+    engine = Engine(model, processor, enable_prefix_caching=False)  # all images differ
     # An error in the prompt would occur for every image: find it first.
     size = processor.image_processor.size
     blank = Image.new("RGB", (size, size))

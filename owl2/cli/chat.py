@@ -34,7 +34,7 @@ def chat(
     quantize: Quantize = None,
 ) -> None:
     """Ask about images: one question, or an interactive chat."""
-    from owl2.engine.chat_session import ask, converse
+    from owl2.cli.repl import ask, converse
     from owl2.engine.load_model import ModelArgs
 
     settings = ModelArgs(model, device, dtype, image_policy, max_pixels, quantize)

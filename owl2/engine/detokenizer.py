@@ -1,30 +1,36 @@
-"""Tokens as they are made → text that will not change, up to where it is to stop.
+"""Token ids to text, one token at a time.
 
-What was given out, joined, is the whole answer: its tokens decoded at once, up to a stop string,
-without white space around it.
+The text of an answer is its ids decoded at once, up to the first stop string, without leading and
+trailing white space. The detokenizer releases a part of it as soon as no further token can change
+it.
 """
 
+import re
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
+from typing import Any
 
-# What bytes decode to while they are no whole character.
-_BROKEN = "\ufffd"
-# Tokens that are decoded again for each new one. Decoding all of them takes longer with each.
-_WINDOW = 32
+from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\ufffd"  # an incomplete character decodes to it
+_WINDOW = 32  # tokens that are decoded again for each new one
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>\Z")
+_SPACE = "\u2581"  # SentencePiece's space
 
 
-class TextStream:
-    """One answer's text, token by token.
+class IncrementalDetokenizer:
+    """The text of one answer.
 
     Args:
-        decode: ids to text, with the white space around it.
-        open_ids: tokens after which the text so far may still change as a whole (the bytes of
-            tokenizers that decode a run of them at once).
-        stop: texts that end the answer; they and what follows are not part of it.
+        decode: Ids to text, with the white space around it.
+        open_ids: Tokens after which all of the text may still change: the byte tokens of
+            tokenizers that decode a run of them together.
+        stop: Strings that end the answer and are not part of it.
 
     Attributes:
-        text: all so far, also what may still change or turn out to be behind the end.
-        cut: the place in `text` where a stop string begins; None: there is none.
-        given: up to where `text` was given out, the white space before it included.
+        text: Everything so far, including parts that may change or follow a stop string.
+        stop_position: Where a stop string begins in `text`, or None.
+        num_released: Characters of `text` that were released, with the white space before them.
     """
 
     def __init__(
@@ -34,80 +40,131 @@ class TextStream:
         stop: Sequence[str] = (),
     ) -> None:
         self.text = ""
-        self.cut: int | None = None
-        self.given = 0
+        self.stop_position: int | None = None
+        self.num_released = 0
         self._decode = decode
         self._open_ids = open_ids
         self._stop = stop
-        self._longest = max(map(len, stop), default=0)
-        self._searched = 0
-        # `text` is what came before the window and what its tokens add to their first one's text.
+        self._max_stop_length = max(map(len, stop), default=0)
+        self._num_searched = 0
+        # `text` is the text before the window, and what the window's tokens add to its first one.
         self._window: list[int] = []
-        self._before, self._skipped = "", 0
+        self._before, self._skip = "", 0
 
     @property
-    def settled(self) -> int:
-        """How much of `text` will not change, whatever comes."""
-        return len(self.text.rstrip(_BROKEN))
+    def num_final(self) -> int:
+        """Characters of `text` that no further token changes."""
+        return len(self.text.rstrip(_REPLACEMENT))
 
     def add(self, token: int) -> str:
-        """Take a token that is not the end; give out what text is certain, perhaps none."""
+        """Add a token other than the end token; returns the released text, which may be empty."""
         self._window.append(token)
         if token in self._open_ids:
             return ""
-        self._read()
-        end = self._find_stop(self.settled)
-        if self.cut is None:
+        self._decode_window()
+        end = self._find_stop(self.num_final)
+        if self.stop_position is None:
             end = self._possible_stop(end)
-            self._move_window()
-        return self._give(end)
+            self._advance_window()
+        return self._release(end)
 
     def finish(self) -> str:
-        """Give out the rest: no token follows."""
-        if self.cut is None:
-            self._read()
+        """Release the rest of the text."""
+        if self.stop_position is None:
+            self._decode_window()
             self._find_stop(len(self.text))
-        return self._give(len(self.text) if self.cut is None else self.cut)
+        return self._release(len(self.text) if self.stop_position is None else self.stop_position)
 
-    def _read(self) -> None:
+    def _decode_window(self) -> None:
         if self._window:
-            self.text = self._before + self._decode(self._window)[self._skipped :]
+            self.text = self._before + self._decode(self._window)[self._skip :]
 
-    def _move_window(self) -> None:
-        """Begin a new window with the last token if its text does not hang on those before it."""
+    def _advance_window(self) -> None:
+        """Start a new window with the last token if its text does not depend on earlier tokens."""
         last = self._window[-1:]
-        if len(self._window) < _WINDOW or self.settled < len(self.text):
+        if len(self._window) < _WINDOW or self.num_final < len(self.text):
             return
-        if _BROKEN not in (alone := self._decode(last)):
-            self._before, self._skipped, self._window = self.text, len(alone), last
+        if _REPLACEMENT not in (alone := self._decode(last)):
+            self._before, self._skip, self._window = self.text, len(alone), last
 
     def _find_stop(self, end: int) -> int:
-        """Look for stop strings before `end`: the place of the one that was whole first, or `end`.
+        """The position of the stop string that is complete first, or `end` if there is none.
 
-        As if the text had come letter by letter: it does not matter how tokens cut it.
+        The result does not depend on how tokens divide the text.
         """
-        begin = max(0, self._searched - self._longest + 1)
-        self._searched = end
-        places = [(self.text.find(stop, begin, end), len(stop)) for stop in self._stop]
-        found = [(place + length, place) for place, length in places if place >= 0]
+        begin = max(0, self._num_searched - self._max_stop_length + 1)
+        self._num_searched = end
+        positions = [(self.text.find(stop, begin, end), len(stop)) for stop in self._stop]
+        found = [(position + length, position) for position, length in positions if position >= 0]
         if not found:
             return end
-        self.cut = min(found)[1]
-        return self.cut
+        self.stop_position = min(found)[1]
+        return self.stop_position
 
     def _possible_stop(self, end: int) -> int:
-        """From where on the text before `end` may be the beginning of a stop string."""
-        for begin in range(max(0, end - self._longest + 1), end):
+        """The position from which the text before `end` may be the start of a stop string."""
+        for begin in range(max(0, end - self._max_stop_length + 1), end):
             tail = self.text[begin:end]
             if any(stop.startswith(tail) for stop in self._stop):
                 return begin
         return end
 
-    def _give(self, end: int) -> str:
-        """What is new before `end`, but for white space at the answer's end or beginning."""
+    def _release(self, end: int) -> str:
+        """The new text before `end`, without white space at the start and end of the answer."""
         end = len(self.text[:end].rstrip())
-        if end <= self.given:
+        if end <= self.num_released:
             return ""
-        begin, self.given = self.given, end
+        begin, self.num_released = self.num_released, end
         new = self.text[begin:end]
         return new if self.text[:begin].strip() else new.lstrip()
+
+
+class TokenTexts:
+    """The text and the bytes of single tokens; each token is converted once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._known: dict[int, tuple[str, bytes]] = {}
+
+    def find(self, token: int) -> tuple[str, bytes]:
+        """A token's text and its UTF-8 bytes; special tokens have their name and no bytes.
+
+        In the text, bytes that are not a complete character are written as `\\xe4`.
+        """
+        if token not in self._known:
+            self._known[token] = self._convert(token)
+        return self._known[token]
+
+    def _convert(self, token: int) -> tuple[str, bytes]:
+        if token >= len(self._tokenizer):  # the model's vocabulary may be larger
+            return "", b""
+        name: Any = self._tokenizer.convert_ids_to_tokens(token)  # annotated as for several ids
+        if token in self._special:
+            return str(name), b""
+        if byte := _BYTE.match(name):
+            data = bytes([int(byte[1], 16)])
+        elif token in self._tokenizer.added_tokens_decoder:
+            data = name.encode()
+        elif _is_byte_level(self._tokenizer):
+            letters = _byte_letters()
+            data = bytes(letters[letter] for letter in name)
+        else:
+            data = name.replace(_SPACE, " ").encode()
+        return data.decode(errors="backslashreplace"), data
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the letters of its tokens stand for bytes, as in GPT-2."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and "ByteLevel" in repr(backend.decoder)
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters: printable Latin-1 bytes are themselves, the others follow from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + index): byte for index, byte in enumerate(others)
+    }

@@ -1,15 +1,16 @@
-"""Load once, answer many: chat, stream, batch, complete, score.
+"""The engine: load a model once, answer and score any number of prompts.
 
 ::
 
-    messages ──processor──► Prompt: ids (S,), pixel_values (N, 3, H, W)
-    ──Runner, with all that waits──► new ids (T,) ──► text
+    messages ──Owl2Processor.encode──► PreparedPrompt: ids, pixel_values
+    ──EngineCore, together with all other requests──► token ids
+    ──OutputProcessor──► text
 
-S tokens, N images, T new tokens. From call to call nothing is kept, or what costs time but not
-what changes an answer (`reuse`): a second call gives the same as the first.
+Nothing that changes an answer is kept from call to call.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +18,77 @@ import torch
 from transformers import GenerationConfig
 
 from owl2.engine import hf_generate
-from owl2.engine.detokenizer import TextStream
-from owl2.engine.engine_core import Prompt, Runner
+from owl2.engine.detokenizer import IncrementalDetokenizer, TokenTexts
+from owl2.engine.engine_core import EngineCore, EngineStats
 from owl2.engine.load_model import load_model
-from owl2.engine.output import AnswerInMaking, Completion, Events, check_request
-from owl2.engine.prefill import Read
-from owl2.engine.sampling import SamplingParams
-from owl2.engine.scoring import prompt_and_answer, read_alone, score_answers
-from owl2.engine.token_text import TokenTexts
+from owl2.engine.output import (
+    Completion,
+    OnOutput,
+    OutputProcessor,
+    RequestHandle,
+)
+from owl2.engine.prefill import PrefillOutput, prefill_uncached
+from owl2.engine.prefix_cache import PromptState
+from owl2.engine.sampling import Logprobs, SamplingParams
+from owl2.engine.scheduler import Request
+from owl2.engine.scoring import prompt_and_answer, score_answers
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import Message, validate_prompt
+from owl2.processing.chat_template import Message
 from owl2.processing.image_processing import ImagePolicy
+from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer
 
-# Requests that are answered together if memory allows: far more than any machine gains from.
-MAX_BATCH = 128
+MAX_NUM_SEQS = 128  # running requests if memory allows; more do not increase the throughput
 
 Messages = Sequence[Message]
 
 
 class Engine:
-    """A model and its processor, answering; from any number of threads at once.
+    """A model and its processor, for any number of threads at once.
 
     Args:
-        model: on the device and in the dtype it is to run in.
-        processor: the same checkpoint's.
-        reuse: keep images' features, and prompts' keys and values, from call to call, so that a
-            second question about an image and a next turn cost little. Not for a model that is
-            being trained: with False, nothing is kept. Changes that autograd sees make it forget
-            by itself; after any other, call `forget`.
+        model: On its device and in its dtype.
+        processor: Of the same checkpoint.
+        enable_prefix_caching: Cache image features, and keys and values of prompts, across calls,
+            so that a second question about an image and the next turn of a dialogue cost little.
+            The caches are cleared when weights change in a way that autograd tracks; after other
+            changes, call `clear_cache`. False is the default for models that are being trained.
 
     Raises:
-        InputError: if the two do not fit.
+        InputError: Model and processor do not fit.
     """
 
     def __init__(
-        self, model: Owl2ForConditionalGeneration, processor: Owl2Processor, *, reuse: bool = False
+        self,
+        model: Owl2ForConditionalGeneration,
+        processor: Owl2Processor,
+        *,
+        enable_prefix_caching: bool = False,
     ) -> None:
-        for what, ours, theirs in (
+        for name, in_model, in_processor in (
             ("image token id", model.config.image_token_id, processor.image_token_id),
-            ("tokens an image", model.config.num_image_tokens, processor.num_image_tokens),
+            ("tokens per image", model.config.num_image_tokens, processor.num_image_tokens),
             ("image size", model.config.image_size, processor.image_processor.size),
         ):
-            if ours != theirs:
+            if in_model != in_processor:
                 raise InputError(
-                    f"Model and processor do not fit: {what} {ours} in the model, {theirs} in the "
-                    "processor. Load both from the same checkpoint."
+                    f"Model and processor do not fit: {name} {in_model} in the model, "
+                    f"{in_processor} in the processor. Load both from the same checkpoint.",
+                    ErrorCode.CONFLICT,
                 )
         self.model = model.eval()
         self.processor = processor
-        # As `generate` has it: True where several processes share the weights of one model.
+        # As in transformers' `generate`: True where processes share the weights of one model.
         self.synced_gpus: bool | None = None
-        self.runner: Runner | None = None
-        if hf_generate.is_whole(model):
-            self.runner = Runner(model, max_batch=MAX_BATCH, reuse=reuse)
+        self.core: EngineCore | None = None
+        if hf_generate.is_on_one_device(model):
+            self.core = EngineCore(
+                model, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=enable_prefix_caching
+            )
         self._end_ids = _end_ids(model.generation_config, processor)
-        self._open_ids = _byte_ids(processor)
+        self._open_ids = open_byte_ids(processor)
         self._token_texts = TokenTexts(processor.tokenizer)
 
     @classmethod
@@ -87,131 +101,149 @@ class Engine:
         image_policy: ImagePolicy | None = None,
         max_pixels: int | None = None,
         quantize: str | None = None,
-        reuse: bool = True,
+        enable_prefix_caching: bool = True,
     ) -> "Engine":
-        """A checkpoint's engine.
+        """The engine of a checkpoint.
 
         Args:
-            name_or_path: a directory or a hub id.
-            device: default: cuda, else mps, else cpu.
-            dtype: default: what suits the device (`loading.select_dtype`).
+            name_or_path: A directory or a hub id.
+            device: Default: cuda, mps or cpu, the first that is available.
+            dtype: Default: the best for the device (`owl2.runtime.select_dtype`).
             attn_implementation: eager, sdpa or flash_attention_2.
             image_policy: resize or pad, instead of the checkpoint's.
-            max_pixels: the largest image to accept, instead of the checkpoint's.
-            quantize: 8bit or 4bit: the decoder's weights in fewer bits.
-            reuse: keep features, keys and values from call to call; see `Engine`.
+            max_pixels: The largest accepted image, instead of the checkpoint's.
+            quantize: 8bit or 4bit weights in the decoder.
+            enable_prefix_caching: See `Engine`.
 
         Raises:
-            InputError: what cannot be loaded, and why.
+            InputError: The checkpoint cannot be loaded.
         """
         model = load_model(name_or_path, device, dtype, attn_implementation, quantize)
         processor = Owl2Processor.from_pretrained(
             name_or_path, image_policy=image_policy, max_pixels=max_pixels
         )
-        return cls(model, processor, reuse=reuse)
+        return cls(model, processor, enable_prefix_caching=enable_prefix_caching)
 
     @property
-    def context(self) -> int:
-        """Tokens that prompt and answer can have together; an image takes K + 1 of them."""
+    def context_length(self) -> int:
+        """The maximum number of tokens of prompt and answer together."""
         return int(self.model.config.max_position_embeddings)
 
-    def forget(self) -> None:
-        """Keep nothing of earlier calls: what is computed next is computed with the weights as they
-        are."""
-        if self.runner is not None:
-            self.runner.forget()
+    def clear_cache(self) -> None:
+        """Clear the caches before the next prompt, after a change of the weights."""
+        if self.core is not None:
+            self.core.clear_cache()
+
+    def stats(self) -> EngineStats:
+        """Counts of requests and of what was computed.
+
+        Raises:
+            InputError: The model's weights are on several devices.
+        """
+        return self._require_core("stats").stats()
 
     # -------------------------------------------------------------- answers
 
-    def chat(self, messages: Messages, *, stop: str | Sequence[str] = (), **options: Any) -> str:
-        """The answer to a conversation that ends with a question.
+    def chat(self, messages: Messages, **options: Any) -> str:
+        """The answer to a conversation that ends with a user message.
 
-        Greedy, unless the checkpoint's `generation_config` or an option says otherwise.
-
-        Args:
-            stop: texts that end the answer; neither they nor what follows are part of it.
-
-        Raises:
-            InputError: an empty question, an image that cannot be read or is missing, a prompt
-                beyond the context, an option out of its range, logits that are not finite.
-        """
-        return self.batch([messages], stop=stop, **options)[0]
-
-    def batch(
-        self,
-        list_of_messages: Sequence[Messages],
-        *,
-        stop: str | Sequence[str] = (),
-        **options: Any,
-    ) -> list[str]:
-        """`chat` for several conversations at once, with any number of images each."""
-        if not list_of_messages:
-            return []
-        if stop:  # only who reads an answer as it is made can end it
-            completion = self._complete(list_of_messages, 1, stop, None, options)
-            return [answer.text for answer in completion.whole()]
-        decoding = SamplingParams.from_options(self.model.generation_config, **options)
-        prompts, room = self._prompts(list_of_messages)
-        limits = [min(decoding.max_new_tokens, tokens) for tokens in room]
-        return [
-            self._decode(answer).strip() for answer in self._generate(prompts, decoding, limits)
-        ]
-
-    def stream(
-        self, messages: Messages, *, stop: str | Sequence[str] = (), **options: Any
-    ) -> Iterator[str]:
-        """The answer of `chat` in pieces, as it is made; joined, they are exactly that answer.
-
-        The input is checked at once, the model runs when the first piece is asked for. Leaving the
-        loop early (or `.close()`) ends the generation.
-        """
-        return _texts(self._complete([messages], 1, stop, None, options))
-
-    def complete(
-        self,
-        messages: Messages,
-        *,
-        n: int = 1,
-        stop: str | Sequence[str] = (),
-        top_logprobs: int | None = None,
-        **options: Any,
-    ) -> Completion:
-        """Answers as a server gives them: in pieces, counted, with why they end; see `Completion`.
-
-        The input is checked at once, the model runs when the first piece is asked for.
+        Greedy, unless the checkpoint's `generation_config` or an option requests sampling.
 
         Args:
-            n: answers. The prompt is computed once for all; with a seed, number i (from 0) is what
-                `chat` gives for `seed` + i.
-            stop: as in `chat`.
-            top_logprobs: None: no log-probabilities; 0: each token's own; up to 20: also those of
-                so many of the likeliest in its place.
+            options: The fields of `SamplingParams`, without `n` and `top_logprobs`; `stop` may be
+                one string.
 
         Raises:
-            InputError: as `chat`.
+            InputError: An empty question, an unreadable or missing image, a prompt beyond the
+                context, an option out of its range, or logits that are not finite.
         """
-        return self._complete([messages], n, stop, top_logprobs, options)
+        return self.batch([messages], **options)[0]
 
-    def _complete(
-        self,
-        list_of_messages: Sequence[Messages],
-        n: int,
-        stop: str | Sequence[str],
-        top: int | None,
-        options: dict[str, Any],
-    ) -> Completion:
-        """n answers to each of several conversations, numbered one conversation after the other."""
-        stops = check_request(n, MAX_BATCH, stop, top)
-        decoding = SamplingParams.from_options(self.model.generation_config, **options)
-        prompts, room = self._prompts(list_of_messages)
-        limits = [min(decoding.max_new_tokens, tokens) for tokens in room]
-        answers = []
-        for index in range(n * len(prompts)):
-            stream = TextStream(self._decode, self._open_ids, stops)
-            limit = limits[index // n]
-            answers.append(AnswerInMaking(index, limit, self._end_ids, stream, self._token_texts))
-        events = self._follow(prompts, decoding, limits, n, top)
-        return Completion(sum(len(prompt.ids) for prompt in prompts), events, answers)
+    def batch(self, list_of_messages: Sequence[Messages], **options: Any) -> list[str]:
+        """`chat` for several conversations at once, with any number of images each.
+
+        Conversation i (from 0) has the seed `seed` + i.
+        """
+        params = self._chat_params(options)
+        prompts = self._encode_all(list_of_messages)
+        return [output.text for output in self._complete(prompts, params).outputs()]
+
+    def stream(self, messages: Messages, **options: Any) -> Iterator[str]:
+        """The answer of `chat` in chunks, as it is generated.
+
+        The input is checked immediately; the request is submitted when the first chunk is asked
+        for. Leaving the loop, or `close()`, aborts the request.
+        """
+        params = self._chat_params(options)
+        return _texts(self._complete([self.encode(messages)], params))
+
+    def complete(self, messages: Messages, **options: Any) -> Completion:
+        """Answers in chunks, with token counts, finish reasons and log-probabilities.
+
+        The input is checked immediately; the request is submitted when the first chunk is asked
+        for.
+
+        Args:
+            options: The fields of `SamplingParams`. With a seed, answer i of `n` is what `chat`
+                returns for `seed` + i.
+
+        Raises:
+            InputError: As `chat`.
+        """
+        params = self.sampling_params(**options)
+        return self._complete([self.encode(messages)], params)
+
+    def sampling_params(self, **options: Any) -> SamplingParams:
+        """Options over the defaults of the checkpoint's `generation_config`.
+
+        Raises:
+            InputError: A value is out of its range, or options exclude each other.
+            TypeError: An unknown option.
+        """
+        params = SamplingParams.from_options(self.model.generation_config, **options)
+        if params.n > MAX_NUM_SEQS:
+            raise InputError(
+                f"n is {params.n}; the maximum is {MAX_NUM_SEQS}.", ErrorCode.INVALID_VALUE
+            )
+        return params
+
+    def encode(self, messages: Messages) -> PreparedPrompt:
+        """The prompt of a conversation that ends with a user message; its images are read.
+
+        Raises:
+            InputError: An empty question, an unreadable or missing image, or a prompt that leaves
+                no token of the context for the answer.
+        """
+        prompt = self.processor.encode(messages)
+        if (excess := len(prompt.ids) + 1 - self.context_length) > 0:
+            raise InputError(
+                f"The prompt has {len(prompt.ids)} tokens. The model's context is "
+                f"{self.context_length}, one of them for the answer: {excess} too many. Shorten "
+                "the text, or remove turns or images (an image takes "
+                f"{self.processor.num_image_tokens} tokens).",
+                ErrorCode.TOO_LONG,
+            )
+        return prompt
+
+    def submit(
+        self, prompt: PreparedPrompt, params: SamplingParams, on_output: OnOutput
+    ) -> RequestHandle:
+        """Start `params.n` answers to a prompt, without waiting.
+
+        Args:
+            prompt: From `encode`.
+            params: From `sampling_params`.
+            on_output: Called in the engine's thread with each `CompletionChunk`; the request is
+                complete when n chunks had a `finish_reason`. An error ends the request and is
+                passed in place of a chunk. Nothing is passed after `RequestHandle.abort`, except
+                for a call that is already running. The callback must return quickly and must not
+                raise.
+
+        Raises:
+            InputError: The model's weights are on several devices.
+        """
+        self._require_core("submit")
+        return self._submit([prompt], params, on_output)
 
     # -------------------------------------------------------------- scores
 
@@ -220,148 +252,201 @@ class Engine:
         messages: Messages,
         choices: Sequence[str],
         include_end: bool = True,
-        normalise: bool = False,
+        normalize: bool = False,
         batch_size: int = 16,
     ) -> list[float]:
-        """How likely each choice is as the answer: the sum of its tokens' log-probabilities.
+        """The log-probability of each choice as the answer: the sum over its tokens.
 
-        Counted is exactly what training would label: the answer and its end token. The prompt with
-        its images is computed once for all choices, and a score does not depend on the others.
+        The scored tokens are those that training would label: the answer and its end token. The
+        prompt is computed once. A score does not depend on the other choices.
 
         Args:
-            include_end: count the end token, without which "red" cannot be told from the start of
-                "red and blue".
-            normalise: the mean over the counted tokens instead of the sum.
-            batch_size: choices to compute at a time.
+            include_end: Include the end token. Without it, "red" is not distinguished from the
+                start of "red and blue".
+            normalize: Return the mean over the scored tokens instead of the sum.
+            batch_size: Choices that are computed together.
 
         Raises:
-            InputError: as `chat`; also no choices, or an empty one.
+            InputError: As `chat`; also no choices, or an empty one.
         """
         if isinstance(choices, str) or not choices:
-            raise InputError("Give the choices to score as a non-empty list of texts.")
-        [whole], _ = self._prompts([messages])
-        # As long as no choice changes how the prompt is tokenised, there is one group.
+            raise InputError(
+                "choices must be a non-empty list of strings.", ErrorCode.INVALID_VALUE
+            )
+        whole = self.encode(messages)
+        # One group, unless a choice changes how the prompt is tokenized.
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-        for number, choice in enumerate(choices):
+        for index, choice in enumerate(choices):
             prompt, answer = prompt_and_answer(self.processor, messages, choice)
-            if len(prompt) + len(answer) > self.context:
+            if (excess := len(prompt) + len(answer) - self.context_length) > 0:
                 raise InputError(
-                    f"With choice {number + 1} the prompt has {len(prompt) + len(answer)} tokens, "
-                    f"{len(prompt) + len(answer) - self.context} more than the context of "
-                    f"{self.context}."
+                    f"With choice {index + 1} the prompt has {len(prompt) + len(answer)} tokens, "
+                    f"{excess} more than the context of {self.context_length}.",
+                    ErrorCode.TOO_LONG,
                 )
             if not include_end and len(answer) > 1 and answer[-1] in self._end_ids:
                 answer = answer[:-1]
-            groups.setdefault(tuple(prompt), []).append((number, answer))
+            groups.setdefault(tuple(prompt), []).append((index, answer))
         scores = [0.0] * len(choices)
         for ids, members in groups.items():
+            group = PreparedPrompt.from_ids(
+                ids,
+                whole.pixel_values,
+                self.processor.image_token_id,
+                self.processor.num_image_tokens,
+            )
             answers = [answer for _, answer in members]
-            rows = self._score(Prompt(ids, whole.pixel_values), answers, max(1, batch_size))
-            for (number, _), row in zip(members, rows, strict=True):
-                scores[number] = float((row.mean() if normalise else row.sum()).item())
+            rows: list[torch.Tensor] = self.run_prefilled(
+                group, partial(score_answers, self.model, answers, max(1, batch_size))
+            )
+            for (index, _), row in zip(members, rows, strict=True):
+                scores[index] = float((row.mean() if normalize else row.sum()).item())
         return scores
 
-    def _score(
-        self, prompt: Prompt, answers: Sequence[Sequence[int]], batch_size: int
-    ) -> list[torch.Tensor]:
-        def score(read: Read) -> list[torch.Tensor]:
-            return score_answers(self.model, read.logits, read.cache, answers, batch_size)
+    def run_prefilled(
+        self, prompt: PreparedPrompt, function: Callable[[PrefillOutput], Any]
+    ) -> Any:
+        """What `function` returns for the prefill of a prompt.
 
-        if runner := self._runner():
-            return runner.read(prompt, score)
-        return score_answers(self.model, *read_alone(self.model, *prompt), answers, batch_size)
+        It runs in the engine's thread, while other requests wait, and must not modify its argument.
+        """
+        if core := self._core():
+            return core.run_prefilled(prompt, function)
+        return function(prefill_uncached(self.model, prompt))
 
-    # -------------------------------------------------------------- parts
+    # -------------------------------------------------------------- internals
 
-    def _prompts(self, list_of_messages: Sequence[Messages]) -> tuple[list[Prompt], list[int]]:
-        """Ids and images of each, and how many tokens of the context each leaves."""
-        for number, messages in enumerate(list_of_messages):
+    def _chat_params(self, options: dict[str, Any]) -> SamplingParams:
+        if invalid := options.keys() & {"n", "top_logprobs"}:
+            raise TypeError(f"unexpected options: {', '.join(sorted(invalid))}; use `complete`")
+        return self.sampling_params(**options)
+
+    def _encode_all(self, list_of_messages: Sequence[Messages]) -> list[PreparedPrompt]:
+        prompts = []
+        for index, messages in enumerate(list_of_messages):
             try:
-                validate_prompt(messages)
+                prompts.append(self.encode(messages))
             except InputError as error:
                 if len(list_of_messages) == 1:
                     raise
-                raise InputError(f"Conversation {number}: {error}", error.code) from error
-        inputs = self.processor.apply_chat_template(
-            list(list_of_messages), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        rows = inputs["input_ids"]
-        room = [self.context - len(row) for row in rows]
-        if min(room) < 1:
-            number = room.index(min(room))
-            which = f"The prompt of conversation {number}" if len(room) > 1 else "The prompt"
-            raise InputError(
-                f"{which} has {len(rows[number])} tokens; the model's context is {self.context}, "
-                f"one of them for the answer: {1 - room[number]} too many. Use fewer words, turns "
-                f"or images (an image takes {self.processor.num_image_tokens}).",
-                code=ErrorCode.TOO_LONG,
-            )
-        tokens = [row.count(self.processor.image_token_id) for row in rows]
-        counts = [count // self.processor.num_image_tokens for count in tokens]
-        pixels: Any = [None] * len(rows)
-        if "pixel_values" in inputs:
-            pixels = inputs["pixel_values"].split(counts)
-        prompts = [Prompt(tuple(row), own) for row, own in zip(rows, pixels, strict=True)]
-        return prompts, room
+                raise InputError(f"Conversation {index}: {error}", error.code) from error
+        return prompts
+
+    def _complete(self, prompts: Sequence[PreparedPrompt], params: SamplingParams) -> Completion:
+        """n answers to each prompt; those of prompt i have the indices from n * i on."""
+        if self._core() is None and params.top_logprobs is not None:
+            self._require_core("top_logprobs")
+        num_tokens = sum(len(prompt.ids) for prompt in prompts)
+        submit = partial(self._submit, prompts, params)
+        return Completion(num_tokens, params.n * len(prompts), submit)
+
+    def _submit(
+        self, prompts: Sequence[PreparedPrompt], params: SamplingParams, on_output: OnOutput
+    ) -> RequestHandle:
+        core = self._core()
+        if core is None:
+            return self._generate(prompts, params, on_output)
+        requests: list[Request] = []
+        handle = RequestHandle(sum(len(prompt.ids) for prompt in prompts), requests)
+
+        def on_token(
+            processor: OutputProcessor, index: int, token: int, logprobs: Logprobs | None
+        ) -> None:
+            chunk = processor.process(token, logprobs)
+            if chunk is not None and not requests[index].aborted:
+                # After a stop string, the request does not continue.
+                requests[index].aborted = chunk.finish_reason is not None
+                on_output(chunk)
+
+        def on_end(error: BaseException | None) -> None:
+            if error is not None:
+                handle.abort()
+                on_output(error)
+
+        for prompt in prompts:
+            state = PromptState(prompt)
+            for _ in range(params.n):
+                index, limit = len(requests), self._max_tokens(prompt, params)
+                processor = self._output_processor(index, limit, params)
+                requests.append(
+                    Request(
+                        state,
+                        params,
+                        limit,
+                        self._end_ids,
+                        self.model.device,
+                        index,
+                        partial(on_token, processor, index),
+                        on_end,
+                    )
+                )
+        core.submit(requests)
+        return handle
 
     def _generate(
-        self, prompts: Sequence[Prompt], decoding: SamplingParams, limits: Sequence[int]
-    ) -> list[list[int]]:
-        """New ids of each, its end token too if it has one."""
-        if runner := self._runner():
-            return runner.generate(prompts, decoding, limits, self._end_ids)
-        return hf_generate.generate(
-            self.model, prompts, decoding, limits, self._end_ids, self.synced_gpus
+        self, prompts: Sequence[PreparedPrompt], params: SamplingParams, on_output: OnOutput
+    ) -> RequestHandle:
+        """As `_submit`, by transformers' `generate`; returns when all answers are complete."""
+        repeated = [prompt for prompt in prompts for _ in range(params.n)]
+        limits = [self._max_tokens(prompt, params) for prompt in repeated]
+        answers = hf_generate.generate(
+            self.model, repeated, params, limits, self._end_ids, self.synced_gpus
         )
+        for index, (ids, limit) in enumerate(zip(answers, limits, strict=True)):
+            processor = self._output_processor(index, limit, params)
+            for token in ids:
+                if (chunk := processor.process(token)) is not None:
+                    on_output(chunk)
+                    if chunk.finish_reason is not None:
+                        break
+        return RequestHandle(sum(len(prompt.ids) for prompt in prompts), [])
 
-    def _follow(
-        self,
-        prompts: Sequence[Prompt],
-        decoding: SamplingParams,
-        limits: Sequence[int],
-        n: int,
-        top: int | None,
-    ) -> Events:
-        """The new ids of n answers to each, as they are made."""
-        if runner := self._runner():
-            return runner.follow(prompts, decoding, limits, self._end_ids, n, top)
-        if top is not None:
-            raise InputError("top_logprobs needs the whole model on one device; leave it out")
-        repeated = [prompt for prompt in prompts for _ in range(n)]
-        own_limits = [limit for limit in limits for _ in range(n)]
-        return hf_generate.Whole(lambda: self._generate(repeated, decoding, own_limits))
+    def _output_processor(
+        self, index: int, max_tokens: int, params: SamplingParams
+    ) -> OutputProcessor:
+        detokenizer = IncrementalDetokenizer(self._decode, self._open_ids, params.stop)
+        return OutputProcessor(index, max_tokens, self._end_ids, detokenizer, self._token_texts)
 
-    def _runner(self) -> Runner | None:
-        return None if self.synced_gpus else self.runner
+    def _max_tokens(self, prompt: PreparedPrompt, params: SamplingParams) -> int:
+        return min(params.max_new_tokens, self.context_length - len(prompt.ids))
+
+    def _core(self) -> EngineCore | None:
+        return None if self.synced_gpus else self.core
+
+    def _require_core(self, feature: str) -> EngineCore:
+        if (core := self._core()) is None:
+            raise InputError(
+                f"{feature} needs all weights of the model on one device.", ErrorCode.UNSUPPORTED
+            )
+        return core
 
     def _decode(self, ids: list[int]) -> str:
-        """New ids up to the end token → text, with the white space around it."""
-        end = next((place for place, id_ in enumerate(ids) if id_ in self._end_ids), len(ids))
-        # No tidying of spaces: it changes text that was streamed already.
-        text = self.processor.decode(
-            ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        # Cleaning up spaces would change text that was released before.
+        return str(
+            self.processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-        return str(text)
 
 
 def _texts(completion: Completion) -> Iterator[str]:
     with completion:
-        for piece in completion:
-            if piece.text:
-                yield piece.text
+        for chunk in completion:
+            if chunk.text:
+                yield chunk.text
 
 
 def _end_ids(defaults: GenerationConfig, processor: Owl2Processor) -> list[int]:
-    """What ends an answer: the checkpoint's end tokens, and the one that training labels."""
+    """The end tokens of the checkpoint, and the one that training labels."""
     given = defaults.eos_token_id
     ids = [] if given is None else [given] if isinstance(given, int) else list(given)
     own = processor.tokenizer.eos_token_id
     return ids if own is None or own in ids else [*ids, own]
 
 
-def _byte_ids(processor: Owl2Processor) -> frozenset[int]:
-    """Byte tokens of tokenizers which decode a run of them together, so that a later one can
-    change what an earlier one looked like. SentencePiece itself does not."""
+def open_byte_ids(processor: Owl2Processor) -> frozenset[int]:
+    """Byte tokens of tokenizers that decode a run of them together.
+
+    A later byte can then change the text of earlier ones. SentencePiece itself does not do this.
+    """
     if isinstance(processor.tokenizer, Owl2Tokenizer):
         return frozenset()
     vocabulary = processor.tokenizer.get_vocab()

@@ -1,168 +1,483 @@
-"""Prompts in ids → answers in ids: what waits is computed together, what is known is not again.
+"""The engine core: one thread runs the model for all requests.
 
 ::
 
-    any thread ──Request──► Inbox ──► one thread that leads, turn by turn:
-        prompts of like length ──Reader: one forward──► rows of the cache
-        all rows ──FastDecoder: a token each──► queues ──► the threads that wait
+    any thread ──Request──► queue ──► the engine's thread, step by step:
+        waiting prompts ──Prefiller──► rows of the running batch
+        running requests ──ModelRunner.decode──► one token each ──► callbacks
 
-New requests join between steps and finished ones leave, so none waits for another's end. An answer
-does not depend on what else is computed beside it, as far as the dtype's rounding goes.
+Requests join and leave between steps, so that none waits for the end of another. An answer does not
+depend on the other requests, up to rounding in the dtype.
+
+All of torch's work happens in this thread. Each thread that computes has its own OpenMP threads,
+and where they outnumber the cores, they sleep after every operation: prompts take a third longer.
+
+Shapes: B running requests, V vocabulary.
 """
 
+import os
+import threading
 import weakref
-from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
 
-from owl2.engine.prefill import Read, Reader
-from owl2.engine.prefix_cache import free_memory
-from owl2.engine.running_batch import Request
-from owl2.engine.sampling import SamplingParams
-from owl2.engine.scheduler import Inbox, Job, Worker
-from owl2.engine.token_stream import Following
+from owl2.engine.model_runner import ModelRunner
+from owl2.engine.prefill import Prefiller, PrefillOutput
+from owl2.engine.prefix_cache import PromptState, free_memory
+from owl2.engine.sampling import SamplingParams, compute_logprobs, non_finite_error, sample
+from owl2.engine.scheduler import Request, select_prefills
+from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.processing.prepared_prompt import PreparedPrompt
+from owl2.runtime import release_openmp_threads
 
-# Of the memory that is free beside the model: for keys and values of earlier prompts, for images'
-# embeddings, for what is being answered.
-PREFIX_SHARE, FEATURE_SHARE, ROWS_SHARE = 0.1, 0.01, 0.5
-
-
-class Prompt(NamedTuple):
-    """Ids with K + 1 image tokens for every image, and the images (N, 3, H, W) or None."""
-
-    ids: tuple[int, ...]
-    pixel_values: torch.Tensor | None = None
+# Fractions of the free memory: for cached prefixes, image embeddings, and running requests.
+PREFIX_FRACTION, FEATURE_FRACTION, BATCH_FRACTION = 0.1, 0.01, 0.5
 
 
-class Runner:
-    """Answers prompts with a model, from any number of threads at once.
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine does, and what it has computed since it was created.
 
-    The images' embeddings, and the keys and values of prompts and answers, are kept from request
-    to request. They are forgotten when weights change in a way that autograd sees (optimizers,
-    `load_state_dict`); after writing to ``weight.data`` call `forget`.
+    Attributes:
+        num_running, num_waiting: Requests.
+        num_prefills: Prompts that were computed; answers to the same prompt share one.
+        num_prefill_tokens: Tokens of these prompts that no cached prefix had.
+        num_encoded_images: Images that passed through the vision encoder.
+        num_decode_steps: Steps of one token for each running request.
+        prefix_cache_keys: The token sequences in the prefix cache.
+        prefix_cache_bytes, image_cache_bytes: Sizes of the caches.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_prefills: int
+    num_prefill_tokens: int
+    num_encoded_images: int
+    num_decode_steps: int
+    prefix_cache_keys: list[tuple[int | bytes, ...]]
+    prefix_cache_bytes: int
+    image_cache_bytes: int
+
+
+class _Job(NamedTuple):
+    """A prompt whose prefill is passed to a function instead of being answered."""
+
+    prompt: PromptState
+    function: Callable[[PrefillOutput], Any]
+    result: Future
+
+
+class EngineCore:
+    """Generates answers to prompts of token ids; for any number of threads.
 
     Args:
-        max_batch: requests that are answered together.
-        prefix_bytes: for keys and values; default: a tenth of what is free beside the model.
-        feature_bytes: for images' embeddings; default: a hundredth.
-        reuse: False: nothing is kept, whatever these two say.
+        model: On its device, in evaluation mode.
+        max_num_seqs: Maximum number of running requests.
+        enable_prefix_caching: Cache image embeddings, and keys and values of prompts and answers,
+            across requests. The caches are cleared when weights change in a way that autograd
+            tracks; after other changes, call `clear_cache`.
+        prefix_cache_bytes: Default: a tenth of the free memory.
+        image_cache_bytes: Default: a hundredth of the free memory.
+        min_prefix_tokens: The shortest prefix that is cached.
     """
 
     def __init__(
         self,
         model: Owl2ForConditionalGeneration,
         *,
-        max_batch: int = 16,
-        prefix_bytes: int | None = None,
-        feature_bytes: int | None = None,
-        reuse: bool = True,
+        max_num_seqs: int = 16,
+        enable_prefix_caching: bool = True,
+        prefix_cache_bytes: int | None = None,
+        image_cache_bytes: int | None = None,
+        min_prefix_tokens: int | None = None,
     ) -> None:
         free = free_memory(model.device)
-        if prefix_bytes is None:
-            prefix_bytes = int(free * PREFIX_SHARE)
-        if feature_bytes is None:
-            feature_bytes = int(free * FEATURE_SHARE)
+        if prefix_cache_bytes is None:
+            prefix_cache_bytes = int(free * PREFIX_FRACTION)
+        if image_cache_bytes is None:
+            image_cache_bytes = int(free * FEATURE_FRACTION)
+        if not enable_prefix_caching:
+            prefix_cache_bytes = image_cache_bytes = 0
         self.model = model
-        self.reader = Reader(model, prefix_bytes * reuse, feature_bytes * reuse)
-        self._inbox = Inbox()
-        self._worker = Worker(self.reader, self._inbox, max_batch, int(free * ROWS_SHARE))
-        # Also at the interpreter's end, which must not find the worker's thread inside of torch.
-        weakref.finalize(self._worker, self._inbox.close)
+        self.max_num_seqs = max_num_seqs
+        self._max_batch_bytes = int(free * BATCH_FRACTION)
+        self._prefiller = Prefiller(model, prefix_cache_bytes, image_cache_bytes)
+        if min_prefix_tokens is not None:
+            self._prefiller.prefixes.min_tokens = min_prefix_tokens
+        self._num_decode_steps = 0
+        self._must_clear = False
+        self._reset()
+        self._thread = _EngineThread()
+        # At the interpreter's exit, the thread must not be inside of torch.
+        weakref.finalize(self, self._thread.close)
+
+    def _reset(self) -> None:
+        self._batch: RunningBatch | None = None
+        self._waiting: list[Request] = []
+        self._jobs: list[_Job] = []
+
+    # ------------------------------------------------------------ for any thread
+
+    def prepare(
+        self, ids: Sequence[int], pixel_values: torch.Tensor | None = None
+    ) -> PreparedPrompt:
+        """A prompt of token ids with its images (N, 3, H, W).
+
+        Raises:
+            InputError: Ids or images that do not fit the model.
+        """
+        config = self.model.config
+        size = (3, config.image_size, config.image_size)
+        if pixel_values is not None and tuple(pixel_values.shape[1:]) != size:
+            raise InputError(
+                f"pixel_values have the shape {tuple(pixel_values.shape)}; the model needs "
+                f"(N, 3, {config.image_size}, {config.image_size}).",
+                ErrorCode.SHAPE_MISMATCH,
+            )
+        return PreparedPrompt.from_ids(
+            ids, pixel_values, config.image_token_id, config.num_image_tokens
+        )
+
+    def submit(self, items: "Sequence[Request | _Job]") -> None:
+        """Queue requests; their callbacks report the results.
+
+        Raises:
+            RuntimeError: The process is exiting.
+        """
+        release_openmp_threads()  # those of the thread that loaded the model, for example
+        if self._thread.is_forked:
+            self._reset()
+        self._thread.put(items, self)
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        decoding: SamplingParams,
-        limits: Sequence[int],
-        ends: Collection[int],
+        prompts: Sequence[PreparedPrompt],
+        params: SamplingParams,
+        max_tokens: Sequence[int],
+        end_ids: Collection[int],
     ) -> list[list[int]]:
-        """The answers, each up to one of the ids in `ends` (included) or to its limit.
+        """The answer to each prompt, up to a token of `end_ids` (included) or its `max_tokens`.
 
-        Prompt i is sampled with the seed `decoding.seed` + i, so its answer is the one that it
-        would have alone with that seed.
+        Prompt i is sampled with the seed `params.seed` + i, as it would be alone with that seed.
 
         Raises:
-            InputError: ids or images that do not fit; logits that are not finite.
+            InputError: Logits that are not finite.
         """
-        ended: SimpleQueue = SimpleQueue()
-        requests = []
-        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-            sampler = (decoding, decoding.generator(number, self.model.device))
-            begun = self.reader.begin(*prompt)
-            requests.append(Request(begun, sampler, limit, frozenset(ends), ended))
+        ended: SimpleQueue[BaseException | None] = SimpleQueue()
+        device = self.model.device
+        requests = [
+            Request(PromptState(prompt), params, limit, end_ids, device, i, on_end=ended.put)
+            for i, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
+        ]
         try:
-            self._worker.lead(requests, lambda: ended.qsize() == len(requests))
+            self.submit(requests)
             for _ in requests:
                 if (error := ended.get()) is not None:
                     raise error
         finally:
             for request in requests:
-                request.cancelled = True
-        return [request.answer for request in requests]
+                request.aborted = True
+        return [request.token_ids for request in requests]
 
     def stream(
-        self, prompt: Prompt, decoding: SamplingParams, limit: int, ends: Collection[int]
-    ) -> Generator[int, None, None]:
-        """The ids of `generate`'s answer, as they are made.
-
-        Nothing is computed before the first is asked for. Closing the iterator frees the row
-        for who asks next.
-        """
-        following = self.follow([prompt], decoding, [limit], ends)
-
-        def tokens() -> Generator[int, None, None]:
-            with closing(following):
-                for event in following:
-                    yield event.token
-
-        return tokens()
-
-    def follow(
         self,
-        prompts: Sequence[Prompt],
-        decoding: SamplingParams,
-        limits: Sequence[int],
-        ends: Collection[int],
-        copies: int = 1,
-        top: int | None = None,
-    ) -> Following:
-        """Answers as they are made, the tokens of all of them in one line.
+        prompt: PreparedPrompt,
+        params: SamplingParams,
+        max_tokens: int,
+        end_ids: Collection[int],
+    ) -> Iterator[int]:
+        """The token ids of one answer as they are generated. Closing the iterator ends it."""
+        events: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        request = Request(
+            PromptState(prompt),
+            params,
+            max_tokens,
+            end_ids,
+            self.model.device,
+            on_token=lambda token, _: events.put(token),
+            on_end=events.put,
+        )
+        try:
+            self.submit([request])
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            request.aborted = True
 
-        Args:
-            copies: answers to each prompt, which is computed once: those of prompt i have the
-                numbers from i · copies on. Number i is sampled with the seed `decoding.seed` + i.
-            top: of how many of the likeliest tokens each event has the log-probabilities, beside
-                its own; None: no scores.
+    def run_prefilled(
+        self, prompt: PreparedPrompt, function: Callable[[PrefillOutput], Any]
+    ) -> Any:
+        """What `function` returns for a prompt's prefill, in the engine's thread.
 
-        Raises:
-            InputError: as `generate`.
+        Other requests wait meanwhile. The function must not modify its argument.
         """
-        queue: SimpleQueue = SimpleQueue()
-        requests: list[Request] = []
-        for prompt, limit in zip(prompts, limits, strict=True):
-            begun = self.reader.begin(*prompt)
-            for _ in range(copies):
-                number = len(requests)
-                sampler = (decoding, decoding.generator(number, self.model.device))
-                requests.append(Request(begun, sampler, limit, frozenset(ends), queue, number, top))
-        return Following(self._worker, requests, queue)
+        job = _Job(PromptState(prompt), function, Future())
+        self.submit([job])
+        return job.result.result()
 
-    def read(self, prompt: Prompt, use: Callable[[Read], Any]) -> Any:
-        """What `use` makes of a prompt's logits, keys and values, by who leads.
+    def clear_cache(self) -> None:
+        """Clear the caches before the next prompt."""
+        self._must_clear = True
 
-        It must leave them as they are. Other requests wait meanwhile.
+    def stats(self) -> EngineStats:
+        """Counts of requests and of what was computed."""
+        prefiller = self._prefiller
+        return EngineStats(
+            num_running=len(self._batch.requests) if self._batch is not None else 0,
+            num_waiting=len(self._waiting),
+            num_prefills=prefiller.num_prompts,
+            num_prefill_tokens=prefiller.num_tokens,
+            num_encoded_images=prefiller.num_images,
+            num_decode_steps=self._num_decode_steps,
+            prefix_cache_keys=prefiller.prefixes.cached_keys,
+            prefix_cache_bytes=prefiller.prefixes.bytes,
+            image_cache_bytes=prefiller.features.bytes,
+        )
+
+    # ------------------------------------------------------------ for the engine's thread
+
+    def run(self, items: Sequence[Request | _Job]) -> None:
+        """Process items, and those that arrive meanwhile, until nothing is left.
+
+        Errors of the machine, such as too little memory, end all requests, but not the thread.
         """
-        done: SimpleQueue = SimpleQueue()
-        job = Job(self.reader.begin(*prompt), use, done)
-        self._worker.lead([job], lambda: not done.empty())
-        if (error := done.get()) is not None:
-            raise error
-        return job.result
+        with _neutral_modes(self.model.device):
+            while not self._thread.closed:
+                self._jobs += [item for item in items if isinstance(item, _Job)]
+                self._waiting += [item for item in items if isinstance(item, Request)]
+                try:
+                    if not self._step():
+                        return
+                except Exception as error:  # those who wait for a result receive it
+                    self._fail(error)
+                items = self._thread.take()
 
-    def forget(self) -> None:
-        """Keep nothing of what was computed so far."""
-        self._worker.forget = True
+    def _step(self) -> bool:
+        """Prefill some requests, and decode one token for all; False if nothing is left."""
+        self._waiting = [request for request in self._waiting if not request.aborted]
+        batch = self._current_batch()
+        batch.remove_aborted()
+        if self._jobs or (self._waiting and len(batch.requests) < self.max_num_seqs):
+            self._clear_cache_if_needed()
+            while self._jobs:
+                self._run_job(self._jobs.pop(0))
+            selected = select_prefills(
+                self._waiting[: self.max_num_seqs],
+                self._prefiller.prefixes,
+                is_packed=batch.runner.uses_cpu_kernels,
+                is_busy=bool(batch.requests),
+                fits=lambda requests: self._fits([*batch.requests, *requests]),
+            )
+            if selected:
+                batch.add(selected)
+                self._waiting = [one for one in self._waiting if one not in selected]
+        if batch.requests:
+            self._num_decode_steps += 1
+            batch.step()
+        return bool(self._waiting or batch.requests or self._thread.has_items)
+
+    def _fits(self, requests: Sequence[Request]) -> bool:
+        """Whether there are rows and memory for these requests; one always fits."""
+        if len(requests) <= 1:
+            return True
+        longest = max(request.max_length for request in requests)
+        position_bytes = self._current_batch().runner.cache.position_bytes
+        size = 2 * len(requests) * longest * position_bytes  # 2: the cache grows by doubling
+        return len(requests) <= self.max_num_seqs and size <= self._max_batch_bytes
+
+    def _run_job(self, job: _Job) -> None:
+        try:
+            job.result.set_result(job.function(self._prefiller.prefill_alone(job.prompt)))
+        except Exception as error:  # the caller of `run_prefilled` receives it
+            job.result.set_exception(error)
+
+    def _clear_cache_if_needed(self) -> None:
+        if self._must_clear:
+            self._must_clear = False
+            self._prefiller.clear()
+        self._prefiller.clear_if_weights_changed()
+
+    def _current_batch(self) -> "RunningBatch":
+        """The batch; a new one if the model was moved or cast since the last request."""
+        batch = self._batch
+        if batch is None or (batch.runner.is_stale and not batch.requests):
+            batch = self._batch = RunningBatch(ModelRunner(self.model), self._prefiller)
+        return batch
+
+    def _fail(self, error: Exception) -> None:
+        """End everything, and free all memory: a lack of it may have caused the error."""
+        running = self._batch.requests if self._batch is not None else []
+        requests, jobs = [*running, *self._waiting], self._jobs
+        self._reset()
+        self._prefiller.clear()
+        for request in requests:
+            request.end(error)
+        for job in jobs:
+            job.result.set_exception(error)
+
+
+class RunningBatch:
+    """The running requests, each in the row of the cache with its index.
+
+    The last row moves to where one becomes free, so that rows 0 to B-1 are always used.
+    """
+
+    def __init__(self, runner: ModelRunner, prefiller: Prefiller) -> None:
+        self.runner = runner
+        self.requests: list[Request] = []
+        self._prefiller = prefiller
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Compute the prompts of requests and their first tokens.
+
+        Requests with the same prompt share its computation.
+        """
+        first, cache = len(self.requests), self.runner.cache
+        originals: dict[PromptState, Request] = {}
+        for request in requests:
+            originals.setdefault(request.prompt, request)
+        copies = [one for one in requests if one is not originals[one.prompt]]
+        requests = [*originals.values(), *copies]
+        cache.reserve(first + len(requests), max(prompt.num_tokens for prompt in originals))
+        logits = self._prefiller.prefill(list(originals), self.runner, first)
+        if copies:
+            rows = {prompt: row for row, prompt in enumerate(originals)}
+            for row, request in enumerate(copies, first + len(originals)):
+                cache.copy_row(first + rows[request.prompt], row, request.prompt.num_tokens)
+            logits = logits[[rows[request.prompt] for request in requests]]
+        for request in requests:
+            request.epoch = self._prefiller.epoch
+        self.requests += requests
+        self._sample(requests, logits)
+
+    def step(self) -> None:
+        """Decode one token for every request."""
+        tokens = torch.tensor([request.token_ids[-1] for request in self.requests])
+        positions = torch.tensor([request.num_cached for request in self.requests])
+        logits = self.runner.decode(tokens.to(self.runner.model.device), positions)  # (B, V)
+        self._sample(self.requests, logits)
+
+    def remove_aborted(self) -> None:
+        """Free the rows of requests that are finished or aborted."""
+        cache = self.runner.cache
+        for row in reversed(range(len(self.requests))):
+            request = self.requests[row]
+            if not (request.aborted or request.is_finished):
+                continue
+            self._store_prefix(request, row)
+            last = self.requests.pop()
+            if last is not request:
+                cache.copy_row(len(self.requests), row, last.num_cached)
+                self.requests[row] = last
+
+    def _sample(self, requests: Sequence[Request], logits: torch.Tensor) -> None:
+        """Choose and report the next token of each request."""
+        params = [request.params for request in requests]
+        tokens = sample(logits, params, [request.generator for request in requests])
+        logprobs = compute_logprobs(logits, tokens, [own.top_logprobs for own in params])
+        for request, token, own in zip(list(requests), tokens, logprobs, strict=True):
+            if token is None:
+                position = f"token {len(request.token_ids) + 1} of the answer"
+                request.token_ids.clear()  # its keys and values must not be cached
+                request.end(non_finite_error(logits.dtype, position))
+            else:
+                request.add_token(token, own)
+        self.remove_aborted()
+
+    def _store_prefix(self, request: Request, row: int) -> None:
+        """Cache the prompt and the answer: the next turn of the dialogue starts with them."""
+        if not request.token_ids or request.epoch != self._prefiller.epoch:
+            return
+        key = (*request.prompt.key, *request.token_ids[:-1])
+        if self._prefiller.prefixes.accepts(key):
+            self._prefiller.prefixes.add(key, *self.runner.cache.read(row, request.num_cached))
+
+
+class _EngineThread:
+    """The thread of an engine core, and the queue of items that it takes.
+
+    It does not reference the core, so that an idle thread does not keep the model in memory.
+    """
+
+    def __init__(self) -> None:
+        self._start_over()
+
+    def _start_over(self) -> None:
+        # `put` of a SimpleQueue is reentrant: the garbage collector may run anywhere.
+        self._queue: SimpleQueue[Sequence[Request | _Job] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._process = os.getpid()
+        self.closed = False
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is a fork of the thread's one, without its threads and locks."""
+        return self._process != os.getpid()
+
+    @property
+    def has_items(self) -> bool:
+        """Whether `take` would return any."""
+        return not self._queue.empty()
+
+    def put(self, items: Sequence[Request | _Job], core: EngineCore) -> None:
+        """Hand items to the thread; starts it if necessary."""
+        if self.is_forked:
+            self._start_over()
+        if self.closed:
+            raise RuntimeError("the engine is shut down: the process is exiting")
+        self._queue.put(items)
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(
+                    target=_serve,
+                    args=(self._queue, weakref.ref(core)),
+                    name="owl2-engine",
+                    daemon=True,
+                )
+                self._thread.start()
+
+    def take(self) -> list[Request | _Job]:
+        """All items that arrived since."""
+        items: list[Request | _Job] = []
+        while not self._queue.empty():
+            items += self._queue.get() or []
+        return items
+
+    def close(self) -> None:
+        """End the thread after its current step."""
+        self.closed = True
+        self._queue.put(None)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread() and not self.is_forked:
+            thread.join()
+
+
+def _serve(queue: SimpleQueue, reference: "weakref.ref[EngineCore]") -> None:
+    while (items := queue.get()) is not None:
+        core = reference()
+        if core is None:
+            return
+        core.run(items)
+        del core, items  # while the thread waits, it must not keep the model in memory
+
+
+@contextmanager
+def _neutral_modes(device: torch.device) -> Iterator[None]:
+    """No gradients, no autocast, and the current CUDA device is the model's."""
+    with (
+        torch.inference_mode(False),  # outside of no_grad, as it enables gradients
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+    ):
+        yield

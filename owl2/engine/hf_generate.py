@@ -1,56 +1,59 @@
-"""Answers by transformers' `generate`: for models that `Runner` cannot take.
+"""Generation by transformers' `generate`, for models whose weights are not all on one device.
 
-Several processes may share out the weights of one model (FSDP2, ZeRO-3): each has a part of each
-weight, and all must take every step together. Nothing is kept, nothing is streamed.
+Processes that share the weights of one model (FSDP2, ZeRO-3) have a part of each weight, so that
+all of them must take every step together. Nothing is cached across calls, and nothing is streamed.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from owl2.engine.engine_core import Prompt
-from owl2.engine.running_batch import Event
 from owl2.engine.sampling import SamplingParams, non_finite_error, sample
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.processing.prepared_prompt import PreparedPrompt
 
 
-def is_whole(model: Owl2ForConditionalGeneration) -> bool:
-    """Whether all weights are here, on one device, as `Runner` needs them."""
+def is_on_one_device(model: Owl2ForConditionalGeneration) -> bool:
+    """Whether all weights are complete and on one device, as `EngineCore` needs them."""
     weights = list(model.parameters())
-    # Only a DTensor, a part of a weight, has a mesh of devices.
-    parts = any(hasattr(weight, "device_mesh") for weight in weights)
-    return not parts and {weight.device for weight in weights} == {model.device}
+    # Only a DTensor, which has a part of a weight, has a device mesh.
+    is_sharded = any(hasattr(weight, "device_mesh") for weight in weights)
+    return not is_sharded and {weight.device for weight in weights} == {model.device}
 
 
 def generate(
     model: Owl2ForConditionalGeneration,
-    prompts: Sequence[Prompt],
-    decoding: SamplingParams,
-    limits: Sequence[int],
-    ends: Collection[int],
+    prompts: Sequence[PreparedPrompt],
+    params: SamplingParams,
+    max_tokens: Sequence[int],
+    end_ids: Collection[int],
     synced_gpus: bool | None = None,
 ) -> list[list[int]]:
-    """As `Runner.generate`. `synced_gpus`: as transformers has it, True for shared weights."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    padding = next(iter(ends), 0)
-    rows = [[padding] * (longest - len(prompt.ids)) + list(prompt.ids) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
+    """As `EngineCore.generate`.
+
+    Args:
+        synced_gpus: As in transformers: True where processes share the weights.
+    """
+    width = max(len(prompt.ids) for prompt in prompts)
+    pad_id = next(iter(end_ids), 0)
+    rows = [[pad_id] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts]
+    mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
     images = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-    limit = max(limits)
-    # transformers fills what is unset from the checkpoint's settings, and warns when it then
-    # has both: name the limit as a checkpoint with a max_length (LLaMA's have one) does.
-    named = model.generation_config.max_new_tokens is not None
-    length = {"max_new_tokens": limit} if named else {"max_length": longest + limit}
+    limit = max(max_tokens)
+    # transformers merges the checkpoint's settings, and warns if max_length and max_new_tokens are
+    # both set: use the one that the checkpoint has.
+    has_max_new_tokens = model.generation_config.max_new_tokens is not None
+    length = {"max_new_tokens": limit} if has_max_new_tokens else {"max_length": width + limit}
     config = GenerationConfig(
         **length,
-        do_sample=False,  # what is sampled, our own processor samples
+        do_sample=False,  # `_Sampler` samples
         num_beams=1,
         num_return_sequences=1,
         return_dict_in_generate=False,
-        eos_token_id=list(ends) or None,
-        pad_token_id=padding,  # after the end; not read
-        # Settings of a sampling checkpoint, or transformers would warn of them.
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=pad_id,  # after the end; not read
+        # Without these, transformers warns of a sampling checkpoint's values.
         temperature=1.0,
         top_p=1.0,
         top_k=50,
@@ -60,61 +63,32 @@ def generate(
         attention_mask=torch.tensor(mask, device=model.device),
         pixel_values=torch.cat(images).to(model.device, model.dtype) if images else None,
         generation_config=config,
-        logits_processor=LogitsProcessorList([_Choose(decoding, len(prompts), model)]),
+        logits_processor=LogitsProcessorList([_Sampler(params, len(prompts), model)]),
         synced_gpus=synced_gpus,
     )
-    answers: list[list[int]] = ids[:, longest:].tolist()
-    # Shorter prompts may go on for longer; what a long one got beyond its limit is not its own.
-    return [_ended(answer[:own], ends) for answer, own in zip(answers, limits, strict=True)]
+    answers = []
+    for answer, own_limit in zip(ids[:, width:].tolist(), max_tokens, strict=True):
+        answer = answer[:own_limit]
+        end = next((i for i, token in enumerate(answer) if token in end_ids), len(answer))
+        answers.append(answer[: end + 1])
+    return answers
 
 
-class Whole:
-    """Answers that come at once, looked at token by token; made when the first is asked for."""
-
-    def __init__(self, make: Callable[[], list[list[int]]]) -> None:
-        self._make = make
-        self._dropped: set[int] = set()
-        self._closed = False
-
-    def __iter__(self) -> Iterator[Event]:
-        if self._closed:
-            return
-        for number, answer in enumerate(self._make()):
-            for token in answer:
-                if self._closed or number in self._dropped:
-                    break
-                yield Event(number, token)
-
-    def drop(self, number: int) -> None:
-        """No more of this answer."""
-        self._dropped.add(number)
-
-    def close(self) -> None:
-        """No more of any."""
-        self._closed = True
-
-
-class _Choose(LogitsProcessor):
-    """Scores (B, V) that leave only the token that `choose` gives."""
+class _Sampler(LogitsProcessor):
+    """Scores (B, V) that exclude all tokens but the sampled ones."""
 
     def __init__(
-        self, decoding: SamplingParams, count: int, model: Owl2ForConditionalGeneration
+        self, params: SamplingParams, count: int, model: Owl2ForConditionalGeneration
     ) -> None:
-        self.params = [decoding] * count
-        self.generators = [decoding.generator(number, model.device) for number in range(count)]
-        self.dtype = model.dtype
-        self.step = 0
+        self._params = [params] * count
+        self._generators = [params.generator(index, model.device) for index in range(count)]
+        self._dtype = model.dtype
+        self._num_steps = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.step += 1
-        tokens = sample(scores, self.params, self.generators)
+        self._num_steps += 1
+        tokens = sample(scores, self._params, self._generators)
         if None in tokens:
-            raise non_finite_error(self.dtype, f"token {self.step} of the answer")
+            raise non_finite_error(self._dtype, f"token {self._num_steps} of the answer")
         chosen = torch.tensor(tokens, device=scores.device)[:, None]
         return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
-
-
-def _ended(ids: list[int], ends: Collection[int]) -> list[int]:
-    """Ids up to the first end token, and it."""
-    place = next((place for place, id_ in enumerate(ids) if id_ in ends), len(ids))
-    return ids[: place + 1]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from owl2.checkpoints.quantization import quantization_config
-from owl2.engine.backends.weight_only_quantization import quantise, require_bits
+from owl2.engine.backends.weight_only_quantization import check_bits
+from owl2.engine.backends.weight_only_quantization import quantize as quantize_weights
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
@@ -60,7 +61,7 @@ def load_model(
     if selected.type == "cpu":
         tune_malloc()
     if quantize is not None:
-        require_bits(quantize)
+        check_bits(quantize)
     options: dict[str, Any] = {"dtype": select_dtype(selected, dtype)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -79,7 +80,7 @@ def load_model(
     if "quantization_config" in options:
         return model.eval()
     if quantize is not None:
-        quantise(model, quantize)
+        quantize_weights(model, quantize)
     try:
         return model.to(selected).eval()
     except RuntimeError as error:  # no driver, or out of memory

@@ -1,19 +1,15 @@
-"""The fast path: tokens of several sequences, over a cache that stays where it is.
+"""Forward passes over the static cache: decode steps, and prompts.
 
 ::
 
-    ids (B,), positions (B,) ──► embed_tokens (B, D) ──► layers: text weights only, each sequence
-    attends to its own row of the cache ──► norm ──► lm_head (B, V)
+    decode:  token ids (B,), positions (B,) ──► logits (B, V)
+    prefill: prompts of any lengths         ──► logits (B, V) after their last tokens
 
-After the prompt all tokens are text (SPEC 1.3), so a step is a plain LLaMA's. It is written here
-once more, for one token a sequence, because what a general forward does around the arithmetic
-(masks, caches that are put together anew, routing) takes longer than the arithmetic itself.
+Where the CPU kernels support the model, `backends.cpu` computes the decoder layers. The tokens of
+all prompts are then one sequence without padding, text first and images last. Everywhere else, the
+model's own forward computes right-padded rows.
 
-Where the CPU kernels run, prompts go this way, too (`fill`): tokens of all prompts in one line,
-without padding, the text first and then the images. Else they go through the model's own forward.
-
-Shapes: B sequences, D width, h key-value heads, d head width, C the cache's capacity, V vocabulary,
-M tokens of prompts.
+Shapes: B sequences, S positions, M tokens in all, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -21,192 +17,154 @@ from typing import Any
 
 import torch
 
-from owl2.engine.backends.cuda_graphs import CompiledStep, Graphs
-from owl2.engine.backends.native.build import available
-from owl2.engine.backends.steps import NativeStep, TorchStep, Where
+from owl2.engine.backends import cpu
+from owl2.engine.kv_cache import StaticKVCache
+from owl2.engine.prefix_cache import PromptState
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
-SMALLEST = 256  # positions a row has room for at first
 
-
-class KeyValues:
-    """A static cache: one row a sequence, each filled up to a length of its own.
-
-    Who uses it knows the lengths; what lies beyond them is not read.
+class ModelRunner:
+    """Runs a model over the rows of a cache. It reads the weights of the model in place.
 
     Attributes:
-        keys, values: for each layer (rows, h, C, d).
-    """
-
-    def __init__(
-        self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.rows = self.capacity = 0
-        shape = (0, heads, 0, width)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of one position of one row, over all layers."""
-        heads, width = self.keys[0].shape[1], self.keys[0].shape[3]
-        return 2 * len(self.keys) * heads * width * self.keys[0].element_size()
-
-    def reserve(self, rows: int, capacity: int) -> None:
-        """Make room for so many rows and positions at least; what is there is kept.
-
-        It grows by doubling, so that a growing dialogue is seldom copied.
-        """
-        if rows <= self.rows and capacity <= self.capacity:
-            return
-        rows = self.rows if rows <= self.rows else max(rows, 2 * self.rows)
-        if capacity > self.capacity:
-            self.capacity = max(SMALLEST, 1 << (capacity - 1).bit_length())
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                new = old.new_zeros(rows, old.shape[1], self.capacity, old.shape[3])
-                new[: old.shape[0], :, : old.shape[2]] = old
-                tensors[layer] = new
-        self.rows = rows
-
-    def put(
-        self,
-        row: int,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        start: int = 0,
-    ) -> None:
-        """Write a layer's (h, n, d) each into `row` from position `start` on."""
-        for own, new in ((self.keys, keys), (self.values, values)):
-            for tensor, part in zip(own, new, strict=True):
-                tensor[row, :, start : start + part.shape[1]] = part
-
-    def take(self, row: int, length: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Copies of the first `length` positions of a row: (h, length, d) a layer."""
-        return (
-            [tensor[row, :, :length].clone() for tensor in self.keys],
-            [tensor[row, :, :length].clone() for tensor in self.values],
-        )
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one row over another's."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
-
-
-class FastDecoder:
-    """A model's decoder, one token for each of several sequences at a time.
-
-    It reads the model's weights where they are: when they are trained, it is, too.
-
-    Attributes:
-        cache: rows 0 … B-1 are the sequences of a step.
+        cache: Rows 0 to B-1 are the sequences of a decode step.
+        uses_cpu_kernels: Whether the CPU kernels compute the decoder layers.
     """
 
     def __init__(self, model: Owl2ForConditionalGeneration) -> None:
         self.model = model
         config = model.config
-        self.cache = KeyValues(
+        self.cache = StaticKVCache(
             config.num_hidden_layers,
             config.num_key_value_heads,
             config.head_dim,
             model.dtype,
             model.device,
         )
-        self.by = choose_step(model)
-        self.graphs = Graphs(self._run) if isinstance(self.by, CompiledStep) else None
-        self._recorded_at = 0  # the cache's address when graphs were recorded
-
-    @torch.no_grad()
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Logits of the next token of each sequence; its keys and values go into the cache.
-
-        Rows beyond B may be written to.
-
-        Args:
-            tokens: (B,) ids of text, on the model's device.
-            positions: (B,) where each stands in its sequence, on the CPU: all before it are filled.
-
-        Returns:
-            (B, V); on a GPU good until the next step.
-        """
-        self._require_fresh()
-        length = int(positions.max()) + 1
-        if self.graphs is None:
-            self.cache.reserve(len(tokens), length)
-            return self._run(tokens, positions.to(tokens.device), length)
-        rows, _ = self.graphs.sizes(len(tokens), length, length)
-        self.cache.reserve(rows, length)
-        if self.cache.keys[0].data_ptr() != self._recorded_at:
-            self.graphs.clear()
-            self._recorded_at = self.cache.keys[0].data_ptr()
-        return self.graphs(tokens, positions, length, self.cache.capacity)
+        self.uses_cpu_kernels = cpu.supports(model)
 
     @property
     def is_stale(self) -> bool:
-        """Whether the model was put on another device or into another dtype."""
+        """Whether the model was moved to another device or cast to another dtype."""
         keys = self.cache.keys[0]
         return (keys.dtype, keys.device) != (self.model.dtype, self.model.device)
 
-    def _require_fresh(self) -> None:
-        """Kernels would write numbers of one size where there is room for those of another."""
-        if self.is_stale:
-            raise RuntimeError("the model was moved or cast in the middle of an answer; ask again")
-
-    @property
-    def takes_prompts(self) -> bool:
-        """Whether `fill` is there."""
-        return isinstance(self.by, NativeStep)
-
     @torch.no_grad()
-    def fill(
-        self,
-        hidden: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        visual: int,
-        wanted: torch.Tensor,
-    ) -> torch.Tensor:
-        """Tokens of any sequences at once; their keys and values go into the cache.
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits of the next token of each sequence; keys and values go to the cache.
 
         Args:
-            hidden: (M, D) embeddings, the last `visual` of them of images; written over.
-            rows, positions: (M,) where each stands: all before it are filled, or among them.
-            wanted: (B,) numbers of tokens.
+            tokens: (B,) ids of text tokens on the model's device.
+            positions: (B,) their positions, on the CPU; all before them are filled.
 
         Returns:
-            (B, V) logits after the wanted tokens.
+            (B, V).
         """
-        self._require_fresh()
+        self._check_not_stale()
         length = int(positions.max()) + 1
-        self.cache.reserve(int(rows.max()) + 1, length)
-        hidden = self._layers(hidden, rows, positions, length, visual)[wanted]
-        return self.by.linear(self.model.lm_head, self.by.norm(self.model.model.norm, hidden))
-
-    def _run(self, tokens: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
-        rows = torch.arange(len(tokens), device=tokens.device)
+        self.cache.reserve(len(tokens), length)
         hidden = self.model.model.embed_tokens(tokens)  # (B, D)
-        hidden = self._layers(hidden, rows, positions, length)
-        return self.by.linear(self.model.lm_head, self.by.norm(self.model.model.norm, hidden))
+        if self.uses_cpu_kernels:
+            return self._logits(self._run_layers(hidden, torch.arange(len(tokens)), positions, 0))
+        places = positions[:, None].to(tokens.device)  # (B, 1)
+        # Shorter rows have a mask; the forward itself masks what comes after a query.
+        mask = (torch.arange(length, device=tokens.device) <= places).long()  # (B, length)
+        return self.model.lm_head(self._forward(hidden[:, None], 0, places, length, mask)[:, 0])
 
-    def _layers(
+    @torch.no_grad()
+    def prefill(
+        self, prompts: Sequence[PromptState], images: torch.Tensor | None, first_row: int
+    ) -> torch.Tensor:
+        """Compute the new tokens of prompts into the rows from `first_row` on.
+
+        Args:
+            prompts: Their cached prefixes are copied into the rows. Without CPU kernels, all have
+                the same `num_computed_tokens`.
+            images: (N, K+1, D) embeddings of their new images, in order.
+
+        Returns:
+            (B, V) logits after the last token of each.
+        """
+        self._check_not_stale()
+        self.cache.reserve(first_row + len(prompts), max(prompt.num_tokens for prompt in prompts))
+        for row, prompt in enumerate(prompts, first_row):
+            if prompt.prefix is not None:
+                stop = prompt.num_computed_tokens
+                keys, values = prompt.prefix.keys, prompt.prefix.values
+                self.cache.write(row, [k[:, :stop] for k in keys], [v[:, :stop] for v in values])
+        compute = self._prefill_packed if self.uses_cpu_kernels else self._prefill_padded
+        return compute(prompts, images, first_row)
+
+    def _prefill_packed(
+        self, prompts: Sequence[PromptState], images: torch.Tensor | None, first_row: int
+    ) -> torch.Tensor:
+        lengths = torch.tensor([prompt.num_new_tokens for prompt in prompts])
+        rows = torch.arange(first_row, first_row + len(prompts)).repeat_interleave(lengths)  # (M,)
+        positions = torch.cat(
+            [torch.arange(prompt.num_computed_tokens, prompt.num_tokens) for prompt in prompts]
+        )
+        ids = torch.tensor([id_ for p in prompts for id_ in p.prompt.ids[p.num_computed_tokens :]])
+        is_image = ids == self.model.config.image_token_id  # (M,)
+        order = is_image.int().argsort(stable=True)  # text first
+        hidden = self.model.model.embed_tokens(ids[~is_image])
+        if images is not None:
+            hidden = torch.cat([hidden, images.flatten(0, 1)])
+        last = order.argsort()[lengths.cumsum(0) - 1]
+        hidden = self._run_layers(hidden, rows[order], positions[order], int(is_image.sum()))
+        return self._logits(hidden[last])
+
+    def _prefill_padded(
+        self, prompts: Sequence[PromptState], images: torch.Tensor | None, first_row: int
+    ) -> torch.Tensor:
+        model, device = self.model, self.model.device
+        start = prompts[0].num_computed_tokens
+        lengths = [prompt.num_new_tokens for prompt in prompts]
+        width = max(lengths)
+        rows = [[*p.prompt.ids[start:], *[0] * (width - p.num_new_tokens)] for p in prompts]
+        ids = torch.tensor(rows, device=device)  # (B, S)
+        # Padding is on the right, where causal attention hides it from the prompt.
+        positions = torch.arange(start, start + width, device=device).expand(len(prompts), -1)
+        options: dict[str, Any] = {}
+        if images is not None:
+            options["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+        embeddings = model.model.embed(ids, images)
+        hidden = self._forward(embeddings, first_row, positions, start + width, None, **options)
+        last = torch.tensor(lengths, device=device) - 1
+        return model.lm_head(hidden[torch.arange(len(prompts), device=device), last])
+
+    def _forward(
         self,
-        hidden: torch.Tensor,
-        rows: torch.Tensor,
+        embeddings: torch.Tensor,
+        first_row: int,
         positions: torch.Tensor,
         length: int,
-        visual: int = 0,
+        mask: torch.Tensor | None,
+        **options: Any,
     ) -> torch.Tensor:
-        decoder, cache = self.model.model, self.cache
-        cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, B, d)
-        where = Where(rows, positions, length, (cos[0], sin[0]), visual)
-        layers: Any = decoder.layers
-        return self.by.layers(layers, hidden, cache.keys, cache.values, where)
+        """(B, S, D) embeddings through the model's own forward, into the rows of the cache."""
+        hidden: torch.Tensor = self.model.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache.view(first_row, positions, length),
+            use_cache=True,
+            **options,
+        ).last_hidden_state
+        return hidden
 
+    def _run_layers(
+        self, hidden: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, num_visual: int
+    ) -> torch.Tensor:
+        """(M, D) embeddings, the last `num_visual` of images, through the CPU kernels."""
+        cos, sin = self.model.model.rotary_emb(hidden[None], positions[None])  # (1, M, d)
+        tokens = cpu.TokenPositions(rows, positions, cos[0], sin[0], num_visual)
+        layers: Any = self.model.model.layers
+        return cpu.run_layers(layers, hidden, self.cache.keys, self.cache.values, tokens)
 
-def choose_step(model: Owl2ForConditionalGeneration) -> TorchStep:
-    """The fastest way for a model; says on stderr why, where it is not what it could be."""
-    if model.device.type == "cuda":
-        # bitsandbytes' products look at numbers on the host, which cannot be recorded.
-        return TorchStep() if getattr(model, "is_quantized", False) else CompiledStep()
-    return NativeStep() if NativeStep.supports(model) and available() else TorchStep()
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return cpu.linear(self.model.lm_head, cpu.rms_norm(self.model.model.norm, hidden))
+
+    def _check_not_stale(self) -> None:
+        """The kernels would access memory of another element size."""
+        if self.is_stale:
+            raise RuntimeError("the model was moved or cast while it generated an answer")

@@ -1,109 +1,195 @@
-"""Answers as a server gives them: piece by piece, with why they ended and how likely they were.
+"""Tokens to answers: text chunks, finish reasons and log-probabilities.
 
 ::
 
-    Following: events of all answers ──► a TextStream each ──► Piece: text that will not change
+    token, log-probabilities ──OutputProcessor──► CompletionChunk ──Completion──► the caller
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from queue import SimpleQueue
+from typing import Any, Literal
 
-from owl2.engine.detokenizer import TextStream
-from owl2.engine.running_batch import Event
-from owl2.engine.sampling import Logprobs as Score
-from owl2.engine.token_text import TokenTexts
-from owl2.errors import InputError
+from owl2.engine.detokenizer import IncrementalDetokenizer, TokenTexts
+from owl2.engine.sampling import Logprobs
+from owl2.engine.scheduler import Request
 
 FinishReason = Literal["stop", "length"]
 
-MOST_LOGPROBS = 20
-
 
 @dataclass(frozen=True)
-class TokenScore:
-    """A token of an answer and its log-probability (natural logarithm, float32).
+class TokenLogprob:
+    """A token and its log-probability (natural logarithm, float32).
 
     Attributes:
-        text: what the token stands for; bytes that are no whole character as `\\xe4`.
-        bytes: of UTF-8; those of an answer's tokens, joined, are its text and the white space
-            around it. Empty for tokens that are no text (the end token, whose text is its name).
-        top: the likeliest tokens at its place, best first; their own `top` is empty.
+        text: The token's text; bytes that are not a complete character are written as `\\xe4`.
+        bytes: UTF-8. The bytes of an answer's tokens, joined, are its text with the white space
+            around it. Empty for special tokens, whose text is their name.
+        top: The most probable tokens in its place, in descending order, without a `top` themselves.
     """
 
     id: int
     text: str
     bytes: list[int]
     logprob: float
-    top: tuple["TokenScore", ...] = ()
+    top: tuple["TokenLogprob", ...] = ()
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What is new of one of several answers.
+class CompletionChunk:
+    """The new part of one of several answers.
 
     Attributes:
-        index: which of them.
-        text: it will not change; empty only in an answer's last piece.
-        scores: of the tokens that begin in this text, if asked for; with the last piece also the
-            end token's. None of what a stop string cut off.
-        tokens: made for this answer so far, the end token included.
-        finish_reason: in each answer's last piece: `stop`: an end token or a stop string;
-            `length`: as many tokens as were asked for, or fit into the context.
+        index: Which answer.
+        text: Final text; empty only in the last chunk of an answer.
+        logprobs: If requested, for the tokens that begin in this text; in the last chunk also for
+            the end token. Tokens after a stop string are excluded.
+        num_tokens: Tokens of this answer so far, with the end token.
+        finish_reason: In the last chunk of an answer: `stop` for an end token or a stop string,
+            `length` for the maximum number of tokens.
     """
 
     index: int
     text: str
-    scores: tuple[TokenScore, ...]
-    tokens: int
+    logprobs: tuple[TokenLogprob, ...]
+    num_tokens: int
     finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One whole answer; as in `Piece`."""
+class CompletionOutput:
+    """One complete answer; the fields are those of `CompletionChunk`."""
 
     text: str
     finish_reason: FinishReason
-    tokens: int
-    scores: tuple[TokenScore, ...]
+    num_tokens: int
+    logprobs: tuple[TokenLogprob, ...]
 
 
-class Events(Protocol):
-    """What `Following` is."""
-
-    def __iter__(self) -> Iterator[Event]: ...
-
-    def drop(self, number: int) -> None: ...
-
-    def close(self) -> None: ...
+OnOutput = Callable[[CompletionChunk | BaseException], object]
 
 
-class Completion(Iterator[Piece]):
-    """Pieces of one answer or several, in the order in which they are made.
+class OutputProcessor:
+    """Makes the chunks of one answer.
 
-    The model runs when the first piece is asked for. One thread iterates; any may `close`. Also a
-    context manager that closes.
-
-    Attributes:
-        prompt_tokens: of the prompt, K + 1 for each image.
+    Args:
+        index: The answer's index.
+        max_tokens: The maximum number of tokens.
+        end_ids: Tokens that end the answer.
     """
 
     def __init__(
-        self, prompt_tokens: int, events: Events, answers: "Sequence[AnswerInMaking]"
+        self,
+        index: int,
+        max_tokens: int,
+        end_ids: Collection[int],
+        detokenizer: IncrementalDetokenizer,
+        token_texts: TokenTexts,
     ) -> None:
-        self.prompt_tokens = prompt_tokens
-        self._events = events
-        self._pieces = _pieces(events, answers)
+        self._index = index
+        self._max_tokens = max_tokens
+        self._end_ids = end_ids
+        self._detokenizer = detokenizer
+        self._token_texts = token_texts
+        self._num_tokens = 0
+        # Not released yet, with the positions in the text where their tokens begin.
+        self._pending: list[tuple[int, TokenLogprob]] = []
+
+    def process(self, token: int, logprobs: Logprobs | None = None) -> CompletionChunk | None:
+        """The chunk that the next token completes, if any."""
+        detokenizer = self._detokenizer
+        self._num_tokens += 1
+        begin = detokenizer.num_final
+        is_end = token in self._end_ids
+        text = "" if is_end else detokenizer.add(token)
+        if logprobs is not None:
+            top = tuple(self._token_logprob(*alternative) for alternative in logprobs.top)
+            self._pending.append((begin, self._token_logprob(token, logprobs.logprob, top)))
+        is_stopped = is_end or detokenizer.stop_position is not None
+        if not is_stopped and self._num_tokens < self._max_tokens:
+            return self._chunk(text, detokenizer.num_released, None) if text else None
+        text += detokenizer.finish()
+        is_stopped = is_end or detokenizer.stop_position is not None
+        return self._chunk(text, detokenizer.stop_position, "stop" if is_stopped else "length")
+
+    def _chunk(
+        self, text: str, end: int | None, finish_reason: FinishReason | None
+    ) -> CompletionChunk:
+        """With the log-probabilities of tokens that begin before `end`; None: of all."""
+        released = [own for begin, own in self._pending if end is None or begin < end]
+        self._pending = self._pending[len(released) :]
+        return CompletionChunk(self._index, text, tuple(released), self._num_tokens, finish_reason)
+
+    def _token_logprob(
+        self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
+    ) -> TokenLogprob:
+        text, data = self._token_texts.find(token)
+        return TokenLogprob(token, text, list(data), logprob, top)
+
+
+class RequestHandle:
+    """A submitted request.
+
+    Attributes:
+        num_prompt_tokens: Tokens of the prompt, K + 1 for each image.
+    """
+
+    def __init__(self, num_prompt_tokens: int, requests: Sequence[Request]) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self._requests = requests
+
+    def abort(self) -> None:
+        """End the request before the engine's next step. From any thread; may be repeated."""
+        for request in self._requests:
+            request.aborted = True
+
+
+class Completion(Iterator[CompletionChunk]):
+    """The chunks of one or several answers, in the order in which they are generated.
+
+    The request is submitted when the first chunk is asked for. One thread iterates; any thread may
+    `close`. The context manager closes it.
+
+    Attributes:
+        num_prompt_tokens: Tokens of the prompts, K + 1 for each image.
+
+    Raises:
+        InputError: While iterating: logits that are not finite.
+    """
+
+    def __init__(
+        self,
+        num_prompt_tokens: int,
+        num_answers: int,
+        submit: Callable[[OnOutput], RequestHandle],
+    ) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self._num_unfinished = num_answers
+        self._submit = submit
+        self._outputs: SimpleQueue[CompletionChunk | BaseException | None] = SimpleQueue()
+        self._handle: RequestHandle | None = None
         self._closed = False
 
-    def __next__(self) -> Piece:
-        """Raises `InputError` for logits that are not finite; StopIteration also when closed."""
-        piece = next(self._pieces)
-        if self._closed:
+    def __next__(self) -> CompletionChunk:
+        """The next chunk; StopIteration after the last one, and after `close`."""
+        if self._closed or not self._num_unfinished:
             raise StopIteration
-        return piece
+        try:
+            if self._handle is None:
+                self._handle = self._submit(self._outputs.put)
+                self._abort_if_closed()  # by another thread meanwhile
+            item = self._outputs.get()
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
+        if item is None or self._closed:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self._num_unfinished -= item.finish_reason is not None
+        return item
 
     def __enter__(self) -> "Completion":
         return self
@@ -111,118 +197,36 @@ class Completion(Iterator[Piece]):
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def close(self) -> None:
-        """End it: rows become free before the next step, what waits never starts. From any thread;
-        who iterates in another one gets no more pieces."""
-        self._closed = True
-        self._events.close()
+    def __del__(self) -> None:
+        self.close()
 
-    def whole(self) -> list[Answer]:
-        """All answers, when they are whole.
+    def close(self) -> None:
+        """Abort the request. A thread that waits for a chunk gets no more."""
+        self._closed = True
+        self._abort_if_closed()
+        self._outputs.put(None)
+
+    def _abort_if_closed(self) -> None:
+        if self._closed and self._handle is not None:
+            self._handle.abort()
+
+    def outputs(self) -> list[CompletionOutput]:
+        """All complete answers, by index.
 
         Raises:
-            CancelledError: it was closed before.
+            CancelledError: The completion was closed before.
         """
-        pieces: dict[int, list[Piece]] = {}
-        for piece in self:
-            pieces.setdefault(piece.index, []).append(piece)
+        chunks: dict[int, list[CompletionChunk]] = {}
+        for chunk in self:
+            chunks.setdefault(chunk.index, []).append(chunk)
         if self._closed:
-            raise CancelledError("the completion was closed before its answers were whole")
-        return [_joined(pieces[index]) for index in sorted(pieces)]
+            raise CancelledError("the completion was closed before its answers were complete")
+        return [_join(chunks[index]) for index in sorted(chunks)]
 
 
-def _joined(pieces: Sequence[Piece]) -> Answer:
-    last = pieces[-1]
-    assert last.finish_reason is not None  # all events came
-    text = "".join(piece.text for piece in pieces)
-    scores = tuple(score for piece in pieces for score in piece.scores)
-    return Answer(text, last.finish_reason, last.tokens, scores)
-
-
-class AnswerInMaking:
-    """One of a completion's answers.
-
-    Args:
-        index: of its pieces.
-        limit: tokens that it can have.
-        ends: tokens that end it.
-        stream: new.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        limit: int,
-        ends: Collection[int],
-        stream: TextStream,
-        texts: TokenTexts,
-    ) -> None:
-        self._index = index
-        self._limit = limit
-        self._ends = ends
-        self._stream = stream
-        self._texts = texts
-        self._tokens = 0
-        # Scores that were not given out, and where in the text their tokens begin.
-        self._due: list[tuple[int, TokenScore]] = []
-
-    def take(self, event: Event) -> Piece | None:
-        """A next token: what is new by it, if anything."""
-        stream = self._stream
-        self._tokens += 1
-        begin = stream.settled
-        is_end = event.token in self._ends
-        text = "" if is_end else stream.add(event.token)
-        if event.score is not None:
-            self._due.append((begin, self._score(event.token, event.score)))
-        is_last = is_end or stream.cut is not None or self._tokens == self._limit
-        if is_last:
-            text += stream.finish()
-            stopped = is_end or stream.cut is not None
-            return self._piece(text, stream.cut, "stop" if stopped else "length")
-        return self._piece(text, stream.given, None) if text else None
-
-    def _piece(self, text: str, end: int | None, reason: FinishReason | None) -> Piece:
-        """With the scores of tokens that begin before `end`; None: all."""
-        due = [score for begin, score in self._due if end is None or begin < end]
-        self._due = self._due[len(due) :]
-        return Piece(self._index, text, tuple(due), self._tokens, reason)
-
-    def _score(self, token: int, score: Score) -> TokenScore:
-        top = tuple(self._token_score(id_, logprob) for id_, logprob in score.top)
-        return self._token_score(token, score.logprob, top)
-
-    def _token_score(
-        self, token: int, logprob: float, top: tuple[TokenScore, ...] = ()
-    ) -> TokenScore:
-        text, bytes_ = self._texts.find(token)
-        return TokenScore(token, text, list(bytes_), logprob, top)
-
-
-def _pieces(events: Events, answers: Sequence[AnswerInMaking]) -> Iterator[Piece]:
-    """Not a method, so that it is closed with the last reference to its `Completion`."""
-    try:
-        for event in events:
-            piece = answers[event.number].take(event)
-            if piece is not None:
-                if piece.finish_reason is not None:
-                    events.drop(event.number)
-                yield piece
-    finally:
-        events.close()
-
-
-def check_request(n: int, most: int, stop: str | Sequence[str], top: int | None) -> list[str]:
-    """The stop strings as a list.
-
-    Raises:
-        InputError: a number out of its range, a stop string that is none or empty.
-    """
-    if not 1 <= n <= most:
-        raise InputError(f"n is {n}; it must be from 1 to {most}")
-    if top is not None and not 0 <= top <= MOST_LOGPROBS:
-        raise InputError(f"top_logprobs is {top}; it must be from 0 to {MOST_LOGPROBS}")
-    texts = [stop] if isinstance(stop, str) else list(stop)
-    if not all(isinstance(text, str) and text for text in texts):
-        raise InputError("stop must be texts, none of them empty")
-    return texts
+def _join(chunks: Sequence[CompletionChunk]) -> CompletionOutput:
+    last = chunks[-1]
+    assert last.finish_reason is not None
+    text = "".join(chunk.text for chunk in chunks)
+    logprobs = tuple(own for chunk in chunks for own in chunk.logprobs)
+    return CompletionOutput(text, last.finish_reason, last.num_tokens, logprobs)

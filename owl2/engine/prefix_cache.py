@@ -1,18 +1,17 @@
-"""What is kept from earlier requests: images' embeddings, and the keys and values of prompts.
+"""Caches across requests: embeddings of images, and keys and values of prompts.
 
 ::
 
-    an image's pixels ──digest──► Features: its embeddings (K+1, D)
-    a prompt's tokens, images as their digests ──longest common start──► Prefixes: keys and values
+    pixels ──digest──► ImageFeatureCache: embeddings (K+1, D)
+    token ids, with digests in place of image tokens ──longest common prefix──► PrefixCache
 
-Both are bounded by bytes; what was used least recently goes first. All image tokens have the same
-id, so in the key of a prompt each stands as its image's digest: the same words about another
-image are another prompt.
+Both have a limit in bytes and evict the least recently used entry. All image tokens have the same
+id, so the key of a prompt contains the digest of the image instead: the same text about another
+image is another prompt.
 
-Shapes: K+1 embeddings an image, D width, h key-value heads, P positions, d head width.
+Shapes: K+1 embeddings per image, D width, h key-value heads, P positions, d head width.
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,73 +21,70 @@ import psutil
 import torch
 from torch import nn
 
-SHORTEST = 32  # positions: what fewer would save is not worth the copying
-MOST = 256  # prefixes: all are looked through for every prompt
+from owl2.processing.prepared_prompt import PreparedPrompt
+
+MIN_PREFIX_TOKENS = 32  # copying shorter prefixes costs as much as it saves
+MAX_PREFIXES = 256  # every lookup compares with all of them
 
 Key = tuple[int | bytes, ...]
 
 
-def digest(pixels: torch.Tensor) -> bytes:
-    """What tells an image (3, H, W) on the CPU from every other; a millisecond a megabyte."""
-    data = pixels.detach().contiguous().view(torch.uint8).flatten().numpy()
-    return hashlib.blake2b(data.data, digest_size=16).digest()
-
-
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free where the model is."""
+    """Free bytes on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
-def weights_mark(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is replaced, or changed in place by anything that autograd sees.
+def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """A value that changes when a weight is replaced or modified in place.
 
-    That is what optimizers and `load_state_dict` do. Writing to ``weight.data`` goes unseen.
+    It covers what autograd tracks, such as optimizers and `load_state_dict`. It does not cover
+    writes to ``weight.data``.
     """
     return tuple(
-        # Tensors made in inference mode count no changes, and refuse most.
+        # Inference tensors have no version counter, and most of them cannot be modified.
         (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         for tensor in chain(model.parameters(), model.buffers())
     )
 
 
-class Features:
-    """Embeddings of images by their digest, (K+1, D) each.
+class ImageFeatureCache:
+    """Embeddings of images by digest, (K+1, D) each.
 
     Args:
-        limit: bytes that all may have together; the one asked for last is kept in any case.
+        limit: Maximum size in bytes.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
-    def find(self, image: bytes) -> torch.Tensor | None:
-        """An image's embeddings if they are kept."""
-        if image in self._kept:
-            self._kept.move_to_end(image)
-        return self._kept.get(image)
+    def find(self, digest: bytes) -> torch.Tensor | None:
+        """The embeddings of an image if they are cached."""
+        if digest in self._entries:
+            self._entries.move_to_end(digest)
+        return self._entries.get(digest)
 
-    def add(self, image: bytes, embeddings: torch.Tensor) -> None:
-        """Keep an image's embeddings, a tensor of their own, if they fit at all."""
-        size = embeddings.nbytes
-        if size > self.limit or image in self._kept:
+    def add(self, digest: bytes, embeddings: torch.Tensor) -> None:
+        """Cache embeddings that nothing else modifies, unless they exceed the limit."""
+        if embeddings.nbytes > self.limit or digest in self._entries:
             return
-        self._kept[image] = embeddings
-        self.bytes += size
+        self._entries[digest] = embeddings
+        self.bytes += embeddings.nbytes
         while self.bytes > self.limit:
-            self.bytes -= self._kept.popitem(last=False)[1].nbytes
+            self.bytes -= self._entries.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
-        self._kept.clear()
+        """Remove all entries."""
+        self._entries.clear()
         self.bytes = 0
 
 
 @dataclass(eq=False, frozen=True)
 class Prefix:
-    """Keys and values of the tokens of `key`, from position 0 on: (h, P, d) a layer."""
+    """Keys and values of the tokens of `key`, from position 0: (h, P, d) for each layer."""
 
     key: Key
     keys: Sequence[torch.Tensor]
@@ -96,84 +92,133 @@ class Prefix:
 
     @property
     def bytes(self) -> int:
+        """The size of all tensors."""
         return sum(tensor.nbytes for tensor in chain(self.keys, self.values))
 
 
-class Prefixes:
-    """Keys and values of token sequences, to be found by what they begin with.
+class PrefixCache:
+    """Keys and values of token sequences, found by their longest common prefix.
 
     Args:
-        limit: bytes that all may have together.
-
-    Attributes:
-        shortest: shorter ones are neither kept nor found.
+        limit: Maximum size in bytes.
+        min_tokens: Shorter prefixes are neither stored nor found.
     """
 
-    def __init__(self, limit: int, shortest: int = SHORTEST) -> None:
+    def __init__(self, limit: int, min_tokens: int = MIN_PREFIX_TOKENS) -> None:
         self.limit = limit
-        self.shortest = shortest
+        self.min_tokens = min_tokens
         self.bytes = 0
-        self._kept: OrderedDict[Prefix, None] = OrderedDict()
+        self._entries: OrderedDict[Prefix, None] = OrderedDict()
+
+    @property
+    def cached_keys(self) -> list[Key]:
+        """The keys of all entries, the least recently used first."""
+        return [prefix.key for prefix in self._entries]
 
     def find(self, key: Key) -> tuple[Prefix | None, int]:
-        """Who shares the longest start with `key`, and how many tokens that is; (None, 0): nobody.
+        """The entry with the longest common prefix, and its length; (None, 0) without one.
 
-        One token at least is left to compute.
+        At least one token of `key` remains to be computed.
         """
-        best, most = None, self.shortest - 1
-        for prefix in self._alike(key):
-            shared = common(prefix.key, key)
-            if shared > most:
-                best, most = prefix, shared
+        best, longest = None, self.min_tokens - 1
+        for prefix in self._candidates(key):
+            shared = common_prefix_length(prefix.key, key)
+            if shared > longest:
+                best, longest = prefix, shared
         if best is None:
             return None, 0
-        self._kept.move_to_end(best)
-        shared = min(most, len(key) - 1)
-        return (best, shared) if shared >= self.shortest else (None, 0)
+        self._entries.move_to_end(best)
+        shared = min(longest, len(key) - 1)
+        return (best, shared) if shared >= self.min_tokens else (None, 0)
 
-    def wants(self, key: Key) -> bool:
-        """Whether `add` would keep it: it is long enough, and no other begins with it."""
-        if len(key) < self.shortest or not self.limit:
+    def accepts(self, key: Key) -> bool:
+        """Whether `add` would store it: it is long enough, and no entry starts with it."""
+        if len(key) < self.min_tokens or not self.limit:
             return False
-        covering = (old for old in self._alike(key) if len(old.key) >= len(key))
-        return all(old.key[: len(key)] != key for old in covering)
+        longer = (old for old in self._candidates(key) if len(old.key) >= len(key))
+        return all(old.key[: len(key)] != key for old in longer)
 
     def add(self, key: Key, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-        """Keep keys and values, (h, P, d) a layer, which must be nobody else's to change."""
+        """Store keys and values, (h, P, d) for each layer, that nothing else modifies."""
         new = Prefix(key, keys, values)
-        if new.bytes > self.limit or not self.wants(key):
+        if new.bytes > self.limit or not self.accepts(key):
             return
-        # A dialogue grows: what it was before is a part of what it is now.
-        for old in [old for old in self._alike(key) if key[: len(old.key)] == old.key]:
-            self._drop(old)
-        self._kept[new] = None
+        # The next turn of a dialogue contains the earlier turns.
+        for old in [old for old in self._candidates(key) if key[: len(old.key)] == old.key]:
+            self._remove(old)
+        self._entries[new] = None
         self.bytes += new.bytes
-        while self.bytes > self.limit or len(self._kept) > MOST:
-            self._drop(next(iter(self._kept)))
+        while self.bytes > self.limit or len(self._entries) > MAX_PREFIXES:
+            self._remove(next(iter(self._entries)))
 
     def clear(self) -> None:
-        self._kept.clear()
+        """Remove all entries."""
+        self._entries.clear()
         self.bytes = 0
 
-    def _alike(self, key: Key) -> list[Prefix]:
-        """Those that may share `shortest` tokens or more: they have the last of them in common."""
-        place = self.shortest - 1
-        if len(key) <= place:
+    def _candidates(self, key: Key) -> list[Prefix]:
+        """Entries that have the last of the first `min_tokens` tokens in common with `key`."""
+        position = self.min_tokens - 1
+        if len(key) <= position:
             return []
-        return [prefix for prefix in self._kept if prefix.key[place] == key[place]]
+        return [prefix for prefix in self._entries if prefix.key[position] == key[position]]
 
-    def _drop(self, prefix: Prefix) -> None:
-        del self._kept[prefix]
+    def _remove(self, prefix: Prefix) -> None:
+        del self._entries[prefix]
         self.bytes -= prefix.bytes
 
 
-def common(one: Key, other: Key) -> int:
+def common_prefix_length(one: Key, other: Key) -> int:
     """How many tokens two sequences have in common at their start."""
     low, high = 0, min(len(one), len(other))
-    while low < high:  # halves are compared as slices: by C, not token by token
+    while low < high:  # bisection: comparing slices is faster than comparing token by token
         middle = (low + high + 1) // 2
         if one[low:middle] == other[low:middle]:
             low = middle
         else:
             high = middle - 1
     return low
+
+
+class PromptState:
+    """A prompt on its way through prefill; the n answers to a prompt share one.
+
+    Attributes:
+        key: The token ids, with the digest of the image in place of image tokens.
+        prefix: An entry of the prefix cache that has the first `num_computed_tokens` tokens.
+    """
+
+    def __init__(self, prompt: PreparedPrompt) -> None:
+        self.prompt = prompt
+        self.prefix: Prefix | None = None
+        self.num_computed_tokens = 0
+        key: list[int | bytes] = list(prompt.ids)
+        for (start, end), digest in zip(prompt.image_spans, prompt.image_digests, strict=True):
+            key[start:end] = [digest] * (end - start)
+        self.key: Key = tuple(key)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt.ids)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that prefill computes."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def new_images(self) -> list[int]:
+        """Indices of the images that prefill computes."""
+        spans = self.prompt.image_spans
+        return [i for i, (start, _) in enumerate(spans) if start >= self.num_computed_tokens]
+
+    def look_up(self, cache: PrefixCache) -> None:
+        """Find the longest cached prefix that ends outside of an image."""
+        self.prefix, shared = cache.find(self.key)
+        for start, end in self.prompt.image_spans:
+            if start < shared < end:
+                shared = start
+        self.num_computed_tokens = shared
+        if not shared:
+            self.prefix = None

@@ -1,309 +1,186 @@
-"""Who runs a model takes what waits, turn by turn: a thread that else sleeps, or the main thread.
+"""Requests, and the choice of the waiting ones whose prompts are computed next.
 
-A turn: prompts that are alike are computed together and join the rows, then all rows get a token.
-Only who holds the worker's lock touches the rows and what is kept, so nothing else is locked.
-
-The main thread leads while nobody else does and its own requests last. It could as well wait for
-the other one; but each thread that computes has a pool of OpenMP's, and as soon as there are more
-of their threads than cores, they go to sleep after each operation: prompts take a third longer.
+A prefill batch contains similar prompts. Padded rows need about equally many new tokens after
+equally many cached ones; the CPU kernels take any lengths. Of prompts with a common uncached
+prefix, one is computed first, and the others find its keys and values in the prefix cache.
 """
 
-import os
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from owl2.engine.model_runner import FastDecoder
-from owl2.engine.prefill import Begun, Read, Reader
-from owl2.engine.running_batch import Request, Rows
+from owl2.engine.prefix_cache import PrefixCache, PromptState
+from owl2.engine.sampling import Logprobs, SamplingParams
 
-# Positions that one forward computes: while nobody waits for a next token, and while some do.
-ALONE, BETWEEN_STEPS = 4096, 512
+# Positions of one prefill: without running requests, and with some that wait for their next token.
+MAX_PREFILL_TOKENS_IDLE, MAX_PREFILL_TOKENS_BUSY = 4096, 512
 
-
-@dataclass(eq=False)
-class Job:
-    """A prompt that is not to be answered: `use` makes something else of it.
-
-    Attributes:
-        done: gets the exception that ended it, or None when the result is there.
-    """
-
-    prompt: Begun
-    use: Callable[[Read], Any]
-    done: SimpleQueue
-    result: Any = None
+OnToken = Callable[[int, Logprobs | None], object]
+OnEnd = Callable[[BaseException | None], object]
 
 
-class Inbox:
-    """What was sent and is not taken yet, and the thread that waits for it.
+class Request:
+    """One answer to a prompt, from its submission to its end.
 
-    It does not know the worker, so that an idle thread keeps no model in memory.
-    """
-
-    def __init__(self) -> None:
-        self.renew()
-
-    def renew(self) -> None:
-        """Make it empty and new."""
-        # Its lock can be taken twice by one thread: the garbage collector may close a stream, or
-        # drop the worker, in the middle of anything.
-        self._changed = threading.Condition()
-        self._items: list[Request | Job] = []
-        self._roused = False
-        self._thread: threading.Thread | None = None
-        self.closed = False
-
-    def add(self, items: Sequence[Request | Job]) -> None:
-        """Hand in requests or jobs, for who leads."""
-        with self._changed:
-            self._items += items
-
-    def put(self, items: Sequence[Request | Job], worker: "Worker") -> None:
-        """The same for the thread, which is started if there is none; of no items: wake it.
-
-        Raises:
-            RuntimeError: it is closed.
-        """
-        with self._changed:
-            if self.closed:
-                raise RuntimeError("the runner is closed: the process ends")
-            self._items += items
-            self._roused = True
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(
-                    target=_serve, args=(self, weakref.ref(worker)), name="owl2-runner", daemon=True
-                )
-                self._thread.start()
-            self._changed.notify_all()
-
-    def take(self) -> list[Request | Job]:
-        """All that was handed in since."""
-        with self._changed:
-            items, self._items = self._items, []
-        return items
-
-    def wait(self) -> bool:
-        """Sleep until there is something to do; False: until there never will be."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._roused or self.closed)
-            self._roused = False
-            return not self.closed
-
-    def close(self) -> None:
-        """End the thread, after the turn that it is in."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
-
-
-def _serve(inbox: Inbox, reference: "weakref.ref[Worker]") -> None:
-    while inbox.wait():
-        worker = reference()
-        if worker is None:
-            return
-        # What is no Exception ends the turns of who leads; here all are told of it already.
-        with suppress(BaseException), worker.lock:
-            worker.work()
-        del worker  # or sleeping would keep it alive
-
-
-class Worker:
-    """What a thread does that leads.
+    The scheduler's thread calls the callbacks. An exception that `on_token` raises ends the
+    request; `on_end` must not raise.
 
     Args:
-        max_batch: requests in rows at a time.
-        rows_bytes: that their keys and values may take; one request is taken in any case.
+        prompt: Shared by all answers to it.
+        index: Selects the seed, `params.seed` + `index`.
+        max_tokens: Tokens of the answer.
+        end_ids: Tokens that end the answer.
+        on_token: Gets each token, and its log-probabilities if `params` request them.
+        on_end: Called once, with the error that ended the request or None; not after `aborted`.
 
     Attributes:
-        lock: who leads holds it.
-        forget: whether to drop what is kept before the next prompt; set from any thread.
+        token_ids: The answer so far, with its end token.
+        aborted: The result is no longer wanted. May be set from any thread.
+        epoch: The prefiller's epoch when the prompt was computed.
     """
 
-    def __init__(self, reader: Reader, inbox: Inbox, max_batch: int, rows_bytes: int) -> None:
-        self.reader = reader
-        self.inbox = inbox
-        self.max_batch = max_batch
-        self.rows_bytes = rows_bytes
-        self.lock = threading.Lock()
-        self.forget = False
-        self._process = os.getpid()
-        self._main_leads = True
-        self._rows: Rows | None = None
-        self._waiting: list[Request] = []
-        self._jobs: list[Job] = []
-
-    def lead(
-        self, own: Sequence[Request | Job], until: Callable[[], bool], new: bool = True
+    def __init__(
+        self,
+        prompt: PromptState,
+        params: SamplingParams,
+        max_tokens: int,
+        end_ids: Collection[int],
+        device: torch.device,
+        index: int = 0,
+        on_token: OnToken | None = None,
+        on_end: OnEnd | None = None,
     ) -> None:
-        """Do `own`, and what others hand in meanwhile, in this thread if it is the main one and
-        nobody leads; else leave it to the other thread.
+        self.prompt = prompt
+        self.params = params
+        self.generator = params.generator(index, device)
+        self.max_tokens = max_tokens
+        self.end_ids = end_ids
+        self.token_ids: list[int] = []
+        self.aborted = False
+        self.epoch = 0
+        self._on_token = on_token
+        self._on_end = on_end
 
-        Args:
-            new: they were not handed in before.
-        """
-        self._renew_after_fork()
-        items = own if new else []
-        is_main = threading.current_thread() is threading.main_thread() and self._main_leads
-        if self.inbox.closed or not (is_main and self.lock.acquire(blocking=False)):
-            self.inbox.put(items, self)
+    @property
+    def num_cached(self) -> int:
+        """Positions whose keys and values exist: all but that of the last token."""
+        return self.prompt.num_tokens + len(self.token_ids) - 1
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the request may need."""
+        return self.prompt.num_tokens + self.max_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the answer is complete."""
+        if not self.token_ids:
+            return False
+        return len(self.token_ids) >= self.max_tokens or self.token_ids[-1] in self.end_ids
+
+    def add_token(self, token: int, logprobs: Logprobs | None) -> None:
+        """Append the next token; ends the request if it is the last one."""
+        self.token_ids.append(token)
+        try:
+            if self._on_token is not None:
+                self._on_token(token, logprobs)
+        except Exception as error:  # the submitter receives it
+            self.end(error)
             return
-        others = False
-        try:
-            self.inbox.add(items)
-            self.work(until)
-        finally:
-            try:
-                active = self._rows.active if self._rows is not None else []
-                others = any(one not in own for one in (*active, *self._waiting))
-            finally:
-                self.lock.release()
-        if others:
-            self.inbox.put([], self)
+        if self.is_finished:
+            self.end()
 
-    def _renew_after_fork(self) -> None:
-        """A fork has neither its parent's threads, OpenMP's among them, nor who holds its locks."""
-        if self._process != os.getpid():
-            self._process = os.getpid()
-            self._main_leads = False  # another thread gets threads of OpenMP's anew
-            self.lock = threading.Lock()
-            self.inbox.renew()
-            self._rows, self._waiting, self._jobs = None, [], []
-
-    def work(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Turns until nothing is left to do. What goes wrong with the machine is told to all who
-        wait, and it goes on."""
-        with _plain_modes(self.reader.model.device):
-            while not (self.inbox.closed or until()):
-                try:
-                    if not self._turn():
-                        return
-                except Exception as error:  # whatever it is, it is raised where one waits
-                    self._fail(error)
-                except BaseException:  # of who leads: Ctrl-C above all
-                    self._fail(RuntimeError("a step was interrupted; ask again"))
-                    raise
-
-    def _turn(self) -> bool:
-        """Whether there is more to do."""
-        items = self.inbox.take()
-        self._jobs += [item for item in items if isinstance(item, Job)]
-        self._waiting += [item for item in items if not isinstance(item, Job)]
-        self._waiting = [request for request in self._waiting if not request.cancelled]
-        rows = self._usable_rows()
-        rows.drop_cancelled()
-        if self._jobs or (self._waiting and len(rows.active) < self.max_batch):
-            self._forget_if_wanted()
-            while self._jobs:
-                self._do(self._jobs.pop(0))
-            if group := self._alike(rows):
-                rows.join(group)
-                self._waiting = [request for request in self._waiting if request not in group]
-        if rows.active:
-            rows.step()
-        return bool(self._waiting or rows.active)
-
-    def _alike(self, rows: Rows) -> list[Request]:
-        """Requests of those that wait, the first among them, to be computed in one forward.
-
-        Where rows are padded they have about as many tokens to compute. Of those whose prompts
-        begin alike only one is taken: its keys and values serve the others in the next turn. Those
-        that share one prompt come together, as long as there is room.
-        """
-        waiting = self._waiting[: self.max_batch]
-        for request in waiting:
-            self.reader.look_up(request.prompt)
-        most = BETWEEN_STEPS if rows.active else ALONE
-        padded = not rows.decoder.takes_prompts
-        shortest = self.reader.prefixes.shortest
-        group: list[Request] = []
-        prompts: list[Begun] = []
-        starts = set()
-        longest = total = 0
-        for request in waiting:
-            prompt = request.prompt
-            fits = self._fits([*rows.active, *group, request])
-            if prompt in prompts and fits:
-                group.append(request)
-                continue
-            near = not group or abs(prompt.rest - group[0].prompt.rest) <= max(8, prompt.rest // 8)
-            start = prompt.key[: prompt.shared + shortest]
-            repeats = self.reader.prefixes.limit and prompt.rest > shortest and start in starts
-            if (padded and not near) or repeats:
-                continue
-            longest, total = max(longest, prompt.rest), total + prompt.rest
-            size = (len(prompts) + 1) * longest if padded else total
-            if (group and size > most) or not fits:
-                break
-            group.append(request)
-            prompts.append(prompt)
-            starts.add(start)
-        return group
-
-    def _fits(self, requests: Sequence[Request]) -> bool:
-        """Whether there are rows and memory for so many."""
-        if len(requests) == 1:
-            return True
-        longest = max(request.longest for request in requests)
-        # Twice: the cache grows by doubling.
-        size = 2 * len(requests) * longest * self._usable_rows().decoder.cache.position_bytes
-        return len(requests) <= self.max_batch and size <= self.rows_bytes
-
-    def _do(self, job: Job) -> None:
-        error: BaseException | None = None
-        try:
-            self.reader.look_up(job.prompt)
-            job.result = job.use(self.reader.read_alone(job.prompt))
-        except Exception as raised:  # it is raised where one waits for the result
-            error = raised
-        except BaseException:
-            job.done.put(RuntimeError("a step was interrupted; ask again"))
-            raise
-        job.done.put(error)
-
-    def _forget_if_wanted(self) -> None:
-        if self.forget:
-            self.forget = False
-            self.reader.forget()
-        self.reader.forget_if_changed()
-
-    def _usable_rows(self) -> Rows:
-        """The rows; anew if the model was put on another device or into another dtype."""
-        model = self.reader.model
-        rows = self._rows
-        if rows is not None and not rows.active and rows.decoder.is_stale:
-            self._rows = None
-        if self._rows is None:
-            self._rows = Rows(FastDecoder(model), self.reader)
-        return self._rows
-
-    def _fail(self, error: BaseException) -> None:
-        """Tell all who wait, and let go of all memory: too little of it may have been the error."""
-        active = self._rows.active if self._rows is not None else []
-        for request in [*active, *self._waiting]:
-            request.end(error)
-        for job in self._jobs:
-            job.done.put(error)
-        self._rows, self._waiting, self._jobs = None, [], []
-        self.reader.forget()
+    def end(self, error: BaseException | None = None) -> None:
+        """Report the end, once."""
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None and not self.aborted:
+            on_end(error)
+        self.aborted |= error is not None
 
 
-@contextmanager
-def _plain_modes(device: torch.device) -> Iterator[None]:
-    """No gradients; and what a caller has set for its thread does not reach the computation."""
-    with (
-        torch.inference_mode(False),  # outside of no_grad, as it turns gradients on
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-    ):
-        yield
+class PackedPrefills:
+    """A prefill batch without padding.
+
+    Args:
+        prefixes: The prefix cache.
+        max_tokens: Limit for the new tokens of all prompts.
+    """
+
+    def __init__(self, prefixes: PrefixCache, max_tokens: int) -> None:
+        self.prompts: list[PromptState] = []
+        self._prefixes = prefixes
+        self._max_tokens = max_tokens
+        self._starts: set[tuple[int | bytes, ...]] = set()
+
+    def must_wait(self, prompt: PromptState) -> bool:
+        """Whether a prompt belongs into another batch, for example behind its prefix."""
+        is_long = prompt.num_new_tokens > self._prefixes.min_tokens
+        return bool(self._prefixes.limit) and is_long and self._start(prompt) in self._starts
+
+    def has_room(self, prompt: PromptState) -> bool:
+        """Whether the batch remains below the limit; one prompt always fits."""
+        return not self.prompts or self._num_tokens([*self.prompts, prompt]) <= self._max_tokens
+
+    def add(self, prompt: PromptState) -> None:
+        """Add a prompt to the batch."""
+        self.prompts.append(prompt)
+        self._starts.add(self._start(prompt))
+
+    def _start(self, prompt: PromptState) -> tuple[int | bytes, ...]:
+        return prompt.key[: prompt.num_computed_tokens + self._prefixes.min_tokens]
+
+    def _num_tokens(self, prompts: Sequence[PromptState]) -> int:
+        return sum(prompt.num_new_tokens for prompt in prompts)
+
+
+class PaddedPrefills(PackedPrefills):
+    """A prefill batch of right-padded rows."""
+
+    def must_wait(self, prompt: PromptState) -> bool:
+        """Also a prompt whose numbers of cached and new tokens are not similar."""
+        if not self.prompts:
+            return False
+        first, new = self.prompts[0], prompt.num_new_tokens
+        return (
+            prompt.num_computed_tokens != first.num_computed_tokens
+            or abs(new - first.num_new_tokens) > max(8, new // 8)
+            or super().must_wait(prompt)
+        )
+
+    def _num_tokens(self, prompts: Sequence[PromptState]) -> int:
+        return len(prompts) * max(prompt.num_new_tokens for prompt in prompts)
+
+
+def select_prefills(
+    waiting: Sequence[Request],
+    prefixes: PrefixCache,
+    *,
+    is_packed: bool,
+    is_busy: bool,
+    fits: Callable[[Sequence[Request]], bool],
+) -> list[Request]:
+    """The requests to be computed by the next prefill, the first waiting one among them.
+
+    Answers to the same prompt are selected together.
+
+    Args:
+        is_packed: Whether the model runner takes prompts without padding.
+        is_busy: Whether running requests wait meanwhile.
+        fits: Whether these requests fit into rows and memory.
+    """
+    for request in waiting:
+        request.prompt.look_up(prefixes)
+    max_tokens = MAX_PREFILL_TOKENS_BUSY if is_busy else MAX_PREFILL_TOKENS_IDLE
+    batch = (PackedPrefills if is_packed else PaddedPrefills)(prefixes, max_tokens)
+    selected: list[Request] = []
+    for request in waiting:
+        prompt = request.prompt
+        is_new = prompt not in batch.prompts
+        if is_new and batch.must_wait(prompt):
+            continue
+        if not fits([*selected, request]) or (is_new and not batch.has_room(prompt)):
+            break
+        selected.append(request)
+        if is_new:
+            batch.add(prompt)
+    return selected

@@ -59,4 +59,4 @@ class Subject:
             processor.image_processor = Owl2ImageProcessor(
                 self.image_size, was.policy, was.image_mean, was.image_std, was.max_pixels
             )
-        return Engine(model, processor, reuse=True)
+        return Engine(model, processor, enable_prefix_caching=True)

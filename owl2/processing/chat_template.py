@@ -120,15 +120,24 @@ def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
     return ParsedMessages(tuple(turns), tuple(images))
 
 
-def validate_prompt(messages: Sequence[Message]) -> None:
-    """Raises `InputError` unless `messages` ends with a user turn that holds words."""
-    turn = parse_messages(messages).turns[-1]
-    if turn["role"] != "user":
+def validate_prompt(messages: Sequence[Message]) -> ParsedMessages:
+    """Parse messages that must end with a user message that contains text.
+
+    Raises:
+        InputError: As `parse_messages`; also if the last message is an answer, or has no text.
+    """
+    parsed = parse_messages(messages)
+    message = parsed.turns[-1]
+    if message["role"] != "user":
         raise InputError(
-            "The last message is an answer already: end with a user turn to ask something."
+            "The last message is an answer; the conversation must end with a user message.",
+            ErrorCode.INVALID_ROLE,
         )
-    if not content_to_text(turn["content"]).replace(IMAGE_TOKEN, "").strip():
-        raise InputError("The question is empty: write what you want to know about the image.")
+    if not content_to_text(message["content"]).replace(IMAGE_TOKEN, "").strip():
+        raise InputError(
+            "The question is empty: the last user message has no text.", ErrorCode.EMPTY_MESSAGE
+        )
+    return parsed
 
 
 def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:

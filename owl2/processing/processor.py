@@ -32,9 +32,11 @@ from owl2.processing.chat_template import (
     parse_messages,
     render,
     render_with_answers,
+    validate_prompt,
 )
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
+from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.tokenizer import encode, start_ids
 
 _HUB_OPTIONS = frozenset(
@@ -219,6 +221,20 @@ class Owl2Processor(ProcessorMixin):
         images = [list(item.images) for item in conversations]
         inputs = self(text=texts, images=images, **options)
         return inputs if return_dict else inputs["input_ids"]
+
+    def encode(self, messages: Any) -> PreparedPrompt:
+        """The prompt for the answer to a conversation: messages are parsed and images read once.
+
+        Raises:
+            InputError: See `validate_prompt`; an image is missing or cannot be read.
+        """
+        parsed = validate_prompt(messages)
+        special_tokens = self.tokenizer.special_tokens_map
+        text = render(parsed, self._template, special_tokens, add_generation_prompt=True)
+        images = flatten_images([text.count(IMAGE_TOKEN)], [list(parsed.images)])
+        pixels = self.image_processor(images)["pixel_values"] if images else None
+        ids = self._encode(text)
+        return PreparedPrompt.from_ids(ids, pixels, self.image_token_id, self.num_image_tokens)
 
     # -------------------------------------------------------------- training
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from owl2.engine.engine import Engine
-from owl2.engine.output import Completion, Piece
+from owl2.engine.output import Completion, CompletionChunk
 from owl2.errors import InputError
 from owl2.processing.chat_template import Message
 from owl2.serve import errors
@@ -157,7 +157,7 @@ class Answer:
         self._metrics = metrics
         self._arrival = arrival
         self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[_Begun | Piece | Exception | None] = asyncio.Queue()
+        self._arrived: asyncio.Queue[_Begun | CompletionChunk | Exception | None] = asyncio.Queue()
         self._made = [0] * answers
         self._unfinished = answers
         self._closing = threading.Lock()
@@ -179,7 +179,7 @@ class Answer:
                     self._completion = completion
                     closed = self._closed
                 if not closed:
-                    self._in_loop(self._arrived.put_nowait, _Begun(completion.prompt_tokens))
+                    self._in_loop(self._arrived.put_nowait, _Begun(completion.num_prompt_tokens))
                     for piece in completion:
                         self._in_loop(self._arrived.put_nowait, piece)
         except Exception as error:  # whatever it is, it is raised where one waits for the answer
@@ -207,7 +207,7 @@ class Answer:
             case other:
                 raise AssertionError(f"{other!r} before the beginning")
 
-    async def next(self) -> Piece | None:
+    async def next(self) -> CompletionChunk | None:
         """The next piece; None after the last."""
         item = await self._arrived.get()
         if isinstance(item, Exception):
@@ -216,11 +216,11 @@ class Answer:
         if item is None:
             self._metrics.whole.observe(self._loop.time() - self._arrival)
             return None
-        assert isinstance(item, Piece)
+        assert isinstance(item, CompletionChunk)
         if not any(self._made):
             self._metrics.first_token.observe(self._loop.time() - self._arrival)
-        self._metrics.generated_tokens.inc(item.tokens - self._made[item.index])
-        self._made[item.index] = item.tokens
+        self._metrics.generated_tokens.inc(item.num_tokens - self._made[item.index])
+        self._made[item.index] = item.num_tokens
         if item.finish_reason:
             self._unfinished -= 1
             self._metrics.ended.labels(item.finish_reason).inc()

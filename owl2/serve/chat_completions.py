@@ -94,7 +94,7 @@ class ChatService:
             for part in message.content
             if isinstance(part, TextPart)
         )
-        check_length(characters, self.desk.engine.context)
+        check_length(characters, self.desk.engine.context_length)
 
     async def _begin(
         self, visit: Visit, body: ChatRequest, reply: Reply, stack: ExitStack

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from owl2.engine.output import Piece, TokenScore
+from owl2.engine.output import CompletionChunk, TokenLogprob
 from owl2.serve.protocol import ChatRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -39,7 +39,7 @@ class Reply:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         self._model = model
         self._texts: list[list[str]] = [[] for _ in range(answers)]
-        self._scores: list[list[TokenScore]] = [[] for _ in range(answers)]
+        self._scores: list[list[TokenLogprob]] = [[] for _ in range(answers)]
         self._tokens = [0] * answers
         self._reasons: list[str | None] = [None] * answers
 
@@ -53,11 +53,11 @@ class Reply:
             "total_tokens": self.prompt_tokens + made,
         }
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: CompletionChunk) -> None:
         """Take a piece, for `whole` and `usage`."""
         self._texts[piece.index].append(piece.text)
-        self._scores[piece.index] += piece.scores
-        self._tokens[piece.index] = piece.tokens
+        self._scores[piece.index] += piece.logprobs
+        self._tokens[piece.index] = piece.num_tokens
         self._reasons[piece.index] = piece.finish_reason
 
     def whole(self) -> dict[str, Any]:
@@ -78,11 +78,11 @@ class Reply:
         delta = {"role": "assistant", "content": "", "refusal": None}
         return [self._chunk(index, delta) for index in range(len(self._texts))]
 
-    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+    def chunks(self, piece: CompletionChunk) -> list[dict[str, Any]]:
         """What a piece adds, and the answer's end in a chunk of its own."""
         chunks = []
-        if piece.text or piece.scores:
-            chunks.append(self._chunk(piece.index, {"content": piece.text}, piece.scores))
+        if piece.text or piece.logprobs:
+            chunks.append(self._chunk(piece.index, {"content": piece.text}, piece.logprobs))
         if piece.finish_reason:
             chunks.append(self._chunk(piece.index, {}, reason=piece.finish_reason))
         return chunks
@@ -96,7 +96,7 @@ class Reply:
         self,
         index: int,
         delta: dict[str, Any],
-        scores: Sequence[TokenScore] = (),
+        scores: Sequence[TokenLogprob] = (),
         reason: str | None = None,
     ) -> dict[str, Any]:
         choice = {
@@ -116,7 +116,7 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
-def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any]:
+def _logprobs(scores: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {
         "content": [
             _token(score) | {"top_logprobs": [_token(other) for other in score.top]}
@@ -126,6 +126,6 @@ def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any]:
     }
 
 
-def _token(score: TokenScore) -> dict[str, Any]:
+def _token(score: TokenLogprob) -> dict[str, Any]:
     # A token that is no text, as the end token, has none.
     return {"token": score.text, "logprob": score.logprob, "bytes": score.bytes or None}

@@ -74,22 +74,21 @@ def ours(model: Path, threads: int) -> Answer:
     import torch
 
     from owl2 import Engine
-    from owl2.engine.engine_core import Prompt
     from owl2.engine.sampling import SamplingParams
 
     if not torch.cuda.is_available():
         torch.set_num_threads(threads)
-    engine = Engine.from_pretrained(model, dtype=_dtype(model), reuse=False)
-    if engine.runner is None:
+    engine = Engine.from_pretrained(model, dtype=_dtype(model), enable_prefix_caching=False)
+    if engine.core is None:
         raise SystemExit(f"{model} is shared out or offloaded, and has no fast path")
-    runner = engine.runner
+    runner = engine.core
 
     def answer(conversations: Sequence[Messages], new: int) -> list[list[int]]:
         inputs = engine.processor.apply_chat_template(
             list(conversations), add_generation_prompt=True, tokenize=True, return_dict=True
         )
         rows = zip(inputs["input_ids"], inputs["pixel_values"].split(1), strict=True)
-        prompts = [Prompt(tuple(ids), image) for ids, image in rows]
+        prompts = [runner.prepare(ids, image) for ids, image in rows]
         return runner.generate(prompts, SamplingParams(), [new] * len(prompts), ())
 
     return answer

@@ -48,15 +48,19 @@ def make(folder: Path, size: str, dtype: str) -> None:
 
 def ours(folder: Path) -> Answer:
     """This project, as `Engine` uses it."""
-    from owl2.engine.engine_core import Prompt, Runner
+    from owl2.engine.engine_core import EngineCore
     from owl2.engine.load_model import load_model
     from owl2.engine.sampling import SamplingParams
 
     dtype = _config(folder)["dtype"]
-    runner = Runner(load_model(folder / "owl2", "cpu", dtype), max_batch=max(COUNTS), reuse=False)
+    runner = EngineCore(
+        load_model(folder / "owl2", "cpu", dtype),
+        max_num_seqs=max(COUNTS),
+        enable_prefix_caching=False,
+    )
 
     def answer(prompts: Prompts, new: int) -> list[list[int]]:
-        asked = [Prompt(tuple(ids)) for ids in prompts]
+        asked = [runner.prepare(ids) for ids in prompts]
         return runner.generate(asked, SamplingParams(), [new] * len(asked), ())
 
     return answer

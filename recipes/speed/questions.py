@@ -4,7 +4,7 @@
 
     python recipes/speed/questions.py --model runs/demo/model
 
-Every engine is new and keeps nothing (`reuse=False`), so that "one by one" is honest in both ways:
+Every engine is new and keeps nothing (`enable_prefix_caching=False`), so that "one by one" is honest in both ways:
 nothing is left over from the other, and an image's second question costs as much as its first.
 """
 
@@ -33,8 +33,8 @@ def main() -> None:
     questions, _ = task.read(task.source(None, "short"))
     asked = [question.messages for question in questions[: given.limit]]
     options = decoding_of(task)
-    together = Engine.from_pretrained(given.model, "cpu", reuse=given.reuse)
-    alone = Engine.from_pretrained(given.model, "cpu", reuse=given.reuse)
+    together = Engine.from_pretrained(given.model, "cpu", enable_prefix_caching=given.reuse)
+    alone = Engine.from_pretrained(given.model, "cpu", enable_prefix_caching=given.reuse)
     seconds, answers = {1: 0.0, given.batch_size: 0.0}, {1: [], given.batch_size: []}
     for first in track(range(0, len(asked), SLICE), "asking in turn"):
         for engine, size in ((together, given.batch_size), (alone, 1)):

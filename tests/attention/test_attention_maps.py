@@ -11,7 +11,7 @@ import torch
 from owl2 import Engine, Owl2ForConditionalGeneration
 from owl2.attention import capture, look
 from owl2.attention.capture import abstractor_attention, decoder_attention
-from owl2.engine.backends.weight_only_quantization import quantise
+from owl2.engine.backends.weight_only_quantization import quantize
 from owl2.engine.scoring import prompt_and_answer
 from owl2.errors import InputError
 from owl2.model import vision
@@ -243,9 +243,9 @@ def test_a_model_without_mam_has_none_to_leave_out(engine, conversations):
         look(model, engine.processor, conversations[1], answer=ANSWER, use_mam=False)
 
 
-def test_quantised_models_too(engine, conversations):
+def test_quantized_models_too(engine, conversations):
     model = copy.deepcopy(engine.model)
-    quantise(model, "8bit")
+    quantize(model, "8bit")
     looks = look(model, engine.processor, conversations[2], answer=ANSWER, use_mam=False)
     np.testing.assert_allclose(looks.mean.sum(-1), 1, atol=1e-5)
 

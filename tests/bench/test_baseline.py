@@ -7,7 +7,7 @@ from owl2.bench.implementations import LlamaSteps, Steps, Subjects
 from owl2.bench.presets import Origin
 from owl2.bench.roofline import Limits
 from owl2.bench.workload import Batches, Request
-from owl2.engine.engine_core import Prompt, Runner
+from owl2.engine.engine_core import EngineCore
 from owl2.engine.sampling import SamplingParams
 from owl2.model.variants import as_llama, as_no_mam, clone_sharing_weights
 
@@ -66,8 +66,10 @@ def test_greedy_tokens(model, textbook, workload):
     answers = textbook.generate([request[:2] for request in requests], [12, 7])
     assert [len(answer) for answer in answers] == [12, 7]
     assert len(set(answers[0])) > 1
-    runner = Runner(model)
-    found = runner.generate([Prompt(*prompt) for prompt in prompts], SamplingParams(), [12, 7], ())
+    runner = EngineCore(model)
+    found = runner.generate(
+        [runner.prepare(*prompt) for prompt in prompts], SamplingParams(), [12, 7], ()
+    )
     assert found == answers
     for (ids, pixels, _), answer in zip(requests, answers, strict=True):
         out = model.generate(

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from owl2.engine.engine import Engine
-from owl2.engine.model_runner import FastDecoder
+from owl2.engine.model_runner import ModelRunner
 
 
 @pytest.fixture(scope="session")
@@ -33,13 +33,13 @@ def broken(engine):
 def steps(monkeypatch):
     """How many sequences each step of any model takes on, as a list that grows."""
     made = []
-    step = FastDecoder.step
+    step = ModelRunner.decode
 
     def counted(self, tokens, positions):
         made.append(len(tokens))
         return step(self, tokens, positions)
 
-    monkeypatch.setattr(FastDecoder, "step", counted)
+    monkeypatch.setattr(ModelRunner, "decode", counted)
     return made
 
 

@@ -114,7 +114,9 @@ def test_who_joins_late_gets_the_same(model, prompts, alone, steps):
     assert run(runner, prompts[1:5]) == alone[1:5]
     assert max(steps) > 1, "they were not together"
     rest = started + list(stream)
-    assert rest == list(Runner(model, reuse=False).stream(prompts[0], GREEDY, 60, ()))
+    assert rest == list(
+        Runner(model, enable_prefix_caching=False).stream(prompts[0], GREEDY, 60, ())
+    )
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(model, prompts):
@@ -122,7 +124,7 @@ def test_sampled_answers_do_not_depend_on_the_batch(model, prompts):
     together = run(Runner(model), prompts, decoding)
     for number, prompt in enumerate(prompts):
         own = SamplingParams(do_sample=True, temperature=1.5, top_k=20, seed=5 + number)
-        assert run(Runner(model, reuse=False), [prompt], own) == [together[number]]
+        assert run(Runner(model, enable_prefix_caching=False), [prompt], own) == [together[number]]
     assert run(Runner(model), [prompts[3]] * 4, decoding) != [together[3]] * 4
 
 
@@ -349,7 +351,7 @@ def test_prompts_that_do_not_fit_are_refused_before_they_disturb(model, prompts)
 
 
 def test_eight_threads_at_once(shared_engine, conversations):
-    engine = Engine(shared_engine.model, shared_engine.processor, reuse=True)
+    engine = Engine(shared_engine.model, shared_engine.processor, enable_prefix_caching=True)
     engine.runner.reader.prefixes.shortest = 4
     options = {"max_new_tokens": TOKENS}
     drawn = {"max_new_tokens": TOKENS, "temperature": 2.0, "seed": 4}

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from owl2.engine.backends.cuda_graphs import CompiledStep, Graphs
+from owl2.engine.backends.steps import NativeStep, TorchStep
 from transformers import DynamicCache
 
 from owl2 import Owl2ForConditionalGeneration
-from owl2.engine.backends.cuda_graphs import CompiledStep, Graphs
-from owl2.engine.backends.steps import NativeStep, TorchStep
-from owl2.engine.backends.weight_only_quantization import QuantisedLinear, quantise
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear, quantize
 from owl2.engine.model_runner import FastDecoder, KeyValues
 from owl2.engine.prefill import Reader
 
@@ -114,12 +114,12 @@ def test_weights_are_read_where_they_are(golden_models):
 def test_fewer_bits_are_near(golden_models, name, bound):
     model = golden_models("model_wide")
     whole = expected(filled(model)[2])
-    quantise(model, name)
+    quantize(model, name)
     kinds = [type(module).__name__ for module in model.model.layers.modules()]
-    assert "QuantisedLinear" in kinds
-    assert isinstance(model.lm_head, QuantisedLinear)
+    assert "QuantizedLinear" in kinds
+    assert isinstance(model.lm_head, QuantizedLinear)
     assert model.lm_head.bits == 8
-    assert not any(isinstance(m, QuantisedLinear) for m in model.model.vision_model.modules())
+    assert not any(isinstance(m, QuantizedLinear) for m in model.model.vision_model.modules())
     decoder, ids, plain = filled(model)
     ours = run(decoder, ids)
     # The step and the forward have the same weights; these are near the whole ones.

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from owl2.engine.backends.weight_only_quantization import QuantisedLinear, quantise
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear, quantize
 from owl2.engine.engine_core import Prompt, Runner
 from owl2.engine.model_runner import FastDecoder
 from owl2.engine.sampling import SamplingParams
@@ -90,7 +90,7 @@ def test_a_stream_that_pauses_at_the_end_of_the_process():
 @pytest.mark.parametrize("bits", [None, "8bit", "4bit"])
 def test_numbers_that_are_none_are_said_so_with_any_bits(model, bits):
     if bits:
-        quantise(model, bits)
+        quantize(model, bits)
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     with pytest.raises(InputError, match="not finite"):
@@ -108,7 +108,7 @@ def test_a_cast_in_the_middle_of_an_answer_is_refused(model):
 
 
 def test_scales_stay_float32():
-    linear = QuantisedLinear(torch.nn.Linear(64, 8), 8).to(torch.bfloat16)
+    linear = QuantizedLinear(torch.nn.Linear(64, 8), 8).to(torch.bfloat16)
     assert linear.scale.dtype == torch.float32
     assert linear.bias.dtype == torch.bfloat16
 
@@ -117,7 +117,7 @@ def test_whole_numbers_beside_plain_weights_of_any_width(model):
     """The kernels read whole numbers 64 at a time; a plain matrix may be of another width."""
     layer = model.model.layers[0]
     assert layer.mlp.down_proj.in_features % 64, "or this shows nothing"
-    layer.self_attn.q_proj = QuantisedLinear(layer.self_attn.q_proj, 8)
+    layer.self_attn.q_proj = QuantizedLinear(layer.self_attn.q_proj, 8)
     runner = Runner(model)
     together = runner.generate([PROMPT, PROMPT], GREEDY, [TOKENS] * 2, ())
     assert together == [answer(runner)] * 2

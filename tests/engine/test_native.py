@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from owl2.engine.backends.native import build, ops
-from owl2.engine.backends.weight_only_quantization import QuantisedLinear
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("three_threads")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -32,7 +32,7 @@ def assert_near(ours, theirs, dtype):
 def test_linear(dtype, tokens, rows, width):
     x, weight = random(tokens, width, dtype=dtype), random(rows, width, dtype=dtype)
     bias = random(rows, dtype=dtype)
-    assert ops.fits(weight)
+    assert ops.supports(weight)
     expected = F.linear(x.double(), weight.double())
     assert_near(ops.linear(x, weight), expected, dtype)
     assert_near(ops.linear(x, weight, bias), expected + bias.double(), dtype)
@@ -45,36 +45,36 @@ def test_linear(dtype, tokens, rows, width):
 def test_linear_with_fewer_bits(dtype, bits, tokens, rows, width):
     linear = torch.nn.Linear(width, rows)
     torch.nn.init.normal_(linear.weight)
-    quantised = QuantisedLinear(linear.to(dtype), bits)
+    quantized = QuantizedLinear(linear.to(dtype), bits)
     x = random(tokens, width, dtype=dtype)
-    expected = F.linear(x.double(), quantised.written_out(torch.float64), linear.bias.double())
+    expected = F.linear(x.double(), quantized.dequantize(torch.float64), linear.bias.double())
     bound = {torch.float32: 2e-4, torch.bfloat16: 1e-2}[dtype]  # a token alone has 16 bits
-    ours = ops.linear(x, quantised.weight, quantised.bias, quantised.scale, bits)
+    ours = ops.linear(x, quantized.weight, quantized.bias, quantized.scale, bits)
     assert ours.dtype == dtype
     assert (ours.double() - expected).abs().max() < bound * expected.abs().max()
-    written = ops.expand(quantised.weight, quantised.scale, bits, width, dtype)
-    assert_near(written, quantised.written_out(torch.float64), dtype)
+    written = ops.dequantize(quantized.weight, quantized.scale, bits, width, dtype)
+    assert_near(written, quantized.dequantize(torch.float64), dtype)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_widths_between_groups(bits, tokens, monkeypatch):
-    quantised = QuantisedLinear(torch.nn.Linear(96, 10), bits)
+    quantized = QuantizedLinear(torch.nn.Linear(96, 10), bits)
     x = random(2, tokens, 96)
-    native = quantised(x)
+    native = quantized(x)
     monkeypatch.setattr("owl2.engine.backends.weight_only_quantization.available", lambda: False)
     assert native.shape == (2, tokens, 10)
-    torch.testing.assert_close(native, quantised(x), atol=1e-3, rtol=0)
+    torch.testing.assert_close(native, quantized(x), atol=1e-3, rtol=0)
 
 
 def test_a_token_of_zeros_and_one_with_an_outlier():
     linear = torch.nn.Linear(64, 8, bias=False)
-    quantised = QuantisedLinear(linear, 8)
-    assert not ops.linear(torch.zeros(1, 64), quantised.weight, None, quantised.scale, 8).any()
+    quantized = QuantizedLinear(linear, 8)
+    assert not ops.linear(torch.zeros(1, 64), quantized.weight, None, quantized.scale, 8).any()
     x = random(1, 64)
     x[0, 3] = 1000.0
-    expected = F.linear(x, quantised.written_out(torch.float32))
-    ours = ops.linear(x, quantised.weight, None, quantised.scale, 8)
+    expected = F.linear(x, quantized.dequantize(torch.float32))
+    ours = ops.linear(x, quantized.weight, None, quantized.scale, 8)
     assert (ours - expected).abs().max() < 2e-4 * expected.abs().max()
 
 
@@ -140,16 +140,16 @@ import sys, torch
 from owl2.engine.backends.native import build
 from owl2.engine.backends.native import ops
 build.FLAGS = tuple("-march=x86-64-v2" if f == "-march=native" else f for f in build.FLAGS)
-from owl2.engine.backends.weight_only_quantization import QuantisedLinear
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 torch.manual_seed(0)
 for dtype in ops.DTYPES:
     x = torch.randn(3, 64).to(dtype)
     linear = torch.nn.Linear(64, 9, bias=False).to(dtype)
     assert torch.allclose(ops.linear(x, linear.weight), linear(x), atol=1e-2)
     for bits in (8, 4):
-        q = QuantisedLinear(linear, bits)
+        q = QuantizedLinear(linear, bits)
         for tokens in (1, 3):
-            expected = x[:tokens].float() @ q.written_out(torch.float32).T
+            expected = x[:tokens].float() @ q.dequantize(torch.float32).T
             ours = ops.linear(x[:tokens].contiguous(), q.weight, None, q.scale, bits)
             assert torch.allclose(ours.float(), expected, atol=2e-2), (dtype, bits, tokens)
 """

@@ -15,7 +15,9 @@ TOKENS = 8
 @pytest.fixture
 def keeping(shared_engine):
     """An engine that keeps what it can, down to the shortest starts."""
-    engine = Engine(copy.deepcopy(shared_engine.model), shared_engine.processor, reuse=True)
+    engine = Engine(
+        copy.deepcopy(shared_engine.model), shared_engine.processor, enable_prefix_caching=True
+    )
     engine.runner.reader.prefixes.shortest = 2
     return engine
 

@@ -29,7 +29,7 @@ def test_scores_are_what_training_would_see(shared_engine, conversations, number
     expected = [by_hand(shared_engine, messages, choice) for choice in CHOICES]
     scores = shared_engine.score(messages, CHOICES)
     assert scores == pytest.approx([float(row.sum()) for row in expected], abs=1e-5, rel=1e-6)
-    means = shared_engine.score(messages, CHOICES, normalise=True)
+    means = shared_engine.score(messages, CHOICES, normalize=True)
     assert means == pytest.approx([float(row.mean()) for row in expected], abs=1e-5, rel=1e-6)
     open_ended = shared_engine.score(messages, CHOICES, include_end=False)
     assert open_ended == pytest.approx(

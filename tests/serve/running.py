@@ -87,7 +87,11 @@ class ToldEngine:
     """
 
     def __init__(self, engine, refuse=None):
-        self.processor, self.context, self.model = engine.processor, engine.context, engine.model
+        self.processor, self.context, self.model = (
+            engine.processor,
+            engine.context_length,
+            engine.model,
+        )
         self.refuse = refuse
         self.asked = []
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from owl2.checkpoints.adapters import lora_layers
-from owl2.engine.backends.weight_only_quantization import QuantisedLinear
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.engine import Engine
 from owl2.errors import InputError
 from owl2.train.adapters import adapt, hold_frozen_in_bfloat16, loading_options, prepare
@@ -70,7 +70,7 @@ def wide(world, tmp_path):
         ("4bit", "float32"),
     ],
 )
-def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bits, precision):
+def test_a_quantized_base_is_trained_beside(recipe, world, wide, monkeypatch, bits, precision):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     kind = {"8bit": bitsandbytes.nn.Linear8bitLt, "4bit": bitsandbytes.nn.Linear4bit}[bits]
     settings = recipe(
@@ -103,11 +103,11 @@ def test_a_quantised_base_is_trained_beside(recipe, world, wide, monkeypatch, bi
         assert isinstance(engine.chat(question, max_new_tokens=3), str)
     linears = dict(lora_layers(engine.model))
     # Answering on a CPU has roundings of its own.
-    assert all(isinstance(layer.get_base_layer(), QuantisedLinear) for layer in linears.values())
+    assert all(isinstance(layer.get_base_layer(), QuantizedLinear) for layer in linears.values())
     assert engine.model.model.visual_abstractor.visual_fc.weight.dtype == torch.bfloat16
 
 
-def test_a_look_in_between_leaves_a_quantised_model_trainable(recipe, wide, image_batch):
+def test_a_look_in_between_leaves_a_quantized_model_trainable(recipe, wide, image_batch):
     pytest.importorskip("bitsandbytes")
     settings = recipe(model=wide, lora=LORA, quantize="4bit", dtype="bfloat16")
     model = load(wide, **loading_options(settings)).train()

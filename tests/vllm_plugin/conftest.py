@@ -57,7 +57,9 @@ def checkpoint(tmp_path_factory):
 def engine(checkpoint):
     from owl2.engine.engine import Engine
 
-    return Engine.from_pretrained(checkpoint, device="cpu", dtype="float32", reuse=False)
+    return Engine.from_pretrained(
+        checkpoint, device="cpu", dtype="float32", enable_prefix_caching=False
+    )
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,9 @@ def test_as_released_and_all_that_llamas_have(tmp_path):
 def answers_as_the_engine(directory):
     from owl2.engine.engine import Engine
 
-    engine = Engine.from_pretrained(directory, device="cpu", dtype="float32", reuse=False)
+    engine = Engine.from_pretrained(
+        directory, device="cpu", dtype="float32", enable_prefix_caching=False
+    )
     expected = [engine_tokens(engine, messages) for messages in conversations()]
     with running(directory) as llm:
         assert vllm_tokens(llm, conversations()) == expected

@@ -65,7 +65,7 @@ class Owl2Text(HFLM):
             chosen = None if dtype in (None, "auto") else dtype
             # Nothing is asked twice here, and what is kept would only take memory.
             engine = Engine.from_pretrained(
-                pretrained, where, chosen, quantize=quantize, reuse=False
+                pretrained, where, chosen, quantize=quantize, enable_prefix_caching=False
             )
         self.processor = engine.processor
         with quiet():
@@ -77,7 +77,7 @@ class Owl2Text(HFLM):
                 batch_size=batch_size or 1,
                 max_batch_size=max_batch_size,
                 add_bos_token=add_bos_token,
-                **{"max_length": engine.context, **hflm},
+                **{"max_length": engine.context_length, **hflm},
             )
         if workers is not None:
             self.accelerator = workers

@@ -25,7 +25,7 @@ from PIL import ImageFile
 from tqdm import tqdm
 
 from owl2.data.sample import Message
-from owl2.engine.engine import MAX_BATCH, Engine
+from owl2.engine.engine import MAX_NUM_SEQS, Engine
 from owl2.errors import InputError
 from owl2.eval.adapters.requests import ImageInput, cut, decoding, images_of, turn
 from owl2.processing.image_processing import ImagePolicy
@@ -63,7 +63,7 @@ class Owl2Multimodal(lmms):
         quantize: str | None = None,
         image_policy: ImagePolicy | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int = MAX_BATCH,
+        max_batch_size: int = MAX_NUM_SEQS,
         max_new_tokens: int = 256,
         max_frames: int = 8,
         **unknown: Any,

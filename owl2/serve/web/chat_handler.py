@@ -145,7 +145,7 @@ class Asking:
                 code="too_many_messages",
             )
         said = sum(len(turn.question) + len(turn.answer) for turn in talk.turns)
-        check_length(said + len(question), self.desk.engine.context)
+        check_length(said + len(question), self.desk.engine.context_length)
         return Turn(question, tuple(files))
 
     async def _image(self, file: Path, language: str) -> Image.Image:

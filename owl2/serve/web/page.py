@@ -200,7 +200,7 @@ def _card(example: Example) -> Any:
 def _settings(engine: Engine, limit: int) -> list[Any]:
     """In the order of `asking.Settings`; as the checkpoint has them."""
     defaults = engine.model.generation_config
-    most = min(limit, engine.context)
+    most = min(limit, engine.context_length)
     temperature = (defaults.temperature or 1.0) if defaults.do_sample else 0.0
     return [
         gr.Slider(

@@ -176,7 +176,9 @@ def test_no_function_of_the_page_is_an_api(page):
 def test_the_page_stands_at_the_apps_desk(page):
     config = httpx.get(f"{page[0]}/web/config").json()
     sliders = [part["props"] for part in config["components"] if part["type"] == "slider"]
-    assert sliders[0]["maximum"] == min(LIMITS.answer_tokens, page[1].state.desk.engine.context)
+    assert sliders[0]["maximum"] == min(
+        LIMITS.answer_tokens, page[1].state.desk.engine.context_length
+    )
 
 
 def test_with_keys_nothing_opens_without_one(closed):

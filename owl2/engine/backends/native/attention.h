@@ -9,12 +9,12 @@
 
 namespace {
 
-// Where B tokens stand, and where their sequences' keys and values lie. Same order as `ops.Places`.
-struct Places {
+// Where B tokens stand, and where their sequences' keys and values lie. Same order as `ops.CacheSlots`.
+struct CacheSlots {
   const void *cos, *sin;            // (B, d), of the positions
   const int64_t *rows, *positions;  // (B)
   void *keys, *values;              // (rows, h, C, d)
-  int64_t B, h, C, d;
+  int64_t M, h, C, d;
 
   int64_t at(int64_t b, int64_t head, int64_t position) const {
     return ((rows[b] * h + head) * C + position) * d;
@@ -26,7 +26,7 @@ template <class T>
 void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
   const int64_t half = d / 2;
   int64_t i = 0;
-  for (; i + WIDE <= half; i += WIDE) {
+  for (; i + WIDTH <= half; i += WIDTH) {
     const Floats first = load(x + i), second = load(x + i + half);
     store(y + i, first * load(cos + i) - second * load(sin + i));
     store(y + i + half, second * load(cos + i + half) + first * load(sin + i + half));
@@ -41,17 +41,17 @@ void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
 // out (d) = the sum of n values (n, d), each times its weight, times `scale`. Weights behind the
 // last are 0 up to a multiple of 16.
 template <class T>
-void weigh(const float* weights, const T* values, int64_t n, int64_t d, float scale, T* out) {
+void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, float scale, T* out) {
   constexpr int AT_ONCE = 4;
   int64_t j = 0;
   const auto some = [&]<int PARTS>() {
     Floats acc[PARTS] = {};
     for (int64_t i = 0; i < n; i++)
-      for (int p = 0; p < PARTS; p++) acc[p] += weights[i] * load(values + i * d + j + p * WIDE);
-    for (int p = 0; p < PARTS; p++) store(out + j + p * WIDE, acc[p] * scale);
-    j += PARTS * WIDE;
+      for (int p = 0; p < PARTS; p++) acc[p] += weights[i] * load(values + i * d + j + p * WIDTH);
+    for (int p = 0; p < PARTS; p++) store(out + j + p * WIDTH, acc[p] * scale);
+    j += PARTS * WIDTH;
   };
-  while (j + AT_ONCE * WIDE <= d) some.template operator()<AT_ONCE>();
+  while (j + AT_ONCE * WIDTH <= d) some.template operator()<AT_ONCE>();
   while (j < d) some.template operator()<1>();
 }
 
@@ -59,12 +59,12 @@ void weigh(const float* weights, const T* values, int64_t n, int64_t d, float sc
 // Two values at a time: their numbers are interleaved, so that one instruction multiplies both with
 // their weights and adds. Weights are rounded to bfloat16, as torch does.
 template <>
-void weigh(const float* weights, const bf16* values, int64_t n, int64_t d, float scale,
+void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d, float scale,
            bf16* out) {
   constexpr int AT_ONCE = 2, SETS = 2;  // sums that wait for each other's, were there one set
   thread_local std::vector<bf16> rounded;
-  rounded.resize((n + WIDE) / WIDE * WIDE);
-  for (int64_t i = 0; i < int64_t(rounded.size()); i += WIDE) store(&rounded[i], load(weights + i));
+  rounded.resize((n + WIDTH) / WIDTH * WIDTH);
+  for (int64_t i = 0; i < int64_t(rounded.size()); i += WIDTH) store(&rounded[i], load(weights + i));
   int64_t j = 0;
   const auto some = [&]<int PARTS>() {
     Floats low[SETS][PARTS] = {}, high[SETS][PARTS] = {};
@@ -73,7 +73,7 @@ void weigh(const float* weights, const bf16* values, int64_t n, int64_t d, float
       std::memcpy(&both, &rounded[i], 4);
       const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
       for (int p = 0; p < PARTS; p++) {
-        const bf16* at = values + i * d + j + p * 2 * WIDE;
+        const bf16* at = values + i * d + j + p * 2 * WIDTH;
         const __m512i first = _mm512_loadu_si512(at);
         const __m512i second = PAIR ? _mm512_loadu_si512(at + d) : _mm512_setzero_si512();
         Floats &l = low[SET][p], &h = high[SET][p];
@@ -88,86 +88,86 @@ void weigh(const float* weights, const bf16* values, int64_t n, int64_t d, float
       add.template operator()<0, true>(i), add.template operator()<1, true>(i + 2);
     if (i + 2 <= n) add.template operator()<0, true>(i), i += 2;
     if (i < n) add.template operator()<1, false>(i);
-    for (int p = 0; p < PARTS; p++, j += 2 * WIDE) {
+    for (int p = 0; p < PARTS; p++, j += 2 * WIDTH) {
       const Floats l = (low[0][p] + low[1][p]) * scale, h = (high[0][p] + high[1][p]) * scale;
       // Of every eight numbers the first four are in `low`, the others in `high`.
       store(out + j, __builtin_shufflevector(l, h, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
                                              22, 23));
-      store(out + j + WIDE, __builtin_shufflevector(l, h, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14,
+      store(out + j + WIDTH, __builtin_shufflevector(l, h, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14,
                                                     15, 28, 29, 30, 31));
     }
   };
-  while (j + AT_ONCE * 2 * WIDE <= d) some.template operator()<AT_ONCE>();
+  while (j + AT_ONCE * 2 * WIDTH <= d) some.template operator()<AT_ONCE>();
   while (j < d) some.template operator()<1>();
 }
 #endif
 
 // One query (d) over n keys and values (n, d).
 template <class T>
-void attend_one(const T* query, const T* keys, const T* values, T* out, int64_t n, int64_t d,
+void attend_query(const T* query, const T* keys, const T* values, T* out, int64_t n, int64_t d,
                 float scaling, std::vector<float>& scores) {
   constexpr int STEP = Product<T>::STEP;
-  scores.resize((n + WIDE) / WIDE * WIDE);  // one more than n at least
+  scores.resize((n + WIDTH) / WIDTH * WIDTH);  // one more than n at least
   Floats most = Floats{} - INFINITY;
-  for (int64_t i = 0; i < int64_t(scores.size()); i += WIDE) {
-    Floats products[WIDE] = {};
-    const int64_t some = std::min<int64_t>(WIDE, n - i);
+  for (int64_t i = 0; i < int64_t(scores.size()); i += WIDTH) {
+    Floats products[WIDTH] = {};
+    const int64_t some = std::min<int64_t>(WIDTH, n - i);
     const auto add = [&](int64_t count) {
       for (int64_t j = 0; j < d; j += STEP)
         for (int64_t s = 0; s < count; s++)
           products[s] = Product<T>::add(products[s], keys + (i + s) * d + j, query + j);
     };
-    if (some == WIDE)
-      add(WIDE);  // a number that the compiler knows: the sums stay in registers
+    if (some == WIDTH)
+      add(WIDTH);  // a number that the compiler knows: the sums stay in registers
     else
       add(some);
     Floats score = sums(products) * scaling;
-    for (int64_t s = some; s < WIDE; s++) score[s] = -INFINITY;
+    for (int64_t s = some; s < WIDTH; s++) score[s] = -INFINITY;
     most = most > score ? most : score;
     store(&scores[i], score);
   }
   float top = most[0];
-  for (int i = 1; i < WIDE; i++) top = std::max(top, most[i]);
+  for (int i = 1; i < WIDTH; i++) top = std::max(top, most[i]);
   Floats totals = {};
-  for (size_t i = 0; i < scores.size(); i += WIDE) {
+  for (size_t i = 0; i < scores.size(); i += WIDTH) {
     const Floats weights = exponential(load(&scores[i]) - top);
     totals += weights;
     store(&scores[i], weights);
   }
-  weigh(scores.data(), values, n, d, 1 / sum(totals), out);
+  weighted_sum(scores.data(), values, n, d, 1 / sum(totals), out);
 }
 
 // Keys are turned to their positions, and kept with their values: (B, h, d) each.
 template <class T>
-void keep(const Member& member, const Places& places, const T* key, const T* value) {
-  const int64_t d = places.d;
-  const auto [from, to] = member.share(places.B * places.h, 1);
+void write_kv(const Worker& worker, const CacheSlots& slots, const T* key, const T* value) {
+  const int64_t d = slots.d;
+  const auto [from, to] = worker.share(slots.M * slots.h, 1);
   for (int64_t i = from; i < to; i++) {
-    const int64_t b = i / places.h, at = places.at(b, i % places.h, places.positions[b]);
-    rotate(key + i * d, static_cast<const T*>(places.cos) + b * d,
-           static_cast<const T*>(places.sin) + b * d, static_cast<T*>(places.keys) + at, d);
-    std::memcpy(static_cast<T*>(places.values) + at, value + i * d, d * sizeof(T));
+    const int64_t b = i / slots.h, at = slots.at(b, i % slots.h, slots.positions[b]);
+    rotate(key + i * d, static_cast<const T*>(slots.cos) + b * d,
+           static_cast<const T*>(slots.sin) + b * d, static_cast<T*>(slots.keys) + at, d);
+    std::memcpy(static_cast<T*>(slots.values) + at, value + i * d, d * sizeof(T));
   }
 }
 
 // Queries (B, heads, d) are turned to their positions, and each attends to all that its sequence
 // has up to there. Several tokens may be of one sequence.
 template <class T>
-void attend(const Member& member, const Places& places, T* query, T* out, int64_t heads,
+void attention(const Worker& worker, const CacheSlots& slots, T* query, T* out, int64_t heads,
             float scaling) {
   thread_local std::vector<float> scores;
-  const int64_t d = places.d, group = heads / places.h;
+  const int64_t d = slots.d, group = heads / slots.h;
   // Head after head, so that keys and values stay in the cache from token to token.
-  member.deal(places.B * places.h, [&](int64_t from, int64_t to) {
+  worker.dynamic_share(slots.M * slots.h, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
-      const int64_t b = i % places.B, g = i / places.B, first = places.at(b, g, 0);
+      const int64_t b = i % slots.M, g = i / slots.M, first = slots.at(b, g, 0);
       for (int64_t e = 0; e < group; e++) {
         const int64_t at = (b * heads + g * group + e) * d;
-        rotate(query + at, static_cast<const T*>(places.cos) + b * d,
-               static_cast<const T*>(places.sin) + b * d, query + at, d);
-        attend_one(query + at, static_cast<const T*>(places.keys) + first,
-                   static_cast<const T*>(places.values) + first, out + at,
-                   places.positions[b] + 1, d, scaling, scores);
+        rotate(query + at, static_cast<const T*>(slots.cos) + b * d,
+               static_cast<const T*>(slots.sin) + b * d, query + at, d);
+        attend_query(query + at, static_cast<const T*>(slots.keys) + first,
+                   static_cast<const T*>(slots.values) + first, out + at,
+                   slots.positions[b] + 1, d, scaling, scores);
       }
     }
   });

@@ -22,23 +22,23 @@ namespace {
 struct Layer {
   Matrix query, key, value, output, gate, up, down;
   const void *norm, *second_norm;
-  Places places;
+  CacheSlots slots;
   int64_t D, heads;
   float epsilon, second_epsilon, scaling;
 };
 
 template <class T>
-void rms_norm(const Member& member, const T* x, const void* weight, T* y, int64_t M, int64_t D,
+void rms_norm(const Worker& worker, const T* x, const void* weight, T* y, int64_t M, int64_t D,
               float epsilon) {
-  const auto [from, to] = member.share(M, 1);
+  const auto [from, to] = worker.share(M, 1);
   const T* scale = static_cast<const T*>(weight);
   for (int64_t m = from; m < to; m++) {
     const T* row = x + m * D;
     Floats squares = {};
-    for (int64_t i = 0; i < D; i += WIDE) squares += load(row + i) * load(row + i);
+    for (int64_t i = 0; i < D; i += WIDTH) squares += load(row + i) * load(row + i);
     const float inverse = 1 / std::sqrt(sum(squares) / D + epsilon);
-    for (int64_t i = 0; i < D; i += WIDE) {
-      T normed[WIDE];  // LLaMA's norm rounds before its weight
+    for (int64_t i = 0; i < D; i += WIDTH) {
+      T normed[WIDTH];  // LLaMA's norm rounds before its weight
       store(normed, load(row + i) * inverse);
       store(y + m * D + i, load(normed) * load(scale + i));
     }
@@ -49,7 +49,7 @@ void rms_norm(const Member& member, const T* x, const void* weight, T* y, int64_
 template <class T>
 void swiglu(T* gate, const T* up, int64_t n) {
   int64_t i = 0;
-  for (; i + WIDE <= n; i += WIDE) {
+  for (; i + WIDTH <= n; i += WIDTH) {
     const Floats g = load(gate + i);
     store(gate + i, g / (1 + exponential(-g)) * load(up + i));
   }
@@ -61,31 +61,31 @@ void swiglu(T* gate, const T* up, int64_t n) {
 
 // What a layer makes on its way, for B tokens.
 template <class T>
-struct Space {
+struct Workspace {
   std::vector<T> normed, query, key, value, attended, gate, up, added;
 
-  explicit Space(const Layer& l)
-      : normed(l.places.B * l.D),
-        query(l.places.B * l.query.N),
-        key(l.places.B * l.key.N),
-        value(l.places.B * l.value.N),
-        attended(l.places.B * l.query.N),
-        gate(l.places.B * l.gate.N),
-        up(l.places.B * l.up.N),
-        added(l.places.B * l.D) {}
+  explicit Workspace(const Layer& l)
+      : normed(l.slots.M * l.D),
+        query(l.slots.M * l.query.N),
+        key(l.slots.M * l.key.N),
+        value(l.slots.M * l.value.N),
+        attended(l.slots.M * l.query.N),
+        gate(l.slots.M * l.gate.N),
+        up(l.slots.M * l.up.N),
+        added(l.slots.M * l.D) {}
 };
 
 // One layer for B tokens, hidden (B, D) in place.
 template <class T>
-void step(Member& member, const Layer& l, Space<T>& space, T* hidden, Token& token) {
-  const int64_t B = l.places.B;
+void step(Worker& worker, const Layer& l, Workspace<T>& space, T* hidden, QuantizedToken& token) {
+  const int64_t B = l.slots.M;
   // x is there, of all threads, for matrices of which some may be whole numbers.
   const auto ready = [&](const std::vector<T>& x, int64_t bits) {
-    member.wait();
+    worker.wait();
     if (bits && B == 1) token.take(x.data(), int64_t(x.size()));
   };
   const auto product = [&](const Matrix& m, const std::vector<T>& x, std::vector<T>& y) {
-    const Range range = member.share(m.N, SHARE);
+    const Range range = worker.share(m.N, SHARE);
     m.times(range, x.data(), token, y.data(), B, int64_t(x.size()) / B);
     return range;
   };
@@ -95,19 +95,19 @@ void step(Member& member, const Layer& l, Space<T>& space, T* hidden, Token& tok
       for (int64_t i = b * l.D + from; i < b * l.D + to; i++)
         store(hidden + i, to_float(hidden[i]) + to_float(space.added[i]));
   };
-  rms_norm(member, hidden, l.norm, space.normed.data(), B, l.D, l.epsilon);
+  rms_norm(worker, hidden, l.norm, space.normed.data(), B, l.D, l.epsilon);
   ready(space.normed, l.query.bits | l.key.bits | l.value.bits);
   product(l.query, space.normed, space.query);
   product(l.key, space.normed, space.key);
   product(l.value, space.normed, space.value);
-  member.wait();
-  keep(member, l.places, space.key.data(), space.value.data());
-  member.wait();
-  attend(member, l.places, space.query.data(), space.attended.data(), l.heads, l.scaling);
+  worker.wait();
+  write_kv(worker, l.slots, space.key.data(), space.value.data());
+  worker.wait();
+  attention(worker, l.slots, space.query.data(), space.attended.data(), l.heads, l.scaling);
   ready(space.attended, l.output.bits);
   add(l.output, space.attended);
-  member.wait();
-  rms_norm(member, hidden, l.second_norm, space.normed.data(), B, l.D, l.second_epsilon);
+  worker.wait();
+  rms_norm(worker, hidden, l.second_norm, space.normed.data(), B, l.D, l.second_epsilon);
   ready(space.normed, l.gate.bits | l.up.bits);
   const auto [from, to] = product(l.gate, space.normed, space.gate);
   product(l.up, space.normed, space.up);
@@ -115,31 +115,31 @@ void step(Member& member, const Layer& l, Space<T>& space, T* hidden, Token& tok
     swiglu(&space.gate[b * l.gate.N + from], &space.up[b * l.gate.N + from], to - from);
   ready(space.gate, l.down.bits);
   add(l.down, space.gate);
-  member.wait();
+  worker.wait();
 }
 
 template <class T>
-void steps(const Layer* layers, int64_t count, T* hidden, int threads) {
-  Space<T> space(*layers);
-  together(threads, [&](Member member) {
-    Token token;
-    for (int64_t i = 0; i < count; i++) step(member, layers[i], space, hidden, token);
+void decoder_layers(const Layer* layers, int64_t count, T* hidden, int threads) {
+  Workspace<T> space(*layers);
+  parallel(threads, [&](Worker worker) {
+    QuantizedToken token;
+    for (int64_t i = 0; i < count; i++) step(worker, layers[i], space, hidden, token);
   });
 }
 
 template <class T>
 void linear(const Matrix& matrix, const T* x, T* y, int64_t M, int64_t K, int threads) {
-  together(threads, [&](Member member) {
-    Token token;
+  parallel(threads, [&](Worker worker) {
+    QuantizedToken token;
     if (matrix.bits && M == 1) token.take(x, K);
-    matrix.times(member.share(matrix.N, SHARE), x, token, y, M, K);
+    matrix.times(worker.share(matrix.N, SHARE), x, token, y, M, K);
   });
 }
 
 template <class Weights, class T>
-void expand(Range range, const Weights& weights, T* out, int64_t K) {
+void dequantize(Range range, const Weights& weights, T* out, int64_t K) {
   for (int64_t n = range.from; n < range.to; n++) {
-    weights.expand(n, out + n * K);
+    weights.dequantize(n, out + n * K);
     const float factor = weights.factor(n);
     if (factor != 1)
       for (int64_t k = 0; k < K; k++) store(out + n * K + k, to_float(out[n * K + k]) * factor);
@@ -147,14 +147,14 @@ void expand(Range range, const Weights& weights, T* out, int64_t K) {
 }
 
 template <class T>
-void expand(const Matrix& matrix, T* out, int64_t K, int threads) {
+void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
   const auto* whole = static_cast<const uint8_t*>(matrix.w);
-  together(threads, [&](Member member) {
-    const Range range = member.share(matrix.N, 1);
+  parallel(threads, [&](Worker worker) {
+    const Range range = worker.share(matrix.N, 1);
     if (matrix.bits == 8)
-      expand(range, Eight{whole, matrix.scale, K}, out, K);
+      dequantize(range, Int8Weight{whole, matrix.scale, K}, out, K);
     else
-      expand(range, Four{whole, matrix.scale, K}, out, K);
+      dequantize(range, Int4Weight{whole, matrix.scale, K}, out, K);
   });
 }
 }  // namespace
@@ -166,29 +166,29 @@ void expand(const Matrix& matrix, T* out, int64_t K, int threads) {
                                 int threads) {                                                    \
     linear(*matrix, x, y, M, K, threads);                                                         \
   }                                                                                               \
-  extern "C" void expand_##NAME(const Matrix* matrix, T* out, int64_t K, int threads) {           \
-    expand(*matrix, out, K, threads);                                                             \
+  extern "C" void dequantize_##NAME(const Matrix* matrix, T* out, int64_t K, int threads) {           \
+    dequantize(*matrix, out, K, threads);                                                             \
   }                                                                                               \
   extern "C" void rms_norm_##NAME(const T* x, const void* weight, T* y, int64_t M, int64_t D,     \
                                   float epsilon, int threads) {                                   \
-    together(threads, [&](Member member) { rms_norm(member, x, weight, y, M, D, epsilon); });     \
+    parallel(threads, [&](Worker worker) { rms_norm(worker, x, weight, y, M, D, epsilon); });     \
   }                                                                                               \
   extern "C" void swiglu_##NAME(T* gate, const T* up, int64_t n, int threads) {                   \
-    together(threads, [&](Member member) {                                                        \
-      const auto [from, to] = member.share(n, SHARE);                                             \
+    parallel(threads, [&](Worker worker) {                                                        \
+      const auto [from, to] = worker.share(n, SHARE);                                             \
       swiglu(gate + from, up + from, to - from);                                                  \
     });                                                                                           \
   }                                                                                               \
-  extern "C" void keep_##NAME(const Places* places, const T* key, const T* value, int threads) {  \
-    together(threads, [&](Member member) { keep(member, *places, key, value); });                 \
+  extern "C" void write_kv_##NAME(const CacheSlots* slots, const T* key, const T* value, int threads) {  \
+    parallel(threads, [&](Worker worker) { write_kv(worker, *slots, key, value); });                 \
   }                                                                                               \
-  extern "C" void attend_##NAME(const Places* places, T* query, T* out, int64_t heads,            \
+  extern "C" void attention_##NAME(const CacheSlots* slots, T* query, T* out, int64_t heads,            \
                                 float scaling, int threads) {                                     \
-    together(threads,                                                                             \
-             [&](Member member) { attend(member, *places, query, out, heads, scaling); });        \
+    parallel(threads,                                                                             \
+             [&](Worker worker) { attention(worker, *slots, query, out, heads, scaling); });        \
   }                                                                                               \
-  extern "C" void steps_##NAME(const Layer* layers, int64_t count, T* hidden, int threads) {      \
-    steps(layers, count, hidden, threads);                                                        \
+  extern "C" void decoder_layers_##NAME(const Layer* layers, int64_t count, T* hidden, int threads) {      \
+    decoder_layers(layers, count, hidden, threads);                                                        \
   }
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)

@@ -15,20 +15,20 @@ namespace {
 
 // Rows that are to come, fetched into the cache while others are computed.
 template <class T>
-struct Ahead {
+struct Prefetch {
   const T* w = nullptr;
   int64_t rows = 0;
 };
 
 // out[r * M + m] for R rows of w and M tokens, both (.., K).
 template <int R, int M, class T>
-inline void tile(const T* w, const T* x, int64_t K, Ahead<T> ahead, float* out) {
+inline void tile(const T* w, const T* x, int64_t K, Prefetch<T> prefetch, float* out) {
   constexpr int STEP = Product<T>::STEP;
   constexpr int LANES = R * M == 1 ? 4 : 1;  // a single sum would wait for itself
   Floats acc[R][M][LANES] = {};
   int64_t k = 0;
   for (; k + LANES * STEP <= K; k += LANES * STEP) {
-    for (int64_t r = 0; r < ahead.rows; r++) __builtin_prefetch(ahead.w + r * K + k, 0, 2);
+    for (int64_t r = 0; r < prefetch.rows; r++) __builtin_prefetch(prefetch.w + r * K + k, 0, 2);
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++)
         for (int l = 0; l < LANES; l++) {
@@ -42,11 +42,11 @@ inline void tile(const T* w, const T* x, int64_t K, Ahead<T> ahead, float* out) 
         acc[r][m][0] = Product<T>::add(acc[r][m][0], w + r * K + k, x + m * K + k);
   for (int l = 1; l < LANES; l++) acc[0][0][0] += acc[0][0][l];
   int i = 0;
-  for (; i + 8 < R * M; i += WIDE) {  // many at once
-    Floats some[WIDE] = {};
-    for (int j = i; j < std::min(i + WIDE, R * M); j++) some[j - i] = acc[j / M][j % M][0];
+  for (; i + 8 < R * M; i += WIDTH) {  // many at once
+    Floats some[WIDTH] = {};
+    for (int j = i; j < std::min(i + WIDTH, R * M); j++) some[j - i] = acc[j / M][j % M][0];
     Floats totals = sums(some);
-    std::memcpy(out + i, &totals, sizeof(float) * std::min(WIDE, R * M - i));
+    std::memcpy(out + i, &totals, sizeof(float) * std::min(WIDTH, R * M - i));
   }
   for (; i < R * M; i++) out[i] = sum(acc[i / M][i % M][0]);
 }
@@ -54,7 +54,7 @@ inline void tile(const T* w, const T* x, int64_t K, Ahead<T> ahead, float* out) 
 // A token as whole numbers of 16 bits, scaled to its largest value, in two bytes: 256 high + low.
 // Bytes multiply with bytes in one instruction, and 16 bits are as fine as bfloat16 where it
 // matters.
-struct Token {
+struct QuantizedToken {
   std::vector<int8_t> high, low;
   std::vector<int32_t> sums;  // of every 64 numbers
   int64_t sum_high, sum_low;
@@ -65,14 +65,14 @@ struct Token {
     high.resize(K), low.resize(K), sums.resize(K / 64);
     Floats most = {};
     Ints finite = Ints{} - 1;
-    for (int64_t k = 0; k < K; k += WIDE) {
+    for (int64_t k = 0; k < K; k += WIDTH) {
       const Floats v = load(x + k), size = v < 0.f ? -v : v;
       most = most > size ? most : size;
       finite &= size <= std::numeric_limits<float>::max();
     }
     float top = 0;
     bool all_finite = true;
-    for (int i = 0; i < WIDE; i++) top = std::max(top, most[i]), all_finite &= finite[i] != 0;
+    for (int i = 0; i < WIDTH; i++) top = std::max(top, most[i]), all_finite &= finite[i] != 0;
     // 127 * 256, so that both bytes fit. What is not finite makes all that comes of it so.
     scale = all_finite ? top / 32512 : std::numeric_limits<float>::quiet_NaN();
     const float inverse = all_finite && top > 0 ? 32512 / top : 0;
@@ -84,7 +84,7 @@ struct Token {
     }
     for (int64_t k = 0; k < K; k += 64) {
       Ints whole_sum = {}, high_sum = {};
-      for (int64_t i = k; i < k + 64; i += WIDE) {
+      for (int64_t i = k; i < k + 64; i += WIDTH) {
         const Ints whole = rounded(load(x + i) * inverse), h = (whole + 128) >> 8;
         store(&high[i], h), store(&low[i], whole - 256 * h);
         whole_sum += whole, high_sum += h;
@@ -101,7 +101,7 @@ struct Token {
 // products are then to be multiplied by `factor`.
 
 template <class T>
-struct Whole {
+struct PlainWeight {
   const T* w;
   int64_t K;
   static constexpr bool IN_PLACE = true;
@@ -110,14 +110,14 @@ struct Whole {
 };
 
 // 8 bits: (w - 128) * scale[n].
-struct Eight {
+struct Int8Weight {
   const uint8_t* w;
   const float* scale;  // (N)
   int64_t K;
   static constexpr bool IN_PLACE = false;
   float factor(int64_t n) const { return scale[n]; }
 
-  float times(int64_t n, const Token& x) const {
+  float times(int64_t n, const QuantizedToken& x) const {
     Ints high[2] = {}, low[2] = {};
     const uint8_t* row = w + n * K;
     for (int64_t k = 0, l = 0; k < K; k += 64, l ^= 1) {
@@ -129,21 +129,21 @@ struct Eight {
     return float(256 * h + l) * x.scale * scale[n];
   }
   template <class T>
-  void expand(int64_t n, T* out) const {
-    for (int64_t k = 0; k < K; k += WIDE) store(out + k, load(w + n * K + k) - 128);
+  void dequantize(int64_t n, T* out) const {
+    for (int64_t k = 0; k < K; k += WIDTH) store(out + k, load(w + n * K + k) - 128);
   }
 };
 
 // 4 bits, two a byte: (w - 8) * scale[n, g], in groups of 64. Byte i of a group holds the numbers
 // i and i + 32.
-struct Four {
+struct Int4Weight {
   const uint8_t* w;
   const float* scale;  // (N, K / 64)
   int64_t K;
   static constexpr bool IN_PLACE = false;
   float factor(int64_t) const { return 1; }
 
-  float times(int64_t n, const Token& x) const {
+  float times(int64_t n, const QuantizedToken& x) const {
     const int64_t groups = K / 64;
     const float* scales = scale + n * groups;
     Floats acc = {};
@@ -158,12 +158,12 @@ struct Four {
     return (sum(acc) - 8 * offset) * x.scale;
   }
   template <class T>
-  void expand(int64_t n, T* out) const {
+  void dequantize(int64_t n, T* out) const {
     for (int64_t g = 0; g < K / 64; g++) {
       const Bytes a = nibbles(w + n * K / 2 + 32 * g);
       uint8_t numbers[64];
       std::memcpy(numbers, &a, 64);
-      for (int i = 0; i < 64; i += WIDE)
+      for (int i = 0; i < 64; i += WIDTH)
         store(out + 64 * g + i, (load(numbers + i) - 8) * scale[n * (K / 64) + g]);
     }
   }
@@ -184,9 +184,9 @@ struct Rows {
 };
 
 template <int R, int M, class T>
-inline void put(const Rows<T>& rows, const T* x, int64_t m, Ahead<T> ahead) {
+inline void store_tile(const Rows<T>& rows, const T* x, int64_t m, Prefetch<T> prefetch) {
   float out[R * M];
-  tile<R, M>(rows.w, x + m * rows.K, rows.K, ahead, out);
+  tile<R, M>(rows.w, x + m * rows.K, rows.K, prefetch, out);
   for (int r = 0; r < R; r++)
     for (int j = 0; j < M; j++)
       store(rows.y + (m + j) * rows.N + r,
@@ -195,17 +195,17 @@ inline void put(const Rows<T>& rows, const T* x, int64_t m, Ahead<T> ahead) {
 
 // All tokens. Each tile fetches its part of the rows to come, so that memory is never idle.
 template <int R, class T>
-inline void put_all(const Rows<T>& rows, const T* x, int64_t M, const T* next) {
+inline void store_rows(const Rows<T>& rows, const T* x, int64_t M, const T* next) {
   const int64_t tiles = (M + TOKENS - 1) / TOKENS;
-  const auto ahead = [&](int64_t i) {
+  const auto prefetch = [&](int64_t i) {
     const int64_t from = R * i / tiles, to = R * (i + 1) / tiles;
-    return next ? Ahead<T>{next + from * rows.K, to - from} : Ahead<T>{};
+    return next ? Prefetch<T>{next + from * rows.K, to - from} : Prefetch<T>{};
   };
   int64_t m = 0;
-  for (; m + TOKENS <= M; m += TOKENS) put<R, TOKENS>(rows, x, m, ahead(m / TOKENS));
-  if (M - m == 3) put<R, 3>(rows, x, m, ahead(tiles - 1));
-  if (M - m == 2) put<R, 2>(rows, x, m, ahead(tiles - 1));
-  if (M - m == 1) put<R, 1>(rows, x, m, ahead(tiles - 1));
+  for (; m + TOKENS <= M; m += TOKENS) store_tile<R, TOKENS>(rows, x, m, prefetch(m / TOKENS));
+  if (M - m == 3) store_tile<R, 3>(rows, x, m, prefetch(tiles - 1));
+  if (M - m == 2) store_tile<R, 2>(rows, x, m, prefetch(tiles - 1));
+  if (M - m == 1) store_tile<R, 1>(rows, x, m, prefetch(tiles - 1));
 }
 
 template <class Weights, class T>
@@ -220,23 +220,23 @@ void multiply(Range range, const Weights& weights, const T* x, const T* bias, T*
       w = weights.row(n);
       if (n + 2 * ROWS <= range.to) next = weights.row(n + ROWS);
     } else {
-      for (int64_t r = 0; r < some; r++) weights.expand(n + r, expanded.data() + r * K);
+      for (int64_t r = 0; r < some; r++) weights.dequantize(n + r, expanded.data() + r * K);
       w = expanded.data();
     }
     float factors[ROWS];
     for (int64_t r = 0; r < some; r++) factors[r] = weights.factor(n + r);
     const T* b = bias ? bias + n : nullptr;
     if (some == ROWS)
-      put_all<ROWS>(Rows<T>{w, factors, b, y + n, N, K}, x, M, next);
+      store_rows<ROWS>(Rows<T>{w, factors, b, y + n, N, K}, x, M, next);
     else
       for (int64_t r = 0; r < some; r++)
-        put_all<1, T>({w + r * K, factors + r, b ? b + r : b, y + n + r, N, K}, x, M, nullptr);
+        store_rows<1, T>({w + r * K, factors + r, b ? b + r : b, y + n + r, N, K}, x, M, nullptr);
   }
 }
 
 // One token takes the rows one by one: then memory is read as it lies.
 template <class Weights, class T>
-void multiply_one(Range range, const Weights& weights, const T* x, const Token& token,
+void multiply_one(Range range, const Weights& weights, const T* x, const QuantizedToken& token,
                   const T* bias, T* y, int64_t K) {
   for (int64_t n = range.from; n < range.to; n++) {
     float out;
@@ -257,19 +257,19 @@ struct Matrix {
 
   // Some of y = x w^T + bias. `token`: x, if it is one, for whole numbers.
   template <class T>
-  void times(Range range, const T* x, const Token& token, T* y, int64_t M, int64_t K) const {
+  void times(Range range, const T* x, const QuantizedToken& token, T* y, int64_t M, int64_t K) const {
     const auto* whole = static_cast<const uint8_t*>(w);
     if (bits == 8)
-      times(range, Eight{whole, scale, K}, x, token, y, M, K);
+      times(range, Int8Weight{whole, scale, K}, x, token, y, M, K);
     else if (bits == 4)
-      times(range, Four{whole, scale, K}, x, token, y, M, K);
+      times(range, Int4Weight{whole, scale, K}, x, token, y, M, K);
     else
-      times(range, Whole<T>{static_cast<const T*>(w), K}, x, token, y, M, K);
+      times(range, PlainWeight<T>{static_cast<const T*>(w), K}, x, token, y, M, K);
   }
 
  private:
   template <class Weights, class T>
-  void times(Range range, const Weights& weights, const T* x, const Token& token, T* y, int64_t M,
+  void times(Range range, const Weights& weights, const T* x, const QuantizedToken& token, T* y, int64_t M,
              int64_t K) const {
     const T* b = static_cast<const T*>(bias);
     if (M == 1)
@@ -279,5 +279,5 @@ struct Matrix {
   }
 };
 
-constexpr int64_t SHARE = WIDE;  // threads share out rows in multiples of it
+constexpr int64_t SHARE = WIDTH;  // threads share out rows in multiples of it
 }  // namespace

@@ -1,7 +1,7 @@
-"""The CPU kernels for tensors. No gradients; `kernels.cpp` says how they work.
+"""The CPU kernels for tensors, without gradients. `kernels.cpp` explains how they work.
 
-Shapes: M tokens, K numbers in and N out of a Linear; B tokens of sequences, h key-value heads, d
-head width.
+Shapes: M tokens, K inputs and N outputs of a Linear, h key-value heads, d head width, R rows and C
+capacity of the cache.
 """
 
 import ctypes
@@ -13,19 +13,18 @@ import torch
 
 from owl2.engine.backends.native.build import library
 
-MOST_TOKENS = 72  # beyond, torch's own matrix product is faster
-ALONE = 2**18  # multiplications that one thread does sooner than several meet
-GROUP = 64  # numbers of 4 bits that share a scale
-WIDE = 16  # numbers that are computed at once
+MAX_TOKENS = 72  # for more, torch's matrix product is faster
+MIN_PARALLEL_WORK = 2**18  # multiplications; below, one thread is faster than several
+GROUP = 64  # 4-bit values that share a scale
+WIDTH = 16  # values of a SIMD vector
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-STEPS = {torch.float32: 16, torch.bfloat16: 32}  # what K and d must be multiples of
+STEPS = {torch.float32: 16, torch.bfloat16: 32}  # K and d must be multiples
 
-
-POINTER, COUNT, THREADS, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+POINTER, COUNT, THREADS, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
 class Matrix(ctypes.Structure):
-    """`products.h`'s: a Linear's weight, (N, K)."""
+    """The struct of `matmul.h`: the weight of a Linear, (N, K)."""
 
     _fields_ = [
         ("weight", POINTER),
@@ -36,12 +35,12 @@ class Matrix(ctypes.Structure):
     ]
 
 
-class Places(ctypes.Structure):
-    """`attention.h`'s: where B tokens stand, and their sequences' keys and values."""
+class CacheSlots(ctypes.Structure):
+    """The struct of `attention.h`: positions of M tokens, and the keys and values of their rows."""
 
     _fields_ = [
         *((name, POINTER) for name in ("cos", "sin", "rows", "positions", "keys", "values")),
-        *((name, COUNT) for name in ("B", "h", "C", "d")),
+        *((name, COUNT) for name in ("M", "h", "C", "d")),
     ]
 
 
@@ -49,29 +48,29 @@ MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 class Layer(ctypes.Structure):
-    """`kernels.cpp`'s: a decoder layer, and where its tokens are."""
+    """The struct of `kernels.cpp`: a decoder layer and the positions of its tokens."""
 
     _fields_ = [
         *((name, Matrix) for name in MATRICES),
         ("norm", POINTER),
         ("second_norm", POINTER),
-        ("places", Places),
+        ("slots", CacheSlots),
         ("D", COUNT),
         ("heads", COUNT),
-        ("epsilon", NUMBER),
-        ("second_epsilon", NUMBER),
-        ("scaling", NUMBER),
+        ("epsilon", FLOAT),
+        ("second_epsilon", FLOAT),
+        ("scaling", FLOAT),
     ]
 
 
 ARGUMENTS = {
     "linear": [*[POINTER] * 3, *[COUNT] * 2, THREADS],
-    "expand": [*[POINTER] * 2, COUNT, THREADS],
-    "rms_norm": [*[POINTER] * 3, *[COUNT] * 2, NUMBER, THREADS],
+    "dequantize": [*[POINTER] * 2, COUNT, THREADS],
+    "rms_norm": [*[POINTER] * 3, *[COUNT] * 2, FLOAT, THREADS],
     "swiglu": [*[POINTER] * 2, COUNT, THREADS],
-    "keep": [*[POINTER] * 3, THREADS],
-    "attend": [*[POINTER] * 3, COUNT, NUMBER, THREADS],
-    "steps": [POINTER, COUNT, POINTER, THREADS],
+    "write_kv": [*[POINTER] * 3, THREADS],
+    "attention": [*[POINTER] * 3, COUNT, FLOAT, THREADS],
+    "decoder_layers": [POINTER, COUNT, POINTER, THREADS],
 }
 
 
@@ -80,15 +79,15 @@ def function(name: str, dtype: torch.dtype) -> Any:
     """A kernel for a dtype.
 
     Raises:
-        NotBuilt: see `build.library`.
+        BuildError: See `build.library`.
     """
     kernel = getattr(library(), f"{name}_{DTYPES[dtype]}")
     kernel.argtypes, kernel.restype = ARGUMENTS[name], None
     return kernel
 
 
-def fits(weight: torch.Tensor) -> bool:
-    """Whether `linear` takes this (N, K) weight of floats."""
+def supports(weight: torch.Tensor) -> bool:
+    """Whether `linear` supports this (N, K) weight without quantization."""
     return (
         weight.device.type == "cpu"
         and weight.dtype in DTYPES
@@ -103,13 +102,13 @@ def matrix(
     scale: torch.Tensor | None = None,
     bits: int = 0,
 ) -> Matrix:
-    """A Linear for `steps`; see `linear`.
+    """A Linear for `decoder_layers`; see `linear`.
 
     Raises:
-        TypeError: a scale that is not float32.
+        TypeError: The scale is not float32.
     """
     if scale is not None and scale.dtype != torch.float32:
-        raise TypeError(f"scale is {scale.dtype}; the kernels read float32")
+        raise TypeError(f"the scale is {scale.dtype}; the kernels read float32")
     return Matrix(
         weight.data_ptr(),
         None if scale is None else scale.data_ptr(),
@@ -126,11 +125,11 @@ def linear(
     scale: torch.Tensor | None = None,
     bits: int = 0,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias`` for few tokens, contiguous: (M, K) to (M, N).
+    """``x @ weight.T + bias`` for few tokens: (M, K), contiguous, to (M, N).
 
     Args:
-        weight: (N, K) of x's dtype; or with `bits` uint8, (N, K) of 8 or (N, K / 2) of 4 bits.
-        scale: of whole numbers, float32: (N,) for 8 bits, (N, K / 64) for 4.
+        weight: (N, K) in the dtype of x; with `bits`, uint8: (N, K) of 8 or (N, K / 2) of 4 bits.
+        scale: With `bits`, float32: (N,) for 8 bits, (N, K / 64) for 4.
     """
     y = x.new_empty(len(x), len(weight))
     own = matrix(weight, bias, scale, bits)
@@ -146,20 +145,20 @@ def linear(
     return y
 
 
-def expand(
+def dequantize(
     weight: torch.Tensor, scale: torch.Tensor, bits: int, width: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Whole numbers, see `linear`, as an (N, K) matrix of `dtype`; `width` is K."""
+    """A quantized weight, see `linear`, as an (N, K) matrix of `dtype`; `width` is K."""
     out = torch.empty(len(weight), width, dtype=dtype)
     own = matrix(weight, None, scale, bits)
-    call("expand", dtype, out.numel(), ctypes.byref(own), out.data_ptr(), width)
+    call("dequantize", dtype, out.numel(), ctypes.byref(own), out.data_ptr(), width)
     return out
 
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """LLaMA's norm of (M, K), contiguous; K is a multiple of 16."""
+    """The RMSNorm of (M, K), contiguous; K is a multiple of 16."""
     y = torch.empty_like(x) if out is None else out
     call(
         "rms_norm",
@@ -175,40 +174,42 @@ def rms_norm(
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` in place of `gate`; both contiguous and of one shape."""
+    """``silu(gate) * up`` in place of `gate`; both are contiguous and have the same shape."""
     call("swiglu", gate.dtype, 8 * gate.numel(), gate.data_ptr(), up.data_ptr(), gate.numel())
     return gate
 
 
-def places(
-    turn: tuple[torch.Tensor, torch.Tensor],
+def cache_slots(
+    cos: torch.Tensor,
+    sin: torch.Tensor,
     rows: torch.Tensor,
     positions: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-) -> Places:
-    """Where B tokens are.
+) -> CacheSlots:
+    """Where M tokens are in one layer of the cache.
 
     Args:
-        turn: cosines and sines of the positions, (B, d) each, contiguous.
-        rows, positions: (B,), int64: where in the cache; several may be of one row.
-        keys, values: the cache, (R, h, C, d), a row a sequence.
+        cos, sin: (M, d) the rotary embeddings of the positions, contiguous.
+        rows, positions: (M,), int64; several tokens may be in the same row.
+        keys, values: (R, h, C, d).
     """
-    tensors = (*turn, rows, positions, keys, values)
-    return Places(*(tensor.data_ptr() for tensor in tensors), len(rows), *keys.shape[1:])
+    tensors = (cos, sin, rows, positions, keys, values)
+    return CacheSlots(*(tensor.data_ptr() for tensor in tensors), len(rows), *keys.shape[1:])
 
 
-def keep(at: Places, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Write keys, turned to their positions, and values into the cache: (B, h, d) each."""
-    call("keep", key.dtype, 4 * key.numel(), ctypes.byref(at), key.data_ptr(), value.data_ptr())
+def write_kv(slots: CacheSlots, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Write keys, after rotating them to their positions, and values to the cache: (M, h, d)."""
+    pointers = ctypes.byref(slots), key.data_ptr(), value.data_ptr()
+    call("write_kv", key.dtype, 4 * key.numel(), *pointers)
 
 
-def attend(at: Places, query: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:
-    """Queries (B, heads, d), written over, each over its row of the cache up to its position."""
+def attention(slots: CacheSlots, query: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:
+    """Causal attention of queries (M, heads, d), which are overwritten, over their rows."""
     out = torch.empty_like(query)
-    work = 64 * query.numel()  # at least: how many positions each looks at is not known here
-    pointers = ctypes.byref(at), query.data_ptr(), out.data_ptr()
-    call("attend", query.dtype, work, *pointers, heads, scaling)
+    work = 64 * query.numel()  # a lower bound: the numbers of keys are not known here
+    pointers = ctypes.byref(slots), query.data_ptr(), out.data_ptr()
+    call("attention", query.dtype, work, *pointers, heads, scaling)
     return out
 
 
@@ -216,31 +217,32 @@ def layer(
     width: int,
     matrices: Sequence[Matrix],
     norms: Sequence[tuple[torch.Tensor, float]],
-    at: Places,
+    slots: CacheSlots,
     heads: int,
     scaling: float,
 ) -> Layer:
-    """A decoder layer for `steps`.
+    """A decoder layer for `decoder_layers`.
 
     Args:
         width: D.
-        matrices: in the order of `MATRICES`.
-        norms: weight (D,) and epsilon of the two RMSNorms.
-        heads: of the queries.
+        matrices: In the order of `MATRICES`.
+        norms: Weight (D,) and epsilon of the two RMSNorms.
+        heads: Query heads.
     """
     (norm, epsilon), (second, second_epsilon) = norms
     pointers = norm.data_ptr(), second.data_ptr()
-    return Layer(*matrices, *pointers, at, width, heads, epsilon, second_epsilon, scaling)
+    return Layer(*matrices, *pointers, slots, width, heads, epsilon, second_epsilon, scaling)
 
 
-def steps(hidden: torch.Tensor, layers: Sequence[Layer]) -> None:
-    """Decoder layers of one shape, one after the other, for B tokens, hidden (B, D) in place."""
+def decoder_layers(hidden: torch.Tensor, layers: Sequence[Layer]) -> None:
+    """Decoder layers of the same shape, one after the other, for hidden (M, D) in place."""
     first = layers[0]
-    work = sum(getattr(first, name).rows for name in MATRICES) * hidden.numel()  # a layer's, about
-    all_layers = (Layer * len(layers))(*layers)
-    call("steps", hidden.dtype, work, all_layers, len(layers), hidden.data_ptr())
+    work = sum(getattr(first, name).rows for name in MATRICES) * hidden.numel()  # of one layer
+    arguments = (Layer * len(layers))(*layers)
+    call("decoder_layers", hidden.dtype, work, arguments, len(layers), hidden.data_ptr())
 
 
 def call(name: str, dtype: torch.dtype, work: int, *arguments: Any) -> None:
-    """A kernel with as many threads as torch uses; with one for little work."""
-    function(name, dtype)(*arguments, 1 if work < ALONE else torch.get_num_threads())
+    """Run a kernel with torch's number of threads, or with one if there is little work."""
+    num_threads = 1 if work < MIN_PARALLEL_WORK else torch.get_num_threads()
+    function(name, dtype)(*arguments, num_threads)

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int WIDE = 16;  // floats in a vector
+constexpr int WIDTH = 16;  // floats in a vector
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
@@ -70,12 +70,12 @@ inline float sum(Floats v) {  // by halves: added one after the other, each wait
 }
 inline int64_t sum(Ints v) {
   int64_t total = 0;
-  for (int i = 0; i < WIDE; i++) total += v[i];
+  for (int i = 0; i < WIDTH; i++) total += v[i];
   return total;
 }
 
 // The sums of 16 vectors, one a lane: halves of two are added side by side, then of four …
-inline Floats sums(const Floats (&v)[WIDE]) {
+inline Floats sums(const Floats (&v)[WIDTH]) {
   Floats eights[8], fours[4], twos[2];
   for (int i = 0; i < 8; i++) {
     const Floats a = v[2 * i], b = v[2 * i + 1];
@@ -126,13 +126,13 @@ inline Floats exponential(Floats x) {
 // Products of T, STEP at a time, summed into 16 lanes.
 template <class T>
 struct Product {
-  static constexpr int STEP = WIDE;
+  static constexpr int STEP = WIDTH;
   static Floats add(Floats acc, const T* w, const T* x) { return acc + load(w) * load(x); }
 };
 #if defined(__AVX512BF16__)
 template <>
 struct Product<bf16> {
-  static constexpr int STEP = 2 * WIDE;
+  static constexpr int STEP = 2 * WIDTH;
   static Floats add(Floats acc, const bf16* w, const bf16* x) {
     return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w),
                                     (__m512bh)_mm512_loadu_si512(x));

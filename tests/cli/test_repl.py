@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from owl2.engine.chat_session import HELP, Conversation, ask
+from owl2.cli.repl import HELP, Conversation, ask
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import InputError
 from owl2.processing.chat_template import user_message

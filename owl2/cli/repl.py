@@ -47,7 +47,7 @@ def ask(
     # Reading 16 GB of weights takes a while: a wrong path is better found before.
     for image in images:
         load_image(image, processor.image_processor.max_pixels)
-    engine = Engine(settings.load_model(), processor, reuse=True)
+    engine = Engine(settings.load_model(), processor, enable_prefix_caching=True)
     for piece in engine.stream(messages, **options):
         out.write(piece)
         out.flush()
@@ -60,7 +60,7 @@ def converse(settings: ModelArgs, sources: Sequence[str], options: dict[str, Any
     processor = settings.load_processor()
     limit = processor.image_processor.max_pixels
     images = [load_image(source, limit) for source in sources]
-    engine = Engine(settings.load_model(), processor, reuse=True)
+    engine = Engine(settings.load_model(), processor, enable_prefix_caching=True)
     with suppress(ImportError):  # Windows has none
         import_module("readline")  # gives input() its line editing
     print(f"{settings.model} on {engine.model.device}. /help says what can be done.")
