@@ -56,6 +56,10 @@ class Engine:
             The caches are cleared when weights change in a way that autograd tracks; after other
             changes, call `clear_cache`. False is the default for models that are being trained.
 
+    Attributes:
+        core: None if the model's weights are not all on one device.
+        end_ids: The tokens that end an answer.
+
     Raises:
         InputError: Model and processor do not fit.
     """
@@ -87,7 +91,7 @@ class Engine:
             self.core = EngineCore(
                 model, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=enable_prefix_caching
             )
-        self._end_ids = _end_ids(model.generation_config, processor)
+        self.end_ids = _end_ids(model.generation_config, processor)
         self._open_ids = open_byte_ids(processor)
         self._token_texts = TokenTexts(processor.tokenizer)
 
@@ -284,7 +288,7 @@ class Engine:
                     f"{excess} more than the context of {self.context_length}.",
                     ErrorCode.TOO_LONG,
                 )
-            if not include_end and len(answer) > 1 and answer[-1] in self._end_ids:
+            if not include_end and len(answer) > 1 and answer[-1] in self.end_ids:
                 answer = answer[:-1]
             groups.setdefault(tuple(prompt), []).append((index, answer))
         scores = [0.0] * len(choices)
@@ -373,7 +377,7 @@ class Engine:
                         state,
                         params,
                         limit,
-                        self._end_ids,
+                        self.end_ids,
                         self.model.device,
                         index,
                         partial(on_token, processor, index),
@@ -390,7 +394,7 @@ class Engine:
         repeated = [prompt for prompt in prompts for _ in range(params.n)]
         limits = [self._max_tokens(prompt, params) for prompt in repeated]
         answers = hf_generate.generate(
-            self.model, repeated, params, limits, self._end_ids, self.synced_gpus
+            self.model, repeated, params, limits, self.end_ids, self.synced_gpus
         )
         for index, (ids, limit) in enumerate(zip(answers, limits, strict=True)):
             processor = self._output_processor(index, limit, params)
@@ -405,7 +409,7 @@ class Engine:
         self, index: int, max_tokens: int, params: SamplingParams
     ) -> OutputProcessor:
         detokenizer = IncrementalDetokenizer(self._decode, self._open_ids, params.stop)
-        return OutputProcessor(index, max_tokens, self._end_ids, detokenizer, self._token_texts)
+        return OutputProcessor(index, max_tokens, self.end_ids, detokenizer, self._token_texts)
 
     def _max_tokens(self, prompt: PreparedPrompt, params: SamplingParams) -> int:
         return min(params.max_new_tokens, self.context_length - len(prompt.ids))

@@ -35,7 +35,7 @@ def until(condition, seconds=10.0):
 class Told:
     """A completion whose pieces are put in by the test: `say`, `end`, `fail`."""
 
-    prompt_tokens = 7
+    num_prompt_tokens = 7
 
     def __init__(self, messages, n, options):
         self.messages, self.n, self.options = messages, n, options
@@ -44,10 +44,10 @@ class Told:
         self._tokens = [0] * n
 
     def say(self, text, index=0, finish_reason=None):
-        from owl2.engine.output import Piece
+        from owl2.engine.output import CompletionChunk
 
         self._tokens[index] += 1
-        self._items.put(Piece(index, text, (), self._tokens[index], finish_reason))
+        self._items.put(CompletionChunk(index, text, (), self._tokens[index], finish_reason))
 
     def end(self, reason="stop"):
         for index in range(self.n):

@@ -42,8 +42,7 @@ def test_64_clients_at_once(server_url, tiny_engine, questions):
     assert len(seen.kinds) > len(crowd.KINDS), "nobody left while it waited"
     until(lambda: is_empty(server_url))
     assert metric(server_url, "answers_total", '{reason="gone"}') > before
-    worker = tiny_engine.runner._worker
-    until(lambda: not (worker._rows.active or worker._waiting))
+    until(lambda: not (tiny_engine.stats().num_running or tiny_engine.stats().num_waiting))
     assert crowd.visit(server_url, questions, 1, 6).wrong == []
 
 

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from owl2.engine.running_batch import Rows
+from owl2.engine.engine_core import RunningBatch
 from tests.serve.running import until
 
 ASKED = [{"role": "user", "content": "what is this?"}]
@@ -18,14 +18,14 @@ LONG = {"model": "tiny", "messages": ASKED, "max_tokens": 100, "temperature": 0}
 def steps(monkeypatch):
     """How many rows each of the engine's steps had; each takes a while."""
     counts = []
-    step = Rows.step
+    step = RunningBatch.step
 
     def slow_step(rows):
-        counts.append(len(rows.active))
+        counts.append(len(rows.requests))
         time.sleep(0.02)
         return step(rows)
 
-    monkeypatch.setattr(Rows, "step", slow_step)
+    monkeypatch.setattr(RunningBatch, "step", slow_step)
     return counts
 
 
@@ -48,8 +48,8 @@ def test_requests_are_computed_together(server_url, steps):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_is_out_of_the_rows(server_url, steps, tiny_engine, stream):
-    whole = tiny_engine.complete(ASKED, max_new_tokens=100, temperature=0.0).whole()
-    assert whole[0].tokens > 50  # or there would be nothing to leave early
+    whole = tiny_engine.complete(ASKED, max_new_tokens=100, temperature=0.0).outputs()
+    assert whole[0].num_tokens > 50  # or there would be nothing to leave early
     steps.clear()
     url, body = f"{server_url}/v1/chat/completions", LONG | {"stream": stream}
     if stream:
@@ -59,9 +59,8 @@ def test_who_leaves_is_out_of_the_rows(server_url, steps, tiny_engine, stream):
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=body, timeout=0.3)
-    rows = tiny_engine.runner._worker._rows
-    until(lambda: not rows.active)
-    assert len(steps) < whole[0].tokens
+    until(lambda: not tiny_engine.stats().num_running)
+    assert len(steps) < whole[0].num_tokens
 
 
 def test_several_answers_are_computed_together(client, steps):

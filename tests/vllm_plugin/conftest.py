@@ -119,9 +119,9 @@ def engine_tokens(engine, messages, new=NEW):
     """The Engine's greedy tokens, each conversation asked alone."""
     from owl2.engine.sampling import SamplingParams
 
-    prompts, _ = engine._prompts([messages])
-    end = engine._end_ids
-    return engine.runner.generate(prompts, SamplingParams(max_new_tokens=new), [new], end)[0]
+    prompt = engine.encode(messages)
+    params = SamplingParams(max_new_tokens=new)
+    return engine.core.generate([prompt], params, [new], engine.end_ids)[0]
 
 
 def vllm_tokens(llm, many, new=NEW):
