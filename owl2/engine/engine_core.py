@@ -11,12 +11,8 @@ depend on the other requests, up to rounding in the dtype.
 
 All of torch's work happens in this thread. Each thread that computes has its own OpenMP threads,
 and where they outnumber the cores, they sleep after every operation: prompts take a third longer.
-
-Shapes: B running requests, V vocabulary.
 """
 
-import os
-import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
@@ -27,10 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from owl2.engine.engine_thread import EngineThread
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefill import Prefiller, PrefillOutput
 from owl2.engine.prefix_cache import PromptState, free_memory
-from owl2.engine.sampling import SamplingParams, compute_logprobs, non_finite_error, sample
+from owl2.engine.running_batch import RunningBatch
+from owl2.engine.sampling import SamplingParams
 from owl2.engine.scheduler import Request, select_prefills
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -114,7 +112,7 @@ class EngineCore:
         self._num_decode_steps = 0
         self._must_clear = False
         self._reset()
-        self._thread = _EngineThread()
+        self._thread = EngineThread()
         # At the interpreter's exit, the thread must not be inside of torch.
         weakref.finalize(self, self._thread.close)
 
@@ -306,7 +304,7 @@ class EngineCore:
             self._prefiller.clear()
         self._prefiller.clear_if_weights_changed()
 
-    def _current_batch(self) -> "RunningBatch":
+    def _current_batch(self) -> RunningBatch:
         """The batch; a new one if the model was moved or cast since the last request."""
         batch = self._batch
         if batch is None or (batch.runner.is_stale and not batch.requests):
@@ -323,152 +321,6 @@ class EngineCore:
             request.end(error)
         for job in jobs:
             job.result.set_exception(error)
-
-
-class RunningBatch:
-    """The running requests, each in the row of the cache with its index.
-
-    The last row moves to where one becomes free, so that rows 0 to B-1 are always used.
-    """
-
-    def __init__(self, runner: ModelRunner, prefiller: Prefiller) -> None:
-        self.runner = runner
-        self.requests: list[Request] = []
-        self._prefiller = prefiller
-
-    def add(self, requests: Sequence[Request]) -> None:
-        """Compute the prompts of requests and their first tokens.
-
-        Requests with the same prompt share its computation.
-        """
-        first, cache = len(self.requests), self.runner.cache
-        originals: dict[PromptState, Request] = {}
-        for request in requests:
-            originals.setdefault(request.prompt, request)
-        copies = [one for one in requests if one is not originals[one.prompt]]
-        requests = [*originals.values(), *copies]
-        cache.reserve(first + len(requests), max(prompt.num_tokens for prompt in originals))
-        logits = self._prefiller.prefill(list(originals), self.runner, first)
-        if copies:
-            rows = {prompt: row for row, prompt in enumerate(originals)}
-            for row, request in enumerate(copies, first + len(originals)):
-                cache.copy_row(first + rows[request.prompt], row, request.prompt.num_tokens)
-            logits = logits[[rows[request.prompt] for request in requests]]
-        for request in requests:
-            request.epoch = self._prefiller.epoch
-        self.requests += requests
-        self._sample(requests, logits)
-
-    def step(self) -> None:
-        """Decode one token for every request."""
-        tokens = torch.tensor([request.token_ids[-1] for request in self.requests])
-        positions = torch.tensor([request.num_cached for request in self.requests])
-        logits = self.runner.decode(tokens.to(self.runner.model.device), positions)  # (B, V)
-        self._sample(self.requests, logits)
-
-    def remove_aborted(self) -> None:
-        """Free the rows of requests that are finished or aborted."""
-        cache = self.runner.cache
-        for row in reversed(range(len(self.requests))):
-            request = self.requests[row]
-            if not (request.aborted or request.is_finished):
-                continue
-            self._store_prefix(request, row)
-            last = self.requests.pop()
-            if last is not request:
-                cache.copy_row(len(self.requests), row, last.num_cached)
-                self.requests[row] = last
-
-    def _sample(self, requests: Sequence[Request], logits: torch.Tensor) -> None:
-        """Choose and report the next token of each request."""
-        params = [request.params for request in requests]
-        tokens = sample(logits, params, [request.generator for request in requests])
-        logprobs = compute_logprobs(logits, tokens, [own.top_logprobs for own in params])
-        for request, token, own in zip(list(requests), tokens, logprobs, strict=True):
-            if token is None:
-                position = f"token {len(request.token_ids) + 1} of the answer"
-                request.token_ids.clear()  # its keys and values must not be cached
-                request.end(non_finite_error(logits.dtype, position))
-            else:
-                request.add_token(token, own)
-        self.remove_aborted()
-
-    def _store_prefix(self, request: Request, row: int) -> None:
-        """Cache the prompt and the answer: the next turn of the dialogue starts with them."""
-        if not request.token_ids or request.epoch != self._prefiller.epoch:
-            return
-        key = (*request.prompt.key, *request.token_ids[:-1])
-        if self._prefiller.prefixes.accepts(key):
-            self._prefiller.prefixes.add(key, *self.runner.cache.read(row, request.num_cached))
-
-
-class _EngineThread:
-    """The thread of an engine core, and the queue of items that it takes.
-
-    It does not reference the core, so that an idle thread does not keep the model in memory.
-    """
-
-    def __init__(self) -> None:
-        self._start_over()
-
-    def _start_over(self) -> None:
-        # `put` of a SimpleQueue is reentrant: the garbage collector may run anywhere.
-        self._queue: SimpleQueue[Sequence[Request | _Job] | None] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._process = os.getpid()
-        self.closed = False
-
-    @property
-    def is_forked(self) -> bool:
-        """Whether this process is a fork of the thread's one, without its threads and locks."""
-        return self._process != os.getpid()
-
-    @property
-    def has_items(self) -> bool:
-        """Whether `take` would return any."""
-        return not self._queue.empty()
-
-    def put(self, items: Sequence[Request | _Job], core: EngineCore) -> None:
-        """Hand items to the thread; starts it if necessary."""
-        if self.is_forked:
-            self._start_over()
-        if self.closed:
-            raise RuntimeError("the engine is shut down: the process is exiting")
-        self._queue.put(items)
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(
-                    target=_serve,
-                    args=(self._queue, weakref.ref(core)),
-                    name="owl2-engine",
-                    daemon=True,
-                )
-                self._thread.start()
-
-    def take(self) -> list[Request | _Job]:
-        """All items that arrived since."""
-        items: list[Request | _Job] = []
-        while not self._queue.empty():
-            items += self._queue.get() or []
-        return items
-
-    def close(self) -> None:
-        """End the thread after its current step."""
-        self.closed = True
-        self._queue.put(None)
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread() and not self.is_forked:
-            thread.join()
-
-
-def _serve(queue: SimpleQueue, reference: "weakref.ref[EngineCore]") -> None:
-    while (items := queue.get()) is not None:
-        core = reference()
-        if core is None:
-            return
-        core.run(items)
-        del core, items  # while the thread waits, it must not keep the model in memory
 
 
 @contextmanager

@@ -1,12 +1,14 @@
-"""What tests of answering share: an engine, images, and conversations of many kinds."""
+"""Shared by the tests of the engine: an engine, images, and conversations of many kinds."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from PIL import Image
 
 from owl2.engine.engine import Engine
+from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 
 
@@ -17,35 +19,72 @@ def shared_engine(tiny_checkpoint):
 
 @pytest.fixture
 def engine(shared_engine):
-    """One that a test may change."""
+    """An engine without caches that a test may modify."""
     return Engine(copy.deepcopy(shared_engine.model), shared_engine.processor)
 
 
 @pytest.fixture
-def broken(engine):
-    """An engine whose model gives NaN."""
+def nan_engine(engine):
+    """An engine whose model produces NaN."""
     with torch.no_grad():
         engine.model.lm_head.weight[5, 0] = float("nan")
     return engine
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """How many sequences each step of any model takes on, as a list that grows."""
-    made = []
-    step = ModelRunner.decode
-
-    def counted(self, tokens, positions):
-        made.append(len(tokens))
-        return step(self, tokens, positions)
-
-    monkeypatch.setattr(ModelRunner, "decode", counted)
+def caching_engine(shared_engine, **options):
+    """An engine with a model of its own that caches even short prefixes."""
+    made = Engine(copy.deepcopy(shared_engine.model), shared_engine.processor)
+    made.core = EngineCore(made.model, **{"max_num_seqs": 128, "min_prefix_tokens": 2} | options)
     return made
 
 
-def image(number, size=(10, 12)):
-    colours = torch.Generator().manual_seed(number)
-    values = torch.randint(0, 256, (size[1], size[0], 3), generator=colours, dtype=torch.uint8)
+@pytest.fixture
+def batch_sizes(monkeypatch):
+    """The number of sequences of every decode step of any model, in a growing list."""
+    sizes = []
+    decode = ModelRunner.decode
+
+    def counted(self, tokens, positions):
+        sizes.append(len(tokens))
+        return decode(self, tokens, positions)
+
+    monkeypatch.setattr(ModelRunner, "decode", counted)
+    return sizes
+
+
+class Gate:
+    """Decode steps wait at it while it is closed."""
+
+    def __init__(self):
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def wait(self):
+        self.reached.set()
+        assert self._open.wait(60)
+
+    def open(self):
+        self._open.set()
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds back every decode step until the test opens it."""
+    made = Gate()
+    decode = ModelRunner.decode
+
+    def held_back(self, tokens, positions):
+        made.wait()
+        return decode(self, tokens, positions)
+
+    monkeypatch.setattr(ModelRunner, "decode", held_back)
+    yield made
+    made.open()
+
+
+def random_image(seed, size=(10, 12)):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(values.numpy())
 
 
@@ -56,16 +95,16 @@ def ask(text, *images):
 
 @pytest.fixture(scope="session")
 def conversations():
-    """12, of 0, 1 and 2 images and different lengths; some with earlier rounds."""
+    """12 conversations with 0, 1 and 2 images and different lengths; some have earlier turns."""
     texts = ["what is this?", "is it red? " * 4, "no", "a blue circle and a green one, 你好"]
-    made = [ask(text, *map(image, range(count))) for text in texts for count in (0, 1, 2)]
-    made[1] = [*made[1], {"role": "assistant", "content": "red"}, *ask("and now?", image(7))]
-    made[6] = [*made[6], {"role": "assistant", "content": "a circle"}, *ask("what colour?")]
+    made = [ask(text, *map(random_image, range(n))) for text in texts for n in (0, 1, 2)]
+    made[1] = [*made[1], {"role": "assistant", "content": "red"}, *ask("and now?", random_image(7))]
+    made[6] = [*made[6], {"role": "assistant", "content": "a circle"}, *ask("what color?")]
     return made
 
 
 @pytest.fixture
 def three_threads(monkeypatch):
-    """Kernels with more threads than `make test` has, also for little work."""
-    monkeypatch.setattr("owl2.engine.backends.native.ops.ALONE", 0)
+    """Run kernels with three threads, even for little work."""
+    monkeypatch.setattr("owl2.engine.backends.native.ops.MIN_PARALLEL_WORK", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

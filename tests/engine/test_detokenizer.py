@@ -1,4 +1,4 @@
-"""Streamed pieces: joined they are the answer, whatever the characters; ends and errors."""
+"""Released text, joined, is the decoded answer; stop strings; streams."""
 
 import random
 
@@ -6,9 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from owl2.engine.detokenizer import TextStream
-from owl2.engine.engine import _byte_ids
-from owl2.errors import InputError
+from owl2.engine.detokenizer import IncrementalDetokenizer
+from owl2.engine.engine import open_byte_ids
+from owl2.errors import ErrorCode
+from tests.errors import raises_input_error
 
 
 def decoder(tokenizer):
@@ -20,39 +21,42 @@ def spelling(parts):
     return lambda ids: "".join(parts[id_] for id_ in ids)
 
 
-def text_pieces(ids, decode, open_ids=()):
-    """What is given out for each of the ids, and at the end; none empty."""
-    stream = TextStream(decode, open_ids)
-    pieces = [*map(stream.add, ids), stream.finish()]
-    return [piece for piece in pieces if piece]
+def released_texts(ids, decode, open_ids=()):
+    """The released texts that are not empty."""
+    stream = IncrementalDetokenizer(decode, open_ids)
+    chunks = [*map(stream.add, ids), stream.finish()]
+    return [chunk for chunk in chunks if chunk]
 
 
-def test_joined_pieces_are_the_answer(shared_engine, conversations):
+def test_joined_chunks_equal_the_answer(shared_engine, conversations):
     for seed, one in enumerate(conversations):
         for options in ({}, {"temperature": 3.0, "seed": seed}):
-            pieces = list(shared_engine.stream(one, max_new_tokens=12, **options))
-            assert "".join(pieces) == shared_engine.chat(one, max_new_tokens=12, **options)
-            assert all(pieces)
+            chunks = list(shared_engine.stream(one, max_new_tokens=12, **options))
+            assert "".join(chunks) == shared_engine.chat(one, max_new_tokens=12, **options)
+            assert all(chunks)
 
 
-def test_pieces_come_while_the_model_runs(engine, conversations, steps):
-    seen = [len(steps) for _ in engine.stream(conversations[0], max_new_tokens=40)]
-    assert len(seen) > 5
-    assert seen[0] < 30
+def test_the_first_chunk_comes_before_the_last_token(engine, conversations, gate):
+    stream = engine.stream(conversations[0], max_new_tokens=40)
+    first = next(stream)  # while the gate holds back the first decode step
+    gate.open()
+    rest = list(stream)
+    assert len(rest) > 5
+    assert first + "".join(rest) == engine.chat(conversations[0], max_new_tokens=40)
 
 
-def test_whole_characters_only(shared_engine):
+def test_only_complete_characters_are_released(shared_engine):
     tokenizer = shared_engine.processor.tokenizer
     text = "a 你好 🦉👩‍🚀 é\n\n  end ő"
     ids = tokenizer.encode_exact(text)
-    assert len(ids) > len(text), "no character is made of several tokens"
-    pieces = list(text_pieces(ids, decoder(tokenizer)))
-    assert "".join(pieces) == text
-    assert len(pieces) > 5
-    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(ids) > len(text)
+    chunks = list(released_texts(ids, decoder(tokenizer)))
+    assert "".join(chunks) == text
+    assert len(chunks) > 5
+    assert not any("\ufffd" in chunk for chunk in chunks)
 
 
-def test_any_tokens_at_all(shared_engine):
+def test_random_tokens(shared_engine):
     tokenizer = shared_engine.processor.tokenizer
     decode = decoder(tokenizer)
     source = random.Random(1)
@@ -61,10 +65,10 @@ def test_any_tokens_at_all(shared_engine):
     for length in [*range(14)] * 12 + [33, 70, 150] * 12:
         pool = source.choice([bytes_, everything])
         ids = source.choices(pool, k=length)
-        assert "".join(text_pieces(ids, decode)) == decode(ids).strip()
+        assert "".join(released_texts(ids, decode)) == decode(ids).strip()
 
 
-def test_tokenizers_that_decode_runs_of_bytes_at_once():
+def test_tokenizers_that_decode_runs_of_bytes_together():
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"x": 256, "<unk>": 257}
     inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
     inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -76,14 +80,14 @@ def test_tokenizers_that_decode_runs_of_bytes_at_once():
 
     holder = Holder()
     holder.tokenizer = tokenizer
-    open_ids = _byte_ids(holder)
+    open_ids = open_byte_ids(holder)
     assert len(open_ids) == 256
-    ids = [256, 0x41, 0xFF, 256, 0xC3, 0xA9, 256]  # a valid byte that an invalid one spoils
-    assert "".join(text_pieces(ids, decode, open_ids)) == decode(ids).strip()
-    assert "".join(text_pieces(ids, decode)) != decode(ids), "the case needs no care"
+    ids = [256, 0x41, 0xFF, 256, 0xC3, 0xA9, 256]  # an invalid byte changes the valid one
+    assert "".join(released_texts(ids, decode, open_ids)) == decode(ids).strip()
+    assert "".join(released_texts(ids, decode)) != decode(ids)
 
 
-def test_a_long_answer_is_not_decoded_again_and_again(shared_engine):
+def test_long_answers_are_decoded_in_windows(shared_engine):
     tokenizer = shared_engine.processor.tokenizer
     ids = tokenizer.encode_exact("yes, a blue circle 你好 🦉 and so on " * 50)
     decoded = []
@@ -92,7 +96,7 @@ def test_a_long_answer_is_not_decoded_again_and_again(shared_engine):
         decoded.append(len(some))
         return tokenizer.decode(some)
 
-    assert "".join(text_pieces(ids, decode)) == tokenizer.decode(ids).strip()
+    assert "".join(released_texts(ids, decode)) == tokenizer.decode(ids).strip()
     assert max(decoded) < 50 < len(ids) / 10
 
 
@@ -100,8 +104,8 @@ def test_a_long_answer_is_not_decoded_again_and_again(shared_engine):
     ("stops", "left"),
     [
         (["cd"], "ab"),
-        (["bcd", "c"], "ab"),  # the one that is whole first
-        (["bcd", "d"], "a"),  # whole at once: the longer one
+        (["bcd", "c"], "ab"),  # the one that is complete first
+        (["bcd", "d"], "a"),  # complete at the same token: the longer one
         ([" ef"], "abcd"),
         (["\n"], "abcd ef"),
         (["f\n\ng"], "abcd e"),
@@ -115,19 +119,19 @@ def test_stop_strings_across_tokens(stops, left):
     text = "abcd ef\n\ngh"
     ways = ([text], list(text), ["abc", "d ", "ef\n", "\ng", "h"], ["ab", "cd e", "f\n\ng", "h"])
     for parts in ways:
-        stream = TextStream(spelling(parts), (), stops)
+        stream = IncrementalDetokenizer(spelling(parts), (), stops)
         given = ""
         for number in range(len(parts)):
             given += stream.add(number)
-            if stream.cut is not None:
+            if stream.stop_position is not None:
                 break
         assert given + stream.finish() == left
-        assert (stream.cut is not None) == (left != text)
+        assert (stream.stop_position is not None) == (left != text)
 
 
-def test_what_may_begin_a_stop_string_waits():
+def test_a_possible_stop_string_is_held_back():
     letters = "one END two EN three"
-    stream = TextStream(spelling(letters), (), ["ENDE", "EN three and"])
+    stream = IncrementalDetokenizer(spelling(letters), (), ["ENDE", "EN three and"])
     given = [stream.add(number) for number in range(len(letters))]
     assert "".join(given[:7]) == "one"
     assert given[7] == " END"
@@ -135,21 +139,22 @@ def test_what_may_begin_a_stop_string_waits():
     assert stream.finish() == " EN three"
 
 
-def test_leaving_early_ends_the_generation(engine, conversations, steps):
+def test_closing_a_stream_ends_the_generation(engine, conversations, batch_sizes):
     stream = engine.stream(conversations[0], max_new_tokens=90)
     next(stream)
     stream.close()
+    assert engine.chat(conversations[1], max_new_tokens=1)
+    assert len(batch_sizes) < 80
+    batch_sizes.clear()
     assert engine.chat(conversations[0], max_new_tokens=3)
-    assert len(steps) < 80
-    # Of the steps since then, none was for the stream.
-    assert steps[-2:] == [1, 1]
+    assert batch_sizes == [1, 1]
 
 
-def test_input_is_checked_before_the_first_piece(shared_engine):
-    with pytest.raises(InputError, match="empty"):
+def test_input_is_checked_before_the_first_chunk(shared_engine):
+    with raises_input_error(ErrorCode.EMPTY_MESSAGE):
         shared_engine.stream([{"role": "user", "content": " "}])
 
 
-def test_a_stream_never_begun_starts_nothing(engine, conversations):
-    engine.model.lm_head.register_forward_hook(lambda *_: pytest.fail("the model ran"))
+def test_a_stream_that_is_not_iterated_computes_nothing(engine, conversations):
     engine.stream(conversations[0])
+    assert engine.stats().num_prefills == 0

@@ -1,23 +1,28 @@
-"""Many requests at once: each gets the answer it would get alone; leaving, failing, threads."""
+"""Many requests at once: answers equal those alone; aborts, errors, threads, forks."""
 
+import gc
+import os
 import subprocess
 import sys
 import textwrap
 import threading
-import time
+import warnings
 import weakref
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from owl2.engine import hf_generate
 from owl2.engine.engine import Engine
-from owl2.engine.engine_core import Prompt, Runner
-from owl2.engine.model_runner import FastDecoder
+from owl2.engine.engine_core import EngineCore
+from owl2.engine.model_runner import ModelRunner
+from owl2.engine.prefill import Prefiller
 from owl2.engine.sampling import SamplingParams, sample
-from owl2.errors import InputError
-from tests.engine.conftest import ask, image
+from owl2.errors import ErrorCode, InputError
+from owl2.processing.prepared_prompt import PreparedPrompt
+from tests.engine.conftest import ask, caching_engine, random_image
+from tests.errors import raises_input_error
 from tests.tiny import make_model
 
 TOKENS = 10
@@ -25,175 +30,179 @@ IMAGE = [40] * 3
 GREEDY = SamplingParams()
 
 
+def make_prompt(ids, pixels=None):
+    return PreparedPrompt.from_ids(ids, pixels, image_token_id=40, num_image_tokens=3)
+
+
 @pytest.fixture(scope="module")
 def model():
-    # Weights far from 0, so that answers differ from prompt to prompt.
+    # Large weights, so that answers differ from prompt to prompt.
     return make_model(initializer_range=0.4).eval()
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    """20: of 0, 1 and 2 images, some of the same; 2 to 40 ids."""
+    """20 prompts of 0, 1 and 2 images, some of them equal, and 2 to 40 ids."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.rand(3, 3, 8, 8, generator=generator)
     made = []
-    for number in range(20):
-        words = torch.randint(1, 40, (2 * number + 2,), generator=generator).tolist()
-        images = number % 3
-        ids = [1, *IMAGE * images, *words]
-        made.append(Prompt(tuple(ids), pixels[number % 2 :][:images] if images else None))
-    made[7] = Prompt((*made[6].ids[:9], 5, 6), made[6].pixel_values)
+    for index in range(20):
+        text = torch.randint(1, 40, (2 * index + 2,), generator=generator).tolist()
+        count = index % 3
+        images = pixels[index % 2 :][:count] if count else None
+        made.append(make_prompt([1, *IMAGE * count, *text], images))
+    made[7] = make_prompt([*made[6].ids[:9], 5, 6], made[6].pixel_values)
     return made
 
 
 @pytest.fixture(scope="module")
 def alone(model, prompts):
-    """The answers without any batch, cache or fast path."""
-    return [hf_generate.generate(model, [prompt], GREEDY, [TOKENS], {7})[0] for prompt in prompts]
+    """The answers of transformers' `generate`, without batches and caches."""
+    return [generate_alone(model, prompt) for prompt in prompts]
 
 
-def run(runner, prompts, decoding=GREEDY, ends=(7,)):
-    return runner.generate(prompts, decoding, [TOKENS] * len(prompts), ends)
+def generate_alone(model, prompt, end_ids=(7,)):
+    return hf_generate.generate(model, [prompt], GREEDY, [TOKENS], end_ids)[0]
+
+
+def generate(core, prompts, params=GREEDY, end_ids=(7,)):
+    return core.generate(prompts, params, [TOKENS] * len(prompts), end_ids)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"reuse": False},
-        {"max_batch": 3},
-        {"max_batch": 1},
-        {"prefix_bytes": 5_000, "feature_bytes": 300},
-        {"prefix_bytes": 0},
-        {"feature_bytes": 0},
+        {"enable_prefix_caching": False},
+        {"max_num_seqs": 3},
+        {"max_num_seqs": 1},
+        {"prefix_cache_bytes": 5_000, "image_cache_bytes": 300},
+        {"prefix_cache_bytes": 0},
+        {"image_cache_bytes": 0},
     ],
     ids=str,
 )
-def test_together_as_alone(model, prompts, alone, options):
-    runner = Runner(model, **options)
-    runner.reader.prefixes.shortest = 1 if options else 6
+def test_batched_answers_equal_those_alone(model, prompts, alone, options):
+    core = EngineCore(model, min_prefix_tokens=1 if options else 6, **options)
     assert len({str(answer) for answer in alone}) > 12
-    assert len({len(answer) for answer in alone}) > 2, "all answers are equally long"
+    assert len({len(answer) for answer in alone}) > 2, "all answers have the same length"
     for _ in range(2):
-        assert run(runner, prompts) == alone
-    assert run(runner, prompts[::-1])[::-1] == alone
-    assert [run(runner, [prompt])[0] for prompt in prompts] == alone
-    streamed = [list(runner.stream(prompt, GREEDY, TOKENS, {7})) for prompt in prompts]
-    assert streamed == alone
+        assert generate(core, prompts) == alone
+    assert generate(core, prompts[::-1])[::-1] == alone
+    assert [generate(core, [prompt])[0] for prompt in prompts] == alone
+    assert [list(core.stream(prompt, GREEDY, TOKENS, {7})) for prompt in prompts] == alone
 
 
-def test_without_mam(prompts):
-    model = make_model(initializer_range=0.4, use_mam=False).eval()
-    alone = [hf_generate.generate(model, [prompt], GREEDY, [TOKENS], {7})[0] for prompt in prompts]
-    runner = Runner(model)
-    runner.reader.prefixes.shortest = 1
-    assert run(runner, prompts) == run(runner, prompts) == alone
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_mam": False},
+        {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 80},  # CPU kernels
+    ],
+    ids=str,
+)
+def test_batched_answers_of_other_models(prompts, settings):
+    model = make_model(initializer_range=0.4, **settings).eval()
+    assert ModelRunner(model).uses_cpu_kernels == ("hidden_size" in settings)
+    alone = [generate_alone(model, prompt) for prompt in prompts]
+    core = EngineCore(model, min_prefix_tokens=1)
+    assert generate(core, prompts) == generate(core, prompts) == alone
 
 
-def test_plain_batches_too(model, prompts, alone):
+def test_hf_generate_batches(model, prompts, alone):
     limits = [TOKENS] * len(prompts)
     assert hf_generate.generate(model, prompts, GREEDY, limits, {7}) == alone
     limits[0] = 2
     assert hf_generate.generate(model, prompts[:2], GREEDY, limits[:2], ())[0] == alone[0][:2]
-    drawn = SamplingParams(do_sample=True, temperature=1.5, seed=3)
-    assert hf_generate.generate(model, prompts, drawn, [TOKENS] * 20, {7}) == run(
-        Runner(model), prompts, drawn
+    sampled = SamplingParams(do_sample=True, temperature=1.5, seed=3)
+    assert hf_generate.generate(model, prompts, sampled, [TOKENS] * 20, {7}) == generate(
+        EngineCore(model), prompts, sampled
     )
 
 
-def test_limits_are_each_ones_own(model, prompts, alone):
-    limits = [1 + number % TOKENS for number in range(len(prompts))]
+def test_each_request_has_its_own_limit(model, prompts, alone):
+    limits = [1 + index % TOKENS for index in range(len(prompts))]
     expected = [answer[:limit] for answer, limit in zip(alone, limits, strict=True)]
-    assert Runner(model).generate(prompts, GREEDY, limits, {7}) == expected
+    assert EngineCore(model).generate(prompts, GREEDY, limits, {7}) == expected
 
 
-def test_who_joins_late_gets_the_same(model, prompts, alone, steps):
-    runner = Runner(model)
-    stream = runner.stream(prompts[0], GREEDY, 60, ())
-    started = [next(stream) for _ in range(3)]
-    assert run(runner, prompts[1:5]) == alone[1:5]
-    assert max(steps) > 1, "they were not together"
-    rest = started + list(stream)
-    assert rest == list(
-        Runner(model, enable_prefix_caching=False).stream(prompts[0], GREEDY, 60, ())
-    )
+def test_a_request_joins_a_running_batch(model, prompts, alone, batch_sizes, gate):
+    core = EngineCore(model)
+    stream = core.stream(prompts[0], GREEDY, 60, ())
+    first = next(stream)
+    assert gate.reached.wait(20)
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(generate, core, prompts[1:5])
+        gate.open()
+        assert later.result(30) == alone[1:5]
+    assert max(batch_sizes) > 1, "the requests were not computed together"
+    uncached = EngineCore(model, enable_prefix_caching=False)
+    assert [first, *stream] == list(uncached.stream(prompts[0], GREEDY, 60, ()))
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(model, prompts):
-    decoding = SamplingParams(do_sample=True, temperature=1.5, top_k=20, seed=5)
-    together = run(Runner(model), prompts, decoding)
-    for number, prompt in enumerate(prompts):
-        own = SamplingParams(do_sample=True, temperature=1.5, top_k=20, seed=5 + number)
-        assert run(Runner(model, enable_prefix_caching=False), [prompt], own) == [together[number]]
-    assert run(Runner(model), [prompts[3]] * 4, decoding) != [together[3]] * 4
-
-
-def test_many_prompts_are_computed_in_few_forwards(model, prompts):
-    calls = []
-    handle = model.model.layers[0].register_forward_hook(
-        lambda module, inputs, output: calls.append(inputs[0].shape[:2])
+    options = {"do_sample": True, "temperature": 1.5, "top_k": 20}
+    batched = generate(EngineCore(model), prompts, SamplingParams(**options, seed=5))
+    uncached = EngineCore(model, enable_prefix_caching=False)
+    for index, prompt in enumerate(prompts):
+        own = SamplingParams(**options, seed=5 + index)
+        assert generate(uncached, [prompt], own) == [batched[index]]
+    equal_prompts = [prompts[3]] * 4
+    assert (
+        generate(EngineCore(model), equal_prompts, SamplingParams(**options, seed=5))
+        != [batched[3]] * 4
     )
-    try:
-        run(Runner(model, max_batch=128), [prompts[number % 2] for number in range(90)])
-    finally:
-        handle.remove()
-    assert [rows for rows, _ in calls] == [90]
 
 
-def test_questions_about_one_new_image_compute_it_once(model, prompts):
-    calls = []
-    handle = model.model.layers[0].register_forward_hook(
-        lambda module, inputs, output: calls.append(tuple(inputs[0].shape[:2]))
+def test_similar_prompts_share_a_forward(model, prompts, forward_shapes):
+    generate(EngineCore(model, max_num_seqs=128), [prompts[index % 2] for index in range(90)])
+    assert [rows for rows, length in forward_shapes if length > 1] == [90]
+
+
+def test_questions_about_a_new_image_share_its_computation(model, prompts, forward_shapes):
+    core = EngineCore(model, min_prefix_tokens=4)
+    pixels = prompts[1].pixel_values
+    core.generate(
+        [make_prompt([1, *IMAGE, 5, 6, last], pixels) for last in range(8, 14)], GREEDY, [1] * 6, ()
     )
-    runner = Runner(model)
-    runner.reader.prefixes.shortest = 4
-    _, pixels = prompts[1]
-    asked = [Prompt((1, *IMAGE, 5, 6, number), pixels) for number in range(8, 14)]
-    try:
-        run(runner, asked)
-    finally:
-        handle.remove()
-    assert calls == [(1, 7), (5, 1)]
+    assert forward_shapes == [(1, 7), (5, 1)]
+    assert core.stats().num_encoded_images == 1
 
 
-# ------------------------------------------------------------------ leaving and failing
+@pytest.fixture
+def forward_shapes(model):
+    """Batch size and length of each forward of the decoder."""
+    shapes = []
+    handle = model.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(inputs[0].shape[:2]))
+    )
+    yield shapes
+    handle.remove()
 
 
-def wait_for(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+def test_a_prompt_that_ends_with_a_cached_image(model, prompts):
+    prompt = make_prompt([1, 5, *IMAGE], prompts[1].pixel_values)
+    core = EngineCore(model, min_prefix_tokens=1)
+    expected = [generate_alone(model, prompt)]
+    assert [generate(core, [prompt]) for _ in range(2)] == [expected] * 2
 
 
-def test_closing_a_stream_frees_its_row(model, prompts, alone, steps):
-    runner = Runner(model, max_batch=1)
-    stream = runner.stream(prompts[0], GREEDY, 100_000, ())
+# ------------------------------------------------------------------ aborts and errors
+
+
+def test_closing_a_stream_frees_its_row(model, prompts, alone, batch_sizes):
+    core = EngineCore(model, max_num_seqs=1)
+    stream = core.stream(prompts[0], GREEDY, 100_000, ())
     next(stream)
     stream.close()
-    assert run(runner, prompts[:3]) == alone[:3]
-    assert len(steps) < 10_000
-
-
-def in_thread(call):
-    """What came of a call in another thread: its result, or its exception."""
-    made = []
-
-    def target():
-        try:
-            made.append(call())
-        except BaseException as error:
-            made.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    return thread, made
+    assert generate(core, prompts[:3]) == alone[:3]
+    assert len(batch_sizes) < 10_000
 
 
 def test_an_interrupted_call_frees_its_rows(model, prompts, alone, monkeypatch):
-    runner = Runner(model, max_batch=2)
+    core = EngineCore(model, max_num_seqs=2)
 
-    class Interrupted:
+    class InterruptedQueue:
         def get(self):
             raise KeyboardInterrupt
 
@@ -201,216 +210,167 @@ def test_an_interrupted_call_frees_its_rows(model, prompts, alone, monkeypatch):
             pass
 
     with monkeypatch.context() as patch:
-        patch.setattr("owl2.engine.engine_core.SimpleQueue", Interrupted)
-        thread, made = in_thread(
-            lambda: runner.generate(prompts[:2], GREEDY, [100_000] * 2, ()),
-        )
-        thread.join(20)
-    assert isinstance(made[0], KeyboardInterrupt)
-    assert run(runner, prompts) == alone
-
-
-def test_an_interrupted_step_ends_all_and_leaves_it_usable(model, prompts, alone, monkeypatch):
-    """The main thread leads, another one waits; Ctrl-C comes in the middle of a step."""
-    runner = Runner(model)
-    step, other = FastDecoder.step, []
-
-    def interrupted(self, tokens, positions):
-        if not other:
-            other.append(in_thread(lambda: run(runner, prompts[1:2])))
-        if len(tokens) == 2:
-            raise KeyboardInterrupt
-        return step(self, tokens, positions)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FastDecoder, "step", interrupted)
+        patch.setattr("owl2.engine.engine_core.SimpleQueue", InterruptedQueue)
         with pytest.raises(KeyboardInterrupt):
-            runner.generate(prompts[:1], GREEDY, [100_000], ())
-        [(thread, made)] = other
-        thread.join(20)
-    assert "interrupted" in str(made[0])
-    assert run(runner, prompts) == alone
+            core.generate(prompts[:2], GREEDY, [100_000] * 2, ())
+    assert generate(core, prompts) == alone
 
 
-def test_the_main_thread_leads_and_leaves_the_rest_to_the_other(model, prompts, alone, monkeypatch):
-    runner = Runner(model)
-    step, leaders, other = FastDecoder.step, [], []
+def test_an_error_of_one_sequence_does_not_reach_the_others(model, prompts, monkeypatch):
+    decode = ModelRunner.decode
+    victim, other = prompts[2], prompts[18]
 
-    def noted(self, tokens, positions):
-        leaders.append((threading.current_thread() is threading.main_thread(), len(tokens)))
-        if not other:
-            long = [TOKENS + 20]
-            other.append(in_thread(lambda: runner.generate(prompts[1:2], GREEDY, long, ())))
-            time.sleep(0.2)
-        return step(self, tokens, positions)
-
-    monkeypatch.setattr(FastDecoder, "step", noted)
-    assert run(runner, prompts[:1]) == alone[:1]
-    [(thread, made)] = other
-    thread.join(20)
-    assert made[0][0][:TOKENS] == alone[1]
-    assert leaders[0] == (True, 1)
-    assert (True, 2) in leaders, "both together"
-    assert leaders[-1] == (False, 1), "the longer one goes on without the main thread"
-
-
-def test_a_stream_of_the_main_thread_is_made_as_it_is_asked_for(model, prompts, alone, steps):
-    runner = Runner(model)
-    stream = runner.stream(prompts[0], GREEDY, TOKENS, ())
-    first = next(stream)
-    made = len(steps)
-    time.sleep(0.1)
-    assert len(steps) == made <= 1
-    assert run(runner, prompts[1:2]) == alone[1:2]  # beside it
-    assert [first, *stream] == alone[0]
-
-
-def test_an_error_reaches_only_whose_it_is(model, prompts, alone, monkeypatch):
-    """Logits of one row go wrong in the middle of the answers."""
-    runner = Runner(model)
-    step = FastDecoder.step
-    victim = prompts[2]
-
-    def spoilt(self, tokens, positions):
-        logits = step(self, tokens, positions)
-        # Nobody else is at this position: prompts are of different lengths.
+    def spoil(self, tokens, positions):
+        logits = decode(self, tokens, positions)
+        # Only the victim reaches this position: the prompts have different lengths.
         return torch.where((positions == 3 + len(victim.ids))[:, None], float("nan"), logits)
 
-    monkeypatch.setattr(FastDecoder, "step", spoilt)
-    results = {}
-
-    def one(name, prompt):
-        try:
-            results[name] = runner.generate([prompt], GREEDY, [TOKENS], ())[0]
-        except InputError as error:
-            results[name] = str(error)
-
-    long = prompts[18]
-    expected = hf_generate.generate(model, [long], GREEDY, [TOKENS], ())[0]
-    threads = [
-        threading.Thread(target=one, args=(name, prompt))
-        for name, prompt in (("long", long), ("victim", victim))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert results["long"] == expected
-    assert "token 5 of the answer" in results["victim"]
+    expected = generate_alone(model, other, ())
+    monkeypatch.setattr(ModelRunner, "decode", spoil)
+    core = EngineCore(model)
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(generate, core, [prompt], GREEDY, ()) for prompt in (other, victim)]
+        assert answers[0].result(30) == [expected]
+        with raises_input_error(ErrorCode.NON_FINITE, "token 5 of the answer"):
+            answers[1].result(30)
 
 
-@pytest.mark.parametrize("where", ["step", "prompt"])
-def test_an_error_of_the_machine_reaches_all_and_leaves_it_usable(
-    model, prompts, alone, monkeypatch, where
+@pytest.mark.parametrize(
+    "method", [(ModelRunner, "decode"), (Prefiller, "prefill")], ids=["decode", "prefill"]
+)
+def test_an_error_of_the_machine_ends_all_requests_but_not_the_engine(
+    model, prompts, alone, monkeypatch, method
 ):
-    runner = Runner(model)
-    errors = []
-
-    def one(number):
-        try:
-            runner.generate([prompts[number]], GREEDY, [2_000], ())
-        except RuntimeError as error:
-            errors.append(str(error))
+    core = EngineCore(model)
 
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(4)]
-    with monkeypatch.context() as patch:
-        if where == "step":
-            patch.setattr(FastDecoder, "step", fail)
-        else:
-            patch.setattr(type(runner.reader), "read", fail)
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-    assert errors == ["out of memory"] * 4
-    assert run(runner, prompts) == alone
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(*method, fail)
+        answers = [
+            pool.submit(core.generate, [prompt], GREEDY, [2_000], ()) for prompt in prompts[:4]
+        ]
+        for answer in answers:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                answer.result(30)
+    assert generate(core, prompts) == alone
 
 
-def test_prompts_that_do_not_fit_are_refused_before_they_disturb(model, prompts):
-    runner = Runner(model)
-    pixels = prompts[1].pixel_values
-    for prompt, message in (
-        (Prompt((1, 41)), "hold 41"),
-        (Prompt((1, *IMAGE, 2)), "0 images"),
-        (Prompt((1, 2), pixels), "1 images"),
-        (Prompt((1, *IMAGE, 2), pixels[..., :4]), "shape"),
-        (Prompt(()), "one token"),
-    ):
-        for call in (
-            lambda prompt=prompt: run(runner, [prompts[0], prompt]),
-            lambda prompt=prompt: runner.stream(prompt, GREEDY, 3, ()),
-        ):
-            with pytest.raises(InputError, match=message):
-                call()
+def test_an_error_of_a_job_reaches_its_caller(model, prompts, alone):
+    core = EngineCore(model)
+
+    def fail(output):
+        raise KeyError("job")
+
+    with pytest.raises(KeyError, match="job"):
+        core.run_prefilled(prompts[0], fail)
+    assert generate(core, prompts) == alone
 
 
-# ------------------------------------------------------------------ threads
+@pytest.mark.parametrize(
+    ("ids", "num_images", "crop", "code", "needle"),
+    [
+        ((1, 41), 0, 8, ErrorCode.INVALID_VALUE, 41),
+        ((1, -200), 0, 8, ErrorCode.INVALID_VALUE, -200),
+        ((1, *IMAGE, 2), 0, 8, ErrorCode.IMAGE_COUNT_MISMATCH, "3 image tokens"),
+        ((1, 2), 1, 8, ErrorCode.IMAGE_COUNT_MISMATCH, "1 image"),
+        ((1, *IMAGE, 2), 1, 4, ErrorCode.SHAPE_MISMATCH, "(1, 3, 8, 4)"),
+        ((), 0, 8, ErrorCode.EMPTY_MESSAGE, "token"),
+    ],
+)
+def test_invalid_prompts(model, prompts, ids, num_images, crop, code, needle):
+    pixels = prompts[1].pixel_values[..., :crop] if num_images else None
+    with raises_input_error(code, needle):
+        EngineCore(model).prepare(ids, pixels)
+
+
+# ------------------------------------------------------------------ threads and processes
 
 
 def test_eight_threads_at_once(shared_engine, conversations):
-    engine = Engine(shared_engine.model, shared_engine.processor, enable_prefix_caching=True)
-    engine.runner.reader.prefixes.shortest = 4
+    engine = caching_engine(shared_engine, min_prefix_tokens=4)
     options = {"max_new_tokens": TOKENS}
-    drawn = {"max_new_tokens": TOKENS, "temperature": 2.0, "seed": 4}
+    sampled = {"max_new_tokens": TOKENS, "temperature": 2.0, "seed": 4}
     expected = [
         (
             shared_engine.chat(one, **options),
-            shared_engine.chat(one, **drawn),
+            shared_engine.chat(one, **sampled),
             shared_engine.score(one, ["red", "no"]),
         )
         for one in conversations
     ]
-    wrong = []
 
-    def work(number):
-        for place in range(number, number + 5):
-            place %= len(conversations)
-            one, (greedy, sampled, scores) = conversations[place], expected[place]
-            for stop in engine.stream(one, max_new_tokens=90):
-                if stop and number % 2:
-                    break  # leaves early
-            results = (
-                engine.chat(one, **options) == greedy,
-                "".join(engine.stream(one, **options)) == greedy,
-                engine.chat(one, **drawn) == sampled,
-                engine.batch([one, one], **options) == [greedy] * 2,
-                engine.score(one, ["red", "no"]) == pytest.approx(scores, abs=1e-5, rel=1e-6),
-            )
-            if not all(results):
-                wrong.append((number, place, results))
+    def work(thread):
+        for index in range(thread, thread + 5):
+            one = conversations[index % len(conversations)]
+            greedy, drawn, scores = expected[index % len(conversations)]
+            for text in engine.stream(one, max_new_tokens=90):
+                if text and thread % 2:
+                    break
+            assert engine.chat(one, **options) == greedy
+            assert "".join(engine.stream(one, **options)) == greedy
+            assert engine.chat(one, **sampled) == drawn
+            assert engine.batch([one, one], **options) == [greedy] * 2
+            assert engine.score(one, ["red", "no"]) == pytest.approx(scores, abs=1e-5, rel=1e-6)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not any(thread.is_alive() for thread in threads)
-    assert wrong == []
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
 
 
-def test_nobody_asks_no_thread_and_no_model_stay(prompts):
-    runner = Runner(make_model(seed=1).eval())
+def test_all_work_happens_in_one_thread(model, prompts, monkeypatch):
+    threads = set()
+    decode = ModelRunner.decode
+
+    def noted(self, tokens, positions):
+        threads.add(threading.current_thread().name)
+        return decode(self, tokens, positions)
+
+    monkeypatch.setattr(ModelRunner, "decode", noted)
+    core = EngineCore(model)
+    generate(core, prompts[:2])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda prompt: generate(core, [prompt]), prompts[:4]))
+    assert threads == {"owl2-engine"}
+
+
+def test_an_idle_thread_does_not_keep_the_model(prompts):
+    core = EngineCore(make_model(seed=1).eval())
     before = threading.active_count()
-    run(runner, prompts[:2])
-    assert threading.active_count() == before, "the main thread does it itself"
-    in_thread(partial(run, runner, prompts[:2]))[0].join(20)
-    assert threading.active_count() == before + 1
-    gone = weakref.ref(runner.model)
-    del runner
-    wait_for(lambda: threading.active_count() == before)
-    assert gone() is None
+    generate(core, prompts[:2])
+    [thread] = [one for one in threading.enumerate() if one.name == "owl2-engine"][-1:]
+    model = weakref.ref(core.model)
+    del core
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert threading.active_count() <= before
+    assert model() is None
 
 
-def test_the_process_ends_in_the_middle_of_an_answer():
-    script = """
+def test_a_fork_and_its_parent_both_continue(model, prompts, alone):
+    core = EngineCore(model)
+    assert generate(core, prompts[:2]) == alone[:2]
+    stream = core.stream(prompts[0], GREEDY, TOKENS, ())
+    next(stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
+        child = os.fork()
+    if not child:
+        threading.Timer(60, os._exit, [2]).start()
+        os._exit(0 if generate(core, prompts[:2]) == alone[:2] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert generate(core, prompts) == alone
+
+
+@pytest.mark.parametrize("max_tokens", [100, 1_000_000])
+def test_the_process_exits_during_an_answer(max_tokens):
+    script = f"""
+        from owl2.engine.engine_core import EngineCore
         from owl2.engine.sampling import SamplingParams
-        from owl2.engine.engine_core import Prompt, Runner
         from tests.tiny import make_model
-        runner = Runner(make_model().eval())
-        stream = runner.stream(Prompt((1, 2, 3)), SamplingParams(), 1_000_000, ())
+        core = EngineCore(make_model().eval())
+        stream = core.stream(core.prepare([1, 2, 3]), SamplingParams(), {max_tokens}, ())
         next(stream)
         keep = [stream]
         keep.append(keep)
@@ -422,40 +382,42 @@ def test_the_process_ends_in_the_middle_of_an_answer():
     assert (done.returncode, done.stdout) == (0, "bye\n"), done.stderr
 
 
-# ------------------------------------------------------------------ choosing
+# ------------------------------------------------------------------ sampling, several devices
 
 
-def test_choosing_marks_rows_that_are_not_finite():
+def test_sample_marks_rows_that_are_not_finite():
     logits = torch.tensor([[0.0, 2.0, 1.0]] * 6)
     logits[1, 0] = float("nan")
     logits[2, 2] = float("inf")
     logits[3] = float("-inf")
     logits[4, 1] = float("-inf")
     assert sample(logits, [GREEDY] * 6, [None] * 6) == [1, None, None, None, 2, 1]
-    only = SamplingParams(do_sample=True, top_k=1, seed=1)
-    generator = only.generator(0, logits.device)
-    assert sample(logits, [only] * 6, [generator] * 6) == [1, None, None, None, 2, 1]
+    top_1 = SamplingParams(do_sample=True, top_k=1, seed=1)
+    generator = top_1.generator(0, logits.device)
+    assert sample(logits, [top_1] * 6, [generator] * 6) == [1, None, None, None, 2, 1]
 
 
-def test_models_that_are_not_whole_are_left_to_generate(shared_engine, conversations, monkeypatch):
-    monkeypatch.setattr(hf_generate, "is_whole", lambda model: False)
-    engine = Engine(shared_engine.model, shared_engine.processor)
-    assert engine.runner is None
+def test_models_on_several_devices_use_transformers_generate(
+    shared_engine, conversations, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_generate, "is_on_one_device", lambda model: False)
+        engine = Engine(shared_engine.model, shared_engine.processor)
+    assert engine.core is None
+    assert hf_generate.is_on_one_device(shared_engine.model)
     options = {"max_new_tokens": TOKENS}
     expected = shared_engine.batch(conversations, **options)
     assert engine.batch(conversations, **options) == expected
     assert "".join(engine.stream(conversations[2], **options)) == expected[2]
-    assert engine.score(ask("what?", image(1)), ["red"]) == pytest.approx(
-        shared_engine.score(ask("what?", image(1)), ["red"]), rel=1e-6
+    question = ask("what?", random_image(1))
+    assert engine.score(question, ["red"]) == pytest.approx(
+        shared_engine.score(question, ["red"]), rel=1e-6
     )
-    assert hf_generate.is_whole(shared_engine.model) is False
-    monkeypatch.undo()
-    assert hf_generate.is_whole(shared_engine.model)
-
-
-def test_a_prompt_that_ends_with_its_image_is_computed_from_where_that_begins(model, prompts):
-    prompt = Prompt((1, 5, *IMAGE), prompts[1].pixel_values)
-    runner = Runner(model)
-    runner.reader.prefixes.shortest = 1
-    expected = hf_generate.generate(model, [prompt], GREEDY, [TOKENS], {7})
-    assert [run(runner, [prompt]) for _ in range(2)] == [expected] * 2
+    for call in (
+        lambda: engine.complete(conversations[0], top_logprobs=1),
+        lambda: engine.submit(engine.encode(conversations[0]), engine.sampling_params(), print),
+        engine.stats,
+    ):
+        with pytest.raises(InputError) as error:
+            call()
+        assert error.value.code is ErrorCode.UNSUPPORTED

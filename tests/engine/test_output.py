@@ -1,130 +1,121 @@
-"""Completions: pieces, why they end, log-probabilities, n answers, stop strings, who leaves."""
+"""Completions: chunks, finish reasons, log-probabilities, n answers, stop strings, `close`."""
 
 import random
 import threading
-import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from owl2.engine.engine import MAX_BATCH, Engine
-from owl2.engine.prefill import Reader
-from owl2.engine.token_text import TokenTexts
-from owl2.errors import InputError
+from owl2.engine.detokenizer import TokenTexts
+from owl2.engine.engine import MAX_NUM_SEQS, Engine
+from owl2.errors import ErrorCode
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
-from tests.engine.conftest import ask, image
+from tests.engine.conftest import ask, caching_engine, random_image
+from tests.errors import raises_input_error
 from tests.tiny import make_model
 
 TOKENS = 12
 TASKS = Path("/proc/self/task")
-WILD = {"temperature": 3.0, "seed": 5}
-
-
-@pytest.fixture
-def read(monkeypatch):
-    """The prompts that any model computes, a list of lengths each time, as a list that grows."""
-    made = []
-    whole = Reader.read
-
-    def counted(self, prompts, decoder, first):
-        made.append([prompt.rest for prompt in prompts])
-        return whole(self, prompts, decoder, first)
-
-    monkeypatch.setattr(Reader, "read", counted)
-    return made
+SAMPLED = {"temperature": 3.0, "seed": 5}
 
 
 def letters(text):
-    """Of a text, or of tokens: without white space and broken characters."""
+    """The letters of a text or of tokens, without white space and incomplete characters."""
     if not isinstance(text, str):
-        text = b"".join(bytes(score.bytes) for score in text).decode(errors="ignore")
-    return "".join(text.replace("\ufffd", "").split())
+        text = b"".join(bytes(own.bytes) for own in text).decode(errors="ignore")
+    return "".join(text.reposition("\ufffd", "").split())
 
 
-def pieces_of(completion):
-    """The joined text of each answer, and its last piece; checks what holds of all pieces."""
+def join_chunks(completion):
+    """The text of each answer, and its last chunk; checks the invariants of chunks."""
     texts, last = {}, {}
-    for piece in completion:
-        assert piece.index not in last or last[piece.index].finish_reason is None
-        assert piece.text or piece.finish_reason
-        assert piece.tokens > (last[piece.index].tokens if piece.index in last else 0)
-        texts[piece.index] = texts.get(piece.index, "") + piece.text
-        last[piece.index] = piece
-    assert all(piece.finish_reason for piece in last.values())
+    for chunk in completion:
+        assert chunk.index not in last or last[chunk.index].finish_reason is None
+        assert chunk.text or chunk.finish_reason
+        assert chunk.num_tokens > (last[chunk.index].num_tokens if chunk.index in last else 0)
+        texts[chunk.index] = texts.get(chunk.index, "") + chunk.text
+        last[chunk.index] = chunk
+    assert all(chunk.finish_reason for chunk in last.values())
     return texts, last
 
 
 # ------------------------------------------------------------------ one answer, in several ways
 
 
-@pytest.mark.parametrize("options", [{}, WILD, WILD | {"seed": 8}], ids=str)
-def test_all_ways_to_ask_agree(shared_engine, conversations, options):
+@pytest.mark.parametrize("options", [{}, SAMPLED, SAMPLED | {"seed": 8}], ids=str)
+def test_chat_chunks_and_outputs_agree(shared_engine, conversations, options):
     options = {"max_new_tokens": TOKENS} | options
     for one in conversations:
         answer = shared_engine.chat(one, **options)
-        texts, last = pieces_of(shared_engine.complete(one, **options))
+        texts, last = join_chunks(shared_engine.complete(one, **options))
         assert texts == {0: answer}
-        [whole] = shared_engine.complete(one, **options).whole()
-        assert whole.text == answer
-        assert (whole.tokens, whole.finish_reason) == (last[0].tokens, last[0].finish_reason)
-        assert whole.scores == ()
+        [output] = shared_engine.complete(one, **options).outputs()
+        assert output.text == answer
+        assert (output.num_tokens, output.finish_reason) == (
+            last[0].num_tokens,
+            last[0].finish_reason,
+        )
+        assert output.logprobs == ()
 
 
-def test_why_an_answer_ends(engine, conversations):
-    [whole] = engine.complete(conversations[0], max_new_tokens=TOKENS, top_logprobs=0).whole()
-    assert (whole.finish_reason, whole.tokens) == ("length", TOKENS)
-    ids = [score.id for score in whole.scores]
+def test_finish_reasons(engine, conversations):
+    [output] = engine.complete(conversations[0], max_new_tokens=TOKENS, top_logprobs=0).outputs()
+    assert (output.finish_reason, output.num_tokens) == ("length", TOKENS)
+    ids = [own.id for own in output.logprobs]
     assert len(ids) == TOKENS
-    fourth = next(id_ for place, id_ in enumerate(ids) if place >= 3 and id_ not in ids[:place])
-    place = ids.index(fourth)
+    fourth = next(
+        id_ for position, id_ in enumerate(ids) if position >= 3 and id_ not in ids[:position]
+    )
+    position = ids.index(fourth)
     engine.model.generation_config.eos_token_id = fourth
     engine = Engine(engine.model, engine.processor)
-    for limit, reason in ((TOKENS, "stop"), (place + 1, "stop"), (place, "length")):
-        [answer] = engine.complete(conversations[0], max_new_tokens=limit, top_logprobs=0).whole()
-        made = min(limit, place + 1)
-        assert (answer.finish_reason, answer.tokens) == (reason, made)
-        assert [score.id for score in answer.scores] == ids[:made]
+    for limit, reason in ((TOKENS, "stop"), (position + 1, "stop"), (position, "length")):
+        [answer] = engine.complete(conversations[0], max_new_tokens=limit, top_logprobs=0).outputs()
+        made = min(limit, position + 1)
+        assert (answer.finish_reason, answer.num_tokens) == (reason, made)
+        assert [own.id for own in answer.logprobs] == ids[:made]
         assert answer.text == engine.chat(conversations[0], max_new_tokens=limit)
 
 
-def test_the_context_ends_an_answer(engine, conversations):
+def test_the_context_limits_an_answer(engine, conversations):
     completion = engine.complete(conversations[1], max_new_tokens=50)
     ids = engine.processor.apply_chat_template(
         conversations[1], add_generation_prompt=True, tokenize=True
     )[0]
-    assert completion.prompt_tokens == len(ids)
+    assert completion.num_prompt_tokens == len(ids)
     engine.model.config.max_position_embeddings = len(ids) + 3
-    [answer] = engine.complete(conversations[1], max_new_tokens=50).whole()
-    assert (answer.finish_reason, answer.tokens) == ("length", 3)
+    [answer] = engine.complete(conversations[1], max_new_tokens=50).outputs()
+    assert (answer.finish_reason, answer.num_tokens) == ("length", 3)
 
 
-def test_beside_many_others_as_alone(shared_engine, conversations):
-    def whole(number):
+def test_concurrent_completions_equal_those_alone(shared_engine, conversations):
+    def complete(number):
         return shared_engine.complete(
             conversations[number % 12],
             max_new_tokens=TOKENS,
             n=1 + number % 3,
             stop=["r", "e"][: number % 2],
             top_logprobs=None if number % 4 else 3,
-            **(WILD if number % 5 else {}),
-        ).whole()
+            **(SAMPLED if number % 5 else {}),
+        ).outputs()
 
-    alone = [whole(number) for number in range(24)]
+    alone = [complete(number) for number in range(24)]
     with ThreadPoolExecutor(24) as threads:
-        together = list(threads.map(whole, range(24)))
-    for one, other in zip(alone, together, strict=True):
-        assert [(a.text, a.finish_reason, a.tokens) for a in one] == [
-            (b.text, b.finish_reason, b.tokens) for b in other
+        concurrent = list(threads.map(complete, range(24)))
+    for one, other in zip(alone, concurrent, strict=True):
+        assert [(a.text, a.finish_reason, a.num_tokens) for a in one] == [
+            (b.text, b.finish_reason, b.num_tokens) for b in other
         ]
         for a, b in zip(one, other, strict=True):
-            assert [score.id for score in a.scores] == [score.id for score in b.scores]
-            assert [score.logprob for score in a.scores] == pytest.approx(
-                [score.logprob for score in b.scores], abs=1e-4
+            assert [own.id for own in a.logprobs] == [own.id for own in b.logprobs]
+            assert [own.logprob for own in a.logprobs] == pytest.approx(
+                [own.logprob for own in b.logprobs], abs=1e-4
             )
 
 
@@ -132,12 +123,12 @@ def test_beside_many_others_as_alone(shared_engine, conversations):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "top_p": 0.9, "seed": 2}], ids=str)
-def test_log_probabilities_are_the_models_own(shared_engine, conversations, options):
+def test_logprobs_are_those_of_the_forward(shared_engine, conversations, options):
     model, processor = shared_engine.model, shared_engine.processor
     for one in conversations[:3]:
         completion = shared_engine.complete(one, max_new_tokens=6, top_logprobs=20, **options)
-        [answer] = completion.whole()
-        ids = torch.tensor([[score.id for score in answer.scores]])
+        [answer] = completion.outputs()
+        ids = torch.tensor([[own.id for own in answer.logprobs]])
         inputs = processor.apply_chat_template(
             one, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -146,28 +137,26 @@ def test_log_probabilities_are_the_models_own(shared_engine, conversations, opti
         with torch.no_grad():
             logits = model(input_ids=torch.cat([prompt, ids], 1), **inputs).logits[0]
         expected = logits[prompt.shape[1] - 1 : -1].log_softmax(-1)
-        for score, row in zip(answer.scores, expected, strict=True):
-            assert score.logprob == pytest.approx(row[score.id].item(), abs=1e-4)
+        for own, row in zip(answer.logprobs, expected, strict=True):
+            assert own.logprob == pytest.approx(row[own.id].item(), abs=1e-4)
             best = row.topk(20)
-            assert [top.id for top in score.top] == best.indices.tolist()
-            assert [top.logprob for top in score.top] == pytest.approx(
-                best.values.tolist(), abs=1e-4
-            )
-            assert all(top.top == () for top in score.top)
+            assert [top.id for top in own.top] == best.indices.tolist()
+            assert [top.logprob for top in own.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert all(top.top == () for top in own.top)
         if not options:
-            assert all(score.top[0].id == score.id for score in answer.scores)
+            assert all(own.top[0].id == own.id for own in answer.logprobs)
 
 
-def test_as_many_scores_as_asked_for(shared_engine, conversations):
-    def scores(**asked):
-        completion = shared_engine.complete(conversations[2], max_new_tokens=4, **asked)
-        return completion.whole()[0].scores
+def test_number_of_top_logprobs(shared_engine, conversations):
+    def logprobs(**options):
+        completion = shared_engine.complete(conversations[2], max_new_tokens=4, **options)
+        return completion.outputs()[0].logprobs
 
-    assert scores() == ()
-    own, three = scores(top_logprobs=0), scores(top_logprobs=3)
-    assert [score.top for score in own] == [()] * 4
-    assert [len(score.top) for score in three] == [3] * 4
-    assert [(a.id, a.logprob) for a in own] == [(b.id, b.logprob) for b in three]
+    assert logprobs() == ()
+    none, three = logprobs(top_logprobs=0), logprobs(top_logprobs=3)
+    assert [one.top for one in none] == [()] * 4
+    assert [len(own.top) for own in three] == [3] * 4
+    assert [(a.id, a.logprob) for a in none] == [(b.id, b.logprob) for b in three]
 
 
 def test_bytes_of_the_tokens_are_the_text(shared_engine, conversations):
@@ -175,30 +164,30 @@ def test_bytes_of_the_tokens_are_the_text(shared_engine, conversations):
         completion = shared_engine.complete(
             one, max_new_tokens=40, top_logprobs=0, temperature=3.0, seed=seed
         )
-        [answer] = completion.whole()
-        assert letters(answer.scores) == letters(answer.text) != ""
+        [answer] = completion.outputs()
+        assert letters(answer.logprobs) == letters(answer.text) != ""
 
 
-def test_scores_come_with_their_text(shared_engine, conversations):
+def test_logprobs_come_with_their_text(shared_engine, conversations):
     completion = shared_engine.complete(conversations[3], max_new_tokens=30, top_logprobs=1)
     text, scores = "", []
-    for piece in completion:
-        text += piece.text
-        scores += piece.scores
+    for chunk in completion:
+        text += chunk.text
+        scores += chunk.logprobs
         assert letters(scores).startswith(letters(text))
     assert text
 
 
-def test_tokens_that_the_model_rules_out_are_not_reported(engine, conversations):
+def test_excluded_tokens_are_not_reported(engine, conversations):
     with torch.no_grad():
         bias = torch.full((engine.model.config.vocab_size,), float("-inf"))
         bias[100:105] = 0
         engine.model.lm_head.bias = torch.nn.Parameter(bias)
-    [answer] = engine.complete(conversations[0], max_new_tokens=2, top_logprobs=20).whole()
-    assert [len(score.top) for score in answer.scores] == [5, 5]
+    [answer] = engine.complete(conversations[0], max_new_tokens=2, top_logprobs=20).outputs()
+    assert [len(own.top) for own in answer.logprobs] == [5, 5]
 
 
-def test_what_tokens_stand_for(shared_engine):
+def test_token_texts_of_sentencepiece(shared_engine):
     texts = TokenTexts(shared_engine.processor.tokenizer)
     encode = shared_engine.processor.tokenizer.encode_exact
     assert (
@@ -210,7 +199,7 @@ def test_what_tokens_stand_for(shared_engine):
     assert texts.find(len(tokenizer) + 5) == ("", b"")
 
 
-def test_what_tokens_of_byte_level_tokenizers_stand_for():
+def test_token_texts_of_byte_level_tokenizers():
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({letter: id_ for id_, letter in enumerate(letters)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -228,46 +217,49 @@ def test_what_tokens_of_byte_level_tokenizers_stand_for():
 # ------------------------------------------------------------------ n answers
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-def test_n_answers_are_those_of_the_next_seeds(shared_engine, conversations, read, reuse):
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_n_answers_use_consecutive_seeds(shared_engine, conversations, enable_prefix_caching):
     for one in conversations[:4]:
-        engine = Engine(shared_engine.model, shared_engine.processor, reuse=reuse)
-        del read[:]
-        texts, _ = pieces_of(engine.complete(one, n=5, max_new_tokens=TOKENS, **WILD))
-        assert [len(prompts) for prompts in read] == [1], "the prompt was computed more than once"
+        engine = Engine(
+            shared_engine.model,
+            shared_engine.processor,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        texts, _ = join_chunks(engine.complete(one, n=5, max_new_tokens=TOKENS, **SAMPLED))
+        assert engine.stats().num_prefills == 1
         alone = [
-            engine.chat(one, max_new_tokens=TOKENS, **WILD | {"seed": WILD["seed"] + number})
-            for number in range(5)
+            engine.chat(one, max_new_tokens=TOKENS, **SAMPLED | {"seed": SAMPLED["seed"] + index})
+            for index in range(5)
         ]
-        assert [texts[number] for number in range(5)] == alone
+        assert [texts[index] for index in range(5)] == alone
         assert len(set(alone)) > 2
 
 
-def test_pieces_of_n_answers_come_side_by_side(shared_engine, conversations):
-    completion = shared_engine.complete(conversations[0], n=3, max_new_tokens=30, **WILD)
-    order = [piece.index for piece in completion]
+def test_chunks_of_n_answers_alternate(shared_engine, conversations):
+    completion = shared_engine.complete(conversations[0], n=3, max_new_tokens=30, **SAMPLED)
+    order = [chunk.index for chunk in completion]
     first = {index: order.index(index) for index in range(3)}
     last = {index: len(order) - 1 - order[::-1].index(index) for index in range(3)}
     assert max(first.values()) < min(last.values())
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-def test_more_answers_than_there_is_room_for(shared_engine, conversations, reuse):
-    engine = Engine(shared_engine.model, shared_engine.processor, reuse=reuse)
-    options = {"max_new_tokens": TOKENS, **WILD}
-    expected = [answer.text for answer in engine.complete(conversations[1], n=7, **options).whole()]
-    engine.runner._worker.max_batch = 3
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_more_answers_than_rows(shared_engine, conversations, enable_prefix_caching):
+    engine = caching_engine(shared_engine, enable_prefix_caching=enable_prefix_caching)
+    options = {"max_new_tokens": TOKENS, **SAMPLED}
+    expected = engine.complete(conversations[1], n=7, **options).outputs()
+    engine.core.max_num_seqs = 3
     with engine.complete(conversations[0], max_new_tokens=60) as other:
         next(other)
-        some = engine.complete(conversations[1], n=7, **options).whole()
-    assert [answer.text for answer in some] == expected
+        outputs = engine.complete(conversations[1], n=7, **options).outputs()
+    assert [output.text for output in outputs] == [output.text for output in expected]
 
 
 # ------------------------------------------------------------------ stop strings
 
 
 def cut_at(text, stops):
-    """What is left of a text: by trying every beginning of it."""
+    """The text before the first complete stop string, and whether there is one."""
     for end in range(len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -275,30 +267,27 @@ def cut_at(text, stops):
     return text.strip(), False
 
 
-def test_stop_strings_end_the_answer_and_are_not_shown(shared_engine, conversations):
+def test_stop_strings_end_the_answer_and_are_excluded(shared_engine, conversations):
     source = random.Random(4)
     cuts = 0
     for seed, one in enumerate(conversations * 2):
         options = {"max_new_tokens": 20, "temperature": 3.0, "seed": seed}
-        [whole] = shared_engine.complete(one, **options).whole()
-        text = whole.text
-        begins = [source.randrange(len(text) - 1) for _ in range(2)]
-        stops = [text[begin : begin + source.randrange(1, 7)] for begin in begins]
+        [full] = shared_engine.complete(one, **options).outputs()
+        begins = [source.randrange(len(full.text) - 1) for _ in range(2)]
+        stops = [full.text[begin : begin + source.randrange(1, 7)] for begin in begins]
         stops = [stop for stop in stops if "\ufffd" not in stop] + ["this is not there"]
-        expected, is_cut = cut_at(text, stops)
+        expected, is_cut = cut_at(full.text, stops)
         cuts += is_cut and bool(expected)
-        completion = shared_engine.complete(one, stop=stops, top_logprobs=0, **options)
-        given, scores = "", []
-        for piece in completion:
-            given += piece.text
-            scores += piece.scores
-            assert expected.startswith(given)
-        assert given == expected
-        assert piece.finish_reason == ("stop" if is_cut else whole.finish_reason)
-        # Every token that is in the text has its score, and none that begins behind it.
-        assert letters(scores).startswith(letters(given))
-        assert not is_cut or len(letters(scores[:-1])) <= len(letters(given))
-        # Each of them is an answer cut in the same place.
+        text, logprobs = "", []
+        for chunk in shared_engine.complete(one, stop=stops, top_logprobs=0, **options):
+            text += chunk.text
+            logprobs += chunk.logprobs
+            assert expected.startswith(text)
+        assert text == expected
+        assert chunk.finish_reason == ("stop" if is_cut else full.finish_reason)
+        # Every token of the text has log-probabilities, and no token that begins after it.
+        assert letters(logprobs).startswith(letters(text))
+        assert not is_cut or len(letters(logprobs[:-1])) <= len(letters(text))
         assert shared_engine.chat(one, stop=stops, **options) == expected
         assert "".join(shared_engine.stream(one, stop=stops, **options)) == expected
     assert cuts > 12
@@ -309,189 +298,237 @@ def test_stop_strings_in_a_batch(shared_engine, conversations):
     alone = [shared_engine.chat(one, **options) for one in conversations]
     assert shared_engine.batch(conversations, **options) == alone
     assert not any("e" in text for text in alone)
-    whole = shared_engine.batch(conversations, max_new_tokens=20)
-    assert alone == [cut_at(text, ["e"])[0] for text in whole]
-    assert alone != whole
-    seeds = [shared_engine.chat(one, **options, **WILD) for one in conversations[:1]]
-    assert shared_engine.batch(conversations[:3], **options, **WILD)[:1] == seeds
+    full = shared_engine.batch(conversations, max_new_tokens=20)
+    assert alone == [cut_at(text, ["e"])[0] for text in full]
+    assert alone != full
+    sampled = shared_engine.chat(conversations[0], **options, **SAMPLED)
+    assert shared_engine.batch(conversations[:3], **options, **SAMPLED)[0] == sampled
 
 
-def test_an_answer_that_stopped_leaves_its_row_to_others(engine, conversations, steps):
-    texts = [answer.text for answer in engine.complete(conversations[0], n=4, **WILD).whole()]
+def test_a_stopped_answer_frees_its_row(engine, conversations, batch_sizes):
+    texts = [output.text for output in engine.complete(conversations[0], n=4, **SAMPLED).outputs()]
     stop = next(text[20:24] for text in texts if sum(text[20:24] in other for other in texts) == 1)
-    del steps[:]
-    answers = engine.complete(conversations[0], n=4, stop=stop, **WILD).whole()
-    ended = [answer for answer in answers if answer.finish_reason == "stop"]
-    assert 0 < len(ended) < 4
-    assert steps.count(4 - len(ended)) > 2
+    batch_sizes.clear()
+    outputs = engine.complete(conversations[0], n=4, stop=stop, **SAMPLED).outputs()
+    stopped = [output for output in outputs if output.finish_reason == "stop"]
+    assert 0 < len(stopped) < 4
+    assert batch_sizes.count(4 - len(stopped)) > 2
 
 
-@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [3]])
-def test_stop_strings_that_are_none(shared_engine, conversations, stop):
-    if stop == "":
-        assert shared_engine.chat(conversations[0], stop=stop, max_new_tokens=2)
-        return
-    with pytest.raises(InputError, match="stop"):
+@pytest.mark.parametrize("stop", [[""], ["a", ""], [3]])
+def test_invalid_stop_strings(shared_engine, conversations, stop):
+    with raises_input_error(ErrorCode.INVALID_VALUE, "stop"):
         shared_engine.chat(conversations[0], stop=stop)
 
 
-# ------------------------------------------------------------------ leaving
+def test_an_empty_string_is_no_stop_string(shared_engine, conversations):
+    assert shared_engine.chat(conversations[0], stop="", max_new_tokens=2)
 
 
-def wait_for(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+# ------------------------------------------------------------------ close
 
 
-def test_closed_by_another_thread_while_it_runs(engine, conversations):
+@pytest.fixture
+def endless(engine):
+    """An engine whose answers may become very long."""
     engine.model.config.max_position_embeddings = 100_000
-    completion = engine.complete(conversations[0], max_new_tokens=90_000)
-    made = []
-    thread = threading.Thread(target=lambda: made.extend(completion))
+    return engine
+
+
+def test_close_from_another_thread(endless, conversations):
+    completion = endless.complete(conversations[0], max_new_tokens=90_000)
+    chunks, has_some = [], threading.Event()
+
+    def iterate():
+        for chunk in completion:
+            chunks.append(chunk)
+            has_some.set()
+
+    thread = threading.Thread(target=iterate)
     thread.start()
-    wait_for(lambda: len(made) > 3)
+    assert has_some.wait(20)
     completion.close()
     thread.join(20)
     assert not thread.is_alive()
-    wait_for(lambda: not engine.runner._worker._rows.active)
-    assert made[-1].finish_reason is None
+    assert chunks[-1].finish_reason is None
     assert list(completion) == []
-    assert engine.chat(conversations[0], max_new_tokens=3)
+    assert endless.chat(conversations[0], max_new_tokens=3)
+    assert endless.stats().num_running == 0
 
 
-def test_who_waits_for_a_whole_answer_is_told_that_it_is_closed(engine, conversations):
-    engine.model.config.max_position_embeddings = 100_000
-    completion = engine.complete(conversations[0], max_new_tokens=90_000)
+def test_outputs_of_a_closed_completion(endless, conversations, gate):
+    completion = endless.complete(conversations[0], max_new_tokens=90_000)
     with ThreadPoolExecutor(1) as threads:
-        answers = threads.submit(completion.whole)
-        wait_for(lambda: engine.runner._worker._rows and engine.runner._worker._rows.active)
+        outputs = threads.submit(completion.outputs)
+        assert gate.reached.wait(20)
         completion.close()
         with pytest.raises(CancelledError):
-            answers.result(20)
-    with engine.complete(conversations[0]) as left:
+            outputs.result(20)
+    with endless.complete(conversations[0]) as closed:
         pass
     with pytest.raises(CancelledError):
-        left.whole()
+        closed.outputs()
 
 
-def test_what_is_closed_while_it_waits_never_starts(engine, conversations, read):
-    engine.model.config.max_position_embeddings = 100_000
-    engine.runner._worker.max_batch = 1
-    running = engine.complete(conversations[0], max_new_tokens=90_000)
-    waiting = engine.complete(conversations[4], max_new_tokens=5)
-    made = []
-    threads = [
-        threading.Thread(target=lambda: made.extend(running)),
-        threading.Thread(target=lambda: made.append(list(waiting))),
-    ]
-    threads[0].start()
-    wait_for(lambda: made)
-    threads[1].start()
-    wait_for(lambda: engine.runner._worker._waiting)
-    waiting.close()
-    threads[1].join(20)
-    assert [] in made
+def test_a_completion_closed_while_it_waits_never_starts(endless, conversations, gate):
+    endless.core.max_num_seqs = 1
+    running = endless.complete(conversations[0], max_new_tokens=90_000)
+    next(running)
+    assert gate.reached.wait(20)
+    handle = endless.submit(endless.encode(conversations[4]), endless.sampling_params(), print)
+    handle.abort()
     running.close()
-    threads[0].join(20)
-    assert len(read) == 1
+    gate.open()
+    assert endless.chat(conversations[1], max_new_tokens=1)
+    assert endless.stats().num_prefills == 2
 
 
-def test_left_early_or_forgotten_it_ends(engine, conversations, steps):
+def test_a_completion_without_references_ends(engine, conversations, batch_sizes):
     with engine.complete(conversations[0], max_new_tokens=90) as completion:
         next(completion)
     assert list(completion) == []
-    next(engine.complete(conversations[0], max_new_tokens=90))  # and nobody keeps it
-    del steps[:]
+    next(engine.complete(conversations[0], max_new_tokens=90))
+    engine.chat(conversations[1], max_new_tokens=1)
+    batch_sizes.clear()
     assert engine.chat(conversations[1], max_new_tokens=3)
-    assert steps == [1, 1]
+    assert batch_sizes == [1, 1]
 
 
-def test_never_begun_it_starts_nothing(engine, conversations, read):
+def test_a_completion_that_is_not_iterated_computes_nothing(engine, conversations):
     completion = engine.complete(conversations[0])
     completion.close()
     assert list(completion) == []
     engine.complete(conversations[0])
-    assert read == []
+    assert engine.stats().num_prefills == 0
+
+
+# ------------------------------------------------------------------ submit
+
+
+def submit(engine, messages, **options):
+    """A submitted request and the queue of its outputs."""
+    outputs = SimpleQueue()
+    prompt = engine.encode(messages)
+    return engine.submit(prompt, engine.sampling_params(**options), outputs.put), outputs
+
+
+def test_submit_passes_the_chunks_of_complete(shared_engine, conversations):
+    options = {"n": 3, "max_new_tokens": TOKENS, "top_logprobs": 1, "stop": "e", **SAMPLED}
+    handle, outputs = submit(shared_engine, conversations[2], **options)
+    chunks = []
+    while sum(chunk.finish_reason is not None for chunk in chunks) < 3:
+        chunks.append(outputs.get(timeout=20))
+    completion = shared_engine.complete(conversations[2], **options)
+    assert handle.num_prompt_tokens == completion.num_prompt_tokens
+    texts = dict.fromkeys(range(3), "")
+    for chunk in chunks:
+        texts[chunk.index] += chunk.text
+    assert texts == join_chunks(completion)[0]
+    assert outputs.empty()
+
+
+def test_nothing_is_passed_after_abort(endless, conversations):
+    handle, outputs = submit(endless, conversations[0], max_new_tokens=90_000)
+    outputs.get(timeout=20)
+    handle.abort()
+    assert endless.chat(conversations[1], max_new_tokens=3)  # a later step
+    while not outputs.empty():
+        assert outputs.get().finish_reason is None
+    assert endless.chat(conversations[1], max_new_tokens=3)
+    assert outputs.empty()
+
+
+def test_an_error_is_passed_once(nan_engine, conversations):
+    _, outputs = submit(nan_engine, conversations[0], n=3)
+    assert outputs.get(timeout=20).code is ErrorCode.NON_FINITE
+    with raises_input_error(ErrorCode.NON_FINITE):
+        nan_engine.chat(conversations[0])
+    assert outputs.empty()
 
 
 # ------------------------------------------------------------------ threads of a server
 
 
 @pytest.mark.skipif(not TASKS.exists(), reason="counts threads as Linux does")
-def test_a_thread_that_asks_starts_no_threads_of_openmp(shared_engine):
-    """Each thread that computes with torch gets some; with many, none has a core to itself."""
+def test_threads_that_submit_start_no_openmp_threads(shared_engine):
     model = make_model(vision={"image_size": 448, "patch_size": 14}, vocab_size=320)
-    images = Owl2ImageProcessor(448)
-    processor = Owl2Processor(images, shared_engine.processor.tokenizer, num_image_tokens=3)
+    tokenizer = shared_engine.processor.tokenizer
+    processor = Owl2Processor(Owl2ImageProcessor(448), tokenizer, num_image_tokens=3)
     engine = Engine(model, processor)
-    questions = [ask("what is this? " * 20, image(0, (300, 500)), image(1, (448, 448)))] * 4
+    images = random_image(0, (300, 500)), random_image(1, (448, 448))
+    questions = [ask("what is this? " * 20, *images)] * 4
 
-    def threads_for(work):
-        before, hold = len(list(TASKS.iterdir())), threading.Barrier(5)
-        threads = [
-            threading.Thread(target=lambda one=one: (work(one), hold.wait())) for one in questions
-        ]
-        for thread in threads:
-            thread.start()
-        wait_for(lambda: hold.n_waiting == 4)
-        made = len(list(TASKS.iterdir())) - before
-        hold.wait()
-        for thread in threads:
-            thread.join()
-        return made
+    def count_new_threads(work):
+        before = len(list(TASKS.iterdir()))
+        done, counted = threading.Barrier(5), threading.Barrier(5)
+
+        def run(question):
+            work(question)
+            done.wait(60)
+            counted.wait(60)
+
+        with ThreadPoolExecutor(4) as pool:
+            runs = [pool.submit(run, question) for question in questions]
+            done.wait(60)
+            count = len(list(TASKS.iterdir())) - before
+            counted.wait(60)
+            for one in runs:
+                one.result()
+        return count
 
     usual = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert threads_for(lambda one: engine.complete(one, temperature=1.0, seed=1)) == 4
-        assert threads_for(lambda one: torch.ones(1000, 1000).add_(1)) > 4
+        assert count_new_threads(lambda one: engine.complete(one, temperature=1.0, seed=1)) == 4
+        assert count_new_threads(lambda one: torch.ones(1000, 1000).add_(1)) > 4
     finally:
         torch.set_num_threads(usual)
 
 
-# ------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------ invalid input
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "needle"),
     [
         ({"n": 0}, "n is 0"),
-        ({"n": MAX_BATCH + 1}, str(MAX_BATCH)),
+        ({"n": MAX_NUM_SEQS + 1}, MAX_NUM_SEQS),
         ({"top_logprobs": -1}, "top_logprobs"),
         ({"top_logprobs": 21}, "20"),
         ({"temperature": -1}, "temperature"),
     ],
 )
-def test_out_of_range(shared_engine, conversations, options, named):
-    with pytest.raises(InputError, match=named):
+def test_options_out_of_range(shared_engine, conversations, options, needle):
+    with raises_input_error(ErrorCode.INVALID_VALUE, needle):
         shared_engine.complete(conversations[0], **options)
 
 
-def test_input_is_checked_before_the_first_piece(shared_engine):
-    with pytest.raises(InputError, match="empty"):
-        shared_engine.complete(ask(" ", image(1)))
+@pytest.mark.parametrize("options", [{"n": 2}, {"top_logprobs": 1}], ids=str)
+def test_chat_takes_no_options_of_complete(shared_engine, conversations, options):
+    with pytest.raises(TypeError, match=next(iter(options))):
+        shared_engine.chat(conversations[0], **options)
 
 
-def test_logits_that_are_not_finite(broken, conversations):
-    completion = broken.complete(conversations[1], n=2, top_logprobs=2)
-    with pytest.raises(InputError, match="not finite"):
+def test_input_is_checked_before_the_first_chunk(shared_engine):
+    with raises_input_error(ErrorCode.EMPTY_MESSAGE):
+        shared_engine.complete(ask(" ", random_image(1)))
+
+
+def test_logits_that_are_not_finite(nan_engine, conversations):
+    completion = nan_engine.complete(conversations[1], n=2, top_logprobs=2)
+    with raises_input_error(ErrorCode.NON_FINITE):
         next(completion)
     assert list(completion) == []
-    with pytest.raises(InputError, match="not finite"):
-        broken.complete(conversations[1]).whole()
+    with raises_input_error(ErrorCode.NON_FINITE):
+        nan_engine.complete(conversations[1]).outputs()
 
 
 def test_weights_shared_among_processes(engine, conversations):
-    """Then `generate` makes the answers, whole."""
-    options = {"max_new_tokens": TOKENS, "stop": ["e"], **WILD}
-    expected = engine.complete(conversations[1], n=3, **options).whole()
-    engine.runner = None
-    assert engine.complete(conversations[1], n=3, **options).whole() == expected
+    options = {"max_new_tokens": TOKENS, "stop": ["e"], **SAMPLED}
+    expected = engine.complete(conversations[1], n=3, **options).outputs()
+    engine.core = None
+    assert engine.complete(conversations[1], n=3, **options).outputs() == expected
     assert engine.batch(conversations[1:2], **options) == [expected[0].text]
-    with pytest.raises(InputError, match="top_logprobs"):
-        engine.complete(conversations[1], top_logprobs=1)
     closed = engine.complete(conversations[1])
     closed.close()
     assert list(closed) == []

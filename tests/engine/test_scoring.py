@@ -1,17 +1,18 @@
-"""Scores of given answers: teacher-forced log-probabilities, whatever the batch (USERS 18)."""
+"""Scores of given answers equal teacher-forced log-probabilities, in any batch."""
 
 import pytest
 import torch
 
 from owl2.engine.scoring import prompt_and_answer
-from owl2.errors import InputError
-from tests.engine.conftest import ask, image
+from owl2.errors import ErrorCode
+from tests.engine.conftest import ask, random_image
+from tests.errors import raises_input_error
 
 CHOICES = ["red", "a blue circle", "你好", "no", "green and green and green", "yes, red"]
 
 
-def by_hand(engine, messages, choice):
-    """Log-probabilities of what training labels in the last turn, by one plain forward."""
+def by_forward(engine, messages, choice):
+    """Log-probabilities of the labels of the last turn, by one plain forward."""
     conversation = [*messages, {"role": "assistant", "content": choice}]
     batch = engine.processor.for_training(conversation)
     labels = batch.pop("labels")[0]
@@ -24,9 +25,9 @@ def by_hand(engine, messages, choice):
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 5, 6])
-def test_scores_are_what_training_would_see(shared_engine, conversations, number):
+def test_scores_are_those_of_the_training_labels(shared_engine, conversations, number):
     messages = conversations[number]
-    expected = [by_hand(shared_engine, messages, choice) for choice in CHOICES]
+    expected = [by_forward(shared_engine, messages, choice) for choice in CHOICES]
     scores = shared_engine.score(messages, CHOICES)
     assert scores == pytest.approx([float(row.sum()) for row in expected], abs=1e-5, rel=1e-6)
     means = shared_engine.score(messages, CHOICES, normalize=True)
@@ -51,14 +52,13 @@ def test_scores_do_not_depend_on_the_batch(shared_engine, conversations):
     )
 
 
-def test_images_are_computed_once(engine, conversations):
-    calls = []
-    engine.model.model.vision_model.register_forward_hook(lambda *_: calls.append(1))
-    engine.score(conversations[2], CHOICES, batch_size=2)
-    assert len(calls) == 1
+def test_the_prompt_is_computed_once(engine, conversations):
+    engine.score(conversations[1], CHOICES, batch_size=2)
+    stats = engine.stats()
+    assert (stats.num_prefills, stats.num_encoded_images) == (1, 2)
 
 
-def test_the_answer_is_what_for_training_labels(shared_engine, conversations):
+def test_the_answer_is_that_of_for_training(shared_engine, conversations):
     for messages in conversations:
         prompt, answer = prompt_and_answer(shared_engine.processor, messages, "a red circle")
         turn = {"role": "assistant", "content": "a red circle"}
@@ -69,18 +69,25 @@ def test_the_answer_is_what_for_training_labels(shared_engine, conversations):
         assert labels[-len(answer) - 1] == -100
 
 
-def test_the_image_matters(shared_engine):
-    first, second = (shared_engine.score(ask("what?", image(n)), ["red"]) for n in (1, 2))
+def test_scores_depend_on_the_image(shared_engine):
+    first, second = (shared_engine.score(ask("what?", random_image(n)), ["red"]) for n in (1, 2))
     assert first != pytest.approx(second, abs=1e-3)
 
 
-def test_refused(shared_engine, broken, conversations):
-    for choices in ([], "red"):
-        with pytest.raises(InputError, match="list"):
-            shared_engine.score(conversations[0], choices)
-    with pytest.raises(InputError, match="empty"):
-        shared_engine.score(conversations[0], ["red", " "])
-    with pytest.raises(InputError, match=r"choice 2 .* more than the context"):
-        shared_engine.score(conversations[0], ["red", "no " * 120])
-    with pytest.raises(InputError, match="not finite"):
-        broken.score(conversations[0], ["red"])
+@pytest.mark.parametrize(
+    ("choices", "code", "needle"),
+    [
+        ([], ErrorCode.INVALID_VALUE, "choices"),
+        ("red", ErrorCode.INVALID_VALUE, "choices"),
+        (["red", " "], ErrorCode.EMPTY_MESSAGE, ""),
+        (["red", "no " * 120], ErrorCode.TOO_LONG, "choice 2"),
+    ],
+)
+def test_invalid_choices(shared_engine, conversations, choices, code, needle):
+    with raises_input_error(code, needle):
+        shared_engine.score(conversations[0], choices)
+
+
+def test_logits_that_are_not_finite(nan_engine, conversations):
+    with raises_input_error(ErrorCode.NON_FINITE):
+        nan_engine.score(conversations[0], ["red"])

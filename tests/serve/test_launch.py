@@ -28,7 +28,7 @@ class Started:
     def __init__(self, *arguments, environment=None, delay=0.0):
         # With a delay each token takes so long, that a test can do something meanwhile.
         code = (
-            "import sys, time, owl2.cli\nfrom owl2.engine.engine_core import RunningBatch\n"
+            "import sys, time, owl2.cli\nfrom owl2.engine.running_batch import RunningBatch\n"
             "step = RunningBatch.step\n"
             f"RunningBatch.step = lambda self: (time.sleep({delay}), step(self))[1]\n"
             "sys.argv = ['owl2', 'serve', *sys.argv[1:]]\nowl2.cli.main()"

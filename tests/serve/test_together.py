@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from owl2.engine.engine_core import RunningBatch
+from owl2.engine.running_batch import RunningBatch
 from tests.serve.running import until
 
 ASKED = [{"role": "user", "content": "what is this?"}]
