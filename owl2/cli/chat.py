@@ -34,10 +34,10 @@ def chat(
     quantize: Quantize = None,
 ) -> None:
     """Ask about images: one question, or an interactive chat."""
-    from owl2.cli.repl import ask, converse
+    from owl2.cli.repl import answer_once, run_repl
     from owl2.engine.load_model import ModelArgs
 
-    settings = ModelArgs(model, device, dtype, image_policy, max_pixels, quantize)
+    model_args = ModelArgs(model, device, dtype, image_policy, max_pixels, quantize)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -46,6 +46,6 @@ def chat(
         "seed": seed,
     }
     if question is None:
-        converse(settings, image or [], options)
+        run_repl(model_args, image or [], options)
     else:
-        ask(settings, question, image or [], options)
+        answer_once(model_args, question, image or [], options)

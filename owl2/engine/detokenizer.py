@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from owl2.processing.tokenizer import Owl2Tokenizer
+
 _REPLACEMENT = "\ufffd"  # an incomplete character decodes to it
 _WINDOW = 32  # tokens that are decoded again for each new one
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>\Z")
@@ -168,3 +170,15 @@ def _byte_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {
         chr(256 + index): byte for index, byte in enumerate(others)
     }
+
+
+def open_byte_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Byte tokens of tokenizers that decode a run of them together.
+
+    A later byte can then change the text of earlier ones. SentencePiece itself does not do this.
+    """
+    if isinstance(tokenizer, Owl2Tokenizer):
+        return frozenset()
+    vocabulary = tokenizer.get_vocab()
+    names = (f"<0x{byte:02X}>" for byte in range(256))
+    return frozenset(vocabulary[name] for name in names if name in vocabulary)

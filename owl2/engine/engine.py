@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from owl2.engine import hf_generate
-from owl2.engine.detokenizer import IncrementalDetokenizer, TokenTexts
+from owl2.engine.detokenizer import IncrementalDetokenizer, TokenTexts, open_byte_ids
 from owl2.engine.engine_core import EngineCore, EngineStats
 from owl2.engine.load_model import load_model
 from owl2.engine.output import (
@@ -29,20 +28,20 @@ from owl2.engine.output import (
 )
 from owl2.engine.prefill import PrefillOutput, prefill_uncached
 from owl2.engine.prefix_cache import PromptState
-from owl2.engine.sampling import Logprobs, SamplingParams
+from owl2.engine.sampling import Logprobs, SamplingParams, end_ids
 from owl2.engine.scheduler import Request
-from owl2.engine.scoring import prompt_and_answer, score_answers
+from owl2.engine.scoring import score_answers, tokenize_choices
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message
 from owl2.processing.image_processing import ImagePolicy
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
-from owl2.processing.tokenizer import Owl2Tokenizer
 
 MAX_NUM_SEQS = 128  # running requests if memory allows; more do not increase the throughput
 
 Messages = Sequence[Message]
+Prompt = Messages | PreparedPrompt  # what methods of the engine take
 
 
 class Engine:
@@ -91,8 +90,8 @@ class Engine:
             self.core = EngineCore(
                 model, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=enable_prefix_caching
             )
-        self.end_ids = _end_ids(model.generation_config, processor)
-        self._open_ids = open_byte_ids(processor)
+        self.end_ids = end_ids(model.generation_config, processor.tokenizer)
+        self._open_ids = open_byte_ids(processor.tokenizer)
         self._token_texts = TokenTexts(processor.tokenizer)
 
     @classmethod
@@ -148,7 +147,7 @@ class Engine:
 
     # -------------------------------------------------------------- answers
 
-    def chat(self, messages: Messages, **options: Any) -> str:
+    def chat(self, messages: Prompt, **options: Any) -> str:
         """The answer to a conversation that ends with a user message.
 
         Greedy, unless the checkpoint's `generation_config` or an option requests sampling.
@@ -163,7 +162,7 @@ class Engine:
         """
         return self.batch([messages], **options)[0]
 
-    def batch(self, list_of_messages: Sequence[Messages], **options: Any) -> list[str]:
+    def batch(self, list_of_messages: Sequence[Prompt], **options: Any) -> list[str]:
         """`chat` for several conversations at once, with any number of images each.
 
         Conversation i (from 0) has the seed `seed` + i.
@@ -172,7 +171,7 @@ class Engine:
         prompts = self._encode_all(list_of_messages)
         return [output.text for output in self._complete(prompts, params).outputs()]
 
-    def stream(self, messages: Messages, **options: Any) -> Iterator[str]:
+    def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
         """The answer of `chat` in chunks, as it is generated.
 
         The input is checked immediately; the request is submitted when the first chunk is asked
@@ -181,7 +180,7 @@ class Engine:
         params = self._chat_params(options)
         return _texts(self._complete([self.encode(messages)], params))
 
-    def complete(self, messages: Messages, **options: Any) -> Completion:
+    def complete(self, messages: Prompt, **options: Any) -> Completion:
         """Answers in chunks, with token counts, finish reasons and log-probabilities.
 
         The input is checked immediately; the request is submitted when the first chunk is asked
@@ -211,14 +210,18 @@ class Engine:
             )
         return params
 
-    def encode(self, messages: Messages) -> PreparedPrompt:
+    def encode(self, messages: Prompt) -> PreparedPrompt:
         """The prompt of a conversation that ends with a user message; its images are read.
+
+        A `PreparedPrompt` is only checked for its length.
 
         Raises:
             InputError: An empty question, an unreadable or missing image, or a prompt that leaves
                 no token of the context for the answer.
         """
-        prompt = self.processor.encode(messages)
+        prompt = (
+            messages if isinstance(messages, PreparedPrompt) else self.processor.encode(messages)
+        )
         if (excess := len(prompt.ids) + 1 - self.context_length) > 0:
             raise InputError(
                 f"The prompt has {len(prompt.ids)} tokens. The model's context is "
@@ -278,19 +281,13 @@ class Engine:
                 "choices must be a non-empty list of strings.", ErrorCode.INVALID_VALUE
             )
         whole = self.encode(messages)
-        # One group, unless a choice changes how the prompt is tokenized.
-        groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-        for index, choice in enumerate(choices):
-            prompt, answer = prompt_and_answer(self.processor, messages, choice)
-            if (excess := len(prompt) + len(answer) - self.context_length) > 0:
-                raise InputError(
-                    f"With choice {index + 1} the prompt has {len(prompt) + len(answer)} tokens, "
-                    f"{excess} more than the context of {self.context_length}.",
-                    ErrorCode.TOO_LONG,
-                )
-            if not include_end and len(answer) > 1 and answer[-1] in self.end_ids:
-                answer = answer[:-1]
-            groups.setdefault(tuple(prompt), []).append((index, answer))
+        groups = tokenize_choices(
+            self.processor,
+            messages,
+            choices,
+            self.context_length,
+            () if include_end else self.end_ids,
+        )
         scores = [0.0] * len(choices)
         for ids, members in groups.items():
             group = PreparedPrompt.from_ids(
@@ -325,7 +322,7 @@ class Engine:
             raise TypeError(f"unexpected options: {', '.join(sorted(invalid))}; use `complete`")
         return self.sampling_params(**options)
 
-    def _encode_all(self, list_of_messages: Sequence[Messages]) -> list[PreparedPrompt]:
+    def _encode_all(self, list_of_messages: Sequence[Prompt]) -> list[PreparedPrompt]:
         prompts = []
         for index, messages in enumerate(list_of_messages):
             try:
@@ -436,23 +433,3 @@ def _texts(completion: Completion) -> Iterator[str]:
         for chunk in completion:
             if chunk.text:
                 yield chunk.text
-
-
-def _end_ids(defaults: GenerationConfig, processor: Owl2Processor) -> list[int]:
-    """The end tokens of the checkpoint, and the one that training labels."""
-    given = defaults.eos_token_id
-    ids = [] if given is None else [given] if isinstance(given, int) else list(given)
-    own = processor.tokenizer.eos_token_id
-    return ids if own is None or own in ids else [*ids, own]
-
-
-def open_byte_ids(processor: Owl2Processor) -> frozenset[int]:
-    """Byte tokens of tokenizers that decode a run of them together.
-
-    A later byte can then change the text of earlier ones. SentencePiece itself does not do this.
-    """
-    if isinstance(processor.tokenizer, Owl2Tokenizer):
-        return frozenset()
-    vocabulary = processor.tokenizer.get_vocab()
-    names = (f"<0x{byte:02X}>" for byte in range(256))
-    return frozenset(vocabulary[name] for name in names if name in vocabulary)

@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     MinPLogitsWarper,
+    PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -126,6 +127,14 @@ class SamplingParams:
         if self.seed is None or not self.do_sample:
             return None
         return torch.Generator(device).manual_seed(self.seed + index)
+
+
+def end_ids(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end tokens of a checkpoint, and the one that training labels."""
+    given = defaults.eos_token_id
+    ids = [] if given is None else [given] if isinstance(given, int) else list(given)
+    own = tokenizer.eos_token_id
+    return ids if own is None or own in ids else [*ids, own]
 
 
 def sample(

@@ -9,13 +9,13 @@ Shapes: C answers of up to T tokens, V vocabulary.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from owl2.engine.prefill import PrefillOutput
 from owl2.engine.sampling import non_finite_error
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, parse_messages, render_with_answers
 from owl2.processing.loss_mask import encode_with_loss_mask
@@ -47,8 +47,40 @@ def prompt_and_answer(
     while begin and sample.loss_mask[begin - 1]:
         begin -= 1
     if begin == end:
-        raise InputError(f"The choice {answer!r} has no tokens to score.")
+        raise InputError(f"The choice {answer!r} has no tokens to score.", ErrorCode.EMPTY_MESSAGE)
     return sample.ids[:begin], sample.ids[begin:end]
+
+
+def tokenize_choices(
+    processor: Owl2Processor,
+    messages: Sequence[Message],
+    choices: Sequence[str],
+    context_length: int,
+    removed_end_ids: Collection[int] = (),
+) -> dict[tuple[int, ...], list[tuple[int, list[int]]]]:
+    """The prompt's ids, and for each the indices and ids of its choices.
+
+    There is one prompt, unless a choice changes how the prompt is tokenized.
+
+    Args:
+        removed_end_ids: End tokens that are not to be scored.
+
+    Raises:
+        InputError: A choice is empty, or exceeds the context.
+    """
+    groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    for index, choice in enumerate(choices):
+        prompt, answer = prompt_and_answer(processor, messages, choice)
+        if (excess := len(prompt) + len(answer) - context_length) > 0:
+            raise InputError(
+                f"With choice {index + 1} the prompt has {len(prompt) + len(answer)} tokens, "
+                f"{excess} more than the context of {context_length}.",
+                ErrorCode.TOO_LONG,
+            )
+        if len(answer) > 1 and answer[-1] in removed_end_ids:
+            answer = answer[:-1]
+        groups.setdefault(tuple(prompt), []).append((index, answer))
+    return groups
 
 
 @torch.no_grad()

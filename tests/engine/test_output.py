@@ -29,7 +29,7 @@ def letters(text):
     """The letters of a text or of tokens, without white space and incomplete characters."""
     if not isinstance(text, str):
         text = b"".join(bytes(own.bytes) for own in text).decode(errors="ignore")
-    return "".join(text.reposition("\ufffd", "").split())
+    return "".join(text.replace("\ufffd", "").split())
 
 
 def join_chunks(completion):
@@ -370,17 +370,17 @@ def test_outputs_of_a_closed_completion(endless, conversations, gate):
         closed.outputs()
 
 
-def test_a_completion_closed_while_it_waits_never_starts(endless, conversations, gate):
+def test_a_request_aborted_while_it_waits_never_starts(endless, conversations, gate):
     endless.core.max_num_seqs = 1
-    running = endless.complete(conversations[0], max_new_tokens=90_000)
-    next(running)
+    running, _ = submit(endless, conversations[0], max_new_tokens=90_000)
     assert gate.reached.wait(20)
-    handle = endless.submit(endless.encode(conversations[4]), endless.sampling_params(), print)
-    handle.abort()
-    running.close()
+    waiting, outputs = submit(endless, conversations[4])
+    waiting.abort()
+    running.abort()
     gate.open()
     assert endless.chat(conversations[1], max_new_tokens=1)
     assert endless.stats().num_prefills == 2
+    assert outputs.empty()
 
 
 def test_a_completion_without_references_ends(engine, conversations, batch_sizes):

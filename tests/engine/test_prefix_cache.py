@@ -183,6 +183,7 @@ def test_answers_follow_changes_of_the_weights(engine, cached, conversations, is
 def test_an_answer_that_began_before_a_change_is_not_cached(cached, gate):
     """Its keys and values depend on the weights before and after the change."""
     cached.model.config.max_position_embeddings = 10_000
+    gate.free_steps = 30
     stream = cached.stream(ask("what is this? " * 2), max_new_tokens=9_000)
     next(stream)
     assert gate.reached.wait(20)

@@ -1,0 +1,153 @@
+"""`owl2 chat`: one question, and the interactive chat with its commands."""
+
+import pytest
+from PIL import Image
+
+from owl2.cli.repl import HELP, Repl
+from owl2.engine.load_model import ModelArgs
+from owl2.errors import ErrorCode
+from owl2.processing.chat_template import user_message
+from tests.engine.conftest import ask, random_image
+from tests.errors import raises_input_error
+
+OPTIONS = {"max_new_tokens": 6}
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    path = tmp_path / "an image.png"
+    random_image(3).save(path)
+    return path
+
+
+def run_lines(engine, *lines, images=()):
+    """The state and the output of a chat with these lines; exceptions are raised by `read`."""
+    remaining, written = iter(lines), []
+
+    def read(prompt):
+        line = next(remaining, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    repl = Repl(engine, OPTIONS, list(images), read, written.append)
+    repl.run()
+    return repl, "".join(written)
+
+
+# ------------------------------------------------------------------ one question
+
+
+def test_one_question(run_cli, tiny_checkpoint, shared_engine, image_file):
+    result = run_cli(
+        *("chat", "--model", tiny_checkpoint, "--image", image_file, "--device", "cpu"),
+        *("--dtype", "float32", "--max-new-tokens", 6, "what is this?"),
+    )
+    expected = shared_engine.chat(ask("what is this?", Image.open(image_file)), **OPTIONS)
+    assert (result.exit_code, result.stdout) == (0, expected + "\n")
+
+
+def test_image_positions_of_a_user_message():
+    def parts(text, images):
+        content = user_message(text, images)["content"]
+        return [part.get("image") or part["text"] for part in content]
+
+    assert parts("what?", ["a", "b"]) == ["a", "b", "what?"]
+    expected = ["is ", "a", " like ", "b", "?"]
+    assert parts("is <|image|> like <|image|>?", ["a", "b"]) == expected
+    for images in ([], ["a", "b"]):
+        with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, f"{len(images)} image"):
+            user_message("<|image|> what?", images)
+
+
+@pytest.mark.parametrize(
+    ("question", "images"), [("", []), ("what?", ["none.png"])], ids=["question", "image"]
+)
+def test_input_is_checked_before_the_model_is_loaded(
+    run_cli, tiny_checkpoint, monkeypatch, question, images
+):
+    monkeypatch.setattr(ModelArgs, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    options = [option for image in images for option in ("--image", image)]
+    result = run_cli("chat", "--model", tiny_checkpoint, *options, question)
+    assert result.exit_code == 2
+    assert all(image in result.stderr for image in images)
+
+
+# ------------------------------------------------------------------ the interactive chat
+
+
+def test_the_chat_sends_earlier_turns(shared_engine):
+    repl, output = run_lines(shared_engine, "what is this?", "and now?")
+    first = shared_engine.chat(ask("what is this?"), **OPTIONS)
+    history = [*ask("what is this?"), {"role": "assistant", "content": first}]
+    second = shared_engine.chat([*history, *ask("and now?")], **OPTIONS)
+    assert output == f"{first}\n{second}\n\n"
+    assert len(repl.messages) == 4
+
+
+def test_images_go_with_the_next_question(shared_engine, image_file):
+    _, output = run_lines(
+        shared_engine, f"/image {image_file}", f'/image "{image_file}"', "what?", "/quit", "more"
+    )
+    assert "(1 image for the next question)" in output
+    assert "(2 images for the next question)" in output
+    both = ask("what?", Image.open(image_file), Image.open(image_file))
+    assert shared_engine.chat(both, **OPTIONS) in output
+    repl, _ = run_lines(shared_engine, "what?", "and?", images=[random_image(3)])
+    counts = [len(turn["content"]) for turn in repl.messages[::2]]
+    assert counts == [2, 1]
+
+
+def test_clear(shared_engine, image_file):
+    repl, output = run_lines(shared_engine, "what?", f"/image {image_file}", "/clear")
+    assert (repl.messages, repl.images) == ([], [])
+    assert "(new conversation)" in output
+
+
+def test_help_and_invalid_commands(shared_engine):
+    _, output = run_lines(shared_engine, "/help", "/dance", "/image", "", "no")
+    assert HELP in output
+    assert output.count("error: ") == 2
+    assert "/dance" in output
+    assert shared_engine.chat(ask("no"), **OPTIONS) in output
+
+
+def test_an_error_leaves_the_conversation_unchanged(shared_engine, tmp_path):
+    repl, output = run_lines(
+        shared_engine, "what?", f"/image {tmp_path}/none.png", "is <|image|> red?", "no " * 200
+    )
+    assert output.count("error: ") == 3
+    assert "none.png" in output
+    assert "too many" in output
+    assert len(repl.messages) == 2
+
+
+def test_ctrl_c_stops_the_answer_only(engine):
+    steps = []
+
+    def interrupt(text):
+        steps.append(text)
+        if len(steps) == 1:
+            raise KeyboardInterrupt
+
+    repl = Repl(engine, {"max_new_tokens": 60}, [], input, interrupt)
+    repl.handle_line("what is this?")
+    assert " (stopped)" in steps
+    answer = repl.messages[1]["content"]
+    assert answer == steps[0]
+    repl.handle_line("and now?")
+    assert len(repl.messages) == 4
+
+
+def test_ctrl_c_at_the_prompt(shared_engine):
+    _, output = run_lines(shared_engine, KeyboardInterrupt(), "no")
+    assert "Ctrl-D" in output
+    assert shared_engine.chat(ask("no"), **OPTIONS) in output
+
+
+def test_an_empty_answer_is_not_stored(engine):
+    engine.stream = lambda *_, **__: iter([])
+    repl, output = run_lines(engine, "what?", images=[random_image(1)])
+    assert "empty answer" in output
+    assert repl.messages == []
+    assert len(repl.images) == 1
