@@ -5,38 +5,37 @@ from typing import Annotated
 import typer
 
 from owl2.cli.options import Device, Dtype, Model, Quantize
-from owl2.cli.server_options import Host, KeyFile, KeyVariable, LimitWords, Port, start_server
+from owl2.cli.server_options import (
+    Host,
+    KeyFile,
+    KeyVariable,
+    ModelName,
+    Port,
+    ShutdownTimeout,
+    limit_options,
+    start_server,
+)
+from owl2.serve.config import ServerConfig, ServerLimits
 
 
+@limit_options
 def serve(
     model: Model,
-    limits: LimitWords = None,
+    limits: ServerLimits,
     host: Host = "127.0.0.1",
     port: Port = 8000,
+    served_model_name: ModelName = None,
     api_key_env: KeyVariable = None,
     api_key_file: KeyFile = None,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call it; default: the directory's name.")
-    ] = None,
-    web: Annotated[bool, typer.Option("--web", help="The web page too, at /web.")] = False,
+    web: Annotated[bool, typer.Option("--web", help="Also serve the web page, at /web.")] = False,
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="To finish what runs, when it is to end.")
-    ] = 30.0,
+    shutdown_timeout: ShutdownTimeout = 30.0,
 ) -> None:
-    """Serve a model behind OpenAI's chat API, until Ctrl-C or SIGTERM.
+    """Serve a model with an OpenAI-compatible API.
 
-    Then it finishes what it has begun and refuses what is new (503). Exit code 0: all was finished;
-    1: something was cut off.
+    On SIGTERM or Ctrl-C the server finishes its requests and rejects new ones with status 503. The
+    exit code is 0 if every request was finished, otherwise 1.
     """
-    options = {
-        "name": served_model_name,
-        "api_key_env": api_key_env,
-        "api_key_file": api_key_file,
-        "drain_seconds": drain_seconds,
-        "web": web,
-    }
-    loading = {"device": device, "dtype": dtype, "quantize": quantize}
-    start_server("serve", model, host=host, port=port, limits=limits or (), **options, **loading)
+    start_server("serve", ServerConfig(**locals()))

@@ -57,7 +57,9 @@ def load_image(source: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     try:
         return _load(source, max_pixels)
     except InputError as error:
-        raise InputError(str(error), ErrorCode.BROKEN_IMAGE) from error
+        kept = (ErrorCode.IMAGE_TOO_LARGE, ErrorCode.OUT_OF_MEMORY)
+        code = error.code if error.code in kept else ErrorCode.BROKEN_IMAGE
+        raise InputError(str(error), code) from error
 
 
 def check_max_pixels(value: Any) -> int:
@@ -239,7 +241,8 @@ def _to_rgb(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
 def _undecodable(name: str, error: Exception) -> InputError:
     return InputError(
         f"{_sentence(name)} cannot be decoded: {error}. It may be broken or cut off: get it again, "
-        "or save it as PNG."
+        "or save it as PNG.",
+        ErrorCode.OUT_OF_MEMORY if isinstance(error, MemoryError) else ErrorCode.BROKEN_IMAGE,
     )
 
 

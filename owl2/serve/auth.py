@@ -1,88 +1,91 @@
-"""API keys: who may ask.
+"""API keys.
 
-Only digests are kept, so that no message, log line or dump of this process's objects holds a key.
+Only digests are stored, so that no message, log line or dump of the objects contains a key.
 """
 
 import hashlib
 import hmac
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.serve.errors import ApiError
 
-SHORTEST = 8
+MIN_LENGTH = 8
 
 
-class Keys:
-    """The keys that a server takes; any one of them opens it.
+class ApiKeys:
+    """The accepted API keys.
+
+    Args:
+        keys: Plain text.
+        source: Where they come from, for error messages.
 
     Raises:
-        InputError: no key, one of fewer than 8 characters, or with characters that no header holds.
+        InputError: There are no keys, or a key has fewer than 8 characters or characters that a
+            header cannot contain.
     """
 
-    def __init__(self, keys: Iterable[str], source: str = "the API keys") -> None:
-        given = list(keys)
-        if not given:
-            raise InputError(f"{source}: there is no key. Give at least one.")
-        for number, key in enumerate(given, 1):
-            # The message must not repeat it.
+    def __init__(self, keys: Sequence[str], source: str = "API keys") -> None:
+        if not keys:
+            raise InputError(f"{source}: no API keys found.", ErrorCode.MISSING_VALUE)
+        for number, key in enumerate(keys, 1):
+            # The message must not contain the key.
             if not (key.isascii() and key.isprintable()) or " " in key:
                 raise InputError(
-                    f"{source}: key {number} holds spaces or characters beyond ASCII, which the "
-                    "header Authorization cannot carry. Take letters, digits, '-' and '_'."
+                    f"{source}: key {number} contains spaces or characters outside ASCII, which "
+                    "the Authorization header does not allow. Use letters, digits, '-' and '_'.",
+                    ErrorCode.INVALID_VALUE,
                 )
-            if len(key) < SHORTEST:
+            if len(key) < MIN_LENGTH:
                 raise InputError(
-                    f"{source}: key {number} has {len(key)} characters and would be guessed; take "
-                    f"{SHORTEST} at least (`openssl rand -hex 32` makes a good one)."
+                    f"{source}: key {number} has {len(key)} characters; use at least {MIN_LENGTH}, "
+                    "for example from `openssl rand -hex 32`.",
+                    ErrorCode.INVALID_VALUE,
                 )
-        self._digests = [_digest(key) for key in given]
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     @classmethod
-    def from_env(cls, name: str) -> "Keys":
-        """Those in an environment variable, with commas between."""
-        value = os.environ.get(name, "")
-        keys = [key.strip() for key in value.split(",") if key.strip()]
-        return cls(keys, f"The environment variable {name}")
+    def from_env(cls, name: str) -> "ApiKeys":
+        """Keys from an environment variable, separated by commas."""
+        keys = [key.strip() for key in os.environ.get(name, "").split(",")]
+        return cls([key for key in keys if key], f"Environment variable {name}")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Keys":
-        """Those in a text file, one a line; empty lines and lines that begin with # are left out.
+    def from_file(cls, path: str | Path) -> "ApiKeys":
+        """Keys from a text file, one per line; empty lines and lines that start with # are ignored.
 
         Raises:
-            InputError: also if it cannot be read.
+            InputError: The file cannot be read, or see `ApiKeys`.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-            raise InputError(f"The file of API keys {path} cannot be read: {reason}.") from error
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise InputError(
+                f"The API keys in {path} cannot be read: {reason}.", ErrorCode.UNREADABLE_FILE
+            ) from error
         keys = [line.strip() for line in lines]
         return cls([key for key in keys if key and not key.startswith("#")], str(path))
 
     def check(self, authorization: bytes | None) -> None:
-        """Let a request pass, or not, by its header `Authorization: Bearer KEY`.
+        """Check the value of a header `Authorization: Bearer KEY`.
 
-        How long it takes tells nothing of the keys: all are compared, and by their digests.
+        All digests are compared in constant time, so that the duration reveals nothing about keys.
 
         Raises:
             ApiError: 401.
         """
         if not authorization:
-            raise _refused("This server asks for an API key: send 'Authorization: Bearer KEY'.")
+            raise _unauthorized("This server needs an API key: send 'Authorization: Bearer KEY'.")
         scheme, _, key = authorization.strip().partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        fits = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != b"bearer" or not any(fits):
-            raise _refused("The API key is not one of this server's.")
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise _unauthorized("The API key is not valid for this server.")
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
-def _refused(message: str) -> ApiError:
+def _unauthorized(message: str) -> ApiError:
     headers = {"WWW-Authenticate": "Bearer"}
     return ApiError(401, message, code="invalid_api_key", headers=headers)

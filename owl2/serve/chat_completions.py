@@ -1,17 +1,16 @@
-"""`POST /v1/chat/completions`: a question and its answers, whole or in server-sent events.
+"""`POST /v1/chat/completions`: answers in one response or as server-sent events.
 
 ::
 
-    body ──schema──► ChatRequest ──Desk──► Answer ──Reply──► JSON, or events
+    body ──► ChatCompletionRequest ──AdmissionController──► ResponseStream ──► JSON, or events
 
-A client that goes away is noticed in every part of it, and its place at the engine is free.
+When a client disconnects, its answers end and its slot in the engine becomes free.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -20,189 +19,197 @@ from starlette.types import Receive, Scope, Send
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 from owl2.processing.chat_template import Message
 from owl2.serve import errors
-from owl2.serve.admission import Answer, Desk, Visit
-from owl2.serve.limits import check, check_length
-from owl2.serve.protocol import ChatReply, ChatRequest, TextPart
-from owl2.serve.request_images import Images
-from owl2.serve.responses import DONE, Reply, event
-from owl2.serve.system_prompt import into_first_turn, takes_system_prompt
+from owl2.serve.admission import (
+    AdmissionController,
+    ClientStopped,
+    ResponseStream,
+    check_text_length,
+    run_unless,
+)
+from owl2.serve.config import ServerLimits
+from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
+from owl2.serve.protocol import (
+    ChatCompletionContentPartTextParam,
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+)
+from owl2.serve.request_images import RequestImages
+from owl2.serve.responses import SSE_DONE, ResponseBuilder, sse_event
+from owl2.serve.system_prompt import merge_system_prompt, supports_system_prompt
 
-# After the last token: what a client takes longer to read is cut.
-READING_SECONDS = 30.0
-# nginx's number for a client that left. Nobody reads it but the metrics.
-CLIENT_LEFT = 499
+# After the deadline of the request, for a client that reads slowly.
+FLUSH_SECONDS = 30.0
 
-# For a route's `responses`; without it FastAPI says that it answers 422, which it does not.
-OTHERS: dict[int | str, dict[str, Any]] = {
-    "default": {"model": errors.ErrorReply, "description": "Any other error"}
+# Part of a route's `responses`: without it, FastAPI documents a status of 422.
+OTHER_ERRORS: dict[int | str, dict[str, Any]] = {
+    "default": {"model": errors.ErrorResponse, "description": "Any other error"}
 }
 
-Result = TypeVar("Result")
 
-
-class ClientLeft(Exception):
-    """Nobody is there any more to read the reply."""
-
-
-class ChatService:
-    """Answers chat requests.
+class ChatCompletionService:
+    """Answers chat completion requests.
 
     Args:
-        name: of the model, which a request must give.
+        model_name: The value of `model` that requests must have.
     """
 
-    def __init__(self, desk: Desk, images: Images, name: str) -> None:
-        self.desk = desk
-        self.images = images
-        self.name = name
-        default = desk.engine.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        self._takes_system_prompt = takes_system_prompt(desk.engine.processor)
-        self._max_tokens = min(default, desk.limits.answer_tokens)
+    def __init__(
+        self, admission: AdmissionController, images: RequestImages, model_name: str
+    ) -> None:
+        self._admission = admission
+        self._images = images
+        self._model_name = model_name
+        engine = admission.engine
+        default = engine.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        self._default_max_tokens = min(default, admission.limits.max_completion_tokens)
+        self._supports_system_prompt = supports_system_prompt(engine.processor)
 
-    async def answer(self, body: ChatRequest, request: Request) -> Response:
-        """The reply, or where it is to be streamed, its beginning.
+    def add_route(self, app: FastAPI) -> None:
+        """Add the route to an application."""
+
+        @app.post(
+            "/v1/chat/completions",
+            response_model=ChatCompletionResponse,
+            responses={
+                200: {"content": {"text/event-stream": {}}},
+                **errors.responses(400, 401, 404, 408, 413, 429, 500, 503),
+                **OTHER_ERRORS,
+            },
+        )
+        async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+            """Answer a conversation with images.
+
+            With `stream`, the response consists of server-sent events: `data: {...}` with a
+            `chat.completion.chunk` each, and `data: [DONE]` at the end.
+            """
+            return await self.create(body, request)
+
+    async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """The response, or with `stream` its beginning.
 
         Raises:
-            ApiError, InputError: what is wrong with the request, or why it cannot be answered.
+            ApiError, InputError: The request is invalid or cannot be answered.
         """
-        if body.model != self.name:
-            raise errors.ApiError(
-                404,
-                f"There is no model '{body.model}' here; this server has '{self.name}'.",
-                code="model_not_found",
-                param="model",
-            )
-        check(body, self.desk.limits)
-        self._check_length(body)
-        reply = Reply(self.name, body)
+        if body.model != self._model_name:
+            raise model_not_found(body.model, self._model_name)
+        check_limits(body, self._admission.limits, self._admission.engine.context)
+        builder = ResponseBuilder(body)
         with ExitStack() as stack:
-            visit = stack.enter_context(self.desk.visit())
+            stream = stack.enter_context(self._admission.admit(body.num_answers))
             try:
-                answer = await unless_gone(request, self._begin(visit, body, reply, stack))
+                await run_unless(_disconnected(request), self._start(stream, body))
+                builder.prompt_tokens = stream.prompt_tokens
                 if body.stream:
-                    events = self._events(visit, answer, reply)
-                    return EventStream(events, visit, stack.pop_all())
-                await unless_gone(request, self._finish(visit, answer, reply))
-            except ClientLeft:
-                return Response(status_code=CLIENT_LEFT)
-        return JSONResponse(reply.whole())
+                    events = _events(stream, builder)
+                    return EventStreamResponse(events, stream.deadline, stack.pop_all())
+                await run_unless(_disconnected(request), _collect(stream, builder))
+            except ClientStopped:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return JSONResponse(builder.response())
 
-    def _check_length(self, body: ChatRequest) -> None:
-        characters = sum(
-            len(part.text)
-            for message in body.messages
-            for part in message.content
-            if isinstance(part, TextPart)
-        )
-        check_length(characters, self.desk.engine.context_length)
+    async def _start(self, stream: ResponseStream, body: ChatCompletionRequest) -> None:
+        options = body.sampling_options()
+        options["max_new_tokens"] = options["max_new_tokens"] or self._default_max_tokens
 
-    async def _begin(
-        self, visit: Visit, body: ChatRequest, reply: Reply, stack: ExitStack
-    ) -> Answer:
-        options = body.options()
-        options["max_new_tokens"] = options["max_new_tokens"] or self._max_tokens
-        messages = partial(self._messages, body)
-        async with self.desk.in_time(visit):
-            answer = await self.desk.answer(visit, messages, body.answers, options)
-            stack.enter_context(answer)
-            reply.prompt_tokens = await answer.begun()
-        return answer
+        async def messages() -> list[Message]:
+            decoded = await self._images.messages(body)
+            return decoded if self._supports_system_prompt else merge_system_prompt(decoded)
 
-    async def _messages(self, body: ChatRequest) -> list[Message]:
-        messages = await self.images.messages(body.messages)
-        return messages if self._takes_system_prompt else into_first_turn(messages)
-
-    async def _finish(self, visit: Visit, answer: Answer, reply: Reply) -> None:
-        async with self.desk.in_time(visit):
-            while (piece := await answer.next()) is not None:
-                reply.add(piece)
-
-    async def _events(
-        self, visit: Visit, answer: Answer, reply: Reply
-    ) -> AsyncGenerator[bytes, None]:
-        try:
-            for chunk in reply.opening():
-                yield event(chunk)
-            while True:
-                # Not around all of it: time may pass, and be over, while the client reads.
-                async with self.desk.in_time(visit):
-                    piece = await answer.next()
-                if piece is None:
-                    break
-                reply.add(piece)
-                for chunk in reply.chunks(piece):
-                    yield event(chunk)
-            for chunk in reply.closing():
-                yield event(chunk)
-            yield DONE
-        except Exception as error:  # the status was sent long ago: the stream must say it
-            answer.close("cut")  # if it did not end by itself
-            yield event(errors.as_api_error(error).body())
+        await stream.start(messages, options)
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events, and what is to be done when they end, however that is."""
+async def _collect(stream: ResponseStream, builder: ResponseBuilder) -> None:
+    while (piece := await stream.next()) is not None:
+        builder.add(piece)
+
+
+async def _events(stream: ResponseStream, builder: ResponseBuilder) -> AsyncGenerator[bytes, None]:
+    try:
+        for chunk in builder.first_chunks():
+            yield sse_event(chunk)
+        while (piece := await stream.next()) is not None:
+            builder.add(piece)
+            for chunk in builder.chunks(piece):
+                yield sse_event(chunk)
+        for chunk in builder.usage_chunks():
+            yield sse_event(chunk)
+        yield SSE_DONE
+    except Exception as error:  # the status has been sent, so an event reports the error
+        stream.close("timeout")  # no effect if the stream has failed by itself
+        yield sse_event(errors.as_api_error(error).body())
+
+
+class EventStreamResponse(StreamingResponse):
+    """Server-sent events; closes the resources of the request at their end."""
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], visit: Visit, afterwards: ExitStack
+        self, events: AsyncGenerator[bytes, None], deadline: float, resources: ExitStack
     ) -> None:
-        # Proxies must hand on each event as it comes.
+        # The headers keep proxies from buffering events.
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events = events
-        self._visit = visit
-        self._afterwards = afterwards
+        self._deadline = deadline
+        self._resources = resources
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._afterwards:
+        with self._resources:
             try:
-                async with asyncio.timeout_at(self._visit.deadline + READING_SECONDS):
+                async with asyncio.timeout_at(self._deadline + FLUSH_SECONDS):
                     await super().__call__(scope, receive, send)
             finally:
                 await self._events.aclose()
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """What `work` gives, which is cancelled when the client goes away.
-
-    Raises:
-        ClientLeft: it did.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientLeft
-        return task.result()
-    finally:
-        gone.cancel()
-        task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def add_chat(app: FastAPI, service: ChatService) -> None:
-    """Put the route into the app."""
-
-    @app.post(
-        "/v1/chat/completions",
-        response_model=ChatReply,
-        responses={
-            200: {"content": {"text/event-stream": {}}},
-            **errors.responses(400, 401, 404, 408, 413, 429, 500, 503),
-            **OTHERS,
-        },
+def model_not_found(requested: str, served: str) -> errors.ApiError:
+    """404 for a request with another model's name."""
+    return errors.ApiError(
+        404,
+        f"The model '{requested}' does not exist; this server has '{served}'.",
+        code="model_not_found",
+        param="model",
     )
-    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation about images.
 
-        With `stream` the answer comes as server-sent events, `data: {...}` with a
-        `chat.completion.chunk` each, and in the end `data: [DONE]`.
-        """
-        return await service.answer(body, request)
+
+def check_limits(body: ChatCompletionRequest, limits: ServerLimits, context: int) -> None:
+    """Reject a request whose counts exceed a limit.
+
+    Args:
+        context: Of the model, in tokens.
+
+    Raises:
+        ApiError: 400, with the code of the limit and the field.
+    """
+    tokens_field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    for what, count, limit, code, param in (
+        ("messages", len(body.messages), limits.max_messages, "too_many_messages", "messages"),
+        ("images", len(body.images), limits.max_images, "too_many_images", "messages"),
+        ("answers", body.num_answers, limits.max_n, "too_many_answers", "n"),
+        (
+            "tokens per answer",
+            body.max_answer_tokens or 0,
+            limits.max_completion_tokens,
+            "too_many_tokens",
+            tokens_field,
+        ),
+    ):
+        if count > limit:
+            raise errors.ApiError(
+                400,
+                f"The request has {count} {what}; the limit of this server is {limit}.",
+                code=code,
+                param=param,
+            )
+    characters = sum(
+        len(part.text)
+        for message in body.messages
+        for part in message.content
+        if isinstance(part, ChatCompletionContentPartTextParam)
+    )
+    check_text_length(characters, context)

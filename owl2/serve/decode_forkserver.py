@@ -1,16 +1,16 @@
-"""The process that decoders of images are forked from: `python owl2/serve/decode_forkserver.py FD`.
+"""The fork server of image decoders: `python owl2/serve/decode_forkserver.py FD`.
 
 ::
 
-    server ──a socket for one image──► nursery ──fork──► decoder: RGB image, or what is wrong
+    server ──a socket per image──► fork server ──fork──► decoder: RGB image, or an error
 
-It imports once and never computes, so that a fork is safe and takes milliseconds. Each image gets
-a process of its own, which has nothing of other requests in it, may use so much memory and time,
-and can open neither files nor connections: whatever an image does to Pillow ends with it.
+The fork server only imports modules, so that a fork is safe and takes milliseconds. Each image is
+decoded in its own process, which contains no data of other requests, has limits on memory and time,
+and can open neither files nor connections. An attack on Pillow ends with that process.
 
-A job on its socket: the length of a JSON header, the header (`Job`), the image's file. The reply:
-`IMAGE`, `BROKEN` or `HUGE`, a length, and RGB bytes or a sentence in UTF-8. Nothing is pickled,
-as the decoder may be under a stranger's command.
+The socket of an image carries the length of a JSON header, the header (`DecodeRequest`) and the
+file. The reply is a status (`DECODED`, `INVALID` or `TOO_LARGE`), a length, and RGB values or an
+error message in UTF-8. Nothing is pickled, because an attacker may control the decoder.
 """
 
 import gc
@@ -30,11 +30,11 @@ from typing import NoReturn
 from PIL import Image
 
 if sys.platform != "win32":
-    import resource  # Windows has none, and says so in `decoding`
+    import resource  # does not exist on Windows, which `image_decoder` rejects
 
 if __name__ == "__main__":
-    # What `import owl2` brings along takes seconds and hundreds of megabytes, torch and
-    # transformers; here the package is only where its modules are.
+    # `import owl2` would import torch and transformers: seconds, and hundreds of megabytes. An
+    # empty package with the same path gives access to the modules that are needed.
     sys.modules["owl2"] = ModuleType("owl2")
     sys.modules["owl2"].__path__ = [str(Path(__file__).parents[1])]
 
@@ -42,22 +42,23 @@ from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 
-IMAGE, BROKEN, HUGE = b"P", b"B", b"H"
+DECODED, INVALID, TOO_LARGE = b"D", b"I", b"L"
 LENGTH = struct.Struct("!I")
-CALL = b"j"  # comes with a job's socket
+FORK = b"f"  # sent with the socket of an image
 READY = b"."
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is wanted of an image whose file has `length` bytes.
+class DecodeRequest:
+    """How to decode a file.
 
     Attributes:
-        size: edge of the square that the model sees, in pixels; so many RGB pixels come back.
-        policy: see `Owl2ImageProcessor`, as for `mean`.
-        max_pixels: of the image.
-        memory: bytes, beside what the process has.
-        seconds: from its beginning; then the process is gone.
+        length: Bytes of the file.
+        size: Edge of the square that the model sees, in pixels; the reply has this size.
+        policy, mean: As in `Owl2ImageProcessor`.
+        max_pixels: Of the image.
+        memory: Bytes that the decoder may allocate.
+        timeout: Seconds until the process is ended.
     """
 
     length: int
@@ -66,113 +67,110 @@ class Job:
     mean: tuple[float, ...]
     max_pixels: int
     memory: int
-    seconds: float
+    timeout: float
 
     def pack(self) -> bytes:
-        """The head of the message."""
+        """The header with its length."""
         header = json.dumps(asdict(self)).encode()
         return LENGTH.pack(len(header)) + header
 
 
-def receive(connection: socket.socket, length: int) -> bytes:
-    """So many bytes.
+def receive_exactly(connection: socket.socket, length: int) -> bytes:
+    """Receive `length` bytes.
 
     Raises:
-        EOFError: there are fewer.
+        EOFError: The connection was closed before.
     """
-    parts = []
+    chunks = []
     while length:
-        part = connection.recv(min(length, 2**20))
-        if not part:
+        chunk = connection.recv(min(length, 2**20))
+        if not chunk:
             raise EOFError
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
+        chunks.append(chunk)
+        length -= len(chunk)
+    return b"".join(chunks)
+
+
+def receive_sized(connection: socket.socket) -> bytes:
+    """Receive a length and as many bytes. Raises EOFError."""
+    [length] = LENGTH.unpack(receive_exactly(connection, LENGTH.size))
+    return receive_exactly(connection, length)
 
 
 def main(control: socket.socket) -> None:
-    """Fork a decoder for each socket that comes, until the server is gone."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets those that have ended
-    Image.init()  # or each decoder would import the formats
+    """Fork a decoder for each socket that arrives, until the server closes the connection."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps ended decoders
+    Image.init()  # otherwise every decoder would import the formats
     gc.collect()
     gc.freeze()
-    with suppress(ConnectionError):  # the server has ended before it asked for anything
+    with suppress(ConnectionError):  # the server has ended already
         control.sendall(READY)
-        while _fork_one(control):
-            pass
+        while True:
+            message, sockets, _, _ = socket.recv_fds(control, len(FORK), 1)
+            if not message:
+                break
+            if os.fork() == 0:
+                control.close()
+                _run_decoder(socket.socket(fileno=sockets[0]))
+            os.close(sockets[0])
 
 
-def _fork_one(control: socket.socket) -> bool:
-    """Wait for a job's socket; False: the server is gone."""
-    call, sockets, _, _ = socket.recv_fds(control, len(CALL), 1)
-    if not call:
-        return False
-    if os.fork() == 0:
-        control.close()
-        _decode_and_end(socket.socket(fileno=sockets[0]))
-    os.close(sockets[0])
-    return True
-
-
-def _decode_and_end(connection: socket.socket) -> NoReturn:
-    # Not through the interpreter's end: that is the nursery's.
-    code = 1
+def _run_decoder(connection: socket.socket) -> NoReturn:
+    exit_code = 1
     try:
-        job = Job(**json.loads(receive(connection, LENGTH.unpack(receive(connection, 4))[0])))
-        _confine(job)
-        status, reply = _decode(job, receive(connection, job.length))
+        request = DecodeRequest(**json.loads(receive_sized(connection)))
+        _restrict_process(request)
+        status, reply = _decode(request, receive_exactly(connection, request.length))
         connection.sendall(status + LENGTH.pack(len(reply)) + reply)
-        code = 0
+        exit_code = 0
     finally:
-        os._exit(code)
+        os._exit(exit_code)  # without the clean-up of the fork server's interpreter
 
 
-def _confine(job: Job) -> None:
-    signal.setitimer(signal.ITIMER_REAL, job.seconds)  # its signal ends the process
-    with suppress(OSError):  # no such file outside Linux: if memory is short, this one goes first
+def _restrict_process(request: DecodeRequest) -> None:
+    signal.setitimer(signal.ITIMER_REAL, request.timeout)  # its signal ends the process
+    with suppress(OSError):  # only on Linux: the first process to be killed if memory runs out
         Path("/proc/self/oom_score_adj").write_text("1000")
-    # What decoders complain of is said in the reply; clients are not to fill the log.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
+    # Decoders print warnings; clients must not be able to fill the log.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
     limits = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: 0,
-        resource.RLIMIT_AS: _own_size() + job.memory,
+        resource.RLIMIT_AS: _address_space() + request.memory,
     }
     if sys.platform != "linux":
-        del limits[resource.RLIMIT_AS]  # macOS refuses it
-    for what, limit in limits.items():
-        resource.setrlimit(what, (limit, limit))
+        del limits[resource.RLIMIT_AS]  # macOS does not support it
+    for kind, limit in limits.items():
+        resource.setrlimit(kind, (limit, limit))
 
 
-def _own_size() -> int:
-    """Bytes of this process's address space; 0 where the system does not tell."""
+def _address_space() -> int:
+    """Bytes of this process's address space; 0 where /proc does not exist."""
     with suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        return pages * mmap.PAGESIZE
+        return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     return 0
 
 
-def _decode(job: Job, data: bytes) -> tuple[bytes, bytes]:
+def _decode(request: DecodeRequest, data: bytes) -> tuple[bytes, bytes]:
     try:
         processor = Owl2ImageProcessor(
-            job.size, job.policy, job.mean, (1.0, 1.0, 1.0), max_pixels=job.max_pixels
+            request.size,
+            request.policy,
+            request.mean,
+            (1.0, 1.0, 1.0),
+            max_pixels=request.max_pixels,
         )
-        image = processor.to_square(load_image(data, job.max_pixels))
-        return IMAGE, image.tobytes()
+        image = processor.to_square(load_image(data, request.max_pixels))
+        return DECODED, image.tobytes()
     except (InputError, MemoryError) as error:
-        if _is_of_memory(error):
-            return HUGE, b"The image takes too much memory to decode: make it smaller."
-        is_huge = isinstance(error, InputError) and error.code == ErrorCode.IMAGE_TOO_LARGE
-        return HUGE if is_huge else BROKEN, str(error).encode("utf-8", "backslashreplace")
-
-
-def _is_of_memory(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, MemoryError):
-        error = error.__cause__
-    return error is not None
+        code = error.code if isinstance(error, InputError) else ErrorCode.OUT_OF_MEMORY
+        if code == ErrorCode.OUT_OF_MEMORY:
+            return TOO_LARGE, b"The image needs too much memory to decode. Reduce its size."
+        status = TOO_LARGE if code == ErrorCode.IMAGE_TOO_LARGE else INVALID
+        return status, str(error).encode("utf-8", "backslashreplace")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Everything that can go wrong with a request, in OpenAI's shape: `{"error": {...}}`.
+"""Errors of the API in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`.
 
 ::
 
-    routes, images, engine ──ApiError, InputError, …──► as_api_error ──► status and ErrorReply
+    routes, images, engine ──ApiError, InputError, ...──► as_api_error ──► status and ErrorResponse
 
-What a client can cause is a 4xx, what the server is too small for a 429 or 503. Anything else is a
-code of ours: it is logged whole, and the client learns no more than that.
+Errors that a client can cause have a 4xx status, an overloaded server has 429 or 503. Everything
+else is a bug: it is logged with its traceback, and the client only receives a 500.
 
-The shape is that of https://platform.openai.com/docs/guides/error-codes: clients choose their class
-of exception by the status.
+OpenAI's client selects the class of its exception by the status, see
+https://platform.openai.com/docs/guides/error-codes.
 """
 
 import logging
@@ -27,18 +27,18 @@ from owl2.errors import ErrorCode, InputError
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 200  # characters of a value that an error repeats, at most
-LONGEST = 1000  # characters of a message: what others wrote of an error may repeat more
+MAX_VALUE_LENGTH = 200  # characters of a value that a message quotes
+MAX_MESSAGE_LENGTH = 1000
 
 
-class ErrorDetail(BaseModel):
-    """What was wrong.
+class ErrorInfo(BaseModel):
+    """An error.
 
     Attributes:
-        message: for a person: what, where, and what to do.
-        type: the family, by the status.
-        param: the field of the request, as `messages.0.content`.
-        code: for a program.
+        message: What is wrong, where, and what to do.
+        type: The kind of the status.
+        param: The field of the request, such as `messages.0.content`.
+        code: The error for programs.
     """
 
     message: str
@@ -47,14 +47,14 @@ class ErrorDetail(BaseModel):
     code: str | None = None
 
 
-class ErrorReply(BaseModel):
-    """The body of every reply whose status is 400 or above."""
+class ErrorResponse(BaseModel):
+    """The body of every response with a status of 400 or above."""
 
-    error: ErrorDetail
+    error: ErrorInfo
 
 
 class ApiError(Exception):
-    """A request ends with this status; raised by whatever finds out."""
+    """Ends a request with a status and an `ErrorResponse`."""
 
     def __init__(
         self,
@@ -74,145 +74,123 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        """OpenAI's name of the family."""
+        """OpenAI's name for the kind of the status."""
         if self.status == HTTPStatus.TOO_MANY_REQUESTS:
             return "rate_limit_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
 
     def body(self) -> dict[str, Any]:
-        """`{"error": {...}}`: the reply, or an event of a stream that has begun."""
-        detail = ErrorDetail(
-            message=_plain(_shortened(self.message, LONGEST)),
+        """The body of the response; also an event of a stream that has started."""
+        error = ErrorInfo(
+            message=_encodable(_shorten(self.message, MAX_MESSAGE_LENGTH)),
             type=self.type,
-            param=None if self.param is None else _plain(self.param),
+            param=None if self.param is None else _encodable(self.param),
             code=self.code,
         )
-        return ErrorReply(error=detail).model_dump()
+        return ErrorResponse(error=error).model_dump()
 
     def response(self) -> JSONResponse:
-        """The whole reply."""
+        """The complete response."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-# ------------------------------------------------------------------ the server is too small
-
-
-def too_busy(waiting: int, seconds: int = 1) -> ApiError:
-    """As many wait as may. `seconds`: after which to ask again."""
+def too_busy(reason: str, retry_after: int = 1) -> ApiError:
+    """429. `retry_after`: seconds."""
     return ApiError(
         429,
-        f"The server is busy: {waiting} requests wait already. Ask again in a moment.",
+        f"The server is busy: {reason}. Retry later.",
         code="rate_limit_exceeded",
-        headers={"Retry-After": str(seconds)},
+        headers={"Retry-After": str(retry_after)},
     )
 
 
-def too_slow(seconds: float) -> ApiError:
-    """A request was not finished in its time."""
+def timed_out(seconds: float) -> ApiError:
+    """503: a request did not finish in its time."""
     return ApiError(
         503,
-        f"The request was not finished within {seconds:g} seconds and was given up. Ask for fewer "
-        "tokens, or when the server is less busy.",
+        f"The request was aborted because it did not finish within {seconds:g} seconds. Request "
+        "fewer tokens, or retry when the server is less busy.",
         code="timeout",
     )
 
 
-def closing() -> ApiError:
-    """The server ends."""
+def shutting_down() -> ApiError:
+    """503: the server does not accept requests any more."""
     return ApiError(
         503,
-        "The server is shutting down and takes no new requests. Ask again, or another server.",
+        "The server is shutting down and accepts no new requests. Retry later or elsewhere.",
         code="shutting_down",
         headers={"Retry-After": "10"},
     )
 
 
-# ------------------------------------------------------------------ any exception → ApiError
-
-
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of an exception. What is our own code is logged here."""
+    """The error that a client receives for an exception; bugs are logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
         code = "context_length_exceeded" if error.code == ErrorCode.TOO_LONG else None
         return ApiError(400, str(error), code=code)
     if isinstance(error, RequestValidationError):
-        return _of_validation(error.errors())
+        return _from_validation(error.errors())
     if isinstance(error, HTTPException):
-        return _of_http(error)
+        # From Starlette and FastAPI: 400 is a body that is not UTF-8, is nested too deeply or
+        # contains a number without end.
+        codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
+        code = codes.get(error.status_code)
+        return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
     logger.error("A request failed.", exc_info=error)
-    return ApiError(500, "Something went wrong in the server; its log says what.")
+    return ApiError(500, "Internal server error; the log of the server has the details.")
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make every error of `app` an `ErrorReply`."""
+    """Respond to every exception in `app` with an `ErrorResponse`."""
 
-    async def reply(request: Request, error: Exception) -> JSONResponse:
+    async def respond(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
     for kind in (ApiError, InputError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, reply)
+        app.add_exception_handler(kind, respond)
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses`: these statuses, each with an `ErrorReply`."""
+    """`responses` of a route: these statuses, each with an `ErrorResponse`."""
     return {
-        status: {"model": ErrorReply, "description": HTTPStatus(status).phrase}
+        status: {"model": ErrorResponse, "description": HTTPStatus(status).phrase}
         for status in statuses
     }
 
 
-def _of_http(error: HTTPException) -> ApiError:
-    """Starlette's own: an unknown path, a wrong method, a body that is no JSON."""
-    # 400: FastAPI's word on a body that is no UTF-8, too deep, or has a number of no end.
-    codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
-    return ApiError(
-        error.status_code,
-        str(error.detail),
-        code=codes.get(error.status_code),
-        headers=error.headers,
-    )
-
-
-def _of_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first problem of a body that does not fit; OpenAI's servers say 400, not 422."""
+def _from_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+    """400 with the first problem of a body; OpenAI's servers do not use 422."""
     first = problems[0]
-    # Of a kind of part, pydantic names the kind before the field of that name.
-    places = [str(place) for place, _ in groupby(first["loc"])]
+    # pydantic repeats the name where a field and the tag of its type are equal.
+    location = [str(step) for step, _ in groupby(first["loc"])]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "it cannot be parsed")
-        return ApiError(400, f"The body is no JSON: {reason}.", code="invalid_json")
-    if places == ["body"] and first["type"] != "value_error":
-        message = "Send a JSON object, with the header 'Content-Type: application/json'."
+        return ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json")
+    if location == ["body"] and first["type"] != "value_error":
+        message = "Send a JSON object with the header 'Content-Type: application/json'."
         return ApiError(400, message, code="invalid_json")
-    param = ".".join(places[1:]) or None
+    param = ".".join(location[1:]) or None
     where = f"'{param}'" if param else "The body"
-    message = f"{where}: {_lower(str(first['msg']).removeprefix('Value error, '))}"
-    given = first.get("input")
-    if isinstance(given, (bool, int, float, str)) and given != "":
-        message += f" (it is {_shown(given)})"
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    message = f"{where}: {reason[:1].lower()}{reason[1:]}"
+    value = first.get("input")
+    if isinstance(value, (bool, int, float, str)) and value != "":
+        # Python does not convert integers with thousands of digits to text.
+        is_huge = isinstance(value, int) and abs(value) >= 10**MAX_VALUE_LENGTH
+        message += f" (got {'a huge number' if is_huge else _shorten(repr(value))})"
     if len(problems) > 1:
-        message += f"; {len(problems) - 1} more of the kind"
+        message += f"; {len(problems) - 1} more errors"
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ApiError(400, f"{message}.", code=code, param=param)
 
 
-def _lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _shorten(text: str, length: int = MAX_VALUE_LENGTH) -> str:
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
-def _shown(value: object) -> str:
-    # Python writes no integers of more than some thousand digits.
-    if isinstance(value, int) and abs(value) >= 10**SHOWN:
-        return "a huge number"
-    return _shortened(repr(value), SHOWN)
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"
-
-
-def _plain(text: str) -> str:
-    """Without halves of characters, which cannot be sent."""
+def _encodable(text: str) -> str:
+    """Text without lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,9 +1,10 @@
-"""Images' files → small RGB images, decoded in processes of their own.
+"""Image files ──► small RGB images, decoded in separate processes.
 
-A decoder is C code on a stranger's bytes. Here it can crash, hang or fill memory, and the request
-gets a 400 and no other one notices (`nursery` says how the processes come about).
+Image decoders are C code that processes untrusted bytes. If one crashes, hangs or exhausts its
+memory, only its own request fails, with status 400. `decode_forkserver` starts the processes.
 """
 
+import asyncio
 import atexit
 import os
 import socket
@@ -11,25 +12,26 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 from PIL import Image
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve import decode_forkserver
+from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
-from owl2.serve.limits import Limits
 
-START_SECONDS = 120  # importing takes some, on a busy machine more
-GRACE_SECONDS = 5.0  # after which a decoder that did not end itself is taken to be stuck
-LONGEST = 10_000  # bytes of a sentence that says what is wrong
-CODES = {decode_forkserver.BROKEN: "invalid_image", decode_forkserver.HUGE: "image_too_large"}
+START_SECONDS = 120  # imports are slow on a busy machine
+GRACE_SECONDS = 5.0  # until a decoder that has not ended itself counts as stuck
+MAX_MESSAGE_BYTES = 10_000
+CODES = {decode_forkserver.INVALID: "invalid_image", decode_forkserver.TOO_LARGE: "image_too_large"}
 
-# A decoder's environment: what Python needs to start, and no secrets.
+# The environment of decoders: what Python needs to start, and no secrets.
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONHOME")
 _SET = {
-    "OMP_NUM_THREADS": "1",  # a process that is forked must have no threads
+    "OMP_NUM_THREADS": "1",  # a process must have no threads when it is forked
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -37,125 +39,161 @@ _SET = {
 }
 
 
-class Decoders:
-    """Decodes as many images at a time as threads call it.
+class SandboxedImageDecoder:
+    """Decodes images in separate processes, `image_decoders` at a time.
 
     Args:
-        like: whose square images are wanted; given one of them, it gives the pixels that it
-            gives for the file.
+        processor: The decoded squares have its size and policy; it makes the same pixel values of
+            them as of the files.
 
     Raises:
-        InputError: a system without what this needs; `like` refuses its own squares.
+        InputError: The system cannot start such processes, or `max_pixels` of the processor is
+            smaller than its squares.
     """
 
-    def __init__(self, limits: Limits, like: Owl2ImageProcessor) -> None:
+    def __init__(self, limits: ServerLimits, processor: Owl2ImageProcessor) -> None:
         if not hasattr(socket, "send_fds"):
             raise InputError(
-                "Images are decoded in processes that this system cannot make: run the server on "
-                "Linux or macOS, or in WSL."
+                "Images are decoded in processes that this system cannot start: run the server on "
+                "Linux, macOS or WSL.",
+                ErrorCode.UNSUPPORTED,
             )
-        if like.size**2 > like.max_pixels:
+        if processor.size**2 > processor.max_pixels:
             raise InputError(
-                f"max_pixels is {like.max_pixels:,}, fewer than the {like.size}×{like.size} pixels "
-                "that the model sees: raise it."
+                f"max_pixels is {processor.max_pixels:,}, but the model's images have "
+                f"{processor.size}×{processor.size} pixels: raise max_pixels.",
+                ErrorCode.INVALID_VALUE,
             )
         self._limits = limits
-        self._like = like
-        self._max_pixels = min(limits.pixels, like.max_pixels)
+        self._processor = processor
+        self._max_pixels = min(limits.max_image_pixels, processor.max_pixels)
+        self._pool = ThreadPoolExecutor(limits.image_decoders, "owl2-image")
 
     def start(self) -> None:
-        """Begin what takes seconds: the first image will not wait for it."""
-        _nursery().start()
+        """Start the fork server, so that the first image does not wait for it."""
+        fork_server().start()
 
-    def decode(self, data: bytes) -> Image.Image:
-        """An image's file → the (size, size) RGB image that the model sees.
+    def close(self) -> None:
+        """Accept no more images; does not wait for the current ones."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def decode(self, data: bytes) -> Image.Image:
+        """`decode_sync` in a thread, after a check of the file size.
 
         Raises:
-            ApiError: 400: no image, a broken or a huge one, one that takes too much memory or
-                time, or that ended its decoder.
+            ApiError: 400.
         """
-        limits = self._limits
-        size = self._like.size
-        job = decode_forkserver.Job(
+        limit = self._limits.max_image_bytes
+        if len(data) > limit:
+            raise ApiError(
+                400,
+                f"The image has {len(data):,} bytes; the limit of this server is {limit:,}.",
+                code="image_too_large",
+            )
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self.decode_sync, data)
+
+    def decode_sync(self, data: bytes) -> Image.Image:
+        """An image file → the (size, size) RGB image that the model sees.
+
+        Raises:
+            ApiError: 400: not an image, corrupt, too large, or its decoder exceeded the limits on
+                memory or time or crashed.
+        """
+        timeout = self._limits.image_decode_timeout
+        size = self._processor.size
+        request = decode_forkserver.DecodeRequest(
             length=len(data),
             size=size,
-            policy=self._like.policy,
-            mean=self._like.image_mean,
+            policy=self._processor.policy,
+            mean=self._processor.image_mean,
             max_pixels=self._max_pixels,
-            memory=limits.image_memory,
-            seconds=limits.image_seconds,
+            memory=self._limits.image_decode_memory,
+            timeout=timeout,
         )
-        with _nursery().open() as connection:
-            begin = time.monotonic()
-            connection.settimeout(limits.image_seconds + GRACE_SECONDS)
+        with fork_server().fork() as connection:
+            start = time.monotonic()
+            connection.settimeout(timeout + GRACE_SECONDS)
             try:
-                connection.sendall(job.pack() + data)
-                status = decode_forkserver.receive(connection, 1)
-                [length] = decode_forkserver.LENGTH.unpack(decode_forkserver.receive(connection, 4))
-                fits = (
-                    length == 3 * size * size
-                    if status == decode_forkserver.IMAGE
-                    else length < LONGEST
-                )
-                if not fits:
+                connection.sendall(request.pack() + data)
+                status = decode_forkserver.receive_exactly(connection, 1)
+                header = decode_forkserver.receive_exactly(connection, 4)
+                [length] = decode_forkserver.LENGTH.unpack(header)
+                is_image = status == decode_forkserver.DECODED
+                if length != 3 * size**2 if is_image else length >= MAX_MESSAGE_BYTES:
                     raise EOFError(f"a reply of {length} bytes")
-                reply = decode_forkserver.receive(connection, length)
+                reply = decode_forkserver.receive_exactly(connection, length)
             except (EOFError, OSError) as error:
-                slow = time.monotonic() - begin >= limits.image_seconds
-                raise _gave_up(limits.image_seconds if slow else None) from error
-        if status != decode_forkserver.IMAGE:
-            code = CODES.get(status, CODES[decode_forkserver.BROKEN])
+                if time.monotonic() - start >= timeout:
+                    raise ApiError(
+                        400,
+                        f"The image takes longer than {timeout:g} seconds to decode. Reduce its "
+                        "size.",
+                        code="image_too_large",
+                    ) from error
+                raise ApiError(
+                    400,
+                    "The image cannot be decoded: its decoder crashed. The file may be corrupt or "
+                    "malicious; save it again as PNG.",
+                    code="invalid_image",
+                ) from error
+        if not is_image:
+            code = CODES.get(status, "invalid_image")
             raise ApiError(400, reply.decode("utf-8", "replace"), code=code)
         return Image.frombytes("RGB", (size, size), reply)
 
 
-def _gave_up(seconds: float | None) -> ApiError:
-    """`seconds`: that it had, if that was the reason."""
-    if seconds is not None:
-        message = f"The image takes longer than {seconds:g} seconds to decode: make it smaller."
-        return ApiError(400, message, code=CODES[decode_forkserver.HUGE])
-    message = (
-        "The image cannot be decoded: the process that tried it ended. It may be broken, or made "
-        "to do harm; save it anew, as PNG."
-    )
-    return ApiError(400, message, code=CODES[decode_forkserver.BROKEN])
+class ForkServer:
+    """The process that decoders are forked from; it is restarted if it has ended.
 
-
-class Nursery:
-    """The process that decoders are forked from; begun anew where it has ended."""
+    Attributes:
+        pid: Of the process; None before the first start.
+    """
 
     def __init__(self) -> None:
+        self.pid: int | None = None
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._ready = False
+        self._is_ready = False
 
     def start(self) -> None:
-        """Begin it, unless it runs; without waiting for it."""
+        """Start the process unless it runs; does not wait for it."""
         with self._lock:
             self._start()
 
-    def open(self) -> socket.socket:
-        """A socket with a new decoder at its other end."""
+    def fork(self) -> socket.socket:
+        """A socket that is connected to a new decoder."""
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
-            for again in (True, False):
+            for is_last_attempt in (False, True):
                 control = self._start()
                 try:
-                    self._wait(control)
-                    socket.send_fds(control, [decode_forkserver.CALL], [theirs.fileno()])
+                    if not self._is_ready and not control.recv(1):
+                        raise ConnectionError("the fork server of image decoders did not start")
+                    self._is_ready = True
+                    socket.send_fds(control, [decode_forkserver.FORK], [theirs.fileno()])
                     break
                 except OSError:
-                    self._end()
-                    if not again:
+                    self._stop()
+                    if is_last_attempt:
                         ours.close()
                         raise
         return ours
 
-    def close(self) -> None:
-        """End it."""
+    def close(self) -> int | None:
+        """End the process by closing its connection; its exit code, None if it does not run."""
         with self._lock:
-            self._end()
+            if self._control is None or self._process is None:
+                return None
+            self._control.close()
+            self._control = None
+            return self._process.wait(START_SECONDS)
+
+    def kill(self) -> None:
+        """Kill the process."""
+        with self._lock:
+            self._stop()
 
     def _start(self) -> socket.socket:
         if self._control is not None:
@@ -168,19 +206,15 @@ class Nursery:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=_environment(),
-                start_new_session=True,  # Ctrl-C in a terminal is the server's business
+                env=decoder_environment(),
+                start_new_session=True,  # Ctrl-C in a terminal must only reach the server
             )
+        self.pid = self._process.pid
         ours.settimeout(START_SECONDS)
-        self._control, self._ready = ours, False
+        self._control, self._is_ready = ours, False
         return ours
 
-    def _wait(self, control: socket.socket) -> None:
-        if not self._ready and not control.recv(1):
-            raise ConnectionError("the process that decodes images did not start")
-        self._ready = True
-
-    def _end(self) -> None:
+    def _stop(self) -> None:
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -191,14 +225,15 @@ class Nursery:
 
 
 @cache
-def _nursery() -> Nursery:
-    """The process's one: it knows no settings, those are sent with each image."""
-    process = Nursery()
-    atexit.register(process.close)
-    return process
+def fork_server() -> ForkServer:
+    """The fork server of this process. It has no settings; each request brings its own."""
+    server = ForkServer()
+    atexit.register(server.kill)
+    return server
 
 
-def _environment() -> dict[str, str]:
+def decoder_environment() -> dict[str, str]:
+    """The environment variables of decoders."""
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    path = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
     return kept | _SET | {"PYTHONPATH": path}

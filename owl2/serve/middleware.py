@@ -1,143 +1,169 @@
-"""What a request passes before anything is made of it: its key, and the size of its body.
+"""ASGI middlewares: API keys and body limits, and the log and metrics of requests.
 
 ::
 
-    request ──key──► 401 ──length, seconds──► 413, 408 ──► the application, with the body in hand
+    request ──► log, count ──► API key: 401 ──► size and time of the body: 413, 408 ──► application
 
-An ASGI middleware: the application itself would read all of a body before it asks for the key.
+The application would read the whole body before it could check the key; the middleware checks the
+key first and passes the body on when it is complete.
 """
 
 import asyncio
+import logging
+import time
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from owl2.serve.auth import Keys
-from owl2.serve.errors import ApiError
-from owl2.serve.limits import Limits
+from owl2.serve.auth import ApiKeys
+from owl2.serve.config import ServerLimits
+from owl2.serve.errors import ApiError, as_api_error, too_busy
+from owl2.serve.metrics import Metrics
+
+WEB_PATH = "/web"
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected; only metrics show it
+
+logger = logging.getLogger(__name__)
 
 
-class Door:
-    """The middleware; `app.add_middleware(Door, limits=..., keys=..., free=...)`.
+class AuthAndBodyLimitMiddleware:
+    """Rejects requests without a valid key, and bodies that are too large or too slow.
 
     Args:
-        keys: None: everyone may ask.
-        free: paths, with what is below them, that need no key and whose bodies are their own
-            business. Every other path is closed.
+        api_keys: None: every client is accepted.
+        public_paths: Paths that need no key and check their own bodies, with everything below them.
+            All other paths are protected.
     """
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, keys: Keys | None = None, free: Sequence[str] = ()
+        self,
+        app: ASGIApp,
+        limits: ServerLimits,
+        api_keys: ApiKeys | None = None,
+        public_paths: Sequence[str] = (),
     ) -> None:
         self._app = app
         self._limits = limits
-        self._keys = keys
-        self._free = tuple(path.rstrip("/") for path in free)
-        self._held = 0  # bytes of bodies whose requests are not finished
+        self._api_keys = api_keys
+        self._public_paths = tuple(path.rstrip("/") for path in public_paths)
+        self._inflight_bytes = 0  # bodies of unfinished requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_free(scope):
+        if scope["type"] != "http" or self._is_public(scope):
             await self._app(scope, receive, send)
             return
-        body = _Body()
+        chunks: list[bytes] = []
+        size = 0
         try:
             try:
-                has_come = await self._take(scope, receive, body)
-            except ApiError as error:
-                await error.response()(scope, receive, send)
+                self._check_headers(Headers(scope=scope))
+                async with asyncio.timeout(self._limits.body_timeout):
+                    more = True
+                    while more:
+                        message = await receive()
+                        if message["type"] == "http.disconnect":
+                            return
+                        chunks.append(message.get("body", b""))
+                        size += len(chunks[-1])
+                        self._inflight_bytes += len(chunks[-1])
+                        self._check_size(size)
+                        more = message.get("more_body", False)
+            except (ApiError, TimeoutError) as error:
+                rejection = error if isinstance(error, ApiError) else self._too_slow()
+                await rejection.response()(scope, receive, send)
                 return
-            if has_come:
-                await self._app(scope, _with_body(body.joined(), receive), send)
+            body = b"".join(chunks)
+            chunks.clear()
+            await self._app(scope, _replay(body, receive), send)
         finally:
-            self._held -= body.size
+            self._inflight_bytes -= size
 
-    def _is_free(self, scope: Scope) -> bool:
+    def _is_public(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        return any(path == free or path.startswith(f"{free}/") for free in self._free)
+        return any(path == public or path.startswith(f"{public}/") for public in self._public_paths)
 
-    async def _take(self, scope: Scope, receive: Receive, body: "_Body") -> bool:
-        """Fill `body`; False: the client left.
-
-        Raises:
-            ApiError: it may not come in.
-        """
-        headers = Headers(scope=scope)
-        if self._keys is not None:
+    def _check_headers(self, headers: Headers) -> None:
+        if self._api_keys is not None:
             given = headers.get("authorization")
-            self._keys.check(None if given is None else given.encode("latin-1"))
+            self._api_keys.check(None if given is None else given.encode("latin-1"))
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self._limits.body_bytes:
-            raise self._too_large()
-        seconds = self._limits.body_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._read(receive, body)
-        except TimeoutError as error:
+        if length.isdecimal():
+            self._check_size(int(length[:20]), is_announced=True)
+
+    def _check_size(self, size: int, is_announced: bool = False) -> None:
+        if size > self._limits.max_body_bytes:
             raise ApiError(
-                408,
-                f"The body of the request did not come within {seconds:g} seconds.",
-                code="body_too_slow",
-                headers={"Connection": "close"},
-            ) from error
+                413,
+                f"The request body is larger than the limit of {self._limits.max_body_bytes:,} "
+                "bytes. Send fewer or smaller images.",
+                code="body_too_large",
+            )
+        if not is_announced and self._inflight_bytes > self._limits.max_inflight_bytes:
+            raise too_busy("the bodies of unfinished requests have reached their total limit")
 
-    async def _read(self, receive: Receive, body: "_Body") -> bool:
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return False
-            chunk = message.get("body", b"")
-            body.add(chunk)
-            self._held += len(chunk)
-            if body.size > self._limits.body_bytes:
-                raise self._too_large()
-            if self._held > self._limits.held_bytes:
-                raise ApiError(
-                    429,
-                    "The server is busy: it has no more room for requests of this size. Ask again "
-                    "in a moment.",
-                    code="rate_limit_exceeded",
-                    headers={"Retry-After": "1"},
-                )
-            more = message.get("more_body", False)
-        return True
-
-    def _too_large(self) -> ApiError:
+    def _too_slow(self) -> ApiError:
         return ApiError(
-            413,
-            f"The body of the request is larger than {self._limits.body_bytes:,} bytes, which is "
-            "this server's limit. Send fewer or smaller images.",
-            code="body_too_large",
+            408,
+            f"The request body did not arrive within {self._limits.body_timeout:g} seconds.",
+            code="body_too_slow",
+            headers={"Connection": "close"},
         )
 
 
-class _Body:
-    """What has come of a body so far."""
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns the body once, and then the messages of the original one."""
+    is_sent = False
 
-    def __init__(self) -> None:
-        self.size = 0
-        self._chunks: list[bytes] = []
-
-    def add(self, chunk: bytes) -> None:
-        self.size += len(chunk)
-        self._chunks.append(chunk)
-
-    def joined(self) -> bytes:
-        """All of it, which is not kept here any longer."""
-        chunks, self._chunks = self._chunks, []
-        return b"".join(chunks)
-
-
-def _with_body(body: bytes, receive: Receive) -> Receive:
-    """`receive` as it was before the body was read; after it comes only that the client left."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
+    async def receive_again() -> Message:
+        nonlocal is_sent
+        if is_sent:
             return await receive()
-        given = True
+        is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return receive_again
+
+
+class RequestLogMiddleware:
+    """Counts requests by route and status, and logs one line for each.
+
+    The line contains the pattern of the route and nothing that the client sent: no key, no text.
+    Unexpected exceptions become a response here. Starlette would raise them again after its
+    response, and the server would close a connection that the client keeps for reuse.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        status = 0
+
+        async def record_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, record_status)
+        except Exception as error:  # a bug in the server; as_api_error logs it
+            if status:
+                raise  # the response has started: the connection must be closed
+            await as_api_error(error).response()(scope, receive, record_status)
+        finally:
+            # The page consists of a hundred files: one route, and logged at a lower level.
+            is_page = scope["path"].startswith(f"{WEB_PATH}/")
+            route = WEB_PATH if is_page else getattr(scope.get("route"), "path", "none")
+            status = status or CLIENT_CLOSED_REQUEST
+            self._metrics.requests.labels(route, status).inc()
+            client = scope["client"][0] if scope.get("client") else "-"
+            seconds = time.perf_counter() - start
+            level = logging.DEBUG if is_page else logging.INFO
+            line = "%s %s %s %d %.2f s"
+            logger.log(level, line, client, scope["method"], route, status, seconds)

@@ -1,9 +1,9 @@
-"""What a request may hold: OpenAI's chat completions, as far as this model can do it.
+"""Requests and responses of OpenAI's chat completions, as far as the model supports them.
 
-The fields and their ranges are those of https://platform.openai.com/docs/api-reference/chat. Types
-are strict where OpenAI's are ("5" is no number), every number has bounds, and unknown fields are
-ignored, as servers of this kind do: clients send what other servers know. What is known, would
-change the answer and cannot be done is refused instead, so that nobody believes that it was done.
+Fields and ranges follow https://platform.openai.com/docs/api-reference/chat, names follow vLLM's
+protocol. Types are strict ("5" is not a number), and every number has bounds. Unknown fields are
+ignored, because clients send fields that other servers support. A known field that would change the
+answer but is not supported is rejected.
 """
 
 from typing import Annotated, Any, Literal
@@ -18,27 +18,20 @@ from pydantic import (
     model_validator,
 )
 
-MAX_TOKENS = 1_000_000  # beyond any context; the server's own limit is far below
-MAX_ANSWERS = 128
+from owl2.engine.sampling import MAX_SEED, MAX_TOP_LOGPROBS
+from owl2.serve.config import MAX_N, MAX_TOKENS
+
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
-MAX_STOPS = 16
-MAX_SCORES = 20
-LARGEST_SEED = 2**63 - 1  # OpenAI's
-ENGINE_SEEDS = 2**32  # the engine's are from 0 to below this
-UNSUPPORTED = (
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "tools",
-    "functions",
-)
+MAX_STOP_STRINGS = 16
+MAX_OPENAI_SEED = 2**63 - 1
+UNSUPPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "tools", "functions")
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+NonEmptyStr = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
-class Strict(BaseModel):
-    """Types are not converted; unknown fields are ignored; no number is infinite."""
+class OpenAIBaseModel(BaseModel):
+    """Values are not converted, unknown fields are ignored, numbers are finite."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
 
@@ -46,100 +39,102 @@ class Strict(BaseModel):
 # ------------------------------------------------------------------ messages
 
 
-class TextPart(Strict):
-    """A piece of a message's text."""
+class ChatCompletionContentPartTextParam(OpenAIBaseModel):
+    """Text in a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(Strict):
-    """An image: `data:image/...;base64,...`, or where it is fetched from if the server may.
+class ImageURL(OpenAIBaseModel):
+    """An image: `data:image/...;base64,...`, or an http(s) URL if the server allows it.
 
-    `detail` is taken and has no effect: the model sees all images in one size.
+    `detail` has no effect: the model resizes every image to the same size.
     """
 
     url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class ImagePart(Strict):
+class ChatCompletionContentPartImageParam(OpenAIBaseModel):
     """An image in a message."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: ImageURL
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+def _string_to_parts(content: Any) -> Any:
+    if isinstance(content, str):
+        return [ChatCompletionContentPartTextParam(type="text", text=content)]
+    return content
 
 
-def _as_parts(content: Any) -> Any:
-    return [TextPart(type="text", text=content)] if isinstance(content, str) else content
-
-
-def _as_list(value: Any) -> Any:
+def _string_to_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS)]
-Content = Annotated[Parts, BeforeValidator(_as_parts, json_schema_input_type=str | Parts)]
-Stop = Annotated[
-    list[Name],
-    Field(max_length=MAX_STOPS),
-    BeforeValidator(
-        _as_list, json_schema_input_type=Name | Annotated[list[Name], Field(max_length=MAX_STOPS)]
-    ),
+Parts = Annotated[
+    list[
+        Annotated[
+            ChatCompletionContentPartTextParam | ChatCompletionContentPartImageParam,
+            Field(discriminator="type"),
+        ]
+    ],
+    Field(min_length=1, max_length=MAX_PARTS),
 ]
+StopStrings = Annotated[list[NonEmptyStr], Field(max_length=MAX_STOP_STRINGS)]
 
 
-class ChatMessage(Strict):
-    """A turn; a content that is a string is one part. `developer` is OpenAI's newer name of
-    `system`."""
+class ChatCompletionMessageParam(OpenAIBaseModel):
+    """A message. A string as content is one text part; `developer` is a synonym of `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-
-    @property
-    def images(self) -> list[ImageUrl]:
-        """In order of appearance."""
-        return [part.image_url for part in self.content if isinstance(part, ImagePart)]
+    content: Annotated[Parts, BeforeValidator(_string_to_parts, json_schema_input_type=str | Parts)]
 
 
 # ------------------------------------------------------------------ the request
 
 
-class StreamOptions(Strict):
-    """`include_usage`: counts of tokens in a last chunk."""
+class StreamOptions(OpenAIBaseModel):
+    """`include_usage`: the last chunk has the numbers of tokens."""
 
     include_usage: bool = False
 
 
-class ResponseFormat(Strict):
-    """Only text: the model's words are not forced into a form."""
+class ResponseFormat(OpenAIBaseModel):
+    """Only plain text is supported."""
 
     type: Literal["text"]
 
 
-class ChatRequest(Strict):
+class ChatCompletionRequest(OpenAIBaseModel):
     """`POST /v1/chat/completions`."""
 
-    model: Name
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    model: NonEmptyStr
+    messages: list[ChatCompletionMessageParam] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS, description="not OpenAI's; 0 or -1: all")
-    seed: int | None = Field(None, ge=-LARGEST_SEED - 1, le=LARGEST_SEED)
-    stop: Stop | None = None
-    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
+    top_k: int | None = Field(
+        None, ge=-1, le=MAX_TOKENS, description="Not in OpenAI's API. 0 and -1: all tokens."
+    )
+    seed: int | None = Field(None, ge=-MAX_OPENAI_SEED - 1, le=MAX_OPENAI_SEED)
+    stop: (
+        Annotated[
+            StopStrings,
+            BeforeValidator(_string_to_list, json_schema_input_type=NonEmptyStr | StopStrings),
+        ]
+        | None
+    ) = None
+    n: int | None = Field(None, ge=1, le=MAX_N)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_SCORES)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="taken, and without effect")
+    user: str | None = Field(None, description="Has no effect.")
 
-    # What would change the answer and cannot be done: only what asks for nothing is taken.
+    # Not supported: only values without an effect are accepted.
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
@@ -150,113 +145,119 @@ class ChatRequest(Strict):
 
     @field_validator(*UNSUPPORTED, mode="before")
     @classmethod
-    def _asks_for_nothing(cls, value: Any) -> Any:
-        if value is None or value == [] or value == {}:
+    def _reject_unsupported(cls, value: Any) -> Any:
+        is_zero = isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
+        if value is None or value in ([], {}) or is_zero:
             return value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0:
-            return value
-        raise ValueError("this model cannot do that: leave it out")
+        raise ValueError("this field is not supported by the model; remove it")
 
     @model_validator(mode="after")
-    def _fields_that_need_another(self) -> "ChatRequest":
+    def _check_dependent_fields(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise ValueError("top_logprobs requires logprobs: true")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
+            raise ValueError("stream_options requires stream: true")
         return self
 
     @property
-    def answers(self) -> int:
-        """How many are wanted (`n`)."""
+    def num_answers(self) -> int:
+        """`n`, which defaults to 1."""
         return 1 if self.n is None else self.n
 
     @property
-    def answer_tokens(self) -> int | None:
-        """The limit by its newer name, else by its older one."""
+    def max_answer_tokens(self) -> int | None:
+        """`max_completion_tokens`, or its older name `max_tokens`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def scores(self) -> int | None:
-        """How many tokens' log-probabilities beside the chosen one's; None: none at all."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    def options(self) -> dict[str, Any]:
-        """What `Engine.complete` takes, but `n`; what was not asked for is None or empty."""
-        greedy = self.top_p == 0  # the likeliest token alone; the engine has no nucleus of nothing
-        seed = None if self.seed is None else self.seed % (ENGINE_SEEDS - MAX_ANSWERS)
+    def images(self) -> dict[tuple[int, int], ImageURL]:
+        """The images by the indices of their message and their content part."""
         return {
-            "max_new_tokens": self.answer_tokens,
-            "temperature": 0.0 if greedy else self.temperature,
-            "top_p": None if greedy else self.top_p,
+            (row, column): part.image_url
+            for row, message in enumerate(self.messages)
+            for column, part in enumerate(message.content)
+            if isinstance(part, ChatCompletionContentPartImageParam)
+        }
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Keyword arguments of `Engine.complete`; None: the default of the checkpoint."""
+        is_greedy = self.top_p == 0  # only the most probable token; the engine has no empty nucleus
+        # The engine's range is smaller, and answer i uses the seed `seed` + i.
+        seed = None if self.seed is None else self.seed % (MAX_SEED + 1 - MAX_N)
+        return {
+            "n": self.num_answers,
+            "max_new_tokens": self.max_answer_tokens,
+            "temperature": 0.0 if is_greedy else self.temperature,
+            "top_p": None if is_greedy else self.top_p,
             "top_k": None if self.top_k is None else max(self.top_k, 0),
             "seed": seed,
             "stop": list(self.stop or ()),
-            "top_logprobs": self.scores,
+            "top_logprobs": (self.top_logprobs or 0) if self.logprobs else None,
         }
 
 
-# ------------------------------------------------------------------ replies, for the API's document
+# ------------------------------------------------------------------ responses, for the documentation
 
 
-class Score(BaseModel):
-    """A token's log-probability; `bytes`: of its UTF-8."""
+class ChatCompletionLogProb(BaseModel):
+    """The log-probability of a token; `bytes` is its UTF-8 encoding."""
 
     token: str
     logprob: float
     bytes: list[int] | None
 
 
-class ScoredToken(Score):
-    """A token of the answer, and the likeliest in its place, best first."""
+class ChatCompletionLogProbsContent(ChatCompletionLogProb):
+    """A token of the answer and the most probable tokens at its position, in descending order."""
 
-    top_logprobs: list[Score]
+    top_logprobs: list[ChatCompletionLogProb]
 
 
-class Scores(BaseModel):
-    """Of all tokens of an answer, or of a chunk."""
+class ChatCompletionLogProbs(BaseModel):
+    """Log-probabilities of all tokens of an answer or of a chunk."""
 
-    content: list[ScoredToken]
+    content: list[ChatCompletionLogProbsContent]
     refusal: None = None
 
 
-class AnswerMessage(BaseModel):
-    """The answer's text."""
+class ChatMessage(BaseModel):
+    """The text of an answer."""
 
     role: Literal["assistant"]
     content: str
     refusal: None = None
 
 
-class Choice(BaseModel):
+class ChatCompletionResponseChoice(BaseModel):
     """One of `n` answers."""
 
     index: int
-    message: AnswerMessage
-    logprobs: Scores | None
+    message: ChatMessage
+    logprobs: ChatCompletionLogProbs | None
     finish_reason: Literal["stop", "length"]
 
 
-class Usage(BaseModel):
-    """Tokens: of the prompt, images' among them, and of all answers, end tokens among them."""
+class UsageInfo(BaseModel):
+    """Tokens of the prompt with its images, and of all answers with their end tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class ChatReply(BaseModel):
-    """The reply to a request without `stream`."""
+class ChatCompletionResponse(BaseModel):
+    """The response to a request without `stream`."""
 
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[Choice]
-    usage: Usage
+    choices: list[ChatCompletionResponseChoice]
+    usage: UsageInfo
 
 
-class Model(BaseModel):
-    """A model that is served."""
+class ModelCard(BaseModel):
+    """A served model."""
 
     id: str
     object: Literal["model"]
@@ -268,4 +269,4 @@ class ModelList(BaseModel):
     """`GET /v1/models`."""
 
     object: Literal["list"]
-    data: list[Model]
+    data: list[ModelCard]

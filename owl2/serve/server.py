@@ -1,7 +1,7 @@
-"""A server's life: it takes its port, loads, says where it is, answers, finishes, ends.
+"""The HTTP server: binds its port, serves, and finishes its requests before it ends.
 
-The port is taken before the weights are loaded, which can take minutes, so that one that is in use
-is known at once; nobody is let in before the model is there.
+The port is bound before the weights are loaded, which can take minutes, so that a port in use is
+reported without delay. Clients can connect after the model is loaded.
 """
 
 import json
@@ -15,79 +15,81 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from owl2.errors import InputError
-from owl2.serve.admission import Desk
+from owl2.errors import ErrorCode, InputError
+from owl2.serve.admission import AdmissionController
 
-# Clients keep connections for reuse; who closes first should not be the server.
+# Longer than the timeouts of clients and proxies, which should close idle connections first.
 KEEP_ALIVE_SECONDS = 75
-# For connections that are still there when all answers are finished or given up.
+# For connections that are still open after all requests have finished or were aborted.
 FLUSH_SECONDS = 3
 
 logger = logging.getLogger(__name__)
 
 
-def take_port(host: str, port: int) -> socket.socket:
-    """A socket of that address, bound, to which nobody can connect yet; port 0: any free one.
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet; port 0 selects a free port.
 
     Raises:
-        InputError: it is in use, not allowed, or not of this machine.
+        InputError: The address does not exist, or the port is in use or not allowed.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        taken = socket.socket(family, kind, protocol)
+        bound = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
-        raise InputError(f"There is no address '{host}' on this machine: {error}.") from error
-    try:
-        # A server that was ended a moment ago does not keep the port from the next one.
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
-    except OSError as error:
-        taken.close()
         raise InputError(
-            f"Port {port} of {host} cannot be used: {error.strerror}. Give another with --port."
+            f"The address '{host}' does not exist on this machine: {error}.", ErrorCode.NETWORK
         ) from error
-    return taken
+    try:
+        # A port stays reserved for a while after its server has ended.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise InputError(
+            f"Port {port} of {host} cannot be used: {error.strerror}. Select another with --port.",
+            ErrorCode.NETWORK,
+        ) from error
+    return bound
 
 
-def address_of(taken: socket.socket) -> str:
-    """The URL at which this machine reaches it."""
-    host, port = taken.getsockname()[:2]
+def socket_url(bound: socket.socket) -> str:
+    """The URL for clients on this machine."""
+    host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1" if taken.family == socket.AF_INET else "::1"
+        host = "127.0.0.1" if bound.family == socket.AF_INET else "::1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def curl_line(url: str, model: str, key: str | None = None) -> str:
-    """A command that asks the model something.
+def curl_example(url: str, model: str, key: str | None = None) -> str:
+    """A shell command that sends a request.
 
     Args:
-        key: what a shell makes the API key of, such as `$NAME`.
+        key: A shell expression for the API key, such as `$NAME`.
     """
     body = {"model": model, "messages": [{"role": "user", "content": "What can you see?"}]}
-    words = [f"curl {url}/v1/chat/completions", "-H 'Content-Type: application/json'"]
+    parts = [f"curl {url}/v1/chat/completions", "-H 'Content-Type: application/json'"]
     if key is not None:
-        words.append(f'-H "Authorization: Bearer {key}"')
-    return " ".join([*words, "-d", shlex.quote(json.dumps(body))])
+        parts.append(f'-H "Authorization: Bearer {key}"')
+    return " ".join([*parts, "-d", shlex.quote(json.dumps(body))])
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which on SIGTERM or Ctrl-C goes on answering until what it has begun is finished.
+    """Finishes its requests after SIGTERM or Ctrl-C, and rejects new ones with 503.
 
-    Meanwhile it says to new requests that it is closing, instead of not being there, so that a
-    balancer sends them elsewhere. A second signal, or `drain_seconds`, ends it at once.
+    It keeps listening meanwhile, so that load balancers receive the 503. A second signal or
+    `shutdown_timeout` aborts the remaining requests.
 
     Attributes:
-        cut_off: requests that were not finished in the end.
+        aborted: Number of requests that were aborted.
     """
 
     def __init__(
         self,
         app: FastAPI,
-        desk: Desk,
-        *,
-        drain_seconds: float,
+        admission: AdmissionController,
+        shutdown_timeout: float,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
         config = uvicorn.Config(
@@ -100,68 +102,72 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
         super().__init__(config)
-        self.desk = desk
-        self.cut_off = 0
-        self._drain_seconds = drain_seconds
+        self.aborted = 0
+        self._admission = admission
+        self._shutdown_timeout = shutdown_timeout
         self._on_start = on_start
         self._signals = 0
-        self._over = float("inf")
+        self._deadline = float("inf")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let clients in.
+        """Listen.
 
         Raises:
-            InputError: two servers loaded for the same port; the other one was here first.
+            InputError: Another server that was loading at the same time uses the port.
         """
         try:
             await super().startup(sockets)
         except OSError as error:
             await self.lifespan.shutdown()
-            raise InputError(f"Nobody can be let in: {error}.") from error
+            raise InputError(f"The port cannot be used: {error}.", ErrorCode.NETWORK) from error
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # uvicorn's own would stop listening at once, and raise the signal again in the end.
+        # uvicorn's method would stop listening, and raise the signal again at the end.
         self._signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether it is time to leave."""
-        leaving = await super().on_tick(counter)
-        if self._signals and not self.desk.closing:
-            self.desk.closing = True
-            self._over = time.monotonic() + self._drain_seconds
-            if self.desk.inside:
+        """Called ten times per second; whether the server must stop."""
+        must_stop = await super().on_tick(counter)
+        admission = self._admission
+        if self._signals and not admission.shutting_down:
+            admission.shutting_down = True
+            self._deadline = time.monotonic() + self._shutdown_timeout
+            if admission.in_flight:
                 logger.info(
-                    "finishing %d request(s), for at most %g s; a second signal ends at once",
-                    self.desk.inside,
-                    self._drain_seconds,
+                    "finishing %d request(s) within %g s; a second signal aborts them",
+                    admission.in_flight,
+                    self._shutdown_timeout,
                 )
-        late = time.monotonic() > self._over or self._signals > 1
-        if late and self.desk.inside and not self.cut_off:
-            self.cut_off = self.desk.inside
-            self.desk.stop()
-            self._over = time.monotonic() + FLUSH_SECONDS  # in which they are told
+        is_late = time.monotonic() > self._deadline or self._signals > 1
+        if is_late and admission.in_flight and not self.aborted:
+            self.aborted = admission.in_flight
+            admission.abort_all()
+            self._deadline = time.monotonic() + FLUSH_SECONDS  # to send the errors
             self._signals = 1
-        elif late and self.cut_off:
+        elif is_late and self.aborted:
             return True
-        return leaving or (self.desk.closing and not self.desk.inside)
+        return must_stop or (admission.shutting_down and not admission.in_flight)
 
 
 def serve(
     app: FastAPI,
-    desk: Desk,
-    taken: socket.socket,
-    *,
-    drain_seconds: float = 30.0,
+    admission: AdmissionController,
+    bound: socket.socket,
+    shutdown_timeout: float = 30.0,
     on_start: Callable[[], None] = lambda: None,
 ) -> int:
-    """Serve until a signal ends it; the exit code.
+    """Serve until a signal arrives.
 
-    It is 0 where all that was begun was finished, else 1. `on_start` is called when clients can
-    connect.
+    Args:
+        shutdown_timeout: Seconds for unfinished requests.
+        on_start: Called when clients can connect.
+
+    Returns:
+        The exit code: 0 if every request was finished, otherwise 1.
     """
-    server = Server(app, desk, drain_seconds=drain_seconds, on_start=on_start)
-    server.run([taken])
-    if server.cut_off:
-        logger.warning("%d request(s) were cut off", server.cut_off)
-    return 1 if server.cut_off else 0
+    server = Server(app, admission, shutdown_timeout, on_start)
+    server.run([bound])
+    if server.aborted:
+        logger.warning("%d request(s) were aborted", server.aborted)
+    return 1 if server.aborted else 0

@@ -1,6 +1,6 @@
-"""System prompts, for models whose format has no place for one.
+"""System prompts for chat templates without a system role.
 
-Clients send them as a matter of course; the released model's format knows users and answers only.
+Many clients send system prompts, but the format of the released model only has users and answers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from owl2.processing.processor import Owl2Processor
 PROBE: list[Message] = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
 
 
-def takes_system_prompt(processor: Owl2Processor) -> bool:
-    """Whether the chat template can write one."""
+def supports_system_prompt(processor: Owl2Processor) -> bool:
+    """Whether the chat template accepts the role `system`."""
     try:
         processor.apply_chat_template(PROBE, add_generation_prompt=True)
     except InputError:
@@ -22,18 +22,18 @@ def takes_system_prompt(processor: Owl2Processor) -> bool:
     return True
 
 
-def into_first_turn(messages: Sequence[Message]) -> list[Message]:
-    """The system prompt, if there is one, as the first words of the first user's turn.
+def merge_system_prompt(messages: Sequence[Message]) -> list[Message]:
+    """The messages with leading system prompts moved into the first user message.
 
-    They stand on a line of their own, after images that begin the turn: the model has learned
-    images before words. Contents are lists of parts.
+    Each prompt becomes a line before the first text of the message. It follows leading images,
+    because the model was trained with images before the text. Contents are lists of parts.
     """
     count = next((i for i, one in enumerate(messages) if one["role"] != "system"), len(messages))
-    lead = [part for message in messages[:count] for part in message["content"]]
+    prompts = [part for message in messages[:count] for part in message["content"]]
     rest = list(messages[count:])
-    if not lead or any(part["type"] != "text" for part in lead) or not rest:
-        return list(messages)  # there is none, or it is one that the engine will refuse
+    if not prompts or any(part["type"] != "text" for part in prompts) or not rest:
+        return list(messages)  # nothing to merge, or the engine rejects it
     parts: list[Mapping[str, Any]] = list(rest[0]["content"])
-    place = next((i for i, part in enumerate(parts) if part["type"] == "text"), len(parts))
-    parts.insert(place, {"type": "text", "text": "".join(part["text"] + "\n" for part in lead)})
+    index = next((i for i, part in enumerate(parts) if part["type"] == "text"), len(parts))
+    parts.insert(index, {"type": "text", "text": "".join(f"{part['text']}\n" for part in prompts)})
     return [{**rest[0], "content": parts}, *rest[1:]]

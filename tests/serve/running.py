@@ -79,7 +79,7 @@ class Told:
         return item
 
 
-class ToldEngine:
+class FakeEngine:
     """An `Engine` whose completions wait for the test.
 
     Args:

@@ -11,12 +11,13 @@ import httpx
 import pytest
 
 from owl2.errors import InputError
-from owl2.serve.admission import Desk
-from owl2.serve.app import Settings, make_app
+from owl2.serve.admission import AdmissionController
+from owl2.serve.app import build_app
+from owl2.serve.config import ServerConfig
 from owl2.serve.errors import ApiError
-from owl2.serve.limits import Limits
+from owl2.serve.config import ServerLimits
 from owl2.serve.metrics import Metrics
-from tests.serve.running import ToldEngine, running, until
+from tests.serve.running import FakeEngine, running, until
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "what is this?"}]}
 STREAMED = BODY | {"stream": True}
@@ -26,7 +27,7 @@ class Server:
     """An app over an engine that does as told."""
 
     def __init__(self, app, engine, url):
-        self.desk, self.engine, self.url = app.state.desk, engine, url
+        self.admission, self.engine, self.url = app.state.admission, engine, url
 
     def post(self, body=BODY):
         return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=30)
@@ -66,8 +67,8 @@ def serve(tiny_engine):
     open_ones = []
 
     def start(refuse=None, **limits):
-        engine = ToldEngine(tiny_engine, refuse)
-        app = make_app(engine, Settings("tiny", Limits(**limits)))
+        engine = FakeEngine(tiny_engine, refuse)
+        app = build_app(engine, ServerConfig("tiny", ServerLimits(**limits)))
         manager = running(app)
         open_ones.append(manager)
         return Server(app, engine, manager.__enter__())
@@ -100,7 +101,7 @@ def test_a_client_that_leaves_frees_its_place(serve, stream):
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=BODY | {"stream": stream}, timeout=0.5)
     until(lambda: server.engine.asked[0].closed)
-    until(lambda: server.desk.inside == 0)
+    until(lambda: server.admission.in_flight == 0)
     waiting = server.later()
     server.asked(2).end()
     assert waiting().status_code == 200
@@ -113,7 +114,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream(serve):
         server.asked().say("a")
         assert "data" in next(reply.iter_lines())
     until(lambda: server.asked().closed)
-    until(lambda: server.desk.inside == 0)
+    until(lambda: server.admission.in_flight == 0)
 
 
 def test_one_that_leaves_while_it_waits_is_never_begun(serve):
@@ -122,7 +123,7 @@ def test_one_that_leaves_while_it_waits_is_never_begun(serve):
     told = server.asked()
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=0.5)
-    until(lambda: server.desk.inside == 1)
+    until(lambda: server.admission.in_flight == 1)
     told.end()
     assert first().status_code == 200
     third = server.later()
@@ -136,7 +137,7 @@ def test_so_many_run_so_many_wait_the_next_is_sent_away(serve):
     replies = [server.later(), server.later()]
     server.asked(2)
     replies.append(server.later())
-    until(lambda: server.desk.inside == 3)
+    until(lambda: server.admission.in_flight == 3)
     assert server.metric("owl2_requests_running") == 2
     assert server.metric("owl2_requests_waiting") == 1
     refused = server.post()
@@ -149,11 +150,11 @@ def test_so_many_run_so_many_wait_the_next_is_sent_away(serve):
 
 
 def test_who_comes_at_the_same_moment_is_counted_too(tiny_engine):
-    desk = Desk(ToldEngine(tiny_engine), Limits(running=1, queue=1), Metrics())
+    admission = AdmissionController(FakeEngine(tiny_engine), ServerLimits(max_num_seqs=1, max_queued=1), Metrics())
 
     async def come():
         try:
-            with desk.visit():
+            with admission.admit():
                 await asyncio.sleep(0)  # others come before it asks for a place
         except ApiError as error:
             return error.code
@@ -169,7 +170,7 @@ def test_time_is_limited_where_nothing_was_sent(serve):
     server = serve(seconds=0.3)
     assert error_of(server.post()) == (503, "timeout")
     assert server.asked().closed
-    assert server.desk.inside == 0
+    assert server.admission.in_flight == 0
     assert server.metric('owl2_answers_total{reason="cut"}') == 1
 
 
@@ -299,8 +300,8 @@ def test_closing_refuses_what_is_new_and_finishes_what_runs(serve):
     server = serve(running=1)
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     replies = [server.later(), server.later()]
-    until(lambda: server.desk.inside == 2)
-    server.desk.closing = True
+    until(lambda: server.admission.in_flight == 2)
+    server.admission.shutting_down = True
     assert error_of(server.post()) == (503, "shutting_down")
     assert error_of(httpx.get(f"{server.url}/health")) == (503, "shutting_down")
     server.asked(1).end()

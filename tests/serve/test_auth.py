@@ -5,7 +5,7 @@ import hmac
 import pytest
 
 from owl2.errors import InputError
-from owl2.serve.auth import Keys
+from owl2.serve.auth import ApiKeys
 from owl2.serve.errors import ApiError
 
 FIRST, SECOND = "first-key-0123", "second-key-4567"
@@ -13,7 +13,7 @@ FIRST, SECOND = "first-key-0123", "second-key-4567"
 
 @pytest.fixture
 def keys():
-    return Keys([FIRST, SECOND])
+    return ApiKeys([FIRST, SECOND])
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_keys_of_the_environment_and_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("OWL2_TEST_KEYS", f" {FIRST}, {SECOND},")
     file = tmp_path / "keys"
     file.write_text(f"# who may\n\n{FIRST}\n  {SECOND}  \n")
-    for keys in (Keys.from_env("OWL2_TEST_KEYS"), Keys.from_file(file)):
+    for keys in (ApiKeys.from_env("OWL2_TEST_KEYS"), ApiKeys.from_file(file)):
         keys.check(f"Bearer {FIRST}".encode())
         keys.check(f"Bearer {SECOND}".encode())
         with pytest.raises(ApiError):
@@ -82,7 +82,7 @@ def test_keys_that_protect_nothing_are_refused_and_not_shown(tmp_path, bad):
     file = tmp_path / "keys"
     file.write_text(f"{FIRST}\n{bad}\n" if bad else "# none\n")
     with pytest.raises(InputError) as caught:
-        Keys.from_file(file)
+        ApiKeys.from_file(file)
     assert str(file) in str(caught.value)
     assert FIRST not in str(caught.value)
     assert not bad or bad not in str(caught.value)
@@ -91,9 +91,9 @@ def test_keys_that_protect_nothing_are_refused_and_not_shown(tmp_path, bad):
 def test_keys_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.delenv("OWL2_TEST_KEYS", raising=False)
     with pytest.raises(InputError, match="OWL2_TEST_KEYS"):
-        Keys.from_env("OWL2_TEST_KEYS")
+        ApiKeys.from_env("OWL2_TEST_KEYS")
     with pytest.raises(InputError, match="cannot be read"):
-        Keys.from_file(tmp_path / "none")
+        ApiKeys.from_file(tmp_path / "none")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(InputError, match="UTF-8"):
-        Keys.from_file(tmp_path / "bytes")
+        ApiKeys.from_file(tmp_path / "bytes")

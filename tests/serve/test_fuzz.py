@@ -19,17 +19,17 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
-from owl2.serve.limits import MIB, Limits
+from owl2.serve.config import MIB, ServerLimits
 from tests.serve.running import running
 
 SECONDS = 20  # in which every reply must be there
-LIMITS = Limits(
-    answer_tokens=4,
-    answers=3,
-    body_bytes=2 * MIB,
-    image_bytes=MIB,
-    pixels=500_000,
-    image_memory=128 * MIB,
+LIMITS = ServerLimits(
+    max_completion_tokens=4,
+    max_n=3,
+    max_body_bytes=2 * MIB,
+    max_image_bytes=MIB,
+    max_image_pixels=500_000,
+    image_decode_memory=128 * MIB,
 )
 GOOD = {
     "model": "tiny",
@@ -83,9 +83,10 @@ FULL = asked_about(data_uri(saved())) | {
 
 @pytest.fixture(scope="module")
 def url(tiny_engine):
-    from owl2.serve.app import Settings, make_app
+    from owl2.serve.app import build_app
+from owl2.serve.config import ServerConfig
 
-    with running(make_app(tiny_engine, Settings("tiny", LIMITS))) as url:
+    with running(build_app(tiny_engine, ServerConfig("tiny", LIMITS))) as url:
         yield url
 
 

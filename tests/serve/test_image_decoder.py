@@ -18,8 +18,8 @@ from owl2.processing.image_io import FORMATS, SQUARE_FACTOR
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve import decode_forkserver, image_decoder
 from owl2.serve.errors import ApiError
-from owl2.serve.image_decoder import Decoders, Nursery
-from owl2.serve.limits import MIB, Limits
+from owl2.serve.image_decoder import SandboxedImageDecoder, ForkServer
+from owl2.serve.config import MIB, ServerLimits
 
 SIZE = 24
 Image.init()  # or the rarer formats would be missing below
@@ -62,7 +62,7 @@ FILES = {
 
 
 def decode(data, like=None, **limits):
-    return Decoders(Limits(**limits), like or Owl2ImageProcessor(SIZE)).decode(data)
+    return SandboxedImageDecoder(ServerLimits(**limits), like or Owl2ImageProcessor(SIZE)).decode(data)
 
 
 def refused(data, code, **limits):
@@ -148,7 +148,7 @@ def test_more_pixels_than_allowed_are_known_from_the_header(size):
 def test_the_smaller_limit_on_pixels_holds():
     data = FILES["PNG"]
     like = Owl2ImageProcessor(SIZE, max_pixels=1000)
-    assert "limit is 1,000" in refused_by(Decoders(Limits(), like), data)
+    assert "limit is 1,000" in refused_by(SandboxedImageDecoder(ServerLimits(), like), data)
     assert "limit is 900" in refused(data, "image_too_large", pixels=900)
 
 
@@ -167,8 +167,8 @@ def test_too_much_memory_ends_nothing_but_the_image():
 
 @pytest.mark.slow
 def test_the_largest_images_allowed_fit_into_the_memory_allowed():
-    edge = int((SQUARE_FACTOR * Limits().pixels) ** 0.5)
-    data = saved(Image.new("RGB", (edge, Limits().pixels // edge)), "JPEG", quality=1)
+    edge = int((SQUARE_FACTOR * ServerLimits().max_image_pixels) ** 0.5)
+    data = saved(Image.new("RGB", (edge, ServerLimits().max_image_pixels // edge)), "JPEG", quality=1)
     assert decode(data, image_seconds=100).size == (SIZE, SIZE)
 
 
@@ -181,7 +181,7 @@ def test_too_much_time_ends_nothing_but_the_image():
 
 
 def children():
-    parent = image_decoder._nursery()._process.pid
+    parent = image_decoder._fork_server()._process.pid
     with open(f"/proc/{parent}/task/{parent}/children") as file:
         return [int(word) for word in file.read().split()]
 
@@ -203,7 +203,7 @@ def test_a_crash_ends_nothing_but_the_image():
 
 
 def answer_with(monkeypatch, reply):
-    """Decoders whose decoder reads all and says `reply`, then ends."""
+    """SandboxedImageDecoder whose decoder reads all and says `reply`, then ends."""
 
     def work(connection):
         with connection:
@@ -217,7 +217,7 @@ def answer_with(monkeypatch, reply):
         threading.Thread(target=work, args=(theirs,)).start()
         return ours
 
-    monkeypatch.setattr(Nursery, "open", open_)
+    monkeypatch.setattr(ForkServer, "open", open_)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_decoder_that_says_what_is_no_text(monkeypatch):
 def test_a_decoder_that_is_stuck(monkeypatch):
     monkeypatch.setattr(image_decoder, "GRACE_SECONDS", 0.1)
     pair = socket.socketpair()
-    monkeypatch.setattr(Nursery, "open", lambda self: pair[0])
+    monkeypatch.setattr(ForkServer, "open", lambda self: pair[0])
     begin = time.monotonic()
     refused(FILES["PNG"], "image_too_large", image_seconds=0.1)
     assert time.monotonic() - begin < 5
@@ -327,7 +327,7 @@ def test_no_process_and_no_file_is_left_behind():
 
 def test_a_processor_that_would_refuse_the_square():
     with pytest.raises(InputError, match="max_pixels"):
-        Decoders(Limits(), Owl2ImageProcessor(SIZE, max_pixels=SIZE**2 - 1))
+        SandboxedImageDecoder(ServerLimits(), Owl2ImageProcessor(SIZE, max_pixels=SIZE**2 - 1))
 
 
 def threads_started_by(work):
@@ -363,7 +363,7 @@ def test_the_engine_makes_pixels_of_them_without_threads_of_its_own():
 
 @pytest.mark.parametrize("used", [False, True])
 def test_the_process_they_are_forked_from_ends_with_the_server(used, capfd):
-    own = Nursery()
+    own = ForkServer()
     if used:
         own.open().close()
     else:
@@ -376,8 +376,8 @@ def test_the_process_they_are_forked_from_ends_with_the_server(used, capfd):
 @pytest.mark.slow
 def test_decoders_come_back_when_the_process_they_are_forked_from_is_killed():
     still_works()
-    process = image_decoder._nursery()._process
+    process = image_decoder._fork_server()._process
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     still_works()
-    assert image_decoder._nursery()._process.pid != process.pid
+    assert image_decoder._fork_server()._process.pid != process.pid

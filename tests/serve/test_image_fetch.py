@@ -12,7 +12,7 @@ import pytest
 
 from owl2.serve.errors import ApiError
 from owl2.serve.image_fetch import Network, fetch, is_public
-from owl2.serve.limits import Limits
+from owl2.serve.config import ServerLimits
 
 PUBLIC, OTHER = "93.184.216.34", "1.1.1.1"
 FILE = b"an image's file" * 100
@@ -87,13 +87,13 @@ def redirect(url, status="302 Found"):
 
 def refused(url, network, **limits):
     with pytest.raises(ApiError) as caught:
-        fetch(url, Limits(remote=True, **limits), network)
+        fetch(url, ServerLimits(allow_remote_images=True, **limits), network)
     assert caught.value.status == 400
     return caught.value
 
 
 def get(url, network, **limits):
-    return fetch(url, Limits(remote=True, **limits), network)
+    return fetch(url, ServerLimits(allow_remote_images=True, **limits), network)
 
 
 def test_a_file_is_fetched_from_the_address_that_was_looked_up():

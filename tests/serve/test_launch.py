@@ -189,7 +189,7 @@ def test_wrong_options(refused, arguments, words):
 
 def test_limits():
     limits = read_limits(["images=3", "seconds=2.5", "remote=true"])
-    assert (limits.images, limits.seconds, limits.remote) == (3, 2.5, True)
+    assert (limits.max_images, limits.request_timeout, limits.allow_remote_images) == (3, 2.5, True)
     with pytest.raises(InputError, match="seconds=-1"):
         read_limits(["seconds=-1"])
 

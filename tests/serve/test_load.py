@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from owl2.errors import InputError
-from owl2.serve.app import Settings, make_app
-from tests.serve.running import ToldEngine, running
+from owl2.serve.app import build_app
+from owl2.serve.config import ServerConfig
+from tests.serve.running import FakeEngine, running
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def test_a_report_of_two_servers(load, server_url, tmp_path, capsys):
 
 
 def test_failures_are_counted_and_said(load, tiny_engine, capsys):
-    engine = ToldEngine(tiny_engine, refuse=InputError("no memory"))
-    with running(make_app(engine, Settings("tiny"))) as url:
+    engine = FakeEngine(tiny_engine, refuse=InputError("no memory"))
+    with running(build_app(engine, ServerConfig("tiny"))) as url:
         with pytest.raises(ValueError, match="400"):
             load.main([url, "--clients", "1", "--rounds", "1"])
         options = [url, "--clients", "2", "--rounds", "1", "--images", "0"]

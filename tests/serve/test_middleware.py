@@ -5,9 +5,9 @@ import asyncio
 import pytest
 from starlette.testclient import TestClient
 
-from owl2.serve.auth import Keys
-from owl2.serve.limits import Limits
-from owl2.serve.middleware import Door
+from owl2.serve.auth import ApiKeys
+from owl2.serve.config import ServerLimits
+from owl2.serve.middleware import AuthAndBodyLimitMiddleware
 
 KEY = "a-key-of-the-test"
 RIGHT = {"Authorization": f"Bearer {KEY}"}
@@ -34,8 +34,8 @@ def inside():
 
 
 def client(inside, root_path="", **options):
-    limits = Limits(body_bytes=100, body_seconds=0.2)
-    door = Door(inside, limits=limits, free=["/health", "/web/"], **options)
+    limits = ServerLimits(max_body_bytes=100, body_timeout=0.2)
+    door = AuthAndBodyLimitMiddleware(inside, limits=limits, free=["/health", "/web/"], **options)
     return TestClient(door, root_path=root_path)
 
 
@@ -60,7 +60,7 @@ def test_a_body_that_is_too_large_is_not_heard(inside, chunked):
 )
 @pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {KEY}x"}])
 def test_without_a_key_nothing_is_heard(inside, path, headers):
-    reply = client(inside, keys=Keys([KEY])).post(path, content=b"x" * 101, headers=headers)
+    reply = client(inside, keys=ApiKeys([KEY])).post(path, content=b"x" * 101, headers=headers)
     assert reply.status_code == 401  # not 413: of the body nothing was asked
     assert reply.json()["error"]["code"] == "invalid_api_key"
     assert reply.headers["WWW-Authenticate"] == "Bearer"
@@ -69,18 +69,18 @@ def test_without_a_key_nothing_is_heard(inside, path, headers):
 
 
 def test_with_the_key_it_is(inside):
-    door = client(inside, keys=Keys([KEY]))
+    door = client(inside, keys=ApiKeys([KEY]))
     assert door.get("/v1/models", headers=RIGHT).text == "fine"
 
 
 @pytest.mark.parametrize("path", ["/health", "/web", "/web/upload"])
 def test_free_paths_need_no_key_and_have_their_own_limits(inside, path):
-    door = client(inside, keys=Keys([KEY]))
+    door = client(inside, keys=ApiKeys([KEY]))
     assert door.post(path, content=b"x" * 1000).text == "fine"
 
 
 def test_free_paths_behind_a_proxy(inside):
-    door = client(inside, "/owl", keys=Keys([KEY]))
+    door = client(inside, "/owl", keys=ApiKeys([KEY]))
     assert door.get("/owl/health").text == "fine"
     assert door.get("/owl/v1/models").status_code == 401
 
@@ -104,7 +104,7 @@ def call(door, messages, seconds=5):
 
 
 def test_a_body_that_does_not_come(inside):
-    door = Door(inside, limits=Limits(body_seconds=0.1))
+    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits(body_timeout=0.1))
     sent = call(door, [{"type": "http.request", "body": b"a", "more_body": True}])
     assert sent[0]["status"] == 408
     assert b"body_too_slow" in sent[1]["body"]
@@ -112,7 +112,7 @@ def test_a_body_that_does_not_come(inside):
 
 
 def test_a_client_that_leaves_amid_the_body(inside):
-    door = Door(inside, limits=Limits())
+    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits())
     messages = [{"type": "http.request", "body": b"a", "more_body": True}]
     assert call(door, [*messages, {"type": "http.disconnect"}]) == []
     assert inside.bodies == []
@@ -124,7 +124,7 @@ def test_afterwards_the_application_hears_that_the_client_left():
     async def inside(scope, receive, send):
         heard.extend([await receive(), await receive()])
 
-    door = Door(inside, limits=Limits())
+    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits())
     parts = [
         {"type": "http.request", "body": b"a", "more_body": True},
         {"type": "http.request", "body": b"b"},
@@ -156,7 +156,7 @@ def test_the_bodies_of_all_requests_together_have_a_limit():
         await door({"type": "http", "path": "/v1/x", "headers": []}, receive, send)
 
     async def work():
-        door = Door(inside, limits=Limits(held_bytes=100))
+        door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits(max_inflight_bytes=100))
         first = asyncio.ensure_future(ask(door, 60))
         await asyncio.sleep(0)
         await ask(door, 41)
@@ -174,5 +174,5 @@ def test_what_is_no_request_goes_through(inside):
     async def nothing(*_):
         raise AssertionError("nobody is to be asked")
 
-    door = Door(inside, limits=Limits(), keys=Keys([KEY]))
+    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits(), keys=ApiKeys([KEY]))
     asyncio.run(door({"type": "lifespan"}, nothing, nothing))

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from owl2.serve.errors import ApiError
-from owl2.serve.limits import Limits, check
+from owl2.serve.config import ServerLimits, check
 from owl2.serve.protocol import ENGINE_SEEDS, LARGEST_SEED, ChatRequest
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -151,15 +151,15 @@ def test_what_cannot_be_done_is_refused(fields):
 )
 def test_every_limit_has_its_code_and_is_not_too_strict(fields, limits, code, param):
     with pytest.raises(ApiError) as caught:
-        check(request(**fields), Limits(**limits))
+        check(request(**fields), ServerLimits(**limits))
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)
     [name] = limits
-    check(request(**fields), Limits(**{name: limits[name] + 1}))
+    check(request(**fields), ServerLimits(**{name: limits[name] + 1}))
 
 
 def test_images_of_all_turns_count_together():
     turn = content(IMAGE)[0]
     many = request(messages=[turn, {"role": "assistant", "content": "a"}, turn])
     with pytest.raises(ApiError):
-        check(many, Limits(images=1))
-    check(many, Limits(images=2))
+        check(many, ServerLimits(max_images=1))
+    check(many, ServerLimits(max_images=2))

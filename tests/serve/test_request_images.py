@@ -12,7 +12,7 @@ from PIL import Image
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve.errors import ApiError
 from owl2.serve.image_fetch import Network
-from owl2.serve.limits import Limits
+from owl2.serve.config import ServerLimits
 from owl2.serve.protocol import ChatMessage
 from owl2.serve.request_images import Images
 from tests.serve.test_image_fetch import PUBLIC, Stub, http, redirect, serving
@@ -49,7 +49,7 @@ def turn(*parts, role="user"):
 
 def opened(*turns, network=None, **limits):
     async def work():
-        images = Images(Limits(**limits), LIKE, network)
+        images = Images(ServerLimits(**limits), LIKE, network)
         try:
             return await images.messages([ChatMessage.model_validate(turn) for turn in turns])
         finally:
@@ -186,7 +186,7 @@ def test_a_look_up_that_hangs_does_not_hang_the_request():
     begin = time.monotonic()
 
     async def work():
-        images = Images(Limits(remote=True, remote_seconds=0.1), LIKE, Slow())
+        images = Images(ServerLimits(allow_remote_images=True, image_fetch_timeout=0.1), LIKE, Slow())
         try:
             message = ChatMessage.model_validate(turn("http://slow.test/"))
             await images.messages([message])

@@ -11,9 +11,10 @@ import pytest
 
 from owl2.errors import InputError
 from owl2.serve import server as module
-from owl2.serve.app import Settings, make_app
+from owl2.serve.app import build_app
+from owl2.serve.config import ServerConfig
 from owl2.serve.server import Server, address_of, curl_line, serve, take_port
-from tests.serve.running import ToldEngine, until
+from tests.serve.running import FakeEngine, until
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "what is this?"}]}
 
@@ -22,11 +23,11 @@ class Ending:
     """A `Server` in a thread, over an engine that does as told."""
 
     def __init__(self, tiny_engine, drain_seconds):
-        self.engine = ToldEngine(tiny_engine)
-        app = make_app(self.engine, Settings("tiny"))
+        self.engine = FakeEngine(tiny_engine)
+        app = build_app(self.engine, ServerConfig("tiny"))
         self.taken = take_port("127.0.0.1", 0)
         self.url = address_of(self.taken)
-        self.server = Server(app, app.state.desk, drain_seconds=drain_seconds)
+        self.server = Server(app, app.state.admission, drain_seconds=drain_seconds)
         self.thread = threading.Thread(target=self.server.run, args=([self.taken],))
         self.thread.start()
         until(lambda: self.server.started)
@@ -168,9 +169,9 @@ def test_nobody_is_let_in_before_it_listens():
 def test_of_two_that_loaded_for_one_port_the_second_says_so(tiny_engine):
     with take_port("127.0.0.1", 0) as first, take_port(*first.getsockname()) as second:
         first.listen()
-        app = make_app(ToldEngine(tiny_engine), Settings("tiny"))
+        app = build_app(FakeEngine(tiny_engine), ServerConfig("tiny"))
         with pytest.raises(InputError, match="in use"):
-            serve(app, app.state.desk, second)
+            serve(app, app.state.admission, second)
 
 
 def test_the_line_survives_a_name_with_quotes():

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from owl2.engine.engine import Engine
-from owl2.serve.limits import Limits
+from owl2.serve.config import ServerLimits
 from tests.serve import crowd
 from tests.serve.running import until
 from tests.serve.test_launch import Started
@@ -66,7 +66,7 @@ def test_crowd_after_crowd_it_stays_as_large_as_it_was(tiny_checkpoint, question
         (early, files, _), (late, last_files, threads) = sizes[3], sizes[-1]
         assert late - early < 8, sizes
         assert last_files <= files + 2, sizes
-        assert threads < Limits().running + 16, sizes
+        assert threads < ServerLimits().max_num_seqs + 16, sizes
     finally:
         server.process.kill()
         server.process.wait()

@@ -2,7 +2,7 @@
 
 ::
 
-    mounting ──► page (what stands where) ──► asking ──► Desk ──► engine
+    mounting ──► page (what stands where) ──► asking ──► AdmissionController ──► engine
                                           └─► looked ──► owl2.attention
 
 All words are in `texts`; how it looks is in `page.css`, what the browser does in `page.js`.

@@ -2,9 +2,9 @@
 
 ::
 
-    box ──ask──► Turn ──Desk──► pieces ──► views: what becomes of the box, and the conversation
+    box ──ask──► Turn ──AdmissionController──► pieces ──► views: what becomes of the box, and the conversation
 
-The page stands at the same desk as the API: its places, queue and limits of time are one.
+The page stands at the same admission as the API: its places, queue and limits of time are one.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from PIL import Image
 
 from owl2.errors import InputError
 from owl2.processing.chat_template import Message
-from owl2.serve.admission import Answer, Desk, Visit
+from owl2.serve.admission import ResponseStream, AdmissionController, RequestContext
 from owl2.serve.errors import ApiError, as_api_error
-from owl2.serve.limits import check_length
+from owl2.serve.admission import check_text_length
 from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.examples import Example
 from owl2.serve.web.i18n import error_text, text
@@ -66,14 +66,14 @@ class Stopped(Exception):
 
 
 class Asking:
-    """The page's side of the desk.
+    """The page's side of the admission.
 
     Args:
         decode: an image's file to an RGB image; raises `ApiError` or `InputError`.
     """
 
-    def __init__(self, desk: Desk, decode: Decode, examples: Sequence[Example]) -> None:
-        self.desk = desk
+    def __init__(self, admission: AdmissionController, decode: Decode, examples: Sequence[Example]) -> None:
+        self.admission = admission
         self._decode = decode
         self._examples = examples
 
@@ -127,25 +127,25 @@ class Asking:
     # -------------------------------------------------------------- parts
 
     def _turn(self, question: str, files: list[str], talk: Conversation, language: str) -> Turn:
-        limits = self.desk.limits
+        limits = self.admission.limits
         if not question.strip():
             raise InputError(text("error_empty", language))
         images = talk.images + len(files)
-        if images > limits.images:
+        if images > limits.max_images:
             raise ApiError(
                 400,
                 f"There are {images} images in this conversation; the limit is "
-                f"{limits.images}. Begin a new one.",
+                f"{limits.max_images}. Begin a new one.",
                 code="too_many_images",
             )
-        if 2 * len(talk.turns) + 1 > limits.messages:
+        if 2 * len(talk.turns) + 1 > limits.max_messages:
             raise ApiError(
                 400,
-                f"A conversation has {limits.messages} messages at most. Begin a new one.",
+                f"A conversation has {limits.max_messages} messages at most. Begin a new one.",
                 code="too_many_messages",
             )
         said = sum(len(turn.question) + len(turn.answer) for turn in talk.turns)
-        check_length(said + len(question), self.desk.engine.context_length)
+        check_text_length(said + len(question), self.admission.engine.context)
         return Turn(question, tuple(files))
 
     async def _image(self, file: Path, language: str) -> Image.Image:
@@ -162,7 +162,7 @@ class Asking:
             ) from error
 
     async def _answer(self, talk: Conversation, how: Settings) -> Views:
-        """Answer the last turn. Where nothing comes, all is as before, the question in the box."""
+        """ResponseStream the last turn. Where nothing comes, all is as before, the question in the box."""
         turn = talk.turns[-1]
         before = (turn.answer, turn.note)
         turn.answer = turn.note = ""
@@ -203,7 +203,7 @@ class Asking:
         """
         stopping = asyncio.Event()
         talk.stop = stopping.set
-        with self.desk.visit() as visit:
+        with self.admission.admit() as visit:
             answer = await _unless(stopping, self._begin(visit, talk, turn, how))
 
             def stop() -> None:
@@ -214,7 +214,7 @@ class Asking:
             try:
                 while True:
                     # Not around the yield: time may pass, and be over, in somebody else's task.
-                    async with self.desk.in_time(visit):
+                    async with self.admission.time_limit(visit):
                         piece = await answer.next()
                     if stopping.is_set():
                         raise Stopped
@@ -226,7 +226,7 @@ class Asking:
             finally:
                 answer.close()
 
-    async def _begin(self, visit: Visit, talk: Conversation, turn: Turn, how: Settings) -> Answer:
+    async def _begin(self, visit: RequestContext, talk: Conversation, turn: Turn, how: Settings) -> ResponseStream:
         """Wait for a place, until the images are open, and until the prompt is read."""
 
         async def messages() -> list[Message]:
@@ -235,8 +235,8 @@ class Asking:
                 turn.images = tuple(images)
             return talk.messages()
 
-        async with self.desk.in_time(visit):
-            answer = await self.desk.answer(visit, messages, 1, self._options(how))
+        async with self.admission.time_limit(visit):
+            answer = await self.admission.answer(visit, messages, 1, self._options(how))
             try:
                 await answer.begun()
             except BaseException:
@@ -249,7 +249,7 @@ class Asking:
         if seed and not (seed.isdecimal() and len(seed) <= SEED_DIGITS):
             raise InputError(text("error_seed", how.language))
         options: dict[str, Any] = {
-            "max_new_tokens": min(int(how.max_new_tokens), self.desk.limits.answer_tokens),
+            "max_new_tokens": min(int(how.max_new_tokens), self.admission.limits.max_completion_tokens),
             "temperature": how.temperature,
             "seed": int(seed) if seed else None,
         }

@@ -14,11 +14,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from owl2.engine.engine import Engine
-from owl2.serve.admission import Desk
-from owl2.serve.auth import Keys
+from owl2.serve.admission import AdmissionController
+from owl2.serve.auth import ApiKeys
 from owl2.serve.errors import ApiError
-from owl2.serve.image_decoder import Decoders
-from owl2.serve.limits import MIB, Limits
+from owl2.serve.image_decoder import SandboxedImageDecoder
+from owl2.serve.config import MIB, ServerLimits
 from owl2.serve.metrics import Metrics
 from owl2.serve.web.chat_handler import Decode
 from owl2.serve.web.examples import Example, drawn
@@ -63,15 +63,15 @@ SHUT = ("/process_recording",)
 def mount(
     app: FastAPI,
     engine: Engine,
-    limits: Limits,
+    limits: ServerLimits,
     *,
     name: str = "mPLUG-Owl2",
-    keys: Keys | None = None,
+    keys: ApiKeys | None = None,
     examples: Sequence[Example] | None = None,
 ) -> None:
     """Put the page into an app, at `/web/`, over the same engine and under the same limits.
 
-    It stands at the app's desk (`app.state.desk`), or gives it one.
+    It stands at the app's admission (`app.state.admission`), or gives it one.
 
     Args:
         name: of the model, as the page shows it.
@@ -81,20 +81,20 @@ def mount(
     Raises:
         InputError: a system that cannot decode images safely.
     """
-    if not hasattr(app.state, "desk"):
-        app.state.desk = Desk(engine, limits, Metrics())
+    if not hasattr(app.state, "admission"):
+        app.state.admission = AdmissionController(engine, limits, Metrics())
     if examples is None:
         examples = drawn(Path(os.environ["GRADIO_TEMP_DIR"]))
     gr.mount_gradio_app(
         app,
-        make_page(app.state.desk, decoding(engine, limits), name, examples),
+        make_page(app.state.admission, decoding(engine, limits), name, examples),
         PATH,
         theme=theme(),
         css=(HERE / "page.css").read_text("utf-8"),
         i18n=i18n,
         auth=None if keys is None else _opens(keys),
         auth_message=" ".join(TEXTS["sign_in"]),
-        max_file_size=limits.image_bytes,
+        max_file_size=limits.max_image_bytes,
         allowed_paths=[str(file) for example in examples for file in example.images],
         footer_links=[],
         run_history=False,
@@ -104,20 +104,20 @@ def mount(
         pwa=False,
     )
     page: Any = app.routes[-1]
-    page.app = PageApp(page.app, app.state.desk, limits)
+    page.app = PageApp(page.app, app.state.admission, limits)
 
 
-def decoding(engine: Engine, limits: Limits) -> Decode:
+def decoding(engine: Engine, limits: ServerLimits) -> Decode:
     """Images' files to the squares that the model sees, in processes of their own."""
-    decoders = Decoders(limits, engine.processor.image_processor)
+    decoders = SandboxedImageDecoder(limits, engine.processor.image_processor)
     decoders.start()
-    pool = ThreadPoolExecutor(limits.decoders, "owl2-page-image")
+    pool = ThreadPoolExecutor(limits.image_decoders, "owl2-page-image")
 
     async def decode(data: bytes) -> Image.Image:
-        if len(data) > limits.image_bytes:
+        if len(data) > limits.max_image_bytes:
             raise ApiError(
                 400,
-                f"The image has {len(data):,} bytes; the limit is {limits.image_bytes:,}.",
+                f"The image has {len(data):,} bytes; the limit is {limits.max_image_bytes:,}.",
                 code="image_too_large",
             )
         return await asyncio.get_running_loop().run_in_executor(pool, decoders.decode, data)
@@ -125,7 +125,7 @@ def decoding(engine: Engine, limits: Limits) -> Decode:
     return decode
 
 
-def _opens(keys: Keys) -> Callable[[str, str], bool]:
+def _opens(keys: ApiKeys) -> Callable[[str, str], bool]:
     def opens(_: str, password: str) -> bool:
         try:
             keys.check(f"Bearer {password}".encode())
@@ -146,10 +146,10 @@ class PageApp:
     they end quietly here, as nothing is wrong then.
     """
 
-    def __init__(self, app: ASGIApp, desk: Desk, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, admission: AdmissionController, limits: ServerLimits) -> None:
         self._app = app
-        self._desk = desk
-        self._upload_bytes = limits.images * limits.image_bytes + FORM_BYTES
+        self._admission = admission
+        self._upload_bytes = limits.max_images * limits.max_image_bytes + FORM_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -182,7 +182,7 @@ class PageApp:
         try:
             await self._app(scope, body.receive, send_on)
         except asyncio.CancelledError:
-            if not self._desk.closing:
+            if not self._admission.shutting_down:
                 raise
             if is_open:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})

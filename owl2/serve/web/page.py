@@ -28,7 +28,7 @@ from gradio.utils import get_upload_folder
 
 from owl2.engine.engine import Engine
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
-from owl2.serve.admission import Desk
+from owl2.serve.admission import AdmissionController
 from owl2.serve.web.attention_tab import Looked, Looking, describe, paint
 from owl2.serve.web.chat_handler import Asking, Decode
 from owl2.serve.web.conversation import Conversation
@@ -109,8 +109,8 @@ class Parts:
     settings: list[Any]
 
 
-def make_page(desk: Desk, decode: Decode, name: str, examples: Sequence[Example]) -> gr.Blocks:
-    """The page for the engine of a desk.
+def make_page(admission: AdmissionController, decode: Decode, name: str, examples: Sequence[Example]) -> gr.Blocks:
+    """The page for the engine of a admission.
 
     Args:
         decode: see `Asking`.
@@ -124,12 +124,12 @@ def make_page(desk: Desk, decode: Decode, name: str, examples: Sequence[Example]
         fill_width=True,
     )
     with page:
-        parts = _lay_out(desk, name, examples)
-        _connect(page, parts, Asking(desk, decode, examples), Looking(desk.engine))
+        parts = _lay_out(admission, name, examples)
+        _connect(page, parts, Asking(admission, decode, examples), Looking(admission.engine))
     return page
 
 
-def _lay_out(desk: Desk, name: str, examples: Sequence[Example]) -> Parts:
+def _lay_out(admission: AdmissionController, name: str, examples: Sequence[Example]) -> Parts:
     with gr.Row(elem_id="head"):
         gr.HTML(
             f"<div class='brand'>{OWL}<b>owl2</b><span>{html.escape(name)}</span></div>",
@@ -175,7 +175,7 @@ def _lay_out(desk: Desk, name: str, examples: Sequence[Example]) -> Parts:
             words = gr.Radio([], label=i18n("words"), visible=False, elem_id="words")
             figures = gr.HTML(i18n("looked_help"), elem_id="figures")
         with gr.Tab(i18n("tab_settings"), id="settings", render_children=True) as settings_tab:
-            settings = _settings(desk.engine, desk.limits.answer_tokens)
+            settings = _settings(admission.engine, admission.limits.max_completion_tokens)
     return Parts(
         language=language,
         talk=gr.State(Conversation()),
@@ -234,7 +234,7 @@ def _settings(engine: Engine, limit: int) -> list[Any]:
 
 def _connect(page: gr.Blocks, parts: Parts, asking: Asking, looking: Looking) -> None:
     shown = [parts.box, parts.chat]
-    # The desk says how many are answered at a time. No names: these are no API for others.
+    # The admission says how many are answered at a time. No names: these are no API for others.
     many: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
     given = [parts.talk, *parts.settings]
     quiet: dict[str, Any] = {**many, "show_progress": "hidden"}

@@ -36,14 +36,15 @@ def browser():
 @pytest.fixture(scope="session")
 def told(tiny_engine):
     """The URL of a page, and its engine, which says what the test says."""
-    from owl2.serve.app import Settings, make_app
-    from owl2.serve.limits import Limits
+    from owl2.serve.app import build_app
+from owl2.serve.config import ServerConfig
+    from owl2.serve.config import ServerLimits
     from owl2.serve.web import mount
-    from tests.serve.running import ToldEngine, running
+    from tests.serve.running import FakeEngine, running
 
-    engine = ToldEngine(tiny_engine)
-    limits = Limits(image_bytes=50_000, images=4)
-    app = make_app(engine, Settings("told", limits))
+    engine = FakeEngine(tiny_engine)
+    limits = ServerLimits(max_image_bytes=50_000, max_images=4)
+    app = build_app(engine, ServerConfig("told", limits))
     mount(app, engine, limits, name="told")
     with running(app) as url:
         yield f"{url}/web/", engine
@@ -52,13 +53,14 @@ def told(tiny_engine):
 @pytest.fixture(scope="session")
 def tiny(tiny_engine):
     """The URL of a page over a model."""
-    from owl2.serve.app import Settings, make_app
-    from owl2.serve.limits import Limits
+    from owl2.serve.app import build_app
+from owl2.serve.config import ServerConfig
+    from owl2.serve.config import ServerLimits
     from owl2.serve.web import mount
     from tests.serve.running import running
 
-    app = make_app(tiny_engine, Settings("tiny"))
-    mount(app, tiny_engine, Limits(), name="tiny")
+    app = build_app(tiny_engine, ServerConfig("tiny"))
+    mount(app, tiny_engine, ServerLimits(), name="tiny")
     with running(app) as url:
         yield f"{url}/web/"
 

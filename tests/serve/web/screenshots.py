@@ -15,8 +15,9 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from owl2.engine.engine import Engine
-from owl2.serve.app import Settings, make_app
-from owl2.serve.limits import Limits
+from owl2.serve.app import build_app
+from owl2.serve.config import ServerConfig
+from owl2.serve.config import ServerLimits
 from owl2.serve.web import mount
 from tests.serve.running import running
 
@@ -79,8 +80,8 @@ def shoot(page: Page, path: Path) -> None:
 def main(model: str, folder: Path) -> None:
     engine = Engine.from_pretrained(model, device="cpu", dtype="float32")
     name = "easy-VQA"
-    app = make_app(engine, Settings(name))
-    mount(app, engine, Limits(), name=name)
+    app = build_app(engine, ServerConfig(name))
+    mount(app, engine, ServerLimits(), name=name)
     expect.set_options(timeout=60_000)
     with running(app) as place, sync_playwright() as playwright:
         browser = playwright.chromium.launch(

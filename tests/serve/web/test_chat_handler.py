@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from owl2.errors import InputError
-from owl2.serve.admission import Desk
+from owl2.serve.admission import AdmissionController
 from owl2.serve.errors import ApiError
-from owl2.serve.limits import Limits
+from owl2.serve.config import ServerLimits
 from owl2.serve.metrics import Metrics
 from owl2.serve.web.chat_handler import Asking
 from owl2.serve.web.conversation import WAITING, Conversation
 from owl2.serve.web.examples import Example
-from tests.serve.running import ToldEngine
+from tests.serve.running import FakeEngine
 
 SETTINGS = ("en", 32, 0.0, 1.0, "")
 
@@ -30,8 +30,8 @@ class Visitor:
 
     def __init__(self, engine, decode=None, examples=(), **limits):
         self.engine = engine
-        self.desk = Desk(engine, Limits(**limits), Metrics())
-        self.asking = Asking(self.desk, decode or self.opened, examples)
+        self.admission = AdmissionController(engine, ServerLimits(**limits), Metrics())
+        self.asking = Asking(self.admission, decode or self.opened, examples)
         self.talk = Conversation()
         self.box = "untouched"
         self.chats = []
@@ -75,7 +75,7 @@ class Visitor:
 
 @pytest.fixture
 def engine(tiny_engine):
-    return ToldEngine(tiny_engine)
+    return FakeEngine(tiny_engine)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def visit(engine):
             visitor = Visitor(engine, **settings)
             await story(visitor)
             assert not visitor.talk.busy
-            assert visitor.desk.inside == 0
+            assert visitor.admission.in_flight == 0
             return visitor
 
         return asyncio.run(tell())
@@ -201,7 +201,7 @@ def test_stop_while_others_are_answered_leaves_the_queue(visit):
         told = await visitor.asked()
         talk, visitor.talk = visitor.talk, Conversation()
         second = visitor.ask("second?")
-        await visitor.until(lambda: visitor.desk.inside == 2)
+        await visitor.until(lambda: visitor.admission.in_flight == 2)
         await visitor.asking.stop(visitor.talk)
         await second
         told.say("one")

@@ -8,22 +8,23 @@ from pathlib import Path
 import httpx
 import pytest
 
-from owl2.serve.app import Settings, make_app
-from owl2.serve.auth import Keys
-from owl2.serve.limits import Limits
+from owl2.serve.app import build_app
+from owl2.serve.config import ServerConfig
+from owl2.serve.auth import ApiKeys
+from owl2.serve.config import ServerLimits
 from owl2.serve.web import mount
-from tests.serve.running import ToldEngine, running
+from tests.serve.running import FakeEngine, running
 
 KEY = "a-key-of-the-house"
-LIMITS = Limits(image_bytes=2000)
+LIMITS = ServerLimits(max_image_bytes=2000)
 OTHER_FIELDS = {"language": "en", "slider": 8}
 
 
 @pytest.fixture(scope="module")
 def page(tiny_engine):
     """The URL of an app with the page, and the app."""
-    engine = ToldEngine(tiny_engine)
-    app = make_app(engine, Settings("tiny", LIMITS))
+    engine = FakeEngine(tiny_engine)
+    app = build_app(engine, ServerConfig("tiny", LIMITS))
     mount(app, engine, LIMITS, name="<tiny>")
     with running(app) as url:
         yield url, app
@@ -32,9 +33,9 @@ def page(tiny_engine):
 @pytest.fixture(scope="module")
 def closed(tiny_engine):
     """The URL of one that asks for a key."""
-    engine = ToldEngine(tiny_engine)
-    keys = Keys([KEY])
-    app = make_app(engine, Settings("tiny", LIMITS, keys))
+    engine = FakeEngine(tiny_engine)
+    keys = ApiKeys([KEY])
+    app = build_app(engine, ServerConfig("tiny", LIMITS, keys))
     mount(app, engine, LIMITS, keys=keys)
     with running(app) as url:
         yield url
@@ -176,9 +177,7 @@ def test_no_function_of_the_page_is_an_api(page):
 def test_the_page_stands_at_the_apps_desk(page):
     config = httpx.get(f"{page[0]}/web/config").json()
     sliders = [part["props"] for part in config["components"] if part["type"] == "slider"]
-    assert sliders[0]["maximum"] == min(
-        LIMITS.answer_tokens, page[1].state.desk.engine.context_length
-    )
+    assert sliders[0]["maximum"] == min(LIMITS.max_completion_tokens, page[1].state.admission.engine.context)
 
 
 def test_with_keys_nothing_opens_without_one(closed):
@@ -206,5 +205,5 @@ def test_without_an_app_of_ours_it_brings_its_own_desk(tiny_engine):
     from fastapi import FastAPI
 
     app = FastAPI()
-    mount(app, ToldEngine(tiny_engine), LIMITS)
-    assert app.state.desk.limits is LIMITS
+    mount(app, FakeEngine(tiny_engine), LIMITS)
+    assert app.state.admission.limits is LIMITS
