@@ -28,11 +28,13 @@ ShutdownTimeout = Annotated[
 
 
 def limit_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter `limits` of a command by one option for each field of `ServerLimits`."""
+    """Replace the parameter `limits` of a command by an option per field of `ServerLimits`."""
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
-        limits = ServerLimits(**{limit.name: options.pop(limit.name) for limit in fields(ServerLimits)})
+        limits = ServerLimits(
+            **{limit.name: options.pop(limit.name) for limit in fields(ServerLimits)}
+        )
         command(limits=limits, **options)
 
     signature = inspect.signature(command)

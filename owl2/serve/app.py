@@ -72,7 +72,9 @@ def build_app(
     app.add_middleware(
         AuthAndBodyLimitMiddleware, limits=limits, api_keys=api_keys, public_paths=PUBLIC_PATHS
     )
-    app.add_middleware(RequestLogMiddleware, metrics=metrics)  # outermost: it sees rejected requests
+    app.add_middleware(
+        RequestLogMiddleware, metrics=metrics
+    )  # outermost: it sees rejected requests
     return app
 
 

@@ -44,7 +44,7 @@ def serve_model(config: ServerConfig) -> int:
         engine = _load(config)
         app = build_app(engine, name, config.limits, api_keys, example)
         if config.web:
-            from owl2.serve.web import mount
+            from owl2.serve.web.mount import mount
 
             mount(app, engine, config.limits, keys=api_keys, name=name, examples=examples)
 
@@ -69,9 +69,7 @@ def serve_model(config: ServerConfig) -> int:
 
 def _read_keys(config: ServerConfig) -> ApiKeys | None:
     if config.api_key_env is not None and config.api_key_file is not None:
-        raise InputError(
-            "--api-key-env and --api-key-file exclude each other.", ErrorCode.CONFLICT
-        )
+        raise InputError("--api-key-env and --api-key-file exclude each other.", ErrorCode.CONFLICT)
     if config.api_key_env is not None:
         return ApiKeys.from_env(config.api_key_env)
     if config.api_key_file is not None:

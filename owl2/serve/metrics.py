@@ -34,7 +34,9 @@ class Metrics:
         own = self._registry = CollectorRegistry()
         ProcessCollector(registry=own)
         PlatformCollector(registry=own)
-        self.requests = Counter("owl2_requests", "HTTP requests.", ["route", "status"], registry=own)
+        self.requests = Counter(
+            "owl2_requests", "HTTP requests.", ["route", "status"], registry=own
+        )
         self.running = Gauge("owl2_requests_running", "Chat requests in the engine.", registry=own)
         self.waiting = Gauge("owl2_requests_waiting", "Chat requests in the queue.", registry=own)
         self.answers = Counter("owl2_answers", "Finished answers.", ["reason"], registry=own)

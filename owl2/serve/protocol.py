@@ -196,7 +196,7 @@ class ChatCompletionRequest(OpenAIBaseModel):
         }
 
 
-# ------------------------------------------------------------------ responses, for the documentation
+# ------------------------------------------------------------------ responses, for /docs
 
 
 class ChatCompletionLogProb(BaseModel):

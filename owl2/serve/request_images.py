@@ -109,9 +109,7 @@ class RequestImages:
                 "this server does not fetch images; send the file as data:image/png;base64,..."
             )
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(
-            self._fetch_pool, fetch_image, url, self._limits, self._network
-        )
+        work = loop.run_in_executor(self._fetch_pool, fetch_image, url, self._limits, self._network)
         seconds = self._limits.image_fetch_timeout
         try:
             # A DNS lookup has no timeout of its own, and the pool may have a queue.

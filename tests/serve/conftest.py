@@ -14,10 +14,9 @@ def tiny_engine(tiny_checkpoint):
 def server_url(tiny_engine):
     """An app with the tiny engine, named tiny, behind a socket."""
     from owl2.serve.app import build_app
-from owl2.serve.config import ServerConfig
     from tests.serve.running import running
 
-    with running(build_app(tiny_engine, ServerConfig("tiny"))) as url:
+    with running(build_app(tiny_engine, "tiny")) as url:
         yield url
 
 

@@ -13,9 +13,8 @@ import pytest
 from owl2.errors import InputError
 from owl2.serve.admission import AdmissionController
 from owl2.serve.app import build_app
-from owl2.serve.config import ServerConfig
-from owl2.serve.errors import ApiError
 from owl2.serve.config import ServerLimits
+from owl2.serve.errors import ApiError
 from owl2.serve.metrics import Metrics
 from tests.serve.running import FakeEngine, running, until
 
@@ -68,7 +67,7 @@ def serve(tiny_engine):
 
     def start(refuse=None, **limits):
         engine = FakeEngine(tiny_engine, refuse)
-        app = build_app(engine, ServerConfig("tiny", ServerLimits(**limits)))
+        app = build_app(engine, "tiny", ServerLimits(**limits))
         manager = running(app)
         open_ones.append(manager)
         return Server(app, engine, manager.__enter__())
@@ -97,7 +96,7 @@ def test_pieces_come_as_they_are_made(serve):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place(serve, stream):
-    server = serve(running=1)
+    server = serve(max_num_seqs=1)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=BODY | {"stream": stream}, timeout=0.5)
     until(lambda: server.engine.asked[0].closed)
@@ -105,7 +104,7 @@ def test_a_client_that_leaves_frees_its_place(serve, stream):
     waiting = server.later()
     server.asked(2).end()
     assert waiting().status_code == 200
-    assert server.metric('owl2_answers_total{reason="gone"}') == 1
+    assert server.metric('owl2_answers_total{reason="cancelled"}') == 1
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_stream(serve):
@@ -118,7 +117,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream(serve):
 
 
 def test_one_that_leaves_while_it_waits_is_never_begun(serve):
-    server = serve(running=1)
+    server = serve(max_num_seqs=1)
     first = server.later()
     told = server.asked()
     with pytest.raises(httpx.ReadTimeout):
@@ -133,7 +132,7 @@ def test_one_that_leaves_while_it_waits_is_never_begun(serve):
 
 
 def test_so_many_run_so_many_wait_the_next_is_sent_away(serve):
-    server = serve(running=2, queue=1)
+    server = serve(max_num_seqs=2, max_queued=1)
     replies = [server.later(), server.later()]
     server.asked(2)
     replies.append(server.later())
@@ -150,7 +149,9 @@ def test_so_many_run_so_many_wait_the_next_is_sent_away(serve):
 
 
 def test_who_comes_at_the_same_moment_is_counted_too(tiny_engine):
-    admission = AdmissionController(FakeEngine(tiny_engine), ServerLimits(max_num_seqs=1, max_queued=1), Metrics())
+    admission = AdmissionController(
+        FakeEngine(tiny_engine), ServerLimits(max_num_seqs=1, max_queued=1), Metrics()
+    )
 
     async def come():
         try:
@@ -167,15 +168,15 @@ def test_who_comes_at_the_same_moment_is_counted_too(tiny_engine):
 
 
 def test_time_is_limited_where_nothing_was_sent(serve):
-    server = serve(seconds=0.3)
+    server = serve(request_timeout=0.3)
     assert error_of(server.post()) == (503, "timeout")
     assert server.asked().closed
     assert server.admission.in_flight == 0
-    assert server.metric('owl2_answers_total{reason="cut"}') == 1
+    assert server.metric('owl2_answers_total{reason="timeout"}') == 1
 
 
 def test_time_is_limited_in_a_stream(serve):
-    server = serve(seconds=0.5)
+    server = serve(request_timeout=0.5)
     with server.stream() as reply:
         server.asked().say("a")
         lines = [line for line in reply.iter_lines() if line]
@@ -184,7 +185,7 @@ def test_time_is_limited_in_a_stream(serve):
 
 
 def test_time_is_limited_while_one_waits(serve):
-    server = serve(running=1, seconds=1.0)
+    server = serve(max_num_seqs=1, request_timeout=1.0)
     first = server.later()
     server.asked()
     second = server.later()
@@ -194,7 +195,7 @@ def test_time_is_limited_while_one_waits(serve):
 
 
 def test_a_slow_reader_does_not_hold_a_place(serve):
-    server = serve(running=1)
+    server = serve(max_num_seqs=1)
     with server.stream():  # and reads nothing
         told = server.asked()
         for _ in range(2000):
@@ -207,7 +208,7 @@ def test_a_slow_reader_does_not_hold_a_place(serve):
 
 @pytest.mark.parametrize(("limit", "tokens"), [(2048, 512), (5, 5)])
 def test_who_asks_for_no_number_of_tokens_gets_the_usual_or_the_limit(serve, limit, tokens):
-    server = serve(answer_tokens=limit)
+    server = serve(max_completion_tokens=limit)
     reply = server.later()
     told = server.asked()
     told.end()
@@ -216,7 +217,7 @@ def test_who_asks_for_no_number_of_tokens_gets_the_usual_or_the_limit(serve, lim
 
 
 def test_a_image_that_is_refused_holds_no_place(serve):
-    server = serve(running=1)
+    server = serve(max_num_seqs=1)
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     messages = [{"role": "user", "content": [image, {"type": "text", "text": "?"}]}]
     for _ in range(2):
@@ -227,7 +228,7 @@ def test_a_image_that_is_refused_holds_no_place(serve):
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_images_of_the_servers_own_network_are_not_fetched(serve, remote):
-    server = serve(remote=remote)
+    server = serve(allow_remote_images=remote)
     with socket.create_server(("127.0.0.1", 0)) as inside:
         url = f"http://127.0.0.1:{inside.getsockname()[1]}/a.png"
         for address in (url, url.replace("127.0.0.1", "localhost"), "file:///etc/passwd"):
@@ -262,7 +263,7 @@ def test_what_the_engine_refuses(serve):
         reply = server.post(body)
         assert reply.status_code == 400
         assert reply.json()["error"]["message"] == "The prompt is too long."
-    assert server.metric('owl2_answers_total{reason="refused"}') == 2
+    assert server.metric('owl2_answers_total{reason="rejected"}') == 2
     assert server.metric("owl2_requests_running") == 0
 
 
@@ -292,12 +293,12 @@ def test_a_fault_in_the_middle_of_a_stream(serve, error):
     said = json.loads(lines[-1][6:])["error"]
     assert ("not finite" in said["message"]) == isinstance(error, InputError)
     assert "code" not in said["message"]
-    reason = "refused" if isinstance(error, InputError) else "failed"
+    reason = "rejected" if isinstance(error, InputError) else "failed"
     assert server.metric(f'owl2_answers_total{{reason="{reason}"}}') == 1
 
 
 def test_closing_refuses_what_is_new_and_finishes_what_runs(serve):
-    server = serve(running=1)
+    server = serve(max_num_seqs=1)
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     replies = [server.later(), server.later()]
     until(lambda: server.admission.in_flight == 2)

@@ -8,7 +8,6 @@ import httpx
 import pytest
 
 from owl2.serve.app import build_app
-from owl2.serve.config import ServerConfig
 from owl2.serve.auth import ApiKeys
 from tests.serve.running import running, until
 
@@ -49,7 +48,7 @@ def test_what_there_is_not(server_url):
 
 def test_keys_are_asked_where_the_model_is(tiny_engine):
     key = "a-key-of-the-house"
-    with running(build_app(tiny_engine, ServerConfig("tiny", keys=ApiKeys([key])))) as url:
+    with running(build_app(tiny_engine, "tiny", api_keys=ApiKeys([key]))) as url:
         for path in ("/health", "/metrics", "/docs", "/openapi.json"):
             assert httpx.get(url + path).status_code == 200, path
         for path in ("/v1/models", "/v1/models/tiny", "/v1/other", "/other"):
@@ -89,7 +88,7 @@ def test_who_leaves_before_the_question_is_whole(server_url):
 
 @pytest.mark.parametrize("number", range(2))
 def test_two_apps_count_for_themselves(tiny_engine, number):
-    with running(build_app(tiny_engine, ServerConfig("tiny"))) as url:
+    with running(build_app(tiny_engine, "tiny")) as url:
         httpx.get(f"{url}/health")
         metrics = httpx.get(f"{url}/metrics").text
     assert 'owl2_requests_total{route="/health",status="200"} 1.0' in metrics

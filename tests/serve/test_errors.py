@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from owl2.errors import InputError
 from owl2.serve import errors
-from owl2.serve.protocol import ChatRequest
+from owl2.serve.protocol import ChatCompletionRequest
 
 GOOD = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 
@@ -20,14 +20,14 @@ def client():
     raised = {
         "input": InputError("The question is empty."),
         "ours": RuntimeError("the secret of the house"),
-        "busy": errors.too_busy(7),
-        "slow": errors.too_slow(2.5),
-        "closing": errors.closing(),
+        "busy": errors.too_busy("7 requests are waiting"),
+        "slow": errors.timed_out(2.5),
+        "closing": errors.shutting_down(),
         "half": errors.ApiError(400, "\ud83d", param="a.\ud83d"),
     }
 
     @app.post("/v1/chat/completions")
-    async def take(body: ChatRequest) -> str:
+    async def take(body: ChatCompletionRequest) -> str:
         return body.model
 
     @app.get("/raise/{name}")

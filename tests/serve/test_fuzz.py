@@ -84,9 +84,8 @@ FULL = asked_about(data_uri(saved())) | {
 @pytest.fixture(scope="module")
 def url(tiny_engine):
     from owl2.serve.app import build_app
-from owl2.serve.config import ServerConfig
 
-    with running(build_app(tiny_engine, ServerConfig("tiny", LIMITS))) as url:
+    with running(build_app(tiny_engine, "tiny", LIMITS)) as url:
         yield url
 
 

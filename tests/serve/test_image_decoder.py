@@ -17,9 +17,9 @@ from owl2.errors import InputError
 from owl2.processing.image_io import FORMATS, SQUARE_FACTOR
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve import decode_forkserver, image_decoder
-from owl2.serve.errors import ApiError
-from owl2.serve.image_decoder import SandboxedImageDecoder, ForkServer
 from owl2.serve.config import MIB, ServerLimits
+from owl2.serve.errors import ApiError
+from owl2.serve.image_decoder import ForkServer, SandboxedImageDecoder
 
 SIZE = 24
 Image.init()  # or the rarer formats would be missing below
@@ -62,7 +62,9 @@ FILES = {
 
 
 def decode(data, like=None, **limits):
-    return SandboxedImageDecoder(ServerLimits(**limits), like or Owl2ImageProcessor(SIZE)).decode(data)
+    return SandboxedImageDecoder(
+        ServerLimits(**limits), like or Owl2ImageProcessor(SIZE)
+    ).decode_sync(data)
 
 
 def refused(data, code, **limits):
@@ -141,7 +143,7 @@ def bomb(width, height, rows=0):
 
 @pytest.mark.parametrize("size", [(60_000, 60_000), (2**31 - 1, 1), (1, 50_000)])
 def test_more_pixels_than_allowed_are_known_from_the_header(size):
-    message = refused(bomb(*size), "image_too_large", pixels=10_000_000)
+    message = refused(bomb(*size), "image_too_large", max_image_pixels=10_000_000)
     assert "pixels" in message
 
 
@@ -149,39 +151,41 @@ def test_the_smaller_limit_on_pixels_holds():
     data = FILES["PNG"]
     like = Owl2ImageProcessor(SIZE, max_pixels=1000)
     assert "limit is 1,000" in refused_by(SandboxedImageDecoder(ServerLimits(), like), data)
-    assert "limit is 900" in refused(data, "image_too_large", pixels=900)
+    assert "limit is 900" in refused(data, "image_too_large", max_image_pixels=900)
 
 
 def refused_by(decoders, data):
     with pytest.raises(ApiError) as caught:
-        decoders.decode(data)
+        decoders.decode_sync(data)
     return caught.value.message
 
 
 def test_too_much_memory_ends_nothing_but_the_image():
     data = bomb(5000, 5000, 5000)
     assert len(data) < 200_000
-    assert "memory" in refused(data, "image_too_large", image_memory=64 * MIB)
+    assert "memory" in refused(data, "image_too_large", image_decode_memory=64 * MIB)
     still_works()
 
 
 @pytest.mark.slow
 def test_the_largest_images_allowed_fit_into_the_memory_allowed():
     edge = int((SQUARE_FACTOR * ServerLimits().max_image_pixels) ** 0.5)
-    data = saved(Image.new("RGB", (edge, ServerLimits().max_image_pixels // edge)), "JPEG", quality=1)
-    assert decode(data, image_seconds=100).size == (SIZE, SIZE)
+    data = saved(
+        Image.new("RGB", (edge, ServerLimits().max_image_pixels // edge)), "JPEG", quality=1
+    )
+    assert decode(data, image_decode_timeout=100).size == (SIZE, SIZE)
 
 
 def test_too_much_time_ends_nothing_but_the_image():
     begin = time.monotonic()
-    message = refused(bomb(5000, 5000, 5000), "image_too_large", image_seconds=0.01)
+    message = refused(bomb(5000, 5000, 5000), "image_too_large", image_decode_timeout=0.01)
     assert "longer than 0.01 seconds" in message
     assert time.monotonic() - begin < image_decoder.GRACE_SECONDS  # the decoder ended itself
     still_works()
 
 
 def children():
-    parent = image_decoder._fork_server()._process.pid
+    parent = image_decoder.fork_server()._process.pid
     with open(f"/proc/{parent}/task/{parent}/children") as file:
         return [int(word) for word in file.read().split()]
 
@@ -207,9 +211,13 @@ def answer_with(monkeypatch, reply):
 
     def work(connection):
         with connection:
-            head = decode_forkserver.receive(connection, 4)
-            job = decode_forkserver.receive(connection, decode_forkserver.LENGTH.unpack(head)[0])
-            decode_forkserver.receive(connection, decode_forkserver.json.loads(job)["length"])
+            head = decode_forkserver.receive_exactly(connection, 4)
+            job = decode_forkserver.receive_exactly(
+                connection, decode_forkserver.LENGTH.unpack(head)[0]
+            )
+            decode_forkserver.receive_exactly(
+                connection, decode_forkserver.json.loads(job)["length"]
+            )
             connection.sendall(reply)
 
     def open_(self):
@@ -217,20 +225,20 @@ def answer_with(monkeypatch, reply):
         threading.Thread(target=work, args=(theirs,)).start()
         return ours
 
-    monkeypatch.setattr(ForkServer, "open", open_)
+    monkeypatch.setattr(ForkServer, "fork", open_)
 
 
 @pytest.mark.parametrize(
     "reply",
     [
         b"",
-        b"P",
-        b"P" + decode_forkserver.LENGTH.pack(3 * SIZE**2),
-        b"P" + decode_forkserver.LENGTH.pack(3 * SIZE**2) + b"x" * (3 * SIZE**2 - 1),
-        b"P" + decode_forkserver.LENGTH.pack(2**32 - 1) + b"x" * 100,
-        b"P" + decode_forkserver.LENGTH.pack(5) + b"x" * 5,
-        b"B" + decode_forkserver.LENGTH.pack(2**32 - 1) + b"x" * 100,
-        b"B" + decode_forkserver.LENGTH.pack(20_000) + b"x" * 20_000,
+        b"D",
+        b"D" + decode_forkserver.LENGTH.pack(3 * SIZE**2),
+        b"D" + decode_forkserver.LENGTH.pack(3 * SIZE**2) + b"x" * (3 * SIZE**2 - 1),
+        b"D" + decode_forkserver.LENGTH.pack(2**32 - 1) + b"x" * 100,
+        b"D" + decode_forkserver.LENGTH.pack(5) + b"x" * 5,
+        b"I" + decode_forkserver.LENGTH.pack(2**32 - 1) + b"x" * 100,
+        b"I" + decode_forkserver.LENGTH.pack(20_000) + b"x" * 20_000,
     ],
 )
 def test_a_decoder_that_died_or_was_taken_over(monkeypatch, reply):
@@ -246,9 +254,9 @@ def test_a_decoder_that_says_what_is_no_text(monkeypatch):
 def test_a_decoder_that_is_stuck(monkeypatch):
     monkeypatch.setattr(image_decoder, "GRACE_SECONDS", 0.1)
     pair = socket.socketpair()
-    monkeypatch.setattr(ForkServer, "open", lambda self: pair[0])
+    monkeypatch.setattr(ForkServer, "fork", lambda self: pair[0])
     begin = time.monotonic()
-    refused(FILES["PNG"], "image_too_large", image_seconds=0.1)
+    refused(FILES["PNG"], "image_too_large", image_decode_timeout=0.1)
     assert time.monotonic() - begin < 5
 
 
@@ -258,8 +266,10 @@ def confined(check):
     if child == 0:
         code = 1
         try:
-            job = decode_forkserver.Job(0, 8, "resize", (0.5, 0.5, 0.5), 10, 64 * MIB, 30.0)
-            decode_forkserver._confine(job)
+            job = decode_forkserver.DecodeRequest(
+                0, 8, "resize", (0.5, 0.5, 0.5), 10, 64 * MIB, 30.0
+            )
+            decode_forkserver._restrict_process(job)
             code = 0 if check() else 1
         finally:
             os._exit(code)
@@ -294,7 +304,7 @@ def test_a_decoder_can_do_its_work():
 
 def test_a_decoder_has_no_secrets(monkeypatch):
     monkeypatch.setenv("OWL2_API_KEY", "the-key-of-the-house")
-    assert "the-key-of-the-house" not in str(image_decoder._environment())
+    assert "the-key-of-the-house" not in str(image_decoder.decoder_environment())
 
 
 def test_several_at_a_time_get_their_own():
@@ -365,19 +375,18 @@ def test_the_engine_makes_pixels_of_them_without_threads_of_its_own():
 def test_the_process_they_are_forked_from_ends_with_the_server(used, capfd):
     own = ForkServer()
     if used:
-        own.open().close()
+        own.fork().close()
     else:
         own.start()
-    own._control.close()  # as the system does when a process is killed
-    assert own._process.wait(60) == 0
+    assert own.close() == 0
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow
 def test_decoders_come_back_when_the_process_they_are_forked_from_is_killed():
     still_works()
-    process = image_decoder._fork_server()._process
+    process = image_decoder.fork_server()._process
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     still_works()
-    assert image_decoder._fork_server()._process.pid != process.pid
+    assert image_decoder.fork_server()._process.pid != process.pid

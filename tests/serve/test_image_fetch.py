@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.image_fetch import Network, fetch, is_public
-from owl2.serve.config import ServerLimits
 
 PUBLIC, OTHER = "93.184.216.34", "1.1.1.1"
 FILE = b"an image's file" * 100
@@ -266,14 +266,14 @@ def test_redirects_that_are_allowed_are_followed():
 
 def test_redirects_without_end():
     with serving(*[redirect("/")] * 5) as (port, got):
-        message = refused("http://good.test/", Stub(port), remote_redirects=2).message
+        message = refused("http://good.test/", Stub(port), max_image_redirects=2).message
         assert "more than 2 times" in message
         assert len(got) == 3
 
 
 def test_a_redirect_to_nowhere_goes_on_until_there_have_been_too_many():
     with serving(*[http("302 Found", b"")] * 5) as (port, _):
-        refused("http://good.test/", Stub(port), remote_redirects=1)
+        refused("http://good.test/", Stub(port), max_image_redirects=1)
 
 
 @pytest.mark.parametrize("status", ["404 Not Found", "500 x", "204 No Content", "304 x"])
@@ -295,7 +295,7 @@ def test_other_answers_are_no_image(status):
 def test_a_file_that_is_too_large(reply):
     with serving(reply, reply) as (port, _):
         network = Stub(port)
-        assert refused("http://good.test/", network, image_bytes=150).code == "image_too_large"
+        assert refused("http://good.test/", network, max_image_bytes=150).code == "image_too_large"
         assert len(get("http://good.test/", network)) >= 200
 
 
@@ -339,7 +339,7 @@ def drip(head):
 def test_servers_that_take_their_time(reply):
     with serving(reply) as (port, _):
         begin = time.monotonic()
-        message = refused("http://good.test/", Stub(port), remote_seconds=0.3).message
+        message = refused("http://good.test/", Stub(port), image_fetch_timeout=0.3).message
         assert "in time" in message
         assert time.monotonic() - begin < 0.9
 

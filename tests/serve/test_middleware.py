@@ -35,7 +35,7 @@ def inside():
 
 def client(inside, root_path="", **options):
     limits = ServerLimits(max_body_bytes=100, body_timeout=0.2)
-    door = AuthAndBodyLimitMiddleware(inside, limits=limits, free=["/health", "/web/"], **options)
+    door = AuthAndBodyLimitMiddleware(inside, limits=limits, public_paths=["/health", "/web/"], **options)
     return TestClient(door, root_path=root_path)
 
 
@@ -60,7 +60,7 @@ def test_a_body_that_is_too_large_is_not_heard(inside, chunked):
 )
 @pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {KEY}x"}])
 def test_without_a_key_nothing_is_heard(inside, path, headers):
-    reply = client(inside, keys=ApiKeys([KEY])).post(path, content=b"x" * 101, headers=headers)
+    reply = client(inside, api_keys=ApiKeys([KEY])).post(path, content=b"x" * 101, headers=headers)
     assert reply.status_code == 401  # not 413: of the body nothing was asked
     assert reply.json()["error"]["code"] == "invalid_api_key"
     assert reply.headers["WWW-Authenticate"] == "Bearer"
@@ -69,18 +69,18 @@ def test_without_a_key_nothing_is_heard(inside, path, headers):
 
 
 def test_with_the_key_it_is(inside):
-    door = client(inside, keys=ApiKeys([KEY]))
+    door = client(inside, api_keys=ApiKeys([KEY]))
     assert door.get("/v1/models", headers=RIGHT).text == "fine"
 
 
 @pytest.mark.parametrize("path", ["/health", "/web", "/web/upload"])
 def test_free_paths_need_no_key_and_have_their_own_limits(inside, path):
-    door = client(inside, keys=ApiKeys([KEY]))
+    door = client(inside, api_keys=ApiKeys([KEY]))
     assert door.post(path, content=b"x" * 1000).text == "fine"
 
 
 def test_free_paths_behind_a_proxy(inside):
-    door = client(inside, "/owl", keys=ApiKeys([KEY]))
+    door = client(inside, "/owl", api_keys=ApiKeys([KEY]))
     assert door.get("/owl/health").text == "fine"
     assert door.get("/owl/v1/models").status_code == 401
 
@@ -174,5 +174,5 @@ def test_what_is_no_request_goes_through(inside):
     async def nothing(*_):
         raise AssertionError("nobody is to be asked")
 
-    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits(), keys=ApiKeys([KEY]))
+    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits(), api_keys=ApiKeys([KEY]))
     asyncio.run(door({"type": "lifespan"}, nothing, nothing))

@@ -5,8 +5,8 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from owl2.serve.errors import ApiError
 from owl2.serve.config import ServerLimits, check
+from owl2.serve.errors import ApiError
 from owl2.serve.protocol import ENGINE_SEEDS, LARGEST_SEED, ChatRequest
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.image_fetch import Network
-from owl2.serve.config import ServerLimits
 from owl2.serve.protocol import ChatMessage
 from owl2.serve.request_images import Images
 from tests.serve.test_image_fetch import PUBLIC, Stub, http, redirect, serving
@@ -136,7 +136,7 @@ def test_no_file_of_the_server_is_opened(tmp_path, form):
     path = tmp_path / "image.png"
     path.write_bytes(saved(image()))
     for remote in (False, True):
-        error = refused(form.format(path), remote=remote)
+        error = refused(form.format(path), allow_remote_images=remote)
         assert error.code == "invalid_image_url"
         assert "paths and other things are not read" in error.message
 
@@ -148,16 +148,16 @@ def test_a_bare_base64_string_is_no_url():
 
 def test_limits_of_bytes_and_pixels():
     data = saved(image())
-    assert refused(data_uri(data), image_bytes=len(data) - 1).code == "image_too_large"
-    assert refused(data_uri(data), pixels=31 * 17 - 1).code == "image_too_large"
-    assert opened(turn(data_uri(data)), image_bytes=len(data), pixels=31 * 17)
+    assert refused(data_uri(data), max_image_bytes=len(data) - 1).code == "image_too_large"
+    assert refused(data_uri(data), max_image_pixels=31 * 17 - 1).code == "image_too_large"
+    assert opened(turn(data_uri(data)), max_image_bytes=len(data), max_image_pixels=31 * 17)
 
 
 def test_remote_images_where_they_are_allowed():
     data = saved(image())
     with serving(redirect("/there.png"), http(body=data)) as (port, _):
         network = Stub(port)
-        [message] = opened(turn("http://good.test/"), network=network, remote=True)
+        [message] = opened(turn("http://good.test/"), network=network, allow_remote_images=True)
     [part] = message["content"]
     ours, file = (LIKE(one, "np")["pixel_values"] for one in (part["image"], data))
     np.testing.assert_array_equal(ours, file)
@@ -186,7 +186,9 @@ def test_a_look_up_that_hangs_does_not_hang_the_request():
     begin = time.monotonic()
 
     async def work():
-        images = Images(ServerLimits(allow_remote_images=True, image_fetch_timeout=0.1), LIKE, Slow())
+        images = Images(
+            ServerLimits(allow_remote_images=True, image_fetch_timeout=0.1), LIKE, Slow()
+        )
         try:
             message = ChatMessage.model_validate(turn("http://slow.test/"))
             await images.messages([message])

@@ -12,8 +12,7 @@ import pytest
 from owl2.errors import InputError
 from owl2.serve import server as module
 from owl2.serve.app import build_app
-from owl2.serve.config import ServerConfig
-from owl2.serve.server import Server, address_of, curl_line, serve, take_port
+from owl2.serve.server import Server, socket_url, curl_example, serve, bind_socket
 from tests.serve.running import FakeEngine, until
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "what is this?"}]}
@@ -24,10 +23,10 @@ class Ending:
 
     def __init__(self, tiny_engine, drain_seconds):
         self.engine = FakeEngine(tiny_engine)
-        app = build_app(self.engine, ServerConfig("tiny"))
-        self.taken = take_port("127.0.0.1", 0)
-        self.url = address_of(self.taken)
-        self.server = Server(app, app.state.admission, drain_seconds=drain_seconds)
+        app = build_app(self.engine, "tiny")
+        self.taken = bind_socket("127.0.0.1", 0)
+        self.url = socket_url(self.taken)
+        self.server = Server(app, app.state.admission, drain_seconds)
         self.thread = threading.Thread(target=self.server.run, args=([self.taken],))
         self.thread.start()
         until(lambda: self.server.started)
@@ -75,7 +74,7 @@ def test_with_nothing_to_do_it_ends_at_once(begin):
     one = begin()
     one.signal()
     assert one.ends()
-    assert one.server.cut_off == 0
+    assert one.server.aborted == 0
     with pytest.raises(httpx.ConnectError):
         one.post()
 
@@ -93,7 +92,7 @@ def test_what_runs_is_finished_what_is_new_is_refused(begin):
         told.end()
         assert list(lines)[-1] == "data: [DONE]"
     assert one.ends()
-    assert one.server.cut_off == 0
+    assert one.server.aborted == 0
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -105,7 +104,7 @@ def test_what_lasts_too_long_is_told_so(begin, signals):
         last = json.loads(list(lines)[-1].removeprefix("data: "))
         assert last["error"]["code"] == "shutting_down"
     assert one.ends()
-    assert one.server.cut_off == 1
+    assert one.server.aborted == 1
     assert one.engine.asked[0].closed
 
 
@@ -143,38 +142,38 @@ def test_a_connection_that_is_only_open_does_not_hold_it_up(begin):
     ("host", "url"), [("127.0.0.1", "http://127.0.0.1:"), ("0.0.0.0", "http://127.0.0.1:")]
 )
 def test_the_address(host, url):
-    with take_port(host, 0) as taken:
-        assert address_of(taken).startswith(url)
+    with bind_socket(host, 0) as taken:
+        assert socket_url(taken).startswith(url)
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
 def test_the_address_in_ipv6():
     try:
-        taken = take_port("::1", 0)
+        taken = bind_socket("::1", 0)
     except InputError:
         pytest.skip("this machine has no IPv6")
     with taken:
-        assert address_of(taken).startswith("http://[::1]:")
+        assert socket_url(taken).startswith("http://[::1]:")
 
 
 def test_nobody_is_let_in_before_it_listens():
-    with take_port("127.0.0.1", 0) as taken:
+    with bind_socket("127.0.0.1", 0) as taken:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(taken.getsockname())
         taken.listen()
         with pytest.raises(InputError, match="cannot be used"):
-            take_port(*taken.getsockname())
+            bind_socket(*taken.getsockname())
 
 
 def test_of_two_that_loaded_for_one_port_the_second_says_so(tiny_engine):
-    with take_port("127.0.0.1", 0) as first, take_port(*first.getsockname()) as second:
+    with bind_socket("127.0.0.1", 0) as first, bind_socket(*first.getsockname()) as second:
         first.listen()
-        app = build_app(FakeEngine(tiny_engine), ServerConfig("tiny"))
+        app = build_app(FakeEngine(tiny_engine), "tiny")
         with pytest.raises(InputError, match="in use"):
             serve(app, app.state.admission, second)
 
 
 def test_the_line_survives_a_name_with_quotes():
-    line = curl_line("http://h:1", 'it\'s "mine" $HOME', "$(cat key)")
+    line = curl_example("http://h:1", 'it\'s "mine" $HOME', "$(cat key)")
     assert "'\"'\"'" in line
     assert '-H "Authorization: Bearer $(cat key)"' in line

@@ -2,26 +2,30 @@
 
 ::
 
-    box ──ask──► Turn ──AdmissionController──► pieces ──► views: what becomes of the box, and the conversation
+    box ──ask──► Turn ──AdmissionController──► pieces ──► views of the box and the conversation
 
 The page stands at the same admission as the API: its places, queue and limits of time are one.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
 
 from owl2.errors import InputError
 from owl2.processing.chat_template import Message
-from owl2.serve.admission import ResponseStream, AdmissionController, RequestContext
+from owl2.serve.admission import (
+    AdmissionController,
+    ClientStopped,
+    check_text_length,
+    run_unless,
+)
 from owl2.serve.errors import ApiError, as_api_error
-from owl2.serve.admission import check_text_length
 from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.examples import Example
 from owl2.serve.web.i18n import error_text, text
@@ -33,7 +37,6 @@ VIEW_SECONDS = 0.05
 SEED_DIGITS = 9  # all such numbers are seeds
 
 Decode = Callable[[bytes], Awaitable[Image.Image]]
-Result = TypeVar("Result")
 
 
 class View(NamedTuple):
@@ -61,10 +64,6 @@ class Settings(NamedTuple):
     seed: str
 
 
-class Stopped(Exception):
-    """The visitor wants no more of this answer."""
-
-
 class Asking:
     """The page's side of the admission.
 
@@ -72,7 +71,9 @@ class Asking:
         decode: an image's file to an RGB image; raises `ApiError` or `InputError`.
     """
 
-    def __init__(self, admission: AdmissionController, decode: Decode, examples: Sequence[Example]) -> None:
+    def __init__(
+        self, admission: AdmissionController, decode: Decode, examples: Sequence[Example]
+    ) -> None:
         self.admission = admission
         self._decode = decode
         self._examples = examples
@@ -162,7 +163,7 @@ class Asking:
             ) from error
 
     async def _answer(self, talk: Conversation, how: Settings) -> Views:
-        """ResponseStream the last turn. Where nothing comes, all is as before, the question in the box."""
+        """Answer the last turn. Where nothing comes, all is as before, the question in the box."""
         turn = talk.turns[-1]
         before = (turn.answer, turn.note)
         turn.answer = turn.note = ""
@@ -179,7 +180,7 @@ class Asking:
                         seen = time.monotonic()
             if not turn.answer.strip():
                 note("empty", how.language)
-        except Stopped:
+        except ClientStopped:
             turn.note = text("stopped", how.language)
         except Exception as error:  # what is our own code is logged there, and here it is said
             warn(error, how.language)
@@ -195,81 +196,48 @@ class Asking:
     async def _pieces(
         self, talk: Conversation, turn: Turn, how: Settings
     ) -> AsyncGenerator[str, None]:
-        """The answer's text as it is made.
+        """The answer's text as it is generated.
 
         Raises:
-            Stopped: by the visitor.
-            ApiError, InputError: as the API would reply.
+            ClientStopped: The visitor stopped it.
+            ApiError, InputError: As in the API.
         """
         stopping = asyncio.Event()
         talk.stop = stopping.set
-        with self.admission.admit() as visit:
-            answer = await _unless(stopping, self._begin(visit, talk, turn, how))
-
-            def stop() -> None:
-                stopping.set()
-                answer.close()
-
-            talk.stop = stop
-            try:
-                while True:
-                    # Not around the yield: time may pass, and be over, in somebody else's task.
-                    async with self.admission.time_limit(visit):
-                        piece = await answer.next()
-                    if stopping.is_set():
-                        raise Stopped
-                    if piece is None:
-                        return
-                    if piece.finish_reason == "length":
-                        turn.note = text("cut", how.language)
-                    yield piece.text
-            finally:
-                answer.close()
-
-    async def _begin(self, visit: RequestContext, talk: Conversation, turn: Turn, how: Settings) -> ResponseStream:
-        """Wait for a place, until the images are open, and until the prompt is read."""
 
         async def messages() -> list[Message]:
-            if not turn.images:  # else it is answered again
+            if not turn.images:  # otherwise it is answered again
                 images = [await self._image(Path(file), how.language) for file in turn.files]
                 turn.images = tuple(images)
             return talk.messages()
 
-        async with self.admission.time_limit(visit):
-            answer = await self.admission.answer(visit, messages, 1, self._options(how))
-            try:
-                await answer.begun()
-            except BaseException:
-                answer.close()
-                raise
-        return answer
+        with self.admission.admit() as stream:
+            await run_unless(stopping.wait(), stream.start(messages, self._options(how)))
+
+            def stop() -> None:
+                stopping.set()
+                stream.close()
+
+            talk.stop = stop
+            while True:
+                piece = await stream.next()
+                if stopping.is_set():
+                    raise ClientStopped
+                if piece is None:
+                    return
+                if piece.finish_reason == "length":
+                    turn.note = text("cut", how.language)
+                yield piece.text
 
     def _options(self, how: Settings) -> dict[str, Any]:
         seed = how.seed.strip()
         if seed and not (seed.isdecimal() and len(seed) <= SEED_DIGITS):
             raise InputError(text("error_seed", how.language))
         options: dict[str, Any] = {
-            "max_new_tokens": min(int(how.max_new_tokens), self.admission.limits.max_completion_tokens),
+            "max_new_tokens": min(
+                int(how.max_new_tokens), self.admission.limits.max_completion_tokens
+            ),
             "temperature": how.temperature,
             "seed": int(seed) if seed else None,
         }
         return options | ({"top_p": how.top_p} if how.temperature else {})
-
-
-async def _unless(stopping: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result:
-    """What `work` gives, which is cancelled when `stopping` is set.
-
-    Raises:
-        Stopped: it was.
-    """
-    task = asyncio.ensure_future(work)
-    stop = asyncio.ensure_future(stopping.wait())
-    try:
-        await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Stopped
-        return task.result()
-    finally:
-        stop.cancel()
-        task.cancel()
-        await asyncio.gather(task, stop, return_exceptions=True)

@@ -3,24 +3,21 @@
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from PIL import Image
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from owl2.engine.engine import Engine
 from owl2.serve.admission import AdmissionController
 from owl2.serve.auth import ApiKeys
+from owl2.serve.config import MIB, ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.image_decoder import SandboxedImageDecoder
-from owl2.serve.config import MIB, ServerLimits
 from owl2.serve.metrics import Metrics
-from owl2.serve.web.chat_handler import Decode
 from owl2.serve.web.examples import Example, drawn
 from owl2.serve.web.i18n import TEXTS
 from owl2.serve.web.page import HERE, i18n, make_page, theme
@@ -83,11 +80,13 @@ def mount(
     """
     if not hasattr(app.state, "admission"):
         app.state.admission = AdmissionController(engine, limits, Metrics())
+    decoder = SandboxedImageDecoder(limits, engine.processor.image_processor)
+    decoder.start()
     if examples is None:
         examples = drawn(Path(os.environ["GRADIO_TEMP_DIR"]))
     gr.mount_gradio_app(
         app,
-        make_page(app.state.admission, decoding(engine, limits), name, examples),
+        make_page(app.state.admission, decoder.decode, name, examples),
         PATH,
         theme=theme(),
         css=(HERE / "page.css").read_text("utf-8"),
@@ -105,24 +104,6 @@ def mount(
     )
     page: Any = app.routes[-1]
     page.app = PageApp(page.app, app.state.admission, limits)
-
-
-def decoding(engine: Engine, limits: ServerLimits) -> Decode:
-    """Images' files to the squares that the model sees, in processes of their own."""
-    decoders = SandboxedImageDecoder(limits, engine.processor.image_processor)
-    decoders.start()
-    pool = ThreadPoolExecutor(limits.image_decoders, "owl2-page-image")
-
-    async def decode(data: bytes) -> Image.Image:
-        if len(data) > limits.max_image_bytes:
-            raise ApiError(
-                400,
-                f"The image has {len(data):,} bytes; the limit is {limits.max_image_bytes:,}.",
-                code="image_too_large",
-            )
-        return await asyncio.get_running_loop().run_in_executor(pool, decoders.decode, data)
-
-    return decode
 
 
 def _opens(keys: ApiKeys) -> Callable[[str, str], bool]:

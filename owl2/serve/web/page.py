@@ -109,7 +109,9 @@ class Parts:
     settings: list[Any]
 
 
-def make_page(admission: AdmissionController, decode: Decode, name: str, examples: Sequence[Example]) -> gr.Blocks:
+def make_page(
+    admission: AdmissionController, decode: Decode, name: str, examples: Sequence[Example]
+) -> gr.Blocks:
     """The page for the engine of a admission.
 
     Args:

@@ -37,14 +37,13 @@ def browser():
 def told(tiny_engine):
     """The URL of a page, and its engine, which says what the test says."""
     from owl2.serve.app import build_app
-from owl2.serve.config import ServerConfig
     from owl2.serve.config import ServerLimits
-    from owl2.serve.web import mount
+    from owl2.serve.web.mount import mount
     from tests.serve.running import FakeEngine, running
 
     engine = FakeEngine(tiny_engine)
     limits = ServerLimits(max_image_bytes=50_000, max_images=4)
-    app = build_app(engine, ServerConfig("told", limits))
+    app = build_app(engine, "told", limits)
     mount(app, engine, limits, name="told")
     with running(app) as url:
         yield f"{url}/web/", engine
@@ -54,12 +53,11 @@ from owl2.serve.config import ServerConfig
 def tiny(tiny_engine):
     """The URL of a page over a model."""
     from owl2.serve.app import build_app
-from owl2.serve.config import ServerConfig
     from owl2.serve.config import ServerLimits
-    from owl2.serve.web import mount
+    from owl2.serve.web.mount import mount
     from tests.serve.running import running
 
-    app = build_app(tiny_engine, ServerConfig("tiny"))
+    app = build_app(tiny_engine, "tiny")
     mount(app, tiny_engine, ServerLimits(), name="tiny")
     with running(app) as url:
         yield f"{url}/web/"

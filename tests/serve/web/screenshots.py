@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from owl2.engine.engine import Engine
 from owl2.serve.app import build_app
-from owl2.serve.config import ServerConfig
 from owl2.serve.config import ServerLimits
-from owl2.serve.web import mount
+from owl2.serve.web.mount import mount
 from tests.serve.running import running
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -80,7 +79,7 @@ def shoot(page: Page, path: Path) -> None:
 def main(model: str, folder: Path) -> None:
     engine = Engine.from_pretrained(model, device="cpu", dtype="float32")
     name = "easy-VQA"
-    app = build_app(engine, ServerConfig(name))
+    app = build_app(engine, name)
     mount(app, engine, ServerLimits(), name=name)
     expect.set_options(timeout=60_000)
     with running(app) as place, sync_playwright() as playwright:

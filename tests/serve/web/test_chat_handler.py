@@ -9,8 +9,8 @@ from PIL import Image
 
 from owl2.errors import InputError
 from owl2.serve.admission import AdmissionController
-from owl2.serve.errors import ApiError
 from owl2.serve.config import ServerLimits
+from owl2.serve.errors import ApiError
 from owl2.serve.metrics import Metrics
 from owl2.serve.web.chat_handler import Asking
 from owl2.serve.web.conversation import WAITING, Conversation
@@ -151,7 +151,7 @@ def test_settings_reach_the_engine_within_the_limits(visit, settings, options):
         told = await visitor.answered("yes", settings=settings)
         assert told.options == options
 
-    visit(story, answer_tokens=100)
+    visit(story, max_completion_tokens=100)
 
 
 def test_an_answer_that_was_cut_says_so(visit):
@@ -210,7 +210,7 @@ def test_stop_while_others_are_answered_leaves_the_queue(visit):
         assert len(visitor.engine.asked) == 1
         assert [turn.answer for turn in talk.turns] == ["one"]
 
-    visit(story, running=1)
+    visit(story, max_num_seqs=1)
 
 
 def test_who_leaves_frees_the_place(visit):
@@ -351,7 +351,7 @@ def test_a_full_queue_sends_away(visit):
         told.end()
         await first
 
-    visit(story, running=1, queue=0)
+    visit(story, max_num_seqs=1, max_queued=0)
 
 
 def test_what_takes_too_long_ends_with_what_is_there(visit):
@@ -364,7 +364,7 @@ def test_what_takes_too_long_ends_with_what_is_there(visit):
         assert told.closed
         assert visitor.chats[-1][-1] == "slowly"
 
-    visit(story, seconds=0.2)
+    visit(story, request_timeout=0.2)
 
 
 def test_a_fault_of_ours_is_logged_and_not_shown(visit, caplog):

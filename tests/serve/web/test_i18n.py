@@ -58,7 +58,7 @@ def test_text_fills_the_holes_and_knows_english_only_beside_chinese():
 
 
 def test_errors_are_said_in_the_language_where_they_are_known():
-    busy = too_busy(3)
+    busy = too_busy("3 requests are waiting")
     assert "busy" in error_text(busy, "en")
     assert CHINESE.search(error_text(busy, "zh"))
     unknown = ApiError(400, "the prompt is too long")

@@ -9,10 +9,9 @@ import httpx
 import pytest
 
 from owl2.serve.app import build_app
-from owl2.serve.config import ServerConfig
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
-from owl2.serve.web import mount
+from owl2.serve.web.mount import mount
 from tests.serve.running import FakeEngine, running
 
 KEY = "a-key-of-the-house"
@@ -24,7 +23,7 @@ OTHER_FIELDS = {"language": "en", "slider": 8}
 def page(tiny_engine):
     """The URL of an app with the page, and the app."""
     engine = FakeEngine(tiny_engine)
-    app = build_app(engine, ServerConfig("tiny", LIMITS))
+    app = build_app(engine, "tiny", LIMITS)
     mount(app, engine, LIMITS, name="<tiny>")
     with running(app) as url:
         yield url, app
@@ -35,7 +34,7 @@ def closed(tiny_engine):
     """The URL of one that asks for a key."""
     engine = FakeEngine(tiny_engine)
     keys = ApiKeys([KEY])
-    app = build_app(engine, ServerConfig("tiny", LIMITS, keys))
+    app = build_app(engine, "tiny", LIMITS, keys)
     mount(app, engine, LIMITS, keys=keys)
     with running(app) as url:
         yield url
@@ -177,7 +176,9 @@ def test_no_function_of_the_page_is_an_api(page):
 def test_the_page_stands_at_the_apps_desk(page):
     config = httpx.get(f"{page[0]}/web/config").json()
     sliders = [part["props"] for part in config["components"] if part["type"] == "slider"]
-    assert sliders[0]["maximum"] == min(LIMITS.max_completion_tokens, page[1].state.admission.engine.context)
+    assert sliders[0]["maximum"] == min(
+        LIMITS.max_completion_tokens, page[1].state.admission.engine.context
+    )
 
 
 def test_with_keys_nothing_opens_without_one(closed):
