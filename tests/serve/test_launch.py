@@ -140,7 +140,7 @@ def test_the_line_with_keys_in_the_environment(start):
 
 @pytest.mark.slow
 def test_what_is_not_finished_in_time_is_told_and_cut_off(start):
-    server = start("--drain-seconds", "0.3", delay=0.2)
+    server = start("--shutdown-timeout", "0.3", delay=0.2)
     stream = server.ask(max_tokens=100, stream=True, temperature=0)
     next(stream)
     server.signal(signal.SIGINT)

@@ -309,7 +309,7 @@ def test_what_cannot_be_asked_stays_in_the_box(visit, given, settings, words):
         assert visitor.talk.turns == []
         assert visitor.engine.asked == []
 
-    visit(story, images=2)
+    visit(story, max_images=2)
 
 
 @pytest.mark.parametrize(("language", "words"), [("en", "it is broken"), ("zh", "文件已损坏")])
@@ -337,7 +337,7 @@ def test_images_of_all_turns_count(visit, tmp_path):
         with warned("2 images in this conversation; the limit is 1"):
             await visitor.ask(files=[tmp_path / "cat.png"])
 
-    visit(story, images=1)
+    visit(story, max_images=1)
 
 
 def test_a_full_queue_sends_away(visit):
