@@ -8,14 +8,12 @@ The engine batches all running requests. The controller runs in the event loop, 
 """
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 from owl2.engine.engine import Engine
-from owl2.engine.output import Completion, Piece
+from owl2.engine.output import CompletionChunk, RequestHandle
 from owl2.errors import InputError
 from owl2.processing.chat_template import Message
 from owl2.serve import errors
@@ -50,7 +48,6 @@ class AdmissionController:
         self._running = 0
         self._aborted = False
         self._slots = asyncio.Semaphore(limits.max_num_seqs)
-        self.pool = ThreadPoolExecutor(limits.max_num_seqs, thread_name_prefix="owl2-request")
         self._timeouts: set[asyncio.Timeout] = set()
 
     @contextmanager
@@ -76,14 +73,13 @@ class AdmissionController:
             raise
         finally:
             self.in_flight -= 1
-            self._unstarted -= not stream.has_slot
+            self._unstarted -= not stream.has_waited
             stream.close(reason)
 
-    async def acquire_slot(self, stream: "ResponseStream") -> None:
+    async def acquire_slot(self) -> None:
         """Wait for a slot in the engine; `release_slot` returns it."""
         with self.metrics.waiting.track_inprogress():
             await self._slots.acquire()
-        stream.has_slot = True
         self._unstarted -= 1
         self._running += 1
         self.metrics.running.inc()
@@ -126,9 +122,11 @@ class AdmissionController:
 class ResponseStream:
     """The answers to an admitted request: `start`, then `next` until None.
 
+    The engine's thread posts its outputs into the event loop, where everything else runs.
+
     Attributes:
         deadline: In seconds of the event loop's clock.
-        has_slot: The request has left the queue.
+        has_waited: The request has left the queue.
         prompt_tokens: Tokens of the prompt, including images; known after `start`.
     """
 
@@ -138,108 +136,92 @@ class ResponseStream:
         self._loop = asyncio.get_running_loop()
         self._arrival = self._loop.time()
         self.deadline = self._arrival + admission.limits.request_timeout
-        self.has_slot = False
+        self.has_waited = False
         self.prompt_tokens = 0
-        self._outputs: asyncio.Queue[int | Piece | Exception | None] = asyncio.Queue()
+        self._has_slot = False
+        self._outputs: asyncio.Queue[CompletionChunk | BaseException | None] = asyncio.Queue()
         self._tokens = [0] * num_answers
         self._unfinished = num_answers
-        self._lock = threading.Lock()
         self._closed = False
-        self._completion: Completion | None = None
+        self._handle: RequestHandle | None = None
 
     async def start(
         self, messages: Callable[[], Awaitable[Sequence[Message]]], options: dict[str, Any]
     ) -> None:
-        """Wait for a slot, then for the messages, and start the engine.
+        """Wait for a slot, then for the messages, and submit the prompt to the engine.
 
         The slot is free again when the engine has finished or the stream is closed, so that a
         client that reads slowly does not occupy one.
 
         Args:
-            options: Keyword arguments of `Engine.complete`.
+            options: Keyword arguments of `Engine.sampling_params`.
 
         Raises:
             ApiError: 503, at the deadline.
-            InputError: From `Engine.complete`.
+            InputError: The engine cannot answer the messages, or an option is invalid.
         """
+        engine = self._admission.engine
         async with self._admission.time_limit(self.deadline):
-            await self._admission.acquire_slot(self)
-            try:
-                given = await messages()
-                self._admission.pool.submit(self._run, given, options)
-            except BaseException:
-                self._admission.release_slot()
-                raise
-            item = await self._outputs.get()
-            if isinstance(item, Exception):
-                self._fail(item)
-                raise item
-            assert isinstance(item, int)
-            self.prompt_tokens = item
-            self._metrics.prompt_tokens.inc(item)
+            await self._admission.acquire_slot()
+            self.has_waited = self._has_slot = True
+            params = engine.sampling_params(**options)
+            prompt = await asyncio.to_thread(engine.encode, await messages())
+            self._handle = engine.submit(prompt, params, self._post)
+        self.prompt_tokens = self._handle.num_prompt_tokens
+        self._metrics.prompt_tokens.inc(self.prompt_tokens)
 
-    def _run(self, messages: Sequence[Message], options: dict[str, Any]) -> None:
-        """In a thread: pass the outputs of the engine to the event loop."""
-        end: Exception | None = None
-        try:
-            with self._admission.engine.complete(messages, **options) as completion:
-                with self._lock:
-                    self._completion = completion
-                    closed = self._closed
-                if not closed:
-                    self._in_loop(self._outputs.put_nowait, completion.prompt_tokens)
-                    for piece in completion:
-                        self._in_loop(self._outputs.put_nowait, piece)
-        except Exception as error:  # raised again by `start` or `next`
-            end = error
-        self._in_loop(self._admission.release_slot)
-        self._in_loop(self._outputs.put_nowait, end)
-
-    def _in_loop(self, call: Callable[..., object], *arguments: object) -> None:
+    def _post(self, output: CompletionChunk | BaseException) -> None:
+        """Called in the engine's thread."""
         with suppress(RuntimeError):  # the loop is closed: the server has ended
-            self._loop.call_soon_threadsafe(call, *arguments)
+            self._loop.call_soon_threadsafe(self._add, output)
 
-    async def next(self) -> Piece | None:
-        """The next piece of an answer; None after the last.
+    def _add(self, output: CompletionChunk | BaseException) -> None:
+        if self._closed:
+            return
+        self._outputs.put_nowait(output)
+        if isinstance(output, BaseException):
+            self.close("rejected" if isinstance(output, InputError) else "failed")
+            return
+        elapsed = self._loop.time() - self._arrival
+        if not any(self._tokens):
+            self._metrics.time_to_first_token.observe(elapsed)
+        self._metrics.generated_tokens.inc(output.num_tokens - self._tokens[output.index])
+        self._tokens[output.index] = output.num_tokens
+        if output.finish_reason:
+            self._metrics.answers.labels(output.finish_reason).inc()
+            self._unfinished -= 1
+        if not self._unfinished:
+            self._metrics.request_seconds.observe(elapsed)
+            self.close()
+
+    async def next(self) -> CompletionChunk | None:
+        """The next chunk of an answer; None after the last one, and after `close`.
 
         Raises:
             ApiError: 503, at the deadline.
             InputError: From the engine.
         """
         async with self._admission.time_limit(self.deadline):
-            item = await self._outputs.get()
-        if isinstance(item, Exception):
-            self._fail(item)
-            raise item
-        if item is None:
-            self._metrics.request_seconds.observe(self._loop.time() - self._arrival)
-            return None
-        assert isinstance(item, Piece)
-        if not any(self._tokens):
-            self._metrics.time_to_first_token.observe(self._loop.time() - self._arrival)
-        self._metrics.generated_tokens.inc(item.tokens - self._tokens[item.index])
-        self._tokens[item.index] = item.tokens
-        if item.finish_reason:
-            self._unfinished -= 1
-            self._metrics.answers.labels(item.finish_reason).inc()
-        return item
-
-    def _fail(self, error: Exception) -> None:
-        self.close("rejected" if isinstance(error, InputError) else "failed")
+            output = await self._outputs.get()
+        if isinstance(output, BaseException):
+            raise output
+        return output
 
     def close(self, reason: str = "cancelled") -> None:
-        """End unfinished answers and free their resources.
+        """End unfinished answers and free the slot; may be repeated.
 
         Args:
-            reason: The label of `Metrics.answers`.
+            reason: The label of `Metrics.answers` for unfinished answers.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        if self._closed:
+            return
+        self._closed = True
+        self._outputs.put_nowait(None)
         self._metrics.answers.labels(reason).inc(self._unfinished)
-        if self._completion is not None:
-            self._completion.close()
+        if self._handle is not None:
+            self._handle.abort()
+        if self._has_slot:
+            self._admission.release_slot()
 
 
 def check_text_length(characters: int, context: int) -> None:

@@ -92,7 +92,7 @@ class ChatCompletionService:
         """
         if body.model != self._model_name:
             raise model_not_found(body.model, self._model_name)
-        check_limits(body, self._admission.limits, self._admission.engine.context)
+        check_limits(body, self._admission.limits, self._admission.engine.context_length)
         builder = ResponseBuilder(body)
         with ExitStack() as stack:
             stream = stack.enter_context(self._admission.admit(body.num_answers))
@@ -119,20 +119,20 @@ class ChatCompletionService:
 
 
 async def _collect(stream: ResponseStream, builder: ResponseBuilder) -> None:
-    while (piece := await stream.next()) is not None:
-        builder.add(piece)
+    while (chunk := await stream.next()) is not None:
+        builder.add(chunk)
 
 
 async def _events(stream: ResponseStream, builder: ResponseBuilder) -> AsyncGenerator[bytes, None]:
     try:
-        for chunk in builder.first_chunks():
-            yield sse_event(chunk)
-        while (piece := await stream.next()) is not None:
-            builder.add(piece)
-            for chunk in builder.chunks(piece):
-                yield sse_event(chunk)
-        for chunk in builder.usage_chunks():
-            yield sse_event(chunk)
+        for part in builder.first_chunks():
+            yield sse_event(part)
+        while (chunk := await stream.next()) is not None:
+            builder.add(chunk)
+            for part in builder.chunks(chunk):
+                yield sse_event(part)
+        for part in builder.usage_chunks():
+            yield sse_event(part)
         yield SSE_DONE
     except Exception as error:  # the status has been sent, so an event reports the error
         stream.close("timeout")  # no effect if the stream has failed by itself

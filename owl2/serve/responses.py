@@ -10,17 +10,17 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from owl2.engine.output import Piece, TokenScore
+from owl2.engine.output import CompletionChunk, TokenLogprob
 from owl2.serve.protocol import ChatCompletionRequest
 
 SSE_DONE = b"data: [DONE]\n\n"
 
 
 class ResponseBuilder:
-    """Collects the pieces of all answers to a request.
+    """Collects the chunks of all answers to a request.
 
     Attributes:
-        prompt_tokens: Set before the first piece.
+        prompt_tokens: Set before the first chunk.
     """
 
     def __init__(self, request: ChatCompletionRequest) -> None:
@@ -30,24 +30,24 @@ class ResponseBuilder:
         self._include_usage = options is not None and options.include_usage
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         self._model = request.model
-        self._pieces: list[list[Piece]] = [[] for _ in range(request.num_answers)]
+        self._chunks: list[list[CompletionChunk]] = [[] for _ in range(request.num_answers)]
 
-    def add(self, piece: Piece) -> None:
-        """Add a piece of an answer."""
-        self._pieces[piece.index].append(piece)
+    def add(self, chunk: CompletionChunk) -> None:
+        """Add a chunk of an answer."""
+        self._chunks[chunk.index].append(chunk)
 
     def response(self) -> dict[str, Any]:
-        """The response to a request without `stream`, after the last piece."""
+        """The response to a request without `stream`, after the last chunk."""
         choices = []
-        for index, pieces in enumerate(self._pieces):
-            text = "".join(piece.text for piece in pieces)
-            scores = [score for piece in pieces for score in piece.scores]
+        for index, chunks in enumerate(self._chunks):
+            text = "".join(chunk.text for chunk in chunks)
+            scores = [score for chunk in chunks for score in chunk.logprobs]
             choices.append(
                 {
                     "index": index,
                     "message": {"role": "assistant", "content": text, "refusal": None},
                     "logprobs": _logprobs(scores) if self._has_logprobs else None,
-                    "finish_reason": pieces[-1].finish_reason,
+                    "finish_reason": chunks[-1].finish_reason,
                 }
             )
         return self._object("chat.completion", choices) | {"usage": self._usage()}
@@ -55,15 +55,15 @@ class ResponseBuilder:
     def first_chunks(self) -> list[dict[str, Any]]:
         """The first chunk of each answer, with the role."""
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk(index, delta) for index in range(len(self._pieces))]
+        return [self._chunk(index, delta) for index in range(len(self._chunks))]
 
-    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
-        """The chunks of a piece; the end of an answer has its own chunk."""
+    def chunks(self, chunk: CompletionChunk) -> list[dict[str, Any]]:
+        """The chunks of a chunk; the end of an answer has its own chunk."""
         chunks = []
-        if piece.text or piece.scores:
-            chunks.append(self._chunk(piece.index, {"content": piece.text}, piece.scores))
-        if piece.finish_reason:
-            chunks.append(self._chunk(piece.index, {}, finish_reason=piece.finish_reason))
+        if chunk.text or chunk.logprobs:
+            chunks.append(self._chunk(chunk.index, {"content": chunk.text}, chunk.logprobs))
+        if chunk.finish_reason:
+            chunks.append(self._chunk(chunk.index, {}, finish_reason=chunk.finish_reason))
         return chunks
 
     def usage_chunks(self) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ class ResponseBuilder:
         return [chunk] if self._include_usage else []
 
     def _usage(self) -> dict[str, int]:
-        completion = sum(pieces[-1].tokens for pieces in self._pieces if pieces)
+        completion = sum(chunks[-1].num_tokens for chunks in self._chunks if chunks)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": completion,
@@ -83,7 +83,7 @@ class ResponseBuilder:
         self,
         index: int,
         delta: dict[str, Any],
-        scores: Sequence[TokenScore] = (),
+        scores: Sequence[TokenLogprob] = (),
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
         choice = {
@@ -104,13 +104,13 @@ def sse_event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
 
 
-def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any]:
+def _logprobs(scores: Sequence[TokenLogprob]) -> dict[str, Any]:
     content = [
         _token(score) | {"top_logprobs": [_token(other) for other in score.top]} for score in scores
     ]
     return {"content": content, "refusal": None}
 
 
-def _token(score: TokenScore) -> dict[str, Any]:
+def _token(score: TokenLogprob) -> dict[str, Any]:
     # Special tokens, such as the end token, have no bytes.
     return {"token": score.text, "logprob": score.logprob, "bytes": score.bytes or None}

@@ -14,9 +14,9 @@ def tiny_engine(tiny_checkpoint):
 def server_url(tiny_engine):
     """An app with the tiny engine, named tiny, behind a socket."""
     from owl2.serve.app import build_app
-    from tests.serve.running import running
+    from tests.serve.running import run_app
 
-    with running(build_app(tiny_engine, "tiny")) as url:
+    with run_app(build_app(tiny_engine, "tiny")) as url:
         yield url
 
 

@@ -1,21 +1,23 @@
-"""An app behind a socket of loopback, as its users meet it; and an engine that does as told."""
+"""Servers on the loopback interface, and an engine whose answers are controlled by the test."""
 
-import queue
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import uvicorn
 
+from owl2.engine.output import CompletionChunk
+
 
 @contextmanager
-def running(app):
-    """The URL of `app`, served by uvicorn in a thread."""
+def run_app(app):
+    """The URL of `app`, which uvicorn serves in a thread."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        until(lambda: server.started or not thread.is_alive())
+        wait_until(lambda: server.started or not thread.is_alive())
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -23,81 +25,65 @@ def running(app):
         thread.join(10)
 
 
-def until(condition, seconds=10.0):
-    """Wait until it holds."""
+def wait_until(condition, seconds=10.0):
+    """Poll a condition of another process or thread until it is true."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.005)
     return True
 
 
-class Told:
-    """A completion whose pieces are put in by the test: `say`, `end`, `fail`."""
+@dataclass
+class FakeRequest:
+    """A submitted request, whose outputs come from the test: `say`, `end`, `fail`."""
 
-    num_prompt_tokens = 7
-
-    def __init__(self, messages, n, options):
-        self.messages, self.n, self.options = messages, n, options
-        self.closed = False
-        self._items = queue.SimpleQueue()
-        self._tokens = [0] * n
+    messages: list
+    options: dict
+    on_output: object
+    aborted: bool = False
+    num_prompt_tokens: int = 7
+    num_tokens: dict = field(default_factory=dict)
 
     def say(self, text, index=0, finish_reason=None):
-        from owl2.engine.output import CompletionChunk
-
-        self._tokens[index] += 1
-        self._items.put(CompletionChunk(index, text, (), self._tokens[index], finish_reason))
+        self.num_tokens[index] = self.num_tokens.get(index, 0) + 1
+        chunk = CompletionChunk(index, text, (), self.num_tokens[index], finish_reason)
+        self.on_output(chunk)
 
     def end(self, reason="stop"):
-        for index in range(self.n):
+        for index in range(self.options.get("n", 1)):
             self.say("", index, reason)
-        self._items.put(None)
 
     def fail(self, error):
-        self._items.put(error)
+        self.on_output(error)
 
-    def close(self):
-        self.closed = True
-        self._items.put(None)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        item = self._items.get()
-        if isinstance(item, Exception):
-            raise item
-        if item is None:
-            raise StopIteration
-        return item
+    def abort(self):
+        self.aborted = True
 
 
 class FakeEngine:
-    """An `Engine` whose completions wait for the test.
+    """An `Engine` whose requests wait for the test.
 
-    Args:
-        refuse: what `complete` raises, if it is to raise.
+    Attributes:
+        error: Raised by `encode`, unless None.
+        asked: The submitted `FakeRequest`s.
     """
 
-    def __init__(self, engine, refuse=None):
-        self.processor, self.context, self.model = (
-            engine.processor,
-            engine.context_length,
-            engine.model,
-        )
-        self.refuse = refuse
+    def __init__(self, engine, error=None):
+        self.processor, self.model = engine.processor, engine.model
+        self.context_length = engine.context_length
+        self.error = error
         self.asked = []
 
-    def complete(self, messages, *, n=1, **options):
-        if self.refuse is not None:
-            raise self.refuse
-        told = Told(messages, n, options)
-        self.asked.append(told)
-        return told
+    def sampling_params(self, **options):
+        return options
+
+    def encode(self, messages):
+        if self.error is not None:
+            raise self.error
+        return messages
+
+    def submit(self, prompt, params, on_output):
+        request = FakeRequest(prompt, params, on_output)
+        self.asked.append(request)
+        return request

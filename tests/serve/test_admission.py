@@ -16,7 +16,7 @@ from owl2.serve.app import build_app
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.metrics import Metrics
-from tests.serve.running import FakeEngine, running, until
+from tests.serve.running import FakeEngine, run_app, wait_until
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "what is this?"}]}
 STREAMED = BODY | {"stream": True}
@@ -51,7 +51,7 @@ class Server:
 
     def asked(self, count=1):
         """The last of `count` questions that came to the engine so far."""
-        until(lambda: len(self.engine.asked) >= count)
+        wait_until(lambda: len(self.engine.asked) >= count)
         return self.engine.asked[count - 1]
 
     def metric(self, name):
@@ -65,10 +65,10 @@ def serve(tiny_engine):
     """Serves with these limits; gives the `Server`."""
     open_ones = []
 
-    def start(refuse=None, **limits):
-        engine = FakeEngine(tiny_engine, refuse)
+    def start(error=None, **limits):
+        engine = FakeEngine(tiny_engine, error)
         app = build_app(engine, "tiny", ServerLimits(**limits))
-        manager = running(app)
+        manager = run_app(app)
         open_ones.append(manager)
         return Server(app, engine, manager.__enter__())
 
@@ -99,8 +99,8 @@ def test_a_client_that_leaves_frees_its_place(serve, stream):
     server = serve(max_num_seqs=1)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=BODY | {"stream": stream}, timeout=0.5)
-    until(lambda: server.engine.asked[0].closed)
-    until(lambda: server.admission.in_flight == 0)
+    wait_until(lambda: server.engine.asked[0].aborted)
+    wait_until(lambda: server.admission.in_flight == 0)
     waiting = server.later()
     server.asked(2).end()
     assert waiting().status_code == 200
@@ -112,8 +112,8 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream(serve):
     with server.stream() as reply:
         server.asked().say("a")
         assert "data" in next(reply.iter_lines())
-    until(lambda: server.asked().closed)
-    until(lambda: server.admission.in_flight == 0)
+    wait_until(lambda: server.asked().aborted)
+    wait_until(lambda: server.admission.in_flight == 0)
 
 
 def test_one_that_leaves_while_it_waits_is_never_begun(serve):
@@ -122,7 +122,7 @@ def test_one_that_leaves_while_it_waits_is_never_begun(serve):
     told = server.asked()
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=0.5)
-    until(lambda: server.admission.in_flight == 1)
+    wait_until(lambda: server.admission.in_flight == 1)
     told.end()
     assert first().status_code == 200
     third = server.later()
@@ -136,7 +136,7 @@ def test_so_many_run_so_many_wait_the_next_is_sent_away(serve):
     replies = [server.later(), server.later()]
     server.asked(2)
     replies.append(server.later())
-    until(lambda: server.admission.in_flight == 3)
+    wait_until(lambda: server.admission.in_flight == 3)
     assert server.metric("owl2_requests_running") == 2
     assert server.metric("owl2_requests_waiting") == 1
     refused = server.post()
@@ -170,7 +170,7 @@ def test_who_comes_at_the_same_moment_is_counted_too(tiny_engine):
 def test_time_is_limited_where_nothing_was_sent(serve):
     server = serve(request_timeout=0.3)
     assert error_of(server.post()) == (503, "timeout")
-    assert server.asked().closed
+    assert server.asked().aborted
     assert server.admission.in_flight == 0
     assert server.metric('owl2_answers_total{reason="timeout"}') == 1
 
@@ -181,7 +181,7 @@ def test_time_is_limited_in_a_stream(serve):
         server.asked().say("a")
         lines = [line for line in reply.iter_lines() if line]
     assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
-    assert server.asked().closed
+    assert server.asked().aborted
 
 
 def test_time_is_limited_while_one_waits(serve):
@@ -190,7 +190,7 @@ def test_time_is_limited_while_one_waits(serve):
     server.asked()
     second = server.later()
     assert {error_of(first()), error_of(second())} == {(503, "timeout")}
-    until(lambda: all(told.closed for told in server.engine.asked))
+    wait_until(lambda: all(told.aborted for told in server.engine.asked))
     assert server.metric("owl2_requests_running") == server.metric("owl2_requests_waiting") == 0
 
 
@@ -257,8 +257,8 @@ def test_megabytes_of_text_are_refused_at_a_glance(serve):
     assert reply().status_code == 200
 
 
-def test_what_the_engine_refuses(serve):
-    server = serve(refuse=InputError("The prompt is too long."))
+def test_invalid_prompts_are_rejected(serve):
+    server = serve(error=InputError("The prompt is too long."))
     for body in (BODY, STREAMED):
         reply = server.post(body)
         assert reply.status_code == 400
@@ -268,7 +268,7 @@ def test_what_the_engine_refuses(serve):
 
 
 def test_a_fault_of_ours_says_nothing_of_itself(serve, caplog):
-    server = serve(refuse=RuntimeError("the secret of the house"))
+    server = serve(error=RuntimeError("the secret of the house"))
     with httpx.Client() as client:
         replies = [
             client.post(f"{server.url}/v1/chat/completions", json=body)
@@ -277,7 +277,7 @@ def test_a_fault_of_ours_says_nothing_of_itself(serve, caplog):
         assert [reply.status_code for reply in replies] == [500] * 3
         assert "secret" not in "".join(reply.text for reply in replies)
     assert caplog.text.count("RuntimeError: the secret of the house") == 3
-    server.engine.refuse = None
+    server.engine.error = None
     second = server.later()
     server.asked().end()
     assert second().status_code == 200
@@ -301,7 +301,7 @@ def test_closing_refuses_what_is_new_and_finishes_what_runs(serve):
     server = serve(max_num_seqs=1)
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     replies = [server.later(), server.later()]
-    until(lambda: server.admission.in_flight == 2)
+    wait_until(lambda: server.admission.in_flight == 2)
     server.admission.shutting_down = True
     assert error_of(server.post()) == (503, "shutting_down")
     assert error_of(httpx.get(f"{server.url}/health")) == (503, "shutting_down")
@@ -318,7 +318,6 @@ def test_the_metrics(serve):
         told.say(word)
     told.say("d", 1, "length")
     told.say("", 0, "stop")
-    told.close()
     assert reply().status_code == 200
     httpx.get(f"{server.url}/nowhere/at/all")
     for name, value in {

@@ -1,12 +1,13 @@
-"""API keys: who gets in, and that nothing tells them."""
+"""API keys: which headers are accepted, and that keys are not disclosed."""
 
 import hmac
 
 import pytest
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.serve.auth import ApiKeys
 from owl2.serve.errors import ApiError
+from tests.errors import raises_input_error
 
 FIRST, SECOND = "first-key-0123", "second-key-4567"
 
@@ -19,7 +20,7 @@ def keys():
 @pytest.mark.parametrize(
     "header", [f"Bearer {FIRST}", f"Bearer {SECOND}", f"bearer {FIRST}", f" BEARER   {FIRST} "]
 )
-def test_every_key_opens(keys, header):
+def test_each_key_is_accepted(keys, header):
     keys.check(header.encode())
 
 
@@ -39,7 +40,7 @@ def test_every_key_opens(keys, header):
         "Bearer \xff\xfe",
     ],
 )
-def test_everything_else_is_refused(keys, header):
+def test_other_headers_are_rejected(keys, header):
     with pytest.raises(ApiError) as caught:
         keys.check(None if header is None else header.encode("latin-1"))
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
@@ -47,7 +48,7 @@ def test_everything_else_is_refused(keys, header):
     assert FIRST not in caught.value.message
 
 
-def test_all_keys_are_compared_and_in_constant_time(keys, monkeypatch):
+def test_all_digests_are_compared_in_constant_time(keys, monkeypatch):
     compared = []
 
     def compare(one, other, real=hmac.compare_digest):
@@ -56,44 +57,49 @@ def test_all_keys_are_compared_and_in_constant_time(keys, monkeypatch):
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
     keys.check(f"Bearer {FIRST}".encode())
-    assert len(compared) == 2  # though the first one fits
-    assert {len(side) for pair in compared for side in pair} == {32}  # whatever a key's length
+    assert len(compared) == 2  # although the first one matches
+    assert {len(side) for pair in compared for side in pair} == {32}  # for keys of any length
 
 
-def test_a_key_is_kept_nowhere(keys):
+def test_keys_are_not_stored_as_plain_text(keys):
     assert FIRST not in repr(vars(keys)) + repr(keys) + str(keys)
 
 
-def test_keys_of_the_environment_and_of_a_file(tmp_path, monkeypatch):
+def test_keys_from_environment_and_file(tmp_path, monkeypatch):
     monkeypatch.setenv("OWL2_TEST_KEYS", f" {FIRST}, {SECOND},")
     file = tmp_path / "keys"
-    file.write_text(f"# who may\n\n{FIRST}\n  {SECOND}  \n")
+    file.write_text(f"# comment\n\n{FIRST}\n  {SECOND}  \n")
     for keys in (ApiKeys.from_env("OWL2_TEST_KEYS"), ApiKeys.from_file(file)):
         keys.check(f"Bearer {FIRST}".encode())
         keys.check(f"Bearer {SECOND}".encode())
         with pytest.raises(ApiError):
-            keys.check(b"Bearer # who may")
+            keys.check(b"Bearer # comment")
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "short", "with a space in it", "schlüssel-der-passt", "a\tb" * 9]
+    ("key", "code"),
+    [
+        ("", ErrorCode.MISSING_VALUE),
+        ("short", ErrorCode.INVALID_VALUE),
+        ("with a space in it", ErrorCode.INVALID_VALUE),
+        ("schlüssel-der-passt", ErrorCode.INVALID_VALUE),
+        ("a\tb" * 9, ErrorCode.INVALID_VALUE),
+    ],
 )
-def test_keys_that_protect_nothing_are_refused_and_not_shown(tmp_path, bad):
+def test_unsuitable_key_is_rejected_and_not_shown(tmp_path, key, code):
     file = tmp_path / "keys"
-    file.write_text(f"{FIRST}\n{bad}\n" if bad else "# none\n")
-    with pytest.raises(InputError) as caught:
+    file.write_text(f"{FIRST}\n{key}\n" if key else "# none\n")
+    with raises_input_error(code, file) as caught:
         ApiKeys.from_file(file)
-    assert str(file) in str(caught.value)
     assert FIRST not in str(caught.value)
-    assert not bad or bad not in str(caught.value)
+    assert not key or key not in str(caught.value)
 
 
-def test_keys_that_are_not_there(tmp_path, monkeypatch):
+def test_missing_and_unreadable_keys(tmp_path, monkeypatch):
     monkeypatch.delenv("OWL2_TEST_KEYS", raising=False)
-    with pytest.raises(InputError, match="OWL2_TEST_KEYS"):
+    with raises_input_error(ErrorCode.MISSING_VALUE, "OWL2_TEST_KEYS"):
         ApiKeys.from_env("OWL2_TEST_KEYS")
-    with pytest.raises(InputError, match="cannot be read"):
-        ApiKeys.from_file(tmp_path / "none")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(InputError, match="UTF-8"):
-        ApiKeys.from_file(tmp_path / "bytes")
+    for name in ("none", "bytes"):
+        with raises_input_error(ErrorCode.UNREADABLE_FILE, tmp_path / name):
+            ApiKeys.from_file(tmp_path / name)

@@ -20,7 +20,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
 from owl2.serve.config import MIB, ServerLimits
-from tests.serve.running import running
+from tests.serve.running import run_app
 
 SECONDS = 20  # in which every reply must be there
 LIMITS = ServerLimits(
@@ -85,7 +85,7 @@ FULL = asked_about(data_uri(saved())) | {
 def url(tiny_engine):
     from owl2.serve.app import build_app
 
-    with running(build_app(tiny_engine, "tiny", LIMITS)) as url:
+    with run_app(build_app(tiny_engine, "tiny", LIMITS)) as url:
         yield url
 
 

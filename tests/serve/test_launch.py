@@ -17,7 +17,7 @@ import pytest
 from owl2 import cli
 from owl2.errors import InputError
 from owl2.serve.launch import read_limits
-from tests.serve.running import until
+from tests.serve.running import wait_until
 
 ASKED = [{"role": "user", "content": "what is this?"}]
 
@@ -42,7 +42,7 @@ class Started:
         )
         self.lines, self.clients = [], []
         threading.Thread(target=self._read, daemon=True).start()
-        until(lambda: "Ctrl-C ends it." in self.lines or self.process.poll() is not None, 60)
+        wait_until(lambda: "Ctrl-C ends it." in self.lines or self.process.poll() is not None, 60)
         assert self.process.poll() is None, self.lines
         self.url = re.search(r"http://\S+(?=/v1\n)", "\n".join([*self.lines, ""]))[0]
 
@@ -112,7 +112,7 @@ def test_what_it_prints_works_and_it_finishes_what_runs(start, tmp_path):
     stream = server.ask("second-secret-key", max_tokens=60, stream=True, temperature=0)
     first = next(stream)
     server.signal(signal.SIGTERM)
-    until(server.has_closed)
+    wait_until(server.has_closed)
     with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
         server.ask("second-secret-key")
     assert refused.value.status_code == 503

@@ -8,7 +8,7 @@ import pytest
 
 from owl2.errors import InputError
 from owl2.serve.app import build_app
-from tests.serve.running import FakeEngine, running
+from tests.serve.running import FakeEngine, run_app
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_a_report_of_two_servers(load, server_url, tmp_path, capsys):
 
 
 def test_failures_are_counted_and_said(load, tiny_engine, capsys):
-    engine = FakeEngine(tiny_engine, refuse=InputError("no memory"))
-    with running(build_app(engine, "tiny")) as url:
+    engine = FakeEngine(tiny_engine, error=InputError("no memory"))
+    with run_app(build_app(engine, "tiny")) as url:
         with pytest.raises(ValueError, match="400"):
             load.main([url, "--clients", "1", "--rounds", "1"])
         options = [url, "--clients", "2", "--rounds", "1", "--images", "0"]

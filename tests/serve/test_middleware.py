@@ -1,4 +1,4 @@
-"""What is refused before the application hears of it."""
+"""API keys and body limits are checked before the application receives a request."""
 
 import asyncio
 
@@ -9,12 +9,14 @@ from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
 from owl2.serve.middleware import AuthAndBodyLimitMiddleware
 
-KEY = "a-key-of-the-test"
-RIGHT = {"Authorization": f"Bearer {KEY}"}
+KEY = "an-api-key-for-tests"
+VALID = {"Authorization": f"Bearer {KEY}"}
+CHUNK = {"type": "http.request", "body": b"a", "more_body": True}
+DISCONNECT = {"type": "http.disconnect"}
 
 
-class Inside:
-    """An application that notes what it hears."""
+class RecordingApp:
+    """An application that records the bodies it receives."""
 
     def __init__(self):
         self.bodies = []
@@ -25,154 +27,137 @@ class Inside:
         message = await receive()
         self.bodies.append(message.get("body", b""))
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"fine"})
+        await send({"type": "http.response.body", "body": b"ok"})
 
 
 @pytest.fixture
-def inside():
-    return Inside()
+def app():
+    return RecordingApp()
 
 
-def client(inside, root_path="", **options):
+def client(app, root_path="", **options):
     limits = ServerLimits(max_body_bytes=100, body_timeout=0.2)
-    door = AuthAndBodyLimitMiddleware(inside, limits=limits, public_paths=["/health", "/web/"], **options)
-    return TestClient(door, root_path=root_path)
+    public = ["/health", "/web/"]
+    protected = AuthAndBodyLimitMiddleware(app, limits, public_paths=public, **options)
+    return TestClient(protected, root_path=root_path)
 
 
-def test_a_request_goes_through_whole(inside):
-    reply = client(inside).post("/v1/chat/completions", content=b"x" * 100)
-    assert reply.text == "fine"
-    assert inside.bodies == [b"x" * 100]
+def call(middleware, messages):
+    """What the client receives if it sends `messages` and then nothing."""
+    sent, waiting = [], list(messages)
+
+    async def receive():
+        return waiting.pop(0) if waiting else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/v1/x", "method": "POST", "headers": []}
+    asyncio.run(asyncio.wait_for(middleware(scope, receive, send), 5))
+    return sent
+
+
+def test_body_reaches_application_unchanged(app):
+    assert client(app).post("/v1/chat/completions", content=b"x" * 100).text == "ok"
+    assert app.bodies == [b"x" * 100]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large_is_not_heard(inside, chunked):
+def test_large_body_is_rejected(app, chunked):
     content = (b"x" * 10 for _ in range(11)) if chunked else b"x" * 101
-    reply = client(inside).post("/v1/chat/completions", content=content)
-    assert reply.status_code == 413
-    assert reply.json()["error"]["code"] == "body_too_large"
-    assert reply.json()["error"]["type"] == "invalid_request_error"
-    assert inside.bodies == []
+    reply = client(app).post("/v1/chat/completions", content=content)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"]) == (413, "body_too_large")
+    assert error["type"] == "invalid_request_error"
+    assert app.bodies == []
 
 
 @pytest.mark.parametrize(
     "path", ["/v1/models", "/v1", "/", "/healthy", "/webs", "/x/health", "//v1"]
 )
 @pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {KEY}x"}])
-def test_without_a_key_nothing_is_heard(inside, path, headers):
-    reply = client(inside, api_keys=ApiKeys([KEY])).post(path, content=b"x" * 101, headers=headers)
-    assert reply.status_code == 401  # not 413: of the body nothing was asked
-    assert reply.json()["error"]["code"] == "invalid_api_key"
+def test_request_without_valid_key_is_rejected_before_its_body(app, path, headers):
+    reply = client(app, api_keys=ApiKeys([KEY])).post(path, content=b"x" * 101, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
     assert reply.headers["WWW-Authenticate"] == "Bearer"
     assert KEY not in reply.text
-    assert inside.bodies == []
+    assert app.bodies == []
 
 
-def test_with_the_key_it_is(inside):
-    door = client(inside, api_keys=ApiKeys([KEY]))
-    assert door.get("/v1/models", headers=RIGHT).text == "fine"
+def test_request_with_valid_key_is_accepted(app):
+    assert client(app, api_keys=ApiKeys([KEY])).get("/v1/models", headers=VALID).text == "ok"
 
 
 @pytest.mark.parametrize("path", ["/health", "/web", "/web/upload"])
-def test_free_paths_need_no_key_and_have_their_own_limits(inside, path):
-    door = client(inside, api_keys=ApiKeys([KEY]))
-    assert door.post(path, content=b"x" * 1000).text == "fine"
+def test_public_paths_have_no_key_and_no_body_limit(app, path):
+    assert client(app, api_keys=ApiKeys([KEY])).post(path, content=b"x" * 1000).text == "ok"
 
 
-def test_free_paths_behind_a_proxy(inside):
-    door = client(inside, "/owl", api_keys=ApiKeys([KEY]))
-    assert door.get("/owl/health").text == "fine"
-    assert door.get("/owl/v1/models").status_code == 401
+def test_public_paths_behind_proxy_prefix(app):
+    prefixed = client(app, "/owl", api_keys=ApiKeys([KEY]))
+    assert prefixed.get("/owl/health").text == "ok"
+    assert prefixed.get("/owl/v1/models").status_code == 401
 
 
-def call(door, messages, seconds=5):
-    """What the client sees of the door where the messages are `messages`, then silence."""
-    sent = []
-    waiting = list(messages)
-
-    async def receive():
-        if waiting:
-            return waiting.pop(0)
-        return await asyncio.Event().wait()
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": "http", "path": "/v1/x", "method": "POST", "headers": []}
-    asyncio.run(asyncio.wait_for(door(scope, receive, send), seconds))
-    return sent
-
-
-def test_a_body_that_does_not_come(inside):
-    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits(body_timeout=0.1))
-    sent = call(door, [{"type": "http.request", "body": b"a", "more_body": True}])
+def test_slow_body_is_rejected(app):
+    sent = call(AuthAndBodyLimitMiddleware(app, ServerLimits(body_timeout=0.1)), [CHUNK])
     assert sent[0]["status"] == 408
     assert b"body_too_slow" in sent[1]["body"]
-    assert inside.bodies == []
+    assert app.bodies == []
 
 
-def test_a_client_that_leaves_amid_the_body(inside):
-    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits())
-    messages = [{"type": "http.request", "body": b"a", "more_body": True}]
-    assert call(door, [*messages, {"type": "http.disconnect"}]) == []
-    assert inside.bodies == []
+def test_client_that_disconnects_during_body_gets_no_response(app):
+    assert call(AuthAndBodyLimitMiddleware(app, ServerLimits()), [CHUNK, DISCONNECT]) == []
+    assert app.bodies == []
 
 
-def test_afterwards_the_application_hears_that_the_client_left():
-    heard = []
+def test_application_receives_joined_body_and_later_disconnect():
+    received = []
 
-    async def inside(scope, receive, send):
-        heard.extend([await receive(), await receive()])
+    async def app(scope, receive, send):
+        received.extend([await receive(), await receive()])
 
-    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits())
-    parts = [
-        {"type": "http.request", "body": b"a", "more_body": True},
-        {"type": "http.request", "body": b"b"},
-        {"type": "http.disconnect"},
-    ]
-    call(door, parts)
-    assert heard == [
-        {"type": "http.request", "body": b"ab", "more_body": False},
-        {"type": "http.disconnect"},
-    ]
+    last = {"type": "http.request", "body": b"b"}
+    call(AuthAndBodyLimitMiddleware(app, ServerLimits()), [CHUNK, last, DISCONNECT])
+    assert received == [{"type": "http.request", "body": b"ab", "more_body": False}, DISCONNECT]
 
 
-def test_the_bodies_of_all_requests_together_have_a_limit():
-    replies = []
+def test_total_size_of_unfinished_bodies_is_limited():
+    events = []
     finish = asyncio.Event()
 
-    async def inside(scope, receive, send):
+    async def app(scope, receive, send):
         await finish.wait()
-        replies.append("fine")
+        events.append("finished")
 
-    async def ask(door, size):
+    async def post(middleware, size):
         async def receive():
             return {"type": "http.request", "body": b"x" * size}
 
         async def send(message):
             if message["type"] == "http.response.start":
-                replies.append(message["status"])
+                events.append(message["status"])
 
-        await door({"type": "http", "path": "/v1/x", "headers": []}, receive, send)
+        await middleware({"type": "http", "path": "/v1/x", "headers": []}, receive, send)
 
-    async def work():
-        door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits(max_inflight_bytes=100))
-        first = asyncio.ensure_future(ask(door, 60))
+    async def run():
+        middleware = AuthAndBodyLimitMiddleware(app, ServerLimits(max_inflight_bytes=100))
+        first = asyncio.ensure_future(post(middleware, 60))
         await asyncio.sleep(0)
-        await ask(door, 41)
-        second = asyncio.ensure_future(ask(door, 40))
+        await post(middleware, 41)
+        second = asyncio.ensure_future(post(middleware, 40))
         await asyncio.sleep(0)
         finish.set()
         await asyncio.gather(first, second)
-        await ask(door, 100)  # all room is free again
+        await post(middleware, 100)  # everything is free again
 
-    asyncio.run(work())
-    assert replies == [429, "fine", "fine", "fine"]
+    asyncio.run(run())
+    assert events == [429, "finished", "finished", "finished"]
 
 
-def test_what_is_no_request_goes_through(inside):
-    async def nothing(*_):
-        raise AssertionError("nobody is to be asked")
+def test_scopes_other_than_http_pass_without_key(app):
+    async def fail(*_):
+        raise AssertionError("nothing is received or sent")
 
-    door = AuthAndBodyLimitMiddleware(inside, limits=ServerLimits(), api_keys=ApiKeys([KEY]))
-    asyncio.run(door({"type": "lifespan"}, nothing, nothing))
+    middleware = AuthAndBodyLimitMiddleware(app, ServerLimits(), ApiKeys([KEY]))
+    asyncio.run(middleware({"type": "lifespan"}, fail, fail))

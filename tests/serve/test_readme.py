@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.documents import blocks, commands
-from tests.serve.running import until
+from tests.serve.running import wait_until
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 TOLD = "http://127.0.0.1:8000"  # what the README says; here the port is any free one
@@ -36,7 +36,7 @@ def url(tiny_checkpoint):
     reading = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reading.start()
     try:
-        until(lambda: "Ctrl-C ends it.\n" in lines or process.poll() is not None, 120)
+        wait_until(lambda: "Ctrl-C ends it.\n" in lines or process.poll() is not None, 120)
         assert process.poll() is None, "".join(lines)
         yield re.search(r"(http://\S+)/v1\n", "".join(lines))[1]
     finally:

@@ -12,8 +12,8 @@ import pytest
 from owl2.errors import InputError
 from owl2.serve import server as module
 from owl2.serve.app import build_app
-from owl2.serve.server import Server, socket_url, curl_example, serve, bind_socket
-from tests.serve.running import FakeEngine, until
+from owl2.serve.server import Server, bind_socket, curl_example, serve, socket_url
+from tests.serve.running import FakeEngine, wait_until
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "what is this?"}]}
 
@@ -29,7 +29,7 @@ class Ending:
         self.server = Server(app, app.state.admission, drain_seconds)
         self.thread = threading.Thread(target=self.server.run, args=([self.taken],))
         self.thread.start()
-        until(lambda: self.server.started)
+        wait_until(lambda: self.server.started)
 
     def signal(self):
         # A thread that is not the main one gets no signals: this is what would get them.
@@ -83,7 +83,7 @@ def test_what_runs_is_finished_what_is_new_is_refused(begin):
     one = begin()
     with one.stream() as lines:
         one.signal()
-        until(lambda: httpx.get(f"{one.url}/health").status_code == 503)
+        wait_until(lambda: httpx.get(f"{one.url}/health").status_code == 503)
         refused = one.post()
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "shutting_down"
@@ -105,7 +105,7 @@ def test_what_lasts_too_long_is_told_so(begin, signals):
         assert last["error"]["code"] == "shutting_down"
     assert one.ends()
     assert one.server.aborted == 1
-    assert one.engine.asked[0].closed
+    assert one.engine.asked[0].aborted
 
 
 def test_who_waits_for_a_whole_answer_is_told_so_too(begin):
@@ -113,7 +113,7 @@ def test_who_waits_for_a_whole_answer_is_told_so_too(begin):
     replies = []
     thread = threading.Thread(target=lambda: replies.append(one.post()))
     thread.start()
-    until(lambda: one.engine.asked)
+    wait_until(lambda: one.engine.asked)
     one.signal()
     thread.join(15)
     assert replies[0].status_code == 503

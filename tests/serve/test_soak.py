@@ -10,7 +10,7 @@ import pytest
 from owl2.engine.engine import Engine
 from owl2.serve.config import ServerLimits
 from tests.serve import crowd
-from tests.serve.running import until
+from tests.serve.running import wait_until
 from tests.serve.test_launch import Started
 
 CLIENTS = 64
@@ -40,10 +40,10 @@ def test_64_clients_at_once(server_url, tiny_engine, questions):
     assert seen.wrong == []
     assert sum(seen.kinds[kind.__name__] for kind in crowd.KINDS) == CLIENTS * 2
     assert len(seen.kinds) > len(crowd.KINDS), "nobody left while it waited"
-    until(lambda: is_empty(server_url))
+    wait_until(lambda: is_empty(server_url))
     assert metric(server_url, "answers_total", '{reason="cancelled"}') > before
     worker = tiny_engine.runner._worker
-    until(lambda: not (worker._rows.active or worker._waiting))
+    wait_until(lambda: not (worker._rows.active or worker._waiting))
     assert crowd.visit(server_url, questions, 1, 6).wrong == []
 
 
@@ -58,8 +58,8 @@ def test_crowd_after_crowd_it_stays_as_large_as_it_was(tiny_checkpoint, question
         for number in range(8):
             seen = crowd.visit(server.url, questions, CLIENTS, 6, seed=number)
             assert seen.wrong == []
-            until(lambda: is_empty(server.url), 60)
-            until(lambda: len(process.net_connections()) <= 3, 60)
+            wait_until(lambda: is_empty(server.url), 60)
+            wait_until(lambda: len(process.net_connections()) <= 3, 60)
             info = process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()
             sizes.append(info)
         print(sizes)

@@ -3,7 +3,7 @@
 import pytest
 
 from owl2.errors import InputError
-from owl2.serve.system_prompt import into_first_turn, takes_system_prompt
+from owl2.serve.system_prompt import merge_system_prompt, supports_system_prompt
 
 WITH_SYSTEM = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
 IMAGE = {"type": "image", "image": "x"}
@@ -25,7 +25,7 @@ def test_it_stands_before_the_words_and_after_the_images():
         turn("assistant", text("A dog.")),
     ]
     given = [dict(message) for message in messages]
-    first, *others = into_first_turn(messages)
+    first, *others = merge_system_prompt(messages)
     assert first["role"] == "user"
     assert first["content"] == [
         IMAGE,
@@ -48,13 +48,13 @@ def test_it_stands_before_the_words_and_after_the_images():
     ],
 )
 def test_what_stays_as_it_is(messages):
-    assert into_first_turn(messages) == messages
+    assert merge_system_prompt(messages) == messages
 
 
 def test_a_template_that_takes_one(tiny_engine, monkeypatch):
-    assert not takes_system_prompt(tiny_engine.processor)
+    assert not supports_system_prompt(tiny_engine.processor)
     monkeypatch.setattr(tiny_engine.processor, "chat_template", WITH_SYSTEM)
-    assert takes_system_prompt(tiny_engine.processor)
+    assert supports_system_prompt(tiny_engine.processor)
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])

@@ -146,7 +146,7 @@ class Asking:
                 code="too_many_messages",
             )
         said = sum(len(turn.question) + len(turn.answer) for turn in talk.turns)
-        check_text_length(said + len(question), self.admission.engine.context)
+        check_text_length(said + len(question), self.admission.engine.context_length)
         return Turn(question, tuple(files))
 
     async def _image(self, file: Path, language: str) -> Image.Image:
@@ -202,6 +202,7 @@ class Asking:
             ClientStopped: The visitor stopped it.
             ApiError, InputError: As in the API.
         """
+        options = self._options(how)
         stopping = asyncio.Event()
         talk.stop = stopping.set
 
@@ -212,7 +213,7 @@ class Asking:
             return talk.messages()
 
         with self.admission.admit() as stream:
-            await run_unless(stopping.wait(), stream.start(messages, self._options(how)))
+            await run_unless(stopping.wait(), stream.start(messages, options))
 
             def stop() -> None:
                 stopping.set()

@@ -39,13 +39,13 @@ def told(tiny_engine):
     from owl2.serve.app import build_app
     from owl2.serve.config import ServerLimits
     from owl2.serve.web.mount import mount
-    from tests.serve.running import FakeEngine, running
+    from tests.serve.running import FakeEngine, run_app
 
     engine = FakeEngine(tiny_engine)
     limits = ServerLimits(max_image_bytes=50_000, max_images=4)
     app = build_app(engine, "told", limits)
     mount(app, engine, limits, name="told")
-    with running(app) as url:
+    with run_app(app) as url:
         yield f"{url}/web/", engine
 
 
@@ -55,11 +55,11 @@ def tiny(tiny_engine):
     from owl2.serve.app import build_app
     from owl2.serve.config import ServerLimits
     from owl2.serve.web.mount import mount
-    from tests.serve.running import running
+    from tests.serve.running import run_app
 
     app = build_app(tiny_engine, "tiny")
     mount(app, tiny_engine, ServerLimits(), name="tiny")
-    with running(app) as url:
+    with run_app(app) as url:
         yield f"{url}/web/"
 
 

@@ -18,7 +18,7 @@ from owl2.engine.engine import Engine
 from owl2.serve.app import build_app
 from owl2.serve.config import ServerLimits
 from owl2.serve.web.mount import mount
-from tests.serve.running import running
+from tests.serve.running import run_app
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 DESKTOP = {"viewport": {"width": 1100, "height": 800}}
@@ -82,7 +82,7 @@ def main(model: str, folder: Path) -> None:
     app = build_app(engine, name)
     mount(app, engine, ServerLimits(), name=name)
     expect.set_options(timeout=60_000)
-    with running(app) as place, sync_playwright() as playwright:
+    with run_app(app) as place, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=ARGUMENTS
         )

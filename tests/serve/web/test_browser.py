@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from tests.serve.running import until
+from tests.serve.running import wait_until
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
@@ -45,7 +45,7 @@ class Page:
     def told(self):
         """The next question at the engine."""
         self.seen += 1
-        until(lambda: len(self.engine.asked) >= self.seen, 20)
+        wait_until(lambda: len(self.engine.asked) >= self.seen, 20)
         return self.engine.asked[self.seen - 1]
 
     def answer(self, *words):
@@ -146,7 +146,7 @@ def test_stop_again_and_clear(person):
     me.expect(me.answers.last).to_have_text("one two")
     me.page.locator("#box .stop-button").click()
     me.expect(me.answers.last).to_contain_text("(stopped)")
-    assert told.closed
+    assert told.aborted
     me.expect(me.page.locator("#box .submit-button")).to_be_visible()
 
     me.page.click("#again")
@@ -206,9 +206,9 @@ def test_who_closes_the_page_frees_the_place(person):
 
     def left():
         told.say(" and")  # it is noticed at the next word
-        return told.closed
+        return told.aborted
 
-    until(left, 20)
+    wait_until(left, 20)
 
 
 def test_chinese_by_the_browser_and_by_the_switch(person):
@@ -313,7 +313,7 @@ def test_where_it_looked(visit, tiny, images):
     me.page.click("#look")
     me.expect(me.page.locator(".looked figure")).to_have_count(4)
     shown = "image => image.complete && image.naturalWidth > 0"
-    until(lambda: all(image.evaluate(shown) for image in me.page.locator(".looked img").all()))
+    wait_until(lambda: all(image.evaluate(shown) for image in me.page.locator(".looked img").all()))
     sizes = [figure.bounding_box() for figure in me.page.locator(".looked figure div").all()]
     assert {round(size["width"] / size["height"], 1) for size in sizes} == {1.3}  # 40 x 30
 

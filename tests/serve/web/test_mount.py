@@ -12,7 +12,7 @@ from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
 from owl2.serve.web.mount import mount
-from tests.serve.running import FakeEngine, running
+from tests.serve.running import FakeEngine, run_app
 
 KEY = "a-key-of-the-house"
 LIMITS = ServerLimits(max_image_bytes=2000)
@@ -25,7 +25,7 @@ def page(tiny_engine):
     engine = FakeEngine(tiny_engine)
     app = build_app(engine, "tiny", LIMITS)
     mount(app, engine, LIMITS, name="<tiny>")
-    with running(app) as url:
+    with run_app(app) as url:
         yield url, app
 
 
@@ -36,7 +36,7 @@ def closed(tiny_engine):
     keys = ApiKeys([KEY])
     app = build_app(engine, "tiny", LIMITS, keys)
     mount(app, engine, LIMITS, keys=keys)
-    with running(app) as url:
+    with run_app(app) as url:
         yield url
 
 
