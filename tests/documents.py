@@ -1,49 +1,51 @@
-"""What tests of written pages share: their fenced blocks, and the commands in them."""
+"""Fenced blocks of Markdown pages, and the `owl2` commands in them."""
+
+import re
 
 import typer
 
 from owl2.cli import app
 
-
-def blocks(text, language):
-    """The fenced blocks of a language; "" are those of none."""
-    found, inside = [], None
-    for line in text.splitlines():
-        if not line.startswith("```"):
-            if inside is not None:
-                inside.append(line)
-        elif inside is None:
-            inside, opened = [], line.removeprefix("```")
-        else:
-            found += ["\n".join(inside)] if opened == language else []
-            inside = None
-    return found
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def commands(text, languages=("",)):
-    """The lines that call `owl2`, without comments, continued lines joined."""
+def blocks(text: str, language: str) -> list[str]:
+    """The contents of the fenced blocks with this language; "" selects blocks without one."""
+    return [content.rstrip("\n") for name, content in FENCE.findall(text) if name == language]
+
+
+def prose(text: str) -> str:
+    """The page without its fenced blocks."""
+    return FENCE.sub("", text)
+
+
+def commands(text: str, languages: tuple[str, ...] = ("",)) -> list[str]:
+    """The `owl2` commands in the blocks of these languages.
+
+    Comments are removed, and continued lines are joined.
+    """
     joined = "\n".join(block for language in languages for block in blocks(text, language))
     lines = [line.split(" #")[0].strip() for line in joined.replace("\\\n", " ").splitlines()]
-    return [line[line.index("owl2 ") :] for line in lines if calls_owl2(line)]
+    return [
+        line[line.index("owl2 ") :]
+        for line in lines
+        if line.startswith("owl2 ") or " -m owl2 " in line
+    ]
 
 
-def calls_owl2(line):
-    return line.startswith("owl2 ") or " -m owl2 " in line
-
-
-def require_command(line):
-    """Fails if the command or one of its options does not exist."""
+def require_command(line: str) -> None:
+    """Raises `AssertionError` if the command or one of its options does not exist."""
     command = typer.main.get_command(app)
-    words = line.split()[1:]
-    # A group; one that has options of its own is a command, too.
-    while hasattr(command, "commands") and not words[0].startswith("--"):
-        name = words.pop(0)
-        assert name in command.commands, f"there is no command {name}"
+    arguments = line.split()[1:]
+    # A group such as `owl2 eval` can be a command with options as well.
+    while hasattr(command, "commands") and not arguments[0].startswith("--"):
+        name = arguments.pop(0)
+        assert name in command.commands, f"unknown command {name}"
         command = command.commands[name]
     known = {
         option
         for parameter in command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
-    used = {word.split("=")[0] for word in words if word.startswith("--")}
-    assert used <= known
+    used = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
+    assert used <= known, f"unknown options in {line!r}: {used - known}"

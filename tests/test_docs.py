@@ -1,9 +1,12 @@
-"""The how-tos in docs/ tell the truth: commands, options, recipes, links and files exist.
+"""The pages of docs/ and CONTRIBUTING.md: their commands, recipes, files, and functions exist.
 
-What stands in their `sh` blocks is run, page by page, by `make docs` (tests/run_docs.py).
+`make docs` (tests/run_docs.py) runs the `sh` blocks of the pages. tests/test_references.py checks
+the links.
 """
 
+import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,38 +15,96 @@ from owl2.train.recipe_file import read_recipe
 from tests.documents import blocks, commands, require_command
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "log.md")
-# What a page's parts of recipes are laid over.
-LEAST = "{stage: 2, model: m, output: o, data: [{dataset: easy_vqa}]}"
-ON = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+GUIDES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "log.md")
+PAGES = [*GUIDES, *ROOT.glob("*.md"), ROOT / "docs/log.md", *ROOT.glob("docs/reference/**/*.md")]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+# Parts of recipes are completed with these settings.
+MINIMAL_RECIPE = "{stage: 2, model: m, output: o, data: [{dataset: easy_vqa}]}"
+
+on_each_guide = pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 
 
-def test_the_how_tos_are_there():
-    assert {"finetune", "pretrain", "data", "distributed"} <= {page.stem for page in PAGES}
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
 
 
-@ON
+def test_every_command_has_an_example():
+    lines = [line for page in GUIDES for line in commands(read(page), ("", "sh"))]
+    tables = re.findall(r"^\| `owl2 (\w+)` \|", read(ROOT / "README.md"), re.MULTILINE)
+    assert {line.split()[1] for line in lines} >= set(tables)
+
+
+@on_each_guide
 def test_commands_and_their_options_exist(page):
-    lines = commands(page.read_text(encoding="utf-8"), ("", "sh"))
-    assert lines
-    for line in lines:
+    for line in commands(read(page), ("", "sh")):
         require_command(line)
 
 
-@ON
-def test_recipes_and_parts_of_recipes_can_be_read(page, tmp_path):
-    (tmp_path / "least.yaml").write_text(LEAST, encoding="utf-8")
-    for number, text in enumerate(blocks(page.read_text(encoding="utf-8"), "yaml")):
+@on_each_guide
+def test_recipes_and_parts_of_recipes_are_valid(page, tmp_path):
+    (tmp_path / "minimal.yaml").write_text(MINIMAL_RECIPE, encoding="utf-8")
+    for number, text in enumerate(blocks(read(page), "yaml")):
         file = tmp_path / f"{number}.yaml"
-        file.write_text(text if "base:" in text else f"base: least.yaml\n{text}", encoding="utf-8")
+        complete = text if "base:" in text else f"base: minimal.yaml\n{text}"
+        file.write_text(complete, encoding="utf-8")
         read_recipe(file)
 
 
-@ON
-def test_what_a_page_names_exists(page):
-    text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
-    for link in links:
-        assert "://" in link or (page.parent / link).exists(), link
-    for path in re.findall(r"\brecipes/[\w./-]+\.(?:yaml|py|sh)\b", text):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_make_targets_of_a_page_exist(page):
+    text = read(page)
+    files = re.findall(r"\b(?:owl2|recipes|tests)/[\w./-]+\.(?:yaml|py|sh|ipynb)\b", text)
+    assert not [file for file in files if "NAME" not in file and not (ROOT / file).exists()]
+    targets = set(re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^|&& )make ([a-z][\w-]*)", text, re.MULTILINE)) <= targets
+
+
+# ------------------------------------------------------------------ CONTRIBUTING.md
+
+
+def call_paths() -> dict[str, list[tuple[str, str]]]:
+    """(file, function) of each step of the call-path diagrams, by the heading of the diagram."""
+    found = {}
+    for section in CONTRIBUTING.split("\n### ")[1:]:
+        for diagram in blocks(section, "text"):
+            steps = re.findall(r"^\W*([\w/]+\.(?:py|cpp)) +(\S+)", diagram, re.MULTILINE)
+            found[section.partition("\n")[0]] = steps
+    return found
+
+
+@cache
+def definitions(file: Path) -> set[str]:
+    """`function`, `Class`, and `Class.method` of a Python file; the words of a C++ file."""
+    if file.suffix == ".cpp":
+        return set(re.findall(r"\w+", read(file)))
+    found = set()
+    for node in ast.parse(read(file)).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{item.name}" for item in node.body if hasattr(item, "name")}
+    return found
+
+
+@pytest.mark.parametrize("path", call_paths())
+def test_call_path_names_existing_functions_in_at_most_20_files(path):
+    steps = call_paths()[path]
+    missing = [
+        f"{file} {function}"
+        for file, function in steps
+        if not (ROOT / "owl2" / file).is_file()
+        or function not in definitions(ROOT / "owl2" / file)
+    ]
+    assert not missing, "\n".join(missing)
+    assert 5 < len({file for file, _ in steps}) <= 20
+
+
+def test_contributing_shows_three_call_paths():
+    assert len(call_paths()) == 3
+
+
+def test_layout_lists_every_package_and_directory():
+    listed = set(re.findall(r"^\| `([\w./]+?)/?`", CONTRIBUTING, re.MULTILINE))
+    packages = {f"owl2/{path.parent.name}" for path in ROOT.glob("owl2/*/__init__.py")}
+    modules = {f"owl2/{path.name}" for path in ROOT.glob("owl2/*.py")} - {"owl2/__main__.py"}
+    assert packages | modules | {"recipes", "tests", "docs", "examples"} <= listed

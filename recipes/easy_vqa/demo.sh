@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole loop in small, on easy-VQA: build, stage 1, stage 2, evaluate, ask. Some minutes on two
-# cores. `demo.sh --quick` goes through the same commands in a minute; its model learns nothing.
+# The complete workflow on easy-VQA: create, train in two stages, evaluate, ask. It takes minutes on two
+# cores. `demo.sh --quick` runs the same commands with a few steps in a minute, without a useful model.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -14,22 +14,23 @@ fi
 recipes=recipes/easy_vqa
 rm -rf "$run"
 
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+heading() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-say "1/5  Build: a fresh language model with a tokenizer of its own, a fresh vision encoder"
+heading "1/5  Create a model with random weights and train a tokenizer"
 owl2 init --llm fresh --vision fresh --sizes $recipes/sizes.yaml --output $run/start
 owl2 info $run/start
 
-say "2/5  Stage 1: images and captions; the language model's own weights stay as they are"
+heading "2/5  Stage 1: train the image path on captions"
 owl2 train $recipes/stage1.yaml model=$run/start output=$run/stage1 "${steps[@]}"
 
-say "3/5  Stage 2: questions and answers; everything is trained"
+heading "3/5  Stage 2: train all weights on questions and answers"
 owl2 train $recipes/stage2.yaml model=$run/stage1/model output=$run "${steps[@]}"
 
-say "4/5  Evaluate: the 9,673 questions of the test split, with the image and without (blind)"
-owl2 eval --model $run/model --tasks easy_vqa --prompt short --blind --output $run/eval "${limit[@]}"
+heading "4/5  Evaluate on the 9,673 test questions, with and without the image"
+owl2 eval --model $run/model --tasks easy_vqa --prompt short --no-image-baseline \
+    --output $run/eval "${limit[@]}"
 
-say "5/5  Ask about three images of the test split"
+heading "5/5  Ask about three test images"
 python - "$run/images" <<'END'
 import pathlib, shutil, sys
 import easy_vqa
@@ -43,12 +44,12 @@ for image in "$run"/images/*.png; do
         "what shape is in the image?" "what color is the shape?" "is there a blue shape?"
 done | owl2 chat --model $run/model
 
-say "There it is"
+heading "Results"
 cat <<END
-scores          $run/eval/results.json
-every answer    $run/eval/answers/  $run/eval/report.html  $run/eval/report.png
-learning curves $run/stage1/loss.png  $run/loss.png
-the model       $run/model
+scores           $run/eval/results.json
+answers          $run/eval/answers/  $run/eval/report.html  $run/eval/report.png
+learning curves  $run/stage1/loss.png  $run/loss.png
+model            $run/model
 
-Go on asking:   .venv/bin/owl2 chat --model $run/model --image $run/images/1.png
+Ask more:  .venv/bin/owl2 chat --model $run/model --image $run/images/1.png
 END
