@@ -1,4 +1,4 @@
-// Tokens of sequences over the keys and values that their sequences have.
+// Attention of tokens over the keys and values of their sequences.
 #pragma once
 
 #include <algorithm>
@@ -9,19 +9,19 @@
 
 namespace {
 
-// Where B tokens stand, and where their sequences' keys and values lie. Same order as `ops.CacheSlots`.
+// Positions of M tokens, and the keys and values of their rows. Same order as `ops.CacheSlots`.
 struct CacheSlots {
-  const void *cos, *sin;            // (B, d), of the positions
-  const int64_t *rows, *positions;  // (B)
-  void *keys, *values;              // (rows, h, C, d)
+  const void *cos, *sin;            // (M, d), of the positions
+  const int64_t *rows, *positions;  // (M)
+  void *keys, *values;              // (R, h, C, d)
   int64_t M, h, C, d;
 
-  int64_t at(int64_t b, int64_t head, int64_t position) const {
+  int64_t offset(int64_t b, int64_t head, int64_t position) const {
     return ((rows[b] * h + head) * C + position) * d;
   }
 };
 
-// y may be x.
+// Rotary embedding of x (d); y may be x.
 template <class T>
 void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
   const int64_t half = d / 2;
@@ -38,35 +38,37 @@ void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
   }
 }
 
-// out (d) = the sum of n values (n, d), each times its weight, times `scale`. Weights behind the
-// last are 0 up to a multiple of 16.
+// out (d) = the weighted sum of n values (n, d), times `scale`. The weights are padded with 0 to a
+// multiple of 16.
 template <class T>
-void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, float scale, T* out) {
-  constexpr int AT_ONCE = 4;
+void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, float scale,
+                  T* out) {
+  constexpr int VECTORS = 4;
   int64_t j = 0;
-  const auto some = [&]<int PARTS>() {
+  const auto sum_columns = [&]<int PARTS>() {
     Floats acc[PARTS] = {};
     for (int64_t i = 0; i < n; i++)
       for (int p = 0; p < PARTS; p++) acc[p] += weights[i] * load(values + i * d + j + p * WIDTH);
     for (int p = 0; p < PARTS; p++) store(out + j + p * WIDTH, acc[p] * scale);
     j += PARTS * WIDTH;
   };
-  while (j + AT_ONCE * WIDTH <= d) some.template operator()<AT_ONCE>();
-  while (j < d) some.template operator()<1>();
+  while (j + VECTORS * WIDTH <= d) sum_columns.template operator()<VECTORS>();
+  while (j < d) sum_columns.template operator()<1>();
 }
 
 #if defined(__AVX512BF16__)
-// Two values at a time: their numbers are interleaved, so that one instruction multiplies both with
-// their weights and adds. Weights are rounded to bfloat16, as torch does.
+// Two values at a time: they are interleaved, so that one instruction multiplies both with their
+// weights and adds. Weights are rounded to bfloat16, as in torch.
 template <>
 void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d, float scale,
-           bf16* out) {
-  constexpr int AT_ONCE = 2, SETS = 2;  // sums that wait for each other's, were there one set
+                  bf16* out) {
+  constexpr int VECTORS = 2, SETS = 2;  // independent sums, so that none waits for another
   thread_local std::vector<bf16> rounded;
   rounded.resize((n + WIDTH) / WIDTH * WIDTH);
-  for (int64_t i = 0; i < int64_t(rounded.size()); i += WIDTH) store(&rounded[i], load(weights + i));
+  for (int64_t i = 0; i < int64_t(rounded.size()); i += WIDTH)
+    store(&rounded[i], load(weights + i));
   int64_t j = 0;
-  const auto some = [&]<int PARTS>() {
+  const auto sum_columns = [&]<int PARTS>() {
     Floats low[SETS][PARTS] = {}, high[SETS][PARTS] = {};
     const auto add = [&]<int SET, bool PAIR>(int64_t i) {
       int32_t both;
@@ -90,15 +92,15 @@ void weighted_sum(const float* weights, const bf16* values, int64_t n, int64_t d
     if (i < n) add.template operator()<1, false>(i);
     for (int p = 0; p < PARTS; p++, j += 2 * WIDTH) {
       const Floats l = (low[0][p] + low[1][p]) * scale, h = (high[0][p] + high[1][p]) * scale;
-      // Of every eight numbers the first four are in `low`, the others in `high`.
+      // Of every eight columns, the first four are in `low`, the others in `high`.
       store(out + j, __builtin_shufflevector(l, h, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21,
                                              22, 23));
       store(out + j + WIDTH, __builtin_shufflevector(l, h, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14,
                                                     15, 28, 29, 30, 31));
     }
   };
-  while (j + AT_ONCE * 2 * WIDTH <= d) some.template operator()<AT_ONCE>();
-  while (j < d) some.template operator()<1>();
+  while (j + VECTORS * 2 * WIDTH <= d) sum_columns.template operator()<VECTORS>();
+  while (j < d) sum_columns.template operator()<1>();
 }
 #endif
 
@@ -107,8 +109,8 @@ template <class T>
 void attend_query(const T* query, const T* keys, const T* values, T* out, int64_t n, int64_t d,
                 float scaling, std::vector<float>& scores) {
   constexpr int STEP = Product<T>::STEP;
-  scores.resize((n + WIDTH) / WIDTH * WIDTH);  // one more than n at least
-  Floats most = Floats{} - INFINITY;
+  scores.resize((n + WIDTH) / WIDTH * WIDTH);  // at least n + 1
+  Floats maxima = Floats{} - INFINITY;
   for (int64_t i = 0; i < int64_t(scores.size()); i += WIDTH) {
     Floats products[WIDTH] = {};
     const int64_t some = std::min<int64_t>(WIDTH, n - i);
@@ -118,49 +120,49 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, int64_
           products[s] = Product<T>::add(products[s], keys + (i + s) * d + j, query + j);
     };
     if (some == WIDTH)
-      add(WIDTH);  // a number that the compiler knows: the sums stay in registers
+      add(WIDTH);  // a constant: the sums stay in registers
     else
       add(some);
     Floats score = sums(products) * scaling;
     for (int64_t s = some; s < WIDTH; s++) score[s] = -INFINITY;
-    most = most > score ? most : score;
+    maxima = maxima > score ? maxima : score;
     store(&scores[i], score);
   }
-  float top = most[0];
-  for (int i = 1; i < WIDTH; i++) top = std::max(top, most[i]);
+  float maximum = maxima[0];
+  for (int i = 1; i < WIDTH; i++) maximum = std::max(maximum, maxima[i]);
   Floats totals = {};
   for (size_t i = 0; i < scores.size(); i += WIDTH) {
-    const Floats weights = exponential(load(&scores[i]) - top);
+    const Floats weights = exponential(load(&scores[i]) - maximum);
     totals += weights;
     store(&scores[i], weights);
   }
   weighted_sum(scores.data(), values, n, d, 1 / sum(totals), out);
 }
 
-// Keys are turned to their positions, and kept with their values: (B, h, d) each.
+// Rotates keys to their positions, and writes them and the values to the cache: (M, h, d) each.
 template <class T>
 void write_kv(const Worker& worker, const CacheSlots& slots, const T* key, const T* value) {
   const int64_t d = slots.d;
   const auto [from, to] = worker.share(slots.M * slots.h, 1);
   for (int64_t i = from; i < to; i++) {
-    const int64_t b = i / slots.h, at = slots.at(b, i % slots.h, slots.positions[b]);
+    const int64_t b = i / slots.h, at = slots.offset(b, i % slots.h, slots.positions[b]);
     rotate(key + i * d, static_cast<const T*>(slots.cos) + b * d,
            static_cast<const T*>(slots.sin) + b * d, static_cast<T*>(slots.keys) + at, d);
     std::memcpy(static_cast<T*>(slots.values) + at, value + i * d, d * sizeof(T));
   }
 }
 
-// Queries (B, heads, d) are turned to their positions, and each attends to all that its sequence
-// has up to there. Several tokens may be of one sequence.
+// Rotates queries (M, heads, d) to their positions; each attends to its row up to its position.
+// Several tokens may be in the same row.
 template <class T>
 void attention(const Worker& worker, const CacheSlots& slots, T* query, T* out, int64_t heads,
             float scaling) {
   thread_local std::vector<float> scores;
   const int64_t d = slots.d, group = heads / slots.h;
-  // Head after head, so that keys and values stay in the cache from token to token.
-  worker.dynamic_share(slots.M * slots.h, [&](int64_t from, int64_t to) {
+  // Head by head, so that keys and values stay in the CPU cache from token to token.
+  worker.for_each_part(slots.M * slots.h, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {
-      const int64_t b = i % slots.M, g = i / slots.M, first = slots.at(b, g, 0);
+      const int64_t b = i % slots.M, g = i / slots.M, first = slots.offset(b, g, 0);
       for (int64_t e = 0; e < group; e++) {
         const int64_t at = (b * heads + g * group + e) * d;
         rotate(query + at, static_cast<const T*>(slots.cos) + b * d,

@@ -1,15 +1,14 @@
-// The arithmetic of an answer on a CPU: a few tokens through large matrices, and what stands
-// between the matrices.
+// Inference on a CPU: a few tokens through the decoder layers.
 //
-// A decode step is limited by how fast weights can be read, and each is read once. So a matrix is
-// read row after row, as it lies in memory, by as many threads as torch uses; general libraries,
-// made for many tokens, reach a third to a half of the memory's speed here. All layers are one
-// call, in which threads meet but do not sleep.
+// The memory bandwidth limits a decode step, which reads each weight once. Threads therefore read a
+// matrix row by row, in the order of memory. General libraries are designed for many tokens and
+// reach a third to a half of the bandwidth. All layers are one call, so that threads do not sleep
+// between operations.
 //
-// Activations are float or bfloat16, weights are of the same type, or whole numbers of 8 or 4 bits
-// with a scale (`quantised.py` makes them). Sums are in float. Row-major everywhere.
-// Vectors are the compiler's own (vector_size), so that every CPU runs this; the two instructions
-// that have no such form, products of bfloat16 and of bytes, are used where the CPU has them.
+// Activations are float or bfloat16. Weights have the same type, or 8 or 4 bits with scales
+// (`weight_only_quantization.py`). Sums are in float. All arrays are row-major.
+// Vectors are those of the compiler (vector_size), so that every CPU is supported. Two instructions
+// have no such form, products of bfloat16 and of bytes; they are used where the CPU has them.
 
 #include "attention.h"
 #include "simd.h"
@@ -18,7 +17,7 @@
 
 namespace {
 
-// A decoder layer and where its tokens are. Same order as `ops.Layer`.
+// A decoder layer and the positions of its tokens. Same order as `ops.Layer`.
 struct Layer {
   Matrix query, key, value, output, gate, up, down;
   const void *norm, *second_norm;
@@ -38,7 +37,7 @@ void rms_norm(const Worker& worker, const T* x, const void* weight, T* y, int64_
     for (int64_t i = 0; i < D; i += WIDTH) squares += load(row + i) * load(row + i);
     const float inverse = 1 / std::sqrt(sum(squares) / D + epsilon);
     for (int64_t i = 0; i < D; i += WIDTH) {
-      T normed[WIDTH];  // LLaMA's norm rounds before its weight
+      T normed[WIDTH];  // LLaMA rounds before it multiplies with the weight
       store(normed, load(row + i) * inverse);
       store(y + m * D + i, load(normed) * load(scale + i));
     }
@@ -59,7 +58,7 @@ void swiglu(T* gate, const T* up, int64_t n) {
   }
 }
 
-// What a layer makes on its way, for B tokens.
+// The intermediate results of a layer.
 template <class T>
 struct Workspace {
   std::vector<T> normed, query, key, value, attended, gate, up, added;
@@ -75,27 +74,28 @@ struct Workspace {
         added(l.slots.M * l.D) {}
 };
 
-// One layer for B tokens, hidden (B, D) in place.
+// One layer for hidden (M, D) in place.
 template <class T>
-void step(Worker& worker, const Layer& l, Workspace<T>& space, T* hidden, QuantizedToken& token) {
-  const int64_t B = l.slots.M;
-  // x is there, of all threads, for matrices of which some may be whole numbers.
+void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidden,
+                   QuantizedToken& token) {
+  const int64_t M = l.slots.M;
+  // Waits until all threads have computed x, and quantizes it if a matrix needs that.
   const auto ready = [&](const std::vector<T>& x, int64_t bits) {
     worker.wait();
-    if (bits && B == 1) token.take(x.data(), int64_t(x.size()));
+    if (bits && M == 1) token.quantize(x.data(), int64_t(x.size()));
   };
   const auto product = [&](const Matrix& m, const std::vector<T>& x, std::vector<T>& y) {
-    const Range range = worker.share(m.N, SHARE);
-    m.times(range, x.data(), token, y.data(), B, int64_t(x.size()) / B);
+    const Range range = worker.share(m.N, ROW_STEP);
+    m.multiply_range(range, x.data(), token, y.data(), M, int64_t(x.size()) / M);
     return range;
   };
   const auto add = [&](const Matrix& m, const std::vector<T>& x) {
     const auto [from, to] = product(m, x, space.added);
-    for (int64_t b = 0; b < B; b++)
+    for (int64_t b = 0; b < M; b++)
       for (int64_t i = b * l.D + from; i < b * l.D + to; i++)
         store(hidden + i, to_float(hidden[i]) + to_float(space.added[i]));
   };
-  rms_norm(worker, hidden, l.norm, space.normed.data(), B, l.D, l.epsilon);
+  rms_norm(worker, hidden, l.norm, space.normed.data(), M, l.D, l.epsilon);
   ready(space.normed, l.query.bits | l.key.bits | l.value.bits);
   product(l.query, space.normed, space.query);
   product(l.key, space.normed, space.key);
@@ -107,11 +107,11 @@ void step(Worker& worker, const Layer& l, Workspace<T>& space, T* hidden, Quanti
   ready(space.attended, l.output.bits);
   add(l.output, space.attended);
   worker.wait();
-  rms_norm(worker, hidden, l.second_norm, space.normed.data(), B, l.D, l.second_epsilon);
+  rms_norm(worker, hidden, l.second_norm, space.normed.data(), M, l.D, l.second_epsilon);
   ready(space.normed, l.gate.bits | l.up.bits);
   const auto [from, to] = product(l.gate, space.normed, space.gate);
   product(l.up, space.normed, space.up);
-  for (int64_t b = 0; b < B; b++)
+  for (int64_t b = 0; b < M; b++)
     swiglu(&space.gate[b * l.gate.N + from], &space.up[b * l.gate.N + from], to - from);
   ready(space.gate, l.down.bits);
   add(l.down, space.gate);
@@ -123,7 +123,7 @@ void decoder_layers(const Layer* layers, int64_t count, T* hidden, int threads) 
   Workspace<T> space(*layers);
   parallel(threads, [&](Worker worker) {
     QuantizedToken token;
-    for (int64_t i = 0; i < count; i++) step(worker, layers[i], space, hidden, token);
+    for (int64_t i = 0; i < count; i++) decoder_layer(worker, layers[i], space, hidden, token);
   });
 }
 
@@ -131,8 +131,8 @@ template <class T>
 void linear(const Matrix& matrix, const T* x, T* y, int64_t M, int64_t K, int threads) {
   parallel(threads, [&](Worker worker) {
     QuantizedToken token;
-    if (matrix.bits && M == 1) token.take(x, K);
-    matrix.times(worker.share(matrix.N, SHARE), x, token, y, M, K);
+    if (matrix.bits && M == 1) token.quantize(x, K);
+    matrix.multiply_range(worker.share(matrix.N, ROW_STEP), x, token, y, M, K);
   });
 }
 
@@ -148,26 +148,26 @@ void dequantize(Range range, const Weights& weights, T* out, int64_t K) {
 
 template <class T>
 void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
-  const auto* whole = static_cast<const uint8_t*>(matrix.w);
+  const auto* bytes = static_cast<const uint8_t*>(matrix.w);
   parallel(threads, [&](Worker worker) {
     const Range range = worker.share(matrix.N, 1);
     if (matrix.bits == 8)
-      dequantize(range, Int8Weight{whole, matrix.scale, K}, out, K);
+      dequantize(range, Int8Weight{bytes, matrix.scale, K}, out, K);
     else
-      dequantize(range, Int4Weight{whole, matrix.scale, K}, out, K);
+      dequantize(range, Int4Weight{bytes, matrix.scale, K}, out, K);
   });
 }
 }  // namespace
 
-// What Python calls: each function once for float and once for bfloat16. K and d are multiples of
-// what the products take at a time; Python sees to it.
+// The functions that `ops.py` calls, for float and for bfloat16. K and d are multiples of
+// `Product<T>::STEP`; `ops.py` ensures it.
 #define EXPORT(T, NAME)                                                                           \
   extern "C" void linear_##NAME(const Matrix* matrix, const T* x, T* y, int64_t M, int64_t K,     \
                                 int threads) {                                                    \
     linear(*matrix, x, y, M, K, threads);                                                         \
   }                                                                                               \
-  extern "C" void dequantize_##NAME(const Matrix* matrix, T* out, int64_t K, int threads) {           \
-    dequantize(*matrix, out, K, threads);                                                             \
+  extern "C" void dequantize_##NAME(const Matrix* matrix, T* out, int64_t K, int threads) {       \
+    dequantize(*matrix, out, K, threads);                                                         \
   }                                                                                               \
   extern "C" void rms_norm_##NAME(const T* x, const void* weight, T* y, int64_t M, int64_t D,     \
                                   float epsilon, int threads) {                                   \
@@ -175,20 +175,22 @@ void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
   }                                                                                               \
   extern "C" void swiglu_##NAME(T* gate, const T* up, int64_t n, int threads) {                   \
     parallel(threads, [&](Worker worker) {                                                        \
-      const auto [from, to] = worker.share(n, SHARE);                                             \
+      const auto [from, to] = worker.share(n, ROW_STEP);                                          \
       swiglu(gate + from, up + from, to - from);                                                  \
     });                                                                                           \
   }                                                                                               \
-  extern "C" void write_kv_##NAME(const CacheSlots* slots, const T* key, const T* value, int threads) {  \
-    parallel(threads, [&](Worker worker) { write_kv(worker, *slots, key, value); });                 \
+  extern "C" void write_kv_##NAME(const CacheSlots* slots, const T* key, const T* value,          \
+                                int threads) {                                                    \
+    parallel(threads, [&](Worker worker) { write_kv(worker, *slots, key, value); });              \
   }                                                                                               \
-  extern "C" void attention_##NAME(const CacheSlots* slots, T* query, T* out, int64_t heads,            \
+  extern "C" void attention_##NAME(const CacheSlots* slots, T* query, T* out, int64_t heads,      \
                                 float scaling, int threads) {                                     \
     parallel(threads,                                                                             \
-             [&](Worker worker) { attention(worker, *slots, query, out, heads, scaling); });        \
+             [&](Worker worker) { attention(worker, *slots, query, out, heads, scaling); });      \
   }                                                                                               \
-  extern "C" void decoder_layers_##NAME(const Layer* layers, int64_t count, T* hidden, int threads) {      \
-    decoder_layers(layers, count, hidden, threads);                                                        \
+  extern "C" void decoder_layers_##NAME(const Layer* layers, int64_t count, T* hidden,            \
+                                int threads) {                                                    \
+    decoder_layers(layers, count, hidden, threads);                                               \
   }
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)

@@ -1,5 +1,5 @@
-// Products of tokens with the rows of a matrix, which may hold whole numbers of few bits.
-//   x (M, K) tokens   w (N, K) a Linear's weight   y (M, N)
+// Matrix products of a few tokens, with plain or quantized weights.
+//   x (M, K) tokens   w (N, K) weight of a Linear   y (M, N)
 #pragma once
 
 #include <algorithm>
@@ -13,18 +13,18 @@ namespace {
 
 // ---------------------------------------------------------------- products
 
-// Rows that are to come, fetched into the cache while others are computed.
+// The next rows, which are prefetched while others are computed.
 template <class T>
 struct Prefetch {
   const T* w = nullptr;
   int64_t rows = 0;
 };
 
-// out[r * M + m] for R rows of w and M tokens, both (.., K).
+// out[r * M + m]: products of R rows of w and M tokens.
 template <int R, int M, class T>
 inline void tile(const T* w, const T* x, int64_t K, Prefetch<T> prefetch, float* out) {
   constexpr int STEP = Product<T>::STEP;
-  constexpr int LANES = R * M == 1 ? 4 : 1;  // a single sum would wait for itself
+  constexpr int LANES = R * M == 1 ? 4 : 1;  // independent sums, so that none waits for another
   Floats acc[R][M][LANES] = {};
   int64_t k = 0;
   for (; k + LANES * STEP <= K; k += LANES * STEP) {
@@ -42,40 +42,40 @@ inline void tile(const T* w, const T* x, int64_t K, Prefetch<T> prefetch, float*
         acc[r][m][0] = Product<T>::add(acc[r][m][0], w + r * K + k, x + m * K + k);
   for (int l = 1; l < LANES; l++) acc[0][0][0] += acc[0][0][l];
   int i = 0;
-  for (; i + 8 < R * M; i += WIDTH) {  // many at once
-    Floats some[WIDTH] = {};
-    for (int j = i; j < std::min(i + WIDTH, R * M); j++) some[j - i] = acc[j / M][j % M][0];
-    Floats totals = sums(some);
+  for (; i + 8 < R * M; i += WIDTH) {  // many sums together
+    Floats group[WIDTH] = {};
+    for (int j = i; j < std::min(i + WIDTH, R * M); j++) group[j - i] = acc[j / M][j % M][0];
+    Floats totals = sums(group);
     std::memcpy(out + i, &totals, sizeof(float) * std::min(WIDTH, R * M - i));
   }
   for (; i < R * M; i++) out[i] = sum(acc[i / M][i % M][0]);
 }
 
-// A token as whole numbers of 16 bits, scaled to its largest value, in two bytes: 256 high + low.
-// Bytes multiply with bytes in one instruction, and 16 bits are as fine as bfloat16 where it
-// matters.
+// A token as 16-bit integers, scaled by its largest value, in two bytes: 256 high + low. One
+// instruction multiplies bytes, and 16 bits are at least as precise as bfloat16.
 struct QuantizedToken {
   std::vector<int8_t> high, low;
-  std::vector<int32_t> sums;  // of every 64 numbers
+  std::vector<int32_t> sums;  // of every 64 values
   int64_t sum_high, sum_low;
   float scale;
 
   template <class T>
-  void take(const T* x, int64_t K) {
+  void quantize(const T* x, int64_t K) {
     high.resize(K), low.resize(K), sums.resize(K / 64);
-    Floats most = {};
+    Floats maxima = {};
     Ints finite = Ints{} - 1;
     for (int64_t k = 0; k < K; k += WIDTH) {
       const Floats v = load(x + k), size = v < 0.f ? -v : v;
-      most = most > size ? most : size;
+      maxima = maxima > size ? maxima : size;
       finite &= size <= std::numeric_limits<float>::max();
     }
-    float top = 0;
+    float maximum = 0;
     bool all_finite = true;
-    for (int i = 0; i < WIDTH; i++) top = std::max(top, most[i]), all_finite &= finite[i] != 0;
-    // 127 * 256, so that both bytes fit. What is not finite makes all that comes of it so.
-    scale = all_finite ? top / 32512 : std::numeric_limits<float>::quiet_NaN();
-    const float inverse = all_finite && top > 0 ? 32512 / top : 0;
+    for (int i = 0; i < WIDTH; i++)
+      maximum = std::max(maximum, maxima[i]), all_finite &= finite[i] != 0;
+    // 127 * 256, so that both bytes fit. Values that are not finite make the products NaN.
+    scale = all_finite ? maximum / 32512 : std::numeric_limits<float>::quiet_NaN();
+    const float inverse = all_finite && maximum > 0 ? 32512 / maximum : 0;
     sum_high = sum_low = 0;
     if (!all_finite) {
       std::fill(high.begin(), high.end(), 0), std::fill(low.begin(), low.end(), 0);
@@ -83,13 +83,13 @@ struct QuantizedToken {
       return;
     }
     for (int64_t k = 0; k < K; k += 64) {
-      Ints whole_sum = {}, high_sum = {};
+      Ints value_sum = {}, high_sum = {};
       for (int64_t i = k; i < k + 64; i += WIDTH) {
-        const Ints whole = rounded(load(x + i) * inverse), h = (whole + 128) >> 8;
-        store(&high[i], h), store(&low[i], whole - 256 * h);
-        whole_sum += whole, high_sum += h;
+        const Ints value = rounded(load(x + i) * inverse), h = (value + 128) >> 8;
+        store(&high[i], h), store(&low[i], value - 256 * h);
+        value_sum += value, high_sum += h;
       }
-      sums[k / 64] = int32_t(sum(whole_sum));
+      sums[k / 64] = int32_t(sum(value_sum));
       sum_high += sum(high_sum);
       sum_low += sums[k / 64] - 256 * sum(high_sum);
     }
@@ -97,8 +97,8 @@ struct QuantizedToken {
 };
 
 // ---------------------------------------------------------------- weights
-// Each kind can multiply one row with one token, and write a row out as numbers of type T, whose
-// products are then to be multiplied by `factor`.
+// Each kind multiplies a row with a quantized token, or dequantizes a row to type T; the products
+// are then multiplied by `factor`.
 
 template <class T>
 struct PlainWeight {
@@ -134,8 +134,7 @@ struct Int8Weight {
   }
 };
 
-// 4 bits, two a byte: (w - 8) * scale[n, g], in groups of 64. Byte i of a group holds the numbers
-// i and i + 32.
+// 4 bits: (w - 8) * scale[n, g], in groups of 64. Byte i of a group has the values i and i + 32.
 struct Int4Weight {
   const uint8_t* w;
   const float* scale;  // (N, K / 64)
@@ -161,19 +160,19 @@ struct Int4Weight {
   void dequantize(int64_t n, T* out) const {
     for (int64_t g = 0; g < K / 64; g++) {
       const Bytes a = nibbles(w + n * K / 2 + 32 * g);
-      uint8_t numbers[64];
-      std::memcpy(numbers, &a, 64);
+      uint8_t values[64];
+      std::memcpy(values, &a, 64);
       for (int i = 0; i < 64; i += WIDTH)
-        store(out + 64 * g + i, (load(numbers + i) - 8) * scale[n * (K / 64) + g]);
+        store(out + 64 * g + i, (load(values + i) - 8) * scale[n * (K / 64) + g]);
     }
   }
 };
 
-// ---------------------------------------------------------------- all rows, all tokens
+// ---------------------------------------------------------------- matrices
 
-constexpr int ROWS = 6, TOKENS = 4;  // at a time: their sums fit into the registers
+constexpr int ROWS = 6, TOKENS = 4;  // of a tile: the sums fit into the registers
 
-// Some rows of a matrix with what belongs to them, from the first of them on.
+// Consecutive rows of a matrix; the pointers are those of the first row.
 template <class T>
 struct Rows {
   const T* w;
@@ -193,7 +192,7 @@ inline void store_tile(const Rows<T>& rows, const T* x, int64_t m, Prefetch<T> p
             out[r * M + j] * rows.factors[r] + (rows.bias ? to_float(rows.bias[r]) : 0));
 }
 
-// All tokens. Each tile fetches its part of the rows to come, so that memory is never idle.
+// R rows for all tokens. Each tile prefetches a part of the next rows.
 template <int R, class T>
 inline void store_rows(const Rows<T>& rows, const T* x, int64_t M, const T* next) {
   const int64_t tiles = (M + TOKENS - 1) / TOKENS;
@@ -211,30 +210,30 @@ inline void store_rows(const Rows<T>& rows, const T* x, int64_t M, const T* next
 template <class Weights, class T>
 void multiply(Range range, const Weights& weights, const T* x, const T* bias, T* y, int64_t M,
               int64_t N, int64_t K) {
-  thread_local std::vector<T> expanded;
-  if (!Weights::IN_PLACE) expanded.resize(ROWS * K);
+  thread_local std::vector<T> dequantized;
+  if (!Weights::IN_PLACE) dequantized.resize(ROWS * K);
   for (int64_t n = range.from; n < range.to; n += ROWS) {
-    const int64_t some = std::min<int64_t>(ROWS, range.to - n);
+    const int64_t count = std::min<int64_t>(ROWS, range.to - n);
     const T *w, *next = nullptr;
     if constexpr (Weights::IN_PLACE) {
       w = weights.row(n);
       if (n + 2 * ROWS <= range.to) next = weights.row(n + ROWS);
     } else {
-      for (int64_t r = 0; r < some; r++) weights.dequantize(n + r, expanded.data() + r * K);
-      w = expanded.data();
+      for (int64_t r = 0; r < count; r++) weights.dequantize(n + r, dequantized.data() + r * K);
+      w = dequantized.data();
     }
     float factors[ROWS];
-    for (int64_t r = 0; r < some; r++) factors[r] = weights.factor(n + r);
+    for (int64_t r = 0; r < count; r++) factors[r] = weights.factor(n + r);
     const T* b = bias ? bias + n : nullptr;
-    if (some == ROWS)
+    if (count == ROWS)
       store_rows<ROWS>(Rows<T>{w, factors, b, y + n, N, K}, x, M, next);
     else
-      for (int64_t r = 0; r < some; r++)
+      for (int64_t r = 0; r < count; r++)
         store_rows<1, T>({w + r * K, factors + r, b ? b + r : b, y + n + r, N, K}, x, M, nullptr);
   }
 }
 
-// One token takes the rows one by one: then memory is read as it lies.
+// One token: row by row, in the order of memory.
 template <class Weights, class T>
 void multiply_one(Range range, const Weights& weights, const T* x, const QuantizedToken& token,
                   const T* bias, T* y, int64_t K) {
@@ -248,29 +247,30 @@ void multiply_one(Range range, const Weights& weights, const T* x, const Quantiz
   }
 }
 
-// A Linear as Python hands it over: `bits` of whole numbers, else 0.
+// A Linear; same order as `ops.Matrix`. `bits` is 0 without quantization.
 struct Matrix {
   const void* w;
   const float* scale;
   const void* bias;
   int64_t bits, N;
 
-  // Some of y = x w^T + bias. `token`: x, if it is one, for whole numbers.
+  // A range of y = x w^T + bias. `token` is the quantized x if M is 1 and the weight is quantized.
   template <class T>
-  void times(Range range, const T* x, const QuantizedToken& token, T* y, int64_t M, int64_t K) const {
-    const auto* whole = static_cast<const uint8_t*>(w);
+  void multiply_range(Range range, const T* x, const QuantizedToken& token, T* y, int64_t M,
+                      int64_t K) const {
+    const auto* bytes = static_cast<const uint8_t*>(w);
     if (bits == 8)
-      times(range, Int8Weight{whole, scale, K}, x, token, y, M, K);
+      multiply_range(range, Int8Weight{bytes, scale, K}, x, token, y, M, K);
     else if (bits == 4)
-      times(range, Int4Weight{whole, scale, K}, x, token, y, M, K);
+      multiply_range(range, Int4Weight{bytes, scale, K}, x, token, y, M, K);
     else
-      times(range, PlainWeight<T>{static_cast<const T*>(w), K}, x, token, y, M, K);
+      multiply_range(range, PlainWeight<T>{static_cast<const T*>(w), K}, x, token, y, M, K);
   }
 
  private:
   template <class Weights, class T>
-  void times(Range range, const Weights& weights, const T* x, const QuantizedToken& token, T* y, int64_t M,
-             int64_t K) const {
+  void multiply_range(Range range, const Weights& weights, const T* x,
+                      const QuantizedToken& token, T* y, int64_t M, int64_t K) const {
     const T* b = static_cast<const T*>(bias);
     if (M == 1)
       multiply_one(range, weights, x, token, b, y, K);
@@ -279,5 +279,5 @@ struct Matrix {
   }
 };
 
-constexpr int64_t SHARE = WIDTH;  // threads share out rows in multiples of it
+constexpr int64_t ROW_STEP = WIDTH;  // threads divide rows in multiples of it
 }  // namespace

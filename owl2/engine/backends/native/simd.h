@@ -1,4 +1,4 @@
-// Numbers and vectors of them, as `kernels.cpp` computes with them.
+// SIMD vectors of floats and integers.
 #pragma once
 
 #include <cmath>
@@ -30,7 +30,7 @@ inline float to_float(bf16 x) {
   return value;
 }
 inline void store(float* p, float x) { *p = x; }
-inline void store(bf16* p, float x) {  // rounded to nearest, ties to even, as torch does
+inline void store(bf16* p, float x) {  // rounds to nearest, ties to even, as in torch
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   p->bits = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -61,7 +61,7 @@ inline void store(bf16* p, Floats v) {
   std::memcpy(p, &h, sizeof h);
 #endif
 }
-inline float sum(Floats v) {  // by halves: added one after the other, each waits for the last
+inline float sum(Floats v) {  // in halves: a sequential sum has longer latency
   const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   const auto four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
@@ -74,7 +74,7 @@ inline int64_t sum(Ints v) {
   return total;
 }
 
-// The sums of 16 vectors, one a lane: halves of two are added side by side, then of four …
+// The sums of 16 vectors, one per lane: adds halves of pairs, then quarters, and so on.
 inline Floats sums(const Floats (&v)[WIDTH]) {
   Floats eights[8], fours[4], twos[2];
   for (int i = 0; i < 8; i++) {
@@ -97,19 +97,19 @@ inline Floats sums(const Floats (&v)[WIDTH]) {
          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// To the nearest whole number, of less than 2^22: added to 1.5 * 2^23, nothing else has room.
+// Rounds values below 2^22 to the nearest integer: 1.5 * 2^23 leaves no bits for fractions.
 inline Ints rounded(Floats v) { return (Ints)(v + 12582912.f) - 0x4b400000; }
 inline void store(int8_t* p, Ints v) {
   const Signed narrow = __builtin_convertvector(v, Signed);
   std::memcpy(p, &narrow, sizeof narrow);
 }
 
-// e^x to float's precision but for its last bits: 2^n times a power series of what is left, |r| <
-// 0.35. Below -87 it is 0, and what is above 88 is 88.
+// e^x except for the last bits: 2^n times a power series of the rest r, |r| < 0.35. The result is 0
+// below -87; x is at most 88.
 inline Floats exponential(Floats x) {
   const Ints small = x < -87.f, large = x > 88.f;
   x = large ? Floats{} + 88.f : small ? Floats{} - 87.f : x;
-  const Floats shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to a whole number
+  const Floats shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer
   const Floats whole = shifted - 12582912.f;
   const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
   Floats series = r * (1 / 720.f) + 1 / 120.f;
@@ -140,12 +140,12 @@ struct Product<bf16> {
 };
 #endif
 
-// 64 bytes; `add` sums the products of four neighbours into each of 16 lanes: w from 0 to 255, x
-// from -128 to 127.
+// 64 bytes. `add` sums the products of four adjacent bytes in each of 16 lanes; w is unsigned, x is
+// signed.
 #if defined(__AVX512VNNI__)
 typedef __m512i Bytes;
 inline Bytes bytes(const void* p) { return _mm512_loadu_si512(p); }
-inline Bytes nibbles(const uint8_t* p) {  // 32 bytes to 64 numbers: low halves, then high ones
+inline Bytes nibbles(const uint8_t* p) {  // 32 bytes to 64 values: low halves, then high halves
   const __m256i both = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi8(15);
   const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(both, mask)), second, 1);

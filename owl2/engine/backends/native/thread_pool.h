@@ -1,9 +1,8 @@
-// Threads that compute something parallel: each its share, with points at which all wait.
+// Parallel work with barriers.
 //
-// A waiting thread looks again and again for a while before it goes to sleep: a decode step has a
-// hundred such points, and to be woken takes longer than a small product. OpenMP's own barrier
-// sleeps at once as soon as a process has more of OpenMP's threads than cores, and it has as many
-// for every thread of Python's that ever computed something.
+// A thread at a barrier polls for a while before it sleeps: a decode step has about a hundred
+// barriers, and waking a thread takes longer than a small matrix product. OpenMP's own barrier
+// sleeps immediately if the process has more OpenMP threads than cores.
 #pragma once
 
 #include <omp.h>
@@ -18,43 +17,43 @@ struct Range {
   int64_t from, to;
 };
 
-// One of the threads.
+// One thread of a parallel region.
 class Worker {
  public:
   struct Barrier {
-    std::atomic<int> arrived{0}, held{0};
+    std::atomic<int> arrived{0}, generation{0};
   };
 
-  Worker(Barrier& barrier, int number, int size)
-      : barrier_(barrier), number_(number), size_(size) {}
+  Worker(Barrier& barrier, int index, int size)
+      : barrier_(barrier), index_(index), size_(size) {}
 
-  // This thread's part of 0 … n, of whole `step`s where they go.
+  // This thread's part of 0 … n, in multiples of `step`.
   Range share(int64_t n, int64_t step) const {
-    const int64_t decoder_layers = (n + step - 1) / step;
-    return {std::min(n, decoder_layers * number_ / size_ * step),
-            std::min(n, decoder_layers * (number_ + 1) / size_ * step)};
+    const int64_t num_steps = (n + step - 1) / step;
+    return {std::min(n, num_steps * index_ / size_ * step),
+            std::min(n, num_steps * (index_ + 1) / size_ * step)};
   }
 
-  // Calls `work` with this thread's parts of 0 … n: small ones in turn, where later ones take
-  // longer.
+  // Calls `work` with small parts of 0 … n, which alternate among the threads: later parts may
+  // take longer.
   template <class Work>
-  void dynamic_share(int64_t n, const Work& work) const {
+  void for_each_part(int64_t n, const Work& work) const {
     const int64_t step = std::max<int64_t>(1, n / (8 * size_));
-    for (int64_t i = number_ * step; i < n; i += size_ * step) work(i, std::min(n, i + step));
+    for (int64_t i = index_ * step; i < n; i += size_ * step) work(i, std::min(n, i + step));
   }
 
-  // Until all are here.
+  // Waits for all threads.
   void wait() {
-    constexpr int PATIENCE = 1 << 12;  // some 50 us; then who is waited for may need the core
-    const int now = barrier_.held.load(std::memory_order_relaxed);
+    constexpr int MAX_POLLS = 1 << 12;  // about 50 us; the other threads may need this core
+    const int now = barrier_.generation.load(std::memory_order_relaxed);
     if (barrier_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       barrier_.arrived.store(0, std::memory_order_relaxed);
-      barrier_.held.store(now + 1, std::memory_order_release);
-      barrier_.held.notify_all();
+      barrier_.generation.store(now + 1, std::memory_order_release);
+      barrier_.generation.notify_all();
       return;
     }
-    for (int looks = 0; barrier_.held.load(std::memory_order_acquire) == now; looks++) {
-      if (looks > PATIENCE) barrier_.held.wait(now, std::memory_order_acquire);
+    for (int polls = 0; barrier_.generation.load(std::memory_order_acquire) == now; polls++) {
+      if (polls > MAX_POLLS) barrier_.generation.wait(now, std::memory_order_acquire);
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
@@ -63,10 +62,10 @@ class Worker {
 
  private:
   Barrier& barrier_;
-  int number_, size_;
+  int index_, size_;
 };
 
-// Calls `work` with a Worker in each of so many threads.
+// Calls `work` with a Worker in each of `threads` threads.
 template <class Work>
 void parallel(int threads, const Work& work) {
   Worker::Barrier barrier;
