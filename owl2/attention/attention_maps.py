@@ -1,14 +1,14 @@
-"""Where the decoder attends while it answers: `look` and what it gives.
+"""Collect the attention of the decoder while it generates an answer.
 
 ::
 
-    messages ──Engine.chat──► answer, or a given one
-    prompt ──model (SDPA, with MAM or without)──► its cache
-    answer's tokens over that cache ──one forward, layer by layer──► weights (h, T, S)
-    images ──abstractor, layer by layer──► which patches each of the K queries is made of
+    messages ──Engine.chat──► answer, unless one is given
+    prompt ──model (SDPA, with or without MAM)──► its cache
+    answer tokens over that cache ──one forward, layer by layer──► weights (h, T, S)
+    images ──abstractor, layer by layer──► the patches that each of the K queries consists of
 
-Shapes: L layers, h heads, T tokens of the answer, S positions, N images, K learnable queries,
-P patches an image.
+Shapes: L layers, h heads, T answer tokens, S positions, N images, K learnable queries, V patches
+of an image.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
-from owl2.attention.record import Record, record
-from owl2.attention.tokenized_dialogue import Script, Span
+from owl2.attention.capture import CapturedAttention, capture_attention
+from owl2.attention.tokenized_dialogue import Span, TokenizedDialogue
 from owl2.engine.engine import Engine
 from owl2.engine.prefill import PrefillOutput
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, parse_messages
 from owl2.processing.image_io import load_image
@@ -32,32 +32,33 @@ from owl2.processing.image_processing import ImagePolicy
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 
-MAX_NEW_TOKENS = 64  # a figure with more rows than that shows nothing
+MAX_NEW_TOKENS = 64  # longer answers do not fit into a figure
 
 
 @dataclass(frozen=True)
-class Looks:
-    """Where an answer's tokens came from. A row t is the attention of the position whose output is
-    token t: what the model looked at when it chose that token. All rows sum to one.
+class AttentionMaps:
+    """The attention of an answer's tokens.
 
-    The S positions are the prompt's and the answer's but for its last token, which nothing has
-    looked at yet; a row is 0 on what comes after it.
+    Row t is the attention at the position that predicts token t. The S positions are those of the
+    prompt and of the answer without its last token, to which nothing attends. A row sums to one
+    and is 0 at later positions.
 
     Attributes:
-        tokens: T texts of the answer's tokens, without its end; joined, they are the answer. Of a
-            character that is several tokens, all but the last are empty.
-        prompt_tokens: texts of the prompt's; an image's are empty.
-        spans: which positions are text, an image's K + 1, or the answer's; in order, they cover S.
-        layers: numbers of the chosen layers, from 0.
-        attention: (chosen layers, h, T, S), float32.
+        tokens: The texts of the T answer tokens, without the end token; joined, they are the
+            answer. If a character takes several tokens, all but the last are empty.
+        prompt_tokens: The texts of the prompt tokens; empty for an image's.
+        spans: The kind of each position: text, one of the images (K + 1 positions) or answer.
+            Together they cover the S positions in order.
+        layers: Indices of the selected layers, from 0.
+        attention: (selected layers, h, T, S) float32.
         mean: (h, T, S), the mean over all L layers.
-        shares: (L, T, spans): how much of each row lies on each span, mean over the heads.
-        patches: (N, K, 1+P): of what is in an image's query, how much comes from each token of
-            the vision encoder, CLS first (see `roll_out`); rows sum to less than one, the rest is
-            the query's own.
-        sizes: width and height in pixels of each image.
-        policy: how they became squares.
-        use_mam: False: with text weights for the images, too.
+        shares: (L, T, spans): the part of each row on each span, as a mean over the heads.
+        patches: (N, K, 1+V): the contribution of each token of the vision encoder (CLS first) to
+            each query, by `attention_rollout`. Rows sum to less than one; the rest is the query's
+            own content.
+        sizes: Width and height of each image in pixels.
+        policy: The image policy that made the images square.
+        use_mam: False if the images were computed with the text weights.
     """
 
     tokens: tuple[str, ...]
@@ -74,25 +75,28 @@ class Looks:
 
     @property
     def answer(self) -> str:
-        """What was said."""
+        """The text of the answer."""
         return "".join(self.tokens).strip()
 
-    def of_layer(self, layer: int | None) -> np.ndarray:
-        """(h, T, S) of one of the chosen layers; None: the mean over all.
+    def for_layer(self, layer: int | None) -> np.ndarray:
+        """(h, T, S) of a selected layer; None: the mean over all layers.
 
         Raises:
-            InputError: the layer was not chosen.
+            InputError: The layer was not selected.
         """
         if layer is None:
             return self.mean
         if layer not in self.layers:
-            chosen = ", ".join(map(str, self.layers)) or "none"
-            raise InputError(f"Layer {layer} was not kept; there are {chosen}: look with layers=.")
+            raise InputError(
+                f"Layer {layer} was not collected. Collected layers: {list(self.layers)}; select "
+                "others with layers=[...].",
+                ErrorCode.INVALID_VALUE,
+            )
         weights: np.ndarray = self.attention[self.layers.index(layer)]
         return weights
 
 
-def look(
+def collect_attention(
     model: Engine | Owl2ForConditionalGeneration,
     processor: Owl2Processor,
     messages: Sequence[Message],
@@ -101,96 +105,107 @@ def look(
     layers: Sequence[int] | None = None,
     use_mam: bool = True,
     max_new_tokens: int = MAX_NEW_TOKENS,
-) -> Looks:
-    """Where the decoder looks while it answers a question.
+) -> AttentionMaps:
+    """Collect the attention of the decoder for the answer to a question.
 
-    The model runs as always; weights are computed for the answer's tokens only, one layer at a
-    time, so that there is room for them at any size.
+    The model runs with its own attention implementation. Weights are computed for the answer
+    tokens only, one layer at a time, which limits the memory.
 
     Args:
-        model: an `Engine` goes on answering others meanwhile.
-        processor: the same checkpoint's.
-        messages: end with a question; images as everywhere.
-        answer: to look at; default: the model's own, greedy, with MAM. So the same words are
-            compared with MAM and without.
-        layers: whose weights to keep, from 0, negative ones from the end; default: the first, the
-            middle and the last, as in the paper (0, 15 and 31 of 32).
-        use_mam: False: text weights for the images, too, as in the paper's ablation.
-        max_new_tokens: of the model's own answer at most.
+        model: An `Engine` continues to serve other requests.
+        processor: The processor of the same checkpoint.
+        messages: End with a question.
+        answer: The answer to analyze. Default: the model's own greedy answer with MAM, so that a
+            comparison with and without MAM uses the same tokens.
+        layers: Indices of the layers to keep; negative ones count from the end. Default: the
+            first, the middle and the last (0, 15 and 31 of 32, as in the paper).
+        use_mam: False: use the text weights for images, as in the paper's ablation.
+        max_new_tokens: Limits the generated answer.
 
     Raises:
-        InputError: as `Engine.chat`; also no such layer, an empty answer, no MAM to leave out.
+        InputError: As `Engine.chat`; also an unknown layer, an empty answer, or ``use_mam=False``
+            for a model without MAM.
     """
     engine = model if isinstance(model, Engine) else Engine(model, processor)
-    chosen = _chosen(layers, engine.model.config.num_hidden_layers)
+    selected = resolve_layers(layers, engine.model.config.num_hidden_layers)
     if not use_mam and not engine.model.config.use_mam:
-        raise InputError("This model has no MAM that could be left out.")
-    messages, images = _opened(messages, processor)
+        raise InputError(
+            "use_mam=False: this model has no modality-adaptive module.", ErrorCode.UNSUPPORTED
+        )
+    messages, images = _load_images(messages, processor)
     if answer is None:
         answer = engine.chat(messages, do_sample=False, max_new_tokens=max_new_tokens)
         if not answer:
-            raise InputError("The model answers nothing, so there is nothing to look at: give one.")
-    script = Script.of(processor, messages, answer)
-    if len(script.prompt) + len(script.answer) - 1 > engine.context_length:
+            raise InputError("The model's answer is empty; pass `answer`.", ErrorCode.EMPTY_MESSAGE)
+    dialogue = TokenizedDialogue.encode(processor, messages, answer)
+    if len(dialogue.prompt) + len(dialogue.answer) - 1 > engine.context_length:
         raise InputError(
-            f"Prompt and answer have {len(script.prompt)} and {len(script.answer)} tokens; the "
-            f"model's context is {engine.context_length}. Use fewer words, turns or images."
+            f"The prompt has {len(dialogue.prompt)} tokens and the answer {len(dialogue.answer)}; "
+            f"the context of the model is {engine.context_length}. Shorten the text, or use fewer turns "
+            "or images.",
+            ErrorCode.TOO_LONG,
         )
     pixels = processor.image_processor(images)["pixel_values"] if images else None
     prompt = PreparedPrompt.from_ids(
-        script.prompt, pixels, processor.image_token_id, processor.num_image_tokens
+        dialogue.prompt, pixels, processor.image_token_id, processor.num_image_tokens
     )
 
-    def use(read: PrefillOutput) -> Record:
-        cache = read.cache if use_mam else _read_without_mam(engine.model, prompt)
-        return record(engine.model, script, cache, pixels, chosen)
+    def capture(prefilled: PrefillOutput) -> CapturedAttention:
+        cache = prefilled.cache if use_mam else _prefill_without_mam(engine.model, prompt)
+        return capture_attention(engine.model, dialogue, cache, pixels, selected)
 
-    recorded = engine.run_prefilled(prompt, use)
-    return Looks(
-        tokens=script.answer_texts,
-        prompt_tokens=script.prompt_texts,
-        spans=script.spans,
-        layers=chosen,
-        attention=recorded.attention,
-        mean=recorded.mean,
-        shares=recorded.shares,
-        patches=recorded.patches,
+    captured = engine.run_prefilled(prompt, capture)
+    return AttentionMaps(
+        tokens=dialogue.answer_texts,
+        prompt_tokens=dialogue.prompt_texts,
+        spans=dialogue.spans,
+        layers=selected,
+        **captured._asdict(),
         sizes=tuple(image.size for image in images),
         policy=processor.image_processor.policy,
         use_mam=use_mam and engine.model.config.use_mam,
     )
 
 
-def _chosen(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
+def resolve_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Indices from 0 of `count` layers. Default: the first, the middle and the last.
+
+    Raises:
+        InputError: An index out of range.
+    """
     if layers is None:
         return tuple(sorted({0, (count - 1) // 2, count - 1}))
     for layer in layers:
         if not -count <= layer < count:
-            raise InputError(f"There is no layer {layer}: this model's go from 0 to {count - 1}.")
+            raise InputError(
+                f"Unknown layer {layer}: this model has layers 0 to {count - 1}.",
+                ErrorCode.INVALID_VALUE,
+            )
     return tuple(layer % count for layer in layers)
 
 
-def _opened(
+def _load_images(
     messages: Sequence[Message], processor: Owl2Processor
 ) -> tuple[list[Message], list[Image.Image]]:
-    """The messages with their images opened, and these: what is behind a URL is fetched once."""
-    conversation = parse_messages(messages)
-    limit = processor.image_processor.max_pixels
-    images = [load_image(source, limit) for source in conversation.images]
-    rest = iter(images)
-
-    def opened(part: dict[str, Any]) -> dict[str, Any]:
-        return {**part, "image": next(rest, None)} if part["type"] == "image" else part
-
-    return [
-        {"role": turn["role"], "content": [opened(part) for part in turn["content"]]}
-        for turn in conversation.turns
-    ], images
+    """Replace the images of messages by loaded ones, so that each is fetched and decoded once."""
+    parsed = parse_messages(messages)
+    images = [load_image(image, processor.image_processor.max_pixels) for image in parsed.images]
+    remaining = iter(images)
+    loaded: list[Message] = []
+    for turn in parsed.turns:
+        parts: list[dict[str, Any]] = [dict(part) for part in turn["content"]]
+        for part in parts:
+            if part["type"] == "image":
+                part["image"] = next(remaining, None)
+        loaded.append({"role": turn["role"], "content": parts})
+    return loaded, images
 
 
 @torch.no_grad()
-def _read_without_mam(model: Owl2ForConditionalGeneration, prompt: PreparedPrompt) -> DynamicCache:
-    """A prompt's cache, computed with the text weights for all its tokens."""
+def _prefill_without_mam(
+    model: Owl2ForConditionalGeneration, prompt: PreparedPrompt
+) -> DynamicCache:
+    """The cache of a prompt, computed with the text weights for all tokens."""
     ids = torch.tensor([prompt.ids], device=model.device)
     images: dict[str, Any] = {}
     if prompt.pixel_values is not None:

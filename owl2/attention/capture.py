@@ -1,91 +1,184 @@
-"""Attention weights, read beside a model that runs as it always does.
+"""Capture attention weights from a model that runs with fused attention.
 
-Fused attention (SDPA, flash) has no weights to give. So they are computed once more from what the
-modules are given, for few queries and one layer at a time; the model itself is not changed, and
-what other threads ask of it meanwhile is not recorded.
+Fused kernels (SDPA, flash attention) do not return weights. Forward hooks recompute them from the
+inputs of the modules, for few queries and one layer at a time. The model is not modified, and
+computations of other threads are not captured.
 
-Shapes: S positions of keys, T queries (the last of them), h heads, d = head width, N images,
-K learnable queries, P patches.
+Shapes: L layers, h heads, d head width, P prompt tokens, T answer tokens, S = P + T - 1 keys,
+N images, K learnable queries, V patches of an image.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from owl2.attention.tokenized_dialogue import TokenizedDialogue
 from owl2.model.modeling import Owl2ForConditionalGeneration
+
+
+class CapturedAttention(NamedTuple):
+    """The arrays of `AttentionMaps`, with the same names."""
+
+    attention: np.ndarray
+    mean: np.ndarray
+    shares: np.ndarray
+    patches: np.ndarray
+
+
+@torch.no_grad()
+def capture_attention(
+    model: Owl2ForConditionalGeneration,
+    dialogue: TokenizedDialogue,
+    cache: DynamicCache,
+    pixel_values: torch.Tensor | None,
+    layers: Sequence[int],
+) -> CapturedAttention:
+    """Recompute an answer over the cache of its prompt and capture the attention.
+
+    Args:
+        cache: The P positions of the prompt; not modified.
+        pixel_values: (N, 3, H, W) or None.
+        layers: Indices of the layers whose weights are kept. The others are only averaged.
+    """
+    # The first answer token is predicted at the last prompt token, which is therefore repeated.
+    ids = [dialogue.prompt[-1], *dialogue.answer[:-1]]
+    length = len(dialogue.prompt) - 1
+    own_cache = DynamicCache(config=model.config)
+    cached: Any = cache.layers
+    for index, layer in enumerate(cached):
+        own_cache.update(layer.keys[:, :, :length], layer.values[:, :, :length], index)
+    shape = (model.config.num_attention_heads, len(ids), length + len(ids))
+    kept = torch.zeros(len(layers), *shape)
+    total = torch.zeros(shape, device=model.device)
+    shares: list[torch.Tensor] = []
+
+    def add(layer: int, weights: torch.Tensor) -> None:
+        total.add_(weights)
+        mean = weights.mean(0)  # (T, S)
+        sums = [mean[:, span.start : span.end].sum(1) for span in dialogue.spans]
+        shares.append(torch.stack(sums, 1).cpu())
+        for row, kept_layer in enumerate(layers):
+            if kept_layer == layer:
+                kept[row] = weights
+
+    with decoder_attention(model, add):
+        model.model(
+            input_ids=torch.tensor([ids], device=model.device),
+            past_key_values=own_cache,
+            use_cache=True,
+        )
+    return CapturedAttention(
+        kept.numpy(),
+        (total / len(shares)).cpu().numpy(),
+        torch.stack(shares).numpy(),
+        _query_patches(model, pixel_values),
+    )
+
+
+def _query_patches(
+    model: Owl2ForConditionalGeneration, pixel_values: torch.Tensor | None
+) -> np.ndarray:
+    """(N, K, 1+V): see `AttentionMaps.patches`."""
+    if pixel_values is None:
+        abstractor = model.config.visual_config.visual_abstractor
+        shape = (0, abstractor.num_learnable_queries, 1 + abstractor.grid_size**2)
+        return np.zeros(shape, np.float32)
+    weights: list[torch.Tensor] = []
+    with abstractor_attention(model, lambda layer: weights.append(layer.mean(1))):
+        model.get_image_features(pixel_values.to(model.device, model.dtype))
+    return attention_rollout(weights).cpu().numpy()
+
+
+def attention_rollout(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The contribution of each encoder token to each of the K queries, through all layers.
+
+    Attention rollout (Abnar and Zuidema 2020): a layer's output is one half its input, through the
+    residual connection, and one half what it attends to. The queries start without image content.
+
+    Args:
+        weights: For each layer (N, K, K+1+V), over the queries and then the encoder tokens.
+
+    Returns:
+        (N, K, 1+V). Rows sum to less than one; the rest is the queries' own content.
+    """
+    queries = weights[0].shape[1]
+    rollout = torch.zeros_like(weights[0][..., queries:])
+    for layer in weights:
+        attended = layer[..., :queries] @ rollout + layer[..., queries:]
+        rollout = (rollout + attended) / 2
+    return rollout
 
 
 @contextmanager
 def decoder_attention(
-    model: Owl2ForConditionalGeneration, take: Callable[[int, torch.Tensor], None]
+    model: Owl2ForConditionalGeneration, callback: Callable[[int, torch.Tensor], None]
 ) -> Iterator[None]:
-    """While it is open, forwards of this thread over a cache give `take` each layer's weights.
+    """Call `callback` for each layer of each forward with a cache that this thread runs.
 
     Args:
-        take: gets the layer's number and (h, T, S) float32, whose rows sum to one; T queries of
-            one sequence, the last positions of the cache.
+        callback: Receives the layer index and (h, T, S) float32, whose rows sum to one. The T
+            queries are the last positions of one sequence.
     """
 
-    def record(module: Any, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
+    def capture(module: Any, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]  # (1, T, D)
         heads = (*hidden.shape[:2], -1, module.head_dim)
         query = module.q_proj(hidden).view(heads).transpose(1, 2)  # (1, h, T, d)
         query, _ = apply_rotary_pos_emb(query, query, *kwargs["position_embeddings"])
-        # The cache has this forward's keys by now, turned to their positions.
+        # The cache already contains the keys of this forward, with rotary embeddings.
         key = kwargs["past_key_values"].layers[module.layer_idx].keys[0]  # (key-value heads, S, d)
         key = key.repeat_interleave(module.num_key_value_groups, dim=0)  # (h, S, d)
-        take(module.layer_idx, _weights(query[0], key, module.scaling, is_causal=True))
+        callback(module.layer_idx, attention_weights(query[0], key, module.scaling, is_causal=True))
 
-    with _hooks(((layer.self_attn, record) for layer in model.model.layers), with_kwargs=True):
+    with _hooks(((layer.self_attn, capture) for layer in model.model.layers), with_kwargs=True):
         yield
 
 
 @contextmanager
 def abstractor_attention(
-    model: Owl2ForConditionalGeneration, take: Callable[[torch.Tensor], None]
+    model: Owl2ForConditionalGeneration, callback: Callable[[torch.Tensor], None]
 ) -> Iterator[None]:
-    """While it is open, images that this thread encodes give `take` each abstractor layer's
-    weights, in order.
+    """Call `callback` for each abstractor layer when this thread encodes images.
 
     Args:
-        take: gets (N, h, K, K+1+P) float32, whose rows sum to one: of each query over the queries
-            and then the encoder's tokens, CLS first.
+        callback: Receives (N, h, K, K+1+V) float32, whose rows sum to one: the weights of each
+            query over the queries and then the encoder tokens, CLS first.
     """
     queries: list[torch.Tensor] = []
 
-    def remember(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
-        queries.append(output)
-
-    def compare_with(attention: Any) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
-        def compare(_: nn.Module, __: tuple, keys: torch.Tensor) -> None:
+    def key_hook(attention: Any) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
+        def capture(_: nn.Module, __: tuple, keys: torch.Tensor) -> None:
             query, key = (
                 states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
                 for states in (queries.pop(), keys)
-            )  # (N, h, K, d), (N, h, K+1+P, d)
-            take(_weights(query, key, attention.scaling))
+            )  # (N, h, K, d), (N, h, K+1+V, d)
+            callback(attention_weights(query, key, attention.scaling))
 
-        return compare
+        return capture
 
-    hooks = []
+    hooks: list[tuple[nn.Module, Callable[..., None]]] = []
     for layer in model.model.visual_abstractor.encoder.layers:
         attention: Any = layer.crossattention.attention
-        hooks += [(attention.query, remember), (attention.key, compare_with(attention))]
+        hooks.append((attention.query, lambda _, __, output: queries.append(output)))
+        hooks.append((attention.key, key_hook(attention)))
     with _hooks(hooks):
         yield
 
 
-def _weights(
+def attention_weights(
     query: torch.Tensor, key: torch.Tensor, scaling: float, is_causal: bool = False
 ) -> torch.Tensor:
-    """(..., T, d) queries and (..., S, d) keys to (..., T, S) weights, in float32.
+    """(..., T, d) queries and (..., S, d) keys to (..., T, S) weights in float32.
 
     Args:
-        is_causal: the queries are the last positions, and see no later one.
+        is_causal: The queries are the last T of the S positions and attend to no later one.
     """
     scores = (query.float() * scaling) @ key.float().transpose(-1, -2)
     if is_causal:
@@ -99,18 +192,18 @@ def _weights(
 def _hooks(
     hooks: Iterable[tuple[nn.Module, Callable[..., None]]], with_kwargs: bool = False
 ) -> Iterator[None]:
-    """Forward hooks that are called in this thread only, until the block ends."""
-    own = threading.get_ident()
+    """Register forward hooks that only run in this thread, until the block ends."""
+    owner = threading.get_ident()
 
-    def only_here(hook: Callable[..., None]) -> Callable[..., None]:
-        def call(*given: Any) -> None:
-            if threading.get_ident() == own:
-                hook(*given)
+    def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            if threading.get_ident() == owner:
+                hook(*args)
 
         return call
 
     with ExitStack() as stack:
         for module, hook in hooks:
-            handle = module.register_forward_hook(only_here(hook), with_kwargs=with_kwargs)
+            handle = module.register_forward_hook(in_this_thread(hook), with_kwargs=with_kwargs)
             stack.callback(handle.remove)
         yield

@@ -1,5 +1,6 @@
-"""`owl2 attend`: a question about images, and where the model looked, as figures and numbers."""
+"""`owl2 attend`: answer a question, draw the attention and save the arrays."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,32 +9,35 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from owl2.attention.attention_maps import MAX_NEW_TOKENS, Looks, look
-from owl2.attention.heatmap import patch_map, tokens_of, words_of
-from owl2.attention.plots import draw_heat, draw_maps, draw_shares, require_matplotlib
+from owl2.attention.attention_maps import (
+    MAX_NEW_TOKENS,
+    AttentionMaps,
+    collect_attention,
+    resolve_layers,
+)
+from owl2.attention.heatmap import TokenRange, answer_words, patch_map, token_range
+from owl2.attention.plots import draw_heat_maps, draw_maps, draw_shares, require_matplotlib
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_directory
 from owl2.processing.chat_template import user_message, validate_prompt
 from owl2.processing.image_io import load_image
 
-MEAN = "mean"
-MOST_WORDS = 7  # that are painted where none were chosen
-
-Words = list[tuple[str, tuple[int, int]]]
+MAX_WORDS = 7  # words that get a heat map by default
+OUTPUT_FILES = {"attention.png", "shares.png", "heatmap.png", "attention.npz"}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `owl2 attend` draws.
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """The options of `owl2 attend`.
 
     Attributes:
-        layers: numbers from 0 (negative: from the end) and "mean", separated by commas; None: the
-            first, the middle, the last and the mean, as in the paper.
-        words: of the answer, to be painted; none: all, up to `MOST_WORDS`.
-        without_mam: also draw the same with the text weights for images.
-        answer: to look at instead of the model's own.
+        layers: Indices (negative ones count from the end) and "mean", separated by commas.
+            Default: the first, the middle, the last and the mean, as in the paper.
+        tokens: Words of the answer to draw heat maps for. Default: all, up to `MAX_WORDS`.
+        compare_no_mam: Also draw the attention with the text weights for images.
+        answer: The answer to analyze instead of the model's own.
     """
 
     model: ModelArgs
@@ -41,58 +45,58 @@ class Settings:
     images: Sequence[str]
     output: Path
     layers: str | None = None
-    words: Sequence[str] = ()
-    without_mam: bool = False
+    tokens: Sequence[str] = ()
+    compare_no_mam: bool = False
     answer: str | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
 
 
-def attend(settings: Settings, console: Console) -> None:
-    """Ask, and write ``attention.png``, ``shares.png``, ``heat.png`` (if there is an image) and
-    ``attention.npz`` into the folder.
+def attend(config: AttentionConfig, console: Console) -> None:
+    """Write `OUTPUT_FILES` into the output directory; ``heatmap.png`` only if there is an image.
 
     Raises:
-        InputError: see `look` and `tokens_of`; no matplotlib; a folder with other things in it.
+        InputError: As `collect_attention` and `token_range`; also without matplotlib, or if the
+            output directory contains other files.
     """
     require_matplotlib()
-    _require_own(settings.output)
-    messages = [user_message(settings.question, settings.images)]
-    validate_prompt(messages)
-    processor = settings.model.load_processor()
-    limit = processor.image_processor.max_pixels
-    images = [load_image(image, limit) for image in settings.images]
-    messages = [user_message(settings.question, images)]
-    engine = Engine(settings.model.load_model(), processor, enable_prefix_caching=True)
-    layers = _layers(settings.layers, engine.model.config.num_hidden_layers)
-    asked: dict[str, Any] = {
+    _require_own_directory(config.output)
+    validate_prompt([user_message(config.question, config.images)])
+    processor = config.model.load_processor()
+    images = [load_image(image, processor.image_processor.max_pixels) for image in config.images]
+    messages = [user_message(config.question, images)]
+    engine = Engine(config.model.load_model(), processor, enable_prefix_caching=True)
+    layers = _parse_layers(config.layers, engine.model.config.num_hidden_layers)
+    options: dict[str, Any] = {
         "layers": [layer for layer in layers if layer is not None],
-        "max_new_tokens": settings.max_new_tokens,
+        "max_new_tokens": config.max_new_tokens,
     }
-    looks = [look(engine, processor, messages, answer=settings.answer, **asked)]
-    if settings.without_mam:
-        answer = looks[0].answer
-        looks.append(look(engine, processor, messages, answer=answer, use_mam=False, **asked))
-    words = _words(looks[0], settings.words)
-    with atomic_directory(settings.output) as folder:
-        draw_maps(folder / "attention.png", looks, layers, settings.question)
-        draw_shares(folder / "shares.png", looks, settings.question)
+    maps = [collect_attention(engine, processor, messages, answer=config.answer, **options)]
+    if config.compare_no_mam:
+        options |= {"answer": maps[0].answer, "use_mam": False}
+        maps.append(collect_attention(engine, processor, messages, **options))
+    words = [(word, token_range(maps[0], word)) for word in config.tokens] or _words(maps[0])
+    with atomic_directory(config.output) as directory:
+        draw_maps(directory / "attention.png", maps, layers, config.question)
+        draw_shares(directory / "shares.png", maps, config.question)
         if images:
-            draw_heat(folder / "heat.png", looks, images, words, settings.question)
-        numbers: Any = arrays(looks, words)
-        np.savez_compressed(folder / "attention.npz", **numbers)
-    console.print(looks[0].answer, markup=False, highlight=False)
-    console.print(f"the figures and the numbers are in {settings.output}", markup=False)
+            draw_heat_maps(directory / "heatmap.png", maps, images, words, config.question)
+        saved: Any = arrays(maps, words)
+        np.savez_compressed(directory / "attention.npz", **saved)
+    console.print(maps[0].answer, markup=False, highlight=False)
+    console.print(f"Figures and arrays: {config.output}", markup=False, highlight=False)
 
 
-def arrays(looks: Sequence[Looks], words: Words) -> dict[str, np.ndarray]:
-    """What ``attention.npz`` holds, by name; nothing in it is pickled.
+def arrays(
+    maps: Sequence[AttentionMaps], words: Sequence[tuple[str, TokenRange]]
+) -> dict[str, np.ndarray]:
+    """The arrays of ``attention.npz``, none of which needs pickle.
 
-    Of each of `looks`: `attention`, `mean` and `shares` (see `Looks`) and `heat` (words, N, g, g),
-    see `patch_map`; without MAM with ``without_mam_`` before the name. Once: the texts `tokens` and
-    `prompt_tokens`, `layers`, `words`, and of each span `spans` (start, end), `kinds` and
-    `images` (-1: none), and `patches`.
+    `attention`, `mean` and `shares` (see `AttentionMaps`) and `heat` (words, N, g, g) (see
+    `patch_map`); with the prefix ``no_mam_``, the same without MAM. Shared by both: `tokens`,
+    `prompt_tokens`, `layers`, `words`, `patches`, and for each span `spans` (start, end), `kinds`
+    and `images` (-1: not an image).
     """
-    first = looks[0]
+    first = maps[0]
     count = sum(span.kind == "image" for span in first.spans)
     found: dict[str, np.ndarray] = {
         "tokens": np.array(first.tokens, np.str_),
@@ -104,55 +108,40 @@ def arrays(looks: Sequence[Looks], words: Words) -> dict[str, np.ndarray]:
         "images": np.array([-1 if s.image is None else s.image for s in first.spans]),
         "patches": first.patches,
     }
-    for number, own in enumerate(looks):
-        before = "without_mam_" if number else ""
+    for prefix, own in zip(("", "no_mam_"), maps, strict=False):
         grid = round((own.patches.shape[-1] - 1) ** 0.5)
-        heat = [patch_map(own, tokens, n) for _, tokens in words for n in range(count)]
-        found |= {
-            f"{before}attention": own.attention,
-            f"{before}mean": own.mean,
-            f"{before}shares": own.shares,
-            f"{before}heat": np.array(heat, np.float32).reshape(len(words), count, grid, grid),
-        }
+        heat = [patch_map(own, tokens, image) for _, tokens in words for image in range(count)]
+        found |= {f"{prefix}{name}": getattr(own, name) for name in ("attention", "mean", "shares")}
+        found[f"{prefix}heat"] = np.array(heat, np.float32).reshape(len(words), count, grid, grid)
     return found
 
 
-def _layers(text: str | None, count: int) -> list[int | None]:
-    """Layers to draw; None: the mean."""
+def _parse_layers(text: str | None, count: int) -> list[int | None]:
+    """The layers to draw; None: the mean."""
     if text is None:
-        return [*sorted({0, (count - 1) // 2, count - 1}), None]
-    layers: list[int | None] = []
-    for name in text.split(","):
-        name = name.strip()
-        if name == MEAN:
-            layers.append(None)
-            continue
-        try:
-            number = int(name)
-        except ValueError as error:
-            raise InputError(
-                f"--layers has {name!r}: give numbers and 'mean': 0,15,mean"
-            ) from error
-        if not -count <= number < count:
-            raise InputError(f"There is no layer {number}: they go from 0 to {count - 1}.")
-        layers.append(number % count)
-    return layers
-
-
-def _words(looks: Looks, chosen: Sequence[str]) -> Words:
-    if chosen:
-        return [(word, tokens_of(looks, word)) for word in chosen]
-    different: dict[str, tuple[str, tuple[int, int]]] = {}
-    for word, tokens in words_of(looks):
-        different.setdefault(word.lower(), (word, tokens))
-    # An answer may be signs only.
-    return [*different.values()][:MOST_WORDS] or [(looks.answer, (0, len(looks.tokens)))]
-
-
-def _require_own(folder: Path) -> None:
-    """Refuse a folder that holds other things than `attend` writes: it is replaced."""
-    own = {"attention.png", "shares.png", "heat.png", "attention.npz"}
-    if folder.is_dir() and (other := sorted({file.name for file in folder.iterdir()} - own)):
+        return [*resolve_layers(None, count), None]
+    names = [name.strip() for name in text.split(",")]
+    if invalid := [name for name in names if not re.fullmatch(r"mean|-?\d+", name)]:
         raise InputError(
-            f"{folder} holds other things, such as {other[0]}: give a folder of its own."
+            f"--layers: {invalid[0]!r} is neither an index nor 'mean'. Example: 0,15,mean",
+            ErrorCode.INVALID_VALUE,
+        )
+    return [None if name == "mean" else resolve_layers([int(name)], count)[0] for name in names]
+
+
+def _words(maps: AttentionMaps) -> list[tuple[str, TokenRange]]:
+    different: dict[str, tuple[str, TokenRange]] = {}
+    for word, tokens in answer_words(maps):
+        different.setdefault(word.lower(), (word, tokens))
+    # An answer may consist of punctuation only.
+    return [*different.values()][:MAX_WORDS] or [(maps.answer, (0, len(maps.tokens)))]
+
+
+def _require_own_directory(output: Path) -> None:
+    """Refuse a directory with files of other programs, because it is replaced."""
+    names = {file.name for file in output.iterdir()} if output.is_dir() else set()
+    if others := sorted(names - OUTPUT_FILES):
+        raise InputError(
+            f"{output} contains other files, such as {others[0]}; choose another directory.",
+            ErrorCode.FILE_EXISTS,
         )

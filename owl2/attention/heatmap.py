@@ -1,9 +1,9 @@
-"""Heat maps: how much of an image is behind a word, and the image painted with it.
+"""Heat maps: the part of an image that the tokens of an answer attend to.
 
 ::
 
-    a word's tokens: decoder's weights on the image's K queries ──┐ composed
-    the abstractor: each query over the patches ────────────────────┴─► grid ──► (H, W)
+    decoder: a token's weights on the K queries of an image ──┐ product
+    abstractor: each query's weights on the patches ──────────┴─► grid (g, g) ──► map (H, W)
 
 Shapes: K learnable queries, g x g patches, H x W pixels.
 """
@@ -13,156 +13,156 @@ import re
 import numpy as np
 from PIL import Image
 
-from owl2.attention.attention_maps import Looks
+from owl2.attention.attention_maps import AttentionMaps
 from owl2.attention.tokenized_dialogue import Span
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
-LONGEST = 1024  # pixels of a map's longer edge: it is made of some hundred patches
-CLEAR = 3.0  # even shares
-BELL = 0.5  # patches: how wide the bell curve is that smooths a map
-# A Chinese character is a word of its own, as no spaces part them.
+MAX_EDGE = 1024  # pixels of the longer edge of a map, which has a few hundred patches
+MIN_SCALE = 3.0  # the brightest color stands for at least this multiple of a uniform share
+SMOOTHING = 0.5  # standard deviation of the Gaussian that smooths a map, in patches
+# Chinese text has no spaces, so that each character counts as a word.
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
-# From nothing to the most: blue, violet, red, orange, yellow (RGB).
-COLOURS = np.array(
+# RGB from low to high: blue, violet, red, orange, yellow.
+COLORS = np.array(
     [[60, 60, 200], [120, 40, 190], [215, 40, 110], [250, 120, 30], [255, 225, 60]], np.float32
 )
 
-Words = str | tuple[int, int] | None
+TokenRange = tuple[int, int]  # first token, last token + 1
+Target = str | TokenRange | None  # text of the answer, a range of tokens, or the complete answer
 
 
-def words_of(looks: Looks) -> list[tuple[str, tuple[int, int]]]:
-    """The answer's words, each with its tokens: the first one's number and the last one's + 1."""
-    text = "".join(looks.tokens)
-    ends = np.cumsum([len(token) for token in looks.tokens])
-    return [(match[0], _range(ends, match.start(), match.end())) for match in _WORD.finditer(text)]
+def answer_words(maps: AttentionMaps) -> list[tuple[str, TokenRange]]:
+    """The words of the answer, each with its range of tokens."""
+    text = "".join(maps.tokens)
+    return [(match[0], _tokens_at(maps, *match.span())) for match in _WORD.finditer(text)]
 
 
-def tokens_of(looks: Looks, words: Words) -> tuple[int, int]:
-    """The tokens of a word of the answer (or of several words that follow each other), the first
-    time that they are there; of None all.
+def token_range(maps: AttentionMaps, target: Target) -> TokenRange:
+    """The tokens of a text in the answer, at its first occurrence as complete words, if any.
 
     Raises:
-        InputError: they are not there; names those that are.
+        InputError: The answer does not contain the text or the range.
     """
-    if words is None:
-        return 0, len(looks.tokens)
-    if not isinstance(words, str):
-        first, end = words
-        if not 0 <= first < end <= len(looks.tokens):
-            raise InputError(f"There are no tokens {first} to {end} of {len(looks.tokens)}.")
+    if target is None:
+        return 0, len(maps.tokens)
+    if not isinstance(target, str):
+        first, end = target
+        if not 0 <= first < end <= len(maps.tokens):
+            raise InputError(
+                f"Tokens {first} to {end} are out of range: the answer has {len(maps.tokens)}.",
+                ErrorCode.INVALID_VALUE,
+            )
         return first, end
-    text = "".join(looks.tokens)
-    match = re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", text, re.IGNORECASE)
-    match = match or re.search(re.escape(words.strip()), text, re.IGNORECASE)
-    if match is None or not words.strip():
-        raise InputError(f"{words!r} is not in the answer, which is: {looks.answer}")
-    ends = np.cumsum([len(token) for token in looks.tokens])
-    return _range(ends, match.start(), match.end())
+    text, pattern = "".join(maps.tokens), re.escape(target.strip())
+    match = re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)
+    match = match or re.search(pattern, text, re.IGNORECASE)
+    if match is None or not target.strip():
+        raise InputError(
+            f"{target!r} does not occur in the answer {maps.answer!r}.", ErrorCode.INVALID_VALUE
+        )
+    return _tokens_at(maps, *match.span())
 
 
-def patch_map(
-    looks: Looks, words: Words = None, image: int = 0, layer: int | None = None
-) -> np.ndarray:
-    """How much each patch of an image is behind words of the answer.
-
-    Args:
-        words: a word, a range of tokens (the last not included), or None: all of the answer.
-        image: which, from 0.
-        layer: one of the chosen ones; None: the mean over all.
-
-    Returns:
-        (g, g) float32, 1 where it is as much as if all patches had the same.
-
-    Raises:
-        InputError: no such image, word or layer.
-    """
-    first, end = tokens_of(looks, words)
-    span = _span_of(looks, image)
-    # The last of an image's positions is the same for every image: nothing of it is in there.
-    queries = looks.of_layer(layer)[:, first:end, span.start : span.end - 1].mean((0, 1))  # (K,)
-    patches = queries @ looks.patches[image][:, 1:]  # (g * g,), without CLS
-    grid = round(len(patches) ** 0.5)
-    most_even: np.ndarray = (patches / patches.mean()).reshape(grid, grid).astype(np.float32)
-    return most_even
-
-
-def share_of(looks: Looks, words: Words = None, image: int = 0) -> float:
-    """How much of the words' attention is on an image, 0 to 1: mean over heads and layers.
-
-    Raises:
-        InputError: no such image or word.
-    """
-    first, end = tokens_of(looks, words)
-    span = _span_of(looks, image)
-    return float(looks.mean[:, first:end, span.start : span.end].sum(-1).mean())
-
-
-def heat_map(
-    looks: Looks, words: Words = None, image: int = 0, layer: int | None = None
-) -> np.ndarray:
-    """`patch_map` over the image itself: (H, W) float32, 1,024 pixels at most along an edge."""
-    grid = patch_map(looks, words, image, layer)
-    width, height = looks.sizes[image]
-    scale = min(1.0, LONGEST / max(width, height))
-    width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    # The square that the model saw is the image stretched, or the image with margins.
-    edges = (width, height) if looks.policy == "resize" else (max(width, height),) * 2
-    across, down = _smoothing(edges[0], len(grid)), _smoothing(edges[1], len(grid))
-    left, top = (edges[0] - width) // 2, (edges[1] - height) // 2
-    map_: np.ndarray = down[top : top + height] @ grid @ across[left : left + width].T
-    return map_
-
-
-def _span_of(looks: Looks, image: int) -> Span:
-    spans = [span for span in looks.spans if span.kind == "image"]
-    if not 0 <= image < len(spans):
-        raise InputError(f"There is no image {image}; {len(spans)} were given, from 0 on.")
-    return spans[image]
-
-
-def _smoothing(pixels: int, patches: int) -> np.ndarray:
-    """(pixels, patches) float32: a pixel is the mean of the patches around it, by a bell curve.
-
-    Bicubic interpolation would swing beyond the values, and draw rings where nothing is.
-    """
-    places = (np.arange(pixels) + 0.5) * patches / pixels - 0.5
-    weights = np.exp(-(((places[:, None] - np.arange(patches)) / BELL) ** 2) / 2)
-    smoothing: np.ndarray = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    return smoothing
-
-
-def overlay(image: Image.Image, heat: np.ndarray, strength: float = 0.85) -> Image.Image:
-    """An image with a heat map of `heat_map` painted over it, in the image's size.
-
-    Where there is no more of it than an even share (1) the image is as it was, but for its
-    colours, which are paler; the most is brightest, if it is `CLEAR` even shares at least. So a
-    model that looks nowhere in particular paints nothing.
-
-    Args:
-        heat: (h, w), any size.
-        strength: of the paint where there is most of it, 0 to 1.
-    """
-    most = max(float(heat.max()), CLEAR)
-    level = ((heat - 1) / (most - 1)).clip(min=0).astype(np.float32)
-    resized = Image.fromarray(level).resize(image.size, Image.Resampling.BILINEAR)
-    level = np.asarray(resized)  # (H, W)
-    stops = np.linspace(0, 1, len(COLOURS))
-    paint = np.stack([np.interp(level, stops, own) for own in COLOURS.T], axis=-1)  # (H, W, 3)
-    share = strength * level[..., None] ** 0.7
-    colours = np.asarray(image.convert("RGB"), np.float32)
-    pale = 0.5 * colours + 0.5 * np.asarray(image.convert("L"), np.float32)[..., None]
-    painted = (1 - share) * pale + share * paint
-    return Image.fromarray(painted.round().astype(np.uint8))
-
-
-def _range(ends: np.ndarray, begin: int, end: int) -> tuple[int, int]:
-    """Which tokens hold the characters from `begin` to `end` of the answer.
-
-    Args:
-        ends: (T,) where each token's text ends.
-    """
+def _tokens_at(maps: AttentionMaps, begin: int, end: int) -> TokenRange:
+    """The tokens of the characters from `begin` to `end` of the answer."""
+    ends = np.cumsum([len(token) for token in maps.tokens])
     first, last = np.searchsorted(ends, [begin, end - 1], side="right")
-    # The bytes of a character before the one that has its text belong to it.
+    # The empty tokens before a token are the first bytes of its character.
     while first and ends[first - 1] == (ends[first - 2] if first > 1 else 0) == begin:
         first -= 1
     return int(first), int(last) + 1
+
+
+def _image_span(maps: AttentionMaps, image: int) -> Span:
+    spans = [span for span in maps.spans if span.kind == "image"]
+    if not 0 <= image < len(spans):
+        raise InputError(
+            f"Image {image} does not exist; the number of images is {len(spans)}, counted from 0.",
+            ErrorCode.INVALID_VALUE,
+        )
+    return spans[image]
+
+
+def attention_share(maps: AttentionMaps, target: Target = None, image: int = 0) -> float:
+    """The part of the attention that is on an image, 0 to 1, as a mean over heads and layers.
+
+    Raises:
+        InputError: Unknown image or target.
+    """
+    first, end = token_range(maps, target)
+    span = _image_span(maps, image)
+    return float(maps.mean[:, first:end, span.start : span.end].sum(-1).mean())
+
+
+def patch_map(
+    maps: AttentionMaps, target: Target = None, image: int = 0, layer: int | None = None
+) -> np.ndarray:
+    """The attention on each patch of an image.
+
+    Args:
+        target: Text of the answer, a range of tokens (end exclusive), or None for all tokens.
+        image: The index of the image, from 0.
+        layer: One of the selected layers; None: the mean over all layers.
+
+    Returns:
+        (g, g) float32; 1 is a uniform share.
+
+    Raises:
+        InputError: Unknown image, target or layer.
+    """
+    first, end = token_range(maps, target)
+    span = _image_span(maps, image)
+    # The last position of an image is a constant embedding without image content.
+    queries = maps.for_layer(layer)[:, first:end, span.start : span.end - 1].mean((0, 1))  # (K,)
+    patches = queries @ maps.patches[image][:, 1:]  # (g * g,), without CLS
+    grid = round(len(patches) ** 0.5)
+    shares: np.ndarray = (patches / patches.mean()).reshape(grid, grid).astype(np.float32)
+    return shares
+
+
+def heat_map(
+    maps: AttentionMaps, target: Target = None, image: int = 0, layer: int | None = None
+) -> np.ndarray:
+    """`patch_map`, smoothed over the image: (H, W) float32, each edge at most `MAX_EDGE` pixels."""
+    grid = patch_map(maps, target, image, layer)
+    width, height = maps.sizes[image]
+    scale = min(1.0, MAX_EDGE / max(width, height))
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    # The model's square is the stretched image or the image with margins, which are cut off.
+    square = (width, height) if maps.policy == "resize" else (max(width, height),) * 2
+    left, top = (square[0] - width) // 2, (square[1] - height) // 2
+    columns = _interpolation(square[0], len(grid))[left : left + width]
+    rows = _interpolation(square[1], len(grid))[top : top + height]
+    heat: np.ndarray = rows @ grid @ columns.T
+    return heat
+
+
+def _interpolation(pixels: int, patches: int) -> np.ndarray:
+    """(pixels, patches) float32 Gaussian weights; bicubic interpolation would overshoot."""
+    positions = (np.arange(pixels) + 0.5) * patches / pixels - 0.5
+    weights = np.exp(-(((positions[:, None] - np.arange(patches)) / SMOOTHING) ** 2) / 2)
+    weights /= weights.sum(1, keepdims=True)
+    return weights.astype(np.float32)
+
+
+def overlay(image: Image.Image, heat: np.ndarray, strength: float = 0.85) -> Image.Image:
+    """Paint a heat map over an image, in the size of the image.
+
+    Pixels with at most a uniform share (1) only lose some saturation. The maximum gets the
+    brightest color if it is at least `MIN_SCALE`. A nearly uniform map is therefore not painted.
+
+    Args:
+        heat: (h, w) of any size.
+        strength: The opacity at the maximum, 0 to 1.
+    """
+    scale = max(float(heat.max()), MIN_SCALE)
+    level = ((heat - 1) / (scale - 1)).clip(min=0).astype(np.float32)
+    resized = Image.fromarray(level).resize(image.size, Image.Resampling.BILINEAR)
+    level = np.asarray(resized)  # (H, W)
+    stops = np.linspace(0, 1, len(COLORS))
+    paint = np.stack([np.interp(level, stops, channel) for channel in COLORS.T], -1)  # (H, W, 3)
+    opacity = strength * level[..., None] ** 0.7
+    rgb = np.asarray(image.convert("RGB"), np.float32)
+    pale = 0.5 * rgb + 0.5 * np.asarray(image.convert("L"), np.float32)[..., None]
+    painted = (1 - opacity) * pale + opacity * paint
+    return Image.fromarray(painted.round().astype(np.uint8))

@@ -16,12 +16,14 @@ def attend(
     image: Images = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="E.g. 0,15,-1,mean. Default: first, middle, last and the mean."),
+        typer.Option(
+            help="Layers to draw, such as 0,15,-1,mean. Default: first, middle, last and mean."
+        ),
     ] = None,
     token: Annotated[
         list[str] | None,
         typer.Option(
-            help="Word of the answer to draw a heat map for; repeatable. Default: every word."
+            help="Word of the answer to draw a heat map for; repeatable. Default: up to 7."
         ),
     ] = None,
     compare_no_mam: Annotated[
@@ -36,19 +38,19 @@ def attend(
     quantize: Quantize = None,
 ) -> None:
     """Draw the decoder's attention while it answers: over tokens and over the image."""
-    from owl2.attention.command import Settings
+    from owl2.attention.command import AttentionConfig
     from owl2.attention.command import attend as run_attend
     from owl2.engine.load_model import ModelArgs
 
-    settings = Settings(
-        ModelArgs(model, device, dtype, quantize=quantize),
-        question,
-        image or [],
-        output,
-        layers,
-        token or [],
-        compare_no_mam,
-        answer,
-        max_new_tokens,
+    config = AttentionConfig(
+        model=ModelArgs(model, device, dtype, quantize=quantize),
+        question=question,
+        images=image or [],
+        output=output,
+        layers=layers,
+        tokens=token or [],
+        compare_no_mam=compare_no_mam,
+        answer=answer,
+        max_new_tokens=max_new_tokens,
     )
-    run_attend(settings, Console(soft_wrap=True))
+    run_attend(config, Console(soft_wrap=True))

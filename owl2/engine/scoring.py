@@ -18,18 +18,21 @@ from owl2.engine.sampling import non_finite_error
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, parse_messages, render_with_answers
-from owl2.processing.loss_mask import encode_with_loss_mask
+from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import start_ids
 
 
-def prompt_and_answer(
+def encode_answer(
     processor: Owl2Processor, messages: Sequence[Message], answer: str
-) -> tuple[list[int], list[int]]:
-    """Ids before the answer, and those of the answer that training labels, with its end token.
+) -> tuple[EncodedConversation, int, int]:
+    """Encode a conversation and its answer with the rendering and loss mask of training.
 
-    The rendering and the loss mask are those of `Owl2Processor.for_training`, but no image is
-    opened. Answers of earlier turns belong to the prompt.
+    No image is opened, because there may be many answers about one.
+
+    Returns:
+        The encoded conversation, and the start and end of the answer in its ids. The answer
+        includes its end token. Answers of earlier turns belong to the prompt.
 
     Raises:
         InputError: Invalid messages, or an answer without tokens.
@@ -47,7 +50,15 @@ def prompt_and_answer(
     while begin and sample.loss_mask[begin - 1]:
         begin -= 1
     if begin == end:
-        raise InputError(f"The choice {answer!r} has no tokens to score.", ErrorCode.EMPTY_MESSAGE)
+        raise InputError(f"The answer {answer!r} has no tokens.", ErrorCode.EMPTY_MESSAGE)
+    return sample, begin, end
+
+
+def prompt_and_answer(
+    processor: Owl2Processor, messages: Sequence[Message], answer: str
+) -> tuple[list[int], list[int]]:
+    """The ids before an answer, and those of the answer with its end token."""
+    sample, begin, end = encode_answer(processor, messages, answer)
     return sample.ids[:begin], sample.ids[begin:end]
 
 

@@ -1,4 +1,4 @@
-"""What tests of looking share with those of answering."""
+"""Fixtures of the engine tests that the attention tests share."""
 
 from tests.engine.conftest import conversations
 

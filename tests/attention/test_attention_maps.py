@@ -1,4 +1,4 @@
-"""Where the decoder looks: the same weights that an eager forward gives, at less memory."""
+"""Where the decoder maps: the same weights that an eager forward gives, at less memory."""
 
 import copy
 import threading
@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from owl2 import Engine, Owl2ForConditionalGeneration
-from owl2.attention import capture, look
+from owl2.attention import capture, collect_attention
+from owl2.attention.attention_maps import resolve_layers
 from owl2.attention.capture import abstractor_attention, decoder_attention
 from owl2.engine.backends.weight_only_quantization import quantize
 from owl2.engine.scoring import prompt_and_answer
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.model import vision
 from owl2.model.variants import as_no_mam
 from tests.engine.conftest import ask, image
+from tests.errors import raises_input_error
 from tests.tiny import make_model
 
 ANSWER = "a red circle, 你好"
@@ -49,94 +51,97 @@ def by_transformers(model, processor, messages, answer):
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 6])
-def test_weights_are_those_of_an_eager_forward(engine, eager, conversations, number):
+def test_weights_equal_an_eager_forward(engine, eager, conversations, number):
     messages = conversations[number]
-    looks = look(engine, engine.processor, messages, answer=ANSWER, layers=[0, -1])
+    maps = collect_attention(engine, engine.processor, messages, answer=ANSWER, layers=[0, -1])
     expected = by_transformers(eager, engine.processor, messages, ANSWER)
-    assert looks.attention.shape == expected.shape == (2, 4, len(looks.tokens), expected.shape[-1])
-    np.testing.assert_allclose(looks.attention, expected, atol=1e-5)
-    np.testing.assert_allclose(looks.mean, expected.mean(0), atol=1e-5)
-    assert looks.answer == ANSWER
+    assert maps.attention.shape == expected.shape == (2, 4, len(maps.tokens), expected.shape[-1])
+    np.testing.assert_allclose(maps.attention, expected, atol=1e-5)
+    np.testing.assert_allclose(maps.mean, expected.mean(0), atol=1e-5)
+    assert maps.answer == ANSWER
 
 
-def test_without_mam_weights_are_those_of_a_model_that_has_none(engine, eager, conversations):
+def test_weights_without_mam_equal_a_model_without_mam(engine, eager, conversations):
     messages = conversations[2]
-    with_mam = look(engine, engine.processor, messages, answer=ANSWER)
-    looks = look(engine, engine.processor, messages, answer=ANSWER, use_mam=False)
+    with_mam = collect_attention(engine, engine.processor, messages, answer=ANSWER)
+    maps = collect_attention(engine, engine.processor, messages, answer=ANSWER, use_mam=False)
     expected = by_transformers(as_no_mam(eager), engine.processor, messages, ANSWER)
-    np.testing.assert_allclose(looks.attention, expected, atol=1e-5)
-    assert (with_mam.use_mam, looks.use_mam) == (True, False)
-    assert np.abs(looks.attention - with_mam.attention).max() < 1e-6, "untrained MAM is a copy"
+    np.testing.assert_allclose(maps.attention, expected, atol=1e-5)
+    assert (with_mam.use_mam, maps.use_mam) == (True, False)
+    assert np.abs(maps.attention - with_mam.attention).max() < 1e-6, (
+        "untrained MAM weights are copies"
+    )
 
 
-def test_what_mam_learned_makes_a_difference(engine, conversations):
+def test_trained_mam_changes_the_weights(engine, conversations):
     model = copy.deepcopy(engine.model)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.k_proj.multiway[1].weight.neg_()
     messages = conversations[2]
     changed, plain = (
-        look(model, engine.processor, messages, answer=ANSWER, use_mam=use) for use in (True, False)
+        collect_attention(model, engine.processor, messages, answer=ANSWER, use_mam=use)
+        for use in (True, False)
     )
-    expected = look(engine, engine.processor, messages, answer=ANSWER)
+    expected = collect_attention(engine, engine.processor, messages, answer=ANSWER)
     np.testing.assert_allclose(plain.mean, expected.mean, atol=1e-5)
     assert np.abs(changed.mean - plain.mean).max() > 0.01
 
 
 def test_rows_and_shares_sum_to_one(engine, conversations):
-    looks = look(engine, engine.processor, conversations[2], answer=ANSWER)
-    for weights in (looks.attention, looks.mean):
+    maps = collect_attention(engine, engine.processor, conversations[2], answer=ANSWER)
+    for weights in (maps.attention, maps.mean):
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
-    assert looks.shares.shape == (2, len(looks.tokens), len(looks.spans))
-    np.testing.assert_allclose(looks.shares.sum(-1), 1, atol=1e-5)
-    first = looks.attention[0].mean(0)
-    for number, span in enumerate(looks.spans):
+    assert maps.shares.shape == (2, len(maps.tokens), len(maps.spans))
+    np.testing.assert_allclose(maps.shares.sum(-1), 1, atol=1e-5)
+    first = maps.attention[0].mean(0)
+    for number, span in enumerate(maps.spans):
         own = first[:, span.start : span.end].sum(1)
-        np.testing.assert_allclose(looks.shares[0, :, number], own, atol=1e-5)
+        np.testing.assert_allclose(maps.shares[0, :, number], own, atol=1e-5)
 
 
-def test_nothing_looks_ahead(engine, conversations):
-    looks = look(engine, engine.processor, conversations[2], answer=ANSWER)
-    prompt, count = len(looks.prompt_tokens), len(looks.tokens)
+def test_attention_is_causal(engine, conversations):
+    maps = collect_attention(engine, engine.processor, conversations[2], answer=ANSWER)
+    prompt, count = len(maps.prompt_tokens), len(maps.tokens)
     for token in range(count):
-        assert not looks.mean[:, token, prompt + token :].any()
-        assert looks.mean[:, token, prompt + token - 1].min() > 0
+        assert not maps.mean[:, token, prompt + token :].any()
+        assert maps.mean[:, token, prompt + token - 1].min() > 0
 
 
-def test_spans_and_texts(engine):
+def test_spans_and_token_texts(engine):
     messages = ask("what is this?", image(1), image(2, size=(20, 8)))
-    looks = look(engine, engine.processor, messages, answer=ANSWER)
-    assert [(span.kind, span.image) for span in looks.spans] == [
+    maps = collect_attention(engine, engine.processor, messages, answer=ANSWER)
+    assert [(span.kind, span.image) for span in maps.spans] == [
         ("text", None),
         ("image", 0),
         ("image", 1),
         ("text", None),
         ("answer", None),
     ]
-    assert [span.end - span.start for span in looks.spans[1:3]] == [3, 3]
-    edges = [span.start for span in looks.spans] + [looks.spans[-1].end]
-    assert edges == sorted(edges) and edges[0] == 0 and edges[-1] == looks.mean.shape[-1]
-    assert edges[-1] == len(looks.prompt_tokens) + len(looks.tokens) - 1
-    assert "".join(looks.prompt_tokens) == "<s>USER: what is this? ASSISTANT:"
-    assert "".join(looks.tokens) == " " + ANSWER
-    assert looks.sizes == ((10, 12), (20, 8))
+    assert [span.end - span.start for span in maps.spans[1:3]] == [3, 3]
+    edges = [span.start for span in maps.spans] + [maps.spans[-1].end]
+    assert edges == sorted(edges) and edges[0] == 0 and edges[-1] == maps.mean.shape[-1]
+    assert edges[-1] == len(maps.prompt_tokens) + len(maps.tokens) - 1
+    assert "".join(maps.prompt_tokens) == "<s>USER: what is this? ASSISTANT:"
+    assert "".join(maps.tokens) == " " + ANSWER
+    assert maps.sizes == ((10, 12), (20, 8))
 
 
-def test_the_models_own_answer(engine, conversations):
+def test_default_answer_is_the_greedy_answer(engine, conversations):
     messages = conversations[1]
     expected = engine.chat(messages, max_new_tokens=7, do_sample=False)
-    looks = look(engine, engine.processor, messages, max_new_tokens=7)
-    assert looks.answer == expected
-    again = look(engine, engine.processor, messages, use_mam=False, max_new_tokens=7)
-    assert again.answer == expected, "the same words are compared"
+    maps = collect_attention(engine, engine.processor, messages, max_new_tokens=7)
+    assert maps.answer == expected
+    again = collect_attention(engine, engine.processor, messages, use_mam=False, max_new_tokens=7)
+    assert again.answer == expected, "both compare the same tokens"
 
 
-def test_a_model_or_an_engine_from_any_thread(engine, conversations):
-    expected = look(engine, engine.processor, conversations[1], answer=ANSWER)
+def test_concurrent_requests_with_an_engine_or_a_model(engine, conversations):
+    expected = collect_attention(engine, engine.processor, conversations[1], answer=ANSWER)
     found = []
 
     def run():
-        found.append(look(engine, engine.processor, conversations[1], answer=ANSWER))
+        found.append(collect_attention(engine, engine.processor, conversations[1], answer=ANSWER))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:
@@ -144,23 +149,23 @@ def test_a_model_or_an_engine_from_any_thread(engine, conversations):
     answer = engine.chat(conversations[2], max_new_tokens=5)
     for thread in threads:
         thread.join()
-    found.append(look(engine.model, engine.processor, conversations[1], answer=ANSWER))
+    found.append(collect_attention(engine.model, engine.processor, conversations[1], answer=ANSWER))
     assert len(found) == 4
-    for looks in found:
-        np.testing.assert_allclose(looks.mean, expected.mean, atol=1e-5)
+    for maps in found:
+        np.testing.assert_allclose(maps.mean, expected.mean, atol=1e-5)
     assert answer == engine.chat(conversations[2], max_new_tokens=5)
 
 
-def test_nothing_is_left_on_the_model(engine, conversations):
-    look(engine, engine.processor, conversations[2], answer=ANSWER)
+def test_hooks_are_removed(engine, conversations):
+    collect_attention(engine, engine.processor, conversations[2], answer=ANSWER)
     assert not any(module._forward_hooks for module in engine.model.modules())
     assert engine.model.config._attn_implementation == "sdpa"
 
 
-def test_layers_maps_are_never_there_at_once(engine, conversations, monkeypatch):
-    """At 8 B and long answers a map is a hundred MB, and there are 32."""
+def test_memory_holds_at_most_two_layers(engine, conversations, monkeypatch):
+    """One layer of a 7B model and a long answer takes 100 MB; there are 32 layers."""
     alive, most = [], []
-    compute = capture._weights
+    compute = capture.attention_weights
 
     def watched(*given, **options):
         weights = compute(*given, **options)
@@ -168,27 +173,27 @@ def test_layers_maps_are_never_there_at_once(engine, conversations, monkeypatch)
         most.append(sum(reference() is not None for reference in alive))
         return weights
 
-    monkeypatch.setattr(capture, "_weights", watched)
+    monkeypatch.setattr(capture, "attention_weights", watched)
     vocabulary = engine.model.config.vocab_size
     model = make_model(vocab_size=vocabulary, num_hidden_layers=6, max_position_embeddings=128)
-    look(model, engine.processor, ask("what is this?"), answer=ANSWER, layers=[])
+    collect_attention(model, engine.processor, ask("what is this?"), answer=ANSWER, layers=[])
     assert len(most) == 6 and max(most) <= 2
 
 
-def test_no_layers_chosen_leaves_the_mean(engine, conversations):
-    looks = look(engine, engine.processor, conversations[1], answer=ANSWER, layers=[])
-    assert looks.attention.shape == (0, *looks.mean.shape)
-    assert looks.of_layer(None) is looks.mean
-    with pytest.raises(InputError, match=r"Layer 1 was not kept; there are none"):
-        looks.of_layer(1)
+def test_empty_layer_selection_returns_the_mean(engine, conversations):
+    maps = collect_attention(engine, engine.processor, conversations[1], answer=ANSWER, layers=[])
+    assert maps.attention.shape == (0, *maps.mean.shape)
+    assert maps.for_layer(None) is maps.mean
+    with raises_input_error(ErrorCode.INVALID_VALUE, 1, []):
+        maps.for_layer(1)
 
 
-def test_patches_are_the_abstractors_weights_rolled_out(engine, monkeypatch):
-    """One layer by hand: half of each query is what it attends to in the image."""
+def test_patches_are_the_rollout_of_the_abstractor(engine, monkeypatch):
+    """One layer: one half of each query is what it attends to in the image."""
     model = copy.deepcopy(engine.model)
     del model.model.visual_abstractor.encoder.layers[1:]
     messages = ask("what is this?", image(1))
-    looks = look(model, engine.processor, messages, answer=ANSWER)
+    maps = collect_attention(model, engine.processor, messages, answer=ANSWER)
     pixels = engine.processor.image_processor([image(1)])["pixel_values"]
     attention = model.model.visual_abstractor.encoder.layers[0].crossattention.attention
     attention.config._attn_implementation = "eager"
@@ -204,14 +209,16 @@ def test_patches_are_the_abstractors_weights_rolled_out(engine, monkeypatch):
     with torch.no_grad():
         model.get_image_features(pixels)
     expected = seen[-1].mean(1)[..., 2:].numpy() / 2  # two learnable queries
-    np.testing.assert_allclose(looks.patches, expected, atol=1e-6)
+    np.testing.assert_allclose(maps.patches, expected, atol=1e-6)
 
 
-def test_rolled_out_rows_sum_to_less_than_one(engine):
-    looks = look(engine, engine.processor, ask("what?", image(1), image(2)), answer=ANSWER)
-    assert looks.patches.shape == (2, 2, 5)
-    assert (looks.patches > 0).all() and (looks.patches.sum(-1) < 1).all()
-    assert np.abs(looks.patches[0] - looks.patches[1]).max() > 1e-4
+def test_rollout_rows_sum_to_less_than_one(engine):
+    maps = collect_attention(
+        engine, engine.processor, ask("what?", image(1), image(2)), answer=ANSWER
+    )
+    assert maps.patches.shape == (2, 2, 5)
+    assert (maps.patches > 0).all() and (maps.patches.sum(-1) < 1).all()
+    assert np.abs(maps.patches[0] - maps.patches[1]).max() > 1e-4
 
 
 def test_abstractor_weights_sum_to_one(engine):
@@ -224,40 +231,42 @@ def test_abstractor_weights_sum_to_one(engine):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "code", "needle"),
     [
-        ({"layers": [2]}, "There is no layer 2: this model's go from 0 to 1"),
-        ({"answer": " "}, "is empty"),
-        ({"answer": "red " * 100}, "the model's context is 128"),
+        ({"layers": [2]}, ErrorCode.INVALID_VALUE, "2"),
+        ({"answer": " "}, ErrorCode.EMPTY_MESSAGE, ""),
+        ({"answer": "red " * 100}, ErrorCode.TOO_LONG, "128"),
     ],
 )
-def test_what_a_user_got_wrong(engine, conversations, options, said):
-    with pytest.raises(InputError, match=said):
-        look(engine, engine.processor, conversations[1], **options)
+def test_user_errors(engine, conversations, options, code, needle):
+    with raises_input_error(code, needle):
+        collect_attention(engine, engine.processor, conversations[1], **options)
 
 
-def test_a_model_without_mam_has_none_to_leave_out(engine, conversations):
+def test_use_mam_false_needs_a_model_with_mam(engine, conversations):
     model = as_no_mam(engine.model)
-    assert not look(model, engine.processor, conversations[1], answer=ANSWER).use_mam
-    with pytest.raises(InputError, match="no MAM"):
-        look(model, engine.processor, conversations[1], answer=ANSWER, use_mam=False)
+    assert not collect_attention(model, engine.processor, conversations[1], answer=ANSWER).use_mam
+    with raises_input_error(ErrorCode.UNSUPPORTED):
+        collect_attention(model, engine.processor, conversations[1], answer=ANSWER, use_mam=False)
 
 
-def test_quantized_models_too(engine, conversations):
+def test_quantized_model(engine, conversations):
     model = copy.deepcopy(engine.model)
     quantize(model, "8bit")
-    looks = look(model, engine.processor, conversations[2], answer=ANSWER, use_mam=False)
-    np.testing.assert_allclose(looks.mean.sum(-1), 1, atol=1e-5)
+    maps = collect_attention(
+        model, engine.processor, conversations[2], answer=ANSWER, use_mam=False
+    )
+    np.testing.assert_allclose(maps.mean.sum(-1), 1, atol=1e-5)
 
 
 def test_bfloat16(engine, conversations):
     model = copy.deepcopy(engine.model).to(torch.bfloat16)
-    looks = look(model, engine.processor, conversations[2], answer=ANSWER)
-    assert looks.mean.dtype == np.float32
-    np.testing.assert_allclose(looks.mean.sum(-1), 1, atol=1e-5)
+    maps = collect_attention(model, engine.processor, conversations[2], answer=ANSWER)
+    assert maps.mean.dtype == np.float32
+    np.testing.assert_allclose(maps.mean.sum(-1), 1, atol=1e-5)
 
 
-def test_what_other_threads_compute_is_not_recorded(engine):
+def test_other_threads_are_not_captured(engine):
     taken = []
     ids = torch.tensor([[1, 5, 6]])
     pixels = engine.processor.image_processor([image(1)])["pixel_values"]
@@ -277,3 +286,9 @@ def test_what_other_threads_compute_is_not_recorded(engine):
         assert not taken
         compute()
     assert len(taken) == 4
+
+
+def test_default_layers_are_those_of_the_paper():
+    assert resolve_layers(None, 32) == (0, 15, 31)
+    assert resolve_layers(None, 1) == (0,)
+    assert resolve_layers([-1, 0], 3) == (2, 0)

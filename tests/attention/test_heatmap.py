@@ -1,4 +1,4 @@
-"""Heat maps: which tokens a word is, where they land on the image, and how that is painted."""
+"""Heat maps: the tokens of a word, the map over the image, and the overlay."""
 
 import dataclasses
 
@@ -6,17 +6,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from owl2.attention import Looks, Span, heat_map, overlay, share_of, words_of
-from owl2.attention.heatmap import patch_map, tokens_of
-from owl2.errors import InputError
+from owl2.attention import (
+    AttentionMaps,
+    Span,
+    answer_words,
+    attention_share,
+    heat_map,
+    overlay,
+)
+from owl2.attention.heatmap import patch_map, token_range
+from owl2.errors import ErrorCode
+from tests.errors import raises_input_error
 
 TOKENS = (" a", " gre", "en", " circle", ",", " ", "", "你", "好")
 
 
 @pytest.fixture
-def looks():
-    """Two images of two queries on a grid of 2 x 2. Of image 0, query 0 is all of the patch
-    above on the right, query 1 of the one below on the left; token t looks at query t % 2."""
+def maps():
+    """Two images, two queries, 2 x 2 patches. In image 0, query 0 is the upper right patch and
+    query 1 the lower left one. Token t attends to query t % 2."""
     spans = (
         Span(0, 2, "text"),
         Span(2, 5, "image", 0),
@@ -31,9 +39,9 @@ def looks():
         attention[0, :, token, 8] = 0.6
     patches = np.zeros((2, 2, 5), np.float32)
     patches[0, 0, 2] = patches[0, 1, 3] = 0.5
-    patches[1, :, 0] = 0.4  # of CLS
+    patches[1, :, 0] = 0.4  # CLS
     patches[1, :, 4] = 0.1
-    return Looks(
+    return AttentionMaps(
         tokens=TOKENS,
         prompt_tokens=("",) * 9,
         spans=spans,
@@ -48,8 +56,8 @@ def looks():
     )
 
 
-def test_words_and_their_tokens(looks):
-    assert words_of(looks) == [
+def test_answer_words(maps):
+    assert answer_words(maps) == [
         ("a", (0, 1)),
         ("green", (1, 3)),
         ("circle", (3, 4)),
@@ -59,7 +67,7 @@ def test_words_and_their_tokens(looks):
 
 
 @pytest.mark.parametrize(
-    ("words", "tokens"),
+    ("target", "tokens"),
     [
         ("green", (1, 3)),
         ("GREEN", (1, 3)),
@@ -73,78 +81,78 @@ def test_words_and_their_tokens(looks):
         (None, (0, 9)),
     ],
 )
-def test_tokens_of_words(looks, words, tokens):
-    assert tokens_of(looks, words) == tokens
+def test_token_range(maps, target, tokens):
+    assert token_range(maps, target) == tokens
 
 
-def test_a_whole_word_comes_before_a_part_of_another(looks):
-    said = dataclasses.replace(looks, tokens=(" reddish", " red"))
-    assert tokens_of(said, "red") == (1, 2)
+def test_token_range_prefers_a_complete_word(maps):
+    said = dataclasses.replace(maps, tokens=(" reddish", " red"))
+    assert token_range(said, "red") == (1, 2)
 
 
-@pytest.mark.parametrize("words", ["blue", "", " ", (3, 3), (-1, 2), (8, 10)])
-def test_words_that_are_not_there(looks, words):
-    with pytest.raises(InputError, match=r"not in the answer, which is: a green|There are no tok"):
-        heat_map(looks, words)
+@pytest.mark.parametrize("target", ["blue", "", " ", (3, 3), (-1, 2), (8, 10)])
+def test_unknown_target_is_an_error(maps, target):
+    named = repr(target) if isinstance(target, str) else str(target[1])
+    with raises_input_error(ErrorCode.INVALID_VALUE, named):
+        heat_map(maps, target)
 
 
-def test_the_patch_that_a_word_comes_from(looks):
-    np.testing.assert_allclose(patch_map(looks, (0, 1), layer=3), [[0, 4], [0, 0]], atol=1e-6)
-    np.testing.assert_allclose(patch_map(looks, (1, 2), layer=3), [[0, 0], [4, 0]], atol=1e-6)
-    np.testing.assert_allclose(patch_map(looks, (0, 2), layer=3), [[0, 2], [2, 0]], atol=1e-6)
-    assert patch_map(looks, (0, 1)).mean() == pytest.approx(1)
+def test_patch_map_of_tokens(maps):
+    np.testing.assert_allclose(patch_map(maps, (0, 1), layer=3), [[0, 4], [0, 0]], atol=1e-6)
+    np.testing.assert_allclose(patch_map(maps, (1, 2), layer=3), [[0, 0], [4, 0]], atol=1e-6)
+    np.testing.assert_allclose(patch_map(maps, (0, 2), layer=3), [[0, 2], [2, 0]], atol=1e-6)
+    assert patch_map(maps, (0, 1)).mean() == pytest.approx(1)
 
 
-def test_another_image_and_another_layer(looks):
-    looks.attention[0, :, :, 5:7] = 0.1
-    np.testing.assert_allclose(patch_map(looks, None, 1, layer=3), [[0, 0], [0, 4]], atol=1e-6)
+def test_patch_map_selects_image_and_layer(maps):
+    maps.attention[0, :, :, 5:7] = 0.1
+    np.testing.assert_allclose(patch_map(maps, None, 1, layer=3), [[0, 0], [0, 4]], atol=1e-6)
     for wrong in (2, -1):
-        with pytest.raises(InputError, match=r"no image -?\d; 2 were given"):
-            heat_map(looks, image=wrong)
-    with pytest.raises(InputError, match="Layer 0 was not kept; there are 3"):
-        heat_map(looks, layer=0)
+        with raises_input_error(ErrorCode.INVALID_VALUE, wrong, 2):
+            heat_map(maps, image=wrong)
+    with raises_input_error(ErrorCode.INVALID_VALUE, 0, [3]):
+        heat_map(maps, layer=0)
 
 
-def test_share_of_a_image(looks):
-    """What is on the end of an image is on it, too."""
-    assert share_of(looks, "green", 0) == pytest.approx(0.4)
-    assert share_of(looks, "green", 1) == 0
+def test_attention_share_includes_the_end_position(maps):
+    assert attention_share(maps, "green", 0) == pytest.approx(0.4)
+    assert attention_share(maps, "green", 1) == 0
 
 
-def test_a_map_has_the_shape_of_the_image(looks):
-    heat = heat_map(looks, (0, 1), layer=3)
+def test_heat_map_has_the_aspect_ratio_of_the_image(maps):
+    heat = heat_map(maps, (0, 1), layer=3)
     assert heat.shape == (20, 40) and heat.dtype == np.float32
-    assert np.unravel_index(heat.argmax(), heat.shape)[0] < 10  # above
-    assert np.unravel_index(heat.argmax(), heat.shape)[1] >= 20  # on the right
+    assert np.unravel_index(heat.argmax(), heat.shape)[0] < 10  # upper half
+    assert np.unravel_index(heat.argmax(), heat.shape)[1] >= 20  # right half
     assert heat.min() >= 0 and heat.mean() == pytest.approx(1, rel=0.02)
 
 
-def test_margins_of_padded_images_are_cut_off(looks):
-    """40 x 20 in the middle of 40 x 40: its upper half is the lower half of the upper patches."""
-    padded = dataclasses.replace(looks, policy="pad")
+def test_heat_map_cuts_off_the_margins_of_padded_images(maps):
+    """A 40 x 20 image is padded to 40 x 40; the map is the middle of the map of the square."""
+    padded = dataclasses.replace(maps, policy="pad")
     square = dataclasses.replace(padded, sizes=((40, 40), (30, 30)))
     heat = heat_map(padded, (0, 1), layer=3)
     assert heat.shape == (20, 40)
     np.testing.assert_allclose(heat, heat_map(square, (0, 1), layer=3)[10:30], atol=1e-6)
 
 
-def test_large_images_have_smaller_maps(looks):
-    large = dataclasses.replace(looks, sizes=((6000, 30), (30, 30)))
+def test_heat_maps_of_large_images_are_smaller(maps):
+    large = dataclasses.replace(maps, sizes=((6000, 30), (30, 30)))
     assert heat_map(large).shape == (5, 1024)
 
 
-def test_the_painted_image(looks):
+def test_overlay(maps):
     image = Image.new("RGB", (80, 40), (200, 220, 200))
-    heat = heat_map(looks, (0, 1), layer=3)
+    heat = heat_map(maps, (0, 1), layer=3)
     painted = overlay(image, heat)
     assert (painted.size, painted.mode) == (image.size, "RGB")
     high, low = painted.getpixel((70, 5)), painted.getpixel((5, 35))
     assert high[0] > 230 and high[2] < 110, "yellow"
-    assert max(low) - min(low) <= 12 and min(low) > 200, "as it was, but paler"
+    assert max(low) - min(low) <= 12 and min(low) > 200, "paler, not painted"
 
 
 @pytest.mark.parametrize("heat", [np.ones((2, 2)), np.array([[0.9, 1.05], [1.0, 1.05]])])
-def test_a_map_that_is_nearly_even_paints_next_to_nothing(heat):
-    """Not stretched to the full colours, as if the model had looked somewhere."""
+def test_overlay_of_a_nearly_uniform_map(heat):
+    """The values are not scaled up to the full range of colors."""
     painted = np.asarray(overlay(Image.new("L", (8, 8), 100), heat.astype(np.float32)), int)
     assert np.abs(painted - 100).max() <= 8

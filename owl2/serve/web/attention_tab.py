@@ -15,8 +15,8 @@ from urllib.parse import quote
 import gradio as gr
 from PIL import Image
 
-from owl2.attention import Looks, heat_map, look, overlay, words_of
-from owl2.attention.heatmap import CLEAR, COLOURS
+from owl2.attention import AttentionMaps, answer_words, collect_attention, heat_map, overlay
+from owl2.attention.heatmap import COLORS, MIN_SCALE
 from owl2.engine.engine import Engine
 from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.i18n import text
@@ -37,7 +37,7 @@ class Looked:
         of: which questions and answers these are.
     """
 
-    looks: Looks
+    looks: AttentionMaps
     squares: tuple[Image.Image, ...]
     files: tuple[str, ...]
     of: tuple[tuple[str, str], ...]
@@ -45,7 +45,7 @@ class Looked:
     @property
     def words(self) -> list[tuple[str, tuple[int, int]]]:
         """The answer's, each with its tokens."""
-        return words_of(self.looks)
+        return answer_words(self.looks)
 
 
 class Looking:
@@ -83,7 +83,7 @@ class Looking:
 
     def _look(self, talk: Conversation) -> Looked:
         answer = talk.turns[-1].answer.strip()
-        looks = look(
+        looks = collect_attention(
             self._engine, self._engine.processor, talk.messages(), answer=answer, layers=(0,)
         )
         mean = looks.mean.mean(0, keepdims=True)  # (1, T, S)
@@ -129,14 +129,14 @@ def paint(looked: Looked | None, word: int | None, language: str) -> str:
         rows.append(
             f"<div class='row'>{_figure(file, name)}"
             f"{_figure(file, text('figure_looked', language), painted, fit)}</div>"
-            + _scale(max(float(heat.max()), CLEAR), language)
+            + _scale(max(float(heat.max()), MIN_SCALE), language)
         )
     pairs = "".join(f"<div>{row}</div>" for row in rows)
     pairs = f"<div class='pairs'>{pairs}</div>" if rows else ""
     return f"<div class='looked'>{pairs}{_shares(looked.looks, tokens, language)}</div>"
 
 
-def shares(looks: Looks, tokens: tuple[int, int]) -> dict[str, list[float]]:
+def shares(looks: AttentionMaps, tokens: tuple[int, int]) -> dict[str, list[float]]:
     """How much of the attention of some of the answer's tokens lies on what; it sums to one.
 
     Returns:
@@ -165,13 +165,13 @@ def _data_uri(image: Image.Image) -> str:
 
 def _scale(most: float, language: str) -> str:
     """What the colours of `overlay` mean; `most`: even shares at the bright end."""
-    colours = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in COLOURS)
+    colours = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in COLORS)
     bar = f"<i style='background: linear-gradient(to right, {colours})'></i>"
     more = text("more", language, times=f"{most:.0f}")
     return f"<div class='scale'>{text('less', language)}{bar}{more}</div>"
 
 
-def _shares(looks: Looks, tokens: tuple[int, int], language: str) -> str:
+def _shares(looks: AttentionMaps, tokens: tuple[int, int], language: str) -> str:
     parts = []
     sums = shares(looks, tokens)
     several = len(sums["image"]) > 1
