@@ -141,8 +141,8 @@ def collect_attention(
     if len(dialogue.prompt) + len(dialogue.answer) - 1 > engine.context_length:
         raise InputError(
             f"The prompt has {len(dialogue.prompt)} tokens and the answer {len(dialogue.answer)}; "
-            f"the context of the model is {engine.context_length}. Shorten the text, or use fewer turns "
-            "or images.",
+            f"the context of the model is {engine.context_length}. Shorten the text, or use "
+            "fewer turns or images.",
             ErrorCode.TOO_LONG,
         )
     pixels = processor.image_processor(images)["pixel_values"] if images else None

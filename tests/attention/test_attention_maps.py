@@ -17,7 +17,7 @@ from owl2.engine.scoring import prompt_and_answer
 from owl2.errors import ErrorCode
 from owl2.model import vision
 from owl2.model.variants import as_no_mam
-from tests.engine.conftest import ask, image
+from tests.engine.conftest import ask, random_image
 from tests.errors import raises_input_error
 from tests.tiny import make_model
 
@@ -109,7 +109,7 @@ def test_attention_is_causal(engine, conversations):
 
 
 def test_spans_and_token_texts(engine):
-    messages = ask("what is this?", image(1), image(2, size=(20, 8)))
+    messages = ask("what is this?", random_image(1), random_image(2, size=(20, 8)))
     maps = collect_attention(engine, engine.processor, messages, answer=ANSWER)
     assert [(span.kind, span.image) for span in maps.spans] == [
         ("text", None),
@@ -192,9 +192,9 @@ def test_patches_are_the_rollout_of_the_abstractor(engine, monkeypatch):
     """One layer: one half of each query is what it attends to in the image."""
     model = copy.deepcopy(engine.model)
     del model.model.visual_abstractor.encoder.layers[1:]
-    messages = ask("what is this?", image(1))
+    messages = ask("what is this?", random_image(1))
     maps = collect_attention(model, engine.processor, messages, answer=ANSWER)
-    pixels = engine.processor.image_processor([image(1)])["pixel_values"]
+    pixels = engine.processor.image_processor([random_image(1)])["pixel_values"]
     attention = model.model.visual_abstractor.encoder.layers[0].crossattention.attention
     attention.config._attn_implementation = "eager"
     seen = []
@@ -214,7 +214,7 @@ def test_patches_are_the_rollout_of_the_abstractor(engine, monkeypatch):
 
 def test_rollout_rows_sum_to_less_than_one(engine):
     maps = collect_attention(
-        engine, engine.processor, ask("what?", image(1), image(2)), answer=ANSWER
+        engine, engine.processor, ask("what?", random_image(1), random_image(2)), answer=ANSWER
     )
     assert maps.patches.shape == (2, 2, 5)
     assert (maps.patches > 0).all() and (maps.patches.sum(-1) < 1).all()
@@ -223,7 +223,7 @@ def test_rollout_rows_sum_to_less_than_one(engine):
 
 def test_abstractor_weights_sum_to_one(engine):
     taken = []
-    pixels = engine.processor.image_processor([image(1), image(2)])["pixel_values"]
+    pixels = engine.processor.image_processor([random_image(1), random_image(2)])["pixel_values"]
     with torch.no_grad(), abstractor_attention(engine.model, taken.append):
         engine.model.get_image_features(pixels)
     assert [tuple(weights.shape) for weights in taken] == [(2, 2, 2, 7)] * 2
@@ -269,7 +269,7 @@ def test_bfloat16(engine, conversations):
 def test_other_threads_are_not_captured(engine):
     taken = []
     ids = torch.tensor([[1, 5, 6]])
-    pixels = engine.processor.image_processor([image(1)])["pixel_values"]
+    pixels = engine.processor.image_processor([random_image(1)])["pixel_values"]
 
     def compute():
         with torch.no_grad():

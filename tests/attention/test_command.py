@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.cli import run_cli
-from tests.engine.conftest import image
+from tests.engine.conftest import random_image
 
 __all__ = ["run_cli"]
 
@@ -16,7 +16,7 @@ __all__ = ["run_cli"]
 def attend(run_cli, tmp_path, tiny_checkpoint):
     """Run `owl2 attend` on images of `tmp_path`; the output directory is ``out``."""
     for number in (1, 2):
-        image(number, size=(20, 12)).save(tmp_path / f"{number}.png")
+        random_image(number, size=(20, 12)).save(tmp_path / f"{number}.png")
 
     def run(*arguments, images=("1.png",)):
         options = [option for name in images for option in ("--image", tmp_path / name)]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.engine.conftest import image
+from tests.engine.conftest import random_image
 
 pytestmark = pytest.mark.vllm
 
@@ -16,7 +16,7 @@ def test_the_same_file_through_vllm(checkpoint, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
-        image(number, size=(20, 12)).save(folder / f"{number}.png")
+        random_image(number, size=(20, 12)).save(folder / f"{number}.png")
     (folder / "1b.png").write_bytes(b"broken")
     base = [sys.executable, "-m", "owl2", "caption", str(folder), "--model", str(checkpoint)]
     base += ["--dtype", "float32", "--max-new-tokens", "8"]
