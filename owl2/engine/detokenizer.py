@@ -1,6 +1,6 @@
 """Token ids to text, one token at a time.
 
-The text of an answer is its ids decoded at once, up to the first stop string, without leading and
+The text of an answer is its ids decoded together, up to the first stop string, without leading and
 trailing white space. The detokenizer releases a part of it as soon as no further token can change
 it.
 """

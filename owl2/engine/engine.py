@@ -45,7 +45,7 @@ Prompt = Messages | PreparedPrompt  # what methods of the engine take
 
 
 class Engine:
-    """A model and its processor, for any number of threads at once.
+    """A model and its processor, for any number of threads.
 
     Args:
         model: On its device and in its dtype.
@@ -163,7 +163,7 @@ class Engine:
         return self.batch([messages], **options)[0]
 
     def batch(self, list_of_messages: Sequence[Prompt], **options: Any) -> list[str]:
-        """`chat` for several conversations at once, with any number of images each.
+        """`chat` for several conversations together, with any number of images each.
 
         Conversation i (from 0) has the seed `seed` + i.
         """
@@ -280,7 +280,7 @@ class Engine:
             raise InputError(
                 "choices must be a non-empty list of strings.", ErrorCode.INVALID_VALUE
             )
-        whole = self.encode(messages)
+        prepared = self.encode(messages)
         groups = tokenize_choices(
             self.processor,
             messages,
@@ -292,7 +292,7 @@ class Engine:
         for ids, members in groups.items():
             group = PreparedPrompt.from_ids(
                 ids,
-                whole.pixel_values,
+                prepared.pixel_values,
                 self.processor.image_token_id,
                 self.processor.num_image_tokens,
             )

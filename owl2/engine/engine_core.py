@@ -246,7 +246,7 @@ class EngineCore:
     def run(self, items: Sequence[Request | _Job]) -> None:
         """Process items, and those that arrive meanwhile, until nothing is left.
 
-        Errors of the machine, such as too little memory, end all requests, but not the thread.
+        Errors such as a lack of memory end all requests, but not the thread.
         """
         with _neutral_modes(self.model.device):
             while not self._thread.closed:
@@ -255,7 +255,7 @@ class EngineCore:
                 try:
                     if not self._step():
                         return
-                except Exception as error:  # those who wait for a result receive it
+                except Exception as error:  # the callers receive it
                     self._fail(error)
                 items = self._thread.take()
 

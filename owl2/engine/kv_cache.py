@@ -73,7 +73,7 @@ class StaticKVCache:
             tensor[target, :, :length] = tensor[source, :, :length]
 
     def view(self, first: int, positions: torch.Tensor, length: int) -> Cache:
-        """The rows from `first` on as a cache for the model's own forward.
+        """The rows from `first` on as a cache for the model's forward.
 
         Args:
             positions: (B, S), where the forward writes in each of B rows.

@@ -34,9 +34,11 @@ def nan_engine(engine):
 
 def caching_engine(shared_engine, **options):
     """An engine with a model of its own that caches even short prefixes."""
-    made = Engine(copy.deepcopy(shared_engine.model), shared_engine.processor)
-    made.core = EngineCore(made.model, **{"max_num_seqs": 128, "min_prefix_tokens": 2} | options)
-    return made
+    engine = Engine(copy.deepcopy(shared_engine.model), shared_engine.processor)
+    engine.core = EngineCore(
+        engine.model, **{"max_num_seqs": 128, "min_prefix_tokens": 2} | options
+    )
+    return engine
 
 
 @pytest.fixture
@@ -74,16 +76,16 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch):
     """Holds back every decode step until the test opens it."""
-    made = Gate()
+    result = Gate()
     decode = ModelRunner.decode
 
     def held_back(self, tokens, positions):
-        made.wait()
+        result.wait()
         return decode(self, tokens, positions)
 
     monkeypatch.setattr(ModelRunner, "decode", held_back)
-    yield made
-    made.open()
+    yield result
+    result.open()
 
 
 def random_image(seed, size=(10, 12)):
@@ -101,10 +103,14 @@ def ask(text, *images):
 def conversations():
     """12 conversations with 0, 1 and 2 images and different lengths; some have earlier turns."""
     texts = ["what is this?", "is it red? " * 4, "no", "a blue circle and a green one, 你好"]
-    made = [ask(text, *map(random_image, range(n))) for text in texts for n in (0, 1, 2)]
-    made[1] = [*made[1], {"role": "assistant", "content": "red"}, *ask("and now?", random_image(7))]
-    made[6] = [*made[6], {"role": "assistant", "content": "a circle"}, *ask("what color?")]
-    return made
+    result = [ask(text, *map(random_image, range(n))) for text in texts for n in (0, 1, 2)]
+    result[1] = [
+        *result[1],
+        {"role": "assistant", "content": "red"},
+        *ask("and now?", random_image(7)),
+    ]
+    result[6] = [*result[6], {"role": "assistant", "content": "a circle"}, *ask("what color?")]
+    return result
 
 
 @pytest.fixture

@@ -46,10 +46,10 @@ def test_padding_side_does_not_change_answers_of_generate(shared_engine, convers
 
 
 def test_each_answer_ends_at_its_end_token(engine, conversations):
-    whole = [engine.chat(one, max_new_tokens=TOKENS) for one in conversations]
+    full = [engine.chat(one, max_new_tokens=TOKENS) for one in conversations]
     encode = engine.processor.tokenizer.encode_exact
     # With frequent tokens as end tokens, the answers have different lengths.
-    third = [encode(text)[2] for text in whole]
+    third = [encode(text)[2] for text in full]
     engine.model.generation_config.eos_token_id = third[:3]
     engine = Engine(engine.model, engine.processor)
     alone = [engine.chat(one, max_new_tokens=TOKENS) for one in conversations]
@@ -57,8 +57,8 @@ def test_each_answer_ends_at_its_end_token(engine, conversations):
     assert len({len(text) for text in alone}) > 3
     # An incomplete character is decoded as U+FFFD.
     cut = [text.rstrip("\ufffd") for text in alone]
-    assert all(full.startswith(part) for full, part in zip(whole, cut, strict=True))
-    assert sum(map(len, alone)) < sum(map(len, whole))
+    assert all(text.startswith(part) for text, part in zip(full, cut, strict=True))
+    assert sum(map(len, alone)) < sum(map(len, full))
 
 
 def test_a_second_call_gives_the_same_answer(shared_engine, conversations):
@@ -190,12 +190,12 @@ def test_the_context_limits_the_answers(engine, conversations, batch_sizes):
         conversations[:2], add_generation_prompt=True, tokenize=True
     )
     lengths = [len(ids) for ids in prompts]
-    whole = [engine.chat(one, max_new_tokens=20) for one in conversations[:2]]
+    full = [engine.chat(one, max_new_tokens=20) for one in conversations[:2]]
     engine.model.config.max_position_embeddings = max(lengths) + 3
     batch_sizes.clear()
     cut = engine.chat(conversations[1], max_new_tokens=20)
     assert len(batch_sizes) == 2  # the first of three tokens comes with the prompt
-    assert whole[1].startswith(cut)
+    assert full[1].startswith(cut)
     # In a batch, each prompt has its own limit.
     alone = [engine.chat(one, max_new_tokens=20) for one in conversations[:2]]
     assert engine.batch(conversations[:2], max_new_tokens=20) == alone

@@ -45,14 +45,14 @@ def prompts():
     """20 prompts of 0, 1 and 2 images, some of them equal, and 2 to 40 ids."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.rand(3, 3, 8, 8, generator=generator)
-    made = []
+    result = []
     for index in range(20):
         text = torch.randint(1, 40, (2 * index + 2,), generator=generator).tolist()
         count = index % 3
         images = pixels[index % 2 :][:count] if count else None
-        made.append(make_prompt([1, *IMAGE * count, *text], images))
-    made[7] = make_prompt([*made[6].ids[:9], 5, 6], made[6].pixel_values)
-    return made
+        result.append(make_prompt([1, *IMAGE * count, *text], images))
+    result[7] = make_prompt([*result[6].ids[:9], 5, 6], result[6].pixel_values)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -322,11 +322,11 @@ def test_all_work_happens_in_one_thread(model, prompts, monkeypatch):
     threads = set()
     decode = ModelRunner.decode
 
-    def noted(self, tokens, positions):
+    def spy(self, tokens, positions):
         threads.add(threading.current_thread().name)
         return decode(self, tokens, positions)
 
-    monkeypatch.setattr(ModelRunner, "decode", noted)
+    monkeypatch.setattr(ModelRunner, "decode", spy)
     core = EngineCore(model)
     generate(core, prompts[:2])
     with ThreadPoolExecutor(2) as pool:
@@ -385,7 +385,7 @@ def test_the_process_exits_during_an_answer(max_tokens):
 # ------------------------------------------------------------------ sampling, several devices
 
 
-def test_sample_marks_rows_that_are_not_finite():
+def test_sample_returns_none_for_logits_that_are_not_finite():
     logits = torch.tensor([[0.0, 2.0, 1.0]] * 6)
     logits[1, 0] = float("nan")
     logits[2, 2] = float("inf")

@@ -18,11 +18,11 @@ TOKENS = 6
 
 @pytest.fixture
 def model():
-    made = make_model(
+    result = make_model(
         hidden_size=64, num_attention_heads=2, intermediate_size=80, initializer_range=0.4
     ).eval()
-    assert ModelRunner(made).uses_cpu_kernels
-    return made
+    assert ModelRunner(result).uses_cpu_kernels
+    return result
 
 
 def answer(core, ids=IDS):

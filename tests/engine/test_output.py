@@ -77,9 +77,9 @@ def test_finish_reasons(engine, conversations):
     engine = Engine(engine.model, engine.processor)
     for limit, reason in ((TOKENS, "stop"), (position + 1, "stop"), (position, "length")):
         [answer] = engine.complete(conversations[0], max_new_tokens=limit, top_logprobs=0).outputs()
-        made = min(limit, position + 1)
-        assert (answer.finish_reason, answer.num_tokens) == (reason, made)
-        assert [own.id for own in answer.logprobs] == ids[:made]
+        count = min(limit, position + 1)
+        assert (answer.finish_reason, answer.num_tokens) == (reason, count)
+        assert [own.id for own in answer.logprobs] == ids[:count]
         assert answer.text == engine.chat(conversations[0], max_new_tokens=limit)
 
 
