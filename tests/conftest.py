@@ -6,6 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so set
 
 import pytest
 
+from tests.cli import run_cli  # noqa: F401 - a fixture
+
 
 @pytest.fixture(autouse=True)
 def broken_images_are_broken(monkeypatch):

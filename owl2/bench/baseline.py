@@ -1,9 +1,8 @@
-"""The textbook: mPLUG-Owl2 written down as one first would, over the weights of a model.
+"""The baseline: a straightforward implementation of mPLUG-Owl2 over the weights of a model.
 
-What the project is measured against, and nothing else uses it. Everything is spelt out: each layer
-finds the tokens of each modality anew, gathers them, and scatters the results; attention is two
-matrix products with a float32 softmax between them and a mask of all pairs; the cache grows by
-concatenation; requests are served one after the other; training pads, and makes all logits.
+Only the benchmark uses it. Each layer gathers the tokens of each modality and scatters the results;
+attention is two matrix products with a float32 softmax and a full mask; the KV cache grows by
+concatenation; requests are processed one by one; training pads and computes all logits.
 
 Shapes: B sequences, S positions, T positions with those in the cache, D width, h heads, d = D / h;
 N images, P patches, K queries, V vocabulary.
@@ -23,8 +22,8 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # a layer's keys and values, (B, h, T, d)
 
 
-class Textbook:
-    """Plain code over `model`'s own parameters: what one learns, the other has learned, too."""
+class Baseline:
+    """Plain code over the parameters of `model`, which both share."""
 
     def __init__(self, model: Owl2ForConditionalGeneration) -> None:
         self.model = model
@@ -34,9 +33,9 @@ class Textbook:
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) to embeddings (N, K+1, D)."""
-        return self._abstract(self._see(pixel_values))
+        return self._abstract(self._encode_patches(pixel_values))
 
-    def _see(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         vision: Any = self.model.model.vision_model
         first = vision.embeddings
         patches = F.conv2d(pixel_values, first.patch_embed.weight, stride=vision.config.patch_size)
@@ -44,14 +43,14 @@ class Textbook:
         states = torch.cat([first.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         states = layer_norm(states + first.position_embedding, first.pre_layernorm)
         for layer in vision.encoder.layers:
-            states = states + self._look_around(
+            states = states + self._vision_attention(
                 layer_norm(states, layer.input_layernorm), layer.self_attn
             )
             inner = linear(layer_norm(states, layer.post_attention_layernorm), layer.mlp.fc1)
             states = states + linear(ACT2FN[vision.config.hidden_act](inner), layer.mlp.fc2)
         return layer_norm(states, vision.post_layernorm)  # (N, 1+P, width)
 
-    def _look_around(self, states: torch.Tensor, module: Any) -> torch.Tensor:
+    def _vision_attention(self, states: torch.Tensor, module: Any) -> torch.Tensor:
         fused = linear(states, module.query_key_value)
         fused = fused.unflatten(-1, (module.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
         query, key, value = fused  # (N, h, 1+P, d) each
@@ -63,7 +62,9 @@ class Textbook:
         for outer in abstractor.encoder.layers:
             layer = outer.crossattention
             queries = layer_norm(queries, layer.norm1)
-            attended = self._query(queries, layer_norm(features, layer.normk), layer.attention)
+            attended = self._cross_attention(
+                queries, layer_norm(features, layer.normk), layer.attention
+            )
             queries = queries + linear(attended, layer.output.out_proj)
             mlp, normed = layer.output.mlp, layer_norm(queries, layer.output.norm2)
             inner = F.silu(linear(normed, mlp.w1)) * linear(normed, mlp.w3)
@@ -72,7 +73,9 @@ class Textbook:
         last = abstractor.vit_eos.expand(len(features), -1, -1)
         return torch.cat([embeddings, last], dim=1)
 
-    def _query(self, queries: torch.Tensor, features: torch.Tensor, module: Any) -> torch.Tensor:
+    def _cross_attention(
+        self, queries: torch.Tensor, features: torch.Tensor, module: Any
+    ) -> torch.Tensor:
         tokens = torch.cat([queries, features], dim=1)  # (N, K+1+P, width)
         codes = torch.cat([module.q_pos_embed, module.k_pos_embed])
         query = linear((queries + module.q_pos_embed).to(queries), module.query)
@@ -84,7 +87,7 @@ class Textbook:
         )
         return attend(query, key, value, module.scaling)
 
-    # Words
+    # Text
 
     def forward(
         self,
@@ -93,13 +96,13 @@ class Textbook:
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[torch.Tensor, Cache]:
-        """Logits (B, S, V) of all positions, and the cache with these positions in it.
+        """Logits (B, S, V) of all positions, and the updated cache.
 
         Args:
             input_ids: (B, S), with K + 1 image tokens for each of the images.
             pixel_values: (N, 3, H, W).
-            attention_mask: (B, S), 0 on padding, which is on the right.
-            cache: of the positions before these.
+            attention_mask: (B, S), 0 for padding, which is on the right.
+            cache: keys and values of the previous positions.
         """
         decoder = self.model.model
         is_image = input_ids == self.config.image_token_id
@@ -109,12 +112,12 @@ class Textbook:
             states[is_image] = self.encode(pixel_values).flatten(0, 1).to(states)
         before = cache[0][0].shape[2] if cache else 0
         positions = torch.arange(before, before + input_ids.shape[1], device=input_ids.device)
-        turn = decoder.rotary_emb(states, positions[None])
+        rotary = decoder.rotary_emb(states, positions[None])
         mask = self._mask(input_ids, attention_mask, before, states.dtype)
         filled: Cache = []
         for number, layer in enumerate(decoder.layers):
             past = cache[number] if cache else None
-            states, kept = self._layer(layer, states, is_image, turn, mask, past)
+            states, kept = self._layer(layer, states, is_image, rotary, mask, past)
             filled.append(kept)
         states = rms_norm(states, decoder.norm)
         return linear(states, self.model.lm_head), filled
@@ -122,7 +125,7 @@ class Textbook:
     def _mask(
         self, ids: torch.Tensor, padding: torch.Tensor | None, before: int, dtype: torch.dtype
     ) -> torch.Tensor:
-        """(B, 1, S, T): 0 where a position may look, else as low as numbers go."""
+        """(B, 1, S, T): 0 for visible positions, else the minimum of `dtype`."""
         batch, length = ids.shape
         low = torch.finfo(dtype).min
         mask = torch.full((length, before + length), low, dtype=dtype, device=ids.device)
@@ -136,7 +139,7 @@ class Textbook:
         layer: Any,
         states: torch.Tensor,
         is_image: torch.Tensor,
-        turn: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor,
         past: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
@@ -150,7 +153,7 @@ class Textbook:
                 by_modality(linear, normed, is_image, attention.v_proj),
             )
         )
-        query, key = rotate(query, *turn), rotate(key, *turn)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
         if past is not None:
             key = torch.cat([past[0], key], dim=2)
             value = torch.cat([past[1], value], dim=2)
@@ -169,29 +172,25 @@ class Textbook:
         states = states + linear(inner * linear(normed, mlp.up_proj), mlp.down_proj)
         return states, (key, value)
 
-    # Use
+    # Generation and training
 
     @torch.no_grad()
     def prefill(
         self, ids: torch.Tensor, pixel_values: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Cache]:
-        """The likeliest token (1, 1) after one prompt (1, S), and its cache."""
+        """The most likely token (1, 1) after one prompt (1, S), and the cache."""
         logits, cache = self.forward(ids, pixel_values)
         return logits[:, -1:].argmax(-1), cache
 
     @torch.no_grad()
     def decode(self, token: torch.Tensor, cache: Cache, count: int) -> list[int]:
-        """The `count` likeliest tokens after `token` (1, 1)."""
-        found = []
+        """Greedy decoding of `count` tokens after `token` (1, 1)."""
+        tokens = []
         for _ in range(count):
-            token, cache = self.prefill_next(token, cache)
-            found.append(int(token))
-        return found
-
-    def prefill_next(self, token: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
-        """One step: the likeliest token (1, 1) after `token`."""
-        logits, cache = self.forward(token, cache=cache)
-        return logits[:, -1:].argmax(-1), cache
+            logits, cache = self.forward(token, cache=cache)
+            token = logits[:, -1:].argmax(-1)
+            tokens.append(int(token))
+        return tokens
 
     def generate(
         self, prompts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], limits: Sequence[int]
@@ -223,7 +222,7 @@ def by_modality(
     is_image: torch.Tensor,
     module: nn.Module,
 ) -> torch.Tensor:
-    """`operation` with the weights of each token's own modality: gather, compute, scatter."""
+    """`operation` with the weights of the modality of each token: gather, compute, scatter."""
     if not isinstance(module, Multiway):
         return operation(states, module)
     result = None
@@ -235,7 +234,7 @@ def by_modality(
         if result is None:
             result = part.new_empty(*states.shape[:2], part.shape[-1])
         result[where] = part
-    assert result is not None  # there are tokens
+    assert result is not None  # a sequence has at least one token
     return result
 
 
@@ -269,7 +268,7 @@ def rms_norm(states: torch.Tensor, module: Any) -> torch.Tensor:
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (Su et al., 2021): the pairs are (j, j + d/2)."""
+    """Rotary position embedding (Su et al., 2021) with pairs (j, j + d/2)."""
     first, second = states.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return states * cos[:, None] + turned * sin[:, None]
+    rotated = torch.cat([-second, first], dim=-1)
+    return states * cos[:, None] + rotated * sin[:, None]

@@ -1,263 +1,238 @@
-"""The figures: for each, what runs, in which unit it is told, and the least time it could take.
+"""The benchmark cases: what runs, in which unit, and the minimum time on this machine.
 
-A figure has up to three implementations with fixed names, `textbook`, `owl2` and `llama`; others
-are named for what they are, and owl2 is compared with each of them as `against_NAME`.
+A case has up to three implementations with standard names: `baseline`, `owl2` and `llama`. owl2 is
+compared with further ones as `vs_NAME`.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 from owl2.bench.flops import decode_bytes, decoder_flops, image_flops, training_flops
-from owl2.bench.implementations import LlamaSteps, Prompts, Steps, Subjects
+from owl2.bench.implementations import (
+    DecodeRunner,
+    Implementations,
+    LlamaDecodeRunner,
+    PrefillRunner,
+    first_token,
+    generate,
+)
+from owl2.bench.measure import BenchCase, Run
 from owl2.bench.memory import STEPS, step_memory
-from owl2.bench.workload import BATCH, NEW, QUESTION, TEXT, TOGETHER, Request
+from owl2.bench.workload import (
+    BATCH_SIZE,
+    CONCURRENT,
+    NEW_TOKENS,
+    QUESTION_TOKENS,
+    TEXT_TOKENS,
+    BenchRequest,
+)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Something to measure: calling it takes the time, or returns the bytes.
-
-    Attributes:
-        work: tokens that it makes; 1 where the figure is a time or memory.
-    """
-
-    call: Callable[[], Any]
-    work: float = 1.0
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A comparison.
-
-    Attributes:
-        unit: ms, s, tokens/s or MiB.
-        runs: by name, in the order in which they take turns.
-        least: seconds that owl2's run takes at the machine's limits; None if there is no such.
-        ratio: the cost of the first over that of the second.
-        most: rounds at most, where more say nothing new.
-        warm: what runs once before; None: all. Those that only use what is warm already need not.
-    """
-
-    unit: str
-    runs: Mapping[str, Run]
-    least: float | None
-    ratio: tuple[str, str] = ("textbook", "owl2")
-    most: int | None = None
-    warm: Collection[str] | None = None
-
-
-def encode_8(on: Subjects) -> Figure:
-    """Eight images through vision encoder and abstractor, in one batch."""
-    pixels = on.workload.pixels(BATCH)
+def encode_8(on: Implementations) -> BenchCase:
+    """Eight images through the vision encoder and the abstractor in one batch."""
+    pixels = on.workload.pixels(BATCH_SIZE)
     runs = {
-        "textbook": Run(lambda: no_grad(on.textbook.encode)(pixels)),
+        "baseline": Run(lambda: torch.no_grad()(on.baseline.encode)(pixels)),
         "owl2": Run(lambda: on.encode(pixels)),
     }
-    return Figure("ms", runs, on.limits.seconds(BATCH * image_flops(on.config)))
+    return BenchCase("ms", runs, on.roofline.seconds(BATCH_SIZE * image_flops(on.config)))
 
 
-def prefill_1(on: Subjects) -> Figure:
-    """An image and 64 text tokens, to the first token."""
-    return _prefill(on, 1)
-
-
-def prefill_8(on: Subjects) -> Figure:
-    """Eight of them; the textbook takes one after the other."""
-    return _prefill(on, BATCH)
-
-
-def _prefill(on: Subjects, count: int) -> Figure:
+def _prefill(on: Implementations, count: int) -> BenchCase:
     ids = torch.cat([on.workload.prompt() for _ in range(count)])
     pixels = on.workload.pixels(count)
-    words = on.workload.words(ids.numel()).view_as(ids)
+    text = on.workload.text_ids(ids.numel()).view_as(ids)
 
-    def textbook() -> None:
+    def baseline() -> None:
         for row in range(count):
-            on.textbook.prefill(ids[row : row + 1], pixels[row : row + 1])
+            on.baseline.prefill(ids[row : row + 1], pixels[row : row + 1])
 
     runs = {
-        "textbook": Run(textbook),
+        "baseline": Run(baseline),
         "owl2": Run(lambda: on.prefill(ids, pixels)),
-        "llama": Run(lambda: _llama_prefill(on, words)),
+        "llama": Run(lambda: _llama_prefill(on, text)),
     }
-    one = image_flops(on.config) + decoder_flops(on.config, ids.shape[1])
-    return Figure("ms", runs, on.limits.seconds(count * one))
+    flops = image_flops(on.config) + decoder_flops(on.config, ids.shape[1])
+    return BenchCase("ms", runs, on.roofline.seconds(count * flops))
 
 
 @torch.no_grad()
-def _llama_prefill(on: Subjects, ids: torch.Tensor) -> None:
+def _llama_prefill(on: Implementations, ids: torch.Tensor) -> None:
     on.llama(ids, use_cache=True, logits_to_keep=1)
 
 
-def ttft_second_question(on: Subjects) -> Figure:
-    """Time to the first token of another question about an image that was asked about before.
+def prefill_1(on: Implementations) -> BenchCase:
+    """One prompt with an image and 64 text tokens, to the first token."""
+    return _prefill(on, 1)
 
-    Each round asks about a new image: the first question pays for it, the second does not.
+
+def prefill_8(on: Implementations) -> BenchCase:
+    """Eight prompts in a batch; the baseline processes them one by one."""
+    return _prefill(on, BATCH_SIZE)
+
+
+def ttft_second_question(on: Implementations) -> BenchCase:
+    """Time to the first token of a second question about an image.
+
+    Each round has a new image. `first` is the first question about it.
     """
-    before = on.workload.words(TEXT - QUESTION)
-    images = {"now": on.workload.pixels()}
+    prefix = on.workload.text_ids(TEXT_TOKENS - QUESTION_TOKENS)
+    pixels = on.workload.pixels()
 
-    def request() -> Request:
-        ids = torch.cat([before, on.workload.places(), on.workload.words(QUESTION)], dim=1)
-        return Request(ids, images["now"], 1)  # more would go on behind its back
+    def request() -> BenchRequest:
+        question = on.workload.text_ids(QUESTION_TOKENS)
+        ids = torch.cat([prefix, on.workload.image_ids(), question], dim=1)
+        return BenchRequest(ids, pixels, 1)
 
     def first() -> None:
-        on.first_token(on.runner, request())
-
-    def renew_and_ask() -> None:
-        images["now"] = images["now"].flip(-1) + 1e-2
-        first()
+        nonlocal pixels
+        pixels = pixels.flip(-1) + 1e-2
+        first_token(on.engine, request())
 
     runs = {
-        "first": Run(renew_and_ask),
-        "owl2": Run(first),
-        "textbook": Run(lambda: on.textbook.prefill(*request()[:2])),
+        "first": Run(first),
+        "owl2": Run(lambda: first_token(on.engine, request())),
+        "baseline": Run(lambda: on.baseline.prefill(*request()[:2])),
     }
-    prefix = TEXT - QUESTION + on.config.num_image_tokens
-    flops = decoder_flops(on.config, QUESTION, before=prefix)
-    return Figure("ms", runs, on.limits.seconds(flops, _step_bytes(on)))
+    cached = TEXT_TOKENS - QUESTION_TOKENS + on.config.num_image_tokens
+    flops = decoder_flops(on.config, QUESTION_TOKENS, cached=cached)
+    return BenchCase("ms", runs, on.roofline.seconds(flops, _step_bytes(on)))
 
 
-def decode_1(on: Subjects) -> Figure:
-    """One sequence after an image and 64 text tokens, greedy."""
-    return _decode(on, 1)
-
-
-def decode_1_int8(on: Subjects) -> Figure:
-    """The same with the decoder's weights in 8 bits; the textbook keeps the model's dtype."""
-    prompt = on.workload.prompt(), on.workload.pixels()
-    ours = Steps(on.eight_bits, prompt)
-    runs = {
-        "textbook": _textbook_decode(on, prompt),
-        "owl2": Run(partial(ours.decode, NEW), NEW),
-    }
-    return Figure("tokens/s", runs, NEW * on.limits.seconds(read=decode_bytes(on.config, 1)))
-
-
-def decode_16(on: Subjects) -> Figure:
-    """Sixteen together; the textbook, one after the other, makes as many a second as of one."""
-    return _decode(on, TOGETHER)
-
-
-def _decode(on: Subjects, rows: int) -> Figure:
-    prompt = on.workload.prompt(), on.workload.pixels()
-    words = on.workload.words(prompt[0].shape[1])
-    ours, llama = Steps(on.model, prompt, rows), LlamaSteps(on.llama, words, rows)
-    runs = {
-        "textbook": _textbook_decode(on, prompt),
-        "owl2": Run(partial(ours.decode, NEW), rows * NEW),
-        "llama": Run(partial(llama.decode, NEW), rows * NEW),
-    }
-    if rows > 1:
-        alone = Steps(on.model, prompt)
-        runs["one"] = Run(partial(alone.decode, NEW), NEW)
-    flops = rows * decoder_flops(on.config, 1, before=prompt[0].shape[1])
-    return Figure("tokens/s", runs, NEW * on.limits.seconds(flops, _step_bytes(on)))
-
-
-def _textbook_decode(on: Subjects, prompt: tuple[torch.Tensor, torch.Tensor]) -> Run:
-    token, cache = on.textbook.prefill(*prompt)
-    return Run(lambda: on.textbook.decode(token, cache, NEW), NEW)
-
-
-def _step_bytes(on: Subjects) -> float:
+def _step_bytes(on: Implementations) -> float:
     return decode_bytes(on.config, on.model.dtype.itemsize)
 
 
-def generate_16_mixed(on: Subjects) -> Figure:
-    """Sixteen requests of all lengths, some about an image, with answers of 16 to 91 tokens."""
+def _decode(on: Implementations, rows: int) -> BenchCase:
+    prompt = on.workload.prompt(), on.workload.pixels()
+    text = on.workload.text_ids(prompt[0].shape[1])
+    owl2, llama = DecodeRunner(on.model, prompt, rows), LlamaDecodeRunner(on.llama, text, rows)
+    runs = {
+        "baseline": _baseline_decode(on, prompt),
+        "owl2": Run(partial(owl2.decode, NEW_TOKENS), rows * NEW_TOKENS),
+        "llama": Run(partial(llama.decode, NEW_TOKENS), rows * NEW_TOKENS),
+    }
+    if rows > 1:
+        single = DecodeRunner(on.model, prompt)
+        runs["single"] = Run(partial(single.decode, NEW_TOKENS), NEW_TOKENS)
+    flops = rows * decoder_flops(on.config, 1, cached=prompt[0].shape[1])
+    return BenchCase("tokens/s", runs, NEW_TOKENS * on.roofline.seconds(flops, _step_bytes(on)))
+
+
+def _baseline_decode(on: Implementations, prompt: tuple[torch.Tensor, torch.Tensor]) -> Run:
+    token, cache = on.baseline.prefill(*prompt)
+    return Run(lambda: on.baseline.decode(token, cache, NEW_TOKENS), NEW_TOKENS)
+
+
+def decode_1(on: Implementations) -> BenchCase:
+    """Greedy decoding of one sequence after an image and 64 text tokens."""
+    return _decode(on, 1)
+
+
+def decode_1_int8(on: Implementations) -> BenchCase:
+    """The same with 8-bit weights in the decoder; the baseline keeps the model's dtype."""
+    prompt = on.workload.prompt(), on.workload.pixels()
+    owl2 = DecodeRunner(on.int8, prompt)
+    runs = {
+        "baseline": _baseline_decode(on, prompt),
+        "owl2": Run(partial(owl2.decode, NEW_TOKENS), NEW_TOKENS),
+    }
+    seconds = on.roofline.seconds(read=decode_bytes(on.config, 1))
+    return BenchCase("tokens/s", runs, NEW_TOKENS * seconds)
+
+
+def decode_16(on: Implementations) -> BenchCase:
+    """Sixteen sequences in a batch; the throughput of the baseline is that of one sequence."""
+    return _decode(on, CONCURRENT)
+
+
+def generate_16_mixed(on: Implementations) -> BenchCase:
+    """Sixteen requests of different lengths, some with an image, with 16 to 91 new tokens."""
     requests = on.workload.requests()
     limits = [request.limit for request in requests]
     tokens = sum(limits)
 
-    def one_by_one() -> None:
+    def sequential() -> None:
         for request in requests:
-            on.answer(on.forgetful, [request])
+            generate(on.engine_without_caches, [request])
 
     runs = {
-        "textbook": Run(lambda: on.textbook.generate([r[:2] for r in requests], limits), tokens),
-        "owl2": Run(lambda: on.answer(on.forgetful, requests), tokens),
-        "one_by_one": Run(one_by_one, tokens),
+        "baseline": Run(lambda: on.baseline.generate([r[:2] for r in requests], limits), tokens),
+        "owl2": Run(lambda: generate(on.engine_without_caches, requests), tokens),
+        "sequential": Run(sequential, tokens),
     }
     flops = sum(
         decoder_flops(on.config, request.ids.shape[1])
         + (image_flops(on.config) if request.pixel_values is not None else 0)
         for request in requests
     )
-    # Then as many steps as the longest answer has tokens.
-    steps = (max(limits) - 1) * on.limits.seconds(read=_step_bytes(on))
-    return Figure("tokens/s", runs, on.limits.seconds(flops) + steps, most=2, warm={"owl2"})
+    # After the prefill, as many steps as the longest answer has tokens.
+    steps = (max(limits) - 1) * on.roofline.seconds(read=_step_bytes(on))
+    seconds = on.roofline.seconds(flops) + steps
+    return BenchCase("tokens/s", runs, seconds, max_rounds=2, warm_up={"owl2"})
 
 
-def train_step(on: Subjects) -> Figure:
-    """Eight samples of mixed lengths, padded to the longest: forward, backward, update."""
+def mam_decode(on: Implementations) -> BenchCase:
+    """Decoding with MAM and, by the same code, without it."""
+    prompt = on.workload.text_ids(TEXT_TOKENS + on.config.num_image_tokens), None
+    runners: dict[str, DecodeRunner | LlamaDecodeRunner] = {
+        "owl2": DecodeRunner(on.model, prompt),
+        "no_mam": DecodeRunner(on.no_mam, prompt),
+        "llama": LlamaDecodeRunner(on.llama, prompt[0]),
+    }
+    runs = {name: Run(partial(r.decode, NEW_TOKENS), NEW_TOKENS) for name, r in runners.items()}
+    seconds = NEW_TOKENS * on.roofline.seconds(read=_step_bytes(on))
+    return BenchCase("tokens/s", runs, seconds, ratio=("owl2", "no_mam"))
+
+
+def mam_prefill(on: Implementations) -> BenchCase:
+    """An encoded image and 64 text tokens through the decoder, with and without MAM."""
+    ids = on.workload.prompt()
+    prompt = on.engine.prepare(ids[0].tolist(), on.workload.pixels())
+    text = on.workload.text_ids(ids.shape[1])
+    owl2, no_mam = (PrefillRunner(model, feature_bytes=1 << 30) for model in (on.model, on.no_mam))
+    runs = {
+        "owl2": Run(lambda: owl2.run([prompt])),
+        "no_mam": Run(lambda: no_mam.run([prompt])),
+        "llama": Run(lambda: _llama_prefill(on, text)),
+    }
+    seconds = on.roofline.seconds(decoder_flops(on.config, ids.shape[1]))
+    return BenchCase("ms", runs, seconds, ratio=("owl2", "no_mam"))
+
+
+def train_memory(on: Implementations) -> BenchCase:
+    """Peak memory of two training steps, each implementation in its own process.
+
+    owl2 uses `gradient_checkpointing: selective`, as in all cases; `no_checkpointing` and
+    `full_checkpointing` use `false` and `true`.
+    """
+    runs = {name: Run(partial(step_memory, name, on.source)) for name in STEPS}
+    return BenchCase("MiB", runs, None, ratio=("owl2", "baseline"), max_rounds=1)
+
+
+def _train(on: Implementations, step: Callable[[], Any]) -> BenchCase:
+    runs = {"baseline": Run(on.training.baseline_step), "owl2": Run(step)}
+    batches = on.training.batches
+    flops = training_flops(on.config, batches.lengths, batches.labels, batches.images)
+    return BenchCase("ms", runs, on.roofline.seconds(flops), max_rounds=3)
+
+
+def train_step(on: Implementations) -> BenchCase:
+    """A training step on eight samples of different lengths, padded to the longest."""
     return _train(on, on.training.padded_step)
 
 
-def train_step_packed(on: Subjects) -> Figure:
-    """The same samples packed into rows; the textbook pads."""
+def train_step_packed(on: Implementations) -> BenchCase:
+    """The same samples packed into rows; the baseline pads."""
     return _train(on, on.training.packed_step)
 
 
-def _train(on: Subjects, step: Callable[[], Any]) -> Figure:
-    runs = {"textbook": Run(on.training.textbook_step), "owl2": Run(step)}
-    batches = on.training.batches
-    flops = training_flops(on.config, batches.lengths, batches.labels, batches.images)
-    return Figure("ms", runs, on.limits.seconds(flops), most=3)
-
-
-def train_memory(on: Subjects) -> Figure:
-    """The most memory of two such steps, padded, each implementation in a process of its own.
-
-    owl2's is with `gradient_checkpointing: selective`, as in all steps of the bench; `all_kept` and
-    `least_kept` are with `false` and `true`.
-    """
-    runs = {who: Run(partial(step_memory, who, on.origin)) for who in STEPS}
-    return Figure("MiB", runs, None, ratio=("owl2", "textbook"), most=1)
-
-
-def mam_decode(on: Subjects) -> Figure:
-    """A decode step with MAM and, by the same code, without it; `llama` is transformers' own."""
-    prompt = on.workload.words(TEXT + on.config.num_image_tokens), None
-    ours, plain = Steps(on.model, prompt), Steps(on.plain, prompt)
-    llama = LlamaSteps(on.llama, prompt[0])
-    runs = {
-        "owl2": Run(partial(ours.decode, NEW), NEW),
-        "plain": Run(partial(plain.decode, NEW), NEW),
-        "llama": Run(partial(llama.decode, NEW), NEW),
-    }
-    return Figure(
-        "tokens/s", runs, NEW * on.limits.seconds(read=_step_bytes(on)), ratio=("owl2", "plain")
-    )
-
-
-def mam_prefill(on: Subjects) -> Figure:
-    """An image that is encoded already and 64 words through the decoder, with and without MAM."""
-    ids = on.workload.prompt()
-    prompt = on.runner.prepare(ids[0].tolist(), on.workload.pixels())
-    words = on.workload.words(ids.shape[1])
-    ours, plain = (Prompts(model, feature_bytes=1 << 30) for model in (on.model, on.plain))
-    runs = {
-        "owl2": Run(lambda: ours.read([prompt])),
-        "plain": Run(lambda: plain.read([prompt])),
-        "llama": Run(lambda: _llama_prefill(on, words)),
-    }
-    least = on.limits.seconds(decoder_flops(on.config, ids.shape[1]))
-    return Figure("ms", runs, least, ratio=("owl2", "plain"))
-
-
-def no_grad(function: Callable) -> Callable:
-    """The same without a graph."""
-    return torch.no_grad()(function)
-
-
-FIGURES: dict[str, Callable[[Subjects], Figure]] = {
-    make.__name__: make
-    for make in (
+CASES: dict[str, Callable[[Implementations], BenchCase]] = {
+    create.__name__: create
+    for create in (
         encode_8,
         prefill_1,
         prefill_8,
@@ -268,7 +243,7 @@ FIGURES: dict[str, Callable[[Subjects], Figure]] = {
         generate_16_mixed,
         mam_decode,
         mam_prefill,
-        train_memory,  # while this process holds no training of its own
+        train_memory,  # before this process creates a model to train
         train_step,
         train_step_packed,
     )

@@ -1,4 +1,4 @@
-"""What is measured: a model, and all that is compared with it, over the same weights."""
+"""The implementations that are compared. All share the weights of one model."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from owl2.bench.baseline import Textbook
-from owl2.bench.presets import Origin
-from owl2.bench.roofline import Limits
-from owl2.bench.training import Training
-from owl2.bench.workload import Request, Workload
+from owl2.bench.baseline import Baseline
+from owl2.bench.measure import Roofline
+from owl2.bench.presets import BenchModel
+from owl2.bench.training import TrainingSteps
+from owl2.bench.workload import BenchRequest, Workload
 from owl2.engine.backends.weight_only_quantization import quantize
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
@@ -22,110 +22,108 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.model.variants import as_llama, as_no_mam, clone_sharing_weights
 from owl2.processing.prepared_prompt import PreparedPrompt
 
-GREEDY = SamplingParams()
 
-
-class Subjects:
-    """All that a figure may need; what is not asked for is not made.
+class Implementations:
+    """A model and the implementations over its weights; each is created on first use.
 
     Attributes:
-        origin: of the model; processes of their own make it there, too.
+        source: loads the same model in another process.
+        roofline: the limits of the machine.
     """
 
-    def __init__(self, origin: Origin, limits: Limits) -> None:
-        self.origin = origin
-        self.limits = limits
-        self.model = origin.load()
+    def __init__(self, source: BenchModel, roofline: Roofline) -> None:
+        self.source = source
+        self.roofline = roofline
+        self.model = source.load()
         self.config: Any = self.model.config
         self.workload = Workload(self.config, self.model.device, self.model.dtype)
-        self.textbook = Textbook(self.model)
+        self.baseline = Baseline(self.model)
 
     @cached_property
-    def plain(self) -> Owl2ForConditionalGeneration:
-        """The project's own code for a model without MAM."""
+    def no_mam(self) -> Owl2ForConditionalGeneration:
+        """The same code for a model without MAM."""
         return as_no_mam(self.model)
 
     @cached_property
-    def eight_bits(self) -> Owl2ForConditionalGeneration:
-        """The model with its decoder's weights in 8 bits."""
-        rounded = clone_sharing_weights(self.model)
-        quantize(rounded, "8bit")
-        return rounded
+    def int8(self) -> Owl2ForConditionalGeneration:
+        """The model with 8-bit weights in the decoder."""
+        quantized = clone_sharing_weights(self.model)
+        quantize(quantized, "8bit")
+        return quantized
 
     @cached_property
     def llama(self) -> LlamaForCausalLM:
-        """transformers' LLaMA of the decoder's shape and weights."""
+        """transformers' LLaMA with the text weights of the decoder."""
         return as_llama(self.model)
 
     @cached_property
-    def training(self) -> Training:
-        """Both training steps; what learns is a model of its own."""
-        return Training(self.origin)
-
-    # The project, as its users get it
+    def training(self) -> TrainingSteps:
+        """Training steps, on a second copy of the model."""
+        return TrainingSteps(self.source)
 
     @cached_property
-    def runner(self) -> EngineCore:
-        """Answers many at a time, and remembers images and prefixes."""
+    def engine(self) -> EngineCore:
+        """The engine with its caches of images and prefixes."""
         return EngineCore(self.model)
 
     @cached_property
-    def forgetful(self) -> EngineCore:
-        """Without memory: each request is computed from its first token on."""
+    def engine_without_caches(self) -> EngineCore:
+        """An engine that computes each request from its first token."""
         return EngineCore(self.model, enable_prefix_caching=False)
+
+    @cached_property
+    def prefill_runner(self) -> "PrefillRunner":
+        return PrefillRunner(self.model)
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> Any:
+        """Image features of owl2."""
         return self.model.get_image_features(pixel_values).pooler_output
 
-    @cached_property
-    def prompts(self) -> "Prompts":
-        """The project's way with prompts, of which nothing is kept."""
-        return Prompts(self.model)
-
     def prefill(self, ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The likeliest next tokens of prompts (B, S) with an image each."""
+        """The most likely next tokens (B,) of prompts (B, S) with one image each."""
         rows = zip(ids.tolist(), pixel_values.split(1), strict=True)
-        return self.prompts.read([self.runner.prepare(row, image) for row, image in rows])
-
-    def answer(self, runner: EngineCore, requests: Sequence[Request]) -> list[list[int]]:
-        """Greedy answers of exactly as many tokens as are wanted."""
-        prompts = [as_prompt(runner, request) for request in requests]
-        return runner.generate(prompts, GREEDY, [request.limit for request in requests], ())
-
-    def first_token(self, runner: EngineCore, request: Request) -> int:
-        """Ends as soon as it is there."""
-        stream = runner.stream(as_prompt(runner, request), GREEDY, request.limit, ())
-        try:
-            return next(iter(stream))
-        finally:
-            if hasattr(stream, "close"):
-                stream.close()
+        return self.prefill_runner.run([self.engine.prepare(row, image) for row, image in rows])
 
 
-class Prompts:
-    """Prompts through the project's fast path, always into the same rows of its cache.
+def generate(engine: EngineCore, requests: Sequence[BenchRequest]) -> list[list[int]]:
+    """Greedy answers of exactly `limit` tokens each."""
+    prompts = [
+        engine.prepare(request.ids[0].tolist(), request.pixel_values) for request in requests
+    ]
+    return engine.generate(prompts, SamplingParams(), [request.limit for request in requests], ())
+
+
+def first_token(engine: EngineCore, request: BenchRequest) -> int:
+    """The first token of a greedy answer."""
+    prompt = engine.prepare(request.ids[0].tolist(), request.pixel_values)
+    return next(iter(engine.stream(prompt, SamplingParams(), request.limit, ())))
+
+
+class PrefillRunner:
+    """Prefill on owl2's fast path. It reuses the same rows of its KV cache.
 
     Args:
-        feature_bytes: for images' embeddings, so that each is encoded once.
+        feature_bytes: size of the image feature cache; 0 encodes images every time.
     """
 
     def __init__(self, model: Owl2ForConditionalGeneration, feature_bytes: int = 0) -> None:
-        self.decoder = ModelRunner(model)
+        self._runner = ModelRunner(model)
         self._prefiller = Prefiller(model, prefix_bytes=0, feature_bytes=feature_bytes)
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[PreparedPrompt]) -> torch.Tensor:
-        """The likeliest next tokens (B,), images and all."""
+    def run(self, prompts: Sequence[PreparedPrompt]) -> torch.Tensor:
+        """The most likely next tokens (B,)."""
         states = [PromptState(prompt) for prompt in prompts]
-        return self._prefiller.prefill(states, self.decoder, 0).argmax(-1)
+        return self._prefiller.prefill(states, self._runner, 0).argmax(-1)
 
 
-class Steps:
-    """Decoding by the project's fast path: the same tokens again and again.
+class DecodeRunner:
+    """Decoding on owl2's fast path, always from the same position.
 
     Args:
-        rows: sequences, each after the same prompt.
+        prompt: ids (1, S) and pixel values.
+        rows: number of sequences; all have the same prompt.
     """
 
     def __init__(
@@ -135,51 +133,45 @@ class Steps:
         rows: int = 1,
     ) -> None:
         ids, pixel_values = prompt
-        self.decoder = ModelRunner(model)
+        self._runner = ModelRunner(model)
         with torch.no_grad():
             out = model(ids, pixel_values, use_cache=True, logits_to_keep=1)
-        self.start = ids.shape[1]
-        self.tokens = out.logits[0, -1:].argmax(-1).expand(rows)
+        self._start = ids.shape[1]
+        self._tokens = out.logits[0, -1:].argmax(-1).expand(rows)
         cache: Any = out.past_key_values
-        self.decoder.cache.reserve(rows, self.start)
+        self._runner.cache.reserve(rows, self._start)
         for row in range(rows):
             keys, values = ([getattr(x, n)[0] for x in cache.layers] for n in ("keys", "values"))
-            self.decoder.cache.write(row, keys, values)
+            self._runner.cache.write(row, keys, values)
 
     def decode(self, count: int) -> list[int]:
-        """The `count` likeliest tokens of the first sequence; the others go along."""
-        tokens, found = self.tokens, []
-        for position in range(self.start, self.start + count):
-            logits = self.decoder.decode(tokens, torch.full((len(tokens),), position))
+        """Decode `count` tokens in every row; returns those of the first row."""
+        tokens, generated = self._tokens, []
+        for position in range(self._start, self._start + count):
+            logits = self._runner.decode(tokens, torch.full((len(tokens),), position))
             tokens = logits.argmax(-1)
-            found.append(int(tokens[0]))
-        return found
+            generated.append(int(tokens[0]))
+        return generated
 
 
-class LlamaSteps:
-    """Decoding by transformers' LLaMA with its own cache, as its `generate` calls it."""
+class LlamaDecodeRunner:
+    """Decoding by transformers' LLaMA with its cache, as its `generate` does."""
 
     def __init__(self, llama: LlamaForCausalLM, ids: torch.Tensor, rows: int = 1) -> None:
-        self.llama = llama
-        self.cache = DynamicCache(config=llama.config)
+        self._llama = llama
+        self._cache = DynamicCache(config=llama.config)
+        ids = ids.expand(rows, -1)
         with torch.no_grad():
-            out = llama(
-                ids.expand(rows, -1), past_key_values=self.cache, use_cache=True, logits_to_keep=1
-            )
-        self.tokens = out.logits[:, -1:].argmax(-1)
+            out = llama(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._tokens = out.logits[:, -1:].argmax(-1)
 
     @torch.no_grad()
     def decode(self, count: int) -> list[int]:
-        """The `count` likeliest tokens of the first sequence; the others go along."""
-        tokens, found = self.tokens, []
+        """Decode `count` tokens in every row; returns those of the first row."""
+        tokens, generated = self._tokens, []
         for _ in range(count):
-            out = self.llama(tokens, past_key_values=self.cache, use_cache=True)
+            out = self._llama(tokens, past_key_values=self._cache, use_cache=True)
             tokens = out.logits[:, -1:].argmax(-1)
-            found.append(int(tokens[0]))
-        self.cache.crop(-count)  # as it was before
-        return found
-
-
-def as_prompt(runner: EngineCore, request: Request) -> PreparedPrompt:
-    """As the project's runner takes it."""
-    return runner.prepare(request.ids[0].tolist(), request.pixel_values)
+            generated.append(int(tokens[0]))
+        self._cache.crop(-count)
+        return generated

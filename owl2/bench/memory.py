@@ -1,85 +1,79 @@
-"""The most memory that training takes, measured in a process of its own.
+"""Peak memory of training steps, measured in a separate process.
 
-    python -m owl2.bench.memory WHO ORIGIN     prints bytes; ORIGIN is `Origin` as JSON
+    python -m owl2.bench.memory NAME SOURCE     prints bytes; SOURCE is a `BenchModel` as JSON
 
-On a CPU: the most resident memory, less what the process held before it made the model, so weights,
-gradients, the optimizer's state, activations and whatever else two steps need. On a GPU: the most
-bytes of tensors at one time.
+On a CPU, the peak resident memory less that before the model was created: weights, gradients,
+optimizer states, activations and everything else of two steps. On a GPU, the peak memory of
+tensors.
 """
 
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import torch
 
-from owl2.bench.presets import Origin
-from owl2.bench.training import Training
+from owl2.bench.presets import BenchModel
+from owl2.bench.training import TrainingSteps
 from owl2.train.recipe import Checkpointing
 
-COUNT = 2  # the optimizer's state is made in the first
-STEPS: dict[str, tuple[Checkpointing, Callable[[Training], object]]] = {
-    "textbook": (False, Training.textbook_step),
-    "owl2": ("selective", Training.padded_step),
-    "all_kept": (False, Training.padded_step),
-    "least_kept": (True, Training.padded_step),
+NUM_STEPS = 2  # the first one creates the optimizer states
+STEPS: dict[str, tuple[Checkpointing, Callable[[TrainingSteps], object]]] = {
+    "baseline": (False, TrainingSteps.baseline_step),
+    "owl2": ("selective", TrainingSteps.padded_step),
+    "no_checkpointing": (False, TrainingSteps.padded_step),
+    "full_checkpointing": (True, TrainingSteps.padded_step),
 }
 STATUS = Path("/proc/self/status")
 
 
-class NotMeasured(Exception):
-    """A figure that this machine has no room for."""
+class MeasurementError(Exception):
+    """A case that cannot be measured on this machine."""
 
 
-def step_memory(who: str, origin: Origin) -> float:
-    """Bytes at most of `who`'s training steps, one of `STEPS`.
+def step_memory(name: str, source: BenchModel) -> float:
+    """Peak bytes of the training steps `name`, a key of `STEPS`.
 
     Raises:
-        NotMeasured: the process ended without an answer, as one does when memory runs out.
+        MeasurementError: the process failed, for example because memory ran out.
     """
-    command = [sys.executable, "-m", "owl2.bench.memory", who, json.dumps(asdict(origin))]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing; was it out of memory?"])[-1]
-        raise NotMeasured(f"the process of {who} ended with {done.returncode}: {last}")
-    return float(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "owl2.bench.memory", name, json.dumps(asdict(source))]
+    process = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no output; possibly out of memory"])[-1]
+        raise MeasurementError(f"the process for {name} exited with {process.returncode}: {last}")
+    return float(process.stdout.splitlines()[-1])
 
 
-def measure(who: str, origin: Origin) -> float:
-    """The same in this process, which should have done nothing before."""
+def measure_steps(name: str, source: BenchModel) -> float:
+    """Peak bytes of the training steps `name` in this process, which must be a fresh one."""
     before = psutil.Process().memory_info().rss
-    checkpointing, step = STEPS[who]
-    training = Training(origin, checkpointing)
-    for _ in range(COUNT):
+    checkpointing, step = STEPS[name]
+    training = TrainingSteps(source, checkpointing)
+    for _ in range(NUM_STEPS):
         step(training)
     if training.model.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(training.model.device))
-    return float(peak_resident() - before)
+    return float(peak_resident_bytes() - before)
 
 
-def peak_resident() -> int:
-    """Bytes that this process held resident at most."""
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this process."""
     if STATUS.exists():
-        # Not getrusage: its maximum is inherited from the process that started this one.
+        # Linux: the maximum of getrusage is inherited from the parent process.
         found = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text())
         if found:
             return int(found[1]) * 1024
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def main(arguments: Sequence[str]) -> None:
-    who, origin = arguments
-    print(measure(who, Origin(**json.loads(origin))))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(measure_steps(sys.argv[1], BenchModel(**json.loads(sys.argv[2]))))

@@ -1,4 +1,4 @@
-"""Models to measure: sizes with names and random weights."""
+"""Models to measure: checkpoints, or presets with random weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,8 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.registry import look_up
 from owl2.runtime import select_device, select_dtype
 
-SIZES: dict[str, dict[str, Any]] = {
-    # A toy with which all of the bench runs in seconds; its figures mean nothing.
+PRESETS: dict[str, dict[str, Any]] = {
+    # A smoke test: the complete benchmark runs in seconds, and its results are meaningless.
     "tiny": {
         "vocab_size": 320,
         "hidden_size": 64,
@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
             },
         },
     },
-    # 284 M parameters: small enough for two cores, large enough that arithmetic takes the time.
+    # 284 M parameters: small enough for two cores, large enough to be limited by arithmetic.
     "bench": {
         "vocab_size": 32000,
         "hidden_size": 1024,
@@ -61,18 +61,18 @@ SIZES: dict[str, dict[str, Any]] = {
             },
         },
     },
-    "7b": {"vocab_size": 32000},  # the released model's: all defaults of the configuration
+    "7b": {"vocab_size": 32000},  # the released size: the defaults of the configuration
 }
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where the measured model comes from, so that another process can make the same.
+class BenchModel:
+    """The model to measure, in a form that another process can load again.
 
     Attributes:
-        model: a directory or hub id; None: random weights.
-        size: a name in `SIZES`, of random weights.
-        device, dtype: names, as `owl2.engine.load_model` takes them; None: what suits.
+        model: a directory or a hub id; None: random weights.
+        size: a name in `PRESETS`, for random weights.
+        device, dtype: names for `select_device` and `select_dtype`; None: their defaults.
     """
 
     model: str | None = None
@@ -82,44 +82,29 @@ class Origin:
 
     @property
     def title(self) -> str:
-        """For people."""
-        return self.model or f"the size {self.size}, random weights"
+        """The title of the report."""
+        return self.model or f"size {self.size}, random weights"
 
-    def place(self) -> tuple[torch.device, torch.dtype]:
-        """The device and dtype.
-
-        Raises:
-            InputError: for names of none.
-        """
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the dtype. Raises `InputError` for unknown names."""
         device = select_device(self.device)
         return device, select_dtype(device, self.dtype)
 
     def load(self) -> Owl2ForConditionalGeneration:
-        """The model, ready to answer.
+        """Load the checkpoint, or create the preset; torch's random state does not change.
 
         Raises:
-            InputError: no such checkpoint, size, device or dtype.
+            InputError: unknown checkpoint, size, device or dtype.
         """
-        device, dtype = self.place()
+        device, dtype = self.device_and_dtype()
         if self.model is not None:
             return load_model(self.model, device, dtype)
-        return random_model(self.size, device, dtype)
-
-
-def random_model(
-    size: str, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> Owl2ForConditionalGeneration:
-    """A model of one of `SIZES` with random weights; torch's generators are as they were.
-
-    Raises:
-        InputError: for a size without such a name.
-    """
-    config = Owl2Config(**look_up("size", size, SIZES))
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.device(device):
-        torch.manual_seed(seed)
-        # What the Auto classes' `from_config` calls; building in `dtype` spares float32 copies.
-        model: Owl2ForConditionalGeneration = Owl2ForConditionalGeneration._from_config(
-            config, dtype=dtype
-        )
-    return model.eval()
+        config = Owl2Config(**look_up("size", self.size, PRESETS))
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.device(device):
+            torch.manual_seed(0)
+            # The Auto classes' `from_config` calls this. It creates no float32 copy.
+            model: Owl2ForConditionalGeneration = Owl2ForConditionalGeneration._from_config(
+                config, dtype=dtype
+            )
+        return model.eval()

@@ -1,4 +1,4 @@
-"""What was measured, for people: a table on the terminal, the same in Markdown, and an image."""
+"""The report of a benchmark: a table for the terminal and for Markdown, and a plot."""
 
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -8,50 +8,58 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from owl2.errors import InputError
+from owl2.bench.measure import STANDARD
+from owl2.errors import ErrorCode, InputError
 
-COLUMNS = ("figure", "unit", "textbook", "owl2", "llama", "ratio", "limit", "spread")
-COLOURS = {"textbook": "0.75", "owl2": "tab:blue", "llama": "tab:orange"}
+COLUMNS = ("case", "unit", *STANDARD, "ratio", "limit", "spread")
+COLORS = {"baseline": "0.75", "owl2": "tab:blue", "llama": "tab:orange"}
 
 
 def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Rows of `COLUMNS`: for each figure one, and one for each further implementation."""
-    for name, figure in results["figures"].items():
-        share = figure["limit_share"]
+    """Rows of `COLUMNS`: one per case, and one per implementation without a column."""
+    for name, case in results["cases"].items():
+        fraction = case["roofline_fraction"]
+        spreads = [(high - low) / 2 / case[key] for key, (low, high) in case["spread"].items()]
         yield (
             name,
-            figure["unit"],
-            *(_short(figure[who]) for who in ("textbook", "owl2", "llama")),
-            f"{figure['ratio']:.2f}",
-            "–" if share is None else f"{share:.0%}",
-            f"±{max(_spread(figure, who) for who in figure['spread']):.0%}",
+            case["unit"],
+            *(_format(case[key]) for key in STANDARD),
+            f"{case['ratio']:.2f}",
+            "–" if fraction is None else f"{fraction:.0%}",
+            f"±{max(spreads):.0%}",
         )
-        for who in figure["spread"]:
-            if who not in COLOURS:
-                times = f"{figure[f'against_{who}']:.2f}"
-                yield (f"  {who}: {_short(figure[who])}", "", "", "", "", times, "", "")
+        for key in case["spread"]:
+            if key not in STANDARD:
+                ratio = f"{case[f'vs_{key}']:.2f}"
+                yield (f"  {key}: {_format(case[key])}", "", "", "", "", ratio, "", "")
+
+
+def _format(value: float | None) -> str:
+    """About three digits."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(results: Mapping[str, Any], title: str) -> Table:
-    """For the terminal."""
-    shown = Table(
+    """The table for the terminal; it fits into 80 columns."""
+    table = Table(
         title=title,
         title_justify="left",
         caption=limits(results["machine"]),
         caption_justify="left",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # it is to fit into 80 columns
+        padding=(0, 1, 0, 0),
     )
-    for number, column in enumerate(COLUMNS):
-        justify: Any = "right" if number >= 2 else "left"
-        shown.add_column(column, justify=justify, no_wrap=True)
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if index >= 2 else "left", no_wrap=True)
     for row in rows(results):
-        shown.add_row(*row)
-    return shown
+        table.add_row(*row)
+    return table
 
 
 def markdown(results: Mapping[str, Any], title: str) -> str:
-    """The same as a page's table."""
+    """The same table in Markdown."""
     ruler = ["---", "---", *["---:"] * 6]
     lines = [f"**{title}**; {limits(results['machine'])}", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ruler, *rows(results))]
@@ -59,7 +67,7 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
 
 
 def limits(machine: Mapping[str, Any]) -> str:
-    """The machine's limits in one line."""
+    """The limits of the machine in one line."""
     return (
         f"matrix product {machine['matmul_gflops']:,.0f} GFLOP/s, matrix-vector "
         f"{machine['matvec_gb_s']:,.1f} GB/s, memory read {machine['read_gb_s']:,.1f} GB/s"
@@ -67,54 +75,37 @@ def limits(machine: Mapping[str, Any]) -> str:
 
 
 def require_matplotlib() -> None:
-    """Refuse to begin what could not be drawn.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """Raise `InputError` if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
-            "--output draws an image, which needs matplotlib: pip install 'owl2-vlm[plot]'"
+            "--output draws a plot, which requires matplotlib: pip install 'owl2-vlm[plot]'",
+            ErrorCode.MISSING_DEPENDENCY,
         )
 
 
-def draw(path: Path, results: Mapping[str, Any], title: str) -> None:
-    """For each figure a small chart: a bar an implementation, a line from smallest to largest."""
+def plot(path: Path, results: Mapping[str, Any], title: str) -> None:
+    """Draw one chart per case: a bar per implementation, with a line from minimum to maximum."""
     from matplotlib.figure import Figure
 
-    figures = results["figures"]
-    columns = min(4, len(figures))
-    lines = -(-len(figures) // columns)
-    image = Figure(figsize=(3.4 * columns, 0.9 + 1.9 * lines), layout="constrained")
-    image.suptitle(f"{title}\n{limits(results['machine'])}", fontsize=9)
-    grid = image.subplots(lines, columns, squeeze=False).ravel()
-    for axes in grid[len(figures) :]:
+    cases = results["cases"]
+    columns = min(4, len(cases))
+    lines = -(-len(cases) // columns)
+    figure = Figure(figsize=(3.4 * columns, 0.9 + 1.9 * lines), layout="constrained")
+    figure.suptitle(f"{title}\n{limits(results['machine'])}", fontsize=9)
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in grid[len(cases) :]:
         axes.set_axis_off()
-    for axes, (name, figure) in zip(grid, figures.items(), strict=False):
-        names = list(figure["spread"])
-        values = [figure[who] for who in names]
-        spread = list(zip(*figure["spread"].values(), strict=True))
+    for axes, (name, case) in zip(grid, cases.items(), strict=False):
+        names = list(case["spread"])
+        values = [case[key] for key in names]
         errors = [
-            [max(0.0, value - low) for value, low in zip(values, spread[0], strict=True)],
-            [max(0.0, high - value) for value, high in zip(values, spread[1], strict=True)],
+            [max(0.0, case[key] - low) for key, (low, _) in case["spread"].items()],
+            [max(0.0, high - case[key]) for key, (_, high) in case["spread"].items()],
         ]
-        colours = [COLOURS.get(who, "tab:green") for who in names]
-        axes.barh(names, values, xerr=errors, color=colours, error_kw={"lw": 1, "capsize": 2})
+        colors = [COLORS.get(key, "tab:green") for key in names]
+        axes.barh(names, values, xerr=errors, color=colors, error_kw={"lw": 1, "capsize": 2})
         axes.invert_yaxis()
-        axes.set_title(f"{name}, {figure['unit']} (ratio {figure['ratio']:.2f})", fontsize=8)
+        axes.set_title(f"{name}, {case['unit']} (ratio {case['ratio']:.2f})", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    image.savefig(path, dpi=130)
-
-
-def _spread(figure: Mapping[str, Any], who: str) -> float:
-    """Half of the way from the smallest to the largest, as a share of the median."""
-    low, high = figure["spread"][who]
-    return (high - low) / 2 / figure[who]
-
-
-def _short(value: float | None) -> str:
-    """Three digits or so; a dash for what is not there."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    figure.savefig(path, dpi=130)

@@ -34,9 +34,9 @@ def bench(
 
     Ctrl-C stops the benchmark; results measured so far are printed and saved.
     """
-    from owl2.bench.run import Settings
+    from owl2.bench.run import BenchConfig
     from owl2.bench.run import bench as run_bench
 
-    results = run_bench(Settings(model, size, cases, output, repeats, device, dtype), Console())
+    results = run_bench(BenchConfig(model, size, cases, output, repeats, device, dtype), Console())
     if not results["finished"]:
         raise typer.Exit(130)

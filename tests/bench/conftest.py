@@ -1,9 +1,9 @@
-"""What the tests of the bench share: a model whose modalities differ, and inputs for it."""
+"""Fixtures of the benchmark tests: a model with different weights per modality, and inputs."""
 
 import pytest
 import torch
 
-from owl2.bench.baseline import Textbook
+from owl2.bench.baseline import Baseline
 from owl2.bench.workload import Workload
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import make_model
@@ -11,15 +11,15 @@ from tests.tiny import make_model
 
 @pytest.fixture(params=[True, False], ids=["mam", "no mam"])
 def model(request):
-    """Small enough to be exact, with grouped queries; two queries an image."""
+    """A tiny model with grouped-query attention and two learnable queries."""
     made = make_model(use_mam=request.param).eval()
     make_modalities_differ(made)
     return made
 
 
 @pytest.fixture
-def textbook(model):
-    return Textbook(model)
+def baseline(model):
+    return Baseline(model)
 
 
 @pytest.fixture

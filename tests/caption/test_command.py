@@ -19,7 +19,6 @@ from owl2.data.datasets.prompts import CAPTION_PROMPT
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import user_message
 from tests.caption.conftest import DONE, NAMES, files, report, rows, run
-from tests.cli import run_cli  # noqa: F401 - a fixture
 from tests.errors import raises_input_error
 
 
@@ -116,7 +115,7 @@ def test_vllm_gets_the_same_conversations(config, folder, monkeypatch):
         run(config, engine="sglang")
 
 
-def test_command_line(run_cli, config, folder):  # noqa: F811 - the fixture
+def test_command_line(run_cli, config, folder):
     def call(output, *arguments):
         base = ("caption", folder, "--model", config.model, "--device", "cpu")
         return run_cli(*base, "--max-new-tokens", 3, "--output-file", output, *arguments)

@@ -10,7 +10,6 @@ from PIL import Image
 from owl2.engine.engine import Engine
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
-from tests.cli import run_cli  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="session")
