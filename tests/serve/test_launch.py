@@ -1,4 +1,4 @@
-"""`owl2 serve` as a person starts it: what it prints works, and how it ends."""
+"""`owl2 serve` as a process: its output, its options and its shutdown."""
 
 import json
 import os
@@ -8,25 +8,32 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from dataclasses import fields
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from owl2 import cli
-from owl2.errors import InputError
-from owl2.serve.launch import read_limits
+from owl2.errors import ErrorCode
+from owl2.serve.config import MIB, ServerLimits
+from tests.errors import raises_input_error
 from tests.serve.running import wait_until
 
-ASKED = [{"role": "user", "content": "what is this?"}]
+MESSAGES = [{"role": "user", "content": "what is this?"}]
 
 
-class Started:
-    """A server in a process of its own; everything it prints, line by line."""
+class ServerProcess:
+    """`owl2 serve` in a process.
+
+    Args:
+        delay: Seconds that are added to each decoding step.
+
+    Attributes:
+        lines: The output.
+    """
 
     def __init__(self, *arguments, environment=None, delay=0.0):
-        # With a delay each token takes so long, that a test can do something meanwhile.
         code = (
             "import sys, time, owl2.cli\nfrom owl2.engine.running_batch import RunningBatch\n"
             "step = RunningBatch.step\n"
@@ -41,8 +48,10 @@ class Started:
             env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         )
         self.lines, self.clients = [], []
-        threading.Thread(target=self._read, daemon=True).start()
-        wait_until(lambda: "Ctrl-C ends it." in self.lines or self.process.poll() is not None, 60)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        started = "Press Ctrl-C to stop."
+        wait_until(lambda: started in self.lines or self.process.poll() is not None, 60)
         assert self.process.poll() is None, self.lines
         self.url = re.search(r"http://\S+(?=/v1\n)", "\n".join([*self.lines, ""]))[0]
 
@@ -52,57 +61,51 @@ class Started:
 
     def ask(self, key="any", **options):
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-        self.clients.append(client)  # or its connection is closed with it
-        return client.chat.completions.create(model="tiny", messages=ASKED, **options)
+        self.clients.append(client)  # keeps the connection open
+        return client.chat.completions.create(model="tiny", messages=MESSAGES, **options)
 
-    def signal(self, number):
-        self.process.send_signal(number)
+    def wait(self):
+        exit_code = self.process.wait(20)
+        self._reader.join(5)
+        return exit_code
 
-    def end(self):
-        code = self.process.wait(20)
-        time.sleep(0.05)  # for the last lines
-        return code
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        for client in self.clients:
+            client.close()
 
-    def has_closed(self):
-        return httpx.get(f"{self.url}/health").status_code == 503
+    def run_curl_example(self, **environment):
+        [line] = [line for line in self.lines if line.startswith("curl ")]
+        result = subprocess.run(
+            ["bash", "-c", line],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env=os.environ | environment,
+        )
+        return json.loads(result.stdout)
 
 
 @pytest.fixture
 def start(tiny_checkpoint):
     started = []
 
-    def start(*arguments, **more):
-        words = ["--model", tiny_checkpoint, "--port", "0", "--served-model-name", "tiny"]
-        server = Started(*words, "--device", "cpu", *arguments, **more)
-        started.append(server)
-        return server
+    def start(*arguments, **options):
+        model = ["--model", tiny_checkpoint, "--port", "0", "--served-model-name", "tiny"]
+        started.append(ServerProcess(*model, "--device", "cpu", *arguments, **options))
+        return started[-1]
 
     yield start
     for server in started:
-        server.process.kill()
-        server.process.wait()
-        for client in server.clients:
-            client.close()
+        server.close()
 
 
-def run_line(server, **environment):
-    """What the printed curl line gets."""
-    [line] = [line for line in server.lines if line.startswith("curl ")]
-    done = subprocess.run(
-        ["bash", "-c", line],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        env=os.environ | environment,
-    )
-    return json.loads(done.stdout)
-
-
-def test_what_it_prints_works_and_it_finishes_what_runs(start, tmp_path):
+def test_printed_example_works_and_shutdown_finishes_requests(start, tmp_path):
     file = tmp_path / "the keys"
-    file.write_text("# ours\n\nfirst-secret-key\nsecond-secret-key\n")
+    file.write_text("# comment\n\nfirst-secret-key\nsecond-secret-key\n")
     server = start("--api-key-file", file, delay=0.05)
-    reply = run_line(server)
+    reply = server.run_curl_example()
     assert reply["choices"][0]["message"]["content"]
     assert reply["model"] == "tiny"
     assert httpx.get(f"{server.url}/docs").status_code == 200
@@ -111,17 +114,17 @@ def test_what_it_prints_works_and_it_finishes_what_runs(start, tmp_path):
 
     stream = server.ask("second-secret-key", max_tokens=60, stream=True, temperature=0)
     first = next(stream)
-    server.signal(signal.SIGTERM)
-    wait_until(server.has_closed)
-    with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
+    server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+    with pytest.raises(openai.InternalServerError) as rejected:
         server.ask("second-secret-key")
-    assert refused.value.status_code == 503
-    assert refused.value.response.headers["Retry-After"]
+    assert (rejected.value.status_code, rejected.value.code) == (503, "shutting_down")
+    assert rejected.value.response.headers["Retry-After"]
     chunks = [first, *stream]
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
     assert len(chunks) > 10
 
-    assert server.end() == 0
+    assert server.wait() == 0
     log = "\n".join(server.lines)
     assert "POST /v1/chat/completions 200" in log
     assert "Traceback" not in log
@@ -129,73 +132,99 @@ def test_what_it_prints_works_and_it_finishes_what_runs(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_line_with_keys_in_the_environment(start):
+def test_printed_example_works_with_keys_from_environment(start):
     keys = {"TINY_KEYS": "first-key-1,second-key-2"}
     server = start("--api-key-env", "TINY_KEYS", environment=keys)
-    assert run_line(server, **keys)["choices"]
+    assert server.run_curl_example(**keys)["choices"]
     with pytest.raises(openai.AuthenticationError):
         server.ask()
     assert "first-key" not in "\n".join(server.lines)
 
 
 @pytest.mark.slow
-def test_what_is_not_finished_in_time_is_told_and_cut_off(start):
+def test_shutdown_timeout_aborts_requests(start):
     server = start("--shutdown-timeout", "0.3", delay=0.2)
     stream = server.ask(max_tokens=100, stream=True, temperature=0)
     next(stream)
-    server.signal(signal.SIGINT)
-    with pytest.raises(openai.APIError, match="shutting down"):
+    server.process.send_signal(signal.SIGINT)
+    with pytest.raises(openai.APIError) as aborted:
         list(stream)
-    assert server.end() == 1
-    assert "1 request(s) were cut off" in "\n".join(server.lines)
+    assert aborted.value.code == "shutting_down"
+    assert server.wait() == 1
+    assert "1 request(s)" in "\n".join(server.lines)
 
 
-@pytest.fixture
-def refused(monkeypatch, capfd):
-    """What `owl2 serve` says when it ends with exit code 2 at once."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["owl2", "serve", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert end.value.code == 2
-        [*_, line] = capfd.readouterr().err.splitlines()
-        return line
-
-    return run
-
-
-def test_a_port_in_use_is_said_before_anything_is_loaded(refused):
+def test_port_in_use_is_reported_before_the_model_is_loaded(run_cli):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        line = refused("--model", "no/such/model", "--port", port)
-    assert f"Port {port} of 127.0.0.1 cannot be used" in line
+        result = run_cli("serve", "--model", "no/such/model", "--port", port)
+    assert result.exit_code == 2
+    assert str(port) in result.stderr
+    assert "no/such/model" not in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "value"),
     [
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--api-key-env", "NO_SUCH_VARIABLE"], "NO_SUCH_VARIABLE"),
-        (["--api-key-env", "A", "--api-key-file", "b"], "not by both"),
-        (["images=many"], "images=many"),
-        (["colours=3"], "is no limit"),
-        (["--port", "0"], "no/such/model"),
+        (["--api-key-env", "A", "--api-key-file", "b"], "--api-key-file"),
+        (["--max-images", "many"], "--max-images"),
+        (["--max-n", "1000"], "max_n"),
+        (["--no-such-option"], "--no-such-option"),
+        ([], "no/such/model"),
     ],
 )
-def test_wrong_options(refused, arguments, words):
-    assert words in refused("--model", "no/such/model", "--port", "0", *arguments)
+def test_invalid_options_exit_with_2(run_cli, arguments, value):
+    result = run_cli("serve", "--model", "no/such/model", "--port", "0", *arguments)
+    assert result.exit_code == 2
+    assert value in result.stderr
 
 
-def test_limits():
-    limits = read_limits(["images=3", "seconds=2.5", "remote=true"])
-    assert (limits.max_images, limits.request_timeout, limits.allow_remote_images) == (3, 2.5, True)
-    with pytest.raises(InputError, match="seconds=-1"):
-        read_limits(["seconds=-1"])
+@pytest.mark.parametrize("command", ["serve", "web"])
+def test_limits_are_options(run_cli, monkeypatch, command):
+    configs = []
+    monkeypatch.setattr("owl2.serve.launch.serve_model", lambda config: configs.append(config) or 0)
+    options = ["--max-images", "3", "--request-timeout", "2.5", "--allow-remote-images"]
+    assert run_cli(command, "--model", "any", *options).exit_code == 0
+    expected = ServerLimits(max_images=3, request_timeout=2.5, allow_remote_images=True)
+    assert configs[0].limits == expected
 
 
-def test_without_the_extra(refused, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("owl2.serve")]:
-        monkeypatch.delitem(sys.modules, name)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_images", -1),
+        ("max_num_seqs", 0),
+        ("max_n", 129),
+        ("request_timeout", 0.0),
+        ("body_timeout", float("inf")),
+        ("image_fetch_timeout", float("nan")),
+        ("image_decode_memory", MIB),
+    ],
+)
+def test_limits_out_of_range(name, value):
+    with raises_input_error(ErrorCode.INVALID_VALUE, name, value):
+        ServerLimits(**{name: value})
+
+
+def test_every_limit_is_documented():
+    path = Path(__file__).parents[2] / "docs/serving.md"
+    text = path.read_text(encoding="utf-8")
+    for limit in fields(ServerLimits):
+        option = f"--{limit.name.replace('_', '-')}"
+        default = "off" if limit.default is False else f"{limit.default:g}"
+        if isinstance(limit.default, int) and limit.default >= MIB:
+            default = str(limit.default)
+        [row] = [line for line in text.splitlines() if line.startswith(f"| `{option}`")]
+        assert row.split("|")[2].split()[0] == default, option
+
+
+def test_missing_extra_is_reported(run_cli, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("owl2.serve.")]:
+        if name != "owl2.serve.config":
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "pip install 'owl2-vlm[serve]'" in refused("--model", "any")
+    result = run_cli("serve", "--model", "any")
+    assert result.exit_code == 2
+    assert "owl2-vlm[serve]" in result.stderr

@@ -1,30 +1,35 @@
-"""What a request may hold, and what it may ask for."""
+"""Fields of requests: accepted and rejected values, engine options, and limits."""
 
 import json
 
 import pytest
 from pydantic import ValidationError
 
-from owl2.serve.config import ServerLimits, check
+from owl2.engine.sampling import MAX_SEED
+from owl2.serve.chat_completions import check_limits
+from owl2.serve.config import MAX_N, ServerLimits
 from owl2.serve.errors import ApiError
-from owl2.serve.protocol import ENGINE_SEEDS, LARGEST_SEED, ChatRequest
+from owl2.serve.protocol import MAX_OPENAI_SEED, ChatCompletionRequest
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
 def request(**fields):
     fields = {"model": "m", "messages": [{"role": "user", "content": "x"}]} | fields
-    return ChatRequest.model_validate(json.loads(json.dumps(fields)))
+    return ChatCompletionRequest.model_validate(json.loads(json.dumps(fields)))
 
 
-def content(*parts):
+def message(*parts):
     return [{"role": "user", "content": list(parts)}]
 
 
-def test_what_is_not_said_is_left_to_the_engine():
-    plain = request()
-    assert plain.answers == 1
-    assert plain.options() == {
+def check(fields, **limits):
+    check_limits(request(**fields), ServerLimits(**limits), context=1000)
+
+
+def test_omitted_fields_have_the_defaults_of_the_checkpoint():
+    assert request().sampling_options() == {
+        "n": 1,
         "max_new_tokens": None,
         "temperature": None,
         "top_p": None,
@@ -47,35 +52,36 @@ def test_what_is_not_said_is_left_to_the_engine():
         ({"stop": "a"}, {"stop": ["a"]}),
         ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
         ({"stop": []}, {"stop": []}),
+        ({"n": 3}, {"n": 3}),
         ({"seed": 7}, {"seed": 7}),
         ({"logprobs": True}, {"top_logprobs": 0}),
         ({"logprobs": True, "top_logprobs": 5}, {"top_logprobs": 5}),
         ({"logprobs": False}, {"top_logprobs": None}),
     ],
 )
-def test_fields_as_the_engine_takes_them(fields, options):
-    given = request(**fields).options()
-    assert {name: given[name] for name in options} == options
+def test_fields_become_engine_options(fields, options):
+    actual = request(**fields).sampling_options()
+    assert {name: actual[name] for name in options} == options
 
 
-@pytest.mark.parametrize("seed", [0, -1, ENGINE_SEEDS, LARGEST_SEED, -LARGEST_SEED - 1])
-def test_every_seed_is_one_of_the_engines_with_room_for_all_answers(seed):
-    taken = request(seed=seed, n=128).options()["seed"]
-    assert 0 <= taken <= ENGINE_SEEDS - 1 - 127
+@pytest.mark.parametrize("seed", [0, -1, MAX_SEED + 1, MAX_OPENAI_SEED, -MAX_OPENAI_SEED - 1])
+def test_seeds_of_all_answers_are_in_the_engines_range(seed):
+    first = request(seed=seed, n=MAX_N).sampling_options()["seed"]
+    assert 0 <= first <= MAX_SEED - (MAX_N - 1)
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"unheard_of": {"a": [1]}, "store": True, "metadata": {}, "service_tier": "auto"},
+        {"unknown": {"a": [1]}, "store": True, "metadata": {}, "service_tier": "auto"},
         {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tools": []},
         {"tools": None, "response_format": {"type": "text"}, "modalities": ["text"]},
-        {"messages": content({"type": "text", "text": "a", "unheard_of": 1}, IMAGE)},
+        {"messages": message({"type": "text", "text": "a", "unknown": 1}, IMAGE)},
         {"messages": [{"role": "user", "content": "a", "name": "someone"}]},
         {"stream": True, "stream_options": {"include_usage": True}, "user": "me"},
     ],
 )
-def test_what_changes_nothing_is_taken(fields):
+def test_fields_without_effect_are_accepted(fields):
     request(**fields)
 
 
@@ -89,10 +95,10 @@ def test_what_changes_nothing_is_taken(fields):
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": None}]},
         {"messages": [{"role": "tool", "content": "x"}]},
-        {"messages": content()},
-        {"messages": content({"type": "video_url"})},
-        {"messages": content({"type": "image_url", "image_url": "data:,"})},
-        {"messages": content({"type": "image", "path": "/etc/passwd"})},
+        {"messages": message()},
+        {"messages": message({"type": "video_url"})},
+        {"messages": message({"type": "image_url", "image_url": "data:,"})},
+        {"messages": message({"type": "image", "path": "/etc/passwd"})},
         {"messages": [{"role": "user", "content": "x"}] * 4097},
         {"max_tokens": 0},
         {"max_tokens": 1.5},
@@ -124,42 +130,43 @@ def test_what_changes_nothing_is_taken(fields):
         {"response_format": {"type": "json_object"}},
     ],
 )
-def test_what_cannot_be_done_is_refused(fields):
+def test_invalid_and_unsupported_values_are_rejected(fields):
     with pytest.raises(ValidationError):
         request(**fields)
 
 
 @pytest.mark.parametrize(
-    ("fields", "limits", "code", "param"),
+    ("fields", "limit", "value", "code", "param"),
     [
-        ({"messages": content(IMAGE, IMAGE)}, {"images": 1}, "too_many_images", "messages"),
+        ({"messages": message(IMAGE, IMAGE)}, "max_images", 1, "too_many_images", "messages"),
         (
             {"messages": [{"role": "user", "content": "x"}] * 3},
-            {"messages": 2},
+            "max_messages",
+            2,
             "too_many_messages",
             "messages",
         ),
-        ({"n": 3}, {"answers": 2}, "too_many_answers", "n"),
-        ({"max_tokens": 9}, {"answer_tokens": 8}, "too_many_tokens", "max_tokens"),
+        ({"n": 3}, "max_n", 2, "too_many_answers", "n"),
+        ({"max_tokens": 9}, "max_completion_tokens", 8, "too_many_tokens", "max_tokens"),
         (
             {"max_completion_tokens": 9},
-            {"answer_tokens": 8},
+            "max_completion_tokens",
+            8,
             "too_many_tokens",
             "max_completion_tokens",
         ),
     ],
 )
-def test_every_limit_has_its_code_and_is_not_too_strict(fields, limits, code, param):
+def test_limits_reject_only_larger_requests(fields, limit, value, code, param):
     with pytest.raises(ApiError) as caught:
-        check(request(**fields), ServerLimits(**limits))
+        check(fields, **{limit: value})
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)
-    [name] = limits
-    check(request(**fields), ServerLimits(**{name: limits[name] + 1}))
+    check(fields, **{limit: value + 1})
 
 
-def test_images_of_all_turns_count_together():
-    turn = content(IMAGE)[0]
-    many = request(messages=[turn, {"role": "assistant", "content": "a"}, turn])
+def test_images_of_all_messages_are_counted():
+    [turn] = message(IMAGE)
+    fields = {"messages": [turn, {"role": "assistant", "content": "a"}, turn]}
     with pytest.raises(ApiError):
-        check(many, ServerLimits(max_images=1))
-    check(many, ServerLimits(max_images=2))
+        check(fields, max_images=1)
+    check(fields, max_images=2)

@@ -11,7 +11,7 @@ from owl2.engine.engine import Engine
 from owl2.serve.config import ServerLimits
 from tests.serve import crowd
 from tests.serve.running import wait_until
-from tests.serve.test_launch import Started
+from tests.serve.test_launch import ServerProcess
 
 CLIENTS = 64
 
@@ -51,7 +51,7 @@ def test_64_clients_at_once(server_url, tiny_engine, questions):
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no /proc and no file descriptors")
 def test_crowd_after_crowd_it_stays_as_large_as_it_was(tiny_checkpoint, questions):
     words = ("--model", tiny_checkpoint, "--port", "0", "--served-model-name", "tiny")
-    server = Started(*words, "--device", "cpu", "--dtype", "float32")
+    server = ServerProcess(*words, "--device", "cpu", "--dtype", "float32")
     try:
         process = psutil.Process(server.process.pid)
         sizes = []
