@@ -1,17 +1,17 @@
-# A server (or any other command of owl2) in a container; docs/serving.md says how to run it.
+# A container for `owl2 serve` and all other commands; docs/serving.md describes how to run it.
 #
 #   docker build --tag owl2 .                                   # for CPUs
 #   docker build --tag owl2:cuda --build-arg DEVICE=cuda .      # for NVIDIA's GPUs
 #
-# The steps are those of the README's "Install".
+# The installation steps equal those of the README.
 FROM python:3.11-slim-bookworm
 
-# cpu or cuda. CUDA's own libraries come with the wheels of torch; the driver is the host's.
+# cpu or cuda. The wheels of torch contain the CUDA libraries; the host provides the driver.
 ARG DEVICE=cpu
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# g++ stays: the kernels for CPUs are compiled on first use, for the CPU that they then run on.
+# The CPU kernels are compiled with g++ on first use, for the CPU that they run on.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
@@ -21,12 +21,12 @@ WORKDIR /opt/owl2
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY owl2 owl2
 
-# On PyPI, torch is the build for CUDA; its own index has the one for CPUs, a tenth of the size.
+# PyPI has the CUDA build of torch; PyTorch's index has a CPU build of a tenth of the size.
 RUN if [ "$DEVICE" = cpu ]; then index=(--extra-index-url https://download.pytorch.org/whl/cpu); else index=(); fi \
     && pip install --no-cache-dir --constraint constraints.txt "${index[@]}" torch \
     && pip install --no-cache-dir --constraint constraints.txt '.[serve,quant]'
 
-# The home has what is kept between starts: downloads from the hub and the compiled kernels.
+# The home directory stores downloads from the hub and compiled kernels between starts.
 RUN useradd --create-home --uid 1000 owl2
 USER 1000
 WORKDIR /home/owl2
@@ -38,7 +38,7 @@ EXPOSE 8000
 HEALTHCHECK --start-period=10m --interval=30s --timeout=5s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 
-# `docker stop` sends SIGTERM: what runs is answered, what is new is refused.
+# `docker stop` sends SIGTERM: the server finishes its requests and rejects new ones.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["owl2"]
 CMD ["serve", "--model", "/model", "--host", "0.0.0.0", "--port", "8000"]

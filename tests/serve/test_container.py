@@ -1,6 +1,6 @@
-"""The Dockerfile: linted, its files there, its steps the README's, its command one of ours.
+"""The Dockerfile: linter, copied files, installation steps and command.
 
-No container is built: that needs a daemon and a registry.
+The tests do not build the image, which needs a daemon and a registry.
 """
 
 import json
@@ -16,11 +16,11 @@ from tests.documents import blocks, require_command
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-# One instruction a line.
+# One instruction per line.
 STEPS = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.MULTILINE)).splitlines()
 
 
-def of(instruction):
+def arguments_of(instruction):
     return [step.split(maxsplit=1)[1] for step in STEPS if step.startswith(f"{instruction} ")]
 
 
@@ -31,67 +31,69 @@ def lint(text):
     )
 
 
-def test_the_linter_finds_nothing():
+def test_linter_reports_nothing():
     found = lint(DOCKERFILE)
     assert (found.returncode, found.stdout) == (0, "")
 
 
-def test_the_linter_would_find_something():
+def test_linter_reports_a_bad_dockerfile():
     assert "DL3059" in lint(DOCKERFILE + "\nRUN pip list\nRUN pip check\n").stdout
 
 
-def test_what_is_copied_is_there_and_goes_to_the_builder():
+def test_copied_files_exist_and_are_not_ignored():
     allowed = [
         line.removeprefix("!")
         for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
         if line.startswith("!")
     ]
-    copied = [name for step in of("COPY") for name in step.split()[:-1]]
+    copied = [name for step in arguments_of("COPY") for name in step.split()[:-1]]
     assert {"constraints.txt", "pyproject.toml", "owl2"} <= set(copied)
     for name in copied:
         assert (ROOT / name).exists(), name
         assert any(fnmatch(name, pattern) for pattern in allowed), name
 
 
-def test_what_is_installed_is_what_the_readme_says():
-    """The same lines, but for what only a container's size is the reason for."""
-    told = "\n".join(blocks((ROOT / "README.md").read_text(encoding="utf-8"), ""))
-    told = [" ".join(line.split(" #")[0].split()) for line in told.splitlines()]
-    steps = " && ".join(of("RUN")).replace(" --no-cache-dir", "")
+def test_installation_steps_equal_the_readmes():
+    """Except for options that only reduce the size of the image."""
+    text = "\n".join(blocks((ROOT / "README.md").read_text(encoding="utf-8"), ""))
+    lines = [" ".join(line.split(" #")[0].split()) for line in text.splitlines()]
+    steps = " && ".join(arguments_of("RUN")).replace(" --no-cache-dir", "")
     index = re.search(r"index=\((--extra-index-url \S+)\)", steps).group(1)
     installs = re.findall(r"pip install [^&]*", steps.replace('"${index[@]}"', index))
     assert len(installs) == 2
     for install in installs:
         assert " ".join(install.replace("'", "").split()) in [
-            line.replace("'", "") for line in told
+            line.replace("'", "") for line in lines
         ]
 
 
 @pytest.mark.parametrize("flag", ["cpu", "cuda"])
-def test_the_device_chooses_the_build_of_torch(flag):
-    """The shell's own words, with pip replaced by echo."""
-    step = next(step for step in of("RUN") if "pip install" in step).replace("pip install", "echo")
-    told = subprocess.run(
+def test_device_argument_selects_the_build_of_torch(flag):
+    """The step runs in a shell in which echo replaces pip."""
+    step = next(step for step in arguments_of("RUN") if "pip install" in step).replace(
+        "pip install", "echo"
+    )
+    lines = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", step],
         env={"DEVICE": flag, "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert ("whl/cpu" in told) == (flag == "cpu")
-    assert of("ARG") == ["DEVICE=cpu"]
+    assert ("whl/cpu" in lines) == (flag == "cpu")
+    assert arguments_of("ARG") == ["DEVICE=cpu"]
 
 
-def test_its_command_and_its_port_are_ours():
-    entry, command = (json.loads(of(name)[-1]) for name in ("ENTRYPOINT", "CMD"))
+def test_command_and_port_are_valid():
+    entry, command = (json.loads(arguments_of(name)[-1]) for name in ("ENTRYPOINT", "CMD"))
     require_command(" ".join([*entry, *command]))
     port = command[command.index("--port") + 1]
-    assert of("EXPOSE") == [port]
+    assert arguments_of("EXPOSE") == [port]
     assert f"127.0.0.1:{port}/health" in DOCKERFILE
 
 
-def test_nobody_is_root():
-    assert of("USER") == ["1000"]
+def test_container_does_not_run_as_root():
+    assert arguments_of("USER") == ["1000"]
     assert STEPS.index("USER 1000") > max(
         i for i, step in enumerate(STEPS) if "pip install" in step
     )

@@ -1,4 +1,4 @@
-"""recipes/serving/load.py: what it reports of a server."""
+"""recipes/serving/load.py: its report of throughput and latency."""
 
 import importlib.util
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.serve.app import build_app
 from tests.serve.running import FakeEngine, run_app
 
@@ -20,11 +20,11 @@ def load():
     return module
 
 
-def test_a_report_of_two_servers(load, server_url, tmp_path, capsys):
+def test_report_of_two_servers(load, server_url, tmp_path, capsys):
     output = tmp_path / "load.json"
     options = "--clients 1 3 --rounds 2 --requests 2 --max-tokens 5 --words 4 --edge 16 --output"
-    words = [f"one={server_url}", f"other={server_url}/v1", *options.split(), str(output)]
-    assert load.main(words) == 0
+    arguments = [f"one={server_url}", f"other={server_url}/v1", *options.split(), str(output)]
+    assert load.main(arguments) == 0
     report = json.loads(output.read_text())
     lines = report["results"]
     assert [(line["clients"], line["server"]) for line in lines] == [
@@ -39,34 +39,34 @@ def test_a_report_of_two_servers(load, server_url, tmp_path, capsys):
         assert line["tokens_per_second"] > 0
     assert [one["server"] for one in report["rounds"]][:4] == ["one", "other"] * 2
     prompts = {reply["prompt_tokens"] for one in report["rounds"] for reply in one["replies"]}
-    assert len(prompts) > 3, "no two requests should be alike"
+    assert len(prompts) > 3, "all requests differ"
     assert "12" in capsys.readouterr().out
 
 
-def test_failures_are_counted_and_said(load, tiny_engine, capsys):
-    engine = FakeEngine(tiny_engine, error=InputError("no memory"))
+def test_failed_requests_are_counted_and_reported(load, tiny_engine, capsys):
+    engine = FakeEngine(tiny_engine, error=InputError("no memory", ErrorCode.OUT_OF_MEMORY))
     with run_app(build_app(engine, "tiny")) as url:
         with pytest.raises(ValueError, match="400"):
             load.main([url, "--clients", "1", "--rounds", "1"])
         options = [url, "--clients", "2", "--rounds", "1", "--images", "0"]
-        asked = load.ask
-        tried = []
+        ask = load.ask
+        calls = []
 
-        async def first_works(*arguments):
-            tried.append(1)
-            return await asked(*arguments) if len(tried) > 1 else None
+        async def ask_after_warm_up(*arguments):
+            calls.append(1)
+            return await ask(*arguments) if len(calls) > 1 else None
 
-        load.ask = first_works
+        load.ask = ask_after_warm_up
         try:
             assert load.main(options) == 1
         finally:
-            load.ask = asked
-    shown = capsys.readouterr()
-    assert "4 failed" in shown.out + shown.err
-    assert "400" in shown.err
+            load.ask = ask
+    output = capsys.readouterr()
+    assert "4 failed" in output.out + output.err
+    assert "400" in output.err
 
 
-def test_percentiles(load):
+def test_percentile(load):
     values = [float(value) for value in range(1, 21)]
     assert load.percentile(values, 50) == 10
     assert load.percentile(values, 95) == 19

@@ -1,4 +1,4 @@
-"""A person's path: the README's `owl2 serve`, and its curl and Python in another terminal."""
+"""The README's server: its `owl2 serve` command, curl command and Python client work together."""
 
 import json
 import os
@@ -17,26 +17,26 @@ from tests.documents import blocks, commands
 from tests.serve.running import wait_until
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-TOLD = "http://127.0.0.1:8000"  # what the README says; here the port is any free one
+README_URL = "http://127.0.0.1:8000"  # replaced by the URL with a free port
 
 
 @pytest.fixture(scope="module")
 def url(tiny_checkpoint):
-    """Where the README's own command says that it serves, with a tiny model."""
+    """The URL that the README's command prints, with a tiny model."""
     [line] = [line for line in commands(README) if line.startswith("owl2 serve")]
-    words = shlex.split(line.replace("runs/demo/model", str(tiny_checkpoint)))
+    arguments = shlex.split(line.replace("runs/demo/model", str(tiny_checkpoint)))
     process = subprocess.Popen(
-        [sys.executable, "-m", *words, "--port", "0", "--device", "cpu"],
+        [sys.executable, "-m", *arguments, "--port", "0", "--device", "cpu"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     lines = []
-    reading = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
-    reading.start()
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reader.start()
     try:
-        wait_until(lambda: "Ctrl-C ends it.\n" in lines or process.poll() is not None, 120)
+        wait_until(lambda: "Press Ctrl-C to stop.\n" in lines or process.poll() is not None, 120)
         assert process.poll() is None, "".join(lines)
         yield re.search(r"(http://\S+)/v1\n", "".join(lines))[1]
     finally:
@@ -44,43 +44,43 @@ def url(tiny_checkpoint):
         assert process.wait(60) == 0
 
 
-def test_the_curl_line(url):
+def test_curl_command(url):
     [line] = [block for block in blocks(README, "bash") if block.startswith("curl")]
     done = subprocess.run(
-        ["bash", "-c", line.replace(TOLD, url)], capture_output=True, text=True, check=True
+        ["bash", "-c", line.replace(README_URL, url)], capture_output=True, text=True, check=True
     )
     [choice] = json.loads(done.stdout)["choices"]
     assert choice["message"]["role"] == "assistant"
     assert choice["finish_reason"] in ("stop", "length")
 
 
-def test_the_python(url, tmp_path, monkeypatch, capsys):
-    """What it prints is what the same request gives whole."""
+def test_python_client(url, tmp_path, monkeypatch, capsys):
+    """The streamed output equals the answer without streaming."""
     from openai import OpenAI
 
     monkeypatch.chdir(tmp_path)
     Path("runs/demo/images").mkdir(parents=True)
     Image.new("RGB", (40, 30), "red").save("runs/demo/images/1.png")
     [code] = [block for block in blocks(README, "python") if "import OpenAI" in block]
-    code = code.replace(TOLD, url).replace("stream=True", "stream=True, max_tokens=8")
+    code = code.replace(README_URL, url).replace("stream=True", "stream=True, max_tokens=8")
     names = {}
     exec(compile(code, "README.md", "exec"), names)
-    whole = OpenAI(base_url=f"{url}/v1", api_key="none").chat.completions.create(
+    complete = OpenAI(base_url=f"{url}/v1", api_key="none").chat.completions.create(
         model="owl2",
         max_tokens=8,
         messages=json.loads(_messages(code, names["image"])),
     )
-    assert capsys.readouterr().out == whole.choices[0].message.content != ""
+    assert capsys.readouterr().out == complete.choices[0].message.content != ""
 
 
 def _messages(code, image):
-    """The README's own messages, as JSON."""
+    """The messages of the README's client, as JSON."""
     inner = re.search(r"messages=(\[.*?\n    \]),", code, re.DOTALL)[1]
     return json.dumps(eval(inner, {"image": image}))
 
 
-def test_the_web_page_is_there(url):
-    assert f"{TOLD}/web" in README
+def test_web_page_is_served(url):
+    assert f"{README_URL}/web" in README
     page = httpx.get(f"{url}/web", follow_redirects=True)
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")

@@ -1,28 +1,29 @@
-"""System prompts where the model's format has no place for them."""
+"""System prompts for chat templates with and without a system role."""
 
 import pytest
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.serve.system_prompt import merge_system_prompt, supports_system_prompt
+from tests.errors import raises_input_error
 
 WITH_SYSTEM = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
 IMAGE = {"type": "image", "image": "x"}
 
 
-def text(words):
-    return {"type": "text", "text": words}
+def text(value):
+    return {"type": "text", "text": value}
 
 
-def turn(role, *parts):
+def message(role, *parts):
     return {"role": role, "content": list(parts)}
 
 
-def test_it_stands_before_the_words_and_after_the_images():
+def test_system_prompt_precedes_text_and_follows_leading_images():
     messages = [
-        turn("system", text("Be short.")),
-        turn("system", text("Be kind.")),
-        turn("user", IMAGE, text("What"), IMAGE, text("?")),
-        turn("assistant", text("A dog.")),
+        message("system", text("Be short.")),
+        message("system", text("Be kind.")),
+        message("user", IMAGE, text("What"), IMAGE, text("?")),
+        message("assistant", text("A dog.")),
     ]
     given = [dict(message) for message in messages]
     first, *others = merge_system_prompt(messages)
@@ -42,23 +43,23 @@ def test_it_stands_before_the_words_and_after_the_images():
     "messages",
     [
         [],
-        [turn("user", text("a"))],
-        [turn("system", text("a"))],
-        [turn("system", IMAGE), turn("user", text("a"))],
+        [message("user", text("a"))],
+        [message("system", text("a"))],
+        [message("system", IMAGE), message("user", text("a"))],
     ],
 )
-def test_what_stays_as_it_is(messages):
+def test_other_messages_are_not_changed(messages):
     assert merge_system_prompt(messages) == messages
 
 
-def test_a_template_that_takes_one(tiny_engine, monkeypatch):
+def test_templates_with_and_without_system_role(tiny_engine, monkeypatch):
     assert not supports_system_prompt(tiny_engine.processor)
     monkeypatch.setattr(tiny_engine.processor, "chat_template", WITH_SYSTEM)
     assert supports_system_prompt(tiny_engine.processor)
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
-def test_through_the_api(client, tiny_engine, role):
+def test_api_merges_system_prompt(client, tiny_engine, role):
     messages = [{"role": role, "content": "yes"}, {"role": "user", "content": "what is this?"}]
     reply = client.chat.completions.create(
         model="tiny", messages=messages, max_tokens=8, temperature=0
@@ -66,5 +67,5 @@ def test_through_the_api(client, tiny_engine, role):
     same = [{"role": "user", "content": "yes\nwhat is this?"}]
     expected = tiny_engine.chat(same, max_new_tokens=8, temperature=0.0)
     assert reply.choices[0].message.content == expected
-    with pytest.raises(InputError):
+    with raises_input_error(ErrorCode.INVALID_ROLE):
         tiny_engine.chat([{"role": "system", "content": "yes"}, *messages[1:]])
