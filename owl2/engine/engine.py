@@ -30,7 +30,7 @@ from owl2.engine.prefill import PrefillOutput, prefill_uncached
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.sampling import Logprobs, SamplingParams, end_ids
 from owl2.engine.scheduler import Request
-from owl2.engine.scoring import score_answers, tokenize_choices
+from owl2.engine.scoring import group_choices, score_answers
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message
@@ -41,7 +41,7 @@ from owl2.processing.processor import Owl2Processor
 MAX_NUM_SEQS = 128  # running requests if memory allows; more do not increase the throughput
 
 Messages = Sequence[Message]
-Prompt = Messages | PreparedPrompt  # what methods of the engine take
+Prompt = Messages | PreparedPrompt  # the input of chat, batch, stream and complete
 
 
 class Engine:
@@ -168,7 +168,14 @@ class Engine:
         Conversation i (from 0) has the seed `seed` + i.
         """
         params = self._chat_params(options)
-        prompts = self._encode_all(list_of_messages)
+        prompts = []
+        for index, messages in enumerate(list_of_messages):
+            try:
+                prompts.append(self.encode(messages))
+            except InputError as error:
+                if len(list_of_messages) == 1:
+                    raise
+                raise InputError(f"Conversation {index}: {error}", error.code) from error
         return [output.text for output in self._complete(prompts, params).outputs()]
 
     def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
@@ -280,27 +287,15 @@ class Engine:
             raise InputError(
                 "choices must be a non-empty list of strings.", ErrorCode.INVALID_VALUE
             )
-        prepared = self.encode(messages)
-        groups = tokenize_choices(
-            self.processor,
-            messages,
-            choices,
-            self.context_length,
-            () if include_end else self.end_ids,
-        )
+        prompt = self.encode(messages)
+        removed = () if include_end else self.end_ids
         scores = [0.0] * len(choices)
-        for ids, members in groups.items():
-            group = PreparedPrompt.from_ids(
-                ids,
-                prepared.pixel_values,
-                self.processor.image_token_id,
-                self.processor.num_image_tokens,
-            )
-            answers = [answer for _, answer in members]
-            rows: list[torch.Tensor] = self.run_prefilled(
-                group, partial(score_answers, self.model, answers, max(1, batch_size))
-            )
-            for (index, _), row in zip(members, rows, strict=True):
+        for group in group_choices(
+            self.processor, prompt, messages, choices, self.context_length, removed
+        ):
+            score = partial(score_answers, self.model, group.answers, max(1, batch_size))
+            rows: list[torch.Tensor] = self.run_prefilled(group.prompt, score)
+            for index, row in zip(group.indices, rows, strict=True):
                 scores[index] = float((row.mean() if normalize else row.sum()).item())
         return scores
 
@@ -322,17 +317,6 @@ class Engine:
             raise TypeError(f"unexpected options: {', '.join(sorted(invalid))}; use `complete`")
         return self.sampling_params(**options)
 
-    def _encode_all(self, list_of_messages: Sequence[Prompt]) -> list[PreparedPrompt]:
-        prompts = []
-        for index, messages in enumerate(list_of_messages):
-            try:
-                prompts.append(self.encode(messages))
-            except InputError as error:
-                if len(list_of_messages) == 1:
-                    raise
-                raise InputError(f"Conversation {index}: {error}", error.code) from error
-        return prompts
-
     def _complete(self, prompts: Sequence[PreparedPrompt], params: SamplingParams) -> Completion:
         """n answers to each prompt; those of prompt i have the indices from n * i on."""
         if self._core() is None and params.top_logprobs is not None:
@@ -344,16 +328,24 @@ class Engine:
     def _submit(
         self, prompts: Sequence[PreparedPrompt], params: SamplingParams, on_output: OnOutput
     ) -> RequestHandle:
-        core = self._core()
-        if core is None:
-            return self._generate(prompts, params, on_output)
+        states = [state for prompt in prompts for state in [PromptState(prompt)] * params.n]
+        room = [self.context_length - state.num_tokens for state in states]
+        limits = [min(params.max_new_tokens, tokens) for tokens in room]
+        processors = [
+            OutputProcessor(
+                index,
+                limit,
+                self.end_ids,
+                IncrementalDetokenizer(self._decode, self._open_ids, params.stop),
+                self._token_texts,
+            )
+            for index, limit in enumerate(limits)
+        ]
         requests: list[Request] = []
         handle = RequestHandle(sum(len(prompt.ids) for prompt in prompts), requests)
 
-        def on_token(
-            processor: OutputProcessor, index: int, token: int, logprobs: Logprobs | None
-        ) -> None:
-            chunk = processor.process(token, logprobs)
+        def on_token(index: int, token: int, logprobs: Logprobs | None) -> None:
+            chunk = processors[index].process(token, logprobs)
             if chunk is not None and not requests[index].aborted:
                 # After a stop string, the request does not continue.
                 requests[index].aborted = chunk.finish_reason is not None
@@ -364,52 +356,25 @@ class Engine:
                 handle.abort()
                 on_output(error)
 
-        for prompt in prompts:
-            state = PromptState(prompt)
-            for _ in range(params.n):
-                index, limit = len(requests), self._max_tokens(prompt, params)
-                processor = self._output_processor(index, limit, params)
-                requests.append(
-                    Request(
-                        state,
-                        params,
-                        limit,
-                        self.end_ids,
-                        self.model.device,
-                        index,
-                        partial(on_token, processor, index),
-                        on_end,
-                    )
-                )
-        core.submit(requests)
-        return handle
-
-    def _generate(
-        self, prompts: Sequence[PreparedPrompt], params: SamplingParams, on_output: OnOutput
-    ) -> RequestHandle:
-        """As `_submit`, by transformers' `generate`; returns when all answers are complete."""
-        repeated = [prompt for prompt in prompts for _ in range(params.n)]
-        limits = [self._max_tokens(prompt, params) for prompt in repeated]
+        device, core = self.model.device, self._core()
+        requests += [
+            Request(
+                state, params, limit, self.end_ids, device, index, partial(on_token, index), on_end
+            )
+            for index, (state, limit) in enumerate(zip(states, limits, strict=True))
+        ]
+        if core is not None:
+            core.submit(requests)
+            return handle
+        repeated = [state.prompt for state in states]
         answers = hf_generate.generate(
             self.model, repeated, params, limits, self.end_ids, self.synced_gpus
         )
-        for index, (ids, limit) in enumerate(zip(answers, limits, strict=True)):
-            processor = self._output_processor(index, limit, params)
+        for request, ids in zip(requests, answers, strict=True):
             for token in ids:
-                if (chunk := processor.process(token)) is not None:
-                    on_output(chunk)
-                    if chunk.finish_reason is not None:
-                        break
-        return RequestHandle(sum(len(prompt.ids) for prompt in prompts), [])
-
-    def _output_processor(
-        self, index: int, max_tokens: int, params: SamplingParams
-    ) -> OutputProcessor:
-        detokenizer = IncrementalDetokenizer(self._decode, self._open_ids, params.stop)
-        return OutputProcessor(index, max_tokens, self.end_ids, detokenizer, self._token_texts)
-
-    def _max_tokens(self, prompt: PreparedPrompt, params: SamplingParams) -> int:
-        return min(params.max_new_tokens, self.context_length - len(prompt.ids))
+                if not request.aborted:
+                    request.add_token(token)
+        return handle
 
     def _core(self) -> EngineCore | None:
         return None if self.synced_gpus else self.core

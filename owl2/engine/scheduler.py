@@ -78,7 +78,7 @@ class Request:
             return False
         return len(self.token_ids) >= self.max_tokens or self.token_ids[-1] in self.end_ids
 
-    def add_token(self, token: int, logprobs: Logprobs | None) -> None:
+    def add_token(self, token: int, logprobs: Logprobs | None = None) -> None:
         """Append the next token; ends the request if it is the last one."""
         self.token_ids.append(token)
         try:

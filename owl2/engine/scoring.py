@@ -10,6 +10,7 @@ Shapes: C answers of up to T tokens, V vocabulary.
 
 import copy
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, parse_messages, render_with_answers
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask
+from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import start_ids
 
@@ -62,36 +64,55 @@ def prompt_and_answer(
     return sample.ids[:begin], sample.ids[begin:end]
 
 
-def tokenize_choices(
+class ChoiceGroup(NamedTuple):
+    """Choices after the same prompt.
+
+    Attributes:
+        indices: Positions in the list of choices.
+        answers: Their ids.
+    """
+
+    prompt: PreparedPrompt
+    indices: list[int]
+    answers: list[list[int]]
+
+
+def group_choices(
     processor: Owl2Processor,
+    prompt: PreparedPrompt,
     messages: Sequence[Message],
     choices: Sequence[str],
     context_length: int,
     removed_end_ids: Collection[int] = (),
-) -> dict[tuple[int, ...], list[tuple[int, list[int]]]]:
-    """The prompt's ids, and for each the indices and ids of its choices.
-
-    There is one prompt, unless a choice changes how the prompt is tokenized.
+) -> list[ChoiceGroup]:
+    """Choices by their prompts: one group, unless a choice changes how the prompt is tokenized.
 
     Args:
+        prompt: Of the messages, with their images.
         removed_end_ids: End tokens that are not to be scored.
 
     Raises:
         InputError: A choice is empty, or exceeds the context.
     """
-    groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    groups: dict[tuple[int, ...], ChoiceGroup] = {}
     for index, choice in enumerate(choices):
-        prompt, answer = prompt_and_answer(processor, messages, choice)
-        if (excess := len(prompt) + len(answer) - context_length) > 0:
+        before, answer = prompt_and_answer(processor, messages, choice)
+        ids = tuple(before)
+        if (excess := len(ids) + len(answer) - context_length) > 0:
             raise InputError(
-                f"With choice {index + 1} the prompt has {len(prompt) + len(answer)} tokens, "
+                f"With choice {index + 1} the prompt has {len(ids) + len(answer)} tokens, "
                 f"{excess} more than the context of {context_length}.",
                 ErrorCode.TOO_LONG,
             )
         if len(answer) > 1 and answer[-1] in removed_end_ids:
             answer = answer[:-1]
-        groups.setdefault(tuple(prompt), []).append((index, answer))
-    return groups
+        if ids not in groups:
+            image = processor.image_token_id, processor.num_image_tokens
+            own_prompt = PreparedPrompt.from_ids(ids, prompt.pixel_values, *image)
+            groups[ids] = ChoiceGroup(own_prompt, [], [])
+        groups[ids].indices.append(index)
+        groups[ids].answers.append(answer)
+    return list(groups.values())
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""CPU kernels for the decoder layers, and weight-only quantization that uses them."""

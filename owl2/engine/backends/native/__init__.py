@@ -1,0 +1,1 @@
+"""C++ kernels: `build.py` compiles them, `ops.py` calls them."""
