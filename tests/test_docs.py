@@ -75,7 +75,7 @@ def call_paths() -> dict[str, list[tuple[str, str]]]:
 
 @cache
 def definitions(file: Path) -> set[str]:
-    """`function`, `Class`, and `Class.method` of a Python file; the words of a C++ file."""
+    """`function`, `Class`, and `Class.method` of a Python file; the identifiers of a C++ file."""
     if file.suffix == ".cpp":
         return set(re.findall(r"\w+", read(file)))
     found = set()
