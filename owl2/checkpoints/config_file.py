@@ -1,93 +1,101 @@
-"""Reading ``config.json`` and ``generation_config.json``, whatever somebody wrote into them."""
+"""Reads and checks ``config.json`` and ``generation_config.json``."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.files import require_checkpoint
 from owl2.model.configuration import Owl2Config
+from owl2.model.registry import DEFAULT_MODEL_TYPE, get_model_type
 
-NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
-WHOLE = ("max_new_tokens", "max_length", "min_length", "min_new_tokens", "top_k", "num_beams")
-TRUTHS = ("do_sample", "use_cache")
-TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
+FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
+INTEGERS = ("max_new_tokens", "max_length", "min_length", "min_new_tokens", "top_k", "num_beams")
+BOOLEANS = ("do_sample", "use_cache")
+TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
+GENERATION_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(FLOATS, ((int, float), "a number")),
+    **dict.fromkeys(INTEGERS, ((int,), "an integer")),
+    **dict.fromkeys(BOOLEANS, ((bool,), "true or false")),
+    **dict.fromkeys(TOKEN_IDS, ((int,), "a token id")),
+}
 
 
 def read_config(name_or_path: str | Path, **hub: Any) -> Owl2Config:
-    """The configuration of a checkpoint of ours, a directory or a hub id.
+    """The configuration of a checkpoint, a directory or a hub id.
 
     Args:
-        hub: where to look, as transformers' `from_pretrained` (``subfolder``, ``revision`` ...).
+        hub: Location arguments of `from_pretrained` (``subfolder``, ``revision`` ...).
 
     Raises:
-        InputError: there is none, it is another model's, or a setting makes no model.
+        InputError: There is no configuration, it is of another model, or an option is invalid.
     """
     path, subfolder = Path(name_or_path), hub.get("subfolder") or ""
     if path.is_file():
-        raise InputError(f"{path} is a file; give the checkpoint's directory")
+        raise InputError(
+            f"{path} is a file; pass the directory of the checkpoint", ErrorCode.INVALID_VALUE
+        )
     require_checkpoint(str(name_or_path), "a model")
-    if path.is_dir() and not (path / subfolder / "config.json").is_file():
-        raise InputError(f"{path / subfolder} is no checkpoint: it has no config.json")
     file = path / subfolder / "config.json"
+    if path.is_dir() and not file.is_file():
+        raise InputError(f"{file.parent} has no config.json", ErrorCode.FILE_NOT_FOUND)
     try:
-        values, _ = Owl2Config.get_config_dict(name_or_path, **hub)
-        kind = values.get("model_type")
+        values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+        model_type = values.get("model_type")
     except (OSError, ValueError) as error:
         if isinstance(error.__cause__, LocalEntryNotFoundError):
             raise InputError(
-                f"There is no directory '{name_or_path}' here, and the hub cannot be asked or does "
-                "not have it. Check the path, or the connection."
+                f"There is no directory '{name_or_path}', and the hub is not reachable or does not "
+                "have this repository. Check the path, or the connection.",
+                ErrorCode.FILE_NOT_FOUND,
             ) from error
-        raise InputError(f"{name_or_path} has no config.json that can be read: {error}") from error
-    except (TypeError, AttributeError) as error:  # transformers looks things up in what is no dict
-        raise InputError(f"{file}: expected an object of settings") from error
-    _check_kind(file, kind)
+        raise InputError(
+            f"{name_or_path}: config.json cannot be read: {error}", ErrorCode.UNREADABLE_FILE
+        ) from error
+    except (TypeError, AttributeError) as error:  # transformers expects a dict
+        raise InputError(f"{file} must contain a JSON object", ErrorCode.INVALID_CONFIG) from error
+    if not isinstance(model_type, str):
+        raise InputError(
+            f"{file}: model_type is {model_type!r}; expected {DEFAULT_MODEL_TYPE!r}",
+            ErrorCode.INVALID_CONFIG,
+        )
     try:
-        config = Owl2Config(**values)
-        # What the position code lacks shows only when it is made; it is a few hundred numbers.
+        parts = get_model_type(model_type)
+    except InputError as error:
+        hint = " `owl2 init` creates an mPLUG-Owl2 from a LLaMA." if model_type == "llama" else ""
+        raise InputError(f"{file}: {error}{hint}", error.code) from error
+    try:
+        config: Owl2Config = parts.load("config")(**values)
+        # Invalid RoPE parameters raise only when the (small) module is created.
         LlamaRotaryEmbedding(config)
-    except Exception as error:  # values of any type: what trips over them raises anything
+    except Exception as error:  # values of any type raise exceptions of any type
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise InputError(f"{file}: a setting makes no model: {reason}") from error
+        raise InputError(
+            f"{file}: invalid configuration: {reason}", ErrorCode.INVALID_CONFIG
+        ) from error
     return config
 
 
 def check_generation_config(folder: Path) -> None:
-    """Raise an InputError if a local ``generation_config.json`` holds values of a wrong type."""
+    """Raise an InputError if ``generation_config.json`` has values of a wrong type."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{file} is no JSON: {error}") from error
+        raise InputError(f"{file} is not JSON: {error}", ErrorCode.INVALID_CONFIG) from error
     if not isinstance(values, dict):
-        raise InputError(f"{file}: expected an object of settings")
-    for names, kinds, wanted in (
-        (NUMBERS, (int, float), "a number"),
-        (WHOLE, (int,), "a whole number"),
-        (TRUTHS, (bool,), "true or false"),
-    ):
-        for name in names:
-            value = values.get(name)
-            # type, not isinstance: Python's True is a whole number.
-            if value is not None and type(value) not in kinds:
-                raise InputError(f"{file}: {name} must be {wanted}, not {value!r}")
-    for name in TOKENS:
+        raise InputError(f"{file} must contain a JSON object", ErrorCode.INVALID_CONFIG)
+    for name, (types, expected) in GENERATION_TYPES.items():
         value = values.get(name)
-        ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
-        if value is not None and any(type(id_) is not int for id_ in ids):
-            raise InputError(f"{file}: {name} must be a token's number, not {value!r}")
-
-
-def _check_kind(file: Path, kind: Any) -> None:
-    if kind == Owl2Config.model_type:
-        return
-    if kind is None:
-        raise InputError(f"{file} has no model_type; an mPLUG-Owl2's is {Owl2Config.model_type!r}")
-    hint = "; `owl2 init` makes an mPLUG-Owl2 of a LLaMA" if kind == "llama" else ""
-    raise InputError(f"{file} is a {kind} model's, no {Owl2Config.model_type}'s{hint}")
+        items = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        # type, not isinstance: True is an int in Python.
+        if value is not None and any(type(item) not in types for item in items):
+            raise InputError(
+                f"{file}: {name} must be {expected}, not {value!r}", ErrorCode.INVALID_CONFIG
+            )

@@ -1,29 +1,92 @@
-"""Lists of weights' names for errors: what is missing, too much, or of another shape."""
+"""Errors about weights: missing, unexpected and mismatched keys, and files that cannot be read."""
 
-from collections.abc import Iterable, Mapping
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-KEYS_SHOWN = 12
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from owl2.errors import ErrorCode, InputError
+
+MAX_LINES = 12
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+# StrictDataclassError: an option in config.json has the wrong type.
+UNREADABLE = (OSError, SafetensorError, EOFError, StrictDataclassError)
+# transformers reports the keys that do not fit, and owl2 decides.
+REPORT_KEYS: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
 
 
-def key_problems(missing: Iterable[str], unexpected: Iterable[str], shapes: Shapes) -> str:
-    """What does not fit, as lists for an error; empty if all fits.
+@contextmanager
+def translate_load_errors(source: str | Path | None) -> Iterator[None]:
+    """Raise an InputError for errors while weights are loaded.
+
+    The loading report of transformers is suppressed, because it says "newly initialized" for keys
+    that owl2 rejects.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except pickle.UnpicklingError as error:  # torch's message recommends weights_only=False
+        raise InputError(
+            f"{source}: a weight file is corrupt or contains code", ErrorCode.UNREADABLE_FILE
+        ) from error
+    except UNREADABLE as error:
+        raise InputError(
+            f"{source} cannot be loaded as a checkpoint: {error}", ErrorCode.UNREADABLE_FILE
+        ) from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):  # torch's message for a corrupt .bin
+            raise
+        raise InputError(
+            f"{source}: a weight file is corrupt: {error}", ErrorCode.UNREADABLE_FILE
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_keys(
+    source: str | Path,
+    missing: Iterable[str] = (),
+    unexpected: Iterable[str] = (),
+    shapes: Shapes | None = None,
+    hint: str = "",
+) -> None:
+    """Raise an InputError that lists the keys if there are any.
 
     Args:
-        shapes: by name, the shape in the file and the one in the model.
+        source: The checkpoint or file, for the message.
+        shapes: By key, the shape in the file and the shape in the model.
+        hint: Appended to the message.
     """
-    others = {f"{key}: {a} in the file, {b} in the model" for key, (a, b) in shapes.items()}
-    kinds = {
-        "missing": sorted(missing),
-        "unexpected": sorted(unexpected),
-        "of another shape": sorted(others),
-    }
-    return "\n".join(listing(f"{len(keys)} {kind}", keys) for kind, keys in kinds.items() if keys)
+    mismatched = [
+        f"{key}: {stored} in the file, {own} in the model"
+        for key, (stored, own) in (shapes or {}).items()
+    ]
+    kinds = (
+        ("missing", sorted(missing), ErrorCode.MISSING_WEIGHTS),
+        ("unexpected", sorted(unexpected), ErrorCode.UNEXPECTED_WEIGHTS),
+        ("of another shape", sorted(mismatched), ErrorCode.SHAPE_MISMATCH),
+    )
+    problems = [(f"{len(keys)} {kind}", keys, code) for kind, keys, code in kinds if keys]
+    if problems:
+        lists = "\n".join(listing(title, keys) for title, keys, _ in problems)
+        raise InputError(f"{source} does not fit the model. Keys\n{lists}{hint}", problems[0][2])
+
+
+def check_loading_info(source: str | Path, info: Mapping[str, Any], hint: str = "") -> None:
+    """`check_keys` of the ``loading_info`` of transformers' `from_pretrained`."""
+    shapes = {key: (tuple(stored), tuple(own)) for key, stored, own in info["mismatched_keys"]}
+    check_keys(source, info["missing_keys"], info["unexpected_keys"], shapes, hint)
 
 
 def listing(title: str, lines: list[str]) -> str:
-    """A title and the first lines under it."""
-    shown = lines[:KEYS_SHOWN]
-    if len(lines) > KEYS_SHOWN:
-        shown.append(f"... and {len(lines) - KEYS_SHOWN} more")
+    """A title and the first lines, indented."""
+    shown = lines[:MAX_LINES]
+    if len(lines) > MAX_LINES:
+        shown.append(f"... and {len(lines) - MAX_LINES} more")
     return "\n".join([f"  {title}:", *(f"    {line}" for line in shown)])

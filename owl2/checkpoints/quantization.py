@@ -1,7 +1,7 @@
-"""The decoder in 8 or 4 bits, by bitsandbytes; the vision encoder and the abstractor stay whole.
+"""Loads the decoder in 8 or 4 bits with bitsandbytes.
 
-Images pass through those first, and they are a twentieth of the released model: rounding them
-would cost much and save little. Only the Linears in the decoder's layers are rounded.
+Only the linear layers of the decoder are quantized. The vision encoder and the abstractor are a
+twentieth of the released model: quantizing them would save little memory and cost accuracy.
 """
 
 import importlib.util
@@ -10,37 +10,39 @@ import logging
 import torch
 from transformers import BitsAndBytesConfig
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
 BITS = ("8bit", "4bit")
-KEPT = ["model.vision_model", "model.visual_abstractor", "lm_head"]
+SKIPPED_MODULES = ["model.vision_model", "model.visual_abstractor", "lm_head"]
 
 
 def quantization_config(bits: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How to load a base model in so many bits: `from_pretrained(quantization_config=...)`.
+    """The `quantization_config` argument of `from_pretrained`.
 
     Args:
-        bits: one of `BITS`.
-        compute_dtype: of the arithmetic with 4-bit weights.
+        bits: One of `BITS`.
+        compute_dtype: Dtype of the arithmetic with 4-bit weights.
 
     Raises:
-        InputError: bitsandbytes is not installed, or no such number of bits.
+        InputError: Unknown `bits`, or bitsandbytes is not installed.
     """
     if bits not in BITS:
-        raise InputError(f"quantize is {bits!r}; it must be one of {', '.join(BITS)}")
+        raise InputError(
+            f"quantize is {bits!r}; choose from {', '.join(BITS)}", ErrorCode.INVALID_VALUE
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            f"quantize={bits} needs bitsandbytes, which is not installed: "
-            "pip install 'owl2-vlm[quant]'"
+            f"quantize={bits} requires bitsandbytes: pip install 'owl2-vlm[quant]'",
+            ErrorCode.MISSING_DEPENDENCY,
         )
-    # It says at every product in 8 bits that bfloat16 goes through float16, its usual way.
+    # It logs at every 8-bit product that bfloat16 is converted to float16, as usual.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=KEPT)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=SKIPPED_MODULES)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",  # QLoRA's: levels as a normal distribution needs them
+        bnb_4bit_quant_type="nf4",  # as in QLoRA: levels for normally distributed weights
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=KEPT,  # read for 4 bits, too
+        llm_int8_skip_modules=SKIPPED_MODULES,  # applies to 4 bits as well
     )

@@ -1,17 +1,64 @@
 """`owl2 info`: the parts of a model and their sizes."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(help="A directory or hub id; default: the released sizes.")
+        str | None,
+        typer.Argument(help="Checkpoint: a directory or a hub id. Default: the released sizes."),
     ] = None,
 ) -> None:
-    """Show a model's parts and how large they are, without loading its weights."""
-    from owl2.model.parameter_counts import describe
+    """Show the parts of a model and their sizes, without loading its weights."""
+    Console().print(size_table(model))
 
-    Console().print(describe(model))
+
+def size_table(name_or_path: str | None = None) -> "Table":
+    """A table of the parts of a checkpoint, from its ``config.json`` only.
+
+    Args:
+        name_or_path: A directory or a hub id. Default: the released model's configuration.
+
+    Raises:
+        InputError: There is no configuration of an mPLUG-Owl2.
+    """
+    from rich.table import Table
+
+    from owl2.checkpoints.config_file import read_config
+    from owl2.model.configuration import Owl2Config
+    from owl2.model.parameter_counts import VISUAL_WEIGHTS, parameter_counts
+
+    config = Owl2Config() if name_or_path is None else read_config(name_or_path)
+    vision, abstractor = config.visual_config.visual_model, config.visual_config.visual_abstractor
+    shapes = {
+        "vision encoder": f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, "
+        f"{vision.image_size} px, patch {vision.patch_size}",
+        "visual abstractor": f"{abstractor.num_hidden_layers} layers, width "
+        f"{abstractor.hidden_size}, {config.num_image_tokens} embeddings per image",
+        "decoder": f"{config.num_hidden_layers} layers, width {config.hidden_size}, "
+        f"{config.num_attention_heads} heads ({config.num_key_value_heads} for keys and values), "
+        f"context {config.max_position_embeddings}",
+        VISUAL_WEIGHTS: "norms, K and V for images",
+        "embeddings and head": f"vocabulary {config.vocab_size}"
+        + (", tied" if config.tie_word_embeddings else ""),
+    }
+    counts = parameter_counts(config)
+    table = Table(title=name_or_path or "released sizes", title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("shape")
+    for part, shape in shapes.items():
+        if part in counts:
+            table.add_row(part, f"{counts[part]:,}", shape)
+    table.add_section()
+    total = sum(counts.values())
+    size = total * 2  # bytes
+    shown = f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
+    table.add_row("total", f"{total:,}", f"{shown} in 16 bits")
+    return table

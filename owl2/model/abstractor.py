@@ -1,11 +1,11 @@
-"""Visual abstractor: patch features to K + 1 embeddings of the language model (SPEC 1.2).
+"""Visual abstractor: patch features to K + 1 embeddings of the language model.
 
-Shapes: N images, P patches, K learnable queries, D width, h heads, d = D / h, L the language
-model's width.
+Specification §1.2. Shapes: N images, P patches, K learnable queries, D width, h heads, d = D / h,
+L width of the language model.
 
     features I (N, 1+P, D) ─┐
-    queries  V (N,  K,  D) ─┴► layers: V attends [V; I] ──► visual_fc (N, K, L) ──► + vit_eos
-                                                                              (N, K+1, L)
+    queries  V (N,  K,  D) ─┴► layers: V attends to [V; I] ──► visual_fc (N, K, L) ──► + vit_eos
+                                                                                 (N, K+1, L)
 """
 
 import torch
@@ -18,14 +18,16 @@ from owl2.model.vision import maskless_attention
 
 
 def sincos_1d(positions: torch.Tensor, width: int) -> torch.Tensor:
-    """The code [sin(p·ω), cos(p·ω)] with ω_j = 1 / 10000^(j / (width/2)) (SPEC 1.2).
+    """The embedding [sin(p·ω), cos(p·ω)] with ω_j = 1 / 10000^(j / (width/2)).
+
+    Specification §1.2.
 
     Args:
-        positions: (n,) positions.
-        width: of the code, even.
+        positions: (n,).
+        width: Width of the embedding, even.
 
     Returns:
-        (n, width), float32, computed in float64.
+        (n, width) in float32, computed in float64.
     """
     half = width // 2
     omega = 1.0 / 10000 ** (torch.arange(half, dtype=torch.float64, device="cpu") / half)
@@ -34,7 +36,9 @@ def sincos_1d(positions: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def sincos_2d(grid_size: int, width: int) -> torch.Tensor:
-    """Codes of a square patch grid after a row of zeros for CLS: the column's, then the row's.
+    """Position embeddings of CLS (zeros) and a square patch grid.
+
+    The first half of an embedding encodes the column, the second half the row.
 
     Returns:
         (1 + grid_size², width), float32; patches in reading order.
@@ -46,10 +50,10 @@ def sincos_2d(grid_size: int, width: int) -> torch.Tensor:
 
 
 class AbstractorAttention(nn.Module):
-    """The queries attend to themselves and to the image.
+    """Attention of the queries to themselves and to the image.
 
-    Position codes go into queries and keys before the projections; values get none. The codes are
-    computed, but released checkpoints carry them, so they are buffers that are saved.
+    Position embeddings are added to queries and keys before the projections, and not to values.
+    They are computed, but released checkpoints contain them, so they are persistent buffers.
     """
 
     is_causal = False
@@ -70,19 +74,19 @@ class AbstractorAttention(nn.Module):
         self.register_buffer("q_pos_embed", torch.empty(queries, width))
         self.register_buffer("k_pos_embed", torch.empty(tokens, width))
 
-    def position_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Freshly computed (q_pos_embed, k_pos_embed)."""
+    def position_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute (q_pos_embed, k_pos_embed)."""
         width, queries = self.config.hidden_size, self.config.num_learnable_queries
-        query_codes = sincos_1d(torch.arange(queries, device="cpu"), width)
-        return query_codes, sincos_2d(self.config.grid_size, width)
+        query_embeds = sincos_1d(torch.arange(queries, device="cpu"), width)
+        return query_embeds, sincos_2d(self.config.grid_size, width)
 
     def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """(N, K, D) queries and (N, 1+P, D) features, both normed, to (N, K, D)."""
+        """Queries (N, K, D) and features (N, 1+P, D), both normalized, to (N, K, D)."""
         tokens = torch.cat([queries, features], dim=1)  # (N, K+1+P, D)
-        token_codes = torch.cat([self.q_pos_embed, self.k_pos_embed])  # (K+1+P, D)
-        # FSDP2 hands on weights in bfloat16, but leaves buffers in float32.
+        positions = torch.cat([self.q_pos_embed, self.k_pos_embed])  # (K+1+P, D)
+        # FSDP2 casts weights to bfloat16, but not buffers.
         query = self._heads(self.query((queries + self.q_pos_embed).to(queries)))
-        key = self._heads(self.key((tokens + token_codes).to(tokens)))
+        key = self._heads(self.key((tokens + positions).to(tokens)))
         value = self._heads(self.value(tokens))
         return maskless_attention(self, query, key, value, self.config.attention_probs_dropout_prob)
 
@@ -91,7 +95,7 @@ class AbstractorAttention(nn.Module):
 
 
 class AbstractorMLP(nn.Module):
-    """SwiGLU with a norm inside: ``w2(ffn_ln(silu(w1 x) * w3 x))``."""
+    """SwiGLU with an inner norm: ``w2(ffn_ln(silu(w1 x) * w3 x))``."""
 
     def __init__(self, config: Owl2AbstractorConfig) -> None:
         super().__init__()
@@ -106,7 +110,7 @@ class AbstractorMLP(nn.Module):
 
 
 class AbstractorOutput(nn.Module):
-    """What follows the attention: projection and MLP, each with its residual."""
+    """Output projection and MLP after the attention, each with a residual connection."""
 
     def __init__(self, config: Owl2AbstractorConfig) -> None:
         super().__init__()
@@ -120,7 +124,7 @@ class AbstractorOutput(nn.Module):
 
 
 class AbstractorCrossAttention(nn.Module):
-    """One layer's body; norm1, normk and norm2 have PyTorch's default eps (1e-5)."""
+    """One layer. norm1, normk and norm2 have PyTorch's default eps (1e-5)."""
 
     def __init__(self, config: Owl2AbstractorConfig) -> None:
         super().__init__()
@@ -130,7 +134,7 @@ class AbstractorCrossAttention(nn.Module):
         self.output = AbstractorOutput(config)
 
     def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        # The residual starts from the normed queries, as in the released model.
+        # The residual starts from the normalized queries, as in the released model.
         queries = self.norm1(queries)
         return self.output(self.attention(queries, self.normk(features)), queries)
 
@@ -158,7 +162,7 @@ class AbstractorEncoder(nn.Module):
 
 
 class VisualAbstractor(nn.Module):
-    """Features of an image (N, 1+P, D) to its K + 1 embeddings (N, K+1, L)."""
+    """Image features (N, 1+P, D) to K + 1 embeddings per image (N, K+1, L)."""
 
     def __init__(self, config: Owl2AbstractorConfig, language_width: int) -> None:
         super().__init__()
@@ -178,9 +182,9 @@ class VisualAbstractor(nn.Module):
 
     @torch.no_grad()
     def set_grid_size(self, grid_size: int) -> None:
-        """Expect another patch grid from now on: the position codes are computed anew."""
+        """Change the patch grid and recompute the position embeddings."""
         self.config.grid_size = grid_size
         for module in self.modules():
             if isinstance(module, AbstractorAttention):
-                _, codes = module.position_codes()
-                module.k_pos_embed = codes.to(module.k_pos_embed)
+                _, key_embeds = module.position_embeddings()
+                module.k_pos_embed = key_embeds.to(module.k_pos_embed)

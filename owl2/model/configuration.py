@@ -1,14 +1,13 @@
-"""The configuration of an mPLUG-Owl2 model: the released ``config.json``, read and written.
+"""Configuration of an mPLUG-Owl2 model: reads and writes the released ``config.json``.
 
-``config.json`` is a flat LLaMA configuration with one more entry, ``visual_config``::
+``config.json`` is a flat LLaMA configuration with the additional entry ``visual_config``::
 
     {"model_type": "mplug_owl2", "hidden_size": 4096, ...,
      "visual_config": {"visual_model": {...}, "visual_abstractor": {...}}}
 
-Defaults are the released model's (``MAGAer13/mplug-owl2-llama2-7b``). An option of ours has a
-default that means the released behaviour and is left out of the file when it has it, and LLaMA's
-settings are written under the names that the authors' transformers 4.31 reads, so a checkpoint
-written here loads there.
+Defaults are those of the released model (``MAGAer13/mplug-owl2-llama2-7b``). Options that only owl2
+has default to the released behavior and are omitted from the file at their default. LLaMA's options
+are written under the names that transformers 4.31 reads, so the authors' code loads the checkpoint.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
 DECODER_SIZES = (
     "vocab_size",
@@ -31,7 +30,7 @@ AUTHORS_ARCHITECTURE = "MPLUGOwl2LlamaForCausalLM"
 
 
 class Owl2VisionConfig(PreTrainedConfig):
-    """The vision encoder, a ViT (SPEC 1.1); defaults: ViT-L/14 at 448 x 448 pixels."""
+    """Vision encoder, a ViT (Specification §1.1). Defaults: ViT-L/14 at 448 x 448 pixels."""
 
     model_type = "mplug_owl_vision_model"
 
@@ -51,28 +50,26 @@ class Owl2VisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        _refuse_unless(self.use_cls_token, "visual_model.use_cls_token", False)
-        _refuse_unless(self.use_post_layernorm, "visual_model.use_post_layernorm", False)
+        for name in ("use_cls_token", "use_post_layernorm"):
+            _require_released_value("visual_model", name, getattr(self, name), True)
         names = (*VISUAL_SIZES, "image_size", "patch_size", "num_channels")
         check_sizes("visual_model", vars(self), names)
         if self.hidden_act not in ACT2FN:
-            raise InputError(f"visual_model.hidden_act: there is no activation {self.hidden_act!r}")
-        _refuse_remainder("visual_model.image_size", self.image_size, "patch_size", self.patch_size)
-        _refuse_remainder(
-            "visual_model.hidden_size",
-            self.hidden_size,
-            "num_attention_heads",
-            self.num_attention_heads,
-        )
+            raise InputError(
+                f"visual_model.hidden_act: unknown activation {self.hidden_act!r}",
+                ErrorCode.INVALID_CONFIG,
+            )
+        _require_multiple("visual_model", vars(self), "image_size", "patch_size")
+        _require_multiple("visual_model", vars(self), "hidden_size", "num_attention_heads")
 
     @property
     def grid_size(self) -> int:
-        """Patches along one edge of the image."""
+        """Number of patches along one edge of the image."""
         return self.image_size // self.patch_size
 
 
 class Owl2AbstractorConfig(PreTrainedConfig):
-    """The visual abstractor (SPEC 1.2); defaults: 6 layers, 64 learnable queries."""
+    """Visual abstractor (Specification §1.2). Defaults: 6 layers, 64 learnable queries."""
 
     model_type = "mplug_owl_visual_abstract"
 
@@ -91,28 +88,24 @@ class Owl2AbstractorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        _refuse_unless(self.use_cls_token, "visual_abstractor.use_cls_token", False)
-        _refuse_unless(not self.add_v2t_pos_emb, "visual_abstractor.add_v2t_pos_emb", True)
+        _require_released_value("visual_abstractor", "use_cls_token", self.use_cls_token, True)
+        _require_released_value("visual_abstractor", "add_v2t_pos_emb", self.add_v2t_pos_emb, False)
         names = (*VISUAL_SIZES, "encoder_hidden_size", "num_learnable_queries")
         check_sizes("visual_abstractor", vars(self), names)
         if self.hidden_size != self.encoder_hidden_size:
             raise InputError(
                 f"visual_abstractor.hidden_size ({self.hidden_size}) must equal "
-                f"encoder_hidden_size ({self.encoder_hidden_size}): keys and values come from "
-                "the queries and the encoder's tokens side by side"
+                f"encoder_hidden_size ({self.encoder_hidden_size}): keys and values are computed "
+                "from the concatenation of the queries and the encoder's features",
+                ErrorCode.INVALID_CONFIG,
             )
-        # Two codes (sine, cosine) for each of two axes: the 2-D position code needs quarters.
-        _refuse_remainder("visual_abstractor.hidden_size", self.hidden_size, "4", 4)
-        _refuse_remainder(
-            "visual_abstractor.hidden_size",
-            self.hidden_size,
-            "num_attention_heads",
-            self.num_attention_heads,
-        )
+        # The 2-D position embedding has a sine and a cosine for each of two axes.
+        _require_multiple("visual_abstractor", vars(self), "hidden_size", 4)
+        _require_multiple("visual_abstractor", vars(self), "hidden_size", "num_attention_heads")
 
 
 class Owl2VisualConfig(PreTrainedConfig):
-    """``visual_config`` of ``config.json``: the vision encoder's settings and the abstractor's."""
+    """``visual_config`` of ``config.json``: the vision encoder and the visual abstractor."""
 
     sub_configs = {"visual_model": Owl2VisionConfig, "visual_abstractor": Owl2AbstractorConfig}
 
@@ -127,22 +120,29 @@ class Owl2VisualConfig(PreTrainedConfig):
         if abstractor.encoder_hidden_size != vision.hidden_size:
             raise InputError(
                 f"visual_abstractor.encoder_hidden_size ({abstractor.encoder_hidden_size}) must "
-                f"equal visual_model.hidden_size ({vision.hidden_size})"
+                f"equal visual_model.hidden_size ({vision.hidden_size})",
+                ErrorCode.INVALID_CONFIG,
             )
-        # The grid follows from the image; a config edited in one place only stays consistent.
+        # The grid follows from the image size, so that a config edited in one place is consistent.
         abstractor.grid_size = vision.grid_size
+
+    def set_image_size(self, image_size: int) -> None:
+        """Set the image size in pixels and the abstractor's patch grid."""
+        self.visual_model.image_size = image_size
+        self.visual_abstractor.grid_size = self.visual_model.grid_size
 
 
 class Owl2Config(LlamaConfig):
-    """A flat LLaMA configuration plus ``visual_config`` (SPEC 1.4).
+    """A flat LLaMA configuration plus ``visual_config`` (Specification §1.4).
 
-    Args (beyond LLaMA's):
-        visual_config: a dict or an `Owl2VisualConfig`.
-        use_mam: with the modality-adaptive module (SPEC 1.3); ``False`` is the paper's ablation,
-            one set of weights for both modalities. Written to ``config.json`` only when ``False``.
+    Args (in addition to LLaMA's):
+        visual_config: A dict or an `Owl2VisualConfig`.
+        use_mam: Use the modality-adaptive module (Specification §1.3). ``False`` is the paper's
+            ablation with one set of weights for both modalities. ``config.json`` contains the
+            option only if it is ``False``.
 
     Raises:
-        InputError: for a visual part whose sizes do not fit, or that asks for something which the
+        InputError: Sizes of the visual parts do not fit, or an option asks for something that the
             released architecture does not have.
     """
 
@@ -155,31 +155,32 @@ class Owl2Config(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.visual_config = _as_config(Owl2VisualConfig, self.visual_config)
-        check_sizes("the decoder", vars(self), DECODER_SIZES)
+        check_sizes("decoder", vars(self), DECODER_SIZES)
         if not isinstance(self.use_mam, bool):
-            raise InputError(f"use_mam must be true or false, not {self.use_mam!r}")
+            raise InputError(
+                f"use_mam must be true or false, not {self.use_mam!r}", ErrorCode.INVALID_CONFIG
+            )
         super().__post_init__(**kwargs)
-        check_sizes("the decoder", vars(self), ["num_key_value_heads"])
-        heads, groups = self.num_attention_heads, self.num_key_value_heads or 1  # never None here
-        _refuse_remainder("num_attention_heads", heads, "num_key_value_heads", groups)
+        check_sizes("decoder", vars(self), ["num_key_value_heads"])
+        _require_multiple("decoder", vars(self), "num_attention_heads", "num_key_value_heads")
 
     @property
     def image_token_id(self) -> int:
-        """The id that stands for one visual embedding: just past the vocabulary, never embedded."""
+        """Id of a visual position: the first id after the vocabulary. It has no embedding row."""
         return self.vocab_size
 
     @property
     def num_image_tokens(self) -> int:
-        """Embeddings an image becomes: the K learnable queries and ``vit_eos``."""
+        """Embeddings per image: the K learnable queries and ``vit_eos``."""
         return self.visual_config.visual_abstractor.num_learnable_queries + 1
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images that the vision encoder takes, in pixels."""
+        """Height and width of the vision encoder's input in pixels."""
         return self.visual_config.visual_model.image_size
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds: the released file's names instead of transformers 5's."""
+        """The content of ``config.json``: the released file's names instead of transformers 5's."""
         written = super().to_diff_dict()
         rope = dict(written.pop("rope_parameters", None) or {})
         if rope:
@@ -190,18 +191,20 @@ class Owl2Config(LlamaConfig):
         written["architectures"] = [AUTHORS_ARCHITECTURE]
         if self.use_mam:
             written.pop("use_mam", None)
-        written["visual_config"] = {
-            name: _own_settings(getattr(self.visual_config, name))
-            for name in self.visual_config.sub_configs
-        }
+        # Options that every transformers config has are omitted from the visual parts.
+        general = PreTrainedConfig().to_dict()
+        written["visual_config"] = {}
+        for name in self.visual_config.sub_configs:
+            part = getattr(self.visual_config, name)
+            own = {key: value for key, value in part.to_dict().items() if key not in general}
+            written["visual_config"][name] = own | {"model_type": part.model_type}
         return written
 
 
 def _as_rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
-    """transformers 5's rope settings as ``rope_scaling``.
+    """The RoPE parameters of transformers 5 as ``rope_scaling``.
 
-    The kinds that transformers 4.31 knows are written as it wants them: `type` and `factor`, a
-    float, and nothing else.
+    transformers 4.31 supports two kinds and accepts exactly `type` and a float `factor` for them.
     """
     kind = rope.get("rope_type", "default")
     if kind == "default":
@@ -211,38 +214,45 @@ def _as_rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     return rope
 
 
-def _own_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """All of a part's settings, without the general ones that every transformers config has."""
-    general = PreTrainedConfig().to_dict()
-    written = {key: value for key, value in config.to_dict().items() if key not in general}
-    return written | {"model_type": config.model_type}
-
-
 def _as_config(cls: type[PreTrainedConfig], value: Any) -> PreTrainedConfig:
-    """`value` (a config, a dict from ``config.json``, or nothing) as an instance of `cls`."""
+    """`value` (a config, a dict from ``config.json``, or None) as an instance of `cls`."""
     if isinstance(value, cls):
         return value
     if value is None or isinstance(value, dict):
         return cls(**(value or {}))
-    raise InputError(f"expected a {cls.__name__} or a dict, got {type(value).__name__}")
+    raise InputError(
+        f"expected a {cls.__name__} or a dict, got {type(value).__name__}", ErrorCode.INVALID_CONFIG
+    )
 
 
 def check_sizes(part: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise an InputError unless all `names` that `values` hold are whole numbers of at least 1."""
+    """Raise an InputError unless all `names` in `values` are positive integers."""
     for name in names:
         value = values.get(name, 1)
         if not isinstance(value, int) or value < 1:
-            raise InputError(f"{part}: {name} must be a whole number of at least 1, not {value!r}")
+            raise InputError(
+                f"{part}.{name} must be an integer of at least 1, not {value!r}",
+                ErrorCode.INVALID_CONFIG,
+            )
 
 
-def _refuse_unless(condition: bool, name: str, value: Any) -> None:
-    if not condition:
-        raise InputError(f"{name}: {value} is not part of the released mPLUG-Owl2 architecture")
+def _require_released_value(part: str, name: str, value: Any, released: bool) -> None:
+    if bool(value) is not released:
+        raise InputError(
+            f"{part}.{name}: the released mPLUG-Owl2 architecture supports only {released}",
+            ErrorCode.INVALID_CONFIG,
+        )
 
 
-def _refuse_remainder(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    if value % divisor:
-        raise InputError(f"{name} ({value}) must be a multiple of {divisor_name} ({divisor})")
+def _require_multiple(
+    part: str, values: Mapping[str, Any], name: str, divisor_name: str | int
+) -> None:
+    divisor = values[divisor_name] if isinstance(divisor_name, str) else divisor_name
+    if values[name] % divisor:
+        raise InputError(
+            f"{part}.{name} ({values[name]}) must be a multiple of {divisor_name} ({divisor})",
+            ErrorCode.INVALID_CONFIG,
+        )
 
 
 AutoConfig.register(Owl2Config.model_type, Owl2Config)

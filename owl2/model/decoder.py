@@ -1,4 +1,4 @@
-"""Language decoder: transformers' LLaMA layers with MAM in them; only the difference (SPEC 1.3).
+"""Language decoder: LLaMA layers of transformers with MAM (Specification §1.3).
 
 Norms, `k_proj` and `v_proj` have weights for each modality; `q_proj`, `o_proj` and the MLP are
 shared. Shapes: B sequences, S positions, D width, h heads, d = D / h.
@@ -25,7 +25,7 @@ from owl2.model.modality import ModalitySplit, Multiway, Routing
 
 
 class Owl2Attention(LlamaAttention):
-    """LLaMA's attention; keys and values are projected by each token's own modality."""
+    """LLaMA attention. Each token's key and value are projected by the weights of its modality."""
 
     def __init__(self, config: Owl2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -36,7 +36,7 @@ class Owl2Attention(LlamaAttention):
             )
             setattr(self, name, Multiway(make))
 
-    def forward(  # type: ignore[override]  # LLaMA's, plus the routing
+    def forward(  # type: ignore[override]  # LLaMA's signature plus the routing
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -46,8 +46,8 @@ class Owl2Attention(LlamaAttention):
         parts: ModalitySplit | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """LLaMA's. `parts`: `hidden_states` split by `routing`, so that K and V need not do it."""
-        assert position_embeddings is not None  # always given by the decoder; LLaMA's signature
+        """As in LLaMA. `parts` is `routing.split(hidden_states)`, shared by both projections."""
+        assert position_embeddings is not None  # the decoder always passes it
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, h, S, d)
         if routing is None or parts is None:
@@ -79,17 +79,17 @@ class Owl2Attention(LlamaAttention):
 
 
 class Owl2DecoderLayer(LlamaDecoderLayer):
-    """LLaMA's layer with norms for each modality."""
+    """A LLaMA layer whose norms, keys and values have weights for each modality."""
 
     def __init__(self, config: Owl2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         make = partial(LlamaRMSNorm, config.hidden_size, eps=config.rms_norm_eps)
-        # By setattr, as for a type checker these are LLaMA's own norms.
+        # setattr, because type checkers expect LLaMA's norms here.
         for name in ("input_layernorm", "post_attention_layernorm"):
             setattr(self, name, Multiway(make))
         self.self_attn = Owl2Attention(config, layer_idx)
 
-    def forward(  # type: ignore[override]  # LLaMA's, plus the routing
+    def forward(  # type: ignore[override]  # LLaMA's signature plus the routing
         self, hidden_states: torch.Tensor, routing: Routing | None = None, **kwargs: Any
     ) -> torch.Tensor:
         norm: Any = self.input_layernorm
@@ -102,3 +102,9 @@ class Owl2DecoderLayer(LlamaDecoderLayer):
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states, routing)
         return hidden_states + self.mlp(normed)
+
+
+def make_decoder_layer(config: Owl2Config, layer_idx: int) -> LlamaDecoderLayer:
+    """A decoder layer with MAM, or a plain LLaMA layer if ``config.use_mam`` is False."""
+    layer = Owl2DecoderLayer if config.use_mam else LlamaDecoderLayer
+    return layer(config, layer_idx)

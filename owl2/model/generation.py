@@ -1,4 +1,4 @@
-"""`generate` with images in the prompt: padding, beams, caches, and scores by token id."""
+"""`generate` for prompts with images: padding, beams, caches, and scores by token id."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.model.image_inputs import TokenCounts, images_per_sequence
 
-# They look up scores by the ids of the prompt, and the image token has none.
-LOOK_UP_IDS = (
+# These index scores by the ids of the prompt. The image token has no score.
+INDEXED_BY_PROMPT = (
     RepetitionPenaltyLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
@@ -27,22 +27,23 @@ LOOK_UP_IDS = (
 
 
 class MultimodalGenerationMixin(GenerationMixin):
-    """transformers' generation for a model whose prompts hold image tokens."""
+    """`GenerationMixin` of transformers for a model whose prompts contain image tokens."""
 
-    config: Any  # of an mPLUG-Owl2
+    config: Any  # an Owl2Config
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, for prompts padded on either side.
+        """As in transformers, for prompts padded on either side.
 
-        New tokens are written behind a prompt, so padding there would stand between the two: such
-        rows (by `attention_mask`) are first turned to left padding, and come back so.
+        New tokens are appended, so padding on the right would be between the prompt and the
+        answer. Rows with such padding (by `attention_mask`) are converted to left padding first,
+        and the result has left padding.
         """
         mask: Any = kwargs.get("attention_mask")
         ids = kwargs.get("input_ids", inputs)
         prompts = kwargs.get("inputs_embeds") if ids is None else ids
-        # A mask longer than the prompts speaks of a filled cache, which cannot be turned.
-        whole = mask is not None and prompts is not None and mask.shape == prompts.shape[:2]
-        if whole and (mask[:, -1] == 0).any():
+        # A mask that is longer than the prompts includes a filled cache, which cannot be moved.
+        is_movable = mask is not None and prompts is not None and mask.shape == prompts.shape[:2]
+        if is_movable and (mask[:, -1] == 0).any():
             rows = ("input_ids", "inputs_embeds", "mm_token_type_ids", "position_ids")
             for name in (*rows, "attention_mask"):
                 if kwargs.get(name) is not None:
@@ -51,13 +52,13 @@ class MultimodalGenerationMixin(GenerationMixin):
         generate = super().generate  # type: ignore[misc]  # no class fits the Protocol of its self
         return generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # hands on what it does not name
+    def prepare_inputs_for_generation(  # type: ignore[override]  # passes other arguments through
         self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        # inputs_embeds is named as transformers looks at the signature: whether they may be given.
+        # transformers inspects this signature to find out whether inputs_embeds is accepted.
         prepare = super().prepare_inputs_for_generation  # type: ignore[misc]  # as in generate
         inputs: dict[str, Any] = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        # transformers 5.16 leaves the modalities of the whole sequence beside a step's one token.
+        # transformers 5.16 does not cut the modalities of the sequence to a step's one token.
         types, ids = inputs.get("mm_token_type_ids"), inputs.get("input_ids")
         if types is not None and ids is not None:
             inputs["mm_token_type_ids"] = types[:, -ids.shape[1] :]
@@ -70,7 +71,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Beams and several answers: images are repeated a prompt at a time, in their order."""
+        """For beams and several answers, repeat the images of one prompt after another."""
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
             image_tokens = TokenCounts.of(input_ids, self.config.image_token_id).image_tokens
@@ -88,44 +89,46 @@ class MultimodalGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         make = super()._get_logits_processor  # type: ignore[misc]  # as in generate
-        processors = make(*args, **kwargs)
         return LogitsProcessorList(
-            PadImageTokenLogits(processor) if isinstance(processor, LOOK_UP_IDS) else processor
-            for processor in processors
+            PadImageTokenLogits(processor)
+            if isinstance(processor, INDEXED_BY_PROMPT)
+            else processor
+            for processor in make(*args, **kwargs)
         )
 
     def _get_candidate_generator(
         self, generation_config: Any, input_ids: torch.LongTensor, *args: Any, **kwargs: Any
     ) -> Any:
-        looked_up = generation_config.prompt_lookup_num_tokens is not None
-        if looked_up and (input_ids == self.config.image_token_id).any():
+        is_lookup = generation_config.prompt_lookup_num_tokens is not None
+        if is_lookup and (input_ids == self.config.image_token_id).any():
             raise InputError(
-                "prompt_lookup_num_tokens guesses that the answer repeats the prompt, image tokens "
-                "too: leave it out where the prompt holds an image"
+                "prompt_lookup_num_tokens copies candidates from the prompt, which contains image "
+                "tokens: omit it for prompts with images",
+                ErrorCode.UNSUPPORTED,
             )
         make = super()._get_candidate_generator  # type: ignore[misc]  # as in generate
         return make(generation_config, input_ids, *args, **kwargs)
 
 
 class PadImageTokenLogits(LogitsProcessor):
-    """Lends the image token a score, -infinity, while `inner` works; (B, V) in and out."""
+    """Adds a score of -infinity for the image token while `inner` runs; (B, V) in and out."""
 
     def __init__(self, inner: LogitsProcessor) -> None:
         self.inner = inner
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        wider = F.pad(scores, (0, 1), value=float("-inf"))
-        return self.inner(input_ids, wider)[:, :-1]
+        padded = F.pad(scores, (0, 1), value=float("-inf"))
+        return self.inner(input_ids, padded)[:, :-1]
 
 
 def to_left_padding(rows: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Turn every row (B, S, ...) so that the padding at its end stands at its beginning.
+    """Move the padding at the end of every row (B, S, ...) to its beginning.
 
     Args:
-        attention_mask: (B, S) of the rows as they are, 0 on padding.
+        attention_mask: (B, S) of the given rows, 0 on padding.
     """
     length = attention_mask.shape[1]
     trailing = (attention_mask.flip(1).cumsum(1) == 0).sum(1)  # (B,)
-    places = torch.arange(length, device=rows.device) - trailing[:, None].to(rows.device)  # (B, S)
+    source = torch.arange(length, device=rows.device) - trailing[:, None].to(rows.device)  # (B, S)
     batch = torch.arange(len(rows), device=rows.device)[:, None]
-    return rows[batch, places % length]
+    return rows[batch, source % length]

@@ -1,12 +1,12 @@
-"""The loss: cross-entropy of each next token, with and without all logits at once (SPEC 2).
+"""Next-token cross-entropy, with or without the logits of all positions (Specification §2).
 
-Shapes: B sequences, S positions, D width, V vocabulary, T labelled positions in the whole batch.
+Shapes: B sequences, S positions, D width, V vocabulary, T labeled positions in the batch.
 
-    hidden_states (B, S, D) ─► labelled (T, D) ─► chunks ─► lm_head (chunk, V) ─► sum / count
+    hidden_states (B, S, D) ─► labeled (T, D) ─► chunks ─► lm_head (chunk, V) ─► sum / count
 
-Logits are by far the largest tensor of a training step, V / D times the hidden states, and in an
-instruction's batch most positions have no label. So `chunked_cross_entropy` computes them at
-labeled positions only, a chunk at a time, and once more in the backward pass.
+The logits are the largest tensor of a training step, V / D times the size of the hidden states, and
+most positions of an instruction-tuning batch have no label. `chunked_cross_entropy` computes logits
+at labeled positions only, one chunk at a time, and recomputes them in the backward pass.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from owl2.constants import IGNORE_INDEX
 
-CHUNK = 512  # positions: 66 MB of float32 logits with 32,000 words
+CHUNK = 512  # positions: 66 MB of float32 logits with a vocabulary of 32,000
 
 Count = torch.Tensor | int | None
 
@@ -24,26 +24,30 @@ Count = torch.Tensor | int | None
 def next_token_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Count = None
 ) -> torch.Tensor:
-    """Cross-entropy of each next token, averaged over all labelled tokens.
+    """Cross-entropy of each next token, averaged over all labeled tokens.
 
     Args:
         logits: (B, S, V).
-        labels: (B, S), -100 where there is no loss.
-        num_items_in_batch: the number of labels to average over; this batch's where absent. With
-            accumulated gradients it counts all of the step's batches.
+        labels: (B, S), -100 for positions without a loss.
+        num_items_in_batch: The number of labels to average over. Default: the labels of this batch.
+            With gradient accumulation it counts the labels of all micro-batches of the step.
 
     Returns:
-        a scalar in float32; 0 for a batch without any label, never NaN.
+        A scalar in float32; 0 and not NaN for a batch without labels.
     """
     targets = labels[:, 1:].flatten().to(logits.device)
-    total = _summed(logits[:, :-1].flatten(0, 1), targets)
+    total = _sum_loss(logits[:, :-1].flatten(0, 1), targets)
     return _mean(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
 
 
 def labeled_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a next token has a label: rows (T,) of the flattened batch, and those labels (T,).
+    """Positions whose next token has a label.
 
-    How many there are must be known, so this waits for a GPU: call it before there is work queued.
+    The size of the result depends on the data, which synchronizes with a GPU. Call this function
+    before work is queued.
+
+    Returns:
+        Rows (T,) of the flattened batch, and their labels (T,).
     """
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B·S,)
     rows = (following != IGNORE_INDEX).nonzero()[:, 0]
@@ -57,31 +61,31 @@ def chunked_cross_entropy(
     targets: torch.Tensor,
     num_items_in_batch: Count = None,
 ) -> torch.Tensor:
-    """`next_token_loss` from hidden states (B, S, D), without the logits of the whole batch.
+    """`next_token_loss` from hidden states (B, S, D), without the logits of the complete batch.
 
     Args:
-        lm_head: called as a module, a chunk at a time, so that whatever wraps it or hands it its
-            weight (FSDP2, DeepSpeed, adapters) does so.
-        rows, targets: of `labeled_positions`.
-        num_items_in_batch: as for `next_token_loss`.
+        lm_head: Called as a module, once per chunk, so that wrappers which manage its weight
+            (FSDP2, DeepSpeed, adapters) work.
+        rows, targets: See `labeled_positions`.
+        num_items_in_batch: See `next_token_loss`.
     """
 
-    def summed(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return _summed(lm_head(states), labels)
+    def chunk_loss(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return _sum_loss(lm_head(states), labels)
 
-    labelled = hidden_states.flatten(0, 1).index_select(0, rows.to(hidden_states.device))  # (T, D)
+    labeled = hidden_states.flatten(0, 1).index_select(0, rows.to(hidden_states.device))  # (T, D)
     targets = targets.to(hidden_states.device)
     total = hidden_states.new_zeros((), dtype=torch.float32)
-    # No label at all makes one empty chunk: other processes wait for this one's lm_head.
-    for states, labels in zip(labelled.split(CHUNK), targets.split(CHUNK), strict=True):
-        total = total + checkpoint(summed, states, labels, use_reentrant=False)
+    # Without labels there is one empty chunk: in sharded training all processes must use lm_head.
+    for states, labels in zip(labeled.split(CHUNK), targets.split(CHUNK), strict=True):
+        total = total + checkpoint(chunk_loss, states, labels, use_reentrant=False)
     return _mean(total, len(targets), num_items_in_batch)
 
 
-def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _sum_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _mean(total: torch.Tensor, labelled: torch.Tensor | int, wanted: Count) -> torch.Tensor:
-    count = torch.as_tensor(labelled if wanted is None else wanted, device=total.device)
+def _mean(total: torch.Tensor, labeled: torch.Tensor | int, num_items: Count) -> torch.Tensor:
+    count = torch.as_tensor(labeled if num_items is None else num_items, device=total.device)
     return total / count.clamp(min=1)

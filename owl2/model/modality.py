@@ -1,12 +1,12 @@
-"""The modality-adaptive module, MAM: a norm or a projection with a weight a modality (SPEC 1.3).
+"""The modality-adaptive module (MAM): norms and projections with separate weights per modality.
 
-Shapes: B sequences, S positions, D features; rows = B · S tokens, T of them text and V visual.
+Specification §1.3. Shapes: B sequences, S positions, D features; B · S tokens, T of them text and
+V visual.
 
-Which token is of which modality is the same in every layer, so it is worked out once a forward (a
-`Routing`) and handed down. A step without visual tokens has no routing (`None`): then a module is
-its text weight and nothing else, the plain LLaMA path. Only where processes share out the weights
-must all of them be touched by each; then such a step is routed, too, with no rows for the visual
-weights, whose gradient is zeros and not missing.
+The modality of a token is the same in every layer, so a forward pass computes one `Routing` and
+passes it to all layers. A step without visual tokens has no routing (None): each module then uses
+only its text weight, as a plain LLaMA does. In sharded training every process must use all weights.
+Such a step then has a routing with V = 0, and the gradients of the visual weights are zeros.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from torch import nn
 
 TEXT, VISUAL = 0, 1
 
-ModalitySplit = tuple[torch.Tensor, torch.Tensor]  # text's and visual tokens'
+ModalitySplit = tuple[torch.Tensor, torch.Tensor]  # the text and the visual tokens
 
 
 class Routing(NamedTuple):
-    """Where the tokens of each modality stand in the flattened batch.
+    """Positions of the tokens of each modality in the flattened batch.
 
     Attributes:
-        grouped: (B·S,) the rows of all text tokens, then those of all visual ones.
-        order: (B·S,) puts tokens so grouped back into the batch's order: the inverse.
+        grouped: (B·S,) rows of all text tokens, followed by the rows of all visual tokens.
+        order: (B·S,) inverse permutation of `grouped`.
         sizes: T and V.
     """
 
@@ -35,44 +35,46 @@ class Routing(NamedTuple):
 
     @classmethod
     def of(
-        cls, token_types: torch.Tensor, visual: int | None = None, always: bool = False
+        cls, token_types: torch.Tensor, num_visual: int | None = None, always: bool = False
     ) -> "Routing | None":
-        """The routing of (B, S) modalities (0 text, 1 visual).
+        """The routing for modalities (B, S), 0 for text and 1 for visual tokens.
 
         Args:
-            visual: how many positions are visual; counted where absent, which waits for a GPU.
-            always: a routing for text alone, too, so that every weight is used.
+            num_visual: The number of visual positions. By default they are counted, which
+                synchronizes with a GPU.
+            always: Return a routing also if there are no visual tokens.
 
         Returns:
-            None if there is no visual token, unless `always`.
+            None if there are no visual tokens and `always` is False.
         """
         is_visual = token_types.flatten() == VISUAL
-        if visual is None:
-            visual = int(is_visual.sum())
-        if not visual and not always:
+        if num_visual is None:
+            num_visual = int(is_visual.sum())
+        if not num_visual and not always:
             return None
-        # Sorted, and not searched: how many a search finds, a GPU would have to tell.
+        # A sort and not `nonzero`, whose result size depends on the data and synchronizes a GPU.
         grouped = is_visual.argsort(stable=True)
-        return cls(grouped, grouped.argsort(), (len(grouped) - visual, visual))
+        return cls(grouped, grouped.argsort(), (len(grouped) - num_visual, num_visual))
 
     def split(self, hidden_states: torch.Tensor) -> ModalitySplit:
-        """(B, S, D) to the tokens of each modality, (T, D) and (V, D)."""
+        """Split (B, S, D) into text tokens (T, D) and visual tokens (V, D)."""
         rows: torch.Tensor = PermuteRows.apply(
             hidden_states.flatten(0, 1), self.grouped, self.order
         )
         text, visual = rows.split(self.sizes)
         return text, visual
 
-    def join(self, parts: ModalitySplit, batch: int) -> torch.Tensor:
-        """What `split` gives for `batch` sequences, (T, D) and (V, D), to (B, S, D)."""
+    def join(self, parts: ModalitySplit, batch_size: int) -> torch.Tensor:
+        """Inverse of `split`: (T, D) and (V, D) to (B, S, D)."""
         rows: torch.Tensor = PermuteRows.apply(torch.cat(parts), self.order, self.grouped)
-        return rows.unflatten(0, (batch, -1))
+        return rows.unflatten(0, (batch_size, -1))
 
 
 class PermuteRows(torch.autograd.Function):
-    """Rows in another order: those of the gradient go back in the inverse one.
+    """Permute rows. The backward pass applies the inverse permutation.
 
-    PyTorch does not know that no row is taken twice: it would add up into a tensor of zeros.
+    The backward pass of `index_select` would accumulate into a tensor of zeros, because PyTorch
+    cannot assume that each row is selected once.
     """
 
     @staticmethod
@@ -89,11 +91,11 @@ class PermuteRows(torch.autograd.Function):
 
 
 class Multiway(nn.Module):
-    """Two modules of the same kind, ``multiway.0`` for text and ``multiway.1`` for visual tokens.
+    """Two modules of one kind: ``multiway.0`` for text tokens, ``multiway.1`` for visual tokens.
 
     Args:
-        make: makes one of them: a `torch.nn.Linear`, an RMSNorm, any module that treats each
-            token by itself.
+        make: Creates one of them: a `torch.nn.Linear`, an RMSNorm, or another module that processes
+            each token independently.
     """
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
@@ -101,16 +103,15 @@ class Multiway(nn.Module):
         self.multiway = nn.ModuleList([make(), make()])
 
     def copy_text_weights(self) -> None:
-        """Visual weights start as copies of the text ones (SPEC 1.3)."""
+        """Initialize the visual weights as copies of the text weights (Specification §1.3)."""
         self.multiway[VISUAL].load_state_dict(self.multiway[TEXT].state_dict())
 
     def forward(self, hidden_states: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
-        """(B, S, D) to (B, S, D'), each token through its modality's module."""
+        """(B, S, D) to (B, S, D'), each token by the module of its modality."""
         if routing is None:
             return self.multiway[TEXT](hidden_states)
-        parts = self.each(routing.split(hidden_states))
-        return routing.join(parts, len(hidden_states))
+        return routing.join(self.each(routing.split(hidden_states)), len(hidden_states))
 
     def each(self, parts: ModalitySplit) -> ModalitySplit:
-        """Tokens that are split already, (T, D) and (V, D), each through its module."""
+        """Apply both modules to tokens that are already split, (T, D) and (V, D)."""
         return self.multiway[TEXT](parts[TEXT]), self.multiway[VISUAL](parts[VISUAL])

@@ -1,12 +1,12 @@
-"""mPLUG-Owl2: vision encoder, visual abstractor and a LLaMA decoder with MAM as one model.
+"""mPLUG-Owl2: vision encoder, visual abstractor and a LLaMA decoder with MAM in one model.
 
     pixel_values (N, 3, H, W) ──► vision_model ──► visual_abstractor (N, K+1, D) ─┐ scatter
     input_ids (B, S) ──► embed_tokens (B, S, D) ──────────────────────────────────┴─► (B, S, D)
     ──► LLaMA layers, routed by modality ──► norm ──► lm_head (B, S, vocabulary)
 
-Shapes: B sequences of S positions, N images in the whole batch, K learnable queries, D width.
-`input_ids` already hold K + 1 times `config.image_token_id` for every image; the length of a
-sequence never changes inside the model.
+Shapes: B sequences of S positions, N images in the batch, K learnable queries, D width.
+`input_ids` already contain K + 1 times `config.image_token_id` for every image. The model never
+changes the length of a sequence.
 """
 
 from typing import Any
@@ -26,7 +26,6 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
     LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
@@ -35,29 +34,29 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple
 
 from owl2.checkpoints.load import CheckpointMixin
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.configuration import Owl2Config
-from owl2.model.decoder import Owl2DecoderLayer
 from owl2.model.generation import MultimodalGenerationMixin
 from owl2.model.image_inputs import TokenCounts, images_per_sequence
 from owl2.model.loss import chunked_cross_entropy, labeled_positions, next_token_loss
 from owl2.model.modality import Multiway, Routing
-from owl2.model.vision import VisionEmbeddings, VisionModel
+from owl2.model.registry import get_model_type
+from owl2.model.vision import VisionEmbeddings
 
 
 class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
-    """Initialisation and what transformers needs to know; loading is in `CheckpointMixin`."""
+    """Initialization and class attributes for transformers; `CheckpointMixin` loads and saves."""
 
     config_class = Owl2Config
     config: Owl2Config
     base_model_prefix = "model"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisionLayer", "AbstractorLayer"]  # and the decoder's, of either kind
+    _no_split_modules = ["VisionLayer", "AbstractorLayer"]  # the decoder layer is added on creation
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, for all three parts: 5.16 does not look into nested configurations."""
+        """As in transformers, for all three parts: 5.16 does not visit nested configurations."""
         super().set_attn_implementation(*args, **kwargs)
         self.config.visual_config._attn_implementation = self.config._attn_implementation
 
@@ -72,42 +71,44 @@ class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
             init.normal_(module.query_embeds, std=std)
             init.normal_(module.vit_eos, std=std)
         elif isinstance(module, AbstractorAttention):
-            query_codes, key_codes = module.position_codes()
-            init.copy_(module.q_pos_embed, query_codes)
-            init.copy_(module.k_pos_embed, key_codes)
+            query_embeds, key_embeds = module.position_embeddings()
+            init.copy_(module.q_pos_embed, query_embeds)
+            init.copy_(module.k_pos_embed, key_embeds)
 
 
 class Owl2Model(Owl2PreTrainedModel, LlamaModel):
-    """Everything but `lm_head`: LLaMA's model whose input may hold images.
+    """The model without `lm_head`: a LLaMA model whose input may contain images.
 
     Attributes:
-        run_all_branches: let a batch without images pass through all weights, too, without
-            changing its result: a blank image times 0, and MAM routed to no visual token.
-            Processes that share out a model's weights or gradients wait for each other at each
-            weight, so one that skips some hangs the others (USERS 7).
+        run_all_branches: Use all weights also for a batch without images, without changing its
+            result: a blank image is encoded and multiplied by 0, and MAM is routed to 0 visual
+            tokens. Sharded training needs this, because processes wait for each other at each
+            weight and a process that skips one would block the others.
     """
 
     run_all_branches = False
 
     def __init__(self, config: Owl2Config) -> None:
         LlamaPreTrainedModel.__init__(self, config)
-        # One attention implementation for all three parts, also when none was asked for.
+        # All three parts use one attention implementation, also the default one.
         config.visual_config._attn_implementation = config._attn_implementation
-        layer = Owl2DecoderLayer if config.use_mam else LlamaDecoderLayer
-        # Only what is there: accelerate refuses to shard by the name of a class that is not.
-        self._no_split_modules = [*self._no_split_modules, layer.__name__]
-        visual = config.visual_config
+        parts, visual = get_model_type(config.model_type), config.visual_config
+        make_layer = parts.load("decoder_layer")
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(make_layer(config, i) for i in range(config.num_hidden_layers))
+        # accelerate rejects names of classes that the model does not contain.
+        self._no_split_modules = [*self._no_split_modules, type(self.layers[0]).__name__]
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.vision_model = VisionModel(visual.visual_model)
-        self.visual_abstractor = VisualAbstractor(visual.visual_abstractor, config.hidden_size)
+        self.vision_model = parts.load("vision_encoder")(visual.visual_model)
+        self.visual_abstractor = parts.load("connector")(
+            visual.visual_abstractor, config.hidden_size
+        )
         self.gradient_checkpointing = False
         self.post_init()
-        # Not in _init_weights: transformers asks that of modules with weights of their own only.
+        # Not in _init_weights: transformers calls that only for modules with parameters.
         for module in self.modules():
             if isinstance(module, Multiway):
                 module.copy_text_weights()
@@ -120,35 +121,37 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """See `Owl2ForConditionalGeneration.forward`; returns hidden states after the norm."""
+        """See `Owl2ForConditionalGeneration.forward`. Returns hidden states after the norm."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("give either input_ids or inputs_embeds")
-        visual: int | None = None  # how many positions are
-        if input_ids is None:
-            if pixel_values is not None:
-                raise InputError("pixel_values need input_ids, which say where the images go")
-        elif input_ids.shape[1] == 1 and pixel_values is None and not self.run_all_branches:
-            # A step of `generate`: no image has room in it, so nothing has to be looked at.
-            inputs_embeds, mm_token_type_ids = self._embed_words(input_ids), None
-        else:
-            visual = self._check(input_ids, pixel_values, mm_token_type_ids)
-            is_image = input_ids == self.config.image_token_id  # (B, S)
-            inputs_embeds = self._put_together(input_ids, is_image, self._encode(pixel_values))
-            mm_token_type_ids = is_image if mm_token_type_ids is None else mm_token_type_ids
+            raise InputError(
+                "pass either input_ids or inputs_embeds, not both", ErrorCode.INVALID_VALUE
+            )
+        num_visual = None
+        if input_ids is not None:
+            inputs_embeds, mm_token_type_ids, num_visual = self._embed_inputs(
+                input_ids, pixel_values, mm_token_type_ids
+            )
+        elif pixel_values is not None:
+            raise InputError(
+                "pixel_values require input_ids, which determine the positions of the images",
+                ErrorCode.CONFLICT,
+            )
         if self.config.use_mam and mm_token_type_ids is not None:
-            kwargs["routing"] = Routing.of(mm_token_type_ids, visual, always=self.run_all_branches)
+            kwargs["routing"] = Routing.of(
+                mm_token_type_ids, num_visual, always=self.run_all_branches
+            )
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
     def get_image_features(
         self, pixel_values: torch.Tensor, **_: Any
     ) -> BaseModelOutputWithPooling:
-        """Images to embeddings of the language model.
+        """Encode images as embeddings of the language model.
 
         Args:
-            pixel_values: (N, 3, H, W), normalised.
+            pixel_values: (N, 3, H, W), normalized.
 
         Returns:
-            ``.pooler_output`` (N, K+1, D): what stands in the sequence;
+            ``.pooler_output`` (N, K+1, D): the embeddings that are inserted into the sequence;
             ``.last_hidden_state`` (N, 1+P, width): the vision encoder's features, CLS first.
         """
         features = self.vision_model(pixel_values)  # (N, 1+P, width)
@@ -158,79 +161,97 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
     def embed(
         self, input_ids: torch.Tensor, image_embeddings: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """A mixed sequence of embeddings, for `forward` as ``inputs_embeds``.
+        """Embeddings of a sequence of text and images, for `forward` as ``inputs_embeds``.
 
         Args:
             input_ids: (B, S), with K + 1 image tokens for every image.
             image_embeddings: (N, K+1, D) from `get_image_features`, in order of appearance.
 
         Returns:
-            (B, S, D): words' embeddings, and the images' where the image tokens stand.
+            (B, S, D): token embeddings, and image embeddings at the image tokens.
 
         Raises:
-            InputError: image tokens and images do not fit, with both counts; ids that the
-                vocabulary does not have.
+            InputError: The numbers of image tokens and images do not fit, or an id is outside the
+                vocabulary.
         """
-        self._check(input_ids, image_embeddings)
+        self._check_inputs(input_ids, image_embeddings)
         is_image = input_ids == self.config.image_token_id  # (B, S)
-        return self._put_together(input_ids, is_image, image_embeddings)
+        return self._merge_image_features(input_ids, is_image, image_embeddings)
 
-    def _check(
+    def _embed_inputs(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        token_types: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
+        """Embeddings (B, S, D), modalities (B, S), and the number of visual positions.
+
+        The last two are None in a decode step, which cannot contain an image. It needs no check,
+        and a check would synchronize with the GPU.
+        """
+        if input_ids.shape[1] == 1 and pixel_values is None and not self.run_all_branches:
+            try:
+                return self.embed_tokens(input_ids), None, None
+            except IndexError:  # an id outside the vocabulary; the check names it
+                self._check_inputs(input_ids, None)
+                raise
+        num_visual = self._check_inputs(input_ids, pixel_values, token_types)
+        is_image = input_ids == self.config.image_token_id  # (B, S)
+        images = None
+        if pixel_values is not None and len(pixel_values):
+            images = self.get_image_features(pixel_values).pooler_output
+        embeddings = self._merge_image_features(input_ids, is_image, images)
+        return embeddings, is_image if token_types is None else token_types, num_visual
+
+    def _check_inputs(
         self,
         input_ids: torch.Tensor,
         images: torch.Tensor | None,
         token_types: torch.Tensor | None = None,
     ) -> int:
-        """Whether ids and images fit; returns how many positions are visual."""
-        contents = TokenCounts.of(input_ids, self.config.image_token_id, token_types)
-        images_per_sequence(contents.image_tokens, images, self.config.num_image_tokens)
-        return contents.visual
+        """Check that ids and images fit. Returns the number of visual positions."""
+        counts = TokenCounts.of(input_ids, self.config.image_token_id, token_types)
+        images_per_sequence(counts.image_tokens, images, self.config.num_image_tokens)
+        return counts.visual
 
-    def _embed_words(self, input_ids: torch.Tensor) -> torch.Tensor:
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError:  # an id that is no word's: say which, and why
-            self._check(input_ids, None)
-            raise
-
-    def _put_together(
+    def _merge_image_features(
         self, input_ids: torch.Tensor, is_image: torch.Tensor, images: torch.Tensor | None
     ) -> torch.Tensor:
-        some = images is not None and len(images) > 0
+        has_images = images is not None and len(images) > 0
         blank: Any = None
-        if not some and self.run_all_branches:
-            # Before the words, as images are: all processes must ask for weights in one order.
+        if not has_images and self.run_all_branches:
+            # Before the text embeddings, like images: all processes use weights in one order.
             size = self.config.image_size
             blank = self.get_image_features(input_ids.new_zeros(1, 3, size, size).float())
-        # The image token has no row in the embedding; any id does, its row is overwritten.
-        words = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
-        if images is not None and some:
-            return words.masked_scatter(is_image[..., None], images.to(words))
-        return words if blank is None else words + 0 * blank.pooler_output.mean().to(words)
-
-    def _encode(self, pixel_values: torch.Tensor | None) -> torch.Tensor | None:
-        if pixel_values is None or not len(pixel_values):
-            return None
-        return self.get_image_features(pixel_values).pooler_output
+        # The image token has no embedding row. Id 0 replaces it, and the row is overwritten.
+        embeddings = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
+        if images is not None and has_images:
+            return embeddings.masked_scatter(is_image[..., None], images.to(embeddings))
+        if blank is not None:
+            return embeddings + 0 * blank.pooler_output.mean().to(embeddings)
+        return embeddings
 
     def set_image_size(self, image_size: int) -> None:
-        """Take images of `image_size` x `image_size` pixels from now on (SPEC 2, resolution).
+        """Change the input resolution to `image_size` x `image_size` pixels (Specification §2).
 
-        Learned positions are resized bicubically, computed ones computed anew.
+        Learned position embeddings are resized bicubically; computed ones are recomputed.
 
         Raises:
-            InputError: if `image_size` is not a positive multiple of the patch size.
+            InputError: `image_size` is not a positive multiple of the patch size.
         """
         patch = self.config.visual_config.visual_model.patch_size
         if image_size <= 0 or image_size % patch:
-            raise InputError(f"image_size ({image_size}) must be a multiple of the patch ({patch})")
+            raise InputError(
+                f"image_size ({image_size}) must be a multiple of the patch size ({patch})",
+                ErrorCode.INVALID_VALUE,
+            )
         if image_size != self.config.image_size:
             self.vision_model.set_image_size(image_size)
             self.visual_abstractor.set_grid_size(image_size // patch)
 
 
 class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedModel, GenerationMixin):
-    """mPLUG-Owl2 with its language-model head: ask, generate, train."""
+    """mPLUG-Owl2 with its language-model head, for generation and training."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -258,35 +279,40 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
         return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss if there are labels.
+        """Compute logits, and the loss if labels are given.
 
         Args:
             input_ids: (B, S), with K + 1 image tokens for every image.
             pixel_values: (N, 3, H, W), all images of the batch in order of appearance.
-            attention_mask: (B, S), 0 on padding, either side.
-            position_ids: (B, S); counted from 0 over the mixed sequence where absent.
-            past_key_values: any of transformers' caches.
-            inputs_embeds: (B, S, D) instead of `input_ids`, images already in it.
-            mm_token_type_ids: (B, S), 0 text, 1 visual; derived from `input_ids` where absent.
-            labels: (B, S), -100 where there is no loss.
-            logits_to_keep: compute the last so many positions only (0: all), or these indices.
-            num_items_in_batch: divide the summed loss by this instead of by this batch's labels.
-            return_logits: False to train: `.logits` is None, and the loss is computed at labelled
-                positions only, in chunks, so that the logits are never there at once.
+            attention_mask: (B, S), 0 on padding on either side.
+            position_ids: (B, S). Default: counted from 0 over text and images.
+            past_key_values: Any cache of transformers.
+            inputs_embeds: (B, S, D) instead of `input_ids`, with images already inserted.
+            mm_token_type_ids: (B, S), 0 text, 1 visual. Default: derived from `input_ids`.
+            labels: (B, S), -100 for positions without a loss.
+            logits_to_keep: Compute logits of the last N positions only (0: all), or of a tensor of
+                indices.
+            num_items_in_batch: Divide the summed loss by this instead of by this batch's number of
+                labels.
+            return_logits: False for training: `.logits` is None, and the loss is computed at
+                labeled positions only, in chunks, so that the full logits never exist.
 
         Returns:
             ``.loss``, ``.logits`` (B, S, vocabulary), ``.past_key_values``, and on request
             ``.hidden_states`` and ``.attentions`` (eager only).
 
         Raises:
-            InputError: image tokens and images do not fit, or images of another size; ids that
-                the vocabulary does not have; labels beside `logits_to_keep`.
+            InputError: The numbers of image tokens and images do not fit, images have another
+                size, an id is outside the vocabulary, or labels come with `logits_to_keep`.
         """
         all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not all_logits:
-            raise InputError("labels need the logits of all positions: leave logits_to_keep at 0")
-        # Before the decoder: it waits for a GPU, which has nothing to do as yet.
-        labelled = None if labels is None or return_logits else labeled_positions(labels)
+            raise InputError(
+                "labels require the logits of all positions: set logits_to_keep to 0",
+                ErrorCode.CONFLICT,
+            )
+        # Before the decoder runs, while a GPU has no queued work: this synchronizes with it.
+        labeled = None if labels is None or return_logits else labeled_positions(labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -304,12 +330,12 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             last = isinstance(logits_to_keep, int)
             keep = slice(-logits_to_keep, None) if last else logits_to_keep
             kept = hidden_states[:, keep]
-            # As a matrix: `linear` may copy the whole weight for a slice with three dimensions.
+            # As a matrix: `linear` may copy the complete weight for a slice with three dimensions.
             logits = self.lm_head(kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
             if labels is not None:
                 loss = next_token_loss(logits, labels, num_items_in_batch)
-        elif labelled is not None:
-            loss = chunked_cross_entropy(self.lm_head, hidden_states, *labelled, num_items_in_batch)
+        elif labeled is not None:
+            loss = chunked_cross_entropy(self.lm_head, hidden_states, *labeled, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -1,6 +1,7 @@
-"""Vision encoder: pixels to patch features (SPEC 1.1), a CLIP ViT in the released layout.
+"""Vision encoder: pixels to patch features, a CLIP ViT in the released layout.
 
-Shapes: N images, C channels, H = W pixels, P patches an image, D width, h heads, d = D / h.
+Specification §1.1. Shapes: N images, C channels, H = W pixels, P patches per image, D width,
+h heads, d = D / h.
 
     pixel_values (N, C, H, W) ──► embeddings (N, 1+P, D) ──► blocks ──► post_layernorm (N, 1+P, D)
 """
@@ -16,14 +17,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2VisionConfig
 
-MATMUL_MAX_KEYS = 512  # see `_products_are_faster`
+MATMUL_MAX_KEYS = 512  # see `_matmul_is_faster`
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches by a convolution without bias, a class token in front, learned positions, a norm."""
+    """Patch convolution without bias, class token, learned position embeddings, LayerNorm."""
 
     def __init__(self, config: Owl2VisionConfig) -> None:
         super().__init__()
@@ -38,9 +39,10 @@ class VisionEmbeddings(nn.Module):
         expected = (self.patch_embed.in_channels, self.image_size, self.image_size)
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise InputError(
-                f"pixel_values have the shape {tuple(pixel_values.shape)}, but this model takes "
-                f"(N, {', '.join(map(str, expected))}): prepare images with its own processor, "
-                "or load it with image_size=..."
+                f"pixel_values have the shape {tuple(pixel_values.shape)}, but this model requires "
+                f"(N, {', '.join(map(str, expected))}): use the processor of this checkpoint, or "
+                "load the model with image_size=...",
+                ErrorCode.SHAPE_MISMATCH,
             )
         patches = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)  # (N, P, D)
         cls_token = self.cls_token.expand(len(patches), -1, -1)
@@ -49,7 +51,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Self-attention over all tokens; one fused projection laid out per head: (h, 3, d)."""
+    """Self-attention over all tokens. The fused projection has the layout (h, 3, d)."""
 
     is_causal = False
     num_key_value_groups = 1  # read by transformers' attention functions
@@ -77,19 +79,19 @@ def maskless_attention(
     value: torch.Tensor,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attention without a mask through transformers' interface (eager, sdpa, flash ...).
+    """Attention without a mask by the attention interface of transformers (eager, sdpa, flash ...).
 
     Args:
-        module: carries ``config``, ``scaling``, ``is_causal`` and ``num_key_value_groups``.
+        module: Has ``config``, ``scaling``, ``is_causal`` and ``num_key_value_groups``.
         query: (N, h, Q, d); key, value: (N, h, M, d).
-        dropout: probability while training.
+        dropout: Probability during training.
 
     Returns:
         (N, Q, h * d)
     """
     config: Any = module.config
     scaling: Any = module.scaling
-    if config._attn_implementation == "sdpa" and _products_are_faster(query, key):
+    if config._attn_implementation == "sdpa" and _matmul_is_faster(query, key):
         return matmul_attention(query, key, value, scaling)
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, eager_attention_forward
@@ -106,9 +108,12 @@ def maskless_attention(
     return attended.flatten(2)
 
 
-def _products_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether PyTorch's fused attention takes longer than plain products, as it does on CPUs in
-    bfloat16: half as long again with 257 keys, as long with 1,025 (docs/log.md, 2026-11-22)."""
+def _matmul_is_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether matrix products are faster than PyTorch's fused attention.
+
+    On CPUs in bfloat16, fused attention takes 1.5 times as long with 257 keys and equally long with
+    1,025 keys (docs/log.md, 2026-11-22).
+    """
     on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
     return on_cpu and key.shape[2] <= MATMUL_MAX_KEYS and not torch.is_grad_enabled()
 
@@ -119,9 +124,9 @@ def matmul_attention(
     """Unmasked attention as two batched matrix products; shapes as in `maskless_attention`."""
     images, heads = query.shape[:2]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))  # (N·h, ., d)
-    # Nothing is added to the product, so what stands in for a summand is never read.
-    nothing = query.new_empty(1).expand(len(query), query.shape[1], key.shape[1])
-    scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=scaling)
+    # With beta=0 the first argument is ignored and never read.
+    ignored = query.new_empty(1).expand(len(query), query.shape[1], key.shape[1])
+    scores = torch.baddbmm(ignored, query, key.transpose(1, 2), beta=0, alpha=scaling)
     attended = torch.bmm(scores.softmax(-1), value)  # (N·h, Q, d)
     return attended.unflatten(0, (images, heads)).transpose(1, 2).flatten(2)
 
@@ -164,9 +169,9 @@ class VisionEncoder(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """The vision encoder: ``pixel_values`` (N, C, H, W) to features (N, 1+P, D), CLS first.
+    """Vision encoder: ``pixel_values`` (N, C, H, W) to features (N, 1+P, D), CLS first.
 
-    The final norm is applied to all tokens and all of them go on to the abstractor.
+    The final norm is applied to all tokens, and the abstractor receives all of them.
     """
 
     def __init__(self, config: Owl2VisionConfig) -> None:
@@ -182,7 +187,7 @@ class VisionModel(nn.Module):
 
     @torch.no_grad()
     def set_image_size(self, image_size: int) -> None:
-        """Take images of another size from now on; positions are resized bicubically (SPEC 2)."""
+        """Change the input resolution; position embeddings are resized bicubically."""
         grid = image_size // self.config.patch_size
         embeddings = self.embeddings
         embeddings.position_embedding = nn.Parameter(
@@ -193,14 +198,14 @@ class VisionModel(nn.Module):
 
 
 def resize_positions(positions: torch.Tensor, grid_size: int) -> torch.Tensor:
-    """Position embeddings of a square grid, resized bicubically; the class token's is kept.
+    """Resize the position embeddings of a square grid bicubically (Specification §2).
 
     Args:
-        positions: (1, 1 + n², D), the class token's first.
-        grid_size: patches along the new grid's edge, m.
+        positions: (1, 1 + n², D); the first is the class token's, which does not change.
+        grid_size: Patches along the edge of the new grid, m.
 
     Returns:
-        (1, 1 + m², D) in the dtype of `positions`; interpolated in float32.
+        (1, 1 + m², D) in the dtype of `positions`; the interpolation uses float32.
     """
     cls_position, patches = positions[:, :1], positions[:, 1:]
     old = round(patches.shape[1] ** 0.5)

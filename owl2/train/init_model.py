@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from owl2.checkpoints.from_backbones import assemble, load_llm, load_vision, random_llm
+from owl2.checkpoints.from_backbones import load_llm, load_vision, random_llm
 from owl2.data.datasets import load_dataset
 from owl2.errors import InputError
 from owl2.files import atomic_directory, require_writable
@@ -89,7 +89,7 @@ def init_checkpoint(
         else:
             language_model = load_llm(llm, weights_dtype or "auto")
             tokenizer = load_tokenizer(llm)
-        model = assemble(
+        model = Owl2ForConditionalGeneration.from_backbones(
             language_model,
             settings["vision"] if vision == FRESH else load_vision(vision),
             abstractor=settings["abstractor"],

@@ -89,7 +89,7 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         """Those of the abstractor: a checkpoint may be without them."""
         for module in self.visual_abstractor.modules():
             if isinstance(module, AbstractorAttention):
-                query_codes, key_codes = module.position_codes()
+                query_codes, key_codes = module.position_embeddings()
                 module.q_pos_embed.copy_(query_codes)
                 module.k_pos_embed.copy_(key_codes)
 

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from owl2.checkpoints.adapters import find_adapter, lora_layers, lora_parameters, merge_adapter
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import adapt
 from owl2.train.recipe import LoraSettings
+from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import make_model
 
@@ -60,7 +61,7 @@ def load(folder, **options):
 
 
 def make_adapted(base, **settings):
-    """As after training: LoRA and the parts trained as a whole are far from where they began."""
+    """Change LoRA and the saved parts as training would."""
     model = load(base)
     adapt(model, LoraSettings(r=4, **settings), seed=0)
     source = torch.Generator().manual_seed(3)
@@ -87,7 +88,7 @@ def saved(base, tmp_path_factory):
 
 @pytest.fixture
 def copied(saved, tmp_path):
-    """The directory, to be spoilt."""
+    """A copy of the directory, to be corrupted."""
     return Path(shutil.copytree(saved[1], tmp_path / "adapter"))
 
 
@@ -134,7 +135,7 @@ def test_files_are_small_and_peft_reads_them(saved, base):
         assert_close(live, peft_model)
 
 
-def test_transformers_reads_the_adapter_too(base, tmp_path):
+def test_transformers_loads_the_adapter(base, tmp_path):
     live = make_adapted(base, parts=EVERYWHERE)
     live.save_pretrained(tmp_path)
     model = load(base)
@@ -142,7 +143,7 @@ def test_transformers_reads_the_adapter_too(base, tmp_path):
     assert_close(live, model)
 
 
-def test_auto_classes_read_it(saved):
+def test_auto_classes_load_the_adapter(saved):
     live, folder = saved
     options = {"attn_implementation": "eager"}
     model = AutoModelForImageTextToText.from_pretrained(folder, **options)
@@ -151,13 +152,13 @@ def test_auto_classes_read_it(saved):
     assert_close(live, model)
 
 
-def test_nothing_loaded_is_to_be_trained(saved):
+def test_loaded_adapter_is_frozen(saved):
     model = load(saved[1])
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
 
 
-def test_saved_again_it_is_the_same(saved, tmp_path):
+def test_saving_again_gives_the_same_files(saved, tmp_path):
     live, folder = saved
     load(folder).save_pretrained(tmp_path / "again")
     for file in folder.iterdir():
@@ -168,7 +169,7 @@ def test_saved_again_it_is_the_same(saved, tmp_path):
 
 
 @pytest.mark.parametrize("trained", [[], ["vision"]])
-def test_another_image_size_is_kept(base, tmp_path, trained):
+def test_image_size_is_saved(base, tmp_path, trained):
     live = load(base, image_size=16)
     adapt(live, LoraSettings(r=2, modules_to_save=trained), seed=0)
     with torch.no_grad():
@@ -183,8 +184,8 @@ def test_another_image_size_is_kept(base, tmp_path, trained):
     assert load(tmp_path, image_size=8).config.image_size == 8
 
 
-def test_text_goes_past_the_visual_lora(base):
-    """Without an image only the text's LoRA is computed; with one, visual tokens take theirs."""
+def test_text_does_not_use_the_visual_lora(base):
+    """Without an image only LoRA of the text weights runs; visual tokens use their own LoRA."""
     model = make_adapted(base, only=["k_proj", "v_proj"])
     before = logits(model), logits(model, TEXT)
     with torch.no_grad():
@@ -195,8 +196,8 @@ def test_text_goes_past_the_visual_lora(base):
     assert not torch.allclose(before[0], logits(model), atol=1e-3)
 
 
-def test_from_another_directory(tmp_path, monkeypatch):
-    """A base given by a relative path is found from everywhere; a moved one is asked for."""
+def test_adapter_loads_from_another_directory(tmp_path, monkeypatch):
+    """A base with a relative path is found from every directory; a moved base raises."""
     make_base(tmp_path / "one" / "base")
     monkeypatch.chdir(tmp_path / "one")
     live = make_adapted("base")
@@ -205,40 +206,40 @@ def test_from_another_directory(tmp_path, monkeypatch):
     assert_close(live, load("adapter"))
 
     (tmp_path / "one" / "base").rename(tmp_path / "moved")
-    with pytest.raises(InputError, match=r"one/base.*base=.*adapter_config\.json"):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "one/base"):
         load("adapter")
     assert_close(live, load("adapter", base="moved"))
-    with pytest.raises(InputError, match=r"base=.* is for adapters"):
+    with raises_input_error(ErrorCode.CONFLICT, "moved"):
         load("moved", base="moved")
 
 
 def put_into_hub_cache(cache, repository, revision, folder):
-    """As huggingface_hub leaves what it has fetched."""
+    """Write files as huggingface_hub caches them."""
     home = cache / f"models--{repository.replace('/', '--')}"
     shutil.copytree(folder, home / "snapshots" / revision)
     (home / "refs").mkdir(exist_ok=True)
     (home / "refs" / "main").write_text(revision, encoding="utf-8")
 
 
-def test_from_the_hub(base, tmp_path):
-    """The base's revision is part of its name: a later one is not taken for it."""
+def test_adapter_loads_from_the_hub(base, tmp_path):
+    """The adapter stores the base's revision, and a later revision is not used."""
     cache, first, later = tmp_path / "cache", "1" * 40, "2" * 40
-    put_into_hub_cache(cache, "somebody/base", first, base)
-    live = load("somebody/base", cache_dir=cache)
+    put_into_hub_cache(cache, "owner/base", first, base)
+    live = load("owner/base", cache_dir=cache)
     adapt(live, LoraSettings(r=2), seed=0)
     live.save_pretrained(tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert written["base_model_name_or_path"] == "somebody/base"
+    assert written["base_model_name_or_path"] == "owner/base"
     assert written["revision"] == first
 
-    put_into_hub_cache(cache, "somebody/base", later, make_base(tmp_path / "later", seed=1))
-    put_into_hub_cache(cache, "somebody/adapter", "3" * 40, tmp_path / "adapter")
-    assert_close(live, load("somebody/adapter", cache_dir=cache))
-    auto = AutoModelForImageTextToText.from_pretrained("somebody/adapter", cache_dir=cache)
+    put_into_hub_cache(cache, "owner/base", later, make_base(tmp_path / "later", seed=1))
+    put_into_hub_cache(cache, "owner/adapter", "3" * 40, tmp_path / "adapter")
+    assert_close(live, load("owner/adapter", cache_dir=cache))
+    auto = AutoModelForImageTextToText.from_pretrained("owner/adapter", cache_dir=cache)
     assert_close(live, auto)
 
 
-def test_another_base_under_its_name_is_refused(tmp_path):
+def test_changed_base_weights_are_rejected(tmp_path):
     base = make_base(tmp_path / "base")
     make_adapted(base).save_pretrained(tmp_path / "adapter")
     # The same weights in another format are the same base.
@@ -252,13 +253,13 @@ def test_another_base_under_its_name_is_refused(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 3] += 1e-3
     torch.save(model.state_dict(), base / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"not the model that .* was trained on.*base\.json"):
+    with raises_input_error(ErrorCode.BASE_MODEL_MISMATCH, "base.json"):
         load(tmp_path / "adapter")
     (tmp_path / "adapter" / "base.json").unlink()
     load(tmp_path / "adapter")
 
 
-def spoil(folder, change):
+def corrupt(folder, change):
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -266,54 +267,54 @@ def spoil(folder, change):
 
 
 LORA = "base_model.model.model.layers.0.self_attn.v_proj.multiway.1.lora_A.weight"
-WHOLE = "base_model.model.model.visual_abstractor.vit_eos"
+SAVED_PART = "base_model.model.model.visual_abstractor.vit_eos"
 
 
-@pytest.mark.parametrize("key", [LORA, WHOLE])
-def test_every_key_is_accounted_for(copied, key):
-    spoil(copied, lambda tensors: tensors.pop(key))
-    with pytest.raises(InputError, match=f"1 missing:\\s+{key}"):
+@pytest.mark.parametrize("key", [LORA, SAVED_PART])
+def test_missing_key_is_rejected(copied, key):
+    corrupt(copied, lambda tensors: tensors.pop(key))
+    with raises_input_error(ErrorCode.MISSING_WEIGHTS, key):
         load(copied)
 
 
-def test_an_unexpected_key_is_refused(copied):
-    spoil(copied, lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}))
-    with pytest.raises(InputError, match=r"1 unexpected:\s+base_model\.model\.lm_head\.weight"):
+def test_unexpected_key_is_rejected(copied):
+    corrupt(copied, lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}))
+    with raises_input_error(ErrorCode.UNEXPECTED_WEIGHTS, "base_model.model.lm_head.weight"):
         load(copied)
 
 
-def test_another_shape_is_refused(copied):
-    spoil(copied, lambda tensors: tensors.update({LORA: torch.zeros(4, 17)}))
-    with pytest.raises(InputError, match=r"\(4, 17\) in the file, \(4, 16\) in the model"):
+def test_other_shape_is_rejected(copied):
+    corrupt(copied, lambda tensors: tensors.update({LORA: torch.zeros(4, 17)}))
+    with raises_input_error(ErrorCode.SHAPE_MISMATCH, "(4, 17)", "(4, 16)"):
         load(copied)
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "message"),
+    ("file", "text", "code"),
     [
-        ("adapter_config.json", "{", "no adapter's configuration"),
-        ("adapter_config.json", '{"peft_type": "IA3"}', "owl2 reads adapters of the kind LORA"),
-        ("adapter_config.json", '{"peft_type": "LORA"}', "names no base model"),
-        ("adapter_model.safetensors", "text", "broken, or no safetensors file"),
-        ("adapter_model.safetensors", None, "without its weights"),
-        ("base.json", "[]", "damaged"),
+        ("adapter_config.json", "{", ErrorCode.INVALID_CONFIG),
+        ("adapter_config.json", '{"peft_type": "IA3"}', ErrorCode.UNSUPPORTED),
+        ("adapter_config.json", '{"peft_type": "LORA"}', ErrorCode.INVALID_CONFIG),
+        ("adapter_model.safetensors", "text", ErrorCode.UNREADABLE_FILE),
+        ("adapter_model.safetensors", None, ErrorCode.MISSING_WEIGHTS),
+        ("base.json", "[]", ErrorCode.UNREADABLE_FILE),
     ],
 )
-def test_broken_files_are_named(copied, file, text, message):
+def test_corrupt_files_are_named(copied, file, text, code):
     (copied / file).unlink()
     if text is not None:
         (copied / file).write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=message):
+    with raises_input_error(code, file):
         load(copied)
 
 
-def test_an_adapter_is_no_base(saved, tmp_path):
-    with pytest.raises(InputError, match="is an adapter itself"):
+def test_adapter_as_base_is_rejected(saved, tmp_path):
+    with raises_input_error(ErrorCode.INVALID_CONFIG, saved[1]):
         load(saved[1], base=saved[1])
 
 
 def test_merging_rounds_once(base, tmp_path):
-    """A 16-bit base: the sum is that of float32, rounded; LoRA is not rounded before."""
+    """With a 16-bit base the sum is computed in float32 and rounded; LoRA is not rounded."""
     load(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     live = make_adapted(tmp_path / "base")
     assert live.dtype == torch.bfloat16

@@ -18,7 +18,7 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_the_same_in_other_files(checkpoint, tmp_path):
+def test_fingerprint_does_not_depend_on_the_files(checkpoint, tmp_path):
     expected = fingerprint(checkpoint)
     model = Owl2ForConditionalGeneration.from_pretrained(checkpoint)
     model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
@@ -45,14 +45,14 @@ def test_the_same_in_other_files(checkpoint, tmp_path):
         lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"][:-1].clone()}),
     ],
 )
-def test_another_with_other_weights(checkpoint, tmp_path, change):
+def test_other_weights_have_another_fingerprint(checkpoint, tmp_path, change):
     tensors = load_file(checkpoint / "model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     assert fingerprint(tmp_path) != fingerprint(checkpoint)
 
 
-def test_a_directory_is_named_by_its_whole_path(checkpoint, tmp_path, monkeypatch):
+def test_directory_is_stored_as_an_absolute_path(checkpoint, tmp_path, monkeypatch):
     shutil.copytree(checkpoint, tmp_path / "here" / "model")
     monkeypatch.chdir(tmp_path / "here")
     source = Owl2ForConditionalGeneration.from_pretrained("model").provenance
@@ -64,6 +64,6 @@ def test_a_directory_is_named_by_its_whole_path(checkpoint, tmp_path, monkeypatc
     assert source.fingerprint == fingerprint(checkpoint)
 
 
-def test_without_weights_there_is_none(tmp_path):
+def test_without_weights_there_is_no_fingerprint(tmp_path):
     assert fingerprint(tmp_path) is None
-    assert Provenance("somebody/nothing", None, None).fingerprint is None
+    assert Provenance("owner/nothing", None, None).fingerprint is None

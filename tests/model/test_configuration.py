@@ -7,8 +7,9 @@ import pytest
 from transformers import AutoConfig
 
 import owl2  # noqa: F401  # registers with the Auto classes
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.model.configuration import Owl2Config
+from tests.errors import raises_input_error
 from tests.model.golden import FOLDER, MODELS
 from tests.tiny import make_config
 
@@ -61,7 +62,7 @@ def test_a_released_config_keeps_its_settings(name, tmp_path):
     assert read(tmp_path / "again") == written
 
 
-def test_the_defaults_are_the_released_model():
+def test_defaults_are_the_released_model():
     config = Owl2Config()
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (4096, 32, 32000)
     assert (config.image_size, config.num_image_tokens, config.image_token_id) == (448, 65, 32000)
@@ -71,13 +72,13 @@ def test_the_defaults_are_the_released_model():
 
 
 @pytest.mark.parametrize("use_mam", [True, False])
-def test_use_mam_is_written_only_when_it_is_not_the_released_behaviour(use_mam, tmp_path):
+def test_use_mam_is_written_only_if_false(use_mam, tmp_path):
     make_config(use_mam=use_mam).save_pretrained(tmp_path)
     assert read(tmp_path).get("use_mam") == (None if use_mam else False)
     assert AutoConfig.from_pretrained(tmp_path).use_mam is use_mam
 
 
-def test_rope_is_written_under_its_old_names(tmp_path):
+def test_rope_is_written_under_the_names_of_4_31(tmp_path):
     make_config(rope_theta=5e5).save_pretrained(tmp_path)
     written = read(tmp_path)
     assert (written["rope_theta"], written["rope_scaling"]) == (5e5, None)
@@ -86,7 +87,7 @@ def test_rope_is_written_under_its_old_names(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])
-def test_rope_scaling_is_written_as_the_authors_transformers_reads_it(kind, tmp_path):
+def test_rope_scaling_has_the_keys_of_4_31(kind, tmp_path):
     """4.31 refuses anything but a dict of exactly `type` and `factor`."""
     scaling = {"type": kind, "factor": 2.0}
     make_config(rope_scaling=dict(scaling)).save_pretrained(tmp_path)
@@ -96,7 +97,7 @@ def test_rope_scaling_is_written_as_the_authors_transformers_reads_it(kind, tmp_
     assert again.rope_parameters["factor"] == 2.0
 
 
-def test_rope_scaling_of_later_kinds_is_kept(tmp_path):
+def test_newer_rope_scaling_is_kept(tmp_path):
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -110,7 +111,7 @@ def test_rope_scaling_of_later_kinds_is_kept(tmp_path):
     assert again.rope_parameters == scaling | {"rope_theta": 5e5}
 
 
-def test_an_edited_image_size_takes_the_grid_along(tmp_path):
+def test_edited_image_size_changes_the_grid(tmp_path):
     make_config().save_pretrained(tmp_path)
     edited = read(tmp_path)
     edited["visual_config"]["visual_model"]["image_size"] = 16
@@ -150,13 +151,12 @@ def test_an_edited_image_size_takes_the_grid_along(tmp_path):
         ),
     ],
 )
-def test_what_the_architecture_does_not_have_is_refused(changes, names):
-    with pytest.raises(InputError) as error:
+def test_unsupported_architectures_are_rejected(changes, names):
+    with raises_input_error(ErrorCode.INVALID_CONFIG, *names):
         make_config(**changes)
-    assert all(name in str(error.value) for name in names), error.value
 
 
-def test_a_config_can_be_copied():
+def test_config_can_be_copied():
     config = make_config(use_mam=False)
     copied = copy.deepcopy(config)
     copied.visual_config.visual_model.image_size = 16
@@ -164,7 +164,7 @@ def test_a_config_can_be_copied():
     assert Owl2Config(**config.to_dict()).to_dict() == config.to_dict()
 
 
-def test_a_whole_rope_factor_is_written_as_a_float():
+def test_integer_rope_factor_is_written_as_a_float():
     """4.31 refuses an int."""
     scaling = {"type": "linear", "factor": 2}
     written = make_config(rope_scaling=scaling).to_diff_dict()["rope_scaling"]

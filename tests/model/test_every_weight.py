@@ -25,7 +25,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("mam", [True, False])
-def test_text_alone_gives_the_same_loss_and_gradients(mam):
+def test_text_batch_gives_the_same_loss_and_gradients(mam):
     model = filled(use_mam=mam)
     plain, before = gradients(model)
     model.model.run_all_branches = True
@@ -42,7 +42,7 @@ def test_text_alone_gives_the_same_loss_and_gradients(mam):
             torch.testing.assert_close(gradient, before[name], msg=name)
 
 
-def test_a_stage_that_trains_what_images_use_has_a_gradient_without_them():
+def test_image_path_has_gradients_without_images():
     model = filled()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("vision_model" in name or ".multiway.1." in name)
@@ -52,7 +52,7 @@ def test_a_stage_that_trains_what_images_use_has_a_gradient_without_them():
     assert all(gradient is not None and not gradient.any() for gradient in found.values())
 
 
-def test_a_batch_with_images_is_as_before():
+def test_batch_with_images_is_unchanged():
     model = filled()
     inputs = {
         "input_ids": torch.tensor([[1, 40, 40, 40, 5]]),
@@ -66,7 +66,7 @@ def test_a_batch_with_images_is_as_before():
 @pytest.mark.parametrize(
     ("mam", "layer"), [(True, "Owl2DecoderLayer"), (False, "LlamaDecoderLayer")]
 )
-def test_the_layers_to_shard_by_are_those_that_the_model_has(mam, layer):
+def test_no_split_modules_are_classes_of_the_model(mam, layer):
     model = make_model(use_mam=mam)
     assert set(model._no_split_modules) == {layer, "VisionLayer", "AbstractorLayer"}
     classes = {type(module).__name__ for module in model.modules()}

@@ -10,7 +10,8 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
+from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
 from tests.model.golden import inputs_of, load_cases, load_model
 from tests.tiny import make_model
@@ -61,7 +62,7 @@ def test_beams_of_several_prompts_equal_one_by_one(model, options):
     assert not torch.equal(model.generate(**inputs, **GREEDY, **options), together)
 
 
-def test_several_answers_see_their_own_prompts_images(model):
+def test_several_answers_use_the_images_of_their_prompt(model):
     """Sampling draws differently for a batch, so the first step's scores are compared."""
     inputs = two_prompts()
     options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 1}
@@ -74,14 +75,14 @@ def test_several_answers_see_their_own_prompts_images(model):
     )
 
 
-def test_without_a_cache_the_answer_is_the_same(model):
+def test_answers_without_a_cache_are_equal(model):
     inputs = two_prompts()
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), expected)
     assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
 
 
-def test_types_change_no_answer_even_right_behind_a_image(model):
+def test_token_types_do_not_change_answers(model):
     ids = torch.tensor([[1, 5, *IMAGE]])
     inputs = {"input_ids": ids, "pixel_values": two_prompts()["pixel_values"][:1]}
     expected = model.generate(**inputs, **GREEDY)
@@ -90,7 +91,7 @@ def test_types_change_no_answer_even_right_behind_a_image(model):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_from_embeddings(model, beams):
+def test_generate_from_embeddings(model, beams):
     inputs = two_prompts()
     ids = inputs["input_ids"]
     with torch.no_grad():
@@ -108,7 +109,7 @@ def test_from_embeddings(model, beams):
     assert torch.equal(answer, expected)
 
 
-def test_going_on_from_a_cache(model):
+def test_continuing_from_a_cache(model):
     """A second turn with a new image: old ids and mask whole, images only the new ones."""
     inputs = two_prompts()
     first = next(one_by_one(inputs))
@@ -125,7 +126,7 @@ def test_going_on_from_a_cache(model):
     assert torch.equal(went_on, expected)
 
 
-def test_the_end_token_ends_an_answer():
+def test_end_token_ends_an_answer():
     """golden's answer of 5 tokens ends with </s>, whatever is asked for."""
     model, cases = load_model("model_mha"), load_cases("model_mha")
     inputs = inputs_of(cases, "generate_text", model.config)
@@ -167,22 +168,22 @@ def greedy_by_hand(model, inputs, make, steps):
         ("encoder_no_repeat_ngram_size", 1),
     ],
 )
-def test_what_scores_by_the_prompts_ids_sees_its_text(model, option, value):
+def test_processors_indexed_by_prompt_ids_use_its_text(model, option, value):
     inputs = two_prompts()
     expected = greedy_by_hand(model, inputs, lambda ids: PROCESSORS[option](value, ids), 8)
     answers = model.generate(**inputs, **GREEDY, **{option: value})
     assert torch.equal(answers, expected)
 
 
-def test_the_penalty_is_felt(model):
+def test_penalty_changes_the_answer(model):
     """Or the test above would compare nothing."""
     plain = model.generate(**two_prompts(), **GREEDY)
     assert not torch.equal(model.generate(**two_prompts(), **GREEDY, repetition_penalty=3.0), plain)
 
 
-def test_looking_up_the_prompt_needs_one_without_images(model):
+def test_prompt_lookup_rejects_images(model):
     single = next(one_by_one(two_prompts()))
-    with pytest.raises(InputError, match="prompt_lookup_num_tokens"):
+    with raises_input_error(ErrorCode.UNSUPPORTED, "prompt_lookup_num_tokens"):
         model.generate(**single, **GREEDY, prompt_lookup_num_tokens=2)
     text = torch.tensor([[1, 5, 6, 7, 5, 6]])
     expected = model.generate(text, **GREEDY)

@@ -1,21 +1,21 @@
-"""Ids that no vocabulary has."""
+"""Ids and labels that do not fit the model."""
 
 import pytest
 import torch
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
+from tests.errors import raises_input_error
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"), [(-200, "-200 is the placeholder"), (-1, "hold -1"), (41, "hold 41")]
-)
-def test_ids_beyond_the_vocabulary_are_named(tiny, wrong, message):
-    with pytest.raises(InputError, match=message):
-        tiny(torch.tensor([[1, wrong, 5]]))
+@pytest.mark.parametrize("wrong", [-200, -1, 41])
+@pytest.mark.parametrize("length", [1, 3])
+def test_ids_outside_the_vocabulary_are_named(tiny, wrong, length):
+    with raises_input_error(ErrorCode.INVALID_VALUE, wrong):
+        tiny(torch.tensor([[1, 5, wrong][-length:]]))
 
 
-def test_labels_need_all_logits(tiny):
+@pytest.mark.parametrize("keep", [2, torch.tensor([0, 1])])
+def test_labels_require_all_logits(tiny, keep):
     ids = torch.tensor([[1, 5, 6]])
-    for keep in (2, torch.tensor([0, 1])):
-        with pytest.raises(InputError, match="logits_to_keep"):
-            tiny(ids, labels=ids, logits_to_keep=keep)
+    with raises_input_error(ErrorCode.CONFLICT, "logits_to_keep"):
+        tiny(ids, labels=ids, logits_to_keep=keep)

@@ -22,7 +22,7 @@ def gradients(model):
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_the_mean_over_labelled_tokens_predicted_from_the_one_before():
+def test_loss_is_the_mean_over_labeled_tokens():
     logits = torch.randn(2, 5, 7)
     labels = torch.tensor([[3, -100, 2, 6, -100], [-100, -100, -100, -100, 1]])
     # (0, 0) has nothing before it; so 2, 6 and 1 are left.
@@ -35,7 +35,7 @@ def test_the_mean_over_labelled_tokens_predicted_from_the_one_before():
         torch.testing.assert_close(next_token_loss(logits, labels, count), sum(terms) / 6)
 
 
-def test_sixteen_bit_logits_give_a_float32_loss():
+def test_16_bit_logits_give_a_float32_loss():
     logits = torch.randn(1, 4, 7).to(torch.bfloat16)
     labels = torch.tensor([[1, 2, 3, 4]])
     loss = next_token_loss(logits, labels)
@@ -43,7 +43,7 @@ def test_sixteen_bit_logits_give_a_float32_loss():
     assert loss == next_token_loss(logits.float(), labels)
 
 
-def test_the_models_loss_and_its_count(tiny, batch):
+def test_model_loss_and_num_items_in_batch(tiny, batch):
     output = tiny(**batch)
     expected = next_token_loss(output.logits, batch["labels"])
     torch.testing.assert_close(output.loss, expected)
@@ -53,7 +53,7 @@ def test_the_models_loss_and_its_count(tiny, batch):
     )
 
 
-def test_a_batch_without_a_label_has_loss_0_and_finite_gradients(tiny, batch):
+def test_batch_without_labels_has_loss_0_and_finite_gradients(tiny, batch):
     for count in (None, 0, torch.tensor(0)):
         tiny.zero_grad()
         labels = torch.full_like(batch["labels"], -100)
@@ -64,11 +64,11 @@ def test_a_batch_without_a_label_has_loss_0_and_finite_gradients(tiny, batch):
         assert all(torch.isfinite(gradient).all() for gradient in gradients(tiny).values())
 
 
-def test_no_labels_no_loss(tiny, image_inputs):
+def test_without_labels_there_is_no_loss(tiny, image_inputs):
     assert tiny(**image_inputs).loss is None
 
 
-def test_every_parameter_gets_a_gradient_from_images_and_words(tiny, batch):
+def test_images_and_text_give_every_parameter_a_gradient(tiny, batch):
     tiny(**batch).loss.backward()
     assert gradients(tiny).keys() == dict(tiny.named_parameters()).keys()
     # Zero by mathematics: the keys' biases of the abstractor do not change a softmax.
@@ -76,7 +76,7 @@ def test_every_parameter_gets_a_gradient_from_images_and_words(tiny, batch):
     assert all(name.endswith("attention.key.bias") for name in still), still
 
 
-def test_text_leaves_the_visual_side_alone(tiny):
+def test_text_gives_no_gradient_to_visual_weights(tiny):
     ids = torch.tensor([[1, 5, 6, 7]])
     tiny(input_ids=ids, labels=ids).loss.backward()
     visual = ("vision_model", "visual_abstractor", ".multiway.1.")
@@ -87,7 +87,7 @@ def test_text_leaves_the_visual_side_alone(tiny):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # 5.16 has no other name
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_checkpointed_gradients_equal_plain_ones_in_all_parts(batch, reentrant, attention):
+def test_activation_checkpointing_does_not_change_gradients(batch, reentrant, attention):
     results = []
     for checkpointed in (False, True):
         model = make_model(attn_implementation=attention).train()
@@ -145,7 +145,7 @@ def labelled_at(batch, places):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 512])
 @pytest.mark.parametrize("places", [[5, 6, 10, 11], [11], [0], []])
 @pytest.mark.parametrize("count", [None, 7, torch.tensor(3)])
-def test_in_chunks_as_at_once(monkeypatch, batch, chunk, places, count):
+def test_chunked_loss_equals_full_loss(monkeypatch, batch, chunk, places, count):
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
     for settings in ({}, {"tie_word_embeddings": True}):
         model = make_model(**settings).train()
@@ -165,7 +165,7 @@ def test_in_chunks_as_at_once(monkeypatch, batch, chunk, places, count):
             torch.testing.assert_close(gradient, plain[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_logits_of_a_chunk_at_a_time_and_of_labelled_positions_only(monkeypatch, tiny, batch):
+def test_chunked_loss_computes_logits_of_labeled_positions_only(monkeypatch, tiny, batch):
     monkeypatch.setattr(loss_module, "CHUNK", 2)
     seen = []
     tiny.lm_head.register_forward_hook(lambda _m, _i, logits: seen.append(tuple(logits.shape)))
@@ -182,7 +182,7 @@ def image_alone(batch):
     return {name: batch[name] for name in ("input_ids", "pixel_values")}
 
 
-def test_in_chunks_under_autocast_over_accumulated_steps(monkeypatch, tiny, batch):
+def test_chunked_loss_with_autocast_and_accumulation(monkeypatch, tiny, batch):
     monkeypatch.setattr(loss_module, "CHUNK", 2)
     results = []
     for return_logits in (True, False):
@@ -200,7 +200,7 @@ def test_in_chunks_under_autocast_over_accumulated_steps(monkeypatch, tiny, batc
         assert error <= 0.02 * plain[name].abs().max() + 1e-6, name
 
 
-def test_in_chunks_compiled(tiny, batch):
+def test_chunked_loss_compiled(tiny, batch):
     torch.compiler.reset()
     compiled = torch.compile(tiny, backend="eager")
     expected = tiny(**batch).loss

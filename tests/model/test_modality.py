@@ -28,7 +28,7 @@ def spoil(model):
             weight.fill_(torch.nan)
 
 
-def test_each_token_goes_through_its_modality():
+def test_each_token_uses_the_weights_of_its_modality():
     torch.manual_seed(0)
     multiway = Multiway(lambda: nn.Linear(4, 6))
     states = torch.randn(2, 5, 4)
@@ -41,7 +41,7 @@ def test_each_token_goes_through_its_modality():
 
 
 @pytest.mark.parametrize("visual", [None, 4])
-def test_splitting_and_joining_and_their_gradients(visual):
+def test_split_and_join_with_gradients(visual):
     """Against indexing with a mask: values, order within a modality, gradients."""
     types = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]])
     states = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
@@ -64,7 +64,7 @@ def test_splitting_and_joining_and_their_gradients(visual):
     assert torch.equal(*found, *expected)
 
 
-def test_a_decoder_layer_equals_its_parts_one_by_one(tiny):
+def test_decoder_layer_equals_its_modules(tiny):
     """Keys and values of tokens split once as of each projection by itself; gradients, too."""
     attention = tiny.model.layers[0].self_attn
     routing = Routing.of(torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]))
@@ -88,7 +88,7 @@ def test_a_decoder_layer_equals_its_parts_one_by_one(tiny):
         torch.testing.assert_close(ours, expected)
 
 
-def test_all_visual_and_none():
+def test_batches_of_one_modality():
     multiway = Multiway(lambda: nn.Linear(4, 4))
     states = torch.randn(2, 3, 4)
     assert Routing.of(torch.zeros(2, 3, dtype=torch.long)) is None
@@ -97,7 +97,7 @@ def test_all_visual_and_none():
     torch.testing.assert_close(multiway(states, routing), multiway.multiway[VISUAL](states))
 
 
-def test_gradients_reach_each_modality_from_its_own_tokens():
+def test_gradients_of_a_modality_come_from_its_tokens():
     multiway = Multiway(lambda: nn.Linear(4, 4, bias=False))
     states = torch.randn(1, 4, 4)
     routing = Routing.of(torch.tensor([[0, 1, 0, 1]]))
@@ -116,25 +116,25 @@ def test_visual_weights_start_as_copies():
         assert state[name].data_ptr() != text.data_ptr()
 
 
-def test_the_names_of_the_weights_a_modality():
+def test_names_of_multiway_weights():
     multiway = {n.split(".multiway.")[0] for n in make_model().state_dict() if ".multiway." in n}
     assert multiway == {f"model.layers.{i}.{module}" for i in range(2) for module in MULTIWAY}
 
 
-def test_text_alone_never_touches_a_visual_weight(tiny):
+def test_text_never_uses_visual_weights(tiny):
     ids = torch.tensor([[1, 5, 9, 11]])
     before = logits(tiny, input_ids=ids)
     spoil(tiny)
     assert torch.equal(logits(tiny, input_ids=ids), before)
 
 
-def test_a_image_does_touch_them(tiny, image_inputs):
+def test_images_use_visual_weights(tiny, image_inputs):
     spoil(tiny)
     assert logits(tiny, **image_inputs).isnan().any()
 
 
 @pytest.mark.parametrize("with_types", [True, False])
-def test_decoding_after_a_image_never_touches_a_visual_weight(tiny, image_inputs, with_types):
+def test_decoding_after_an_image_never_uses_visual_weights(tiny, image_inputs, with_types):
     if with_types:
         types = (image_inputs["input_ids"] == 40).long()
         image_inputs["mm_token_type_ids"] = types
@@ -154,7 +154,7 @@ def test_decoding_after_a_image_never_touches_a_visual_weight(tiny, image_inputs
         torch.testing.assert_close(step_logits[0, 0], expected[0, step], rtol=0, atol=1e-5)
 
 
-def test_without_mam_the_names_are_llamas_own():
+def test_without_mam_weights_have_llama_names():
     model = make_model(use_mam=False)
     decoder = {n for n in model.state_dict() if not n.startswith(("model.visi", "model.visual"))}
     llama = LlamaForCausalLM(make_config())
@@ -192,7 +192,7 @@ def test_without_mam_equals_mam_with_equal_weights(image_inputs):
         {"use_mam": False},
     ],
 )
-def test_text_logits_are_bit_identical_to_a_llama_of_the_same_weights(settings):
+def test_text_logits_are_bit_identical_to_a_llama(settings):
     """Sizes that LLaMA has but the released model has not: grouped queries, tied embeddings ..."""
     model = make_model(**settings).eval()
     make_modalities_differ(model)

@@ -1,12 +1,13 @@
-"""The whole model: what goes in, what comes out, what is refused; cached and padded alike."""
+"""The complete model: inputs, outputs, errors, caches and padding."""
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from tests.errors import raises_input_error
 from tests.tiny import make_model
 
 IMAGE = [40] * 3
@@ -18,7 +19,7 @@ def logits(model, **inputs):
         return model(**inputs).logits
 
 
-def test_the_order_of_images_matters(tiny, image_inputs):
+def test_order_of_images_matters(tiny, image_inputs):
     pixels = image_inputs.pop("pixel_values")
     before = logits(tiny, **image_inputs, pixel_values=pixels)
     other = logits(tiny, **image_inputs, pixel_values=torch.stack([pixels[0], -pixels[1]]))
@@ -29,7 +30,7 @@ def test_the_order_of_images_matters(tiny, image_inputs):
     assert (swapped[:, 2:] - before[:, 2:]).abs().amax(2).min() > 1e-4
 
 
-def test_images_are_handed_out_row_by_row(tiny):
+def test_images_are_assigned_row_by_row(tiny):
     ids = torch.tensor([[1, *IMAGE, 5, *IMAGE, 6], [1, 2, 3, 4, 5, *IMAGE, 6]])
     pixels = torch.randn(3, 3, 8, 8)
     together = logits(tiny, input_ids=ids, pixel_values=pixels)
@@ -41,7 +42,7 @@ def test_images_are_handed_out_row_by_row(tiny):
 
 
 @pytest.mark.parametrize(
-    ("places", "images", "said"),
+    ("placeholders", "images", "counts"),
     [
         (1, 0, ["3 image tokens", "1 images of 3", "0 images"]),
         (2, 1, ["6 image tokens", "2 images of 3", "1 images"]),
@@ -50,8 +51,8 @@ def test_images_are_handed_out_row_by_row(tiny):
     ],
 )
 @pytest.mark.parametrize("call", ["forward", "generate", "beams"])
-def test_a_wrong_count_raises_with_both_counts(tiny, places, images, said, call):
-    inputs = {"input_ids": torch.tensor([[1, 5, *IMAGE * places, 6]])}
+def test_wrong_image_count_raises_with_both_counts(tiny, placeholders, images, counts, call):
+    inputs = {"input_ids": torch.tensor([[1, 5, *IMAGE * placeholders, 6]])}
     if images:
         inputs["pixel_values"] = torch.zeros(images, 3, 8, 8)
     calls = {
@@ -60,31 +61,30 @@ def test_a_wrong_count_raises_with_both_counts(tiny, places, images, said, call)
         "beams": lambda: tiny.generate(**inputs, max_new_tokens=2, num_beams=2),
     }
     if call == "beams" and not images:
-        said = ["image tokens", "images of 3", "0 images"]  # counted after they are repeated
-    with pytest.raises(InputError) as error:
+        counts = ["image tokens", "images of 3", "0 images"]  # counted after they are repeated
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, *counts):
         calls[call]()
-    assert all(part in str(error.value) for part in said), error.value
 
 
-def test_an_incomplete_image_raises(tiny):
+def test_incomplete_image_raises(tiny):
     ids = torch.tensor([[1, 40, 40, 6, 7, 8], [1, 40, 40, 40, 40, 8]])
-    with pytest.raises(InputError, match="row 0 of input_ids holds 2 image tokens"):
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "row 0", "2 image tokens"):
         tiny(input_ids=ids, pixel_values=torch.zeros(2, 3, 8, 8))
-    with pytest.raises(InputError, match=r"6 image tokens.*1 images"):
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "6 image tokens", "1 images"):
         tiny(input_ids=ids, pixel_values=torch.zeros(1, 3, 8, 8))
 
 
-def test_ids_or_embeddings_but_not_both_and_not_neither(tiny, image_inputs):
+def test_exactly_one_of_ids_and_embeddings_is_required(tiny, image_inputs):
     embeds = torch.zeros(1, 4, 16)
     for inputs in ({}, {"input_ids": torch.ones(1, 4).long(), "inputs_embeds": embeds}):
-        with pytest.raises(InputError, match="either input_ids or inputs_embeds"):
+        with raises_input_error(ErrorCode.INVALID_VALUE, "inputs_embeds"):
             tiny(**inputs)
-    with pytest.raises(InputError, match="which say where the images go"):
+    with raises_input_error(ErrorCode.CONFLICT, "pixel_values"):
         tiny(inputs_embeds=embeds, pixel_values=image_inputs["pixel_values"])
 
 
 def embed(model, input_ids, pixel_values):
-    """The mixed sequence put together by hand."""
+    """The embeddings of text and images, computed in the test."""
     with torch.no_grad():
         images = model.get_image_features(pixel_values).pooler_output.flatten(0, 1)
         embeds = model.get_input_embeddings()(input_ids.clamp(max=39))
@@ -102,29 +102,32 @@ def test_embeddings_with_types_equal_ids(tiny, image_inputs):
     assert not torch.allclose(as_text, expected, atol=1e-3)
 
 
-def test_a_mixed_sequence_put_together_by_the_model(tiny, image_inputs):
-    """What `embed` gives goes on as the ids themselves would."""
+def test_embed_equals_embeddings_by_hand(tiny, image_inputs):
+    """`embed` gives the embeddings that `forward` computes from the ids."""
     ids, pixels = image_inputs.values()
     with torch.no_grad():
         images = tiny.get_image_features(pixels).pooler_output
         embeds = tiny.model.embed(ids, images)
-        words = tiny.model.embed(ids.clamp(max=39))
+        text = tiny.model.embed(ids.clamp(max=39))
     assert torch.equal(embeds, embed(tiny, ids, pixels))
-    assert torch.equal(words, tiny.get_input_embeddings()(ids.clamp(max=39)))
+    assert torch.equal(text, tiny.get_input_embeddings()(ids.clamp(max=39)))
     for wrong in (None, images[:1]):
-        with pytest.raises(InputError, match=f"6 image tokens.*{0 if wrong is None else 1} pict"):
+        count = 0 if wrong is None else 1
+        with raises_input_error(
+            ErrorCode.IMAGE_COUNT_MISMATCH, "6 image tokens", f"{count} images"
+        ):
             tiny.model.embed(ids, wrong)
-    with pytest.raises(InputError, match="hold 41"):
+    with raises_input_error(ErrorCode.INVALID_VALUE, 41):
         tiny.model.embed(torch.tensor([[1, 41]]))
 
 
-def test_types_beside_ids_change_nothing(tiny, image_inputs):
+def test_explicit_token_types_do_not_change_logits(tiny, image_inputs):
     types = (image_inputs["input_ids"] == 40).long()
     expected = logits(tiny, **image_inputs)
     assert torch.equal(logits(tiny, **image_inputs, mm_token_type_ids=types), expected)
 
 
-def test_a_second_call_equals_the_first(tiny, image_inputs):
+def test_second_call_equals_the_first(tiny, image_inputs):
     first = logits(tiny, **image_inputs)
     answer = tiny.generate(**image_inputs, max_new_tokens=5, do_sample=False)
     logits(tiny, input_ids=torch.tensor([[1, 2]]))
@@ -147,10 +150,10 @@ def test_cached_logits_equal_uncached(kind, attention, use_mam, tiny, image_inpu
         tiny = make_model(use_mam=False).eval()
     tiny.set_attn_implementation(attention)
     new = torch.tensor([[3, 17, 4, 22]])
-    whole = torch.cat([image_inputs["input_ids"], new], dim=1)
-    expected = logits(tiny, input_ids=whole, pixel_values=image_inputs["pixel_values"])
+    full = torch.cat([image_inputs["input_ids"], new], dim=1)
+    expected = logits(tiny, input_ids=full, pixel_values=image_inputs["pixel_values"])
     length = image_inputs["input_ids"].shape[1]
-    cache = make_cache(kind, tiny, whole.shape[1])
+    cache = make_cache(kind, tiny, full.shape[1])
     prefill = logits(tiny, **image_inputs, past_key_values=cache)
     torch.testing.assert_close(prefill, expected[:, :length], **CLOSE)
     for step in range(new.shape[1]):
@@ -159,8 +162,8 @@ def test_cached_logits_equal_uncached(kind, attention, use_mam, tiny, image_inpu
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_prompt_in_chunks_equals_the_whole(kind, tiny, image_inputs):
-    """Chunks cut between the images as ids, and anywhere as embeddings."""
+def test_chunked_prefill_equals_full_prefill(kind, tiny, image_inputs):
+    """Ids are cut between images, embeddings anywhere."""
     expected = logits(tiny, **image_inputs)
     ids, pixels = image_inputs.values()
     cache = make_cache(kind, tiny, ids.shape[1])
@@ -179,11 +182,11 @@ def test_a_prompt_in_chunks_equals_the_whole(kind, tiny, image_inputs):
 
 
 @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 5])])
-def test_only_the_logits_that_are_wanted(tiny, image_inputs, keep):
-    whole = logits(tiny, **image_inputs)
-    places = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
+def test_logits_to_keep(tiny, image_inputs, keep):
+    every = logits(tiny, **image_inputs)
+    kept = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
     got = logits(tiny, **image_inputs, logits_to_keep=keep)
-    torch.testing.assert_close(got, whole[:, places], **CLOSE)
+    torch.testing.assert_close(got, every[:, kept], **CLOSE)
 
 
 def padded_batch(side):
@@ -208,7 +211,7 @@ def padded_batch(side):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side_changes_no_logits(tiny, side, attention):
+def test_padding_side_does_not_change_logits(tiny, side, attention):
     tiny.set_attn_implementation(attention)
     batch, alone = padded_batch(side)
     together = logits(tiny, **batch)
@@ -218,17 +221,17 @@ def test_padding_on_either_side_changes_no_logits(tiny, side, attention):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side_changes_no_answer(tiny, side):
+def test_padding_side_does_not_change_answers(tiny, side):
     batch, alone = padded_batch(side)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     together = tiny.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
     for row, inputs in enumerate(alone):
         answer = tiny.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
         assert torch.equal(together[row], answer), row
-    assert len({tuple(row) for row in together.tolist()}) > 1  # not all the same anyway
+    assert len({tuple(row) for row in together.tolist()}) > 1  # the answers are not all equal
 
 
-def test_the_parts_attention_can_be_chosen_and_agrees(tiny, image_inputs):
+def test_attention_implementation_applies_to_all_parts(tiny, image_inputs):
     results = {}
     for attention in ("eager", "sdpa"):
         tiny.set_attn_implementation(attention)
@@ -241,7 +244,7 @@ def test_the_parts_attention_can_be_chosen_and_agrees(tiny, image_inputs):
 
 @pytest.mark.skipif(is_flash_attn_2_available(), reason="flash attention is installed")
 def test_flash_attention_is_optional(tmp_path):
-    """Where the package is missing, asking for it says so; all these tests import without it."""
+    """Without the package, requesting flash attention raises an error that names it."""
     make_model().save_pretrained(tmp_path)
     with pytest.raises((ImportError, ValueError), match=r"(?i)flash.*install"):
         Owl2ForConditionalGeneration.from_pretrained(
@@ -250,7 +253,7 @@ def test_flash_attention_is_optional(tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_bfloat16_on_a_cpu(tiny, image_inputs, attention):
+def test_bfloat16_on_cpu(tiny, image_inputs, attention):
     expected = logits(tiny, **image_inputs)
     tiny.to(torch.bfloat16).set_attn_implementation(attention)
     got = logits(tiny, **image_inputs)  # with pixels in float32, as the processor gives them
@@ -258,7 +261,7 @@ def test_bfloat16_on_a_cpu(tiny, image_inputs, attention):
     assert (got.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_a_image_is_as_many_embeddings_as_the_config_says(tiny):
+def test_image_features_have_num_image_tokens_embeddings(tiny):
     features = tiny.get_image_features(torch.randn(2, 3, 8, 8))
     assert features.pooler_output.shape == (2, tiny.config.num_image_tokens, 16)
     assert features.last_hidden_state.shape == (2, 5, 8)

@@ -40,7 +40,7 @@ def waits(monkeypatch):
     return Waits(monkeypatch)
 
 
-def test_waits_are_counted(waits):
+def test_synchronizations_are_counted(waits):
     numbers = torch.tensor([1, 2])
     with waits:
         int(numbers[0])
@@ -56,7 +56,7 @@ def ran(model, **inputs):
 
 
 @pytest.mark.parametrize("mam", [True, False])
-def test_none_in_a_decoding_step_and_one_in_a_prompt(waits, image_inputs, mam):
+def test_decode_steps_do_not_synchronize_and_prefill_does_once(waits, image_inputs, mam):
     model: Owl2ForConditionalGeneration = make_model(use_mam=mam).eval()
     with waits:
         cache = ran(model, **image_inputs, logits_to_keep=1).past_key_values
@@ -69,14 +69,14 @@ def test_none_in_a_decoding_step_and_one_in_a_prompt(waits, image_inputs, mam):
     assert waits.seen == []
 
 
-def test_types_beside_the_ids_are_counted_in_the_same_look(waits, tiny, image_inputs):
+def test_explicit_token_types_need_no_further_synchronization(waits, tiny, image_inputs):
     types = (image_inputs["input_ids"] == 40).long()
     with waits:
         ran(tiny, **image_inputs, mm_token_type_ids=types)
     assert waits.seen == ["tolist"]
 
 
-def test_embeddings_are_looked_at_for_their_types_only(waits, tiny, image_inputs):
+def test_embeddings_synchronize_for_token_types_only(waits, tiny, image_inputs):
     ids, pixels = image_inputs.values()
     embeds = tiny.model.embed(ids, tiny.get_image_features(pixels).pooler_output)
     del waits.seen[:]
@@ -88,7 +88,7 @@ def test_embeddings_are_looked_at_for_their_types_only(waits, tiny, image_inputs
     assert len(waits.seen) == 1
 
 
-def test_training_looks_twice_and_before_there_is_work(waits, tiny, image_inputs):
+def test_training_synchronizes_twice_before_the_forward_pass(waits, tiny, image_inputs):
     begun = []
     tiny.model.vision_model.register_forward_pre_hook(lambda *_: begun.append(len(waits.seen)))
     with waits:

@@ -47,7 +47,7 @@ VISUAL_K_AND_V = [f"self_attn.{name}_proj.multiway.1" for name in "kv"]
         (["q_proj", *VISUAL_K_AND_V, "query_key_value", "w1", "visual_fc"], 2 + 4 + 3 + 2 + 1),
     ],
 )
-def test_lora_wraps_every_linear_that_it_is_asked_to(tiny, image_inputs, targets, count):
+def test_lora_wraps_every_requested_linear(tiny, image_inputs, targets, count):
     names = linears(tiny)
     before = logits(tiny, **image_inputs)
     model = adapted(tiny, targets)
@@ -62,7 +62,7 @@ def test_lora_wraps_every_linear_that_it_is_asked_to(tiny, image_inputs, targets
     torch.testing.assert_close(logits(merged, **image_inputs), live, **CLOSE)
 
 
-def test_an_adapter_trains_and_is_saved_without_the_base(tiny, image_inputs, tmp_path):
+def test_adapter_is_trained_and_saved_without_the_base(tiny, image_inputs, tmp_path):
     base = copy.deepcopy(tiny)
     model = adapted(tiny, "all-linear").train()
     model(**image_inputs, labels=torch.ones_like(image_inputs["input_ids"])).loss.backward()
@@ -87,7 +87,7 @@ def test_compiled_equals_eager(tiny, image_inputs, backend):
         torch.testing.assert_close(logits(compiled, **inputs), expected, **CLOSE)
 
 
-def test_vocabulary_can_grow(image_inputs):
+def test_vocabulary_can_be_resized(image_inputs):
     """The image's id stays just past the vocabulary; so old ids for images are words then."""
     model = make_model()
     model.resize_token_embeddings(48)
@@ -97,7 +97,7 @@ def test_vocabulary_can_grow(image_inputs):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
-def test_a_quantiser_replaces_every_linear(tiny, image_inputs):
+def test_quantization_replaces_every_linear(tiny, image_inputs):
     """8-bit weights by torch's own dynamic quantisation, which runs on any CPU."""
     expected = logits(tiny, **image_inputs)
     quantised = torch.ao.quantization.quantize_dynamic(
