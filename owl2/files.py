@@ -1,10 +1,10 @@
-"""Files and directories that appear whole or not at all.
+"""Writes files and directories atomically, and checks paths before work begins.
 
-Everything is written beside its target under a hidden temporary name and then renamed, so whoever
-looks at the target never sees half of it, also when the writer is killed half-way. A file, and a
-directory where none was, appear in one step. A directory that replaces another takes two renames:
-between them the target is missing, and a kill at that moment leaves the old one beside it, in
-``.NAME.old-XXXX/``, and the new one in ``.NAME.part-XXXX``.
+Content is written under a hidden temporary name next to its target and then renamed, so that readers
+never see an incomplete file, also if the writer is killed. A file, or a directory that did not exist
+before, appears in one step. Replacing a directory takes two renames. The target is missing between
+them; if the process is killed at that moment, the old directory remains in ``.NAME.old-XXXX/`` and
+the new one in ``.NAME.part-XXXX``.
 """
 
 import os
@@ -15,33 +15,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
 
 @contextmanager
 def atomic_directory(target: str | Path) -> Iterator[Path]:
     """Yield an empty directory that becomes ``target`` when the block ends without an exception.
 
-    On an exception (Ctrl-C included) what was written is removed and an older ``target`` stays as
-    it was. On success an older directory is replaced. The temporary directory is a sibling of the
-    target, named ``.NAME.part-XXXX``: on the same file system, so that the rename is one step.
+    On an exception (including Ctrl-C) the new directory is removed and an existing ``target`` is
+    unchanged. The temporary directory is a sibling of the target, on the same file system, so that
+    the rename is one step.
 
     Raises:
-        InputError: ``target`` exists and is not a directory, or cannot be written: no permission,
-            no space, no such place.
+        InputError: ``target`` exists and is not a directory, or cannot be written.
     """
     target = Path(target)
     if target.exists() and not target.is_dir():
         raise InputError(
-            f"{target} is a file, and a directory is to be written there; move it away"
+            f"{target} is a file, but the output is a directory; move the file",
+            ErrorCode.FILE_EXISTS,
         )
-    _make_parent(target)
-    with _said_of(target):
+    with _translate_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
         try:
-            part.chmod(0o777 & ~_umask())  # mkdtemp shuts others out; a checkpoint is to be shared
+            part.chmod(0o777 & ~_umask())  # mkdtemp allows only the owner; checkpoints are shared
             yield part
-            _put_in_place(part, target)
+            _rename_over(part, target)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -51,17 +51,19 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
 def atomic_file(path: str | Path) -> Iterator[TextIO]:
     """Yield a text file (UTF-8) that becomes ``path`` when the block ends without an exception.
 
-    For what is too long to be held as one text; otherwise as ``atomic_write_text``. On an exception
-    (Ctrl-C included) what was written is removed and an older file stays as it was.
+    On an exception (including Ctrl-C) the new file is removed and an existing one is unchanged.
 
     Raises:
         InputError: ``path`` is a directory, or cannot be written.
     """
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path} is a directory, and a file is to be written there; move it away")
-    _make_parent(path)
-    with _said_of(path):
+        raise InputError(
+            f"{path} is a directory, but the output is a file; move the directory",
+            ErrorCode.FILE_EXISTS,
+        )
+    with _translate_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
         part = Path(name)
         try:
@@ -75,7 +77,7 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` (UTF-8) to ``path``, replacing an older file in one step.
+    """Write ``text`` (UTF-8) to ``path`` and replace an existing file in one step.
 
     Raises:
         InputError: ``path`` is a directory, or cannot be written.
@@ -85,74 +87,72 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def require_writable(target: str | Path) -> None:
-    """Refuse a ``target`` that nothing could be written to, before hours of work; leaves nothing.
+    """Check before hours of work that ``target`` can be written. Creates nothing.
 
     Raises:
-        InputError: the nearest directory above ``target`` takes no new entry.
+        InputError: The nearest existing parent directory of ``target`` is not writable.
     """
     target = Path(target).absolute()
-    with _said_of(target):
-        above = next(path for path in target.parents if path.exists())
-        # Tried, not asked for: permissions say nothing of read-only and of virtual file systems.
-        with tempfile.TemporaryDirectory(prefix=".owl2-", dir=above):
+    with _translate_write_errors(target):
+        parent = next(path for path in target.parents if path.exists())
+        # By trying: permission bits do not cover read-only and virtual file systems.
+        with tempfile.TemporaryDirectory(prefix=".owl2-", dir=parent):
             pass
 
 
-def require_checkpoint(name: str, what: str) -> None:
-    """Refuse a name that is no directory and cannot be a hub id (``owner/name``) either.
+def require_checkpoint(name: str, kind: str) -> None:
+    """Check that a name is an existing directory or can be a hub id (``owner/name``).
 
-    ``what`` completes "to load ... from".
+    Args:
+        kind: What is loaded, for the message: "a model", "a processor".
 
     Raises:
-        InputError: it is written like a path, or its first part is a directory here.
+        InputError: The name is a path to a missing directory.
     """
     if Path(name).is_dir():
         return
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"There is no directory '{name}' to load {what} from. Check the path.")
-    folder = name.split("/")[0]
-    if Path(folder).is_dir():
-        raise InputError(
-            f"There is no directory '{name}', though '{folder}' is here. Check the path. (If you "
-            "mean the hub's, run this from another directory.)"
-        )
+    owner = name.split("/")[0]
+    hint = ""
+    if not name.startswith((".", "/", "~")) and name.count("/") == 1:
+        if not Path(owner).is_dir():
+            return
+        hint = f" To load it from the hub, run from a directory without '{owner}'."
+    raise InputError(
+        f"There is no directory '{name}' to load {kind} from. Check the path.{hint}",
+        ErrorCode.FILE_NOT_FOUND,
+    )
 
 
-def _put_in_place(part: Path, target: Path) -> None:
+def _rename_over(part: Path, target: Path) -> None:
     if not target.exists():
         part.rename(target)
         return
-    # A directory that is not empty cannot be renamed over, so the old one steps aside first and
-    # comes back if the new one cannot take its place.
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    old = target.rename(aside / target.name)
+    # A non-empty directory cannot be replaced by a rename. The old one is moved first, and restored
+    # if the new one cannot be renamed.
+    backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    old = target.rename(backup / target.name)
     try:
         part.rename(target)
     except BaseException:
         old.rename(target)
-        aside.rmdir()
+        backup.rmdir()
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(backup)
 
 
 @contextmanager
-def _said_of(target: Path) -> Iterator[None]:
-    """What the file system refuses, as an error about `target`, not about its temporary name."""
+def _translate_write_errors(target: Path) -> Iterator[None]:
+    """Raise an InputError about `target`, not about its temporary name, for an OSError."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror or error}") from error
-
-
-def _make_parent(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be made: {error.strerror}") from error
+        raise InputError(
+            f"{target} cannot be written: {error.strerror or error}", ErrorCode.WRITE_FAILED
+        ) from error
 
 
 def _umask() -> int:
-    # The only way to read it is to set it.
+    # It can only be read by setting it.
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

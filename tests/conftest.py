@@ -1,17 +1,17 @@
-"""Tests make what they need. They never reach for the network: a hub look-up fails at once."""
+"""Fixtures of all tests. Tests do not use the network: a hub request fails immediately."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so set before it
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it
 
 import pytest
 
-from tests.cli import run_cli  # noqa: F401 - a fixture
+from tests.cli import run_cli  # noqa: F401  # a fixture of all tests
 
 
 @pytest.fixture(autouse=True)
-def broken_images_are_broken(monkeypatch):
-    """Importing lmms-eval tells Pillow, for all the process, to take half an image for a whole."""
+def reject_truncated_images(monkeypatch):
+    """Importing lmms-eval sets Pillow to accept truncated images in the complete process."""
     from PIL import ImageFile
 
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
@@ -19,8 +19,8 @@ def broken_images_are_broken(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
-    """A directory with the tiny model and a processor, untrained; for reading only."""
-    # Imported here, as most tests do without and transformers takes seconds.
+    """A read-only directory with the untrained tiny model and a processor."""
+    # Imported here, because importing transformers takes seconds and most tests do not need it.
     from owl2.processing.image_processing import Owl2ImageProcessor
     from owl2.processing.processor import Owl2Processor
     from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
@@ -30,7 +30,7 @@ def tiny_checkpoint(tmp_path_factory):
     texts = ["USER: what is this? ASSISTANT: a red circle", "yes no blue green", "你好 🦉"] * 5
     train_tokenizer(texts, directory / "tokenizer.model", 320)
     tokenizer = Owl2Tokenizer(directory / "tokenizer.model")
-    # Weights far from 0, so that answers differ from prompt to prompt and no two logits are close.
+    # Large weights, so that answers depend on the prompt and no two logits are close.
     model = make_model(
         vocab_size=len(tokenizer), initializer_range=0.4, max_position_embeddings=128
     )

@@ -1,3 +1,5 @@
+"""Atomic writes: a target is complete or unchanged."""
+
 import errno
 import os
 import stat
@@ -5,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.files import atomic_directory, atomic_file, atomic_write_text, require_writable
+from tests.errors import raises_input_error
 
 
 def names(directory: Path) -> list[str]:
@@ -23,7 +26,7 @@ def test_directory_appears_only_when_the_block_ends(tmp_path):
     assert names(target) == ["config.json"]
 
 
-def test_directory_replaces_an_older_one_altogether(tmp_path):
+def test_directory_replaces_an_existing_one(tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     (target / "old.bin").write_text("old")
@@ -35,22 +38,22 @@ def test_directory_replaces_an_older_one_altogether(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("older", [False, True])
-def test_directory_failure_leaves_everything_as_it_was(tmp_path, error, older):
+@pytest.mark.parametrize("exists", [False, True])
+def test_failed_directory_changes_nothing(tmp_path, error, exists):
     target = tmp_path / "model"
-    if older:
+    if exists:
         target.mkdir()
         (target / "old.bin").write_text("old")
     with pytest.raises(error), atomic_directory(target) as part:
         (part / "deep").mkdir()
-        (part / "deep" / "half.bin").write_text("half")
+        (part / "deep" / "partial.bin").write_text("partial")
         raise error
-    assert names(tmp_path) == (["model"] if older else [])
-    if older:
+    assert names(tmp_path) == (["model"] if exists else [])
+    if exists:
         assert names(target) == ["old.bin"]
 
 
-def test_older_directory_comes_back_when_the_last_rename_fails(tmp_path, monkeypatch):
+def test_existing_directory_is_restored_if_the_rename_fails(tmp_path, monkeypatch):
     target = tmp_path / "model"
     target.mkdir()
     (target / "old.bin").write_text("old")
@@ -63,7 +66,7 @@ def test_older_directory_comes_back_when_the_last_rename_fails(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "rename", failing)
     with (
-        pytest.raises(InputError, match="model cannot be written: no space"),
+        raises_input_error(ErrorCode.WRITE_FAILED, target, "no space"),
         atomic_directory(target) as part,
     ):
         (part / "new.bin").write_text("new")
@@ -71,88 +74,90 @@ def test_older_directory_comes_back_when_the_last_rename_fails(tmp_path, monkeyp
     assert names(target) == ["old.bin"]
 
 
-def test_directory_is_as_readable_as_one_made_by_mkdir(tmp_path):
+def test_directory_has_the_permissions_of_mkdir(tmp_path):
     (tmp_path / "plain").mkdir()
-    with atomic_directory(tmp_path / "whole"):
+    with atomic_directory(tmp_path / "atomic"):
         pass
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "whole")]
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic")]
     assert modes[0] == modes[1]
 
 
-def test_directory_refuses_a_file_in_its_place(tmp_path):
+def test_directory_does_not_replace_a_file(tmp_path):
     (tmp_path / "model").write_text("a file")
-    with pytest.raises(InputError, match="model is a file"), atomic_directory(tmp_path / "model"):
+    target = tmp_path / "model"
+    with raises_input_error(ErrorCode.FILE_EXISTS, target), atomic_directory(target):
         pass
     assert (tmp_path / "model").read_text() == "a file"
 
 
-def test_parent_that_cannot_be_made(tmp_path):
+def test_parent_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be made"), atomic_directory(tmp_path / "file/a/b"):
+    target = tmp_path / "file/a/b"
+    with raises_input_error(ErrorCode.WRITE_FAILED, target), atomic_directory(target):
         pass
-    with pytest.raises(InputError, match="cannot be made"):
-        atomic_write_text(tmp_path / "file/a/b.json", "{}")
+    with raises_input_error(ErrorCode.WRITE_FAILED, target):
+        atomic_write_text(target, "{}")
 
 
 def test_file_is_replaced_in_one_step(tmp_path):
     path = tmp_path / "eval" / "results.json"
     atomic_write_text(path, "old")
-    atomic_write_text(path, "neu: ü")
-    assert path.read_text(encoding="utf-8") == "neu: ü"
+    atomic_write_text(path, "new: ü")
+    assert path.read_text(encoding="utf-8") == "new: ü"
     assert names(path.parent) == ["results.json"]
 
 
-def test_file_failure_leaves_the_old_one(tmp_path):
+def test_failed_file_changes_nothing(tmp_path):
     path = tmp_path / "results.json"
     atomic_write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        atomic_write_text(path, "half \ud800")
+        atomic_write_text(path, "partial \ud800")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["results.json"]
 
 
-def test_file_refuses_a_directory_in_its_place(tmp_path):
-    with pytest.raises(InputError, match="is a directory"):
+def test_file_does_not_replace_a_directory(tmp_path):
+    with raises_input_error(ErrorCode.FILE_EXISTS, tmp_path):
         atomic_write_text(tmp_path, "text")
 
 
-def test_what_the_file_system_refuses_names_the_target(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="/proc/out cannot be written: No such file"):
+def test_write_errors_name_the_target(tmp_path, monkeypatch):
+    with raises_input_error(ErrorCode.WRITE_FAILED, "/proc/out"):
         atomic_directory("/proc/out").__enter__()
-    with pytest.raises(InputError, match="/proc/out cannot be written: No such file"):
+    with raises_input_error(ErrorCode.WRITE_FAILED, "/proc/out"):
         atomic_write_text("/proc/out", "text")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    no_space = "cannot be written: No space left on device"
-    with pytest.raises(InputError, match=no_space), atomic_directory(tmp_path / "model") as part:
-        (part / "half.bin").write_text("half")
+    target = tmp_path / "model"
+    with raises_input_error(ErrorCode.WRITE_FAILED, target), atomic_directory(target) as part:
+        (part / "partial.bin").write_text("partial")
         raise full
     monkeypatch.setattr(os, "fdopen", lambda *_, **__: (_ for _ in ()).throw(full))
-    with pytest.raises(InputError, match=no_space):
+    with raises_input_error(ErrorCode.WRITE_FAILED, tmp_path / "a.json"):
         atomic_write_text(tmp_path / "a.json", "text")
     assert names(tmp_path) == []
 
 
-def test_whether_a_target_can_be_written_is_told_before_and_leaves_nothing(tmp_path):
+def test_require_writable_creates_nothing(tmp_path):
     require_writable(tmp_path / "a" / "b")
     assert names(tmp_path) == []
     (tmp_path / "file").write_text("")
     for target in ("/proc/a/b", tmp_path / "file" / "a"):
-        with pytest.raises(InputError, match=f"{target} cannot be written: No"):
+        with raises_input_error(ErrorCode.WRITE_FAILED, target):
             require_writable(target)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("older", [False, True])
-def test_file_written_in_pieces_is_whole_or_as_it_was(tmp_path, error, older):
+@pytest.mark.parametrize("exists", [False, True])
+def test_file_written_in_chunks_is_complete_or_unchanged(tmp_path, error, exists):
     target = tmp_path / "rows.jsonl"
-    if older:
+    if exists:
         target.write_text("old")
     with pytest.raises(error), atomic_file(target) as file:
-        file.write("half")
+        file.write("partial")
         file.flush()
-        assert target.exists() == older
+        assert target.exists() == exists
         raise error
-    assert names(tmp_path) == (["rows.jsonl"] if older else [])
+    assert names(tmp_path) == (["rows.jsonl"] if exists else [])
     with atomic_file(target) as file:
         file.write("é")
         file.write("ü")

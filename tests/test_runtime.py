@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process: no fresh pages for each tensor."""
+"""`tune_malloc` keeps freed memory, so that new tensors cause no page faults."""
 
 import subprocess
 import sys
@@ -8,26 +8,26 @@ import pytest
 CODE = """
 import resource, sys, torch
 from owl2.runtime import tune_malloc
-if sys.argv[1] == "kept":
+if sys.argv[1] == "tuned":
     tune_malloc()
-def faults():
+def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def work():
+def allocate():
     for _ in range(10):
         torch.zeros(16_000_000)  # 64 MB
-work()
-before = faults()
-work()
-print(faults() - before)
+allocate()
+before = page_faults()
+allocate()
+print(page_faults() - before)
 """
 
 
-def faults(how: str) -> int:
-    run = [sys.executable, "-c", CODE, how]
-    return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+def page_faults(mode: str) -> int:
+    command = [sys.executable, "-c", CODE, mode]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries are left as they are")
+@pytest.mark.skipif(sys.platform != "linux", reason="tune_malloc changes glibc only")
 @pytest.mark.slow
 def test_freed_memory_is_used_again():
-    assert faults("kept") < faults("as it is") / 10
+    assert page_faults("tuned") < page_faults("default") / 10

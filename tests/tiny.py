@@ -1,4 +1,4 @@
-"""The one tiny model that the tests of all rooms use: a few thousand random numbers."""
+"""A tiny model for all tests, with a few thousand random parameters."""
 
 import torch
 
@@ -9,7 +9,7 @@ VISION_BLOCKS = 3
 
 
 def make_config(vocab_size=40, vision=None, abstractor=None, **settings):
-    """Grouped queries, two queries an image; `vision`, `abstractor` and `settings` change it."""
+    """Grouped-query attention and two queries per image by default."""
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 24,

@@ -1,0 +1,1 @@
+"""Messages and images to tensors. Start with `processor`, which every other package uses."""

@@ -1,12 +1,12 @@
-"""Messages → one text, and which of its characters are to be learned.
+"""Messages to text, with the spans of the answers.
 
 ::
 
-    messages ──parse_messages──► ParsedMessages (turns, images) ──render──► text, answers' spans
+    messages ──parse_messages──► ParsedMessages (turns, images) ──render──► text, answer spans
 
-The format is a Jinja template, saved with the checkpoint: another language model's format is data.
-What an answer is, the template says with `{% generation %}`; ids and labels come from this one
-text.
+The format is a Jinja template that is saved with the checkpoint, so that formats of other language
+models need no code. The template marks answers with `{% generation %}`. Ids and labels come from
+this one text.
 """
 
 import re
@@ -22,9 +22,9 @@ from owl2.errors import ErrorCode, InputError
 
 IMAGE_TOKEN = "<|image|>"
 
-# SPEC 1.5. Rounds are joined with nothing; the space before an answer is the answer's, as it is
-# part of its first token. Contents may be strings or lists of parts, for other tools that use this
-# file.
+# Specification §1.5. Rounds are concatenated without a separator. The space before an answer is
+# part of the answer's first token. Contents may be strings or lists of parts, for other tools that
+# use this file.
 DEFAULT_CHAT_TEMPLATE = """\
 {%- macro body(content) -%}
   {%- if content is string -%}
@@ -64,10 +64,12 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class ParsedMessages:
-    """Checked messages. Parts are `{"type": "text", "text": str}` and `{"type": "image"}`.
+    """Validated messages.
 
-    `images`: what the image parts hold, in order of appearance, as `load_image` takes it (not yet
-    opened); a bare `{"type": "image"}` has none.
+    Attributes:
+        turns: Messages whose parts are `{"type": "text", "text": str}` and `{"type": "image"}`.
+        images: Sources of the images for `load_image`, in order of appearance, not yet opened. A
+            part `{"type": "image"}` without a source has none.
     """
 
     turns: tuple[dict[str, Any], ...]
@@ -75,30 +77,35 @@ class ParsedMessages:
 
     @property
     def is_open(self) -> bool:
-        """Whether the last turn waits for an answer."""
+        """Whether the last turn has no answer."""
         return bool(self.turns[-1]["role"] == "user")
 
 
-# ------------------------------------------------------------------ messages → ParsedMessages
+# ------------------------------------------------------------------ messages to ParsedMessages
 
 
 def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
-    """transformers' message format → `ParsedMessages`.
+    """Validate messages in the format of transformers.
 
-    Roles alternate from `user` on (a template may allow `system` before it). A content is a string
-    or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" | "path"
-    | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`. `<|image|>` in
-    a text marks an image too.
+    Roles alternate, starting with `user`; a template may support `system` before it. A content is a
+    string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" |
+    "path" | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`.
+    `<|image|>` in a text marks an image as well.
 
-    Raises `InputError` that names the message: unknown or misplaced role, an empty turn, a part of
-    another kind, an image in an answer.
+    Raises:
+        InputError: A role is unknown or misplaced, a turn is empty, a part has another type, or an
+            answer contains an image. The error names the message.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise InputError(
-            f"Messages must be a list of {{'role': ..., 'content': ...}}, not {_article(messages)}."
+            "Messages must be a list of {'role': ..., 'content': ...}, not "
+            f"{type(messages).__name__}.",
+            ErrorCode.INVALID_TYPE,
         )
     if not messages:
-        raise InputError("The list of messages is empty: give at least one user turn.")
+        raise InputError(
+            "The list of messages is empty: it must have a user message.", ErrorCode.EMPTY_MESSAGE
+        )
     turns: list[dict[str, Any]] = []
     images: list[Any] = []
     expected = "user"
@@ -106,7 +113,8 @@ def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
         where = f"messages[{index}]"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise InputError(
-                f"{where} must be a dict with 'role' and 'content', not {message!r:.100}."
+                f"{where} must be a dict with 'role' and 'content', not {message!r:.100}.",
+                ErrorCode.INVALID_TYPE,
             )
         role = message["role"]
         _check_role(role, expected, index, where)
@@ -115,7 +123,7 @@ def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
         expected = "assistant" if role == "user" else "user"
     if turns[-1]["role"] == "system":
         raise InputError(
-            "The messages hold a system prompt only: add a user turn.", ErrorCode.INVALID_ROLE
+            "The messages contain only a system prompt: add a user message.", ErrorCode.INVALID_ROLE
         )
     return ParsedMessages(tuple(turns), tuple(images))
 
@@ -167,14 +175,14 @@ def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
 
 
 def content_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
-    """The parts of a message joined with nothing between, images as `<|image|>`."""
+    """The concatenated parts of a message, with `<|image|>` for images."""
     return "".join(part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in parts)
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Whether a surrogate stands alone in it, as where JSON was cut in the middle of an emoji.
+    """Whether `text` has a surrogate without its pair, as in JSON that was cut inside an emoji.
 
-    Python takes it for text; tokenizers and files do not.
+    Python allows such strings; tokenizers and UTF-8 files do not.
     """
     return re.search("[\ud800-\udfff]", text) is not None
 
@@ -182,14 +190,15 @@ def has_lone_surrogate(text: str) -> bool:
 def _check_role(role: Any, expected: str, index: int, where: str) -> None:
     if role not in _ROLES:
         raise InputError(
-            f"{where} has the role {role!r}; roles are {', '.join(_ROLES)}.", ErrorCode.INVALID_ROLE
+            f"{where}: unknown role {role!r}; choose from {', '.join(_ROLES)}.",
+            ErrorCode.INVALID_ROLE,
         )
     if role == "system" and index == 0:
         return
     if role != expected:
         raise InputError(
-            f"{where} has the role {role!r} where {expected!r} is due: turns alternate, "
-            "the user begins.",
+            f"{where} has the role {role!r} instead of {expected!r}: roles alternate, starting "
+            "with the user.",
             ErrorCode.INVALID_ROLE,
         )
 
@@ -204,23 +213,25 @@ def _read_content(content: Any, role: str, where: str, images: list[Any]) -> lis
         ]
     else:
         raise InputError(
-            f"The content of {where} must be a text or a list of parts, not {_article(content)}.",
+            f"The content of {where} must be a string or a list of parts, not "
+            f"{type(content).__name__}.",
             ErrorCode.INVALID_TYPE,
         )
     text = content_to_text(parts)
     if role != "user" and IMAGE_TOKEN in text:
         raise InputError(
-            f"{where} is the {role}'s and holds an image; only user turns can.",
+            f"{where} ({role}) contains an image, which only user messages can.",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     if has_lone_surrogate(text):
         raise InputError(
-            f"{where} ({role}) holds half of a character (such as \\ud83d without its other half), "
-            "which is no text: remove it."
+            f"{where} ({role}) contains half of a surrogate pair (such as \\ud83d), which is not "
+            "valid text: remove it.",
+            ErrorCode.INVALID_FORMAT,
         )
     if not text.strip():
         raise InputError(
-            f"{where} ({role}) is empty: every turn needs a text or an image.",
+            f"{where} ({role}) is empty: it must have text or an image.",
             ErrorCode.EMPTY_MESSAGE,
         )
     return parts
@@ -228,21 +239,29 @@ def _read_content(content: Any, role: str, where: str, images: list[Any]) -> lis
 
 def _read_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
     if not isinstance(part, Mapping):
-        raise InputError(f"{where} must be a dict with a 'type', not {_article(part)}.")
+        raise InputError(
+            f"{where} must be a dict with a 'type', not {type(part).__name__}.",
+            ErrorCode.INVALID_TYPE,
+        )
     kind = part.get("type")
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise InputError(
-                f"{where} is of type 'text' and must hold a string under 'text'.",
+                f"{where} has the type 'text' and must have a string under 'text'.",
                 ErrorCode.INVALID_TYPE,
             )
         return {"type": "text", "text": part["text"]}
     if kind not in ("image", "image_url"):
-        hint = " Give a video as its frames, each an image." if kind == "video" else ""
-        raise InputError(f"{where} is of type {kind!r}; types are 'text' and 'image'.{hint}")
+        hint = " Pass the frames of a video as images." if kind == "video" else ""
+        raise InputError(
+            f"{where}: unknown type {kind!r}; choose from text, image, image_url.{hint}",
+            ErrorCode.UNKNOWN_NAME,
+        )
     given = [key for key in _IMAGE_KEYS if part.get(key) is not None]
     if len(given) > 1:
-        raise InputError(f"{where} gives its image more than once, as {' and '.join(given)}.")
+        raise InputError(
+            f"{where} has more than one image, as {' and '.join(given)}.", ErrorCode.CONFLICT
+        )
     if given:
         images.append(_image_source(given[0], part[given[0]], where))
     return {"type": "image"}
@@ -256,17 +275,16 @@ def _image_source(key: str, value: Any, where: str) -> Any:
     if key == "path" and isinstance(value, (str, Path)):
         return Path(value)
     if not isinstance(value, str):
-        raise InputError(f"{where}: {key!r} must be a string, not {_article(value)}.")
+        raise InputError(
+            f"{where}: {key!r} must be a string, not {type(value).__name__}.",
+            ErrorCode.INVALID_TYPE,
+        )
     if key == "base64" and not value.startswith("data:"):
         return f"data:;base64,{value}"
     return value
 
 
-def _article(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
-
-
-# ------------------------------------------------------------------ ParsedMessages → text
+# ------------------------------------------------------------------ ParsedMessages to text
 
 
 def render(
@@ -277,16 +295,26 @@ def render(
     continue_final_message: bool = False,
     **variables: Any,
 ) -> str:
-    """The conversation as one text, images as `<|image|>`.
+    """The conversation as text, with `<|image|>` for images.
 
-    `variables`: others of the template. Raises `InputError` with what the template objects to, or
-    if the prompt is to be opened after an answer, or an answer to be continued that is not there.
+    Args:
+        add_generation_prompt: Start the assistant's turn.
+        continue_final_message: Omit what follows the last answer.
+        variables: Other variables of the template.
+
+    Raises:
+        InputError: The template raises an exception, or one of the two options does not fit the
+            last message.
     """
     if conversation.is_open and continue_final_message:
-        raise InputError("continue_final_message needs an assistant turn at the end to continue.")
+        raise InputError(
+            "continue_final_message requires that the last message is an answer.",
+            ErrorCode.INVALID_ROLE,
+        )
     if not conversation.is_open and add_generation_prompt:
         raise InputError(
-            "The last message is an answer: end with a user turn to open the next one."
+            "add_generation_prompt requires that the last message is a user message.",
+            ErrorCode.INVALID_ROLE,
         )
     text, _ = _render(
         conversation,
@@ -302,23 +330,23 @@ def render(
 def render_with_answers(
     conversation: ParsedMessages, template: str, special_tokens: Mapping[str, str]
 ) -> tuple[str, Spans]:
-    """`render` of a closed conversation, and the (start, end) of what the template marks as
-    generated.
+    """`render` of a conversation that ends with an answer, and the spans of all answers.
 
-    Raises `InputError` for a template without `{% generation %}` blocks: it would leave nothing to
-    learn.
+    Raises:
+        InputError: The template has no `{% generation %}` blocks, so there would be no labels.
     """
     if not _GENERATION_BLOCK.search(template):
         raise InputError(
-            "The chat template does not mark what the model is to learn. In chat_template.jinja, "
-            "put {% generation %} before and {% endgeneration %} after the assistant's text and "
-            "its end token."
+            "The chat template does not mark the answers. In chat_template.jinja, put "
+            "{% generation %} before and {% endgeneration %} after the assistant's text and its "
+            "end token.",
+            ErrorCode.NO_LABELS,
         )
     return _render(conversation, template, special_tokens, return_assistant_tokens_mask=True)
 
 
 def has_variable(template: str, name: str) -> bool:
-    """Whether `name` occurs in the template's code, so that its value can change something."""
+    """Whether the template's code contains the variable `name`."""
     return any(re.search(rf"\b{re.escape(name)}\b", code) for code in _CODE.findall(template))
 
 
@@ -334,14 +362,16 @@ def _render(
     variables: dict[str, Any] = {**special_tokens, **options}
     try:
         return _render_turns(turns, template, variables)
-    except Exception as error:  # a template is foreign code: `{{ 1/0 }}` is a ZeroDivisionError
-        raise InputError(f"The chat template cannot write these messages: {error}.") from error
+    except Exception as error:  # a template can raise any exception: `{{ 1/0 }}`
+        raise InputError(
+            f"The chat template cannot render these messages: {error}.", ErrorCode.UNSUPPORTED
+        ) from error
 
 
 def _render_turns(
     turns: list[dict[str, Any]], template: str, variables: dict[str, Any]
 ) -> tuple[str, Spans]:
-    # transformers compiles a template once and keeps it; its annotation says `str`, it gives lists.
+    # transformers caches compiled templates. It is annotated with `str` but returns lists.
     rendered: Any = render_jinja_template([turns], chat_template=template, **variables)
     texts, spans = rendered
     return texts[0], [(start, end) for start, end in spans[0]] if spans else []
@@ -349,15 +379,15 @@ def _render_turns(
 
 @lru_cache(maxsize=16)
 def _understands_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
-    """Whether a template writes a list of parts (as vision models' do) or wants plain strings.
+    """Whether a template supports lists of parts, as those of vision models do.
 
-    Found by trying, as nothing in a template says so: a text model's fails or prints the list.
+    Determined by rendering a message: templates of text models fail or print the list.
     """
     parts = [{"type": "image"}, {"type": "text", "text": "probe"}]
     try:
         text, _ = _render_turns(
             [{"role": "user", "content": parts}], template, dict(special_tokens)
         )
-    except Exception:  # foreign code, as in `_render`, which says so if plain strings fail too
+    except Exception:  # as in `_render`, which raises if strings fail as well
         return False
     return text.count(IMAGE_TOKEN) == 1 and text.count("probe") == 1 and "'type'" not in text

@@ -1,10 +1,10 @@
-"""One rendering → ids, and which of them are learned; and how that looks on a terminal.
+"""A rendered conversation as ids with a loss mask, and its display on a terminal.
 
 ::
 
-    text with <|image|>, spans of the answers ──encode_with_loss_mask─► ids, mask, offsets (S)
+    text with <|image|>, answer spans ──encode_with_loss_mask──► ids, loss mask, offsets (S)
 
-S tokens, in which an image takes K+1.
+S tokens; an image takes K+1 of them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import IMAGE_TOKEN, Spans
 from owl2.processing.tokenizer import Offsets, Owl2Tokenizer, encode_with_offsets
 
@@ -24,11 +24,12 @@ PROMPT_STYLE = "dim"
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A rendered conversation as ids, each with whether it is learned and where it stands in
-    `text`.
+    """Ids of a rendered conversation.
 
-    All K+1 ids of an image have the offsets of its `<|image|>`. `image_ends`: how many ids there
-    are up to the end of each image.
+    Attributes:
+        loss_mask: Whether each id is a label.
+        offsets: Start and end of each id in `text`; all K+1 ids of an image have its `<|image|>`.
+        image_ends: The number of ids up to the end of each image.
     """
 
     text: str
@@ -36,6 +37,12 @@ class EncodedConversation:
     loss_mask: list[bool] = field(default_factory=list)
     offsets: Offsets = field(default_factory=list)
     image_ends: list[int] = field(default_factory=list)
+
+    def extend(self, ids: Sequence[int], offsets: Offsets, loss_mask: Sequence[bool]) -> None:
+        """Append ids."""
+        self.ids.extend(ids)
+        self.offsets.extend(offsets)
+        self.loss_mask.extend(loss_mask)
 
 
 def encode_with_loss_mask(
@@ -45,94 +52,92 @@ def encode_with_loss_mask(
     start_ids: Sequence[int],
     image_ids: Sequence[int],
 ) -> EncodedConversation:
-    """`text` → ids: pieces between images each on their own, an image as `image_ids`.
+    """Tokenize `text`. Each segment between images is tokenized separately.
 
-    `start_ids` go before it, unless the text writes them itself. A token is learned if it lies in
-    one of `spans` (sorted, in characters of `text`).
+    Args:
+        spans: Start and end of each answer in `text`, sorted. Tokens inside are labels.
+        start_ids: Prepended, unless the text begins with them.
+        image_ids: The ids of an image.
 
-    Raises `InputError` if the tokenizer gives no offsets, or has a token that is half in a span.
+    Raises:
+        InputError: The tokenizer gives no offsets, or a token crosses the border of a span.
     """
     sample = EncodedConversation(text)
     position = 0
-    for number, piece in enumerate(text.split(IMAGE_TOKEN)):
-        if number:
-            place = (position, position + len(IMAGE_TOKEN))
-            _extend(sample, image_ids, [place] * len(image_ids), [False] * len(image_ids))
+    for index, segment in enumerate(text.split(IMAGE_TOKEN)):
+        if index:
+            span = (position, position + len(IMAGE_TOKEN))
+            sample.extend(image_ids, [span] * len(image_ids), [False] * len(image_ids))
             sample.image_ends.append(len(sample.ids))
-            position = place[1]
-        ids, offsets, learned = _encode_piece(tokenizer, piece, position, spans)
-        if number == 0 and ids[: len(start_ids)] != list(start_ids):
-            _extend(sample, start_ids, [(0, 0)] * len(start_ids), [False] * len(start_ids))
-        _extend(sample, ids, offsets, learned)
-        position += len(piece)
+            position = span[1]
+        ids, offsets, loss_mask = _encode_segment(tokenizer, segment, position, spans)
+        if index == 0 and ids[: len(start_ids)] != list(start_ids):
+            sample.extend(start_ids, [(0, 0)] * len(start_ids), [False] * len(start_ids))
+        sample.extend(ids, offsets, loss_mask)
+        position += len(segment)
     return sample
 
 
 def render_mask(sample: EncodedConversation, start: str, num_image_tokens: int) -> Text:
-    """What the model gets, for a terminal: learned tokens bright, the rest dim, an image in short.
+    """The model's input for a terminal: labels bright, other tokens dim, images abbreviated.
 
-    `start`: how to write ids that stand for no text of the sample (`<s>`).
+    Args:
+        start: Text for start ids that the sample's text does not contain (`<s>`).
     """
     shown = Text()
     if sample.offsets and sample.offsets[0] == (0, 0) and not sample.text.startswith(start):
         shown.append(start, PROMPT_STYLE)
     position = 0
     tokens = zip(sample.loss_mask, sample.offsets, strict=True)
-    for learned, run in groupby(tokens, key=lambda token: token[0]):
-        end = max(place[1] for _, place in run)
-        piece = sample.text[position : max(position, end)]
-        piece = piece.replace(IMAGE_TOKEN, f"{IMAGE_TOKEN}×{num_image_tokens}")
-        shown.append(piece, LABEL_STYLE if learned else PROMPT_STYLE)
-        position = max(position, end)
+    for is_label, run in groupby(tokens, key=lambda token: token[0]):
+        end = max(position, *(span[1] for _, span in run))
+        segment = sample.text[position:end].replace(
+            IMAGE_TOKEN, f"{IMAGE_TOKEN}×{num_image_tokens}"
+        )
+        shown.append(segment, LABEL_STYLE if is_label else PROMPT_STYLE)
+        position = end
     return shown
 
 
-def _extend(
-    sample: EncodedConversation, ids: Sequence[int], offsets: Offsets, learned: list[bool]
-) -> None:
-    sample.ids.extend(ids)
-    sample.offsets.extend(offsets)
-    sample.loss_mask.extend(learned)
-
-
-def _encode_piece(
-    tokenizer: PreTrainedTokenizerBase, piece: str, position: int, spans: Spans
+def _encode_segment(
+    tokenizer: PreTrainedTokenizerBase, segment: str, position: int, spans: Spans
 ) -> tuple[list[int], Offsets, list[bool]]:
-    """The text between two images, which begins at `position`."""
-    ids, offsets = encode_with_offsets(tokenizer, piece)
-    offsets = [(position + begin, position + end) for begin, end in offsets]
-    learned = _mask(offsets, spans)
-    if learned is not None:
-        return ids, offsets, learned
-    # A token across the edge of an answer ("\n\n" of a format's line break and the answer's own).
-    # When the model answers, the prompt ends at that edge and was tokenised alone: so do it here
-    # too.
+    """Ids, offsets and loss mask of the text between two images, which starts at `position`."""
+    ids, offsets = encode_with_offsets(tokenizer, segment)
+    offsets = [(position + start, position + end) for start, end in offsets]
+    loss_mask = _mask(offsets, spans)
+    if loss_mask is not None:
+        return ids, offsets, loss_mask
+    # A token crosses the border of an answer, such as "\n\n" of a line break in the template and
+    # one in the answer. At inference the prompt ends at the border and is tokenized separately, so
+    # the text is split there.
     if isinstance(tokenizer, Owl2Tokenizer):
         raise InputError(
-            "An answer begins or ends in the middle of a token, and SentencePiece would put a "
-            f"space before it if it were tokenised alone: {piece!r:.200}. Strip the answer's white "
-            "space, or let the chat template write a space before it."
+            "An answer starts or ends inside a token, and SentencePiece would add a space if it "
+            f"were tokenized separately: {segment!r:.200}. Strip the white space of the answer, or "
+            "let the chat template write a space before it.",
+            ErrorCode.INVALID_FORMAT,
         )
-    edges = sorted({edge - position for span in spans for edge in span})
-    cuts = [0, *(edge for edge in edges if 0 < edge < len(piece)), len(piece)]
+    borders = sorted({border - position for span in spans for border in span})
+    cuts = [0, *(border for border in borders if 0 < border < len(segment)), len(segment)]
     ids, offsets = [], []
-    for begin, end in pairwise(cuts):
-        part_ids, part_offsets = encode_with_offsets(tokenizer, piece[begin:end])
+    for start, end in pairwise(cuts):
+        part_ids, part_offsets = encode_with_offsets(tokenizer, segment[start:end])
         ids += part_ids
-        shift = position + begin
+        shift = position + start
         offsets += [(shift + first, shift + last) for first, last in part_offsets]
     return ids, offsets, _mask(offsets, spans) or []
 
 
 def _mask(offsets: Offsets, spans: Spans) -> list[bool] | None:
-    """Whether each token begins in a span; None if one is across an edge. Both are in order."""
-    learned = []
-    number = 0
-    for begin, end in offsets:
-        while number < len(spans) and begin >= spans[number][1]:
-            number += 1
-        inside = number < len(spans) and begin >= spans[number][0]
-        if number < len(spans) and end > spans[number][1 if inside else 0]:
+    """Whether each token starts in a span; None if a token crosses a border. Both are sorted."""
+    mask = []
+    index = 0
+    for start, end in offsets:
+        while index < len(spans) and start >= spans[index][1]:
+            index += 1
+        inside = index < len(spans) and start >= spans[index][0]
+        if index < len(spans) and end > spans[index][1 if inside else 0]:
             return None
-        learned.append(inside)
-    return learned
+        mask.append(inside)
+    return mask

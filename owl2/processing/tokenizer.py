@@ -1,9 +1,9 @@
-"""Text → ids, exactly as SentencePiece gives them, with the place of every token in the text.
+"""Text to ids, equal to those of SentencePiece, with the offsets of every token.
 
-A prompt is split at each `<|image|>` and every piece is tokenised **on its own** (SPEC 1.5),
-whatever the tokenizer: `encode` does one such piece. For LLaMA's SentencePiece models a piece is
-split again at the control tokens (`<s>`, `</s>`, `<unk>`), as LLaMA's original tokenizer does;
-nothing is stripped.
+A prompt is split at each `<|image|>`, and every segment is tokenized separately (Specification
+§1.5) for all tokenizers; `encode` tokenizes one segment. For SentencePiece models of LLaMA, a
+segment is split again at the control tokens (`<s>`, `</s>`, `<unk>`), as in LLaMA's original
+tokenizer. No characters are stripped.
 """
 
 import io
@@ -19,15 +19,14 @@ import sentencepiece
 from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
 Offsets = list[tuple[int, int]]
 
 TOKENIZER_FILE = "tokenizer.model"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
-# What transformers keeps about a tokenizer object, and what only this class understands: not for
-# the file, which LlamaTokenizer classes of any version read.
+# Attributes of the object that do not belong in the file, which any LlamaTokenizer can read.
 _NOT_SAVED = (
     "backend",
     "is_local",
@@ -39,14 +38,16 @@ _NOT_SAVED = (
 
 
 class Owl2Tokenizer(SentencePieceBackend):
-    """A SentencePiece model as a transformers tokenizer; ids equal SentencePiece's own, runs of
-    spaces included.
+    """A SentencePiece model as a transformers tokenizer, with the ids of SentencePiece.
 
-    `vocab_file`: the `tokenizer.model`. `<s>` is put at the start once; LLaMA has no token for
-    padding, and the released checkpoint pads with `<unk>`. `decode(encode(text))` is `text` again
-    (less `<s>`).
+    `<s>` is prepended once. LLaMA has no padding token; the released checkpoint uses `<unk>`.
+    `decode(encode(text))` equals `text`, without `<s>`.
 
-    Raises `InputError` when the file is missing or is no SentencePiece model.
+    Args:
+        vocab_file: The `tokenizer.model`.
+
+    Raises:
+        InputError: The file is missing or is not a SentencePiece model.
     """
 
     vocab_files_names = {"vocab_file": TOKENIZER_FILE}
@@ -63,14 +64,15 @@ class Owl2Tokenizer(SentencePieceBackend):
         padding_side: str = "left",
         **kwargs: Any,
     ) -> None:
-        # `legacy` in a file means how LLaMA treats text after a control token. The checkpoint was
-        # trained with the first way, and the ids of SentencePiece are what this class is for, so
-        # the file is not asked. The end token is the chat template's business.
+        # `legacy` selects how text after a control token is tokenized. The checkpoint was trained
+        # with the ids of SentencePiece, so the value in the file is ignored. The chat template adds
+        # the end token.
         for key in ("legacy", "add_eos_token", "special_tokens_pattern", "sp_model_kwargs"):
             kwargs.pop(key, None)
         if not os.path.isfile(vocab_file):
             raise InputError(
-                f"No SentencePiece model at '{vocab_file}': give the path of a {TOKENIZER_FILE}."
+                f"No SentencePiece model at '{vocab_file}': pass the path of a {TOKENIZER_FILE}.",
+                ErrorCode.FILE_NOT_FOUND,
             )
         self._splitter: re.Pattern[str] | None = None
         self.add_bos_token = add_bos_token
@@ -88,12 +90,14 @@ class Owl2Tokenizer(SentencePieceBackend):
                 **kwargs,
             )
         except (RuntimeError, OSError) as error:
-            raise InputError(f"'{vocab_file}' is no SentencePiece model: {error}.") from error
+            raise InputError(
+                f"'{vocab_file}' is not a SentencePiece model: {error}.", ErrorCode.UNREADABLE_FILE
+            ) from error
 
-    # -------------------------------------------------------------- text → ids
+    # -------------------------------------------------------------- text to ids
 
     def _update_trie(self, unique_no_split_tokens: list[str] | None = None) -> None:
-        # Called by transformers whenever tokens are added: the moment to rebuild our splitter.
+        # transformers calls this method whenever tokens are added.
         super()._update_trie(unique_no_split_tokens)
         control = {
             *self._added_tokens_encoder,
@@ -108,18 +112,16 @@ class Owl2Tokenizer(SentencePieceBackend):
         )
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
-        """`text` → its ids, no `<s>` added, and for each the (start, end) of its characters in
-        `text`.
+        """The ids of `text` without `<s>`, and the start and end of each in `text`.
 
-        The bytes of a character that has no token of its own, and a "▁" that stands for no
-        character, have an empty place where their character begins; the last byte has the whole
-        character.
+        A character without a token becomes bytes: the last byte has the offsets of the character,
+        the others have empty offsets at its start, as has a "▁" without a character.
         """
         ids: list[int] = []
         offsets: Offsets = []
         start = 0
-        for number, part in enumerate(self._splitter.split(text) if self._splitter else [text]):
-            if number % 2:
+        for index, part in enumerate(self._splitter.split(text) if self._splitter else [text]):
+            if index % 2:
                 ids.append(self._control_id(part))
                 offsets.append((start, start + len(part)))
             elif part:
@@ -130,10 +132,10 @@ class Owl2Tokenizer(SentencePieceBackend):
         return ids, offsets
 
     def encode_exact(self, text: str) -> list[int]:
-        """The ids of `encode_with_offsets`, for when the places are not needed."""
+        """The ids of `encode_with_offsets`, without offsets."""
         ids: list[int] = []
-        for number, part in enumerate(self._splitter.split(text) if self._splitter else [text]):
-            if number % 2:
+        for index, part in enumerate(self._splitter.split(text) if self._splitter else [text]):
+            if index % 2:
                 ids.append(self._control_id(part))
             elif part:
                 ids += self.sp_model.encode(part)
@@ -143,7 +145,7 @@ class Owl2Tokenizer(SentencePieceBackend):
         known = self._added_tokens_encoder.get(token)
         return self.sp_model.piece_to_id(token) if known is None else known
 
-    # -------------------------------------------------------------- ids → text
+    # -------------------------------------------------------------- ids to text
 
     def _decode(
         self,
@@ -153,9 +155,11 @@ class Owl2Tokenizer(SentencePieceBackend):
         spaces_between_special_tokens: bool = False,
         **kwargs: Any,
     ) -> str:
-        """The inverse of encoding: runs between control tokens are decoded by SentencePiece, which
-        drops the space it put before each run. `clean_up_tokenization_spaces` is for other kinds of
-        tokenizer: ignored."""
+        """The inverse of encoding.
+
+        SentencePiece decodes the runs between control tokens and removes the space that it added
+        before each run. `clean_up_tokenization_spaces` is ignored.
+        """
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         special = set(self.all_special_ids)
         size = self.sp_model.get_piece_size()
@@ -168,7 +172,8 @@ class Owl2Tokenizer(SentencePieceBackend):
                 if (worst := max(run_ids)) >= size or min(run_ids) < 0:
                     raise InputError(
                         f"Token id {worst if worst >= size else min(run_ids)} cannot be decoded: "
-                        f"the tokenizer has ids from 0 to {size - 1}."
+                        f"the tokenizer has ids from 0 to {size - 1}.",
+                        ErrorCode.INVALID_VALUE,
                     )
                 text.append(self.sp_model.decode(run_ids))
             else:
@@ -184,7 +189,7 @@ class Owl2Tokenizer(SentencePieceBackend):
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str]:
-        """Writes `tokenizer.model` from memory: the file it came from may be gone or changed."""
+        """Write `tokenizer.model` from memory, because the original file may have changed."""
         path = (
             Path(save_directory)
             / f"{filename_prefix + '-' if filename_prefix else ''}{TOKENIZER_FILE}"
@@ -192,10 +197,10 @@ class Owl2Tokenizer(SentencePieceBackend):
         path.write_bytes(self.sp_model.serialized_model_proto())
         return (str(path),)
 
-    def save_pretrained(  # type: ignore[override]  # the mixin's further options go through kwargs
+    def save_pretrained(  # type: ignore[override]  # further arguments in kwargs
         self, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[str, ...]:
-        """Writes `tokenizer.model`, and a `tokenizer_config.json` that any LlamaTokenizer reads."""
+        """Write `tokenizer.model`, and a `tokenizer_config.json` for any LlamaTokenizer."""
         files = super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / TOKENIZER_CONFIG_FILE
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -217,7 +222,7 @@ def _sentencepiece_offsets(model: Any, text: str) -> tuple[list[int], Offsets]:
     if hasattr(model, "EncodeAsOffsetMapping"):
         mapping = model.encode(text, out_type="offset_mapping")
         return mapping["ids"], mapping["offsets"]
-    # sentencepiece before 0.2.2 gives the same in this form, which later ones refuse.
+    # sentencepiece before 0.2.2 returns the same in this form, which later versions reject.
     pieces = model.encode(text, out_type="immutable_proto").pieces
     return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
 
@@ -226,7 +231,7 @@ def _sentencepiece_offsets(model: Any, text: str) -> tuple[list[int], Offsets]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """One piece of a prompt (between two images) → ids; nothing is added."""
+    """The ids of one segment of a prompt (between two images), without special tokens."""
     if isinstance(tokenizer, Owl2Tokenizer):
         return tokenizer.encode_exact(text)
     return (
@@ -235,17 +240,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Offsets]:
-    """`encode`, and the (start, end) of each token's characters in `text`.
+    """`encode`, and the start and end of each token in `text`.
 
-    Raises `InputError` for a tokenizer that cannot tell (neither SentencePiece nor a fast one).
+    Raises:
+        InputError: The tokenizer has no offsets (neither SentencePiece nor a fast tokenizer).
     """
     if isinstance(tokenizer, Owl2Tokenizer):
         return tokenizer.encode_with_offsets(text)
     if not tokenizer.is_fast:
         raise InputError(
-            f"{type(tokenizer).__name__} does not tell which characters a token stands for, so the "
-            "words to learn cannot be marked. Use the fast version of this tokenizer (a "
-            "tokenizer.json), or its tokenizer.model."
+            f"{type(tokenizer).__name__} has no offsets, so there is no loss mask. Use the fast "
+            "version of this tokenizer (a tokenizer.json), or its tokenizer.model.",
+            ErrorCode.UNSUPPORTED,
         )
     if not text:
         return [], []
@@ -254,9 +260,9 @@ def encode_with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What this tokenizer puts before a text: `[bos]`, or nothing (as GPT-2's kind).
+    """The ids that the tokenizer prepends: `[bos]`, or none (GPT-2).
 
-    What it may put at the end is left out: the end of an answer is the chat template's.
+    End tokens are added by the chat template and not by the tokenizer.
     """
     if tokenizer.bos_token_id is None:
         return []
@@ -267,19 +273,43 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )
 
 
-# ------------------------------------------------------------------ a tokenizer of one's own
+def decode_with_images(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Iterable[int],
+    image_token_id: int,
+    num_image_tokens: int,
+    skip_special_tokens: bool,
+    **kwargs: Any,
+) -> str:
+    """Decode ids; the K+1 tokens of an image become `<|image|>`, or nothing if it is skipped."""
+    texts = []
+    for is_image, run in groupby(ids, key=lambda id_: id_ == image_token_id):
+        if not is_image:
+            texts.append(tokenizer.decode(list(run), skip_special_tokens, **kwargs))
+        elif not skip_special_tokens:
+            texts.append("<|image|>" * -(-len(list(run)) // num_image_tokens))
+    return "".join(texts)
+
+
+# ------------------------------------------------------------------ training a tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int) -> int:
-    """Trains a small SentencePiece model with LLaMA's conventions and writes it to `path` (a
-    `tokenizer.model`).
+    """Train a small SentencePiece model with LLaMA's conventions.
 
-    BPE with bytes for what it does not know, nothing normalised or stripped, digits apart, `<unk>`
-    0, `<s>` 1, `</s>` 2. The same texts give the same file. `vocab_size`: at most this many pieces;
-    few texts give fewer.
+    BPE with byte fallback, no normalization, no stripping, separate digits, `<unk>` 0, `<s>` 1,
+    `</s>` 2. The result is deterministic.
 
-    Returns the number of pieces. Raises `InputError` without texts, or if `vocab_size` cannot hold
-    the 259 pieces that are always there and the letters of `texts`.
+    Args:
+        path: The `tokenizer.model` to write.
+        vocab_size: Maximum size of the vocabulary; few texts result in fewer tokens.
+
+    Returns:
+        Size of the vocabulary.
+
+    Raises:
+        InputError: There are no texts, or `vocab_size` is smaller than the 259 tokens that are
+            always included plus the characters of `texts`.
     """
     model = io.BytesIO()
     try:
@@ -306,21 +336,21 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike[str], vocab_si
         )
     except (RuntimeError, OSError) as error:
         needed = re.search(r"size is smaller than required_chars\. \d+ vs (\d+)", str(error))
-        reason = f"these texts need {needed[1]} at least" if needed else str(error)
+        reason = f"these texts require at least {needed[1]}" if needed else str(error)
         raise InputError(
-            f"No tokenizer with vocab_size {vocab_size} can be trained: {reason}. It must hold 259 "
-            "pieces (3 control tokens, 256 bytes) and every letter of the texts, and there must be "
-            "texts."
+            f"A tokenizer with vocab_size {vocab_size} cannot be trained: {reason}. It must "
+            "include 259 tokens (3 control tokens, 256 bytes) and every character of the texts.",
+            ErrorCode.INVALID_VALUE,
         ) from error
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".unfinished")
-    unfinished.write_bytes(model.getvalue())
-    unfinished.replace(target)
+    part = target.with_name(f"{target.name}.part")
+    part.write_bytes(model.getvalue())
+    part.replace(target)
     return int(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size())
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    # A line break is a byte piece in LLaMA's models, never part of a longer one.
+    # In LLaMA's models a line break is a byte token and never part of a longer token.
     for text in texts:
         yield from filter(None, text.split("\n"))

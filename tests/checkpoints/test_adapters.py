@@ -80,7 +80,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(base, tmp_path_factory):
     """A live model with every kind of adapter, and its directory."""
-    model = make_adapted(base, parts=["decoder", "vision"], trained=["abstractor"])
+    model = make_adapted(base, parts=["decoder", "vision"], modules_to_save=["abstractor"])
     folder = tmp_path_factory.mktemp("saved")
     model.save_pretrained(folder)
     return model, folder
@@ -186,7 +186,7 @@ def test_image_size_is_saved(base, tmp_path, trained):
 
 def test_text_does_not_use_the_visual_lora(base):
     """Without an image only LoRA of the text weights runs; visual tokens use their own LoRA."""
-    model = make_adapted(base, only=["k_proj", "v_proj"])
+    model = make_adapted(base, target_modules=["k_proj", "v_proj"])
     before = logits(model), logits(model, TEXT)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What the tests of the model share: golden models, the tiny one, its inputs."""
+"""Golden models, and the tiny model with inputs."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def golden_name(request):
 
 @pytest.fixture(scope="session", params=["eager", "sdpa"])
 def golden_model(request, golden_name):
-    """Shared by all tests: one that changes it loads its own."""
+    """Shared by all tests, which must not modify it."""
     return load_model(golden_name, attn_implementation=request.param)
 
 
@@ -25,14 +25,14 @@ def cases(golden_name):
 
 @pytest.fixture
 def tiny():
-    """With visual weights of its own, so that a wrong modality shows."""
+    """A model whose visual weights differ from its text weights."""
     model = make_model().eval()
     make_modalities_differ(model)
     return model
 
 
 def make_modalities_differ(model):
-    """Random weights everywhere: freshly made, visual copies equal the text's and norms are 1."""
+    """Set random weights: in a new model visual weights equal text weights and norms are 1."""
     source = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -44,7 +44,7 @@ def make_modalities_differ(model):
 
 @pytest.fixture
 def image_inputs():
-    """Two images in one prompt for the tiny model (40 words, 3 places an image, 8 px)."""
+    """A prompt with two images for the tiny model (40 tokens, 3 tokens per image, 8 px)."""
     image = [40] * 3
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     return {

@@ -170,7 +170,7 @@ def test_bfloat16_matmul_attention_is_as_accurate_as_the_fused_kernel(monkeypatc
         expected = tiny.get_image_features(pixels).pooler_output
         tiny.to(torch.bfloat16)
         for few in (vision.MATMUL_MAX_KEYS, 0):
-            monkeypatch.setattr(vision, "FEW_KEYS", few)
+            monkeypatch.setattr(vision, "MATMUL_MAX_KEYS", few)
             errors.append((tiny.get_image_features(pixels).pooler_output - expected).norm())
     assert len(used) == 3 + 2  # the blocks of both parts, the first time only
     assert errors[0] < 1.2 * errors[1]

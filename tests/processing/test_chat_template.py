@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.processing.chat_template import (
     DEFAULT_CHAT_TEMPLATE,
     has_variable,
@@ -13,6 +13,7 @@ from owl2.processing.chat_template import (
     render_with_answers,
     validate_prompt,
 )
+from tests.errors import raises_input_error
 from tests.processing.samples import CHATML, ask
 
 EOS = {"eos_token": "</s>"}
@@ -55,15 +56,15 @@ def test_nothing_is_stripped_and_parts_are_joined_with_nothing():
 def test_an_unopened_turn_and_a_continued_one():
     assert write([USER]) == "USER: Hi"
     assert write([USER, ANSWER], continue_final_message=True) == "USER: Hi ASSISTANT: Hello."
-    with pytest.raises(InputError, match="needs an assistant turn"):
+    with raises_input_error(ErrorCode.INVALID_ROLE, "continue_final_message"):
         write([USER], continue_final_message=True)
-    with pytest.raises(InputError, match="last message is an answer"):
+    with raises_input_error(ErrorCode.INVALID_ROLE, "add_generation_prompt"):
         write([USER, ANSWER], add_generation_prompt=True)
 
 
 def test_system_prompt_is_the_templates_matter():
     messages = [{"role": "system", "content": "Be kind."}, USER]
-    with pytest.raises(InputError, match="no system prompt; put that text at the start"):
+    with raises_input_error(ErrorCode.UNSUPPORTED, "system"):
         write(messages)
     assert write(messages, CHATML).startswith("<|im_start|>system\nBe kind.<|im_end|>\n")
 
@@ -79,16 +80,16 @@ def test_a_template_that_marks_no_answers_is_refused_for_training_only():
     template = DEFAULT_CHAT_TEMPLATE.replace("{%- generation -%}", "")
     template = template.replace("{%- endgeneration -%}", "")
     assert write([USER, ANSWER], template).endswith("Hello.</s>")
-    with pytest.raises(InputError, match=r"put {% generation %} before"):
+    with raises_input_error(ErrorCode.NO_LABELS, "{% generation %}"):
         render_with_answers(parse_messages([USER, ANSWER]), template, EOS)
 
 
 def test_template_errors_are_the_users():
-    with pytest.raises(InputError, match="cannot write these messages"):
+    with raises_input_error(ErrorCode.UNSUPPORTED):
         write([USER], "{{ raise_exception('no!') }}")
-    with pytest.raises(InputError, match=r"cannot write these messages: division by zero"):
+    with raises_input_error(ErrorCode.UNSUPPORTED, "division by zero"):
         write([USER], "{{ 1/0 }}")
-    with pytest.raises(InputError, match="cannot write these messages"):
+    with raises_input_error(ErrorCode.UNSUPPORTED):
         write([USER], "{% for %}")
 
 
@@ -116,51 +117,76 @@ def test_images_in_all_forms_and_in_order():
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    ("messages", "code", "needle"),
     [
-        ([], "empty"),
-        ("Hi", "list of .* not a str"),
-        (USER, "not a dict"),
-        (None, "not None"),
-        ([["user", "Hi"]], r"messages\[0\] must be a dict"),
-        ([{"role": "user"}], r"messages\[0\] must be a dict with 'role' and 'content'"),
-        ([{"role": "human", "content": "Hi"}], "role 'human'; roles are"),
-        ([ANSWER], "'assistant' where 'user' is due"),
-        ([USER, USER], r"messages\[1\] has the role 'user' where 'assistant' is due"),
-        ([USER, {"role": "system", "content": "x"}], "'system' where 'assistant'"),
-        ([{"role": "system", "content": "x"}], "add a user turn"),
-        ([{"role": "user", "content": "  "}], r"messages\[0\] \(user\) is empty"),
-        ([{"role": "user", "content": []}], "is empty"),
-        ([USER, {"role": "assistant", "content": ""}], r"messages\[1\] \(assistant\) is empty"),
-        ([{"role": "user", "content": None}], "must be a text or a list of parts, not None"),
-        ([{"role": "user", "content": 5}], "not a int"),
-        ([{"role": "user", "content": ["Hi"]}], "part 0 must be a dict"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "must hold a string under 'text'"),
-        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "must hold a string"),
-        ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], "as its frames"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "type 'audio'; types are"),
-        ([{"role": "user", "content": [{"type": "image", "url": 7}]}], "'url' must be a string"),
+        ([], ErrorCode.EMPTY_MESSAGE, "empty"),
+        ("Hi", ErrorCode.INVALID_TYPE, "str"),
+        (USER, ErrorCode.INVALID_TYPE, "dict"),
+        (None, ErrorCode.INVALID_TYPE, "NoneType"),
+        ([["user", "Hi"]], ErrorCode.INVALID_TYPE, "messages[0]"),
+        ([{"role": "user"}], ErrorCode.INVALID_TYPE, "messages[0]"),
+        ([{"role": "human", "content": "Hi"}], ErrorCode.INVALID_ROLE, "'human'"),
+        ([ANSWER], ErrorCode.INVALID_ROLE, "'assistant'"),
+        ([USER, USER], ErrorCode.INVALID_ROLE, "messages[1]"),
+        ([USER, {"role": "system", "content": "x"}], ErrorCode.INVALID_ROLE, "'system'"),
+        ([{"role": "system", "content": "x"}], ErrorCode.INVALID_ROLE, "system"),
+        ([{"role": "user", "content": "  "}], ErrorCode.EMPTY_MESSAGE, "messages[0] (user)"),
+        ([{"role": "user", "content": []}], ErrorCode.EMPTY_MESSAGE, "messages[0]"),
+        (
+            [USER, {"role": "assistant", "content": ""}],
+            ErrorCode.EMPTY_MESSAGE,
+            "messages[1] (assistant)",
+        ),
+        ([{"role": "user", "content": None}], ErrorCode.INVALID_TYPE, "NoneType"),
+        ([{"role": "user", "content": 5}], ErrorCode.INVALID_TYPE, "int"),
+        ([{"role": "user", "content": ["Hi"]}], ErrorCode.INVALID_TYPE, "part 0"),
+        ([{"role": "user", "content": [{"type": "text"}]}], ErrorCode.INVALID_TYPE, "'text'"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": 3}]}],
+            ErrorCode.INVALID_TYPE,
+            "'text'",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "video", "video": "a"}]}],
+            ErrorCode.UNKNOWN_NAME,
+            "frames",
+        ),
+        ([{"role": "user", "content": [{"type": "audio"}]}], ErrorCode.UNKNOWN_NAME, "'audio'"),
+        (
+            [{"role": "user", "content": [{"type": "image", "url": 7}]}],
+            ErrorCode.INVALID_TYPE,
+            "'url'",
+        ),
         (
             [{"role": "user", "content": [{"type": "image", "url": "a", "path": "b"}]}],
-            "more than once, as url and path",
+            ErrorCode.CONFLICT,
+            "url and path",
         ),
-        ([USER, {"role": "assistant", "content": "<|image|>"}], "only user turns can"),
-        ([USER, {"role": "assistant", "content": [{"type": "image"}]}], "only user turns can"),
+        (
+            [USER, {"role": "assistant", "content": "<|image|>"}],
+            ErrorCode.IMAGE_COUNT_MISMATCH,
+            "assistant",
+        ),
+        (
+            [USER, {"role": "assistant", "content": [{"type": "image"}]}],
+            ErrorCode.IMAGE_COUNT_MISMATCH,
+            "assistant",
+        ),
     ],
 )
-def test_bad_messages_are_named(messages, message):
-    with pytest.raises(InputError, match=message):
+def test_invalid_messages_are_named(messages, code, needle):
+    with raises_input_error(code, needle):
         parse_messages(messages)
 
 
 @pytest.mark.parametrize("text", ["", " \n", "<|image|>", "<|image|>\n"])
 def test_an_empty_question(text):
-    with pytest.raises(InputError, match="question is empty"):
+    with raises_input_error(ErrorCode.EMPTY_MESSAGE):
         validate_prompt(ask(object(), text))
 
 
 def test_a_question():
     validate_prompt([USER])
     validate_prompt(ask(object(), "What is it?"))
-    with pytest.raises(InputError, match="answer already"):
+    with raises_input_error(ErrorCode.INVALID_ROLE):
         validate_prompt([USER, ANSWER])

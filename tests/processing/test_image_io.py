@@ -1,4 +1,4 @@
-"""Every form and kind of image comes in as upright RGB; bad ones say what is wrong with them."""
+"""Images in every form are loaded as upright RGB; invalid ones raise an error."""
 
 import base64
 import contextlib
@@ -16,6 +16,7 @@ from PIL import EpsImagePlugin, Image, PngImagePlugin
 from owl2.errors import ErrorCode, InputError
 from owl2.processing import image_io
 from owl2.processing.image_io import load_image
+from tests.errors import raises_input_error
 
 
 def gradient(mode: str = "RGB", size: tuple[int, int] = (12, 8)) -> Image.Image:
@@ -91,10 +92,10 @@ def test_url(monkeypatch):
     address = f"http://127.0.0.1:{server.server_port}"
     try:
         assert same(load_image(f"{address}/a.png"), gradient())
-        with pytest.raises(InputError, match=r"b\.png cannot be fetched.*404"):
+        with raises_input_error(ErrorCode.MISSING_IMAGE, "b.png", 404):
             load_image(f"{address}/b.png")
         monkeypatch.setattr(image_io, "URL_MAX_BYTES", 10)
-        with pytest.raises(InputError, match="larger than"):
+        with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "a.png"):
             load_image(f"{address}/a.png")
     finally:
         server.shutdown()
@@ -163,43 +164,54 @@ def test_cmyk_jpeg_and_animated_gif():
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "needle"),
     [
-        ("missing.png", "No image at 'missing.png'.*no such file"),
-        (Path("missing.png"), "No image at 'missing.png'"),
-        ("/", "is a directory"),
-        ("a\0b.png", "cannot be read"),
-        (b"", "given 0 bytes is empty"),
-        (b"hello, this is text", "not an image in a format"),
-        ("data:image/png,hello", "not an image"),
-        ("data:image/png;base64,###", "no valid base64"),
-        ("data:nothing", "no comma"),
-        ("aGVsbG8g" * 20, "base64 string.*not an image"),
-        ("", "path of the image is empty"),
-        (" ", "path of the image is empty"),
-        ("http://[::1", "http.* cannot be fetched: Invalid IPv6"),
-        ("ftp://x/y.png", "ftp:// is none of http://, https://, file://"),
-        ("file://server/share/a.png", "file of the computer 'server'"),
-        ("file://[::1", "no valid URL"),
-        ("file://localhost/missing.png", "No image at '/missing.png'"),
-        (12, "cannot be a int"),
-        (np.full((4, 4, 3), None), "type object"),
-        (np.full((4, 4, 3), "1"), "type <U1"),
-        (np.zeros((4, 4, 3), complex), "type complex128"),
-        (torch.zeros((4, 4, 3), dtype=torch.complex64), "type complex64"),
-        (None, "cannot be a NoneType"),
-        (np.zeros((2, 3, 5, 7)), r"\(2, 3, 5, 7\) is no image"),
-        (np.zeros((5, 7, 2)), "is no image"),
-        (np.zeros((0, 7, 3)), "is empty"),
-        (np.full((4, 4, 3), 255.0), r"float values outside 0\.\.1"),
-        (np.full((4, 4, 3), np.nan), "float values outside"),
-        (np.full((4, 4, 3), -1), "values outside 0..255"),
-        (Image.new("RGB", (0, 4)), "is empty: 0×4"),
-        (Image.fromarray(np.full((4, 4), np.inf, np.float32)), "not finite"),
+        (b"", "0 bytes"),
+        (b"hello, this is text", "PNG"),
+        ("a\0b.png", "null"),
+        ("/", "'/'"),
+        ("data:image/png,hello", "data:image/png"),
+        ("data:image/png;base64,###", "data:image/png"),
+        ("data:nothing", "data:nothing"),
+        ("aGVsbG8g" * 20, "base64"),
+        ("", "empty"),
+        (" ", "empty"),
+        ("ftp://x/y.png", "ftp://"),
+        (12, "int"),
+        (np.full((4, 4, 3), None), "object"),
+        (np.full((4, 4, 3), "1"), "<U1"),
+        (np.zeros((4, 4, 3), complex), "complex128"),
+        (torch.zeros((4, 4, 3), dtype=torch.complex64), "complex64"),
+        (None, "NoneType"),
+        (np.zeros((2, 3, 5, 7)), "(2, 3, 5, 7)"),
+        (np.zeros((5, 7, 2)), "(5, 7, 2)"),
+        (np.zeros((0, 7, 3)), "empty"),
+        (np.full((4, 4, 3), 255.0), "0..1"),
+        (np.full((4, 4, 3), np.nan), "0..1"),
+        (np.full((4, 4, 3), np.inf), "0..1"),
+        (np.full((4, 4, 3), -1), "0..255"),
+        (Image.new("RGB", (0, 4)), "0×4"),
+        (Image.fromarray(np.full((4, 4), np.inf, np.float32)), "finite"),
     ],
 )
-def test_errors_say_what_is_wrong(source, message):
-    with pytest.raises(InputError, match=message):
+def test_invalid_images_are_named(source, needle):
+    with raises_input_error(ErrorCode.BROKEN_IMAGE, needle):
+        load_image(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "missing.png",
+        Path("missing.png"),
+        "http://[::1",
+        "file://server/share/a.png",
+        "file://[::1",
+        "file://localhost/missing.png",
+    ],
+)
+def test_missing_images_are_named(source):
+    with raises_input_error(ErrorCode.MISSING_IMAGE, source):
         load_image(source)
 
 
@@ -208,13 +220,13 @@ def test_truncated_files(tmp_path, kind):
     data = encoded(gradient(size=(90, 70)), kind)
     path = tmp_path / "cut"
     path.write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(InputError, match=r"cut' (cannot be decoded|is not an image)"):
+    with raises_input_error(ErrorCode.BROKEN_IMAGE, path):
         load_image(path)
 
 
 def test_an_empty_file(tmp_path):
     (tmp_path / "a.png").touch()
-    with pytest.raises(InputError, match=r"a\.png' is empty"):
+    with raises_input_error(ErrorCode.BROKEN_IMAGE, "a.png"):
         load_image(tmp_path / "a.png")
 
 
@@ -224,13 +236,13 @@ def test_formats_that_are_not_safe_are_not_opened(monkeypatch):
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
     for kind in ("EPS", "PCX", "SGI"):
-        with pytest.raises(InputError, match=r"not an image in a format that is read \(PNG, JPEG"):
+        with raises_input_error(ErrorCode.BROKEN_IMAGE, "PNG, JPEG"):
             load_image(encoded(gradient(), kind))
 
 
 @pytest.mark.parametrize("kind", ["PPM", "MPO", "ICO", "AVIF", "JPEG2000"])
 def test_rarer_formats_are_opened(kind):
-    if kind != "MPO" and kind not in image_io._formats():
+    if kind != "MPO" and kind not in image_io.supported_formats():
         pytest.skip("this Pillow lacks it")
     assert load_image(encoded(gradient(size=(16, 16)), kind)).size == (16, 16)
 
@@ -243,12 +255,9 @@ def test_whatever_a_decoder_raises_means_a_broken_image(monkeypatch, error, step
 
     data = encoded(gradient())
     monkeypatch.setattr(Image if step == "open" else PngImagePlugin.PngImageFile, step, fail)
-    with pytest.raises(InputError, match="cannot be decoded: bad box") as caught:
+    with raises_input_error(ErrorCode.BROKEN_IMAGE, "bad box") as caught:
         load_image(data)
-    cause = caught.value.__cause__
-    assert cause is not None
-    assert type(cause.__cause__) is error
-    assert caught.value.code == ErrorCode.BROKEN_IMAGE
+    assert type(caught.value.__cause__) is error
 
 
 def test_flipped_bytes_never_raise_anything_else():
@@ -271,27 +280,27 @@ def test_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(InputError, match=r"100,000,000 pixels; the limit is 89,478,485"):
+        with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "100,000,000", "89,478,485"):
             load_image(path)
     assert not decoded
 
 
 def test_limit_on_pixels_goes_both_ways(monkeypatch):
     image = gradient()
-    with pytest.raises(InputError, match=r"12×8 = 96 pixels; the limit is 95.*raise max_pixels"):
+    with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "12×8 = 96", 95, "max_pixels"):
         load_image(image, max_pixels=95)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own limit is not in the way
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own limit is ignored
     assert load_image(encoded(image), max_pixels=96).size == (12, 8)
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
 @pytest.mark.parametrize("limit", [0, -5, 1.5, "many", None, True])
 def test_limit_on_pixels_must_be_a_count(limit):
-    with pytest.raises(InputError, match=r"max_pixels is .*whole number above 0"):
+    with raises_input_error(ErrorCode.INVALID_VALUE, "max_pixels"):
         load_image(gradient(), max_pixels=limit)
 
 
 def test_long_and_thin_is_a_bomb_too():
-    with pytest.raises(InputError, match="for an edge"):
+    with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "1×40000"):
         load_image(Image.new("L", (1, 40_000)))
     assert load_image(Image.new("L", (1, 400))).size == (1, 400)

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import CLIPImageProcessor
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.processing.image_processing import Owl2ImageProcessor
+from tests.errors import raises_input_error
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "image"
 NAMES = [entry["file"] for entry in json.loads((GOLDEN / "images.json").read_text())]
@@ -75,12 +76,14 @@ def test_clip_processor_reads_our_settings(tmp_path):
 )
 def test_settings_that_would_give_other_pixels_are_refused(change):
     config = {**Owl2ImageProcessor(56).to_dict(), **change}
-    with pytest.raises(InputError, match=rf"^preprocessor_config\.json: .*{next(iter(change))}"):
+    with raises_input_error(
+        ErrorCode.INVALID_CONFIG, "preprocessor_config.json", next(iter(change))
+    ):
         Owl2ImageProcessor.from_dict(config)
 
 
 def test_the_place_in_a_list_is_named():
-    with pytest.raises(InputError, match=r"Image 2 of 2: No image at 'gone\.png'"):
+    with raises_input_error(ErrorCode.MISSING_IMAGE, "Image 2 of 2", "gone.png"):
         Owl2ImageProcessor(8)([gradient(), "gone.png"])
 
 
@@ -93,6 +96,6 @@ def test_the_given_image_is_left_alone():
 
 
 def test_a_limit_on_pixels_can_be_set():
-    with pytest.raises(InputError, match="12×8 = 96 pixels; the limit is 95"):
+    with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "12×8 = 96", 95):
         Owl2ImageProcessor(8, max_pixels=95)(gradient())
     assert Owl2ImageProcessor(8, max_pixels=96)(gradient(), "np")["pixel_values"].shape[0] == 1
