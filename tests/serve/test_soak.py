@@ -42,8 +42,7 @@ def test_64_concurrent_clients(server_url, tiny_engine, questions):
     assert len(result.kinds) > len(crowd.KINDS), "no client disconnected while it waited"
     wait_until(lambda: is_idle(server_url))
     assert metric(server_url, "answers_total", '{reason="cancelled"}') > before
-    worker = tiny_engine.runner._worker
-    wait_until(lambda: not (worker._rows.active or worker._waiting))
+    wait_until(lambda: not (tiny_engine.stats().num_running or tiny_engine.stats().num_waiting))
     assert crowd.run_clients(server_url, questions, 1, 6).failures == []
 
 

@@ -177,7 +177,7 @@ def test_the_page_stands_at_the_apps_desk(page):
     config = httpx.get(f"{page[0]}/web/config").json()
     sliders = [part["props"] for part in config["components"] if part["type"] == "slider"]
     assert sliders[0]["maximum"] == min(
-        LIMITS.max_completion_tokens, page[1].state.admission.engine.context
+        LIMITS.max_completion_tokens, page[1].state.admission.engine.context_length
     )
 
 
