@@ -1,28 +1,27 @@
-"""What the converters of public data sets share: reading published files, and leaving things out.
+"""JSON files of published datasets: incremental parsing, typed access to records, file lookup.
 
-A converter is a function of the folder with the published files, and of keyword options that have
-defaults. It yields Samples whose image paths are relative, as the authors' archives have them,
-and a `SkippedRows` for what is known to be in the files and cannot be learned from. Whatever else is
-not as published raises `InputError` with the file and the row.
+`scan_json` parses a list or an object element by element, so a file need not fit into memory.
 """
 
 import json
 import re
+from codecs import BOM_UTF8, getincrementaldecoder
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, NamedTuple
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.registry import look_up
 
-_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's; `\s` is more
-_DECODER = json.JSONDecoder()
+CHUNK_BYTES = 1 << 22
+_SPACE = re.compile(r"[ \t\n\r]*")  # the white space of JSON; `\s` matches more
 
 
 @dataclass(frozen=True)
 class SkippedRows:
-    """So many things were left out; `reason` names them in the plural: "questions without ..."."""
+    """`count` items that a converter skipped; `reason` names them in the plural."""
 
     reason: str
     count: int = 1
@@ -30,214 +29,270 @@ class SkippedRows:
 
 @dataclass(frozen=True)
 class JsonRecord:
-    """An object of a published file, and where it stands there. Its getters raise `InputError`."""
+    """An object of a JSON file and its position `where`, with typed access to its values.
+
+    Raises:
+        InputError: From all methods, if the key is missing or the value has another type.
+    """
 
     value: dict[str, Any]
     where: str
 
     def text(self, key: str) -> str:
-        """The string under `key`, without space around it."""
-        value = self._get(key, "a text")
-        if not isinstance(value, str):
-            raise self._wrong(key, "a text")
-        return value.strip()
+        """The string under `key`, stripped."""
+        return str(self._get(key, "a string", (str,))).strip()
 
     def integer(self, key: str) -> int:
-        """The whole number under `key`."""
-        value = self._get(key, "a whole number")
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self._wrong(key, "a whole number")
-        return value
+        """The integer under `key`."""
+        return int(self._get(key, "an integer", (int,)))
 
     def numbers(self, *keys: str) -> tuple[float, ...]:
         """The numbers under `keys`."""
-        values = tuple(self._get(key, "a number") for key in keys)
-        for key, value in zip(keys, values, strict=True):
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise self._wrong(key, "a number")
-        return values
+        return tuple(self._get(key, "a number", (int, float)) for key in keys)
 
     def texts(self, key: str) -> list[str]:
-        """The list of strings under `key`, without space around them."""
-        values = self._get(key, "a list of texts")
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise self._wrong(key, "a list of texts")
+        """The list of strings under `key`, each stripped."""
+        values = self._get(key, "a list of strings", (list,))
+        if not all(isinstance(value, str) for value in values):
+            raise self._type_error(key, "a list of strings")
         return [value.strip() for value in values]
 
     def rows(self, key: str) -> "list[JsonRecord]":
         """The list of objects under `key`."""
-        values = self._get(key, "a list of objects")
-        if not isinstance(values, list):
-            raise self._wrong(key, "a list of objects")
+        values = self._get(key, "a list of objects", (list,))
         return [as_record(value, f"{self.where}, {key} {n}") for n, value in enumerate(values, 1)]
 
-    def _get(self, key: str, kind: str) -> Any:
+    def _get(self, key: str, kind: str, types: tuple[type, ...]) -> Any:
         if key not in self.value:
-            raise InputError(f"{self.where}: {key!r}, {kind}, is missing.")
+            raise InputError(f"{self.where}: {key!r} ({kind}) is missing", ErrorCode.MISSING_VALUE)
+        if not isinstance(self.value[key], types) or isinstance(self.value[key], bool):
+            raise self._type_error(key, kind)
         return self.value[key]
 
-    def _wrong(self, key: str, kind: str) -> InputError:
-        return InputError(f"{self.where}: {key!r} is {self.value[key]!r:.80}, not {kind}.")
+    def _type_error(self, key: str, kind: str) -> InputError:
+        message = f"{self.where}: {key!r} is {self.value[key]!r:.80}, not {kind}"
+        return InputError(message, ErrorCode.INVALID_TYPE)
 
 
 def as_record(value: Any, where: str) -> JsonRecord:
     """Raises `InputError` unless `value` is an object."""
     if not isinstance(value, dict):
-        raise InputError(f"{where} is {value!r:.80}, not an object with keys.")
+        raise InputError(f"{where} is {value!r:.80}, not an object", ErrorCode.INVALID_TYPE)
     return JsonRecord(value, where)
 
 
-# ------------------------------------------------------------------ options
+# ------------------------------------------------------------------ options of converters
 
 
-def published_file(source: Path, given: str | None, name: str) -> Path:
-    """The file to read: what the user gave, else the published name, in the folder `source`.
+def published_file(directory: Path, given: str | None, name: str) -> Path:
+    """The file `given` in `directory`; None for the published name.
 
     Raises:
-        InputError: `source` is not a folder, or has no such file.
+        InputError: `directory` is not a directory, or the file is not in it.
     """
-    if not source.is_dir():
-        raise InputError(f"{source} is not a folder; give the one with the published files.")
-    path = source / (name if given is None else str(given))
+    if not directory.is_dir():
+        raise InputError(
+            f"{directory} is not a directory: give the one with the published files",
+            ErrorCode.FILE_NOT_FOUND,
+        )
+    path = directory / (name if given is None else str(given))
     if not path.is_file():
         raise InputError(
-            f"{path} is not there. If the published file has another name here, give it as an "
-            "option; `owl2 data convert --list` says what is read."
+            f"{path} does not exist. If the published file has another name, give it as an option; "
+            "`owl2 data convert --list` shows the options.",
+            ErrorCode.FILE_NOT_FOUND,
         )
     return path
 
 
 def known_split(name: str, split: object, splits: dict[str, str]) -> str:
-    """What `splits` holds for `split`. Raises `InputError` for another, a test split above all."""
+    """The entry of `splits`. Raises `InputError` for an unknown split and for test splits."""
     refuse_test(split, f"split={split}")
-    return look_up(f"split of the data set {name}", split, splits)
+    return look_up(f"split of the dataset {name}", split, splits)
 
 
 def refuse_test(split: object, where: str) -> None:
-    """Raises `InputError` where a split, as the user or a file names it, is a test split."""
+    """Raises `InputError` if the name of a split is that of a test split."""
     if isinstance(split, str) and "test" in split.lower():
-        raise InputError(f"{where}: {split!r} is a test split, which is for evaluation only.")
+        raise InputError(
+            f"{where}: {split!r} is a test split, which is reserved for evaluation",
+            ErrorCode.INVALID_VALUE,
+        )
 
 
-def require_split(said: object, wanted: str, where: str) -> None:
-    """Raises `InputError` where a file or row says that it is of another split than is wanted.
+def require_split(actual: object, wanted: str, where: str) -> None:
+    """Raises `InputError` if a file or row names another split than `wanted`, or a test split."""
+    refuse_test(actual, where)
+    if actual not in (None, wanted):
+        raise InputError(
+            f"{where} belongs to the split {actual!r:.40}, not to {wanted!r}",
+            ErrorCode.INVALID_VALUE,
+        )
 
-    `said`: what it says; None: nothing.
-    """
-    refuse_test(said, where)
-    if said not in (None, wanted):
-        raise InputError(f"{where} is of the split {said!r:.40}, not {wanted!r}.")
 
-
-def check_max_rounds(most: object) -> None:
-    """Raises `InputError` unless `most`, of the rounds of a conversation, is a number from 1 on."""
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-        raise InputError(f"`most` is {most!r}; it must be a number of rounds from 1 on.")
+def check_max_rounds(max_rounds: object) -> None:
+    """Raises `InputError` unless `max_rounds` is a positive integer."""
+    if not isinstance(max_rounds, int) or isinstance(max_rounds, bool) or max_rounds < 1:
+        raise InputError(
+            f"max_rounds is {max_rounds!r}; it must be a positive integer", ErrorCode.INVALID_VALUE
+        )
 
 
 # ------------------------------------------------------------------ files
 
 
 def json_object(path: Path) -> JsonRecord:
-    """A file that holds one object. Raises `InputError`: unreadable, or something else in it."""
-    try:
-        return as_record(json.loads(_read(path)), str(path))
-    except (ValueError, RecursionError) as error:
-        raise _not_json(path, error) from error
+    """The object in a file. Raises `InputError` if the file is unreadable or has another form."""
+    with readable(path):
+        return as_record(parse_json(path.read_bytes(), str(path)), str(path))
 
 
 def json_rows(path: Path) -> Iterator[JsonRecord]:
-    """The objects of a file that holds a list of them.
-
-    Only the text is in memory at once: as objects, the largest files would take ten times that.
-
-    Raises:
-        InputError: unreadable, or something else in it (as soon as it is met).
-    """
-    for number, (_, value) in enumerate(_items(path, "[", "]"), start=1):
-        yield as_record(value, f"{path}, row {number}")
+    """The objects of a file with a list, one by one. Raises `InputError` as `json_object`."""
+    with readable(path), path.open("rb") as file:
+        for number, element in enumerate(scan_json(file, path, "["), start=1):
+            yield as_record(element.value, f"{path}, row {number}")
 
 
 def json_entries(path: Path) -> Iterator[tuple[str, JsonRecord]]:
-    """(key, object) of a file that holds an object of objects; otherwise as `json_rows`."""
-    for key, value in _items(path, "{", "}"):
-        yield key, as_record(value, f"{path}, {key!r}")
+    """(key, object) of a file with an object of objects. Raises `InputError` as `json_object`."""
+    with readable(path), path.open("rb") as file:
+        for element in scan_json(file, path, "{"):
+            yield element.key, as_record(element.value, f"{path}, {element.key!r}")
 
 
 def json_lines(path: Path) -> Iterator[JsonRecord]:
-    """The objects of a file with one a line. Raises `InputError` as `json_rows`."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield as_record(_parsed(line, where), where)
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+    """The objects of a file with one per line. Raises `InputError` as `json_object`."""
+    with readable(path), path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield as_record(parse_json(line, where), where)
 
 
-def _parsed(line: str, where: str) -> Any:
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Converts an `OSError` from reading `path` to an `InputError`."""
     try:
-        return json.loads(line)
+        yield
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        code = ErrorCode.FILE_NOT_FOUND if missing else ErrorCode.UNREADABLE_FILE
+        raise InputError(f"{path} cannot be read: {error.strerror}", code) from error
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """A JSON text in UTF-8. Raises `InputError` that starts with `where`."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
+        raise InputError(f"{where}: not valid JSON: {error}", ErrorCode.INVALID_FORMAT) from error
 
 
-def _items(path: Path, opening: str, closing: str) -> Iterator[tuple[str, Any]]:
-    """The elements of the list, or the entries of the object, that a file holds, one by one."""
-    text = _read(path)
-    place = _after_space(text, 0)
-    if text[place : place + 1] != opening:
-        kind = "a list" if opening == "[" else "an object"
-        raise InputError(f"{path} holds something else than {kind}, or is not JSON.")
-    place = _after_space(text, place + 1)
-    if text[place : place + 1] == closing:
-        raise InputError(f"{path} holds nothing.")
-    key = ""
-    while True:
+class JsonElement(NamedTuple):
+    """An element of a list, or an entry of an object: `length` bytes of the file from `start`."""
+
+    key: str
+    value: Any
+    start: int
+    length: int
+
+
+def scan_json(
+    file: BinaryIO, path: Path, opening: Literal["[", "{"], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[JsonElement]:
+    """The elements of the list "[" or the object "{" in a file, without loading all of it.
+
+    Raises:
+        InputError: The file contains something else, or is not valid JSON in UTF-8. The message
+            names the row and the byte.
+    """
+    text = _JsonText(file, path, chunk_bytes)
+    kind, closing = ("list", "]") if opening == "[" else ("object", "}")
+    if text.peek() != opening:
+        hint = " A file with a row per line needs the suffix .jsonl." if kind == "list" else ""
+        raise InputError(f"{path} must contain a JSON {kind}.{hint}", ErrorCode.INVALID_FORMAT)
+    row = 0
+    while row == 0 or text.peek() == ",":
+        text.skip(1)
+        if row == 0 and text.peek() == closing:
+            raise InputError(f"{path} contains an empty {kind}", ErrorCode.EMPTY_DATASET)
+        row += 1
+        key = ""
+        if opening == "{":
+            key = text.value(row)
+            if not isinstance(key, str) or text.peek() != ":":
+                raise text.error(f"row {row}: expected a key and a ':'")
+            text.skip(1)
+        text.peek()
+        start = text.byte
+        yield JsonElement(key, text.value(row), start, text.byte - start)
+    if text.peek() != closing:
+        raise text.error(f"expected ',' or '{closing}' after row {row}")
+    text.skip(1)
+    if text.peek():
+        raise text.error("unexpected content after the end")
+
+
+class _JsonText:
+    """A cursor in a JSON file, of which one chunk is in memory; `byte` is its position."""
+
+    def __init__(self, file: BinaryIO, path: Path, chunk_bytes: int) -> None:
+        self._file, self._path, self._chunk_bytes = file, path, chunk_bytes
+        self._decode = getincrementaldecoder("utf-8")().decode
+        self._parse = json.JSONDecoder().raw_decode
+        self._text = ""
+        self._position = 0
+        self._at_end = False
+        self.byte = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+        file.seek(self.byte)
+
+    def error(self, reason: str) -> InputError:
+        message = f"{self._path}, byte {self.byte}: not valid JSON: {reason}"
+        return InputError(message, ErrorCode.INVALID_FORMAT)
+
+    def peek(self) -> str:
+        """Skips white space, and returns the next character, or "" at the end."""
+        while True:
+            space = _SPACE.match(self._text, self._position)
+            self.skip(space.end() - self._position if space else 0)
+            if self._position < len(self._text) or self._at_end:
+                return self._text[self._position : self._position + 1]
+            self._read_chunk()
+
+    def skip(self, characters: int) -> None:
+        """Advances within the current chunk."""
+        skipped = self._text[self._position : self._position + characters]
+        self.byte += characters if skipped.isascii() else len(skipped.encode())
+        self._position += characters
+
+    def value(self, row: int) -> Any:
+        """Parses the value at the cursor, and advances behind it."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._parse(self._text, self._position)
+                if end < len(self._text) or self._at_end:
+                    self.skip(end - self._position)
+                    return value
+            except json.JSONDecodeError as error:
+                # An error near the end of the chunk, or in an open string, may disappear with more
+                # text. For others a broken file is not read to its end.
+                near_end = error.pos > len(self._text) - 16
+                if self._at_end or not (near_end or error.msg.startswith("Unterminated string")):
+                    self.skip(error.pos - self._position)
+                    raise self.error(f"row {row}: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise self.error(f"row {row}: {error}") from error
+            self._read_chunk()
+
+    def _read_chunk(self) -> None:
+        # The remaining text doubles, so a row of many chunks is not parsed once per chunk.
+        data = self._file.read(max(self._chunk_bytes, len(self._text) - self._position))
+        self._at_end = not data
         try:
-            if opening == "{":
-                key, place = _key(text, place)
-            value, place = _DECODER.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            raise _not_json(path, error) from error
-        yield key, value
-        place = _after_space(text, place)
-        mark = text[place : place + 1]
-        if mark == closing:
-            if _after_space(text, place + 1) != len(text):
-                raise InputError(f"{path} goes on after its end, character {place}.")
-            return
-        if mark != ",":
-            raise InputError(f"{path} is not JSON: cut short or damaged at character {place}.")
-        place = _after_space(text, place + 1)
-
-
-def _key(text: str, place: int) -> tuple[str, int]:
-    key, place = _DECODER.raw_decode(text, place)
-    place = _after_space(text, place)
-    if not isinstance(key, str) or text[place : place + 1] != ":":
-        raise ValueError(f"a key is due at character {place}")
-    return key, _after_space(text, place + 1)
-
-
-def _after_space(text: str, place: int) -> int:
-    found = _SPACE.match(text, place)
-    return place if found is None else found.end()
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> InputError:
-    if isinstance(error, OSError):
-        return InputError(f"{path} cannot be read: {error.strerror}.")
-    return InputError(f"{path} is not a text file in UTF-8: {error}")
-
-
-def _not_json(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is not JSON: {error}")
+            more = self._decode(data, final=self._at_end)
+        except UnicodeDecodeError as error:
+            raise self.error(f"not UTF-8: {error}") from error
+        self._text = self._text[self._position :] + more
+        self._position = 0

@@ -1,37 +1,37 @@
-"""Tables that `datasets` saved to disk, as a sequence of Samples.
+"""Directories written by `datasets`' `save_to_disk` as a dataset with random access.
 
-The file on disk is memory-mapped: a row is read when it is taken, and rows taken before take no
-memory. Columns are the keys of a row, see `readers`: messages and images, conversations and image,
-or image and caption or text. Images are `datasets`' Image (not decoded here) or names of files.
+The files are memory-mapped: a row is read when it is accessed. The columns are the keys of a row
+in `row_parsers`. Images are an `Image` column of `datasets`, not decoded here, or file names.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from owl2.data.row_parsers import ImagePathResolver, image_root, parse_row
-from owl2.data.sample import Message, Sample
-from owl2.errors import InputError
+from owl2.data.sample import Message, RowDataset, Sample
+from owl2.errors import ErrorCode, InputError
 from owl2.registry import look_up
 
-# What `save_to_disk` writes into the directory of a Dataset, and of a DatasetDict.
-_MARKS = ("dataset_info.json", "dataset_dict.json")
+# The files that `save_to_disk` writes for a Dataset and for a DatasetDict.
+_MARKERS = ("dataset_info.json", "dataset_dict.json")
 
 
 def is_arrow_directory(name: str | Path) -> bool:
-    """Whether this is a directory that `save_to_disk` wrote."""
-    return any((Path(name) / mark).is_file() for mark in _MARKS)
+    """Whether `save_to_disk` wrote this directory."""
+    return any((Path(name) / marker).is_file() for marker in _MARKERS)
 
 
-class ArrowDataset(Sequence[Sample]):
-    """The Samples of a directory that `save_to_disk` wrote.
+class ArrowDataset(RowDataset):
+    """The samples of a directory that `save_to_disk` wrote.
 
-    `split`: of a directory that holds several. `images`: the directory that names of images start
-    from; default: the table's own. A bad row raises `InputError` with the row when it is taken.
+    Args:
+        split: The split of a directory with several.
+        images: Root directory of image paths; default: `path`.
 
     Raises:
-        InputError: no such directory or split, columns that are no samples', no rows, or the
-            package datasets is missing.
+        InputError: There is no such directory or split, the columns do not form samples, there are
+            no rows, or the package datasets is not installed. When a row is accessed: the row is
+            not valid.
     """
 
     def __init__(
@@ -39,62 +39,56 @@ class ArrowDataset(Sequence[Sample]):
     ) -> None:
         self.path = Path(path)
         if not is_arrow_directory(path):
-            raise InputError(f"{path} is no directory that save_to_disk of datasets wrote.")
-        table = _loaded(self.path)
+            raise InputError(
+                f"{path} was not written by save_to_disk of datasets", ErrorCode.FILE_NOT_FOUND
+            )
+        table = _load(self.path)
         if isinstance(table, dict):
             table = look_up(f"split of {path}", split, table)
             self.path /= split
         elif split != "train":
-            raise InputError(f"{path} has no splits: leave out split={split}.")
-        self._under = ImagePathResolver(image_root(self.path / "_", images))
-        # Arrow's own rows: what they hold is not decoded.
-        self._table = table.with_format("arrow")
-        self._needs_columns()
+            raise InputError(f"{path} has no splits: remove split={split}", ErrorCode.UNKNOWN_NAME)
+        columns = set(table.column_names)
+        has_captions = columns >= {"image", "caption"} or columns >= {"image", "text"}
+        if not (columns & {"messages", "conversations"} or has_captions):
+            raise InputError(
+                f"{self.path} has the columns {', '.join(sorted(columns))}: samples need messages "
+                "(and images), conversations (and image), or image and caption or text",
+                ErrorCode.INVALID_FORMAT,
+            )
+        if not len(table):
+            raise InputError(f"{self.path} has no rows", ErrorCode.EMPTY_DATASET)
+        self._resolve_path = ImagePathResolver(image_root(self.path / "_", images))
+        self._table = table.with_format("arrow")  # values are not decoded
 
     def __len__(self) -> int:
         return len(self._table)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        (row,) = self._table[place].to_pylist()
-        return parse_row(row, f"{self.path}, row {place + 1}", self._image)
+    def read(self, index: int) -> Sample:
+        """The sample at `index`."""
+        (row,) = self._table[index].to_pylist()
+        return parse_row(row, f"{self.path}, row {index + 1}", self._image)
 
-    def _image(self, given: Any) -> Message:
-        """`datasets` keeps an image as its file's bytes, or as the path of a file elsewhere."""
-        if isinstance(given, dict) and given.keys() == {"bytes", "path"}:
-            if given["bytes"] is not None:
-                return {"type": "image", "image": given["bytes"]}
-            given = given["path"]
-        return self._under(given)
-
-    def _needs_columns(self) -> None:
-        columns = set(self._table.column_names)
-        is_captions = columns >= {"image", "caption"} or columns >= {"image", "text"}
-        if not (columns & {"messages", "conversations"} or is_captions):
-            raise InputError(
-                f"{self.path} has the columns {', '.join(sorted(columns))}: samples need messages "
-                "(and images), conversations (and image), or image and caption or text."
-            )
-        if not len(self):
-            raise InputError(f"{self.path} has no rows.")
+    def _image(self, value: Any) -> Message:
+        """`datasets` stores an image as the bytes of its file, or as the path of another file."""
+        if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+            if value["bytes"] is not None:
+                return {"type": "image", "image": value["bytes"]}
+            value = value["path"]
+        return self._resolve_path(value)
 
 
-def _loaded(path: Path) -> Any:
+def _load(path: Path) -> Any:
     try:
         from datasets import load_from_disk
     except ImportError as error:
         raise InputError(
-            f"{path} needs the package datasets: pip install 'owl2-vlm[data]'."
+            f"{path} needs the package datasets: pip install 'owl2-vlm[data]'",
+            ErrorCode.MISSING_DEPENDENCY,
         ) from error
     try:
         return load_from_disk(str(path), keep_in_memory=False)
-    except IndexError as error:  # so `datasets` fails where there is nothing
-        raise InputError(f"{path} has no rows.") from error
+    except IndexError as error:  # raised by `datasets` for a table without rows
+        raise InputError(f"{path} has no rows", ErrorCode.EMPTY_DATASET) from error
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {error}", ErrorCode.UNREADABLE_FILE) from error

@@ -1,14 +1,14 @@
-"""One way to open all that samples come from.
+"""Opens every kind of dataset.
 
 ::
 
-    a dataset's name ─► load_dataset ─┐
-    .json, .jsonl    ─► JsonDataset          ├─► Sequence[Sample]: a length, any place, flat memory
-    save_to_disk's   ─► ArrowDataset ────────┘
-    tar shards       ─► TarDataset            a stream
+    name of a dataset               ─► load_dataset ─┐
+    .json, .jsonl                   ─► JsonDataset   ├─► Sequence[Sample]
+    directory from save_to_disk     ─► ArrowDataset ─┘
+    tar shards                      ─► TarDataset      a stream of samples
 
-JsonDataset and tables are parsed and checked one by one when taken: `samples[i]` of a bad row raises
-`InputError` with the file and the row. A stream gives a `Bad` in its place.
+Sequences parse and validate a row when it is accessed: `samples[i]` of an invalid row raises
+`InputError`. A stream returns an `InvalidSample` instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from owl2.data.datasets import load_dataset
 from owl2.data.json_dataset import JsonDataset, is_json_file
 from owl2.data.sample import Sample
 from owl2.data.webdataset import TarDataset, is_shard_url
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.registry import read_setting
 
 SampleDataset = Sequence[Sample] | TarDataset
@@ -37,16 +37,26 @@ def open_dataset(
     style: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> SampleDataset:
-    """What a recipe's entry under `data` names → its SampleDataset; give one of the first four.
+    """The samples of an entry under `data` in a recipe.
 
-    `images`: the directory that image paths in a file or table start from; default: the one
-    that it lies in. `split`: of a dataset or table. `style` and `options`: a dataset's own.
+    Args:
+        dataset: A name in `owl2.data.datasets.DATASETS`.
+        file: A `.json` or `.jsonl` file.
+        shards: Tar files, see `TarDataset`.
+        hf_dataset: A directory written by `save_to_disk` of `datasets`.
+        images: Root directory of the image paths in a `file` or `hf_dataset`; default: its own
+            directory.
+        split: Split of a `dataset` or `hf_dataset`.
+        style: The option `style` of a `dataset`.
+        options: Other options of a `dataset`.
 
     Raises:
-        InputError: none or several given; see `load_dataset`, `JsonDataset`, `TarDataset`, `ArrowDataset`.
+        InputError: Not exactly one of the first four is given, or it cannot be opened.
     """
     if sum(origin is not None for origin in (dataset, file, shards, hf_dataset)) != 1:
-        raise InputError("Give one of dataset, file, shards and hf_dataset to read samples from.")
+        raise InputError(
+            "give exactly one of dataset, file, shards and hf_dataset", ErrorCode.CONFLICT
+        )
     if file is not None:
         return JsonDataset(file, images)
     if shards is not None:
@@ -54,41 +64,42 @@ def open_dataset(
     if hf_dataset is not None:
         return ArrowDataset(hf_dataset, split, images)
     assert dataset is not None
-    return load_dataset(dataset, split, **_dataset_options(style, options))
+    style_option = {} if style is None else {"style": style}
+    return load_dataset(dataset, split, **(options or {}), **style_option)
 
 
 def open_from_cli(source: str, settings: Sequence[str] = ()) -> SampleDataset:
-    """What the command line names, with `key=value` settings, → its SampleDataset.
+    """The samples that the command line names.
 
-    `source`: a .json or .jsonl file; tar files (`*` and `{000..099}` are expanded) or their urls; a
-    directory that save_to_disk wrote; else a dataset's name. A dataset takes `split` and its own
-    options, a table `split` and `images`, a file `images`. Values are read as YAML.
+    Args:
+        source: A `.json` or `.jsonl` file, tar files (`*` and `{000..099}` are expanded) or their
+            URLs, a directory written by `save_to_disk`, or the name of a dataset.
+        settings: `option=value`, the value in YAML: `images` for a file, `split` and `images` for a
+            directory, `split` and the options of a dataset.
 
     Raises:
-        InputError: a setting without `=` or that the source does not have; see `open_dataset`.
+        InputError: A setting has no `=` or does not exist, or see `open_dataset`.
     """
     given = dict(read_setting(setting) for setting in settings)
+    known: tuple[str, ...] = ()
     if is_json_file(source):
-        return open_dataset(file=source, **_only(given, "A file", "images"))
-    if is_shard_url(source):
-        return open_dataset(shards=source, **_only(given, "TarDataset"))
-    if is_arrow_directory(source):
-        return open_dataset(hf_dataset=source, **_only(given, "A table", "split", "images"))
-    if Path(source).exists():
+        key, known = "file", ("images",)
+    elif is_shard_url(source):
+        key = "shards"
+    elif is_arrow_directory(source):
+        key, known = "hf_dataset", ("split", "images")
+    elif Path(source).exists():
         raise InputError(
-            f"{source} holds no samples: give a .json or .jsonl file, .tar files, or a directory "
-            "that save_to_disk of datasets wrote."
+            f"{source} is not a dataset: give a .json or .jsonl file, .tar files, or a directory "
+            "written by save_to_disk of datasets",
+            ErrorCode.INVALID_FORMAT,
         )
-    split = given.pop("split", "train")
-    return open_dataset(dataset=source, split=split, options=given)
-
-
-def _dataset_options(style: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    return dict(options or {}) | ({} if style is None else {"style": style})
-
-
-def _only(given: dict[str, Any], kind: str, *known: str) -> dict[str, Any]:
-    if others := sorted(given.keys() - set(known)):
-        have = f"only {' and '.join(known)} can be set" if known else "nothing can be set"
-        raise InputError(f"{kind} has no setting {', '.join(others)}: {have}.")
-    return {key: str(value) for key, value in given.items()}
+    else:
+        split = given.pop("split", "train")
+        return open_dataset(dataset=source, split=split, options=given)
+    if unknown := sorted(given.keys() - set(known)):
+        raise InputError(
+            f"{source} has no setting {', '.join(unknown)}; known: {', '.join(known) or 'none'}",
+            ErrorCode.UNKNOWN_NAME,
+        )
+    return open_dataset(**{key: source}, **{name: str(value) for name, value in given.items()})

@@ -1,14 +1,14 @@
-"""Rows → Samples; where the rows lie is no matter here: see `rows`, `shards`, `tables`.
+"""Rows to samples, independent of the file format.
 
-What a row is, its keys say::
+The keys of a row determine its kind::
 
-    messages [+ images]        transformers' messages; a bare {"type": "image"} part stands for the
-                               next of `images`
-    conversations [+ image]    LLaVA's: [{"from": "human" | "gpt", "value": ...}, ...]; <image> in
-                               a text stands for the next of `image`
-    caption | text + image     an image and what is on it: the question is the image alone
+    messages [+ images]        transformers' messages; a bare {"type": "image"} part is the next of
+                               `images`
+    conversations [+ image]    LLaVA's [{"from": "human" | "gpt", "value": ...}, ...]; <image> in a
+                               text is the next of `image`
+    caption | text + image     an image and its caption: the user turn is the image alone
 
-Images are opened only when a sample is used.
+Images are opened when a sample is used.
 """
 
 import re
@@ -19,104 +19,108 @@ from typing import Any
 from owl2.data.sample import Message, Sample, validated
 from owl2.errors import ErrorCode, InputError
 
-# LLaVA's files write the first, the authors of mPLUG-Owl2 the second.
-_IMAGE_MARK = re.compile(r"<image>|<\|image\|>")
+# LLaVA's files write the first, mPLUG-Owl2's files the second.
+_PLACEHOLDER = re.compile(r"<image>|<\|image\|>")
 _LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_IMAGE_KEYS = ("image", "images")
 _CAPTION_KEYS = ("caption", "text")
 
-
-# What a row gives as an image → the part of a message that holds it. For what is no image it
-# raises `InputError`, which need not name the row.
+# An image of a row to a message part. Raises `InputError` for other values.
 ImageReader = Callable[[Any], Message]
 
 
-def parse_row(row: Any, source: str, image: ImageReader, given: Sequence[Any] = ()) -> Sample:
-    """A row of any of the three kinds → its Sample, validated.
+def parse_row(
+    row: Any, source: str, read_image: ImageReader, attached: Sequence[Any] = ()
+) -> Sample:
+    """A row of any kind as a validated sample.
 
-    `given`: images that lie beside the row; then names of images in the row say nothing.
+    The text of LLaVA rows is converted as in the authors' training code (Specification §1.5): a
+    turn with one image becomes the image, a line break and the stripped text, wherever the
+    placeholder was. In a turn with several images the placeholders keep their positions, because
+    the text between them refers to them. Turns without images and `messages` are not changed.
 
-    LLaVA's text becomes what the authors' training code makes of it (SPEC 1.5): a turn with one
-    image is the image, a line break, and the stripped text, wherever the mark stood. With
-    several images in a turn the marks stay where they are, because the words between tell which
-    is which. A turn without images stays as it is, spaces included; so does all in messages.
+    Args:
+        attached: Images stored next to the row; image names in the row are then ignored.
 
     Raises:
-        InputError: that begins with `source`: none or several of the three kinds, another number of
-            images than the row has places for, or see `validated`.
+        InputError: Starts with `source`. The row is of no kind or of several, the number of images
+            does not fit, or see `validated`.
     """
     try:
         if not isinstance(row, Mapping):
-            raise InputError(f"a row must be an object, not a {type(row).__name__}.")
-        images = [image(one) for one in given or _images(row)]
-        messages = _MESSAGES[_kind(row)](row, images, image)
+            raise InputError(
+                f"a row must be an object, not {type(row).__name__}", ErrorCode.INVALID_FORMAT
+            )
+        images = [read_image(image) for image in attached or _images(row)]
+        messages = _PARSERS[_kind(row)](row, images, read_image)
     except InputError as error:
         raise InputError(f"{source}: {error}", error.code) from error
     return validated(Sample(messages, source))
 
 
 class ImagePathResolver:
-    """Reads names of images as paths that start from a directory; urls stay what they are."""
+    """Reads image names as paths relative to `root`; URLs are not changed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def __call__(self, given: Any, /) -> Message:
-        if not isinstance(given, str) or not given:
-            raise InputError(f"an image must be a path or a url, not {given!r:.80}.")
-        if given.startswith(("http://", "https://", "data:")):
-            return {"type": "image", "url": given}
-        return {"type": "image", "path": str(self.root / given)}
+    def __call__(self, name: Any, /) -> Message:
+        if not isinstance(name, str) or not name:
+            raise InputError(
+                f"an image must be a path or a URL, not {name!r:.80}", ErrorCode.INVALID_TYPE
+            )
+        if name.startswith(("http://", "https://", "data:")):
+            return {"type": "image", "url": name}
+        return {"type": "image", "path": str(self.root / name)}
 
 
 def image_root(path: Path, images: str | Path | None) -> Path:
-    """The directory that image paths start from: `images`, else the one that `path` lies in.
+    """The root of image paths: `images`, else the directory of `path`.
 
     Raises:
-        InputError: there is no such directory.
+        InputError: It is not a directory.
     """
     root = path.parent if images is None else Path(images)
     if not root.is_dir():
-        raise InputError(f"{root}, where the images of {path} should be, is not a directory.")
+        raise InputError(
+            f"{root}, the image directory of {path}, does not exist", ErrorCode.FILE_NOT_FOUND
+        )
     return root
 
 
 def _kind(row: Mapping[str, Any]) -> str:
     kinds = [key for key in ("messages", "conversations") if row.get(key) is not None]
     if len(kinds) == 2:
-        raise InputError("a row holds 'messages' and 'conversations': which are to be learned?")
+        raise InputError("a row has both 'messages' and 'conversations'", ErrorCode.CONFLICT)
     if kinds:
         return kinds[0]
     if any(isinstance(row.get(key), str) for key in _CAPTION_KEYS):
         return "caption"
     raise InputError(
-        "a row must be an object with a list 'messages' (transformers'), a list 'conversations' "
-        "(LLaVA's), or an image with a 'caption' or 'text'."
+        "a row needs a list 'messages' (transformers), a list 'conversations' (LLaVA), or an image "
+        "with a 'caption' or 'text'",
+        ErrorCode.INVALID_FORMAT,
     )
 
 
 def _images(row: Mapping[str, Any]) -> list[Any]:
-    named = [row[key] for key in _IMAGE_KEYS if row.get(key) is not None]
-    if len(named) > 1:
-        raise InputError("a row names its images twice, under 'image' and 'images'.")
-    if not named:
+    values = [row[key] for key in ("image", "images") if row.get(key) is not None]
+    if len(values) > 1:
+        raise InputError("a row has both 'image' and 'images'", ErrorCode.CONFLICT)
+    if not values:
         return []
-    return named[0] if isinstance(named[0], list) else named
+    return values[0] if isinstance(values[0], list) else values
 
 
 def _turns(row: Mapping[str, Any], key: str) -> list[Any]:
     if not isinstance(row[key], list):
-        raise InputError(f"a row must have a list {key!r}, not {row[key]!r:.80}.")
+        raise InputError(f"{key!r} must be a list, not {row[key]!r:.80}", ErrorCode.INVALID_FORMAT)
     return row[key]
 
 
-# ------------------------------------------------------------------ captions
-
-
-def _from_caption(row: Mapping[str, Any], images: list[Message], _: ImageReader) -> list[Message]:
+def _parse_caption(row: Mapping[str, Any], images: list[Message], _: ImageReader) -> list[Message]:
     if len(images) != 1:
         raise InputError(
-            f"a caption needs one image, and the row has {len(images)}.",
+            f"a caption needs one image, but the row has {len(images)}",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     caption = next(row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str))
@@ -124,16 +128,12 @@ def _from_caption(row: Mapping[str, Any], images: list[Message], _: ImageReader)
     return [question, {"role": "assistant", "content": caption.strip()}]
 
 
-# ------------------------------------------------------------------ LLaVA's conversations
-
-
-def _from_llava(row: Mapping[str, Any], images: list[Message], _: ImageReader) -> list[Message]:
+def _parse_llava(row: Mapping[str, Any], images: list[Message], _: ImageReader) -> list[Message]:
     turns = [_llava_turn(turn) for turn in _turns(row, "conversations")]
-    marked = sum(len(_IMAGE_MARK.findall(text)) for _, text in turns)
-    if marked != len(images):
+    placeholders = sum(len(_PLACEHOLDER.findall(text)) for _, text in turns)
+    if placeholders != len(images):
         raise InputError(
-            f"the text marks {marked} images with <image>, and the row has {len(images)}; "
-            "these must be the same.",
+            f"the text has {placeholders} image placeholders, but the row has {len(images)} images",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     unused = iter(images)
@@ -143,71 +143,67 @@ def _from_llava(row: Mapping[str, Any], images: list[Message], _: ImageReader) -
 def _llava_turn(turn: Any) -> tuple[str, str]:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
         raise InputError(
-            "a turn must be an object with 'from' and a string 'value'.", ErrorCode.INVALID_TYPE
+            "a turn must be an object with 'from' and a string 'value'", ErrorCode.INVALID_TYPE
         )
     role = turn.get("from")
     if not isinstance(role, str) or role not in _LLAVA_ROLES:
-        raise InputError(
-            f"a turn is from {role!r}; it must be from 'human' or 'gpt'.", ErrorCode.INVALID_ROLE
-        )
+        raise InputError(f"'from' is {role!r}; it must be 'human' or 'gpt'", ErrorCode.INVALID_ROLE)
     return _LLAVA_ROLES[role], turn["value"]
 
 
 def _llava_content(text: str, images: Iterator[Message]) -> str | list[Message]:
-    """The text of a turn → its content; takes as many of `images` as the text marks."""
-    pieces = _IMAGE_MARK.split(text)
-    if len(pieces) == 1:
+    """The content of a turn; takes an image for each placeholder."""
+    segments = _PLACEHOLDER.split(text)
+    if len(segments) == 1:
         return text
-    if len(pieces) == 2:
-        words = "".join(pieces).strip()
-        pieces = ["", f"\n{words}" if words else ""]
+    if len(segments) == 2:
+        stripped = "".join(segments).strip()
+        segments = ["", f"\n{stripped}" if stripped else ""]
     else:
-        pieces = [pieces[0].lstrip(), *pieces[1:-1], pieces[-1].rstrip()]
+        segments = [segments[0].lstrip(), *segments[1:-1], segments[-1].rstrip()]
     parts: list[Message] = []
-    for number, piece in enumerate(pieces):
-        if number:
+    for i, segment in enumerate(segments):
+        if i:
             parts.append(next(images))
-        if piece:
-            parts.append({"type": "text", "text": piece})
+        if segment:
+            parts.append({"type": "text", "text": segment})
     return parts
 
 
-# ------------------------------------------------------------------ transformers' messages
-
-
-def _from_messages(
-    row: Mapping[str, Any], images: list[Message], image: ImageReader
+def _parse_messages(
+    row: Mapping[str, Any], images: list[Message], read_image: ImageReader
 ) -> list[Message]:
     unused = iter(images)
-    messages = [_read_message(message, unused, image) for message in _turns(row, "messages")]
-    if left := len(list(unused)):
+    messages = [_message(message, unused, read_image) for message in _turns(row, "messages")]
+    if remaining := len(list(unused)):
         raise InputError(
-            f"the row has {len(images)} images, and its messages have places for "
-            f'{len(images) - left}: each needs a part {{"type": "image"}}.',
+            f"the row has {len(images)} images, but its messages have {len(images) - remaining} "
+            'parts {"type": "image"}',
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     return messages
 
 
-def _read_message(message: Any, images: Iterator[Message], image: ImageReader) -> Any:
-    # What is no message or no part is left as it is: `validated` says where it stands.
+def _message(message: Any, images: Iterator[Message], read_image: ImageReader) -> Any:
+    # Other values are not changed here: `validated` reports them.
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
         return message
-    parts = [_read_part(part, images, image) for part in message["content"]]
+    parts = [_part(part, images, read_image) for part in message["content"]]
     return {**message, "content": parts}
 
 
-def _read_part(part: Any, images: Iterator[Message], image: ImageReader) -> Any:
+def _part(part: Any, images: Iterator[Message], read_image: ImageReader) -> Any:
     if not isinstance(part, Mapping) or part.get("type") != "image":
         return part
-    # Tables have every key in every part, empty where it says nothing.
-    said = {key: value for key, value in part.items() if value is not None}
-    if said.keys() == {"type"}:
-        return next(images, said)
+    # Arrow tables have every key in every part, with None where it is absent.
+    present = {key: value for key, value in part.items() if value is not None}
+    if present.keys() == {"type"}:
+        return next(images, present)
     for key in ("path", "image"):
-        if key in said:
-            return {name: value for name, value in said.items() if name != key} | image(said[key])
-    return said
+        if key in present:
+            image = read_image(present[key])
+            return {name: value for name, value in present.items() if name != key} | image
+    return present
 
 
-_MESSAGES = {"messages": _from_messages, "conversations": _from_llava, "caption": _from_caption}
+_PARSERS = {"messages": _parse_messages, "conversations": _parse_llava, "caption": _parse_caption}

@@ -1,51 +1,58 @@
-"""Tar files of images and texts (WebDataset's shards) as a stream of Samples.
+"""Tar files in the format of WebDataset as a stream of samples.
 
 ::
 
-    000.tar: 0001.jpg 0001.txt 0001.json 0002.jpg ...     files with one key are one sample
-        │ in order: iter(shards), for looking at all of it
+    000.tar: 0001.jpg 0001.txt 0001.json 0002.jpg ...     consecutive files with one key: a sample
+        │ iter(dataset): in order
         ▼
-    shards in an order drawn for the epoch ─► windows of samples, each shuffled ─► stream(...)
+    shards in a random order per epoch ─► buffers of samples, each shuffled ─► dataset.stream(...)
 
 A sample has images, `KEY.jpg` (.jpeg, .png, .webp) or `KEY.0.jpg`, `KEY.1.jpg`, ..., and one of
 
-- `KEY.txt`: the caption. So do img2dataset's shards; their `.json` then says nothing more.
-- `KEY.json` with `caption`, `messages` or `conversations`: see `readers`; images in it are those
+- `KEY.txt`: the caption, as in img2dataset's shards. Their `.json` is then ignored.
+- `KEY.json` with `caption`, `messages` or `conversations`, see `row_parsers`. Its images are those
   of the sample, in order. Without images it is a text-only conversation.
 
-Only one window is held at a time, whatever the size of the data.
+The package webdataset opens URLs and defines the keys. The archive is read here, because a
+truncated shard must be an error: `tarfile`, and webdataset with it, treats a missing end as the end.
 """
 
 import glob
-import json
 import re
-from collections.abc import Iterator, Sequence
-from itertools import count
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import count, groupby
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from subprocess import Popen, TimeoutExpired
+from typing import Any, NamedTuple, Self
 
 from owl2.data.row_parsers import parse_row
 from owl2.data.sample import InvalidSample, Message, Sample
-from owl2.data.tar_stream import Files, read_shard, require_webdataset
 from owl2.errors import ErrorCode, InputError
+from owl2.json_records import parse_json
 
 _URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp)")
+_TEXTS = ("txt", "json")
 
-_KINDS = ("txt", "json")
+# `tarfile` copies the rest of its buffer at each read, which is slow for larger buffers.
+_BUFFER = 1 << 16
 
-# Where a stream stands, for JSON; see `TarDataset.stream`.
+# The position of a stream, as JSON; see `TarDataset.stream`.
 State = dict[str, Any]
+# The files of a sample in the order of the archive: lower-case extension and content.
+Files = list[tuple[str, bytes]]
 
 
 def is_shard_url(name: str) -> bool:
-    """Whether this names tar files, rather than another source of samples."""
+    """Whether this names tar files, rather than another kind of dataset."""
     return bool(_URL.match(name)) or name.lower().endswith((".tar", ".tar.gz", ".tgz"))
 
 
 class _Entry(NamedTuple):
-    """A sample, the place of its shard in the epoch's order, and its row there, from 0."""
+    """A sample, the position of its shard in the epoch, and its row in the shard, from 0."""
 
     epoch: int
     shard: int
@@ -54,32 +61,40 @@ class _Entry(NamedTuple):
 
 
 class TarDataset:
-    """The Samples of tar files.
+    """The samples of tar files.
 
-    `urls`: paths, in which `*`, `?` and `{000..099}` are expanded, and urls that webdataset opens,
-    such as `https://...` and `pipe:COMMAND`, in which only `{...}` is. One or several. Afterwards
-    `urls` is the list of all; sources of samples are named "URL, KEY".
+    A sample that is not valid becomes an `InvalidSample`. A shard that cannot be opened or is
+    truncated raises `InputError` when it is read, because the number of missing samples is unknown.
 
-    A sample that is none stands as a `InvalidSample` in its place. A shard that cannot be opened or is cut
-    short raises `InputError` when it is read, in a stream up to a window ahead: there is no telling
-    what is missing then.
+    Args:
+        urls: One or several paths, in which `*`, `?` and `{000..099}` are expanded, or URLs that
+            webdataset opens, such as `https://...` and `pipe:COMMAND`, in which only `{...}` is.
+
+    Attributes:
+        urls: All shards. The source of a sample is "URL, KEY".
 
     Raises:
-        InputError: a pattern without a match, a path that is no file, or no webdataset.
+        InputError: A pattern has no match, a path is not a file, or webdataset is not installed.
     """
 
     def __init__(self, urls: str | Sequence[str]) -> None:
-        require_webdataset()
+        try:
+            import webdataset  # noqa: F401 - only checks that it is installed
+        except ImportError as error:
+            raise InputError(
+                "tar shards need the package webdataset: pip install 'owl2-vlm[data]'",
+                ErrorCode.MISSING_DEPENDENCY,
+            ) from error
         patterns = [urls] if isinstance(urls, str) else urls
-        self.urls = [url for pattern in patterns for url in _expanded(pattern)]
+        self.urls = [url for pattern in patterns for url in _expand(pattern)]
         if not self.urls:
-            raise InputError("There is no shard: give at least one tar file.")
+            raise InputError("no shards: give at least one tar file", ErrorCode.EMPTY_DATASET)
 
     def __iter__(self) -> Iterator[Sample | InvalidSample]:
         """All samples once, in order."""
         for url in self.urls:
             for key, files in read_shard(url, _is_wanted):
-                yield _sample(f"{url}, {key}", files)
+                yield _to_sample(f"{url}, {key}", files)
 
     def stream(
         self,
@@ -90,195 +105,272 @@ class TarDataset:
         world_size: int = 1,
         state: State | None = None,
     ) -> Iterator[tuple[Sample | InvalidSample, State]]:
-        """Samples without end, epoch after epoch, each with the state after it.
+        """Endless samples, epoch after epoch, each with the state after it.
 
-        The order depends on `seed` only. Every epoch draws an order of the shards; the samples that
-        follow on each other are shuffled within windows of `window`, which memory has to hold.
+        The order depends on `seed` only. The order of the shards is random in each epoch, and
+        consecutive samples are shuffled in buffers of `shuffle_buffer`, which are held in memory.
 
-        Of `world` processes that of `rank` gets its share, and together they get every sample once
-        an epoch: whole shards in turn or, where there are fewer shards than processes, every
-        `world`-th sample, for which all read everything.
+        Each process reads its share, and together they read every sample once per epoch: whole
+        shards in turn, or, with fewer shards than processes, every `world_size`-th sample.
 
-        `state`: one that came with a sample; goes on with the one after it. It is a small dict that
-        JSON can hold. At most one shard is read up to where the window begins.
+        Args:
+            state: Resumes after the sample that it was returned with. At most one shard is read up
+                to the start of the buffer.
 
         Raises:
-            InputError: a `state` of another stream, or no sample in all shards.
+            InputError: `state` belongs to other arguments or shards, or no shard has a sample.
         """
         if shuffle_buffer < 1 or not 0 <= rank < world_size:
             raise InputError(
-                f"No stream has shuffle_buffer {shuffle_buffer}, rank {rank} and world_size {world_size}."
+                f"invalid stream: shuffle_buffer {shuffle_buffer}, rank {rank} of {world_size}",
+                ErrorCode.INVALID_VALUE,
             )
-        told = {"seed": seed, "window": shuffle_buffer, "rank": rank, "world": world_size}
-        of = told | {"shards": len(self.urls)}
-        if state is not None and state["of"] != of:
+        arguments = {
+            "seed": seed,
+            "shuffle_buffer": shuffle_buffer,
+            "rank": rank,
+            "world_size": world_size,
+            "shards": len(self.urls),
+        }
+        if state is not None and state["arguments"] != arguments:
             raise InputError(
-                f"The position in the shards was saved with {_written(state['of'])}; now it is "
-                f"{_written(of)}. Go on with the same, or start anew."
+                f"the position in the shards was saved with {state['arguments']}, but the stream "
+                f"has {arguments}",
+                ErrorCode.RESUME_MISMATCH,
             )
-        return self._stream(of, state or {"epoch": 0, "shard": 0, "row": 0, "used": 0})
+        return self._stream(arguments, state or {"epoch": 0, "shard": 0, "row": 0, "used": 0})
 
     def _stream(
-        self, of: dict[str, int], start: State
+        self, arguments: dict[str, int], start: State
     ) -> Iterator[tuple[Sample | InvalidSample, State]]:
-        windows = _Windows(self._entries(of, start), of["window"])
+        buffers = _Buffers(self._entries(arguments, start), arguments["shuffle_buffer"])
         used = start["used"]
         while True:
-            window = windows.take()
-            here = {"epoch": window[0].epoch, "shard": window[0].shard, "row": window[0].row}
-            Random(f"{of['seed']}/{here}").shuffle(window)
-            total = len(window)
-            del window[total - used :]
-            while window:
-                sample = window.pop().sample
-                yield sample, here | {"used": total - len(window), "of": of}
-                windows.grow()
+            buffer = buffers.take()
+            position = {"epoch": buffer[0].epoch, "shard": buffer[0].shard, "row": buffer[0].row}
+            Random(f"{arguments['seed']}/{position}").shuffle(buffer)
+            size = len(buffer)
+            del buffer[size - used :]
+            while buffer:
+                sample = buffer.pop().sample
+                state = position | {"used": size - len(buffer), "arguments": arguments}
+                yield sample, state
+                buffers.read_ahead()
             used = 0
 
-    def _entries(self, of: dict[str, int], start: State) -> Iterator[_Entry]:
+    def _entries(self, arguments: dict[str, int], start: State) -> Iterator[_Entry]:
+        """The entries of a process in the order of the shards, from a position on."""
+        rank, world_size, size = arguments["rank"], arguments["world_size"], len(self.urls)
         shard, row = start["shard"], start["row"]
         empty: set[str] = set()
         for epoch in count(start["epoch"]):
-            yield from self._epoch(epoch, of, shard, row, empty)
+            urls = Random(f"{arguments['seed']}/{epoch}").sample(self.urls, size)
+            for place in range(shard, size):
+                # Counted over all epochs, so that the ranks take turns with surplus shards.
+                position = epoch * size + place
+                if size >= world_size and position % world_size != rank:
+                    continue
+                url, number = urls[place], row - 1
+                for number, (key, files) in enumerate(read_shard(url, _is_wanted, row), start=row):
+                    if size >= world_size or (position + number) % world_size == rank:
+                        yield _Entry(epoch, place, number, _to_sample(f"{url}, {key}", files))
+                if number < 0:
+                    empty.add(url)
+                    if empty.issuperset(self.urls):
+                        raise InputError(
+                            f"the shards have no samples: {', '.join(self.urls[:3])}",
+                            ErrorCode.EMPTY_DATASET,
+                        )
+                row = 0
             shard = row = 0
 
-    def _epoch(
-        self, epoch: int, of: dict[str, int], shard: int, row: int, empty: set[str]
-    ) -> Iterator[_Entry]:
-        """What a rank gets of an epoch, from a place on; enters into `empty` which shards are."""
-        world, rank, size = of["world"], of["rank"], len(self.urls)
-        urls = self.urls.copy()
-        Random(f"{of['seed']}/{epoch}").shuffle(urls)
-        for place in range(shard, size):
-            # Counted through all epochs, so that what is left over goes to each rank in turn.
-            position = epoch * size + place
-            if size >= world and position % world != rank:
-                continue
-            url, skip = urls[place], row if place == shard else 0
-            number = skip - 1
-            for number, (key, files) in enumerate(read_shard(url, _is_wanted, skip), start=skip):
-                if size >= world or (position + number) % world == rank:
-                    yield _Entry(epoch, place, number, _sample(f"{url}, {key}", files))
-            if number < 0:
-                empty.add(url)
-                if empty.issuperset(self.urls):
-                    raise InputError(f"There is no sample in {_listed(self.urls)}.")
 
+class _Buffers:
+    """Consecutive entries of an epoch in buffers of `size`.
 
-class _Windows:
-    """Neighbours in windows: `size` of them, or what is left of an epoch.
-
-    While one window is used up, the next is read one by one, each in the place of a used one: there
-    is no pause between windows, and never more than one in memory.
+    The next buffer is read entry by entry while the current one is used. So there is no pause
+    between buffers, and at most `size` samples are in memory.
     """
 
     def __init__(self, entries: Iterator[_Entry], size: int) -> None:
         self._entries = entries
         self._size = size
-        self._coming: list[_Entry] = []
+        self._buffer: list[_Entry] = []
         self._next = next(entries)
 
-    def grow(self) -> bool:
-        """Read one more for the window to come; False where it is whole."""
-        coming = self._coming
-        if len(coming) == self._size or (coming and coming[0].epoch != self._next.epoch):
+    def read_ahead(self) -> bool:
+        """Reads an entry of the next buffer; False if that is complete."""
+        buffer = self._buffer
+        if len(buffer) == self._size or (buffer and buffer[0].epoch != self._next.epoch):
             return False
-        coming.append(self._next)
+        buffer.append(self._next)
         self._next = next(self._entries)
         return True
 
     def take(self) -> list[_Entry]:
-        """The next window, in order."""
-        while self.grow():
+        """The next buffer, in order."""
+        while self.read_ahead():
             pass
-        window, self._coming = self._coming, []
-        return window
+        buffer, self._buffer = self._buffer, []
+        return buffer
 
 
-def _expanded(pattern: str) -> list[str]:
+def _expand(pattern: str) -> list[str]:
     from braceexpand import braceexpand
 
     try:
         urls = list(braceexpand(pattern))
     except ValueError as error:
-        raise InputError(f"{pattern}: a brace is open or closed without the other.") from error
-    return [path for url in urls for path in ([url] if _URL.match(url) else _paths(url))]
+        raise InputError(f"{pattern}: unbalanced braces", ErrorCode.INVALID_VALUE) from error
+    paths: list[str] = []
+    for url in urls:
+        if _URL.match(url) or Path(url).is_file():
+            paths.append(url)
+        elif found := sorted(p for p in glob.glob(url, recursive=True) if Path(p).is_file()):
+            paths += found
+        else:
+            raise InputError(f"{url}: no such file", ErrorCode.FILE_NOT_FOUND)
+    return paths
 
 
-def _paths(pattern: str) -> list[str]:
-    if Path(pattern).is_file():
-        return [pattern]
-    found = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
-    if not found:
-        raise InputError(f"{pattern}: there is no such file to read samples from.")
-    return found
-
-
-def _listed(urls: Sequence[str]) -> str:
-    return ", ".join(urls[:3]) + (f" and {len(urls) - 3} more" if len(urls) > 3 else "")
-
-
-def _written(of: dict[str, int]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in of.items())
-
-
-# ------------------------------------------------------------------ files → Sample
+# ------------------------------------------------------------------ files of a sample
 
 
 def _is_wanted(extension: str) -> bool:
-    return extension in _KINDS or _IMAGE.fullmatch(extension) is not None
+    return extension in _TEXTS or _IMAGE.fullmatch(extension) is not None
 
 
-def _sample(source: str, files: Files) -> Sample | InvalidSample:
+def _to_sample(source: str, files: Files) -> Sample | InvalidSample:
     try:
-        return _read(source, files)
+        contents = dict(files)
+        if len(contents) < len(files):
+            raise InputError("two files of the sample have the same name", ErrorCode.CONFLICT)
+        extensions = sorted((ext for ext in contents if ext not in _TEXTS), key=_image_order)
+        if "txt" in contents:
+            row: Any = {"caption": contents["txt"].decode("utf-8-sig")}
+        elif "json" in contents:
+            row = parse_json(contents["json"], "its .json")
+        else:
+            raise InputError(
+                "the sample has no .txt or .json. (The files of a sample must be consecutive; "
+                "tar's --sort=name does that.)",
+                ErrorCode.INVALID_FORMAT,
+            )
+        return parse_row(row, source, _read_image, [contents[ext] for ext in extensions])
+    except UnicodeDecodeError as error:
+        return InvalidSample(source, f"its .txt is not UTF-8: {error}")
     except InputError as error:
         return InvalidSample.from_error(source, error)
 
 
-def _read(source: str, files: Files) -> Sample:
-    contents = dict(files)
-    if len(contents) < len(files):
-        raise InputError("two files of the sample have one name.")
-    images = sorted((ext for ext in contents if ext not in _KINDS), key=_image_number)
-    given = [contents[ext] for ext in images]
-    if "txt" in contents:
-        row: Any = {"caption": _text(contents["txt"], "txt")}
-    elif "json" in contents:
-        row = _parsed(_text(contents["json"], "json"))
-    else:
-        raise InputError(
-            "there is no .txt or .json beside the image. (The files of a sample must follow each "
-            "other; tar's --sort=name does that.)"
-        )
-    return parse_row(row, source, _image, given)
+def _image_order(extension: str) -> tuple[int, str]:
+    match = _IMAGE.fullmatch(extension)
+    return int(match[1] or -1) if match else -1, extension
 
 
-def _image_number(extension: str) -> tuple[int, str]:
-    found = _IMAGE.fullmatch(extension)
-    assert found is not None  # only such extensions are wanted
-    return int(found[1] or -1), extension
-
-
-def _image(given: Any) -> Message:
-    if isinstance(given, bytes):
-        return {"type": "image", "image": given}
+def _read_image(value: Any) -> Message:
+    if isinstance(value, bytes):
+        return {"type": "image", "image": value}
     raise InputError(
-        f"the .json names the image {given!r:.80}, and images of a shard lie beside it, as "
-        'KEY.jpg or KEY.0.jpg, KEY.1.jpg, ...; in messages their parts are {"type": "image"}.',
+        f"the .json names the image {value!r:.80}, but the images of a shard are files next to it, "
+        'KEY.jpg or KEY.0.jpg, KEY.1.jpg, ...; in messages their parts are {"type": "image"}',
         ErrorCode.MISSING_IMAGE,
     )
 
 
-def _text(data: bytes, extension: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"its .{extension} is not text in UTF-8: {error}") from error
+# ------------------------------------------------------------------ tar files
 
 
-def _parsed(text: str) -> Any:
+def read_shard(
+    url: str, is_wanted: Callable[[str], bool], skip: int = 0
+) -> Iterator[tuple[str, Files]]:
+    """The keys of a tar file, from number `skip` on, with their wanted files.
+
+    The key is the path up to the first dot of the file name; the rest is the extension. Directories,
+    files without an extension and `__NAME__` are ignored.
+
+    Args:
+        url: A path, or a URL that webdataset opens, such as `http://...` or `pipe:COMMAND`.
+        is_wanted: A function of the lower-case extension.
+
+    Raises:
+        InputError: The file cannot be opened, or is damaged or truncated. The samples before the
+            error are complete.
+    """
+    from webdataset.gopen import gopen
+    from webdataset.tariterators import base_plus_ext
+
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"its .json is not JSON: {error}") from error
+        stream = gopen(url)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{url} cannot be opened: {error}", ErrorCode.FILE_NOT_FOUND) from error
+
+    def members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+        for header in archive:
+            archive.members.clear()  # type: ignore[attr-defined]  # not in typeshed; it would grow
+            key, extension = base_plus_ext(header.name)
+            if header.isreg() and key is not None and not header.name.startswith("__"):
+                yield key, extension.lower(), header
+
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*", bufsize=_BUFFER, tarinfo=_Header) as archive:
+            for number, (key, files) in enumerate(groupby(members(archive), lambda m: m[0])):
+                if number >= skip:
+                    yield (
+                        key,
+                        [
+                            (extension, _content(archive, header))
+                            for _, extension, header in files
+                            if is_wanted(extension)
+                        ],
+                    )
+        while stream.read(_BUFFER):
+            pass  # a command whose output is not read to the end fails when its pipe is closed
+        stream.close()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise InputError(
+            f"{url} cannot be read completely: {_reason(stream, error)}", ErrorCode.UNREADABLE_FILE
+        ) from error
+    finally:
+        if process := _process(stream):
+            process.terminate()  # closing would wait for it
+        # A stopped command, or one whose failure was reported, raises when it is closed.
+        with suppress(OSError):
+            stream.close()
+
+
+class _Header(tarfile.TarInfo):
+    """A header that must be complete, unless it is the empty one at the end of an archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise
+            raise tarfile.ReadError(f"it is truncated or damaged ({error})") from error
+
+
+def _content(archive: tarfile.TarFile, header: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(header)
+    assert file is not None  # it is a regular file
+    return file.read()
+
+
+def _process(stream: Any) -> "Popen[bytes] | None":
+    """The command that writes to a stream, such as curl."""
+    return getattr(stream, "proc", None)
+
+
+def _reason(stream: Any, error: Exception) -> str:
+    """Why a stream ended: the exit code of its command, if that failed, else `error`."""
+    process = _process(stream)
+    try:
+        code = process.wait(timeout=1) if process is not None else 0
+    except TimeoutExpired:  # the command still runs, so its output is not valid
+        code = 0
+    # Not the full command, which may contain a token.
+    is_list = process is not None and isinstance(process.args, list)
+    name = process.args[0] if process is not None and is_list else "the command"
+    return f"{name} failed with exit code {code}" if code else str(error)

@@ -1,9 +1,9 @@
-"""`owl2 data check`: is all of the data fit for training, and what is it like?
+"""`owl2 data check`: validates all samples before training, and describes the dataset.
 
 ::
 
-    sources ──looking──► bad rows ──► OUTPUT/bad_rows.jsonl, the first ones on the terminal
-                     └─► Tally ─────► OUTPUT/statistics.json, statistics.png, tables
+    datasets ──validate_all──► invalid samples ──► OUTPUT/invalid_samples.jsonl
+                          └──► DatasetStats ─────► OUTPUT/statistics.json, statistics.png, tables
 """
 
 import json
@@ -14,299 +14,271 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from owl2.data.open_dataset import SampleDataset
 from owl2.data.sample import InvalidSample
 from owl2.data.validate.statistics import (
-    Tally,
-    batches,
+    DatasetStats,
+    batch_padding,
+    dataset_table,
     plot_statistics,
-    sources_table,
     spread_table,
 )
-from owl2.data.validate.validator import Judge, Result, Rules, context, count_units, look_at_all
-from owl2.errors import InputError
+from owl2.data.validate.validator import (
+    SampleValidator,
+    ValidationConfig,
+    WorkResult,
+    mp_context,
+    validate_all,
+    work_items,
+)
+from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text
-from owl2.processing import pretrained_files as saved
+from owl2.processing import pretrained_files
 from owl2.processing.processor import Owl2Processor
+from owl2.progress import ProgressReporter
 
-SHOWN = 20
-# 8 bytes each: 160 MB. Beyond that, doubles are not looked for.
-MARKS_KEPT = 20_000_000
-PLAIN_SECONDS = 10.0
-BAD_ROWS, STATISTICS, PLOT = "bad_rows.jsonl", "statistics.json", "statistics.png"
+MAX_SHOWN = 20
+# 8 bytes each. Duplicates are not counted in larger datasets.
+MAX_HASHES = 20_000_000
+INVALID_FILE, STATISTICS_FILE, PLOT_FILE = (
+    "invalid_samples.jsonl",
+    "statistics.json",
+    "statistics.png",
+)
 
 
 @dataclass
-class Findings:
-    """What a check has found. `tallies` by source; `first`: the first bad rows, with their source.
+class ValidationReport:
+    """The result of a validation.
 
-    `finished` is False after Ctrl-C: then it is what was found so far.
+    Attributes:
+        stats: By the name of the dataset.
+        first: The first `MAX_SHOWN` invalid samples.
+        finished: False after Ctrl-C; the report then covers the samples so far.
     """
 
-    tallies: dict[str, Tally]
-    first: list[tuple[str, InvalidSample]] = field(default_factory=list)
-    marks: "array[int]" = field(default_factory=lambda: array("Q"))
+    stats: dict[str, DatasetStats]
+    first: list[InvalidSample] = field(default_factory=list)
     seconds: float = 0.0
     finished: bool = True
+    _hashes: "array[int]" = field(default_factory=lambda: array("Q"))
 
     @property
-    def all(self) -> Tally:
-        """Over all sources."""
-        whole = Tally()
-        for tally in self.tallies.values():
-            whole.merge(tally)
-        return whole
+    def total(self) -> DatasetStats:
+        """The statistics of all datasets together."""
+        total = DatasetStats()
+        for stats in self.stats.values():
+            total.merge(stats)
+        return total
 
     @property
     def duplicates(self) -> int | None:
-        """How many samples have been there before, words and images; None: too many to know."""
-        if len(self.marks) > MARKS_KEPT:
+        """Samples whose texts and images occurred before; None for too many samples."""
+        if len(self._hashes) > MAX_HASHES:
             return None
-        return len(self.marks) - len(np.unique(np.frombuffer(self.marks, np.uint64)))
+        return len(self._hashes) - len(np.unique(np.frombuffer(self._hashes, np.uint64)))
 
-    def add(self, name: str, result: Result) -> None:
-        """Count what came of a unit of the source of this name."""
-        self.tallies[name].merge(result.tally)
-        self.first += [(name, bad) for bad in result.bad[: SHOWN - len(self.first)]]
-        if len(self.marks) <= MARKS_KEPT:
-            self.marks.extend(result.marks)
+    def add(self, name: str, result: WorkResult) -> None:
+        """Adds the result of a work item of the dataset `name`."""
+        self.stats[name].merge(result.stats)
+        self.first += result.invalid[: MAX_SHOWN - len(self.first)]
+        if len(self._hashes) <= MAX_HASHES:
+            self._hashes.extend(result.hashes)
 
 
-def limit_of(model: str, max_length: int | None) -> int | None:
-    """How many tokens a sample may have: `max_length`, or all that the checkpoint's model takes.
-
-    None: any number, as the checkpoint does not say.
+def effective_max_length(model: str, max_length: int | None) -> int | None:
+    """`max_length`, or the context of the model; None if its config.json does not have it.
 
     Raises:
-        InputError: no processor there, a config.json that cannot be read, or the model takes less
-            than `max_length`.
+        InputError: `model` has no processor, its config.json is not valid, or `max_length` exceeds
+            the context.
     """
-    config = saved.read_json(saved.find_files(model, {})[saved.CONFIG_FILE])
+    files = pretrained_files.find_files(model, {})
+    config = pretrained_files.read_json(files[pretrained_files.CONFIG_FILE])
     key = "max_position_embeddings"
     if config.get(key) is None:
         return max_length
-    context = saved.number(config, key, 1)
+    context = pretrained_files.number(config, key, 1)
     if max_length is not None and max_length > context:
         raise InputError(
-            f"max_length ({max_length}) is more than the {context} positions of {model}: set it to "
-            f"at most {context}"
+            f"max_length ({max_length}) exceeds the {context} positions of {model}",
+            ErrorCode.TOO_LONG,
         )
     return context if max_length is None else max_length
 
 
-def named(sources: Iterable[tuple[str, SampleDataset]]) -> dict[str, SampleDataset]:
-    """Sources by name; the second of a name is called "NAME (2)"."""
-    by_name: dict[str, SampleDataset] = {}
-    for name, samples in sources:
-        others = sum(other == name or other.startswith(f"{name} (") for other in by_name)
-        by_name[f"{name} ({others + 1})" if others else name] = samples
-    return by_name
+def unique_names(datasets: Iterable[tuple[str, SampleDataset]]) -> dict[str, SampleDataset]:
+    """Datasets by name; the second with the same name becomes "NAME (2)"."""
+    result: dict[str, SampleDataset] = {}
+    for name, samples in datasets:
+        count = sum(other == name or other.startswith(f"{name} (") for other in result)
+        result[f"{name} ({count + 1})" if count else name] = samples
+    return result
 
 
-def check(
-    sources: Mapping[str, SampleDataset],
+def validate_datasets(
+    datasets: Mapping[str, SampleDataset],
     processor: Owl2Processor,
-    rules: Rules,
+    config: ValidationConfig,
     *,
-    workers: int,
+    num_workers: int,
     batch_size: int = 8,
     output: str | Path | None = None,
     console: Console | None = None,
-) -> Findings:
-    """Look at all samples of all sources; say what is wrong and what they are like.
+) -> ValidationReport:
+    """Validates all samples and prints a report. Ctrl-C ends it with the results so far.
 
-    `batch_size`: for the share of padding. `output`: a directory for the complete list of bad rows
-    and the statistics. Ctrl-C ends it with what was found so far. Apart from the time it took, the
-    number of `workers` (processes) changes nothing. The `processor` is of no other use afterwards.
+    Args:
+        num_workers: Processes. The report does not depend on it.
+        batch_size: For the share of padding.
+        output: Directory for the list of invalid samples and the statistics.
 
     Raises:
-        InputError: `output` cannot be written, a worker was ended from outside, or, after all
-            has been said, a source has no sample.
+        InputError: `output` cannot be written, a worker was killed, or, after the report, a dataset
+            has no samples.
     """
     console = console or Console()
     output = None if output is None else Path(output)
-    findings = _look(sources, Judge(processor, rules), workers, output, console)
-    tally = findings.all
-    padding = batches(tally.tokens, rules.max_length, batch_size)
-    _say(console, findings, tally, rules, padding)
+    validator = SampleValidator(processor, config)
+    report = _validate(datasets, validator, num_workers, output, console)
+    total = report.total
+    padding = batch_padding(total.tokens, config.max_length, batch_size)
+    _print_report(console, report, total, config, padding)
     if output is not None:
-        facts = {
-            "complete": findings.finished,
-            "max_length": rules.max_length,
-            "images_opened": rules.open_images,
-            "seconds": findings.seconds,
-            "workers": workers,
-            "duplicates": findings.duplicates,
-            "batches": padding,
-            "all": tally.summary(),
-            "sources": {name: part.summary() for name, part in findings.tallies.items()},
+        summary = {
+            "complete": report.finished,
+            "max_length": config.max_length,
+            "images_checked": config.check_images,
+            "seconds": report.seconds,
+            "num_workers": num_workers,
+            "duplicates": report.duplicates,
+            "padding": padding,
+            "all": total.summary(),
+            "datasets": {name: stats.summary() for name, stats in report.stats.items()},
         }
-        atomic_write_text(output / STATISTICS, json.dumps(facts, indent=2) + "\n")
-        title = f"{tally.usable:,} samples of {', '.join(sources)}"
-        if not plot_statistics(output / PLOT, tally, title, rules.max_length):
-            hint = f"No {PLOT}: matplotlib is missing (pip install 'owl2-vlm[plot]')"
+        atomic_write_text(output / STATISTICS_FILE, json.dumps(summary, indent=2) + "\n")
+        title = f"{total.usable:,} samples of {', '.join(datasets)}"
+        if not plot_statistics(output / PLOT_FILE, total, title, config.max_length):
+            hint = f"No {PLOT_FILE}: matplotlib is not installed (pip install 'owl2-vlm[plot]')"
             console.print(hint, markup=False)
-        console.print(f"{BAD_ROWS} and the statistics are in {output}", markup=False)
-    if findings.finished and (
-        empty := [n for n, part in findings.tallies.items() if not part.rows]
-    ):
-        raise InputError(f"{', '.join(empty)}: there is no sample in it")
-    return findings
+        console.print(f"Wrote {INVALID_FILE} and the statistics to {output}", markup=False)
+    empty = [name for name, stats in report.stats.items() if not stats.rows]
+    if report.finished and empty:
+        raise InputError(f"{', '.join(empty)}: no samples", ErrorCode.EMPTY_DATASET)
+    return report
 
 
-# ------------------------------------------------------------------ looking
-
-
-def _look(
-    sources: Mapping[str, SampleDataset],
-    judge: Judge,
-    workers: int,
+def _validate(
+    datasets: Mapping[str, SampleDataset],
+    validator: SampleValidator,
+    num_workers: int,
     output: Path | None,
     console: Console,
-) -> Findings:
-    findings = Findings({name: Tally() for name in sources})
-    names, samples = list(sources), list(sources.values())
-    stop = context().Event()
-    began = time.perf_counter()
+) -> ValidationReport:
+    report = ValidationReport({name: DatasetStats() for name in datasets})
+    names, samples = list(datasets), list(datasets.values())
+    stop = mp_context().Event()
+    start = time.perf_counter()
+    total = len(work_items(samples))
     with (
-        _list_of_bad(output) as file,
-        look_at_all(samples, judge, workers, stop) as results,
-        _stopped_by_interrupt(stop),
-        _Progress(console, count_units(samples)) as progress,
+        open(os.devnull, "w") if output is None else atomic_file(output / INVALID_FILE) as file,
+        validate_all(samples, validator, num_workers, stop) as results,
+        stop_on_interrupt(stop),
+        ProgressReporter(console, "checking", total, unit="work items", transient=True) as progress,
     ):
+        rows = invalid = 0
         for result in results:
-            name = names[result.unit.source]
-            findings.add(name, result)
-            file.writelines(_as_line(name, bad) for bad in result.bad)
-            progress.add(result.tally.rows, len(result.bad))
-    findings.finished = not stop.is_set()
-    findings.seconds = time.perf_counter() - began
-    return findings
+            name = names[result.item.dataset]
+            report.add(name, result)
+            for sample in result.invalid:
+                line = {
+                    "dataset": name,
+                    "source": sample.source,
+                    "code": sample.code,
+                    "reason": sample.reason,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            rows, invalid = rows + result.stats.rows, invalid + len(result.invalid)
+            rate = rows / (time.perf_counter() - start)
+            progress.advance(1, f"{rows:,} rows, {invalid:,} invalid, {rate:,.0f} rows/s")
+    report.finished = not stop.is_set()
+    report.seconds = time.perf_counter() - start
+    return report
 
 
 @contextmanager
-def _list_of_bad(output: Path | None) -> Iterator[TextIO]:
-    """The open file for bad rows: written as they are found, for there may be any number."""
-    with open(os.devnull, "w") if output is None else atomic_file(output / BAD_ROWS) as file:
-        yield file
+def stop_on_interrupt(stop: Event) -> Iterator[None]:
+    """The first Ctrl-C sets `stop`; the second raises `KeyboardInterrupt`."""
 
-
-def _as_line(name: str, bad: InvalidSample) -> str:
-    row = {"data": name, "row": bad.source, "kind": bad.code, "reason": bad.reason}
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-@contextmanager
-def _stopped_by_interrupt(stop: Event) -> Iterator[None]:
-    """The first Ctrl-C asks to stop, a second one stops at once."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
+    def set_stop(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
-    before = signal.signal(signal.SIGINT, ask)
+    previous = signal.signal(signal.SIGINT, set_stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
-class _Progress:
-    """A bar with rate and time left on a terminal, elsewhere a line every few seconds."""
-
-    def __init__(self, console: Console, units: int) -> None:
-        self._console = console
-        self._units = units
-        self._done = self._rows = self._bad = 0
-        self._began = self._last = time.perf_counter()
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> "_Progress":
-        if self._console.is_terminal:
-            columns = (TextColumn("checking"), BarColumn(), TaskProgressColumn())
-            more = (TextColumn("{task.fields[state]}"), TimeRemainingColumn())
-            self._bar = Progress(*columns, *more, console=self._console, transient=True)
-            self._bar.add_task("", total=self._units, state="")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def add(self, rows: int, bad: int) -> None:
-        """Another unit is done, with so many rows, so many of them bad."""
-        self._done, self._rows, self._bad = self._done + 1, self._rows + rows, self._bad + bad
-        now = time.perf_counter()
-        rate = self._rows / (now - self._began)
-        state = f"{self._rows:,} rows, {self._bad:,} bad, {rate:,.0f} rows/s"
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done, state=state)
-        elif now - self._last >= PLAIN_SECONDS:
-            self._last = now
-            left = timedelta(seconds=round((now - self._began) * (self._units / self._done - 1)))
-            line = f"{self._done / self._units:4.0%}  {state}, {left} left"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-# ------------------------------------------------------------------ saying
-
-
-def _say(
+def _print_report(
     console: Console,
-    findings: Findings,
-    tally: Tally,
-    rules: Rules,
+    report: ValidationReport,
+    total: DatasetStats,
+    config: ValidationConfig,
     padding: Mapping[str, float],
 ) -> None:
-    def say(text: str, style: str = "") -> None:
+    def line(text: str, style: str = "") -> None:
         console.print(Text(text, style), soft_wrap=True)
 
-    console.print(sources_table(findings.tallies))
-    if tally.usable:
-        console.print(spread_table(tally))
-        say(
-            f"Of batches of {padding['batch_size']} samples, {padding['padded']:.0%} is padding; "
-            f"packed, {padding['packed']:.0%} is."
+    console.print(dataset_table(report.stats))
+    if total.usable:
+        console.print(spread_table(total))
+        line(
+            f"Padding in batches of {padding['batch_size']} samples: {padding['padded']:.0%}; "
+            f"with packing: {padding['packed']:.0%}."
         )
-    if tally.cut:
-        share = tally.cut / tally.usable
-        say(
-            f"{tally.cut:,} samples ({share:.1%}) are cut to {rules.max_length:,} tokens.", "yellow"
+    if total.truncated:
+        share = total.truncated / total.usable
+        line(
+            f"{total.truncated:,} samples ({share:.1%}) are truncated to {config.max_length:,} "
+            "tokens.",
+            "yellow",
         )
-    if tally.unopened:
-        why = "; --fetch looks at those behind URLs" if rules.open_images else ""
-        say(f"{tally.unopened:,} images were not looked at{why}.", "yellow")
-    if findings.duplicates:
-        say(f"{findings.duplicates:,} samples are there more than once.", "yellow")
-    for code, count in sorted(tally.bad.items()):
-        say(f"{count:>8,}  {code}", "red")
-    for _, bad in findings.first:
-        say(f"{bad.source}: {bad.reason}")
-    number = tally.bad.total()
-    if number > len(findings.first):
-        say(f"... and {number - len(findings.first):,} more; all are in {BAD_ROWS} of an --output.")
-    rate = tally.rows / max(findings.seconds, 1e-9)
-    looked = f"{tally.rows:,} rows in {findings.seconds:,.1f} s ({rate:,.0f} rows/s)"
-    if not findings.finished:
-        say(f"Stopped: these are the first {looked}.", "yellow")
-    else:
-        say(f"Looked at {looked}.")
-    if number:
-        say(
-            f"{number:,} rows are bad: training refuses them, or skips them with on_invalid_sample: skip.",
+    if total.unchecked_images:
+        hint = "; --fetch-urls opens images behind URLs" if config.check_images else ""
+        line(f"{total.unchecked_images:,} images were not opened{hint}.", "yellow")
+    if report.duplicates:
+        line(f"{report.duplicates:,} samples are duplicates of others.", "yellow")
+    for code, count in sorted(total.invalid.items()):
+        line(f"{count:>8,}  {code}", "red")
+    for sample in report.first:
+        line(f"{sample.source}: {sample.reason}")
+    invalid = total.invalid.total()
+    if invalid > len(report.first):
+        line(
+            f"... and {invalid - len(report.first):,} more; --output writes all of them to "
+            f"{INVALID_FILE}."
+        )
+    rate = total.rows / max(report.seconds, 1e-9)
+    line(
+        f"{'Checked' if report.finished else 'Stopped after'} {total.rows:,} rows in "
+        f"{report.seconds:,.1f} s ({rate:,.0f} rows/s).",
+        "" if report.finished else "yellow",
+    )
+    if invalid:
+        line(
+            f"{invalid:,} samples are invalid: training stops at them, or skips them with "
+            "on_invalid_sample: skip.",
             "red",
         )
-    elif findings.finished:
-        say("No row is bad.", "green")
+    elif report.finished:
+        line("No sample is invalid.", "green")
