@@ -1,4 +1,4 @@
-"""Samples as one HTML page: the images beside the words, for whoever would rather look."""
+"""Samples as an HTML page with their images, tokens with a label highlighted."""
 
 from collections.abc import Sequence
 from html import escape
@@ -15,15 +15,17 @@ from owl2.processing.processor import Owl2Processor
 _STYLE = """
 .images img { margin-bottom: .5em }
 h2 { font-size: .85em; color: #555; font-weight: normal; margin: 0 0 .5em; word-break: break-all }
-.words { white-space: pre-wrap; overflow-wrap: anywhere; color: #666 }
-.learned { color: #06661f; background: #e3f6e7; font-weight: 600 }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; color: #666 }
+.label { color: #06661f; background: #e3f6e7; font-weight: 600 }
 """
 
 
-def page(samples: Sequence[Sample | InvalidSample], processor: Owl2Processor, title: str) -> str:
-    """HTML that needs no other file: images are in it, small. What is learned is green."""
+def sample_page(
+    samples: Sequence[Sample | InvalidSample], processor: Owl2Processor, title: str
+) -> str:
+    """An HTML page that needs no other file; the images are embedded as thumbnails."""
     articles = "\n".join(_article(sample, processor) for sample in samples)
-    legend = '<p><span class="learned">Green</span> is learned, the rest is given.</p>\n'
+    legend = '<p><span class="label">Green</span> tokens contribute to the loss.</p>\n'
     return html.page(title, legend + articles, _STYLE)
 
 
@@ -32,22 +34,22 @@ def _article(sample: Sample | InvalidSample, processor: Owl2Processor) -> str:
     try:
         if isinstance(sample, InvalidSample):
             raise sample.to_error()
-        found = parse_messages(sample.messages).images
         max_pixels = processor.image_processor.max_pixels
-        images = "\n".join(html.thumbnail(image, max_pixels) for image in found)
-        words = _words(processor.show_labels(sample.messages))
+        sources = parse_messages(sample.messages).images
+        images = "\n".join(html.thumbnail(image, max_pixels) for image in sources)
+        text = _spans(processor.show_labels(sample.messages))
     except InputError as error:
-        words = html.error_text(error)
+        text = html.error_text(error)
     return (
         f'<article><div class="images">{images}</div>\n'
-        f'<div><h2>{escape(sample.source)}</h2><div class="words">{words}</div></div></article>'
+        f'<div><h2>{escape(sample.source)}</h2><div class="text">{text}</div></div></article>'
     )
 
 
-def _words(text: Text) -> str:
-    pieces = []
+def _spans(text: Text) -> str:
+    spans = []
     for span in text.spans:
-        piece = escape(text.plain[span.start : span.end])
-        learned = span.style == LABEL_STYLE
-        pieces.append(f'<span class="learned">{piece}</span>' if learned else piece)
-    return "".join(pieces)
+        content = escape(text.plain[span.start : span.end])
+        is_label = span.style == LABEL_STYLE
+        spans.append(f'<span class="label">{content}</span>' if is_label else content)
+    return "".join(spans)

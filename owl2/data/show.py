@@ -1,4 +1,4 @@
-"""`owl2 data show`: samples as the model gets them, on the terminal or as a page with images."""
+"""`owl2 data show`: samples as the model reads them, on the terminal or as a page with images."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from owl2.data.html_preview import page
+from owl2.data.html_preview import sample_page
 from owl2.data.open_dataset import SampleDataset, open_from_cli
 from owl2.data.sample import InvalidSample, Sample, get_or_invalid
 from owl2.data.webdataset import TarDataset
@@ -20,13 +20,12 @@ from owl2.processing.image_io import load_image
 from owl2.processing.loss_mask import LABEL_STYLE
 from owl2.processing.processor import Owl2Processor
 
-# Around learned words where there is no colour.
+# Enclose the tokens with a label where colors are not available.
 BEGIN, END = "⟦", "⟧"
-# SampleDataset of shards that are held to be drawn from.
-WINDOW = 1000
+SHUFFLE_BUFFER = 1000  # samples of shards
 
 
-def show(
+def show_samples(
     model: str,
     source: str,
     settings: Sequence[str],
@@ -37,94 +36,89 @@ def show(
     seed: int | None = None,
     html: str | Path | None = None,
 ) -> None:
-    """Print samples; words that are learned are green, or between ⟦ and ⟧ where there is no colour.
+    """Prints samples. Tokens with a label are green, or between ⟦ and ⟧ without colors.
 
-    `model`: the checkpoint (or hub id) whose processor is used. `source` and `settings`: see
-    `open_from_cli`. `count` samples from number `start` on (from 0), in order, or with a `seed` in one
-    that it draws. `html`: a file that becomes a page with the images, instead.
+    Args:
+        model: The checkpoint or hub id whose processor is used.
+        source: A dataset, with its `settings`; see `open_from_cli`.
+        count: Number of samples, from number `start` on (from 0).
+        seed: Shuffles the samples; None keeps their order.
+        html: Write a page with the images to this file instead.
 
     Raises:
-        InputError: no processor in `model`, `html` cannot be written, or see `open_from_cli`.
+        InputError: `model` has no processor, `html` cannot be written, or see `open_from_cli`.
     """
     console = console or Console()
-    samples = open_from_cli(source, settings)
+    dataset = open_from_cli(source, settings)
     processor = Owl2Processor.from_pretrained(model)
-    chosen = islice(_in_order(samples, start + count, seed), start, start + count)
-    total = "the" if isinstance(samples, TarDataset) else f"{len(samples):,}"
+    samples = islice(_ordered(dataset, start + count, seed), start, start + count)
+    total = "the" if isinstance(dataset, TarDataset) else f"{len(dataset):,}"
     if html is not None:
-        shown = list(chosen)
-        atomic_write_text(
-            html, page(shown, processor, f"{len(shown):,} of {total} samples of {source}")
-        )
-        console.print(f"{len(shown):,} samples are in {html}", markup=False, soft_wrap=True)
+        shown = list(samples)
+        title = f"{len(shown):,} of {total} samples of {source}"
+        atomic_write_text(html, sample_page(shown, processor, title))
+        console.print(f"Wrote {len(shown):,} samples to {html}", markup=False, soft_wrap=True)
         return
+    has_colors = console.is_terminal and console.color_system is not None
     number = 0
-    for sample in chosen:
-        _print(console, sample, processor)
+    for sample in samples:
         number += 1
-    learned = Text(f"{BEGIN}this{END} is learned")
-    if _has_colours(console):
-        learned = Text("green is learned", LABEL_STYLE)
-    console.print(Text(f"{number:,} of {total} samples; ") + learned + ", the rest is given")
+        _print_sample(console, sample, processor, has_colors)
+    legend = Text("Green", LABEL_STYLE) if has_colors else Text(f"{BEGIN}Marked{END}")
+    console.print(Text(f"{number:,} of {total} samples. ") + legend + " tokens contribute to loss.")
 
 
-def _in_order(
-    samples: SampleDataset, wanted: int, seed: int | None
+def _ordered(
+    dataset: SampleDataset, count: int, seed: int | None
 ) -> Iterator[Sample | InvalidSample]:
-    """The first `wanted`, or more of them."""
-    if isinstance(samples, TarDataset):
+    """At least the first `count` samples."""
+    if isinstance(dataset, TarDataset):
         if seed is None:
-            yield from samples
+            yield from dataset
         else:
-            yield from (sample for sample, _ in samples.stream(seed=seed, shuffle_buffer=WINDOW))
+            stream = dataset.stream(seed=seed, shuffle_buffer=SHUFFLE_BUFFER)
+            yield from (sample for sample, _ in stream)
         return
-    size = len(samples)
-    places: Sequence[int] = range(size)
+    rows: Sequence[int] = range(len(dataset))
     if seed is not None:
-        places = Random(seed).sample(places, min(wanted, size))
-    yield from (get_or_invalid(samples, place) for place in places)
+        rows = Random(seed).sample(rows, min(count, len(rows)))
+    yield from (get_or_invalid(dataset, row) for row in rows)
 
 
-def _print(console: Console, sample: Sample | InvalidSample, processor: Owl2Processor) -> None:
-    def say(text: Text) -> None:
-        console.print(text, soft_wrap=True)
-
-    say(Text(sample.source, "bold"))
+def _print_sample(
+    console: Console, sample: Sample | InvalidSample, processor: Owl2Processor, has_colors: bool
+) -> None:
+    lines = [Text(sample.source, "bold")]
     try:
         if isinstance(sample, InvalidSample):
             raise sample.to_error()
+        max_pixels = processor.image_processor.max_pixels
         for number, image in enumerate(parse_messages(sample.messages).images, start=1):
-            max_pixels = processor.image_processor.max_pixels
-            say(Text(f"image {number}: ") + _described(image, max_pixels))
-        say(_marked(processor.show_labels(sample.messages), console))
+            lines.append(Text(f"image {number}: ") + _describe(image, max_pixels))
+        text = processor.show_labels(sample.messages)
+        lines.append(text if has_colors else _with_brackets(text))
     except InputError as error:
-        say(Text(f"bad: {str(error).removeprefix(f'{sample.source}: ')}", "red"))
-    console.print()
+        lines.append(Text(f"invalid: {str(error).removeprefix(f'{sample.source}: ')}", "red"))
+    for line in [*lines, Text()]:
+        console.print(line, soft_wrap=True)
 
 
-def _described(image: Any, max_pixels: int) -> Text:
-    """Where an image is, and its size; one behind a URL is not fetched."""
+def _describe(image: Any, max_pixels: int) -> Text:
+    """The path and size of an image. Images behind URLs are not fetched."""
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         return Text(image)
-    named = isinstance(image, (str, Path)) and not str(image).startswith("data:")
+    has_path = isinstance(image, (str, Path)) and not str(image).startswith("data:")
     try:
         width, height = load_image(image, max_pixels).size
     except InputError as error:
         return Text(str(error), "red")
-    return Text(f"{image}, {width}×{height}" if named else f"{width}×{height}")
+    return Text(f"{image}, {width}×{height}" if has_path else f"{width}×{height}")
 
 
-def _has_colours(console: Console) -> bool:
-    return console.is_terminal and console.color_system is not None
-
-
-def _marked(text: Text, console: Console) -> Text:
-    """The same; where colours do not show, with brackets around what is learned."""
-    if _has_colours(console):
-        return text
+def _with_brackets(text: Text) -> Text:
     marked = text.plain
     for span in reversed(text.spans):
         if span.style == LABEL_STYLE:
-            inside = marked[span.start : span.end]
-            marked = f"{marked[: span.start]}{BEGIN}{inside}{END}{marked[span.end :]}"
+            content = marked[span.start : span.end]
+            marked = f"{marked[: span.start]}{BEGIN}{content}{END}{marked[span.end :]}"
     return Text(marked)

@@ -14,7 +14,7 @@ A sample has images, `KEY.jpg` (.jpeg, .png, .webp) or `KEY.0.jpg`, `KEY.1.jpg`,
   of the sample, in order. Without images it is a text-only conversation.
 
 The package webdataset opens URLs and defines the keys. The archive is read here, because a
-truncated shard must be an error: `tarfile`, and webdataset with it, treats a missing end as the end.
+truncated shard must be an error: `tarfile`, and webdataset with it, accepts a missing end.
 """
 
 import glob
@@ -286,8 +286,8 @@ def read_shard(
 ) -> Iterator[tuple[str, Files]]:
     """The keys of a tar file, from number `skip` on, with their wanted files.
 
-    The key is the path up to the first dot of the file name; the rest is the extension. Directories,
-    files without an extension and `__NAME__` are ignored.
+    The key is the path up to the first dot of the file name; the rest is the extension.
+    Directories, files without an extension and `__NAME__` are ignored.
 
     Args:
         url: A path, or a URL that webdataset opens, such as `http://...` or `pipe:COMMAND`.

@@ -235,11 +235,14 @@ class Owl2Processor(ProcessorMixin):
         ids = self._encode(text)
         return PreparedPrompt.from_ids(ids, pixels, self.image_token_id, self.num_image_tokens)
 
-    def for_training(self, messages: Any, max_length: int | None = None) -> BatchFeature:
+    def for_training(
+        self, messages: Any, max_length: int | None = None, return_pixel_values: bool = True
+    ) -> BatchFeature:
         """A conversation that ends with an answer as a batch of one.
 
         Args:
             max_length: Truncate longer samples on the right, which can remove all labels.
+            return_pixel_values: False for a check that opens no image.
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`, all (1,S), and
@@ -270,7 +273,7 @@ class Owl2Processor(ProcessorMixin):
             "mm_token_type_ids": (input_ids == self.image_token_id).long(),
             "labels": input_ids.masked_fill(~torch.tensor([loss_mask]), IGNORE_INDEX),
         }
-        if images:
+        if images and return_pixel_values:
             data.update(self.image_processor(images))
         return BatchFeature(data)
 

@@ -1,8 +1,12 @@
-"""Public datasets by name. Each file here turns a dataset's own files into Samples.
+"""Public datasets. Each module converts the files of one dataset to samples.
 
-There are two kinds: what a package carries is read anew for each run (`DATASETS`, here); what is
-published as large files is first written down as a file of samples (`public.PUBLIC`, for
-`owl2 data convert`).
+Datasets in installed packages are read directly by a training run (`DATASETS`). Datasets published
+as large files are converted first by `owl2 data convert` (`registry.DATASET_CARDS`).
+
+A converter is a function of the directory with the published files and of keyword options with
+defaults. It yields samples whose image paths are relative, as in the authors' archives, and
+`SkippedRows` for known content that cannot be trained on. Any other deviation from the published
+format raises `InputError` with the file and the row.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,15 +16,15 @@ from owl2.data.datasets.easy_vqa import easy_vqa
 from owl2.data.sample import Sample
 from owl2.registry import check_options, look_up
 
-# A dataset is a function of the split, and of keyword options that have defaults.
+# Functions of the split and of keyword options with defaults.
 DATASETS: dict[str, Callable[..., Sequence[Sample]]] = {"easy_vqa": easy_vqa}
 
 
 def load_dataset(name: str, split: str = "train", /, **options: Any) -> Sequence[Sample]:
-    """The Samples of a split of a dataset in `DATASETS`.
+    """The samples of a split of a dataset in `DATASETS`.
 
     Raises:
-        InputError: an unknown name, split or option, or an option's value that it does not know.
+        InputError: The name, the split, an option or its value is unknown.
     """
     dataset = look_up("dataset", name, DATASETS)
     check_options(f"option of the dataset {name}", dataset, options)

@@ -1,8 +1,8 @@
-"""COCO captions, and the names of COCO's images, which six further data sets use.
+"""COCO captions, and the paths of COCO's images, which six other datasets use.
 
-The images are one set with two divisions: `train2014` and `val2014`, `train2017` and `val2017`,
-whose files are named in another way. All of `train2014` lies in `train2017`; `val2014` is spread
-over both of 2017.
+The images are published in two divisions with different file names: `train2014` and `val2014`,
+`train2017` and `val2017`. `train2017` contains all of `train2014`; `val2014` is distributed over
+both directories of 2017.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from random import Random
 
 from owl2.data.datasets.prompts import CAPTION_PROMPT, about_image, image_and_text
 from owl2.data.sample import Sample
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.json_records import (
     JsonRecord,
     SkippedRows,
@@ -23,7 +23,7 @@ from owl2.json_records import (
 from owl2.registry import look_up
 
 KARPATHY = "dataset_coco.json"
-# What a split is called in the names of COCO's own files.
+# The split in the names of COCO's own files; "" for splits of Karpathy's file only.
 SPLITS = {
     "train": "train2014",
     "val": "val2014",
@@ -31,26 +31,28 @@ SPLITS = {
     "train2017": "train2017",
     "val2017": "val2017",
 }
-NO_WORDS = SkippedRows("captions without words")
+EMPTY_CAPTION = "captions without text"
 
 
-def coco_image(number: int, folder: str) -> str:
-    """The path of an image in COCO's archives; `folder`: `train2014`, `train2017`, ..."""
+def coco_image(number: int, directory: str) -> str:
+    """The path of an image in COCO's archives; `directory`: `train2014`, `train2017`, ..."""
     name = f"{number:012d}.jpg"
-    return f"{folder}/COCO_{folder}_{name}" if folder.endswith("2014") else f"{folder}/{name}"
+    prefix = f"COCO_{directory}_" if directory.endswith("2014") else ""
+    return f"{directory}/{prefix}{name}"
 
 
-def coco_folder(split: str, year: object) -> str:
-    """The folder with the images of a split of 2014, as the user has them: of `year`.
+def coco_directory(split: str, year: object) -> str:
+    """The directory with the images of a split of 2014 in the archives of `year`.
 
     Raises:
-        InputError: another year; the validation split of 2014 in the folders of 2017.
+        InputError: An unknown year, or the validation split of 2014 in the directories of 2017.
     """
     look_up("year of COCO's images", str(year), {"2014": 0, "2017": 0})
     if split == "val" and str(year) == "2017":
         raise InputError(
-            "coco=2017: images of val2014 are spread over train2017 and val2017; "
-            "use the archive val2014."
+            "coco=2017: the images of val2014 are distributed over train2017 and val2017; use the "
+            "archive val2014",
+            ErrorCode.UNSUPPORTED,
         )
     return f"{split}{year}"
 
@@ -63,72 +65,77 @@ def coco_captions(
     file: str | None = None,
     seed: int = 0,
 ) -> Iterator[Sample | SkippedRows]:
-    """COCO captions, of `captions_train2014.json` or Karpathy's `dataset_coco.json`.
+    """COCO captions from `captions_train2014.json` or Karpathy's `dataset_coco.json`.
 
-    `style`: `instruction` (stage 2): the request for a caption and one of the references, drawn by
-    `seed` and the image; `pairs` (stage 1): each reference with the image, no request.
-    `split`: `train`, `val`, `train2017`, `val2017`; with Karpathy's file `train`, `val`, `restval`
-    (COCO's val2014 without what he validates and tests on).
+    Args:
+        split: `train`, `val`, `train2017`, `val2017`; with Karpathy's file `train`, `val`,
+            `restval` (COCO's val2014 without his validation and test images).
+        style: `instruction` (stage 2): the caption prompt and one reference caption, chosen by
+            `seed` and the image. `pairs` (stage 1): each caption with the image, without a prompt.
 
     Raises:
-        InputError: a file that is not as published; another style or split.
+        InputError: The file differs from the published one; an unknown style or split.
     """
-    make = look_up("style of the data set coco_captions", style, STYLES)
-    folder = known_split("coco_captions", split, SPLITS)
-    name = f"captions_{folder}.json" if folder else KARPATHY
+    make_samples = look_up("style of the dataset coco_captions", style, STYLES)
+    coco_split = known_split("coco_captions", split, SPLITS)
+    name = f"captions_{coco_split}.json" if coco_split else KARPATHY
     if not (source / name).is_file() and (source / KARPATHY).is_file():
         name = KARPATHY
     path = published_file(source, file, name)
-    references = _references(path, split, folder)
-    for image, captions in references.items():
-        said = [caption for caption in captions if caption]
-        if len(said) < len(captions):
-            yield SkippedRows(NO_WORDS.reason, len(captions) - len(said))
-        if said:
-            yield from make(image, said, path, seed)
+    for image, captions in _captions(path, split, coco_split).items():
+        texts = [caption for caption in captions if caption]
+        if len(texts) < len(captions):
+            yield SkippedRows(EMPTY_CAPTION, len(captions) - len(texts))
+        if texts:
+            yield from make_samples(image, texts, path, seed)
 
 
-def _references(path: Path, split: str, folder: str) -> dict[str, list[str]]:
-    """Image → all its captions, from either of the two formats."""
+def _captions(path: Path, split: str, coco_split: str) -> dict[str, list[str]]:
+    """The captions of each image, from either of the two formats."""
     content = json_object(path)
     if "annotations" not in content.value:
-        return _karpathy(content, split)
-    if not folder:
-        raise InputError(f"{path}: only Karpathy's {KARPATHY} has a split {split!r}.")
+        return _karpathy_captions(content, split)
+    if not coco_split:
+        raise InputError(
+            f"{path}: only Karpathy's {KARPATHY} has the split {split!r}", ErrorCode.UNKNOWN_NAME
+        )
     names = {row.integer("id"): row.text("file_name") for row in content.rows("images")}
-    references: dict[str, list[str]] = {}
+    captions: dict[str, list[str]] = {}
     for row in content.rows("annotations"):
         number = row.integer("image_id")
         if number not in names:
-            raise InputError(f"{row.where}: there is no image {number} in 'images'.")
-        if names[number].startswith("COCO_"):  # COCO's names of 2014 tell the split
-            require_split(names[number].split("_")[1], folder, row.where)
-        references.setdefault(f"{folder}/{names[number]}", []).append(row.text("caption"))
-    return references
+            raise InputError(
+                f"{row.where}: image {number} is not in 'images'", ErrorCode.INVALID_FORMAT
+            )
+        if names[number].startswith("COCO_"):  # names of 2014 contain the split
+            require_split(names[number].split("_")[1], coco_split, row.where)
+        captions.setdefault(f"{coco_split}/{names[number]}", []).append(row.text("caption"))
+    return captions
 
 
-def _karpathy(content: JsonRecord, split: str) -> dict[str, list[str]]:
-    references = {}
-    for row in content.rows("images"):
-        if row.text("split") == split:
-            image = f"{row.text('filepath')}/{row.text('filename')}"
-            references[image] = [sentence.text("raw") for sentence in row.rows("sentences")]
-    if not references:
-        raise InputError(f"{content.where} has no image of the split {split!r}.")
-    return references
-
-
-# ------------------------------------------------------------------ styles
+def _karpathy_captions(content: JsonRecord, split: str) -> dict[str, list[str]]:
+    captions = {
+        f"{row.text('filepath')}/{row.text('filename')}": [
+            sentence.text("raw") for sentence in row.rows("sentences")
+        ]
+        for row in content.rows("images")
+        if row.text("split") == split
+    }
+    if not captions:
+        raise InputError(
+            f"{content.where} has no image of the split {split!r}", ErrorCode.EMPTY_DATASET
+        )
+    return captions
 
 
 def one_caption(image: str, captions: list[str], path: Path, seed: int) -> Iterator[Sample]:
-    """The request for a caption, and one of them, drawn by the seed and the image (SPEC §2)."""
+    """The caption prompt and one caption, chosen by the seed and the image (Specification §2)."""
     caption = Random(f"{seed}/{image}").choice(captions)
     yield Sample(about_image(image, [(CAPTION_PROMPT, caption)]), f"{path}, image {image}")
 
 
 def all_captions(image: str, captions: list[str], path: Path, seed: int) -> Iterator[Sample]:
-    """An image-text pair a caption, for stage 1."""
+    """An image-text pair per caption, for stage 1."""
     for caption in captions:
         yield Sample(image_and_text(image, caption), f"{path}, image {image}")
 

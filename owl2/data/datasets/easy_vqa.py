@@ -1,19 +1,20 @@
-"""easy-VQA: an image has one coloured shape; 13 answers tell all that is asked about it.
+"""easy-VQA: images of one colored shape, with questions that have 13 possible answers.
 
-The PyPI package `easy-vqa` carries it: 4,000 images of 64×64 pixels with 38,575 questions to
-train on, 1,000 with 9,673 to test on. The splits are the package's own.
+The PyPI package `easy-vqa` contains 4,000 images of 64×64 pixels with 38,575 questions for
+training, and 1,000 images with 9,673 questions for testing. The splits are those of the package.
 """
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from types import ModuleType
-from typing import Any
 
 from owl2.data.datasets.prompts import VQA_PROMPT
 from owl2.data.sample import Message, Sample
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
+from owl2.json_records import check_max_rounds
 from owl2.registry import look_up
 
 SHORT_PROMPT = "{question}"
@@ -24,7 +25,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 @dataclass(frozen=True)
 class EasyVqaQuestion:
-    """A row of the package's `questions.json`; `number` is its place there, from 0."""
+    """A row of the package's `questions.json`; `number` is its index, from 0."""
 
     number: int
     text: str
@@ -33,7 +34,7 @@ class EasyVqaQuestion:
 
 @dataclass(frozen=True)
 class EasyVqaImage:
-    """An image of a split with all that is asked about it, in the package's order."""
+    """An image of a split with its questions, in the order of the package."""
 
     number: int
     path: str
@@ -45,103 +46,55 @@ def easy_vqa(
     *,
     style: str = "single",
     prompt: str = VQA_PROMPT,
-    most: int | None = None,
+    max_rounds: int | None = None,
     seed: int = 0,
 ) -> list[Sample]:
-    """The Samples of a split, `train` or `test`, in one of three styles.
+    """The samples of the split `train` or `test`.
 
-    - `captions` (stage 1; training split only): an image and what its questions and answers tell
-      of it, such as "a red circle."; see `caption`.
-    - `joined` (stage 2, SPEC §2): all questions about an image in one conversation, the order
-      shuffled by `seed`. Earlier answers give later ones away, so mix with `single`, or let a
-      conversation have `most` questions: the others go on to further ones about the image.
-    - `single`: a conversation a question, in the package's order.
-
-    `prompt`: the user's words, with `{question}` in it; default: SPEC 1.5's form for VQA; `short`:
-    the question alone, which is enough for a model that knows nothing else.
+    Args:
+        style: `single`: a conversation per question, in the order of the package. `joined` (stage
+            2, Specification §2): a conversation per image, the questions shuffled by `seed`.
+            Earlier answers reveal later ones, so mix it with `single`, or set `max_rounds`.
+            `captions` (stage 1, training split only): an image and a caption derived from its
+            questions and answers, such as "a red circle."; see `caption`.
+        prompt: The user text, with `{question}` in it; default: the VQA prompt of Specification
+            §1.5. `short`: only the question, which suffices for a model trained on nothing else.
+        max_rounds: Questions per conversation of `joined`; further questions start another one.
 
     Raises:
-        InputError: another split, style or prompt; captions of the test split; no such package.
+        InputError: An unknown split, style or prompt, captions of the test split, or the package is
+            not installed.
     """
-    styles = {"captions": _captions, "joined": _joined, "single": _single}
-    make = look_up("style of the dataset easy_vqa", style, styles)
+    look_up("style of the dataset easy_vqa", style, dict.fromkeys(("captions", "joined", "single")))
     prompt = SHORT_PROMPT if prompt == "short" else prompt
     if not isinstance(prompt, str) or "{question}" not in prompt:
-        raise InputError(f"The prompt must be 'short' or have {{question}} in it, not {prompt!r}.")
-    if most is not None and (style != "joined" or not isinstance(most, int) or most < 1):
-        raise InputError(f"`most` is {most!r}; it is a number from 1 on, for the style joined.")
-    return make(images(split), split, prompt, seed, most)
-
-
-def images(split: str) -> list[EasyVqaImage]:
-    """The images of a split in the order of their numbers. Raises `InputError` as `easy_vqa`."""
-    package = _package()
-    questions, paths = look_up(
-        "split of the dataset easy_vqa",
-        split,
-        {
-            "train": (package.get_train_questions, package.get_train_image_paths),
-            "test": (package.get_test_questions, package.get_test_image_paths),
-        },
-    )
-    asked: dict[int, list[EasyVqaQuestion]] = defaultdict(list)
-    for number, (text, answer, image) in enumerate(zip(*questions(), strict=True)):
-        asked[image].append(EasyVqaQuestion(number, text, answer))
-    return [
-        EasyVqaImage(number, path, tuple(asked[number])) for number, path in sorted(paths().items())
-    ]
-
-
-def _package() -> ModuleType:
-    try:
-        import easy_vqa as package
-    except ImportError as error:
         raise InputError(
-            "The dataset 'easy_vqa' needs the package easy-vqa: pip install 'owl2-vlm[data]'."
-        ) from error
-    return package
-
-
-# ------------------------------------------------------------------ the three styles
-
-
-def _captions(
-    given: list[EasyVqaImage], split: str, prompt: str, seed: int, most: int | None
-) -> list[Sample]:
-    if split != "train":
-        raise InputError(
-            "Captions of easy_vqa are made of answers, and the test split's answers are for "
-            "evaluation only: use split train."
+            f"prompt must be 'short' or contain {{question}}, not {prompt!r}",
+            ErrorCode.INVALID_VALUE,
         )
-    return [
-        Sample([_user(image), _assistant(caption(image))], _source(split, image)) for image in given
-    ]
-
-
-def _joined(
-    given: list[EasyVqaImage], split: str, prompt: str, seed: int, most: int | None
-) -> list[Sample]:
-    samples = []
-    for image in given:
-        questions = list(image.questions)
-        Random(f"{seed}/{image.number}").shuffle(questions)
-        length = most or len(questions)
-        for start in range(0, len(questions), length):
-            conversation = questions[start : start + length]
-            messages: list[Message] = []
-            for number, question in enumerate(conversation):
-                messages.append(_user(None if number else image, _ask(prompt, question)))
-                messages.append(_assistant(question.answer))
-            samples.append(Sample(messages, _source(split, image)))
-    return samples
-
-
-def _single(
-    given: list[EasyVqaImage], split: str, prompt: str, seed: int, most: int | None
-) -> list[Sample]:
-    # In the package's own order, so that an evaluation's rows can be laid beside its file.
+    if max_rounds is not None:
+        check_max_rounds(max_rounds)
+        if style != "joined":
+            raise InputError("max_rounds needs style=joined", ErrorCode.CONFLICT)
+    if style == "captions" and split == "test":
+        raise InputError(
+            "captions of easy_vqa are derived from answers, and those of the test split are "
+            "reserved for evaluation",
+            ErrorCode.INVALID_VALUE,
+        )
+    images = easy_vqa_images(split)
+    if style == "captions":
+        return [
+            Sample([_user(image), _assistant(caption(image))], _source(split, image))
+            for image in images
+        ]
+    if style == "joined":
+        return [
+            sample for image in images for sample in _joined(image, split, prompt, max_rounds, seed)
+        ]
+    # In the order of the package, so that evaluation results can be compared with its file.
     pairs = sorted(
-        ((question, image) for image in given for question in image.questions),
+        ((question, image) for image in images for question in image.questions),
         key=lambda pair: pair[0].number,
     )
     return [
@@ -153,22 +106,68 @@ def _single(
     ]
 
 
+def _joined(
+    image: EasyVqaImage, split: str, prompt: str, max_rounds: int | None, seed: int
+) -> list[Sample]:
+    questions = Random(f"{seed}/{image.number}").sample(image.questions, len(image.questions))
+    length = max_rounds or len(questions)
+    samples = []
+    for start in range(0, len(questions), length):
+        messages: list[Message] = []
+        for question in questions[start : start + length]:
+            messages.append(_user(None if messages else image, _ask(prompt, question)))
+            messages.append(_assistant(question.answer))
+        samples.append(Sample(messages, _source(split, image)))
+    return samples
+
+
+def easy_vqa_images(split: str) -> list[EasyVqaImage]:
+    """The images of a split, by number. Raises `InputError` as `easy_vqa`."""
+    package = _package()
+    get_questions, get_paths = look_up(
+        "split of the dataset easy_vqa",
+        split,
+        {
+            "train": (package.get_train_questions, package.get_train_image_paths),
+            "test": (package.get_test_questions, package.get_test_image_paths),
+        },
+    )
+    questions: dict[int, list[EasyVqaQuestion]] = defaultdict(list)
+    for number, (text, answer, image) in enumerate(zip(*get_questions(), strict=True)):
+        questions[image].append(EasyVqaQuestion(number, text, answer))
+    return [
+        EasyVqaImage(number, path, tuple(questions[number]))
+        for number, path in sorted(get_paths().items())
+    ]
+
+
+def _package() -> ModuleType:
+    try:
+        import easy_vqa as package
+    except ImportError as error:
+        raise InputError(
+            "the dataset easy_vqa needs the package easy-vqa: pip install 'owl2-vlm[data]'",
+            ErrorCode.MISSING_DEPENDENCY,
+        ) from error
+    return package
+
+
 def _ask(prompt: str, question: EasyVqaQuestion) -> str:
-    # Not str.format: braces elsewhere in a prompt are words like any other.
+    # Not str.format, because a prompt may contain other braces.
     return prompt.replace("{question}", question.text)
 
 
-def _user(image: EasyVqaImage | None, words: str = "") -> Message:
-    parts: list[dict[str, Any]] = []
+def _user(image: EasyVqaImage | None, text: str = "") -> Message:
+    parts: list[Message] = []
     if image is not None:
         parts.append({"type": "image", "path": image.path})
-    if words:
-        parts.append({"type": "text", "text": words})
+    if text:
+        parts.append({"type": "text", "text": text})
     return {"role": "user", "content": parts}
 
 
-def _assistant(words: str) -> Message:
-    return {"role": "assistant", "content": words}
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
 
 
 def _source(split: str, image: EasyVqaImage) -> str:
@@ -179,43 +178,43 @@ def _source(split: str, image: EasyVqaImage) -> str:
 
 
 def caption(image: EasyVqaImage) -> str:
-    """What the questions and answers tell of an image: "a red circle.", or less if they tell less.
+    """A caption from the questions and answers: "a red circle.", or less where they reveal less.
 
-    A word is known when an answer says it, when a question takes it for granted ("what is the
-    *blue* shape?"), when a yes or no affirms it, or when all other words of its kind are denied.
-    Unknown: "a circle.", "a red shape.", "a shape.".
+    An attribute is known if an answer names it, a question presupposes it ("what is the *blue*
+    shape?"), a yes or no affirms it, or all other values are denied. Otherwise: "a circle.",
+    "a red shape.", "a shape.".
     """
-    shape = _known(image, SHAPES)
-    colour = _known(image, COLORS)
-    return f"a {f'{colour} ' if colour else ''}{shape or 'shape'}."
+    shape = _attribute(image, SHAPES)
+    color = _attribute(image, COLORS)
+    return f"a {f'{color} ' if color else ''}{shape or 'shape'}."
 
 
-def _known(image: EasyVqaImage, kind: tuple[str, ...]) -> str | None:
-    """The word of this kind that is true of the image, or None where the questions leave it open.
+def _attribute(image: EasyVqaImage, values: Sequence[str]) -> str | None:
+    """The value of an attribute of the image, or None if the questions do not determine it.
 
     Raises:
-        InputError: the questions and answers contradict each other.
+        InputError: The questions and answers contradict each other.
     """
     affirmed: set[str] = set()
     denied: set[str] = set()
     for question in image.questions:
-        holds = _holds(question)
-        said = set(re.findall(r"\w+", question.text)) & set(kind)
-        (affirmed if holds else denied).update(said)
-        if question.answer in kind:
+        named = set(re.findall(r"\w+", question.text)) & set(values)
+        (affirmed if _is_affirmed(question) else denied).update(named)
+        if question.answer in values:
             affirmed.add(question.answer)
-    possible = (affirmed or set(kind)) - denied
+    possible = (affirmed or set(values)) - denied
     if len(affirmed) > 1 or not possible:
         raise InputError(
-            f"{image.path}: its questions and answers contradict each other: of "
-            f"{', '.join(kind)} they affirm {sorted(affirmed)} and deny {sorted(denied)}."
+            f"{image.path}: the questions and answers contradict each other: of "
+            f"{', '.join(values)} they affirm {sorted(affirmed)} and deny {sorted(denied)}",
+            ErrorCode.INVALID_FORMAT,
         )
     return possible.pop() if len(possible) == 1 else None
 
 
-def _holds(question: EasyVqaQuestion) -> bool:
-    """Whether what the question names is in the image, according to its answer."""
+def _is_affirmed(question: EasyVqaQuestion) -> bool:
+    """Whether the image has what the question names, according to its answer."""
     if question.answer not in ("yes", "no"):
-        return True  # "what color is the circle?" takes the circle for granted
-    negated = re.search(r"\b(not|no)\b", question.text) is not None
-    return (question.answer == "yes") != negated
+        return True  # "what color is the circle?" presupposes the circle
+    is_negated = re.search(r"\b(not|no)\b", question.text) is not None
+    return (question.answer == "yes") != is_negated

@@ -1,4 +1,4 @@
-"""GQA: questions made of Visual Genome's scene graphs."""
+"""GQA: questions generated from Visual Genome's scene graphs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,23 +10,23 @@ from owl2.json_records import SkippedRows, json_entries, known_split, published_
 
 
 def gqa(
-    source: Path, *, split: str = "train", most: int | None = None, file: str | None = None
+    source: Path, *, split: str = "train", max_rounds: int | None = None, file: str | None = None
 ) -> Iterator[Sample | SkippedRows]:
-    """GQA's balanced questions with their short answers; those about an image are group_by_image.
+    """GQA's balanced questions with their short answers, one conversation per image.
 
-    Reads `train_balanced_questions.json` (`split=val`: `val_balanced_questions.json`). Images are
-    in `images/`. `most`: of the questions in a conversation; default: all about the image.
+    Reads `train_balanced_questions.json` (`split=val`: `val_balanced_questions.json`). The images
+    are in `images/`. `max_rounds`: see `group_by_image`.
 
     Raises:
-        InputError: a file that is not as published; another split.
+        InputError: The file differs from the published one; an unknown split.
     """
     names = {name: f"{name}_balanced_questions.json" for name in ("train", "val")}
     path = published_file(source, file, known_split("gqa", split, names))
-    asked = (
+    questions = (
         (
             f"images/{row.text('imageId')}.jpg",
             (short_question(row.text("question")), row.text("answer")),
         )
         for _, row in json_entries(path)
     )
-    return group_by_image(asked, path, most)
+    return group_by_image(questions, path, max_rounds)

@@ -1,4 +1,4 @@
-"""What all data sets of questions share: the agreed answer, and one conversation an image."""
+"""Shared by the datasets of questions: the majority answer, and one conversation per image."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -8,35 +8,38 @@ from owl2.data.datasets.prompts import Pair, about_image
 from owl2.data.sample import Sample
 from owl2.json_records import SkippedRows, check_max_rounds
 
-NOTHING_SAID = SkippedRows("questions without words or without an answer")
+EMPTY_QUESTION = SkippedRows("questions without text or without an answer")
 
 
 def majority_answer(answers: Iterable[str]) -> str:
-    """The answer that most annotators gave; of equals the one given first; "" if there is none.
+    """The most frequent answer, the first one of a tie; "" without an answer.
 
-    Blank answers do not count.
+    Empty answers are ignored.
     """
     votes = Counter(answer for answer in answers if answer)
-    return max(votes, key=lambda answer: votes[answer], default="")  # max takes the first of equals
+    return max(votes, key=lambda answer: votes[answer], default="")
 
 
 def group_by_image(
-    asked: Iterable[tuple[str, Pair]], path: Path, most: int | None = None
+    questions: Iterable[tuple[str, Pair]], path: Path, max_rounds: int | None = None
 ) -> Iterator[Sample | SkippedRows]:
-    """(image, (question, answer)) → a conversation an image (SPEC §2), in order of appearance.
+    """A conversation per image (Specification §2), in the order of the first question.
 
-    `path`: the file that it is from. `most`: of the questions in a conversation, others go on to
-    further ones about the image. A blank question or answer is left out.
+    Args:
+        questions: (image, (question, answer)). Empty questions and answers are skipped.
+        path: The file of the questions.
+        max_rounds: Questions per conversation; further questions start another one. None: no limit.
     """
-    if most is not None:
-        check_max_rounds(most)
+    if max_rounds is not None:
+        check_max_rounds(max_rounds)
     images: dict[str, list[Pair]] = {}
-    for image, (question, answer) in asked:
+    for image, (question, answer) in questions:
         if question and answer:
             images.setdefault(image, []).append((question, answer))
         else:
-            yield NOTHING_SAID
+            yield EMPTY_QUESTION
     for image, pairs in images.items():
-        for start in range(0, len(pairs), most or len(pairs)):
-            part = pairs[start : start + most] if most else pairs
-            yield Sample(about_image(image, part), f"{path}, image {image}")
+        length = max_rounds or len(pairs)
+        for start in range(0, len(pairs), length):
+            rounds = pairs[start : start + length]
+            yield Sample(about_image(image, rounds), f"{path}, image {image}")

@@ -1,11 +1,11 @@
-"""Image-text pairs as img2dataset writes them: numbered tar files with statistics beside each.
+"""Image-text pairs in the format of img2dataset: numbered tar files with statistics.
 
 ::
 
     00000.tar  00000_stats.json  00000.parquet  00001.tar ...
 
-They are trained on where they lie (`data.shards`); here they are only looked at. img2dataset writes
-the statistics last, so a shard without them is not finished.
+Training reads them in place (`shards` in a recipe); they are only checked here. img2dataset writes
+the statistics last, so a shard without them is not complete.
 """
 
 import os
@@ -15,96 +15,93 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl2.errors import InputError
-from owl2.json_records import JsonRecord, SkippedRows, json_object
+from owl2.errors import ErrorCode, InputError
+from owl2.json_records import SkippedRows, json_object, readable
 
-_NUMBERED = re.compile(r"(\d+)\.tar")
-_END = bytes(1024)  # two empty blocks: the end of an archive
-_IMAGES = (".jpg", ".png", ".webp")
+_SHARD_NAME = re.compile(r"(\d+)\.tar")
+_TAR_END = bytes(1024)  # an archive ends with two empty blocks
+_IMAGE_SUFFIXES = (".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard: its file, and how many pairs its statistics tell of."""
+    """A complete shard and its number of image-text pairs."""
 
     path: Path
     pairs: int
 
 
 def shards(source: Path, *, read: bool = False) -> Iterator[Shard | SkippedRows]:
-    """The finished shards of a folder, in the order of their numbers.
+    """The complete shards of a directory, in numerical order.
 
-    A shard is finished when its statistics are there and the archive has its end. With `read` every
-    archive is also gone through, and its images are counted against the statistics.
+    A shard is complete if its statistics exist and the archive has its end.
+
+    Args:
+        read: Also read every archive and compare its number of images with the statistics.
 
     Raises:
-        InputError: no folder, no shard in it, statistics of another form, or another count.
+        InputError: There is no such directory, no shard in it, statistics of another format, or a
+            different number of images.
     """
     if not source.is_dir():
-        raise InputError(f"{source} is not a folder; give the one with img2dataset's shards.")
-    paths = sorted(path for path in source.iterdir() if _NUMBERED.fullmatch(path.name))
+        raise InputError(
+            f"{source} is not a directory: give the one with img2dataset's shards",
+            ErrorCode.FILE_NOT_FOUND,
+        )
+    paths = sorted(path for path in source.iterdir() if _SHARD_NAME.fullmatch(path.name))
     if not paths:
-        raise InputError(f"{source} has no shards, such as 00000.tar.")
+        raise InputError(f"{source} has no shards such as 00000.tar", ErrorCode.EMPTY_DATASET)
     for path in paths:
         statistics = path.with_name(f"{path.stem}_stats.json")
         if not statistics.is_file():
-            yield SkippedRows("shards without statistics, so not finished")
+            yield SkippedRows("shards without statistics")
         elif not _has_end(path):
-            yield SkippedRows("shards cut short")
-        elif not (pairs := _pairs(json_object(statistics))):
+            yield SkippedRows("truncated shards")
+        # `count` is the number of requested images, of which some could not be downloaded.
+        elif not (pairs := json_object(statistics).integer("successes")):
             yield SkippedRows("shards without a pair")
         else:
             if read:
-                _count(path, pairs)
+                _check_count(path, pairs)
             yield Shard(path, pairs)
 
 
-def _pairs(statistics: JsonRecord) -> int:
-    # `count` is what was asked for; what could not be fetched or decoded is not in the shard.
-    return statistics.integer("successes")
-
-
 def _has_end(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size < len(_END) or size % 512:
-                return False
-            file.seek(-len(_END), os.SEEK_END)
-            return file.read() == _END
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    with readable(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < len(_TAR_END) or size % 512:
+            return False
+        file.seek(-len(_TAR_END), os.SEEK_END)
+        return file.read() == _TAR_END
 
 
-def _count(path: Path, pairs: int) -> None:
+def _check_count(path: Path, pairs: int) -> None:
     try:
         with tarfile.open(path, "r:") as archive:
-            images = sum(member.name.endswith(_IMAGES) for member in archive)
+            images = sum(member.name.endswith(_IMAGE_SUFFIXES) for member in archive)
     except (OSError, tarfile.TarError) as error:
-        raise InputError(f"{path} is not a tar file that can be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {error}", ErrorCode.UNREADABLE_FILE) from error
     if images != pairs:
         raise InputError(
-            f"{path} has {images} images, and its statistics tell of {pairs}; make it anew."
+            f"{path} has {images} images, but its statistics count {pairs}; create it again",
+            ErrorCode.IMAGE_COUNT_MISMATCH,
         )
 
 
-def ranges(paths: Sequence[Path]) -> list[str]:
-    """Paths of numbered files as few patterns: "DIR/{00000..00042}.tar", "DIR/00044.tar"."""
-    found: list[list[Path]] = []
+def shard_patterns(paths: Sequence[Path]) -> list[str]:
+    """Numbered files as few patterns: "DIR/{00000..00042}.tar", "DIR/00044.tar"."""
+    runs: list[list[Path]] = []
     for path in paths:
-        if found and _follows(found[-1][-1], path):
-            found[-1].append(path)
+        last = runs[-1][-1] if runs else None
+        if (
+            last is not None
+            and (last.parent, len(last.name)) == (path.parent, len(path.name))
+            and int(path.stem) == int(last.stem) + 1
+        ):
+            runs[-1].append(path)
         else:
-            found.append([path])
-    return [_pattern(run[0], run[-1]) for run in found]
-
-
-def _follows(before: Path, path: Path) -> bool:
-    same_form = before.parent == path.parent and len(before.name) == len(path.name)
-    return same_form and int(path.stem) == int(before.stem) + 1
-
-
-def _pattern(first: Path, last: Path) -> str:
-    if first == last:
-        return str(first)
-    return str(first.with_name(f"{{{first.stem}..{last.stem}}}{first.suffix}"))
+            runs.append([path])
+    return [
+        str(run[0] if len(run) == 1 else run[0].with_name(f"{{{run[0].stem}..{run[-1].stem}}}.tar"))
+        for run in runs
+    ]

@@ -9,14 +9,14 @@ from owl2.json_records import SkippedRows, json_rows, published_file
 
 
 def llava_instruct(source: Path, *, file: str | None = None) -> Iterator[Sample | SkippedRows]:
-    """LLaVA-Instruct, as it is; the text as the authors' training reads it (see `readers`).
+    """LLaVA-Instruct, with the text as the authors' training code reads it (see `row_parsers`).
 
-    Reads `llava_instruct_150k.json`, whose images are names in COCO's `train2017`.
+    Reads `llava_instruct_150k.json`, whose images are file names in COCO's `train2017`.
 
     Raises:
-        InputError: a file that is not as published.
+        InputError: The file differs from the published one.
     """
     path = published_file(source, file, "llava_instruct_150k.json")
-    images = ImagePathResolver(Path("train2017"))
+    resolve = ImagePathResolver(Path("train2017"))
     for row in json_rows(path):
-        yield parse_row(row.value, row.where, images)
+        yield parse_row(row.value, row.where, resolve)

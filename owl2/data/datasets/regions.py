@@ -1,8 +1,8 @@
-"""Regions of an image in words: what is there, and where is that.
+"""Descriptions and locations of image regions.
 
-The paper says "regions" only; this form is our choice. A box is `[left, top, right, bottom]`, each
-a share of the image's own width or height with two decimals (a hundredth of 448 pixels is less
-than a third of a patch). With the image policy `resize` that is a place in the square that the
+The paper only mentions "regions"; this format is our choice. A box is `[left, top, right, bottom]`,
+each a fraction of the image's width or height with two decimals (a hundredth of 448 pixels is less
+than a third of a patch). With the image policy `resize` these are positions in the square that the
 model sees, so train regions with `resize`, not `pad`, and without crops and flips.
 """
 
@@ -15,7 +15,7 @@ from owl2.data.sample import Sample
 from owl2.json_records import SkippedRows, check_max_rounds
 from owl2.registry import look_up
 
-NO_EXTENT = SkippedRows("regions without extent, or smaller than can be written")
+EMPTY_BOX = SkippedRows("regions with an empty box after rounding")
 
 DESCRIBE = "Describe the region {box} of the image in a short phrase."
 LOCATE = 'Where in the image is "{phrase}"? Give the region as [left, top, right, bottom].'
@@ -23,64 +23,66 @@ LOCATE = 'Where in the image is "{phrase}"? Give the region as [left, top, right
 
 @dataclass(frozen=True)
 class Region:
-    """A phrase and the box it is about: left, top, right, bottom as shares of the image."""
+    """A phrase and its box: left, top, right, bottom as fractions of the image."""
 
     phrase: str
     box: tuple[float, float, float, float]
 
 
-def region(phrase: str, box: Sequence[float], size: Sequence[float]) -> Region | None:
-    """`box`: left, top, width, height, and `size`: width, height, in pixels.
+def make_region(phrase: str, box: Sequence[float], size: Sequence[float]) -> Region | None:
+    """A region from a box in pixels, clipped to the image.
 
-    A box that reaches over the edge ends at the edge. None for what cannot be written: no extent
-    after rounding, or nothing inside the image.
+    Args:
+        box: Left, top, width, height.
+        size: Width and height of the image.
+
+    Returns:
+        None if the box is empty after clipping and rounding.
     """
     left, top, width, height = box
     if min(size) <= 0:
         return None
-    shares = (left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1])
-    first, second, third, fourth = (round(min(max(share, 0.0), 1.0), 2) for share in shares)
-    if first >= third or second >= fourth:
-        return None
-    return Region(phrase, (first, second, third, fourth))
+    edges = (left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1])
+    x0, y0, x1, y1 = (round(min(max(edge, 0.0), 1.0), 2) for edge in edges)
+    return Region(phrase, (x0, y0, x1, y1)) if x0 < x1 and y0 < y1 else None
 
 
-def written(box: Sequence[float]) -> str:
+def format_box(box: Sequence[float]) -> str:
     """A box as text: "[0.12, 0.34, 0.56, 0.78]"."""
-    return f"[{', '.join(f'{share:.2f}' for share in box)}]"
+    return f"[{', '.join(f'{edge:.2f}' for edge in box)}]"
 
 
-def describe(given: Region) -> Pair:
+def describe(region: Region) -> Pair:
     """Box → phrase."""
-    return DESCRIBE.replace("{box}", written(given.box)), given.phrase
+    return DESCRIBE.replace("{box}", format_box(region.box)), region.phrase
 
 
-def locate(given: Region) -> Pair:
+def locate(region: Region) -> Pair:
     """Phrase → box."""
-    return LOCATE.replace("{phrase}", given.phrase), written(given.box)
+    return LOCATE.replace("{phrase}", region.phrase), format_box(region.box)
 
 
 DIRECTIONS = {"describe": (describe,), "locate": (locate,), "both": (describe, locate)}
 
 
-def check_settings(direction: object, most: object) -> None:
-    """Raises `InputError` for an unknown direction, or a `most` that is no number from 1 on."""
+def check_region_options(direction: object, max_rounds: object) -> None:
+    """Raises `InputError` for an unknown direction or an invalid `max_rounds`."""
     look_up("direction of regions", direction, DIRECTIONS)
-    check_max_rounds(most)
+    check_max_rounds(max_rounds)
 
 
 def region_samples(
-    image: str, given: Sequence[Region], direction: str, source: str
+    image: str, regions: Sequence[Region], direction: str, source: str
 ) -> Iterator[Sample]:
-    """The regions of an image in one conversation a direction.
+    """A conversation about the regions of an image per direction.
 
-    With `both` they are two conversations, as each direction gives the other's answers away.
+    `both` gives two conversations, because each direction reveals the answers of the other.
     """
-    for way in DIRECTIONS[direction]:
-        pairs = [way(each) for each in given]
-        yield Sample(about_image(image, pairs), f"{source}, {way.__name__}")
+    for to_pair in DIRECTIONS[direction]:
+        pairs = [to_pair(region) for region in regions]
+        yield Sample(about_image(image, pairs), f"{source}, {to_pair.__name__}")
 
 
-def shuffled(given: Sequence[Region], seed: int, image: str) -> list[Region]:
-    """The regions in an order drawn by the seed and the image."""
-    return Random(f"{seed}/{image}").sample(given, len(given))
+def shuffled(regions: Sequence[Region], seed: int, image: str) -> list[Region]:
+    """The regions in an order that depends on the seed and the image."""
+    return Random(f"{seed}/{image}").sample(regions, len(regions))

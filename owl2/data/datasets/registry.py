@@ -1,4 +1,4 @@
-"""The public data sets that `owl2 data convert` knows: the paper's (SPEC §2), and easy-VQA."""
+"""The datasets of `owl2 data convert`: those of the paper (Specification §2), and easy-VQA."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from owl2.data.datasets.textcaps import textcaps
 from owl2.data.datasets.visual_genome import visual_genome
 from owl2.data.datasets.vqa import okvqa, vqav2
 from owl2.data.sample import Sample
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.json_records import SkippedRows, known_split
 
 Converter = Callable[..., Iterator[Sample | SkippedRows] | Iterator[Shard | SkippedRows]]
@@ -26,22 +26,24 @@ Converter = Callable[..., Iterator[Sample | SkippedRows] | Iterator[Shard | Skip
 
 @dataclass(frozen=True)
 class DatasetCard:
-    """A public data set.
+    """A public dataset.
 
-    `files`: what the folder must hold, `{split}` being train or val. `url`: where its authors
-    publish it. `paper`: what the paper takes of it. `licence`: of the annotations, as far as we
-    know; images have their own.
+    Attributes:
+        files: The required files; `{split}` is train or val.
+        url: Where the authors publish it.
+        paper: How the paper uses it.
+        license: Of the annotations, as far as known; images have their own.
     """
 
     convert: Converter
     files: str
     url: str
     paper: str
-    licence: str = "see there"
+    license: str = "see the URL"
 
     @property
     def is_shards(self) -> bool:
-        """Whether it is trained on where it lies, so that only a recipe's entry is written."""
+        """Whether training reads it in place, so that only an entry for a recipe is written."""
         return self.convert is shards
 
 
@@ -51,20 +53,21 @@ def from_package(
     split: str = "train",
     style: str = "joined",
     prompt: str = VQA_PROMPT,
-    most: int | None = None,
+    max_rounds: int | None = None,
     seed: int = 0,
 ) -> Iterator[Sample | SkippedRows]:
-    """easy-VQA, from its PyPI package: the folder is called `package`. Options: see `easy_vqa`.
+    """easy-VQA from its PyPI package; the directory is called `package`. Options: see `easy_vqa`.
 
     Raises:
-        InputError: another folder, the test split, or see `easy_vqa`.
+        InputError: Another directory, the test split, or see `easy_vqa`.
     """
     if str(source) != "package":
         raise InputError(
-            f"easy_vqa comes with its package: write `package` for the folder, not {source}."
+            f"easy_vqa is read from its package: give `package` as the directory, not {source}",
+            ErrorCode.INVALID_VALUE,
         )
     known_split("easy_vqa", split, {"train": "train"})
-    yield from easy_vqa(split, style=style, prompt=prompt, most=most, seed=seed)
+    yield from easy_vqa(split, style=style, prompt=prompt, max_rounds=max_rounds, seed=seed)
 
 
 IMG2DATASET = "NNNNN.tar, NNNNN_stats.json"
@@ -162,9 +165,9 @@ DATASET_CARDS: dict[str, DatasetCard] = {
     ),
     "easy_vqa": DatasetCard(
         from_package,
-        "none: write `package` for the folder",
+        "none: `package` is the directory",
         "https://github.com/vzhou842/easy-VQA",
-        "not in it",
+        "not used",
         "MIT",
     ),
 }

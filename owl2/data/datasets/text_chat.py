@@ -1,9 +1,9 @@
-"""ShareGPT and SlimOrca: conversations in text alone.
+"""ShareGPT and SlimOrca: text-only conversations.
 
 Both have rows of turns, `{"from": "human" | "gpt" | "system", "value": ...}`. The chat format has
-no system prompt (SPEC 1.5), so a system text goes before the first user's text, with a blank line
-between. What cannot be a conversation of user and assistant in turns is left out, by reason. Texts
-are stripped of space around them.
+no system prompt (Specification §1.5), so a system text is put before the first user text, separated
+by a blank line. Rows that do not alternate between user and assistant are skipped, by reason. Texts
+are stripped.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,10 +13,10 @@ from owl2.data.sample import Message, Sample
 from owl2.json_records import JsonRecord, SkippedRows, json_lines, json_rows, published_file
 from owl2.processing.chat_template import IMAGE_TOKEN, has_lone_surrogate
 
-# What a model takes for an image or for an end, wherever it is written (in HTML, <s> strikes out).
-MARKS = (IMAGE_TOKEN, "</s>", "<s>", "<unk>")
+# The tokenizer reads these as special tokens anywhere in a text (in HTML, <s> is strikethrough).
+SPECIAL_TOKENS = (IMAGE_TOKEN, "</s>", "<s>", "<unk>")
 
-# ShareGPT's files have all of these; other writers (bing, bard) are neither.
+# ShareGPT's files have all of these, and others (bing, bard), which are skipped.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -27,25 +27,25 @@ ROLES = {
 
 
 def sharegpt(source: Path, *, file: str | None = None) -> Iterator[Sample | SkippedRows]:
-    """ShareGPT: conversations of people with ChatGPT.
+    """ShareGPT: conversations with ChatGPT.
 
-    Reads `ShareGPT_V3_unfiltered_cleaned_split.json`. A last turn that nobody answers is cut off,
-    and counted; for all else a conversation is taken or left out whole.
+    Reads `ShareGPT_V3_unfiltered_cleaned_split.json`. A last turn without an answer is removed and
+    counted; otherwise a conversation is used completely or skipped.
 
     Raises:
-        InputError: a file that is not as published.
+        InputError: The file differs from the published one.
     """
     path = published_file(source, file, "ShareGPT_V3_unfiltered_cleaned_split.json")
     return _conversations(json_rows(path))
 
 
 def slimorca(source: Path, *, file: str | None = None) -> Iterator[Sample | SkippedRows]:
-    """SlimOrca: instructions from FLAN with GPT-4's answers, mostly after a system text.
+    """SlimOrca: instructions from FLAN with answers of GPT-4, mostly with a system text.
 
     Reads `oo-labeled_correct.gpt4.sharegpt.jsonl`.
 
     Raises:
-        InputError: a file that is not as published.
+        InputError: The file differs from the published one.
     """
     path = published_file(source, file, "oo-labeled_correct.gpt4.sharegpt.jsonl")
     return _conversations(json_lines(path))
@@ -57,15 +57,15 @@ def _conversations(rows: Iterable[JsonRecord]) -> Iterator[Sample | SkippedRows]
         if len(turns) > 1 and ROLES.get(turns[-1][0]) == "user":
             yield SkippedRows("last turns without an answer")
             turns.pop()
-        reason = _unusable(turns)
+        reason = _reason_to_skip(turns)
         if reason is None:
             yield Sample(_messages(turns), row.where)
         else:
             yield SkippedRows(f"conversations {reason}")
 
 
-def _unusable(turns: Sequence[tuple[str, str]]) -> str | None:
-    """Why turns cannot be a conversation, or None where they can."""
+def _reason_to_skip(turns: Sequence[tuple[str, str]]) -> str | None:
+    """Why the turns are not a valid conversation; None for valid ones."""
     if not turns:
         return "without a turn"
     if others := sorted({name for name, _ in turns} - ROLES.keys()):
@@ -73,28 +73,29 @@ def _unusable(turns: Sequence[tuple[str, str]]) -> str | None:
     roles = [ROLES[name] for name, _ in turns]
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or spoken[0] == "assistant":
-        return "that begin with an answer"
-    if any(role != ("user", "assistant")[place % 2] for place, role in enumerate(spoken)):
+        return "that start with an answer"
+    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
         return "whose turns do not alternate"
     if spoken[-1] == "user":
         return "without an answer"
-    # A system text may be empty; nothing is lost by that.
+    # A system text may be empty.
     if not all(text for role, (_, text) in zip(roles, turns, strict=True) if role != "system"):
         return "with an empty turn"
     if any(has_lone_surrogate(text) for _, text in turns):
-        return "with half of a character"
-    written = (mark for mark in MARKS if any(mark in text for _, text in turns))
-    mark = next(written, None)
-    return None if mark is None else f"that write {mark}, a mark of the format"
+        return "with a lone surrogate"
+    for token in SPECIAL_TOKENS:
+        if any(token in text for _, text in turns):
+            return f"that contain the special token {token}"
+    return None
 
 
 def _messages(turns: Sequence[tuple[str, str]]) -> list[Message]:
     messages: list[Message] = []
-    before = ""
+    system = ""
     for name, text in turns:
         if ROLES[name] == "system":
-            before = f"{text}\n\n" if text else ""
+            system = f"{text}\n\n" if text else ""
         else:
-            messages.append({"role": ROLES[name], "content": before + text})
-            before = ""
+            messages.append({"role": ROLES[name], "content": system + text})
+            system = ""
     return messages

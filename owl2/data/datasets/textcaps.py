@@ -1,41 +1,35 @@
-"""TextCaps: captions that need reading what is written in the image."""
+"""TextCaps: captions that require reading the text in the image."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from owl2.data.datasets.coco import NO_WORDS, one_caption
+from owl2.data.datasets.coco import EMPTY_CAPTION, one_caption
 from owl2.data.sample import Sample
-from owl2.json_records import (
-    SkippedRows,
-    json_object,
-    known_split,
-    published_file,
-    require_split,
-)
+from owl2.json_records import SkippedRows, json_object, known_split, published_file, require_split
 
 
 def textcaps(
     source: Path, *, split: str = "train", file: str | None = None, seed: int = 0
 ) -> Iterator[Sample | SkippedRows]:
-    """TextCaps: an image with one of its captions, drawn by `seed` and the image.
+    """TextCaps: each image with one of its captions, chosen by `seed` and the image.
 
-    Reads `TextCaps_0.1_train.json` (`split=val`: `TextCaps_0.1_val.json`), where each row is a
-    caption. Images of both are in `train_images/` (the archive `train_val_images.zip`).
+    Reads `TextCaps_0.1_train.json` (`split=val`: `TextCaps_0.1_val.json`) with a caption per row.
+    The images of both splits are in `train_images/` (the archive `train_val_images.zip`).
 
     Raises:
-        InputError: a file that is not as published, or of the test split.
+        InputError: The file differs from the published one, or has the test split.
     """
     names = {name: f"TextCaps_0.1_{name}.json" for name in ("train", "val")}
     path = published_file(source, file, known_split("textcaps", split, names))
     content = json_object(path)
     require_split(content.value.get("dataset_type"), split, str(path))
-    references: dict[str, list[str]] = {}
+    images: dict[str, list[str]] = {}
     for row in content.rows("data"):
-        captions = references.setdefault(f"train_images/{row.text('image_id')}.jpg", [])
+        captions = images.setdefault(f"train_images/{row.text('image_id')}.jpg", [])
         if caption := row.text("caption_str"):
             captions.append(caption)
         else:
-            yield NO_WORDS
-    for image, captions in references.items():
+            yield SkippedRows(EMPTY_CAPTION)
+    for image, captions in images.items():
         if captions:
             yield from one_caption(image, captions, path, seed)

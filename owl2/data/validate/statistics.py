@@ -2,7 +2,7 @@
 
 ::
 
-    SampleStats ──DatasetStats.add──► DatasetStats ──summary──► statistics.json, tables, statistics.png
+    SampleStats ──DatasetStats.add──► DatasetStats ──► statistics.json, tables, statistics.png
 
 `DatasetStats` holds histograms (how many samples have 117 tokens), so its size does not depend on
 the number of samples, and the statistics of two datasets can be added exactly.
