@@ -195,9 +195,9 @@ def iter_ignoring_signals(loader: "DataLoader[Any]") -> Iterator[Any]:
 
     The training process finishes its step first, and stops the workers then. The signals are
     blocked while the workers start: a worker would otherwise end if one arrived before
-    `_ignore_stop_signals` has run in it.
+    `ignore_stop_signals` has run in it.
     """
-    loader.worker_init_fn = _ignore_stop_signals
+    loader.worker_init_fn = ignore_stop_signals
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         return iter(loader)
@@ -205,7 +205,8 @@ def iter_ignoring_signals(loader: "DataLoader[Any]") -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _ignore_stop_signals(worker: int) -> None:
+def ignore_stop_signals(worker: int) -> None:
+    """Ignores `STOP_SIGNALS` in a worker process."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

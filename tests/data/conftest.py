@@ -28,7 +28,7 @@ def processor(tokenizer_file) -> Owl2Processor:
 
 @pytest.fixture
 def image(tmp_path) -> Path:
-    """12×8 pixels, every one of another colour."""
+    """12×8 pixels, every one of another color."""
     path = tmp_path / "image.png"
     made = Image.new("RGB", (12, 8))
     made.putdata([(x * 20, y * 30, x * y) for y in range(8) for x in range(12)])

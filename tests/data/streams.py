@@ -1,22 +1,26 @@
-"""A stream of numbered samples, as shards are one."""
+"""A stream of numbered samples with the interface of `TarDataset`."""
 
 from owl2.data.sample import Sample
 
 
-class Numbered:
-    """Samples NAME0, NAME1, … without end; a process of several gets every so-manieth."""
+class NumberedStream:
+    """Endless samples NAME0, NAME1, ...; of `world_size` processes each reads every such sample.
+
+    Attributes:
+        calls: The arguments of all calls of `stream`.
+    """
 
     def __init__(self, name):
         self.name = name
-        self.asked = []
+        self.calls = []
 
-    def stream(self, *, seed, window, rank, world, state):
-        self.asked.append((seed, window, rank, world, state))
+    def stream(self, *, seed, shuffle_buffer, rank, world_size, state):
+        self.calls.append((seed, shuffle_buffer, rank, world_size, state))
         number = rank if state is None else state["next"]
         while True:
             messages = [
                 {"role": "user", "content": f"number {number}?" + " so?" * (number % 7)},
                 {"role": "assistant", "content": "yes"},
             ]
-            yield Sample(messages, f"{self.name}{number}"), {"next": number + world}
-            number += world
+            yield Sample(messages, f"{self.name}{number}"), {"next": number + world_size}
+            number += world_size

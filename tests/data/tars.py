@@ -12,9 +12,9 @@ from PIL import Image
 File = tuple[str, bytes]
 
 
-def image(colour: str = "red", kind: str = "PNG") -> bytes:
+def image(color: str = "red", kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(file, kind)
+    Image.new("RGB", (8, 8), color).save(file, kind)
     return file.getvalue()
 
 

@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 
 from owl2.cli import main
-from owl2.data.convert import convert, listing
+from owl2.data.convert import convert_dataset, listing
 from owl2.data.datasets.easy_vqa import easy_vqa
 from owl2.data.datasets.registry import DATASET_CARDS
 from owl2.data.datasets.vqa import okvqa, vqav2
@@ -93,8 +93,10 @@ def test_every_data_set_with_samples_is_tried():
 def test_what_is_written_is_read_back_as_it_was(name, tmp_path, folder, console):
     PUBLISH[name](folder)
     out = tmp_path / "out.jsonl"
-    convert(name, folder, out, [], console)
-    samples = [item for item in DATASET_CARDS[name].convert(folder) if hasattr(item, "messages")]
+    convert_dataset(name, folder, out, [], console)
+    samples = [
+        item for item in DATASET_CARDS[name].convert_dataset(folder) if hasattr(item, "messages")
+    ]
     back = JsonDataset(out, tmp_path)
     assert len(back) == len(samples) > 0
     for was, now in zip(samples, back, strict=True):
@@ -110,26 +112,26 @@ def test_what_is_written_is_read_back_as_it_was(name, tmp_path, folder, console)
 def test_counts_are_told_and_written(tmp_path, folder, console):
     publish_gqa(folder)
     out = tmp_path / "deep" / "gqa.jsonl"
-    convert("gqa", folder, out, ["file=train_balanced_questions.json"], console)
+    convert_dataset("gqa", folder, out, ["file=train_balanced_questions.json"], console)
     assert json.loads(out.with_name("gqa.stats.json").read_text()) == {
         "name": "gqa",
         "options": {"source": str(folder), "file": "train_balanced_questions.json"},
         "samples": 2,
         "answers": 2,
         "images": 2,
-        "left_out": {"questions without words or without an answer": 1},
+        "skipped": {"questions without text or without an answer": 1},
     }
     said = console.export_text()
     assert f"2 samples with 2 answers about 2 images are in {out}" in said
-    assert "Left out: 1 questions without words or without an answer" in said
+    assert "Left out: 1 questions without text or without an answer" in said
     assert sorted(path.name for path in out.parent.iterdir()) == ["gqa.jsonl", "gqa.stats.json"]
 
 
-def test_things_left_out_together_count_each(tmp_path, folder, console):
+def test_things_skipped_together_count_each(tmp_path, folder, console):
     put(folder, "captions_train2014.json", official((7, ""), (7, " "), (9, ""), (7, "a dog")))
-    convert("coco_captions", folder, tmp_path / "coco.jsonl", [], console)
-    left_out = json.loads((tmp_path / "coco.stats.json").read_text())["left_out"]
-    assert left_out == {"captions without words": 3}
+    convert_dataset("coco_captions", folder, tmp_path / "coco.jsonl", [], console)
+    skipped = json.loads((tmp_path / "coco.stats.json").read_text())["skipped"]
+    assert skipped == {"captions without text": 3}
 
 
 def test_the_same_settings_write_the_same_file(tmp_path, folder, console):
@@ -137,14 +139,14 @@ def test_the_same_settings_write_the_same_file(tmp_path, folder, console):
     texts = {}
     for seed in [*range(10), *range(10)]:
         out = tmp_path / f"{seed}.jsonl"
-        convert("coco_captions", folder, out, [f"seed={seed}"], console)
+        convert_dataset("coco_captions", folder, out, [f"seed={seed}"], console)
         assert texts.setdefault(seed, out.read_bytes()) == out.read_bytes()
     assert len(set(texts.values())) > 1
 
 
 def test_easy_vqa_is_what_its_package_gives(tmp_path, console):
     out = tmp_path / "easy_vqa.jsonl"
-    convert("easy_vqa", Path("package"), out, ["style=captions"], console)
+    convert_dataset("easy_vqa", Path("package"), out, ["style=captions"], console)
     back = JsonDataset(out)
     samples = easy_vqa("train", style="captions")
     assert len(back) == len(samples)
@@ -158,7 +160,7 @@ def test_training_takes_what_is_written(tmp_path, folder, console, processor, im
     for number in (5, 6):
         image.with_name(f"{number}.jpg").write_bytes(image.read_bytes())
         image.with_name(f"{number}.jpg").rename(folder / "images" / f"{number}.jpg")
-    convert("gqa", folder, tmp_path / "gqa.jsonl", [], console)
+    convert_dataset("gqa", folder, tmp_path / "gqa.jsonl", [], console)
     for sample, answer in zip(
         JsonDataset(tmp_path / "gqa.jsonl", folder), ("yes", "no"), strict=True
     ):
@@ -171,7 +173,7 @@ def test_training_takes_what_is_written(tmp_path, folder, console, processor, im
 # ------------------------------------------------------------------ images
 
 
-def test_missing_images_stop_or_are_left_out_and_counted(tmp_path, folder, console):
+def test_missing_images_stop_or_are_skipped_and_counted(tmp_path, folder, console):
     publish_gqa(folder)
     images = tmp_path / "gqa"
     (images / "images").mkdir(parents=True)
@@ -179,13 +181,13 @@ def test_missing_images_stop_or_are_left_out_and_counted(tmp_path, folder, conso
     out = tmp_path / "gqa.jsonl"
     look = f"check_images={images}"
     with pytest.raises(InputError, match=r"images/5\.jpg: the image .*/gqa/images/5\.jpg is not"):
-        convert("gqa", folder, out, [look], console)
+        convert_dataset("gqa", folder, out, [look], console)
     assert not out.exists()
-    convert("gqa", folder, out, [look, "missing=skip"], console)
+    convert_dataset("gqa", folder, out, [look, "missing=skip"], console)
     (sample,) = JsonDataset(out, images)
     assert told(sample)[1] == [(f"<|image|>\nIs it réd?{SHORT}", "no")]
-    left_out = json.loads(out.with_name("gqa.stats.json").read_text())["left_out"]
-    assert left_out["samples whose image is not there"] == 1
+    skipped = json.loads(out.with_name("gqa.stats.json").read_text())["skipped"]
+    assert skipped["samples whose image does not exist"] == 1
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_missing_images_stop_or_are_left_out_and_counted(tmp_path, folder, conso
 )
 def test_settings_of_missing_images(tmp_path, folder, settings, complaint, console):
     with pytest.raises(InputError, match=complaint):
-        convert("gqa", folder, tmp_path / "gqa.jsonl", settings, console)
+        convert_dataset("gqa", folder, tmp_path / "gqa.jsonl", settings, console)
 
 
 # ------------------------------------------------------------------ shards
@@ -209,7 +211,7 @@ def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
         put_shard(folder, number, number + 1)
     put_shard(folder, 3).with_name("00003_stats.json").unlink()
     out = tmp_path / "cc3m.yaml"
-    convert("cc3m", folder, out, ["read=true"], console)
+    convert_dataset("cc3m", folder, out, ["read=true"], console)
     assert out.read_text() == (
         "# An entry of a recipe's `data`: 4 shards with 11 pairs\n"
         "- name: cc3m\n"
@@ -220,7 +222,7 @@ def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
     )
     said = console.export_text()
     assert "4 shards with 11 pairs are listed" in said
-    assert "Left out: 1 shards without statistics, so not finished" in said
+    assert "Left out: 1 shards without statistics" in said
     (entry,) = yaml.safe_load(out.read_text())
     source = DataSource(**entry)
     assert TarDataset(source.shards).urls == [
@@ -233,7 +235,7 @@ def test_no_finished_shard(tmp_path, folder, console):
     with pytest.raises(
         InputError, match=r"laion: no shard is finished\. Left out: 1 shards without"
     ):
-        convert("laion", folder, tmp_path / "laion.yaml", [], console)
+        convert_dataset("laion", folder, tmp_path / "laion.yaml", [], console)
     assert not (tmp_path / "laion.yaml").exists()
 
 
@@ -260,24 +262,24 @@ def test_no_finished_shard(tmp_path, folder, console):
 )
 def test_wrong_words(tmp_path, folder, name, out, settings, complaint, console):
     with pytest.raises(InputError, match=complaint):
-        convert(name, folder, tmp_path / out, settings, console)
+        convert_dataset(name, folder, tmp_path / out, settings, console)
     assert not (tmp_path / out).exists()
 
 
 def test_nothing_left_is_an_error(tmp_path, folder, console):
     put(folder, "train_balanced_questions.json", {"1": question("5", "Is it?", "")})
     with pytest.raises(InputError, match=r"gqa: nothing is left to write\. Left out: 1 questions"):
-        convert("gqa", folder, tmp_path / "gqa.jsonl", [], console)
+        convert_dataset("gqa", folder, tmp_path / "gqa.jsonl", [], console)
 
 
 def test_a_bad_row_leaves_an_older_file_as_it_was(tmp_path, folder, console):
     put(folder, SHAREGPT, [shared(*TALK)])
     out = tmp_path / "sharegpt.jsonl"
-    convert("sharegpt", folder, out, [], console)
+    convert_dataset("sharegpt", folder, out, [], console)
     old = out.read_text()
     put(folder, SHAREGPT, [shared(*TALK)] * 3 + [{"id": "no conversations"}])
     with pytest.raises(InputError, match=r"row 4: 'conversations'"):
-        convert("sharegpt", folder, out, [], console)
+        convert_dataset("sharegpt", folder, out, [], console)
     assert out.read_text() == old
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "published",
@@ -293,18 +295,18 @@ def test_other_files_are_not_overwritten(folder, name, out, console):
     path = folder / out
     path.write_text(before := "# An entry\n" if name == "cc3m" else path.read_text())
     with pytest.raises(InputError, match="is there already, and not from this command"):
-        convert(name, folder, path, [], console)
+        convert_dataset(name, folder, path, [], console)
     assert path.read_text() == before
     other = folder / f"out{path.suffix}"
     for _ in range(2):
-        convert(name, folder, other, [], console)
+        convert_dataset(name, folder, other, [], console)
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path, folder, console):
     publish_gqa(folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
-        convert("gqa", folder, tmp_path / "file" / "gqa.jsonl", [], console)
+        convert_dataset("gqa", folder, tmp_path / "file" / "gqa.jsonl", [], console)
 
 
 # ------------------------------------------------------------------ the command
@@ -336,23 +338,23 @@ def test_the_list(monkeypatch, capsys):
         assert f"\n{name}  " in f"\n{said}"
         assert entry.url in said
         assert entry.files in said
-    assert "options split=train coco=2014 most=... questions=... annotations=..." in said
+    assert "options split=train coco=2014 max_rounds=... questions=... annotations=..." in said
 
 
 def test_images_behind_urls_stay_what_they_are(folder, tmp_path):
     said = [("human", "<image>\nWhat is it?"), ("gpt", "A bus.")]
     row = llava_row(*said, image="https://example.org/a.jpg")
     put(folder, "llava_instruct_150k.json", [row])
-    convert("llava_instruct", folder, tmp_path / "out.jsonl", [f"check_images={tmp_path}"])
+    convert_dataset("llava_instruct", folder, tmp_path / "out.jsonl", [f"check_images={tmp_path}"])
     assert "https://example.org/a.jpg" in (tmp_path / "out.jsonl").read_text()
 
 
-def test_half_of_a_character_is_left_out(folder, tmp_path):
+def test_half_of_a_character_is_skipped(folder, tmp_path):
     """As where an emoji was cut in two: JSON can write it, a text file and a tokenizer cannot."""
     turns = [{"from": "human", "value": "hi \ud83d"}, {"from": "gpt", "value": "a"}]
     whole = [{"from": "human", "value": "hi \U0001f600"}, {"from": "gpt", "value": "a"}]
     rows = [{"id": "1", "conversations": turns}, {"id": "2", "conversations": whole}]
     (folder / "ShareGPT_V3_unfiltered_cleaned_split.json").write_text(json.dumps(rows))
-    convert("sharegpt", folder, tmp_path / "out.jsonl", [])
+    convert_dataset("sharegpt", folder, tmp_path / "out.jsonl", [])
     stats = json.loads((tmp_path / "out.stats.json").read_text())
-    assert stats["left_out"] == {"conversations with half of a character": 1}
+    assert stats["skipped"] == {"conversations with a lone surrogate": 1}

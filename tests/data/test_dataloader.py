@@ -1,204 +1,192 @@
+"""Batches: resume, processes, grouping by length, workers, signals."""
+
 import json
+import os
 import pickle
 import random
 import signal
-import threading
-import time
 from itertools import chain, islice
 
-import psutil
 import pytest
 import torch
 
-from owl2.data.collate import Collator, TrainingSet
+from owl2.data import dataloader
+from owl2.data.collate import Collator
 from owl2.data.dataloader import (
-    GROUPED,
-    STOPS,
+    GROUPED_BATCHES,
+    STOP_SIGNALS,
+    MixtureBatchSampler,
     MixtureDataLoader,
-    _leave_stopping_to_others,
-    batches_of,
     estimated_length,
 )
-from owl2.data.mixture import Mixture, MixtureSource
+from owl2.data.mixture import MixtureDataset, MixtureSource
 from owl2.data.sample import InvalidSample, Sample
-from tests.data.streams import Numbered
+from tests.data.streams import NumberedStream
 
-WORDS = "what color is the circle? yes no blue "
+TEXT = "what color is the circle? yes no blue "
 
 
 def sample(number: int, *images) -> Sample:
     content = [{"type": "image", "path": str(path)} for path in images]
-    text = f"{number}? " + WORDS * (random.Random(number).randrange(12))
+    text = f"{number}? " + TEXT * (random.Random(number).randrange(12))
     content.append({"type": "text", "text": text})
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
     return Sample(messages, f"row {number}")
 
 
-def mixture(streams: bool = False, **settings) -> Mixture:
-    sources = [
-        MixtureSource([sample(number) for number in range(90)]),
-        MixtureSource([sample(1000)], 3),
-    ]
-    if streams:
-        sources.append(MixtureSource(Numbered("s"), 30))
-    return Mixture(sources, **settings)
+def mixture(with_stream: bool = False, seed: int = 0) -> MixtureDataset:
+    sources = [MixtureSource([sample(i) for i in range(90)]), MixtureSource([sample(1000)], 3)]
+    if with_stream:
+        sources.append(MixtureSource(NumberedStream("s"), 30))
+    return MixtureDataset(sources, None, seed=seed)
 
 
-def names(made: Mixture, batches) -> list[list[str]]:
-    return [[made[draw].source for draw in draws] for draws, _ in batches]
+def take(sampler: MixtureBatchSampler, count: int) -> list[list[str]]:
+    """The sources of the samples of the next batches."""
+    batches = islice(sampler, count)
+    return [[sampler.dataset.sample(index).source for index in batch] for batch in batches]
 
 
-# ------------------------------------------------------------------ the plan of batches
-
-
-@pytest.mark.parametrize("image_tokens", [None, 5])
-@pytest.mark.parametrize("streams", [False, True])
-@pytest.mark.parametrize("stop", [1, GROUPED - 1, GROUPED, GROUPED + 3])
-def test_a_plan_is_gone_on_with_after_any_batch(image_tokens, streams, stop):
-    made = mixture(streams, seed=1)
-    plan = list(islice(batches_of(made, 4, image_tokens=image_tokens), 120))
-    state = json.loads(json.dumps(plan[stop - 1][1]))
-    fresh = mixture(streams, seed=1)
-    rest = islice(batches_of(fresh, 4, image_tokens=image_tokens, state=state), 120 - stop)
-    assert names(fresh, rest) == names(made, plan[stop:])
+# ------------------------------------------------------------------ batches of positions
 
 
 @pytest.mark.parametrize("image_tokens", [None, 5])
-def test_processes_together_have_the_batches_of_one(image_tokens):
-    made = mixture()
-    whole = names(made, islice(batches_of(made, 6, image_tokens=image_tokens), 110))
-    parts = [
-        names(
-            made,
-            islice(batches_of(made, 2, rank=rank, world=3, image_tokens=image_tokens), 110),
+@pytest.mark.parametrize("with_stream", [False, True])
+@pytest.mark.parametrize("stop", [1, GROUPED_BATCHES - 1, GROUPED_BATCHES, GROUPED_BATCHES + 3])
+def test_batches_resume_after_any_batch(image_tokens, with_stream, stop):
+    sampler = MixtureBatchSampler(mixture(with_stream, 1), 4, image_tokens=image_tokens)
+    batches = take(sampler, 120)
+    state = json.loads(json.dumps(sampler.states[stop - 1]))
+    resumed = MixtureBatchSampler(
+        mixture(with_stream, 1), 4, image_tokens=image_tokens, state=state
+    )
+    assert take(resumed, 120 - stop) == batches[stop:]
+
+
+@pytest.mark.parametrize("image_tokens", [None, 5])
+def test_batches_of_all_processes_are_those_of_one(image_tokens):
+    expected = take(MixtureBatchSampler(mixture(), 6, image_tokens=image_tokens), 110)
+    shares = [
+        take(
+            MixtureBatchSampler(mixture(), 2, rank=rank, world_size=3, image_tokens=image_tokens),
+            110,
         )
         for rank in range(3)
     ]
-    for number, batch in enumerate(whole):
-        assert sorted(batch) == sorted(chain(*(part[number] for part in parts)))
+    for number, batch in enumerate(expected):
+        assert sorted(batch) == sorted(chain(*(share[number] for share in shares)))
 
 
-def test_grouping_changes_who_comes_together_only():
-    made = mixture()
-    plain = names(made, islice(batches_of(made, 4), GROUPED))
-    plan = list(islice(batches_of(made, 4, image_tokens=5), GROUPED))
-    grouped = names(made, plan)
-    assert sorted(chain(*plain)) == sorted(chain(*grouped))
-    lengths = [[estimated_length(made[draw], 5) for draw in draws] for draws, _ in plan]
-    assert sum(max(batch) - min(batch) for batch in lengths) < 2 * 120  # the range of all, twice
+def test_grouping_by_length_keeps_the_samples():
+    dataset = mixture()
+    plain = take(MixtureBatchSampler(dataset, 4), GROUPED_BATCHES)
+    batches = list(islice(MixtureBatchSampler(dataset, 4, image_tokens=5), GROUPED_BATCHES))
+    grouped = [[dataset.sample(index) for index in batch] for batch in batches]
+    assert sorted(chain(*plain)) == sorted(s.source for batch in grouped for s in batch)
+    lengths = [[estimated_length(s, 5) for s in batch] for batch in grouped]
+    assert sum(max(batch) - min(batch) for batch in lengths) < 2 * 120  # twice the total range
     firsts = [batch[0] for batch in lengths]
-    assert firsts != sorted(firsts)  # but batches come as chance has it
+    assert firsts != sorted(firsts)  # the order of the batches is random
 
 
-def test_each_process_groups_its_own_share_of_a_stream():
+def test_each_process_groups_its_share_of_a_stream():
     for rank in range(2):
-        made = mixture(True)
-        plan = list(islice(batches_of(made, 4, rank=rank, world=2, image_tokens=5), GROUPED))
-        seen = names(made, plan)
-        assert {len(batch) for batch in seen} == {4}
-        streamed = {int(name[1:]) % 2 for batch in seen for name in batch if name[0] == "s"}
-        assert streamed == {rank}
+        sampler = MixtureBatchSampler(mixture(True), 4, rank=rank, world_size=2, image_tokens=5)
+        batches = take(sampler, GROUPED_BATCHES)
+        assert {len(batch) for batch in batches} == {4}
+        shares = {int(name[1:]) % 2 for batch in batches for name in batch if name[0] == "s"}
+        assert shares == {rank}
 
 
-def test_the_estimate_counts_text_and_images_of_all_turns():
+def test_estimated_length_counts_texts_and_images_of_all_turns():
     parts = [{"type": "image", "path": "a"}, {"type": "text", "text": "x" * 40}, {"type": "image"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "y" * 20}]
     assert estimated_length(Sample(messages, ""), image_tokens=65) == 2 * 65 + 15
 
 
-def test_a_row_that_is_no_sample_does_not_stop_the_grouping():
-    stream = [InvalidSample("s", "why")] * 3
+def test_invalid_samples_are_grouped_as_well():
+    class InvalidFirst(NumberedStream):
+        def stream(self, **arguments):
+            yield from ((InvalidSample("s", "reason"), {}) for _ in range(3))
+            yield from super().stream(**arguments)
 
-    class Broken(Numbered):
-        def stream(self, **given):
-            yield from ((bad, {}) for bad in stream)
-            yield from super().stream(**given)
-
-    made = Mixture([MixtureSource(Broken("s"), 30)])
-    drawn = [draw for draws, _ in islice(batches_of(made, 4, image_tokens=5), 50) for draw in draws]
-    assert sum(isinstance(draw.sample, InvalidSample) for draw in drawn) == 3
-
-
-# ------------------------------------------------------------------ the loader
+    dataset = MixtureDataset([MixtureSource(InvalidFirst("s"), 30)], None)
+    batches = islice(MixtureBatchSampler(dataset, 4, image_tokens=5), 50)
+    samples = [dataset.sample(index) for batch in batches for index in batch]
+    assert sum(isinstance(sample, InvalidSample) for sample in samples) == 3
 
 
-def loader(made: Mixture, processor, workers: int = 0, **settings) -> MixtureDataLoader:
-    dataset = TrainingSet(made, processor, augment="dihedral", max_length=70, seed=3)
-    return MixtureDataLoader(dataset, made, Collator(processor), 4, workers=workers, **settings)
+# ------------------------------------------------------------------ the data loader
 
 
-def with_images(image) -> Mixture:
+def loader(image, processor, num_workers: int = 0, **options) -> MixtureDataLoader:
     rows = [sample(number, *[image] * (number % 2)) for number in range(24)]
-    return Mixture([MixtureSource(rows), MixtureSource(Numbered("s"), 8)], seed=3)
+    dataset = MixtureDataset(
+        [MixtureSource(rows), MixtureSource(NumberedStream("s"), 8)],
+        processor,
+        seed=3,
+        augment="dihedral",
+        max_length=70,
+    )
+    return MixtureDataLoader(dataset, Collator(processor), 4, num_workers=num_workers, **options)
 
 
 def assert_same(batches, others):
     for one, other in zip(batches, others, strict=True):
-        assert one.batch.keys() == other.batch.keys()
-        assert all(torch.equal(one.batch[key], other.batch[key]) for key in one.batch)
+        assert one.inputs.keys() == other.inputs.keys()
+        assert all(torch.equal(one.inputs[key], other.inputs[key]) for key in one.inputs)
         assert one[1:] == other[1:]
 
 
 @pytest.mark.parametrize("image_tokens", [None, 5])
-def test_workers_change_nothing_and_a_state_is_that_of_what_was_taken(
+def test_workers_do_not_change_batches_and_the_state_is_that_of_returned_batches(
     image, processor, image_tokens
 ):
-    settings = {"image_tokens": image_tokens}
-    whole = list(islice(loader(with_images(image), processor, **settings), 24))
-    worked = loader(with_images(image), processor, 2, **settings)
-    batches = iter(worked)
+    options = {"image_tokens": image_tokens}
+    expected = list(islice(loader(image, processor, **options), 24))
+    with_workers = loader(image, processor, 2, **options)
+    batches = iter(with_workers)
     first = list(islice(batches, 5))
-    state = json.loads(json.dumps(worked.state))  # while the workers are batches ahead
-    assert_same(whole[:5], first)
+    state = json.loads(json.dumps(with_workers.state))  # the workers are some batches ahead
+    assert_same(expected[:5], first)
     del batches
-    again = loader(with_images(image), processor, 2, **settings)
-    again.state = state
-    assert_same(whole[5:], islice(again, 19))
-    assert sum(collated.left_out != [] for collated in whole) > 0  # some are cut to nothing
+    resumed = loader(image, processor, 2, **options)
+    resumed.state = state
+    assert_same(expected[5:], islice(resumed, 19))
+    assert sum(batch.skipped != [] for batch in expected) > 0  # truncated to no label
 
 
-def test_the_chance_of_the_process_is_left_alone(image, processor):
-    made = loader(with_images(image), processor)
+def test_the_global_generator_is_not_used(image, processor):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    next(iter(made))
+    next(iter(loader(image, processor)))
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_waiting_is_counted(processor, monkeypatch):
-    made = loader(mixture(), processor)
-    assert made.waited == 0
-    list(islice(made, 3))
-    assert 0 < made.waited < 10
+def test_waiting_time_is_measured(image, processor):
+    batches = loader(image, processor)
+    assert batches.wait_seconds == 0
+    list(islice(batches, 3))
+    assert 0 < batches.wait_seconds < 10
 
 
-def test_a_worker_that_has_just_begun_leaves_stopping_to_others(image, processor, monkeypatch):
-    others = set(psutil.Process().children())
+def test_workers_ignore_signals_from_their_start(image, processor, monkeypatch):
+    ignore = dataloader.ignore_stop_signals
 
-    def slowly(worker: int) -> None:
-        time.sleep(1)
-        _leave_stopping_to_others(worker)
+    def signaled_at_start(worker: int) -> None:
+        for number in STOP_SIGNALS:
+            os.kill(os.getpid(), number)
+        ignore(worker)
 
-    def stop_worker() -> None:
-        while not (begun := set(psutil.Process().children()) - others):
-            time.sleep(0.001)
-        worker = begun.pop()
-        for number in STOPS:
-            worker.send_signal(number)
-
-    monkeypatch.setattr("owl2.data.dataloader._leave_stopping_to_others", slowly)
-    stopping = threading.Thread(target=stop_worker)
-    stopping.start()
-    batches = list(islice(loader(with_images(image), processor, workers=1), 2))
-    stopping.join()
-    assert len(batches) == 2
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPS)
+    monkeypatch.setattr(dataloader, "ignore_stop_signals", signaled_at_start)
+    assert len(list(islice(loader(image, processor, num_workers=1), 2))) == 2
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
 
 
-def test_workers_that_are_no_copies_can_be_told_everything(image, processor):
-    """On other systems, and by Python 3.14, workers begin with what pickle carries to them."""
-    made = loader(with_images(image), processor)
+def test_dataset_and_collator_can_be_pickled_for_spawned_workers(image, processor):
+    made = loader(image, processor)
     dataset, collate = pickle.loads(pickle.dumps((made.dataset, made.collate)))
-    draws, _ = next(batches_of(with_images(image), 4))
-    assert_same([collate([dataset[draw] for draw in draws])], islice(made, 1))
+    (index,) = next(iter(MixtureBatchSampler(made.dataset, 1)))
+    expected = made.collate([made.dataset[index]])
+    assert_same([expected], [collate([dataset[index]])])

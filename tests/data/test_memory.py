@@ -49,12 +49,12 @@ def write(directory: Path, samples: int, shards: int, edge: int) -> int:
 
 @pytest.mark.skipif(not STATUS.exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize(
-    ("samples", "shards", "edge", "window"),
+    ("samples", "shards", "edge", "shuffle_buffer"),
     [(4000, 1, 64, 100), pytest.param(200_000, 100, 32, 1000, marks=pytest.mark.slow)],
 )
 def test_memory_does_not_grow_with_the_data(tmp_path, samples, shards, edge, window):
     size = write(tmp_path, samples, shards, edge)
-    stream = TarDataset(str(tmp_path / "*.tar")).stream(seed=0, window=window)
+    stream = TarDataset(str(tmp_path / "*.tar")).stream(seed=0, shuffle_buffer=window)
     began = time.perf_counter()
     found: list[float] = []
     seen: set[str] = set()

@@ -52,10 +52,10 @@ def test_the_same_by_recipe_and_by_words(file, shard, table, tmp_path):
             open_dataset(shards=[f"{tmp_path}/*.tar"]),
             open_from_cli(f"{tmp_path}/*.tar"),
         ),
-        (ArrowDataset, open_dataset(table=str(table)), open_from_cli(str(table))),
+        (ArrowDataset, open_dataset(hf_dataset=str(table)), open_from_cli(str(table))),
         (
             ArrowDataset,
-            open_dataset(table=str(table), split="dev", images=images),
+            open_dataset(hf_dataset=str(table), split="dev", images=images),
             open_from_cli(str(table), ["split=dev", f"images={images}"]),
         ),
     ]
@@ -75,7 +75,7 @@ def test_a_dataset_with_options():
     assert one[:20] != open_dataset(dataset="easy_vqa", style="joined")[:20]
 
 
-@pytest.mark.parametrize("given", [{}, {"file": "a.json", "table": "t"}])
+@pytest.mark.parametrize("given", [{}, {"file": "a.json", "hf_dataset": "t"}])
 def test_one_origin(given):
     with pytest.raises(InputError, match="Give one of dataset, file, shards and table"):
         open_dataset(**given)

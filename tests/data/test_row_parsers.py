@@ -47,7 +47,7 @@ def test_text_is_what_the_authors_training_code_makes_of_it(case, tmp_path):
     if any("<|image|>" in turn["value"] for turn in case["conversation"]):
         row["image"] = "a.png"
     (sample,) = JsonDataset(llava(tmp_path / "talks.json", row))
-    assert texts(sample) == [turn["value"] for turn in case["train"]["sources"]]
+    assert texts(sample) == [turn["value"] for turn in case["train"]["datasets"]]
 
 
 @pytest.mark.parametrize("mark", ["<image>", "<|image|>"])

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from owl2.cli import main
-from owl2.data.show import show
+from owl2.data.show import show_samples
 from owl2.errors import InputError
 
 
@@ -33,7 +33,7 @@ def talks(tmp_path):
 def test_learned_words_are_green_and_others_are_not(checkpoint, talks):
     console = Console(force_terminal=True, color_system="standard", width=300, record=True)
     with console.capture() as capture:
-        show(str(checkpoint), str(talks), [], 2, console)
+        show_samples(str(checkpoint), str(talks), [], 2, console)
     shown = capture.get()
     assert shown.count("\x1b[1;32m red</s>") == 2
     assert "\x1b[2mUSER: <|image|>×5\nwhat color? ASSISTANT:" in shown.replace(
@@ -66,11 +66,11 @@ def mixed(tmp_path):
 
 def shown(checkpoint, source, count, **options) -> str:
     console = Console(file=io.StringIO(), width=500)
-    show(str(checkpoint), str(source), [], count, console, **options)
+    show_samples(str(checkpoint), str(source), [], count, console, **options)
     return console.file.getvalue()
 
 
-def test_without_colours_learned_words_are_in_brackets(checkpoint, mixed):
+def test_without_colors_learned_words_are_in_brackets(checkpoint, mixed):
     text = shown(checkpoint, mixed, 1)
     assert "<s>USER: what is <b>0</b>? ASSISTANT:⟦ number 0 & more</s>⟧\n" in text
     assert text.endswith("1 of 10 samples; ⟦this⟧ is learned, the rest is given\n")

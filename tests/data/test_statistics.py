@@ -12,32 +12,32 @@ from PIL import Image
 from rich.console import Console
 
 from owl2.data.validate.statistics import (
-    Seen,
-    Tally,
-    batches,
+    SampleStats,
+    DatasetStats,
+    batch_padding,
     clipped,
     padding_share,
     plot_statistics,
-    sources_table,
+    dataset_table,
     spread,
     spread_table,
 )
 from owl2.errors import ErrorCode
 
 
-def some(number: int, seed: int = 0) -> list[Seen]:
+def some(number: int, seed: int = 0) -> list[SampleStats]:
     chance = Random(seed)
     made = []
     for _ in range(number):
         images = chance.choice([0, 1, 1, 3])
         sizes = tuple((chance.randint(1, 2000), chance.randint(1, 2000)) for _ in range(images))
         tokens = int(chance.lognormvariate(4, 1)) + 2
-        made.append(Seen(2, images, tokens, tokens // 2, tokens > 100, sizes))
+        made.append(SampleStats(2, images, tokens, tokens // 2, tokens > 100, sizes))
     return made
 
 
-def tally_of(seen: list[Seen]) -> Tally:
-    tally = Tally()
+def tally_of(seen: list[SampleStats]) -> DatasetStats:
+    tally = DatasetStats()
     for one in seen:
         tally.add(one)
     return tally
@@ -58,28 +58,28 @@ def test_spread_is_that_of_the_values(number):
 def test_parts_add_up_to_the_whole():
     seen = some(300)
     whole = tally_of(seen)
-    whole.bad[ErrorCode.INVALID_ROLE] += 3
+    whole.invalid[ErrorCode.INVALID_ROLE] += 3
     parts = [tally_of(seen[start : start + 70]) for start in range(0, 300, 70)]
-    parts[1].bad[ErrorCode.INVALID_ROLE] += 1
-    parts[4].bad[ErrorCode.INVALID_ROLE] += 2
-    added = Tally()
+    parts[1].invalid[ErrorCode.INVALID_ROLE] += 1
+    parts[4].invalid[ErrorCode.INVALID_ROLE] += 2
+    added = DatasetStats()
     for part in parts:
         added.merge(part)
     assert added == whole
     assert (added.rows, added.usable) == (303, 300)
-    assert added.cut == sum(one.tokens > 100 for one in seen)
-    assert added.edges.total() == added.images[1] + 3 * added.images[3]
+    assert added.truncated == sum(one.tokens > 100 for one in seen)
+    assert added.image_edge.total() == added.images[1] + 3 * added.images[3]
 
 
 def test_the_summary_is_json_and_names_all():
     tally = tally_of(some(50))
-    tally.bad[ErrorCode.INVALID_ROLE] += 1
+    tally.invalid[ErrorCode.INVALID_ROLE] += 1
     summary = json.loads(json.dumps(tally.summary()))
-    assert (summary["rows"], summary["usable"], summary["bad"]) == (51, 50, 1)
-    assert summary["bad_by_kind"] == {ErrorCode.INVALID_ROLE: 1}
+    assert (summary["rows"], summary["usable"], summary["invalid"]) == (51, 50, 1)
+    assert summary["invalid_by_code"] == {ErrorCode.INVALID_ROLE: 1}
     ratios = [w / h for one in some(50) for w, h in one.sizes]
-    assert summary["width_to_height"]["median"] == pytest.approx(np.median(ratios), rel=0.1)
-    assert Tally().summary()["cut_share"] == 0
+    assert summary["aspect_ratio"]["median"] == pytest.approx(np.median(ratios), rel=0.1)
+    assert DatasetStats().summary()["truncated_share"] == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -98,27 +98,29 @@ def test_padding_is_what_batches_at_random_have(batch_size):
 def test_packing_leaves_little_and_lengths_are_cut():
     lengths = Counter({10: 90, 500: 10})
     assert clipped(lengths, 100) == {10: 90, 100: 10}
-    shares = batches(lengths, 100, 32)
+    shares = batch_padding(lengths, 100, 32)
     assert shares["batch_size"] == 32
     assert shares["padded"] > 0.7
     assert shares["packed"] < 0.2
-    assert batches(lengths, 100, 32) == shares
-    assert batches({50: 9}, 100, 2) == {"batch_size": 2, "padded": 0, "packed": 0}
-    assert batches(Counter(), 100, 2)["padded"] == 0
+    assert batch_padding(lengths, 100, 32) == shares
+    assert batch_padding({50: 9}, 100, 2) == {"batch_size": 2, "padded": 0, "packed": 0}
+    assert batch_padding(Counter(), 100, 2)["padded"] == 0
 
 
 def test_tables_say_the_numbers():
-    tally = tally_of([Seen(2, 1, 117, 30, True, ((640, 480),)), Seen(4, 0, 1200, 40)])
-    tally.bad[ErrorCode.INVALID_ROLE] += 7
+    tally = tally_of([SampleStats(2, 1, 117, 30, True, ((640, 480),)), SampleStats(4, 0, 1200, 40)])
+    tally.invalid[ErrorCode.INVALID_ROLE] += 7
     console = Console(file=io.StringIO(), width=120)
-    console.print(sources_table({"mine": tally}), spread_table(tally))
+    console.print(dataset_table({"mine": tally}), spread_table(tally))
     text = console.file.getvalue()
     cells = [cell.strip() for cell in next(x for x in text.splitlines() if "mine" in x).split("│")]
     assert cells[1:-1] == ["mine", "9", "2", "7", "1", "1,317", "70", "1"]
     assert "658.5" in text and "640" in text
 
 
-@pytest.mark.parametrize("seen", [[], some(1), some(300), [Seen(2, 0, 5, 2), Seen(2, 0, 10**6, 2)]])
+@pytest.mark.parametrize(
+    "seen", [[], some(1), some(300), [SampleStats(2, 0, 5, 2), SampleStats(2, 0, 10**6, 2)]]
+)
 def test_the_plot(tmp_path, seen):
     path = tmp_path / "statistics.png"
     assert plot_statistics(path, tally_of(seen), "a $title_", 100)
@@ -127,5 +129,5 @@ def test_the_plot(tmp_path, seen):
 
 def test_without_matplotlib_nothing_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not plot_statistics(tmp_path / "statistics.png", Tally(), "", None)
+    assert not plot_statistics(tmp_path / "statistics.png", DatasetStats(), "", None)
     assert not list(tmp_path.iterdir())

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from owl2 import cli
-from owl2.data.validate.command import limit_of, named
-from owl2.data.validate.validator import Judge
+from owl2.data.validate.command import effective_max_length, unique_names
+from owl2.data.validate.validator import SampleValidator
 from owl2.errors import ErrorCode
 from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, save_checkpoint, write_talks
 
@@ -42,7 +42,7 @@ def test_the_command_tells_by_its_exit_code(owl2, checkpoint, talks, tmp_path):
     code, out, err = owl2(*options, talks, f"images={tmp_path}", "--output", tmp_path / "out")
     assert (code, err) == (1, "")
     assert f"{len(BAD)} rows are bad" in out
-    assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == len(BAD)
+    assert len((tmp_path / "out" / "invalid_samples.jsonl").read_text().splitlines()) == len(BAD)
     talks.write_text(json.dumps([ROWS[0][0]]))
     code, out, err = owl2(*options, talks)
     assert (code, err) == (0, "")
@@ -51,13 +51,13 @@ def test_the_command_tells_by_its_exit_code(owl2, checkpoint, talks, tmp_path):
 
 
 def test_the_command_after_an_interrupt(owl2, checkpoint, talks, monkeypatch):
-    look = Judge.look
+    look = SampleValidator.look
 
     def interrupted(self, sample: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)
         return look(self, sample)
 
-    monkeypatch.setattr(Judge, "look", interrupted)
+    monkeypatch.setattr(SampleValidator, "look", interrupted)
     code, out, err = owl2("--model", checkpoint, talks, "--workers", 1)
     assert (code, err) == (130, "")
     assert "Stopped: these are the first 1 rows" in out
@@ -79,13 +79,13 @@ def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
     path.write_text(json.dumps(recipe))
     assert owl2(path, "--output", tmp_path / "out", "--workers", 2)[0] == 1
     facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
-    assert list(facts["sources"]) == [str(talks), f"{talks} (2)"]
-    assert (facts["max_length"], facts["batches"]["batch_size"]) == (MAX_LENGTH, 3)
-    assert facts["all"]["bad"] == 2 * len(BAD)
+    assert list(facts["datasets"]) == [str(talks), f"{talks} (2)"]
+    assert (facts["max_length"], facts["padding"]["batch_size"]) == (MAX_LENGTH, 3)
+    assert facts["all"]["invalid"] == 2 * len(BAD)
     owl2(path, "max_length=4000", "--output", tmp_path / "out", "--workers", 1)
     facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
     assert facts["max_length"] == 4000
-    assert ErrorCode.TOO_LONG not in facts["all"]["bad_by_kind"]
+    assert ErrorCode.TOO_LONG not in facts["all"]["invalid_by_code"]
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_wrong_usage(owl2, checkpoint, talks, tmp_path, monkeypatch, arguments, 
 
 
 def test_the_limit_is_the_models_context(checkpoint, owl2, talks):
-    assert limit_of(str(checkpoint), None) is None
-    assert limit_of(str(checkpoint), 7) == 7
+    assert effective_max_length(str(checkpoint), None) is None
+    assert effective_max_length(str(checkpoint), 7) == 7
     config = {"model_type": "mplug_owl2", "max_position_embeddings": MAX_LENGTH}
     config |= {"visual_config": {"visual_abstractor": {"num_learnable_queries": 4}}}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    assert limit_of(str(checkpoint), None) == MAX_LENGTH
+    assert effective_max_length(str(checkpoint), None) == MAX_LENGTH
     code, out, _ = owl2("--model", checkpoint, talks, "--workers", 1)
     assert code == 1
     assert "are cut to 40 tokens" in out
@@ -122,4 +122,4 @@ def test_the_limit_is_the_models_context(checkpoint, owl2, talks):
 
 
 def test_names_of_sources():
-    assert list(named((name, []) for name in "abaa")) == ["a", "b", "a (2)", "a (3)"]
+    assert list(unique_names((name, []) for name in "abaa")) == ["a", "b", "a (2)", "a (3)"]

@@ -16,9 +16,9 @@ from owl2.data.json_dataset import JsonDataset
 from owl2.data.mixture import Mixture, MixtureSource, SampleIndex
 from owl2.data.open_dataset import open_dataset
 from owl2.data.sample import InvalidSample
-from owl2.data.validate import command as check_module
-from owl2.data.validate.command import check, named
-from owl2.data.validate.validator import Judge, Rules, context, mark_of
+from owl2.data.validate import command
+from owl2.data.validate.command import unique_names, validate_datasets
+from owl2.data.validate.validator import SampleValidator, ValidationConfig, mp_context, sample_hash
 from owl2.data.webdataset import TarDataset
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
@@ -44,9 +44,9 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def run(load, sources, rules: Rules | None = None, **options):
-    options = {"workers": 1, "console": quiet()} | options
-    return check(sources, load(), rules or Rules(MAX_LENGTH), **options)
+def run(load, sources, rules: ValidationConfig | None = None, **options):
+    options = {"num_workers": 1, "console": quiet()} | options
+    return validate_datasets(sources, load(), rules or ValidationConfig(MAX_LENGTH), **options)
 
 
 def faults(findings) -> dict[str, str]:
@@ -59,8 +59,8 @@ def faults(findings) -> dict[str, str]:
 def test_every_kind_of_bad_row_is_listed(load, talks):
     findings = run(load, {"talks": JsonDataset(talks)})
     assert faults(findings) == BAD
-    tally = findings.all
-    assert (tally.rows, tally.usable, tally.cut) == (len(ROWS), len(ROWS) - len(BAD), 1)
+    tally = findings.total
+    assert (tally.rows, tally.usable, tally.truncated) == (len(ROWS), len(ROWS) - len(BAD), 1)
     assert findings.duplicates == 1
 
 
@@ -114,7 +114,7 @@ def shards(tmp_path, talks):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_shards(load, shards, workers):
-    findings = run(load, {"web": TarDataset(str(shards))}, workers=workers)
+    findings = run(load, {"web": TarDataset(str(shards))}, num_workers=workers)
     places = [(Path(bad.source).name, bad.code) for _, bad in findings.first]
     assert places[:3] == [
         ("0.tar, b", ErrorCode.BROKEN_IMAGE),
@@ -122,7 +122,7 @@ def test_shards(load, shards, workers):
         ("1.tar, c", ErrorCode.EMPTY_MESSAGE),
     ]
     assert places[-1][0] == "2.tar"
-    assert findings.tallies["web"].images[1] == findings.all.usable >= 3
+    assert findings.stats["web"].images[1] == findings.total.usable >= 3
 
 
 def test_shards_without_a_sample_are_not_clean(load, tmp_path):
@@ -141,30 +141,30 @@ def test_tables(load, tmp_path, talks):
     }
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table.save_to_disk(tmp_path / "table")
-    findings = run(load, {"": open_dataset(table=str(tmp_path / "table"))}, workers=2)
+    findings = run(load, {"": open_dataset(hf_dataset=str(tmp_path / "table"))}, num_workers=2)
     assert faults(findings) == {"row 2": ErrorCode.BROKEN_IMAGE, "row 3": ErrorCode.EMPTY_MESSAGE}
 
 
 def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatch):
-    monkeypatch.setattr("owl2.data.validate.validator.ROWS_A_UNIT", 3)
+    monkeypatch.setattr("owl2.data.validate.validator.ROWS_PER_ITEM", 3)
     results = []
     for workers in (1, 3):
         output = tmp_path / f"out{workers}"
         run(
             load,
-            named([("a", JsonDataset(talks)), ("a", JsonDataset(talks))]),
-            workers=workers,
+            unique_names([("a", JsonDataset(talks)), ("a", JsonDataset(talks))]),
+            num_workers=workers,
             output=output,
         )
         facts = json.loads((output / "statistics.json").read_text(encoding="utf-8"))
-        assert facts.pop("workers") == workers
+        assert facts.pop("num_workers") == workers
         assert facts.pop("seconds") > 0
-        results.append((facts, (output / "bad_rows.jsonl").read_text(encoding="utf-8")))
+        results.append((facts, (output / "invalid_samples.jsonl").read_text(encoding="utf-8")))
         assert (output / "statistics.png").stat().st_size > 10_000
     assert results[0] == results[1]
     facts, rows = results[0]
-    assert facts["all"]["bad_by_kind"][ErrorCode.INVALID_ROLE] == 6
-    assert facts["sources"]["a"] == facts["sources"]["a (2)"]
+    assert facts["all"]["invalid_by_code"][ErrorCode.INVALID_ROLE] == 6
+    assert facts["datasets"]["a"] == facts["datasets"]["a (2)"]
     assert facts["complete"] is True
     lines = [json.loads(line) for line in rows.splitlines()]
     assert [line["data"] for line in lines] == ["a"] * len(BAD) + ["a (2)"] * len(BAD)
@@ -179,11 +179,11 @@ def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatc
 
 def test_the_terminal_shows_the_first_and_counts_all(load, talks):
     console = quiet()
-    sources = named([("a", JsonDataset(talks)), ("a", JsonDataset(talks))])
+    sources = unique_names([("a", JsonDataset(talks)), ("a", JsonDataset(talks))])
     run(load, sources, console=console)
     shown = console.file.getvalue()
     assert f"{talks}, row 2: No image at" in shown
-    assert f"... and {2 * len(BAD) - check_module.SHOWN} more" in shown
+    assert f"... and {2 * len(BAD) - command.SHOWN} more" in shown
     assert "6  placeholder count" in shown
     assert f"{2 * len(BAD)} rows are bad" in shown
     assert "2 samples (33.3%) are cut to 40 tokens" in shown
@@ -201,33 +201,33 @@ def test_images_behind_urls_are_counted_but_not_fetched(load, tmp_path, monkeypa
     path.write_text(json.dumps([row("<image>what?", "https://example.org/a.png")]))
     console = quiet()
     findings = run(load, {"": JsonDataset(path)}, console=console)
-    assert (findings.all.unopened, findings.all.bad.total()) == (1, 0)
-    assert findings.all.images == {1: 1}
+    assert (findings.total.unchecked_images, findings.total.invalid.total()) == (1, 0)
+    assert findings.total.images == {1: 1}
     assert "1 images were not looked at; --fetch" in console.file.getvalue()
-    asked = run(load, {"": JsonDataset(path)}, Rules(MAX_LENGTH, fetch=True))
-    assert asked.all.bad == {ErrorCode.MISSING_IMAGE: 1}
+    asked = run(load, {"": JsonDataset(path)}, ValidationConfig(MAX_LENGTH, fetch_urls=True))
+    assert asked.total.invalid == {ErrorCode.MISSING_IMAGE: 1}
 
 
 def test_without_opening_images_only_texts_are_judged(load, talks):
-    findings = run(load, {"": JsonDataset(talks)}, Rules(MAX_LENGTH, open_images=False))
+    findings = run(load, {"": JsonDataset(talks)}, ValidationConfig(MAX_LENGTH, check_images=False))
     images = (ErrorCode.MISSING_IMAGE, ErrorCode.BROKEN_IMAGE, ErrorCode.IMAGE_TOO_LARGE)
     assert set(faults(findings).values()) == set(BAD.values()) - set(images)
-    assert findings.all.unopened == 6
-    assert not findings.all.edges
+    assert findings.total.unchecked_images == 6
+    assert not findings.total.image_edge
 
 
 def test_sizes_are_those_of_the_files(load, talks):
-    tally = run(load, {"": JsonDataset(talks)}).all
-    assert tally.edges == {30: 2}
-    assert tally.summary()["width_to_height"]["median"] == pytest.approx(1.5, rel=0.02)
+    tally = run(load, {"": JsonDataset(talks)}).total
+    assert tally.image_edge == {30: 2}
+    assert tally.summary()["aspect_ratio"]["median"] == pytest.approx(1.5, rel=0.02)
 
 
 def test_same_words_with_another_image_are_another_sample():
     def marks(*images: object) -> set[int]:
         parts = [{"type": "image", "image": image} for image in images]
-        return {mark_of([{"role": "user", "content": [part]}]) for part in parts}
+        return {sample_hash([{"role": "user", "content": [part]}]) for part in parts}
 
-    one, other = (Image.new("RGB", (2, 2), colour) for colour in ("red", "blue"))
+    one, other = (Image.new("RGB", (2, 2), color) for color in ("red", "blue"))
     assert len(marks("a.png", "b.png", b"a", b"b", one, other)) == 6
     assert len(marks(b"a", b"a")) == len(marks(one, one.copy())) == 1
 
@@ -237,8 +237,8 @@ def test_same_words_with_another_image_are_another_sample():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("owl2.data.validate.validator.ROWS_A_UNIT", 2)
-    add = check_module._Progress.add
+    monkeypatch.setattr("owl2.data.validate.validator.ROWS_PER_ITEM", 2)
+    add = command._Progress.add
     before = signal.getsignal(signal.SIGINT)
 
     def interrupted(self, *counts: int) -> None:
@@ -246,21 +246,21 @@ def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, w
         if self._done == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(check_module._Progress, "add", interrupted)
-    many = named([("talks", JsonDataset(talks))] * 30)
-    findings = run(load, many, workers=workers, output=tmp_path / "out")
+    monkeypatch.setattr(command._Progress, "add", interrupted)
+    many = unique_names([("talks", JsonDataset(talks))] * 30)
+    findings = run(load, many, num_workers=workers, output=tmp_path / "out")
     assert not findings.finished
-    assert 4 <= findings.all.rows < 30 * len(ROWS)
-    lines = (tmp_path / "out" / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == findings.all.bad.total() >= 3
+    assert 4 <= findings.total.rows < 30 * len(ROWS)
+    lines = (tmp_path / "out" / "invalid_samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == findings.total.invalid.total() >= 3
     facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
     assert facts["complete"] is False
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_interrupt_stops_at_once():
-    stop = context().Event()
-    with pytest.raises(KeyboardInterrupt), check_module._stopped_by_interrupt(stop):
+    stop = mp_context().Event()
+    with pytest.raises(KeyboardInterrupt), command._stopped_by_interrupt(stop):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
         os.kill(os.getpid(), signal.SIGINT)
@@ -271,10 +271,10 @@ def test_a_worker_that_dies_is_no_hanging(load, talks, monkeypatch):
     def die(self, sample: object) -> None:
         os._exit(9)
 
-    monkeypatch.setattr("owl2.data.validate.validator.ROWS_A_UNIT", 2)
-    monkeypatch.setattr(Judge, "look", die)
+    monkeypatch.setattr("owl2.data.validate.validator.ROWS_PER_ITEM", 2)
+    monkeypatch.setattr(SampleValidator, "look", die)
     with pytest.raises(InputError, match="fewer --workers"):
-        run(load, {"": JsonDataset(talks)}, workers=2)
+        run(load, {"": JsonDataset(talks)}, num_workers=2)
 
 
 def test_an_output_that_cannot_be_written(load, talks):

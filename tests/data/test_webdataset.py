@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from owl2.data.sample import InvalidSample, Sample
-from owl2.data.tar_stream import Files
+from owl2.data.webdataset import Files
 from owl2.data.webdataset import TarDataset, _sample, is_shard_url
 from owl2.errors import InputError
 from owl2.processing.chat_template import content_to_text, parse_messages
@@ -47,22 +47,22 @@ def test_all_samples_once_in_order(shards):
     assert samples[11].source == f"{shards.urls[1]}, 000011"
 
 
-@pytest.mark.parametrize("window", [1, 7, 10, 40, 1000])
+@pytest.mark.parametrize("shuffle_buffer", [1, 7, 10, 40, 1000])
 def test_an_epoch_has_every_sample_once(shards, window):
-    drawn = numbers(shards.stream(seed=0, window=window), 120)
+    drawn = numbers(shards.stream(seed=0, shuffle_buffer=window), 120)
     epochs = [drawn[:40], drawn[40:80], drawn[80:]]
     assert [sorted(epoch) for epoch in epochs] == [list(range(40))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_the_order_depends_on_the_seed_alone(shards):
-    first, again = (numbers(shards.stream(seed=3, window=8), 90) for _ in range(2))
+    first, again = (numbers(shards.stream(seed=3, shuffle_buffer=8), 90) for _ in range(2))
     assert first == again
-    assert first != numbers(shards.stream(seed=4, window=8), 90)
+    assert first != numbers(shards.stream(seed=4, shuffle_buffer=8), 90)
 
 
 def test_a_window_of_one_leaves_each_shard_in_order(shards):
-    drawn = numbers(shards.stream(seed=0, window=1), 40)
+    drawn = numbers(shards.stream(seed=0, shuffle_buffer=1), 40)
     whole = [list(range(*ends)) for ends in [(0, 11), (11, 14), (14, 31), (31, 40)]]
     starts = sorted((drawn.index(shard[0]), shard) for shard in whole)
     assert drawn == [place for _, shard in starts for place in shard]
@@ -70,7 +70,7 @@ def test_a_window_of_one_leaves_each_shard_in_order(shards):
 
 def test_windows_are_shuffled_each_in_another_way(tmp_path):
     shards = TarDataset(str(write_tar(tmp_path / "a.tar", captions(range(40)))))
-    drawn = numbers(shards.stream(seed=0, window=10), 40)
+    drawn = numbers(shards.stream(seed=0, shuffle_buffer=10), 40)
     orders = [tuple(place % 10 for place in drawn[at : at + 10]) for at in range(0, 40, 10)]
     assert [sorted(drawn[at : at + 10]) for at in range(0, 40, 10)] == [
         list(range(at, at + 10)) for at in range(0, 40, 10)
@@ -81,12 +81,12 @@ def test_windows_are_shuffled_each_in_another_way(tmp_path):
 # ------------------------------------------------------------------ ranks
 
 
-@pytest.mark.parametrize("world", [2, 3, 5, 7, 12])
+@pytest.mark.parametrize("world_size", [2, 3, 5, 7, 12])
 def test_ranks_share_every_epoch(shards, world):
     """More shards than ranks, as many, and fewer: no sample twice, none missing."""
     seen: list[tuple[int, int]] = []
     for rank in range(world):
-        for sample, state in shards.stream(seed=1, window=6, rank=rank, world=world):
+        for sample, state in shards.stream(seed=1, shuffle_buffer=6, rank=rank, world_size=world):
             if state["epoch"] >= 4:  # a rank whose shards are empty passes over an epoch
                 break
             seen.append((state["epoch"], number(sample)))
@@ -95,13 +95,15 @@ def test_ranks_share_every_epoch(shards, world):
 
 def test_what_is_left_over_goes_to_each_rank_in_turn(tmp_path):
     shards = TarDataset(str(write_shards(tmp_path, [4] * 3) / "*.tar"))
-    streams = (shards.stream(seed=0, window=2, rank=rank, world=2) for rank in range(2))
+    streams = (
+        shards.stream(seed=0, shuffle_buffer=2, rank=rank, world_size=2) for rank in range(2)
+    )
     # In two epochs of three shards each of two ranks has three.
     ends = [[state["epoch"] for _, state in islice(stream, 13)] for stream in streams]
     assert [epochs.count(0) + epochs.count(1) for epochs in ends] == [12, 12]
     one = TarDataset(str(tmp_path / "000.tar"))
     # In eight epochs of one shard of four each of eight ranks has four samples.
-    streams = (one.stream(seed=0, window=2, rank=rank, world=8) for rank in range(8))
+    streams = (one.stream(seed=0, shuffle_buffer=2, rank=rank, world_size=8) for rank in range(8))
     ends = [[state["epoch"] for _, state in islice(stream, 5)] for stream in streams]
     assert [sum(epoch < 8 for epoch in epochs) for epochs in ends] == [4] * 8
 
@@ -109,10 +111,10 @@ def test_what_is_left_over_goes_to_each_rank_in_turn(tmp_path):
 # ------------------------------------------------------------------ going on
 
 
-@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (0, 5), (5, 7)])
-@pytest.mark.parametrize("window", [1, 4, 13, 100])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (0, 5), (5, 7)])
+@pytest.mark.parametrize("shuffle_buffer", [1, 4, 13, 100])
 def test_going_on_anywhere_gives_what_would_have_come(shards, rank, world, window):
-    settings = {"seed": 2, "window": window, "rank": rank, "world": world}
+    settings = {"seed": 2, "shuffle_buffer": window, "rank": rank, "world_size": world}
     whole = list(islice(shards.stream(**settings), 100))
     for after in Random(window).sample(range(1, 90), 25):
         state = json.loads(json.dumps(whole[after - 1][1]))
@@ -123,41 +125,43 @@ def test_going_on_anywhere_gives_what_would_have_come(shards, rank, world, windo
 def test_going_on_opens_no_shard_before_the_window(tmp_path):
     directory = write_shards(tmp_path, [10] * 5)
     shards = TarDataset(str(directory / "*.tar"))
-    whole = list(islice(shards.stream(seed=0, window=4), 50))
+    whole = list(islice(shards.stream(seed=0, shuffle_buffer=4), 50))
     # All of the fourth and fifth shard; windows of four do not fit tens.
     _, state = whole[35]
     for url in {sample.source.split(",")[0] for sample, _ in whole[:28]}:
         open(url, "w").close()
-    rest = list(islice(shards.stream(seed=0, window=4, state=state), 8))
+    rest = list(islice(shards.stream(seed=0, shuffle_buffer=4, state=state), 8))
     assert rest == whole[36:44]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"window": 5}, {"rank": 1}, {"world": 3}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"shuffle_buffer": 5}, {"rank": 1}, {"world_size": 3}]
+)
 def test_a_position_of_another_stream_is_refused(shards, change):
-    settings = {"seed": 0, "window": 4, "rank": 0, "world": 2}
+    settings = {"seed": 0, "shuffle_buffer": 4, "rank": 0, "world_size": 2}
     _, state = next(shards.stream(**settings))
     with pytest.raises(InputError, match=r"was saved with seed 0, .* now it is"):
         shards.stream(**settings | change, state=state)
 
 
 def test_a_position_in_other_shards_is_refused(shards, tmp_path):
-    _, state = next(shards.stream(seed=0, window=4))
+    _, state = next(shards.stream(seed=0, shuffle_buffer=4))
     other = TarDataset(str(write_shards(tmp_path, [3]) / "*.tar"))
     with pytest.raises(InputError, match=r"shards 5; now it is .* shards 1"):
-        other.stream(seed=0, window=4, state=state)
+        other.stream(seed=0, shuffle_buffer=4, state=state)
 
 
-@pytest.mark.parametrize("change", [{"window": 0}, {"rank": 2}, {"rank": -1}])
+@pytest.mark.parametrize("change", [{"shuffle_buffer": 0}, {"rank": 2}, {"rank": -1}])
 def test_no_such_stream(shards, change):
     with pytest.raises(InputError, match="No stream has"):
-        shards.stream(**{"seed": 0, "window": 4, "rank": 0, "world": 2} | change)
+        shards.stream(**{"seed": 0, "shuffle_buffer": 4, "rank": 0, "world_size": 2} | change)
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_shards_without_a_sample_are_not_read_forever(tmp_path, world):
     shards = TarDataset(str(write_shards(tmp_path, [0, 0]) / "*.tar"))
     with pytest.raises(InputError, match="There is no sample in"):
-        next(shards.stream(seed=0, window=4, world=world))
+        next(shards.stream(seed=0, shuffle_buffer=4, world_size=world))
 
 
 def test_the_next_window_is_read_while_this_one_is_used(tmp_path, monkeypatch):
@@ -170,7 +174,7 @@ def test_the_next_window_is_read_while_this_one_is_used(tmp_path, monkeypatch):
         return _sample(source, files)
 
     monkeypatch.setattr("owl2.data.webdataset._sample", reading)
-    counts = [len(read) for _ in islice(shards.stream(seed=0, window=10), 25)]
+    counts = [len(read) for _ in islice(shards.stream(seed=0, shuffle_buffer=10), 25)]
     assert counts[:12] == [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22]
     assert max(later - earlier for earlier, later in pairwise(counts)) == 1
 
@@ -217,17 +221,17 @@ def test_json_may_hold_a_conversation(tmp_path):
 def test_several_images_come_by_number(tmp_path):
     image = {"type": "image"}
     turns = [{"role": "user", "content": [image] * 3}, {"role": "assistant", "content": "a fox"}]
-    colours = [image(colour) for colour in ("red", "green", "blue")]
+    colors = [image(color) for color in ("red", "green", "blue")]
     sample = one(
         tmp_path,
-        ("a.10.jpg", colours[2]),
+        ("a.10.jpg", colors[2]),
         row(messages=turns),
-        ("a.1.png", colours[1]),
-        ("a.0.webp", colours[0]),
+        ("a.1.png", colors[1]),
+        ("a.0.webp", colors[0]),
         ("a.cls", b"5"),
         ("a.seg.png", PNG),
     )
-    assert list(parse_messages(sample.messages).images) == colours
+    assert list(parse_messages(sample.messages).images) == colors
 
 
 def test_a_conversation_needs_no_image(tmp_path):
@@ -275,7 +279,7 @@ def test_a_bad_sample_stands_in_its_place(tmp_path, files, reason):
     assert number(sample) == 1
     assert any(
         isinstance(drawn, InvalidSample)
-        for drawn, _ in islice(TarDataset([str(path)]).stream(seed=0, window=2), 2)
+        for drawn, _ in islice(TarDataset([str(path)]).stream(seed=0, shuffle_buffer=2), 2)
     )
 
 

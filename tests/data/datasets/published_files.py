@@ -30,13 +30,13 @@ def put_lines(folder: Path, name: str, rows: Iterable[Any]) -> Path:
 def split_up(items: Iterable[Sample | SkippedRows]) -> tuple[list[Sample], dict[str, int]]:
     """The samples, all of which training takes, and what was left out by reason."""
     samples: list[Sample] = []
-    left_out: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for item in items:
         if isinstance(item, SkippedRows):
-            left_out[item.reason] += item.count
+            skipped[item.reason] += item.count
         else:
             samples.append(validated(item))
-    return samples, dict(left_out)
+    return samples, dict(skipped)
 
 
 def told(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
@@ -51,6 +51,6 @@ def told(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
 def told_all(
     items: Iterable[Sample | SkippedRows],
 ) -> list[tuple[str | None, list[tuple[str, str]]]]:
-    samples, left_out = split_up(items)
-    assert left_out == {}
+    samples, skipped = split_up(items)
+    assert skipped == {}
     return [told(sample) for sample in samples]

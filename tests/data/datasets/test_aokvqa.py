@@ -2,7 +2,7 @@ from random import Random
 
 import pytest
 
-from owl2.data.datasets.aokvqa import another_order, aokvqa
+from owl2.data.datasets.aokvqa import different_order, aokvqa
 from owl2.errors import InputError
 from tests.data.datasets.published_files import LETTER, SHORT, put, split_up, told_all
 
@@ -66,16 +66,16 @@ def test_forms_can_be_chosen(folder):
 @pytest.mark.parametrize("length", [2, 3, 4, 9])
 def test_another_order_is_another(length):
     for seed in range(30):
-        order = another_order(length, Random(seed))
+        order = different_order(length, Random(seed))
         assert order != list(range(length))
         assert sorted(order) == list(range(length))
 
 
 def test_no_direct_answer_is_counted(tmp_path):
     put(tmp_path, "aokvqa_v1p0_train.json", [question(direct_answers=[])])
-    samples, left_out = split_up(aokvqa(tmp_path))
+    samples, skipped = split_up(aokvqa(tmp_path))
     assert len(samples) == 2
-    assert left_out == {"questions without words or without an answer": 1}
+    assert skipped == {"questions without text or without an answer": 1}
 
 
 def test_val_apart_and_test_refused(tmp_path, folder):

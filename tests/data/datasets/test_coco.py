@@ -1,6 +1,6 @@
 import pytest
 
-from owl2.data.datasets.coco import coco_captions, coco_folder, coco_image
+from owl2.data.datasets.coco import coco_captions, coco_directory, coco_image
 from owl2.errors import InputError
 from tests.data.datasets.published_files import CAPTION, put, split_up, told, told_all
 
@@ -66,9 +66,9 @@ def test_instruction_is_one_caption_drawn_by_the_seed(folder):
 
 def test_blank_captions_are_counted(tmp_path):
     put(tmp_path, "captions_train2014.json", official((7, " "), (7, "a dog"), (9, "")))
-    samples, left_out = split_up(coco_captions(tmp_path))
+    samples, skipped = split_up(coco_captions(tmp_path))
     assert [told(sample)[1][0][1] for sample in samples] == ["a dog"]
-    assert left_out == {"captions without words": 2}
+    assert skipped == {"captions without text": 2}
 
 
 def karpathy(split: str, number: int, *captions: str) -> dict:
@@ -159,8 +159,8 @@ def test_unknown_style_and_test_split(folder):
 def test_names_of_images():
     assert coco_image(9, "train2014") == f"train2014/{NINE}"
     assert coco_image(9, "train2017") == "train2017/000000000009.jpg"
-    assert (coco_folder("val", 2014), coco_folder("train", 2017)) == ("val2014", "train2017")
+    assert (coco_directory("val", 2014), coco_directory("train", 2017)) == ("val2014", "train2017")
     with pytest.raises(InputError, match="spread over"):
-        coco_folder("val", 2017)
+        coco_directory("val", 2017)
     with pytest.raises(InputError, match="'2015' is no year"):
-        coco_folder("train", 2015)
+        coco_directory("train", 2015)

@@ -13,7 +13,7 @@ from owl2.data.datasets.easy_vqa import (
     EasyVqaQuestion,
     caption,
     easy_vqa,
-    images,
+    easy_vqa_images,
 )
 from owl2.data.sample import validated
 from owl2.errors import InputError
@@ -86,7 +86,7 @@ def test_joined_holds_all_questions_of_a_image_in_another_order():
 
 def test_joined_with_at_most_three_questions_holds_the_same_pairs():
     whole = {path_of(sample): sample for sample in easy_vqa("train", style="joined")}
-    parts = easy_vqa("train", style="joined", most=3)
+    parts = easy_vqa("train", style="joined", max_rounds=3)
     assert {len(pairs(part)) for part in parts} == {1, 2, 3}
     regrouped = {}
     for part in parts:
@@ -94,9 +94,11 @@ def test_joined_with_at_most_three_questions_holds_the_same_pairs():
     assert regrouped == {path: pairs(sample) for path, sample in whole.items()}
 
 
-@pytest.mark.parametrize("options", [{"most": 0}, {"most": "3"}, {"most": 3, "style": "single"}])
+@pytest.mark.parametrize(
+    "options", [{"max_rounds": 0}, {"max_rounds": "3"}, {"max_rounds": 3, "style": "single"}]
+)
 def test_a_wrong_most_is_refused(options):
-    with pytest.raises(InputError, match="most"):
+    with pytest.raises(InputError, match="max_rounds"):
         easy_vqa("train", **{"style": "joined"} | options)
 
 
@@ -162,10 +164,10 @@ def asked(*questions: tuple[str, str]) -> EasyVqaImage:
         ([("is there not a circle?", "yes")], "a shape."),
         ([("is there a circle?", "no"), ("is no triangle present?", "yes")], "a rectangle."),
         (
-            [(f"is there a {colour} shape?", "no") for colour in COLORS[1:]],
+            [(f"is there a {color} shape?", "no") for color in COLORS[1:]],
             f"a {COLORS[0]} shape.",
         ),
-        ([(f"is there a {colour} shape?", "no") for colour in COLORS[2:]], "a shape."),
+        ([(f"is there a {color} shape?", "no") for color in COLORS[2:]], "a shape."),
     ],
 )
 def test_caption_says_what_the_answers_tell(questions, expected):
@@ -186,12 +188,12 @@ def test_contradictions_are_refused(questions):
 
 
 def test_how_complete_the_captions_are():
-    words = [caption(image)[2:-1].split() for image in images("train")]
+    words = [caption(image)[2:-1].split() for image in easy_vqa_images("train")]
     told = Counter((bool({*said} & {*COLORS}), bool({*said} & {*SHAPES})) for said in words)
     assert told == {(True, True): 3578, (False, True): 259, (True, False): 134, (False, False): 29}
 
 
-def test_captions_name_the_colour_that_the_image_is_painted_in():
+def test_captions_name_the_color_that_the_image_is_painted_in():
     paint = {
         "black": (0, 0, 0),
         "blue": (0, 0, 255),
@@ -203,11 +205,11 @@ def test_captions_name_the_colour_that_the_image_is_painted_in():
         "yellow": (255, 255, 0),
     }
     compared = 0
-    for image in images("train")[::4]:
-        colour = caption(image).split()[1]
-        if colour in COLORS:
+    for image in easy_vqa_images("train")[::4]:
+        color = caption(image).split()[1]
+        if color in COLORS:
             counts = sorted(load_image(image.path).getcolors(64 * 64), reverse=True)
             shape_and_background = [value for _, value in counts[:2]]
-            assert paint[colour] in shape_and_background, image.path
+            assert paint[color] in shape_and_background, image.path
             compared += 1
     assert compared > 900

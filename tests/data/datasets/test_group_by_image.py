@@ -36,7 +36,7 @@ def test_a_conversation_a_image_in_order_of_appearance():
         ("3.jpg", ("c?", "")),
         ("2.jpg", ("d?", "4")),
     ]
-    samples, left_out = split_up(group_by_image(asked, Path("file.json")))
+    samples, skipped = split_up(group_by_image(asked, Path("file.json")))
     assert [told(sample) for sample in samples] == [
         ("2.jpg", [("<|image|>\na?", "1"), ("d?", "4")]),
         ("1.jpg", [("<|image|>\nb?", "2")]),
@@ -45,7 +45,7 @@ def test_a_conversation_a_image_in_order_of_appearance():
         "file.json, image 2.jpg",
         "file.json, image 1.jpg",
     ]
-    assert left_out == {"questions without words or without an answer": 2}
+    assert skipped == {"questions without text or without an answer": 2}
 
 
 def test_no_more_than_most_in_a_conversation():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from owl2.data.datasets.img2dataset import Shard, ranges, shards
+from owl2.data.datasets.img2dataset import Shard, shard_patterns, shards
 from owl2.errors import InputError
 from owl2.json_records import SkippedRows
 
@@ -59,17 +59,17 @@ def test_finished_shards_in_order(tmp_path):
     assert list(shards(tmp_path)) == list(shards(tmp_path, read=True)) == expected
 
 
-def test_what_is_not_finished_is_left_out(tmp_path):
+def test_what_is_not_finished_is_skipped(tmp_path):
     unfinished, cut, _, tiny, good = (put_shard(tmp_path, number) for number in range(5))
     unfinished.with_name("00000_stats.json").unlink()
     cut.write_bytes(cut.read_bytes()[:2048])
     put_shard(tmp_path, 2, pairs=0)
     tiny.write_bytes(b"")
     assert list(shards(tmp_path)) == [
-        SkippedRows("shards without statistics, so not finished"),
-        SkippedRows("shards cut short"),
+        SkippedRows("shards without statistics"),
+        SkippedRows("truncated shards"),
         SkippedRows("shards without a pair"),
-        SkippedRows("shards cut short"),
+        SkippedRows("truncated shards"),
         Shard(good, 2),
     ]
 
@@ -111,4 +111,4 @@ def test_folders_and_statistics_that_are_not_as_written(tmp_path):
     ],
 )
 def test_ranges(numbers, expected):
-    assert ranges([Path("d") / f"{number}.tar" for number in numbers]) == expected
+    assert shard_patterns([Path("d") / f"{number}.tar" for number in numbers]) == expected

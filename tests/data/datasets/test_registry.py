@@ -5,17 +5,17 @@ from owl2.errors import InputError
 
 
 def test_options_reach_the_dataset(monkeypatch):
-    def colours(split: str, *, bright: bool = False) -> list[str]:
+    def colors(split: str, *, bright: bool = False) -> list[str]:
         return [f"{split} {bright}"]
 
-    monkeypatch.setitem(DATASETS, "colours", colours)
-    assert load_dataset("colours") == ["train False"]
-    assert load_dataset("colours", "test", bright=True) == ["test True"]
+    monkeypatch.setitem(DATASETS, "colors", colors)
+    assert load_dataset("colors") == ["train False"]
+    assert load_dataset("colors", "test", bright=True) == ["test True"]
     with pytest.raises(InputError, match=r"'brigth' is no option .* Do you mean 'bright'"):
-        load_dataset("colours", brigth=True)
+        load_dataset("colors", brigth=True)
     for reserved in ("split", "name"):
         with pytest.raises(InputError, match=f"'{reserved}' is no option"):
-            load_dataset("colours", "train", **{reserved: "test"})
+            load_dataset("colors", "train", **{reserved: "test"})
 
 
 def test_unknown_dataset():

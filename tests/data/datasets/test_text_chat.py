@@ -43,8 +43,8 @@ def test_sharegpt(tmp_path):
     [
         ([], "conversations without a turn"),
         ([("gpt", "Hello"), ("human", "Hi"), ("gpt", "So")], "conversations that begin with an an"),
-        ([("gpt", "Hello")], "conversations that begin with an answer"),
-        ([("system", "Be short.")], "conversations that begin with an answer"),
+        ([("gpt", "Hello")], "conversations that start with an answer"),
+        ([("system", "Be short.")], "conversations that start with an answer"),
         ([("human", "Hi")], "conversations without an answer"),
         ([("human", "Hi"), ("gpt", "")], "conversations with an empty turn"),
         ([("human", " "), ("gpt", "Hello")], "conversations with an empty turn"),
@@ -52,16 +52,25 @@ def test_sharegpt(tmp_path):
         ([("human", "Hi"), ("human", "?"), ("gpt", "!")], "conversations whose turns do not alt"),
         ([("human", "Hi"), ("gpt", "?"), ("gpt", "!")], "conversations whose turns do not alt"),
         ([("human", "a"), ("system", "b"), ("gpt", "c")], "conversations whose turns do not alt"),
-        ([("human", "what is <|image|>?"), ("gpt", "c")], "conversations that write <|image|>"),
-        ([("human", "strike"), ("gpt", "<s>old</s> new")], "conversations that write </s>, a mark"),
-        ([("system", "<s>"), ("human", "a"), ("gpt", "b")], "conversations that write <s>"),
+        (
+            [("human", "what is <|image|>?"), ("gpt", "c")],
+            "conversations that contain the special token <|image|>",
+        ),
+        (
+            [("human", "strike"), ("gpt", "<s>old</s> new")],
+            "conversations that contain the special token </s>",
+        ),
+        (
+            [("system", "<s>"), ("human", "a"), ("gpt", "b")],
+            "conversations that contain the special token <s>",
+        ),
     ],
 )
-def test_what_is_left_out_whole(tmp_path, given, reason):
+def test_what_is_skipped_whole(tmp_path, given, reason):
     put(tmp_path, SHAREGPT, [shared(*given), shared(("human", "a"), ("gpt", "b"))])
-    samples, left_out = split_up(sharegpt(tmp_path))
+    samples, skipped = split_up(sharegpt(tmp_path))
     assert [told(sample) for sample in samples] == [(None, [("a", "b")])]
-    ((found, count),) = left_out.items()
+    ((found, count),) = skipped.items()
     assert found.startswith(reason)
     assert count == 1
 
@@ -69,9 +78,9 @@ def test_what_is_left_out_whole(tmp_path, given, reason):
 def test_a_last_turn_without_an_answer_is_cut_off_and_counted(tmp_path):
     rows = [shared(("human", "a"), ("gpt", "b"), ("human", "thanks")), shared(("human", "a"))]
     put(tmp_path, SHAREGPT, rows)
-    samples, left_out = split_up(sharegpt(tmp_path))
+    samples, skipped = split_up(sharegpt(tmp_path))
     assert [told(sample) for sample in samples] == [(None, [("a", "b")])]
-    assert left_out == {
+    assert skipped == {
         "last turns without an answer": 1,
         "conversations without an answer": 1,
     }

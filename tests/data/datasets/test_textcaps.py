@@ -55,9 +55,9 @@ def test_one_caption_a_image_drawn_by_the_seed(tmp_path):
 
 def test_blank_captions_are_counted(tmp_path):
     put(tmp_path, "TextCaps_0.1_val.json", published((A, ""), (B, "x"), split="val"))
-    samples, left_out = split_up(textcaps(tmp_path, split="val"))
+    samples, skipped = split_up(textcaps(tmp_path, split="val"))
     assert [told(sample)[0] for sample in samples] == [f"train_images/{B}.jpg"]
-    assert left_out == {"captions without words": 1}
+    assert skipped == {"captions without text": 1}
 
 
 def test_the_test_split_is_refused_by_either_name(tmp_path):

@@ -40,8 +40,8 @@ def test_regions_both_ways(tmp_path):
         {"regions": [phrase(5, "a man "), phrase(6, "a shoe", (0, 0, 100, 100))], "id": 1},
         {"id": 2, "regions": [phrase(7, "a car", image=2)]},
     )
-    samples, left_out = split_up(visual_genome(tmp_path))
-    assert left_out == {}
+    samples, skipped = split_up(visual_genome(tmp_path))
+    assert skipped == {}
     images = [told(sample)[0] for sample in samples]
     assert images == ["VG_100K_2/1.jpg", "VG_100K_2/1.jpg", "VG_100K/2.jpg", "VG_100K/2.jpg"]
     described = dict(told(samples[0])[1])
@@ -61,8 +61,8 @@ def test_most_are_drawn_by_the_seed_and_others_counted(tmp_path):
     publish(tmp_path, {"id": 1, "regions": [phrase(n, f"thing {n}") for n in range(25)]})
     drawn = set()
     for seed in range(5):
-        (sample,), left_out = split_up(visual_genome(tmp_path, direction="describe", seed=seed))
-        assert left_out == {"regions beyond 10 of an image": 15}
+        (sample,), skipped = split_up(visual_genome(tmp_path, direction="describe", seed=seed))
+        assert skipped == {"regions beyond 10 per image": 15}
         answers = tuple(answer for _, answer in told(sample)[1])
         assert len(set(answers)) == 10
         drawn.add(answers)
@@ -71,15 +71,15 @@ def test_most_are_drawn_by_the_seed_and_others_counted(tmp_path):
     assert again == [sample]
 
 
-def test_what_is_left_out(tmp_path):
+def test_what_is_skipped(tmp_path):
     rows = [phrase(1, " "), phrase(2, "x", (10, 10, 0, 5)), phrase(3, "y", (200, 10, 5, 5))]
     publish(tmp_path, {"id": 1, "regions": rows}, {"id": 2, "regions": []})
-    samples, left_out = split_up(visual_genome(tmp_path))
+    samples, skipped = split_up(visual_genome(tmp_path))
     assert samples == []
-    assert left_out == {
+    assert skipped == {
         "regions without a phrase": 1,
-        "regions without extent, or smaller than can be written": 2,
-        "images without a region that can be used": 2,
+        "regions with an empty box after rounding": 2,
+        "images without a usable region": 2,
     }
 
 

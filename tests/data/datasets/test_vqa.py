@@ -84,9 +84,9 @@ def test_the_validation_split_has_files_and_images_of_its_own(tmp_path, read):
 def test_files_of_other_names_and_blank_answers(tmp_path):
     put(tmp_path, "q.json", questions(*ASKED))
     put(tmp_path, "a.json", annotations(*ANSWERED, (458752, 458752001, ["", " "])))
-    samples, left_out = split_up(vqav2(tmp_path, questions="q.json", annotations="a.json"))
+    samples, skipped = split_up(vqav2(tmp_path, questions="q.json", annotations="a.json"))
     assert [len(told(sample)[1]) for sample in samples] == [1, 1]
-    assert left_out == {"questions without words or without an answer": 1}
+    assert skipped == {"questions without text or without an answer": 1}
 
 
 def broken(key: str, row: int, **change: object) -> tuple[dict, dict]:

@@ -5,7 +5,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from owl2.data.tar_stream import read_shard
+from owl2.data.webdataset import read_shard
 from owl2.errors import InputError
 from tests.data.tars import captions, write_tar
 
