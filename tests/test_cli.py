@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes and what is printed."""
+"""The command line: exit codes and output."""
 
 import subprocess
 import sys
@@ -10,65 +10,52 @@ from owl2 import __version__, cli
 from owl2.errors import InputError
 
 
-def exit_code(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["owl2", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value.code
-
-
-def test_the_package_runs_as_a_program():
+def test_python_m_owl2():
     command = [sys.executable, "-m", "owl2", "--version"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (0, f"owl2 {__version__}\n")
 
 
-def test_version(monkeypatch, capsys):
-    assert exit_code(monkeypatch, "version") == 0
-    assert capsys.readouterr().out == f"owl2 {__version__}\n"
+def test_version(run_cli):
+    result = run_cli("version")
+    assert (result.exit_code, result.stdout) == (0, f"owl2 {__version__}\n")
 
 
 @pytest.mark.parametrize(
     "arguments", [["no-such-command"], ["version", "--no-such-option"], ["data", "show"], []]
 )
-def test_wrong_usage_exits_with_2(monkeypatch, capsys, arguments):
-    assert exit_code(monkeypatch, *arguments) == 2
-    shown = capsys.readouterr()
-    assert "Usage: owl2" in shown.out + shown.err
-    assert "Traceback" not in shown.err
+def test_wrong_usage_exits_with_2(run_cli, arguments):
+    result = run_cli(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: owl2" in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def exit_code_of_a_command_that_raises(monkeypatch, error: BaseException) -> int:
-    app = typer.Typer()
+def replace_app(monkeypatch, error: BaseException) -> None:
+    """Replace the application by a command that raises `error`."""
+    app = typer.Typer(pretty_exceptions_enable=False)
 
     @app.command()
     def fail() -> None:
         raise error
 
     monkeypatch.setattr(cli, "app", app)
-    return exit_code(monkeypatch)
 
 
-def test_input_error_is_one_line_and_exits_with_2(monkeypatch, capsys):
-    message = "the image [red]cat.png[/red] is broken: " + "give another one, " * 20
-    assert exit_code_of_a_command_that_raises(monkeypatch, InputError(message)) == 2
-    captured = capsys.readouterr()
-    assert captured.err == f"error: {message}\n"
-    assert captured.out == ""
+def test_input_error_is_one_line_and_exits_with_2(monkeypatch, run_cli):
+    message = "the image [red]cat.png[/red] is broken: " + "pass another one, " * 20
+    replace_app(monkeypatch, InputError(message))
+    result = run_cli()
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {message}\n"
 
 
-def test_interrupt_exits_with_130(monkeypatch):
-    assert exit_code_of_a_command_that_raises(monkeypatch, KeyboardInterrupt()) == 130
+def test_interrupt_exits_with_130(monkeypatch, run_cli):
+    replace_app(monkeypatch, KeyboardInterrupt())
+    assert run_cli().exit_code == 130
 
 
-def test_other_errors_are_not_hidden(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["owl2"])
-    app = typer.Typer(pretty_exceptions_enable=False)
-
-    @app.command()
-    def fail() -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(cli, "app", app)
+def test_other_errors_are_not_hidden(monkeypatch, run_cli):
+    replace_app(monkeypatch, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main()
+        run_cli()

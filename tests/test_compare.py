@@ -30,7 +30,7 @@ def test_ours_and_transformers_answer_the_same(compare, folder):
     assert ours == compare.transformers(folder)(PROMPTS, 12)
 
 
-def test_an_answer_that_ends_early_is_no_measurement(compare):
+def test_short_answers_are_not_measured(compare):
     with pytest.raises(RuntimeError, match="instead of 3"):
         compare._timed(lambda prompts, new: [[1]] * len(prompts), PROMPTS, 3)
 

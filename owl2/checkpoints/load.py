@@ -117,6 +117,8 @@ class CheckpointMixin(PreTrainedModel):
             image_size = image_size or config.image_size
             config.visual_config.set_image_size(stored)
             kwargs["config"] = config
+        elif type(config) is not cls.config_class:  # of a sibling in the registry
+            kwargs["config"] = config
         model, info = cls._load(name_or_path, *args, **kwargs)
         hint = ""
         if any(key.endswith("self_attn.k_proj.weight") for key in info["unexpected_keys"]):

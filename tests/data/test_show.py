@@ -84,7 +84,7 @@ def test_without_colors_learned_words_are_in_brackets(checkpoint, mixed):
 def test_images_are_named_and_bad_rows_do_not_end_it(checkpoint, mixed):
     text = shown(checkpoint, mixed, 3, start=1)
     assert f"image 1: {mixed.parent / 'red.png'}, 600×300\n" in text
-    assert "image 1: No image at" in text
+    assert "image 1: The image file" in text
     assert f"{mixed}, row 4\nbad: the last turn is the user's" in text
     assert "row 5" not in text and "row 1\n" not in text
 

@@ -46,7 +46,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_released_config_keeps_its_settings(name, tmp_path):
+def test_released_config_keeps_its_options(name, tmp_path):
     released = read(FOLDER / name)
     Owl2Config.from_pretrained(FOLDER / name).save_pretrained(tmp_path)
     written = read(tmp_path)

@@ -41,19 +41,19 @@ def test_golden_prompts(golden_text):
         assert write(messages[:-1], add_generation_prompt=True) == case["open_prompt"]
 
 
-def test_an_answer_is_its_space_its_words_and_the_end():
+def test_answer_span_includes_leading_space_and_end_token():
     conversation = parse_messages([USER, ANSWER, USER, {"role": "assistant", "content": " x\n"}])
     text, spans = render_with_answers(conversation, DEFAULT_CHAT_TEMPLATE, EOS)
     assert text == "USER: Hi ASSISTANT: Hello.</s>USER: Hi ASSISTANT:  x\n</s>"
     assert [text[begin:end] for begin, end in spans] == [" Hello.</s>", "  x\n</s>"]
 
 
-def test_nothing_is_stripped_and_parts_are_joined_with_nothing():
+def test_contents_are_concatenated_without_changes():
     messages = ask("  a \n", object(), "\n b ", "c")
     assert write(messages, add_generation_prompt=True) == ("USER:   a \n<|image|>\n b c ASSISTANT:")
 
 
-def test_an_unopened_turn_and_a_continued_one():
+def test_generation_prompt_and_continued_message():
     assert write([USER]) == "USER: Hi"
     assert write([USER, ANSWER], continue_final_message=True) == "USER: Hi ASSISTANT: Hello."
     with raises_input_error(ErrorCode.INVALID_ROLE, "continue_final_message"):
@@ -62,21 +62,21 @@ def test_an_unopened_turn_and_a_continued_one():
         write([USER, ANSWER], add_generation_prompt=True)
 
 
-def test_system_prompt_is_the_templates_matter():
+def test_template_decides_whether_a_system_prompt_is_supported():
     messages = [{"role": "system", "content": "Be kind."}, USER]
     with raises_input_error(ErrorCode.UNSUPPORTED, "system"):
         write(messages)
     assert write(messages, CHATML).startswith("<|im_start|>system\nBe kind.<|im_end|>\n")
 
 
-def test_templates_for_strings_and_for_parts_both_work():
+def test_templates_for_strings_and_for_parts():
     messages = ask(object(), "Hi")
     assert write(messages, CHATML) == "<|im_start|>user\n<|image|>Hi<|im_end|>\n"
     assert write(messages, PARTS_ONLY) == "user: [<|image|>]Hi"
     assert write([USER], PARTS_ONLY) == "user: Hi"
 
 
-def test_a_template_that_marks_no_answers_is_refused_for_training_only():
+def test_template_without_generation_blocks_is_rejected_for_training_only():
     template = DEFAULT_CHAT_TEMPLATE.replace("{%- generation -%}", "")
     template = template.replace("{%- endgeneration -%}", "")
     assert write([USER, ANSWER], template).endswith("Hello.</s>")
@@ -84,7 +84,7 @@ def test_a_template_that_marks_no_answers_is_refused_for_training_only():
         render_with_answers(parse_messages([USER, ANSWER]), template, EOS)
 
 
-def test_template_errors_are_the_users():
+def test_template_errors_are_input_errors():
     with raises_input_error(ErrorCode.UNSUPPORTED):
         write([USER], "{{ raise_exception('no!') }}")
     with raises_input_error(ErrorCode.UNSUPPORTED, "division by zero"):
@@ -180,12 +180,12 @@ def test_invalid_messages_are_named(messages, code, needle):
 
 
 @pytest.mark.parametrize("text", ["", " \n", "<|image|>", "<|image|>\n"])
-def test_an_empty_question(text):
+def test_empty_question(text):
     with raises_input_error(ErrorCode.EMPTY_MESSAGE):
         validate_prompt(ask(object(), text))
 
 
-def test_a_question():
+def test_last_message_must_be_a_question():
     validate_prompt([USER])
     validate_prompt(ask(object(), "What is it?"))
     with raises_input_error(ErrorCode.INVALID_ROLE):

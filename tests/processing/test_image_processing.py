@@ -40,7 +40,7 @@ def test_released_settings_mean_resize():
     assert (processor.size, processor.policy) == (56, "resize")
 
 
-def test_clip_processor_reads_our_settings(tmp_path):
+def test_clip_processor_loads_the_settings(tmp_path):
     ours = Owl2ImageProcessor(28, policy="pad", max_pixels=10_000)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(ours.to_dict()))
     theirs = CLIPImageProcessor.from_pretrained(tmp_path)
@@ -74,7 +74,7 @@ def test_clip_processor_reads_our_settings(tmp_path):
         {"rescale_factor": None},
     ],
 )
-def test_settings_that_would_give_other_pixels_are_refused(change):
+def test_unsupported_settings_are_rejected(change):
     config = {**Owl2ImageProcessor(56).to_dict(), **change}
     with raises_input_error(
         ErrorCode.INVALID_CONFIG, "preprocessor_config.json", next(iter(change))
@@ -82,12 +82,12 @@ def test_settings_that_would_give_other_pixels_are_refused(change):
         Owl2ImageProcessor.from_dict(config)
 
 
-def test_the_place_in_a_list_is_named():
+def test_position_in_a_list_is_named():
     with raises_input_error(ErrorCode.MISSING_IMAGE, "Image 2 of 2", "gone.png"):
         Owl2ImageProcessor(8)([gradient(), "gone.png"])
 
 
-def test_the_given_image_is_left_alone():
+def test_input_image_is_not_modified():
     image = gradient()
     before = image.copy()
     first = Owl2ImageProcessor(16, policy="pad")(image)["pixel_values"]
@@ -95,7 +95,7 @@ def test_the_given_image_is_left_alone():
     assert (np.asarray(image) == np.asarray(before)).all() and torch.equal(first, again)
 
 
-def test_a_limit_on_pixels_can_be_set():
+def test_max_pixels():
     with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "12×8 = 96", 95):
         Owl2ImageProcessor(8, max_pixels=95)(gradient())
     assert Owl2ImageProcessor(8, max_pixels=96)(gradient(), "np")["pixel_values"].shape[0] == 1

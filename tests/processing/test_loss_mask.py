@@ -12,7 +12,7 @@ def spans_of(text: str, *parts: str) -> list[tuple[int, int]]:
     return [(text.index(part), text.index(part) + len(part)) for part in parts]
 
 
-def test_pieces_between_images_are_on_their_own(llama):
+def test_segments_between_images_are_tokenized_separately(llama):
     text = "a <|image|><|image|> b c</s>"
     sample = encode_with_loss_mask(llama, text, spans_of(text, " c</s>"), [1], IMAGE)
     expected = [1, *encode(llama, "a "), *IMAGE, *IMAGE, *encode(llama, " b c</s>")]
@@ -24,12 +24,12 @@ def test_pieces_between_images_are_on_their_own(llama):
     assert llama.decode(learned) == "c</s>"
 
 
-def test_a_written_start_is_not_doubled(llama):
+def test_bos_in_the_text_is_not_repeated(llama):
     assert encode_with_loss_mask(llama, "<s>a", [], [1], IMAGE).ids == [1, *encode(llama, "a")]
     assert encode_with_loss_mask(llama, "<|image|>a", [], [1], IMAGE).ids[:4] == [1, *IMAGE]
 
 
-def test_an_answer_of_bytes_after_a_control_token(llama):
+def test_answer_of_byte_tokens_after_a_control_token(llama):
     text = "a</s>🦉</s>"
     sample = encode_with_loss_mask(llama, text, spans_of(text, "🦉</s>"), [1], IMAGE)
     learned = [
@@ -38,7 +38,7 @@ def test_an_answer_of_bytes_after_a_control_token(llama):
     assert learned == encode(llama, "🦉</s>")  # its "▁" too, which the model will have to say
 
 
-def test_a_token_across_the_edge_is_cut_there_as_when_the_model_answers(byte_level):
+def test_token_across_an_answer_border_is_split_as_in_inference(byte_level):
     text = "a\n\n\nb<|im_end|>\n"
     assert byte_level.tokenize(text)[1] == "ĊĊ"  # else this tests nothing
     sample = encode_with_loss_mask(byte_level, text, spans_of(text, "\n\nb<|im_end|>"), [], IMAGE)

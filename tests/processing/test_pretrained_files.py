@@ -59,14 +59,14 @@ def released(tmp_path, llama_file) -> Path:
     return tmp_path
 
 
-def test_the_released_layout(released, processor, image):
+def test_released_layout(released, processor, image):
     loaded = Owl2Processor.from_pretrained(released)
     equal_processors(processor, loaded, image)
     assert (loaded.num_image_tokens, loaded.image_token_id) == (6, 32000)
     assert loaded.image_processor.policy == "resize"
 
 
-def test_the_models_vocabulary_may_be_larger_than_the_tokenizers(released):
+def test_model_vocabulary_may_be_larger_than_the_tokenizer(released):
     config = json.loads((released / "config.json").read_text())
     (released / "config.json").write_text(json.dumps({**config, "vocab_size": 32064}))
     loaded = Owl2Processor.from_pretrained(released)
@@ -81,7 +81,7 @@ def test_defaults_without_a_count_of_queries(released):
     assert Owl2Processor.from_pretrained(released).num_image_tokens == 65
 
 
-def test_the_image_size_of_the_model_where_no_file_says_it(released):
+def test_image_size_comes_from_the_model_config_without_a_preprocessor_file(released):
     """Only sizes differ from checkpoint to pretrained_files, and config.json has them."""
     (released / "preprocessor_config.json").unlink()
     config = json.loads((released / "config.json").read_text())
@@ -150,7 +150,7 @@ def test_error_names_the_cache_or_the_hub(released, monkeypatch):
         Owl2Processor.from_pretrained("owner/nothing")
 
 
-def test_settings_alone_are_no_tokenizer(released):
+def test_tokenizer_config_alone_is_rejected(released):
     (released / "tokenizer.model").unlink()
     (released / "vocab.json").write_text("{}")
     with raises_input_error(ErrorCode.FILE_NOT_FOUND, "tokenizer.model or tokenizer.json"):
@@ -208,7 +208,7 @@ def test_invalid_files_are_named(released, file, content, code, needle):
         Owl2Processor.from_pretrained(released)
 
 
-def test_checkpoints_that_lack_something(tmp_path, released, monkeypatch):
+def test_incomplete_checkpoints_are_rejected(tmp_path, released, monkeypatch):
     with raises_input_error(ErrorCode.FILE_NOT_FOUND, "./nowhere"):
         Owl2Processor.from_pretrained("./nowhere")
     with monkeypatch.context() as patch:

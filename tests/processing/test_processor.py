@@ -106,7 +106,7 @@ def test_inputs_of_a_batch(processor, image):
 
 
 @pytest.mark.parametrize("side", ["left", "right", None])
-def test_padding_on_either_side_changes_no_row(processor, image, side):
+def test_padding_side_does_not_change_rows(processor, image, side):
     prompts = ["one", "one two three four five", "<|image|>"]
     singles = [
         processor(text=prompt, images=[image] * prompt.count("<|image|>"))["input_ids"][0]
@@ -185,12 +185,12 @@ def test_wrong_image_count_raises(processor, text, images, counts):
 
 
 @pytest.mark.parametrize("text", [None, [], 5, ["a", 5]])
-def test_text_must_be_text(processor, text):
+def test_text_must_be_a_string_or_a_list(processor, text):
     with pytest.raises((InputError, TypeError)):
         processor(text=text)
 
 
-def test_arguments_that_do_not_exist(processor):
+def test_unknown_arguments_are_rejected(processor):
     with pytest.raises(TypeError, match="paddding"):
         processor(text="a", paddding=True)
     with pytest.raises(TypeError, match="paddding"):
@@ -202,7 +202,7 @@ def test_arguments_that_do_not_exist(processor):
 # ------------------------------------------------------------------ messages
 
 
-def test_messages_to_everything(processor, image):
+def test_apply_chat_template_outputs(processor, image):
     batch = [ask(image, "What?"), ask("Hi")]
     options = {"add_generation_prompt": True}
     texts = processor.apply_chat_template(batch, **options)
@@ -220,7 +220,7 @@ def test_messages_to_everything(processor, image):
     assert processor.apply_chat_template(batch, **options)["input_ids"].shape == (2, 40)
 
 
-def test_a_bare_image_is_counted(processor, image):
+def test_image_without_a_source_is_counted(processor, image):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert prompt == "USER: <|image|>a ASSISTANT:"
@@ -289,7 +289,7 @@ def test_text_only_sample_and_image_only_turn(processor, image):
     assert batch["pixel_values"].shape == (1, 3, 56, 56)
 
 
-def test_max_length_cuts_at_the_right(processor, image):
+def test_max_length_truncates_on_the_right(processor, image):
     messages = ask(image, "What is it?", answer="A red bus.")
     whole = processor.for_training(messages)
     length = whole["input_ids"].shape[1]
@@ -309,7 +309,7 @@ def test_max_length_cuts_at_the_right(processor, image):
         processor.for_training(messages, max_length=end - 1)
 
 
-def test_samples_that_cannot_be_learned(processor, llama_file, image):
+def test_samples_without_labels_are_rejected(processor, llama_file, image):
     with raises_input_error(ErrorCode.INVALID_ROLE):
         processor.for_training(ask("Hi"))
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "1 <|image|>", "0 image"):
@@ -329,7 +329,7 @@ def test_samples_that_cannot_be_learned(processor, llama_file, image):
         processor.for_training(ask("Hi", answer="x"))
 
 
-def test_the_coloured_view_is_the_mask(processor, image):
+def test_colored_labels_equal_the_mask(processor, image):
     messages = [*ask(image, "What?", answer="A  bus."), *ask("Sure?", answer="Yes 🦉")]
     shown = processor.show_labels(messages)
     expected = "<s>USER: <|image|>×6What? ASSISTANT: A  bus.</s>USER: Sure? ASSISTANT: Yes 🦉</s>"
@@ -361,10 +361,10 @@ def test_decoding_prompts_with_images(processor, image):
 # ------------------------------------------------------------------ the object
 
 
-def test_workers_can_pickle_it(processor, image):
+def test_processor_can_be_pickled(processor, image):
     equal_processors(processor, pickle.loads(pickle.dumps(processor)), image)
 
 
-def test_the_id_of_images_lies_past_the_vocabulary(llama):
+def test_image_token_id_must_be_outside_the_vocabulary(llama):
     with raises_input_error(ErrorCode.INVALID_VALUE, 5, 32000):
         Owl2Processor(Owl2ImageProcessor(28), llama, image_token_id=5)

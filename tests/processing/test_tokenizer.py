@@ -36,7 +36,7 @@ def model(llama_file) -> sentencepiece.SentencePieceProcessor:
 
 # (SentencePiece writes "▁" for a space, so one in the text comes back as a space.)
 @pytest.mark.parametrize("text", [*STRINGS, "a ▁ b"])
-def test_ids_are_sentencepieces_own(llama, model, text):
+def test_ids_equal_sentencepiece(llama, model, text):
     assert encode(llama, text) == model.encode(text)
     assert llama(text)["input_ids"] == [1, *model.encode(text)]
     assert llama(text, add_special_tokens=False)["input_ids"] == model.encode(text)
@@ -67,13 +67,13 @@ def test_offsets_cover_the_text(llama, text):
 
 
 @pytest.mark.parametrize("text", [*STRINGS, "a</s> b</s>🦉</s>"])
-def test_decoding_is_the_inverse(llama, text):
+def test_decoding_inverts_encoding(llama, text):
     ids = llama(text)["input_ids"]
     assert llama.decode(ids) == "<s>" + text
     assert llama.batch_decode([ids], skip_special_tokens=True) == [text.replace("</s>", "")]
 
 
-def test_an_answer_has_no_leading_space(llama):
+def test_decoded_answer_has_no_leading_space(llama):
     prompt, whole = "Where? ASSISTANT:", "Where? ASSISTANT: On  the mat.</s>"
     answer = encode(llama, whole)[len(encode(llama, prompt)) :]
     assert llama.decode(answer, skip_special_tokens=True) == "On  the mat."
@@ -85,13 +85,13 @@ def test_an_answer_has_no_leading_space(llama):
         shown = text
 
 
-def test_bytes_of_a_character_come_together(llama):
+def test_offsets_of_byte_tokens(llama):
     ids = encode(llama, "a🦉")
     assert llama.decode(ids[:-1]).startswith("a\ufffd")
     assert llama.decode(ids) == "a🦉"
 
 
-def test_ids_that_are_no_tokens(llama):
+def test_invalid_ids_are_rejected(llama):
     with raises_input_error(ErrorCode.INVALID_VALUE, 32000, 31999):
         llama.decode([5, 32000])
     with raises_input_error(ErrorCode.INVALID_VALUE, -100):
@@ -125,14 +125,14 @@ def test_round_trip(tmp_path, llama, llama_file, legacy):
     assert (tmp_path / "again/tokenizer_config.json").read_text() == path.read_text()
 
 
-def test_others_read_what_is_saved(tmp_path, llama):
+def test_llama_tokenizer_loads_the_saved_files(tmp_path, llama):
     llama.save_pretrained(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert type(theirs).__name__.startswith("LlamaTokenizer")
     assert theirs("A red bus.")["input_ids"] == llama("A red bus.")["input_ids"]
 
 
-def test_saving_does_not_need_the_file_it_came_from(tmp_path, tiny_file):
+def test_saving_does_not_need_the_original_file(tmp_path, tiny_file):
     copy = tmp_path / "tokenizer.model"
     copy.write_bytes(tiny_file.read_bytes())
     tokenizer = Owl2Tokenizer(copy)
@@ -168,7 +168,7 @@ def test_bad_files(tmp_path):
 # ------------------------------------------------------------------ other tokenizers
 
 
-def test_a_fast_tokenizer_gives_the_same_form(byte_level):
+def test_fast_tokenizer_returns_ids_and_offsets(byte_level):
     text = "What colour  is the circle?<|im_end|> é"
     ids, offsets = encode_with_offsets(byte_level, text)
     assert ids == encode(byte_level, text) == byte_level(text)["input_ids"]
@@ -177,12 +177,12 @@ def test_a_fast_tokenizer_gives_the_same_form(byte_level):
     assert start_ids(byte_level) == []
 
 
-def test_what_goes_before_a_text(llama, llama_file):
+def test_start_ids(llama, llama_file):
     assert start_ids(llama) == [1]
     assert start_ids(Owl2Tokenizer(llama_file, add_bos_token=False)) == []
 
 
-def test_a_tokenizer_without_places_is_refused(byte_level, monkeypatch):
+def test_tokenizer_without_offsets_is_rejected(byte_level, monkeypatch):
     monkeypatch.setattr(type(byte_level), "is_fast", False)
     with raises_input_error(ErrorCode.UNSUPPORTED, "tokenizer.json"):
         encode_with_offsets(byte_level, "text")
