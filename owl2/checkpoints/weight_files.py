@@ -148,7 +148,7 @@ def load_pickle_weights(file: Path, device: str = "meta") -> dict[str, torch.Ten
     is_dict = isinstance(tensors, dict)
     if not is_dict or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise InputError(f"{file} does not contain a dict of tensors", ErrorCode.INVALID_FORMAT)
-    return tensors  # type: ignore[no-any-return]  # checked above
+    return tensors
 
 
 def _check_is_file_content(file: Path) -> None:

@@ -216,9 +216,10 @@ class Owl2Processor(ProcessorMixin):
         ]
         if not tokenize:
             return texts if is_batch else texts[0]
-        options = {"padding": padding, "padding_side": padding_side} | (processor_kwargs or {})
+        options: dict[str, Any] = {"padding": padding, "padding_side": padding_side}
+        options |= {"return_tensors": return_tensors} | (processor_kwargs or {})
         images = [list(item.images) for item in conversations]
-        inputs = self(text=texts, images=images, **{"return_tensors": return_tensors} | options)
+        inputs = self(text=texts, images=images, **options)
         return inputs if return_dict else inputs["input_ids"]
 
     def encode(self, messages: Any) -> PreparedPrompt:

@@ -285,7 +285,7 @@ def decode_with_images(
     texts = []
     for is_image, run in groupby(ids, key=lambda id_: id_ == image_token_id):
         if not is_image:
-            texts.append(tokenizer.decode(list(run), skip_special_tokens, **kwargs))
+            texts.append(str(tokenizer.decode(list(run), skip_special_tokens, **kwargs)))
         elif not skip_special_tokens:
             texts.append("<|image|>" * -(-len(list(run)) // num_image_tokens))
     return "".join(texts)

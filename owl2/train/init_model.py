@@ -97,7 +97,7 @@ def init_checkpoint(
             use_mam=use_mam,
         )
         if weights_dtype is not None:
-            model.to(weights_dtype)  # type: ignore[arg-type]  # a decorator hides its self
+            model.to(weights_dtype)
         processor = _processor(model, tokenizer, template)
         with atomic_directory(output) as directory:
             model.save_pretrained(directory)
