@@ -11,7 +11,7 @@ from rich.console import Console
 from owl2.caption import command
 from owl2.caption.command import CaptionConfig, caption
 from owl2.errors import InputError
-from tests.engine.conftest import image
+from tests.engine.conftest import random_image
 
 NAMES = ["a.png", "b/1.jpg", "b/2.PNG", "c.webp", "d.png"]
 DONE = ["captions.jsonl", "captions.report.json"]
@@ -22,11 +22,11 @@ def folder(tmp_path):
     folder = tmp_path / "images"
     (folder / "b").mkdir(parents=True)
     for number, name in enumerate(NAMES):
-        image(number, size=(20, 12)).save(folder / name)
+        random_image(number, size=(20, 12)).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
     (folder / "._a.png").write_text("a file of macOS")
     (folder / ".git").mkdir()
-    image(1).save(folder / ".git" / "x.png")
+    random_image(1).save(folder / ".git" / "x.png")
     return folder
 
 

@@ -13,7 +13,7 @@ from owl2.caption import command
 from owl2.errors import ErrorCode, InputError
 from owl2.sharded_jsonl import ShardedJsonl, WorkerRank
 from tests.caption.conftest import DONE, NAMES, files, report, rows, run
-from tests.engine.conftest import image
+from tests.engine.conftest import random_image
 from tests.errors import raises_input_error
 
 
@@ -83,7 +83,7 @@ def test_changed_folder(config, folder, stub):
     (folder / "bad.png").touch()
     run(config)
     stub.asked.clear()
-    image(9).save(folder / "aa.png")
+    random_image(9).save(folder / "aa.png")
     (folder / "d.png").unlink()
     (folder / "bad.png").rename(folder / "good.png")
     (folder / "bad2.png").touch()
@@ -181,7 +181,7 @@ def test_an_error_leaves_the_captions_that_exist(config, stub):
 @pytest.mark.slow
 def test_command_is_killed_repeatedly(config, folder, tmp_path):
     for number in range(150):
-        image(number).save(folder / f"{number:03}.png")
+        random_image(number).save(folder / f"{number:03}.png")
     base = [sys.executable, "-m", "owl2", "caption", str(folder), "--model", config.model]
     base += ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--recursive"]
     complete, output = tmp_path / "complete.jsonl", tmp_path / "killed.jsonl"

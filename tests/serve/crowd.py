@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from tests.engine.conftest import ask, image
+from tests.engine.conftest import ask, random_image
 
 TOKENS = 10
 STOP = "e"
@@ -46,7 +46,7 @@ def questions(engine):
     result = []
     for number in range(8):
         text = ("what is this?", "no", "is it red? " * 3, "a blue circle, 你好")[number % 4]
-        images = [image(number), image(number + 20)][: number // 2 % 3]
+        images = [random_image(number), random_image(number + 20)][: number // 2 % 3]
         asked = ask(text, *images)
         parts = [{"type": "image_url", "image_url": {"url": data_uri(one)}} for one in images]
         sampled = {"max_new_tokens": TOKENS, "temperature": 1.5}
