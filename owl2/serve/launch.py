@@ -9,8 +9,6 @@ Errors in the options are reported before the weights are loaded, which can take
 
 import logging
 import shlex
-import threading
-from concurrent.futures import Future
 
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
@@ -41,7 +39,11 @@ def serve_model(config: ServerConfig) -> int:
         url = socket_url(bound)
         example = curl_example(url, name, _key_in_shell(config))
         print(f"Loading {config.model} ...", flush=True)
-        engine = _load(config)
+        engine = Engine.from_pretrained(
+            config.model, device=config.device, dtype=config.dtype, quantize=config.quantize
+        )
+        # The first token reports errors and pays one-time costs before the first request.
+        engine.chat([{"role": "user", "content": "Hello?"}], max_new_tokens=1)
         app = build_app(engine, name, config.limits, api_keys, example)
         if config.web:
             from owl2.serve.web.mount import mount
@@ -84,30 +86,3 @@ def _key_in_shell(config: ServerConfig) -> str | None:
     if config.api_key_file is not None:
         return f"$(grep -m 1 '^[^#]' {shlex.quote(str(config.api_key_file))})"
     return None
-
-
-def _load(config: ServerConfig) -> Engine:
-    """The engine after its first token, so that errors and one-time costs occur before requests.
-
-    The model is loaded in a thread that ends afterwards. OpenMP keeps a pool of threads for every
-    thread that has computed, and the pool of the main thread would slow down the scheduler's.
-    """
-    loaded: Future[Engine] = Future()
-
-    def load() -> None:
-        try:
-            engine = Engine.from_pretrained(
-                config.model, device=config.device, dtype=config.dtype, quantize=config.quantize
-            )
-            engine.chat([{"role": "user", "content": "Hello?"}], max_new_tokens=1)
-        except BaseException as error:  # raised again in the calling thread
-            loaded.set_exception(error)
-        else:
-            loaded.set_result(engine)
-
-    # A daemon thread, so that Ctrl-C does not wait for it.
-    thread = threading.Thread(target=load, name="owl2-load", daemon=True)
-    thread.start()
-    engine = loaded.result()
-    thread.join()
-    return engine

@@ -176,8 +176,8 @@ def conversations(count: int, seen: int) -> list[Messages]:
 
     made = []
     for number in range(seen, seen + count):
-        colours = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        image = Image.fromarray(colours).resize(IMAGE)
+        colors = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(colors).resize(IMAGE)
         parts = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
         made.append([{"role": "user", "content": parts}])
     return made
