@@ -3,7 +3,7 @@
 #   docker build --tag owl2 .                                   # for CPUs
 #   docker build --tag owl2:cuda --build-arg DEVICE=cuda .      # for NVIDIA's GPUs
 #
-# The installation steps equal those of the README.
+# The installation steps equal those of docs/getting-started.md.
 FROM python:3.11-slim-bookworm
 
 # cpu or cuda. The wheels of torch contain the CUDA libraries; the host provides the driver.

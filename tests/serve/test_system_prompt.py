@@ -67,5 +67,5 @@ def test_api_merges_system_prompt(client, tiny_engine, role):
     same = [{"role": "user", "content": "yes\nwhat is this?"}]
     expected = tiny_engine.chat(same, max_new_tokens=8, temperature=0.0)
     assert reply.choices[0].message.content == expected
-    with raises_input_error(ErrorCode.INVALID_ROLE):
+    with raises_input_error(ErrorCode.UNSUPPORTED):
         tiny_engine.chat([{"role": "system", "content": "yes"}, *messages[1:]])
