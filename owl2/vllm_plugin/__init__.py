@@ -1,7 +1,7 @@
-"""mPLUG-Owl2 in vLLM: the plug-in that `vllm serve DIR` finds once this package is installed.
+"""vLLM plug-in: `vllm serve DIR` finds the model once this package is installed.
 
-vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. What it
-registers are names: the model itself is imported where vLLM makes one.
+vLLM calls `register` in each of its processes through the entry point `vllm.general_plugins`. It
+registers names only; vLLM imports the model when it creates one. Start with `model`.
 """
 
 from owl2.model.configuration import AUTHORS_ARCHITECTURE
@@ -10,19 +10,19 @@ TOKENIZER_MODE = "owl2"
 
 
 def register() -> None:
-    """Make the model, its tokenizer and its settings known to vLLM; more than once does no harm."""
+    """Register the model, its tokenizer and its configuration with vLLM. Idempotent."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from owl2.vllm_plugin.config import Owl2Settings
+    from owl2.vllm_plugin.config import VllmModelConfig
 
     if AUTHORS_ARCHITECTURE in MODELS_CONFIG_MAP:
         return
     ModelRegistry.register_model(
-        AUTHORS_ARCHITECTURE, "owl2.vllm_plugin.model:Owl2ForConditionalGeneration"
+        AUTHORS_ARCHITECTURE, "owl2.vllm_plugin.model:VllmOwl2ForConditionalGeneration"
     )
     TokenizerRegistry.register(TOKENIZER_MODE, "owl2.vllm_plugin.tokenizer", "Owl2PromptTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm.renderers.hf", "HfRenderer")
-    MODELS_CONFIG_MAP[AUTHORS_ARCHITECTURE] = Owl2Settings
+    MODELS_CONFIG_MAP[AUTHORS_ARCHITECTURE] = VllmModelConfig

@@ -1,23 +1,23 @@
-"""What vLLM has to be told about a checkpoint before anything of it is loaded."""
+"""The configuration of vLLM for a checkpoint, before it is loaded."""
 
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.vllm_plugin import TOKENIZER_MODE
 
 
-class Owl2Settings(VerifyAndUpdateConfig):
-    """vLLM calls these two for a checkpoint of ours, with its own configurations."""
+class VllmModelConfig(VerifyAndUpdateConfig):
+    """Hooks that vLLM calls with its own configuration objects."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Ids and pixels as the model was trained with.
+        """Use the token ids and pixels of training.
 
-        That is: its own tokenizer instead of a converted one; and images as they are in their
-        files, instead of in vLLM's RGB: `processing.ImageParser` knows what is transparent or
-        has 16 bits.
+        The tokenizer is the checkpoint's own instead of a converted one. Images keep the mode of
+        their files instead of vLLM's RGB; `processing.ImageParser` converts transparent and 16-bit
+        images.
         """
         if model_config.tokenizer_mode == "auto":
             model_config.tokenizer_mode = TOKENIZER_MODE
@@ -26,11 +26,12 @@ class Owl2Settings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Raise an InputError for a way of sharing out the model that it does not have."""
+        """Raise an `InputError` if tensor parallelism does not divide the key-value heads."""
         parts = vllm_config.parallel_config.tensor_parallel_size
         heads = vllm_config.model_config.hf_config.num_key_value_heads
         if heads % parts:
             raise InputError(
                 f"tensor_parallel_size {parts} does not divide the model's {heads} key-value "
-                "heads: take a divisor, or several copies of the model behind a router"
+                "heads. Use a divisor, or several replicas behind a router.",
+                ErrorCode.UNSUPPORTED,
             )

@@ -1,13 +1,12 @@
-"""vLLM's LLaMA with MAM in it; only the difference (SPEC 1.3).
+"""vLLM's LLaMA with the modality-adaptive module (Specification §1.3).
 
-vLLM runs the scheduled tokens of all requests as one flat row: prompts, parts of prompts, single
-new tokens. Which of them are visual differs from step to step, so the layers get a `VisualTokens`
-of the step. Each layer computes all tokens as vLLM's LLaMA does, with the text weights, and puts
-the visual tokens' norms, keys and values in their places. A step without visual tokens, as most
-are, is vLLM's LLaMA and nothing else.
+vLLM runs the scheduled tokens of all requests as one flat sequence: prompts, chunks of prompts and
+single new tokens. The layers receive the `VisualTokens` of the step. Each layer computes all tokens
+with the text weights, as vLLM's LLaMA does, and replaces the norms, keys and values of visual
+tokens. Most steps have no visual tokens and run vLLM's LLaMA unchanged.
 
 Shapes: T tokens in the step, V of them visual, D width, h heads and g key-value heads of this
-process, d = the size of one.
+process, d head size.
 """
 
 from collections.abc import Callable
@@ -31,31 +30,31 @@ from owl2.model.modality import TEXT, VISUAL
 
 
 class VisualTokens(NamedTuple):
-    """Which tokens of a step are visual.
+    """The visual tokens of a step.
 
     Attributes:
         mask: (T, 1), true for visual tokens.
-        rows: (V,) their indices; None where a CUDA graph is recorded: it must do for all later
-            steps, so it computes both modalities for each token and chooses.
+        rows: (V,) indices of the visual tokens. None while a CUDA graph is captured: the graph is
+            replayed for other steps, so it computes both modalities for each token and selects.
     """
 
     mask: torch.Tensor
     rows: torch.Tensor | None
 
-    def put(
+    def replace_visual(
         self,
         states: torch.Tensor,
         module: Callable[[torch.Tensor], torch.Tensor],
         inputs: torch.Tensor,
     ) -> torch.Tensor:
-        """`states` (T, D'), with ``module(inputs)`` of `inputs` (T, D) where tokens are visual."""
+        """`states` (T, D') with ``module(inputs)`` of `inputs` (T, D) at visual tokens."""
         if self.rows is None:
             return torch.where(self.mask, module(inputs), states)
         return states.index_copy(0, self.rows, module(inputs[self.rows]))
 
 
 class MultiwayNorm(nn.Module):
-    """An RMSNorm a modality, ``multiway.0`` for text, with vLLM's residual."""
+    """One RMSNorm for each modality (``multiway.0`` is text) with vLLM's fused residual."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -67,18 +66,18 @@ class MultiwayNorm(nn.Module):
         residual: torch.Tensor | None,
         visual: VisualTokens | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, D) and what is to be added to it first, to the normed sum and the sum."""
+        """(T, D) and a residual (T, D) to the normalized sum and the sum."""
         if residual is None:
             normed, residual = self.multiway[TEXT](hidden_states), hidden_states
         else:
             normed, residual = self.multiway[TEXT](hidden_states, residual)
         if visual is not None:
-            normed = visual.put(normed, self.multiway[VISUAL], residual)
+            normed = visual.replace_visual(normed, self.multiway[VISUAL], residual)
         return normed, residual
 
 
-class Owl2Attention(LlamaAttention):
-    """vLLM's attention, whose fused projection is the text's; visual keys and values beside it."""
+class VllmOwl2Attention(LlamaAttention):
+    """vLLM's attention with the text weights and a projection for visual keys and values."""
 
     def __init__(self, *, quant_config: Any = None, bias: bool = False, **options: Any) -> None:
         super().__init__(quant_config=quant_config, bias=bias, **options)
@@ -96,11 +95,11 @@ class Owl2Attention(LlamaAttention):
         hidden_states: torch.Tensor,
         visual: VisualTokens | None = None,
     ) -> torch.Tensor:
-        """(T, D), each token normed by its own modality's norm, to (T, D)."""
+        """(T, D), normalized with the norm of each token's modality, to (T, D)."""
         qkv, _ = self.qkv_proj(hidden_states)
         query, key_value = qkv.split([self.q_size, 2 * self.kv_size], dim=-1)  # (T, h·d), (T, 2g·d)
         if visual is not None:
-            key_value = visual.put(key_value, self._visual_key_value, hidden_states)
+            key_value = visual.replace_visual(key_value, self._visual_key_value, hidden_states)
         key, value = key_value.split(self.kv_size, dim=-1)
         query, key = self.rotary_emb(positions, query.contiguous(), key.contiguous())
         output, _ = self.o_proj(self.attn(query, key, value.contiguous()))
@@ -111,11 +110,11 @@ class Owl2Attention(LlamaAttention):
         return key_value
 
 
-class Owl2DecoderLayer(LlamaDecoderLayer):
-    """vLLM's layer with norms for each modality."""
+class VllmOwl2DecoderLayer(LlamaDecoderLayer):
+    """vLLM's decoder layer with a norm for each modality."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config, prefix, attn_layer_type=Owl2Attention)
+        super().__init__(vllm_config, prefix, attn_layer_type=VllmOwl2Attention)
         config = vllm_config.model_config.hf_config
         for name in ("input_layernorm", "post_attention_layernorm"):
             setattr(self, name, MultiwayNorm(config.hidden_size, config.rms_norm_eps))
@@ -133,11 +132,11 @@ class Owl2DecoderLayer(LlamaDecoderLayer):
         return self.mlp(normed), residual
 
 
-# What vLLM compiles, it compiles once, for steps of all kinds: it could not leave out the visual
-# weights where there is no image.
+# vLLM compiles one graph for all steps, which could not skip the visual weights in steps without
+# images.
 @ignore_torch_compile
 class Owl2LlamaModel(LlamaModel):
-    """vLLM's LLaMA without its head; weights by the released names (SPEC 1.4)."""
+    """vLLM's LLaMA without its head, with the released weight names (Specification §1.4)."""
 
     hf_to_vllm_mapper = (
         WeightsMapper(
@@ -153,16 +152,16 @@ class Owl2LlamaModel(LlamaModel):
 
 
 class Owl2LlamaForCausalLM(LlamaForCausalLM):
-    """The decoder with its head; with ``use_mam: false``, LLaMA's own layers."""
+    """The decoder with its head. With ``use_mam: false`` it has the layers of LLaMA."""
 
     hf_to_vllm_mapper = Owl2LlamaModel.hf_to_vllm_mapper
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         use_mam = vllm_config.model_config.hf_config.use_mam
-        layer = Owl2DecoderLayer if use_mam else LlamaDecoderLayer
+        layer = VllmOwl2DecoderLayer if use_mam else LlamaDecoderLayer
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer)
 
     def _init_model(
-        self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = Owl2DecoderLayer
+        self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = VllmOwl2DecoderLayer
     ) -> Owl2LlamaModel:
         return Owl2LlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)

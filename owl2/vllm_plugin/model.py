@@ -1,14 +1,14 @@
-"""mPLUG-Owl2 as vLLM's model: our vision encoder and abstractor, vLLM's LLaMA with MAM.
+"""mPLUG-Owl2 as a vLLM model: the vision encoder and abstractor of owl2, vLLM's LLaMA with MAM.
 
-    pixel_values (N, 3, H, W) ──► vision_model ──► visual_abstractor (N, K+1, D) ─┐ vLLM keeps them
+    pixel_values (N, 3, H, W) ──► vision_model ──► visual_abstractor (N, K+1, D) ─┐ cached by vLLM
     scheduled ids (T,) ──► embed_tokens (T, D) ───────────────────────────────────┴─► (T, D)
-    ──► vLLM's LLaMA layers, told which tokens are visual ──► norm ──► lm_head (T, vocabulary)
+    ──► vLLM's LLaMA layers with `VisualTokens` ──► norm ──► lm_head (T, vocabulary)
 
-Shapes: N images to encode in this step, T tokens that are scheduled, of any requests, D width.
+Shapes: N images to encode in this step, T scheduled tokens of all requests, D width.
 
-Which tokens are visual, vLLM says in each step by position, when it asks for their embeddings: so
-it is right for a part of a prompt, with the rest of the prompt in the cache, and for new tokens,
-which are text. The ids do not say it.
+In each step vLLM passes the positions of visual tokens to `embed_input_ids`. They are therefore
+correct for chunks of prompts, for cached prefixes and for new tokens, which are text. The token ids
+do not contain this information.
 """
 
 from collections.abc import Iterable
@@ -31,10 +31,10 @@ from owl2.vllm_plugin.processing import Owl2DummyInputs, Owl2MultiModalProcessor
 @MULTIMODAL_REGISTRY.register_processor(
     Owl2MultiModalProcessor, info=Owl2ProcessingInfo, dummy_inputs=Owl2DummyInputs
 )
-class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
-    """A released-layout checkpoint in vLLM. The two visual parts are whole in every process."""
+class VllmOwl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
+    """A checkpoint in the released layout. Every process has the complete visual modules."""
 
-    # LLaMA's keep their meaning where vLLM asks for a layer's parts by their released names.
+    # The fused modules of LLaMA, for vLLM features that use the released names.
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -48,15 +48,15 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         }
     )
 
-    # SupportsMultiModal's, which carries no types.
+    # Methods of SupportsMultiModal, which has no type annotations.
     _mark_tower_model: Any
     _mark_language_model: Any
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str:
-        """What stands in a prompt for an image."""
+        """The placeholder of an image in a prompt."""
         if modality != "image":
-            raise ValueError(f"mPLUG-Owl2 takes images, no {modality}")
+            raise ValueError(f"unsupported modality {modality!r}: mPLUG-Owl2 supports images")
         return IMAGE_TOKEN
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -64,7 +64,7 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         config = vllm_config.model_config.hf_config
         self.config = config
         visual = config.visual_config
-        # vLLM sets none, and transformers' default writes the scores out.
+        # vLLM does not set it; the default of transformers materializes the attention scores.
         visual._attn_implementation = "sdpa"
         with self._mark_tower_model(vllm_config, "image"):
             self.vision_model: nn.Module = VisionModel(visual.visual_model)
@@ -77,7 +77,7 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self._compute_position_codes()
-        # In one place from step to step, where a CUDA graph finds it.
+        # A buffer with a fixed address, as CUDA graphs need.
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         mask = torch.zeros(tokens, 1, dtype=torch.bool)
         self.visual_mask: torch.Tensor
@@ -86,7 +86,7 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
 
     @torch.no_grad()
     def _compute_position_codes(self) -> None:
-        """Those of the abstractor: a checkpoint may be without them."""
+        """Compute the position codes of the abstractor, which a checkpoint may omit."""
         for module in self.visual_abstractor.modules():
             if isinstance(module, AbstractorAttention):
                 query_codes, key_codes = module.position_embeddings()
@@ -109,9 +109,9 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         *,
         is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T,) to (T, D), images' embeddings in their places.
+        """(T,) to (T, D), with the embeddings of images at their positions.
 
-        vLLM calls this in each step before `forward`, with what of an image is in the step.
+        vLLM calls this in each step before `forward`, with the image tokens of the step.
         """
         mask = self.visual_mask[: len(input_ids), 0]
         if is_multimodal is None or not multimodal_embeddings:
@@ -125,9 +125,9 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         )
 
     def _visual_tokens(self, inputs_embeds: torch.Tensor | None) -> VisualTokens | None:
-        """Of the step whose embeddings were asked for last."""
+        """The visual tokens of the step that `embed_input_ids` prepared."""
         rows, self._visual_rows = self._visual_rows, None
-        if inputs_embeds is None or not self.config.use_mam:  # None: vLLM was told to take no image
+        if inputs_embeds is None or not self.config.use_mam:  # None: images are disabled in vLLM
             return None
         mask = self.visual_mask[: len(inputs_embeds)]
         if inputs_embeds.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -142,7 +142,7 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Hidden states (T, D) after the norm."""
+        """Hidden states (T, D) after the final norm."""
         visual = self._visual_tokens(inputs_embeds)
         routed = {} if visual is None else {"visual": visual}
         return self.language_model.model(
@@ -156,9 +156,9 @@ class Owl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
     # -------------------------------------------------------------- weights
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """The released keys (SPEC 1.4); what is missing or unexpected, vLLM refuses by name."""
-        # For a config.json that asks for another resolution than the positions were trained at.
-        if isinstance(self.vision_model, VisionModel):  # it is not where no image is to be taken
+        """Load released keys (Specification §1.4); vLLM rejects missing and unexpected ones."""
+        # The image size in config.json may differ from that of the stored position embedding.
+        if isinstance(self.vision_model, VisionModel):  # absent if images are disabled in vLLM
             positions: Any = self.vision_model.embeddings.position_embedding
             positions.weight_loader = _load_positions
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

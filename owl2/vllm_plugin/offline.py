@@ -1,6 +1,6 @@
-"""Many conversations through vLLM in this process: for millions of images.
+"""Offline inference with vLLM in this process, for millions of images.
 
-conversations ──a window of them──► prompts, small images ──vLLM, all at once──► answers
+conversations ──in windows──► prompts and resized images ──vLLM──► answers
 """
 
 import os
@@ -19,10 +19,10 @@ from owl2.processing.chat_template import parse_messages, validate_prompt
 from owl2.processing.image_io import load_image
 from owl2.processing.processor import Owl2Processor
 
-# Conversations handed over at once: enough that the last ones to finish do not count.
+# Conversations per call of vLLM: enough to hide the time of the last ones to finish.
 WINDOW = 1024
 
-Prompt = dict[str, Any]  # vLLM's
+Prompt = dict[str, Any]  # vLLM's prompt with token ids
 
 
 def answer_all(
@@ -33,28 +33,29 @@ def answer_all(
     window: int = WINDOW,
     **settings: Any,
 ) -> Iterator[str | InputError]:
-    """The answer to each conversation, in order; greedy ones are those of `Engine.batch`.
+    """Answer each conversation, in order. Greedy answers equal those of `Engine.batch`.
 
     Args:
-        model: a checkpoint's directory or hub id.
-        conversations: messages that end with a question; taken as they are needed, up to two
-            windows ahead.
-        options: as for `Engine.chat`.
-        window: how many conversations vLLM is given at once.
-        settings: of vLLM's `LLM` (``dtype``, ``tensor_parallel_size``, ``max_model_len`` ...).
+        model: The directory or hub id of a checkpoint.
+        conversations: Messages that end with a question. They are read lazily, up to two windows
+            ahead.
+        options: Sampling parameters, as for `Engine.chat`.
+        window: The number of conversations per call of vLLM.
+        settings: Arguments of vLLM's `LLM`, such as ``dtype`` or ``tensor_parallel_size``.
 
     Yields:
-        The text; or the `InputError` of a conversation that cannot be asked, in its place.
+        The text, or the `InputError` of an invalid conversation.
 
     Raises:
-        InputError: vLLM is not installed, no such checkpoint, an option out of its range.
+        InputError: vLLM is not installed, the checkpoint does not exist, or an option is invalid.
     """
     try:
         from vllm import LLM
     except ImportError as error:
         raise InputError(
-            f"vLLM cannot be imported ({error}): pip install 'owl2-vlm[vllm]', in an "
-            "environment of its own"
+            f"Cannot import vLLM ({error}). Install it in a separate environment: "
+            "pip install 'owl2-vlm[vllm]'",
+            ErrorCode.MISSING_DEPENDENCY,
         ) from error
     processor = Owl2Processor.from_pretrained(model)
     decoding = SamplingParams.from_options(_defaults(model), **(options or {}))
@@ -72,18 +73,18 @@ def answer_all(
                 yield prompt if isinstance(prompt, InputError) else next(texts)
             first += len(prompts)
     finally:
-        llm.llm_engine.engine_core.shutdown()  # its processes, and their memory
+        llm.llm_engine.engine_core.shutdown()  # ends its processes and frees their memory
 
 
 def _windows(
     processor: Owl2Processor, conversations: Iterable[Messages], context: int, window: int
 ) -> Iterator[list[Prompt | InputError]]:
-    """Prompts, a window at a time; while one is answered, the next one's images are opened."""
-    rest = iter(conversations)
+    """Windows of prompts. The images of the next window are loaded while one is answered."""
+    remaining = iter(conversations)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
 
         def begin() -> list[Future[Prompt | InputError]]:
-            some = islice(rest, window)
+            some = islice(remaining, window)
             return [pool.submit(_prompt, processor, messages, context) for messages in some]
 
         ahead = begin()
@@ -96,33 +97,34 @@ def _windows(
 def _defaults(model: str | Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(model)
-    except OSError:  # it has none
+    except OSError:  # the checkpoint has no generation_config.json
         return GenerationConfig()
 
 
 def _prompt(processor: Owl2Processor, messages: Messages, context: int) -> Prompt | InputError:
-    """What vLLM is given for a conversation; or what is wrong with it."""
-    from owl2.vllm_plugin.tokenizer import encode_prompt  # imports vLLM, which may not be there
+    """The prompt of a conversation, or the error in it."""
+    from owl2.vllm_plugin.tokenizer import encode_prompt  # imports vLLM
 
     try:
         validate_prompt(messages)
         conversation = parse_messages(messages)
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         ids = encode_prompt(processor, text)
-        if (places := ids.count(processor.image_token_id)) != len(conversation.images):
+        if (placeholders := ids.count(processor.image_token_id)) != len(conversation.images):
             raise InputError(
-                f"The prompt has {places} placeholders for {len(conversation.images)} images",
+                f"The prompt has {placeholders} placeholder(s) for {len(conversation.images)} "
+                "image(s).",
                 ErrorCode.IMAGE_COUNT_MISMATCH,
             )
-        length = len(ids) + places * (processor.num_image_tokens - 1)
+        length = len(ids) + placeholders * (processor.num_image_tokens - 1)
         if length >= context:
             raise InputError(
-                f"The prompt has {length} tokens; the context is {context}, one of them for the "
-                "answer",
+                f"The prompt has {length} tokens; the context of {context} tokens includes at "
+                "least one for the answer.",
                 ErrorCode.TOO_LONG,
             )
-        # Squares of the model's size: small on their way to vLLM's processes, and what the
-        # processor makes of a square of this size is the square.
+        # Squares of the model's image size are small to transfer to vLLM's processes, and the image
+        # processor does not change them.
         pixels = processor.image_processor
         images = [
             pixels.to_square(load_image(image, pixels.max_pixels)) for image in conversation.images
@@ -145,9 +147,9 @@ def _sampling(params: SamplingParams, index: int) -> Any:
 
 
 def _text(processor: Owl2Processor, answer: Any) -> str:
-    """An answer's ids as the Engine writes them: vLLM leaves out a character that is not whole."""
+    """The text as `Engine` decodes it: vLLM omits incomplete characters."""
     ids = list(answer.token_ids)
-    if answer.finish_reason == "stop":  # by an end token, as no stop texts are asked for
+    if answer.finish_reason == "stop":  # by an end token, because no stop strings are set
         ids.pop()
     text = processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text).strip()

@@ -1,7 +1,7 @@
-"""Images and placeholders for vLLM, by the checkpoint's own processor.
+"""Images and placeholders for vLLM, with the processor of the checkpoint.
 
-ids with one image_token_id an image ──► K + 1 places each, vLLM remembers where
-images ──Owl2ImageProcessor──► pixel_values (3, H, W) each, kept by what the image holds
+ids with one image_token_id for each image ──► K + 1 positions each, recorded by vLLM
+images ──Owl2ImageProcessor──► pixel_values (3, H, W) each, cached by content
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing.chat_template import IMAGE_TOKEN
 from owl2.processing.image_io import load_image
 from owl2.processing.processor import Owl2Processor
 
-# The id at an image's places. Any of the vocabulary does: the embedding is the image's.
-PLACE_ID = 0
+# The id at the positions of an image. Any valid id works: the image's embedding replaces it.
+PLACEHOLDER_ID = 0
 OPTIONS = ("image_policy",)
 
 
@@ -38,7 +38,7 @@ def _processor(name: str, revision: str | None, image_policy: Any) -> Owl2Proces
 
 
 class ImageParser(MultiModalDataParser):
-    """Images in the checkpoint's colours: vLLM would put what is transparent on white."""
+    """Converts images to RGB as owl2 does; vLLM would put transparent images on white."""
 
     def _parse_image_data(self, data: Any) -> Any:
         items = [data] if isinstance(data, Image.Image) else data
@@ -48,22 +48,26 @@ class ImageParser(MultiModalDataParser):
 
 
 class Owl2ProcessingInfo(BaseProcessingInfo):
-    """What of a checkpoint vLLM wants to know beforehand."""
+    """The properties of a checkpoint that vLLM needs to plan the input."""
 
     def get_hf_config(self) -> Owl2Config:
         return self.ctx.get_hf_config(Owl2Config)
 
     def get_hf_processor(self, **kwargs: Any) -> Owl2Processor:
-        """The checkpoint's processor; `kwargs`: a request's or the server's mm_processor_kwargs.
+        """The processor of the checkpoint.
+
+        Args:
+            kwargs: The `mm_processor_kwargs` of a request or of the server.
 
         Raises:
-            InputError: others than `OPTIONS`, or a policy that there is not.
+            InputError: An option that is not in `OPTIONS`, or an unknown image policy.
         """
         options = self.ctx.get_merged_mm_kwargs(kwargs)
         if unknown := sorted(options.keys() - set(OPTIONS)):
             raise InputError(
-                f"mm_processor_kwargs: there is no {', '.join(unknown)}; there is "
-                f"{', '.join(OPTIONS)}"
+                f"mm_processor_kwargs: unknown option {', '.join(unknown)}; supported: "
+                f"{', '.join(OPTIONS)}.",
+                ErrorCode.UNKNOWN_NAME,
             )
         model = self.ctx.model_config
         return _processor(model.model, model.revision, options.get("image_policy"))
@@ -81,7 +85,7 @@ class Owl2ProcessingInfo(BaseProcessingInfo):
 
 
 class Owl2DummyInputs(BaseDummyInputsBuilder[Owl2ProcessingInfo]):
-    """The largest input, by which vLLM measures memory."""
+    """The largest input, with which vLLM measures memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return IMAGE_TOKEN * mm_counts.get("image", 0)
@@ -95,7 +99,7 @@ class Owl2DummyInputs(BaseDummyInputsBuilder[Owl2ProcessingInfo]):
 
 
 class Owl2MultiModalProcessor(BaseMultiModalProcessor[Owl2ProcessingInfo]):
-    """A prompt's ids and its images → what the model gets."""
+    """Converts the ids and images of a prompt to the inputs of the model."""
 
     def _call_hf_processor(
         self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]
@@ -113,10 +117,10 @@ class Owl2MultiModalProcessor(BaseMultiModalProcessor[Owl2ProcessingInfo]):
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[PromptReplacement]:
         processor = self.info.get_hf_processor()
-        places = [PLACE_ID] * processor.num_image_tokens
+        positions = [PLACEHOLDER_ID] * processor.num_image_tokens
         return [
             PromptReplacement(
-                modality="image", target=[processor.image_token_id], replacement=places
+                modality="image", target=[processor.image_token_id], replacement=positions
             )
         ]
 
@@ -126,7 +130,7 @@ class Owl2MultiModalProcessor(BaseMultiModalProcessor[Owl2ProcessingInfo]):
         if placeholders != images:
             raise VLLMValidationError(
                 f"The prompt has {placeholders} {IMAGE_TOKEN} placeholder(s), but {images} "
-                "image(s) were given: each placeholder takes one image.",
+                "image(s) were given; each image needs one placeholder.",
                 parameter="image",
             )
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)

@@ -1,10 +1,10 @@
-"""The checkpoint's tokenizer as vLLM wants it: prompts with `<|image|>` → ids.
+"""The tokenizer of a checkpoint for vLLM: prompts with `<|image|>` → ids.
 
-vLLM tokenises a prompt before it looks at the images, and each image's one token then becomes
-its K + 1 places. So here `<|image|>` is one id, `image_token_id`, just past the vocabulary; the
-text between is tokenised piece by piece, as the model was trained (SPEC 1.5). The places get an id
-of the vocabulary (`processing.PLACE_ID`): a placeholder without an image is left as what it is,
-out of the vocabulary, and vLLM refuses it.
+vLLM tokenizes a prompt before it processes the images, and then expands the token of each image to
+K + 1 positions. `<|image|>` is therefore one id here: `image_token_id`, just past the vocabulary.
+Each text segment between images is tokenized separately, as in training (Specification §1.5). The
+expanded positions get a valid id (`processing.PLACEHOLDER_ID`). A placeholder without an image
+keeps its id, which vLLM rejects because it is not in the vocabulary.
 """
 
 import copy
@@ -20,10 +20,10 @@ from owl2.processing.tokenizer import encode, start_ids
 
 
 def encode_prompt(processor: Owl2Processor, prompt: str, add_special_tokens: bool = True) -> list:
-    """A prompt's ids, one `image_token_id` for each image.
+    """The ids of a prompt, with one `image_token_id` for each image.
 
-    With `<s>` in front if the tokenizer has such a start and it is asked for, or written there;
-    once.
+    The start token `<s>`, if the tokenizer has one, is added once: if `add_special_tokens` is set
+    or the prompt starts with it.
     """
     tokenizer = processor.tokenizer
     start = start_ids(tokenizer)
@@ -31,15 +31,15 @@ def encode_prompt(processor: Owl2Processor, prompt: str, add_special_tokens: boo
     if start and prompt.startswith(written):
         prompt, add_special_tokens = prompt[len(written) :], True
     ids = list(start) if add_special_tokens else []
-    for number, piece in enumerate(prompt.split(IMAGE_TOKEN)):
-        if number:
+    for index, segment in enumerate(prompt.split(IMAGE_TOKEN)):
+        if index:
             ids.append(processor.image_token_id)
-        ids += encode(tokenizer, piece)
+        ids += encode(tokenizer, segment)
     return ids
 
 
 class Owl2PromptTokenizer:
-    """What vLLM's tokenizer mode `owl2` names; makes tokenizers, and is none itself."""
+    """The factory that vLLM's tokenizer mode `owl2` names."""
 
     @classmethod
     def from_pretrained(
@@ -51,10 +51,10 @@ class Owl2PromptTokenizer:
         truncation_side: str = "left",
         **_: Any,
     ) -> Any:
-        """The tokenizer of a checkpoint, of its own class with the methods that vLLM calls changed.
+        """The tokenizer of a checkpoint, with the methods that vLLM calls overridden.
 
         Raises:
-            InputError: the directory or hub id has none.
+            InputError: The directory or hub id has no tokenizer.
         """
         hub = {"revision": revision, "cache_dir": download_dir}
         given = {name: value for name, value in hub.items() if value is not None}
@@ -63,29 +63,31 @@ class Owl2PromptTokenizer:
 
 def _load(name: str, truncation_side: str, hub: dict[str, Any]) -> Any:
     processor = Owl2Processor.from_pretrained(name, **hub)
-    # A class of its own for each, as vLLM does it: its kinds of decoding ask for the tokenizer's.
+    # A subclass of each tokenizer's class, as in vLLM: detokenization depends on that class.
     base: Any = type(processor.tokenizer)
 
     class PromptTokenizer(base):
-        is_fast = False  # that is: it does not tell tokens' places in a text with images
+        is_fast = False  # it does not return offsets for a text with images
 
         def encode(self, text: str, add_special_tokens: bool = True, **options: Any) -> list[int]:
             ids = encode_prompt(processor, text, add_special_tokens)
-            most = options.get("max_length")
-            if not options.get("truncation") or most is None or len(ids) <= most:
+            max_length = options.get("max_length")
+            if not options.get("truncation") or max_length is None or len(ids) <= max_length:
                 return ids
-            return ids[len(ids) - most :] if self.truncation_side == "left" else ids[:most]
+            return (
+                ids[len(ids) - max_length :] if self.truncation_side == "left" else ids[:max_length]
+            )
 
         def __call__(self, text: str | list[str], **options: Any) -> BatchEncoding:
-            many = [text] if isinstance(text, str) else text
-            rows: list[Any] = [self.encode(prompt, **options) for prompt in many]
+            texts = [text] if isinstance(text, str) else text
+            rows: list[Any] = [self.encode(prompt, **options) for prompt in texts]
             mask: list[Any] = [[1] * len(row) for row in rows]
             if isinstance(text, str):
                 rows, mask = rows[0], mask[0]
             return BatchEncoding({"input_ids": rows, "attention_mask": mask})
 
         def apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
-            """As the tokenizer's own, and the start written out: vLLM adds none to a chat."""
+            """Add the start token to the text, because vLLM adds none to a chat."""
             tokenize = options.pop("tokenize", True)
             text = super().apply_chat_template(conversation, *args, tokenize=False, **options)
             start = "".join(self.convert_ids_to_tokens(start_ids(processor.tokenizer)))
@@ -93,7 +95,7 @@ def _load(name: str, truncation_side: str, hub: dict[str, Any]) -> Any:
             return self.encode(text, add_special_tokens=False) if tokenize else text
 
         def __copy__(self) -> Any:
-            # Python's own would go through `__reduce__` and read the files again.
+            # The default would call `__reduce__` and read the files again.
             shallow: Any = object.__new__(type(self))
             vars(shallow).update(vars(self))
             return shallow

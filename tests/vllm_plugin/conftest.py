@@ -1,8 +1,8 @@
-"""A checkpoint that vLLM's CPU kernels take (heads of 32 numbers), one vLLM for all tests, and the
-Engine whose tokens it must give.
+"""A checkpoint for vLLM's CPU kernels (head size 32), one vLLM for all tests, and the `Engine` that
+gives the expected tokens.
 
-Starting vLLM takes most of the time, so there is one, made for what is hard: 24 tokens a step for
-prompts of up to 100, so that images of 11 tokens are cut anywhere, and prefixes are kept.
+Starting vLLM takes most of the time, so the tests share one with difficult settings: steps of 24
+tokens for prompts of up to 100, which splits images of 11 tokens anywhere, and prefix caching.
 """
 
 import os
@@ -12,14 +12,15 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import pytest
 import torch
-from PIL import Image
+
+from tests.engine.conftest import ask, random_image
 
 QUERIES = 10
 STEP = 24
 
 
 def make_checkpoint(directory, **settings):
-    """A checkpoint in `directory`, whose visual weights are nothing like the text ones."""
+    """A checkpoint in `directory`, whose visual weights differ from the text weights."""
     from owl2.processing.image_processing import Owl2ImageProcessor
     from owl2.processing.processor import Owl2Processor
     from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
@@ -69,7 +70,7 @@ def llm(checkpoint):
 
 
 class running:
-    """A vLLM that is shut down at the end, with its processes."""
+    """A vLLM whose processes end with the block."""
 
     def __init__(self, checkpoint, **settings):
         from vllm import LLM
@@ -78,7 +79,7 @@ class running:
             "dtype": "float32",
             "max_num_seqs": 16,
             "max_num_batched_tokens": STEP,
-            "block_size": 32,  # what the CPU kernels take
+            "block_size": 32,  # required by the CPU kernels
             "enable_prefix_caching": True,
             "enable_chunked_prefill": True,
             "disable_log_stats": True,
@@ -92,23 +93,12 @@ class running:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def image(number, size=(10, 12)):
-    colours = torch.Generator().manual_seed(number)
-    values = torch.randint(0, 256, (size[1], size[0], 3), generator=colours, dtype=torch.uint8)
-    return Image.fromarray(values.numpy())
-
-
-def ask(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
 def conversations():
-    """16, of 0 to 3 images, of different lengths; some with earlier rounds."""
+    """16 conversations with 0 to 3 images and different lengths, some with earlier turns."""
     texts = ["what is this?", "is it red? " * 5, "no", "a blue  circle\nand a green one, 你好"]
-    made = [ask(text, *map(image, range(count))) for text in texts for count in (0, 1, 2, 3)]
-    made[1] = [*made[1], {"role": "assistant", "content": "red"}, *ask("and now?", image(7))]
-    made[4] = [*made[4], {"role": "assistant", "content": "a circle"}, *ask("what colour?")]
+    made = [ask(text, *map(random_image, range(count))) for text in texts for count in (0, 1, 2, 3)]
+    made[1] = [*made[1], {"role": "assistant", "content": "red"}, *ask("and now?", random_image(7))]
+    made[4] = [*made[4], {"role": "assistant", "content": "a circle"}, *ask("what color?")]
     return made
 
 
@@ -116,7 +106,7 @@ NEW = 12  # tokens of an answer
 
 
 def engine_tokens(engine, messages, new=NEW):
-    """The Engine's greedy tokens, each conversation asked alone."""
+    """The greedy tokens of the `Engine` for one conversation."""
     from owl2.engine.sampling import SamplingParams
 
     prompt = engine.encode(messages)
@@ -125,7 +115,7 @@ def engine_tokens(engine, messages, new=NEW):
 
 
 def vllm_tokens(llm, many, new=NEW):
-    """vLLM's, for conversations that it is asked together: through its chat, as a server is."""
+    """The greedy tokens of vLLM for several conversations in one call of its chat method."""
     from vllm import SamplingParams
 
     asked = [[_for_vllm(message) for message in messages] for messages in many]

@@ -1,4 +1,4 @@
-"""vLLM's greedy tokens are the Engine's, in float32: alone, together, cut up and remembered."""
+"""Greedy tokens of vLLM and the `Engine` are equal: batched, chunked, with cached prefixes."""
 
 import json
 import subprocess
@@ -11,8 +11,8 @@ from tests.vllm_plugin.conftest import (
     ask,
     conversations,
     engine_tokens,
-    image,
     make_checkpoint,
+    random_image,
     running,
     vllm_tokens,
 )
@@ -25,38 +25,40 @@ def expected(engine):
     return [engine_tokens(engine, messages) for messages in conversations()]
 
 
-def test_each_alone(llm, expected):
-    # First of all tests, so that nothing is remembered yet.
+def test_single_requests(llm, expected):
+    # The first test, so that the prefix cache is empty.
     assert [vllm_tokens(llm, [messages])[0] for messages in conversations()] == expected
-    assert len({tuple(tokens) for tokens in expected}) == 16  # so the images are seen
+    assert len({tuple(tokens) for tokens in expected}) == 16  # the images change the answers
 
 
-def test_sixteen_together_with_their_prefixes_remembered(llm, expected):
+def test_sixteen_requests_with_cached_prefixes(llm, expected):
     assert vllm_tokens(llm, conversations()) == expected
 
 
-def test_sixteen_together_with_nothing_remembered(llm, expected):
+def test_sixteen_requests_with_an_empty_prefix_cache(llm, expected):
     assert llm.reset_prefix_cache()
     assert vllm_tokens(llm, conversations()) == expected
 
 
-def test_a_remembered_prompt_with_another_image_is_another_prompt(llm, engine):
+def test_prefix_cache_distinguishes_images(llm, engine):
     question = "what is this? is it red or blue?"
     for number in (1, 2, 1):
-        messages = ask(question, image(number))
+        messages = ask(question, random_image(number))
         assert vllm_tokens(llm, [messages]) == [engine_tokens(engine, messages)]
 
 
-def test_another_question_about_a_remembered_image(llm, engine):
-    first, second = (ask(text, image(3), image(4)) for text in ("is it red?", "is it blue?"))
+def test_another_question_about_a_cached_image(llm, engine):
+    first, second = (
+        ask(text, random_image(3), random_image(4)) for text in ("is it red?", "is it blue?")
+    )
     vllm_tokens(llm, [first])
     assert vllm_tokens(llm, [second]) == [engine_tokens(engine, second)]
 
 
 @pytest.mark.parametrize("extra", range(3))
-def test_one_visual_token_alone_in_a_step(llm, engine, extra):
-    """A prompt that ends in an image, all but its last tokens remembered: they look like decoding
-    to vLLM, but are visual."""
+def test_one_visual_token_in_a_step(llm, engine, extra):
+    """A prompt that ends in an image, with all but its last tokens cached. Their step has the shape
+    of a decode step."""
     import torch
     from vllm import SamplingParams
 
@@ -66,18 +68,18 @@ def test_one_visual_token_alone_in_a_step(llm, engine, extra):
     text_ids = start + [70 + number for number in range(words)]
     prompt = {
         "prompt_token_ids": [*text_ids, processor.image_token_id],
-        "multi_modal_data": {"image": image(5)},
+        "multi_modal_data": {"image": random_image(5)},
     }
     ids = torch.tensor([text_ids + [processor.image_token_id] * (QUERIES + 1)])
-    pixels = processor.image_processor([image(5)])["pixel_values"]
+    pixels = processor.image_processor([random_image(5)])["pixel_values"]
     made = engine.model.generate(
         input_ids=ids, pixel_values=pixels, max_new_tokens=8, do_sample=False
     )
     sampling = SamplingParams(temperature=0, max_tokens=8)
     assert llm.reset_prefix_cache()
-    for remembered in (0, 64):
+    for num_cached in (0, 64):
         [output] = llm.generate([prompt], sampling, use_tqdm=False)
-        assert output.num_cached_tokens == remembered
+        assert output.num_cached_tokens == num_cached
         assert list(output.outputs[0].token_ids) == made[0, ids.shape[1] :].tolist()
 
 
@@ -85,14 +87,12 @@ def test_one_visual_token_alone_in_a_step(llm, engine, extra):
     ("text", "images"),
     [("<|image|> what?", 0), ("what? <|image|>", 1)],
 )
-def test_a_placeholder_without_a_image_is_refused_and_the_next_is_answered(
-    llm, engine, text, images
-):
+def test_a_placeholder_without_an_image_is_rejected(llm, engine, text, images):
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match=r"out of vocabulary|placeholder"):
-        vllm_tokens(llm, [ask(text, *map(image, range(images)))])
-    good = ask("what is this?", image(0))
+        vllm_tokens(llm, [ask(text, *map(random_image, range(images)))])
+    good = ask("what is this?", random_image(0))
     assert vllm_tokens(llm, [good]) == [engine_tokens(engine, good)]
 
 
@@ -100,7 +100,7 @@ def test_without_mam(tmp_path):
     answers_as_the_engine(make_checkpoint(tmp_path, use_mam=False))
 
 
-def test_as_released_and_all_that_llamas_have(tmp_path):
+def test_released_layout_and_options_of_llama(tmp_path):
     """Shards of ``.bin``, old buffers, no position codes, another image size than it has; tied
     embeddings, as many key-value heads as heads, scaled positions."""
     import torch
@@ -145,13 +145,13 @@ def answers_as_the_engine(directory):
         assert vllm_tokens(llm, conversations()) == expected
 
 
-def test_two_processes_share_the_decoder(checkpoint, expected, monkeypatch):
+def test_tensor_parallelism(checkpoint, expected, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # a core each; vLLM wants memories each
     with running(checkpoint, tensor_parallel_size=2) as llm:
         assert vllm_tokens(llm, conversations()) == expected
 
 
-def test_more_processes_than_key_value_heads_are_refused(checkpoint):
+def test_more_processes_than_key_value_heads_are_rejected(checkpoint):
     with (
         pytest.raises(Exception, match="does not divide the model's 2 key-value heads"),
         running(checkpoint, tensor_parallel_size=4),
@@ -159,21 +159,23 @@ def test_more_processes_than_key_value_heads_are_refused(checkpoint):
         pass
 
 
-def test_a_recorded_step_and_a_counted_one_are_the_same():
-    """Where a CUDA graph is recorded, both modalities are computed and one is chosen."""
+def test_replace_visual_during_graph_capture():
+    """During CUDA graph capture, both modalities are computed and one is selected."""
     import torch
 
     from owl2.vllm_plugin.decoder import VisualTokens
 
     inputs, states = torch.randn(7, 3), torch.randn(7, 3)
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 0]).bool()[:, None]
-    counted = VisualTokens(mask, mask[:, 0].nonzero()[:, 0]).put(states, torch.exp, inputs)
-    assert torch.equal(counted, VisualTokens(mask, None).put(states, torch.exp, inputs))
+    counted = VisualTokens(mask, mask[:, 0].nonzero()[:, 0]).replace_visual(
+        states, torch.exp, inputs
+    )
+    assert torch.equal(counted, VisualTokens(mask, None).replace_visual(states, torch.exp, inputs))
     assert torch.equal(counted[mask[:, 0]], inputs[mask[:, 0]].exp())
     assert torch.equal(counted[~mask[:, 0]], states[~mask[:, 0]])
 
 
-def test_importing_the_plug_in_does_not_import_vllm():
-    """vLLM asks all that are installed for theirs; ours must not cost those who do not use it."""
+def test_importing_the_plugin_does_not_import_vllm():
+    """vLLM imports all installed plug-ins, so the import must be cheap."""
     code = "import sys, owl2.vllm_plugin; assert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,20 +1,20 @@
-"""Many conversations through vLLM: the Engine's answers, and what cannot be asked in its place."""
+"""Offline inference gives the answers of the `Engine`, and errors for invalid conversations."""
 
 import pytest
 
-from tests.vllm_plugin.conftest import NEW, STEP, ask, conversations, image
+from tests.vllm_plugin.conftest import NEW, STEP, ask, conversations, random_image
 
 pytestmark = pytest.mark.vllm
 
 SMALL = {"dtype": "float32", "max_num_batched_tokens": STEP, "max_num_seqs": 16}
 
 
-def test_answers_are_the_engines_and_faults_are_in_their_places(checkpoint, engine, tmp_path):
+def test_answers_equal_the_engine_and_errors_keep_their_order(checkpoint, engine, tmp_path):
     from owl2.errors import InputError
     from owl2.vllm_plugin.offline import answer_all
 
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
-    large = image(9, size=(900, 20))
+    large = random_image(9, size=(900, 20))
     many = [
         *conversations(),
         ask("what?", tmp_path / "broken.png"),
@@ -32,7 +32,7 @@ def test_answers_are_the_engines_and_faults_are_in_their_places(checkpoint, engi
     assert [answer for answer in answers if isinstance(answer, str)] == expected
 
 
-def test_an_option_that_is_out_of_its_range_is_said_before_anything_is_loaded(checkpoint):
+def test_an_invalid_option_is_an_error_before_loading(checkpoint):
     from owl2.errors import InputError
     from owl2.vllm_plugin.offline import answer_all
 

@@ -1,4 +1,4 @@
-"""`vllm serve DIR` answers the official client, and goes on after what it refuses."""
+"""`vllm serve DIR` answers the OpenAI client and continues after rejected requests."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.vllm_plugin.conftest import NEW, STEP, ask, image
+from tests.vllm_plugin.conftest import NEW, STEP, ask, random_image
 
 pytestmark = pytest.mark.vllm
 
@@ -94,8 +94,8 @@ def agrees(reply, expected):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_answers_are_the_engines(client, engine, count):
-    images = [image(number) for number in range(count)]
+def test_answers_equal_the_engine(client, engine, count):
+    images = [random_image(number) for number in range(count)]
     reply = client.chat.completions.create(**asked("what is this?", *map(as_url, images)))
     expected = engine.chat(ask("what is this?", *images), max_new_tokens=NEW)
     assert agrees(reply, expected)
@@ -106,8 +106,8 @@ def test_answers_are_the_engines(client, engine, count):
     )
 
 
-def test_a_streamed_answer_is_the_whole_one(client):
-    request = asked("what is this?", as_url(image(3)))
+def test_streamed_answer_equals_the_complete_answer(client):
+    request = asked("what is this?", as_url(random_image(3)))
     whole = client.chat.completions.create(**request).choices[0].message.content
     pieces = [
         chunk.choices[0].delta.content or ""
@@ -121,26 +121,27 @@ def test_a_streamed_answer_is_the_whole_one(client):
     "request_",
     [
         asked("<|image|> what?"),
-        asked("<|image|> what?", as_url(image(1))),
+        asked("<|image|> what?", as_url(random_image(1))),
         asked("what?", "data:image/png;base64,bm8gcGljdHVyZQ=="),
         asked("too long " * 200),
-        asked("what?", as_url(image(1))) | {"extra_body": {"mm_processor_kwargs": {"size": 9}}},
+        asked("what?", as_url(random_image(1)))
+        | {"extra_body": {"mm_processor_kwargs": {"size": 9}}},
     ],
     ids=["no image", "an image too few", "no such format", "too long", "unknown option"],
 )
-def test_what_it_refuses_is_a_400_and_the_next_is_answered(client, engine, request_):
+def test_invalid_requests_get_status_400(client, engine, request_):
     import openai
 
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**request_)
-    reply = client.chat.completions.create(**asked("no", as_url(image(2))))
-    expected = engine.chat(ask("no", image(2)), max_new_tokens=NEW)
+    reply = client.chat.completions.create(**asked("no", as_url(random_image(2))))
+    expected = engine.chat(ask("no", random_image(2)), max_new_tokens=NEW)
     assert agrees(reply, expected)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "P"])
-def test_images_of_all_kinds_are_seen_as_the_engine_sees_them(client, engine, mode):
-    given = image(6)
+def test_image_modes_equal_the_engine(client, engine, mode):
+    given = random_image(6)
     if mode == "RGBA":
         given.putalpha(given.getchannel("R"))
     elif mode == "I;16":
@@ -152,11 +153,11 @@ def test_images_of_all_kinds_are_seen_as_the_engine_sees_them(client, engine, mo
     assert agrees(reply, expected)
 
 
-def test_a_image_is_prepared_as_asked(client, engine):
-    """By the image's other policy: the answer to a long one differs."""
+def test_image_policy_of_a_request(client, engine):
+    """The policy changes the answer about a wide image."""
     from owl2.engine.engine import Engine
 
-    long = image(4, size=(40, 8))
+    long = random_image(4, size=(40, 8))
     processor = type(engine.processor).from_pretrained(
         engine.processor.tokenizer.name_or_path, image_policy="pad"
     )

@@ -1,4 +1,4 @@
-"""vLLM's prompts have the ids that the processor gives, and tokenizers survive what vLLM does."""
+"""The tokenizer for vLLM gives the ids of the processor, also after copies and pickling."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ def processor(checkpoint):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_ids_of_words_are_the_processors(tokenizer, processor, prompt):
+def test_text_ids_equal_the_processor(tokenizer, processor, prompt):
     assert tokenizer.encode(prompt) == processor(text=prompt)["input_ids"][0]
     assert tokenizer(prompt)["input_ids"] == tokenizer.encode(prompt)
     assert tokenizer([prompt, "b"])["input_ids"] == [
@@ -34,7 +34,7 @@ def test_ids_of_words_are_the_processors(tokenizer, processor, prompt):
     ]
 
 
-def test_a_image_is_one_id_between_pieces_tokenised_alone(tokenizer, processor):
+def test_an_image_is_one_id_between_text_segments(tokenizer, processor):
     prompt = "USER: <|image|>a  red<|image|><|image|> circle"
     ids = processor(text=prompt, images=[[image_of_nothing()] * 3])["input_ids"][0]
     place, count = processor.image_token_id, processor.num_image_tokens
@@ -44,7 +44,7 @@ def test_a_image_is_one_id_between_pieces_tokenised_alone(tokenizer, processor):
     assert expanded == ids
 
 
-def test_a_chat_begins_with_the_start_token_once(tokenizer, processor):
+def test_a_chat_has_one_start_token(tokenizer, processor):
     chat = [{"role": "user", "content": [{"type": "text", "text": "what is this?"}]}]
     options = {"chat_template": processor.chat_template, "add_generation_prompt": True}
     text = tokenizer.apply_chat_template(conversation=chat, tokenize=False, **options)
@@ -54,11 +54,11 @@ def test_a_chat_begins_with_the_start_token_once(tokenizer, processor):
     assert tokenizer.apply_chat_template(conversation=chat, **options) == expected
 
 
-def test_words_alone_get_no_start_token(tokenizer):
+def test_no_start_token_without_special_tokens(tokenizer):
     assert tokenizer.encode("red", add_special_tokens=False) == tokenizer.encode("red")[1:]
 
 
-def test_cut_on_the_side_that_is_asked_for(checkpoint):
+def test_truncation_side(checkpoint):
     from owl2.vllm_plugin.tokenizer import Owl2PromptTokenizer
 
     for side, part in (("left", slice(-4, None)), ("right", slice(None, 4))):
@@ -70,7 +70,7 @@ def test_cut_on_the_side_that_is_asked_for(checkpoint):
 @pytest.mark.parametrize(
     "again", [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))]
 )
-def test_copies_are_the_same(tokenizer, again):
+def test_copies_are_equal(tokenizer, again):
     made = again(tokenizer)
     prompt = "USER: <|image|>a  red"
     assert made.encode(prompt) == tokenizer.encode(prompt)
@@ -80,7 +80,7 @@ def test_copies_are_the_same(tokenizer, again):
 
 @pytest.fixture(scope="module")
 def fast_checkpoint(tmp_path_factory, checkpoint):
-    """A checkpoint whose tokenizer is of another family: byte-level BPE, nothing before a text."""
+    """A checkpoint with another kind of tokenizer: byte-level BPE without a start token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,6 @@
-"""The tab "where it looked": the images of the last question, painted, for the answer's words.
+"""The attention tab: heat maps of the images for the words of the last answer.
 
-The model is run once a question; another word is only another sum of what was recorded then.
+The attention is collected once per answer. Another word only selects other rows of it.
 """
 
 import asyncio
@@ -16,179 +16,179 @@ import gradio as gr
 from PIL import Image
 
 from owl2.attention import AttentionMaps, answer_words, collect_attention, heat_map, overlay
-from owl2.attention.heatmap import COLORS, MIN_SCALE
+from owl2.attention.heatmap import COLORS, MIN_SCALE, TokenRange
 from owl2.engine.engine import Engine
 from owl2.serve.web.conversation import Conversation, Turn
-from owl2.serve.web.i18n import text
-from owl2.serve.web.notify import note, warn
+from owl2.serve.web.i18n import show_error, show_info, text
 
-EDGE = 512  # pixels of a painted square: smaller, and a map over it has steps
-ALL = -1  # the choice of no word
+EDGE = 512  # pixels of a square image; large enough for a smooth heat map
+ALL = -1  # the choice of the complete answer
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What the tab shows of one answer.
+class AnswerAttention:
+    """The content of the tab for one answer.
 
     Attributes:
-        looks: with the mean over layers and heads only; the rest would fill the server's memory.
-        squares: the images of all questions so far, as the model saw them.
-        files: the same, as they were uploaded.
-        of: which questions and answers these are.
+        maps: Reduced to the mean over layers and heads, to save memory in the server.
+        squares: The images of all questions so far, as the model sees them.
+        files: The uploaded files of the same images.
+        texts: The questions and answers that it belongs to.
     """
 
-    looks: AttentionMaps
+    maps: AttentionMaps
     squares: tuple[Image.Image, ...]
     files: tuple[str, ...]
-    of: tuple[tuple[str, str], ...]
+    texts: tuple[tuple[str, str], ...]
 
     @property
-    def words(self) -> list[tuple[str, tuple[int, int]]]:
-        """The answer's, each with its tokens."""
-        return answer_words(self.looks)
+    def words(self) -> list[tuple[str, TokenRange]]:
+        """The words of the answer, each with its tokens."""
+        return answer_words(self.maps)
 
 
-class Looking:
-    """The tab's functions. One at a time looks: it is a curiosity, and the answers come first."""
+class AttentionTab:
+    """The event handlers of the tab. One request at a time, because answers have priority."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = asyncio.Lock()
 
     async def show(
-        self, talk: Conversation, looked: Looked | None, language: str
-    ) -> tuple[Looked | None, Any, str]:
-        """Look at the last answer, unless it is the one looked at before.
+        self, conversation: Conversation, shown: AnswerAttention | None, language: str
+    ) -> tuple[AnswerAttention | None, Any, str]:
+        """Collect the attention of the last answer, unless it is already shown.
 
         Returns:
-            What to keep, and what `describe` gives.
+            The content of the tab, and the outputs of `describe`.
         """
-        turns = [turn for turn in talk.turns if turn.answer.strip()]
-        if talk.busy or not any(turn.images for turn in turns):
+        turns = [turn for turn in conversation.turns if turn.answer.strip()]
+        if conversation.busy or not any(turn.images for turn in turns):
             if turns:
-                note("error_busy" if talk.busy else "error_no_image", language)
-            return await self.forget(language)
-        if looked is None or looked.of != _of(turns):
+                show_info("error_busy" if conversation.busy else "error_no_image", language)
+            return await self.clear(language)
+        if shown is None or shown.texts != _texts(turns):
             try:
                 async with self._lock:
-                    looked = await asyncio.to_thread(self._look, Conversation(turns))
-            except Exception as error:  # what is our own code is logged, and here it is said
-                warn(error, language)
-                return await self.forget(language)
-        return looked, *describe(looked, ALL, language)
+                    shown = await asyncio.to_thread(self._collect, Conversation(turns))
+            except Exception as error:  # shown to the visitor; unexpected ones are logged
+                show_error(error, language)
+                return await self.clear(language)
+        return shown, *describe(shown, ALL, language)
 
-    async def forget(self, language: str) -> tuple[None, Any, str]:
-        """The tab as it was in the beginning."""
+    async def clear(self, language: str) -> tuple[None, Any, str]:
+        """The initial state of the tab."""
         return None, *describe(None, ALL, language)
 
-    def _look(self, talk: Conversation) -> Looked:
-        answer = talk.turns[-1].answer.strip()
-        looks = collect_attention(
-            self._engine, self._engine.processor, talk.messages(), answer=answer, layers=(0,)
+    def _collect(self, conversation: Conversation) -> AnswerAttention:
+        turns = conversation.turns
+        maps = collect_attention(
+            self._engine,
+            self._engine.processor,
+            conversation.messages(),
+            answer=turns[-1].answer.strip(),
+            layers=[],
         )
-        mean = looks.mean.mean(0, keepdims=True)  # (1, T, S)
-        small = replace(looks, mean=mean, attention=mean[:0], layers=())
-        squares = [image.resize((EDGE, EDGE)) for turn in talk.turns for image in turn.images]
-        files = [file for turn in talk.turns for file in turn.files]
-        return Looked(small, tuple(squares), tuple(files), _of(talk.turns))
+        mean = maps.mean.mean(0, keepdims=True)  # (1, T, S)
+        squares = [image.resize((EDGE, EDGE)) for turn in turns for image in turn.images]
+        files = [file for turn in turns for file in turn.files]
+        maps = replace(maps, mean=mean, attention=mean[:0])
+        return AnswerAttention(maps, tuple(squares), tuple(files), _texts(turns))
 
 
-def _of(turns: Sequence[Turn]) -> tuple[tuple[str, str], ...]:
+def _texts(turns: Sequence[Turn]) -> tuple[tuple[str, str], ...]:
     return tuple((turn.question, turn.answer) for turn in turns)
 
 
-def describe(looked: Looked | None, word: int | None, language: str) -> tuple[Any, str]:
-    """The words to choose from, `word` chosen, and what `paint` gives."""
-    if looked is None:
-        return gr.update(visible=False), paint(None, ALL, language)
+def describe(shown: AnswerAttention | None, word: int | None, language: str) -> tuple[Any, str]:
+    """The choices of words with `word` selected, and the output of `render`."""
+    if shown is None:
+        return gr.update(visible=False), render(None, ALL, language)
     choices = [(text("all_words", language), ALL)]
-    choices += [(name, number) for number, (name, _) in enumerate(looked.words)]
+    choices += [(name, index) for index, (name, _) in enumerate(shown.words)]
     update = gr.update(choices=choices, value=word, visible=True)
-    return update, paint(looked, word, language)
+    return update, render(shown, word, language)
 
 
-def paint(looked: Looked | None, word: int | None, language: str) -> str:
-    """HTML: each image beside itself painted, and how much came from where.
+def render(shown: AnswerAttention | None, word: int | None, language: str) -> str:
+    """HTML: each image with its heat map, and the distribution of the attention.
 
     Args:
-        word: its number among the answer's words, or `ALL`.
+        word: The index of a word of the answer, or `ALL`.
     """
-    if looked is None:
-        return html.escape(text("looked_help", language))
-    known = word is not None and 0 <= word < len(looked.words)
-    tokens = looked.words[word][1] if known and word is not None else (0, len(looked.looks.tokens))
+    if shown is None:
+        return html.escape(text("attention_help", language))
+    tokens = (0, len(shown.maps.tokens))
+    if word is not None and 0 <= word < len(shown.words):
+        tokens = shown.words[word][1]
+    # The heat map is a square: stretch it to the image, or cut off the margins of the square.
+    fit = "cover" if shown.maps.policy == "pad" else "fill"
+    colors = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in COLORS)
+    names = _image_names(len(shown.files), language)
     rows = []
-    # A square that was a longer image is stretched to it again, or loses its margins.
-    fit = "cover" if looked.looks.policy == "pad" else "fill"
-    for number, (file, square) in enumerate(zip(looked.files, looked.squares, strict=True)):
-        heat = heat_map(looked.looks, tokens, number)
-        painted = _data_uri(overlay(square, heat))
-        name = text("figure_image", language)
-        if len(looked.files) > 1:
-            name = text("figure_images", language, number=number + 1)
+    for index, (file, square) in enumerate(zip(shown.files, shown.squares, strict=True)):
+        heat = heat_map(shown.maps, tokens, index)
+        painted = io.BytesIO()
+        overlay(square, heat).save(painted, "JPEG", quality=88)
+        uri = f"data:image/jpeg;base64,{base64.b64encode(painted.getvalue()).decode()}"
+        high = text("scale_high", language, times=f"{max(float(heat.max()), MIN_SCALE):.0f}")
         rows.append(
-            f"<div class='row'>{_figure(file, name)}"
-            f"{_figure(file, text('figure_looked', language), painted, fit)}</div>"
-            + _scale(max(float(heat.max()), MIN_SCALE), language)
+            f"<div><div class='row'>{_figure(file, names[index])}"
+            f"{_figure(file, text('heat_map', language), uri, fit)}</div>"
+            f"<div class='scale'>{text('scale_low', language)}"
+            f"<i style='background: linear-gradient(to right, {colors})'></i>{high}</div></div>"
         )
-    pairs = "".join(f"<div>{row}</div>" for row in rows)
-    pairs = f"<div class='pairs'>{pairs}</div>" if rows else ""
-    return f"<div class='looked'>{pairs}{_shares(looked.looks, tokens, language)}</div>"
+    images = f"<div class='pairs'>{''.join(rows)}</div>" if rows else ""
+    bars = _render_shares(shown.maps, tokens, names, language)
+    return f"<div class='attention'>{images}{bars}</div>"
 
 
-def shares(looks: AttentionMaps, tokens: tuple[int, int]) -> dict[str, list[float]]:
-    """How much of the attention of some of the answer's tokens lies on what; it sums to one.
+def _image_names(count: int, language: str) -> list[str]:
+    if count == 1:
+        return [text("image", language)]
+    return [text("image_number", language, number=number) for number in range(1, count + 1)]
+
+
+def _figure(file: str, name: str, heat_map_uri: str = "", fit: str = "") -> str:
+    """An uploaded image, optionally covered by its heat map."""
+    alt = html.escape(name)
+    image = f"<img alt='{'' if heat_map_uri else alt}' src='gradio_api/file={quote(file)}'>"
+    if heat_map_uri:
+        image += f"<img class='painted {fit}' alt='{alt}' src='{heat_map_uri}'>"
+    return f"<figure><div>{image}</div><figcaption>{alt}</figcaption></figure>"
+
+
+def attention_shares(maps: AttentionMaps, tokens: TokenRange) -> dict[str, list[float]]:
+    """The distribution of the attention of some answer tokens; all values sum to one.
 
     Returns:
-        "text", "image" (one for each) and "answer", each a list of spans' shares.
+        For "text", "image" and "answer", the share of each span.
     """
-    of_position = looks.mean[:, tokens[0] : tokens[1]].mean((0, 1))  # (S,)
-    sums: dict[str, list[float]] = {"text": [], "image": [], "answer": []}
-    for span in looks.spans:
-        sums[span.kind].append(float(of_position[span.start : span.end].sum()))
-    return sums
+    attention = maps.mean[:, slice(*tokens)].mean((0, 1))  # (S,)
+    shares: dict[str, list[float]] = {"text": [], "image": [], "answer": []}
+    for span in maps.spans:
+        shares[span.kind].append(float(attention[span.start : span.end].sum()))
+    return shares
 
 
-def _figure(file: str, name: str, painted: str = "", fit: str = "") -> str:
-    """The uploaded image, or what is painted, in its place and shape."""
-    alt = html.escape(name)
-    above = f"<img class='painted {fit}' alt='{alt}' src='{painted}'>" if painted else ""
-    below = f"<img alt='{'' if painted else alt}' src='gradio_api/file={quote(file)}'>"
-    return f"<figure><div>{below}{above}</div><figcaption>{alt}</figcaption></figure>"
-
-
-def _data_uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _scale(most: float, language: str) -> str:
-    """What the colours of `overlay` mean; `most`: even shares at the bright end."""
-    colours = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in COLORS)
-    bar = f"<i style='background: linear-gradient(to right, {colours})'></i>"
-    more = text("more", language, times=f"{most:.0f}")
-    return f"<div class='scale'>{text('less', language)}{bar}{more}</div>"
-
-
-def _shares(looks: AttentionMaps, tokens: tuple[int, int], language: str) -> str:
-    parts = []
-    sums = shares(looks, tokens)
-    several = len(sums["image"]) > 1
-    for number, share in enumerate(sums["image"], 1):
-        key = "figure_images" if several else "figure_image"
-        parts.append(("image", text(key, language, number=number), share))
-    parts.append(("text", text("share_text", language), sum(sums["text"])))
-    parts.append(("answer", text("share_answer", language), sum(sums["answer"])))
-    bar = "".join(
+def _render_shares(
+    maps: AttentionMaps, tokens: TokenRange, names: Sequence[str], language: str
+) -> str:
+    shares = attention_shares(maps, tokens)
+    entries = [("image", name, share) for name, share in zip(names, shares["image"], strict=True)]
+    entries.append(("text", text("share_text", language), sum(shares["text"])))
+    entries.append(("answer", text("share_answer", language), sum(shares["answer"])))
+    bars = "".join(
         f"<div class='of-{kind}' style='width: {share:.2%}' title='{html.escape(name)}'>"
         f"{f'{share:.0%}' if share > 0.06 else ''}</div>"
-        for kind, name, share in parts
+        for kind, name, share in entries
     )
     legend = "".join(
         f"<span><i class='of-{kind}'></i>{html.escape(name)} {share:.0%}</span>"
-        for kind, name, share in parts
+        for kind, name, share in entries
     )
     title = html.escape(text("shares", language))
-    body = f"<div class='shares'>{bar}</div><div class='legend'>{legend}</div>"
-    return f"<div><h4>{title}</h4>{body}</div>"
+    return (
+        f"<div><h4>{title}</h4><div class='shares'>{bars}</div>"
+        f"<div class='legend'>{legend}</div></div>"
+    )

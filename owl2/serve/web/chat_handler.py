@@ -1,10 +1,10 @@
-"""What happens when somebody asks: images are decoded, the engine answers, the view grows.
+"""The event handlers of the chat: load the images, run the engine, update the page.
 
 ::
 
-    box ──ask──► Turn ──AdmissionController──► pieces ──► views of the box and the conversation
+    text box ──ask──► Turn ──AdmissionController──► text chunks ──► updates of the page
 
-The page stands at the same admission as the API: its places, queue and limits of time are one.
+The page and the API share the admission controller with its slots, queue and limits.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from PIL import Image
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import Message
 from owl2.serve.admission import (
     AdmissionController,
@@ -28,33 +28,32 @@ from owl2.serve.admission import (
 from owl2.serve.errors import ApiError, as_api_error
 from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.examples import Example
-from owl2.serve.web.i18n import error_text, text
-from owl2.serve.web.notify import note, warn
+from owl2.serve.web.i18n import error_text, show_error, show_info, text
 
-# Between two views of a growing answer: an eye sees no more, and each view is sent anew.
-VIEW_SECONDS = 0.05
+# Minimum time between two updates of an answer, each of which sends all rows of the chat.
+UPDATE_SECONDS = 0.05
 
-SEED_DIGITS = 9  # all such numbers are seeds
+MAX_SEED_DIGITS = 9  # so that every seed is valid
 
 Decode = Callable[[bytes], Awaitable[Image.Image]]
 
 
-class View(NamedTuple):
-    """What the browser is told: changes of the box to write in, and all rows of the chat."""
+class ChatUpdate(NamedTuple):
+    """Outputs of a chat event: changes of the text box, and all rows of the chat."""
 
     box: Any
-    chat: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
 
 
-Views = AsyncGenerator[View, None]
+Updates = AsyncGenerator[ChatUpdate, None]
 
 
-class Settings(NamedTuple):
-    """How to answer, as the page has it.
+class ChatSettings(NamedTuple):
+    """The settings tab.
 
     Attributes:
-        language: of what the page says; the model answers in the question's.
-        seed: digits, or nothing.
+        language: Of the page. The model answers in the language of the question.
+        seed: Digits or empty.
     """
 
     language: str
@@ -64,181 +63,188 @@ class Settings(NamedTuple):
     seed: str
 
 
-class Asking:
-    """The page's side of the admission.
+class ChatHandler:
+    """The event handlers of the chat tab.
 
     Args:
-        decode: an image's file to an RGB image; raises `ApiError` or `InputError`.
+        decode: Decodes an image file to RGB; raises `ApiError` or `InputError`.
     """
 
     def __init__(
         self, admission: AdmissionController, decode: Decode, examples: Sequence[Example]
     ) -> None:
-        self.admission = admission
+        self._admission = admission
         self._decode = decode
         self._examples = examples
 
-    async def ask(self, given: dict[str, Any], talk: Conversation, *settings: Any) -> Views:
-        """Take what is in the box, `{"text": ..., "files": [paths]}`, and answer it."""
-        if talk.busy:
+    async def ask(self, box: dict[str, Any], conversation: Conversation, *settings: Any) -> Updates:
+        """Answer the content of the text box, `{"text": ..., "files": [paths]}`."""
+        if conversation.busy:
             return
-        how = Settings(*settings)
+        chat = ChatSettings(*settings)
         try:
-            turn = self._turn(given["text"], given["files"], talk, how.language)
+            turn = self._new_turn(box["text"], box["files"], conversation, chat.language)
         except (ApiError, InputError) as error:
-            warn(error, how.language)
-            yield View(gr.update(value=given), talk.shown())
+            show_error(error, chat.language)
+            yield ChatUpdate(gr.update(value=box), conversation.display())
             return
-        talk.turns.append(turn)
-        async with aclosing(self._answer(talk, how)) as views:
-            async for view in views:
-                yield view
+        conversation.turns.append(turn)
+        async with aclosing(self._answer(conversation, chat)) as updates:
+            async for update in updates:
+                yield update
 
-    async def ask_example(self, event: gr.SelectData, talk: Conversation, *settings: Any) -> Views:
-        """The same for an example, of which the browser gives the number only."""
+    async def ask_example(
+        self, event: gr.SelectData, conversation: Conversation, *settings: Any
+    ) -> Updates:
+        """Answer an example. Only its index comes from the browser."""
         example = self._examples[int(event.index)]
-        given = {"text": example.question, "files": [str(path) for path in example.images]}
-        async with aclosing(self.ask(given, talk, *settings)) as views:
-            async for view in views:
-                yield view
+        box = {"text": example.question, "files": [str(path) for path in example.images]}
+        async with aclosing(self.ask(box, conversation, *settings)) as updates:
+            async for update in updates:
+                yield update
 
-    async def again(self, talk: Conversation, *settings: Any) -> Views:
-        """Another answer to the last question."""
-        if talk.busy:
+    async def regenerate(self, conversation: Conversation, *settings: Any) -> Updates:
+        """Replace the last answer."""
+        if conversation.busy:
             return
-        how = Settings(*settings)
-        if not talk.turns:
-            note("error_no_answer", how.language)
+        chat = ChatSettings(*settings)
+        if not conversation.turns:
+            show_info("error_no_answer", chat.language)
             return
-        async with aclosing(self._answer(talk, how)) as views:
-            async for view in views:
-                yield view
+        async with aclosing(self._answer(conversation, chat)) as updates:
+            async for update in updates:
+                yield update
 
-    async def stop(self, talk: Conversation) -> None:
-        """End the answer that is being made; its views end by themselves then."""
-        if talk.stop is not None:
-            talk.stop()
+    async def stop(self, conversation: Conversation) -> None:
+        """Stop the current answer, whose updates then end."""
+        if conversation.stop is not None:
+            conversation.stop()
 
-    async def clear(self, talk: Conversation) -> View:
-        """A new conversation."""
-        await self.stop(talk)
-        talk.turns = []
-        return View(gr.update(value=None), [])
+    async def clear(self, conversation: Conversation) -> ChatUpdate:
+        """Start a new conversation."""
+        await self.stop(conversation)
+        conversation.turns = []
+        return ChatUpdate(gr.update(value=None), [])
 
-    # -------------------------------------------------------------- parts
+    # -------------------------------------------------------------- one answer
 
-    def _turn(self, question: str, files: list[str], talk: Conversation, language: str) -> Turn:
-        limits = self.admission.limits
+    def _new_turn(
+        self, question: str, files: list[str], conversation: Conversation, language: str
+    ) -> Turn:
+        limits = self._admission.limits
         if not question.strip():
-            raise InputError(text("error_empty", language))
-        images = talk.images + len(files)
+            raise InputError(text("error_empty", language), ErrorCode.EMPTY_MESSAGE)
+        images = len(files) + sum(len(turn.files) for turn in conversation.turns)
         if images > limits.max_images:
             raise ApiError(
                 400,
-                f"There are {images} images in this conversation; the limit is "
-                f"{limits.max_images}. Begin a new one.",
+                f"The conversation has {images} images; the limit is {limits.max_images}. "
+                "Start a new conversation.",
                 code="too_many_images",
             )
-        if 2 * len(talk.turns) + 1 > limits.max_messages:
+        if 2 * len(conversation.turns) + 1 > limits.max_messages:
             raise ApiError(
                 400,
-                f"A conversation has {limits.max_messages} messages at most. Begin a new one.",
+                f"The conversation has reached the limit of {limits.max_messages} messages. "
+                "Start a new conversation.",
                 code="too_many_messages",
             )
-        said = sum(len(turn.question) + len(turn.answer) for turn in talk.turns)
-        check_text_length(said + len(question), self.admission.engine.context_length)
+        length = sum(len(turn.question) + len(turn.answer) for turn in conversation.turns)
+        check_text_length(length + len(question), self._admission.engine.context_length)
         return Turn(question, tuple(files))
 
-    async def _image(self, file: Path, language: str) -> Image.Image:
+    async def _load_image(self, file: Path, language: str) -> Image.Image:
         try:
             data = await asyncio.to_thread(file.read_bytes)
-        except FileNotFoundError as error:  # it was uploaded long ago
-            raise InputError(text("error_file_gone", language, name=file.name)) from error
+        except FileNotFoundError as error:  # uploads are deleted after some hours
+            message = text("error_file_expired", language, name=file.name)
+            raise InputError(message, ErrorCode.FILE_NOT_FOUND) from error
         try:
             return await self._decode(data)
         except (ApiError, InputError) as error:
             reason = error_text(as_api_error(error), language)
-            raise InputError(
-                text("error_in_file", language, name=file.name, error=reason)
-            ) from error
+            message = text("error_in_file", language, name=file.name, error=reason)
+            raise InputError(message, ErrorCode.BROKEN_IMAGE) from error
 
-    async def _answer(self, talk: Conversation, how: Settings) -> Views:
-        """Answer the last turn. Where nothing comes, all is as before, the question in the box."""
-        turn = talk.turns[-1]
-        before = (turn.answer, turn.note)
+    async def _answer(self, conversation: Conversation, chat: ChatSettings) -> Updates:
+        """Answer the last turn. Without an answer, restore the previous state and the text box."""
+        turn = conversation.turns[-1]
+        previous = (turn.answer, turn.note)
         turn.answer = turn.note = ""
-        talk.busy = True
+        conversation.busy = True
         box: dict[str, Any] = {}
         try:
-            yield View(gr.update(value=None, submit_btn=False, stop_btn=True), talk.shown())
-            async with aclosing(self._pieces(talk, turn, how)) as pieces:
-                seen = 0.0
-                async for piece in pieces:
-                    turn.answer += piece
-                    if time.monotonic() - seen > VIEW_SECONDS:
-                        yield View(gr.skip(), talk.shown())
-                        seen = time.monotonic()
+            started = gr.update(value=None, submit_btn=False, stop_btn=True)
+            yield ChatUpdate(started, conversation.display())
+            async with aclosing(self._generate(conversation, turn, chat)) as chunks:
+                last_update = 0.0
+                async for chunk in chunks:
+                    turn.answer += chunk
+                    if time.monotonic() - last_update > UPDATE_SECONDS:
+                        yield ChatUpdate(gr.skip(), conversation.display())
+                        last_update = time.monotonic()
             if not turn.answer.strip():
-                note("empty", how.language)
+                show_info("empty", chat.language)
         except ClientStopped:
-            turn.note = text("stopped", how.language)
-        except Exception as error:  # what is our own code is logged there, and here it is said
-            warn(error, how.language)
+            turn.note = text("stopped", chat.language)
+        except Exception as error:  # shown to the visitor; unexpected ones are logged
+            show_error(error, chat.language)
         finally:
-            talk.busy, talk.stop = False, None
+            conversation.busy, conversation.stop = False, None
             if not turn.answer.strip():
-                turn.answer, turn.note = before
-            if not turn.answer and turn in talk.turns:  # else it was cleared meanwhile
-                talk.turns.remove(turn)
+                turn.answer, turn.note = previous
+            if not turn.answer and turn in conversation.turns:  # otherwise it was cleared meanwhile
+                conversation.turns.remove(turn)
                 box["value"] = {"text": turn.question, "files": list(turn.files)}
-        yield View(gr.update(submit_btn=True, stop_btn=False, **box), talk.shown())
+        finished = gr.update(submit_btn=True, stop_btn=False, **box)
+        yield ChatUpdate(finished, conversation.display())
 
-    async def _pieces(
-        self, talk: Conversation, turn: Turn, how: Settings
+    async def _generate(
+        self, conversation: Conversation, turn: Turn, chat: ChatSettings
     ) -> AsyncGenerator[str, None]:
-        """The answer's text as it is generated.
+        """The text of the answer in chunks.
 
         Raises:
             ClientStopped: The visitor stopped it.
             ApiError, InputError: As in the API.
         """
-        options = self._options(how)
+        options = self._sampling_options(chat)
         stopping = asyncio.Event()
-        talk.stop = stopping.set
+        conversation.stop = stopping.set
 
         async def messages() -> list[Message]:
-            if not turn.images:  # otherwise it is answered again
-                images = [await self._image(Path(file), how.language) for file in turn.files]
+            if not turn.images:  # they are loaded already when an answer is regenerated
+                files = [Path(file) for file in turn.files]
+                images = [await self._load_image(file, chat.language) for file in files]
                 turn.images = tuple(images)
-            return talk.messages()
+            return conversation.messages()
 
-        with self.admission.admit() as stream:
+        with self._admission.admit() as stream:
             await run_unless(stopping.wait(), stream.start(messages, options))
 
             def stop() -> None:
                 stopping.set()
                 stream.close()
 
-            talk.stop = stop
+            conversation.stop = stop
             while True:
-                piece = await stream.next()
+                chunk = await stream.next()
                 if stopping.is_set():
                     raise ClientStopped
-                if piece is None:
+                if chunk is None:
                     return
-                if piece.finish_reason == "length":
-                    turn.note = text("cut", how.language)
-                yield piece.text
+                if chunk.finish_reason == "length":
+                    turn.note = text("truncated", chat.language)
+                yield chunk.text
 
-    def _options(self, how: Settings) -> dict[str, Any]:
-        seed = how.seed.strip()
-        if seed and not (seed.isdecimal() and len(seed) <= SEED_DIGITS):
-            raise InputError(text("error_seed", how.language))
+    def _sampling_options(self, chat: ChatSettings) -> dict[str, Any]:
+        seed = chat.seed.strip()
+        if seed and not (seed.isdecimal() and len(seed) <= MAX_SEED_DIGITS):
+            raise InputError(text("error_seed", chat.language), ErrorCode.INVALID_VALUE)
+        limit = self._admission.limits.max_completion_tokens
         options: dict[str, Any] = {
-            "max_new_tokens": min(
-                int(how.max_new_tokens), self.admission.limits.max_completion_tokens
-            ),
-            "temperature": how.temperature,
+            "max_new_tokens": min(int(chat.max_new_tokens), limit),
+            "temperature": chat.temperature,
             "seed": int(seed) if seed else None,
         }
-        return options | ({"top_p": how.top_p} if how.temperature else {})
+        return options | ({"top_p": chat.top_p} if chat.temperature else {})

@@ -1,6 +1,6 @@
-"""One visitor's conversation, kept in the server: what the browser shows is only a view of it.
+"""The conversation of one visitor, stored in the server; the browser only displays it.
 
-So a browser cannot put words into the model's mouth, nor name a file that was not uploaded.
+A browser can therefore not change earlier answers or refer to files that were not uploaded.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ WAITING = "<span class='waiting'>● ● ●</span>"
 
 @dataclass
 class Turn:
-    """A question and its answer, as far as it is there.
+    """A question and its answer, as far as it is generated.
 
     Attributes:
-        files: the images as they were uploaded, for showing.
-        images: the same for the model; not opened before the answer begins.
-        note: what is said below the answer, such as that it was stopped.
+        files: The uploaded image files, for display.
+        images: The same images for the model; loaded when the answer starts.
+        note: Shown below the answer, for example that it was stopped.
     """
 
     question: str
@@ -33,40 +33,33 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The turns so far.
+    """The turns of a conversation.
 
     Attributes:
-        busy: the last one is being answered.
-        stop: ends that answer, while there is one.
+        busy: The last turn is being answered.
+        stop: Stops that answer.
     """
 
     turns: list[Turn] = field(default_factory=list)
     busy: bool = False
     stop: Callable[[], None] | None = None
 
-    @property
-    def images(self) -> int:
-        """How many there are in all turns."""
-        return sum(len(turn.files) for turn in self.turns)
-
     def messages(self) -> list[Message]:
-        """For the engine: the turns, the last one without its answer."""
+        """The messages for the engine, without the last answer."""
         messages: list[Message] = []
         for turn in self.turns:
-            messages += [
-                user_message(turn.question, turn.images),
-                {"role": "assistant", "content": turn.answer},
-            ]
+            messages.append(user_message(turn.question, turn.images))
+            messages.append({"role": "assistant", "content": turn.answer})
         return messages[:-1]
 
-    def shown(self) -> list[dict[str, Any]]:
-        """For gradio's Chatbot: images before their question, notes below their answer."""
+    def display(self) -> list[dict[str, Any]]:
+        """Rows for gradio's Chatbot: images before their question, notes below their answer."""
         rows: list[dict[str, Any]] = []
         for turn in self.turns:
             rows += [{"role": "user", "content": {"path": file}} for file in turn.files]
             rows.append({"role": "user", "content": turn.question})
-            waits = self.busy and turn is self.turns[-1] and not turn.answer
+            is_waiting = self.busy and turn is self.turns[-1] and not turn.answer
             note = f"<small class='note'>{turn.note}</small>" if turn.note else ""
-            answer = WAITING if waits else "\n\n".join(filter(None, (turn.answer, note)))
+            answer = WAITING if is_waiting else "\n\n".join(filter(None, (turn.answer, note)))
             rows.append({"role": "assistant", "content": answer})
         return rows

@@ -1,4 +1,4 @@
-"""The page in an app: under `/web/`, beside the API."""
+"""Mount the page in an app, under `/web/`."""
 
 import asyncio
 import os
@@ -18,19 +18,19 @@ from owl2.serve.config import MIB, ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.image_decoder import SandboxedImageDecoder
 from owl2.serve.metrics import Metrics
-from owl2.serve.web.examples import Example, drawn
+from owl2.serve.web.examples import Example, draw_examples
 from owl2.serve.web.i18n import TEXTS
 from owl2.serve.web.page import HERE, i18n, make_page, theme
 
 PATH = "/web"
 
-# Of a request that brings no images: words and settings.
-SAID_BYTES = 2 * MIB
-# Of an upload, beside its images: what stands between them.
-FORM_BYTES = MIB
+# Limit of a request without images.
+MAX_BODY_BYTES = 2 * MIB
+# Limit of the parts of an upload that are not images.
+MAX_FORM_BYTES = MIB
 
-# Whatever an answer holds: a browser fetches nothing from elsewhere, and sends nothing there.
-# gradio's own scripts are inline and compile templates.
+# The browser exchanges data with this server only, whatever an answer contains. gradio has inline
+# scripts and compiles templates, which need 'unsafe-inline' and 'unsafe-eval'.
 POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -52,9 +52,9 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
-# A route of gradio's that the page has no use for: it gives a visitor's file to ffmpeg, if the
-# machine has one, in this process' own environment; a file can make that open others, and URLs.
-SHUT = ("/process_recording",)
+# This route of gradio passes an uploaded file to ffmpeg, which can open other files and URLs. The
+# page does not use it.
+BLOCKED_ROUTES = ("/process_recording",)
 
 
 def mount(
@@ -66,24 +66,24 @@ def mount(
     keys: ApiKeys | None = None,
     examples: Sequence[Example] | None = None,
 ) -> None:
-    """Put the page into an app, at `/web/`, over the same engine and under the same limits.
+    """Mount the page at `/web/` of an app, with the same engine and limits.
 
-    It stands at the app's admission (`app.state.admission`), or gives it one.
+    It uses the admission controller `app.state.admission`, which is created if it does not exist.
 
     Args:
-        name: of the model, as the page shows it.
-        keys: whoever opens the page must give one of them, as a password.
-        examples: to begin with, as `read_examples` gives them; default: drawn ones.
+        name: The model name that the page shows.
+        keys: If given, visitors sign in with one of these keys as the password.
+        examples: As from `read_examples`; default: `draw_examples`.
 
     Raises:
-        InputError: a system that cannot decode images safely.
+        InputError: The system cannot run the sandboxed image decoder.
     """
     if not hasattr(app.state, "admission"):
         app.state.admission = AdmissionController(engine, limits, Metrics())
     decoder = SandboxedImageDecoder(limits, engine.processor.image_processor)
     decoder.start()
     if examples is None:
-        examples = drawn(Path(os.environ["GRADIO_TEMP_DIR"]))
+        examples = draw_examples(Path(os.environ["GRADIO_TEMP_DIR"]))
     gr.mount_gradio_app(
         app,
         make_page(app.state.admission, decoder.decode, name, examples),
@@ -91,7 +91,7 @@ def mount(
         theme=theme(),
         css=(HERE / "page.css").read_text("utf-8"),
         i18n=i18n,
-        auth=None if keys is None else _opens(keys),
+        auth=None if keys is None else _key_check(keys),
         auth_message=" ".join(TEXTS["sign_in"]),
         max_file_size=limits.max_image_bytes,
         allowed_paths=[str(file) for example in examples for file in example.images],
@@ -103,56 +103,57 @@ def mount(
         pwa=False,
     )
     page: Any = app.routes[-1]
-    page.app = PageApp(page.app, app.state.admission, limits)
+    page.app = PageMiddleware(page.app, app.state.admission, limits)
 
 
-def _opens(keys: ApiKeys) -> Callable[[str, str], bool]:
-    def opens(_: str, password: str) -> bool:
+def _key_check(keys: ApiKeys) -> Callable[[str, str], bool]:
+    def is_valid(_: str, password: str) -> bool:
         try:
             keys.check(f"Bearer {password}".encode())
         except ApiError:
             return False
         return True
 
-    return opens
+    return is_valid
 
 
-class PageApp:
-    """gradio's ASGI app, whose replies have `HEADERS`, and whose requests have limits.
+class PageMiddleware:
+    """Adds `HEADERS` to the responses of gradio and limits its request bodies.
 
-    gradio limits each file, not how many; and it reads other bodies whole, before it asks who sends
-    them. An upload may be as large as all images of a conversation, anything else `SAID_BYTES`.
+    gradio limits the size of each file but not their number, and reads other bodies completely
+    before it checks the sign-in. Here an upload may have the size of all images of a conversation,
+    any other body `MAX_BODY_BYTES`.
 
-    It keeps a connection open for each page that is. When the server ends, these are cancelled;
-    they end quietly here, as nothing is wrong then.
+    gradio keeps a connection open for each page. At shutdown these are cancelled, which is not
+    reported as an error.
     """
 
     def __init__(self, app: ASGIApp, admission: AdmissionController, limits: ServerLimits) -> None:
         self._app = app
         self._admission = admission
-        self._upload_bytes = limits.max_images * limits.max_image_bytes + FORM_BYTES
+        self._upload_bytes = limits.max_images * limits.max_image_bytes + MAX_FORM_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"].rstrip("/").endswith(SHUT):
-            error = ApiError(404, "The page has no such route.", code="not_found")
+        if scope["path"].rstrip("/").endswith(BLOCKED_ROUTES):
+            error = ApiError(404, "Unknown route.", code="not_found")
             await error.response()(scope, receive, send)
             return
         is_upload = scope["path"].rstrip("/").endswith("/upload")
-        body = _Body(receive, self._upload_bytes if is_upload else SAID_BYTES)
+        body = _Body(receive, self._upload_bytes if is_upload else MAX_BODY_BYTES)
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > body.most:
-            await body.refusal().response()(scope, receive, send)
+        if length.isdecimal() and int(length[:20]) > body.limit:
+            await body.error().response()(scope, receive, send)
             return
-        has_begun = is_open = False  # its reply; and has not ended
+        has_started = is_open = False  # the response
 
-        async def send_on(message: Message) -> None:
-            nonlocal has_begun, is_open
-            if body.is_too_large and not has_begun:
-                return  # whatever gradio makes of half a body
-            has_begun = True
+        async def send_response(message: Message) -> None:
+            nonlocal has_started, is_open
+            if body.is_too_large and not has_started:
+                return  # gradio's response to an incomplete body
+            has_started = True
             is_open = message.get("more_body", message["type"] == "http.response.start")
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -161,30 +162,30 @@ class PageApp:
             await send(message)
 
         try:
-            await self._app(scope, body.receive, send_on)
+            await self._app(scope, body.receive, send_response)
         except asyncio.CancelledError:
             if not self._admission.shutting_down:
                 raise
             if is_open:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except Exception:  # of any kind: gradio read half a body
-            if has_begun or not body.is_too_large:
+        except Exception:  # any error of gradio about an incomplete body
+            if has_started or not body.is_too_large:
                 raise
-        if body.is_too_large and not has_begun:
-            await body.refusal().response()(scope, receive, send)
+        if body.is_too_large and not has_started:
+            await body.error().response()(scope, receive, send)
 
 
 class _Body:
-    """A request's body, which ends where it has `most` bytes, as if the client had left."""
+    """A request body that ends at `limit` bytes, as if the client had disconnected."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
+    def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
         self._size = 0
-        self.most = most
+        self.limit = limit
 
     @property
     def is_too_large(self) -> bool:
-        return self._size > self.most
+        return self._size > self.limit
 
     async def receive(self) -> Message:
         if not self.is_too_large:
@@ -194,9 +195,9 @@ class _Body:
                 return message
         return {"type": "http.disconnect"}
 
-    def refusal(self) -> ApiError:
+    def error(self) -> ApiError:
         return ApiError(
             413,
-            f"The request is larger than {self.most:,} bytes, which is this page's limit.",
+            f"The request body exceeds the limit of {self.limit:,} bytes.",
             code="body_too_large",
         )

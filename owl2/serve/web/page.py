@@ -1,9 +1,9 @@
-"""The page itself: what stands where, and what calls what.
+"""The layout of the page and the connections of its events.
 
 ::
 
-    head: name, language, light        tabs: chat · where it looked · settings
-    chat ◄── views ── Asking           words ──► paint ──► figures
+    header: name, language, theme      tabs: chat · attention · settings
+    chat ◄── updates ── ChatHandler    words ──► render ──► figures
 """
 
 import atexit
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Both before gradio is imported. It reports its use over the network otherwise; and its folder for
-# visitors' images is else one that all its programs on a machine share, and clear for each other.
+# Set before gradio is imported. By default gradio reports its use over the network, and all gradio
+# programs of a machine share one directory for uploads, from which each deletes files.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 if "GRADIO_TEMP_DIR" not in os.environ:
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="owl2-web-")
@@ -29,15 +29,15 @@ from gradio.utils import get_upload_folder
 from owl2.engine.engine import Engine
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 from owl2.serve.admission import AdmissionController
-from owl2.serve.web.attention_tab import Looked, Looking, describe, paint
-from owl2.serve.web.chat_handler import Asking, Decode
+from owl2.serve.web.attention_tab import AnswerAttention, AttentionTab, describe, render
+from owl2.serve.web.chat_handler import ChatHandler, Decode
 from owl2.serve.web.conversation import Conversation
 from owl2.serve.web.examples import Example
 from owl2.serve.web.i18n import LANGUAGES, text, translations
 
 HERE = Path(__file__).parent
-# Seconds after which an uploaded image is deleted, and after which they are looked for again.
-FILES_LIVE, FILES_LOOK = 4 * 3600, 600
+# Seconds: maximum age of an uploaded image, and the interval in which expired ones are deleted.
+UPLOAD_MAX_AGE, DELETE_INTERVAL = 4 * 3600, 600
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"]
 
 OWL = (HERE / "owl.svg").read_text("utf-8")
@@ -46,36 +46,35 @@ i18n = gr.I18n(**translations())
 
 
 def theme() -> gr.themes.Base:
-    """Fonts come with gradio: nothing is fetched from elsewhere."""
+    """The theme. Its fonts are included in gradio, so that nothing is downloaded."""
     return gr.themes.Soft(
         primary_hue="orange",
         secondary_hue="orange",
         neutral_hue="stone",
         radius_size="lg",
-        # Of its weights only these two are whole; the one between is cut down to a few letters.
+        # gradio includes all characters of these two weights only.
         font=[gr.themes.LocalFont("Source Sans Pro", (400, 700)), "system-ui", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "monospace"],
     )
 
 
 class Page(gr.Blocks):
-    """gradio's, but a file is one that was uploaded.
+    """`gr.Blocks` that accepts uploaded files only.
 
-    Where a request names a URL as its file, gradio itself would download that, of whatever size;
-    and it looks whether a path is an upload's only where it has launched a page itself, not where
-    the page is in another app: it would give visitors any file that the server can read.
+    gradio downloads a URL that a request names as its file, without a size limit. In a mounted app
+    it also does not check that a path is an upload, and would return any file of the server.
     """
 
     async def preprocess_data(
-        self, block_fn: Any, inputs: list[Any], *more: Any, **named: Any
+        self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any
     ) -> Any:
         if _names_other_files(inputs):
             raise gr.Error("Files must be uploaded.", print_exception=False)
-        return await super().preprocess_data(block_fn, inputs, *more, **named)
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
 def _names_other_files(value: Any) -> bool:
-    """Whether something in it is a file that was not uploaded: a URL, or a path elsewhere."""
+    """Whether `value` contains a file that was not uploaded: a URL or another path."""
     if isinstance(value, dict):
         path = value.get("path")
         is_other = isinstance(path, str) and not _is_upload(path)
@@ -84,26 +83,26 @@ def _names_other_files(value: Any) -> bool:
 
 
 def _is_upload(path: str) -> bool:
-    folder = get_upload_folder()
-    place = Path(os.path.abspath(path))  # without ".."; uploads are no links
-    folders = (Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))
-    return os.path.isabs(path) and any(one in place.parents for one in folders)
+    directory = get_upload_folder()
+    file = Path(os.path.abspath(path))  # resolves ".."; uploads are not links
+    directories = (Path(os.path.abspath(directory)), Path(os.path.realpath(directory)))
+    return os.path.isabs(path) and any(parent in file.parents for parent in directories)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What is in the page and takes part in what happens."""
+class PageComponents:
+    """The components that take part in events."""
 
     language: gr.Radio
-    talk: gr.State
+    conversation: gr.State
     tabs: gr.Tabs
-    labelled: dict[str, gr.Tab]
+    tabs_by_label: dict[str, gr.Tab]
     chat: gr.Chatbot
     box: gr.MultimodalTextbox
-    again: gr.Button
-    look: gr.Button
+    regenerate: gr.Button
+    show_attention: gr.Button
     clear: gr.Button
-    looked: gr.State
+    shown: gr.State
     words: gr.Radio
     figures: gr.HTML
     settings: list[Any]
@@ -112,34 +111,36 @@ class Parts:
 def make_page(
     admission: AdmissionController, decode: Decode, name: str, examples: Sequence[Example]
 ) -> gr.Blocks:
-    """The page for the engine of a admission.
+    """Create the page.
 
     Args:
-        decode: see `Asking`.
-        name: of the model.
-        examples: to begin with.
+        decode: See `ChatHandler`.
+        name: The model name to show.
     """
     page = Page(
         title=f"owl2 · {name}",
         analytics_enabled=False,
-        delete_cache=(FILES_LOOK, FILES_LIVE),
+        delete_cache=(DELETE_INTERVAL, UPLOAD_MAX_AGE),
         fill_width=True,
     )
     with page:
-        parts = _lay_out(admission, name, examples)
-        _connect(page, parts, Asking(admission, decode, examples), Looking(admission.engine))
+        components = _create_components(admission, name, examples)
+        chat_handler = ChatHandler(admission, decode, examples)
+        _connect_events(page, components, chat_handler, AttentionTab(admission.engine))
     return page
 
 
-def _lay_out(admission: AdmissionController, name: str, examples: Sequence[Example]) -> Parts:
+def _create_components(
+    admission: AdmissionController, name: str, examples: Sequence[Example]
+) -> PageComponents:
     with gr.Row(elem_id="head"):
         gr.HTML(
             f"<div class='brand'>{OWL}<b>owl2</b><span>{html.escape(name)}</span></div>",
             elem_id="brand",
         )
         language = gr.Radio(
-            [(shown, key) for key, shown in LANGUAGES.items()],
-            label=i18n("language"),  # not seen, but read aloud
+            [(label, key) for key, label in LANGUAGES.items()],
+            label=i18n("language"),  # for screen readers
             show_label=False,
             container=False,
             elem_id="language",
@@ -157,7 +158,7 @@ def _lay_out(admission: AdmissionController, name: str, examples: Sequence[Examp
                 latex_delimiters=[],
                 elem_id="chat",
             )
-            chat.keep_in_cache.update(chat.temp_files)  # the examples are no visitor's
+            chat.keep_in_cache.update(chat.temp_files)  # example images do not expire
             box = gr.MultimodalTextbox(
                 placeholder=str(i18n("question")),
                 label=i18n("question"),
@@ -169,26 +170,30 @@ def _lay_out(admission: AdmissionController, name: str, examples: Sequence[Examp
                 autofocus=True,
                 elem_id="box",
             )
-            with gr.Row(elem_id="acts"):
-                look = gr.Button(i18n("look"), elem_id="look")
-                again = gr.Button(i18n("again"), elem_id="again")
+            with gr.Row(elem_id="actions"):
+                show_attention = gr.Button(i18n("show_attention"), elem_id="show-attention")
+                regenerate = gr.Button(i18n("regenerate"), elem_id="regenerate")
                 clear = gr.Button(i18n("clear"), elem_id="clear")
-        with gr.Tab(i18n("tab_looked"), id="looked", render_children=True) as looked_tab:
+        with gr.Tab(i18n("tab_attention"), id="attention", render_children=True) as attention_tab:
             words = gr.Radio([], label=i18n("words"), visible=False, elem_id="words")
-            figures = gr.HTML(i18n("looked_help"), elem_id="figures")
+            figures = gr.HTML(i18n("attention_help"), elem_id="figures")
         with gr.Tab(i18n("tab_settings"), id="settings", render_children=True) as settings_tab:
             settings = _settings(admission.engine, admission.limits.max_completion_tokens)
-    return Parts(
+    return PageComponents(
         language=language,
-        talk=gr.State(Conversation()),
+        conversation=gr.State(Conversation()),
         tabs=tabs,
-        labelled={"tab_chat": chat_tab, "tab_looked": looked_tab, "tab_settings": settings_tab},
+        tabs_by_label={
+            "tab_chat": chat_tab,
+            "tab_attention": attention_tab,
+            "tab_settings": settings_tab,
+        },
         chat=chat,
         box=box,
-        again=again,
-        look=look,
+        regenerate=regenerate,
+        show_attention=show_attention,
         clear=clear,
-        looked=gr.State(None),
+        shown=gr.State(None),
         words=words,
         figures=figures,
         settings=[language, *settings],
@@ -200,15 +205,15 @@ def _card(example: Example) -> Any:
 
 
 def _settings(engine: Engine, limit: int) -> list[Any]:
-    """In the order of `asking.Settings`; as the checkpoint has them."""
+    """The controls of `ChatSettings` after the language, with the defaults of the checkpoint."""
     defaults = engine.model.generation_config
-    most = min(limit, engine.context_length)
+    max_tokens = min(limit, engine.context_length)
     temperature = (defaults.temperature or 1.0) if defaults.do_sample else 0.0
     return [
         gr.Slider(
             1,
-            most,
-            value=min(defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, most),
+            max_tokens,
+            value=min(defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, max_tokens),
             step=1,
             label=i18n("max_new_tokens"),
             info=i18n("max_new_tokens_info"),
@@ -229,42 +234,47 @@ def _settings(engine: Engine, limit: int) -> list[Any]:
             label=i18n("top_p"),
             info=i18n("top_p_info"),
         ),
-        # No Number: the browser would make a 0 of an empty one.
+        # gr.Number would turn an empty value into 0.
         gr.Textbox("", max_lines=1, label=i18n("seed"), info=i18n("seed_info"), elem_id="seed"),
     ]
 
 
-def _connect(page: gr.Blocks, parts: Parts, asking: Asking, looking: Looking) -> None:
-    shown = [parts.box, parts.chat]
-    # The admission says how many are answered at a time. No names: these are no API for others.
-    many: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
-    given = [parts.talk, *parts.settings]
-    quiet: dict[str, Any] = {**many, "show_progress": "hidden"}
-    parts.box.submit(asking.ask, [parts.box, *given], shown, **quiet)
-    parts.chat.example_select(asking.ask_example, given, shown, **quiet)
-    parts.again.click(asking.again, given, shown, **quiet)
-    parts.box.stop(asking.stop, [parts.talk], None, **quiet)
-    looked = [parts.looked, parts.words, parts.figures]
-    for cleared in (parts.clear.click, parts.chat.clear):
-        empty = cleared(asking.clear, [parts.talk], shown, **quiet)
-        empty.then(looking.forget, [parts.language], looked, **quiet)
+def _connect_events(
+    page: gr.Blocks, parts: PageComponents, chat_handler: ChatHandler, attention_tab: AttentionTab
+) -> None:
+    # The admission controller limits the concurrency. The events are not part of gradio's API.
+    options: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
+    quiet: dict[str, Any] = {**options, "show_progress": "hidden"}
+    chat_inputs = [parts.conversation, *parts.settings]
+    chat_outputs = [parts.box, parts.chat]
+    parts.box.submit(chat_handler.ask, [parts.box, *chat_inputs], chat_outputs, **quiet)
+    parts.chat.example_select(chat_handler.ask_example, chat_inputs, chat_outputs, **quiet)
+    parts.regenerate.click(chat_handler.regenerate, chat_inputs, chat_outputs, **quiet)
+    parts.box.stop(chat_handler.stop, [parts.conversation], None, **quiet)
+    tab_outputs = [parts.shown, parts.words, parts.figures]
+    for clear in (parts.clear.click, parts.chat.clear):
+        cleared = clear(chat_handler.clear, [parts.conversation], chat_outputs, **quiet)
+        cleared.then(attention_tab.clear, [parts.language], tab_outputs, **quiet)
 
-    # To open the tab is to look, however it is opened.
-    parts.look.click(lambda: gr.update(selected="looked"), None, parts.tabs, **quiet)
-    parts.labelled["tab_looked"].select(
-        looking.show, [parts.talk, parts.looked, parts.language], looked, **many
+    # The attention is collected when the tab is selected, by the button or directly.
+    select_tab = gr.update(selected="attention")
+    parts.show_attention.click(lambda: select_tab, None, parts.tabs, **quiet)
+    parts.tabs_by_label["tab_attention"].select(
+        attention_tab.show,
+        [parts.conversation, parts.shown, parts.language],
+        tab_outputs,
+        **options,
     )
-    chosen = [parts.looked, parts.words, parts.language]
-    parts.words.input(paint, chosen, parts.figures, **quiet)
+    tab_inputs = [parts.shown, parts.words, parts.language]
+    parts.words.input(render, tab_inputs, parts.figures, **quiet)
 
     page.load(None, None, parts.language, js=(HERE / "page.js").read_text("utf-8"))
     parts.language.input(None, parts.language, js="(language) => window.owl2.choose(language)")
 
-    # What the browser has in both languages it changes itself, but for the names of closed tabs;
-    # what the server said is said anew.
-    def translate(looked: Looked | None, word: int | None, language: str) -> list[Any]:
-        names = [gr.update(label=text(key, language)) for key in parts.labelled]
-        return [*describe(looked, word, language), *names]
+    # The browser translates the static texts, except the labels of tabs that are not selected.
+    def translate(shown: AnswerAttention | None, word: int | None, language: str) -> list[Any]:
+        labels = [gr.update(label=text(key, language)) for key in parts.tabs_by_label]
+        return [*describe(shown, word, language), *labels]
 
-    said = [parts.words, parts.figures, *parts.labelled.values()]
-    parts.language.change(translate, chosen, said, **quiet)
+    translated = [parts.words, parts.figures, *parts.tabs_by_label.values()]
+    parts.language.change(translate, tab_inputs, translated, **quiet)

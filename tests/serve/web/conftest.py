@@ -1,4 +1,4 @@
-"""A browser, and pages for it: over an engine that does as told, and over the tiny one."""
+"""A browser and pages: with an engine that the test controls, and with the tiny model."""
 
 import shutil
 from contextlib import ExitStack
@@ -35,7 +35,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def told(tiny_engine):
-    """The URL of a page, and its engine, which says what the test says."""
+    """The URL of a page, and its engine, whose answers come from the test."""
     from owl2.serve.app import build_app
     from owl2.serve.config import ServerLimits
     from owl2.serve.web.mount import mount
@@ -51,7 +51,7 @@ def told(tiny_engine):
 
 @pytest.fixture(scope="session")
 def tiny(tiny_engine):
-    """The URL of a page over a model."""
+    """The URL of a page with the tiny model."""
     from owl2.serve.app import build_app
     from owl2.serve.config import ServerLimits
     from owl2.serve.web.mount import mount
@@ -65,7 +65,7 @@ def tiny(tiny_engine):
 
 @pytest.fixture
 def visit(browser):
-    """Opens a URL in a browser of its own; in the end nothing has gone wrong in any."""
+    """Opens a URL in a new context. Fails on script errors and on requests to other hosts."""
     wrong = []
 
     def check(request):
@@ -94,7 +94,7 @@ def visit(browser):
 
 @pytest.fixture
 def images(tmp_path):
-    """Three images' files."""
+    """Three image files."""
     files = [tmp_path / f"{name}.png" for name in ("red", "green", "blue")]
     for file in files:
         Image.new("RGB", (40, 30), file.stem).save(file)

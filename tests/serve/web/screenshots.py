@@ -55,9 +55,9 @@ def talk(page: Page, example: int, *questions: str) -> Page:
     return page
 
 
-def look(page: Page) -> Page:
-    page.click("#look")
-    expect(page.locator(".looked figure")).to_have_count(2)
+def show_attention(page: Page) -> Page:
+    page.click("#show-attention")
+    expect(page.locator(".attention figure")).to_have_count(2)
     page.mouse.move(5, 5)
     page.wait_for_timeout(600)
     return page
@@ -92,7 +92,7 @@ def main(model: str, folder: Path) -> None:
         page = open_page(browser, url, color_scheme="dark", **DESKTOP)
         shoot(talk(page, 0, color), folder / "web-dark.png")
         page = open_page(browser, url, **DESKTOP)
-        shoot(look(talk(page, 0, color)), folder / "web-looked.png")
+        shoot(show_attention(talk(page, 0, color)), folder / "web-attention.png")
         page = open_page(browser, url, locale="zh-CN", **DESKTOP)
         shoot(talk(page, 2, color), folder / "web-zh.png")
         page = open_page(browser, url, **PHONE)

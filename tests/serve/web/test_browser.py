@@ -1,4 +1,4 @@
-"""The page in a browser, as a person meets it."""
+"""The page in a browser."""
 
 import json
 import os
@@ -20,7 +20,7 @@ PHONE = {"viewport": {"width": 375, "height": 700}, "has_touch": True, "is_mobil
 
 
 class Page:
-    """What a person does and sees."""
+    """Actions and locators of a page."""
 
     def __init__(self, page, engine=None):
         from playwright.sync_api import expect
@@ -70,15 +70,15 @@ def person(visit, told):
     return come
 
 
-def test_upload_ask_see_it_stream_and_ask_on(person, images):
+def test_upload_ask_stream_and_follow_up(person, images):
     me = person()
     me.add(*images[:2])
-    me.ask("which colours?")
+    me.ask("which colors?")
     told = me.told()
     parts = told.messages[0]["content"]
     assert [part["type"] for part in parts] == ["image", "image", "text"]
     assert [part["image"].getpixel((2, 2)) for part in parts[:2]] == [(255, 0, 0), (0, 128, 0)]
-    me.expect(me.answers.last).to_contain_text("●")  # it waits
+    me.expect(me.answers.last).to_contain_text("●")  # waiting for the first token
     told.say("red")
     me.expect(me.answers.last).to_have_text("red")
     assert me.page.locator("#box .stop-button").is_visible()
@@ -97,7 +97,7 @@ def test_upload_ask_see_it_stream_and_ask_on(person, images):
     me.expect(me.answers.last).to_have_text("yes")
 
 
-def test_a_broken_file_is_named_and_the_question_kept(person, images):
+def test_a_broken_file_is_named_and_the_question_stays(person, images):
     me = person()
     broken = images[0].parent / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:50])
@@ -113,7 +113,7 @@ def test_a_broken_file_is_named_and_the_question_kept(person, images):
     me.expect(me.answers.last).to_have_text("red")
 
 
-def test_a_file_that_is_too_large_is_refused(person, tmp_path):
+def test_a_file_that_is_too_large_is_rejected(person, tmp_path):
     me = person()
     (tmp_path / "large.png").write_bytes(b"x" * 60_000)
     me.page.set_input_files("#box input[type=file]", tmp_path / "large.png")
@@ -122,7 +122,7 @@ def test_a_file_that_is_too_large_is_refused(person, tmp_path):
     assert me.answer("nothing").messages[0]["content"] == [{"type": "text", "text": "what?"}]
 
 
-def test_a_image_dropped_anywhere_is_taken(person, images):
+def test_an_image_can_be_dropped_anywhere(person, images):
     me = person()
     data = me.page.evaluate_handle(
         """(bytes) => {
@@ -134,11 +134,11 @@ def test_a_image_dropped_anywhere_is_taken(person, images):
     )
     me.page.dispatch_event("#chat", "drop", {"dataTransfer": data})
     me.expect(me.page.locator("#box .thumbnail-item")).to_have_count(1)
-    me.ask("what colour?")
+    me.ask("what color?")
     assert me.answer("red").messages[0]["content"][0]["image"].getpixel((1, 1)) == (255, 0, 0)
 
 
-def test_stop_again_and_clear(person):
+def test_stop_regenerate_and_clear(person):
     me = person()
     me.ask("count!")
     told = me.told()
@@ -149,7 +149,7 @@ def test_stop_again_and_clear(person):
     assert told.aborted
     me.expect(me.page.locator("#box .submit-button")).to_be_visible()
 
-    me.page.click("#again")
+    me.page.click("#regenerate")
     me.answer("one two three")
     me.expect(me.answers).to_have_count(1)
     me.expect(me.answers.last).to_have_text("one two three")
@@ -170,7 +170,7 @@ def test_copy_an_answer(person):
     assert me.page.evaluate("navigator.clipboard.readText()") == "a *red* circle"
 
 
-def test_an_example_is_asked_at_once(person):
+def test_a_click_on_an_example_asks_it(person):
     me = person()
     cards = me.page.locator("#chat .example")
     me.expect(cards).to_have_count(3)
@@ -185,7 +185,7 @@ def test_an_example_is_asked_at_once(person):
 def test_settings_reach_the_engine(person):
     me = person()
     me.tab(2)
-    for label, value in (("Longest answer", "9"), ("Temperature", "0.5"), ("Top p", "0.9")):
+    for label, value in (("Maximum length", "9"), ("Temperature", "0.5"), ("Top p", "0.9")):
         number = me.page.get_by_label(f"number input for {label}")
         number.fill(value)
         number.blur()
@@ -196,7 +196,7 @@ def test_settings_reach_the_engine(person):
     assert told.options == {"max_new_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 5}
 
 
-def test_who_closes_the_page_frees_the_place(person):
+def test_closing_the_page_frees_the_slot(person):
     me = person()
     me.ask("what?")
     told = me.told()
@@ -205,25 +205,25 @@ def test_who_closes_the_page_frees_the_place(person):
     me.page.close()
 
     def left():
-        told.say(" and")  # it is noticed at the next word
+        told.say(" and")  # gradio notices the disconnect at the next update
         return told.aborted
 
     wait_until(left, 20)
 
 
-def test_chinese_by_the_browser_and_by_the_switch(person):
+def test_language_of_the_browser_and_language_switch(person):
     me = person(locale="zh-CN")
     me.expect(me.page.locator("#chat")).to_contain_text("就图片提问")
     me.expect(me.page.locator("#clear")).to_contain_text("新对话")
     me.ask(" ")
-    me.expect(me.corner).to_contain_text("请先写下问题")
+    me.expect(me.corner).to_contain_text("请先输入问题")
     me.ask("这是什么？")
     me.answer("一只猫头鹰")
 
     me.page.locator("#language").get_by_text("English").click()
     me.expect(me.page.locator("#clear")).to_contain_text("New conversation")
     names = [me.page.get_by_role("tab").nth(number) for number in range(3)]
-    for name, words in zip(names, ("Chat", "Where it looked", "Settings"), strict=True):
+    for name, words in zip(names, ("Chat", "Attention", "Settings"), strict=True):
         me.expect(name).to_have_text(words)
     me.expect(me.answers.last).to_have_text("一只猫头鹰")  # the conversation is kept
     me.page.reload()
@@ -232,18 +232,18 @@ def test_chinese_by_the_browser_and_by_the_switch(person):
 
 
 @pytest.mark.parametrize("locale", ["zh-TW", "zh-HK", "zh"])
-def test_all_chinese_browsers_are_shown_chinese(person, locale):
+def test_all_chinese_locales_get_chinese(person, locale):
     me = person(locale=locale)
     me.expect(me.page.locator("#clear")).to_contain_text("新对话")
 
 
-def test_other_browsers_are_shown_english(person):
+def test_other_locales_get_english(person):
     me = person(locale="de-DE")
     me.expect(me.page.locator("#clear")).to_contain_text("New conversation")
     me.expect(me.page.locator("#chat .placeholder-content")).to_contain_text("Ask about an image")
 
 
-def test_dark_by_the_system_and_by_the_button(person):
+def test_dark_theme_of_the_system_and_theme_button(person):
     me = person(color_scheme="dark")
     dark = "document.body.classList.contains('dark')"
     me.page.wait_for_function(dark)
@@ -253,23 +253,30 @@ def test_dark_by_the_system_and_by_the_button(person):
     me.page.wait_for_function(f"window.owl2 && !{dark}")
 
 
-def test_a_phone_shows_all_of_it(person, images):
+def test_layout_on_a_phone(person, images):
     me = person(**PHONE)
     me.add(*images)
-    me.ask("which colours are these, and which of them do you like best of all?")
+    me.ask("which colors are these, and which of them do you like best of all?")
     me.answer("red, green and blue " * 12)
     wide = "document.documentElement.scrollWidth"
     for number in range(3):
         me.tab(number)
         assert me.page.evaluate(wide) <= 375
     me.tab(0)
-    for name in ("#box textarea", "#look", "#again", "#clear", "#language", "#theme"):
+    for name in (
+        "#box textarea",
+        "#show-attention",
+        "#regenerate",
+        "#clear",
+        "#language",
+        "#theme",
+    ):
         place = me.page.locator(name).bounding_box()
         assert place["x"] >= 0 and place["x"] + place["width"] <= 375, name
         assert place["y"] + place["height"] <= 700, name
 
 
-def test_what_an_answer_holds_runs_and_fetches_nothing(person):
+def test_markup_in_an_answer_runs_and_fetches_nothing(person):
     hits = []
 
     class Elsewhere(BaseHTTPRequestHandler):
@@ -298,10 +305,10 @@ def test_what_an_answer_holds_runs_and_fetches_nothing(person):
         server.server_close()
 
 
-def test_where_it_looked(visit, tiny, images):
+def test_attention_tab(visit, tiny, images):
     me = Page(visit(tiny))
     me.tab(2)
-    number = me.page.get_by_label("number input for Longest answer")
+    number = me.page.get_by_label("number input for Maximum length")
     number.fill("8")
     number.blur()
     me.tab(0)
@@ -310,28 +317,30 @@ def test_where_it_looked(visit, tiny, images):
     me.expect(me.page.locator("#box .submit-button")).to_be_visible()
     me.expect(me.answers).to_have_count(1)
     me.expect(me.answers.last).not_to_contain_text("●")
-    me.page.click("#look")
-    me.expect(me.page.locator(".looked figure")).to_have_count(4)
+    me.page.click("#show-attention")
+    me.expect(me.page.locator(".attention figure")).to_have_count(4)
     shown = "image => image.complete && image.naturalWidth > 0"
-    wait_until(lambda: all(image.evaluate(shown) for image in me.page.locator(".looked img").all()))
-    sizes = [figure.bounding_box() for figure in me.page.locator(".looked figure div").all()]
+    wait_until(
+        lambda: all(image.evaluate(shown) for image in me.page.locator(".attention img").all())
+    )
+    sizes = [figure.bounding_box() for figure in me.page.locator(".attention figure div").all()]
     assert {round(size["width"] / size["height"], 1) for size in sizes} == {1.3}  # 40 x 30
 
-    before = me.page.locator(".looked img.painted").first.get_attribute("src")
+    before = me.page.locator(".attention img.painted").first.get_attribute("src")
     me.expect(me.page.locator("#words label")).not_to_have_count(1)
     me.page.locator("#words label").nth(1).click()
-    me.expect(me.page.locator(".looked img.painted").first).not_to_have_attribute("src", before)
+    me.expect(me.page.locator(".attention img.painted").first).not_to_have_attribute("src", before)
 
     me.page.locator("#language").get_by_text("中文").click()
     me.expect(me.page.locator("#words label").first).to_have_text("整个回答")
-    me.expect(me.page.locator(".looked figcaption").first).to_have_text("图片 1")
+    me.expect(me.page.locator(".attention figcaption").first).to_have_text("图片 1")
     me.tab(0)
     me.page.click("#clear")
     me.tab(1)
     me.expect(me.page.locator("#figures")).to_contain_text("请先就图片提问")
 
 
-def test_owl2_web_from_its_line_to_its_end(visit, tiny_checkpoint, tmp_path, images):
+def test_owl2_web_command(visit, tiny_checkpoint, tmp_path, images):
     examples = [{"question": "what is red?", "image": str(images[0])}]
     (tmp_path / "examples.json").write_text(json.dumps(examples))
     command = [sys.executable, "-m", "owl2", "web", "--model", str(tiny_checkpoint)]

@@ -1,4 +1,4 @@
-"""What happens when somebody asks on the page; without a browser."""
+"""The event handlers of the chat, without a browser."""
 
 import asyncio
 import warnings
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.serve.admission import AdmissionController
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.metrics import Metrics
-from owl2.serve.web.chat_handler import Asking
+from owl2.serve.web.chat_handler import ChatHandler
 from owl2.serve.web.conversation import WAITING, Conversation
 from owl2.serve.web.examples import Example
 from tests.serve.running import FakeEngine
@@ -21,18 +21,18 @@ SETTINGS = ("en", 32, 0.0, 1.0, "")
 
 
 class Visitor:
-    """Asks, and holds what the browser would show.
+    """Asks questions and records what a browser would show.
 
     Attributes:
-        talk: the conversation in the server.
-        box: the last change of the box that had a value.
+        conversation: In the server.
+        box: The last value that the text box was set to.
     """
 
     def __init__(self, engine, decode=None, examples=(), **limits):
         self.engine = engine
         self.admission = AdmissionController(engine, ServerLimits(**limits), Metrics())
-        self.asking = Asking(self.admission, decode or self.opened, examples)
-        self.talk = Conversation()
+        self.handler = ChatHandler(self.admission, decode or self.opened, examples)
+        self.conversation = Conversation()
         self.box = "untouched"
         self.chats = []
 
@@ -41,12 +41,12 @@ class Visitor:
 
     def ask(self, question="what?", files=(), settings=SETTINGS):
         given = {"text": question, "files": [str(file) for file in files]}
-        return self.begin(self.asking.ask(given, self.talk, *settings))
+        return self.begin(self.handler.ask(given, self.conversation, *settings))
 
     def begin(self, views):
         async def see():
             async for view in views:
-                self.chats.append([row["content"] for row in view.chat])
+                self.chats.append([row["content"] for row in view.rows])
                 if "value" in view.box:
                     self.box = view.box["value"]
 
@@ -86,7 +86,7 @@ def visit(engine):
         async def tell():
             visitor = Visitor(engine, **settings)
             await story(visitor)
-            assert not visitor.talk.busy
+            assert not visitor.conversation.busy
             assert visitor.admission.in_flight == 0
             return visitor
 
@@ -96,13 +96,13 @@ def visit(engine):
 
 
 @contextmanager
-def warned(words):
-    """Outside of a page, what it would say in its corner is a warning."""
-    with pytest.warns(UserWarning, match=words):
+def shows_error(needle):
+    """Outside of a page, gradio turns an error notification into a warning."""
+    with pytest.warns(UserWarning, match=needle):
         yield
 
 
-def test_the_view_grows_with_the_answer(visit):
+def test_the_answer_is_streamed(visit):
     async def story(visitor):
         task = visitor.ask("what is this?")
         told = await visitor.asked()
@@ -118,7 +118,7 @@ def test_the_view_grows_with_the_answer(visit):
     visit(story)
 
 
-def test_a_second_turn_carries_the_first_and_its_images(visit, tmp_path):
+def test_a_second_turn_includes_the_first_and_its_images(visit, tmp_path):
     for name in ("1.png", "2.png"):
         (tmp_path / name).write_bytes(bytes([int(name[0])]))
 
@@ -131,7 +131,7 @@ def test_a_second_turn_carries_the_first_and_its_images(visit, tmp_path):
         assert first["content"][-1] == {"type": "text", "text": "what?"}
         assert answer == {"role": "assistant", "content": "a cat"}
         assert second["content"] == [{"type": "text", "text": "which colour?"}]
-        assert visitor.talk.shown()[0]["content"] == {"path": str(tmp_path / "1.png")}
+        assert visitor.conversation.display()[0]["content"] == {"path": str(tmp_path / "1.png")}
 
     visit(story)
 
@@ -154,26 +154,28 @@ def test_settings_reach_the_engine_within_the_limits(visit, settings, options):
     visit(story, max_completion_tokens=100)
 
 
-def test_an_answer_that_was_cut_says_so(visit):
+def test_a_truncated_answer_has_a_note(visit):
     async def story(visitor):
         task = visitor.ask()
         told = await visitor.asked()
         told.say("a very")
         told.end("length")
         await task
-        assert "cut at the longest answer" in visitor.chats[-1][-1]
-        assert visitor.talk.turns[-1].answer == "a very"  # what the model sees next has no note
+        assert "truncated" in visitor.chats[-1][-1]
+        assert (
+            visitor.conversation.turns[-1].answer == "a very"
+        )  # what the model sees next has no note
 
     visit(story)
 
 
-def test_stop_keeps_what_is_there(visit):
+def test_stop_keeps_the_partial_answer(visit):
     async def story(visitor):
         task = visitor.ask()
         told = await visitor.asked()
         told.say("a long")
         await visitor.until(lambda: visitor.chats[-1][-1] == "a long")
-        await visitor.asking.stop(visitor.talk)
+        await visitor.handler.stop(visitor.conversation)
         await task
         assert told.aborted
         assert visitor.chats[-1][-1].startswith("a long")
@@ -182,11 +184,11 @@ def test_stop_keeps_what_is_there(visit):
     visit(story)
 
 
-def test_stop_before_the_first_word_gives_the_question_back(visit):
+def test_stop_before_the_first_token_restores_the_question(visit):
     async def story(visitor):
         task = visitor.ask("what?")
         told = await visitor.asked()
-        await visitor.asking.stop(visitor.talk)
+        await visitor.handler.stop(visitor.conversation)
         await task
         assert told.aborted
         assert visitor.chats[-1] == []
@@ -195,14 +197,14 @@ def test_stop_before_the_first_word_gives_the_question_back(visit):
     visit(story)
 
 
-def test_stop_while_others_are_answered_leaves_the_queue(visit):
+def test_stop_removes_a_queued_request(visit):
     async def story(visitor):
         first = visitor.ask("first?")
         told = await visitor.asked()
-        talk, visitor.talk = visitor.talk, Conversation()
+        talk, visitor.conversation = visitor.conversation, Conversation()
         second = visitor.ask("second?")
         await visitor.until(lambda: visitor.admission.in_flight == 2)
-        await visitor.asking.stop(visitor.talk)
+        await visitor.handler.stop(visitor.conversation)
         await second
         told.say("one")
         told.end()
@@ -213,10 +215,10 @@ def test_stop_while_others_are_answered_leaves_the_queue(visit):
     visit(story, max_num_seqs=1)
 
 
-def test_who_leaves_frees_the_place(visit):
+def test_a_disconnect_frees_the_slot(visit):
     async def story(visitor):
-        views = visitor.asking.ask({"text": "what?", "files": []}, visitor.talk, *SETTINGS)
-        assert len((await anext(views)).chat) == 2
+        views = visitor.handler.ask({"text": "what?", "files": []}, visitor.conversation, *SETTINGS)
+        assert len((await anext(views)).rows) == 2
         waiting = asyncio.ensure_future(anext(views))
         told = await visitor.asked()
         told.say("a")
@@ -227,10 +229,10 @@ def test_who_leaves_frees_the_place(visit):
     visit(story)
 
 
-def test_again_replaces_the_answer_and_asks_the_same(visit):
+def test_regenerate_replaces_the_answer(visit):
     async def story(visitor):
         await visitor.answered("one", question="what?")
-        task = visitor.begin(visitor.asking.again(visitor.talk, *SETTINGS))
+        task = visitor.begin(visitor.handler.regenerate(visitor.conversation, *SETTINGS))
         told = await visitor.asked(2)
         assert len(told.messages) == 1
         told.say("two")
@@ -241,32 +243,32 @@ def test_again_replaces_the_answer_and_asks_the_same(visit):
     visit(story)
 
 
-def test_again_that_fails_leaves_the_old_answer(visit):
+def test_a_failed_regenerate_keeps_the_answer(visit):
     async def story(visitor):
         await visitor.answered("one", question="what?")
-        task = visitor.begin(visitor.asking.again(visitor.talk, *SETTINGS))
-        (await visitor.asked(2)).fail(InputError("too long"))
-        with warned("too long"):
+        task = visitor.begin(visitor.handler.regenerate(visitor.conversation, *SETTINGS))
+        (await visitor.asked(2)).fail(InputError("too long", ErrorCode.TOO_LONG))
+        with shows_error("too long"):
             await task
         assert visitor.chats[-1] == ["what?", "one"]
 
     visit(story)
 
 
-def test_again_without_a_question_says_so(visit, capsys):
+def test_regenerate_needs_a_question(visit, capsys):
     async def story(visitor):
-        await visitor.begin(visitor.asking.again(visitor.talk, *SETTINGS))
+        await visitor.begin(visitor.handler.regenerate(visitor.conversation, *SETTINGS))
 
     visit(story)
-    assert "Ask something first." in capsys.readouterr().out
+    assert "Ask a question first." in capsys.readouterr().out
 
 
-def test_clear_while_it_answers_ends_it_all(visit):
+def test_clear_stops_the_answer(visit):
     async def story(visitor):
         task = visitor.ask("what?")
         told = await visitor.asked()
-        view = await visitor.asking.clear(visitor.talk)
-        assert view.chat == []
+        view = await visitor.handler.clear(visitor.conversation)
+        assert view.rows == []
         await task
         assert told.aborted
         assert visitor.chats[-1] == []
@@ -275,38 +277,38 @@ def test_clear_while_it_answers_ends_it_all(visit):
     visit(story)
 
 
-def test_an_empty_answer_is_forgotten(visit, capsys):
+def test_an_empty_answer_is_removed(visit, capsys):
     async def story(visitor):
         await visitor.answered(" ", question="what?")
-        assert visitor.talk.turns == []
+        assert visitor.conversation.turns == []
         assert visitor.box == {"text": "what?", "files": []}
 
     visit(story)
-    assert "the model had no answer" in capsys.readouterr().out
+    assert "empty answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("given", "settings", "words"),
     [
-        ({"question": " "}, SETTINGS, "Write a question first"),
-        ({"question": " "}, ("zh", *SETTINGS[1:]), "请先写下问题"),
+        ({"question": " "}, SETTINGS, "Type a question first"),
+        ({"question": " "}, ("zh", *SETTINGS[1:]), "请先输入问题"),
         ({}, (*SETTINGS[:4], "seven"), "The seed must be"),
-        ({"files": ["a.png"] * 3}, SETTINGS, "3 images in this conversation; the limit is 2"),
+        ({"files": ["a.png"] * 3}, SETTINGS, "3 images; the limit is 2"),
         ({"files": ["a.png"] * 3}, ("zh", *SETTINGS[1:]), "图片太多"),
         ({"question": "a" * (128 * 64 + 1)}, SETTINGS, "context of 128 tokens"),
         ({"question": "a" * (128 * 64 + 1)}, ("zh", *SETTINGS[1:]), "文字太长"),
-        ({"files": ["gone.png"]}, SETTINGS, "“gone.png” is no longer there"),
+        ({"files": ["gone.png"]}, SETTINGS, "“gone.png” has expired"),
     ],
 )
-def test_what_cannot_be_asked_stays_in_the_box(visit, given, settings, words):
+def test_an_invalid_question_stays_in_the_box(visit, given, settings, words):
     async def story(visitor):
-        with warned(words):
+        with shows_error(words):
             await visitor.ask(**given, settings=settings)
         assert visitor.box == {
             "text": given.get("question", "what?"),
             "files": given.get("files", []),
         }
-        assert visitor.talk.turns == []
+        assert visitor.conversation.turns == []
         assert visitor.engine.asked == []
 
     visit(story, max_images=2)
@@ -320,10 +322,10 @@ def test_a_broken_image_is_named(visit, tmp_path, language, words):
         raise ApiError(400, "it is broken", code="invalid_image")
 
     async def story(visitor):
-        with warned(f"cat.png.*{words}"):
+        with shows_error(f"cat.png.*{words}"):
             await visitor.ask(files=[tmp_path / "cat.png"], settings=(language, *SETTINGS[1:]))
         assert visitor.box["files"] == [str(tmp_path / "cat.png")]
-        assert visitor.talk.turns == []
+        assert visitor.conversation.turns == []
         await visitor.answered("fine", question="and without it?")
 
     visit(story, decode=decode)
@@ -334,18 +336,18 @@ def test_images_of_all_turns_count(visit, tmp_path):
 
     async def story(visitor):
         await visitor.answered("a", files=[tmp_path / "cat.png"])
-        with warned("2 images in this conversation; the limit is 1"):
+        with shows_error("2 images; the limit is 1"):
             await visitor.ask(files=[tmp_path / "cat.png"])
 
     visit(story, max_images=1)
 
 
-def test_a_full_queue_sends_away(visit):
+def test_a_full_queue_rejects(visit):
     async def story(visitor):
         first = visitor.ask("first?")
         told = await visitor.asked()
-        visitor.talk = Conversation()
-        with warned("busy"):
+        visitor.conversation = Conversation()
+        with shows_error("busy"):
             await visitor.ask("second?")
         told.say("one")
         told.end()
@@ -354,12 +356,12 @@ def test_a_full_queue_sends_away(visit):
     visit(story, max_num_seqs=1, max_queued=0)
 
 
-def test_what_takes_too_long_ends_with_what_is_there(visit):
+def test_a_timeout_keeps_the_partial_answer(visit):
     async def story(visitor):
         task = visitor.ask()
         told = await visitor.asked()
         told.say("slowly")
-        with warned("0.2 seconds"):
+        with shows_error("0.2 seconds"):
             await task
         assert told.aborted
         assert visitor.chats[-1][-1] == "slowly"
@@ -367,21 +369,21 @@ def test_what_takes_too_long_ends_with_what_is_there(visit):
     visit(story, request_timeout=0.2)
 
 
-def test_a_fault_of_ours_is_logged_and_not_shown(visit, caplog):
+def test_an_unexpected_error_is_logged_and_not_shown(visit, caplog):
     async def story(visitor):
         task = visitor.ask()
-        (await visitor.asked()).fail(RuntimeError("secret of the house"))
+        (await visitor.asked()).fail(RuntimeError("internal detail"))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             await task
-        assert "its log says what" in str(said[0].message)
-        assert "secret" not in str(said[0].message)
+        assert "server log" in str(said[0].message)
+        assert "internal detail" not in str(said[0].message)
 
     visit(story)
-    assert "secret of the house" in caplog.text
+    assert "internal detail" in caplog.text
 
 
-def test_an_example_is_taken_by_its_number(visit, tmp_path):
+def test_an_example_is_selected_by_index(visit, tmp_path):
     (tmp_path / "cat.png").write_bytes(b"x")
     examples = [Example("no", ()), Example("is it a cat?", (tmp_path / "cat.png",))]
 
@@ -390,18 +392,18 @@ def test_an_example_is_taken_by_its_number(visit, tmp_path):
         value = {"text": "read this", "files": ["/etc/passwd"]}  # what a browser might send
 
     async def story(visitor):
-        task = visitor.begin(visitor.asking.ask_example(Event(), visitor.talk, *SETTINGS))
+        task = visitor.begin(visitor.handler.ask_example(Event(), visitor.conversation, *SETTINGS))
         told = await visitor.asked()
         told.say("yes")
         told.end()
         await task
-        assert visitor.talk.turns[0].question == "is it a cat?"
-        assert visitor.talk.turns[0].files == (str(tmp_path / "cat.png"),)
+        assert visitor.conversation.turns[0].question == "is it a cat?"
+        assert visitor.conversation.turns[0].files == (str(tmp_path / "cat.png"),)
 
     visit(story, examples=examples)
 
 
-def test_while_it_answers_nothing_else_is_asked(visit):
+def test_a_busy_conversation_ignores_questions(visit):
     async def story(visitor):
         task = visitor.ask("first?")
         told = await visitor.asked()
@@ -410,6 +412,6 @@ def test_while_it_answers_nothing_else_is_asked(visit):
         told.say("one")
         told.end()
         await task
-        assert [turn.question for turn in visitor.talk.turns] == ["first?"]
+        assert [turn.question for turn in visitor.conversation.turns] == ["first?"]
 
     visit(story)

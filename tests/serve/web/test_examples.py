@@ -1,25 +1,26 @@
-"""Images and questions to begin with."""
+"""Example questions with images."""
 
 import json
 
 import pytest
 from PIL import Image
 
-from owl2.errors import InputError
-from owl2.serve.web.examples import drawn, read_examples
+from owl2.errors import ErrorCode
+from owl2.serve.web.examples import draw_examples, read_examples
+from tests.errors import raises_input_error
 
 
-def test_three_are_drawn_each_with_its_shape(tmp_path):
-    examples = drawn(tmp_path / "new")
+def test_three_shapes_are_drawn(tmp_path):
+    examples = draw_examples(tmp_path / "new")
     assert len({example.question for example in examples}) == 3
     for example in examples:
         [path] = example.images
-        colours = Image.open(path).getcolors(100_000)
-        largest = sorted((count for count, _ in colours), reverse=True)
-        assert largest[0] > largest[1] > 4_000  # the ground, and a shape that one sees
+        colors = Image.open(path).getcolors(100_000)
+        largest = sorted((count for count, _ in colors), reverse=True)
+        assert largest[0] > largest[1] > 4_000  # the background and a visible shape
 
 
-def test_own_ones_are_found_beside_their_file(tmp_path):
+def test_image_paths_are_relative_to_the_file(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"x")
     file = tmp_path / "examples.json"
@@ -36,24 +37,24 @@ def test_own_ones_are_found_beside_their_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "code", "needle"),
     [
-        ("{", "cannot be read"),
-        ('{"question": "what?"}', "must hold a list"),
-        ('["what?"]', "example 1 must be"),
-        ('[{"question": "a"}, {"question": " "}]', "example 2 must be"),
-        ('[{"question": "a", "image": 5}]', "'image' must be"),
-        ('[{"question": "a", "image": [5]}]', "'image' must be"),
-        ('[{"question": "a", "image": "none.png"}]', "there is no image at .*none.png"),
+        ("{", ErrorCode.INVALID_FORMAT, "examples.json"),
+        ('{"question": "what?"}', ErrorCode.INVALID_FORMAT, "examples.json"),
+        ('["what?"]', ErrorCode.INVALID_FORMAT, "example 1"),
+        ('[{"question": "a"}, {"question": " "}]', ErrorCode.INVALID_FORMAT, "example 2"),
+        ('[{"question": "a", "image": 5}]', ErrorCode.INVALID_TYPE, "image"),
+        ('[{"question": "a", "image": [5]}]', ErrorCode.INVALID_TYPE, "image"),
+        ('[{"question": "a", "image": "none.png"}]', ErrorCode.FILE_NOT_FOUND, "none.png"),
     ],
 )
-def test_what_is_wrong_with_them_is_named(tmp_path, content, words):
+def test_invalid_examples(tmp_path, content, code, needle):
     file = tmp_path / "examples.json"
     file.write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match=words):
+    with raises_input_error(code, needle):
         read_examples(file)
 
 
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+def test_missing_file(tmp_path):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "none.json"):
         read_examples(tmp_path / "none.json")

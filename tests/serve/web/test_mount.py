@@ -1,4 +1,4 @@
-"""The page in an app: what a browser is given, and who may open it; without a browser."""
+"""The mounted page: headers, uploads, blocked routes and sign-in, without a browser."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from owl2.serve.config import ServerLimits
 from owl2.serve.web.mount import mount
 from tests.serve.running import FakeEngine, run_app
 
-KEY = "a-key-of-the-house"
+KEY = "an-api-key"
 LIMITS = ServerLimits(max_image_bytes=2000)
 OTHER_FIELDS = {"language": "en", "slider": 8}
 
@@ -31,7 +31,7 @@ def page(tiny_engine):
 
 @pytest.fixture(scope="module")
 def closed(tiny_engine):
-    """The URL of one that asks for a key."""
+    """The URL of an app that requires a key."""
     engine = FakeEngine(tiny_engine)
     keys = ApiKeys([KEY])
     app = build_app(engine, "tiny", LIMITS, keys)
@@ -45,18 +45,18 @@ def upload(url, data, client=httpx):
     return client.post(f"{url}/web/gradio_api/upload", files=files)
 
 
-def test_the_page_is_there_with_the_models_name(page):
+def test_page_shows_the_model_name(page):
     reply = httpx.get(f"{page[0]}/web", follow_redirects=True)
     assert reply.status_code == 200
     assert "owl2 · &lt;tiny&gt;" in reply.text
     assert "<tiny>" not in reply.text.replace("\\u003c", "")
 
 
-def test_the_api_is_still_there(page):
+def test_api_remains_available(page):
     assert httpx.get(f"{page[0]}/v1/models").json()["data"][0]["id"] == "tiny"
 
 
-def test_a_browser_is_told_to_fetch_nothing_from_elsewhere(page):
+def test_content_security_policy_allows_this_server_only(page):
     policy = httpx.get(f"{page[0]}/web/").headers["content-security-policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == "'self'"
@@ -68,25 +68,25 @@ def test_a_browser_is_told_to_fetch_nothing_from_elsewhere(page):
     assert sources and all(source.startswith(("data:", "static/")) for source in sources)
 
 
-def test_nothing_is_reported_to_anyone(page):
+def test_analytics_are_disabled(page):
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     config = httpx.get(f"{page[0]}/web/config").json()
     assert config["analytics_enabled"] is False
 
 
-def test_images_have_a_folder_that_is_this_process_own(page):
+def test_upload_directory_is_private(page):
     [path] = upload(page[0], b"x" * 100).json()
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     assert Path(path).is_relative_to(folder)
-    assert folder.stat().st_mode & 0o077 == 0  # nobody else reads what a visitor showed
+    assert folder.stat().st_mode & 0o077 == 0  # readable by this user only
 
 
-def test_an_upload_has_the_apis_limit(page):
+def test_upload_has_the_size_limit_of_the_api(page):
     assert upload(page[0], b"x" * 2000).status_code == 200
     assert upload(page[0], b"x" * 2001).status_code == 413
 
 
-def test_uploads_have_a_limit_together(page):
+def test_uploads_have_a_total_size_limit(page):
     one = ("files", ("cat.png", b"x" * 2000, "image/png"))
     url = f"{page[0]}/web/gradio_api/upload"
     assert httpx.post(url, files=[one] * 8).status_code == 200
@@ -95,8 +95,8 @@ def test_uploads_have_a_limit_together(page):
 
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("path", ["gradio_api/queue/join", "gradio_api/cancel", "login"])
-def test_no_body_is_read_without_end(closed, path, is_chunked):
-    # Of a form it is six fields: starlette itself ends a field of 1 MiB.
+def test_request_bodies_are_limited(closed, path, is_chunked):
+    # A form with six fields, because starlette limits a field to 1 MiB.
     pieces = [b'{"data": ["', *[b"a" * 2**19 + b"&"] * 6, b'"]}']
     content = iter(pieces) if is_chunked else b"".join(pieces)
     kind = "application/x-www-form-urlencoded" if path == "login" else "application/json"
@@ -108,7 +108,7 @@ def test_no_body_is_read_without_end(closed, path, is_chunked):
 
 
 def answer_about(path, url, name):
-    """What comes of a question whose file, in the box or another field, is at that path."""
+    """The result of a question with the file `path`, in the text box or in another field."""
     config = httpx.get(f"{url}/web/config").json()
     [ask] = [one for one in config["dependencies"] if one["targets"][0][1:] == ["submit"]]
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
@@ -124,7 +124,7 @@ def answer_about(path, url, name):
 
 
 @pytest.mark.parametrize("name", ["box", *OTHER_FIELDS])
-def test_a_url_in_the_place_of_a_file_is_not_fetched(page, name, monkeypatch):
+def test_a_url_as_a_file_is_not_fetched(page, name, monkeypatch):
     fetched = []
 
     async def fetch(url, folder):
@@ -137,10 +137,10 @@ def test_a_url_in_the_place_of_a_file_is_not_fetched(page, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["box", *OTHER_FIELDS])
-def test_a_path_of_the_server_is_no_upload(page, name, tmp_path):
-    # What gradio takes for a file it copies to where visitors get theirs, and names the copy.
+def test_a_path_of_the_server_is_rejected(page, name, tmp_path):
+    # gradio would copy the file to the directory of uploads and return the path of the copy.
     secret = tmp_path / "secret.png"
-    secret.write_bytes(b"nobody's business")
+    secret.write_bytes(b"secret")
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     by_a_detour = os.path.join(folder, os.path.relpath(secret, folder))
     for path in (str(secret), by_a_detour, str(folder), f"{folder}x/a.png"):
@@ -148,32 +148,34 @@ def test_a_path_of_the_server_is_no_upload(page, name, tmp_path):
     assert not list(folder.rglob("secret.png"))
 
 
-def test_an_upload_is_taken(page):
+def test_an_upload_is_accepted(page):
     [path] = upload(page[0], b"x").json()
     end = json.loads(answer_about(path, page[0], "box").removeprefix("data:"))
     assert end["success"]
-    assert end["output"]["data"][0]["value"]["files"][0]["path"] == path  # it was no image
+    assert (
+        end["output"]["data"][0]["value"]["files"][0]["path"] == path
+    )  # returned because it is not an image
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../etc/passwd", str(Path(__file__))])
-def test_no_file_of_the_server_is_given(page, path):
+def test_files_of_the_server_are_not_served(page, path):
     assert httpx.get(f"{page[0]}/web/gradio_api/file={path}").status_code in (403, 404)
 
 
 @pytest.mark.parametrize("end", ["", "/"])
-def test_no_film_is_given_to_ffmpeg(page, end):
-    film = {"video": ("a.mp4", b"#EXTM3U", "video/mp4")}
+def test_ffmpeg_route_is_blocked(page, end):
+    video = {"video": ("a.mp4", b"#EXTM3U", "video/mp4")}
     url = f"{page[0]}/web/gradio_api/process_recording{end}"
-    reply = httpx.post(url, files=film, follow_redirects=True)
+    reply = httpx.post(url, files=video, follow_redirects=True)
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
 
 
-def test_no_function_of_the_page_is_an_api(page):
+def test_events_are_not_an_api(page):
     info = httpx.get(f"{page[0]}/web/gradio_api/info").json()
     assert info["named_endpoints"] == {}
 
 
-def test_the_page_stands_at_the_apps_desk(page):
+def test_page_uses_the_admission_controller_of_the_app(page):
     config = httpx.get(f"{page[0]}/web/config").json()
     sliders = [part["props"] for part in config["components"] if part["type"] == "slider"]
     assert sliders[0]["maximum"] == min(
@@ -181,7 +183,7 @@ def test_the_page_stands_at_the_apps_desk(page):
     )
 
 
-def test_with_keys_nothing_opens_without_one(closed):
+def test_sign_in_is_required_with_keys(closed):
     config = httpx.get(f"{closed}/web/config")
     assert config.status_code == 401
     assert upload(closed, b"x").status_code == 401
@@ -189,12 +191,12 @@ def test_with_keys_nothing_opens_without_one(closed):
 
 
 @pytest.mark.parametrize("password", ["", "wrong", KEY[:-1], f"Bearer {KEY}"])
-def test_a_wrong_key_does_not_open(closed, password):
+def test_a_wrong_key_is_rejected(closed, password):
     form = {"username": "me", "password": password}
     assert httpx.post(f"{closed}/web/login", data=form).status_code in (400, 422)
 
 
-def test_a_key_opens_whatever_the_name(closed):
+def test_a_key_is_accepted_with_any_user_name(closed):
     with httpx.Client() as client:
         form = {"username": "anyone", "password": KEY}
         assert client.post(f"{closed}/web/login", data=form).status_code == 200
@@ -202,7 +204,7 @@ def test_a_key_opens_whatever_the_name(closed):
         assert upload(closed, b"x", client).status_code == 200
 
 
-def test_without_an_app_of_ours_it_brings_its_own_desk(tiny_engine):
+def test_mount_creates_an_admission_controller(tiny_engine):
     from fastapi import FastAPI
 
     app = FastAPI()
