@@ -1,10 +1,10 @@
 """Writes files and directories atomically, and checks paths before work begins.
 
-Content is written under a hidden temporary name next to its target and then renamed, so that readers
-never see an incomplete file, also if the writer is killed. A file, or a directory that did not exist
-before, appears in one step. Replacing a directory takes two renames. The target is missing between
-them; if the process is killed at that moment, the old directory remains in ``.NAME.old-XXXX/`` and
-the new one in ``.NAME.part-XXXX``.
+Content is written under a hidden temporary name next to its target and then renamed. Readers never
+see an incomplete file, also if the writer is killed. A file, or a directory that did not exist,
+appears in one step. Replacing a directory takes two renames. The target is missing between them; if
+the process is killed at that moment, the old directory remains in ``.NAME.old-XXXX/`` and the new
+one in ``.NAME.part-XXXX``.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Tokenizers and processors for these tests: the golden one, and two made on the spot."""
+"""Tokenizers and processors: the golden one, and two that the tests create."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Texts, a template and messages that several of these tests use."""
+"""Texts, a template and messages for several tests."""
 
 import numpy as np
 

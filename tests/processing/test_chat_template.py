@@ -1,4 +1,4 @@
-"""Messages are checked, and written by a template as SPEC 1.5 has it."""
+"""Validation of messages and rendering with chat templates (Specification §1.5)."""
 
 from pathlib import Path
 

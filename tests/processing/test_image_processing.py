@@ -1,4 +1,4 @@
-"""Pixels are the authors', and settings are read from and written to the checkpoint's file."""
+"""Pixels equal those of the authors' code; settings are saved and loaded."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is learned is exactly the answers and their ends, whatever tokenizer and template."""
+"""Labels are exactly the answers and their end tokens, for all tokenizers and templates."""
 
 from owl2.errors import ErrorCode
 from owl2.processing.loss_mask import encode_with_loss_mask

@@ -1,4 +1,4 @@
-"""A processor is saved with a checkpoint and comes back; the released layout is read as it is."""
+"""Processors are saved with checkpoints and loaded; the released layout is supported."""
 
 import json
 import shutil

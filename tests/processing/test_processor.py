@@ -1,4 +1,4 @@
-"""Messages, prompts and images → the model's inputs; golden/text complete; USERS 6 and 10."""
+"""Messages, prompts and images to model inputs; all golden prompts and labels."""
 
 import json
 import pickle
@@ -232,7 +232,7 @@ def test_image_without_a_source_is_counted(processor, image):
         processor.apply_chat_template(literal, tokenize=True)
 
 
-# ------------------------------------------------------------------ training (USERS 6)
+# ------------------------------------------------------------------ training
 
 ANSWERS = [
     "Bus",

@@ -1,4 +1,4 @@
-"""Ids are SentencePiece's own, places are right, decoding is the inverse, files round-trip."""
+"""Ids equal SentencePiece, offsets, decoding, saved files."""
 
 import json
 import pickle
