@@ -1,7 +1,8 @@
 import pytest
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.registry import check_options, look_up, options_of, read_setting
+from tests.errors import raises_input_error
 
 
 def test_finds():
@@ -9,14 +10,14 @@ def test_finds():
 
 
 def test_names_the_nearest_and_all():
-    with pytest.raises(InputError) as caught:
+    with raises_input_error(ErrorCode.UNKNOWN_NAME) as caught:
         look_up("number", "tow", {"two": 2, "one": 1})
-    assert str(caught.value) == "'tow' is no number. Do you mean 'two'? There are: one, two."
+    assert all(name in str(caught.value) for name in ("'tow'", "'two'", "one, two"))
 
 
 @pytest.mark.parametrize("name", [3, True, ["zzz"], "zzz"])
 def test_anything_else_is_refused_without_a_guess(name):
-    with pytest.raises(InputError, match=r"is no number\. There are: one\."):
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, "number"):
         look_up("number", name, {"one": 1})
 
 
@@ -36,7 +37,7 @@ def test_settings_are_read_as_yaml(text, read):
 
 @pytest.mark.parametrize("text", ["seed", "=3", "", "seed=[3"])
 def test_what_is_no_setting(text):
-    with pytest.raises(InputError, match=r"must have the form option=value|cannot be read"):
+    with raises_input_error(ErrorCode.INVALID_FORMAT):
         read_setting(text)
 
 
@@ -47,5 +48,5 @@ def test_options_are_what_only_a_keyword_can_give():
     assert options_of(shapes) == {"seed": 0, "prompt": None}
     check_options("option of shapes", shapes, {"seed": 3})
     for other in ("extra", "split", "sed"):
-        with pytest.raises(InputError, match=f"'{other}' is no option of shapes"):
+        with raises_input_error(ErrorCode.UNKNOWN_NAME):
             check_options("option of shapes", shapes, {other: 3})

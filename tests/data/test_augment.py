@@ -4,7 +4,7 @@ from random import Random
 import pytest
 from PIL import Image
 
-from owl2.data.augment import AUGMENTATIONS, CROP_ATTEMPTS, MIN_AREA, ASPECT_RATIOS, _random_box
+from owl2.data.augment import ASPECT_RATIOS, AUGMENTATIONS, CROP_ATTEMPTS, MIN_AREA, _random_box
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_dihedral_of_a_wide_image(image):
 
 
 def test_crop_flip_gives_squares_of_a_large_part():
-    grey = Image.linear_gradient("L").rotate(90).convert_dataset("RGB").resize((200, 100))
+    grey = Image.linear_gradient("L").rotate(90).convert("RGB").resize((200, 100))
     flipped = 0
     for seed in range(400):
         part = AUGMENTATIONS["crop_flip"](grey, Random(seed))

@@ -94,9 +94,7 @@ def test_what_is_written_is_read_back_as_it_was(name, tmp_path, folder, console)
     PUBLISH[name](folder)
     out = tmp_path / "out.jsonl"
     convert_dataset(name, folder, out, [], console)
-    samples = [
-        item for item in DATASET_CARDS[name].convert_dataset(folder) if hasattr(item, "messages")
-    ]
+    samples = [item for item in DATASET_CARDS[name].convert(folder) if hasattr(item, "messages")]
     back = JsonDataset(out, tmp_path)
     assert len(back) == len(samples) > 0
     for was, now in zip(samples, back, strict=True):

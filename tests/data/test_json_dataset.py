@@ -95,7 +95,7 @@ def test_forked_workers_read_what_their_owner_reads(tmp_path):
     loader = torch.utils.data.DataLoader(
         samples,
         batch_size=10,
-        num_num_workers=2,
+        num_workers=2,
         collate_fn=answers,
         multiprocessing_context="fork",
     )

@@ -1,7 +1,8 @@
 import pytest
 
 from owl2.data.sample import Sample, validated
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
+from tests.errors import raises_input_error
 
 IMAGE = {"type": "image", "path": "not opened.png"}
 
@@ -25,24 +26,24 @@ def test_good_samples_pass_as_they_are(messages):
 
 
 @pytest.mark.parametrize(
-    ("messages", "complaint"),
+    ("messages", "expected_error"),
     [
-        ([], "empty"),
-        (talk("hello"), "no answer to learn"),
-        (talk("hello", "hi", "and?"), "no answer to learn"),
-        ([{"role": "assistant", "content": "hi"}], "'user' is due"),
-        (talk("<|image|>what?", "hm"), "marks 1 images, and 0 come"),
-        (talk([{"type": "image"}], "hm"), "marks 1 images, and 0 come"),
-        (talk([{"type": "sound"}], "hm"), "part 0"),
+        ([], (ErrorCode.EMPTY_MESSAGE,)),
+        (talk("hello"), (ErrorCode.INVALID_ROLE,)),
+        (talk("hello", "hi", "and?"), (ErrorCode.INVALID_ROLE,)),
+        ([{"role": "assistant", "content": "hi"}], (ErrorCode.INVALID_ROLE, "user")),
+        (talk("<|image|>what?", "hm"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
+        (talk([{"type": "image"}], "hm"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
+        (talk([{"type": "sound"}], "hm"), (ErrorCode.UNKNOWN_NAME, "0")),
     ],
 )
-def test_bad_samples_say_where_they_came_from(messages, complaint):
-    with pytest.raises(InputError, match=complaint) as caught:
+def test_bad_samples_say_where_they_came_from(messages, expected_error):
+    with raises_input_error(*expected_error) as caught:
         validated(Sample(messages, "talks.jsonl:17"))
     assert str(caught.value).startswith("talks.jsonl:17: ")
 
 
 def test_half_of_a_character_is_no_text():
     messages = [{"role": "user", "content": "hi \ud83d"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(InputError, match=r"row 1: .*half of a character"):
+    with raises_input_error(ErrorCode.INVALID_FORMAT, "1"):
         validated(Sample(messages, "row 1"))

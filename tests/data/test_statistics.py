@@ -12,13 +12,13 @@ from PIL import Image
 from rich.console import Console
 
 from owl2.data.validate.statistics import (
-    SampleStats,
     DatasetStats,
+    SampleStats,
     batch_padding,
     clipped,
+    dataset_table,
     padding_share,
     plot_statistics,
-    dataset_table,
     spread,
     spread_table,
 )

@@ -5,8 +5,7 @@ from random import Random
 import pytest
 
 from owl2.data.sample import InvalidSample, Sample
-from owl2.data.webdataset import Files
-from owl2.data.webdataset import TarDataset, _sample, is_shard_url
+from owl2.data.webdataset import Files, TarDataset, _sample, is_shard_url
 from owl2.errors import InputError
 from owl2.processing.chat_template import content_to_text, parse_messages
 from tests.data.tars import PNG, captions, write_shards, write_tar

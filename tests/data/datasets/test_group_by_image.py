@@ -9,8 +9,9 @@ from owl2.data.datasets.prompts import (
     image_and_text,
     short_question,
 )
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import SHORT, split_up, told
+from tests.errors import raises_input_error
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_no_more_than_most_in_a_conversation():
         ("2.jpg", ["b"]),
     ]
     assert told(samples[1])[1][0][0] == "<|image|>\n2?"
-    with pytest.raises(InputError, match="`most` is 0"):
+    with raises_input_error(ErrorCode.INVALID_VALUE, "0"):
         list(group_by_image(asked, Path("file.json"), 0))
 
 

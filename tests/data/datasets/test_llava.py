@@ -1,8 +1,7 @@
-import pytest
-
 from owl2.data.datasets.llava import llava_instruct
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import put, told_all
+from tests.errors import raises_input_error
 
 
 def row(*turns: tuple[str, str], image: str = "000000033471.jpg") -> dict:
@@ -39,6 +38,6 @@ def test_conversations_with_the_image_first(tmp_path):
 def test_a_row_that_is_not_as_published(tmp_path):
     good = row(("human", "<image>\nWhat?"), ("gpt", "A bus."))
     path = put(tmp_path, "llava_instruct_150k.json", [good, row(("human", "?"), ("gpt", "!"))])
-    with pytest.raises(InputError, match="the text marks 0 images") as caught:
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "0") as caught:
         list(llava_instruct(tmp_path))
     assert str(caught.value).startswith(f"{path}, row 2: ")

@@ -1,8 +1,9 @@
 import pytest
 
 from owl2.data.datasets.ocr_vqa import ocr_vqa
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import SHORT, put, split_up, told, told_all
+from tests.errors import raises_input_error
 
 
 def cover(split: int, *pairs: tuple[str, str], url: object = "http://e.com/I/61Y5.jpg") -> dict:
@@ -45,7 +46,7 @@ def test_questions_about_a_cover_are_one_conversation(folder):
 
 def test_val_apart_and_test_refused(folder):
     assert [image for image, _ in told_all(ocr_vqa(folder, split="val"))] == ["images/B00.gif"]
-    with pytest.raises(InputError, match="evaluation only"):
+    with raises_input_error(ErrorCode.INVALID_VALUE):
         list(ocr_vqa(folder, split="test"))
 
 
@@ -68,18 +69,18 @@ def test_what_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "expected_error"),
     [
-        ({"answers": []}, "2 questions with 0 answers"),
-        ({"split": 4}, "'split' is 4"),
-        ({"split": "train"}, "'split' is 'train', not a whole number"),
-        ({"questions": "Who?"}, "'questions' is 'Who.', not a list of texts"),
-        ({"imageURL": 3}, "'imageURL' is 3, not a text"),
+        ({"answers": []}, (ErrorCode.INVALID_FORMAT, "2")),
+        ({"split": 4}, (ErrorCode.INVALID_FORMAT, "split")),
+        ({"split": "train"}, (ErrorCode.INVALID_TYPE, "split")),
+        ({"questions": "Who?"}, (ErrorCode.INVALID_TYPE, "questions")),
+        ({"imageURL": 3}, (ErrorCode.INVALID_TYPE, "imageURL")),
     ],
 )
-def test_a_row_that_is_not_as_published(tmp_path, change, complaint):
+def test_a_row_that_is_not_as_published(tmp_path, change, expected_error):
     rows = {"9": cover(1, WHO), "10": cover(1, WHO, WHO) | change}
     path = put(tmp_path, "dataset.json", rows)
-    with pytest.raises(InputError, match=complaint) as caught:
+    with raises_input_error(*expected_error) as caught:
         list(ocr_vqa(tmp_path))
     assert str(caught.value).startswith(f"{path}, '10': ")

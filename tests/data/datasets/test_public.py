@@ -5,9 +5,10 @@ import inspect
 import pytest
 
 from owl2.data.datasets.registry import DATASET_CARDS, from_package
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.registry import options_of
 from tests.data.datasets.published_files import told_all
+from tests.errors import raises_input_error
 
 OF_THE_PAPER = [
     *("cc3m", "cc12m", "laion", "coyo", "datacomp"),
@@ -28,19 +29,19 @@ def test_options_have_defaults_and_test_splits_are_refused(name, tmp_path):
     folder = "package" if name == "easy_vqa" else tmp_path
     if "split" in options:
         with pytest.raises(InputError, match="evaluation only"):
-            list(DATASET_CARDS[name].convert_dataset(folder, split="test"))
+            list(DATASET_CARDS[name].convert(folder, split="test"))
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
 def test_a_folder_without_the_files(name, tmp_path):
     with pytest.raises(InputError, match=r"is not there|has no shards"):
         list(DATASET_CARDS[name].convert(tmp_path))
-    with pytest.raises(InputError, match="is not a folder"):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND):
         list(DATASET_CARDS[name].convert(tmp_path / "none"))
 
 
 def test_easy_vqa_is_the_package(tmp_path):
     samples = told_all(from_package("package", max_rounds=2))
     assert sum(len(rounds) for _, rounds in samples) == 38575
-    with pytest.raises(InputError, match="package"):
+    with raises_input_error(ErrorCode.INVALID_VALUE):
         list(from_package(tmp_path))

@@ -2,14 +2,15 @@ import pytest
 
 from owl2.data.datasets.regions import (
     Region,
-    check_settings,
-    region,
+    check_region_options,
+    format_box,
+    make_region,
     region_samples,
     shuffled,
-    written,
 )
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import told
+from tests.errors import raises_input_error
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from tests.data.datasets.published_files import told
     ],
 )
 def test_boxes_are_shares_of_the_image(box, size, expected):
-    made = region("a dog", box, size)
+    made = make_region("a dog", box, size)
     assert made is not None
     assert made.box == pytest.approx(expected)
 
@@ -39,7 +40,7 @@ def test_boxes_are_shares_of_the_image(box, size, expected):
     ],
 )
 def test_what_has_no_extent_is_no_region(box, size):
-    assert region("a dog", box, size) is None
+    assert make_region("a dog", box, size) is None
 
 
 def test_both_directions_are_conversations_of_their_own():
@@ -73,8 +74,8 @@ def test_both_directions_are_conversations_of_their_own():
     assert [*region_samples("a.jpg", given, "describe", "here")] == [described]
 
 
-def test_written():
-    assert written((0, 1, 0.125, 0.999)) == "[0.00, 1.00, 0.12, 1.00]"
+def test_format_box():
+    assert format_box((0, 1, 0.125, 0.999)) == "[0.00, 1.00, 0.12, 1.00]"
 
 
 def test_the_order_hangs_on_seed_and_image():
@@ -86,8 +87,8 @@ def test_the_order_hangs_on_seed_and_image():
 
 
 @pytest.mark.parametrize("max_rounds", [0, -1, True, "10", 1.5])
-def test_settings(most):
-    with pytest.raises(InputError, match="`most` is"):
-        check_settings("both", most)
-    with pytest.raises(InputError, match=r"'locat' is no direction .* Do you mean 'locate'"):
-        check_settings("locat", 10)
+def test_settings(max_rounds):
+    with raises_input_error(ErrorCode.INVALID_VALUE):
+        check_region_options("both", max_rounds)
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, "locate"):
+        check_region_options("locat", 10)

@@ -1,8 +1,9 @@
 import pytest
 
 from owl2.data.datasets.text_chat import sharegpt, slimorca
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import put, put_lines, split_up, told, told_all
+from tests.errors import raises_input_error
 
 SHAREGPT = "ShareGPT_V3_unfiltered_cleaned_split.json"
 SLIMORCA = "oo-labeled_correct.gpt4.sharegpt.jsonl"
@@ -42,7 +43,7 @@ def test_sharegpt(tmp_path):
     ("given", "reason"),
     [
         ([], "conversations without a turn"),
-        ([("gpt", "Hello"), ("human", "Hi"), ("gpt", "So")], "conversations that begin with an an"),
+        ([("gpt", "Hello"), ("human", "Hi"), ("gpt", "So")], "conversations that start with an an"),
         ([("gpt", "Hello")], "conversations that start with an answer"),
         ([("system", "Be short.")], "conversations that start with an answer"),
         ([("human", "Hi")], "conversations without an answer"),
@@ -101,21 +102,21 @@ def test_slimorca_puts_the_system_text_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"),
+    ("row", "expected_error"),
     [
-        ({"id": "x"}, "'conversations', a list of objects, is missing"),
-        ({"conversations": ["Hi"]}, "conversations 1 is 'Hi', not an object"),
-        ({"conversations": [{"from": "human"}]}, "conversations 1: 'value', a text, is missing"),
-        ({"conversations": [{"from": 1, "value": "x"}]}, "conversations 1: 'from' is 1, not a te"),
+        ({"id": "x"}, (ErrorCode.MISSING_VALUE, "conversations")),
+        ({"conversations": ["Hi"]}, (ErrorCode.INVALID_TYPE, "Hi")),
+        ({"conversations": [{"from": "human"}]}, (ErrorCode.MISSING_VALUE, "value")),
+        ({"conversations": [{"from": 1, "value": "x"}]}, (ErrorCode.INVALID_TYPE, "from")),
     ],
 )
-def test_rows_that_are_not_as_published(tmp_path, row, complaint):
+def test_rows_that_are_not_as_published(tmp_path, row, expected_error):
     good = orca(("human", "Write"), ("gpt", "No"))
     path = put_lines(tmp_path, SLIMORCA, [good, row])
-    with pytest.raises(InputError, match=complaint) as caught:
+    with raises_input_error(*expected_error) as caught:
         list(slimorca(tmp_path))
     assert str(caught.value).startswith(f"{path}, line 2")
     path = put(tmp_path, SHAREGPT, [good, row])
-    with pytest.raises(InputError, match=complaint) as caught:
+    with raises_input_error(*expected_error) as caught:
         list(sharegpt(tmp_path))
     assert str(caught.value).startswith(f"{path}, row 2")

@@ -1,8 +1,9 @@
 import pytest
 
 from owl2.data.datasets.visual_genome import visual_genome
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import put, split_up, told
+from tests.errors import raises_input_error
 
 
 def phrase(number: int, words: str, box=(10, 20, 30, 40), image: int = 1) -> dict:
@@ -84,17 +85,17 @@ def test_what_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "complaint"),
+    ("row", "expected_error"),
     [
-        ({"id": 3, "regions": []}, "row 2: image 3 is not in the file of images"),
-        ({"regions": []}, "row 2: 'id', a whole number, is missing"),
-        ({"id": 1, "regions": [{"phrase": "x"}]}, "row 2, regions 1: 'x', a number, is missing"),
-        ({"id": 1, "regions": [phrase(1, "x") | {"y": "3"}]}, "'y' is '3', not a number"),
+        ({"id": 3, "regions": []}, (ErrorCode.INVALID_FORMAT, "2")),
+        ({"regions": []}, (ErrorCode.MISSING_VALUE, "id")),
+        ({"id": 1, "regions": [{"phrase": "x"}]}, (ErrorCode.MISSING_VALUE, "2")),
+        ({"id": 1, "regions": [phrase(1, "x") | {"y": "3"}]}, (ErrorCode.INVALID_TYPE, "y")),
     ],
 )
-def test_rows_that_are_not_as_published(tmp_path, row, complaint):
+def test_rows_that_are_not_as_published(tmp_path, row, expected_error):
     publish(tmp_path, {"id": 2, "regions": []}, row)
-    with pytest.raises(InputError, match=complaint) as caught:
+    with raises_input_error(*expected_error) as caught:
         list(visual_genome(tmp_path))
     assert str(caught.value).startswith(str(tmp_path / "region_descriptions.json"))
 
@@ -102,5 +103,5 @@ def test_rows_that_are_not_as_published(tmp_path, row, complaint):
 def test_a_url_without_a_folder(tmp_path):
     publish(tmp_path, {"id": 1, "regions": []})
     put(tmp_path, "image_data.json", [image(1) | {"url": "1.jpg"}])
-    with pytest.raises(InputError, match="row 1: 'url'"):
+    with raises_input_error(ErrorCode.INVALID_FORMAT, "url"):
         list(visual_genome(tmp_path))
