@@ -1,14 +1,16 @@
 """Batches in which one prompt may fail without the others."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from owl2.engine.engine import Engine
 from owl2.errors import InputError
+
+if TYPE_CHECKING:
+    from owl2.engine.engine import Engine
 
 
 def batch_or_errors(
-    engine: Engine, conversations: Sequence[list[dict[str, Any]]], **options: Any
+    engine: "Engine", conversations: Sequence[list[dict[str, Any]]], **options: Any
 ) -> list[str | InputError]:
     """The answer to each conversation, or the error that prevents one.
 
