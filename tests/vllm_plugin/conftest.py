@@ -65,8 +65,8 @@ def engine(checkpoint):
 
 @pytest.fixture(scope="session")
 def llm(checkpoint):
-    with running(checkpoint) as made:
-        yield made
+    with running(checkpoint) as vllm:
+        yield vllm
 
 
 class running:
@@ -96,10 +96,16 @@ class running:
 def conversations():
     """16 conversations with 0 to 3 images and different lengths, some with earlier turns."""
     texts = ["what is this?", "is it red? " * 5, "no", "a blue  circle\nand a green one, 你好"]
-    made = [ask(text, *map(random_image, range(count))) for text in texts for count in (0, 1, 2, 3)]
-    made[1] = [*made[1], {"role": "assistant", "content": "red"}, *ask("and now?", random_image(7))]
-    made[4] = [*made[4], {"role": "assistant", "content": "a circle"}, *ask("what color?")]
-    return made
+    found = [
+        ask(text, *map(random_image, range(count))) for text in texts for count in (0, 1, 2, 3)
+    ]
+    found[1] = [
+        *found[1],
+        {"role": "assistant", "content": "red"},
+        *ask("and now?", random_image(7)),
+    ]
+    found[4] = [*found[4], {"role": "assistant", "content": "a circle"}, *ask("what color?")]
+    return found
 
 
 NEW = 12  # tokens of an answer

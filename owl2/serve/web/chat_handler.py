@@ -228,7 +228,8 @@ class ChatHandler:
 
             conversation.stop = stop
             while True:
-                chunk = await stream.next()
+                # It may have been stopped between the end of `start` and this point.
+                chunk = None if stopping.is_set() else await stream.next()
                 if stopping.is_set():
                     raise ClientStopped
                 if chunk is None:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-# Its network is this machine, its disc is not ours, and it calls nobody at home.
+# Runs without a sandbox (in containers) and without background network access.
 CHROMIUM = [
     "--no-sandbox",
     "--disable-gpu",
@@ -16,7 +16,7 @@ CHROMIUM = [
     "--disable-sync",
     "--no-first-run",
 ]
-PATIENCE = 20_000  # milliseconds
+TIMEOUT_MS = 20_000
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +25,8 @@ def browser():
 
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     if program is None:
-        pytest.fail("There is no chromium: `make test-browser` installs it.")
-    expect.set_options(timeout=PATIENCE)
+        pytest.fail("chromium is not installed; `make test-browser` installs it.")
+    expect.set_options(timeout=TIMEOUT_MS)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program, args=CHROMIUM)
         yield chromium
@@ -34,7 +34,7 @@ def browser():
 
 
 @pytest.fixture(scope="session")
-def told(tiny_engine):
+def controlled_page(tiny_engine):
     """The URL of a page, and its engine, whose answers come from the test."""
     from owl2.serve.app import build_app
     from owl2.serve.config import ServerLimits
@@ -43,8 +43,8 @@ def told(tiny_engine):
 
     engine = FakeEngine(tiny_engine)
     limits = ServerLimits(max_image_bytes=50_000, max_images=4)
-    app = build_app(engine, "told", limits)
-    mount(app, engine, limits, name="told")
+    app = build_app(engine, "controlled", limits)
+    mount(app, engine, limits, name="controlled")
     with run_app(app) as url:
         yield f"{url}/web/", engine
 
@@ -66,12 +66,12 @@ def tiny(tiny_engine):
 @pytest.fixture
 def visit(browser):
     """Opens a URL in a new context. Fails on script errors and on requests to other hosts."""
-    wrong = []
+    problems = []
 
     def check(request):
         place = urlsplit(request.url)
         if place.scheme not in ("data", "blob") and place.hostname != "127.0.0.1":
-            wrong.append(request.url)
+            problems.append(request.url)
 
     with ExitStack() as stack:
 
@@ -79,17 +79,17 @@ def visit(browser):
             given = {"locale": "en-US", "viewport": {"width": 1000, "height": 800}} | settings
             context = browser.new_context(**given)
             stack.callback(context.close)
-            context.set_default_timeout(PATIENCE)
+            context.set_default_timeout(TIMEOUT_MS)
             context.on("request", check)
             page = context.new_page()
-            page.on("pageerror", lambda error: wrong.append(str(error)))
+            page.on("pageerror", lambda error: problems.append(str(error)))
             page.goto(url)
             page.locator("#box textarea").wait_for()
             page.wait_for_function("window.owl2")  # its script has run
             return page
 
         yield open_page
-    assert wrong == []
+    assert problems == []
 
 
 @pytest.fixture

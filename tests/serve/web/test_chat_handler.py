@@ -61,16 +61,16 @@ class Visitor:
         await self.until(lambda: len(self.engine.asked) >= count)
         return self.engine.asked[count - 1]
 
-    async def answered(self, *pieces, **given):
+    async def answered(self, *chunks, **given):
         """A question, answered."""
         count = len(self.engine.asked)
         task = self.ask(**given)
-        told = await self.asked(count + 1)
-        for piece in pieces:
-            told.say(piece)
-        told.end()
+        request = await self.asked(count + 1)
+        for chunk in chunks:
+            request.say(chunk)
+        request.end()
         await task
-        return told
+        return request
 
 
 @pytest.fixture
@@ -105,13 +105,13 @@ def shows_error(needle):
 def test_the_answer_is_streamed(visit):
     async def story(visitor):
         task = visitor.ask("what is this?")
-        told = await visitor.asked()
+        request = await visitor.asked()
         assert visitor.chats == [["what is this?", WAITING]]
         assert visitor.box is None  # empty while it is answered
-        told.say("a red")
+        request.say("a red")
         await visitor.until(lambda: visitor.chats[-1] == ["what is this?", "a red"])
-        told.say(" circle")
-        told.end()
+        request.say(" circle")
+        request.end()
         await task
         assert visitor.chats[-1] == ["what is this?", "a red circle"]
 
@@ -124,13 +124,13 @@ def test_a_second_turn_includes_the_first_and_its_images(visit, tmp_path):
 
     async def story(visitor):
         await visitor.answered("a cat", question="what?", files=sorted(tmp_path.iterdir()))
-        told = await visitor.answered("black", question="which colour?")
-        first, answer, second = told.messages
-        colours = [part["image"].getpixel((0, 0))[0] for part in first["content"][:-1]]
-        assert colours == [1, 2]
+        request = await visitor.answered("black", question="which color?")
+        first, answer, second = request.messages
+        colors = [part["image"].getpixel((0, 0))[0] for part in first["content"][:-1]]
+        assert colors == [1, 2]
         assert first["content"][-1] == {"type": "text", "text": "what?"}
         assert answer == {"role": "assistant", "content": "a cat"}
-        assert second["content"] == [{"type": "text", "text": "which colour?"}]
+        assert second["content"] == [{"type": "text", "text": "which color?"}]
         assert visitor.conversation.display()[0]["content"] == {"path": str(tmp_path / "1.png")}
 
     visit(story)
@@ -148,8 +148,8 @@ def test_a_second_turn_includes_the_first_and_its_images(visit, tmp_path):
 )
 def test_settings_reach_the_engine_within_the_limits(visit, settings, options):
     async def story(visitor):
-        told = await visitor.answered("yes", settings=settings)
-        assert told.options == options
+        request = await visitor.answered("yes", settings=settings)
+        assert request.options == options
 
     visit(story, max_completion_tokens=100)
 
@@ -157,9 +157,9 @@ def test_settings_reach_the_engine_within_the_limits(visit, settings, options):
 def test_a_truncated_answer_has_a_note(visit):
     async def story(visitor):
         task = visitor.ask()
-        told = await visitor.asked()
-        told.say("a very")
-        told.end("length")
+        request = await visitor.asked()
+        request.say("a very")
+        request.end("length")
         await task
         assert "truncated" in visitor.chats[-1][-1]
         assert (
@@ -172,12 +172,12 @@ def test_a_truncated_answer_has_a_note(visit):
 def test_stop_keeps_the_partial_answer(visit):
     async def story(visitor):
         task = visitor.ask()
-        told = await visitor.asked()
-        told.say("a long")
+        request = await visitor.asked()
+        request.say("a long")
         await visitor.until(lambda: visitor.chats[-1][-1] == "a long")
         await visitor.handler.stop(visitor.conversation)
         await task
-        assert told.aborted
+        assert request.aborted
         assert visitor.chats[-1][-1].startswith("a long")
         assert "(stopped)" in visitor.chats[-1][-1]
 
@@ -187,10 +187,10 @@ def test_stop_keeps_the_partial_answer(visit):
 def test_stop_before_the_first_token_restores_the_question(visit):
     async def story(visitor):
         task = visitor.ask("what?")
-        told = await visitor.asked()
+        request = await visitor.asked()
         await visitor.handler.stop(visitor.conversation)
         await task
-        assert told.aborted
+        assert request.aborted
         assert visitor.chats[-1] == []
         assert visitor.box == {"text": "what?", "files": []}
 
@@ -200,14 +200,14 @@ def test_stop_before_the_first_token_restores_the_question(visit):
 def test_stop_removes_a_queued_request(visit):
     async def story(visitor):
         first = visitor.ask("first?")
-        told = await visitor.asked()
+        request = await visitor.asked()
         talk, visitor.conversation = visitor.conversation, Conversation()
         second = visitor.ask("second?")
         await visitor.until(lambda: visitor.admission.in_flight == 2)
         await visitor.handler.stop(visitor.conversation)
         await second
-        told.say("one")
-        told.end()
+        request.say("one")
+        request.end()
         await first
         assert len(visitor.engine.asked) == 1
         assert [turn.answer for turn in talk.turns] == ["one"]
@@ -220,11 +220,11 @@ def test_a_disconnect_frees_the_slot(visit):
         views = visitor.handler.ask({"text": "what?", "files": []}, visitor.conversation, *SETTINGS)
         assert len((await anext(views)).rows) == 2
         waiting = asyncio.ensure_future(anext(views))
-        told = await visitor.asked()
-        told.say("a")
+        request = await visitor.asked()
+        request.say("a")
         await waiting
         await views.aclose()  # as gradio does when the browser is gone
-        assert told.aborted
+        assert request.aborted
 
     visit(story)
 
@@ -233,10 +233,10 @@ def test_regenerate_replaces_the_answer(visit):
     async def story(visitor):
         await visitor.answered("one", question="what?")
         task = visitor.begin(visitor.handler.regenerate(visitor.conversation, *SETTINGS))
-        told = await visitor.asked(2)
-        assert len(told.messages) == 1
-        told.say("two")
-        told.end()
+        request = await visitor.asked(2)
+        assert len(request.messages) == 1
+        request.say("two")
+        request.end()
         await task
         assert visitor.chats[-1] == ["what?", "two"]
 
@@ -266,11 +266,11 @@ def test_regenerate_needs_a_question(visit, capsys):
 def test_clear_stops_the_answer(visit):
     async def story(visitor):
         task = visitor.ask("what?")
-        told = await visitor.asked()
+        request = await visitor.asked()
         view = await visitor.handler.clear(visitor.conversation)
         assert view.rows == []
         await task
-        assert told.aborted
+        assert request.aborted
         assert visitor.chats[-1] == []
         assert visitor.box is None  # not the question of the old conversation
 
@@ -345,12 +345,12 @@ def test_images_of_all_turns_count(visit, tmp_path):
 def test_a_full_queue_rejects(visit):
     async def story(visitor):
         first = visitor.ask("first?")
-        told = await visitor.asked()
+        request = await visitor.asked()
         visitor.conversation = Conversation()
         with shows_error("busy"):
             await visitor.ask("second?")
-        told.say("one")
-        told.end()
+        request.say("one")
+        request.end()
         await first
 
     visit(story, max_num_seqs=1, max_queued=0)
@@ -359,11 +359,11 @@ def test_a_full_queue_rejects(visit):
 def test_a_timeout_keeps_the_partial_answer(visit):
     async def story(visitor):
         task = visitor.ask()
-        told = await visitor.asked()
-        told.say("slowly")
+        request = await visitor.asked()
+        request.say("slowly")
         with shows_error("0.2 seconds"):
             await task
-        assert told.aborted
+        assert request.aborted
         assert visitor.chats[-1][-1] == "slowly"
 
     visit(story, request_timeout=0.2)
@@ -393,9 +393,9 @@ def test_an_example_is_selected_by_index(visit, tmp_path):
 
     async def story(visitor):
         task = visitor.begin(visitor.handler.ask_example(Event(), visitor.conversation, *SETTINGS))
-        told = await visitor.asked()
-        told.say("yes")
-        told.end()
+        request = await visitor.asked()
+        request.say("yes")
+        request.end()
         await task
         assert visitor.conversation.turns[0].question == "is it a cat?"
         assert visitor.conversation.turns[0].files == (str(tmp_path / "cat.png"),)
@@ -406,11 +406,11 @@ def test_an_example_is_selected_by_index(visit, tmp_path):
 def test_a_busy_conversation_ignores_questions(visit):
     async def story(visitor):
         task = visitor.ask("first?")
-        told = await visitor.asked()
+        request = await visitor.asked()
         await visitor.ask("second?")
         assert len(visitor.engine.asked) == 1
-        told.say("one")
-        told.end()
+        request.say("one")
+        request.end()
         await task
         assert [turn.question for turn in visitor.conversation.turns] == ["first?"]
 
