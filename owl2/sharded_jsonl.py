@@ -304,8 +304,8 @@ def settings_conflict(path: Path, settings: Mapping[str, Any], other: Any) -> In
 def heartbeat(directory: Path, worker: WorkerRank) -> Iterator[None]:
     """Write the time into a file every few seconds, for `PeerMonitor` of process 0.
 
-    The file is removed at the end, unless an exception ends the block. Process 0, which no process
-    waits for, removes the files of earlier runs instead; running processes write theirs again.
+    Process 0, which no process waits for, removes the files of earlier runs instead; running
+    processes write theirs again.
 
     Raises:
         InputError: The directory or the file cannot be written.
@@ -334,7 +334,6 @@ def heartbeat(directory: Path, worker: WorkerRank) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-    path.unlink(missing_ok=True)
 
 
 def remove_heartbeats(directory: Path) -> None:

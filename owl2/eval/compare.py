@@ -1,39 +1,40 @@
-"""``owl2 eval compare A B``: is one better than the other, and on which questions do they differ?
+"""``owl2 eval compare A B``: is one model better, and on which samples do they differ?
 
 ::
 
-    A/answers/NAME.jsonl ┐ by the question's id
-    B/answers/NAME.jsonl ┴──► pairs of scores ──paired bootstrap──► B - A with an interval
-                              pairs that differ, with their images ──► one HTML page
+    A/responses/NAME.jsonl ┐ by the id of the sample
+    B/responses/NAME.jsonl ┴──► pairs of scores ──paired bootstrap──► B - A with an interval
+                                pairs that differ, with their images ──► one HTML page
 
-Compared is the mean of the questions' own scores (0 to 1), which for most tasks is the metric
-itself; for others (CIDEr, MME's sum) it moves with it, and the metrics stand beside it.
+The mean of the scores of the samples (0 to 1) is compared. It equals the metric of most tasks; for
+others (CIDEr, the sum of MME) it is correlated with it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from owl2 import html
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.eval.image_refs import find_image
+from owl2.eval.report import load_results
 from owl2.files import atomic_write_text
-from owl2.json_records import json_lines, json_object
+from owl2.json_records import json_lines
 
 RESAMPLES, SEED = 10_000, 0
-AT_A_TIME = 250  # resamples: a count for each different score of each is in memory
-SHARE = 95  # percent of resamples within the interval
-SHOWN = 100  # of each task's questions that differ, on the page
-
-# What should be the same in two runs whose scores are compared, by the entry of a task.
-SAME = ("prompt", "shots", "limit", "preprocessing", "decoding", "scorer", "data", "versions")
-
+RESAMPLES_PER_STEP = 250  # limits memory
+CONFIDENCE = 95  # percent
+MAX_SHOWN = 100  # differing samples of each task on the page
+# Conditions that must be equal in two comparable runs, by their keys in results.json.
+CONDITIONS = (
+    "prompt", "num_fewshot", "limit", "preprocessing", "generation", "metric", "data", "versions"
+)  # fmt: skip
 STYLE = """
 .frames { display: grid; grid-template-columns: 1fr 1fr; gap: .3em; align-content: start }
 .frames small { display: none }
@@ -41,50 +42,38 @@ h3 { font-size: .85em; color: #555; font-weight: normal; margin: 0; word-break: 
 p { margin: .3em 0; white-space: pre-wrap; overflow-wrap: anywhere }
 .better { color: #06661f } .worse { color: #b00020 }
 """
-HEAD = ("task", "n", "A", "B", "B - A", f"{SHARE}% interval", "better", "worse", "other words")
+INTERVAL = f"{CONFIDENCE}% interval"
+COLUMNS = ("task", "n", "A", "B", "B - A", INTERVAL, "better", "worse", "different responses")
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two answers to a question, as rows of the files of answers."""
-
-    first: Row
-    second: Row
-
-    @property
-    def difference(self) -> float:
-        """How much better the second is, from -1 to 1."""
-        return float(self.second["score"] - self.first["score"])
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What came of a task.
+class TaskComparison:
+    """The comparison of two runs on one task.
 
     Attributes:
-        means: of the first's scores and of the second's.
-        interval: of the difference of means.
-        unlike: what else differs between the two runs, so that the scores hardly can be compared.
+        pairs: Rows of the two files of responses with the same id.
+        means: The mean scores of both runs.
+        interval: Of the difference of the means.
+        differences: Conditions that differ between the runs.
     """
 
     name: str
-    pairs: list[Pair]
+    pairs: list[tuple[Row, Row]]
     means: tuple[float, float]
     interval: tuple[float, float]
-    unlike: list[str]
+    differences: list[str]
 
     @property
-    def differing(self) -> list[Pair]:
+    def differing(self) -> list[tuple[Row, Row]]:
         """The pairs with different scores, the largest differences first."""
-        some = [pair for pair in self.pairs if pair.difference]
-        return sorted(some, key=lambda pair: -abs(pair.difference))
+        pairs = [pair for pair in self.pairs if _gain(pair)]
+        return sorted(pairs, key=lambda pair: -abs(_gain(pair)))
 
     def cells(self) -> tuple[str, ...]:
-        """As `HEAD` names them."""
-        low, high = self.interval
-        first, second = self.means
+        """The row of the table with the head `COLUMNS`."""
+        (low, high), (first, second) = self.interval, self.means
         return (
             self.name,
             f"{len(self.pairs):,}",
@@ -92,102 +81,87 @@ class Compared:
             f"{second:.1%}",
             f"{second - first:+.1%}",
             f"{low:+.1%} … {high:+.1%}",
-            f"{sum(pair.difference > 0 for pair in self.pairs):,}",
-            f"{sum(pair.difference < 0 for pair in self.pairs):,}",
-            f"{sum(pair.first['answer'] != pair.second['answer'] for pair in self.pairs):,}",
+            f"{sum(_gain(pair) > 0 for pair in self.pairs):,}",
+            f"{sum(_gain(pair) < 0 for pair in self.pairs):,}",
+            f"{sum(a['response'] != b['response'] for a, b in self.pairs):,}",
         )
 
 
-def compare(first: Path, second: Path, page: Path, console: Console) -> list[Compared]:
+def compare(first: Path, second: Path, page: Path, console: Console) -> list[TaskComparison]:
     """Compare two runs, print a table and write the page.
 
     Raises:
-        InputError: a folder that `owl2 eval` has not written, or no task with scores in common; a
-            page that cannot be written.
+        InputError: A directory was not written by `owl2 eval`; the runs share no scored task; the
+            page cannot be written.
     """
-    results = [_results(run) for run in (first, second)]
-    names = [name for name in results[0]["tasks"] if name in results[1]["tasks"]]
-    found = []
-    for name in names:
-        pairs = _pairs(first, second, name)
-        if pairs:
-            entries = [result["tasks"][name] for result in results]
-            found.append(_compared(name, pairs, entries))
-        else:
-            _say(console, f"{name}: no question that both have a score for")
+    tasks = [load_results(run)["tasks"] for run in (first, second)]
+    found: list[TaskComparison] = []
+    lines: list[str] = []
+    for name in (name for name in tasks[0] if name in tasks[1]):
+        rows = [_scored_rows(run, name) for run in (first, second)]
+        pairs = [(row, rows[1][key]) for key, row in rows[0].items() if key in rows[1]]
+        if not pairs:
+            lines.append(f"{name}: no sample has a score in both runs")
+            continue
+        scores = np.array([[a["score"], b["score"]] for a, b in pairs], dtype=np.float64)
+        means = (float(scores[:, 0].mean()), float(scores[:, 1].mean()))
+        interval = bootstrap_interval([_gain(pair) for pair in pairs])
+        differences = list(_condition_differences(tasks[0][name], tasks[1][name]))
+        found.append(TaskComparison(name, pairs, means, interval, differences))
+        lines += [f"{name}: {difference}" for difference in differences]
     if not found:
-        raise InputError(f"{first} and {second} have no task with scores in common.")
+        raise InputError(
+            f"{first} and {second} have no task with scores in common.", ErrorCode.EMPTY_DATASET
+        )
     table = Table(title=f"A: {first}, B: {second}", title_justify="left")
-    for column in HEAD:
-        justify: Literal["left", "right"] = "left" if column == "task" else "right"
-        table.add_column(column, justify=justify, no_wrap=column in HEAD[:6])
-    for one in found:
-        table.add_row(*one.cells())
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=column in COLUMNS[:6])
+        table.columns[-1].justify = "left" if column == "task" else "right"
+    for comparison in found:
+        table.add_row(*comparison.cells())
     console.print(table)
-    for one in found:
-        for line in one.unlike:
-            _say(console, f"{one.name}: {line}")
     atomic_write_text(page, _page(first, second, found))
-    _say(console, f"questions on which they differ: {page}")
+    for line in (*lines, f"samples on which they differ: {page}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return found
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Of the mean of paired differences, by the percentile bootstrap.
+def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of paired differences.
 
-    Questions are drawn with their two scores together, so what makes a question hard for both does
-    not widen it. To draw n questions of which many have the same difference is to draw how many
-    there are of each.
+    Samples are drawn with both of their scores, so that the difficulty of a sample does not widen
+    the interval. Equal differences are drawn together, by their counts.
     """
     values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
     generator = np.random.default_rng(SEED)
     total = int(counts.sum())
     means = [
-        generator.multinomial(total, counts / total, size=AT_A_TIME) @ values / total
-        for _ in range(RESAMPLES // AT_A_TIME)
+        generator.multinomial(total, counts / total, size=RESAMPLES_PER_STEP) @ values / total
+        for _ in range(RESAMPLES // RESAMPLES_PER_STEP)
     ]
-    rest = (100 - SHARE) / 2
-    low, high = np.percentile(np.concatenate(means), [rest, 100 - rest])
+    tail = (100 - CONFIDENCE) / 2
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
     return float(low), float(high)
 
 
-def _results(run: Path) -> Mapping[str, Any]:
-    path = run / "results.json"
-    if not path.is_file():
-        raise InputError(f"{path} is not there: give two folders that `owl2 eval` wrote.")
-    return json_object(path).value
+def _gain(pair: tuple[Row, Row]) -> float:
+    return float(pair[1]["score"] - pair[0]["score"])
 
 
-def _pairs(first: Path, second: Path, name: str) -> list[Pair]:
-    """Of the questions that both were asked and that have both scores, in the first's order."""
-    others = {row["id"]: row for row in _scored(second, name)}
-    return [Pair(row, others[row["id"]]) for row in _scored(first, name) if row["id"] in others]
+def _scored_rows(run: Path, name: str) -> dict[str, Row]:
+    rows = (record.value for record in json_lines(run / "responses" / f"{name}.jsonl"))
+    return {row["id"]: row for row in rows if row["score"] is not None}
 
 
-def _scored(run: Path, name: str) -> list[Row]:
-    rows = (row.value for row in json_lines(run / "answers" / f"{name}.jsonl"))
-    return [row for row in rows if row["score"] is not None]
-
-
-def _compared(name: str, pairs: list[Pair], entries: Sequence[Mapping[str, Any]]) -> Compared:
-    means = tuple(float(np.mean(scores)) for scores in zip(*map(_scores, pairs), strict=True))
-    span = interval([pair.difference for pair in pairs])
-    return Compared(name, pairs, (means[0], means[1]), span, list(_unlike(*entries)))
-
-
-def _scores(pair: Pair) -> tuple[float, float]:
-    return pair.first["score"], pair.second["score"]
-
-
-def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
-    for entry in SAME:
-        a, b = first.get(entry), second.get(entry)
+def _condition_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
+    for key in CONDITIONS:
+        a, b = first.get(key), second.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            for key in dict.fromkeys([*a, *b]):
-                if a.get(key) != b.get(key):
-                    yield f"{entry}.{key} is {_short(a.get(key))} in A, {_short(b.get(key))} in B"
+            for name in dict.fromkeys([*a, *b]):
+                if a.get(name) != b.get(name):
+                    yield f"{key}.{name} is {_short(a.get(name))} in A, {_short(b.get(name))} in B"
         elif a != b:
-            yield f"{entry} is {_short(a)} in A, {_short(b)} in B"
+            yield f"{key} is {_short(a)} in A, {_short(b)} in B"
 
 
 def _short(value: object) -> str:
@@ -195,49 +169,40 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# ------------------------------------------------------------------ the page
+# ------------------------------------------------------------------ page
 
 
-def _page(first: Path, second: Path, found: Sequence[Compared]) -> str:
-    unlike = "".join(f"<p>{escape(f'{c.name}: {line}')}</p>\n" for c in found for line in c.unlike)
+def _page(first: Path, second: Path, found: Sequence[TaskComparison]) -> str:
     body = (
-        f"<p>A: {escape(str(first))}, B: {escape(str(second))}. Mean scores of the questions; the "
-        f"interval is of B - A, from a paired bootstrap of {RESAMPLES:,}.</p>\n"
-        + html.table(HEAD, (one.cells() for one in found))
-        + unlike
-        + "\n".join(_section(one, first / "answers") for one in found)
+        f"<p>A: {escape(str(first))}, B: {escape(str(second))}. Mean scores of the samples, and a "
+        f"paired bootstrap interval of B - A with {RESAMPLES:,} resamples.</p>\n"
+        + html.table(COLUMNS, (comparison.cells() for comparison in found))
     )
+    for comparison in found:
+        for difference in comparison.differences:
+            body += f"<p>{escape(f'{comparison.name}: {difference}')}</p>\n"
+    for comparison in found:
+        pairs = comparison.differing
+        shown = f"; the first {MAX_SHOWN} are shown" if len(pairs) > MAX_SHOWN else ""
+        body += f"<h2>{escape(comparison.name)}</h2>\n"
+        body += f"<p>{len(pairs):,} samples have different scores{shown}.</p>\n"
+        body += "\n".join(_article(pair, first / "responses") for pair in pairs[:MAX_SHOWN])
     return html.page(f"{first} and {second}", body, STYLE)
 
 
-def _section(one: Compared, answers: Path) -> str:
-    differing = one.differing
-    left_out = f"; the first {SHOWN} of them" if len(differing) > SHOWN else ""
-    articles = "\n".join(_article(pair, answers) for pair in differing[:SHOWN])
-    return (
-        f"<h2>{escape(one.name)}</h2>\n<p>{len(differing):,} questions have different "
-        f"scores{left_out}.</p>\n{articles}"
-    )
-
-
-def _article(pair: Pair, answers: Path) -> str:
-    row = pair.first
+def _article(pair: tuple[Row, Row], directory: Path) -> str:
+    row, gain = pair[0], _gain(pair)
     names = [name for name in row["images"] if name]
-    images = "\n".join(html.thumbnail(find_image(name, answers)) for name in names)
-    kind = "images frames" if len(names) > 1 else "images"
+    images = "\n".join(html.thumbnail(find_image(name, directory)) for name in names)
+    style = "images frames" if len(names) > 1 else "images"
     expected = " or ".join(dict.fromkeys(row["expected"]))
-    ours = (("A", pair.first, -pair.difference), ("B", pair.second, pair.difference))
-    said = "\n".join(
-        f'<p class="{"better" if gain > 0 else "worse"}">{letter}: {escape(answer["answer"])} '
-        f"({answer['score']:.2f})</p>"
-        for letter, answer, gain in ours
+    responses = "\n".join(
+        f'<p class="{"better" if own > 0 else "worse"}">{name}: {escape(side["response"])} '
+        f"({side['score']:.2f})</p>"
+        for name, side, own in (("A", row, -gain), ("B", pair[1], gain))
     )
     return (
-        f'<article><div class="{kind}">{images}</div>\n<div><h3>{escape(row["id"])}</h3>'
-        f"<p>{escape(row['question'])}</p>\n<p>Expected: {escape(expected)}</p>\n{said}</div>"
+        f'<article><div class="{style}">{images}</div>\n<div><h3>{escape(row["id"])}</h3>'
+        f"<p>{escape(row['question'])}</p>\n<p>Expected: {escape(expected)}</p>\n{responses}</div>"
         "</article>"
     )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

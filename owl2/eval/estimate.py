@@ -1,15 +1,15 @@
-"""``owl2 eval --plan``: how long an evaluation will take, before it is begun.
+"""``owl2 eval --estimate``: the time of an evaluation, before it starts.
 
 ::
 
-    all questions ──processor──► tokens of prompts, images
-    some of them, evenly spread ──Engine, timed──► seconds for each ──► hours for all
+    all samples ──processor──► tokens of the prompts, images
+    evenly spaced samples ──Engine, timed──► seconds per sample ──► time for all
 
-The trial's answers are thrown away. Image size, dtype and batch size are those of the evaluation.
+The responses of the trial are discarded. Image size, dtype and batch size are those of the
+evaluation.
 """
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,26 +19,27 @@ from rich.console import Console
 from rich.table import Table
 
 from owl2.engine.engine import Engine
+from owl2.engine.error_isolation import batch_or_errors
 from owl2.errors import InputError
-from owl2.eval.evaluate import Settings, read_tasks
-from owl2.eval.generate import answer_or_reason, decoding_of, prompt_of
-from owl2.eval.results import Ready
-from owl2.eval.samples import Question
-from owl2.eval.sharding import Team
+from owl2.eval.evaluate import EvalConfig, load_task_runs, print_line
+from owl2.eval.samples import EvalSample
+from owl2.eval.task_run import TaskRun, render_prompt
 from owl2.processing.chat_template import IMAGE_TOKEN
+from owl2.sharded_jsonl import WorkerRank
 
-TRIAL = 2  # batches of a task that are answered, the first of which is not timed
+TRIAL_BATCHES = 2  # per task; the first one is a warm-up
+COLUMNS = ("task", "questions", "images", "prompt tokens", "new tokens (max)", "time")
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of a task.
+class EvalEstimate:
+    """The estimate for one task, or for all.
 
     Attributes:
-        questions: how often the model is asked: blind, too, if it is asked for.
-        prompt_tokens: of all prompts, images' included.
-        new_tokens: of all answers, at most.
-        seconds: estimated.
+        questions: Number of prompts, including those of the baseline without images.
+        prompt_tokens: Tokens of all prompts, including those of images.
+        new_tokens: Maximum number of generated tokens.
+        seconds: Estimated time.
     """
 
     name: str
@@ -48,98 +49,89 @@ class Cost:
     new_tokens: int
     seconds: float
 
+    def cells(self) -> list[str]:
+        """The row of the table with the head `COLUMNS`."""
+        counts = (self.questions, self.images, self.prompt_tokens, self.new_tokens)
+        duration = timedelta(seconds=math.ceil(self.seconds))
+        return [self.name, *(f"{count:,}" for count in counts), str(duration)]
 
-def show_plan(settings: Settings, console: Console) -> list[Cost]:
-    """Estimate and print.
+
+def estimate(config: EvalConfig, console: Console) -> list[EvalEstimate]:
+    """Estimate all tasks and print a table.
 
     Raises:
-        InputError: as `evaluate`.
+        InputError: As `evaluate`.
     """
-    ready, skipped = read_tasks(settings)
-    engine = settings.subject.load(Team.of(os.environ))
-    costs = [cost_of(item, engine, settings) for item in ready]
-    table = Table(title=f"What {settings.subject.model} costs here", title_justify="left")
-    columns = ("task", "questions", "images", "prompt tokens", "new tokens, at most", "time")
-    for column in columns:
+    runs, skipped = load_task_runs(config)
+    engine = config.model_args.load(WorkerRank.from_environment())
+    estimates = [estimate_task(run, engine, config.batch_size) for run in runs]
+    table = Table(title=f"Estimate for {config.model_args.model}", title_justify="left")
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column == "task" else "right")
-    for cost in costs:
-        table.add_row(*_cells(cost))
+    for one in estimates:
+        table.add_row(*one.cells())
     table.add_section()
-    table.add_row(*_cells(_sum(costs)))
+    total = EvalEstimate(
+        "all",
+        sum(one.questions for one in estimates),
+        sum(one.images for one in estimates),
+        sum(one.prompt_tokens for one in estimates),
+        sum(one.new_tokens for one in estimates),
+        sum(one.seconds for one in estimates),
+    )
+    table.add_row(*total.cells())
     console.print(table)
     for name, reason in skipped.items():
-        _say(console, f"{name} is left out: {reason}")
-    _say(
+        print_line(console, f"{name} is skipped: {reason}")
+    print_line(
         console,
-        f"Timed with {settings.batch_size} questions at a time on {engine.model.device}; of N "
-        "processes with a GPU each, each takes 1/N of it.",
+        f"Measured with batches of {config.batch_size} on {engine.model.device}. N processes with "
+        "a GPU each need 1/N of the time.",
     )
-    return costs
+    return estimates
 
 
-def cost_of(ready: Ready, engine: Engine, settings: Settings) -> Cost:
-    """What a task costs, from all of its prompts and a timed trial."""
-    words = images = 0
-    fit: list[Question] = []
-    for question in ready.questions:
+def estimate_task(run: TaskRun, engine: Engine, batch_size: int) -> EvalEstimate:
+    """Count the tokens of all prompts and time a trial."""
+    text_tokens = images = 0
+    valid: list[EvalSample] = []
+    for sample in run.samples:
         try:
-            prompt = prompt_of(engine, question)
+            prompt = render_prompt(engine, sample)
         except InputError:
-            continue  # the evaluation will name it; here it costs nothing
-        fit.append(question)
+            continue  # the evaluation reports it; it takes no time
+        valid.append(sample)
         images += prompt.count(IMAGE_TOKEN)
         text = prompt.replace(IMAGE_TOKEN, "")
-        words += len(engine.processor.tokenizer(text, add_special_tokens=True)["input_ids"])
-    rounds = 2 if settings.blind and ready.task.recipe.way == "generate" else 1
-    each = _seconds_each(ready, fit, engine, settings.batch_size)
-    return Cost(
-        name=ready.task.name,
-        questions=len(fit) * rounds,
+        text_tokens += len(engine.processor.tokenizer(text, add_special_tokens=True)["input_ids"])
+    passes = len(run.passes)
+    return EvalEstimate(
+        name=run.name,
+        questions=len(valid) * passes,
         images=images,
-        prompt_tokens=words * rounds + images * engine.processor.num_image_tokens,
-        new_tokens=len(fit) * rounds * ready.task.recipe.max_new_tokens,
-        seconds=len(fit) * rounds * each,
+        prompt_tokens=text_tokens * passes + images * engine.processor.num_image_tokens,
+        new_tokens=len(valid) * passes * run.task.config.max_new_tokens,
+        seconds=len(valid) * passes * _seconds_per_sample(run, valid, engine, batch_size),
     )
 
 
-def _seconds_each(
-    ready: Ready, questions: Sequence[Question], engine: Engine, batch_size: int
+def _seconds_per_sample(
+    run: TaskRun, samples: Sequence[EvalSample], engine: Engine, batch_size: int
 ) -> float:
-    """Measured on some questions, evenly spread so that long and short ones are among them."""
-    count = min(len(questions), TRIAL * batch_size)
+    count = min(len(samples), TRIAL_BATCHES * batch_size)
     if not count:
         return 0.0
-    some = [questions[place * len(questions) // count] for place in range(count)]
-    batches = [some[start : start + batch_size] for start in range(0, count, batch_size)]
-    seconds = []
-    for batch in batches:
-        began = time.perf_counter()
-        if ready.task.recipe.way == "lm-eval":
-            from owl2.eval.adapters.text_tasks import run_text  # imports lm-eval: takes seconds
+    trial = [samples[index * len(samples) // count] for index in range(count)]
+    seconds = 0.0
+    for start in range(0, count, batch_size):
+        batch = trial[start : start + batch_size]
+        begin = time.perf_counter()
+        if run.task.config.engine == "lm-eval":
+            from owl2.eval.adapters.text_tasks import run_lm_eval  # importing takes seconds
 
-            run_text(ready.task, ready.source, batch, engine, batch_size)
+            run_lm_eval(run.task, run.data, batch, engine, batch_size)
         else:
-            asked = [question.messages for question in batch]
-            answer_or_reason(engine, asked, decoding_of(ready.task))
-        seconds.append((time.perf_counter() - began) / len(batch))
-    return seconds[-1]
-
-
-def _sum(costs: Sequence[Cost]) -> Cost:
-    return Cost(
-        "all",
-        sum(cost.questions for cost in costs),
-        sum(cost.images for cost in costs),
-        sum(cost.prompt_tokens for cost in costs),
-        sum(cost.new_tokens for cost in costs),
-        sum(cost.seconds for cost in costs),
-    )
-
-
-def _cells(cost: Cost) -> list[str]:
-    counts = (cost.questions, cost.images, cost.prompt_tokens, cost.new_tokens)
-    return [cost.name, *(f"{n:,}" for n in counts), str(timedelta(seconds=math.ceil(cost.seconds)))]
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+            conversations = [sample.messages for sample in batch]
+            batch_or_errors(engine, conversations, **run.generation_kwargs)
+        seconds = (time.perf_counter() - begin) / len(batch)
+    return seconds

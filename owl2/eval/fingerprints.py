@@ -1,11 +1,11 @@
-"""What tells two evaluations apart: the model's weights, the data, the versions."""
+"""Digests that distinguish two evaluations: of the weights, the data and the versions."""
 
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -16,49 +16,48 @@ from PIL import Image
 from torch import nn
 
 from owl2 import __version__
-from owl2.eval.samples import Question
+from owl2.eval.samples import EvalSample, Response
 
 PACKAGES = ("torch", "transformers", "pillow", "lm-eval", "lmms-eval", "pycocoevalcap")
-PER_TENSOR = 256  # numbers of each weight that are looked at: a training step changes them all
+VALUES_PER_TENSOR = 256  # a training step changes all values of a weight
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Of names, shapes, dtypes and evenly spread numbers of all weights; seconds for 7 B."""
+    """Digest of names, shapes, dtypes and evenly spaced values of all weights; seconds for 7 B."""
     digest = hashlib.sha256()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // PER_TENSOR)].contiguous().cpu()
-        digest.update(some.view(torch.uint8).numpy().tobytes())
+        values = flat[:: max(1, len(flat) // VALUES_PER_TENSOR)].contiguous().cpu()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def questions_fingerprint(questions: Iterable[Question]) -> str:
-    """Of what is asked and what is expected; without the images."""
+def samples_fingerprint(samples: Iterable[EvalSample]) -> str:
+    """Digest of questions and expected answers, without images."""
     digest = hashlib.sha256()
-    for question in questions:
-        row = [question.id, question.text, question.expected, question.kind, question.facts]
-        text = json.dumps(row, sort_keys=True, ensure_ascii=True, default=str)
-        digest.update(text.encode() + b"\n")
+    for sample in samples:
+        row = [sample.id, sample.question, sample.expected, sample.category, sample.metadata]
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
-def file_fingerprint(path: Path) -> str:
-    """Of a file's bytes."""
+def images_fingerprint(responses: Iterable[Response]) -> str:
+    """Digest of the images of all responses, in order."""
+    lines = (" ".join(response.image_digests) for response in responses)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def images_fingerprint(digests: Iterable[Sequence[str]]) -> str:
-    """Of the images' own, in the order of the questions."""
-    return hashlib.sha256("\n".join(" ".join(own) for own in digests).encode()).hexdigest()
-
-
-def image_fingerprint(source: Any) -> str:
-    """Of an image as `owl2.processing.image_io.load_image` takes it: of its bytes where they are
-    here, else of its name."""
+def image_digest(source: Any) -> str:
+    """Digest of an image as `load_image` takes it: of its bytes, or of its URL."""
     if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
-        return file_fingerprint(Path(source))[:32]
+        return file_digest(Path(source))[:32]
     if isinstance(source, Image.Image):
         source = repr((source.mode, source.size)).encode() + source.tobytes()
     if not isinstance(source, bytes):
@@ -66,13 +65,37 @@ def image_fingerprint(source: Any) -> str:
     return hashlib.sha256(source).hexdigest()[:32]
 
 
+def cache_key(sample: EvalSample) -> str:
+    """Digest of everything in a sample that determines the response.
+
+    An image file is represented by its path, size and modification time.
+    """
+
+    def described(value: Any) -> Any:
+        if isinstance(value, list):
+            return [described(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        found = {name: described(item) for name, item in value.items()}
+        path = value.get("path")
+        if isinstance(path, str) and os.path.isfile(path):
+            status = os.stat(path)
+            found["state"] = [status.st_size, status.st_mtime_ns]
+        return found
+
+    messages = described(sample.messages)
+    row = [sample.id, sample.question, messages, sample.metadata, sample.expected]
+    text = json.dumps(row, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:32]
+
+
 @cache
 def versions() -> dict[str, str]:
-    """Ours, Python's, and those of the packages that a score may depend on and that are here."""
+    """The versions of owl2, Python and the installed packages that may change a score."""
     found = {"owl2": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue  # an extra
+            continue  # an optional package
     return found

@@ -1,55 +1,51 @@
-"""Names under which the images of answers are found again, for whoever wants to look at them.
+"""Names in the files of responses from which the images are found again.
 
-An image that is a file, a URL or a frame of a video has a name. One that came within a benchmark's
-file (MMBench's, in base64) has none: a small copy is kept beside the answers, in
-``answers/images``, and named from there, so that the folder of a run can be moved.
+A file, a URL and a frame of a video have a name. An image within the file of a benchmark (the
+base64 of MMBench) has none: a small copy is saved in ``responses/images``. Its name is relative, so
+that the directory of a run can be moved.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from owl2.eval.generate import Asked
-from owl2.eval.video import Frame, named
+from owl2.eval.samples import Response
+from owl2.eval.video import VideoFrame, parse_frame
 from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 
 FOLDER = "images"
-EDGE = 320  # pixels of a copy's longer edge
+COPY_SIZE = 320  # pixels of the longer edge of a copy
 
 
-def named_images(asked: Asked, answers: Path) -> list[list[str]]:
-    """The names of each answer's images, in order; copies are made of those that have none."""
-    return [
-        [
-            _name(image, fingerprint, answers)
-            for image, fingerprint in zip(
-                parse_messages(answer.question.messages).images, fingerprints, strict=True
-            )
-        ]
-        for answer, fingerprints in zip(asked.answers, asked.images, strict=True)
-    ]
+def image_names(response: Response, directory: Path) -> list[str]:
+    """The names of the images of a response; saves copies of those without a name.
+
+    Args:
+        directory: That of the responses.
+    """
+    images = parse_messages(response.sample.messages).images
+    pairs = zip(images, response.image_digests, strict=True)
+    return [_name(image, digest, directory) for image, digest in pairs]
 
 
-def find_image(name: str, answers: Path) -> Frame | Path | str:
-    """What a name in a file of answers means."""
-    copy = answers / name
-    return copy if name.startswith(f"{FOLDER}/") and copy.is_file() else named(name)
+def find_image(name: str, directory: Path) -> VideoFrame | Path | str:
+    """The image with a name that `image_names` returned, as `load_image` takes it."""
+    copy = directory / name
+    return copy if name.startswith(f"{FOLDER}/") and copy.is_file() else parse_frame(name)
 
 
-def _name(image: Any, fingerprint: str, answers: Path) -> str:
-    if isinstance(image, str):
-        if not image.startswith("data:"):
-            return image
-    elif isinstance(image, Path) or hasattr(image, "__fspath__"):
+def _name(image: Any, digest: str, directory: Path) -> str:
+    is_data_uri = isinstance(image, str) and image.startswith("data:")
+    if isinstance(image, (str, os.PathLike)) and not is_data_uri:
         return str(image)
-    path = answers / FOLDER / f"{fingerprint}.jpg"
+    path = directory / FOLDER / f"{digest}.jpg"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        # The model has seen it, so it is no bomb, whatever its size.
-        copy = load_image(image, sys.maxsize)
-        copy.thumbnail((EDGE, EDGE), Image.Resampling.BICUBIC)
+        copy = load_image(image, sys.maxsize)  # the model has accepted its size
+        copy.thumbnail((COPY_SIZE, COPY_SIZE), Image.Resampling.BICUBIC)
         copy.save(path, quality=85)
-    return path.relative_to(answers).as_posix()
+    return path.relative_to(directory).as_posix()

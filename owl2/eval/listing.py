@@ -1,84 +1,64 @@
-"""``owl2 eval --list``: every task, the paper's figure, and whether its data is here."""
+"""``owl2 eval --list``: all tasks, the results of the paper, and whether their data exists."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from owl2.errors import InputError
-from owl2.eval.readers import Source
-from owl2.eval.samples import Question
-from owl2.eval.task_config import Recipe, recipes
-from owl2.eval.tasks import Task
+from owl2.eval.samples import EvalSample
+from owl2.eval.task_config import task_configs
+from owl2.eval.tasks import EvalTask
 
 
-@dataclass(frozen=True)
-class State:
-    """Of a task's data.
+def missing_data(task: EvalTask, directory: Path | None) -> str:
+    """What is missing of a task and where to get it; "" if its data exists.
 
-    Attributes:
-        why: if it is not there, what is missing and where to get it.
+    The files are searched by their names. Their content, and whether all images exist, is not
+    checked, as this takes minutes for some tasks. A task without files is read instead.
     """
-
-    found: bool
-    why: str = ""
-
-
-def data_state(task: Task, data: Path | None) -> State:
-    """Whether its files are there, by their names; of a task without files, whether it can be read.
-
-    Not whether they are whole, nor whether all images are there: that takes minutes for some.
-    """
-    source = task.source(data)
-    if task.recipe.data.files:
-        missing = [entry for entry in task.recipe.data.files if not _is_there(source, entry)]
-        if not missing:
-            return State(True)
-        where = str(source.folders[0]) if source.folders else "the folder of --data"
-        return State(False, f"{', '.join(missing)} not in {where}. {source.advice}")
+    data = task.data(directory)
+    missing = []
+    for entry in task.config.data.files:  # patterns, alternatives separated by " or "
+        patterns = entry.split(" or ")
+        found = (folder.glob(pattern) for folder in data.directories for pattern in patterns)
+        if all(next(paths, None) is None for paths in found):
+            missing.append(entry)
+    if missing:
+        place = str(data.directories[0]) if data.directories else "the directory of --data"
+        return f"{', '.join(missing)} not in {place}. {data.advice}"
+    if task.config.data.files:
+        return ""
     try:
-        for item in task.reader(source):
-            if isinstance(item, Question):
-                return State(True)
+        is_readable = any(isinstance(item, EvalSample) for item in task.reader(data))
     except InputError as error:
-        return State(False, str(error))
-    return State(False, "no question in it can be asked")
+        return str(error)
+    return "" if is_readable else "There is no valid sample."
 
 
-def _is_there(source: Source, entry: str) -> bool:
-    """An entry of a recipe's files: names with ``*``, alternatives parted by " or "."""
-    found = (folder.glob(name) for folder in source.folders for name in entry.split(" or "))
-    return any(next(paths, None) is not None for paths in found)
-
-
-def show_tasks(data: Path | None, console: Console) -> None:
+def print_tasks(directory: Path | None, console: Console) -> None:
     """Print all tasks, and below them what is missing and where to get it."""
-    states = {name: data_state(Task.of(name, recipe), data) for name, recipe in recipes().items()}
     table = Table(title="Tasks", title_justify="left")
-    for column in ("suite", "task", "the paper's", "data", "judge"):
-        table.add_column(column, no_wrap=column != "the paper's")
-    for name, recipe in recipes().items():
+    for column in ("suite", "task", "paper", "data", "judge"):
+        table.add_column(column, no_wrap=column != "paper")
+    lines = []
+    for name, config in task_configs().items():
+        missing = missing_data(EvalTask.from_config(name, config), directory)
+        if missing:
+            lines.append(f"{name}: {missing}")
+        has_several = len(config.paper) > 1
+        paper = (
+            f"{m} {value:g}" if has_several else f"{value:g}" for m, value in config.paper.items()
+        )
         table.add_row(
-            recipe.suite or "",
+            config.suite or "",
             name,
-            ", ".join(_figures(recipe)),
-            "found" if states[name].found else "missing",
-            "needed" if recipe.judge else "",
+            ", ".join(paper),
+            "missing" if missing else "found",
+            "required" if config.judge else "",
         )
     console.print(table)
-    for name, state in states.items():
-        if not state.found:
-            _say(console, f"{name}: {state.why}")
-    if data is None:
-        _say(console, "Data is looked for in --data DIR, each task's in DIR/TASK, then in DIR.")
-
-
-def _figures(recipe: Recipe) -> Iterator[str]:
-    for name, figure in recipe.paper.items():
-        yield f"{name} {figure:g}" if len(recipe.paper) > 1 else f"{figure:g}"
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if directory is None:
+        lines.append("The data of a task is searched in DIR/TASK and DIR of --data DIR.")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,12 +1,12 @@
-"""Answers that wait for a judge → scores.
+"""Scores from a judge model for existing responses.
 
 ::
 
-    RUN/answers/NAME.jsonl ──Rubric──► prompts ──Endpoint──► RUN/judgements/NAME.jsonl
-                                                      ──metric──► RUN/results.json
+    RUN/responses/NAME.jsonl ──Rubric──► prompts ──ChatEndpoint──► RUN/judgements/NAME.jsonl
+                                                       ──metric──► RUN/results.json
 
-Each judgement is written down as soon as it is there, so that a run that was killed, or that the
-server failed, goes on where it was. What cannot be judged is named, and never scored as wrong.
+Each judgement is written immediately, so that a later call resumes. Responses that cannot be judged
+are listed and have no score.
 """
 
 import hashlib
@@ -17,32 +17,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from owl2.errors import InputError
-from owl2.eval.metrics import Metric, find_metric
+from owl2.errors import ErrorCode, InputError
+from owl2.eval.metrics import find_metric
 from owl2.eval.metrics.llm_judge import RUBRICS, Rubric
-from owl2.eval.openai_client import Endpoint, NoReply
-from owl2.eval.response_cache import json_text
-from owl2.eval.samples import Answer, Question
-from owl2.eval.task_config import Recipe, recipes
+from owl2.eval.openai_client import ChatEndpoint, NoReplyError
+from owl2.eval.report import load_results
+from owl2.eval.samples import EvalSample, Response
+from owl2.eval.task_config import TaskConfig, task_configs
+from owl2.eval.task_run import NO_IMAGE, with_suffix
 from owl2.files import atomic_write_text
-from owl2.json_records import json_lines, json_object
+from owl2.json_records import json_lines
+from owl2.sharded_jsonl import Record, remove_torn_line, to_json
 
-WORKERS = 4
-BLIND = "_blind"  # ends the names of what was asked without the image
-UNREACHED_IN_A_ROW = 4  # then the server is taken to be away
+WORKERS = 4  # concurrent requests
+MAX_UNREACHED = 4  # in succession; then the remaining requests are cancelled
 
-Say = Callable[[str], None]
-Judgement = dict[str, Any]  # a line of the journal: id, key, value, reply, judge
+Log = Callable[[str], None]
 
 
 @dataclass
-class Judged:
-    """What came of a task's answers.
+class JudgeSummary:
+    """The result of judging a task.
 
     Attributes:
-        judged: how many have a judgement now, earlier ones too.
-        new: how many of them were made by this call.
-        failed: why the others have none, by the question's id.
+        judged: Number of responses with a judgement, including earlier ones.
+        new: Number of judgements of this call.
+        failed: Reasons by the ids of the other responses.
     """
 
     judged: int = 0
@@ -51,181 +51,179 @@ class Judged:
 
 
 def judge_run(
-    run: Path, url: str, model: str, say: Say = print, *, endpoint: Endpoint | None = None
-) -> dict[str, Judged]:
-    """Judge the answers of a run that need it; its results have the scores afterwards.
+    run: Path, url: str, model: str, log: Log = print, *, endpoint: ChatEndpoint | None = None
+) -> dict[str, JudgeSummary]:
+    """Judge the responses of a run that need it, and update its results.
 
     Args:
-        run: the folder that `owl2 eval` wrote.
-        endpoint: with other limits than the usual ones; `url` and `model` otherwise.
+        run: The directory that `owl2 eval` wrote.
+        log: Receives lines about the progress.
+        endpoint: Replaces `url` and `model`, for other timeouts and retries.
 
     Returns:
-        By task. Those that failed are asked again by the next call.
+        Summaries by task. The next call tries failed responses again.
 
     Raises:
-        InputError: no such run, or nothing in it that is to be judged; an endpoint that refuses the
-            key or the model. Judgements made until then are kept.
+        InputError: The directory is not that of a run, or no task needs a judge; the endpoint
+            rejects the key or the model. Earlier judgements are kept.
     """
-    endpoint = endpoint or Endpoint(url, model)
-    path = run / "results.json"
-    if not path.is_file():
-        raise InputError(f"{path} is not there: give the folder that `owl2 eval` wrote.")
-    results = json_object(path).value
-    table = recipes()
-    names = [name for name in results.get("tasks", {}) if name in table and table[name].judge]
+    endpoint = endpoint or ChatEndpoint(url, model)
+    results, configs = load_results(run), task_configs()
+    names = [name for name in results["tasks"] if name in configs and configs[name].judge]
     if not names:
-        raise InputError(f"{run} has no task that a judge scores.")
-    done = {}
+        raise InputError(f"No task of {run} needs a judge.", ErrorCode.EMPTY_DATASET)
+    summaries = {}
     for name in names:
-        done[name] = _judge_task(run, name, table[name], results["tasks"][name], endpoint, say)
-        atomic_write_text(path, json_text(results, indent=2) + "\n")
-    return done
+        entry = results["tasks"][name]
+        summaries[name] = _judge_task(run, name, configs[name], entry, endpoint, log)
+        atomic_write_text(run / "results.json", to_json(results, indent=2) + "\n")
+    return summaries
 
 
 def _judge_task(
-    run: Path, name: str, recipe: Recipe, entry: dict[str, Any], endpoint: Endpoint, say: Say
-) -> Judged:
-    """Judges a task's answers, those without the image too, and changes its entry of results."""
-    metric = find_metric(recipe.metric)
+    run: Path,
+    name: str,
+    config: TaskConfig,
+    entry: dict[str, Any],
+    endpoint: ChatEndpoint,
+    log: Log,
+) -> JudgeSummary:
+    """Judge a task and its baseline, and update its entry in the results."""
+    metric = find_metric(config.metric)
     metrics: dict[str, float] = {}
-    kinds: dict[str, dict[str, float]] = entry.get("by_answer_kind", {})
-    both = Judged()
-    for ending in ("", BLIND):
-        file = run / "answers" / f"{name}{ending}.jsonl"
-        if ending and not file.is_file():
+    total = JudgeSummary()
+    for suffix in ("", NO_IMAGE):
+        file = run / "responses" / f"{name}{suffix}.jsonl"
+        if suffix and not file.is_file():
             continue
-        rows = [row.value for row in json_lines(file)]
-        journal = Journal(run / "judgements" / f"{name}{ending}.jsonl")
-        judged = judge_rows(rows, RUBRICS[metric.name], endpoint, journal, f"{name}{ending}", say)
-        answers = [_answer(row) for row in rows]
-        for row, score in zip(rows, metric.score(answers).each, strict=True):
+        rows = [record.value for record in json_lines(file)]
+        journal = JudgementLog(run / "judgements" / file.name)
+        summary = judge_rows(rows, RUBRICS[metric.name], endpoint, journal, file.stem, log)
+        responses = [_judged_response(row) for row in rows]
+        scores = metric.score(responses)
+        for row, score in zip(rows, scores.per_sample, strict=True):
             row["score"] = score
-        atomic_write_text(file, "".join(json_text(row) + "\n" for row in rows))
-        metrics |= _named(metric, answers, ending)
-        for kind, figures in kinds.items():
-            some = [answer for answer in answers if answer.question.kind == kind]
-            figures |= _named(metric, some, ending) if some else {}
-        both.judged += judged.judged
-        both.new += judged.new
-        both.failed |= {f"{key}{ending}": reason for key, reason in judged.failed.items()}
+        atomic_write_text(file, "".join(f"{to_json(row)}\n" for row in rows))
+        metrics |= with_suffix(scores.metrics, suffix)
+        for category, values in entry.get("per_category", {}).items():
+            own = [response for response in responses if response.sample.category == category]
+            values |= with_suffix(metric.score(own).metrics if own else {}, suffix)
+        total.judged += summary.judged
+        total.new += summary.new
+        total.failed |= {f"{key}{suffix}": reason for key, reason in summary.failed.items()}
     entry["metrics"] = metrics
     entry["judge"] = {
         "model": endpoint.model,
         "url": endpoint.url,
-        "judged": both.judged,
-        "not_judged": [{"id": key, "reason": reason} for key, reason in both.failed.items()],
+        "judged": total.judged,
+        "failed": [{"id": key, "reason": reason} for key, reason in total.failed.items()],
     }
-    return both
+    return total
 
 
-def _named(metric: Metric, answers: Sequence[Answer], ending: str) -> dict[str, float]:
-    return {f"{name}{ending}": value for name, value in metric.score(answers).metrics.items()}
-
-
-class Journal:
-    """Judgements in a file, a line each as soon as it is there.
+class JudgementLog:
+    """The judgements in a JSONL file.
 
     Attributes:
-        known: by key, which is of the judge's model and of all that it was asked.
+        known: Judgements by key, a digest of the name of the judge and of the prompt.
 
     Raises:
-        InputError: a line that is none of ours.
+        InputError: A line is not a judgement.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.known: dict[str, Judgement] = {}
-        if not path.is_file():
-            return
-        # A kill may leave half a line at the end; what comes next must not be joined to it.
-        whole = path.read_bytes().rpartition(b"\n")
-        path.write_bytes(whole[0] + whole[1])
-        for row in json_lines(path):
-            self.known[row.text("key")] = row.value
+        self.known: dict[str, Record] = {}
+        if path.is_file():
+            remove_torn_line(path)
+            self.known = {record.text("key"): record.value for record in json_lines(path)}
 
-    def add(self, judgement: Judgement) -> None:
-        """Write it down."""
+    def append(self, judgement: Record) -> None:
+        """Write a judgement."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json_text(judgement) + "\n")
+            file.write(f"{to_json(judgement)}\n")
         self.known[judgement["key"]] = judgement
 
 
 def judge_rows(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Record],
     rubric: Rubric,
-    endpoint: Endpoint,
-    journal: Journal,
+    endpoint: ChatEndpoint,
+    journal: JudgementLog,
     name: str,
-    say: Say,
-) -> Judged:
-    """Judge answers, `WORKERS` at once; each row gets its `judgement`, or None.
+    log: Log,
+) -> JudgeSummary:
+    """Judge responses concurrently; each row gets its `judgement`, or None.
 
     Args:
-        rows: as `owl2 eval` writes answers: `id`, `question`, `facts`, `answer`.
-        name: what `say` is told that this is about.
+        rows: Lines of a file of responses: `id`, `question`, `metadata`, `response`.
+        name: For lines to `log`.
 
     Raises:
-        InputError: the endpoint refuses the key or the model; what it said before is in `journal`.
+        InputError: The endpoint rejects the key or the model; earlier judgements are in `journal`.
     """
-    prompts = [rubric.ask(row["question"], row["facts"], row["answer"]) for row in rows]
-    keys = [_key(endpoint.model, prompt) for prompt in prompts]
-    todo = [place for place, key in enumerate(keys) if key not in journal.known]
-    result = Judged()
+    prompts = [rubric.format(row["question"], row["metadata"], row["response"]) for row in rows]
+    keys = [
+        hashlib.sha256(f"{endpoint.model}\n{prompt}".encode(errors="surrogatepass")).hexdigest()
+        for prompt in prompts
+    ]
+    summary = JudgeSummary()
     pool, stop = ThreadPoolExecutor(WORKERS), threading.Event()
     try:
-        asked = {
-            pool.submit(endpoint.ask, prompts[place], rubric.read, stop): place for place in todo
+        requests = {
+            pool.submit(endpoint.ask, prompt, rubric.parse, stop): index
+            for index, prompt in enumerate(prompts)
+            if keys[index] not in journal.known
         }
-        for place, future in _finished(asked):
-            identity = {"id": rows[place]["id"], "key": keys[place], "judge": endpoint.model}
+        for index, future in _completed(requests):
+            identifier = rows[index]["id"]
             if future.cancelled():
-                result.failed[rows[place]["id"]] = "not asked, as the server does not answer"
-            elif isinstance(error := future.exception(), NoReply):
-                result.failed[rows[place]["id"]] = str(error)
-                say(f"{name}, {rows[place]['id']}: not judged: {error}")
+                summary.failed[identifier] = "cancelled, as the server does not answer"
+            elif isinstance(error := future.exception(), NoReplyError):
+                summary.failed[identifier] = str(error)
+                log(f"{name}, {identifier}: not judged: {error}")
             else:
                 value, reply = future.result()
-                journal.add({**identity, "value": value, "reply": reply})
-                result.new += 1
+                row = {"id": identifier, "key": keys[index], "judge": endpoint.model}
+                journal.append({**row, "value": value, "reply": reply})
+                summary.new += 1
     finally:
-        stop.set()  # or Ctrl-C would wait for all attempts of those that are being asked
+        stop.set()  # otherwise Ctrl-C waits for all attempts of the running requests
         pool.shutdown(wait=False, cancel_futures=True)
     for row, key in zip(rows, keys, strict=True):
         row["judgement"] = journal.known.get(key)
-    result.judged = sum(row["judgement"] is not None for row in rows)
-    say(f"{name}: {result.judged} of {len(rows)} answers are judged")
-    return result
+    summary.judged = sum(row["judgement"] is not None for row in rows)
+    log(f"{name}: {summary.judged} of {len(rows)} responses are judged")
+    return summary
 
 
-def _finished(asked: dict["Future[Any]", int]) -> "Iterator[tuple[int, Future[Any]]]":
-    """Places with what came of them, as they come.
+def _completed(requests: "dict[Future[Any], int]") -> "Iterator[tuple[int, Future[Any]]]":
+    """Indices and futures as they complete.
 
-    When the server is away, or refuses us, the rest is cancelled; a refusal is raised at the end.
+    If the server does not answer or rejects the request, the remaining requests are cancelled. A
+    rejection is raised at the end.
     """
     unreached = 0
-    refused: InputError | None = None
-    for future in as_completed(asked):
+    rejection: InputError | None = None
+    for future in as_completed(requests):
         error = None if future.cancelled() else future.exception()
         if isinstance(error, InputError):
-            refused = error
+            rejection = error
         else:
-            yield asked[future], future
+            yield requests[future], future
         if not future.cancelled():
-            unreached = unreached + 1 if isinstance(error, NoReply) and not error.reached else 0
-        if refused or unreached >= UNREACHED_IN_A_ROW:
-            for other in asked:
+            is_unreached = isinstance(error, NoReplyError) and not error.reached
+            unreached = unreached + 1 if is_unreached else 0
+        if rejection or unreached >= MAX_UNREACHED:
+            for other in requests:
                 other.cancel()
-    if refused is not None:
-        raise refused
+    if rejection is not None:
+        raise rejection
 
 
-def _key(model: str, prompt: str) -> str:
-    return hashlib.sha256(f"{model}\n{prompt}".encode(errors="surrogatepass")).hexdigest()
-
-
-def _answer(row: dict[str, Any]) -> Answer:
+def _judged_response(row: Record) -> Response:
     judgement = row.get("judgement")
-    facts = {**row["facts"], "judged": None if judgement is None else judgement["value"]}
-    question = Question(row["id"], row["question"], [], (), row["kind"], facts)
-    return Answer(question, row["prompt"], row["answer"])
+    metadata = {**row["metadata"], "judge_score": judgement and judgement["value"]}
+    sample = EvalSample(row["id"], row["question"], [], (), row["category"], metadata)
+    return Response(sample, row["prompt"], row["response"])

@@ -1,9 +1,8 @@
-"""What is left of an evaluation for people: tables on the terminal, report.md, report.html.
+"""The report of an evaluation: tables on the terminal, report.md and report.html.
 
-All of it comes from ``results.json``, so it can be written anew once a judge has spoken.
+Everything comes from ``results.json``, so that the report can be written again after judging.
 """
 
-import base64
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,20 +10,18 @@ from typing import Any
 
 from rich.table import Table
 
-from owl2.eval.plots import draw_radar, has_matplotlib
-from owl2.eval.results import BLIND
-from owl2.eval.task_config import SUITES
+from owl2 import html
+from owl2.errors import ErrorCode, InputError
+from owl2.eval.plots import has_matplotlib, plot_radar
+from owl2.eval.task_run import NO_IMAGE
 from owl2.files import atomic_write_text
 from owl2.json_records import json_object
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em }
-table { border-collapse: collapse } th, td { padding: .25em .8em; text-align: right }
-th:first-child, td:first-child, td:last-child, th:last-child { text-align: left }
-thead { border-bottom: 2px solid #888 } tbody tr:nth-child(even) { background: #f4f4f4 }
-img { max-width: 40em }
+td:last-child, th:last-child { text-align: left }
+tbody tr:nth-child(even) { background: #f4f4f4 } img { max-width: 40em }
 """
-HEAD = ("benchmark", "figure", "n", "ours", "paper", "difference", "blind", "remarks")
+COLUMNS = ("benchmark", "metric", "n", "ours", "paper", "difference", "no image", "remarks")
 TITLES = {
     "captions": "Captions",
     "vqa": "Visual question answering",
@@ -32,173 +29,150 @@ TITLES = {
     "hallucination": "Hallucination",
     "text": "Text",
     "video": "Video",
-    None: "Others",
+    None: "Other benchmarks",
 }
-assert set(SUITES) < set(TITLES)
 
 Row = tuple[str, ...]
 
 
-def shown(value: float, result: Mapping[str, Any]) -> str:
-    """A metric's value as the paper tells it."""
+def load_results(output: Path) -> dict[str, Any]:
+    """The content of ``results.json``. Raises `InputError` if it does not exist."""
+    path = output / "results.json"
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist. Give a directory that `owl2 eval` wrote.",
+            ErrorCode.FILE_NOT_FOUND,
+        )
+    return json_object(path).value
+
+
+def format_value(value: float, result: Mapping[str, Any]) -> str:
+    """The value of a metric in the unit of the paper."""
     return f"{value * result['scale']:.2f}{'%' if result['scale'] == 100 else ''}"
 
 
 def results_table(task: str, result: Mapping[str, Any]) -> Table:
-    """A task's entry of ``results.json``: all questions, then kind by kind."""
-    metrics = [name for name in result["metrics"] if not name.endswith(BLIND)]
+    """A task of ``results.json``: one row for all samples, and one for each category."""
+    metrics = list(result["metrics"])
+    plain = [name for name in metrics if not name.endswith(NO_IMAGE)]
     table = Table(title=task, title_justify="left")
-    table.add_column("questions")
-    for column in ("n", *(column for name in metrics for column in _columns(name, result))):
-        table.add_column(column, justify="right")
-    rows = {"all": {"n": result["n"], **result["metrics"]}, **result.get("by_answer_kind", {})}
+    table.add_column("samples")
+    table.add_column("n", justify="right")
+    columns = [name for metric in plain for name in (metric, f"{metric}{NO_IMAGE}")]
+    columns = [name for name in columns if name in metrics]
+    for name in columns:
+        title = name.removesuffix(NO_IMAGE)
+        if title != name:
+            title = "no image" if len(plain) == 1 else f"{title}, no image"
+        table.add_column(title, justify="right")
+    rows = {"all": {"n": result["n"], **result["metrics"]}, **result.get("per_category", {})}
     for name, row in rows.items():
-        cells = [
-            "" if row.get(key) is None else shown(row[key], result)
-            for metric in metrics
-            for key in _keys(metric, result)
-        ]
+        values = [row.get(column) for column in columns]
+        cells = ["" if value is None else format_value(value, result) for value in values]
         table.add_row(name, f"{row['n']:,}", *cells)
     return table
 
 
-def _keys(metric: str, result: Mapping[str, Any]) -> list[str]:
-    return [key for key in (metric, f"{metric}{BLIND}") if key in result["metrics"]]
-
-
-def _columns(metric: str, result: Mapping[str, Any]) -> list[str]:
-    alone = result["metrics"].keys() <= {metric, f"{metric}{BLIND}"}
-    return [metric, "blind" if alone else f"{metric}, blind"][: len(_keys(metric, result))]
-
-
-# ------------------------------------------------------------------ report.md, report.html
-
-
 def write_report(output: Path) -> None:
-    """``report.md``, ``report.html`` and, against three figures of the paper or more,
-    ``radar.png``, from ``results.json``.
+    """Write ``report.md`` and ``report.html`` from ``results.json``.
+
+    ``radar.png`` is written as well if three or more tasks have a result of the paper.
 
     Raises:
-        InputError: there is no ``results.json``, or a file cannot be written.
+        InputError: ``results.json`` does not exist, or a file cannot be written.
     """
-    results = json_object(output / "results.json").value
+    results = load_results(output)
     radar = output / "radar.png"
-    shares = paper_shares(results)
-    drawn = has_matplotlib() and draw_radar(radar, shares, Path(results["model"]).name)
-    if not drawn:
+    ratios = ratios_to_paper(results)
+    has_radar = has_matplotlib() and plot_radar(radar, ratios, Path(results["model"]).name)
+    if not has_radar:
         radar.unlink(missing_ok=True)
-    atomic_write_text(output / "report.md", _markdown(results, drawn))
-    atomic_write_text(output / "report.html", _html(results, radar if drawn else None))
+    text = f"# {results['model']}\n"
+    body = ""
+    for title, head, rows in _tables(results):
+        lines = [head, ["---"] * len(head), *rows]
+        text += f"\n## {title}\n\n" + "".join(f"{_markdown_row(line)}\n" for line in lines)
+        body += f"<h2>{escape(title)}</h2>\n{html.table(head, rows)}"
+    if has_radar:
+        text += "\n![Compared with the paper](radar.png)\n"
+        body += f"<h2>Compared with the paper</h2>\n{html.embed(radar.read_bytes(), 'image/png')}\n"
+    atomic_write_text(output / "report.md", text)
+    atomic_write_text(output / "report.html", html.page(results["model"], body, STYLE))
 
 
-def paper_shares(results: Mapping[str, Any]) -> dict[str, float]:
-    """Ours divided by the paper's, of each task's own figure that both have; of those, more is
-    better."""
+def ratios_to_paper(results: Mapping[str, Any]) -> dict[str, float]:
+    """Our value divided by that of the paper, for the main metric of each task with both."""
     return {
-        name: result["metrics"][main] * result["scale"] / result["figures"][main]["paper"]
+        name: result["metrics"][main] * result["scale"] / result["paper"][main]
         for name, result in results["tasks"].items()
-        if (main := result["main"]) in result["metrics"] and main in result["figures"]
+        if (main := result["main_metric"]) in result["metrics"] and main in result["paper"]
     }
 
 
-def sections(results: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
-    """The paper's tables with a column of ours: title and rows as `HEAD` names their cells."""
+def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], list[Row]]]:
+    """Title, head and rows of each table."""
+    tasks = results["tasks"]
     for suite, title in TITLES.items():
         rows = [
             row
-            for name, result in results["tasks"].items()
+            for name, result in tasks.items()
             if result["suite"] == suite
-            for row in _rows(name, result)
+            for row in _task_rows(name, result)
         ]
         if rows:
-            yield title, rows
+            yield title, COLUMNS, rows
+    if results["skipped"]:
+        yield "Skipped", ("benchmark", "reason"), list(results["skipped"].items())
+    invalid = [
+        (name, item["id"], item["reason"])
+        for name, result in tasks.items()
+        for item in result["invalid"]["first"]
+    ]
+    if invalid:
+        yield "Invalid samples (the first ones)", ("benchmark", "sample", "reason"), invalid
+    yield "Conditions", ("", ""), _conditions(results)
 
 
-def _rows(name: str, result: Mapping[str, Any]) -> Iterator[Row]:
-    figures = result["figures"]
-    metrics = result["metrics"]
-    # The benchmark's own figure first, those that the paper has, then all others.
-    names = dict.fromkeys([result["main"], *figures, *metrics])
-    for number, metric in enumerate(n for n in names if not n.endswith(BLIND)):
-        value, blind = metrics.get(metric), metrics.get(f"{metric}{BLIND}")
-        paper = figures.get(metric, {}).get("paper")
-        difference = None if value is None or paper is None else value * result["scale"] - paper
+def _task_rows(name: str, result: Mapping[str, Any]) -> Iterator[Row]:
+    paper, metrics = result["paper"], result["metrics"]
+    # The main metric first, then those of the paper, then all others.
+    names = dict.fromkeys([result["main_metric"], *paper, *metrics])
+    for index, metric in enumerate(n for n in names if not n.endswith(NO_IMAGE)):
+        value, baseline = metrics.get(metric), metrics.get(f"{metric}{NO_IMAGE}")
+        reference = paper.get(metric)
+        difference = ""
+        if value is not None and reference is not None:
+            difference = f"{value * result['scale'] - reference:+.2f}"
         yield (
-            f"{result['title']} ({name})" if number == 0 else "",
+            f"{result['title']} ({name})" if index == 0 else "",
             metric,
-            f"{result['n']:,}" if number == 0 else "",
-            "to be judged" if value is None else shown(value, result),
-            "" if paper is None else f"{paper:g}",
-            "" if difference is None else f"{difference:+.2f}",
-            "" if blind is None else shown(blind, result),
-            _remarks(result) if number == 0 else "",
+            f"{result['n']:,}" if index == 0 else "",
+            "to be judged" if value is None else format_value(value, result),
+            "" if reference is None else f"{reference:g}",
+            difference,
+            "" if baseline is None else format_value(baseline, result),
+            _remarks(result) if index == 0 else "",
         )
 
 
 def _remarks(result: Mapping[str, Any]) -> str:
-    limit = f"only the first {result['limit']} questions" if result["limit"] else ""
-    broken = f"{result['broken']['n']} could not be asked" if result["broken"]["n"] else ""
-    return "; ".join(filter(None, (limit, broken, result["note"])))
+    limit = f"only the first {result['limit']} samples" if result["limit"] else ""
+    invalid = f"{result['invalid']['n']} invalid samples" if result["invalid"]["n"] else ""
+    return "; ".join(filter(None, (limit, invalid, result["note"])))
 
 
-def _circumstances(results: Mapping[str, Any]) -> list[Row]:
-    machine = results["machine"]
-    first = next(iter(results["tasks"].values()))
-    decoding, images = first["decoding"], first["preprocessing"]
+def _conditions(results: Mapping[str, Any]) -> list[Row]:
+    environment, first = results["environment"], next(iter(results["tasks"].values()))
+    generation, images = first["generation"], first["preprocessing"]
     return [
-        ("weights", results["fingerprint"][:16]),
+        ("weights", results["weights_fingerprint"][:16]),
         ("images", f"{images['size']} x {images['size']} pixels, {images['policy']}"),
-        ("numbers", decoding["dtype"]),
-        ("modality-adaptive module", "on" if decoding["mam"] else "off"),
-        ("machine", f"{machine['name']}, {machine['processes']} processes"),
-        ("versions", ", ".join(f"{name} {number}" for name, number in first["versions"].items())),
+        ("dtype", generation["dtype"]),
+        ("modality-adaptive module", "on" if generation["mam"] else "off"),
+        ("machine", f"{environment['name']}, {environment['processes']} processes"),
+        ("versions", ", ".join(f"{name} {value}" for name, value in first["versions"].items())),
     ]
 
 
-def _broken(results: Mapping[str, Any]) -> list[Row]:
-    return [
-        (name, item["id"], item["reason"])
-        for name, result in results["tasks"].items()
-        for item in result["broken"]["first"]
-    ]
-
-
-def _parts(results: Mapping[str, Any]) -> Iterator[tuple[str, Row, Sequence[Row]]]:
-    """Title, head and rows of all tables."""
-    for title, rows in sections(results):
-        yield title, HEAD, rows
-    if skipped := list(results["skipped"].items()):
-        yield "Left out", ("benchmark", "why"), skipped
-    if broken := _broken(results):
-        yield "Could not be asked (the first ones)", ("benchmark", "sample", "why"), broken
-    yield "How", ("", ""), _circumstances(results)
-
-
-def _markdown(results: Mapping[str, Any], radar: bool) -> str:
-    def line(cells: Row) -> str:
-        return "| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in cells) + " |"
-
-    text = f"# {results['model']}\n"
-    for title, head, rows in _parts(results):
-        ruler = "|" + " --- |" * len(head)
-        text += f"\n## {title}\n\n" + "\n".join([line(head), ruler, *map(line, rows)]) + "\n"
-    return text + ("\n![Against the paper](radar.png)\n" if radar else "")
-
-
-def _html(results: Mapping[str, Any], radar: Path | None) -> str:
-    def line(cells: Row, cell: str) -> str:
-        return "<tr>" + "".join(f"<{cell}>{escape(text)}</{cell}>" for text in cells) + "</tr>"
-
-    body = ""
-    for title, head, rows in _parts(results):
-        lines = "\n".join(line(row, "td") for row in rows)
-        body += f"<h2>{escape(title)}</h2>\n<table><thead>{line(head, 'th')}</thead>\n"
-        body += f"<tbody>\n{lines}\n</tbody></table>\n"
-    if radar is not None:
-        image = base64.b64encode(radar.read_bytes()).decode()
-        body += f'<h2>Against the paper</h2>\n<img src="data:image/png;base64,{image}" alt="">\n'
-    title = escape(results["model"])
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f"<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}</body></html>\n"
-    )
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in cells) + " |"

@@ -1,46 +1,66 @@
-"""What is asked, what was answered, and what could not be asked."""
+"""Samples of a benchmark, and the responses of a model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from owl2.data.sample import Message
+from owl2.processing.chat_template import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question, asked by itself.
+class EvalSample:
+    """One question of a benchmark.
 
     Attributes:
-        id: unique in its task, as the benchmark has it where it has one.
-        text: the bare question.
-        messages: what the model is asked, which ends with a user turn; images are not yet opened.
-        expected: the answers that are right; several where people answered; none where a judge
+        id: Unique within the task; the id of the benchmark where it has one.
+        question: The question without the prompt of the task.
+        messages: The conversation for the model; it ends with a user message. Images are not
+            opened yet.
+        expected: All correct answers, such as those of several annotators; empty where a judge
             decides.
-        kind: what the results are broken down by; "" for nothing.
-        facts: what the metric needs beside the answers, by name; JSON.
+        category: The group of samples that gets metrics of its own; "" for none.
+        metadata: Other JSON values that the metric needs.
     """
 
     id: str
-    text: str
+    question: str
     messages: list[Message]
     expected: tuple[str, ...]
-    kind: str = ""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    category: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def without_images(self) -> "EvalSample":
+        """The same question without images and their placeholders."""
+
+        def text_only(content: str | list[Message]) -> str | list[Message]:
+            if isinstance(content, str):
+                return content.replace(IMAGE_TOKEN, "")
+            texts = [part for part in content if part["type"] == "text"]
+            return [{**part, "text": part["text"].replace(IMAGE_TOKEN, "")} for part in texts]
+
+        messages = [{**turn, "content": text_only(turn["content"])} for turn in self.messages]
+        return replace(self, messages=messages)
 
 
 @dataclass(frozen=True)
-class Broken:
-    """A sample that cannot be asked: `reason` is a sentence for people."""
+class InvalidEvalSample:
+    """A sample that the model cannot be asked, and the reason."""
 
     id: str
     reason: str
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model said; `prompt` is the text that it got, images as `<|image|>`."""
+class Response:
+    """The text that the model generated.
 
-    question: Question
+    Attributes:
+        prompt: The text that the model got, with ``<|image|>`` for each image.
+        image_digests: Digests of the images of the prompt, in order.
+    """
+
+    sample: EvalSample
     prompt: str
     text: str
+    image_digests: Sequence[str] = ()

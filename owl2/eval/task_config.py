@@ -1,7 +1,7 @@
-"""The paper's benchmarks as data: an entry each in ``paper/SUITE.yaml``.
+"""The configuration of each benchmark: the entries of ``task_configs/SUITE.yaml``.
 
-An entry says how a benchmark is asked and scored, what the paper reports, and where its data is;
-`tasks.py` makes something of it that runs.
+An entry says how a benchmark is prompted and scored, which result the paper reports, and where its
+data is published. `tasks.py` makes a runnable task of it.
 """
 
 from collections.abc import Mapping
@@ -15,69 +15,73 @@ from pydantic import BaseModel, ConfigDict, Field
 SUITES = ("captions", "vqa", "mllm", "hallucination", "text", "video")  # `paper`: all of them
 
 
-class Data(BaseModel):
-    """Where a benchmark's data is.
+class DataFiles(BaseModel):
+    """The published files of a benchmark.
 
     Attributes:
-        files: what has to be in ``--data DIR/NAME``, as published; for people and for `--list`.
-        origin: where to get it.
-        licence: of the data, as its authors name it; "not stated" where they do not.
+        files: Patterns of the files that ``--data DIR/NAME`` must contain; " or " separates
+            alternatives.
+        origin: Where to get them.
+        license: As the authors name it; "not stated" where they do not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     files: list[str]
     origin: str
-    licence: str
+    license: str
 
 
-class Recipe(BaseModel):
-    """How a benchmark is asked and scored.
+class TaskConfig(BaseModel):
+    """How a benchmark is prompted and scored.
 
     Attributes:
-        title: for people.
-        suite: of the paper's tables; None: in none of them.
-        way: `generate`: the model answers and `metric` scores; `lm-eval`: the suite of that name
-            does both, over the text alone.
-        reader, metric: see `owl2.eval.readers` and `owl2.eval.metrics`.
-        prompt: with ``{question}`` in it, or whole.
-        image_policy: how an image becomes a square; None: as the checkpoint says.
-        shots: examples before the question.
-        judge: whether a judging model decides.
-        paper: the paper's figures (SPEC 3), by the metric's name, as the paper prints them.
-        scale: what a metric's value is times, to be told as the paper tells it: 100 for shares.
-        note: what makes the two hard to compare, if anything does.
-        lmms, lm: the task's name in lmms-eval or lm-eval, if it has one.
+        title: For reports.
+        suite: The table of the paper; None for benchmarks that the paper does not have.
+        engine: `owl2` generates the responses and `metric` scores them; `lm-eval` does both, for
+            text only.
+        reader: MODULE.FUNCTION in `owl2.eval.readers`.
+        metric: MODULE.NAME in `owl2.eval.metrics`.
+        dataset_kwargs: Options of the reader, such as a split.
+        prompt: Text in which ``{question}`` is replaced by the question.
+        max_new_tokens: Maximum number of generated tokens.
+        image_policy: How an image becomes a square; None for the checkpoint's.
+        num_fewshot: Number of examples before the question.
+        judge: Whether a language model scores the responses.
+        paper: The results of the paper (Specification §3) by metric, as the paper prints them.
+        scale: Factor from the values of the metrics to those of the paper, such as 100 for percent.
+        note: Differences to the protocol of the paper.
+        lmms_eval, lm_eval: The name of the task there, if it exists.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     suite: Literal["captions", "vqa", "mllm", "hallucination", "text", "video"] | None
-    way: Literal["generate", "lm-eval"] = "generate"
+    engine: Literal["owl2", "lm-eval"] = "owl2"
     reader: str
     metric: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    dataset_kwargs: dict[str, Any] = Field(default_factory=dict)
     prompt: str = "{question}"
     max_new_tokens: int = Field(16, ge=1)
     image_policy: Literal["resize", "pad"] | None = None
-    shots: int = Field(0, ge=0)
+    num_fewshot: int = Field(0, ge=0)
     judge: bool = False
     paper: dict[str, float] = Field(default_factory=dict)
     scale: float = Field(1, gt=0)
     note: str = ""
-    lmms: str | None = None
-    lm: str | None = None
-    data: Data
+    lmms_eval: str | None = None
+    lm_eval: str | None = None
+    data: DataFiles
 
 
 @cache
-def recipes() -> Mapping[str, Recipe]:
-    """All entries by name, suite by suite."""
-    found: dict[str, Recipe] = {}
+def task_configs() -> Mapping[str, TaskConfig]:
+    """All entries by name, in the order of the suites."""
+    found: dict[str, TaskConfig] = {}
+    folder = files("owl2.eval").joinpath("task_configs")
     for file in (*SUITES, "others"):
-        text = (
-            files("owl2.eval").joinpath("task_configs", f"{file}.yaml").read_text(encoding="utf-8")
-        )
-        found |= {name: Recipe(**entry) for name, entry in (yaml.safe_load(text) or {}).items()}
+        entries = yaml.safe_load(folder.joinpath(f"{file}.yaml").read_text(encoding="utf-8"))
+        shared = entries.pop("_shared", {})
+        found |= {name: TaskConfig(**{**shared, **entry}) for name, entry in entries.items()}
     return found

@@ -1,109 +1,99 @@
-"""Tasks by name: what is asked, how, and how answers are scored."""
+"""Tasks by name: a configuration with its reader and its metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from owl2.data.datasets.easy_vqa import SHORT_PROMPT
-from owl2.data.sample import Message
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import Metric, find_metric
-from owl2.eval.readers import Reader, Source, find_reader, sorted_out
-from owl2.eval.samples import Broken, Question
-from owl2.eval.task_config import SUITES, Recipe, recipes
-from owl2.processing.chat_template import IMAGE_TOKEN
+from owl2.eval.readers import EvalData, Reader, find_reader, split_invalid
+from owl2.eval.readers.custom import custom_config
+from owl2.eval.samples import EvalSample, InvalidEvalSample
+from owl2.eval.task_config import SUITES, TaskConfig, task_configs
 from owl2.registry import look_up
 
-FILE_ENDING = ".jsonl"  # of one's own questions
+CUSTOM_SUFFIX = ".jsonl"  # of the user's own files
 
 
 @dataclass(frozen=True)
-class Task:
-    """A benchmark, ready to be asked."""
+class EvalTask:
+    """A benchmark with its reader and its metric."""
 
     name: str
-    recipe: Recipe
+    config: TaskConfig
     reader: Reader
     metric: Metric
 
     @classmethod
-    def of(cls, name: str, recipe: Recipe) -> "Task":
-        return cls(name, recipe, find_reader(recipe.reader), find_metric(recipe.metric))
+    def from_config(cls, name: str, config: TaskConfig) -> "EvalTask":
+        """Raises `AttributeError` or `ModuleNotFoundError` for an unknown reader or metric."""
+        return cls(name, config, find_reader(config.reader), find_metric(config.metric))
 
-    def source(self, data: Path | None, prompt: str | None = None) -> Source:
-        """Its files in ``--data``, and the prompt to use.
+    def data(self, directory: Path | None, prompt: str | None = None) -> EvalData:
+        """The files of the task in ``--data``, and the prompt.
 
         Args:
-            prompt: instead of its own, with ``{question}`` in it; "short" for the question alone.
+            prompt: Replaces the prompt of the task, contains ``{question}``; "short" is the
+                question alone.
         """
         if prompt is None:
-            prompt = self.recipe.prompt
+            prompt = self.config.prompt
         elif prompt == "short":
-            prompt = SHORT_PROMPT
-        folders = () if data is None else (data / self.name, data)
-        where = self.recipe.data
-        advice = f"Get {self.recipe.title} from {where.origin} (licence: {where.licence})."
-        return Source(folders, prompt, dict(self.recipe.options), advice)
+            prompt = "{question}"
+        directories = () if directory is None else (directory / self.name, directory)
+        files = self.config.data
+        advice = f"Get {self.config.title} from {files.origin} (license: {files.license})."
+        return EvalData(directories, prompt, dict(self.config.dataset_kwargs), advice)
 
-    def read(self, source: Source) -> tuple[list[Question], list[Broken]]:
-        """Its questions, and what cannot be asked.
+    def read(self, data: EvalData) -> tuple[list[EvalSample], list[InvalidEvalSample]]:
+        """All samples, valid and invalid.
 
         Raises:
-            MissingData: a file is not there.
-            InputError: a file is not what it should be.
+            InputError: A file is missing (FILE_NOT_FOUND), or its format is wrong.
         """
-        return sorted_out(self.reader(source))
+        return split_invalid(self.reader(data))
 
 
 def find_tasks(
-    names: str | None, suite: str | None = None, table: Mapping[str, Recipe] | None = None
-) -> list[Task]:
-    """The tasks of a list such as "mme,pope,mine.jsonl" and of a suite ("paper": all), each once.
+    names: str | None, suite: str | None = None, table: Mapping[str, TaskConfig] | None = None
+) -> list[EvalTask]:
+    """The tasks of a list such as "mme,pope,mine.jsonl" and of a suite, without duplicates.
+
+    Args:
+        suite: One of `SUITES`, or "paper" for all of them.
 
     Raises:
-        InputError: a name that is no task's (says which is the nearest), or none at all; a file of
-            one's own questions that is not there, cannot be read, or is called as a task is.
+        InputError: A name is unknown (the message names the nearest one), or there are no names; a
+            custom file does not exist, cannot be read, or has the name of another task.
     """
-    table = recipes() if table is None else table
-    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
-    files = [name for name in dict.fromkeys(wanted) if name.endswith(FILE_ENDING)]
-    own = [_own(Path(name), table) for name in files]
-    _require_different([task.name for task in own])
-    found = {n: look_up("task", n, table) for n in dict.fromkeys(wanted) if n not in files}
+    table = task_configs() if table is None else table
+    requested = dict.fromkeys(name.strip() for name in (names or "").split(",") if name.strip())
+    custom = [_custom_task(Path(name), table) for name in requested if name.endswith(CUSTOM_SUFFIX)]
+    custom_names = [task.name for task in custom]
+    duplicate = next((name for name in custom_names if custom_names.count(name) > 1), None)
+    if duplicate is not None:
+        raise InputError(
+            f"Two files are called {duplicate}{CUSTOM_SUFFIX}. Rename one.", ErrorCode.CONFLICT
+        )
+    found = {n: look_up("task", n, table) for n in requested if not n.endswith(CUSTOM_SUFFIX)}
     if suite is not None:
         look_up("suite", suite, dict.fromkeys((*SUITES, "paper")))
-        for name, recipe in table.items():
-            if recipe.suite == suite or (suite == "paper" and recipe.suite):
-                found.setdefault(name, recipe)
-    if not found and not own:
-        raise InputError(f"No task is named. There are: {', '.join(sorted(table))}.")
-    return [*(Task.of(name, recipe) for name, recipe in found.items()), *own]
+        for name, config in table.items():
+            if config.suite == suite or (suite == "paper" and config.suite):
+                found.setdefault(name, config)
+    if not found and not custom:
+        raise InputError(
+            f"No task is named. Choose from {', '.join(sorted(table))}.", ErrorCode.MISSING_VALUE
+        )
+    return [*(EvalTask.from_config(name, config) for name, config in found.items()), *custom]
 
 
-def _own(path: Path, table: Mapping[str, Recipe]) -> Task:
-    from owl2.eval.readers.custom import own_task  # it makes a Task, which is defined here
-
+def _custom_task(path: Path, table: Mapping[str, TaskConfig]) -> EvalTask:
     if not path.is_file():
-        raise InputError(f"There is no file {path} with questions. Check the path.")
-    task = own_task(path)
-    if task.name in table:
-        raise InputError(f"{path} is called as the task {task.name!r} is: rename the file.")
-    return task
-
-
-def _require_different(names: Sequence[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"Two files are called {twice}{FILE_ENDING}: rename one.")
-
-
-def without_images(messages: Sequence[Message]) -> list[Message]:
-    """The same messages, blind: no image, and no place for one."""
-    return [{**message, "content": _words(message["content"])} for message in messages]
-
-
-def _words(content: str | list[Message]) -> str | list[Message]:
-    if isinstance(content, str):
-        return content.replace(IMAGE_TOKEN, "")
-    texts = [part for part in content if part["type"] == "text"]
-    return [{**part, "text": part["text"].replace(IMAGE_TOKEN, "")} for part in texts]
+        raise InputError(f"There is no file {path}.", ErrorCode.FILE_NOT_FOUND)
+    if path.stem in table:
+        raise InputError(
+            f"{path} has the name of the task {path.stem!r}. Rename the file.", ErrorCode.CONFLICT
+        )
+    config, reader = custom_config(path)
+    return EvalTask(path.stem, config, reader, find_metric(config.metric))

@@ -1,7 +1,7 @@
-"""lm-eval's model `owl2`: text alone, by the code that lm-eval runs every Hugging Face model with.
+"""The model `owl2` of lm-eval: text only, with the code of the model `hf` of lm-eval.
 
-So the same numbers come out as for the plain language model where the weights are the same: what
-is ours here is where the model and its tokenizer come from, and the chat format.
+With the same weights the scores equal those of the plain language model. This class loads the model
+and its tokenizer, and adds the chat format.
 """
 
 import copy
@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,24 +17,23 @@ from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
 
 from owl2.engine.engine import Engine
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
 
-class Owl2Text(HFLM):
-    """A checkpoint, or an engine that is there already, for lm-eval.
+class LmEvalModel(HFLM):
+    """A checkpoint or an engine for lm-eval.
 
     Args:
-        pretrained: a directory, a hub id, or an engine; with an engine, `device`, `dtype` and
-            `quantize` are its own.
-        device: default: cuda, else mps, else cpu; of several processes each has its own.
-        batch_size: prompts at a time, or "auto".
-        add_bos_token: None: as the tokenizer does it, which for LLaMA's is ``<s>``, once (SPEC
-            1.5), for SmolLM2's nothing.
-        hflm: what else lm-eval's `hf` model takes about computing: `max_length`, `truncation`,
-            `softmax_dtype`, `logits_cache`, `prefix_token_id`, `mixed_precision_dtype`.
+        pretrained: A directory, a hub id, or an engine. `device`, `dtype` and `quantize` are for
+            the first two.
+        device: Default: cuda, mps or cpu; each of several processes uses its own GPU.
+        batch_size: Prompts per batch, or "auto".
+        add_bos_token: None: as the tokenizer does, which is one ``<s>`` for LLaMA (Specification
+            §1.5).
+        hflm: Other arguments of `HFLM`, see `_HFLM_ARGUMENTS`.
 
     Raises:
-        InputError: what cannot be loaded; an argument that there is not.
+        InputError: The checkpoint cannot be loaded; an argument is unknown.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class Owl2Text(HFLM):
         add_bos_token: bool | None = None,
         **hflm: Any,
     ) -> None:
-        if unknown := sorted(hflm.keys() - _OPTIONS):
+        if unknown := sorted(hflm.keys() - _HFLM_ARGUMENTS):
             names = "pretrained, device, dtype, quantize, batch_size, max_batch_size, add_bos_token"
             raise InputError(
-                f"model_args: there is no {', '.join(unknown)}. There are: {names}, "
-                f"{', '.join(sorted(_OPTIONS))}."
+                f"model_args: unknown argument {', '.join(unknown)}. Choose from {names}, "
+                f"{', '.join(sorted(_HFLM_ARGUMENTS))}.",
+                ErrorCode.UNKNOWN_NAME,
             )
-        # lm-eval's command line says so where the user says nothing, and its own `hf` model then
-        # takes what there is.
+        # The default of the command line of lm-eval, also on machines without a GPU.
         if device == "cuda:0" and not torch.cuda.is_available():
             device = None
         workers = Accelerator() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
@@ -63,7 +63,7 @@ class Owl2Text(HFLM):
         else:
             where = device if workers is None else workers.device
             chosen = None if dtype in (None, "auto") else dtype
-            # Nothing is asked twice here, and what is kept would only take memory.
+            # No prompt occurs twice, so a prefix cache would only take memory.
             engine = Engine.from_pretrained(
                 pretrained, where, chosen, quantize=quantize, enable_prefix_caching=False
             )
@@ -71,7 +71,7 @@ class Owl2Text(HFLM):
         with quiet():
             super().__init__(
                 pretrained=engine.model,
-                # HFLM may give it a token for padding, and this one is the engine's.
+                # A copy, as HFLM may set a padding token.
                 tokenizer=copy.deepcopy(engine.processor.tokenizer),
                 backend="causal",
                 batch_size=batch_size or 1,
@@ -84,17 +84,17 @@ class Owl2Text(HFLM):
             self._rank, self._world_size = workers.process_index, workers.num_processes
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **_: Any) -> None:
-        self.tokenizer = tokenizer  # HFLM's own refuses classes that it does not know
+        self.tokenizer = tokenizer  # that of HFLM rejects unknown classes
 
     # -------------------------------------------------------------- chat (--apply_chat_template)
 
     def apply_chat_template(
         self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation in the checkpoint's own format.
+        """The conversation in the chat format of the checkpoint.
 
         Raises:
-            InputError: a system prompt where the format has none.
+            InputError: The format has no system prompt, and there is one.
         """
         return str(
             self.processor.apply_chat_template(
@@ -105,37 +105,38 @@ class Owl2Text(HFLM):
         )
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What lm-eval writes down: the template in use, None without one."""
+        """The template in use, for the results of lm-eval; None without one."""
         if isinstance(chat_template, str):
             raise InputError(
-                f"There is no chat template {chat_template!r}: a checkpoint has one, which "
-                "--apply_chat_template takes without a name."
+                f"There is no chat template {chat_template!r}. Use --apply_chat_template without a "
+                "name for that of the checkpoint.",
+                ErrorCode.UNKNOWN_NAME,
             )
         return str(self.processor.chat_template) if chat_template else None
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        # With a chat template lm-eval puts an option right after "ASSISTANT:", where training has
-        # a space, which is part of the answer's first token.
-        before, between = self._answers_place()
-        if context.endswith(before) and not continuation.startswith(between):
-            continuation = between + continuation
+        # With a chat template lm-eval appends an option directly to "ASSISTANT:". In training a
+        # space follows, which is part of the first token of the answer.
+        end, separator = self._answer_position()
+        if context.endswith(end) and not continuation.startswith(separator):
+            continuation = separator + continuation
         ids: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
         return ids
 
-    def _answers_place(self) -> tuple[str, str]:
-        """What the chat format writes before an answer: (as the prompt's end, as its start)."""
-        if not hasattr(self, "_place"):
-            asked = [{"role": "user", "content": "?"}]
-            said = [*asked, {"role": "assistant", "content": "!"}]
-            turn, whole = map(str, self.processor.apply_chat_template([asked, said]))
-            prompt = self.apply_chat_template(asked)
-            self._place = (prompt[len(turn) :], whole[len(prompt) : whole.index("!", len(prompt))])
-        return self._place
+    @cache  # noqa: B019 - one model per process
+    def _answer_position(self) -> tuple[str, str]:
+        """The end of a prompt before an answer, and the text between it and the answer."""
+        question = [{"role": "user", "content": "?"}]
+        conversation = [*question, {"role": "assistant", "content": "!"}]
+        turn, complete = map(str, self.processor.apply_chat_template([question, conversation]))
+        prompt = self.apply_chat_template(question)
+        separator = complete[len(prompt) : complete.index("!", len(prompt))]
+        return prompt[len(turn) :], separator
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's warnings of what is meant here, such as a model that is loaded already."""
+    """Disable warnings of lm-eval that do not apply, such as that of a model that is loaded."""
     log = logging.getLogger("lm_eval")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -145,7 +146,7 @@ def quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-_OPTIONS = {
+_HFLM_ARGUMENTS = {
     "logits_cache",
     "max_length",
     "mixed_precision_dtype",

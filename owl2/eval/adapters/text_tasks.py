@@ -1,167 +1,144 @@
-"""The text benchmarks: lm-eval's own tasks, over questions that our readers got from files.
+"""The text benchmarks: tasks of lm-eval with samples of the readers.
 
 ::
 
-    Questions ──facts: the row in the hub's columns──► a data set in memory ┐
-    lm-eval's YAML of the task: its words, options, filters, metrics ───────┴──► lm-eval
-    ──► Answers: its prompt, what was chosen or written, facts["scores"]
+    samples ──metadata: rows with the columns of the hub──► a dataset in memory ┐
+    YAML of the task in lm-eval: prompt, options, filters, metrics ─────────────┴──► lm-eval
+    ──► responses: its prompt, the selected or generated text, metadata["scores"]
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from owl2.engine.engine import Engine
-from owl2.errors import InputError
-from owl2.eval.readers import Source, sorted_out
-from owl2.eval.samples import Answer, Question
-from owl2.eval.tasks import Task
+from owl2.errors import ErrorCode, InputError
+from owl2.eval.readers import EvalData, split_invalid
+from owl2.eval.samples import EvalSample, Response
+from owl2.eval.tasks import EvalTask
 
-
-@dataclass(frozen=True)
-class _Suite:
-    """Where lm-eval has a task.
-
-    Attributes:
-        file: its YAML below lm-eval's ``tasks/``, of a question's kind: a group has one a part.
-        answers: which of its filters to take, where it has several.
-    """
-
-    file: Callable[[str], str]
-    answers: str | None = None
-
-
-def _one(file: str) -> Callable[[str], str]:
-    return lambda _: file
-
-
-_SUITES = {
-    "mmlu": _Suite(lambda subject: f"mmlu/default/mmlu_{subject}.yaml"),
-    "bbh": _Suite(lambda task: f"bbh/zeroshot/{task}.yaml", answers="flexible-extract"),
-    "agieval": _Suite(lambda name: f"agieval/{name}.yaml"),
-    "arc_c": _Suite(_one("arc/arc_challenge.yaml")),
-    "arc_e": _Suite(_one("arc/arc_easy.yaml")),
-    "boolq": _Suite(_one("super_glue/boolq/default.yaml")),
-    "triviaqa": _Suite(_one("triviaqa/default.yaml")),
-    "hellaswag": _Suite(_one("hellaswag/hellaswag.yaml")),
+# The YAML file of a task below ``tasks/`` of lm-eval; a group has one for each category.
+FILES = {
+    "mmlu": "mmlu/default/mmlu_{category}.yaml",
+    "bbh": "bbh/zeroshot/{category}.yaml",
+    "agieval": "agieval/{category}.yaml",
+    "arc_c": "arc/arc_challenge.yaml",
+    "arc_e": "arc/arc_easy.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "triviaqa": "triviaqa/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
 }
+FILTERS = {"bbh": "flexible-extract"}  # the filter to use, of tasks with several
 
 
-def run_text(
-    task: Task, source: Source, questions: Sequence[Question], engine: Engine, batch_size: int
-) -> list[Answer]:
-    """What lm-eval makes of a task whose recipe has ``way: lm-eval``.
-
-    `task.metric` scores the answers like any other task's: each answer's question has lm-eval's own
-    scores under ``facts["scores"]``, by lm-eval's names (``acc``, ``exact_match``).
+def run_lm_eval(
+    task: EvalTask, data: EvalData, samples: Sequence[EvalSample], engine: Engine, batch_size: int
+) -> list[Response]:
+    """The responses and scores of lm-eval for a task with ``engine: lm-eval``.
 
     Args:
-        source: as `task.source` gives it; where the examples before a question come from, too.
-        questions: as `task.read` gives them; the first so many where there is a limit.
-        batch_size: prompts at a time. The answers do not depend on it, as far as rounding goes.
+        data: Also contains the few-shot examples.
+        samples: All or some of those that `EvalTask.read` returned.
+        batch_size: Prompts per batch; the responses do not depend on it, except for rounding.
 
     Returns:
-        The answers in the order of the questions. `text` is the option that was chosen, or what
-        was written; `prompt` what the model got, examples included.
+        Responses in the order of the samples. The text is the selected option, or the generated
+        text; the prompt includes the examples. ``metadata["scores"]`` of their samples are the
+        scores by the names of lm-eval (``acc``, ``exact_match``), which `task.metric` averages.
 
     Raises:
-        InputError: lm-eval is not installed; it has no such part of a task.
-        MissingData: the file with the examples is not there.
+        InputError: lm-eval is not installed, or does not have a category; the file with the
+            examples is missing.
     """
     try:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
 
-        from owl2.eval.adapters.lm_eval_model import Owl2Text, quiet
+        from owl2.eval.adapters.lm_eval_model import LmEvalModel, quiet
     except ModuleNotFoundError as error:
         raise InputError(
-            f"The text benchmarks need {error.name}: pip install 'owl2-vlm[eval]'"
+            f"The text benchmarks need {error.name}: pip install 'owl2-vlm[eval]'",
+            ErrorCode.MISSING_DEPENDENCY,
         ) from error
-    suite = _SUITES[task.name]
-    examples = _examples(task, source)
-    parts: dict[str, list[Question]] = {}
-    for question in questions:
-        parts.setdefault(suite.file(question.kind), []).append(question)
-    manager = TaskManager(include_defaults=False)
-    answered: dict[str, Answer] = {}
-    names = {}
-    configs = []
-    for file, some in parts.items():
-        shown = [row.facts for row in examples if suite.file(row.kind) == file]
-        config = _config(file, [question.facts for question in some], shown, task.recipe.shots)
-        names[config["task"]] = some
+    file, num_fewshot = FILES[task.name], task.config.num_fewshot
+    examples: list[EvalSample] = []
+    if num_fewshot:
+        dev = replace(data, options={**data.options, "split": "dev"})  # shares the list `files`
+        examples = split_invalid(task.reader(dev))[0]
+    groups: dict[str, list[EvalSample]] = {}
+    for sample in samples:
+        groups.setdefault(file.format(category=sample.category), []).append(sample)
+    configs, by_name = [], {}
+    for path, group in groups.items():
+        shown = [item for item in examples if file.format(category=item.category) == path]
+        config = _task_config(path, group, shown, num_fewshot)
         configs.append(config)
-    # lm-eval's default is the logits' own dtype: in bfloat16 many options would be equally likely,
-    # and the first of them chosen.
-    model = Owl2Text(engine, batch_size=batch_size, softmax_dtype="float32")
+        by_name[config["task"]] = group
+    manager = TaskManager(include_defaults=False)
+    # By default lm-eval uses the dtype of the logits: in bfloat16 many options would be tied.
+    model = LmEvalModel(engine, batch_size=batch_size, softmax_dtype="float32")
     with quiet():
         results = simple_evaluate(
             model,
             tasks=list(manager.load(configs)["tasks"].values()),
             task_manager=manager,
-            num_fewshot=task.recipe.shots or None,
+            num_fewshot=num_fewshot or None,
             bootstrap_iters=0,
         )
-    for name, some in names.items():
-        for sample in results["samples"][name]:
-            if suite.answers in (None, sample["filter"]):
-                question = some[sample["doc_id"]]
-                answered[question.id] = _answer(question, sample)
-    return [answered[question.id] for question in questions]
+    responses = {
+        group[record["doc_id"]].id: _response(group[record["doc_id"]], record)
+        for name, group in by_name.items()
+        for record in results["samples"][name]
+        if FILTERS.get(task.name) in (None, record["filter"])
+    }
+    return [responses[sample.id] for sample in samples]
 
 
-def _examples(task: Task, source: Source) -> list[Question]:
-    if not task.recipe.shots:
-        return []
-    dev = replace(source, options={**source.options, "split": "dev"})  # shares the list `read`
-    return sorted_out(task.reader(dev))[0]
-
-
-def _config(
-    file: str,
-    rows: Sequence[Mapping[str, Any]],
-    examples: Sequence[Mapping[str, Any]],
-    shots: int,
+def _task_config(
+    file: str, samples: Sequence[EvalSample], examples: Sequence[EvalSample], num_fewshot: int
 ) -> dict[str, Any]:
-    """lm-eval's configuration of a task, with these rows instead of the hub's.
+    """The configuration of a task of lm-eval with these samples instead of those of the hub.
 
     Raises:
-        InputError: there is no such file, or there are too few examples.
+        InputError: The file does not exist, or there are too few examples.
     """
     import lm_eval
     from datasets import Dataset
 
-    # Not public, and so lm-eval's version is fixed: the public way loads the hub's data at once.
+    # Private, so the version of lm-eval is pinned: the public function loads data from the hub.
     from lm_eval.tasks._yaml_loader import load_yaml
 
     path = Path(str(lm_eval.__file__)).parent / "tasks" / file
     if not path.is_file():
         raise InputError(
-            f"lm-eval has no task {path.stem!r}; are all files in the folder the benchmark's own?"
+            f"lm-eval has no task {path.stem!r}. The directory must contain only files of the "
+            "benchmark.",
+            ErrorCode.UNKNOWN_NAME,
         )
-    if len(examples) < shots:
-        raise InputError(f"{path.stem} has {len(examples)} examples; {shots} are to be shown.")
+    if len(examples) < num_fewshot:
+        raise InputError(
+            f"{path.stem} has {len(examples)} few-shot examples; {num_fewshot} are required.",
+            ErrorCode.INVALID_VALUE,
+        )
     config: dict[str, Any] = load_yaml(path)
-    for split in ("training_split", "validation_split", "tag", "task_alias"):
-        config.pop(split, None)
-    data = {"test": Dataset.from_list([dict(row) for row in rows])}
-    if examples:
-        data["dev"] = Dataset.from_list([dict(row) for row in examples])
-    config |= {"dataset_name": None, "test_split": "test", "custom_dataset": lambda **_: data}
+    for key in ("training_split", "validation_split", "tag", "task_alias"):
+        config.pop(key, None)
+    splits = {"test": samples, **({"dev": examples} if examples else {})}
+    rows = {name: [dict(item.metadata) for item in split] for name, split in splits.items()}
+    datasets = {name: Dataset.from_list(split) for name, split in rows.items()}
+    config |= {"dataset_name": None, "test_split": "test", "custom_dataset": lambda **_: datasets}
     return config
 
 
-def _answer(question: Question, sample: Mapping[str, Any]) -> Answer:
-    """lm-eval's record of a question → an answer."""
-    asked = sample["arguments"]  # of each request: (prompt, option), or (prompt, settings)
-    if isinstance(sample["filtered_resps"][0], str):
-        text = sample["filtered_resps"][0]
+def _response(sample: EvalSample, record: Mapping[str, Any]) -> Response:
+    requests = record["arguments"]  # of each request: (prompt, option), or (prompt, settings)
+    if isinstance(record["filtered_resps"][0], str):
+        text = record["filtered_resps"][0]
     else:
-        # (log-likelihood, greedy) of each option; the likeliest is what was chosen.
-        likelihoods = [float(option[0]) for option in sample["filtered_resps"]]
-        best = likelihoods.index(max(likelihoods))
-        text = str(asked[best][1]).strip()
-    scores = {name: float(sample[name]) for name in sample["metrics"]}
-    judged = replace(question, facts={**question.facts, "scores": scores})
-    return Answer(judged, str(asked[0][0]), text)
+        # (log-likelihood, is greedy) of each option; the most likely one is selected.
+        likelihoods = [float(option[0]) for option in record["filtered_resps"]]
+        text = str(requests[likelihoods.index(max(likelihoods))][1]).strip()
+    scores = {name: float(record[name]) for name in record["metrics"]}
+    scored = replace(sample, metadata={**sample.metadata, "scores": scores})
+    return Response(scored, str(requests[0][0]), text)

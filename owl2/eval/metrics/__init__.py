@@ -1,8 +1,8 @@
-"""How answers are scored. A metric has a version, which a change of what it accepts raises.
+"""Metrics. A metric has a version, which increases when its scores change.
 
-A metric sees all answers of a task at once, as some are of the whole (CIDEr, F1, pairs); it never
-sees images, and needs no model. Those here follow the benchmark's own definition; where the
-suites differ from it, the module says so.
+A metric gets all responses of a task, as some are not means over samples (CIDEr, F1, pairs). It
+needs no images and no model. The metrics follow the definitions of the benchmarks; differences to
+lmms-eval and lm-eval are in the docstrings of the modules.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,53 +10,52 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from owl2.eval.samples import Answer
+from owl2.eval.samples import Response
 
-Each = float | None  # 0 … 1, or None where nobody has judged it yet
+SampleScore = float | None  # 0 to 1; None where a judge has not scored it yet
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a metric makes of some answers.
+    """The scores of some responses.
 
     Attributes:
-        metrics: by name; the task's main one is among them. In the unit in which the benchmark
-            tells them.
-        each: of every answer, its own score from 0 to 1, in their order.
+        metrics: Values by name, in the unit of the benchmark.
+        per_sample: The score of each response, in their order.
     """
 
     metrics: dict[str, float]
-    each: list[Each]
+    per_sample: list[SampleScore]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How answers are scored.
+    """A scoring function with its version.
 
     Attributes:
-        score: all answers of a task, or of one kind of its questions; never of none.
-        main: the name of the figure that stands for the task.
-        settings: what else tells two results apart, such as the tokeniser.
+        main: The name of the value that represents the task.
+        score: Scores the responses of a task or of one category: one or more.
+        settings: Other values on which the scores depend, such as the tokenizer.
     """
 
     name: str
     version: str
     main: str
-    score: Callable[[Sequence[Answer]], Scores]
+    score: Callable[[Sequence[Response]], Scores]
     settings: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What `results.json` holds."""
+        """The entry in `results.json`."""
         return {"name": self.name, "version": self.version, **(self.settings or {})}
 
 
 def find_metric(path: str) -> Metric:
-    """The metric that a recipe names: ``MODULE.NAME`` in this package, such as "exact.MATCH"."""
+    """The metric with a name of the form ``MODULE.NAME`` in this package: "exact.MATCH"."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(f"{__name__}.{module}"), name)
 
 
-def mean(each: Sequence[Each]) -> float:
-    """Of those that have a score; 0 if none has."""
-    known = [score for score in each if score is not None]
+def mean(scores: Sequence[SampleScore]) -> float:
+    """The mean of the scores that are not None; 0 without any."""
+    known = [score for score in scores if score is not None]
     return sum(known) / len(known) if known else 0.0

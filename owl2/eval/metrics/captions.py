@@ -1,12 +1,12 @@
-"""CIDEr: how much of a caption several people's captions of the same image share.
+"""CIDEr: the similarity of a caption to several reference captions of the same image.
 
-pycocoevalcap computes it from words that the Penn Treebank's tokeniser of Stanford CoreNLP made;
-both are as in COCO's own evaluation. The tokeniser needs java. Without it ours stands in, which
-agrees on plain sentences; `results.json` says which of the two it was. The figure is told as papers
-tell it, a hundred times pycocoevalcap's.
+pycocoevalcap computes it from words of the Penn Treebank tokenizer of Stanford CoreNLP, as in the
+evaluation of COCO. The tokenizer needs java. Without java, `tokenize_fallback` replaces it, which
+agrees on plain sentences; `results.json` contains the name of the tokenizer. The value is that of
+pycocoevalcap times 100, as in papers.
 
-A phrase weighs the more, the fewer of the *evaluated* images have it in their references: the
-CIDEr of a part of a benchmark says nothing about the whole, and that of one image is 0.
+A phrase has more weight if fewer of the *evaluated* images have it in their references, so that
+CIDEr of some images cannot be compared with that of all, and CIDEr of a single image is 0.
 """
 
 import re
@@ -16,70 +16,78 @@ from collections.abc import Sequence
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import Metric, Scores
-from owl2.eval.samples import Answer
+from owl2.eval.samples import Response
 
 PTB = "PTBTokenizer, Stanford CoreNLP 3.4.1"
-STAND_IN = "ours, close to PTBTokenizer, as there is no java"
-TOKENISER = PTB if shutil.which("java") else STAND_IN
+FALLBACK = "fallback of owl2 without java, close to PTBTokenizer"
+TOKENIZER = PTB if shutil.which("java") else FALLBACK
 
-# What COCO's evaluation drops. Brackets stay as words there, by a slip: it looks for capitals.
+# Tokens that the evaluation of COCO drops. It keeps brackets, as it compares them in upper case.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-_HIGHEST = 10.0  # by pycocoevalcap, of a caption that is equal to all references
+_MAX_CIDER = 10.0  # of pycocoevalcap, for a caption that equals all references
 
 
-def check_installed() -> None:
-    """For readers, so that it is known before anything is asked.
+def require_pycocoevalcap() -> None:
+    """Lets readers fail before the first response is generated.
 
     Raises:
-        InputError: pycocoevalcap is not there.
+        InputError: pycocoevalcap is not installed.
     """
     if find_spec("pycocoevalcap") is None:
-        raise InputError("CIDEr needs the package pycocoevalcap: pip install 'owl2-vlm[eval]'.")
+        raise InputError(
+            "CIDEr needs the package pycocoevalcap: pip install 'owl2-vlm[eval]'.",
+            ErrorCode.MISSING_DEPENDENCY,
+        )
 
 
-def _score(answers: Sequence[Answer]) -> Scores:
-    check_installed()
+def _score(responses: Sequence[Response]) -> Scores:
+    require_pycocoevalcap()
     from pycocoevalcap.cider.cider import Cider
 
-    said = tokenised([answer.text for answer in answers])
-    expected = tokenised([text for answer in answers for text in answer.question.expected])
+    captions = tokenize([response.text for response in responses])
+    expected = tokenize([text for response in responses for text in response.sample.expected])
     rest = iter(expected)
     references = {
-        place: [next(rest) for _ in answer.question.expected]
-        for place, answer in enumerate(answers)
+        index: [next(rest) for _ in response.sample.expected]
+        for index, response in enumerate(responses)
     }
-    cider, each = Cider().compute_score(references, {n: [words] for n, words in enumerate(said)})
-    return Scores({"CIDEr": 100 * float(cider)}, [float(score) / _HIGHEST for score in each])
+    candidates = {index: [caption] for index, caption in enumerate(captions)}
+    cider, scores = Cider().compute_score(references, candidates)
+    return Scores({"CIDEr": 100 * float(cider)}, [float(score) / _MAX_CIDER for score in scores])
 
 
-def tokenised(captions: Sequence[str]) -> list[str]:
-    """Each caption's words in lower case with a space between, without punctuation.
+def tokenize(captions: Sequence[str]) -> list[str]:
+    """Each caption in lower case with a space between words, without punctuation.
 
     Raises:
         InputError: java fails.
     """
     lines = [" ".join(caption.split()) for caption in captions]
-    words = _by_java(lines) if TOKENISER == PTB else [stand_in(line) for line in lines]
-    return [" ".join(word for word in line if word not in _DROPPED) for line in words]
+    tokenized = (
+        _run_java(lines) if TOKENIZER == PTB else [tokenize_fallback(line) for line in lines]
+    )
+    return [" ".join(word for word in words if word not in _DROPPED) for words in tokenized]
 
 
-def _by_java(lines: Sequence[str]) -> list[list[str]]:
-    """pycocoevalcap's own wrapper writes beside the package and takes a failure for no words."""
+def _run_java(lines: Sequence[str]) -> list[list[str]]:
+    """The wrapper of pycocoevalcap writes into its package and ignores failures."""
     with as_file(files("pycocoevalcap.tokenizer") / "stanford-corenlp-3.4.1.jar") as jar:
         command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
-        text = "".join(f"{line}\n" for line in lines)
         done = subprocess.run(
             [*command, "-preserveLines", "-lowerCase"],
-            input=text.encode(errors="replace"),
+            input="".join(f"{line}\n" for line in lines).encode(errors="replace"),
             capture_output=True,
         )
-    made = done.stdout.decode().splitlines()
-    if done.returncode or len(made) != len(lines):
-        said = done.stderr.decode(errors="replace").strip()[-300:]
-        raise InputError(f"java's PTBTokenizer, which CIDEr needs, failed: {said}")
-    return [line.split() for line in made]
+    tokenized = done.stdout.decode().splitlines()
+    if done.returncode or len(tokenized) != len(lines):
+        message = done.stderr.decode(errors="replace").strip()[-300:]
+        raise InputError(
+            f"PTBTokenizer, which CIDEr needs, failed in java: {message}",
+            ErrorCode.MISSING_DEPENDENCY,
+        )
+    return [line.split() for line in tokenized]
 
 
 # ------------------------------------------------------------------ without java
@@ -89,7 +97,7 @@ _TWO_WORDS = re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(gim|
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))(?!\w)")
 _TOKEN = re.compile(
     r"""-(?:lrb|rrb|lsb|rsb|lcb|rcb)-  # a bracket
-    | n't | '(?:s|re|ve|ll|d|m)(?!\w)  # what was parted from its word
+    | n't | '(?:s|re|ve|ll|d|m)(?!\w)  # a clitic
     | (?:[a-z]\.){2,}                  # p.m.
     | (?:mr|mrs|ms|dr|st|vs|etc)\.     # abbreviations that keep their period
     | \w+(?:[.,:]\d+)+                 # 10,000 5:30
@@ -99,8 +107,8 @@ _TOKEN = re.compile(
 )
 
 
-def stand_in(line: str) -> list[str]:
-    """The words of a caption, punctuation too, nearly as PTBTokenizer parts them."""
+def tokenize_fallback(line: str) -> list[str]:
+    """The words and punctuation marks of a caption, close to PTBTokenizer."""
     text = line.lower().replace("’", "'").replace("‘", "'")
     text = re.sub(r'["“”]', " `` ", text)
     text = "".join(f" {_BRACKETS[sign]} " if sign in _BRACKETS else sign for sign in text)
@@ -108,4 +116,4 @@ def stand_in(line: str) -> list[str]:
     return _TOKEN.findall(_CLITIC.sub(r" \1", text))
 
 
-CIDER = Metric("cider", "1", "CIDEr", _score, {"tokeniser": TOKENISER})
+CIDER = Metric("cider", "1", "CIDEr", _score, {"tokenizer": TOKENIZER})

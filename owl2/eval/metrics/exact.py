@@ -1,22 +1,22 @@
-"""Whether an answer is one of those expected, word for word."""
+"""Exact match with one of the expected answers, after normalization."""
 
 from collections.abc import Sequence
 
 from owl2.eval.metrics import Metric, Scores, mean
-from owl2.eval.samples import Answer
+from owl2.eval.samples import Response
 
 
-def normalise(answer: str) -> str:
-    """Lower case, without white space around it and without one final period."""
+def normalize(answer: str) -> str:
+    """Lower case, without surrounding white space and without one final period."""
     return answer.strip().lower().removesuffix(".").rstrip()
 
 
-def _score(answers: Sequence[Answer]) -> Scores:
-    each = [
-        float(normalise(answer.text) in map(normalise, answer.question.expected))
-        for answer in answers
+def _score(responses: Sequence[Response]) -> Scores:
+    scores = [
+        float(normalize(response.text) in map(normalize, response.sample.expected))
+        for response in responses
     ]
-    return Scores({"accuracy": mean(each)}, list(each))
+    return Scores({"accuracy": mean(scores)}, [*scores])
 
 
 MATCH = Metric("exact_match", "1", "accuracy", _score)

@@ -1,10 +1,10 @@
-"""Benchmarks that a judging model scores: what it is asked, how it is read, what comes of it.
+"""Benchmarks that a language model scores: prompts, parsing of the replies, and metrics.
 
-The judge sees the question, the reference and the answer, never the image. The words are ours,
-after the rules of MM-Vet (arXiv:2308.02490) and MMHal-Bench (arXiv:2309.14525), whose authors asked
-GPT-4: figures of another judge, or of these words, are near theirs and not the same.
+The judge gets the question, the reference and the response, and never the image. The prompts follow
+the rules of MM-Vet (arXiv:2308.02490) and MMHal-Bench (arXiv:2309.14525), whose authors used GPT-4
+with other prompts, so that scores are similar to theirs but not equal.
 
-A judged answer has the judge's figure among its question's facts as `judged`.
+`judge_score` of the metadata of a sample is the score of the judge; None without one.
 """
 
 import re
@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from owl2.eval.metrics import Each, Metric, Scores, mean
-from owl2.eval.samples import Answer
+from owl2.eval.metrics import Metric, SampleScore, Scores, mean
+from owl2.eval.samples import Response
 
 MM_VET_PROMPT = """\
 You compare a model's answer to a question about an image with a reference, and give a score \
@@ -63,104 +63,104 @@ Rate it by this scale:
 
 Explain in one or two sentences. Then end with one line: Rating: N"""
 
-HIGHEST_RATING = 6
-LEAST_FAITHFUL_RATING = 3  # below it the answer hallucinates
+MAX_RATING = 6
+MIN_FAITHFUL_RATING = 3  # a response with a lower rating contains a hallucination
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """How a judge is asked about an answer.
+    """The prompt of a judge, and the parser of its replies.
 
     Attributes:
-        prompt: with ``{question}``, ``{reference}``, ``{answer}`` and the question's other facts.
-        read: the judge's reply → its figure; None: there is none in it.
-        highest: the best figure.
+        prompt: Contains ``{question}``, ``{reference}``, ``{answer}`` and keys of the metadata.
+        parse: A reply → the score; None without exactly one score.
+        max_score: The best score.
     """
 
     prompt: str
-    read: Callable[[str], float | None]
-    highest: float
+    parse: Callable[[str], float | None]
+    max_score: float
 
-    def ask(self, question: str, facts: Mapping[str, Any], answer: str) -> str:
-        """What the judge is sent."""
-        given = {**facts, "question": question, "answer": answer.strip() or "(no answer)"}
-        # One pass, so that braces in an answer are words like any other.
-        return re.sub(r"\{(\w+)\}", lambda found: str(given[found[1]]), self.prompt)
+    def format(self, question: str, metadata: Mapping[str, Any], response: str) -> str:
+        """The prompt for one response."""
+        values = {**metadata, "question": question, "answer": response.strip() or "(no answer)"}
+        # In one pass, so that braces within a response are kept.
+        return re.sub(r"\{(\w+)\}", lambda found: str(values[found[1]]), self.prompt)
 
 
-def read_score(reply: str) -> float | None:
-    """The figure from 0 to 1 after "Score:", or the whole reply; None where there is none or two.
+def parse_score(reply: str) -> float | None:
+    """The number from 0 to 1 after "Score:", or the complete reply; None without exactly one.
 
-    >>> read_score("The colour is wrong.\\nScore: 0.5")
+    >>> parse_score("The color is wrong.\\nScore: 0.5")
     0.5
     """
-    return _only("score", reply, 1.0)
+    return _parse_number("score", reply, 1.0)
 
 
-def read_rating(reply: str) -> float | None:
-    """The whole number from 0 to 6 after "Rating:", or the whole reply; None: none, or two.
+def parse_rating(reply: str) -> float | None:
+    """The integer from 0 to 6 after "Rating:", or the complete reply; None without exactly one.
 
-    >>> read_rating("It invents a dog. **Rating: 2**")
+    >>> parse_rating("It invents a dog. **Rating: 2**")
     2.0
     """
-    figure = _only("rating", reply, HIGHEST_RATING)
-    return figure if figure is not None and figure.is_integer() else None
+    number = _parse_number("rating", reply, MAX_RATING)
+    return number if number is not None and number.is_integer() else None
 
 
-def _only(name: str, reply: str, highest: float) -> float | None:
-    """The figure after a name, which may say of what it is ("4/6")."""
-    # "0,5" is none: it could be a half, or 0 and something else.
-    figure = r"-?[0-9.]*[0-9](?!,?[0-9])"
-    pattern = rf"{name}(?: is| of)?[\s:*=]*({figure})(?:\s*/\s*({figure}))?"
+def _parse_number(name: str, reply: str, maximum: float) -> float | None:
+    """The number after a name, which may include the maximum ("4/6")."""
+    # "0,5" is ambiguous: a half, or 0 and another number.
+    number = r"-?[0-9.]*[0-9](?!,?[0-9])"
+    pattern = rf"{name}(?: is| of)?[\s:*=]*({number})(?:\s*/\s*({number}))?"
     found = set(re.findall(pattern, reply, re.IGNORECASE)) or {(reply.strip(), "")}
     try:
-        figures = {float(said) for said, _ in found}
-        scales = {float(scale) for _, scale in found if scale}
+        values = {float(value) for value, _ in found}
+        maxima = {float(value) for _, value in found if value}
     except ValueError:
         return None
-    told = figures.pop()
-    return told if not figures and scales <= {highest} and 0 <= told <= highest else None
+    value = values.pop()
+    return value if not values and maxima <= {maximum} and 0 <= value <= maximum else None
 
 
 # ------------------------------------------------------------------ metrics
 
 
-def _figures(answers: Sequence[Answer], highest: float) -> tuple[list[float], list[Each]]:
-    each = [answer.question.facts.get("judged") for answer in answers]
-    known = [figure for figure in each if figure is not None]
-    return known, [None if figure is None else figure / highest for figure in each]
-
-
-def _mm_vet(answers: Sequence[Answer]) -> Scores:
-    known, each = _figures(answers, 1.0)
-    metrics = {"judged": len(known) / len(answers)}
+def _judge_scores(
+    responses: Sequence[Response], maximum: float
+) -> tuple[dict[str, float], list[float], list[SampleScore]]:
+    """Metrics of all rubrics, known scores of the judge, and scores of all samples from 0 to 1."""
+    scores = [response.sample.metadata.get("judge_score") for response in responses]
+    known = [score for score in scores if score is not None]
+    metrics = {"judged": len(known) / len(responses)}
     if known:
         metrics["score"] = mean(known)
-    capabilities: dict[str, list[Each]] = defaultdict(list)
-    for answer, score in zip(answers, each, strict=True):
-        for capability in answer.question.facts["capabilities"]:
+    return metrics, known, [None if score is None else score / maximum for score in scores]
+
+
+def _mm_vet(responses: Sequence[Response]) -> Scores:
+    metrics, _, scores = _judge_scores(responses, 1.0)
+    capabilities: dict[str, list[SampleScore]] = defaultdict(list)
+    for response, score in zip(responses, scores, strict=True):
+        for capability in response.sample.metadata["capabilities"]:
             capabilities[capability].append(score)
-    for capability, scores in sorted(capabilities.items()):
-        if any(score is not None for score in scores):
-            metrics[capability] = mean(scores)
-    return Scores(metrics, each)
+    for capability, values in sorted(capabilities.items()):
+        if any(score is not None for score in values):
+            metrics[capability] = mean(values)
+    return Scores(metrics, scores)
 
 
-def _mmhal(answers: Sequence[Answer]) -> Scores:
-    known, each = _figures(answers, HIGHEST_RATING)
-    metrics = {"judged": len(known) / len(answers)}
+def _mmhal(responses: Sequence[Response]) -> Scores:
+    metrics, known, scores = _judge_scores(responses, MAX_RATING)
     if known:
-        metrics["score"] = mean(known)
-        false = [float(rating < LEAST_FAITHFUL_RATING) for rating in known]
-        metrics["hallucination_rate"] = mean(false)
-    return Scores(metrics, each)
+        metrics["hallucination_rate"] = mean([float(n < MIN_FAITHFUL_RATING) for n in known])
+    return Scores(metrics, scores)
 
 
 MM_VET = Metric("mm_vet", "1", "score", _mm_vet)
 MMHAL = Metric("mmhal", "1", "score", _mmhal)
 
-# By the metric's name.
+# By the name of the metric.
 RUBRICS = {
-    "mm_vet": Rubric(MM_VET_PROMPT, read_score, 1.0),
-    "mmhal": Rubric(MMHAL_PROMPT, read_rating, HIGHEST_RATING),
+    "mm_vet": Rubric(MM_VET_PROMPT, parse_score, 1.0),
+    "mmhal": Rubric(MMHAL_PROMPT, parse_rating, MAX_RATING),
 }

@@ -1,12 +1,12 @@
-"""VQA accuracy: how many of ten people gave the same answer.
+"""VQA accuracy: agreement with the answers of ten annotators.
 
-Each of the ten is left out once; among the nine others an answer scores min(1, matches / 3), and
-the mean of the ten is its score. Both sides are normalised first. This is the rule of Antol et al.
-(2015) as visualqa.org's evaluation code has it; VQAv2, OK-VQA, VizWiz and TextVQA use it.
+Each annotator is left out in turn; a response scores min(1, matches / 3) against the other nine,
+and its score is the mean over the ten. Responses and answers are normalized first. This is the rule
+of Antol et al. (2015) in the code of visualqa.org; VQAv2, OK-VQA, VizWiz and TextVQA use it.
 
-The code comes in editions. In one, nothing is normalised where all ten people agree, so that
-"Yes" then misses their "yes"; here both sides always are. TextVQA's has a step before the others
-(see `normalise_textvqa`), which lmms-eval also uses for OK-VQA and VizWiz.
+There are several versions of that code. One does not normalize if all ten annotators agree, so that
+"Yes" does not match their "yes"; here both sides are always normalized. The version of TextVQA has
+an additional first step (`normalize_textvqa`), which lmms-eval also uses for OK-VQA and VizWiz.
 """
 
 import re
@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from owl2.eval.metrics import Metric, Scores, mean
-from owl2.eval.samples import Answer
+from owl2.eval.samples import Response
 
-_SIGNS = ';/[]"{}()=+\\_-><@`,?!'
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,+\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = ("a", "an", "the")
@@ -34,56 +34,62 @@ _CONTRACTIONS = """
 """
 
 
-def _respelled() -> dict[str, str]:
-    """What a word becomes: each contraction is also known with any one apostrophe left out."""
+def _replacements() -> dict[str, str]:
+    """Numbers as digits, and contractions without one of their apostrophes."""
     table = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
-    for right in _CONTRACTIONS.split():
-        for place, sign in enumerate(right):
-            if sign == "'":
-                table[right[:place] + right[place + 1 :]] = right
-    return table | {"somebody'd": "somebodyd"}  # the wrong way round in the official table, too
+    for word in _CONTRACTIONS.split():
+        for index, char in enumerate(word):
+            if char == "'":
+                table[word[:index] + word[index + 1 :]] = word
+    return table | {"somebody'd": "somebodyd"}  # reversed in the official table as well
 
 
-_RESPELLED = _respelled()
+_REPLACEMENTS = _replacements()
 
 
-@lru_cache(maxsize=1 << 16)  # people's answers repeat
-def normalise(answer: str) -> str:
-    """Lower case, no articles, no punctuation but in numbers, digits for numbers up to ten."""
+@lru_cache(maxsize=1 << 16)  # answers repeat
+def normalize(answer: str) -> str:
+    """Lower case, digits for numbers up to ten, no articles, punctuation only in numbers."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     words = text
-    for sign in _SIGNS:
-        # Beside a space it goes; between two words it becomes one, if there is no "10,000".
-        is_edge = f"{sign} " in text or f" {sign}" in text or _COMMA_IN_NUMBER.search(text)
-        words = words.replace(sign, "" if is_edge else " ")
+    for char in _PUNCTUATION:
+        # Removed next to a space; a space between two words, unless there is a number like 10,000.
+        is_edge = f"{char} " in text or f" {char}" in text or _COMMA_IN_NUMBER.search(text)
+        words = words.replace(char, "" if is_edge else " ")
     kept = [word for word in _PERIOD.sub("", words).lower().split() if word not in _ARTICLES]
-    return " ".join(_RESPELLED.get(word, word) for word in kept)
+    return " ".join(_REPLACEMENTS.get(word, word) for word in kept)
 
 
 @lru_cache(maxsize=1 << 16)
-def normalise_textvqa(answer: str) -> str:
-    """As `normalise`, but first commas and question marks go, and "'s" becomes a word."""
-    return normalise(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
+def normalize_textvqa(answer: str) -> str:
+    """As `normalize`, after removing commas and question marks and separating "'s"."""
+    return normalize(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
-def accuracy(said: str, answers: Sequence[str], normal: Callable[[str], str] = normalise) -> float:
-    """The score of an answer, 0 … 1, among those of people: of one at least.
+def vqa_accuracy(
+    response: str, answers: Sequence[str], normalizer: Callable[[str], str] = normalize
+) -> float:
+    """The score of a response, from 0 to 1, against one or more answers.
 
-    Of fewer than four people nothing scores 1; of one, nothing more than 0.
+    With fewer than four answers no response scores 1; with one answer all score 0.
     """
     count = len(answers)
-    same = sum(normal(answer) == normal(said) for answer in answers)
-    # `same` times one of those is left out that said so, else another one.
-    return (same * min(1, (same - 1) / 3) + (count - same) * min(1, same / 3)) / count
+    matches = sum(normalizer(answer) == normalizer(response) for answer in answers)
+    # In `matches` of the `count` cases the annotator who is left out gave the same answer.
+    without_one = matches * min(1, (matches - 1) / 3)
+    return (without_one + (count - matches) * min(1, matches / 3)) / count
 
 
-def _metric(name: str, normal: Callable[[str], str]) -> Metric:
-    def score(answers: Sequence[Answer]) -> Scores:
-        each = [accuracy(answer.text, answer.question.expected, normal) for answer in answers]
-        return Scores({"accuracy": mean(each)}, list(each))
+def _metric(name: str, normalizer: Callable[[str], str]) -> Metric:
+    def score(responses: Sequence[Response]) -> Scores:
+        scores = [
+            vqa_accuracy(response.text, response.sample.expected, normalizer)
+            for response in responses
+        ]
+        return Scores({"accuracy": mean(scores)}, [*scores])
 
     return Metric(name, "1", "accuracy", score)
 
 
-VQA = _metric("vqa_accuracy", normalise)
-TEXTVQA = _metric("textvqa_accuracy", normalise_textvqa)
+VQA = _metric("vqa_accuracy", normalize)
+TEXTVQA = _metric("textvqa_accuracy", normalize_textvqa)

@@ -1,175 +1,262 @@
-"""Benchmarks in the format in which they are published → questions. A module a family.
+"""Readers: published files of a benchmark → samples. One module per family of benchmarks.
 
-A reader is a function of a `Source`. It yields Questions, and a Broken for a row that cannot be
-asked; for a file that is missing it raises `MissingData`. It opens no image.
+A reader is a function of an `EvalData`. It yields an `EvalSample` for each row, and an
+`InvalidEvalSample` for a row that the model cannot be asked. A missing file raises an `InputError`
+with the code FILE_NOT_FOUND. Readers open no images.
 """
 
+import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from owl2.errors import InputError
-from owl2.eval.samples import Broken, Question
+from owl2.errors import ErrorCode, InputError
+from owl2.eval.samples import EvalSample, InvalidEvalSample
 from owl2.json_records import JsonRecord, as_record
 
-
-class MissingData(InputError):
-    """A benchmark's file that is not there, or a package that is needed to read it."""
+# Errors of one row in a file of the right format.
+ROW_ERRORS = (ErrorCode.INVALID_VALUE, ErrorCode.MISSING_IMAGE)
+# Errors that all rows would have.
+DATASET_ERRORS = (ErrorCode.FILE_NOT_FOUND, ErrorCode.MISSING_DEPENDENCY)
+MAX_CSV_FIELD = 2**30  # characters; the default of csv is less than an image
 
 
 @dataclass
-class Source:
-    """Where a benchmark's files are, and how it is to be asked.
+class EvalData:
+    """The files of a benchmark on this machine, and the prompt.
 
     Attributes:
-        folders: to look into, in this order: the benchmark's own, then the one that several share
-            (COCO's images).
-        prompt: with ``{question}`` in it; readers of captions take it as it is.
-        options: the recipe's, such as a split.
-        advice: where to get it, and under which licence, for `MissingData`.
-        read: files that the reader has used, for the data's fingerprint.
+        directories: Searched in this order: that of the benchmark, and the one that several
+            benchmarks share (the images of COCO).
+        prompt: Contains ``{question}``.
+        options: The `dataset_kwargs` of the task.
+        advice: Where to get the files, for error messages.
+        files: Files that were read, for the fingerprint of the data.
     """
 
-    folders: tuple[Path, ...]
+    directories: tuple[Path, ...]
     prompt: str
     options: dict[str, Any] = field(default_factory=dict)
     advice: str = ""
-    read: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
 
     def file(self, *names: str) -> Path:
-        """The first of these names (relative, ``*`` allowed) that is a file.
+        """The first of these relative names (``*`` allowed) that is a file.
 
         Raises:
-            MissingData: none is; says which, and where to get it.
+            InputError: None exists (FILE_NOT_FOUND).
         """
-        if not self.folders:
-            raise MissingData(
-                f"{names[0]} is needed: give --data DIR, the folder that it is in. {self.advice}"
+        if not self.directories:
+            raise InputError(
+                f"{names[0]} is required: give its directory as --data. {self.advice}",
+                ErrorCode.FILE_NOT_FOUND,
             )
-        for folder in self.folders:
+        for directory in self.directories:
             for name in names:
-                for path in sorted(folder.glob(name)):
+                for path in sorted(directory.glob(name)):
                     if path.is_file():
-                        if path not in self.read:
-                            self.read.append(path)
+                        if path not in self.files:
+                            self.files.append(path)
                         return path
-        raise MissingData(
-            f"{self.folders[0] / names[0]} is not there"
-            f"{'' if len(names) == 1 else ' (nor ' + ', '.join(names[1:]) + ')'}. {self.advice}"
+        alternatives = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+        raise InputError(
+            f"{self.directories[0] / names[0]}{alternatives} does not exist. {self.advice}",
+            ErrorCode.FILE_NOT_FOUND,
         )
 
-    def name(self, path: Path) -> str:
-        """Of a file that was read: from the folder on in which it was found, as many benchmarks
-        have files of the same name."""
-        for folder in self.folders:
-            if path.is_relative_to(folder):
-                return path.relative_to(folder).as_posix()
+    def siblings(self, *patterns: str) -> list[Path]:
+        """All files of the first pattern that matches, in one directory, sorted by name."""
+        first = self.file(*patterns)
+        names = (Path(pattern).name for pattern in patterns)
+        pattern = next(name for name in names if first in first.parent.glob(name))
+        paths = sorted(first.parent.glob(pattern))
+        self.files += [path for path in paths if path not in self.files]
+        return paths
+
+    def relative_name(self, path: Path) -> str:
+        """The name of a file relative to the directory that contains it."""
+        for directory in self.directories:
+            if path.is_relative_to(directory):
+                return path.relative_to(directory).as_posix()
         return path.name
 
-    def image(self, *names: str) -> Path | None:
-        """The first of these names that is there; None: no such image."""
-        for folder in self.folders:
-            for name in names:
-                if (folder / name).exists():
-                    return folder / name
-        return None
+    def find(self, *names: str) -> Path | None:
+        """The first of these relative names that exists."""
+        paths = (directory / name for directory in self.directories for name in names)
+        return next((path for path in paths if path.exists()), None)
+
+    def image(self, *names: str) -> Path:
+        """The first of these relative names that exists.
+
+        Raises:
+            InputError: None exists (MISSING_IMAGE).
+        """
+        path = self.find(*names)
+        if path is None:
+            raise InputError(f"The image {names[0]} does not exist.", ErrorCode.MISSING_IMAGE)
+        return path
 
     def ask(self, question: str) -> str:
-        """The question in the prompt's words."""
+        """The question in the prompt."""
         return self.prompt.replace("{question}", question)
 
+    def sample(
+        self,
+        identifier: str,
+        question: str,
+        images: Iterable[Path],
+        expected: Sequence[str],
+        category: str = "",
+        metadata: Mapping[str, Any] | None = None,
+        text: str | None = None,
+    ) -> EvalSample:
+        """A sample with images before the text, without a separator (Specification §1.5).
 
-Reader = Callable[[Source], Iterable[Question | Broken]]
+        Args:
+            text: Replaces `question` in the prompt.
+        """
+        messages = image_message(images, self.ask(question if text is None else text))
+        expected = tuple(expected)
+        return EvalSample(identifier, question, messages, expected, category, metadata or {})
+
+
+Reader = Callable[[EvalData], Iterable[EvalSample | InvalidEvalSample]]
 
 
 def find_reader(path: str) -> Reader:
-    """The reader that a recipe names: ``MODULE.FUNCTION`` in this package, such as "vqa.vqav2"."""
+    """The reader with a name of the form ``MODULE.FUNCTION`` in this package: "vqa.vqav2"."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(f"{__name__}.{module}"), name)
 
 
-def each(
-    rows: Iterable[JsonRecord | Broken], make: Callable[[int, JsonRecord], Question | Broken]
-) -> Iterator[Question | Broken]:
-    """A question a row; a row that is not as published is broken, and the others go on.
+def image_message(images: Iterable[Any], text: str) -> list[dict[str, Any]]:
+    """A user message with images (paths, or what `load_image` takes) before the text."""
+    parts = [
+        {"type": "image", "path": str(image)}
+        if isinstance(image, Path)
+        else {"type": "image", "image": image}
+        for image in images
+    ]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def read_each(
+    rows: Iterable[JsonRecord | InvalidEvalSample],
+    identify: Callable[[int, JsonRecord], str],
+    make: Callable[[str, JsonRecord], EvalSample],
+) -> Iterator[EvalSample | InvalidEvalSample]:
+    """One sample per row; a row with an error becomes an `InvalidEvalSample`.
 
     Args:
-        make: of a row's number, from 1, and the row; what it raises tells what is wrong with it.
+        identify: The id of a row, by its number (from 1) and the row.
+        make: The sample, by its id and the row.
 
     Raises:
-        MissingData: what `make` raises of that kind.
-        InputError: not one of the rows is as published: it is another file.
+        InputError: One of `DATASET_ERRORS`; or no row has the published format, which means that
+            this is another file.
     """
     first: InputError | None = None
-    some = False
+    is_published_format = False
     for number, row in enumerate(rows, start=1):
+        identifier = row.id if isinstance(row, InvalidEvalSample) else row.where.split(", ")[-1]
         try:
-            if isinstance(row, Broken):
-                raise InputError(row.reason)
-            made = make(number, row)
-        except MissingData:
-            raise
+            if isinstance(row, InvalidEvalSample):
+                raise InputError(row.reason, ErrorCode.INVALID_FORMAT)
+            identifier = identify(number, row)
+            sample = make(identifier, row)
         except InputError as error:
+            if error.code in DATASET_ERRORS:
+                raise
+            is_published_format |= error.code in ROW_ERRORS
             first = first or error
-            place = row.id if isinstance(row, Broken) else row.where.rpartition(", ")[2]
-            yield Broken(place, str(error))
+            yield InvalidEvalSample(identifier, str(error))
         else:
-            some = True
-            yield made
-    if first is not None and not some:
+            is_published_format = True
+            yield sample
+    if first is not None and not is_published_format:
         raise first
 
 
-def lines(path: Path) -> Iterator[JsonRecord | Broken]:
-    """The objects of a file with one a line; a line that is none is broken.
+def invalid_value(reason: str) -> InputError:
+    """The error for a value of one row that makes it unusable."""
+    return InputError(reason, ErrorCode.INVALID_VALUE)
+
+
+def read_jsonl(path: Path) -> Iterator[JsonRecord | InvalidEvalSample]:
+    """The objects of a JSONL file; a line that is not an object is invalid.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: The file cannot be read.
     """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _row(line, path, f"line {number}")
+                    yield _parse_line(line, path, f"line {number}")
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}.", ErrorCode.UNREADABLE_FILE
+        ) from error
 
 
-def _row(line: bytes, path: Path, place: str) -> JsonRecord | Broken:
+def _parse_line(line: bytes, path: Path, place: str) -> JsonRecord | InvalidEvalSample:
     where = f"{path}, {place}"
     try:
         return as_record(json.loads(line.decode("utf-8-sig")), where)
     except InputError as error:
-        return Broken(place, str(error))
+        return InvalidEvalSample(place, str(error))
     except (ValueError, RecursionError) as error:
-        return Broken(place, f"{where}: not JSON: {error}")
+        return InvalidEvalSample(place, f"{where}: not JSON: {error}")
 
 
-def sorted_out(items: Iterable[Question | Broken]) -> tuple[list[Question], list[Broken]]:
-    """Questions and what is broken; ids that come twice are broken, too."""
-    questions: list[Question] = []
-    broken: list[Broken] = []
-    ids: set[str] = set()
+def read_text(path: Path) -> str:
+    """The text of a file. Raises `InputError` if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}.", ErrorCode.UNREADABLE_FILE) from error
+
+
+def read_csv(
+    path: Path, columns: Sequence[str], delimiter: str = ",", has_header: bool = True
+) -> Iterator[dict[str, str]]:
+    """The rows of a CSV or TSV file by column; a missing cell is "".
+
+    Args:
+        columns: Required columns of the header, or all columns of a file without a header.
+
+    Raises:
+        InputError: The file cannot be read, or a column is missing.
+    """
+    csv.field_size_limit(MAX_CSV_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header = None if has_header else columns
+            reader = csv.DictReader(file, header, delimiter=delimiter, restval="")
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            if missing:
+                raise InputError(
+                    f"{path} has no column {', '.join(missing)}.", ErrorCode.INVALID_FORMAT
+                )
+            yield from reader
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {error}", ErrorCode.UNREADABLE_FILE) from error
+
+
+def split_invalid(
+    items: Iterable[EvalSample | InvalidEvalSample],
+) -> tuple[list[EvalSample], list[InvalidEvalSample]]:
+    """Valid and invalid samples; a sample with the id of an earlier one is invalid."""
+    samples: dict[str, EvalSample] = {}
+    invalid: list[InvalidEvalSample] = []
     for item in items:
-        if isinstance(item, Broken):
-            broken.append(item)
-        elif item.id in ids:
-            broken.append(Broken(item.id, "an earlier question has the same id"))
+        if isinstance(item, InvalidEvalSample):
+            invalid.append(item)
+        elif item.id in samples:
+            invalid.append(InvalidEvalSample(item.id, "An earlier sample has the same id."))
         else:
-            ids.add(item.id)
-            questions.append(item)
-    return questions, broken
-
-
-def with_image(path: Path, words: str) -> list[dict[str, Any]]:
-    """A user's turn: the image, then the words, nothing between (SPEC 1.5)."""
-    return with_images([path], words)
-
-
-def with_images(paths: Iterable[Path], words: str) -> list[dict[str, Any]]:
-    """A user's turn with several images or frames in order."""
-    parts: Iterator[dict[str, Any]] = ({"type": "image", "path": str(path)} for path in paths)
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": words}]}]
+            samples[item.id] = item
+    return list(samples.values()), invalid

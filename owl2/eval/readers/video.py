@@ -1,134 +1,109 @@
-"""Questions on videos: MSRVTT-QA, MSVD-QA (Xu et al., 2017) and TGIF-QA's FrameQA (1704.04497).
+"""Questions about videos: MSRVTT-QA, MSVD-QA (Xu et al., 2017) and FrameQA of TGIF-QA (1704.04497).
 
-A video is a file as published, or a folder with its frames of the same name without ending, in the
-same place or in ``frames/``. Folders come first, as they need no decoder.
+A video is a published file, or a folder with its frames that has the same name without extension,
+in the same directory or in ``frames/``. Folders are preferred, as they need no decoder.
 """
 
-import csv
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from owl2.errors import InputError
-from owl2.eval.readers import Source, each
-from owl2.eval.samples import Broken, Question
-from owl2.eval.video import Segment, frames_of
+from owl2.errors import ErrorCode, InputError
+from owl2.eval.readers import EvalData, image_message, read_csv, read_each, read_text
+from owl2.eval.samples import EvalSample, InvalidEvalSample
+from owl2.eval.video import Segment, sample_frames
 from owl2.json_records import JsonRecord, json_rows
 
-ASKED_BY = ("what", "who", "how", "when", "where")  # the kinds of MSRVTT-QA and MSVD-QA
-TGIF_KINDS = {"0": "object", "1": "number", "2": "colour", "3": "location"}
+QUESTION_WORDS = ("what", "who", "how", "when", "where")  # the categories of the first two
+TGIF_CATEGORIES = {"0": "object", "1": "number", "2": "color", "3": "location"}
 TGIF_COLUMNS = ("gif_name", "question", "answer", "type")
 
 
-def msrvtt_qa(source: Source) -> Iterator[Question | Broken]:
-    """Ids are the published ones; kinds are the questions' first words. Option `frames`: how many.
+def msrvtt_qa(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
+    """Ids are the published ones; categories are the first words of the questions.
+
+    Option `frames`: the number of frames per video.
 
     Raises:
-        MissingData: no test_qa.json.
-        InputError: it is not as published; a video cannot be decoded here at all.
+        InputError: `test_qa.json` is missing or has another format; a package for videos is
+            missing.
     """
-
-    def make(_: int, row: JsonRecord) -> Question | Broken:
-        name = f"video{row.integer('video_id')}"
-        video = _find(source, "TestVideo", name, ".mp4")
-        identity, words = str(row.integer("id")), row.text("question")
-        return _question(source, identity, words, row.text("answer"), video, name)
-
-    return each(json_rows(source.file("test_qa.json")), make)
+    return _xu(data, lambda number: _names("TestVideo", f"video{number}", ".mp4"))
 
 
-def msvd_qa(source: Source) -> Iterator[Question | Broken]:
-    """As `msrvtt_qa`; ``youtube_mapping.txt`` says which file a video's number means."""
-    clips = _clips(source.file("youtube_mapping.txt"))
+def msvd_qa(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
+    """As `msrvtt_qa`; ``youtube_mapping.txt`` contains the file name of each video id."""
+    path = data.file("youtube_mapping.txt")
+    clips = {}  # vid1 → -4wsuPCjDBc_5_15
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        cells = line.split()
+        if cells and len(cells) != 2:
+            raise InputError(
+                f"{path}, line {number}: {line!r:.80} is not a file name and an id.",
+                ErrorCode.INVALID_FORMAT,
+            )
+        if cells:
+            clips[cells[1]] = cells[0]
 
-    def make(_: int, row: JsonRecord) -> Question | Broken:
-        name = f"vid{row.integer('video_id')}"
-        video = _find(source, "YouTubeClips", name, ".avi")
-        if video is None and name in clips:
-            video = _find(source, "YouTubeClips", clips[name], ".avi")
-        identity, words = str(row.integer("id")), row.text("question")
-        missing = clips.get(name, name)
-        return _question(source, identity, words, row.text("answer"), video, missing)
+    def names(number: int) -> tuple[str, ...]:
+        name = f"vid{number}"
+        published = (clips[name],) if name in clips else ()
+        return tuple(
+            path for own in (*published, name) for path in _names("YouTubeClips", own, ".avi")
+        )
 
-    return each(json_rows(source.file("test_qa.json")), make)
-
-
-def tgif_qa(source: Source) -> Iterator[Question | Broken]:
-    """Ids count the rows from 1; kinds are what is asked for. Otherwise as `msrvtt_qa`."""
-    path = source.file("Test_frameqa_question.csv")
-    for number, row in enumerate(_tabbed(path), start=1):
-        name = row["gif_name"].strip()
-        video = _find(source, "gifs", name, ".gif")
-        kind = TGIF_KINDS.get(row["type"].strip(), row["type"].strip())
-        words, answer = row["question"].strip(), row["answer"].strip()
-        yield _question(source, f"tgif_qa#{number}", words, answer, video, name, kind)
+    return _xu(data, names)
 
 
-def with_video(
-    video: Path | None, frames: int, words: str, segment: Segment | None = None
-) -> list[dict[str, Any]] | None:
-    """A user's turn: so many frames of the video, then the words; None where there are no frames.
+def tgif_qa(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
+    """Ids are the numbers of the rows; categories are the types. Otherwise as `msrvtt_qa`."""
+
+    def make(identifier: str, row: JsonRecord) -> EvalSample:
+        names = _names("gifs", row.text("gif_name"), ".gif")
+        kind = row.text("type")
+        return _sample(data, identifier, row, names, TGIF_CATEGORIES.get(kind, kind))
+
+    path = data.file("Test_frameqa_question.csv")
+    cells = read_csv(path, TGIF_COLUMNS, delimiter="\t")
+    rows = (JsonRecord(row, f"{path}, row {number}") for number, row in enumerate(cells, start=1))
+    return read_each(rows, lambda number, _: f"tgif_qa#{number}", make)
+
+
+def video_images(
+    data: EvalData, names: tuple[str, ...], segment: Segment | None = None
+) -> list[Any]:
+    """The frames of the first of these files or folders that exists; option `frames`.
 
     Raises:
-        InputError: see `frames_of`.
+        InputError: None exists or it has no frames (MISSING_IMAGE); see `sample_frames`.
     """
-    found = [] if video is None else frames_of(video, frames, segment)
-    if not found:
-        return None
-    parts: list[dict[str, Any]] = [
-        {"type": "image", "path": str(frame)}
-        if isinstance(frame, Path)
-        else {"type": "image", "image": frame}
-        for frame in found
-    ]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": words}]}]
+    video = data.find(*names)
+    frames = [] if video is None else sample_frames(video, data.options["frames"], segment)
+    if not frames:
+        raise InputError(f"The video {names[-1]} does not exist.", ErrorCode.MISSING_IMAGE)
+    return [*frames]
 
 
-def _find(source: Source, place: str, name: str, suffix: str) -> Path | None:
-    return source.image(f"frames/{name}", f"{place}/{name}", f"{place}/{name}{suffix}")
+def _names(folder: str, name: str, suffix: str) -> tuple[str, ...]:
+    return f"frames/{name}", f"{folder}/{name}", f"{folder}/{name}{suffix}"
 
 
-def _question(
-    source: Source,
-    identity: str,
-    words: str,
-    answer: str,
-    video: Path | None,
-    name: str,
-    kind: str | None = None,
-) -> Question | Broken:
-    messages = with_video(video, source.options["frames"], source.ask(words))
-    if messages is None:
-        return Broken(identity, f"the video {name} is not there, nor a folder with its frames")
-    if kind is None:
-        first = words.split(maxsplit=1)[0].lower() if words else ""
-        kind = first if first in ASKED_BY else "other"
-    return Question(identity, words, messages, (answer,), kind)
+def _xu(
+    data: EvalData, names: Callable[[int], tuple[str, ...]]
+) -> Iterator[EvalSample | InvalidEvalSample]:
+    """The format of MSRVTT-QA and MSVD-QA."""
+
+    def make(identifier: str, row: JsonRecord) -> EvalSample:
+        first = row.text("question").partition(" ")[0].lower()
+        category = first if first in QUESTION_WORDS else "other"
+        return _sample(data, identifier, row, names(row.integer("video_id")), category)
+
+    rows = json_rows(data.file("test_qa.json"))
+    return read_each(rows, lambda _, row: str(row.integer("id")), make)
 
 
-def _clips(path: Path) -> dict[str, str]:
-    """The names of MSVD's files by the names that the questions use: vid1 → -4wsuPCjDBc_5_15."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    clips = {}
-    for number, line in enumerate(lines, start=1):
-        words = line.split()
-        if words and len(words) != 2:
-            raise InputError(f"{path}, line {number}: {line!r:.80} is not a file and its number.")
-        if words:
-            clips[words[1]] = words[0]
-    return clips
-
-
-def _tabbed(path: Path) -> Iterator[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", restval="")
-            missing = [name for name in TGIF_COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise InputError(f"{path} has no column {', '.join(missing)} (tabs between them).")
-            yield from reader
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+def _sample(
+    data: EvalData, identifier: str, row: JsonRecord, names: tuple[str, ...], category: str
+) -> EvalSample:
+    question, answer = row.text("question"), row.text("answer")
+    messages = image_message(video_images(data, names), data.ask(question))
+    return EvalSample(identifier, question, messages, (answer,), category)

@@ -1,156 +1,149 @@
 """Questions with short answers: VQAv2, OK-VQA, GQA, VizWiz and TextVQA.
 
-All but GQA have the answers of ten people each.
+All but GQA have the answers of ten annotators.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from owl2.data.datasets.coco import coco_image
-from owl2.errors import InputError
-from owl2.eval.readers import Source, each, with_image
-from owl2.eval.samples import Broken, Question
-from owl2.json_records import (
-    JsonRecord,
-    json_entries,
-    json_object,
-    json_rows,
-    require_split,
-)
+from owl2.errors import ErrorCode, InputError
+from owl2.eval.readers import EvalData, invalid_value, read_each
+from owl2.eval.samples import EvalSample, InvalidEvalSample
+from owl2.json_records import JsonRecord, json_entries, json_object, json_rows, require_split
 
 COCO = "val2014"
 
 
-def vqav2(source: Source) -> Iterator[Question | Broken]:
-    """214,354 questions about COCO's val2014; the kind is yes/no, number or other.
+def vqav2(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
+    """214,354 questions about val2014 of COCO; categories are yes/no, number and other.
 
     Raises:
-        MissingData: the file of questions or that of annotations is not there.
-        InputError: one is not as published, or the two do not belong together.
+        InputError: A file is missing, has another format, or the two are of different splits.
     """
-    asked = source.file(f"v2_OpenEnded_mscoco_{COCO}_questions.json")
-    answered = source.file(f"v2_mscoco_{COCO}_annotations.json")
-    return _about_coco(source, asked, answered, "answer_type")
+    questions = data.file(f"v2_OpenEnded_mscoco_{COCO}_questions.json")
+    annotations = data.file(f"v2_mscoco_{COCO}_annotations.json")
+    return _about_coco(data, questions, annotations, "answer_type")
 
 
-def okvqa(source: Source) -> Iterator[Question | Broken]:
-    """5,046 questions about COCO's val2014; the kind is the field of knowledge.
+def okvqa(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
+    """5,046 questions about val2014 of COCO; categories are fields of knowledge.
 
-    The annotations of version 1.1: version 1.0 has stems of words ("poni tail").
+    It reads the annotations of version 1.1: those of 1.0 contain stems ("poni tail").
 
     Raises:
-        MissingData, InputError: as `vqav2`.
+        InputError: As `vqav2`.
     """
-    asked = source.file(f"OpenEnded_mscoco_{COCO}_questions.json")
-    answered = source.file(f"mscoco_{COCO}_annotations.json")
-    return _about_coco(source, asked, answered, "question_type")
+    questions = data.file(f"OpenEnded_mscoco_{COCO}_questions.json")
+    annotations = data.file(f"mscoco_{COCO}_annotations.json")
+    return _about_coco(data, questions, annotations, "question_type")
 
 
-def gqa(source: Source) -> Iterator[Question | Broken]:
-    """12,578 balanced questions of testdev, one right answer each; the kind is binary or open.
+def gqa(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
+    """12,578 balanced questions of testdev with one answer; categories are binary and open.
 
-    GQA calls a question open whose structure is a query, and all others binary.
+    GQA calls a question open if its structure is a query, and binary otherwise.
 
     Raises:
-        MissingData: no `testdev_balanced_questions.json`.
-        InputError: it is not as published.
+        InputError: `testdev_balanced_questions.json` is missing or has another format.
     """
-    rows = dict(json_entries(source.file("testdev_balanced_questions.json")))
-    numbers = list(rows)
+    entries = dict(json_entries(data.file("testdev_balanced_questions.json")))
+    identifiers = list(entries)
 
-    def make(number: int, row: JsonRecord) -> Question | Broken:
-        structure = as_text(row.value.get("types"), "structural")
-        kind = {"": "", "query": "open"}.get(structure, "binary")
+    def make(identifier: str, row: JsonRecord) -> EvalSample:
+        structure = text_or_empty(row.value.get("types"), "structural")
+        category = {"": "", "query": "open"}.get(structure, "binary")
         name = f"{row.text('imageId')}.jpg"
-        answers = [row.text("answer")]
-        return _question(source, row, numbers[number - 1], answers, kind, f"images/{name}", name)
+        images = (f"images/{name}", name)
+        return _sample(data, row, identifier, [row.text("answer")], category, images)
 
-    return each(rows.values(), make)
+    return read_each(entries.values(), lambda number, _: identifiers[number - 1], make)
 
 
-def vizwiz(source: Source) -> Iterator[Question | Broken]:
-    """4,319 questions of blind people about photographs of theirs (val); ids are the images.
+def vizwiz(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
+    """4,319 questions of blind people about their photos (val); ids are the images.
 
-    The kind is yes/no, number, other or unanswerable.
+    Categories are yes/no, number, other and unanswerable.
 
     Raises:
-        MissingData: no `val.json`.
-        InputError: it is not as published.
+        InputError: `val.json` is missing or has another format.
     """
 
-    def make(_: int, row: JsonRecord) -> Question | Broken:
-        name = row.text("image")
+    def make(name: str, row: JsonRecord) -> EvalSample:
         answers = [given.text("answer") for given in row.rows("answers")]
-        kind = as_text(row.value, "answer_type")
-        return _question(source, row, name, answers, kind, f"val/{name}", f"images/{name}", name)
+        images = (f"val/{name}", f"images/{name}", name)
+        return _sample(data, row, name, answers, text_or_empty(row.value, "answer_type"), images)
 
-    path = source.file("val.json", "Annotations/val.json", "annotations/val.json")
-    return each(json_rows(path), make)
+    path = data.file("val.json", "Annotations/val.json", "annotations/val.json")
+    return read_each(json_rows(path), lambda _, row: row.text("image"), make)
 
 
-def textvqa(source: Source) -> Iterator[Question | Broken]:
-    """5,000 questions about what is written in images (val); OCR's tokens are not shown.
+def textvqa(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
+    """5,000 questions about text in images (val); the tokens of the OCR system are not used.
 
     Raises:
-        MissingData: no `TextVQA_0.5.1_val.json`.
-        InputError: it is not as published.
+        InputError: `TextVQA_0.5.1_val.json` is missing or has another format.
     """
 
-    def make(_: int, row: JsonRecord) -> Question | Broken:
+    def make(identifier: str, row: JsonRecord) -> EvalSample:
         name = f"{row.text('image_id')}.jpg"
-        number = str(row.integer("question_id"))
         folders = ("train_images", "train_val_images/train_images", "images")
-        places = (*(f"{folder}/{name}" for folder in folders), name)
-        return _question(source, row, number, row.texts("answers"), "", *places)
+        images = [*(f"{folder}/{name}" for folder in folders), name]
+        return _sample(data, row, identifier, row.texts("answers"), "", images)
 
-    return each(json_object(source.file("TextVQA_0.5.1_val.json")).rows("data"), make)
+    rows = json_object(data.file("TextVQA_0.5.1_val.json")).rows("data")
+    return read_each(rows, lambda _, row: str(row.integer("question_id")), make)
 
 
-def as_text(value: object, key: str) -> str:
-    """The text under a key that not all copies have; "" if there is none."""
+def text_or_empty(value: object, key: str) -> str:
+    """The text under a key that some published copies lack; "" without it."""
     found = value.get(key) if isinstance(value, dict) else None
     return found if isinstance(found, str) else ""
 
 
 def _about_coco(
-    source: Source, asked: Path, answered: Path, kind: str
-) -> Iterator[Question | Broken]:
-    """The two files joined; `kind`: the annotations' key for it."""
-    annotations = json_object(answered)
-    require_split(annotations.value.get("data_subtype"), COCO, str(answered))
-    given = {
+    data: EvalData, questions: Path, annotations: Path, category_key: str
+) -> Iterator[EvalSample | InvalidEvalSample]:
+    """The join of the two files."""
+    annotated = json_object(annotations)
+    require_split(annotated.value.get("data_subtype"), COCO, str(annotations))
+    answers_of = {
         number: row
-        for row in annotations.rows("annotations")
+        for row in annotated.rows("annotations")
         if isinstance(number := row.value.get("question_id"), int)
     }
-    names = annotations.value.get("question_types")  # OK-VQA's: "one" and so on → a name
-    questions = json_object(asked)
-    require_split(questions.value.get("data_subtype"), COCO, str(asked))
+    names = annotated.value.get("question_types")  # OK-VQA: a code such as "one" → a name
+    asked = json_object(questions)
+    require_split(asked.value.get("data_subtype"), COCO, str(questions))
 
-    def make(_: int, row: JsonRecord) -> Question | Broken:
-        number = row.integer("question_id")
-        if number not in given:
+    def make(identifier: str, row: JsonRecord) -> EvalSample:
+        annotation = answers_of.get(int(identifier))
+        if annotation is None:
             raise InputError(
-                f"{row.where}: {answered.name} has no answer to question {number}; "
-                "the two files must be of the same split."
+                f"{row.where}: {annotations.name} has no answer to question {identifier}. The two "
+                "files must be of the same split.",
+                ErrorCode.INVALID_FORMAT,
             )
-        code = as_text(given[number].value, kind)
-        answers = [person.text("answer") for person in given[number].rows("answers")]
+        code = text_or_empty(annotation.value, category_key)
+        answers = [given.text("answer") for given in annotation.rows("answers")]
         path = coco_image(row.integer("image_id"), COCO)
-        places = (path, f"images/{path}", path.removeprefix(f"{COCO}/"))
-        return _question(source, row, str(number), answers, as_text(names, code) or code, *places)
+        images = (path, f"images/{path}", path.removeprefix(f"{COCO}/"))
+        category = text_or_empty(names, code) or code
+        return _sample(data, row, identifier, answers, category, images)
 
-    return each(questions.rows("questions"), make)
+    rows = asked.rows("questions")
+    return read_each(rows, lambda _, row: str(row.integer("question_id")), make)
 
 
-def _question(
-    source: Source, row: JsonRecord, number: str, answers: list[str], kind: str, *images: str
-) -> Question | Broken:
-    text = row.text("question")
-    expected = tuple(answers)
-    if not text or not any(expected):
-        return Broken(number, "there is no question" if not text else "nobody's answer is there")
-    image = source.image(*images)
-    if image is None:
-        return Broken(number, f"the image {images[0]} is not there")
-    return Question(number, text, with_image(image, source.ask(text)), expected, kind)
+def _sample(
+    data: EvalData,
+    row: JsonRecord,
+    identifier: str,
+    answers: Sequence[str],
+    category: str,
+    images: Sequence[str],
+) -> EvalSample:
+    question = row.text("question")
+    if not question or not any(answers):
+        raise invalid_value("The answers are empty." if question else "The question is empty.")
+    return data.sample(identifier, question, [data.image(*images)], answers, category)

@@ -1,0 +1,349 @@
+"""One task of an evaluation: its samples, responses and scores.
+
+::
+
+    samples ──without those in the cache──► shard of this process ──sorted by length──► batches
+    ──Engine.batch, or lm-eval──► texts ──► ShardedJsonl of all processes
+    ──in the order of the samples──► responses ──metric──► scores ──► entry of results.json
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from owl2.engine.engine import Engine
+from owl2.engine.error_isolation import batch_or_errors
+from owl2.errors import ErrorCode, InputError
+from owl2.eval.fingerprints import (
+    cache_key,
+    file_digest,
+    image_digest,
+    images_fingerprint,
+    samples_fingerprint,
+    versions,
+)
+from owl2.eval.image_refs import image_names
+from owl2.eval.metrics import SampleScore, Scores
+from owl2.eval.readers import EvalData
+from owl2.eval.samples import EvalSample, InvalidEvalSample, Response
+from owl2.eval.tasks import EvalTask
+from owl2.files import atomic_write_text
+from owl2.processing.chat_template import parse_messages
+from owl2.progress import ProgressReporter
+from owl2.sharded_jsonl import Record, ShardedJsonl, WorkerRank, to_json
+
+NO_IMAGE = "_no_image"  # suffix of the names of the baseline without images
+LM_EVAL_BATCHES = 8  # batches of lm-eval per call
+MAX_LISTED_INVALID = 20  # in results.json; a file next to the responses has all
+SEED = 0  # of torch; greedy decoding draws no random numbers
+
+
+@dataclass
+class TaskRun:
+    """A task during an evaluation.
+
+    Attributes:
+        name: That of the task; with `NO_IMAGE` for the baseline.
+        data: The files and the prompt.
+        samples: The samples to evaluate.
+        invalid: Samples that the model cannot be asked: found by the reader or by the engine.
+        baseline: The same task without images.
+        conditions: Everything that the responses depend on, except samples, weights and machine.
+        cache: The responses so far, of all processes.
+        responses: In the order of the samples.
+        seconds: Time for the responses, summed over processes and resumed runs.
+        scores: Those of all responses.
+        categories: The metrics of each category, if there are several.
+    """
+
+    name: str
+    task: EvalTask
+    data: EvalData
+    samples: list[EvalSample]
+    invalid: list[InvalidEvalSample]
+    baseline: "TaskRun | None" = None
+    conditions: dict[str, Any] = field(default_factory=dict)
+    cache: ShardedJsonl | None = None
+    responses: list[Response] = field(default_factory=list)
+    seconds: float = 0.0
+    scores: Scores | None = None
+    categories: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> "list[TaskRun]":
+        """This run, and its baseline if there is one."""
+        return [self] if self.baseline is None else [self, self.baseline]
+
+    @property
+    def generation_kwargs(self) -> dict[str, Any]:
+        """Greedy, so that a model gives the same responses whatever its generation config is."""
+        return {"do_sample": False, "max_new_tokens": self.task.config.max_new_tokens}
+
+    def add_baseline(self) -> None:
+        """Ask the same questions without images; text tasks have none."""
+        if self.task.config.engine == "owl2":
+            samples = [sample.without_images() for sample in self.samples]
+            self.baseline = TaskRun(f"{self.name}{NO_IMAGE}", self.task, self.data, samples, [])
+
+    # -------------------------------------------------------------- responses
+
+    def generate(
+        self, engine: Engine, cache: ShardedJsonl, batch_size: int, worker: WorkerRank, out: Console
+    ) -> None:
+        """Write the responses to the shard of this process into the cache.
+
+        The responses do not depend on `batch_size`, except for rounding errors.
+
+        Raises:
+            InputError: lm-eval is required and not installed; the disk is full.
+        """
+        self.cache = cache
+        keys = [cache_key(sample) for sample in self.samples]
+        shard = worker.shard(range(len(keys)))
+        pending = [index for index in shard if keys[index] not in cache]
+        generate = self._generate_by_engine if self._has_engine else self._generate_by_lm_eval
+        done = len(shard) - len(pending)
+        with ProgressReporter(out, self.name, len(shard), done, "questions") as progress:
+            start = time.perf_counter()
+            for records in generate(engine, pending, batch_size):
+                now = time.perf_counter()
+                for index, record in records.items():
+                    record |= {"key": keys[index], "id": self.samples[index].id}
+                    record["seconds"] = (now - start) / len(records)
+                cache.append(records.values())
+                progress.advance(len(records))
+                start = now
+
+    @property
+    def _has_engine(self) -> bool:
+        return self.task.config.engine == "owl2"
+
+    def _generate_by_engine(
+        self, engine: Engine, pending: Sequence[int], batch_size: int
+    ) -> Iterator[dict[int, Record]]:
+        """Records by the index of their sample, one batch at a time."""
+        prompts: dict[int, str] = {}
+        invalid: dict[int, Record] = {}
+        for index in pending:
+            try:
+                prompts[index] = render_prompt(engine, self.samples[index])
+            except InputError as error:
+                invalid[index] = {"invalid": str(error)}
+        if invalid:
+            yield invalid
+        # Similar lengths need little padding; the longest first, so that a lack of memory shows
+        # at the start.
+        order = sorted(prompts, key=lambda index: -len(prompts[index]))
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            conversations = [self.samples[index].messages for index in indices]
+            texts = batch_or_errors(engine, conversations, **self.generation_kwargs)
+            records: dict[int, Record] = {}
+            for index, text in zip(indices, texts, strict=True):
+                if isinstance(text, InputError):
+                    records[index] = {"invalid": str(text)}
+                else:
+                    images = parse_messages(self.samples[index].messages).images
+                    digests = [image_digest(image) for image in images]
+                    records[index] = {"prompt": prompts[index], "text": text, "images": digests}
+            yield records
+
+    def _generate_by_lm_eval(
+        self, engine: Engine, pending: Sequence[int], batch_size: int
+    ) -> Iterator[dict[int, Record]]:
+        from owl2.eval.adapters.text_tasks import run_lm_eval  # importing lm-eval takes seconds
+
+        size = batch_size * LM_EVAL_BATCHES
+        for start in range(0, len(pending), size):
+            indices = pending[start : start + size]
+            samples = [self.samples[index] for index in indices]
+            responses = run_lm_eval(self.task, self.data, samples, engine, batch_size)
+            yield {
+                index: {
+                    "prompt": response.prompt,
+                    "text": response.text,
+                    "images": [],
+                    "scores": response.sample.metadata["scores"],
+                }
+                for index, response in zip(indices, responses, strict=True)
+            }
+
+    def collect(self) -> None:
+        """Wait for the responses of all processes and read them.
+
+        Raises:
+            InputError: Another process died.
+        """
+        assert self.cache is not None
+        keys = [cache_key(sample) for sample in self.samples]
+        self.cache.wait(keys)
+        for sample, key in zip(self.samples, keys, strict=True):
+            record = self.cache.record(key)
+            self.seconds += record["seconds"]
+            if "invalid" in record:
+                self.invalid.append(InvalidEvalSample(sample.id, record["invalid"]))
+                continue
+            if "scores" in record:
+                sample = replace(sample, metadata={**sample.metadata, "scores": record["scores"]})
+            response = Response(sample, record["prompt"], record["text"], record["images"])
+            self.responses.append(response)
+
+    # -------------------------------------------------------------- scores
+
+    def score(self) -> None:
+        """Score all responses, and those of each category.
+
+        Raises:
+            InputError: There are no responses; a package of the metric is missing.
+        """
+        if not self.responses:
+            raise InputError(
+                f"None of the {len(self.samples)} samples is valid. The first error: "
+                f"{self.invalid[-len(self.samples)].reason}",
+                ErrorCode.EMPTY_DATASET,
+            )
+        self.scores = self.task.metric.score(self.responses)
+        by_category: dict[str, list[Response]] = {}
+        for response in self.responses:
+            by_category.setdefault(response.sample.category, []).append(response)
+        if len(by_category) > 1:
+            self.categories = {
+                category: self.task.metric.score(by_category[category]).metrics
+                for category in sorted(by_category)
+            }
+
+    @property
+    def scored(self) -> list[tuple[Response, SampleScore]]:
+        """Each response with its score; empty before `score`."""
+        scores = [] if self.scores is None else self.scores.per_sample
+        return list(zip(self.responses, scores, strict=False))
+
+    # -------------------------------------------------------------- output
+
+    def result(self, limit: int | None) -> dict[str, Any]:
+        """The entry of the task in ``results.json``."""
+        config, metric = self.task.config, self.task.metric
+        baseline = self.baseline if self.baseline and self.baseline.scores else None
+        entry: dict[str, Any] = {"metrics": {}, "n": len(self.responses)}
+        if self.categories:
+            names = [response.sample.category for response in self.responses]
+            entry["per_category"] = {name: {"n": names.count(name)} for name in self.categories}
+        for run, suffix in ((self, ""), *([(baseline, NO_IMAGE)] if baseline else [])):
+            assert run.scores is not None
+            entry["metrics"] |= with_suffix(run.scores.metrics, suffix)
+            for name in self.categories:
+                entry["per_category"][name] |= with_suffix(run.categories.get(name, {}), suffix)
+            entry[f"seconds{suffix}"] = run.seconds
+        return {
+            **entry,
+            "samples_per_second": len(self.responses) / self.seconds if self.seconds else None,
+            "limit": limit,
+            "title": config.title,
+            "suite": config.suite,
+            "main_metric": metric.main,
+            "paper": dict(config.paper),
+            "scale": config.scale,
+            "note": config.note,
+            "prompt": self.data.prompt,
+            "num_fewshot": config.num_fewshot,
+            "metric": metric.to_dict(),
+            "data": {
+                "files": {
+                    self.data.relative_name(path): file_digest(path) for path in self.data.files
+                },
+                "samples": samples_fingerprint(self.samples),
+                "images": images_fingerprint(self.responses),
+            },
+            "invalid": {
+                "n": len(self.invalid),
+                "first": [invalid_row(item) for item in self.invalid[:MAX_LISTED_INVALID]],
+            },
+            **self.conditions,
+        }
+
+    def write(self, directory: Path) -> None:
+        """Write ``NAME.jsonl``, ``NAME.invalid.jsonl`` and the baseline; remove older files."""
+        rows = [
+            response_row(response, score, image_names(response, directory))
+            for response, score in self.scored
+        ]
+        _write_jsonl(directory / f"{self.name}.jsonl", rows)
+        if self.name.endswith(NO_IMAGE):  # its invalid samples are those of the task
+            return
+        rows = [invalid_row(item) for item in self.invalid]
+        _write_jsonl(directory / f"{self.name}.invalid.jsonl", rows)
+        if self.baseline is None:
+            _write_jsonl(directory / f"{self.name}{NO_IMAGE}.jsonl", [])
+        else:
+            self.baseline.write(directory)
+
+
+def evaluation_conditions(engine: Engine, run: TaskRun) -> dict[str, Any]:
+    """The values for `TaskRun.conditions` with the current image policy of the engine."""
+    processor, model = engine.processor, engine.model
+    images = processor.image_processor
+    uses_lm_eval = run.task.config.engine == "lm-eval"
+    return {
+        "preprocessing": {
+            "size": images.size,
+            "policy": images.policy,
+            "mean": list(images.image_mean),
+            "std": list(images.image_std),
+            "tokens_per_image": processor.num_image_tokens,
+        },
+        "generation": {
+            "engine": run.task.config.engine,
+            **({} if uses_lm_eval else run.generation_kwargs),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attn_implementation": model.config._attn_implementation,
+            "mam": bool(model.config.use_mam),
+        },
+        "seeds": {"torch": SEED},
+        "versions": versions(),
+    }
+
+
+def render_prompt(engine: Engine, sample: EvalSample) -> str:
+    """The prompt of a sample, with ``<|image|>`` for each image.
+
+    Raises:
+        InputError: The messages are invalid.
+    """
+    return str(engine.processor.apply_chat_template(sample.messages, add_generation_prompt=True))
+
+
+def with_suffix(metrics: dict[str, float], suffix: str) -> dict[str, float]:
+    """Metrics under their names with a suffix, as Python floats."""
+    return {f"{name}{suffix}": float(value) for name, value in metrics.items()}
+
+
+def response_row(response: Response, score: SampleScore, images: list[str]) -> Record:
+    """A line of ``responses/NAME.jsonl``, which is enough to score or judge a response again."""
+    sample = response.sample
+    return {
+        "id": sample.id,
+        "question": sample.question,
+        "category": sample.category,
+        "images": images,
+        "prompt": response.prompt,
+        "expected": list(sample.expected),
+        "metadata": dict(sample.metadata),
+        "response": response.text,
+        "score": score,
+    }
+
+
+def invalid_row(item: InvalidEvalSample) -> Record:
+    """A line of ``responses/NAME.invalid.jsonl``."""
+    return {"id": item.id, "reason": item.reason}
+
+
+def _write_jsonl(path: Path, rows: Sequence[Record]) -> None:
+    if rows:
+        atomic_write_text(path, "".join(f"{to_json(row)}\n" for row in rows))
+    else:
+        path.unlink(missing_ok=True)
