@@ -1,4 +1,4 @@
-"""Commands of evaluation: eval, and its compare and judge."""
+"""`owl2 eval`, `owl2 eval compare` and `owl2 eval judge`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -6,141 +6,150 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 from rich.console import Console
 
-from owl2.errors import InputError
+from owl2.cli.options import Device, Dtype
+from owl2.errors import ErrorCode, InputError
 
 if TYPE_CHECKING:
-    from owl2.eval.evaluate import Judge
+    from owl2.eval.evaluate import JudgeConfig
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 
 Value = TypeVar("Value")
 JudgeUrl = Annotated[
     str | None,
-    typer.Option(help="An OpenAI-compatible endpoint that judges; its key: OPENAI_API_KEY."),
+    typer.Option(help="OpenAI-compatible endpoint of the judge; its key is OPENAI_API_KEY."),
 ]
-JudgeModel = Annotated[str | None, typer.Option(help="The judging model's name there.")]
+JudgeModel = Annotated[str | None, typer.Option(help="Model name of the judge.")]
 
 
 @app.callback()
 def evaluate_model(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="A checkpoint: directory or hub id.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint: a directory or a hub id.")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Names, and files of your own questions (.jsonl), separated by commas."),
+        typer.Option(help="Task names and files with custom questions (.jsonl), comma-separated."),
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option(help="captions, vqa, mllm, hallucination, text, video, or paper: all."),
+        typer.Option(help="captions, vqa, mllm, hallucination, text, video, or paper for all."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for results.json, the answers and the report.")
+        Path | None, typer.Option(help="Directory for results.json, responses and the report.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the benchmarks' own files, DIR/TASK/...")
+        Path | None, typer.Option(help="Directory with the published files, DIR/TASK/...")
     ] = None,
     list_: Annotated[
-        bool, typer.Option("--list", help="Only list the tasks, and whether their data is there.")
+        bool, typer.Option("--list", help="List all tasks and whether their data exists.")
     ] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Only estimate the time, from tokens and a trial.")
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only estimate the time, from tokens and a trial.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 128,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many questions of each task.")
+        int | None, typer.Option(min=1, help="Evaluate only the first samples of each task.")
     ] = None,
-    blind: Annotated[bool, typer.Option(help="Ask the same without the image, too.")] = False,
+    no_image_baseline: Annotated[
+        bool,
+        typer.Option("--no-image-baseline", help="Also ask the same questions without images."),
+    ] = False,
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="Words with {question} in them, or 'short' for the question alone; what the model "
-            "was trained with. Default: the task's own."
+            help="Replaces the prompts of the tasks: text with {question}, or 'short' for the "
+            "question alone."
         ),
     ] = None,
     mam: Annotated[
-        bool, typer.Option(help="Off: the text weights for images, too (the paper's ablation).")
+        bool, typer.Option(help="Use modality-adaptive weights, or the text weights for images.")
     ] = True,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels, instead of the checkpoint's.")
+        int | None, typer.Option(min=1, help="Pixels; replaces that of the checkpoint.")
     ] = None,
     image_policy: Annotated[
         Literal["resize", "pad"] | None,
-        typer.Option(help="resize or pad, instead of the task's or the checkpoint's."),
+        typer.Option(help="Replaces that of the task and of the checkpoint."),
     ] = None,
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Ask a model the questions of tasks, score the answers and write a report.
+    """Evaluate a model on benchmarks and write a report.
 
-    Started again after it was stopped, it goes on where it was.
+    The same command resumes after an interruption. Several processes share the work when started
+    with torchrun or srun (RANK, WORLD_SIZE).
     """
     if context.invoked_subcommand is not None:
         return
     if list_:
-        from owl2.eval.listing import show_tasks
+        from owl2.eval.listing import print_tasks
 
-        show_tasks(data, Console())
+        print_tasks(data, Console())
         return
-    from owl2.eval.estimate import show_plan
-    from owl2.eval.evaluate import Settings, evaluate
-    from owl2.eval.model_args import Subject
+    from owl2.eval.estimate import estimate as print_estimate
+    from owl2.eval.evaluate import EvalConfig, evaluate
+    from owl2.eval.model_args import EvalModelArgs
 
-    settings = Settings(
-        subject=Subject(_given(model, "--model"), device, dtype, mam, image_size, image_policy),
-        output=Path() if plan else _given(output, "--output"),
+    config = EvalConfig(
+        model_args=EvalModelArgs(
+            model=_require(model, "--model"),
+            device=device,
+            dtype=dtype,
+            mam=mam,
+            image_size=image_size,
+            image_policy=image_policy,
+        ),
+        output=Path() if estimate else _require(output, "--output"),
         tasks=tasks,
         suite=suite,
         data=data,
         batch_size=batch_size,
         limit=limit,
-        blind=blind,
+        no_image_baseline=no_image_baseline,
         prompt=prompt,
-        judge=_judge(judge_url, judge_model),
+        judge=None if judge_url is judge_model is None else _judge(judge_url, judge_model),
     )
-    if plan:
-        show_plan(settings, Console())
+    if estimate:
+        print_estimate(config, Console())
     else:
-        evaluate(settings)
+        evaluate(config)
 
 
 @app.command("compare")
 def compare_runs(
-    first: Annotated[Path, typer.Argument(help="A folder that `owl2 eval` wrote.")],
-    second: Annotated[Path, typer.Argument(help="Another one, with tasks in common.")],
-    output: Annotated[
-        Path, typer.Option(help="The page with the questions on which they differ.")
+    first: Annotated[Path, typer.Argument(help="Output directory of `owl2 eval`.")],
+    second: Annotated[Path, typer.Argument(help="Another one with tasks in common.")],
+    output_file: Annotated[
+        Path, typer.Option(help="HTML page with the samples on which they differ.")
     ] = Path("compare.html"),
 ) -> None:
-    """Compare two evaluations: differences with intervals, and where they differ, as a page."""
+    """Compare two evaluations, with confidence intervals and the samples that differ."""
     from owl2.eval.compare import compare
 
-    compare(first, second, output, Console())
+    compare(first, second, output_file, Console())
 
 
 @app.command("judge")
-def judge_answers(
-    run: Annotated[Path, typer.Argument(help="A folder that `owl2 eval` wrote.")],
+def judge_responses(
+    run: Annotated[Path, typer.Argument(help="Output directory of `owl2 eval`.")],
     judge_url: JudgeUrl = None,
     judge_model: JudgeModel = None,
 ) -> None:
-    """Have the answers judged that need it: of MM-Vet and MMHal-Bench."""
-    from owl2.eval.evaluate import Judge, judge
+    """Score the responses to MM-Vet and MMHal-Bench with a judge model."""
+    from owl2.eval.evaluate import judge
 
-    url, name = _given(judge_url, "--judge-url"), _given(judge_model, "--judge-model")
-    judge(run, Judge(url, name), Console())
+    judge(run, _judge(judge_url, judge_model), Console())
 
 
-def _given(value: Value | None, option: str) -> Value:
+def _require(value: Value | None, option: str) -> Value:
     if value is None:
-        raise InputError(f"{option} is missing: see `owl2 eval --help`.")
+        raise InputError(f"{option} is required. See `owl2 eval --help`.", ErrorCode.MISSING_VALUE)
     return value
 
 
-def _judge(url: str | None, model: str | None) -> "Judge | None":
-    from owl2.eval.evaluate import Judge
+def _judge(url: str | None, model: str | None) -> "JudgeConfig":
+    from owl2.eval.evaluate import JudgeConfig
 
-    if url is None and model is None:
-        return None
-    return Judge(_given(url, "--judge-url"), _given(model, "--judge-model"))
+    return JudgeConfig(_require(url, "--judge-url"), _require(model, "--judge-model"))

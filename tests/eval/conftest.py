@@ -1,4 +1,4 @@
-"""What tests of evaluation share: an engine, and a task whose right answers are known."""
+"""Shared by the tests of evaluation: an engine, and a task whose correct answers are known."""
 
 import io
 import sys
@@ -10,11 +10,11 @@ from rich.console import Console
 
 from owl2.engine.engine import Engine
 from owl2.eval import listing, tasks
-from owl2.eval.samples import Question
-from owl2.eval.task_config import Data, Recipe, recipes
-from owl2.eval.tasks import Task
+from owl2.eval.samples import EvalSample
+from owl2.eval.task_config import DataFiles, TaskConfig, task_configs
+from owl2.eval.tasks import EvalTask
 
-COLOURS = ("red", "blue", "lime", "white", "black", "yellow")
+COLORS = ("red", "blue", "lime", "white", "black", "yellow")
 COUNT = 20
 LIMIT = {"max_new_tokens": 4, "do_sample": False}
 
@@ -27,53 +27,53 @@ def engine(tiny_checkpoint):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    for colour in COLOURS:
-        Image.new("RGB", (10, 12), colour).save(folder / f"{colour}.png")
+    for color in COLORS:
+        Image.new("RGB", (10, 12), color).save(folder / f"{color}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
 def questions(engine, images):
-    """Of different lengths. The odd ones expect what the model says, so half of it is right."""
-    made = []
+    """Samples of several lengths; the expected answers of the odd ones include the response."""
+    samples = []
     for number in range(COUNT):
-        # Neither sorted by length nor all different.
-        words = "is it a " + "very " * (number * 7 % 4) + f"{COLOURS[number % 5]} one?"
-        image = {"type": "image", "path": str(images / f"{COLOURS[number % 6]}.png")}
-        messages = [{"role": "user", "content": [image, {"type": "text", "text": words}]}]
-        said = engine.chat(messages, **LIMIT)
-        expected = ("neither", said) if number % 2 else (f"not {said}",)
-        kind = "first" if number < 5 else "later"
-        made.append(Question(f"made#{number}", words, messages, expected, kind))
-    return made
+        # Not sorted by length, and with repetitions.
+        text = "is it a " + "very " * (number * 7 % 4) + f"{COLORS[number % 5]} one?"
+        image = {"type": "image", "path": str(images / f"{COLORS[number % 6]}.png")}
+        messages = [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+        response = engine.chat(messages, **LIMIT)
+        expected = ("neither", response) if number % 2 else (f"not {response}",)
+        category = "first" if number < 5 else "later"
+        samples.append(EvalSample(f"tiny#{number}", text, messages, expected, category))
+    return samples
 
 
 @pytest.fixture
 def samples(questions):
-    """What the made task's reader yields; a test may change the list."""
+    """What the reader of the task `tiny` yields; a test may change the list."""
     return list(questions)
 
 
 @pytest.fixture
 def task(samples, monkeypatch):
-    """One more task, `made`, beside those that there are."""
-    recipe = Recipe(
-        title="Made",
+    """The task `tiny`, in addition to the existing ones."""
+    config = TaskConfig(
+        title="Tiny",
         suite=None,
-        reader="made.samples",
+        reader="tiny.samples",
         metric="exact.MATCH",
         max_new_tokens=4,
         scale=100,
-        data=Data(files=[], origin="here", licence="none"),
+        data=DataFiles(files=[], origin="here", license="none"),
     )
-    reader = SimpleNamespace(samples=lambda source: iter(samples))
-    monkeypatch.setitem(sys.modules, "owl2.eval.readers.made", reader)
+    reader = SimpleNamespace(samples=lambda data: iter(samples))
+    monkeypatch.setitem(sys.modules, "owl2.eval.readers.tiny", reader)
     for module in (tasks, listing):
-        monkeypatch.setattr(module, "recipes", lambda: {**recipes(), "made": recipe})
-    return Task.of("made", recipe)
+        monkeypatch.setattr(module, "task_configs", lambda: {**task_configs(), "tiny": config})
+    return EvalTask.from_config("tiny", config)
 
 
 @pytest.fixture
 def plain():
-    """A console that is no terminal, as a log file is none."""
+    """A console that is not a terminal, such as a log file."""
     return Console(file=io.StringIO(), width=80)

@@ -1,8 +1,8 @@
-"""What tests of the readers share: the fixtures, and a look into questions."""
+"""Shared by the tests of the readers: the fixtures, and parts of samples."""
 
 from pathlib import Path
 
-from owl2.eval.samples import Answer
+from owl2.eval.samples import Response
 from owl2.eval.tasks import find_tasks
 from owl2.processing.chat_template import parse_messages
 
@@ -13,22 +13,23 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 def read(name, data=FIXTURES):
     [task] = find_tasks(name)
-    return task.read(task.source(data))
+    return task.read(task.data(data))
 
 
 def by_id(name, data=FIXTURES):
-    return {question.id: question for question in read(name, data)[0]}
+    return {sample.id: sample for sample in read(name, data)[0]}
 
 
-def words(question):
-    return question.messages[-1]["content"][-1]["text"]
+def prompt_text(sample):
+    return sample.messages[-1]["content"][-1]["text"]
 
 
-def images(question):
-    return parse_messages(question.messages).images
+def images(sample):
+    return parse_messages(sample.messages).images
 
 
-def score(name, say):
-    """The metric's figures when `say` answers each of the fixture's questions."""
+def score(name, respond):
+    """The metrics if `respond` is the response to each sample of the fixture."""
     [task] = find_tasks(name)
-    return task.metric.score([Answer(q, "", say(q)) for q in read(name)[0]]).metrics
+    responses = [Response(sample, "", respond(sample)) for sample in read(name)[0]]
+    return task.metric.score(responses).metrics

@@ -1,4 +1,4 @@
-"""A chat endpoint for tests, which can be slow, fail and talk nonsense."""
+"""A chat endpoint for tests that can be slow, fail and reply with invalid data."""
 
 import json
 import threading
@@ -13,25 +13,32 @@ def completion(text):
 
 
 class Stub(ThreadingHTTPServer):
-    """Answers with `script`, one after the other, the last for ever: (code, body, seconds)."""
+    """Replies with `script` in order, and repeats the last entry: (code, body, seconds)."""
 
     def __init__(self, *script):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script = list(script)
         self.asked, self.headers = [], []
         self.lock = threading.Lock()
+        self.requested = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
+    def another_request(self, timeout):
+        """Whether a request arrives within the time."""
+        self.requested.clear()
+        return self.requested.wait(timeout)
+
     def next(self, body):
         self.asked.append(body)
+        self.requested.set()
         return self.script.pop(0) if len(self.script) > 1 else self.script[0]
 
     def handle_error(self, request, client_address):
-        """Clients that hang up are part of the tests."""
+        """Clients that close the connection are part of the tests."""
 
 
 class Handler(BaseHTTPRequestHandler):

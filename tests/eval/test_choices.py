@@ -2,8 +2,8 @@
 
 import pytest
 
-from owl2.eval.metrics.choices import LETTER, letter_of, listed
-from owl2.eval.samples import Answer, Question
+from owl2.eval.metrics.choices import LETTER, parse_letter, with_options
+from owl2.eval.samples import EvalSample, Response
 
 OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
 
@@ -62,42 +62,44 @@ OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
     ],
 )
 def test_an_answer_means_a_letter_or_none(said, letter):
-    assert letter_of(said, OPTIONS) == letter
+    assert parse_letter(said, OPTIONS) == letter
 
 
 def test_words_that_begin_like_letters_are_words():
-    assert letter_of("The answer is X-ray", ("MRI", "X-ray")) == "B"
-    assert letter_of("The answer is B-side", ("A-side", "B-side")) == "B"
+    assert parse_letter("The answer is X-ray", ("MRI", "X-ray")) == "B"
+    assert parse_letter("The answer is B-side", ("A-side", "B-side")) == "B"
 
 
 def test_fewer_options_have_fewer_letters():
-    assert letter_of("C", OPTIONS) == "C"
-    assert letter_of("C", OPTIONS[:2]) is None
+    assert parse_letter("C", OPTIONS) == "C"
+    assert parse_letter("C", OPTIONS[:2]) is None
 
 
 def test_options_with_the_same_words_or_none_are_not_told_apart():
-    assert letter_of("yes", ("yes", "yes", "no")) is None
-    assert letter_of("no", ("yes", "yes", "no")) == "C"
-    assert letter_of("maybe", ("", "no")) is None
+    assert parse_letter("yes", ("yes", "yes", "no")) is None
+    assert parse_letter("no", ("yes", "yes", "no")) == "C"
+    assert parse_letter("maybe", ("", "no")) is None
 
 
 def test_options_may_be_numbers_and_signs():
-    assert letter_of("12", ("1", "12", "2")) == "B"
-    assert letter_of("It is 3.5", ("3", "3.5")) == "B"
-    assert letter_of("-2", ("2", "-2")) == "B"
-    assert letter_of("x + 1", ("x", "x + 1")) == "B"
+    assert parse_letter("12", ("1", "12", "2")) == "B"
+    assert parse_letter("It is 3.5", ("3", "3.5")) == "B"
+    assert parse_letter("-2", ("2", "-2")) == "B"
+    assert parse_letter("x + 1", ("x", "x + 1")) == "B"
 
 
 def test_options_are_written_below_the_question():
-    assert listed("Which?", ["red", "blue"]) == "Which?\nA. red\nB. blue"
+    assert with_options("Which?", ["red", "blue"]) == "Which?\nA. red\nB. blue"
 
 
 def test_accuracy_counts_what_is_unparsed_as_wrong():
     def answer(text, letter):
-        return Answer(Question(text, "?", [], (letter,), facts={"options": OPTIONS}), "", text)
+        return Response(
+            EvalSample(text, "?", [], (letter,), metadata={"options": OPTIONS}), "", text
+        )
 
     scores = LETTER.score(
         [answer("B", "B"), answer("C.", "B"), answer("hm", "A"), answer("D", "D")]
     )
-    assert scores.each == [1.0, 0.0, 0.0, 1.0]
+    assert scores.per_sample == [1.0, 0.0, 0.0, 1.0]
     assert scores.metrics == {"accuracy": 0.5, "unparsed": 0.25}

@@ -1,4 +1,4 @@
-"""Damaged rows of published files: named, counted, and the others go on, in each benchmark."""
+"""Damaged rows of published files are reported and skipped, in each benchmark."""
 
 import csv
 import json
@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 
-from owl2.errors import InputError
-from owl2.eval.readers import MissingData, each, lines
-from owl2.eval.samples import Broken, Question
+from owl2.errors import ErrorCode, InputError
+from owl2.eval.readers import read_each, read_jsonl
+from owl2.eval.samples import EvalSample, InvalidEvalSample
+from tests.errors import raises_input_error
 from tests.eval.reading import FIXTURES, read
 
-# (benchmark, file, where the rows are in it); "lines": one a line; "entries": an object of rows.
+# (benchmark, file, key of the rows); "lines": JSONL; "entries": an object of rows.
 FILES = [
     ("coco", "dataset_coco.json", "images"),
     ("flickr30k", "dataset_flickr30k.json", "images"),
@@ -41,7 +42,7 @@ FILES = [
 
 @pytest.fixture
 def copy(tmp_path):
-    """The fixtures of a benchmark, to be damaged."""
+    """A copy of the fixtures of a benchmark."""
 
     def make(name):
         shutil.copytree(FIXTURES / name, tmp_path / name)
@@ -54,13 +55,13 @@ def copy(tmp_path):
 
 
 def damaged(row):
-    """Of all wrong types at once, but for what says which row it is of which split."""
+    """A row with wrong types, except for the keys of the split and the id."""
     kept = ("split", "image", "question_id", "pid")
     return {key: value if key in kept else {"odd": [value]} for key, value in row.items()}
 
 
 def damage(path, where):
-    """One row more, a damaged copy, in front of the others; among entries in place of the first."""
+    """Insert a damaged copy of a row as the first row; replace the first of entries."""
     if where == "lines":
         text = path.read_text(encoding="utf-8")
         first = text.partition("\n")[0]
@@ -78,19 +79,19 @@ def damage(path, where):
 
 
 @pytest.mark.parametrize(("name", "file", "where"), FILES)
-def test_a_damaged_row_is_named_and_the_others_go_on(copy, name, file, where):
+def test_damaged_row_is_reported_and_skipped(copy, name, file, where):
     pytest.importorskip("pycocoevalcap")
     data = copy(name)
-    before, broken_before = read(name, data)
+    before, invalid_before = read(name, data)
     path = min((data / name).glob(file))
     damage(path, where)
-    questions, broken = read(name, data)
-    assert len(questions) == len(before) - (where == "entries")
-    assert len(broken) == len(broken_before) + 1
-    assert any(path.name in item.reason for item in broken)
+    samples, invalid = read(name, data)
+    assert len(samples) == len(before) - (where == "entries")
+    assert len(invalid) == len(invalid_before) + 1
+    assert any(path.name in item.reason for item in invalid)
 
 
-def test_a_row_of_mmlu_with_other_columns_is_broken(copy):
+def test_row_of_mmlu_with_missing_columns_is_invalid(copy):
     data = copy("mmlu")
     path = min((data / "mmlu" / "test").glob("*.csv"))
     before = len(read("mmlu", data)[0])
@@ -98,29 +99,32 @@ def test_a_row_of_mmlu_with_other_columns_is_broken(copy):
         rows = list(csv.reader(file))
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([rows[0][:3], *rows[1:]])
-    questions, broken = read("mmlu", data)
-    assert len(questions) == before - 1
-    assert any("row 1 has 3 columns" in item.reason for item in broken)
+    samples, invalid = read("mmlu", data)
+    assert len(samples) == before - 1
+    assert any("row 1" in item.reason for item in invalid)
 
 
-def question(number, row):
-    if row.text("kind") == "lost":
-        raise MissingData("the decoder is not there")
-    return Question(str(number), row.text("kind"), [], ())
+def read_rows(path):
+    def make(identifier, row):
+        if row.text("kind") == "lost":
+            raise InputError("There is no decoder.", ErrorCode.MISSING_DEPENDENCY)
+        return EvalSample(identifier, row.text("kind"), [], ())
+
+    return list(read_each(read_jsonl(path), lambda number, row: row.where.split(", ")[-1], make))
 
 
-def test_lines_and_rows(tmp_path):
+def test_rows_of_a_jsonl_file(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"kind": "a"}\n\n{"kin\n\xff\n[]\n{"kind": 1}\n{"kind": "b"}')
-    found = list(each(lines(path), question))
-    assert [item.text for item in found if isinstance(item, Question)] == ["a", "b"]
-    broken = [item for item in found if isinstance(item, Broken)]
-    assert [item.id for item in broken] == ["line 3", "line 4", "line 5", "line 6"]
+    found = read_rows(path)
+    assert [item.question for item in found if isinstance(item, EvalSample)] == ["a", "b"]
+    invalid = [item for item in found if isinstance(item, InvalidEvalSample)]
+    assert [item.id for item in invalid] == ["line 3", "line 4", "line 5", "line 6"]
     path.write_text('{"kin\n[]\n')
-    with pytest.raises(InputError, match="line 1: not JSON"):
-        list(each(lines(path), question))
+    with raises_input_error(ErrorCode.INVALID_FORMAT, "line 1: not JSON"):
+        read_rows(path)
     path.write_text('{"kind": "a"}\n{"kind": "lost"}\n')
-    with pytest.raises(MissingData):
-        list(each(lines(path), question))
-    with pytest.raises(InputError, match="cannot be read"):
-        list(lines(tmp_path))
+    with raises_input_error(ErrorCode.MISSING_DEPENDENCY):
+        read_rows(path)
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, tmp_path):
+        list(read_jsonl(tmp_path))

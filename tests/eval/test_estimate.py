@@ -1,53 +1,53 @@
-"""`owl2 eval --plan`: tokens are counted, time is extrapolated from a trial, nothing is written."""
+"""`owl2 eval --estimate`: tokens are counted, and the time is extrapolated from a trial."""
 
 from dataclasses import replace
 
 import pytest
 
-from owl2.eval import estimate
-from owl2.eval.estimate import show_plan
-from owl2.eval.evaluate import Settings
-from owl2.eval.model_args import Subject
+from owl2.eval import estimate as module
+from owl2.eval.estimate import estimate
+from owl2.eval.evaluate import EvalConfig
+from owl2.eval.model_args import EvalModelArgs
 
 
 @pytest.fixture
-def settings(tiny_checkpoint, task, tmp_path):
-    subject = Subject(str(tiny_checkpoint), device="cpu")
-    return Settings(subject, tmp_path / "out", task.name, batch_size=4)
+def config(tiny_checkpoint, task, tmp_path):
+    model_args = EvalModelArgs(str(tiny_checkpoint), device="cpu")
+    return EvalConfig(model_args, tmp_path / "out", task.name, batch_size=4)
 
 
-def test_tokens_are_those_of_all_prompts(settings, plain, engine, questions):
-    [cost] = show_plan(settings, plain)
+def test_tokens_of_all_prompts_are_counted(config, plain, engine, questions):
+    [found] = estimate(config, plain)
     ids = [
         engine.processor.apply_chat_template(
-            question.messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            sample.messages, add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"][0]
-        for question in questions
+        for sample in questions
     ]
-    # Words on both sides of an image are tokenised apart, and here at once.
-    assert cost.prompt_tokens == pytest.approx(sum(map(len, ids)), rel=0.05)
-    assert (cost.questions, cost.images, cost.new_tokens) == (20, 20, 80)
-    assert not settings.output.exists()
+    # The processor tokenizes the texts before and after an image separately.
+    assert found.prompt_tokens == pytest.approx(sum(map(len, ids)), rel=0.05)
+    assert (found.questions, found.images, found.new_tokens) == (20, 20, 80)
+    assert not config.output.exists()
     text = plain.file.getvalue()
-    assert "made" in text
-    assert "4 questions at a time on cpu" in text
+    assert "tiny" in text
+    assert "batches of 4 on cpu" in text
 
 
-def test_time_is_that_of_the_last_trial_batch_for_all(settings, plain, monkeypatch):
+def test_time_is_extrapolated_from_the_last_trial_batch(config, plain, monkeypatch):
     now, batches = [0.0], []
 
-    def answer(engine, asked, decoding):
-        batches.append(len(asked))
-        now[0] += 100.0 if len(batches) == 1 else 2.0  # the first one warms up
-        return ["" for _ in asked]
+    def answer(engine, conversations, **options):
+        batches.append(len(conversations))
+        now[0] += 100.0 if len(batches) == 1 else 2.0  # the first one is a warm-up
+        return ["" for _ in conversations]
 
-    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(estimate, "answer_or_reason", answer)
-    [cost] = show_plan(settings, plain)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(module, "batch_or_errors", answer)
+    [found] = estimate(config, plain)
     assert batches == [4, 4]
-    assert cost.seconds == pytest.approx(20 * 2.0 / 4)
+    assert found.seconds == pytest.approx(20 * 2.0 / 4)
     assert "0:00:10" in plain.file.getvalue()
     batches.clear()
-    [cost] = show_plan(replace(settings, blind=True), plain)
-    assert (cost.questions, cost.images) == (40, 20)
-    assert cost.seconds == pytest.approx(40 * 2.0 / 4)
+    [found] = estimate(replace(config, no_image_baseline=True), plain)
+    assert (found.questions, found.images) == (40, 20)
+    assert found.seconds == pytest.approx(40 * 2.0 / 4)

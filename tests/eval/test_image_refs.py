@@ -1,4 +1,4 @@
-"""Names under which the images of answers are found again."""
+"""Names from which the images of responses are found again."""
 
 import base64
 import io
@@ -6,53 +6,54 @@ import io
 import pytest
 from PIL import Image
 
-from owl2.eval.generate import Asked, image_fingerprints
-from owl2.eval.image_refs import find_image, named_images
-from owl2.eval.samples import Answer, Question
-from owl2.eval.video import Frame, frames_of
+from owl2.eval.fingerprints import image_digest
+from owl2.eval.image_refs import find_image, image_names
+from owl2.eval.samples import EvalSample, Response
+from owl2.eval.video import VideoFrame, sample_frames
+from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 
 
-def asked(*parts):
-    """A question an answer, with one image each."""
-    made = [
-        Question(str(n), "?", [{"role": "user", "content": [{"type": "image", **part}]}], ())
-        for n, part in enumerate(parts)
-    ]
-    answers = [Answer(question, "", "") for question in made]
-    return Asked(answers, [], 0.0, [image_fingerprints(question) for question in made])
+def response(part):
+    """A response to a sample with one image."""
+    messages = [{"role": "user", "content": [{"type": "image", **part}]}]
+    digests = [image_digest(image) for image in parse_messages(messages).images]
+    return Response(EvalSample("1", "?", messages, ()), "", "", digests)
+
+
+def names_of(directory, *parts):
+    return [name for part in parts for name in image_names(response(part), directory)]
 
 
 @pytest.fixture
 def inline():
-    """An image larger than a copy, in base64."""
+    """An image in base64 that is larger than a copy."""
     data = io.BytesIO()
     Image.new("RGB", (1000, 500), "red").save(data, "PNG")
     return {"base64": base64.b64encode(data.getvalue()).decode()}
 
 
-def test_what_has_a_name_keeps_it(tmp_path, images):
+def test_files_and_urls_keep_their_names(tmp_path, images):
     path = str(images / "red.png")
     url = {"url": "https://owl2.invalid/a.png"}
-    names = named_images(asked({"path": path}, url), tmp_path)
-    assert names == [[path], ["https://owl2.invalid/a.png"]]
+    names = names_of(tmp_path, {"path": path}, url)
+    assert names == [path, "https://owl2.invalid/a.png"]
     assert find_image(path, tmp_path) == path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_frame_is_found_again(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+def test_frame_of_a_video_is_found_by_its_name(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=500)
-    made = frames_of(tmp_path / "x.gif", 2)
-    one, two = asked(*({"image": frame} for frame in made)), tmp_path / "run"
-    names = named_images(one, two)
-    assert [find_image(name, two) for [name] in names] == made
-    assert isinstance(made[0], Frame)
-    assert one.images[0] != one.images[1], "fingerprints are of what is seen"
+    sampled, run = sample_frames(tmp_path / "x.gif", 2), tmp_path / "run"
+    names = names_of(run, *({"image": frame} for frame in sampled))
+    assert [find_image(name, run) for name in names] == sampled
+    assert isinstance(sampled[0], VideoFrame)
+    assert image_digest(sampled[0]) != image_digest(sampled[1])
 
 
-def test_of_what_has_none_a_small_copy_is_kept_once(tmp_path, inline):
-    [[one], [two]] = named_images(asked(inline, inline), tmp_path)
+def test_image_without_a_name_is_copied_once(tmp_path, inline):
+    [one, two] = names_of(tmp_path, inline, inline)
     assert one == two
     copy = find_image(one, tmp_path)
     assert copy.parent == tmp_path / "images"

@@ -1,4 +1,4 @@
-"""`owl2 eval --list`: what there is, and whether its data is."""
+"""`owl2 eval --list`: all tasks, and whether their data exists."""
 
 import subprocess
 import sys
@@ -7,78 +7,76 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from owl2.eval.listing import data_state, show_tasks
-from owl2.eval.samples import Broken
-from owl2.eval.task_config import recipes
+from owl2.eval.listing import missing_data, print_tasks
+from owl2.eval.samples import InvalidEvalSample
+from owl2.eval.task_config import task_configs
 from owl2.eval.tasks import find_tasks
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture
-def listed(capsys):
+def listing(capsys):
     def run(data):
-        show_tasks(data, Console(width=80))
+        print_tasks(data, Console(width=80))
         return capsys.readouterr().out
 
     return run
 
 
-def test_every_task_is_there_with_its_state(listed, tmp_path, task):
-    out = listed(tmp_path)
+def test_all_tasks_are_listed(listing, tmp_path, task):
+    out = listing(tmp_path)
     rows = [line for line in out.splitlines() if line.count("│") == 6]
     table = {name: row for row in rows if (name := row.split("│")[2].strip())}
-    assert {*recipes(), "made"} == table.keys()
-    assert "found" in table["made"]
+    assert {*task_configs(), "tiny"} == table.keys()
+    assert "found" in table["tiny"]
     assert "missing" in table["vqav2"]
     assert "79.4" in table["vqav2"]
-    assert "needed" in table["mm_vet"]
-    assert "needed" not in table["vqav2"]
+    assert "required" in table["mm_vet"]
+    assert "required" not in table["vqav2"]
     [line] = [line for line in out.splitlines() if line.startswith("textvqa: ")]
-    for words in (str(tmp_path / "textvqa"), "textvqa.org", "CC BY 4.0"):
-        assert words in line
+    for needle in (str(tmp_path / "textvqa"), "textvqa.org", "CC BY 4.0"):
+        assert needle in line
 
 
-def test_without_a_folder_it_says_where_it_would_look(listed, task):
-    assert "--data DIR" in listed(None).splitlines()[-1]
+def test_option_for_the_data_is_named(listing, task):
+    assert "--data DIR" in listing(None).splitlines()[-1]
 
 
-def test_a_task_without_files_is_read(task, samples, tmp_path, questions):
-    assert data_state(task, None).found
-    samples.insert(0, Broken("1", "lost"))
-    assert data_state(task, None).found, "the second can be asked"
-    samples[:] = [Broken("1", "lost")]
-    assert "no question in it can be asked" in data_state(task, None).why
+def test_task_without_files_is_read(task, samples):
+    assert not missing_data(task, None)
+    samples.insert(0, InvalidEvalSample("1", "lost"))
+    assert not missing_data(task, None), "the second sample is valid"
+    samples[:] = [InvalidEvalSample("1", "lost")]
+    assert missing_data(task, None)
 
 
-def test_all_files_have_to_be_there(tmp_path):
+def test_all_files_are_required(tmp_path):
     [coco] = find_tasks("coco")
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco" / "dataset_coco.json").write_text("[]")
-    state = data_state(coco, tmp_path)
-    assert not state.found
-    assert state.why.startswith("val2014/COCO_val2014_*.jpg not in")
+    assert missing_data(coco, tmp_path).startswith("val2014/COCO_val2014_*.jpg ")
     (tmp_path / "val2014").mkdir()
     (tmp_path / "val2014" / "COCO_val2014_1.jpg").write_bytes(b"")
-    assert data_state(coco, tmp_path).found, "images may lie where other tasks find them, too"
+    assert not missing_data(coco, tmp_path), "tasks may share images"
 
 
-def test_one_of_two_names_is_enough(tmp_path):
+def test_one_of_two_alternative_files_is_enough(tmp_path):
     [mmbench] = find_tasks("mmbench")
-    assert not data_state(mmbench, tmp_path).found
+    assert missing_data(mmbench, tmp_path)
     (tmp_path / "MMBench_DEV_EN.tsv").write_text("")
-    assert data_state(mmbench, tmp_path).found
+    assert not missing_data(mmbench, tmp_path)
 
 
-def test_the_fixtures_are_complete():
+def test_fixtures_are_complete():
     for task in find_tasks(None, "paper"):
-        assert data_state(task, FIXTURES).found, task.name
+        assert not missing_data(task, FIXTURES), task.name
 
 
-def test_no_suite_is_imported():
+def test_listing_imports_no_heavy_library():
     code = (
-        "import sys; from rich.console import Console; from owl2.eval.listing import show_tasks\n"
-        "show_tasks(None, Console())\n"
+        "import sys; from rich.console import Console; from owl2.eval.listing import print_tasks\n"
+        "print_tasks(None, Console())\n"
         "assert not {'lm_eval', 'lmms_eval', 'pycocoevalcap', 'matplotlib'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from owl2.eval.metrics.mmbench import CIRCULAR
-from owl2.eval.metrics.mme import COGNITION, MME, PERCEPTION
-from owl2.eval.samples import Answer, Question
+from owl2.eval.metrics.choices import CIRCULAR
+from owl2.eval.metrics.yes_no import COGNITION, MME, PERCEPTION
+from owl2.eval.samples import EvalSample, Response
 
 pytestmark = pytest.mark.slow  # lmms-eval takes ten seconds to import
 
@@ -16,8 +16,8 @@ SAID = ("Yes", "No", "yes.", "no, it is not", "Not sure", "hm", "Y", "n", "It is
 OPTIONS = ("one fish", "two birds", "three cows", "four ants")
 
 
-def said(text, expected, **facts):
-    return Answer(Question("", "", [], (expected,), facts=facts), "", text)
+def said(text, expected, **metadata):
+    return Response(EvalSample("", "", [], (expected,), metadata=metadata), "", text)
 
 
 def test_mme():

@@ -1,4 +1,4 @@
-"""CIDEr beside pycocoevalcap from end to end, and the tokeniser that stands in for java's."""
+"""CIDEr beside pycocoevalcap from end to end, and the tokenizer that stands in for java's."""
 
 import math
 import shutil
@@ -8,8 +8,8 @@ import pytest
 
 from owl2.errors import InputError
 from owl2.eval.metrics import captions
-from owl2.eval.metrics.captions import CIDER, PTB, STAND_IN, stand_in, tokenised
-from owl2.eval.samples import Answer, Question
+from owl2.eval.metrics.captions import CIDER, FALLBACK, PTB, tokenize, tokenize_fallback
+from owl2.eval.samples import EvalSample, Response
 
 java = pytest.mark.skipif(not shutil.which("java"), reason="there is no java")
 
@@ -31,13 +31,13 @@ REFERENCES = [
 
 
 def answers(*texts, references=REFERENCES):
-    asked = [Question(str(n), "?", [], tuple(given)) for n, given in enumerate(references)]
-    return [Answer(question, "", text) for question, text in zip(asked, texts, strict=True)]
+    asked = [EvalSample(str(n), "?", [], tuple(given)) for n, given in enumerate(references)]
+    return [Response(question, "", text) for question, text in zip(asked, texts, strict=True)]
 
 
 @pytest.fixture
 def without_java(monkeypatch):
-    monkeypatch.setattr(captions, "TOKENISER", STAND_IN)
+    monkeypatch.setattr(captions, "TOKENIZER", FALLBACK)
 
 
 def test_by_hand(without_java):
@@ -46,7 +46,7 @@ def test_by_hand(without_java):
     given = answers("red", "blue", "pink", references=[["Red."], ["blue"], ["lime"]])
     # The cosine of one-word vectors is 1 or 0; of the four lengths of phrases there is one: 10/4.
     scores = CIDER.score(given)
-    assert scores.each == pytest.approx([0.25, 0.25, 0])
+    assert scores.per_sample == pytest.approx([0.25, 0.25, 0])
     assert scores.metrics == pytest.approx({"CIDEr": 100 * 2 * 2.5 / 3})
     assert CIDER.main in scores.metrics
 
@@ -55,11 +55,11 @@ def test_a_longer_caption_costs(without_java):
     pytest.importorskip("pycocoevalcap")
     words = "one two three four five six"
     given = answers(words, f"{words} seven", references=[[words], [words + " eight"]])
-    alone = CIDER.score(given).each
+    alone = CIDER.score(given).per_sample
     # All phrases of the references' first six words are in both images: they weigh nothing.
     assert alone[0] == pytest.approx(0)
     given = answers("x y z w", "a b c d e f", references=[["x y z w"], ["a b c d"]])
-    each = CIDER.score(given).each
+    each = CIDER.score(given).per_sample
     assert each[0] == pytest.approx(1)
     # n-gram overlap k of m and the Gaussian of two words' difference, sigma 6.
     parts = [4 / math.sqrt(4 * 6), 3 / math.sqrt(3 * 5), 2 / math.sqrt(2 * 4), 1 / math.sqrt(3)]
@@ -68,7 +68,7 @@ def test_a_longer_caption_costs(without_java):
 
 @java
 def test_as_pycocoevalcap():
-    """Its own tokeniser and CIDEr, from the raw captions on."""
+    """Its own tokenizer and CIDEr, from the raw captions on."""
     cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
     said = ["A dog is running on a lawn.", "Two men in a park", "a cat."]
     scores = CIDER.score(answers(*said))
@@ -82,39 +82,39 @@ def test_as_pycocoevalcap():
     score, each = cider.compute_score(words(REFERENCES), words([[text] for text in said]))
     assert score > 0.5
     assert scores.metrics == pytest.approx({"CIDEr": 100 * score})
-    assert scores.each == pytest.approx([value / 10 for value in each])
+    assert scores.per_sample == pytest.approx([value / 10 for value in each])
 
 
 @java
 def test_the_stand_in_is_near(monkeypatch):
     pytest.importorskip("pycocoevalcap")
-    theirs = tokenised(SENTENCES)
-    monkeypatch.setattr(captions, "TOKENISER", STAND_IN)
-    assert tokenised(SENTENCES) == theirs
+    theirs = tokenize(SENTENCES)
+    monkeypatch.setattr(captions, "TOKENIZER", FALLBACK)
+    assert tokenize(SENTENCES) == theirs
     assert theirs[5] == ""
     assert theirs[0] == "a man 's dog does n't like the t-shirt"
 
 
 def test_stand_in():
     words = "the man 's -lrb- old -rrb- hat , is n't it ?"
-    assert stand_in("The man's (old) hat, isn't it?") == words.split()
+    assert tokenize_fallback("The man's (old) hat, isn't it?") == words.split()
 
 
-def test_the_result_says_which_tokeniser():
-    expected = PTB if shutil.which("java") else STAND_IN
-    assert CIDER.to_dict() == {"name": "cider", "version": "1", "tokeniser": expected}
+def test_the_result_says_which_tokenizer():
+    expected = PTB if shutil.which("java") else FALLBACK
+    assert CIDER.to_dict() == {"name": "cider", "version": "1", "tokenizer": expected}
 
 
 def test_java_that_fails(monkeypatch):
     pytest.importorskip("pycocoevalcap")
-    monkeypatch.setattr(captions, "TOKENISER", PTB)
+    monkeypatch.setattr(captions, "TOKENIZER", PTB)
 
     def run(command, **_):
         return subprocess.CompletedProcess(command, 1, b"a b\n", b"no main class")
 
     monkeypatch.setattr(captions.subprocess, "run", run)
     with pytest.raises(InputError, match="no main class"):
-        tokenised(["a b"])
+        tokenize(["a b"])
 
 
 def test_without_the_package(monkeypatch):

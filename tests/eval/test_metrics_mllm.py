@@ -2,17 +2,15 @@
 
 import pytest
 
-from owl2.eval.metrics.mmbench import CIRCULAR
-from owl2.eval.metrics.mme import COGNITION, MME, PERCEPTION, yes_or_no
-from owl2.eval.metrics.pope import POPE, says_yes
-from owl2.eval.metrics.seed_bench import SEED_BENCH
-from owl2.eval.samples import Answer, Question
+from owl2.eval.metrics.choices import CIRCULAR, SEED_BENCH
+from owl2.eval.metrics.yes_no import COGNITION, MME, PERCEPTION, POPE, says_yes, yes_or_no
+from owl2.eval.samples import EvalSample, Response
 
 OPTIONS = ["red", "green", "blue"]
 
 
-def said(text, expected, **facts):
-    return Answer(Question(text, "?", [], (expected,), facts=facts), "", text)
+def said(text, expected, **metadata):
+    return Response(EvalSample(text, "?", [], (expected,), metadata=metadata), "", text)
 
 
 # ------------------------------------------------------------------ MME
@@ -69,7 +67,7 @@ def test_mme_adds_accuracy_and_accuracy_plus_of_each_category():
         "accuracy": 0.5,
         "accuracy_plus": 0.25,
     }
-    assert scores.each == [1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0]
+    assert scores.per_sample == [1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0]
 
 
 def test_mme_survives_a_question_without_its_partner():
@@ -119,7 +117,7 @@ def test_popes_five_figures():
             "yes_ratio": 0.4,
         }
     )
-    assert scores.each == [1, 1, 1, 0, 0, 0, 1, 1, 1, 1]
+    assert scores.per_sample == [1, 1, 1, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_pope_of_a_model_that_always_says_no_is_zero_and_no_error():
@@ -144,7 +142,7 @@ def test_a_question_of_mmbench_is_right_if_all_its_rounds_are():
     assert scores.metrics["accuracy"] == pytest.approx(1 / 3)
     assert scores.metrics["accuracy_of_rounds"] == pytest.approx(5 / 8)
     assert scores.metrics["unparsed"] == pytest.approx(1 / 8)
-    assert scores.each == [1, 1, 1, 1, 0, 0, 1, 0]
+    assert scores.per_sample == [1, 1, 1, 1, 0, 0, 1, 0]
 
 
 def test_seed_bench_tells_images_and_videos_apart():

@@ -6,11 +6,11 @@ import pytest
 
 from owl2.errors import InputError
 from owl2.eval.metrics.text import ACC, ACC_NORM, ROUGE
-from owl2.eval.samples import Answer, Question
+from owl2.eval.samples import EvalSample, Response
 
 
-def answer(text, *expected, **facts):
-    return Answer(Question("q", "?", [], expected, facts=facts), "", text)
+def answer(text, *expected, **metadata):
+    return Response(EvalSample("q", "?", [], expected, metadata=metadata), "", text)
 
 
 def test_means_of_the_suites_scores():
@@ -21,8 +21,8 @@ def test_means_of_the_suites_scores():
     ]
     scores = ACC.score(answers)
     assert scores.metrics == {"acc": pytest.approx(2 / 3), "acc_norm": 0.0}
-    assert scores.each == [1.0, 0.0, 1.0]
-    assert ACC_NORM.score(answers[:2]).each == [0.0, 0.0]
+    assert scores.per_sample == [1.0, 0.0, 1.0]
+    assert ACC_NORM.score(answers[:2]).per_sample == [0.0, 0.0]
 
 
 def test_rouge():
@@ -35,7 +35,7 @@ def test_rouge():
             answer("", "the owl"),
         ]
     )
-    assert scores.each == [pytest.approx(8 / 11), 0.0]
+    assert scores.per_sample == [pytest.approx(8 / 11), 0.0]
     assert scores.metrics["rouge1"] == pytest.approx(4 / 11)
     assert scores.metrics["rouge2"] == pytest.approx(2 / 9)
     assert ROUGE.score([answer("Flying owls", "an owl flies")]).metrics["rouge1"] == 4 / 5

@@ -1,4 +1,4 @@
-"""VQA accuracy: by hand, by the definition written out, and beside lmms-eval's normalisation."""
+"""VQA accuracy: by hand, by the definition written out, and beside lmms-eval's normalization."""
 
 import importlib.util
 from pathlib import Path
@@ -6,16 +6,16 @@ from random import Random
 
 import pytest
 
-from owl2.eval.metrics.vqa import TEXTVQA, VQA, accuracy, normalise, normalise_textvqa
-from owl2.eval.samples import Answer, Question
+from owl2.eval.metrics.vqa import TEXTVQA, VQA, normalize, normalize_textvqa, vqa_accuracy
+from owl2.eval.samples import EvalSample, Response
 
 
 def answer(text, *expected):
-    return Answer(Question("1", "?", [], expected), "", text)
+    return Response(EvalSample("1", "?", [], expected), "", text)
 
 
 @pytest.mark.parametrize(
-    ("raw", "plain"),
+    ("raw", "normalized"),
     [
         ("A red Dog.", "red dog"),
         ("two\tdogs\n", "2 dogs"),
@@ -37,55 +37,55 @@ def answer(text, *expected):
         ("ten%", "ten%"),
     ],
 )
-def test_normalisation(raw, plain):
-    assert normalise(raw) == plain
+def test_normalization(raw, normalized):
+    assert normalize(raw) == normalized
 
 
-def test_textvqa_takes_signs_away_first():
-    assert (normalise_textvqa("joe's"), normalise("joe's")) == ("joe 's", "joe's")
-    assert (normalise_textvqa("red,blue"), normalise("red,blue")) == ("redblue", "red blue")
-    assert normalise_textvqa("What?") == "what"
+def test_textvqa_removes_punctuation_first():
+    assert (normalize_textvqa("joe's"), normalize("joe's")) == ("joe 's", "joe's")
+    assert (normalize_textvqa("red,blue"), normalize("red,blue")) == ("redblue", "red blue")
+    assert normalize_textvqa("What?") == "what"
 
 
-def test_ten_people():
-    people = ["red"] * 1 + ["blue"] * 2 + ["green"] * 3 + ["teal"] * 4
+def test_score_with_ten_annotators():
+    annotators = ["red"] * 1 + ["blue"] * 2 + ["green"] * 3 + ["teal"] * 4
     # Alone: left out once (0), there nine times (1/3 each). Three: 3 × 2/3 and 7 × 1.
     scores = {"red": 0.3, "blue": 0.6, "green": 0.9, "teal": 1.0, "pink": 0.0}
-    for said, score in scores.items():
-        assert accuracy(said, people) == pytest.approx(score)
-    assert accuracy("The RED.", people) == pytest.approx(0.3)
-    assert accuracy("Yes", ["yes"] * 10) == 1
+    for response, score in scores.items():
+        assert vqa_accuracy(response, annotators) == pytest.approx(score)
+    assert vqa_accuracy("The RED.", annotators) == pytest.approx(0.3)
+    assert vqa_accuracy("Yes", ["yes"] * 10) == 1
 
 
-def test_fewer_people_than_the_rule_is_made_for():
-    assert accuracy("red", ["red"]) == 0
-    assert accuracy("red", ["red"] * 3) == pytest.approx(2 / 3)
-    assert accuracy("red", ["red"] * 4) == 1
+def test_score_with_fewer_annotators():
+    assert vqa_accuracy("red", ["red"]) == 0
+    assert vqa_accuracy("red", ["red"] * 3) == pytest.approx(2 / 3)
+    assert vqa_accuracy("red", ["red"] * 4) == 1
 
 
 def test_the_definition_written_out():
     """Leaving each out in turn, as the official code does it."""
     draw = Random(0)
     for _ in range(200):
-        people = draw.choices(["a1", "b2", "c3"], k=draw.choice([1, 4, 9, 10]))
+        annotators = draw.choices(["a1", "b2", "c3"], k=draw.choice([1, 4, 9, 10]))
         parts = []
-        for place in range(len(people)):
-            others = people[:place] + people[place + 1 :]
+        for place in range(len(annotators)):
+            others = annotators[:place] + annotators[place + 1 :]
             parts.append(min(1, others.count("a1") / 3))
-        assert accuracy("a1", people) == pytest.approx(sum(parts) / len(parts))
+        assert vqa_accuracy("a1", annotators) == pytest.approx(sum(parts) / len(parts))
 
 
 def test_metric():
     given = [answer("A red", *["red"] * 10), answer("joe", *["joe"] * 2, *["joe's"] * 8)]
     scores = VQA.score(given)
-    assert scores.each == pytest.approx([1, 0.6])
+    assert scores.per_sample == pytest.approx([1, 0.6])
     assert scores.metrics == pytest.approx({"accuracy": 0.8})
     assert VQA.main in scores.metrics
     assert VQA.to_dict() == {"name": "vqa_accuracy", "version": "1"}
     assert TEXTVQA.to_dict() == {"name": "textvqa_accuracy", "version": "1"}
     # The two differ in what a comma between two words becomes.
     given = [answer("red, blue", *["red,blue"] * 10)]
-    assert (VQA.score(given).each, TEXTVQA.score(given).each) == ([1], [0])
+    assert (VQA.score(given).per_sample, TEXTVQA.score(given).per_sample) == ([1], [0])
 
 
 def test_as_lmms_eval_normalises():
@@ -103,7 +103,7 @@ def test_as_lmms_eval_normalises():
     draw = Random(1)
     random = ["".join(draw.choices([*pieces, " ", " ", " "], k=9)) for _ in range(2000)]
     for text in [*known, *random]:
-        assert normalise_textvqa(text) == process(text), text
+        assert normalize_textvqa(text) == process(text), text
         plain = text.replace("\n", " ").replace("\t", " ").strip()
         theirs_plain = process.process_digit_article(process.process_punctuation(plain))
-        assert normalise(text) == theirs_plain, text
+        assert normalize(text) == theirs_plain, text

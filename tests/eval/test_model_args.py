@@ -1,14 +1,15 @@
-"""The switches of the ablations change what is asked, and never the checkpoint."""
+"""The options of the ablations change the model, and never the checkpoint."""
 
 import pytest
 import torch
 from PIL import Image
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.eval import model_args
-from owl2.eval.model_args import Subject
-from owl2.eval.sharding import Team
+from owl2.eval.model_args import EvalModelArgs
 from owl2.model.variants import VISUAL_KEY
+from owl2.sharded_jsonl import WorkerRank
+from tests.errors import raises_input_error
 
 
 def inputs(engine):
@@ -29,12 +30,14 @@ def logits(engine, **changed):
 
 
 def load(checkpoint, **changes):
-    return Subject(str(checkpoint), device="cpu", dtype="float32", **changes).load(Team())
+    return EvalModelArgs(str(checkpoint), device="cpu", dtype="float32", **changes).load(
+        WorkerRank()
+    )
 
 
 @pytest.fixture
 def trained(tiny_checkpoint, tmp_path):
-    """The tiny checkpoint with visual weights that differ from the text's."""
+    """The tiny checkpoint with visual weights that differ from the text weights."""
     engine = load(tiny_checkpoint)
     with torch.no_grad():
         for name, weight in engine.model.named_parameters():
@@ -47,20 +50,20 @@ def trained(tiny_checkpoint, tmp_path):
     return tmp_path
 
 
-def test_without_mam_images_go_by_the_text_weights(trained):
+def test_without_mam_images_use_the_text_weights(trained):
     files = {path: path.read_bytes() for path in trained.iterdir()}
     plain, without = load(trained), load(trained, mam=False)
     assert not without.model.config.use_mam
     assert (logits(plain) - logits(without)).abs().max() > 1e-3
-    as_words = torch.zeros_like(inputs(plain)["mm_token_type_ids"])
-    torch.testing.assert_close(logits(without), logits(plain, mm_token_type_ids=as_words))
+    as_text = torch.zeros_like(inputs(plain)["mm_token_type_ids"])
+    torch.testing.assert_close(logits(without), logits(plain, mm_token_type_ids=as_text))
     assert without.chat([{"role": "user", "content": "what is this?"}], max_new_tokens=3)
     assert files == {path: path.read_bytes() for path in trained.iterdir()}
 
 
-def test_the_modality_adaptive_module_of_a_lora_stays(tiny_checkpoint, monkeypatch):
+def test_mam_of_a_lora_cannot_be_disabled(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(model_args, "has_adapter", lambda model: True)
-    with pytest.raises(InputError, match="owl2 merge"):
+    with raises_input_error(ErrorCode.UNSUPPORTED, "owl2 merge"):
         load(tiny_checkpoint, mam=False)
 
 
@@ -69,13 +72,13 @@ def test_image_size_and_policy(tiny_checkpoint):
     pixels = inputs(engine)["pixel_values"]
     assert pixels.shape == (1, 3, 16, 16)
     assert engine.model.config.image_size == 16
-    # A red image of 30 x 20 in the middle of the mean colour.
+    # A red image of 30 x 20 in the middle of the mean color.
     assert pixels[0, :, 0].abs().max() < 0.02
     assert pixels[0, 0, 8].min() > 1
     assert logits(engine).isfinite().all()
 
 
-def test_each_process_has_a_gpu(tiny_checkpoint, monkeypatch):
+def test_each_process_has_its_own_gpu(tiny_checkpoint, monkeypatch):
     asked = []
 
     def choose(device=None):
@@ -87,11 +90,12 @@ def test_each_process_has_a_gpu(tiny_checkpoint, monkeypatch):
 
     monkeypatch.setattr(model_args, "select_device", choose)
     monkeypatch.setattr(model_args, "load_model", stop)
-    for device, team, where in (
-        (None, Team(), "cuda"),
-        (None, Team(3, 4, 1), "cuda:1"),
-        ("cuda:2", Team(3, 4, 1), "cuda:2"),
-        ("cpu", Team(3, 4, 1), "cpu"),
+    for device, worker, expected in (
+        (None, WorkerRank(), "cuda"),
+        (None, WorkerRank(3, 4, 1), "cuda:1"),
+        ("cuda:2", WorkerRank(3, 4, 1), "cuda:2"),
+        ("cpu", WorkerRank(3, 4, 1), "cpu"),
     ):
-        with pytest.raises(InputError, match=f"^on {where}$"):
-            Subject(str(tiny_checkpoint), device).load(team)
+        with pytest.raises(InputError) as error:
+            EvalModelArgs(str(tiny_checkpoint), device).load(worker)
+        assert str(error.value) == f"on {expected}"

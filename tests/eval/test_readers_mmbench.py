@@ -1,4 +1,4 @@
-"""MMBench's file: hints, options, images in base64, rounds."""
+"""The file of MMBench: hints, options, images in base64, rounds."""
 
 import base64
 import csv
@@ -8,9 +8,10 @@ import shutil
 import pytest
 from PIL import Image
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.processing.image_io import load_image
-from tests.eval.reading import FIXTURES, LETTER, by_id, images, read, score, words
+from tests.errors import raises_input_error
+from tests.eval.reading import FIXTURES, LETTER, by_id, images, prompt_text, read, score
 
 FILE = "mmbench/mmbench_dev_20230712.tsv"
 
@@ -22,25 +23,25 @@ def data(tmp_path):
     return tmp_path
 
 
-def test_mmbench_asks_hint_question_and_options():
-    question = by_id("mmbench")["1000252"]
-    assert words(question) == (
-        'The image has one colour.\nIt is "warm".\nWhich of the two is true?\n'
+def test_prompt_has_hint_question_and_options():
+    sample = by_id("mmbench")["1000252"]
+    assert prompt_text(sample) == (
+        'The image has one color.\nIt is "warm".\nWhich of the two is true?\n'
         "A. It is cold.\nB. It is warm." + LETTER
     )
-    assert question.expected == ("B",)
-    assert question.facts["question"] == "252"
-    assert question.kind == "logic_reasoning"
+    assert sample.expected == ("B",)
+    assert sample.metadata["question"] == "252"
+    assert sample.category == "logic_reasoning"
 
 
-def test_later_rounds_of_mmbench_show_the_first_ones_image():
-    questions = by_id("mmbench")
-    assert images(questions["3000241"]) == images(questions["241"])
-    assert load_image(*images(questions["241"])).getpixel((5, 5))[2] > 200  # blue
+def test_later_rounds_have_the_image_of_the_first():
+    samples = by_id("mmbench")
+    assert images(samples["3000241"]) == images(samples["241"])
+    assert load_image(*images(samples["241"])).getpixel((5, 5))[2] > 200  # blue
 
 
-def test_the_rounds_of_a_question_come_one_after_the_other():
-    firsts = [question.facts["question"] for question in by_id("mmbench").values()]
+def test_rounds_of_a_question_are_adjacent():
+    firsts = [sample.metadata["question"] for sample in by_id("mmbench").values()]
     assert firsts == ["241"] * 4 + ["252"] * 2
 
 
@@ -53,54 +54,51 @@ def change_rows(path, function):
         writer.writerows(rows)
 
 
-def test_rounds_of_mmbench_are_made_where_the_file_has_none(data):
+def test_rounds_are_added_to_a_file_without_them(data):
     change_rows(data / FILE, lambda rows: rows[:2])
-    made, published = by_id("mmbench", data), by_id("mmbench")
-    assert made.keys() == published.keys()
-    for identity, question in made.items():
-        assert question == published[identity]
+    assert by_id("mmbench", data) == by_id("mmbench")
 
 
-def test_a_model_that_likes_a_letter_gets_nothing_of_mmbench():
-    figures = score("mmbench", lambda question: "A")
-    assert figures["accuracy"] == 0 and figures["accuracy_of_rounds"] == pytest.approx(2 / 6)
+def test_circular_score_of_a_constant_letter():
+    metrics = score("mmbench", lambda sample: "A")
+    assert metrics["accuracy"] == 0 and metrics["accuracy_of_rounds"] == pytest.approx(2 / 6)
 
 
-def test_images_of_mmbench_may_be_large(data):
+def test_large_images(data):
     out = io.BytesIO()
     Image.effect_noise((400, 400), 90).save(out, "PNG")
     large = base64.b64encode(out.getvalue()).decode()
-    assert len(large) > 131_072  # csv's own limit
+    assert len(large) > 131_072  # the default limit of csv
     change_rows(data / FILE, lambda rows: [{**row, "image": large} for row in rows])
-    questions, _ = read("mmbench", data)
-    assert load_image(*images(questions[0])).size == (400, 400)
+    samples, _ = read("mmbench", data)
+    assert load_image(*images(samples[0])).size == (400, 400)
 
 
-def test_rows_of_mmbench_without_a_image_are_broken(data):
+def test_rows_without_an_image_are_invalid(data):
     change_rows(data / FILE, lambda rows: [{**row, "image": "241"} for row in rows])
-    questions, broken = read("mmbench", data)
-    assert questions == [] and len(broken) == 6
+    samples, invalid = read("mmbench", data)
+    assert samples == [] and len(invalid) == 6
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
+    ("function", "needle"),
     [
-        (lambda row: {k: v for k, v in row.items() if k != "answer"}, "no column answer.*dev"),
+        (lambda row: {k: v for k, v in row.items() if k != "answer"}, "answer"),
         (lambda row: {**row, "answer": ""}, "row 1: the answer ''"),
         (lambda row: {**row, "answer": "E"}, "row 1: the answer 'E'"),
         (lambda row: {**row, "index": "x"}, "row 1: the index 'x'"),
     ],
 )
-def test_what_is_wrong_in_mmbenchs_file_is_named(function, message, data):
+def test_file_without_valid_rows_is_an_error(function, needle, data):
     change_rows(data / FILE, lambda rows: [function(row) for row in rows])
-    with pytest.raises(InputError, match=message):
+    with raises_input_error(ErrorCode.INVALID_FORMAT, needle):
         read("mmbench", data)
 
 
 @pytest.mark.parametrize("change", [{"answer": "E"}, {"index": "x"}, {"index": ""}])
-def test_a_row_of_mmbench_that_is_none_is_broken(change, data):
-    published = {question.id for question in read("mmbench", data)[0]}
+def test_invalid_row_is_reported_and_skipped(change, data):
+    published = {sample.id for sample in read("mmbench", data)[0]}
     change_rows(data / FILE, lambda rows: [*rows[:-1], rows[-1] | change])
-    questions, [broken] = read("mmbench", data)
-    assert len(questions) == len(published) - 1
-    assert f"{data / FILE}, row {len(published)}: " in broken.reason
+    samples, [invalid] = read("mmbench", data)
+    assert len(samples) == len(published) - 1
+    assert f"{data / FILE}, row {len(published)}: " in invalid.reason

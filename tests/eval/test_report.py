@@ -1,12 +1,13 @@
-"""Tables and plots from results.json alone."""
+"""The report and its plot, from results.json alone."""
 
 import json
 
 import pytest
 from PIL import Image
 
-from owl2.errors import InputError
-from owl2.eval.report import paper_shares, results_table, shown, write_report
+from owl2.errors import ErrorCode
+from owl2.eval.report import format_value, ratios_to_paper, results_table, write_report
+from tests.errors import raises_input_error
 
 
 def entry(title, suite, main, value, paper=None, scale=100.0, **changes):
@@ -15,14 +16,14 @@ def entry(title, suite, main, value, paper=None, scale=100.0, **changes):
         "n": 12,
         "title": title,
         "suite": suite,
-        "main": main,
-        "figures": {} if paper is None else {main: {"paper": paper, "scale": scale}},
+        "main_metric": main,
+        "paper": {} if paper is None else {main: paper},
         "scale": scale,
         "note": "",
         "limit": None,
-        "broken": {"n": 0, "first": []},
+        "invalid": {"n": 0, "first": []},
         "preprocessing": {"size": 448, "policy": "resize"},
-        "decoding": {"dtype": "bfloat16", "mam": True},
+        "generation": {"dtype": "bfloat16", "mam": True},
         "versions": {"owl2": "1"},
     } | changes
 
@@ -38,10 +39,10 @@ def results():
     }
     return {
         "model": "runs/x",
-        "fingerprint": "f" * 64,
-        "machine": {"name": "cpu", "processes": 1},
+        "weights_fingerprint": "f" * 64,
+        "environment": {"name": "cpu", "processes": 1},
         "tasks": tasks,
-        "skipped": {"coco": "dataset_coco.json is not there"},
+        "skipped": {"coco": "dataset_coco.json is missing"},
     }
 
 
@@ -52,20 +53,20 @@ def written(results, tmp_path):
     return tmp_path
 
 
-def test_the_papers_figures_beside_ours(written):
+def test_markdown_has_our_results_and_those_of_the_paper(written):
     text = (written / "report.md").read_text()
     assert "| VQAv2 (vqav2) | accuracy | 12 | 79.40% | 79.4 | +0.00 |" in text
     assert "| MME (mme) | perception | 12 | 725.10 | 1450.19 | -725.10 |" in text
     assert "| GQA (gqa) | accuracy | 12 | 60.00% | 56.1 | +3.90 |" in text
-    assert "only the first 50 questions; testdev" in text
+    assert "first 50 samples; testdev" in text
     assert "| MM-Vet (mm_vet) | score | 12 | to be judged | 36.2 |" in text
     assert "mine\\|<b>.jsonl (mine)" in text
-    assert "| coco | dataset_coco.json is not there |" in text
+    assert "| coco | dataset_coco.json is missing |" in text
     assert text.index("## Visual question answering") < text.index("## Multimodal benchmarks")
     assert "radar.png" in text
 
 
-def test_one_page_with_the_plot_in_it(written):
+def test_html_contains_the_plot(written):
     page = (written / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "mine|&lt;b&gt;.jsonl" in page
@@ -74,48 +75,48 @@ def test_one_page_with_the_plot_in_it(written):
         assert radar.width > 500
 
 
-def test_shares_of_the_papers_figures(results):
-    shares = paper_shares(results)
-    assert shares == pytest.approx({"vqav2": 1.0, "mme": 0.5, "gqa": 60 / 56.1})
-    rate = {"score": {"paper": 2.0, "scale": 1.0}, "rate": {"paper": 0.5, "scale": 1.0}}
-    both = {"score": 1.0, "rate": 0.25}
-    results["tasks"] = {"m": entry("M", "mllm", "score", 1.0, figures=rate, metrics=both, scale=1)}
-    assert paper_shares(results) == {"m": 0.5}, "of a rate of errors, less is better"
+def test_ratios_to_the_paper_use_the_main_metric(results):
+    ratios = ratios_to_paper(results)
+    assert ratios == pytest.approx({"vqav2": 1.0, "mme": 0.5, "gqa": 60 / 56.1})
+    paper, metrics = {"score": 2.0, "rate": 0.5}, {"score": 1.0, "rate": 0.25}
+    both = entry("M", "mllm", "score", 1.0, scale=1) | {"paper": paper, "metrics": metrics}
+    results["tasks"] = {"m": both}
+    assert ratios_to_paper(results) == {"m": 0.5}
 
 
-def test_too_few_figures_make_no_radar_plot(written, results):
+def test_too_few_results_for_a_radar_plot(written, results):
     del results["tasks"]["gqa"]
     (written / "results.json").write_text(json.dumps(results))
     write_report(written)
-    assert not (written / "radar.png").exists(), "that of an earlier report"
+    assert not (written / "radar.png").exists(), "that of an earlier report is removed"
     assert "radar.png" not in (written / "report.md").read_text()
 
 
-def test_values_as_the_paper_tells_them():
-    assert shown(0.5, {"scale": 100}) == "50.00%"
-    assert shown(2.17, {"scale": 1}) == "2.17"
+def test_values_have_the_unit_of_the_paper():
+    assert format_value(0.5, {"scale": 100}) == "50.00%"
+    assert format_value(2.17, {"scale": 1}) == "2.17"
 
 
-def test_a_table_of_a_task(plain):
+def test_table_of_a_task(plain):
     result = {
-        "metrics": {"accuracy": 0.5, "unparsed": 0.1, "accuracy_blind": 0.25},
+        "metrics": {"accuracy": 0.5, "unparsed": 0.1, "accuracy_no_image": 0.25},
         "n": 1200,
         "scale": 100,
-        "by_answer_kind": {"a": {"n": 1, "accuracy": 1.0, "unparsed": 0.0}},
+        "per_category": {"a": {"n": 1, "accuracy": 1.0, "unparsed": 0.0}},
     }
     plain.print(results_table("task", result))
     text = plain.file.getvalue()
-    for words in ("accuracy, blind", "25.00%", "1,200", "unparsed", "10.00%"):
-        assert words in text
+    for needle in ("accuracy, no image", "25.00%", "1,200", "unparsed", "10.00%"):
+        assert needle in text
 
 
-def test_the_only_metric_is_called_blind(plain):
-    result = {"metrics": {"accuracy": 0.5, "accuracy_blind": 0.25}, "n": 3, "scale": 100}
+def test_column_of_the_baseline_of_a_single_metric(plain):
+    result = {"metrics": {"accuracy": 0.5, "accuracy_no_image": 0.25}, "n": 3, "scale": 100}
     plain.print(results_table("task", result))
-    assert " blind " in plain.file.getvalue()
-    assert "accuracy, blind" not in plain.file.getvalue()
+    assert " no image " in plain.file.getvalue()
+    assert "accuracy, no image" not in plain.file.getvalue()
 
 
-def test_no_run_there(tmp_path):
-    with pytest.raises(InputError, match=r"results\.json"):
+def test_missing_results_are_an_error(tmp_path):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "results.json"):
         write_report(tmp_path)

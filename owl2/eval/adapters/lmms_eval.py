@@ -24,7 +24,7 @@ from PIL import ImageFile
 from tqdm import tqdm
 
 from owl2.data.sample import Message
-from owl2.engine.engine import MAX_BATCH, Engine
+from owl2.engine.engine import MAX_NUM_SEQS, Engine
 from owl2.engine.error_isolation import batch_or_errors
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.adapters.requests import load_visuals, sampling_kwargs, to_messages, truncate
@@ -63,7 +63,7 @@ class LmmsEvalModel(lmms):
         quantize: str | None = None,
         image_policy: ImagePolicy | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int = MAX_BATCH,
+        max_batch_size: int = MAX_NUM_SEQS,
         max_new_tokens: int = 256,
         max_frames: int = 8,
         **unknown: Any,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from owl2.data.datasets import load_dataset
-from owl2.data.datasets.easy_vqa import COLOURS, SHAPES
+from owl2.data.datasets.easy_vqa import COLORS, SHAPES
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics.yes_no import COGNITION, PERCEPTION
 from owl2.eval.readers import EvalData, read_each, read_text
@@ -91,7 +91,7 @@ def easy_vqa(data: EvalData) -> Iterator[EvalSample]:
     Raises:
         InputError: The prompt does not contain `{question}`; the package easy-vqa is missing.
     """
-    categories = {"yes or no": ("yes", "no"), "shape": SHAPES, "color": COLOURS}
+    categories = {"yes or no": ("yes", "no"), "shape": SHAPES, "color": COLORS}
     prompted = load_dataset("easy_vqa", "test", style="single", prompt=data.prompt)
     plain = load_dataset("easy_vqa", "test", style="single", prompt="{question}")
     for sample, bare in zip(prompted, plain, strict=True):

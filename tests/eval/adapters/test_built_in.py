@@ -1,4 +1,4 @@
-"""lmms-eval's own MME over local data, with our model: what `owl2 eval` asks and scores, too."""
+"""MME of lmms-eval with local data: prompts and scores equal those of `owl2 eval`."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ from lmms_eval import evaluator
 from lmms_eval.tasks import TaskManager
 
 from owl2.engine.engine import Engine
-from owl2.eval.adapters.lmms_eval import Owl2Multimodal
-from owl2.eval.samples import Answer
+from owl2.eval.adapters.lmms_eval import LmmsEvalModel
+from owl2.eval.samples import Response
 from owl2.eval.tasks import find_tasks
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MME = Path(str(lmms_eval.__file__)).parent / "tasks/mme/mme.yaml"
 
 
-class Says(Owl2Multimodal):
-    """Yes to every other question, so that a score is neither none nor all."""
+class ConstantModel(LmmsEvalModel):
+    """Yes for some questions, so that the score is between the minimum and the maximum."""
 
     def generate_until(self, requests):
         return ["Yes" if request.args[3] % 3 else "No" for request in requests]
@@ -30,24 +30,26 @@ class Says(Owl2Multimodal):
 @pytest.fixture
 def questions():
     [task] = find_tasks("mme")
-    questions, _ = task.read(task.source(FIXTURES))
+    questions, _ = task.read(task.data(FIXTURES))
     pairs = {}
     for question in questions:
-        pairs.setdefault((question.kind, question.facts["image"]), []).append(question)
-    # lmms-eval takes no image with one question alone.
+        pairs.setdefault((question.category, question.metadata["image"]), []).append(question)
+    # lmms-eval skips images with a single question.
     return task, [question for pair in pairs.values() if len(pair) == 2 for question in pair]
 
 
-@pytest.mark.parametrize("kind", [Owl2Multimodal, Says])
-def test_it_asks_and_scores_as_we_do(questions, kind, tiny_checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [LmmsEvalModel, ConstantModel])
+def test_prompts_and_scores_equal_those_of_owl2_eval(
+    questions, kind, tiny_checkpoint, tmp_path, monkeypatch
+):
     task, asked = questions
     rows = [
         {
             "image": {"path": question.messages[0]["content"][0]["path"], "bytes": None},
-            "question": f"{question.text} Please answer yes or no.",
+            "question": f"{question.question} Please answer yes or no.",
             "answer": question.expected[0],
-            "category": question.kind,
-            "question_id": f"{question.kind}/{question.facts['image']}",
+            "category": question.category,
+            "question_id": f"{question.category}/{question.metadata['image']}",
         }
         for question in asked
     ]
@@ -73,14 +75,14 @@ def test_it_asks_and_scores_as_we_do(questions, kind, tiny_checkpoint, tmp_path,
     )
     samples = sorted(results["samples"]["mme_local"], key=lambda sample: sample["doc_id"])
     said = [sample["filtered_resps"][0] for sample in samples]
-    if kind is Owl2Multimodal:  # the same prompt, or the answers would not be the same
-        limit = task.recipe.max_new_tokens
+    if kind is LmmsEvalModel:  # equal responses imply equal prompts
+        limit = task.config.max_new_tokens
         own = engine.batch([question.messages for question in asked], max_new_tokens=limit)
         assert said == [text.strip() for text in own]
-    answers = [Answer(question, "", text) for question, text in zip(asked, said, strict=True)]
+    answers = [Response(question, "", text) for question, text in zip(asked, said, strict=True)]
     scores = task.metric.score(answers).metrics
     found = results["results"]["mme_local"]
     assert scores["perception"] == pytest.approx(found["mme_perception_score,none"])
     assert scores["cognition"] == pytest.approx(found["mme_cognition_score,none"])
-    if kind is Says:
+    if kind is ConstantModel:
         assert 0 < scores["perception"] < 2000

@@ -1,4 +1,4 @@
-"""lm-eval's model: any batch the same, ids as in training, the checkpoint's chat format."""
+"""The model of lm-eval: independent of the batch, with the ids and chat format of training."""
 
 import sys
 
@@ -10,9 +10,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from owl2.engine.engine import Engine
-from owl2.errors import InputError
-from owl2.eval import lm_eval as front
-from owl2.eval.adapters.lm_eval_model import Owl2Text
+from owl2.errors import ErrorCode, InputError
+from owl2.eval import lm_eval as command
+from owl2.eval.adapters.lm_eval_model import LmEvalModel
+from tests.errors import raises_input_error
 
 PROMPTS = ["is it " * count + "yes" for count in (1, 5, 2, 3)]
 
@@ -27,11 +28,11 @@ def ask(kind, model, arguments):
     return getattr(model, kind)(requests)
 
 
-def test_likelihoods_are_the_models_own(engine):
-    """Against the logits themselves; none depends on its batch."""
+def test_likelihoods_equal_those_of_the_logits(engine):
+    """In any batch."""
     pairs = [(prompt, choice) for prompt in PROMPTS for choice in (" no", " a red circle")]
-    together = ask("loglikelihood", Owl2Text(engine, batch_size=8), pairs)
-    alone = ask("loglikelihood", Owl2Text(engine, batch_size=1), pairs)
+    together = ask("loglikelihood", LmEvalModel(engine, batch_size=8), pairs)
+    alone = ask("loglikelihood", LmEvalModel(engine, batch_size=1), pairs)
     for (prompt, choice), (one, _), (other, _) in zip(pairs, together, alone, strict=True):
         before = engine.processor(text=prompt)["input_ids"][0]
         whole = engine.processor(text=prompt + choice, return_tensors="pt")["input_ids"]
@@ -42,39 +43,38 @@ def test_likelihoods_are_the_models_own(engine):
         assert other == pytest.approx(expected, abs=1e-4)
 
 
-def test_rolling_likelihoods_go_beyond_the_context(engine):
-    model = Owl2Text(engine, batch_size=2)
+def test_rolling_likelihoods_exceed_the_context(engine):
+    model = LmEvalModel(engine, batch_size=2)
     texts = [("is it a red one? " * 30,), ("yes",)]
     assert len(model.tok_encode(texts[0][0])) > model.max_length == 128
     together = ask("loglikelihood_rolling", model, texts)
-    alone = ask("loglikelihood_rolling", Owl2Text(engine, batch_size=1), texts)
+    alone = ask("loglikelihood_rolling", LmEvalModel(engine, batch_size=1), texts)
     assert together == pytest.approx(alone, abs=1e-3)
     assert together[0] < together[1] < 0
 
 
-def test_generation_is_the_engines(engine):
-    """`engine.chat` writes the same after the chat format as lm-eval does after our prompt."""
+def test_generation_equals_that_of_the_engine(engine):
     settings = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
-    model = Owl2Text(engine, batch_size=4)
+    model = LmEvalModel(engine, batch_size=4)
     turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     asked = [(model.apply_chat_template(turn), settings) for turn in turns]
     together = ask("generate_until", model, asked)
-    assert together == ask("generate_until", Owl2Text(engine, batch_size=1), asked)
+    assert together == ask("generate_until", LmEvalModel(engine, batch_size=1), asked)
     expected = [engine.chat(turn, max_new_tokens=5).split("\n")[0] for turn in turns]
     assert [text.strip() for text in together] == [text.strip() for text in expected]
 
 
-def test_one_start_token_and_the_engines_tokenizer_is_left_alone(engine):
+def test_one_start_token_and_a_copy_of_the_tokenizer(engine):
     start = engine.processor.tokenizer.bos_token_id
-    model = Owl2Text(engine)
+    model = LmEvalModel(engine)
     ids = model.tok_encode("yes no")
     assert ids == engine.processor(text="yes no")["input_ids"][0]
     assert ids.count(start) == 1
     assert model.tokenizer is not engine.processor.tokenizer
 
 
-def test_the_chat_format(engine):
-    model = Owl2Text(engine)
+def test_chat_format(engine):
+    model = LmEvalModel(engine)
     turns = [
         {"role": "user", "content": "one?"},
         {"role": "assistant", "content": "yes"},
@@ -86,15 +86,15 @@ def test_the_chat_format(engine):
     assert model.apply_chat_template(turns, add_generation_prompt=False) == f"{prompt} an"
     assert model.chat_template(True) == engine.processor.chat_template
     assert model.chat_template(False) is None
-    with pytest.raises(InputError, match="no system prompt"):
+    with pytest.raises(InputError):
         model.apply_chat_template([{"role": "system", "content": "be brief"}, turns[0]])
-    with pytest.raises(InputError, match="no chat template 'mine'"):
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, "'mine'"):
         model.chat_template("mine")
 
 
-def test_an_option_after_a_chat_prompt_is_encoded_as_in_training(engine):
-    """lm-eval puts no space before it; training has one, which is part of its first token."""
-    model = Owl2Text(engine)
+def test_option_after_a_chat_prompt_is_encoded_as_in_training(engine):
+    """lm-eval adds no space; in training it is part of the first token of the answer."""
+    model = LmEvalModel(engine)
     turns = [{"role": "user", "content": "is it red?"}, {"role": "assistant", "content": "yes"}]
     inputs = engine.processor.for_training(turns)
     learned = inputs["input_ids"][0][inputs["labels"][0] != -100].tolist()
@@ -106,39 +106,40 @@ def test_an_option_after_a_chat_prompt_is_encoded_as_in_training(engine):
     assert model._encode_pair("is it", "yes") != model._encode_pair("is it", " yes")
 
 
-def test_arguments_that_there_are_not(tiny_checkpoint):
-    with pytest.raises(InputError, match="there is no dytpe"):
-        Owl2Text(str(tiny_checkpoint), dytpe="float32")
-    with pytest.raises(InputError, match="nowhere"):
-        Owl2Text("/nowhere", device="cpu")
+def test_unknown_arguments_are_an_error(tiny_checkpoint):
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, "dytpe"):
+        LmEvalModel(str(tiny_checkpoint), dytpe="float32")
+    with pytest.raises(InputError) as error:
+        LmEvalModel("/nowhere", device="cpu")
+    assert "nowhere" in str(error.value)
 
 
-def test_lm_evals_own_default_device_is_what_there_is(tiny_checkpoint, monkeypatch):
-    """Its command line says cuda:0 where the user says nothing."""
+def test_default_device_of_lm_eval_falls_back_to_an_available_one(tiny_checkpoint, monkeypatch):
+    """The default of its command line is cuda:0."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert Owl2Text(str(tiny_checkpoint), device="cuda:0").device.type in ("cpu", "mps")
-    with pytest.raises(InputError, match="cuda:1"):
-        Owl2Text(str(tiny_checkpoint), device="cuda:1")
+    assert LmEvalModel(str(tiny_checkpoint), device="cuda:0").device.type in ("cpu", "mps")
+    with raises_input_error(ErrorCode.UNSUPPORTED, "cuda:1"):
+        LmEvalModel(str(tiny_checkpoint), device="cuda:1")
 
 
-def test_the_front_door_knows_both_models(monkeypatch, capsys):
+def test_command_line_has_both_models(monkeypatch, capsys):
     def evaluate():
-        assert get_model("owl2") is Owl2Text
-        assert get_model("hf") is not Owl2Text
+        assert get_model("owl2") is LmEvalModel
+        assert get_model("hf") is not LmEvalModel
         raise InputError("wrong")
 
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
     with pytest.raises(SystemExit) as end:
-        front.main()
+        command.main()
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: wrong\n"
 
 
-def test_without_lm_eval(monkeypatch, capsys):
+def test_missing_lm_eval_exits_with_2(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit) as end:
-        front.main()
+        command.main()
     assert end.value.code == 2
     assert "pip install 'owl2-vlm[eval]'" in capsys.readouterr().err

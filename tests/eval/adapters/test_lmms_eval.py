@@ -1,4 +1,4 @@
-"""lmms-eval's model: any batch the same, images in their places, losses, what is broken."""
+"""The model of lmms-eval: batches, positions of images, losses and invalid requests."""
 
 import json
 import math
@@ -14,11 +14,12 @@ pytest.importorskip("lmms_eval")
 from lmms_eval.api.instance import GenerationResult, Instance
 
 from owl2.engine.engine import Engine
-from owl2.errors import InputError
-from owl2.eval.adapters import own_tasks
-from owl2.eval.adapters.lmms_eval import Owl2Multimodal
+from owl2.errors import ErrorCode
+from owl2.eval.adapters import additional_tasks
+from owl2.eval.adapters.lmms_eval import LmmsEvalModel
+from tests.errors import raises_input_error
 
-COLOURS = ("red", "blue", "lime", "white", "black", "yellow")
+COLORS = ("red", "blue", "lime", "white", "black", "yellow")
 SHORT = {"max_new_tokens": 4, "until": ["\n\n"], "temperature": 0, "top_p": 0, "num_beams": 1}
 
 
@@ -30,15 +31,15 @@ def engine(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def documents():
     return [
-        {"words": "is it " + "very " * (number % 3) + colour, "colour": colour}
-        for number, colour in enumerate(COLOURS)
+        {"text": "is it " + "very " * (number % 3) + color, "color": color}
+        for number, color in enumerate(COLORS)
     ]
 
 
 @pytest.fixture
 def model(engine, documents):
     def make(batch_size):
-        model = Owl2Multimodal(engine, batch_size=batch_size)
+        model = LmmsEvalModel(engine, batch_size=batch_size)
         model.task_dict = {"made": {"test": documents}}
         return model
 
@@ -46,23 +47,23 @@ def model(engine, documents):
 
 
 def image(document):
-    return [Image.new("RGB", (10, 12), document["colour"])]
+    return [Image.new("RGB", (10, 12), document["color"])]
 
 
-def request(kind, number, *arguments, visual=image, **facts):
-    facts = {"task": "made", "doc_id": number, "repeats": 1, **facts}
-    words, second = arguments
-    return Instance(kind, (words, second, visual, number, "made", "test"), 0, facts)
+def request(kind, number, *arguments, visual=image, **metadata):
+    metadata = {"task": "made", "doc_id": number, "repeats": 1, **metadata}
+    text, second = arguments
+    return Instance(kind, (text, second, visual, number, "made", "test"), 0, metadata)
 
 
 def generations(documents, **settings):
     return [
-        request("generate_until", number, document["words"], {**SHORT, **settings})
+        request("generate_until", number, document["text"], {**SHORT, **settings})
         for number, document in enumerate(documents)
     ]
 
 
-def test_any_batch_answers_as_the_engine_does(model, engine, documents):
+def test_responses_equal_those_of_the_engine_in_any_batch(model, engine, documents):
     requests = generations(documents)
     expected = [
         engine.chat(
@@ -71,7 +72,7 @@ def test_any_batch_answers_as_the_engine_does(model, engine, documents):
                     "role": "user",
                     "content": [
                         {"type": "image", "image": image(document)[0]},
-                        {"type": "text", "text": document["words"]},
+                        {"type": "text", "text": document["text"]},
                     ],
                 }
             ],
@@ -86,21 +87,21 @@ def test_any_batch_answers_as_the_engine_does(model, engine, documents):
     assert requests[0].args[1] == SHORT, "the settings are lmms-eval's own, for its cache"
 
 
-def test_drawn_answers_are_the_same_in_any_batch(model, documents):
+def test_sampled_responses_do_not_depend_on_the_batch(model, documents):
     requests = generations(documents, do_sample=True, temperature=2.0)
     drawn = model(1).generate_until(requests)
     assert drawn == model(4).generate_until(requests)
     assert drawn != model(1).generate_until(generations(documents))
 
 
-def test_answers_end_where_the_task_says(model, documents):
+def test_responses_end_at_stop_strings(model, documents):
     [request, *_] = generations(documents)
     [text] = model(1).generate_until([request])
     [first] = generations(documents[:1], until=text[1])
     assert model(1).generate_until([first]) == [text.split(text[1])[0]]
 
 
-def test_what_only_fills_up_is_not_answered(model, documents):
+def test_padding_requests_get_no_response(model, documents):
     padding = request("generate_until", 0, "is it", SHORT, __padding_only__=True)
     assert model(2).generate_until([padding, *generations(documents[:1])])[0] == ""
 
@@ -108,7 +109,7 @@ def test_what_only_fills_up_is_not_answered(model, documents):
 def test_likelihoods_are_losses(model, engine, documents):
     choices = [" yes", " no", " a red circle"]
     requests = [
-        request("loglikelihood", number, document["words"], choice)
+        request("loglikelihood", number, document["text"], choice)
         for number, document in enumerate(documents[:2])
         for choice in choices
     ]
@@ -116,7 +117,7 @@ def test_likelihoods_are_losses(model, engine, documents):
     assert all(isinstance(loss, GenerationResult) for loss in found), "0.7.3 unwraps no tuples"
     content = [
         {"type": "image", "image": image(documents[1])[0]},
-        {"type": "text", "text": documents[1]["words"]},
+        {"type": "text", "text": documents[1]["text"]},
     ]
     expected = engine.score(
         [{"role": "user", "content": content}], ["yes", "no", "a red circle"], include_end=False
@@ -127,19 +128,19 @@ def test_likelihoods_are_losses(model, engine, documents):
         assert one.text[0] == pytest.approx(other.text[0], abs=1e-4)
 
 
-def test_the_greedy_answer_is_known_of_one_continuation(model, documents):
+def test_single_continuation_is_compared_with_the_greedy_response(model, documents):
     [said] = model(1).generate_until(generations(documents[:1]))
-    words = documents[0]["words"]
+    text = documents[0]["text"]
 
     def greedy(continuation):
-        [found] = model(1).loglikelihood([request("loglikelihood", 0, words, continuation)])
+        [found] = model(1).loglikelihood([request("loglikelihood", 0, text, continuation)])
         return found.text[1]
 
     assert greedy(lambda document: said[:2])
     assert not greedy(" no")
 
 
-def test_a_broken_image_is_named_and_the_others_are_answered(model, documents, tmp_path, caplog):
+def test_invalid_image_is_logged_and_others_get_responses(model, documents, tmp_path, caplog):
     whole = tmp_path / "whole.png"
     Image.effect_noise((64, 64), 90).save(whole)
     broken = tmp_path / "broken.png"
@@ -155,34 +156,34 @@ def test_a_broken_image_is_named_and_the_others_are_answered(model, documents, t
         answers = made.generate_until([*sound[:2], bad, sound[2]])
         assert answers[2] == ""
         assert answers[:2] + answers[3:] == model(4).generate_until(sound)
-        assert list(made.broken) == ["made test 3"]
-        assert "made test 3 cannot be asked" in caplog.text
+        assert list(made.invalid) == ["made test 3"]
+        assert "made test 3" in caplog.text
         lost = request("loglikelihood", 3, "is it", " yes", visual=visual)
         assert made.loglikelihood([lost])[0].text == (math.inf, False)
 
 
-def test_a_prompt_beyond_the_context_is_one_of_those(model, documents):
+def test_prompt_beyond_the_context_is_invalid(model, documents):
     made = model(4)
     long = request("generate_until", 2, "very " * 300, SHORT)
     answers = made.generate_until([*generations(documents[:2]), long])
     assert answers[:2] == model(1).generate_until(generations(documents[:2]))
-    assert "the model's context is 128" in made.broken["made test 2"]
+    assert "128" in made.invalid["made test 2"]
 
 
-def test_what_is_refused(engine, model, documents):
-    with pytest.raises(InputError, match="there is no dytpe"):
-        Owl2Multimodal(engine, dytpe="float32")
-    with pytest.raises(InputError, match="num_beams is 3"):
+def test_unsupported_requests_are_errors(engine, model, documents):
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, "dytpe"):
+        LmmsEvalModel(engine, dytpe="float32")
+    with raises_input_error(ErrorCode.UNSUPPORTED, "num_beams is 3"):
         model(1).generate_until(generations(documents, num_beams=3))
     bare = Instance("loglikelihood", ("", "yes"), 0, {"task": "m", "doc_id": 0, "repeats": 1})
-    with pytest.raises(InputError, match="acc_mutual_info"):
+    with raises_input_error(ErrorCode.UNSUPPORTED, "acc_mutual_info"):
         model(1).loglikelihood([bare])
 
 
-def test_lmms_eval_knows_the_model():
+def test_lmms_eval_finds_the_model():
     from lmms_eval.models import get_model
 
-    assert get_model("owl2") is Owl2Multimodal
+    assert get_model("owl2") is LmmsEvalModel
 
 
 # ------------------------------------------------------------------ whole runs
@@ -192,12 +193,12 @@ def test_lmms_eval_knows_the_model():
 def own(tmp_path):
     """A task of two kinds in lmms-eval's format, beside ours, and a clean environment."""
     Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
-    rows = [{"path": str(tmp_path / "a.png"), "words": f"is it {n}", "gold": n} for n in (0, 1)]
+    rows = [{"path": str(tmp_path / "a.png"), "text": f"is it {n}", "gold": n} for n in (0, 1)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     common = (
         "dataset_path: json\ntest_split: test\n"
         "dataset_kwargs: {data_files: {test: rows.json}}\n"
-        "doc_to_visual: !function seen.visual\ndoc_to_text: words\n"
+        "doc_to_visual: !function seen.visual\ndoc_to_text: text\n"
     )
     (tmp_path / "seen.py").write_text(
         "from PIL import Image\ndef visual(doc): return [Image.open(doc['path']).convert('RGB')]\n"
@@ -207,15 +208,15 @@ def own(tmp_path):
         "doc_to_choice: ['yes', 'no']\ndoc_to_target: gold\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    (tmp_path / "words.yaml").write_text(
-        f"task: made_words\n{common}output_type: generate_until\ndoc_to_target: words\n"
+    (tmp_path / "text.yaml").write_text(
+        f"task: made_words\n{common}output_type: generate_until\ndoc_to_target: text\n"
         "generation_kwargs: {max_new_tokens: 3}\n"
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
     return tmp_path
 
 
-def test_through_lmms_evals_evaluator(own, engine, monkeypatch):
+def test_evaluator_of_lmms_eval(own, engine, monkeypatch):
     """Options are chosen by our likelihoods: the way in which 0.7.3 would choose the worst."""
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
@@ -223,7 +224,7 @@ def test_through_lmms_evals_evaluator(own, engine, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(own / "cache"))
     results = evaluator.simple_evaluate(
-        model=Owl2Multimodal(engine, batch_size=2),
+        model=LmmsEvalModel(engine, batch_size=2),
         tasks=["made_choice", "made_words"],
         task_manager=TaskManager(include_path=str(own), include_defaults=False),
         bootstrap_iters=0,
@@ -244,9 +245,9 @@ def test_through_lmms_evals_evaluator(own, engine, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_suites_own_command_line(own, tiny_checkpoint):
+def test_command_line_of_lmms_eval(own, tiny_checkpoint):
     pytest.importorskip("easy_vqa")
-    for folder, tasks in ((own, {"made_choice", "made_words"}), (own_tasks(), {"easy_vqa"})):
+    for folder, tasks in ((own, {"made_choice", "made_words"}), (additional_tasks(), {"easy_vqa"})):
         out = own / f"out{len(tasks)}"
         done = subprocess.run(
             [
@@ -272,8 +273,8 @@ def test_the_suites_own_command_line(own, tiny_checkpoint):
         assert names & {"acc,none", "accuracy,none"}
 
 
-def test_the_folder_of_our_tasks():
-    assert {path.stem for path in own_tasks().glob("*.yaml")} == {
+def test_directory_of_additional_tasks():
+    assert {path.stem for path in additional_tasks().glob("*.yaml")} == {
         "easy_vqa",
         "mmhal",
         "msrvtt_qa",

@@ -10,11 +10,12 @@ from PIL import Image
 pytest.importorskip("lmms_eval")
 
 from owl2.engine.engine import Engine
-from owl2.errors import InputError
-from owl2.eval.adapters import own_tasks
-from owl2.eval.adapters.lmms_eval import Owl2Multimodal
-from owl2.eval.adapters.paper_tasks import DATA, PublishedTask
+from owl2.errors import ErrorCode
+from owl2.eval.adapters import additional_tasks
+from owl2.eval.adapters.lmms_eval import LmmsEvalModel
+from owl2.eval.adapters.paper_tasks import DATA, PaperTask
 from owl2.eval.tasks import find_tasks
+from tests.errors import raises_input_error
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -26,17 +27,17 @@ def engine(tiny_checkpoint):
     return engine
 
 
-def test_each_of_them_through_lmms_evals_evaluator(engine, monkeypatch, tmp_path):
+def test_additional_tasks_in_the_evaluator_of_lmms_eval(engine, monkeypatch, tmp_path):
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 
     monkeypatch.setenv(DATA, str(FIXTURES))
     # easy_vqa, which takes seconds to read, has a test of the command line.
-    names = sorted({path.stem for path in own_tasks().glob("*.yaml")} - {"easy_vqa"})
+    names = sorted({path.stem for path in additional_tasks().glob("*.yaml")} - {"easy_vqa"})
     results = evaluator.simple_evaluate(
-        model=Owl2Multimodal(engine, batch_size=4),
+        model=LmmsEvalModel(engine, batch_size=4),
         tasks=names,
-        task_manager=TaskManager(include_path=str(own_tasks()), include_defaults=False),
+        task_manager=TaskManager(include_path=str(additional_tasks()), include_defaults=False),
         limit=3,
         bootstrap_iters=0,
         log_samples=True,
@@ -50,10 +51,10 @@ def test_each_of_them_through_lmms_evals_evaluator(engine, monkeypatch, tmp_path
         if name == "mmhal":
             continue
         [task] = find_tasks(name)
-        questions, _ = task.read(task.source(FIXTURES))
+        questions, _ = task.read(task.data(FIXTURES))
         said = engine.batch(
             [question.messages for question in questions[:3]],
-            max_new_tokens=task.recipe.max_new_tokens,
+            max_new_tokens=task.config.max_new_tokens,
             do_sample=False,
         )
         assert [sample["filtered_resps"][0] for sample in samples] == said
@@ -67,9 +68,9 @@ def test_each_of_them_through_lmms_evals_evaluator(engine, monkeypatch, tmp_path
     assert rows[0].keys() <= template[0].keys()
 
 
-def test_a_right_answer_counts(monkeypatch):
+def test_correct_response_scores_one(monkeypatch):
     monkeypatch.setenv(DATA, str(FIXTURES))
-    task = PublishedTask({"task": "msvd_qa", "metric_list": METRICS})
+    task = PaperTask({"task": "msvd_qa", "metric_list": METRICS})
     document = task.dataset["test"][0]
     assert task.process_results(document, [f" {document['expected'][0]}. "]) == {"accuracy": 1.0}
     assert task.process_results(document, ["something else"]) == {"accuracy": 0.0}
@@ -80,10 +81,10 @@ def test_a_right_answer_counts(monkeypatch):
     assert task.doc_to_target(document) == document["expected"][0]
 
 
-def test_data_that_is_not_there(monkeypatch, tmp_path):
+def test_missing_data_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv(DATA, str(tmp_path))
-    with pytest.raises(InputError, match=r"msvd_qa/youtube_mapping.txt is not there"):
-        PublishedTask({"task": "msvd_qa", "metric_list": METRICS})
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "msvd_qa/youtube_mapping.txt"):
+        PaperTask({"task": "msvd_qa", "metric_list": METRICS})
 
 
 METRICS = [{"metric": "accuracy", "aggregation": "mean", "higher_is_better": True}]

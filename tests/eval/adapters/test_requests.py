@@ -3,14 +3,15 @@
 import pytest
 from PIL import Image
 
-from owl2.errors import InputError
-from owl2.eval.adapters.requests import cut, decoding, images_of, turn
+from owl2.errors import ErrorCode
+from owl2.eval.adapters.requests import load_visuals, sampling_kwargs, to_messages, truncate
+from tests.errors import raises_input_error
 
 RED, BLUE = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
 
 
-def shown(words, images):
-    [message] = turn(words, images)
+def rendered(words, images):
+    [message] = to_messages(words, images)
     assert message["role"] == "user"
     names = {id(RED): "[red]", id(BLUE): "[blue]"}
     return "".join(
@@ -32,23 +33,23 @@ def shown(words, images):
         ("a <|image|> here", [RED], "[red]a  here"),  # would count as one image more
     ],
 )
-def test_places_of_images(words, images, expected):
-    assert shown(words, images) == expected
+def test_positions_of_images(words, images, expected):
+    assert rendered(words, images) == expected
 
 
-def test_videos_are_frames(tmp_path):
+def test_videos_become_frames(tmp_path):
     frames = [Image.new("RGB", (8, 8), (n * 20, 0, 0)) for n in range(10)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "folder").mkdir()
     for number, frame in enumerate(frames):
         frame.save(tmp_path / "folder" / f"{number}.png")
-    assert len(images_of([str(tmp_path / "a.gif")], 4)) == 4
-    found = images_of([str(tmp_path / "folder")], 4)
+    assert len(load_visuals([str(tmp_path / "a.gif")], 4)) == 4
+    found = load_visuals([str(tmp_path / "folder")], 4)
     assert [path.name for path in found] == ["1.png", "3.png", "6.png", "8.png"]
-    assert images_of([RED, str(tmp_path / "x.png")], 4) == [RED, tmp_path / "x.png"]
-    assert images_of(RED, 4) == [RED]
-    with pytest.raises(InputError, match="dict is neither"):
-        images_of([{"array": []}], 4)
+    assert load_visuals([RED, str(tmp_path / "x.png")], 4) == [RED, tmp_path / "x.png"]
+    assert load_visuals(RED, 4) == [RED]
+    with raises_input_error(ErrorCode.INVALID_TYPE, "dict"):
+        load_visuals([{"array": []}], 4)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +71,13 @@ def test_videos_are_frames(tmp_path):
         ),
     ],
 )
-def test_decoding(settings, options, until):
+def test_sampling_kwargs(settings, options, until):
     before = dict(settings)
-    assert decoding(settings, 9) == (options, until)
+    assert sampling_kwargs(settings, 9) == (options, until)
     assert settings == before
 
 
-def test_cut():
-    assert cut("yes\n\nno. why", ["\n\n", "."]) == "yes"
-    assert cut("a. b\n\n", ["\n\n", "."]) == "a"
-    assert cut("all of it", ["", "\n"]) == "all of it"
+def test_truncation_at_stop_strings():
+    assert truncate("yes\n\nno. why", ["\n\n", "."]) == "yes"
+    assert truncate("a. b\n\n", ["\n\n", "."]) == "a"
+    assert truncate("all of it", ["", "\n"]) == "all of it"

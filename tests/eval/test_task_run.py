@@ -1,0 +1,159 @@
+"""Responses: in the order of the samples, independent of the batches, and written immediately."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from owl2.eval.readers import EvalData
+from owl2.eval.samples import EvalSample
+from owl2.eval.task_run import TaskRun
+from owl2.sharded_jsonl import ShardedJsonl, WorkerRank
+
+ALONE = WorkerRank()
+
+
+@pytest.fixture
+def generate(engine, task, plain, tmp_path):
+    """Generates the responses of one process; `collected=False` for one that is not the last."""
+
+    def run(samples, batch_size, worker=ALONE, settings="same", collected=True):
+        run = TaskRun("tiny", task, EvalData((), "{question}"), list(samples), [])
+        path = tmp_path / "tiny.jsonl"
+        with ShardedJsonl(path, {"settings": settings}, worker) as cache:
+            run.generate(engine, cache, batch_size, worker, plain)
+            if collected:
+                run.collect()
+        return run
+
+    return run
+
+
+@pytest.fixture
+def batches(engine, monkeypatch):
+    """The texts of each batch that the engine gets."""
+    seen = []
+    batch = engine.batch
+
+    def record(conversations, **options):
+        seen.append([turns[0]["content"][1]["text"] for turns in conversations])
+        return batch(conversations, **options)
+
+    monkeypatch.setattr(engine, "batch", record)
+    return seen
+
+
+def with_image(sample, path):
+    image, text = sample.messages[0]["content"]
+    content = [{**image, "path": str(path)}, text]
+    return replace(sample, messages=[{"role": "user", "content": content}])
+
+
+def test_batch_size_does_not_change_responses(generate, engine, questions):
+    expected = [
+        engine.chat(sample.messages, do_sample=False, max_new_tokens=4) for sample in questions
+    ]
+    assert len(set(expected)) > 5, "otherwise a wrong order could not be detected"
+    for batch_size in (1, 3, 16, 100):
+        run = generate(questions, batch_size, settings=batch_size)
+        assert [response.sample for response in run.responses] == questions
+        assert [response.text for response in run.responses] == expected
+        assert run.responses[0].prompt == f"USER: <|image|>{questions[0].question} ASSISTANT:"
+        assert run.invalid == []
+        assert run.seconds > 0
+
+
+def test_batches_have_similar_lengths(generate, batches, questions):
+    generate(questions, 6)
+    assert [len(batch) for batch in batches] == [6, 6, 6, 2]
+    lengths = [len(text) for batch in batches for text in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
+
+
+def test_responses_are_written_before_the_next_batch(
+    generate, engine, questions, monkeypatch, tmp_path
+):
+    seen = []
+    batch = engine.batch
+
+    def record(conversations, **options):
+        lines = (tmp_path / "tiny.part-0.jsonl").read_text(encoding="utf-8").splitlines()
+        seen.append([json.loads(line) for line in lines][1:])  # after the settings
+        return batch(conversations, **options)
+
+    monkeypatch.setattr(engine, "batch", record)
+    generate(questions, 8)
+    assert [len(rows) for rows in seen] == [0, 8, 16]
+    assert seen[2][3].keys() == {"id", "key", "prompt", "text", "images", "seconds"}
+
+
+def test_cached_responses_are_not_generated_again(generate, batches, questions):
+    first = generate(questions[:12], 8)
+    batches.clear()
+    run = generate(questions, 8)
+    assert sum(map(len, batches)) == 8
+    assert run.responses[:12] == first.responses
+    assert run.seconds > first.seconds, "the time of both runs"
+    batches.clear()
+    generate(questions, 8)
+    assert batches == []
+    generate(questions, 8, settings="other")
+    assert sum(map(len, batches)) == 20
+
+
+def test_unreadable_images_do_not_fail_their_batch(generate, questions, images, tmp_path):
+    (tmp_path / "torn.png").write_bytes((images / "red.png").read_bytes()[:40])
+    changed = list(questions)
+    changed[7] = with_image(changed[7], tmp_path / "torn.png")
+    changed[11] = with_image(changed[11], tmp_path / "missing.png")
+    run = generate(changed, 100)
+    assert [item.id for item in run.invalid] == ["tiny#7", "tiny#11"]
+    assert "torn.png" in run.invalid[0].reason
+    assert "missing.png" in run.invalid[1].reason
+    valid = [sample for index, sample in enumerate(changed) if index not in (7, 11)]
+    assert [response.sample for response in run.responses] == valid
+    for response in run.responses:
+        number = int(response.sample.id.split("#")[1])
+        assert (response.text in response.sample.expected) == (number % 2 == 1)
+
+
+def test_repaired_image_is_evaluated_again(generate, questions, images, tmp_path):
+    path = tmp_path / "late.png"
+    changed = [with_image(questions[0], path)]
+    assert len(generate(changed, 4).invalid) == 1
+    path.write_bytes((images / "red.png").read_bytes())
+    assert len(generate(changed, 4).responses) == 1
+
+
+def test_invalid_messages_and_long_prompts_are_reported(generate, questions):
+    wrong = EvalSample("tiny#99", "?", [{"role": "nobody", "content": "?"}], ("a",), "later")
+    long = replace(questions[0], id="tiny#98", messages=[{"role": "user", "content": "so " * 500}])
+    run = generate([*questions, wrong, long], 8)
+    assert [item.id for item in run.invalid] == ["tiny#99", "tiny#98"]
+    assert "nobody" in run.invalid[0].reason
+    assert "context" in run.invalid[1].reason
+    assert len(run.responses) == 20
+
+
+def test_two_processes_share_the_samples(generate, batches, questions):
+    alone = generate(questions, 8, settings="alone")
+    batches.clear()
+    generate(questions, 8, WorkerRank(1, 2), collected=False)
+    assert sum(map(len, batches)) == 10
+    first = generate(questions, 8, WorkerRank(0, 2))
+    assert sum(map(len, batches)) == 20
+    assert first.responses == alone.responses
+
+
+def test_baseline_has_no_images(generate, task, questions):
+    run = TaskRun("tiny", task, EvalData((), "{question}"), questions, [])
+    run.add_baseline()
+    assert run.baseline.name == "tiny_no_image"
+    assert [own.name for own in run.passes] == ["tiny", "tiny_no_image"]
+    for sample in run.baseline.samples:
+        assert [part["type"] for part in sample.messages[0]["content"]] == ["text"]
+    text = replace(task, config=task.config.model_copy(update={"engine": "lm-eval"}))
+    run = TaskRun("tiny", text, EvalData((), "{question}"), questions, [])
+    run.add_baseline()
+    assert run.passes == [run]
