@@ -50,7 +50,7 @@ def test_mmlu_prompt_has_five_examples(engine):
     )
     assert prompt.endswith("fin?\nA. a foot\nB. a tail, of a fish\nC. a wing\nD. an eye\nAnswer:")
     assert prompt.count("Answer:") == 6
-    assert {path.name for path in source.read} >= {"anatomy_dev.csv", "astronomy_test.csv"}
+    assert {path.name for path in source.files} >= {"anatomy_dev.csv", "astronomy_test.csv"}
     for answer in answers:
         assert answer.text in "ABCD"
         assert answer.sample.metadata["scores"] == {
