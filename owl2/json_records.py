@@ -199,7 +199,7 @@ class JsonElement(NamedTuple):
 
 
 def scan_json(
-    file: BinaryIO, path: Path, opening: Literal["[", "{"], chunk_bytes: int = CHUNK_BYTES
+    file: BinaryIO, path: Path, opening: Literal["[", "{"], chunk_bytes: int | None = None
 ) -> Iterator[JsonElement]:
     """The elements of the list "[" or the object "{" in a file, without loading all of it.
 
@@ -207,7 +207,7 @@ def scan_json(
         InputError: The file contains something else, or is not valid JSON in UTF-8. The message
             names the row and the byte.
     """
-    text = _JsonText(file, path, chunk_bytes)
+    text = _JsonText(file, path, chunk_bytes or CHUNK_BYTES)
     kind, closing = ("list", "]") if opening == "[" else ("object", "}")
     if text.peek() != opening:
         hint = " A file with a row per line needs the suffix .jsonl." if kind == "list" else ""

@@ -120,8 +120,8 @@ def test_counts_are_told_and_written(tmp_path, folder, console):
         "skipped": {"questions without text or without an answer": 1},
     }
     said = console.export_text()
-    assert f"2 samples with 2 answers about 2 images are in {out}" in said
-    assert "Left out: 1 questions without text or without an answer" in said
+    assert f"Wrote 2 samples with 2 answers about 2 images to {out}" in said
+    assert "Skipped: 1 questions without text or without an answer" in said
     assert sorted(path.name for path in out.parent.iterdir()) == ["gqa.jsonl", "gqa.stats.json"]
 
 
@@ -211,7 +211,7 @@ def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
     out = tmp_path / "cc3m.yaml"
     convert_dataset("cc3m", folder, out, ["read=true"], console)
     assert out.read_text() == (
-        "# An entry of a recipe's `data`: 4 shards with 11 pairs\n"
+        "# An entry for `data` in a recipe: 4 shards with 11 pairs\n"
         "- name: cc3m\n"
         "  shards:\n"
         f"  - {folder}/{{00000..00002}}.tar\n"
@@ -219,8 +219,8 @@ def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
         "  weight: 11\n"
     )
     said = console.export_text()
-    assert "4 shards with 11 pairs are listed" in said
-    assert "Left out: 1 shards without statistics" in said
+    assert "Wrote 4 shards with 11 pairs" in said
+    assert "Skipped: 1 shards without statistics" in said
     (entry,) = yaml.safe_load(out.read_text())
     source = DataSource(**entry)
     assert TarDataset(source.shards).urls == [
@@ -231,7 +231,7 @@ def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
 def test_no_finished_shard(tmp_path, folder, console):
     put_shard(folder, 0).with_name("00000_stats.json").unlink()
     with pytest.raises(
-        InputError, match=r"laion: no shard is finished\. Left out: 1 shards without"
+        InputError, match=r"laion: no shard is finished\. Skipped: 1 shards without"
     ):
         convert_dataset("laion", folder, tmp_path / "laion.yaml", [], console)
     assert not (tmp_path / "laion.yaml").exists()
@@ -266,7 +266,7 @@ def test_wrong_words(tmp_path, folder, name, out, settings, complaint, console):
 
 def test_nothing_left_is_an_error(tmp_path, folder, console):
     put(folder, "train_balanced_questions.json", {"1": question("5", "Is it?", "")})
-    with pytest.raises(InputError, match=r"gqa: nothing is left to write\. Left out: 1 questions"):
+    with pytest.raises(InputError, match=r"gqa: nothing is left to write\. Skipped: 1 questions"):
         convert_dataset("gqa", folder, tmp_path / "gqa.jsonl", [], console)
 
 

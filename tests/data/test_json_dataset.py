@@ -10,6 +10,7 @@ import torch.utils.data
 from owl2.data import json_dataset as module
 from owl2.data.json_dataset import JsonDataset
 from owl2.errors import ErrorCode, InputError
+from owl2.json_records import scan_json
 
 
 def talk(number: object) -> dict:
@@ -23,7 +24,7 @@ def answers(samples) -> list[str]:
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(module, "_PIECE", 7)
+    monkeypatch.setattr("owl2.json_records.CHUNK_BYTES", 7)
 
 
 # ------------------------------------------------------------------ finding rows
@@ -62,8 +63,8 @@ def test_the_size_of_pieces_changes_nothing(tmp_path, monkeypatch):
     path.write_text(json.dumps([talk(word) for word in WORDS], ensure_ascii=False))
     whole = JsonDataset(path)
     for piece in range(1, 40):
-        monkeypatch.setattr(module, "_PIECE", piece)
-        assert (JsonDataset(path)._places == whole._places).all()
+        monkeypatch.setattr("owl2.json_records.CHUNK_BYTES", piece)
+        assert list(JsonDataset(path)) == list(whole)
 
 
 def test_a_number_at_a_pieces_end_is_one_row(tmp_path, small_pieces):
@@ -193,7 +194,7 @@ def test_a_broken_list_is_not_read_to_its_end(tmp_path, small_pieces):
     path.write_bytes(b"[{'a': 1}" + b" " * 1000 + b"]")
     file = io.BytesIO(path.read_bytes())
     with pytest.raises(InputError, match="row 1, byte 2"):
-        list(module._rows_of_list(file, path))
+        list(scan_json(file, path, "["))
     assert file.tell() < 100
 
 
@@ -238,7 +239,7 @@ def test_a_bar_is_shown_to_who_waits(tmp_path, monkeypatch, stream, patience, ra
     path.write_text(json.dumps(talk(1)))
     shown = stream()
     monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setattr(module, "_PATIENCE", patience)
+    monkeypatch.setattr(module, "PROGRESS_DELAY", patience)
     monkeypatch.setenv("RANK", rank)
     JsonDataset(path)
     assert ("Reading" in shown.getvalue()) == is_shown

@@ -73,7 +73,7 @@ def shown(checkpoint, source, count, **options) -> str:
 def test_without_colors_learned_words_are_in_brackets(checkpoint, mixed):
     text = shown(checkpoint, mixed, 1)
     assert "<s>USER: what is <b>0</b>? ASSISTANT:⟦ number 0 & more</s>⟧\n" in text
-    assert text.endswith("1 of 10 samples; ⟦this⟧ is learned, the rest is given\n")
+    assert text.endswith("1 of 10 samples. ⟦Marked⟧ tokens contribute to loss.\n")
     turns = [{"role": role, "content": "yes"} for role in ("user", "assistant")] * 2
     many = mixed.with_suffix(".jsonl")
     many.write_text(json.dumps({"messages": turns}))
@@ -85,7 +85,7 @@ def test_images_are_named_and_bad_rows_do_not_end_it(checkpoint, mixed):
     text = shown(checkpoint, mixed, 3, start=1)
     assert f"image 1: {mixed.parent / 'red.png'}, 600×300\n" in text
     assert "image 1: The image file" in text
-    assert f"{mixed}, row 4\nbad: the last turn is the user's" in text
+    assert f"{mixed}, row 4\ninvalid: the last turn is a user turn" in text
     assert "row 5" not in text and "row 1\n" not in text
 
 
@@ -119,12 +119,12 @@ def test_shards_are_shown(checkpoint, tmp_path, seed):
 def test_the_page_holds_images_and_words(checkpoint, mixed, tmp_path):
     file = tmp_path / "page.html"
     said = shown(checkpoint, mixed, 4, html=file)
-    assert said == f"4 samples are in {file}\n"
+    assert said == f"Wrote 4 samples to {file}\n"
     text = file.read_text(encoding="utf-8")
     (data,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (320, 160)
     assert "what is &lt;b&gt;0&lt;/b&gt;?" in text and "<b>" not in text
-    assert '<span class="learned"> number 0 &amp; more&lt;/s&gt;</span>' in text
+    assert '<span class="label"> number 0 &amp; more&lt;/s&gt;</span>' in text
     assert text.count('<p class="error">') == 2  # the image that is gone, the row without an answer
     with pytest.raises(InputError, match="cannot be made"):
         shown(checkpoint, mixed, 1, html="/proc/nowhere/page.html")

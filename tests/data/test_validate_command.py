@@ -41,27 +41,27 @@ def test_the_command_tells_by_its_exit_code(owl2, checkpoint, talks, tmp_path):
     options = ("--model", checkpoint, "--max-length", MAX_LENGTH, "--workers", 1)
     code, out, err = owl2(*options, talks, f"images={tmp_path}", "--output", tmp_path / "out")
     assert (code, err) == (1, "")
-    assert f"{len(BAD)} rows are bad" in out
+    assert f"{len(BAD)} samples are invalid" in out
     assert len((tmp_path / "out" / "invalid_samples.jsonl").read_text().splitlines()) == len(BAD)
     talks.write_text(json.dumps([ROWS[0][0]]))
     code, out, err = owl2(*options, talks)
     assert (code, err) == (0, "")
-    assert "No row is bad." in out
-    assert "tokens a sample, uncut" in out
+    assert "No sample is invalid." in out
+    assert "tokens per sample, before truncation" in out
 
 
 def test_the_command_after_an_interrupt(owl2, checkpoint, talks, monkeypatch):
-    look = SampleValidator.look
+    look = SampleValidator.validate
 
     def interrupted(self, sample: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)
         return look(self, sample)
 
-    monkeypatch.setattr(SampleValidator, "look", interrupted)
+    monkeypatch.setattr(SampleValidator, "validate", interrupted)
     code, out, err = owl2("--model", checkpoint, talks, "--workers", 1)
     assert (code, err) == (130, "")
-    assert "Stopped: these are the first 1 rows" in out
-    assert "No row is bad" not in out
+    assert "Stopped after 1 rows" in out
+    assert "No sample is invalid" not in out
 
 
 def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
@@ -91,11 +91,11 @@ def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["talks.json"], "Give --model DIR"),
-        (["--model", "nowhere", "talks.json"], "no directory 'nowhere'"),
-        (["--model", "model", "gone.json"], "gone.json cannot be read"),
-        (["--model", "model", "talks.json", "split=test"], "has no setting split"),
-        (["gone.yaml"], "there is no file gone.yaml"),
+        (["talks.json"], "--model"),
+        (["--model", "nowhere", "talks.json"], "'nowhere'"),
+        (["--model", "model", "gone.json"], "gone.json"),
+        (["--model", "model", "talks.json", "split=test"], "split"),
+        (["gone.yaml"], "gone.yaml"),
     ],
 )
 def test_wrong_usage(owl2, checkpoint, talks, tmp_path, monkeypatch, arguments, complaint):
@@ -115,10 +115,10 @@ def test_the_limit_is_the_models_context(checkpoint, owl2, talks):
     assert effective_max_length(str(checkpoint), None) == MAX_LENGTH
     code, out, _ = owl2("--model", checkpoint, talks, "--workers", 1)
     assert code == 1
-    assert "are cut to 40 tokens" in out
+    assert "are truncated to 40 tokens" in out
     code, _, err = owl2("--model", checkpoint, talks, "--max-length", MAX_LENGTH + 1)
     assert code == 2
-    assert "set it to at most 40" in err
+    assert "exceeds the 40 positions" in err
 
 
 def test_names_of_sources():

@@ -6,22 +6,24 @@ import os
 import signal
 import tarfile
 from pathlib import Path
+from random import Random
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from owl2.data.collate import TrainingSet
+from owl2.data.augment import AUGMENTATIONS
+from owl2.data.collate import encode_sample
 from owl2.data.json_dataset import JsonDataset
-from owl2.data.mixture import Mixture, MixtureSource, SampleIndex
 from owl2.data.open_dataset import open_dataset
-from owl2.data.sample import InvalidSample
+from owl2.data.sample import InvalidSample, get_or_invalid
 from owl2.data.validate import command
 from owl2.data.validate.command import unique_names, validate_datasets
 from owl2.data.validate.validator import SampleValidator, ValidationConfig, mp_context, sample_hash
 from owl2.data.webdataset import TarDataset
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
+from owl2.progress import ProgressReporter
 from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, row, save_checkpoint, write_talks
 
 
@@ -50,7 +52,7 @@ def run(load, sources, rules: ValidationConfig | None = None, **options):
 
 
 def faults(findings) -> dict[str, str]:
-    return {bad.source.rpartition(", ")[2]: bad.code for _, bad in findings.first}
+    return {bad.source.rpartition(", ")[2]: bad.code for bad in findings.first}
 
 
 # ------------------------------------------------------------------ what is found
@@ -66,11 +68,14 @@ def test_every_kind_of_bad_row_is_listed(load, talks):
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
 def test_training_refuses_these_rows_and_no_others(load, talks, augment):
-    mixture = Mixture([MixtureSource(JsonDataset(talks))])
-    training = TrainingSet(mixture, load(), augment=augment, max_length=MAX_LENGTH)
-    taken = [training[SampleIndex(0, 0, turn)] for turn in range(len(ROWS))]
+    rows = JsonDataset(talks)
+    augmentation = AUGMENTATIONS[augment]
+    taken = [
+        encode_sample(get_or_invalid(rows, i), load(), MAX_LENGTH, augmentation, Random(i))
+        for i in range(len(ROWS))
+    ]
     refused = {(bad.source, bad.code) for bad in taken if isinstance(bad, InvalidSample)}
-    found = {(bad.source, bad.code) for _, bad in run(load, {"": JsonDataset(talks)}).first}
+    found = {(bad.source, bad.code) for bad in run(load, {"": JsonDataset(talks)}).first}
     assert refused == found
     assert len(found) == len(BAD)
 
@@ -115,7 +120,7 @@ def shards(tmp_path, talks):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_shards(load, shards, workers):
     findings = run(load, {"web": TarDataset(str(shards))}, num_workers=workers)
-    places = [(Path(bad.source).name, bad.code) for _, bad in findings.first]
+    places = [(Path(bad.source).name, bad.code) for bad in findings.first]
     assert places[:3] == [
         ("0.tar, b", ErrorCode.BROKEN_IMAGE),
         ("1.tar, b", ErrorCode.BROKEN_IMAGE),
@@ -167,11 +172,11 @@ def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatc
     assert facts["datasets"]["a"] == facts["datasets"]["a (2)"]
     assert facts["complete"] is True
     lines = [json.loads(line) for line in rows.splitlines()]
-    assert [line["data"] for line in lines] == ["a"] * len(BAD) + ["a (2)"] * len(BAD)
+    assert [line["dataset"] for line in lines] == ["a"] * len(BAD) + ["a (2)"] * len(BAD)
     assert lines[0] == {
-        "data": "a",
-        "row": f"{talks}, row 2",
-        "kind": ErrorCode.MISSING_IMAGE,
+        "dataset": "a",
+        "source": f"{talks}, row 2",
+        "code": ErrorCode.MISSING_IMAGE,
         "reason": lines[0]["reason"],
     }
     assert "gone.png" in lines[0]["reason"]
@@ -183,10 +188,10 @@ def test_the_terminal_shows_the_first_and_counts_all(load, talks):
     run(load, sources, console=console)
     shown = console.file.getvalue()
     assert f"{talks}, row 2: No image at" in shown
-    assert f"... and {2 * len(BAD) - command.SHOWN} more" in shown
-    assert "6  placeholder count" in shown
-    assert f"{2 * len(BAD)} rows are bad" in shown
-    assert "2 samples (33.3%) are cut to 40 tokens" in shown
+    assert f"... and {2 * len(BAD) - command.MAX_SHOWN} more" in shown
+    assert "  image_count_mismatch" in shown
+    assert f"{2 * len(BAD)} samples are invalid" in shown
+    assert "2 samples (33.3%) are truncated to 40 tokens" in shown
 
 
 # ------------------------------------------------------------------ images
@@ -203,7 +208,7 @@ def test_images_behind_urls_are_counted_but_not_fetched(load, tmp_path, monkeypa
     findings = run(load, {"": JsonDataset(path)}, console=console)
     assert (findings.total.unchecked_images, findings.total.invalid.total()) == (1, 0)
     assert findings.total.images == {1: 1}
-    assert "1 images were not looked at; --fetch" in console.file.getvalue()
+    assert "1 images were not opened; --fetch-urls" in console.file.getvalue()
     asked = run(load, {"": JsonDataset(path)}, ValidationConfig(MAX_LENGTH, fetch_urls=True))
     assert asked.total.invalid == {ErrorCode.MISSING_IMAGE: 1}
 
@@ -238,15 +243,15 @@ def test_same_words_with_another_image_are_another_sample():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, workers):
     monkeypatch.setattr("owl2.data.validate.validator.ROWS_PER_ITEM", 2)
-    add = command._Progress.add
+    advance = ProgressReporter.advance
     before = signal.getsignal(signal.SIGINT)
 
-    def interrupted(self, *counts: int) -> None:
-        add(self, *counts)
-        if self._done == 2:
+    def interrupted(self, *arguments: object) -> None:
+        advance(self, *arguments)
+        if self.completed == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(command._Progress, "add", interrupted)
+    monkeypatch.setattr(ProgressReporter, "advance", interrupted)
     many = unique_names([("talks", JsonDataset(talks))] * 30)
     findings = run(load, many, num_workers=workers, output=tmp_path / "out")
     assert not findings.finished
@@ -260,7 +265,7 @@ def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, w
 
 def test_a_second_interrupt_stops_at_once():
     stop = mp_context().Event()
-    with pytest.raises(KeyboardInterrupt), command._stopped_by_interrupt(stop):
+    with pytest.raises(KeyboardInterrupt), command.stop_on_interrupt(stop):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
         os.kill(os.getpid(), signal.SIGINT)
@@ -272,7 +277,7 @@ def test_a_worker_that_dies_is_no_hanging(load, talks, monkeypatch):
         os._exit(9)
 
     monkeypatch.setattr("owl2.data.validate.validator.ROWS_PER_ITEM", 2)
-    monkeypatch.setattr(SampleValidator, "look", die)
+    monkeypatch.setattr(SampleValidator, "validate", die)
     with pytest.raises(InputError, match="fewer --workers"):
         run(load, {"": JsonDataset(talks)}, num_workers=2)
 
