@@ -213,7 +213,7 @@ def test_errors_raise_the_classes_of_openais_client(client, changes, error, valu
         "stream": stream,
     }
     with pytest.raises(error, match=value) as caught:
-        client.chat.completions.create(**request | changes, stream=stream)
+        client.chat.completions.create(**request | changes)
     assert caught.value.type == "invalid_request_error"
     assert caught.value.body["message"]
 
