@@ -12,37 +12,50 @@ from owl2.cli.options import Overrides, Recipe
 def plan(
     recipe: Recipe,
     settings: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=0, help="How many; 0: the CPU.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="Number of GPUs; 0: the CPU.")] = 1,
     gpu: Annotated[
-        str | None, typer.Option(help="h200, h100, a100, l40s, rtx4090 ...: memory and speed.")
+        str | None, typer.Option(help="GPU model: h200, h100, a100, l40s, rtx4090 ...")
     ] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Of each, such as 80G.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory per GPU, such as 80G.")] = None,
     sharding: Annotated[str, typer.Option(help="none, fsdp2 or zero3.")] = "none",
     tflops: Annotated[
-        float | None, typer.Option(min=1e-3, help="A GPU's, measured; default: 40% of its peak.")
+        float | None,
+        typer.Option(min=1e-3, help="Measured TFLOP/s per GPU; default: 40% of the peak."),
     ] = None,
     tokens: Annotated[
-        float | None, typer.Option(help="Mean tokens a sample; default: all have max_length.")
+        float | None, typer.Option(help="Mean tokens per sample; default: max_length.")
     ] = None,
-    images: Annotated[float, typer.Option(min=0, help="Mean images a sample.")] = 1.0,
+    images: Annotated[float, typer.Option(min=0, help="Mean images per sample.")] = 1.0,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Of an epoch, where the recipe cannot say.")
+        int | None, typer.Option(min=1, help="Samples per epoch; default: counted.")
     ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="statistics.json of `owl2 data check`: the three above.")
+        Path | None,
+        typer.Option(help="statistics.json of `owl2 data check`, for these three options."),
     ] = None,
-    like: Annotated[
-        str | None, typer.Option(help="A checkpoint of the model's sizes, if it is not there yet.")
+    config_from: Annotated[
+        str | None, typer.Option(help="Checkpoint of the same sizes, if the model does not exist.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all numbers there, too.")
+    output_file: Annotated[
+        Path | None, typer.Option(help="JSON file for all figures.")
     ] = None,
 ) -> None:
-    """Say beforehand what a recipe needs: memory, FLOPs, hours. Loads no weights."""
-    from owl2.train.estimate.command import Options, plan_recipe
+    """Estimate a recipe's memory, FLOPs and time. Loads no weights."""
+    from owl2.train.estimate.command import plan_recipe, read_statistics
+    from owl2.train.estimate.hardware import Hardware
+    from owl2.train.estimate.memory import SampleStatistics
     from owl2.train.recipe_file import read_recipe
 
-    options = Options(
-        gpus, gpu, gpu_memory, sharding, tflops, tokens, images, samples, statistics, like
+    chosen = read_recipe(recipe, settings or [])
+    data = SampleStatistics(tokens, images, samples)
+    if statistics is not None:
+        data = read_statistics(statistics, chosen.max_length)
+    plan_recipe(
+        chosen,
+        Hardware.from_options(gpus, gpu, gpu_memory, tflops),
+        Console(),
+        sharding=sharding,
+        data=data,
+        config_from=config_from,
+        output_file=output_file,
     )
-    plan_recipe(read_recipe(recipe, settings or []), options, Console(), json_file)

@@ -1,4 +1,4 @@
-"""What a run writes to disk: whole, by one process for all, and with errors that say where."""
+"""Errors of a full disk as `InputError`s, and files that are flushed to the disk."""
 
 import errno
 import os
@@ -10,77 +10,65 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-# What torch.save says when the disk is full; it does not say that.
-TORCH_WRITER = ("inline_container", "iostream", "PytorchStreamWriter")
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# Parts of torch.save's message for a full disk, which does not name the reason.
+TORCH_WRITERS = ("inline_container", "iostream", "PytorchStreamWriter")
 
 
 @contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """What torch, safetensors and the file system say of a full disk is an InputError of `target`.
+def translate_disk_errors(target: Path) -> Iterator[None]:
+    """Raise what torch, safetensors and the file system raise on a full disk as an InputError.
 
     Raises:
-        InputError: says how much room is left. Other errors pass as they are.
+        InputError: Names `target` and the free space. Other errors are not changed.
     """
     try:
         yield
     except InputError:
         raise
     except (OSError, SafetensorError, CheckpointException, RuntimeError) as error:
-        if not _is_of_the_disk(error):
+        reason = _disk_reason(error)
+        if reason is None:
             raise
+        existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 1e9
         raise InputError(
-            f"{target} cannot be written: {_reason(error)}; {_room(target)}. With more room the "
-            "same command goes on from the last whole state"
+            f"{target} cannot be written: {reason}; {free:.2f} GB are free on that disk. Free some "
+            "space and run the same command: it resumes from the last complete checkpoint",
+            ErrorCode.WRITE_FAILED,
         ) from error
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
+def _disk_reason(error: BaseException) -> str | None:
+    """Why the disk refused; None for an error that is not about the disk."""
     match error:
         case OSError():
-            return error.errno in NO_ROOM
+            is_disk = error.errno in DISK_ERRNOS
+            return (error.strerror or str(error)) if is_disk else None
         case SafetensorError():
-            return "I/O error" in str(error)
+            return str(error) if "I/O error" in str(error) else None
         case CheckpointException():
-            return any(_is_of_the_disk(cause[0]) for cause in error.failures.values())
-    return any(word in str(error) for word in TORCH_WRITER)
+            reasons = (_disk_reason(cause[0]) for cause in error.failures.values())
+            return next((reason for reason in reasons if reason is not None), None)
+    is_disk = any(name in str(error) for name in TORCH_WRITERS)
+    return "a file is incomplete" if is_disk else None
 
 
-def _reason(error: BaseException) -> str:
-    match error:
-        case OSError():
-            return error.strerror or str(error)
-        case SafetensorError():
-            return str(error)
-    return "not all of a file could be"  # torch does not say why
+def flush_directory(directory: Path) -> dict[str, int]:
+    """Flush all files of a directory to the disk; their sizes in bytes by relative path.
 
-
-def _room(target: Path) -> str:
-    place = next(path for path in (target, *target.absolute().parents) if path.exists())
-    return f"{shutil.disk_usage(place).free / 1e9:.2f} GB are free on that disk"
-
-
-def sizes_on_disk(directory: Path) -> dict[str, int]:
-    """Bytes of every file in a directory, by its path there, after all have reached the disk.
-
-    A kill leaves what was written; a machine that stops leaves only what reached the disk.
+    Written files survive a killed process; only flushed files survive a power failure.
     """
     sizes = {}
-    for path in sorted(directory.rglob("*")):
+    for path in (*sorted(directory.rglob("*")), directory):
+        if path.is_file() or path.is_dir():
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         if path.is_file():
-            _flush(path)
             sizes[path.relative_to(directory).as_posix()] = path.stat().st_size
-        elif path.is_dir():
-            _flush(path)
-    _flush(directory)
     return sizes
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

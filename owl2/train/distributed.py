@@ -1,9 +1,9 @@
-"""The processes that train together: what they agree on, and how an error ends all of them.
+"""The processes of a training run: sums over them, and errors that end all of them.
 
-`accelerate launch` or `torchrun` starts them and says by the environment how many they are. One
-process alone is a team, too. Processes wait for each other at every gradient, so none may stop,
-save or fail by itself: what one of them knows is exchanged first. That goes over gloo, between
-CPUs, also where gradients go over NCCL: it does not wait for what the GPUs still have to do.
+`accelerate launch` or `torchrun` starts the processes and describes them in the environment. A
+process may not stop, save or fail alone, because the others would wait for it at the next gradient.
+Control messages use gloo on the CPUs also where gradients use NCCL, so that they do not wait for
+queued GPU work.
 """
 
 import os
@@ -18,83 +18,87 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import distributed
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
-# Saving many gigabytes takes one process this long at most, while the others wait.
-PATIENCE = timedelta(hours=2)
-# Launchers end all processes when one has ended: the first must have said by then what was wrong.
+# The others wait while one process saves a large model.
+TIMEOUT = timedelta(hours=2)
+# Launchers end all processes when one has ended; the main process must have printed its error.
 HEAD_START = 5.0
+SHARDING_VARIABLES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 
-SHARING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 
-
-class Team:
-    """This process and those beside it.
+class DistributedContext:
+    """This process among the processes of a run; a single process has rank 0 of 1.
 
     Attributes:
-        rank: this process' number, from 0; `size`: how many there are.
+        rank: From 0.
+        world_size: Number of processes.
     """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
-        """A team of one without a `group`."""
         self._group = group
         self.rank = 0 if group is None else distributed.get_rank(group)
-        self.size = 1 if group is None else distributed.get_world_size(group)
+        self.world_size = 1 if group is None else distributed.get_world_size(group)
 
     @classmethod
     @contextmanager
-    def gathered(cls) -> Iterator["Team"]:
-        """The processes that a launcher started, in contact with each other."""
+    def open(cls) -> Iterator["DistributedContext"]:
+        """Open the process group that a launcher has configured, and close it at the end.
+
+        Raises:
+            InputError: DeepSpeed is configured but not installed.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield cls()
             return
-        began = not distributed.is_initialized()
-        if os.environ.get(SHARING["DeepSpeed"]) == "true" and find_spec("deepspeed") is None:
-            raise InputError("DeepSpeed is not installed: pip install deepspeed")
+        if os.environ.get(SHARDING_VARIABLES["DeepSpeed"]) == "true" and not find_spec("deepspeed"):
+            raise InputError(
+                "DeepSpeed is not installed: pip install deepspeed", ErrorCode.MISSING_DEPENDENCY
+            )
         if not torch.cuda.is_available():
-            # Else it is "cpu:0", where transformers 5.16 would load a state to, and torch cannot.
+            # transformers 5.16 passes the default "cpu:0" to torch.load, which refuses it.
             os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-        team = cls(distributed.new_group(backend="gloo", timeout=PATIENCE))
+        PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+        context = cls(distributed.new_group(backend="gloo", timeout=TIMEOUT))
         try:
-            yield team
+            yield context
         except InputError:
-            # If the first has met the same, it says so, and then the launcher ends this process.
-            if began and not team.first:
+            # The main process may report the same error, and then the launcher ends this one.
+            if not context.is_main:
                 time.sleep(HEAD_START)
             raise
-        if began:  # not after an exception: the others may be waiting, and this process ends
-            distributed.destroy_process_group()
-            AcceleratorState._reset_state(reset_partial_state=True)
+        # Not after an exception: the others may be waiting, and this process ends.
+        distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
     @property
-    def first(self) -> bool:
-        """Whether this is the process that prints and writes for all."""
+    def is_main(self) -> bool:
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
     @property
-    def sharing(self) -> str:
-        """How weights and optimizer states are shared out, as the launcher's configuration says."""
-        for how, setting in SHARING.items():
-            if os.environ.get(setting, "false").lower() == "true":
-                return how
-        return "each whole"
+    def sharding(self) -> str | None:
+        """ "FSDP" or "DeepSpeed" if weights and optimizer states are sharded, else None."""
+        for name, variable in SHARDING_VARIABLES.items():
+            if os.environ.get(variable, "false").lower() == "true":
+                return name
+        return None
 
-    def total(self, *numbers: float) -> list[float]:
-        """The sums of all processes' numbers, the same in each; all must ask."""
+    def all_reduce_sum(self, *values: float) -> list[float]:
+        """The sum of each value over all processes. All processes must call it."""
         if self._group is None:
-            return list(numbers)
-        sums = torch.tensor(numbers, dtype=torch.float64)
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
         distributed.all_reduce(sums, group=self._group)
         return sums.tolist()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What one process' user error in this block ends, ends in all; waits for all at its end.
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """End all processes if one raises an InputError in this block; a barrier at its end.
 
         Raises:
-            InputError: in the first process, the error of the lowest rank that had one. The others
-                end with exit code 2 and without a word, as one message is enough.
+            InputError: In the main process, the error of the lowest rank that raised one. The
+                other processes exit with code 2 without a message, because one message is enough.
         """
         error = None
         try:
@@ -105,14 +109,14 @@ class Team:
             if error is not None:
                 raise error
             return
-        if not self.total(error is not None)[0]:
+        if not self.all_reduce_sum(error is not None)[0]:
             return
-        messages: list[str | None] = [None] * self.size
-        said = None if error is None else str(error)
-        distributed.all_gather_object(messages, said, group=self._group)
-        if not self.first:
+        errors: list[tuple[str, ErrorCode] | None] = [None] * self.world_size
+        own = None if error is None else (str(error), error.code)
+        distributed.all_gather_object(errors, own, group=self._group)
+        if not self.is_main:
             time.sleep(HEAD_START)
             raise SystemExit(2)
         if error is not None:
             raise error
-        raise InputError(next(message for message in messages if message is not None))
+        raise InputError(*next(found for found in errors if found is not None))

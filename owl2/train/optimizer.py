@@ -1,18 +1,18 @@
-"""Groups of parameters with their own rate and weight decay, and the optimizer over them (SPEC §2).
+"""AdamW over parameter groups with their own learning rate and weight decay (Specification §2).
 
-The ViT's rates fall from top to bottom by a factor d (0.9) a level, as in BEiT. With L blocks there
-are L + 2 levels, and level l of 0 … L+1 is trained at d^(L+1-l) of the peak rate:
+The learning rate of the ViT decays from top to bottom by a factor d (0.9) per level, as in BEiT.
+With L blocks there are L + 2 levels, and level l of 0 … L+1 has d^(L+1-l) of the peak rate:
 
     level 0       embeddings (class token, positions, patches, pre_layernorm)     d^(L+1)
     level i + 1   block i of 0 … L-1                                              d^(L-i)
     level L + 1   post_layernorm                                                  1
 
-so the last block has d, not 1: the full rate is for what stands above the ViT's blocks. Decoder,
-abstractor and the ViT's top have the same peak rate unless a recipe gives the latter two others.
-Each group falls to its own share of its own peak: minima keep the peaks' proportions. Weight decay
-is for matrices: not for norms and biases (vectors), not for embeddings.
+The last block has d, not 1: the full rate applies above the blocks. Decoder, abstractor and the top
+of the ViT have the same peak rate unless a recipe sets the latter two. The schedule scales each
+group by the same factor. Weight decay applies to matrices, not to norms, biases and embeddings.
 """
 
+import re
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import nn
 
 from owl2.train.recipe import Recipe
-from owl2.train.trainable import Part, part_of
+from owl2.train.trainable import ModelPart, part_of
 
-# Learned vectors that stand for tokens or positions; a tied lm_head is `embed_tokens`, too.
+# Learned vectors of tokens or positions. A tied lm_head has the name of `embed_tokens`.
 EMBEDDINGS = (
     "model.embed_tokens.weight",
     "model.vision_model.embeddings.position_embedding",
@@ -31,10 +31,13 @@ EMBEDDINGS = (
     "model.visual_abstractor.query_embeds",
     "model.visual_abstractor.vit_eos",
 )
+VISION_LEVEL = re.compile(
+    r"model\.vision_model\.((?P<bottom>embeddings)|encoder\.layers\.(?P<block>\d+)|post_layernorm)\."
+)
 
 
-class _Kind(NamedTuple):
-    """What parameters of one group have in common; sorts from the image up to the words."""
+class _GroupKey(NamedTuple):
+    """The common properties of a group's parameters; sorts from the image to the text."""
 
     part: int
     level: int
@@ -44,7 +47,7 @@ class _Kind(NamedTuple):
 
 
 def recipe_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """The `parameter_groups` that a recipe asks for."""
+    """The `parameter_groups` of a recipe."""
     return parameter_groups(
         model,
         learning_rate=recipe.learning_rate,
@@ -64,94 +67,73 @@ def parameter_groups(
     vision_learning_rate: float | None = None,
     abstractor_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer that hold every trainable parameter exactly once.
+    """Optimizer groups that contain every trainable parameter exactly once.
 
     Args:
-        vision_learning_rate: the ViT's at its top, falling from there; None: as all.
-        abstractor_learning_rate: the abstractor's; None: as all.
+        vision_learning_rate: Peak rate at the top of the ViT; None: `learning_rate`.
+        abstractor_learning_rate: Peak rate of the abstractor; None: `learning_rate`.
 
     Returns:
-        Dicts with ``params``, ``lr`` (the group's peak), ``weight_decay``; for people, ``name``
-        and ``lr_scale``, relative to `learning_rate`. From the words down to the image, so if any
-        of the decoder is trained the first has `learning_rate`: it is the one that the Trainer
-        reports.
+        Dicts with ``params``, ``lr`` (the peak of the group) and ``weight_decay``; for reports,
+        ``name`` and ``lr_scale``, relative to `learning_rate`. The decoder comes first, so if it is
+        trained the first group has `learning_rate`, which the Trainer reports.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    blocks = 1 + max(
-        (_vision_block(name) for name, _ in model.named_parameters()),
-        default=-1,
-    )
-    peaks = {Part.VISION: vision_learning_rate, Part.ABSTRACTOR: abstractor_learning_rate}
-    members: dict[_Kind, list[nn.Parameter]] = defaultdict(list)
+    matches = (VISION_LEVEL.match(name) for name, _ in model.named_parameters())
+    blocks = 1 + max((int(m["block"]) for m in matches if m and m["block"]), default=-1)
+    peaks = {ModelPart.VISION: vision_learning_rate, ModelPart.ABSTRACTOR: abstractor_learning_rate}
+    members: dict[_GroupKey, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        kind = _kind(name, parameter, blocks, vision_lr_layer_decay)
+        key = _group_key(name, parameter, blocks, vision_lr_layer_decay)
         peak = peaks.get(part_of(name)) or learning_rate
-        members[kind._replace(scale=kind.scale * peak / learning_rate)].append(parameter)
+        members[key._replace(scale=key.scale * peak / learning_rate)].append(parameter)
     groups = [
         {
-            "name": kind.name,
+            "name": key.name,
             "params": parameters,
-            "lr": learning_rate * kind.scale,
-            "lr_scale": kind.scale,
-            "weight_decay": weight_decay if kind.decays else 0.0,
+            "lr": learning_rate * key.scale,
+            "lr_scale": key.scale,
+            "weight_decay": weight_decay if key.decays else 0.0,
         }
-        for kind, parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
+        for key, parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
     ]
-    _assert_once(groups, [parameter for _, parameter in named])
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
+    assert set(grouped) == {id(parameter) for _, parameter in named}, "a parameter has no group"
     return groups
 
 
-def _kind(name: str, parameter: nn.Parameter, blocks: int, decay: float) -> _Kind:
+def _group_key(name: str, parameter: nn.Parameter, blocks: int, decay: float) -> _GroupKey:
     part = part_of(name)
     decays = parameter.ndim >= 2 and name not in EMBEDDINGS
-    if part is not Part.VISION:
-        return _Kind(list(Part).index(part), 0, str(part), 1.0, decays)
-    level = _vision_level(name, blocks)
-    titles = {0: "vision embeddings", blocks + 1: "vision post_layernorm"}
-    title = titles.get(level, f"vision block {level - 1}")
-    return _Kind(0, level, title, decay ** (blocks + 1 - level), decays)
-
-
-def _vision_block(name: str) -> int:
-    """The number of the ViT block that a parameter is in; -1 outside the blocks."""
-    match name.split("."):
-        case ["model", "vision_model", "encoder", "layers", block, *_]:
-            return int(block)
-    return -1
-
-
-def _vision_level(name: str, blocks: int) -> int:
-    """0 for the ViT's embeddings, i + 1 for block i, `blocks` + 1 for post_layernorm."""
-    match name.split("."):
-        case ["model", "vision_model", "embeddings", *_]:
-            return 0
-        case ["model", "vision_model", "encoder", "layers", block, *_]:
-            return int(block) + 1
-        case ["model", "vision_model", "post_layernorm", *_]:
-            return blocks + 1
-    raise ValueError(f"the parameter {name} stands at no level of the vision encoder")
-
-
-def _assert_once(groups: list[dict[str, Any]], trainable: list[nn.Parameter]) -> None:
-    grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert len(grouped) == len(set(grouped)), "a parameter stands in two groups"
-    assert set(grouped) == {id(parameter) for parameter in trainable}, "a parameter has no group"
+    if part is not ModelPart.VISION:
+        return _GroupKey(list(ModelPart).index(part), 0, str(part), 1.0, decays)
+    match = VISION_LEVEL.match(name)
+    if match is None:
+        raise ValueError(f"the parameter {name} has no level in the vision encoder")
+    if match["bottom"]:
+        level, title = 0, "vision embeddings"
+    elif match["block"]:
+        level, title = int(match["block"]) + 1, f"vision block {match['block']}"
+    else:
+        level, title = blocks + 1, "vision post_layernorm"
+    return _GroupKey(0, level, title, decay ** (blocks + 1 - level), decays)
 
 
 def make_adamw(
     groups: list[dict[str, Any]], *, betas: tuple[float, float], epsilon: float
 ) -> torch.optim.AdamW:
-    """AdamW over the groups, in one fused kernel a group where the device has one."""
+    """AdamW over the groups, fused where the device supports it."""
     devices = {p.device.type for group in groups for p in group["params"]}
     fused = devices <= {"cpu", "cuda"}
     return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=fused)
 
 
 def groups_table(groups: list[dict[str, Any]]) -> Table:
-    """The groups for the terminal: which, at what rate and decay, how many numbers."""
-    table = Table(title="What is trained", title_justify="left")
+    """The groups for the terminal: name, learning rate, weight decay, number of parameters."""
+    table = Table(title="Trainable parameters", title_justify="left")
     table.add_column("part")
-    for column in ("× rate", "rate", "decay", "tensors", "parameters"):
+    for column in ("x lr", "peak lr", "decay", "tensors", "parameters"):
         table.add_column(column, justify="right")
     for group in groups:
         table.add_row(

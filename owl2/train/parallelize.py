@@ -1,16 +1,22 @@
-"""How the repeated blocks (ViT, abstractor and decoder layers) are computed while they learn.
+"""Activation checkpointing, compilation and attention of the repeated blocks (ViT, abstractor and
+decoder layers) in training.
 
-What the backward pass finds, of each block, by `gradient_checkpointing`:
+`gradient_checkpointing` decides which activations of a block are saved for the backward pass:
 
-    false        all that it needs
-    "selective"  its input, and what matrix products and attention gave; the rest (norms, rotations,
-                 activations, routing) is computed again: little time for about half the memory
-    true         its input; all is computed again, for a third more time
+    false        all
+    "selective"  the input and the results of matrix products and attention; norms, rotations,
+                 activation functions and routing are recomputed: about half the memory, little time
+    true         the input; everything is recomputed: a third more time
 
-`compile` compiles each kind of block once (regional compilation): sizes stay symbols, so batches of
-other lengths meet the same code. What stands around the blocks looks at numbers and stays as it is.
+`compile` compiles each kind of block once (regional compilation) with symbolic sizes, so batches of
+other lengths use the same code. The code around the blocks depends on values and stays eager.
+
+`attn_implementation`: eager and sdpa run everywhere and separate packed samples by a dense mask
+(rows, S, S). flex_attention has a block-sparse mask; PyTorch has its backward pass on GPUs only.
+flash_attention_2 takes the lengths of the samples of one row; it needs a GPU, bfloat16 and flash-attn.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,12 +24,14 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.import_utils import is_flash_attn_2_available
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
+from owl2.train.recipe import Recipe
 
 ATEN = torch.ops.aten
-# What costs more to compute again than to keep.
-KEPT = {
+# Results that cost more to recompute than to save.
+SAVED_OPERATIONS = {
     ATEN.mm.default,
     ATEN.addmm.default,
     ATEN.bmm.default,
@@ -32,65 +40,62 @@ KEPT = {
     ATEN._scaled_dot_product_efficient_attention.default,
     ATEN._scaled_dot_product_cudnn_attention.default,
 }
-# Kinds of block, each with and without gradients, images, a mask, a batch of one: torch gives up
-# compiling after 8 of them, and it counts all that pass through the same line of transformers.
-VARIANTS = 64
+# A block is compiled with and without gradients, images, a mask, and for a batch of one. torch
+# stops after 8 compilations, and counts all blocks that pass the same line of transformers.
+RECOMPILE_LIMIT = 64
 
 
 def enable_checkpointing(model: PreTrainedModel, selective: bool = False) -> None:
-    """Compute activations again in the backward pass, in all three parts of the model.
+    """Enable activation checkpointing in all three parts of the model.
 
-    Call it when it is settled what is trained: blocks before the first trained weight keep nothing
-    by themselves, and stay as they are.
+    Call it after the parameters have been frozen: blocks before the first trainable parameter save
+    nothing anyway and are skipped.
     """
-    how: dict[str, object] = {"use_reentrant": False}
+    options: dict[str, object] = {"use_reentrant": False}
     if selective:
-        how["context_fn"] = _selective_contexts
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.16 has the old name only
-        model.activation_checkpointing_enable(how)
+        options["context_fn"] = _selective_contexts
+    if hasattr(model, "activation_checkpointing_enable"):  # not in transformers 5.16
+        model.activation_checkpointing_enable(options)
     else:
-        model.gradient_checkpointing_enable(how)
-    # With adapters transformers makes a graph from the words' embeddings on, which only the old
-    # kind of checkpointing (reentrant) needs.
+        model.gradient_checkpointing_enable(options)
+    # With adapters transformers requires gradients of the embeddings, which only reentrant
+    # checkpointing needs.
     model.disable_input_require_grads()
-    for block in _without_graph(model):
+    for block in _blocks_without_gradients(model):
         block.gradient_checkpointing = False
 
 
 def is_checkpointed(model: torch.nn.Module) -> bool:
-    """Whether any block is computed again.
+    """Whether any block is checkpointed.
 
-    Then autocast should not keep its 16-bit copies of weights from forward to backward, as it does
-    by itself: they are as large as the activations that are saved.
+    Autocast should then not cache the 16-bit copies of weights from the forward to the backward
+    pass: they are as large as the saved activations.
     """
     return any(getattr(block, "gradient_checkpointing", False) for block in blocks_of(model))
 
 
-def _without_graph(model: PreTrainedModel) -> Iterator[GradientCheckpointingLayer]:
-    """Blocks that come before the first trained weight, on the way from pixels to words."""
-    whole: Any = model.get_submodule("model")
-    vision, abstractor = whole.vision_model, whole.visual_abstractor
+def _blocks_without_gradients(model: PreTrainedModel) -> Iterator[GradientCheckpointingLayer]:
+    """Blocks before the first trainable parameter in the order of the forward pass."""
+    core: Any = model.get_submodule("model")
+    vision, abstractor = core.vision_model, core.visual_abstractor
     path = (
         *(vision.embeddings, *vision.encoder.layers, vision.post_layernorm),
         *(*abstractor.encoder.layers, abstractor),
-        *(whole.embed_tokens, *whole.layers),
+        *(core.embed_tokens, *core.layers),
     )
-    trained = abstractor.query_embeds.requires_grad
+    trainable = abstractor.query_embeds.requires_grad
     for module in path:
-        trained = trained or any(weight.requires_grad for weight in module.parameters())
-        if not trained and isinstance(module, GradientCheckpointingLayer):
+        trainable = trainable or any(weight.requires_grad for weight in module.parameters())
+        if not trainable and isinstance(module, GradientCheckpointingLayer):
             yield module
 
 
 def _selective_contexts() -> tuple[object, object]:
-    return create_selective_checkpoint_contexts(_policy)
+    def policy(context: object, operation: object, *args: object, **kw: object) -> CheckpointPolicy:
+        saved = operation in SAVED_OPERATIONS
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
-
-def _policy(
-    context: object, operation: object, *args: object, **kwargs: object
-) -> CheckpointPolicy:
-    kept = operation in KEPT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return create_selective_checkpoint_contexts(policy)
 
 
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -99,36 +104,37 @@ def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
-    """Let torch compile the blocks, in place, when they are first used; names stay as they are.
+    """Compile the blocks in place at their first use; parameter names do not change.
 
-    To be called before something that shares out weights (FSDP2) wraps them.
+    Call it before FSDP2 wraps the blocks.
     """
     from torch._functorch import config
 
-    functorch: Any = config  # whose options differ from version to version
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    # Of graphs that hold their own backward pass, as a block's never do. torch 2.13 looks for it in
-    # a block that has nothing to learn, too, and refuses attention there as it might draw numbers.
+    functorch: Any = config  # its options differ between versions
+    limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    torch._dynamo.config.recompile_limit = limit
+    # For graphs that contain their own backward pass, which those of blocks do not. torch 2.13
+    # applies it to blocks without gradients too, and then refuses attention as random.
     if hasattr(functorch, "remat_using_tags_for_fwd_loss_bwd_graph"):
         functorch.remat_using_tags_for_fwd_loss_bwd_graph = False
     for block in blocks_of(model):
         block.compile(dynamic=True, backend=backend)
 
 
-def require_compiler(kind: str) -> None:
-    """Refuse to compile where torch finds nothing to compile with, before weights are read.
-
-    Args:
-        kind: of the device that computes: "cuda", "cpu" …
+def require_compiler(device_type: str) -> None:
+    """Check before weights are loaded that torch can compile for "cuda", "cpu", ...
 
     Raises:
-        InputError: no C++ compiler, or on a GPU no Triton.
+        InputError: No C++ compiler, or no Triton for a GPU.
     """
-    if kind == "cuda":
+    if device_type == "cuda":
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            raise InputError("compile: this GPU's compiler, Triton, is missing; set compile=false")
+            raise InputError(
+                "compile: Triton is not installed or does not support this GPU; set compile=false",
+                ErrorCode.MISSING_DEPENDENCY,
+            )
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -137,5 +143,36 @@ def require_compiler(kind: str) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise InputError(
-            "compile: there is no C++ compiler; install g++, or set compile=false"
+            "compile: no C++ compiler found; install g++, or set compile=false",
+            ErrorCode.MISSING_DEPENDENCY,
         ) from error
+
+
+def require_attention(recipe: Recipe) -> None:
+    """Check before weights are loaded that this machine has the recipe's attention backend.
+
+    Raises:
+        InputError: No GPU, no flash-attn, or another dtype than bfloat16.
+    """
+    name = recipe.attn_implementation
+    if name not in ("flash_attention_2", "flex_attention"):
+        return
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"attn_implementation: {name} trains on a GPU only; set attn_implementation=sdpa",
+            ErrorCode.UNSUPPORTED,
+        )
+    if name == "flex_attention":
+        return
+    # transformers uses either of the two packages.
+    if not is_flash_attn_2_available() and importlib.util.find_spec("kernels") is None:
+        raise InputError(
+            "attn_implementation: flash_attention_2 needs flash-attn (pip install flash-attn); or "
+            "set attn_implementation=sdpa",
+            ErrorCode.MISSING_DEPENDENCY,
+        )
+    if recipe.resolve_dtype("cuda") != "bfloat16":
+        raise InputError(
+            "attn_implementation: flash_attention_2 computes in bfloat16; set dtype=bfloat16",
+            ErrorCode.CONFLICT,
+        )

@@ -1,36 +1,44 @@
-"""What a recipe will cost, known beforehand: memory, FLOPs and hours (`owl2 plan`).
+"""Estimate the memory, the FLOPs and the time of a recipe (`owl2 plan`).
 
-    recipe, config.json ──► a step traced without memory ──► memory of a device, FLOPs of a step
-    devices, GPU, data  ──────────────────────────────────► a verdict, what to change, hours
+    recipe, config.json ──► a traced step without data ──► memory per device, FLOPs per step
+    devices, GPU, data  ─────────────────────────────────► whether it fits, suggestions, hours
 
-Each sample is taken to have `max_length` tokens and an image: what must fit is the worst batch.
-Mean lengths (`Data`) change the FLOPs and the counts of tokens.
+Each sample is assumed to have `max_length` tokens and one image, because the largest batch must
+fit. Mean lengths (`SampleStatistics`) change the FLOPs and the token counts.
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from owl2.checkpoints.config_file import read_config
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
-from owl2.train.estimate.memory import Memory, Setting, Sharding, dry_run, prepared_model, shape_of
-from owl2.train.estimate.tracer import Shape, trace_step
-from owl2.train.recipe import Checkpointing, Recipe
-from owl2.train.trainable import Trained, what_is_trained
+from owl2.train.estimate.memory import (
+    Sharding,
+    TrainingSetup,
+    batch_shape,
+    prepared_model,
+    run_on_meta,
+)
+from owl2.train.estimate.tracer import BatchShape, MemoryKind, trace_step
+from owl2.train.recipe import Checkpointing, LoraSettings, Recipe
+from owl2.train.trainable import TrainableParams, summarize_trainable
 
-# For FLOPs of mean lengths: many samples at once, so that a share of them can have no image.
-MANY = 100
+# FLOPs of mean lengths are traced for 100 samples, so that the mean number of images is a fraction.
+TRACED_SAMPLES = 100
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a step computes, on all devices. A multiplication and an addition are two FLOPs.
+class StepCompute:
+    """The computation of an optimizer step on all devices; a multiply-add is two FLOPs.
 
     Attributes:
-        flops: of forward and backward passes.
-        recomputed: what activation checkpointing adds to them.
-        steps: of the whole run; None if that hangs on how many samples there are.
+        flops: Of the forward and backward passes.
+        recomputed_flops: Added by activation checkpointing.
+        steps: Of the run; None if it depends on an unknown number of samples.
     """
 
     samples: int
@@ -38,159 +46,217 @@ class Work:
     image_tokens: float
     images: float
     flops: float
-    recomputed: float
+    recomputed_flops: float
     steps: int | None
 
     @property
     def run_flops(self) -> float | None:
-        """FLOPs of the run, with what is computed again."""
-        return None if self.steps is None else self.steps * (self.flops + self.recomputed)
+        """FLOPs of the run, recomputation included."""
+        return None if self.steps is None else self.steps * (self.flops + self.recomputed_flops)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that is known beforehand.
+class TrainingEstimate:
+    """The estimate for a recipe.
 
     Attributes:
-        batch: what a device computes at a time.
-        memory: of one device, by sharding and which activations are computed again.
+        batch: The micro-batch of a device.
+        memory: Of one device, by sharding and gradient checkpointing.
     """
 
     recipe: Recipe
-    setting: Setting
-    trained: Trained
-    batch: Shape
-    memory: dict[tuple[Sharding, Checkpointing], Memory]
-    work: Work
+    setup: TrainingSetup
+    trainable: TrainableParams
+    batch: BatchShape
+    memory: dict[tuple[Sharding, Checkpointing], Counter[MemoryKind]]
+    compute: StepCompute
 
     @property
-    def need(self) -> Memory:
-        """The memory of one device with the recipe as it is."""
-        return self.memory[self.setting.sharding, self.recipe.gradient_checkpointing]
+    def required(self) -> Counter[MemoryKind]:
+        """The memory of one device for the recipe as it is."""
+        return self.memory[self.setup.sharding, self.recipe.gradient_checkpointing]
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has that much; None if its memory is not known."""
-        return self.setting.machine.holds(self.need.total)
+        """Whether the recipe fits on a device; None if its memory is unknown."""
+        return self.setup.hardware.fits(self.required.total())
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run at the machine's speed."""
-        flops, speed = self.work.run_flops, self.setting.machine.speed
+        """Hours of the run; None if its steps or the speed are unknown."""
+        flops, speed = self.compute.run_flops, self.setup.hardware.flops_per_second
         return None if flops is None or speed is None else flops / speed / 3600
 
 
-def make_plan(recipe: Recipe, setting: Setting) -> Plan:
-    """Plan a recipe.
+@dataclass(frozen=True)
+class Suggestion:
+    """Command-line arguments that make a recipe fit, and the bytes per device with them."""
+
+    change: str
+    total: int
+
+
+def estimate_training(recipe: Recipe, setup: TrainingSetup) -> TrainingEstimate:
+    """Estimate a recipe.
 
     Raises:
-        InputError: settings that do not go together, which the trainer would refuse, too.
+        InputError: Conflicting settings, which the trainer would refuse too.
     """
-    _check(recipe, setting)
-    devices, chosen = setting.machine.devices, setting.sharding
-    ways = [Sharding.NONE]
+    _check(recipe, setup)
+    devices, chosen = setup.hardware.devices, setup.sharding
+    shardings = [Sharding.NONE]
     if devices > 1:
-        ways.append(Sharding.FSDP2 if chosen is Sharding.NONE else chosen)
-    memory: dict[tuple[Sharding, Checkpointing], Memory] = {}
+        shardings.append(Sharding.FSDP2 if chosen is Sharding.NONE else chosen)
+    memory: dict[tuple[Sharding, Checkpointing], Counter[MemoryKind]] = {}
     flops: dict[Checkpointing, int] = {}
-    for again in dict.fromkeys((True, recipe.gradient_checkpointing, False)):
-        run = dry_run(checkpointed(recipe, again), replace(setting, sharding=Sharding.NONE))
-        flops[again] = run.trace.all_flops
-        for way in ways:
-            if way is Sharding.ZERO3:  # another model, in 16 bits
-                run = dry_run(checkpointed(recipe, again), setting)
-            memory[way, again] = run.memory(way, devices)
-    trained = what_is_trained(prepared_model(recipe, setting.config, half=False))
-    work = _work(recipe, setting, flops)
-    return Plan(recipe, setting, trained, shape_of(recipe, setting), memory, work)
+    for mode in dict.fromkeys((True, recipe.gradient_checkpointing, False)):
+        variant = _with(recipe, gradient_checkpointing=mode)
+        run = run_on_meta(variant, replace(setup, sharding=Sharding.NONE))
+        flops[mode] = run.trace.flops.total()
+        for sharding in shardings:
+            if sharding is Sharding.ZERO3:  # the model is in 16 bits
+                run = run_on_meta(variant, setup)
+            memory[sharding, mode] = run.memory(sharding, devices)
+    trainable = summarize_trainable(prepared_model(recipe, setup.config, half=False))
+    compute = _compute(recipe, setup, flops)
+    return TrainingEstimate(recipe, setup, trainable, batch_shape(recipe, setup), memory, compute)
 
 
-def checkpointed(recipe: Recipe, how: Checkpointing) -> Recipe:
-    """The recipe with activation checkpointing, or without."""
-    return recipe.model_copy(update={"gradient_checkpointing": how})
+def _with(recipe: Recipe, **changes: object) -> Recipe:
+    return recipe.model_copy(update=changes)
 
 
-def _work(recipe: Recipe, setting: Setting, flops: dict[Checkpointing, int]) -> Work:
-    """FLOPs and tokens of a step.
-
-    Args:
-        flops: of what a device computes at a time, by which activations are computed again.
-    """
-    data, batch = setting.data, recipe.batch_size
+def _compute(recipe: Recipe, setup: TrainingSetup, flops: dict[Checkpointing, int]) -> StepCompute:
+    """`flops`: of the micro-batch of a device, by gradient checkpointing."""
+    data, batch = setup.data, recipe.batch_size
     tokens = data.tokens or recipe.max_length
     if data.tokens is None and data.images == 1:
-        once = float(flops[False]) * setting.machine.devices * recipe.gradient_accumulation_steps
+        once = float(flops[False]) * setup.hardware.devices * recipe.gradient_accumulation_steps
     else:
-        once = _mean_flops(recipe, setting, tokens) * batch
-    again = once * (flops[recipe.gradient_checkpointing] / flops[False] - 1)
-    image_tokens = batch * data.images * setting.config.num_image_tokens
-    return Work(
+        length = recipe.max_length if recipe.packing else round(tokens)
+        rows = max(1, round(TRACED_SAMPLES * tokens / length))
+        variant = _with(recipe, gradient_checkpointing=False)
+        model = prepared_model(variant, setup.config, half=False)
+        trace = trace_step(model, BatchShape(rows, length, round(TRACED_SAMPLES * data.images)))
+        once = trace.flops.total() / TRACED_SAMPLES * batch
+    image_tokens = batch * data.images * setup.config.num_image_tokens
+    return StepCompute(
         samples=batch,
         text_tokens=batch * tokens - image_tokens,
         image_tokens=image_tokens,
         images=batch * data.images,
         flops=once,
-        recomputed=again,
+        recomputed_flops=once * (flops[recipe.gradient_checkpointing] / flops[False] - 1),
         steps=_steps(recipe, data.samples),
     )
 
 
-def _mean_flops(recipe: Recipe, setting: Setting, tokens: float) -> float:
-    """FLOPs of a sample of mean length, without any computed again."""
-    length = recipe.max_length if recipe.packing else round(tokens)
-    rows = max(1, round(MANY * tokens / length))
-    model = prepared_model(checkpointed(recipe, False), setting.config, half=False)
-    trace = trace_step(model, Shape(rows, length, round(MANY * setting.data.images)))
-    return trace.all_flops / MANY
-
-
 def _steps(recipe: Recipe, samples: int | None) -> int | None:
-    """Steps of the run, if they can be known from the recipe."""
     if recipe.max_steps is not None:
         return recipe.max_steps
     counts = [source.count for source in recipe.data if source.count is not None]
     if samples is None and len(counts) == len(recipe.data):
         samples = sum(counts)
-    assert recipe.epochs is not None  # a recipe has one or the other
+    assert recipe.epochs is not None  # a recipe has max_steps or epochs
     return None if samples is None else math.ceil(samples * recipe.epochs / recipe.batch_size)
 
 
-def _check(recipe: Recipe, setting: Setting) -> None:
-    config, data = setting.config, setting.data
+def _check(recipe: Recipe, setup: TrainingSetup) -> None:
+    config, data = setup.config, setup.data
     context = config.max_position_embeddings
     if recipe.max_length > context:
         raise InputError(
-            f"max_length ({recipe.max_length}) is more than the model's {context} positions: set "
-            f"max_length to at most {context}"
+            f"max_length ({recipe.max_length}) exceeds the {context} positions of the model",
+            ErrorCode.TOO_LONG,
         )
-    room = math.ceil(data.images) * config.num_image_tokens
-    if room >= recipe.max_length:
+    image_tokens = math.ceil(data.images) * config.num_image_tokens
+    if image_tokens >= recipe.max_length:
         raise InputError(
-            f"max_length ({recipe.max_length}) leaves no room for words beside the {room} tokens "
-            "of a sample's images"
+            f"max_length ({recipe.max_length}) leaves no room for text: the images of a sample "
+            f"have {image_tokens} tokens",
+            ErrorCode.TOO_LONG,
         )
     if data.tokens is not None and not 1 <= data.tokens <= recipe.max_length:
         raise InputError(
-            f"--tokens is {data.tokens:g}, but a sample has from 1 to {recipe.max_length} tokens "
-            "(max_length)"
+            f"--tokens is {data.tokens:g}, but must be from 1 to max_length ({recipe.max_length})",
+            ErrorCode.INVALID_VALUE,
         )
 
 
-def config_of(recipe: Recipe, like: str | None) -> tuple[Owl2Config, str]:
-    """The configuration to plan with, and where it is from.
+def find_config(recipe: Recipe, config_from: str | None) -> tuple[Owl2Config, str]:
+    """The model configuration of an estimate, and its origin.
 
     Args:
-        like: another checkpoint (a directory or a hub id) of the same sizes.
+        config_from: Another checkpoint (a directory or a hub id) with the same sizes.
 
     Raises:
-        InputError: `like`, or the recipe's model if it is there, cannot be read.
+        InputError: `config_from`, or the recipe's model if it exists, cannot be read.
     """
-    if like is not None:
-        return read_config(like), like
-    if Path(recipe.model).exists():
-        return read_config(recipe.model), recipe.model
+    name = config_from or recipe.model
     try:
-        return read_config(recipe.model), recipe.model
+        return read_config(name), name
     except InputError:
-        # Stage 2 is planned before stage 1 has left its model.
-        return Owl2Config(), f"the released sizes, as there is no {recipe.model} yet"
+        if config_from is not None or Path(recipe.model).exists():
+            raise
+        # Stage 2 is planned before stage 1 has written its model.
+        return Owl2Config(), f"the released sizes; {recipe.model} does not exist yet"
+
+
+# ---------------------------------------------------------------- suggestions
+
+
+def suggest_changes(estimate: TrainingEstimate) -> list[Suggestion]:
+    """Changes that make a recipe fit, the smallest change first; each is verified by a trace.
+
+    All of them include activation checkpointing, which costs up to a third of the time; the others
+    cost more time or quality. They are smaller micro-batches, sharding, LoRA and LoRA on 4-bit
+    weights, each with the largest micro-batch that fits.
+    """
+    if estimate.fits is not False:
+        return []
+    return [found for change in _changes(estimate) if (found := _try(*change)) is not None]
+
+
+def _changes(estimate: TrainingEstimate) -> Iterator[tuple[list[str], Recipe, TrainingSetup]]:
+    recipe, setup, arguments = estimate.recipe, estimate.setup, list[str]()
+    if not recipe.gradient_checkpointing:
+        selective = _with(recipe, gradient_checkpointing="selective")
+        yield ["gradient_checkpointing=selective"], selective, setup
+    if recipe.gradient_checkpointing is not True:
+        recipe = _with(recipe, gradient_checkpointing=True)
+        arguments = ["gradient_checkpointing=true"]
+    yield arguments, recipe, setup
+    if setup.sharding is Sharding.NONE and setup.hardware.devices > 1:
+        yield [*arguments, "--sharding fsdp2"], recipe, replace(setup, sharding=Sharding.FSDP2)
+    if recipe.stage == 1 or recipe.quantize is not None:
+        return
+    if recipe.lora is None:
+        recipe, arguments = _with(recipe, lora=LoraSettings.model_validate({})), [*arguments, "lora={}"]
+        yield arguments, recipe, setup
+    yield [*arguments, "quantize=4bit"], _with(recipe, quantize="4bit"), setup
+
+
+def _try(arguments: list[str], recipe: Recipe, setup: TrainingSetup) -> Suggestion | None:
+    """The recipe with the largest micro-batch that fits; None if a single sample does not fit."""
+    samples = recipe.batch_size // setup.hardware.devices
+    current = samples // recipe.gradient_accumulation_steps
+    sizes = [size for size in range(current, 0, -1) if samples % size == 0]
+    required = {size: _required(recipe, setup, samples // size) for size in {sizes[0], 1}}
+    fits = setup.hardware.fits
+    if not fits(required[1]):
+        return None
+    # Memory grows linearly with the samples, so two points show which size to try.
+    slope = (required[current] - required[1]) / max(1, current - 1)
+    for size in sizes:
+        if fits(int(required[1] + slope * (size - 1))):
+            total = required.get(size) or _required(recipe, setup, samples // size)
+            if fits(total):
+                if samples // size != recipe.gradient_accumulation_steps:
+                    arguments = [*arguments, f"gradient_accumulation_steps={samples // size}"]
+                return Suggestion(" ".join(arguments), total)
+    return None
+
+
+def _required(recipe: Recipe, setup: TrainingSetup, micro_batches: int) -> int:
+    run = run_on_meta(_with(recipe, gradient_accumulation_steps=micro_batches), setup)
+    return run.memory(setup.sharding, setup.hardware.devices).total()

@@ -1,160 +1,142 @@
-"""A plan for people (tables, a verdict in words) and for programs (JSON)."""
+"""An estimate as tables with a verdict, and as JSON."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from owl2.train.estimate.advice import Advice
-from owl2.train.estimate.estimate import Plan
-from owl2.train.estimate.hardware import GIB, MIB, REACHED, USABLE
+from owl2.train.estimate.estimate import Suggestion, TrainingEstimate
+from owl2.train.estimate.hardware import DEFAULT_MFU, GIB, MIB, USABLE_FRACTION
 from owl2.train.estimate.memory import Sharding
+from owl2.train.estimate.tracer import MemoryKind
 from owl2.train.recipe import Checkpointing
 
-AGAIN: dict[Checkpointing, str] = {True: "", "selective": "selective ", False: "no "}
+CHECKPOINTING: dict[Checkpointing, str] = {True: "", "selective": "selective ", False: "no "}
 
 
-def show(console: Console, plan: Plan, origin: str, advice: list[Advice]) -> None:
-    """Print a plan.
-
-    Args:
-        origin: where the model's sizes are from.
-    """
-    console.print(_parts_table(plan, origin))
-    console.print()
-    console.print(_memory_table(plan))
-    console.print()
-    console.print(_work_table(plan))
-    console.print()
-    for line in verdict(plan, advice):
+def show(
+    console: Console, estimate: TrainingEstimate, origin: str, suggestions: Sequence[Suggestion]
+) -> None:
+    """Print an estimate; `origin`: the origin of the model's sizes."""
+    for table in (_parameters(estimate, origin), _memory(estimate), _compute(estimate)):
+        console.print(table)
+        console.print()
+    for line in verdict(estimate, suggestions):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _parts_table(plan: Plan, origin: str) -> Table:
-    table = _table(f"Parameters ({origin})", "part", "all", "trained")
-    trained = plan.trained
-    for part, size in trained.sizes.items():
-        table.add_row(str(part), f"{size:,}", f"{trained.trained_sizes[part]:,}")
+def _parameters(estimate: TrainingEstimate, origin: str) -> Table:
+    table = _table(f"Parameters ({origin})", "part", "all", "trainable")
+    params = estimate.trainable
+    for part, size in params.sizes.items():
+        table.add_row(str(part), f"{size:,}", f"{params.trainable_sizes[part]:,}")
     table.add_section()
-    total = trained.trainable_size + trained.frozen_size
-    table.add_row("all", f"{total:,}", f"{trained.trainable_size:,}")
+    total = params.trainable_size + params.frozen_size
+    table.add_row("all", f"{total:,}", f"{params.trainable_size:,}")
     return table
 
 
-def _memory_table(plan: Plan) -> Table:
-    titles = {
-        key: f"{'whole' if way is Sharding.NONE else way}, {AGAIN[again]}checkpointing"
-        for key in plan.memory
-        for way, again in [key]
-    }
-    chosen = (plan.setting.sharding, plan.recipe.gradient_checkpointing)
-    titles[chosen] = f"[bold]{titles[chosen]} ◄[/bold]"
-    largest = max(memory.total for memory in plan.memory.values())
-    unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
-    title = f"Memory of each of {plan.setting.machine.title}, in {name}"
-    table = _table(title, "", *titles.values())
-    pieces = [memory.pieces() for memory in plan.memory.values()]
-    for piece in pieces[0]:
-        if any(column[piece] for column in pieces):
-            table.add_row(piece, *(f"{column[piece] / unit:,.2f}" for column in pieces))
+def _memory(estimate: TrainingEstimate) -> Table:
+    chosen = (estimate.setup.sharding, estimate.recipe.gradient_checkpointing)
+    titles = []
+    for sharding, mode in estimate.memory:
+        way = "unsharded" if sharding is Sharding.NONE else sharding
+        title = f"{way}, {CHECKPOINTING[mode]}checkpointing"
+        titles.append(f"[bold]{title} ◄[/bold]" if (sharding, mode) == chosen else title)
+    unit, name = _unit(max(memory.total() for memory in estimate.memory.values()))
+    title = f"Memory per device ({estimate.setup.hardware.title}), in {name}"
+    table = _table(title, "", *titles)
+    columns = list(estimate.memory.values())
+    for kind in MemoryKind:
+        if any(column[kind] for column in columns):
+            table.add_row(kind, *(f"{column[kind] / unit:,.2f}" for column in columns))
     table.add_section()
-    totals = (memory.total / unit for memory in plan.memory.values())
-    table.add_row("at its largest", *(f"{total:,.2f}" for total in totals))
+    totals = (memory.total() / unit for memory in estimate.memory.values())
+    table.add_row("peak", *(f"{total:,.2f}" for total in totals))
     return table
 
 
-def _work_table(plan: Plan) -> Table:
-    work, steps = plan.work, plan.work.steps
-    table = _table("Work", "", "a step", "the run" + (f" ({steps:,} steps)" if steps else ""))
-    rows: list[tuple[str, float]] = [
-        ("samples", work.samples),
-        ("images", work.images),
-        ("text tokens", work.text_tokens),
-        ("image tokens", work.image_tokens),
-    ]
-    for name, count in rows:
-        table.add_row(name, f"{count:,.0f}", f"{count * steps:,.0f}" if steps else "?")
-    flops = [
-        ("FLOPs, forward and backward", work.flops),
-        ("FLOPs, computed again", work.recomputed),
-    ]
-    for name, count in flops:
-        table.add_row(name, f"{count:.3g}", f"{count * steps:.3g}" if steps else "?")
-    if plan.setting.machine.speed is not None:
-        seconds = (work.flops + work.recomputed) / plan.setting.machine.speed
-        hours = "?" if plan.hours is None else f"{plan.hours:,.1f} h"
-        speed = f"time at {plan.setting.machine.tflops:,.4g} TFLOP/s a device"
-        table.add_row(speed, f"{seconds:,.2f} s", hours)
+def _compute(estimate: TrainingEstimate) -> Table:
+    compute, hardware = estimate.compute, estimate.setup.hardware
+    steps = compute.steps
+    table = _table("Computation", "", "per step", f"run ({steps:,} steps)" if steps else "run")
+    for name, count, digits in (
+        ("samples", compute.samples, ",.0f"),
+        ("images", compute.images, ",.0f"),
+        ("text tokens", compute.text_tokens, ",.0f"),
+        ("image tokens", compute.image_tokens, ",.0f"),
+        ("FLOPs, forward and backward", compute.flops, ".3g"),
+        ("FLOPs, recomputation", compute.recomputed_flops, ".3g"),
+    ):
+        table.add_row(name, f"{count:{digits}}", f"{count * steps:{digits}}" if steps else "?")
+    if hardware.flops_per_second is not None:
+        seconds = (compute.flops + compute.recomputed_flops) / hardware.flops_per_second
+        hours = "?" if estimate.hours is None else f"{estimate.hours:,.1f} h"
+        name = f"time at {hardware.tflops:,.4g} TFLOP/s per device"
+        table.add_row(name, f"{seconds:,.2f} s", hours)
     return table
 
 
-def verdict(plan: Plan, advice: list[Advice]) -> Iterator[str]:
-    """Whether it fits, what takes most, and what to change."""
-    machine, need, batch = plan.setting.machine, plan.need, plan.batch
-    name, most = max(need.pieces().items(), key=lambda piece: piece[1])
-    if machine.memory is None:
-        yield f"A device needs {_size(need.total)}, and some to spare."
+def verdict(estimate: TrainingEstimate, suggestions: Sequence[Suggestion]) -> Iterator[str]:
+    """Whether the recipe fits, the largest item, and the suggestions."""
+    hardware, required, batch = estimate.setup.hardware, estimate.required, estimate.batch
+    name, largest = max(required.items(), key=lambda item: item[1])
+    if hardware.memory is None:
+        yield f"Each device needs {_size(required.total())} plus a margin."
     else:
-        how = "Fits" if plan.fits else "Does not fit"
-        usable = f"{_size(USABLE * machine.memory)} usable of {_size(machine.memory)}"
-        yield f"{how}: {_size(need.total)} are needed, {usable}."
-    yield f"The largest piece: {name}, {_size(most)}."
-    times = f", {batch.passes} times a step" if batch.passes > 1 else ""
-    yield f"A device computes {batch.rows} x {batch.length} tokens at a time{times}."
-    if plan.fits is False and not advice:
-        yield "Nothing that was tried makes it fit: take more or larger devices or shorter samples."
-    for number, piece in enumerate(advice):
+        fits = "Fits" if estimate.fits else "Does not fit"
+        usable = f"{_size(USABLE_FRACTION * hardware.memory)} usable of {_size(hardware.memory)}"
+        yield f"{fits}: {_size(required.total())} required, {usable}."
+    yield f"Largest item: {name}, {_size(largest)}."
+    times = f", {batch.micro_batches} micro-batches per step" if batch.micro_batches > 1 else ""
+    yield f"Micro-batch per device: {batch.rows} x {batch.length} tokens{times}."
+    if estimate.fits is False and not suggestions:
+        yield "No change of the recipe makes it fit: use more or larger devices, or shorter samples."
+    for number, suggestion in enumerate(suggestions):
         lead = "  or" if number else "Fits with"
-        yield f"{lead:<9} {piece.change}   ({_size(piece.total)})"
-    if machine.name is not None:
-        yield f"The time supposes {REACHED:.0%} of the GPU's peak; measure, and give --tflops."
-    if plan.work.steps is None:
-        yield "How many steps an epoch has hangs on the data: give --samples or --statistics."
+        yield f"{lead:<9} {suggestion.change}   ({_size(suggestion.total)})"
+    if hardware.name is not None:
+        yield f"The time assumes {DEFAULT_MFU:.0%} MFU; measure it and give --tflops."
+    if estimate.compute.steps is None:
+        yield "The steps per epoch depend on the data: give --samples or --statistics."
+
+
+def as_json(estimate: TrainingEstimate, suggestions: Sequence[Suggestion]) -> dict[str, Any]:
+    """All figures of an estimate; sizes in bytes."""
+    hardware = estimate.setup.hardware
+    return {
+        "model": estimate.recipe.model,
+        "stage": estimate.recipe.stage,
+        "devices": hardware.devices,
+        "device_memory": hardware.memory,
+        "sharding": estimate.setup.sharding,
+        "gradient_checkpointing": estimate.recipe.gradient_checkpointing,
+        "parameters": estimate.trainable.sizes,
+        "trainable": estimate.trainable.trainable_sizes,
+        "micro_batch": asdict(estimate.batch),
+        "memory": [
+            {"sharding": sharding, "gradient_checkpointing": mode, "total": memory.total()}
+            | {"breakdown": memory}
+            for (sharding, mode), memory in estimate.memory.items()
+        ],
+        "total": estimate.required.total(),
+        "fits": estimate.fits,
+        "suggestions": [asdict(suggestion) for suggestion in suggestions],
+        "compute": asdict(estimate.compute),
+        "run_flops": estimate.compute.run_flops,
+        "hours": estimate.hours,
+    }
+
+
+def _unit(size: float) -> tuple[int, str]:
+    return (GIB, "GiB") if size >= GIB else (MIB, "MiB")
 
 
 def _size(size: float) -> str:
-    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
-
-
-def as_json(plan: Plan, advice: list[Advice]) -> dict[str, Any]:
-    """All numbers of a plan; sizes in bytes."""
-    work, machine = plan.work, plan.setting.machine
-    return {
-        "model": plan.recipe.model,
-        "stage": plan.recipe.stage,
-        "devices": machine.devices,
-        "device_memory": machine.memory,
-        "sharding": str(plan.setting.sharding),
-        "gradient_checkpointing": plan.recipe.gradient_checkpointing,
-        "parameters": {str(part): size for part, size in plan.trained.sizes.items()},
-        "trained": {str(part): size for part, size in plan.trained.trained_sizes.items()},
-        "at_a_time": {
-            "rows": plan.batch.rows,
-            "length": plan.batch.length,
-            "images": plan.batch.images,
-            "times_a_step": plan.batch.passes,
-        },
-        "memory": [
-            {"sharding": str(way), "gradient_checkpointing": again, "total": memory.total}
-            | {"pieces": memory.pieces()}
-            for (way, again), memory in plan.memory.items()
-        ],
-        "total": plan.need.total,
-        "fits": plan.fits,
-        "advice": [{"change": piece.change, "total": piece.total} for piece in advice],
-        "step": {
-            "samples": work.samples,
-            "images": work.images,
-            "text_tokens": work.text_tokens,
-            "image_tokens": work.image_tokens,
-            "flops": work.flops,
-            "recomputed_flops": work.recomputed,
-        },
-        "steps": work.steps,
-        "run_flops": work.run_flops,
-        "hours": plan.hours,
-    }
+    unit, name = _unit(size)
+    return f"{size / unit:,.1f} {name}"
 
 
 def _table(title: str, first: str, *others: str) -> Table:
