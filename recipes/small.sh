@@ -21,7 +21,7 @@ own=("data.0.file=$run/folder/train.json" "data.0.images=$run/folder")
 
 heading() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-owl2 init --llm fresh --vision fresh --sizes recipes/easy_vqa/sizes.yaml --output "$run/start"
+owl2 init --llm fresh --vision fresh --config recipes/easy_vqa/sizes.yaml --output "$run/start"
 python recipes/finetune/example_folder.py "$run/folder"
 
 heading "Stage 1 of the paper"

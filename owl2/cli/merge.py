@@ -1,4 +1,4 @@
-"""`owl2 merge`: a plain checkpoint from an adapter and its base model."""
+"""`owl2 merge`: a complete checkpoint from an adapter and its base model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,16 +7,16 @@ import typer
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="What training with an adapter left.")],
-    output: Annotated[Path, typer.Option(help="Directory for the plain checkpoint.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter: a directory or a hub id.")],
+    output: Annotated[Path, typer.Option(help="Directory for the merged checkpoint.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base model, if it is not where the adapter says.")
+        str | None, typer.Option(help="Base model; default: the one that the adapter names.")
     ] = None,
 ) -> None:
-    """Make one plain checkpoint of an adapter and its base model."""
+    """Merge an adapter into its base model."""
     from owl2.train.adapters import merge as merge_adapter
 
-    print(f"the merged model is in {merge_adapter(adapter, output, dtype, base)}")
+    print(f"The merged model is in {merge_adapter(adapter, output, dtype, base)}")

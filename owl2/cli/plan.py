@@ -36,9 +36,7 @@ def plan(
     config_from: Annotated[
         str | None, typer.Option(help="Checkpoint of the same sizes, if the model does not exist.")
     ] = None,
-    output_file: Annotated[
-        Path | None, typer.Option(help="JSON file for all figures.")
-    ] = None,
+    output_file: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
 ) -> None:
     """Estimate a recipe's memory, FLOPs and time. Loads no weights."""
     from owl2.train.estimate.command import plan_recipe, read_statistics

@@ -1,13 +1,14 @@
-"""What a run leaves in its output directory, so that the same command goes on after a stop.
+"""Checkpoints of an unfinished run: the same command resumes it after a stop or a crash.
 
-    OUTPUT/checkpoints/recipe.json      what is being trained: another recipe may not go on with it
-    OUTPUT/checkpoints/checkpoint-N/    transformers' Trainer's state after step N
-    OUTPUT/checkpoints/latest.json      which of them is whole; written last, in one step
-    OUTPUT/model/                       the finished model; then `checkpoints` is gone
+    OUTPUT/checkpoints/recipe.json      the recipe; another recipe cannot resume the run
+    OUTPUT/checkpoints/checkpoint-N/    the state of transformers' Trainer after step N
+    OUTPUT/checkpoints/latest.json      the last complete checkpoint; replaced atomically
+    OUTPUT/model/                       the finished model; then `checkpoints` is removed
 
-A checkpoint that a kill cut short is never in `latest.json`, so it is never picked up. Of the one
-that is, all files must be there in the size that they had: without an optimizer's state the Trainer
-would silently begin anew. Each checkpoint replaces the one before, once it is whole and on disk.
+A checkpoint that was interrupted is never in `latest.json`, so it is never used. All files of the
+latest checkpoint must have their original size: without an optimizer state the Trainer would start
+the optimizer from zero without an error. A new checkpoint is flushed to the disk before it replaces
+the previous one.
 """
 
 import json
@@ -22,277 +23,256 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text
-from owl2.train.disk_errors import sizes_on_disk, writing
-from owl2.train.distributed import Team
+from owl2.train.disk_errors import flush_directory, translate_disk_errors
+from owl2.train.distributed import DistributedContext
 from owl2.train.recipe import Recipe
 
-# Settings that change neither what is learned nor in which order. `on_invalid_sample`, because a run that
-# stopped at a bad row goes on with it left out.
-INDIFFERENT = {
-    "output",
-    "overwrite",
-    "dataloader_num_workers",
-    "on_invalid_sample",
-    "logging_steps",
-    "save_steps",
+# Settings that do not affect training; a run may be resumed with other values. A run that stopped
+# at an invalid sample may skip it (`on_invalid_sample`).
+KEYS_IGNORED_ON_RESUME = {
+    *("output", "overwrite", "dataloader_num_workers", "on_invalid_sample"),
+    *("logging_steps", "save_steps", "validation", "tensorboard", "wandb_project"),
 }
-INDIFFERENT |= {"validation", "tensorboard", "wandb_project"}  # which only watch
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a run stands, all its processes and all its sessions taken together."""
+class TrainingProgress:
+    """The totals of a run over all processes and all sessions.
+
+    Attributes:
+        data_wait_seconds: Part of `seconds` spent waiting for batches; the mean over processes.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     images: int = 0
-    left_out: int = 0
+    num_skipped: int = 0
     seconds: float = 0.0
-    waited: float = 0.0  # of them for batches, a process on average
+    data_wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A saved state: the Trainer's directory, and the run's position in it."""
+class SavedState:
+    """A checkpoint of the Trainer and the progress of the run."""
 
     directory: Path
-    position: Position
+    progress: TrainingProgress
 
 
 def checkpoints_of(output: Path) -> Path:
-    """The directory of a run's saved states."""
+    """The directory of a run's checkpoints."""
     return output / "checkpoints"
 
 
-def find_state(recipe: Recipe, team: Team) -> Saved | None:
-    """The state that a run of this recipe goes on from, None for a start; changes nothing.
+def find_state(recipe: Recipe, context: DistributedContext) -> SavedState | None:
+    """The state from which a run of this recipe resumes; None for a new run. Changes nothing.
 
     Raises:
-        InputError: `output` holds a finished model, another recipe's unfinished run or a damaged
-            state, and `overwrite` is not set; or one of other processes than this `team`.
+        InputError: `output` contains a finished model, an unfinished run of another recipe, a
+            damaged state or one of other processes, and `overwrite` is not set.
     """
     output = Path(recipe.output)
     checkpoints = checkpoints_of(output)
     if output.exists() and not output.is_dir():
-        raise InputError(f"output: {output} is a file; give a directory")
+        raise InputError(f"output: {output} is a file; give a directory", ErrorCode.FILE_EXISTS)
     if (output / "model").exists() and not recipe.overwrite:
         raise InputError(
-            f"{output / 'model'} is a finished model; give another `output`, or overwrite=true"
+            f"{output / 'model'} is a finished model; give another `output`, or overwrite=true",
+            ErrorCode.FILE_EXISTS,
         )
     try:
         if not (checkpoints / "latest.json").is_file():
             return None
-        _require_same(recipe, _read(checkpoints / "recipe.json"))
-        return _latest(checkpoints, team)
+        before, now = _read_json(checkpoints / "recipe.json"), _identity(recipe)
+        if changed := [key for key in now if before.get(key) != now[key]]:
+            raise InputError(
+                f"{output} contains an unfinished run of another recipe (different "
+                f"{', '.join(changed)}); give another `output`, or overwrite=true to start over",
+                ErrorCode.RESUME_MISMATCH,
+            )
+        return _latest(checkpoints, context)
     except InputError:
         if recipe.overwrite:
             return None
         raise
 
 
-def _require_same(recipe: Recipe, before: dict[str, Any]) -> None:
-    identity = _identity(recipe)
-    changed = [key for key in identity if before.get(key) != identity[key]]
-    if changed:
-        raise InputError(
-            f"{recipe.output} holds an unfinished run of another recipe (differs in "
-            f"{', '.join(changed)}); give another `output`, or overwrite=true to start anew"
-        )
-
-
-def begin(recipe: Recipe, saved: Saved | None) -> None:
-    """Make the output directory ready for a run, from the start or from a state.
-
-    What a kill left half written goes; nobody looks at it any more, and it takes room.
-    """
+def start_run(recipe: Recipe, saved: SavedState | None) -> None:
+    """Prepare the output directory for a new or a resumed run; remove incomplete files."""
     output = Path(recipe.output)
     checkpoints = checkpoints_of(output)
     for part in output.glob(".model.part-*"):
         shutil.rmtree(part)
     if saved is not None:
-        _drop_others(saved.directory)
+        _remove_others(saved.directory)
         return
     if checkpoints.exists():
-        # First: while the rest goes, a kill must not leave a pointer to what is half gone.
+        # First, so that a crash during the removal leaves no pointer to a removed checkpoint.
         (checkpoints / "latest.json").unlink(missing_ok=True)
         shutil.rmtree(checkpoints)
     atomic_write_text(checkpoints / "recipe.json", json.dumps(_identity(recipe), indent=2) + "\n")
 
 
-def _drop_others(directory: Path) -> None:
+def _remove_others(directory: Path) -> None:
     for other in directory.parent.glob("checkpoint-*"):
         if other.name != directory.name:
             shutil.rmtree(other)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude=INDIFFERENT)
+    return recipe.model_dump(mode="json", exclude=KEYS_IGNORED_ON_RESUME)
 
 
-def _latest(checkpoints: Path, team: Team) -> Saved:
+def _latest(checkpoints: Path, context: DistributedContext) -> SavedState:
     pointer = checkpoints / "latest.json"
-    content = _read(pointer)
+    content = _read_json(pointer)
     try:
-        saved = Saved(checkpoints / content["checkpoint"], Position(**content["position"]))
-        processes, sharing, files = content["processes"], content["sharing"], content["files"]
-        _require_whole(saved, files)
+        saved = SavedState(
+            checkpoints / content["checkpoint"], TrainingProgress(**content["progress"])
+        )
+        world_size, sharding = content["world_size"], content["sharding"]
+        for name, size in content["files"].items():
+            path = saved.directory / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise _damaged(saved.directory, f"lacks {name}, or a part of it")
     except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(pointer, "does not say which state is whole") from error
-    if (processes, sharing) != (team.size, team.sharing):
+        raise _damaged(pointer, "does not describe a checkpoint") from error
+    state = saved.directory / "trainer_state.json"
+    if _read_json(state).get("global_step") != saved.progress.step:
+        raise _damaged(state, f"is not of step {saved.progress.step}")
+    if (world_size, sharding) != (context.world_size, context.sharding):
         raise InputError(
-            f"{saved.directory} is the state of {processes} processes ({sharing}), and these are "
-            f"{team.size} ({team.sharing}): go on with as many and the same configuration, or "
-            "overwrite=true starts anew"
+            f"{saved.directory} was written by {world_size} processes (sharding: {sharding}), but "
+            f"there are {context.world_size} (sharding: {context.sharding}): resume with the same "
+            "configuration, or overwrite=true to start over",
+            ErrorCode.RESUME_MISMATCH,
         )
     return saved
 
 
-def _require_whole(saved: Saved, files: dict[str, int]) -> None:
-    for name, size in files.items():
-        path = saved.directory / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise _damaged(saved.directory, f"lacks {name}, or a part of it")
-    state = saved.directory / "trainer_state.json"
-    if _read(state).get("global_step") != saved.position.step:
-        raise _damaged(state, f"is not of step {saved.position.step}")
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _damaged(path, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:  # neither JSON nor text
+    except ValueError as error:  # invalid JSON or UTF-8
         raise _damaged(path, "is damaged") from error
     if not isinstance(content, dict):
         raise _damaged(path, "is damaged")
     return content
 
 
-def _damaged(path: Path, what: str) -> InputError:
+def _damaged(path: Path, problem: str) -> InputError:
     return InputError(
-        f"{path} {what}, so the run cannot go on as it was; overwrite=true starts anew"
+        f"{path} {problem}, so the run cannot be resumed; overwrite=true starts over",
+        ErrorCode.RESUME_MISMATCH,
     )
 
 
-class KeepState(TrainerCallback):
-    """Points to each new checkpoint once it is whole, and drops the one before."""
+class CheckpointCallback(TrainerCallback):
+    """Publishes each complete checkpoint in `latest.json` and removes the previous one."""
 
-    def __init__(self, output: Path, position: Callable[[int], Position], team: Team) -> None:
-        """`position` is called with the step when a checkpoint has been written."""
+    def __init__(
+        self,
+        output: Path,
+        progress: Callable[[int], TrainingProgress],
+        context: DistributedContext,
+    ) -> None:
+        """`progress`: The progress after a step; all processes call it."""
         self.checkpoints = checkpoints_of(output)
-        self.position = position
-        self.team = team
+        self.progress = progress
+        self.context = context
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The finished model is written next; going on from a last step would train one too many.
+        # After the last step the model is written; resuming there would train one step too many.
         if state.global_step >= state.max_steps:
             control.should_save = False
-        # A line's loss is the mean since the line before. With a line at each state, those that
-        # follow are the same whether or not the run was stopped in between.
+        # The loss of a log line is the mean since the previous line. With a line at each
+        # checkpoint, a resumed run writes the same lines as an uninterrupted one.
         control.should_log |= control.should_save
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        position = self.position(state.global_step)
-        with self.team.together():
-            if self.team.first:
+        progress = self.progress(state.global_step)
+        with self.context.raise_on_all_ranks():
+            if self.context.is_main:
                 directory = self.checkpoints / f"checkpoint-{state.global_step}"
-                with writing(directory):
-                    self._point_to(directory, position)
-                _drop_others(directory)
+                with translate_disk_errors(directory):
+                    self._publish(directory, progress)
+                _remove_others(directory)
 
-    def _point_to(self, directory: Path, position: Position) -> None:
-        files = sizes_on_disk(directory)
-        missing = [name for name in self._of_each_process() if name not in files]
-        if missing:
+    def _publish(self, directory: Path, progress: TrainingProgress) -> None:
+        files = flush_directory(directory)
+        size = self.context.world_size
+        ranks = [f"rng_state_{rank}.pth" for rank in range(size)] if size > 1 else ["rng_state.pth"]
+        if missing := [name for name in ranks if name not in files]:
             raise InputError(
-                f"{directory} lacks {missing[0]}: `output` must be on a disk that all nodes share"
+                f"{directory} lacks {missing[0]}: `output` must be on a disk that all nodes share",
+                ErrorCode.FILE_NOT_FOUND,
             )
         pointer = {
             "checkpoint": directory.name,
-            "position": asdict(position),
-            "processes": self.team.size,
-            "sharing": self.team.sharing,
+            "progress": asdict(progress),
+            "world_size": size,
+            "sharding": self.context.sharding,
             "files": files,
         }
         atomic_write_text(self.checkpoints / "latest.json", json.dumps(pointer) + "\n")
 
-    def _of_each_process(self) -> list[str]:
-        if self.team.size == 1:
-            return ["rng_state.pth"]
-        return [f"rng_state_{rank}.pth" for rank in range(self.team.size)]
 
+class SignalCallback(TrainerCallback):
+    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop; in all processes.
 
-class Stop(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, save the state, stop; all processes at the same step.
-
-    A second one stops this process at once, unless there are others: launchers pass signals on, so
-    each may come twice.
+    A second signal ends a single process immediately. With several processes it does not, because
+    launchers forward signals, so that each may arrive twice.
 
     Attributes:
-        signal: what the run was stopped by, 0 if it was not.
+        signal: The signal that stopped the run, or 0.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, team: Team) -> None:
-        self.team = team
+    def __init__(self, context: DistributedContext) -> None:
+        self.context = context
         self.signal = 0
-        self._asked = 0
-        self._before: dict[int, Any] = {}
+        self._received = 0
+        self._handlers: dict[int, Any] = {}
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         process = os.getpid()
 
-        def ask(number: int, frame: FrameType | None) -> None:
-            # Processes that prepare batches inherit this and get the terminal's Ctrl-C, too; they
-            # must go on until the step is done.
-            first, self._asked = not self._asked, number
+        def receive(number: int, frame: FrameType | None) -> None:
+            # Data loader workers inherit this handler and get the terminal's Ctrl-C too; they must
+            # continue until the step is finished.
+            first, self._received = not self._received, number
             if os.getpid() != process or not first:
                 return
-            if self.team.size == 1:
-                self.release()
-            if self.team.first:
-                # Not `print`: the signal may have come in the middle of one.
-                os.write(2, b"\nfinishing this step, then saving\n")
+            if self.context.world_size == 1:
+                self.restore()
+            if self.context.is_main:
+                # Not `print`, because the signal may have interrupted a `print`.
+                os.write(2, b"\nfinishing this step, then saving a checkpoint\n")
 
         for number in self.SIGNALS:
-            self._before[number] = signal.signal(number, ask)
+            self._handlers[number] = signal.signal(number, receive)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        asked = self.team.total(*(self._asked == number for number in self.SIGNALS))
-        if any(asked) and state.global_step < state.max_steps:
-            self.signal = max(n for n, count in zip(self.SIGNALS, asked, strict=True) if count)
+        counts = self.context.all_reduce_sum(*(self._received == s for s in self.SIGNALS))
+        if any(counts) and state.global_step < state.max_steps:
+            self.signal = max(s for s, count in zip(self.SIGNALS, counts, strict=True) if count)
             control.should_log = control.should_save = control.should_training_stop = True
 
-    def release(self) -> None:
-        """Give the signals their usual meaning back."""
-        for number, handler in self._before.items():
+    def restore(self) -> None:
+        """Restore the previous signal handlers."""
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -1,14 +1,13 @@
-"""A run in the tools that teams watch runs with: TensorBoard, Weights & Biases.
+"""TensorBoard and Weights & Biases: the metrics, validations with images, and the recipe.
 
-Both get all figures of ``log.jsonl``, the looks at held-out samples with images and answers, and
-the recipe. A resumed run goes on in the same record: what it repeats is there once.
+A resumed run continues the same record; repeated steps are recorded once.
 """
 
 import importlib
 import importlib.util
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,170 +15,157 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text
 from owl2.processing.image_io import load_image
-from owl2.train.metrics import View
+from owl2.train.metrics import Logger
 from owl2.train.recipe import Recipe
-from owl2.train.validation import Answer, Look
+from owl2.train.validation import Generation, ValidationResult
 
 THUMBNAIL = 224
-# Figures by what they are of; the others stand by themselves.
+# The groups of metrics in the tools; all other metrics are in the group "run".
 GROUPS = {
-    "loss": "train/loss",
-    "smoothed_loss": "train/smoothed_loss",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "samples_per_second": "speed/samples_per_second",
-    "tokens_per_second": "speed/tokens_per_second",
-    "images_per_second": "speed/images_per_second",
-    "data_wait_fraction": "speed/data_wait_fraction",
-    "process_bytes": "memory/process_bytes",
-    "gpu_bytes": "memory/gpu_bytes",
+    "train": ("loss", "smoothed_loss", "learning_rate", "grad_norm"),
+    "speed": (
+        *("samples_per_second", "tokens_per_second", "images_per_second"),
+        "data_wait_fraction",
+    ),
+    "memory": ("process_memory_bytes", "gpu_memory_bytes"),
 }
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
-def require_writers(recipe: Recipe) -> None:
-    """Raises InputError if the recipe asks for a tool that is not installed."""
-    wanted = {"tensorboard": recipe.tensorboard, "wandb": recipe.wandb_project is not None}
-    for package, is_wanted in wanted.items():
-        if is_wanted and importlib.util.find_spec(package) is None:
+def require_loggers(recipe: Recipe) -> None:
+    """Raises InputError if the recipe requests a tool that is not installed."""
+    requested = {"tensorboard": recipe.tensorboard, "wandb": recipe.wandb_project is not None}
+    for package, is_requested in requested.items():
+        if is_requested and importlib.util.find_spec(package) is None:
             extra = "'owl2-vlm[watch]'" if package == "tensorboard" else package
-            raise InputError(f"{package}: it is not installed (pip install {extra})")
+            raise InputError(
+                f"{package} is not installed (pip install {extra})", ErrorCode.MISSING_DEPENDENCY
+            )
 
 
-def make_writers(recipe: Recipe, start: int) -> Iterator[View]:
-    """The views that a recipe asks for, of a run that goes on after step `start`."""
+def make_loggers(recipe: Recipe, resumed_step: int) -> Iterator[Logger]:
+    """The loggers that a recipe requests, for a run that resumes after `resumed_step` (0: new)."""
     output = Path(recipe.output)
     if recipe.tensorboard:
-        yield TensorBoard(output / "tensorboard", recipe, start)
+        yield TensorBoardLogger(output / "tensorboard", recipe, resumed_step)
     if recipe.wandb_project is not None:
-        yield WeightsAndBiases(output, recipe.wandb_project, recipe, start)
+        yield WandbLogger(output, recipe.wandb_project, recipe, resumed_step)
 
 
-def figures_of(line: dict[str, Any]) -> dict[str, float]:
-    """The figures of a log's line by the names that they have here."""
+def _grouped(metrics: dict[str, Any]) -> dict[str, float]:
     return {
-        GROUPS.get(key, f"run/{key}"): value
-        for key, value in line.items()
-        if key != "step" and value is not None
+        f"{GROUP_OF.get(name, 'run')}/{name}": value
+        for name, value in metrics.items()
+        if name != "step" and value is not None
     }
 
 
-class TensorBoard:
-    """Events in a directory; a `progress.View`."""
+class TensorBoardLogger(Logger):
+    """Event files in a directory."""
 
-    def __init__(self, directory: Path, recipe: Recipe, start: int) -> None:
-        # Takes seconds to import, and most runs do without.
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, directory: Path, recipe: Recipe, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-        if not start and directory.exists():
-            shutil.rmtree(directory)  # of an earlier run, which would be drawn into this one
-        # Events of steps that are to be repeated are dropped by whoever reads.
-        purge_step = start + 1 if start else None
+        if not resumed_step and directory.exists():
+            shutil.rmtree(directory)  # of an earlier run, which would be shown in this one
+        # TensorBoard drops the events of repeated steps.
+        purge_step = resumed_step + 1 if resumed_step else None
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
-        if not start:
-            self._writer.add_text("recipe", _as_code(recipe), 0)
+        if not resumed_step:
+            settings = recipe.model_dump(mode="json")
+            text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+            self._writer.add_text("recipe", _as_code(text), 0)
 
-    def begin(self, step: int, steps: int, lines: Sequence[dict[str, Any]]) -> None:
-        """See `View`."""
+    def log_metrics(self, metrics: dict[str, Any]) -> None:
+        """Add a scalar for each metric."""
+        for name, value in _grouped(metrics).items():
+            self._writer.add_scalar(name, value, metrics["step"])
 
-    def step(self, step: int) -> None:
-        """See `View`: lines of the log are enough."""
-
-    def log(self, line: dict[str, Any], left: float) -> None:
-        """See `View`."""
-        for name, value in figures_of(line).items():
-            self._writer.add_scalar(name, value, line["step"])
-
-    def look(self, look: Look) -> None:
-        """See `View`."""
-        self._writer.add_scalar("validation/loss", look.loss, look.step)
-        for number, answer in enumerate(look.answers):
-            name = f"answers/{number}"
-            lines = (answer.question, f"answer: {answer.answer}", f"wanted: {answer.wanted}")
-            # Indented by four: as it is, whatever signs of Markdown are in it.
-            text = "\n".join(f"    {line}" for line in "\n".join(lines).splitlines())
-            self._writer.add_text(name, text, look.step)
-            if look.step == 0 and answer.images:  # which are the same each time
-                self._writer.add_image(name, _thumbnails(answer), look.step, dataformats="HWC")
+    def log_validation(self, result: ValidationResult) -> None:
+        """Add the loss and the generations, and once their images."""
+        self._writer.add_scalar("validation/loss", result.loss, result.step)
+        for number, generation in enumerate(result.generations):
+            name = f"generations/{number}"
+            text = (
+                f"{generation.prompt}\nprediction: {generation.prediction}\n"
+                f"reference: {generation.reference}"
+            )
+            self._writer.add_text(name, _as_code(text), result.step)
+            if result.step == 0 and generation.images:  # the same each time
+                thumbnails = _thumbnails(generation)
+                self._writer.add_image(name, thumbnails, result.step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
-        """See `View`."""
+        """Close the event file."""
         self._writer.close()
 
 
-class WeightsAndBiases:
-    """A run in a project of Weights & Biases, also offline (WANDB_MODE=offline); a `View`.
+class WandbLogger(Logger):
+    """A run in a project of Weights & Biases, also offline (WANDB_MODE=offline).
 
-    OUTPUT/wandb_run holds its id, by which a resumed run finds it. Steps that it already has are
-    ignored there.
+    OUTPUT/wandb_run contains the id of the run for resuming. Weights & Biases ignores repeated
+    steps.
 
     Raises:
         InputError: Weights & Biases refuses the run.
     """
 
-    def __init__(self, output: Path, project: str, recipe: Recipe, start: int) -> None:
+    def __init__(self, output: Path, project: str, recipe: Recipe, resumed_step: int) -> None:
         self._wandb: Any = importlib.import_module("wandb")
-        kept = output / "wandb_run"
-        if not start or not kept.is_file():
-            atomic_write_text(kept, uuid.uuid4().hex[:8] + "\n")
+        id_file = output / "wandb_run"
+        if not resumed_step or not id_file.is_file():
+            atomic_write_text(id_file, uuid.uuid4().hex[:8] + "\n")
         try:
             self._run = self._wandb.init(
                 project=project,
                 name=output.name,
-                id=kept.read_text(encoding="utf-8").strip(),
+                id=id_file.read_text(encoding="utf-8").strip(),
                 resume="allow",
                 dir=str(output),
                 config=recipe.model_dump(mode="json"),
             )
         except self._wandb.Error as error:  # no account, no network
             raise InputError(
-                f"wandb: {error} With WANDB_MODE=offline the run is kept on the disk"
+                f"wandb: {error} WANDB_MODE=offline stores the run on the disk", ErrorCode.NETWORK
             ) from error
 
-    def begin(self, step: int, steps: int, lines: Sequence[dict[str, Any]]) -> None:
-        """See `View`."""
+    def log_metrics(self, metrics: dict[str, Any]) -> None:
+        """Log all metrics."""
+        self._run.log(_grouped(metrics), step=metrics["step"])
 
-    def step(self, step: int) -> None:
-        """See `View`: lines of the log are enough."""
-
-    def log(self, line: dict[str, Any], left: float) -> None:
-        """See `View`."""
-        self._run.log(figures_of(line), step=line["step"])
-
-    def look(self, look: Look) -> None:
-        """See `View`."""
-        found: dict[str, Any] = {"validation/loss": look.loss}
-        if look.answers:
+    def log_validation(self, result: ValidationResult) -> None:
+        """Log the loss and a table of generations."""
+        values: dict[str, Any] = {"validation/loss": result.loss}
+        if result.generations:
+            columns = ["images", "prompt", "reference", "prediction"]
             rows = [
                 [
-                    self._wandb.Image(_thumbnails(answer)) if answer.images else None,
-                    answer.question,
-                    answer.wanted,
-                    answer.answer,
+                    self._wandb.Image(_thumbnails(item)) if item.images else None,
+                    *(item.prompt, item.reference, item.prediction),
                 ]
-                for answer in look.answers
+                for item in result.generations
             ]
-            columns = ["images", "question", "wanted", "answer"]
-            found["validation/answers"] = self._wandb.Table(columns=columns, data=rows)
-        self._run.log(found, step=look.step)
+            values["validation/generations"] = self._wandb.Table(columns=columns, data=rows)
+        self._run.log(values, step=result.step)
 
     def close(self) -> None:
-        """See `View`."""
+        """Finish the run."""
         self._run.finish()
 
 
-def _as_code(recipe: Recipe) -> str:
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def _as_code(text: str) -> str:
+    """Markdown that shows the text unchanged."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-def _thumbnails(answer: Answer) -> np.ndarray:
-    """(THUMBNAIL, N x THUMBNAIL, 3): N images side by side, each whole, on black."""
-    row = Image.new("RGB", (THUMBNAIL * len(answer.images), THUMBNAIL))
-    for number, image in enumerate(answer.images):
+def _thumbnails(generation: Generation) -> np.ndarray:
+    """(THUMBNAIL, N x THUMBNAIL, 3): the N images side by side on black."""
+    row = Image.new("RGB", (THUMBNAIL * len(generation.images), THUMBNAIL))
+    for number, image in enumerate(generation.images):
         thumbnail = load_image(image)
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
         left = number * THUMBNAIL + (THUMBNAIL - thumbnail.width) // 2

@@ -1,140 +1,191 @@
-"""How a run is watched: what it counts and measures, in lines that a log keeps and views show.
+"""Metrics of a run, their log files, and the base class of further loggers.
 
 ::
 
-    Trainer ──each step, each logged step──► Watch ──line──► RunLog: OUTPUT/log.jsonl
-    Validate ──a look at held-out samples──►   │
-                                               └──► views: the panel or plain lines on the terminal,
-                                                    TensorBoard, Weights & Biases
+    Trainer, every `logging_steps` ───► MetricsCallback ──► OUTPUT/log.jsonl
+    ValidationCallback, `eval_steps` ──►      │             OUTPUT/validation.jsonl
+                                              └──► console, TensorBoard, Weights & Biases
 """
 
+import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from owl2.errors import InputError
-from owl2.train.checkpointer import Position
-from owl2.train.distributed import Team
-from owl2.train.jsonl_logger import RunLog
-from owl2.train.train_dataloader import Seen
-from owl2.train.validation import Look
+from owl2.errors import ErrorCode, InputError
+from owl2.train.checkpointer import TrainingProgress
+from owl2.train.distributed import DistributedContext
+from owl2.train.train_dataloader import TrainDataLoader
+from owl2.train.validation import ValidationResult
+
+# Number of logged losses in the moving mean.
+SMOOTHING = 3
 
 
-class View(Protocol):
-    """Somewhere a run is shown. Called by the first process only, and cheap: training waits."""
+class JsonlLog:
+    """A file of JSON objects with a `step`, in the order of the steps.
 
-    def begin(self, step: int, steps: int, lines: Sequence[dict[str, Any]]) -> None:
-        """The run goes on after `step` of `steps`; what it has logged before."""
+    Without a `path` the lines are only kept in memory: one process writes for all.
+    """
 
-    def step(self, step: int) -> None:
-        """A step is done."""
+    def __init__(self, path: Path | None, resumed_step: int) -> None:
+        """Keeps the lines up to `resumed_step`; later steps will be repeated.
 
-    def log(self, line: dict[str, Any], left: float) -> None:
-        """A line of the log, and how many seconds are left."""
+        Raises:
+            InputError: A line is damaged.
+        """
+        self.lines: list[dict[str, Any]] = []
+        self._file = None
+        if path is None:
+            return
+        if resumed_step and path.is_file():
+            self.lines = [line for line in _read_lines(path) if line["step"] <= resumed_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+        for line in self.lines:
+            self._write(line)
 
-    def look(self, look: Look) -> None:
-        """A look at held-out samples."""
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a line and flush it."""
+        self.lines.append(line)
+        self._write(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        """The run has ended, whether or not it is complete."""
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
 
 
-class Watch(TrainerCallback):
-    """Counts, measures, writes the log, tells the views; a context manager, which closes both."""
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, without a last line that a crash cut off."""
+    texts = path.read_bytes().splitlines()
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number < len(texts):
+                raise InputError(
+                    f"{path}:{number} is not a JSON object; overwrite=true starts over",
+                    ErrorCode.INVALID_FORMAT,
+                ) from error
+    return lines
+
+
+class Logger(TrainerCallback):
+    """A destination of metrics; used in the main process only. Methods must be fast."""
+
+    def log_metrics(self, metrics: dict[str, Any]) -> None:
+        """Log a line of ``log.jsonl``."""
+
+    def log_validation(self, result: ValidationResult) -> None:
+        """Log a validation."""
+
+    def close(self) -> None:
+        """Called at the end of the run, also after an error."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Not for the Trainer's own summary at the end, which has no loss.
+        if logs is not None and "loss" in logs:
+            self.log_metrics(logs)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.log_validation(metrics)
+
+
+class MetricsCallback(Logger):
+    """Replaces the Trainer's logs by the metrics of the run and writes both log files.
+
+    Keys of ``log.jsonl``, totals of the run over all processes:
+        step, epoch (0 for sources with weights), seconds, and of the samples used: samples, tokens
+        (image tokens included, padding excluded), images; num_skipped: invalid samples.
+    Since the previous line:
+        loss (mean), samples_per_second, tokens_per_second, images_per_second (validation time
+        excluded), data_wait_fraction (of the time, spent waiting for batches).
+    At this step:
+        smoothed_loss (moving mean of the lines), learning_rate (of the decoder and the abstractor),
+        grad_norm (before clipping), process_memory_bytes (resident, of the main process),
+        gpu_memory_bytes (peak of the main process, on a GPU).
+    """
 
     def __init__(
         self,
-        log: RunLog,
-        views: Sequence[View],
-        start: Position,
-        seen: Callable[[], Seen],
-        waited: Callable[[], float],
-        team: Team,
+        output: Path,
+        start: TrainingProgress,
+        data: TrainDataLoader,
+        context: DistributedContext,
     ) -> None:
-        """`seen`: what all processes took in since they began. `waited`: how many seconds this one
-        was without a batch."""
-        self.log = log
-        self.views = views if team.first else ()
-        self._before = start
-        self._seen = seen
-        self._waited = waited
-        self._team = team
+        """Metrics of a run that starts or resumes at `start`."""
+        main = context.is_main
+        self.log = JsonlLog(output / "log.jsonl" if main else None, start.step)
+        validation_file = output / "validation.jsonl" if main else None
+        self.validation_log = JsonlLog(validation_file, start.step)
+        self._start = self._last = start
+        self._data = data
+        self._context = context
         self._began = time.perf_counter()
-        self._last = start
-        self._looked = 0.0  # seconds since the last line that went into validation
+        self._validation_seconds = 0.0  # since the last line
 
-    def __enter__(self) -> "Watch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with ExitStack() as stack:  # one that fails must not keep the others open
-            stack.callback(self.log.close)
-            for view in self.views:
-                stack.callback(view.close)
-
-    def position(self, step: int) -> Position:
-        """Where the run stands after `step`, with all before this process; all must call it."""
-        seen, before = self._seen(), self._before
-        [waited] = self._team.total(self._waited())
-        return Position(
+    def progress(self, step: int) -> TrainingProgress:
+        """The progress of the run after `step`; all processes must call it."""
+        counts, start = self._data.counts, self._start
+        [wait] = self._context.all_reduce_sum(self._data.wait_seconds)
+        return TrainingProgress(
             step=step,
-            samples=before.samples + seen.samples,
-            tokens=before.tokens + seen.tokens,
-            images=before.images + seen.images,
-            left_out=before.left_out + seen.left_out,
-            seconds=before.seconds + time.perf_counter() - self._began,
-            waited=before.waited + waited / self._team.size,
+            samples=start.samples + counts.samples,
+            tokens=start.tokens + counts.tokens,
+            images=start.images + counts.images,
+            num_skipped=start.num_skipped + counts.num_skipped,
+            seconds=start.seconds + time.perf_counter() - self._began,
+            data_wait_seconds=start.data_wait_seconds + wait / self._context.world_size,
         )
 
-    def looked(self, look: Look) -> None:
-        """Show a look at held-out samples; its time is not the training's."""
-        self._looked += look.seconds
-        for view in self.views:
-            view.look(look)
-
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._began = time.perf_counter()
-        for view in self.views:
-            view.begin(state.global_step, state.max_steps, self.log.lines)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == state.max_steps:
-            control.should_log = True  # else the log would end before the run
-        for view in self.views:
-            view.step(state.global_step)
-
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        # The last epoch may be a part of one; a run that was stopped may yet meet a label.
-        stopped = control.should_training_stop and state.global_step < state.max_steps
-        if not stopped and not self.position(state.global_step).samples:
+        step, is_last = state.global_step, state.global_step == state.max_steps
+        control.should_log |= is_last
+        ends_epoch = int(self._epochs(args, step)) > int(self._epochs(args, step - 1))
+        if (ends_epoch or is_last) and not self.progress(step).samples:
             raise InputError(
-                f"after {state.global_step} steps there was nothing to learn: every sample was "
-                "left out, and left_out.jsonl says why. Where they are cut before their first "
-                "answer, set a larger max_length"
+                f"after {step} steps every sample was skipped; skipped.jsonl has the reasons. If "
+                "samples are cut before their first answer, increase max_length",
+                ErrorCode.NO_LABELS,
             )
+
+    def _epochs(self, args: TrainingArguments, step: int) -> float:
+        """Epochs of the data after `step`; 0 for sources with weights."""
+        devices = args.world_size * args.gradient_accumulation_steps
+        samples = step * args.per_device_train_batch_size * devices
+        return samples / self._data.epoch_size if self._data.epoch_size else 0.0
 
     def on_log(
         self,
@@ -145,38 +196,44 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs is None or "loss" not in logs:
-            return  # the Trainer's own summary at the end; ours is in run.json
-        now, last = self.position(state.global_step), self._last
-        seconds = max(now.seconds - last.seconds - self._looked, 1e-9)
-        line = self.log.add(
-            {
-                "step": now.step,
-                "epoch": state.epoch,
-                "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs["grad_norm"],
-                "samples": now.samples,
-                "tokens": now.tokens,
-                "images": now.images,
-                "left_out": now.left_out,
-                "seconds": now.seconds,
-                "samples_per_second": (now.samples - last.samples) / seconds,
-                "tokens_per_second": (now.tokens - last.tokens) / seconds,
-                "images_per_second": (now.images - last.images) / seconds,
-                "data_wait_fraction": min((now.waited - last.waited) / seconds, 1.0),
-            }
-            | memory_held(args.device)
-        )
-        self._last, self._looked = now, 0.0
-        done = now.step - self._before.step
-        left = (now.seconds - self._before.seconds) / max(done, 1) * (state.max_steps - now.step)
-        for view in self.views:
-            view.log(line, left)
+            return
+        now, last, lines = self.progress(state.global_step), self._last, self.log.lines
+        seconds = max(now.seconds - last.seconds - self._validation_seconds, 1e-9)
+        wait = now.data_wait_seconds - last.data_wait_seconds
+        loss = logs["loss"]
+        before = lines[-1]["smoothed_loss"] if lines else loss
+        metrics = {
+            "step": now.step,
+            "epoch": self._epochs(args, now.step),
+            "loss": loss,
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "samples": now.samples,
+            "tokens": now.tokens,
+            "images": now.images,
+            "num_skipped": now.num_skipped,
+            "seconds": now.seconds,
+            "samples_per_second": (now.samples - last.samples) / seconds,
+            "tokens_per_second": (now.tokens - last.tokens) / seconds,
+            "images_per_second": (now.images - last.images) / seconds,
+            "data_wait_fraction": min(wait / seconds, 1.0),
+            "process_memory_bytes": psutil.Process().memory_info().rss,
+            # First the mean of all lines, then a moving mean: no bias towards the first value.
+            "smoothed_loss": before + (loss - before) / min(len(lines) + 1, SMOOTHING),
+        }
+        if args.device.type == "cuda":
+            metrics["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(args.device)
+        self.log.add(metrics)
+        self._last, self._validation_seconds = now, 0.0
+        logs.clear()  # the dict that the next callbacks get
+        logs.update(metrics)
 
+    def log_validation(self, result: ValidationResult) -> None:
+        """Write the validation; its time does not count as training time."""
+        self.validation_log.add(result.line())
+        self._validation_seconds += result.seconds
 
-def memory_held(device: torch.device) -> dict[str, int]:
-    """Bytes: resident ones of this process now; of a GPU the most that was ever held."""
-    held = {"process_bytes": psutil.Process().memory_info().rss}
-    if device.type == "cuda":
-        held["gpu_bytes"] = torch.cuda.max_memory_allocated(device)
-    return held
+    def close(self) -> None:
+        """Close both files."""
+        self.log.close()
+        self.validation_log.close()

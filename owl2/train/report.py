@@ -1,4 +1,4 @@
-"""What is left of a run for people: ``loss.png``, ``run.json`` and a summary on the terminal."""
+"""The report of a finished run: ``loss.png``, ``run.json`` and a summary on the terminal."""
 
 import importlib.metadata
 import json
@@ -16,77 +16,81 @@ from rich.text import Text
 
 from owl2 import __version__
 from owl2.files import atomic_write_text
-from owl2.train.checkpointer import Position
-from owl2.train.console import size
-from owl2.train.distributed import Team
+from owl2.train.checkpointer import TrainingProgress
+from owl2.train.console import format_bytes
+from owl2.train.distributed import DistributedContext
 
 PACKAGES = ("torch", "transformers", "accelerate", "pillow")
-# A loss that has fallen by more than this is drawn on a logarithmic axis.
-WIDE = 5.0
+# A loss that decreases by more than this factor is plotted on a logarithmic axis.
+LOG_SCALE_RATIO = 5.0
+Lines = Sequence[Mapping[str, Any]]
 
 
-def write_run(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write ``run.json``: what was measured, and in which versions of what."""
+def write_run(path: Path, results: Mapping[str, Any]) -> None:
+    """Write ``run.json``: the results and the versions of the packages."""
     versions = {"owl2": __version__, "python": platform.python_version()}
     versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
-    atomic_write_text(path, json.dumps({**facts, "versions": versions}, indent=2) + "\n")
+    atomic_write_text(path, json.dumps({**results, "versions": versions}, indent=2) + "\n")
 
 
-def peak_memory(device: torch.device, team: Team) -> dict[str, Any]:
-    """Most bytes held at once since the processes began; all processes must ask.
+def peak_memory(device: torch.device, context: DistributedContext) -> dict[str, Any]:
+    """The peak memory in bytes since the processes started; all processes must call it.
 
     Returns:
-        `process`, resident ones, and, on a GPU, `gpu`: of the process that held most. With several
-        processes also `process_each` and `gpu_each`, by rank.
+        `process` (resident) and, on a GPU, `gpu`: the maximum over the processes. With several
+        processes also `process_by_rank` and `gpu_by_rank`.
     """
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    held = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    own = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":
-        held["gpu"] = torch.cuda.max_memory_allocated(device)
+        own["gpu"] = torch.cuda.max_memory_allocated(device)
     peaks: dict[str, Any] = {}
-    for name, count in held.items():
-        places = [0] * team.size
-        places[team.rank] = count
-        each = [int(number) for number in team.total(*places)]
-        peaks |= {name: max(each)} | ({f"{name}_each": each} if team.size > 1 else {})
+    for name, count in own.items():
+        counts = [count if rank == context.rank else 0 for rank in range(context.world_size)]
+        by_rank = [int(total) for total in context.all_reduce_sum(*counts)]
+        peaks[name] = max(by_rank)
+        if context.world_size > 1:
+            peaks[f"{name}_by_rank"] = by_rank
     return peaks
 
 
-def measured(
-    end: Position, lines: Sequence[Mapping[str, Any]], looks: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What a run came to, for ``run.json``: its position, and the lines of its two logs."""
+def summarize_run(end: TrainingProgress, log: Lines, validations: Lines) -> dict[str, Any]:
+    """The results of a run for ``run.json``.
+
+    Args:
+        log: The lines of ``log.jsonl``; `validations`: of ``validation.jsonl``.
+    """
     seconds = max(end.seconds, 1e-9)
-    facts: dict[str, Any] = {
+    results: dict[str, Any] = {
         "steps": end.step,
         "seconds": end.seconds,
         "samples": end.samples,
-        "samples_left_out": end.left_out,
+        "num_skipped": end.num_skipped,
         "tokens": end.tokens,
         "images": end.images,
         "samples_per_second": end.samples / seconds,
         "tokens_per_second": end.tokens / seconds,
-        "data_wait_fraction": end.waited / seconds,
-        "first_loss": lines[0]["loss"],
-        "loss": lines[-1]["loss"],
-        "smoothed_loss": lines[-1]["smoothed_loss"],
+        "data_wait_fraction": end.data_wait_seconds / seconds,
+        "first_loss": log[0]["loss"],
+        "loss": log[-1]["loss"],
+        "smoothed_loss": log[-1]["smoothed_loss"],
     }
-    if looks:
-        best = min(looks, key=lambda look: look["loss"])
-        chosen = {"first": looks[0], "last": looks[-1], "best": best}
-        facts["validation"] = {
-            name: {key: look[key] for key in ("step", "loss")} for name, look in chosen.items()
+    if validations:
+        best = min(validations, key=lambda line: line["loss"])
+        chosen = {"first": validations[0], "last": validations[-1], "best": best}
+        results["validation"] = {
+            name: {key: line[key] for key in ("step", "loss")} for name, line in chosen.items()
         }
-        facts["validation_seconds"] = sum(look["seconds"] for look in looks)
-    return facts
+        results["validation_seconds"] = sum(line["seconds"] for line in validations)
+    return results
 
 
-def summary(facts: Mapping[str, Any], files: Mapping[str, Path]) -> Table:
-    """What a run came to, for the terminal. `files`: where things are, by what they are."""
-    table = Table(title="What came of it", title_justify="left", show_header=False)
+def summary_table(results: Mapping[str, Any], files: Mapping[str, Path]) -> Table:
+    """The results of a run for the terminal, and the `files` that exist, by title."""
+    table = Table(title="Summary", title_justify="left", show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    for name, value in _summed_up(facts):
+    for name, value in _summary_rows(results):
         table.add_row(name, value)
     table.add_section()
     for name, path in files.items():
@@ -95,50 +99,45 @@ def summary(facts: Mapping[str, Any], files: Mapping[str, Path]) -> Table:
     return table
 
 
-def _summed_up(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "steps", f"{facts['steps']:,} in {timedelta(seconds=round(facts['seconds']))}"
-    yield "loss", f"{facts['first_loss']:.4f} → {facts['smoothed_loss']:.4f} (smoothed)"
-    if looks := facts.get("validation"):
-        first, last, best = looks["first"], looks["last"], looks["best"]
-        least = "" if best == last else f"; least {best['loss']:.4f} at step {best['step']:,}"
-        yield "validation loss", f"{first['loss']:.4f} → {last['loss']:.4f}{least}"
-    left_out = facts["samples_left_out"]
-    yield "samples", f"{facts['samples']:,}" + (f", {left_out:,} left out" if left_out else "")
-    yield "tokens, images", f"{facts['tokens']:,}, {facts['images']:,}"
-    samples, tokens = facts["samples_per_second"], facts["tokens_per_second"]
+def _summary_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "steps", f"{results['steps']:,} in {timedelta(seconds=round(results['seconds']))}"
+    yield "loss", f"{results['first_loss']:.4f} → {results['smoothed_loss']:.4f} (smoothed)"
+    if validation := results.get("validation"):
+        first, last, best = validation["first"], validation["last"], validation["best"]
+        lowest = "" if best == last else f"; lowest {best['loss']:.4f} at step {best['step']:,}"
+        yield "validation loss", f"{first['loss']:.4f} → {last['loss']:.4f}{lowest}"
+    skipped = results["num_skipped"]
+    yield "samples", f"{results['samples']:,}" + (f", {skipped:,} skipped" if skipped else "")
+    yield "tokens, images", f"{results['tokens']:,}, {results['images']:,}"
+    samples, tokens = results["samples_per_second"], results["tokens_per_second"]
     yield "speed", f"{samples:,.1f} samples/s, {tokens:,.0f} tokens/s"
-    yield "waiting for data", f"{facts['data_wait_fraction']:.1%} of the time"
-    peaks = facts["peak_memory_bytes"]
-    gpu = f", GPU {size(peaks['gpu'])}" if "gpu" in peaks else ""
-    yield "most memory", f"process {size(peaks['process'])}{gpu}"
+    yield "data wait", f"{results['data_wait_fraction']:.1%} of the time"
+    peaks = results["peak_memory_bytes"]
+    gpu = f", GPU {format_bytes(peaks['gpu'])}" if "gpu" in peaks else ""
+    yield "peak memory", f"process {format_bytes(peaks['process'])}{gpu}"
 
 
-def plot_loss(
-    path: Path,
-    lines: Sequence[Mapping[str, Any]],
-    looks: Sequence[Mapping[str, Any]],
-    title: str,
-) -> bool:
-    """Draw loss, learning rate and gradient norm over the steps, of the lines of the two logs.
+def plot_loss(path: Path, log: Lines, validations: Lines, title: str) -> bool:
+    """Plot loss, learning rate and gradient norm over the steps.
 
     Returns:
-        False if matplotlib (the extra ``plot``) is not installed, so nothing was drawn.
+        False if matplotlib (the extra ``plot``) is not installed, so that there is no plot.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return False
-    steps = [line["step"] for line in lines]
+    steps = [line["step"] for line in log]
     figure = Figure(figsize=(8, 6), layout="constrained")
     figure.suptitle(title)
     loss, rate, norm = figure.subplots(3, sharex=True, height_ratios=[4, 1, 1])
-    _draw_loss(loss, steps, lines, looks)
-    rate.plot(steps, [line["learning_rate"] for line in lines], color="tab:orange")
-    rate.set(ylabel="rate")
+    _plot_losses(loss, steps, log, validations)
+    rate.plot(steps, [line["learning_rate"] for line in log], color="tab:orange")
+    rate.set(ylabel="learning rate")
     rate.set_ylim(bottom=0)
-    norm.plot(steps, _positive([line["grad_norm"] for line in lines]), color="tab:green")
-    norm.set(xlabel="step", ylabel="gradient", yscale="log")
-    _plain_ticks(norm)
+    norm.plot(steps, _positive([line["grad_norm"] for line in log]), color="tab:green")
+    norm.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    _decimal_ticks(norm)
     for axes in (loss, rate, norm):
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -147,42 +146,36 @@ def plot_loss(
     return True
 
 
-def _draw_loss(
-    axes: Any,
-    steps: Sequence[int],
-    lines: Sequence[Mapping[str, Any]],
-    looks: Sequence[Mapping[str, Any]],
-) -> None:
-    losses = _positive([line["loss"] for line in lines])
-    smooth = _positive([line["smoothed_loss"] for line in lines])
+def _plot_losses(axes: Any, steps: Sequence[int], log: Lines, validations: Lines) -> None:
+    losses = _positive([line["loss"] for line in log])
+    smoothed = _positive([line["smoothed_loss"] for line in log])
+    held_out = [line["loss"] for line in validations]
     axes.plot(steps, losses, color="0.8", linewidth=1, label="training", zorder=1)
-    axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="training, smoothed", zorder=2)
-    held_out = [look["loss"] for look in looks]
-    if looks:
-        at = [look["step"] for look in looks]
+    axes.plot(steps, smoothed, color="tab:blue", linewidth=2, label="smoothed", zorder=2)
+    if validations:
+        at = [line["step"] for line in validations]
         axes.plot(at, held_out, "o-", color="tab:red", markersize=4, label="validation", zorder=3)
-    axes.set(ylabel="loss a token (nats)")
-    drawn = [value for value in (*smooth, *held_out) if value > 0]  # NaN is not
-    if drawn and max(drawn) > WIDE * min(drawn):
-        # Or the first steps would dwarf all that comes after.
+    axes.set(ylabel="loss per token (nats)")
+    values = [value for value in (*smoothed, *held_out) if value > 0]  # NaN is not
+    if values and max(values) > LOG_SCALE_RATIO * min(values):
         axes.set_yscale("log")
-        _plain_ticks(axes)
+        _decimal_ticks(axes)
     else:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
 
-def _plain_ticks(axes: Any) -> None:
-    """0.1, 0.2, 0.5, 1 on a logarithmic axis, instead of powers of ten; if it is long 0.1, 1."""
+def _decimal_ticks(axes: Any) -> None:
+    """Ticks 0.1, 0.2, 0.5, 1 on a logarithmic axis; on a long one 0.1, 1."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = axes.get_ylim()
-    steps = (1, 2, 5) if high < 100 * low else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=15))
+    multiples = (1, 2, 5) if high < 100 * low else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=multiples, numticks=15))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _positive(values: Sequence[float]) -> list[float]:
-    """Without zeros, which a batch without labels has and a logarithmic axis has no place for."""
+    """NaN for zeros (batches without labels), which a logarithmic axis cannot show."""
     return [value if value > 0 else float("nan") for value in values]

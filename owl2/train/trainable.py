@@ -122,9 +122,7 @@ def apply_stage(model: nn.Module, stage: int, freeze: Sequence[str] = ()) -> Tra
         raise ValueError(f"tied weights in a trainable and a frozen part: {conflicts}")
     summary = summarize_trainable(model)
     if not summary.trainable:
-        raise InputError(
-            f"freeze: no part that stage {stage} trains is left", ErrorCode.CONFLICT
-        )
+        raise InputError(f"freeze: no part that stage {stage} trains is left", ErrorCode.CONFLICT)
     return summary
 
 

@@ -1,21 +1,21 @@
-"""Looks at samples that are not trained on: the loss over them, and answers to a few.
+"""Validation on held-out samples: their loss, and generated answers for some of them.
 
 ::
 
-    sources ──take turns──► the first `samples` ──each process its share──► padded batches ──► loss
-                                   └── `answers` of them: question ──greedy──► answer | wanted
+    sources ──in turn──► the first `max_samples` ──share per process──► padded batches ──► loss
+                                └── `num_generations` prompts ──greedy──► prediction | reference
 
-A look changes nothing: neither weights nor chance nor the order of the training samples, so a run
-with looks ends with the weights of one without, bit for bit.
+Validation changes neither weights nor random states nor the order of the training samples, so the
+final weights are bit-identical with and without it.
 
-Processes whose weights are shared out (FSDP2, ZeRO-3) can only compute together. So all have the
-same number of batches, the last of some perhaps empty, and all answer the same questions; where
-weights are not shared out, that costs no more time than if one answered and the others waited.
+Processes with sharded weights (FSDP2, ZeRO-3) can only compute together. All processes have the
+same number of batches, some of them empty, and generate all answers. Without sharding the latter
+takes no longer than if one process generated while the others wait.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from owl2.constants import IGNORE_INDEX
 from owl2.data.collate import Collator, Features, encode_sample
@@ -31,67 +32,65 @@ from owl2.data.dataloader import iter_ignoring_signals
 from owl2.data.open_dataset import SampleDataset
 from owl2.data.sample import InvalidSample, Message, Sample, get_or_invalid
 from owl2.engine.engine import Engine
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import content_to_text, parse_messages
 from owl2.processing.processor import Owl2Processor
-from owl2.train.distributed import Team
-from owl2.train.jsonl_logger import Lines
+from owl2.train.distributed import DistributedContext
 
-# An answer that goes on for longer is cut: it is to be looked at, not to be measured.
-ANSWER_TOKENS = 64
+MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model says to the first question of a sample, beside what it should say.
+class Generation:
+    """The model's answer to the first question of a sample, and the reference.
 
-    `images`: what the question shows, as `load_image` takes them.
+    `images`: the images of the prompt, as `load_image` takes them.
     """
 
     source: str
-    question: str
-    wanted: str
-    answer: str
+    prompt: str
+    reference: str
+    prediction: str
     images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one look saw.
+class ValidationResult:
+    """The result of a validation.
 
     Attributes:
-        loss: mean over the labelled tokens of all samples, in nats.
-        tokens: how many these are; `samples`: of how many samples.
-        left_out: samples that could not be used.
-        seconds: how long the look took.
+        loss: Mean over the labels of all samples, in nats per token.
+        tokens: Number of labels.
+        samples: Number of samples used.
+        num_skipped: Number of invalid samples.
     """
 
     step: int
     loss: float
     tokens: int
     samples: int
-    left_out: int
+    num_skipped: int
     seconds: float
-    answers: tuple[Answer, ...] = ()
+    generations: tuple[Generation, ...] = ()
 
     def line(self) -> dict[str, Any]:
-        """The look as ``validation.jsonl`` has it: its attributes; of answers not the images."""
+        """The line of ``validation.jsonl``: all attributes except the images."""
         line = asdict(self)
-        for answer in line["answers"]:
-            del answer["images"]
+        for generation in line["generations"]:
+            del generation["images"]
         return line
 
 
-class HeldOut(Dataset[Features | InvalidSample]):
-    """Held-out samples by number → features; what a DataLoader's workers do.
+class ValidationDataset(Dataset[Features | InvalidSample]):
+    """Features of held-out samples, taken from the sources in turn.
 
-    Attributes:
-        samples: those that are looked at; sources take turns, so that each has its part.
+    Args:
+        sources: Datasets, each with the number of its samples; None for all.
+        max_samples: Of all sources together; None for all. Streams are read into memory.
 
     Raises:
-        InputError: a stream, of which only the first so many can be held, without `most`; nothing
-            to look at.
+        InputError: A stream without a limit, or no samples.
     """
 
     def __init__(
@@ -99,188 +98,184 @@ class HeldOut(Dataset[Features | InvalidSample]):
         sources: Sequence[tuple[SampleDataset, int | None]],
         processor: Owl2Processor,
         *,
-        most: int | None = None,
+        max_samples: int | None = None,
         max_length: int | None = None,
     ) -> None:
-        """`sources`: each with how many of its samples are looked at, None for all. `most`: of all
-        sources together."""
-        self.sources = [_places(source, count, most) for source, count in sources]
-        self.places = list(islice(_turns([len(source) for source in self.sources]), most))
-        if not self.places:
-            raise InputError("validation: its `data` has no samples")
         self.processor = processor
         self.max_length = max_length
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def sample(self, number: int) -> Sample | InvalidSample:
-        """A sample as it was read."""
-        source, place = self.places[number]
-        return get_or_invalid(self.sources[source], place)
-
-    def __getitem__(self, number: int) -> Features | InvalidSample:
-        return encode_sample(self.sample(number), self.processor, self.max_length)
-
-
-def _places(source: SampleDataset, count: int | None, most: int | None) -> Sequence[Any]:
-    """The first `count` samples by place; of a stream they are held in memory, at most `most`."""
-    if isinstance(source, Sequence):
-        return source if count is None else _First(source, count)
-    wanted = [number for number in (count, most) if number is not None]
-    if not wanted:
-        raise InputError(
-            "validation: samples of shards are held in memory: set `samples`, or their `count`"
+        self._datasets: list[Sequence[Any]] = []
+        sizes = []
+        for dataset, count in sources:
+            limits = [limit for limit in (count, max_samples) if limit is not None]
+            if not isinstance(dataset, Sequence):
+                if not limits:
+                    raise InputError(
+                        "validation: samples of shards are held in memory: set `max_samples`, or "
+                        "their `count`",
+                        ErrorCode.MISSING_VALUE,
+                    )
+                dataset = list(islice(dataset, min(limits)))
+            self._datasets.append(dataset)
+            sizes.append(min(len(dataset), *limits) if limits else len(dataset))
+        rows = (
+            (number, row)
+            for row in range(max(sizes, default=0))
+            for number, size in enumerate(sizes)
+            if row < size
         )
-    return list(islice(source, min(wanted)))
-
-
-class _First(Sequence[Sample]):
-    """The first `count` of some samples, read when accessed."""
-
-    def __init__(self, samples: Sequence[Sample], count: int) -> None:
-        self.samples = samples
-        self.size = min(count, len(samples))
+        self._rows = list(islice(rows, max_samples))
+        if not self._rows:
+            raise InputError("validation: its `data` has no samples", ErrorCode.EMPTY_DATASET)
 
     def __len__(self) -> int:
-        return self.size
+        return len(self._rows)
 
-    def __getitem__(self, place: Any) -> Any:
-        return self.samples[range(self.size)[place]]
+    def sample(self, index: int) -> Sample | InvalidSample:
+        """The sample before encoding."""
+        number, row = self._rows[index]
+        return get_or_invalid(self._datasets[number], row)
 
-
-def _turns(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(source, place): the first of each source, the second of each, …"""
-    for place in range(max(sizes, default=0)):
-        yield from ((number, place) for number, size in enumerate(sizes) if place < size)
+    def __getitem__(self, index: int) -> Features | InvalidSample:
+        return encode_sample(self.sample(index), self.processor, self.max_length)
 
 
 class Validator:
-    """Looks at held-out samples with the model as it is."""
+    """Computes the validation loss and the generations of a model in training.
+
+    Args:
+        batch_size: Samples per process and batch.
+        num_generations: Number of generated answers.
+        skip_invalid: Skip invalid samples instead of raising an InputError.
+    """
 
     def __init__(
         self,
-        held_out: HeldOut,
+        dataset: ValidationDataset,
         processor: Owl2Processor,
-        team: Team,
+        context: DistributedContext,
         *,
         batch_size: int,
-        workers: int = 0,
-        answers: int = 0,
-        skip_bad: bool = False,
+        num_workers: int = 0,
+        num_generations: int = 0,
+        skip_invalid: bool = False,
     ) -> None:
-        """`batch_size`: of a process. `answers`: how many questions are asked. `skip_bad`: leave
-        out samples that cannot be used, instead of an InputError."""
-        self.held_out = held_out
+        self.dataset = dataset
         self.processor = processor
-        self.team = team
-        self.workers = workers
-        self.skip_bad = skip_bad
-        self._batches = _shares(len(held_out), batch_size, team.rank, team.size)
-        self._questions = list(islice(self._askable(answers), answers))
+        self.context = context
+        self.num_workers = num_workers
+        self.skip_invalid = skip_invalid
+        self._batches = _batches_of(len(dataset), batch_size, context.rank, context.world_size)
+        self._prompts = list(islice(self._choose_prompts(num_generations), num_generations))
 
-    def look(self, model: Owl2ForConditionalGeneration, step: int) -> Look:
-        """One look; all processes must take it together.
+    def evaluate(self, model: Owl2ForConditionalGeneration, step: int) -> ValidationResult:
+        """Validate the model after `step`; all processes must call it together.
 
         Raises:
-            InputError: a loss that is not finite, no sample that can be used; without `skip_bad`, a
-                sample that cannot be used.
+            InputError: A loss that is not finite, no valid sample, or an invalid sample.
         """
         began = time.perf_counter()
-        with _evaluating(model):
-            sums = self.team.total(*self._sums(model))
-            answers = tuple(self._answers(model))
-        loss, tokens, samples, left_out = sums
+        with _evaluation_mode(model):
+            sums = self.context.all_reduce_sum(*self._sums(model))
+            generations = tuple(self._generate(model))
+        loss, tokens, samples, num_skipped = sums
         if not math.isfinite(loss):
             raise InputError(
                 f"validation after step {step}: the loss is {loss}. Try a lower learning_rate, a "
-                "longer warm-up, or dtype=float32"
+                "longer warm-up, or dtype=float32",
+                ErrorCode.NON_FINITE,
             )
-        if not tokens:  # a loss of 0 would look like the best of all
+        if not tokens:  # a loss of 0 would be the best of all
             raise InputError(
-                f"validation: none of the {int(left_out)} held-out samples can be used; "
-                "`owl2 data check RECIPE` says why"
+                f"validation: none of the {int(num_skipped)} held-out samples is valid; run `owl2 "
+                "data check RECIPE` for the reasons",
+                ErrorCode.EMPTY_DATASET,
             )
-        seconds = time.perf_counter() - began
-        return Look(step, loss / tokens, int(tokens), int(samples), int(left_out), seconds, answers)
-
-    def _sums(self, model: Owl2ForConditionalGeneration) -> tuple[float, int, int, int]:
-        """Of this process' share: the loss of all tokens, and the numbers of tokens, of samples and
-        of those left out."""
-        loss, tokens, samples = 0.0, 0, 0
-        left_out: list[InvalidSample] = []
-        for collated in iter_ignoring_signals(self._loader()):
-            batch = {name: tensor.to(model.device) for name, tensor in collated.inputs.items()}
-            # Divided by 1: a sum, so that the mean does not depend on how batches are cut.
-            logits = self.team.sharing != "each whole"  # see `Owl2Trainer.compute_loss`
-            options = {"num_items_in_batch": 1, "use_cache": False, "return_logits": logits}
-            loss += float(model(**batch, **options).loss)
-            tokens += int((collated.inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
-            samples += collated.num_samples
-            left_out += collated.skipped
-            # Of several processes none may stop by itself: the others would wait for its weights.
-            if left_out and not self.skip_bad and self.team.size == 1:
-                break
-        with self.team.together():
-            if left_out and not self.skip_bad:
-                raise InputError(f"validation: {left_out[0].source}: {left_out[0].reason}")
-        return loss, tokens, samples, len(left_out)
-
-    def _loader(self) -> DataLoader:
-        return DataLoader(
-            self.held_out,
-            batch_sampler=self._batches,
-            collate_fn=Collator(self.processor),
-            num_workers=self.workers,
-            generator=torch.Generator(),  # its own: the run's chance is not to notice
+        return ValidationResult(
+            step=step,
+            loss=loss / tokens,
+            tokens=int(tokens),
+            samples=int(samples),
+            num_skipped=int(num_skipped),
+            seconds=time.perf_counter() - began,
+            generations=generations,
         )
 
-    def _askable(self, count: int) -> Iterator[tuple[str, list[Message], str]]:
-        """(source, question, wanted answer) of samples from all over the held-out ones."""
+    def _sums(self, model: Owl2ForConditionalGeneration) -> tuple[float, int, int, int]:
+        """For the share of this process: the sum of the loss, and the numbers of labels, samples
+        and skipped samples."""
+        loss, tokens, samples = 0.0, 0, 0
+        skipped: list[InvalidSample] = []
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self._batches,
+            collate_fn=Collator(self.processor),
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # leaves the global random state unchanged
+        )
+        options = {
+            "num_items_in_batch": 1,  # a sum, which does not depend on the batches
+            "use_cache": False,
+            "return_logits": self.context.sharding is not None,  # see `Owl2Trainer.compute_loss`
+        }
+        for batch in iter_ignoring_signals(loader):
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+            loss += float(model(**inputs, **options).loss)
+            tokens += int((batch.inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+            samples += batch.num_samples
+            skipped += batch.skipped
+            # One of several processes may not stop alone: the others would wait for its weights.
+            if skipped and not self.skip_invalid and self.context.world_size == 1:
+                break
+        with self.context.raise_on_all_ranks():
+            if skipped and not self.skip_invalid:
+                raise InputError(
+                    f"validation: {skipped[0].source}: {skipped[0].reason}", skipped[0].code
+                )
+        return loss, tokens, samples, len(skipped)
+
+    def _choose_prompts(self, count: int) -> Iterator[tuple[str, list[Message], str]]:
+        """(source, prompt, reference) of samples spread evenly over the dataset."""
         if not count:
             return
-        step = max(len(self.held_out) // count, 1)
-        for number in (n for first in range(step) for n in range(first, len(self.held_out), step)):
-            sample = self.held_out.sample(number)
-            # Only what trains whole is sure to leave room for an answer.
-            if isinstance(sample, InvalidSample) or isinstance(
-                self.held_out[number], InvalidSample
-            ):
+        stride = max(len(self.dataset) // count, 1)
+        for index in (
+            i for first in range(stride) for i in range(first, len(self.dataset), stride)
+        ):
+            sample = self.dataset.sample(index)
+            # A sample that can be encoded is sure to have space for an answer.
+            if isinstance(sample, InvalidSample) or isinstance(self.dataset[index], InvalidSample):
                 continue
             turns = parse_messages(sample.messages).turns
-            end = next(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
-            yield (
-                sample.source,
-                sample.messages[:end],
-                content_to_text(turns[end]["content"]).strip(),
-            )
+            end = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+            reference = content_to_text(turns[end]["content"]).strip()
+            yield sample.source, sample.messages[:end], reference
 
-    def _answers(self, model: Owl2ForConditionalGeneration) -> Iterator[Answer]:
-        if not self._questions:
+    def _generate(self, model: Owl2ForConditionalGeneration) -> Iterator[Generation]:
+        if not self._prompts:
             return
         engine = Engine(model, self.processor)
-        # Where weights are shared out, all processes take each step, or one waits for ever.
-        engine.synced_gpus = True if self.team.sharing != "each whole" else None
-        for source, messages, wanted in self._questions:
-            answer = engine.chat(messages, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-            asked = parse_messages(messages)
-            text = "\n".join(content_to_text(turn["content"]) for turn in asked.turns)
-            yield Answer(source, text, wanted, answer, tuple(asked.images))
+        # With sharded weights all processes must run every decoding step, or one waits forever.
+        engine.synced_gpus = True if self.context.sharding else None
+        for source, messages, reference in self._prompts:
+            prediction = engine.chat(messages, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            parsed = parse_messages(messages)
+            prompt = "\n".join(content_to_text(turn["content"]) for turn in parsed.turns)
+            yield Generation(source, prompt, reference, prediction, tuple(parsed.images))
 
 
-def _shares(count: int, size: int, rank: int, world: int) -> list[list[int]]:
-    """Numbers below `count` in batches of at most `size`: those of process `rank` of `world`.
+def _batches_of(count: int, size: int, rank: int, world_size: int) -> list[list[int]]:
+    """The batches of `rank`: every `world_size`-th index below `count`, at most `size` per batch.
 
-    All processes have the same number of batches; where their numbers run out, empty ones.
+    All processes have the same number of batches; the last ones may be empty.
     """
-    own = range(rank, count, world)
-    longest = len(range(0, count, world))
+    own = range(rank, count, world_size)
+    longest = len(range(0, count, world_size))
     return [list(own[start : start + size]) for start in range(0, longest, size)]
 
 
 @contextmanager
-def _evaluating(model: Owl2ForConditionalGeneration) -> Iterator[None]:
-    """Without dropout, checkpointing and gradients, with a cache for answers; then as before."""
+def _evaluation_mode(model: Owl2ForConditionalGeneration) -> Iterator[None]:
+    """Disable dropout, checkpointing and gradients, enable the KV cache; restored at the end."""
     was_training, used_cache = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = True
@@ -292,50 +287,40 @@ def _evaluating(model: Owl2ForConditionalGeneration) -> Iterator[None]:
         model.train(was_training)
 
 
-class Validate(TrainerCallback):
-    """Looks before the first step, every so many steps and after the last.
+class ValidationCallback(TrainerCallback):
+    """Validates before the first step, every `eval_steps` and after the last step.
 
-    The look before the first shows where the run began, and finds held-out samples that cannot be
-    used before any time has gone into training.
+    The validation before the first step gives the starting point, and finds invalid held-out
+    samples before any training. Results go to the `on_evaluate` of the other callbacks.
     """
 
     def __init__(
         self,
         validator: Validator,
-        every: int,
-        log: Lines,
-        model: Callable[[], Owl2ForConditionalGeneration],
-        tell: Callable[[Look], None],
+        eval_steps: int,
+        model: Owl2ForConditionalGeneration,
+        handler: CallbackHandler,
     ) -> None:
-        """`log`: ``validation.jsonl``. `tell`: who else gets each look."""
         self.validator = validator
-        self.every = every
-        self.log = log
+        self.eval_steps = eval_steps
         self.model = model
-        self.tell = tell
+        self.handler = handler
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 0:
-            self._look(0)
+            self._validate(args, state, control)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step
-        if step % self.every == 0 or step == state.max_steps:
-            self._look(step)
+        if step % self.eval_steps == 0 or step == state.max_steps:
+            self._validate(args, state, control)
 
-    def _look(self, step: int) -> None:
-        look = self.validator.look(self.model(), step)
-        self.log.add(look.line())
-        self.tell(look)
+    def _validate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        result: Any = self.validator.evaluate(self.model, state.global_step)
+        self.handler.on_evaluate(args, state, control, result)

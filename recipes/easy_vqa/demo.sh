@@ -16,8 +16,8 @@ rm -rf "$run"
 
 heading() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-heading "1/5  Create a model with random weights and train a tokenizer"
-owl2 init --llm fresh --vision fresh --sizes $recipes/sizes.yaml --output $run/start
+say "1/5  Build: a fresh language model with a tokenizer of its own, a fresh vision encoder"
+owl2 init --llm fresh --vision fresh --config $recipes/sizes.yaml --output $run/start
 owl2 info $run/start
 
 heading "2/5  Stage 1: train the image path on captions"

@@ -254,7 +254,7 @@ def test_the_command(monkeypatch, capsys, recipe_file, tmp_path):
         (["--sharding", "fsdp2"], "needs several devices"),
         (["--sharding", "all"], "'all' is no sharding"),
         (["--gpus", "3"], "must be a multiple of devices"),
-        (["--like", "nowhere"], "nowhere"),
+        (["--config-from", "nowhere"], "nowhere"),
         (["--statistics", "nowhere.json"], "nowhere.json cannot be read"),
         (["lerning_rate=1"], "learning_rate"),
     ],

@@ -287,7 +287,7 @@ def test_the_command(sizes, tmp_path, monkeypatch, capsys):
         return end.value.code, capsys.readouterr()
 
     out = tmp_path / "out"
-    arguments = ["--llm", "fresh", "--vision", "fresh", "--output", out, "--sizes", sizes()]
+    arguments = ["--llm", "fresh", "--vision", "fresh", "--output", out, "--config", sizes()]
     code, shown = run(*arguments, "--no-mam", "--image-size", "16")
     assert code == 0 and f"untrained; the model is in {out}" in shown.out
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from owl2.data.open_dataset import open_source
 from owl2.errors import ErrorCode, InputError
-from owl2.files import write_whole
+from owl2.files import atomic_write_text
 from owl2.registry import look_up
 from owl2.train.estimate.estimate import estimate_training, find_config, suggest_changes
 from owl2.train.estimate.hardware import Hardware
@@ -49,7 +49,7 @@ def plan_recipe(
         suggestions = suggest_changes(estimate)
     show(console, estimate, origin, suggestions)
     if output_file is not None:
-        write_whole(output_file, json.dumps(as_json(estimate, suggestions), indent=2) + "\n")
+        atomic_write_text(output_file, json.dumps(as_json(estimate, suggestions), indent=2) + "\n")
         console.print(f"All figures are in {output_file}", markup=False)
 
 

@@ -231,7 +231,10 @@ def _changes(estimate: TrainingEstimate) -> Iterator[tuple[list[str], Recipe, Tr
     if recipe.stage == 1 or recipe.quantize is not None:
         return
     if recipe.lora is None:
-        recipe, arguments = _with(recipe, lora=LoraSettings.model_validate({})), [*arguments, "lora={}"]
+        recipe, arguments = (
+            _with(recipe, lora=LoraSettings.model_validate({})),
+            [*arguments, "lora={}"],
+        )
         yield arguments, recipe, setup
     yield [*arguments, "quantize=4bit"], _with(recipe, quantize="4bit"), setup
 

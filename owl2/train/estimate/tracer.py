@@ -178,7 +178,7 @@ def _forward_backward(
         ).last_hidden_state
         tracker.kind = MemoryKind.LOGITS
         rows = torch.zeros_like(targets)
-        return {"loss": loss_in_chunks(model.lm_head, hidden, rows, targets, len(targets))}
+        return {"loss": chunked_cross_entropy(model.lm_head, hidden, rows, targets, len(targets))}
 
     if autocast:  # as accelerate wraps the forward pass
         keep_copies = not is_checkpointed(model)
