@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from owl2.checkpoints.adapters import find_adapter, lora_layers, lora_parameters, merge_adapter
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.train.adapters import adapt
+from owl2.train.adapters import apply_lora
 from owl2.train.recipe import LoraSettings
 from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
@@ -63,7 +63,7 @@ def load(folder, **options):
 def make_adapted(base, **settings):
     """Change LoRA and the saved parts as training would."""
     model = load(base)
-    adapt(model, LoraSettings(r=4, **settings), seed=0)
+    apply_lora(model, LoraSettings(r=4, **settings), seed=0)
     source = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -171,7 +171,7 @@ def test_saving_again_gives_the_same_files(saved, tmp_path):
 @pytest.mark.parametrize("trained", [[], ["vision"]])
 def test_image_size_is_saved(base, tmp_path, trained):
     live = load(base, image_size=16)
-    adapt(live, LoraSettings(r=2, modules_to_save=trained), seed=0)
+    apply_lora(live, LoraSettings(r=2, modules_to_save=trained), seed=0)
     with torch.no_grad():
         for parameter in live.parameters():
             if parameter.requires_grad:
@@ -224,9 +224,9 @@ def put_into_hub_cache(cache, repository, revision, folder):
 def test_adapter_loads_from_the_hub(base, tmp_path):
     """The adapter stores the base's revision, and a later revision is not used."""
     cache, first, later = tmp_path / "cache", "1" * 40, "2" * 40
-    put_into_hub_cache(cache, "owner/base", first, base)
-    live = load("owner/base", cache_dir=cache)
-    adapt(live, LoraSettings(r=2), seed=0)
+    put_into_hub_cache(cache, "somebody/base", first, base)
+    live = load("somebody/base", cache_dir=cache)
+    apply_lora(live, LoraSettings(r=2), seed=0)
     live.save_pretrained(tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert written["base_model_name_or_path"] == "owner/base"

@@ -10,7 +10,7 @@ from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train.recipe import Recipe
 from tests.tiny import make_model
-from tests.train.tiny import COLOURS, QUESTION, ROWS
+from tests.train.tiny import COLORS, QUESTION, ROWS
 
 
 @pytest.fixture
@@ -39,13 +39,13 @@ def make_recipe(tmp_path):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with an untrained checkpoint, images of one colour, and what is said of them."""
+    """A folder with an untrained checkpoint, images of one color, and what is said of them."""
     folder = tmp_path_factory.mktemp("world")
     rows = []
     for number in range(ROWS):
-        colour = COLOURS[number % len(COLOURS)]
-        Image.new("RGB", (10, 10), colour).save(folder / f"{number}.png")
-        answer = " ".join([colour] * (1 + number % 3))
+        color = COLORS[number % len(COLORS)]
+        Image.new("RGB", (10, 10), color).save(folder / f"{number}.png")
+        answer = " ".join([color] * (1 + number % 3))
         turns = [
             {"from": "human", "value": f"<image>\n{QUESTION}"},
             {"from": "gpt", "value": answer},
@@ -54,7 +54,7 @@ def world(tmp_path_factory):
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     checkpoint = folder / "start"
     checkpoint.mkdir()
-    texts = [f"USER: \n{QUESTION} ASSISTANT: {colour}" for colour in COLOURS] * 10
+    texts = [f"USER: \n{QUESTION} ASSISTANT: {color}" for color in COLORS] * 10
     train_tokenizer(texts, checkpoint / "tokenizer.model", 300)
     tokenizer = Owl2Tokenizer(str(checkpoint / "tokenizer.model"))
     model = make_model(vocab_size=len(tokenizer))

@@ -60,7 +60,7 @@ def make_world(folder):
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     start = folder / "start"
     start.mkdir()
-    texts = [f"USER: \n{QUESTION} ASSISTANT: {colour}" for colour in ("red", "green", "blue")]
+    texts = [f"USER: \n{QUESTION} ASSISTANT: {color}" for color in ("red", "green", "blue")]
     train_tokenizer(texts * 10, start / "tokenizer.model", 300)
     make_model(**WIDE).save_pretrained(start)
     tokenizer = Owl2Tokenizer(str(start / "tokenizer.model"))

@@ -14,11 +14,11 @@ from owl2.checkpoints.adapters import lora_layers
 from owl2.engine.engine import Engine
 from owl2.errors import InputError
 from owl2.processing.processor import Owl2Processor
-from owl2.train.adapters import adapt, merge, prepare
+from owl2.train.adapters import apply_lora, merge, prepare
 from owl2.train.optimizer import parameter_groups
 from owl2.train.recipe import LoraSettings
 from owl2.train.run import train
-from owl2.train.trainable import Part, what_is_trained
+from owl2.train.trainable import ModelPart, summarize_trainable
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.adapted import LORA, ask, load
@@ -38,7 +38,7 @@ def names_with_lora(model):
 
 def test_default_is_every_linear_of_the_decoder():
     model = make_model()
-    adapt(model, LoraSettings(), seed=0)
+    apply_lora(model, LoraSettings(), seed=0)
     layer = "model.layers.{}."
     kinds = ["self_attn.q_proj", "self_attn.o_proj"]
     kinds += [f"self_attn.{p}_proj.multiway.{way}" for p in "kv" for way in (0, 1)]
@@ -65,14 +65,14 @@ def test_on_and_only(settings, pattern):
     model = make_model()
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     expected = {name for name in linears if re.fullmatch(pattern, name)}
-    adapt(model, LoraSettings(**settings), seed=0)
+    apply_lora(model, LoraSettings(**settings), seed=0)
     assert names_with_lora(model) == expected
     assert expected
 
 
 def test_a_name_that_no_linear_has_is_refused():
     with pytest.raises(InputError, match=r"'qkv'.* down_proj, gate_proj, k_proj, o_proj, q_proj"):
-        adapt(make_model(), LoraSettings(target_modules=["q_proj", "qkv"]), seed=0)
+        apply_lora(make_model(), LoraSettings(target_modules=["q_proj", "qkv"]), seed=0)
 
 
 def test_the_same_seed_gives_the_same_lora_and_leaves_chance_alone():
@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_lora_and_leaves_chance_alone():
     models = [make_model() for _ in range(3)]
     state = torch.get_rng_state()
     for model, seed in zip(models, (1, 1, 2), strict=True):
-        adapt(model, LoraSettings(), seed)
+        apply_lora(model, LoraSettings(), seed)
     assert torch.equal(state, torch.get_rng_state())
     one, same, other = (model.state_dict() for model in models)
     name = "model.layers.0.mlp.up_proj.lora_A.default.weight"
@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_lora_and_leaves_chance_alone():
 @pytest.mark.parametrize("adapter", [LORA, PARTS, ALL])
 def test_groups_cover_what_is_trained_and_nothing_else(adapter):
     model = make_model()
-    trained = adapt(model, LoraSettings(**adapter), seed=0)
+    trained = apply_lora(model, LoraSettings(**adapter), seed=0)
     for name in trained.trainable:
         whole = name.startswith(("model.visual_abstractor.", "model.vision_model."))
         assert ".lora_" in name or (whole and "modules_to_save" in adapter), name
@@ -109,19 +109,19 @@ def test_groups_cover_what_is_trained_and_nothing_else(adapter):
 
 def test_lora_counts_to_the_part_it_stands_in():
     model = make_model()
-    whole = what_is_trained(model).sizes
-    trained = adapt(model, LoraSettings(r=1, target_modules=["k_proj"]), seed=0)
+    whole = summarize_trainable(model).sizes
+    trained = apply_lora(model, LoraSettings(r=1, target_modules=["k_proj"]), seed=0)
     # In each of two layers: 16 numbers in, 2 heads of 4 out.
-    assert trained.trained_sizes == {
-        Part.VISION: 0,
-        Part.ABSTRACTOR: 0,
-        Part.VISUAL_WEIGHTS: 2 * (16 + 8),
-        Part.DECODER: 2 * (16 + 8),
+    assert trained.trainable_sizes == {
+        ModelPart.VISION: 0,
+        ModelPart.ABSTRACTOR: 0,
+        ModelPart.VISUAL_WEIGHTS: 2 * (16 + 8),
+        ModelPart.DECODER: 2 * (16 + 8),
     }
     assert trained.frozen_size == sum(whole.values())
     lines = dict(zip(trained.sizes, trained.lines(), strict=True))
-    assert lines[Part.VISION].endswith("frozen")
-    assert lines[Part.DECODER].endswith("48 trained")
+    assert lines[ModelPart.VISION].endswith("frozen")
+    assert lines[ModelPart.DECODER].endswith("48 trained")
 
 
 @pytest.mark.parametrize("frozen", [["vision"], ["abstractor", "visual"], ["decoder"]])
@@ -129,13 +129,13 @@ def test_frozen_parts_stay(recipe, frozen):
     settings = recipe(freeze=frozen, max_steps=4)
     result = train(settings, quiet())
     before, after = weights(settings.model), weights(result.model)
-    titles = {"vision": Part.VISION, "abstractor": Part.ABSTRACTOR}
-    titles |= {"visual": Part.VISUAL_WEIGHTS, "decoder": Part.DECODER}
+    titles = {"vision": ModelPart.VISION, "abstractor": ModelPart.ABSTRACTOR}
+    titles |= {"visual": ModelPart.VISUAL_WEIGHTS, "decoder": ModelPart.DECODER}
     stay = [titles[name] for name in frozen]
     model = make_model()
     trained = prepare(model, settings)
-    for part in Part:
-        assert (trained.trained_sizes[part] == 0) == (part in stay)
+    for part in ModelPart:
+        assert (trained.trainable_sizes[part] == 0) == (part in stay)
     for name, tensor in before.items():
         if name in trained.frozen:
             assert torch.equal(tensor, after[name]), name
@@ -158,7 +158,7 @@ def test_live_merged_and_reloaded_agree_after_training(
     settings = recipe(lora=adapter, gradient_checkpointing=adapter is ALL)
     trainers = []
     monkeypatch.setattr(
-        Owl2Trainer, "require_finite", lambda self: trainers.append(self)
+        Owl2Trainer, "check_finite", lambda self: trainers.append(self)
     )  # the last that a run asks for: the live model
     result = train(settings, quiet())
     live = trainers[-1].model.eval()

@@ -10,7 +10,7 @@ from owl2.checkpoints.adapters import lora_layers
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.engine import Engine
 from owl2.errors import InputError
-from owl2.train.adapters import adapt, hold_frozen_in_bfloat16, loading_options, prepare
+from owl2.train.adapters import apply_lora, cast_frozen_to_bf16, loading_options, prepare
 from owl2.train.recipe import LoraSettings
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
@@ -25,9 +25,9 @@ def test_frozen_linears_in_bfloat16_change_nothing(image_batch):
     results = []
     for held in (False, True):
         model = make_model(tie_word_embeddings=True)
-        adapt(model, LoraSettings(**LORA), seed=0)
+        apply_lora(model, LoraSettings(**LORA), seed=0)
         if held:
-            hold_frozen_in_bfloat16(model)
+            cast_frozen_to_bf16(model)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**image_batch).loss
         loss.backward()
@@ -82,7 +82,7 @@ def test_a_quantized_base_is_trained_beside(recipe, world, wide, monkeypatch, bi
     )
     before = load(settings.model, **loading_options(settings)).state_dict()
     live = []
-    monkeypatch.setattr(Owl2Trainer, "require_finite", lambda self: live.append(self.model))
+    monkeypatch.setattr(Owl2Trainer, "check_finite", lambda self: live.append(self.model))
     result = train(settings, quiet())
     model = live[-1]
     rounded = {name for name, module in model.named_modules() if isinstance(module, kind)}

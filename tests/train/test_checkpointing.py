@@ -10,8 +10,8 @@ from owl2.data.packing import pack
 from owl2.model.abstractor import AbstractorLayer
 from owl2.model.decoder import Owl2DecoderLayer
 from owl2.model.vision import VisionLayer
-from owl2.train.adapters import adapt
-from owl2.train.estimate.tracer import HELD, Shape, trace_step
+from owl2.train.adapters import apply_lora
+from owl2.train.estimate.tracer import KINDS, BatchShape, trace_step
 from owl2.train.parallelize import enable_checkpointing
 from owl2.train.recipe import LoraSettings
 from owl2.train.trainable import apply_stage
@@ -84,7 +84,7 @@ def test_what_is_not_trained_is_not_computed_again():
 def traces():
     """Without checkpointing, selective, with."""
     return [
-        trace_step(on_meta(checkpointing=how), Shape(4, 64, 4), autocast=True)
+        trace_step(on_meta(checkpointing=how), BatchShape(4, 64, 4), autocast=True)
         for how in (False, "selective", True)
     ]
 
@@ -94,14 +94,14 @@ def traces():
 )
 def test_each_part_holds_less(traces, part, bound):
     """At the end of the forward pass, when most is held; real runs are in test_memory."""
-    column = [str(kind) for kind in HELD].index(f"activations, {part}")
-    kept, some, least = (trace.held[:, column].max() for trace in traces)
+    column = [str(kind) for kind in KINDS].index(f"activations, {part}")
+    kept, some, least = (trace.memory[:, column].max() for trace in traces)
     assert least < bound * kept
     assert least < some < 0.8 * kept
 
 
 def test_selective_computes_no_product_again(traces):
-    kept, some, least = (trace.all_flops for trace in traces)
+    kept, some, least = (trace.flops.total() for trace in traces)
     assert kept == some < least
 
 
@@ -144,7 +144,7 @@ def test_frozen_vision_keeps_nothing():
 def test_nothing_is_kept_before_the_first_trained_weight(checkpointing):
     """LoRA on the last layer alone: images, words and the first layer run without a graph."""
     model = make_model().train()
-    adapt(model, LoraSettings(r=2), seed=0)
+    apply_lora(model, LoraSettings(r=2), seed=0)
     for parameter in model.model.layers[0].parameters():
         parameter.requires_grad_(False)
     if checkpointing:

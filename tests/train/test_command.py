@@ -84,11 +84,11 @@ def test_ctrl_c_in_the_terminal_then_the_same_command(recipe_file, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    assert "of 40; the same command goes on" in out
+    assert "of 40; run the same command to resume" in out
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "model").exists()
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "Going on after step" in done.stdout
+    assert "Resuming after step" in done.stdout
     assert "40 steps in" in done.stdout

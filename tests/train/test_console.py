@@ -7,8 +7,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from owl2.train.console import LivePanel, PlainLines, curve, size, terminal_view
-from owl2.train.validation import Answer, Look
+from owl2.train.console import LivePanel, ConsoleLogger, sparkline, size, terminal_view
+from owl2.train.validation import Generation, ValidationResult
 
 LINE = {
     "step": 20,
@@ -20,17 +20,17 @@ LINE = {
     "samples": 5120,
     "tokens": 1_234_567,
     "images": 5000,
-    "left_out": 3,
+    "num_skipped": 3,
     "seconds": 60.0,
     "samples_per_second": 85.3,
     "tokens_per_second": 20_576.1,
     "images_per_second": 83.3,
     "data_wait_fraction": 0.012,
-    "process_bytes": 1_500_000_000,
+    "process_memory_bytes": 1_500_000_000,
 }
 ANSWERS = (
-    Answer("a, row 1", "<|image|>what  color\nis it?", "red", "blue"),
-    Answer("a, row 2", "is it round?", "yes", "yes"),
+    Generation("a, row 1", "<|image|>what  color\nis it?", "red", "blue"),
+    Generation("a, row 2", "is it round?", "yes", "yes"),
 )
 
 
@@ -51,7 +51,7 @@ def test_the_panel_shows_what_there_is_to_watch():
     assert "step 0/4,800" in shown(panel)
     panel.step(21)
     panel.log(LINE | {"loss": 2.0, "step": 10}, 100.0)
-    panel.log(LINE | {"gpu_bytes": 61_200_000_000}, 3725.4)
+    panel.log(LINE | {"gpu_memory_bytes": 61_200_000_000}, 3725.4)
     text = shown(panel)
     for part in (
         "runs/x",
@@ -70,8 +70,8 @@ def test_the_panel_shows_what_there_is_to_watch():
 
 def test_the_panel_shows_the_last_look_beside_the_first():
     panel = LivePanel(terminal(), "runs/x")
-    panel.look(Look(0, 2.5, 10, 4, 0, 1.0))
-    panel.look(Look(20, 0.75, 10, 4, 1, 1.0, ANSWERS))
+    panel.look(ValidationResult(0, 2.5, 10, 4, 0, 1.0))
+    panel.look(ValidationResult(20, 0.75, 10, 4, 1, 1.0, ANSWERS))
     text = shown(panel)
     assert "loss 0.7500 at step 20, 2.5000 at step 0  (4 samples, 1 left out)" in text
     assert "what color is it?  blue  wanted red" in text
@@ -89,7 +89,7 @@ def test_a_panel_that_goes_on_has_the_curve_from_before():
 
 def test_markup_in_an_answer_is_text():
     panel = LivePanel(terminal(), "runs/[x]")
-    panel.look(Look(1, 1.0, 1, 1, 0, 1.0, (Answer("a", "[b]q[/]", "[red]w", "[/x]a"),)))
+    panel.look(ValidationResult(1, 1.0, 1, 1, 0, 1.0, (Generation("a", "[b]q[/]", "[red]w", "[/x]a"),)))
     assert "[b]q[/]  [/x]a  wanted [red]w" in shown(panel)
     assert "runs/[x]" in shown(panel)
 
@@ -121,7 +121,7 @@ def test_plain_lines_are_few(monkeypatch):
     monkeypatch.setattr("owl2.train.console.time.perf_counter", lambda: clock[0])
     console = Console(file=io.StringIO(), width=60)
     view = terminal_view(console, "runs/x")
-    assert isinstance(view, PlainLines)
+    assert isinstance(view, ConsoleLogger)
     view.begin(0, 50, [])
     for step in range(1, 51):
         clock[0] += 0.5
@@ -136,9 +136,9 @@ def test_plain_lines_are_few(monkeypatch):
 
 def test_plain_lines_show_every_look():
     console = Console(file=io.StringIO(), width=60)
-    view = PlainLines(console)
+    view = ConsoleLogger(console)
     view.begin(0, 50, [])
-    view.look(Look(20, 0.75, 10, 4, 1, 1.0, ANSWERS))
+    view.look(ValidationResult(20, 0.75, 10, 4, 1, 1.0, ANSWERS))
     assert console.file.getvalue().splitlines() == [
         "step     20/50  validation loss 0.7500 (4 samples, 1 left out, 1.0 s)",
         "  what color is it?  answers 'blue', wanted 'red'",
@@ -157,12 +157,12 @@ def test_plain_lines_show_every_look():
     ],
 )
 def test_curve(values, expected):
-    assert curve(values) == expected
+    assert sparkline(values) == expected
 
 
 def test_a_long_curve_is_made_of_means():
-    assert curve([0.0, 14.0, 7.0, 7.0, 0.0, 0.0], width=3) == "██▁"
-    assert len(curve([float(number) for number in range(1000)])) == 40
+    assert sparkline([0.0, 14.0, 7.0, 7.0, 0.0, 0.0], width=3) == "██▁"
+    assert len(sparkline([float(number) for number in range(1000)])) == 40
 
 
 def test_size():

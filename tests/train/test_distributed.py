@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.train.distributed import Team
+from owl2.train.distributed import DistributedContext
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.processes import FSDP, owl2, run, start
 from tests.train.runs import quiet, weights
-from tests.train.tiny import COLOURS, QUESTION
+from tests.train.tiny import COLORS, QUESTION
 
 ROOT = Path(__file__).parents[2]
-SHARINGS = {"DDP": {}, "FSDP2": FSDP}
+SHARDINGS = {"DDP": {}, "FSDP2": FSDP}
 # Next to no rate, so that the gradients of all steps are of the same weights, and no clipping.
 STILL = {"learning_rate": 1e-9, "min_lr": 0.0, "max_grad_norm": 1e9, "max_steps": 3}
 CASES = {"stage 2": {}, "stage 1": {"stage": 1}}
@@ -44,11 +44,11 @@ def mixed(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed")
     rows = []
     for number in range(24):
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         asked, row = QUESTION, {}
         if number % 2:
             asked, row = f"<image>\n{QUESTION}", {"image": str(world / f"{number}.png")}
-        answer = " ".join([colour] * (1 + number % 5))
+        answer = " ".join([color] * (1 + number % 5))
         turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
         rows.append(row | {"conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -90,7 +90,7 @@ def keep_gradients(folder, recipes):
                 gradient = parameter.grad
                 whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
                 found[name] = whole.clone()
-        loss = self.team.total(float(self._step_loss))[0] / self.team.size
+        loss = self.context.all_reduce_sum(float(self._step_loss))[0] / self.context.world_size
         total = norm(self, model, grad_norm)
         kept.append({"gradients": found, "loss": loss, "norm": float(total)})
         kept[-1]["images"] = list(images)
@@ -102,11 +102,11 @@ def keep_gradients(folder, recipes):
         return step(self, model, inputs, *args, **kwargs)
 
     Owl2Trainer._get_grad_norm, Owl2Trainer.training_step = keep_norm, keep_images
-    with Team.gathered() as team:
+    with DistributedContext.open() as context:
         for name, recipe in recipes.items():
             kept.clear()
             train(recipe, quiet())
-            torch.save(kept, folder / f"{name} {team.rank} of {team.size}.pt")
+            torch.save(kept, folder / f"{name} {context.rank} of {context.world_size}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +115,8 @@ def gradients(mixed, tmp_path_factory):
     settings, tied = mixed
     places = {}
 
-    def keep(sharing, cases):
-        key = (sharing, *cases)
+    def keep(sharding, cases):
+        key = (sharding, *cases)
         if key not in places:
             place = places[key] = tmp_path_factory.mktemp("gradients")
             recipes = {}
@@ -124,7 +124,7 @@ def gradients(mixed, tmp_path_factory):
                 case = case | ({"model": str(tied)} if case.get("model") else {})
                 output = {"output": str(place / name)}
                 recipes[name] = Recipe(**settings | STILL | case | output)
-            environment = SHARINGS.get(sharing)
+            environment = SHARDINGS.get(sharding)
             count = 1 if environment is None else 2
             run(place, keep_gradients, place, recipes, count=count, environment=environment)
         return places[key]
@@ -132,9 +132,9 @@ def gradients(mixed, tmp_path_factory):
     return keep
 
 
-def assert_those_of_one(gradients, sharing, case, cases):
+def assert_those_of_one(gradients, sharding, case, cases):
     one = torch.load(gradients("one", cases) / f"{case} 0 of 1.pt")
-    place = gradients(sharing, cases)
+    place = gradients(sharding, cases)
     two = [torch.load(place / f"{case} {rank} of 2.pt") for rank in range(2)]
     if cases[case].get("batch_size") is None:
         # One with images beside one without, both ways round: what could hang.
@@ -153,7 +153,7 @@ def assert_those_of_one(gradients, sharing, case, cases):
 
 
 @pytest.mark.parametrize(
-    ("case", "sharing"),
+    ("case", "sharding"),
     [
         ("stage 1", "DDP"),
         ("stage 2", "FSDP2"),
@@ -161,15 +161,15 @@ def assert_those_of_one(gradients, sharing, case, cases):
         pytest.param("stage 2", "DDP", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_give_the_losses_and_gradients_of_one(gradients, case, sharing):
-    assert_those_of_one(gradients, sharing, case, CASES)
+def test_two_processes_give_the_losses_and_gradients_of_one(gradients, case, sharding):
+    assert_those_of_one(gradients, sharding, case, CASES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("case", MORE)
-def test_the_same_in_pieces_packed_tied_and_with_adapters(gradients, case, sharing):
-    assert_those_of_one(gradients, sharing, case, MORE)
+def test_the_same_in_pieces_packed_tied_and_with_adapters(gradients, case, sharding):
+    assert_those_of_one(gradients, sharding, case, MORE)
 
 
 def look_between_pieces(recipe):
@@ -217,7 +217,7 @@ def test_fsdp2_in_bfloat16_adds_up_in_float32_and_holds_shares(mixed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sharing", "case"),
+    ("sharding", "case"),
     [
         ("DDP", "stage 2"),
         pytest.param("FSDP2", "tied", marks=pytest.mark.slow),
@@ -227,12 +227,12 @@ def test_fsdp2_in_bfloat16_adds_up_in_float32_and_holds_shares(mixed, tmp_path):
         pytest.param("FSDP2", "LoRA", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharing, case):
+def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharding, case):
     settings, tied = mixed
     settings = settings | (CASES | MORE)[case] | ({"model": str(tied)} if case == "tied" else {})
     alone = train(Recipe(**settings, output=str(tmp_path / "one")), quiet())
     recipe = Recipe(**settings, output=str(tmp_path / "two"))
-    processes = run(tmp_path / "said", train, recipe, count=2, environment=SHARINGS[sharing])
+    processes = run(tmp_path / "said", train, recipe, count=2, environment=SHARDINGS[sharding])
     model = tmp_path / "two" / "model"
     assert {path.name for path in model.iterdir()} == {path.name for path in alone.model.iterdir()}
     for name in ("config.json", "adapter_config.json"):
@@ -292,11 +292,11 @@ def lines_of(output):
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.parametrize("sharing", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
-def test_sigterm_to_one_stops_both_and_the_same_command_goes_on(mixed, tmp_path, sharing):
+@pytest.mark.parametrize("sharding", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
+def test_sigterm_to_one_stops_both_and_the_same_command_goes_on(mixed, tmp_path, sharding):
     settings, _ = mixed
     settings = settings | {"max_steps": 40, "learning_rate": 1e-2}
-    environment = SHARINGS[sharing]
+    environment = SHARDINGS[sharding]
     whole = Recipe(**settings, output=str(tmp_path / "whole"))
     run(tmp_path / "said0", train, whole, count=2, environment=environment)
     recipe = write(tmp_path, settings)
@@ -306,7 +306,7 @@ def test_sigterm_to_one_stops_both_and_the_same_command_goes_on(mixed, tmp_path,
     wait_for(lambda: len(lines_of(output)) > 3)
     os.kill(processes.members[1].pid, signal.SIGTERM)
     assert processes.wait() == [143, 143]
-    assert "the same command goes on" in processes.said(0)
+    assert "run the same command to resume" in processes.said(0)
     assert not (output / "model").exists()
     assert (output / "checkpoints" / "latest.json").exists()
 
@@ -359,7 +359,7 @@ def test_launchers_train_stop_and_go_on(mixed, tmp_path, launcher):
     said, _ = stopped.communicate(timeout=120)
     assert stopped.returncode
     assert (output / "checkpoints" / "latest.json").exists(), said
-    assert "the same command goes on" in said
+    assert "run the same command to resume" in said
     step = json.loads(lines_of(output)[-1])["step"]
     # The same command but for its end, which comes at once: what was learned is not looked at.
     pointer = output / "checkpoints" / "recipe.json"
@@ -368,7 +368,7 @@ def test_launchers_train_stop_and_go_on(mixed, tmp_path, launcher):
     finished = launched(*command, f"max_steps={step + 2}")
     said, _ = finished.communicate(timeout=120)
     assert finished.returncode == 0, said
-    assert f"Going on after step {step}" in said
+    assert f"Resuming after step {step}" in said
     facts = json.loads((output / "run.json").read_text())
     assert (facts["processes"], facts["steps"]) == (2, step + 2)
     assert weights(output / "model")

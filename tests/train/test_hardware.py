@@ -3,7 +3,7 @@
 import pytest
 
 from owl2.errors import InputError
-from owl2.train.estimate.hardware import GIB, Machine, parse_size
+from owl2.train.estimate.hardware import GIB, Hardware, parse_size
 
 
 @pytest.mark.parametrize(
@@ -21,29 +21,29 @@ def test_what_is_no_size_is_refused(text):
 
 
 def test_a_known_gpu_has_memory_and_speed():
-    machine = Machine.of(gpus=8, gpu="H100")
+    machine = Hardware.from_options(gpus=8, gpu="H100")
     assert machine.memory == 80 * GIB
     assert machine.speed == pytest.approx(8 * 0.4 * 989e12)
     assert machine.title == "8 x H100 of 80 GiB"
-    assert Machine.of(gpu="h100", tflops=500).speed == 500e12
+    assert Hardware.from_options(gpu="h100", tflops=500).speed == 500e12
 
 
 def test_what_is_said_counts_more():
-    machine = Machine.of(gpu="a100", memory="40G")
+    machine = Hardware.from_options(gpu="a100", memory="40G")
     assert machine.memory == 40 * GIB
     assert machine.holds(36 * GIB) and not machine.holds(39 * GIB)
 
 
 def test_without_a_word_nothing_is_known():
-    machine = Machine.of()
+    machine = Hardware.from_options()
     assert (machine.memory, machine.speed, machine.holds(1)) == (None, None, None)
 
 
 def test_no_gpu_is_a_cpu():
-    assert Machine.of(gpus=0).kind == "cpu"
-    assert Machine.of(gpus=0).devices == 1
+    assert Hardware.from_options(gpus=0).kind == "cpu"
+    assert Hardware.from_options(gpus=0).devices == 1
 
 
 def test_an_unknown_gpu_is_refused():
     with pytest.raises(InputError, match="Do you mean 'h100'"):
-        Machine.of(gpu="h10")
+        Hardware.from_options(gpu="h10")

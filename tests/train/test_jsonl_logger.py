@@ -5,7 +5,7 @@ import json
 import pytest
 
 from owl2.errors import InputError
-from owl2.train.jsonl_logger import Lines, RunLog
+from owl2.train.metrics import JsonlLog
 
 
 def read(path):

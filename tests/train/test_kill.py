@@ -1,4 +1,4 @@
-"""Real processes that are really killed: the same command goes on as if nothing had been."""
+"""Real processes that are really killed: run the same command to resume as if nothing had been."""
 
 import contextlib
 import json
@@ -90,7 +90,7 @@ def half_a_state(checkpoints):
     return latest(checkpoints) is not None and len(names) > 1
 
 
-def curve(output):
+def sparkline(output):
     """What a log says of learning and of data; not how long it took."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     keys = ("step", "epoch", "loss", "smoothed_loss", "learning_rate", "grad_norm")
@@ -125,8 +125,8 @@ def test_killed_twice_and_gone_on_equals_uninterrupted(settings, tmp_path, case)
     processes = start(tmp_path / "said2", owl2, *command, count=count)
     kill_while(lambda place: latest(place) != first and half_a_state(place), processes, checkpoints)
     processes = run(tmp_path / "said3", owl2, *command, count=count)
-    assert "Going on after step" in processes.said(0)
-    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert "Resuming after step" in processes.said(0)
+    assert sparkline(tmp_path / "run") == sparkline(tmp_path / "whole")
     assert_same_model(tmp_path / "whole" / "model", tmp_path / "run" / "model")
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not [name for name in left if "part" in name or name == "checkpoints"]
@@ -190,7 +190,7 @@ def test_half_a_state_beside_the_whole_one_is_neither_used_nor_kept(killed, monk
         lambda *args: seen.append({path.name for path in checkpoints.glob("checkpoint-*")}),
     )
     train(recipe, console)
-    assert "Going on after step 5" in console.file.getvalue()
+    assert "Resuming after step 5" in console.file.getvalue()
     assert seen == [{"checkpoint-5"}]
     assert not part.exists()
 
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_the_last_state_and_the_run_goes_on_once_there_is_roo
     assert latest(checkpoints) == "checkpoint-3"
     os.system(f"mount -o remount,size=9m {small_disk}")
     processes = run(tmp_path / "said2", owl2, "train", recipe)
-    assert "Going on after step 3" in processes.said()
+    assert "Resuming after step 3" in processes.said()
     whole = train(Recipe(**settings | {"output": str(tmp_path / "whole")}), quiet())
     assert_same_model(whole.model, small_disk / "run" / "model")
 
@@ -264,7 +264,7 @@ def test_sigterm_saves_and_stops_with_143(settings, tmp_path, workers):
     for member in job:
         member.terminate()
     assert processes.wait() == [143]
-    assert "the same command goes on" in processes.said()
+    assert "run the same command to resume" in processes.said()
     state = latest(tmp_path / "run" / "checkpoints")
     step = json.loads(log.read_text().splitlines()[-1])["step"]
     assert state == f"checkpoint-{step}"

@@ -9,9 +9,9 @@ from PIL import Image
 
 from owl2.errors import InputError
 from owl2.train import loggers
-from owl2.train.loggers import figures_of, make_writers
+from owl2.train.loggers import _grouped, make_loggers
 from owl2.train.run import train
-from owl2.train.validation import Answer, Look
+from owl2.train.validation import Generation, ValidationResult
 from tests.train.runs import interrupt_at, quiet
 
 
@@ -38,7 +38,7 @@ def test_tensorboard_has_the_figures_the_looks_and_the_recipe(recipe, world):
     found = events(result.output / "tensorboard")
     lines = read(result.output / "log.jsonl")
     names = set(found.Tags()["scalars"])
-    assert names == {name for line in lines for name in figures_of(line)} | {"validation/loss"}
+    assert names == {name for line in lines for name in _grouped(line)} | {"validation/loss"}
     assert {"train/loss", "speed/tokens_per_second", "speed/data_wait_fraction"} < names
     losses = found.Scalars("train/loss")
     assert [event.step for event in losses] == [line["step"] for line in lines]
@@ -46,9 +46,9 @@ def test_tensorboard_has_the_figures_the_looks_and_the_recipe(recipe, world):
 
     looks = read(result.output / "validation.jsonl")
     assert [event.step for event in found.Scalars("validation/loss")] == [0, 4]
-    [answer] = looks[-1]["answers"]
+    [answer] = looks[-1]["generations"]
     last = found.Tensors("answers/0/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert f"wanted: {answer['wanted']}" in last and f"answer: {answer['answer']}" in last
+    assert f"wanted: {generation['reference']}" in last and f"answer: {answer['answer']}" in last
     [image] = found.Images("answers/0")
     assert (image.width, image.height) == (224, 224)
     text = found.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -62,7 +62,7 @@ def test_tensorboard_of_a_resumed_run_has_every_step_once(recipe, monkeypatch):
         interrupt_at(patch, 5)
         stopped = train(recipe(**settings), quiet())
     # As if the run had been killed three steps after its saved state.
-    [late] = make_writers(recipe(**settings), stopped.step)
+    [late] = make_loggers(recipe(**settings), stopped.step)
     for step in (6, 7, 8):
         late.log({"step": step, "loss": 99.0}, 1.0)
     late.close()
@@ -139,12 +139,12 @@ def test_wandb_has_the_figures_and_the_answers(recipe, world, wandb):
     assert run.finished
     lines = read(result.output / "log.jsonl")
     figures = [(step, found) for step, found in run.logged if "train/loss" in found]
-    assert figures == [(line["step"], figures_of(line)) for line in lines]
+    assert figures == [(line["step"], _grouped(line)) for line in lines]
     looks = [(step, found) for step, found in run.logged if "validation/loss" in found]
     assert [step for step, _ in looks] == [0, 4]
     [row] = looks[-1][1]["validation/answers"]["data"]
     assert row[0] == ("image", (224, 224, 3))
-    assert row[2] == read(result.output / "validation.jsonl")[-1]["answers"][0]["wanted"]
+    assert row[2] == read(result.output / "validation.jsonl")[-1]["generations"][0]["wanted"]
     assert [step for step, _ in run.logged] == sorted(step for step, _ in run.logged)
 
 
@@ -172,8 +172,8 @@ def test_wandb_without_an_account(recipe, wandb, tmp_path):
 def test_an_answer_without_and_with_two_images(recipe, tmp_path, wandb):
     Image.new("RGB", (300, 20), "red").save(tmp_path / "wide.png")
     wide = str(tmp_path / "wide.png")
-    answers = (Answer("a", "q", "w", "x"), Answer("b", "q", "w", "x", (wide, wide)))
-    [view] = make_writers(recipe(wandb_project="owls"), 0)
-    view.look(Look(0, 1.0, 2, 2, 0, 1.0, answers))
+    answers = (Generation("a", "q", "w", "x"), Generation("b", "q", "w", "x", (wide, wide)))
+    [view] = make_loggers(recipe(wandb_project="owls"), 0)
+    view.look(ValidationResult(0, 1.0, 2, 2, 0, 1.0, answers))
     rows = wandb.runs[0].logged[0][1]["validation/answers"]["data"]
     assert [row[0] for row in rows] == [None, ("image", (224, 448, 3))]

@@ -7,13 +7,13 @@ import pytest
 from owl2.checkpoints.config_file import read_config
 from owl2.errors import InputError
 from owl2.model.configuration import Owl2Config
-from owl2.train.estimate.hardware import Machine
-from owl2.train.estimate.memory import Data, Setting, Sharding, dry_run, prepared_model, shape_of
-from owl2.train.estimate.tracer import Held
+from owl2.train.estimate.hardware import Hardware
+from owl2.train.estimate.memory import SampleStatistics, TrainingSetup, Sharding, run_on_meta, prepared_model, batch_shape
+from owl2.train.estimate.tracer import MemoryKind
 from tests.tiny import make_config
 from tests.train.measured import WIDE, make_recipe, make_world, measured_peak
 
-CPU = Machine.of(gpus=0)
+CPU = Hardware.from_options(gpus=0)
 FULL = Owl2Config(max_position_embeddings=4096)
 
 
@@ -60,8 +60,8 @@ CASES = [
 @pytest.mark.parametrize("settings", CASES)
 def test_planned_is_measured(folder, tmp_path, monkeypatch, settings):
     recipe = make_recipe(folder, tmp_path / "run", **settings)
-    setting = Setting(read_config(recipe.model), CPU)
-    planned = dry_run(recipe, setting).memory(Sharding.NONE, 1).total
+    setting = TrainingSetup(read_config(recipe.model), CPU)
+    planned = run_on_meta(recipe, setting).memory(Sharding.NONE, 1).total
     measured = measured_peak(recipe, monkeypatch)
     assert planned == pytest.approx(measured, rel=0.15)
 
@@ -71,8 +71,8 @@ def small(tmp_path, **settings):
 
 
 def run_of(recipe, machine=CPU, sharding=Sharding.NONE, data=None):
-    setting = Setting(make_config(**WIDE), machine, sharding, data or Data())
-    return dry_run(recipe, setting)
+    setting = TrainingSetup(make_config(**WIDE), machine, sharding, data or SampleStatistics())
+    return run_on_meta(recipe, setting)
 
 
 def test_the_optimizer_holds_two_numbers_for_each_that_is_trained(tmp_path):
@@ -98,7 +98,7 @@ def test_sharding_shares_out_what_is_held_for_each_weight(tmp_path):
 
 def test_zero3_has_16_bits_and_masters(tmp_path):
     recipe = small(tmp_path, dtype="bfloat16")
-    machine = Machine.of(gpus=2)
+    machine = Hardware.from_options(gpus=2)
     run = run_of(recipe, machine, Sharding.ZERO3)
     memory = run.memory(Sharding.ZERO3, 2)
     assert memory.copies == 0
@@ -119,15 +119,15 @@ def test_rounded_weights_are_small(tmp_path, bits, width):
 
 def test_packing_with_a_mean_makes_fewer_rows(tmp_path):
     recipe = small(tmp_path, packing=True)
-    setting = Setting(make_config(**WIDE), CPU, data=Data(tokens=30))
-    assert shape_of(recipe, setting).rows == 3  # 8 samples of 30 tokens in rows of 96
-    assert shape_of(recipe, setting).images == 8
+    setting = TrainingSetup(make_config(**WIDE), CPU, data=SampleStatistics(tokens=30))
+    assert batch_shape(recipe, setting).rows == 3  # 8 samples of 30 tokens in rows of 96
+    assert batch_shape(recipe, setting).images == 8
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
-    setting = Setting(make_config(**WIDE), Machine.of(gpus=3))
+    setting = TrainingSetup(make_config(**WIDE), Hardware.from_options(gpus=3))
     with pytest.raises(InputError, match=r"batch_size \(8\) must be a multiple"):
-        shape_of(small(tmp_path), setting)
+        batch_shape(small(tmp_path), setting)
 
 
 @pytest.mark.slow
@@ -141,9 +141,9 @@ def test_activations_of_the_released_model_as_one_counts_them():
         max_length=512,
         dtype="bfloat16",
     )
-    run = dry_run(recipe, Setting(FULL, Machine.of()))
+    run = run_on_meta(recipe, TrainingSetup(FULL, Hardware.from_options()))
     memory = run.memory(Sharding.NONE, 1)
     assert memory.optimizer == 8 * 8_197_859_328
     inputs = 32 * 512 * 4096 * 4
     # At the end of the forward pass: the inputs, final norm, rotation and the embeddings beside.
-    assert inputs < run.trace.held[:, list(Held).index(Held.DECODER)].max() < 1.5 * inputs
+    assert inputs < run.trace.memory[:, list(MemoryKind).index(MemoryKind.DECODER)].max() < 1.5 * inputs

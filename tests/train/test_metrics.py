@@ -10,20 +10,20 @@ from owl2.data.json_dataset import JsonDataset
 from owl2.errors import InputError
 from owl2.processing.processor import Owl2Processor
 from owl2.train import metrics
-from owl2.train.checkpointer import Position
-from owl2.train.distributed import Team
+from owl2.train.checkpointer import TrainingProgress
+from owl2.train.distributed import DistributedContext
 from owl2.train.jsonl_logger import RunLog
 from owl2.train.metrics import Watch
 from owl2.train.run import train
-from owl2.train.train_dataloader import Seen
-from owl2.train.validation import Look
+from owl2.train.train_dataloader import DataCounts
+from owl2.train.validation import ValidationResult
 from tests.train.runs import interrupt_at, quiet
 
 ARGS = SimpleNamespace(device=torch.device("cpu"))
 LOGS = {"loss": 1.0, "learning_rate": 1e-3, "grad_norm": 2.0}
 
 
-class TwoTeam(Team):
+class TwoTeam(DistributedContext):
     """The first of two processes; the other waited for 3 s more."""
 
     def __init__(self):
@@ -53,8 +53,8 @@ def clock(monkeypatch):
 
 def make_watch(seen, waited, start=None, team=None, views=()):
     return Watch(
-        RunLog(None, 0), views, start or Position(), lambda: seen[0], lambda: waited[0],
-        team or Team(),
+        RunLog(None, 0), views, start or TrainingProgress(), lambda: seen[0], lambda: waited[0],
+        team or DistributedContext(),
     )  # fmt: skip
 
 
@@ -63,35 +63,35 @@ def state(step, steps=100):
 
 
 def test_figures_are_of_the_time_since_the_line_before(clock):
-    seen, waited, view = [Seen()], [0.0], Told()
+    seen, waited, view = [DataCounts()], [0.0], Told()
     watch = make_watch(seen, waited, views=[view])
     watch.on_train_begin(ARGS, state(0), None)
-    clock[0], seen[0], waited[0] = 102.0, Seen(20, 400, 10, 0), 0.5
+    clock[0], seen[0], waited[0] = 102.0, DataCounts(20, 400, 10, 0), 0.5
     watch.on_log(ARGS, state(10), None, LOGS)
-    clock[0], seen[0], waited[0] = 106.0, Seen(30, 900, 12, 1), 1.5
+    clock[0], seen[0], waited[0] = 106.0, DataCounts(30, 900, 12, 1), 1.5
     watch.on_log(ARGS, state(20), None, LOGS)
     first, second = watch.log.lines
     assert (first["samples_per_second"], first["tokens_per_second"]) == (10.0, 200.0)
     assert (first["images_per_second"], first["data_wait_fraction"]) == (5.0, 0.25)
     assert (second["samples_per_second"], second["tokens_per_second"]) == (2.5, 125.0)
     assert (second["images_per_second"], second["data_wait_fraction"]) == (0.5, 0.25)
-    assert [second[key] for key in ("samples", "tokens", "images", "left_out", "seconds")] == [
+    assert [second[key] for key in ("samples", "tokens", "images", "num_skipped", "seconds")] == [
         30, 900, 12, 1, 6.0,
     ]  # fmt: skip
-    assert second["process_bytes"] > 10_000_000
+    assert second["process_memory_bytes"] > 10_000_000
     assert view.told[0] == ("begin", 0, 100, watch.log.lines)
     assert view.told[-1] == ("log", second, pytest.approx(6.0 / 20 * 80))
 
 
 def test_looks_do_not_slow_the_figures_down(clock):
-    seen, view = [Seen()], Told()
+    seen, view = [DataCounts()], Told()
     watch = make_watch(seen, [0.0], views=[view])
     watch.on_train_begin(ARGS, state(0), None)
-    clock[0], seen[0] = 110.0, Seen(20, 400, 10, 0)
-    look = Look(10, 1.0, 1, 1, 0, 8.0)
+    clock[0], seen[0] = 110.0, DataCounts(20, 400, 10, 0)
+    look = ValidationResult(10, 1.0, 1, 1, 0, 8.0)
     watch.looked(look)
     watch.on_log(ARGS, state(10), None, LOGS)
-    clock[0], seen[0] = 112.0, Seen(40, 800, 20, 0)
+    clock[0], seen[0] = 112.0, DataCounts(40, 800, 20, 0)
     watch.on_log(ARGS, state(20), None, LOGS)
     assert [line["samples_per_second"] for line in watch.log.lines] == [10.0, 10.0]
     assert watch.log.lines[-1]["seconds"] == 12.0  # all of the time
@@ -99,21 +99,21 @@ def test_looks_do_not_slow_the_figures_down(clock):
 
 
 def test_a_position_is_of_all_sessions_and_processes(clock):
-    before = Position(
-        step=5, samples=50, tokens=500, images=40, left_out=1, seconds=9.0, waited=2.0
+    before = TrainingProgress(
+        step=5, samples=50, tokens=500, images=40, skipped=1, seconds=9.0, waited=2.0
     )
-    watch = make_watch([Seen(10, 100, 8, 2)], [1.0], before, TwoTeam())
+    watch = make_watch([DataCounts(10, 100, 8, 2)], [1.0], before, TwoTeam())
     watch.on_train_begin(ARGS, state(5), None)
     clock[0] += 3.0
-    assert watch.position(6) == Position(
-        step=6, samples=60, tokens=600, images=48, left_out=3, seconds=12.0, waited=2.0 + 5.0 / 2
+    assert watch.position(6) == TrainingProgress(
+        step=6, samples=60, tokens=600, images=48, skipped=3, seconds=12.0, waited=2.0 + 5.0 / 2
     )
 
 
 def test_views_are_closed_whatever_happens():
     view, broken = Told(), Told()
     broken.close = lambda: 1 / 0
-    watch = make_watch([Seen()], [0.0], views=[view, broken])
+    watch = make_watch([DataCounts()], [0.0], views=[view, broken])
     with pytest.raises(ZeroDivisionError), watch:
         pass
     assert view.told == [("close",)]
@@ -122,14 +122,14 @@ def test_views_are_closed_whatever_happens():
 def test_an_epoch_of_nothing_is_refused():
     control = SimpleNamespace(should_training_stop=False)
     with pytest.raises(InputError, match=r"after 6 steps there was nothing to learn"):
-        make_watch([Seen(left_out=9)], [0.0]).on_epoch_end(ARGS, state(6), control)
-    make_watch([Seen(samples=1)], [0.0]).on_epoch_end(ARGS, state(6), control)
+        make_watch([DataCounts(skipped=9)], [0.0]).on_epoch_end(ARGS, state(6), control)
+    make_watch([DataCounts(samples=1)], [0.0]).on_epoch_end(ARGS, state(6), control)
 
 
 def test_on_a_gpu_its_memory_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 + device.index)
     held = metrics.memory_held(torch.device("cuda", 1))
-    assert held["gpu_bytes"] == 8 and held["process_bytes"] > 10_000_000
+    assert held["gpu_memory_bytes"] == 8 and held["process_memory_bytes"] > 10_000_000
 
 
 # ------------------------------------------------------------------ in a run
@@ -165,7 +165,7 @@ def test_counts_go_on_after_a_stop(recipe, monkeypatch, tmp_path):
     resumed = train(recipe(), quiet())
     counted = [
         {
-            line["step"]: [line[key] for key in ("samples", "tokens", "images", "left_out")]
+            line["step"]: [line[key] for key in ("samples", "tokens", "images", "num_skipped")]
             for line in map(json.loads, (result.output / "log.jsonl").open())
         }
         for result in (whole, resumed)

@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 
 from owl2.data.packing import pack
 from owl2.errors import InputError
-from owl2.train.adapters import adapt
+from owl2.train.adapters import apply_lora
 from owl2.train.parallelize import blocks_of, compile_blocks, enable_checkpointing, require_compiler
 from owl2.train.recipe import LoraSettings
 from owl2.train.run import train
@@ -49,7 +49,7 @@ def learned(model):
 def prepared(checkpointing=False, lora=False):
     model = make_model(initializer_range=0.4).train()
     if lora:
-        adapt(model, LoraSettings(r=2, modules_to_save=["abstractor"]), seed=0)
+        apply_lora(model, LoraSettings(r=2, modules_to_save=["abstractor"]), seed=0)
     if checkpointing:
         enable_checkpointing(model, checkpointing == "selective")
     return model

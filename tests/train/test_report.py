@@ -6,12 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from owl2.train.checkpointer import Position
-from owl2.train.distributed import Team
-from owl2.train.report import measured, peak_memory, plot_loss, summary
+from owl2.train.checkpointer import TrainingProgress
+from owl2.train.distributed import DistributedContext
+from owl2.train.report import peak_memory, plot_loss, summarize_run, summary_table
 
-END = Position(
-    step=20, samples=640, tokens=64_000, images=600, left_out=2, seconds=80.0, waited=4.0
+END = TrainingProgress(
+    step=20, samples=640, tokens=64_000, images=600, skipped=2, seconds=80.0, waited=4.0
 )
 
 
@@ -69,7 +69,7 @@ def test_the_summary_says_what_came_of_it(tmp_path):
     assert "validation" not in in_words(measured(END, LINES, []) | peaks, {})
 
 
-class Three(Team):
+class Three(DistributedContext):
     """The second of three processes: the first holds nothing, the third 7 bytes."""
 
     def __init__(self):
@@ -82,10 +82,10 @@ class Three(Team):
 
 
 def test_peaks_of_every_process():
-    alone = peak_memory(torch.device("cpu"), Team())
+    alone = peak_memory(torch.device("cpu"), DistributedContext())
     assert alone.keys() == {"process"}
     peaks = peak_memory(torch.device("cpu"), Three())
-    assert peaks["process_each"] == [0, peaks["process"], 7]
+    assert peaks["process_by_rank"] == [0, peaks["process"], 7]
     assert peaks["process"] >= alone["process"] > 10_000_000
 
 

@@ -38,7 +38,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
 
     console = quiet()
     resumed = train(recipe(**settings), console)
-    assert f"Going on after step {step}" in console.file.getvalue()
+    assert f"Resuming after step {step}" in console.file.getvalue()
     assert resumed.finished
     assert_same_weights(weights(whole.model), weights(resumed.model))
     logs = [
@@ -102,7 +102,7 @@ def empty(path):
 def test_a_state_that_lacks_something_is_not_gone_on_from(recipe, stopped, name, damage):
     damage(stopped / "checkpoint-4" / name)
     named = name.replace(".", r"\.")
-    with pytest.raises(InputError, match=f"checkpoint-4 lacks {named}.*overwrite=true starts anew"):
+    with pytest.raises(InputError, match=f"checkpoint-4 lacks {named}.*overwrite=true starts over"):
         train(recipe(), quiet())
 
 
@@ -112,8 +112,8 @@ def test_a_state_that_lacks_something_is_not_gone_on_from(recipe, stopped, name,
         ("latest.json", ""),
         ("latest.json", "{}"),
         ("latest.json", "[1]"),
-        ("latest.json", '{"checkpoint": "checkpoint-4", "position": {"stop": 4}}'),
-        ("latest.json", '{"checkpoint": "checkpoint-3", "position": {"step": 3}}'),
+        ("latest.json", '{"checkpoint": "checkpoint-4", "progress": {"stop": 4}}'),
+        ("latest.json", '{"checkpoint": "checkpoint-3", "progress": {"step": 3}}'),
         ("recipe.json", None),
         ("recipe.json", "{"),
         ("checkpoint-4/trainer_state.json", "{}"),
@@ -125,7 +125,7 @@ def test_damaged_files_of_a_stopped_run(recipe, stopped, name, content):
         (stopped / name).unlink()
     else:
         (stopped / name).write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match="overwrite=true starts anew"):
+    with pytest.raises(InputError, match="overwrite=true starts over"):
         train(recipe(), quiet())
     console = quiet()
     assert train(recipe(overwrite=True, max_steps=3), console).finished
@@ -145,7 +145,7 @@ def test_half_a_line_at_the_logs_end_is_dropped(recipe, stopped):
 def test_a_log_damaged_further_up_is_refused(recipe, stopped):
     log = stopped.parent / "log.jsonl"
     log.write_bytes(b"{\n" + log.read_bytes())
-    with pytest.raises(InputError, match=r"log.jsonl:1 .*overwrite=true starts anew"):
+    with pytest.raises(InputError, match=r"log.jsonl:1 .*overwrite=true starts over"):
         train(recipe(), quiet())
 
 
@@ -185,4 +185,4 @@ def test_an_overwriting_run_goes_on_after_a_stop(recipe, monkeypatch):
     assert stopped.model.exists()  # the older one, until there is another
     console = quiet()
     assert train(recipe(seed=1, overwrite=True), console).finished
-    assert "Going on after step 4" in console.file.getvalue()
+    assert "Resuming after step 4" in console.file.getvalue()

@@ -51,7 +51,7 @@ def test_a_run_leaves_a_model_and_its_reports(recipe, world):
     facts = json.loads((result.output / "run.json").read_text(encoding="utf-8"))
     assert facts["recipe"] == recipe().model_dump(mode="json")
     assert facts["samples"] == 40
-    assert facts["samples_left_out"] == 0
+    assert facts["num_skipped"] == 0
     assert facts["frozen_parameters"] == 0
     assert facts["trainable_parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["peak_memory_bytes"]["process"] > 10_000_000
@@ -61,7 +61,7 @@ def test_a_run_leaves_a_model_and_its_reports(recipe, world):
         assert plot.size == (960, 720)
 
     shown = console.file.getvalue()
-    assert "What is trained" in shown
+    assert "Trainable parameters" in shown
     assert "24 samples an epoch, images at 8 x 8 pixels" in shown
     assert "step     10/10  loss" in shown
     assert "{" not in shown  # none of the Trainer's dicts
@@ -151,14 +151,14 @@ def test_samples_cut_to_nothing_are_counted(recipe, world):
         quiet(),
     )
     facts = json.loads((result.output / "run.json").read_text(encoding="utf-8"))
-    assert facts["samples_left_out"] == 3
+    assert facts["num_skipped"] == 3
     assert facts["samples"] == ROWS - 3
-    lines = (result.output / "left_out.jsonl").read_text(encoding="utf-8").splitlines()
-    left_out = sorted((json.loads(line) for line in lines), key=lambda line: line["source"])
-    assert [line["source"] for line in left_out] == [
+    lines = (result.output / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    skipped = sorted((json.loads(line) for line in lines), key=lambda line: line["source"])
+    assert [line["source"] for line in skipped] == [
         f"{world / 'long.json'}, row {row}" for row in (1, 2, 3)
     ]
-    assert {line["code"] for line in left_out} == {ErrorCode.NO_LABELS}
+    assert {line["code"] for line in skipped} == {ErrorCode.NO_LABELS}
 
 
 def test_samples_all_cut_to_nothing_are_refused(recipe, tmp_path):

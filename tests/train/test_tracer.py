@@ -5,14 +5,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.train.estimate.tracer import HELD, Held, Shape, trace_step
+from owl2.train.estimate.tracer import KINDS, MemoryKind, BatchShape, trace_step
 from owl2.train.parallelize import enable_checkpointing
 from owl2.train.trainable import apply_stage
 from tests.tiny import make_config, make_model
 from tests.train.measured import WIDE
 
 ROWS, LENGTH, IMAGES = 2, 40, 3
-SHAPE = Shape(ROWS, LENGTH, IMAGES)
+SHAPE = BatchShape(ROWS, LENGTH, IMAGES)
 IMAGE_TOKENS = 9
 
 
@@ -49,8 +49,8 @@ def test_flops_are_those_of_a_real_step(stage, checkpointing):
     with FlopCounterMode(display=False) as counter:
         model(**batch(model), return_logits=False).loss.backward()
     eager = on_meta(stage, checkpointing, attn_implementation="eager")
-    assert trace_step(eager, SHAPE).all_flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
-    fused = trace_step(on_meta(stage, checkpointing), SHAPE).all_flops
+    assert trace_step(eager, SHAPE).flops.total() == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    fused = trace_step(on_meta(stage, checkpointing), SHAPE).flops.total()
     assert fused == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -62,51 +62,51 @@ def test_flops_of_the_decoder_by_hand():
     trace = trace_step(on_meta(), SHAPE)
     by_hand = 2 * tokens * layers * (linears + attention)
     # transformers 5.16 counts a few for positions.
-    assert trace.flops[Held.DECODER] == pytest.approx(by_hand, rel=1e-4)
+    assert trace.flops[MemoryKind.DECODER] == pytest.approx(by_hand, rel=1e-4)
     labelled = tokens - ROWS - IMAGES * IMAGE_TOKENS  # the first word has none before it
-    assert trace.flops[Held.LOGITS] == 2 * labelled * width * words
+    assert trace.flops[MemoryKind.LOGITS] == 2 * labelled * width * words
 
 
 def test_a_frozen_decoder_saves_its_weights_gradients():
     """Stage 1: forward, and backward through the decoder, but to few of its weights."""
     all_of_it, stage1 = (trace_step(on_meta(stage), SHAPE) for stage in (2, 1))
     assert all_of_it.forward_flops == stage1.forward_flops
-    ratio = stage1.all_flops / all_of_it.all_flops
+    ratio = stage1.flops.total() / all_of_it.flops.total()
     assert 2 / 3 < ratio < 0.9
 
 
 def test_computing_again_takes_most_of_a_forward_pass():
     plain = trace_step(on_meta(), SHAPE)
     again = trace_step(on_meta(checkpointing=True), SHAPE)
-    head = plain.flops[Held.LOGITS]
-    more = again.all_flops - plain.all_flops
+    head = plain.flops[MemoryKind.LOGITS]
+    more = again.flops.total() - plain.flops.total()
     # Less the last product of each layer: nothing but the next layer needs it, and that has it.
     assert 0.7 < more / (plain.forward_flops - head) < 1
 
 
 def test_images_are_half_of_a_mixture():
-    few, many = (trace_step(on_meta(), Shape(4, 30, n)) for n in (1, 2))
-    assert many.flops[Held.VISION] == 2 * few.flops[Held.VISION]
-    none = trace_step(on_meta(), Shape(4, 30, 0))
-    assert none.flops.get(Held.VISION, 0) == 0 < none.flops[Held.DECODER]
+    few, many = (trace_step(on_meta(), BatchShape(4, 30, n)) for n in (1, 2))
+    assert many.flops[MemoryKind.VISION] == 2 * few.flops[MemoryKind.VISION]
+    none = trace_step(on_meta(), BatchShape(4, 30, 0))
+    assert none.flops.get(MemoryKind.VISION, 0) == 0 < none.flops[MemoryKind.DECODER]
 
 
 def test_what_is_let_go_is_not_counted():
     """After the step there are weights and gradients, and nothing that was computed on the way."""
     trace = trace_step(on_meta(), SHAPE)
-    end = dict(zip(HELD, trace.held[-1], strict=True))
-    activations = sum(end[kind] for kind in (Held.VISION, Held.ABSTRACTOR, Held.DECODER))
-    assert end[Held.GRADIENTS] == 4 * sum(p.numel() for p in on_meta().parameters())
+    end = dict(zip(KINDS, trace.memory[-1], strict=True))
+    activations = sum(end[kind] for kind in (MemoryKind.VISION, MemoryKind.ABSTRACTOR, MemoryKind.DECODER))
+    assert end[MemoryKind.GRADIENTS] == 4 * sum(p.numel() for p in on_meta().parameters())
     assert activations < 0.05 * sum(trace.peak().values())
 
 
 def test_later_pieces_of_a_step_stand_beside_the_gradients():
-    one, two = (trace_step(on_meta(), Shape(ROWS, LENGTH, IMAGES, n)) for n in (1, 2))
+    one, two = (trace_step(on_meta(), BatchShape(ROWS, LENGTH, IMAGES, n)) for n in (1, 2))
     gradients = 4 * sum(p.numel() for p in on_meta().parameters())
-    assert one.peak()[Held.GRADIENTS] < gradients == two.peak()[Held.GRADIENTS]
+    assert one.peak()[MemoryKind.GRADIENTS] < gradients == two.peak()[MemoryKind.GRADIENTS]
 
 
 def test_scaled_peaks():
     trace = trace_step(on_meta(), SHAPE)
-    half = trace.peak({Held.WEIGHTS: 0.5})
-    assert half[Held.WEIGHTS] == trace.peak()[Held.WEIGHTS] // 2
+    half = trace.peak({MemoryKind.WEIGHTS: 0.5})
+    assert half[MemoryKind.WEIGHTS] == trace.peak()[MemoryKind.WEIGHTS] // 2

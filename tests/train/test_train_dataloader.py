@@ -13,7 +13,7 @@ from owl2.data.dataloader import MixtureDataLoader
 from owl2.data.sample import InvalidSample
 from owl2.errors import ErrorCode, InputError
 from owl2.train.run import train
-from owl2.train.train_dataloader import Feed, run_steps
+from owl2.train.train_dataloader import TrainDataLoader, run_steps
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 from tests.train.tiny import QUESTION, RandomSamples, collate
 
@@ -72,32 +72,32 @@ def test_a_stopped_run_goes_on_with_the_next_samples(
 ):
     settings = settings | {"data": mixed, "on_invalid_sample": "skip", "max_steps": 22}
     whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
-    left_out = read_lines(whole.output / "left_out.jsonl")
-    assert {line["code"] for line in left_out} == {
+    skipped = read_lines(whole.output / "skipped.jsonl")
+    assert {line["code"] for line in skipped} == {
         ErrorCode.MISSING_IMAGE,
         ErrorCode.IMAGE_COUNT_MISMATCH,
         ErrorCode.BROKEN_IMAGE,
     }
     facts = json.loads((whole.output / "run.json").read_text(encoding="utf-8"))
-    assert facts["samples_left_out"] == len(left_out)
-    assert facts["samples"] == 22 * 4 - len(left_out)
+    assert facts["num_skipped"] == len(skipped)
+    assert facts["samples"] == 22 * 4 - len(skipped)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 13)
         stopped = train(recipe(**settings), quiet())
     # As if it had been killed after its state was saved, and had left out more by then.
-    with (stopped.output / "left_out.jsonl").open("a", encoding="utf-8") as file:
+    with (stopped.output / "skipped.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"source": "later"}\n{"sou')
     resumed = train(recipe(**settings), quiet())
     assert_same_weights(weights(whole.model), weights(resumed.model))
-    assert read_lines(resumed.output / "left_out.jsonl") == left_out
+    assert read_lines(resumed.output / "skipped.jsonl") == skipped
 
 
 def test_what_an_earlier_run_left_out_is_forgotten(recipe, mixed):
     settings = {"data": mixed, "on_invalid_sample": "skip", "max_steps": 12}
     first = train(recipe(**settings), quiet())
-    assert read_lines(first.output / "left_out.jsonl")
+    assert read_lines(first.output / "skipped.jsonl")
     train(recipe(overwrite=True), quiet())
-    assert not (first.output / "left_out.jsonl").exists()
+    assert not (first.output / "skipped.jsonl").exists()
 
 
 def test_a_run_that_stopped_at_a_bad_row_goes_on_without_it(recipe, mixed, monkeypatch, tmp_path):
@@ -114,8 +114,10 @@ def test_a_run_that_stopped_at_a_bad_row_goes_on_without_it(recipe, mixed, monke
 def test_a_file_that_is_lost_stops_the_run_also_with_skip(feed):
     one = feed()
     one.on_invalid_sample = "skip"
-    with pytest.raises(InputError, match=r"a\.jsonl: has changed since"):
-        one._leave_out([InvalidSample("a.jsonl", "has changed since", ErrorCode.FILE_CHANGED)])
+    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
+        one._leave_out(
+            [InvalidSample.from_error('a.jsonl', InputError("a.jsonl has changed since: start again", ErrorCode.FILE_CHANGED))]
+        )
 
 
 def test_weights_have_no_epochs(recipe, mixed, world):
@@ -156,7 +158,7 @@ def test_steps_of_epochs(make_recipe, epochs, samples, steps):
 def feed(tmp_path):
     def make():
         data = RandomSamples(10)
-        return Feed(MixtureDataLoader(data, collate, 2), Accelerator(cpu=True), tmp_path)
+        return TrainDataLoader(MixtureDataLoader(data, data.mixture, collate, 2), Accelerator(cpu=True), tmp_path)
 
     return make
 
@@ -174,7 +176,7 @@ def test_a_feed_goes_on_after_what_was_taken(feed, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [None, "", "[]", "{}", '{"world": 1, "left_out": 0}', '{"left_out": 0, "loader": null}'],
+    [None, "", "[]", "{}", '{"world_size": 1, "num_skipped": 0}', '{"num_skipped": 0, "loader": null}'],
 )
 def test_a_damaged_state_is_refused(feed, tmp_path, content):
     if content is not None:
@@ -208,7 +210,7 @@ def test_a_run_of_nothing_but_bad_samples_ends(recipe, tmp_path):
         "on_invalid_sample": "skip",
         "max_steps": 50,
     }
-    with pytest.raises(InputError, match=r"the first 100 samples were all left out.*left_out"):
+    with pytest.raises(InputError, match=r"the first 100 samples were all left out.*skipped"):
         train(recipe(**settings), quiet())
 
 

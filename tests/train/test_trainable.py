@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from owl2.train.trainable import TRAINED, Part, apply_stage, part_of
+from owl2.train.trainable import STAGES, ModelPart, apply_stage, part_of
 from tests.tiny import make_model
 
 VISUAL_WEIGHTS = re.compile(
@@ -58,7 +58,7 @@ def test_trained_and_frozen_are_all(stage, settings):
 def test_without_mam_stage_1_trains_vision_and_abstractor_only():
     model = make_model(use_mam=False)
     trained = apply_stage(model, 1)
-    assert {part_of(name) for name in trained.trainable} == {Part.VISION, Part.ABSTRACTOR}
+    assert {part_of(name) for name in trained.trainable} == {ModelPart.VISION, ModelPart.ABSTRACTOR}
 
 
 def test_a_stage_undoes_the_one_before():
@@ -71,11 +71,11 @@ def test_a_stage_undoes_the_one_before():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("model.layers.0.self_attn.k_proj.multiway.1.bias", Part.VISUAL_WEIGHTS),
-        ("model.layers.11.input_layernorm.multiway.1.weight", Part.VISUAL_WEIGHTS),
-        ("model.layers.1.self_attn.k_proj.multiway.0.weight", Part.DECODER),
-        ("model.layers.1.self_attn.q_proj.weight", Part.DECODER),
-        ("lm_head.weight", Part.DECODER),
+        ("model.layers.0.self_attn.k_proj.multiway.1.bias", ModelPart.VISUAL_WEIGHTS),
+        ("model.layers.11.input_layernorm.multiway.1.weight", ModelPart.VISUAL_WEIGHTS),
+        ("model.layers.1.self_attn.k_proj.multiway.0.weight", ModelPart.DECODER),
+        ("model.layers.1.self_attn.q_proj.weight", ModelPart.DECODER),
+        ("lm_head.weight", ModelPart.DECODER),
     ],
 )
 def test_parts_are_told_step_by_step(name, part):
@@ -101,6 +101,6 @@ def test_nothing_is_dropped_at_random():
 
 
 def test_there_is_no_stage_3():
-    assert set(TRAINED) == {1, 2}
+    assert set(STAGES) == {1, 2}
     with pytest.raises(ValueError, match="not 3"):
         apply_stage(make_model(), 3)

@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_harm(make_recipe, tm
     recipe = make_recipe(save_steps=1, max_steps=8)
     model = make_model()
     trainer = make_trainer(recipe, tmp_path, model)
-    trainer.feed.loader.collate = spoil(batch=3)
+    trainer.train_loader.loader.collate = spoil(batch=3)
     with pytest.raises(InputError, match="step 3: the loss is nan"):
         trainer.train()
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

@@ -11,14 +11,14 @@ from owl2.data.sample import InvalidSample
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
-from owl2.train.distributed import Team
+from owl2.train.distributed import DistributedContext
 from owl2.train.parallelize import enable_checkpointing
 from owl2.train.run import train
-from owl2.train.validation import HeldOut, Look, Validator, _shares
+from owl2.train.validation import ValidationDataset, ValidationResult, Validator, _batches_of
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 
 
-class Shares(Team):
+class Shares(DistributedContext):
     """A process of several that are not there: keeps what it would have exchanged."""
 
     def __init__(self, rank, size):
@@ -55,7 +55,7 @@ def samples(world):
 def look(start, held_out, team=None, **settings):
     model, processor = start
     settings = {"batch_size": 4} | settings
-    return Validator(held_out, processor, team or Team(), **settings).look(model, 7)
+    return Validator(held_out, processor, team or DistributedContext(), **settings).look(model, 7)
 
 
 def one_by_one(start, samples):
@@ -78,20 +78,20 @@ def one_by_one(start, samples):
 @pytest.mark.parametrize("batch_size", [1, 5, 24])
 def test_the_loss_is_the_mean_over_all_labelled_tokens(start, samples, batch_size):
     expected, tokens = one_by_one(start, samples)
-    seen = look(start, HeldOut([(samples, None)], start[1]), batch_size=batch_size)
+    seen = look(start, ValidationDataset([(samples, None)], start[1]), batch_size=batch_size)
     assert seen.loss == pytest.approx(expected, rel=1e-5)
-    assert (seen.step, seen.tokens, seen.samples, seen.left_out) == (7, tokens, len(samples), 0)
+    assert (seen.step, seen.tokens, seen.samples, seen.skipped) == (7, tokens, len(samples), 0)
 
 
 def test_workers_change_nothing(start, samples):
-    held_out = HeldOut([(samples, None)], start[1], most=9)
+    held_out = ValidationDataset([(samples, None)], start[1], max_samples=9)
     assert look(start, held_out, workers=1).loss == look(start, held_out).loss
 
 
 @pytest.mark.parametrize(("count", "processes"), [(24, 2), (5, 2), (1, 3), (6, 4)])
 def test_processes_share_the_samples_and_keep_in_step(start, samples, count, processes):
-    held_out = HeldOut([(samples, None)], start[1], most=count)
-    shares = [_shares(count, 2, rank, processes) for rank in range(processes)]
+    held_out = ValidationDataset([(samples, None)], start[1], max_samples=count)
+    shares = [_batches_of(count, 2, rank, processes) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(n for share in shares for batch in share for n in batch) == list(range(count))
 
@@ -103,9 +103,9 @@ def test_processes_share_the_samples_and_keep_in_step(start, samples, count, pro
         with suppress(InputError):
             look(start, held_out, team, batch_size=2)
         told.append(next(numbers for numbers in team.told if len(numbers) == 4))
-    loss, tokens, seen, left_out = (sum(numbers) for numbers in zip(*told, strict=True))
+    loss, tokens, seen, skipped = (sum(numbers) for numbers in zip(*told, strict=True))
     assert loss / tokens == pytest.approx(whole.loss, rel=1e-5)
-    assert (tokens, seen, left_out) == (whole.tokens, count, 0)
+    assert (tokens, seen, skipped) == (whole.tokens, count, 0)
 
 
 def test_the_model_and_chance_are_as_before(start, samples):
@@ -114,7 +114,7 @@ def test_the_model_and_chance_are_as_before(start, samples):
     enable_checkpointing(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     chance = torch.get_rng_state()
-    look(start, HeldOut([(samples, None)], processor), answers=2, workers=1)
+    look(start, ValidationDataset([(samples, None)], processor), answers=2, workers=1)
     assert torch.equal(torch.get_rng_state(), chance)
     assert_same_weights(model.state_dict(), before)
     assert model.training and not model.config.use_cache
@@ -130,16 +130,16 @@ def test_a_look_is_without_dropout_gradients_and_checkpointing(start, samples, a
     model.model.layers[0].register_forward_hook(
         lambda layer, *_: how.add((layer.training, torch.is_grad_enabled()))
     )
-    look(start, HeldOut([(samples, None)], processor, most=2), answers=answers)
+    look(start, ValidationDataset([(samples, None)], processor, max_samples=2), answers=answers)
     assert how == {(False, False)}
 
 
 def test_sources_take_turns(start, samples):
-    held_out = HeldOut([(samples[:2], None), (samples[10:20], 4), (samples[20:], None)], start[1])
+    held_out = ValidationDataset([(samples[:2], None), (samples[10:20], 4), (samples[20:], None)], start[1])
     first = [held_out.sample(number).source for number in range(len(held_out))]
     expected = [samples[n].source for n in (0, 10, 20, 1, 11, 21, 12, 22, 13, 23)]
     assert first == expected
-    assert len(HeldOut([(samples, 5)], start[1], most=3)) == 3
+    assert len(ValidationDataset([(samples, 5)], start[1], max_samples=3)) == 3
 
 
 def test_a_weight_has_no_meaning(recipe, world):
@@ -149,16 +149,16 @@ def test_a_weight_has_no_meaning(recipe, world):
 
 
 def test_of_a_stream_the_first_are_held(start, samples):
-    held_out = HeldOut([(Stream(samples), None)], start[1], most=5)
+    held_out = ValidationDataset([(Stream(samples), None)], start[1], max_samples=5)
     assert look(start, held_out).samples == 5
-    assert len(HeldOut([(Stream(samples), 7)], start[1])) == 7
+    assert len(ValidationDataset([(Stream(samples), 7)], start[1])) == 7
     with pytest.raises(InputError, match="set `samples`"):
-        HeldOut([(Stream(samples), None)], start[1])
+        ValidationDataset([(Stream(samples), None)], start[1])
 
 
 def test_nothing_to_look_at(start):
     with pytest.raises(InputError, match="no samples"):
-        HeldOut([([], None)], start[1])
+        ValidationDataset([([], None)], start[1])
 
 
 def test_a_loss_that_is_not_finite(start, samples):
@@ -166,20 +166,20 @@ def test_a_loss_that_is_not_finite(start, samples):
     with torch.no_grad():
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(InputError, match="validation after step 7: the loss is nan"):
-        look(start, HeldOut([(samples, None)], processor))
+        look(start, ValidationDataset([(samples, None)], processor))
 
 
 def test_no_sample_that_can_be_used(start, samples):
     bad = [InvalidSample(sample.source, "it is broken") for sample in samples[:3]]
     with pytest.raises(InputError, match="none of the 3 held-out samples can be used"):
-        look(start, HeldOut([(bad, None)], start[1]), skip_bad=True)
+        look(start, ValidationDataset([(bad, None)], start[1]), skip_invalid=True)
 
 
 def test_answers_are_those_of_chat(start, samples):
     from owl2.engine.engine import Engine
 
     model, processor = start
-    held_out = HeldOut([(samples, None)], processor)
+    held_out = ValidationDataset([(samples, None)], processor)
     answers = look(start, held_out, answers=3).answers
     assert [answer.source for answer in answers] == [samples[n].source for n in (0, 8, 16)]
     engine = Engine(model, processor)
@@ -191,7 +191,7 @@ def test_answers_are_those_of_chat(start, samples):
 
 
 def test_what_the_line_holds():
-    line = Look(3, 0.5, 6, 2, 0, 1.0).line()
+    line = ValidationResult(3, 0.5, 6, 2, 0, 1.0).line()
     assert json.loads(json.dumps(line)) == line | {"answers": []}
 
 
@@ -213,8 +213,8 @@ def test_a_run_with_looks_ends_with_the_weights_of_one_without(recipe, world, tm
 
     lines = [json.loads(line) for line in (watched.output / "validation.jsonl").open()]
     assert [line["step"] for line in lines] == [0, 3, 6, 9, 10]
-    assert {"loss", "tokens", "samples", "left_out", "seconds"} < lines[0].keys()
-    assert [set(answer) for answer in lines[0]["answers"]] == [
+    assert {"loss", "tokens", "samples", "num_skipped", "seconds"} < lines[0].keys()
+    assert [set(answer) for answer in lines[0]["generations"]] == [
         {"source", "question", "wanted", "answer"}
     ]
     facts = json.loads((watched.output / "run.json").read_text(encoding="utf-8"))
@@ -224,7 +224,7 @@ def test_a_run_with_looks_ends_with_the_weights_of_one_without(recipe, world, tm
     shown = console.file.getvalue()
     assert "step      3/10  validation loss" in shown
     assert "wanted 'red'" in shown
-    assert "validation loss" in shown.split("What came of it")[1]
+    assert "validation loss" in shown.split("Summary")[1]
 
 
 def test_a_look_computes_in_the_precision_of_training(recipe, world, monkeypatch):
@@ -285,4 +285,4 @@ def test_held_out_samples_that_cannot_be_used(recipe, tmp_path):
         train(recipe(validation=held_out), quiet())
     result = train(recipe(validation=held_out, on_invalid_sample="skip", overwrite=True), quiet())
     [line, *_] = [json.loads(line) for line in (result.output / "validation.jsonl").open()]
-    assert (line["samples"], line["left_out"], len(line["answers"])) == (1, 1, 1)
+    assert (line["samples"], line["num_skipped"], len(line["generations"])) == (1, 1, 1)

@@ -52,15 +52,15 @@ def test_two_processes_see_what_one_sees(watched, tmp_path, environment):
     assert [look["step"] for look in two] == [0, 2]
     for expected, found in zip(one, two, strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-        same = ("step", "tokens", "samples", "left_out")
+        same = ("step", "tokens", "samples", "num_skipped")
         assert [found[key] for key in same] == [expected[key] for key in same]
         assert found["samples"] == HELD_OUT
-    assert two[0]["answers"] == one[0]["answers"]
+    assert two[0]["generations"] == one[0]["generations"]
 
     for expected, found in zip(read(alone, "log.jsonl"), read(together, "log.jsonl"), strict=True):
-        same = ("step", "samples", "tokens", "images", "left_out")
+        same = ("step", "samples", "tokens", "images", "num_skipped")
         assert [found[key] for key in same] == [expected[key] for key in same]
     facts = json.loads((together / "run.json").read_text(encoding="utf-8"))
-    each = facts["peak_memory_bytes"]["process_each"]
+    each = facts["peak_memory_bytes"]["process_by_rank"]
     assert len(each) == facts["processes"] == 2
     assert facts["peak_memory_bytes"]["process"] == max(each) and min(each) > 10_000_000

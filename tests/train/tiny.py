@@ -3,9 +3,9 @@
 import torch
 
 from owl2.data.collate import Batch
-from owl2.data.mixture import MixtureDataset, MixtureSource
+from owl2.data.mixture import Mixture, Source
 
-COLOURS = ("red", "green", "blue", "white")
+COLORS = ("red", "green", "blue", "white")
 QUESTION = "what is this"
 ROWS = 24
 
@@ -14,7 +14,7 @@ class RandomSamples(MixtureDataset):
     """Samples of an image and some random words, of different lengths; the epoch changes them."""
 
     def __init__(self, count, images=True):
-        super().__init__([MixtureSource(range(count))], processor=None)
+        self.mixture = MixtureDataset([MixtureSource(range(count))])
         self.images = images
 
     def __getitem__(self, index):
