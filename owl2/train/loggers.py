@@ -55,7 +55,8 @@ def make_loggers(recipe: Recipe, resumed_step: int) -> Iterator[Logger]:
         yield WandbLogger(output, recipe.wandb_project, recipe, resumed_step)
 
 
-def _grouped(metrics: dict[str, Any]) -> dict[str, float]:
+def grouped_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics by their names in the tools, such as "train/loss"."""
     return {
         f"{GROUP_OF.get(name, 'run')}/{name}": value
         for name, value in metrics.items()
@@ -81,7 +82,7 @@ class TensorBoardLogger(Logger):
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Add a scalar for each metric."""
-        for name, value in _grouped(metrics).items():
+        for name, value in grouped_metrics(metrics).items():
             self._writer.add_scalar(name, value, metrics["step"])
 
     def log_validation(self, result: ValidationResult) -> None:
@@ -135,7 +136,7 @@ class WandbLogger(Logger):
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Log all metrics."""
-        self._run.log(_grouped(metrics), step=metrics["step"])
+        self._run.log(grouped_metrics(metrics), step=metrics["step"])
 
     def log_validation(self, result: ValidationResult) -> None:
         """Log the loss and a table of generations."""

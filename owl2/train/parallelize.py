@@ -13,7 +13,8 @@ other lengths use the same code. The code around the blocks depends on values an
 
 `attn_implementation`: eager and sdpa run everywhere and separate packed samples by a dense mask
 (rows, S, S). flex_attention has a block-sparse mask; PyTorch has its backward pass on GPUs only.
-flash_attention_2 takes the lengths of the samples of one row; it needs a GPU, bfloat16 and flash-attn.
+flash_attention_2 takes the lengths of the samples of one row. It needs a GPU, bfloat16 and the
+package flash-attn.
 """
 
 import importlib.util

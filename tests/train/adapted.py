@@ -1,4 +1,4 @@
-"""What tests of adapters share: the smallest LoRA, models as they answer, questions."""
+"""Helpers for tests of adapters: the smallest LoRA, models in evaluation mode, questions."""
 
 from owl2.model.modeling import Owl2ForConditionalGeneration
 

@@ -1,4 +1,4 @@
-"""What tests of training share."""
+"""Fixtures for tests of training."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.train.tiny import COLORS, QUESTION, ROWS
 @pytest.fixture
 def make_recipe(tmp_path):
     def make(**settings):
-        least = {
+        defaults = {
             "model": "unused",
             "output": str(tmp_path / "run"),
             "stage": 2,
@@ -32,14 +32,14 @@ def make_recipe(tmp_path):
             "dtype": "float32",
             "logging_steps": 1,
         }
-        return Recipe(**(least | settings))
+        return Recipe(**(defaults | settings))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with an untrained checkpoint, images of one color, and what is said of them."""
+    """A folder with an untrained checkpoint, images of one color each, and conversations."""
     folder = tmp_path_factory.mktemp("world")
     rows = []
     for number in range(ROWS):
@@ -67,7 +67,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def recipe(world, tmp_path):
     def make(**settings):
-        least = {
+        defaults = {
             "model": str(world / "start"),
             "output": str(tmp_path / "run"),
             "stage": 2,
@@ -83,6 +83,6 @@ def recipe(world, tmp_path):
             "dtype": "float32",
             "logging_steps": 2,
         }
-        return Recipe(**(least | settings))
+        return Recipe(**(defaults | settings))
 
     return make

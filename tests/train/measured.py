@@ -1,4 +1,4 @@
-"""A model large enough to measure, a folder to train it on, and the bytes that a run took."""
+"""A model large enough to measure, its training data, and the peak memory of a run."""
 
 import gc
 import io
@@ -18,7 +18,7 @@ from tests.tiny import make_model
 
 LENGTH = 96
 QUESTION = "what is this"
-# Wide for its depth, so that what a plan counts is more than what it cannot see.
+# Wide for its depth, so that weights and activations exceed the memory inside kernels.
 WIDE = {
     "vocab_size": 1200,
     "hidden_size": 192,
@@ -47,7 +47,7 @@ WIDE = {
 
 
 def make_world(folder):
-    """Write a checkpoint `start` and `data.json`: images, each with many words or few."""
+    """Write a checkpoint `start` and `data.json`: images with long or short answers."""
     rows = []
     for number in range(16):
         Image.new("RGB", (40, 40), (number * 15, 0, 0)).save(folder / f"{number}.png")
@@ -69,7 +69,7 @@ def make_world(folder):
 
 def make_recipe(folder, output, **settings):
     """A run of two steps over that data."""
-    least = {
+    defaults = {
         "model": str(folder / "start"),
         "output": str(output),
         "stage": 2,
@@ -84,25 +84,25 @@ def make_recipe(folder, output, **settings):
         "dataloader_num_workers": 0,
         "dtype": "float32",
     }
-    return Recipe(**(least | settings))
+    return Recipe(**(defaults | settings))
 
 
 def measured_peak(recipe, monkeypatch):
-    """The most bytes that torch's allocator had given out at a time while a recipe was trained."""
+    """The peak of the bytes that torch's allocator has allocated while a recipe is trained."""
     training, peaks = Owl2Trainer.train, []
 
     def measured(self, *args, **kwargs):
-        gc.collect()  # else what an earlier run left is let go in this one, and counts as less
+        gc.collect()  # memory of an earlier run would be freed in this one
         tensors = (*self.model.parameters(), *self.model.buffers())
         storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-        live = most = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        live = peak = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             result = training(self, *args, **kwargs)
-        for event in seen.profiler.kineto_results.events():
+        for event in profiler.profiler.kineto_results.events():
             if event.name() == "[memory]":
                 live += event.nbytes()
-                most = max(most, live)
-        peaks.append(most)
+                peak = max(peak, live)
+        peaks.append(peak)
         return result
 
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What the server of `tests.train.processes` imports before it forks."""
+"""The imports of the fork server of `tests.train.processes`."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """Real processes for tests: trained together over gloo, stopped by signals, killed.
 
-They come from a server that has imported everything once, or each would take seconds to begin.
+A fork server imports everything once, because each import takes seconds.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ FSDP = {
 
 @dataclass
 class Processes:
-    """Some processes of one run; what each said is in `folder`."""
+    """The processes of one run; their output is in `folder`."""
 
     members: list[BaseProcess]
     folder: Path
 
     def wait(self, timeout=120):
-        """Their exit codes; those that hang are ended, and the test fails."""
+        """Their exit codes. The test fails if a process does not end."""
         for member in self.members:
             member.join(timeout)
         hung = [member.name for member in self.members if member.is_alive()]
         self.kill()
-        assert not hung, f"{hung} hang\n{self.said()}"
+        assert not hung, f"{hung} did not end\n{self.output()}"
         return [member.exitcode for member in self.members]
 
     def kill(self):
@@ -49,25 +49,24 @@ class Processes:
         for member in self.members:
             member.join()
 
-    def said(self, rank=None):
-        """What one of them, or all, wrote to stdout and stderr."""
+    def output(self, rank=None):
+        """The stdout and stderr of one process, or of all."""
         ranks = range(len(self.members)) if rank is None else [rank]
         return "".join((self.folder / f"{rank}.txt").read_text("utf-8") for rank in ranks)
 
 
 def start(folder, function, *args, count=1, environment=None):
-    """`count` processes that each call `function(*args)`, which their modules must have by name."""
+    """Start `count` processes that call `function(*args)`, a top-level function of a module."""
     folder.mkdir(parents=True, exist_ok=True)
-    together = {} if count == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    variables = dict(environment or {})
+    if count > 1:
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        variables |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     members = []
     for rank in range(count):
-        variables = together | (environment or {})
-        if count > 1:
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-            variables |= {name: str(number) for name, number in numbers.items()}
-            variables |= {"LOCAL_WORLD_SIZE": str(count)}
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
         member = CONTEXT.Process(
-            target=_enter, args=(folder / f"{rank}.txt", variables, function, args)
+            target=_enter, args=(folder / f"{rank}.txt", variables | ranks, function, args)
         )
         member.start()
         members.append(member)
@@ -75,31 +74,31 @@ def start(folder, function, *args, count=1, environment=None):
 
 
 def run(folder, function, *args, timeout=120, **kwargs):
-    """The same, and wait for them: all must end well."""
+    """Start the processes and wait for them; all must succeed."""
     processes = start(folder, function, *args, **kwargs)
     codes = processes.wait(timeout)
-    assert not any(codes), f"{codes}\n{processes.said()}"
+    assert not any(codes), f"{codes}\n{processes.output()}"
     return processes
 
 
 def _enter(path, variables, function, args):
     os.environ.update({"OMP_NUM_THREADS": "1", **variables})
-    with path.open("w", encoding="utf-8", buffering=1) as said:
+    with path.open("w", encoding="utf-8", buffering=1) as output:
         for stream in (1, 2):
-            os.dup2(said.fileno(), stream)
-        sys.stdout = sys.stderr = said
+            os.dup2(output.fileno(), stream)
+        sys.stdout = sys.stderr = output
         try:
             function(*args)
         except SystemExit:
             raise
         except BaseException:
             traceback.print_exc()
-            said.flush()
+            output.flush()
             os._exit(1)
 
 
 def owl2(*arguments):
-    """The command, as in a process of its own."""
+    """Run the command line, as in a separate process."""
     from owl2.cli import main
 
     sys.argv = ["owl2", *arguments]

@@ -1,8 +1,10 @@
-"""What tests of whole runs share: a silent console, weights to compare, Ctrl-C at a step."""
+"""Helpers for tests of runs: a silent console, weights and logs to compare, Ctrl-C at a step."""
 
 import io
+import json
 import os
 import signal
+import time
 
 import torch
 from rich.console import Console
@@ -16,8 +18,7 @@ def quiet():
 
 
 def weights(directory):
-    model = Owl2ForConditionalGeneration.from_pretrained(directory)
-    return model.state_dict()
+    return Owl2ForConditionalGeneration.from_pretrained(directory).state_dict()
 
 
 def assert_same_weights(one, other):
@@ -26,16 +27,47 @@ def assert_same_weights(one, other):
     assert not different
 
 
+def read_jsonl(path):
+    """The lines of a log; none if the file does not exist yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def wait_for(condition, describe=lambda: "", seconds=60, interval=0.005):
+    """Poll until a condition on files of another process is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"timeout\n{describe()}"
+        time.sleep(interval)
+
+
+class Killed(BaseException):
+    """Raised in place of a kill: no handler of the program catches it."""
+
+
+def kill_at(monkeypatch, step):
+    """End the run without any cleanup after this step."""
+    training_step = Owl2Trainer.training_step
+
+    def killed_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Killed
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Owl2Trainer, "training_step", killed_step)
+
+
 def interrupt_at(monkeypatch, step):
-    """Ctrl-C while this step is being computed."""
-    compute = Owl2Trainer.training_step
-    pressed = False
+    """Send SIGINT while this step is computed."""
+    training_step = Owl2Trainer.training_step
+    sent = False
 
-    def computing(self, *args, **kwargs):
-        nonlocal pressed
-        if self.state.global_step + 1 == step and not pressed:
-            pressed = True
+    def interrupted_step(self, *args, **kwargs):
+        nonlocal sent
+        if self.state.global_step + 1 == step and not sent:
+            sent = True
             os.kill(os.getpid(), signal.SIGINT)
-        return compute(self, *args, **kwargs)
+        return training_step(self, *args, **kwargs)
 
-    monkeypatch.setattr(Owl2Trainer, "training_step", computing)
+    monkeypatch.setattr(Owl2Trainer, "training_step", interrupted_step)

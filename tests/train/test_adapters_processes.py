@@ -27,7 +27,7 @@ def test_two_processes_save_one_adapter_and_go_on(recipe, tmp_path, environment)
     settings["data"] = [{"file": source["file"]} for source in settings["data"]]
     alone = train(Recipe(**settings | {"output": str(tmp_path / "one")}), quiet())
     whole = Recipe(**settings | {"output": str(tmp_path / "two")})
-    run(tmp_path / "said", train, whole, count=2, environment=environment)
+    run(tmp_path / "output", train, whole, count=2, environment=environment)
     names = {path.name for path in alone.model.iterdir()}
     assert {path.name for path in (tmp_path / "two" / "model").iterdir()} == names
     one, two = weights(alone.model), weights(tmp_path / "two" / "model")
@@ -41,9 +41,9 @@ def test_two_processes_save_one_adapter_and_go_on(recipe, tmp_path, environment)
     processes = start(tmp_path / "1", owl2, "train", str(path), count=2, environment=environment)
     end = time.monotonic() + 60
     while not log.exists() or len(log.read_text().splitlines()) < 4:
-        assert time.monotonic() < end, processes.said()
+        assert time.monotonic() < end, processes.output()
         time.sleep(0.005)
     os.kill(processes.members[0].pid, signal.SIGTERM)
-    assert processes.wait() == [143, 143], processes.said()
+    assert processes.wait() == [143, 143], processes.output()
     run(tmp_path / "2", owl2, "train", str(path), count=2, environment=environment)
     assert_same_weights(two, weights(tmp_path / "run" / "model"))

@@ -1,4 +1,4 @@
-"""Activation checkpointing: all three parts compute again, and learn exactly the same."""
+"""Activation checkpointing: all three parts are recomputed, and gradients are equal."""
 
 from collections import Counter
 from functools import partial
@@ -32,8 +32,8 @@ def packed():
     return pack(samples(), 0)
 
 
-def learned(batch, stage, checkpointing, freeze=()):
-    """The loss, the trained parameters' gradients, and how often each kind of layer ran."""
+def train_on(batch, stage, checkpointing, freeze=()):
+    """The loss, the gradients of trainable parameters, and the runs of each kind of layer."""
     model = make_model(initializer_range=0.4).train()
     apply_stage(model, stage, freeze)
     if checkpointing:
@@ -45,7 +45,7 @@ def learned(batch, stage, checkpointing, freeze=()):
 
     for module in model.modules():
         if type(module) in LAYERS:
-            # Not a hook, which a layer that is computed again would not reach.
+            # Inside the layer, because recomputation does not call hooks of the layer itself.
             inner = module.crossattention if isinstance(module, AbstractorLayer) else module.mlp
             inner.register_forward_pre_hook(partial(count, type(module)))
     loss = model(**batch, use_cache=False).loss
@@ -57,25 +57,25 @@ def learned(batch, stage, checkpointing, freeze=()):
 @pytest.mark.parametrize("how", [True, "selective"])
 @pytest.mark.parametrize("layout", [padded, packed])
 @pytest.mark.parametrize(
-    ("stage", "frozen"), [(1, ()), (2, ()), (2, ("vision",))], ids=["1", "2", "2, vision frozen"]
+    ("stage", "freeze"), [(1, ()), (2, ()), (2, ("vision",))], ids=["1", "2", "2, vision frozen"]
 )
-def test_gradients_are_equal(layout, stage, frozen, how):
-    kept = learned(layout(), stage, False, frozen)
-    again = learned(layout(), stage, how, frozen)
-    assert torch.equal(kept[0], again[0])
-    assert kept[1].keys() == again[1].keys()
-    for name, gradient in kept[1].items():
-        assert gradient is not None and torch.equal(gradient, again[1][name]), name
+def test_gradients_are_equal(layout, stage, freeze, how):
+    plain = train_on(layout(), stage, False, freeze)
+    recomputed = train_on(layout(), stage, how, freeze)
+    assert torch.equal(plain[0], recomputed[0])
+    assert plain[1].keys() == recomputed[1].keys()
+    for name, gradient in plain[1].items():
+        assert gradient is not None and torch.equal(gradient, recomputed[1][name]), name
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_all_three_parts_compute_again(stage):
-    assert learned(padded(), stage, False)[2] == LAYERS
-    assert learned(padded(), stage, True)[2] == {kind: 2 * n for kind, n in LAYERS.items()}
+def test_all_three_parts_are_recomputed(stage):
+    assert train_on(padded(), stage, False)[2] == LAYERS
+    assert train_on(padded(), stage, True)[2] == {kind: 2 * n for kind, n in LAYERS.items()}
 
 
-def test_what_is_not_trained_is_not_computed_again():
-    ran = learned(padded(), 2, True, ("vision",))[2]
+def test_frozen_blocks_before_trainable_ones_are_not_recomputed():
+    ran = train_on(padded(), 2, True, ("vision",))[2]
     assert ran[VisionLayer] == VISION_BLOCKS
     assert ran[AbstractorLayer] == 2 * LAYERS[AbstractorLayer]
 
@@ -92,24 +92,21 @@ def traces():
 @pytest.mark.parametrize(
     ("part", "bound"), [("vision encoder", 0.4), ("abstractor", 0.6), ("decoder", 0.4)]
 )
-def test_each_part_holds_less(traces, part, bound):
-    """At the end of the forward pass, when most is held; real runs are in test_memory."""
+def test_each_part_saves_less(traces, part, bound):
+    """At the end of the forward pass, where the peak is; test_memory measures real runs."""
     column = [str(kind) for kind in KINDS].index(f"activations, {part}")
-    kept, some, least = (trace.memory[:, column].max() for trace in traces)
-    assert least < bound * kept
-    assert least < some < 0.8 * kept
+    full, selective, least = (trace.memory[:, column].max() for trace in traces)
+    assert least < bound * full
+    assert least < selective < 0.8 * full
 
 
-def test_selective_computes_no_product_again(traces):
-    kept, some, least = (trace.flops.total() for trace in traces)
-    assert kept == some < least
+def test_selective_checkpointing_recomputes_no_matrix_product(traces):
+    full, selective, least = (trace.flops.total() for trace in traces)
+    assert full == selective < least
 
 
 def saved_by_part(model, batch):
-    """Bytes that autograd keeps, by the part that is computed when it does, and in all of it.
-
-    Weights themselves cost nothing to keep.
-    """
+    """Bytes that autograd saves, by the part that is being computed; weights do not count."""
     parts = {
         "vision": model.model.vision_model,
         "abstractor": model.model.visual_abstractor,
@@ -133,7 +130,7 @@ def saved_by_part(model, batch):
     return kept
 
 
-def test_frozen_vision_keeps_nothing():
+def test_frozen_vision_encoder_saves_nothing():
     model = make_model().train()
     apply_stage(model, 2, ("vision",))
     kept = saved_by_part(model, padded())
@@ -141,8 +138,8 @@ def test_frozen_vision_keeps_nothing():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
-def test_nothing_is_kept_before_the_first_trained_weight(checkpointing):
-    """LoRA on the last layer alone: images, words and the first layer run without a graph."""
+def test_nothing_is_saved_before_the_first_trainable_weight(checkpointing):
+    """LoRA on the last layer only: images, text and the first layer run without a graph."""
     model = make_model().train()
     apply_lora(model, LoraSettings(r=2), seed=0)
     for parameter in model.model.layers[0].parameters():
@@ -153,14 +150,14 @@ def test_nothing_is_kept_before_the_first_trained_weight(checkpointing):
     assert kept["vision"] == kept["abstractor"] == kept["layer 0"] == 0 < kept["layer 1"]
 
 
-def test_frozen_linears_do_not_keep_their_inputs():
-    """Stage 1 passes gradients through the frozen decoder: they need its weights, no inputs."""
+def test_frozen_linears_do_not_save_their_inputs():
+    """In stage 1 gradients pass through the frozen decoder; they need its weights only."""
     model = make_model().train()
     apply_stage(model, 1)
-    everything = saved_by_part(make_model().train(), padded())
-    some = saved_by_part(model, padded())
-    # Of an MLP: silu(gate) * up into `down`, and the normed states into `gate` and `up`.
+    trained = saved_by_part(make_model().train(), padded())
+    frozen = saved_by_part(model, padded())
+    # In an MLP: silu(gate) * up into `down`, and the normalized states into `gate` and `up`.
     rows = padded()["input_ids"].numel()
     inputs = 4 * rows * (model.config.intermediate_size + model.config.hidden_size)
     for layer in ("layer 0", "layer 1"):
-        assert some[layer] <= everything[layer] - inputs
+        assert frozen[layer] <= trained[layer] - inputs

@@ -1,16 +1,17 @@
-"""A run on the terminal: what the panel and the plain lines say."""
+"""The progress of a run on the terminal: the live panel and the lines."""
 
 import io
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from owl2.train.console import LivePanel, ConsoleLogger, sparkline, size, terminal_view
+from owl2.train.console import ConsoleLogger, LivePanel, format_bytes, sparkline
 from owl2.train.validation import Generation, ValidationResult
 
-LINE = {
+METRICS = {
     "step": 20,
     "epoch": 0.1,
     "loss": 0.4321,
@@ -28,74 +29,91 @@ LINE = {
     "data_wait_fraction": 0.012,
     "process_memory_bytes": 1_500_000_000,
 }
-ANSWERS = (
+GENERATIONS = (
     Generation("a, row 1", "<|image|>what  color\nis it?", "red", "blue"),
     Generation("a, row 2", "is it round?", "yes", "yes"),
 )
+
+
+def begin(logger, step, steps):
+    logger.on_train_begin(None, SimpleNamespace(global_step=step, max_steps=steps), None)
+
+
+def step(logger, number):
+    logger.on_step_end(None, SimpleNamespace(global_step=number), None)
 
 
 def terminal():
     return Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
 
 
-def shown(panel):
+def rendered(panel):
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(panel.render())
     return console.export_text()
 
 
-def test_the_panel_shows_what_there_is_to_watch():
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("owl2.train.console.time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_panel_shows_metrics(clock):
     panel = LivePanel(terminal(), "runs/x")
-    panel.begin(0, 4800, [])
+    begin(panel, 0, 4800)
     panel.close()
-    assert "step 0/4,800" in shown(panel)
-    panel.step(21)
-    panel.log(LINE | {"loss": 2.0, "step": 10}, 100.0)
-    panel.log(LINE | {"gpu_memory_bytes": 61_200_000_000}, 3725.4)
-    text = shown(panel)
+    assert "step 0/4,800" in rendered(panel)
+    clock[0] = 21.0
+    step(panel, 21)
+    panel.log_metrics(METRICS | {"loss": 2.0, "step": 10})
+    panel.log_metrics(METRICS | {"gpu_memory_bytes": 61_200_000_000})
+    text = rendered(panel)
     for part in (
         "runs/x",
         "step 21/4,800",
-        "1:02:05 left",
+        "1:19:39 left",
         "0.4321  smoothed 0.5000  █▁",
         "2.00e-05  gradient norm 0.87",
         "85.3 samples/s  20,576 tokens/s  83.3 images/s",
         "1.2% of the time",
-        "process 1.5 GB  GPU at most 61.2 GB",
-        "5,120 samples  1,234,567 tokens  5,000 images  left out 3",
+        "process 1.5 GB  GPU peak 61.2 GB",
+        "5,120 samples  1,234,567 tokens  5,000 images  3 skipped",
     ):
         assert part in text, part
     assert "validation" not in text
 
 
-def test_the_panel_shows_the_last_look_beside_the_first():
+def test_panel_shows_the_last_and_the_first_validation():
     panel = LivePanel(terminal(), "runs/x")
-    panel.look(ValidationResult(0, 2.5, 10, 4, 0, 1.0))
-    panel.look(ValidationResult(20, 0.75, 10, 4, 1, 1.0, ANSWERS))
-    text = shown(panel)
-    assert "loss 0.7500 at step 20, 2.5000 at step 0  (4 samples, 1 left out)" in text
-    assert "what color is it?  blue  wanted red" in text
-    assert "is it round?  yes" in text and "wanted yes" not in text
+    panel.log_validation(ValidationResult(0, 2.5, 10, 4, 0, 1.0))
+    panel.log_validation(ValidationResult(20, 0.75, 10, 4, 1, 1.0, GENERATIONS))
+    text = rendered(panel)
+    assert "loss 0.7500 at step 20, 2.5000 at step 0  (4 samples, 1 skipped)" in text
+    assert "what color is it?  blue  reference red" in text
+    assert "is it round?  yes" in text and "reference yes" not in text
     assert "<|image|>" not in text
 
 
-def test_a_panel_that_goes_on_has_the_curve_from_before():
-    panel = LivePanel(terminal(), "runs/x")
-    panel.begin(2, 4, [{"loss": 4.0}, {"loss": 2.0}])
-    panel.log(LINE | {"loss": 1.0}, 1.0)
+def test_panel_of_a_resumed_run_shows_earlier_losses():
+    panel = LivePanel(terminal(), "runs/x", [{"loss": 4.0}, {"loss": 2.0}])
+    begin(panel, 2, 4)
+    panel.log_metrics(METRICS | {"loss": 1.0})
     panel.close()
-    assert "█▅▁" in shown(panel)
+    assert "█▅▁" in rendered(panel)
 
 
-def test_markup_in_an_answer_is_text():
+def test_panel_does_not_interpret_markup():
     panel = LivePanel(terminal(), "runs/[x]")
-    panel.look(ValidationResult(1, 1.0, 1, 1, 0, 1.0, (Generation("a", "[b]q[/]", "[red]w", "[/x]a"),)))
-    assert "[b]q[/]  [/x]a  wanted [red]w" in shown(panel)
-    assert "runs/[x]" in shown(panel)
+    generation = Generation("a", "[b]q[/]", "[red]w", "[/x]a")
+    panel.log_validation(ValidationResult(1, 1.0, 1, 1, 0, 1.0, (generation,)))
+    assert "[b]q[/]  [/x]a  reference [red]w" in rendered(panel)
+    assert "runs/[x]" in rendered(panel)
 
 
 def test_warnings_appear_above_the_panel(monkeypatch):
-    """A handler made before the panel holds the real stderr, which is the terminal."""
+    """A handler created before the panel writes to the original stderr, which is the terminal."""
     console = terminal()
     raw = io.StringIO()
     monkeypatch.setattr(sys, "stderr", raw)
@@ -104,11 +122,11 @@ def test_warnings_appear_above_the_panel(monkeypatch):
     logger = logging.getLogger("tests.panel")
     logger.addHandler(handler)
     panel = LivePanel(console, "runs/x")
-    panel.begin(0, 2, [])
+    begin(panel, 0, 2)
     try:
-        logger.warning("row 7 is odd")
+        logger.warning("row 7 is invalid")
         assert raw.getvalue() == ""
-        assert "row 7 is odd" in console.file.getvalue()
+        assert "row 7 is invalid" in console.file.getvalue()
     finally:
         panel.close()
         logger.removeHandler(handler)
@@ -116,33 +134,30 @@ def test_warnings_appear_above_the_panel(monkeypatch):
     assert sys.stderr is raw
 
 
-def test_plain_lines_are_few(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("owl2.train.console.time.perf_counter", lambda: clock[0])
+def test_lines_are_at_least_five_seconds_apart(clock):
     console = Console(file=io.StringIO(), width=60)
-    view = terminal_view(console, "runs/x")
-    assert isinstance(view, ConsoleLogger)
-    view.begin(0, 50, [])
-    for step in range(1, 51):
+    logger = ConsoleLogger(console)
+    begin(logger, 0, 50)
+    for number in range(1, 51):
         clock[0] += 0.5
-        view.step(step)
-        view.log(LINE | {"step": step}, 9.6)
+        step(logger, number)
+        logger.log_metrics(METRICS | {"step": number})
     lines = console.file.getvalue().splitlines()
     assert [int(line.split("/")[0].split()[1]) for line in lines] == [1, 11, 21, 31, 41, 50]
-    assert lines[0] == (
-        "step      1/50  loss 0.4321 (smoothed 0.5000)  rate 2.00e-05  85.3 samples/s  0:00:10 left"
+    assert lines[1] == (
+        "step     11/50  loss 0.4321 (smoothed 0.5000)  lr 2.00e-05  85.3 samples/s  0:00:20 left"
     )
 
 
-def test_plain_lines_show_every_look():
+def test_lines_show_every_validation():
     console = Console(file=io.StringIO(), width=60)
-    view = ConsoleLogger(console)
-    view.begin(0, 50, [])
-    view.look(ValidationResult(20, 0.75, 10, 4, 1, 1.0, ANSWERS))
+    logger = ConsoleLogger(console)
+    begin(logger, 0, 50)
+    logger.log_validation(ValidationResult(20, 0.75, 10, 4, 1, 1.0, GENERATIONS))
     assert console.file.getvalue().splitlines() == [
-        "step     20/50  validation loss 0.7500 (4 samples, 1 left out, 1.0 s)",
-        "  what color is it?  answers 'blue', wanted 'red'",
-        "  is it round?  answers 'yes', wanted 'yes'",
+        "step     20/50  validation loss 0.7500 (4 samples, 1 skipped, 1.0 s)",
+        "  what color is it?  prediction 'blue', reference 'red'",
+        "  is it round?  prediction 'yes', reference 'yes'",
     ]
 
 
@@ -156,19 +171,18 @@ def test_plain_lines_show_every_look():
         ([100.0, 1.0, 10.0], "█▁▅"),
     ],
 )
-def test_curve(values, expected):
+def test_sparkline(values, expected):
     assert sparkline(values) == expected
 
 
-def test_a_long_curve_is_made_of_means():
+def test_long_sparkline_shows_means():
     assert sparkline([0.0, 14.0, 7.0, 7.0, 0.0, 0.0], width=3) == "██▁"
     assert len(sparkline([float(number) for number in range(1000)])) == 40
 
 
-def test_size():
-    assert [size(n) for n in (999, 12_300, 5_600_000, 61_240_000_000)] == [
-        "0.999 kB",
-        "12.3 kB",
-        "5.6 MB",
-        "61.2 GB",
-    ]
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "0.999 kB"), (12_300, "12.3 kB"), (5_600_000, "5.6 MB"), (61_240_000_000, "61.2 GB")],
+)
+def test_format_bytes(count, text):
+    assert format_bytes(count) == text

@@ -210,7 +210,7 @@ def test_fsdp2_in_bfloat16_adds_up_in_float32_and_holds_shares(mixed, tmp_path):
     }
     looks = {"validation": {"data": settings["data"], "max_samples": 3, "num_generations": 1}}
     recipe = Recipe(**settings | pieces | looks, output=str(tmp_path / "run"))
-    run(tmp_path / "said", look_between_pieces, recipe, count=2, environment=FSDP)
+    run(tmp_path / "output", look_between_pieces, recipe, count=2, environment=FSDP)
     assert {weight.dtype for weight in weights(tmp_path / "run" / "model").values()} == {
         torch.float32
     }
@@ -232,7 +232,7 @@ def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharding, case):
     settings = settings | (CASES | MORE)[case] | ({"model": str(tied)} if case == "tied" else {})
     alone = train(Recipe(**settings, output=str(tmp_path / "one")), quiet())
     recipe = Recipe(**settings, output=str(tmp_path / "two"))
-    processes = run(tmp_path / "said", train, recipe, count=2, environment=SHARDINGS[sharding])
+    processes = run(tmp_path / "output", train, recipe, count=2, environment=SHARDINGS[sharding])
     model = tmp_path / "two" / "model"
     assert {path.name for path in model.iterdir()} == {path.name for path in alone.model.iterdir()}
     for name in ("config.json", "adapter_config.json"):
@@ -244,8 +244,8 @@ def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharding, case):
     for name, weight in one.items():
         assert weight.numel()
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
-    assert "step" in processes.said(0)
-    assert "step" not in processes.said(1)  # one speaks for both
+    assert "step" in processes.output(0)
+    assert "step" not in processes.output(1)  # one speaks for both
     lines = [
         [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         for run in (alone.output, tmp_path / "two")
@@ -266,11 +266,11 @@ def test_what_one_process_finds_wrong_ends_both(mixed, tmp_path):
     rows = [*rows[:5], {"image": str(path), "conversations": turns}]
     (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     recipe = write(tmp_path, settings | {"data": [{"file": str(tmp_path / "data.json")}]})
-    processes = start(tmp_path / "said", owl2, "train", recipe, count=2)
+    processes = start(tmp_path / "output", owl2, "train", recipe, count=2)
     assert processes.wait() == [2, 2]
-    assert processes.said().count("error:") == 1
-    assert "broken.png" in processes.said(0)
-    assert "Traceback" not in processes.said()
+    assert processes.output().count("error:") == 1
+    assert "broken.png" in processes.output(0)
+    assert "Traceback" not in processes.output()
 
 
 def write(folder, settings):
@@ -298,23 +298,23 @@ def test_sigterm_to_one_stops_both_and_the_same_command_goes_on(mixed, tmp_path,
     settings = settings | {"max_steps": 40, "learning_rate": 1e-2}
     environment = SHARDINGS[sharding]
     whole = Recipe(**settings, output=str(tmp_path / "whole"))
-    run(tmp_path / "said0", train, whole, count=2, environment=environment)
+    run(tmp_path / "output0", train, whole, count=2, environment=environment)
     recipe = write(tmp_path, settings)
     command = ("train", recipe)
     output = tmp_path / "run"
-    processes = start(tmp_path / "said1", owl2, *command, count=2, environment=environment)
+    processes = start(tmp_path / "output1", owl2, *command, count=2, environment=environment)
     wait_for(lambda: len(lines_of(output)) > 3)
     os.kill(processes.members[1].pid, signal.SIGTERM)
     assert processes.wait() == [143, 143]
-    assert "run the same command to resume" in processes.said(0)
+    assert "run the same command to resume" in processes.output(0)
     assert not (output / "model").exists()
     assert (output / "checkpoints" / "latest.json").exists()
 
-    other = start(tmp_path / "said2", owl2, *command)  # one process
+    other = start(tmp_path / "output2", owl2, *command)  # one process
     assert other.wait() == [2]
-    assert "is the state of 2 processes" in other.said()
+    assert "is the state of 2 processes" in other.output()
 
-    run(tmp_path / "said3", owl2, *command, count=2, environment=environment)
+    run(tmp_path / "output3", owl2, *command, count=2, environment=environment)
     one, two = weights(tmp_path / "whole" / "model"), weights(output / "model")
     assert all(torch.equal(one[name], two[name]) for name in one)
 

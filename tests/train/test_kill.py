@@ -65,8 +65,8 @@ def kill_while(condition, processes, checkpoints, pause=0.0):
     """kill -9 to all, some time after something is there in the directory of the states."""
     end = time.monotonic() + 60
     while not condition(checkpoints):
-        assert time.monotonic() < end, processes.said()
-        assert all(member.is_alive() for member in processes.members), processes.said()
+        assert time.monotonic() < end, processes.output()
+        assert all(member.is_alive() for member in processes.members), processes.output()
         time.sleep(0.001)  # a state of this size takes some hundredths to write
     time.sleep(pause)
     for member in processes.members:
@@ -114,18 +114,18 @@ def test_killed_twice_and_gone_on_equals_uninterrupted(settings, tmp_path, case)
     settings = settings | CASES[case]
     count = 2 if case == "two processes" else 1
     whole = Recipe(**settings | {"output": str(tmp_path / "whole")})
-    run(tmp_path / "said0", train, whole, count=count)
+    run(tmp_path / "output0", train, whole, count=count)
     command = ("train", write(tmp_path, settings))
     checkpoints = tmp_path / "run" / "checkpoints"
     chance = random.Random(case)
-    processes = start(tmp_path / "said1", owl2, *command, count=count)
+    processes = start(tmp_path / "output1", owl2, *command, count=count)
     codes = kill_while(any_state, processes, checkpoints, chance.random() / 4)
     assert set(codes) == {-signal.SIGKILL}
     first = latest(checkpoints)
-    processes = start(tmp_path / "said2", owl2, *command, count=count)
+    processes = start(tmp_path / "output2", owl2, *command, count=count)
     kill_while(lambda place: latest(place) != first and half_a_state(place), processes, checkpoints)
-    processes = run(tmp_path / "said3", owl2, *command, count=count)
-    assert "Resuming after step" in processes.said(0)
+    processes = run(tmp_path / "output3", owl2, *command, count=count)
+    assert "Resuming after step" in processes.output(0)
     assert sparkline(tmp_path / "run") == sparkline(tmp_path / "whole")
     assert_same_model(tmp_path / "whole" / "model", tmp_path / "run" / "model")
     left = {path.name for path in (tmp_path / "run").iterdir()}
@@ -211,9 +211,9 @@ def limited(recipe, bytes_a_file):
 )
 def test_no_room(settings, tmp_path, bytes_a_file, changes):
     recipe = write(tmp_path, settings | {"max_steps": 6} | changes)
-    processes = start(tmp_path / "said", limited, recipe, bytes_a_file)
-    assert processes.wait() == [2], processes.said()
-    said = processes.said()
+    processes = start(tmp_path / "output", limited, recipe, bytes_a_file)
+    assert processes.wait() == [2], processes.output()
+    said = processes.output()
     assert "cannot be written" in said and "GB are free on that disk" in said
     assert "Traceback" not in said
     assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
@@ -236,13 +236,13 @@ def test_a_full_disk_leaves_the_last_state_and_the_run_goes_on_once_there_is_roo
     settings = settings | {"output": str(small_disk / "run"), "max_steps": 9}
     recipe = write(tmp_path, settings)
     checkpoints = small_disk / "run" / "checkpoints"
-    processes = start(tmp_path / "said", owl2, "train", recipe)
-    assert processes.wait() == [2], processes.said()
-    assert "0.00 GB are free on that disk" in processes.said()
+    processes = start(tmp_path / "output", owl2, "train", recipe)
+    assert processes.wait() == [2], processes.output()
+    assert "0.00 GB are free on that disk" in processes.output()
     assert latest(checkpoints) == "checkpoint-3"
     os.system(f"mount -o remount,size=9m {small_disk}")
-    processes = run(tmp_path / "said2", owl2, "train", recipe)
-    assert "Resuming after step 3" in processes.said()
+    processes = run(tmp_path / "output2", owl2, "train", recipe)
+    assert "Resuming after step 3" in processes.output()
     whole = train(Recipe(**settings | {"output": str(tmp_path / "whole")}), quiet())
     assert_same_model(whole.model, small_disk / "run" / "model")
 
@@ -252,11 +252,11 @@ def test_a_full_disk_leaves_the_last_state_and_the_run_goes_on_once_there_is_roo
 def test_sigterm_saves_and_stops_with_143(settings, tmp_path, workers):
     changes = {"save_steps": None, "max_steps": 2000, "dataloader_num_workers": workers}
     command = ("train", write(tmp_path, settings | changes))
-    processes = start(tmp_path / "said", owl2, *command)
+    processes = start(tmp_path / "output", owl2, *command)
     log = tmp_path / "run" / "log.jsonl"
     end = time.monotonic() + 60
     while not (log.exists() and log.read_bytes()):
-        assert time.monotonic() < end, processes.said()
+        assert time.monotonic() < end, processes.output()
         time.sleep(0.01)
     main = psutil.Process(processes.members[0].pid)
     job = [main, *main.children(recursive=True)]
@@ -264,7 +264,7 @@ def test_sigterm_saves_and_stops_with_143(settings, tmp_path, workers):
     for member in job:
         member.terminate()
     assert processes.wait() == [143]
-    assert "run the same command to resume" in processes.said()
+    assert "run the same command to resume" in processes.output()
     state = latest(tmp_path / "run" / "checkpoints")
     step = json.loads(log.read_text().splitlines()[-1])["step"]
     assert state == f"checkpoint-{step}"

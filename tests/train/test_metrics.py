@@ -1,4 +1,4 @@
-"""What a run counts and measures: its log's figures, over processes, sessions and looks."""
+"""Metrics of a run: rates between log lines, totals over processes and sessions, log files."""
 
 import json
 from types import SimpleNamespace
@@ -7,41 +7,37 @@ import pytest
 import torch
 
 from owl2.data.json_dataset import JsonDataset
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
 from owl2.train import metrics
 from owl2.train.checkpointer import TrainingProgress
 from owl2.train.distributed import DistributedContext
-from owl2.train.jsonl_logger import RunLog
-from owl2.train.metrics import Watch
+from owl2.train.metrics import JsonlLog, MetricsCallback
 from owl2.train.run import train
 from owl2.train.train_dataloader import DataCounts
 from owl2.train.validation import ValidationResult
-from tests.train.runs import interrupt_at, quiet
-
-ARGS = SimpleNamespace(device=torch.device("cpu"))
-LOGS = {"loss": 1.0, "learning_rate": 1e-3, "grad_norm": 2.0}
+from tests.errors import raises_input_error
+from tests.train.runs import interrupt_at, quiet, read_jsonl
 
 
-class TwoTeam(DistributedContext):
-    """The first of two processes; the other waited for 3 s more."""
+def arguments(device="cpu"):
+    return SimpleNamespace(
+        device=torch.device(device),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        world_size=1,
+    )
+
+
+class TwoProcesses(DistributedContext):
+    """The main process of two; the other one waited 3 s longer for data."""
 
     def __init__(self):
         super().__init__()
-        self.size = 2
+        self.world_size = 2
 
-    def total(self, *numbers):
-        return [2 * number + 3 for number in numbers]
-
-
-class Told:
-    """A view that keeps what it is told."""
-
-    def __init__(self):
-        self.told = []
-
-    def __getattr__(self, name):
-        return lambda *args: self.told.append((name, *args))
+    def all_reduce_sum(self, *values):
+        return [2 * value + 3 for value in values]
 
 
 @pytest.fixture
@@ -51,123 +47,178 @@ def clock(monkeypatch):
     return now
 
 
-def make_watch(seen, waited, start=None, team=None, views=()):
-    return Watch(
-        RunLog(None, 0), views, start or TrainingProgress(), lambda: seen[0], lambda: waited[0],
-        team or DistributedContext(),
-    )  # fmt: skip
+@pytest.fixture
+def make_callback(tmp_path):
+    def make(data, start=None, context=None):
+        context = context or DistributedContext()
+        return MetricsCallback(tmp_path, start or TrainingProgress(), data, context)
+
+    return make
+
+
+def data_of(counts=(), wait_seconds=0.0, epoch_size=24):
+    return SimpleNamespace(
+        counts=DataCounts(*counts), wait_seconds=wait_seconds, epoch_size=epoch_size
+    )
 
 
 def state(step, steps=100):
-    return SimpleNamespace(global_step=step, max_steps=steps, epoch=0.5)
+    return SimpleNamespace(global_step=step, max_steps=steps)
 
 
-def test_figures_are_of_the_time_since_the_line_before(clock):
-    seen, waited, view = [DataCounts()], [0.0], Told()
-    watch = make_watch(seen, waited, views=[view])
-    watch.on_train_begin(ARGS, state(0), None)
-    clock[0], seen[0], waited[0] = 102.0, DataCounts(20, 400, 10, 0), 0.5
-    watch.on_log(ARGS, state(10), None, LOGS)
-    clock[0], seen[0], waited[0] = 106.0, DataCounts(30, 900, 12, 1), 1.5
-    watch.on_log(ARGS, state(20), None, LOGS)
-    first, second = watch.log.lines
+def log(callback, step, args=None):
+    """The logs after the callback has replaced them."""
+    logs = {"loss": 1.0, "learning_rate": 1e-3, "grad_norm": 2.0, "epoch": 0.0}
+    callback.on_log(args or arguments(), state(step), None, logs)
+    return logs
+
+
+def test_rates_are_measured_since_the_previous_line(clock, make_callback):
+    data = data_of()
+    callback = make_callback(data)
+    callback.on_train_begin(arguments(), state(0), None)
+    clock[0], data.counts, data.wait_seconds = 102.0, DataCounts(20, 400, 10, 0), 0.5
+    first = log(callback, 10)
+    clock[0], data.counts, data.wait_seconds = 106.0, DataCounts(30, 900, 12, 1), 1.5
+    second = log(callback, 20)
+    assert [first, second] == callback.log.lines
     assert (first["samples_per_second"], first["tokens_per_second"]) == (10.0, 200.0)
     assert (first["images_per_second"], first["data_wait_fraction"]) == (5.0, 0.25)
     assert (second["samples_per_second"], second["tokens_per_second"]) == (2.5, 125.0)
     assert (second["images_per_second"], second["data_wait_fraction"]) == (0.5, 0.25)
-    assert [second[key] for key in ("samples", "tokens", "images", "num_skipped", "seconds")] == [
-        30, 900, 12, 1, 6.0,
-    ]  # fmt: skip
+    totals = [second[key] for key in ("samples", "tokens", "images", "num_skipped", "seconds")]
+    assert totals == [30, 900, 12, 1, 6.0]
     assert second["process_memory_bytes"] > 10_000_000
-    assert view.told[0] == ("begin", 0, 100, watch.log.lines)
-    assert view.told[-1] == ("log", second, pytest.approx(6.0 / 20 * 80))
+    assert (first["epoch"], second["epoch"]) == (40 / 24, 80 / 24)
 
 
-def test_looks_do_not_slow_the_figures_down(clock):
-    seen, view = [DataCounts()], Told()
-    watch = make_watch(seen, [0.0], views=[view])
-    watch.on_train_begin(ARGS, state(0), None)
-    clock[0], seen[0] = 110.0, DataCounts(20, 400, 10, 0)
-    look = ValidationResult(10, 1.0, 1, 1, 0, 8.0)
-    watch.looked(look)
-    watch.on_log(ARGS, state(10), None, LOGS)
-    clock[0], seen[0] = 112.0, DataCounts(40, 800, 20, 0)
-    watch.on_log(ARGS, state(20), None, LOGS)
-    assert [line["samples_per_second"] for line in watch.log.lines] == [10.0, 10.0]
-    assert watch.log.lines[-1]["seconds"] == 12.0  # all of the time
-    assert ("look", look) in view.told
+def test_validation_time_does_not_reduce_rates(clock, make_callback):
+    data = data_of()
+    callback = make_callback(data)
+    callback.on_train_begin(arguments(), state(0), None)
+    clock[0], data.counts = 110.0, DataCounts(20, 400, 10, 0)
+    callback.on_evaluate(arguments(), state(10), None, ValidationResult(10, 1.0, 1, 1, 0, 8.0))
+    log(callback, 10)
+    clock[0], data.counts = 112.0, DataCounts(40, 800, 20, 0)
+    log(callback, 20)
+    assert [line["samples_per_second"] for line in callback.log.lines] == [10.0, 10.0]
+    assert callback.log.lines[-1]["seconds"] == 12.0  # the total includes it
+    assert [line["step"] for line in callback.validation_log.lines] == [10]
 
 
-def test_a_position_is_of_all_sessions_and_processes(clock):
-    before = TrainingProgress(
-        step=5, samples=50, tokens=500, images=40, skipped=1, seconds=9.0, waited=2.0
-    )
-    watch = make_watch([DataCounts(10, 100, 8, 2)], [1.0], before, TwoTeam())
-    watch.on_train_begin(ARGS, state(5), None)
+def test_progress_includes_earlier_sessions_and_other_processes(clock, make_callback):
+    before = TrainingProgress(5, 50, 500, 40, 1, seconds=9.0, data_wait_seconds=2.0)
+    data = data_of((10, 100, 8, 2), wait_seconds=1.0)
+    callback = make_callback(data, before, TwoProcesses())
+    callback.on_train_begin(arguments(), state(5), None)
     clock[0] += 3.0
-    assert watch.position(6) == TrainingProgress(
-        step=6, samples=60, tokens=600, images=48, skipped=3, seconds=12.0, waited=2.0 + 5.0 / 2
+    assert callback.progress(6) == TrainingProgress(
+        6, 60, 600, 48, 3, seconds=12.0, data_wait_seconds=2.0 + 5.0 / 2
     )
 
 
-def test_views_are_closed_whatever_happens():
-    view, broken = Told(), Told()
-    broken.close = lambda: 1 / 0
-    watch = make_watch([DataCounts()], [0.0], views=[view, broken])
-    with pytest.raises(ZeroDivisionError), watch:
-        pass
-    assert view.told == [("close",)]
+@pytest.mark.parametrize(("step", "steps"), [(6, 100), (2, 2)])
+def test_epoch_without_valid_samples_is_refused(make_callback, step, steps):
+    control = SimpleNamespace(should_log=False)
+    skipped = make_callback(data_of((0, 0, 0, 9)))
+    skipped.on_step_end(arguments(), state(step - 1), control)  # within the epoch
+    with raises_input_error(ErrorCode.NO_LABELS, f"{step} steps", "max_length"):
+        skipped.on_step_end(arguments(), state(step, steps), control)
+    make_callback(data_of((1, 1, 1, 9))).on_step_end(arguments(), state(step, steps), control)
+    assert control.should_log == (step == steps)
 
 
-def test_an_epoch_of_nothing_is_refused():
-    control = SimpleNamespace(should_training_stop=False)
-    with pytest.raises(InputError, match=r"after 6 steps there was nothing to learn"):
-        make_watch([DataCounts(skipped=9)], [0.0]).on_epoch_end(ARGS, state(6), control)
-    make_watch([DataCounts(samples=1)], [0.0]).on_epoch_end(ARGS, state(6), control)
-
-
-def test_on_a_gpu_its_memory_is_told(monkeypatch):
+def test_gpu_memory_is_logged_on_a_gpu(monkeypatch, make_callback):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7 + device.index)
-    held = metrics.memory_held(torch.device("cuda", 1))
-    assert held["gpu_memory_bytes"] == 8 and held["process_memory_bytes"] > 10_000_000
+    line = log(make_callback(data_of()), 1, arguments("cuda:1"))
+    assert line["gpu_memory_bytes"] == 8 and line["process_memory_bytes"] > 10_000_000
+
+
+def test_smoothed_loss_continues_in_a_resumed_run(tmp_path, make_callback):
+    losses = [8.0, 2.0, 5.0, 1.0, 4.0]
+
+    def log_losses(callback, first):
+        for step, loss in enumerate(losses[first:], start=first + 1):
+            logs = {"loss": loss, "learning_rate": 1e-3, "grad_norm": 2.0}
+            callback.on_log(arguments(), state(step), None, logs)
+        return [line["smoothed_loss"] for line in callback.log.lines]
+
+    uninterrupted = log_losses(make_callback(data_of()), 0)
+    assert uninterrupted[:3] == pytest.approx([8.0, 5.0, 5.0])
+    resumed = make_callback(data_of(), TrainingProgress(step=3))
+    assert log_losses(resumed, 3) == uninterrupted
+
+
+# ------------------------------------------------------------------ log files
+
+
+def test_lines_after_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 3, "é": "ü"}\n{"step": 5}\n{"step": 7, "lo')
+    lines = JsonlLog(path, 3)
+    lines.add({"step": 4})
+    assert read_jsonl(path) == lines.lines == [{"step": 1}, {"step": 3, "é": "ü"}, {"step": 4}]
+    lines.close()
+
+
+def test_new_run_replaces_an_old_log(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    for _ in range(2):
+        lines = JsonlLog(path, 0)
+        lines.add({"step": 1})
+        lines.close()
+    assert read_jsonl(path) == [{"step": 1}]
+
+
+def test_damaged_log_is_refused(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\nnothing\n{"step": 2}\n')
+    with raises_input_error(ErrorCode.INVALID_FORMAT, "log.jsonl:2", "overwrite=true"):
+        JsonlLog(path, 2)
+
+
+def test_log_without_a_path_is_kept_in_memory():
+    lines = JsonlLog(None, 5)
+    lines.add({"step": 6})
+    lines.close()
+    assert lines.lines == [{"step": 6}]
 
 
 # ------------------------------------------------------------------ in a run
 
 
-def test_counts_of_a_run_are_those_of_its_samples(recipe, world):
-    """Two epochs without cutting: each row twice; padding is not counted."""
+def test_totals_of_a_run_are_those_of_its_samples(recipe, world):
+    """Two epochs without truncation: each row counts twice, and padding does not count."""
     result = train(recipe(max_steps=12, augment="none"), quiet())
-    facts = json.loads((result.output / "run.json").read_text(encoding="utf-8"))
+    results = json.loads((result.output / "run.json").read_text(encoding="utf-8"))
     processor = Owl2Processor.from_pretrained(world / "start")
     lengths = [
         processor.for_training(sample.messages)["input_ids"].shape[1]
         for sample in JsonDataset(world / "data.json")
     ]
     assert len(set(lengths)) > 1
-    assert facts["tokens"] == 2 * sum(lengths)
-    assert facts["images"] == facts["samples"] == 2 * len(lengths)
-    assert 0 < facts["data_wait_fraction"] < 1
-    assert facts["tokens_per_second"] == pytest.approx(facts["tokens"] / facts["seconds"])
+    assert results["tokens"] == 2 * sum(lengths)
+    assert results["images"] == results["samples"] == 2 * len(lengths)
+    assert 0 < results["data_wait_fraction"] < 1
+    assert results["tokens_per_second"] == pytest.approx(results["tokens"] / results["seconds"])
 
 
-def test_the_last_step_has_a_line(recipe):
+def test_last_step_is_logged(recipe):
     result = train(recipe(max_steps=5, logging_steps=3), quiet())
-    lines = [json.loads(line) for line in (result.output / "log.jsonl").open()]
-    assert [line["step"] for line in lines] == [1, 3, 5]
+    assert [line["step"] for line in read_jsonl(result.output / "log.jsonl")] == [1, 3, 5]
 
 
-def test_counts_go_on_after_a_stop(recipe, monkeypatch, tmp_path):
-    whole = train(recipe(output=str(tmp_path / "whole")), quiet())
+def test_totals_continue_after_a_stop(recipe, monkeypatch, tmp_path):
+    uninterrupted = train(recipe(output=str(tmp_path / "whole")), quiet())
     with monkeypatch.context() as patch:
         interrupt_at(patch, 6)
         train(recipe(), quiet())
     resumed = train(recipe(), quiet())
-    counted = [
+    totals = [
         {
             line["step"]: [line[key] for key in ("samples", "tokens", "images", "num_skipped")]
-            for line in map(json.loads, (result.output / "log.jsonl").open())
+            for line in read_jsonl(result.output / "log.jsonl")
         }
-        for result in (whole, resumed)
+        for result in (uninterrupted, resumed)
     ]
-    assert counted[0].items() <= counted[1].items()  # which has a line where it was stopped, too
+    assert totals[0].items() <= totals[1].items()  # the resumed run also logs the stop

@@ -1,4 +1,4 @@
-"""Packed batches teach exactly what padded ones do."""
+"""Packed batches give the same loss and gradients as padded batches."""
 
 import json
 from itertools import accumulate
@@ -14,14 +14,14 @@ from owl2.train.parallelize import enable_checkpointing
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_config, make_model
-from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
+from tests.train.runs import assert_same_weights, interrupt_at, quiet, read_jsonl, weights
 from tests.train.tiny import RandomSamples
 
-LONGEST = 24  # so long that two of the others with images fit into a row
+LONGEST = 24  # a row holds two of the other samples
 
 
 def samples(with_images=True):
-    """Of an image, of words only, and of an image again, of different lengths."""
+    """Samples with and without images, of different lengths."""
     items = []
     for number, images in enumerate([with_images, False, with_images, False, with_images]):
         made = RandomSamples(1, images=images).made(number)
@@ -31,18 +31,18 @@ def samples(with_images=True):
         if images:
             item["pixel_values"] = made["pixel_values"][None]
         items.append(item)
-    words = torch.randint(3, 40, (1, LONGEST), generator=torch.Generator().manual_seed(9))
-    item = {"input_ids": words, "labels": words.clone()}
-    item |= {"attention_mask": torch.ones_like(words), "mm_token_type_ids": torch.zeros_like(words)}
+    text = torch.randint(3, 40, (1, LONGEST), generator=torch.Generator().manual_seed(9))
+    item = {"input_ids": text, "labels": text.clone()}
+    item |= {"attention_mask": torch.ones_like(text), "mm_token_type_ids": torch.zeros_like(text)}
     return [*items, item]
 
 
-def learned(batch, attn_implementation="sdpa", checkpointed=False, **settings):
-    """The loss of a batch and its gradients, all by name."""
+def loss_and_gradients(batch, attn_implementation="sdpa", checkpointed=False, **settings):
+    """The loss of a batch, and the gradients by name."""
     settings |= {"initializer_range": 0.4, "attn_implementation": attn_implementation}
     model = make_model(**settings).train()
     assert model.config._attn_implementation == attn_implementation
-    with torch.no_grad():  # else text and visual weights are copies, and routing shows nowhere
+    with torch.no_grad():  # text and visual weights start as copies, which would hide a wrong routing
         for name, parameter in model.named_parameters():
             if "multiway.1" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -60,7 +60,7 @@ def assert_same(one, other):
         if gradient is None:
             assert other[1][name] is None
             continue
-        # The abstractor's key biases have a gradient of 0, and here of some 1e-8.
+        # The gradient of the abstractor's key biases is 0 up to rounding (about 1e-8).
         allowed = max(1e-5 * float(gradient.abs().max()), 1e-6)
         torch.testing.assert_close(other[1][name], gradient, rtol=0, atol=allowed, msg=name)
 
@@ -69,29 +69,29 @@ def assert_same(one, other):
 @pytest.mark.parametrize("use_mam", [True, False])
 @pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("with_images", [True, False])
-def test_packed_equals_padded_in_loss_and_every_gradient(attention, use_mam, one_row, with_images):
+def test_packed_loss_and_gradients_equal_padded_ones(attention, use_mam, one_row, with_images):
     items = samples(with_images)
     packed = pack(items, 0, one_row)
     assert len(packed["input_ids"]) == (1 if one_row else 3)
     padded = collate(items, 0)
     assert_same(
-        learned(padded, attention, use_mam=use_mam), learned(packed, attention, use_mam=use_mam)
+        loss_and_gradients(padded, attention, use_mam=use_mam), loss_and_gradients(packed, attention, use_mam=use_mam)
     )
 
 
-def test_it_would_show_if_samples_saw_each_other():
+def test_attention_across_samples_would_change_the_loss():
     items = samples()
     packed = pack(items, 0)
-    loss, _ = learned(collate(items, 0))
+    loss, _ = loss_and_gradients(collate(items, 0))
     packed["position_ids"] = torch.arange(packed["input_ids"].shape[1]).expand_as(
         packed["input_ids"]
     )
-    assert learned(packed)[0] != pytest.approx(loss, rel=1e-3)
+    assert loss_and_gradients(packed)[0] != pytest.approx(loss, rel=1e-3)
 
 
-def test_activation_checkpointing_changes_nothing_of_a_packed_batch():
+def test_checkpointing_does_not_change_packed_gradients():
     packed = pack(samples(), 0)
-    assert_same(learned(packed), learned(packed, checkpointed=True))
+    assert_same(loss_and_gradients(packed), loss_and_gradients(packed, checkpointed=True))
 
 
 def mask_of(attention, **given):
@@ -107,25 +107,25 @@ def mask_of(attention, **given):
     )
 
 
-# Through flex attention PyTorch goes backwards on a GPU only: on a CPU its mask and its loss are
-# compared, and computed as they stand, as compiling them takes a minute.
+# PyTorch has the backward pass of flex attention on GPUs only. On a CPU the mask and the loss are
+# compared, without compilation, which takes a minute.
 
 
-def test_flex_attention_has_the_mask_of_sdpa():
+def test_flex_attention_mask_equals_sdpa_mask():
     positions = pack(samples(), 0)["position_ids"]
     dense = mask_of("sdpa", position_ids=positions)[:, 0]
     with torch.compiler.set_stance("force_eager"):
         flex = mask_of("flex_attention", position_ids=positions)
     rows, width = positions.shape
-    places = torch.arange(width)
-    seen = flex.mask_mod(
-        torch.arange(rows)[:, None, None], torch.tensor(0), places[:, None], places[None]
+    columns = torch.arange(width)
+    visible = flex.mask_mod(
+        torch.arange(rows)[:, None, None], torch.tensor(0), columns[:, None], columns[None]
     )
-    assert torch.equal(seen, dense)
-    assert not torch.equal(seen[-1], torch.tril(seen.new_ones(width, width)))
+    assert torch.equal(visible, dense)
+    assert not torch.equal(visible[-1], torch.tril(visible.new_ones(width, width)))
 
 
-def test_flex_attention_has_the_loss_of_padded_rows():
+def test_flex_attention_loss_equals_padded_loss():
     items = samples()
     batches = {"sdpa": collate(items, 0), "flex_attention": pack(items, 0)}
     losses = []
@@ -136,8 +136,8 @@ def test_flex_attention_has_the_loss_of_padded_rows():
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_flash_attention_is_told_the_lengths_of_the_samples():
-    """transformers tells them from the positions, in a batch of one row."""
+def test_flash_attention_gets_the_lengths_of_the_samples():
+    """transformers derives them from the positions in a batch of one row."""
     items = samples()
     positions = pack(items, 0, one_row=True)["position_ids"]
     lengths = sorted((item["input_ids"].shape[1] for item in items), reverse=True)
@@ -150,13 +150,12 @@ def test_flash_attention_is_told_the_lengths_of_the_samples():
 
 
 def lines(result):
-    text = (result.output / "log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_jsonl(result.output / "log.jsonl")
 
 
 @pytest.fixture
 def mixed(world, tmp_path):
-    """The images of the world, and texts of many lengths."""
+    """Images with conversations, and texts of different lengths."""
     rows = []
     for number in range(20):
         turns = [
@@ -169,8 +168,8 @@ def mixed(world, tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_packed_run_is_the_padded_run(recipe, tmp_path, mixed, accumulation):
-    """Up to rounding, which a large epsilon keeps AdamW from making large."""
+def test_packed_run_equals_padded_run(recipe, tmp_path, mixed, accumulation):
+    """Up to rounding, which AdamW amplifies less with a large epsilon."""
     settings = {
         "data": mixed,
         "max_length": 150,
@@ -212,7 +211,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert_same_weights(weights(whole.model), weights(resumed.model))
 
 
-def test_packed_rows_are_in_fact_fewer(recipe, mixed, monkeypatch):
+def test_packed_batches_have_fewer_rows(recipe, mixed, monkeypatch):
     shapes = []
     step = Owl2Trainer.training_step
 

@@ -1,15 +1,24 @@
-"""Compiled blocks: what they compute is what eager ones do; how often they are compiled."""
+"""Compiled blocks compute the same as eager ones; requirements of compilation and attention."""
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from owl2.data.packing import pack
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.train.adapters import apply_lora
-from owl2.train.parallelize import blocks_of, compile_blocks, enable_checkpointing, require_compiler
+from owl2.train.parallelize import (
+    blocks_of,
+    compile_blocks,
+    enable_checkpointing,
+    require_attention,
+    require_compiler,
+)
 from owl2.train.recipe import LoraSettings
-from owl2.train.run import train
+from owl2.train import parallelize
+from owl2.train.run import batch_layout, train
+from owl2.train.trainer import Owl2Trainer
+from tests.errors import raises_input_error
 from tests.tiny import VISION_BLOCKS, make_model
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
 from tests.train.test_packing import samples
@@ -17,7 +26,7 @@ from tests.train.tiny import RandomSamples, pad
 
 
 @pytest.fixture(autouse=True)
-def anew():
+def reset_compiler():
     torch._dynamo.reset()
     counters.clear()
     limit = torch._dynamo.config.recompile_limit
@@ -26,24 +35,24 @@ def anew():
 
 
 def batches():
-    """Padded and packed, of other lengths and numbers of images, with and without images."""
-    source, words = RandomSamples(40), RandomSamples(40, images=False)
+    """Padded and packed batches of different lengths and image counts."""
+    images, text = RandomSamples(40), RandomSamples(40, images=False)
     for count in (3, 4, 6):
-        yield pad([source.made(number) for number in range(count)])
-        yield pad([words.made(number) for number in range(count)])
+        yield pad([images.made(number) for number in range(count)])
+        yield pad([text.made(number) for number in range(count)])
         yield pack(samples()[: count + 1], 0)
 
 
-def learned(model):
-    """Losses and gradients of a pass over each of the batches."""
-    found = []
+def train_on_batches(model):
+    """The loss and the gradients of each batch."""
+    results = []
     for batch in batches():
         model.zero_grad()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append((loss.detach(), gradients))
-    return found
+        results.append((loss.detach(), gradients))
+    return results
 
 
 def prepared(checkpointing=False, lora=False):
@@ -59,8 +68,8 @@ def assert_close(found, expected):
     for (loss, gradients), (wanted, wanted_gradients) in zip(found, expected, strict=True):
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
         assert gradients.keys() == wanted_gradients.keys()
-        # Fused sums round differently; and of its keys' bias, which a softmax does not see, the
-        # gradient is nothing but rounding.
+        # Fused sums round differently. The gradient of a key bias, which does not affect the
+        # softmax, is rounding only.
         noise = 1e-7 * max(float(one.abs().max()) for one in wanted_gradients.values())
         for name, gradient in gradients.items():
             wanted_gradient = wanted_gradients[name]
@@ -70,22 +79,22 @@ def assert_close(found, expected):
             )
 
 
-def test_blocks_are_the_layers_of_all_parts():
+def test_blocks_are_the_layers_of_all_three_parts():
     assert len(blocks_of(make_model())) == VISION_BLOCKS + 2 + 2
 
 
 @pytest.mark.slow
-def test_other_lengths_meet_the_same_code():
+def test_other_lengths_use_the_same_compiled_code():
     model, plain = prepared(), prepared()
     names = list(model.state_dict())
-    compile_blocks(model, backend="aot_eager")  # faster than inductor, and traces the same
+    compile_blocks(model, backend="aot_eager")  # faster than inductor, with the same traces
     assert list(model.state_dict()) == names
-    assert_close(learned(model), learned(plain))
+    assert_close(train_on_batches(model), train_on_batches(plain))
     assert not counters["graph_break"]
-    # ViT, abstractor, and the decoder with a routing and without, padded or packed.
+    # ViT, abstractor, and the decoder with and without routing, padded or packed.
     first = counters["stats"]["unique_graphs"]
     assert 3 <= first <= 10
-    learned(model)
+    train_on_batches(model)
     assert counters["stats"]["unique_graphs"] == first
 
 
@@ -95,11 +104,11 @@ def test_other_lengths_meet_the_same_code():
 def test_compiled_equals_eager(checkpointing, lora):
     model = prepared(checkpointing, lora)
     compile_blocks(model)
-    assert_close(learned(model), learned(prepared(checkpointing, lora)))
+    assert_close(train_on_batches(model), train_on_batches(prepared(checkpointing, lora)))
 
 
 @pytest.mark.slow
-def test_stopped_and_gone_on_with_all_at_once_equals_uninterrupted(recipe, tmp_path, monkeypatch):
+def test_resumed_run_with_all_features_equals_uninterrupted_run(recipe, tmp_path, monkeypatch):
     settings = {
         "compile": True,
         "gradient_checkpointing": "selective",
@@ -115,9 +124,58 @@ def test_stopped_and_gone_on_with_all_at_once_equals_uninterrupted(recipe, tmp_p
     assert_same_weights(weights(result.model), weights(whole.model))
 
 
-def test_no_compiler_is_said_before_weights_are_read(recipe, monkeypatch):
+def test_missing_compiler_is_reported_before_weights_are_loaded(recipe, monkeypatch):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(InputError, match="there is no C\\+\\+ compiler; install g"):
+    with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "g++"):
         require_compiler("cpu")
-    with pytest.raises(InputError, match="compile: "):
-        train(recipe(compile=True, model="not read"), quiet())
+    with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "compile=false"):
+        train(recipe(compile=True), quiet())
+
+
+# ------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_attention_for_gpus_is_refused_on_a_cpu(recipe, monkeypatch, name):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with raises_input_error(ErrorCode.UNSUPPORTED, name, "attn_implementation=sdpa"):
+        train(recipe(attn_implementation=name), quiet())
+
+
+def test_flash_attention_needs_its_package_and_bfloat16(make_recipe, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    flash = {"attn_implementation": "flash_attention_2"}
+    with monkeypatch.context() as patch:
+        patch.setattr(parallelize, "is_flash_attn_2_available", lambda: False)
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "pip install flash-attn"):
+            require_attention(make_recipe(**flash))
+    monkeypatch.setattr(parallelize, "is_flash_attn_2_available", lambda: True)
+    require_attention(make_recipe(**flash, dtype="bfloat16"))
+    with raises_input_error(ErrorCode.CONFLICT, "dtype=bfloat16"):
+        require_attention(make_recipe(**flash, dtype="float32"))
+
+
+@pytest.mark.parametrize("name", [None, "eager", "sdpa"])
+def test_default_attention_runs_everywhere(make_recipe, name):
+    require_attention(make_recipe(attn_implementation=name))
+
+
+def test_model_uses_the_attention_of_the_recipe(recipe, monkeypatch):
+    used = []
+    training_step = Owl2Trainer.training_step
+
+    def record(self, model, *args, **kwargs):
+        used.append(model.config._attn_implementation)
+        return training_step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(Owl2Trainer, "training_step", record)
+    train(recipe(attn_implementation="eager", max_steps=1, warmup_steps=0), quiet())
+    assert used == ["eager"]
+
+
+def test_layout_of_packed_batches(make_recipe):
+    assert batch_layout(make_recipe()) == "padded"
+    assert batch_layout(make_recipe(packing=True)) == "packed"
+    flash = make_recipe(max_length=70, packing=True, attn_implementation="flash_attention_2")
+    assert batch_layout(flash) == "one row"

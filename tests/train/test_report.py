@@ -1,4 +1,4 @@
-"""What is left of a run for people: the summary, the peaks, the plot."""
+"""The report of a run: results, summary, peak memory and plot."""
 
 import io
 
@@ -11,7 +11,13 @@ from owl2.train.distributed import DistributedContext
 from owl2.train.report import peak_memory, plot_loss, summarize_run, summary_table
 
 END = TrainingProgress(
-    step=20, samples=640, tokens=64_000, images=600, skipped=2, seconds=80.0, waited=4.0
+    step=20,
+    samples=640,
+    tokens=64_000,
+    images=600,
+    num_skipped=2,
+    seconds=80.0,
+    data_wait_seconds=4.0,
 )
 
 
@@ -24,40 +30,44 @@ def line(step, loss, norm=1.0):
 
 
 LINES = [line(1, 6.0), line(10, 1.5), line(20, 0.5)]
-LOOKS = [
+VALIDATIONS = [
     {"step": step, "loss": loss, "seconds": 2.0} for step, loss in ((0, 6.5), (10, 0.75), (20, 1.0))
 ]
 
 
-def in_words(facts, files):
+def printed(results, files):
     console = Console(file=io.StringIO(), width=120)
-    console.print(summary(facts, files))
+    console.print(summary_table(results, files))
     return console.file.getvalue()
 
 
-def test_what_was_measured():
-    facts = measured(END, LINES, LOOKS)
-    assert (facts["samples_per_second"], facts["tokens_per_second"]) == (8.0, 800.0)
-    assert (facts["data_wait_fraction"], facts["first_loss"], facts["loss"]) == (0.05, 6.0, 0.5)
-    assert facts["validation"] == {
+def test_results_of_a_run():
+    results = summarize_run(END, LINES, VALIDATIONS)
+    assert (results["samples_per_second"], results["tokens_per_second"]) == (8.0, 800.0)
+    assert (results["data_wait_fraction"], results["first_loss"], results["loss"]) == (
+        0.05,
+        6.0,
+        0.5,
+    )
+    assert results["validation"] == {
         "first": {"step": 0, "loss": 6.5},
         "last": {"step": 20, "loss": 1.0},
         "best": {"step": 10, "loss": 0.75},
     }
-    assert facts["validation_seconds"] == 6.0
-    assert "validation" not in measured(END, LINES, [])
+    assert results["validation_seconds"] == 6.0
+    assert "validation" not in summarize_run(END, LINES, [])
 
 
-def test_the_summary_says_what_came_of_it(tmp_path):
+def test_summary_shows_the_results_and_existing_files(tmp_path):
     peaks = {"peak_memory_bytes": {"process": 2_000_000_000, "gpu": 61_200_000_000}}
     (tmp_path / "run.json").touch()
-    files = {"figures": tmp_path / "run.json", "TensorBoard": tmp_path / "tensorboard"}
-    text = in_words(measured(END, LINES, LOOKS) | peaks, files)
+    files = {"results": tmp_path / "run.json", "TensorBoard": tmp_path / "tensorboard"}
+    text = printed(summarize_run(END, LINES, VALIDATIONS) | peaks, files)
     for part in (
         "20 in 0:01:20",
         "6.0000 → 0.5500 (smoothed)",
-        "6.5000 → 1.0000; least 0.7500 at step 10",
-        "640, 2 left out",
+        "6.5000 → 1.0000; lowest 0.7500 at step 10",
+        "640, 2 skipped",
         "64,000, 600",
         "8.0 samples/s, 800 tokens/s",
         "5.0% of the time",
@@ -65,32 +75,32 @@ def test_the_summary_says_what_came_of_it(tmp_path):
         "run.json",
     ):
         assert part in text, part
-    assert "TensorBoard" not in text  # there is none
-    assert "validation" not in in_words(measured(END, LINES, []) | peaks, {})
+    assert "TensorBoard" not in text
+    assert "validation" not in printed(summarize_run(END, LINES, []) | peaks, {})
 
 
-class Three(DistributedContext):
-    """The second of three processes: the first holds nothing, the third 7 bytes."""
+class ThreeProcesses(DistributedContext):
+    """The second of three processes; the first one uses 0 bytes, the third 7."""
 
     def __init__(self):
         super().__init__()
-        self.rank, self.size = 1, 3
+        self.rank, self.world_size = 1, 3
 
-    def total(self, *numbers):
-        assert numbers[0] == numbers[2] == 0
-        return [0.0, float(numbers[1]), 7.0]
+    def all_reduce_sum(self, *values):
+        assert values[0] == values[2] == 0
+        return [0.0, float(values[1]), 7.0]
 
 
-def test_peaks_of_every_process():
+def test_peak_memory_of_each_process():
     alone = peak_memory(torch.device("cpu"), DistributedContext())
     assert alone.keys() == {"process"}
-    peaks = peak_memory(torch.device("cpu"), Three())
+    peaks = peak_memory(torch.device("cpu"), ThreeProcesses())
     assert peaks["process_by_rank"] == [0, peaks["process"], 7]
     assert peaks["process"] >= alone["process"] > 10_000_000
 
 
-def drawn(monkeypatch, tmp_path, lines, looks=()):
-    """The figure as it was saved."""
+def saved_figure(monkeypatch, tmp_path, lines, validations=()):
+    """The figure that `plot_loss` saves."""
     figure_module = pytest.importorskip("matplotlib.figure")
     kept = []
     save = figure_module.Figure.savefig
@@ -100,31 +110,31 @@ def drawn(monkeypatch, tmp_path, lines, looks=()):
         return save(self, *args, **kwargs)
 
     monkeypatch.setattr(figure_module.Figure, "savefig", keep)
-    assert plot_loss(tmp_path / "loss.png", lines, looks, "runs/x")
+    assert plot_loss(tmp_path / "loss.png", lines, validations, "runs/x")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     return kept[0]
 
 
-def test_the_plot_shows_training_and_validation(monkeypatch, tmp_path):
-    figure = drawn(monkeypatch, tmp_path, LINES, LOOKS)
+def test_plot_shows_training_and_validation_losses(monkeypatch, tmp_path):
+    figure = saved_figure(monkeypatch, tmp_path, LINES, VALIDATIONS)
     loss, rate, norm = figure.axes
     curves = {curve.get_label(): curve.get_xydata().tolist() for curve in loss.lines}
     assert curves["training"] == [[1, 6.0], [10, 1.5], [20, 0.5]]
     assert curves["validation"] == [[0, 6.5], [10, 0.75], [20, 1.0]]
     assert loss.get_yscale() == "log" and loss.get_ylim()[0] > 0.1
-    assert (rate.get_ylabel(), norm.get_ylabel()) == ("rate", "gradient")
+    assert (rate.get_ylabel(), norm.get_ylabel()) == ("learning rate", "gradient norm")
     assert figure.get_suptitle() == "runs/x"
 
 
-def test_a_loss_that_hardly_falls_is_drawn_from_zero(monkeypatch, tmp_path):
-    loss = drawn(monkeypatch, tmp_path, [line(1, 2.0), line(2, 1.5)]).axes[0]
+def test_axis_of_a_nearly_constant_loss_starts_at_zero(monkeypatch, tmp_path):
+    loss = saved_figure(monkeypatch, tmp_path, [line(1, 2.0), line(2, 1.5)]).axes[0]
     assert loss.get_yscale() == "linear" and loss.get_ylim()[0] == 0
     assert "validation" not in [curve.get_label() for curve in loss.lines]
 
 
 @pytest.mark.filterwarnings("error")
-def test_batches_without_labels_leave_a_gap(monkeypatch, tmp_path):
+def test_batches_without_labels_leave_a_gap_in_the_plot(monkeypatch, tmp_path):
     lines = [line(1, 6.0), line(2, 0.0, norm=0.0), line(3, 0.1)]
-    loss = drawn(monkeypatch, tmp_path, lines).axes[0]
+    loss = saved_figure(monkeypatch, tmp_path, lines).axes[0]
     assert loss.get_ylim()[0] > 0.01
-    drawn(monkeypatch, tmp_path, [line(1, 0.0, norm=0.0)])
+    saved_figure(monkeypatch, tmp_path, [line(1, 0.0, norm=0.0)])

@@ -116,7 +116,12 @@ def test_a_file_that_is_lost_stops_the_run_also_with_skip(feed):
     one.on_invalid_sample = "skip"
     with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
         one._leave_out(
-            [InvalidSample.from_error('a.jsonl', InputError("a.jsonl has changed since: start again", ErrorCode.FILE_CHANGED))]
+            [
+                InvalidSample.from_error(
+                    "a.jsonl",
+                    InputError("a.jsonl has changed since: start again", ErrorCode.FILE_CHANGED),
+                )
+            ]
         )
 
 
@@ -158,7 +163,9 @@ def test_steps_of_epochs(make_recipe, epochs, samples, steps):
 def feed(tmp_path):
     def make():
         data = RandomSamples(10)
-        return TrainDataLoader(MixtureDataLoader(data, data.mixture, collate, 2), Accelerator(cpu=True), tmp_path)
+        return TrainDataLoader(
+            MixtureDataLoader(data, data.mixture, collate, 2), Accelerator(cpu=True), tmp_path
+        )
 
     return make
 
@@ -176,7 +183,14 @@ def test_a_feed_goes_on_after_what_was_taken(feed, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [None, "", "[]", "{}", '{"world_size": 1, "num_skipped": 0}', '{"num_skipped": 0, "loader": null}'],
+    [
+        None,
+        "",
+        "[]",
+        "{}",
+        '{"world_size": 1, "num_skipped": 0}',
+        '{"num_skipped": 0, "loader": null}',
+    ],
 )
 def test_a_damaged_state_is_refused(feed, tmp_path, content):
     if content is not None:

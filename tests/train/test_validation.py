@@ -135,7 +135,9 @@ def test_a_look_is_without_dropout_gradients_and_checkpointing(start, samples, a
 
 
 def test_sources_take_turns(start, samples):
-    held_out = ValidationDataset([(samples[:2], None), (samples[10:20], 4), (samples[20:], None)], start[1])
+    held_out = ValidationDataset(
+        [(samples[:2], None), (samples[10:20], 4), (samples[20:], None)], start[1]
+    )
     first = [held_out.sample(number).source for number in range(len(held_out))]
     expected = [samples[n].source for n in (0, 10, 20, 1, 11, 21, 12, 22, 13, 23)]
     assert first == expected

@@ -45,7 +45,7 @@ def read(folder, name):
 )
 def test_two_processes_see_what_one_sees(watched, tmp_path, environment):
     alone = train(watched("one"), quiet()).output
-    run(tmp_path / "said", train, watched("two"), count=2, environment=environment)
+    run(tmp_path / "output", train, watched("two"), count=2, environment=environment)
     together = tmp_path / "two"
 
     one, two = read(alone, "validation.jsonl"), read(together, "validation.jsonl")

@@ -1,9 +1,9 @@
-"""Batches of random ids and pixels for the model of `tests.tiny`; what the images show."""
+"""Random samples and batches for the model of `tests.tiny`, and the colors of test images."""
 
 import torch
 
 from owl2.data.collate import Batch
-from owl2.data.mixture import Mixture, Source
+from owl2.data.mixture import MixtureDataset, MixtureSource
 
 COLORS = ("red", "green", "blue", "white")
 QUESTION = "what is this"
@@ -11,10 +11,10 @@ ROWS = 24
 
 
 class RandomSamples(MixtureDataset):
-    """Samples of an image and some random words, of different lengths; the epoch changes them."""
+    """Samples of an image and random text of different lengths, which depend on the epoch."""
 
     def __init__(self, count, images=True):
-        self.mixture = MixtureDataset([MixtureSource(range(count))])
+        super().__init__([MixtureSource(range(count))], processor=None)
         self.images = images
 
     def __getitem__(self, index):
@@ -32,7 +32,7 @@ class RandomSamples(MixtureDataset):
 
 
 def collate(samples):
-    """As owl2's collator gives it: the batch, and what was in it."""
+    """A `Batch` of the samples, as `Collator` returns it."""
     batch = pad(samples)
     tokens = int(batch["attention_mask"].sum())
     return Batch(batch, len(samples), tokens, len(batch.get("pixel_values", ())), [])

@@ -93,7 +93,7 @@ def verdict(estimate: TrainingEstimate, suggestions: Sequence[Suggestion]) -> It
     times = f", {batch.micro_batches} micro-batches per step" if batch.micro_batches > 1 else ""
     yield f"Micro-batch per device: {batch.rows} x {batch.length} tokens{times}."
     if estimate.fits is False and not suggestions:
-        yield "No change of the recipe makes it fit: use more or larger devices, or shorter samples."
+        yield "No tested change makes it fit: use more or larger devices, or shorter samples."
     for number, suggestion in enumerate(suggestions):
         lead = "  or" if number else "Fits with"
         yield f"{lead:<9} {suggestion.change}   ({_size(suggestion.total)})"
