@@ -137,11 +137,12 @@ class MetricsCallback(Logger):
         start: TrainingProgress,
         data: TrainDataLoader,
         context: DistributedContext,
+        validates: bool = False,
     ) -> None:
-        """Metrics of a run that starts or resumes at `start`."""
+        """Metrics of a run that starts or resumes at `start`, with validation or without."""
         main = context.is_main
         self.log = JsonlLog(output / "log.jsonl" if main else None, start.step)
-        validation_file = output / "validation.jsonl" if main else None
+        validation_file = output / "validation.jsonl" if main and validates else None
         self.validation_log = JsonlLog(validation_file, start.step)
         self._start = self._last = start
         self._data = data

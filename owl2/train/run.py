@@ -199,7 +199,9 @@ class TrainingRun:
                 checkpoints_of(output),
                 context,
             )
-        metrics = MetricsCallback(output, self.start, trainer.train_loader, context)
+        metrics = MetricsCallback(
+            output, self.start, trainer.train_loader, context, self.validator is not None
+        )
         signals = SignalCallback(context)
         with ExitStack() as stack:  # closes all, also if closing one fails
             stack.callback(signals.restore)

@@ -9,6 +9,7 @@ from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train.recipe import Recipe
+from tests.cli import run_cli  # noqa: F401  # a fixture
 from tests.tiny import make_model
 from tests.train.tiny import COLORS, QUESTION, ROWS
 

@@ -1,18 +1,15 @@
-"""Runs with adapters: what is trained, what stays, what is left in the output."""
+"""Runs with LoRA: trainable and frozen parameters, saved adapters, merging."""
 
-import json
 import re
 import shutil
-from contextlib import suppress
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from owl2 import cli
 from owl2.checkpoints.adapters import lora_layers
 from owl2.engine.engine import Engine
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import apply_lora, merge, prepare
 from owl2.train.optimizer import parameter_groups
@@ -20,9 +17,10 @@ from owl2.train.recipe import LoraSettings
 from owl2.train.run import train
 from owl2.train.trainable import ModelPart, summarize_trainable
 from owl2.train.trainer import Owl2Trainer
+from tests.errors import raises_input_error
 from tests.tiny import make_model
 from tests.train.adapted import LORA, ask, load
-from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
+from tests.train.runs import assert_same_weights, interrupt_at, quiet, read_jsonl, weights
 from tests.train.tiny import QUESTION
 
 PARTS = LORA | {"parts": ["decoder"], "modules_to_save": ["abstractor", "vision"]}
@@ -33,10 +31,10 @@ def names_with_lora(model):
     return {name for name, _ in lora_layers(model)}
 
 
-# ------------------------------------------------------------------ where LoRA goes
+# ------------------------------------------------------------------ target modules
 
 
-def test_default_is_every_linear_of_the_decoder():
+def test_default_targets_are_all_linears_of_the_decoder():
     model = make_model()
     apply_lora(model, LoraSettings(), seed=0)
     layer = "model.layers.{}."
@@ -61,7 +59,7 @@ def test_default_is_every_linear_of_the_decoder():
         ),
     ],
 )
-def test_on_and_only(settings, pattern):
+def test_parts_and_target_modules(settings, pattern):
     model = make_model()
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     expected = {name for name in linears if re.fullmatch(pattern, name)}
@@ -70,12 +68,14 @@ def test_on_and_only(settings, pattern):
     assert expected
 
 
-def test_a_name_that_no_linear_has_is_refused():
-    with pytest.raises(InputError, match=r"'qkv'.* down_proj, gate_proj, k_proj, o_proj, q_proj"):
+def test_unknown_target_module_is_refused():
+    with raises_input_error(
+        ErrorCode.UNKNOWN_NAME, "'qkv'", "down_proj, gate_proj, k_proj, o_proj"
+    ):
         apply_lora(make_model(), LoraSettings(target_modules=["q_proj", "qkv"]), seed=0)
 
 
-def test_the_same_seed_gives_the_same_lora_and_leaves_chance_alone():
+def test_seed_determines_lora_and_leaves_the_random_state_unchanged():
     torch.manual_seed(5)
     models = [make_model() for _ in range(3)]
     state = torch.get_rng_state()
@@ -88,18 +88,18 @@ def test_the_same_seed_gives_the_same_lora_and_leaves_chance_alone():
     assert not torch.equal(one[name], other[name])
 
 
-# ------------------------------------------------------------------ what is trained
+# ------------------------------------------------------------------ trainable parameters
 
 
 @pytest.mark.parametrize("adapter", [LORA, PARTS, ALL])
-def test_groups_cover_what_is_trained_and_nothing_else(adapter):
+def test_parameter_groups_contain_the_trainable_parameters_only(adapter):
     model = make_model()
     trained = apply_lora(model, LoraSettings(**adapter), seed=0)
     for name in trained.trainable:
-        whole = name.startswith(("model.visual_abstractor.", "model.vision_model."))
-        assert ".lora_" in name or (whole and "modules_to_save" in adapter), name
+        is_part = name.startswith(("model.visual_abstractor.", "model.vision_model."))
+        assert ".lora_" in name or (is_part and "modules_to_save" in adapter), name
     assert all(".lora_" not in name for name in trained.frozen)
-    # It asserts by itself that each trained parameter stands in one group.
+    # It asserts that each trainable parameter is in one group.
     groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.1, vision_lr_layer_decay=0.9)
     decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
     for name, parameter in model.named_parameters():
@@ -107,66 +107,66 @@ def test_groups_cover_what_is_trained_and_nothing_else(adapter):
             assert id(parameter) in decayed, name
 
 
-def test_lora_counts_to_the_part_it_stands_in():
+def test_lora_counts_for_the_part_of_its_linear():
     model = make_model()
-    whole = summarize_trainable(model).sizes
+    sizes = summarize_trainable(model).sizes
     trained = apply_lora(model, LoraSettings(r=1, target_modules=["k_proj"]), seed=0)
-    # In each of two layers: 16 numbers in, 2 heads of 4 out.
+    # In each of two layers: 16 inputs, 2 heads with 4 outputs.
     assert trained.trainable_sizes == {
         ModelPart.VISION: 0,
         ModelPart.ABSTRACTOR: 0,
         ModelPart.VISUAL_WEIGHTS: 2 * (16 + 8),
         ModelPart.DECODER: 2 * (16 + 8),
     }
-    assert trained.frozen_size == sum(whole.values())
+    assert trained.frozen_size == sum(sizes.values())
     lines = dict(zip(trained.sizes, trained.lines(), strict=True))
     assert lines[ModelPart.VISION].endswith("frozen")
-    assert lines[ModelPart.DECODER].endswith("48 trained")
+    assert lines[ModelPart.DECODER].endswith("48 trainable")
 
 
-@pytest.mark.parametrize("frozen", [["vision"], ["abstractor", "visual"], ["decoder"]])
-def test_frozen_parts_stay(recipe, frozen):
-    settings = recipe(freeze=frozen, max_steps=4)
+@pytest.mark.parametrize("freeze", [["vision"], ["abstractor", "visual"], ["decoder"]])
+def test_frozen_parts_do_not_change(recipe, freeze):
+    settings = recipe(freeze=freeze, max_steps=4)
     result = train(settings, quiet())
     before, after = weights(settings.model), weights(result.model)
-    titles = {"vision": ModelPart.VISION, "abstractor": ModelPart.ABSTRACTOR}
-    titles |= {"visual": ModelPart.VISUAL_WEIGHTS, "decoder": ModelPart.DECODER}
-    stay = [titles[name] for name in frozen]
+    parts = {"vision": ModelPart.VISION, "abstractor": ModelPart.ABSTRACTOR}
+    parts |= {"visual": ModelPart.VISUAL_WEIGHTS, "decoder": ModelPart.DECODER}
+    frozen = [parts[name] for name in freeze]
     model = make_model()
     trained = prepare(model, settings)
     for part in ModelPart:
-        assert (trained.trainable_sizes[part] == 0) == (part in stay)
+        assert (trained.trainable_sizes[part] == 0) == (part in frozen)
     for name, tensor in before.items():
         if name in trained.frozen:
             assert torch.equal(tensor, after[name]), name
     assert any(not torch.equal(before[name], after[name]) for name in trained.trainable)
 
 
-def test_everything_frozen_is_refused(recipe):
+def test_freezing_everything_is_refused(recipe):
     settings = recipe(freeze=["vision", "abstractor", "visual", "decoder"])
-    with pytest.raises(InputError, match="nothing is left"):
+    with raises_input_error(ErrorCode.CONFLICT, "freeze"):
         prepare(make_model(), settings)
 
 
-# ------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------ runs
 
 
 @pytest.mark.parametrize("adapter", [LORA, PARTS, ALL], ids=["lora", "parts", "all"])
-def test_live_merged_and_reloaded_agree_after_training(
+def test_live_merged_and_reloaded_models_give_the_same_logits(
     recipe, world, tmp_path, monkeypatch, adapter
 ):
     settings = recipe(lora=adapter, gradient_checkpointing=adapter is ALL)
     trainers = []
     monkeypatch.setattr(
         Owl2Trainer, "check_finite", lambda self: trainers.append(self)
-    )  # the last that a run asks for: the live model
+    )  # the last call of a run has the trained model
     result = train(settings, quiet())
     live = trainers[-1].model.eval()
     reloaded = load(result.model)
     merged = load(merge(result.model, tmp_path / "merged"))
     base = load(world / "start")
 
-    # Frozen tensors are bit-identical, here and on disk; LoRA has learned.
+    # Frozen tensors are bit-identical to the base, and LoRA is trained.
     frozen = 0
     for name, tensor in live.state_dict().items():
         plain = name.replace(".base_layer", "")
@@ -201,25 +201,22 @@ def test_live_merged_and_reloaded_agree_after_training(
     assert len(answers) == 1
 
 
-# With the whole vision encoder, whose state must not be lost, and with chance in every step.
+# With the fully trained vision encoder, whose state must be saved, and with dropout.
 @pytest.mark.parametrize("adapter", [LORA | {"lora_dropout": 0.3}, PARTS])
 def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, adapter):
-    whole = train(recipe(output=str(tmp_path / "whole"), lora=adapter), quiet())
+    uninterrupted = train(recipe(output=str(tmp_path / "whole"), lora=adapter), quiet())
     with monkeypatch.context() as patch:
         interrupt_at(patch, 6)
         stopped = train(recipe(lora=adapter), quiet())
     assert (stopped.finished, stopped.step) == (False, 6)
     resumed = train(recipe(lora=adapter), quiet())
     assert resumed.finished
-    assert_same_weights(weights(whole.model), weights(resumed.model))
-    losses = [
-        json.loads((run.output / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["loss"]
-        for run in (whole, resumed)
-    ]
+    assert_same_weights(weights(uninterrupted.model), weights(resumed.model))
+    losses = [read_jsonl(run.output / "log.jsonl")[-1]["loss"] for run in (uninterrupted, resumed)]
     assert losses[0] == losses[1]
 
 
-def test_a_run_does_not_go_on_with_another_base(recipe, world, tmp_path, monkeypatch):
+def test_run_with_a_changed_base_model_is_not_resumed(recipe, world, tmp_path, monkeypatch):
     start = tmp_path / "start"
     shutil.copytree(world / "start", start)
     settings = recipe(model=str(start), lora=LORA)
@@ -230,52 +227,44 @@ def test_a_run_does_not_go_on_with_another_base(recipe, world, tmp_path, monkeyp
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-3
     model.save_pretrained(start)
-    with pytest.raises(InputError, match="weights are others"):
+    with raises_input_error(ErrorCode.BASE_MODEL_MISMATCH):
         train(settings, quiet())
 
 
-def test_a_run_does_not_start_from_an_adapter(recipe, tmp_path):
+def test_run_does_not_start_from_an_adapter(recipe, tmp_path):
     result = train(recipe(lora=LORA, max_steps=3), quiet())
     again = recipe(model=str(result.model), output=str(tmp_path / "again"))
-    with pytest.raises(InputError, match=r"is an adapter.*owl2 merge"):
+    with raises_input_error(ErrorCode.UNSUPPORTED, "owl2 merge"):
         train(again, quiet())
     merged = merge(result.model, tmp_path / "merged")
     assert train(recipe(model=str(merged), output=str(tmp_path / "again")), quiet()).finished
 
 
-def test_merging_on_the_command_line(recipe, world, tmp_path, monkeypatch, capsys):
+def test_merge_command(recipe, world, tmp_path, run_cli):
     result = train(recipe(lora=LORA, max_steps=3), quiet())
-
-    def owl2(*arguments):
-        monkeypatch.setattr("sys.argv", ["owl2", *map(str, arguments)])
-        cli.main()
-
-    with suppress(SystemExit):
-        owl2("merge", result.model, "--output", tmp_path / "merged")
-    assert f"the merged model is in {tmp_path / 'merged'}" in capsys.readouterr().out
+    arguments = ("merge", result.model, "--output", tmp_path / "merged")
+    merged = run_cli(*arguments)
+    assert merged.exit_code == 0 and str(tmp_path / "merged") in merged.stdout
     answers = []
     for model in (result.model, tmp_path / "merged"):
         image = ["--image", world / "1.png", "--max-new-tokens", 5]
-        with suppress(SystemExit):
-            owl2("chat", "--model", model, *image, QUESTION)
-        answers.append(capsys.readouterr().out)
+        answers.append(run_cli("chat", "--model", model, *image, QUESTION).stdout)
     assert answers[0] == answers[1] != ""
-    with pytest.raises(SystemExit, match="2"):
-        owl2("merge", result.model, "--output", tmp_path / "merged")
-    assert "is there already" in capsys.readouterr().err
+    again = run_cli(*arguments)
+    assert again.exit_code == 2 and str(tmp_path / "merged") in again.stderr
 
 
-def test_merge_says_what_is_wrong(world, tmp_path):
-    with pytest.raises(InputError, match="is no adapter"):
+def test_invalid_merge_is_refused(world, tmp_path):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "adapter_config.json"):
         merge(world / "start", tmp_path / "merged")
-    with pytest.raises(InputError, match="is there already"):
+    with raises_input_error(ErrorCode.FILE_EXISTS, tmp_path):
         merge(world / "start", tmp_path)
-    with pytest.raises(InputError, match="dtype is 'int8'"):
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, "int8"):
         merge(world / "start", tmp_path / "merged", dtype="int8")
     assert not (tmp_path / "merged").exists()
 
 
-def test_merge_in_another_dtype(recipe, tmp_path):
+def test_merge_to_another_dtype(recipe, tmp_path):
     result = train(recipe(lora=LORA, max_steps=3), quiet())
     merge(result.model, tmp_path / "merged", dtype="bfloat16")
     stored = load_file(tmp_path / "merged" / "model.safetensors")

@@ -1,9 +1,8 @@
-"""Two processes train an adapter: they save what one saves, and go on after a stop."""
+"""Two processes train an adapter: they save the same adapter as one, and resume."""
 
 import json
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -11,12 +10,12 @@ import torch
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
 from tests.train.processes import FSDP, owl2, run, start
-from tests.train.runs import assert_same_weights, quiet, weights
+from tests.train.runs import assert_same_weights, quiet, read_jsonl, wait_for, weights
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
-def test_two_processes_save_one_adapter_and_go_on(recipe, tmp_path, environment):
+def test_two_processes_save_one_adapter_and_resume(recipe, tmp_path, environment):
     adapter = {
         "r": 2,
         "parts": ["decoder", "vision"],
@@ -25,12 +24,12 @@ def test_two_processes_save_one_adapter_and_go_on(recipe, tmp_path, environment)
     }
     settings = recipe(lora=adapter, max_steps=30, logging_steps=1).model_dump(exclude_unset=True)
     settings["data"] = [{"file": source["file"]} for source in settings["data"]]
-    alone = train(Recipe(**settings | {"output": str(tmp_path / "one")}), quiet())
-    whole = Recipe(**settings | {"output": str(tmp_path / "two")})
-    run(tmp_path / "output", train, whole, count=2, environment=environment)
-    names = {path.name for path in alone.model.iterdir()}
+    single = train(Recipe(**settings | {"output": str(tmp_path / "one")}), quiet())
+    uninterrupted = Recipe(**settings | {"output": str(tmp_path / "two")})
+    run(tmp_path / "output", train, uninterrupted, count=2, environment=environment)
+    names = {path.name for path in single.model.iterdir()}
     assert {path.name for path in (tmp_path / "two" / "model").iterdir()} == names
-    one, two = weights(alone.model), weights(tmp_path / "two" / "model")
+    one, two = weights(single.model), weights(tmp_path / "two" / "model")
     assert one.keys() == two.keys()
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-3, msg=name)
@@ -39,10 +38,7 @@ def test_two_processes_save_one_adapter_and_go_on(recipe, tmp_path, environment)
     path.write_text(json.dumps(settings), encoding="utf-8")
     log = tmp_path / "run" / "log.jsonl"
     processes = start(tmp_path / "1", owl2, "train", str(path), count=2, environment=environment)
-    end = time.monotonic() + 60
-    while not log.exists() or len(log.read_text().splitlines()) < 4:
-        assert time.monotonic() < end, processes.output()
-        time.sleep(0.005)
+    wait_for(lambda: len(read_jsonl(log)) >= 4, processes.output)
     os.kill(processes.members[0].pid, signal.SIGTERM)
     assert processes.wait() == [143, 143], processes.output()
     run(tmp_path / "2", owl2, "train", str(path), count=2, environment=environment)

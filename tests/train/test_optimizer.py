@@ -1,4 +1,4 @@
-"""Groups of parameters: rates that fall towards the pixels, decay on matrices only."""
+"""Parameter groups: layer-wise learning rate decay in the ViT, weight decay on matrices."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from owl2.train.trainable import apply_stage
 from owl2.train.trainer import training_arguments
 from tests.tiny import VISION_BLOCKS, make_model
 
-# Written down by hand for three blocks: 0.9 to the power of the levels above.
+# Computed by hand for three blocks: 0.9 to the power of the number of levels above.
 SCALES = {
     "model.vision_model.embeddings.cls_token": 0.9**4,
     "model.vision_model.embeddings.position_embedding": 0.9**4,
@@ -38,7 +38,7 @@ def group_of(groups, parameter):
     return group
 
 
-def test_rates_fall_level_by_level():
+def test_learning_rates_decay_by_level():
     model = make_model()
     groups, parameters = groups_of(model), dict(model.named_parameters())
     for name, scale in SCALES.items():
@@ -46,7 +46,7 @@ def test_rates_fall_level_by_level():
     assert len({g["lr_scale"] for g in groups}) == VISION_BLOCKS + 2
 
 
-def test_decay_is_for_matrices_that_are_no_embeddings():
+def test_weight_decay_applies_to_matrices_except_embeddings():
     model = make_model(attention_bias=True)
     groups = groups_of(model)
     for name, parameter in model.named_parameters():
@@ -62,7 +62,7 @@ def test_decay_is_for_matrices_that_are_no_embeddings():
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_trainable_parameter_stands_in_one_group(stage, tied):
+def test_every_trainable_parameter_is_in_one_group(stage, tied):
     model = make_model(tie_word_embeddings=tied)
     apply_stage(model, stage)
     grouped = [id(p) for group in groups_of(model) for p in group["params"]]
@@ -70,13 +70,13 @@ def test_every_trainable_parameter_stands_in_one_group(stage, tied):
     assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-def test_tied_weights_are_an_embedding():
+def test_tied_head_has_no_weight_decay():
     model = make_model(tie_word_embeddings=True)
     assert group_of(groups_of(model), model.lm_head.weight)["weight_decay"] == 0.0
 
 
-def test_the_first_group_has_the_full_rate():
-    """The Trainer reports the first group's rate as the run's."""
+def test_first_group_has_the_full_learning_rate():
+    """The Trainer reports the learning rate of the first group."""
     for stage in (1, 2):
         for use_mam in (True, False):
             model = make_model(use_mam=use_mam)
@@ -84,7 +84,7 @@ def test_the_first_group_has_the_full_rate():
             assert groups_of(model)[0]["lr_scale"] == 1.0
 
 
-def test_adamw_takes_the_groups():
+def test_adamw_updates_the_groups():
     model = make_model()
     optimizer = make_adamw(groups_of(model), betas=(0.9, 0.98), epsilon=1e-6)
     assert optimizer.defaults["betas"] == (0.9, 0.98)
@@ -95,16 +95,16 @@ def test_adamw_takes_the_groups():
     assert not torch.equal(before, model.lm_head.weight)
 
 
-def test_the_table_shows_all_groups():
+def test_table_shows_all_groups():
     model = make_model()
     console = Console(width=120, record=True)
     console.print(groups_table(groups_of(model)))
     text = console.export_text()
-    for words in ("vision embeddings", "vision block 2", "abstractor", "0.6561", "0.05"):
-        assert words in text
+    for part in ("vision embeddings", "vision block 2", "abstractor", "0.6561", "0.05"):
+        assert part in text
 
 
-def test_parts_have_rates_of_their_own():
+def test_parts_can_have_their_own_learning_rates():
     model = make_model()
     groups = parameter_groups(
         model,
@@ -130,8 +130,8 @@ def test_parts_have_rates_of_their_own():
     assert [g["lr"] for g in groups] == pytest.approx([2.0 * g["lr_scale"] for g in groups])
 
 
-def test_a_recipe_s_rates_reach_the_groups_and_fall_in_proportion(make_recipe):
-    """From peak to minimum each by the same factor, in the Trainer's own schedule."""
+def test_schedule_scales_all_groups_by_the_same_factor(make_recipe):
+    """From the peaks of the recipe to the minimum, with the schedule of the Trainer."""
     recipe = make_recipe(
         learning_rate=1e-2,
         min_lr=1e-3,
@@ -163,7 +163,7 @@ def test_a_recipe_s_rates_reach_the_groups_and_fall_in_proportion(make_recipe):
 
 
 @pytest.mark.parametrize("settings", [{"lora": {"r": 2}}, {"stage": 1}, {"freeze": ["vision"]}])
-def test_the_table_counts_every_trained_number_once(make_recipe, settings):
+def test_table_counts_every_trainable_parameter_once(make_recipe, settings):
     recipe = make_recipe(**settings)
     model = make_model()
     trained = prepare(model, recipe)

@@ -42,7 +42,9 @@ def loss_and_gradients(batch, attn_implementation="sdpa", checkpointed=False, **
     settings |= {"initializer_range": 0.4, "attn_implementation": attn_implementation}
     model = make_model(**settings).train()
     assert model.config._attn_implementation == attn_implementation
-    with torch.no_grad():  # text and visual weights start as copies, which would hide a wrong routing
+    with (
+        torch.no_grad()
+    ):  # text and visual weights start as copies, which would hide a wrong routing
         for name, parameter in model.named_parameters():
             if "multiway.1" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -75,7 +77,8 @@ def test_packed_loss_and_gradients_equal_padded_ones(attention, use_mam, one_row
     assert len(packed["input_ids"]) == (1 if one_row else 3)
     padded = collate(items, 0)
     assert_same(
-        loss_and_gradients(padded, attention, use_mam=use_mam), loss_and_gradients(packed, attention, use_mam=use_mam)
+        loss_and_gradients(padded, attention, use_mam=use_mam),
+        loss_and_gradients(packed, attention, use_mam=use_mam),
     )
 
 
@@ -222,5 +225,5 @@ def test_packed_batches_have_fewer_rows(recipe, mixed, monkeypatch):
 
     monkeypatch.setattr(Owl2Trainer, "training_step", spy)
     train(recipe(data=mixed, max_length=150, batch_size=8, packing=True), quiet())
-    assert max(rows for rows, _ in shapes) < 8
+    assert sum(rows for rows, _ in shapes) < 0.8 * 8 * len(shapes)
     assert max(width for _, width in shapes) <= 150

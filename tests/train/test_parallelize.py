@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 
 from owl2.data.packing import pack
 from owl2.errors import ErrorCode
+from owl2.train import parallelize
 from owl2.train.adapters import apply_lora
 from owl2.train.parallelize import (
     blocks_of,
@@ -15,7 +16,6 @@ from owl2.train.parallelize import (
     require_compiler,
 )
 from owl2.train.recipe import LoraSettings
-from owl2.train import parallelize
 from owl2.train.run import batch_layout, train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error

@@ -1,18 +1,26 @@
-"""Runs that are stopped, killed or damaged, and how they go on."""
+"""Resuming runs that were stopped or killed; damaged checkpoints."""
 
-import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.train.run import train
-from owl2.train.trainer import Owl2Trainer
-from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
+from tests.errors import raises_input_error
+from tests.train.runs import (
+    Killed,
+    assert_same_weights,
+    interrupt_at,
+    kill_at,
+    quiet,
+    read_jsonl,
+    weights,
+)
 
 
-# In the first epoch, at its end, in the second.
+# In the first epoch, at its end, in the second one.
 @pytest.mark.parametrize(
     ("step", "workers"),
     [
@@ -27,7 +35,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
         "data": recipe().data,
         "gradient_accumulation_steps": 2,
     }
-    whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
+    uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
@@ -40,11 +48,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
     resumed = train(recipe(**settings), console)
     assert f"Resuming after step {step}" in console.file.getvalue()
     assert resumed.finished
-    assert_same_weights(weights(whole.model), weights(resumed.model))
-    logs = [
-        [json.loads(line) for line in (run.output / "log.jsonl").open(encoding="utf-8")]
-        for run in (whole, resumed)
-    ]
+    assert_same_weights(weights(uninterrupted.model), weights(resumed.model))
+    logs = [read_jsonl(run.output / "log.jsonl") for run in (uninterrupted, resumed)]
     last = [{k: log[-1][k] for k in ("step", "learning_rate", "samples")} for log in logs]
     assert last[0] == last[1]
     steps = [line["step"] for line in logs[1]]
@@ -52,57 +57,44 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
     assert not (resumed.output / "checkpoints").exists()
 
 
-def test_a_killed_run_goes_on_from_its_last_whole_state(recipe, tmp_path, monkeypatch):
-    whole = train(recipe(output=str(tmp_path / "whole")), quiet())
-
-    class Killed(BaseException):
-        pass
-
-    def die(self, *args, **kwargs):
-        if self.state.global_step == 7:
-            raise Killed
-        return compute(self, *args, **kwargs)
-
-    compute = Owl2Trainer.training_step
+def test_killed_run_resumes_from_its_last_complete_checkpoint(recipe, tmp_path, monkeypatch):
+    uninterrupted = train(recipe(output=str(tmp_path / "whole")), quiet())
     with monkeypatch.context() as patch:
-        patch.setattr(Owl2Trainer, "training_step", die)
+        kill_at(patch, 7)
         with pytest.raises(Killed):
             train(recipe(save_steps=3), quiet())
     checkpoints = tmp_path / "run" / "checkpoints"
     saved = {path.name for path in checkpoints.iterdir()}
-    assert saved == {"recipe.json", "latest.json", "checkpoint-6"}  # one state, not all
-    # A state that the kill cut short is not what is gone on from.
+    assert saved == {"recipe.json", "latest.json", "checkpoint-6"}  # the older one is removed
+    # An incomplete checkpoint is not used.
     (checkpoints / "checkpoint-9").mkdir()
     (checkpoints / "checkpoint-9" / "trainer_state.json").write_text("{", encoding="utf-8")
-    resumed = train(recipe(), quiet())  # also without save_steps: it changes nothing learned
-    assert_same_weights(weights(whole.model), weights(resumed.model))
+    resumed = train(recipe(), quiet())  # save_steps may differ
+    assert_same_weights(weights(uninterrupted.model), weights(resumed.model))
 
 
 @pytest.fixture
 def stopped(recipe, monkeypatch):
-    """The checkpoints of a run stopped after step 4."""
+    """The checkpoints directory of a run that was stopped after step 4."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)
         return train(recipe(), quiet()).output / "checkpoints"
 
 
-def remove(path):
-    path.unlink()
-
-
-def empty(path):
+def truncate(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [remove, empty])
+@pytest.mark.parametrize("damage", [Path.unlink, truncate])
 @pytest.mark.parametrize(
     "name",
     ["optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "model.safetensors"],
 )
-def test_a_state_that_lacks_something_is_not_gone_on_from(recipe, stopped, name, damage):
+def test_incomplete_checkpoint_is_refused(recipe, stopped, name, damage):
     damage(stopped / "checkpoint-4" / name)
-    named = name.replace(".", r"\.")
-    with pytest.raises(InputError, match=f"checkpoint-4 lacks {named}.*overwrite=true starts over"):
+    with raises_input_error(
+        ErrorCode.RESUME_MISMATCH, f"checkpoint-4 lacks {name}", "overwrite=true"
+    ):
         train(recipe(), quiet())
 
 
@@ -120,69 +112,67 @@ def test_a_state_that_lacks_something_is_not_gone_on_from(recipe, stopped, name,
         ("checkpoint-4/trainer_state.json", "{"),
     ],
 )
-def test_damaged_files_of_a_stopped_run(recipe, stopped, name, content):
+def test_damaged_state_is_refused(recipe, stopped, name, content):
     if content is None:
         (stopped / name).unlink()
     else:
         (stopped / name).write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match="overwrite=true starts over"):
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "overwrite=true"):
         train(recipe(), quiet())
     console = quiet()
     assert train(recipe(overwrite=True, max_steps=3), console).finished
-    assert "Going on" not in console.file.getvalue()
+    assert "Resuming" not in console.file.getvalue()
 
 
-def test_half_a_line_at_the_logs_end_is_dropped(recipe, stopped):
+def test_incomplete_last_line_of_a_log_is_dropped(recipe, stopped):
     log = stopped.parent / "log.jsonl"
-    whole = log.read_bytes()
-    log.write_bytes(whole + b'{"step": 5, "lo')
+    complete = log.read_bytes()
+    log.write_bytes(complete + b'{"step": 5, "lo')
     result = train(recipe(), quiet())
-    lines = [json.loads(line) for line in log.open(encoding="utf-8")]
-    assert log.read_bytes().startswith(whole)
+    lines = read_jsonl(log)
+    assert log.read_bytes().startswith(complete)
     assert lines[-1]["step"] == result.step == 10
 
 
-def test_a_log_damaged_further_up_is_refused(recipe, stopped):
+def test_damaged_log_is_refused(recipe, stopped):
     log = stopped.parent / "log.jsonl"
     log.write_bytes(b"{\n" + log.read_bytes())
-    with pytest.raises(InputError, match=r"log.jsonl:1 .*overwrite=true starts over"):
+    with raises_input_error(ErrorCode.INVALID_FORMAT, "log.jsonl:1", "overwrite=true"):
         train(recipe(), quiet())
 
 
-def test_two_runs_of_a_recipe_are_the_same(recipe, tmp_path):
+def test_two_runs_of_a_recipe_give_the_same_weights(recipe, tmp_path):
     runs = [train(recipe(output=str(tmp_path / name)), quiet()) for name in "ab"]
     assert_same_weights(*(weights(run.model) for run in runs))
 
 
-def test_another_recipe_does_not_go_on_with_a_run(recipe, monkeypatch):
+def test_run_of_another_recipe_is_not_resumed(recipe, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)
         train(recipe(), quiet())
-    with pytest.raises(InputError, match=r"another recipe \(differs in batch_size, seed\)"):
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "batch_size, seed"):
         train(recipe(seed=5, batch_size=8), quiet())
     console = quiet()
     assert train(recipe(seed=5, batch_size=8, overwrite=True), console).finished
-    assert "Going on" not in console.file.getvalue()
+    assert "Resuming" not in console.file.getvalue()
 
 
-def test_a_finished_model_is_not_overwritten_unasked(recipe):
+def test_finished_model_is_not_overwritten_by_default(recipe):
     result = train(recipe(), quiet())
     before = weights(result.model)
-    with pytest.raises(
-        InputError, match="finished model; give another `output`, or overwrite=true"
-    ):
+    with raises_input_error(ErrorCode.FILE_EXISTS, result.model, "overwrite=true"):
         train(recipe(seed=1), quiet())
     assert_same_weights(weights(result.model), before)
     train(recipe(seed=1, overwrite=True), quiet())
     assert not torch.equal(weights(result.model)["lm_head.weight"], before["lm_head.weight"])
 
 
-def test_an_overwriting_run_goes_on_after_a_stop(recipe, monkeypatch):
+def test_overwriting_run_is_resumed_after_a_stop(recipe, monkeypatch):
     train(recipe(), quiet())
     with monkeypatch.context() as patch:
         interrupt_at(patch, 4)
         stopped = train(recipe(seed=1, overwrite=True), quiet())
-    assert stopped.model.exists()  # the older one, until there is another
+    assert stopped.model.exists()  # of the first run, until it is replaced
     console = quiet()
     assert train(recipe(seed=1, overwrite=True), console).finished
     assert "Resuming after step 4" in console.file.getvalue()

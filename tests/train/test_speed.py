@@ -1,8 +1,8 @@
-"""What packing gains and whether the data side keeps up, at the demo's size; prints what it finds.
+"""The speed of packing and of data loading at the size of the demo; prints the figures.
 
     OMP_NUM_THREADS=1 python -m pytest -m slow -s tests/train/test_speed.py
 
-Compared are runs of the same recipe in turn, so what else the machine does slows both.
+Runs of the same recipe are compared in turn, so that other load slows both down.
 """
 
 import importlib
@@ -35,7 +35,7 @@ PACKAGES += ("multiprocessing", "unittest", "urllib", "xml", "importlib", "sqlit
 
 
 def documentation():
-    """What Python's own library says of its functions and classes: texts of all lengths."""
+    """The docstrings of Python's standard library: texts of different lengths."""
     names = [
         f"{package}.{module.name}"
         for package in PACKAGES
@@ -46,7 +46,7 @@ def documentation():
     for name in [*PACKAGES, *names]:
         try:
             module = importlib.import_module(name)
-        except ImportError:  # of another system
+        except ImportError:  # not on this platform
             continue
         for owner in [module, *(thing for _, thing in inspect.getmembers(module, inspect.isclass))]:
             for title, thing in inspect.getmembers(owner):
@@ -131,23 +131,22 @@ def run(mixture, output: Path, **settings):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The tokens so far and the processor's seconds at the beginning of each step."""
+    """The total tokens and the CPU seconds at the start of each step."""
     seen = []
     take = Owl2Trainer.get_batch_samples
 
     def taking(self, *args, **kwargs):
-        seen.append((self.seen.tokens, time.process_time()))
+        seen.append((self.train_loader.counts.tokens, time.process_time()))
         return take(self, *args, **kwargs)
 
     monkeypatch.setattr(Owl2Trainer, "get_batch_samples", taking)
     return seen
 
 
-def test_packing_has_more_tokens_a_second(mixture, tmp_path, clock):
-    """At least 1.5 times the padded run's on conversations and texts of mixed length.
+def test_packing_processes_more_tokens_per_second(mixture, tmp_path, clock):
+    """At least 1.5 times as many as padding, on conversations and texts of mixed length.
 
-    Of the processor's seconds, as the tests of others run beside this one; with one thread and no
-    workers these are the run's on a machine of its own.
+    In CPU seconds, because other tests may run at the same time.
     """
     layouts = {"padded": {}, "grouped": {"group_by_length": True}, "packed": {"packing": True}}
     speeds = {name: [] for name in layouts}
@@ -163,18 +162,18 @@ def test_packing_has_more_tokens_a_second(mixture, tmp_path, clock):
     assert best["packed"] >= 1.5 * best["padded"]
 
 
-def test_two_workers_keep_up(mixture, tmp_path):
-    """The run waits for data in less than 5 % of its time."""
+def test_two_workers_load_fast_enough(mixture, tmp_path):
+    """The run waits for data less than 5 % of the time."""
     lines = run(mixture, tmp_path / "run", dataloader_num_workers=2, packing=True, max_steps=25)
-    lines = lines[2:]  # the workers begin
+    lines = lines[2:]  # the workers start
     share = sum(line["data_wait_fraction"] for line in lines) / len(lines)
-    print(f"waiting for data: {share:.1%} of the time")
+    print(f"data wait: {share:.1%} of the time")
     assert share < 0.05
 
 
 @pytest.mark.parametrize("size", [224, 448])
-def test_images_a_second_and_core(tmp_path, size):
-    """Photographs of 640 x 480 pixels as JPEG, opened and brought to the model's size."""
+def test_images_per_second_and_core(tmp_path, size):
+    """JPEG images of 640 x 480 pixels, decoded and resized."""
     torch.manual_seed(0)
     paths = []
     for number in range(40):
@@ -189,5 +188,5 @@ def test_images_a_second_and_core(tmp_path, size):
     for path in paths:
         processor([str(path)])
     speed = len(paths) / (time.process_time() - began)
-    print(f"{size} pixels: {speed:.0f} images/s and core")
+    print(f"{size} pixels: {speed:.0f} images/s per core")
     assert speed > 20

@@ -1,4 +1,4 @@
-"""Runs on several sources: streams, weights, samples that cannot be used; where they stand."""
+"""The data loader of a run: streams, weights, invalid samples, exact position."""
 
 import io
 import json
@@ -14,13 +14,14 @@ from owl2.data.sample import InvalidSample
 from owl2.errors import ErrorCode, InputError
 from owl2.train.run import train
 from owl2.train.train_dataloader import TrainDataLoader, run_steps
-from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
+from tests.errors import raises_input_error
+from tests.train.runs import assert_same_weights, interrupt_at, quiet, read_jsonl, weights
 from tests.train.tiny import QUESTION, RandomSamples, collate
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three shards of eight images with captions; the third's first has no image that opens."""
+    """Three shards of eight images with captions; one image of the third is broken."""
     number = 0
     for shard in range(3):
         with tarfile.open(tmp_path / f"{shard:03}.tar", "w") as tar:
@@ -39,7 +40,7 @@ def shards(tmp_path):
 
 @pytest.fixture
 def mixed(world, tmp_path, shards):
-    """A stream, a file, and a file with two rows that cannot be used."""
+    """A stream, a file, and a file with two invalid rows."""
     turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "red"}]
     rows = [
         {"image": str(world / "0.png"), "conversations": turns},
@@ -54,10 +55,6 @@ def mixed(world, tmp_path, shards):
     ]
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -67,83 +64,80 @@ def read_lines(path):
         pytest.param({"group_by_length": True, "shuffle_buffer": 3}, marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_goes_on_with_the_next_samples(
-    recipe, tmp_path, monkeypatch, mixed, settings
-):
+def test_stopped_run_resumes_with_the_next_samples(recipe, tmp_path, monkeypatch, mixed, settings):
     settings = settings | {"data": mixed, "on_invalid_sample": "skip", "max_steps": 22}
-    whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
-    skipped = read_lines(whole.output / "skipped.jsonl")
+    uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
+    skipped = read_jsonl(uninterrupted.output / "skipped.jsonl")
     assert {line["code"] for line in skipped} == {
         ErrorCode.MISSING_IMAGE,
         ErrorCode.IMAGE_COUNT_MISMATCH,
         ErrorCode.BROKEN_IMAGE,
     }
-    facts = json.loads((whole.output / "run.json").read_text(encoding="utf-8"))
-    assert facts["num_skipped"] == len(skipped)
-    assert facts["samples"] == 22 * 4 - len(skipped)
+    results = json.loads((uninterrupted.output / "run.json").read_text(encoding="utf-8"))
+    assert results["num_skipped"] == len(skipped)
+    assert results["samples"] == 22 * 4 - len(skipped)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 13)
         stopped = train(recipe(**settings), quiet())
-    # As if it had been killed after its state was saved, and had left out more by then.
+    # As if the run had skipped more samples after the checkpoint and then been killed.
     with (stopped.output / "skipped.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"source": "later"}\n{"sou')
     resumed = train(recipe(**settings), quiet())
-    assert_same_weights(weights(whole.model), weights(resumed.model))
-    assert read_lines(resumed.output / "skipped.jsonl") == skipped
+    assert_same_weights(weights(uninterrupted.model), weights(resumed.model))
+    assert read_jsonl(resumed.output / "skipped.jsonl") == skipped
 
 
-def test_what_an_earlier_run_left_out_is_forgotten(recipe, mixed):
+def test_new_run_removes_the_skipped_samples_of_an_earlier_run(recipe, mixed):
     settings = {"data": mixed, "on_invalid_sample": "skip", "max_steps": 12}
     first = train(recipe(**settings), quiet())
-    assert read_lines(first.output / "skipped.jsonl")
+    assert read_jsonl(first.output / "skipped.jsonl")
     train(recipe(overwrite=True), quiet())
     assert not (first.output / "skipped.jsonl").exists()
 
 
-def test_a_run_that_stopped_at_a_bad_row_goes_on_without_it(recipe, mixed, monkeypatch, tmp_path):
+def test_run_that_stopped_at_an_invalid_row_can_skip_it(recipe, mixed, monkeypatch, tmp_path):
     settings = {"data": mixed, "max_steps": 12, "save_steps": 1}
-    whole = train(
+    uninterrupted = train(
         recipe(output=str(tmp_path / "whole"), on_invalid_sample="skip", **settings), quiet()
     )
-    with pytest.raises(InputError, match="on_invalid_sample=skip leaves such samples out"):
+    with pytest.raises(InputError) as error:
         train(recipe(**settings), quiet())
+    assert "on_invalid_sample=skip" in str(error.value)
     resumed = train(recipe(on_invalid_sample="skip", **settings), quiet())
-    assert_same_weights(weights(whole.model), weights(resumed.model))
+    assert_same_weights(weights(uninterrupted.model), weights(resumed.model))
 
 
-def test_a_file_that_is_lost_stops_the_run_also_with_skip(feed):
-    one = feed()
-    one.on_invalid_sample = "skip"
-    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
-        one._leave_out(
-            [
-                InvalidSample.from_error(
-                    "a.jsonl",
-                    InputError("a.jsonl has changed since: start again", ErrorCode.FILE_CHANGED),
-                )
-            ]
-        )
+def test_changed_file_stops_the_run_also_with_skip(make_loader):
+    def changed(samples):
+        error = InputError("a.jsonl has changed since: start again", ErrorCode.FILE_CHANGED)
+        skipped = [InvalidSample.from_error("a.jsonl", error)]
+        return collate(samples)._replace(skipped=skipped)
+
+    loader = make_loader("skip")
+    loader.loader.collate = changed
+    with raises_input_error(ErrorCode.FILE_CHANGED, "a.jsonl"):
+        next(iter(loader))
 
 
-def test_weights_have_no_epochs(recipe, mixed, world):
+def test_weighted_sources_have_no_epochs(recipe, mixed, world):
     data = [
         {"shards": mixed[0]["shards"], "weight": 0.5},
         {"file": str(world / "data.json"), "weight": 2.0},
     ]
     console = quiet()
     result = train(recipe(data=data, on_invalid_sample="skip", max_steps=12), console)
-    assert "Samples by weight, images at" in console.file.getvalue()
-    assert {line["epoch"] for line in read_lines(result.output / "log.jsonl")} == {0.0}
+    assert "Weighted sources, images of" in console.file.getvalue()
+    assert {line["epoch"] for line in read_jsonl(result.output / "log.jsonl")} == {0.0}
 
 
-def test_a_stream_without_a_number_of_samples_is_refused(recipe, shards):
+def test_stream_without_count_and_weight_is_refused(recipe, shards):
     with pytest.raises(InputError, match=r"001?.*\.tar is a stream.*`count`.*`weight`"):
         train(recipe(data=[{"shards": shards}]), quiet())
 
 
-def test_the_log_tells_the_datas_epochs(recipe):
-    result = train(recipe(max_steps=15, logging_steps=3), quiet())  # 24 samples, 4 a step
-    epochs = {line["step"]: line["epoch"] for line in read_lines(result.output / "log.jsonl")}
+def test_log_has_the_epochs_of_the_data(recipe):
+    result = train(recipe(max_steps=15, logging_steps=3), quiet())  # 24 samples, 4 per step
+    epochs = {line["step"]: line["epoch"] for line in read_jsonl(result.output / "log.jsonl")}
     assert epochs == {1: 1 / 6, 3: 0.5, 6: 1.0, 9: 1.5, 12: 2.0, 15: 2.5}
 
 
@@ -156,27 +150,25 @@ def test_steps_of_epochs(make_recipe, epochs, samples, steps):
     assert run_steps(make_recipe(max_steps=7), samples) == 7
 
 
-# ------------------------------------------------------------------ the state
+# ------------------------------------------------------------------ position
 
 
 @pytest.fixture
-def feed(tmp_path):
-    def make():
-        data = RandomSamples(10)
-        return TrainDataLoader(
-            MixtureDataLoader(data, data.mixture, collate, 2), Accelerator(cpu=True), tmp_path
-        )
+def make_loader(tmp_path):
+    def make(on_invalid_sample="stop"):
+        loader = MixtureDataLoader(RandomSamples(10), collate, 2)
+        return TrainDataLoader(loader, Accelerator(cpu=True), tmp_path, on_invalid_sample)
 
     return make
 
 
-def test_a_feed_goes_on_after_what_was_taken(feed, tmp_path):
-    one = feed()
+def test_loader_resumes_after_the_saved_batch(make_loader, tmp_path):
+    one = make_loader()
     batches = iter(one)
     next(batches), next(batches)
     one.save(tmp_path)
     third = next(batches)
-    other = feed()
+    other = make_loader()
     other.load(tmp_path)
     assert next(iter(other))["input_ids"].tolist() == third["input_ids"].tolist()
 
@@ -192,31 +184,31 @@ def test_a_feed_goes_on_after_what_was_taken(feed, tmp_path):
         '{"num_skipped": 0, "loader": null}',
     ],
 )
-def test_a_damaged_state_is_refused(feed, tmp_path, content):
+def test_damaged_position_is_refused(make_loader, tmp_path, content):
     if content is not None:
         (tmp_path / "data_state_0.json").write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match=r"data_state_0\.json cannot be read.*overwrite=true"):
-        feed().load(tmp_path)
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "data_state_0.json", "overwrite=true"):
+        make_loader().load(tmp_path)
 
 
-def test_a_state_of_other_processes_is_refused(feed, tmp_path):
-    one = feed()
-    one.world = 2
+def test_position_of_other_processes_is_refused(make_loader, tmp_path):
+    one = make_loader()
+    one.world_size = 2
     one.save(tmp_path)
-    with pytest.raises(InputError, match="of a run on 2 processes, this one has 1"):
-        feed().load(tmp_path)
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "processes: 2, now 1"):
+        make_loader().load(tmp_path)
 
 
-def test_a_state_of_other_data_is_refused(feed, tmp_path):
-    feed().save(tmp_path)
+def test_position_in_other_data_is_refused(make_loader, tmp_path):
+    make_loader().save(tmp_path)
     state = json.loads((tmp_path / "data_state_0.json").read_text(encoding="utf-8"))
     assert state["sizes"] == [10]
     (tmp_path / "data_state_0.json").write_text(json.dumps(state | {"sizes": [11]}))
-    with pytest.raises(InputError, match=r"sources with \[11\] samples, now they have \[10\]"):
-        feed().load(tmp_path)
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "[11], now [10]"):
+        make_loader().load(tmp_path)
 
 
-def test_a_run_of_nothing_but_bad_samples_ends(recipe, tmp_path):
+def test_run_without_valid_samples_stops(recipe, tmp_path):
     rows = [{"image": f"{n}.png", "caption": "red"} for n in range(200)]
     (tmp_path / "gone.json").write_text(json.dumps(rows), encoding="utf-8")
     settings = {
@@ -224,30 +216,30 @@ def test_a_run_of_nothing_but_bad_samples_ends(recipe, tmp_path):
         "on_invalid_sample": "skip",
         "max_steps": 50,
     }
-    with pytest.raises(InputError, match=r"the first 100 samples were all left out.*skipped"):
+    with raises_input_error(ErrorCode.EMPTY_DATASET, "100 samples", "skipped.jsonl"):
         train(recipe(**settings), quiet())
 
 
-def test_what_was_in_the_batches_is_counted(feed):
-    one = feed()
+def test_batches_are_counted(make_loader):
+    one = make_loader()
     batches = iter(one)
     taken = [next(batches) for _ in range(3)]
-    assert one.seen.samples == 0  # until all processes add theirs
-    one.share_counts()
+    assert one.counts.samples == 0  # until the processes add their counts
+    one.update_counts()
     tokens = sum(int(batch["attention_mask"].sum()) for batch in taken)
-    assert one.seen == (6, tokens, 6, 0)
+    assert one.counts == (6, tokens, 6, 0)
 
 
-def test_dropout_goes_on_with_the_chance_that_comes_next(recipe, tmp_path, monkeypatch):
-    """Which neither the batches nor the workers draw from."""
+def test_dropout_is_resumed(recipe, tmp_path, monkeypatch):
+    """Neither batches nor workers use the random state of dropout."""
     settings = {"lora": {"r": 2, "lora_dropout": 0.3}, "packing": True, "dataloader_num_workers": 2}
-    whole = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
+    uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
     with monkeypatch.context() as patch:
         interrupt_at(patch, 5)
         assert train(recipe(**settings), quiet()).step == 5
     resumed = train(recipe(**settings), quiet())
     one, other = (
-        load_file(result.model / "adapter_model.safetensors") for result in (whole, resumed)
+        load_file(result.model / "adapter_model.safetensors") for result in (uninterrupted, resumed)
     )
     assert_same_weights(one, other)
     assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)

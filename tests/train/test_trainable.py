@@ -1,4 +1,4 @@
-"""Each stage trains what SPEC §2 says, told by name."""
+"""The trainable parameters of each stage (Specification §2), by name."""
 
 import re
 
@@ -18,12 +18,12 @@ def names_of(model):
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
-def trained_names(model):
+def trainable_names(model):
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, parameter in named if parameter.requires_grad}
 
 
-def test_stage_1_trains_the_image_side():
+def test_stage_1_trains_the_image_path():
     model = make_model()
     trained = apply_stage(model, 1)
     expected = {
@@ -32,8 +32,8 @@ def test_stage_1_trains_the_image_side():
         if name.startswith(("model.vision_model.", "model.visual_abstractor."))
         or VISUAL_WEIGHTS.fullmatch(name)
     }
-    assert trained_names(model) == expected == set(trained.trainable)
-    # Every kind is there: two norms, K and V in each of the two layers; all of the abstractor.
+    assert trainable_names(model) == expected == set(trained.trainable)
+    # Two norms, K and V in each of the two layers; all of the abstractor.
     assert sum(bool(VISUAL_WEIGHTS.fullmatch(name)) for name in expected) == 8
     for name in ("query_embeds", "vit_eos", "visual_fc.weight", "visual_fc.bias"):
         assert f"model.visual_abstractor.{name}" in expected
@@ -44,28 +44,28 @@ def test_stage_1_trains_the_image_side():
 @pytest.mark.parametrize(
     "settings", [{}, {"use_mam": False}, {"tie_word_embeddings": True}, {"attention_bias": True}]
 )
-def test_trained_and_frozen_are_all(stage, settings):
+def test_trainable_and_frozen_parameters_are_all_parameters(stage, settings):
     model = make_model(**settings)
     trained = apply_stage(model, stage)
     assert set(trained.trainable) | set(trained.frozen) == names_of(model)
     assert not set(trained.trainable) & set(trained.frozen)
-    assert trained_names(model) == set(trained.trainable)
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    assert trained.trainable_size + trained.frozen_size == numbers
+    assert trainable_names(model) == set(trained.trainable)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert trained.trainable_size + trained.frozen_size == total
     assert (stage == 2) == (not trained.frozen)
 
 
-def test_without_mam_stage_1_trains_vision_and_abstractor_only():
+def test_stage_1_without_mam_trains_vision_and_abstractor():
     model = make_model(use_mam=False)
     trained = apply_stage(model, 1)
     assert {part_of(name) for name in trained.trainable} == {ModelPart.VISION, ModelPart.ABSTRACTOR}
 
 
-def test_a_stage_undoes_the_one_before():
+def test_stage_replaces_an_earlier_stage():
     model = make_model()
     apply_stage(model, 1)
     apply_stage(model, 2)
-    assert trained_names(model) == names_of(model)
+    assert trainable_names(model) == names_of(model)
 
 
 @pytest.mark.parametrize(
@@ -78,20 +78,20 @@ def test_a_stage_undoes_the_one_before():
         ("lm_head.weight", ModelPart.DECODER),
     ],
 )
-def test_parts_are_told_step_by_step(name, part):
+def test_part_of_a_parameter(name, part):
     assert part_of(name) is part
 
 
 @pytest.mark.parametrize(
     "name", ["model.audio.weight", "vision_model.x", "base_model.model.lm_head.weight"]
 )
-def test_a_name_nobody_decided_on_is_refused(name):
-    with pytest.raises(ValueError, match="belongs to no part"):
+def test_unknown_parameter_is_refused(name):
+    with pytest.raises(ValueError, match=name):
         part_of(name)
 
 
-def test_nothing_is_dropped_at_random():
-    """SPEC §2: drop path 0. In training, too, the same input gives the same output."""
+def test_training_mode_is_deterministic():
+    """There is no dropout and no drop path (Specification §2)."""
     model = make_model().train()
     batch = {
         "input_ids": torch.tensor([[1, 40, 40, 40, 5]]),
@@ -100,7 +100,7 @@ def test_nothing_is_dropped_at_random():
     assert torch.equal(model(**batch).logits, model(**batch).logits)
 
 
-def test_there_is_no_stage_3():
+def test_unknown_stage_is_refused():
     assert set(STAGES) == {1, 2}
-    with pytest.raises(ValueError, match="not 3"):
+    with pytest.raises(ValueError, match="3"):
         apply_stage(make_model(), 3)

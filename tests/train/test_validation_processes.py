@@ -1,4 +1,4 @@
-"""Looks at held-out samples by two processes: the figures and answers of one."""
+"""Validation by two processes gives the results of one."""
 
 import json
 
@@ -6,15 +6,15 @@ import pytest
 
 from owl2.train.run import train
 from tests.train.processes import FSDP, run
-from tests.train.runs import quiet
+from tests.train.runs import quiet, read_jsonl
 from tests.train.tiny import QUESTION
 
-HELD_OUT = 7  # so that one of two processes has a batch more, and its last is not full
+HELD_OUT = 7  # one of two processes has one more sample
 
 
 @pytest.fixture
-def watched(recipe, world, tmp_path):
-    """A recipe that looks at images and words alone, in turn: a process has only one of them."""
+def validated(recipe, world, tmp_path):
+    """A recipe with held-out samples with and without images, in turn, one kind per process."""
     rows = []
     for number in range(HELD_OUT):
         asked, row = QUESTION, {}
@@ -36,20 +36,20 @@ def watched(recipe, world, tmp_path):
 
 
 def read(folder, name):
-    return [json.loads(line) for line in (folder / name).open(encoding="utf-8")]
+    return read_jsonl(folder / name)
 
 
 @pytest.mark.parametrize(
     "environment",
     [pytest.param({}, id="DDP"), pytest.param(FSDP, id="FSDP2", marks=pytest.mark.slow)],
 )
-def test_two_processes_see_what_one_sees(watched, tmp_path, environment):
-    alone = train(watched("one"), quiet()).output
-    run(tmp_path / "output", train, watched("two"), count=2, environment=environment)
+def test_two_processes_give_the_results_of_one(validated, tmp_path, environment):
+    single = train(validated("one"), quiet()).output
+    run(tmp_path / "output", train, validated("two"), count=2, environment=environment)
     together = tmp_path / "two"
 
-    one, two = read(alone, "validation.jsonl"), read(together, "validation.jsonl")
-    assert [look["step"] for look in two] == [0, 2]
+    one, two = read(single, "validation.jsonl"), read(together, "validation.jsonl")
+    assert [line["step"] for line in two] == [0, 2]
     for expected, found in zip(one, two, strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         same = ("step", "tokens", "samples", "num_skipped")
@@ -57,10 +57,10 @@ def test_two_processes_see_what_one_sees(watched, tmp_path, environment):
         assert found["samples"] == HELD_OUT
     assert two[0]["generations"] == one[0]["generations"]
 
-    for expected, found in zip(read(alone, "log.jsonl"), read(together, "log.jsonl"), strict=True):
+    for expected, found in zip(read(single, "log.jsonl"), read(together, "log.jsonl"), strict=True):
         same = ("step", "samples", "tokens", "images", "num_skipped")
         assert [found[key] for key in same] == [expected[key] for key in same]
-    facts = json.loads((together / "run.json").read_text(encoding="utf-8"))
-    each = facts["peak_memory_bytes"]["process_by_rank"]
-    assert len(each) == facts["processes"] == 2
-    assert facts["peak_memory_bytes"]["process"] == max(each) and min(each) > 10_000_000
+    results = json.loads((together / "run.json").read_text(encoding="utf-8"))
+    by_rank = results["peak_memory_bytes"]["process_by_rank"]
+    assert len(by_rank) == results["processes"] == 2
+    assert results["peak_memory_bytes"]["process"] == max(by_rank) and min(by_rank) > 10_000_000

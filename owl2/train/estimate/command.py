@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from owl2.data.open_dataset import open_source
+from owl2.data.open_dataset import open_dataset
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text
 from owl2.registry import look_up
@@ -65,7 +65,7 @@ def count_samples(recipe: Recipe) -> int | None:
         elif source.shards is not None or (path is not None and not Path(path).exists()):
             return None
         else:
-            total += len(open_source(**source.origin()))  # type: ignore[arg-type]  # not shards
+            total += len(open_dataset(**source.origin()))  # type: ignore[arg-type]  # not shards
     return total
 
 
