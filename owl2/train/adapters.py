@@ -195,7 +195,7 @@ def merge(
     )
     merge_adapter(model, files)
     if target is not None:
-        model.to(target)  # type: ignore[arg-type]  # a decorator hides its self
+        model.to(target)
     processor = Owl2Processor.from_pretrained(str(adapter))
     with atomic_directory(output) as directory:
         model.save_pretrained(directory)

@@ -58,18 +58,19 @@ class DistributedContext:
         if not torch.cuda.is_available():
             # transformers 5.16 passes the default "cpu:0" to torch.load, which refuses it.
             os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+        opens = not distributed.is_initialized()  # the caller may have opened it
         PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
         context = cls(distributed.new_group(backend="gloo", timeout=TIMEOUT))
         try:
             yield context
         except InputError:
             # The main process may report the same error, and then the launcher ends this one.
-            if not context.is_main:
+            if opens and not context.is_main:
                 time.sleep(HEAD_START)
             raise
-        # Not after an exception: the others may be waiting, and this process ends.
-        distributed.destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)
+        if opens:  # not after an exception: the others may be waiting, and this process ends
+            distributed.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     @property
     def is_main(self) -> bool:

@@ -97,7 +97,7 @@ def parameter_groups(
         }
         for key, parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
     ]
-    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    grouped = [id(parameter) for parameters in members.values() for parameter in parameters]
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
     assert set(grouped) == {id(parameter) for _, parameter in named}, "a parameter has no group"
     return groups

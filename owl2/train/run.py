@@ -203,7 +203,8 @@ class TrainingRun:
             output, self.start, trainer.train_loader, context, self.validator is not None
         )
         signals = SignalCallback(context)
-        with ExitStack() as stack:  # closes all, also if closing one fails
+        # The stack closes all, also if closing one fails.
+        with translate_disk_errors(output), ExitStack() as stack:
             stack.callback(signals.restore)
             stack.callback(metrics.close)
             with context.raise_on_all_ranks():
@@ -218,9 +219,8 @@ class TrainingRun:
                 trainer.add_callback(ValidationCallback(self.validator, steps, self.model, handler))
             trainer.add_callback(CheckpointCallback(output, metrics.progress, context))
             trainer.add_callback(signals)
-            with translate_disk_errors(output):
-                resumed = None if self.saved is None else str(self.saved.directory)
-                trainer.train(resume_from_checkpoint=resumed)
+            resumed = None if self.saved is None else str(self.saved.directory)
+            trainer.train(resume_from_checkpoint=resumed)
         state = trainer.state
         end = metrics.progress(state.global_step)
         result = TrainResult(

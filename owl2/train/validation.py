@@ -15,7 +15,7 @@ takes no longer than if one process generated while the others wait.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -107,16 +107,20 @@ class ValidationDataset(Dataset[Features | InvalidSample]):
         sizes = []
         for dataset, count in sources:
             limits = [limit for limit in (count, max_samples) if limit is not None]
-            if not isinstance(dataset, Sequence):
+            samples: Sequence[Any]
+            if isinstance(dataset, Sequence):
+                samples = dataset
+            else:
                 if not limits:
                     raise InputError(
                         "validation: samples of shards are held in memory: set `max_samples`, or "
                         "their `count`",
                         ErrorCode.MISSING_VALUE,
                     )
-                dataset = list(islice(dataset, min(limits)))
-            self._datasets.append(dataset)
-            sizes.append(min(len(dataset), *limits) if limits else len(dataset))
+                stream: Iterable[Any] = dataset
+                samples = list(islice(stream, min(limits)))
+            self._datasets.append(samples)
+            sizes.append(min([len(samples), *limits]))
         rows = (
             (number, row)
             for row in range(max(sizes, default=0))

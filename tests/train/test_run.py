@@ -113,7 +113,7 @@ def test_invalid_recipe_keeps_the_saved_checkpoint(recipe, monkeypatch, tmp_path
 
 
 def test_missing_data_is_refused(recipe, tmp_path):
-    with pytest.raises(InputError, match="gone.json"):
+    with pytest.raises(InputError, match=r"gone\.json"):
         train(recipe(data=[{"file": str(tmp_path / "gone.json")}]), quiet())
     with raises_input_error(ErrorCode.UNKNOWN_NAME, "easy_vqua"):
         train(recipe(data=[{"dataset": "easy_vqua"}]), quiet())
