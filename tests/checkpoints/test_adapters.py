@@ -184,8 +184,8 @@ def test_image_size_is_saved(base, tmp_path, trained):
     assert load(tmp_path, image_size=8).config.image_size == 8
 
 
-def test_text_does_not_use_the_visual_lora(base):
-    """Without an image only LoRA of the text weights runs; visual tokens use their own LoRA."""
+def test_text_goes_past_the_visual_lora(base):
+    """Without an image only the text's LoRA is computed; with one, visual tokens take theirs."""
     model = make_adapted(base, target_modules=["k_proj", "v_proj"])
     before = logits(model), logits(model, TEXT)
     with torch.no_grad():
