@@ -72,12 +72,6 @@ class TrainingSteps:
             make_optimizer,
         )
 
-    def _adamw(self) -> torch.optim.Optimizer:
-        groups: list[dict[str, Any]] = parameter_groups(
-            self.model, learning_rate=RATE, weight_decay=0.0, vision_lr_layer_decay=0.9
-        )
-        return make_adamw(groups, betas=(0.9, 0.95), epsilon=1e-8)
-
     def _step(
         self,
         name: str,
