@@ -16,7 +16,7 @@ rm -rf "$run"
 
 heading() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-say "1/5  Build: a fresh language model with a tokenizer of its own, a fresh vision encoder"
+heading "1/5  Create a model with random weights and train a tokenizer"
 owl2 init --llm fresh --vision fresh --config $recipes/sizes.yaml --output $run/start
 owl2 info $run/start
 
