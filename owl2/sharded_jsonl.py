@@ -11,8 +11,6 @@
 - A run resumes from all parts, whatever the number of processes that wrote them.
 - Processes communicate through the files only, so a shared directory is enough. `heartbeat` lets
   process 0 detect a process that died.
-
-``torchrun``, ``accelerate launch`` and ``srun`` start the processes.
 """
 
 import json
@@ -59,8 +57,7 @@ class WorkerRank:
         Raises:
             InputError: A value is not an integer, or the rank is out of range.
         """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        given = {name: environment[name] for name in names if name in environment}
+        given = {k: v for k, v in environment.items() if k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         try:
             values = {name: int(value) for name, value in given.items()}
         except ValueError as error:
@@ -131,8 +128,7 @@ class ShardedJsonl:
         # As JSON, so that tuples compare equal to lists.
         self._settings = json.loads(json.dumps(settings, default=str))
         self._worker, self._key, self._retry = worker, key, retry
-        self._restart = on_other_settings == "restart"
-        self._finished = finished
+        self._restart, self._finished = on_other_settings == "restart", finished
         self._locations: dict[str, _Location] = {}
         self._offsets: dict[Path, int] = {}  # bytes of each file that are indexed
         self._readers: dict[Path, BinaryIO] = {}
@@ -179,9 +175,10 @@ class ShardedJsonl:
 
     def refresh(self) -> None:
         """Index the complete lines that were added to all files."""
-        for path in (*filter(None, [self._finished]), *self._parts()):
-            if path.is_file():
-                self._index(path)
+        if self._finished is not None and self._finished.is_file():
+            self._index(self._finished)
+        for path in self._parts():
+            self._index(path)
 
     def wait(self, keys: Sequence[str]) -> None:
         """Wait until every key has a record, of any process.
@@ -205,7 +202,7 @@ class ShardedJsonl:
                 previous, changed = len(missing), time.monotonic()
             reason = None
             if lost := dead & {self._worker.owner(index) for index in missing}:
-                reason = f"process {min(lost)} ended or was killed"
+                reason = f"process {min(lost)} ended"
             elif self._worker.world_size == 1 or time.monotonic() - changed > TIMEOUT_SECONDS:
                 reason = f"no process has added any for {TIMEOUT_SECONDS:.0f} s"
             if reason is not None:
@@ -227,7 +224,7 @@ class ShardedJsonl:
         return record
 
     def remove(self) -> None:
-        """Remove all parts, after their records were written elsewhere."""
+        """Remove all parts."""
         for path in self._parts():
             path.unlink(missing_ok=True)
 
@@ -270,20 +267,19 @@ class ShardedJsonl:
                 self._offsets[path] = offset
 
     def _add(self, path: Path, offset: int, line: bytes) -> None:
+        is_header = offset == 0 and path != self._finished
         try:
             row = json.loads(line)
-            if offset == 0 and path != self._finished:
-                if row["settings"] != self._settings:
-                    raise settings_conflict(path, self._settings, row["settings"])
-            elif (key := row[self._key]) not in self:
-                self._locations[key] = _Location(path, offset, self._retry not in row)
-        except InputError:
-            raise
+            value = row["settings"] if is_header else str(row[self._key])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} contains a line that owl2 did not write, at byte {offset}. Move it away.",
                 ErrorCode.INVALID_FORMAT,
             ) from error
+        if is_header and value != self._settings:
+            raise settings_conflict(path, self._settings, value)
+        if not is_header and value not in self:
+            self._locations[value] = _Location(path, offset, self._retry not in row)
 
 
 def settings_conflict(path: Path, settings: Mapping[str, Any], other: Any) -> InputError:
@@ -304,11 +300,10 @@ def settings_conflict(path: Path, settings: Mapping[str, Any], other: Any) -> In
 def heartbeat(directory: Path, worker: WorkerRank) -> Iterator[None]:
     """Write the time into a file every few seconds, for `PeerMonitor` of process 0.
 
-    Process 0, which no process waits for, removes the files of earlier runs instead; running
-    processes write theirs again.
+    Process 0, which no process waits for, removes the files of earlier runs instead.
 
     Raises:
-        InputError: The directory or the file cannot be written.
+        InputError: The file cannot be written.
     """
     if worker.rank == 0:
         remove_heartbeats(directory)
@@ -345,8 +340,7 @@ def remove_heartbeats(directory: Path) -> None:
 class PeerMonitor:
     """Detects other processes that died.
 
-    It observes whether the content of a heartbeat file changes, by the clock of this process, so
-    clocks of several machines may differ.
+    It measures with its own clock since when a file is unchanged: other clocks may differ.
     """
 
     def __init__(self, directory: Path, worker: WorkerRank) -> None:
@@ -355,10 +349,7 @@ class PeerMonitor:
         self._seen: dict[int, tuple[str, float]] = {}  # content, and the time of its last change
 
     def dead_ranks(self) -> set[int]:
-        """Ranks whose heartbeat stopped `DEAD_AFTER_SECONDS` ago.
-
-        A process that has not started yet is not among them.
-        """
+        """Ranks whose heartbeat stopped `DEAD_AFTER_SECONDS` ago, without those not yet started."""
         now = time.monotonic()
         for rank, path in self._files.items():
             with suppress(FileNotFoundError):
@@ -396,8 +387,7 @@ def _write_error(path: Path, error: OSError) -> InputError:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Lock a file for this process until it is closed."""
-    with suppress(ImportError):  # not available on Windows
+    with suppress(ImportError):  # Windows has no fcntl
         fcntl: Any = import_module("fcntl")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

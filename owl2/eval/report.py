@@ -123,7 +123,7 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], li
             yield title, COLUMNS, rows
     if results["skipped"]:
         yield "Skipped", ("benchmark", "reason"), list(results["skipped"].items())
-    invalid = [
+    invalid: list[Row] = [
         (name, item["id"], item["reason"])
         for name, result in tasks.items()
         for item in result["invalid"]["first"]

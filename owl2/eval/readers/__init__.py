@@ -180,6 +180,11 @@ def read_each(
         raise first
 
 
+def numbered(prefix: str) -> Callable[[int, JsonRecord], str]:
+    """Ids for `read_each` from the numbers of the rows: "prefix#1"."""
+    return lambda number, _: f"{prefix}#{number}"
+
+
 def invalid_value(reason: str) -> InputError:
     """The error for a value of one row that makes it unusable."""
     return InputError(reason, ErrorCode.INVALID_VALUE)

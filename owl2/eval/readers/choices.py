@@ -7,7 +7,7 @@ from typing import Any
 from owl2.data.datasets.prompts import LETTERS
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics.choices import with_options
-from owl2.eval.readers import EvalData, image_message, invalid_value, read_csv, read_each
+from owl2.eval.readers import EvalData, image_message, invalid_value, numbered, read_csv, read_each
 from owl2.eval.readers.video import video_images
 from owl2.eval.readers.vqa import text_or_empty
 from owl2.eval.samples import EvalSample, InvalidEvalSample
@@ -176,7 +176,7 @@ def q_bench(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
         return data.sample(identifier, question, [image], [letter], category, {"options": options})
 
     rows = json_rows(data.file("llvisionqa_dev.json"))
-    return read_each(rows, lambda number, _: f"q_bench#{number}", make)
+    return read_each(rows, numbered("q_bench"), make)
 
 
 # ------------------------------------------------------------------ ScienceQA

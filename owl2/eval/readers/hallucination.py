@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from owl2.eval.readers import EvalData, invalid_value, read_each, read_jsonl
+from owl2.eval.readers import EvalData, invalid_value, numbered, read_each, read_jsonl
 from owl2.eval.samples import EvalSample, InvalidEvalSample
 from owl2.json_records import JsonRecord, json_rows
 
@@ -50,4 +50,4 @@ def mmhal(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
         return data.sample(identifier, row.text("question"), [image], (), category, metadata)
 
     rows = json_rows(data.file("response_template.json"))
-    return read_each(rows, lambda number, _: f"mmhal#{number}", make)
+    return read_each(rows, numbered("mmhal"), make)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.readers import EvalData, image_message, read_csv, read_each, read_text
+from owl2.eval.readers import EvalData, image_message, numbered, read_csv, read_each, read_text
 from owl2.eval.samples import EvalSample, InvalidEvalSample
 from owl2.eval.video import Segment, sample_frames
 from owl2.json_records import JsonRecord, json_rows
@@ -65,7 +65,7 @@ def tgif_qa(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
     path = data.file("Test_frameqa_question.csv")
     cells = read_csv(path, TGIF_COLUMNS, delimiter="\t")
     rows = (JsonRecord(row, f"{path}, row {number}") for number, row in enumerate(cells, start=1))
-    return read_each(rows, lambda number, _: f"tgif_qa#{number}", make)
+    return read_each(rows, numbered("tgif_qa"), make)
 
 
 def video_images(
