@@ -184,8 +184,8 @@ def test_image_size_is_saved(base, tmp_path, trained):
     assert load(tmp_path, image_size=8).config.image_size == 8
 
 
-def test_text_goes_past_the_visual_lora(base):
-    """Without an image only the text's LoRA is computed; with one, visual tokens take theirs."""
+def test_text_does_not_use_the_visual_lora(base):
+    """Without an image only LoRA of the text weights runs; visual tokens use their own LoRA."""
     model = make_adapted(base, target_modules=["k_proj", "v_proj"])
     before = logits(model), logits(model, TEXT)
     with torch.no_grad():
@@ -224,8 +224,8 @@ def put_into_hub_cache(cache, repository, revision, folder):
 def test_adapter_loads_from_the_hub(base, tmp_path):
     """The adapter stores the base's revision, and a later revision is not used."""
     cache, first, later = tmp_path / "cache", "1" * 40, "2" * 40
-    put_into_hub_cache(cache, "somebody/base", first, base)
-    live = load("somebody/base", cache_dir=cache)
+    put_into_hub_cache(cache, "owner/base", first, base)
+    live = load("owner/base", cache_dir=cache)
     apply_lora(live, LoraSettings(r=2), seed=0)
     live.save_pretrained(tmp_path / "adapter")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
