@@ -66,6 +66,12 @@ class JsonDataset(RowDataset):
         positions = array("q")
         with readable(self.path), self.path.open("rb") as file:
             self._size = os.fstat(file.fileno()).st_size
+            if not self._is_list and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+                raise InputError(
+                    f"{path} is a list of rows, not a row per line: it needs the suffix .json",
+                    ErrorCode.INVALID_FORMAT,
+                )
+            file.seek(0)
             with _progress(self.path, self._size) as progress:
                 for start, length, number in (
                     _list_positions(file, self.path) if self._is_list else _line_positions(file)
@@ -76,11 +82,6 @@ class JsonDataset(RowDataset):
         if not positions:
             raise InputError(f"{path} has no rows", ErrorCode.EMPTY_DATASET)
         self._positions = np.frombuffer(positions, np.int64).reshape(-1, 3)
-        if not self._is_list and self._bytes(0).lstrip()[:1] == b"[":
-            raise InputError(
-                f"{path} is a list of rows, not a row per line: it needs the suffix .json",
-                ErrorCode.INVALID_FORMAT,
-            )
 
     def __len__(self) -> int:
         return len(self._positions)

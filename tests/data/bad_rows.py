@@ -40,7 +40,7 @@ ROWS: list[tuple[object, str | None]] = [
     (row(LONG + "<image>" + LONG + "<image>", ["good.png"] * 2), ErrorCode.TOO_LONG),
     (row(LONG), ErrorCode.NO_LABELS),
     (row("what color?", answer="red " * 60), None),  # cut
-    ("no object", "format"),
+    ("no object", ErrorCode.INVALID_FORMAT),
     (row("<image>what color?", "good.png"), None),  # the first one again
 ]
 BAD = {f"row {number}": code for number, (_, code) in enumerate(ROWS, start=1) if code}

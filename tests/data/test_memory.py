@@ -52,9 +52,9 @@ def write(directory: Path, samples: int, shards: int, edge: int) -> int:
     ("samples", "shards", "edge", "shuffle_buffer"),
     [(4000, 1, 64, 100), pytest.param(200_000, 100, 32, 1000, marks=pytest.mark.slow)],
 )
-def test_memory_does_not_grow_with_the_data(tmp_path, samples, shards, edge, window):
+def test_memory_does_not_grow_with_the_data(tmp_path, samples, shards, edge, shuffle_buffer):
     size = write(tmp_path, samples, shards, edge)
-    stream = TarDataset(str(tmp_path / "*.tar")).stream(seed=0, shuffle_buffer=window)
+    stream = TarDataset(str(tmp_path / "*.tar")).stream(seed=0, shuffle_buffer=shuffle_buffer)
     began = time.perf_counter()
     found: list[float] = []
     seen: set[str] = set()
@@ -65,7 +65,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, samples, shards, edge, win
             seen.add(sample.source)
     seconds = time.perf_counter() - began
     print(
-        f"\n{samples:,} samples, {size / 1e6:,.0f} MB in {shards} shards, window {window}: "
+        f"\n{samples:,} samples, {size / 1e6:,.0f} MB in {shards} shards, buffer {shuffle_buffer}: "
         f"{found[1]:.0f} MB resident after 10 %, {found[-1]:.0f} MB at the end, most "
         f"{max(found):.0f} MB; {samples / seconds:,.0f} samples/s"
     )

@@ -6,8 +6,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from owl2.data.webdataset import read_shard
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from tests.data.tars import captions, write_tar
+from tests.errors import raises_input_error
 
 FILES = captions(range(3))
 
@@ -56,10 +57,10 @@ def test_no_cut_goes_unseen(tmp_path, shard, pack):
     for size in [*range(0, last, 96 if pack is bytes else 7), last]:
         path.write_bytes(packed[:size])
         found = []
-        with pytest.raises(InputError, match=r"cut\.tar cannot be read to its end"):
+        with raises_input_error(ErrorCode.UNREADABLE_FILE, "cut.tar"):
             found += read_shard(str(path), lambda extension: True)
         read = []
-        with pytest.raises(InputError):
+        with raises_input_error(ErrorCode.UNREADABLE_FILE):
             for group in read_shard(str(path), lambda extension: True):
                 read.append(group)
         assert read == whole[: len(read)]
@@ -72,7 +73,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path, shard):
     damaged = bytearray(shard.read_bytes())
     damaged[6 * 512 + 10] ^= 0xFF  # in the name of the second sample's first file
     (tmp_path / "b.tar").write_bytes(damaged)
-    with pytest.raises(InputError, match="cut short or damaged"):
+    with raises_input_error(ErrorCode.UNREADABLE_FILE):
         keys(tmp_path / "b.tar")
 
 
@@ -80,12 +81,12 @@ def test_a_damaged_header_is_not_the_end(tmp_path, shard):
 def test_no_tar(tmp_path, content):
     path = tmp_path / "b.tar"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"b\.tar cannot be read"):
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, "b.tar"):
         keys(path)
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match=r"b\.tar cannot be opened: .*No such file"):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "b.tar"):
         keys(tmp_path / "b.tar")
 
 
@@ -119,9 +120,9 @@ def server(tmp_path, monkeypatch):
 
 def test_over_http(shard, server):
     assert len(keys(f"{server}/a.tar")) == 3
-    with pytest.raises(InputError, match=r"none\.tar cannot be read to its end: curl .* code 22"):
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, "none.tar"):
         keys(f"{server}/none.tar")
-    with pytest.raises(InputError, match=r"/cut cannot be read to its end: curl .* code 18"):
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, "/cut"):
         keys(f"{server}/cut")
 
 
@@ -131,18 +132,18 @@ def test_through_a_command(shard):
 
 
 @pytest.mark.parametrize(
-    ("command", "complaint"),
+    ("command", "expected_error"),
     [
-        ("exit 7", "code 7"),
-        ("cat SHARD; exit 7", "code 7"),
-        ("head -c 3000 SHARD", "unexpected end of data|cut short"),
-        ("head -c 3000 SHARD; exit 7", "code 7"),
-        ("cat TOKEN none.tar 2> /dev/null", "code 1"),
+        ("exit 7", (ErrorCode.UNREADABLE_FILE, "7")),
+        ("cat SHARD; exit 7", (ErrorCode.UNREADABLE_FILE, "7")),
+        ("head -c 3000 SHARD", (ErrorCode.UNREADABLE_FILE,)),
+        ("head -c 3000 SHARD; exit 7", (ErrorCode.UNREADABLE_FILE, "7")),
+        ("cat TOKEN none.tar 2> /dev/null", (ErrorCode.UNREADABLE_FILE, "1")),
     ],
 )
-def test_a_command_that_fails(shard, command, complaint):
+def test_a_command_that_fails(shard, command, expected_error):
     command = command.replace("SHARD", str(shard))
-    with pytest.raises(InputError, match=complaint) as caught:
+    with raises_input_error(*expected_error) as caught:
         keys(f"pipe:{command}")
     assert str(caught.value).count("TOKEN") <= 1  # the url that the user gave, and not again
 

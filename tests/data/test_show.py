@@ -11,7 +11,8 @@ from rich.console import Console
 
 from owl2.cli import main
 from owl2.data.show import show_samples
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
+from tests.errors import raises_input_error
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_the_page_holds_images_and_words(checkpoint, mixed, tmp_path):
     assert "what is &lt;b&gt;0&lt;/b&gt;?" in text and "<b>" not in text
     assert '<span class="label"> number 0 &amp; more&lt;/s&gt;</span>' in text
     assert text.count('<p class="error">') == 2  # the image that is gone, the row without an answer
-    with pytest.raises(InputError, match="cannot be made"):
+    with raises_input_error(ErrorCode.WRITE_FAILED):
         shown(checkpoint, mixed, 1, html="/proc/nowhere/page.html")
 
 
@@ -140,5 +141,5 @@ def test_the_command(checkpoint, talks, monkeypatch, capsys):
     assert run("--model", str(checkpoint), str(talks), "--count", "1") == 0
     assert "ASSISTANT:⟦ red</s>⟧" in capsys.readouterr().out
     assert run("--model", str(checkpoint), "no-such.json") == 2
-    expected = "error: no-such.json cannot be read: No such file or directory.\n"
+    expected = "error: no-such.json cannot be read: No such file or directory\n"
     assert capsys.readouterr().err == expected
