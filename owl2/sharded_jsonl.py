@@ -15,72 +15,22 @@
 
 import json
 import os
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from glob import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 from owl2.errors import ErrorCode, InputError
+from owl2.workers import PeerMonitor, WorkerRank, write_error
 
 Item = TypeVar("Item")
 Record = dict[str, Any]
 
-HEARTBEAT_SECONDS = 2.0
-DEAD_AFTER_SECONDS = 30.0  # without a heartbeat
 TIMEOUT_SECONDS = 900.0  # without a new record of another process
 POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class WorkerRank:
-    """The rank of this process among those that share the work.
-
-    Attributes:
-        rank: From 0 to `world_size` - 1.
-        world_size: Number of processes.
-        local_rank: Rank on this machine, which selects the GPU.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "WorkerRank":
-        """Read RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process.
-
-        Raises:
-            InputError: A value is not an integer, or the rank is out of range.
-        """
-        given = {k: v for k, v in environment.items() if k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        try:
-            values = {name: int(value) for name, value in given.items()}
-        except ValueError as error:
-            raise InputError(f"Not an integer: {given}", ErrorCode.INVALID_TYPE) from error
-        rank, size = values.get("RANK", 0), values.get("WORLD_SIZE", 1)
-        if not 0 <= rank < size:
-            raise InputError(
-                f"RANK is {rank} and WORLD_SIZE {size}. RANK must be from 0 to WORLD_SIZE - 1.",
-                ErrorCode.INVALID_VALUE,
-            )
-        return cls(rank, size, values.get("LOCAL_RANK", rank))
-
-    def shard(self, items: Sequence[Item]) -> list[Item]:
-        """Every `world_size`-th item, so that shards are alike where items are sorted."""
-        return list(items[self.rank :: self.world_size])
-
-    def owner(self, index: int) -> int:
-        """The rank whose shard contains the item with this index."""
-        return index % self.world_size
-
-    def device(self, device: str) -> str:
-        """``cuda`` becomes the GPU of this process if there are several processes."""
-        return f"cuda:{self.local_rank}" if device == "cuda" and self.world_size > 1 else device
 
 
 class _Location(NamedTuple):
@@ -136,7 +86,7 @@ class ShardedJsonl:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
-            raise _write_error(self.path, error) from error
+            raise write_error(self.path, error) from error
         try:
             _lock(self._file, self.path)
         except BaseException:
@@ -171,7 +121,7 @@ class ShardedJsonl:
             while lines:  # a write is incomplete only if the disk is full; the next one raises
                 lines = lines[self._file.write(lines) :]
         except OSError as error:
-            raise _write_error(self.path, error) from error
+            raise write_error(self.path, error) from error
 
     def refresh(self) -> None:
         """Index the complete lines that were added to all files."""
@@ -293,76 +243,6 @@ def settings_conflict(path: Path, settings: Mapping[str, Any], other: Any) -> In
     )
 
 
-# ------------------------------------------------------------------ heartbeats
-
-
-@contextmanager
-def heartbeat(directory: Path, worker: WorkerRank) -> Iterator[None]:
-    """Write the time into a file every few seconds, for `PeerMonitor` of process 0.
-
-    Process 0, which no process waits for, removes the files of earlier runs instead.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    if worker.rank == 0:
-        remove_heartbeats(directory)
-        yield
-        return
-    path = _heartbeat_file(directory, worker.rank)
-    stop = threading.Event()
-
-    def beat_until_stopped() -> None:
-        while not stop.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # a full disk or a file server that restarts: try again
-                path.write_text(str(time.time_ns()))
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(str(time.time_ns()))
-    except OSError as error:
-        raise _write_error(path, error) from error
-    thread = threading.Thread(target=beat_until_stopped, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def remove_heartbeats(directory: Path) -> None:
-    """Remove the heartbeat files of all processes."""
-    for path in directory.glob(_heartbeat_file(directory, "*").name):
-        path.unlink(missing_ok=True)
-
-
-class PeerMonitor:
-    """Detects other processes that died.
-
-    It measures with its own clock since when a file is unchanged: other clocks may differ.
-    """
-
-    def __init__(self, directory: Path, worker: WorkerRank) -> None:
-        ranks = (rank for rank in range(worker.world_size) if rank != worker.rank)
-        self._files = {rank: _heartbeat_file(directory, rank) for rank in ranks}
-        self._seen: dict[int, tuple[str, float]] = {}  # content, and the time of its last change
-
-    def dead_ranks(self) -> set[int]:
-        """Ranks whose heartbeat stopped `DEAD_AFTER_SECONDS` ago, without those not yet started."""
-        now = time.monotonic()
-        for rank, path in self._files.items():
-            with suppress(FileNotFoundError):
-                content = path.read_text()
-                if rank not in self._seen or self._seen[rank][0] != content:
-                    self._seen[rank] = content, now
-        return {rank for rank, (_, since) in self._seen.items() if now - since > DEAD_AFTER_SECONDS}
-
-
-def _heartbeat_file(directory: Path, rank: int | str) -> Path:
-    return directory / f"process-{rank}.alive"
-
-
 # ------------------------------------------------------------------ files
 
 
@@ -380,10 +260,6 @@ def remove_torn_line(path: Path) -> None:
     """Remove an incomplete last line, which a kill leaves behind."""
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-
-
-def _write_error(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} cannot be written: {error.strerror}.", ErrorCode.WRITE_FAILED)
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from owl2 import sharded_jsonl
 from owl2.errors import ErrorCode
-from owl2.sharded_jsonl import PeerMonitor, ShardedJsonl, WorkerRank, heartbeat, to_json
+from owl2.sharded_jsonl import ShardedJsonl, to_json
+from owl2.workers import PeerMonitor, WorkerRank, heartbeat
 from tests.errors import raises_input_error
 
 ALONE = WorkerRank()

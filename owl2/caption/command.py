@@ -31,14 +31,8 @@ from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 from owl2.runtime import select_device
-from owl2.sharded_jsonl import (
-    ShardedJsonl,
-    WorkerRank,
-    heartbeat,
-    remove_heartbeats,
-    settings_conflict,
-    to_json,
-)
+from owl2.sharded_jsonl import ShardedJsonl, settings_conflict, to_json
+from owl2.workers import WorkerRank, heartbeat, remove_heartbeats
 
 # The prompt of the paper (Specification §1.5).
 PROMPT = "Provide a one-sentence caption for the provided image."

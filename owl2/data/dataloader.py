@@ -162,7 +162,7 @@ class MixtureDataLoader:
         self.state: State | None = None
         self.wait_seconds = 0.0
         self._num_workers = num_workers
-        self._sampling = {
+        self._sampling: dict[str, Any] = {
             "batch_size": batch_size,
             "rank": rank,
             "world_size": world_size,

@@ -102,4 +102,5 @@ def open_from_cli(source: str, settings: Sequence[str] = ()) -> SampleDataset:
             f"{source} has no setting {', '.join(unknown)}; known: {', '.join(known) or 'none'}",
             ErrorCode.UNKNOWN_NAME,
         )
-    return open_dataset(**{key: source}, **{name: str(value) for name, value in given.items()})
+    arguments: dict[str, Any] = {name: str(value) for name, value in given.items()}
+    return open_dataset(**{key: source}, **arguments)

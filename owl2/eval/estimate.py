@@ -25,7 +25,7 @@ from owl2.eval.evaluate import EvalConfig, load_task_runs, print_line
 from owl2.eval.samples import EvalSample
 from owl2.eval.task_run import TaskRun, render_prompt
 from owl2.processing.chat_template import IMAGE_TOKEN
-from owl2.sharded_jsonl import WorkerRank
+from owl2.workers import WorkerRank
 
 TRIAL_BATCHES = 2  # per task; the first one is a warm-up
 COLUMNS = ("task", "questions", "images", "prompt tokens", "new tokens (max)", "time")

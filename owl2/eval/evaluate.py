@@ -22,11 +22,13 @@ from owl2.eval.llm_judge import judge_run
 from owl2.eval.model_args import EvalModelArgs
 from owl2.eval.plots import has_matplotlib, plot_examples
 from owl2.eval.report import format_value, results_table, write_report
-from owl2.eval.task_run import NO_IMAGE, SEED, TaskRun, evaluation_conditions
+from owl2.eval.samples import NO_IMAGE
+from owl2.eval.task_run import SEED, TaskRun, evaluation_conditions
 from owl2.eval.tasks import find_tasks
 from owl2.files import atomic_write_text
 from owl2.json_records import json_object
-from owl2.sharded_jsonl import ShardedJsonl, WorkerRank, heartbeat, remove_heartbeats, to_json
+from owl2.sharded_jsonl import ShardedJsonl, to_json
+from owl2.workers import WorkerRank, heartbeat, remove_heartbeats
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from owl2.eval.metrics import find_metric
 from owl2.eval.metrics.llm_judge import RUBRICS, Rubric
 from owl2.eval.openai_client import ChatEndpoint, NoReplyError
 from owl2.eval.report import load_results
-from owl2.eval.samples import EvalSample, Response
+from owl2.eval.samples import NO_IMAGE, EvalSample, Response, with_suffix
 from owl2.eval.task_config import TaskConfig, task_configs
-from owl2.eval.task_run import NO_IMAGE, with_suffix
 from owl2.files import atomic_write_text
 from owl2.json_records import json_lines
 from owl2.sharded_jsonl import Record, remove_torn_line, to_json

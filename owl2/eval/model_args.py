@@ -10,7 +10,7 @@ from owl2.model.variants import as_no_mam
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.runtime import select_device
-from owl2.sharded_jsonl import WorkerRank
+from owl2.workers import WorkerRank
 
 
 @dataclass(frozen=True)

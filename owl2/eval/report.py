@@ -13,7 +13,7 @@ from rich.table import Table
 from owl2 import html
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.plots import has_matplotlib, plot_radar
-from owl2.eval.task_run import NO_IMAGE
+from owl2.eval.samples import NO_IMAGE
 from owl2.files import atomic_write_text
 from owl2.json_records import json_object
 
@@ -123,7 +123,7 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], li
             yield title, COLUMNS, rows
     if results["skipped"]:
         yield "Skipped", ("benchmark", "reason"), list(results["skipped"].items())
-    invalid: list[Row] = [
+    invalid: list[tuple[str, ...]] = [
         (name, item["id"], item["reason"])
         for name, result in tasks.items()
         for item in result["invalid"]["first"]

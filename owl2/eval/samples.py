@@ -7,6 +7,8 @@ from typing import Any
 from owl2.data.sample import Message
 from owl2.processing.chat_template import IMAGE_TOKEN
 
+NO_IMAGE = "_no_image"  # suffix of the names of the baseline without images
+
 
 @dataclass(frozen=True)
 class EvalSample:
@@ -64,3 +66,8 @@ class Response:
     prompt: str
     text: str
     image_digests: Sequence[str] = ()
+
+
+def with_suffix(metrics: dict[str, float], suffix: str) -> dict[str, float]:
+    """Metrics under their names with a suffix, as Python floats."""
+    return {f"{name}{suffix}": float(value) for name, value in metrics.items()}

@@ -29,14 +29,14 @@ from owl2.eval.fingerprints import (
 from owl2.eval.image_refs import image_names
 from owl2.eval.metrics import SampleScore, Scores
 from owl2.eval.readers import EvalData
-from owl2.eval.samples import EvalSample, InvalidEvalSample, Response
+from owl2.eval.samples import NO_IMAGE, EvalSample, InvalidEvalSample, Response, with_suffix
 from owl2.eval.tasks import EvalTask
 from owl2.files import atomic_write_text
 from owl2.processing.chat_template import parse_messages
 from owl2.progress import ProgressReporter
-from owl2.sharded_jsonl import Record, ShardedJsonl, WorkerRank, to_json
+from owl2.sharded_jsonl import Record, ShardedJsonl, to_json
+from owl2.workers import WorkerRank
 
-NO_IMAGE = "_no_image"  # suffix of the names of the baseline without images
 LM_EVAL_BATCHES = 8  # batches of lm-eval per call
 MAX_LISTED_INVALID = 20  # in results.json; a file next to the responses has all
 SEED = 0  # of torch; greedy decoding draws no random numbers
@@ -314,11 +314,6 @@ def render_prompt(engine: Engine, sample: EvalSample) -> str:
         InputError: The messages are invalid.
     """
     return str(engine.processor.apply_chat_template(sample.messages, add_generation_prompt=True))
-
-
-def with_suffix(metrics: dict[str, float], suffix: str) -> dict[str, float]:
-    """Metrics under their names with a suffix, as Python floats."""
-    return {f"{name}{suffix}": float(value) for name, value in metrics.items()}
 
 
 def response_row(response: Response, score: SampleScore, images: list[str]) -> Record:

@@ -267,9 +267,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="`make`: dtype of the weights")
     parser.add_argument("--tokenizer", type=Path, help="`make`: a SentencePiece file")
     parser.add_argument("--new", type=int, default=NEW, help="tokens per answer")
-    parser.add_argument(
-        "--requests", type=int, default=1_000_000, help="`capacity`: per day"
-    )
+    parser.add_argument("--requests", type=int, default=1_000_000, help="`capacity`: per day")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     asked = parser.parse_args()
     model = asked.model or asked.folder / "model"

@@ -1,21 +1,21 @@
-"""easy-VQA's test questions, together and one by one, in turn: the same answers, how much faster?
+"""The speed of easy-VQA's test questions in batches and one by one; the answers are equal.
 
 ::
 
     python recipes/speed/questions.py --model runs/demo/model
 
-Every engine is new and keeps nothing (`enable_prefix_caching=False`), so that "one by one" is honest in both ways:
-nothing is left over from the other, and an image's second question costs as much as its first.
+Each engine is new and has no prefix cache (`enable_prefix_caching=False`), so that both ways are
+comparable: a second question about an image costs as much as the first.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
 
+from owl2.eval.generate import decoding_of
 from rich.progress import track
 
 from owl2 import Engine
-from owl2.eval.generate import decoding_of
 from owl2.eval.tasks import find_tasks
 
 SLICE = 512  # questions, before the other way has its turn

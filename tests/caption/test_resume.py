@@ -11,7 +11,8 @@ import pytest
 from owl2 import sharded_jsonl
 from owl2.caption import command
 from owl2.errors import ErrorCode, InputError
-from owl2.sharded_jsonl import ShardedJsonl, WorkerRank
+from owl2.sharded_jsonl import ShardedJsonl
+from owl2.workers import WorkerRank
 from tests.caption.conftest import DONE, NAMES, files, report, rows, run
 from tests.engine.conftest import random_image
 from tests.errors import raises_input_error

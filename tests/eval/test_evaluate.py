@@ -16,7 +16,7 @@ from owl2.eval import plots
 from owl2.eval.evaluate import EvalConfig, JudgeConfig, evaluate
 from owl2.eval.model_args import EvalModelArgs
 from owl2.eval.samples import InvalidEvalSample
-from owl2.sharded_jsonl import WorkerRank
+from owl2.workers import WorkerRank
 from tests.errors import raises_input_error
 
 REPORTS = {"report.md", "report.html"}

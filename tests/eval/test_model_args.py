@@ -8,7 +8,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.eval import model_args
 from owl2.eval.model_args import EvalModelArgs
 from owl2.model.variants import VISUAL_KEY
-from owl2.sharded_jsonl import WorkerRank
+from owl2.workers import WorkerRank
 from tests.errors import raises_input_error
 
 

@@ -8,7 +8,8 @@ import pytest
 from owl2.eval.readers import EvalData
 from owl2.eval.samples import EvalSample
 from owl2.eval.task_run import TaskRun
-from owl2.sharded_jsonl import ShardedJsonl, WorkerRank
+from owl2.sharded_jsonl import ShardedJsonl
+from owl2.workers import WorkerRank
 
 ALONE = WorkerRank()
 

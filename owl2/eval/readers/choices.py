@@ -112,7 +112,9 @@ def seed_bench(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
     published = json_object(data.file("SEED-Bench.json"))
     types = published.value.get("question_type")
     if not isinstance(types, dict):
-        raise InputError(f"{published.where}: 'question_type' must be an object.")
+        raise InputError(
+            f"{published.where}: 'question_type' must be an object.", ErrorCode.INVALID_FORMAT
+        )
     categories = {str(number): name for name, number in types.items()}
 
     def make(identifier: str, row: JsonRecord) -> EvalSample:
