@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode
 from owl2.json_records import (
     JsonRecord,
     as_record,
@@ -69,27 +69,26 @@ def test_lists_and_objects_are_read_piece_by_piece(tmp_path, indent):
     assert entries[0][1].where == f"{path}, 'x, y'"
 
 
-BROKEN = [
-    ("", "not JSON"),
-    ("{}", "holds something else than a list"),
-    ("[]", "holds nothing"),
-    ('[{"a": 1}', "cut short or damaged"),
-    ('[{"a": 1},', "not JSON"),
-    ('[{"a": 1} {"a": 2}]', "cut short or damaged at character 10"),
-    ('[{"a": 1}] x', "goes on after its end"),
-    ("[{1: 2}]", "not JSON"),
-    ("[" * 100_000, "not JSON"),
-    ('[{"a": 1}, 3]', "row 2 is 3, not an object"),
-]
-
-
-@pytest.mark.parametrize(("text", "complaint"), BROKEN)
-def test_broken_list_is_named(tmp_path, text, complaint):
+@pytest.mark.parametrize(
+    ("text", "code", "needle"),
+    [
+        ("", ErrorCode.INVALID_FORMAT, "list"),
+        ("{}", ErrorCode.INVALID_FORMAT, "list"),
+        ("[]", ErrorCode.EMPTY_DATASET, "list"),
+        ('[{"a": 1}', ErrorCode.INVALID_FORMAT, "row 1"),
+        ('[{"a": 1},', ErrorCode.INVALID_FORMAT, "row 2"),
+        ('[{"a": 1} {"a": 2}]', ErrorCode.INVALID_FORMAT, "byte 10"),
+        ('[{"a": 1}] x', ErrorCode.INVALID_FORMAT, "byte 11"),
+        ("[{1: 2}]", ErrorCode.INVALID_FORMAT, "row 1"),
+        ("[" * 100_000, ErrorCode.INVALID_FORMAT, "row 1"),
+        ('[{"a": 1}, 3]', ErrorCode.INVALID_TYPE, "row 2"),
+    ],
+)
+def test_an_invalid_list_is_refused(tmp_path, text, code, needle):
     path = tmp_path / "rows.json"
     path.write_text(text)
-    with pytest.raises(InputError, match=complaint) as caught:
+    with raises_input_error(code, path, needle):
         list(json_rows(path))
-    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -160,26 +160,26 @@ def test_memory_holds_the_index_only(tmp_path, name):
     ("name", "content", "expected_error"),
     [
         ("talks.txt", b"", (ErrorCode.INVALID_FORMAT,)),
-        ("talks.json", b"", (ErrorCode.EMPTY_DATASET,)),
+        ("talks.json", b"", (ErrorCode.INVALID_FORMAT, "list")),
         ("talks.json", b"{}", (ErrorCode.INVALID_FORMAT, "jsonl")),
-        ("talks.json", b'"talk"', (ErrorCode.EMPTY_DATASET,)),
+        ("talks.json", b'"talk"', (ErrorCode.INVALID_FORMAT, "list")),
         ("talks.json", b" [ ] ", (ErrorCode.EMPTY_DATASET,)),
-        ("talks.json", b"[", (ErrorCode.INVALID_FORMAT, "1")),
-        ("talks.json", b"[{}", (ErrorCode.INVALID_FORMAT, "1")),
-        ("talks.json", b"[{},", (ErrorCode.INVALID_FORMAT, "2")),
-        ("talks.json", b"[{}, ]", (ErrorCode.INVALID_FORMAT, "2")),
-        ("talks.json", b"[{} {}]", (ErrorCode.INVALID_FORMAT, "1")),
-        ("talks.json", b"[{}] {}", (ErrorCode.INVALID_FORMAT, "5")),
-        ("talks.json", b'[{}, {"a": "', (ErrorCode.INVALID_FORMAT, "11")),
-        ("talks.json", '[{"é": 1}, {é}]'.encode(), (ErrorCode.INVALID_FORMAT, "13")),
+        ("talks.json", b"[", (ErrorCode.INVALID_FORMAT, "row 1", "byte 1")),
+        ("talks.json", b"[{}", (ErrorCode.INVALID_FORMAT, "row 1")),
+        ("talks.json", b"[{},", (ErrorCode.INVALID_FORMAT, "row 2", "byte 4")),
+        ("talks.json", b"[{}, ]", (ErrorCode.INVALID_FORMAT, "row 2", "byte 5")),
+        ("talks.json", b"[{} {}]", (ErrorCode.INVALID_FORMAT, "row 1")),
+        ("talks.json", b"[{}] {}", (ErrorCode.INVALID_FORMAT, "byte 5")),
+        ("talks.json", b'[{}, {"a": "', (ErrorCode.INVALID_FORMAT, "row 2", "byte 11")),
+        ("talks.json", '[{"é": 1}, {é}]'.encode(), (ErrorCode.INVALID_FORMAT, "row 2", "byte 13")),
         ("talks.json", b"[" * 100_000, (ErrorCode.INVALID_FORMAT,)),
         ("talks.json", b"[" + b"1" * 5_000 + b"]", (ErrorCode.INVALID_FORMAT,)),
         ("talks.json", b"\xff\xfe", (ErrorCode.INVALID_FORMAT, "UTF-8")),
         ("talks.json", b'["\xc3', (ErrorCode.INVALID_FORMAT, "UTF-8")),
         ("talks.jsonl", b"", (ErrorCode.EMPTY_DATASET,)),
         ("talks.jsonl", b"\n \n", (ErrorCode.EMPTY_DATASET,)),
-        ("talks.jsonl", b'{"messages": ' + b"[" * 100_000, (ErrorCode.INVALID_FORMAT, "1")),
-        ("talks.jsonl", b"\xff\xfe", (ErrorCode.INVALID_FORMAT, "1")),
+        ("talks.jsonl", b'{"messages": ' + b"[" * 100_000, (ErrorCode.INVALID_FORMAT, "line 1")),
+        ("talks.jsonl", b"\xff\xfe", (ErrorCode.INVALID_FORMAT, "line 1")),
     ],
 )
 def test_bad_file_is_named(tmp_path, name, content, expected_error):
@@ -194,7 +194,7 @@ def test_a_broken_list_is_not_read_to_its_end(tmp_path, small_pieces):
     path = tmp_path / "talks.json"
     path.write_bytes(b"[{'a': 1}" + b" " * 1000 + b"]")
     file = io.BytesIO(path.read_bytes())
-    with raises_input_error(ErrorCode.INVALID_FORMAT, "1"):
+    with raises_input_error(ErrorCode.INVALID_FORMAT, "row 1", "byte 2"):
         list(scan_json(file, path, "["))
     assert file.tell() < 100
 

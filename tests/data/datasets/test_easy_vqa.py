@@ -16,7 +16,7 @@ from owl2.data.datasets.easy_vqa import (
     easy_vqa_images,
 )
 from owl2.data.sample import validated
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode
 from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 from tests.errors import raises_input_error
@@ -96,10 +96,15 @@ def test_joined_with_at_most_three_questions_holds_the_same_pairs():
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_rounds": 0}, {"max_rounds": "3"}, {"max_rounds": 3, "style": "single"}]
+    ("options", "code"),
+    [
+        ({"max_rounds": 0}, ErrorCode.INVALID_VALUE),
+        ({"max_rounds": "3"}, ErrorCode.INVALID_VALUE),
+        ({"max_rounds": 3, "style": "single"}, ErrorCode.CONFLICT),
+    ],
 )
-def test_a_wrong_most_is_refused(options):
-    with pytest.raises(InputError, match="max_rounds"):
+def test_an_invalid_max_rounds_is_refused(options, code):
+    with raises_input_error(code, "max_rounds"):
         easy_vqa("train", **{"style": "joined"} | options)
 
 
