@@ -1,4 +1,4 @@
-"""The public names, and what importing the package registers (DESIGN 4)."""
+"""The public names, and what importing the package registers."""
 
 import shutil
 import subprocess

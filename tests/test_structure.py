@@ -109,6 +109,11 @@ RETIRED = {
     r"\btextbook": "baseline",
     r"\bnobody\b|\bsomebody\b": "the client, the user",
 }
+# Quotations: prompts of published models, and the official table of contractions.
+QUOTING = {
+    ("docs/reference/model-family.md", r"\bpictures?\b"),
+    ("owl2/eval/metrics/vqa.py", r"\bnobody\b|\bsomebody\b"),
+}
 DOCUMENTS = [
     *ROOT.glob("*.md"),
     *(ROOT / "docs").rglob("*.md"),
@@ -121,7 +126,9 @@ DOCUMENTS = [
 def test_documents_and_code_use_standard_terms(pattern):
     found = []
     for path in [*SOURCES, *DOCUMENTS]:
+        if (path.relative_to(ROOT).as_posix(), pattern) in QUOTING:
+            continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if re.search(pattern, line) and "quoted" not in line:
+            if re.search(pattern, line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
     assert not found, "\n".join([f"say {RETIRED[pattern]!r}:", *found])

@@ -76,18 +76,15 @@ class Owl2Processor(ProcessorMixin):
                 ErrorCode.INVALID_VALUE,
             )
         self._start_ids = start_ids(tokenizer)
-        pad = tokenizer.pad_token_id
-        end = tokenizer.eos_token_id
-        self._pad_id = pad if pad is not None else end if end is not None else 0
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._pad_id = next(token_id for token_id in candidates if token_id is not None)
 
     @property
     def _template(self) -> str:
         # The mixin allows a dict of templates; one is supported here, and it can be set.
         if not isinstance(self.chat_template, str):
-            raise InputError(
-                f"The chat template must be a string, not {self.chat_template!r}.",
-                ErrorCode.INVALID_TYPE,
-            )
+            message = f"The chat template must be a string, not {self.chat_template!r}."
+            raise InputError(message, ErrorCode.INVALID_TYPE)
         return self.chat_template
 
     @property

@@ -1,6 +1,6 @@
 """VQA accuracy: agreement with the answers of ten annotators.
 
-Each annotator is left out in turn; a response scores min(1, matches / 3) against the other nine,
+Each annotator is excluded in turn; a response scores min(1, matches / 3) against the other nine,
 and its score is the mean over the ten. Responses and answers are normalized first. This is the rule
 of Antol et al. (2015) in the code of visualqa.org; VQAv2, OK-VQA, VizWiz and TextVQA use it.
 
@@ -75,7 +75,7 @@ def vqa_accuracy(
     """
     count = len(answers)
     matches = sum(normalizer(answer) == normalizer(response) for answer in answers)
-    # In `matches` of the `count` cases the annotator who is left out gave the same answer.
+    # In `matches` of the `count` cases the excluded annotator gave the same answer.
     without_one = matches * min(1, (matches - 1) / 3)
     return (without_one + (count - matches) * min(1, matches / 3)) / count
 

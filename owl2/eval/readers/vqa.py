@@ -61,7 +61,7 @@ def gqa(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
 
 
 def vizwiz(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
-    """4,319 questions of blind people about their photos (val); ids are the images.
+    """4,319 questions of visually impaired people about their photos (val); ids are the images.
 
     Categories are yes/no, number, other and unanswerable.
 
