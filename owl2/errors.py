@@ -62,7 +62,7 @@ class InputError(ValueError):
         code: For programs. Code that raises an `InputError` from another one passes its code on.
     """
 
-    def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_FORMAT) -> None:
+    def __init__(self, message: str, code: ErrorCode) -> None:
         super().__init__(message, code)
         self.message = message
         self.code = code

@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from owl2 import __version__, cli
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
 
 def test_python_m_owl2():
@@ -44,7 +44,7 @@ def replace_app(monkeypatch, error: BaseException) -> None:
 
 def test_input_error_is_one_line_and_exits_with_2(monkeypatch, run_cli):
     message = "the image [red]cat.png[/red] is broken: " + "pass another one, " * 20
-    replace_app(monkeypatch, InputError(message))
+    replace_app(monkeypatch, InputError(message, ErrorCode.INVALID_VALUE))
     result = run_cli()
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"error: {message}\n"

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from owl2.caption import command
 from owl2.caption.command import CaptionConfig, caption
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 from tests.engine.conftest import random_image
 
 NAMES = ["a.png", "b/1.jpg", "b/2.PNG", "c.webp", "d.png"]
@@ -54,7 +54,8 @@ def stub(monkeypatch):
             name = path.relative_to(config.folder).as_posix()
             state.before_each(name)
             state.asked.append(name)
-            yield InputError("broken") if "bad" in path.name else f"a {path.name}"
+            error = InputError("broken", ErrorCode.BROKEN_IMAGE)
+            yield error if "bad" in path.name else f"a {path.name}"
 
     monkeypatch.setattr(command, "_captions_by_engine", captions)
     monkeypatch.setattr(command, "_load_engine", lambda *_: None)

@@ -101,7 +101,8 @@ def test_vllm_gets_the_same_conversations(config, folder, monkeypatch):
         for messages in conversations:
             [image, text] = messages[0]["content"]
             assert text["text"] == config.prompt
-            yield InputError("no") if image["image"].name == "d.png" else image["image"].name
+            name = image["image"].name
+            yield InputError("no", ErrorCode.BROKEN_IMAGE) if name == "d.png" else name
 
     module = SimpleNamespace(answer_all=answer_all)
     monkeypatch.setitem(sys.modules, "owl2.vllm_plugin.offline", module)

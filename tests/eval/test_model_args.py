@@ -86,7 +86,7 @@ def test_each_process_has_its_own_gpu(tiny_checkpoint, monkeypatch):
         return torch.device(device or "cuda")
 
     def stop(name, device, dtype):
-        raise InputError(f"on {device}")
+        raise InputError(f"on {device}", ErrorCode.INVALID_VALUE)
 
     monkeypatch.setattr(model_args, "select_device", choose)
     monkeypatch.setattr(model_args, "load_model", stop)

@@ -126,7 +126,7 @@ def test_command_line_has_both_models(monkeypatch, capsys):
     def evaluate():
         assert get_model("owl2") is LmEvalModel
         assert get_model("hf") is not LmEvalModel
-        raise InputError("wrong")
+        raise InputError("wrong", ErrorCode.INVALID_VALUE)
 
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
     with pytest.raises(SystemExit) as end:
