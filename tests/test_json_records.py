@@ -18,7 +18,7 @@ from tests.data.datasets.published_files import put
 from tests.errors import raises_input_error
 
 
-def test_getters_give_what_is_there_without_space_around():
+def test_getters_strip_strings():
     row = JsonRecord(
         {"a": " b ", "n": 3, "x": 1.5, "t": [" c", "d "], "r": [{"k": 1}]}, "file.json, row 7"
     )
@@ -42,20 +42,20 @@ def test_getters_give_what_is_there_without_space_around():
         ("rows", {"k": 1}),
     ],
 )
-def test_a_wrong_kind_and_a_missing_key_are_named(get, value):
+def test_wrong_types_and_missing_keys_are_refused(get, value):
     with raises_input_error(ErrorCode.INVALID_TYPE, "file.json"):
         getattr(JsonRecord({"key": value}, "file.json, row 7"), get)("key")
     with raises_input_error(ErrorCode.MISSING_VALUE, "file.json"):
         getattr(JsonRecord({}, "file.json, row 7"), get)("key")
 
 
-def test_a_list_in_rows_that_is_no_object_is_named():
+def test_rows_refuses_elements_that_are_not_objects():
     with raises_input_error(ErrorCode.INVALID_TYPE, "7"):
         JsonRecord({"key": [{}, "b"]}, "row 7").rows("key")
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_lists_and_objects_are_read_piece_by_piece(tmp_path, indent):
+def test_lists_and_objects_are_read_incrementally(tmp_path, indent):
     values = [{"a": 'é [ ] { } " \\'}, {"b": [1, {"c": None}]}, {}]
     path = tmp_path / "rows.json"
     path.write_text("\n " + json.dumps(values, indent=indent) + " \n", encoding="utf-8")
@@ -103,7 +103,7 @@ def test_an_invalid_list_is_refused(tmp_path, text, code, needle):
         ('{"a": 3}', (ErrorCode.INVALID_TYPE, "a")),
     ],
 )
-def test_broken_object_is_named(tmp_path, text, expected_error):
+def test_an_invalid_object_is_refused(tmp_path, text, expected_error):
     path = tmp_path / "rows.json"
     path.write_text(text)
     with raises_input_error(*expected_error) as caught:
@@ -134,7 +134,7 @@ def test_unreadable_files(tmp_path, read):
         read(tmp_path / "latin.json")
 
 
-def test_object(tmp_path):
+def test_json_object_returns_a_record(tmp_path):
     path = put(tmp_path, "a.json", {"a": 1})
     assert json_object(path) == as_record({"a": 1}, str(path))
     with raises_input_error(ErrorCode.INVALID_TYPE):

@@ -102,5 +102,6 @@ def open_from_cli(source: str, settings: Sequence[str] = ()) -> SampleDataset:
             f"{source} has no setting {', '.join(unknown)}; known: {', '.join(known) or 'none'}",
             ErrorCode.UNKNOWN_NAME,
         )
-    arguments: dict[str, Any] = {key: source, **{name: str(given[name]) for name in given}}
+    arguments: dict[str, Any] = {key: source}
+    arguments |= {name: str(value) for name, value in given.items()}
     return open_dataset(**arguments)

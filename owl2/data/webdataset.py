@@ -371,6 +371,6 @@ def _reason(stream: Any, error: Exception) -> str:
     except TimeoutExpired:  # the command still runs, so its output is not valid
         code = 0
     # Not the full command, which may contain a token.
-    command: Any = None if process is None else process.args
-    name = command[0] if isinstance(command, list) else "the command"
-    return f"{name} failed with exit code {code}" if code else str(error)
+    arguments = process.args if process is not None else None
+    name = arguments[0] if isinstance(arguments, list) else "the command"
+    return f"{name!s} failed with exit code {code}" if code else str(error)

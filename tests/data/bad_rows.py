@@ -46,14 +46,14 @@ ROWS: list[tuple[object, str | None]] = [
 BAD = {f"row {number}": code for number, (_, code) in enumerate(ROWS, start=1) if code}
 
 
-def write_talks(folder: Path) -> Path:
+def write_rows(folder: Path) -> Path:
     """A file of `ROWS`, and beside it their images."""
     Image.effect_noise((30, 20), 50).save(folder / "good.png")
     whole = (folder / "good.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "words.png").write_text("no image")
     Image.new("1", (300, 300)).save(folder / "bomb.png")
-    path = folder / "talks.json"
+    path = folder / "chat.json"
     path.write_text(json.dumps([made for made, _ in ROWS]), encoding="utf-8")
     return path
 

@@ -9,7 +9,7 @@ from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 
-PLACES = 5
+IMAGE_TOKENS = 5
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def tokenizer_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def processor(tokenizer_file) -> Owl2Processor:
     images = Owl2ImageProcessor(size=8)
-    return Owl2Processor(images, Owl2Tokenizer(tokenizer_file), num_image_tokens=PLACES)
+    return Owl2Processor(images, Owl2Tokenizer(tokenizer_file), num_image_tokens=IMAGE_TOKENS)
 
 
 @pytest.fixture

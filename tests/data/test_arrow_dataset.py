@@ -57,7 +57,7 @@ def test_messages_with_images(tmp_path):
     assert two.source == f"{path}, row 2"
 
 
-def test_messages_that_hold_their_images(tmp_path):
+def test_messages_that_contain_their_images(tmp_path):
     rows = [{"messages": messages({"type": "image", "image": {"bytes": PNG, "path": None}})}]
     (sample,) = ArrowDataset(saved(tmp_path / "t", rows))
     assert images(sample) == (PNG,)
@@ -74,13 +74,13 @@ def test_llava_rows(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["caption", "text"])
-def test_captions(tmp_path, column):
+def test_caption_columns(tmp_path, column):
     rows = [{"image": {"bytes": PNG}, column: " a fox "}]
     (sample,) = ArrowDataset(saved(tmp_path / "t", rows, image=datasets.Image()))
     assert (text(sample), images(sample)) == (["<|image|>", "a fox"], (PNG,))
 
 
-def test_a_image_may_be_a_file_elsewhere(tmp_path):
+def test_an_image_column_may_contain_paths(tmp_path):
     rows = [{"image": {"bytes": None, "path": "/data/a.png"}, "caption": "a fox"}]
     (sample,) = ArrowDataset(
         saved(tmp_path / "t", rows)
@@ -98,7 +98,7 @@ def test_a_image_may_be_a_file_elsewhere(tmp_path):
         ({"prompt": "a", "image": "a.png"}, (ErrorCode.INVALID_FORMAT,)),
     ],
 )
-def test_bad_rows_and_columns(tmp_path, row, expected_error):
+def test_invalid_rows_and_columns_are_refused(tmp_path, row, expected_error):
     path = saved(tmp_path / "t", [row])
     with raises_input_error(*expected_error):
         ArrowDataset(path)[0]
@@ -111,7 +111,7 @@ def captions(count: int) -> list[dict]:
     return [{"image": "a.png", "caption": f"{number}"} for number in range(count)]
 
 
-def test_a_table_is_a_sequence(tmp_path):
+def test_arrow_dataset_is_a_sequence(tmp_path):
     table = ArrowDataset(saved(tmp_path / "t", captions(7)))
     assert answers(table) == ["0", "1", "2", "3", "4", "5", "6"]
     assert len(table) == 7
@@ -125,7 +125,7 @@ def answers(samples) -> list[str]:
     return [sample.messages[1]["content"] for sample in samples]
 
 
-def test_forked_workers_read_what_their_owner_reads(tmp_path):
+def test_forked_workers_read_the_same_rows(tmp_path):
     table = ArrowDataset(saved(tmp_path / "t", captions(200)))
     expected = answers(table)
     loader = torch.utils.data.DataLoader(
@@ -153,7 +153,7 @@ def test_splits(tmp_path):
         ArrowDataset(tmp_path / "t" / "train", "dev")
 
 
-def test_what_is_a_table(tmp_path):
+def test_is_arrow_directory(tmp_path):
     path = saved(tmp_path / "t", captions(1))
     assert is_arrow_directory(path)
     assert not is_arrow_directory(tmp_path)
@@ -162,14 +162,14 @@ def test_what_is_a_table(tmp_path):
         ArrowDataset(tmp_path / "t2")
 
 
-def test_no_rows(tmp_path):
+def test_a_table_without_rows_is_refused(tmp_path):
     datasets.Dataset.from_dict({"image": [], "caption": []}).save_to_disk(tmp_path / "t")
     with raises_input_error(ErrorCode.EMPTY_DATASET):
         ArrowDataset(tmp_path / "t")
 
 
 @pytest.mark.parametrize("damage", ["state.json", "data-00000-of-00001.arrow", "dataset_info.json"])
-def test_a_damaged_table_is_named(tmp_path, damage):
+def test_a_damaged_directory_is_refused(tmp_path, damage):
     path = saved(tmp_path / "t", captions(3))
     (path / damage).write_bytes(b"{")
     with raises_input_error(ErrorCode.UNREADABLE_FILE):

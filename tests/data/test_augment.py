@@ -15,7 +15,7 @@ def square() -> Image.Image:
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_same_chance_same_image_and_the_given_one_stays(square, name):
+def test_augmentation_depends_on_the_generator_only(square, name):
     before = square.tobytes()
     change = AUGMENTATIONS[name]
     results = [change(square, Random(seed)).tobytes() for seed in (1, 1)]
@@ -47,7 +47,7 @@ def test_dihedral_of_a_wide_image(image):
     assert sizes == {(12, 8), (8, 12)}
 
 
-def test_crop_flip_gives_squares_of_a_large_part():
+def test_crop_flip_returns_squares():
     grey = Image.linear_gradient("L").rotate(90).convert("RGB").resize((200, 100))
     flipped = 0
     for seed in range(400):
@@ -71,12 +71,12 @@ def test_crops_are_within_the_bounds():
     assert max(shares) > 0.85
 
 
-def test_a_image_too_narrow_for_any_crop_is_kept_whole():
+def test_an_image_too_narrow_for_any_crop_is_not_cropped():
     assert CROP_ATTEMPTS > 0
     assert _random_box(1000, 1, Random(0)) == (0, 0, 1000, 1)
 
 
-def test_one_pixel(square):
+def test_a_single_pixel_is_not_changed(square):
     dot = square.crop((2, 2, 3, 3))
     for change in AUGMENTATIONS.values():
         assert change(dot, Random(0)).tobytes() == dot.tobytes()

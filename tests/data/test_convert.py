@@ -18,7 +18,7 @@ from owl2.data.sample import validated
 from owl2.data.webdataset import TarDataset
 from owl2.errors import ErrorCode
 from owl2.train.recipe import DataSource
-from tests.data.datasets.published_files import SHORT, put, told
+from tests.data.datasets.published_files import SHORT, put, summarize
 from tests.data.datasets.test_aokvqa import question as aokvqa_question
 from tests.data.datasets.test_coco import CAPTIONS, official
 from tests.data.datasets.test_gqa import question
@@ -65,7 +65,7 @@ def publish_refcoco(folder: Path) -> None:
     put_things(folder, THINGS)
 
 
-TALK = (("human", "Hi\u2028"), ("gpt", "Hello"))
+CONVERSATION = (("human", "Hi\u2028"), ("gpt", "Hello"))
 PUBLISH = {
     "coco_captions": lambda f: put(f, "captions_train2014.json", official(*CAPTIONS)),
     "textcaps": lambda f: put(f, "TextCaps_0.1_train.json", textcaps_file(*TEXTCAPS)),
@@ -79,19 +79,21 @@ PUBLISH = {
     "llava_instruct": lambda f: put(
         f, "llava_instruct_150k.json", [llava_row(("human", "<image>\nWhat?"), ("gpt", "A bus."))]
     ),
-    "sharegpt": lambda f: put(f, SHAREGPT, [shared(*TALK)]),
-    "slimorca": lambda f: (f / SLIMORCA).write_text(json.dumps(orca(("system", "Be."), *TALK))),
+    "sharegpt": lambda f: put(f, SHAREGPT, [shared(*CONVERSATION)]),
+    "slimorca": lambda f: (f / SLIMORCA).write_text(
+        json.dumps(orca(("system", "Be."), *CONVERSATION))
+    ),
 }
 
 
-def test_every_data_set_with_samples_is_tried():
+def test_every_dataset_with_samples_is_tested():
     assert {*PUBLISH, "easy_vqa"} == {
         name for name, entry in DATASET_CARDS.items() if not entry.is_shards
     }
 
 
 @pytest.mark.parametrize("name", PUBLISH)
-def test_what_is_written_is_read_back_as_it_was(name, tmp_path, folder, console):
+def test_written_samples_equal_the_originals(name, tmp_path, folder, console):
     PUBLISH[name](folder)
     out = tmp_path / "out.jsonl"
     convert_dataset(name, folder, out, [], console)
@@ -99,8 +101,8 @@ def test_what_is_written_is_read_back_as_it_was(name, tmp_path, folder, console)
     back = JsonDataset(out, tmp_path)
     assert len(back) == len(samples) > 0
     for was, now in zip(samples, back, strict=True):
-        image, rounds = told(validated(now))
-        expected, same = told(was)
+        image, rounds = summarize(validated(now))
+        expected, same = summarize(was)
         assert rounds == same
         assert image == (None if expected is None else f"{tmp_path}/{expected}")
     lines = out.read_text(encoding="utf-8").split("\n")[:-1]
@@ -108,7 +110,7 @@ def test_what_is_written_is_read_back_as_it_was(name, tmp_path, folder, console)
     assert [json.loads(line)["source"] for line in lines] == [each.source for each in samples]
 
 
-def test_counts_are_told_and_written(tmp_path, folder, console):
+def test_counts_are_printed_and_written(tmp_path, folder, console):
     publish_gqa(folder)
     out = tmp_path / "deep" / "gqa.jsonl"
     convert_dataset("gqa", folder, out, ["file=train_balanced_questions.json"], console)
@@ -126,14 +128,14 @@ def test_counts_are_told_and_written(tmp_path, folder, console):
     assert sorted(path.name for path in out.parent.iterdir()) == ["gqa.jsonl", "gqa.stats.json"]
 
 
-def test_things_skipped_together_count_each(tmp_path, folder, console):
+def test_skipped_rows_are_counted_individually(tmp_path, folder, console):
     put(folder, "captions_train2014.json", official((7, ""), (7, " "), (9, ""), (7, "a dog")))
     convert_dataset("coco_captions", folder, tmp_path / "coco.jsonl", [], console)
     skipped = json.loads((tmp_path / "coco.stats.json").read_text())["skipped"]
     assert skipped == {"captions without text": 3}
 
 
-def test_the_same_settings_write_the_same_file(tmp_path, folder, console):
+def test_conversion_is_deterministic(tmp_path, folder, console):
     put(folder, "captions_train2014.json", official(*CAPTIONS))
     texts = {}
     for seed in [*range(10), *range(10)]:
@@ -143,17 +145,17 @@ def test_the_same_settings_write_the_same_file(tmp_path, folder, console):
     assert len(set(texts.values())) > 1
 
 
-def test_easy_vqa_is_what_its_package_gives(tmp_path, console):
+def test_converted_easy_vqa_equals_the_dataset(tmp_path, console):
     out = tmp_path / "easy_vqa.jsonl"
     convert_dataset("easy_vqa", Path("package"), out, ["style=captions"], console)
     back = JsonDataset(out)
     samples = easy_vqa("train", style="captions")
     assert len(back) == len(samples)
     for place in (0, 1999, 3999):
-        assert told(back[place]) == told(samples[place])
+        assert summarize(back[place]) == summarize(samples[place])
 
 
-def test_training_takes_what_is_written(tmp_path, folder, console, processor, image):
+def test_training_reads_the_converted_file(tmp_path, folder, console, processor, image):
     publish_gqa(folder)
     (folder / "images").mkdir()
     for number in (5, 6):
@@ -184,7 +186,7 @@ def test_missing_images_stop_or_are_skipped_and_counted(tmp_path, folder, consol
     assert not out.exists()
     convert_dataset("gqa", folder, out, [look, "missing=skip"], console)
     (sample,) = JsonDataset(out, images)
-    assert told(sample)[1] == [(f"<|image|>\nIs it réd?{SHORT}", "no")]
+    assert summarize(sample)[1] == [(f"<|image|>\nIs it réd?{SHORT}", "no")]
     skipped = json.loads(out.with_name("gqa.stats.json").read_text())["skipped"]
     assert skipped["samples whose image does not exist"] == 1
 
@@ -197,7 +199,7 @@ def test_missing_images_stop_or_are_skipped_and_counted(tmp_path, folder, consol
         (["check_images=.", "missing=ignore"], (ErrorCode.UNKNOWN_NAME, "ignore")),
     ],
 )
-def test_settings_of_missing_images(tmp_path, folder, settings, expected_error, console):
+def test_options_of_the_image_check(tmp_path, folder, settings, expected_error, console):
     with raises_input_error(*expected_error):
         convert_dataset("gqa", folder, tmp_path / "gqa.jsonl", settings, console)
 
@@ -229,7 +231,7 @@ def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
     ]
 
 
-def test_no_finished_shard(tmp_path, folder, console):
+def test_no_complete_shard_is_an_error(tmp_path, folder, console):
     put_shard(folder, 0).with_name("00000_stats.json").unlink()
     with raises_input_error(ErrorCode.EMPTY_DATASET):
         convert_dataset("laion", folder, tmp_path / "laion.yaml", [], console)
@@ -257,24 +259,26 @@ def test_no_finished_shard(tmp_path, folder, console):
         ("laion", "out.yaml", ["check_images=."], (ErrorCode.UNKNOWN_NAME, "check_images")),
     ],
 )
-def test_wrong_words(tmp_path, folder, name, out, settings, expected_error, console):
+def test_invalid_conversion_options_are_refused(
+    tmp_path, folder, name, out, settings, expected_error, console
+):
     with raises_input_error(*expected_error):
         convert_dataset(name, folder, tmp_path / out, settings, console)
     assert not (tmp_path / out).exists()
 
 
-def test_nothing_left_is_an_error(tmp_path, folder, console):
+def test_an_empty_result_is_an_error(tmp_path, folder, console):
     put(folder, "train_balanced_questions.json", {"1": question("5", "Is it?", "")})
     with raises_input_error(ErrorCode.EMPTY_DATASET, "1"):
         convert_dataset("gqa", folder, tmp_path / "gqa.jsonl", [], console)
 
 
-def test_a_bad_row_leaves_an_older_file_as_it_was(tmp_path, folder, console):
-    put(folder, SHAREGPT, [shared(*TALK)])
+def test_an_invalid_row_leaves_an_existing_file_unchanged(tmp_path, folder, console):
+    put(folder, SHAREGPT, [shared(*CONVERSATION)])
     out = tmp_path / "sharegpt.jsonl"
     convert_dataset("sharegpt", folder, out, [], console)
     old = out.read_text()
-    put(folder, SHAREGPT, [shared(*TALK)] * 3 + [{"id": "no conversations"}])
+    put(folder, SHAREGPT, [shared(*CONVERSATION)] * 3 + [{"id": "no conversations"}])
     with raises_input_error(ErrorCode.MISSING_VALUE, "conversations"):
         convert_dataset("sharegpt", folder, out, [], console)
     assert out.read_text() == old
@@ -286,8 +290,8 @@ def test_a_bad_row_leaves_an_older_file_as_it_was(tmp_path, folder, console):
 
 
 @pytest.mark.parametrize(("name", "out"), [("slimorca", SLIMORCA), ("cc3m", "recipe.yaml")])
-def test_other_files_are_not_overwritten(folder, name, out, console):
-    (folder / SLIMORCA).write_text(json.dumps(orca(*TALK)))
+def test_foreign_files_are_not_overwritten(folder, name, out, console):
+    (folder / SLIMORCA).write_text(json.dumps(orca(*CONVERSATION)))
     put_shard(folder, 0)
     path = folder / out
     path.write_text(before := "# An entry\n" if name == "cc3m" else path.read_text())
@@ -299,7 +303,7 @@ def test_other_files_are_not_overwritten(folder, name, out, console):
         convert_dataset(name, folder, other, [], console)
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path, folder, console):
+def test_an_unwritable_output_is_refused(tmp_path, folder, console):
     publish_gqa(folder)
     (tmp_path / "file").write_text("")
     with raises_input_error(ErrorCode.WRITE_FAILED):
@@ -316,7 +320,7 @@ def run(monkeypatch, *arguments: str) -> int:
     return end.value.code
 
 
-def test_the_command(tmp_path, folder, monkeypatch, capsys):
+def test_the_command_line(tmp_path, folder, monkeypatch, capsys):
     publish_gqa(folder)
     out = tmp_path / "gqa.jsonl"
     assert run(monkeypatch, "gqa", str(folder), str(out), "split=train") == 0
@@ -327,7 +331,7 @@ def test_the_command(tmp_path, folder, monkeypatch, capsys):
     assert run(monkeypatch, "gqa", str(folder)) == 2
 
 
-def test_the_list(monkeypatch, capsys):
+def test_the_listing_shows_all_datasets(monkeypatch, capsys):
     assert run(monkeypatch, "--list") == 0
     said = capsys.readouterr().out
     assert said == listing()
@@ -338,7 +342,7 @@ def test_the_list(monkeypatch, capsys):
     assert "options  split=train coco=2014 max_rounds=... questions=... annotations=..." in said
 
 
-def test_images_behind_urls_stay_what_they_are(folder, tmp_path):
+def test_urls_of_images_are_not_changed(folder, tmp_path):
     said = [("human", "<image>\nWhat is it?"), ("gpt", "A bus.")]
     row = llava_row(*said, image="https://example.org/a.jpg")
     put(folder, "llava_instruct_150k.json", [row])
@@ -346,7 +350,7 @@ def test_images_behind_urls_stay_what_they_are(folder, tmp_path):
     assert "https://example.org/a.jpg" in (tmp_path / "out.jsonl").read_text()
 
 
-def test_half_of_a_character_is_skipped(folder, tmp_path):
+def test_a_lone_surrogate_is_skipped(folder, tmp_path):
     """As where an emoji was cut in two: JSON can write it, a text file and a tokenizer cannot."""
     turns = [{"from": "human", "value": "hi \ud83d"}, {"from": "gpt", "value": "a"}]
     whole = [{"from": "human", "value": "hi \U0001f600"}, {"from": "gpt", "value": "a"}]

@@ -18,7 +18,7 @@ ROW = {"image": "a.png", "caption": "a fox"}
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "talks.jsonl"
+    path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps(ROW))
     return path
 
@@ -37,7 +37,7 @@ def table(tmp_path):
     return tmp_path / "table"
 
 
-def test_the_same_by_recipe_and_by_words(file, shard, table, tmp_path):
+def test_recipe_and_cli_open_the_same_datasets(file, shard, table, tmp_path):
     (tmp_path / "images").mkdir()
     images = str(tmp_path / "images")
     pairs: list[tuple[type, object, object]] = [
@@ -67,7 +67,7 @@ def test_the_same_by_recipe_and_by_words(file, shard, table, tmp_path):
     assert "dev, row 1" in pairs[5][1][0].source
 
 
-def test_a_dataset_with_options():
+def test_options_reach_the_dataset_from_recipe_and_cli():
     words = ["split=train", "style=joined", "prompt=short", "seed=5"]
     options = {"prompt": "short", "seed": 5}
     one = open_dataset(dataset="easy_vqa", style="joined", options=options)
@@ -77,7 +77,7 @@ def test_a_dataset_with_options():
 
 
 @pytest.mark.parametrize("given", [{}, {"file": "a.json", "hf_dataset": "t"}])
-def test_one_origin(given):
+def test_exactly_one_origin_is_required(given):
     with raises_input_error(ErrorCode.CONFLICT):
         open_dataset(**given)
 
@@ -91,12 +91,12 @@ def test_one_origin(given):
         ("easy_vqa", ["stile=joined"], (ErrorCode.UNKNOWN_NAME, "style")),
         ("easy_vqa", ["name=joined"], (ErrorCode.UNKNOWN_NAME, "name")),
         ("easy_vqa", ["style=[unclosed"], (ErrorCode.INVALID_FORMAT,)),
-        ("talks.json", ["split=train"], (ErrorCode.UNKNOWN_NAME,)),
+        ("chat.json", ["split=train"], (ErrorCode.UNKNOWN_NAME,)),
         ("a.tar", ["split=train"], (ErrorCode.UNKNOWN_NAME,)),
         (".", [], (ErrorCode.INVALID_FORMAT, "json")),
     ],
 )
-def test_wrong_settings(source, settings, expected_error):
+def test_invalid_cli_settings_are_refused(source, settings, expected_error):
     with raises_input_error(*expected_error):
         open_from_cli(source, settings)
 
@@ -106,7 +106,7 @@ def _first(samples: Sequence[Sample] | TarDataset) -> Sample:
 
 
 @pytest.mark.slow  # the other process imports everything anew
-def test_sources_travel_to_another_process(file, shard, table):
+def test_datasets_can_be_pickled_for_spawned_processes(file, shard, table):
     """Started anew, not forked: what is open here is not open there."""
     sources = [JsonDataset(file), TarDataset(str(shard)), ArrowDataset(table)]
     expected = [_first(source) for source in sources]

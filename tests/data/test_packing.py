@@ -22,14 +22,14 @@ def features(length: int, images: int = 0, answer: int = 2) -> dict:
     return item
 
 
-def test_first_fit_decreasing_of_a_known_case():
+def test_first_fit_decreasing():
     assert first_fit_decreasing([5, 3, 4, 2], 8) == [[0, 1], [2, 3]]
     assert first_fit_decreasing([3, 3, 3], 5) == [[0], [1], [2]]
     assert first_fit_decreasing([9, 1], 5) == [[0], [1]]
     assert first_fit_decreasing([4, 1, 7], math.inf) == [[2, 0, 1]]
 
 
-def test_rows_hold_everything_once_and_are_nearly_as_few_as_can_be():
+def test_packing_is_complete_and_nearly_optimal():
     for seed in range(50):
         chance = Random(seed)
         lengths = [chance.randint(1, 60) for _ in range(chance.randint(1, 40))]
@@ -41,7 +41,7 @@ def test_rows_hold_everything_once_and_are_nearly_as_few_as_can_be():
 
 
 @pytest.mark.parametrize("one_row", [False, True])
-def test_every_sample_lies_whole_and_apart(one_row):
+def test_every_sample_is_complete_and_separate(one_row):
     items = [features(5, 1), features(3), features(4, 1), features(2, 1, answer=0), features(8, 2)]
     batch = pack(items, 7, one_row)
     sequences = find_packed_sequence_indices(batch["position_ids"])
@@ -63,7 +63,7 @@ def test_every_sample_lies_whole_and_apart(one_row):
         assert not padding["mm_token_type_ids"].any()
 
 
-def test_images_come_in_the_order_of_the_rows():
+def test_images_have_the_order_of_the_packed_rows():
     batch = pack([features(3, 1), features(5, 2), features(4, 1), features(9)], 0)
     # Rows [9], [5, 4] and [3]: the longest first.
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [5, 5, 4, 3]
@@ -76,5 +76,5 @@ def test_the_first_label_of_a_sample_is_not_predicted_from_the_one_before():
     assert int((labels != IGNORE_INDEX).sum()) == 5
 
 
-def test_a_batch_of_text_has_no_pixels():
+def test_a_text_only_batch_has_no_pixel_values():
     assert "pixel_values" not in pack([features(3)], 0)

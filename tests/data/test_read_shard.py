@@ -22,24 +22,24 @@ def shard(tmp_path):
     return write_tar(tmp_path / "a.tar", FILES)
 
 
-def test_files_of_a_key_come_together(shard):
+def test_consecutive_files_of_a_key_are_grouped(shard):
     groups = list(read_shard(str(shard), lambda extension: extension != "json"))
     assert [key for key, _ in groups] == ["000000", "000001", "000002"]
     assert groups[1][1] == [("jpg", FILES[3][1]), ("txt", b"1")]
 
 
-def test_skipping_keys(shard):
+def test_skip_starts_at_a_key(shard):
     assert keys(shard, skip=2) == ["000002"]
     assert keys(shard, skip=9) == []
 
 
-def test_what_has_no_key_is_passed_over(tmp_path):
+def test_files_without_a_key_are_ignored(tmp_path):
     names = ["d/", "README", "__meta__.json", ".hidden", "._a.txt", "d/a.B.TXT"]
     path = write_tar(tmp_path / "a.tar", [(name, b"") for name in names])
     assert list(read_shard(str(path), lambda extension: True)) == [("d/a", [("b.txt", b"")])]
 
 
-def test_compressed(tmp_path):
+def test_compressed_archives_are_read(tmp_path):
     assert len(keys(write_tar(tmp_path / "a.tar.gz", FILES, "w:gz"))) == 3
 
 
@@ -47,7 +47,7 @@ def test_compressed(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [bytes, partial(gzip.compress, mtime=0)])
-def test_no_cut_goes_unseen(tmp_path, shard, pack):
+def test_every_truncation_is_detected(tmp_path, shard, pack):
     """Wherever it is cut, what comes before the error is a whole sample."""
     whole = list(read_shard(str(shard), lambda extension: True))
     # 9 files of a header and a block each; then two empty blocks, of which one says enough.
@@ -69,7 +69,7 @@ def test_no_cut_goes_unseen(tmp_path, shard, pack):
     assert list(read_shard(str(path), lambda extension: True)) == whole
 
 
-def test_a_damaged_header_is_not_the_end(tmp_path, shard):
+def test_a_damaged_header_is_an_error(tmp_path, shard):
     damaged = bytearray(shard.read_bytes())
     damaged[6 * 512 + 10] ^= 0xFF  # in the name of the second sample's first file
     (tmp_path / "b.tar").write_bytes(damaged)
@@ -78,7 +78,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path, shard):
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
-def test_no_tar(tmp_path, content):
+def test_files_that_are_not_tar_are_refused(tmp_path, content):
     path = tmp_path / "b.tar"
     path.write_bytes(content)
     with raises_input_error(ErrorCode.UNREADABLE_FILE, "b.tar"):
@@ -118,7 +118,7 @@ def server(tmp_path, monkeypatch):
         thread.join()
 
 
-def test_over_http(shard, server):
+def test_shards_over_http(shard, server):
     assert len(keys(f"{server}/a.tar")) == 3
     with raises_input_error(ErrorCode.UNREADABLE_FILE, "none.tar"):
         keys(f"{server}/none.tar")
@@ -126,7 +126,7 @@ def test_over_http(shard, server):
         keys(f"{server}/cut")
 
 
-def test_through_a_command(shard):
+def test_shards_from_a_command(shard):
     assert len(keys(f"pipe:cat {shard}")) == 3
     assert len(keys(f"pipe:gzip -c {shard} | gunzip")) == 3
 
@@ -141,7 +141,7 @@ def test_through_a_command(shard):
         ("cat TOKEN none.tar 2> /dev/null", (ErrorCode.UNREADABLE_FILE, "1")),
     ],
 )
-def test_a_command_that_fails(shard, command, expected_error):
+def test_a_failing_command_is_reported(shard, command, expected_error):
     command = command.replace("SHARD", str(shard))
     with raises_input_error(*expected_error) as caught:
         keys(f"pipe:{command}")
@@ -149,7 +149,7 @@ def test_a_command_that_fails(shard, command, expected_error):
 
 
 @pytest.mark.timeout(30)
-def test_a_command_that_is_left_early_is_not_waited_for(shard):
+def test_an_abandoned_command_is_terminated(shard):
     # More than is read at a time, and then nothing: neither the end nor a broken pipe.
     groups = read_shard(f"pipe:cat {shard}; head -c 99999 /dev/zero; sleep 60", lambda name: True)
     assert next(groups)[0] == "000000"

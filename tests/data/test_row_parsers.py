@@ -43,11 +43,11 @@ def golden_cases() -> list[dict]:
 
 
 @pytest.mark.parametrize("case", golden_cases())
-def test_text_is_what_the_authors_training_code_makes_of_it(case, tmp_path):
+def test_text_equals_the_authors_training_code(case, tmp_path):
     row = {"conversations": case["conversation"]}
     if any("<|image|>" in turn["value"] for turn in case["conversation"]):
         row["image"] = "a.png"
-    (sample,) = JsonDataset(llava(tmp_path / "talks.json", row))
+    (sample,) = JsonDataset(llava(tmp_path / "chat.json", row))
     assert texts(sample) == [turn["value"] for turn in case["train"]["sources"]]
 
 
@@ -61,37 +61,37 @@ def test_text_is_what_the_authors_training_code_makes_of_it(case, tmp_path):
         (" M ", "<|image|>"),
     ],
 )
-def test_one_image_comes_first(tmp_path, mark, value, text):
-    path = llava(tmp_path / "talks.json", human(value.replace("M", mark), "a.png"))
+def test_a_single_image_comes_first(tmp_path, mark, value, text):
+    path = llava(tmp_path / "chat.json", human(value.replace("M", mark), "a.png"))
     assert texts(JsonDataset(path)[0]) == [text, "yes"]
 
 
-def test_several_images_of_a_turn_keep_their_places_and_order(tmp_path):
-    path = llava(tmp_path / "talks.json", human(" A: <image> B: <image>", ["a.png", "b.png"]))
+def test_several_images_of_a_turn_keep_their_positions(tmp_path):
+    path = llava(tmp_path / "chat.json", human(" A: <image> B: <image>", ["a.png", "b.png"]))
     (sample,) = JsonDataset(path)
     assert texts(sample)[0] == "A: <|image|> B: <|image|>"
     assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
 
-def test_images_of_several_turns_are_taken_in_order(tmp_path):
+def test_images_of_several_turns_keep_their_order(tmp_path):
     row = human("<image>one", ["a.png", "b.png"])
     row["conversations"] += human("two<image>")["conversations"]
-    (sample,) = JsonDataset(llava(tmp_path / "talks.json", row))
+    (sample,) = JsonDataset(llava(tmp_path / "chat.json", row))
     assert texts(sample) == ["<|image|>\none", "yes", "<|image|>\ntwo", "yes"]
     assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
 
-def test_images_start_from_the_root_and_source_names_the_row(tmp_path):
+def test_image_paths_are_relative_to_the_root(tmp_path):
     root = tmp_path / "images"
     root.mkdir()
-    path = llava(tmp_path / "talks.json", human("hi"), human("<image>", "deep/a.png"))
+    path = llava(tmp_path / "chat.json", human("hi"), human("<image>", "deep/a.png"))
     samples = list(JsonDataset(path, root))
     assert images(samples[1]) == [str(root / "deep" / "a.png")]
     assert [sample.source for sample in samples] == [f"{path}, row 1", f"{path}, row 2"]
 
 
-def test_urls_stay_urls(tmp_path):
-    path = llava(tmp_path / "talks.json", human("<image>", "https://example.org/a.png"))
+def test_urls_are_not_changed(tmp_path):
+    path = llava(tmp_path / "chat.json", human("<image>", "https://example.org/a.png"))
     (sample,) = JsonDataset(path)
     assert images(sample) == ["https://example.org/a.png"]
 
@@ -122,8 +122,8 @@ def test_urls_stay_urls(tmp_path):
         (human("what?", "a.png", answer="<image>"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
     ],
 )
-def test_bad_llava_row_is_named(tmp_path, row, expected_error):
-    path = llava(tmp_path / "talks.json", human("good"), row)
+def test_an_invalid_llava_row_is_named(tmp_path, row, expected_error):
+    path = llava(tmp_path / "chat.json", human("good"), row)
     rows = JsonDataset(path)
     assert texts(rows[0])[1] == "yes"
     with raises_input_error(*expected_error) as caught:
@@ -134,10 +134,10 @@ def test_bad_llava_row_is_named(tmp_path, row, expected_error):
 # ------------------------------------------------------------------ messages
 
 
-def test_messages_are_taken_as_they_are(tmp_path):
+def test_messages_are_not_changed(tmp_path):
     content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": " spaces stay "}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
-    path = lines(tmp_path / "talks.jsonl", {"messages": messages, "id": 7})
+    path = lines(tmp_path / "chat.jsonl", {"messages": messages, "id": 7})
     (sample,) = JsonDataset(path)
     assert texts(sample) == ["<|image|> spaces stay ", "yes"]
     assert images(sample) == [str(tmp_path / "a.png")]
@@ -156,13 +156,13 @@ def test_messages_are_taken_as_they_are(tmp_path):
 def test_only_relative_paths_are_changed(tmp_path, part, image):
     content = [{"type": "image"} | part]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
-    (sample,) = JsonDataset(lines(tmp_path / "talks.jsonl", {"messages": messages}))
+    (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", {"messages": messages}))
     assert images(sample) == [image]
 
 
 def test_line_separators_inside_a_string_and_blank_lines(tmp_path):
     messages = [{"role": "user", "content": "a\u2028b"}, {"role": "assistant", "content": "c"}]
-    path = tmp_path / "talks.jsonl"
+    path = tmp_path / "chat.jsonl"
     line = json.dumps({"messages": messages}, ensure_ascii=False)
     path.write_text(f"{line}\n\n{line}\n", encoding="utf-8")
     samples = list(JsonDataset(path))
@@ -182,8 +182,8 @@ def test_line_separators_inside_a_string_and_blank_lines(tmp_path):
         ('{"messages": [{"role": "user", "content": "<|image|>"}]}', (ErrorCode.INVALID_ROLE,)),
     ],
 )
-def test_bad_line_is_named(tmp_path, line, expected_error):
-    path = tmp_path / "talks.jsonl"
+def test_an_invalid_line_is_named(tmp_path, line, expected_error):
+    path = tmp_path / "chat.jsonl"
     good = '{"messages": [{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}'
     path.write_text(f"{good}\n{line}\n")
     rows = JsonDataset(path)
@@ -201,9 +201,9 @@ def asked(*parts: object) -> dict:
     return {"messages": [{"role": "user", "content": list(parts)}, answer]}
 
 
-def test_bare_parts_stand_for_the_images_beside_the_messages(tmp_path):
+def test_bare_image_parts_use_the_images_of_the_row(tmp_path):
     row = asked(IMAGE, {"type": "text", "text": "or"}, IMAGE) | {"images": ["a.png", "b.png"]}
-    (sample,) = JsonDataset(lines(tmp_path / "talks.jsonl", row))
+    (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", row))
     assert texts(sample) == ["<|image|>or<|image|>", "yes"]
     assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
@@ -221,8 +221,8 @@ def test_bare_parts_stand_for_the_images_beside_the_messages(tmp_path):
         (asked(IMAGE | {"path": 3}), (ErrorCode.INVALID_TYPE,)),
     ],
 )
-def test_images_beside_messages_must_fit(tmp_path, row, expected_error):
-    rows = JsonDataset(lines(tmp_path / "talks.jsonl", row))
+def test_the_number_of_images_must_match_the_messages(tmp_path, row, expected_error):
+    rows = JsonDataset(lines(tmp_path / "chat.jsonl", row))
     with raises_input_error(*expected_error):
         rows[0]
 
@@ -230,15 +230,15 @@ def test_images_beside_messages_must_fit(tmp_path, row, expected_error):
 # ------------------------------------------------------------------ both, and captions
 
 
-def test_a_row_is_what_its_keys_say_in_either_file(tmp_path):
+def test_json_and_jsonl_accept_the_same_rows(tmp_path):
     rows = (human("<image>hi", "a.png"), asked(IMAGE) | {"images": ["a.png"]})
-    one = JsonDataset(llava(tmp_path / "talks.json", *rows))
-    two = JsonDataset(lines(tmp_path / "talks.jsonl", *rows))
+    one = JsonDataset(llava(tmp_path / "chat.json", *rows))
+    two = JsonDataset(lines(tmp_path / "chat.jsonl", *rows))
     assert [sample.messages for sample in one] == [sample.messages for sample in two]
     assert texts(one[0]) == ["<|image|>\nhi", "yes"]
 
 
-def test_a_caption_is_the_answer_to_its_image(tmp_path):
+def test_a_caption_becomes_the_answer(tmp_path):
     path = lines(tmp_path / "captions.jsonl", {"image": "a.png", "caption": " a red circle\n"})
     (sample,) = JsonDataset(path)
     assert texts(sample) == ["<|image|>", "a red circle"]
@@ -268,7 +268,7 @@ def test_a_caption_is_the_answer_to_its_image(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_told_by_kind(tmp_path, row, expected_error, code):
+def test_errors_have_codes(tmp_path, row, expected_error, code):
     path = lines(tmp_path / "captions.jsonl", row)
     with raises_input_error(*expected_error) as caught:
         JsonDataset(path)[0]

@@ -20,7 +20,7 @@ def talk(*contents) -> list[dict]:
         talk([IMAGE, IMAGE, {"type": "text", "text": "same?"}], "no", "sure?", "yes"),
     ],
 )
-def test_good_samples_pass_as_they_are(messages):
+def test_valid_samples_are_returned_unchanged(messages):
     sample = Sample(messages, "here")
     assert validated(sample) is sample
 
@@ -37,13 +37,13 @@ def test_good_samples_pass_as_they_are(messages):
         (talk([{"type": "sound"}], "hm"), (ErrorCode.UNKNOWN_NAME, "0")),
     ],
 )
-def test_bad_samples_say_where_they_came_from(messages, expected_error):
+def test_errors_start_with_the_source(messages, expected_error):
     with raises_input_error(*expected_error) as caught:
-        validated(Sample(messages, "talks.jsonl:17"))
-    assert str(caught.value).startswith("talks.jsonl:17: ")
+        validated(Sample(messages, "chat.jsonl:17"))
+    assert str(caught.value).startswith("chat.jsonl:17: ")
 
 
-def test_half_of_a_character_is_no_text():
+def test_a_lone_surrogate_is_refused():
     messages = [{"role": "user", "content": "hi \ud83d"}, {"role": "assistant", "content": "a"}]
     with raises_input_error(ErrorCode.INVALID_FORMAT, "1"):
         validated(Sample(messages, "row 1"))

@@ -24,24 +24,24 @@ def checkpoint(tmp_path, processor):
 
 
 @pytest.fixture
-def talks(tmp_path):
+def chat(tmp_path):
     turns = [{"from": "human", "value": "<image>what color?"}, {"from": "gpt", "value": "red"}]
-    path = tmp_path / "talks.json"
+    path = tmp_path / "chat.json"
     path.write_text(json.dumps([{"image": "not opened.png", "conversations": turns}] * 3))
     return path
 
 
-def test_learned_words_are_green_and_others_are_not(checkpoint, talks):
+def test_tokens_with_a_label_are_green(checkpoint, chat):
     console = Console(force_terminal=True, color_system="standard", width=300, record=True)
     with console.capture() as capture:
-        show_samples(str(checkpoint), str(talks), [], 2, console)
+        show_samples(str(checkpoint), str(chat), [], 2, console)
     shown = capture.get()
     assert shown.count("\x1b[1;32m red</s>") == 2
     assert "\x1b[2mUSER: <|image|>×5\nwhat color? ASSISTANT:" in shown.replace(
         "\x1b[0m\n\x1b[2m", "\n"
     )
-    assert f"{talks}, row 1" in shown
-    assert f"{talks}, row 3" not in shown
+    assert f"{chat}, row 1" in shown
+    assert f"{chat}, row 3" not in shown
     assert "2 of 3 samples" in shown
 
 
@@ -71,7 +71,7 @@ def shown(checkpoint, source, count, **options) -> str:
     return console.file.getvalue()
 
 
-def test_without_colors_learned_words_are_in_brackets(checkpoint, mixed):
+def test_without_colors_labels_are_in_brackets(checkpoint, mixed):
     text = shown(checkpoint, mixed, 1)
     assert "<s>USER: what is <b>0</b>? ASSISTANT:⟦ number 0 & more</s>⟧\n" in text
     assert text.endswith("1 of 10 samples. ⟦Marked⟧ tokens contribute to loss.\n")
@@ -82,7 +82,7 @@ def test_without_colors_learned_words_are_in_brackets(checkpoint, mixed):
     assert expected in shown(checkpoint, many, 1)
 
 
-def test_images_are_named_and_bad_rows_do_not_end_it(checkpoint, mixed):
+def test_images_are_described_and_invalid_rows_are_shown(checkpoint, mixed):
     text = shown(checkpoint, mixed, 3, start=1)
     assert f"image 1: {mixed.parent / 'red.png'}, 600×300\n" in text
     assert "image 1: The image file" in text
@@ -90,7 +90,7 @@ def test_images_are_named_and_bad_rows_do_not_end_it(checkpoint, mixed):
     assert "row 5" not in text and "row 1\n" not in text
 
 
-def test_drawn_samples_are_others_and_the_same_for_a_seed(checkpoint, mixed):
+def test_random_samples_depend_on_the_seed(checkpoint, mixed):
     def rows(**options) -> list[str]:
         lines = shown(checkpoint, mixed, options.pop("count", 4), **options).splitlines()
         return [line for line in lines if line.startswith(f"{mixed}, row ")]
@@ -117,7 +117,7 @@ def test_shards_are_shown(checkpoint, tmp_path, seed):
     assert "1 of the samples" in text
 
 
-def test_the_page_holds_images_and_words(checkpoint, mixed, tmp_path):
+def test_the_page_contains_images_and_text(checkpoint, mixed, tmp_path):
     file = tmp_path / "page.html"
     said = shown(checkpoint, mixed, 4, html=file)
     assert said == f"Wrote 4 samples to {file}\n"
@@ -131,14 +131,14 @@ def test_the_page_holds_images_and_words(checkpoint, mixed, tmp_path):
         shown(checkpoint, mixed, 1, html="/proc/nowhere/page.html")
 
 
-def test_the_command(checkpoint, talks, monkeypatch, capsys):
+def test_the_command_line(checkpoint, chat, monkeypatch, capsys):
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["owl2", "data", "show", *arguments])
         with pytest.raises(SystemExit) as end:
             main()
         return end.value.code
 
-    assert run("--model", str(checkpoint), str(talks), "--count", "1") == 0
+    assert run("--model", str(checkpoint), str(chat), "--count", "1") == 0
     assert "ASSISTANT:⟦ red</s>⟧" in capsys.readouterr().out
     assert run("--model", str(checkpoint), "no-such.json") == 2
     expected = "error: no-such.json cannot be read: No such file or directory\n"

@@ -44,7 +44,7 @@ def tally_of(seen: list[SampleStats]) -> DatasetStats:
 
 
 @pytest.mark.parametrize("number", [1, 2, 99, 1000])
-def test_spread_is_that_of_the_values(number):
+def test_spread_equals_numpy_percentiles(number):
     values = [one.tokens for one in some(number)]
     found = spread(Counter(values))
     assert found["total"] == sum(values)
@@ -55,7 +55,7 @@ def test_spread_is_that_of_the_values(number):
     assert spread({}) == {}
 
 
-def test_parts_add_up_to_the_whole():
+def test_merged_statistics_equal_the_total():
     seen = some(300)
     whole = tally_of(seen)
     whole.invalid[ErrorCode.INVALID_ROLE] += 3
@@ -71,7 +71,7 @@ def test_parts_add_up_to_the_whole():
     assert added.image_edge.total() == added.images[1] + 3 * added.images[3]
 
 
-def test_the_summary_is_json_and_names_all():
+def test_the_summary_is_json():
     tally = tally_of(some(50))
     tally.invalid[ErrorCode.INVALID_ROLE] += 1
     summary = json.loads(json.dumps(tally.summary()))
@@ -83,7 +83,7 @@ def test_the_summary_is_json_and_names_all():
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_padding_is_what_batches_at_random_have(batch_size):
+def test_padding_share_equals_simulated_batches(batch_size):
     lengths = Counter(one.tokens for one in some(500))
     chance = Random(1)
     tokens = places = 0
@@ -95,7 +95,7 @@ def test_padding_is_what_batches_at_random_have(batch_size):
     assert padding_share({7: 3}, 8) == pytest.approx(0)
 
 
-def test_packing_leaves_little_and_lengths_are_cut():
+def test_padding_estimates_use_truncated_lengths():
     lengths = Counter({10: 90, 500: 10})
     assert clipped(lengths, 100) == {10: 90, 100: 10}
     shares = batch_padding(lengths, 100, 32)
@@ -107,7 +107,7 @@ def test_packing_leaves_little_and_lengths_are_cut():
     assert batch_padding(Counter(), 100, 2)["padded"] == 0
 
 
-def test_tables_say_the_numbers():
+def test_tables_contain_the_counts():
     tally = tally_of([SampleStats(2, 1, 117, 30, True, ((640, 480),)), SampleStats(4, 0, 1200, 40)])
     tally.invalid[ErrorCode.INVALID_ROLE] += 7
     console = Console(file=io.StringIO(), width=120)
@@ -121,7 +121,7 @@ def test_tables_say_the_numbers():
 @pytest.mark.parametrize(
     "seen", [[], some(1), some(300), [SampleStats(2, 0, 5, 2), SampleStats(2, 0, 10**6, 2)]]
 )
-def test_the_plot(tmp_path, seen):
+def test_the_plot_is_written(tmp_path, seen):
     path = tmp_path / "statistics.png"
     assert plot_statistics(path, tally_of(seen), "a $title_", 100)
     assert Image.open(path).size == (1200, 780)

@@ -11,7 +11,7 @@ from owl2 import cli
 from owl2.data.validate.command import effective_max_length, unique_names
 from owl2.data.validate.validator import SampleValidator
 from owl2.errors import ErrorCode
-from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, save_checkpoint, write_talks
+from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, save_checkpoint, write_rows
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def checkpoint(tmp_path, processor):
 
 
 @pytest.fixture
-def talks(tmp_path):
-    return write_talks(tmp_path)
+def chat(tmp_path):
+    return write_rows(tmp_path)
 
 
 @pytest.fixture
@@ -37,20 +37,20 @@ def owl2(monkeypatch, capsys):
     return command
 
 
-def test_the_command_tells_by_its_exit_code(owl2, checkpoint, talks, tmp_path):
+def test_the_exit_code_depends_on_invalid_samples(owl2, checkpoint, chat, tmp_path):
     options = ("--model", checkpoint, "--max-length", MAX_LENGTH, "--workers", 1)
-    code, out, err = owl2(*options, talks, f"images={tmp_path}", "--output", tmp_path / "out")
+    code, out, err = owl2(*options, chat, f"images={tmp_path}", "--output", tmp_path / "out")
     assert (code, err) == (1, "")
     assert f"{len(BAD)} samples are invalid" in out
     assert len((tmp_path / "out" / "invalid_samples.jsonl").read_text().splitlines()) == len(BAD)
-    talks.write_text(json.dumps([ROWS[0][0]]))
-    code, out, err = owl2(*options, talks)
+    chat.write_text(json.dumps([ROWS[0][0]]))
+    code, out, err = owl2(*options, chat)
     assert (code, err) == (0, "")
     assert "No sample is invalid." in out
     assert "tokens per sample, before truncation" in out
 
 
-def test_the_command_after_an_interrupt(owl2, checkpoint, talks, monkeypatch):
+def test_the_exit_code_after_an_interrupt(owl2, checkpoint, chat, monkeypatch):
     look = SampleValidator.validate
 
     def interrupted(self, sample: object) -> object:
@@ -58,13 +58,13 @@ def test_the_command_after_an_interrupt(owl2, checkpoint, talks, monkeypatch):
         return look(self, sample)
 
     monkeypatch.setattr(SampleValidator, "validate", interrupted)
-    code, out, err = owl2("--model", checkpoint, talks, "--workers", 1)
+    code, out, err = owl2("--model", checkpoint, chat, "--workers", 1)
     assert (code, err) == (130, "")
     assert "Stopped after 1 rows" in out
     assert "No sample is invalid" not in out
 
 
-def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
+def test_a_recipe_provides_model_length_and_batch_size(owl2, checkpoint, chat, tmp_path):
     recipe = {
         "model": str(checkpoint),
         "output": str(tmp_path / "run"),
@@ -72,14 +72,14 @@ def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
         "max_length": MAX_LENGTH,
         "batch_size": 6,
         "gradient_accumulation_steps": 2,
-        "data": [{"file": str(talks)}],
-        "validation": {"data": [{"file": str(talks)}]},
+        "data": [{"file": str(chat)}],
+        "validation": {"data": [{"file": str(chat)}]},
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     assert owl2(path, "--output", tmp_path / "out", "--workers", 2)[0] == 1
     facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
-    assert list(facts["datasets"]) == [str(talks), f"{talks} (2)"]
+    assert list(facts["datasets"]) == [str(chat), f"{chat} (2)"]
     assert (facts["max_length"], facts["padding"]["batch_size"]) == (MAX_LENGTH, 3)
     assert facts["all"]["invalid"] == 2 * len(BAD)
     owl2(path, "max_length=4000", "--output", tmp_path / "out", "--workers", 1)
@@ -91,14 +91,16 @@ def test_a_recipe_says_all(owl2, checkpoint, talks, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["talks.json"], "--model"),
-        (["--model", "nowhere", "talks.json"], "'nowhere'"),
+        (["chat.json"], "--model"),
+        (["--model", "nowhere", "chat.json"], "'nowhere'"),
         (["--model", "model", "gone.json"], "gone.json"),
-        (["--model", "model", "talks.json", "split=test"], "split"),
+        (["--model", "model", "chat.json", "split=test"], "split"),
         (["gone.yaml"], "gone.yaml"),
     ],
 )
-def test_wrong_usage(owl2, checkpoint, talks, tmp_path, monkeypatch, arguments, complaint):
+def test_invalid_arguments_are_refused(
+    owl2, checkpoint, chat, tmp_path, monkeypatch, arguments, complaint
+):
     monkeypatch.chdir(tmp_path)
     code, out, err = owl2(*arguments)
     assert (code, out) == (2, "")
@@ -106,20 +108,20 @@ def test_wrong_usage(owl2, checkpoint, talks, tmp_path, monkeypatch, arguments, 
     assert complaint in err
 
 
-def test_the_limit_is_the_models_context(checkpoint, owl2, talks):
+def test_max_length_defaults_to_the_context(checkpoint, owl2, chat):
     assert effective_max_length(str(checkpoint), None) is None
     assert effective_max_length(str(checkpoint), 7) == 7
     config = {"model_type": "mplug_owl2", "max_position_embeddings": MAX_LENGTH}
     config |= {"visual_config": {"visual_abstractor": {"num_learnable_queries": 4}}}
     (checkpoint / "config.json").write_text(json.dumps(config))
     assert effective_max_length(str(checkpoint), None) == MAX_LENGTH
-    code, out, _ = owl2("--model", checkpoint, talks, "--workers", 1)
+    code, out, _ = owl2("--model", checkpoint, chat, "--workers", 1)
     assert code == 1
     assert "are truncated to 40 tokens" in out
-    code, _, err = owl2("--model", checkpoint, talks, "--max-length", MAX_LENGTH + 1)
+    code, _, err = owl2("--model", checkpoint, chat, "--max-length", MAX_LENGTH + 1)
     assert code == 2
     assert "exceeds the 40 positions" in err
 
 
-def test_names_of_sources():
+def test_dataset_names_are_unique():
     assert list(unique_names((name, []) for name in "abaa")) == ["a", "b", "a (2)", "a (3)"]

@@ -24,7 +24,7 @@ from owl2.data.webdataset import TarDataset
 from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
-from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, row, save_checkpoint, write_talks
+from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, row, save_checkpoint, write_rows
 from tests.errors import raises_input_error
 
 
@@ -34,8 +34,8 @@ def checkpoint(tmp_path, processor):
 
 
 @pytest.fixture
-def talks(tmp_path):
-    return write_talks(tmp_path)
+def chat(tmp_path):
+    return write_rows(tmp_path)
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def faults(findings) -> dict[str, str]:
 # ------------------------------------------------------------------ what is found
 
 
-def test_every_kind_of_bad_row_is_listed(load, talks):
-    findings = run(load, {"talks": JsonDataset(talks)})
+def test_every_kind_of_invalid_row_is_reported(load, chat):
+    findings = run(load, {"chat": JsonDataset(chat)})
     assert faults(findings) == BAD
     tally = findings.total
     assert (tally.rows, tally.usable, tally.truncated) == (len(ROWS), len(ROWS) - len(BAD), 1)
@@ -68,20 +68,20 @@ def test_every_kind_of_bad_row_is_listed(load, talks):
 
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
-def test_training_refuses_these_rows_and_no_others(load, talks, augment):
-    rows = JsonDataset(talks)
+def test_training_refuses_the_same_samples(load, chat, augment):
+    rows = JsonDataset(chat)
     augmentation = AUGMENTATIONS[augment]
     taken = [
         encode_sample(get_or_invalid(rows, i), load(), MAX_LENGTH, augmentation, Random(i))
         for i in range(len(ROWS))
     ]
     refused = {(bad.source, bad.code) for bad in taken if isinstance(bad, InvalidSample)}
-    found = {(bad.source, bad.code) for bad in run(load, {"": JsonDataset(talks)}).first}
+    found = {(bad.source, bad.code) for bad in run(load, {"": JsonDataset(chat)}).first}
     assert refused == found
     assert len(found) == len(BAD)
 
 
-def test_rows_of_messages(load, tmp_path):
+def test_invalid_rows_of_messages_are_reported(load, tmp_path):
     lines = [
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
         '{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "b"}]}',
@@ -89,7 +89,7 @@ def test_rows_of_messages(load, tmp_path):
         '{"messages": [{"role": "system", "content": "be kind"}]}',
         '{"messages": ',
     ]
-    path = tmp_path / "talks.jsonl"
+    path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     expected = {
         "line 2": ErrorCode.INVALID_TYPE,
@@ -108,7 +108,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 @pytest.fixture
-def shards(tmp_path, talks):
+def shards(tmp_path, chat):
     good, cut = (tmp_path / "good.png").read_bytes(), (tmp_path / "cut.png").read_bytes()
     for number in range(2):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
@@ -121,7 +121,7 @@ def shards(tmp_path, talks):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_shards(load, shards, workers):
+def test_shards_are_validated(load, shards, workers):
     findings = run(load, {"web": TarDataset(str(shards))}, num_workers=workers)
     places = [(Path(bad.source).name, bad.code) for bad in findings.first]
     assert places[:3] == [
@@ -133,14 +133,14 @@ def test_shards(load, shards, workers):
     assert findings.stats["web"].images[1] == findings.total.usable >= 3
 
 
-def test_shards_without_a_sample_are_not_clean(load, tmp_path):
+def test_shards_without_samples_are_an_error(load, tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w"):
         pass
     with raises_input_error(ErrorCode.EMPTY_DATASET):
         run(load, {"web": TarDataset(str(tmp_path / "0.tar"))})
 
 
-def test_tables(load, tmp_path, talks):
+def test_arrow_datasets_are_validated(load, tmp_path, chat):
     datasets = pytest.importorskip("datasets")
     images = [(tmp_path / name).read_bytes() for name in ("good.png", "cut.png", "good.png")]
     columns = {
@@ -153,14 +153,14 @@ def test_tables(load, tmp_path, talks):
     assert faults(findings) == {"row 2": ErrorCode.BROKEN_IMAGE, "row 3": ErrorCode.EMPTY_MESSAGE}
 
 
-def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatch):
+def test_the_result_does_not_depend_on_the_number_of_workers(load, chat, tmp_path, monkeypatch):
     monkeypatch.setattr("owl2.data.validate.validator.ROWS_PER_ITEM", 3)
     results = []
     for workers in (1, 3):
         output = tmp_path / f"out{workers}"
         run(
             load,
-            unique_names([("a", JsonDataset(talks)), ("a", JsonDataset(talks))]),
+            unique_names([("a", JsonDataset(chat)), ("a", JsonDataset(chat))]),
             num_workers=workers,
             output=output,
         )
@@ -178,19 +178,19 @@ def test_the_number_of_workers_changes_nothing(load, talks, tmp_path, monkeypatc
     assert [line["dataset"] for line in lines] == ["a"] * len(BAD) + ["a (2)"] * len(BAD)
     assert lines[0] == {
         "dataset": "a",
-        "source": f"{talks}, row 2",
+        "source": f"{chat}, row 2",
         "code": ErrorCode.MISSING_IMAGE,
         "reason": lines[0]["reason"],
     }
     assert "gone.png" in lines[0]["reason"]
 
 
-def test_the_terminal_shows_the_first_and_counts_all(load, talks):
+def test_the_terminal_shows_the_first_invalid_samples_and_counts_all(load, chat):
     console = quiet()
-    sources = unique_names([("a", JsonDataset(talks)), ("a", JsonDataset(talks))])
+    sources = unique_names([("a", JsonDataset(chat)), ("a", JsonDataset(chat))])
     run(load, sources, console=console)
     shown = console.file.getvalue()
-    assert f"{talks}, row 2: " in shown
+    assert f"{chat}, row 2: " in shown
     assert f"... and {2 * len(BAD) - command.MAX_SHOWN} more" in shown
     assert "  image_count_mismatch" in shown
     assert f"{2 * len(BAD)} samples are invalid" in shown
@@ -205,7 +205,7 @@ def test_images_behind_urls_are_counted_but_not_fetched(load, tmp_path, monkeypa
         raise OSError("the network was asked")
 
     monkeypatch.setattr("urllib.request.urlopen", fetch)
-    path = tmp_path / "talks.json"
+    path = tmp_path / "chat.json"
     path.write_text(json.dumps([row("<image>what?", "https://example.org/a.png")]))
     console = quiet()
     findings = run(load, {"": JsonDataset(path)}, console=console)
@@ -216,21 +216,21 @@ def test_images_behind_urls_are_counted_but_not_fetched(load, tmp_path, monkeypa
     assert asked.total.invalid == {ErrorCode.MISSING_IMAGE: 1}
 
 
-def test_without_opening_images_only_texts_are_judged(load, talks):
-    findings = run(load, {"": JsonDataset(talks)}, ValidationConfig(MAX_LENGTH, check_images=False))
+def test_without_check_images_only_texts_are_validated(load, chat):
+    findings = run(load, {"": JsonDataset(chat)}, ValidationConfig(MAX_LENGTH, check_images=False))
     images = (ErrorCode.MISSING_IMAGE, ErrorCode.BROKEN_IMAGE, ErrorCode.IMAGE_TOO_LARGE)
     assert set(faults(findings).values()) == set(BAD.values()) - set(images)
     assert findings.total.unchecked_images == 6
     assert not findings.total.image_edge
 
 
-def test_sizes_are_those_of_the_files(load, talks):
-    tally = run(load, {"": JsonDataset(talks)}).total
+def test_image_sizes_are_those_of_the_files(load, chat):
+    tally = run(load, {"": JsonDataset(chat)}).total
     assert tally.image_edge == {30: 2}
     assert tally.summary()["aspect_ratio"]["median"] == pytest.approx(1.5, rel=0.02)
 
 
-def test_same_words_with_another_image_are_another_sample():
+def test_sample_hash_includes_the_images():
     def marks(*images: object) -> set[int]:
         parts = [{"type": "image", "image": image} for image in images]
         return {sample_hash([{"role": "user", "content": [part]}]) for part in parts}
@@ -244,7 +244,7 @@ def test_same_words_with_another_image_are_another_sample():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, workers):
+def test_an_interrupt_keeps_the_results_so_far(load, chat, tmp_path, monkeypatch, workers):
     monkeypatch.setattr("owl2.data.validate.validator.ROWS_PER_ITEM", 2)
     advance = ProgressReporter.advance
     before = signal.getsignal(signal.SIGINT)
@@ -255,7 +255,7 @@ def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, w
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(ProgressReporter, "advance", interrupted)
-    many = unique_names([("talks", JsonDataset(talks))] * 30)
+    many = unique_names([("chat", JsonDataset(chat))] * 30)
     findings = run(load, many, num_workers=workers, output=tmp_path / "out")
     assert not findings.finished
     assert 4 <= findings.total.rows < 30 * len(ROWS)
@@ -266,7 +266,7 @@ def test_an_interrupt_keeps_what_was_found(load, talks, tmp_path, monkeypatch, w
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_second_interrupt_stops_at_once():
+def test_a_second_interrupt_raises():
     stop = mp_context().Event()
     with pytest.raises(KeyboardInterrupt), command.stop_on_interrupt(stop):
         os.kill(os.getpid(), signal.SIGINT)
@@ -275,16 +275,16 @@ def test_a_second_interrupt_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_worker_that_dies_is_no_hanging(load, talks, monkeypatch):
+def test_a_killed_worker_is_reported(load, chat, monkeypatch):
     def die(self, sample: object) -> None:
         os._exit(9)
 
     monkeypatch.setattr("owl2.data.validate.validator.ROWS_PER_ITEM", 2)
     monkeypatch.setattr(SampleValidator, "validate", die)
     with raises_input_error(ErrorCode.PROCESS_FAILED):
-        run(load, {"": JsonDataset(talks)}, num_workers=2)
+        run(load, {"": JsonDataset(chat)}, num_workers=2)
 
 
-def test_an_output_that_cannot_be_written(load, talks):
+def test_an_unwritable_output_directory_is_refused(load, chat):
     with raises_input_error(ErrorCode.WRITE_FAILED, "/proc/nowhere"):
-        run(load, {"": JsonDataset(talks)}, output="/proc/nowhere")
+        run(load, {"": JsonDataset(chat)}, output="/proc/nowhere")

@@ -42,7 +42,7 @@ def shards(tmp_path_factory) -> TarDataset:
 # ------------------------------------------------------------------ order
 
 
-def test_all_samples_once_in_order(shards):
+def test_iteration_returns_all_samples_in_order(shards):
     samples = list(shards)
     assert [number(sample) for sample in samples] == list(range(40))
     assert samples[11].source == f"{shards.urls[1]}, 000011"
@@ -56,20 +56,20 @@ def test_an_epoch_has_every_sample_once(shards, shuffle_buffer):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_the_order_depends_on_the_seed_alone(shards):
+def test_the_stream_order_depends_on_the_seed_only(shards):
     first, again = (numbers(shards.stream(seed=3, shuffle_buffer=8), 90) for _ in range(2))
     assert first == again
     assert first != numbers(shards.stream(seed=4, shuffle_buffer=8), 90)
 
 
-def test_a_window_of_one_leaves_each_shard_in_order(shards):
+def test_a_buffer_of_one_keeps_the_order_of_each_shard(shards):
     drawn = numbers(shards.stream(seed=0, shuffle_buffer=1), 40)
     whole = [list(range(*ends)) for ends in [(0, 11), (11, 14), (14, 31), (31, 40)]]
     starts = sorted((drawn.index(shard[0]), shard) for shard in whole)
     assert drawn == [place for _, shard in starts for place in shard]
 
 
-def test_windows_are_shuffled_each_in_another_way(tmp_path):
+def test_each_buffer_is_shuffled_differently(tmp_path):
     shards = TarDataset(str(write_tar(tmp_path / "a.tar", captions(range(40)))))
     drawn = numbers(shards.stream(seed=0, shuffle_buffer=10), 40)
     orders = [tuple(place % 10 for place in drawn[at : at + 10]) for at in range(0, 40, 10)]
@@ -83,7 +83,7 @@ def test_windows_are_shuffled_each_in_another_way(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 7, 12])
-def test_ranks_share_every_epoch(shards, world_size):
+def test_processes_share_every_epoch(shards, world_size):
     """More shards than ranks, as many, and fewer: no sample twice, none missing."""
     seen: list[tuple[int, int]] = []
     for rank in range(world_size):
@@ -95,7 +95,7 @@ def test_ranks_share_every_epoch(shards, world_size):
     assert sorted(seen) == [(epoch, place) for epoch in range(4) for place in range(40)]
 
 
-def test_what_is_left_over_goes_to_each_rank_in_turn(tmp_path):
+def test_surplus_shards_go_to_the_ranks_in_turn(tmp_path):
     shards = TarDataset(str(write_shards(tmp_path, [4] * 3) / "*.tar"))
     streams = (
         shards.stream(seed=0, shuffle_buffer=2, rank=rank, world_size=2) for rank in range(2)
@@ -115,7 +115,7 @@ def test_what_is_left_over_goes_to_each_rank_in_turn(tmp_path):
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (0, 5), (5, 7)])
 @pytest.mark.parametrize("shuffle_buffer", [1, 4, 13, 100])
-def test_going_on_anywhere_gives_what_would_have_come(shards, rank, world_size, shuffle_buffer):
+def test_resuming_at_any_sample_equals_uninterrupted(shards, rank, world_size, shuffle_buffer):
     settings = {"seed": 2, "shuffle_buffer": shuffle_buffer} | {
         "rank": rank,
         "world_size": world_size,
@@ -127,7 +127,7 @@ def test_going_on_anywhere_gives_what_would_have_come(shards, rank, world_size, 
         assert resumed == whole[after : after + 10]
 
 
-def test_going_on_opens_no_shard_before_the_window(tmp_path):
+def test_resuming_opens_no_earlier_shard(tmp_path):
     directory = write_shards(tmp_path, [10] * 5)
     shards = TarDataset(str(directory / "*.tar"))
     whole = list(islice(shards.stream(seed=0, shuffle_buffer=4), 50))
@@ -142,14 +142,14 @@ def test_going_on_opens_no_shard_before_the_window(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"shuffle_buffer": 5}, {"rank": 1}, {"world_size": 3}]
 )
-def test_a_position_of_another_stream_is_refused(shards, change):
+def test_a_state_of_other_arguments_is_refused(shards, change):
     settings = {"seed": 0, "shuffle_buffer": 4, "rank": 0, "world_size": 2}
     _, state = next(shards.stream(**settings))
     with raises_input_error(ErrorCode.RESUME_MISMATCH, "0"):
         shards.stream(**settings | change, state=state)
 
 
-def test_a_position_in_other_shards_is_refused(shards, tmp_path):
+def test_a_state_of_other_shards_is_refused(shards, tmp_path):
     _, state = next(shards.stream(seed=0, shuffle_buffer=4))
     other = TarDataset(str(write_shards(tmp_path, [3]) / "*.tar"))
     with raises_input_error(ErrorCode.RESUME_MISMATCH, "5"):
@@ -157,19 +157,19 @@ def test_a_position_in_other_shards_is_refused(shards, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"shuffle_buffer": 0}, {"rank": 2}, {"rank": -1}])
-def test_no_such_stream(shards, change):
+def test_invalid_stream_arguments_are_refused(shards, change):
     with raises_input_error(ErrorCode.INVALID_VALUE):
         shards.stream(**{"seed": 0, "shuffle_buffer": 4, "rank": 0, "world_size": 2} | change)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_shards_without_a_sample_are_not_read_forever(tmp_path, world_size):
+def test_shards_without_samples_are_refused(tmp_path, world_size):
     shards = TarDataset(str(write_shards(tmp_path, [0, 0]) / "*.tar"))
     with raises_input_error(ErrorCode.EMPTY_DATASET):
         next(shards.stream(seed=0, shuffle_buffer=4, world_size=world_size))
 
 
-def test_the_next_window_is_read_while_this_one_is_used(tmp_path, monkeypatch):
+def test_the_next_buffer_is_read_ahead(tmp_path, monkeypatch):
     """Neither all at once nor more than is wanted: a sample is read for each one that is given."""
     shards = TarDataset(str(write_tar(tmp_path / "a.tar", captions(range(30)))))
     read: list[str] = []
@@ -199,31 +199,31 @@ def talk(*values: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("ending", ["jpg", "jpeg", "png", "webp", "JPG"])
-def test_a_caption_is_the_answer_to_its_image(tmp_path, ending):
+def test_a_caption_becomes_the_answer(tmp_path, ending):
     sample = one(tmp_path, (f"d/a.{ending}", PNG), ("d/a.txt", b" a fox \n"))
     assert text(sample) == ["<|image|>", "a fox"]
     assert sample.messages[0]["content"] == [{"type": "image", "image": PNG}]
     assert sample.source == f"{tmp_path / 'one.tar'}, d/a"
 
 
-def test_txt_is_the_caption_where_json_has_one_too(tmp_path):
+def test_txt_takes_precedence_over_json(tmp_path):
     sample = one(tmp_path, ("a.jpg", PNG), row(caption="not this"), ("a.txt", b"this"))
     assert text(sample) == ["<|image|>", "this"]
 
 
-def test_json_may_hold_the_caption(tmp_path):
+def test_json_may_contain_the_caption(tmp_path):
     keys = {"caption": "a fox", "url": "http://u", "key": "a", "status": "success", "exif": "{}"}
     assert text(one(tmp_path, ("a.jpg", PNG), row(**keys))) == ["<|image|>", "a fox"]
 
 
-def test_json_may_hold_a_conversation(tmp_path):
+def test_json_may_contain_a_conversation(tmp_path):
     turns = talk("what?\n<image>", "a fox")
     sample = one(tmp_path, row(image="deep/b.jpg", conversations=turns), ("a.jpg", PNG))
     assert text(sample) == ["<|image|>\nwhat?", "a fox"]
     assert parse_messages(sample.messages).images == (PNG,)
 
 
-def test_several_images_come_by_number(tmp_path):
+def test_several_images_are_ordered_by_number(tmp_path):
     turns = [
         {"role": "user", "content": [{"type": "image"}] * 3},
         {"role": "assistant", "content": "a fox"},
@@ -241,7 +241,7 @@ def test_several_images_come_by_number(tmp_path):
     assert list(parse_messages(sample.messages).images) == colors
 
 
-def test_a_conversation_needs_no_image(tmp_path):
+def test_json_without_an_image_is_a_text_conversation(tmp_path):
     assert text(one(tmp_path, row(conversations=talk("hi", "hello")))) == ["hi", "hello"]
 
 
@@ -275,7 +275,7 @@ def test_a_conversation_needs_no_image(tmp_path):
         ),
     ],
 )
-def test_a_bad_sample_stands_in_its_place(tmp_path, files, code):
+def test_an_invalid_sample_is_returned_in_place(tmp_path, files, code):
     good = captions([1])
     path = write_tar(tmp_path / "some.tar", [*files, *good])
     bad, sample = TarDataset(str(path))
@@ -308,7 +308,7 @@ def test_patterns_are_expanded(tmp_path):
     assert found("{00*,011}.tar") == [f"{place:03}.tar" for place in range(10)] + ["011.tar"]
 
 
-def test_urls_are_not_looked_for_on_disk():
+def test_urls_are_not_checked_on_disk():
     urls = ["https://example.org/{00..01}.tar", "pipe:cat *.tar", "s3://bucket/{a,b}.tar"]
     assert TarDataset(urls).urls == [
         "https://example.org/00.tar",
@@ -327,7 +327,7 @@ def test_urls_are_not_looked_for_on_disk():
         ("{000..002.tar", (ErrorCode.INVALID_VALUE,)),
     ],
 )
-def test_shards_that_are_not_there(tmp_path, pattern, expected_error):
+def test_missing_shards_are_refused(tmp_path, pattern, expected_error):
     write_shards(tmp_path, [1, 1])
     with raises_input_error(*expected_error):
         TarDataset(str(tmp_path / pattern))
@@ -349,5 +349,5 @@ def test_shards_that_are_not_there(tmp_path, pattern, expected_error):
         ("some/table", False),
     ],
 )
-def test_what_names_shards(name, expected):
+def test_is_shard_url(name, expected):
     assert is_shard_url(name) == expected

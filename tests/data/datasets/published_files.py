@@ -27,7 +27,7 @@ def put_lines(folder: Path, name: str, rows: Iterable[Any]) -> Path:
     return path
 
 
-def split_up(items: Iterable[Sample | SkippedRows]) -> tuple[list[Sample], dict[str, int]]:
+def split_skipped(items: Iterable[Sample | SkippedRows]) -> tuple[list[Sample], dict[str, int]]:
     """The samples, all of which training takes, and what was left out by reason."""
     samples: list[Sample] = []
     skipped: Counter[str] = Counter()
@@ -39,7 +39,7 @@ def split_up(items: Iterable[Sample | SkippedRows]) -> tuple[list[Sample], dict[
     return samples, dict(skipped)
 
 
-def told(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
+def summarize(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
     """(path of the image, rounds as flat text) of a sample; the image is `<|image|>` there."""
     conversation = parse_messages(sample.messages)
     texts = [content_to_text(turn["content"]) for turn in conversation.turns]
@@ -48,9 +48,9 @@ def told(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
     return None if image is None else image.as_posix(), rounds
 
 
-def told_all(
+def summarize_all(
     items: Iterable[Sample | SkippedRows],
 ) -> list[tuple[str | None, list[tuple[str, str]]]]:
-    samples, skipped = split_up(items)
+    samples, skipped = split_skipped(items)
     assert skipped == {}
-    return [told(sample) for sample in samples]
+    return [summarize(sample) for sample in samples]

@@ -4,7 +4,7 @@ import pytest
 
 from owl2.data.datasets.aokvqa import aokvqa, different_order
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import LETTER, SHORT, put, split_up, told_all
+from tests.data.datasets.published_files import LETTER, SHORT, put, split_skipped, summarize_all
 from tests.errors import raises_input_error
 
 OPTIONS = ["man", "stranger", "player", "dog"]
@@ -30,8 +30,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_three_forms_of_a_question(folder):
-    direct, choice, reordered = told_all(aokvqa(folder))
+def test_a_question_has_three_forms(folder):
+    direct, choice, reordered = summarize_all(aokvqa(folder))
     image = "train2017/000000299207.jpg"
     assert direct == (image, [(f"<|image|>\nWho is on the court?{SHORT}", "ball")])
     asked = "<|image|>\nWho is on the court?\nA. man\nB. stranger\nC. player\nD. dog\n"
@@ -46,18 +46,18 @@ def test_three_forms_of_a_question(folder):
     assert f"{letter}. player" in lines
 
 
-def test_the_other_order_hangs_on_the_seed(folder):
+def test_the_reordered_options_depend_on_the_seed(folder):
     orders = set()
     for seed in range(30):
-        (((_, ((words, letter),)),)) = told_all(aokvqa(folder, forms="reordered", seed=seed))
+        (((_, ((words, letter),)),)) = summarize_all(aokvqa(folder, forms="reordered", seed=seed))
         assert f"\n{letter}. player\n" in words
         orders.add(words)
     assert len(orders) > 5
-    assert told_all(aokvqa(folder, seed=3)) == told_all(aokvqa(folder, seed=3))
+    assert summarize_all(aokvqa(folder, seed=3)) == summarize_all(aokvqa(folder, seed=3))
 
 
-def test_forms_can_be_chosen(folder):
-    (choice, direct) = split_up(aokvqa(folder, forms="choice,direct"))[0]
+def test_forms_are_selectable(folder):
+    (choice, direct) = split_skipped(aokvqa(folder, forms="choice,direct"))[0]
     assert choice.source.endswith("row 1, choice")
     assert direct.source.endswith("row 1, direct")
     with raises_input_error(ErrorCode.UNKNOWN_NAME, "reordered"):
@@ -65,23 +65,23 @@ def test_forms_can_be_chosen(folder):
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 9])
-def test_another_order_is_another(length):
+def test_different_order_is_never_the_identity(length):
     for seed in range(30):
         order = different_order(length, Random(seed))
         assert order != list(range(length))
         assert sorted(order) == list(range(length))
 
 
-def test_no_direct_answer_is_counted(tmp_path):
+def test_a_missing_direct_answer_is_counted(tmp_path):
     put(tmp_path, "aokvqa_v1p0_train.json", [question(direct_answers=[])])
-    samples, skipped = split_up(aokvqa(tmp_path))
+    samples, skipped = split_skipped(aokvqa(tmp_path))
     assert len(samples) == 2
     assert skipped == {"questions without text or without an answer": 1}
 
 
-def test_val_apart_and_test_refused(tmp_path, folder):
+def test_val_is_separate_and_test_is_refused(tmp_path, folder):
     put(tmp_path, "aokvqa_v1p0_val.json", [question(split="val")])
-    ((image, _),) = told_all(aokvqa(tmp_path, split="val", forms="direct"))
+    ((image, _),) = summarize_all(aokvqa(tmp_path, split="val", forms="direct"))
     assert image == "val2017/000000299207.jpg"
     with raises_input_error(ErrorCode.INVALID_VALUE, "train"):
         list(aokvqa(tmp_path, file="aokvqa_v1p0_val.json"))
@@ -102,7 +102,7 @@ def test_val_apart_and_test_refused(tmp_path, folder):
         ({"direct_answers": "player"}, (ErrorCode.INVALID_TYPE, "direct_answers")),
     ],
 )
-def test_a_row_that_is_not_as_published(tmp_path, change, expected_error):
+def test_a_malformed_row_is_named(tmp_path, change, expected_error):
     path = put(tmp_path, "aokvqa_v1p0_train.json", [question(), question(**change)])
     with raises_input_error(*expected_error) as caught:
         list(aokvqa(tmp_path))

@@ -2,7 +2,13 @@ import pytest
 
 from owl2.data.datasets.coco import coco_captions, coco_directory, coco_image
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import CAPTION, put, split_up, told, told_all
+from tests.data.datasets.published_files import (
+    CAPTION,
+    put,
+    split_skipped,
+    summarize,
+    summarize_all,
+)
 from tests.errors import raises_input_error
 
 NINE, SEVEN = "COCO_train2014_000000000009.jpg", "COCO_train2014_000000000007.jpg"
@@ -43,8 +49,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_pairs_are_all_captions(folder):
-    assert told_all(coco_captions(folder, style="pairs")) == [
+def test_pairs_style_returns_all_captions(folder):
+    assert summarize_all(coco_captions(folder, style="pairs")) == [
         (f"train2014/{SEVEN}", [("<|image|>", "A dog.")]),
         (f"train2014/{SEVEN}", [("<|image|>", "a brown dog")]),
         (f"train2014/{SEVEN}", [("<|image|>", "One dog")]),
@@ -53,11 +59,11 @@ def test_pairs_are_all_captions(folder):
     ]
 
 
-def test_instruction_is_one_caption_drawn_by_the_seed(folder):
+def test_instruction_style_selects_one_caption_by_seed(folder):
     drawn = set()
     for seed in range(20):
-        (first, second) = told_all(coco_captions(folder, seed=seed))
-        assert (first, second) == tuple(told_all(coco_captions(folder, seed=seed)))
+        (first, second) = summarize_all(coco_captions(folder, seed=seed))
+        assert (first, second) == tuple(summarize_all(coco_captions(folder, seed=seed)))
         assert [first[0], second[0]] == [f"train2014/{SEVEN}", f"train2014/{NINE}"]
         ((words, caption),) = first[1]
         assert words == f"<|image|>\n{CAPTION}"
@@ -65,10 +71,10 @@ def test_instruction_is_one_caption_drawn_by_the_seed(folder):
     assert drawn == {"A dog.", "a brown dog", "One dog"}
 
 
-def test_blank_captions_are_counted(tmp_path):
+def test_empty_captions_are_skipped_and_counted(tmp_path):
     put(tmp_path, "captions_train2014.json", official((7, " "), (7, "a dog"), (9, "")))
-    samples, skipped = split_up(coco_captions(tmp_path))
-    assert [told(sample)[1][0][1] for sample in samples] == ["a dog"]
+    samples, skipped = split_skipped(coco_captions(tmp_path))
+    assert [summarize(sample)[1][0][1] for sample in samples] == ["a dog"]
     assert skipped == {"captions without text": 2}
 
 
@@ -107,11 +113,11 @@ def test_karpathys_splits(tmp_path, split, expected):
         )
     ]
     put(tmp_path, "dataset_coco.json", {"images": rows, "dataset": "coco"})
-    ((name, ((_, caption),)),) = told_all(coco_captions(tmp_path, split=split))
+    ((name, ((_, caption),)),) = summarize_all(coco_captions(tmp_path, split=split))
     assert (name, caption) == expected
 
 
-def test_a_split_that_a_file_does_not_have(tmp_path, folder):
+def test_a_missing_split_is_refused(tmp_path, folder):
     with raises_input_error(ErrorCode.UNKNOWN_NAME):
         list(coco_captions(folder, split="restval", file="captions_train2014.json"))
     path = put(tmp_path, "dataset_coco.json", {"images": [karpathy("val", 3, "x")]})
@@ -131,7 +137,7 @@ def test_a_split_that_a_file_does_not_have(tmp_path, folder):
         ({"images": 3}, (ErrorCode.INVALID_TYPE, "images")),
     ],
 )
-def test_files_that_are_not_as_published(tmp_path, change, expected_error):
+def test_malformed_files_are_refused(tmp_path, change, expected_error):
     path = put(tmp_path, "captions_train2014.json", official(*CAPTIONS) | change)
     with raises_input_error(*expected_error) as caught:
         list(coco_captions(tmp_path))
@@ -143,11 +149,11 @@ def test_a_file_of_another_split_is_refused(folder):
         list(coco_captions(folder, split="val", file="captions_train2014.json"))
 
 
-def test_the_names_of_2017(tmp_path):
+def test_file_names_of_2017(tmp_path):
     content = official((9, "Two cats"))
     content["images"] = [image(9, "000000000009.jpg")]
     put(tmp_path, "captions_train2017.json", content)
-    ((name, _),) = told_all(coco_captions(tmp_path, split="train2017"))
+    ((name, _),) = summarize_all(coco_captions(tmp_path, split="train2017"))
     assert name == "train2017/000000000009.jpg"
 
 

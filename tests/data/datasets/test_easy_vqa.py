@@ -41,7 +41,7 @@ def pairs(sample) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("split", "images", "questions"), [("train", 4000, 38575), ("test", 1000, 9673)]
 )
-def test_single_is_every_question_in_the_packages_order(split, images, questions):
+def test_single_style_keeps_the_order_of_the_package(split, images, questions):
     samples = easy_vqa(split, prompt="short")
     assert len(samples) == questions
     assert len({path_of(sample) for sample in samples}) == images
@@ -72,7 +72,7 @@ def test_samples_are_well_formed(style):
         assert load_image(path_of(sample)).size == (64, 64)
 
 
-def test_joined_holds_all_questions_of_a_image_in_another_order():
+def test_joined_shuffles_all_questions_of_an_image():
     joined = {path_of(sample): sample for sample in easy_vqa("train", style="joined")}
     assert len(joined) == 4000
     single: dict[Path, list] = {}
@@ -85,7 +85,7 @@ def test_joined_holds_all_questions_of_a_image_in_another_order():
     assert reordered > 3900
 
 
-def test_joined_with_at_most_three_questions_holds_the_same_pairs():
+def test_max_rounds_splits_conversations():
     whole = {path_of(sample): sample for sample in easy_vqa("train", style="joined")}
     parts = easy_vqa("train", style="joined", max_rounds=3)
     assert {len(pairs(part)) for part in parts} == {1, 2, 3}
@@ -136,12 +136,12 @@ def test_prompts():
         ("test", {"style": "captions"}, (ErrorCode.INVALID_VALUE,)),
     ],
 )
-def test_wrong_options(split, options, expected_error):
+def test_invalid_options_are_refused(split, options, expected_error):
     with raises_input_error(*expected_error):
         easy_vqa(split, **options)
 
 
-def test_without_the_package(monkeypatch):
+def test_a_missing_package_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "owl2-vlm[data]"):
         easy_vqa("train")
@@ -176,7 +176,7 @@ def asked(*questions: tuple[str, str]) -> EasyVqaImage:
         ([(f"is there a {color} shape?", "no") for color in COLORS[2:]], "a shape."),
     ],
 )
-def test_caption_says_what_the_answers_tell(questions, expected):
+def test_caption_contains_what_the_answers_reveal(questions, expected):
     assert caption(asked(*questions)) == expected
 
 
@@ -193,13 +193,18 @@ def test_contradictions_are_refused(questions):
         caption(asked(*questions))
 
 
-def test_how_complete_the_captions_are():
+def test_number_of_complete_captions():
     words = [caption(image)[2:-1].split() for image in easy_vqa_images("train")]
-    told = Counter((bool({*said} & {*COLORS}), bool({*said} & {*SHAPES})) for said in words)
-    assert told == {(True, True): 3578, (False, True): 259, (True, False): 134, (False, False): 29}
+    counts = Counter((bool({*said} & {*COLORS}), bool({*said} & {*SHAPES})) for said in words)
+    assert counts == {
+        (True, True): 3578,
+        (False, True): 259,
+        (True, False): 134,
+        (False, False): 29,
+    }
 
 
-def test_captions_name_the_color_that_the_image_is_painted_in():
+def test_captions_name_the_color_of_the_image():
     paint = {
         "black": (0, 0, 0),
         "blue": (0, 0, 255),

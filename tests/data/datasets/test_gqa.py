@@ -2,7 +2,7 @@ import pytest
 
 from owl2.data.datasets.gqa import gqa
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import SHORT, put, told_all
+from tests.data.datasets.published_files import SHORT, put, summarize_all
 from tests.errors import raises_input_error
 
 
@@ -23,14 +23,14 @@ def question(image: str, text: str, answer: str) -> dict:
     }
 
 
-def test_short_answers_joined_by_image(tmp_path):
+def test_short_answers_grouped_by_image(tmp_path):
     rows = {
         "02930152": question("2354786", "Is the sky dark?", "yes"),
         "07333408": question("2375429", "What is on the wall?", "pipe"),
         "07333405": question("2354786", "Is it red?", "no"),
     }
     put(tmp_path, "train_balanced_questions.json", rows)
-    assert told_all(gqa(tmp_path)) == [
+    assert summarize_all(gqa(tmp_path)) == [
         (
             "images/2354786.jpg",
             [(f"<|image|>\nIs the sky dark?{SHORT}", "yes"), (f"Is it red?{SHORT}", "no")],
@@ -41,13 +41,13 @@ def test_short_answers_joined_by_image(tmp_path):
 
 def test_val_is_another_file_and_test_is_refused(tmp_path):
     put(tmp_path, "val_balanced_questions.json", {"1": question("5", "Is it?", "yes")})
-    assert [image for image, _ in told_all(gqa(tmp_path, split="val"))] == ["images/5.jpg"]
+    assert [image for image, _ in summarize_all(gqa(tmp_path, split="val"))] == ["images/5.jpg"]
     with raises_input_error(ErrorCode.INVALID_VALUE):
         gqa(tmp_path, split="testdev")
 
 
 @pytest.mark.parametrize("key", ["question", "answer", "imageId"])
-def test_a_row_that_lacks_something_is_named(tmp_path, key):
+def test_a_row_with_a_missing_key_is_named(tmp_path, key):
     row = question("5", "Is it?", "yes")
     del row[key]
     path = put(tmp_path, "train_balanced_questions.json", {"0123": row})

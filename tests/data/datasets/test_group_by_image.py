@@ -10,7 +10,7 @@ from owl2.data.datasets.prompts import (
     short_question,
 )
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import SHORT, split_up, told
+from tests.data.datasets.published_files import SHORT, split_skipped, summarize
 from tests.errors import raises_input_error
 
 
@@ -25,11 +25,11 @@ from tests.errors import raises_input_error
         ([], ""),
     ],
 )
-def test_most_agreed_and_of_equals_the_first(answers, agreed):
+def test_majority_answer_with_ties(answers, agreed):
     assert majority_answer(answers) == agreed
 
 
-def test_a_conversation_a_image_in_order_of_appearance():
+def test_one_conversation_per_image_in_order_of_appearance():
     asked = [
         ("2.jpg", ("a?", "1")),
         ("1.jpg", ("b?", "2")),
@@ -37,8 +37,8 @@ def test_a_conversation_a_image_in_order_of_appearance():
         ("3.jpg", ("c?", "")),
         ("2.jpg", ("d?", "4")),
     ]
-    samples, skipped = split_up(group_by_image(asked, Path("file.json")))
-    assert [told(sample) for sample in samples] == [
+    samples, skipped = split_skipped(group_by_image(asked, Path("file.json")))
+    assert [summarize(sample) for sample in samples] == [
         ("2.jpg", [("<|image|>\na?", "1"), ("d?", "4")]),
         ("1.jpg", [("<|image|>\nb?", "2")]),
     ]
@@ -49,21 +49,23 @@ def test_a_conversation_a_image_in_order_of_appearance():
     assert skipped == {"questions without text or without an answer": 2}
 
 
-def test_no_more_than_most_in_a_conversation():
+def test_max_rounds_limits_the_conversation():
     asked = [("1.jpg", (f"{n}?", str(n))) for n in range(5)] + [("2.jpg", ("a?", "b"))]
-    samples, _ = split_up(group_by_image(asked, Path("file.json"), 2))
-    assert [(told(each)[0], [answer for _, answer in told(each)[1]]) for each in samples] == [
+    samples, _ = split_skipped(group_by_image(asked, Path("file.json"), 2))
+    assert [
+        (summarize(each)[0], [answer for _, answer in summarize(each)[1]]) for each in samples
+    ] == [
         ("1.jpg", ["0", "1"]),
         ("1.jpg", ["2", "3"]),
         ("1.jpg", ["4"]),
         ("2.jpg", ["b"]),
     ]
-    assert told(samples[1])[1][0][0] == "<|image|>\n2?"
+    assert summarize(samples[1])[1][0][0] == "<|image|>\n2?"
     with raises_input_error(ErrorCode.INVALID_VALUE, "0"):
         list(group_by_image(asked, Path("file.json"), 0))
 
 
-def test_messages_of_a_conversation_and_of_a_pair():
+def test_messages_of_conversations_and_pairs():
     assert about_image("a.jpg", [("one?", "1"), ("two?", "2")]) == [
         {
             "role": "user",

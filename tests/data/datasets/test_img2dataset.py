@@ -38,7 +38,7 @@ def put_shard(folder: Path, number: int, pairs: int = 2, **statistics: object) -
                 member = tarfile.TarInfo(f"{key}.{ending}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    told = {
+    summarize = {
         "count": pairs + 3,
         "successes": pairs,
         "failed_to_download": 2,
@@ -48,19 +48,19 @@ def put_shard(folder: Path, number: int, pairs: int = 2, **statistics: object) -
         "end_time": 1700000012.5,
         "status_dict": {"success": pairs, "HTTP Error 404: Not Found": 2},
     }
-    (folder / f"{number:05d}_stats.json").write_text(json.dumps(told | statistics))
+    (folder / f"{number:05d}_stats.json").write_text(json.dumps(summarize | statistics))
     (folder / f"{number:05d}.parquet").write_bytes(b"PAR1")
     return path
 
 
-def test_finished_shards_in_order(tmp_path):
+def test_complete_shards_are_listed_in_order(tmp_path):
     paths = [put_shard(tmp_path, number, pairs) for number, pairs in ((2, 1), (0, 2), (1, 3))]
     (tmp_path / "wandb.tar").write_bytes(b"")  # not a shard's name
     expected = [Shard(paths[1], 2), Shard(paths[2], 3), Shard(paths[0], 1)]
     assert list(shards(tmp_path)) == list(shards(tmp_path, read=True)) == expected
 
 
-def test_what_is_not_finished_is_skipped(tmp_path):
+def test_incomplete_shards_are_skipped(tmp_path):
     unfinished, cut, _, tiny, good = (put_shard(tmp_path, number) for number in range(5))
     unfinished.with_name("00000_stats.json").unlink()
     cut.write_bytes(cut.read_bytes()[:2048])
@@ -75,7 +75,7 @@ def test_what_is_not_finished_is_skipped(tmp_path):
     ]
 
 
-def test_reading_finds_what_the_statistics_do_not_tell(tmp_path):
+def test_read_compares_images_with_statistics(tmp_path):
     path = put_shard(tmp_path, 0, successes=3)
     assert list(shards(tmp_path)) == [Shard(path, 3)]
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "00000.tar"):
@@ -85,7 +85,7 @@ def test_reading_finds_what_the_statistics_do_not_tell(tmp_path):
         list(shards(tmp_path, read=True))
 
 
-def test_folders_and_statistics_that_are_not_as_written(tmp_path):
+def test_invalid_directories_and_statistics_are_refused(tmp_path):
     with raises_input_error(ErrorCode.EMPTY_DATASET):
         list(shards(tmp_path))
     with raises_input_error(ErrorCode.FILE_NOT_FOUND):
@@ -111,5 +111,5 @@ def test_folders_and_statistics_that_are_not_as_written(tmp_path):
         ([], []),
     ],
 )
-def test_ranges(numbers, expected):
+def test_shard_patterns(numbers, expected):
     assert shard_patterns([Path("d") / f"{number}.tar" for number in numbers]) == expected

@@ -1,6 +1,6 @@
 from owl2.data.datasets.llava import llava_instruct
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import put, told_all
+from tests.data.datasets.published_files import put, summarize_all
 from tests.errors import raises_input_error
 
 
@@ -12,7 +12,7 @@ def row(*turns: tuple[str, str], image: str = "000000033471.jpg") -> dict:
     }
 
 
-def test_conversations_with_the_image_first(tmp_path):
+def test_the_image_comes_first(tmp_path):
     content = [
         row(
             ("human", "<image>\nWhat are the colors of the bus?"),
@@ -23,7 +23,7 @@ def test_conversations_with_the_image_first(tmp_path):
         row(("human", "Describe it.\n<image>"), ("gpt", "A bus."), image="000000052846.jpg"),
     ]
     put(tmp_path, "llava_instruct_150k.json", content)
-    assert told_all(llava_instruct(tmp_path)) == [
+    assert summarize_all(llava_instruct(tmp_path)) == [
         (
             "train2017/000000033471.jpg",
             [
@@ -35,7 +35,7 @@ def test_conversations_with_the_image_first(tmp_path):
     ]
 
 
-def test_a_row_that_is_not_as_published(tmp_path):
+def test_a_malformed_row_is_named(tmp_path):
     good = row(("human", "<image>\nWhat?"), ("gpt", "A bus."))
     path = put(tmp_path, "llava_instruct_150k.json", [good, row(("human", "?"), ("gpt", "!"))])
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "0") as caught:

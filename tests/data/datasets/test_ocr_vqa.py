@@ -2,7 +2,7 @@ import pytest
 
 from owl2.data.datasets.ocr_vqa import ocr_vqa
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import SHORT, put, split_up, told, told_all
+from tests.data.datasets.published_files import SHORT, put, split_skipped, summarize, summarize_all
 from tests.errors import raises_input_error
 
 
@@ -32,8 +32,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_questions_about_a_cover_are_one_conversation(folder):
-    assert told_all(ocr_vqa(folder)) == [
+def test_one_conversation_per_cover(folder):
+    assert summarize_all(ocr_vqa(folder)) == [
         (
             "images/761183272.jpg",
             [
@@ -44,13 +44,13 @@ def test_questions_about_a_cover_are_one_conversation(folder):
     ]
 
 
-def test_val_apart_and_test_refused(folder):
-    assert [image for image, _ in told_all(ocr_vqa(folder, split="val"))] == ["images/B00.gif"]
+def test_val_is_separate_and_test_is_refused(folder):
+    assert [image for image, _ in summarize_all(ocr_vqa(folder, split="val"))] == ["images/B00.gif"]
     with raises_input_error(ErrorCode.INVALID_VALUE):
         list(ocr_vqa(folder, split="test"))
 
 
-def test_what_is_skipped(tmp_path):
+def test_covers_and_questions_are_skipped(tmp_path):
     rows = {
         "1": cover(1, WHO, url=""),
         "2": cover(1, WHO, url=None),
@@ -58,8 +58,8 @@ def test_what_is_skipped(tmp_path):
         "4": cover(1, ("", "x")),
     }
     put(tmp_path, "dataset.json", rows)
-    samples, skipped = split_up(ocr_vqa(tmp_path))
-    assert [told(sample) for sample in samples] == [
+    samples, skipped = split_skipped(ocr_vqa(tmp_path))
+    assert [summarize(sample) for sample in samples] == [
         ("images/3.jpg", [(f"<|image|>\nWho wrote this book?{SHORT}", "Sandra Boynton")])
     ]
     assert skipped == {
@@ -78,7 +78,7 @@ def test_what_is_skipped(tmp_path):
         ({"imageURL": 3}, (ErrorCode.INVALID_TYPE, "imageURL")),
     ],
 )
-def test_a_row_that_is_not_as_published(tmp_path, change, expected_error):
+def test_a_malformed_row_is_named(tmp_path, change, expected_error):
     rows = {"9": cover(1, WHO), "10": cover(1, WHO, WHO) | change}
     path = put(tmp_path, "dataset.json", rows)
     with raises_input_error(*expected_error) as caught:

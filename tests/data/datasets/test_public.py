@@ -7,7 +7,7 @@ import pytest
 from owl2.data.datasets.registry import DATASET_CARDS, from_package
 from owl2.errors import ErrorCode
 from owl2.registry import options_of
-from tests.data.datasets.published_files import told_all
+from tests.data.datasets.published_files import summarize_all
 from tests.errors import raises_input_error
 
 OF_THE_PAPER = [
@@ -17,7 +17,7 @@ OF_THE_PAPER = [
 ]
 
 
-def test_all_of_the_paper_are_there():
+def test_all_datasets_of_the_paper_are_registered():
     assert set(DATASET_CARDS) == {*OF_THE_PAPER, "easy_vqa"}
     assert all(entry.url.startswith("https://") for entry in DATASET_CARDS.values())
 
@@ -33,7 +33,7 @@ def test_options_have_defaults_and_test_splits_are_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
-def test_a_folder_without_the_files(name, tmp_path):
+def test_missing_published_files_are_reported(name, tmp_path):
     is_shards = DATASET_CARDS[name].is_shards
     code = ErrorCode.EMPTY_DATASET if is_shards else ErrorCode.FILE_NOT_FOUND
     with raises_input_error(code, tmp_path):
@@ -42,8 +42,8 @@ def test_a_folder_without_the_files(name, tmp_path):
         list(DATASET_CARDS[name].convert(tmp_path / "none"))
 
 
-def test_easy_vqa_is_the_package(tmp_path):
-    samples = told_all(from_package("package", max_rounds=2))
+def test_easy_vqa_is_read_from_the_package(tmp_path):
+    samples = summarize_all(from_package("package", max_rounds=2))
     assert sum(len(rounds) for _, rounds in samples) == 38575
     with raises_input_error(ErrorCode.INVALID_VALUE):
         list(from_package(tmp_path))

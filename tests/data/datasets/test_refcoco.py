@@ -5,7 +5,7 @@ import pytest
 
 from owl2.data.datasets.refcoco import refcoco
 from owl2.errors import ErrorCode, InputError
-from tests.data.datasets.published_files import put, split_up, told, told_all
+from tests.data.datasets.published_files import put, split_skipped, summarize, summarize_all
 from tests.errors import raises_input_error
 
 
@@ -75,14 +75,14 @@ def folder(tmp_path):
 
 
 def said(items) -> list[tuple[str | None, list[str]]]:
-    return [(image, [answer for _, answer in rounds]) for image, rounds in told_all(items)]
+    return [(image, [answer for _, answer in rounds]) for image, rounds in summarize_all(items)]
 
 
 NINE, SEVEN = (f"train2014/COCO_train2014_00000000000{n}.jpg" for n in (9, 7))
 
 
-def test_things_of_a_image_both_ways(folder):
-    described, located = told_all(refcoco(folder))[:2]
+def test_objects_of_an_image_in_both_directions(folder):
+    described, located = summarize_all(refcoco(folder))[:2]
     assert [words.split("] of")[0] for words, _ in described[1]] == [
         "<|image|>\nDescribe the region [0.10, 0.10, 0.40, 0.30",
         "Describe the region [0.50, 0.50, 1.00, 1.00",
@@ -94,7 +94,7 @@ def test_things_of_a_image_both_ways(folder):
     assert said(refcoco(folder))[2:] == [(SEVEN, ["cup"]), (SEVEN, ["[0.00, 0.00, 0.50, 0.25]"])]
 
 
-def test_one_phrase_a_thing_drawn_by_the_seed(folder):
+def test_one_expression_per_object_by_seed(folder):
     drawn = set()
     for seed in range(20):
         first = said(refcoco(folder, direction="describe", seed=seed))
@@ -103,7 +103,7 @@ def test_one_phrase_a_thing_drawn_by_the_seed(folder):
     assert drawn == {"man left", "the man"}
 
 
-def test_no_more_than_most_in_a_conversation(folder):
+def test_max_rounds_limits_the_conversation(folder):
     answers = said(refcoco(folder, direction="locate", max_rounds=1))
     assert [image for image, _ in answers] == [NINE, NINE, SEVEN]
 
@@ -114,7 +114,7 @@ def test_names_of_2017(folder):
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4])
-def test_splits_stay_apart(tmp_path, protocol):
+def test_splits_are_separate(tmp_path, protocol):
     put(tmp_path, "instances.json", BOXES)
     things = [
         thing(1, 9, "a man", split="testA"),
@@ -129,7 +129,7 @@ def test_splits_stay_apart(tmp_path, protocol):
         list(refcoco(tmp_path, split="testA", **options))
 
 
-def test_byte_strings_of_python_2_are_utf_8(tmp_path):
+def test_python_2_byte_strings_are_read_as_utf_8(tmp_path):
     put(tmp_path, "instances.json", BOXES)
     put_things(tmp_path, [thing(2, 7, "tasse à café")])
     path = tmp_path / "refs(unc).p"
@@ -140,11 +140,11 @@ def test_byte_strings_of_python_2_are_utf_8(tmp_path):
     assert said(refcoco(tmp_path, direction="describe")) == [(SEVEN, ["tasse à café"])]
 
 
-def test_what_is_skipped(tmp_path):
+def test_covers_and_questions_are_skipped(tmp_path):
     put(tmp_path, "instances.json", instances((1, 9, [10, 20, 30, 40]), (2, 9, [5, 5, 0, 5])))
     put_things(tmp_path, [thing(1, 9, " "), thing(2, 9, "cup"), thing(1, 9, "", "a man")])
-    samples, skipped = split_up(refcoco(tmp_path, direction="describe"))
-    assert [told(sample)[1][0][1] for sample in samples] == ["a man"]
+    samples, skipped = split_skipped(refcoco(tmp_path, direction="describe"))
+    assert [summarize(sample)[1][0][1] for sample in samples] == ["a man"]
     assert skipped == {
         "objects without an expression": 1,
         "regions with an empty box after rounding": 1,
@@ -156,7 +156,7 @@ class Harmful:
         return os.mkdir, ("harm-done",)
 
 
-def test_a_pickle_that_would_run_something_does_not(folder, monkeypatch):
+def test_a_pickle_with_code_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
     put_things(folder, [THINGS[0] | {"sentences": Harmful()}])
     with raises_input_error(ErrorCode.INVALID_FORMAT, "mkdir"):
@@ -183,14 +183,14 @@ def test_damaged_pickles(folder, content):
         ([THINGS[0] | {"ref_id": None}], (ErrorCode.INVALID_TYPE, "ref_id")),
     ],
 )
-def test_things_that_are_not_as_published(folder, things, expected_error):
+def test_malformed_references_are_refused(folder, things, expected_error):
     put_things(folder, things)
     with raises_input_error(*expected_error):
         list(refcoco(folder))
 
 
 @pytest.mark.parametrize("box", [[1, 2, 3], None, [1, 2, 3, "4"]])
-def test_boxes_that_are_not_as_published(folder, box):
+def test_malformed_boxes_are_refused(folder, box):
     put(folder, "instances.json", instances((1, 9, box), (2, 7, box), (3, 9, box)))
     with pytest.raises(InputError) as caught:
         list(refcoco(folder))

@@ -9,7 +9,7 @@ from owl2.data.datasets.regions import (
     shuffled,
 )
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import told
+from tests.data.datasets.published_files import summarize
 from tests.errors import raises_input_error
 
 
@@ -22,7 +22,7 @@ from tests.errors import raises_input_error
         ((33.333, 0, 1, 100), (100, 100), (0.33, 0, 0.34, 1)),
     ],
 )
-def test_boxes_are_shares_of_the_image(box, size, expected):
+def test_boxes_are_fractions_of_the_image(box, size, expected):
     made = make_region("a dog", box, size)
     assert made is not None
     assert made.box == pytest.approx(expected)
@@ -39,14 +39,14 @@ def test_boxes_are_shares_of_the_image(box, size, expected):
         ((10, 10, 5, 5), (0, 100)),
     ],
 )
-def test_what_has_no_extent_is_no_region(box, size):
+def test_empty_boxes_are_not_regions(box, size):
     assert make_region("a dog", box, size) is None
 
 
-def test_both_directions_are_conversations_of_their_own():
+def test_both_directions_give_separate_conversations():
     given = [Region("a dog", (0, 0.05, 0.5, 1)), Region("its {box}", (0.25, 0.5, 0.75, 0.99))]
     described, located = region_samples("a.jpg", given, "both", "here")
-    assert told(described) == (
+    assert summarize(described) == (
         "a.jpg",
         [
             (
@@ -62,7 +62,7 @@ def test_both_directions_are_conversations_of_their_own():
     )
     where = "Where in the image is"
     how = "Give the region as [left, top, right, bottom]."
-    assert told(located) == (
+    assert summarize(located) == (
         "a.jpg",
         [
             (f'<|image|>\n{where} "a dog"? {how}', "[0.00, 0.05, 0.50, 1.00]"),
@@ -78,7 +78,7 @@ def test_format_box():
     assert format_box((0, 1, 0.125, 0.999)) == "[0.00, 1.00, 0.12, 1.00]"
 
 
-def test_the_order_hangs_on_seed_and_image():
+def test_the_order_depends_on_seed_and_image():
     given = [Region(str(number), (0, 0, 1, 1)) for number in range(20)]
     assert shuffled(given, 1, "a.jpg") == shuffled(given, 1, "a.jpg")
     assert shuffled(given, 1, "a.jpg") != shuffled(given, 2, "a.jpg")
@@ -87,7 +87,7 @@ def test_the_order_hangs_on_seed_and_image():
 
 
 @pytest.mark.parametrize("max_rounds", [0, -1, True, "10", 1.5])
-def test_settings(max_rounds):
+def test_region_options_are_checked(max_rounds):
     with raises_input_error(ErrorCode.INVALID_VALUE):
         check_region_options("both", max_rounds)
     with raises_input_error(ErrorCode.UNKNOWN_NAME, "locate"):

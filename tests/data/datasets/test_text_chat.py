@@ -2,7 +2,13 @@ import pytest
 
 from owl2.data.datasets.text_chat import sharegpt, slimorca
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import put, put_lines, split_up, told, told_all
+from tests.data.datasets.published_files import (
+    put,
+    put_lines,
+    split_skipped,
+    summarize,
+    summarize_all,
+)
 from tests.errors import raises_input_error
 
 SHAREGPT = "ShareGPT_V3_unfiltered_cleaned_split.json"
@@ -29,12 +35,12 @@ def test_sharegpt(tmp_path):
         shared(("system", "Be short."), ("human", "Hi"), ("gpt", "Hello")),
     ]
     put(tmp_path, SHAREGPT, rows)
-    assert told_all(sharegpt(tmp_path)) == [
+    assert summarize_all(sharegpt(tmp_path)) == [
         (None, [("Hi", "Hello"), ("So?", "So what?")]),
         (None, [("1 + 1?", "2")]),
         (None, [("Be short.\n\nHi", "Hello")]),
     ]
-    assert [sample.source for sample in split_up(sharegpt(tmp_path))[0]] == [
+    assert [sample.source for sample in split_skipped(sharegpt(tmp_path))[0]] == [
         f"{tmp_path / SHAREGPT}, row {n}" for n in (1, 2, 3)
     ]
 
@@ -67,34 +73,34 @@ def test_sharegpt(tmp_path):
         ),
     ],
 )
-def test_what_is_skipped_whole(tmp_path, given, reason):
+def test_unusable_conversations_are_skipped(tmp_path, given, reason):
     put(tmp_path, SHAREGPT, [shared(*given), shared(("human", "a"), ("gpt", "b"))])
-    samples, skipped = split_up(sharegpt(tmp_path))
-    assert [told(sample) for sample in samples] == [(None, [("a", "b")])]
+    samples, skipped = split_skipped(sharegpt(tmp_path))
+    assert [summarize(sample) for sample in samples] == [(None, [("a", "b")])]
     ((found, count),) = skipped.items()
     assert found.startswith(reason)
     assert count == 1
 
 
-def test_a_last_turn_without_an_answer_is_cut_off_and_counted(tmp_path):
+def test_a_last_turn_without_an_answer_is_removed_and_counted(tmp_path):
     rows = [shared(("human", "a"), ("gpt", "b"), ("human", "thanks")), shared(("human", "a"))]
     put(tmp_path, SHAREGPT, rows)
-    samples, skipped = split_up(sharegpt(tmp_path))
-    assert [told(sample) for sample in samples] == [(None, [("a", "b")])]
+    samples, skipped = split_skipped(sharegpt(tmp_path))
+    assert [summarize(sample) for sample in samples] == [(None, [("a", "b")])]
     assert skipped == {
         "last turns without an answer": 1,
         "conversations without an answer": 1,
     }
 
 
-def test_slimorca_puts_the_system_text_first(tmp_path):
+def test_slimorca_puts_the_system_text_before_the_user_text(tmp_path):
     rows = [
         orca(("system", "You are an AI."), ("human", "Write.\nNow"), ("gpt", "Done.")),
         orca(("system", ""), ("human", "Write"), ("gpt", "Done")),
         orca(("human", "Write"), ("gpt", "No")),
     ]
     put_lines(tmp_path, SLIMORCA, rows)
-    assert told_all(slimorca(tmp_path)) == [
+    assert summarize_all(slimorca(tmp_path)) == [
         (None, [("You are an AI.\n\nWrite.\nNow", "Done.")]),
         (None, [("Write", "Done")]),
         (None, [("Write", "No")]),
@@ -110,7 +116,7 @@ def test_slimorca_puts_the_system_text_first(tmp_path):
         ({"conversations": [{"from": 1, "value": "x"}]}, (ErrorCode.INVALID_TYPE, "from")),
     ],
 )
-def test_rows_that_are_not_as_published(tmp_path, row, expected_error):
+def test_malformed_rows_are_refused(tmp_path, row, expected_error):
     good = orca(("human", "Write"), ("gpt", "No"))
     path = put_lines(tmp_path, SLIMORCA, [good, row])
     with raises_input_error(*expected_error) as caught:

@@ -1,6 +1,12 @@
 from owl2.data.datasets.textcaps import textcaps
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import CAPTION, put, split_up, told, told_all
+from tests.data.datasets.published_files import (
+    CAPTION,
+    put,
+    split_skipped,
+    summarize,
+    summarize_all,
+)
 from tests.errors import raises_input_error
 
 A, B = "054c394fcc4bfa1e", "8a9b7c6d5e4f3210"
@@ -37,12 +43,12 @@ def published(*captions: tuple[str, str], split: str = "train") -> dict:
 CAPTIONS = [(A, "A bottle of ale. "), (B, "A sign that says stop."), (A, "Beer"), (A, "An ale")]
 
 
-def test_one_caption_a_image_drawn_by_the_seed(tmp_path):
+def test_one_caption_per_image_by_seed(tmp_path):
     put(tmp_path, "TextCaps_0.1_train.json", published(*CAPTIONS))
     drawn = set()
     for seed in range(20):
-        first, second = told_all(textcaps(tmp_path, seed=seed))
-        assert [first, second] == told_all(textcaps(tmp_path, seed=seed))
+        first, second = summarize_all(textcaps(tmp_path, seed=seed))
+        assert [first, second] == summarize_all(textcaps(tmp_path, seed=seed))
         assert second == (
             f"train_images/{B}.jpg",
             [(f"<|image|>\n{CAPTION}", "A sign that says stop.")],
@@ -52,14 +58,14 @@ def test_one_caption_a_image_drawn_by_the_seed(tmp_path):
     assert drawn == {"A bottle of ale.", "Beer", "An ale"}
 
 
-def test_blank_captions_are_counted(tmp_path):
+def test_empty_captions_are_skipped_and_counted(tmp_path):
     put(tmp_path, "TextCaps_0.1_val.json", published((A, ""), (B, "x"), split="val"))
-    samples, skipped = split_up(textcaps(tmp_path, split="val"))
-    assert [told(sample)[0] for sample in samples] == [f"train_images/{B}.jpg"]
+    samples, skipped = split_skipped(textcaps(tmp_path, split="val"))
+    assert [summarize(sample)[0] for sample in samples] == [f"train_images/{B}.jpg"]
     assert skipped == {"captions without text": 1}
 
 
-def test_the_test_split_is_refused_by_either_name(tmp_path):
+def test_test_splits_are_refused_in_options_and_files(tmp_path):
     with raises_input_error(ErrorCode.INVALID_VALUE):
         list(textcaps(tmp_path, split="test"))
     put(tmp_path, "x.json", published(*CAPTIONS, split="test"))
@@ -70,7 +76,7 @@ def test_the_test_split_is_refused_by_either_name(tmp_path):
         list(textcaps(tmp_path, file="x.json"))
 
 
-def test_a_row_that_is_not_as_published(tmp_path):
+def test_a_malformed_row_is_named(tmp_path):
     content = published(*CAPTIONS)
     del content["data"][1]["caption_str"]
     path = put(tmp_path, "TextCaps_0.1_train.json", content)

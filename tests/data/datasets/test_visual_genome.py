@@ -2,7 +2,7 @@ import pytest
 
 from owl2.data.datasets.visual_genome import visual_genome
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import put, split_up, told
+from tests.data.datasets.published_files import put, split_skipped, summarize
 from tests.errors import raises_input_error
 
 
@@ -41,15 +41,15 @@ def test_regions_both_ways(tmp_path):
         {"regions": [phrase(5, "a man "), phrase(6, "a shoe", (0, 0, 100, 100))], "id": 1},
         {"id": 2, "regions": [phrase(7, "a car", image=2)]},
     )
-    samples, skipped = split_up(visual_genome(tmp_path))
+    samples, skipped = split_skipped(visual_genome(tmp_path))
     assert skipped == {}
-    images = [told(sample)[0] for sample in samples]
+    images = [summarize(sample)[0] for sample in samples]
     assert images == ["VG_100K_2/1.jpg", "VG_100K_2/1.jpg", "VG_100K/2.jpg", "VG_100K/2.jpg"]
-    described = dict(told(samples[0])[1])
+    described = dict(summarize(samples[0])[1])
     assert sorted(described.values()) == ["a man", "a shoe"]
-    (first,) = (words for words, answer in told(samples[0])[1] if answer == "a man")
+    (first,) = (words for words, answer in summarize(samples[0])[1] if answer == "a man")
     assert "[0.10, 0.10, 0.40, 0.30]" in first
-    assert told(samples[3])[1] == [
+    assert summarize(samples[3])[1] == [
         (
             '<|image|>\nWhere in the image is "a car"? '
             "Give the region as [left, top, right, bottom].",
@@ -58,24 +58,24 @@ def test_regions_both_ways(tmp_path):
     ]
 
 
-def test_most_are_drawn_by_the_seed_and_others_counted(tmp_path):
+def test_max_rounds_regions_are_selected_by_seed(tmp_path):
     publish(tmp_path, {"id": 1, "regions": [phrase(n, f"thing {n}") for n in range(25)]})
     drawn = set()
     for seed in range(5):
-        (sample,), skipped = split_up(visual_genome(tmp_path, direction="describe", seed=seed))
+        (sample,), skipped = split_skipped(visual_genome(tmp_path, direction="describe", seed=seed))
         assert skipped == {"regions beyond 10 per image": 15}
-        answers = tuple(answer for _, answer in told(sample)[1])
+        answers = tuple(answer for _, answer in summarize(sample)[1])
         assert len(set(answers)) == 10
         drawn.add(answers)
     assert len(drawn) == 5
-    again, _ = split_up(visual_genome(tmp_path, direction="describe", seed=4))
+    again, _ = split_skipped(visual_genome(tmp_path, direction="describe", seed=4))
     assert again == [sample]
 
 
-def test_what_is_skipped(tmp_path):
+def test_covers_and_questions_are_skipped(tmp_path):
     rows = [phrase(1, " "), phrase(2, "x", (10, 10, 0, 5)), phrase(3, "y", (200, 10, 5, 5))]
     publish(tmp_path, {"id": 1, "regions": rows}, {"id": 2, "regions": []})
-    samples, skipped = split_up(visual_genome(tmp_path))
+    samples, skipped = split_skipped(visual_genome(tmp_path))
     assert samples == []
     assert skipped == {
         "regions without a phrase": 1,
@@ -93,14 +93,14 @@ def test_what_is_skipped(tmp_path):
         ({"id": 1, "regions": [phrase(1, "x") | {"y": "3"}]}, (ErrorCode.INVALID_TYPE, "y")),
     ],
 )
-def test_rows_that_are_not_as_published(tmp_path, row, expected_error):
+def test_malformed_rows_are_refused(tmp_path, row, expected_error):
     publish(tmp_path, {"id": 2, "regions": []}, row)
     with raises_input_error(*expected_error) as caught:
         list(visual_genome(tmp_path))
     assert str(caught.value).startswith(str(tmp_path / "region_descriptions.json"))
 
 
-def test_a_url_without_a_folder(tmp_path):
+def test_a_url_without_a_directory_is_refused(tmp_path):
     publish(tmp_path, {"id": 1, "regions": []})
     put(tmp_path, "image_data.json", [image(1) | {"url": "1.jpg"}])
     with raises_input_error(ErrorCode.INVALID_FORMAT, "url"):

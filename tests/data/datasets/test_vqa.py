@@ -2,7 +2,7 @@ import pytest
 
 from owl2.data.datasets.vqa import okvqa, vqav2
 from owl2.errors import ErrorCode
-from tests.data.datasets.published_files import SHORT, put, split_up, told, told_all
+from tests.data.datasets.published_files import SHORT, put, split_skipped, summarize, summarize_all
 from tests.errors import raises_input_error
 
 NAMES = {
@@ -54,7 +54,7 @@ WHY = (458752, 458752001, ["fun", "sport", "sport", "fun"])
 
 
 @pytest.mark.parametrize("read", [vqav2, okvqa])
-def test_most_agreed_answers_joined_by_image(tmp_path, read):
+def test_majority_answers_grouped_by_image(tmp_path, read):
     put(tmp_path, NAMES[read][0], questions(*ASKED))
     put(tmp_path, NAMES[read][1], annotations(*ANSWERED, WHY))
     expected = [
@@ -64,8 +64,8 @@ def test_most_agreed_answers_joined_by_image(tmp_path, read):
         ),
         ("train2014/COCO_train2014_000000000009.jpg", [(f"<|image|>\nHow many?{SHORT}", "2")]),
     ]
-    assert told_all(read(tmp_path)) == expected
-    of_2017 = told_all(read(tmp_path, coco=2017))
+    assert summarize_all(read(tmp_path)) == expected
+    of_2017 = summarize_all(read(tmp_path, coco=2017))
     assert [image for image, _ in of_2017] == [
         "train2017/000000458752.jpg",
         "train2017/000000000009.jpg",
@@ -73,20 +73,20 @@ def test_most_agreed_answers_joined_by_image(tmp_path, read):
 
 
 @pytest.mark.parametrize("read", [vqav2, okvqa])
-def test_the_validation_split_has_files_and_images_of_its_own(tmp_path, read):
+def test_the_validation_split_has_its_own_files_and_images(tmp_path, read):
     names = [name.replace("train", "val") for name in NAMES[read]]
     put(tmp_path, names[0], questions((42, 42000, "What?"), subtype="val2014"))
     put(tmp_path, names[1], annotations((42, 42000, ["surfing"]), subtype="val2014"))
-    ((image, rounds),) = told_all(read(tmp_path, split="val"))
+    ((image, rounds),) = summarize_all(read(tmp_path, split="val"))
     assert image == "val2014/COCO_val2014_000000000042.jpg"
     assert rounds == [(f"<|image|>\nWhat?{SHORT}", "surfing")]
 
 
-def test_files_of_other_names_and_blank_answers(tmp_path):
+def test_file_names_are_options_and_empty_answers_are_skipped(tmp_path):
     put(tmp_path, "q.json", questions(*ASKED))
     put(tmp_path, "a.json", annotations(*ANSWERED, (458752, 458752001, ["", " "])))
-    samples, skipped = split_up(vqav2(tmp_path, questions="q.json", annotations="a.json"))
-    assert [len(told(sample)[1]) for sample in samples] == [1, 1]
+    samples, skipped = split_skipped(vqav2(tmp_path, questions="q.json", annotations="a.json"))
+    assert [len(summarize(sample)[1]) for sample in samples] == [1, 1]
     assert skipped == {"questions without text or without an answer": 1}
 
 
@@ -119,7 +119,7 @@ def broken(key: str, row: int, **change: object) -> tuple[dict, dict]:
         (broken("annotations", 0, answers=[{"answer": 2}]), (ErrorCode.INVALID_TYPE, "answer")),
     ],
 )
-def test_files_that_are_not_as_published(tmp_path, files, expected_error):
+def test_malformed_files_are_refused(tmp_path, files, expected_error):
     for name, content in zip(NAMES[vqav2], files, strict=True):
         put(tmp_path, name, content)
     with raises_input_error(*expected_error) as caught:
@@ -127,7 +127,7 @@ def test_files_that_are_not_as_published(tmp_path, files, expected_error):
     assert str(caught.value).startswith(str(tmp_path))
 
 
-def test_test_split_and_missing_file(tmp_path):
+def test_the_test_split_and_missing_files_are_refused(tmp_path):
     with raises_input_error(ErrorCode.INVALID_VALUE):
         vqav2(tmp_path, split="test2015")
     with raises_input_error(
