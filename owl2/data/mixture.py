@@ -88,7 +88,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
     within the epoch. With a `count` above its size, every sample comes equally often or once more.
 
     Args:
-        shuffle_buffer: Samples that a stream holds in memory to shuffle them.
+        shuffle_buffer: Samples of a stream that are kept in memory for shuffling.
         augment: A name in `AUGMENTATIONS`. The random numbers depend on `seed`, the epoch and the
             draw, not on the worker.
         max_length: See `encode_sample`.

@@ -1,4 +1,4 @@
-"""One row of every kind of badness, and good ones between; what tests of the check share."""
+"""Rows with every kind of error and valid rows, for the tests of `owl2 data check`."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ BAD = {f"row {number}": code for number, (_, code) in enumerate(ROWS, start=1) i
 
 
 def write_rows(folder: Path) -> Path:
-    """A file of `ROWS`, and beside it their images."""
+    """A file of `ROWS`, and their images in the same directory."""
     Image.effect_noise((30, 20), 50).save(folder / "good.png")
     whole = (folder / "good.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -59,7 +59,7 @@ def write_rows(folder: Path) -> Path:
 
 
 def save_checkpoint(folder: Path, processor: Owl2Processor) -> Path:
-    """A checkpoint's processor that takes no larger images than `MAX_PIXELS`."""
+    """A checkpoint whose processor refuses images larger than `MAX_PIXELS`."""
     directory = folder / "model"
     directory.mkdir()
     processor.image_processor = processor.image_processor.replace(None, MAX_PIXELS)

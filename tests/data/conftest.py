@@ -1,4 +1,4 @@
-"""What the tests of data share: a processor small enough to count its tokens."""
+"""Fixtures of the data tests: a processor with a small vocabulary, and an image."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def processor(tokenizer_file) -> Owl2Processor:
 
 @pytest.fixture
 def image(tmp_path) -> Path:
-    """12×8 pixels, every one of another color."""
+    """12×8 pixels, each with a different color."""
     path = tmp_path / "image.png"
     made = Image.new("RGB", (12, 8))
     made.putdata([(x * 20, y * 30, x * y) for y in range(8) for x in range(12)])

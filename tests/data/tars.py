@@ -1,4 +1,4 @@
-"""Tar shards for tests: what lies in them is written here, file by file."""
+"""Tar shards for tests."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-# One name and what the file holds.
+# Name and content.
 File = tuple[str, bytes]
 
 
@@ -31,7 +31,7 @@ def write_tar(path: Path, files: Iterable[File], mode: str = "w") -> Path:
 
 
 def captions(numbers: Iterable[int]) -> list[File]:
-    """As img2dataset writes: image, caption, and what else is known."""
+    """Files as img2dataset writes them: image, metadata, caption."""
     return [
         file
         for number in numbers
@@ -44,7 +44,7 @@ def captions(numbers: Iterable[int]) -> list[File]:
 
 
 def write_shards(directory: Path, sizes: Iterable[int]) -> Path:
-    """`000.tar`, ... with so many captions each, which are numbers from 0 on."""
+    """`000.tar`, ... with `sizes` captions each, numbered from 0."""
     first = 0
     for shard, size in enumerate(sizes):
         write_tar(directory / f"{shard:03}.tar", captions(range(first, first + size)))

@@ -58,10 +58,10 @@ def test_crop_flip_returns_squares():
 
 
 def test_crops_are_within_the_bounds():
-    chance = Random(0)
+    rng = Random(0)
     shares = []
     for _ in range(2000):
-        left, top, width, height = _random_box(300, 200, chance)
+        left, top, width, height = _random_box(300, 200, rng)
         assert 0 <= left <= 300 - width
         assert 0 <= top <= 200 - height
         if (width, height) != (300, 200):

@@ -1,4 +1,4 @@
-"""`owl2 data convert`: what is written, what is refused, and that it is read back as it was."""
+"""`owl2 data convert`: output files, refused inputs, round trips."""
 
 import json
 import sys
@@ -122,9 +122,9 @@ def test_counts_are_printed_and_written(tmp_path, folder, console):
         "images": 2,
         "skipped": {"questions without text or without an answer": 1},
     }
-    said = console.export_text()
-    assert f"Wrote 2 samples with 2 answers about 2 images to {out}" in said
-    assert "Skipped: 1 questions without text or without an answer" in said
+    output = console.export_text()
+    assert f"Wrote 2 samples with 2 answers about 2 images to {out}" in output
+    assert "Skipped: 1 questions without text or without an answer" in output
     assert sorted(path.name for path in out.parent.iterdir()) == ["gqa.jsonl", "gqa.stats.json"]
 
 
@@ -180,11 +180,11 @@ def test_missing_images_stop_or_are_skipped_and_counted(tmp_path, folder, consol
     (images / "images").mkdir(parents=True)
     (images / "images" / "6.jpg").write_bytes(b"not opened")
     out = tmp_path / "gqa.jsonl"
-    look = f"check_images={images}"
+    check = f"check_images={images}"
     with raises_input_error(ErrorCode.MISSING_IMAGE, "/gqa/images/5.jpg"):
-        convert_dataset("gqa", folder, out, [look], console)
+        convert_dataset("gqa", folder, out, [check], console)
     assert not out.exists()
-    convert_dataset("gqa", folder, out, [look, "missing=skip"], console)
+    convert_dataset("gqa", folder, out, [check, "missing=skip"], console)
     (sample,) = JsonDataset(out, images)
     assert summarize(sample)[1] == [(f"<|image|>\nIs it réd?{SHORT}", "no")]
     skipped = json.loads(out.with_name("gqa.stats.json").read_text())["skipped"]
@@ -221,9 +221,9 @@ def test_shards_become_an_entry_of_a_recipe(tmp_path, folder, console):
         f"  - {folder}/00004.tar\n"
         "  weight: 11\n"
     )
-    said = console.export_text()
-    assert "Wrote 4 shards with 11 pairs" in said
-    assert "Skipped: 1 shards without statistics" in said
+    output = console.export_text()
+    assert "Wrote 4 shards with 11 pairs" in output
+    assert "Skipped: 1 shards without statistics" in output
     (entry,) = yaml.safe_load(out.read_text())
     source = DataSource(**entry)
     assert TarDataset(source.shards).urls == [
@@ -333,25 +333,25 @@ def test_the_command_line(tmp_path, folder, monkeypatch, capsys):
 
 def test_the_listing_shows_all_datasets(monkeypatch, capsys):
     assert run(monkeypatch, "--list") == 0
-    said = capsys.readouterr().out
-    assert said == listing()
+    output = capsys.readouterr().out
+    assert output == listing()
     for name, entry in DATASET_CARDS.items():
-        assert f"\n{name}  " in f"\n{said}"
-        assert entry.url in said
-        assert entry.files in said
-    assert "options  split=train coco=2014 max_rounds=... questions=... annotations=..." in said
+        assert f"\n{name}  " in f"\n{output}"
+        assert entry.url in output
+        assert entry.files in output
+    assert "options  split=train coco=2014 max_rounds=... questions=... annotations=..." in output
 
 
 def test_urls_of_images_are_not_changed(folder, tmp_path):
-    said = [("human", "<image>\nWhat is it?"), ("gpt", "A bus.")]
-    row = llava_row(*said, image="https://example.org/a.jpg")
+    output = [("human", "<image>\nWhat is it?"), ("gpt", "A bus.")]
+    row = llava_row(*output, image="https://example.org/a.jpg")
     put(folder, "llava_instruct_150k.json", [row])
     convert_dataset("llava_instruct", folder, tmp_path / "out.jsonl", [f"check_images={tmp_path}"])
     assert "https://example.org/a.jpg" in (tmp_path / "out.jsonl").read_text()
 
 
 def test_a_lone_surrogate_is_skipped(folder, tmp_path):
-    """As where an emoji was cut in two: JSON can write it, a text file and a tokenizer cannot."""
+    """JSON can contain half of a surrogate pair; UTF-8 and tokenizers cannot."""
     turns = [{"from": "human", "value": "hi \ud83d"}, {"from": "gpt", "value": "a"}]
     whole = [{"from": "human", "value": "hi \U0001f600"}, {"from": "gpt", "value": "a"}]
     rows = [{"id": "1", "conversations": turns}, {"id": "2", "conversations": whole}]

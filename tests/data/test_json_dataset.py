@@ -14,7 +14,7 @@ from owl2.json_records import scan_json
 from tests.errors import raises_input_error
 
 
-def talk(number: object) -> dict:
+def conversation(number: object) -> dict:
     asked = {"from": "human", "value": f"number {number}?"}
     return {"conversations": [asked, {"from": "gpt", "value": f"{number}!"}]}
 
@@ -31,7 +31,7 @@ def small_chunks(monkeypatch):
 # ------------------------------------------------------------------ finding rows
 
 # Of two, three and four bytes, of one letter and of two in JSON's escapes; brackets and quotes in
-# strings; numbers that a piece's end can cut.
+# strings; numbers that a chunk boundary can split.
 TEXTS = ["é", "漢", "🦉", "\u2028", 'a "quoted" ]},{[', "\\", '\\"', "", "1234567890" * 3]
 
 
@@ -40,7 +40,7 @@ TEXTS = ["é", "漢", "🦉", "\u2028", 'a "quoted" ]},{[', "\\", '\\"', "", "12
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 def test_list_elements_are_found_at_their_boundaries(tmp_path, small_chunks, escaped, indent, bom):
     path = tmp_path / "chat.json"
-    text = json.dumps([talk(word) for word in TEXTS], ensure_ascii=escaped, indent=indent)
+    text = json.dumps([conversation(word) for word in TEXTS], ensure_ascii=escaped, indent=indent)
     path.write_bytes(bom + f"\n {text}\r\n\t".encode())
     samples = JsonDataset(path)
     assert len(samples) == len(TEXTS)
@@ -52,7 +52,7 @@ def test_list_elements_are_found_at_their_boundaries(tmp_path, small_chunks, esc
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n \n"])
 def test_lines_are_rows(tmp_path, bom, end):
     path = tmp_path / "chat.jsonl"
-    text = end.join(json.dumps(talk(word), ensure_ascii=False) for word in TEXTS)
+    text = end.join(json.dumps(conversation(word), ensure_ascii=False) for word in TEXTS)
     path.write_bytes(bom + text.encode())
     samples = JsonDataset(path)
     assert answers(samples) == [f"{word}!" for word in TEXTS]
@@ -61,10 +61,10 @@ def test_lines_are_rows(tmp_path, bom, end):
 
 def test_the_chunk_size_does_not_change_the_rows(tmp_path, monkeypatch):
     path = tmp_path / "chat.json"
-    path.write_text(json.dumps([talk(word) for word in TEXTS], ensure_ascii=False))
+    path.write_text(json.dumps([conversation(word) for word in TEXTS], ensure_ascii=False))
     whole = JsonDataset(path)
-    for piece in range(1, 40):
-        monkeypatch.setattr("owl2.json_records.CHUNK_BYTES", piece)
+    for chunk_bytes in range(1, 40):
+        monkeypatch.setattr("owl2.json_records.CHUNK_BYTES", chunk_bytes)
         assert list(JsonDataset(path)) == list(whole)
 
 
@@ -77,7 +77,7 @@ def test_a_number_across_chunks_is_one_row(tmp_path, small_chunks):
 
 def test_rows_are_a_sequence(tmp_path):
     path = tmp_path / "chat.json"
-    path.write_text(json.dumps([talk(number) for number in range(5)]))
+    path.write_text(json.dumps([conversation(number) for number in range(5)]))
     samples = JsonDataset(path)
     assert answers(samples[1:4:2]) == ["1!", "3!"]
     assert answers(reversed(samples)) == ["4!", "3!", "2!", "1!", "0!"]
@@ -91,7 +91,7 @@ def test_rows_are_a_sequence(tmp_path):
 
 def test_forked_workers_read_the_same_rows(tmp_path):
     path = tmp_path / "chat.jsonl"
-    path.write_text("".join(json.dumps(talk(number)) + "\n" for number in range(200)))
+    path.write_text("".join(json.dumps(conversation(number)) + "\n" for number in range(200)))
     samples = JsonDataset(path)
     expected = answers(samples)  # opens the file here first: a forked worker must not move in it
     loader = torch.utils.data.DataLoader(
@@ -106,19 +106,17 @@ def test_forked_workers_read_the_same_rows(tmp_path):
 
 def test_a_changed_file_is_refused(tmp_path):
     path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps(talk(1)))
+    path.write_text(json.dumps(conversation(1)))
     samples = pickle.loads(pickle.dumps(JsonDataset(path)))
-    path.write_text("\n" + json.dumps(talk(1)))
+    path.write_text("\n" + json.dumps(conversation(1)))
     with raises_input_error(ErrorCode.FILE_CHANGED) as caught:
         samples[0]
-    assert (
-        caught.value.code == ErrorCode.FILE_CHANGED
-    )  # of all rows, so none is to be left out for it
+    assert caught.value.code == ErrorCode.FILE_CHANGED  # about all rows, so none may be skipped
 
 
 def test_a_deleted_file_is_reported(tmp_path):
     path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps(talk(1)))
+    path.write_text(json.dumps(conversation(1)))
     samples = JsonDataset(path)
     path.unlink()
     with raises_input_error(ErrorCode.FILE_CHANGED, "chat.jsonl"):
@@ -138,7 +136,7 @@ def resident_megabytes() -> float:
 @pytest.mark.parametrize("name", ["chat.json", "chat.jsonl"])
 def test_memory_contains_the_index_only(tmp_path, name):
     path = tmp_path / name
-    row = json.dumps(talk("x" * 4000))
+    row = json.dumps(conversation("x" * 4000))
     count = 20_000  # 160 MB
     with path.open("w") as file:
         file.write("[" * (name == "chat.json") + row)
@@ -207,14 +205,14 @@ def test_missing_file(tmp_path, name):
 
 def test_missing_image_directory(tmp_path):
     path = tmp_path / "chat.json"
-    path.write_text(json.dumps([talk(1)]))
+    path.write_text(json.dumps([conversation(1)]))
     with raises_input_error(ErrorCode.FILE_NOT_FOUND):
         JsonDataset(path, tmp_path / "images")
 
 
 def test_the_suffix_may_be_upper_case(tmp_path):
     path = tmp_path / "chat.JSON"
-    path.write_text(json.dumps([talk(1)]))
+    path.write_text(json.dumps([conversation(1)]))
     assert answers(JsonDataset(path)) == ["1!"]
 
 
@@ -239,7 +237,7 @@ def test_progress_bar_only_on_a_terminal_of_the_first_process(
     tmp_path, monkeypatch, stream, patience, rank, is_shown
 ):
     path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps(talk(1)))
+    path.write_text(json.dumps(conversation(1)))
     shown = stream()
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setattr(module, "PROGRESS_DELAY", patience)

@@ -1,4 +1,4 @@
-"""Memory while shards of any size are read. To see the numbers of the long run:
+"""Memory while shards of any size are read. The long run prints its results:
 `python -m pytest -m slow -s tests/data/test_memory.py`."""
 
 import io
@@ -22,18 +22,18 @@ def resident_megabytes() -> float:
 
 
 def images(edge: int) -> list[bytes]:
-    """Of noise, so that their size is not packed away; an edge of 64 is 12 kB."""
-    chance = Random(0)
+    """PNG images of noise, which compresses badly: 12 kB for an edge of 64."""
+    rng = Random(0)
     made = []
     for _ in range(20):
         file = io.BytesIO()
-        Image.frombytes("RGB", (edge, edge), chance.randbytes(3 * edge * edge)).save(file, "PNG")
+        Image.frombytes("RGB", (edge, edge), rng.randbytes(3 * edge * edge)).save(file, "PNG")
         made.append(file.getvalue())
     return made
 
 
 def write(directory: Path, samples: int, shards: int, edge: int) -> int:
-    """Captioned images in so many shards → bytes."""
+    """Writes captioned images to shards, and returns their total size in bytes."""
     kinds = images(edge)
     each = samples // shards
     for shard in range(shards):

@@ -105,9 +105,9 @@ def _first(samples: Sequence[Sample] | TarDataset) -> Sample:
     return next(iter(samples))
 
 
-@pytest.mark.slow  # the other process imports everything anew
+@pytest.mark.slow  # the other process imports everything again
 def test_datasets_can_be_pickled_for_spawned_processes(file, shard, table):
-    """Started anew, not forked: what is open here is not open there."""
+    """Spawned, not forked: open files are not inherited."""
     sources = [JsonDataset(file), TarDataset(str(shard)), ArrowDataset(table)]
     expected = [_first(source) for source in sources]
     with multiprocessing.get_context("spawn").Pool(1) as pool:

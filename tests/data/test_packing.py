@@ -10,7 +10,7 @@ from owl2.data.packing import first_fit_decreasing, pack
 
 
 def features(length: int, images: int = 0, answer: int = 2) -> dict:
-    """`length` tokens: `images` of two each, words, and at the end `answer` labelled ones."""
+    """`length` tokens: two per image, text, and `answer` tokens with a label at the end."""
     ids = torch.arange(100 * length, 101 * length)[None]
     types = torch.zeros_like(ids)
     types[0, : 2 * images] = 1
@@ -31,8 +31,8 @@ def test_first_fit_decreasing():
 
 def test_packing_is_complete_and_nearly_optimal():
     for seed in range(50):
-        chance = Random(seed)
-        lengths = [chance.randint(1, 60) for _ in range(chance.randint(1, 40))]
+        rng = Random(seed)
+        lengths = [rng.randint(1, 60) for _ in range(rng.randint(1, 40))]
         rows = first_fit_decreasing(lengths, 60)
         assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
         filled = [sum(lengths[place] for place in row) for row in rows]
@@ -52,11 +52,11 @@ def test_every_sample_is_complete_and_separate(one_row):
             here = sequences[row] == number
             found.append({key: batch[key][row][here] for key in batch if key != "pixel_values"})
     for item in items:
-        (piece,) = [p for p in found if torch.equal(p["input_ids"], item["input_ids"][0])]
-        found = [p for p in found if p is not piece]
-        assert torch.equal(piece["mm_token_type_ids"], item["mm_token_type_ids"][0])
-        assert torch.equal(piece["labels"], item["labels"][0])
-        assert torch.equal(piece["position_ids"], torch.arange(len(piece["input_ids"])))
+        (segment,) = [p for p in found if torch.equal(p["input_ids"], item["input_ids"][0])]
+        found = [p for p in found if p is not segment]
+        assert torch.equal(segment["mm_token_type_ids"], item["mm_token_type_ids"][0])
+        assert torch.equal(segment["labels"], item["labels"][0])
+        assert torch.equal(segment["position_ids"], torch.arange(len(segment["input_ids"])))
     for padding in found:
         assert bool((padding["input_ids"] == 7).all())
         assert bool((padding["labels"] == IGNORE_INDEX).all())

@@ -48,7 +48,7 @@ def test_compressed_archives_are_read(tmp_path):
 
 @pytest.mark.parametrize("pack", [bytes, partial(gzip.compress, mtime=0)])
 def test_every_truncation_is_detected(tmp_path, shard, pack):
-    """Wherever it is cut, what comes before the error is a whole sample."""
+    """The samples before the error are complete, wherever the file is truncated."""
     whole = list(read_shard(str(shard), lambda extension: True))
     # 9 files of a header and a block each; then two empty blocks, of which one says enough.
     packed = pack(shard.read_bytes()[: (9 * 2 + 2) * 512])

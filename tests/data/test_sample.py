@@ -7,7 +7,7 @@ from tests.errors import raises_input_error
 IMAGE = {"type": "image", "path": "not opened.png"}
 
 
-def talk(*contents) -> list[dict]:
+def conversation(*contents) -> list[dict]:
     roles = ("user", "assistant")
     return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
@@ -15,9 +15,9 @@ def talk(*contents) -> list[dict]:
 @pytest.mark.parametrize(
     "messages",
     [
-        talk("hello", "hi"),
-        talk([IMAGE], "a red circle."),
-        talk([IMAGE, IMAGE, {"type": "text", "text": "same?"}], "no", "sure?", "yes"),
+        conversation("hello", "hi"),
+        conversation([IMAGE], "a red circle."),
+        conversation([IMAGE, IMAGE, {"type": "text", "text": "same?"}], "no", "sure?", "yes"),
     ],
 )
 def test_valid_samples_are_returned_unchanged(messages):
@@ -29,12 +29,12 @@ def test_valid_samples_are_returned_unchanged(messages):
     ("messages", "expected_error"),
     [
         ([], (ErrorCode.EMPTY_MESSAGE,)),
-        (talk("hello"), (ErrorCode.INVALID_ROLE,)),
-        (talk("hello", "hi", "and?"), (ErrorCode.INVALID_ROLE,)),
+        (conversation("hello"), (ErrorCode.INVALID_ROLE,)),
+        (conversation("hello", "hi", "and?"), (ErrorCode.INVALID_ROLE,)),
         ([{"role": "assistant", "content": "hi"}], (ErrorCode.INVALID_ROLE, "user")),
-        (talk("<|image|>what?", "hm"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
-        (talk([{"type": "image"}], "hm"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
-        (talk([{"type": "sound"}], "hm"), (ErrorCode.UNKNOWN_NAME, "0")),
+        (conversation("<|image|>what?", "hm"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
+        (conversation([{"type": "image"}], "hm"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
+        (conversation([{"type": "sound"}], "hm"), (ErrorCode.UNKNOWN_NAME, "0")),
     ],
 )
 def test_errors_start_with_the_source(messages, expected_error):

@@ -47,7 +47,7 @@ def test_tokens_with_a_label_are_green(checkpoint, chat):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Ten rows that say their number; one has an image, one has none where it says, one is bad."""
+    """Ten rows with their number; one has an image, one a missing image, one no answer."""
     Image.new("RGB", (600, 300), "red").save(tmp_path / "red.png")
     rows = []
     for number in range(10):
@@ -119,8 +119,8 @@ def test_shards_are_shown(checkpoint, tmp_path, seed):
 
 def test_the_page_contains_images_and_text(checkpoint, mixed, tmp_path):
     file = tmp_path / "page.html"
-    said = shown(checkpoint, mixed, 4, html=file)
-    assert said == f"Wrote 4 samples to {file}\n"
+    output = shown(checkpoint, mixed, 4, html=file)
+    assert output == f"Wrote 4 samples to {file}\n"
     text = file.read_text(encoding="utf-8")
     (data,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (320, 160)

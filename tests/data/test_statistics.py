@@ -1,4 +1,4 @@
-"""Counts of counts: what they say must be what the samples themselves say."""
+"""Statistics from histograms equal those of the samples."""
 
 import io
 import json
@@ -26,12 +26,12 @@ from owl2.errors import ErrorCode
 
 
 def some(number: int, seed: int = 0) -> list[SampleStats]:
-    chance = Random(seed)
+    rng = Random(seed)
     made = []
     for _ in range(number):
-        images = chance.choice([0, 1, 1, 3])
-        sizes = tuple((chance.randint(1, 2000), chance.randint(1, 2000)) for _ in range(images))
-        tokens = int(chance.lognormvariate(4, 1)) + 2
+        images = rng.choice([0, 1, 1, 3])
+        sizes = tuple((rng.randint(1, 2000), rng.randint(1, 2000)) for _ in range(images))
+        tokens = int(rng.lognormvariate(4, 1)) + 2
         made.append(SampleStats(2, images, tokens, tokens // 2, tokens > 100, sizes))
     return made
 
@@ -85,10 +85,10 @@ def test_the_summary_is_json():
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_padding_share_equals_simulated_batches(batch_size):
     lengths = Counter(one.tokens for one in some(500))
-    chance = Random(1)
+    rng = Random(1)
     tokens = places = 0
     for _ in range(4000):
-        drawn = chance.choices(list(lengths), list(lengths.values()), k=batch_size)
+        drawn = rng.choices(list(lengths), list(lengths.values()), k=batch_size)
         tokens += sum(drawn)
         places += batch_size * max(drawn)
     assert padding_share(lengths, batch_size) == pytest.approx(1 - tokens / places, abs=0.01)

@@ -1,4 +1,4 @@
-"""`owl2 data check` on the command line: exit codes, recipes, wrong usage."""
+"""`owl2 data check` on the command line: exit codes, recipes, invalid arguments."""
 
 import json
 import os
@@ -51,11 +51,11 @@ def test_the_exit_code_depends_on_invalid_samples(owl2, checkpoint, chat, tmp_pa
 
 
 def test_the_exit_code_after_an_interrupt(owl2, checkpoint, chat, monkeypatch):
-    look = SampleValidator.validate
+    validate = SampleValidator.validate
 
     def interrupted(self, sample: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)
-        return look(self, sample)
+        return validate(self, sample)
 
     monkeypatch.setattr(SampleValidator, "validate", interrupted)
     code, out, err = owl2("--model", checkpoint, chat, "--workers", 1)

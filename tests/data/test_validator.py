@@ -1,4 +1,4 @@
-"""`owl2 data check`: every kind of bad row, in every kind of source, as training finds them."""
+"""`owl2 data check` finds the invalid samples that training refuses, in all kinds of datasets."""
 
 import io
 import json

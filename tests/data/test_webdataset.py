@@ -84,7 +84,7 @@ def test_each_buffer_is_shuffled_differently(tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 7, 12])
 def test_processes_share_every_epoch(shards, world_size):
-    """More shards than ranks, as many, and fewer: no sample twice, none missing."""
+    """With more shards than ranks, as many, and fewer: every sample exactly once."""
     seen: list[tuple[int, int]] = []
     for rank in range(world_size):
         stream = shards.stream(seed=1, shuffle_buffer=6, rank=rank, world_size=world_size)
@@ -170,7 +170,7 @@ def test_shards_without_samples_are_refused(tmp_path, world_size):
 
 
 def test_the_next_buffer_is_read_ahead(tmp_path, monkeypatch):
-    """Neither all at once nor more than is wanted: a sample is read for each one that is given."""
+    """One sample is read for each sample that is returned."""
     shards = TarDataset(str(write_tar(tmp_path / "a.tar", captions(range(30)))))
     read: list[str] = []
 

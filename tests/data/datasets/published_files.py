@@ -1,4 +1,4 @@
-"""Writing small files in the official formats, and reading what converters make of them."""
+"""Writes small files in the published formats, and summarizes converted samples."""
 
 import json
 from collections import Counter
@@ -28,7 +28,7 @@ def put_lines(folder: Path, name: str, rows: Iterable[Any]) -> Path:
 
 
 def split_skipped(items: Iterable[Sample | SkippedRows]) -> tuple[list[Sample], dict[str, int]]:
-    """The samples, all of which training takes, and what was left out by reason."""
+    """The valid samples, and the skipped rows by reason."""
     samples: list[Sample] = []
     skipped: Counter[str] = Counter()
     for item in items:
@@ -40,7 +40,7 @@ def split_skipped(items: Iterable[Sample | SkippedRows]) -> tuple[list[Sample], 
 
 
 def summarize(sample: Sample) -> tuple[str | None, list[tuple[str, str]]]:
-    """(path of the image, rounds as flat text) of a sample; the image is `<|image|>` there."""
+    """(path of the image, rounds as text) of a sample; images are `<|image|>` in the text."""
     conversation = parse_messages(sample.messages)
     texts = [content_to_text(turn["content"]) for turn in conversation.turns]
     (image,) = conversation.images or (None,)

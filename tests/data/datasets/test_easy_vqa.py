@@ -1,4 +1,4 @@
-"""On the package's own files: what is said of them, and that the splits stay apart."""
+"""easy-VQA on the files of the package: samples, captions, separate splits."""
 
 import sys
 from collections import Counter
@@ -30,12 +30,12 @@ def path_of(sample) -> Path:
 
 
 def pairs(sample) -> list[tuple[str, str]]:
-    """(question as the user puts it, answer) of each round, without the image."""
-    said = [
+    """(user text, answer) of each round, without the image."""
+    texts = [
         turn["content"] if isinstance(turn["content"], str) else turn["content"][-1]["text"]
         for turn in sample.messages
     ]
-    return list(zip(said[::2], said[1::2], strict=True))
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_contradictions_are_refused(questions):
 
 def test_number_of_complete_captions():
     words = [caption(image)[2:-1].split() for image in easy_vqa_images("train")]
-    counts = Counter((bool({*said} & {*COLORS}), bool({*said} & {*SHAPES})) for said in words)
+    counts = Counter((bool({*texts} & {*COLORS}), bool({*texts} & {*SHAPES})) for texts in words)
     assert counts == {
         (True, True): 3578,
         (False, True): 259,

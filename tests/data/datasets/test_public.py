@@ -1,4 +1,4 @@
-"""What all converters have in common."""
+"""Tests of all converters."""
 
 import inspect
 

@@ -74,7 +74,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def said(items) -> list[tuple[str | None, list[str]]]:
+def pairs(items) -> list[tuple[str | None, list[str]]]:
     return [(image, [answer for _, answer in rounds]) for image, rounds in summarize_all(items)]
 
 
@@ -91,25 +91,25 @@ def test_objects_of_an_image_in_both_directions(folder):
     ((phrase, box), (_, second)) = located[1]
     assert phrase.startswith(f'<|image|>\nWhere in the image is "{described[1][0][1]}"?')
     assert (box, second) == ("[0.10, 0.10, 0.40, 0.30]", "[0.50, 0.50, 1.00, 1.00]")
-    assert said(refcoco(folder))[2:] == [(SEVEN, ["cup"]), (SEVEN, ["[0.00, 0.00, 0.50, 0.25]"])]
+    assert pairs(refcoco(folder))[2:] == [(SEVEN, ["cup"]), (SEVEN, ["[0.00, 0.00, 0.50, 0.25]"])]
 
 
 def test_one_expression_per_object_by_seed(folder):
     drawn = set()
     for seed in range(20):
-        first = said(refcoco(folder, direction="describe", seed=seed))
-        assert first == said(refcoco(folder, direction="describe", seed=seed))
+        first = pairs(refcoco(folder, direction="describe", seed=seed))
+        assert first == pairs(refcoco(folder, direction="describe", seed=seed))
         drawn.add(first[0][1][0])
     assert drawn == {"man left", "the man"}
 
 
 def test_max_rounds_limits_the_conversation(folder):
-    answers = said(refcoco(folder, direction="locate", max_rounds=1))
+    answers = pairs(refcoco(folder, direction="locate", max_rounds=1))
     assert [image for image, _ in answers] == [NINE, NINE, SEVEN]
 
 
 def test_names_of_2017(folder):
-    images = {image for image, _ in said(refcoco(folder, coco=2017))}
+    images = {image for image, _ in pairs(refcoco(folder, coco=2017))}
     assert images == {"train2017/000000000009.jpg", "train2017/000000000007.jpg"}
 
 
@@ -123,8 +123,8 @@ def test_splits_are_separate(tmp_path, protocol):
     ]
     put_things(tmp_path, things, "refs(umd).p", protocol)
     options = {"refs": "refs(umd).p", "direction": "describe"}
-    assert said(refcoco(tmp_path, **options)) == [(NINE, ["dog"])]
-    assert said(refcoco(tmp_path, split="val", **options)) == [(SEVEN, ["tasse à café"])]
+    assert pairs(refcoco(tmp_path, **options)) == [(NINE, ["dog"])]
+    assert pairs(refcoco(tmp_path, split="val", **options)) == [(SEVEN, ["tasse à café"])]
     with raises_input_error(ErrorCode.INVALID_VALUE):
         list(refcoco(tmp_path, split="testA", **options))
 
@@ -137,7 +137,7 @@ def test_python_2_byte_strings_are_read_as_utf_8(tmp_path):
     length = len(text).to_bytes(4, "little")
     # The marks of Python 3's and of Python 2's strings.
     path.write_bytes(path.read_bytes().replace(b"X" + length + text, b"T" + length + text))
-    assert said(refcoco(tmp_path, direction="describe")) == [(SEVEN, ["tasse à café"])]
+    assert pairs(refcoco(tmp_path, direction="describe")) == [(SEVEN, ["tasse à café"])]
 
 
 def test_covers_and_questions_are_skipped(tmp_path):

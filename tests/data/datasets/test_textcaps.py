@@ -13,7 +13,9 @@ A, B = "054c394fcc4bfa1e", "8a9b7c6d5e4f3210"
 
 
 def published(*captions: tuple[str, str], split: str = "train") -> dict:
-    said = {image: [text for name, text in captions if name == image] for image, _ in captions}
+    references = {
+        image: [text for name, text in captions if name == image] for image, _ in captions
+    }
     return {
         "dataset_type": split,
         "dataset_name": "textcaps",
@@ -32,8 +34,8 @@ def published(*captions: tuple[str, str], split: str = "train") -> dict:
                 "image_path": f"{split}/{image}.jpg",
                 "caption_id": place,
                 "caption_tokens": text.split(),
-                "reference_strs": said[image],
-                "reference_tokens": [each.split() for each in said[image]],
+                "reference_strs": references[image],
+                "reference_tokens": [each.split() for each in references[image]],
             }
             for place, (image, text) in enumerate(captions)
         ],
