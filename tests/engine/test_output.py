@@ -18,6 +18,7 @@ from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from tests.engine.conftest import ask, caching_engine, random_image
 from tests.errors import raises_input_error
+from tests.serve.running import wait_until
 from tests.tiny import make_model
 
 TOKENS = 12
@@ -353,7 +354,7 @@ def test_close_from_another_thread(endless, conversations):
     assert chunks[-1].finish_reason is None
     assert list(completion) == []
     assert endless.chat(conversations[0], max_new_tokens=3)
-    assert endless.stats().num_running == 0
+    wait_until(lambda: not endless.stats().num_running)
 
 
 def test_outputs_of_a_closed_completion(endless, conversations, gate):
