@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from owl2 import sharded_jsonl
+from owl2 import sharded_jsonl, workers
 from owl2.errors import ErrorCode
 from owl2.sharded_jsonl import ShardedJsonl, to_json
 from owl2.workers import PeerMonitor, WorkerRank, heartbeat
@@ -331,7 +331,7 @@ def test_first_process_removes_heartbeats_of_earlier_runs(tmp_path):
 
 
 def test_heartbeat_continues_after_a_failed_write(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharded_jsonl, "HEARTBEAT_SECONDS", 0.001)
+    monkeypatch.setattr(workers, "HEARTBEAT_SECONDS", 0.001)
     file = tmp_path / "process-1.alive"
     with heartbeat(tmp_path, SECOND):
         file.unlink()
@@ -360,9 +360,9 @@ def test_heartbeat_that_cannot_be_written(tmp_path):
 KILLED = """
 import sys, threading
 from pathlib import Path
-from owl2 import sharded_jsonl
-sharded_jsonl.HEARTBEAT_SECONDS = 0.02
-with sharded_jsonl.heartbeat(Path(sys.argv[1]), sharded_jsonl.WorkerRank(1, 2)):
+from owl2 import workers
+workers.HEARTBEAT_SECONDS = 0.02
+with workers.heartbeat(Path(sys.argv[1]), workers.WorkerRank(1, 2)):
     print("running", flush=True)
     threading.Event().wait()
 """
@@ -370,7 +370,7 @@ with sharded_jsonl.heartbeat(Path(sys.argv[1]), sharded_jsonl.WorkerRank(1, 2)):
 
 @pytest.mark.slow
 def test_killed_process_is_detected(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharded_jsonl, "DEAD_AFTER_SECONDS", 1.5)
+    monkeypatch.setattr(workers, "DEAD_AFTER_SECONDS", 1.5)
     monitor = PeerMonitor(tmp_path, FIRST)
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
