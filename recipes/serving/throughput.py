@@ -45,14 +45,13 @@ def make(folder: Path, size: str, dtype: str, tokenizer: Path | None) -> None:
         tokenizer: A SentencePiece file. Random weights generate any id, so a server, which decodes
             answers to text, needs a tokenizer for the whole vocabulary. None: train a small one.
     """
-    import torch
 
-    from owl2.bench.presets import random_model
+    from owl2.bench.presets import BenchModel
     from owl2.processing.image_processing import Owl2ImageProcessor
     from owl2.processing.processor import Owl2Processor
     from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 
-    model = random_model(size, torch.device("cpu"), getattr(torch, dtype))
+    model = BenchModel(size=size, device="cpu", dtype=dtype).load()
     directory = folder / "model"
     model.save_pretrained(directory)
     file = directory / "tokenizer.model"

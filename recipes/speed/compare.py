@@ -36,12 +36,11 @@ Answer = Callable[[Prompts, int], list[list[int]]]  # prompts, new tokens → th
 
 def make(folder: Path, size: str, dtype: str) -> None:
     """Write the model, and its decoder as a plain LLaMA with the same weights."""
-    import torch
 
-    from owl2.bench.presets import random_model
+    from owl2.bench.presets import BenchModel
     from owl2.model.variants import as_llama
 
-    model = random_model(size, torch.device("cpu"), getattr(torch, dtype))
+    model = BenchModel(size=size, device="cpu", dtype=dtype).load()
     model.save_pretrained(folder / "owl2")
     as_llama(model).save_pretrained(folder / "llama")
 

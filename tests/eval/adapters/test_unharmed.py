@@ -149,7 +149,7 @@ def small(tmp_path_factory):
         )
     ).save_pretrained(root / "plain")
     (root / "sizes.yaml").write_text(yaml.safe_dump(SIZES))
-    init_checkpoint(str(root / "plain"), "fresh", root / "owl2", sizes=root / "sizes.yaml")
+    init_checkpoint(str(root / "plain"), "fresh", root / "owl2", config=root / "sizes.yaml")
     return root
 
 
@@ -224,7 +224,7 @@ def test_scores_of_smollm2_are_equal(tasks, monkeypatch, tmp_path):
     load_llm(file).save_pretrained(tmp_path / "plain")
     load_tokenizer(file).save_pretrained(tmp_path / "plain")
     (tmp_path / "sizes.yaml").write_text(yaml.safe_dump(SIZES))
-    init_checkpoint(str(file), "fresh", tmp_path / "owl2", sizes=tmp_path / "sizes.yaml")
+    init_checkpoint(str(file), "fresh", tmp_path / "owl2", config=tmp_path / "sizes.yaml")
     questions = list(hamexam())
     assert len(questions) == 1587
     # All of them take half an hour on a core: OWL2_HAMEXAM_QUESTIONS=1587.
