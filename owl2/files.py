@@ -35,7 +35,7 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
             f"{target} is a file, but the output is a directory; move the file",
             ErrorCode.FILE_EXISTS,
         )
-    with _translate_write_errors(target):
+    with translate_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
         try:
@@ -62,7 +62,7 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
             f"{path} is a directory, but the output is a file; move the directory",
             ErrorCode.FILE_EXISTS,
         )
-    with _translate_write_errors(path):
+    with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
         part = Path(name)
@@ -86,6 +86,17 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
+@contextmanager
+def translate_write_errors(target: Path) -> Iterator[None]:
+    """Raise an InputError about `target`, not about its temporary name, for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written: {error.strerror or error}", ErrorCode.WRITE_FAILED
+        ) from error
+
+
 def require_writable(target: str | Path) -> None:
     """Check before hours of work that ``target`` can be written. Creates nothing.
 
@@ -93,7 +104,7 @@ def require_writable(target: str | Path) -> None:
         InputError: The nearest existing parent directory of ``target`` is not writable.
     """
     target = Path(target).absolute()
-    with _translate_write_errors(target):
+    with translate_write_errors(target):
         parent = next(path for path in target.parents if path.exists())
         # By trying: permission bits do not cover read-only and virtual file systems.
         with tempfile.TemporaryDirectory(prefix=".owl2-", dir=parent):
@@ -138,17 +149,6 @@ def _rename_over(part: Path, target: Path) -> None:
         backup.rmdir()
         raise
     shutil.rmtree(backup)
-
-
-@contextmanager
-def _translate_write_errors(target: Path) -> Iterator[None]:
-    """Raise an InputError about `target`, not about its temporary name, for an OSError."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{target} cannot be written: {error.strerror or error}", ErrorCode.WRITE_FAILED
-        ) from error
 
 
 def _umask() -> int:

@@ -2,7 +2,6 @@
 
 import time
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -70,38 +69,23 @@ class ProgressReporter:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def advance(
-        self, count: int = 1, status: str | None = None, description: str | None = None
-    ) -> None:
+    def advance(self, count: int = 1, status: str | None = None) -> None:
         """Count items as completed.
 
         Args:
-            count: Number of items, from 0 on.
             status: Text at the end of the line; None for the rate and the remaining time.
-            description: Replaces the description from now on.
         """
         self.completed += count
-        self._description = description or self._description
         now = time.perf_counter()
         if now - self._start < self._delay:
             return
         status = self._rate(now - self._start) if status is None else status
         if self._console.is_terminal:
             self._bar.start()
-            self._bar.update(
-                self._task,
-                completed=self.completed,
-                status=status,
-                description=self._description,
-            )
+            self._bar.update(self._task, completed=self.completed, status=status)
         elif self.completed == self._total or now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             self._print_line(status)
@@ -109,7 +93,7 @@ class ProgressReporter:
     def _print_line(self, status: str) -> None:
         total = "" if self._total is None else f"/{self._total}"
         line = f"{self._description} {self.completed:>6}{total}  {status}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.out(line, highlight=False)
 
     def _rate(self, seconds: float) -> str:
         new = self.completed - self._resumed

@@ -17,32 +17,24 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from glob import escape
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Literal
 
 from owl2.errors import ErrorCode, InputError
-from owl2.workers import PeerMonitor, WorkerRank, write_error
+from owl2.files import translate_write_errors
+from owl2.workers import PeerMonitor, WorkerRank
 
-Item = TypeVar("Item")
 Record = dict[str, Any]
 
 TIMEOUT_SECONDS = 900.0  # without a new record of another process
 POLL_SECONDS = 0.5
 
 
-class _Location(NamedTuple):
-    path: Path
-    offset: int  # of the record's line, in bytes
-    is_final: bool  # not to be computed again
-
-
 class ShardedJsonl:
     """The records of one task; this process appends to its own part. A context manager.
-
-    Only the locations of the records are in memory.
 
     Args:
         path: ``DIR/NAME.jsonl``, which names the parts ``DIR/NAME.part-RANK.jsonl``.
@@ -79,24 +71,22 @@ class ShardedJsonl:
         self._settings = json.loads(json.dumps(settings, default=str))
         self._worker, self._key, self._retry = worker, key, retry
         self._restart, self._finished = on_other_settings == "restart", finished
-        self._locations: dict[str, _Location] = {}
+        self._final: dict[str, bytes] = {}  # the newest record of each key, as JSON
+        self._failed: dict[str, bytes] = {}  # to be retried
         self._offsets: dict[Path, int] = {}  # bytes of each file that are indexed
-        self._readers: dict[Path, BinaryIO] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        try:
+        with ExitStack() as stack:
+            with translate_write_errors(self.path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = stack.enter_context(self.path.open("ab", buffering=0))
             _lock(self._file, self.path)
-        except BaseException:
-            self._file.close()
-            raise
-        try:
-            self._resume()
-        except BaseException:
-            self.close()
-            raise
+            stack.callback(self.close)
+            remove_torn_line(self.path)
+            self.refresh()
+            valid = self._offsets.get(self.path, 0)
+            if self._restart and valid < os.fstat(self._file.fileno()).st_size:
+                self.restarted = valid == 0
+                self._file.truncate(valid)
+            stack.pop_all()
 
     def __enter__(self) -> "ShardedJsonl":
         return self
@@ -106,8 +96,7 @@ class ShardedJsonl:
 
     def __contains__(self, key: str) -> bool:
         """Whether the key has a final record, of any process."""
-        location = self._locations.get(key)
-        return location is not None and location.is_final
+        return key in self._final
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write records, so that they survive this process.
@@ -117,11 +106,9 @@ class ShardedJsonl:
         """
         header = [{"settings": self._settings}] if self._is_empty else []
         lines = "".join(f"{to_json(row)}\n" for row in (*header, *records)).encode()
-        try:
+        with translate_write_errors(self.path):
             while lines:  # a write is incomplete only if the disk is full; the next one raises
                 lines = lines[self._file.write(lines) :]
-        except OSError as error:
-            raise write_error(self.path, error) from error
 
     def refresh(self) -> None:
         """Index the complete lines that were added to all files."""
@@ -145,13 +132,14 @@ class ShardedJsonl:
         while True:
             dead = monitor.dead_ranks()  # before the records: a heartbeat ends after the last one
             self.refresh()
-            missing = [index for index, key in enumerate(keys) if key not in self._locations]
+            existing = self._final.keys() | self._failed.keys()
+            missing = [index for index, key in enumerate(keys) if key not in existing]
             if not missing:
                 return
             if len(missing) != previous:
                 previous, changed = len(missing), time.monotonic()
             reason = None
-            if lost := dead & {self._worker.owner(index) for index in missing}:
+            if lost := dead & {index % self._worker.world_size for index in missing}:
                 reason = f"process {min(lost)} ended"
             elif self._worker.world_size == 1 or time.monotonic() - changed > TIMEOUT_SECONDS:
                 reason = f"no process has added any for {TIMEOUT_SECONDS:.0f} s"
@@ -165,12 +153,7 @@ class ShardedJsonl:
 
     def record(self, key: str) -> Record:
         """The newest record of a key; a final one replaces one to be retried."""
-        location = self._locations[key]
-        if location.path not in self._readers:
-            self._readers[location.path] = location.path.open("rb")
-        reader = self._readers[location.path]
-        reader.seek(location.offset)
-        record: Record = json.loads(reader.readline())
+        record: Record = json.loads(self._final.get(key) or self._failed[key])
         return record
 
     def remove(self) -> None:
@@ -179,23 +162,14 @@ class ShardedJsonl:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close all files. A part without records is removed."""
+        """Close the part, and remove it if it has no records."""
         if not self._file.closed and self._is_empty:
             self.path.unlink(missing_ok=True)
-        for file in (self._file, *self._readers.values()):
-            file.close()
+        self._file.close()
 
     @property
     def _is_empty(self) -> bool:
         return os.fstat(self._file.fileno()).st_size == 0
-
-    def _resume(self) -> None:
-        remove_torn_line(self.path)
-        self.refresh()
-        valid = self._offsets.get(self.path, 0)
-        if self._restart and valid < os.fstat(self._file.fileno()).st_size:
-            self.restarted = valid == 0
-            self._file.truncate(valid)
 
     def _parts(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{escape(self._name)}.part-*.jsonl"))
@@ -228,8 +202,9 @@ class ShardedJsonl:
             ) from error
         if is_header and value != self._settings:
             raise settings_conflict(path, self._settings, value)
-        if not is_header and value not in self:
-            self._locations[value] = _Location(path, offset, self._retry not in row)
+        if not is_header:
+            records = self._failed if self._retry in row else self._final
+            records[value] = line
 
 
 def settings_conflict(path: Path, settings: Mapping[str, Any], other: Any) -> InputError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from owl2.errors import ErrorCode, InputError
+from owl2.files import translate_write_errors
 
 Item = TypeVar("Item")
 
@@ -38,26 +39,25 @@ class WorkerRank:
         Raises:
             InputError: A value is not an integer, or the rank is out of range.
         """
-        given = {k: v for k, v in environment.items() if k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         try:
-            values = {name: int(value) for name, value in given.items()}
+            rank = int(environment.get("RANK", 0))
+            size = int(environment.get("WORLD_SIZE", 1))
+            local_rank = int(environment.get("LOCAL_RANK", rank))
         except ValueError as error:
-            raise InputError(f"Not an integer: {given}", ErrorCode.INVALID_TYPE) from error
-        rank, size = values.get("RANK", 0), values.get("WORLD_SIZE", 1)
+            raise InputError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK must be integers: {error}.",
+                ErrorCode.INVALID_TYPE,
+            ) from error
         if not 0 <= rank < size:
             raise InputError(
                 f"RANK is {rank} and WORLD_SIZE {size}. RANK must be from 0 to WORLD_SIZE - 1.",
                 ErrorCode.INVALID_VALUE,
             )
-        return cls(rank, size, values.get("LOCAL_RANK", rank))
+        return cls(rank, size, local_rank)
 
     def shard(self, items: Sequence[Item]) -> list[Item]:
         """Every `world_size`-th item, so that shards are alike where items are sorted."""
         return list(items[self.rank :: self.world_size])
-
-    def owner(self, index: int) -> int:
-        """The rank whose shard contains the item with this index."""
-        return index % self.world_size
 
     def device(self, device: str) -> str:
         """``cuda`` becomes the GPU of this process if there are several processes."""
@@ -85,11 +85,9 @@ def heartbeat(directory: Path, worker: WorkerRank) -> Iterator[None]:
             with suppress(OSError):  # a full disk or a file server that restarts: try again
                 path.write_text(str(time.time_ns()))
 
-    try:
+    with translate_write_errors(path):
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(str(time.time_ns()))
-    except OSError as error:
-        raise write_error(path, error) from error
     thread = threading.Thread(target=beat_until_stopped, daemon=True)
     thread.start()
     try:
@@ -129,7 +127,3 @@ class PeerMonitor:
 
 def _heartbeat_file(directory: Path, rank: int | str) -> Path:
     return directory / f"process-{rank}.alive"
-
-
-def write_error(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} cannot be written: {error.strerror}.", ErrorCode.WRITE_FAILED)

@@ -49,15 +49,15 @@ def test_nothing_remains_to_be_done(log):
     assert "10/10" in log.file.getvalue()
 
 
-def test_unknown_total_status_and_description(log, clock):
+def test_unknown_total_and_status(log, clock):
     with ProgressReporter(log, "reading") as reporter:
         clock[0] += 5
-        reporter.advance(1000, status="3 errors", description="writing")
+        reporter.advance(1000, status="3 errors")
         clock[0] += 5
         reporter.advance(1000)
     assert log.file.getvalue().splitlines() == [
-        "writing   1000  3 errors",
-        "writing   2000  200.0 items/s",
+        "reading   1000  3 errors",
+        "reading   2000  200.0 items/s",
     ]
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -99,8 +100,6 @@ def test_shards_are_disjoint_and_complete():
     assert sorted(itertools.chain(*shards)) == items
     assert {len(shard) for shard in shards} == {3, 4}
     assert WorkerRank().shard(items) == items
-    assert all(FIRST.owner(item) == 0 for item in FIRST.shard(items))
-    assert all(WorkerRank(0, 3).owner(item) == rank for rank in range(3) for item in shards[rank])
 
 
 def test_each_process_has_its_own_gpu():
@@ -332,15 +331,19 @@ def test_first_process_removes_heartbeats_of_earlier_runs(tmp_path):
 
 def test_heartbeat_continues_after_a_failed_write(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "HEARTBEAT_SECONDS", 0.001)
-    file = tmp_path / "process-1.alive"
+    write_text, calls, written = Path.write_text, itertools.count(), threading.Event()
+
+    def write(path, text):
+        call = next(calls)
+        if call == 1:
+            raise OSError("The disk is full.")
+        write_text(path, text)
+        if call == 2:
+            written.set()
+
+    monkeypatch.setattr(Path, "write_text", write)
     with heartbeat(tmp_path, SECOND):
-        file.unlink()
-        file.mkdir()  # writing fails now
-        file.rmdir()
-        written = threading.Event()
-        while not written.wait(0.001):
-            if file.is_file() and file.read_text():
-                written.set()
+        assert written.wait(30)
 
 
 def test_single_process_writes_no_heartbeat(tmp_path):
