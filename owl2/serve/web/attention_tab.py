@@ -59,13 +59,16 @@ class AttentionTab:
     ) -> tuple[AnswerAttention | None, Any, str]:
         """Collect the attention of the last answer, unless it is already shown.
 
+        Waits for an answer that is being generated.
+
         Returns:
             The content of the tab, and the outputs of `describe`.
         """
-        turns = [turn for turn in conversation.turns if turn.answer.strip()]
-        if conversation.busy or not any(turn.images for turn in turns):
+        async with conversation.answering:
+            turns = [turn for turn in conversation.turns if turn.answer.strip()]
+        if not any(turn.images for turn in turns):
             if turns:
-                show_info("error_busy" if conversation.busy else "error_no_image", language)
+                show_info("error_no_image", language)
             return await self.clear(language)
         if shown is None or shown.texts != _texts(turns):
             try:

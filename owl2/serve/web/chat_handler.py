@@ -79,7 +79,7 @@ class ChatHandler:
 
     async def ask(self, box: dict[str, Any], conversation: Conversation, *settings: Any) -> Updates:
         """Answer the content of the text box, `{"text": ..., "files": [paths]}`."""
-        if conversation.busy:
+        if conversation.answering.locked():
             return
         chat = ChatSettings(*settings)
         try:
@@ -105,7 +105,7 @@ class ChatHandler:
 
     async def regenerate(self, conversation: Conversation, *settings: Any) -> Updates:
         """Replace the last answer."""
-        if conversation.busy:
+        if conversation.answering.locked():
             return
         chat = ChatSettings(*settings)
         if not conversation.turns:
@@ -171,31 +171,33 @@ class ChatHandler:
         turn = conversation.turns[-1]
         previous = (turn.answer, turn.note)
         turn.answer = turn.note = ""
-        conversation.busy = True
         box: dict[str, Any] = {}
-        try:
-            started = gr.update(value=None, submit_btn=False, stop_btn=True)
-            yield ChatUpdate(started, conversation.display())
-            async with aclosing(self._generate(conversation, turn, chat)) as chunks:
-                last_update = 0.0
-                async for chunk in chunks:
-                    turn.answer += chunk
-                    if time.monotonic() - last_update > UPDATE_SECONDS:
-                        yield ChatUpdate(gr.skip(), conversation.display())
-                        last_update = time.monotonic()
-            if not turn.answer.strip():
-                show_info("empty", chat.language)
-        except ClientStopped:
-            turn.note = text("stopped", chat.language)
-        except Exception as error:  # shown to the visitor; unexpected ones are logged
-            show_error(error, chat.language)
-        finally:
-            conversation.busy, conversation.stop = False, None
-            if not turn.answer.strip():
-                turn.answer, turn.note = previous
-            if not turn.answer and turn in conversation.turns:  # otherwise it was cleared meanwhile
-                conversation.turns.remove(turn)
-                box["value"] = {"text": turn.question, "files": list(turn.files)}
+        async with conversation.answering:
+            try:
+                started = gr.update(value=None, submit_btn=False, stop_btn=True)
+                yield ChatUpdate(started, conversation.display())
+                async with aclosing(self._generate(conversation, turn, chat)) as chunks:
+                    last_update = 0.0
+                    async for chunk in chunks:
+                        turn.answer += chunk
+                        if time.monotonic() - last_update > UPDATE_SECONDS:
+                            yield ChatUpdate(gr.skip(), conversation.display())
+                            last_update = time.monotonic()
+                if not turn.answer.strip():
+                    show_info("empty", chat.language)
+            except ClientStopped:
+                turn.note = text("stopped", chat.language)
+            except Exception as error:  # shown to the visitor; unexpected ones are logged
+                show_error(error, chat.language)
+            finally:
+                conversation.stop = None
+                if not turn.answer.strip():
+                    turn.answer, turn.note = previous
+                if (
+                    not turn.answer and turn in conversation.turns
+                ):  # otherwise it was cleared meanwhile
+                    conversation.turns.remove(turn)
+                    box["value"] = {"text": turn.question, "files": list(turn.files)}
         finished = gr.update(submit_btn=True, stop_btn=False, **box)
         yield ChatUpdate(finished, conversation.display())
 

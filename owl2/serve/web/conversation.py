@@ -3,6 +3,7 @@
 A browser can therefore not change earlier answers or refer to files that were not uploaded.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,12 +37,12 @@ class Conversation:
     """The turns of a conversation.
 
     Attributes:
-        busy: The last turn is being answered.
+        answering: Locked while the last turn is being answered.
         stop: Stops that answer.
     """
 
     turns: list[Turn] = field(default_factory=list)
-    busy: bool = False
+    answering: asyncio.Lock = field(default_factory=asyncio.Lock)
     stop: Callable[[], None] | None = None
 
     def messages(self) -> list[Message]:
@@ -58,7 +59,8 @@ class Conversation:
         for turn in self.turns:
             rows += [{"role": "user", "content": {"path": file}} for file in turn.files]
             rows.append({"role": "user", "content": turn.question})
-            is_waiting = self.busy and turn is self.turns[-1] and not turn.answer
+            is_last = turn is self.turns[-1]
+            is_waiting = self.answering.locked() and is_last and not turn.answer
             note = f"<small class='note'>{turn.note}</small>" if turn.note else ""
             answer = WAITING if is_waiting else "\n\n".join(filter(None, (turn.answer, note)))
             rows.append({"role": "assistant", "content": answer})

@@ -82,7 +82,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "error_no_image": ("The conversation contains no image.", "对话中没有图片。"),
     "error_no_answer": ("Ask a question first.", "请先提问。"),
-    "error_busy": ("The answer is not complete yet.", "回答尚未完成。"),
     "error_file_expired": (
         "The file “{name}” has expired; add it again.",
         "文件“{name}”已过期，请重新添加。",

@@ -97,23 +97,32 @@ def test_the_attention_of_an_answer_is_collected_once(tiny_engine, monkeypatch):
     assert [word for word, _ in third.words] == ["green"]
 
 
+def test_the_tab_waits_for_the_end_of_the_answer(tiny_engine):
+    turns = conversation(Turn("what?", ("1.png",), (image(10),), "a red"))
+
+    async def select_tab_before_the_end():
+        async with turns.answering:
+            tab = asyncio.create_task(AttentionTab(tiny_engine).show(turns, None, "en"))
+            await asyncio.sleep(0)  # the tab has started
+            turns.turns[-1].answer += " circle"
+        return await tab
+
+    kept, *_ = asyncio.run(select_tab_before_the_end())
+    assert [word for word, _ in kept.words] == ["a", "red", "circle"]
+
+
 @pytest.mark.parametrize(
-    ("turns", "busy", "said"),
-    [
-        ((), False, ""),
-        ((Turn("what?", answer="red"),), False, "no image"),
-        ((Turn("what?", ("1.png",), (image(1),), "red"),), True, "not complete"),
-    ],
+    ("turns", "info"), [((), ""), ((Turn("what?", answer="red"),), "no image")]
 )
-def test_without_an_image_the_help_is_shown(tiny_engine, capsys, turns, busy, said):
-    given = conversation(*turns)
-    given.busy = busy
-    kept, words, shown = asyncio.run(AttentionTab(tiny_engine).show(given, None, "en"))
+def test_without_an_image_the_help_is_shown(tiny_engine, capsys, turns, info):
+    kept, words, shown = asyncio.run(
+        AttentionTab(tiny_engine).show(conversation(*turns), None, "en")
+    )
     assert kept is None
     assert not words["visible"]
     assert shown.startswith("Ask about an image first")
     out = capsys.readouterr().out
-    assert said in out if said else not out
+    assert info in out if info else not out
 
 
 def test_errors_are_shown(tiny_engine):

@@ -86,7 +86,7 @@ def visit(engine):
         async def tell():
             visitor = Visitor(engine, **settings)
             await story(visitor)
-            assert not visitor.conversation.busy
+            assert not visitor.conversation.answering.locked()
             assert visitor.admission.in_flight == 0
             return visitor
 
