@@ -93,7 +93,7 @@ class ProgressReporter:
     def _print_line(self, status: str) -> None:
         total = "" if self._total is None else f"/{self._total}"
         line = f"{self._description} {self.completed:>6}{total}  {status}"
-        self._console.out(line, highlight=False)
+        self._console.out(line)
 
     def _rate(self, seconds: float) -> str:
         new = self.completed - self._resumed

@@ -66,10 +66,10 @@ class ShardedJsonl:
     ) -> None:
         self.path = path.with_name(f"{path.stem}.part-{worker.rank}.jsonl")
         self.restarted = False
-        self._name = path.stem
+        self._base = path
         # As JSON, so that tuples compare equal to lists.
         self._settings = json.loads(json.dumps(settings, default=str))
-        self._worker, self._key, self._retry = worker, key, retry
+        self.worker, self._key, self._retry = worker, key, retry
         self._restart, self._finished = on_other_settings == "restart", finished
         self._final: dict[str, bytes] = {}  # the newest record of each key, as JSON
         self._failed: dict[str, bytes] = {}  # to be retried
@@ -114,7 +114,7 @@ class ShardedJsonl:
         """Index the complete lines that were added to all files."""
         if self._finished is not None and self._finished.is_file():
             self._index(self._finished)
-        for path in self._parts():
+        for path in _parts(self._base):
             self._index(path)
 
     def wait(self, keys: Sequence[str]) -> None:
@@ -127,7 +127,7 @@ class ShardedJsonl:
             InputError: A process died and its records are missing; no process added a record for
                 `TIMEOUT_SECONDS`; there is only this process and a record is missing.
         """
-        monitor = PeerMonitor(self.path.parent, self._worker)
+        monitor = PeerMonitor(self.path.parent, self.worker)
         previous, changed = -1, time.monotonic()
         while True:
             dead = monitor.dead_ranks()  # before the records: a heartbeat ends after the last one
@@ -139,13 +139,13 @@ class ShardedJsonl:
             if len(missing) != previous:
                 previous, changed = len(missing), time.monotonic()
             reason = None
-            if lost := dead & {index % self._worker.world_size for index in missing}:
+            if lost := dead & {index % self.worker.world_size for index in missing}:
                 reason = f"process {min(lost)} ended"
-            elif self._worker.world_size == 1 or time.monotonic() - changed > TIMEOUT_SECONDS:
+            elif self.worker.world_size == 1 or time.monotonic() - changed > TIMEOUT_SECONDS:
                 reason = f"no process has added any for {TIMEOUT_SECONDS:.0f} s"
             if reason is not None:
                 raise InputError(
-                    f"{self._name}: {len(missing)} records of {len(keys)} are missing, and "
+                    f"{self._base.stem}: {len(missing)} records of {len(keys)} are missing, and "
                     f"{reason}. The same command resumes from the existing records.",
                     ErrorCode.PROCESS_FAILED,
                 )
@@ -156,11 +156,6 @@ class ShardedJsonl:
         record: Record = json.loads(self._final.get(key) or self._failed[key])
         return record
 
-    def remove(self) -> None:
-        """Remove all parts."""
-        for path in self._parts():
-            path.unlink(missing_ok=True)
-
     def close(self) -> None:
         """Close the part, and remove it if it has no records."""
         if not self._file.closed and self._is_empty:
@@ -170,9 +165,6 @@ class ShardedJsonl:
     @property
     def _is_empty(self) -> bool:
         return os.fstat(self._file.fileno()).st_size == 0
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{escape(self._name)}.part-*.jsonl"))
 
     def _index(self, path: Path) -> None:
         offset = self._offsets.setdefault(path, 0)
@@ -205,6 +197,16 @@ class ShardedJsonl:
         if not is_header:
             records = self._failed if self._retry in row else self._final
             records[value] = line
+
+
+def remove_parts(path: Path) -> None:
+    """Remove the parts of all processes, whose names `path` determines as in `ShardedJsonl`."""
+    for part in _parts(path):
+        part.unlink(missing_ok=True)
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{escape(path.stem)}.part-*.jsonl"))
 
 
 def settings_conflict(path: Path, settings: Mapping[str, Any], other: Any) -> InputError:

@@ -13,7 +13,7 @@ import pytest
 
 from owl2 import sharded_jsonl, workers
 from owl2.errors import ErrorCode
-from owl2.sharded_jsonl import ShardedJsonl, to_json
+from owl2.sharded_jsonl import ShardedJsonl, remove_parts, to_json
 from owl2.workers import PeerMonitor, WorkerRank, heartbeat
 from tests.errors import raises_input_error
 
@@ -197,13 +197,13 @@ def test_valid_records_before_a_foreign_line_are_kept(make, write):
     assert {"a", "b"} <= {json.loads(line).get("key") for line in path.open()}
 
 
-def test_tasks_are_separate(make, write):
+def test_tasks_are_separate(make, write, tmp_path):
     write("a", name="task")
     write("b", name="task_2")
     with make(name="task") as records:
         assert "a" in records
         assert "b" not in records
-        records.remove()
+        remove_parts(tmp_path / "task.jsonl")
     assert "b" in make(name="task_2")
     assert "a" not in make(name="task")
 
@@ -258,14 +258,14 @@ def test_line_of_another_process_is_read_when_it_is_complete(make, tmp_path):
         assert ("a" in records) == (end == len(text))
 
 
-def test_first_process_waits_for_the_others(make, polls):
+def test_first_process_waits_for_the_others(make, polls, tmp_path):
     first, second = make(worker=FIRST), make(worker=SECOND)
     first.append([row("a")])
     polls += [lambda: None, lambda: second.append([row("b")])]
     first.wait(["a", "b"])
     assert polls == []
     assert first.record("b") == row("b")
-    first.remove()
+    remove_parts(tmp_path / "task.jsonl")
     assert not first.path.exists()
     assert not second.path.exists()
 

@@ -2,16 +2,14 @@
 
 ::
 
-    folder ──sorted names──► shard of this process, without finished ones ──threads──► images
+    folder ──sorted names──► shard of this process, without finished ones
     ──Engine in batches, or vLLM──► captions ──ShardedJsonl──► captions.jsonl
 """
 
 import json
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,14 @@ from rich.console import Console
 
 from owl2.checkpoints.provenance import fingerprint
 from owl2.engine.engine import Engine
-from owl2.engine.error_isolation import batch_or_errors
-from owl2.engine.load_model import load_model
+from owl2.engine.load_model import ModelArgs
+from owl2.engine.offline import answer_all
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text
 from owl2.processing.chat_template import user_message
-from owl2.processing.image_io import load_image
-from owl2.processing.image_processing import Owl2ImageProcessor
-from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 from owl2.runtime import select_device
-from owl2.sharded_jsonl import ShardedJsonl, settings_conflict, to_json
+from owl2.sharded_jsonl import ShardedJsonl, remove_parts, settings_conflict, to_json
 from owl2.workers import WorkerRank, heartbeat, remove_heartbeats
 
 # The prompt of the paper (Specification §1.5).
@@ -54,38 +49,30 @@ class CaptionConfig:
     """
 
     folder: Path
-    model: str
+    model_args: ModelArgs
     output: Path
     prompt: str = PROMPT
     recursive: bool = False
     engine: str = "owl2"
     max_new_tokens: int = 64
     batch_size: int = 32
-    device: str | None = None
-    dtype: str | None = None
-    quantize: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that the captions depend on, except for rounding errors."""
-        folder = Path(self.model)
-        name = str(folder.resolve()) if folder.is_dir() else self.model
+        folder = Path(self.model_args.model)
+        name = str(folder.resolve()) if folder.is_dir() else self.model_args.model
         return {
             "model": (fingerprint(folder) if folder.is_dir() else None) or name,
             "prompt": self.prompt,
             "max_new_tokens": self.max_new_tokens,
-            "quantize": self.quantize,
+            "quantize": self.model_args.quantize,
         }
 
     @property
     def report(self) -> Path:
         """The file next to the output with the settings and the errors."""
         return self.output.with_name(f"{self.output.stem}.report.json")
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Greedy, so that an image has the same caption in every run."""
-        return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
 
 
 def caption(config: CaptionConfig, console: Console) -> None:
@@ -103,10 +90,9 @@ def caption(config: CaptionConfig, console: Console) -> None:
             f"--engine is {config.engine!r}. Choose from {', '.join(ENGINES)}.",
             ErrorCode.UNKNOWN_NAME,
         )
-    settings, worker = config.settings, WorkerRank.from_environment()
+    settings, worker, output = config.settings, WorkerRank.from_environment(), config.output
     names = find_images(config.folder, config.recursive)
     _check_output(config, settings)
-    output = config.output
     with (
         heartbeat(output.parent, worker),
         ShardedJsonl(output, settings, worker, "file_name", "error", "error", output) as records,
@@ -121,13 +107,10 @@ def caption(config: CaptionConfig, console: Console) -> None:
                 records.append([{"file_name": name, key: str(answer)}])
                 progress.advance()
         if worker.rank:
-            console.print("This shard is complete. Process 0 merges all shards.")
+            console.out("This shard is complete. Process 0 merges all shards.")
             return
         records.wait(names)
-        errors = _merge(config, settings, names, records)
-        records.remove()
-    remove_heartbeats(output.parent)
-    _print_summary(config, len(names), errors, console)
+        _merge(config, settings, names, records, console)
 
 
 def find_images(folder: Path, recursive: bool = False) -> list[str]:
@@ -147,12 +130,10 @@ def find_images(folder: Path, recursive: bool = False) -> list[str]:
             if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
                 found.append(Path(directory, name).relative_to(folder).as_posix())
         visible = [name for name in subfolders if not name.startswith(".")]
-        has_subfolders |= bool(visible)
+        has_subfolders |= bool(visible) and not recursive
         subfolders[:] = visible if recursive else []
     if not found:
-        hint = (
-            " To include subfolders, add --recursive." if has_subfolders and not recursive else ""
-        )
+        hint = " To include subfolders, add --recursive." if has_subfolders else ""
         extensions = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
         raise InputError(
             f"There are no images in '{folder}' ({extensions}).{hint}", ErrorCode.EMPTY_DATASET
@@ -181,109 +162,72 @@ def _check_output(config: CaptionConfig, settings: Mapping[str, Any]) -> None:
         raise settings_conflict(config.output, settings, written)
 
 
-# ------------------------------------------------------------------ captions
-
-
 def _captions(
     config: CaptionConfig, names: Sequence[str], worker: WorkerRank
 ) -> Iterator[str | InputError]:
     """The caption of each image, in order, or the error that prevents it."""
     paths = (config.folder / name for name in names)
-    if config.engine == "owl2":
-        return _captions_by_engine(config, paths, _load_engine(config, worker))
-    from owl2.vllm_plugin.offline import answer_all
-
-    if config.quantize is not None or config.device is not None:
-        raise InputError("--engine vllm has no --quantize and --device.", ErrorCode.CONFLICT)
-    more: dict[str, Any] = {} if config.dtype is None else {"dtype": config.dtype}
     conversations = ([user_message(config.prompt, [path])] for path in paths)
-    return answer_all(config.model, conversations, config.sampling, **more)
+    sampling = {"do_sample": False, "max_new_tokens": config.max_new_tokens}  # reproducible
+    if config.engine == "owl2":
+        engine = load_engine(config, worker)
+        return answer_all(engine, conversations, config.batch_size, **sampling)
+    from owl2.vllm_plugin.offline import answer_all as answer_all_with_vllm
+
+    args = config.model_args
+    if args.quantize is not None or args.device is not None:
+        raise InputError("--engine vllm has no --quantize and --device.", ErrorCode.CONFLICT)
+    more = {} if args.dtype is None else {"dtype": args.dtype}
+    return answer_all_with_vllm(args.model, conversations, sampling, **more)
 
 
-def _load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:
-    processor = Owl2Processor.from_pretrained(config.model)
-    device = worker.device(str(select_device(config.device)))
-    model = load_model(config.model, device, config.dtype, quantize=config.quantize)
-    engine = Engine(model, processor, enable_prefix_caching=False)  # all images differ
+def load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:
+    """The engine; each of several processes uses its own GPU.
+
+    Raises:
+        InputError: The checkpoint cannot be loaded, or the prompt is invalid.
+    """
+    device = worker.device(str(select_device(config.model_args.device)))
+    args = replace(config.model_args, device=device)
+    engine = Engine(args.load_model(), args.load_processor())  # no prefix cache: all images differ
     # An error in the prompt would occur for every image: find it first.
-    size = processor.image_processor.size
-    blank = Image.new("RGB", (size, size))
-    engine.chat([user_message(config.prompt, [blank])], do_sample=False, max_new_tokens=1)
+    size = engine.processor.image_processor.size
+    engine.encode([user_message(config.prompt, [Image.new("RGB", (size, size))])])
     return engine
 
 
-def _captions_by_engine(
-    config: CaptionConfig, paths: Iterator[Path], engine: Engine
-) -> Iterator[str | InputError]:
-    images = _load_ahead(paths, engine.processor.image_processor, 2 * config.batch_size)
-    while batch := list(islice(images, config.batch_size)):
-        conversations: list[Any] = [
-            [user_message(config.prompt, [image])]
-            for image in batch
-            if isinstance(image, Image.Image)
-        ]
-        answers = iter(batch_or_errors(engine, conversations, **config.sampling))
-        for image in batch:
-            yield image if isinstance(image, InputError) else next(answers)
-
-
-def _load_ahead(
-    paths: Iterator[Path], processor: Owl2ImageProcessor, count: int
-) -> Iterator[Image.Image | InputError]:
-    """Images as squares of the model's size, or their errors.
-
-    Threads load up to `count` images in advance, while the model computes.
-    """
-
-    def load(path: Path) -> Image.Image | InputError:
-        try:
-            return processor.to_square(load_image(path, processor.max_pixels))
-        except InputError as error:
-            return error
-
-    with ThreadPoolExecutor() as pool:
-        pending: deque[Future[Image.Image | InputError]] = deque()
-        for path in paths:
-            pending.append(pool.submit(load, path))
-            if len(pending) > count:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-# ------------------------------------------------------------------ output
-
-
 def _merge(
-    config: CaptionConfig, settings: Mapping[str, Any], names: Sequence[str], records: ShardedJsonl
-) -> dict[str, str]:
-    """Write the report and, if there are captions, the output. Returns the errors by name."""
+    config: CaptionConfig,
+    settings: Mapping[str, Any],
+    names: Sequence[str],
+    records: ShardedJsonl,
+    console: Console,
+) -> None:
+    """Write the report and, if there are captions, the output; print a summary."""
     errors = {name: records.record(name)["error"] for name in names if name not in records}
+    count = len(names) - len(errors)
     report = {
         "settings": settings,
         "images": len(names),
-        "captions": len(names) - len(errors),
+        "captions": count,
         "errors": [{"file_name": name, "error": error} for name, error in errors.items()],
     }
     # The report first: an output without one is refused by the next run.
     atomic_write_text(config.report, to_json(report, indent=2) + "\n")
-    if len(errors) < len(names):
+    if count:
         with atomic_file(config.output) as file:
             file.writelines(
                 f"{to_json(records.record(name))}\n" for name in names if name not in errors
             )
-    return errors
-
-
-def _print_summary(
-    config: CaptionConfig, count: int, errors: Mapping[str, str], console: Console
-) -> None:
+    remove_parts(config.output)
+    remove_heartbeats(config.output.parent)
     for name, error in islice(errors.items(), MAX_PRINTED_ERRORS):
-        console.print(f"{name}: {error}", markup=False, highlight=False)
+        console.out(f"{name}: {error}")
     if len(errors) > MAX_PRINTED_ERRORS:
-        console.print(f"... and {len(errors) - MAX_PRINTED_ERRORS} more", highlight=False)
-    if len(errors) == count:
-        raise InputError(f"None of the {count} images could be captioned.", ErrorCode.EMPTY_DATASET)
+        console.out(f"... and {len(errors) - MAX_PRINTED_ERRORS} more")
+    if not count:
+        raise InputError(
+            f"None of the {len(names)} images could be captioned.", ErrorCode.EMPTY_DATASET
+        )
     failed = f"; {len(errors):,} failed, see {config.report.name}" if errors else ""
-    line = f"{count - len(errors):,} captions are in {config.output}{failed}"
-    console.print(line, markup=False, highlight=False)
+    console.out(f"{count:,} captions are in {config.output}{failed}")

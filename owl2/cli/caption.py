@@ -31,18 +31,10 @@ def caption(
     """
     from owl2.caption.command import CaptionConfig
     from owl2.caption.command import caption as run_caption
+    from owl2.engine.load_model import ModelArgs
 
+    model_args = ModelArgs(model, device, dtype, quantize=quantize)
     config = CaptionConfig(
-        folder,
-        model,
-        output_file,
-        prompt,
-        recursive,
-        engine,
-        max_new_tokens,
-        batch_size,
-        device,
-        dtype,
-        quantize,
+        folder, model_args, output_file, prompt, recursive, engine, max_new_tokens, batch_size
     )
-    run_caption(config, Console(soft_wrap=True))
+    run_caption(config, Console(highlight=False))

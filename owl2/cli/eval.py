@@ -10,7 +10,7 @@ from owl2.cli.options import Device, Dtype
 from owl2.errors import ErrorCode, InputError
 
 if TYPE_CHECKING:
-    from owl2.eval.evaluate import JudgeConfig
+    from owl2.eval.openai_client import ChatEndpoint
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 
@@ -88,19 +88,12 @@ def evaluate_model(
 
         print_tasks(data, Console())
         return
+    from owl2.engine.load_model import ModelArgs
     from owl2.eval.estimate import estimate as print_estimate
     from owl2.eval.evaluate import EvalConfig, evaluate
-    from owl2.eval.model_args import EvalModelArgs
 
     config = EvalConfig(
-        model_args=EvalModelArgs(
-            model=_require(model, "--model"),
-            device=device,
-            dtype=dtype,
-            mam=mam,
-            image_size=image_size,
-            image_policy=image_policy,
-        ),
+        ModelArgs(_require(model, "--model"), device, dtype, image_policy),
         output=Path() if estimate else _require(output, "--output"),
         tasks=tasks,
         suite=suite,
@@ -109,10 +102,12 @@ def evaluate_model(
         limit=limit,
         no_image_baseline=no_image_baseline,
         prompt=prompt,
+        mam=mam,
+        image_size=image_size,
         judge=None if judge_url is judge_model is None else _judge(judge_url, judge_model),
     )
     if estimate:
-        print_estimate(config, Console())
+        print_estimate(config, Console(highlight=False))
     else:
         evaluate(config)
 
@@ -128,7 +123,7 @@ def compare_runs(
     """Compare two evaluations, with confidence intervals and the samples that differ."""
     from owl2.eval.compare import compare
 
-    compare(first, second, output_file, Console())
+    compare(first, second, output_file, Console(highlight=False))
 
 
 @app.command("judge")
@@ -138,9 +133,9 @@ def judge_responses(
     judge_model: JudgeModel = None,
 ) -> None:
     """Score the responses to MM-Vet and MMHal-Bench with a judge model."""
-    from owl2.eval.evaluate import judge
+    from owl2.eval.llm_judge import judge_run
 
-    judge(run, _judge(judge_url, judge_model), Console())
+    judge_run(run, _judge(judge_url, judge_model), Console(highlight=False))
 
 
 def _require(value: Value | None, option: str) -> Value:
@@ -149,7 +144,7 @@ def _require(value: Value | None, option: str) -> Value:
     return value
 
 
-def _judge(url: str | None, model: str | None) -> "JudgeConfig":
-    from owl2.eval.evaluate import JudgeConfig
+def _judge(url: str | None, model: str | None) -> "ChatEndpoint":
+    from owl2.eval.openai_client import ChatEndpoint
 
-    return JudgeConfig(_require(url, "--judge-url"), _require(model, "--judge-model"))
+    return ChatEndpoint(_require(url, "--judge-url"), _require(model, "--judge-model"))

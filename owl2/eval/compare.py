@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from owl2 import html
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.image_refs import find_image
-from owl2.eval.report import load_results
+from owl2.eval.report import load_results, text_table
 from owl2.files import atomic_write_text
 from owl2.json_records import json_lines
 
@@ -42,8 +41,6 @@ h3 { font-size: .85em; color: #555; font-weight: normal; margin: 0; word-break: 
 p { margin: .3em 0; white-space: pre-wrap; overflow-wrap: anywhere }
 .better { color: #06661f } .worse { color: #b00020 }
 """
-INTERVAL = f"{CONFIDENCE}% interval"
-COLUMNS = ("task", "n", "A", "B", "B - A", INTERVAL, "better", "worse", "different responses")
 
 Row = dict[str, Any]
 
@@ -53,16 +50,12 @@ class TaskComparison:
     """The comparison of two runs on one task.
 
     Attributes:
-        pairs: Rows of the two files of responses with the same id.
-        means: The mean scores of both runs.
-        interval: Of the difference of the means.
+        pairs: Rows of the two files of responses with the same id and two scores.
         differences: Conditions that differ between the runs.
     """
 
     name: str
     pairs: list[tuple[Row, Row]]
-    means: tuple[float, float]
-    interval: tuple[float, float]
     differences: list[str]
 
     @property
@@ -71,20 +64,22 @@ class TaskComparison:
         pairs = [pair for pair in self.pairs if _gain(pair)]
         return sorted(pairs, key=lambda pair: -abs(_gain(pair)))
 
-    def cells(self) -> tuple[str, ...]:
-        """The row of the table with the head `COLUMNS`."""
-        (low, high), (first, second) = self.interval, self.means
-        return (
-            self.name,
-            f"{len(self.pairs):,}",
-            f"{first:.1%}",
-            f"{second:.1%}",
-            f"{second - first:+.1%}",
-            f"{low:+.1%} … {high:+.1%}",
-            f"{sum(_gain(pair) > 0 for pair in self.pairs):,}",
-            f"{sum(_gain(pair) < 0 for pair in self.pairs):,}",
-            f"{sum(a['response'] != b['response'] for a, b in self.pairs):,}",
-        )
+    def cells(self) -> dict[str, str]:
+        """The row of the table, by column."""
+        first, second = (np.mean([pair[side]["score"] for pair in self.pairs]) for side in (0, 1))
+        low, high = bootstrap_interval([_gain(pair) for pair in self.pairs])
+        changed = sum(a["response"] != b["response"] for a, b in self.pairs)
+        return {
+            "task": self.name,
+            "n": f"{len(self.pairs):,}",
+            "A": f"{first:.1%}",
+            "B": f"{second:.1%}",
+            "B - A": f"{second - first:+.1%}",
+            f"{CONFIDENCE}% interval": f"{low:+.1%} … {high:+.1%}",
+            "better": f"{sum(_gain(pair) > 0 for pair in self.pairs):,}",
+            "worse": f"{sum(_gain(pair) < 0 for pair in self.pairs):,}",
+            "different responses": f"{changed:,}",
+        }
 
 
 def compare(first: Path, second: Path, page: Path, console: Console) -> list[TaskComparison]:
@@ -103,26 +98,28 @@ def compare(first: Path, second: Path, page: Path, console: Console) -> list[Tas
         if not pairs:
             lines.append(f"{name}: no sample has a score in both runs")
             continue
-        scores = np.array([[a["score"], b["score"]] for a, b in pairs], dtype=np.float64)
-        means = (float(scores[:, 0].mean()), float(scores[:, 1].mean()))
-        interval = bootstrap_interval([_gain(pair) for pair in pairs])
-        differences = list(_condition_differences(tasks[0][name], tasks[1][name]))
-        found.append(TaskComparison(name, pairs, means, interval, differences))
-        lines += [f"{name}: {difference}" for difference in differences]
+        found.append(TaskComparison(name, pairs, _differences(tasks[0][name], tasks[1][name])))
+        lines += [f"{name}: {difference}" for difference in found[-1].differences]
     if not found:
         raise InputError(
             f"{first} and {second} have no task with scores in common.", ErrorCode.EMPTY_DATASET
         )
-    table = Table(title=f"A: {first}, B: {second}", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, no_wrap=column in COLUMNS[:6])
-        table.columns[-1].justify = "left" if column == "task" else "right"
-    for comparison in found:
-        table.add_row(*comparison.cells())
+    cells = [comparison.cells() for comparison in found]
+    head, body = list(cells[0]), [list(row.values()) for row in cells]
+    table = text_table(f"A: {first}, B: {second}", head, body)
+    for column in table.columns[:6]:
+        column.no_wrap = True
     console.print(table)
-    atomic_write_text(page, _page(first, second, found))
+    text = (
+        f"<p>A: {escape(str(first))}, B: {escape(str(second))}. Mean scores of the samples, and a "
+        f"paired bootstrap interval of B - A with {RESAMPLES:,} resamples.</p>\n"
+        f"{html.table(head, body)}"
+    )
+    text += "".join(f"<p>{escape(line)}</p>\n" for line in lines)
+    text += "".join(_section(comparison, first / "responses") for comparison in found)
+    atomic_write_text(page, html.page(f"{first} and {second}", text, STYLE))
     for line in (*lines, f"samples on which they differ: {page}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.out(line)
     return found
 
 
@@ -153,41 +150,36 @@ def _scored_rows(run: Path, name: str) -> dict[str, Row]:
     return {row["id"]: row for row in rows if row["score"] is not None}
 
 
-def _condition_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The conditions that differ between two entries of ``results.json``."""
+    a, b = (dict(_conditions(entry)) for entry in (first, second))
+    return [
+        f"{key} is {a.get(key)!r:.60} in A, {b.get(key)!r:.60} in B"
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key) != b.get(key)
+    ]
+
+
+def _conditions(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key in CONDITIONS:
-        a, b = first.get(key), second.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            for name in dict.fromkeys([*a, *b]):
-                if a.get(name) != b.get(name):
-                    yield f"{key}.{name} is {_short(a.get(name))} in A, {_short(b.get(name))} in B"
-        elif a != b:
-            yield f"{key} is {_short(a)} in A, {_short(b)} in B"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        value = entry.get(key)
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", item) for name, item in value.items())
+        else:
+            yield key, value
 
 
 # ------------------------------------------------------------------ page
 
 
-def _page(first: Path, second: Path, found: Sequence[TaskComparison]) -> str:
-    body = (
-        f"<p>A: {escape(str(first))}, B: {escape(str(second))}. Mean scores of the samples, and a "
-        f"paired bootstrap interval of B - A with {RESAMPLES:,} resamples.</p>\n"
-        + html.table(COLUMNS, (comparison.cells() for comparison in found))
+def _section(comparison: TaskComparison, directory: Path) -> str:
+    pairs = comparison.differing
+    shown = f"; the first {MAX_SHOWN} are shown" if len(pairs) > MAX_SHOWN else ""
+    articles = "\n".join(_article(pair, directory) for pair in pairs[:MAX_SHOWN])
+    return (
+        f"<h2>{escape(comparison.name)}</h2>\n"
+        f"<p>{len(pairs):,} samples have different scores{shown}.</p>\n{articles}"
     )
-    for comparison in found:
-        for difference in comparison.differences:
-            body += f"<p>{escape(f'{comparison.name}: {difference}')}</p>\n"
-    for comparison in found:
-        pairs = comparison.differing
-        shown = f"; the first {MAX_SHOWN} are shown" if len(pairs) > MAX_SHOWN else ""
-        body += f"<h2>{escape(comparison.name)}</h2>\n"
-        body += f"<p>{len(pairs):,} samples have different scores{shown}.</p>\n"
-        body += "\n".join(_article(pair, first / "responses") for pair in pairs[:MAX_SHOWN])
-    return html.page(f"{first} and {second}", body, STYLE)
 
 
 def _article(pair: tuple[Row, Row], directory: Path) -> str:

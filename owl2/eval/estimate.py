@@ -11,28 +11,25 @@ evaluation.
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
+from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
 from owl2.engine.engine import Engine
-from owl2.engine.error_isolation import batch_or_errors
-from owl2.errors import InputError
-from owl2.eval.evaluate import EvalConfig, load_task_runs, print_line
-from owl2.eval.samples import EvalSample
+from owl2.eval.evaluate import EvalConfig, load_engine, load_task_runs
+from owl2.eval.report import text_table
+from owl2.eval.samples import EvalSample, evenly_spaced
 from owl2.eval.task_run import TaskRun, render_prompt
 from owl2.processing.chat_template import IMAGE_TOKEN
 from owl2.workers import WorkerRank
 
-TRIAL_BATCHES = 2  # per task; the first one is a warm-up
+TRIAL_BATCHES = 2  # per task
 COLUMNS = ("task", "questions", "images", "prompt tokens", "new tokens (max)", "time")
 
 
-@dataclass(frozen=True)
-class EvalEstimate:
+class EvalEstimate(NamedTuple):
     """The estimate for one task, or for all.
 
     Attributes:
@@ -49,12 +46,6 @@ class EvalEstimate:
     new_tokens: int
     seconds: float
 
-    def cells(self) -> list[str]:
-        """The row of the table with the head `COLUMNS`."""
-        counts = (self.questions, self.images, self.prompt_tokens, self.new_tokens)
-        duration = timedelta(seconds=math.ceil(self.seconds))
-        return [self.name, *(f"{count:,}" for count in counts), str(duration)]
-
 
 def estimate(config: EvalConfig, console: Console) -> list[EvalEstimate]:
     """Estimate all tasks and print a table.
@@ -63,30 +54,22 @@ def estimate(config: EvalConfig, console: Console) -> list[EvalEstimate]:
         InputError: As `evaluate`.
     """
     runs, skipped = load_task_runs(config)
-    engine = config.model_args.load(WorkerRank.from_environment())
+    engine = load_engine(config, WorkerRank.from_environment())
     estimates = [estimate_task(run, engine, config.batch_size) for run in runs]
-    table = Table(title=f"Estimate for {config.model_args.model}", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "task" else "right")
-    for one in estimates:
-        table.add_row(*one.cells())
+    total = [sum(values) for values in zip(*(one[1:] for one in estimates), strict=True)]
+    rows = [
+        (name, *(f"{count:,}" for count in counts), str(timedelta(seconds=math.ceil(seconds))))
+        for name, *counts, seconds in (*estimates, ("all", *total))
+    ]
+    table = text_table(f"Estimate for {config.model_args.model}", COLUMNS, rows[:-1])
     table.add_section()
-    total = EvalEstimate(
-        "all",
-        sum(one.questions for one in estimates),
-        sum(one.images for one in estimates),
-        sum(one.prompt_tokens for one in estimates),
-        sum(one.new_tokens for one in estimates),
-        sum(one.seconds for one in estimates),
-    )
-    table.add_row(*total.cells())
+    table.add_row(*rows[-1])
     console.print(table)
     for name, reason in skipped.items():
-        print_line(console, f"{name} is skipped: {reason}")
-    print_line(
-        console,
+        console.out(f"{name} is skipped: {reason}")
+    console.out(
         f"Measured with batches of {config.batch_size} on {engine.model.device}. N processes with "
-        "a GPU each need 1/N of the time.",
+        "a GPU each need 1/N of the time."
     )
     return estimates
 
@@ -96,42 +79,25 @@ def estimate_task(run: TaskRun, engine: Engine, batch_size: int) -> EvalEstimate
     text_tokens = images = 0
     valid: list[EvalSample] = []
     for sample in run.samples:
-        try:
-            prompt = render_prompt(engine, sample)
-        except InputError:
-            continue  # the evaluation reports it; it takes no time
-        valid.append(sample)
-        images += prompt.count(IMAGE_TOKEN)
-        text = prompt.replace(IMAGE_TOKEN, "")
-        text_tokens += len(engine.processor.tokenizer(text, add_special_tokens=True)["input_ids"])
+        if prompt := render_prompt(engine, sample):  # an invalid sample takes no time
+            valid.append(sample)
+            images += prompt.count(IMAGE_TOKEN)
+            text = prompt.replace(IMAGE_TOKEN, "")
+            text_tokens += len(engine.processor.tokenizer(text)["input_ids"])
+    trial = replace(run, samples=evenly_spaced(valid, TRIAL_BATCHES * batch_size))
+    seconds = 0.0  # for the trial, after a warm-up with its first batch
+    for count in (min(batch_size, len(trial.samples)), len(trial.samples)):
+        start = time.perf_counter()
+        for _ in trial.responses_to(range(count), engine, batch_size):
+            pass
+        seconds = time.perf_counter() - start
     passes = len(run.passes)
+    questions = len(valid) * passes
     return EvalEstimate(
         name=run.name,
-        questions=len(valid) * passes,
+        questions=questions,
         images=images,
         prompt_tokens=text_tokens * passes + images * engine.processor.num_image_tokens,
-        new_tokens=len(valid) * passes * run.task.config.max_new_tokens,
-        seconds=len(valid) * passes * _seconds_per_sample(run, valid, engine, batch_size),
+        new_tokens=questions * run.task.config.max_new_tokens,
+        seconds=seconds * questions / max(1, len(trial.samples)),
     )
-
-
-def _seconds_per_sample(
-    run: TaskRun, samples: Sequence[EvalSample], engine: Engine, batch_size: int
-) -> float:
-    count = min(len(samples), TRIAL_BATCHES * batch_size)
-    if not count:
-        return 0.0
-    trial = [samples[index * len(samples) // count] for index in range(count)]
-    seconds = 0.0
-    for start in range(0, count, batch_size):
-        batch = trial[start : start + batch_size]
-        begin = time.perf_counter()
-        if run.task.config.engine == "lm-eval":
-            from owl2.eval.adapters.text_tasks import run_lm_eval  # importing takes seconds
-
-            run_lm_eval(run.task, run.data, batch, engine, batch_size)
-        else:
-            conversations = [sample.messages for sample in batch]
-            batch_or_errors(engine, conversations, **run.generation_kwargs)
-        seconds = (time.perf_counter() - begin) / len(batch)
-    return seconds

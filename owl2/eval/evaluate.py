@@ -7,36 +7,31 @@
     all parts ──collect, score──► OUTPUT/responses/NAME.jsonl, results.json, report.md, report.html
 """
 
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from owl2.checkpoints.adapters import has_adapter
 from owl2.engine.engine import Engine
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.fingerprints import model_fingerprint
 from owl2.eval.llm_judge import judge_run
-from owl2.eval.model_args import EvalModelArgs
+from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.plots import has_matplotlib, plot_examples
-from owl2.eval.report import format_value, results_table, write_report
+from owl2.eval.report import format_value, load_results, results_table, write_report
 from owl2.eval.samples import NO_IMAGE
 from owl2.eval.task_run import SEED, TaskRun, evaluation_conditions
 from owl2.eval.tasks import find_tasks
-from owl2.files import atomic_write_text
-from owl2.json_records import json_object
-from owl2.sharded_jsonl import ShardedJsonl, to_json
+from owl2.files import atomic_write_text, require_writable
+from owl2.model.variants import as_no_mam
+from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.runtime import select_device
+from owl2.sharded_jsonl import ShardedJsonl, remove_parts, to_json
 from owl2.workers import WorkerRank, heartbeat, remove_heartbeats
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """An OpenAI-compatible endpoint; its key is in the environment (OPENAI_API_KEY)."""
-
-    url: str
-    model: str
 
 
 @dataclass(frozen=True)
@@ -44,16 +39,19 @@ class EvalConfig:
     """The options of `owl2 eval`.
 
     Attributes:
+        model_args: The checkpoint. Its `image_policy` replaces that of the tasks.
         tasks: Names of tasks and files with custom questions, separated by commas.
         suite: All tasks of a suite, in addition to `tasks`.
         data: The directory with the published files.
         limit: Evaluate only the first samples of each task.
         no_image_baseline: Evaluate the same questions without images as well.
         prompt: Replaces the prompts of the tasks; contains `{question}`, or is "short".
+        mam: False: use the text weights for images as well. The checkpoint is not changed.
+        image_size: Pixels; replaces that of the checkpoint.
         judge: None: tasks that need a judge are scored later by `owl2 eval judge`.
     """
 
-    model_args: EvalModelArgs
+    model_args: ModelArgs
     output: Path
     tasks: str | None = None
     suite: str | None = None
@@ -62,7 +60,9 @@ class EvalConfig:
     limit: int | None = None
     no_image_baseline: bool = False
     prompt: str | None = None
-    judge: JudgeConfig | None = None
+    mam: bool = True
+    image_size: int | None = None
+    judge: ChatEndpoint | None = None
 
     @property
     def responses(self) -> Path:
@@ -84,59 +84,63 @@ def evaluate(
             file; no task has data and valid samples; a process died before its responses existed.
     """
     worker = worker or WorkerRank.from_environment()
-    console = console or Console(quiet=worker.rank > 0)
+    console = console or Console(quiet=worker.rank > 0, highlight=False)
     runs, skipped = load_task_runs(config)
     for name, reason in skipped.items():
-        print_line(console, f"{name} is skipped: {reason}")
-    _check_output(config.output)
+        console.out(f"{name} is skipped: {reason}")
+    require_writable(config.responses)
     torch.manual_seed(SEED)
-    with heartbeat(config.responses, worker), ExitStack() as caches:
-        engine = config.model_args.load(worker)
+    with heartbeat(config.responses, worker):
+        engine = load_engine(config, worker)
         fingerprint = model_fingerprint(engine.model)
         policy = engine.processor.image_processor.policy
-        try:
-            for run in runs:
-                # The option, the task and the checkpoint, in this order, select the policy.
-                engine.processor.image_processor.policy = (
-                    config.model_args.image_policy or run.task.config.image_policy or policy
-                )
-                try:
-                    _generate(config, run, engine, fingerprint, worker, console, caches)
-                except InputError as error:
-                    _skip(run, skipped, error, console)
-            if worker.rank:
-                return {}
-            for run in runs:
-                if run.name not in skipped:
-                    _score(run, skipped, console)
-        except KeyboardInterrupt:
-            parts = config.responses / "*.part-*.jsonl"
-            print_line(console, f"\nStopped. The responses are in {parts}: the command resumes.")
-            raise
-        scored = [run for run in runs if run.name not in skipped]
-        results = {
-            "model": config.model_args.model,
-            "weights_fingerprint": fingerprint,
-            "environment": _environment(engine, config, worker),
-            "tasks": {run.name: run.result(config.limit) for run in scored},
-            "skipped": skipped,
-        }
-        if not scored:
-            raise _nothing_evaluated(skipped)
         for run in runs:
-            run.write(config.responses)
-        atomic_write_text(config.output / "results.json", to_json(results, indent=2) + "\n")
-        for cache in (own.cache for run in runs for own in run.passes):
-            if cache is not None:
-                cache.remove()
+            # The option, the task and the checkpoint, in this order, select the policy.
+            engine.processor.image_processor.policy = (
+                config.model_args.image_policy or run.task.config.image_policy or policy
+            )
+            run.conditions = evaluation_conditions(engine, run)
+            settings = {**run.conditions, "model": fingerprint}
+            for own in run.passes:
+                try:
+                    _generate_and_score(config, own, engine, settings, worker, console)
+                except InputError as error:
+                    if error.code is ErrorCode.PROCESS_FAILED:
+                        raise
+                    skipped[own.name] = str(error)
+                    console.out(f"{own.name} is skipped: {error}")
+                    break
+        if worker.rank:
+            return {}
+    scored = [run for run in runs if run.scores is not None]
+    if not scored:
+        raise _nothing_evaluated(skipped)
+    device = engine.model.device
+    results = {
+        "model": config.model_args.model,
+        "weights_fingerprint": fingerprint,
+        "environment": {  # it changes responses only by rounding errors
+            "device": str(device),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "threads": torch.get_num_threads(),
+            "processes": worker.world_size,
+            "batch_size": config.batch_size,
+        },
+        "tasks": {run.name: run.result(config.limit) for run in scored},
+        "skipped": skipped,
+    }
+    for run in runs:
+        run.write(config.responses)
+    atomic_write_text(config.output / "results.json", to_json(results, indent=2) + "\n")
+    for own in (own for run in runs for own in run.passes):
+        remove_parts(config.responses / f"{own.name}.jsonl")
     remove_heartbeats(config.responses)
     if config.judge is not None and any(run.task.config.judge for run in scored):
         try:
-            judge(config.output, config.judge, console)
+            judge_run(config.output, config.judge, console)
         except InputError as error:
-            command = f"owl2 eval judge {config.output}"
-            print_line(console, f"Not judged: {error} Run `{command}` later.")
-        results = json_object(config.output / "results.json").value
+            console.out(f"Not judged: {error} Run `owl2 eval judge {config.output}` later.")
+        results = load_results(config.output)
     _print_results(config, scored, results, console)
     return results
 
@@ -155,14 +159,12 @@ def load_task_runs(config: EvalConfig) -> tuple[list[TaskRun], dict[str, str]]:
         try:
             data = task.data(config.data, config.prompt)
             samples, invalid = task.read(data)
-            if not samples:
-                first = f" The first: {invalid[0].reason}" if invalid else ""
-                raise InputError(
-                    f"{task.name} has no valid samples and {len(invalid)} invalid ones.{first}",
-                    ErrorCode.EMPTY_DATASET,
-                )
         except InputError as error:
             skipped[task.name] = str(error)
+            continue
+        if not samples:
+            first = f" The first: {invalid[0].reason}" if invalid else ""
+            skipped[task.name] = f"No sample is valid; {len(invalid)} are invalid.{first}"
             continue
         run = TaskRun(task.name, task, data, samples[: config.limit], invalid)
         if config.no_image_baseline:
@@ -173,100 +175,60 @@ def load_task_runs(config: EvalConfig) -> tuple[list[TaskRun], dict[str, str]]:
     return runs, skipped
 
 
-def print_line(console: Console, line: str) -> None:
-    """Print a line without markup, highlighting and line breaks."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def judge(output: Path, config: JudgeConfig, console: Console) -> None:
-    """Judge the responses that need it, and write the report again.
+def load_engine(config: EvalConfig, worker: WorkerRank) -> Engine:
+    """The engine with the ablations of the paper; each of several processes uses its own GPU.
 
     Raises:
-        InputError: As `judge_run`; or all pending responses failed.
+        InputError: The checkpoint, device, dtype or policy does not exist; the image size is not a
+            multiple of the patch size; the MAM of a LoRA cannot be disabled.
     """
-    summaries = judge_run(output, config.url, config.model, lambda line: print_line(console, line))
-    write_report(output)
-    failed = {
-        f"{name}, {identifier}": reason
-        for name, summary in summaries.items()
-        for identifier, reason in summary.failed.items()
-    }
-    if failed and not any(summary.new for summary in summaries.values()):
-        first, reason = next(iter(failed.items()))
-        raise InputError(
-            f"No response could be judged: {len(failed)} failed. The first: {first}: {reason}. The "
-            "same command tries again.",
-            ErrorCode.NETWORK,
+    device = worker.device(str(select_device(config.model_args.device)))
+    args = replace(config.model_args, device=device)
+    model, processor = args.load_model(), args.load_processor()
+    if not config.mam:
+        if has_adapter(model):
+            raise InputError(
+                f"--no-mam does not work with the LoRA {args.model}. Merge it first with "
+                "`owl2 merge`.",
+                ErrorCode.UNSUPPORTED,
+            )
+        model = as_no_mam(model)
+    if config.image_size is not None:
+        model.set_image_size(config.image_size)
+        old = processor.image_processor
+        processor.image_processor = Owl2ImageProcessor(
+            config.image_size, old.policy, old.image_mean, old.image_std, old.max_pixels
         )
+    return Engine(model, processor, enable_prefix_caching=True)
 
 
-# ------------------------------------------------------------------ steps
-
-
-def _check_output(output: Path) -> None:
-    file = next((path for path in (output, *output.parents) if path.is_file()), None)
-    if file is not None:
-        raise InputError(
-            f"The results cannot be written to {output}: {file} is a file.", ErrorCode.FILE_EXISTS
-        )
-
-
-def _generate(
+def _generate_and_score(
     config: EvalConfig,
     run: TaskRun,
     engine: Engine,
-    fingerprint: str,
+    settings: dict[str, Any],
     worker: WorkerRank,
     console: Console,
-    caches: ExitStack,
 ) -> None:
-    run.conditions = evaluation_conditions(engine, run)
-    settings = {**run.conditions, "model": fingerprint}
-    for own in run.passes:
-        path = config.responses / f"{own.name}.jsonl"
-        cache = caches.enter_context(ShardedJsonl(path, settings, worker))
+    """Generate this process's responses of a task, or of its baseline; process 0 scores all."""
+    path = config.responses / f"{run.name}.jsonl"
+    with ShardedJsonl(path, settings, worker) as cache:
         if cache.restarted:
-            print_line(console, f"{own.name}: earlier responses have other settings; starting over")
-        own.generate(engine, cache, config.batch_size, worker, console)
-
-
-def _score(run: TaskRun, skipped: dict[str, str], console: Console) -> None:
-    try:
-        run.collect()
-        run.score()
-    except InputError as error:
-        if error.code is ErrorCode.PROCESS_FAILED:
-            raise
-        _skip(run, skipped, error, console)
-    if run.baseline is not None:
-        run.baseline.collect()
+            console.out(f"{run.name}: earlier responses have other settings; starting over")
         try:
-            run.baseline.score()
-        except InputError as error:
-            print_line(console, f"{run.name} has no scores without images: {error}")
-
-
-def _skip(run: TaskRun, skipped: dict[str, str], error: InputError, console: Console) -> None:
-    skipped[run.name] = str(error)
-    print_line(console, f"{run.name} is skipped: {error}")
+            run.generate(engine, cache, config.batch_size, console)
+            if worker.rank == 0:
+                run.collect(cache)
+                run.score()
+        except KeyboardInterrupt:
+            parts = config.responses / "*.part-*.jsonl"
+            console.out(f"\nStopped. The responses are in {parts}: the command resumes.")
+            raise
 
 
 def _nothing_evaluated(skipped: dict[str, str]) -> InputError:
     lines = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
     return InputError(f"No task could be evaluated.{lines}", ErrorCode.EMPTY_DATASET)
-
-
-def _environment(engine: Engine, config: EvalConfig, worker: WorkerRank) -> dict[str, Any]:
-    """Where the evaluation ran; it changes responses only by rounding errors."""
-    device = engine.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return {
-        "device": str(device),
-        "name": name,
-        "threads": torch.get_num_threads(),
-        "processes": worker.world_size,
-        "batch_size": config.batch_size,
-    }
 
 
 def _print_results(
@@ -275,26 +237,20 @@ def _print_results(
     for name, result in results["tasks"].items():
         console.print(results_table(name, result))
         seconds = result["seconds"] + result.get(f"seconds{NO_IMAGE}", 0.0)
-        rate = result["samples_per_second"] or 0.0
-        print_line(console, f"{seconds:.0f} s, {rate:.0f} questions/s")
+        console.out(f"{seconds:.0f} s, {result['samples_per_second'] or 0.0:.0f} questions/s")
         if result["invalid"]["n"]:
             first = result["invalid"]["first"][0]
-            count = f"{result['invalid']['n']} invalid samples. The first: "
-            print_line(console, f"{count}{first['id']}: {first['reason']}")
-    if has_matplotlib():
-        for run in runs:
-            if any(response.image_digests for response in run.responses):
-                file = "report.png" if len(runs) == 1 else f"report_{run.name}.png"
-                path, main = config.output / file, run.task.metric.main
-                result = results["tasks"][run.name]
-                value = result["metrics"].get(main)
-                text = "to be judged" if value is None else format_value(value, result)
-                title = f"{run.name}: {main} {text}, n = {result['n']:,}"
-                plot_examples(path, run.scored, title)
-                print_line(console, f"examples: {path}")
-    else:
-        print_line(console, "No report.png: matplotlib is missing (pip install 'owl2-vlm[plot]')")
+            count = f"{result['invalid']['n']} invalid samples"
+            console.out(f"{count}. The first: {first['id']}: {first['reason']}")
+    if not has_matplotlib():
+        console.out("No report.png: matplotlib is missing (pip install 'owl2-vlm[plot]')")
+    for run in runs if has_matplotlib() else ():
+        if any(response.image_digests for response in run.responses):
+            path = config.output / ("report.png" if len(runs) == 1 else f"report_{run.name}.png")
+            result, main = results["tasks"][run.name], run.task.metric.main
+            value = format_value(result["metrics"].get(main), result) or "to be judged"
+            plot_examples(path, run.scored, f"{run.name}: {main} {value}, n = {result['n']:,}")
+            console.out(f"examples: {path}")
     write_report(config.output)
-    results_path, report = config.output / "results.json", config.output / "report.html"
-    line = f"scores: {results_path}, report: {report}, responses: {config.responses}"
-    print_line(console, line)
+    scores, report = config.output / "results.json", config.output / "report.html"
+    console.out(f"scores: {scores}, report: {report}, responses: {config.responses}")

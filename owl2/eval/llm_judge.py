@@ -3,35 +3,34 @@
 ::
 
     RUN/responses/NAME.jsonl ──Rubric──► prompts ──ChatEndpoint──► RUN/judgements/NAME.jsonl
-                                                       ──metric──► RUN/results.json
+                                              ──metric──► RUN/results.json, report.md, report.html
 
 Each judgement is written immediately, so that a later call resumes. Responses that cannot be judged
 are listed and have no score.
 """
 
+import asyncio
 import hashlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import find_metric
 from owl2.eval.metrics.llm_judge import RUBRICS, Rubric
 from owl2.eval.openai_client import ChatEndpoint, NoReplyError
-from owl2.eval.report import load_results
+from owl2.eval.report import load_results, write_report
 from owl2.eval.samples import NO_IMAGE, EvalSample, Response, with_suffix
 from owl2.eval.task_config import TaskConfig, task_configs
-from owl2.files import atomic_write_text
+from owl2.files import atomic_write_text, translate_write_errors
 from owl2.json_records import json_lines
 from owl2.sharded_jsonl import Record, remove_torn_line, to_json
 
 WORKERS = 4  # concurrent requests
-MAX_UNREACHED = 4  # in succession; then the remaining requests are cancelled
-
-Log = Callable[[str], None]
+MAX_UNREACHED = 4  # in succession; then there are no further requests
 
 
 @dataclass
@@ -49,24 +48,19 @@ class JudgeSummary:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def judge_run(
-    run: Path, url: str, model: str, log: Log = print, *, endpoint: ChatEndpoint | None = None
-) -> dict[str, JudgeSummary]:
-    """Judge the responses of a run that need it, and update its results.
+def judge_run(run: Path, endpoint: ChatEndpoint, console: Console) -> dict[str, JudgeSummary]:
+    """Judge the responses of a run that need it, and update its results and its report.
 
     Args:
         run: The directory that `owl2 eval` wrote.
-        log: Receives lines about the progress.
-        endpoint: Replaces `url` and `model`, for other timeouts and retries.
 
     Returns:
         Summaries by task. The next call tries failed responses again.
 
     Raises:
         InputError: The directory is not that of a run, or no task needs a judge; the endpoint
-            rejects the key or the model. Earlier judgements are kept.
+            rejects the key or the model; all pending responses failed. Earlier judgements are kept.
     """
-    endpoint = endpoint or ChatEndpoint(url, model)
     results, configs = load_results(run), task_configs()
     names = [name for name in results["tasks"] if name in configs and configs[name].judge]
     if not names:
@@ -74,8 +68,20 @@ def judge_run(
     summaries = {}
     for name in names:
         entry = results["tasks"][name]
-        summaries[name] = _judge_task(run, name, configs[name], entry, endpoint, log)
+        summaries[name] = _judge_task(run, name, configs[name], entry, endpoint, console)
         atomic_write_text(run / "results.json", to_json(results, indent=2) + "\n")
+    write_report(run)
+    failed = [
+        f"{name}, {identifier}: {reason}"
+        for name, summary in summaries.items()
+        for identifier, reason in summary.failed.items()
+    ]
+    if failed and not any(summary.new for summary in summaries.values()):
+        raise InputError(
+            f"No response could be judged: {len(failed)} failed. The first: {failed[0]}. The same "
+            "command tries again.",
+            ErrorCode.NETWORK,
+        )
     return summaries
 
 
@@ -85,7 +91,7 @@ def _judge_task(
     config: TaskConfig,
     entry: dict[str, Any],
     endpoint: ChatEndpoint,
-    log: Log,
+    console: Console,
 ) -> JudgeSummary:
     """Judge a task and its baseline, and update its entry in the results."""
     metric = find_metric(config.metric)
@@ -96,8 +102,8 @@ def _judge_task(
         if suffix and not file.is_file():
             continue
         rows = [record.value for record in json_lines(file)]
-        journal = JudgementLog(run / "judgements" / file.name)
-        summary = judge_rows(rows, RUBRICS[metric.name], endpoint, journal, file.stem, log)
+        path = run / "judgements" / file.name
+        summary = judge_rows(rows, RUBRICS[metric.name], endpoint, path, console)
         responses = [_judged_response(row) for row in rows]
         scores = metric.score(responses)
         for row, score in zip(rows, scores.per_sample, strict=True):
@@ -120,105 +126,65 @@ def _judge_task(
     return total
 
 
-class JudgementLog:
-    """The judgements in a JSONL file.
-
-    Attributes:
-        known: Judgements by key, a digest of the name of the judge and of the prompt.
-
-    Raises:
-        InputError: A line is not a judgement.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.known: dict[str, Record] = {}
-        if path.is_file():
-            remove_torn_line(path)
-            self.known = {record.text("key"): record.value for record in json_lines(path)}
-
-    def append(self, judgement: Record) -> None:
-        """Write a judgement."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{to_json(judgement)}\n")
-        self.known[judgement["key"]] = judgement
-
-
 def judge_rows(
-    rows: Sequence[Record],
-    rubric: Rubric,
-    endpoint: ChatEndpoint,
-    journal: JudgementLog,
-    name: str,
-    log: Log,
+    rows: Sequence[Record], rubric: Rubric, endpoint: ChatEndpoint, path: Path, console: Console
 ) -> JudgeSummary:
     """Judge responses concurrently; each row gets its `judgement`, or None.
 
     Args:
         rows: Lines of a file of responses: `id`, `question`, `metadata`, `response`.
-        name: For lines to `log`.
+        path: The file of the judgements. Their keys are digests of the judge and the prompt.
 
     Raises:
-        InputError: The endpoint rejects the key or the model; earlier judgements are in `journal`.
+        InputError: The endpoint rejects the key or the model; earlier judgements are in `path`. A
+            line of `path` is not a judgement.
     """
     prompts = [rubric.format(row["question"], row["metadata"], row["response"]) for row in rows]
     keys = [
         hashlib.sha256(f"{endpoint.model}\n{prompt}".encode(errors="surrogatepass")).hexdigest()
         for prompt in prompts
     ]
-    summary = JudgeSummary()
-    pool, stop = ThreadPoolExecutor(WORKERS), threading.Event()
-    try:
-        requests = {
-            pool.submit(endpoint.ask, prompt, rubric.parse, stop): index
-            for index, prompt in enumerate(prompts)
-            if keys[index] not in journal.known
-        }
-        for index, future in _completed(requests):
-            identifier = rows[index]["id"]
-            if future.cancelled():
+    known: dict[str, Record] = {}
+    if path.is_file():
+        remove_torn_line(path)
+        known = {record.text("key"): record.value for record in json_lines(path)}
+    pending = [index for index, key in enumerate(keys) if key not in known]
+    summary, unreached = JudgeSummary(), 0
+    with translate_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    async def judge(index: int, slots: asyncio.Semaphore) -> None:
+        nonlocal unreached
+        identifier, key = rows[index]["id"], keys[index]
+        async with slots:
+            if unreached >= MAX_UNREACHED:
                 summary.failed[identifier] = "cancelled, as the server does not answer"
-            elif isinstance(error := future.exception(), NoReplyError):
+                return
+            try:
+                value, reply = await endpoint.ask(prompts[index], rubric.parse)
+                unreached = 0
+            except NoReplyError as error:
+                unreached = 0 if error.reached else unreached + 1
                 summary.failed[identifier] = str(error)
-                log(f"{name}, {identifier}: not judged: {error}")
-            else:
-                value, reply = future.result()
-                row = {"id": identifier, "key": keys[index], "judge": endpoint.model}
-                journal.append({**row, "value": value, "reply": reply})
-                summary.new += 1
-    finally:
-        stop.set()  # otherwise Ctrl-C waits for all attempts of the running requests
-        pool.shutdown(wait=False, cancel_futures=True)
+                console.out(f"{path.stem}, {identifier}: not judged: {error}")
+                return
+        judgement = {"id": identifier, "key": key, "judge": endpoint.model, "value": value}
+        known[key] = judgement | {"reply": reply}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{to_json(known[key])}\n")
+        summary.new += 1
+
+    async def judge_all() -> None:
+        slots = asyncio.Semaphore(WORKERS)
+        await asyncio.gather(*(judge(index, slots) for index in pending))
+
+    asyncio.run(judge_all())  # after an error or Ctrl-C it cancels the other requests
     for row, key in zip(rows, keys, strict=True):
-        row["judgement"] = journal.known.get(key)
+        row["judgement"] = known.get(key)
     summary.judged = sum(row["judgement"] is not None for row in rows)
-    log(f"{name}: {summary.judged} of {len(rows)} responses are judged")
+    line = f"{path.stem}: {summary.judged} of {len(rows)} responses are judged"
+    console.out(line)
     return summary
-
-
-def _completed(requests: "dict[Future[Any], int]") -> "Iterator[tuple[int, Future[Any]]]":
-    """Indices and futures as they complete.
-
-    If the server does not answer or rejects the request, the remaining requests are cancelled. A
-    rejection is raised at the end.
-    """
-    unreached = 0
-    rejection: InputError | None = None
-    for future in as_completed(requests):
-        error = None if future.cancelled() else future.exception()
-        if isinstance(error, InputError):
-            rejection = error
-        else:
-            yield requests[future], future
-        if not future.cancelled():
-            is_unreached = isinstance(error, NoReplyError) and not error.reached
-            unreached = unreached + 1 if is_unreached else 0
-        if rejection or unreached >= MAX_UNREACHED:
-            for other in requests:
-                other.cancel()
-    if rejection is not None:
-        raise rejection
 
 
 def _judged_response(row: Record) -> Response:

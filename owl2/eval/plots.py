@@ -7,13 +7,14 @@ import importlib.util
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from owl2.errors import InputError
 from owl2.eval.metrics import SampleScore
-from owl2.eval.samples import Response
+from owl2.eval.samples import Response, evenly_spaced
 from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 
@@ -22,42 +23,35 @@ EXAMPLES = 8  # evenly spaced over all samples, correct or not
 MISTAKES = 4  # additional samples with a score of 0
 MIN_AXES = 3  # of a radar plot
 
-ScoredResponse = tuple[Response, SampleScore]
-
 
 def has_matplotlib() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot_examples(path: Path, scored: Sequence[ScoredResponse], title: str) -> None:
+def plot_examples(path: Path, scored: Sequence[tuple[Response, SampleScore]], title: str) -> None:
     """Write a grid of images with question and response: examples, and mistakes below them."""
-    from matplotlib.figure import Figure
-
-    shown = _spread(scored, EXAMPLES)
+    shown = evenly_spaced(scored, EXAMPLES)
     mistakes = [pair for pair in scored if pair[1] == 0 and pair not in shown]
-    shown += _spread(mistakes, MISTAKES)
+    shown += evenly_spaced(mistakes, MISTAKES)
     rows = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(2.6 * COLUMNS, 0.6 + 2.9 * rows), layout="constrained")
-    figure.suptitle(title, parse_math=False)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_axis_off()
-    for axes, (response, score) in zip(grid, shown, strict=False):
-        images = parse_messages(response.sample.messages).images
-        try:
-            if images:
-                axes.imshow(load_image(images[0]))
-        except InputError as error:  # the file was removed during the evaluation
-            axes.text(0.5, 0.5, textwrap.fill(str(error), 30), ha="center", parse_math=False)
-        question = textwrap.fill(textwrap.shorten(response.sample.question, 90), 30)
-        text = response.text
-        if score == 0 and response.sample.expected:
-            text += f" (not {' or '.join(dict.fromkeys(response.sample.expected))})"
-        # Dollar signs in the text do not start a formula.
-        caption = f"{question}\n{textwrap.shorten(text, 34)}"
-        axes.set_title(caption, fontsize=9, color=_color(score), parse_math=False)
-    _save(figure, path)
+    with _figure(path, 2.6 * COLUMNS, 0.6 + 2.9 * rows) as figure:
+        figure.suptitle(title)
+        grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+        for axes in grid:
+            axes.set_axis_off()
+        for axes, (response, score) in zip(grid, shown, strict=False):
+            try:
+                for image in parse_messages(response.sample.messages).images[:1]:
+                    axes.imshow(load_image(image))
+            except InputError as error:  # the file was removed during the evaluation
+                axes.text(0.5, 0.5, textwrap.fill(str(error), 30), ha="center")
+            question = textwrap.fill(textwrap.shorten(response.sample.question, 90), 30)
+            text = response.text
+            if score == 0 and response.sample.expected:
+                text += f" (not {' or '.join(dict.fromkeys(response.sample.expected))})"
+            caption = f"{question}\n{textwrap.shorten(text, 34)}"
+            axes.set_title(caption, fontsize=9, color=_color(score))
 
 
 def plot_radar(path: Path, ratios: Mapping[str, float], name: str) -> bool:
@@ -69,39 +63,42 @@ def plot_radar(path: Path, ratios: Mapping[str, float], name: str) -> bool:
     Returns:
         False if there are too few benchmarks for a plot.
     """
-    from matplotlib.figure import Figure
-
     if len(ratios) < MIN_AXES:
         return False
     angles = [2 * math.pi * index / len(ratios) for index in range(len(ratios))]
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    axes = figure.add_subplot(projection="polar")
-    for values, label, color in (
-        ([1.0] * len(ratios), "paper", "tab:gray"),
-        (list(ratios.values()), name, "tab:blue"),
-    ):
-        closed = [*zip(angles, values, strict=True), (angles[0], values[0])]
-        axes.plot(*zip(*closed, strict=True), label=label, color=color)
-        axes.fill(*zip(*closed, strict=True), alpha=0.12, color=color)
-    axes.set_xticks(angles, [""] * len(ratios))
-    edge = max(1.1, *ratios.values())
-    axes.set_ylim(0, edge)
-    for angle, label in zip(angles, ratios, strict=True):
-        side = math.cos(angle)
-        align = "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
-        axes.text(angle, 1.05 * edge, label, ha=align, va="center", parse_math=False)
-    axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["25%", "50%", "75%", "100%"])
-    legend = axes.legend(loc="upper right", bbox_to_anchor=(1.25, 1.15))
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    _save(figure, path)
+    with _figure(path, 7, 7) as figure:
+        axes = figure.add_subplot(projection="polar")
+        for values, label, color in (
+            ([1.0] * len(ratios), "paper", "tab:gray"),
+            (list(ratios.values()), name, "tab:blue"),
+        ):
+            closed = [*values, values[0]]
+            axes.plot([*angles, angles[0]], closed, label=label, color=color)
+            axes.fill([*angles, angles[0]], closed, alpha=0.12, color=color)
+        axes.set_xticks(angles, [""] * len(ratios))
+        edge = max(1.1, *ratios.values())
+        axes.set_ylim(0, edge)
+        for angle, label in zip(angles, ratios, strict=True):
+            side = math.cos(angle)
+            align = "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
+            axes.text(angle, 1.05 * edge, label, ha=align, va="center")
+        axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["25%", "50%", "75%", "100%"])
+        axes.legend(loc="upper right", bbox_to_anchor=(1.25, 1.15))
     return True
 
 
-def _save(figure: Any, path: Path) -> None:
-    with warnings.catch_warnings():
+@contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure with a size in inches, which is written to `path`."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # Dollar signs in responses do not start a formula.
+    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
         # Fonts lack some characters of the responses; a box replaces them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
         figure.savefig(path, dpi=120)
 
 
@@ -109,9 +106,3 @@ def _color(score: SampleScore) -> str:
     if score is None:
         return "black"
     return "crimson" if score == 0 else "green" if score >= 0.5 else "darkorange"
-
-
-def _spread(scored: Sequence[ScoredResponse], count: int) -> list[ScoredResponse]:
-    if len(scored) <= count:
-        return list(scored)
-    return [scored[index * len(scored) // count] for index in range(count)]

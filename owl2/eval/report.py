@@ -3,7 +3,7 @@
 Everything comes from ``results.json``, so that the report can be written again after judging.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -46,31 +46,37 @@ def load_results(output: Path) -> dict[str, Any]:
     return json_object(path).value
 
 
-def format_value(value: float, result: Mapping[str, Any]) -> str:
-    """The value of a metric in the unit of the paper."""
+def format_value(value: float | None, result: Mapping[str, Any]) -> str:
+    """The value of a metric in the unit of the paper; "" for None."""
+    if value is None:
+        return ""
     return f"{value * result['scale']:.2f}{'%' if result['scale'] == 100 else ''}"
+
+
+def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for the terminal whose columns are right-aligned, except for the first one."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def results_table(task: str, result: Mapping[str, Any]) -> Table:
     """A task of ``results.json``: one row for all samples, and one for each category."""
-    metrics = list(result["metrics"])
-    plain = [name for name in metrics if not name.endswith(NO_IMAGE)]
-    table = Table(title=task, title_justify="left")
-    table.add_column("samples")
-    table.add_column("n", justify="right")
-    columns = [name for metric in plain for name in (metric, f"{metric}{NO_IMAGE}")]
-    columns = [name for name in columns if name in metrics]
-    for name in columns:
-        title = name.removesuffix(NO_IMAGE)
-        if title != name:
-            title = "no image" if len(plain) == 1 else f"{title}, no image"
-        table.add_column(title, justify="right")
+    plain = [name for name in result["metrics"] if not name.endswith(NO_IMAGE)]
+    head: dict[str, str] = {}  # titles by metric
+    for name in plain:
+        head[name] = name
+        if f"{name}{NO_IMAGE}" in result["metrics"]:
+            head[f"{name}{NO_IMAGE}"] = "no image" if len(plain) == 1 else f"{name}, no image"
     rows = {"all": {"n": result["n"], **result["metrics"]}, **result.get("per_category", {})}
-    for name, row in rows.items():
-        values = [row.get(column) for column in columns]
-        cells = ["" if value is None else format_value(value, result) for value in values]
-        table.add_row(name, f"{row['n']:,}", *cells)
-    return table
+    cells = [
+        (name, f"{row['n']:,}", *(format_value(row.get(column), result) for column in head))
+        for name, row in rows.items()
+    ]
+    return text_table(task, ("samples", "n", *head.values()), cells)
 
 
 def write_report(output: Path) -> None:
@@ -82,11 +88,9 @@ def write_report(output: Path) -> None:
         InputError: ``results.json`` does not exist, or a file cannot be written.
     """
     results = load_results(output)
-    radar = output / "radar.png"
-    ratios = ratios_to_paper(results)
-    has_radar = has_matplotlib() and plot_radar(radar, ratios, Path(results["model"]).name)
-    if not has_radar:
-        radar.unlink(missing_ok=True)
+    radar, name = output / "radar.png", Path(results["model"]).name
+    radar.unlink(missing_ok=True)
+    has_radar = has_matplotlib() and plot_radar(radar, ratios_to_paper(results), name)
     text = f"# {results['model']}\n"
     body = ""
     for title, head, rows in _tables(results):
@@ -113,65 +117,56 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], li
     """Title, head and rows of each table."""
     tasks = results["tasks"]
     for suite, title in TITLES.items():
-        rows = [
-            row
-            for name, result in tasks.items()
-            if result["suite"] == suite
-            for row in _task_rows(name, result)
-        ]
+        own = ((name, result) for name, result in tasks.items() if result["suite"] == suite)
+        rows = [row for name, result in own for row in _task_rows(name, result)]
         if rows:
             yield title, COLUMNS, rows
     if results["skipped"]:
         yield "Skipped", ("benchmark", "reason"), list(results["skipped"].items())
-    invalid: list[tuple[str, ...]] = [
+    invalid: list[Row] = [
         (name, item["id"], item["reason"])
         for name, result in tasks.items()
         for item in result["invalid"]["first"]
     ]
     if invalid:
         yield "Invalid samples (the first ones)", ("benchmark", "sample", "reason"), invalid
-    yield "Conditions", ("", ""), _conditions(results)
+    environment, first = results["environment"], next(iter(tasks.values()))
+    generation, images = first["generation"], first["preprocessing"]
+    conditions = {
+        "weights": results["weights_fingerprint"][:16],
+        "images": f"{images['size']} x {images['size']} pixels, {images['policy']}",
+        "dtype": generation["dtype"],
+        "modality-adaptive module": "on" if generation["mam"] else "off",
+        "machine": f"{environment['name']}, {environment['processes']} processes",
+        "versions": ", ".join(f"{name} {value}" for name, value in first["versions"].items()),
+    }
+    yield "Conditions", ("", ""), list(conditions.items())
 
 
 def _task_rows(name: str, result: Mapping[str, Any]) -> Iterator[Row]:
-    paper, metrics = result["paper"], result["metrics"]
+    paper, metrics, invalid = result["paper"], result["metrics"], result["invalid"]["n"]
+    limit = f"only the first {result['limit']} samples" if result["limit"] else ""
+    remarks = (limit, f"{invalid} invalid samples" if invalid else "", result["note"])
+    first = (f"{result['title']} ({name})", f"{result['n']:,}", "; ".join(filter(None, remarks)))
     # The main metric first, then those of the paper, then all others.
-    names = dict.fromkeys([result["main_metric"], *paper, *metrics])
-    for index, metric in enumerate(n for n in names if not n.endswith(NO_IMAGE)):
-        value, baseline = metrics.get(metric), metrics.get(f"{metric}{NO_IMAGE}")
-        reference = paper.get(metric)
+    for metric in dict.fromkeys([result["main_metric"], *paper, *metrics]):
+        if metric.endswith(NO_IMAGE):
+            continue
+        value, reference = metrics.get(metric), paper.get(metric)
         difference = ""
         if value is not None and reference is not None:
             difference = f"{value * result['scale'] - reference:+.2f}"
         yield (
-            f"{result['title']} ({name})" if index == 0 else "",
+            first[0],
             metric,
-            f"{result['n']:,}" if index == 0 else "",
-            "to be judged" if value is None else format_value(value, result),
+            first[1],
+            format_value(value, result) or "to be judged",
             "" if reference is None else f"{reference:g}",
             difference,
-            "" if baseline is None else format_value(baseline, result),
-            _remarks(result) if index == 0 else "",
+            format_value(metrics.get(f"{metric}{NO_IMAGE}"), result),
+            first[2],
         )
-
-
-def _remarks(result: Mapping[str, Any]) -> str:
-    limit = f"only the first {result['limit']} samples" if result["limit"] else ""
-    invalid = f"{result['invalid']['n']} invalid samples" if result["invalid"]["n"] else ""
-    return "; ".join(filter(None, (limit, invalid, result["note"])))
-
-
-def _conditions(results: Mapping[str, Any]) -> list[Row]:
-    environment, first = results["environment"], next(iter(results["tasks"].values()))
-    generation, images = first["generation"], first["preprocessing"]
-    return [
-        ("weights", results["weights_fingerprint"][:16]),
-        ("images", f"{images['size']} x {images['size']} pixels, {images['policy']}"),
-        ("dtype", generation["dtype"]),
-        ("modality-adaptive module", "on" if generation["mam"] else "off"),
-        ("machine", f"{environment['name']}, {environment['processes']} processes"),
-        ("versions", ", ".join(f"{name} {value}" for name, value in first["versions"].items())),
-    ]
+        first = ("", "", "")  # on the first row only
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

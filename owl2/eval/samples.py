@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from owl2.data.sample import Message
 from owl2.processing.chat_template import IMAGE_TOKEN
+
+Item = TypeVar("Item")
 
 NO_IMAGE = "_no_image"  # suffix of the names of the baseline without images
 
@@ -71,3 +73,9 @@ class Response:
 def with_suffix(metrics: dict[str, float], suffix: str) -> dict[str, float]:
     """Metrics under their names with a suffix, as Python floats."""
     return {f"{name}{suffix}": float(value) for name, value in metrics.items()}
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, evenly spaced over all of them."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]

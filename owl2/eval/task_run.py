@@ -9,14 +9,14 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from owl2.engine.engine import Engine
-from owl2.engine.error_isolation import batch_or_errors
+from owl2.engine.offline import answer_all
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.fingerprints import (
     cache_key,
@@ -35,7 +35,6 @@ from owl2.files import atomic_write_text
 from owl2.processing.chat_template import parse_messages
 from owl2.progress import ProgressReporter
 from owl2.sharded_jsonl import Record, ShardedJsonl, to_json
-from owl2.workers import WorkerRank
 
 LM_EVAL_BATCHES = 8  # batches of lm-eval per call
 MAX_LISTED_INVALID = 20  # in results.json; a file next to the responses has all
@@ -53,7 +52,6 @@ class TaskRun:
         invalid: Samples that the model cannot be asked: found by the reader or by the engine.
         baseline: The same task without images.
         conditions: Everything that the responses depend on, except samples, weights and machine.
-        cache: The responses so far, of all processes.
         responses: In the order of the samples.
         seconds: Time for the responses, summed over processes and resumed runs.
         scores: Those of all responses.
@@ -67,7 +65,6 @@ class TaskRun:
     invalid: list[InvalidEvalSample]
     baseline: "TaskRun | None" = None
     conditions: dict[str, Any] = field(default_factory=dict)
-    cache: ShardedJsonl | None = None
     responses: list[Response] = field(default_factory=list)
     seconds: float = 0.0
     scores: Scores | None = None
@@ -92,7 +89,7 @@ class TaskRun:
     # -------------------------------------------------------------- responses
 
     def generate(
-        self, engine: Engine, cache: ShardedJsonl, batch_size: int, worker: WorkerRank, out: Console
+        self, engine: Engine, cache: ShardedJsonl, batch_size: int, console: Console
     ) -> None:
         """Write the responses to the shard of this process into the cache.
 
@@ -101,15 +98,13 @@ class TaskRun:
         Raises:
             InputError: lm-eval is required and not installed; the disk is full.
         """
-        self.cache = cache
         keys = [cache_key(sample) for sample in self.samples]
-        shard = worker.shard(range(len(keys)))
+        shard = cache.worker.shard(range(len(keys)))
         pending = [index for index in shard if keys[index] not in cache]
-        generate = self._generate_by_engine if self._has_engine else self._generate_by_lm_eval
         done = len(shard) - len(pending)
-        with ProgressReporter(out, self.name, len(shard), done, "questions") as progress:
+        with ProgressReporter(console, self.name, len(shard), done, "questions") as progress:
             start = time.perf_counter()
-            for records in generate(engine, pending, batch_size):
+            for records in self.responses_to(pending, engine, batch_size):
                 now = time.perf_counter()
                 for index, record in records.items():
                     record |= {"key": keys[index], "id": self.samples[index].id}
@@ -118,32 +113,22 @@ class TaskRun:
                 progress.advance(len(records))
                 start = now
 
-    @property
-    def _has_engine(self) -> bool:
-        return self.task.config.engine == "owl2"
-
-    def _generate_by_engine(
-        self, engine: Engine, pending: Sequence[int], batch_size: int
+    def responses_to(
+        self, pending: Sequence[int], engine: Engine, batch_size: int
     ) -> Iterator[dict[int, Record]]:
-        """Records by the index of their sample, one batch at a time."""
-        prompts: dict[int, str] = {}
-        invalid: dict[int, Record] = {}
-        for index in pending:
-            try:
-                prompts[index] = render_prompt(engine, self.samples[index])
-            except InputError as error:
-                invalid[index] = {"invalid": str(error)}
-        if invalid:
-            yield invalid
+        """Generate records by the index of their sample, one batch at a time."""
+        if self.task.config.engine == "lm-eval":
+            yield from self._responses_of_lm_eval(pending, engine, batch_size)
+            return
+        prompts = {index: render_prompt(engine, self.samples[index]) for index in pending}
         # Similar lengths need little padding; the longest first, so that a lack of memory shows
         # at the start.
-        order = sorted(prompts, key=lambda index: -len(prompts[index]))
+        order = sorted(pending, key=lambda index: -len(prompts[index]))
+        conversations = (self.samples[index].messages for index in order)
+        texts = answer_all(engine, conversations, batch_size, **self.generation_kwargs)
         for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            conversations = [self.samples[index].messages for index in indices]
-            texts = batch_or_errors(engine, conversations, **self.generation_kwargs)
             records: dict[int, Record] = {}
-            for index, text in zip(indices, texts, strict=True):
+            for index, text in zip(order[start : start + batch_size], texts, strict=False):
                 if isinstance(text, InputError):
                     records[index] = {"invalid": str(text)}
                 else:
@@ -152,8 +137,8 @@ class TaskRun:
                     records[index] = {"prompt": prompts[index], "text": text, "images": digests}
             yield records
 
-    def _generate_by_lm_eval(
-        self, engine: Engine, pending: Sequence[int], batch_size: int
+    def _responses_of_lm_eval(
+        self, pending: Sequence[int], engine: Engine, batch_size: int
     ) -> Iterator[dict[int, Record]]:
         from owl2.eval.adapters.text_tasks import run_lm_eval  # importing lm-eval takes seconds
 
@@ -172,17 +157,15 @@ class TaskRun:
                 for index, response in zip(indices, responses, strict=True)
             }
 
-    def collect(self) -> None:
+    def collect(self, cache: ShardedJsonl) -> None:
         """Wait for the responses of all processes and read them.
 
         Raises:
             InputError: Another process died.
         """
-        assert self.cache is not None
         keys = [cache_key(sample) for sample in self.samples]
-        self.cache.wait(keys)
-        for sample, key in zip(self.samples, keys, strict=True):
-            record = self.cache.record(key)
+        cache.wait(keys)
+        for sample, record in zip(self.samples, map(cache.record, keys), strict=True):
             self.seconds += record["seconds"]
             if "invalid" in record:
                 self.invalid.append(InvalidEvalSample(sample.id, record["invalid"]))
@@ -212,8 +195,8 @@ class TaskRun:
             by_category.setdefault(response.sample.category, []).append(response)
         if len(by_category) > 1:
             self.categories = {
-                category: self.task.metric.score(by_category[category]).metrics
-                for category in sorted(by_category)
+                category: self.task.metric.score(responses).metrics
+                for category, responses in sorted(by_category.items())
             }
 
     @property
@@ -227,59 +210,59 @@ class TaskRun:
     def result(self, limit: int | None) -> dict[str, Any]:
         """The entry of the task in ``results.json``."""
         config, metric = self.task.config, self.task.metric
-        baseline = self.baseline if self.baseline and self.baseline.scores else None
         entry: dict[str, Any] = {"metrics": {}, "n": len(self.responses)}
         if self.categories:
             names = [response.sample.category for response in self.responses]
             entry["per_category"] = {name: {"n": names.count(name)} for name in self.categories}
-        for run, suffix in ((self, ""), *([(baseline, NO_IMAGE)] if baseline else [])):
-            assert run.scores is not None
-            entry["metrics"] |= with_suffix(run.scores.metrics, suffix)
-            for name in self.categories:
-                entry["per_category"][name] |= with_suffix(run.categories.get(name, {}), suffix)
-            entry[f"seconds{suffix}"] = run.seconds
+        for run in self.passes:
+            if run.scores is not None:
+                suffix = run.name.removeprefix(self.name)
+                entry["metrics"] |= with_suffix(run.scores.metrics, suffix)
+                for name in self.categories:
+                    values = run.categories.get(name, {})
+                    entry["per_category"][name] |= with_suffix(values, suffix)
+                entry[f"seconds{suffix}"] = run.seconds
+        files = {self.data.relative_name(path): file_digest(path) for path in self.data.files}
         return {
             **entry,
             "samples_per_second": len(self.responses) / self.seconds if self.seconds else None,
             "limit": limit,
-            "title": config.title,
-            "suite": config.suite,
+            **config.model_dump(
+                include={"title", "suite", "paper", "scale", "note", "num_fewshot"}
+            ),
             "main_metric": metric.main,
-            "paper": dict(config.paper),
-            "scale": config.scale,
-            "note": config.note,
             "prompt": self.data.prompt,
-            "num_fewshot": config.num_fewshot,
             "metric": metric.to_dict(),
             "data": {
-                "files": {
-                    self.data.relative_name(path): file_digest(path) for path in self.data.files
-                },
+                "files": files,
                 "samples": samples_fingerprint(self.samples),
                 "images": images_fingerprint(self.responses),
             },
             "invalid": {
                 "n": len(self.invalid),
-                "first": [invalid_row(item) for item in self.invalid[:MAX_LISTED_INVALID]],
+                "first": [asdict(item) for item in self.invalid[:MAX_LISTED_INVALID]],
             },
             **self.conditions,
         }
 
     def write(self, directory: Path) -> None:
         """Write ``NAME.jsonl``, ``NAME.invalid.jsonl`` and the baseline; remove older files."""
-        rows = [
-            response_row(response, score, image_names(response, directory))
-            for response, score in self.scored
-        ]
-        _write_jsonl(directory / f"{self.name}.jsonl", rows)
-        if self.name.endswith(NO_IMAGE):  # its invalid samples are those of the task
-            return
-        rows = [invalid_row(item) for item in self.invalid]
-        _write_jsonl(directory / f"{self.name}.invalid.jsonl", rows)
-        if self.baseline is None:
-            _write_jsonl(directory / f"{self.name}{NO_IMAGE}.jsonl", [])
-        else:
-            self.baseline.write(directory)
+        # The invalid samples of the baseline are those of the task.
+        files: dict[str, list[Record]] = {
+            f"{self.name}{NO_IMAGE}": [],
+            f"{self.name}.invalid": [asdict(item) for item in self.invalid],
+        }
+        for run in self.passes:
+            files[run.name] = [
+                response_row(response, score, image_names(response, directory))
+                for response, score in run.scored
+            ]
+        for name, rows in files.items():
+            path = directory / f"{name}.jsonl"
+            if rows:
+                atomic_write_text(path, "".join(f"{to_json(row)}\n" for row in rows))
+            else:
+                path.unlink(missing_ok=True)
 
 
 def evaluation_conditions(engine: Engine, run: TaskRun) -> dict[str, Any]:
@@ -308,12 +291,12 @@ def evaluation_conditions(engine: Engine, run: TaskRun) -> dict[str, Any]:
 
 
 def render_prompt(engine: Engine, sample: EvalSample) -> str:
-    """The prompt of a sample, with ``<|image|>`` for each image.
-
-    Raises:
-        InputError: The messages are invalid.
-    """
-    return str(engine.processor.apply_chat_template(sample.messages, add_generation_prompt=True))
+    """The prompt of a sample, with ``<|image|>`` for each image; "" if its messages are invalid."""
+    try:
+        prompt = engine.processor.apply_chat_template(sample.messages, add_generation_prompt=True)
+    except InputError:
+        return ""
+    return str(prompt)
 
 
 def response_row(response: Response, score: SampleScore, images: list[str]) -> Record:
@@ -330,15 +313,3 @@ def response_row(response: Response, score: SampleScore, images: list[str]) -> R
         "response": response.text,
         "score": score,
     }
-
-
-def invalid_row(item: InvalidEvalSample) -> Record:
-    """A line of ``responses/NAME.invalid.jsonl``."""
-    return {"id": item.id, "reason": item.reason}
-
-
-def _write_jsonl(path: Path, rows: Sequence[Record]) -> None:
-    if rows:
-        atomic_write_text(path, "".join(f"{to_json(row)}\n" for row in rows))
-    else:
-        path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from owl2.caption import command
 from owl2.caption.command import CaptionConfig, caption
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from tests.engine.conftest import random_image
 
@@ -34,36 +35,35 @@ def folder(tmp_path):
 def config(folder, tmp_path, tiny_checkpoint):
     return CaptionConfig(
         folder,
-        str(tiny_checkpoint),
+        ModelArgs(str(tiny_checkpoint), device="cpu", dtype="float32"),
         tmp_path / "out" / "captions.jsonl",
         recursive=True,
         max_new_tokens=6,
         batch_size=2,
-        device="cpu",
-        dtype="float32",
     )
 
 
 @pytest.fixture
-def stub(monkeypatch):
+def stub(monkeypatch, folder):
     """An engine without a model: the caption is the file name; names with "bad" are errors."""
     state = SimpleNamespace(asked=[], before_each=lambda name: None)
 
-    def captions(config, paths, engine):
-        for path in paths:
-            name = path.relative_to(config.folder).as_posix()
+    def answer_all(engine, conversations, batch_size, **options):
+        for messages in conversations:
+            path = messages[0]["content"][0]["image"]
+            name = path.relative_to(folder).as_posix()
             state.before_each(name)
             state.asked.append(name)
             error = InputError("broken", ErrorCode.BROKEN_IMAGE)
             yield error if "bad" in path.name else f"a {path.name}"
 
-    monkeypatch.setattr(command, "_captions_by_engine", captions)
-    monkeypatch.setattr(command, "_load_engine", lambda *_: None)
+    monkeypatch.setattr(command, "answer_all", answer_all)
+    monkeypatch.setattr(command, "load_engine", lambda *_: None)
     return state
 
 
 def run(config, **changes):
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=200, highlight=False)
     caption(replace(config, **changes), console)
     return console.file.getvalue()
 

@@ -3,19 +3,18 @@
 import json
 import shutil
 import sys
-import threading
 from dataclasses import replace
 from inspect import signature
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
 from owl2 import Engine
 from owl2.caption import command
 from owl2.caption.command import find_images
 from owl2.cli.caption import caption as caption_options
 from owl2.data.datasets.prompts import CAPTION_PROMPT
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import user_message
 from tests.caption.conftest import DONE, NAMES, files, report, rows, run
@@ -108,9 +107,9 @@ def test_vllm_gets_the_same_conversations(config, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "owl2.vllm_plugin.offline", module)
     with raises_input_error(ErrorCode.CONFLICT, "--device"):
         run(config, engine="vllm")
-    run(config, engine="vllm", device=None)
+    run(config, engine="vllm", model_args=ModelArgs(config.model_args.model, dtype="float32"))
     options = {"do_sample": False, "max_new_tokens": 6}
-    assert given == [(config.model, options, {"dtype": "float32"})]
+    assert given == [(config.model_args.model, options, {"dtype": "float32"})]
     assert [row["caption"] for row in rows(config)] == ["a.png", "1.jpg", "2.PNG", "c.webp"]
     with raises_input_error(ErrorCode.UNKNOWN_NAME, "sglang"):
         run(config, engine="sglang")
@@ -118,7 +117,7 @@ def test_vllm_gets_the_same_conversations(config, folder, monkeypatch):
 
 def test_command_line(run_cli, config, folder):
     def call(output, *arguments):
-        base = ("caption", folder, "--model", config.model, "--device", "cpu")
+        base = ("caption", folder, "--model", config.model_args.model, "--device", "cpu")
         return run_cli(*base, "--max-new-tokens", 3, "--output-file", output, *arguments)
 
     result = call(config.output, "--prompt", "what?", "--recursive")
@@ -138,26 +137,6 @@ def test_command_line(run_cli, config, folder):
 def test_default_prompt_is_the_prompt_of_the_paper():
     assert command.PROMPT == CAPTION_PROMPT
     assert signature(caption_options).parameters["prompt"].default == CAPTION_PROMPT
-
-
-def test_images_are_loaded_ahead_in_order(folder):
-    paths = [folder / name for name in NAMES] * 4
-    loaded = threading.Semaphore(0)
-
-    class Processor:
-        max_pixels = 10**6
-
-        def to_square(self, opened):
-            loaded.release()
-            return opened.resize((4, 4))
-
-    images = command._load_ahead(iter(paths), Processor(), count=3)
-    next(images)
-    for _ in range(4):
-        assert loaded.acquire(timeout=30)
-    assert not loaded.acquire(timeout=0.1), "only 3 images more than the model needs"
-    sizes = [one.size for one in images if isinstance(one, Image.Image)]
-    assert sizes == [(4, 4)] * 19
 
 
 def test_output_of_another_program_is_not_overwritten(config, stub):
@@ -182,7 +161,7 @@ def test_captions_with_other_settings_are_not_mixed(config, stub, changes):
 def test_model_is_identified_by_its_weights(config, tmp_path, tiny_checkpoint):
     moved = tmp_path / "moved"
     shutil.copytree(tiny_checkpoint, moved)
-    other = replace(config, model=str(moved))
+    other = replace(config, model_args=ModelArgs(str(moved)))
     assert other.settings == config.settings
     (weights,) = moved.glob("*.safetensors")
     data = bytearray(weights.read_bytes())

@@ -74,7 +74,7 @@ def test_killed_run_is_resumed(config, stub):
 def test_complete_run_loads_no_model(config, stub, monkeypatch):
     run(config)
     before = config.output.read_bytes()
-    monkeypatch.setattr(command, "_load_engine", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(command, "load_engine", lambda *_: pytest.fail("a model is loaded"))
     run(config)
     assert config.output.read_bytes() == before
     assert len(stub.asked) == len(NAMES)
@@ -183,7 +183,15 @@ def test_an_error_leaves_the_captions_that_exist(config, stub):
 def test_command_is_killed_repeatedly(config, folder, tmp_path):
     for number in range(150):
         random_image(number).save(folder / f"{number:03}.png")
-    base = [sys.executable, "-m", "owl2", "caption", str(folder), "--model", config.model]
+    base = [
+        sys.executable,
+        "-m",
+        "owl2",
+        "caption",
+        str(folder),
+        "--model",
+        config.model_args.model,
+    ]
     base += ["--device", "cpu", "--dtype", "float32", "--batch-size", "4", "--recursive"]
     complete, output = tmp_path / "complete.jsonl", tmp_path / "killed.jsonl"
     subprocess.run([*base, "--output-file", str(complete)], check=True, timeout=300)

@@ -76,4 +76,4 @@ def task(samples, monkeypatch):
 @pytest.fixture
 def plain():
     """A console that is not a terminal, such as a log file."""
-    return Console(file=io.StringIO(), width=80)
+    return Console(file=io.StringIO(), width=80, highlight=False)

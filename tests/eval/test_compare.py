@@ -53,9 +53,10 @@ def test_pairs_have_equal_ids_and_two_scores(tmp_path, plain):
     second = run(tmp_path / "b", {"3": 0.5, "2": 1.0, "1": 0.0, "4": 1.0, "6": 1.0}, {"3": "b"})
     [found] = compare(first, second, tmp_path / "page.html", plain)
     assert [first["id"] for first, _ in found.pairs] == ["1", "2", "3"]
-    assert found.means == (0.5, 0.5)
+    cells = found.cells()
+    assert (cells["A"], cells["B"]) == ("50.0%", "50.0%")
     assert [second["score"] - first["score"] for first, second in found.differing] == [-1.0, 1.0]
-    assert found.cells()[6:] == ("1", "1", "1")
+    assert [*cells.values()][6:] == ["1", "1", "1"]
     assert found.differences == []
 
 

@@ -4,15 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from owl2.engine.load_model import ModelArgs
 from owl2.eval import estimate as module
+from owl2.eval import task_run
 from owl2.eval.estimate import estimate
 from owl2.eval.evaluate import EvalConfig
-from owl2.eval.model_args import EvalModelArgs
 
 
 @pytest.fixture
 def config(tiny_checkpoint, task, tmp_path):
-    model_args = EvalModelArgs(str(tiny_checkpoint), device="cpu")
+    model_args = ModelArgs(str(tiny_checkpoint), device="cpu")
     return EvalConfig(model_args, tmp_path / "out", task.name, batch_size=4)
 
 
@@ -33,21 +34,22 @@ def test_tokens_of_all_prompts_are_counted(config, plain, engine, questions):
     assert "batches of 4 on cpu" in text
 
 
-def test_time_is_extrapolated_from_the_last_trial_batch(config, plain, monkeypatch):
-    now, batches = [0.0], []
+def test_time_is_that_of_a_trial_after_a_warm_up(config, plain, monkeypatch):
+    now, counts = [0.0], []
 
-    def answer(engine, conversations, **options):
-        batches.append(len(conversations))
-        now[0] += 100.0 if len(batches) == 1 else 2.0  # the first one is a warm-up
+    def answer(engine, conversations, batch_size, **options):
+        conversations = list(conversations)
+        counts.append(len(conversations))
+        now[0] += 100.0 if len(counts) == 1 else 4.0  # the first batch is a warm-up
         return ["" for _ in conversations]
 
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(module, "batch_or_errors", answer)
+    monkeypatch.setattr(task_run, "answer_all", answer)
     [found] = estimate(config, plain)
-    assert batches == [4, 4]
-    assert found.seconds == pytest.approx(20 * 2.0 / 4)
+    assert counts == [4, 8]
+    assert found.seconds == pytest.approx(20 * 4.0 / 8)
     assert "0:00:10" in plain.file.getvalue()
-    batches.clear()
+    counts.clear()
     [found] = estimate(replace(config, no_image_baseline=True), plain)
     assert (found.questions, found.images) == (40, 20)
-    assert found.seconds == pytest.approx(40 * 2.0 / 4)
+    assert found.seconds == pytest.approx(40 * 4.0 / 8)

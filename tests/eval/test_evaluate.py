@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from owl2.engine.engine import Engine
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.eval import evaluate as evaluate_module
 from owl2.eval import plots
-from owl2.eval.evaluate import EvalConfig, JudgeConfig, evaluate
-from owl2.eval.model_args import EvalModelArgs
+from owl2.eval.evaluate import EvalConfig, evaluate, load_engine
+from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import InvalidEvalSample
 from owl2.workers import WorkerRank
 from tests.errors import raises_input_error
@@ -26,7 +27,7 @@ REPORTS = {"report.md", "report.html"}
 def config(tiny_checkpoint, task, tmp_path, monkeypatch):
     """Without plots, which take a second each."""
     monkeypatch.setattr(evaluate_module, "has_matplotlib", lambda: False)
-    model_args = EvalModelArgs(str(tiny_checkpoint), device="cpu", dtype="float32")
+    model_args = ModelArgs(str(tiny_checkpoint), device="cpu", dtype="float32")
     return EvalConfig(model_args, tmp_path / "out", task.name, batch_size=6)
 
 
@@ -97,15 +98,13 @@ def test_fingerprints_distinguish_weights_samples_and_images(
     assert other[:2] == before[:2]
     assert other[2] != before[2]
 
-    load = EvalModelArgs.load
-
-    def trained(self, worker):
-        engine = load(self, worker)
+    def trained(config, worker):
+        engine = load_engine(config, worker)
         with torch.no_grad():
             engine.model.lm_head.weight += 0.01
         return engine
 
-    monkeypatch.setattr(EvalModelArgs, "load", trained)
+    monkeypatch.setattr(evaluate_module, "load_engine", trained)
     assert fingerprints()[0] != before[0]
 
 
@@ -146,15 +145,13 @@ def test_second_evaluation_without_baseline_removes_the_old_one(baseline, plain)
 
 
 def test_generation_config_of_the_checkpoint_is_ignored(config, plain, monkeypatch):
-    load = EvalModelArgs.load
-
-    def sampling(self, worker):
-        engine = load(self, worker)
+    def sampling(config, worker):
+        engine = load_engine(config, worker)
         engine.model.generation_config.do_sample = True
         engine.model.generation_config.temperature = 5.0
         return engine
 
-    monkeypatch.setattr(EvalModelArgs, "load", sampling)
+    monkeypatch.setattr(evaluate_module, "load_engine", sampling)
     assert evaluate(config, plain)["tasks"]["tiny"]["metrics"] == {"accuracy": 0.5}
 
 
@@ -283,18 +280,19 @@ def test_task_without_data_is_skipped(config, plain, tmp_path):
 def test_judge_runs_at_the_end_and_may_fail(config, plain, task, monkeypatch):
     calls = []
 
-    def unreachable(run, url, model, log):
-        calls.append((run, url, model, (run / "results.json").is_file()))
+    def unreachable(run, endpoint, console):
+        calls.append((run, endpoint, (run / "results.json").is_file()))
         raise InputError("The server does not answer.", ErrorCode.NETWORK)
 
     monkeypatch.setattr(evaluate_module, "judge_run", unreachable)
-    judged = replace(config, judge=JudgeConfig("http://localhost:1/v1", "j"))
+    endpoint = ChatEndpoint("http://localhost:1/v1", "j")
+    judged = replace(config, judge=endpoint)
     evaluate(judged, plain)
     assert calls == [], "no task needs a judge"
     changed = task.config.model_copy(update={"judge": True})
     monkeypatch.setattr(evaluate_module, "find_tasks", lambda *_: [replace(task, config=changed)])
     evaluate(judged, plain)
-    assert calls == [(config.output, "http://localhost:1/v1", "j", True)]
+    assert calls == [(config.output, endpoint, True)]
     assert "The server does not answer." in plain.file.getvalue()
 
 
@@ -331,9 +329,9 @@ def test_invalid_options_leave_no_files(config, plain, tmp_path):
         ({"model_args": replace(args, model=str(tmp_path / "nowhere"))}, "nowhere"),
         ({"model_args": replace(args, model=str(tmp_path / "file"))}, "file"),
         ({"model_args": replace(args, device="abacus")}, "abacus"),
-        ({"model_args": replace(args, image_size=9)}, "patch"),
-        ({"output": tmp_path / "file"}, "is a file"),
-        ({"output": tmp_path / "file" / "out"}, "is a file"),
+        ({"image_size": 9}, "patch"),
+        ({"output": tmp_path / "file"}, "file"),
+        ({"output": tmp_path / "file" / "out"}, "file"),
         ({"batch_size": 0}, "batch_size"),
         ({"limit": 0}, "limit"),
     ):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from owl2.engine.load_model import ModelArgs
 from owl2.eval import evaluate as evaluate_module
-from owl2.eval.evaluate import EvalConfig, JudgeConfig, evaluate
+from owl2.eval.evaluate import EvalConfig, evaluate
 from owl2.eval.image_refs import find_image
-from owl2.eval.model_args import EvalModelArgs
+from owl2.eval.llm_judge import judge_run
+from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.task_config import task_configs
 from owl2.eval.tasks import find_tasks
 from owl2.processing.image_io import load_image
@@ -42,7 +44,7 @@ def run(tiny_checkpoint, tmp_path_factory):
     ).save_pretrained(model)
     Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3).save_pretrained(model)
     settings = EvalConfig(
-        EvalModelArgs(str(model), "cpu", "float32"),
+        ModelArgs(str(model), "cpu", "float32"),
         output,
         suite="paper",
         data=FIXTURES,
@@ -126,7 +128,7 @@ def test_responses_are_judged_later(run, tmp_path, plain):
         return completion("Rating: 6" if is_hallucination else "0.5")
 
     with serving((500, "busy", 0.0), reply) as server:
-        evaluate_module.judge(output, JudgeConfig(server.url, "judge-1"), plain)
+        judge_run(output, ChatEndpoint(server.url, "judge-1"), plain)
     judged = json.loads((output / "results.json").read_text(encoding="utf-8"))["tasks"]
     for name in ("mm_vet", "mmhal"):
         assert judged[name]["judge"]["model"] == "judge-1"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from owl2.errors import ErrorCode
-from owl2.eval.llm_judge import JudgementLog, judge_rows, judge_run
+from owl2.eval import llm_judge
+from owl2.eval.llm_judge import judge_rows, judge_run
 from owl2.eval.metrics.llm_judge import MM_VET, MMHAL, RUBRICS, parse_rating, parse_score
 from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import EvalSample, Response
@@ -43,11 +44,22 @@ def by_number(scores):
     return step
 
 
-def judge(rows, server, folder, **limits):
-    journal = JudgementLog(folder / "mm_vet.jsonl")
-    return judge_rows(
-        rows, RUBRICS["mm_vet"], quick(server, **limits), journal, "mm_vet", lambda line: None
-    )
+@pytest.fixture
+def judge(tmp_path, plain):
+    """Judges rows of MM-Vet with an endpoint or a server."""
+
+    def run(rows, endpoint):
+        endpoint = endpoint if isinstance(endpoint, ChatEndpoint) else quick(endpoint)
+        path = tmp_path / "mm_vet.jsonl"
+        return judge_rows(rows, RUBRICS["mm_vet"], endpoint, path, plain)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def without_report(monkeypatch):
+    """The results of these tests are too small for a report."""
+    monkeypatch.setattr(llm_judge, "write_report", lambda run: None)
 
 
 # ------------------------------------------------------------------ prompts and replies
@@ -140,11 +152,11 @@ def test_responses_without_a_judgement_do_not_count():
 # ------------------------------------------------------------------ failures
 
 
-def test_failed_requests_are_listed_and_tried_again_later(tmp_path):
+def test_failed_requests_are_listed_and_tried_again_later(judge):
     trouble = {3: (500, "broken", 0.0), 5: completion("no idea"), 7: (400, "too long", 0.0)}
     rows = [row(number) for number in range(9)]
     with serving(by_number({n: n / 10 for n in range(9)} | trouble)) as server:
-        result = judge(rows, server, tmp_path, attempts=2)
+        result = judge(rows, quick(server, attempts=2))
         assert (result.judged, result.new) == (6, 6)
         assert result.failed.keys() == {"v1_3", "v1_5", "v1_7"}
         assert "500: broken (2 attempts)" in result.failed["v1_3"]
@@ -153,86 +165,80 @@ def test_failed_requests_are_listed_and_tried_again_later(tmp_path):
         assert rows[3]["judgement"] is None
         server.asked.clear()
         server.script = [by_number({3: 0.3, 5: 0.5, 7: 0.7})]
-        result = judge(rows, server, tmp_path)
+        result = judge(rows, server)
         assert (result.judged, result.new, result.failed) == (9, 3, {})
         assert len(server.asked) == 3
     assert [row["judgement"]["value"] for row in rows] == [n / 10 for n in range(9)]
 
 
-def test_other_responses_and_other_judges_need_new_judgements(tmp_path):
+def test_other_responses_and_other_judges_need_new_judgements(judge):
     with serving(completion("Score: 0.5")) as server:
-        judge([row(1)], server, tmp_path)
-        judge([row(1)], server, tmp_path)
+        judge([row(1)], server)
+        judge([row(1)], server)
         assert len(server.asked) == 1
-        judge([row(1, response="another")], server, tmp_path)
+        judge([row(1, response="another")], server)
         assert len(server.asked) == 2
-        journal = JudgementLog(tmp_path / "mm_vet.jsonl")
-        other = ChatEndpoint(server.url, "judge-2", backoff=0.01)
-        judge_rows([row(1)], RUBRICS["mm_vet"], other, journal, "mm_vet", lambda line: None)
+        judge([row(1)], ChatEndpoint(server.url, "judge-2", backoff=0.01))
         assert len(server.asked) == 3
 
 
-def test_any_text_can_be_judged(run):
+def test_any_text_can_be_judged(run, plain):
     half = row(0, response="half \ud83e")
     (run / "responses" / "mm_vet.jsonl").write_text(json.dumps(half) + "\n")
     with serving(completion("Score: 1")) as server:
         for _ in range(2):
-            done = judge_run(run, server.url, "j", lambda line: None, endpoint=quick(server))
+            done = judge_run(run, quick(server), plain)
         assert len(server.asked) == 1
     assert done["mm_vet"].judged == 1
     [line] = (run / "responses" / "mm_vet.jsonl").read_text().splitlines()
     assert json.loads(line)["response"] == half["response"]
 
 
-def test_torn_line_is_judged_again(tmp_path):
+def test_torn_line_is_judged_again(judge, tmp_path):
     rows = [row(1), row(2)]
     with serving(by_number({1: 0.1, 2: 0.2})) as server:
-        judge(rows, server, tmp_path)
+        judge(rows, server)
         path = tmp_path / "mm_vet.jsonl"
         path.write_bytes(path.read_bytes()[:-20])
-        assert judge(rows, server, tmp_path).judged == 2
+        assert judge(rows, server).judged == 2
         assert len(server.asked) == 3
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
 
 
-def test_unreachable_server_cancels_the_remaining_requests(tmp_path):
-    lines = []
-    rows = [row(number) for number in range(60)]
+def test_unreachable_server_cancels_the_remaining_requests(judge, plain):
     with serving(completion("1")) as server:
-        gone = quick(server, attempts=1)
-    journal = JudgementLog(tmp_path / "mm_vet.jsonl")
-    result = judge_rows(rows, RUBRICS["mm_vet"], gone, journal, "mm_vet", lines.append)
+        closed = quick(server, attempts=1)
+    result = judge([row(number) for number in range(60)], closed)
     assert result.judged == 0
     assert len(result.failed) == 60
     assert "cancelled" in result.failed["v1_59"]
+    lines = plain.file.getvalue().splitlines()
     assert len(lines) < 30
     assert "0 of 60" in lines[-1]
 
 
-def test_rejected_key_keeps_earlier_judgements(tmp_path):
+def test_rejected_key_keeps_earlier_judgements(judge, tmp_path):
     rows = [row(number) for number in range(30)]
     scores = {n: 0.5 if n < 3 else (401, "no credit", 0.1) for n in range(30)}
     with serving(by_number(scores)) as server:
         with raises_input_error(ErrorCode.NETWORK, "401: no credit"):
-            judge(rows, server, tmp_path)
+            judge(rows, server)
         assert len(server.asked) < 30
-    assert len(JudgementLog(tmp_path / "mm_vet.jsonl").known) == 3
+    assert len((tmp_path / "mm_vet.jsonl").read_text().splitlines()) == 3
 
 
-def test_interrupt_stops_further_attempts(tmp_path):
+def test_interrupt_stops_further_attempts(judge, plain, monkeypatch):
     class Stopped(Exception):
         pass
 
-    def log(line):
+    def out(line):
         raise Stopped
 
-    rows = [row(0), row(1)]
+    monkeypatch.setattr(plain, "out", out)
     scores = {0: (400, "never", 0.3), 1: (500, "busy", 0.0)}
     with serving(by_number(scores)) as server:
-        patient = quick(server, backoff=0.6)
-        journal = JudgementLog(tmp_path / "mm_vet.jsonl")
         with pytest.raises(Stopped):  # while the second request waits for its next attempt
-            judge_rows(rows, RUBRICS["mm_vet"], patient, journal, "mm_vet", log)
+            judge([row(0), row(1)], quick(server, backoff=0.6))
         assert not server.another_request(1.2)
         assert len(server.asked) == 2
 
@@ -250,9 +256,9 @@ def run(tmp_path) -> Path:
     return tmp_path
 
 
-def test_results_and_responses_of_a_run_get_the_scores(run):
+def test_results_and_responses_of_a_run_get_the_scores(run, plain):
     with serving(by_number({0: 0.0, 1: 1.0, 2: 0.5, 3: (400, "no", 0.0)})) as server:
-        done = judge_run(run, server.url, "judge-1", lambda line: None, endpoint=quick(server))
+        done = judge_run(run, quick(server), plain)
         url = server.url
     assert done["mm_vet"].judged == 3
     tasks = json.loads((run / "results.json").read_text())["tasks"]
@@ -269,7 +275,7 @@ def test_results_and_responses_of_a_run_get_the_scores(run):
     assert rows[1]["judgement"]["reply"] == "Score: 1.0"
 
 
-def test_categories_and_the_baseline_get_scores(tmp_path):
+def test_categories_and_the_baseline_get_scores(tmp_path, plain):
     metadata = {"reference": "no dog", "content": "cat"}
     rows = [
         {**row(n), "metadata": metadata, "category": name} for n, name in enumerate(["a", "a", "b"])
@@ -289,7 +295,7 @@ def test_categories_and_the_baseline_get_scores(tmp_path):
         return completion(f"Rating: {number if 'a guess' in text else number + 3}")
 
     with serving(step) as server:
-        done = judge_run(tmp_path, server.url, "j", lambda line: None, endpoint=quick(server))
+        done = judge_run(tmp_path, quick(server), plain)
     assert done["mmhal"].judged == 6
     entry = json.loads((tmp_path / "results.json").read_text())["tasks"]["mmhal"]
     metrics, categories = entry["metrics"], entry["per_category"]
@@ -299,9 +305,10 @@ def test_categories_and_the_baseline_get_scores(tmp_path):
     assert categories["b"]["score_no_image"] == 2.0
 
 
-def test_directory_without_responses_to_judge_is_an_error(run, tmp_path):
+def test_directory_without_responses_to_judge_is_an_error(run, tmp_path, plain):
+    endpoint = ChatEndpoint("http://localhost:1/v1", "judge-1")
     with raises_input_error(ErrorCode.FILE_NOT_FOUND, "results.json"):
-        judge_run(tmp_path / "nowhere", "http://localhost:1/v1", "judge-1")
+        judge_run(tmp_path / "nowhere", endpoint, plain)
     (run / "results.json").write_text('{"tasks": {"mme": {}}}')
     with raises_input_error(ErrorCode.EMPTY_DATASET, run):
-        judge_run(run, "http://localhost:1/v1", "judge-1")
+        judge_run(run, endpoint, plain)

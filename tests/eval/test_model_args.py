@@ -1,12 +1,15 @@
 """The options of the ablations change the model, and never the checkpoint."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
-from owl2.eval import model_args
-from owl2.eval.model_args import EvalModelArgs
+from owl2.eval import evaluate
+from owl2.eval.evaluate import EvalConfig, load_engine
 from owl2.model.variants import VISUAL_KEY
 from owl2.workers import WorkerRank
 from tests.errors import raises_input_error
@@ -29,10 +32,9 @@ def logits(engine, **changed):
         return engine.model(**{**inputs(engine), **changed}).logits
 
 
-def load(checkpoint, **changes):
-    return EvalModelArgs(str(checkpoint), device="cpu", dtype="float32", **changes).load(
-        WorkerRank()
-    )
+def load(checkpoint, image_policy=None, **changes):
+    args = ModelArgs(str(checkpoint), "cpu", "float32", image_policy)
+    return load_engine(EvalConfig(args, Path("unused"), **changes), WorkerRank())
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_without_mam_images_use_the_text_weights(trained):
 
 
 def test_mam_of_a_lora_cannot_be_disabled(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(model_args, "has_adapter", lambda model: True)
+    monkeypatch.setattr(evaluate, "has_adapter", lambda model: True)
     with raises_input_error(ErrorCode.UNSUPPORTED, "owl2 merge"):
         load(tiny_checkpoint, mam=False)
 
@@ -79,17 +81,11 @@ def test_image_size_and_policy(tiny_checkpoint):
 
 
 def test_each_process_has_its_own_gpu(tiny_checkpoint, monkeypatch):
-    asked = []
+    def stop(args):
+        raise InputError(f"on {args.device}", ErrorCode.INVALID_VALUE)
 
-    def choose(device=None):
-        asked.append(device)
-        return torch.device(device or "cuda")
-
-    def stop(name, device, dtype):
-        raise InputError(f"on {device}", ErrorCode.INVALID_VALUE)
-
-    monkeypatch.setattr(model_args, "select_device", choose)
-    monkeypatch.setattr(model_args, "load_model", stop)
+    monkeypatch.setattr(evaluate, "select_device", lambda device: torch.device(device or "cuda"))
+    monkeypatch.setattr(ModelArgs, "load_model", stop)
     for device, worker, expected in (
         (None, WorkerRank(), "cuda"),
         (None, WorkerRank(3, 4, 1), "cuda:1"),
@@ -97,5 +93,5 @@ def test_each_process_has_its_own_gpu(tiny_checkpoint, monkeypatch):
         ("cpu", WorkerRank(3, 4, 1), "cpu"),
     ):
         with pytest.raises(InputError) as error:
-            EvalModelArgs(str(tiny_checkpoint), device).load(worker)
+            load_engine(EvalConfig(ModelArgs("x", device), Path("unused")), worker)
         assert str(error.value) == f"on {expected}"

@@ -1,5 +1,6 @@
 """Retries and permanent errors of the client for chat endpoints."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -8,6 +9,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from owl2.errors import ErrorCode
+from owl2.eval import openai_client
 from owl2.eval.openai_client import ChatEndpoint, NoReplyError
 from tests.errors import raises_input_error
 from tests.eval.stub import completion, serving
@@ -19,18 +21,18 @@ def stub():
         yield lambda *script: stack.enter_context(serving(*script))
 
 
-def endpoint(server, **limits):
-    return ChatEndpoint(server.url, "judge-1", **{"backoff": 0.01, "timeout": 5.0, **limits})
-
-
-def number(reply):
-    return float(reply) if reply.isdecimal() else None
+def ask(url, **limits):
+    """The reply of the endpoint, which is usable if it is a number."""
+    endpoint = ChatEndpoint(url, "judge-1", **{"backoff": 0.01, "timeout": 5.0, **limits})
+    return asyncio.run(
+        endpoint.ask("How many?", lambda reply: float(reply) if reply.isdecimal() else None)
+    )
 
 
 def test_request_is_a_chat_completion(stub, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server = stub(completion("7"))
-    assert endpoint(server).ask("How many?", number) == (7.0, "7")
+    assert ask(server.url) == (7.0, "7")
     [body] = server.asked
     assert (body["model"], body["temperature"]) == ("judge-1", 0)
     assert body["messages"] == [{"role": "user", "content": "How many?"}]
@@ -42,7 +44,7 @@ def test_request_is_a_chat_completion(stub, monkeypatch):
 def test_complete_url_without_a_key(stub, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     server = stub(completion("7"))
-    ChatEndpoint(f"{server.url}/chat/completions", "judge-1").ask("?", number)
+    ask(f"{server.url}/chat/completions")
     [(path, headers)] = server.headers
     assert path == "/v1/chat/completions"
     assert "Authorization" not in headers
@@ -64,48 +66,45 @@ def test_complete_url_without_a_key(stub, monkeypatch):
 )
 def test_temporary_failures_are_retried(stub, failure):
     server = stub(failure, failure, completion("7"))
-    assert endpoint(server, timeout=0.3).ask("?", number) == (7.0, "7")
+    assert ask(server.url, timeout=0.3) == (7.0, "7")
     assert len(server.asked) == 3
 
 
-def test_reason_of_the_last_failure_is_reported(stub):
-    server = stub((500, "the disk is full", 0.0))
+@pytest.mark.parametrize(
+    ("step", "needle"),
+    [
+        ((500, "the disk is full", 0.0), "500: the disk is full (3 attempts)"),
+        (completion("hm"), "'hm' (3 attempts)"),
+    ],
+)
+def test_reason_of_the_last_failure_is_reported(stub, step, needle):
+    server = stub(step)
     with pytest.raises(NoReplyError) as error:
-        endpoint(server, attempts=3).ask("?", number)
-    assert "500: the disk is full (3 attempts)" in str(error.value)
+        ask(server.url, attempts=3)
+    assert needle in str(error.value)
     assert error.value.reached
     assert len(server.asked) == 3
-    with pytest.raises(NoReplyError) as error:
-        endpoint(stub(completion("hm")), attempts=2).ask("?", number)
-    assert "'hm'" in str(error.value)
 
 
-class NeverSet(threading.Event):
-    """Is never set, and returns immediately."""
+def test_waits_between_attempts_double(stub, monkeypatch):
+    waits = []
 
-    def __init__(self):
-        super().__init__()
-        self.waits = []
+    async def sleep(seconds):
+        waits.append(seconds)
 
-    def wait(self, timeout=None):
-        self.waits.append(timeout)
-        return False
-
-
-def test_waits_between_attempts_double(stub):
-    stop = NeverSet()
+    monkeypatch.setattr(openai_client.asyncio, "sleep", sleep)
     with pytest.raises(NoReplyError):
-        endpoint(stub((500, "", 0)), attempts=4, backoff=0.5).ask("?", number, stop)
-    assert stop.waits == [0.5, 1.0, 2.0]
+        ask(stub((500, "", 0)).url, attempts=4, backoff=0.5)
+    assert waits == [0.5, 1.0, 2.0]
 
 
 def test_unreachable_server():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-    with pytest.raises(NoReplyError) as caught:
-        ChatEndpoint(url, "judge-1", attempts=2, backoff=0.01).ask("?", number)
-    assert not caught.value.reached
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+    with pytest.raises(NoReplyError) as error:
+        ask(url, attempts=2)
+    assert not error.value.reached
 
 
 @pytest.mark.parametrize(("code", "needle"), [(401, "the key"), (404, "the model")])
@@ -113,7 +112,7 @@ def test_permanent_errors_are_not_retried(stub, code, needle, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     server = stub((code, "no", 0.0))
     with raises_input_error(ErrorCode.NETWORK, f"{code}: no", needle, "OPENAI_API_KEY"):
-        endpoint(server).ask("?", number)
+        ask(server.url)
     assert len(server.asked) == 1
 
 
@@ -121,36 +120,22 @@ def test_key_is_not_sent_to_the_target_of_a_redirect(stub):
     server = stub(completion("7"))
     other = stub((307, server.url, 0.0))
     with raises_input_error(ErrorCode.NETWORK, server.url):
-        endpoint(other).ask("?", number)
+        ask(other.url)
     assert server.asked == []
 
 
 def test_rejected_prompt_does_not_affect_others(stub):
     server = stub((400, "too long", 0.0), completion("7"))
     with pytest.raises(NoReplyError) as error:
-        endpoint(server).ask("?", number)
+        ask(server.url)
     assert "400: too long" in str(error.value)
-    assert endpoint(server).ask("?", number)[0] == 7.0
+    assert ask(server.url)[0] == 7.0
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "", "http://"])
 def test_invalid_url_is_an_error(url):
     with raises_input_error(ErrorCode.INVALID_VALUE, repr(url)):
         ChatEndpoint(url, "judge-1")
-
-
-def test_stop_prevents_further_attempts(stub):
-    stop = threading.Event()
-
-    def fail(body):
-        stop.set()
-        return 500, "busy", 0.0
-
-    server = stub(fail)
-    with pytest.raises(NoReplyError) as error:
-        endpoint(server, backoff=30.0).ask("?", number, stop)
-    assert "500: busy" in str(error.value)
-    assert len(server.asked) == 1
 
 
 def test_timeout_covers_the_complete_reply():
@@ -166,9 +151,8 @@ def test_timeout_covers_the_complete_reply():
                     time.sleep(0.05)
 
         threading.Thread(target=drip, daemon=True).start()
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
         start = time.monotonic()
         with pytest.raises(NoReplyError) as error:
-            ChatEndpoint(url, "j", timeout=0.3, attempts=1).ask("?", number)
+            ask(f"http://127.0.0.1:{server.getsockname()[1]}/v1", timeout=0.3, attempts=1)
         assert "0.3 s" in str(error.value)
         assert time.monotonic() - start < 3

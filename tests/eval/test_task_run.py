@@ -22,9 +22,9 @@ def generate(engine, task, plain, tmp_path):
         run = TaskRun("tiny", task, EvalData((), "{question}"), list(samples), [])
         path = tmp_path / "tiny.jsonl"
         with ShardedJsonl(path, {"settings": settings}, worker) as cache:
-            run.generate(engine, cache, batch_size, worker, plain)
+            run.generate(engine, cache, batch_size, plain)
             if collected:
-                run.collect()
+                run.collect(cache)
         return run
 
     return run
@@ -32,13 +32,13 @@ def generate(engine, task, plain, tmp_path):
 
 @pytest.fixture
 def batches(engine, monkeypatch):
-    """The texts of each batch that the engine gets."""
+    """The number of tokens of each prompt, by batch."""
     seen = []
     batch = engine.batch
 
-    def record(conversations, **options):
-        seen.append([turns[0]["content"][1]["text"] for turns in conversations])
-        return batch(conversations, **options)
+    def record(prompts, **options):
+        seen.append([len(prompt.ids) for prompt in prompts])
+        return batch(prompts, **options)
 
     monkeypatch.setattr(engine, "batch", record)
     return seen
@@ -67,9 +67,9 @@ def test_batch_size_does_not_change_responses(generate, engine, questions):
 def test_batches_have_similar_lengths(generate, batches, questions):
     generate(questions, 6)
     assert [len(batch) for batch in batches] == [6, 6, 6, 2]
-    lengths = [len(text) for batch in batches for text in batch]
+    lengths = [sum(batch) / len(batch) for batch in batches]
     assert lengths == sorted(lengths, reverse=True)
-    assert lengths[0] > lengths[-1]
+    assert lengths[0] > lengths[-1] + 10
 
 
 def test_responses_are_written_before_the_next_batch(

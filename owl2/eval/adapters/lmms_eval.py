@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from owl2.data.sample import Message
 from owl2.engine.engine import MAX_NUM_SEQS, Engine
-from owl2.engine.error_isolation import batch_or_errors
+from owl2.engine.offline import answer_all
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.adapters.requests import load_visuals, sampling_kwargs, to_messages, truncate
 from owl2.processing.image_processing import ImagePolicy
@@ -103,7 +103,7 @@ class LmmsEvalModel(lmms):
             for options, until, indices in self._batches(requests):
                 messages = {index: self._messages(requests[index]) for index in indices}
                 valid = {index: turns for index, turns in messages.items() if turns is not None}
-                texts = batch_or_errors(self.engine, [*valid.values()], **options)
+                texts = answer_all(self.engine, valid.values(), self.batch_size, **options)
                 for index, text in zip(valid, texts, strict=True):
                     if isinstance(text, InputError):
                         self._add_invalid(requests[index], text)

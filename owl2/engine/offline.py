@@ -1,0 +1,56 @@
+"""Offline inference: any number of conversations in batches, of which some may be invalid."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from owl2.errors import InputError
+from owl2.processing.chat_template import Message
+from owl2.processing.prepared_prompt import PreparedPrompt
+
+if TYPE_CHECKING:
+    from owl2.engine.engine import Engine
+
+Messages = Sequence[Message]
+
+
+def answer_all(
+    engine: "Engine", conversations: Iterable[Messages], batch_size: int, **options: Any
+) -> Iterator[str | InputError]:
+    """The answer to each conversation, in order, or the error that prevents it.
+
+    Conversations are read lazily. Threads read the images of the next batch in the meantime.
+
+    Args:
+        batch_size: Conversations per batch.
+        options: As `Engine.batch` takes them.
+    """
+
+    def encode(messages: Messages) -> PreparedPrompt | InputError:
+        try:
+            return engine.encode(messages)
+        except InputError as error:
+            return error
+
+    def answer(prompts: list[PreparedPrompt]) -> list[str] | list[InputError]:
+        try:
+            return engine.batch(prompts, **options)
+        except InputError as error:  # such as logits that are not finite
+            if len(prompts) == 1:
+                return [error]
+        return [text for prompt in prompts for text in answer([prompt])]
+
+    remaining = iter(conversations)
+    with ThreadPoolExecutor() as pool:
+
+        def submit() -> list[Future[PreparedPrompt | InputError]]:
+            return [pool.submit(encode, messages) for messages in islice(remaining, batch_size)]
+
+        pending = submit()
+        while pending:
+            prompts = [future.result() for future in pending]
+            pending = submit()
+            answers = iter(answer([one for one in prompts if isinstance(one, PreparedPrompt)]))
+            for prompt in prompts:
+                yield prompt if isinstance(prompt, InputError) else next(answers)
