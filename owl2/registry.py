@@ -29,13 +29,13 @@ def look_up(kind: str, name: object, table: Mapping[str, Entry]) -> Entry:
     )
 
 
-def read_setting(text: str) -> tuple[str, Any]:
+def read_setting(text: str, loader: Any = yaml.SafeLoader) -> tuple[str, Any]:
     """`option=value` as a pair; the value is parsed as YAML. Raises `InputError` if it is not."""
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise InputError(f"{text!r} must have the form option=value", ErrorCode.INVALID_FORMAT)
     try:
-        return key, yaml.safe_load(value)
+        return key, yaml.load(value, loader)
     except yaml.YAMLError as error:
         raise InputError(
             f"{text!r}: the value is not valid YAML: {error}", ErrorCode.INVALID_FORMAT

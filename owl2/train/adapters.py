@@ -104,7 +104,7 @@ def apply_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Tra
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # it is only divided by r
         lora_dropout=settings.lora_dropout,
-        target_modules=_pattern(_target_linears(model, settings)),
+        target_modules=_target_modules(model, settings),
     )
     modules_to_save = [MODULES[part] for part in settings.modules_to_save]
     with torch.random.fork_rng(devices=[]):  # peft initializes on the CPU
@@ -133,18 +133,16 @@ def cast_frozen_to_bf16(model: nn.Module) -> None:
                     parameter.data = parameter.data.bfloat16()
 
 
-def _target_linears(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """The names of the Linears that get LoRA."""
+def _target_modules(model: nn.Module, settings: LoraSettings) -> str:
+    """A regular expression that matches exactly the Linears that get LoRA."""
     prefixes = tuple(f"{MODULES[part]}." for part in settings.parts)
     linears = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(prefixes)
     ]
-    if settings.target_modules is None:
-        return linears
-    chosen: set[str] = set()
-    for target in settings.target_modules:
+    chosen = set(linears if settings.target_modules is None else ())
+    for target in settings.target_modules or ():
         found = {name for name in linears if f".{target}." in f".{name}."}
         if not found:
             # Without the modality of multiway Linears.
@@ -155,13 +153,8 @@ def _target_linears(model: nn.Module, settings: LoraSettings) -> list[str]:
                 ErrorCode.UNKNOWN_NAME,
             )
         chosen |= found
-    return sorted(chosen)
-
-
-def _pattern(names: list[str]) -> str:
-    """A regular expression that matches exactly these Linears in every layer."""
-    kinds = {r"\.layers\.\d+\.".join(map(re.escape, LAYER.split(name))) for name in names}
-    return "|".join(sorted(kinds))
+    patterns = {r"\.layers\.\d+\.".join(map(re.escape, LAYER.split(name))) for name in chosen}
+    return "|".join(sorted(patterns))
 
 
 def merge(

@@ -21,11 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainerCallback
 
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text
-from owl2.train.disk_errors import flush_directory, translate_disk_errors
+from owl2.train.disk_errors import translate_disk_errors
 from owl2.train.distributed import DistributedContext
 from owl2.train.recipe import Recipe
 
@@ -56,10 +57,19 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A checkpoint of the Trainer and the progress of the run."""
+    """A complete checkpoint: the content of `latest.json`.
 
-    directory: Path
+    Attributes:
+        checkpoint: Name of its directory.
+        progress: Of the run.
+        files: Sizes of its files in bytes.
+    """
+
+    checkpoint: str
     progress: TrainingProgress
+    world_size: int
+    sharding: str | None
+    files: dict[str, int]
 
 
 def checkpoints_of(output: Path) -> Path:
@@ -75,7 +85,6 @@ def find_state(recipe: Recipe, context: DistributedContext) -> SavedState | None
             damaged state or one of other processes, and `overwrite` is not set.
     """
     output = Path(recipe.output)
-    checkpoints = checkpoints_of(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"output: {output} is a file; give a directory", ErrorCode.FILE_EXISTS)
     if (output / "model").exists() and not recipe.overwrite:
@@ -83,21 +92,44 @@ def find_state(recipe: Recipe, context: DistributedContext) -> SavedState | None
             f"{output / 'model'} is a finished model; give another `output`, or overwrite=true",
             ErrorCode.FILE_EXISTS,
         )
+    if not (checkpoints_of(output) / "latest.json").is_file():
+        return None
     try:
-        if not (checkpoints / "latest.json").is_file():
-            return None
-        before, now = _read_json(checkpoints / "recipe.json"), _identity(recipe)
-        if changed := [key for key in now if before.get(key) != now[key]]:
-            raise InputError(
-                f"{output} contains an unfinished run of another recipe (different "
-                f"{', '.join(changed)}); give another `output`, or overwrite=true to start over",
-                ErrorCode.RESUME_MISMATCH,
-            )
-        return _latest(checkpoints, context)
+        return _read_state(checkpoints_of(output), recipe, context)
     except InputError:
         if recipe.overwrite:
             return None
         raise
+
+
+def _read_state(checkpoints: Path, recipe: Recipe, context: DistributedContext) -> SavedState:
+    def mismatch(problem: str) -> InputError:
+        return InputError(
+            f"the run in {checkpoints.parent} cannot be resumed: {problem}; give another `output`, "
+            "or overwrite=true to start over",
+            ErrorCode.RESUME_MISMATCH,
+        )
+
+    def read(name: str, kind: Any) -> Any:
+        try:
+            return TypeAdapter(kind).validate_json((checkpoints / name).read_bytes())
+        except (OSError, ValidationError) as error:
+            raise mismatch(f"{checkpoints / name} is missing or damaged") from error
+
+    before, now = read("recipe.json", dict[str, Any]), _identity(recipe)
+    if changed := [key for key in now if before.get(key) != now[key]]:
+        raise mismatch(f"its recipe differs in {', '.join(changed)}")
+    saved: SavedState = read("latest.json", SavedState)
+    for name, size in saved.files.items():
+        path = checkpoints / saved.checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise mismatch(f"{path.parent} lacks {name}, or a part of it")
+    if (saved.world_size, saved.sharding) != (context.world_size, context.sharding):
+        raise mismatch(
+            f"{saved.checkpoint} was written by {saved.world_size} processes (sharding: "
+            f"{saved.sharding}), but there are {context.world_size} (sharding: {context.sharding})"
+        )
+    return saved
 
 
 def start_run(recipe: Recipe, saved: SavedState | None) -> None:
@@ -107,7 +139,7 @@ def start_run(recipe: Recipe, saved: SavedState | None) -> None:
     for part in output.glob(".model.part-*"):
         shutil.rmtree(part)
     if saved is not None:
-        _remove_others(saved.directory)
+        _remove_others(checkpoints / saved.checkpoint)
         return
     if checkpoints.exists():
         # First, so that a crash during the removal leaves no pointer to a removed checkpoint.
@@ -126,54 +158,18 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude=KEYS_IGNORED_ON_RESUME)
 
 
-def _latest(checkpoints: Path, context: DistributedContext) -> SavedState:
-    pointer = checkpoints / "latest.json"
-    content = _read_json(pointer)
-    try:
-        saved = SavedState(
-            checkpoints / content["checkpoint"], TrainingProgress(**content["progress"])
-        )
-        world_size, sharding = content["world_size"], content["sharding"]
-        for name, size in content["files"].items():
-            path = saved.directory / name
-            if not path.is_file() or path.stat().st_size != size:
-                raise _damaged(saved.directory, f"lacks {name}, or a part of it")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(pointer, "does not describe a checkpoint") from error
-    state = saved.directory / "trainer_state.json"
-    if _read_json(state).get("global_step") != saved.progress.step:
-        raise _damaged(state, f"is not of step {saved.progress.step}")
-    if (world_size, sharding) != (context.world_size, context.sharding):
-        raise InputError(
-            f"{saved.directory} was written by {world_size} processes (sharding: {sharding}), but "
-            f"there are {context.world_size} (sharding: {context.sharding}): resume with the same "
-            "configuration, or overwrite=true to start over",
-            ErrorCode.RESUME_MISMATCH,
-        )
-    return saved
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _damaged(path, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:  # invalid JSON or UTF-8
-        raise _damaged(path, "is damaged") from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "is damaged")
-    return content
-
-
-def _damaged(path: Path, problem: str) -> InputError:
-    return InputError(
-        f"{path} {problem}, so the run cannot be resumed; overwrite=true starts over",
-        ErrorCode.RESUME_MISMATCH,
-    )
-
-
 class CheckpointCallback(TrainerCallback):
-    """Publishes each complete checkpoint in `latest.json` and removes the previous one."""
+    """Publishes each complete checkpoint in `latest.json` and removes the previous one.
+
+    On SIGINT or SIGTERM: finish the step, save a checkpoint, stop; in all processes. A second
+    signal ends a single process immediately. With several processes it does not, because launchers
+    forward signals, so that each may arrive twice.
+
+    Attributes:
+        signal: The signal that stopped the run, or 0.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(
         self,
@@ -185,68 +181,11 @@ class CheckpointCallback(TrainerCallback):
         self.checkpoints = checkpoints_of(output)
         self.progress = progress
         self.context = context
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # After the last step the model is written; resuming there would train one step too many.
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-        # The loss of a log line is the mean since the previous line. With a line at each
-        # checkpoint, a resumed run writes the same lines as an uninterrupted one.
-        control.should_log |= control.should_save
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        progress = self.progress(state.global_step)
-        with self.context.raise_on_all_ranks():
-            if self.context.is_main:
-                directory = self.checkpoints / f"checkpoint-{state.global_step}"
-                with translate_disk_errors(directory):
-                    self._publish(directory, progress)
-                _remove_others(directory)
-
-    def _publish(self, directory: Path, progress: TrainingProgress) -> None:
-        files = flush_directory(directory)
-        size = self.context.world_size
-        ranks = [f"rng_state_{rank}.pth" for rank in range(size)] if size > 1 else ["rng_state.pth"]
-        if missing := [name for name in ranks if name not in files]:
-            raise InputError(
-                f"{directory} lacks {missing[0]}: `output` must be on a disk that all nodes share",
-                ErrorCode.FILE_NOT_FOUND,
-            )
-        pointer = {
-            "checkpoint": directory.name,
-            "progress": asdict(progress),
-            "world_size": size,
-            "sharding": self.context.sharding,
-            "files": files,
-        }
-        atomic_write_text(self.checkpoints / "latest.json", json.dumps(pointer) + "\n")
-
-
-class SignalCallback(TrainerCallback):
-    """On SIGINT or SIGTERM: finish the step, save a checkpoint, stop; in all processes.
-
-    A second signal ends a single process immediately. With several processes it does not, because
-    launchers forward signals, so that each may arrive twice.
-
-    Attributes:
-        signal: The signal that stopped the run, or 0.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, context: DistributedContext) -> None:
-        self.context = context
         self.signal = 0
         self._received = 0
         self._handlers: dict[int, Any] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         process = os.getpid()
 
         def receive(number: int, frame: FrameType | None) -> None:
@@ -256,7 +195,7 @@ class SignalCallback(TrainerCallback):
             if os.getpid() != process or not first:
                 return
             if self.context.world_size == 1:
-                self.restore()
+                self.restore_handlers()
             if self.context.is_main:
                 # Not `print`, because the signal may have interrupted a `print`.
                 os.write(2, b"\nfinishing this step, then saving a checkpoint\n")
@@ -264,15 +203,49 @@ class SignalCallback(TrainerCallback):
         for number in self.SIGNALS:
             self._handlers[number] = signal.signal(number, receive)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        counts = self.context.all_reduce_sum(*(self._received == s for s in self.SIGNALS))
-        if any(counts) and state.global_step < state.max_steps:
-            self.signal = max(s for s, count in zip(self.SIGNALS, counts, strict=True) if count)
-            control.should_log = control.should_save = control.should_training_stop = True
-
-    def restore(self) -> None:
+    def restore_handlers(self) -> None:
         """Restore the previous signal handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_last = state.global_step >= state.max_steps
+        counts = self.context.all_reduce_sum(*(self._received == s for s in self.SIGNALS))
+        if any(counts) and not is_last:
+            self.signal = max(s for s, count in zip(self.SIGNALS, counts, strict=True) if count)
+            control.should_save = control.should_training_stop = True
+        # After the last step the model is written; resuming there would train one step too many.
+        control.should_save &= not is_last
+        # The loss of a log line is the mean since the previous line. With a line at each
+        # checkpoint, a resumed run writes the same lines as an uninterrupted one.
+        control.should_log |= control.should_save
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        progress = self.progress(state.global_step)
+        with self.context.raise_on_all_ranks():
+            if self.context.is_main:
+                directory = self.checkpoints / f"checkpoint-{state.global_step}"
+                with translate_disk_errors(directory):
+                    self._publish(directory, progress)
+                _remove_others(directory)
+
+    def _publish(self, directory: Path, progress: TrainingProgress) -> None:
+        files = {}
+        for path in (*sorted(directory.rglob("*")), directory):
+            # Written files survive a killed process; only flushed files survive a power failure.
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            if path.is_file():
+                files[path.relative_to(directory).as_posix()] = path.stat().st_size
+        size = self.context.world_size
+        ranks = [f"rng_state_{rank}.pth" for rank in range(size)] if size > 1 else ["rng_state.pth"]
+        if missing := [name for name in ranks if name not in files]:
+            raise InputError(
+                f"{directory} lacks {missing[0]}: `output` must be on a disk that all nodes share",
+                ErrorCode.FILE_NOT_FOUND,
+            )
+        state = SavedState(directory.name, progress, size, self.context.sharding, files)
+        atomic_write_text(self.checkpoints / "latest.json", json.dumps(asdict(state)) + "\n")

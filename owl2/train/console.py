@@ -5,25 +5,24 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from owl2.processing.chat_template import IMAGE_TOKEN
 from owl2.train.metrics import Logger
 from owl2.train.validation import Generation, ValidationResult
 
 LINE_SECONDS = 5.0  # minimum between two lines
-REDRAWS_PER_SECOND = 2
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40
 TEXT_WIDTH = 60
@@ -40,17 +39,14 @@ class ConsoleLogger(Logger):
         self.began = time.perf_counter()
         self._last_line: float | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.step = self.start = state.global_step
-        self.steps = state.max_steps
+    def begin(self, step: int, steps: int) -> None:
+        """Start the clock."""
+        self.step, self.start, self.steps = step, step, steps
         self.began = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.step = state.global_step
+    def log_step(self, step: int) -> None:
+        """Update the progress."""
+        self.step = step
 
     def remaining(self) -> str:
         """The estimated remaining time."""
@@ -100,17 +96,18 @@ class LivePanel(ConsoleLogger):
         self._validations: list[ValidationResult] = []
         self._open = ExitStack()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        live = Live(
-            console=self.console,
-            get_renderable=self.render,
-            refresh_per_second=REDRAWS_PER_SECOND,
-        )
+    def begin(self, step: int, steps: int) -> None:
+        """Open the panel."""
+        super().begin(step, steps)
+        live = Live(console=self.console, get_renderable=self.render, refresh_per_second=2)
         self._open.enter_context(live)
-        self._open.enter_context(_redirect_logging())
+        # Log handlers for the terminal write through the live display, which has replaced
+        # `sys.stderr`; else their lines would appear inside the panel.
+        terminal = {sys.__stdout__, sys.__stderr__} - {sys.stderr}
+        for name in (None, *list(logging.root.manager.loggerDict)):
+            for handler in logging.getLogger(name).handlers:
+                if isinstance(handler, logging.StreamHandler) and handler.stream in terminal:
+                    self._open.callback(handler.setStream, handler.setStream(sys.stderr))
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Show the metrics from the next redraw on."""
@@ -127,19 +124,15 @@ class LivePanel(ConsoleLogger):
 
     def render(self) -> RenderableType:
         """The current panel."""
-        rows = Table.grid(padding=(0, 2))
-        rows.add_column(style="dim")
-        rows.add_column(ratio=1)
+        rows = Table.grid(Column(style="dim"), Column(ratio=1), padding=(0, 2))
         if self._metrics is not None:
             for name, value in _metric_rows(self._metrics, self._losses):
                 rows.add_row(name, value)
         if self._validations:
             for name, value in _validation_rows(self._validations[0], self._validations[-1]):
                 rows.add_row(name, value)
-        progress = Table.grid(padding=(0, 2), expand=True)
-        progress.add_column()
-        progress.add_column(ratio=1)
-        progress.add_column(justify="right")
+        columns = (Column(), Column(ratio=1), Column(justify="right"))
+        progress = Table.grid(*columns, padding=(0, 2), expand=True)
         remaining = "" if self._metrics is None else f", {self.remaining()} left"
         progress.add_row(
             Text(f"step {self.step:,}/{self.steps:,}", style="bold"),
@@ -155,27 +148,20 @@ def _metric_rows(
 ) -> Iterator[tuple[str, str | Text]]:
     loss = f"{metrics['loss']:.4f}  smoothed {metrics['smoothed_loss']:.4f}  "
     yield "loss", Text(loss).append(sparkline(losses), style="cyan")
-    yield (
-        "learning rate",
-        f"{metrics['learning_rate']:.2e}  gradient norm {metrics['grad_norm']:.3g}",
-    )
-    yield (
-        "speed",
-        f"{metrics['samples_per_second']:,.1f} samples/s  "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s  "
-        f"{metrics['images_per_second']:,.1f} images/s",
-    )
+    rate, norm = metrics["learning_rate"], metrics["grad_norm"]
+    yield "learning rate", f"{rate:.2e}  gradient norm {norm:.3g}"
+    speeds = (("samples", ".1f"), ("tokens", ".0f"), ("images", ".1f"))
+    speed = (f"{metrics[f'{name}_per_second']:,{digits}} {name}/s" for name, digits in speeds)
+    yield "speed", "  ".join(speed)
     wait = metrics["data_wait_fraction"]
     yield "data wait", Text(f"{wait:.1%} of the time", "yellow" if wait > HIGH_DATA_WAIT else "")
     gpu = metrics.get("gpu_memory_bytes")
-    peak = "" if gpu is None else f"  GPU peak {format_bytes(gpu)}"
-    yield "memory", f"process {format_bytes(metrics['process_memory_bytes'])}{peak}"
-    skipped = f"  {metrics['num_skipped']:,} skipped" if metrics["num_skipped"] else ""
-    yield (
-        "total",
-        f"{metrics['samples']:,} samples  {metrics['tokens']:,} tokens  "
-        f"{metrics['images']:,} images{skipped}",
-    )
+    peak = "" if gpu is None else f"  GPU peak {decimal(gpu)}"
+    yield "memory", f"process {decimal(metrics['process_memory_bytes'])}{peak}"
+    totals = [f"{metrics[name]:,} {name}" for name in ("samples", "tokens", "images")]
+    if metrics["num_skipped"]:
+        totals.append(f"{metrics['num_skipped']:,} skipped")
+    yield "total", "  ".join(totals)
 
 
 def _validation_rows(
@@ -183,10 +169,8 @@ def _validation_rows(
 ) -> Iterator[tuple[str, str | Text]]:
     before = "" if first is last else f", {first.loss:.4f} at step {first.step:,}"
     skipped = f", {last.num_skipped:,} skipped" if last.num_skipped else ""
-    yield (
-        "validation",
-        f"loss {last.loss:.4f} at step {last.step:,}{before}  ({last.samples:,} samples{skipped})",
-    )
+    samples = f"{last.samples:,} samples{skipped}"
+    yield "validation", f"loss {last.loss:.4f} at step {last.step:,}{before}  ({samples})"
     for generation in last.generations:
         prompt, reference, prediction = _texts(generation)
         correct = prediction == reference
@@ -195,20 +179,15 @@ def _validation_rows(
         yield "", text if correct else text.append(f"  reference {reference}")
 
 
-def _texts(generation: Generation) -> tuple[str, str, str]:
+def _texts(generation: Generation) -> list[str]:
     """Prompt, reference and prediction, each on one line of limited width."""
     texts = (
-        " ".join(text.split())
-        for text in (
-            generation.prompt.replace(IMAGE_TOKEN, ""),
-            generation.reference,
-            generation.prediction,
-        )
+        generation.prompt.replace(IMAGE_TOKEN, ""),
+        generation.reference,
+        generation.prediction,
     )
-    prompt, reference, prediction = (
-        text if len(text) <= TEXT_WIDTH else text[: TEXT_WIDTH - 1] + "…" for text in texts
-    )
-    return prompt, reference, prediction
+    lines = (" ".join(text.split()) for text in texts)
+    return [x if len(x) <= TEXT_WIDTH else f"{x[: TEXT_WIDTH - 1]}…" for x in lines]
 
 
 def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
@@ -223,32 +202,5 @@ def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
 
 
-def format_bytes(count: int) -> str:
-    """Bytes with a decimal unit, such as 1.2 GB."""
-    factor, unit = next(((f, u) for f, u in ((1e9, "GB"), (1e6, "MB")) if count >= f), (1e3, "kB"))
-    return f"{count / factor:.3g} {unit}"
-
-
 def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-@contextmanager
-def _redirect_logging() -> Iterator[None]:
-    """Let log handlers for the terminal write through the live display, which has replaced
-    `sys.stderr`; else their lines would appear inside the panel."""
-    terminal = (sys.__stdout__, sys.__stderr__)
-    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)]
-    redirected = [
-        (handler, handler.stream)
-        for logger in (logging.root, *loggers)
-        for handler in logger.handlers
-        if isinstance(handler, logging.StreamHandler) and handler.stream in terminal
-    ]
-    for handler, _ in redirected:
-        handler.setStream(sys.stderr)
-    try:
-        yield
-    finally:
-        for handler, stream in redirected:
-            handler.setStream(stream)

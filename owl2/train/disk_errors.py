@@ -1,7 +1,6 @@
-"""Errors of a full disk as `InputError`s, and files that are flushed to the disk."""
+"""Errors of a full disk as `InputError`s."""
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from owl2.errors import ErrorCode, InputError
 
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-# Parts of torch.save's message for a full disk, which does not name the reason.
-TORCH_WRITERS = ("inline_container", "iostream", "PytorchStreamWriter")
+# Parts of the messages of safetensors and torch.save for a full disk.
+WRITE_MESSAGES = ("I/O error", "inline_container", "iostream", "PytorchStreamWriter")
 
 
 @contextmanager
@@ -43,32 +42,9 @@ def translate_disk_errors(target: Path) -> Iterator[None]:
 
 def _disk_reason(error: BaseException) -> str | None:
     """Why the disk refused; None for an error that is not about the disk."""
-    match error:
-        case OSError():
-            is_disk = error.errno in DISK_ERRNOS
-            return (error.strerror or str(error)) if is_disk else None
-        case SafetensorError():
-            return str(error) if "I/O error" in str(error) else None
-        case CheckpointException():
-            reasons = (_disk_reason(cause[0]) for cause in error.failures.values())
-            return next((reason for reason in reasons if reason is not None), None)
-    is_disk = any(name in str(error) for name in TORCH_WRITERS)
-    return "a file is incomplete" if is_disk else None
-
-
-def flush_directory(directory: Path) -> dict[str, int]:
-    """Flush all files of a directory to the disk; their sizes in bytes by relative path.
-
-    Written files survive a killed process; only flushed files survive a power failure.
-    """
-    sizes = {}
-    for path in (*sorted(directory.rglob("*")), directory):
-        if path.is_file() or path.is_dir():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        if path.is_file():
-            sizes[path.relative_to(directory).as_posix()] = path.stat().st_size
-    return sizes
+    if isinstance(error, CheckpointException):
+        reasons = (_disk_reason(cause[0]) for cause in error.failures.values())
+        return next(filter(None, reasons), None)
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)) if error.errno in DISK_ERRNOS else None
+    return str(error) if any(part in str(error) for part in WRITE_MESSAGES) else None

@@ -51,7 +51,7 @@ class DistributedContext:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield cls()
             return
-        if os.environ.get(SHARDING_VARIABLES["DeepSpeed"]) == "true" and not find_spec("deepspeed"):
+        if cls().sharding == "DeepSpeed" and not find_spec("deepspeed"):
             raise InputError(
                 "DeepSpeed is not installed: pip install deepspeed", ErrorCode.MISSING_DEPENDENCY
             )
@@ -81,7 +81,7 @@ class DistributedContext:
     def sharding(self) -> str | None:
         """ "FSDP" or "DeepSpeed" if weights and optimizer states are sharded, else None."""
         for name, variable in SHARDING_VARIABLES.items():
-            if os.environ.get(variable, "false").lower() == "true":
+            if os.environ.get(variable, "").lower() == "true":
                 return name
         return None
 
@@ -106,11 +106,9 @@ class DistributedContext:
             yield
         except InputError as caught:
             error = caught
-        if self._group is None:
+        if self._group is None or not self.all_reduce_sum(error is not None)[0]:
             if error is not None:
                 raise error
-            return
-        if not self.all_reduce_sum(error is not None)[0]:
             return
         errors: list[tuple[str, ErrorCode] | None] = [None] * self.world_size
         own = None if error is None else (str(error), error.code)

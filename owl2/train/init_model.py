@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from owl2.checkpoints.from_backbones import load_llm, load_vision, random_llm
@@ -36,12 +36,11 @@ PROBE = [
     {"role": role, "content": [{"type": "text", "text": text}]}
     for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))
 ]
-TOKENIZER_SETTINGS = {"dataset": str, "vocab_size": int}
 SECTIONS: dict[str, Any] = {
     "llm": {field.name for field in fields(LlamaConfig)} | {"rope_theta"},
     "vision": {field.name for field in fields(Owl2VisionConfig)},
     "abstractor": {field.name for field in fields(Owl2AbstractorConfig)},
-    "tokenizer": set(TOKENIZER_SETTINGS),
+    "tokenizer": {"dataset", "vocab_size"},
 }
 
 
@@ -77,14 +76,26 @@ def init_checkpoint(
         raise InputError(f"{output} exists; give another --output", ErrorCode.FILE_EXISTS)
     settings = _read_config(config, {"llm": llm, "tokenizer": llm, "vision": vision})
     require_writable(output)
-    template = None if chat_template is None else _read_template(Path(chat_template))
+    try:
+        template = None if chat_template is None else Path(chat_template).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the chat template {chat_template} cannot be read: {error}", ErrorCode.UNREADABLE_FILE
+        ) from error
     weights_dtype = None if dtype == "auto" else look_up("dtype", dtype, DTYPES)
     torch.manual_seed(seed)
     tokenizer: PreTrainedTokenizerBase
     with TemporaryDirectory() as scratch:
         if llm == FRESH:
-            tokenizer = _fresh_tokenizer(settings["tokenizer"], Path(scratch))
-            language_model = _fresh_llm(settings["llm"], tokenizer)
+            tokenizer = _fresh_tokenizer(settings["tokenizer"], Path(scratch) / TOKENIZER_FILE)
+            defaults = {
+                "vocab_size": len(tokenizer),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                "rms_norm_eps": 1e-5,
+            }
+            language_model = random_llm(**defaults | settings["llm"])
         else:
             language_model = load_llm(llm, weights_dtype or "auto")
             tokenizer = load_tokenizer(llm)
@@ -97,7 +108,7 @@ def init_checkpoint(
         )
         if weights_dtype is not None:
             model.to(weights_dtype)
-        processor = _processor(model, tokenizer, template)
+        processor = _make_processor(model, tokenizer, template)
         with atomic_directory(output) as directory:
             model.save_pretrained(directory)
             processor.save_pretrained(directory)
@@ -123,7 +134,7 @@ def load_tokenizer(llm: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _processor(
+def _make_processor(
     model: Owl2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Owl2Processor:
     config = model.config
@@ -147,20 +158,10 @@ def _processor(
     return processor
 
 
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(
-            f"the chat template {path} cannot be read: {reason}", ErrorCode.UNREADABLE_FILE
-        ) from error
-
-
 def _read_config(path: str | Path | None, origins: dict[str, str]) -> dict[str, dict[str, Any]]:
     """The sections of the file; `origins`: of the parts, because only a fresh part has settings."""
-    given = {} if path is None else read_yaml(Path(path))
-    for section, settings in given.items():
+    content = {} if path is None else read_yaml(Path(path))
+    for section, settings in content.items():
         known = look_up(f"section of {path}", section, SECTIONS)
         if not isinstance(settings, dict):
             raise InputError(
@@ -174,41 +175,24 @@ def _read_config(path: str | Path | None, origins: dict[str, str]) -> dict[str, 
                 f"{origins[section]}: remove the section",
                 ErrorCode.CONFLICT,
             )
-    return {section: dict(given.get(section) or {}) for section in SECTIONS}
+    return {section: content.get(section, {}) for section in SECTIONS}
 
 
-def _fresh_llm(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    defaults = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "rms_norm_eps": 1e-5,
-    }
-    return random_llm(**defaults | settings)
-
-
-def _fresh_tokenizer(settings: dict[str, Any], directory: Path) -> Owl2Tokenizer:
-    for name, kind in TOKENIZER_SETTINGS.items():
-        if not isinstance(settings.get(name), kind):
-            raise InputError(
-                f"a fresh language model needs `tokenizer: {name}` in --config: the name of a "
-                "dataset, and the size of the vocabulary",
-                ErrorCode.MISSING_VALUE,
-            )
-    file = directory / TOKENIZER_FILE
-    train_tokenizer(_texts(settings["dataset"]), file, settings["vocab_size"])
-    return Owl2Tokenizer(file)
-
-
-def _texts(dataset: str) -> list[str]:
-    """The distinct texts of the turns in a dataset's train split."""
-    texts: dict[str, None] = {}
+def _fresh_tokenizer(settings: dict[str, Any], file: Path) -> Owl2Tokenizer:
+    """A tokenizer trained on the distinct texts of the turns in a dataset's train split."""
+    dataset, size = settings.get("dataset"), settings.get("vocab_size")
+    if not isinstance(dataset, str) or not isinstance(size, int):
+        raise InputError(
+            "a fresh language model needs `tokenizer` in --config, with the name of a `dataset` "
+            "and `vocab_size`, the size of the vocabulary",
+            ErrorCode.MISSING_VALUE,
+        )
+    texts: dict[str, None] = {}  # in their order
     for sample in load_dataset(dataset, "train"):
         for message in sample.messages:
             content = message["content"]
-            parts = [{"text": content}] if isinstance(content, str) else content
-            for part in parts:
+            for part in [{"text": content}] if isinstance(content, str) else content:
                 if "text" in part:
                     texts[f"{message['role'].upper()}: {part['text']}"] = None
-    return list(texts)
+    train_tokenizer(list(texts), file, size)
+    return Owl2Tokenizer(file)

@@ -6,6 +6,7 @@ A resumed run continues the same record; repeated steps are recorded once.
 import importlib
 import importlib.util
 import shutil
+import textwrap
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
+from PIL import ImageOps
 
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text
@@ -22,7 +23,7 @@ from owl2.train.metrics import Logger
 from owl2.train.recipe import Recipe
 from owl2.train.validation import Generation, ValidationResult
 
-THUMBNAIL = 224
+THUMBNAIL = (224, 224)
 # The groups of metrics in the tools; all other metrics are in the group "run".
 GROUPS = {
     "train": ("loss", "smoothed_loss", "learning_rate", "grad_norm"),
@@ -48,11 +49,10 @@ def require_loggers(recipe: Recipe) -> None:
 
 def make_loggers(recipe: Recipe, resumed_step: int) -> Iterator[Logger]:
     """The loggers that a recipe requests, for a run that resumes after `resumed_step` (0: new)."""
-    output = Path(recipe.output)
     if recipe.tensorboard:
-        yield TensorBoardLogger(output / "tensorboard", recipe, resumed_step)
+        yield TensorBoardLogger(recipe, resumed_step)
     if recipe.wandb_project is not None:
-        yield WandbLogger(output, recipe.wandb_project, recipe, resumed_step)
+        yield WandbLogger(recipe, resumed_step)
 
 
 def grouped_metrics(metrics: dict[str, Any]) -> dict[str, float]:
@@ -65,11 +65,12 @@ def grouped_metrics(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardLogger(Logger):
-    """Event files in a directory."""
+    """Event files in OUTPUT/tensorboard."""
 
-    def __init__(self, directory: Path, recipe: Recipe, resumed_step: int) -> None:
+    def __init__(self, recipe: Recipe, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
+        directory = Path(recipe.output) / "tensorboard"
         if not resumed_step and directory.exists():
             shutil.rmtree(directory)  # of an earlier run, which would be shown in this one
         # TensorBoard drops the events of repeated steps.
@@ -78,7 +79,11 @@ class TensorBoardLogger(Logger):
         if not resumed_step:
             settings = recipe.model_dump(mode="json")
             text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-            self._writer.add_text("recipe", _as_code(text), 0)
+            self._add_code("recipe", text, 0)
+
+    def _add_code(self, name: str, text: str, step: int) -> None:
+        """Add a text that Markdown shows unchanged."""
+        self._writer.add_text(name, textwrap.indent(text, "    ", lambda _: True), step)
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Add a scalar for each metric."""
@@ -88,16 +93,12 @@ class TensorBoardLogger(Logger):
     def log_validation(self, result: ValidationResult) -> None:
         """Add the loss and the generations, and once their images."""
         self._writer.add_scalar("validation/loss", result.loss, result.step)
-        for number, generation in enumerate(result.generations):
+        for number, item in enumerate(result.generations):
             name = f"generations/{number}"
-            text = (
-                f"{generation.prompt}\nprediction: {generation.prediction}\n"
-                f"reference: {generation.reference}"
-            )
-            self._writer.add_text(name, _as_code(text), result.step)
-            if result.step == 0 and generation.images:  # the same each time
-                thumbnails = _thumbnails(generation)
-                self._writer.add_image(name, thumbnails, result.step, dataformats="HWC")
+            answers = f"prediction: {item.prediction}\nreference: {item.reference}"
+            self._add_code(name, f"{item.prompt}\n{answers}", result.step)
+            if result.step == 0 and item.images:  # the same each time
+                self._writer.add_image(name, _thumbnails(item), 0, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
@@ -115,14 +116,15 @@ class WandbLogger(Logger):
         InputError: Weights & Biases refuses the run.
     """
 
-    def __init__(self, output: Path, project: str, recipe: Recipe, resumed_step: int) -> None:
+    def __init__(self, recipe: Recipe, resumed_step: int) -> None:
         self._wandb: Any = importlib.import_module("wandb")
+        output = Path(recipe.output)
         id_file = output / "wandb_run"
         if not resumed_step or not id_file.is_file():
             atomic_write_text(id_file, uuid.uuid4().hex[:8] + "\n")
         try:
             self._run = self._wandb.init(
-                project=project,
+                project=recipe.wandb_project,
                 name=output.name,
                 id=id_file.read_text(encoding="utf-8").strip(),
                 resume="allow",
@@ -142,14 +144,11 @@ class WandbLogger(Logger):
         """Log the loss and a table of generations."""
         values: dict[str, Any] = {"validation/loss": result.loss}
         if result.generations:
+            rows = []
+            for item in result.generations:
+                images = self._wandb.Image(_thumbnails(item)) if item.images else None
+                rows.append([images, item.prompt, item.reference, item.prediction])
             columns = ["images", "prompt", "reference", "prediction"]
-            rows = [
-                [
-                    self._wandb.Image(_thumbnails(item)) if item.images else None,
-                    *(item.prompt, item.reference, item.prediction),
-                ]
-                for item in result.generations
-            ]
             values["validation/generations"] = self._wandb.Table(columns=columns, data=rows)
         self._run.log(values, step=result.step)
 
@@ -158,17 +157,7 @@ class WandbLogger(Logger):
         self._run.finish()
 
 
-def _as_code(text: str) -> str:
-    """Markdown that shows the text unchanged."""
-    return "".join(f"    {line}\n" for line in text.splitlines())
-
-
 def _thumbnails(generation: Generation) -> np.ndarray:
-    """(THUMBNAIL, N x THUMBNAIL, 3): the N images side by side on black."""
-    row = Image.new("RGB", (THUMBNAIL * len(generation.images), THUMBNAIL))
-    for number, image in enumerate(generation.images):
-        thumbnail = load_image(image)
-        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-        left = number * THUMBNAIL + (THUMBNAIL - thumbnail.width) // 2
-        row.paste(thumbnail, (left, (THUMBNAIL - thumbnail.height) // 2))
-    return np.asarray(row)
+    """(224, N x 224, 3): the N images side by side on black."""
+    images = [ImageOps.pad(load_image(image), THUMBNAIL) for image in generation.images]
+    return np.concatenate([np.asarray(image) for image in images], axis=1)

@@ -13,11 +13,10 @@ group by the same factor. Weight decay applies to matrices, not to norms, biases
 """
 
 import re
-from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from owl2.train.recipe import Recipe
@@ -34,16 +33,6 @@ EMBEDDINGS = (
 VISION_LEVEL = re.compile(
     r"model\.vision_model\.((?P<bottom>embeddings)|encoder\.layers\.(?P<block>\d+)|post_layernorm)\."
 )
-
-
-class _GroupKey(NamedTuple):
-    """The common properties of a group's parameters; sorts from the image to the text."""
-
-    part: int
-    level: int
-    name: str
-    scale: float
-    decays: bool
 
 
 def recipe_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -78,46 +67,41 @@ def parameter_groups(
         ``name`` and ``lr_scale``, relative to `learning_rate`. The decoder comes first, so if it is
         trained the first group has `learning_rate`, which the Trainer reports.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matches = (VISION_LEVEL.match(name) for name, _ in model.named_parameters())
     blocks = 1 + max((int(m["block"]) for m in matches if m and m["block"]), default=-1)
     peaks = {ModelPart.VISION: vision_learning_rate, ModelPart.ABSTRACTOR: abstractor_learning_rate}
-    members: dict[_GroupKey, list[nn.Parameter]] = defaultdict(list)
-    for name, parameter in named:
-        key = _group_key(name, parameter, blocks, vision_lr_layer_decay)
-        peak = peaks.get(part_of(name)) or learning_rate
-        members[key._replace(scale=key.scale * peak / learning_rate)].append(parameter)
-    groups = [
-        {
-            "name": key.name,
-            "params": parameters,
-            "lr": learning_rate * key.scale,
-            "lr_scale": key.scale,
-            "weight_decay": weight_decay if key.decays else 0.0,
+    groups: dict[tuple[int, int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = part_of(name)
+        level, title, scale = 0, str(part), (peaks.get(part) or learning_rate) / learning_rate
+        if part is ModelPart.VISION:
+            level, title = _vision_level(name, blocks)
+            scale *= vision_lr_layer_decay ** (blocks + 1 - level)
+        decays = parameter.ndim >= 2 and name not in EMBEDDINGS
+        new_group = {
+            "name": title,
+            "params": [],
+            "lr": learning_rate * scale,
+            "lr_scale": scale,
+            "weight_decay": weight_decay if decays else 0.0,
         }
-        for key, parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
-    ]
-    grouped = [id(parameter) for parameters in members.values() for parameter in parameters]
-    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
-    assert set(grouped) == {id(parameter) for _, parameter in named}, "a parameter has no group"
-    return groups
+        group = groups.setdefault((list(ModelPart).index(part), level, decays), new_group)
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 
-def _group_key(name: str, parameter: nn.Parameter, blocks: int, decay: float) -> _GroupKey:
-    part = part_of(name)
-    decays = parameter.ndim >= 2 and name not in EMBEDDINGS
-    if part is not ModelPart.VISION:
-        return _GroupKey(list(ModelPart).index(part), 0, str(part), 1.0, decays)
+def _vision_level(name: str, blocks: int) -> tuple[int, str]:
+    """The level of a parameter of the ViT, and its name."""
     match = VISION_LEVEL.match(name)
     if match is None:
         raise ValueError(f"the parameter {name} has no level in the vision encoder")
     if match["bottom"]:
-        level, title = 0, "vision embeddings"
-    elif match["block"]:
-        level, title = int(match["block"]) + 1, f"vision block {match['block']}"
-    else:
-        level, title = blocks + 1, "vision post_layernorm"
-    return _GroupKey(0, level, title, decay ** (blocks + 1 - level), decays)
+        return 0, "vision embeddings"
+    if match["block"]:
+        return int(match["block"]) + 1, f"vision block {match['block']}"
+    return blocks + 1, "vision post_layernorm"
 
 
 def make_adamw(
@@ -131,10 +115,9 @@ def make_adamw(
 
 def groups_table(groups: list[dict[str, Any]]) -> Table:
     """The groups for the terminal: name, learning rate, weight decay, number of parameters."""
-    table = Table(title="Trainable parameters", title_justify="left")
-    table.add_column("part")
-    for column in ("x lr", "peak lr", "decay", "tensors", "parameters"):
-        table.add_column(column, justify="right")
+    columns = ("x lr", "peak lr", "decay", "tensors", "parameters")
+    numbers = (Column(column, justify="right") for column in columns)
+    table = Table("part", *numbers, title="Trainable parameters", title_justify="left")
     for group in groups:
         table.add_row(
             group["name"],

@@ -19,10 +19,11 @@ package flash-attn.
 
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -32,7 +33,7 @@ from owl2.train.recipe import Recipe
 
 ATEN = torch.ops.aten
 # Results that cost more to recompute than to save.
-SAVED_OPERATIONS = {
+SAVED_OPERATIONS = [
     ATEN.mm.default,
     ATEN.addmm.default,
     ATEN.bmm.default,
@@ -40,7 +41,7 @@ SAVED_OPERATIONS = {
     ATEN._scaled_dot_product_flash_attention.default,
     ATEN._scaled_dot_product_efficient_attention.default,
     ATEN._scaled_dot_product_cudnn_attention.default,
-}
+]
 # A block is compiled with and without gradients, images, a mask, and for a batch of one. torch
 # stops after 8 compilations, and counts all blocks that pass the same line of transformers.
 RECOMPILE_LIMIT = 64
@@ -54,7 +55,7 @@ def enable_checkpointing(model: PreTrainedModel, selective: bool = False) -> Non
     """
     options: dict[str, object] = {"use_reentrant": False}
     if selective:
-        options["context_fn"] = _selective_contexts
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, SAVED_OPERATIONS)
     if hasattr(model, "activation_checkpointing_enable"):  # not in transformers 5.16
         model.activation_checkpointing_enable(options)
     else:
@@ -91,14 +92,6 @@ def _blocks_without_gradients(model: PreTrainedModel) -> Iterator[GradientCheckp
             yield module
 
 
-def _selective_contexts() -> tuple[object, object]:
-    def policy(context: object, operation: object, *args: object, **kw: object) -> CheckpointPolicy:
-        saved = operation in SAVED_OPERATIONS
-        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The repeated blocks: layers of the ViT, the abstractor and the decoder."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -128,20 +121,18 @@ def require_compiler(device_type: str) -> None:
     Raises:
         InputError: No C++ compiler, or no Triton for a GPU.
     """
-    if device_type == "cuda":
-        from torch.utils._triton import has_triton
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
 
-        if not has_triton():
+    try:
+        if device_type != "cuda":
+            get_cpp_compiler()
+        elif not has_triton():
             raise InputError(
                 "compile: Triton is not installed or does not support this GPU; set compile=false",
                 ErrorCode.MISSING_DEPENDENCY,
             )
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise InputError(
             "compile: no C++ compiler found; install g++, or set compile=false",
@@ -158,22 +149,17 @@ def require_attention(recipe: Recipe) -> None:
     name = recipe.attn_implementation
     if name not in ("flash_attention_2", "flex_attention"):
         return
+    problem, code = "", ErrorCode.UNSUPPORTED
     if not torch.cuda.is_available():
+        problem = "trains on a GPU only"
+    elif name == "flash_attention_2":
+        # transformers uses either of the two packages.
+        if not is_flash_attn_2_available() and importlib.util.find_spec("kernels") is None:
+            problem = "needs flash-attn (pip install flash-attn)"
+            code = ErrorCode.MISSING_DEPENDENCY
+        elif recipe.resolve_dtype("cuda") != "bfloat16":
+            problem, code = "needs dtype=bfloat16", ErrorCode.CONFLICT
+    if problem:
         raise InputError(
-            f"attn_implementation: {name} trains on a GPU only; set attn_implementation=sdpa",
-            ErrorCode.UNSUPPORTED,
-        )
-    if name == "flex_attention":
-        return
-    # transformers uses either of the two packages.
-    if not is_flash_attn_2_available() and importlib.util.find_spec("kernels") is None:
-        raise InputError(
-            "attn_implementation: flash_attention_2 needs flash-attn (pip install flash-attn); or "
-            "set attn_implementation=sdpa",
-            ErrorCode.MISSING_DEPENDENCY,
-        )
-    if recipe.resolve_dtype("cuda") != "bfloat16":
-        raise InputError(
-            "attn_implementation: flash_attention_2 computes in bfloat16; set dtype=bfloat16",
-            ErrorCode.CONFLICT,
+            f"attn_implementation: {name} {problem}; or set attn_implementation=sdpa", code
         )

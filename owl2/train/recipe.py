@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
+from owl2.errors import ErrorCode, InputError
 from owl2.runtime import cpu_supports_bf16
 
 Positive = Annotated[int, Field(ge=1)]
@@ -20,43 +21,18 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Checkpointing = bool | Literal["selective"]  # see owl2.train.parallelize
 
-# The settings that both stages share.
-PAPER = {
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.98,
-    "adam_epsilon": 1e-6,
-    "max_grad_norm": 1.0,
-    "vision_lr_layer_decay": 0.9,
-    "gradient_checkpointing": True,
+# The defaults of stage 1 and stage 2.
+PAPER_STAGES: dict[str, tuple[Any, Any]] = {
+    "image_size": (224, 448),
+    "augment": ("crop_flip", "none"),
+    "max_length": (256, 2048),
+    "max_steps": (42_500, 4800),
+    "batch_size": (8192, 256),
+    "learning_rate": (1e-4, 2e-5),
+    "min_lr": (1e-6, 1e-7),
+    "warmup_steps": (1000, 250),
+    "weight_decay": (0.05, 0.0),
 }
-PAPER_STAGES: dict[int, dict[str, Any]] = {
-    1: PAPER
-    | {
-        "image_size": 224,
-        "augment": "crop_flip",
-        "max_length": 256,
-        "max_steps": 42_500,
-        "batch_size": 8192,
-        "learning_rate": 1e-4,
-        "min_lr": 1e-6,
-        "warmup_steps": 1000,
-        "weight_decay": 0.05,
-    },
-    2: PAPER
-    | {
-        "image_size": 448,
-        "augment": "none",
-        "max_length": 2048,
-        "max_steps": 4800,
-        "batch_size": 256,
-        "learning_rate": 2e-5,
-        "min_lr": 1e-7,
-        "warmup_steps": 250,
-        "weight_decay": 0.0,
-    },
-}
-
-
 ORIGINS = ("dataset", "file", "shards", "hf_dataset")
 # The origins that each of these settings applies to.
 SETTINGS_OF = {
@@ -99,7 +75,7 @@ class DataSource(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DataSource":
-        origins = self._origins()
+        origins = [name for name in ORIGINS if getattr(self, name) is not None]
         if len(origins) != 1:
             raise ValueError("give exactly one of `dataset`, `file`, `shards` and `hf_dataset`")
         for setting, owners in SETTINGS_OF.items():
@@ -111,9 +87,6 @@ class DataSource(Section):
             raise ValueError("give either `count` or `weight`")
         return self
 
-    def _origins(self) -> list[str]:
-        return [name for name in ORIGINS if getattr(self, name) is not None]
-
     def origin(self) -> dict[str, Any]:
         """The arguments of `owl2.data.open_dataset.open_dataset`."""
         return self.model_dump(exclude={"name", "count", "weight"})
@@ -121,7 +94,7 @@ class DataSource(Section):
     @property
     def title(self) -> str:
         """The name for logs and messages: `name`, else the origin."""
-        origin = getattr(self, self._origins()[0])
+        origin = self.dataset or self.file or self.shards or self.hf_dataset or ""
         return self.name or (origin if isinstance(origin, str) else origin[0])
 
 
@@ -170,13 +143,15 @@ class ValidationSettings(Section):
 class Recipe(Section):
     """All settings of a run. Paths are relative to the working directory.
 
-    Fields without a default here have the paper's default for their stage (`PAPER_STAGES`).
+    The defaults are those of the paper; fields without one depend on the stage (`PAPER_STAGES`).
     """
 
     model: str = Field(description="checkpoint to start from: a directory or a hub id")
     output: str = Field(description="directory for the model, the logs and the plots")
     overwrite: bool = Field(False, description="replace a finished model in `output`")
-    stage: Literal[1, 2] = Field(description="1: vision, abstractor, visual weights of MAM; 2: all")
+    stage: Annotated[int, Field(ge=1, le=2)] = Field(
+        description="1: vision, abstractor, visual weights of MAM; 2: all"
+    )
     data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="training samples")
 
     image_size: Positive | None = Field(description="pixels per edge; null: the checkpoint's")
@@ -216,12 +191,12 @@ class Recipe(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         description="applies to matrices, not to norms, biases and embeddings"
     )
-    adam_beta1: Share
-    adam_beta2: Share
-    adam_epsilon: Rate
-    max_grad_norm: Rate = Field(description="gradients are clipped to this norm")
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.98
+    adam_epsilon: Rate = 1e-6
+    max_grad_norm: Rate = Field(1.0, description="gradients are clipped to this norm")
     vision_lr_layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        description="learning rate of a ViT block relative to the block above"
+        0.9, description="learning rate of a ViT block relative to the block above"
     )
     vision_learning_rate: Rate | None = Field(None, description="peak at the top of the ViT")
     abstractor_learning_rate: Rate | None = Field(None, description="peak of the abstractor")
@@ -233,7 +208,7 @@ class Recipe(Section):
         Field(None, description="attention backend; null: sdpa, transformers' default")
     )
     gradient_checkpointing: Checkpointing = Field(
-        description="true: least memory, a third more time; selective: about half of both"
+        True, description="true: least memory, a third more time; selective: about half of both"
     )
     compile: bool = Field(False, description="compile the repeated blocks with torch.compile")
     dataloader_num_workers: NotNegative = Field(2, description="processes that load the data")
@@ -248,29 +223,22 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _add_stage_defaults(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def _add_stage_defaults(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
         # For an invalid stage only the stage is reported, not the defaults that depend on it.
-        stage = given.get("stage")
-        defaults = dict(PAPER_STAGES[2 if stage == 2 else 1])
-        if given.get("epochs") is not None:
+        index = 1 if settings.get("stage") == 2 else 0
+        defaults = {name: values[index] for name, values in PAPER_STAGES.items()}
+        if settings.get("epochs") is not None:
             del defaults["max_steps"]
-        return defaults | given
-
-    @field_validator("stage", mode="before")
-    @classmethod
-    def _is_integer(cls, stage: Any) -> Any:
-        if type(stage) is not int:  # True and 1.0 equal 1, so Literal would take them
-            raise PydanticKnownError("literal_error", {"expected": "1 or 2"})
-        return stage
+        return defaults | settings
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
-    def _is_bool_or_selective(cls, given: Any) -> Any:
-        if given != "selective" and type(given) is not bool:
+    def _is_bool_or_selective(cls, value: Any) -> Any:
+        if value != "selective" and type(value) is not bool:
             raise PydanticKnownError("literal_error", {"expected": "true, false or 'selective'"})
-        return given
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -299,13 +267,36 @@ class Recipe(Section):
                 f"`min_lr` ({self.min_lr}) is above `learning_rate` ({self.learning_rate})"
             )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
-            is_default = self.warmup_steps == PAPER_STAGES[self.stage]["warmup_steps"]
+            is_default = self.warmup_steps == PAPER_STAGES["warmup_steps"][self.stage - 1]
             default = f", the default of stage {self.stage}" if is_default else ""
             raise ValueError(
                 f"`warmup_steps` ({self.warmup_steps}{default}) must be fewer than `max_steps` "
                 f"({self.max_steps}), or the peak rate is never reached"
             )
         return self
+
+    def micro_batch_size(self, devices: int) -> int:
+        """Samples per micro-batch on each device.
+
+        Raises:
+            InputError: `batch_size` is not divisible.
+        """
+        micro_batches = devices * self.gradient_accumulation_steps
+        if self.batch_size % micro_batches:
+            raise InputError(
+                f"batch_size ({self.batch_size}) must be a multiple of devices x "
+                f"gradient_accumulation_steps ({devices} x {self.gradient_accumulation_steps})",
+                ErrorCode.CONFLICT,
+            )
+        return self.batch_size // micro_batches
+
+    def require_context(self, positions: int) -> None:
+        """Raises an InputError if samples can have more tokens than the model has positions."""
+        if self.max_length > positions:
+            raise InputError(
+                f"max_length ({self.max_length}) exceeds the {positions} positions of {self.model}",
+                ErrorCode.TOO_LONG,
+            )
 
     def resolve_dtype(self, device_type: str) -> Literal["float32", "bfloat16"]:
         """The dtype of the computation on "cuda", "cpu", ...: `dtype`, else bfloat16 where fast.

@@ -11,24 +11,25 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from owl2.errors import ErrorCode, InputError
+from owl2.json_records import readable
+from owl2.registry import read_setting
 from owl2.train.recipe import DataSource, LoraSettings, Recipe, Section, ValidationSettings
 
 COMMAND_LINE = "the command line"
-# pydantic's error types for wrong types, and the expected type in plain words.
-EXPECTED = {
-    "int_type": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a string",
-    "list_type": "a list",
-    "dict_type": "a mapping of names to values",
-    "model_type": "a mapping of names to values",
+# pydantic's errors: the code, and the expected type in plain words if the message does not have it.
+ERRORS = {
+    "missing": (ErrorCode.MISSING_VALUE, ""),
+    "extra_forbidden": (ErrorCode.UNKNOWN_NAME, ""),
+    "value_error": (ErrorCode.CONFLICT, ""),  # raised by the recipe itself
+    "int_type": (ErrorCode.INVALID_TYPE, "an integer"),
+    "float_type": (ErrorCode.INVALID_TYPE, "a number"),
+    "bool_type": (ErrorCode.INVALID_TYPE, "true or false"),
+    "string_type": (ErrorCode.INVALID_TYPE, "a string"),
+    "list_type": (ErrorCode.INVALID_TYPE, "a list"),
+    "dict_type": (ErrorCode.INVALID_TYPE, "a mapping of names to values"),
+    "model_type": (ErrorCode.INVALID_TYPE, "a mapping of names to values"),
+    "too_short": (ErrorCode.INVALID_VALUE, "a list with at least one entry"),
 }
-CODES = {
-    "missing": ErrorCode.MISSING_VALUE,
-    "extra_forbidden": ErrorCode.UNKNOWN_NAME,
-    "value_error": ErrorCode.CONFLICT,
-} | dict.fromkeys(EXPECTED, ErrorCode.INVALID_TYPE)
 SECTIONS: dict[str, type[Section]] = {
     "data": DataSource,
     "lora": LoraSettings,
@@ -68,12 +69,23 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             the most similar one), a value of the wrong type or out of range.
     """
     settings, origins = _read_with_bases(Path(path), ())
-    _override(settings, origins, overrides)
+    changes: dict[str, Any] = {}
+    nested: list[tuple[str, Any]] = []
+    for argument in overrides:
+        key, value = read_setting(argument, _Loader)
+        origins[key.split(".")[0]] = COMMAND_LINE
+        if "." in key:
+            nested.append((key, value))
+        else:
+            changes[key] = value
+    _update(settings, changes)
+    for key, value in nested:  # after the keys that they are in
+        _set_nested(settings, key, value)
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
         problems = [_describe(detail, origins, str(path)) for detail in error.errors()]
-        code = CODES.get(error.errors()[0]["type"], ErrorCode.INVALID_VALUE)
+        code, _ = ERRORS.get(error.errors()[0]["type"], (ErrorCode.INVALID_VALUE, ""))
         raise InputError("\n".join(problems), code) from error
 
 
@@ -99,31 +111,21 @@ def _read_with_bases(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that contains a mapping.
+    """Read a YAML file that contains a mapping of strings.
 
     Raises:
         InputError: The file does not exist, cannot be read or is not such a file.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist", ErrorCode.FILE_NOT_FOUND) from error
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}", ErrorCode.UNREADABLE_FILE
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text", ErrorCode.INVALID_FORMAT) from error
-    except yaml.YAMLError as error:
+        with readable(path):
+            content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         problem = getattr(error, "problem", error)
         raise InputError(f"{where}: invalid YAML: {problem}", ErrorCode.INVALID_FORMAT) from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} must contain `key: value` lines", ErrorCode.INVALID_FORMAT)
-    for key in content:
-        if not isinstance(key, str):
-            raise InputError(f"{path}: the key {key!r} is not a string", ErrorCode.INVALID_FORMAT)
     return content
 
 
@@ -135,54 +137,25 @@ def _update(settings: dict[str, Any], changes: dict[str, Any]) -> None:
     settings.update(changes)
 
 
-def _override(settings: dict[str, Any], origins: dict[str, str], overrides: Sequence[str]) -> None:
-    """Apply `key=value` overrides in place: top-level keys first, then dotted keys."""
-    top_level: dict[str, Any] = {}
-    nested: list[tuple[list[str], Any, str]] = []
-    for argument in overrides:
-        dotted, equals, text = argument.partition("=")
-        if not equals or not dotted:
-            raise InputError(
-                f"{argument!r} on the command line is not of the form key=value",
-                ErrorCode.INVALID_FORMAT,
-            )
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise InputError(
-                f"{argument!r} on the command line: the value is not YAML",
-                ErrorCode.INVALID_FORMAT,
-            ) from error
-        keys = dotted.split(".")
-        if len(keys) == 1:
-            top_level[dotted] = value
-        else:
-            nested.append((keys, value, argument))
-        origins[keys[0]] = COMMAND_LINE
-    _update(settings, top_level)
-    for keys, value, argument in nested:
-        _set_nested(settings, keys, value, argument)
-
-
-def _set_nested(settings: dict[str, Any], keys: list[str], value: Any, argument: str) -> None:
-    """Set `settings[a][0][b] = value` for the keys a, 0, b; errors quote `argument`."""
+def _set_nested(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `settings[a][0][b] = value` for the key a.0.b."""
+    *parents, last = dotted.split(".")
     container: Any = settings
-    for depth, key in enumerate(keys):
-        index: str | int = key
-        parent = ".".join(keys[:depth])
-        if isinstance(container, list):
-            if not key.isdigit() or int(key) >= len(container):
-                raise InputError(
-                    f"{argument!r}: `{parent}` has {len(container)} entries, counted from 0; "
-                    f"{key!r} is none of them",
-                    ErrorCode.UNKNOWN_NAME,
-                )
-            index = int(key)
-        elif not isinstance(container, dict):
+    for depth, key in enumerate([*parents, last]):
+        parent = ".".join(parents[:depth])
+        index: Any = int(key) if isinstance(container, list) and key.isdigit() else key
+        if isinstance(container, list) and index not in range(len(container)):
             raise InputError(
-                f"{argument!r}: `{parent}` in the recipe has no keys", ErrorCode.INVALID_TYPE
+                f"{dotted!r} on {COMMAND_LINE}: `{parent}` has {len(container)} entries, counted "
+                f"from 0; {key!r} is none of them",
+                ErrorCode.UNKNOWN_NAME,
             )
-        if depth == len(keys) - 1:
+        if not isinstance(container, list | dict):
+            raise InputError(
+                f"{dotted!r} on {COMMAND_LINE}: `{parent}` in the recipe has no keys",
+                ErrorCode.INVALID_TYPE,
+            )
+        if depth == len(parents):
             container[index] = value
         elif isinstance(container, dict):
             container = container.setdefault(index, {})
@@ -194,12 +167,14 @@ def _describe(detail: ErrorDetails, origins: dict[str, str], path: str) -> str:
     """One validation error of pydantic as a line: file, field, the value, what is expected."""
     # Steps such as `list[...]` are branches of a union that pydantic tried, not fields.
     where = [part for part in detail["loc"] if not re.search(r"[\[\](]", str(part))]
-    field = ".".join(str(part) for part in where)
+    field, kind = ".".join(map(str, where)), detail["type"]
     if where:
         origin = origins.get(str(where[0]), path)
     else:  # a conflict between settings
         origin = f"{path} or {COMMAND_LINE}" if COMMAND_LINE in origins.values() else path
-    kind, value = detail["type"], detail["input"]
+    if kind == "value_error":
+        at = f" `{field}`:" if field else ""
+        return f"{origin}:{at} {detail['ctx']['error']}"
     fields = _section_of(where).model_fields
     if kind == "missing":
         description = getattr(fields.get(str(where[-1])), "description", None)
@@ -207,17 +182,9 @@ def _describe(detail: ErrorDetails, origins: dict[str, str], path: str) -> str:
     if kind == "extra_forbidden":
         [similar] = difflib.get_close_matches(str(where[-1]), list(fields), n=1, cutoff=0)
         return f"{origin}: unknown key `{field}`; the most similar key is `{similar}`"
-    if kind == "value_error":  # raised by the recipe itself
-        at = f" `{field}`:" if field else ""
-        return f"{origin}:{at} {detail['ctx']['error']}"
-    if kind == "too_short":
-        return f"{origin}: `{field}` is empty, but must have at least one entry"
-    if kind == "literal_error":
-        expected = detail["ctx"]["expected"]
-    else:
-        message = detail["msg"].removeprefix("Input ").removeprefix("should be ")
-        expected = EXPECTED.get(kind, message)
-    return f"{origin}: `{field}` is {value!r}, but must be {expected}"
+    _, expected = ERRORS.get(kind, (None, ""))
+    message = detail["msg"].removeprefix("Input ").removeprefix("should be ")
+    return f"{origin}: `{field}` is {detail['input']!r}, but must be {expected or message}"
 
 
 def _section_of(where: Sequence[Any]) -> type[Section]:

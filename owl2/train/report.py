@@ -5,19 +5,19 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.filesize import decimal
+from rich.table import Column, Table
 from rich.text import Text
 
 from owl2 import __version__
 from owl2.files import atomic_write_text
 from owl2.train.checkpointer import TrainingProgress
-from owl2.train.console import format_bytes
 from owl2.train.distributed import DistributedContext
 
 PACKAGES = ("torch", "transformers", "accelerate", "pillow")
@@ -64,8 +64,8 @@ def summarize_run(end: TrainingProgress, log: Lines, validations: Lines) -> dict
     results: dict[str, Any] = {
         "steps": end.step,
         "seconds": end.seconds,
-        "samples": end.samples,
         "num_skipped": end.num_skipped,
+        "samples": end.samples,
         "tokens": end.tokens,
         "images": end.images,
         "samples_per_second": end.samples / seconds,
@@ -87,34 +87,31 @@ def summarize_run(end: TrainingProgress, log: Lines, validations: Lines) -> dict
 
 def summary_table(results: Mapping[str, Any], files: Mapping[str, Path]) -> Table:
     """The results of a run for the terminal, and the `files` that exist, by title."""
-    table = Table(title="Summary", title_justify="left", show_header=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    for name, value in _summary_rows(results):
-        table.add_row(name, value)
+    columns = (Column(style="dim"), Column(overflow="fold"))
+    table = Table(*columns, title="Summary", title_justify="left", show_header=False)
+    duration = timedelta(seconds=round(results["seconds"]))
+    table.add_row("steps", f"{results['steps']:,} in {duration}")
+    table.add_row(
+        "loss", f"{results['first_loss']:.4f} → {results['smoothed_loss']:.4f} (smoothed)"
+    )
+    if validation := results.get("validation"):
+        first, last, best = validation["first"], validation["last"], validation["best"]
+        lowest = "" if best == last else f"; lowest {best['loss']:.4f} at step {best['step']:,}"
+        table.add_row("validation loss", f"{first['loss']:.4f} → {last['loss']:.4f}{lowest}")
+    skipped = f", {results['num_skipped']:,} skipped" if results["num_skipped"] else ""
+    table.add_row("samples", f"{results['samples']:,}{skipped}")
+    table.add_row("tokens, images", f"{results['tokens']:,}, {results['images']:,}")
+    samples, tokens = results["samples_per_second"], results["tokens_per_second"]
+    table.add_row("speed", f"{samples:,.1f} samples/s, {tokens:,.0f} tokens/s")
+    table.add_row("data wait", f"{results['data_wait_fraction']:.1%} of the time")
+    peaks = results["peak_memory_bytes"]
+    gpu = f", GPU {decimal(peaks['gpu'])}" if "gpu" in peaks else ""
+    table.add_row("peak memory", f"process {decimal(peaks['process'])}{gpu}")
     table.add_section()
     for name, path in files.items():
         if path.exists():
             table.add_row(name, Text(str(path)))
     return table
-
-
-def _summary_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "steps", f"{results['steps']:,} in {timedelta(seconds=round(results['seconds']))}"
-    yield "loss", f"{results['first_loss']:.4f} → {results['smoothed_loss']:.4f} (smoothed)"
-    if validation := results.get("validation"):
-        first, last, best = validation["first"], validation["last"], validation["best"]
-        lowest = "" if best == last else f"; lowest {best['loss']:.4f} at step {best['step']:,}"
-        yield "validation loss", f"{first['loss']:.4f} → {last['loss']:.4f}{lowest}"
-    skipped = results["num_skipped"]
-    yield "samples", f"{results['samples']:,}" + (f", {skipped:,} skipped" if skipped else "")
-    yield "tokens, images", f"{results['tokens']:,}, {results['images']:,}"
-    samples, tokens = results["samples_per_second"], results["tokens_per_second"]
-    yield "speed", f"{samples:,.1f} samples/s, {tokens:,.0f} tokens/s"
-    yield "data wait", f"{results['data_wait_fraction']:.1%} of the time"
-    peaks = results["peak_memory_bytes"]
-    gpu = f", GPU {format_bytes(peaks['gpu'])}" if "gpu" in peaks else ""
-    yield "peak memory", f"process {format_bytes(peaks['process'])}{gpu}"
 
 
 def plot_loss(path: Path, log: Lines, validations: Lines, title: str) -> bool:
@@ -127,17 +124,28 @@ def plot_loss(path: Path, log: Lines, validations: Lines, title: str) -> bool:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return False
-    steps = [line["step"] for line in log]
     figure = Figure(figsize=(8, 6), layout="constrained")
     figure.suptitle(title)
     loss, rate, norm = figure.subplots(3, sharex=True, height_ratios=[4, 1, 1])
-    _plot_losses(loss, steps, log, validations)
+    loss.plot(*_curve(log, "loss"), color="0.8", linewidth=1, label="training")
+    steps, smoothed = _curve(log, "smoothed_loss")
+    loss.plot(steps, smoothed, color="tab:blue", linewidth=2, label="smoothed")
+    held_out = _curve(validations, "loss")
+    if validations:
+        loss.plot(*held_out, "o-", color="tab:red", markersize=4, label="validation")
+    loss.set(ylabel="loss per token (nats)")
+    values = [value for value in (*smoothed, *held_out[1]) if value > 0]  # NaN is not
+    if values and max(values) > LOG_SCALE_RATIO * min(values):
+        _use_log_scale(loss)
+    else:
+        loss.set_ylim(bottom=0)
+    loss.legend(frameon=False)
     rate.plot(steps, [line["learning_rate"] for line in log], color="tab:orange")
     rate.set(ylabel="learning rate")
     rate.set_ylim(bottom=0)
-    norm.plot(steps, _positive([line["grad_norm"] for line in log]), color="tab:green")
-    norm.set(xlabel="step", ylabel="gradient norm", yscale="log")
-    _decimal_ticks(norm)
+    norm.plot(*_curve(log, "grad_norm"), color="tab:green")
+    norm.set(xlabel="step", ylabel="gradient norm")
+    _use_log_scale(norm)
     for axes in (loss, rate, norm):
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -146,36 +154,20 @@ def plot_loss(path: Path, log: Lines, validations: Lines, title: str) -> bool:
     return True
 
 
-def _plot_losses(axes: Any, steps: Sequence[int], log: Lines, validations: Lines) -> None:
-    losses = _positive([line["loss"] for line in log])
-    smoothed = _positive([line["smoothed_loss"] for line in log])
-    held_out = [line["loss"] for line in validations]
-    axes.plot(steps, losses, color="0.8", linewidth=1, label="training", zorder=1)
-    axes.plot(steps, smoothed, color="tab:blue", linewidth=2, label="smoothed", zorder=2)
-    if validations:
-        at = [line["step"] for line in validations]
-        axes.plot(at, held_out, "o-", color="tab:red", markersize=4, label="validation", zorder=3)
-    axes.set(ylabel="loss per token (nats)")
-    values = [value for value in (*smoothed, *held_out) if value > 0]  # NaN is not
-    if values and max(values) > LOG_SCALE_RATIO * min(values):
-        axes.set_yscale("log")
-        _decimal_ticks(axes)
-    else:
-        axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+def _curve(lines: Lines, name: str) -> tuple[list[int], list[float]]:
+    """The steps and values of a log; NaN for zeros (batches without labels), which a logarithmic
+    axis cannot show."""
+    values = [line[name] if line[name] > 0 else float("nan") for line in lines]
+    return [line["step"] for line in lines], values
 
 
-def _decimal_ticks(axes: Any) -> None:
-    """Ticks 0.1, 0.2, 0.5, 1 on a logarithmic axis; on a long one 0.1, 1."""
+def _use_log_scale(axes: Any) -> None:
+    """Logarithmic axis with ticks at 0.1, 0.2, 0.5, 1; over a long range at 0.1, 1."""
     from matplotlib.ticker import LogLocator, NullLocator
 
+    axes.set_yscale("log")
     low, high = axes.get_ylim()
     multiples = (1, 2, 5) if high < 100 * low else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=multiples, numticks=15))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
-
-
-def _positive(values: Sequence[float]) -> list[float]:
-    """NaN for zeros (batches without labels), which a logarithmic axis cannot show."""
-    return [value if value > 0 else float("nan") for value in values]

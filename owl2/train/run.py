@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 from owl2.data.collate import Collator, Layout
 from owl2.data.mixture import MixtureDataset, MixtureSource
 from owl2.data.open_dataset import open_dataset
-from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_directory, require_checkpoint, require_writable
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
@@ -28,7 +27,6 @@ from owl2.runtime import tune_malloc
 from owl2.train.adapters import loading_options, prepare
 from owl2.train.checkpointer import (
     CheckpointCallback,
-    SignalCallback,
     TrainingProgress,
     checkpoints_of,
     find_state,
@@ -45,7 +43,7 @@ from owl2.train.recipe import Recipe
 from owl2.train.recipe_file import read_recipe
 from owl2.train.report import peak_memory, plot_loss, summarize_run, summary_table, write_run
 from owl2.train.trainer import Owl2Trainer
-from owl2.train.validation import ValidationCallback, ValidationDataset, Validator
+from owl2.train.validation import ValidationDataset, Validator
 
 # The files of a run by their titles in the summary; some depend on the recipe.
 FILES = {
@@ -129,13 +127,7 @@ class TrainingRun:
         self.use_cache = self.model.config.use_cache
         self.processor = Owl2Processor.from_pretrained(recipe.model)
         self.processor.image_processor.size = self.model.config.image_size
-        context_length = self.model.config.max_position_embeddings
-        if recipe.max_length > context_length:
-            raise InputError(
-                f"max_length ({recipe.max_length}) exceeds the {context_length} positions of "
-                f"{recipe.model}",
-                ErrorCode.TOO_LONG,
-            )
+        recipe.require_context(self.model.config.max_position_embeddings)
         self.trainable = prepare(self.model, recipe, autocast=context.sharding is None)
         self.dataset = MixtureDataset(
             [
@@ -148,29 +140,24 @@ class TrainingRun:
             augment=recipe.augment,
             max_length=recipe.max_length,
         )
-        self.validator = self._make_validator()
+        self.validator = None
+        if recipe.validation is not None:
+            held_out = ValidationDataset(
+                [(open_dataset(**s.origin()), s.count) for s in recipe.validation.data],
+                self.processor,
+                max_samples=recipe.validation.max_samples,
+                max_length=recipe.max_length,
+            )
+            self.validator = Validator(
+                held_out,
+                self.processor,
+                context,
+                batch_size=recipe.micro_batch_size(context.world_size),
+                num_workers=recipe.dataloader_num_workers,
+                num_generations=recipe.validation.num_generations,
+                skip_invalid=recipe.on_invalid_sample == "skip",
+            )
         self._announce()
-
-    def _make_validator(self) -> Validator | None:
-        recipe, settings = self.recipe, self.recipe.validation
-        if settings is None:
-            return None
-        dataset = ValidationDataset(
-            [(open_dataset(**source.origin()), source.count) for source in settings.data],
-            self.processor,
-            max_samples=settings.max_samples,
-            max_length=recipe.max_length,
-        )
-        micro_batches = self.context.world_size * recipe.gradient_accumulation_steps
-        return Validator(
-            dataset,
-            self.processor,
-            self.context,
-            batch_size=max(recipe.batch_size // micro_batches, 1),  # as in training
-            num_workers=recipe.dataloader_num_workers,
-            num_generations=settings.num_generations,
-            skip_invalid=recipe.on_invalid_sample == "skip",
-        )
 
     def _announce(self) -> None:
         recipe, print_line = self.recipe, self.console.print
@@ -186,54 +173,39 @@ class TrainingRun:
 
     def train(self) -> TrainResult:
         """Train, and write the model and the report."""
-        context, output = self.context, self.output
+        context, output, checkpoints = self.context, self.output, checkpoints_of(self.output)
         with context.raise_on_all_ranks(), translate_disk_errors(output):
             if context.is_main:
                 start_run(self.recipe, self.saved)
         with context.raise_on_all_ranks():
+            collate = Collator(self.processor, batch_layout(self.recipe))
             trainer = Owl2Trainer(
-                self.model,
-                self.recipe,
-                self.dataset,
-                Collator(self.processor, batch_layout(self.recipe)),
-                checkpoints_of(output),
-                context,
+                self.model, self.recipe, self.dataset, collate, checkpoints, context, self.validator
             )
-        metrics = MetricsCallback(
-            output, self.start, trainer.train_loader, context, self.validator is not None
-        )
-        signals = SignalCallback(context)
+        metrics = MetricsCallback(output, self.start, trainer.train_loader, context)
+        checkpointing = CheckpointCallback(output, metrics.progress, context)
         # The stack closes all, also if closing one fails.
         with translate_disk_errors(output), ExitStack() as stack:
-            stack.callback(signals.restore)
-            stack.callback(metrics.close)
+            stack.callback(checkpointing.restore_handlers)
             with context.raise_on_all_ranks():
-                loggers = list(self._make_loggers(metrics)) if context.is_main else []
-            for logger in loggers:
+                metrics.loggers = list(self._make_loggers(metrics)) if context.is_main else []
+            for logger in metrics.loggers:
                 stack.callback(logger.close)
-            for callback in (metrics, *loggers):
-                trainer.add_callback(callback)
-            if self.validator is not None and self.recipe.validation is not None:
-                steps = self.recipe.validation.eval_steps
-                handler = trainer.callback_handler
-                trainer.add_callback(ValidationCallback(self.validator, steps, self.model, handler))
-            trainer.add_callback(CheckpointCallback(output, metrics.progress, context))
-            trainer.add_callback(signals)
-            resumed = None if self.saved is None else str(self.saved.directory)
-            trainer.train(resume_from_checkpoint=resumed)
-        state = trainer.state
-        end = metrics.progress(state.global_step)
+            trainer.add_callback(metrics)
+            trainer.add_callback(checkpointing)
+            trainer.args.eval_on_start = self.validator is not None and self.saved is None
+            saved = self.saved and str(checkpoints / self.saved.checkpoint)
+            trainer.train(resume_from_checkpoint=saved)
+        steps = trainer.state.max_steps
+        end = metrics.progress(trainer.state.global_step)
         result = TrainResult(
-            output, not signals.signal, signals.signal, end.step, state.max_steps, end.seconds
+            output, not checkpointing.signal, checkpointing.signal, end.step, steps, end.seconds
         )
         if result.finished:
             self._finish(trainer, metrics, end)
             message = f"{end.step} steps in {end.seconds:.0f} s; the model is in {result.model}"
         else:
-            message = (
-                f"Stopped after step {end.step} of {state.max_steps}; run the same command to "
-            )
-            message += "resume"
+            message = f"Stopped after step {end.step} of {steps}; run the same command to resume"
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
         return result
 
@@ -247,41 +219,39 @@ class TrainingRun:
     def _finish(
         self, trainer: Owl2Trainer, metrics: MetricsCallback, end: TrainingProgress
     ) -> None:
-        context, output = self.context, self.output
-        with context.raise_on_all_ranks():
-            trainer.check_finite()
+        context, output, model = self.context, self.output, self.output / "model"
+        trainer.check_finite()
         self.model.config.use_cache = self.use_cache  # which the Trainer has disabled
         weights = trainer.full_state_dict()
-        log, validations, device = (
-            metrics.log.lines,
-            metrics.validation_log.lines,
-            trainer.args.device,
-        )
-        results = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "processes": context.world_size,
-            "threads": torch.get_num_threads(),
-            "dtype": self.recipe.resolve_dtype(device.type),
-            "trainable_parameters": self.trainable.trainable_size,
-            "frozen_parameters": self.trainable.frozen_size,
-            "peak_memory_bytes": peak_memory(device, context),
-        }
+        peaks = peak_memory(trainer.args.device, context)
         with context.raise_on_all_ranks():
-            if context.is_main:
-                results |= summarize_run(end, log, validations)
-                model = output / "model"
-                with atomic_directory(model) as directory, translate_disk_errors(model):
-                    self.model.save_pretrained(directory, state_dict=weights)
-                    self.processor.save_pretrained(directory)
-                    # Before the model is complete, so that a run killed here is resumed.
-                    write_run(output / "run.json", results)
-                    if not plot_loss(output / "loss.png", log, validations, str(output)):
-                        hint = "No loss.png: install matplotlib (pip install 'owl2-vlm[plot]')"
-                        self.console.print(hint, markup=False)
-                shutil.rmtree(checkpoints_of(output))
-                files = {title: output / name for title, name in FILES.items()}
-                self.console.print(summary_table(results, files))
+            if not context.is_main:
+                return
+            log, validations = metrics.log.lines, metrics.validation_log.lines
+            device = trainer.args.device
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+            results = {
+                "recipe": self.recipe.model_dump(mode="json"),
+                "device": name,
+                "processes": context.world_size,
+                "threads": torch.get_num_threads(),
+                "dtype": self.recipe.resolve_dtype(device.type),
+                "trainable_parameters": self.trainable.trainable_size,
+                "frozen_parameters": self.trainable.frozen_size,
+                "peak_memory_bytes": peaks,
+                **summarize_run(end, log, validations),
+            }
+            with atomic_directory(model) as directory, translate_disk_errors(model):
+                self.model.save_pretrained(directory, state_dict=weights)
+                self.processor.save_pretrained(directory)
+                # Before the model is complete, so that a run killed here is resumed.
+                write_run(output / "run.json", results)
+                if not plot_loss(output / "loss.png", log, validations, str(output)):
+                    hint = "No loss.png: install matplotlib (pip install 'owl2-vlm[plot]')"
+                    self.console.print(hint, markup=False)
+            shutil.rmtree(checkpoints_of(output))
+            files = {title: output / name for title, name in FILES.items()}
+            self.console.print(summary_table(results, files))
 
 
 def batch_layout(recipe: Recipe) -> Layout:

@@ -15,6 +15,7 @@ then `…q_proj.base_layer.weight`), so they belong to the part of that Linear.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -128,20 +129,19 @@ def apply_stage(model: nn.Module, stage: int, freeze: Sequence[str] = ()) -> Tra
 
 def summarize_trainable(model: nn.Module) -> TrainableParams:
     """Summarize a model's trainable parameters, given by `requires_grad`."""
-    sizes, trainable_sizes = dict.fromkeys(ModelPart, 0), dict.fromkeys(ModelPart, 0)
+    sizes: Counter[ModelPart] = Counter(dict.fromkeys(ModelPart, 0))
+    trainable_sizes = sizes.copy()
     for name, parameter in model.named_parameters():
         # bitsandbytes packs two 4-bit weights into a byte and stores the original shape.
         packed = getattr(parameter, "quant_state", None)
         size = packed.shape.numel() if packed is not None else parameter.numel()
         sizes[part_of(name)] += size
-        if parameter.requires_grad:
-            trainable_sizes[part_of(name)] += size
+        trainable_sizes[part_of(name)] += size * parameter.requires_grad
     # With both names of tied weights: no name of a trainable parameter may be listed as frozen.
     named = list(model.named_parameters(remove_duplicate=False))
-    present = {part: size for part, size in sizes.items() if size}
     return TrainableParams(
         trainable=tuple(name for name, parameter in named if parameter.requires_grad),
         frozen=tuple(name for name, parameter in named if not parameter.requires_grad),
-        sizes=present,
-        trainable_sizes={part: trainable_sizes[part] for part in present},
+        sizes={part: size for part, size in sizes.items() if size},
+        trainable_sizes={part: trainable_sizes[part] for part, size in sizes.items() if size},
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.utils import AutocastKwargs, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -30,7 +30,8 @@ from owl2.train.distributed import DistributedContext
 from owl2.train.optimizer import make_adamw, recipe_groups
 from owl2.train.parallelize import compile_blocks, enable_checkpointing
 from owl2.train.recipe import Recipe
-from owl2.train.train_dataloader import TrainDataLoader, run_steps
+from owl2.train.train_dataloader import TrainDataLoader
+from owl2.train.validation import Validator
 
 
 class Owl2Trainer(Trainer):
@@ -39,6 +40,10 @@ class Owl2Trainer(Trainer):
     Args:
         collate: Makes a `Batch` of the dataset's items.
         checkpoints: Directory for the checkpoints; its parent is the output directory.
+        validator: Validates before the first step, every `eval_steps` and after the last step.
+
+    Attributes:
+        step_loss: Sum of the losses of the step's micro-batches in this process.
     """
 
     def __init__(
@@ -49,28 +54,30 @@ class Owl2Trainer(Trainer):
         collate: Callable[[Sequence[Any]], Batch],
         checkpoints: Path,
         context: DistributedContext | None = None,
+        validator: Validator | None = None,
     ) -> None:
         self.recipe = recipe
         self.context = context or DistributedContext()
-        self._step_loss: torch.Tensor | float = 0.0
-        steps = run_steps(recipe, train_dataset.epoch_size)
-        super().__init__(model=model, args=training_arguments(recipe, checkpoints, steps))
+        self.validator = validator
+        self.step_loss: torch.Tensor | float = 0.0
+        args = training_arguments(recipe, checkpoints, run_steps(recipe, train_dataset.epoch_size))
+        held_out = None if validator is None else validator.dataset
+        super().__init__(model=model, args=args, eval_dataset=held_out)
         self.remove_callback(PrinterCallback)  # `owl2.train.console` prints instead
-        args = self.args
+        image_tokens = train_dataset.processor.num_image_tokens if recipe.group_by_length else None
         loader = MixtureDataLoader(
             train_dataset,
             collate,
             args.per_device_train_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
-            image_tokens=(
-                train_dataset.processor.num_image_tokens if recipe.group_by_length else None
-            ),
+            image_tokens=image_tokens,
             num_workers=recipe.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
+        size = args.max_steps * recipe.batch_size
         self.train_loader = TrainDataLoader(
-            loader, self.accelerator, checkpoints.parent, recipe.on_invalid_sample
+            loader, self.accelerator, checkpoints.parent, recipe.on_invalid_sample, size
         )
         if recipe.gradient_checkpointing:
             enable_checkpointing(model, recipe.gradient_checkpointing == "selective")
@@ -97,8 +104,16 @@ class Owl2Trainer(Trainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
-        if self.is_fsdp_enabled:
-            configure_fsdp_precision(self.accelerator, bf16=self.args.bf16)
+        if not self.is_fsdp_enabled:
+            return
+        # As DDP does, reduce gradients in float32. accelerate's policy also rounds the reduced
+        # gradients and the loss to bfloat16.
+        if self.args.bf16:
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
+        # Otherwise unsharded gradients are kept between micro-batches: 33 GB for 8 B parameters.
+        self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def get_train_dataloader(self) -> Any:
         """The recipe's loader, which accelerate must not shard."""
@@ -113,6 +128,18 @@ class Owl2Trainer(Trainer):
         labels = self._get_num_items_in_batch(batches, device)
         self.train_loader.update_counts()
         return batches, labels
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate; the callbacks get the `ValidationResult`.
+
+        The validation before the first step gives the starting point, and finds invalid held-out
+        samples before any training.
+        """
+        assert self.validator is not None  # else the arguments have no `eval_strategy`
+        model: Any = self.model
+        result: Any = self.validator.evaluate(model, self.state.global_step)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
+        return {"eval_loss": result.loss}
 
     # The Trainer saves the random state of each process with a checkpoint, and loads it before the
     # first batch. The position of the data is saved with it.
@@ -129,24 +156,10 @@ class Owl2Trainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the recipe's parameter groups."""
         if self.optimizer is None:
-            trained = self.model if model is None else model
-            assert trained is not None  # the constructor requires a model
+            groups = recipe_groups(model or self.model, self.recipe)
             betas = (self.recipe.adam_beta1, self.recipe.adam_beta2)
-            groups = recipe_groups(trained, self.recipe)
             self.optimizer = make_adamw(groups, betas=betas, epsilon=self.recipe.adam_epsilon)
         return self.optimizer
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Linear warm-up, then a cosine from each group's peak to its minimum."""
-        if self.recipe.warmup_steps >= num_training_steps:
-            raise InputError(
-                f"warmup_steps ({self.recipe.warmup_steps}) must be fewer than the run's steps "
-                f"({num_training_steps}), or the peak rate is never reached",
-                ErrorCode.CONFLICT,
-            )
-        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         """The model's loss.
@@ -171,11 +184,11 @@ class Owl2Trainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward pass of a micro-batch."""
         loss = super().training_step(*args, **kwargs)
-        self._step_loss = self._step_loss + loss
+        self.step_loss = self.step_loss + loss
         return loss
 
     def check_finite(self) -> None:
-        """Check the weights after an update.
+        """Check the weights after an update; all processes must call it.
 
         Raises:
             InputError: Names the step and the first parameter that is not finite.
@@ -184,27 +197,27 @@ class Owl2Trainer(Trainer):
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         invalid = torch.stack([~local_shard(p).isfinite().all() for _, p in trained])
         counts = self.context.all_reduce_sum(*invalid.tolist())  # over the shards
-        if any(counts):
-            name = next(name for (name, _), count in zip(trained, counts, strict=True) if count)
-            raise InputError(
-                f"step {self.state.global_step}: {name} is not finite after the update and was not "
-                "saved. Try a lower learning_rate or a longer warm-up",
-                ErrorCode.NON_FINITE,
-            )
+        with self.context.raise_on_all_ranks():
+            for (name, _), count in zip(trained, counts, strict=True):
+                if count:
+                    raise InputError(
+                        f"step {self.state.global_step}: {name} is not finite after the update and "
+                        "was not saved. Try a lower learning_rate or a longer warm-up",
+                        ErrorCode.NON_FINITE,
+                    )
 
     def full_state_dict(self) -> dict[str, Any] | None:
         """The unsharded weights, in the main process; None if weights are not sharded.
 
         All processes must call it.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            weights: dict[str, Any] = self.accelerator.get_state_dict(self.model_wrapped)
-            return weights
-        return None
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            return None
+        weights: dict[str, Any] = self.accelerator.get_state_dict(self.model_wrapped)
+        return weights
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.context.raise_on_all_ranks():
-            self.check_finite()
+        self.check_finite()
         directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             with self.context.raise_on_all_ranks(), translate_disk_errors(directory):
@@ -219,17 +232,17 @@ class Owl2Trainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # DeepSpeed has no norm for a skipped step. Otherwise the norm is equal in all processes.
         norm_value = 0.0 if norm is None else float(norm)
-        loss = self.context.all_reduce_sum(float(self._step_loss))[0] / self.context.world_size
-        self._step_loss = 0.0
+        loss = self.context.all_reduce_sum(float(self.step_loss))[0] / self.context.world_size
+        self.step_loss = 0.0
         with self.context.raise_on_all_ranks():
-            if math.isfinite(loss) and math.isfinite(norm_value):
-                return norm
-            raise InputError(
-                f"step {self.state.global_step + 1}: the loss is {loss} and the gradient norm "
-                f"{norm_value}; training stopped before the optimizer step, and nothing was saved. "
-                "Try a lower learning_rate, a longer warm-up, or dtype=float32",
-                ErrorCode.NON_FINITE,
-            )
+            if not math.isfinite(loss + norm_value):
+                raise InputError(
+                    f"step {self.state.global_step + 1}: the loss is {loss} and the gradient norm "
+                    f"{norm_value}; training stopped before the optimizer step, and nothing was "
+                    "saved. Try a lower learning_rate, a longer warm-up, or dtype=float32",
+                    ErrorCode.NON_FINITE,
+                )
+        return norm
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # The Trainer supports peft's model wrappers, not models that contain LoRA.
@@ -261,25 +274,32 @@ class Owl2Trainer(Trainer):
         return 0
 
 
-def configure_fsdp_precision(accelerator: Accelerator, bf16: bool) -> None:
-    """Let FSDP2 reduce gradients in float32, as DDP does, and keep only shards of them.
-
-    Args:
-        bf16: Whether the computation is in bfloat16.
-    """
-    if bf16:
-        # accelerate's policy also rounds the reduced gradients and the loss to bfloat16.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-        )
-    # Otherwise unsharded gradients are kept between micro-batches: 33 GB for 8 B parameters.
-    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-
-
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     """The shard of this process under FSDP2 or ZeRO-3, else the parameter."""
     shard = getattr(parameter, "ds_tensor", parameter.detach())
     return shard.to_local() if isinstance(shard, DTensor) else shard
+
+
+def run_steps(recipe: Recipe, epoch_size: int | None) -> int:
+    """Optimizer steps of a run with `epoch_size` samples per epoch.
+
+    The last batch of the last epoch is completed with samples of the next epoch.
+
+    Raises:
+        InputError: The warm-up takes all steps.
+    """
+    steps = recipe.max_steps
+    if steps is None:
+        assert recipe.epochs is not None and epoch_size is not None  # validated by the recipe
+        # The margin is for 1.1 epochs of 10 samples, where 1.1 * 10 is slightly more than 11.
+        steps = max(1, math.ceil(recipe.epochs * epoch_size / recipe.batch_size - 1e-6))
+    if recipe.warmup_steps >= steps:
+        raise InputError(
+            f"warmup_steps ({recipe.warmup_steps}) must be fewer than the run's steps ({steps}), "
+            "or the peak rate is never reached",
+            ErrorCode.CONFLICT,
+        )
+    return steps
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> TrainingArguments:
@@ -314,20 +334,14 @@ def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> Tra
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would hide them; see `_get_grad_norm`
+        eval_strategy="steps" if recipe.validation else "no",
+        eval_steps=recipe.validation.eval_steps if recipe.validation else None,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or 500,
         report_to="none",
         disable_tqdm=True,
     )
-    devices = args.world_size * recipe.gradient_accumulation_steps
-    if recipe.batch_size % devices:
-        raise InputError(
-            f"batch_size ({recipe.batch_size}) must be a multiple of devices x "
-            f"gradient_accumulation_steps ({args.world_size} x "
-            f"{recipe.gradient_accumulation_steps})",
-            ErrorCode.CONFLICT,
-        )
-    args.per_device_train_batch_size = recipe.batch_size // devices
+    args.per_device_train_batch_size = recipe.micro_batch_size(args.world_size)
     # Without a launcher the Trainer would use several GPUs by DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     return args

@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from owl2.constants import IGNORE_INDEX
 from owl2.data.collate import Collator, Features, encode_sample
@@ -104,30 +102,23 @@ class ValidationDataset(Dataset[Features | InvalidSample]):
         self.processor = processor
         self.max_length = max_length
         self._datasets: list[Sequence[Any]] = []
-        sizes = []
-        for dataset, count in sources:
-            limits = [limit for limit in (count, max_samples) if limit is not None]
-            samples: Sequence[Any]
+        rows: list[tuple[int, int]] = []  # (row, number of the dataset), which sort in turn
+        for number, (dataset, count) in enumerate(sources):
+            limit = min((n for n in (count, max_samples) if n is not None), default=None)
             if isinstance(dataset, Sequence):
-                samples = dataset
-            else:
-                if not limits:
-                    raise InputError(
-                        "validation: samples of shards are held in memory: set `max_samples`, or "
-                        "their `count`",
-                        ErrorCode.MISSING_VALUE,
-                    )
+                samples: Sequence[Any] = dataset
+            elif limit is not None:
                 stream: Iterable[Any] = dataset
-                samples = list(islice(stream, min(limits)))
+                samples = list(islice(stream, limit))
+            else:
+                raise InputError(
+                    "validation: samples of shards are held in memory: set `max_samples`, or "
+                    "their `count`",
+                    ErrorCode.MISSING_VALUE,
+                )
             self._datasets.append(samples)
-            sizes.append(min([len(samples), *limits]))
-        rows = (
-            (number, row)
-            for row in range(max(sizes, default=0))
-            for number, size in enumerate(sizes)
-            if row < size
-        )
-        self._rows = list(islice(rows, max_samples))
+            rows += [(row, number) for row in range(len(samples))[:limit]]
+        self._rows = sorted(rows)[:max_samples]
         if not self._rows:
             raise InputError("validation: its `data` has no samples", ErrorCode.EMPTY_DATASET)
 
@@ -136,7 +127,7 @@ class ValidationDataset(Dataset[Features | InvalidSample]):
 
     def sample(self, index: int) -> Sample | InvalidSample:
         """The sample before encoding."""
-        number, row = self._rows[index]
+        row, number = self._rows[index]
         return get_or_invalid(self._datasets[number], row)
 
     def __getitem__(self, index: int) -> Features | InvalidSample:
@@ -168,7 +159,7 @@ class Validator:
         self.context = context
         self.num_workers = num_workers
         self.skip_invalid = skip_invalid
-        self._batches = _batches_of(len(dataset), batch_size, context.rank, context.world_size)
+        self.batches = batches_of(len(dataset), batch_size, context.rank, context.world_size)
         self._prompts = list(islice(self._choose_prompts(num_generations), num_generations))
 
     def evaluate(self, model: Owl2ForConditionalGeneration, step: int) -> ValidationResult:
@@ -181,7 +172,7 @@ class Validator:
         with _evaluation_mode(model):
             sums = self.context.all_reduce_sum(*self._sums(model))
             generations = tuple(self._generate(model))
-        loss, tokens, samples, num_skipped = sums
+        loss, tokens, samples, num_skipped = sums[0], *map(int, sums[1:])
         if not math.isfinite(loss):
             raise InputError(
                 f"validation after step {step}: the loss is {loss}. Try a lower learning_rate, a "
@@ -190,18 +181,13 @@ class Validator:
             )
         if not tokens:  # a loss of 0 would be the best of all
             raise InputError(
-                f"validation: none of the {int(num_skipped)} held-out samples is valid; run `owl2 "
+                f"validation: none of the {num_skipped} held-out samples is valid; run `owl2 "
                 "data check RECIPE` for the reasons",
                 ErrorCode.EMPTY_DATASET,
             )
+        seconds = time.perf_counter() - began
         return ValidationResult(
-            step=step,
-            loss=loss / tokens,
-            tokens=int(tokens),
-            samples=int(samples),
-            num_skipped=int(num_skipped),
-            seconds=time.perf_counter() - began,
-            generations=generations,
+            step, loss / tokens, tokens, samples, num_skipped, seconds, generations
         )
 
     def _sums(self, model: Owl2ForConditionalGeneration) -> tuple[float, int, int, int]:
@@ -211,7 +197,7 @@ class Validator:
         skipped: list[InvalidSample] = []
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self._batches,
+            batch_sampler=self.batches,
             collate_fn=Collator(self.processor),
             num_workers=self.num_workers,
             generator=torch.Generator(),  # leaves the global random state unchanged
@@ -239,12 +225,9 @@ class Validator:
 
     def _choose_prompts(self, count: int) -> Iterator[tuple[str, list[Message], str]]:
         """(source, prompt, reference) of samples spread evenly over the dataset."""
-        if not count:
-            return
-        stride = max(len(self.dataset) // count, 1)
-        for index in (
-            i for first in range(stride) for i in range(first, len(self.dataset), stride)
-        ):
+        size = len(self.dataset)
+        stride = max(size // max(count, 1), 1)
+        for index in sorted(range(size), key=lambda i: i % stride):
             sample = self.dataset.sample(index)
             # A sample that can be encoded is sure to have space for an answer.
             if isinstance(sample, InvalidSample) or isinstance(self.dataset[index], InvalidSample):
@@ -267,7 +250,7 @@ class Validator:
             yield Generation(source, prompt, reference, prediction, tuple(parsed.images))
 
 
-def _batches_of(count: int, size: int, rank: int, world_size: int) -> list[list[int]]:
+def batches_of(count: int, size: int, rank: int, world_size: int) -> list[list[int]]:
     """The batches of `rank`: every `world_size`-th index below `count`, at most `size` per batch.
 
     All processes have the same number of batches; the last ones may be empty.
@@ -289,42 +272,3 @@ def _evaluation_mode(model: Owl2ForConditionalGeneration) -> Iterator[None]:
     finally:
         model.config.use_cache = used_cache
         model.train(was_training)
-
-
-class ValidationCallback(TrainerCallback):
-    """Validates before the first step, every `eval_steps` and after the last step.
-
-    The validation before the first step gives the starting point, and finds invalid held-out
-    samples before any training. Results go to the `on_evaluate` of the other callbacks.
-    """
-
-    def __init__(
-        self,
-        validator: Validator,
-        eval_steps: int,
-        model: Owl2ForConditionalGeneration,
-        handler: CallbackHandler,
-    ) -> None:
-        self.validator = validator
-        self.eval_steps = eval_steps
-        self.model = model
-        self.handler = handler
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:
-            self._validate(args, state, control)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        step = state.global_step
-        if step % self.eval_steps == 0 or step == state.max_steps:
-            self._validate(args, state, control)
-
-    def _validate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        result: Any = self.validator.evaluate(self.model, state.global_step)
-        self.handler.on_evaluate(args, state, control, result)

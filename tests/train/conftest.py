@@ -11,31 +11,15 @@ from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train.recipe import Recipe
 from tests.cli import run_cli  # noqa: F401  # a fixture
 from tests.tiny import make_model
-from tests.train.tiny import COLORS, QUESTION, ROWS
+from tests.train.tiny import COLORS, QUESTION, ROWS, SMALL_RUN
 
 
 @pytest.fixture
 def make_recipe(tmp_path):
-    def make(**settings):
-        defaults = {
-            "model": "unused",
-            "output": str(tmp_path / "run"),
-            "stage": 2,
-            "data": [{"dataset": "unused"}],
-            "image_size": None,
-            "max_steps": 4,
-            "batch_size": 4,
-            "warmup_steps": 0,
-            "learning_rate": 1e-2,
-            "min_lr": 1e-4,
-            "gradient_checkpointing": False,
-            "dataloader_num_workers": 0,
-            "dtype": "float32",
-            "logging_steps": 1,
-        }
-        return Recipe(**(defaults | settings))
-
-    return make
+    """Recipes of a `Owl2Trainer` whose model and data are not read from files."""
+    unread = {"model": "unused", "data": [{"dataset": "unused"}], "output": str(tmp_path / "run")}
+    own = {"max_steps": 4, "warmup_steps": 0, "min_lr": 1e-4, "logging_steps": 1}
+    return lambda **settings: Recipe(**SMALL_RUN | unread | own | settings)
 
 
 @pytest.fixture(scope="session")
@@ -67,23 +51,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def recipe(world, tmp_path):
-    def make(**settings):
-        defaults = {
-            "model": str(world / "start"),
-            "output": str(tmp_path / "run"),
-            "stage": 2,
-            "data": [{"file": str(world / "data.json")}],
-            "image_size": None,
-            "augment": "dihedral",
-            "max_steps": 10,
-            "batch_size": 4,
-            "warmup_steps": 2,
-            "learning_rate": 1e-2,
-            "gradient_checkpointing": False,
-            "dataloader_num_workers": 0,
-            "dtype": "float32",
-            "logging_steps": 2,
-        }
-        return Recipe(**(defaults | settings))
-
-    return make
+    """Recipes of runs in `world`."""
+    files = {"model": str(world / "start"), "data": [{"file": str(world / "data.json")}]}
+    own = {"output": str(tmp_path / "run"), "augment": "dihedral", "max_steps": 10}
+    return lambda **settings: Recipe(**SMALL_RUN | files | own | settings)

@@ -15,6 +15,7 @@ from owl2.train.recipe import Recipe
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
+from tests.train.tiny import SMALL_RUN
 
 LENGTH = 96
 QUESTION = "what is this"
@@ -69,22 +70,16 @@ def make_world(folder):
 
 def make_recipe(folder, output, **settings):
     """A run of two steps over that data."""
-    defaults = {
+    own = {
         "model": str(folder / "start"),
         "output": str(output),
-        "stage": 2,
         "data": [{"file": str(folder / "data.json")}],
-        "image_size": None,
-        "augment": "none",
         "max_length": LENGTH,
         "max_steps": 2,
         "batch_size": 8,
         "warmup_steps": 0,
-        "gradient_checkpointing": False,
-        "dataloader_num_workers": 0,
-        "dtype": "float32",
     }
-    return Recipe(**(defaults | settings))
+    return Recipe(**SMALL_RUN | own | settings)
 
 
 def measured_peak(recipe, monkeypatch):

@@ -12,9 +12,21 @@ from rich.console import Console
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.trainer import Owl2Trainer
 
+LORA = {"r": 2, "lora_alpha": 4.0}
+
 
 def quiet():
     return Console(file=io.StringIO(), width=120)
+
+
+def load_model(folder, **options):
+    return Owl2ForConditionalGeneration.from_pretrained(folder, **options).eval()
+
+
+def ask(question, image=None):
+    """A conversation with one question."""
+    parts = [] if image is None else [{"type": "image", "path": str(image)}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
 def weights(directory):

@@ -16,8 +16,7 @@ from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error
 from tests.tiny import make_model
-from tests.train.adapted import LORA, ask, load
-from tests.train.runs import quiet
+from tests.train.runs import LORA, ask, load_model, quiet
 from tests.train.tiny import QUESTION
 
 
@@ -58,7 +57,7 @@ def wide(world, tmp_path):
     """A checkpoint with sizes for bitsandbytes' CPU kernels: multiples of 32."""
     folder = tmp_path / "wide"
     shutil.copytree(world / "start", folder)
-    vocabulary = load(folder).config.vocab_size
+    vocabulary = load_model(folder).config.vocab_size
     make_model(vocab_size=vocabulary, hidden_size=64, intermediate_size=64).save_pretrained(folder)
     return str(folder)
 
@@ -81,7 +80,7 @@ def test_lora_on_a_quantized_base(recipe, world, wide, monkeypatch, bits, dtype)
         dtype=dtype,
         gradient_checkpointing=True,
     )
-    before = load(settings.model, **loading_options(settings)).state_dict()
+    before = load_model(settings.model, **loading_options(settings)).state_dict()
     live = []
     monkeypatch.setattr(Owl2Trainer, "check_finite", lambda self: live.append(self.model))
     result = train(settings, quiet())
@@ -111,7 +110,7 @@ def test_lora_on_a_quantized_base(recipe, world, wide, monkeypatch, bits, dtype)
 def test_validation_does_not_change_the_gradients_of_a_quantized_model(recipe, wide, image_batch):
     pytest.importorskip("bitsandbytes")
     settings = recipe(model=wide, lora=LORA, quantize="4bit", dtype="bfloat16")
-    model = load(wide, **loading_options(settings)).train()
+    model = load_model(wide, **loading_options(settings)).train()
     image = model.config.image_token_id
     ids = image_batch["input_ids"]
     batch = image_batch | {"input_ids": ids.masked_fill(ids == 40, image)}

@@ -25,7 +25,7 @@ LAYERS = {VisionLayer: VISION_BLOCKS, AbstractorLayer: 2, Owl2DecoderLayer: 2}
 
 def padded():
     source = RandomSamples(4)
-    return pad([source.made(number) for number in range(4)])
+    return pad([source.sample_of(number) for number in range(4)])
 
 
 def packed():

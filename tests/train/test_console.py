@@ -3,12 +3,11 @@
 import io
 import logging
 import sys
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from owl2.train.console import ConsoleLogger, LivePanel, format_bytes, sparkline
+from owl2.train.console import ConsoleLogger, LivePanel, sparkline
 from owl2.train.validation import Generation, ValidationResult
 
 METRICS = {
@@ -35,14 +34,6 @@ GENERATIONS = (
 )
 
 
-def begin(logger, step, steps):
-    logger.on_train_begin(None, SimpleNamespace(global_step=step, max_steps=steps), None)
-
-
-def step(logger, number):
-    logger.on_step_end(None, SimpleNamespace(global_step=number), None)
-
-
 def terminal():
     return Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
 
@@ -62,11 +53,11 @@ def clock(monkeypatch):
 
 def test_panel_shows_metrics(clock):
     panel = LivePanel(terminal(), "runs/x")
-    begin(panel, 0, 4800)
+    panel.begin(0, 4800)
     panel.close()
     assert "step 0/4,800" in rendered(panel)
     clock[0] = 21.0
-    step(panel, 21)
+    panel.log_step(21)
     panel.log_metrics(METRICS | {"loss": 2.0, "step": 10})
     panel.log_metrics(METRICS | {"gpu_memory_bytes": 61_200_000_000})
     text = rendered(panel)
@@ -98,7 +89,7 @@ def test_panel_shows_the_last_and_the_first_validation():
 
 def test_panel_of_a_resumed_run_shows_earlier_losses():
     panel = LivePanel(terminal(), "runs/x", [{"loss": 4.0}, {"loss": 2.0}])
-    begin(panel, 2, 4)
+    panel.begin(2, 4)
     panel.log_metrics(METRICS | {"loss": 1.0})
     panel.close()
     assert "█▅▁" in rendered(panel)
@@ -122,7 +113,7 @@ def test_warnings_appear_above_the_panel(monkeypatch):
     logger = logging.getLogger("tests.panel")
     logger.addHandler(handler)
     panel = LivePanel(console, "runs/x")
-    begin(panel, 0, 2)
+    panel.begin(0, 2)
     try:
         logger.warning("row 7 is invalid")
         assert raw.getvalue() == ""
@@ -137,10 +128,10 @@ def test_warnings_appear_above_the_panel(monkeypatch):
 def test_lines_are_at_least_five_seconds_apart(clock):
     console = Console(file=io.StringIO(), width=60)
     logger = ConsoleLogger(console)
-    begin(logger, 0, 50)
+    logger.begin(0, 50)
     for number in range(1, 51):
         clock[0] += 0.5
-        step(logger, number)
+        logger.log_step(number)
         logger.log_metrics(METRICS | {"step": number})
     lines = console.file.getvalue().splitlines()
     assert [int(line.split("/")[0].split()[1]) for line in lines] == [1, 11, 21, 31, 41, 50]
@@ -152,7 +143,7 @@ def test_lines_are_at_least_five_seconds_apart(clock):
 def test_lines_show_every_validation():
     console = Console(file=io.StringIO(), width=60)
     logger = ConsoleLogger(console)
-    begin(logger, 0, 50)
+    logger.begin(0, 50)
     logger.log_validation(ValidationResult(20, 0.75, 10, 4, 1, 1.0, GENERATIONS))
     assert console.file.getvalue().splitlines() == [
         "step     20/50  validation loss 0.7500 (4 samples, 1 skipped, 1.0 s)",
@@ -178,11 +169,3 @@ def test_sparkline(values, expected):
 def test_long_sparkline_shows_means():
     assert sparkline([0.0, 14.0, 7.0, 7.0, 0.0, 0.0], width=3) == "██▁"
     assert len(sparkline([float(number) for number in range(1000)])) == 40
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(999, "0.999 kB"), (12_300, "12.3 kB"), (5_600_000, "5.6 MB"), (61_240_000_000, "61.2 GB")],
-)
-def test_format_bytes(count, text):
-    assert format_bytes(count) == text

@@ -18,7 +18,7 @@ from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.processes import FSDP, owl2, run, start
 from tests.train.runs import quiet, read_jsonl, wait_for, weights
-from tests.train.tiny import COLORS, QUESTION
+from tests.train.tiny import COLORS, QUESTION, SMALL_RUN
 
 ROOT = Path(__file__).parents[2]
 SHARDINGS = {"DDP": {}, "FSDP2": FSDP}
@@ -53,26 +53,19 @@ def mixed(world, tmp_path_factory):
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     tied = folder / "tied"
     original = Owl2ForConditionalGeneration.from_pretrained(world / "start")
-    make_model(vocab_size=original.config.vocab_size, tie_word_embeddings=True).save_pretrained(
-        tied
-    )
+    model = make_model(vocab_size=original.config.vocab_size, tie_word_embeddings=True)
+    model.save_pretrained(tied)
     for path in (world / "start").iterdir():
         if not (tied / path.name).exists():
             (tied / path.name).write_bytes(path.read_bytes())
-    return {
+    return SMALL_RUN | {
         "model": str(world / "start"),
-        "stage": 2,
         "data": [{"file": str(folder / "data.json"), "images": "/"}],
-        "image_size": None,
-        "augment": "none",
         "max_steps": 5,
         "batch_size": 2,
         "seed": 12,  # the first steps have images in one process, in the other, in both
         "warmup_steps": 0,
         "learning_rate": 1e-3,
-        "gradient_checkpointing": False,
-        "dataloader_num_workers": 0,
-        "dtype": "float32",
         "logging_steps": 1,
         "save_steps": None,
     }, tied
@@ -91,7 +84,7 @@ def keep_gradients(folder, recipes):
                 gradient = parameter.grad
                 full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
                 found[name] = full.clone()
-        loss = self.context.all_reduce_sum(float(self._step_loss))[0] / self.context.world_size
+        loss = self.context.all_reduce_sum(float(self.step_loss))[0] / self.context.world_size
         total = norm(self, model, grad_norm)
         kept.append({"gradients": found, "loss": loss, "norm": float(total)})
         kept[-1]["images"] = list(images)

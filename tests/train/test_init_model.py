@@ -59,8 +59,8 @@ def config(tmp_path, monkeypatch):
 
     def write(**changes):
         path = tmp_path / "config.yaml"
-        wanted = {name: part for name, part in (SIZES | changes).items() if part is not None}
-        path.write_text(yaml.safe_dump(wanted), encoding="utf-8")
+        sections = {name: part for name, part in (SIZES | changes).items() if part is not None}
+        path.write_text(yaml.safe_dump(sections), encoding="utf-8")
         return path
 
     return write
@@ -162,16 +162,16 @@ def test_smollm2_keeps_its_logits(smollm2, config, tmp_path, monkeypatch):
 
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     monkeypatch.setattr(init_model, "load_llm", load_and_record)
-    made = init_checkpoint(str(smollm2), "fresh", tmp_path / "out", config=config(**VISUAL)).eval()
+    written = init_checkpoint(str(smollm2), "fresh", tmp_path / "out", config=config(**VISUAL))
     model, processor = load(tmp_path / "out")
     assert model.config.tie_word_embeddings and model.dtype == torch.float32
     with torch.no_grad():
-        assert torch.equal(made(ids).logits, expected["logits"])
+        assert torch.equal(written.eval()(ids).logits, expected["logits"])
         assert torch.equal(model(ids).logits, expected["logits"])
     assert torch.equal(model.generate(ids, **options), expected["answer"])
     text = "Is an image  worth\na thousand words?"
-    words = processor(text=text, return_tensors="pt")["input_ids"][0]
-    assert processor.decode(words, skip_special_tokens=True) == text
+    ids = processor(text=text, return_tensors="pt")["input_ids"][0]
+    assert processor.decode(ids, skip_special_tokens=True) == text
 
 
 def init_fresh(output, config):

@@ -21,6 +21,7 @@ from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error
 from tests.train.processes import owl2, run, start
 from tests.train.runs import Killed, kill_at, quiet, read_jsonl, wait_for
+from tests.train.tiny import SMALL_RUN
 
 CASES = {
     "full": {},
@@ -38,23 +39,9 @@ CASES = {
 
 @pytest.fixture
 def settings(world, tmp_path):
-    return {
-        "model": str(world / "start"),
-        "output": str(tmp_path / "run"),
-        "stage": 2,
-        "data": [{"file": str(world / "data.json")}],
-        "image_size": None,
-        "augment": "dihedral",
-        "max_steps": 24,
-        "batch_size": 4,
-        "warmup_steps": 2,
-        "learning_rate": 1e-2,
-        "gradient_checkpointing": False,
-        "dataloader_num_workers": 0,
-        "dtype": "float32",
-        "logging_steps": 2,
-        "save_steps": 3,
-    }
+    files = {"model": str(world / "start"), "data": [{"file": str(world / "data.json")}]}
+    own = {"output": str(tmp_path / "run"), "augment": "dihedral", "max_steps": 24, "save_steps": 3}
+    return SMALL_RUN | files | own
 
 
 def write(folder, settings):

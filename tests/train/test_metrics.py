@@ -62,15 +62,15 @@ def data_of(counts=(), wait_seconds=0.0, epoch_size=24):
     )
 
 
-def state(step, steps=100):
-    return SimpleNamespace(global_step=step, max_steps=steps)
+def state(step):
+    return SimpleNamespace(global_step=step, max_steps=100)
 
 
 def log(callback, step, args=None):
-    """The logs after the callback has replaced them."""
+    """The line that the callback has written."""
     logs = {"loss": 1.0, "learning_rate": 1e-3, "grad_norm": 2.0, "epoch": 0.0}
     callback.on_log(args or arguments(), state(step), None, logs)
-    return logs
+    return callback.log.lines[-1]
 
 
 def test_rates_are_measured_since_the_previous_line(clock, make_callback):
@@ -81,7 +81,7 @@ def test_rates_are_measured_since_the_previous_line(clock, make_callback):
     first = log(callback, 10)
     clock[0], data.counts, data.wait_seconds = 106.0, DataCounts(30, 900, 12, 1), 1.5
     second = log(callback, 20)
-    assert [first, second] == callback.log.lines
+    assert [first["step"], second["step"]] == [10, 20]
     assert (first["samples_per_second"], first["tokens_per_second"]) == (10.0, 200.0)
     assert (first["images_per_second"], first["data_wait_fraction"]) == (5.0, 0.25)
     assert (second["samples_per_second"], second["tokens_per_second"]) == (2.5, 125.0)
@@ -97,7 +97,8 @@ def test_validation_time_does_not_reduce_rates(clock, make_callback):
     callback = make_callback(data)
     callback.on_train_begin(arguments(), state(0), None)
     clock[0], data.counts = 110.0, DataCounts(20, 400, 10, 0)
-    callback.on_evaluate(arguments(), state(10), None, ValidationResult(10, 1.0, 1, 1, 0, 8.0))
+    validation = ValidationResult(10, 1.0, 1, 1, 0, 8.0)
+    callback.on_evaluate(arguments(), state(10), None, metrics=validation)
     log(callback, 10)
     clock[0], data.counts = 112.0, DataCounts(40, 800, 20, 0)
     log(callback, 20)
@@ -115,17 +116,6 @@ def test_progress_includes_earlier_sessions_and_other_processes(clock, make_call
     assert callback.progress(6) == TrainingProgress(
         6, 60, 600, 48, 3, seconds=12.0, data_wait_seconds=2.0 + 5.0 / 2
     )
-
-
-@pytest.mark.parametrize(("step", "steps"), [(6, 100), (2, 2)])
-def test_epoch_without_valid_samples_is_refused(make_callback, step, steps):
-    control = SimpleNamespace(should_log=False)
-    skipped = make_callback(data_of((0, 0, 0, 9)))
-    skipped.on_step_end(arguments(), state(step - 1), control)  # within the epoch
-    with raises_input_error(ErrorCode.NO_LABELS, f"{step} steps", "max_length"):
-        skipped.on_step_end(arguments(), state(step, steps), control)
-    make_callback(data_of((1, 1, 1, 9))).on_step_end(arguments(), state(step, steps), control)
-    assert control.should_log == (step == steps)
 
 
 def test_gpu_memory_is_logged_on_a_gpu(monkeypatch, make_callback):
@@ -158,7 +148,6 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     lines = JsonlLog(path, 3)
     lines.add({"step": 4})
     assert read_jsonl(path) == lines.lines == [{"step": 1}, {"step": 3, "é": "ü"}, {"step": 4}]
-    lines.close()
 
 
 def test_new_run_replaces_an_old_log(tmp_path):
@@ -166,21 +155,19 @@ def test_new_run_replaces_an_old_log(tmp_path):
     for _ in range(2):
         lines = JsonlLog(path, 0)
         lines.add({"step": 1})
-        lines.close()
     assert read_jsonl(path) == [{"step": 1}]
 
 
 def test_damaged_log_is_refused(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\nnothing\n{"step": 2}\n')
-    with raises_input_error(ErrorCode.INVALID_FORMAT, "log.jsonl:2", "overwrite=true"):
+    with raises_input_error(ErrorCode.INVALID_FORMAT, "log.jsonl, line 2", "overwrite=true"):
         JsonlLog(path, 2)
 
 
 def test_log_without_a_path_is_kept_in_memory():
     lines = JsonlLog(None, 5)
     lines.add({"step": 6})
-    lines.close()
     assert lines.lines == [{"step": 6}]
 
 

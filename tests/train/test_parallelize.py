@@ -38,8 +38,8 @@ def batches():
     """Padded and packed batches of different lengths and image counts."""
     images, text = RandomSamples(40), RandomSamples(40, images=False)
     for count in (3, 4, 6):
-        yield pad([images.made(number) for number in range(count)])
-        yield pad([text.made(number) for number in range(count)])
+        yield pad([images.sample_of(number) for number in range(count)])
+        yield pad([text.sample_of(number) for number in range(count)])
         yield pack(samples()[: count + 1], 0)
 
 
@@ -65,18 +65,16 @@ def prepared(checkpointing=False, lora=False):
 
 
 def assert_close(found, expected):
-    for (loss, gradients), (wanted, wanted_gradients) in zip(found, expected, strict=True):
-        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
-        assert gradients.keys() == wanted_gradients.keys()
+    for (loss, gradients), (expected_loss, expected_gradients) in zip(found, expected, strict=True):
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        assert gradients.keys() == expected_gradients.keys()
         # Fused sums round differently. The gradient of a key bias, which does not affect the
         # softmax, is rounding only.
-        noise = 1e-7 * max(float(one.abs().max()) for one in wanted_gradients.values())
+        noise = 1e-7 * max(float(one.abs().max()) for one in expected_gradients.values())
         for name, gradient in gradients.items():
-            wanted_gradient = wanted_gradients[name]
-            size = float(wanted_gradient.abs().max())
-            torch.testing.assert_close(
-                gradient, wanted_gradient, rtol=5e-5, atol=5e-5 * size + noise, msg=name
-            )
+            other = expected_gradients[name]
+            allowed = 5e-5 * float(other.abs().max()) + noise
+            torch.testing.assert_close(gradient, other, rtol=5e-5, atol=allowed, msg=name)
 
 
 def test_blocks_are_the_layers_of_all_three_parts():

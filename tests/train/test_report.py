@@ -71,7 +71,7 @@ def test_summary_shows_the_results_and_existing_files(tmp_path):
         "64,000, 600",
         "8.0 samples/s, 800 tokens/s",
         "5.0% of the time",
-        "process 2 GB, GPU 61.2 GB",
+        "process 2.0 GB, GPU 61.2 GB",
         "run.json",
     ):
         assert part in text, part

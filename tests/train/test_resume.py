@@ -137,7 +137,7 @@ def test_incomplete_last_line_of_a_log_is_dropped(recipe, stopped):
 def test_damaged_log_is_refused(recipe, stopped):
     log = stopped.parent / "log.jsonl"
     log.write_bytes(b"{\n" + log.read_bytes())
-    with raises_input_error(ErrorCode.INVALID_FORMAT, "log.jsonl:1", "overwrite=true"):
+    with raises_input_error(ErrorCode.INVALID_FORMAT, "log.jsonl, line 1", "overwrite=true"):
         train(recipe(), quiet())
 
 

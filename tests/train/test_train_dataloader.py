@@ -7,13 +7,13 @@ import tarfile
 import pytest
 from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
 
 from owl2.data.dataloader import MixtureDataLoader
 from owl2.data.sample import InvalidSample
 from owl2.errors import ErrorCode, InputError
 from owl2.train.run import train
-from owl2.train.train_dataloader import TrainDataLoader, run_steps
+from owl2.train.train_dataloader import TrainDataLoader
+from owl2.train.trainer import run_steps
 from tests.errors import raises_input_error
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, read_jsonl, weights
 from tests.train.tiny import QUESTION, RandomSamples, collate
@@ -127,7 +127,7 @@ def test_weighted_sources_have_no_epochs(recipe, mixed, world):
     console = quiet()
     result = train(recipe(data=data, on_invalid_sample="skip", max_steps=12), console)
     assert "Weighted sources, images of" in console.file.getvalue()
-    assert {line["epoch"] for line in read_jsonl(result.output / "log.jsonl")} == {0.0}
+    assert {line["epoch"] for line in read_jsonl(result.output / "log.jsonl")} == {None}
 
 
 def test_stream_without_count_and_weight_is_refused(recipe, shards):
@@ -195,7 +195,7 @@ def test_position_of_other_processes_is_refused(make_loader, tmp_path):
     one = make_loader()
     one.world_size = 2
     one.save(tmp_path)
-    with raises_input_error(ErrorCode.RESUME_MISMATCH, "processes: 2, now 1"):
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "([10], 2), now ([10], 1)"):
         make_loader().load(tmp_path)
 
 
@@ -204,7 +204,7 @@ def test_position_in_other_data_is_refused(make_loader, tmp_path):
     state = json.loads((tmp_path / "data_state_0.json").read_text(encoding="utf-8"))
     assert state["sizes"] == [10]
     (tmp_path / "data_state_0.json").write_text(json.dumps(state | {"sizes": [11]}))
-    with raises_input_error(ErrorCode.RESUME_MISMATCH, "[11], now [10]"):
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, "([11], 1), now ([10], 1)"):
         make_loader().load(tmp_path)
 
 
@@ -223,23 +223,8 @@ def test_run_without_valid_samples_stops(recipe, tmp_path):
 def test_batches_are_counted(make_loader):
     one = make_loader()
     batches = iter(one)
-    taken = [next(batches) for _ in range(3)]
+    received = [next(batches) for _ in range(3)]
     assert one.counts.samples == 0  # until the processes add their counts
     one.update_counts()
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in taken)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in received)
     assert one.counts == (6, tokens, 6, 0)
-
-
-def test_dropout_is_resumed(recipe, tmp_path, monkeypatch):
-    """Neither batches nor workers use the random state of dropout."""
-    settings = {"lora": {"r": 2, "lora_dropout": 0.3}, "packing": True, "dataloader_num_workers": 2}
-    uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 5)
-        assert train(recipe(**settings), quiet()).step == 5
-    resumed = train(recipe(**settings), quiet())
-    one, other = (
-        load_file(result.model / "adapter_model.safetensors") for result in (uninterrupted, resumed)
-    )
-    assert_same_weights(one, other)
-    assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)

@@ -14,7 +14,7 @@ from owl2.processing.processor import Owl2Processor
 from owl2.train.distributed import DistributedContext
 from owl2.train.parallelize import enable_checkpointing
 from owl2.train.run import train
-from owl2.train.validation import ValidationDataset, ValidationResult, Validator, _batches_of
+from owl2.train.validation import ValidationDataset, ValidationResult, Validator, batches_of
 from tests.errors import raises_input_error
 from tests.train.runs import assert_same_weights, interrupt_at, quiet, read_jsonl, weights
 
@@ -98,7 +98,7 @@ def test_workers_do_not_change_the_loss(start, samples):
 @pytest.mark.parametrize(("count", "processes"), [(24, 2), (5, 2), (1, 3), (6, 4)])
 def test_processes_share_the_samples(start, samples, count, processes):
     held_out = ValidationDataset([(samples, None)], start[1], max_samples=count)
-    shares = [_batches_of(count, 2, rank, processes) for rank in range(processes)]
+    shares = [batches_of(count, 2, rank, processes) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(n for share in shares for batch in share for n in batch) == list(range(count))
 
@@ -210,13 +210,12 @@ def test_line_of_the_log():
 # ------------------------------------------------------------------ in a run
 
 
+def held_out_of(world, **settings):
+    return {"data": [{"file": str(world / "data.json")}], "num_generations": 1} | settings
+
+
 def test_validation_does_not_change_the_weights(recipe, world, tmp_path):
-    held_out = {
-        "data": [{"file": str(world / "data.json")}],
-        "eval_steps": 3,
-        "max_samples": 8,
-        "num_generations": 1,
-    }
+    held_out = held_out_of(world, eval_steps=3, max_samples=8)
     settings = {"augment": "crop_flip", "gradient_checkpointing": True, "save_steps": 4}
     plain = train(recipe(output=str(tmp_path / "plain"), **settings), quiet())
     console = quiet()
@@ -240,33 +239,23 @@ def test_validation_does_not_change_the_weights(recipe, world, tmp_path):
 
 
 def test_validation_uses_the_dtype_of_training(recipe, world, monkeypatch):
-    sums, dtypes = Validator._sums, set()
+    evaluate, dtypes = Validator.evaluate, set()
 
-    def record(self, model):
-        hook = model.model.layers[0].mlp.register_forward_hook(
-            lambda _m, _i, out: dtypes.add(out.dtype)
-        )
-        found = sums(self, model)
+    def record(self, model, step):
+        layer = model.model.layers[0].mlp
+        hook = layer.register_forward_hook(lambda _m, _i, out: dtypes.add(out.dtype))
+        found = evaluate(self, model, step)
         hook.remove()
         return found
 
-    monkeypatch.setattr(Validator, "_sums", record)
-    held_out = {
-        "data": [{"file": str(world / "data.json")}],
-        "max_samples": 2,
-        "num_generations": 0,
-    }
+    monkeypatch.setattr(Validator, "evaluate", record)
+    held_out = held_out_of(world, max_samples=2, num_generations=0)
     train(recipe(validation=held_out, dtype="bfloat16", max_steps=3), quiet())
     assert dtypes == {torch.bfloat16}
 
 
 def test_resumed_run_has_the_same_validations(recipe, world, monkeypatch, tmp_path):
-    held_out = {
-        "data": [{"file": str(world / "data.json")}],
-        "eval_steps": 4,
-        "max_samples": 4,
-        "num_generations": 1,
-    }
+    held_out = held_out_of(world, eval_steps=4, max_samples=4)
     uninterrupted = train(recipe(output=str(tmp_path / "whole"), validation=held_out), quiet())
     with monkeypatch.context() as patch:
         interrupt_at(patch, 6)

@@ -17,10 +17,13 @@ def validated(recipe, world, tmp_path):
     """A recipe with held-out samples with and without images, in turn, one kind per process."""
     rows = []
     for number in range(HELD_OUT):
-        asked, row = QUESTION, {}
+        question, row = QUESTION, {}
         if number % 2:
-            asked, row = f"<image>\n{QUESTION}", {"image": str(world / f"{number}.png")}
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "red " * (number + 1)}]
+            question, row = f"<image>\n{QUESTION}", {"image": str(world / f"{number}.png")}
+        turns = [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": "red " * (number + 1)},
+        ]
         rows.append(row | {"conversations": turns})
     path = tmp_path / "held_out.json"
     path.write_text(json.dumps(rows), encoding="utf-8")

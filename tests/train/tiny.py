@@ -8,6 +8,19 @@ from owl2.data.mixture import MixtureDataset, MixtureSource
 COLORS = ("red", "green", "blue", "white")
 QUESTION = "what is this"
 ROWS = 24
+# The common settings of small runs on a CPU.
+SMALL_RUN = {
+    "stage": 2,
+    "image_size": None,
+    "augment": "none",
+    "batch_size": 4,
+    "warmup_steps": 2,
+    "learning_rate": 1e-2,
+    "gradient_checkpointing": False,
+    "dataloader_num_workers": 0,
+    "dtype": "float32",
+    "logging_steps": 2,
+}
 
 
 class RandomSamples(MixtureDataset):
@@ -18,13 +31,13 @@ class RandomSamples(MixtureDataset):
         self.images = images
 
     def __getitem__(self, index):
-        return self.made(index.row, index.epoch)
+        return self.sample_of(index.row, index.epoch)
 
-    def made(self, index, epoch=0):
+    def sample_of(self, index, epoch=0):
         source = torch.Generator().manual_seed(1000 * epoch + index)
-        words = torch.randint(3, 40, (4 + index % 5,), generator=source)
+        text = torch.randint(3, 40, (4 + index % 5,), generator=source)
         image = torch.full((3,), 40) if self.images else torch.tensor([], dtype=torch.long)
-        ids = torch.cat([torch.tensor([1]), image, words])
+        ids = torch.cat([torch.tensor([1]), image, text])
         labels = ids.clone()
         labels[: 1 + len(image) + index % 3] = -100
         pixels = torch.randn(3, 8, 8, generator=source) if self.images else None

@@ -11,11 +11,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from owl2.checkpoints.config_file import read_config
 from owl2.errors import ErrorCode, InputError
-from owl2.model.configuration import Owl2Config
 from owl2.train.estimate.memory import (
     Sharding,
     TrainingSetup,
@@ -102,7 +99,20 @@ def estimate_training(recipe: Recipe, setup: TrainingSetup) -> TrainingEstimate:
     Raises:
         InputError: Conflicting settings, which the trainer would refuse too.
     """
-    _check(recipe, setup)
+    config, data = setup.config, setup.data
+    recipe.require_context(config.max_position_embeddings)
+    image_tokens = math.ceil(data.images) * config.num_image_tokens
+    if image_tokens >= recipe.max_length:
+        raise InputError(
+            f"max_length ({recipe.max_length}) leaves no room for text: the images of a sample "
+            f"have {image_tokens} tokens",
+            ErrorCode.TOO_LONG,
+        )
+    if data.tokens is not None and not 1 <= data.tokens <= recipe.max_length:
+        raise InputError(
+            f"--tokens is {data.tokens:g}, but must be from 1 to max_length ({recipe.max_length})",
+            ErrorCode.INVALID_VALUE,
+        )
     devices, chosen = setup.hardware.devices, setup.sharding
     shardings = [Sharding.NONE]
     if devices > 1:
@@ -117,7 +127,7 @@ def estimate_training(recipe: Recipe, setup: TrainingSetup) -> TrainingEstimate:
             if sharding is Sharding.ZERO3:  # the model is in 16 bits
                 run = run_on_meta(variant, setup)
             memory[sharding, mode] = run.memory(sharding, devices)
-    trainable = summarize_trainable(prepared_model(recipe, setup.config, half=False))
+    trainable = summarize_trainable(prepared_model(recipe, config, half=False))
     compute = _compute(recipe, setup, flops)
     return TrainingEstimate(recipe, setup, trainable, batch_shape(recipe, setup), memory, compute)
 
@@ -128,7 +138,7 @@ def _with(recipe: Recipe, **changes: object) -> Recipe:
 
 def _compute(recipe: Recipe, setup: TrainingSetup, flops: dict[Checkpointing, int]) -> StepCompute:
     """`flops`: of the micro-batch of a device, by gradient checkpointing."""
-    data, batch = setup.data, recipe.batch_size
+    data, batch, steps = setup.data, recipe.batch_size, recipe.max_steps
     tokens = data.tokens or recipe.max_length
     if data.tokens is None and data.images == 1:
         once = float(flops[False]) * setup.hardware.devices * recipe.gradient_accumulation_steps
@@ -139,6 +149,8 @@ def _compute(recipe: Recipe, setup: TrainingSetup, flops: dict[Checkpointing, in
         model = prepared_model(variant, setup.config, half=False)
         trace = trace_step(model, BatchShape(rows, length, round(TRACED_SAMPLES * data.images)))
         once = trace.flops.total() / TRACED_SAMPLES * batch
+    if recipe.epochs is not None and data.samples is not None:
+        steps = math.ceil(data.samples * recipe.epochs / batch)
     image_tokens = batch * data.images * setup.config.num_image_tokens
     return StepCompute(
         samples=batch,
@@ -147,62 +159,8 @@ def _compute(recipe: Recipe, setup: TrainingSetup, flops: dict[Checkpointing, in
         images=batch * data.images,
         flops=once,
         recomputed_flops=once * (flops[recipe.gradient_checkpointing] / flops[False] - 1),
-        steps=_steps(recipe, data.samples),
+        steps=steps,
     )
-
-
-def _steps(recipe: Recipe, samples: int | None) -> int | None:
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    counts = [source.count for source in recipe.data if source.count is not None]
-    if samples is None and len(counts) == len(recipe.data):
-        samples = sum(counts)
-    assert recipe.epochs is not None  # a recipe has max_steps or epochs
-    return None if samples is None else math.ceil(samples * recipe.epochs / recipe.batch_size)
-
-
-def _check(recipe: Recipe, setup: TrainingSetup) -> None:
-    config, data = setup.config, setup.data
-    context = config.max_position_embeddings
-    if recipe.max_length > context:
-        raise InputError(
-            f"max_length ({recipe.max_length}) exceeds the {context} positions of the model",
-            ErrorCode.TOO_LONG,
-        )
-    image_tokens = math.ceil(data.images) * config.num_image_tokens
-    if image_tokens >= recipe.max_length:
-        raise InputError(
-            f"max_length ({recipe.max_length}) leaves no room for text: the images of a sample "
-            f"have {image_tokens} tokens",
-            ErrorCode.TOO_LONG,
-        )
-    if data.tokens is not None and not 1 <= data.tokens <= recipe.max_length:
-        raise InputError(
-            f"--tokens is {data.tokens:g}, but must be from 1 to max_length ({recipe.max_length})",
-            ErrorCode.INVALID_VALUE,
-        )
-
-
-def find_config(recipe: Recipe, config_from: str | None) -> tuple[Owl2Config, str]:
-    """The model configuration of an estimate, and its origin.
-
-    Args:
-        config_from: Another checkpoint (a directory or a hub id) with the same sizes.
-
-    Raises:
-        InputError: `config_from`, or the recipe's model if it exists, cannot be read.
-    """
-    name = config_from or recipe.model
-    try:
-        return read_config(name), name
-    except InputError:
-        if config_from is not None or Path(recipe.model).exists():
-            raise
-        # Stage 2 is planned before stage 1 has written its model.
-        return Owl2Config(), f"the released sizes; {recipe.model} does not exist yet"
-
-
-# ---------------------------------------------------------------- suggestions
 
 
 def suggest_changes(estimate: TrainingEstimate) -> list[Suggestion]:
@@ -231,35 +189,31 @@ def _changes(estimate: TrainingEstimate) -> Iterator[tuple[list[str], Recipe, Tr
     if recipe.stage == 1 or recipe.quantize is not None:
         return
     if recipe.lora is None:
-        recipe, arguments = (
-            _with(recipe, lora=LoraSettings.model_validate({})),
-            [*arguments, "lora={}"],
-        )
+        recipe = _with(recipe, lora=LoraSettings.model_validate({}))
+        arguments = [*arguments, "lora={}"]
         yield arguments, recipe, setup
     yield [*arguments, "quantize=4bit"], _with(recipe, quantize="4bit"), setup
 
 
 def _try(arguments: list[str], recipe: Recipe, setup: TrainingSetup) -> Suggestion | None:
     """The recipe with the largest micro-batch that fits; None if a single sample does not fit."""
-    samples = recipe.batch_size // setup.hardware.devices
+    hardware = setup.hardware
+    samples = recipe.batch_size // hardware.devices
     current = samples // recipe.gradient_accumulation_steps
-    sizes = [size for size in range(current, 0, -1) if samples % size == 0]
-    required = {size: _required(recipe, setup, samples // size) for size in {sizes[0], 1}}
-    fits = setup.hardware.fits
-    if not fits(required[1]):
-        return None
+
+    def required(size: int) -> int:
+        run = run_on_meta(_with(recipe, gradient_accumulation_steps=samples // size), setup)
+        return run.memory(setup.sharding, hardware.devices).total()
+
+    least, most = required(1), required(current)
     # Memory grows linearly with the samples, so two points show which size to try.
-    slope = (required[current] - required[1]) / max(1, current - 1)
-    for size in sizes:
-        if fits(int(required[1] + slope * (size - 1))):
-            total = required.get(size) or _required(recipe, setup, samples // size)
-            if fits(total):
-                if samples // size != recipe.gradient_accumulation_steps:
-                    arguments = [*arguments, f"gradient_accumulation_steps={samples // size}"]
-                return Suggestion(" ".join(arguments), total)
+    slope = (most - least) / max(1, current - 1)
+    for size in range(current, 0, -1):
+        if samples % size or not hardware.fits(int(least + slope * (size - 1))):
+            continue
+        total = {1: least, current: most}.get(size) or required(size)
+        if hardware.fits(total):
+            if size != current:
+                arguments = [*arguments, f"gradient_accumulation_steps={samples // size}"]
+            return Suggestion(" ".join(arguments), total)
     return None
-
-
-def _required(recipe: Recipe, setup: TrainingSetup, micro_batches: int) -> int:
-    run = run_on_meta(_with(recipe, gradient_accumulation_steps=micro_batches), setup)
-    return run.memory(setup.sharding, setup.hardware.devices).total()

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from owl2.errors import ErrorCode, InputError
 from owl2.registry import look_up
@@ -13,24 +12,16 @@ USABLE_FRACTION = 0.92
 # The fraction of a GPU's peak that training of such models typically reaches (MFU).
 DEFAULT_MFU = 0.4
 UNITS = {"": 1, "K": 2**10, "M": MIB, "G": GIB, "T": 2**40}
-
-
-class GpuSpec(NamedTuple):
-    """Memory in GiB and dense bfloat16 peak in TFLOP/s, from the data sheet."""
-
-    memory: float
-    peak: float
-
-
+# Memory in GiB and dense bfloat16 peak in TFLOP/s, from the data sheets.
 GPUS = {
-    "h200": GpuSpec(141e9 / GIB, 989),
-    "h100": GpuSpec(80, 989),
-    "a100": GpuSpec(80, 312),
-    "a100-40": GpuSpec(40, 312),
-    "l40s": GpuSpec(48, 362),
-    "a10": GpuSpec(24, 125),
-    "rtx4090": GpuSpec(24, 165),
-    "rtx3090": GpuSpec(24, 71),
+    "h200": (141e9 / GIB, 989),
+    "h100": (80, 989),
+    "a100": (80, 312),
+    "a100-40": (40, 312),
+    "l40s": (48, 362),
+    "a10": (24, 125),
+    "rtx4090": (24, 165),
+    "rtx3090": (24, 71),
 }
 
 
@@ -72,9 +63,9 @@ class Hardware:
         """
         size = None if memory is None else parse_size(memory)
         if gpu is not None:
-            spec = look_up("GPU", gpu.lower(), GPUS)
-            size = size or int(spec.memory * GIB)
-            tflops = tflops or spec.peak * DEFAULT_MFU
+            gibibytes, peak = look_up("GPU", gpu.lower(), GPUS)
+            size = size or int(gibibytes * GIB)
+            tflops = tflops or peak * DEFAULT_MFU
             gpu = gpu.upper()
         return cls(max(1, gpus), "cuda" if gpus else "cpu", gpu, size, tflops)
 

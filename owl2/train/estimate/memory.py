@@ -16,7 +16,6 @@ from enum import StrEnum
 import torch
 from torch import nn
 
-from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import prepare
@@ -29,7 +28,7 @@ FLOAT32, HALF = 4, 2
 ADAM_STATES = 2  # running means of the gradient and of its square, in float32
 # Bytes per quantized weight with its scales. In 4 bits, 64 weights share a scale of one byte, and
 # 256 of these scales share one in float32; in 8 bits a row shares a scale.
-QUANTIZED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
+QUANTIZED_BYTES: dict[str | None, float] = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 
 
 class Sharding(StrEnum):
@@ -91,16 +90,15 @@ class MetaRun:
         masters = FLOAT32 * self.trainable if self.half_model else 0
         peak[MemoryKind.WEIGHTS] += int(share * (masters - self.saved))
         peak[MemoryKind.OPTIMIZER] = int(share * ADAM_STATES * FLOAT32 * self.trainable)
-        peak[MemoryKind.COMMUNICATION] = self._communication(sharding) if devices > 1 else 0
+        if sharding is not Sharding.NONE and devices > 1:
+            weights, gradients = self.rest + 2 * self.layer, max(self.rest, self.layer)
+            # FSDP2 reduces gradients in float32, so it copies those in 16 bits.
+            reduced = FLOAT32 if self.half and sharding is Sharding.FSDP2 else 0
+            size = (HALF if self.half else FLOAT32) * (weights + gradients) + reduced * gradients
+            peak[MemoryKind.COMMUNICATION] = size
+        elif devices > 1:
+            peak[MemoryKind.COMMUNICATION] = FLOAT32 * self.trainable
         return peak
-
-    def _communication(self, sharding: Sharding) -> int:
-        if sharding is Sharding.NONE:
-            return FLOAT32 * self.trainable
-        weights, gradients = self.rest + 2 * self.layer, max(self.rest, self.layer)
-        # FSDP2 reduces gradients in float32, so it copies those in 16 bits.
-        reduced = FLOAT32 if self.half and sharding is Sharding.FSDP2 else 0
-        return (HALF if self.half else FLOAT32) * (weights + gradients) + reduced * gradients
 
 
 def run_on_meta(recipe: Recipe, setup: TrainingSetup) -> MetaRun:
@@ -113,10 +111,7 @@ def run_on_meta(recipe: Recipe, setup: TrainingSetup) -> MetaRun:
     half_model = half and setup.sharding is Sharding.ZERO3
     shape = batch_shape(recipe, setup)
     model = prepared_model(recipe, setup.config, half)
-    saved = 0.0
-    if recipe.quantize is not None:
-        weights = sum(linear.weight.numel() for linear in _quantized_linears(model))
-        saved = weights * (HALF - QUANTIZED_BYTES[recipe.quantize])
+    quantized = sum(linear.weight.numel() for linear in _quantized_linears(model, recipe))
     sharded = tuple(model._no_split_modules or ())
     layers = [
         sum(parameter.numel() for parameter in module.parameters())
@@ -128,7 +123,7 @@ def run_on_meta(recipe: Recipe, setup: TrainingSetup) -> MetaRun:
     return MetaRun(
         trace=trace_step(model, shape, autocast=half and not half_model),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        saved=saved,
+        saved=quantized * (HALF - QUANTIZED_BYTES.get(recipe.quantize, HALF)),
         layer=max(layers),
         rest=sum(p.numel() for p in model.parameters()) - sum(layers),
         half=half,
@@ -142,15 +137,8 @@ def batch_shape(recipe: Recipe, setup: TrainingSetup) -> BatchShape:
     Raises:
         InputError: The batch size is not divisible.
     """
-    devices, data = setup.hardware.devices, setup.data
-    micro_batches = devices * recipe.gradient_accumulation_steps
-    if recipe.batch_size % micro_batches:
-        raise InputError(
-            f"batch_size ({recipe.batch_size}) must be a multiple of devices x "
-            f"gradient_accumulation_steps ({devices} x {recipe.gradient_accumulation_steps})",
-            ErrorCode.CONFLICT,
-        )
-    samples = rows = recipe.batch_size // micro_batches
+    data = setup.data
+    samples = rows = recipe.micro_batch_size(setup.hardware.devices)
     if recipe.packing and data.tokens is not None:
         rows = math.ceil(samples * data.tokens / recipe.max_length)
     images = samples * math.ceil(data.images)
@@ -173,18 +161,18 @@ def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForCon
             model.set_image_size(recipe.image_size)
         # Explicit, because the default dtype is that of this machine, not of the planned one.
         prepare(model, recipe.model_copy(update={"dtype": dtype}))
-    if recipe.quantize is not None:
-        for linear in _quantized_linears(model):
-            linear.to(torch.bfloat16)
+    for linear in _quantized_linears(model, recipe):
+        linear.to(torch.bfloat16)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model, recipe.gradient_checkpointing == "selective")
     return model
 
 
-def _quantized_linears(model: nn.Module) -> list[nn.Linear]:
+def _quantized_linears(model: nn.Module, recipe: Recipe) -> list[nn.Linear]:
     """The Linears that `quantize` quantizes: those of the decoder's layers."""
     return [
         module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and name.startswith("model.layers.") and ".lora_" not in name
+        if recipe.quantize and type(module) is nn.Linear
+        if name.startswith("model.layers.") and ".lora_" not in name
     ]

@@ -92,11 +92,6 @@ class StepTrace:
         row = scaled[scaled.sum(1).argmax()]
         return Counter({kind: int(size) for kind, size in zip(KINDS, row, strict=True)})
 
-    @property
-    def forward_flops(self) -> int:
-        """FLOPs of the forward pass."""
-        return self.flops.total() - self.flops[MemoryKind.BACKWARD]
-
 
 def trace_step(
     model: Owl2ForConditionalGeneration, shape: BatchShape, *, autocast: bool = False
@@ -109,32 +104,24 @@ def trace_step(
         autocast: Compute in bfloat16 by autocast, else in the dtype of the weights.
     """
     with FakeTensorMode():
-        _replace_by_fake_tensors(model)
+        fakes: dict[int, torch.Tensor] = {}  # tied weights stay tied
+        for module in model.modules():
+            # Meta tensors support neither autocast nor fused attention.
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and id(tensor) not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    fakes[id(tensor)] = fake
+                setattr(module, name, fakes.get(id(tensor)))
         model.train()
         if shape.micro_batches > 1:  # the peak is in a later one, next to existing gradients
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-        tracker = MemoryTracker(model)
-        with tracker:
+        with MemoryTracker(model) as tracker:
             _forward_backward(model, shape, autocast, tracker)
     return StepTrace(np.array(tracker.timeline, dtype=np.int64), tracker.flops)
-
-
-def _replace_by_fake_tensors(model: nn.Module) -> None:
-    """Replace meta tensors, which support neither autocast nor fused attention, by fake ones."""
-    fakes: dict[int, torch.Tensor] = {}  # tied weights stay tied
-    for module in model.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
-            if id(tensor) not in fakes:
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                is_parameter = isinstance(tensor, nn.Parameter)
-                fakes[id(tensor)] = (
-                    nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-                )
-            setattr(module, name, fakes[id(tensor)])
 
 
 def _forward_backward(
@@ -193,16 +180,13 @@ def _forward_backward(
 # torch has formulas for fused attention on GPUs only. Causal attention counts fully in both.
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def flops_of(packet: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
-    """FLOPs of one operation: a matrix product, convolution or attention; 0 for all others."""
-    if packet is FUSED:
-        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
-    if packet is FUSED_BACKWARD:
-        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
-    formula = flop_registry.get(packet)
-    return 0 if formula is None else formula(*args, **kwargs, out_val=result)
+FLOP_FORMULAS = {
+    **flop_registry,
+    FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    FUSED_BACKWARD: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
+        grad.shape, q.shape, k.shape, v.shape
+    ),
+}
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -225,22 +209,22 @@ class MemoryTracker(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
             if parameter.grad is not None:
                 self._add(parameter.grad, MemoryKind.GRADIENTS)
-        self._record()
+        self.timeline.append(tuple(self._sums.values()))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
-        tensors = [item for item in tree_leaves(result) if isinstance(item, torch.Tensor)]
         is_copy = (
             packet is torch.ops.aten._to_copy and args[0].untyped_storage()._cdata in self._weights
         )
-        for tensor in tensors:
-            self._add(tensor, MemoryKind.COPIES if is_copy else self.kind)
-        self.flops[self.kind] += flops_of(packet, args, kwargs or {}, result)
-        if tensors:
-            self._record()
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor, MemoryKind.COPIES if is_copy else self.kind)
+        if packet in FLOP_FORMULAS:  # a matrix product, convolution or attention
+            self.flops[self.kind] += FLOP_FORMULAS[packet](*args, **kwargs or {}, out_val=result)
+        self.timeline.append(tuple(self._sums.values()))
         return result
 
     def _add(self, tensor: torch.Tensor, kind: MemoryKind = MemoryKind.WEIGHTS) -> int:
@@ -262,7 +246,4 @@ class MemoryTracker(TorchDispatchMode):
         self._sums[self._kinds[storage._cdata]] -= storage.nbytes()
         self._kinds[storage._cdata] = MemoryKind.GRADIENTS
         self._sums[MemoryKind.GRADIENTS] += storage.nbytes()
-        self._record()
-
-    def _record(self) -> None:
         self.timeline.append(tuple(self._sums.values()))
