@@ -11,22 +11,25 @@ the optimizer from zero without an error. A new checkpoint is flushed to the dis
 the previous one.
 """
 
+import errno
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback
 
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text
-from owl2.train.disk_errors import translate_disk_errors
 from owl2.train.distributed import DistributedContext
 from owl2.train.recipe import Recipe
 
@@ -36,6 +39,10 @@ KEYS_IGNORED_ON_RESUME = {
     *("output", "overwrite", "dataloader_num_workers", "on_invalid_sample"),
     *("logging_steps", "save_steps", "validation", "tensorboard", "wandb_project"),
 }
+
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# Parts of the messages of safetensors and torch.save for a full disk.
+WRITE_MESSAGES = ("I/O error", "inline_container", "iostream", "PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
@@ -249,3 +256,37 @@ class CheckpointCallback(TrainerCallback):
             )
         state = SavedState(directory.name, progress, size, self.context.sharding, files)
         atomic_write_text(self.checkpoints / "latest.json", json.dumps(asdict(state)) + "\n")
+
+
+@contextmanager
+def translate_disk_errors(target: Path) -> Iterator[None]:
+    """Raise what torch, safetensors and the file system raise on a full disk as an InputError.
+
+    Raises:
+        InputError: Names `target` and the free space. Other errors are not changed.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, SafetensorError, CheckpointException, RuntimeError) as error:
+        reason = _disk_reason(error)
+        if reason is None:
+            raise
+        existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 1e9
+        raise InputError(
+            f"{target} cannot be written: {reason}; {free:.2f} GB are free on that disk. Free some "
+            "space and run the same command: it resumes from the last complete checkpoint",
+            ErrorCode.WRITE_FAILED,
+        ) from error
+
+
+def _disk_reason(error: BaseException) -> str | None:
+    """Why the disk refused; None for an error that is not about the disk."""
+    if isinstance(error, CheckpointException):
+        reasons = (_disk_reason(cause[0]) for cause in error.failures.values())
+        return next(filter(None, reasons), None)
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)) if error.errno in DISK_ERRNOS else None
+    return str(error) if any(part in str(error) for part in WRITE_MESSAGES) else None

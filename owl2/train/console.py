@@ -4,12 +4,12 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
 from rich.live import Live
@@ -31,13 +31,19 @@ HIGH_DATA_WAIT = 0.05
 
 
 class ConsoleLogger(Logger):
-    """Prints a line at most every few seconds."""
+    """Prints a line at most every few seconds.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    `history`: The lines of ``log.jsonl`` of earlier sessions.
+    """
+
+    def __init__(
+        self, console: Console, title: str = "", history: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        self.console, self.title = console, title
+        self.losses = [line["loss"] for line in history]
         self.step = self.start = self.steps = 0
         self.began = time.perf_counter()
-        self._last_line: float | None = None
+        self._last_line = -math.inf
 
     def begin(self, step: int, steps: int) -> None:
         """Start the clock."""
@@ -55,8 +61,8 @@ class ConsoleLogger(Logger):
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Print a line, if the last one is old enough."""
-        now, last, step = time.perf_counter(), self._last_line, metrics["step"]
-        if last is not None and now - last < LINE_SECONDS and step != self.steps:
+        now, step = time.perf_counter(), metrics["step"]
+        if now - self._last_line < LINE_SECONDS and step != self.steps:
             return
         self._last_line = now
         self._print(
@@ -81,17 +87,10 @@ class ConsoleLogger(Logger):
 
 
 class LivePanel(ConsoleLogger):
-    """Draws a panel twice a second. Output of other code appears above it.
+    """Draws a panel twice a second. Output of other code appears above it."""
 
-    `history`: The lines of ``log.jsonl`` of earlier sessions.
-    """
-
-    def __init__(
-        self, console: Console, title: str, history: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        super().__init__(console)
-        self.title = title
-        self._losses = [line["loss"] for line in history]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._metrics: dict[str, Any] | None = None
         self._validations: list[ValidationResult] = []
         self._open = ExitStack()
@@ -111,7 +110,7 @@ class LivePanel(ConsoleLogger):
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Show the metrics from the next redraw on."""
-        self._losses.append(metrics["loss"])
+        self.losses.append(metrics["loss"])
         self._metrics = metrics
 
     def log_validation(self, result: ValidationResult) -> None:
@@ -126,11 +125,9 @@ class LivePanel(ConsoleLogger):
         """The current panel."""
         rows = Table.grid(Column(style="dim"), Column(ratio=1), padding=(0, 2))
         if self._metrics is not None:
-            for name, value in _metric_rows(self._metrics, self._losses):
-                rows.add_row(name, value)
+            _add_metrics(rows, self._metrics, self.losses)
         if self._validations:
-            for name, value in _validation_rows(self._validations[0], self._validations[-1]):
-                rows.add_row(name, value)
+            _add_validation(rows, self._validations[0], self._validations[-1])
         columns = (Column(), Column(ratio=1), Column(justify="right"))
         progress = Table.grid(*columns, padding=(0, 2), expand=True)
         remaining = "" if self._metrics is None else f", {self.remaining()} left"
@@ -143,40 +140,37 @@ class LivePanel(ConsoleLogger):
         return Panel(content, title=Text(self.title), title_align="left", border_style="blue")
 
 
-def _metric_rows(
-    metrics: dict[str, Any], losses: Sequence[float]
-) -> Iterator[tuple[str, str | Text]]:
+def _add_metrics(rows: Table, metrics: dict[str, Any], losses: Sequence[float]) -> None:
     loss = f"{metrics['loss']:.4f}  smoothed {metrics['smoothed_loss']:.4f}  "
-    yield "loss", Text(loss).append(sparkline(losses), style="cyan")
+    rows.add_row("loss", Text(loss).append(sparkline(losses), style="cyan"))
     rate, norm = metrics["learning_rate"], metrics["grad_norm"]
-    yield "learning rate", f"{rate:.2e}  gradient norm {norm:.3g}"
+    rows.add_row("learning rate", f"{rate:.2e}  gradient norm {norm:.3g}")
     speeds = (("samples", ".1f"), ("tokens", ".0f"), ("images", ".1f"))
     speed = (f"{metrics[f'{name}_per_second']:,{digits}} {name}/s" for name, digits in speeds)
-    yield "speed", "  ".join(speed)
+    rows.add_row("speed", "  ".join(speed))
     wait = metrics["data_wait_fraction"]
-    yield "data wait", Text(f"{wait:.1%} of the time", "yellow" if wait > HIGH_DATA_WAIT else "")
+    style = "yellow" if wait > HIGH_DATA_WAIT else ""
+    rows.add_row("data wait", Text(f"{wait:.1%} of the time", style))
     gpu = metrics.get("gpu_memory_bytes")
     peak = "" if gpu is None else f"  GPU peak {decimal(gpu)}"
-    yield "memory", f"process {decimal(metrics['process_memory_bytes'])}{peak}"
+    rows.add_row("memory", f"process {decimal(metrics['process_memory_bytes'])}{peak}")
     totals = [f"{metrics[name]:,} {name}" for name in ("samples", "tokens", "images")]
     if metrics["num_skipped"]:
         totals.append(f"{metrics['num_skipped']:,} skipped")
-    yield "total", "  ".join(totals)
+    rows.add_row("total", "  ".join(totals))
 
 
-def _validation_rows(
-    first: ValidationResult, last: ValidationResult
-) -> Iterator[tuple[str, str | Text]]:
+def _add_validation(rows: Table, first: ValidationResult, last: ValidationResult) -> None:
     before = "" if first is last else f", {first.loss:.4f} at step {first.step:,}"
     skipped = f", {last.num_skipped:,} skipped" if last.num_skipped else ""
     samples = f"{last.samples:,} samples{skipped}"
-    yield "validation", f"loss {last.loss:.4f} at step {last.step:,}{before}  ({samples})"
+    rows.add_row("validation", f"loss {last.loss:.4f} at step {last.step:,}{before}  ({samples})")
     for generation in last.generations:
         prompt, reference, prediction = _texts(generation)
         correct = prediction == reference
         text = Text(f"{prompt}  ", no_wrap=True, overflow="ellipsis")
         text.append(prediction or "(empty)", style="green" if correct else "yellow")
-        yield "", text if correct else text.append(f"  reference {reference}")
+        rows.add_row("", text if correct else text.append(f"  reference {reference}"))
 
 
 def _texts(generation: Generation) -> list[str]:
@@ -192,14 +186,14 @@ def _texts(generation: Generation) -> list[str]:
 
 def sparkline(values: Sequence[float], width: int = CURVE_WIDTH) -> str:
     """Values as a row of bars, each the mean of a part of them; logarithmic if all are positive."""
-    count = min(len(values), width)
-    edges = [len(values) * i // count for i in range(count + 1)] if count else [0]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    if all(mean > 0 for mean in means):  # a linear scale would show a steep start only
-        means = [math.log(mean) for mean in means]
-    low, high = min(means, default=0.0), max(means, default=0.0)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+    if not values:
+        return ""
+    parts = np.array_split(np.array(values), min(len(values), width))
+    means = np.array([part.mean() for part in parts])
+    if (means > 0).all():  # a linear scale would show a steep start only
+        means = np.log(means)
+    heights = (means - means.min()) / (np.ptp(means) or 1.0) * (len(BARS) - 1)
+    return "".join(BARS[height] for height in heights.round().astype(int))
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,6 @@
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,7 @@ class MetricsCallback(TrainerCallback):
         folder = output if context.is_main else None
         self.log = JsonlLog(folder and folder / "log.jsonl", start.step)
         self.validation_log = JsonlLog(folder and folder / "validation.jsonl", start.step)
-        self.loggers: Sequence[Logger] = ()
+        self.loggers: list[Logger] = []
         self._start = self._last = start
         self._data = data
         self._context = context

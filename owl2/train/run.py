@@ -31,12 +31,12 @@ from owl2.train.checkpointer import (
     checkpoints_of,
     find_state,
     start_run,
+    translate_disk_errors,
 )
 from owl2.train.console import ConsoleLogger, LivePanel
-from owl2.train.disk_errors import translate_disk_errors
 from owl2.train.distributed import DistributedContext
 from owl2.train.loggers import make_loggers, require_loggers
-from owl2.train.metrics import Logger, MetricsCallback
+from owl2.train.metrics import MetricsCallback
 from owl2.train.optimizer import groups_table, recipe_groups
 from owl2.train.parallelize import require_attention, require_compiler
 from owl2.train.recipe import Recipe
@@ -188,7 +188,10 @@ class TrainingRun:
         with translate_disk_errors(output), ExitStack() as stack:
             stack.callback(checkpointing.restore_handlers)
             with context.raise_on_all_ranks():
-                metrics.loggers = list(self._make_loggers(metrics)) if context.is_main else []
+                if context.is_main:
+                    kind = LivePanel if self.console.is_terminal else ConsoleLogger
+                    metrics.loggers.append(kind(self.console, str(output), metrics.log.lines))
+                    metrics.loggers += make_loggers(self.recipe, self.start.step)
             for logger in metrics.loggers:
                 stack.callback(logger.close)
             trainer.add_callback(metrics)
@@ -208,13 +211,6 @@ class TrainingRun:
             message = f"Stopped after step {end.step} of {steps}; run the same command to resume"
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
         return result
-
-    def _make_loggers(self, metrics: MetricsCallback) -> Iterator[Logger]:
-        if self.console.is_terminal:
-            yield LivePanel(self.console, str(self.output), metrics.log.lines)
-        else:
-            yield ConsoleLogger(self.console)
-        yield from make_loggers(self.recipe, self.start.step)
 
     def _finish(
         self, trainer: Owl2Trainer, metrics: MetricsCallback, end: TrainingProgress

@@ -25,7 +25,7 @@ from owl2.data.dataloader import MixtureDataLoader
 from owl2.data.mixture import MixtureDataset
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2Model
-from owl2.train.disk_errors import translate_disk_errors
+from owl2.train.checkpointer import translate_disk_errors
 from owl2.train.distributed import DistributedContext
 from owl2.train.optimizer import make_adamw, recipe_groups
 from owl2.train.parallelize import compile_blocks, enable_checkpointing

@@ -134,33 +134,26 @@ class ValidationDataset(Dataset[Features | InvalidSample]):
         return encode_sample(self.sample(index), self.processor, self.max_length)
 
 
+@dataclass
 class Validator:
     """Computes the validation loss and the generations of a model in training.
 
-    Args:
+    Attributes:
         batch_size: Samples per process and batch.
         num_generations: Number of generated answers.
         skip_invalid: Skip invalid samples instead of raising an InputError.
     """
 
-    def __init__(
-        self,
-        dataset: ValidationDataset,
-        processor: Owl2Processor,
-        context: DistributedContext,
-        *,
-        batch_size: int,
-        num_workers: int = 0,
-        num_generations: int = 0,
-        skip_invalid: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.processor = processor
-        self.context = context
-        self.num_workers = num_workers
-        self.skip_invalid = skip_invalid
-        self.batches = batches_of(len(dataset), batch_size, context.rank, context.world_size)
-        self._prompts = list(islice(self._choose_prompts(num_generations), num_generations))
+    dataset: ValidationDataset
+    processor: Owl2Processor
+    context: DistributedContext
+    batch_size: int
+    num_workers: int = 0
+    num_generations: int = 0
+    skip_invalid: bool = False
+
+    def __post_init__(self) -> None:
+        self._prompts = list(islice(self._choose_prompts(), self.num_generations))
 
     def evaluate(self, model: Owl2ForConditionalGeneration, step: int) -> ValidationResult:
         """Validate the model after `step`; all processes must call it together.
@@ -195,9 +188,10 @@ class Validator:
         and skipped samples."""
         loss, tokens, samples = 0.0, 0, 0
         skipped: list[InvalidSample] = []
+        rank, world_size = self.context.rank, self.context.world_size
         loader = DataLoader(
             self.dataset,
-            batch_sampler=self.batches,
+            batch_sampler=batches_of(len(self.dataset), self.batch_size, rank, world_size),
             collate_fn=Collator(self.processor),
             num_workers=self.num_workers,
             generator=torch.Generator(),  # leaves the global random state unchanged
@@ -223,10 +217,10 @@ class Validator:
                 )
         return loss, tokens, samples, len(skipped)
 
-    def _choose_prompts(self, count: int) -> Iterator[tuple[str, list[Message], str]]:
+    def _choose_prompts(self) -> Iterator[tuple[str, list[Message], str]]:
         """(source, prompt, reference) of samples spread evenly over the dataset."""
         size = len(self.dataset)
-        stride = max(size // max(count, 1), 1)
+        stride = max(size // max(self.num_generations, 1), 1)
         for index in sorted(range(size), key=lambda i: i % stride):
             sample = self.dataset.sample(index)
             # A sample that can be encoded is sure to have space for an answer.

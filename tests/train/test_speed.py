@@ -25,7 +25,8 @@ from owl2.train.recipe import Recipe
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
-from tests.train.runs import quiet
+from tests.train.runs import quiet, read_jsonl
+from tests.train.tiny import SMALL_RUN
 
 pytestmark = pytest.mark.slow
 
@@ -112,21 +113,17 @@ def run(mixture, output: Path, **settings):
     recipe = {
         "model": model,
         "output": str(output),
-        "stage": 2,
         "data": data,
-        "image_size": None,
         "max_length": 512,
         "max_steps": 12,
         "batch_size": 32,
         "warmup_steps": 5,
         "learning_rate": 1e-3,
-        "gradient_checkpointing": False,
-        "dataloader_num_workers": 0,
         "logging_steps": 1,
     }
-    result = train(Recipe(**(recipe | settings)), quiet())
+    result = train(Recipe(**SMALL_RUN | recipe | settings), quiet())
     assert result.finished
-    return [json.loads(line) for line in (result.output / "log.jsonl").open(encoding="utf-8")]
+    return read_jsonl(result.output / "log.jsonl")
 
 
 @pytest.fixture
