@@ -69,18 +69,12 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             the most similar one), a value of the wrong type or out of range.
     """
     settings, origins = _read_with_bases(Path(path), ())
-    changes: dict[str, Any] = {}
-    nested: list[tuple[str, Any]] = []
-    for argument in overrides:
-        key, value = read_setting(argument, _Loader)
-        origins[key.split(".")[0]] = COMMAND_LINE
+    pairs = [read_setting(argument, _Loader) for argument in overrides]
+    origins |= {key.split(".")[0]: COMMAND_LINE for key, _ in pairs}
+    _update(settings, {key: value for key, value in pairs if "." not in key})
+    for key, value in pairs:  # nested keys after the keys that they are in
         if "." in key:
-            nested.append((key, value))
-        else:
-            changes[key] = value
-    _update(settings, changes)
-    for key, value in nested:  # after the keys that they are in
-        _set_nested(settings, key, value)
+            _set_nested(settings, key, value)
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
@@ -141,26 +135,16 @@ def _set_nested(settings: dict[str, Any], dotted: str, value: Any) -> None:
     """Set `settings[a][0][b] = value` for the key a.0.b."""
     *parents, last = dotted.split(".")
     container: Any = settings
-    for depth, key in enumerate([*parents, last]):
-        parent = ".".join(parents[:depth])
-        index: Any = int(key) if isinstance(container, list) and key.isdigit() else key
-        if isinstance(container, list) and index not in range(len(container)):
-            raise InputError(
-                f"{dotted!r} on {COMMAND_LINE}: `{parent}` has {len(container)} entries, counted "
-                f"from 0; {key!r} is none of them",
-                ErrorCode.UNKNOWN_NAME,
-            )
-        if not isinstance(container, list | dict):
-            raise InputError(
-                f"{dotted!r} on {COMMAND_LINE}: `{parent}` in the recipe has no keys",
-                ErrorCode.INVALID_TYPE,
-            )
-        if depth == len(parents):
-            container[index] = value
-        elif isinstance(container, dict):
-            container = container.setdefault(index, {})
-        else:
-            container = container[index]
+    try:
+        for key in parents:
+            is_list = isinstance(container, list)
+            container = container[int(key)] if is_list else container.setdefault(key, {})
+        container[int(last) if isinstance(container, list) else last] = value
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{dotted!r} on {COMMAND_LINE} is no key of the recipe: it has {container!r:.80} there",
+            ErrorCode.UNKNOWN_NAME,
+        ) from error
 
 
 def _describe(detail: ErrorDetails, origins: dict[str, str], path: str) -> str:

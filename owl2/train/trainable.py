@@ -71,13 +71,8 @@ def part_of(name: str) -> ModelPart:
 
 @dataclass(frozen=True)
 class TrainableParams:
-    """The names of trainable and frozen parameters, and the numbers of parameters by part.
+    """The numbers of all and of trainable parameters by part; tied embeddings count once."""
 
-    A parameter with two names (tied embeddings) is listed with both and counted once.
-    """
-
-    trainable: tuple[str, ...]
-    frozen: tuple[str, ...]
     sizes: dict[ModelPart, int]
     trainable_sizes: dict[ModelPart, int]
 
@@ -122,7 +117,7 @@ def apply_stage(model: nn.Module, stage: int, freeze: Sequence[str] = ()) -> Tra
     if conflicts:
         raise ValueError(f"tied weights in a trainable and a frozen part: {conflicts}")
     summary = summarize_trainable(model)
-    if not summary.trainable:
+    if not summary.trainable_size:
         raise InputError(f"freeze: no part that stage {stage} trains is left", ErrorCode.CONFLICT)
     return summary
 
@@ -137,11 +132,5 @@ def summarize_trainable(model: nn.Module) -> TrainableParams:
         size = packed.shape.numel() if packed is not None else parameter.numel()
         sizes[part_of(name)] += size
         trainable_sizes[part_of(name)] += size * parameter.requires_grad
-    # With both names of tied weights: no name of a trainable parameter may be listed as frozen.
-    named = list(model.named_parameters(remove_duplicate=False))
-    return TrainableParams(
-        trainable=tuple(name for name, parameter in named if parameter.requires_grad),
-        frozen=tuple(name for name, parameter in named if not parameter.requires_grad),
-        sizes={part: size for part, size in sizes.items() if size},
-        trainable_sizes={part: trainable_sizes[part] for part, size in sizes.items() if size},
-    )
+    present = {part: size for part, size in sizes.items() if size}
+    return TrainableParams(present, {part: trainable_sizes[part] for part in present})

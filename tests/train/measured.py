@@ -2,23 +2,16 @@
 
 import gc
 import io
-import json
 
-from PIL import Image
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from owl2.processing.image_processing import Owl2ImageProcessor
-from owl2.processing.processor import Owl2Processor
-from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
-from tests.tiny import make_model
-from tests.train.tiny import SMALL_RUN
+from tests.train.tiny import SMALL_RUN, make_world
 
 LENGTH = 96
-QUESTION = "what is this"
 # Wide for its depth, so that weights and activations exceed the memory inside kernels.
 WIDE = {
     "vocab_size": 1200,
@@ -47,25 +40,10 @@ WIDE = {
 }
 
 
-def make_world(folder):
-    """Write a checkpoint `start` and `data.json`: images with long or short answers."""
-    rows = []
-    for number in range(16):
-        Image.new("RGB", (40, 40), (number * 15, 0, 0)).save(folder / f"{number}.png")
-        answer = " ".join(["red"] * (20 if number % 4 == 3 else 3 * LENGTH))
-        turns = [
-            {"from": "human", "value": f"<image>\n{QUESTION}"},
-            {"from": "gpt", "value": answer},
-        ]
-        rows.append({"image": f"{number}.png", "conversations": turns})
-    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
-    start = folder / "start"
-    start.mkdir()
-    texts = [f"USER: \n{QUESTION} ASSISTANT: {color}" for color in ("red", "green", "blue")]
-    train_tokenizer(texts * 10, start / "tokenizer.model", 300)
-    make_model(**WIDE).save_pretrained(start)
-    tokenizer = Owl2Tokenizer(str(start / "tokenizer.model"))
-    Owl2Processor(Owl2ImageProcessor(40), tokenizer, num_image_tokens=9).save_pretrained(start)
+def make_wide_world(folder):
+    """Write a wide model, and images with long or short answers."""
+    answers = [" ".join(["red"] * (20 if n % 4 == 3 else 3 * LENGTH)) for n in range(16)]
+    make_world(folder, answers, image_size=40, num_image_tokens=9, **WIDE)
 
 
 def make_recipe(folder, output, **settings):

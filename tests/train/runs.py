@@ -29,6 +29,12 @@ def ask(question, image=None):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
 
+def trainable_names(model):
+    """The names of the trainable parameters, with both names of tied weights."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if parameter.requires_grad}
+
+
 def weights(directory):
     return Owl2ForConditionalGeneration.from_pretrained(directory).state_dict()
 

@@ -27,6 +27,7 @@ from tests.train.runs import (
     load_model,
     quiet,
     read_jsonl,
+    trainable_names,
     weights,
 )
 from tests.train.tiny import QUESTION
@@ -102,17 +103,15 @@ def test_seed_determines_lora_and_leaves_the_random_state_unchanged():
 @pytest.mark.parametrize("adapter", [LORA, PARTS, ALL])
 def test_parameter_groups_contain_the_trainable_parameters_only(adapter):
     model = make_model()
-    trained = apply_lora(model, LoraSettings(**adapter), seed=0)
-    for name in trained.trainable:
-        is_part = name.startswith(("model.visual_abstractor.", "model.vision_model."))
-        assert ".lora_" in name or (is_part and "modules_to_save" in adapter), name
-    assert all(".lora_" not in name for name in trained.frozen)
-    # It asserts that each trainable parameter is in one group.
+    apply_lora(model, LoraSettings(**adapter), seed=0)
+    lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    parts = ("model.visual_abstractor.", "model.vision_model.")
+    assert lora <= trainable_names(model)
+    for name in trainable_names(model) - lora:
+        assert name.startswith(parts) and "modules_to_save" in adapter, name
     groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.1, vision_lr_layer_decay=0.9)
     decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            assert id(parameter) in decayed, name
+    assert all(id(model.get_parameter(name)) in decayed for name in lora)
 
 
 def test_lora_counts_for_the_part_of_its_linear():
@@ -144,10 +143,8 @@ def test_frozen_parts_do_not_change(recipe, freeze):
     trained = prepare(model, settings)
     for part in ModelPart:
         assert (trained.trainable_sizes[part] == 0) == (part in frozen)
-    for name, tensor in before.items():
-        if name in trained.frozen:
-            assert torch.equal(tensor, after[name]), name
-    assert any(not torch.equal(before[name], after[name]) for name in trained.trainable)
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed and changed <= trainable_names(model)
 
 
 def test_freezing_everything_is_refused(recipe):

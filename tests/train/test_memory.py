@@ -19,7 +19,7 @@ from owl2.train.estimate.memory import (
 from owl2.train.estimate.tracer import MemoryKind
 from tests.errors import raises_input_error
 from tests.tiny import make_config
-from tests.train.measured import WIDE, make_recipe, make_world, measured_peak
+from tests.train.measured import WIDE, make_recipe, make_wide_world, measured_peak
 
 CPU = Hardware.from_options(gpus=0)
 FULL = Owl2Config(max_position_embeddings=4096)
@@ -28,7 +28,7 @@ FULL = Owl2Config(max_position_embeddings=4096)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
-    make_world(folder)
+    make_wide_world(folder)
     return folder
 
 

@@ -135,8 +135,8 @@ def test_seed_of_32_bits_is_accepted(write):
     [
         ("data.0.cuont=1", ErrorCode.UNKNOWN_NAME, ("`data.0.cuont`", "`count`")),
         ("data.0.count=x", ErrorCode.INVALID_TYPE, ("`data.0.count` is 'x'",)),
-        ("data.1.count=1", ErrorCode.UNKNOWN_NAME, ("`data`", "1")),
-        ("seeds.a=1", ErrorCode.INVALID_TYPE, ("`seeds`",)),
+        ("data.1.count=1", ErrorCode.UNKNOWN_NAME, ("'data.1.count'", "easy_vqa")),
+        ("seeds.a=1", ErrorCode.UNKNOWN_NAME, ("'seeds.a'", "3")),
         ("data=[]", ErrorCode.INVALID_VALUE, ("`data`",)),
         ("seed", ErrorCode.INVALID_FORMAT, ("option=value",)),
         ("seed=[", ErrorCode.INVALID_FORMAT, ("seed=[",)),

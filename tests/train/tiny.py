@@ -1,9 +1,16 @@
-"""Random samples and batches for the model of `tests.tiny`, and the colors of test images."""
+"""Small data for training: files with a checkpoint, random samples, common settings."""
+
+import json
 
 import torch
+from PIL import Image
 
 from owl2.data.collate import Batch
 from owl2.data.mixture import MixtureDataset, MixtureSource
+from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
+from tests.tiny import make_model
 
 COLORS = ("red", "green", "blue", "white")
 QUESTION = "what is this"
@@ -21,6 +28,27 @@ SMALL_RUN = {
     "dtype": "float32",
     "logging_steps": 2,
 }
+
+
+def make_world(folder, answers, image_size=8, num_image_tokens=3, **sizes):
+    """Write `data.json`, with a question about an image of one color for each answer, and `start`,
+    an untrained checkpoint."""
+    rows = []
+    for number, answer in enumerate(answers):
+        Image.new("RGB", (10, 10), COLORS[number % len(COLORS)]).save(folder / f"{number}.png")
+        question = {"from": "human", "value": f"<image>\n{QUESTION}"}
+        turns = [question, {"from": "gpt", "value": answer}]
+        rows.append({"image": f"{number}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    start = folder / "start"
+    start.mkdir()
+    texts = [f"USER: \n{QUESTION} ASSISTANT: {color}" for color in COLORS] * 10
+    train_tokenizer(texts, start / "tokenizer.model", 300)
+    tokenizer = Owl2Tokenizer(str(start / "tokenizer.model"))
+    make_model(**{"vocab_size": len(tokenizer)} | sizes).save_pretrained(start)
+    image_processor = Owl2ImageProcessor(image_size)
+    processor = Owl2Processor(image_processor, tokenizer, num_image_tokens=num_image_tokens)
+    processor.save_pretrained(start)
 
 
 class RandomSamples(MixtureDataset):
