@@ -52,6 +52,18 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def write_recipe(folder, settings):
+    """Write a recipe file, by default of a run in `folder`; returns its path."""
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"output": str(folder / "run")} | settings), encoding="utf-8")
+    return str(path)
+
+
+def held_out_of(world, **settings):
+    """The `validation` of a recipe."""
+    return {"data": [{"file": str(world / "data.json")}], "num_generations": 1} | settings
+
+
 def wait_for(condition, describe=lambda: "", seconds=60, interval=0.005):
     """Poll until a condition on files of another process is true."""
     end = time.monotonic() + seconds

@@ -1,6 +1,5 @@
 """Two processes train an adapter: they save the same adapter as one, and resume."""
 
-import json
 import os
 import signal
 
@@ -10,7 +9,14 @@ import torch
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
 from tests.train.processes import FSDP, owl2, run, start
-from tests.train.runs import assert_same_weights, quiet, read_jsonl, wait_for, weights
+from tests.train.runs import (
+    assert_same_weights,
+    quiet,
+    read_jsonl,
+    wait_for,
+    weights,
+    write_recipe,
+)
 
 
 @pytest.mark.slow
@@ -34,12 +40,11 @@ def test_two_processes_save_one_adapter_and_resume(recipe, tmp_path, environment
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-3, msg=name)
 
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    path = write_recipe(tmp_path, settings)
     log = tmp_path / "run" / "log.jsonl"
-    processes = start(tmp_path / "1", owl2, "train", str(path), count=2, environment=environment)
+    processes = start(tmp_path / "1", owl2, "train", path, count=2, environment=environment)
     wait_for(lambda: len(read_jsonl(log)) >= 4, processes.output)
     os.kill(processes.members[0].pid, signal.SIGTERM)
     assert processes.wait() == [143, 143], processes.output()
-    run(tmp_path / "2", owl2, "train", str(path), count=2, environment=environment)
+    run(tmp_path / "2", owl2, "train", path, count=2, environment=environment)
     assert_same_weights(two, weights(tmp_path / "run" / "model"))

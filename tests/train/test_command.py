@@ -6,19 +6,15 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from tests.train.runs import read_jsonl, wait_for
+from tests.train.runs import read_jsonl, wait_for, write_recipe
 
 
 @pytest.fixture
 def recipe_file(recipe, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    settings = recipe(logging_steps=1).model_dump(exclude_unset=True)
-    settings["data"] = [{"file": source["file"]} for source in settings["data"]]
-    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return path
+    settings = recipe(logging_steps=1).model_dump(mode="json", exclude_unset=True)
+    return write_recipe(tmp_path, settings)
 
 
 def test_train_command(run_cli, recipe_file, tmp_path):

@@ -17,7 +17,7 @@ from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.processes import FSDP, owl2, run, start
-from tests.train.runs import quiet, read_jsonl, wait_for, weights
+from tests.train.runs import quiet, read_jsonl, wait_for, weights, write_recipe
 from tests.train.tiny import COLORS, QUESTION, SMALL_RUN
 
 ROOT = Path(__file__).parents[2]
@@ -256,19 +256,12 @@ def test_error_of_one_process_ends_both(mixed, tmp_path):
     rows = json.loads(Path(settings["data"][0]["file"]).read_text(encoding="utf-8"))
     rows = [*rows[:5], {"image": str(path), "conversations": turns}]
     (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
-    recipe = write(tmp_path, settings | {"data": [{"file": str(tmp_path / "data.json")}]})
+    recipe = write_recipe(tmp_path, settings | {"data": [{"file": str(tmp_path / "data.json")}]})
     processes = start(tmp_path / "output", owl2, "train", recipe, count=2)
     assert processes.wait() == [2, 2]
     assert processes.output().count("error:") == 1
     assert "broken.png" in processes.output(0)
     assert "Traceback" not in processes.output()
-
-
-def write(folder, settings):
-    """Write a recipe file."""
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps({"output": str(folder / "run")} | settings), encoding="utf-8")
-    return str(path)
 
 
 @pytest.mark.parametrize("sharding", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
@@ -278,7 +271,7 @@ def test_sigterm_to_one_process_stops_both_and_the_run_is_resumed(mixed, tmp_pat
     environment = SHARDINGS[sharding]
     uninterrupted = Recipe(**settings, output=str(tmp_path / "whole"))
     run(tmp_path / "output0", train, uninterrupted, count=2, environment=environment)
-    recipe = write(tmp_path, settings)
+    recipe = write_recipe(tmp_path, settings)
     command = ("train", recipe)
     output = tmp_path / "run"
     processes = start(tmp_path / "output1", owl2, *command, count=2, environment=environment)
@@ -329,7 +322,7 @@ LAUNCHERS = {
 def test_launchers_train_stop_and_resume(mixed, tmp_path, launcher):
     settings, _ = mixed
     settings = settings | {"save_steps": 200}
-    recipe = write(tmp_path, settings)
+    recipe = write_recipe(tmp_path, settings)
     command = (*LAUNCHERS[launcher], "-m", "owl2", "train", recipe)
     output = tmp_path / "run"
     stopped = launched(*command, "max_steps=20000")

@@ -20,7 +20,7 @@ from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error
 from tests.train.processes import owl2, run, start
-from tests.train.runs import Killed, kill_at, quiet, read_jsonl, wait_for
+from tests.train.runs import Killed, kill_at, quiet, read_jsonl, wait_for, write_recipe
 from tests.train.tiny import SMALL_RUN
 
 CASES = {
@@ -42,12 +42,6 @@ def settings(world, tmp_path):
     files = {"model": str(world / "start"), "data": [{"file": str(world / "data.json")}]}
     own = {"output": str(tmp_path / "run"), "augment": "dihedral", "max_steps": 24, "save_steps": 3}
     return SMALL_RUN | files | own
-
-
-def write(folder, settings):
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    return str(path)
 
 
 def kill_while(condition, processes, checkpoints, pause=0.0):
@@ -104,7 +98,7 @@ def test_run_killed_twice_and_resumed_equals_uninterrupted(settings, tmp_path, c
     count = 2 if case == "two processes" else 1
     uninterrupted = Recipe(**settings | {"output": str(tmp_path / "whole")})
     run(tmp_path / "output0", train, uninterrupted, count=count)
-    command = ("train", write(tmp_path, settings))
+    command = ("train", write_recipe(tmp_path, settings))
     checkpoints = tmp_path / "run" / "checkpoints"
     rng = random.Random(case)
     processes = start(tmp_path / "output1", owl2, *command, count=count)
@@ -192,7 +186,7 @@ def limited(recipe, max_file_size):
     ],
 )
 def test_full_disk_is_reported(settings, tmp_path, max_file_size, changes):
-    recipe = write(tmp_path, settings | {"max_steps": 6} | changes)
+    recipe = write_recipe(tmp_path, settings | {"max_steps": 6} | changes)
     processes = start(tmp_path / "output", limited, recipe, max_file_size)
     assert processes.wait() == [2], processes.output()
     output = processes.output()
@@ -214,7 +208,7 @@ def small_disk(tmp_path):
 
 def test_full_disk_keeps_the_last_checkpoint_and_the_run_is_resumed(settings, tmp_path, small_disk):
     settings = settings | {"output": str(small_disk / "run"), "max_steps": 9}
-    recipe = write(tmp_path, settings)
+    recipe = write_recipe(tmp_path, settings)
     checkpoints = small_disk / "run" / "checkpoints"
     processes = start(tmp_path / "output", owl2, "train", recipe)
     assert processes.wait() == [2], processes.output()
@@ -231,7 +225,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run_is_resumed(settings, tm
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_a_checkpoint_and_exits_with_143(settings, tmp_path, workers):
     changes = {"save_steps": None, "max_steps": 2000, "dataloader_num_workers": workers}
-    command = ("train", write(tmp_path, settings | changes))
+    command = ("train", write_recipe(tmp_path, settings | changes))
     processes = start(tmp_path / "output", owl2, *command)
     log = tmp_path / "run" / "log.jsonl"
     wait_for(lambda: log.exists() and log.read_bytes(), processes.output)

@@ -12,7 +12,7 @@ from owl2.train.loggers import grouped_metrics, make_loggers
 from owl2.train.run import train
 from owl2.train.validation import Generation, ValidationResult
 from tests.errors import raises_input_error
-from tests.train.runs import interrupt_at, quiet, read_jsonl
+from tests.train.runs import held_out_of, interrupt_at, quiet, read_jsonl
 
 
 def events(directory):
@@ -23,14 +23,11 @@ def events(directory):
     return accumulator.Reload()
 
 
-def held_out(world):
-    data = [{"file": str(world / "data.json")}]
-    return {"data": data, "eval_steps": 4, "max_samples": 4, "num_generations": 1}
-
-
 def test_tensorboard_has_metrics_validations_and_the_recipe(recipe, world):
     pytest.importorskip("tensorboard")
-    result = train(recipe(tensorboard=True, validation=held_out(world), max_steps=4), quiet())
+    result = train(
+        recipe(tensorboard=True, validation=held_out_of(world, max_samples=4), max_steps=4), quiet()
+    )
     found = events(result.output / "tensorboard")
     lines = read_jsonl(result.output / "log.jsonl")
     names = set(found.Tags()["scalars"])
@@ -124,7 +121,9 @@ def wandb(monkeypatch):
 
 
 def test_wandb_has_metrics_and_generations(recipe, world, wandb):
-    settings = recipe(wandb_project="owls", validation=held_out(world), max_steps=4)
+    settings = recipe(
+        wandb_project="owls", validation=held_out_of(world, max_samples=4), max_steps=4
+    )
     result = train(settings, quiet())
     [init], [run] = wandb.inits, wandb.runs
     assert (init["project"], init["name"]) == ("owls", "run")

@@ -16,7 +16,14 @@ from owl2.train.parallelize import enable_checkpointing
 from owl2.train.run import train
 from owl2.train.validation import ValidationDataset, ValidationResult, Validator, batches_of
 from tests.errors import raises_input_error
-from tests.train.runs import assert_same_weights, interrupt_at, quiet, read_jsonl, weights
+from tests.train.runs import (
+    assert_same_weights,
+    held_out_of,
+    interrupt_at,
+    quiet,
+    read_jsonl,
+    weights,
+)
 
 
 class OneOfSeveral(DistributedContext):
@@ -208,10 +215,6 @@ def test_line_of_the_log():
 
 
 # ------------------------------------------------------------------ in a run
-
-
-def held_out_of(world, **settings):
-    return {"data": [{"file": str(world / "data.json")}], "num_generations": 1} | settings
 
 
 def test_validation_does_not_change_the_weights(recipe, world, tmp_path):
