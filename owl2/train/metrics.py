@@ -50,9 +50,9 @@ class JsonlLog:
             return
         try:
             remove_torn_line(path)
-            for line in json_lines(path) if resumed_step else ():
-                if line.integer("step") <= resumed_step:
-                    self.lines.append(line.value)
+            if resumed_step:
+                records = (r for r in json_lines(path) if r.integer("step") <= resumed_step)
+                self.lines = [record.value for record in records]
         except InputError as error:
             raise InputError(f"{error}; overwrite=true starts over", error.code) from error
         atomic_write_text(path, "".join(to_json(line) + "\n" for line in self.lines))
@@ -148,7 +148,7 @@ class MetricsCallback(TrainerCallback):
         step_size, epoch_size = args.per_device_train_batch_size * devices, self._data.epoch_size
         loss = logs["loss"]
         before = lines[-1]["smoothed_loss"] if lines else loss
-        metrics = {
+        metrics: dict[str, Any] = {
             "step": now.step,
             "epoch": now.step * step_size / epoch_size if epoch_size else None,
             "loss": loss,

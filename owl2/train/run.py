@@ -197,8 +197,8 @@ class TrainingRun:
             trainer.add_callback(metrics)
             trainer.add_callback(checkpointing)
             trainer.args.eval_on_start = self.validator is not None and self.saved is None
-            saved = self.saved and str(checkpoints / self.saved.checkpoint)
-            trainer.train(resume_from_checkpoint=saved)
+            resumed = None if self.saved is None else str(checkpoints / self.saved.checkpoint)
+            trainer.train(resume_from_checkpoint=resumed)
         steps = trainer.state.max_steps
         end = metrics.progress(trainer.state.global_step)
         result = TrainResult(

@@ -156,7 +156,8 @@ class Owl2Trainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the recipe's parameter groups."""
         if self.optimizer is None:
-            groups = recipe_groups(model or self.model, self.recipe)
+            trained: Any = model or self.model
+            groups = recipe_groups(trained, self.recipe)
             betas = (self.recipe.adam_beta1, self.recipe.adam_beta2)
             self.optimizer = make_adamw(groups, betas=betas, epsilon=self.recipe.adam_epsilon)
         return self.optimizer

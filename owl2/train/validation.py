@@ -165,7 +165,8 @@ class Validator:
         with _evaluation_mode(model):
             sums = self.context.all_reduce_sum(*self._sums(model))
             generations = tuple(self._generate(model))
-        loss, tokens, samples, num_skipped = sums[0], *map(int, sums[1:])
+        loss = sums[0]
+        tokens, samples, num_skipped = map(int, sums[1:])
         if not math.isfinite(loss):
             raise InputError(
                 f"validation after step {step}: the loss is {loss}. Try a lower learning_rate, a "
