@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -123,22 +122,17 @@ def find_images(folder: Path, recursive: bool = False) -> list[str]:
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder '{folder}'.", ErrorCode.FILE_NOT_FOUND)
-    found: list[str] = []
-    has_subfolders = False
-    for directory, subfolders, names in os.walk(str(folder)):
-        for name in names:
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
-                found.append(Path(directory, name).relative_to(folder).as_posix())
-        visible = [name for name in subfolders if not name.startswith(".")]
-        has_subfolders |= bool(visible) and not recursive
-        subfolders[:] = visible if recursive else []
-    if not found:
-        hint = " To include subfolders, add --recursive." if has_subfolders else ""
+    paths = folder.glob("**/*" if recursive else "*")
+    found = (path for path in paths if path.suffix.lower() in EXTENSIONS and path.is_file())
+    names = (path.relative_to(folder) for path in found)
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    if not visible:
         extensions = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
+        hint = "" if recursive else " To include subfolders, add --recursive."
         raise InputError(
             f"There are no images in '{folder}' ({extensions}).{hint}", ErrorCode.EMPTY_DATASET
         )
-    return sorted(found)
+    return sorted(name.as_posix() for name in visible)
 
 
 def _check_output(config: CaptionConfig, settings: Mapping[str, Any]) -> None:
@@ -168,7 +162,8 @@ def _captions(
     """The caption of each image, in order, or the error that prevents it."""
     paths = (config.folder / name for name in names)
     conversations = ([user_message(config.prompt, [path])] for path in paths)
-    sampling = {"do_sample": False, "max_new_tokens": config.max_new_tokens}  # reproducible
+    # Greedy, so that an image has the same caption in every run.
+    sampling: dict[str, Any] = {"do_sample": False, "max_new_tokens": config.max_new_tokens}
     if config.engine == "owl2":
         engine = load_engine(config, worker)
         return answer_all(engine, conversations, config.batch_size, **sampling)

@@ -1,7 +1,7 @@
 """`owl2 eval`, `owl2 eval compare` and `owl2 eval judge`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -9,17 +9,11 @@ from rich.console import Console
 from owl2.cli.options import Device, Dtype
 from owl2.errors import ErrorCode, InputError
 
-if TYPE_CHECKING:
-    from owl2.eval.openai_client import ChatEndpoint
-
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 
 Value = TypeVar("Value")
-JudgeUrl = Annotated[
-    str | None,
-    typer.Option(help="OpenAI-compatible endpoint of the judge; its key is OPENAI_API_KEY."),
-]
-JudgeModel = Annotated[str | None, typer.Option(help="Model name of the judge.")]
+JUDGE_URL = typer.Option(help="OpenAI-compatible endpoint of the judge; its key is OPENAI_API_KEY.")
+JUDGE_MODEL = typer.Option(help="Model name of the judge.")
 
 
 @app.callback()
@@ -71,8 +65,8 @@ def evaluate_model(
         Literal["resize", "pad"] | None,
         typer.Option(help="Replaces that of the task and of the checkpoint."),
     ] = None,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModel = None,
+    judge_url: Annotated[str | None, JUDGE_URL] = None,
+    judge_model: Annotated[str | None, JUDGE_MODEL] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -89,9 +83,15 @@ def evaluate_model(
         print_tasks(data, Console())
         return
     from owl2.engine.load_model import ModelArgs
-    from owl2.eval.estimate import estimate as print_estimate
     from owl2.eval.evaluate import EvalConfig, evaluate
+    from owl2.eval.evaluate import estimate as print_estimate
+    from owl2.eval.openai_client import ChatEndpoint
 
+    judge = None
+    if judge_url is not None or judge_model is not None:
+        judge = ChatEndpoint(
+            _require(judge_url, "--judge-url"), _require(judge_model, "--judge-model")
+        )
     config = EvalConfig(
         ModelArgs(_require(model, "--model"), device, dtype, image_policy),
         output=Path() if estimate else _require(output, "--output"),
@@ -104,7 +104,7 @@ def evaluate_model(
         prompt=prompt,
         mam=mam,
         image_size=image_size,
-        judge=None if judge_url is judge_model is None else _judge(judge_url, judge_model),
+        judge=judge,
     )
     if estimate:
         print_estimate(config, Console(highlight=False))
@@ -129,22 +129,17 @@ def compare_runs(
 @app.command("judge")
 def judge_responses(
     run: Annotated[Path, typer.Argument(help="Output directory of `owl2 eval`.")],
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModel = None,
+    judge_url: Annotated[str, JUDGE_URL],
+    judge_model: Annotated[str, JUDGE_MODEL],
 ) -> None:
     """Score the responses to MM-Vet and MMHal-Bench with a judge model."""
     from owl2.eval.llm_judge import judge_run
+    from owl2.eval.openai_client import ChatEndpoint
 
-    judge_run(run, _judge(judge_url, judge_model), Console(highlight=False))
+    judge_run(run, ChatEndpoint(judge_url, judge_model), Console(highlight=False))
 
 
 def _require(value: Value | None, option: str) -> Value:
     if value is None:
         raise InputError(f"{option} is required. See `owl2 eval --help`.", ErrorCode.MISSING_VALUE)
     return value
-
-
-def _judge(url: str | None, model: str | None) -> "ChatEndpoint":
-    from owl2.eval.openai_client import ChatEndpoint
-
-    return ChatEndpoint(_require(url, "--judge-url"), _require(model, "--judge-model"))

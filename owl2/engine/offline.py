@@ -33,9 +33,9 @@ def answer_all(
         except InputError as error:
             return error
 
-    def answer(prompts: list[PreparedPrompt]) -> list[str] | list[InputError]:
+    def answer(prompts: list[PreparedPrompt]) -> list[str | InputError]:
         try:
-            return engine.batch(prompts, **options)
+            return [*engine.batch(prompts, **options)]
         except InputError as error:  # such as logits that are not finite
             if len(prompts) == 1:
                 return [error]
@@ -53,4 +53,4 @@ def answer_all(
             pending = submit()
             answers = iter(answer([one for one in prompts if isinstance(one, PreparedPrompt)]))
             for prompt in prompts:
-                yield prompt if isinstance(prompt, InputError) else next(answers)
+                yield next(answers) if isinstance(prompt, PreparedPrompt) else prompt

@@ -21,10 +21,17 @@ from owl2.errors import ErrorCode, InputError
 from owl2.eval.fingerprints import model_fingerprint
 from owl2.eval.llm_judge import judge_run
 from owl2.eval.openai_client import ChatEndpoint
-from owl2.eval.plots import has_matplotlib, plot_examples
-from owl2.eval.report import format_value, load_results, results_table, write_report
+from owl2.eval.report import (
+    format_value,
+    has_matplotlib,
+    load_results,
+    plot_examples,
+    results_table,
+    text_table,
+    write_report,
+)
 from owl2.eval.samples import NO_IMAGE
-from owl2.eval.task_run import SEED, TaskRun, evaluation_conditions
+from owl2.eval.task_run import SEED, EvalEstimate, TaskRun, evaluation_conditions
 from owl2.eval.tasks import find_tasks
 from owl2.files import atomic_write_text, require_writable
 from owl2.model.variants import as_no_mam
@@ -143,6 +150,31 @@ def evaluate(
         results = load_results(config.output)
     _print_results(config, scored, results, console)
     return results
+
+
+def estimate(config: EvalConfig, console: Console) -> list[EvalEstimate]:
+    """Estimate the time of an evaluation, from tokens and a trial of each task; print a table.
+
+    Raises:
+        InputError: As `evaluate`.
+    """
+    runs, skipped = load_task_runs(config)
+    engine = load_engine(config, WorkerRank.from_environment())
+    estimates = [run.estimate(engine, config.batch_size) for run in runs]
+    total = [sum(values) for values in zip(*(one[1:] for one in estimates), strict=True)]
+    rows = [one.cells() for one in (*estimates, EvalEstimate("all", *total))]
+    head = ("task", "questions", "images", "prompt tokens", "new tokens (max)", "time")
+    table = text_table(f"Estimate for {config.model_args.model}", head, rows[:-1])
+    table.add_section()
+    table.add_row(*rows[-1])
+    console.print(table)
+    for name, reason in skipped.items():
+        console.out(f"{name} is skipped: {reason}")
+    console.out(
+        f"Measured with batches of {config.batch_size} on {engine.model.device}. N processes with "
+        "a GPU each need 1/N of the time."
+    )
+    return estimates
 
 
 def load_task_runs(config: EvalConfig) -> tuple[list[TaskRun], dict[str, str]]:

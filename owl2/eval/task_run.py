@@ -7,11 +7,13 @@
     ──in the order of the samples──► responses ──metric──► scores ──► entry of results.json
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -29,16 +31,48 @@ from owl2.eval.fingerprints import (
 from owl2.eval.image_refs import image_names
 from owl2.eval.metrics import SampleScore, Scores
 from owl2.eval.readers import EvalData
-from owl2.eval.samples import NO_IMAGE, EvalSample, InvalidEvalSample, Response, with_suffix
+from owl2.eval.samples import (
+    NO_IMAGE,
+    EvalSample,
+    InvalidEvalSample,
+    Response,
+    evenly_spaced,
+    with_suffix,
+)
 from owl2.eval.tasks import EvalTask
 from owl2.files import atomic_write_text
-from owl2.processing.chat_template import parse_messages
+from owl2.processing.chat_template import IMAGE_TOKEN, parse_messages
 from owl2.progress import ProgressReporter
 from owl2.sharded_jsonl import Record, ShardedJsonl, to_json
 
 LM_EVAL_BATCHES = 8  # batches of lm-eval per call
+TRIAL_BATCHES = 2  # of an estimate
 MAX_LISTED_INVALID = 20  # in results.json; a file next to the responses has all
 SEED = 0  # of torch; greedy decoding draws no random numbers
+
+
+class EvalEstimate(NamedTuple):
+    """The estimate for one task, or for all.
+
+    Attributes:
+        questions: Number of prompts, including those of the baseline without images.
+        prompt_tokens: Tokens of all prompts, including those of images.
+        new_tokens: Maximum number of generated tokens.
+        seconds: Estimated time.
+    """
+
+    name: str
+    questions: int
+    images: int
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+    def cells(self) -> list[str]:
+        """The row of the table that `owl2.eval.evaluate.estimate` prints."""
+        counts = (self.questions, self.images, self.prompt_tokens, self.new_tokens)
+        duration = timedelta(seconds=math.ceil(self.seconds))
+        return [self.name, *(f"{count:,}" for count in counts), str(duration)]
 
 
 @dataclass
@@ -175,6 +209,34 @@ class TaskRun:
             response = Response(sample, record["prompt"], record["text"], record["images"])
             self.responses.append(response)
 
+    def estimate(self, engine: Engine, batch_size: int) -> EvalEstimate:
+        """Count the tokens of all prompts and time a trial, whose responses are discarded."""
+        text_tokens = images = 0
+        valid: list[EvalSample] = []
+        for sample in self.samples:
+            if prompt := render_prompt(engine, sample):  # an invalid sample takes no time
+                valid.append(sample)
+                images += prompt.count(IMAGE_TOKEN)
+                text = prompt.replace(IMAGE_TOKEN, "")
+                text_tokens += len(engine.processor.tokenizer(text)["input_ids"])
+        trial = replace(self, samples=evenly_spaced(valid, TRIAL_BATCHES * batch_size))
+        seconds = 0.0  # for the trial, after a warm-up with its first batch
+        for count in (min(batch_size, len(trial.samples)), len(trial.samples)):
+            start = time.perf_counter()
+            for _ in trial.responses_to(range(count), engine, batch_size):
+                pass
+            seconds = time.perf_counter() - start
+        passes = len(self.passes)
+        questions = len(valid) * passes
+        return EvalEstimate(
+            name=self.name,
+            questions=questions,
+            images=images,
+            prompt_tokens=text_tokens * passes + images * engine.processor.num_image_tokens,
+            new_tokens=questions * self.task.config.max_new_tokens,
+            seconds=seconds * questions / max(1, len(trial.samples)),
+        )
+
     # -------------------------------------------------------------- scores
 
     def score(self) -> None:
@@ -253,10 +315,7 @@ class TaskRun:
             f"{self.name}.invalid": [asdict(item) for item in self.invalid],
         }
         for run in self.passes:
-            files[run.name] = [
-                response_row(response, score, image_names(response, directory))
-                for response, score in run.scored
-            ]
+            files[run.name] = [response_row(*pair, directory) for pair in run.scored]
         for name, rows in files.items():
             path = directory / f"{name}.jsonl"
             if rows:
@@ -299,14 +358,14 @@ def render_prompt(engine: Engine, sample: EvalSample) -> str:
     return str(prompt)
 
 
-def response_row(response: Response, score: SampleScore, images: list[str]) -> Record:
+def response_row(response: Response, score: SampleScore, directory: Path) -> Record:
     """A line of ``responses/NAME.jsonl``, which is enough to score or judge a response again."""
     sample = response.sample
     return {
         "id": sample.id,
         "question": sample.question,
         "category": sample.category,
-        "images": images,
+        "images": image_names(response, directory),
         "prompt": response.prompt,
         "expected": list(sample.expected),
         "metadata": dict(sample.metadata),

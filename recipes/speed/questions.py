@@ -12,7 +12,6 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from owl2.eval.generate import decoding_of
 from rich.progress import track
 
 from owl2 import Engine
@@ -30,9 +29,9 @@ def main() -> None:
     parser.add_argument("--reuse", action="store_true", help="keep features, keys and values")
     given = parser.parse_args()
     [task] = find_tasks("easy_vqa")
-    questions, _ = task.read(task.source(None, "short"))
+    questions, _ = task.read(task.data(None, "short"))
     asked = [question.messages for question in questions[: given.limit]]
-    options = decoding_of(task)
+    options = {"do_sample": False, "max_new_tokens": task.config.max_new_tokens}
     together = Engine.from_pretrained(given.model, "cpu", enable_prefix_caching=given.reuse)
     alone = Engine.from_pretrained(given.model, "cpu", enable_prefix_caching=given.reuse)
     seconds, answers = {1: 0.0, given.batch_size: 0.0}, {1: [], given.batch_size: []}

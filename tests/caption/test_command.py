@@ -50,7 +50,7 @@ def test_images_are_found_by_their_extensions(folder):
         find_images(folder.parent)
     (folder / "empty").mkdir()
     with raises_input_error(ErrorCode.EMPTY_DATASET, "avif, bmp") as caught:
-        find_images(folder / "empty")
+        find_images(folder / "empty", recursive=True)
     assert "--recursive" not in str(caught.value)
     with raises_input_error(ErrorCode.FILE_NOT_FOUND, "missing"):
         find_images(folder / "missing")

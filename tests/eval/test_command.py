@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from owl2.engine.engine import Engine
 from tests.cli import run_cli  # noqa: F401 - a fixture
 from tests.eval.stub import completion, serving
 
@@ -14,36 +15,33 @@ pytest.importorskip("easy_vqa")
 
 
 @pytest.fixture
-def owl2(run_cli, tiny_checkpoint, tmp_path):  # noqa: F811 - the fixture
-    """`owl2 eval` with the tiny checkpoint: its exit code, stdout and stderr."""
-
-    def run(*arguments, tasks="easy_vqa", model=tiny_checkpoint, output=tmp_path / "out"):
-        base = ["eval", "--model", model, "--tasks", tasks, "--output", output]
-        result = run_cli(*base, "--device", "cpu", "--dtype", "float32", *arguments)
-        return result.exit_code, result.stdout, result.stderr
-
-    return run
+def owl2_eval(run_cli):  # noqa: F811 - the fixture
+    """`owl2 eval ...`"""
+    return lambda *arguments: run_cli("eval", *arguments)
 
 
 @pytest.fixture
-def command(run_cli):  # noqa: F811 - the fixture
-    """Any `owl2 eval ...`: its exit code, stdout and stderr."""
+def evaluate(owl2_eval, tiny_checkpoint, tmp_path):
+    """`owl2 eval` with the tiny checkpoint."""
 
-    def run(*arguments):
-        result = run_cli("eval", *arguments)
-        return result.exit_code, result.stdout, result.stderr
+    def run(*arguments, tasks="easy_vqa", model=tiny_checkpoint, output=tmp_path / "out"):
+        base = ["--model", model, "--tasks", tasks, "--output", output, "--device", "cpu"]
+        return owl2_eval(*base, "--dtype", "float32", *arguments)
 
     return run
 
 
-def test_easy_vqa(owl2, tmp_path):
-    code, out, err = owl2(
-        "--prompt", "short", "--limit", "40", "--batch-size", "16", "--no-image-baseline"
-    )
-    assert (code, err) == (0, "")
-    assert "yes or no" in out
-    assert f"scores: {tmp_path / 'out' / 'results.json'}" in out
-    result = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["easy_vqa"]
+def task_result(output):
+    return json.loads((output / "results.json").read_text())["tasks"]["easy_vqa"]
+
+
+def test_easy_vqa(evaluate, tmp_path):
+    options = ("--prompt", "short", "--limit", "40", "--batch-size", "16")
+    run = evaluate(*options, "--no-image-baseline")
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert "yes or no" in run.stdout
+    assert f"scores: {tmp_path / 'out' / 'results.json'}" in run.stdout
+    result = task_result(tmp_path / "out")
     assert (result["n"], result["limit"], result["prompt"]) == (40, 40, "{question}")
     assert result["metrics"].keys() == {"accuracy", "accuracy_no_image"}
     assert all(type(score) is float for score in result["metrics"].values())
@@ -51,12 +49,10 @@ def test_easy_vqa(owl2, tmp_path):
     assert json.loads(line)["prompt"] == "USER: <|image|>what is the red shape? ASSISTANT:"
 
 
-def test_options(owl2, tmp_path):
-    code, _, err = owl2(
-        "--prompt", "{question} why", "--limit", "2", "--no-mam", "--image-size", "16"
-    )
-    assert (code, err) == (0, "")
-    result = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["easy_vqa"]
+def test_ablations(evaluate, tmp_path):
+    run = evaluate("--prompt", "{question} why", "--limit", "2", "--no-mam", "--image-size", "16")
+    assert (run.exit_code, run.stderr) == (0, "")
+    result = task_result(tmp_path / "out")
     assert result["metrics"].keys() == {"accuracy"}
     assert result["prompt"] == "{question} why"
     assert result["generation"]["mam"] is False
@@ -77,96 +73,84 @@ def test_options(owl2, tmp_path):
         ([], {"tasks": "vqav2"}, "visualqa.org"),
     ],
 )
-def test_invalid_options_exit_with_2(owl2, tmp_path, arguments, options, needle):
-    code, out, err = owl2(*arguments, **options)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert needle in err
-    assert "Traceback" not in err
+def test_invalid_options_exit_with_2(evaluate, tmp_path, arguments, options, needle):
+    run = evaluate(*arguments, **options)
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: ")
+    assert needle in run.stderr
+    assert "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_output_that_is_a_file(owl2, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    code, _, err = owl2(output=tmp_path / "file")
-    assert code == 2
-    assert str(tmp_path / "file") in err
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_missing_package_exits_with_2(owl2, monkeypatch):
+def test_missing_package_exits_with_2(evaluate, monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    code, _, err = owl2()
-    assert code == 2
-    assert "pip install 'owl2-vlm[data]'" in err
+    run = evaluate()
+    assert run.exit_code == 2
+    assert "pip install 'owl2-vlm[data]'" in run.stderr
 
 
-def test_interrupt_exits_with_130(owl2, monkeypatch, tmp_path):
-    from owl2.engine.engine import Engine
-
+def test_interrupt_exits_with_130(evaluate, monkeypatch, tmp_path):
     batch, calls = Engine.batch, []
 
-    def stopping(self, conversations, **options):
+    def stop(self, conversations, **options):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return batch(self, conversations, **options)
 
-    monkeypatch.setattr(Engine, "batch", stopping)
-    code, out, err = owl2("--prompt", "short", "--limit", "20", "--batch-size", "8")
-    assert code == 130
-    assert "Traceback" not in err
-    assert "Stopped" in out
+    monkeypatch.setattr(Engine, "batch", stop)
+    run = evaluate("--prompt", "short", "--limit", "20", "--batch-size", "8")
+    assert run.exit_code == 130
+    assert "Traceback" not in run.stderr
+    assert "Stopped" in run.stdout
     assert len((tmp_path / "out/responses/easy_vqa.part-0.jsonl").read_text().splitlines()) == 1 + 8
     assert not (tmp_path / "out/results.json").exists()
 
 
-def test_list(command, tmp_path):
-    code, out, err = command("--list", "--data", tmp_path)
-    assert (code, err) == (0, "")
-    assert "pope_random" in out
-    assert f"{tmp_path / 'vqav2'}" in out
+def test_list(owl2_eval, tmp_path):
+    run = owl2_eval("--list", "--data", tmp_path)
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert "pope_random" in run.stdout
+    assert f"{tmp_path / 'vqav2'}" in run.stdout
 
 
-def test_estimate_writes_no_files(command, tiny_checkpoint, tmp_path, monkeypatch):
+def test_estimate_writes_no_files(owl2_eval, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("--estimate", "--model", tiny_checkpoint, "--tasks", "easy_vqa", "--limit", "6")
-    code, out, err = command(*arguments, "--batch-size", "2", "--device", "cpu")
-    assert (code, err) == (0, "")
-    assert "prompt tokens" in out
+    run = owl2_eval(*arguments, "--batch-size", "2", "--device", "cpu")
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert "prompt tokens" in run.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compare(owl2, command, tmp_path):
+def test_compare(evaluate, owl2_eval, tmp_path):
     for name, extra in (("a", ()), ("b", ("--image-policy", "pad"))):
-        limits = ("--prompt", "short", "--limit", "4")
-        assert owl2(*limits, *extra, output=tmp_path / name)[0] == 0
+        run = evaluate("--prompt", "short", "--limit", "4", *extra, output=tmp_path / name)
+        assert run.exit_code == 0
     page = tmp_path / "page.html"
-    code, out, err = command("compare", tmp_path / "a", tmp_path / "b", "--output-file", page)
-    assert (code, err) == (0, "")
-    assert "preprocessing.policy" in out
+    run = owl2_eval("compare", tmp_path / "a", tmp_path / "b", "--output-file", page)
+    assert (run.exit_code, run.stderr) == (0, "")
+    assert "preprocessing.policy" in run.stdout
     assert page.read_text().startswith("<!doctype html>")
 
 
-def test_failing_judge_exits_with_2(command, tmp_path):
-    metadata = {"reference": "a dog", "capabilities": ["rec"]}
-    row = {"id": "1", "question": "What?", "category": "", "prompt": "", "response": "a"}
-    row |= {"metadata": metadata}
-    write_judged_run(tmp_path, row)
+def test_judge_exits_with_2_if_no_response_is_judged(owl2_eval, tmp_path):
+    write_judged_run(tmp_path)
     with serving((400, "never", 0.0)) as server:
-        url = ("--judge-url", server.url, "--judge-model", "j")
-        code, out, err = command("judge", tmp_path, *url)
-        assert (code, "0 of 1" in out) == (2, True)
-        assert "mm_vet, 1: " in err
-        assert "400: never" in err
+        arguments = ("judge", tmp_path, "--judge-url", server.url, "--judge-model", "j")
+        run = owl2_eval(*arguments)
+        assert (run.exit_code, "0 of 1" in run.stdout) == (2, True)
+        assert "mm_vet, 1: " in run.stderr
+        assert "400: never" in run.stderr
+        assert "to be judged" in (tmp_path / "report.md").read_text()
         server.script = [completion("Score: 1")]
-        assert command("judge", tmp_path, *url)[0] == 0
+        assert owl2_eval(*arguments).exit_code == 0
         assert "| score | 1 | 100.00% |" in (tmp_path / "report.md").read_text()
-        assert command("judge", tmp_path, *url)[0] == 0, "all are judged"
+        assert owl2_eval(*arguments).exit_code == 0, "all are judged"
         assert len(server.asked) == 2
 
 
-def write_judged_run(folder, row):
+def write_judged_run(folder):
     """The files of `owl2 eval` for a judge and for the report."""
     entry = {
         "title": "MM-Vet", "suite": "mllm", "main_metric": "score", "paper": {}, "scale": 100,
@@ -176,12 +160,12 @@ def write_judged_run(folder, row):
         "preprocessing": {"size": 8, "policy": "resize"}, "versions": {},
     }  # fmt: skip
     results = {
-        "model": "m",
-        "weights_fingerprint": "f",
-        "environment": {"name": "cpu", "processes": 1},
-    }
-    results |= {"tasks": {"mm_vet": entry}, "skipped": {}}
+        "model": "m", "weights_fingerprint": "f", "environment": {"name": "cpu", "processes": 1},
+        "tasks": {"mm_vet": entry}, "skipped": {},
+    }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
+    row = {"id": "1", "question": "What?", "category": "", "prompt": "", "response": "a"}
+    row["metadata"] = {"reference": "a dog", "capabilities": ["rec"]}
     (folder / "responses").mkdir()
     (folder / "responses" / "mm_vet.jsonl").write_text(json.dumps(row) + "\n")
 
@@ -195,11 +179,11 @@ def write_judged_run(folder, row):
         (["compare", "a", "b"], "a/results.json"),
     ],
 )
-def test_missing_options_exit_with_2(command, monkeypatch, tmp_path, arguments, needle):
+def test_missing_options_exit_with_2(owl2_eval, monkeypatch, tmp_path, arguments, needle):
     monkeypatch.chdir(tmp_path)
-    code, out, err = command(*arguments)
-    assert (code, out) == (2, "")
-    assert needle in err
+    run = owl2_eval(*arguments)
+    assert (run.exit_code, run.stdout) == (2, "")
+    assert needle in run.stderr
 
 
 @pytest.mark.slow

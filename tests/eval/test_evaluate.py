@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.eval import evaluate as evaluate_module
-from owl2.eval import plots
-from owl2.eval.evaluate import EvalConfig, evaluate, load_engine
+from owl2.eval import report as report_module
+from owl2.eval import task_run
+from owl2.eval.evaluate import EvalConfig, estimate, evaluate, load_engine
 from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import InvalidEvalSample
 from owl2.workers import WorkerRank
@@ -155,54 +157,51 @@ def test_generation_config_of_the_checkpoint_is_ignored(config, plain, monkeypat
     assert evaluate(config, plain)["tasks"]["tiny"]["metrics"] == {"accuracy": 0.5}
 
 
-def test_stopped_evaluation_is_resumed(baseline, plain, monkeypatch):
-    complete = evaluate(baseline, plain)
-    before = {name: (baseline.output / name).read_bytes() for name in files(baseline.output)}
-    batch, calls = Engine.batch, []
+@pytest.fixture
+def batches(monkeypatch):
+    """The sizes of all batches; the one with the number `stop_at` is interrupted."""
+    batch, state = Engine.batch, SimpleNamespace(sizes=[], stop_at=None)
 
-    def stop(self, conversations, **options):
-        calls.append(len(conversations))
-        if len(calls) == 6:  # the second batch of the baseline
+    def record(self, conversations, **options):
+        state.sizes.append(len(conversations))
+        if len(state.sizes) == state.stop_at:
             raise KeyboardInterrupt
         return batch(self, conversations, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "batch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(baseline, plain)
+    monkeypatch.setattr(Engine, "batch", record)
+    return state
+
+
+def test_stopped_evaluation_is_resumed(baseline, plain, batches):
+    complete = evaluate(baseline, plain)
+    before = {name: (baseline.output / name).read_bytes() for name in files(baseline.output)}
+    batches.sizes.clear()
+    batches.stop_at = 6  # the second batch of the baseline
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(baseline, plain)
     assert len(rows(baseline.responses / "tiny.part-0.jsonl")) == 1 + 20
     assert len(rows(baseline.responses / "tiny_no_image.part-0.jsonl")) == 1 + 6
     assert before == {name: (baseline.output / name).read_bytes() for name in before}
     assert "Stopped" in plain.file.getvalue()
 
-    calls.clear()
-    monkeypatch.setattr(Engine, "batch", lambda *a, **o: calls.append(len(a[1])) or batch(*a, **o))
+    batches.sizes.clear()
     again = evaluate(baseline, plain)
-    assert sum(calls) == 14, "only the rest of the baseline"
+    assert sum(batches.sizes) == 14, "only the rest of the baseline"
     assert again["tasks"]["tiny"]["metrics"] == complete["tasks"]["tiny"]["metrics"]
     for name in ("responses/tiny.jsonl", "responses/tiny_no_image.jsonl"):
         assert (baseline.output / name).read_bytes() == before[name]
     assert files(baseline.output) == set(before)
 
 
-def test_responses_with_other_settings_are_not_used(config, plain, monkeypatch):
-    batch, calls = Engine.batch, []
-
-    def stop(self, conversations, **options):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(len(conversations))
-        return batch(self, conversations, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "batch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(config, plain)
+def test_responses_with_other_settings_are_not_used(config, plain, batches):
+    batches.stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, plain)
     assert len(rows(config.responses / "tiny.part-0.jsonl")) == 1 + 6
-    calls.clear()
-    monkeypatch.setattr(Engine, "batch", lambda *a, **o: calls.append(len(a[1])) or batch(*a, **o))
+    batches.sizes.clear()
+    batches.stop_at = None
     evaluate(replace(config, model_args=replace(config.model_args, image_policy="pad")), plain)
-    assert sum(calls) == 20
+    assert sum(batches.sizes) == 20
 
 
 def test_two_processes_give_the_results_of_one(config, plain, tmp_path):
@@ -309,7 +308,7 @@ def test_report_has_the_images(config, plain, monkeypatch):
 
 
 def test_report_without_matplotlib(config, plain, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "has_matplotlib", plots.has_matplotlib)
+    monkeypatch.setattr(evaluate_module, "has_matplotlib", report_module.has_matplotlib)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     evaluate(config, plain)
@@ -340,3 +339,46 @@ def test_invalid_options_leave_no_files(config, plain, tmp_path):
         assert needle in str(error.value)
     assert files(tmp_path) == {"file"}
     assert not config.output.exists()
+
+
+# ------------------------------------------------------------------ estimate
+
+
+def test_estimate_counts_the_tokens_of_all_prompts(config, plain, engine, questions):
+    config = replace(config, batch_size=4)
+    [found] = estimate(config, plain)
+    ids = [
+        engine.processor.apply_chat_template(
+            sample.messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"][0]
+        for sample in questions
+    ]
+    # The processor tokenizes the texts before and after an image separately.
+    assert found.prompt_tokens == pytest.approx(sum(map(len, ids)), rel=0.05)
+    assert (found.questions, found.images, found.new_tokens) == (20, 20, 80)
+    assert not config.output.exists()
+    text = plain.file.getvalue()
+    assert "tiny" in text
+    assert "batches of 4 on cpu" in text
+
+
+def test_estimated_time_is_that_of_a_trial_after_a_warm_up(config, plain, monkeypatch):
+    config = replace(config, batch_size=4)
+    now, counts = [0.0], []
+
+    def answer(engine, conversations, batch_size, **options):
+        conversations = list(conversations)
+        counts.append(len(conversations))
+        now[0] += 100.0 if len(counts) == 1 else 4.0  # the first batch is a warm-up
+        return ["" for _ in conversations]
+
+    monkeypatch.setattr(task_run.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(task_run, "answer_all", answer)
+    [found] = estimate(config, plain)
+    assert counts == [4, 8]
+    assert found.seconds == pytest.approx(20 * 4.0 / 8)
+    assert "0:00:10" in plain.file.getvalue()
+    counts.clear()
+    [found] = estimate(replace(config, no_image_baseline=True), plain)
+    assert (found.questions, found.images) == (40, 20)
+    assert found.seconds == pytest.approx(40 * 4.0 / 8)
