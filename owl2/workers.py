@@ -68,14 +68,16 @@ class WorkerRank:
 def heartbeat(directory: Path, worker: WorkerRank) -> Iterator[None]:
     """Write the time into a file every few seconds, for `PeerMonitor` of process 0.
 
-    Process 0, which no process waits for, removes the files of earlier runs instead.
+    Process 0, which no process waits for, removes the files of all processes at the start, and at
+    the end unless there was an error.
 
     Raises:
         InputError: The file cannot be written.
     """
     if worker.rank == 0:
-        remove_heartbeats(directory)
+        _remove_heartbeats(directory)
         yield
+        _remove_heartbeats(directory)
         return
     path = _heartbeat_file(directory, worker.rank)
     stop = threading.Event()
@@ -97,8 +99,7 @@ def heartbeat(directory: Path, worker: WorkerRank) -> Iterator[None]:
         thread.join()
 
 
-def remove_heartbeats(directory: Path) -> None:
-    """Remove the heartbeat files of all processes."""
+def _remove_heartbeats(directory: Path) -> None:
     for path in directory.glob(_heartbeat_file(directory, "*").name):
         path.unlink(missing_ok=True)
 

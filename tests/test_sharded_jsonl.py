@@ -150,16 +150,15 @@ def test_file_without_records_is_removed(make):
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"not ours\n", b"[1]\n", b'{"settings": {"a": 2}}\n'])
-def test_other_settings_restart(make, write, tmp_path, text):
+def test_invalid_part_is_restarted(make, write, tmp_path, text):
     (tmp_path / "task.part-0.jsonl").write_bytes(text)
     with make() as records:
-        assert "a" not in records
         assert records.restarted == text.endswith(b"\n")
     write("a")
     assert "a" in make()
 
 
-def test_other_settings_discard_the_records(make, write):
+def test_records_with_other_settings_are_discarded(make, write):
     write("a")
     assert not write("b").restarted
     with make(2) as second:
@@ -327,6 +326,8 @@ def test_first_process_removes_heartbeats_of_earlier_runs(tmp_path):
     assert (tmp_path / "process-1.alive").exists()
     with heartbeat(tmp_path, FIRST):
         assert list(tmp_path.iterdir()) == []
+    with heartbeat(tmp_path / "missing", WorkerRank()):
+        assert not (tmp_path / "missing").exists()
 
 
 def test_heartbeat_continues_after_a_failed_write(tmp_path, monkeypatch):
@@ -344,11 +345,6 @@ def test_heartbeat_continues_after_a_failed_write(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", write)
     with heartbeat(tmp_path, SECOND):
         assert written.wait(30)
-
-
-def test_single_process_writes_no_heartbeat(tmp_path):
-    with heartbeat(tmp_path / "missing", WorkerRank()):
-        assert not (tmp_path / "missing").exists()
 
 
 def test_heartbeat_that_cannot_be_written(tmp_path):
@@ -372,21 +368,20 @@ with workers.heartbeat(Path(sys.argv[1]), workers.WorkerRank(1, 2)):
 
 
 @pytest.mark.slow
-def test_killed_process_is_detected(tmp_path, monkeypatch):
+def test_killed_process_is_detected(make, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "DEAD_AFTER_SECONDS", 1.5)
-    monitor = PeerMonitor(tmp_path, FIRST)
+    first = make(worker=FIRST)
+    first.append([row("a")])
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    timer = threading.Timer(4.0, process.kill)
     try:
         assert process.stdout.readline() == "running\n"
-        until = sharded_jsonl.time.monotonic() + 2.0
-        while sharded_jsonl.time.monotonic() < until:
-            assert monitor.dead_ranks() == set()
-        process.send_signal(signal.SIGKILL)
-        until = sharded_jsonl.time.monotonic() + 30
-        while not monitor.dead_ranks():
-            assert sharded_jsonl.time.monotonic() < until
-        assert monitor.dead_ranks() == {1}
+        timer.start()
+        with raises_input_error(ErrorCode.PROCESS_FAILED, "process 1"):
+            first.wait(["a", "b"])
+        assert process.poll() == -signal.SIGKILL, "it is detected after its end"
     finally:
+        timer.cancel()
         process.kill()
         process.wait()

@@ -26,7 +26,7 @@ from owl2.processing.chat_template import user_message
 from owl2.progress import ProgressReporter
 from owl2.runtime import select_device
 from owl2.sharded_jsonl import ShardedJsonl, remove_parts, settings_conflict, to_json
-from owl2.workers import WorkerRank, heartbeat, remove_heartbeats
+from owl2.workers import WorkerRank, heartbeat
 
 # The prompt of the paper (Specification §1.5).
 PROMPT = "Provide a one-sentence caption for the provided image."
@@ -215,7 +215,6 @@ def _merge(
                 f"{to_json(records.record(name))}\n" for name in names if name not in errors
             )
     remove_parts(config.output)
-    remove_heartbeats(config.output.parent)
     for name, error in islice(errors.items(), MAX_PRINTED_ERRORS):
         console.out(f"{name}: {error}")
     if len(errors) > MAX_PRINTED_ERRORS:

@@ -38,7 +38,7 @@ from owl2.model.variants import as_no_mam
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.runtime import select_device
 from owl2.sharded_jsonl import ShardedJsonl, remove_parts, to_json
-from owl2.workers import WorkerRank, heartbeat, remove_heartbeats
+from owl2.workers import WorkerRank, heartbeat
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,6 @@ def evaluate(
     atomic_write_text(config.output / "results.json", to_json(results, indent=2) + "\n")
     for own in (own for run in runs for own in run.passes):
         remove_parts(config.responses / f"{own.name}.jsonl")
-    remove_heartbeats(config.responses)
     if config.judge is not None and any(run.task.config.judge for run in scored):
         try:
             judge_run(config.output, config.judge, console)

@@ -97,12 +97,10 @@ class ChatEndpoint:
         try:
             async with asyncio.timeout(self.timeout):  # of the complete reply
                 response = await client.post(url, content=json.dumps(body), headers=headers)
-        except TimeoutError as error:
-            reason = f"{self.url} has not answered within {self.timeout:g} s"
-            raise NoReplyError(reason, reached=False, retry_after=0.0) from error
-        except httpx.HTTPError as error:
-            reason = f"{self.url} does not answer: {error}"
-            raise NoReplyError(reason, reached=False, retry_after=0.0) from error
+        except (TimeoutError, httpx.HTTPError) as error:
+            reason = str(error) or f"no reply within {self.timeout:g} s"
+            message = f"{self.url} does not answer: {reason}"
+            raise NoReplyError(message, reached=False, retry_after=0.0) from error
         code, text = response.status_code, response.text.strip()[:200]
         message = f"{self.url} answers {code}: {text}"
         if response.has_redirect_location:  # not followed: the key is for this host only

@@ -139,20 +139,6 @@ def test_processes_share_the_images(config, stub, environment):
     assert [name for name in files(config) if "captions" in name] == DONE
 
 
-def test_first_process_waits_for_the_others(config, stub, environment, monkeypatch):
-    """The other process starts when the first one waits."""
-
-    def sleep(seconds):
-        assert not config.output.exists()
-        environment(1, 2)
-        run(config)
-
-    monkeypatch.setattr(sharded_jsonl.time, "sleep", sleep)
-    environment(0, 2)
-    run(config)
-    assert [row["file_name"] for row in rows(config)] == NAMES
-
-
 def test_missing_process_and_fewer_processes_afterwards(config, stub, environment, monkeypatch):
     monkeypatch.setattr(sharded_jsonl, "TIMEOUT_SECONDS", 0.0)
     environment(0, 2)

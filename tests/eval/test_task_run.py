@@ -1,30 +1,25 @@
-"""Responses: in the order of the samples, independent of the batches, and written immediately."""
+"""Responses: in the order of the samples, and independent of the batches."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
 from owl2.eval.readers import EvalData
-from owl2.eval.samples import EvalSample
 from owl2.eval.task_run import TaskRun
 from owl2.sharded_jsonl import ShardedJsonl
 from owl2.workers import WorkerRank
 
-ALONE = WorkerRank()
-
 
 @pytest.fixture
 def generate(engine, task, plain, tmp_path):
-    """Generates the responses of one process; `collected=False` for one that is not the last."""
+    """Generates and collects responses."""
 
-    def run(samples, batch_size, worker=ALONE, settings="same", collected=True):
+    def run(samples, batch_size, settings="same"):
         run = TaskRun("tiny", task, EvalData((), "{question}"), list(samples), [])
         path = tmp_path / "tiny.jsonl"
-        with ShardedJsonl(path, {"settings": settings}, worker) as cache:
+        with ShardedJsonl(path, {"settings": settings}, WorkerRank()) as cache:
             run.generate(engine, cache, batch_size, plain)
-            if collected:
-                run.collect(cache)
+            run.collect(cache)
         return run
 
     return run
@@ -72,23 +67,6 @@ def test_batches_have_similar_lengths(generate, batches, questions):
     assert lengths[0] > lengths[-1] + 10
 
 
-def test_responses_are_written_before_the_next_batch(
-    generate, engine, questions, monkeypatch, tmp_path
-):
-    seen = []
-    batch = engine.batch
-
-    def record(conversations, **options):
-        lines = (tmp_path / "tiny.part-0.jsonl").read_text(encoding="utf-8").splitlines()
-        seen.append([json.loads(line) for line in lines][1:])  # after the settings
-        return batch(conversations, **options)
-
-    monkeypatch.setattr(engine, "batch", record)
-    generate(questions, 8)
-    assert [len(rows) for rows in seen] == [0, 8, 16]
-    assert seen[2][3].keys() == {"id", "key", "prompt", "text", "images", "seconds"}
-
-
 def test_cached_responses_are_not_generated_again(generate, batches, questions):
     first = generate(questions[:12], 8)
     batches.clear()
@@ -103,16 +81,19 @@ def test_cached_responses_are_not_generated_again(generate, batches, questions):
     assert sum(map(len, batches)) == 20
 
 
-def test_unreadable_images_do_not_fail_their_batch(generate, questions, images, tmp_path):
+def test_invalid_samples_do_not_affect_the_others(generate, questions, images, tmp_path):
     (tmp_path / "torn.png").write_bytes((images / "red.png").read_bytes()[:40])
     changed = list(questions)
     changed[7] = with_image(changed[7], tmp_path / "torn.png")
     changed[11] = with_image(changed[11], tmp_path / "missing.png")
+    changed[13] = replace(questions[13], messages=[{"role": "nobody", "content": "?"}])
+    changed[17] = replace(questions[17], messages=[{"role": "user", "content": "so " * 500}])
+    needles = {"tiny#7": "torn.png", "tiny#11": "missing.png", "tiny#13": "nobody"}
+    needles["tiny#17"] = "context"
     run = generate(changed, 100)
-    assert [item.id for item in run.invalid] == ["tiny#7", "tiny#11"]
-    assert "torn.png" in run.invalid[0].reason
-    assert "missing.png" in run.invalid[1].reason
-    valid = [sample for index, sample in enumerate(changed) if index not in (7, 11)]
+    assert [item.id for item in run.invalid] == list(needles)
+    assert all(needles[item.id] in item.reason for item in run.invalid)
+    valid = [sample for sample in changed if sample.id not in needles]
     assert [response.sample for response in run.responses] == valid
     for response in run.responses:
         number = int(response.sample.id.split("#")[1])
@@ -125,26 +106,6 @@ def test_repaired_image_is_evaluated_again(generate, questions, images, tmp_path
     assert len(generate(changed, 4).invalid) == 1
     path.write_bytes((images / "red.png").read_bytes())
     assert len(generate(changed, 4).responses) == 1
-
-
-def test_invalid_messages_and_long_prompts_are_reported(generate, questions):
-    wrong = EvalSample("tiny#99", "?", [{"role": "nobody", "content": "?"}], ("a",), "later")
-    long = replace(questions[0], id="tiny#98", messages=[{"role": "user", "content": "so " * 500}])
-    run = generate([*questions, wrong, long], 8)
-    assert [item.id for item in run.invalid] == ["tiny#99", "tiny#98"]
-    assert "nobody" in run.invalid[0].reason
-    assert "context" in run.invalid[1].reason
-    assert len(run.responses) == 20
-
-
-def test_two_processes_share_the_samples(generate, batches, questions):
-    alone = generate(questions, 8, settings="alone")
-    batches.clear()
-    generate(questions, 8, WorkerRank(1, 2), collected=False)
-    assert sum(map(len, batches)) == 10
-    first = generate(questions, 8, WorkerRank(0, 2))
-    assert sum(map(len, batches)) == 20
-    assert first.responses == alone.responses
 
 
 def test_baseline_has_no_images(generate, task, questions):
