@@ -18,11 +18,10 @@ from owl2.engine.prefill import PrefillOutput
 from owl2.engine.sampling import non_finite_error
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import Message, parse_messages, render_with_answers
-from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask
+from owl2.processing.chat_template import Message, parse_messages
+from owl2.processing.loss_mask import EncodedConversation
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
-from owl2.processing.tokenizer import start_ids
 
 
 def encode_answer(
@@ -40,11 +39,7 @@ def encode_answer(
         InputError: Invalid messages, or an answer without tokens.
     """
     conversation = parse_messages([*messages, {"role": "assistant", "content": answer}])
-    tokenizer = processor.tokenizer
-    template = str(processor.chat_template)
-    text, spans = render_with_answers(conversation, template, tokenizer.special_tokens_map)
-    image_ids = [processor.image_token_id] * processor.num_image_tokens
-    sample = encode_with_loss_mask(tokenizer, text, spans, start_ids(tokenizer), image_ids)
+    sample = processor.encode_labeled(conversation)
     end = len(sample.ids)
     while end and not sample.loss_mask[end - 1]:  # a template may write a line break after the end
         end -= 1

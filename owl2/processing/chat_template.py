@@ -56,7 +56,6 @@ put that text at the start of the first user turn') -}}
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
-_ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, Any]
 Spans = list[tuple[int, int]]
@@ -102,10 +101,6 @@ def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
             f"{type(messages).__name__}.",
             ErrorCode.INVALID_TYPE,
         )
-    if not messages:
-        raise InputError(
-            "The list of messages is empty: it must have a user message.", ErrorCode.EMPTY_MESSAGE
-        )
     turns: list[dict[str, Any]] = []
     images: list[Any] = []
     expected = "user"
@@ -117,13 +112,19 @@ def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
                 ErrorCode.INVALID_TYPE,
             )
         role = message["role"]
-        _check_role(role, expected, index, where)
-        parts = _read_content(message["content"], role, where, images)
+        if role != expected and not (role == "system" and index == 0):
+            raise InputError(
+                f"{where} has the role {role!r} instead of {expected!r}: after an optional system "
+                "message, user and assistant alternate.",
+                ErrorCode.INVALID_ROLE,
+            )
+        parts = _read_content(message["content"], role, f"{where} ({role})", images)
         turns.append({"role": role, "content": parts})
         expected = "assistant" if role == "user" else "user"
-    if turns[-1]["role"] == "system":
+    if not turns or turns[-1]["role"] == "system":
         raise InputError(
-            "The messages contain only a system prompt: add a user message.", ErrorCode.INVALID_ROLE
+            "The messages are empty or only a system prompt: add a user message.",
+            ErrorCode.EMPTY_MESSAGE,
         )
     return ParsedMessages(tuple(turns), tuple(images))
 
@@ -187,69 +188,46 @@ def has_lone_surrogate(text: str) -> bool:
     return re.search("[\ud800-\udfff]", text) is not None
 
 
-def _check_role(role: Any, expected: str, index: int, where: str) -> None:
-    if role not in _ROLES:
-        raise InputError(
-            f"{where}: unknown role {role!r}; choose from {', '.join(_ROLES)}.",
-            ErrorCode.INVALID_ROLE,
-        )
-    if role == "system" and index == 0:
-        return
-    if role != expected:
-        raise InputError(
-            f"{where} has the role {role!r} instead of {expected!r}: roles alternate, starting "
-            "with the user.",
-            ErrorCode.INVALID_ROLE,
-        )
-
-
 def _read_content(content: Any, role: str, where: str, images: list[Any]) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        parts = [{"type": "text", "text": content}]
-    elif isinstance(content, Sequence) and not isinstance(content, (bytes, bytearray)):
-        parts = [
-            _read_part(part, f"{where}, part {number}", images)
-            for number, part in enumerate(content)
-        ]
-    else:
+        content = [{"type": "text", "text": content}]
+    elif not isinstance(content, (list, tuple)):
         raise InputError(
             f"The content of {where} must be a string or a list of parts, not "
             f"{type(content).__name__}.",
             ErrorCode.INVALID_TYPE,
         )
+    parts = [
+        _read_part(part, f"{where}, part {number}", images) for number, part in enumerate(content)
+    ]
     text = content_to_text(parts)
     if role != "user" and IMAGE_TOKEN in text:
         raise InputError(
-            f"{where} ({role}) contains an image, which only user messages can.",
+            f"{where} contains an image, which only user messages can.",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     if has_lone_surrogate(text):
         raise InputError(
-            f"{where} ({role}) contains half of a surrogate pair (such as \\ud83d), which is not "
-            "valid text: remove it.",
+            f"{where} contains half of a surrogate pair (such as \\ud83d), which is not valid "
+            "text: remove it.",
             ErrorCode.INVALID_FORMAT,
         )
     if not text.strip():
         raise InputError(
-            f"{where} ({role}) is empty: it must have text or an image.",
-            ErrorCode.EMPTY_MESSAGE,
+            f"{where} is empty: it must have text or an image.", ErrorCode.EMPTY_MESSAGE
         )
     return parts
 
 
 def _read_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
-    if not isinstance(part, Mapping):
+    """A part without its image, which is appended to `images`."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or (kind == "text" and not isinstance(part.get("text"), str)):
         raise InputError(
-            f"{where} must be a dict with a 'type', not {type(part).__name__}.",
+            f"{where} must be a dict with a 'type', and a string under 'text' if that is its type.",
             ErrorCode.INVALID_TYPE,
         )
-    kind = part.get("type")
     if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise InputError(
-                f"{where} has the type 'text' and must have a string under 'text'.",
-                ErrorCode.INVALID_TYPE,
-            )
         return {"type": "text", "text": part["text"]}
     if kind not in ("image", "image_url"):
         hint = " Pass the frames of a video as images." if kind == "video" else ""
@@ -257,31 +235,25 @@ def _read_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
             f"{where}: unknown type {kind!r}; choose from text, image, image_url.{hint}",
             ErrorCode.UNKNOWN_NAME,
         )
-    given = [key for key in _IMAGE_KEYS if part.get(key) is not None]
-    if len(given) > 1:
+    sources = {key: part[key] for key in _IMAGE_KEYS if part.get(key) is not None}
+    if len(sources) > 1:
         raise InputError(
-            f"{where} has more than one image, as {' and '.join(given)}.", ErrorCode.CONFLICT
+            f"{where} has more than one image, as {' and '.join(sources)}.", ErrorCode.CONFLICT
         )
-    if given:
-        images.append(_image_source(given[0], part[given[0]], where))
+    for key, source in sources.items():
+        if key == "image_url" and isinstance(source, Mapping):
+            source = source.get("url")
+        if key != "image" and not isinstance(source, (str, Path)):
+            raise InputError(
+                f"{where}: {key!r} must be a string, not {type(source).__name__}.",
+                ErrorCode.INVALID_TYPE,
+            )
+        if key == "path":
+            source = Path(source)
+        elif key == "base64" and not str(source).startswith("data:"):
+            source = f"data:;base64,{source}"
+        images.append(source)
     return {"type": "image"}
-
-
-def _image_source(key: str, value: Any, where: str) -> Any:
-    if key == "image_url" and isinstance(value, Mapping):
-        value = value.get("url")
-    if key == "image":
-        return value
-    if key == "path" and isinstance(value, (str, Path)):
-        return Path(value)
-    if not isinstance(value, str):
-        raise InputError(
-            f"{where}: {key!r} must be a string, not {type(value).__name__}.",
-            ErrorCode.INVALID_TYPE,
-        )
-    if key == "base64" and not value.startswith("data:"):
-        return f"data:;base64,{value}"
-    return value
 
 
 # ------------------------------------------------------------------ ParsedMessages to text
@@ -289,60 +261,53 @@ def _image_source(key: str, value: Any, where: str) -> Any:
 
 def render(
     conversation: ParsedMessages,
-    template: str,
+    template: Any,
     special_tokens: Mapping[str, str],
-    add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
-    **variables: Any,
-) -> str:
+    **options: Any,
+) -> tuple[str, Spans]:
     """The conversation as text, with `<|image|>` for images.
 
     Args:
-        add_generation_prompt: Start the assistant's turn.
-        continue_final_message: Omit what follows the last answer.
-        variables: Other variables of the template.
+        options: Of transformers (`add_generation_prompt`, `continue_final_message`,
+            `return_assistant_tokens_mask`), and variables of the template.
+
+    Returns:
+        The text, and with `return_assistant_tokens_mask` the start and end of each answer in it.
 
     Raises:
-        InputError: The template raises an exception, or one of the two options does not fit the
-            last message.
+        InputError: The template raises an exception, an option does not fit the last message, or
+            answers are requested from a template without `{% generation %}` blocks.
     """
-    if conversation.is_open and continue_final_message:
+    if not isinstance(template, str):  # transformers allows a dict of templates
         raise InputError(
-            "continue_final_message requires that the last message is an answer.",
-            ErrorCode.INVALID_ROLE,
+            f"The chat template must be a string, not {template!r}.", ErrorCode.INVALID_TYPE
         )
-    if not conversation.is_open and add_generation_prompt:
-        raise InputError(
-            "add_generation_prompt requires that the last message is a user message.",
-            ErrorCode.INVALID_ROLE,
-        )
-    text, _ = _render(
-        conversation,
-        template,
-        special_tokens,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        **variables,
-    )
-    return text
-
-
-def render_with_answers(
-    conversation: ParsedMessages, template: str, special_tokens: Mapping[str, str]
-) -> tuple[str, Spans]:
-    """`render` of a conversation that ends with an answer, and the spans of all answers.
-
-    Raises:
-        InputError: The template has no `{% generation %}` blocks, so there would be no labels.
-    """
-    if not _GENERATION_BLOCK.search(template):
+    last = "user" if conversation.is_open else "assistant"
+    for option, needed in (
+        ("add_generation_prompt", "user"),
+        ("continue_final_message", "assistant"),
+    ):
+        if options.get(option) and last != needed:
+            raise InputError(
+                f"{option} requires that the last message is of the {needed}.",
+                ErrorCode.INVALID_ROLE,
+            )
+    if options.get("return_assistant_tokens_mask") and not _GENERATION_BLOCK.search(template):
         raise InputError(
             "The chat template does not mark the answers. In chat_template.jinja, put "
             "{% generation %} before and {% endgeneration %} after the assistant's text and its "
             "end token.",
             ErrorCode.NO_LABELS,
         )
-    return _render(conversation, template, special_tokens, return_assistant_tokens_mask=True)
+    turns: list[dict[str, Any]] = list(conversation.turns)
+    if not _understands_parts(template, tuple(special_tokens.items())):
+        turns = [{**turn, "content": content_to_text(turn["content"])} for turn in turns]
+    try:
+        return _render(turns, template, {**special_tokens, **options})
+    except Exception as error:  # a template can raise any exception: `{{ 1/0 }}`
+        raise InputError(
+            f"The chat template cannot render these messages: {error}.", ErrorCode.UNSUPPORTED
+        ) from error
 
 
 def has_variable(template: str, name: str) -> bool:
@@ -351,24 +316,6 @@ def has_variable(template: str, name: str) -> bool:
 
 
 def _render(
-    conversation: ParsedMessages,
-    template: str,
-    special_tokens: Mapping[str, str],
-    **options: Any,
-) -> tuple[str, Spans]:
-    turns: list[dict[str, Any]] = list(conversation.turns)
-    if not _understands_parts(template, tuple(special_tokens.items())):
-        turns = [{**turn, "content": content_to_text(turn["content"])} for turn in turns]
-    variables: dict[str, Any] = {**special_tokens, **options}
-    try:
-        return _render_turns(turns, template, variables)
-    except Exception as error:  # a template can raise any exception: `{{ 1/0 }}`
-        raise InputError(
-            f"The chat template cannot render these messages: {error}.", ErrorCode.UNSUPPORTED
-        ) from error
-
-
-def _render_turns(
     turns: list[dict[str, Any]], template: str, variables: dict[str, Any]
 ) -> tuple[str, Spans]:
     # transformers caches compiled templates. It is annotated with `str` but returns lists.
@@ -385,9 +332,7 @@ def _understands_parts(template: str, special_tokens: tuple[tuple[str, str], ...
     """
     parts = [{"type": "image"}, {"type": "text", "text": "probe"}]
     try:
-        text, _ = _render_turns(
-            [{"role": "user", "content": parts}], template, dict(special_tokens)
-        )
-    except Exception:  # as in `_render`, which raises if strings fail as well
+        text, _ = _render([{"role": "user", "content": parts}], template, dict(special_tokens))
+    except Exception:  # as in `render`, which raises if strings fail as well
         return False
     return text.count(IMAGE_TOKEN) == 1 and text.count("probe") == 1 and "'type'" not in text

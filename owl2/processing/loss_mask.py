@@ -102,31 +102,32 @@ def render_mask(sample: EncodedConversation, start: str, num_image_tokens: int) 
 def _encode_segment(
     tokenizer: PreTrainedTokenizerBase, segment: str, position: int, spans: Spans
 ) -> tuple[list[int], Offsets, list[bool]]:
-    """Ids, offsets and loss mask of the text between two images, which starts at `position`."""
-    ids, offsets = encode_with_offsets(tokenizer, segment)
-    offsets = [(position + start, position + end) for start, end in offsets]
-    loss_mask = _mask(offsets, spans)
-    if loss_mask is not None:
-        return ids, offsets, loss_mask
-    # A token crosses the border of an answer, such as "\n\n" of a line break in the template and
-    # one in the answer. At inference the prompt ends at the border and is tokenized separately, so
-    # the text is split there.
-    if isinstance(tokenizer, Owl2Tokenizer):
-        raise InputError(
-            "An answer starts or ends inside a token, and SentencePiece would add a space if it "
-            f"were tokenized separately: {segment!r:.200}. Strip the white space of the answer, or "
-            "let the chat template write a space before it.",
-            ErrorCode.INVALID_FORMAT,
-        )
-    borders = sorted({border - position for span in spans for border in span})
-    cuts = [0, *(border for border in borders if 0 < border < len(segment)), len(segment)]
-    ids, offsets = [], []
-    for start, end in pairwise(cuts):
-        part_ids, part_offsets = encode_with_offsets(tokenizer, segment[start:end])
-        ids += part_ids
-        shift = position + start
-        offsets += [(shift + first, shift + last) for first, last in part_offsets]
-    return ids, offsets, _mask(offsets, spans) or []
+    """Ids, offsets and loss mask of the text between two images, which starts at `position`.
+
+    If a token crosses the border of an answer, such as "\\n\\n" of a line break in the template and
+    one in the answer, the text is split at the borders. At inference the prompt ends there and is
+    tokenized separately.
+    """
+    borders = {border - position for span in spans for border in span}
+    for cuts in ([], sorted(border for border in borders if 0 < border < len(segment))):
+        ids: list[int] = []
+        offsets: Offsets = []
+        for start, end in pairwise([0, *cuts, len(segment)]):
+            part_ids, part_offsets = encode_with_offsets(tokenizer, segment[start:end])
+            ids += part_ids
+            shift = position + start
+            offsets += [(shift + first, shift + last) for first, last in part_offsets]
+        loss_mask = _mask(offsets, spans)
+        if loss_mask is not None:
+            break
+        if isinstance(tokenizer, Owl2Tokenizer):
+            raise InputError(
+                "An answer starts or ends inside a token, and SentencePiece would add a space if "
+                f"it were tokenized separately: {segment!r:.200}. Strip the white space of the "
+                "answer, or let the chat template write a space before it.",
+                ErrorCode.INVALID_FORMAT,
+            )
+    return ids, offsets, loss_mask or []
 
 
 def _mask(offsets: Offsets, spans: Spans) -> list[bool] | None:

@@ -3,10 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.chat_template import IMAGE_TOKEN
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,3 +75,43 @@ def pixel_digest(pixels: torch.Tensor) -> bytes:
     """A hash of an image's pixels, a tensor on the CPU; about 1 ms per megabyte."""
     data = pixels.detach().contiguous().view(torch.uint8).flatten().numpy()
     return hashlib.blake2b(data.data, digest_size=16).digest()
+
+
+def flatten_images(counts: Sequence[int], images: Any) -> list[Any]:
+    """The images of all prompts as one list, in order of appearance.
+
+    Args:
+        counts: The number of placeholders in each prompt.
+        images: One image, a list for all prompts, or a list for each prompt.
+
+    Raises:
+        InputError: The numbers of placeholders and images differ.
+    """
+    if images is None:
+        images = []
+    elif not isinstance(images, (list, tuple)):
+        is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+        images = list(images) if is_batch else [images]
+    if not any(isinstance(item, (list, tuple)) or item is None for item in images):
+        rows = {"prompt" if len(counts) == 1 else "batch": (sum(counts), list(images))}
+    elif len(images) == len(counts):
+        rows = {
+            f"prompt {index} of {len(counts)}": (
+                count,
+                [] if row is None else list(row) if isinstance(row, (list, tuple)) else [row],
+            )
+            for index, (count, row) in enumerate(zip(counts, images, strict=True), 1)
+        }
+    else:
+        raise InputError(
+            f"{len(counts)} prompts, but images for {len(images)} prompts were passed.",
+            ErrorCode.IMAGE_COUNT_MISMATCH,
+        )
+    for name, (count, row) in rows.items():
+        if count != len(row):
+            raise InputError(
+                f"The {name} has {count} {IMAGE_TOKEN} placeholder(s), but {len(row)} image(s) "
+                "were passed: each placeholder takes one image.",
+                ErrorCode.IMAGE_COUNT_MISMATCH,
+            )
+    return [image for _, row in rows.values() for image in row]

@@ -10,6 +10,7 @@ B prompts, S tokens, N images in the batch, K learnable queries (an image takes 
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from owl2.constants import IGNORE_INDEX
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing import pretrained_files
-from owl2.processing.batching import flatten_images, pad
 from owl2.processing.chat_template import (
     DEFAULT_CHAT_TEMPLATE,
     IMAGE_TOKEN,
@@ -30,13 +30,12 @@ from owl2.processing.chat_template import (
     has_variable,
     parse_messages,
     render,
-    render_with_answers,
     validate_prompt,
 )
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
-from owl2.processing.prepared_prompt import PreparedPrompt
-from owl2.processing.tokenizer import decode_with_images, encode, start_ids
+from owl2.processing.prepared_prompt import PreparedPrompt, flatten_images
+from owl2.processing.tokenizer import encode, start_ids
 
 
 class Owl2Processor(ProcessorMixin):
@@ -75,17 +74,10 @@ class Owl2Processor(ProcessorMixin):
                 f"{len(tokenizer)} tokens; it must be larger.",
                 ErrorCode.INVALID_VALUE,
             )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         self._start_ids = start_ids(tokenizer)
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._pad_id = next(token_id for token_id in candidates if token_id is not None)
-
-    @property
-    def _template(self) -> str:
-        # The mixin allows a dict of templates; one is supported here, and it can be set.
-        if not isinstance(self.chat_template, str):
-            message = f"The chat template must be a string, not {self.chat_template!r}."
-            raise InputError(message, ErrorCode.INVALID_TYPE)
-        return self.chat_template
+        self._image_ids = [self.image_token_id] * num_image_tokens
 
     @property
     def model_input_names(self) -> list[str]:
@@ -134,29 +126,44 @@ class Owl2Processor(ProcessorMixin):
             )
         images = flatten_images([prompt.count(IMAGE_TOKEN) for prompt in texts], images)
         rows = [self._encode(prompt, add_special_tokens) for prompt in texts]
-        data: dict[str, Any] = pad(
-            rows,
-            self._pad_id,
-            padding_side or self.tokenizer.padding_side,
-            padding,
-            max_length,
-            pad_to_multiple_of,
-            as_tensor=return_tensors is not None,
-        )
-        if return_mm_token_type_ids:
-            data["mm_token_type_ids"] = [
-                [int(id_ == self.image_token_id) for id_ in row] for row in data["input_ids"]
-            ]
-        if images:
-            data.update(self.image_processor(images, return_tensors=return_tensors))
-        return BatchFeature(data, tensor_type=return_tensors)
+        if padding == "max_length" and max_length is None:
+            raise InputError("padding='max_length' requires max_length.", ErrorCode.MISSING_VALUE)
+        if padding == "max_length" and (longest := max(map(len, rows))) > max_length:
+            raise InputError(
+                f"A prompt has {longest} tokens, more than max_length {max_length}.",
+                ErrorCode.TOO_LONG,
+            )
+        try:
+            data: dict[str, Any] = dict(
+                self.tokenizer.pad(
+                    {"input_ids": rows},
+                    padding,
+                    max_length,
+                    pad_to_multiple_of,
+                    padding_side,
+                    return_attention_mask=True,
+                )
+            )
+            if return_mm_token_type_ids:
+                data["mm_token_type_ids"] = [
+                    [int(id_ == self.image_token_id) for id_ in row] for row in data["input_ids"]
+                ]
+            if images:
+                data.update(self.image_processor(images, return_tensors=return_tensors))
+            return BatchFeature(data, tensor_type=return_tensors)
+        except InputError:
+            raise
+        except ValueError as error:  # of transformers: an invalid option, or different lengths
+            raise InputError(
+                f"The prompts cannot be padded: {error}", ErrorCode.INVALID_VALUE
+            ) from error
 
     def _encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt, with K+1 × `image_token_id` for every `<|image|>`."""
         ids: list[int] = []
         for index, segment in enumerate(prompt.split(IMAGE_TOKEN)):
             if index:
-                ids += [self.image_token_id] * self.num_image_tokens
+                ids += self._image_ids
             ids += encode(self.tokenizer, segment)
         if add_special_tokens and ids[: len(self._start_ids)] != self._start_ids:
             return self._start_ids + ids
@@ -189,8 +196,8 @@ class Owl2Processor(ProcessorMixin):
         Raises:
             InputError: See `parse_messages` and `__call__`.
         """
-        template = self._template if chat_template is None else chat_template
-        if unknown := [name for name in variables if not has_variable(template, name)]:
+        template = self.chat_template if chat_template is None else chat_template
+        if unknown := [name for name in variables if not has_variable(str(template), name)]:
             raise TypeError(
                 f"apply_chat_template() got unexpected arguments: {', '.join(unknown)}, which are "
                 "not variables of the chat template"
@@ -200,17 +207,10 @@ class Owl2Processor(ProcessorMixin):
         conversations = [
             parse_messages(messages) for messages in (conversation if is_batch else [conversation])
         ]
-        texts = [
-            render(
-                item,
-                template,
-                self.tokenizer.special_tokens_map,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **variables,
-            )
-            for item in conversations
-        ]
+        variables["add_generation_prompt"] = add_generation_prompt
+        variables["continue_final_message"] = continue_final_message
+        special_tokens = self.tokenizer.special_tokens_map
+        texts = [render(item, template, special_tokens, **variables)[0] for item in conversations]
         if not tokenize:
             return texts if is_batch else texts[0]
         options: dict[str, Any] = {"padding": padding, "padding_side": padding_side}
@@ -227,7 +227,7 @@ class Owl2Processor(ProcessorMixin):
         """
         parsed = validate_prompt(messages)
         special_tokens = self.tokenizer.special_tokens_map
-        text = render(parsed, self._template, special_tokens, add_generation_prompt=True)
+        text, _ = render(parsed, self.chat_template, special_tokens, add_generation_prompt=True)
         images = flatten_images([text.count(IMAGE_TOKEN)], [list(parsed.images)])
         pixels = self.image_processor(images)["pixel_values"] if images else None
         ids = self._encode(text)
@@ -252,7 +252,7 @@ class Owl2Processor(ProcessorMixin):
                 `max_length`.
         """
         conversation = parse_messages(messages)
-        sample = self._encode_labeled(conversation)
+        sample = self.encode_labeled(conversation)
         images = flatten_images([len(sample.image_ends)], list(conversation.images))
         ids, loss_mask = sample.ids, sample.loss_mask
         if max_length is not None and len(ids) > max_length:
@@ -277,7 +277,7 @@ class Owl2Processor(ProcessorMixin):
 
     def count_tokens(self, messages: Any) -> int:
         """The number of tokens of a conversation in training, before truncation."""
-        return len(self._encode_labeled(parse_messages(messages)).ids)
+        return len(self.encode_labeled(parse_messages(messages)).ids)
 
     def show_labels(self, messages: Any) -> Text:
         """The model's input in training for a terminal: labels in color, other tokens dim.
@@ -285,15 +285,20 @@ class Owl2Processor(ProcessorMixin):
         It is rendered from the ids and the mask of `for_training`. The tokens of an image are
         written as `<|image|>×(K+1)`, and images are not opened.
         """
-        sample = self._encode_labeled(parse_messages(messages))
+        sample = self.encode_labeled(parse_messages(messages))
         start = "".join(self.tokenizer.convert_ids_to_tokens(self._start_ids))
         return render_mask(sample, start, self.num_image_tokens)
 
-    def _encode_labeled(self, conversation: ParsedMessages) -> EncodedConversation:
+    def encode_labeled(self, conversation: ParsedMessages) -> EncodedConversation:
+        """The ids of a conversation that ends with an answer, with the loss mask of training.
+
+        Raises:
+            InputError: There is no answer, the tokenizer has no end token or no offsets, or the
+                template does not mark the answers.
+        """
         if conversation.is_open:
             raise InputError(
-                "The last turn has no answer to train on: add it.",
-                ErrorCode.INVALID_ROLE,
+                "The last turn has no answer to train on: add it.", ErrorCode.INVALID_ROLE
             )
         if self.tokenizer.eos_token is None:
             raise InputError(
@@ -301,11 +306,11 @@ class Owl2Processor(ProcessorMixin):
                 "eos_token.",
                 ErrorCode.MISSING_VALUE,
             )
-        text, spans = render_with_answers(
-            conversation, self._template, self.tokenizer.special_tokens_map
+        special_tokens = self.tokenizer.special_tokens_map
+        text, spans = render(
+            conversation, self.chat_template, special_tokens, return_assistant_tokens_mask=True
         )
-        image_ids = [self.image_token_id] * self.num_image_tokens
-        return encode_with_loss_mask(self.tokenizer, text, spans, self._start_ids, image_ids)
+        return encode_with_loss_mask(self.tokenizer, text, spans, self._start_ids, self._image_ids)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
         """Ids (a list, a tensor, or a batch of them) to text (or a list of texts).
@@ -317,8 +322,13 @@ class Owl2Processor(ProcessorMixin):
             ids = [ids]
         if len(ids) and hasattr(ids[0], "__len__"):
             return [self.decode(row, skip_special_tokens, **kwargs) for row in ids]
-        image = (self.image_token_id, self.num_image_tokens)
-        return decode_with_images(self.tokenizer, ids, *image, skip_special_tokens, **kwargs)
+        texts = []
+        for is_image, run in groupby(ids, key=lambda id_: id_ == self.image_token_id):
+            if not is_image:
+                texts.append(str(self.tokenizer.decode(list(run), skip_special_tokens, **kwargs)))
+            elif not skip_special_tokens:
+                texts.append(IMAGE_TOKEN * -(-len(list(run)) // self.num_image_tokens))
+        return "".join(texts)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any
@@ -364,7 +374,7 @@ class Owl2Processor(ProcessorMixin):
                 self.image_processor.to_dict()
             ),
             pretrained_files.PROCESSOR_FILE: pretrained_files.as_json(self.to_dict()),
-            pretrained_files.TEMPLATE_FILE: self._template,
+            pretrained_files.TEMPLATE_FILE: str(self.chat_template),
         }
         for name, text in texts.items():
             (directory / name).write_text(text, encoding="utf-8")

@@ -10,7 +10,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,6 @@ class Owl2Tokenizer(SentencePieceBackend):
                 f"No SentencePiece model at '{vocab_file}': pass the path of a {TOKENIZER_FILE}.",
                 ErrorCode.FILE_NOT_FOUND,
             )
-        self._splitter: re.Pattern[str] | None = None
         self.add_bos_token = add_bos_token
         try:
             super().__init__(
@@ -96,54 +96,26 @@ class Owl2Tokenizer(SentencePieceBackend):
 
     # -------------------------------------------------------------- text to ids
 
-    def _update_trie(self, unique_no_split_tokens: list[str] | None = None) -> None:
-        # transformers calls this method whenever tokens are added.
-        super()._update_trie(unique_no_split_tokens)
-        control = {
-            *self._added_tokens_encoder,
-            *self.all_special_tokens,
-            *(unique_no_split_tokens or []),
-        }
-        longest_first = sorted(filter(None, control), key=lambda token: (-len(token), token))
-        self._splitter = (
-            re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-            if longest_first
-            else None
-        )
-
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """The ids of `text` without `<s>`, and the start and end of each in `text`.
 
         A character without a token becomes bytes: the last byte has the offsets of the character,
         the others have empty offsets at its start, as has a "▁" without a character.
         """
+        control = self.added_tokens_encoder
         ids: list[int] = []
         offsets: Offsets = []
         start = 0
-        for index, part in enumerate(self._splitter.split(text) if self._splitter else [text]):
-            if index % 2:
-                ids.append(self._control_id(part))
+        for part in _splitter(tuple(control)).split(text):
+            if part in control:
+                ids.append(control[part])
                 offsets.append((start, start + len(part)))
             elif part:
-                part_ids, part_offsets = _sentencepiece_offsets(self.sp_model, part)
-                ids += part_ids
-                offsets += [(start + begin, start + end) for begin, end in part_offsets]
+                encoded = self.sp_model.encode(part, out_type="offset_mapping")
+                ids += encoded["ids"]
+                offsets += [(start + begin, start + end) for begin, end in encoded["offsets"]]
             start += len(part)
         return ids, offsets
-
-    def encode_exact(self, text: str) -> list[int]:
-        """The ids of `encode_with_offsets`, without offsets."""
-        ids: list[int] = []
-        for index, part in enumerate(self._splitter.split(text) if self._splitter else [text]):
-            if index % 2:
-                ids.append(self._control_id(part))
-            elif part:
-                ids += self.sp_model.encode(part)
-        return ids
-
-    def _control_id(self, token: str) -> int:
-        known = self._added_tokens_encoder.get(token)
-        return self.sp_model.piece_to_id(token) if known is None else known
 
     # -------------------------------------------------------------- ids to text
 
@@ -162,40 +134,29 @@ class Owl2Tokenizer(SentencePieceBackend):
         """
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         special = set(self.all_special_ids)
+        control = special | self.added_tokens_decoder.keys()
         size = self.sp_model.get_piece_size()
         text = []
-        for is_control, run in groupby(
-            ids, key=lambda id_: id_ in self._added_tokens_decoder or id_ in special
-        ):
-            if not is_control:
-                run_ids = list(run)
-                if (worst := max(run_ids)) >= size or min(run_ids) < 0:
-                    raise InputError(
-                        f"Token id {worst if worst >= size else min(run_ids)} cannot be decoded: "
-                        f"the tokenizer has ids from 0 to {size - 1}.",
-                        ErrorCode.INVALID_VALUE,
-                    )
-                text.append(self.sp_model.decode(run_ids))
-            else:
+        for is_control, run in groupby(ids, key=control.__contains__):
+            if is_control:
                 kept = (id_ for id_ in run if not (skip_special_tokens and id_ in special))
                 text.extend(self.convert_ids_to_tokens(id_) for id_ in kept)
+                continue
+            run_ids = list(run)
+            for id_ in (min(run_ids), max(run_ids)):
+                if not 0 <= id_ < size:
+                    raise InputError(
+                        f"Token id {id_} cannot be decoded: the tokenizer has ids from 0 to "
+                        f"{size - 1}.",
+                        ErrorCode.INVALID_VALUE,
+                    )
+            text.append(self.sp_model.decode(run_ids))
         return "".join(text)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self._decode(self.convert_tokens_to_ids(tokens))
 
     # -------------------------------------------------------------- files
-
-    def save_vocabulary(
-        self, save_directory: str, filename_prefix: str | None = None
-    ) -> tuple[str]:
-        """Write `tokenizer.model` from memory, because the original file may have changed."""
-        path = (
-            Path(save_directory)
-            / f"{filename_prefix + '-' if filename_prefix else ''}{TOKENIZER_FILE}"
-        )
-        path.write_bytes(self.sp_model.serialized_model_proto())
-        return (str(path),)
 
     def save_pretrained(  # type: ignore[override]  # further arguments in kwargs
         self, save_directory: str | os.PathLike[str], **kwargs: Any
@@ -204,27 +165,22 @@ class Owl2Tokenizer(SentencePieceBackend):
         files = super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / TOKENIZER_CONFIG_FILE
         config = json.loads(path.read_text(encoding="utf-8"))
-        for key in _NOT_SAVED:
-            config.pop(key, None)
+        config = {key: value for key, value in config.items() if key not in _NOT_SAVED}
         config |= {
             "tokenizer_class": "LlamaTokenizer",
             "add_bos_token": self.add_bos_token,
             "add_eos_token": False,
         }
-        path.write_text(
-            json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n",
-            encoding="utf-8",
-        )
+        text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+        path.write_text(text + "\n", encoding="utf-8")
         return files
 
 
-def _sentencepiece_offsets(model: Any, text: str) -> tuple[list[int], Offsets]:
-    if hasattr(model, "EncodeAsOffsetMapping"):
-        mapping = model.encode(text, out_type="offset_mapping")
-        return mapping["ids"], mapping["offsets"]
-    # sentencepiece before 0.2.2 returns the same in this form, which later versions reject.
-    pieces = model.encode(text, out_type="immutable_proto").pieces
-    return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+@lru_cache(maxsize=16)
+def _splitter(control_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(control_tokens, key=len, reverse=True)
+    # Without control tokens the pattern matches nothing.
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
 
 # ------------------------------------------------------------------ any tokenizer
@@ -233,10 +189,8 @@ def _sentencepiece_offsets(model: Any, text: str) -> tuple[list[int], Offsets]:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of one segment of a prompt (between two images), without special tokens."""
     if isinstance(tokenizer, Owl2Tokenizer):
-        return tokenizer.encode_exact(text)
-    return (
-        list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
-    )
+        return tokenizer.encode_with_offsets(text)[0]
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False) if text else []
 
 
 def encode_with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Offsets]:
@@ -264,31 +218,10 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     End tokens are added by the chat template and not by the tokenizer.
     """
-    if tokenizer.bos_token_id is None:
-        return []
+    bos = tokenizer.bos_token_id
     if isinstance(tokenizer, Owl2Tokenizer):
-        return [tokenizer.bos_token_id] if tokenizer.add_bos_token else []
-    return (
-        [tokenizer.bos_token_id] if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else []
-    )
-
-
-def decode_with_images(
-    tokenizer: PreTrainedTokenizerBase,
-    ids: Iterable[int],
-    image_token_id: int,
-    num_image_tokens: int,
-    skip_special_tokens: bool,
-    **kwargs: Any,
-) -> str:
-    """Decode ids; the K+1 tokens of an image become `<|image|>`, or nothing if it is skipped."""
-    texts = []
-    for is_image, run in groupby(ids, key=lambda id_: id_ == image_token_id):
-        if not is_image:
-            texts.append(str(tokenizer.decode(list(run), skip_special_tokens, **kwargs)))
-        elif not skip_special_tokens:
-            texts.append("<|image|>" * -(-len(list(run)) // num_image_tokens))
-    return "".join(texts)
+        return [bos] if tokenizer.add_bos_token and bos is not None else []
+    return [bos] if tokenizer("x")["input_ids"][0] == bos else []
 
 
 # ------------------------------------------------------------------ training a tokenizer
@@ -312,9 +245,11 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike[str], vocab_si
             always included plus the characters of `texts`.
     """
     model = io.BytesIO()
+    # In LLaMA's models a line break is a byte token and never part of a longer token.
+    lines = (line for text in texts for line in text.split("\n") if line)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=lines,
             model_writer=model,
             vocab_size=vocab_size,
             hard_vocab_limit=False,
@@ -344,13 +279,5 @@ def train_tokenizer(texts: Iterable[str], path: str | os.PathLike[str], vocab_si
         ) from error
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
-    part.write_bytes(model.getvalue())
-    part.replace(target)
+    target.write_bytes(model.getvalue())
     return int(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size())
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    # In LLaMA's models a line break is a byte token and never part of a longer token.
-    for text in texts:
-        yield from filter(None, text.split("\n"))

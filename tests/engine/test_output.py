@@ -16,6 +16,7 @@ from owl2.engine.engine import MAX_NUM_SEQS, Engine
 from owl2.errors import ErrorCode
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import encode
 from tests.engine.conftest import ask, caching_engine, random_image
 from tests.errors import raises_input_error
 from tests.serve.running import wait_until
@@ -190,9 +191,10 @@ def test_excluded_tokens_are_not_reported(engine, conversations):
 
 def test_token_texts_of_sentencepiece(shared_engine):
     texts = TokenTexts(shared_engine.processor.tokenizer)
-    encode = shared_engine.processor.tokenizer.encode_exact
+    tokenizer = shared_engine.processor.tokenizer
     assert (
-        b"".join(texts.find(id_)[1] for id_ in encode("a 你好 🦉")).decode().strip() == "a 你好 🦉"
+        b"".join(texts.find(id_)[1] for id_ in encode(tokenizer, "a 你好 🦉")).decode().strip()
+        == "a 你好 🦉"
     )
     tokenizer = shared_engine.processor.tokenizer
     assert texts.find(tokenizer.convert_tokens_to_ids("<0xE4>")) == ("\\xe4", b"\xe4")

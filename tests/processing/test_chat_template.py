@@ -10,13 +10,13 @@ from owl2.processing.chat_template import (
     has_variable,
     parse_messages,
     render,
-    render_with_answers,
     validate_prompt,
 )
 from tests.errors import raises_input_error
 from tests.processing.samples import CHATML, ask
 
 EOS = {"eos_token": "</s>"}
+ANSWERS = {"return_assistant_tokens_mask": True}
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}
 
@@ -28,7 +28,7 @@ PARTS_ONLY = """\
 
 
 def write(messages, template=DEFAULT_CHAT_TEMPLATE, **options) -> str:
-    return render(parse_messages(messages), template, EOS, **options)
+    return render(parse_messages(messages), template, EOS, **options)[0]
 
 
 def test_golden_prompts(golden_text):
@@ -43,7 +43,7 @@ def test_golden_prompts(golden_text):
 
 def test_answer_span_includes_leading_space_and_end_token():
     conversation = parse_messages([USER, ANSWER, USER, {"role": "assistant", "content": " x\n"}])
-    text, spans = render_with_answers(conversation, DEFAULT_CHAT_TEMPLATE, EOS)
+    text, spans = render(conversation, DEFAULT_CHAT_TEMPLATE, EOS, **ANSWERS)
     assert text == "USER: Hi ASSISTANT: Hello.</s>USER: Hi ASSISTANT:  x\n</s>"
     assert [text[begin:end] for begin, end in spans] == [" Hello.</s>", "  x\n</s>"]
 
@@ -81,7 +81,7 @@ def test_template_without_generation_blocks_is_rejected_for_training_only():
     template = template.replace("{%- endgeneration -%}", "")
     assert write([USER, ANSWER], template).endswith("Hello.</s>")
     with raises_input_error(ErrorCode.NO_LABELS, "{% generation %}"):
-        render_with_answers(parse_messages([USER, ANSWER]), template, EOS)
+        write([USER, ANSWER], template, **ANSWERS)
 
 
 def test_template_errors_are_input_errors():
@@ -129,7 +129,7 @@ def test_images_in_all_forms_and_in_order():
         ([ANSWER], ErrorCode.INVALID_ROLE, "'assistant'"),
         ([USER, USER], ErrorCode.INVALID_ROLE, "messages[1]"),
         ([USER, {"role": "system", "content": "x"}], ErrorCode.INVALID_ROLE, "'system'"),
-        ([{"role": "system", "content": "x"}], ErrorCode.INVALID_ROLE, "system"),
+        ([{"role": "system", "content": "x"}], ErrorCode.EMPTY_MESSAGE, "system"),
         ([{"role": "user", "content": "  "}], ErrorCode.EMPTY_MESSAGE, "messages[0] (user)"),
         ([{"role": "user", "content": []}], ErrorCode.EMPTY_MESSAGE, "messages[0]"),
         (
