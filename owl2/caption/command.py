@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
-from owl2.checkpoints.provenance import fingerprint
+from owl2.checkpoints.weight_files import fingerprint
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.engine.offline import answer_all

@@ -19,16 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from owl2.checkpoints.config_file import read_config
+from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_config, read_json
 from owl2.checkpoints.key_report import check_keys
-from owl2.checkpoints.provenance import COMPUTED_KEYS
-from owl2.checkpoints.weight_files import OPTIONAL_FILE, read_header
+from owl2.checkpoints.weight_files import COMPUTED_KEYS, read_tensors
 from owl2.errors import ErrorCode, InputError
 
 # peft takes a second to import, so the functions that use it import it.
@@ -50,7 +47,7 @@ class AdapterFiles:
     @property
     def image_size(self) -> int | None:
         """The image size of the training in pixels; None if unknown."""
-        has_config = (self.folder / "config.json").is_file()
+        has_config = (self.folder / CONFIG_FILE).is_file()
         return read_config(self.folder).image_size if has_config else None
 
     def base(self, override: str | Path | None, hub: dict[str, Any]) -> tuple[str, str | None]:
@@ -65,10 +62,11 @@ class AdapterFiles:
         base = str(override or self.config.base_model_name_or_path or "")
         revision = None if override else self.config.revision
         hint = f"pass base=..., or edit {self.folder / CONFIG}"
-        if not base or is_adapter(base):
-            problem = f"{base} is an adapter itself" if base else "the adapter does not name it"
+        if not base or (Path(base) / CONFIG).is_file():
             raise InputError(
-                f"{self.name} has no base model: {problem}; {hint}", ErrorCode.INVALID_CONFIG
+                f"{self.name} needs the directory or hub id of a complete model as its base model, "
+                f"not {base!r}; {hint}",
+                ErrorCode.INVALID_CONFIG,
             )
         try:
             read_config(base, revision=revision, **hub)
@@ -91,16 +89,15 @@ def find_adapter(name_or_path: str | Path, hub: dict[str, Any]) -> AdapterFiles 
         InputError: Its configuration cannot be read, or is not a LoRA configuration.
     """
     try:
-        file = find_adapter_config_file(str(name_or_path), **hub)
-    except OSError:  # not a valid hub id; reading config.json reports it
+        file = find_file(name_or_path, CONFIG, hub)
+    except InputError:  # no such directory or hub id; reading config.json reports it
         return None
     if file is None:
         return None
     from peft import LoraConfig, PeftConfig
 
-    folder = Path(file).parent
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(file.parent))
     except Exception as error:  # values of any type raise exceptions of any type
         raise InputError(
             f"{file} is not an adapter configuration: {error!r}", ErrorCode.INVALID_CONFIG
@@ -110,15 +107,9 @@ def find_adapter(name_or_path: str | Path, hub: dict[str, Any]) -> AdapterFiles 
             f"{file}: only adapters of type LORA are supported, not {config.peft_type}",
             ErrorCode.UNSUPPORTED,
         )
-    if not Path(name_or_path).is_dir():
-        for name in (WEIGHTS, BASE, "config.json"):
-            cached_file(str(name_or_path), name, **OPTIONAL_FILE, **hub)
-    return AdapterFiles(str(name_or_path), folder, config)
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Whether a local directory contains an adapter instead of a complete model."""
-    return (Path(path) / CONFIG).is_file()
+    for name in (WEIGHTS, BASE, CONFIG_FILE):  # downloads them
+        find_file(name_or_path, name, hub)
+    return AdapterFiles(str(name_or_path), file.parent, config)
 
 
 def add_lora(
@@ -146,7 +137,6 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> None:
     Raises:
         InputError: The adapter does not fit; the message lists missing and unexpected keys.
     """
-    check_base(model, adapter.folder)
     config = copy.deepcopy(adapter.config)
     # peft matches modules by the end of their names.
     suffixes = tuple(f".{name}" for name in config.modules_to_save or [])
@@ -158,25 +148,15 @@ def load_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> None:
         raise InputError(
             f"{adapter.name} does not fit its base model: {error}", ErrorCode.BASE_MODEL_MISMATCH
         ) from error
-    _load_tensors(model, adapter.folder)
+    load_adapter_weights(model, adapter.folder)
 
 
-def check_base(model: PreTrainedModel, folder: Path) -> None:
-    """Reject a base model with other weights than the ones that an adapter was trained on.
-
-    Args:
-        folder: The adapter's directory.
-
-    Raises:
-        InputError: The fingerprints differ, or ``base.json`` is corrupt.
-    """
+def _check_base(model: PreTrainedModel, folder: Path) -> None:
+    """Reject a base model with other weights than the ones that the adapter was trained on."""
     file = folder / BASE
     if not file.is_file():  # the adapter was written by another tool
         return
-    try:
-        expected = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is corrupt: {error!r}", ErrorCode.UNREADABLE_FILE) from error
+    expected = read_json(file).get("fingerprint")
     provenance = getattr(model, "provenance", None)
     if provenance and provenance.fingerprint not in (expected, None):
         raise InputError(
@@ -187,25 +167,18 @@ def check_base(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Load an adapter's tensors into a model with LoRA, to resume training.
+    """Load an adapter's tensors into a model with LoRA.
 
     Raises:
         InputError: The adapter has another base model or is corrupt, or a key is missing,
             unexpected or of another shape.
     """
-    check_base(model, folder)
-    _load_tensors(model, folder)
-
-
-def _load_tensors(model: PreTrainedModel, folder: Path) -> None:
-    from peft import set_peft_model_state_dict
-
+    _check_base(model, folder)
     file = folder / WEIGHTS
     if not file.is_file():
         raise InputError(f"{folder} has no {WEIGHTS}", ErrorCode.MISSING_WEIGHTS)
-    read_header(file)
-    stored = load_file(file)
-    expected = adapter_tensors(model)
+    stored = read_tensors(file, "cpu")
+    expected = adapter_tensors(model)  # share the model's memory
     shapes = {
         key: (tuple(stored[key].shape), tuple(expected[key].shape))
         for key in stored.keys() & expected.keys()
@@ -213,12 +186,9 @@ def _load_tensors(model: PreTrainedModel, folder: Path) -> None:
     }
     missing = [key for key in expected.keys() - stored.keys() if not key.endswith(COMPUTED_KEYS)]
     check_keys(file, missing, stored.keys() - expected.keys(), shapes)
-    own = model.state_dict()  # shares the model's memory
     with torch.no_grad():
-        for key in [key for key in stored if _is_saved_module(model, key)]:
-            own[key.removeprefix(PREFIX)].copy_(stored.pop(key))
-    lora = {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
-    set_peft_model_state_dict(model, lora)
+        for key, tensor in stored.items():
+            expected[key].copy_(tensor)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -251,15 +221,13 @@ def adapter_tensors(
     """
     from peft import get_peft_model_state_dict
 
-    adapter_config(model)
+    saved = tuple(f"{part}." for part in adapter_config(model).modules_to_save or [])
     state = model.state_dict() if state is None else state
     name = next(iter(model.peft_config))
     # Without embeddings, which are never adapted: peft would search the hub for the base model.
     lora = get_peft_model_state_dict(model, state, name, save_embedding_layers=False)
-    tensors = {PREFIX + key: tensor for key, tensor in lora.items()}
-    return tensors | {
-        PREFIX + k: v for k, v in state.items() if _is_saved_module(model, PREFIX + k)
-    }
+    tensors = lora | {key: tensor for key, tensor in state.items() if key.startswith(saved)}
+    return {PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
 def save_adapter(
@@ -301,7 +269,7 @@ def merge_adapter(model: PreTrainedModel, adapter: AdapterFiles) -> None:
     for _, layer in layers:
         for parameter in lora_parameters(layer):
             parameter.data = parameter.data.float()
-    _load_tensors(model, adapter.folder)
+    load_adapter_weights(model, adapter.folder)
     for name, layer in layers:
         linear = layer.get_base_layer()
         dtype = linear.weight.dtype
@@ -324,9 +292,3 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of LoRA."""
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-
-
-def _is_saved_module(model: PreTrainedModel, key: str) -> bool:
-    """Whether a key of peft's file belongs to a part in `modules_to_save`."""
-    parts = adapter_config(model).modules_to_save or []
-    return key.startswith(tuple(f"{PREFIX}{part}." for part in parts))

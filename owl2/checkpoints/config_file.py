@@ -1,18 +1,22 @@
-"""Reads and checks ``config.json`` and ``generation_config.json``."""
+"""Finds the files of a checkpoint, and reads its ``config.json`` and ``generation_config.json``."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.hub import cached_file
 
 from owl2.errors import ErrorCode, InputError
 from owl2.files import require_checkpoint
 from owl2.model.configuration import Owl2Config
-from owl2.model.registry import DEFAULT_MODEL_TYPE, get_model_type
+from owl2.model.registry import get_model_type
 
+CONFIG_FILE = "config.json"
+# Arguments of `from_pretrained` that locate a checkpoint.
+HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
 INTEGERS = ("max_new_tokens", "max_length", "min_length", "min_new_tokens", "top_k", "num_beams")
 BOOLEANS = ("do_sample", "use_cache")
@@ -25,46 +29,67 @@ GENERATION_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
+def find_file(name: str | Path, file: str, hub: dict[str, Any]) -> Path | None:
+    """A file of a checkpoint, a directory or a hub id (downloaded); None if it has no such file.
+
+    Args:
+        hub: Location arguments of `from_pretrained`, see `HUB_ARGS`.
+
+    Raises:
+        InputError: The hub is not reachable or does not have the repository.
+    """
+    try:
+        # For config.json only, transformers raises if it cannot find out whether the file exists.
+        found = cached_file(
+            str(name), file, _raise_exceptions_for_missing_entries=file == CONFIG_FILE, **hub
+        )
+    except OSError as error:
+        code, reason = ErrorCode.NETWORK, f"the hub does not provide its {file}: {error}"
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            reason = "the hub is not reachable. Check the path, or the connection."
+            if is_offline_mode() or hub.get("local_files_only"):
+                code = ErrorCode.FILE_NOT_FOUND
+                reason = "the hub's cache does not contain it (offline). Check the path."
+        raise InputError(f"There is no directory '{name}', and {reason}", code) from error
+    return Path(found) if found else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises `InputError` for other contents."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON: {error}.", ErrorCode.INVALID_CONFIG) from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{file} must contain a JSON object, not a {type(content).__name__}.",
+            ErrorCode.INVALID_CONFIG,
+        )
+    return content
+
+
 def read_config(name_or_path: str | Path, **hub: Any) -> Owl2Config:
     """The configuration of a checkpoint, a directory or a hub id.
 
     Args:
-        hub: Location arguments of `from_pretrained` (``subfolder``, ``revision`` ...).
+        hub: Location arguments of `from_pretrained`, see `HUB_ARGS`.
 
     Raises:
         InputError: There is no configuration, it is of another model, or an option is invalid.
     """
-    path, subfolder = Path(name_or_path), hub.get("subfolder") or ""
-    if path.is_file():
+    if Path(name_or_path).is_file():
         raise InputError(
-            f"{path} is a file; pass the directory of the checkpoint", ErrorCode.INVALID_VALUE
+            f"{name_or_path} is a file; pass the directory of the checkpoint",
+            ErrorCode.INVALID_VALUE,
         )
     require_checkpoint(str(name_or_path), "a model")
-    file = path / subfolder / "config.json"
-    if path.is_dir() and not file.is_file():
-        raise InputError(f"{file.parent} has no config.json", ErrorCode.FILE_NOT_FOUND)
+    file = find_file(name_or_path, CONFIG_FILE, hub)
+    if file is None:
+        raise InputError(f"{name_or_path} has no {CONFIG_FILE}", ErrorCode.FILE_NOT_FOUND)
+    values = read_json(file)
+    model_type = values.get("model_type")
     try:
-        values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
-        model_type = values.get("model_type")
-    except (OSError, ValueError) as error:
-        if isinstance(error.__cause__, LocalEntryNotFoundError):
-            raise InputError(
-                f"There is no directory '{name_or_path}', and the hub is not reachable or does not "
-                "have this repository. Check the path, or the connection.",
-                ErrorCode.FILE_NOT_FOUND,
-            ) from error
-        raise InputError(
-            f"{name_or_path}: config.json cannot be read: {error}", ErrorCode.UNREADABLE_FILE
-        ) from error
-    except (TypeError, AttributeError) as error:  # transformers expects a dict
-        raise InputError(f"{file} must contain a JSON object", ErrorCode.INVALID_CONFIG) from error
-    if not isinstance(model_type, str):
-        raise InputError(
-            f"{file}: model_type is {model_type!r}; expected {DEFAULT_MODEL_TYPE!r}",
-            ErrorCode.INVALID_CONFIG,
-        )
-    try:
-        parts = get_model_type(model_type)
+        parts = get_model_type(str(model_type))
     except InputError as error:
         hint = " `owl2 init` creates an mPLUG-Owl2 from a LLaMA." if model_type == "llama" else ""
         raise InputError(f"{file}: {error}{hint}", error.code) from error
@@ -83,14 +108,7 @@ def read_config(name_or_path: str | Path, **hub: Any) -> Owl2Config:
 def check_generation_config(folder: Path) -> None:
     """Raise an InputError if ``generation_config.json`` has values of a wrong type."""
     file = folder / "generation_config.json"
-    if not file.is_file():
-        return
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}", ErrorCode.INVALID_CONFIG) from error
-    if not isinstance(values, dict):
-        raise InputError(f"{file} must contain a JSON object", ErrorCode.INVALID_CONFIG)
+    values = read_json(file) if file.is_file() else {}
     for name, (types, expected) in GENERATION_TYPES.items():
         value = values.get(name)
         items = value if name == "eos_token_id" and isinstance(value, list) else [value]

@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from owl2.checkpoints.key_report import REPORT_KEYS, check_loading_info, translate_load_errors
-from owl2.checkpoints.weight_files import read_headers
+from owl2.checkpoints.weight_files import read_tensors, weight_files
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import (
     DECODER_SIZES,
+    VISUAL_SIZES,
     Owl2AbstractorConfig,
     Owl2Config,
     Owl2VisionConfig,
@@ -36,17 +37,14 @@ MULTIWAY = re.compile(
 )
 NOT_COPIED = {"model_type", "architectures", "transformers_version", "quantization_config"}
 # Options of a CLIP tower; the eps stays the released model's 1e-6, as in the authors' model.
-CLIP_OPTIONS = [
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
+CLIP_OPTIONS = (
+    *VISUAL_SIZES,
     "image_size",
     "patch_size",
     "num_channels",
     "hidden_act",
     "attention_dropout",
-]
+)
 # Modules of a vision layer here and in CLIP.
 CLIP_MODULES = {
     "input_layernorm": "layer_norm1",
@@ -101,7 +99,8 @@ def load_vision(source: str | Path) -> CLIPVisionModel:
 def _load(source: str | Path, loader: Any, expected: type, name: str | Path, **options: Any) -> Any:
     """Load a backbone of the class `expected` from `name` with all keys accounted for."""
     if Path(name).is_dir() and "gguf_file" not in options:
-        read_headers(Path(name))
+        for file in weight_files(Path(name)):
+            read_tensors(file)
     try:
         with translate_load_errors(source):
             if expected is CLIPVisionModel:

@@ -7,6 +7,7 @@ resolution are resized.
 """
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from owl2.checkpoints.adapters import (
     load_adapter,
     save_adapter,
 )
-from owl2.checkpoints.config_file import check_generation_config, read_config
+from owl2.checkpoints.config_file import HUB_ARGS, check_generation_config, read_config
 from owl2.checkpoints.from_backbones import backbone_config, backbone_weights
 from owl2.checkpoints.key_report import (
     REPORT_KEYS,
@@ -27,8 +28,7 @@ from owl2.checkpoints.key_report import (
     listing,
     translate_load_errors,
 )
-from owl2.checkpoints.provenance import Provenance
-from owl2.checkpoints.weight_files import find_tensor, read_headers
+from owl2.checkpoints.weight_files import Provenance, read_tensors, weight_files
 from owl2.errors import ErrorCode, InputError
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 POSITIONS = "model.vision_model.embeddings.position_embedding"
 FRESH_PARTS = ("model.visual_abstractor.", "model.vision_model.")
-# Arguments of `from_pretrained` that locate a checkpoint.
-HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Old config.json files contain every default of transformers. This one would limit answers, or
 # cause a warning whenever max_new_tokens is set.
 UNSET_MAX_LENGTH = 20
@@ -95,31 +93,18 @@ class CheckpointMixin(PreTrainedModel):
         config = kwargs.get("config")
         config = read_config(name_or_path, **hub) if config is None else copy.deepcopy(config)
         folder = Path(name_or_path) / (kwargs.get("subfolder") or "")
-        use_safetensors = kwargs.get("use_safetensors") is not False
         if folder.is_dir():
             check_generation_config(folder)
-            headers = read_headers(folder, use_safetensors)
-            integers = [name for name, header in headers.items() if not header.is_floating_point]
-            if integers and getattr(config, "quantization_config", None) is None:
-                raise InputError(
-                    f"{folder}: weights must be floating-point tensors\n"
-                    + listing("integers", integers),
-                    ErrorCode.INVALID_FORMAT,
-                )
-            positions = headers.get(POSITIONS)
-        else:
-            positions = find_tensor(
-                str(name_or_path), POSITIONS, hub, use_safetensors, kwargs.get("variant")
-            )
-        stored = _image_size_of(positions.shape, config) if positions else None
-        if stored not in (None, config.image_size) and "quantization_config" not in kwargs:
+            _check_weights(folder, config, kwargs.get("use_safetensors") is not False)
+        if type(config) is not cls.config_class:  # of a sibling in the registry
+            kwargs["config"] = config
+        model, info = cls._load(name_or_path, *args, **kwargs)
+        stored = _image_size_of(info["mismatched_keys"], config)
+        if stored is not None:
             # The configuration has another resolution than the weights: load, then resize.
             image_size = image_size or config.image_size
             config.visual_config.set_image_size(stored)
-            kwargs["config"] = config
-        elif type(config) is not cls.config_class:  # of a sibling in the registry
-            kwargs["config"] = config
-        model, info = cls._load(name_or_path, *args, **kwargs)
+            model, info = cls._load(name_or_path, *args, **kwargs | {"config": config})
         hint = ""
         if any(key.endswith("self_attn.k_proj.weight") for key in info["unexpected_keys"]):
             hint = "\nThis may be a LLaMA; `owl2 init` creates an mPLUG-Owl2 from a LLaMA."
@@ -221,8 +206,28 @@ class CheckpointMixin(PreTrainedModel):
         return loaded
 
 
-def _image_size_of(shape: tuple[int, ...], config: Any) -> int | None:
-    """The image size for position embeddings of this shape (1, 1 + n², D), if there is one."""
+def _check_weights(folder: Path, config: Any, safetensors: bool) -> None:
+    """Reject corrupt weight files and integer tensors, which transformers would convert."""
+    integers = [
+        name
+        for file in weight_files(folder, safetensors)
+        for name, tensor in read_tensors(file).items()
+        if not tensor.is_floating_point()
+    ]
+    if integers and getattr(config, "quantization_config", None) is None:
+        raise InputError(
+            f"{folder}: weights must be floating-point tensors\n" + listing("integers", integers),
+            ErrorCode.INVALID_FORMAT,
+        )
+
+
+def _image_size_of(mismatched: Iterable[tuple[str, Any, Any]], config: Any) -> int | None:
+    """The image size in pixels of the stored position embeddings, if it is not the model's.
+
+    Args:
+        mismatched: Name, stored shape and shape in the model of tensors that do not fit.
+    """
+    shape = next((stored for name, stored, _ in mismatched if name == POSITIONS), ())
     grid = round((shape[1] - 1) ** 0.5) if len(shape) == 3 and shape[1] > 1 else 0
     if grid < 1 or shape[1] != 1 + grid**2:
         return None

@@ -1,80 +1,49 @@
-"""Weight files: which files a checkpoint has, and their headers."""
+"""Weight files: their tensors, and the fingerprint of a checkpoint.
 
+The fingerprint shows whether weights are the ones that an adapter was trained on. It is a hash of
+the first values of every tensor. It takes about a second for any size, changes with every training,
+and does not depend on the file format or the shards.
+"""
+
+import hashlib
 import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file
+from transformers.modeling_utils import load_state_dict
+from transformers.utils.hub import cached_file, extract_commit_hash
 
+from owl2.checkpoints.config_file import CONFIG_FILE
 from owl2.errors import ErrorCode, InputError
 
 # In the order in which transformers searches.
 KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 ZIP, GIT_LFS = b"PK\x03\x04", b"version https://git-lfs"
-# Arguments of `cached_file` for a file that the hub or its cache may not have.
-OPTIONAL_FILE: dict[str, Any] = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
+VALUES_PER_TENSOR = 16
+# Computed, not learned: checkpoints may or may not contain these.
+COMPUTED_KEYS = ("_pos_embed", ".inv_freq")
 
 
-class TensorHeader(NamedTuple):
-    """Shape and kind of a stored tensor."""
-
-    shape: tuple[int, ...]
-    is_floating_point: bool
-
-
-def read_headers(folder: Path, safetensors: bool = True) -> dict[str, TensorHeader]:
-    """Headers of the weights of a local directory, by name; empty if it has no weights.
+def weight_files(folder: Path, safetensors: bool = True) -> list[Path]:
+    """The files that the weights of a local directory are read from; may be empty.
 
     Args:
         safetensors: Whether files of this format are used.
 
     Raises:
-        InputError: A file does not contain weights (corrupt, empty, text, other pickled objects),
-            or an index names files in other directories.
+        InputError: An index is corrupt or names files in other directories.
     """
-    return {
-        name: header
-        for file in weight_files(folder, safetensors)
-        for name, header in read_header(file).items()
-    }
-
-
-def find_tensor(
-    repo: str, name: str, hub: dict[str, Any], safetensors: bool, variant: str | None
-) -> TensorHeader | None:
-    """Header of one tensor of a hub repository, whose file is downloaded; None if not found.
-
-    Args:
-        hub: Arguments of `cached_file` (``revision``, ``cache_dir`` ...).
-    """
-    for stem, suffix in KINDS if safetensors else KINDS[1:]:
-        file_name = f"{stem}.{variant}{suffix}" if variant else f"{stem}{suffix}"
-        file = cached_file(repo, file_name, **OPTIONAL_FILE, **hub)
-        if file is None:
-            index_name = f"{stem}{suffix}.index{f'.{variant}' if variant else ''}.json"
-            index = cached_file(repo, index_name, **OPTIONAL_FILE, **hub)
-            shard = _weight_map(Path(index)).get(name) if index else None
-            file = cached_file(repo, shard, **OPTIONAL_FILE, **hub) if shard else None
-        if file is not None:
-            return read_header(Path(file)).get(name)
-    return None
-
-
-def weight_files(folder: Path, safetensors: bool = True) -> list[Path]:
-    """The files that the weights of a local directory are read from; may be empty."""
     for stem, suffix in KINDS if safetensors else KINDS[1:]:
         single, index = folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"
         if single.is_file():
             files = [single]
         elif index.is_file():
             # transformers reports a missing shard.
-            shards = sorted(set(_weight_map(index).values()))
-            files = [folder / name for name in shards if (folder / name).is_file()]
+            files = [folder / name for name in _shards(index) if (folder / name).is_file()]
         else:
             files = sorted(folder.glob(f"{stem}.*{suffix}"))  # variants: model.fp16.safetensors
         if files:
@@ -82,62 +51,40 @@ def weight_files(folder: Path, safetensors: bool = True) -> list[Path]:
     return []
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """File names by tensor name. Raises `InputError` for names outside the directory."""
-    _check_is_file_content(index)
+def _shards(index: Path) -> list[str]:
     try:
-        names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = set(names.values())
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{index} is not an index of weights: {error!r}", ErrorCode.INVALID_FORMAT
         ) from error
-    for name in files:
+    for name in names:
         # Both separators on every system: a checkpoint must not depend on where it is read.
         if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\"}:
             raise InputError(
                 f"{index}: {name!r} is not the name of a file in this directory",
                 ErrorCode.INVALID_FORMAT,
             )
-    return names
+    return sorted(names)
 
 
-def read_header(file: Path) -> dict[str, TensorHeader]:
-    """Headers of the tensors of a file, by name.
+def read_tensors(file: Path, device: str = "meta") -> dict[str, torch.Tensor]:
+    """The tensors of a ``.safetensors`` or ``.bin`` file, by name.
+
+    On the device "meta" no values are read, and on "cpu" a value is read when it is used. Pickles
+    in the format before torch 1.6 are always read completely.
 
     Raises:
-        InputError: The file does not contain weights.
-    """
-    _check_is_file_content(file)
-    if file.suffix != ".safetensors":
-        return {
-            name: TensorHeader(tuple(tensor.shape), tensor.is_floating_point())
-            for name, tensor in load_pickle_weights(file).items()
-        }
-    headers = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  # not a dict
-                part = opened.get_slice(name)
-                is_integer = part.get_dtype()[0] in "IUC" or part.get_dtype() == "BOOL"
-                headers[name] = TensorHeader(tuple(part.get_shape()), not is_integer)
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file} is corrupt or not a safetensors file: {error}", ErrorCode.UNREADABLE_FILE
-        ) from error
-    return headers
-
-
-def load_pickle_weights(file: Path, device: str = "meta") -> dict[str, torch.Tensor]:
-    """Tensors of a ``.bin`` file, by name. On the device "meta" no values are read.
-
-    The format before torch 1.6 is always read completely, on the CPU.
+        InputError: The file does not contain weights (corrupt, empty, text, other objects).
     """
     with file.open("rb") as opened:
-        zipped = opened.read(len(ZIP)) == ZIP
-    device = device if zipped else "cpu"
+        start = opened.read(len(GIT_LFS))
+    if start in (b"", GIT_LFS):
+        problem = "a git-lfs pointer: run `git lfs pull` in its directory" if start else "empty"
+        raise InputError(f"{file} is {problem}", ErrorCode.UNREADABLE_FILE)
+    is_old = file.suffix != ".safetensors" and not start.startswith(ZIP)
     try:
-        tensors: Any = torch.load(file, map_location=device, mmap=zipped, weights_only=True)
+        tensors: Any = load_state_dict(file, "cpu" if is_old else device)
     except Exception as error:  # unpickling raises exceptions of any type
         # Without torch's message, which recommends weights_only=False.
         raise InputError(
@@ -151,13 +98,57 @@ def load_pickle_weights(file: Path, device: str = "meta") -> dict[str, torch.Ten
     return tensors
 
 
-def _check_is_file_content(file: Path) -> None:
-    with file.open("rb") as opened:
-        start = opened.read(len(GIT_LFS))
-    if not start:
-        raise InputError(f"{file} is empty", ErrorCode.UNREADABLE_FILE)
-    if start == GIT_LFS:
-        raise InputError(
-            f"{file} is a git-lfs pointer: run `git lfs pull` in its directory",
-            ErrorCode.UNREADABLE_FILE,
+def fingerprint(folder: Path) -> str | None:
+    """Fingerprint of the weights in a local directory; None if it has no weights.
+
+    Raises:
+        InputError: A file does not contain weights.
+    """
+    digest = hashlib.sha256()
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        tensors |= read_tensors(file, "cpu")
+    learned = {name: t for name, t in tensors.items() if not name.endswith(COMPUTED_KEYS)}
+    for name, tensor in sorted(learned.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        while tensor.dim() > 1:  # `flatten` of a tensor that is not contiguous would read all of it
+            tensor = tensor[0]
+        # float32 represents every 16-bit float exactly, and NumPy has no bfloat16.
+        values = tensor.flatten()[:VALUES_PER_TENSOR].to(torch.float32)
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest() if learned else None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """A local directory (`name` is its absolute path), or a hub repository at one revision."""
+
+    name: str
+    revision: str | None
+    folder: Path | None  # the directory of the files; None if they are not in the hub's cache
+
+    @classmethod
+    def of(cls, name_or_path: str | Path, hub: dict[str, Any]) -> "Provenance":
+        """The provenance of a model that transformers has just loaded.
+
+        Args:
+            hub: Location arguments of `from_pretrained` (``subfolder``, ``revision`` ...).
+        """
+        if Path(name_or_path).is_dir():
+            # Absolute, so that it can be found from another working directory.
+            folder = os.path.abspath(Path(name_or_path) / (hub.get("subfolder") or ""))
+            return cls(folder, None, Path(folder))
+        local = hub | {"local_files_only": True, "force_download": False}
+        file = cached_file(
+            str(name_or_path), CONFIG_FILE, _raise_exceptions_for_missing_entries=False, **local
         )
+        cache = Path(file).parent if file else None
+        return cls(str(name_or_path), extract_commit_hash(file, None), cache)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of the weights; None if they are not local.
+
+        It is read once, because the files may change later.
+        """
+        return fingerprint(self.folder) if self.folder else None

@@ -92,26 +92,22 @@ def flatten_images(counts: Sequence[int], images: Any) -> list[Any]:
     elif not isinstance(images, (list, tuple)):
         is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
         images = list(images) if is_batch else [images]
-    if not any(isinstance(item, (list, tuple)) or item is None for item in images):
-        rows = {"prompt" if len(counts) == 1 else "batch": (sum(counts), list(images))}
-    elif len(images) == len(counts):
-        rows = {
-            f"prompt {index} of {len(counts)}": (
-                count,
-                [] if row is None else list(row) if isinstance(row, (list, tuple)) else [row],
-            )
-            for index, (count, row) in enumerate(zip(counts, images, strict=True), 1)
-        }
-    else:
+    if not any(isinstance(row, (list, tuple)) or row is None for row in images):
+        counts, images = [sum(counts)], [images]
+    if len(images) != len(counts):
         raise InputError(
             f"{len(counts)} prompts, but images for {len(images)} prompts were passed.",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
-    for name, (count, row) in rows.items():
+    flat: list[Any] = []
+    for index, (count, row) in enumerate(zip(counts, images, strict=True), 1):
+        row = list(row) if isinstance(row, (list, tuple)) else [] if row is None else [row]
         if count != len(row):
+            where = f"Prompt {index} of {len(counts)} has" if len(counts) > 1 else "There are"
             raise InputError(
-                f"The {name} has {count} {IMAGE_TOKEN} placeholder(s), but {len(row)} image(s) "
-                "were passed: each placeholder takes one image.",
+                f"{where} {count} {IMAGE_TOKEN} placeholder(s), but {len(row)} image(s) were "
+                "passed: each placeholder takes one image.",
                 ErrorCode.IMAGE_COUNT_MISMATCH,
             )
-    return [image for _, row in rows.values() for image in row]
+        flat += row
+    return flat

@@ -9,6 +9,7 @@
 B prompts, S tokens, N images in the batch, K learnable queries (an image takes K+1 tokens).
 """
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -370,10 +371,8 @@ class Owl2Processor(ProcessorMixin):
         files = list(self.tokenizer.save_pretrained(str(directory)))
         # After the tokenizer, which may write a template.
         texts = {
-            pretrained_files.PREPROCESSOR_FILE: pretrained_files.as_json(
-                self.image_processor.to_dict()
-            ),
-            pretrained_files.PROCESSOR_FILE: pretrained_files.as_json(self.to_dict()),
+            pretrained_files.PREPROCESSOR_FILE: _as_json(self.image_processor.to_dict()),
+            pretrained_files.PROCESSOR_FILE: _as_json(self.to_dict()),
             pretrained_files.TEMPLATE_FILE: str(self.chat_template),
         }
         for name, text in texts.items():
@@ -404,6 +403,10 @@ class Owl2Processor(ProcessorMixin):
         if chat_template is not None:
             settings["chat_template"] = chat_template
         return cls(**settings)
+
+
+def _as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 AutoProcessor.register(Owl2Config, Owl2Processor)

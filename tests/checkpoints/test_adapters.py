@@ -297,7 +297,7 @@ def test_other_shape_is_rejected(copied):
         ("adapter_config.json", '{"peft_type": "LORA"}', ErrorCode.INVALID_CONFIG),
         ("adapter_model.safetensors", "text", ErrorCode.UNREADABLE_FILE),
         ("adapter_model.safetensors", None, ErrorCode.MISSING_WEIGHTS),
-        ("base.json", "[]", ErrorCode.UNREADABLE_FILE),
+        ("base.json", "[]", ErrorCode.INVALID_CONFIG),
     ],
 )
 def test_corrupt_files_are_named(copied, file, text, code):

@@ -30,8 +30,8 @@ def change(file, **settings):
     ("kind", "code", "needle"),
     [
         ("llama", ErrorCode.UNSUPPORTED, "owl2 init"),
-        ("absent", ErrorCode.INVALID_CONFIG, "model_type"),
-        (["llama"], ErrorCode.INVALID_CONFIG, "model_type"),
+        ("absent", ErrorCode.UNSUPPORTED, "model_type"),
+        (["llama"], ErrorCode.UNSUPPORTED, "model_type"),
     ],
 )
 def test_other_model_types_are_rejected(read, kind, code, needle, folder):
@@ -42,7 +42,7 @@ def test_other_model_types_are_rejected(read, kind, code, needle, folder):
 
 
 @pytest.mark.parametrize("read", READERS)
-@pytest.mark.parametrize("text", ["{}", "[]", "3"])
+@pytest.mark.parametrize("text", ["{no json", "[]", "3"])
 def test_other_json_is_rejected(read, text, folder):
     (folder / "config.json").write_text(text, encoding="utf-8")
     with raises_input_error(ErrorCode.INVALID_CONFIG, "config.json"):

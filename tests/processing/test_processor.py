@@ -174,8 +174,8 @@ def test_images_of_a_batch_come_in_several_forms(processor, form):
         ("<|image|>", None, ["1 <|image|>", "0 image"]),
         ("none", [1], ["0 <|image|>", "1 image"]),
         ("<|image|><|image|>", [1], ["2 <|image|>", "1 image"]),
-        (["<|image|>", "a"], [1, 2], ["batch", "1 <|image|>", "2 image"]),
-        (["<|image|>", "a"], [[], [1]], ["prompt 1 of 2", "1 <|image|>", "0 image"]),
+        (["<|image|>", "a"], [1, 2], ["1 <|image|>", "2 image"]),
+        (["<|image|>", "a"], [[], [1]], ["Prompt 1 of 2", "1 <|image|>", "0 image"]),
         (["<|image|>", "a"], [[1]], ["2 prompts", "1 prompts"]),
     ],
 )

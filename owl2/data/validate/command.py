@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_config
 from owl2.data.open_dataset import SampleDataset
 from owl2.data.sample import InvalidSample
 from owl2.data.validate.statistics import (
@@ -40,8 +41,7 @@ from owl2.data.validate.validator import (
     work_items,
 )
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_file, atomic_write_text
-from owl2.processing import pretrained_files
+from owl2.files import atomic_file, atomic_write_text, require_checkpoint
 from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 
@@ -101,12 +101,10 @@ def effective_max_length(model: str, max_length: int | None) -> int | None:
         InputError: `model` has no processor, its config.json is not valid, or `max_length` exceeds
             the context.
     """
-    files = pretrained_files.find_files(model, {})
-    config = pretrained_files.read_json(files[pretrained_files.CONFIG_FILE])
-    key = "max_position_embeddings"
-    if config.get(key) is None:
+    require_checkpoint(model, "a processor")
+    if find_file(model, CONFIG_FILE, {}) is None:
         return max_length
-    context = pretrained_files.number(config, key, 1)
+    context = read_config(model).max_position_embeddings
     if max_length is not None and max_length > context:
         raise InputError(
             f"max_length ({max_length}) exceeds the {context} positions of {model}",
