@@ -1,14 +1,11 @@
 """Writes files and directories atomically, and checks paths before work begins.
 
-Content is written under a hidden temporary name next to its target and then renamed. Readers never
-see an incomplete file, also if the writer is killed. A file, or a directory that did not exist,
-appears in one step. Replacing a directory takes two renames. The target is missing between them; if
-the process is killed at that moment, the old directory remains in ``.NAME.old-XXXX/`` and the new
-one in ``.NAME.part-XXXX``.
+Content is written into a hidden temporary directory next to its target and then renamed. Readers
+never see an incomplete file, also if the writer is killed. A file, or a directory that did not
+exist, appears in one step. Replacing a directory takes two renames. The target is missing between
+them; if the process is killed at that moment, both directories remain in ``.NAME.part-XXXX/``.
 """
 
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,27 +20,25 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
     """Yield an empty directory that becomes ``target`` when the block ends without an exception.
 
     On an exception (including Ctrl-C) the new directory is removed and an existing ``target`` is
-    unchanged. The temporary directory is a sibling of the target, on the same file system, so that
-    the rename is one step.
+    unchanged.
 
     Raises:
         InputError: ``target`` exists and is not a directory, or cannot be written.
     """
     target = Path(target)
-    if target.exists() and not target.is_dir():
-        raise InputError(
-            f"{target} is a file, but the output is a directory; move the file",
-            ErrorCode.FILE_EXISTS,
-        )
-    with translate_write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+    with _temporary_directory(target, "directory", target.exists() and not target.is_dir()) as part:
+        new = part / target.name
+        new.mkdir()
+        yield new
+        if not target.exists():
+            new.rename(target)
+            return
+        # A rename cannot replace a directory that is not empty.
+        old = target.rename(part / "old")
         try:
-            part.chmod(0o777 & ~_umask())  # mkdtemp allows only the owner; checkpoints are shared
-            yield part
-            _rename_over(part, target)
+            new.rename(target)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            old.rename(target)
             raise
 
 
@@ -57,23 +52,10 @@ def atomic_file(path: str | Path) -> Iterator[TextIO]:
         InputError: ``path`` is a directory, or cannot be written.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(
-            f"{path} is a directory, but the output is a file; move the directory",
-            ErrorCode.FILE_EXISTS,
-        )
-    with translate_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
-        part = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                yield file
-            part.chmod(0o666 & ~_umask())
-            part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    with _temporary_directory(path, "file", path.is_dir()) as part:
+        with (part / path.name).open("w", encoding="utf-8") as file:
+            yield file
+        (part / path.name).replace(path)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -84,17 +66,6 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """
     with atomic_file(path) as file:
         file.write(text)
-
-
-@contextmanager
-def translate_write_errors(target: Path) -> Iterator[None]:
-    """Raise an InputError about `target`, not about its temporary name, for an OSError."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{target} cannot be written: {error.strerror or error}", ErrorCode.WRITE_FAILED
-        ) from error
 
 
 def require_writable(target: str | Path) -> None:
@@ -134,25 +105,27 @@ def require_checkpoint(name: str, kind: str) -> None:
     )
 
 
-def _rename_over(part: Path, target: Path) -> None:
-    if not target.exists():
-        part.rename(target)
-        return
-    # A non-empty directory cannot be replaced by a rename. The old one is moved first, and restored
-    # if the new one cannot be renamed.
-    backup = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    old = target.rename(backup / target.name)
+@contextmanager
+def _temporary_directory(target: Path, kind: str, is_other: bool) -> Iterator[Path]:
+    """A directory next to `target`, on the same file system, that is removed in the end."""
+    if is_other:
+        raise InputError(
+            f"{target} exists and is not a {kind}; move it, or choose another output",
+            ErrorCode.FILE_EXISTS,
+        )
+    with translate_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{target.name}.part-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as part:
+            yield Path(part)
+
+
+@contextmanager
+def translate_write_errors(target: Path) -> Iterator[None]:
+    """Raise an InputError about `target`, not about its temporary name, for an OSError."""
     try:
-        part.rename(target)
-    except BaseException:
-        old.rename(target)
-        backup.rmdir()
-        raise
-    shutil.rmtree(backup)
-
-
-def _umask() -> int:
-    # It can only be read by setting it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written: {error.strerror or error}", ErrorCode.WRITE_FAILED
+        ) from error

@@ -1,5 +1,6 @@
 """`owl2 info`: the parts of a model and their sizes."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -7,6 +8,16 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from owl2.model.configuration import Owl2Config
+
+PART_PREFIXES = {
+    "vision encoder": ("model.vision_model.",),
+    "visual abstractor": ("model.visual_abstractor.",),
+    "decoder": ("model.layers.", "model.norm."),
+    "embeddings and head": ("model.embed_tokens.", "lm_head."),
+}
+VISUAL_WEIGHTS = "decoder, visual weights (MAM)"
 
 
 def info(
@@ -32,7 +43,6 @@ def size_table(name_or_path: str | None = None) -> "Table":
 
     from owl2.checkpoints.config_file import read_config
     from owl2.model.configuration import Owl2Config
-    from owl2.model.parameter_counts import VISUAL_WEIGHTS, parameter_counts
 
     config = Owl2Config() if name_or_path is None else read_config(name_or_path)
     vision, abstractor = config.visual_config.visual_model, config.visual_config.visual_abstractor
@@ -62,3 +72,23 @@ def size_table(name_or_path: str | None = None) -> "Table":
     shown = f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
     table.add_row("total", f"{total:,}", f"{shown} in 16 bits")
     return table
+
+
+def parameter_counts(config: "Owl2Config") -> dict[str, int]:
+    """The number of parameters in each part; their sum is the total of the model.
+
+    The model is created on the meta device and uses no memory. Tied weights count once.
+    """
+    import torch
+
+    from owl2.model.modeling import Owl2ForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Owl2ForConditionalGeneration(config)
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        part = next(part for part, start in PART_PREFIXES.items() if name.startswith(start))
+        if part == "decoder" and ".multiway.1." in name:
+            part = VISUAL_WEIGHTS
+        counts[part] += parameter.numel()
+    return dict(counts)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from owl2.model.configuration import Owl2AbstractorConfig
-from owl2.model.vision import maskless_attention
+from owl2.model.vision import LayerStack, maskless_attention
 
 
 def sincos_1d(positions: torch.Tensor, width: int) -> torch.Tensor:
@@ -148,19 +148,6 @@ class AbstractorLayer(GradientCheckpointingLayer):
         return self.crossattention(queries, features)
 
 
-class AbstractorEncoder(nn.Module):
-    def __init__(self, config: Owl2AbstractorConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            AbstractorLayer(config) for _ in range(config.num_hidden_layers)
-        )
-
-    def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            queries = layer(queries, features)
-        return queries
-
-
 class VisualAbstractor(nn.Module):
     """Image features (N, 1+P, D) to K + 1 embeddings per image (N, K+1, L)."""
 
@@ -170,7 +157,7 @@ class VisualAbstractor(nn.Module):
         self.query_embeds = nn.Parameter(
             torch.empty(1, config.num_learnable_queries, config.hidden_size)
         )
-        self.encoder = AbstractorEncoder(config)
+        self.encoder = LayerStack(AbstractorLayer(config) for _ in range(config.num_hidden_layers))
         self.visual_fc = nn.Linear(config.hidden_size, language_width)
         self.vit_eos = nn.Parameter(torch.empty(1, 1, language_width))
 

@@ -50,15 +50,11 @@ class Owl2VisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        for name in ("use_cls_token", "use_post_layernorm"):
-            _require_released_value("visual_model", name, getattr(self, name), True)
         names = (*VISUAL_SIZES, "image_size", "patch_size", "num_channels")
         check_sizes("visual_model", vars(self), names)
+        _require_values("visual_model", vars(self), use_cls_token=True, use_post_layernorm=True)
         if self.hidden_act not in ACT2FN:
-            raise InputError(
-                f"visual_model.hidden_act: unknown activation {self.hidden_act!r}",
-                ErrorCode.INVALID_CONFIG,
-            )
+            raise _invalid(f"visual_model.hidden_act: unknown activation {self.hidden_act!r}")
         _require_multiple("visual_model", vars(self), "image_size", "patch_size")
         _require_multiple("visual_model", vars(self), "hidden_size", "num_attention_heads")
 
@@ -88,16 +84,14 @@ class Owl2AbstractorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        _require_released_value("visual_abstractor", "use_cls_token", self.use_cls_token, True)
-        _require_released_value("visual_abstractor", "add_v2t_pos_emb", self.add_v2t_pos_emb, False)
         names = (*VISUAL_SIZES, "encoder_hidden_size", "num_learnable_queries")
         check_sizes("visual_abstractor", vars(self), names)
+        _require_values("visual_abstractor", vars(self), use_cls_token=True, add_v2t_pos_emb=False)
         if self.hidden_size != self.encoder_hidden_size:
-            raise InputError(
+            raise _invalid(
                 f"visual_abstractor.hidden_size ({self.hidden_size}) must equal "
                 f"encoder_hidden_size ({self.encoder_hidden_size}): keys and values are computed "
-                "from the concatenation of the queries and the encoder's features",
-                ErrorCode.INVALID_CONFIG,
+                "from the concatenation of the queries and the encoder's features"
             )
         # The 2-D position embedding has a sine and a cosine for each of two axes.
         _require_multiple("visual_abstractor", vars(self), "hidden_size", 4)
@@ -118,10 +112,9 @@ class Owl2VisualConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         vision, abstractor = self.visual_model, self.visual_abstractor
         if abstractor.encoder_hidden_size != vision.hidden_size:
-            raise InputError(
+            raise _invalid(
                 f"visual_abstractor.encoder_hidden_size ({abstractor.encoder_hidden_size}) must "
-                f"equal visual_model.hidden_size ({vision.hidden_size})",
-                ErrorCode.INVALID_CONFIG,
+                f"equal visual_model.hidden_size ({vision.hidden_size})"
             )
         # The grid follows from the image size, so that a config edited in one place is consistent.
         abstractor.grid_size = vision.grid_size
@@ -157,9 +150,7 @@ class Owl2Config(LlamaConfig):
         self.visual_config = _as_config(Owl2VisualConfig, self.visual_config)
         check_sizes("decoder", vars(self), DECODER_SIZES)
         if not isinstance(self.use_mam, bool):
-            raise InputError(
-                f"use_mam must be true or false, not {self.use_mam!r}", ErrorCode.INVALID_CONFIG
-            )
+            raise _invalid(f"use_mam must be true or false, not {self.use_mam!r}")
         super().__post_init__(**kwargs)
         check_sizes("decoder", vars(self), ["num_key_value_heads"])
         _require_multiple("decoder", vars(self), "num_attention_heads", "num_key_value_heads")
@@ -220,9 +211,7 @@ def _as_config(cls: type[PreTrainedConfig], value: Any) -> PreTrainedConfig:
         return value
     if value is None or isinstance(value, dict):
         return cls(**(value or {}))
-    raise InputError(
-        f"expected a {cls.__name__} or a dict, got {type(value).__name__}", ErrorCode.INVALID_CONFIG
-    )
+    raise _invalid(f"expected a {cls.__name__} or a dict, got {type(value).__name__}")
 
 
 def check_sizes(part: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -230,18 +219,13 @@ def check_sizes(part: str, values: Mapping[str, Any], names: Iterable[str]) -> N
     for name in names:
         value = values.get(name, 1)
         if not isinstance(value, int) or value < 1:
-            raise InputError(
-                f"{part}.{name} must be an integer of at least 1, not {value!r}",
-                ErrorCode.INVALID_CONFIG,
-            )
+            raise _invalid(f"{part}.{name} must be an integer of at least 1, not {value!r}")
 
 
-def _require_released_value(part: str, name: str, value: Any, released: bool) -> None:
-    if bool(value) is not released:
-        raise InputError(
-            f"{part}.{name}: the released mPLUG-Owl2 architecture supports only {released}",
-            ErrorCode.INVALID_CONFIG,
-        )
+def _require_values(part: str, values: Mapping[str, Any], **released: bool) -> None:
+    for name, value in released.items():
+        if values[name] != value:
+            raise _invalid(f"{part}.{name}: the released architecture supports only {value}")
 
 
 def _require_multiple(
@@ -249,10 +233,13 @@ def _require_multiple(
 ) -> None:
     divisor = values[divisor_name] if isinstance(divisor_name, str) else divisor_name
     if values[name] % divisor:
-        raise InputError(
-            f"{part}.{name} ({values[name]}) must be a multiple of {divisor_name} ({divisor})",
-            ErrorCode.INVALID_CONFIG,
+        raise _invalid(
+            f"{part}.{name} ({values[name]}) must be a multiple of {divisor_name} ({divisor})"
         )
+
+
+def _invalid(message: str) -> InputError:
+    return InputError(message, ErrorCode.INVALID_CONFIG)
 
 
 AutoConfig.register(Owl2Config.model_type, Owl2Config)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from owl2.errors import ErrorCode, InputError
-from owl2.model.image_inputs import TokenCounts, images_per_sequence
+from owl2.model.image_inputs import count_images
 
 # These index scores by the ids of the prompt. The image token has no score.
 INDEXED_BY_PROMPT = (
@@ -74,8 +74,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         """For beams and several answers, repeat the images of one prompt after another."""
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            image_tokens = TokenCounts.of(input_ids, self.config.image_token_id).image_tokens
-            counts = images_per_sequence(image_tokens, pixel_values, self.config.num_image_tokens)
+            counts, _ = count_images(self.config, input_ids, pixel_values)
             model_kwargs.pop("pixel_values")
             repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
             pixel_values = torch.cat(repeated)

@@ -38,7 +38,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.configuration import Owl2Config
 from owl2.model.generation import MultimodalGenerationMixin
-from owl2.model.image_inputs import TokenCounts, images_per_sequence
+from owl2.model.image_inputs import count_images
 from owl2.model.loss import chunked_cross_entropy, labeled_positions, next_token_loss
 from owl2.model.modality import Multiway, Routing
 from owl2.model.registry import get_model_type
@@ -174,9 +174,8 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             InputError: The numbers of image tokens and images do not fit, or an id is outside the
                 vocabulary.
         """
-        self._check_inputs(input_ids, image_embeddings)
-        is_image = input_ids == self.config.image_token_id  # (B, S)
-        return self._merge_image_features(input_ids, is_image, image_embeddings)
+        count_images(self.config, input_ids, image_embeddings)
+        return self._merge_image_features(input_ids, image_embeddings)
 
     def _embed_inputs(
         self,
@@ -193,43 +192,32 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             try:
                 return self.embed_tokens(input_ids), None, None
             except IndexError:  # an id outside the vocabulary; the check names it
-                self._check_inputs(input_ids, None)
+                count_images(self.config, input_ids, None)
                 raise
-        num_visual = self._check_inputs(input_ids, pixel_values, token_types)
-        is_image = input_ids == self.config.image_token_id  # (B, S)
+        _, num_visual = count_images(self.config, input_ids, pixel_values, token_types)
         images = None
         if pixel_values is not None and len(pixel_values):
             images = self.get_image_features(pixel_values).pooler_output
-        embeddings = self._merge_image_features(input_ids, is_image, images)
-        return embeddings, is_image if token_types is None else token_types, num_visual
-
-    def _check_inputs(
-        self,
-        input_ids: torch.Tensor,
-        images: torch.Tensor | None,
-        token_types: torch.Tensor | None = None,
-    ) -> int:
-        """Check that ids and images fit. Returns the number of visual positions."""
-        counts = TokenCounts.of(input_ids, self.config.image_token_id, token_types)
-        images_per_sequence(counts.image_tokens, images, self.config.num_image_tokens)
-        return counts.visual
+        if token_types is None:
+            token_types = input_ids == self.config.image_token_id
+        return self._merge_image_features(input_ids, images), token_types, num_visual
 
     def _merge_image_features(
-        self, input_ids: torch.Tensor, is_image: torch.Tensor, images: torch.Tensor | None
+        self, input_ids: torch.Tensor, images: torch.Tensor | None
     ) -> torch.Tensor:
-        has_images = images is not None and len(images) > 0
+        is_image = input_ids == self.config.image_token_id  # (B, S)
         blank: Any = None
-        if not has_images and self.run_all_branches:
+        if self.run_all_branches and (images is None or not len(images)):
             # Before the text embeddings, like images: all processes use weights in one order.
             size = self.config.image_size
             blank = self.get_image_features(input_ids.new_zeros(1, 3, size, size).float())
         # The image token has no embedding row. Id 0 replaces it, and the row is overwritten.
         embeddings = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
-        if images is not None and has_images:
-            return embeddings.masked_scatter(is_image[..., None], images.to(embeddings))
         if blank is not None:
             return embeddings + 0 * blank.pooler_output.mean().to(embeddings)
-        return embeddings
+        if images is None:
+            return embeddings
+        return embeddings.masked_scatter(is_image[..., None], images.to(embeddings))
 
     def set_image_size(self, image_size: int) -> None:
         """Change the input resolution to `image_size` x `image_size` pixels (Specification §2).

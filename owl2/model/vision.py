@@ -6,7 +6,7 @@ h heads, d = D / h.
     pixel_values (N, C, H, W) ──► embeddings (N, 1+P, D) ──► blocks ──► post_layernorm (N, 1+P, D)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -96,15 +96,8 @@ def maskless_attention(
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, eager_attention_forward
     )
-    attended, _ = interface(
-        module,
-        query,
-        key,
-        value,
-        None,
-        dropout=dropout if module.training else 0.0,
-        scaling=scaling,
-    )
+    options = {"dropout": dropout if module.training else 0.0, "scaling": scaling}
+    attended, _ = interface(module, query, key, value, None, **options)
     return attended.flatten(2)
 
 
@@ -157,14 +150,16 @@ class VisionLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class VisionEncoder(nn.Module):
-    def __init__(self, config: Owl2VisionConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+class LayerStack(nn.Module):
+    """`layers` one after another; further arguments are passed to each."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, hidden_states: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            hidden_states = layer(hidden_states)
+            hidden_states = layer(hidden_states, *args)
         return hidden_states
 
 
@@ -178,7 +173,7 @@ class VisionModel(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = VisionEmbeddings(config)
-        self.encoder = VisionEncoder(config)
+        self.encoder = LayerStack(VisionLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 
-from owl2.cli.info import size_table
+from owl2.cli.info import parameter_counts, size_table
 from owl2.errors import ErrorCode
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.model.parameter_counts import parameter_counts
 from tests.errors import raises_input_error
 from tests.tiny import make_config, make_model
 
