@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.metrics import find_metric
+from owl2.eval.metrics import Metric, find_metric
 from owl2.eval.metrics.llm_judge import RUBRICS, Rubric
 from owl2.eval.openai_client import ChatEndpoint, NoReplyError
 from owl2.eval.report import load_results, write_report
 from owl2.eval.samples import NO_IMAGE, EvalSample, Response, with_suffix
-from owl2.eval.task_config import TaskConfig, task_configs
+from owl2.eval.task_config import task_configs
 from owl2.files import atomic_write_text, translate_write_errors
 from owl2.json_records import json_lines
 from owl2.sharded_jsonl import Record, remove_torn_line, to_json
@@ -35,7 +35,7 @@ MAX_UNREACHED = 4  # in succession; then there are no further requests
 
 @dataclass
 class JudgeSummary:
-    """The result of judging a task.
+    """The result of judging a file of responses.
 
     Attributes:
         judged: Number of responses with a judgement, including earlier ones.
@@ -55,7 +55,7 @@ def judge_run(run: Path, endpoint: ChatEndpoint, console: Console) -> dict[str, 
         run: The directory that `owl2 eval` wrote.
 
     Returns:
-        Summaries by task. The next call tries failed responses again.
+        Summaries by the names of tasks and baselines. The next call tries failed responses again.
 
     Raises:
         InputError: The directory is not that of a run, or no task needs a judge; the endpoint
@@ -67,8 +67,13 @@ def judge_run(run: Path, endpoint: ChatEndpoint, console: Console) -> dict[str, 
         raise InputError(f"No task of {run} needs a judge.", ErrorCode.EMPTY_DATASET)
     summaries = {}
     for name in names:
-        entry = results["tasks"][name]
-        summaries[name] = _judge_task(run, name, configs[name], entry, endpoint, console)
+        entry, metric = results["tasks"][name], find_metric(configs[name].metric)
+        judge: Record = {"model": endpoint.model, "url": endpoint.url, "judged": 0, "failed": []}
+        entry |= {"metrics": {}, "judge": judge}
+        for suffix in ("", NO_IMAGE):
+            path = run / "responses" / f"{name}{suffix}.jsonl"
+            if path.is_file() or not suffix:
+                summaries[path.stem] = _judge_file(path, suffix, metric, entry, endpoint, console)
         atomic_write_text(run / "results.json", to_json(results, indent=2) + "\n")
     write_report(run)
     failed = [
@@ -85,45 +90,33 @@ def judge_run(run: Path, endpoint: ChatEndpoint, console: Console) -> dict[str, 
     return summaries
 
 
-def _judge_task(
-    run: Path,
-    name: str,
-    config: TaskConfig,
+def _judge_file(
+    path: Path,
+    suffix: str,
+    metric: Metric,
     entry: dict[str, Any],
     endpoint: ChatEndpoint,
     console: Console,
 ) -> JudgeSummary:
-    """Judge a task and its baseline, and update its entry in the results."""
-    metric = find_metric(config.metric)
-    metrics: dict[str, float] = {}
-    total = JudgeSummary()
-    for suffix in ("", NO_IMAGE):
-        file = run / "responses" / f"{name}{suffix}.jsonl"
-        if suffix and not file.is_file():
-            continue
-        rows = [record.value for record in json_lines(file)]
-        path = run / "judgements" / file.name
-        summary = judge_rows(rows, RUBRICS[metric.name], endpoint, path, console)
-        responses = [_judged_response(row) for row in rows]
-        scores = metric.score(responses)
-        for row, score in zip(rows, scores.per_sample, strict=True):
-            row["score"] = score
-        atomic_write_text(file, "".join(f"{to_json(row)}\n" for row in rows))
-        metrics |= with_suffix(scores.metrics, suffix)
-        for category, values in entry.get("per_category", {}).items():
-            own = [response for response in responses if response.sample.category == category]
-            values |= with_suffix(metric.score(own).metrics if own else {}, suffix)
-        total.judged += summary.judged
-        total.new += summary.new
-        total.failed |= {f"{key}{suffix}": reason for key, reason in summary.failed.items()}
-    entry["metrics"] = metrics
-    entry["judge"] = {
-        "model": endpoint.model,
-        "url": endpoint.url,
-        "judged": total.judged,
-        "failed": [{"id": key, "reason": reason} for key, reason in total.failed.items()],
-    }
-    return total
+    """Judge the responses of a task or of its baseline, and update its entry in the results."""
+    rows = [record.value for record in json_lines(path)]
+    judgements = path.parent.parent / "judgements" / path.name
+    summary = judge_rows(rows, RUBRICS[metric.name], endpoint, judgements, console)
+    responses = [_judged_response(row) for row in rows]
+    scores = metric.score(responses)
+    for row, score in zip(rows, scores.per_sample, strict=True):
+        row["score"] = score
+    atomic_write_text(path, "".join(f"{to_json(row)}\n" for row in rows))
+    entry["metrics"] |= with_suffix(scores.metrics, suffix)
+    for category, values in entry.get("per_category", {}).items():
+        own = [response for response in responses if response.sample.category == category]
+        values |= with_suffix(metric.score(own).metrics if own else {}, suffix)
+    entry["judge"]["judged"] += summary.judged
+    entry["judge"]["failed"] += [
+        {"id": f"{identifier}{suffix}", "reason": reason}
+        for identifier, reason in summary.failed.items()
+    ]
+    return summary
 
 
 def judge_rows(
