@@ -1,6 +1,7 @@
 """`InputError`: the one exception for errors that a user can cause and correct."""
 
 from enum import StrEnum
+from importlib.util import find_spec
 
 
 class ErrorCode(StrEnum):
@@ -69,3 +70,17 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def require_package(package: str, purpose: str, extra: str) -> None:
+    """Raise an `InputError` if an optional package is not installed.
+
+    Args:
+        purpose: What needs it, the subject of the message.
+        extra: The extra of this package that installs it.
+    """
+    if find_spec(package) is None:
+        raise InputError(
+            f"{purpose} requires {package}: pip install 'owl2-vlm[{extra}]'",
+            ErrorCode.MISSING_DEPENDENCY,
+        )

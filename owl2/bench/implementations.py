@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from owl2.bench.baseline import Baseline
+from owl2.bench.baseline import as_baseline
+from owl2.bench.flops import image_flops
 from owl2.bench.measure import Roofline
 from owl2.bench.presets import BenchModel
 from owl2.bench.training import TrainingSteps
@@ -24,20 +25,19 @@ from owl2.processing.prepared_prompt import PreparedPrompt
 
 
 class Implementations:
-    """A model and the implementations over its weights; each is created on first use.
+    """A model and the implementations over its weights; most are created on first use.
 
     Attributes:
-        source: loads the same model in another process.
-        roofline: the limits of the machine.
+        source: Loads the same model in another process.
+        roofline: The limits of the machine.
     """
 
     def __init__(self, source: BenchModel, roofline: Roofline) -> None:
         self.source = source
         self.roofline = roofline
         self.model = source.load()
-        self.config: Any = self.model.config
-        self.workload = Workload(self.config, self.model.device, self.model.dtype)
-        self.baseline = Baseline(self.model)
+        self.baseline = as_baseline(self.model)
+        self.workload = Workload(self.model.config, self.model.device, self.model.dtype)
 
     @cached_property
     def no_mam(self) -> Owl2ForConditionalGeneration:
@@ -72,18 +72,9 @@ class Implementations:
         return EngineCore(self.model, enable_prefix_caching=False)
 
     @cached_property
-    def prefill_runner(self) -> "PrefillRunner":
-        return PrefillRunner(self.model)
-
-    @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor) -> Any:
-        """Image features of owl2."""
-        return self.model.get_image_features(pixel_values).pooler_output
-
-    def prefill(self, ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The most likely next tokens (B,) of prompts (B, S) with one image each."""
-        rows = zip(ids.tolist(), pixel_values.split(1), strict=True)
-        return self.prefill_runner.run([self.engine.prepare(row, image) for row, image in rows])
+    def image_flops(self) -> int:
+        """FLOPs of one image."""
+        return image_flops(self.baseline)
 
 
 def generate(engine: EngineCore, requests: Sequence[BenchRequest]) -> list[list[int]]:
@@ -94,17 +85,11 @@ def generate(engine: EngineCore, requests: Sequence[BenchRequest]) -> list[list[
     return engine.generate(prompts, SamplingParams(), [request.limit for request in requests], ())
 
 
-def first_token(engine: EngineCore, request: BenchRequest) -> int:
-    """The first token of a greedy answer."""
-    prompt = engine.prepare(request.ids[0].tolist(), request.pixel_values)
-    return next(iter(engine.stream(prompt, SamplingParams(), request.limit, ())))
-
-
 class PrefillRunner:
     """Prefill on owl2's fast path. It reuses the same rows of its KV cache.
 
     Args:
-        feature_bytes: size of the image feature cache; 0 encodes images every time.
+        feature_bytes: Size of the image feature cache; 0 encodes images every time.
     """
 
     def __init__(self, model: Owl2ForConditionalGeneration, feature_bytes: int = 0) -> None:
@@ -118,26 +103,46 @@ class PrefillRunner:
         return self._prefiller.prefill(states, self._runner, 0).argmax(-1)
 
 
-class DecodeRunner:
-    """Decoding on owl2's fast path, always from the same position.
+class TransformersDecodeRunner:
+    """Decoding with transformers' cache, as `generate` does, always from the same position.
 
     Args:
-        prompt: ids (1, S) and pixel values.
-        rows: number of sequences; all have the same prompt.
+        rows: Number of sequences; all have the same prompt.
     """
 
+    def __init__(self, model: Any, request: BenchRequest, rows: int = 1) -> None:
+        self.rows = rows
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        images = {} if request.pixel_values is None else {"pixel_values": request.pixel_values}
+        with torch.no_grad():
+            out = model(request.ids.expand(rows, -1), past_key_values=self._cache, **images)
+        self._first = out.logits[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def decode(self, count: int) -> list[int]:
+        """Decode `count` tokens in every row; returns those of the first row."""
+        tokens, generated = self._first, []
+        for _ in range(count):
+            out = self._model(tokens, past_key_values=self._cache)
+            tokens = out.logits[:, -1:].argmax(-1)
+            generated.append(int(tokens[0]))
+        self._cache.crop(-count)
+        return generated
+
+
+class DecodeRunner:
+    """Decoding on owl2's fast path; otherwise as `TransformersDecodeRunner`."""
+
     def __init__(
-        self,
-        model: Owl2ForConditionalGeneration,
-        prompt: tuple[torch.Tensor, torch.Tensor | None],
-        rows: int = 1,
+        self, model: Owl2ForConditionalGeneration, request: BenchRequest, rows: int = 1
     ) -> None:
-        ids, pixel_values = prompt
+        self.rows = rows
         self._runner = ModelRunner(model)
         with torch.no_grad():
-            out = model(ids, pixel_values, use_cache=True, logits_to_keep=1)
-        self._start = ids.shape[1]
-        self._tokens = out.logits[0, -1:].argmax(-1).expand(rows)
+            out = model(request.ids, request.pixel_values, use_cache=True, logits_to_keep=1)
+        self._start = request.ids.shape[1]
+        self._first = out.logits[0, -1:].argmax(-1).expand(rows)
         cache: Any = out.past_key_values
         self._runner.cache.reserve(rows, self._start)
         for row in range(rows):
@@ -146,32 +151,9 @@ class DecodeRunner:
 
     def decode(self, count: int) -> list[int]:
         """Decode `count` tokens in every row; returns those of the first row."""
-        tokens, generated = self._tokens, []
+        tokens, generated = self._first, []
         for position in range(self._start, self._start + count):
             logits = self._runner.decode(tokens, torch.full((len(tokens),), position))
             tokens = logits.argmax(-1)
             generated.append(int(tokens[0]))
-        return generated
-
-
-class LlamaDecodeRunner:
-    """Decoding by transformers' LLaMA with its cache, as its `generate` does."""
-
-    def __init__(self, llama: LlamaForCausalLM, ids: torch.Tensor, rows: int = 1) -> None:
-        self._llama = llama
-        self._cache = DynamicCache(config=llama.config)
-        ids = ids.expand(rows, -1)
-        with torch.no_grad():
-            out = llama(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._tokens = out.logits[:, -1:].argmax(-1)
-
-    @torch.no_grad()
-    def decode(self, count: int) -> list[int]:
-        """Decode `count` tokens in every row; returns those of the first row."""
-        tokens, generated = self._tokens, []
-        for _ in range(count):
-            out = self._llama(tokens, past_key_values=self._cache, use_cache=True)
-            tokens = out.logits[:, -1:].argmax(-1)
-            generated.append(int(tokens[0]))
-        self._cache.crop(-count)
         return generated

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -14,7 +14,6 @@ READ_BYTES = {"cpu": 2**29, "cuda": 2**32, "mps": 2**29}  # far beyond any cache
 ROOFLINE_SECONDS = 1.0  # per limit
 MAX_SECONDS = 25.0  # a case starts no further round after this time
 MIN_ROUNDS = 2  # even if they take longer
-UNITS = {"ms": 1e3, "s": 1.0, "MiB": 2.0**-20}
 # Every case has an entry for these; other implementations are compared with owl2 as `vs_NAME`.
 STANDARD = ("baseline", "owl2", "llama")
 
@@ -27,22 +26,15 @@ class Roofline:
 
     Attributes:
         matmul: FLOP/s of a matrix product in the dtype of the model.
-        matvec: bytes/s of the matrix in a matrix-vector product in the same dtype.
         read: bytes/s read from memory.
     """
 
     matmul: float
-    matvec: float
     read: float
 
     def seconds(self, flops: float = 0.0, read: float = 0.0) -> float:
         """The minimum time for `flops` FLOPs and `read` bytes, whichever takes longer."""
         return max(flops / self.matmul, read / self.read)
-
-    def as_json(self) -> dict[str, float]:
-        """In GFLOP/s and GB/s."""
-        units = {"matmul": "matmul_gflops", "matvec": "matvec_gb_s", "read": "read_gb_s"}
-        return {units[name]: value / 1e9 for name, value in asdict(self).items()}
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
@@ -64,14 +56,9 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
         # As in a Linear: by the transposed weight.
         return 2 * size**3 / best(lambda: F.linear(a, b))
 
-    size, columns = READ_BYTES[device.type], 4096
-    matrix = torch.zeros(size // 4 // columns, columns, device=device, dtype=dtype)
-    vector = torch.zeros(1, columns, device=device, dtype=dtype)
-    values = torch.zeros(size // 4, device=device)
+    values = torch.zeros(READ_BYTES[device.type] // 4, device=device)
     return Roofline(
-        max(matmul(edge) for edge in MATMUL_SIZES[device.type]),
-        matrix.nbytes / best(lambda: F.linear(vector, matrix)),
-        values.nbytes / best(values.sum),
+        max(matmul(edge) for edge in MATMUL_SIZES[device.type]), values.nbytes / best(values.sum)
     )
 
 
@@ -80,7 +67,7 @@ class Run:
     """One implementation of a case. A call takes the measured time, or returns bytes.
 
     Attributes:
-        work: tokens per call; 1 for times and memory.
+        work: Tokens per call; 1 for times and memory.
     """
 
     call: Callable[[], Any]
@@ -92,17 +79,17 @@ class BenchCase:
     """Implementations that are compared.
 
     Attributes:
-        unit: ms, s, tokens/s or MiB.
-        runs: by name, in the order of each round.
-        min_seconds: the time of one call of owl2 at the limits of the machine, if known.
-        ratio: names of two runs; the reported ratio is the cost of the first over the second.
-        max_rounds: limit of the number of rounds.
-        warm_up: runs that are called once before; None: all.
+        unit: ms, tokens/s or MiB.
+        runs: By name, in the order of each round.
+        min_seconds: The time of one call of owl2 at the limits of the machine, if known.
+        ratio: Names of two runs; the reported ratio is the cost of the first over the second.
+        max_rounds: Limit of the number of rounds.
+        warm_up: Runs that are called once before; None: all.
     """
 
     unit: str
     runs: Mapping[str, Run]
-    min_seconds: float | None
+    min_seconds: float | None = None
     ratio: tuple[str, str] = ("baseline", "owl2")
     max_rounds: int | None = None
     warm_up: Collection[str] | None = None
@@ -130,17 +117,12 @@ def measure_case(case: BenchCase, rounds: int, device: torch.device) -> Iterator
 
 def time_call(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds until the device has finished the work of `call`."""
-    synchronize(device)
+    synchronize: Callable[[], None] = getattr(torch, device.type).synchronize
+    synchronize()
     started = time.perf_counter()
     call()
-    synchronize(device)
+    synchronize()
     return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until `device` has finished all submitted work."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
 
 
 def case_result(case: BenchCase, costs: Costs) -> dict[str, Any]:
@@ -153,22 +135,22 @@ def case_result(case: BenchCase, costs: Costs) -> dict[str, Any]:
     """
 
     def convert(cost: float) -> float:
-        return 1 / cost if case.unit == "tokens/s" else cost * UNITS[case.unit]
+        return {"tokens/s": 1 / cost, "ms": cost * 1e3, "MiB": cost / 2**20}[case.unit]
 
-    medians = {name: median(found) for name, found in costs.items()}
-    first, second = case.ratio
-    fraction = case.min_seconds and case.min_seconds / (medians["owl2"] * case.runs["owl2"].work)
+    medians = {name: median(values) for name, values in costs.items()}
     others = [name for name in medians if name not in STANDARD]
+    first, second = case.ratio
+    owl2_seconds = medians["owl2"] * case.runs["owl2"].work
     return {
         **dict.fromkeys(STANDARD),
         **{name: convert(cost) for name, cost in medians.items()},
         "unit": case.unit,
         "ratio": medians[first] / medians[second],
-        "roofline_fraction": fraction,
+        "roofline_fraction": case.min_seconds and case.min_seconds / owl2_seconds,
         **{f"vs_{name}": medians[name] / medians["owl2"] for name in others},
         "spread": {
-            name: sorted((convert(min(found)), convert(max(found))))
-            for name, found in costs.items()
+            name: sorted((convert(min(values)), convert(max(values))))
+            for name, values in costs.items()
         },
         "rounds": len(costs["owl2"]),
     }

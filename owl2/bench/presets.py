@@ -6,61 +6,44 @@ from typing import Any
 import torch
 
 from owl2.engine.load_model import load_model
+from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.registry import look_up
 from owl2.runtime import select_device, select_dtype
 
+DEFAULT_SIZE = "bench"
+Sizes = tuple[int, int, int, int]
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def _config(
+    vocab_size: int, decoder: Sizes, vision: Sizes, abstractor: Sizes, image_size: int, queries: int
+) -> dict[str, Any]:
+    """Arguments of `Owl2Config`. The sizes of each part are in the order of `SIZES`."""
+    decoder_sizes, vision_sizes, abstractor_sizes = (
+        dict(zip(SIZES, sizes, strict=True)) for sizes in (decoder, vision, abstractor)
+    )
+    abstractor_sizes |= {"encoder_hidden_size": vision[0], "num_learnable_queries": queries}
+    visual = {
+        "visual_model": vision_sizes | {"image_size": image_size},
+        "visual_abstractor": abstractor_sizes,
+    }
+    return {"vocab_size": vocab_size, **decoder_sizes, "visual_config": visual}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # A smoke test: the complete benchmark runs in seconds, and its results are meaningless.
-    "tiny": {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "visual_config": {
-            "visual_model": {
-                "hidden_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 64,
-                "image_size": 28,
-            },
-            "visual_abstractor": {
-                "hidden_size": 32,
-                "encoder_hidden_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 48,
-                "num_learnable_queries": 4,
-            },
-        },
-    },
+    "tiny": _config(320, (64, 96, 2, 4), (32, 64, 2, 2), (32, 48, 2, 2), image_size=28, queries=4),
     # 284 M parameters: small enough for two cores, large enough to be limited by arithmetic.
-    "bench": {
-        "vocab_size": 32000,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "visual_config": {
-            "visual_model": {
-                "hidden_size": 512,
-                "num_hidden_layers": 8,
-                "num_attention_heads": 8,
-                "intermediate_size": 2048,
-                "image_size": 224,
-            },
-            "visual_abstractor": {
-                "hidden_size": 512,
-                "encoder_hidden_size": 512,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 8,
-                "intermediate_size": 1408,
-            },
-        },
-    },
+    "bench": _config(
+        32000,
+        decoder=(1024, 2816, 12, 16),
+        vision=(512, 2048, 8, 8),
+        abstractor=(512, 1408, 4, 8),
+        image_size=224,
+        queries=64,
+    ),
     "7b": {"vocab_size": 32000},  # the released size: the defaults of the configuration
 }
 
@@ -70,20 +53,27 @@ class BenchModel:
     """The model to measure, in a form that another process can load again.
 
     Attributes:
-        model: a directory or a hub id; None: random weights.
-        size: a name in `PRESETS`, for random weights.
-        device, dtype: names for `select_device` and `select_dtype`; None: their defaults.
+        model: A directory or a hub id; None: random weights.
+        size: A name in `PRESETS`, for random weights. Default: `DEFAULT_SIZE`.
+        device, dtype: Names for `select_device` and `select_dtype`; None: their defaults.
+
+    Raises:
+        InputError: Both a model and a size.
     """
 
     model: str | None = None
-    size: str = "bench"
+    size: str | None = None
     device: str | None = None
     dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.size is not None:
+            raise InputError("Give either --model or --size.", ErrorCode.CONFLICT)
 
     @property
     def title(self) -> str:
         """The title of the report."""
-        return self.model or f"size {self.size}, random weights"
+        return self.model or f"size {self.size or DEFAULT_SIZE}, random weights"
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """The device and the dtype. Raises `InputError` for unknown names."""
@@ -94,12 +84,12 @@ class BenchModel:
         """Load the checkpoint, or create the preset; torch's random state does not change.
 
         Raises:
-            InputError: unknown checkpoint, size, device or dtype.
+            InputError: Unknown checkpoint, size, device or dtype.
         """
         device, dtype = self.device_and_dtype()
         if self.model is not None:
             return load_model(self.model, device, dtype)
-        config = Owl2Config(**look_up("size", self.size, PRESETS))
+        config = Owl2Config(**look_up("size", self.size or DEFAULT_SIZE, PRESETS))
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.device(device):
             torch.manual_seed(0)

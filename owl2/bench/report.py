@@ -1,6 +1,5 @@
 """The report of a benchmark: a table for the terminal and for Markdown, and a plot."""
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from owl2.bench.measure import STANDARD
-from owl2.errors import ErrorCode, InputError
 
 COLUMNS = ("case", "unit", *STANDARD, "ratio", "limit", "spread")
 COLORS = {"baseline": "0.75", "owl2": "tab:blue", "llama": "tab:orange"}
@@ -68,19 +66,8 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
 
 def limits(machine: Mapping[str, Any]) -> str:
     """The limits of the machine in one line."""
-    return (
-        f"matrix product {machine['matmul_gflops']:,.0f} GFLOP/s, matrix-vector "
-        f"{machine['matvec_gb_s']:,.1f} GB/s, memory read {machine['read_gb_s']:,.1f} GB/s"
-    )
-
-
-def require_matplotlib() -> None:
-    """Raise `InputError` if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(
-            "--output draws a plot, which requires matplotlib: pip install 'owl2-vlm[plot]'",
-            ErrorCode.MISSING_DEPENDENCY,
-        )
+    matmul, read = machine["matmul_gflops"], machine["read_gb_s"]
+    return f"matrix product {matmul:,.0f} GFLOP/s, memory read {read:,.1f} GB/s"
 
 
 def plot(path: Path, results: Mapping[str, Any], title: str) -> None:
@@ -96,14 +83,14 @@ def plot(path: Path, results: Mapping[str, Any], title: str) -> None:
     for axes in grid[len(cases) :]:
         axes.set_axis_off()
     for axes, (name, case) in zip(grid, cases.items(), strict=False):
-        names = list(case["spread"])
-        values = [case[key] for key in names]
+        values = {key: case[key] for key in case["spread"]}
         errors = [
-            [max(0.0, case[key] - low) for key, (low, _) in case["spread"].items()],
-            [max(0.0, high - case[key]) for key, (_, high) in case["spread"].items()],
+            (max(0.0, values[key] - low), max(0.0, high - values[key]))
+            for key, (low, high) in case["spread"].items()
         ]
-        colors = [COLORS.get(key, "tab:green") for key in names]
-        axes.barh(names, values, xerr=errors, color=colors, error_kw={"lw": 1, "capsize": 2})
+        colors = [COLORS.get(key, "tab:green") for key in values]
+        style = {"color": colors, "error_kw": {"lw": 1, "capsize": 2}}
+        axes.barh([*values], [*values.values()], xerr=[*zip(*errors, strict=True)], **style)
         axes.invert_yaxis()
         axes.set_title(f"{name}, {case['unit']} (ratio {case['ratio']:.2f})", fontsize=8)
         axes.tick_params(labelsize=7)

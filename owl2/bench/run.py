@@ -8,7 +8,6 @@
 
 import json
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,67 +19,56 @@ from owl2 import __version__
 from owl2.bench.cases import CASES
 from owl2.bench.implementations import Implementations
 from owl2.bench.measure import case_result, measure_case, measure_roofline
-from owl2.bench.memory import MeasurementError
 from owl2.bench.presets import BenchModel
-from owl2.bench.report import markdown, plot, require_matplotlib, table
-from owl2.errors import ErrorCode, InputError
+from owl2.bench.report import markdown, plot, table
+from owl2.bench.training import MeasurementError
+from owl2.errors import ErrorCode, InputError, require_package
 from owl2.files import atomic_write_text, require_writable
 from owl2.registry import look_up
 
-DEFAULT_SIZE = "bench"
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """The options of `owl2 bench`.
-
-    Attributes:
-        model: a directory or a hub id; excludes `size`, a name in `PRESETS`.
-        cases: names, separated by commas; None: all.
-        repeats: rounds per case.
-    """
-
-    model: str | None = None
-    size: str | None = None
-    cases: str | None = None
-    output: Path | None = None
-    repeats: int = 7
-    device: str | None = None
-    dtype: str | None = None
-
-
-def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
+def bench(
+    source: BenchModel,
+    console: Console,
+    *,
+    cases: str | None = None,
+    output: Path | None = None,
+    repeats: int = 7,
+) -> dict[str, Any]:
     """Measure, print and write; returns the content of ``bench.json``.
 
     Cases that do not fit into memory are listed in ``skipped`` with the reason. Ctrl-C stops the
     benchmark; the results so far are printed and written.
 
+    Args:
+        cases: Names in `CASES`, separated by commas; None: all.
+        output: Directory for ``bench.json``, ``bench.md`` and ``bench.png``.
+        repeats: Rounds per case.
+
     Raises:
-        InputError: unknown case, size, checkpoint, device or dtype; an `output` that cannot be
+        InputError: Unknown case, size, checkpoint, device or dtype; an `output` that cannot be
             written; matplotlib is missing.
     """
-    names = select_cases(config.cases)
-    if config.model is not None and config.size is not None:
-        raise InputError("Give either --model or --size.", ErrorCode.CONFLICT)
-    if config.output is not None:
-        require_matplotlib()
-        require_writable(config.output / "bench.json")
-    source = BenchModel(config.model, config.size or DEFAULT_SIZE, config.device, config.dtype)
+    names = select_cases(cases)
+    if output is not None:
+        require_package("matplotlib", "The plot in --output", "plot")
+        require_writable(output / "bench.json")
     results: dict[str, Any] = {"machine": {}, "cases": {}, "skipped": {}, "finished": False}
     try:
-        _measure(source, names, config.repeats, results, console)
+        _measure(source, names, repeats, results, console)
         results["finished"] = True
     except KeyboardInterrupt:
         console.print("stopped; the results so far:", style="dim")
     title = f"{source.title}: {results['machine'].get('title', '')}"
     if results["cases"]:
         console.print(table(results, title))
-        if config.output is not None:
-            atomic_write_text(config.output / "bench.json", json.dumps(results, indent=2) + "\n")
-            atomic_write_text(config.output / "bench.md", markdown(results, title))
-            plot(config.output / "bench.png", results, title)
-            console.print(f"results in {config.output}/bench.*", markup=False, highlight=False)
+        if output is not None:
+            atomic_write_text(output / "bench.json", json.dumps(results, indent=2) + "\n")
+            atomic_write_text(output / "bench.md", markdown(results, title))
+            plot(output / "bench.png", results, title)
+            console.print(f"results in {output}/bench.*", markup=False, highlight=False)
     return results
 
 
@@ -105,7 +93,11 @@ def _measure(
     with console.status("limits of the machine") as status:
         device, dtype = source.device_and_dtype()
         roofline = measure_roofline(device, dtype)
-        results["machine"] = {**roofline.as_json(), **environment(device, dtype)}
+        results["machine"] = {
+            "matmul_gflops": roofline.matmul / 1e9,
+            "read_gb_s": roofline.read / 1e9,
+            **environment(device, dtype),
+        }
         status.update("loading the model")
         on = Implementations(source, roofline)
         for index, name in enumerate(names, 1):

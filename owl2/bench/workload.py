@@ -5,8 +5,7 @@ are typical: a question about an image, sixteen different requests, a batch of c
 short to long.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,23 +28,19 @@ class BenchRequest(NamedTuple):
     """A prompt (1, S), its image (1, 3, H, W) if any, and the number of tokens to generate."""
 
     ids: torch.Tensor
-    pixel_values: torch.Tensor | None
-    limit: int
+    pixel_values: torch.Tensor | None = None
+    limit: int = NEW_TOKENS
 
 
-@dataclass
 class Workload:
     """Random inputs for a model of `config`; the same seed gives the same sequence of inputs."""
 
-    config: Owl2Config
-    device: torch.device
-    dtype: torch.dtype
-    seed: int = 0
-    generator: torch.Generator = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, config: Owl2Config, device: torch.device, dtype: torch.dtype, seed: int = 0
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
         # On the CPU, so that every device gets the same inputs.
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def pixels(self, count: int = 1) -> torch.Tensor:
         """Images (count, 3, H, W)."""
@@ -59,16 +54,23 @@ class Workload:
         ids = torch.randint(FIRST_TEXT_ID, vocab_size, (1, count), generator=self.generator)
         return ids.to(self.device)
 
-    def image_ids(self) -> torch.Tensor:
-        """The K + 1 image token ids of one image, (1, K + 1)."""
-        ids = torch.full((1, self.config.num_image_tokens), self.config.image_token_id)
-        return ids.to(self.device)
-
-    def prompt(self, text: int = TEXT_TOKENS, after: int = QUESTION_TOKENS) -> torch.Tensor:
+    def prompt_ids(self, text: int = TEXT_TOKENS, after: int = QUESTION_TOKENS) -> torch.Tensor:
         """A prompt (1, text + K + 1) with an image before the last `after` text tokens."""
-        return torch.cat(
-            [self.text_ids(text - after), self.image_ids(), self.text_ids(after)], dim=1
-        )
+        image_ids = torch.full((1, self.config.num_image_tokens), self.config.image_token_id)
+        before = self.text_ids(text - after)
+        return torch.cat([before, image_ids.to(self.device), self.text_ids(after)], dim=1)
+
+    def request(
+        self,
+        text: int = TEXT_TOKENS,
+        after: int = QUESTION_TOKENS,
+        has_image: bool = True,
+        limit: int = NEW_TOKENS,
+    ) -> BenchRequest:
+        """A request with an image before the last `after` text tokens, or without an image."""
+        if has_image:
+            return BenchRequest(self.prompt_ids(text, after), self.pixels(), limit)
+        return BenchRequest(self.text_ids(text), None, limit)
 
     def requests(self) -> list[BenchRequest]:
         """Requests of different lengths, every fourth with an image; 16 to 91 new tokens each."""
@@ -76,18 +78,14 @@ class Workload:
         for index in range(CONCURRENT):
             text = 12 + 4 * (index * 7 % CONCURRENT)
             limit = 16 + 5 * (index * 5 % CONCURRENT)
-            if index % 4 == 0:
-                requests.append(BenchRequest(self.prompt(text, text // 2), self.pixels(), limit))
-            else:
-                requests.append(BenchRequest(self.text_ids(text), None, limit))
+            requests.append(self.request(text, text // 2, index % 4 == 0, limit))
         return requests
 
-    def samples(self) -> list[dict[str, torch.Tensor]]:
-        """Features of training samples for a collator; the second half of each is labeled."""
-        samples = []
+    def training_batches(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The same samples as a `padded` and as a `packed` batch; the second half is labeled."""
+        samples: list[dict[str, Any]] = []
         for index, text in enumerate(TRAINING_TEXT_TOKENS):
-            has_image = index % 2 == 0
-            ids = self.prompt(text, text - 4) if has_image else self.text_ids(text)
+            ids, pixel_values, _ = self.request(text, text - 4, index % 2 == 0)
             labels = ids.clone()
             labels[:, : ids.shape[1] - text // 2] = IGNORE_INDEX
             sample = {
@@ -96,25 +94,7 @@ class Workload:
                 "mm_token_type_ids": (ids == self.config.image_token_id).long(),
                 "labels": labels,
             }
-            samples.append(sample | ({"pixel_values": self.pixels()} if has_image else {}))
-        return samples
-
-
-class TrainingBatches(NamedTuple):
-    """The same samples as a padded and as a packed batch."""
-
-    padded: dict[str, torch.Tensor]
-    packed: dict[str, torch.Tensor]
-    lengths: list[int]
-    labels: int
-    images: int
-
-    @classmethod
-    def create(cls, workload: Workload) -> "TrainingBatches":
-        """The batches of `workload.samples()`."""
-        samples = workload.samples()
-        padded = collate(samples, pad_token_id=0)
-        packed = {key: value.to(workload.device) for key, value in pack(samples, 0).items()}
-        lengths = [sample["input_ids"].shape[1] for sample in samples]
-        labels = int((padded["labels"] != IGNORE_INDEX).sum())
-        return cls(padded, packed, lengths, labels, len(padded["pixel_values"]))
+            images = {} if pixel_values is None else {"pixel_values": pixel_values}
+            samples.append(sample | images)
+        packed = {key: value.to(self.device) for key, value in pack(samples, 0).items()}
+        return {"padded": collate(samples, pad_token_id=0), "packed": packed}

@@ -34,9 +34,10 @@ def bench(
 
     Ctrl-C stops the benchmark; results measured so far are printed and saved.
     """
-    from owl2.bench.run import BenchConfig
+    from owl2.bench.presets import BenchModel
     from owl2.bench.run import bench as run_bench
 
-    results = run_bench(BenchConfig(model, size, cases, output, repeats, device, dtype), Console())
+    source = BenchModel(model, size, device, dtype)
+    results = run_bench(source, Console(), cases=cases, output=output, repeats=repeats)
     if not results["finished"]:
         raise typer.Exit(130)

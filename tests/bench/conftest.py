@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from owl2.bench.baseline import Baseline
+from owl2.bench.baseline import as_baseline
 from owl2.bench.workload import Workload
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import make_model
@@ -12,14 +12,14 @@ from tests.tiny import make_model
 @pytest.fixture(params=[True, False], ids=["mam", "no mam"])
 def model(request):
     """A tiny model with grouped-query attention and two learnable queries."""
-    made = make_model(use_mam=request.param).eval()
-    make_modalities_differ(made)
-    return made
+    model = make_model(use_mam=request.param).eval()
+    make_modalities_differ(model)
+    return model
 
 
 @pytest.fixture
 def baseline(model):
-    return Baseline(model)
+    return as_baseline(model)
 
 
 @pytest.fixture
