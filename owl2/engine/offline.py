@@ -1,6 +1,6 @@
 """Offline inference: any number of conversations in batches, of which some may be invalid."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from owl2.engine.engine import Engine
 
 Messages = Sequence[Message]
+Encoded = PreparedPrompt | InputError
 
 
 def answer_all(
@@ -20,18 +21,10 @@ def answer_all(
 ) -> Iterator[str | InputError]:
     """The answer to each conversation, in order, or the error that prevents it.
 
-    Conversations are read lazily. Threads read the images of the next batch in the meantime.
-
     Args:
         batch_size: Conversations per batch.
         options: As `Engine.batch` takes them.
     """
-
-    def encode(messages: Messages) -> PreparedPrompt | InputError:
-        try:
-            return engine.encode(messages)
-        except InputError as error:
-            return error
 
     def answer(prompts: list[PreparedPrompt]) -> list[str | InputError]:
         try:
@@ -41,16 +34,34 @@ def answer_all(
                 return [error]
         return [text for prompt in prompts for text in answer([prompt])]
 
+    for prompts in encode_batches(engine.encode, conversations, batch_size):
+        answers = iter(answer([one for one in prompts if isinstance(one, PreparedPrompt)]))
+        for prompt in prompts:
+            yield next(answers) if isinstance(prompt, PreparedPrompt) else prompt
+
+
+def encode_batches(
+    encode: Callable[[Messages], PreparedPrompt], conversations: Iterable[Messages], batch_size: int
+) -> Iterator[list[Encoded]]:
+    """Batches of prompts, each the result of `encode` or its `InputError`.
+
+    Conversations are read lazily. Threads read the images of the next batch while one is used.
+    """
+
+    def encode_one(messages: Messages) -> Encoded:
+        try:
+            return encode(messages)
+        except InputError as error:
+            return error
+
     remaining = iter(conversations)
     with ThreadPoolExecutor() as pool:
 
-        def submit() -> list[Future[PreparedPrompt | InputError]]:
-            return [pool.submit(encode, messages) for messages in islice(remaining, batch_size)]
+        def submit() -> list[Future[Encoded]]:
+            return [pool.submit(encode_one, messages) for messages in islice(remaining, batch_size)]
 
         pending = submit()
         while pending:
             prompts = [future.result() for future in pending]
             pending = submit()
-            answers = iter(answer([one for one in prompts if isinstance(one, PreparedPrompt)]))
-            for prompt in prompts:
-                yield next(answers) if isinstance(prompt, PreparedPrompt) else prompt
+            yield prompts

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
@@ -104,8 +105,12 @@ class Owl2MultiModalProcessor(BaseMultiModalProcessor[Owl2ProcessingInfo]):
     def _call_hf_processor(
         self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]
     ) -> BatchFeature:
-        prepare = self.info.get_hf_processor(**hf_kwargs).image_processor
-        pixels = prepare(list(hf_data["images"]))["pixel_values"]
+        images = list(hf_data["images"])
+        if isinstance(images[0], torch.Tensor):  # pixel values from `offline`
+            pixels = torch.stack(images)
+        else:
+            image_processor = self.info.get_hf_processor(**hf_kwargs).image_processor
+            pixels = image_processor(images)["pixel_values"]
         return BatchFeature({"pixel_values": pixels.to(self.info.ctx.model_config.dtype)})
 
     def _get_mm_fields_config(

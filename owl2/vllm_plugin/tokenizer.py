@@ -57,8 +57,8 @@ class Owl2PromptTokenizer:
             InputError: The directory or hub id has no tokenizer.
         """
         hub = {"revision": revision, "cache_dir": download_dir}
-        given = {name: value for name, value in hub.items() if value is not None}
-        return get_cached_tokenizer(_load(str(name_or_path), truncation_side, given))
+        hub = {name: value for name, value in hub.items() if value is not None}
+        return get_cached_tokenizer(_load(str(name_or_path), truncation_side, hub))
 
 
 def _load(name: str, truncation_side: str, hub: dict[str, Any]) -> Any:
@@ -71,19 +71,18 @@ def _load(name: str, truncation_side: str, hub: dict[str, Any]) -> Any:
 
         def encode(self, text: str, add_special_tokens: bool = True, **options: Any) -> list[int]:
             ids = encode_prompt(processor, text, add_special_tokens)
-            max_length = options.get("max_length")
-            if not options.get("truncation") or max_length is None or len(ids) <= max_length:
+            max_length = options.get("max_length") if options.get("truncation") else None
+            if max_length is None:
                 return ids
-            return (
-                ids[len(ids) - max_length :] if self.truncation_side == "left" else ids[:max_length]
-            )
+            excess = max(0, len(ids) - max_length)
+            return ids[excess:] if self.truncation_side == "left" else ids[:max_length]
 
         def __call__(self, text: str | list[str], **options: Any) -> BatchEncoding:
-            texts = [text] if isinstance(text, str) else text
-            rows: list[Any] = [self.encode(prompt, **options) for prompt in texts]
-            mask: list[Any] = [[1] * len(row) for row in rows]
             if isinstance(text, str):
-                rows, mask = rows[0], mask[0]
+                ids = self.encode(text, **options)
+                return BatchEncoding({"input_ids": ids, "attention_mask": [1] * len(ids)})
+            rows = [self.encode(prompt, **options) for prompt in text]
+            mask = [[1] * len(row) for row in rows]
             return BatchEncoding({"input_ids": rows, "attention_mask": mask})
 
         def apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:

@@ -6,6 +6,7 @@ tokens for prompts of up to 100, which splits images of 11 tokens anywhere, and 
 """
 
 import os
+from contextlib import contextmanager
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -36,13 +37,13 @@ def make_checkpoint(directory, **settings):
         abstractor={"num_learnable_queries": QUERIES},
         **sizes | settings,
     )
-    numbers = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if ".multiway." in name and weight.dim() == 1:
-                weight.uniform_(0.3, 1.7, generator=numbers)
+                weight.uniform_(0.3, 1.7, generator=generator)
             elif ".multiway.1." in name:
-                weight.normal_(0, 0.4, generator=numbers)
+                weight.normal_(0, 0.4, generator=generator)
     model.save_pretrained(directory)
     processor = Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=QUERIES + 1)
     processor.save_pretrained(directory)
@@ -65,67 +66,62 @@ def engine(checkpoint):
 
 @pytest.fixture(scope="session")
 def llm(checkpoint):
-    with running(checkpoint) as vllm:
-        yield vllm
+    with start_vllm(checkpoint) as llm:
+        yield llm
 
 
-class running:
+@contextmanager
+def start_vllm(checkpoint, **settings):
     """A vLLM whose processes end with the block."""
+    from vllm import LLM
 
-    def __init__(self, checkpoint, **settings):
-        from vllm import LLM
-
-        small = {
-            "dtype": "float32",
-            "max_num_seqs": 16,
-            "max_num_batched_tokens": STEP,
-            "block_size": 32,  # required by the CPU kernels
-            "enable_prefix_caching": True,
-            "enable_chunked_prefill": True,
-            "disable_log_stats": True,
-        }
-        self.llm = LLM(str(checkpoint), **small | settings)
-
-    def __enter__(self):
-        return self.llm
-
-    def __exit__(self, *_):
-        self.llm.llm_engine.engine_core.shutdown()
+    defaults = {
+        "dtype": "float32",
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": STEP,
+        "block_size": 32,  # required by the CPU kernels
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "disable_log_stats": True,
+    }
+    llm = LLM(str(checkpoint), **defaults | settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def conversations():
     """16 conversations with 0 to 3 images and different lengths, some with earlier turns."""
     texts = ["what is this?", "is it red? " * 5, "no", "a blue  circle\nand a green one, 你好"]
-    found = [
-        ask(text, *map(random_image, range(count))) for text in texts for count in (0, 1, 2, 3)
-    ]
-    found[1] = [
-        *found[1],
+    many = [ask(text, *map(random_image, range(count))) for text in texts for count in (0, 1, 2, 3)]
+    many[1] = [
+        *many[1],
         {"role": "assistant", "content": "red"},
         *ask("and now?", random_image(7)),
     ]
-    found[4] = [*found[4], {"role": "assistant", "content": "a circle"}, *ask("what color?")]
-    return found
+    many[4] = [*many[4], {"role": "assistant", "content": "a circle"}, *ask("what color?")]
+    return many
 
 
 NEW = 12  # tokens of an answer
 
 
-def engine_tokens(engine, messages, new=NEW):
+def engine_tokens(engine, messages):
     """The greedy tokens of the `Engine` for one conversation."""
     from owl2.engine.sampling import SamplingParams
 
     prompt = engine.encode(messages)
-    params = SamplingParams(max_new_tokens=new)
-    return engine.core.generate([prompt], params, [new], engine.end_ids)[0]
+    params = SamplingParams(max_new_tokens=NEW)
+    return engine.core.generate([prompt], params, [NEW], engine.end_ids)[0]
 
 
-def vllm_tokens(llm, many, new=NEW):
+def vllm_tokens(llm, many):
     """The greedy tokens of vLLM for several conversations in one call of its chat method."""
     from vllm import SamplingParams
 
-    asked = [[_for_vllm(message) for message in messages] for messages in many]
-    outputs = llm.chat(asked, SamplingParams(temperature=0, max_tokens=new), use_tqdm=False)
+    chats = [[_for_vllm(message) for message in messages] for messages in many]
+    outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=NEW), use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

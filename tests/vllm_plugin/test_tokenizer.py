@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 
+from tests.engine.conftest import random_image
+
 pytestmark = pytest.mark.vllm
 
 PROMPTS = ["USER: what is this? ASSISTANT:", "a  b   c\n\n d", " x", "你好 🦉</s>", "<s>a<s>", ""]
@@ -36,7 +38,7 @@ def test_text_ids_equal_the_processor(tokenizer, processor, prompt):
 
 def test_an_image_is_one_id_between_text_segments(tokenizer, processor):
     prompt = "USER: <|image|>a  red<|image|><|image|> circle"
-    ids = processor(text=prompt, images=[[image_of_nothing()] * 3])["input_ids"][0]
+    ids = processor(text=prompt, images=[[random_image(1)] * 3])["input_ids"][0]
     place, count = processor.image_token_id, processor.num_image_tokens
     expanded = [
         id_ for id_ in tokenizer.encode(prompt) for _ in range(count if id_ == place else 1)
@@ -63,19 +65,19 @@ def test_truncation_side(checkpoint):
 
     for side, part in (("left", slice(-4, None)), ("right", slice(None, 4))):
         tokenizer = Owl2PromptTokenizer.from_pretrained(checkpoint, truncation_side=side)
-        whole = tokenizer.encode("what is this?")
-        assert tokenizer.encode("what is this?", truncation=True, max_length=4) == whole[part]
+        complete = tokenizer.encode("what is this?")
+        assert tokenizer.encode("what is this?", truncation=True, max_length=4) == complete[part]
 
 
 @pytest.mark.parametrize(
     "again", [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))]
 )
 def test_copies_are_equal(tokenizer, again):
-    made = again(tokenizer)
+    copied = again(tokenizer)
     prompt = "USER: <|image|>a  red"
-    assert made.encode(prompt) == tokenizer.encode(prompt)
-    assert made.name_or_path == tokenizer.name_or_path
-    assert made.max_token_id == tokenizer.max_token_id < made.encode("<|image|>")[-1]
+    assert copied.encode(prompt) == tokenizer.encode(prompt)
+    assert copied.name_or_path == tokenizer.name_or_path
+    assert copied.max_token_id == tokenizer.max_token_id < copied.encode("<|image|>")[-1]
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +89,18 @@ def fast_checkpoint(tmp_path_factory, checkpoint):
     from owl2.processing.image_processing import Owl2ImageProcessor
     from owl2.processing.processor import Owl2Processor
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(["what is this? a red circle"] * 20, trainer)
+    backend.train_from_iterator(["what is this? a red circle"] * 20, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<|im_start|>", eos_token="<|im_end|>"
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>"
     )
     directory = tmp_path_factory.mktemp("fast")
     processor = Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3)
@@ -114,7 +116,7 @@ def test_a_fast_tokenizer_of_another_family(fast_checkpoint):
 
     processor = Owl2Processor.from_pretrained(fast_checkpoint)
     tokenizer = Owl2PromptTokenizer.from_pretrained(fast_checkpoint)
-    # What vLLM does with a fast one: a copy for each thread.
+    # vLLM copies a fast tokenizer for each thread.
     pooled = maybe_make_thread_pool(copy.copy(tokenizer), 2)
     for prompt in PROMPTS:
         ids = processor(text=prompt)["input_ids"][0]
@@ -123,9 +125,3 @@ def test_a_fast_tokenizer_of_another_family(fast_checkpoint):
     place = processor.image_token_id
     assert pooled.encode("a<|image|>a").count(place) == 1
     assert tokenizer.max_token_id < place
-
-
-def image_of_nothing():
-    from PIL import Image
-
-    return Image.new("RGB", (8, 8))
