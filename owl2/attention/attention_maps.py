@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import DynamicCache
 
 from owl2.attention.capture import CapturedAttention, capture_attention
@@ -92,8 +91,7 @@ class AttentionMaps:
                 "others with layers=[...].",
                 ErrorCode.INVALID_VALUE,
             )
-        weights: np.ndarray = self.attention[self.layers.index(layer)]
-        return weights
+        return np.asarray(self.attention[self.layers.index(layer)])
 
 
 def collect_attention(
@@ -132,36 +130,35 @@ def collect_attention(
         raise InputError(
             "use_mam=False: this model has no modality-adaptive module.", ErrorCode.UNSUPPORTED
         )
-    messages, images = _load_images(messages, processor)
+    encoded = engine.encode(messages)
     if answer is None:
-        answer = engine.chat(messages, do_sample=False, max_new_tokens=max_new_tokens)
+        answer = engine.chat(encoded, do_sample=False, max_new_tokens=max_new_tokens)
         if not answer:
             raise InputError("The model's answer is empty; pass `answer`.", ErrorCode.EMPTY_MESSAGE)
-    dialogue = TokenizedDialogue.encode(processor, messages, answer)
-    if len(dialogue.prompt) + len(dialogue.answer) - 1 > engine.context_length:
+    dialogue = TokenizedDialogue.encode(processor, messages, answer, encoded.pixel_values)
+    prompt = dialogue.prompt
+    if len(prompt.ids) + len(dialogue.answer) - 1 > engine.context_length:
         raise InputError(
-            f"The prompt has {len(dialogue.prompt)} tokens and the answer {len(dialogue.answer)}; "
+            f"The prompt has {len(prompt.ids)} tokens and the answer {len(dialogue.answer)}; "
             f"the context of the model is {engine.context_length}. Shorten the text, or use "
             "fewer turns or images.",
             ErrorCode.TOO_LONG,
         )
-    pixels = processor.image_processor(images)["pixel_values"] if images else None
-    prompt = PreparedPrompt.from_ids(
-        dialogue.prompt, pixels, processor.image_token_id, processor.num_image_tokens
-    )
 
     def capture(prefilled: PrefillOutput) -> CapturedAttention:
         cache = prefilled.cache if use_mam else _prefill_without_mam(engine.model, prompt)
-        return capture_attention(engine.model, dialogue, cache, pixels, selected)
+        return capture_attention(engine.model, dialogue, cache, selected)
 
     captured = engine.run_prefilled(prompt, capture)
+    max_pixels = processor.image_processor.max_pixels
+    images = parse_messages(messages).images
     return AttentionMaps(
         tokens=dialogue.answer_texts,
         prompt_tokens=dialogue.prompt_texts,
         spans=dialogue.spans,
         layers=selected,
         **captured._asdict(),
-        sizes=tuple(image.size for image in images),
+        sizes=tuple(load_image(image, max_pixels).size for image in images),
         policy=processor.image_processor.policy,
         use_mam=use_mam and engine.model.config.use_mam,
     )
@@ -182,23 +179,6 @@ def resolve_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
                 ErrorCode.INVALID_VALUE,
             )
     return tuple(layer % count for layer in layers)
-
-
-def _load_images(
-    messages: Sequence[Message], processor: Owl2Processor
-) -> tuple[list[Message], list[Image.Image]]:
-    """Replace the images of messages by loaded ones, so that each is fetched and decoded once."""
-    parsed = parse_messages(messages)
-    images = [load_image(image, processor.image_processor.max_pixels) for image in parsed.images]
-    remaining = iter(images)
-    loaded: list[Message] = []
-    for turn in parsed.turns:
-        parts: list[dict[str, Any]] = [dict(part) for part in turn["content"]]
-        for part in parts:
-            if part["type"] == "image":
-                part["image"] = next(remaining, None)
-        loaded.append({"role": turn["role"], "content": parts})
-    return loaded, images
 
 
 @torch.no_grad()

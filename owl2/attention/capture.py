@@ -37,19 +37,17 @@ def capture_attention(
     model: Owl2ForConditionalGeneration,
     dialogue: TokenizedDialogue,
     cache: DynamicCache,
-    pixel_values: torch.Tensor | None,
     layers: Sequence[int],
 ) -> CapturedAttention:
     """Recompute an answer over the cache of its prompt and capture the attention.
 
     Args:
         cache: The P positions of the prompt; not modified.
-        pixel_values: (N, 3, H, W) or None.
         layers: Indices of the layers whose weights are kept. The others are only averaged.
     """
     # The first answer token is predicted at the last prompt token, which is therefore repeated.
-    ids = [dialogue.prompt[-1], *dialogue.answer[:-1]]
-    length = len(dialogue.prompt) - 1
+    ids = [dialogue.prompt.ids[-1], *dialogue.answer[:-1]]
+    length = len(dialogue.prompt.ids) - 1
     own_cache = DynamicCache(config=model.config)
     cached: Any = cache.layers
     for index, layer in enumerate(cached):
@@ -58,12 +56,12 @@ def capture_attention(
     kept = torch.zeros(len(layers), *shape)
     total = torch.zeros(shape, device=model.device)
     shares: list[torch.Tensor] = []
+    spans = dialogue.spans
 
     def add(layer: int, weights: torch.Tensor) -> None:
         total.add_(weights)
         mean = weights.mean(0)  # (T, S)
-        sums = [mean[:, span.start : span.end].sum(1) for span in dialogue.spans]
-        shares.append(torch.stack(sums, 1).cpu())
+        shares.append(torch.stack([mean[:, s.start : s.end].sum(1) for s in spans], 1).cpu())
         for row, kept_layer in enumerate(layers):
             if kept_layer == layer:
                 kept[row] = weights
@@ -78,7 +76,7 @@ def capture_attention(
         kept.numpy(),
         (total / len(shares)).cpu().numpy(),
         torch.stack(shares).numpy(),
-        _query_patches(model, pixel_values),
+        _query_patches(model, dialogue.prompt.pixel_values),
     )
 
 
@@ -137,7 +135,7 @@ def decoder_attention(
         key = key.repeat_interleave(module.num_key_value_groups, dim=0)  # (h, S, d)
         callback(module.layer_idx, attention_weights(query[0], key, module.scaling, is_causal=True))
 
-    with _hooks(((layer.self_attn, capture) for layer in model.model.layers), with_kwargs=True):
+    with _hooks((layer.self_attn for layer in model.model.layers), capture):
         yield
 
 
@@ -151,24 +149,19 @@ def abstractor_attention(
         callback: Receives (N, h, K, K+1+V) float32, whose rows sum to one: the weights of each
             query over the queries and then the encoder tokens, CLS first.
     """
-    queries: list[torch.Tensor] = []
 
-    def key_hook(attention: Any) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
-        def capture(_: nn.Module, __: tuple, keys: torch.Tensor) -> None:
-            query, key = (
-                states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-                for states in (queries.pop(), keys)
-            )  # (N, h, K, d), (N, h, K+1+V, d)
-            callback(attention_weights(query, key, attention.scaling))
+    def capture(module: Any, args: tuple, _: dict[str, Any], __: Any) -> None:
+        tokens = torch.cat(args, dim=1)  # (N, K+1+V, D): queries and features
+        positions = torch.cat([module.q_pos_embed, module.k_pos_embed])
+        tokens = (tokens + positions).to(tokens)
+        query, key = (
+            states.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+            for states in (module.query(tokens[:, : len(module.q_pos_embed)]), module.key(tokens))
+        )  # (N, h, K, d), (N, h, K+1+V, d)
+        callback(attention_weights(query, key, module.scaling))
 
-        return capture
-
-    hooks: list[tuple[nn.Module, Callable[..., None]]] = []
-    for layer in model.model.visual_abstractor.encoder.layers:
-        attention: Any = layer.crossattention.attention
-        hooks.append((attention.query, lambda _, __, output: queries.append(output)))
-        hooks.append((attention.key, key_hook(attention)))
-    with _hooks(hooks):
+    layers: Any = model.model.visual_abstractor.encoder.layers
+    with _hooks((layer.crossattention.attention for layer in layers), capture):
         yield
 
 
@@ -189,21 +182,16 @@ def attention_weights(
 
 
 @contextmanager
-def _hooks(
-    hooks: Iterable[tuple[nn.Module, Callable[..., None]]], with_kwargs: bool = False
-) -> Iterator[None]:
-    """Register forward hooks that only run in this thread, until the block ends."""
+def _hooks(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    """Register a forward hook that only runs in this thread, until the block ends."""
     owner = threading.get_ident()
 
-    def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any) -> None:
-            if threading.get_ident() == owner:
-                hook(*args)
-
-        return call
+    def in_this_thread(*args: Any) -> None:
+        if threading.get_ident() == owner:
+            hook(*args)
 
     with ExitStack() as stack:
-        for module, hook in hooks:
-            handle = module.register_forward_hook(in_this_thread(hook), with_kwargs=with_kwargs)
+        for module in modules:
+            handle = module.register_forward_hook(in_this_thread, with_kwargs=True)
             stack.callback(handle.remove)
         yield

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from owl2.attention.attention_maps import (
     resolve_layers,
 )
 from owl2.attention.heatmap import TokenRange, answer_words, patch_map, token_range
-from owl2.attention.plots import draw_heat_maps, draw_maps, draw_shares, require_matplotlib
+from owl2.attention.plots import draw_heat_maps, draw_maps, draw_shares
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, require_package
 from owl2.files import atomic_directory
 from owl2.processing.chat_template import user_message, validate_prompt
 from owl2.processing.image_io import load_image
@@ -28,62 +27,58 @@ MAX_WORDS = 7  # words that get a heat map by default
 OUTPUT_FILES = {"attention.png", "shares.png", "heatmap.png", "attention.npz"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """The options of `owl2 attend`.
+def attend(
+    model: ModelArgs,
+    question: str,
+    output: Path,
+    console: Console,
+    *,
+    images: Sequence[str] = (),
+    layers: str | None = None,
+    words: Sequence[str] = (),
+    compare_no_mam: bool = False,
+    answer: str | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> None:
+    """Write `OUTPUT_FILES` into the output directory; ``heatmap.png`` only if there is an image.
 
-    Attributes:
+    Args:
         layers: Indices (negative ones count from the end) and "mean", separated by commas.
             Default: the first, the middle, the last and the mean, as in the paper.
-        tokens: Words of the answer to draw heat maps for. Default: all, up to `MAX_WORDS`.
+        words: Words of the answer to draw heat maps for. Default: all, up to `MAX_WORDS`.
         compare_no_mam: Also draw the attention with the text weights for images.
         answer: The answer to analyze instead of the model's own.
-    """
-
-    model: ModelArgs
-    question: str
-    images: Sequence[str]
-    output: Path
-    layers: str | None = None
-    tokens: Sequence[str] = ()
-    compare_no_mam: bool = False
-    answer: str | None = None
-    max_new_tokens: int = MAX_NEW_TOKENS
-
-
-def attend(config: AttentionConfig, console: Console) -> None:
-    """Write `OUTPUT_FILES` into the output directory; ``heatmap.png`` only if there is an image.
 
     Raises:
         InputError: As `collect_attention` and `token_range`; also without matplotlib, or if the
             output directory contains other files.
     """
-    require_matplotlib()
-    _require_own_directory(config.output)
-    validate_prompt([user_message(config.question, config.images)])
-    processor = config.model.load_processor()
-    images = [load_image(image, processor.image_processor.max_pixels) for image in config.images]
-    messages = [user_message(config.question, images)]
-    engine = Engine(config.model.load_model(), processor, enable_prefix_caching=True)
-    layers = _parse_layers(config.layers, engine.model.config.num_hidden_layers)
+    require_package("matplotlib", "A figure of the attention", "plot")
+    _require_own_directory(output)
+    validate_prompt([user_message(question, images)])
+    processor = model.load_processor()
+    loaded = [load_image(image, processor.image_processor.max_pixels) for image in images]
+    messages = [user_message(question, loaded)]
+    engine = Engine(model.load_model(), processor, enable_prefix_caching=True)
+    selected = _parse_layers(layers, engine.model.config.num_hidden_layers)
     options: dict[str, Any] = {
-        "layers": [layer for layer in layers if layer is not None],
-        "max_new_tokens": config.max_new_tokens,
+        "layers": [layer for layer in selected if layer is not None],
+        "max_new_tokens": max_new_tokens,
     }
-    maps = [collect_attention(engine, processor, messages, answer=config.answer, **options)]
-    if config.compare_no_mam:
+    maps = [collect_attention(engine, processor, messages, answer=answer, **options)]
+    if compare_no_mam:
         options |= {"answer": maps[0].answer, "use_mam": False}
         maps.append(collect_attention(engine, processor, messages, **options))
-    words = [(word, token_range(maps[0], word)) for word in config.tokens] or _words(maps[0])
-    with atomic_directory(config.output) as directory:
-        draw_maps(directory / "attention.png", maps, layers, config.question)
-        draw_shares(directory / "shares.png", maps, config.question)
-        if images:
-            draw_heat_maps(directory / "heatmap.png", maps, images, words, config.question)
-        saved: Any = arrays(maps, words)
+    ranges = [(word, token_range(maps[0], word)) for word in words] or _words(maps[0])
+    with atomic_directory(output) as directory:
+        draw_maps(directory / "attention.png", maps, selected, question)
+        draw_shares(directory / "shares.png", maps, question)
+        if loaded:
+            draw_heat_maps(directory / "heatmap.png", maps, loaded, ranges, question)
+        saved: Any = arrays(maps, ranges)
         np.savez_compressed(directory / "attention.npz", **saved)
     console.print(maps[0].answer, markup=False, highlight=False)
-    console.print(f"Figures and arrays: {config.output}", markup=False, highlight=False)
+    console.print(f"Figures and arrays: {output}", markup=False, highlight=False)
 
 
 def arrays(
@@ -98,7 +93,7 @@ def arrays(
     """
     first = maps[0]
     count = sum(span.kind == "image" for span in first.spans)
-    found: dict[str, np.ndarray] = {
+    saved: dict[str, np.ndarray] = {
         "tokens": np.array(first.tokens, np.str_),
         "prompt_tokens": np.array(first.prompt_tokens, np.str_),
         "layers": np.array(first.layers, np.int64),
@@ -111,9 +106,9 @@ def arrays(
     for prefix, own in zip(("", "no_mam_"), maps, strict=False):
         grid = round((own.patches.shape[-1] - 1) ** 0.5)
         heat = [patch_map(own, tokens, image) for _, tokens in words for image in range(count)]
-        found |= {f"{prefix}{name}": getattr(own, name) for name in ("attention", "mean", "shares")}
-        found[f"{prefix}heat"] = np.array(heat, np.float32).reshape(len(words), count, grid, grid)
-    return found
+        saved |= {f"{prefix}{name}": getattr(own, name) for name in ("attention", "mean", "shares")}
+        saved[f"{prefix}heat"] = np.array(heat, np.float32).reshape(len(words), count, grid, grid)
+    return saved
 
 
 def _parse_layers(text: str | None, count: int) -> list[int | None]:
@@ -130,6 +125,7 @@ def _parse_layers(text: str | None, count: int) -> list[int | None]:
 
 
 def _words(maps: AttentionMaps) -> list[tuple[str, TokenRange]]:
+    """The first occurrence of each word, or the complete answer."""
     different: dict[str, tuple[str, TokenRange]] = {}
     for word, tokens in answer_words(maps):
         different.setdefault(word.lower(), (word, tokens))

@@ -16,7 +16,6 @@ from PIL import Image
 
 from owl2.attention.attention_maps import AttentionMaps
 from owl2.attention.heatmap import TokenRange, attention_share, heat_map, overlay
-from owl2.errors import ErrorCode, InputError
 
 # Colors as in the paper: images orange, text blue.
 KINDS = {
@@ -30,18 +29,6 @@ LABEL_HEIGHT = 0.11  # inches of a label in the small font
 MIN_IMAGE_EDGE = 360  # pixels, so that a heat map over a small image is smooth
 
 Layers = Sequence[int | None]  # None: the mean over all layers
-
-
-def require_matplotlib() -> None:
-    """Raise an `InputError` if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401  # only checks that the package is installed
-    except ImportError as error:
-        raise InputError(
-            "The figures need matplotlib: pip install 'owl2-vlm[plot]'. "
-            "owl2.attention.collect_attention returns the arrays without it.",
-            ErrorCode.MISSING_DEPENDENCY,
-        ) from error
 
 
 def draw_maps(path: Path, maps: Sequence[AttentionMaps], layers: Layers, question: str) -> None:
@@ -72,7 +59,10 @@ def draw_maps(path: Path, maps: Sequence[AttentionMaps], layers: Layers, questio
                     weights, aspect="auto", cmap="BuPu", norm=norm, interpolation="nearest"
                 )
                 _mark_spans(axes, own)
-            _label_tokens(row[0], own, height)
+            count = len(own.tokens)
+            shown = range(0, count, math.ceil(count * LABEL_HEIGHT / height))
+            labels = [_token_label(own.tokens[index]) for index in shown]
+            row[0].set_yticks(shown, labels, fontsize=9 if count <= 20 else 7)
             if len(maps) > 1:
                 row[0].set_ylabel(_mam_label(own), labelpad=8)
         for axes, layer in zip(grid[0], layers, strict=True):
@@ -83,7 +73,6 @@ def draw_maps(path: Path, maps: Sequence[AttentionMaps], layers: Layers, questio
         ticks = [tick for tick in (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1) if tick <= most]
         colorbar.set_ticks(ticks, labels=[f"{tick:.0%}" for tick in ticks])
         colorbar.outline.set_visible(False)
-        _add_legend(figure, first)
 
 
 def draw_shares(path: Path, maps: Sequence[AttentionMaps], question: str) -> None:
@@ -113,7 +102,6 @@ def draw_shares(path: Path, maps: Sequence[AttentionMaps], question: str) -> Non
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
             axes.yaxis.set_major_formatter(PercentFormatter(1))
         grid[0].set_ylabel("share of the attention")
-        _add_legend(figure, maps[0])
 
 
 def draw_heat_maps(
@@ -136,7 +124,7 @@ def draw_heat_maps(
     rows = [(index, group) for index in range(len(images)) for group in groups]
     columns = 1 + len(words) * len(groups[0])
     size = (2.6 * columns + 0.2, 0.5 + 2.75 * len(rows))
-    with _figure(path, size, question, maps[0]) as figure:
+    with _figure(path, size, question, maps[0], has_legend=False) as figure:
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for axes in grid.ravel():
             axes.set_xticks([])
@@ -163,12 +151,17 @@ def draw_heat_maps(
 
 @contextmanager
 def _figure(
-    path: Path, size: tuple[float, float], question: str, maps: AttentionMaps
+    path: Path,
+    size: tuple[float, float],
+    question: str,
+    maps: AttentionMaps,
+    has_legend: bool = True,
 ) -> Iterator[Any]:
     """A figure with the question and the answer as title, which is saved when the block ends."""
     import matplotlib
     from matplotlib import font_manager
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     installed = {font.name for font in font_manager.fontManager.ttflist}
     style: Any = {
@@ -190,6 +183,11 @@ def _figure(
         title = textwrap.fill(title, characters_per_line)
         figure.suptitle(title, x=0.01, ha="left", parse_math=False)
         yield figure
+        if has_legend:
+            kinds = {span.kind for span in maps.spans}
+            entries = [entry for kind, entry in KINDS.items() if kind in kinds]
+            handles = [Patch(color=color, label=label) for label, color in entries]
+            figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
         figure.savefig(path, dpi=150)
 
 
@@ -209,13 +207,6 @@ def _mark_spans(axes: Any, maps: AttentionMaps) -> None:
     axes.set_xlim(-0.5, maps.spans[-1].end - 0.5)
 
 
-def _label_tokens(axes: Any, maps: AttentionMaps, inches: float) -> None:
-    count = len(maps.tokens)
-    positions = range(0, count, math.ceil(count * LABEL_HEIGHT / inches))
-    labels = [_token_label(maps.tokens[position]) for position in positions]
-    axes.set_yticks(positions, labels, fontsize=9 if count <= 20 else 7)
-
-
 def _label_positions(axes: Any, maps: AttentionMaps, has_labels: bool) -> None:
     if not has_labels:
         axes.set_xticks([span.start for span in maps.spans])
@@ -233,15 +224,6 @@ def _label_positions(axes: Any, maps: AttentionMaps, has_labels: bool) -> None:
 def _token_label(token: str) -> str:
     """A token without the leading space; a line break as a symbol."""
     return token.replace("\n", "⏎").strip() or "·"
-
-
-def _add_legend(figure: Any, maps: AttentionMaps) -> None:
-    from matplotlib.patches import Patch
-
-    present = {span.kind for span in maps.spans}
-    entries = [entry for kind, entry in KINDS.items() if kind in present]
-    handles = [Patch(color=color, label=label) for label, color in entries]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
 
 
 def _mam_label(maps: AttentionMaps) -> str:

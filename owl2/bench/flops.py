@@ -28,7 +28,7 @@ def decoder_flops(
     """FLOPs of `length` positions after `cached` ones; `logits` of them pass `lm_head`."""
     config = model.config
     pairs = length * cached + length * (length + 1) // 2
-    width = config.num_attention_heads * config.head_dim  # type: ignore[operator]  # never None
+    width = config.num_attention_heads * config.head_dim
     attention = 2 * 2 * pairs * width * config.num_hidden_layers  # scores, then values
     weights = length * decoder_weights(model) + logits * model.lm_head.weight.numel()
     return 2 * weights + attention

@@ -38,19 +38,18 @@ def attend(
     quantize: Quantize = None,
 ) -> None:
     """Draw the decoder's attention while it answers: over tokens and over the image."""
-    from owl2.attention.command import AttentionConfig
     from owl2.attention.command import attend as run_attend
     from owl2.engine.load_model import ModelArgs
 
-    config = AttentionConfig(
-        model=ModelArgs(model, device, dtype, quantize=quantize),
-        question=question,
+    run_attend(
+        ModelArgs(model, device, dtype, quantize=quantize),
+        question,
+        output,
+        Console(soft_wrap=True),
         images=image or [],
-        output=output,
         layers=layers,
-        tokens=token or [],
+        words=token or [],
         compare_no_mam=compare_no_mam,
         answer=answer,
         max_new_tokens=max_new_tokens,
     )
-    run_attend(config, Console(soft_wrap=True))

@@ -1,4 +1,4 @@
-"""Where the decoder maps: the same weights that an eager forward gives, at less memory."""
+"""The collected weights equal those of an eager forward and need less memory."""
 
 import copy
 import threading
@@ -138,10 +138,10 @@ def test_default_answer_is_the_greedy_answer(engine, conversations):
 
 def test_concurrent_requests_with_an_engine_or_a_model(engine, conversations):
     expected = collect_attention(engine, engine.processor, conversations[1], answer=ANSWER)
-    found = []
+    results = []
 
     def run():
-        found.append(collect_attention(engine, engine.processor, conversations[1], answer=ANSWER))
+        results.append(collect_attention(engine, engine.processor, conversations[1], answer=ANSWER))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:
@@ -149,33 +149,29 @@ def test_concurrent_requests_with_an_engine_or_a_model(engine, conversations):
     answer = engine.chat(conversations[2], max_new_tokens=5)
     for thread in threads:
         thread.join()
-    found.append(collect_attention(engine.model, engine.processor, conversations[1], answer=ANSWER))
-    assert len(found) == 4
-    for maps in found:
+    results.append(
+        collect_attention(engine.model, engine.processor, conversations[1], answer=ANSWER)
+    )
+    assert len(results) == 4
+    for maps in results:
         np.testing.assert_allclose(maps.mean, expected.mean, atol=1e-5)
     assert answer == engine.chat(conversations[2], max_new_tokens=5)
 
 
-def test_hooks_are_removed(engine, conversations):
-    collect_attention(engine, engine.processor, conversations[2], answer=ANSWER)
-    assert not any(module._forward_hooks for module in engine.model.modules())
-    assert engine.model.config._attn_implementation == "sdpa"
-
-
-def test_memory_holds_at_most_two_layers(engine, conversations, monkeypatch):
+def test_memory_contains_at_most_two_layers(engine, conversations, monkeypatch):
     """One layer of a 7B model and a long answer takes 100 MB; there are 32 layers."""
     alive, most = [], []
     compute = capture.attention_weights
 
-    def watched(*given, **options):
-        weights = compute(*given, **options)
+    def record(*args, **options):
+        weights = compute(*args, **options)
         alive.append(weakref.ref(weights))
         most.append(sum(reference() is not None for reference in alive))
         return weights
 
-    monkeypatch.setattr(capture, "attention_weights", watched)
-    vocabulary = engine.model.config.vocab_size
-    model = make_model(vocab_size=vocabulary, num_hidden_layers=6, max_position_embeddings=128)
+    monkeypatch.setattr(capture, "attention_weights", record)
+    vocab_size = engine.model.config.vocab_size
+    model = make_model(vocab_size=vocab_size, num_hidden_layers=6, max_position_embeddings=128)
     collect_attention(model, engine.processor, ask("what is this?"), answer=ANSWER, layers=[])
     assert len(most) == 6 and max(most) <= 2
 
@@ -197,18 +193,18 @@ def test_patches_are_the_rollout_of_the_abstractor(engine, monkeypatch):
     pixels = engine.processor.image_processor([random_image(1)])["pixel_values"]
     attention = model.model.visual_abstractor.encoder.layers[0].crossattention.attention
     attention.config._attn_implementation = "eager"
-    seen = []
-    plain = vision.eager_attention_forward
+    recorded = []
+    eager_attention_forward = vision.eager_attention_forward
 
-    def watch(*given, **options):
-        output, weights = plain(*given, **options)
-        seen.append(weights)
+    def record(*args, **options):
+        output, weights = eager_attention_forward(*args, **options)
+        recorded.append(weights)
         return output, weights
 
-    monkeypatch.setattr(vision, "eager_attention_forward", watch)
+    monkeypatch.setattr(vision, "eager_attention_forward", record)
     with torch.no_grad():
         model.get_image_features(pixels)
-    expected = seen[-1].mean(1)[..., 2:].numpy() / 2  # two learnable queries
+    expected = recorded[-1].mean(1)[..., 2:].numpy() / 2  # two learnable queries
     np.testing.assert_allclose(maps.patches, expected, atol=1e-6)
 
 
@@ -222,12 +218,12 @@ def test_rollout_rows_sum_to_less_than_one(engine):
 
 
 def test_abstractor_weights_sum_to_one(engine):
-    taken = []
+    captured = []
     pixels = engine.processor.image_processor([random_image(1), random_image(2)])["pixel_values"]
-    with torch.no_grad(), abstractor_attention(engine.model, taken.append):
+    with torch.no_grad(), abstractor_attention(engine.model, captured.append):
         engine.model.get_image_features(pixels)
-    assert [tuple(weights.shape) for weights in taken] == [(2, 2, 2, 7)] * 2
-    assert all(torch.allclose(weights.sum(-1), torch.ones(())) for weights in taken)
+    assert [tuple(weights.shape) for weights in captured] == [(2, 2, 2, 7)] * 2
+    assert all(torch.allclose(weights.sum(-1), torch.ones(())) for weights in captured)
 
 
 @pytest.mark.parametrize(
@@ -250,24 +246,24 @@ def test_use_mam_false_needs_a_model_with_mam(engine, conversations):
         collect_attention(model, engine.processor, conversations[1], answer=ANSWER, use_mam=False)
 
 
-def test_quantized_model(engine, conversations):
-    model = copy.deepcopy(engine.model)
+def to_8bit(model):
     quantize(model, "8bit")
-    maps = collect_attention(
-        model, engine.processor, conversations[2], answer=ANSWER, use_mam=False
-    )
-    np.testing.assert_allclose(maps.mean.sum(-1), 1, atol=1e-5)
 
 
-def test_bfloat16(engine, conversations):
-    model = copy.deepcopy(engine.model).to(torch.bfloat16)
-    maps = collect_attention(model, engine.processor, conversations[2], answer=ANSWER)
-    assert maps.mean.dtype == np.float32
-    np.testing.assert_allclose(maps.mean.sum(-1), 1, atol=1e-5)
+@pytest.mark.parametrize("convert", [to_8bit, torch.nn.Module.bfloat16])
+def test_rows_of_a_converted_model_sum_to_one(engine, conversations, convert):
+    model = copy.deepcopy(engine.model)
+    convert(model)
+    for use_mam in (True, False):
+        maps = collect_attention(
+            model, engine.processor, conversations[2], answer=ANSWER, use_mam=use_mam
+        )
+        assert maps.mean.dtype == np.float32
+        np.testing.assert_allclose(maps.mean.sum(-1), 1, atol=1e-5)
 
 
 def test_other_threads_are_not_captured(engine):
-    taken = []
+    captured = []
     ids = torch.tensor([[1, 5, 6]])
     pixels = engine.processor.image_processor([random_image(1)])["pixel_values"]
 
@@ -277,15 +273,17 @@ def test_other_threads_are_not_captured(engine):
             engine.model.get_image_features(pixels)
 
     with (
-        decoder_attention(engine.model, lambda *given: taken.append(given)),
-        abstractor_attention(engine.model, taken.append),
+        decoder_attention(engine.model, lambda *args: captured.append(args)),
+        abstractor_attention(engine.model, captured.append),
     ):
         thread = threading.Thread(target=compute)
         thread.start()
         thread.join()
-        assert not taken
+        assert not captured
         compute()
-    assert len(taken) == 4
+    assert len(captured) == 4
+    compute()
+    assert len(captured) == 4, "nothing is captured after the block"
 
 
 def test_default_layers_are_those_of_the_paper():

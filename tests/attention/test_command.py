@@ -49,18 +49,18 @@ def test_figures_and_arrays(attend, arrays, tmp_path):
     for name in files - {"attention.npz"}:
         with Image.open(tmp_path / "out" / name) as figure:
             assert min(figure.size) > 200
-    found = arrays()
-    tokens, positions = len(found["tokens"]), found["spans"][-1][1]
-    assert "".join(found["tokens"]) == " a red circle"
-    assert found["words"].tolist() == ["a", "red", "circle"]
-    assert found["layers"].tolist() == [1]
-    assert found["kinds"].tolist() == ["text", "image", "text", "answer"]
-    assert found["images"].tolist() == [-1, 0, -1, -1]
+    saved = arrays()
+    tokens, positions = len(saved["tokens"]), saved["spans"][-1][1]
+    assert "".join(saved["tokens"]) == " a red circle"
+    assert saved["words"].tolist() == ["a", "red", "circle"]
+    assert saved["layers"].tolist() == [1]
+    assert saved["kinds"].tolist() == ["text", "image", "text", "answer"]
+    assert saved["images"].tolist() == [-1, 0, -1, -1]
     for prefix in ("", "no_mam_"):
-        assert found[f"{prefix}attention"].shape == (1, 4, tokens, positions)
-        assert found[f"{prefix}heat"].shape == (3, 1, 2, 2)
-        np.testing.assert_allclose(found[f"{prefix}mean"].sum(-1), 1, atol=1e-5)
-        np.testing.assert_allclose(found[f"{prefix}shares"].sum(-1), 1, atol=1e-5)
+        assert saved[f"{prefix}attention"].shape == (1, 4, tokens, positions)
+        assert saved[f"{prefix}heat"].shape == (3, 1, 2, 2)
+        np.testing.assert_allclose(saved[f"{prefix}mean"].sum(-1), 1, atol=1e-5)
+        np.testing.assert_allclose(saved[f"{prefix}shares"].sum(-1), 1, atol=1e-5)
 
 
 def test_two_images_one_token_and_an_existing_output_directory(attend, arrays):

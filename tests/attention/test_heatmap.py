@@ -86,14 +86,14 @@ def test_token_range(maps, target, tokens):
 
 
 def test_token_range_prefers_a_complete_word(maps):
-    said = dataclasses.replace(maps, tokens=(" reddish", " red"))
-    assert token_range(said, "red") == (1, 2)
+    reddish = dataclasses.replace(maps, tokens=(" reddish", " red"))
+    assert token_range(reddish, "red") == (1, 2)
 
 
 @pytest.mark.parametrize("target", ["blue", "", " ", (3, 3), (-1, 2), (8, 10)])
 def test_unknown_target_is_an_error(maps, target):
-    named = repr(target) if isinstance(target, str) else str(target[1])
-    with raises_input_error(ErrorCode.INVALID_VALUE, named):
+    needle = repr(target) if isinstance(target, str) else str(target[1])
+    with raises_input_error(ErrorCode.INVALID_VALUE, needle):
         heat_map(maps, target)
 
 
