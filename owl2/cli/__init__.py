@@ -23,9 +23,8 @@ from owl2.cli.info import info
 from owl2.cli.init import init
 from owl2.cli.merge import merge
 from owl2.cli.plan import plan
-from owl2.cli.serve import serve
+from owl2.cli.serve import serve, web
 from owl2.cli.train import train
-from owl2.cli.web import web
 from owl2.errors import InputError
 
 app = typer.Typer(

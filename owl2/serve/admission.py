@@ -34,21 +34,24 @@ class AdmissionController:
     """Decides which requests run, wait or are rejected.
 
     Attributes:
+        slots: Of the engine; a running request has one.
         shutting_down: New requests are rejected.
-        in_flight: Number of admitted requests that are not finished.
+        aborted: `abort_all` was called.
     """
 
     def __init__(self, engine: Engine, limits: ServerLimits, metrics: Metrics) -> None:
         self.engine = engine
         self.limits = limits
         self.metrics = metrics
+        self.slots = asyncio.Semaphore(limits.max_num_seqs)
         self.shutting_down = False
-        self.in_flight = 0
-        self._unstarted = 0  # admitted requests without a slot, counted from their arrival
-        self._running = 0
-        self._aborted = False
-        self._slots = asyncio.Semaphore(limits.max_num_seqs)
-        self._timeouts: set[asyncio.Timeout] = set()
+        self.aborted = False
+        self._streams: set[ResponseStream] = set()
+
+    @property
+    def in_flight(self) -> int:
+        """Number of admitted requests that are not finished."""
+        return len(self._streams)
 
     @contextmanager
     def admit(self, num_answers: int = 1) -> Iterator["ResponseStream"]:
@@ -59,11 +62,12 @@ class AdmissionController:
         """
         if self.shutting_down:
             raise errors.shutting_down()
-        if self._running + self._unstarted >= self.limits.max_num_seqs + self.limits.max_queued:
-            raise errors.too_busy(f"{self._unstarted} requests are waiting")
+        # A request whose answers are complete may still be sent to a slow client.
+        unanswered = sum(not stream.closed for stream in self._streams)
+        if unanswered >= self.limits.max_num_seqs + self.limits.max_queued:
+            raise errors.too_busy("the queue is full")
         stream = ResponseStream(self, num_answers)
-        self.in_flight += 1
-        self._unstarted += 1
+        self._streams.add(stream)
         reason = "cancelled"
         try:
             yield stream
@@ -72,51 +76,14 @@ class AdmissionController:
             reason = "timeout" if is_timeout else "rejected"
             raise
         finally:
-            self.in_flight -= 1
-            self._unstarted -= not stream.has_waited
+            self._streams.discard(stream)
             stream.close(reason)
-
-    async def acquire_slot(self) -> None:
-        """Wait for a slot in the engine; `release_slot` returns it."""
-        with self.metrics.waiting.track_inprogress():
-            await self._slots.acquire()
-        self._unstarted -= 1
-        self._running += 1
-        self.metrics.running.inc()
-
-    def release_slot(self) -> None:
-        """Return a slot."""
-        self._running -= 1
-        self.metrics.running.dec()
-        self._slots.release()
-
-    @asynccontextmanager
-    async def time_limit(self, deadline: float) -> AsyncIterator[None]:
-        """Cancel the enclosed code at a time of the event loop's clock, or by `abort_all`.
-
-        Raises:
-            ApiError: 503, with the reason.
-        """
-        try:
-            async with asyncio.timeout_at(0.0 if self._aborted else deadline) as timeout:
-                self._timeouts.add(timeout)
-                try:
-                    yield
-                finally:
-                    self._timeouts.discard(timeout)
-        except TimeoutError as error:
-            if not timeout.expired():
-                raise
-            if self._aborted:
-                raise errors.shutting_down() from error
-            raise errors.timed_out(self.limits.request_timeout) from error
 
     def abort_all(self) -> None:
         """End all unfinished requests; their clients receive an error."""
-        self._aborted = True
-        for timeout in self._timeouts:
-            if not timeout.expired():
-                timeout.reschedule(0.0)
+        self.aborted = True
+        for stream in self._streams:
+            stream.expire()
 
 
 class ResponseStream:
@@ -126,7 +93,7 @@ class ResponseStream:
 
     Attributes:
         deadline: In seconds of the event loop's clock.
-        has_waited: The request has left the queue.
+        closed: The answers are complete or aborted.
         prompt_tokens: Tokens of the prompt, including images; known after `start`.
     """
 
@@ -136,13 +103,13 @@ class ResponseStream:
         self._loop = asyncio.get_running_loop()
         self._arrival = self._loop.time()
         self.deadline = self._arrival + admission.limits.request_timeout
-        self.has_waited = False
+        self.closed = False
         self.prompt_tokens = 0
+        self._timeout: asyncio.Timeout | None = None
         self._has_slot = False
         self._outputs: asyncio.Queue[CompletionChunk | BaseException | None] = asyncio.Queue()
         self._tokens = [0] * num_answers
         self._unfinished = num_answers
-        self._closed = False
         self._handle: RequestHandle | None = None
 
     async def start(
@@ -161,9 +128,11 @@ class ResponseStream:
             InputError: The engine cannot answer the messages, or an option is invalid.
         """
         engine = self._admission.engine
-        async with self._admission.time_limit(self.deadline):
-            await self._admission.acquire_slot()
-            self.has_waited = self._has_slot = True
+        async with self._time_limit():
+            with self._metrics.waiting.track_inprogress():
+                await self._admission.slots.acquire()
+            self._has_slot = True
+            self._metrics.running.inc()
             params = engine.sampling_params(**options)
             prompt = await asyncio.to_thread(engine.encode, await messages())
             self._handle = engine.submit(prompt, params, self._post)
@@ -176,7 +145,7 @@ class ResponseStream:
             self._loop.call_soon_threadsafe(self._add, output)
 
     def _add(self, output: CompletionChunk | BaseException) -> None:
-        if self._closed:
+        if self.closed:
             return
         self._outputs.put_nowait(output)
         if isinstance(output, BaseException):
@@ -201,11 +170,38 @@ class ResponseStream:
             ApiError: 503, at the deadline.
             InputError: From the engine.
         """
-        async with self._admission.time_limit(self.deadline):
+        async with self._time_limit():
             output = await self._outputs.get()
         if isinstance(output, BaseException):
             raise output
         return output
+
+    def expire(self) -> None:
+        """Move the deadline to the past."""
+        self.deadline = 0.0
+        if self._timeout is not None:
+            with suppress(RuntimeError):  # it has expired already
+                self._timeout.reschedule(0.0)
+
+    @asynccontextmanager
+    async def _time_limit(self) -> AsyncIterator[None]:
+        """Cancel the enclosed code at the deadline and raise `ApiError` with status 503."""
+        try:
+            async with asyncio.timeout_at(self.deadline) as timeout:
+                self._timeout = timeout
+                yield
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            if self._admission.aborted:
+                raise errors.shutting_down() from error
+            raise errors.ApiError(
+                503,
+                "The request was aborted because it did not finish within "
+                f"{self._admission.limits.request_timeout:g} seconds. Request fewer tokens, or "
+                "retry when the server is less busy.",
+                code="timeout",
+            ) from error
 
     def close(self, reason: str = "cancelled") -> None:
         """End unfinished answers and free the slot; may be repeated.
@@ -213,35 +209,52 @@ class ResponseStream:
         Args:
             reason: The label of `Metrics.answers` for unfinished answers.
         """
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         self._outputs.put_nowait(None)
         self._metrics.answers.labels(reason).inc(self._unfinished)
         if self._handle is not None:
             self._handle.abort()
         if self._has_slot:
-            self._admission.release_slot()
+            self._metrics.running.dec()
+            self._admission.slots.release()
 
 
-def check_text_length(characters: int, context: int) -> None:
-    """Reject a text that cannot fit, because it takes seconds to tokenize megabytes.
+def check_limits(
+    limits: ServerLimits,
+    context: int,
+    *,
+    messages: int,
+    images: int,
+    characters: int,
+    answers: int = 1,
+    tokens: int = 0,
+    tokens_field: str = "max_completion_tokens",
+) -> None:
+    """Reject a request whose counts exceed a limit.
 
     Args:
-        characters: Of all messages.
         context: Of the model, in tokens.
+        characters: Of all messages. A text that cannot fit is rejected here, because it takes
+            seconds to tokenize megabytes.
+        tokens: Of one answer.
 
     Raises:
-        ApiError: 400.
+        ApiError: 400, with the code of the limit and the field.
     """
-    if characters > context * MAX_CHARACTERS_PER_TOKEN:
-        raise errors.ApiError(
-            400,
-            f"The messages have {characters:,} characters, which do not fit into the model's "
-            f"context of {context:,} tokens. Shorten the conversation.",
-            code="context_length_exceeded",
-            param="messages",
-        )
+    text = f"characters for a context of {context} tokens"
+    max_characters = context * MAX_CHARACTERS_PER_TOKEN
+    for what, count, limit, code, param in (
+        ("messages", messages, limits.max_messages, "too_many_messages", "messages"),
+        ("images", images, limits.max_images, "too_many_images", "messages"),
+        ("answers", answers, limits.max_n, "too_many_answers", "n"),
+        ("tokens", tokens, limits.max_completion_tokens, "too_many_tokens", tokens_field),
+        (text, characters, max_characters, "context_length_exceeded", "messages"),
+    ):
+        if count > limit:
+            message = f"There are {count} {what}; the limit of this server is {limit}."
+            raise errors.ApiError(400, message, code=code, param=param)
 
 
 async def run_unless(stop: Coroutine[Any, Any, Any], work: Coroutine[Any, Any, Result]) -> Result:

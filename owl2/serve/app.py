@@ -13,7 +13,7 @@ from owl2.engine.engine import Engine
 from owl2.serve import errors
 from owl2.serve.admission import AdmissionController
 from owl2.serve.auth import ApiKeys
-from owl2.serve.chat_completions import OTHER_ERRORS, ChatCompletionService, model_not_found
+from owl2.serve.chat_completions import add_chat_completions
 from owl2.serve.config import ServerLimits
 from owl2.serve.docs_page import docs_page
 from owl2.serve.metrics import Metrics
@@ -32,7 +32,7 @@ def build_app(
     api_keys: ApiKeys | None = None,
     example: str = "",
 ) -> FastAPI:
-    """The application; its `state.admission` is the `AdmissionController` of the engine.
+    """The application; its `state` has the `AdmissionController` and the image decoder.
 
     Args:
         model_name: The value of `model` in requests and responses.
@@ -47,9 +47,9 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        images.start()
+        images.decoder.start()
         yield
-        images.close()
+        images.decoder.close()
 
     app = FastAPI(
         title=f"{model_name} on owl2",
@@ -59,8 +59,8 @@ def build_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.admission = admission
-    ChatCompletionService(admission, images, model_name).add_route(app)
+    app.state.admission, app.state.decoder = admission, images.decoder
+    add_chat_completions(app, admission, images, model_name)
     _add_models(app, model_name)
     _add_monitoring(app, admission, metrics)
 
@@ -87,11 +87,11 @@ def _add_models(app: FastAPI, model_name: str) -> None:
         return ModelList(object="list", data=[model])
 
     # The path converter accepts the slash of a hub id.
-    @app.get("/v1/models/{name:path}", responses=errors.responses(401, 404) | OTHER_ERRORS)
+    @app.get("/v1/models/{name:path}", responses=errors.responses(401, 404))
     async def retrieve_model(name: str) -> ModelCard:
         """Return the model with this name."""
         if name != model_name:
-            raise model_not_found(name, model_name)
+            raise errors.model_not_found(name, model_name)
         return model
 
 

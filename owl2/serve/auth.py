@@ -47,45 +47,52 @@ class ApiKeys:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     @classmethod
-    def from_env(cls, name: str) -> "ApiKeys":
-        """Keys from an environment variable, separated by commas."""
-        keys = [key.strip() for key in os.environ.get(name, "").split(",")]
-        return cls([key for key in keys if key], f"Environment variable {name}")
+    def read(cls, variable: str | None, file: str | Path | None) -> "ApiKeys | None":
+        """Read keys from an environment variable or a text file; None if neither is given.
 
-    @classmethod
-    def from_file(cls, path: str | Path) -> "ApiKeys":
-        """Keys from a text file, one per line; empty lines and lines that start with # are ignored.
+        Commas separate the keys of a variable. A file has one key per line; empty lines and lines
+        that start with # are ignored.
 
         Raises:
-            InputError: The file cannot be read, or see `ApiKeys`.
+            InputError: Both are given, the file cannot be read, or see `ApiKeys`.
         """
+        if variable is not None and file is not None:
+            raise InputError(
+                "--api-key-env and --api-key-file exclude each other.", ErrorCode.CONFLICT
+            )
+        if variable is not None:
+            keys = [key.strip() for key in os.environ.get(variable, "").split(",")]
+            return cls(list(filter(None, keys)), f"Environment variable {variable}")
+        if file is None:
+            return None
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            keys = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise InputError(
-                f"The API keys in {path} cannot be read: {reason}.", ErrorCode.UNREADABLE_FILE
+                f"The API keys in {file} cannot be read: {reason}.", ErrorCode.UNREADABLE_FILE
             ) from error
-        keys = [line.strip() for line in lines]
-        return cls([key for key in keys if key and not key.startswith("#")], str(path))
+        return cls([key for key in keys if key and not key.startswith("#")], str(file))
 
-    def check(self, authorization: bytes | None) -> None:
-        """Check the value of a header `Authorization: Bearer KEY`.
+    def is_valid(self, key: str) -> bool:
+        """Whether `key` is accepted.
 
         All digests are compared in constant time, so that the duration reveals nothing about keys.
+        """
+        digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return any(matches)
+
+    def check(self, authorization: str) -> None:
+        """Check the value of a header `Authorization: Bearer KEY`; an empty one is missing.
 
         Raises:
             ApiError: 401.
         """
-        if not authorization:
-            raise _unauthorized("This server needs an API key: send 'Authorization: Bearer KEY'.")
-        scheme, _, key = authorization.strip().partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != b"bearer" or not any(matches):
-            raise _unauthorized("The API key is not valid for this server.")
-
-
-def _unauthorized(message: str) -> ApiError:
-    headers = {"WWW-Authenticate": "Bearer"}
-    return ApiError(401, message, code="invalid_api_key", headers=headers)
+        scheme, _, key = authorization.strip().partition(" ")
+        if not (self.is_valid(key) and scheme.lower() == "bearer"):
+            message = "This server needs an API key: send 'Authorization: Bearer KEY'."
+            if authorization:
+                message = "The API key is not valid for this server."
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, message, code="invalid_api_key", headers=headers)

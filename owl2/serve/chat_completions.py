@@ -5,10 +5,16 @@
     body ──► ChatCompletionRequest ──AdmissionController──► ResponseStream ──► JSON, or events
 
 When a client disconnects, its answers end and its slot in the engine becomes free.
+
+The fields follow https://platform.openai.com/docs/api-reference/chat. The response objects are
+plain dictionaries, because there is one for every token.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,127 +22,174 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from owl2.engine.output import CompletionChunk, TokenLogprob
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
+from owl2.errors import InputError
 from owl2.processing.chat_template import Message
+from owl2.processing.processor import Owl2Processor
 from owl2.serve import errors
 from owl2.serve.admission import (
     AdmissionController,
     ClientStopped,
     ResponseStream,
-    check_text_length,
+    check_limits,
     run_unless,
 )
-from owl2.serve.config import ServerLimits
 from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
-from owl2.serve.protocol import (
-    ChatCompletionContentPartTextParam,
-    ChatCompletionRequest,
-    ChatCompletionResponse,
-)
+from owl2.serve.protocol import ChatCompletionRequest, ChatCompletionResponse
 from owl2.serve.request_images import RequestImages
-from owl2.serve.responses import SSE_DONE, ResponseBuilder, sse_event
-from owl2.serve.system_prompt import merge_system_prompt, supports_system_prompt
 
 # After the deadline of the request, for a client that reads slowly.
 FLUSH_SECONDS = 30.0
 
-# Part of a route's `responses`: without it, FastAPI documents a status of 422.
-OTHER_ERRORS: dict[int | str, dict[str, Any]] = {
-    "default": {"model": errors.ErrorResponse, "description": "Any other error"}
-}
+PROBE: list[Message] = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
 
 
-class ChatCompletionService:
-    """Answers chat completion requests.
+def add_chat_completions(
+    app: FastAPI, admission: AdmissionController, images: RequestImages, model_name: str
+) -> None:
+    """Add the route to an application.
 
     Args:
         model_name: The value of `model` that requests must have.
     """
+    engine, limits = admission.engine, admission.limits
+    default_max_tokens = min(
+        engine.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+        limits.max_completion_tokens,
+    )
+    has_system_role = supports_system_prompt(engine.processor)
 
-    def __init__(
-        self, admission: AdmissionController, images: RequestImages, model_name: str
-    ) -> None:
-        self._admission = admission
-        self._images = images
-        self._model_name = model_name
-        engine = admission.engine
-        default = engine.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        self._default_max_tokens = min(default, admission.limits.max_completion_tokens)
-        self._supports_system_prompt = supports_system_prompt(engine.processor)
-
-    def add_route(self, app: FastAPI) -> None:
-        """Add the route to an application."""
-
-        @app.post(
-            "/v1/chat/completions",
-            response_model=ChatCompletionResponse,
-            responses={
-                200: {"content": {"text/event-stream": {}}},
-                **errors.responses(400, 401, 404, 408, 413, 429, 500, 503),
-                **OTHER_ERRORS,
-            },
-        )
-        async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
-            """Answer a conversation with images.
-
-            With `stream`, the response consists of server-sent events: `data: {...}` with a
-            `chat.completion.chunk` each, and `data: [DONE]` at the end.
-            """
-            return await self.create(body, request)
-
-    async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
-        """The response, or with `stream` its beginning.
-
-        Raises:
-            ApiError, InputError: The request is invalid or cannot be answered.
-        """
-        if body.model != self._model_name:
-            raise model_not_found(body.model, self._model_name)
-        check_limits(body, self._admission.limits, self._admission.engine.context_length)
-        builder = ResponseBuilder(body)
-        with ExitStack() as stack:
-            stream = stack.enter_context(self._admission.admit(body.num_answers))
-            try:
-                await run_unless(_disconnected(request), self._start(stream, body))
-                builder.prompt_tokens = stream.prompt_tokens
-                if body.stream:
-                    events = _events(stream, builder)
-                    return EventStreamResponse(events, stream.deadline, stack.pop_all())
-                await run_unless(_disconnected(request), _collect(stream, builder))
-            except ClientStopped:
-                return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return JSONResponse(builder.response())
-
-    async def _start(self, stream: ResponseStream, body: ChatCompletionRequest) -> None:
-        options = body.sampling_options()
-        options["max_new_tokens"] = options["max_new_tokens"] or self._default_max_tokens
-
+    async def start(stream: ResponseStream, body: ChatCompletionRequest) -> None:
         async def messages() -> list[Message]:
-            decoded = await self._images.messages(body)
-            return decoded if self._supports_system_prompt else merge_system_prompt(decoded)
+            decoded = await images.messages(body)
+            return decoded if has_system_role else merge_system_prompt(decoded)
 
+        options = body.sampling_options()
+        options["max_new_tokens"] = options["max_new_tokens"] or default_max_tokens
         await stream.start(messages, options)
 
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletionResponse,
+        responses={200: {"content": {"text/event-stream": {}}}}
+        | errors.responses(400, 401, 404, 408, 413, 429, 500, 503),
+    )
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation with images.
 
-async def _collect(stream: ResponseStream, builder: ResponseBuilder) -> None:
-    while (chunk := await stream.next()) is not None:
-        builder.add(chunk)
+        With `stream`, the response consists of server-sent events: `data: {...}` with a
+        `chat.completion.chunk` each, and `data: [DONE]` at the end.
+        """
+        if body.model != model_name:
+            raise errors.model_not_found(body.model, model_name)
+        check_limits(limits, engine.context_length, **body.counts())
+        with ExitStack() as stack:
+            stream = stack.enter_context(admission.admit(body.num_answers))
+            completion = ChatCompletion(body, stream)
+            try:
+                await run_unless(_disconnected(request), start(stream, body))
+                if body.stream:
+                    events = completion.events()
+                    return EventStreamResponse(events, stream.deadline, stack.pop_all())
+                reply = await run_unless(_disconnected(request), completion.complete())
+            except ClientStopped:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return JSONResponse(reply)
 
 
-async def _events(stream: ResponseStream, builder: ResponseBuilder) -> AsyncGenerator[bytes, None]:
-    try:
-        for part in builder.first_chunks():
-            yield sse_event(part)
-        while (chunk := await stream.next()) is not None:
-            builder.add(chunk)
-            for part in builder.chunks(chunk):
-                yield sse_event(part)
-        for part in builder.usage_chunks():
-            yield sse_event(part)
-        yield SSE_DONE
-    except Exception as error:  # the status has been sent, so an event reports the error
-        stream.close("timeout")  # no effect if the stream has failed by itself
-        yield sse_event(errors.as_api_error(error).body())
+class ChatCompletion:
+    """The response to a request: `complete`, or `events` for a request with `stream`."""
+
+    def __init__(self, request: ChatCompletionRequest, stream: ResponseStream) -> None:
+        self._stream = stream
+        self._has_logprobs = bool(request.logprobs)
+        options = request.stream_options
+        self._include_usage = options is not None and options.include_usage
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": request.model,
+        }
+        self._num_tokens = [0] * request.num_answers
+
+    async def complete(self) -> dict[str, Any]:
+        """The response after the last chunk. Raises as `ResponseStream.next`."""
+        answers: list[list[CompletionChunk]] = [[] for _ in self._num_tokens]
+        while (chunk := await self._stream.next()) is not None:
+            answers[chunk.index].append(chunk)
+            self._num_tokens[chunk.index] = chunk.num_tokens
+        choices = []
+        for index, chunks in enumerate(answers):
+            text = "".join(chunk.text for chunk in chunks)
+            scores = [score for chunk in chunks for score in chunk.logprobs]
+            choices.append(
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": text, "refusal": None},
+                    "logprobs": _logprobs(scores) if self._has_logprobs else None,
+                    "finish_reason": chunks[-1].finish_reason,
+                }
+            )
+        return {"object": "chat.completion", **self._head, "choices": choices} | self._usage()
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events. The status has been sent, so the last event reports an error."""
+        try:
+            for index in range(len(self._num_tokens)):
+                yield self._event(index, {"role": "assistant", "content": "", "refusal": None})
+            while (chunk := await self._stream.next()) is not None:
+                self._num_tokens[chunk.index] = chunk.num_tokens
+                if chunk.text or chunk.logprobs:
+                    yield self._event(chunk.index, {"content": chunk.text}, chunk.logprobs)
+                if chunk.finish_reason:
+                    yield self._event(chunk.index, {}, finish_reason=chunk.finish_reason)
+            if self._include_usage:
+                yield _encode(self._chunk([]) | self._usage())
+            yield b"data: [DONE]\n\n"
+        except Exception as error:
+            self._stream.close("timeout")  # no effect if the stream has failed by itself
+            yield _encode(errors.as_api_error(error).body())
+
+    def _event(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        scores: Sequence[TokenLogprob] = (),
+        finish_reason: str | None = None,
+    ) -> bytes:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": _logprobs(scores) if scores else None,
+            "finish_reason": finish_reason,
+        }
+        usage = {"usage": None} if self._include_usage else {}
+        return _encode(self._chunk([choice]) | usage)
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"object": "chat.completion.chunk", **self._head, "choices": choices}
+
+    def _usage(self) -> dict[str, Any]:
+        prompt, completion = self._stream.prompt_tokens, sum(self._num_tokens)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+        return {"usage": usage | {"total_tokens": prompt + completion}}
+
+
+def _encode(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+def _logprobs(scores: Sequence[TokenLogprob]) -> dict[str, Any]:
+    content = [
+        _token(score) | {"top_logprobs": [_token(other) for other in score.top]} for score in scores
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(score: TokenLogprob) -> dict[str, Any]:
+    # Special tokens, such as the end token, have no bytes.
+    return {"token": score.text, "logprob": score.logprob, "bytes": score.bytes or None}
 
 
 class EventStreamResponse(StreamingResponse):
@@ -167,49 +220,30 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def model_not_found(requested: str, served: str) -> errors.ApiError:
-    """404 for a request with another model's name."""
-    return errors.ApiError(
-        404,
-        f"The model '{requested}' does not exist; this server has '{served}'.",
-        code="model_not_found",
-        param="model",
-    )
+def supports_system_prompt(processor: Owl2Processor) -> bool:
+    """Whether the chat template accepts the role `system`."""
+    try:
+        processor.apply_chat_template(PROBE, add_generation_prompt=True)
+    except InputError:
+        return False
+    return True
 
 
-def check_limits(body: ChatCompletionRequest, limits: ServerLimits, context: int) -> None:
-    """Reject a request whose counts exceed a limit.
+def merge_system_prompt(messages: Sequence[Message]) -> list[Message]:
+    """The messages with leading system prompts moved into the first user message.
 
-    Args:
-        context: Of the model, in tokens.
+    Many clients send system prompts, but the format of the released model only has users and
+    answers.
 
-    Raises:
-        ApiError: 400, with the code of the limit and the field.
+    Each prompt becomes a line before the first text of the message. It follows leading images,
+    because the model was trained with images before the text. Contents are lists of parts.
     """
-    tokens_field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    for what, count, limit, code, param in (
-        ("messages", len(body.messages), limits.max_messages, "too_many_messages", "messages"),
-        ("images", len(body.images), limits.max_images, "too_many_images", "messages"),
-        ("answers", body.num_answers, limits.max_n, "too_many_answers", "n"),
-        (
-            "tokens per answer",
-            body.max_answer_tokens or 0,
-            limits.max_completion_tokens,
-            "too_many_tokens",
-            tokens_field,
-        ),
-    ):
-        if count > limit:
-            raise errors.ApiError(
-                400,
-                f"The request has {count} {what}; the limit of this server is {limit}.",
-                code=code,
-                param=param,
-            )
-    characters = sum(
-        len(part.text)
-        for message in body.messages
-        for part in message.content
-        if isinstance(part, ChatCompletionContentPartTextParam)
-    )
-    check_text_length(characters, context)
+    count = next((i for i, one in enumerate(messages) if one["role"] != "system"), len(messages))
+    prompts = [part for message in messages[:count] for part in message["content"]]
+    rest = list(messages[count:])
+    if not prompts or any(part["type"] != "text" for part in prompts) or not rest:
+        return list(messages)  # nothing to merge, or the engine rejects it
+    parts: list[Mapping[str, Any]] = list(rest[0]["content"])
+    index = next((i for i, part in enumerate(parts) if part["type"] == "text"), len(parts))
+    parts.insert(index, {"type": "text", "text": "".join(f"{part['text']}\n" for part in prompts)})
+    return [{**rest[0], "content": parts}, *rest[1:]]

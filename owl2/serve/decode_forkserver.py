@@ -8,9 +8,9 @@ The fork server only imports modules, so that a fork is safe and takes milliseco
 decoded in its own process, which contains no data of other requests, has limits on memory and time,
 and can open neither files nor connections. An attack on Pillow ends with that process.
 
-The socket of an image carries the length of a JSON header, the header (`DecodeRequest`) and the
-file. The reply is a status (`DECODED`, `INVALID` or `TOO_LARGE`), a length, and RGB values or an
-error message in UTF-8. Nothing is pickled, because an attacker may control the decoder.
+The socket of an image carries a line of JSON (`DecodeRequest`) and the file. The reply is a line
+with a status, then RGB values or an error message in UTF-8. Nothing is pickled, because an attacker
+may control the decoder.
 """
 
 import gc
@@ -19,10 +19,9 @@ import mmap
 import os
 import signal
 import socket
-import struct
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -42,10 +41,10 @@ from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 
-DECODED, INVALID, TOO_LARGE = b"D", b"I", b"L"
-LENGTH = struct.Struct("!I")
+# Statuses; those of errors are codes of the API.
+DECODED, INVALID, TOO_LARGE = "decoded", "invalid_image", "image_too_large"
 FORK = b"f"  # sent with the socket of an image
-READY = b"."
+READY = b"."  # the first byte from a decoder
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class DecodeRequest:
     """How to decode a file.
 
     Attributes:
-        length: Bytes of the file.
         size: Edge of the square that the model sees, in pixels; the reply has this size.
         policy, mean: As in `Owl2ImageProcessor`.
         max_pixels: Of the image.
@@ -61,40 +59,12 @@ class DecodeRequest:
         timeout: Seconds until the process is ended.
     """
 
-    length: int
     size: int
     policy: ImagePolicy
     mean: tuple[float, ...]
     max_pixels: int
     memory: int
     timeout: float
-
-    def pack(self) -> bytes:
-        """The header with its length."""
-        header = json.dumps(asdict(self)).encode()
-        return LENGTH.pack(len(header)) + header
-
-
-def receive_exactly(connection: socket.socket, length: int) -> bytes:
-    """Receive `length` bytes.
-
-    Raises:
-        EOFError: The connection was closed before.
-    """
-    chunks = []
-    while length:
-        chunk = connection.recv(min(length, 2**20))
-        if not chunk:
-            raise EOFError
-        chunks.append(chunk)
-        length -= len(chunk)
-    return b"".join(chunks)
-
-
-def receive_sized(connection: socket.socket) -> bytes:
-    """Receive a length and as many bytes. Raises EOFError."""
-    [length] = LENGTH.unpack(receive_exactly(connection, LENGTH.size))
-    return receive_exactly(connection, length)
 
 
 def main(control: socket.socket) -> None:
@@ -104,7 +74,6 @@ def main(control: socket.socket) -> None:
     gc.collect()
     gc.freeze()
     with suppress(ConnectionError):  # the server has ended already
-        control.sendall(READY)
         while True:
             message, sockets, _, _ = socket.recv_fds(control, len(FORK), 1)
             if not message:
@@ -118,19 +87,26 @@ def main(control: socket.socket) -> None:
 def _run_decoder(connection: socket.socket) -> NoReturn:
     exit_code = 1
     try:
-        request = DecodeRequest(**json.loads(receive_sized(connection)))
-        _restrict_process(request)
-        status, reply = _decode(request, receive_exactly(connection, request.length))
-        connection.sendall(status + LENGTH.pack(len(reply)) + reply)
+        connection.sendall(READY)
+        stream = connection.makefile("rwb")
+        request = DecodeRequest(**json.loads(stream.readline()))
+        restrict_process(request)
+        status, reply = _decode(request, stream.read())
+        stream.write(f"{status}\n".encode() + reply)
+        stream.flush()
         exit_code = 0
     finally:
         os._exit(exit_code)  # without the clean-up of the fork server's interpreter
 
 
-def _restrict_process(request: DecodeRequest) -> None:
+def restrict_process(request: DecodeRequest) -> None:
+    """Limit the time and memory of this process; it cannot open files or connections afterwards."""
     signal.setitimer(signal.ITIMER_REAL, request.timeout)  # its signal ends the process
-    with suppress(OSError):  # only on Linux: the first process to be killed if memory runs out
+    address_space = 0
+    with suppress(OSError):  # /proc exists only on Linux
+        # The first process to be killed if memory runs out.
         Path("/proc/self/oom_score_adj").write_text("1000")
+        address_space = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     # Decoders print warnings; clients must not be able to fill the log.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -139,7 +115,7 @@ def _restrict_process(request: DecodeRequest) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: 0,
-        resource.RLIMIT_AS: _address_space() + request.memory,
+        resource.RLIMIT_AS: address_space + request.memory,
     }
     if sys.platform != "linux":
         del limits[resource.RLIMIT_AS]  # macOS does not support it
@@ -147,21 +123,12 @@ def _restrict_process(request: DecodeRequest) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def _address_space() -> int:
-    """Bytes of this process's address space; 0 where /proc does not exist."""
-    with suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-    return 0
-
-
-def _decode(request: DecodeRequest, data: bytes) -> tuple[bytes, bytes]:
+def _decode(request: DecodeRequest, data: bytes) -> tuple[str, bytes]:
+    """The status and the RGB values or message of the reply."""
     try:
+        std = (1.0, 1.0, 1.0)  # has no effect on squares
         processor = Owl2ImageProcessor(
-            request.size,
-            request.policy,
-            request.mean,
-            (1.0, 1.0, 1.0),
-            max_pixels=request.max_pixels,
+            request.size, request.policy, request.mean, std, request.max_pixels
         )
         image = processor.to_square(load_image(data, request.max_pixels))
         return DECODED, image.tobytes()

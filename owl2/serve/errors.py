@@ -94,23 +94,33 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def too_busy(reason: str, retry_after: int = 1) -> ApiError:
-    """429. `retry_after`: seconds."""
+def too_busy(reason: str) -> ApiError:
+    """429."""
     return ApiError(
         429,
         f"The server is busy: {reason}. Retry later.",
         code="rate_limit_exceeded",
-        headers={"Retry-After": str(retry_after)},
+        headers={"Retry-After": "1"},
     )
 
 
-def timed_out(seconds: float) -> ApiError:
-    """503: a request did not finish in its time."""
+def body_too_large(limit: int) -> ApiError:
+    """413. `limit`: bytes."""
     return ApiError(
-        503,
-        f"The request was aborted because it did not finish within {seconds:g} seconds. Request "
-        "fewer tokens, or retry when the server is less busy.",
-        code="timeout",
+        413,
+        f"The request body is larger than the limit of {limit:,} bytes. Send fewer or smaller "
+        "images.",
+        code="body_too_large",
+    )
+
+
+def model_not_found(requested: str, served: str) -> ApiError:
+    """404 for a request with another model's name."""
+    return ApiError(
+        404,
+        f"The model '{requested}' does not exist; this server has '{served}'.",
+        code="model_not_found",
+        param="model",
     )
 
 
@@ -154,10 +164,12 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route: these statuses, each with an `ErrorResponse`."""
+    """`responses` of a route: these statuses and all others, each with an `ErrorResponse`."""
+    # Without "default", FastAPI documents a status of 422.
+    descriptions = {status: HTTPStatus(status).phrase for status in statuses}
     return {
-        status: {"model": ErrorResponse, "description": HTTPStatus(status).phrase}
-        for status in statuses
+        status: {"model": ErrorResponse, "description": description}
+        for status, description in (descriptions | {"default": "Any other error"}).items()
     }
 
 

@@ -6,6 +6,7 @@ memory, only its own request fails, with status 400. `decode_forkserver` starts 
 
 import asyncio
 import atexit
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
 from functools import cache
 
 from PIL import Image
@@ -25,18 +28,14 @@ from owl2.serve.errors import ApiError
 
 START_SECONDS = 120  # imports are slow on a busy machine
 GRACE_SECONDS = 5.0  # until a decoder that has not ended itself counts as stuck
-MAX_MESSAGE_BYTES = 10_000
-CODES = {decode_forkserver.INVALID: "invalid_image", decode_forkserver.TOO_LARGE: "image_too_large"}
 
 # The environment of decoders: what Python needs to start, and no secrets.
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "PYTHONHOME")
-_SET = {
-    "OMP_NUM_THREADS": "1",  # a process must have no threads when it is forked
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-}
+_SET = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"} | dict.fromkeys(
+    # A process must have no threads when it is forked.
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+    "1",
+)
 
 
 class SandboxedImageDecoder:
@@ -64,10 +63,16 @@ class SandboxedImageDecoder:
                 f"{processor.size}×{processor.size} pixels: raise max_pixels.",
                 ErrorCode.INVALID_VALUE,
             )
-        self._limits = limits
-        self._processor = processor
-        self._max_pixels = min(limits.max_image_pixels, processor.max_pixels)
+        self._max_bytes = limits.max_image_bytes
         self._pool = ThreadPoolExecutor(limits.image_decoders, "owl2-image")
+        self._request = decode_forkserver.DecodeRequest(
+            size=processor.size,
+            policy=processor.policy,
+            mean=processor.image_mean,
+            max_pixels=min(limits.max_image_pixels, processor.max_pixels),
+            memory=limits.image_decode_memory,
+            timeout=limits.image_decode_timeout,
+        )
 
     def start(self) -> None:
         """Start the fork server, so that the first image does not wait for it."""
@@ -83,11 +88,11 @@ class SandboxedImageDecoder:
         Raises:
             ApiError: 400.
         """
-        limit = self._limits.max_image_bytes
-        if len(data) > limit:
+        if len(data) > self._max_bytes:
             raise ApiError(
                 400,
-                f"The image has {len(data):,} bytes; the limit of this server is {limit:,}.",
+                f"The image has {len(data):,} bytes; the limit of this server is "
+                f"{self._max_bytes:,}.",
                 code="image_too_large",
             )
         loop = asyncio.get_running_loop()
@@ -100,140 +105,104 @@ class SandboxedImageDecoder:
             ApiError: 400: not an image, corrupt, too large, or its decoder exceeded the limits on
                 memory or time or crashed.
         """
-        timeout = self._limits.image_decode_timeout
-        size = self._processor.size
-        request = decode_forkserver.DecodeRequest(
-            length=len(data),
-            size=size,
-            policy=self._processor.policy,
-            mean=self._processor.image_mean,
-            max_pixels=self._max_pixels,
-            memory=self._limits.image_decode_memory,
-            timeout=timeout,
-        )
+        size, timeout = self._request.size, self._request.timeout
+        num_values = 3 * size**2
         with fork_server().fork() as connection:
             start = time.monotonic()
             connection.settimeout(timeout + GRACE_SECONDS)
             try:
-                connection.sendall(request.pack() + data)
-                status = decode_forkserver.receive_exactly(connection, 1)
-                header = decode_forkserver.receive_exactly(connection, 4)
-                [length] = decode_forkserver.LENGTH.unpack(header)
-                is_image = status == decode_forkserver.DECODED
-                if length != 3 * size**2 if is_image else length >= MAX_MESSAGE_BYTES:
-                    raise EOFError(f"a reply of {length} bytes")
-                reply = decode_forkserver.receive_exactly(connection, length)
-            except (EOFError, OSError) as error:
-                if time.monotonic() - start >= timeout:
-                    raise ApiError(
-                        400,
-                        f"The image takes longer than {timeout:g} seconds to decode. Reduce its "
-                        "size.",
-                        code="image_too_large",
-                    ) from error
-                raise ApiError(
-                    400,
-                    "The image cannot be decoded: its decoder crashed. The file may be corrupt or "
-                    "malicious; save it again as PNG.",
-                    code="invalid_image",
-                ) from error
-        if not is_image:
-            code = CODES.get(status, "invalid_image")
-            raise ApiError(400, reply.decode("utf-8", "replace"), code=code)
-        return Image.frombytes("RGB", (size, size), reply)
+                connection.sendall(json.dumps(asdict(self._request)).encode() + b"\n" + data)
+                connection.shutdown(socket.SHUT_WR)
+                with connection.makefile("rb") as stream:
+                    status = stream.readline(100).decode("ascii", "replace").rstrip("\n")
+                    reply = stream.read(num_values + 1)
+            except OSError:
+                status, reply = "", b""
+        if status == decode_forkserver.DECODED and len(reply) == num_values:
+            return Image.frombytes("RGB", (size, size), reply)
+        if status in (decode_forkserver.INVALID, decode_forkserver.TOO_LARGE):
+            raise ApiError(400, reply.decode("utf-8", "replace"), code=status)
+        if time.monotonic() - start >= timeout:
+            raise ApiError(
+                400,
+                f"The image takes longer than {timeout:g} seconds to decode. Reduce its size.",
+                code=decode_forkserver.TOO_LARGE,
+            )
+        raise ApiError(
+            400,
+            "The image cannot be decoded: its decoder crashed. The file may be corrupt or "
+            "malicious; save it again as PNG.",
+            code=decode_forkserver.INVALID,
+        )
 
 
 class ForkServer:
     """The process that decoders are forked from; it is restarted if it has ended.
 
     Attributes:
-        pid: Of the process; None before the first start.
+        process: None before the first start.
     """
 
     def __init__(self) -> None:
-        self.pid: int | None = None
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.RLock()
         self._control: socket.socket | None = None
-        self._is_ready = False
 
-    def start(self) -> None:
-        """Start the process unless it runs; does not wait for it."""
+    def start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Start the process unless it runs; does not wait for it.
+
+        Returns:
+            The process and the connection to it.
+        """
         with self._lock:
-            self._start()
+            if self.process and self._control and self.process.poll() is None:
+                return self.process, self._control
+            if self._control is not None:
+                self._control.close()
+            self._control, theirs = socket.socketpair()
+            path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
+            kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", decode_forkserver.__file__, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env=kept | _SET | {"PYTHONPATH": path},
+                    start_new_session=True,  # Ctrl-C in a terminal must only reach the server
+                )
+            return self.process, self._control
 
     def fork(self) -> socket.socket:
-        """A socket that is connected to a new decoder."""
-        ours, theirs = socket.socketpair()
-        with theirs, self._lock:
-            for is_last_attempt in (False, True):
-                control = self._start()
-                try:
-                    if not self._is_ready and not control.recv(1):
-                        raise ConnectionError("the fork server of image decoders did not start")
-                    self._is_ready = True
+        """A socket that is connected to a new decoder. Raises `OSError`."""
+        is_last_attempt = False
+        while True:
+            ours, theirs = socket.socketpair()
+            ours.settimeout(START_SECONDS)
+            with theirs, self._lock:
+                process, control = self.start()
+                with suppress(OSError):  # it has ended, which `recv` reports
                     socket.send_fds(control, [decode_forkserver.FORK], [theirs.fileno()])
-                    break
-                except OSError:
-                    self._stop()
-                    if is_last_attempt:
-                        ours.close()
-                        raise
-        return ours
+            if ours.recv(1):
+                return ours
+            ours.close()
+            if is_last_attempt:
+                raise ConnectionError("the fork server of image decoders does not start")
+            with suppress(subprocess.TimeoutExpired):  # only the decoder has ended
+                process.wait(1)
+            is_last_attempt = True
 
-    def close(self) -> int | None:
-        """End the process by closing its connection; its exit code, None if it does not run."""
+    def close(self) -> None:
+        """End the process by closing its connection."""
         with self._lock:
-            if self._control is None or self._process is None:
-                return None
-            self._control.close()
-            self._control = None
-            return self._process.wait(START_SECONDS)
-
-    def kill(self) -> None:
-        """Kill the process."""
-        with self._lock:
-            self._stop()
-
-    def _start(self) -> socket.socket:
-        if self._control is not None:
-            return self._control
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-P", decode_forkserver.__file__, str(theirs.fileno())]
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=decoder_environment(),
-                start_new_session=True,  # Ctrl-C in a terminal must only reach the server
-            )
-        self.pid = self._process.pid
-        ours.settimeout(START_SECONDS)
-        self._control, self._is_ready = ours, False
-        return ours
-
-    def _stop(self) -> None:
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+            if self._control is not None and self.process is not None:
+                self._control.close()
+                self.process.wait(GRACE_SECONDS)
 
 
 @cache
 def fork_server() -> ForkServer:
     """The fork server of this process. It has no settings; each request brings its own."""
     server = ForkServer()
-    atexit.register(server.kill)
+    atexit.register(server.close)
     return server
-
-
-def decoder_environment() -> dict[str, str]:
-    """The environment variables of decoders."""
-    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
-    return kept | _SET | {"PYTHONPATH": path}

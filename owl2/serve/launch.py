@@ -4,20 +4,33 @@
 
     options ──► bind the port ──► read the keys ──► load the model, warm it up ──► serve
 
-Errors in the options are reported before the weights are loaded, which can take minutes.
+Errors in the options, such as a port in use, are reported before the weights are loaded, which can
+take minutes. Clients can connect after the model is loaded.
 """
 
+import json
 import logging
 import shlex
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
 
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
+from owl2.serve.admission import AdmissionController
 from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerConfig
-from owl2.serve.server import bind_socket, curl_example, serve, socket_url
 from owl2.serve.web.examples import read_examples
 
+# Longer than the timeouts of clients and proxies, which should close idle connections first.
+KEEP_ALIVE_SECONDS = 75
+# For connections that are still open after all requests have finished or were aborted.
+FLUSH_SECONDS = 3
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 logger = logging.getLogger(__name__)
@@ -33,7 +46,7 @@ def serve_model(config: ServerConfig) -> int:
         InputError: An option, the model or the port is invalid.
     """
     name = config.model_name
-    api_keys = _read_keys(config)
+    api_keys = ApiKeys.read(config.api_key_env, config.api_key_file)
     examples = None if config.examples is None else read_examples(config.examples)
     with bind_socket(config.host, config.port) as bound:
         url = socket_url(bound)
@@ -44,11 +57,11 @@ def serve_model(config: ServerConfig) -> int:
         )
         # The first token reports errors and pays one-time costs before the first request.
         engine.chat([{"role": "user", "content": "Hello?"}], max_new_tokens=1)
-        app = build_app(engine, name, config.limits, api_keys, example)
+        app = build_app(engine, name, config, api_keys, example)
         if config.web:
             from owl2.serve.web.mount import mount
 
-            mount(app, engine, config.limits, keys=api_keys, name=name, examples=examples)
+            mount(app, engine, config, keys=api_keys, name=name, examples=examples)
 
         def print_urls() -> None:
             dtype = str(engine.model.dtype).removeprefix("torch.")
@@ -65,18 +78,20 @@ def serve_model(config: ServerConfig) -> int:
                 "the server accepts requests from every client that reaches this machine; require "
                 "API keys with --api-key-file or --api-key-env"
             )
-        admission = app.state.admission
-        return serve(app, admission, bound, config.shutdown_timeout, on_start=print_urls)
+        return Server(app, config.shutdown_timeout, print_urls).serve_until_signal(bound)
 
 
-def _read_keys(config: ServerConfig) -> ApiKeys | None:
-    if config.api_key_env is not None and config.api_key_file is not None:
-        raise InputError("--api-key-env and --api-key-file exclude each other.", ErrorCode.CONFLICT)
-    if config.api_key_env is not None:
-        return ApiKeys.from_env(config.api_key_env)
-    if config.api_key_file is not None:
-        return ApiKeys.from_file(config.api_key_file)
-    return None
+def curl_example(url: str, model: str, key: str | None = None) -> str:
+    """A shell command that sends a request.
+
+    Args:
+        key: A shell expression for the API key, such as `$NAME`.
+    """
+    body = {"model": model, "messages": [{"role": "user", "content": "What can you see?"}]}
+    parts = [f"curl {url}/v1/chat/completions", "-H 'Content-Type: application/json'"]
+    if key is not None:
+        parts.append(f'-H "Authorization: Bearer {key}"')
+    return " ".join([*parts, "-d", shlex.quote(json.dumps(body))])
 
 
 def _key_in_shell(config: ServerConfig) -> str | None:
@@ -84,5 +99,131 @@ def _key_in_shell(config: ServerConfig) -> str | None:
     if config.api_key_env is not None:
         return f"${{{config.api_key_env}%%,*}}"
     if config.api_key_file is not None:
-        return f"$(grep -m 1 '^[^#]' {shlex.quote(str(config.api_key_file))})"
+        return f"$(grep -m 1 '^[^#]' {shlex.quote(config.api_key_file)})"
     return None
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet; port 0 selects a free port.
+
+    Raises:
+        InputError: The address does not exist, or the port is in use or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise InputError(
+            f"The address '{host}' does not exist on this machine: {error}.", ErrorCode.NETWORK
+        ) from error
+    try:
+        # A port stays reserved for a while after its server has ended.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise InputError(
+            f"Port {port} of {host} cannot be used: {error.strerror}. Select another with --port.",
+            ErrorCode.NETWORK,
+        ) from error
+    return bound
+
+
+def socket_url(bound: socket.socket) -> str:
+    """The URL for clients on this machine."""
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if bound.family == socket.AF_INET else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Finishes its requests after SIGTERM or Ctrl-C, and rejects new ones with 503.
+
+    It keeps listening meanwhile, so that load balancers receive the 503. A second signal or
+    `shutdown_timeout` aborts the remaining requests.
+
+    Args:
+        app: As from `build_app`.
+        shutdown_timeout: Seconds for unfinished requests.
+        on_start: Called when clients can connect.
+
+    Attributes:
+        aborted: Number of requests that were aborted.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        shutdown_timeout: float = 30.0,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
+        )
+        super().__init__(config)
+        self.aborted = 0
+        self._admission: AdmissionController = app.state.admission
+        self._shutdown_timeout = shutdown_timeout
+        self._on_start = on_start
+        self._signals = 0
+        self._deadline = float("inf")
+
+    def serve_until_signal(self, bound: socket.socket) -> int:
+        """Serve.
+
+        Returns:
+            The exit code: 0 if every request was finished, otherwise 1.
+        """
+        self.run([bound])
+        if self.aborted:
+            logger.warning("%d request(s) were aborted", self.aborted)
+        return 1 if self.aborted else 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen.
+
+        Raises:
+            InputError: Another server that was loading at the same time uses the port.
+        """
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise InputError(f"The port cannot be used: {error}.", ErrorCode.NETWORK) from error
+        self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's method would stop listening, and raise the signal again at the end.
+        self._signals += 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times per second; whether the server must stop."""
+        must_stop = await super().on_tick(counter)
+        admission = self._admission
+        if self._signals and not admission.shutting_down:
+            admission.shutting_down = True
+            self._deadline = time.monotonic() + self._shutdown_timeout
+            if admission.in_flight:
+                logger.info(
+                    "finishing %d request(s) within %g s; a second signal aborts them",
+                    admission.in_flight,
+                    self._shutdown_timeout,
+                )
+        is_late = time.monotonic() > self._deadline or self._signals > 1
+        if is_late and admission.in_flight and not self.aborted:
+            self.aborted = admission.in_flight
+            admission.abort_all()
+            self._deadline = time.monotonic() + FLUSH_SECONDS  # to send the errors
+            self._signals = 1
+        elif is_late and self.aborted:
+            return True
+        return must_stop or (admission.shutting_down and not admission.in_flight)

@@ -14,11 +14,12 @@ import time
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
-from owl2.serve.errors import ApiError, as_api_error, too_busy
+from owl2.serve.errors import ApiError, as_api_error, body_too_large, too_busy
 from owl2.serve.metrics import Metrics
 
 WEB_PATH = "/web"
@@ -53,31 +54,22 @@ class AuthAndBodyLimitMiddleware:
         if scope["type"] != "http" or self._is_public(scope):
             await self._app(scope, receive, send)
             return
-        chunks: list[bytes] = []
-        size = 0
+        body = bytearray()
         try:
-            try:
-                self._check_headers(Headers(scope=scope))
-                async with asyncio.timeout(self._limits.body_timeout):
-                    more = True
-                    while more:
-                        message = await receive()
-                        if message["type"] == "http.disconnect":
-                            return
-                        chunks.append(message.get("body", b""))
-                        size += len(chunks[-1])
-                        self._inflight_bytes += len(chunks[-1])
-                        self._check_size(size)
-                        more = message.get("more_body", False)
-            except (ApiError, TimeoutError) as error:
-                rejection = error if isinstance(error, ApiError) else self._too_slow()
-                await rejection.response()(scope, receive, send)
-                return
-            body = b"".join(chunks)
-            chunks.clear()
-            await self._app(scope, _replay(body, receive), send)
+            self._check_headers(Headers(scope=scope))
+            await self._receive_body(Request(scope, receive), body)
+            messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+            async def receive_again() -> Message:
+                return next(messages, None) or await receive()
+
+            await self._app(scope, receive_again, send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+        except ClientDisconnect:
+            return
         finally:
-            self._inflight_bytes -= size
+            self._inflight_bytes -= len(body)
 
     def _is_public(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -85,44 +77,28 @@ class AuthAndBodyLimitMiddleware:
 
     def _check_headers(self, headers: Headers) -> None:
         if self._api_keys is not None:
-            given = headers.get("authorization")
-            self._api_keys.check(None if given is None else given.encode("latin-1"))
+            self._api_keys.check(headers.get("authorization", ""))
         length = headers.get("content-length", "")
-        if length.isdecimal():
-            self._check_size(int(length[:20]), is_announced=True)
+        if length.isdecimal() and int(length[:20]) > self._limits.max_body_bytes:
+            raise body_too_large(self._limits.max_body_bytes)
 
-    def _check_size(self, size: int, is_announced: bool = False) -> None:
-        if size > self._limits.max_body_bytes:
+    async def _receive_body(self, request: Request, body: bytearray) -> None:
+        try:
+            async with asyncio.timeout(self._limits.body_timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._inflight_bytes += len(chunk)
+                    if len(body) > self._limits.max_body_bytes:
+                        raise body_too_large(self._limits.max_body_bytes)
+                    if self._inflight_bytes > self._limits.max_inflight_bytes:
+                        raise too_busy("the bodies of unfinished requests have reached their limit")
+        except TimeoutError as error:
             raise ApiError(
-                413,
-                f"The request body is larger than the limit of {self._limits.max_body_bytes:,} "
-                "bytes. Send fewer or smaller images.",
-                code="body_too_large",
-            )
-        if not is_announced and self._inflight_bytes > self._limits.max_inflight_bytes:
-            raise too_busy("the bodies of unfinished requests have reached their total limit")
-
-    def _too_slow(self) -> ApiError:
-        return ApiError(
-            408,
-            f"The request body did not arrive within {self._limits.body_timeout:g} seconds.",
-            code="body_too_slow",
-            headers={"Connection": "close"},
-        )
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns the body once, and then the messages of the original one."""
-    is_sent = False
-
-    async def receive_again() -> Message:
-        nonlocal is_sent
-        if is_sent:
-            return await receive()
-        is_sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive_again
+                408,
+                f"The request body did not arrive within {self._limits.body_timeout:g} seconds.",
+                code="body_too_slow",
+                headers={"Connection": "close"},
+            ) from error
 
 
 class RequestLogMiddleware:

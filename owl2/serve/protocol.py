@@ -9,12 +9,13 @@ answer but is not supported is rejected.
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
-    field_validator,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -25,7 +26,6 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_STOP_STRINGS = 16
 MAX_OPENAI_SEED = 2**63 - 1
-UNSUPPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "tools", "functions")
 
 NonEmptyStr = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
@@ -73,6 +73,13 @@ def _string_to_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _reject_effect(value: Any) -> Any:
+    is_zero = type(value) in (int, float) and value == 0
+    if value is None or value in ([], {}) or is_zero:
+        return value
+    raise ValueError("this field is not supported by the model; remove it")
+
+
 Parts = Annotated[
     list[
         Annotated[
@@ -83,6 +90,12 @@ Parts = Annotated[
     Field(min_length=1, max_length=MAX_PARTS),
 ]
 StopStrings = Annotated[list[NonEmptyStr], Field(max_length=MAX_STOP_STRINGS)]
+# Only values without an effect are accepted.
+Unsupported = Annotated[
+    Any,
+    AfterValidator(_reject_effect),
+    WithJsonSchema({"enum": [None, 0, [], {}], "description": "Not supported."}),
+]
 
 
 class ChatCompletionMessageParam(OpenAIBaseModel):
@@ -99,12 +112,6 @@ class StreamOptions(OpenAIBaseModel):
     """`include_usage`: the last chunk has the numbers of tokens."""
 
     include_usage: bool = False
-
-
-class ResponseFormat(OpenAIBaseModel):
-    """Only plain text is supported."""
-
-    type: Literal["text"]
 
 
 class ChatCompletionRequest(OpenAIBaseModel):
@@ -134,22 +141,13 @@ class ChatCompletionRequest(OpenAIBaseModel):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Has no effect.")
 
-    # Not supported: only values without an effect are accepted.
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=0)
-    functions: list[dict[str, Any]] | None = Field(None, max_length=0)
+    presence_penalty: Unsupported = None
+    frequency_penalty: Unsupported = None
+    logit_bias: Unsupported = None
+    tools: Unsupported = None
+    functions: Unsupported = None
     modalities: list[Literal["text"]] | None = None
-    response_format: ResponseFormat | None = None
-
-    @field_validator(*UNSUPPORTED, mode="before")
-    @classmethod
-    def _reject_unsupported(cls, value: Any) -> Any:
-        is_zero = isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
-        if value is None or value in ([], {}) or is_zero:
-            return value
-        raise ValueError("this field is not supported by the model; remove it")
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _check_dependent_fields(self) -> "ChatCompletionRequest":
@@ -177,6 +175,19 @@ class ChatCompletionRequest(OpenAIBaseModel):
             for row, message in enumerate(self.messages)
             for column, part in enumerate(message.content)
             if isinstance(part, ChatCompletionContentPartImageParam)
+        }
+
+    def counts(self) -> dict[str, Any]:
+        """Keyword arguments of `check_limits`."""
+        is_older = self.max_completion_tokens is None
+        parts = [part for message in self.messages for part in message.content]
+        return {
+            "messages": len(self.messages),
+            "images": len(self.images),
+            "characters": sum(len(getattr(part, "text", "")) for part in parts),
+            "answers": self.num_answers,
+            "tokens": self.max_answer_tokens or 0,
+            "tokens_field": "max_tokens" if is_older else "max_completion_tokens",
         }
 
     def sampling_options(self) -> dict[str, Any]:

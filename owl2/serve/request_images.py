@@ -19,7 +19,6 @@ import asyncio
 import base64
 import binascii
 import urllib.parse
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
@@ -29,14 +28,12 @@ from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError
 from owl2.serve.image_decoder import SandboxedImageDecoder
-from owl2.serve.image_fetch import Network, fetch_image, invalid_url
+from owl2.serve.image_fetch import PublicNetwork, fetch_image, invalid_url
 from owl2.serve.protocol import (
     ChatCompletionContentPartTextParam,
     ChatCompletionRequest,
     ImageURL,
 )
-
-FETCH_THREADS = 16  # a slow server must not delay other images
 
 
 class RequestImages:
@@ -47,21 +44,14 @@ class RequestImages:
     """
 
     def __init__(
-        self, limits: ServerLimits, processor: Owl2ImageProcessor, network: Network | None = None
+        self,
+        limits: ServerLimits,
+        processor: Owl2ImageProcessor,
+        network: PublicNetwork | None = None,
     ) -> None:
         self.decoder = SandboxedImageDecoder(limits, processor)
         self._limits = limits
-        self._network = network or Network()
-        self._fetch_pool = ThreadPoolExecutor(FETCH_THREADS, "owl2-fetch")
-
-    def start(self) -> None:
-        """Start the fork server, so that the first image does not wait for it."""
-        self.decoder.start()
-
-    def close(self) -> None:
-        """Accept no more images; does not wait for the current ones."""
-        self.decoder.close()
-        self._fetch_pool.shutdown(wait=False, cancel_futures=True)
+        self._network = network or PublicNetwork()
 
     async def messages(self, request: ChatCompletionRequest) -> list[Message]:
         """The messages as the engine takes them; images are `PIL.Image`s of the model's size.
@@ -92,7 +82,12 @@ class RequestImages:
             if scheme.startswith("data:"):
                 data = await asyncio.to_thread(_read_data_uri, image.url)
             elif scheme.startswith(("http://", "https://")):
-                data = await self._fetch(image.url)
+                if not self._limits.allow_remote_images:
+                    raise invalid_url(
+                        "this server does not fetch images; send the file as "
+                        "data:image/png;base64,..."
+                    )
+                data = await fetch_image(image.url, self._limits, self._network)
             else:
                 raise invalid_url(
                     "images must be data:image/...;base64,... (or https:// URLs, if this server "
@@ -102,20 +97,6 @@ class RequestImages:
         except ApiError as error:
             error.param = "messages.{}.content.{}.image_url.url".format(*indices)
             raise
-
-    async def _fetch(self, url: str) -> bytes:
-        if not self._limits.allow_remote_images:
-            raise invalid_url(
-                "this server does not fetch images; send the file as data:image/png;base64,..."
-            )
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._fetch_pool, fetch_image, url, self._limits, self._network)
-        seconds = self._limits.image_fetch_timeout
-        try:
-            # A DNS lookup has no timeout of its own, and the pool may have a queue.
-            return await asyncio.wait_for(work, seconds + 1)
-        except TimeoutError as error:
-            raise invalid_url(f"it was not fetched within {seconds:g} seconds") from error
 
 
 def _read_data_uri(uri: str) -> bytes:

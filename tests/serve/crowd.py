@@ -1,8 +1,6 @@
 """Many concurrent clients of several kinds; each checks its answers against the engine's."""
 
 import asyncio
-import base64
-import io
 import json
 import random
 from dataclasses import dataclass, field
@@ -10,6 +8,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from tests.engine.conftest import ask, random_image
+from tests.serve.images import data_uri, encode
 
 TOKENS = 10
 STOP = "e"
@@ -47,34 +46,30 @@ def questions(engine):
     for number in range(8):
         text = ("what is this?", "no", "is it red? " * 3, "a blue circle, 你好")[number % 4]
         images = [random_image(number), random_image(number + 20)][: number // 2 % 3]
-        asked = ask(text, *images)
-        parts = [{"type": "image_url", "image_url": {"url": data_uri(one)}} for one in images]
+        messages = ask(text, *images)
+        parts = [
+            {"type": "image_url", "image_url": {"url": data_uri(encode(one))}} for one in images
+        ]
         sampled = {"max_new_tokens": TOKENS, "temperature": 1.5}
         result.append(
             Question(
                 [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
-                engine.chat(asked, max_new_tokens=TOKENS),
-                engine.chat(asked, max_new_tokens=TOKENS, stop=STOP),
-                [engine.chat(asked, seed=SEED + number, **sampled) for number in range(2)],
+                engine.chat(messages, max_new_tokens=TOKENS),
+                engine.chat(messages, max_new_tokens=TOKENS, stop=STOP),
+                [engine.chat(messages, seed=SEED + number, **sampled) for number in range(2)],
             )
         )
     return result
 
 
-def data_uri(one):
-    file = io.BytesIO()
-    one.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def run_clients(url, asked, clients, requests, seed=0):
+def run_clients(url, questions, clients, requests, seed=0):
     """Run `clients` concurrent clients with `requests` requests each."""
     result = Result()
 
     async def one_client(client, number):
         rng = random.Random(f"{seed} {number}")
         for _ in range(requests):
-            question = rng.choice(asked)
+            question = rng.choice(questions)
             kind = rng.choice(KINDS)
             try:
                 await kind(client, question, rng, result)

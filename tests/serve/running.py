@@ -36,7 +36,7 @@ def wait_until(condition, seconds=10.0):
 
 @dataclass
 class FakeRequest:
-    """A submitted request, whose outputs come from the test: `say`, `end`, `fail`."""
+    """A submitted request, whose outputs come from the test: `emit`, `end`, `fail`."""
 
     messages: list
     options: dict
@@ -45,14 +45,14 @@ class FakeRequest:
     num_prompt_tokens: int = 7
     num_tokens: dict = field(default_factory=dict)
 
-    def say(self, text, index=0, finish_reason=None):
+    def emit(self, text, index=0, finish_reason=None):
         self.num_tokens[index] = self.num_tokens.get(index, 0) + 1
         chunk = CompletionChunk(index, text, (), self.num_tokens[index], finish_reason)
         self.on_output(chunk)
 
     def end(self, reason="stop"):
         for index in range(self.options.get("n", 1)):
-            self.say("", index, reason)
+            self.emit("", index, reason)
 
     def fail(self, error):
         self.on_output(error)
@@ -66,14 +66,14 @@ class FakeEngine:
 
     Attributes:
         error: Raised by `encode`, unless None.
-        asked: The submitted `FakeRequest`s.
+        requests: The submitted `FakeRequest`s.
     """
 
     def __init__(self, engine, error=None):
         self.processor, self.model = engine.processor, engine.model
         self.context_length = engine.context_length
         self.error = error
-        self.asked = []
+        self.requests = []
 
     def sampling_params(self, **options):
         return options
@@ -85,5 +85,5 @@ class FakeEngine:
 
     def submit(self, prompt, params, on_output):
         request = FakeRequest(prompt, params, on_output)
-        self.asked.append(request)
+        self.requests.append(request)
         return request

@@ -57,8 +57,8 @@ class Server:
 
     def submitted(self, count=1):
         """The last of the first `count` requests that the engine received."""
-        wait_until(lambda: len(self.engine.asked) >= count)
-        return self.engine.asked[count - 1]
+        wait_until(lambda: len(self.engine.requests) >= count)
+        return self.engine.requests[count - 1]
 
     def metric(self, name):
         text = httpx.get(f"{self.url}/metrics").text
@@ -103,7 +103,7 @@ def test_chunks_are_sent_as_they_are_generated(serve):
         request = server.submitted()
         assert data_of(next(lines))["choices"][0]["delta"]["role"] == "assistant"
         for text in ("a", " red", " circle"):
-            request.say(text)
+            request.emit(text)
             assert data_of(next(lines))["choices"][0]["delta"] == {"content": text}
         request.end()
         assert list(lines)[-1] == "data: [DONE]"
@@ -114,7 +114,7 @@ def test_disconnected_client_frees_its_slot(serve, body):
     server = serve(max_num_seqs=1)
     with pytest.raises(httpx.ReadTimeout):
         server.post(body, timeout=0.5)
-    wait_until(lambda: server.engine.asked[0].aborted)
+    wait_until(lambda: server.engine.requests[0].aborted)
     server.wait_until_idle()
     second = server.post_in_thread()
     server.submitted(2).end()
@@ -125,7 +125,7 @@ def test_disconnected_client_frees_its_slot(serve, body):
 def test_client_that_disconnects_during_stream_aborts_request(serve):
     server = serve()
     with server.stream() as lines:
-        server.submitted().say("a")
+        server.submitted().emit("a")
         assert "data" in next(lines)
     wait_until(lambda: server.submitted().aborted)
     server.wait_until_idle()
@@ -143,7 +143,7 @@ def test_waiting_client_that_disconnects_is_never_submitted(serve):
     third = server.post_in_thread()
     server.submitted(2).end()
     assert third().status_code == 200
-    assert len(server.engine.asked) == 2
+    assert len(server.engine.requests) == 2
 
 
 def test_requests_run_wait_and_are_rejected_in_this_order(serve):
@@ -192,7 +192,7 @@ def test_request_timeout_before_the_response(serve):
 def test_request_timeout_during_stream(serve):
     server = serve(request_timeout=0.5)
     with server.stream() as lines:
-        server.submitted().say("a")
+        server.submitted().emit("a")
         assert data_of(list(lines)[-1])["error"]["code"] == "timeout"
     assert server.submitted().aborted
 
@@ -203,7 +203,7 @@ def test_request_timeout_includes_waiting(serve):
     server.submitted()
     second = server.post_in_thread()
     assert {error_of(first()), error_of(second())} == {(503, "timeout")}
-    wait_until(lambda: all(request.aborted for request in server.engine.asked))
+    wait_until(lambda: all(request.aborted for request in server.engine.requests))
     server.wait_until_idle()
 
 
@@ -212,7 +212,7 @@ def test_slow_reader_does_not_occupy_a_slot(serve):
     with server.stream():  # without reading
         request = server.submitted()
         for _ in range(2000):
-            request.say("word " * 200)
+            request.emit("word " * 200)
         request.end()
         second = server.post_in_thread()
         server.submitted(2).end()
@@ -235,7 +235,7 @@ def test_rejected_image_frees_its_slot(serve):
         reply = server.post(image_body("data:image/png;base64,AAAA"))
         assert error_of(reply) == (400, "invalid_image")
     server.wait_until_idle()
-    assert server.engine.asked == []
+    assert server.engine.requests == []
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -250,7 +250,7 @@ def test_images_from_the_servers_network_are_never_fetched(serve, allowed):
         internal.settimeout(0.2)
         with pytest.raises(TimeoutError):
             internal.accept()
-    assert server.engine.asked == []
+    assert server.engine.requests == []
 
 
 def test_huge_text_is_rejected_without_tokenization(serve):
@@ -261,7 +261,7 @@ def test_huge_text_is_rejected_without_tokenization(serve):
 
     for characters in (10**7, 128 * 64 + 1):
         assert error_of(server.post(body(characters))) == (400, "context_length_exceeded")
-    assert server.engine.asked == []
+    assert server.engine.requests == []
     reply = server.post_in_thread(body(128 * 64))
     server.submitted().end()
     assert reply().status_code == 200
@@ -303,7 +303,7 @@ def test_internal_errors_have_status_500_and_keep_the_connection(serve, caplog):
 def test_error_during_stream_is_the_last_event(serve, error, reason):
     server = serve()
     with server.stream() as lines:
-        server.submitted().say("a")
+        server.submitted().emit("a")
         server.submitted().fail(error)
         message = data_of(list(lines)[-1])["error"]["message"]
     assert ("not finite" in message) == isinstance(error, InputError)
@@ -329,9 +329,9 @@ def test_metrics_count_requests_tokens_and_answers(serve):
     reply = server.post_in_thread(BODY | {"n": 2})
     request = server.submitted()
     for text in "abc":
-        request.say(text)
-    request.say("d", 1, "length")
-    request.say("", 0, "stop")
+        request.emit(text)
+    request.emit("d", 1, "length")
+    request.emit("", 0, "stop")
     assert reply().status_code == 200
     httpx.get(f"{server.url}/nowhere/at/all")
     for name, value in {

@@ -21,13 +21,12 @@ def keys():
     "header", [f"Bearer {FIRST}", f"Bearer {SECOND}", f"bearer {FIRST}", f" BEARER   {FIRST} "]
 )
 def test_each_key_is_accepted(keys, header):
-    keys.check(header.encode())
+    keys.check(header)
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        None,
         "",
         "Bearer",
         "Bearer ",
@@ -42,7 +41,7 @@ def test_each_key_is_accepted(keys, header):
 )
 def test_other_headers_are_rejected(keys, header):
     with pytest.raises(ApiError) as caught:
-        keys.check(None if header is None else header.encode("latin-1"))
+        keys.check(header)
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
     assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
     assert FIRST not in caught.value.message
@@ -56,7 +55,7 @@ def test_all_digests_are_compared_in_constant_time(keys, monkeypatch):
         return real(one, other)
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    keys.check(f"Bearer {FIRST}".encode())
+    keys.check(f"Bearer {FIRST}")
     assert len(compared) == 2  # although the first one matches
     assert {len(side) for pair in compared for side in pair} == {32}  # for keys of any length
 
@@ -69,11 +68,10 @@ def test_keys_from_environment_and_file(tmp_path, monkeypatch):
     monkeypatch.setenv("OWL2_TEST_KEYS", f" {FIRST}, {SECOND},")
     file = tmp_path / "keys"
     file.write_text(f"# comment\n\n{FIRST}\n  {SECOND}  \n")
-    for keys in (ApiKeys.from_env("OWL2_TEST_KEYS"), ApiKeys.from_file(file)):
-        keys.check(f"Bearer {FIRST}".encode())
-        keys.check(f"Bearer {SECOND}".encode())
-        with pytest.raises(ApiError):
-            keys.check(b"Bearer # comment")
+    for keys in (ApiKeys.read("OWL2_TEST_KEYS", None), ApiKeys.read(None, file)):
+        assert keys.is_valid(FIRST) and keys.is_valid(SECOND)
+        assert not keys.is_valid("# comment")
+    assert ApiKeys.read(None, None) is None
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,7 @@ def test_unsuitable_key_is_rejected_and_not_shown(tmp_path, key, code):
     file = tmp_path / "keys"
     file.write_text(f"{FIRST}\n{key}\n" if key else "# none\n")
     with raises_input_error(code, file) as caught:
-        ApiKeys.from_file(file)
+        ApiKeys.read(None, file)
     assert FIRST not in str(caught.value)
     assert not key or key not in str(caught.value)
 
@@ -98,8 +96,8 @@ def test_unsuitable_key_is_rejected_and_not_shown(tmp_path, key, code):
 def test_missing_and_unreadable_keys(tmp_path, monkeypatch):
     monkeypatch.delenv("OWL2_TEST_KEYS", raising=False)
     with raises_input_error(ErrorCode.MISSING_VALUE, "OWL2_TEST_KEYS"):
-        ApiKeys.from_env("OWL2_TEST_KEYS")
+        ApiKeys.read("OWL2_TEST_KEYS", None)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xff")
     for name in ("none", "bytes"):
         with raises_input_error(ErrorCode.UNREADABLE_FILE, tmp_path / name):
-            ApiKeys.from_file(tmp_path / name)
+            ApiKeys.read(None, tmp_path / name)

@@ -1,21 +1,19 @@
 """Responses to OpenAI's client, compared with the engine's answers."""
 
 import asyncio
-import base64
-import io
 
 import httpx
 import openai
 import pytest
 from PIL import Image
 
+from tests.serve.images import data_uri, encode
+
 QUESTION = "what is this?"
 
 
-def data_uri(color="red", kind="PNG"):
-    file = io.BytesIO()
-    Image.new("RGB", (12, 8), color).save(file, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+def color_uri(color="red", kind="PNG"):
+    return data_uri(encode(Image.new("RGB", (12, 8), color), kind))
 
 
 def user(*parts):
@@ -31,10 +29,10 @@ def user(*parts):
 
 CONVERSATIONS = {
     "text": [{"role": "user", "content": QUESTION}],
-    "image": user(data_uri(), QUESTION),
-    "images": user(data_uri(), "or", data_uri("blue", "JPEG"), QUESTION),
+    "image": user(color_uri(), QUESTION),
+    "images": user(color_uri(), "or", color_uri("blue", "JPEG"), QUESTION),
     "turns": [
-        *user(data_uri("green"), QUESTION),
+        *user(color_uri("green"), QUESTION),
         {"role": "assistant", "content": "a circle"},
         {"role": "user", "content": "yes or no"},
     ],
@@ -94,8 +92,8 @@ def test_stream_helper_of_openais_client(client, ask):
     options = {"max_tokens": 12, "temperature": 0, "logprobs": True}
     options["stop"] = ask().choices[0].message.content[6:9]
     complete = ask(**options)
-    asked = {"model": "tiny", "messages": CONVERSATIONS["text"]}
-    with client.chat.completions.stream(**asked, **options) as stream:
+    request = {"model": "tiny", "messages": CONVERSATIONS["text"]}
+    with client.chat.completions.stream(**request, **options) as stream:
         events = [event.type for event in stream]
         accumulated = stream.get_final_completion()
     assert "content.delta" in events

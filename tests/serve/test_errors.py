@@ -24,7 +24,6 @@ def client():
         "long": InputError("The prompt is too long.", ErrorCode.TOO_LONG),
         "bug": RuntimeError(SECRET),
         "busy": errors.too_busy("7 requests are waiting"),
-        "slow": errors.timed_out(2.5),
         "shutdown": errors.shutting_down(),
         "surrogate": errors.ApiError(400, "\ud83d", param="a.\ud83d"),
     }
@@ -47,7 +46,6 @@ def client():
         ("input", 400, "invalid_request_error", None),
         ("long", 400, "invalid_request_error", "context_length_exceeded"),
         ("busy", 429, "rate_limit_error", "rate_limit_exceeded"),
-        ("slow", 503, "server_error", "timeout"),
         ("shutdown", 503, "server_error", "shutting_down"),
         ("bug", 500, "server_error", None),
     ],

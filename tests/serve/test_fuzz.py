@@ -1,15 +1,12 @@
 """Fuzzing: no request causes a 5xx, hangs, or changes the answers to later requests."""
 
-import base64
 import copy
-import io
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
-import numpy as np
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -20,6 +17,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
 from owl2.serve.config import MIB, ServerLimits
+from tests.serve.images import data_uri, encode, noise
 from tests.serve.running import run_app
 
 SECONDS = 20  # timeout of every response
@@ -51,24 +49,13 @@ def bounded(examples):
     )
 
 
-def encode(kind="PNG", size=(20, 13)):
-    file = io.BytesIO()
-    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(values).save(file, kind)
-    return file.getvalue()
-
-
 def image_request(url):
     question = {"type": "text", "text": "what is this?"}
     image = {"type": "image_url", "image_url": {"url": url}}
     return VALID | {"messages": [{"role": "user", "content": [image, question]}]}
 
 
-def data_uri(data):
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-FULL = image_request(data_uri(encode())) | {
+FULL = image_request(data_uri(encode(noise()))) | {
     "stream": False,
     "n": 2,
     "seed": 5,
@@ -293,7 +280,7 @@ def test_large_and_nested_bodies(http, body):
 @given(random=st.randoms(use_true_random=False))
 def test_corrupt_images(http, kind, random):
     Image.init()
-    data = bytearray(encode(kind))
+    data = bytearray(encode(noise(), kind))
     for _ in range(random.randrange(1, 30)):
         data[random.randrange(len(data))] = random.randrange(256)
     send(http, image_request(data_uri(bytes(data[: random.randrange(len(data)) or None]))))
@@ -309,7 +296,7 @@ def test_image_urls(http, url):
 @pytest.mark.parametrize(
     "change",
     [
-        image_request(data_uri(encode()[:100])),
+        image_request(data_uri(encode(noise())[:100])),
         image_request("file:///etc/passwd"),
         {"messages": [{"role": "user", "content": " "}]},
         {"messages": [{"role": "assistant", "content": "a"}]},
@@ -328,9 +315,9 @@ def test_rejected_streams_have_a_status(http, change):
 def test_valid_requests_among_invalid_ones(url, valid_answers):
     expected = valid_answers()
     invalid = [
-        json.dumps(image_request(data_uri(encode()[:50]))).encode(),
+        json.dumps(image_request(data_uri(encode(noise())[:50]))).encode(),
         json.dumps(image_request(data_uri(b"x" * 1000))).encode(),
-        json.dumps(image_request(data_uri(encode("JPEG", (2000, 2000))))).encode(),
+        json.dumps(image_request(data_uri(encode(noise(size=(2000, 2000)), "JPEG")))).encode(),
         json.dumps(FULL).encode()[:-1],
         b"[" * 100_000,
         b"x" * (2 * MIB + 1),

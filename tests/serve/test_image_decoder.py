@@ -1,7 +1,5 @@
 """Sandboxed decoding: equal pixels, rejected files, and limits of the decoder processes."""
 
-import io
-import json
 import os
 import signal
 import socket
@@ -9,6 +7,7 @@ import struct
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,49 +16,37 @@ from PIL import Image
 from owl2.errors import ErrorCode
 from owl2.processing.image_io import FORMATS, SQUARE_FACTOR
 from owl2.processing.image_processing import Owl2ImageProcessor
-from owl2.serve import decode_forkserver, image_decoder
+from owl2.serve import image_decoder
 from owl2.serve.config import MIB, ServerLimits
+from owl2.serve.decode_forkserver import DecodeRequest, restrict_process
 from owl2.serve.errors import ApiError
 from owl2.serve.image_decoder import ForkServer, SandboxedImageDecoder
 from tests.errors import raises_input_error
+from tests.serve.images import encode, noise
 from tests.serve.running import wait_until
 
 SIZE = 24
 Image.init()  # registers all formats, which FILES lists
 
 
-def noise(mode, size, seed=0):
-    width, height = size
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    if mode == "I;16":
-        return Image.fromarray((values[..., 0].astype(np.uint16) << 8) + values[..., 1])
-    return Image.fromarray(values, "RGBA").convert(mode)
-
-
-def encode(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def rotated_jpeg():
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encode(noise("RGB", (40, 30)), "JPEG", exif=exif)
+    return encode(noise(), "JPEG", exif=exif)
 
 
 FILES = {
-    **{kind: encode(noise("RGB", (40, 30)), kind) for kind in FORMATS if kind in Image.SAVE},
-    "portrait": encode(noise("RGB", (30, 70)), "PNG"),
-    "small": encode(noise("RGB", (3, 2)), "PNG"),
-    "model size": encode(noise("RGB", (SIZE, SIZE)), "PNG"),
-    "alpha": encode(noise("RGBA", (40, 30)), "PNG"),
-    "palette": encode(noise("P", (40, 30)), "GIF", transparency=3),
-    "grey": encode(noise("L", (40, 30)), "JPEG"),
-    "16 bits": encode(noise("I;16", (40, 30)), "PNG"),
-    "CMYK": encode(noise("CMYK", (40, 30)), "JPEG"),
-    "bilevel": encode(noise("1", (40, 30)), "TIFF", compression="group4"),
-    "LZW": encode(noise("RGB", (40, 30)), "TIFF", compression="tiff_lzw"),
+    **{kind: encode(noise(), kind) for kind in FORMATS if kind in Image.SAVE},
+    "portrait": encode(noise(size=(30, 70)), "PNG"),
+    "small": encode(noise(size=(3, 2)), "PNG"),
+    "model size": encode(noise(size=(SIZE, SIZE)), "PNG"),
+    "alpha": encode(noise(mode="RGBA"), "PNG"),
+    "palette": encode(noise(mode="P"), "GIF", transparency=3),
+    "grey": encode(noise(mode="L"), "JPEG"),
+    "16 bits": encode(noise(mode="I;16"), "PNG"),
+    "CMYK": encode(noise(mode="CMYK"), "JPEG"),
+    "bilevel": encode(noise(mode="1"), "TIFF", compression="group4"),
+    "LZW": encode(noise(), "TIFF", compression="tiff_lzw"),
     "rotated": rotated_jpeg(),
 }
 
@@ -187,7 +174,7 @@ def test_time_limit_only_fails_the_image():
 
 
 def decoder_pids():
-    parent = image_decoder.fork_server().pid
+    parent = image_decoder.fork_server().process.pid
     with open(f"/proc/{parent}/task/{parent}/children") as file:
         return [int(pid) for pid in file.read().split()]
 
@@ -210,9 +197,8 @@ def reply_with(monkeypatch, reply):
     """Replace decoders by a thread that reads the request, sends `reply` and ends."""
 
     def work(connection):
-        with connection:
-            request = json.loads(decode_forkserver.receive_sized(connection))
-            decode_forkserver.receive_exactly(connection, request["length"])
+        with connection, connection.makefile("rb") as stream:
+            stream.read()
             connection.sendall(reply)
 
     def fork(self):
@@ -227,13 +213,14 @@ def reply_with(monkeypatch, reply):
     "reply",
     [
         b"",
-        b"D",
-        b"D" + decode_forkserver.LENGTH.pack(3 * SIZE**2),
-        b"D" + decode_forkserver.LENGTH.pack(3 * SIZE**2) + b"x" * (3 * SIZE**2 - 1),
-        b"D" + decode_forkserver.LENGTH.pack(2**32 - 1) + b"x" * 100,
-        b"D" + decode_forkserver.LENGTH.pack(5) + b"x" * 5,
-        b"I" + decode_forkserver.LENGTH.pack(2**32 - 1) + b"x" * 100,
-        b"I" + decode_forkserver.LENGTH.pack(20_000) + b"x" * 20_000,
+        b"decoded",
+        b"decoded\n",
+        b"decoded\n" + b"x" * (3 * SIZE**2 - 1),
+        b"decoded\n" + b"x" * (3 * SIZE**2 + 1),
+        b"decoded\n" + b"x" * 10_000_000,
+        b"x" * 1000,
+        b"other\nmessage",
+        b"\xff\xfe\n",
     ],
 )
 def test_malformed_replies_of_a_decoder_are_rejected(monkeypatch, reply):
@@ -242,8 +229,8 @@ def test_malformed_replies_of_a_decoder_are_rejected(monkeypatch, reply):
 
 
 def test_error_message_with_invalid_utf8(monkeypatch):
-    reply_with(monkeypatch, b"?" + decode_forkserver.LENGTH.pack(2) + b"\xff\xfe")
-    error_message(FILES["PNG"], "invalid_image")
+    reply_with(monkeypatch, b"image_too_large\n\xff\xfe")
+    assert error_message(FILES["PNG"], "image_too_large") == "\ufffd\ufffd"
 
 
 def test_decoder_that_never_replies(monkeypatch):
@@ -261,10 +248,9 @@ def in_restricted_process(check):
     if child == 0:
         code = 1
         try:
-            request = decode_forkserver.DecodeRequest(
-                0, 8, "resize", (0.5, 0.5, 0.5), 10, 64 * MIB, 30.0
-            )
-            decode_forkserver._restrict_process(request)
+            mean = (0.5, 0.5, 0.5)
+            request = DecodeRequest(8, "resize", mean, 10, memory=64 * MIB, timeout=30.0)
+            restrict_process(request)
             code = 0 if check() else 1
         finally:
             os._exit(code)
@@ -298,8 +284,13 @@ def test_restricted_process_can_allocate_memory_for_an_image():
 
 
 def test_decoder_environment_has_no_secrets(monkeypatch):
-    monkeypatch.setenv("OWL2_API_KEY", "the-key-of-the-house")
-    assert "the-key-of-the-house" not in str(image_decoder.decoder_environment())
+    monkeypatch.setenv("OWL2_API_KEY", "an-api-key")
+    server = ForkServer()
+    server.fork().close()
+    environment = Path(f"/proc/{server.process.pid}/environ").read_bytes()
+    server.close()
+    assert b"PYTHONPATH" in environment
+    assert b"an-api-key" not in environment
 
 
 def test_concurrent_images_are_not_mixed_up():
@@ -365,20 +356,20 @@ def test_pixel_values_are_computed_without_openmp_threads():
 
 @pytest.mark.parametrize("used", [False, True])
 def test_fork_server_ends_when_its_connection_is_closed(used, capfd):
-    own = ForkServer()
+    server = ForkServer()
+    server.start()
     if used:
-        own.fork().close()
-    else:
-        own.start()
-    assert own.close() == 0
+        server.fork().close()
+    server.close()
+    assert server.process.returncode == 0
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow
 def test_fork_server_is_restarted_after_it_was_killed():
     assert_decoder_works()
-    pid = image_decoder.fork_server().pid
+    pid = image_decoder.fork_server().process.pid
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert_decoder_works()
-    assert image_decoder.fork_server().pid != pid
+    assert image_decoder.fork_server().process.pid != pid

@@ -1,5 +1,6 @@
 """Fetching of images: hosts on the loopback interface, which a fake network declares public."""
 
+import asyncio
 import shutil
 import socket
 import ssl
@@ -12,37 +13,41 @@ import pytest
 
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
-from owl2.serve.image_fetch import Network, fetch_image, is_public
+from owl2.serve.image_fetch import PublicNetwork, fetch_image, is_public
 
 PUBLIC, OTHER = "93.184.216.34", "1.1.1.1"
 FILE = b"an image's file" * 100
 
 
-class FakeNetwork(Network):
-    """Resolves names as the test says; every connection leads to one local port.
+class FakeNetwork(PublicNetwork):
+    """Resolves names as the test says; every connection leads to one local port, without TLS.
 
     Attributes:
         names: Addresses by host, or a list of addresses for each lookup.
         resolved, connected, secured: Names, (address, port) pairs and TLS hosts so far.
     """
 
-    def __init__(self, port, **names):
-        self.port = port
+    def __init__(self, port, use_tls=False, **names):
+        self.port, self.use_tls = port, use_tls
         self.names = {"good.test": [PUBLIC], **names}
         self.resolved, self.connected, self.secured = [], [], []
 
-    def resolve(self, host, port):
+    async def resolve(self, host):
         self.resolved.append(host)
         found = self.names[host]
         return found.pop(0) if isinstance(found[0], list) else found
 
-    def connect(self, address, port, seconds):
+    async def connect(self, address, port):
         self.connected.append((address, port))
-        return super().connect("127.0.0.1", self.port, seconds)
+        stream = await super().connect("127.0.0.1", self.port)
 
-    def secure(self, connection, host):
-        self.secured.append(host)
-        return connection
+        async def start_tls(ssl_context, server_hostname, timeout=None):
+            self.secured.append(server_hostname)
+            return stream
+
+        if not self.use_tls:
+            stream.start_tls = start_tls
+        return stream
 
 
 @contextmanager
@@ -85,15 +90,16 @@ def redirect(url, status="302 Found"):
     return http_reply(status, b"", Location=url)
 
 
+def get(url, network, **limits):
+    limits = ServerLimits(allow_remote_images=True, **limits)
+    return asyncio.run(fetch_image(url, limits, network))
+
+
 def error_of(url, network, **limits):
     with pytest.raises(ApiError) as caught:
-        fetch_image(url, ServerLimits(allow_remote_images=True, **limits), network)
+        get(url, network, **limits)
     assert caught.value.status == 400
     return caught.value
-
-
-def get(url, network, **limits):
-    return fetch_image(url, ServerLimits(allow_remote_images=True, **limits), network)
 
 
 def test_file_is_fetched_from_the_resolved_address():
@@ -120,8 +126,8 @@ def test_tls_uses_the_host_name():
 def test_self_signed_certificate_is_rejected(tmp_path):
     key, certificate = tmp_path / "key", tmp_path / "certificate"
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=good.test"
-    made = [*command.split(), "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(made, check=True, capture_output=True, timeout=60)
+    command = [*command.split(), "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
 
@@ -129,8 +135,7 @@ def test_self_signed_certificate_is_rejected(tmp_path):
         return context.wrap_socket(connection, server_side=True)
 
     with run_host(http_reply(), wrap=wrap) as (port, requests):
-        network = FakeNetwork(port)
-        network.secure = super(FakeNetwork, network).secure
+        network = FakeNetwork(port, use_tls=True)
         assert "good.test" in error_of("https://good.test/", network).message
     assert requests == []
 
@@ -175,10 +180,10 @@ def test_dns_rebinding_does_not_change_the_connection():
     assert network.connected == [(PUBLIC, 80)]
 
 
-class ResolvingNetwork(Network):
+class ResolvingNetwork(PublicNetwork):
     """Resolves names on this machine, but does not connect."""
 
-    def connect(self, address, port, seconds):
+    async def connect(self, address, port):
         raise AssertionError(f"connected to {address}")
 
 
@@ -346,7 +351,7 @@ def test_slow_hosts_are_cut_off_at_the_timeout(reply):
 
 def test_message_names_the_host_without_addresses():
     class UnreachableNetwork(FakeNetwork):
-        def connect(self, address, port, seconds):
+        async def connect(self, address, port):
             raise ConnectionRefusedError("10.9.8.7 says no")
 
     message = error_of("http://good.test/", UnreachableNetwork(9)).message
@@ -356,7 +361,7 @@ def test_message_names_the_host_without_addresses():
 
 def test_unknown_host_is_rejected():
     class EmptyNetwork(FakeNetwork):
-        def resolve(self, host, port):
+        async def resolve(self, host):
             raise socket.gaierror(-2, "unknown")
 
     error_of("http://good.test/", EmptyNetwork(9))

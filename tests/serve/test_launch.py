@@ -187,8 +187,9 @@ def test_limits_are_options(run_cli, monkeypatch, command):
     monkeypatch.setattr("owl2.serve.launch.serve_model", lambda config: configs.append(config) or 0)
     options = ["--max-images", "3", "--request-timeout", "2.5", "--allow-remote-images"]
     assert run_cli(command, "--model", "any", *options).exit_code == 0
-    expected = ServerLimits(max_images=3, request_timeout=2.5, allow_remote_images=True)
-    assert configs[0].limits == expected
+    [config] = configs
+    assert (config.max_images, config.request_timeout, config.allow_remote_images) == (3, 2.5, True)
+    assert config.web == (command == "web")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from owl2.engine.sampling import MAX_SEED
-from owl2.serve.chat_completions import check_limits
+from owl2.serve.admission import check_limits
 from owl2.serve.config import MAX_N, ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.protocol import MAX_OPENAI_SEED, ChatCompletionRequest
@@ -24,7 +24,7 @@ def message(*parts):
 
 
 def check(fields, **limits):
-    check_limits(request(**fields), ServerLimits(**limits), context=1000)
+    check_limits(ServerLimits(**limits), context=1000, **request(**fields).counts())
 
 
 def test_omitted_fields_have_the_defaults_of_the_checkpoint():

@@ -1,12 +1,9 @@
 """The README's server: its `owl2 serve` command, curl command and Python client work together."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import httpx
@@ -14,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.documents import blocks, commands
-from tests.serve.running import wait_until
+from tests.serve.test_launch import ServerProcess
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 README_URL = "http://127.0.0.1:8000"  # replaced by the URL with a free port
@@ -24,24 +21,14 @@ README_URL = "http://127.0.0.1:8000"  # replaced by the URL with a free port
 def url(tiny_checkpoint):
     """The URL that the README's command prints, with a tiny model."""
     [line] = [line for line in commands(README) if line.startswith("owl2 serve")]
-    arguments = shlex.split(line.replace("runs/demo/model", str(tiny_checkpoint)))
-    process = subprocess.Popen(
-        [sys.executable, "-m", *arguments, "--port", "0", "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    lines = []
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
-    reader.start()
+    arguments = shlex.split(line.replace("runs/demo/model", str(tiny_checkpoint)))[2:]
+    server = ServerProcess(*arguments, "--port", "0", "--device", "cpu")
     try:
-        wait_until(lambda: "Press Ctrl-C to stop.\n" in lines or process.poll() is not None, 120)
-        assert process.poll() is None, "".join(lines)
-        yield re.search(r"(http://\S+)/v1\n", "".join(lines))[1]
+        yield server.url
+        server.process.terminate()
+        assert server.wait() == 0
     finally:
-        process.terminate()
-        assert process.wait(60) == 0
+        server.close()
 
 
 def test_curl_command(url):

@@ -2,39 +2,22 @@
 
 import asyncio
 import base64
-import io
+import socket
 import threading
 import time
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
-from owl2.serve.image_fetch import Network
 from owl2.serve.protocol import ChatCompletionRequest
 from owl2.serve.request_images import RequestImages
+from tests.serve.images import data_uri, encode, noise
 from tests.serve.test_image_fetch import PUBLIC, FakeNetwork, http_reply, redirect, run_host
 
 PROCESSOR = Owl2ImageProcessor(8)
-
-
-def noise(seed=0, size=(31, 17), mode="RGB"):
-    width, height = size
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
-    return Image.fromarray(values, "RGBA").convert(mode)
-
-
-def encode(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def data_uri(data, header="data:image/png;base64,"):
-    return header + base64.b64encode(data).decode()
 
 
 def message(*parts, role="user"):
@@ -55,7 +38,7 @@ def decode(*messages, network=None, **limits):
             fields = {"model": "m", "messages": list(messages)}
             return await images.messages(ChatCompletionRequest.model_validate(fields))
         finally:
-            images.close()
+            images.decoder.close()
 
     return asyncio.run(run())
 
@@ -154,8 +137,8 @@ def test_base64_without_header_is_rejected():
 def test_limits_on_bytes_and_pixels():
     data = encode(noise())
     assert error_of(data_uri(data), max_image_bytes=len(data) - 1).code == "image_too_large"
-    assert error_of(data_uri(data), max_image_pixels=31 * 17 - 1).code == "image_too_large"
-    assert decode(message(data_uri(data)), max_image_bytes=len(data), max_image_pixels=31 * 17)
+    assert error_of(data_uri(data), max_image_pixels=40 * 30 - 1).code == "image_too_large"
+    assert decode(message(data_uri(data)), max_image_bytes=len(data), max_image_pixels=40 * 30)
 
 
 def test_remote_images_are_fetched_if_allowed():
@@ -180,18 +163,13 @@ def test_remote_images_are_checked_like_others():
         assert error_of("http://good.test/", **options).code == "invalid_image_url"
 
 
-def test_slow_name_lookup_does_not_block_the_request():
+def test_slow_name_lookup_does_not_block_the_request(monkeypatch):
     finish = threading.Event()
-
-    class SlowNetwork(Network):
-        def resolve(self, host, port):
-            finish.wait(10)
-            return []
-
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: finish.wait(10) and [])
     limits = {"allow_remote_images": True, "image_fetch_timeout": 0.1}
     start = time.monotonic()
     try:
-        error = error_of("http://slow.test/", network=SlowNetwork(), **limits)
+        error = error_of("http://slow.test/", **limits)
         assert time.monotonic() - start < 5
     finally:
         finish.set()

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from owl2.errors import ErrorCode, InputError
-from owl2.serve import server as server_module
+from owl2.serve import launch
 from owl2.serve.app import build_app
-from owl2.serve.server import Server, bind_socket, curl_example, serve, socket_url
+from owl2.serve.launch import Server, bind_socket, curl_example, socket_url
 from tests.errors import raises_input_error
 from tests.serve.running import FakeEngine, wait_until
 
@@ -27,7 +27,7 @@ class ThreadedServer:
         app = build_app(self.engine, "tiny")
         self.bound = bind_socket("127.0.0.1", 0)
         self.url = socket_url(self.bound)
-        self.server = Server(app, app.state.admission, shutdown_timeout)
+        self.server = Server(app, shutdown_timeout)
         self.thread = threading.Thread(target=self.server.run, args=([self.bound],))
         self.thread.start()
         wait_until(lambda: self.server.started)
@@ -45,7 +45,7 @@ class ThreadedServer:
         url = f"{self.url}/v1/chat/completions"
         body = BODY | {"stream": True}
         with httpx.Client() as client, client.stream("POST", url, json=body) as reply:
-            self.engine.asked[-1].say("a")
+            self.engine.requests[-1].emit("a")
             lines = (line for line in reply.iter_lines() if line)
             next(lines), next(lines)
             yield lines
@@ -88,8 +88,8 @@ def test_running_request_is_finished_and_new_one_rejected(start):
         rejected = one.post()
         assert rejected.status_code == 503
         assert rejected.json()["error"]["code"] == "shutting_down"
-        request = one.engine.asked[0]
-        request.say("b")
+        request = one.engine.requests[0]
+        request.emit("b")
         request.end()
         assert list(lines)[-1] == "data: [DONE]"
     assert one.has_ended()
@@ -106,7 +106,7 @@ def test_timeout_or_second_signal_aborts_streams(start, signals, shutdown_timeou
         assert last["error"]["code"] == "shutting_down"
     assert one.has_ended()
     assert one.server.aborted == 1
-    assert one.engine.asked[0].aborted
+    assert one.engine.requests[0].aborted
 
 
 def test_timeout_aborts_requests_without_stream(start):
@@ -114,7 +114,7 @@ def test_timeout_aborts_requests_without_stream(start):
     replies = []
     thread = threading.Thread(target=lambda: replies.append(one.post()))
     thread.start()
-    wait_until(lambda: one.engine.asked)
+    wait_until(lambda: one.engine.requests)
     one.signal()
     thread.join(15)
     assert replies[0].status_code == 503
@@ -122,11 +122,11 @@ def test_timeout_aborts_requests_without_stream(start):
 
 
 def test_client_that_does_not_read_does_not_delay_shutdown(start, monkeypatch):
-    monkeypatch.setattr(server_module, "FLUSH_SECONDS", 0.5)
+    monkeypatch.setattr(launch, "FLUSH_SECONDS", 0.5)
     one = start(0.3)
     with one.stream():
         for _ in range(2000):
-            one.engine.asked[0].say("word " * 200)
+            one.engine.requests[0].emit("word " * 200)
         one.signal()
         assert one.has_ended()
 
@@ -169,7 +169,7 @@ def test_second_server_on_the_same_port_fails_when_it_listens(tiny_engine):
         first.listen()
         app = build_app(FakeEngine(tiny_engine), "tiny")
         with raises_input_error(ErrorCode.NETWORK):
-            serve(app, app.state.admission, second)
+            Server(app).serve_until_signal(second)
 
 
 def test_curl_example_quotes_the_model_name():

@@ -18,10 +18,10 @@ CLIENTS = 64
 
 @pytest.fixture(scope="module")
 def questions(tiny_engine):
-    asked = crowd.questions(Engine(tiny_engine.model, tiny_engine.processor))
-    assert len({question.greedy for question in asked}) > 5
-    assert sum(question.stopped != question.greedy for question in asked) > 2
-    return asked
+    questions = crowd.questions(Engine(tiny_engine.model, tiny_engine.processor))
+    assert len({question.greedy for question in questions}) > 5
+    assert sum(question.stopped != question.greedy for question in questions) > 2
+    return questions
 
 
 def metric(url, name, labels=""):

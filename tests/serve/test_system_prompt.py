@@ -3,7 +3,7 @@
 import pytest
 
 from owl2.errors import ErrorCode
-from owl2.serve.system_prompt import merge_system_prompt, supports_system_prompt
+from owl2.serve.chat_completions import merge_system_prompt, supports_system_prompt
 from tests.errors import raises_input_error
 
 WITH_SYSTEM = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
@@ -25,7 +25,7 @@ def test_system_prompt_precedes_text_and_follows_leading_images():
         message("user", IMAGE, text("What"), IMAGE, text("?")),
         message("assistant", text("A dog.")),
     ]
-    given = [dict(message) for message in messages]
+    copy = [dict(message) for message in messages]
     first, *others = merge_system_prompt(messages)
     assert first["role"] == "user"
     assert first["content"] == [
@@ -36,7 +36,7 @@ def test_system_prompt_precedes_text_and_follows_leading_images():
         text("?"),
     ]
     assert others == messages[3:]
-    assert messages == given
+    assert messages == copy
 
 
 @pytest.mark.parametrize(

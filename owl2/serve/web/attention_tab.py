@@ -18,7 +18,7 @@ from PIL import Image
 from owl2.attention import AttentionMaps, answer_words, collect_attention, heat_map, overlay
 from owl2.attention.heatmap import COLORS, MIN_SCALE, TokenRange
 from owl2.engine.engine import Engine
-from owl2.serve.web.conversation import Conversation, Turn
+from owl2.serve.web.chat_handler import Conversation, Turn
 from owl2.serve.web.i18n import show_error, show_info, text
 
 EDGE = 512  # pixels of a square image; large enough for a smooth heat map
@@ -73,7 +73,7 @@ class AttentionTab:
         if shown is None or shown.texts != _texts(turns):
             try:
                 async with self._lock:
-                    shown = await asyncio.to_thread(self._collect, Conversation(turns))
+                    shown = await asyncio.to_thread(self._collect, turns)
             except Exception as error:  # shown to the visitor; unexpected ones are logged
                 show_error(error, language)
                 return await self.clear(language)
@@ -83,12 +83,11 @@ class AttentionTab:
         """The initial state of the tab."""
         return None, *describe(None, ALL, language)
 
-    def _collect(self, conversation: Conversation) -> AnswerAttention:
-        turns = conversation.turns
+    def _collect(self, turns: list[Turn]) -> AnswerAttention:
         maps = collect_attention(
             self._engine,
             self._engine.processor,
-            conversation.messages(),
+            Conversation(turns).messages(),
             answer=turns[-1].answer.strip(),
             layers=[],
         )
@@ -127,7 +126,11 @@ def render(shown: AnswerAttention | None, word: int | None, language: str) -> st
     # The heat map is a square: stretch it to the image, or cut off the margins of the square.
     fit = "cover" if shown.maps.policy == "pad" else "fill"
     colors = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in COLORS)
-    names = _image_names(len(shown.files), language)
+    names = [text("image", language)]
+    if len(shown.files) > 1:
+        names = [
+            text("image_number", language, number=number + 1) for number in range(len(shown.files))
+        ]
     rows = []
     for index, (file, square) in enumerate(zip(shown.files, shown.squares, strict=True)):
         heat = heat_map(shown.maps, tokens, index)
@@ -144,12 +147,6 @@ def render(shown: AnswerAttention | None, word: int | None, language: str) -> st
     images = f"<div class='pairs'>{''.join(rows)}</div>" if rows else ""
     bars = _render_shares(shown.maps, tokens, names, language)
     return f"<div class='attention'>{images}{bars}</div>"
-
-
-def _image_names(count: int, language: str) -> list[str]:
-    if count == 1:
-        return [text("image", language)]
-    return [text("image_number", language, number=number) for number in range(1, count + 1)]
 
 
 def _figure(file: str, name: str, heat_map_uri: str = "", fit: str = "") -> str:
@@ -181,17 +178,15 @@ def _render_shares(
     entries = [("image", name, share) for name, share in zip(names, shares["image"], strict=True)]
     entries.append(("text", text("share_text", language), sum(shares["text"])))
     entries.append(("answer", text("share_answer", language), sum(shares["answer"])))
-    bars = "".join(
-        f"<div class='of-{kind}' style='width: {share:.2%}' title='{html.escape(name)}'>"
-        f"{f'{share:.0%}' if share > 0.06 else ''}</div>"
-        for kind, name, share in entries
-    )
-    legend = "".join(
-        f"<span><i class='of-{kind}'></i>{html.escape(name)} {share:.0%}</span>"
-        for kind, name, share in entries
-    )
-    title = html.escape(text("shares", language))
+    bars = legend = ""
+    for kind, name, share in entries:
+        label, percent = html.escape(name), f"{share:.0%}"
+        bars += (
+            f"<div class='of-{kind}' style='width: {share:.2%}' title='{label}'>"
+            f"{percent if share > 0.06 else ''}</div>"
+        )
+        legend += f"<span><i class='of-{kind}'></i>{label} {percent}</span>"
     return (
-        f"<div><h4>{title}</h4><div class='shares'>{bars}</div>"
+        f"<div><h4>{html.escape(text('shares', language))}</h4><div class='shares'>{bars}</div>"
         f"<div class='legend'>{legend}</div></div>"
     )

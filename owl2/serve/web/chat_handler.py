@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,15 +19,14 @@ import gradio as gr
 from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import Message
+from owl2.processing.chat_template import Message, user_message
 from owl2.serve.admission import (
     AdmissionController,
     ClientStopped,
-    check_text_length,
+    check_limits,
     run_unless,
 )
 from owl2.serve.errors import ApiError, as_api_error
-from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.examples import Example
 from owl2.serve.web.i18n import error_text, show_error, show_info, text
 
@@ -35,7 +35,63 @@ UPDATE_SECONDS = 0.05
 
 MAX_SEED_DIGITS = 9  # so that every seed is valid
 
+WAITING = "<span class='waiting'>● ● ●</span>"
+
 Decode = Callable[[bytes], Awaitable[Image.Image]]
+
+
+@dataclass
+class Turn:
+    """A question and its answer, as far as it is generated.
+
+    Attributes:
+        files: The uploaded image files, for display.
+        images: The same images for the model; loaded when the answer starts.
+        note: Shown below the answer, for example that it was stopped.
+    """
+
+    question: str
+    files: tuple[str, ...] = ()
+    images: tuple[Image.Image, ...] = ()
+    answer: str = ""
+    note: str = ""
+
+
+@dataclass
+class Conversation:
+    """The turns of a visitor, stored in the server; the browser only displays them.
+
+    A browser can therefore not change earlier answers or refer to files that were not uploaded.
+
+    Attributes:
+        answering: Locked while the last turn is being answered.
+        stop: Set to stop that answer.
+    """
+
+    turns: list[Turn] = field(default_factory=list)
+    answering: asyncio.Lock = field(default_factory=asyncio.Lock)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def messages(self) -> list[Message]:
+        """The messages for the engine, without the last answer."""
+        messages: list[Message] = []
+        for turn in self.turns:
+            messages.append(user_message(turn.question, turn.images))
+            messages.append({"role": "assistant", "content": turn.answer})
+        return messages[:-1]
+
+    def display(self) -> list[dict[str, Any]]:
+        """Rows for gradio's Chatbot: images before their question, notes below their answer."""
+        rows: list[dict[str, Any]] = []
+        for turn in self.turns:
+            rows += [{"role": "user", "content": {"path": file}} for file in turn.files]
+            rows.append({"role": "user", "content": turn.question})
+            is_last = turn is self.turns[-1]
+            is_waiting = self.answering.locked() and is_last and not turn.answer
+            note = f"<small class='note'>{turn.note}</small>" if turn.note else ""
+            answer = WAITING if is_waiting else "\n\n".join(filter(None, (turn.answer, note)))
+            rows.append({"role": "assistant", "content": answer})
+        return rows
 
 
 class ChatUpdate(NamedTuple):
@@ -117,8 +173,7 @@ class ChatHandler:
 
     async def stop(self, conversation: Conversation) -> None:
         """Stop the current answer, whose updates then end."""
-        if conversation.stop is not None:
-            conversation.stop()
+        conversation.stop.set()
 
     async def clear(self, conversation: Conversation) -> ChatUpdate:
         """Start a new conversation."""
@@ -131,26 +186,16 @@ class ChatHandler:
     def _new_turn(
         self, question: str, files: list[str], conversation: Conversation, language: str
     ) -> Turn:
-        limits = self._admission.limits
         if not question.strip():
             raise InputError(text("error_empty", language), ErrorCode.EMPTY_MESSAGE)
-        images = len(files) + sum(len(turn.files) for turn in conversation.turns)
-        if images > limits.max_images:
-            raise ApiError(
-                400,
-                f"The conversation has {images} images; the limit is {limits.max_images}. "
-                "Start a new conversation.",
-                code="too_many_images",
-            )
-        if 2 * len(conversation.turns) + 1 > limits.max_messages:
-            raise ApiError(
-                400,
-                f"The conversation has reached the limit of {limits.max_messages} messages. "
-                "Start a new conversation.",
-                code="too_many_messages",
-            )
-        length = sum(len(turn.question) + len(turn.answer) for turn in conversation.turns)
-        check_text_length(length + len(question), self._admission.engine.context_length)
+        turns = conversation.turns
+        check_limits(
+            self._admission.limits,
+            self._admission.engine.context_length,
+            messages=2 * len(turns) + 1,
+            images=len(files) + sum(len(turn.files) for turn in turns),
+            characters=len(question) + sum(len(turn.question) + len(turn.answer) for turn in turns),
+        )
         return Turn(question, tuple(files))
 
     async def _load_image(self, file: Path, language: str) -> Image.Image:
@@ -173,6 +218,7 @@ class ChatHandler:
         turn.answer = turn.note = ""
         box: dict[str, Any] = {}
         async with conversation.answering:
+            conversation.stop.clear()
             try:
                 started = gr.update(value=None, submit_btn=False, stop_btn=True)
                 yield ChatUpdate(started, conversation.display())
@@ -190,12 +236,10 @@ class ChatHandler:
             except Exception as error:  # shown to the visitor; unexpected ones are logged
                 show_error(error, chat.language)
             finally:
-                conversation.stop = None
                 if not turn.answer.strip():
                     turn.answer, turn.note = previous
-                if (
-                    not turn.answer and turn in conversation.turns
-                ):  # otherwise it was cleared meanwhile
+                # It is not among the turns if the conversation was cleared meanwhile.
+                if not turn.answer and turn in conversation.turns:
                     conversation.turns.remove(turn)
                     box["value"] = {"text": turn.question, "files": list(turn.files)}
         finished = gr.update(submit_btn=True, stop_btn=False, **box)
@@ -211,8 +255,6 @@ class ChatHandler:
             ApiError, InputError: As in the API.
         """
         options = self._sampling_options(chat)
-        stopping = asyncio.Event()
-        conversation.stop = stopping.set
 
         async def messages() -> list[Message]:
             if not turn.images:  # they are loaded already when an answer is regenerated
@@ -222,18 +264,9 @@ class ChatHandler:
             return conversation.messages()
 
         with self._admission.admit() as stream:
-            await run_unless(stopping.wait(), stream.start(messages, options))
-
-            def stop() -> None:
-                stopping.set()
-                stream.close()
-
-            conversation.stop = stop
+            await run_unless(conversation.stop.wait(), stream.start(messages, options))
             while True:
-                # It may have been stopped between the end of `start` and this point.
-                chunk = None if stopping.is_set() else await stream.next()
-                if stopping.is_set():
-                    raise ClientStopped
+                chunk = await run_unless(conversation.stop.wait(), stream.next())
                 if chunk is None:
                     return
                 if chunk.finish_reason == "length":

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from owl2.engine.engine import Engine
 from owl2.serve.admission import AdmissionController
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import MIB, ServerLimits
-from owl2.serve.errors import ApiError
+from owl2.serve.errors import ApiError, body_too_large
 from owl2.serve.image_decoder import SandboxedImageDecoder
 from owl2.serve.metrics import Metrics
 from owl2.serve.web.examples import Example, draw_examples
 from owl2.serve.web.i18n import TEXTS
-from owl2.serve.web.page import HERE, i18n, make_page, theme
+from owl2.serve.web.page import HERE, Page, i18n, theme
 
 PATH = "/web"
 
@@ -31,23 +31,11 @@ MAX_FORM_BYTES = MIB
 
 # The browser exchanges data with this server only, whatever an answer contains. gradio has inline
 # scripts and compiles templates, which need 'unsafe-inline' and 'unsafe-eval'.
-POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
-        "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",
-        "media-src 'self' data: blob:",
-        "font-src 'self' data:",
-        "connect-src 'self' data: blob:",
-        "worker-src 'self' blob:",
-        "base-uri 'self'",
-        "form-action 'self'",
-        "frame-ancestors 'self'",
-    )
-)
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": "default-src 'self'; base-uri 'self'; form-action 'self'; "
+    "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self' data: blob:; worker-src 'self' blob:; frame-ancestors 'self'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -68,7 +56,7 @@ def mount(
 ) -> None:
     """Mount the page at `/web/` of an app, with the same engine and limits.
 
-    It uses the admission controller `app.state.admission`, which is created if it does not exist.
+    It shares `app.state.admission` and `app.state.decoder`, which are created if they do not exist.
 
     Args:
         name: The model name that the page shows.
@@ -80,19 +68,19 @@ def mount(
     """
     if not hasattr(app.state, "admission"):
         app.state.admission = AdmissionController(engine, limits, Metrics())
-    decoder = SandboxedImageDecoder(limits, engine.processor.image_processor)
-    decoder.start()
+        app.state.decoder = SandboxedImageDecoder(limits, engine.processor.image_processor)
+    app.state.decoder.start()
     if examples is None:
         examples = draw_examples(Path(os.environ["GRADIO_TEMP_DIR"]))
     gr.mount_gradio_app(
         app,
-        make_page(app.state.admission, decoder.decode, name, examples),
+        Page(app.state.admission, app.state.decoder.decode, name, examples),
         PATH,
         theme=theme(),
         css=(HERE / "page.css").read_text("utf-8"),
         i18n=i18n,
-        auth=None if keys is None else _key_check(keys),
-        auth_message=" ".join(TEXTS["sign_in"]),
+        auth=None if keys is None else lambda _, password: keys.is_valid(password),
+        auth_message=" ".join(TEXTS["sign_in"].values()),
         max_file_size=limits.max_image_bytes,
         allowed_paths=[str(file) for example in examples for file in example.images],
         footer_links=[],
@@ -103,18 +91,7 @@ def mount(
         pwa=False,
     )
     page: Any = app.routes[-1]
-    page.app = PageMiddleware(page.app, app.state.admission, limits)
-
-
-def _key_check(keys: ApiKeys) -> Callable[[str, str], bool]:
-    def is_valid(_: str, password: str) -> bool:
-        try:
-            keys.check(f"Bearer {password}".encode())
-        except ApiError:
-            return False
-        return True
-
-    return is_valid
+    page.app = PageMiddleware(page.app, app.state.admission)
 
 
 class PageMiddleware:
@@ -122,36 +99,45 @@ class PageMiddleware:
 
     gradio limits the size of each file but not their number, and reads other bodies completely
     before it checks the sign-in. Here an upload may have the size of all images of a conversation,
-    any other body `MAX_BODY_BYTES`.
+    any other body `MAX_BODY_BYTES`. A body ends at the limit, as if the client had disconnected.
 
     gradio keeps a connection open for each page. At shutdown these are cancelled, which is not
     reported as an error.
     """
 
-    def __init__(self, app: ASGIApp, admission: AdmissionController, limits: ServerLimits) -> None:
+    def __init__(self, app: ASGIApp, admission: AdmissionController) -> None:
         self._app = app
         self._admission = admission
+        limits = admission.limits
         self._upload_bytes = limits.max_images * limits.max_image_bytes + MAX_FORM_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").rstrip("/")
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"].rstrip("/").endswith(BLOCKED_ROUTES):
+        if path.endswith(BLOCKED_ROUTES):
             error = ApiError(404, "Unknown route.", code="not_found")
             await error.response()(scope, receive, send)
             return
-        is_upload = scope["path"].rstrip("/").endswith("/upload")
-        body = _Body(receive, self._upload_bytes if is_upload else MAX_BODY_BYTES)
+        limit = self._upload_bytes if path.endswith("/upload") else MAX_BODY_BYTES
+        rejection = body_too_large(limit).response()
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > body.limit:
-            await body.error().response()(scope, receive, send)
+        if length.isdecimal() and int(length[:20]) > limit:
+            await rejection(scope, receive, send)
             return
+        size = 0  # of the body
         has_started = is_open = False  # the response
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            message: Message = {"type": "http.disconnect"} if size > limit else await receive()
+            size += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if size > limit else message
 
         async def send_response(message: Message) -> None:
             nonlocal has_started, is_open
-            if body.is_too_large and not has_started:
+            if size > limit and not has_started:
                 return  # gradio's response to an incomplete body
             has_started = True
             is_open = message.get("more_body", message["type"] == "http.response.start")
@@ -162,42 +148,14 @@ class PageMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, body.receive, send_response)
+            await self._app(scope, receive_limited, send_response)
         except asyncio.CancelledError:
             if not self._admission.shutting_down:
                 raise
             if is_open:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Exception:  # any error of gradio about an incomplete body
-            if has_started or not body.is_too_large:
+            if has_started or size <= limit:
                 raise
-        if body.is_too_large and not has_started:
-            await body.error().response()(scope, receive, send)
-
-
-class _Body:
-    """A request body that ends at `limit` bytes, as if the client had disconnected."""
-
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive = receive
-        self._size = 0
-        self.limit = limit
-
-    @property
-    def is_too_large(self) -> bool:
-        return self._size > self.limit
-
-    async def receive(self) -> Message:
-        if not self.is_too_large:
-            message = await self._receive()
-            self._size += len(message.get("body", b""))
-            if not self.is_too_large:
-                return message
-        return {"type": "http.disconnect"}
-
-    def error(self) -> ApiError:
-        return ApiError(
-            413,
-            f"The request body exceeds the limit of {self.limit:,} bytes.",
-            code="body_too_large",
-        )
+        if size > limit and not has_started:
+            await rejection(scope, receive, send)

@@ -19,6 +19,12 @@ CHROMIUM = [
 TIMEOUT_MS = 20_000
 
 
+@pytest.fixture
+def anyio_backend():
+    """Coroutine functions with the mark `anyio` run in asyncio's event loop."""
+    return "asyncio"
+
+
 @pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import expect, sync_playwright
@@ -76,8 +82,8 @@ def visit(browser):
     with ExitStack() as stack:
 
         def open_page(url, **settings):
-            given = {"locale": "en-US", "viewport": {"width": 1000, "height": 800}} | settings
-            context = browser.new_context(**given)
+            defaults = {"locale": "en-US", "viewport": {"width": 1000, "height": 800}}
+            context = browser.new_context(**defaults | settings)
             stack.callback(context.close)
             context.set_default_timeout(TIMEOUT_MS)
             context.on("request", check)

@@ -26,7 +26,7 @@ class Page:
         from playwright.sync_api import expect
 
         self.page, self.engine, self.expect = page, engine, expect
-        self.seen = 0 if engine is None else len(engine.asked)
+        self.num_requests = 0 if engine is None else len(engine.requests)
         self.box = page.locator("#box textarea")
         self.answers = page.get_by_test_id("bot")
         self.questions = page.get_by_test_id("user")
@@ -44,14 +44,14 @@ class Page:
 
     def next_request(self):
         """The next question at the engine."""
-        self.seen += 1
-        wait_until(lambda: len(self.engine.asked) >= self.seen, 20)
-        return self.engine.asked[self.seen - 1]
+        self.num_requests += 1
+        wait_until(lambda: len(self.engine.requests) >= self.num_requests, 20)
+        return self.engine.requests[self.num_requests - 1]
 
     def answer(self, *chunks):
         request = self.next_request()
         for chunk in chunks:
-            request.say(chunk)
+            request.emit(chunk)
         request.end()
         self.expect(self.page.locator("#box .submit-button")).to_be_visible()
         return request
@@ -79,10 +79,10 @@ def test_upload_ask_stream_and_follow_up(open_chat, images):
     assert [part["type"] for part in parts] == ["image", "image", "text"]
     assert [part["image"].getpixel((2, 2)) for part in parts[:2]] == [(255, 0, 0), (0, 128, 0)]
     chat.expect(chat.answers.last).to_contain_text("●")  # waiting for the first token
-    request.say("red")
+    request.emit("red")
     chat.expect(chat.answers.last).to_have_text("red")
     assert chat.page.locator("#box .stop-button").is_visible()
-    request.say(" and green")
+    request.emit(" and green")
     request.end()
     chat.expect(chat.answers.last).to_have_text("red and green")
     chat.expect(chat.page.locator("#chat img[src*=gradio_api]")).to_have_count(2)
@@ -142,7 +142,7 @@ def test_stop_regenerate_and_clear(open_chat):
     chat = open_chat()
     chat.ask("count!")
     request = chat.next_request()
-    request.say("one two")
+    request.emit("one two")
     chat.expect(chat.answers.last).to_have_text("one two")
     chat.page.locator("#box .stop-button").click()
     chat.expect(chat.answers.last).to_contain_text("(stopped)")
@@ -200,15 +200,15 @@ def test_closing_the_page_frees_the_slot(open_chat):
     chat = open_chat()
     chat.ask("what?")
     request = chat.next_request()
-    request.say("this")
+    request.emit("this")
     chat.expect(chat.answers.last).to_have_text("this")
     chat.page.close()
 
-    def left():
-        request.say(" and")  # gradio notices the disconnect at the next update
+    def is_aborted():
+        request.emit(" and")  # gradio notices the disconnect at the next update
         return request.aborted
 
-    wait_until(left, 20)
+    wait_until(is_aborted, 20)
 
 
 def test_language_of_the_browser_and_language_switch(open_chat):
@@ -223,8 +223,8 @@ def test_language_of_the_browser_and_language_switch(open_chat):
     chat.page.locator("#language").get_by_text("English").click()
     chat.expect(chat.page.locator("#clear")).to_contain_text("New conversation")
     names = [chat.page.get_by_role("tab").nth(number) for number in range(3)]
-    for name, words in zip(names, ("Chat", "Attention", "Settings"), strict=True):
-        chat.expect(name).to_have_text(words)
+    for name, label in zip(names, ("Chat", "Attention", "Settings"), strict=True):
+        chat.expect(name).to_have_text(label)
     chat.expect(chat.answers.last).to_have_text("一只猫头鹰")  # the conversation is kept
     chat.page.reload()
     chat.expect(chat.page.locator("#clear")).to_contain_text("New conversation")

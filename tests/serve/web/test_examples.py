@@ -41,10 +41,10 @@ def test_image_paths_are_relative_to_the_file(tmp_path):
     [
         ("{", ErrorCode.INVALID_FORMAT, "examples.json"),
         ('{"question": "what?"}', ErrorCode.INVALID_FORMAT, "examples.json"),
-        ('["what?"]', ErrorCode.INVALID_FORMAT, "example 1"),
-        ('[{"question": "a"}, {"question": " "}]', ErrorCode.INVALID_FORMAT, "example 2"),
-        ('[{"question": "a", "image": 5}]', ErrorCode.INVALID_TYPE, "image"),
-        ('[{"question": "a", "image": [5]}]', ErrorCode.INVALID_TYPE, "image"),
+        ('["what?"]', ErrorCode.INVALID_FORMAT, "0"),
+        ('[{"question": "a"}, {"question": " "}]', ErrorCode.INVALID_FORMAT, "1.question"),
+        ('[{"question": "a", "image": 5}]', ErrorCode.INVALID_FORMAT, "0.image"),
+        ('[{"question": "a", "image": [5]}]', ErrorCode.INVALID_FORMAT, "0.image"),
         ('[{"question": "a", "image": "none.png"}]', ErrorCode.FILE_NOT_FOUND, "none.png"),
     ],
 )

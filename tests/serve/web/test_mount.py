@@ -97,8 +97,8 @@ def test_uploads_have_a_total_size_limit(page):
 @pytest.mark.parametrize("path", ["gradio_api/queue/join", "gradio_api/cancel", "login"])
 def test_request_bodies_are_limited(closed, path, is_chunked):
     # A form with six fields, because starlette limits a field to 1 MiB.
-    pieces = [b'{"data": ["', *[b"a" * 2**19 + b"&"] * 6, b'"]}']
-    content = iter(pieces) if is_chunked else b"".join(pieces)
+    chunks = [b'{"data": ["', *[b"a" * 2**19 + b"&"] * 6, b'"]}']
+    content = iter(chunks) if is_chunked else b"".join(chunks)
     kind = "application/x-www-form-urlencoded" if path == "login" else "application/json"
     with httpx.Client(base_url=closed) as client:
         reply = client.post(f"/web/{path}", content=content, headers={"Content-Type": kind})
@@ -115,9 +115,9 @@ def answer_about(path, url, name):
     box = {"text": "what?", "files": [file] if name == "box" else []}
     language, slider = (file if name == other else good for other, good in OTHER_FIELDS.items())
     data = [box, None, language, slider, 0, 1, ""]
-    asked = {"data": data, "fn_index": ask["id"], "session_hash": name}
+    request = {"data": data, "fn_index": ask["id"], "session_hash": name}
     api = f"{url}/web/gradio_api/queue"
-    assert httpx.post(f"{api}/join", json=asked).status_code == 200
+    assert httpx.post(f"{api}/join", json=request).status_code == 200
     with httpx.stream("GET", f"{api}/data", params={"session_hash": name}) as reply:
         [end] = [line for line in reply.iter_lines() if "process_completed" in line]
     return end
