@@ -129,8 +129,9 @@ def _parse(url: str) -> httpcore.URL:
 async def _request(target: httpcore.URL, max_bytes: int, network: PublicNetwork) -> bytes | str:
     """The file at a URL, or the URL that it is redirected to."""
     host = _host(target)
-    headers = {"Host": f"[{host}]" if ":" in host else host, "User-Agent": "owl2"}
-    headers |= {"Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
+    authority = f"[{host}]" if ":" in host else host
+    headers = [("Host", authority), ("User-Agent", "owl2"), ("Accept", "image/*")]
+    headers += [("Accept-Encoding", "identity"), ("Connection", "close")]
     async with (
         httpcore.AsyncConnectionPool(_ssl_context(), network_backend=network) as pool,
         pool.stream("GET", target, headers=headers) as response,
@@ -138,7 +139,7 @@ async def _request(target: httpcore.URL, max_bytes: int, network: PublicNetwork)
         if response.status in REDIRECTS:
             fields = {name.lower(): value for name, value in response.headers}
             location = fields.get(b"location", b"").decode("latin-1")
-            base = f"{target.scheme.decode()}://{headers['Host']}{target.target.decode()}"
+            base = f"{target.scheme.decode()}://{authority}{target.target.decode()}"
             try:
                 return urllib.parse.urljoin(base, location)
             except ValueError as error:

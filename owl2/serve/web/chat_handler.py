@@ -20,12 +20,7 @@ from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import Message, user_message
-from owl2.serve.admission import (
-    AdmissionController,
-    ClientStopped,
-    check_limits,
-    run_unless,
-)
+from owl2.serve.admission import AdmissionController, ClientStopped, check_limits, run_unless
 from owl2.serve.errors import ApiError, as_api_error
 from owl2.serve.web.examples import Example
 from owl2.serve.web.i18n import error_text, show_error, show_info, text

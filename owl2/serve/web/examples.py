@@ -14,7 +14,7 @@ EDGE = 256
 # Name, number of corners, color, background, (x, y, radius), question.
 _SHAPES = (
     ("circle", 90, (30, 160, 40), (228, 240, 246), (156, 108, 44), "what shape is in the image?"),
-    ("triangle", 3, (240, 25, 25), (246, 240, 226), (116, 140, 54), "what color is the shape?"),
+    ("triangle", 3, (240, 25, 25), (246, 240, 226), (116, 140, 62), "what color is the shape?"),
     ("rectangle", 4, (20, 60, 220), (238, 246, 232), (104, 134, 56), "is there a blue shape?"),
 )
 
