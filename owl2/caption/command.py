@@ -172,7 +172,7 @@ def _captions(
     args = config.model_args
     if args.quantize is not None or args.device is not None:
         raise InputError("--engine vllm has no --quantize and --device.", ErrorCode.CONFLICT)
-    more = {} if args.dtype is None else {"dtype": args.dtype}
+    more: dict[str, Any] = {} if args.dtype is None else {"dtype": args.dtype}
     return answer_all_with_vllm(args.model, conversations, sampling, **more)
 
 

@@ -7,7 +7,9 @@
     all parts ──collect, score──► OUTPUT/responses/NAME.jsonl, results.json, report.md, report.html
 """
 
+import math
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from owl2.eval.report import (
     write_report,
 )
 from owl2.eval.samples import NO_IMAGE
-from owl2.eval.task_run import SEED, EvalEstimate, TaskRun, evaluation_conditions
+from owl2.eval.task_run import SEED, TaskRun, evaluation_conditions
 from owl2.eval.tasks import find_tasks
 from owl2.files import atomic_write_text, require_writable
 from owl2.model.variants import as_no_mam
@@ -151,19 +153,27 @@ def evaluate(
     return results
 
 
-def estimate(config: EvalConfig, console: Console) -> list[EvalEstimate]:
+def estimate(config: EvalConfig, console: Console) -> dict[str, dict[str, float]]:
     """Estimate the time of an evaluation, from tokens and a trial of each task; print a table.
+
+    Returns:
+        `TaskRun.estimate` of each task.
 
     Raises:
         InputError: As `evaluate`.
     """
     runs, skipped = load_task_runs(config)
     engine = load_engine(config, WorkerRank.from_environment())
-    estimates = [run.estimate(engine, config.batch_size) for run in runs]
-    total = [sum(values) for values in zip(*(one[1:] for one in estimates), strict=True)]
-    rows = [one.cells() for one in (*estimates, EvalEstimate("all", *total))]
-    head = ("task", "questions", "images", "prompt tokens", "new tokens (max)", "time")
-    table = text_table(f"Estimate for {config.model_args.model}", head, rows[:-1])
+    estimates = {run.name: run.estimate(engine, config.batch_size) for run in runs}
+    columns = list(estimates[runs[0].name])
+    total = {column: sum(one[column] for one in estimates.values()) for column in columns}
+    rows = []
+    for name, one in (*estimates.items(), ("all", total)):
+        *counts, seconds = one.values()
+        duration = str(timedelta(seconds=math.ceil(seconds)))
+        rows.append((name, *(f"{count:,}" for count in counts), duration))
+    title = f"Estimate for {config.model_args.model}"
+    table = text_table(title, ("task", *columns), rows[:-1])
     table.add_section()
     table.add_row(*rows[-1])
     console.print(table)

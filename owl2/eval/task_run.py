@@ -7,13 +7,11 @@
     ──in the order of the samples──► responses ──metric──► scores ──► entry of results.json
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
@@ -49,30 +47,6 @@ LM_EVAL_BATCHES = 8  # batches of lm-eval per call
 TRIAL_BATCHES = 2  # of an estimate
 MAX_LISTED_INVALID = 20  # in results.json; a file next to the responses has all
 SEED = 0  # of torch; greedy decoding draws no random numbers
-
-
-class EvalEstimate(NamedTuple):
-    """The estimate for one task, or for all.
-
-    Attributes:
-        questions: Number of prompts, including those of the baseline without images.
-        prompt_tokens: Tokens of all prompts, including those of images.
-        new_tokens: Maximum number of generated tokens.
-        seconds: Estimated time.
-    """
-
-    name: str
-    questions: int
-    images: int
-    prompt_tokens: int
-    new_tokens: int
-    seconds: float
-
-    def cells(self) -> list[str]:
-        """The row of the table that `owl2.eval.evaluate.estimate` prints."""
-        counts = (self.questions, self.images, self.prompt_tokens, self.new_tokens)
-        duration = timedelta(seconds=math.ceil(self.seconds))
-        return [self.name, *(f"{count:,}" for count in counts), str(duration)]
 
 
 @dataclass
@@ -209,8 +183,13 @@ class TaskRun:
             response = Response(sample, record["prompt"], record["text"], record["images"])
             self.responses.append(response)
 
-    def estimate(self, engine: Engine, batch_size: int) -> EvalEstimate:
-        """Count the tokens of all prompts and time a trial, whose responses are discarded."""
+    def estimate(self, engine: Engine, batch_size: int) -> dict[str, float]:
+        """Count the tokens of all prompts and time a trial, whose responses are discarded.
+
+        Returns:
+            The numbers of questions and images, the tokens of the prompts (including those of
+            images), the maximum of new tokens, and the seconds; with the baseline.
+        """
         text_tokens = images = 0
         valid: list[EvalSample] = []
         for sample in self.samples:
@@ -228,14 +207,13 @@ class TaskRun:
             seconds = time.perf_counter() - start
         passes = len(self.passes)
         questions = len(valid) * passes
-        return EvalEstimate(
-            name=self.name,
-            questions=questions,
-            images=images,
-            prompt_tokens=text_tokens * passes + images * engine.processor.num_image_tokens,
-            new_tokens=questions * self.task.config.max_new_tokens,
-            seconds=seconds * questions / max(1, len(trial.samples)),
-        )
+        return {
+            "questions": questions,
+            "images": images,
+            "prompt tokens": text_tokens * passes + images * engine.processor.num_image_tokens,
+            "new tokens (max)": questions * self.task.config.max_new_tokens,
+            "time": seconds * questions / max(1, len(trial.samples)),
+        }
 
     # -------------------------------------------------------------- scores
 

@@ -346,7 +346,7 @@ def test_invalid_options_leave_no_files(config, plain, tmp_path):
 
 def test_estimate_counts_the_tokens_of_all_prompts(config, plain, engine, questions):
     config = replace(config, batch_size=4)
-    [found] = estimate(config, plain)
+    [found] = estimate(config, plain).values()
     ids = [
         engine.processor.apply_chat_template(
             sample.messages, add_generation_prompt=True, tokenize=True, return_dict=True
@@ -354,8 +354,9 @@ def test_estimate_counts_the_tokens_of_all_prompts(config, plain, engine, questi
         for sample in questions
     ]
     # The processor tokenizes the texts before and after an image separately.
-    assert found.prompt_tokens == pytest.approx(sum(map(len, ids)), rel=0.05)
-    assert (found.questions, found.images, found.new_tokens) == (20, 20, 80)
+    assert found["prompt tokens"] == pytest.approx(sum(map(len, ids)), rel=0.05)
+    assert [*found.values()][:2] == [20, 20]
+    assert found["new tokens (max)"] == 80
     assert not config.output.exists()
     text = plain.file.getvalue()
     assert "tiny" in text
@@ -374,11 +375,11 @@ def test_estimated_time_is_that_of_a_trial_after_a_warm_up(config, plain, monkey
 
     monkeypatch.setattr(task_run.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(task_run, "answer_all", answer)
-    [found] = estimate(config, plain)
+    [found] = estimate(config, plain).values()
     assert counts == [4, 8]
-    assert found.seconds == pytest.approx(20 * 4.0 / 8)
+    assert found["time"] == pytest.approx(20 * 4.0 / 8)
     assert "0:00:10" in plain.file.getvalue()
     counts.clear()
-    [found] = estimate(replace(config, no_image_baseline=True), plain)
-    assert (found.questions, found.images) == (40, 20)
-    assert found.seconds == pytest.approx(40 * 4.0 / 8)
+    [found] = estimate(replace(config, no_image_baseline=True), plain).values()
+    assert [*found.values()][:2] == [40, 20]
+    assert found["time"] == pytest.approx(40 * 4.0 / 8)
