@@ -4,8 +4,8 @@
 """
 
 import json
-import re
-from codecs import BOM_UTF8, getincrementaldecoder
+import os
+from codecs import BOM_UTF8, utf_8_decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,18 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from owl2.errors import ErrorCode, InputError
-from owl2.registry import look_up
 
-CHUNK_BYTES = 1 << 22
-_SPACE = re.compile(r"[ \t\n\r]*")  # the white space of JSON; `\s` matches more
-
-
-@dataclass(frozen=True)
-class SkippedRows:
-    """`count` items that a converter skipped; `reason` names them in the plural."""
-
-    reason: str
-    count: int = 1
+# Windows of a file that are read for the next character, and at first for the next value.
+PEEK_BYTES, WINDOW_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -81,36 +72,6 @@ def as_record(value: Any, where: str) -> JsonRecord:
     return JsonRecord(value, where)
 
 
-# ------------------------------------------------------------------ options of converters
-
-
-def published_file(directory: Path, given: str | None, name: str) -> Path:
-    """The file `given` in `directory`; None for the published name.
-
-    Raises:
-        InputError: `directory` is not a directory, or the file is not in it.
-    """
-    if not directory.is_dir():
-        raise InputError(
-            f"{directory} is not a directory: give the one with the published files",
-            ErrorCode.FILE_NOT_FOUND,
-        )
-    path = directory / (name if given is None else str(given))
-    if not path.is_file():
-        raise InputError(
-            f"{path} does not exist. If the published file has another name, give it as an option; "
-            "`owl2 data convert --list` shows the options.",
-            ErrorCode.FILE_NOT_FOUND,
-        )
-    return path
-
-
-def known_split(name: str, split: object, splits: dict[str, str]) -> str:
-    """The entry of `splits`. Raises `InputError` for an unknown split and for test splits."""
-    refuse_test(split, f"split={split}")
-    return look_up(f"split of the dataset {name}", split, splits)
-
-
 def refuse_test(split: object, where: str) -> None:
     """Raises `InputError` if the name of a split is that of a test split."""
     if isinstance(split, str) and "test" in split.lower():
@@ -127,14 +88,6 @@ def require_split(actual: object, wanted: str, where: str) -> None:
         raise InputError(
             f"{where} belongs to the split {actual!r:.40}, not to {wanted!r}",
             ErrorCode.INVALID_VALUE,
-        )
-
-
-def check_max_rounds(max_rounds: object) -> None:
-    """Raises `InputError` unless `max_rounds` is a positive integer."""
-    if not isinstance(max_rounds, int) or isinstance(max_rounds, bool) or max_rounds < 1:
-        raise InputError(
-            f"max_rounds is {max_rounds!r}; it must be a positive integer", ErrorCode.INVALID_VALUE
         )
 
 
@@ -198,54 +151,47 @@ class JsonElement(NamedTuple):
     length: int
 
 
-def scan_json(
-    file: BinaryIO, path: Path, opening: Literal["[", "{"], chunk_bytes: int | None = None
-) -> Iterator[JsonElement]:
+def scan_json(file: BinaryIO, path: Path, opening: Literal["[", "{"]) -> Iterator[JsonElement]:
     """The elements of the list "[" or the object "{" in a file, without loading all of it.
 
     Raises:
         InputError: The file contains something else, or is not valid JSON in UTF-8. The message
             names the row and the byte.
     """
-    text = _JsonText(file, path, chunk_bytes or CHUNK_BYTES)
+    cursor = _JsonCursor(file, path)
     kind, closing = ("list", "]") if opening == "[" else ("object", "}")
-    if text.peek() != opening:
+    if cursor.peek() != opening:
         hint = " A file with a row per line needs the suffix .jsonl." if kind == "list" else ""
         raise InputError(f"{path} must contain a JSON {kind}.{hint}", ErrorCode.INVALID_FORMAT)
     row = 0
-    while row == 0 or text.peek() == ",":
-        text.skip(1)
-        if row == 0 and text.peek() == closing:
+    while row == 0 or cursor.peek() == ",":
+        cursor.byte += 1
+        if row == 0 and cursor.peek() == closing:
             raise InputError(f"{path} contains an empty {kind}", ErrorCode.EMPTY_DATASET)
         row += 1
         key = ""
         if opening == "{":
-            key = text.value(row)
-            if not isinstance(key, str) or text.peek() != ":":
-                raise text.error(f"row {row}: expected a key and a ':'")
-            text.skip(1)
-        text.peek()
-        start = text.byte
-        yield JsonElement(key, text.value(row), start, text.byte - start)
-    if text.peek() != closing:
-        raise text.error(f"expected ',' or '{closing}' after row {row}")
-    text.skip(1)
-    if text.peek():
-        raise text.error("unexpected content after the end")
+            key = cursor.value(row)
+            if not isinstance(key, str) or cursor.peek() != ":":
+                raise cursor.error(f"row {row}: expected a key and a ':'")
+            cursor.byte += 1
+        cursor.peek()
+        start = cursor.byte
+        yield JsonElement(key, cursor.value(row), start, cursor.byte - start)
+    if cursor.peek() != closing:
+        raise cursor.error(f"expected ',' or '{closing}' after row {row}")
+    cursor.byte += 1
+    if cursor.peek():
+        raise cursor.error("unexpected content after the end")
 
 
-class _JsonText:
-    """A cursor in a JSON file, of which one chunk is in memory; `byte` is its position."""
+class _JsonCursor:
+    """A position, `byte`, in a JSON file, of which a window is read at a time."""
 
-    def __init__(self, file: BinaryIO, path: Path, chunk_bytes: int) -> None:
-        self._file, self._path, self._chunk_bytes = file, path, chunk_bytes
-        self._decode = getincrementaldecoder("utf-8")().decode
-        self._parse = json.JSONDecoder().raw_decode
-        self._text = ""
-        self._position = 0
-        self._at_end = False
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         self.byte = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
-        file.seek(self.byte)
+        self._descriptor, self._path = file.fileno(), path
+        self._parse = json.JSONDecoder().raw_decode
 
     def error(self, reason: str) -> InputError:
         message = f"{self._path}, byte {self.byte}: not valid JSON: {reason}"
@@ -254,45 +200,39 @@ class _JsonText:
     def peek(self) -> str:
         """Skips white space, and returns the next character, or "" at the end."""
         while True:
-            space = _SPACE.match(self._text, self._position)
-            self.skip(space.end() - self._position if space else 0)
-            if self._position < len(self._text) or self._at_end:
-                return self._text[self._position : self._position + 1]
-            self._read_chunk()
-
-    def skip(self, characters: int) -> None:
-        """Advances within the current chunk."""
-        skipped = self._text[self._position : self._position + characters]
-        self.byte += characters if skipped.isascii() else len(skipped.encode())
-        self._position += characters
+            text, is_end = self._window(PEEK_BYTES)
+            content = text.lstrip(" \t\n\r")  # the white space of JSON
+            self.byte += len(text) - len(content)
+            if content or is_end:
+                return content[:1]
 
     def value(self, row: int) -> Any:
         """Parses the value at the cursor, and advances behind it."""
         self.peek()
+        size = WINDOW_BYTES
         while True:
+            text, is_end = self._window(size)
             try:
-                value, end = self._parse(self._text, self._position)
-                if end < len(self._text) or self._at_end:
-                    self.skip(end - self._position)
+                value, end = self._parse(text)
+                if end < len(text) or is_end:
+                    self.byte += len(text[:end].encode())
                     return value
             except json.JSONDecodeError as error:
-                # An error near the end of the chunk, or in an open string, may disappear with more
+                # An error near the end of the window, or in an open string, may disappear with more
                 # text. For others a broken file is not read to its end.
-                near_end = error.pos > len(self._text) - 16
-                if self._at_end or not (near_end or error.msg.startswith("Unterminated string")):
-                    self.skip(error.pos - self._position)
+                near_end = error.pos > len(text) - 16
+                if is_end or not (near_end or error.msg.startswith("Unterminated string")):
+                    self.byte += len(text[: error.pos].encode())
                     raise self.error(f"row {row}: {error.msg}") from error
             except (ValueError, RecursionError) as error:
                 raise self.error(f"row {row}: {error}") from error
-            self._read_chunk()
+            size *= 4
 
-    def _read_chunk(self) -> None:
-        # The remaining text doubles, so a row of many chunks is not parsed once per chunk.
-        data = self._file.read(max(self._chunk_bytes, len(self._text) - self._position))
-        self._at_end = not data
+    def _window(self, size: int) -> tuple[str, bool]:
+        """The complete characters of the next `size` bytes, and whether the file ends there."""
+        data = os.pread(self._descriptor, size, self.byte)
+        is_end = len(data) < size
         try:
-            more = self._decode(data, final=self._at_end)
+            return utf_8_decode(data, "strict", is_end)[0], is_end
         except UnicodeDecodeError as error:
             raise self.error(f"not UTF-8: {error}") from error
-        self._text = self._text[self._position :] + more
-        self._position = 0

@@ -3,9 +3,10 @@
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from owl2.errors import ErrorCode, InputError
 
@@ -42,17 +43,32 @@ def read_setting(text: str, loader: Any = yaml.SafeLoader) -> tuple[str, Any]:
         ) from error
 
 
-def check_options(kind: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raises `InputError` for a key that is not a keyword-only parameter of `function`."""
-    known = options_of(function)
-    for option in options:
-        look_up(kind, option, known)
+class Option(NamedTuple):
+    """The type of an option, as pydantic reads it, and its default."""
+
+    type: Any
+    default: Any
 
 
-def options_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only parameters of `function` with their defaults, in order."""
+def options_of(function: Callable[..., Any]) -> dict[str, Option]:
+    """The keyword-only parameters of `function`, in order."""
     return {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(function).parameters.values()
+        parameter.name: Option(parameter.annotation, parameter.default)
+        for parameter in inspect.signature(function, eval_str=True).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
+
+
+def check_options(kind: str, known: Mapping[str, Option], options: Mapping[str, Any]) -> None:
+    """Raises `InputError` for an unknown option, or for a value that is not of the option's type.
+
+    Values are not converted: "3" is not an integer.
+    """
+    for name, value in options.items():
+        type_ = look_up(kind, name, known).type
+        try:
+            TypeAdapter(type_, config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            code = ErrorCode.INVALID_TYPE if "_type" in problem["type"] else ErrorCode.INVALID_VALUE
+            raise InputError(f"{name}={value}: {problem['msg']}", code) from error

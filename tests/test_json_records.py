@@ -10,9 +10,7 @@ from owl2.json_records import (
     json_lines,
     json_object,
     json_rows,
-    known_split,
-    published_file,
-    refuse_test,
+    require_split,
 )
 from tests.data.datasets.published_files import put
 from tests.errors import raises_input_error
@@ -144,28 +142,14 @@ def test_json_object_returns_a_record(tmp_path):
         json_object(path)
 
 
-def test_published_file(tmp_path):
-    path = put(tmp_path, "a.json", {})
-    assert published_file(tmp_path, None, "a.json") == path
-    assert published_file(tmp_path, "a.json", "b.json") == path
-    assert published_file(tmp_path, str(path), "b.json") == path
-    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "b.json"):
-        published_file(tmp_path, None, "b.json")
-    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "a.json"):
-        published_file(path, None, "a.json")
-
-
 @pytest.mark.parametrize("split", ["test", "testA", "test2015", "TEST"])
-def test_test_splits_are_refused(split):
-    with raises_input_error(ErrorCode.INVALID_VALUE):
-        known_split("vqav2", split, {"train": "a", "test": "b"})
+def test_files_of_test_splits_are_refused(split):
     with raises_input_error(ErrorCode.INVALID_VALUE, "file.json"):
-        refuse_test(split, "file.json")
+        require_split(split, "train", "file.json")
 
 
-def test_splits():
-    assert known_split("vqav2", "val", {"train": "a", "val": "b"}) == "b"
-    with raises_input_error(ErrorCode.UNKNOWN_NAME, "vqav2"):
-        known_split("vqav2", "vall", {"train": "a", "val": "b"})
-    refuse_test("latest"[:2], "file.json")
-    refuse_test(None, "file.json")
+def test_files_of_another_split_are_refused():
+    require_split("train", "train", "file.json")
+    require_split(None, "train", "file.json")
+    with raises_input_error(ErrorCode.INVALID_VALUE, "file.json", "val"):
+        require_split("val", "train", "file.json")

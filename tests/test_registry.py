@@ -1,7 +1,7 @@
 import pytest
 
 from owl2.errors import ErrorCode
-from owl2.registry import check_options, look_up, options_of, read_setting
+from owl2.registry import Option, check_options, look_up, options_of, read_setting
 from tests.errors import raises_input_error
 
 
@@ -41,12 +41,26 @@ def test_invalid_settings_are_refused(text):
         read_setting(text)
 
 
-def test_options_are_keyword_only_parameters():
-    def shapes(split, extra=1, *, seed=0, prompt=None):
-        raise AssertionError("only looked at")
+def shapes(split, extra=1, *, seed: int = 0, prompt: str | None = None):
+    raise AssertionError("only its signature is read")
 
-    assert options_of(shapes) == {"seed": 0, "prompt": None}
-    check_options("option of shapes", shapes, {"seed": 3})
-    for other in ("extra", "split", "sed"):
-        with raises_input_error(ErrorCode.UNKNOWN_NAME):
-            check_options("option of shapes", shapes, {other: 3})
+
+def test_options_are_keyword_only_parameters():
+    assert options_of(shapes) == {"seed": Option(int, 0), "prompt": Option(str | None, None)}
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"extra": 3}, ErrorCode.UNKNOWN_NAME),
+        ({"split": 3}, ErrorCode.UNKNOWN_NAME),
+        ({"sed": 3}, ErrorCode.UNKNOWN_NAME),
+        ({"seed": "3"}, ErrorCode.INVALID_TYPE),
+        ({"seed": True}, ErrorCode.INVALID_TYPE),
+        ({"prompt": ["a"]}, ErrorCode.INVALID_TYPE),
+    ],
+)
+def test_names_and_types_of_options_are_checked(options, code):
+    check_options("option of shapes", options_of(shapes), {"seed": 3, "prompt": None})
+    with raises_input_error(code, *options):
+        check_options("option of shapes", options_of(shapes), options)

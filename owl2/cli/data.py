@@ -10,6 +10,15 @@ from owl2.errors import ErrorCode, InputError
 
 app = typer.Typer(help="Convert, validate and show datasets.", no_args_is_help=True)
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[OPTION=VALUE]...",
+        help="Options of the dataset, such as split=train, or images=DIR for a file.",
+        show_default=False,
+    ),
+]
+
 
 def _print_datasets(wanted: bool) -> None:
     if wanted:
@@ -24,21 +33,16 @@ def convert_data(
     name: Annotated[str, typer.Argument(help="Name of a public dataset; see --list.")],
     source: Annotated[Path, typer.Argument(help="Directory with the published files.")],
     out: Annotated[Path, typer.Argument(help="Output file: .jsonl, or .yaml for shards.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[OPTION=VALUE]...",
-            help="Options of the dataset, such as split=train; check_images=DIR checks that the "
-            "images exist.",
-            show_default=False,
-        ),
-    ] = None,
+    settings: Settings = None,
     list_: Annotated[
         bool,
         typer.Option("--list", callback=_print_datasets, is_eager=True, help="List the datasets."),
     ] = False,
 ) -> None:
-    """Convert the published files of a public dataset to training data."""
+    """Convert the published files of a public dataset to training data.
+
+    The option check_images=DIR checks that the images exist.
+    """
     from owl2.data.convert import convert_dataset
 
     convert_dataset(name, source, out, settings or [])
@@ -53,14 +57,7 @@ def check_data(
             "the name of a dataset."
         ),
     ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[OPTION=VALUE]...",
-            help="Options of the dataset; for a recipe KEY=VALUE.",
-            show_default=False,
-        ),
-    ] = None,
+    settings: Settings = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint; default: the recipe's.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Directory for the invalid samples and the statistics.")
@@ -78,17 +75,13 @@ def check_data(
         int | None, typer.Option(min=1, help="Batch size for the padding estimate.")
     ] = None,
 ) -> None:
-    """Validate all samples before training, and print statistics.
+    """Validate all samples before training, and print statistics. A recipe's options are KEY=VALUE.
 
     Exit code 0: all samples are valid; 1: some are not; 130: stopped by Ctrl-C.
     """
     from owl2.data.open_dataset import open_dataset, open_from_cli
-    from owl2.data.validate.command import (
-        effective_max_length,
-        unique_names,
-        validate_datasets,
-    )
-    from owl2.data.validate.validator import ValidationConfig
+    from owl2.data.validate.command import effective_max_length, unique_names, validate_datasets
+    from owl2.data.validate.validator import SampleValidator
     from owl2.processing.processor import Owl2Processor
 
     if Path(source).suffix.lower() in (".yaml", ".yml"):
@@ -105,10 +98,15 @@ def check_data(
         )
     else:
         datasets = unique_names([(source, open_from_cli(source, settings or []))])
+    validator = SampleValidator(
+        Owl2Processor.from_pretrained(model),
+        effective_max_length(model, max_length),
+        check_images,
+        fetch_urls,
+    )
     report = validate_datasets(
         datasets,
-        Owl2Processor.from_pretrained(model),
-        ValidationConfig(effective_max_length(model, max_length), check_images, fetch_urls),
+        validator,
         num_workers=workers or os.cpu_count() or 1,
         batch_size=batch_size or 8,
         output=output,
@@ -125,14 +123,7 @@ def show_data(
             help="A file, shards, a directory from save_to_disk, or the name of a dataset."
         ),
     ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[OPTION=VALUE]...",
-            help="Options of the dataset, such as split=train, or images=DIR for a file.",
-            show_default=False,
-        ),
-    ] = None,
+    settings: Settings = None,
     count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 3,
     start: Annotated[int, typer.Option(min=0, help="Number of the first sample, from 0.")] = 0,
     random: Annotated[bool, typer.Option("--random", help="Show random samples.")] = False,

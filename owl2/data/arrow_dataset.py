@@ -7,7 +7,7 @@ in `row_parsers`. Images are an `Image` column of `datasets`, not decoded here, 
 from pathlib import Path
 from typing import Any
 
-from owl2.data.row_parsers import ImagePathResolver, image_root, parse_row
+from owl2.data.row_parsers import image_reader, image_root, parse_row
 from owl2.data.sample import Message, RowDataset, Sample
 from owl2.errors import ErrorCode, InputError
 from owl2.registry import look_up
@@ -58,7 +58,7 @@ class ArrowDataset(RowDataset):
             )
         if not len(table):
             raise InputError(f"{self.path} has no rows", ErrorCode.EMPTY_DATASET)
-        self._resolve_path = ImagePathResolver(image_root(self.path / "_", images))
+        self._resolve_path = image_reader(image_root(self.path, images))
         self._table = table.with_format("arrow")  # values are not decoded
 
     def __len__(self) -> int:

@@ -33,7 +33,7 @@ def crop_flip(image: Image.Image, rng: Random) -> Image.Image:
     `ASPECT_RATIOS`. It is stretched to a square with the longer edge of the crop, so the image
     policies `resize` and `pad` give the same pixels.
     """
-    left, top, width, height = _random_box(image.width, image.height, rng)
+    left, top, width, height = random_crop_box(image.width, image.height, rng)
     edge = max(width, height)
     crop = image.resize(
         (edge, edge), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
@@ -60,7 +60,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 
 
-def _random_box(width: int, height: int, rng: Random) -> tuple[int, int, int, int]:
+def random_crop_box(width: int, height: int, rng: Random) -> tuple[int, int, int, int]:
     """(left, top, width, height) of a random crop; the full image if no attempt fits into it."""
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(MIN_AREA, 1)

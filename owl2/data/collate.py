@@ -19,11 +19,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 
 from owl2.constants import IGNORE_INDEX
 from owl2.data.augment import Augmentation, none
-from owl2.data.packing import pack
+from owl2.data.packing import Side, pack, pad_rows
 from owl2.data.sample import InvalidSample, Message, Sample
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import parse_messages
@@ -31,7 +30,6 @@ from owl2.processing.image_io import load_image
 from owl2.processing.processor import Owl2Processor
 
 Features = dict[str, Any]
-Side = Literal["left", "right"]
 Layout = Literal["padded", "packed", "one row"]
 
 
@@ -150,27 +148,5 @@ def _dummy_features(processor: Owl2Processor) -> Features:
 def collate(
     features: Sequence[Features], pad_token_id: int, side: Side = "right"
 ) -> dict[str, torch.Tensor]:
-    """The features of B samples, padded on `side` to the longest sample.
-
-    Returns:
-        `input_ids` (padded with `pad_token_id`), `attention_mask` (0), `mm_token_type_ids` (0) and
-        `labels` (-100), all (B,S); `pixel_values` (N,3,H,W) in order of the samples, absent
-        without images.
-    """
-    padding = {
-        "input_ids": pad_token_id,
-        "attention_mask": 0,
-        "mm_token_type_ids": 0,
-        "labels": IGNORE_INDEX,
-    }
-    batch = {
-        key: pad_sequence(
-            [item[key][0] for item in features],
-            batch_first=True,
-            padding_value=value,
-            padding_side=side,
-        )
-        for key, value in padding.items()
-    }
-    pixels = [item["pixel_values"] for item in features if "pixel_values" in item]
-    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+    """The features of B samples, a row each; see `pad_rows`."""
+    return pad_rows([[item] for item in features], pad_token_id, side)

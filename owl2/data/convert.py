@@ -12,69 +12,30 @@ recipe is the directory with the unpacked archives.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.console import Console
 
 from owl2.data.datasets.img2dataset import Shard, shard_patterns
-from owl2.data.datasets.registry import DATASET_CARDS, DatasetCard
-from owl2.data.sample import Sample, validated
+from owl2.data.datasets.registry import DATASET_CARDS, read_published
+from owl2.data.sample import Sample, SkippedRows, validated
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text, require_writable
-from owl2.json_records import SkippedRows
 from owl2.progress import ProgressReporter
-from owl2.registry import look_up, options_of, read_setting
+from owl2.registry import Option, check_options, look_up, read_setting
 
 # The first line of a written .yaml file.
 YAML_HEADER = "# An entry for `data` in a recipe"
 PROGRESS_STEP = 1000  # items between two updates of the progress bar
-
-# The types of an option's value, by the type of its default. The default None stands for file
-# names, which may look like numbers in YAML, and for counts.
-_OPTION_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "an integer"),
-    str: ((str,), "a string"),
-    type(None): ((str, int), "a string or an integer"),
+# Options of every dataset with samples: the root of the image paths, which are then checked, and
+# whether the first sample without its image stops the conversion, or such samples are skipped.
+IMAGE_OPTIONS = {
+    "check_images": Option(str | None, None),
+    "missing": Option(Literal["stop", "skip"], "stop"),
 }
-
-
-@dataclass
-class ImageCheck:
-    """Checks that the images of samples exist.
-
-    Attributes:
-        directory: Root of the image paths; None for no check.
-        missing: `stop` at the first sample without its image, or `skip` such samples.
-        seen: The paths of all images so far.
-    """
-
-    directory: Path | None = None
-    missing: str = "stop"
-    seen: set[str] = field(default_factory=set)
-
-    def has_images(self, sample: Sample) -> bool:
-        """Whether the images of a sample exist.
-
-        Raises:
-            InputError: An image does not exist, and `missing` is `stop`.
-        """
-        new = set(_image_paths(sample)) - self.seen
-        for path in (self.directory / name for name in new) if self.directory else ():
-            if not path.is_file():
-                if self.missing == "skip":
-                    return False
-                raise InputError(
-                    f"{sample.source}: the image {path} does not exist; missing=skip skips such "
-                    "samples",
-                    ErrorCode.MISSING_IMAGE,
-                )
-        self.seen.update(new)
-        return True
 
 
 def convert_dataset(
@@ -86,8 +47,7 @@ def convert_dataset(
 
     Args:
         out: A .jsonl file; `.stats.json` is written next to it. For shards a .yaml file.
-        settings: `option=value`: the options of the dataset, and `check_images=DIR` with
-            `missing=stop|skip`.
+        settings: `option=value`: the options of the dataset, and `IMAGE_OPTIONS`.
 
     Raises:
         InputError: An unknown dataset or option, files that differ from the published ones, no
@@ -95,21 +55,21 @@ def convert_dataset(
     """
     console = console or Console(soft_wrap=True, highlight=False)
     card = look_up("dataset", name, DATASET_CARDS)
-    options = dict(read_setting(setting) for setting in settings)
-    images = ImageCheck() if card.is_shards else _image_check(options)
-    _check_options(name, card, options)
     suffix = ".yaml" if card.is_shards else ".jsonl"
     if out.suffix != suffix:
         raise InputError(f"{out}: the suffix must be {suffix}", ErrorCode.INVALID_VALUE)
     _refuse_foreign_file(out)
     require_writable(out)
+    options = dict(read_setting(setting) for setting in settings)
+    image_options = {} if card.is_shards else _pop_image_options(options)
     skipped: Counter[str] = Counter()
-    items = _without_skipped(card.convert(source, **options), skipped, name, console)
+    items = _without_skipped(read_published(name, source, **options), skipped, name, console)
     if card.is_shards:
-        _write_entry(name, items, out, console)
+        summary = _write_entry(name, items, out)
     else:
         statistics = {"name": name, "options": {"source": str(source)} | options}
-        _write_samples(items, out, images, statistics, skipped, console)
+        summary = _write_samples(items, out, statistics, skipped, **image_options)
+    console.print(f"Wrote {summary} to {out}", markup=False)
     reasons = "; ".join(f"{count:,} {reason}" for reason, count in skipped.items())
     console.print(f"Skipped: {reasons or 'nothing'}", markup=False)
 
@@ -118,37 +78,29 @@ def listing() -> str:
     """All datasets with their files, origins and options."""
     blocks = []
     for name, card in DATASET_CARDS.items():
+        known = card.options | ({} if card.is_shards else IMAGE_OPTIONS)
         options = " ".join(
-            f"{key}={'...' if value is None else str(value).splitlines()[0]}"
-            for key, value in options_of(card.convert).items()
+            f"{key}={'...' if option.default is None else str(option.default).splitlines()[0]}"
+            for key, option in known.items()
         )
+        files = ", ".join(" or ".join(names) for names in card.files.values()) or card.contents
         blocks.append(
-            f"{name}  (in the paper: {card.paper})\n  files    {card.files}\n"
+            f"{name}  (in the paper: {card.paper})\n  files    {files}\n"
             f"  from     {card.url}  ({card.license})\n  options  {options}\n"
         )
     return "\n".join(blocks)
 
 
-def _image_check(options: dict[str, Any]) -> ImageCheck:
-    """Removes the options of the check from `options`."""
-    directory, missing = options.pop("check_images", None), options.pop("missing", "stop")
-    look_up("value of missing", missing, {"stop": 0, "skip": 0})
-    if directory is None:
-        if missing == "skip":
-            raise InputError("missing=skip needs check_images=DIR", ErrorCode.MISSING_VALUE)
-        return ImageCheck()
-    if not Path(str(directory)).is_dir():
+def _pop_image_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Removes `IMAGE_OPTIONS` from `options`."""
+    values = {key: options.pop(key) for key in IMAGE_OPTIONS if key in options}
+    check_options("option", IMAGE_OPTIONS, values)
+    directory = values.get("check_images")
+    if directory is None and values.get("missing") == "skip":
+        raise InputError("missing=skip needs check_images=DIR", ErrorCode.MISSING_VALUE)
+    if directory is not None and not Path(directory).is_dir():
         raise InputError(f"check_images={directory}: no such directory", ErrorCode.FILE_NOT_FOUND)
-    return ImageCheck(Path(str(directory)), missing)
-
-
-def _check_options(name: str, card: DatasetCard, options: Mapping[str, Any]) -> None:
-    known = options_of(card.convert)
-    for option, value in options.items():
-        default = look_up(f"option of the dataset {name}", option, known)
-        types, description = _OPTION_TYPES[type(default)]
-        if type(value) not in types:
-            raise InputError(f"{option}={value} must be {description}", ErrorCode.INVALID_TYPE)
+    return values
 
 
 def _refuse_foreign_file(out: Path) -> None:
@@ -184,17 +136,29 @@ def _without_skipped(
 def _write_samples(
     items: Iterable[Sample],
     out: Path,
-    images: ImageCheck,
     statistics: dict[str, Any],
     skipped: Counter[str],
-    console: Console,
-) -> None:
+    check_images: str | None = None,
+    missing: str = "stop",
+) -> str:
     samples = answers = 0
+    seen: set[str] = set()
     with atomic_file(out) as file:
         for item in items:
-            if not images.has_images(validated(item)):
-                skipped["samples whose image does not exist"] += 1
-                continue
+            paths = set(_image_paths(validated(item)))
+            if check_images is not None:
+                files = [Path(check_images, path) for path in paths - seen]
+                absent = [path for path in files if not path.is_file()]
+                if absent and missing == "stop":
+                    raise InputError(
+                        f"{item.source}: the image {absent[0]} does not exist; missing=skip skips "
+                        "such samples",
+                        ErrorCode.MISSING_IMAGE,
+                    )
+                if absent:
+                    skipped["samples whose image does not exist"] += 1
+                    continue
+            seen |= paths
             row = {"messages": item.messages, "source": item.source}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             samples += 1
@@ -207,18 +171,21 @@ def _write_samples(
     statistics |= {
         "samples": samples,
         "answers": answers,
-        "images": len(images.seen),
+        "images": len(seen),
         "skipped": dict(skipped),
     }
     atomic_write_text(out.with_suffix(".stats.json"), json.dumps(statistics, indent=2) + "\n")
-    console.print(
-        f"Wrote {samples:,} samples with {answers:,} answers about {len(images.seen):,} images to "
-        f"{out}",
-        markup=False,
-    )
+    return f"{samples:,} samples with {answers:,} answers about {len(seen):,} images"
 
 
-def _write_entry(name: str, shards: Iterable[Shard], out: Path, console: Console) -> None:
+def _image_paths(sample: Sample) -> Iterator[str]:
+    for turn in sample.messages:
+        for part in turn["content"] if isinstance(turn["content"], list) else ():
+            if "path" in part:  # not for URLs
+                yield str(part["path"])
+
+
+def _write_entry(name: str, shards: Iterable[Shard], out: Path) -> str:
     found = list(shards)
     if not found:
         raise InputError(f"{name}: no complete shard", ErrorCode.EMPTY_DATASET)
@@ -229,11 +196,4 @@ def _write_entry(name: str, shards: Iterable[Shard], out: Path, console: Console
     summary = f"{len(found):,} shards with {pairs:,} pairs"
     text = yaml.safe_dump([entry], sort_keys=False, width=200)
     atomic_write_text(out, f"{YAML_HEADER}: {summary}\n{text}")
-    console.print(f"Wrote {summary} to {out}", markup=False)
-
-
-def _image_paths(sample: Sample) -> Iterator[str]:
-    for turn in sample.messages:
-        for part in turn["content"] if isinstance(turn["content"], list) else ():
-            if "path" in part:  # not for URLs
-                yield str(part["path"])
+    return summary

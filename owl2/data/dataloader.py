@@ -49,9 +49,9 @@ class MixtureBatchSampler(Sampler[list[SampleIndex]]):
     Args:
         image_tokens: Group samples of similar length, counting this many tokens per image; None for
             no grouping.
-        state: Resume after this batch; see `states`.
 
     Attributes:
+        state: Iterating starts after this batch; see `states`. None starts at the first.
         states: The state after each batch that was yielded, oldest first, as JSON. The consumer
             removes them.
     """
@@ -64,28 +64,29 @@ class MixtureBatchSampler(Sampler[list[SampleIndex]]):
         rank: int = 0,
         world_size: int = 1,
         image_tokens: int | None = None,
-        state: State | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.rank, self.world_size = rank, world_size
         self.image_tokens = image_tokens
+        self.state: State | None = None
         self.states: deque[State] = deque()
-        self._start = state or {"sampler": None, "batches": 0}
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        start: int = self._start["batches"]
-        sampler = MixtureSampler(self.dataset, self.rank, self.world_size, self._start["sampler"])
+        state = self.state or {"sampler": None, "batches": 0}
+        self.states.clear()
+        sampler = MixtureSampler(self.dataset, self.rank, self.world_size, state["sampler"])
+        start: int = state["batches"]
         while True:
             before = sampler.state()
             batches = self._next_batches(sampler)
+            after = sampler.state()
             for i in range(start, len(batches)):
                 is_last = i + 1 == len(batches)
                 self.states.append(
-                    {
-                        "sampler": sampler.state() if is_last else before,
-                        "batches": 0 if is_last else i + 1,
-                    }
+                    {"sampler": after, "batches": 0}
+                    if is_last
+                    else {"sampler": before, "batches": i + 1}
                 )
                 yield batches[i]
             start = 0
@@ -101,24 +102,22 @@ class MixtureBatchSampler(Sampler[list[SampleIndex]]):
 
     def _group(self, drawn: Sequence[SampleIndex], size: int) -> list[list[SampleIndex]]:
         """Batches of samples of similar length, in random order."""
-        lengths = torch.tensor([self._length(index) for index in drawn])
+        lengths = torch.tensor(
+            [estimated_length(self.dataset.sample(i), self.image_tokens or 0) for i in drawn]
+        )
         batches = lengths.argsort(stable=True).split(size)
         generator = make_generator(self.dataset.seed, *drawn[0][:3], len(drawn))
         order = torch.randperm(len(batches), generator=generator).tolist()
         return [[drawn[i] for i in batches[number].tolist()] for number in order]
 
-    def _length(self, index: SampleIndex) -> int:
-        assert self.image_tokens is not None
-        sample = self.dataset.sample(index)
-        if isinstance(sample, InvalidSample):  # reported when the sample is encoded
-            return 0
-        return estimated_length(sample, self.image_tokens)
 
+def estimated_length(sample: Sample | InvalidSample, image_tokens: int) -> int:
+    """Approximate number of tokens, from the characters and the images. No image is opened.
 
-def estimated_length(sample: Sample, image_tokens: int) -> int:
-    """Approximate number of tokens, from the characters and the images. No image is opened."""
+    0 for an invalid sample, which is reported when it is encoded.
+    """
     characters = images = 0
-    for message in sample.messages:
+    for message in sample.messages if isinstance(sample, Sample) else ():
         content = message["content"]
         if isinstance(content, str):
             characters += len(content)
@@ -133,9 +132,8 @@ class MixtureDataLoader:
     """Endless batches.
 
     Args:
+        sampler: The positions of each batch.
         collate: Features of a batch to the `Batch`.
-        batch_size: Samples per batch and process.
-        image_tokens: See `MixtureBatchSampler`.
         num_workers: Worker processes; 0 encodes in the main process.
 
     Attributes:
@@ -146,36 +144,27 @@ class MixtureDataLoader:
 
     def __init__(
         self,
-        dataset: MixtureDataset,
+        sampler: MixtureBatchSampler,
         collate: Callable[[Sequence[Features | InvalidSample]], Batch],
-        batch_size: int,
         *,
-        rank: int = 0,
-        world_size: int = 1,
-        image_tokens: int | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.dataset = dataset
+        self.sampler = sampler
+        self.dataset = sampler.dataset
         self.collate = collate
+        self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.state: State | None = None
         self.wait_seconds = 0.0
-        self._num_workers = num_workers
-        self._sampling: dict[str, Any] = {
-            "batch_size": batch_size,
-            "rank": rank,
-            "world_size": world_size,
-            "image_tokens": image_tokens,
-        }
 
     def __iter__(self) -> Iterator[Batch]:
-        sampler = MixtureBatchSampler(self.dataset, **self._sampling, state=self.state)
+        self.sampler.state = self.state
         loader = DataLoader(
             self.dataset,
-            batch_sampler=sampler,
+            batch_sampler=self.sampler,
             collate_fn=self.collate,
-            num_workers=self._num_workers,
+            num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             # With its own generator the loader does not advance the global one, from which dropout
             # draws. A resumed run would otherwise differ from an uninterrupted one.
@@ -186,7 +175,7 @@ class MixtureDataLoader:
             start = time.perf_counter()
             batch = next(batches)
             self.wait_seconds += time.perf_counter() - start
-            self.state = sampler.states.popleft()
+            self.state = self.sampler.states.popleft()
             yield batch
 
 

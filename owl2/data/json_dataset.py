@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.console import Console
 
-from owl2.data.row_parsers import ImagePathResolver, image_root, parse_row
+from owl2.data.row_parsers import image_reader, image_root, parse_row
 from owl2.data.sample import RowDataset, Sample
 from owl2.errors import ErrorCode, InputError
 from owl2.json_records import parse_json, readable, scan_json
@@ -61,7 +61,7 @@ class JsonDataset(RowDataset):
                 ErrorCode.INVALID_FORMAT,
             )
         self._is_list = self.path.suffix.lower() == ".json"
-        self._image = ImagePathResolver(image_root(self.path, images))
+        self._image = image_reader(image_root(self.path.parent, images))
         self._file: BinaryIO | None = None
         positions = array("q")
         with readable(self.path), self.path.open("rb") as file:
@@ -72,10 +72,9 @@ class JsonDataset(RowDataset):
                     ErrorCode.INVALID_FORMAT,
                 )
             file.seek(0)
+            rows = _list_positions(file, self.path) if self._is_list else _line_positions(file)
             with _progress(self.path, self._size) as progress:
-                for start, length, number in (
-                    _list_positions(file, self.path) if self._is_list else _line_positions(file)
-                ):
+                for start, length, number in rows:
                     positions.extend((start, length, number))
                     if number % 1024 == 0:
                         progress.advance(start - progress.completed)
@@ -88,12 +87,8 @@ class JsonDataset(RowDataset):
 
     def read(self, index: int) -> Sample:
         """The sample at `index`."""
-        kind = "row" if self._is_list else "line"
-        source = f"{self.path}, {kind} {self._positions[index, 2]}"
-        return parse_row(parse_json(self._bytes(index), source), source, self._image)
-
-    def _bytes(self, index: int) -> bytes:
-        start, length, _ = (int(value) for value in self._positions[index])
+        start, length, number = self._positions[index].tolist()
+        source = f"{self.path}, {'row' if self._is_list else 'line'} {number}"
         try:
             if self._file is None:
                 self._file = self.path.open("rb")
@@ -103,11 +98,12 @@ class JsonDataset(RowDataset):
                         ErrorCode.FILE_CHANGED,
                     )
             # Forked workers share the position of the file, so it is not used.
-            return os.pread(self._file.fileno(), length, start)
+            data = os.pread(self._file.fileno(), length, start)
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot be read: {error.strerror}", ErrorCode.FILE_CHANGED
             ) from error
+        return parse_row(parse_json(data, source), source, self._image)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_file": None}  # another process opens the file itself

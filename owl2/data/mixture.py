@@ -51,9 +51,9 @@ class MixtureSource:
     """A dataset of a mixture.
 
     Attributes:
-        count: Samples per epoch; None for every sample once.
-        weight: Relative share of the samples, without epochs. Either all sources of a mixture have
-            a weight, or none.
+        count: Samples per epoch, at least 1; None for every sample once.
+        weight: Relative share of the samples, above 0, without epochs. Either all sources of a
+            mixture have a weight, or none.
         name: Used in error messages.
     """
 
@@ -97,8 +97,8 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
         epoch_size: Samples per epoch; None for sources with weights.
 
     Raises:
-        InputError: No source, a source without samples, a count below 1, a weight that is not
-            positive, a stream without count and weight, or weights for some sources only.
+        InputError: No source, a source without samples, a stream without count and weight, or
+            weights for some sources only.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
         self.max_length = max_length
         if not self.sources:
             raise InputError("no training data: add a source to `data`", ErrorCode.EMPTY_DATASET)
-        self.counts = [_checked_count(source, i) for i, source in enumerate(self.sources)]
+        self.counts = [_epoch_count(source, i) for i, source in enumerate(self.sources)]
         self.weights = [source.weight for source in self.sources if source.weight is not None]
         if 0 < len(self.weights) < len(self.sources):
             raise InputError(
@@ -247,15 +247,9 @@ def make_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(Random(repr(key)).getrandbits(63))
 
 
-def _checked_count(source: MixtureSource, index: int) -> int:
+def _epoch_count(source: MixtureSource, index: int) -> int:
     """Samples per epoch of a source without a weight; 0 for a stream with a weight."""
     name = source.name or f"source {index} of the data"
-    if source.count is not None and source.count < 1:
-        raise InputError(f"{name}: count is {source.count}, below 1", ErrorCode.INVALID_VALUE)
-    if source.weight is not None and not source.weight > 0:
-        raise InputError(
-            f"{name}: weight is {source.weight}; it must be positive", ErrorCode.INVALID_VALUE
-        )
     if not isinstance(source.samples, SampleStream):
         if not len(source.samples):
             raise InputError(f"{name} has no samples", ErrorCode.EMPTY_DATASET)

@@ -11,7 +11,7 @@ Sequences parse and validate a row when it is accessed: `samples[i]` of an inval
 `InputError`. A stream returns an `InvalidSample` instead.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from owl2.data.json_dataset import JsonDataset, is_json_file
 from owl2.data.sample import Sample
 from owl2.data.webdataset import TarDataset, is_shard_url
 from owl2.errors import ErrorCode, InputError
-from owl2.registry import read_setting
+from owl2.registry import look_up, read_setting
 
 SampleDataset = Sequence[Sample] | TarDataset
 
@@ -80,28 +80,23 @@ def open_from_cli(source: str, settings: Sequence[str] = ()) -> SampleDataset:
     Raises:
         InputError: A setting has no `=` or does not exist, or see `open_dataset`.
     """
-    given = dict(read_setting(setting) for setting in settings)
-    known: tuple[str, ...] = ()
-    if is_json_file(source):
-        key, known = "file", ("images",)
-    elif is_shard_url(source):
-        key = "shards"
-    elif is_arrow_directory(source):
-        key, known = "hf_dataset", ("split", "images")
-    elif Path(source).exists():
+    values = dict(read_setting(setting) for setting in settings)
+    origins: dict[str, tuple[Callable[[str], bool], list[str]]] = {
+        "file": (is_json_file, ["images"]),
+        "shards": (is_shard_url, []),
+        "hf_dataset": (is_arrow_directory, ["split", "images"]),
+    }
+    for origin, (is_of_kind, known) in origins.items():
+        if is_of_kind(source):
+            for name in values:
+                look_up(f"setting of {source}", name, dict.fromkeys(known))
+            arguments: dict[str, Any] = {name: str(value) for name, value in values.items()}
+            return open_dataset(**arguments | {origin: source})
+    if Path(source).exists():
         raise InputError(
             f"{source} is not a dataset: give a .json or .jsonl file, .tar files, or a directory "
             "written by save_to_disk of datasets",
             ErrorCode.INVALID_FORMAT,
         )
-    else:
-        split = given.pop("split", "train")
-        return open_dataset(dataset=source, split=split, options=given)
-    if unknown := sorted(given.keys() - set(known)):
-        raise InputError(
-            f"{source} has no setting {', '.join(unknown)}; known: {', '.join(known) or 'none'}",
-            ErrorCode.UNKNOWN_NAME,
-        )
-    arguments: dict[str, Any] = {key: source}
-    arguments |= {name: str(value) for name, value in given.items()}
-    return open_dataset(**arguments)
+    split = values.pop("split", "train")
+    return open_dataset(dataset=source, split=split, options=values)

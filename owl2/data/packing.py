@@ -18,12 +18,14 @@ a sequence without labels.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from owl2.constants import IGNORE_INDEX
+
+Side = Literal["left", "right"]
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: float) -> list[list[int]]:
@@ -61,20 +63,39 @@ def pack(
     lengths = [item["input_ids"].shape[1] for item in features]
     rows = first_fit_decreasing(lengths, sum(lengths) if one_row else max(lengths))
     width = max(sum(lengths[i] for i in row) for row in rows)
-    padding = {"input_ids": pad_token_id, "mm_token_type_ids": 0, "labels": IGNORE_INDEX}
+    batch = pad_rows([[features[i] for i in row] for row in rows], pad_token_id)
+    del batch["attention_mask"]
+    batch["position_ids"] = torch.stack([_positions([lengths[i] for i in r], width) for r in rows])
+    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORE_INDEX)
+    return batch
+
+
+def pad_rows(
+    rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int, side: Side = "right"
+) -> dict[str, torch.Tensor]:
+    """The samples of each row one after the other, padded on `side` to the longest row.
+
+    Returns:
+        `input_ids` (padded with `pad_token_id`), `attention_mask` (0), `mm_token_type_ids` (0) and
+        `labels` (-100), all (R,S); `pixel_values` (N,3,H,W) in the order of the rows, absent
+        without images.
+    """
+    padding = {
+        "input_ids": pad_token_id,
+        "attention_mask": 0,
+        "mm_token_type_ids": 0,
+        "labels": IGNORE_INDEX,
+    }
     batch = {
         key: pad_sequence(
-            [torch.cat([features[i][key][0] for i in row]) for row in rows],
+            [torch.cat([item[key][0] for item in row]) for row in rows],
             batch_first=True,
             padding_value=value,
+            padding_side=side,
         )
         for key, value in padding.items()
     }
-    batch["position_ids"] = torch.stack([_positions([lengths[i] for i in r], width) for r in rows])
-    batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORE_INDEX)
-    pixels = [
-        features[i]["pixel_values"] for row in rows for i in row if "pixel_values" in features[i]
-    ]
+    pixels = [item["pixel_values"] for row in rows for item in row if "pixel_values" in item]
     return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
 
 

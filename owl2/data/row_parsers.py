@@ -13,6 +13,7 @@ Images are opened when a sample is used.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,33 +58,30 @@ def parse_row(
     return validated(Sample(messages, source))
 
 
-class ImagePathResolver:
+def image_reader(root: Path) -> ImageReader:
     """Reads image names as paths relative to `root`; URLs are not changed."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def __call__(self, name: Any, /) -> Message:
-        if not isinstance(name, str) or not name:
-            raise InputError(
-                f"an image must be a path or a URL, not {name!r:.80}", ErrorCode.INVALID_TYPE
-            )
-        if name.startswith(("http://", "https://", "data:")):
-            return {"type": "image", "url": name}
-        return {"type": "image", "path": str(self.root / name)}
+    return partial(_read_image, root)
 
 
-def image_root(path: Path, images: str | Path | None) -> Path:
-    """The root of image paths: `images`, else the directory of `path`.
+def _read_image(root: Path, name: Any) -> Message:
+    if not isinstance(name, str) or not name:
+        raise InputError(
+            f"an image must be a path or a URL, not {name!r:.80}", ErrorCode.INVALID_TYPE
+        )
+    if name.startswith(("http://", "https://", "data:")):
+        return {"type": "image", "url": name}
+    return {"type": "image", "path": str(root / name)}
+
+
+def image_root(directory: Path, images: str | Path | None) -> Path:
+    """The root of image paths: `images`, else `directory`.
 
     Raises:
         InputError: It is not a directory.
     """
-    root = path.parent if images is None else Path(images)
+    root = directory if images is None else Path(images)
     if not root.is_dir():
-        raise InputError(
-            f"{root}, the image directory of {path}, does not exist", ErrorCode.FILE_NOT_FOUND
-        )
+        raise InputError(f"the image directory {root} does not exist", ErrorCode.FILE_NOT_FOUND)
     return root
 
 
@@ -124,7 +122,7 @@ def _parse_caption(row: Mapping[str, Any], images: list[Message], _: ImageReader
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     caption = next(row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str))
-    question = {"role": "user", "content": [images[0]]}
+    question = {"role": "user", "content": images}
     return [question, {"role": "assistant", "content": caption.strip()}]
 
 

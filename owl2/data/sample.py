@@ -51,6 +51,14 @@ class InvalidSample:
         return InputError(f"{self.source}: {self.reason}", self.code)
 
 
+@dataclass(frozen=True)
+class SkippedRows:
+    """`count` items that a converter skipped; `reason` names them in the plural."""
+
+    reason: str
+    count: int = 1
+
+
 class RowDataset(Sequence[Sample]):
     """A dataset with random access. A row is read when it is accessed.
 

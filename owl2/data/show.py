@@ -1,6 +1,7 @@
 """`owl2 data show`: samples as the model reads them, on the terminal or as a page with images."""
 
 from collections.abc import Iterator, Sequence
+from html import escape
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -9,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from owl2.data.html_preview import sample_page
+from owl2 import html as html_page
 from owl2.data.open_dataset import SampleDataset, open_from_cli
 from owl2.data.sample import InvalidSample, Sample, get_or_invalid
 from owl2.data.webdataset import TarDataset
@@ -23,6 +24,13 @@ from owl2.processing.processor import Owl2Processor
 # Enclose the tokens with a label where colors are not available.
 BEGIN, END = "⟦", "⟧"
 SHUFFLE_BUFFER = 1000  # samples of shards
+
+HTML_STYLE = """
+.images img { margin-bottom: .5em }
+h2 { font-size: .85em; color: #555; font-weight: normal; margin: 0 0 .5em; word-break: break-all }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; color: #666 }
+.label { color: #06661f; background: #e3f6e7; font-weight: 600 }
+"""
 
 
 def show_samples(
@@ -54,18 +62,20 @@ def show_samples(
     samples = islice(_ordered(dataset, start + count, seed), start, start + count)
     total = "the" if isinstance(dataset, TarDataset) else f"{len(dataset):,}"
     if html is not None:
-        shown = list(samples)
-        title = f"{len(shown):,} of {total} samples of {source}"
-        atomic_write_text(html, sample_page(shown, processor, title))
-        console.print(f"Wrote {len(shown):,} samples to {html}", markup=False, soft_wrap=True)
+        articles = [_article(sample, processor) for sample in samples]
+        legend = '<p><span class="label">Green</span> tokens contribute to the loss.</p>\n'
+        title = f"{len(articles):,} of {total} samples of {source}"
+        atomic_write_text(html, html_page.page(title, legend + "\n".join(articles), HTML_STYLE))
+        console.print(f"Wrote {len(articles):,} samples to {html}", markup=False, soft_wrap=True)
         return
     has_colors = console.is_terminal and console.color_system is not None
     number = 0
     for sample in samples:
         number += 1
         _print_sample(console, sample, processor, has_colors)
-    legend = Text("Green", LABEL_STYLE) if has_colors else Text(f"{BEGIN}Marked{END}")
-    console.print(Text(f"{number:,} of {total} samples. ") + legend + " tokens contribute to loss.")
+    legend_text = Text("Green", LABEL_STYLE) if has_colors else Text(f"{BEGIN}Marked{END}")
+    summary = Text(f"{number:,} of {total} samples. ")
+    console.print(summary + legend_text + " tokens contribute to loss.")
 
 
 def _ordered(
@@ -85,31 +95,44 @@ def _ordered(
     yield from (get_or_invalid(dataset, row) for row in rows)
 
 
+def _content(
+    sample: Sample | InvalidSample, processor: Owl2Processor
+) -> tuple[Sequence[Any], Text | InputError]:
+    """The images of a sample, and its text with the labels in `LABEL_STYLE` or its error."""
+    if isinstance(sample, InvalidSample):
+        return (), InputError(sample.reason, sample.code)
+    images = parse_messages(sample.messages).images
+    try:
+        return images, processor.show_labels(sample.messages)
+    except InputError as error:
+        return images, error
+
+
+# ------------------------------------------------------------------ terminal
+
+
 def _print_sample(
     console: Console, sample: Sample | InvalidSample, processor: Owl2Processor, has_colors: bool
 ) -> None:
+    images, text = _content(sample, processor)
     lines = [Text(sample.source, "bold")]
-    try:
-        if isinstance(sample, InvalidSample):
-            raise sample.to_error()
-        max_pixels = processor.image_processor.max_pixels
-        for number, image in enumerate(parse_messages(sample.messages).images, start=1):
-            lines.append(Text(f"image {number}: ") + _describe(image, max_pixels))
-        text = processor.show_labels(sample.messages)
+    for number, image in enumerate(images, start=1):
+        lines.append(Text(f"image {number}: ") + _describe(image, processor))
+    if isinstance(text, InputError):
+        lines.append(Text(f"invalid: {text}", "red"))
+    else:
         lines.append(text if has_colors else _with_brackets(text))
-    except InputError as error:
-        lines.append(Text(f"invalid: {str(error).removeprefix(f'{sample.source}: ')}", "red"))
     for line in [*lines, Text()]:
         console.print(line, soft_wrap=True)
 
 
-def _describe(image: Any, max_pixels: int) -> Text:
+def _describe(image: Any, processor: Owl2Processor) -> Text:
     """The path and size of an image. Images behind URLs are not fetched."""
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         return Text(image)
     has_path = isinstance(image, (str, Path)) and not str(image).startswith("data:")
     try:
-        width, height = load_image(image, max_pixels).size
+        width, height = load_image(image, processor.image_processor.max_pixels).size
     except InputError as error:
         return Text(str(error), "red")
     return Text(f"{image}, {width}×{height}" if has_path else f"{width}×{height}")
@@ -122,3 +145,24 @@ def _with_brackets(text: Text) -> Text:
             content = marked[span.start : span.end]
             marked = f"{marked[: span.start]}{BEGIN}{content}{END}{marked[span.end :]}"
     return Text(marked)
+
+
+# ------------------------------------------------------------------ page
+
+
+def _article(sample: Sample | InvalidSample, processor: Owl2Processor) -> str:
+    images, text = _content(sample, processor)
+    max_pixels = processor.image_processor.max_pixels
+    thumbnails = "\n".join(html_page.thumbnail(image, max_pixels) for image in images)
+    if isinstance(text, InputError):
+        body = html_page.error_text(text)
+    else:
+        body = ""
+        for span in text.spans:
+            content = escape(text.plain[span.start : span.end])
+            is_label = span.style == LABEL_STYLE
+            body += f'<span class="label">{content}</span>' if is_label else content
+    return (
+        f'<article><div class="images">{thumbnails}</div>\n'
+        f'<div><h2>{escape(sample.source)}</h2><div class="text">{body}</div></div></article>'
+    )

@@ -20,13 +20,14 @@ truncated shard must be an error: `tarfile`, and webdataset with it, accepts a m
 import glob
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import count, groupby
+from itertools import count, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from subprocess import Popen, TimeoutExpired
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, Self, cast
 
 from owl2.data.row_parsers import parse_row
 from owl2.data.sample import InvalidSample, Message, Sample
@@ -49,15 +50,6 @@ Files = list[tuple[str, bytes]]
 def is_shard_url(name: str) -> bool:
     """Whether this names tar files, rather than another kind of dataset."""
     return bool(_URL.match(name)) or name.lower().endswith((".tar", ".tar.gz", ".tgz"))
-
-
-class _Entry(NamedTuple):
-    """A sample, the position of its shard in the epoch, and its row in the shard, from 0."""
-
-    epoch: int
-    shard: int
-    row: int
-    sample: Sample | InvalidSample
 
 
 class TarDataset:
@@ -93,7 +85,7 @@ class TarDataset:
     def __iter__(self) -> Iterator[Sample | InvalidSample]:
         """All samples once, in order."""
         for url in self.urls:
-            for key, files in read_shard(url, _is_wanted):
+            for key, files in read_shard(url):
                 yield _to_sample(f"{url}, {key}", files)
 
     def stream(
@@ -120,11 +112,6 @@ class TarDataset:
         Raises:
             InputError: `state` belongs to other arguments or shards, or no shard has a sample.
         """
-        if shuffle_buffer < 1 or not 0 <= rank < world_size:
-            raise InputError(
-                f"invalid stream: shuffle_buffer {shuffle_buffer}, rank {rank} of {world_size}",
-                ErrorCode.INVALID_VALUE,
-            )
         arguments = {
             "seed": seed,
             "shuffle_buffer": shuffle_buffer,
@@ -143,23 +130,36 @@ class TarDataset:
     def _stream(
         self, arguments: dict[str, int], start: State
     ) -> Iterator[tuple[Sample | InvalidSample, State]]:
-        buffers = _Buffers(self._entries(arguments, start), arguments["shuffle_buffer"])
+        # While a buffer is used, the next one is read sample by sample. So there is no pause
+        # between buffers, and at most one buffer is in memory.
+        ready: list[tuple[Sample | InvalidSample, State]] = []  # in reverse order
+        buffer: list[Sample | InvalidSample] = []
+        first: dict[str, int] = {}  # the position of its first sample
         used = start["used"]
-        while True:
-            buffer = buffers.take()
-            position = {"epoch": buffer[0].epoch, "shard": buffer[0].shard, "row": buffer[0].row}
-            Random(f"{arguments['seed']}/{position}").shuffle(buffer)
-            size = len(buffer)
-            del buffer[size - used :]
-            while buffer:
-                sample = buffer.pop().sample
-                state = position | {"used": size - len(buffer), "arguments": arguments}
-                yield sample, state
-                buffers.read_ahead()
-            used = 0
+        for position, sample in self._read(arguments, start):
+            is_full = len(buffer) == arguments["shuffle_buffer"]
+            if buffer and (is_full or position["epoch"] != first["epoch"]):
+                while ready:
+                    yield ready.pop()
+                Random(f"{arguments['seed']}/{first}").shuffle(buffer)
+                numbers = range(len(buffer), used, -1)
+                states = (first | {"used": n, "arguments": arguments} for n in numbers)
+                ready = list(zip(buffer[: len(numbers)], states, strict=True))
+                buffer, used = [], 0
+            if not buffer:
+                first = position
+            buffer.append(sample)
+            if ready:
+                yield ready.pop()
 
-    def _entries(self, arguments: dict[str, int], start: State) -> Iterator[_Entry]:
-        """The entries of a process in the order of the shards, from a position on."""
+    def _read(
+        self, arguments: dict[str, int], start: State
+    ) -> Iterator[tuple[dict[str, int], Sample | InvalidSample]]:
+        """The samples of a process in the order of the shards, from a position on.
+
+        The position of a sample is its epoch, its shard in the order of the epoch, and its row in
+        the shard, all from 0.
+        """
         rank, world_size, size = arguments["rank"], arguments["world_size"], len(self.urls)
         shard, row = start["shard"], start["row"]
         empty: set[str] = set()
@@ -171,9 +171,10 @@ class TarDataset:
                 if size >= world_size and position % world_size != rank:
                     continue
                 url, number = urls[place], row - 1
-                for number, (key, files) in enumerate(read_shard(url, _is_wanted, row), start=row):
+                for number, (key, files) in enumerate(read_shard(url, row), start=row):
                     if size >= world_size or (position + number) % world_size == rank:
-                        yield _Entry(epoch, place, number, _to_sample(f"{url}, {key}", files))
+                        where = {"epoch": epoch, "shard": place, "row": number}
+                        yield where, _to_sample(f"{url}, {key}", files)
                 if number < 0:
                     empty.add(url)
                     if empty.issuperset(self.urls):
@@ -183,36 +184,6 @@ class TarDataset:
                         )
                 row = 0
             shard = row = 0
-
-
-class _Buffers:
-    """Consecutive entries of an epoch in buffers of `size`.
-
-    The next buffer is read entry by entry while the current one is used. So there is no pause
-    between buffers, and at most `size` samples are in memory.
-    """
-
-    def __init__(self, entries: Iterator[_Entry], size: int) -> None:
-        self._entries = entries
-        self._size = size
-        self._buffer: list[_Entry] = []
-        self._next = next(entries)
-
-    def read_ahead(self) -> bool:
-        """Reads an entry of the next buffer; False if that is complete."""
-        buffer = self._buffer
-        if len(buffer) == self._size or (buffer and buffer[0].epoch != self._next.epoch):
-            return False
-        buffer.append(self._next)
-        self._next = next(self._entries)
-        return True
-
-    def take(self) -> list[_Entry]:
-        """The next buffer, in order."""
-        while self.read_ahead():
-            pass
-        buffer, self._buffer = self._buffer, []
-        return buffer
 
 
 def _expand(pattern: str) -> list[str]:
@@ -234,10 +205,6 @@ def _expand(pattern: str) -> list[str]:
 
 
 # ------------------------------------------------------------------ files of a sample
-
-
-def _is_wanted(extension: str) -> bool:
-    return extension in _TEXTS or _IMAGE.fullmatch(extension) is not None
 
 
 def _to_sample(source: str, files: Files) -> Sample | InvalidSample:
@@ -281,58 +248,47 @@ def _read_image(value: Any) -> Message:
 # ------------------------------------------------------------------ tar files
 
 
-def read_shard(
-    url: str, is_wanted: Callable[[str], bool], skip: int = 0
-) -> Iterator[tuple[str, Files]]:
-    """The keys of a tar file, from number `skip` on, with their wanted files.
+def read_shard(url: str, skip: int = 0) -> Iterator[tuple[str, Files]]:
+    """The keys of a tar file, from number `skip` on, with their images and texts.
 
     The key is the path up to the first dot of the file name; the rest is the extension.
     Directories, files without an extension and `__NAME__` are ignored.
 
     Args:
         url: A path, or a URL that webdataset opens, such as `http://...` or `pipe:COMMAND`.
-        is_wanted: A function of the lower-case extension.
 
     Raises:
         InputError: The file cannot be opened, or is damaged or truncated. The samples before the
             error are complete.
     """
     from webdataset.gopen import gopen
-    from webdataset.tariterators import base_plus_ext
 
     try:
         stream = gopen(url)
     except (OSError, ValueError) as error:
         raise InputError(f"{url} cannot be opened: {error}", ErrorCode.FILE_NOT_FOUND) from error
-
-    def members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-        for header in archive:
-            archive.members.clear()  # type: ignore[attr-defined]  # not in typeshed; it would grow
-            key, extension = base_plus_ext(header.name)
-            if header.isreg() and key is not None and not header.name.startswith("__"):
-                yield key, extension.lower(), header
-
+    process: Popen[bytes] | None = getattr(stream, "proc", None)  # a command, such as curl
     try:
         with tarfile.open(fileobj=stream, mode="r|*", bufsize=_BUFFER, tarinfo=_Header) as archive:
-            for number, (key, files) in enumerate(groupby(members(archive), lambda m: m[0])):
-                if number >= skip:
-                    yield (
-                        key,
-                        [
-                            (extension, _content(archive, header))
-                            for _, extension, header in files
-                            if is_wanted(extension)
-                        ],
-                    )
+            for key, members in islice(groupby(_members(archive), itemgetter(0)), skip, None):
+                yield (
+                    key,
+                    [
+                        (extension, cast(IO[bytes], archive.extractfile(header)).read())
+                        for _, extension, header in members
+                        if extension in _TEXTS or _IMAGE.fullmatch(extension)
+                    ],
+                )
         while stream.read(_BUFFER):
             pass  # a command whose output is not read to the end fails when its pipe is closed
         stream.close()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError(
-            f"{url} cannot be read completely: {_reason(stream, error)}", ErrorCode.UNREADABLE_FILE
+            f"{url} cannot be read completely: {_failure(process) or error}",
+            ErrorCode.UNREADABLE_FILE,
         ) from error
     finally:
-        if process := _process(stream):
+        if process is not None:
             process.terminate()  # closing would wait for it
         # A stopped command, or one whose failure was reported, raises when it is closed.
         with suppress(OSError):
@@ -352,25 +308,25 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"it is truncated or damaged ({error})") from error
 
 
-def _content(archive: tarfile.TarFile, header: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(header)
-    assert file is not None  # it is a regular file
-    return file.read()
+def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, lower-case extension, header) of the files of samples."""
+    from webdataset.tariterators import base_plus_ext
+
+    for header in archive:
+        archive.members.clear()  # type: ignore[attr-defined]  # not in typeshed; it would grow
+        key, extension = base_plus_ext(header.name)
+        if header.isreg() and key is not None and not header.name.startswith("__"):
+            yield key, extension.lower(), header
 
 
-def _process(stream: Any) -> "Popen[bytes] | None":
-    """The command that writes to a stream, such as curl."""
-    return getattr(stream, "proc", None)
-
-
-def _reason(stream: Any, error: Exception) -> str:
-    """Why a stream ended: the exit code of its command, if that failed, else `error`."""
-    process = _process(stream)
+def _failure(process: "Popen[bytes] | None") -> str:
+    """The exit code of a command that failed; "" for others."""
     try:
         code = process.wait(timeout=1) if process is not None else 0
     except TimeoutExpired:  # the command still runs, so its output is not valid
         code = 0
+    if process is None or not code:
+        return ""
     # Not the full command, which may contain a token.
-    arguments = process.args if process is not None else None
-    name = arguments[0] if isinstance(arguments, list) else "the command"
-    return f"{name!s} failed with exit code {code}" if code else str(error)
+    name = process.args[0] if isinstance(process.args, list) else "the command"
+    return f"{name!s} failed with exit code {code}"

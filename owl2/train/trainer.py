@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from owl2.checkpoints.adapters import has_adapter, load_adapter_weights
 from owl2.data.collate import Batch
-from owl2.data.dataloader import MixtureDataLoader
+from owl2.data.dataloader import MixtureBatchSampler, MixtureDataLoader
 from owl2.data.mixture import MixtureDataset
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2Model
@@ -64,14 +64,18 @@ class Owl2Trainer(Trainer):
         held_out = None if validator is None else validator.dataset
         super().__init__(model=model, args=args, eval_dataset=held_out)
         self.remove_callback(PrinterCallback)  # `owl2.train.console` prints instead
-        image_tokens = train_dataset.processor.num_image_tokens if recipe.group_by_length else None
-        loader = MixtureDataLoader(
+        sampler = MixtureBatchSampler(
             train_dataset,
-            collate,
             args.per_device_train_batch_size,
             rank=args.process_index,
             world_size=args.world_size,
-            image_tokens=image_tokens,
+            image_tokens=(
+                train_dataset.processor.num_image_tokens if recipe.group_by_length else None
+            ),
+        )
+        loader = MixtureDataLoader(
+            sampler,
+            collate,
             num_workers=recipe.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )

@@ -4,7 +4,7 @@ from random import Random
 import pytest
 from PIL import Image
 
-from owl2.data.augment import ASPECT_RATIOS, AUGMENTATIONS, CROP_ATTEMPTS, MIN_AREA, _random_box
+from owl2.data.augment import ASPECT_RATIOS, AUGMENTATIONS, CROP_ATTEMPTS, MIN_AREA, random_crop_box
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_crops_are_within_the_bounds():
     rng = Random(0)
     shares = []
     for _ in range(2000):
-        left, top, width, height = _random_box(300, 200, rng)
+        left, top, width, height = random_crop_box(300, 200, rng)
         assert 0 <= left <= 300 - width
         assert 0 <= top <= 200 - height
         if (width, height) != (300, 200):
@@ -73,7 +73,7 @@ def test_crops_are_within_the_bounds():
 
 def test_an_image_too_narrow_for_any_crop_is_not_cropped():
     assert CROP_ATTEMPTS > 0
-    assert _random_box(1000, 1, Random(0)) == (0, 0, 1000, 1)
+    assert random_crop_box(1000, 1, Random(0)) == (0, 0, 1000, 1)
 
 
 def test_a_single_pixel_is_not_changed(square):

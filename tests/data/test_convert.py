@@ -11,8 +11,7 @@ from rich.console import Console
 from owl2.cli import main
 from owl2.data.convert import convert_dataset, listing
 from owl2.data.datasets.easy_vqa import easy_vqa
-from owl2.data.datasets.registry import DATASET_CARDS
-from owl2.data.datasets.vqa import okvqa, vqav2
+from owl2.data.datasets.registry import DATASET_CARDS, read_published
 from owl2.data.json_dataset import JsonDataset
 from owl2.data.sample import validated
 from owl2.data.webdataset import TarDataset
@@ -30,7 +29,16 @@ from tests.data.datasets.test_text_chat import SHAREGPT, SLIMORCA, orca, shared
 from tests.data.datasets.test_textcaps import CAPTIONS as TEXTCAPS
 from tests.data.datasets.test_textcaps import published as textcaps_file
 from tests.data.datasets.test_visual_genome import phrase, publish
-from tests.data.datasets.test_vqa import ANSWERED, ASKED, NAMES, WHY, annotations, questions
+from tests.data.datasets.test_vqa import (
+    ANSWERED,
+    ASKED,
+    NAMES,
+    WHY,
+    annotations,
+    okvqa,
+    questions,
+    vqav2,
+)
 from tests.errors import raises_input_error
 
 
@@ -97,7 +105,7 @@ def test_written_samples_equal_the_originals(name, tmp_path, folder, console):
     PUBLISH[name](folder)
     out = tmp_path / "out.jsonl"
     convert_dataset(name, folder, out, [], console)
-    samples = [item for item in DATASET_CARDS[name].convert(folder) if hasattr(item, "messages")]
+    samples = [item for item in read_published(name, folder) if hasattr(item, "messages")]
     back = JsonDataset(out, tmp_path)
     assert len(back) == len(samples) > 0
     for was, now in zip(samples, back, strict=True):
@@ -196,7 +204,7 @@ def test_missing_images_stop_or_are_skipped_and_counted(tmp_path, folder, consol
     [
         (["missing=skip"], (ErrorCode.MISSING_VALUE, "check_images=DIR")),
         (["check_images=none/there"], (ErrorCode.FILE_NOT_FOUND, "none/there")),
-        (["check_images=.", "missing=ignore"], (ErrorCode.UNKNOWN_NAME, "ignore")),
+        (["check_images=.", "missing=ignore"], (ErrorCode.INVALID_VALUE, "ignore")),
     ],
 )
 def test_options_of_the_image_check(tmp_path, folder, settings, expected_error, console):
@@ -338,7 +346,8 @@ def test_the_listing_shows_all_datasets(monkeypatch, capsys):
     for name, entry in DATASET_CARDS.items():
         assert f"\n{name}  " in f"\n{output}"
         assert entry.url in output
-        assert entry.files in output
+        assert all(file in output for names in entry.files.values() for file in names)
+        assert entry.contents in output
     assert "options  split=train coco=2014 max_rounds=... questions=... annotations=..." in output
 
 

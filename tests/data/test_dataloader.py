@@ -57,9 +57,8 @@ def test_batches_resume_after_any_batch(image_tokens, with_stream, stop):
     sampler = MixtureBatchSampler(mixture(with_stream, 1), 4, image_tokens=image_tokens)
     batches = take(sampler, 120)
     state = json.loads(json.dumps(sampler.states[stop - 1]))
-    resumed = MixtureBatchSampler(
-        mixture(with_stream, 1), 4, image_tokens=image_tokens, state=state
-    )
+    resumed = MixtureBatchSampler(mixture(with_stream, 1), 4, image_tokens=image_tokens)
+    resumed.state = state
     assert take(resumed, 120 - stop) == batches[stop:]
 
 
@@ -119,7 +118,7 @@ def test_invalid_samples_are_grouped_as_well():
 # ------------------------------------------------------------------ the data loader
 
 
-def loader(image, processor, num_workers: int = 0, **options) -> MixtureDataLoader:
+def loader(image, processor, num_workers: int = 0, image_tokens=None) -> MixtureDataLoader:
     rows = [sample(number, *[image] * (number % 2)) for number in range(24)]
     dataset = MixtureDataset(
         [MixtureSource(rows), MixtureSource(NumberedStream("s"), 8)],
@@ -128,7 +127,8 @@ def loader(image, processor, num_workers: int = 0, **options) -> MixtureDataLoad
         augment="dihedral",
         max_length=70,
     )
-    return MixtureDataLoader(dataset, Collator(processor), 4, num_workers=num_workers, **options)
+    sampler = MixtureBatchSampler(dataset, 4, image_tokens=image_tokens)
+    return MixtureDataLoader(sampler, Collator(processor), num_workers=num_workers)
 
 
 def assert_same(batches, others):

@@ -160,8 +160,6 @@ def test_each_process_reads_its_share_of_a_stream():
         ([], ErrorCode.EMPTY_DATASET, "data"),
         ([MixtureSource(samples("a", 1)), MixtureSource([])], ErrorCode.EMPTY_DATASET, "source 1"),
         ([MixtureSource([], name="chat.json")], ErrorCode.EMPTY_DATASET, "chat.json"),
-        ([MixtureSource(samples("a", 1), 0)], ErrorCode.INVALID_VALUE, "count"),
-        ([MixtureSource(samples("a", 1), weight=0.0)], ErrorCode.INVALID_VALUE, "weight"),
         (
             [MixtureSource(samples("a", 1), weight=1.0), MixtureSource(samples("b", 1))],
             ErrorCode.CONFLICT,

@@ -16,7 +16,8 @@ def features(length: int, images: int = 0, answer: int = 2) -> dict:
     types[0, : 2 * images] = 1
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[0, length - answer :] = ids[0, length - answer :]
-    item = {"input_ids": ids, "mm_token_type_ids": types, "labels": labels}
+    item = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    item |= {"mm_token_type_ids": types, "labels": labels}
     if images:
         item["pixel_values"] = torch.full((images, 3, 2, 2), float(length))
     return item

@@ -14,7 +14,7 @@ FILES = captions(range(3))
 
 
 def keys(url: object, **options) -> list[str]:
-    return [key for key, _ in read_shard(str(url), lambda extension: True, **options)]
+    return [key for key, _ in read_shard(str(url), **options)]
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def shard(tmp_path):
 
 
 def test_consecutive_files_of_a_key_are_grouped(shard):
-    groups = list(read_shard(str(shard), lambda extension: extension != "json"))
+    groups = list(read_shard(str(shard)))
     assert [key for key, _ in groups] == ["000000", "000001", "000002"]
     assert groups[1][1] == [("jpg", FILES[3][1]), ("txt", b"1")]
 
@@ -33,10 +33,10 @@ def test_skip_starts_at_a_key(shard):
     assert keys(shard, skip=9) == []
 
 
-def test_files_without_a_key_are_ignored(tmp_path):
-    names = ["d/", "README", "__meta__.json", ".hidden", "._a.txt", "d/a.B.TXT"]
+def test_other_files_are_ignored(tmp_path):
+    names = ["d/", "README", "__meta__.json", ".hidden", "._a.txt", "d/a.TXT", "d/a.cls"]
     path = write_tar(tmp_path / "a.tar", [(name, b"") for name in names])
-    assert list(read_shard(str(path), lambda extension: True)) == [("d/a", [("b.txt", b"")])]
+    assert list(read_shard(str(path))) == [("d/a", [("txt", b"")])]
 
 
 def test_compressed_archives_are_read(tmp_path):
@@ -49,7 +49,7 @@ def test_compressed_archives_are_read(tmp_path):
 @pytest.mark.parametrize("pack", [bytes, partial(gzip.compress, mtime=0)])
 def test_every_truncation_is_detected(tmp_path, shard, pack):
     """The samples before the error are complete, wherever the file is truncated."""
-    whole = list(read_shard(str(shard), lambda extension: True))
+    whole = list(read_shard(str(shard)))
     # 9 files of a header and a block each; then two empty blocks, of which one says enough.
     packed = pack(shard.read_bytes()[: (9 * 2 + 2) * 512])
     last = 9 * 2 * 512 if pack is bytes else len(packed) - 30
@@ -58,15 +58,15 @@ def test_every_truncation_is_detected(tmp_path, shard, pack):
         path.write_bytes(packed[:size])
         found = []
         with raises_input_error(ErrorCode.UNREADABLE_FILE, "cut.tar"):
-            found += read_shard(str(path), lambda extension: True)
+            found += read_shard(str(path))
         read = []
         with raises_input_error(ErrorCode.UNREADABLE_FILE):
-            for group in read_shard(str(path), lambda extension: True):
+            for group in read_shard(str(path)):
                 read.append(group)
         assert read == whole[: len(read)]
         assert len(read) < 3
     path.write_bytes(packed)
-    assert list(read_shard(str(path), lambda extension: True)) == whole
+    assert list(read_shard(str(path))) == whole
 
 
 def test_a_damaged_header_is_an_error(tmp_path, shard):
@@ -151,6 +151,6 @@ def test_a_failing_command_is_reported(shard, command, expected_error):
 @pytest.mark.timeout(30)
 def test_an_abandoned_command_is_terminated(shard):
     # More than is read at a time, and then nothing: neither the end nor a broken pipe.
-    groups = read_shard(f"pipe:cat {shard}; head -c 99999 /dev/zero; sleep 60", lambda name: True)
+    groups = read_shard(f"pipe:cat {shard}; head -c 99999 /dev/zero; sleep 60")
     assert next(groups)[0] == "000000"
     groups.close()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import tarfile
@@ -19,7 +20,7 @@ from owl2.data.open_dataset import open_dataset
 from owl2.data.sample import InvalidSample, get_or_invalid
 from owl2.data.validate import command
 from owl2.data.validate.command import unique_names, validate_datasets
-from owl2.data.validate.validator import SampleValidator, ValidationConfig, mp_context, sample_hash
+from owl2.data.validate.validator import SampleValidator, sample_hash
 from owl2.data.webdataset import TarDataset
 from owl2.errors import ErrorCode
 from owl2.processing.processor import Owl2Processor
@@ -47,36 +48,39 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def run(load, sources, rules: ValidationConfig | None = None, **options):
+def run(load, datasets, max_length=MAX_LENGTH, check_images=True, fetch_urls=False, **options):
     options = {"num_workers": 1, "console": quiet()} | options
-    return validate_datasets(sources, load(), rules or ValidationConfig(MAX_LENGTH), **options)
+    validator = SampleValidator(load(), max_length, check_images, fetch_urls)
+    return validate_datasets(datasets, validator, **options)
 
 
-def faults(findings) -> dict[str, str]:
-    return {bad.source.rpartition(", ")[2]: bad.code for bad in findings.first}
+def invalid_codes(report) -> dict[str, str]:
+    return {sample.source.rpartition(", ")[2]: sample.code for sample in report.first}
 
 
 # ------------------------------------------------------------------ what is found
 
 
 def test_every_kind_of_invalid_row_is_reported(load, chat):
-    findings = run(load, {"chat": JsonDataset(chat)})
-    assert faults(findings) == BAD
-    tally = findings.total
-    assert (tally.rows, tally.usable, tally.truncated) == (len(ROWS), len(ROWS) - len(BAD), 1)
-    assert findings.duplicates == 1
+    report = run(load, {"chat": JsonDataset(chat)})
+    assert invalid_codes(report) == BAD
+    total = report.total
+    assert (total.rows, total.usable, total.truncated) == (len(ROWS), len(ROWS) - len(BAD), 1)
+    assert report.duplicates == 1
 
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
 def test_training_refuses_the_same_samples(load, chat, augment):
     rows = JsonDataset(chat)
     augmentation = AUGMENTATIONS[augment]
-    taken = [
+    encoded = [
         encode_sample(get_or_invalid(rows, i), load(), MAX_LENGTH, augmentation, Random(i))
         for i in range(len(ROWS))
     ]
-    refused = {(bad.source, bad.code) for bad in taken if isinstance(bad, InvalidSample)}
-    found = {(bad.source, bad.code) for bad in run(load, {"": JsonDataset(chat)}).first}
+    refused = {
+        (sample.source, sample.code) for sample in encoded if isinstance(sample, InvalidSample)
+    }
+    found = {(sample.source, sample.code) for sample in run(load, {"": JsonDataset(chat)}).first}
     assert refused == found
     assert len(found) == len(BAD)
 
@@ -96,7 +100,7 @@ def test_invalid_rows_of_messages_are_reported(load, tmp_path):
         "line 3": ErrorCode.INVALID_TYPE,
         "line 4": ErrorCode.INVALID_ROLE,
     }
-    assert faults(run(load, {"": JsonDataset(path)})) == expected | {
+    assert invalid_codes(run(load, {"": JsonDataset(path)})) == expected | {
         "line 5": ErrorCode.INVALID_FORMAT
     }
 
@@ -122,15 +126,15 @@ def shards(tmp_path, chat):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_shards_are_validated(load, shards, workers):
-    findings = run(load, {"web": TarDataset(str(shards))}, num_workers=workers)
-    places = [(Path(bad.source).name, bad.code) for bad in findings.first]
+    report = run(load, {"web": TarDataset(str(shards))}, num_workers=workers)
+    places = [(Path(bad.source).name, bad.code) for bad in report.first]
     assert places[:3] == [
         ("0.tar, b", ErrorCode.BROKEN_IMAGE),
         ("1.tar, b", ErrorCode.BROKEN_IMAGE),
         ("1.tar, c", ErrorCode.EMPTY_MESSAGE),
     ]
     assert places[-1][0] == "2.tar"
-    assert findings.stats["web"].images[1] == findings.total.usable >= 3
+    assert report.stats["web"].images[1] == report.total.usable >= 3
 
 
 def test_shards_without_samples_are_an_error(load, tmp_path):
@@ -149,8 +153,11 @@ def test_arrow_datasets_are_validated(load, tmp_path, chat):
     }
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table.save_to_disk(tmp_path / "table")
-    findings = run(load, {"": open_dataset(hf_dataset=str(tmp_path / "table"))}, num_workers=2)
-    assert faults(findings) == {"row 2": ErrorCode.BROKEN_IMAGE, "row 3": ErrorCode.EMPTY_MESSAGE}
+    report = run(load, {"": open_dataset(hf_dataset=str(tmp_path / "table"))}, num_workers=2)
+    assert invalid_codes(report) == {
+        "row 2": ErrorCode.BROKEN_IMAGE,
+        "row 3": ErrorCode.EMPTY_MESSAGE,
+    }
 
 
 def test_the_result_does_not_depend_on_the_number_of_workers(load, chat, tmp_path, monkeypatch):
@@ -187,8 +194,8 @@ def test_the_result_does_not_depend_on_the_number_of_workers(load, chat, tmp_pat
 
 def test_the_terminal_shows_the_first_invalid_samples_and_counts_all(load, chat):
     console = quiet()
-    sources = unique_names([("a", JsonDataset(chat)), ("a", JsonDataset(chat))])
-    run(load, sources, console=console)
+    datasets = unique_names([("a", JsonDataset(chat)), ("a", JsonDataset(chat))])
+    run(load, datasets, console=console)
     shown = console.file.getvalue()
     assert f"{chat}, row 2: " in shown
     assert f"... and {2 * len(BAD) - command.MAX_SHOWN} more" in shown
@@ -208,36 +215,36 @@ def test_images_behind_urls_are_counted_but_not_fetched(load, tmp_path, monkeypa
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([row("<image>what?", "https://example.org/a.png")]))
     console = quiet()
-    findings = run(load, {"": JsonDataset(path)}, console=console)
-    assert (findings.total.unchecked_images, findings.total.invalid.total()) == (1, 0)
-    assert findings.total.images == {1: 1}
+    report = run(load, {"": JsonDataset(path)}, console=console)
+    assert (report.total.unchecked_images, report.total.invalid.total()) == (1, 0)
+    assert report.total.images == {1: 1}
     assert "1 images were not opened; --fetch-urls" in console.file.getvalue()
-    asked = run(load, {"": JsonDataset(path)}, ValidationConfig(MAX_LENGTH, fetch_urls=True))
-    assert asked.total.invalid == {ErrorCode.MISSING_IMAGE: 1}
+    fetched = run(load, {"": JsonDataset(path)}, fetch_urls=True)
+    assert fetched.total.invalid == {ErrorCode.MISSING_IMAGE: 1}
 
 
 def test_without_check_images_only_texts_are_validated(load, chat):
-    findings = run(load, {"": JsonDataset(chat)}, ValidationConfig(MAX_LENGTH, check_images=False))
+    report = run(load, {"": JsonDataset(chat)}, check_images=False)
     images = (ErrorCode.MISSING_IMAGE, ErrorCode.BROKEN_IMAGE, ErrorCode.IMAGE_TOO_LARGE)
-    assert set(faults(findings).values()) == set(BAD.values()) - set(images)
-    assert findings.total.unchecked_images == 6
-    assert not findings.total.image_edge
+    assert set(invalid_codes(report).values()) == set(BAD.values()) - set(images)
+    assert report.total.unchecked_images == 6
+    assert not report.total.image_edge
 
 
 def test_image_sizes_are_those_of_the_files(load, chat):
-    tally = run(load, {"": JsonDataset(chat)}).total
-    assert tally.image_edge == {30: 2}
-    assert tally.summary()["aspect_ratio"]["median"] == pytest.approx(1.5, rel=0.02)
+    total = run(load, {"": JsonDataset(chat)}).total
+    assert total.image_edge == {30: 2}
+    assert total.summary()["aspect_ratio"]["median"] == pytest.approx(1.5, rel=0.02)
 
 
 def test_sample_hash_includes_the_images():
-    def marks(*images: object) -> set[int]:
+    def hashes(*images: object) -> set[int]:
         parts = [{"type": "image", "image": image} for image in images]
         return {sample_hash([{"role": "user", "content": [part]}]) for part in parts}
 
     one, other = (Image.new("RGB", (2, 2), color) for color in ("red", "blue"))
-    assert len(marks("a.png", "b.png", b"a", b"b", one, other)) == 6
-    assert len(marks(b"a", b"a")) == len(marks(one, one.copy())) == 1
+    assert len(hashes("a.png", "b.png", b"a", b"b", one, other)) == 6
+    assert len(hashes(b"a", b"a")) == len(hashes(one, one.copy())) == 1
 
 
 # ------------------------------------------------------------------ stopping
@@ -256,18 +263,18 @@ def test_an_interrupt_keeps_the_results_so_far(load, chat, tmp_path, monkeypatch
 
     monkeypatch.setattr(ProgressReporter, "advance", interrupted)
     many = unique_names([("chat", JsonDataset(chat))] * 30)
-    findings = run(load, many, num_workers=workers, output=tmp_path / "out")
-    assert not findings.finished
-    assert 4 <= findings.total.rows < 30 * len(ROWS)
+    report = run(load, many, num_workers=workers, output=tmp_path / "out")
+    assert not report.finished
+    assert 4 <= report.total.rows < 30 * len(ROWS)
     lines = (tmp_path / "out" / "invalid_samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == findings.total.invalid.total() >= 3
+    assert len(lines) == report.total.invalid.total() >= 3
     facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
     assert facts["complete"] is False
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_interrupt_raises():
-    stop = mp_context().Event()
+    stop = multiprocessing.Event()
     with pytest.raises(KeyboardInterrupt), command.stop_on_interrupt(stop):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()

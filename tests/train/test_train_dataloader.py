@@ -8,7 +8,7 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from owl2.data.dataloader import MixtureDataLoader
+from owl2.data.dataloader import MixtureBatchSampler, MixtureDataLoader
 from owl2.data.sample import InvalidSample
 from owl2.errors import ErrorCode, InputError
 from owl2.train.run import train
@@ -156,7 +156,7 @@ def test_steps_of_epochs(make_recipe, epochs, samples, steps):
 @pytest.fixture
 def make_loader(tmp_path):
     def make(on_invalid_sample="stop"):
-        loader = MixtureDataLoader(RandomSamples(10), collate, 2)
+        loader = MixtureDataLoader(MixtureBatchSampler(RandomSamples(10), 2), collate)
         return TrainDataLoader(loader, Accelerator(cpu=True), tmp_path, on_invalid_sample)
 
     return make

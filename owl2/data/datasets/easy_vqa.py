@@ -6,25 +6,26 @@ training, and 1,000 images with 9,673 questions for testing. The splits are thos
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
+from pathlib import Path
 from random import Random
-from types import ModuleType
+from typing import Literal, NamedTuple
 
-from owl2.data.datasets.prompts import VQA_PROMPT
-from owl2.data.sample import Message, Sample
+from pydantic import PositiveInt
+
+from owl2.data.datasets.prompts import VQA_PROMPT, conversations, image_and_text
+from owl2.data.sample import Sample
 from owl2.errors import ErrorCode, InputError
-from owl2.json_records import check_max_rounds
 from owl2.registry import look_up
 
-SHORT_PROMPT = "{question}"
+Style = Literal["single", "joined", "captions"]
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
-@dataclass(frozen=True)
-class EasyVqaQuestion:
+class EasyVqaQuestion(NamedTuple):
     """A row of the package's `questions.json`; `number` is its index, from 0."""
 
     number: int
@@ -32,21 +33,20 @@ class EasyVqaQuestion:
     answer: str
 
 
-@dataclass(frozen=True)
-class EasyVqaImage:
+class EasyVqaImage(NamedTuple):
     """An image of a split with its questions, in the order of the package."""
 
     number: int
     path: str
-    questions: tuple[EasyVqaQuestion, ...]
+    questions: list[EasyVqaQuestion]
 
 
 def easy_vqa(
     split: str,
     *,
-    style: str = "single",
+    style: Style = "single",
     prompt: str = VQA_PROMPT,
-    max_rounds: int | None = None,
+    max_rounds: PositiveInt | None = None,
     seed: int = 0,
 ) -> list[Sample]:
     """The samples of the split `train` or `test`.
@@ -62,68 +62,72 @@ def easy_vqa(
         max_rounds: Questions per conversation of `joined`; further questions start another one.
 
     Raises:
-        InputError: An unknown split, style or prompt, captions of the test split, or the package is
-            not installed.
+        InputError: An unknown split or prompt, captions of the test split, or the package is not
+            installed.
     """
-    look_up("style of the dataset easy_vqa", style, dict.fromkeys(("captions", "joined", "single")))
-    prompt = SHORT_PROMPT if prompt == "short" else prompt
-    if not isinstance(prompt, str) or "{question}" not in prompt:
+    prompt = "{question}" if prompt == "short" else prompt
+    if "{question}" not in prompt:
         raise InputError(
             f"prompt must be 'short' or contain {{question}}, not {prompt!r}",
             ErrorCode.INVALID_VALUE,
         )
-    if max_rounds is not None:
-        check_max_rounds(max_rounds)
-        if style != "joined":
-            raise InputError("max_rounds needs style=joined", ErrorCode.CONFLICT)
+    if max_rounds is not None and style != "joined":
+        raise InputError("max_rounds needs style=joined", ErrorCode.CONFLICT)
     if style == "captions" and split == "test":
         raise InputError(
             "captions of easy_vqa are derived from answers, and those of the test split are "
             "reserved for evaluation",
             ErrorCode.INVALID_VALUE,
         )
+    samples: list[Sample] = []
     images = easy_vqa_images(split)
-    if style == "captions":
-        return [
-            Sample([_user(image), _assistant(caption(image))], _source(split, image))
-            for image in images
-        ]
-    if style == "joined":
-        return [
-            sample for image in images for sample in _joined(image, split, prompt, max_rounds, seed)
-        ]
+    for image in images:
+        source = f"easy_vqa/{split}/images/{image.number}.png"
+        # Not str.format, because a prompt may contain other braces.
+        pairs = [(prompt.replace("{question}", q.text), q.answer) for q in image.questions]
+        if style == "captions":
+            samples.append(Sample(image_and_text(image.path, caption(image)), source))
+        elif style == "joined":
+            shuffled = Random(f"{seed}/{image.number}").sample(pairs, len(pairs))
+            samples += conversations(image.path, shuffled, source, max_rounds, separator="")
+        else:
+            for question, pair in zip(image.questions, pairs, strict=True):
+                source = f"easy_vqa/{split}#{question.number}"
+                samples += conversations(image.path, [pair], source, separator="")
+    if style != "single":
+        return samples
     # In the order of the package, so that evaluation results can be compared with its file.
-    pairs = sorted(
-        ((question, image) for image in images for question in image.questions),
-        key=lambda pair: pair[0].number,
-    )
-    return [
-        Sample(
-            [_user(image, _ask(prompt, question)), _assistant(question.answer)],
-            f"easy_vqa/{split}#{question.number}",
+    numbers = [question.number for image in images for question in image.questions]
+    return [sample for _, sample in sorted(zip(numbers, samples, strict=True), key=itemgetter(0))]
+
+
+def easy_vqa_of_package(
+    source: Path,
+    split: str,
+    *,
+    style: Style = "joined",
+    prompt: str = VQA_PROMPT,
+    max_rounds: PositiveInt | None = None,
+    seed: int = 0,
+) -> Iterator[Sample]:
+    """easy-VQA for `owl2 data convert`; the directory is called `package`. See `easy_vqa`."""
+    if str(source) != "package":
+        raise InputError(
+            f"easy_vqa is read from its package: give `package` as the directory, not {source}",
+            ErrorCode.INVALID_VALUE,
         )
-        for question, image in pairs
-    ]
-
-
-def _joined(
-    image: EasyVqaImage, split: str, prompt: str, max_rounds: int | None, seed: int
-) -> list[Sample]:
-    questions = Random(f"{seed}/{image.number}").sample(image.questions, len(image.questions))
-    length = max_rounds or len(questions)
-    samples = []
-    for start in range(0, len(questions), length):
-        messages: list[Message] = []
-        for question in questions[start : start + length]:
-            messages.append(_user(None if messages else image, _ask(prompt, question)))
-            messages.append(_assistant(question.answer))
-        samples.append(Sample(messages, _source(split, image)))
-    return samples
+    yield from easy_vqa(split, style=style, prompt=prompt, max_rounds=max_rounds, seed=seed)
 
 
 def easy_vqa_images(split: str) -> list[EasyVqaImage]:
     """The images of a split, by number. Raises `InputError` as `easy_vqa`."""
-    package = _package()
+    try:
+        import easy_vqa as package
+    except ImportError as error:
+        raise InputError(
+            "the dataset easy_vqa needs the package easy-vqa: pip install 'owl2-vlm[data]'",
+            ErrorCode.MISSING_DEPENDENCY,
+        ) from error
     get_questions, get_paths = look_up(
         "split of the dataset easy_vqa",
         split,
@@ -136,42 +140,9 @@ def easy_vqa_images(split: str) -> list[EasyVqaImage]:
     for number, (text, answer, image) in enumerate(zip(*get_questions(), strict=True)):
         questions[image].append(EasyVqaQuestion(number, text, answer))
     return [
-        EasyVqaImage(number, path, tuple(questions[number]))
+        EasyVqaImage(number, path, questions[number])
         for number, path in sorted(get_paths().items())
     ]
-
-
-def _package() -> ModuleType:
-    try:
-        import easy_vqa as package
-    except ImportError as error:
-        raise InputError(
-            "the dataset easy_vqa needs the package easy-vqa: pip install 'owl2-vlm[data]'",
-            ErrorCode.MISSING_DEPENDENCY,
-        ) from error
-    return package
-
-
-def _ask(prompt: str, question: EasyVqaQuestion) -> str:
-    # Not str.format, because a prompt may contain other braces.
-    return prompt.replace("{question}", question.text)
-
-
-def _user(image: EasyVqaImage | None, text: str = "") -> Message:
-    parts: list[Message] = []
-    if image is not None:
-        parts.append({"type": "image", "path": image.path})
-    if text:
-        parts.append({"type": "text", "text": text})
-    return {"role": "user", "content": parts}
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
-
-
-def _source(split: str, image: EasyVqaImage) -> str:
-    return f"easy_vqa/{split}/images/{image.number}.png"
 
 
 # ------------------------------------------------------------------ captions

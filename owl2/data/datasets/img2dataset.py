@@ -12,26 +12,26 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
+from owl2.data.sample import SkippedRows
 from owl2.errors import ErrorCode, InputError
-from owl2.json_records import SkippedRows, json_object, readable
+from owl2.json_records import json_object, readable
 
-_SHARD_NAME = re.compile(r"(\d+)\.tar")
 _TAR_END = bytes(1024)  # an archive ends with two empty blocks
 _IMAGE_SUFFIXES = (".jpg", ".png", ".webp")
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """A complete shard and its number of image-text pairs."""
 
     path: Path
     pairs: int
 
 
-def shards(source: Path, *, read: bool = False) -> Iterator[Shard | SkippedRows]:
+def shards(directory: Path, *, read: bool = False) -> Iterator[Shard | SkippedRows]:
     """The complete shards of a directory, in numerical order.
 
     A shard is complete if its statistics exist and the archive has its end.
@@ -40,17 +40,12 @@ def shards(source: Path, *, read: bool = False) -> Iterator[Shard | SkippedRows]
         read: Also read every archive and compare its number of images with the statistics.
 
     Raises:
-        InputError: There is no such directory, no shard in it, statistics of another format, or a
-            different number of images.
+        InputError: No shard in the directory, statistics of another format, or a different number
+            of images.
     """
-    if not source.is_dir():
-        raise InputError(
-            f"{source} is not a directory: give the one with img2dataset's shards",
-            ErrorCode.FILE_NOT_FOUND,
-        )
-    paths = sorted(path for path in source.iterdir() if _SHARD_NAME.fullmatch(path.name))
+    paths = sorted(path for path in directory.iterdir() if re.fullmatch(r"\d+\.tar", path.name))
     if not paths:
-        raise InputError(f"{source} has no shards such as 00000.tar", ErrorCode.EMPTY_DATASET)
+        raise InputError(f"{directory} has no shards such as 00000.tar", ErrorCode.EMPTY_DATASET)
     for path in paths:
         statistics = path.with_name(f"{path.stem}_stats.json")
         if not statistics.is_file():
@@ -69,10 +64,8 @@ def shards(source: Path, *, read: bool = False) -> Iterator[Shard | SkippedRows]
 def _has_end(path: Path) -> bool:
     with readable(path), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        if size < len(_TAR_END) or size % 512:
-            return False
-        file.seek(-len(_TAR_END), os.SEEK_END)
-        return file.read() == _TAR_END
+        file.seek(max(0, size - len(_TAR_END)))
+        return size % tarfile.BLOCKSIZE == 0 and file.read() == _TAR_END
 
 
 def _check_count(path: Path, pairs: int) -> None:
@@ -90,18 +83,11 @@ def _check_count(path: Path, pairs: int) -> None:
 
 def shard_patterns(paths: Sequence[Path]) -> list[str]:
     """Numbered files as few patterns: "DIR/{00000..00042}.tar", "DIR/00044.tar"."""
-    runs: list[list[Path]] = []
-    for path in paths:
-        last = runs[-1][-1] if runs else None
-        if (
-            last is not None
-            and (last.parent, len(last.name)) == (path.parent, len(path.name))
-            and int(path.stem) == int(last.stem) + 1
-        ):
-            runs[-1].append(path)
-        else:
-            runs.append([path])
-    return [
-        str(run[0] if len(run) == 1 else run[0].with_name(f"{{{run[0].stem}..{run[-1].stem}}}.tar"))
-        for run in runs
-    ]
+    # Consecutive files with names of the same length have the same key.
+    groups = groupby(enumerate(paths), lambda e: (len(e[1].name), int(e[1].stem) - e[0]))
+    patterns = []
+    for _, group in groups:
+        run = [path for _, path in group]
+        span = f"{{{run[0].stem}..{run[-1].stem}}}" if len(run) > 1 else run[0].stem
+        patterns.append(str(run[0].with_name(f"{span}.tar")))
+    return patterns

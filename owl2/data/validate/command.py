@@ -32,27 +32,15 @@ from owl2.data.validate.statistics import (
     plot_statistics,
     spread_table,
 )
-from owl2.data.validate.validator import (
-    SampleValidator,
-    ValidationConfig,
-    WorkResult,
-    mp_context,
-    validate_all,
-    work_items,
-)
+from owl2.data.validate.validator import SampleValidator, WorkItems, WorkResult
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text, require_checkpoint
-from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 
 MAX_SHOWN = 20
 # 8 bytes each. Duplicates are not counted in larger datasets.
 MAX_HASHES = 20_000_000
-INVALID_FILE, STATISTICS_FILE, PLOT_FILE = (
-    "invalid_samples.jsonl",
-    "statistics.json",
-    "statistics.png",
-)
+INVALID_FILE = "invalid_samples.jsonl"
 
 
 @dataclass
@@ -61,23 +49,17 @@ class ValidationReport:
 
     Attributes:
         stats: By the name of the dataset.
+        total: The statistics of all datasets together.
         first: The first `MAX_SHOWN` invalid samples.
         finished: False after Ctrl-C; the report then covers the samples so far.
     """
 
     stats: dict[str, DatasetStats]
+    total: DatasetStats = field(default_factory=DatasetStats)
     first: list[InvalidSample] = field(default_factory=list)
     seconds: float = 0.0
     finished: bool = True
     _hashes: "array[int]" = field(default_factory=lambda: array("Q"))
-
-    @property
-    def total(self) -> DatasetStats:
-        """The statistics of all datasets together."""
-        total = DatasetStats()
-        for stats in self.stats.values():
-            total.merge(stats)
-        return total
 
     @property
     def duplicates(self) -> int | None:
@@ -86,9 +68,10 @@ class ValidationReport:
             return None
         return len(self._hashes) - len(np.unique(np.frombuffer(self._hashes, np.uint64)))
 
-    def add(self, name: str, result: WorkResult) -> None:
-        """Adds the result of a work item of the dataset `name`."""
-        self.stats[name].merge(result.stats)
+    def add(self, result: WorkResult) -> None:
+        """Adds the result of a work item."""
+        self.stats[result.dataset].merge(result.stats)
+        self.total.merge(result.stats)
         self.first += result.invalid[: MAX_SHOWN - len(self.first)]
         if len(self._hashes) <= MAX_HASHES:
             self._hashes.extend(result.hashes)
@@ -124,8 +107,7 @@ def unique_names(datasets: Iterable[tuple[str, SampleDataset]]) -> dict[str, Sam
 
 def validate_datasets(
     datasets: Mapping[str, SampleDataset],
-    processor: Owl2Processor,
-    config: ValidationConfig,
+    validator: SampleValidator,
     *,
     num_workers: int,
     batch_size: int = 8,
@@ -145,16 +127,15 @@ def validate_datasets(
     """
     console = console or Console()
     output = None if output is None else Path(output)
-    validator = SampleValidator(processor, config)
     report = _validate(datasets, validator, num_workers, output, console)
     total = report.total
-    padding = batch_padding(total.tokens, config.max_length, batch_size)
-    _print_report(console, report, total, config, padding)
+    padding = batch_padding(total.tokens, validator.max_length, batch_size)
+    _print_report(console, report, validator, padding)
     if output is not None:
         summary = {
             "complete": report.finished,
-            "max_length": config.max_length,
-            "images_checked": config.check_images,
+            "max_length": validator.max_length,
+            "images_checked": validator.check_images,
             "seconds": report.seconds,
             "num_workers": num_workers,
             "duplicates": report.duplicates,
@@ -162,10 +143,11 @@ def validate_datasets(
             "all": total.summary(),
             "datasets": {name: stats.summary() for name, stats in report.stats.items()},
         }
-        atomic_write_text(output / STATISTICS_FILE, json.dumps(summary, indent=2) + "\n")
+        atomic_write_text(output / "statistics.json", json.dumps(summary, indent=2) + "\n")
         title = f"{total.usable:,} samples of {', '.join(datasets)}"
-        if not plot_statistics(output / PLOT_FILE, total, title, config.max_length):
-            hint = f"No {PLOT_FILE}: matplotlib is not installed (pip install 'owl2-vlm[plot]')"
+        plot = output / "statistics.png"
+        if not plot_statistics(plot, total, title, validator.max_length):
+            hint = f"No {plot.name}: matplotlib is not installed (pip install 'owl2-vlm[plot]')"
             console.print(hint, markup=False)
         console.print(f"Wrote {INVALID_FILE} and the statistics to {output}", markup=False)
     empty = [name for name, stats in report.stats.items() if not stats.rows]
@@ -182,32 +164,32 @@ def _validate(
     console: Console,
 ) -> ValidationReport:
     report = ValidationReport({name: DatasetStats() for name in datasets})
-    names, samples = list(datasets), list(datasets.values())
-    stop = mp_context().Event()
+    total, items = report.total, WorkItems(datasets, validator)
     start = time.perf_counter()
-    total = len(work_items(samples))
     with (
         open(os.devnull, "w") if output is None else atomic_file(output / INVALID_FILE) as file,
-        validate_all(samples, validator, num_workers, stop) as results,
-        stop_on_interrupt(stop),
-        ProgressReporter(console, "checking", total, unit="work items", transient=True) as progress,
+        items.results(num_workers) as results,
+        stop_on_interrupt(items.stop),
+        ProgressReporter(
+            console, "checking", len(items), unit="work items", transient=True
+        ) as progress,
     ):
-        rows = invalid = 0
         for result in results:
-            name = names[result.item.dataset]
-            report.add(name, result)
+            report.add(result)
             for sample in result.invalid:
                 line = {
-                    "dataset": name,
+                    "dataset": result.dataset,
                     "source": sample.source,
                     "code": sample.code,
                     "reason": sample.reason,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            rows, invalid = rows + result.stats.rows, invalid + len(result.invalid)
-            rate = rows / (time.perf_counter() - start)
-            progress.advance(1, f"{rows:,} rows, {invalid:,} invalid, {rate:,.0f} rows/s")
-    report.finished = not stop.is_set()
+            rate = total.rows / (time.perf_counter() - start)
+            invalid = total.invalid.total()
+            progress.advance(1, f"{total.rows:,} rows, {invalid:,} invalid, {rate:,.0f} rows/s")
+            if items.stop.is_set() and not result.stats.rows:
+                break
+    report.finished = not items.stop.is_set()
     report.seconds = time.perf_counter() - start
     return report
 
@@ -230,53 +212,42 @@ def stop_on_interrupt(stop: Event) -> Iterator[None]:
 def _print_report(
     console: Console,
     report: ValidationReport,
-    total: DatasetStats,
-    config: ValidationConfig,
+    validator: SampleValidator,
     padding: Mapping[str, float],
 ) -> None:
-    def line(text: str, style: str = "") -> None:
-        console.print(Text(text, style), soft_wrap=True)
-
+    total = report.total
+    invalid = total.invalid.total()
     console.print(dataset_table(report.stats))
+    lines: list[tuple[str, str]] = []  # with a style
     if total.usable:
         console.print(spread_table(total))
-        line(
+        text = (
             f"Padding in batches of {padding['batch_size']} samples: {padding['padded']:.0%}; "
             f"with packing: {padding['packed']:.0%}."
         )
+        lines.append((text, ""))
     if total.truncated:
         share = total.truncated / total.usable
-        line(
-            f"{total.truncated:,} samples ({share:.1%}) are truncated to {config.max_length:,} "
-            "tokens.",
-            "yellow",
-        )
+        text = f"{total.truncated:,} samples ({share:.1%}) are truncated to "
+        lines.append((f"{text}{validator.max_length:,} tokens.", "yellow"))
     if total.unchecked_images:
-        hint = "; --fetch-urls opens images behind URLs" if config.check_images else ""
-        line(f"{total.unchecked_images:,} images were not opened{hint}.", "yellow")
+        hint = "; --fetch-urls opens images behind URLs" if validator.check_images else ""
+        lines.append((f"{total.unchecked_images:,} images were not opened{hint}.", "yellow"))
     if report.duplicates:
-        line(f"{report.duplicates:,} samples are duplicates of others.", "yellow")
-    for code, count in sorted(total.invalid.items()):
-        line(f"{count:>8,}  {code}", "red")
-    for sample in report.first:
-        line(f"{sample.source}: {sample.reason}")
-    invalid = total.invalid.total()
+        lines.append((f"{report.duplicates:,} samples are duplicates of others.", "yellow"))
+    lines += [(f"{count:>8,}  {code}", "red") for code, count in sorted(total.invalid.items())]
+    lines += [(f"{sample.source}: {sample.reason}", "") for sample in report.first]
     if invalid > len(report.first):
-        line(
-            f"... and {invalid - len(report.first):,} more; --output writes all of them to "
-            f"{INVALID_FILE}."
-        )
+        more = f"... and {invalid - len(report.first):,} more"
+        lines.append((f"{more}; --output writes all of them to {INVALID_FILE}.", ""))
     rate = total.rows / max(report.seconds, 1e-9)
-    line(
-        f"{'Checked' if report.finished else 'Stopped after'} {total.rows:,} rows in "
-        f"{report.seconds:,.1f} s ({rate:,.0f} rows/s).",
-        "" if report.finished else "yellow",
-    )
+    verb, style = ("Checked", "") if report.finished else ("Stopped after", "yellow")
+    rows = f"{total.rows:,} rows in {report.seconds:,.1f} s ({rate:,.0f} rows/s)"
+    lines.append((f"{verb} {rows}.", style))
     if invalid:
-        line(
-            f"{invalid:,} samples are invalid: training stops at them, or skips them with "
-            "on_invalid_sample: skip.",
-            "red",
-        )
+        text = f"{invalid:,} samples are invalid: training stops at them, or skips them with "
+        lines.append((f"{text}on_invalid_sample: skip.", "red"))
     elif report.finished:
-        line("No sample is invalid.", "green")
+        lines.append(("No sample is invalid.", "green"))
+    for text, style in lines:
+        console.print(Text(text, style), soft_wrap=True)

@@ -134,43 +134,25 @@ def clipped(histogram: Mapping[int, int], limit: int | None) -> Counter[int]:
     return result
 
 
-def padding_share(lengths: Mapping[int, int], batch_size: int) -> float:
-    """The expected share of padding in random batches.
-
-    Each row is as long as the longest sample of its batch. The probability that the longest has at
-    most v tokens is that of a single sample to the power of `batch_size`.
-    """
-    count = sum(lengths.values())
-    if not count:
-        return 0.0
-    longest, below, previous = 0.0, 0, 0.0
-    for value in sorted(lengths):
-        below += lengths[value]
-        probability = (below / count) ** batch_size
-        longest += value * (probability - previous)
-        previous = probability
-    mean = sum(value * frequency for value, frequency in lengths.items()) / count
-    return 1 - mean / longest
-
-
 def batch_padding(
     lengths: Mapping[int, int], max_length: int | None, batch_size: int
 ) -> dict[str, float]:
-    """The share of padding tokens: `padded` to the longest sample of a batch, or `packed` into rows
-    as long as that sample (from simulated random batches)."""
+    """The share of padding tokens in simulated random batches: `padded` to the longest sample of a
+    batch, or `packed` into rows as long as that sample."""
     lengths = clipped(lengths, max_length)
     values, weights = list(lengths), list(lengths.values())
     rng = Random(0)
-    used = available = 0
+    tokens = padded = packed = 0
     for _ in range(SIMULATED_BATCHES if values else 0):
         drawn = rng.choices(values, weights, k=batch_size)
-        rows = [sum(drawn[i] for i in row) for row in first_fit_decreasing(drawn, max(drawn))]
-        used += sum(rows)
-        available += len(rows) * max(rows)
+        rows = first_fit_decreasing(drawn, max(drawn))
+        tokens += sum(drawn)
+        padded += max(drawn) * batch_size
+        packed += max(drawn) * len(rows)
     return {
         "batch_size": batch_size,
-        "padded": padding_share(lengths, batch_size),
-        "packed": 1 - used / available if available else 0.0,
+        "padded": 1 - tokens / max(padded, 1) if tokens else 0.0,
+        "packed": 1 - tokens / max(packed, 1) if tokens else 0.0,
     }
 
 

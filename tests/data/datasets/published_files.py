@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from owl2.data.sample import Sample, validated
-from owl2.json_records import SkippedRows
+from owl2.data.sample import Sample, SkippedRows, validated
 from owl2.processing.chat_template import content_to_text, parse_messages
 
 SHORT = "\nAnswer the question using a single word or phrase."

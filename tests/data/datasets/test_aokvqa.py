@@ -1,12 +1,15 @@
+from functools import partial
 from random import Random
 
 import pytest
 
-from owl2.data.datasets.aokvqa import aokvqa, different_order
+from owl2.data.datasets.questions import different_order
+from owl2.data.datasets.registry import read_published
 from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import LETTER, SHORT, put, split_skipped, summarize_all
 from tests.errors import raises_input_error
 
+aokvqa = partial(read_published, "aokvqa")
 OPTIONS = ["man", "stranger", "player", "dog"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from owl2.data.datasets import load_dataset
 from owl2.data.datasets.easy_vqa import (
     COLORS,
     SHAPES,
@@ -99,13 +100,13 @@ def test_max_rounds_splits_conversations():
     ("options", "code"),
     [
         ({"max_rounds": 0}, ErrorCode.INVALID_VALUE),
-        ({"max_rounds": "3"}, ErrorCode.INVALID_VALUE),
+        ({"max_rounds": "3"}, ErrorCode.INVALID_TYPE),
         ({"max_rounds": 3, "style": "single"}, ErrorCode.CONFLICT),
     ],
 )
 def test_an_invalid_max_rounds_is_refused(options, code):
     with raises_input_error(code, "max_rounds"):
-        easy_vqa("train", **{"style": "joined"} | options)
+        load_dataset("easy_vqa", **{"style": "joined"} | options)
 
 
 def test_joined_order_depends_on_the_seed_only():
@@ -129,16 +130,16 @@ def test_prompts():
     ("split", "options", "expected_error"),
     [
         ("validation", {}, (ErrorCode.UNKNOWN_NAME, "validation")),
-        ("train", {"style": "caption"}, (ErrorCode.UNKNOWN_NAME, "captions")),
-        ("train", {"style": ["single"]}, (ErrorCode.UNKNOWN_NAME,)),
+        ("train", {"style": "caption"}, (ErrorCode.INVALID_VALUE, "captions")),
+        ("train", {"style": ["single"]}, (ErrorCode.INVALID_VALUE,)),
         ("train", {"prompt": "what?"}, (ErrorCode.INVALID_VALUE, "short")),
-        ("train", {"prompt": 3}, (ErrorCode.INVALID_VALUE, "short")),
+        ("train", {"prompt": 3}, (ErrorCode.INVALID_TYPE, "prompt")),
         ("test", {"style": "captions"}, (ErrorCode.INVALID_VALUE,)),
     ],
 )
 def test_invalid_options_are_refused(split, options, expected_error):
     with raises_input_error(*expected_error):
-        easy_vqa(split, **options)
+        load_dataset("easy_vqa", split, **options)
 
 
 def test_a_missing_package_is_reported(monkeypatch):
@@ -152,7 +153,7 @@ def test_a_missing_package_is_reported(monkeypatch):
 
 def asked(*questions: tuple[str, str]) -> EasyVqaImage:
     rows = [EasyVqaQuestion(number, *question) for number, question in enumerate(questions)]
-    return EasyVqaImage(0, "0.png", tuple(rows))
+    return EasyVqaImage(0, "0.png", rows)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
+from functools import partial
+
 import pytest
 
-from owl2.data.datasets.gqa import gqa
+from owl2.data.datasets.registry import read_published
 from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import SHORT, put, summarize_all
 from tests.errors import raises_input_error
+
+gqa = partial(read_published, "gqa")
 
 
 def question(image: str, text: str, answer: str) -> dict:

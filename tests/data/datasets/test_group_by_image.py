@@ -2,16 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from owl2.data.datasets.group_by_image import group_by_image, majority_answer
 from owl2.data.datasets.prompts import (
     about_image,
     choice_question,
     image_and_text,
     short_question,
 )
-from owl2.errors import ErrorCode
+from owl2.data.datasets.questions import group_by_image, majority_answer
 from tests.data.datasets.published_files import SHORT, split_skipped, summarize
-from tests.errors import raises_input_error
 
 
 @pytest.mark.parametrize(
@@ -61,8 +59,6 @@ def test_max_rounds_limits_the_conversation():
         ("2.jpg", ["b"]),
     ]
     assert summarize(samples[1])[1][0][0] == "<|image|>\n2?"
-    with raises_input_error(ErrorCode.INVALID_VALUE, "0"):
-        list(group_by_image(asked, Path("file.json"), 0))
 
 
 def test_messages_of_conversations_and_pairs():

@@ -1,7 +1,11 @@
-from owl2.data.datasets.llava import llava_instruct
+from functools import partial
+
+from owl2.data.datasets.registry import read_published
 from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import put, summarize_all
 from tests.errors import raises_input_error
+
+llava_instruct = partial(read_published, "llava_instruct")
 
 
 def row(*turns: tuple[str, str], image: str = "000000033471.jpg") -> dict:

@@ -1,9 +1,13 @@
+from functools import partial
+
 import pytest
 
-from owl2.data.datasets.ocr_vqa import ocr_vqa
+from owl2.data.datasets.registry import read_published
 from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import SHORT, put, split_skipped, summarize, summarize_all
 from tests.errors import raises_input_error
+
+ocr_vqa = partial(read_published, "ocr_vqa")
 
 
 def cover(split: int, *pairs: tuple[str, str], url: object = "http://e.com/I/61Y5.jpg") -> dict:

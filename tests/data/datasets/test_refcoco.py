@@ -1,12 +1,15 @@
 import os
 import pickle
+from functools import partial
 
 import pytest
 
-from owl2.data.datasets.refcoco import refcoco
+from owl2.data.datasets.registry import read_published
 from owl2.errors import ErrorCode, InputError
 from tests.data.datasets.published_files import put, split_skipped, summarize, summarize_all
 from tests.errors import raises_input_error
+
+refcoco = partial(read_published, "refcoco")
 
 
 def thing(number: int, image: int, *phrases: str, split: str = "train") -> dict:

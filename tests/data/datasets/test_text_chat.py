@@ -1,6 +1,8 @@
+from functools import partial
+
 import pytest
 
-from owl2.data.datasets.text_chat import sharegpt, slimorca
+from owl2.data.datasets.registry import read_published
 from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import (
     put,
@@ -11,6 +13,8 @@ from tests.data.datasets.published_files import (
 )
 from tests.errors import raises_input_error
 
+sharegpt = partial(read_published, "sharegpt")
+slimorca = partial(read_published, "slimorca")
 SHAREGPT = "ShareGPT_V3_unfiltered_cleaned_split.json"
 SLIMORCA = "oo-labeled_correct.gpt4.sharegpt.jsonl"
 

@@ -1,4 +1,6 @@
-from owl2.data.datasets.textcaps import textcaps
+from functools import partial
+
+from owl2.data.datasets.registry import read_published
 from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import (
     CAPTION,
@@ -9,6 +11,7 @@ from tests.data.datasets.published_files import (
 )
 from tests.errors import raises_input_error
 
+textcaps = partial(read_published, "textcaps")
 A, B = "054c394fcc4bfa1e", "8a9b7c6d5e4f3210"
 
 

@@ -1,9 +1,13 @@
+from functools import partial
+
 import pytest
 
-from owl2.data.datasets.visual_genome import visual_genome
+from owl2.data.datasets.registry import read_published
 from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import put, split_skipped, summarize
 from tests.errors import raises_input_error
+
+visual_genome = partial(read_published, "visual_genome")
 
 
 def phrase(number: int, words: str, box=(10, 20, 30, 40), image: int = 1) -> dict:

@@ -1,10 +1,13 @@
+from functools import partial
+
 import pytest
 
-from owl2.data.datasets.vqa import okvqa, vqav2
+from owl2.data.datasets.registry import read_published
 from owl2.errors import ErrorCode
 from tests.data.datasets.published_files import SHORT, put, split_skipped, summarize, summarize_all
 from tests.errors import raises_input_error
 
+vqav2, okvqa = partial(read_published, "vqav2"), partial(read_published, "okvqa")
 NAMES = {
     vqav2: ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json"),
     okvqa: ("OpenEnded_mscoco_train2014_questions.json", "mscoco_train2014_annotations.json"),

@@ -1,16 +1,17 @@
-"""ShareGPT and SlimOrca: text-only conversations.
+"""Published conversations: LLaVA-Instruct about images; ShareGPT and SlimOrca, text only.
 
-Both have rows of turns, `{"from": "human" | "gpt" | "system", "value": ...}`. The chat format has
-no system prompt (Specification §1.5), so a system text is put before the first user text, separated
-by a blank line. Rows that do not alternate between user and assistant are skipped, by reason. Texts
-are stripped.
+All have rows of turns, `{"from": "human" | "gpt" | "system", "value": ...}`. The chat format has no
+system prompt (Specification §1.5), so a system text is put before the first user text, separated by
+a blank line. Text-only rows that do not alternate between user and assistant are skipped, by
+reason; their texts are stripped.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from owl2.data.sample import Message, Sample
-from owl2.json_records import JsonRecord, SkippedRows, json_lines, json_rows, published_file
+from owl2.data.row_parsers import image_reader, parse_row
+from owl2.data.sample import Message, Sample, SkippedRows
+from owl2.json_records import json_lines, json_rows
 from owl2.processing.chat_template import IMAGE_TOKEN, has_lone_surrogate
 
 # The tokenizer reads these as special tokens anywhere in a text (in HTML, <s> is strikethrough).
@@ -26,33 +27,23 @@ ROLES = {
 }
 
 
-def sharegpt(source: Path, *, file: str | None = None) -> Iterator[Sample | SkippedRows]:
-    """ShareGPT: conversations with ChatGPT.
+def llava_instruct(path: Path) -> Iterator[Sample]:
+    """LLaVA-Instruct, with the text as the authors' training code reads it (see `row_parsers`).
 
-    Reads `ShareGPT_V3_unfiltered_cleaned_split.json`. A last turn without an answer is removed and
-    counted; otherwise a conversation is used completely or skipped.
-
-    Raises:
-        InputError: The file differs from the published one.
+    The images are file names in COCO's `train2017`.
     """
-    path = published_file(source, file, "ShareGPT_V3_unfiltered_cleaned_split.json")
-    return _conversations(json_rows(path))
+    read_image = image_reader(Path("train2017"))
+    return (parse_row(row.value, row.where, read_image) for row in json_rows(path))
 
 
-def slimorca(source: Path, *, file: str | None = None) -> Iterator[Sample | SkippedRows]:
-    """SlimOrca: instructions from FLAN with answers of GPT-4, mostly with a system text.
+def text_conversations(path: Path) -> Iterator[Sample | SkippedRows]:
+    """ShareGPT's `.json`: conversations with ChatGPT. SlimOrca's `.jsonl`: instructions from FLAN
+    with answers of GPT-4, mostly with a system text.
 
-    Reads `oo-labeled_correct.gpt4.sharegpt.jsonl`.
-
-    Raises:
-        InputError: The file differs from the published one.
+    A last turn without an answer is removed and counted; otherwise a conversation is used
+    completely or skipped.
     """
-    path = published_file(source, file, "oo-labeled_correct.gpt4.sharegpt.jsonl")
-    return _conversations(json_lines(path))
-
-
-def _conversations(rows: Iterable[JsonRecord]) -> Iterator[Sample | SkippedRows]:
-    for row in rows:
+    for row in json_lines(path) if path.suffix == ".jsonl" else json_rows(path):
         turns = [(turn.text("from"), turn.text("value")) for turn in row.rows("conversations")]
         if len(turns) > 1 and ROLES.get(turns[-1][0]) == "user":
             yield SkippedRows("last turns without an answer")
@@ -71,12 +62,12 @@ def _reason_to_skip(turns: Sequence[tuple[str, str]]) -> str | None:
     if others := sorted({name for name, _ in turns} - ROLES.keys()):
         return f"with turns from {others[0]!r}"
     roles = [ROLES[name] for name, _ in turns]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken or spoken[0] == "assistant":
+    dialog = roles[1:] if roles[0] == "system" else roles
+    if not dialog or dialog[0] == "assistant":
         return "that start with an answer"
-    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(spoken)):
+    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(dialog)):
         return "whose turns do not alternate"
-    if spoken[-1] == "user":
+    if dialog[-1] == "user":
         return "without an answer"
     # A system text may be empty.
     if not all(text for role, (_, text) in zip(roles, turns, strict=True) if role != "system"):
