@@ -29,9 +29,8 @@ class ArrowDataset(RowDataset):
         images: Root directory of image paths; default: `path`.
 
     Raises:
-        InputError: There is no such directory or split, the columns do not form samples, there are
-            no rows, or the package datasets is not installed. When a row is accessed: the row is
-            not valid.
+        InputError: There is no such directory or split, there are no rows, or the package datasets
+            is not installed. When a row is accessed: the row is not valid.
     """
 
     def __init__(
@@ -48,14 +47,6 @@ class ArrowDataset(RowDataset):
             self.path /= split
         elif split != "train":
             raise InputError(f"{path} has no splits: remove split={split}", ErrorCode.UNKNOWN_NAME)
-        columns = set(table.column_names)
-        has_captions = columns >= {"image", "caption"} or columns >= {"image", "text"}
-        if not (columns & {"messages", "conversations"} or has_captions):
-            raise InputError(
-                f"{self.path} has the columns {', '.join(sorted(columns))}: samples need messages "
-                "(and images), conversations (and image), or image and caption or text",
-                ErrorCode.INVALID_FORMAT,
-            )
         if not len(table):
             raise InputError(f"{self.path} has no rows", ErrorCode.EMPTY_DATASET)
         self._resolve_path = image_reader(image_root(self.path, images))

@@ -117,7 +117,14 @@ class Collator:
     def __init__(self, processor: Owl2Processor, layout: Layout = "padded") -> None:
         self.pad_token_id = processor.tokenizer.pad_token_id or 0
         self.layout = layout
-        self._dummy = _dummy_features(processor)
+        # A blank image without a label: every branch of the model runs, and the gradient is 0.
+        blank = {"type": "image", "image": Image.new("RGB", (1, 1))}
+        self._dummy = dict(
+            processor.for_training(
+                [{"role": "user", "content": [blank]}, {"role": "assistant", "content": "-"}]
+            )
+        )
+        self._dummy["labels"] = torch.full_like(self._dummy["labels"], IGNORE_INDEX)
 
     def __call__(self, features: Sequence[Features | InvalidSample]) -> Batch:
         """See `collate` and `pack`. A batch without a valid sample has no labels: its loss is 0."""
@@ -134,15 +141,6 @@ class Collator:
             num_images=sum(len(item.get("pixel_values", ())) for item in valid),
             skipped=[item for item in features if isinstance(item, InvalidSample)],
         )
-
-
-def _dummy_features(processor: Owl2Processor) -> Features:
-    """A blank image without a label: every branch of the model runs, and the gradient is 0."""
-    blank = {"type": "image", "image": Image.new("RGB", (1, 1))}
-    features = processor.for_training(
-        [{"role": "user", "content": [blank]}, {"role": "assistant", "content": "-"}]
-    )
-    return {**features, "labels": torch.full_like(features["labels"], IGNORE_INDEX)}
 
 
 def collate(

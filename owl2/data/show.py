@@ -1,6 +1,6 @@
 """`owl2 data show`: samples as the model reads them, on the terminal or as a page with images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -108,6 +108,15 @@ def _content(
         return images, error
 
 
+def _marked(text: Text, begin: str, end: str, convert: Callable[[str], str] = str) -> str:
+    """The text with `begin` and `end` around the tokens with a label."""
+    segments = []
+    for span in text.spans:
+        content = convert(text.plain[span.start : span.end])
+        segments.append(f"{begin}{content}{end}" if span.style == LABEL_STYLE else content)
+    return "".join(segments)
+
+
 # ------------------------------------------------------------------ terminal
 
 
@@ -121,7 +130,7 @@ def _print_sample(
     if isinstance(text, InputError):
         lines.append(Text(f"invalid: {text}", "red"))
     else:
-        lines.append(text if has_colors else _with_brackets(text))
+        lines.append(text if has_colors else Text(_marked(text, BEGIN, END)))
     for line in [*lines, Text()]:
         console.print(line, soft_wrap=True)
 
@@ -138,15 +147,6 @@ def _describe(image: Any, processor: Owl2Processor) -> Text:
     return Text(f"{image}, {width}×{height}" if has_path else f"{width}×{height}")
 
 
-def _with_brackets(text: Text) -> Text:
-    marked = text.plain
-    for span in reversed(text.spans):
-        if span.style == LABEL_STYLE:
-            content = marked[span.start : span.end]
-            marked = f"{marked[: span.start]}{BEGIN}{content}{END}{marked[span.end :]}"
-    return Text(marked)
-
-
 # ------------------------------------------------------------------ page
 
 
@@ -157,11 +157,7 @@ def _article(sample: Sample | InvalidSample, processor: Owl2Processor) -> str:
     if isinstance(text, InputError):
         body = html_page.error_text(text)
     else:
-        body = ""
-        for span in text.spans:
-            content = escape(text.plain[span.start : span.end])
-            is_label = span.style == LABEL_STYLE
-            body += f'<span class="label">{content}</span>' if is_label else content
+        body = _marked(text, '<span class="label">', "</span>", escape)
     return (
         f'<article><div class="images">{thumbnails}</div>\n'
         f'<div><h2>{escape(sample.source)}</h2><div class="text">{body}</div></div></article>'

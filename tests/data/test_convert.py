@@ -1,14 +1,12 @@
 """`owl2 data convert`: output files, refused inputs, round trips."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
-from owl2.cli import main
 from owl2.data.convert import convert_dataset, listing
 from owl2.data.datasets.easy_vqa import easy_vqa
 from owl2.data.datasets.registry import DATASET_CARDS, read_published
@@ -321,28 +319,23 @@ def test_an_unwritable_output_is_refused(tmp_path, folder, console):
 # ------------------------------------------------------------------ the command
 
 
-def run(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["owl2", "data", "convert", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code
-
-
-def test_the_command_line(tmp_path, folder, monkeypatch, capsys):
+def test_the_command_line(run_cli, tmp_path, folder):
     publish_gqa(folder)
     out = tmp_path / "gqa.jsonl"
-    assert run(monkeypatch, "gqa", str(folder), str(out), "split=train") == 0
+    result = run_cli("data", "convert", "gqa", folder, out, "split=train")
+    assert result.exit_code == 0
     assert len(JsonDataset(out, tmp_path)) == 2
-    assert "2 samples" in capsys.readouterr().out
-    assert run(monkeypatch, "gqa", str(folder), str(out), "split=val") == 2
-    assert "val_balanced_questions.json" in capsys.readouterr().err
-    assert run(monkeypatch, "gqa", str(folder)) == 2
+    assert "2 samples" in result.stdout
+    result = run_cli("data", "convert", "gqa", folder, out, "split=val")
+    assert result.exit_code == 2
+    assert "val_balanced_questions.json" in result.stderr
+    assert run_cli("data", "convert", "gqa", folder).exit_code == 2
 
 
-def test_the_listing_shows_all_datasets(monkeypatch, capsys):
-    assert run(monkeypatch, "--list") == 0
-    output = capsys.readouterr().out
-    assert output == listing()
+def test_the_listing_shows_all_datasets(run_cli):
+    result = run_cli("data", "convert", "--list")
+    output = result.stdout
+    assert (result.exit_code, output) == (0, listing())
     for name, entry in DATASET_CARDS.items():
         assert f"\n{name}  " in f"\n{output}"
         assert entry.url in output

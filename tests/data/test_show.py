@@ -2,14 +2,12 @@ import base64
 import io
 import json
 import re
-import sys
 import tarfile
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from owl2.cli import main
 from owl2.data.show import show_samples
 from owl2.errors import ErrorCode
 from tests.errors import raises_input_error
@@ -131,15 +129,10 @@ def test_the_page_contains_images_and_text(checkpoint, mixed, tmp_path):
         shown(checkpoint, mixed, 1, html="/proc/nowhere/page.html")
 
 
-def test_the_command_line(checkpoint, chat, monkeypatch, capsys):
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["owl2", "data", "show", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code
-
-    assert run("--model", str(checkpoint), str(chat), "--count", "1") == 0
-    assert "ASSISTANT:⟦ red</s>⟧" in capsys.readouterr().out
-    assert run("--model", str(checkpoint), "no-such.json") == 2
-    expected = "error: no-such.json cannot be read: No such file or directory\n"
-    assert capsys.readouterr().err == expected
+def test_the_command_line(run_cli, checkpoint, chat):
+    result = run_cli("data", "show", "--model", checkpoint, chat, "--count", "1")
+    assert result.exit_code == 0
+    assert "ASSISTANT:⟦ red</s>⟧" in result.stdout
+    result = run_cli("data", "show", "--model", checkpoint, "no-such.json")
+    assert result.exit_code == 2
+    assert "no-such.json" in result.stderr

@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import sys
+from dataclasses import astuple
 
 import pytest
 
-from owl2 import cli
 from owl2.data.validate.command import effective_max_length, unique_names
 from owl2.data.validate.validator import SampleValidator
 from owl2.errors import ErrorCode
@@ -25,32 +24,26 @@ def chat(tmp_path):
 
 
 @pytest.fixture
-def owl2(monkeypatch, capsys):
+def check(run_cli, monkeypatch):
+    """`owl2 data check`, as (exit code, stdout, stderr)."""
     monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["owl2", "data", "check", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return command
+    return lambda *arguments: astuple(run_cli("data", "check", *arguments))
 
 
-def test_the_exit_code_depends_on_invalid_samples(owl2, checkpoint, chat, tmp_path):
+def test_the_exit_code_depends_on_invalid_samples(check, checkpoint, chat, tmp_path):
     options = ("--model", checkpoint, "--max-length", MAX_LENGTH, "--workers", 1)
-    code, out, err = owl2(*options, chat, f"images={tmp_path}", "--output", tmp_path / "out")
+    code, out, err = check(*options, chat, f"images={tmp_path}", "--output", tmp_path / "out")
     assert (code, err) == (1, "")
     assert f"{len(BAD)} samples are invalid" in out
     assert len((tmp_path / "out" / "invalid_samples.jsonl").read_text().splitlines()) == len(BAD)
     chat.write_text(json.dumps([ROWS[0][0]]))
-    code, out, err = owl2(*options, chat)
+    code, out, err = check(*options, chat)
     assert (code, err) == (0, "")
     assert "No sample is invalid." in out
     assert "tokens per sample, before truncation" in out
 
 
-def test_the_exit_code_after_an_interrupt(owl2, checkpoint, chat, monkeypatch):
+def test_the_exit_code_after_an_interrupt(check, checkpoint, chat, monkeypatch):
     validate = SampleValidator.validate
 
     def interrupted(self, sample: object) -> object:
@@ -58,13 +51,13 @@ def test_the_exit_code_after_an_interrupt(owl2, checkpoint, chat, monkeypatch):
         return validate(self, sample)
 
     monkeypatch.setattr(SampleValidator, "validate", interrupted)
-    code, out, err = owl2("--model", checkpoint, chat, "--workers", 1)
+    code, out, err = check("--model", checkpoint, chat, "--workers", 1)
     assert (code, err) == (130, "")
     assert "Stopped after 1 rows" in out
     assert "No sample is invalid" not in out
 
 
-def test_a_recipe_provides_model_length_and_batch_size(owl2, checkpoint, chat, tmp_path):
+def test_a_recipe_provides_model_length_and_batch_size(check, checkpoint, chat, tmp_path):
     recipe = {
         "model": str(checkpoint),
         "output": str(tmp_path / "run"),
@@ -77,12 +70,12 @@ def test_a_recipe_provides_model_length_and_batch_size(owl2, checkpoint, chat, t
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
-    assert owl2(path, "--output", tmp_path / "out", "--workers", 2)[0] == 1
+    assert check(path, "--output", tmp_path / "out", "--workers", 2)[0] == 1
     facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
     assert list(facts["datasets"]) == [str(chat), f"{chat} (2)"]
     assert (facts["max_length"], facts["padding"]["batch_size"]) == (MAX_LENGTH, 3)
     assert facts["all"]["invalid"] == 2 * len(BAD)
-    owl2(path, "max_length=4000", "--output", tmp_path / "out", "--workers", 1)
+    check(path, "max_length=4000", "--output", tmp_path / "out", "--workers", 1)
     facts = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))
     assert facts["max_length"] == 4000
     assert ErrorCode.TOO_LONG not in facts["all"]["invalid_by_code"]
@@ -99,26 +92,26 @@ def test_a_recipe_provides_model_length_and_batch_size(owl2, checkpoint, chat, t
     ],
 )
 def test_invalid_arguments_are_refused(
-    owl2, checkpoint, chat, tmp_path, monkeypatch, arguments, complaint
+    check, checkpoint, chat, tmp_path, monkeypatch, arguments, complaint
 ):
     monkeypatch.chdir(tmp_path)
-    code, out, err = owl2(*arguments)
+    code, out, err = check(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert complaint in err
 
 
-def test_max_length_defaults_to_the_context(checkpoint, owl2, chat):
+def test_max_length_defaults_to_the_context(checkpoint, check, chat):
     assert effective_max_length(str(checkpoint), None) is None
     assert effective_max_length(str(checkpoint), 7) == 7
     config = {"model_type": "mplug_owl2", "max_position_embeddings": MAX_LENGTH}
     config |= {"visual_config": {"visual_abstractor": {"num_learnable_queries": 4}}}
     (checkpoint / "config.json").write_text(json.dumps(config))
     assert effective_max_length(str(checkpoint), None) == MAX_LENGTH
-    code, out, _ = owl2("--model", checkpoint, chat, "--workers", 1)
+    code, out, _ = check("--model", checkpoint, chat, "--workers", 1)
     assert code == 1
     assert "are truncated to 40 tokens" in out
-    code, _, err = owl2("--model", checkpoint, chat, "--max-length", MAX_LENGTH + 1)
+    code, _, err = check("--model", checkpoint, chat, "--max-length", MAX_LENGTH + 1)
     assert code == 2
     assert "exceeds the 40 positions" in err
 

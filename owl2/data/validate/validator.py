@@ -83,17 +83,13 @@ class SampleValidator:
 
 def sample_hash(messages: Sequence[Message]) -> int:
     """64 bits of a hash of the texts and the images (their paths, or their bytes)."""
-    text = json.dumps(messages, sort_keys=True, default=_image_hash)
-    return int.from_bytes(_digest(text.encode()), "little")
 
+    def image_hash(value: object) -> str:
+        data = value.tobytes() if isinstance(value, Image.Image) else value
+        return hashlib.blake2b(data).hexdigest() if isinstance(data, bytes) else str(data)
 
-def _image_hash(value: object) -> str:
-    data = value.tobytes() if isinstance(value, Image.Image) else value
-    return _digest(data).hex() if isinstance(data, bytes) else str(data)
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=8).digest()
+    text = json.dumps(messages, sort_keys=True, default=image_hash)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 # ------------------------------------------------------------------ work items

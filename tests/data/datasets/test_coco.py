@@ -161,13 +161,6 @@ def test_file_names_of_2017(tmp_path):
     assert name == "train2017/000000000009.jpg"
 
 
-def test_unknown_style_and_test_split(folder):
-    with raises_input_error(ErrorCode.INVALID_VALUE, "pairs"):
-        coco_captions(folder, style="pair")
-    with raises_input_error(ErrorCode.INVALID_VALUE):
-        list(coco_captions(folder, split="test2014"))
-
-
 def test_names_of_images():
     assert coco_image(9, "train2014") == f"train2014/{NINE}"
     assert coco_image(9, "train2017") == "train2017/000000000009.jpg"

@@ -76,7 +76,7 @@ def test_max_rounds_regions_are_selected_by_seed(tmp_path):
     assert again == [sample]
 
 
-def test_covers_and_questions_are_skipped(tmp_path):
+def test_empty_phrases_and_boxes_are_skipped(tmp_path):
     rows = [phrase(1, " "), phrase(2, "x", (10, 10, 0, 5)), phrase(3, "y", (200, 10, 5, 5))]
     publish(tmp_path, {"id": 1, "regions": rows}, {"id": 2, "regions": []})
     samples, skipped = split_skipped(visual_genome(tmp_path))

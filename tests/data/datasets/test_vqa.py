@@ -128,12 +128,3 @@ def test_malformed_files_are_refused(tmp_path, files, expected_error):
     with raises_input_error(*expected_error) as caught:
         list(vqav2(tmp_path))
     assert str(caught.value).startswith(str(tmp_path))
-
-
-def test_the_test_split_and_missing_files_are_refused(tmp_path):
-    with raises_input_error(ErrorCode.INVALID_VALUE):
-        vqav2(tmp_path, split="test2015")
-    with raises_input_error(
-        ErrorCode.FILE_NOT_FOUND, "v2_OpenEnded_mscoco_train2014_questions.json"
-    ):
-        vqav2(tmp_path)
