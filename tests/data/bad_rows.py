@@ -17,8 +17,8 @@ def turns(question: object, answer: object = "red", first: str = "human") -> lis
 
 
 def row(question: object, image: object = None, answer: object = "red", **more: object) -> dict:
-    made = {"conversations": turns(question, answer)}
-    return (made if image is None else made | {"image": image}) | more
+    record = {"conversations": turns(question, answer)}
+    return (record if image is None else record | {"image": image}) | more
 
 
 LONG = "what color is the circle? " * 10
@@ -49,12 +49,12 @@ BAD = {f"row {number}": code for number, (_, code) in enumerate(ROWS, start=1) i
 def write_rows(folder: Path) -> Path:
     """A file of `ROWS`, and their images in the same directory."""
     Image.effect_noise((30, 20), 50).save(folder / "good.png")
-    whole = (folder / "good.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    data = (folder / "good.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
     (folder / "words.png").write_text("no image")
     Image.new("1", (300, 300)).save(folder / "bomb.png")
     path = folder / "chat.json"
-    path.write_text(json.dumps([made for made, _ in ROWS]), encoding="utf-8")
+    path.write_text(json.dumps([record for record, _ in ROWS]), encoding="utf-8")
     return path
 
 

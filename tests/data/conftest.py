@@ -30,7 +30,7 @@ def processor(tokenizer_file) -> Owl2Processor:
 def image(tmp_path) -> Path:
     """12×8 pixels, each with a different color."""
     path = tmp_path / "image.png"
-    made = Image.new("RGB", (12, 8))
-    made.putdata([(x * 20, y * 30, x * y) for y in range(8) for x in range(12)])
-    made.save(path)
+    new = Image.new("RGB", (12, 8))
+    new.putdata([(x * 20, y * 30, x * y) for y in range(8) for x in range(12)])
+    new.save(path)
     return path

@@ -9,9 +9,9 @@ from owl2.data.augment import ASPECT_RATIOS, AUGMENTATIONS, CROP_ATTEMPTS, MIN_A
 
 @pytest.fixture
 def square() -> Image.Image:
-    made = Image.new("RGB", (6, 6))
-    made.putdata([(x * 40, y * 40, x * y) for y in range(6) for x in range(6)])
-    return made
+    image = Image.new("RGB", (6, 6))
+    image.putdata([(x * 40, y * 40, x * y) for y in range(6) for x in range(6)])
+    return image
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)

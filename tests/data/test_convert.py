@@ -355,8 +355,8 @@ def test_urls_of_images_are_not_changed(folder, tmp_path):
 def test_a_lone_surrogate_is_skipped(folder, tmp_path):
     """JSON can contain half of a surrogate pair; UTF-8 and tokenizers cannot."""
     turns = [{"from": "human", "value": "hi \ud83d"}, {"from": "gpt", "value": "a"}]
-    whole = [{"from": "human", "value": "hi \U0001f600"}, {"from": "gpt", "value": "a"}]
-    rows = [{"id": "1", "conversations": turns}, {"id": "2", "conversations": whole}]
+    valid = [{"from": "human", "value": "hi \U0001f600"}, {"from": "gpt", "value": "a"}]
+    rows = [{"id": "1", "conversations": turns}, {"id": "2", "conversations": valid}]
     (folder / "ShareGPT_V3_unfiltered_cleaned_split.json").write_text(json.dumps(rows))
     convert_dataset("sharegpt", folder, tmp_path / "out.jsonl", [])
     stats = json.loads((tmp_path / "out.stats.json").read_text())

@@ -185,8 +185,8 @@ def test_workers_ignore_signals_from_their_start(image, processor, monkeypatch):
 
 
 def test_dataset_and_collator_can_be_pickled_for_spawned_workers(image, processor):
-    made = loader(image, processor)
-    dataset, collate = pickle.loads(pickle.dumps((made.dataset, made.collate)))
-    (index,) = next(iter(MixtureBatchSampler(made.dataset, 1)))
-    expected = made.collate([made.dataset[index]])
+    original = loader(image, processor)
+    dataset, collate = pickle.loads(pickle.dumps((original.dataset, original.collate)))
+    (index,) = next(iter(MixtureBatchSampler(original.dataset, 1)))
+    expected = original.collate([original.dataset[index]])
     assert_same([expected], [collate([dataset[index]])])

@@ -15,8 +15,8 @@ from tests.errors import raises_input_error
 
 
 def conversation(number: object) -> dict:
-    asked = {"from": "human", "value": f"number {number}?"}
-    return {"conversations": [asked, {"from": "gpt", "value": f"{number}!"}]}
+    question = {"from": "human", "value": f"number {number}?"}
+    return {"conversations": [question, {"from": "gpt", "value": f"{number}!"}]}
 
 
 def answers(samples) -> list[str]:
@@ -62,10 +62,10 @@ def test_lines_are_rows(tmp_path, bom, end):
 def test_the_window_size_does_not_change_the_rows(tmp_path, monkeypatch):
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([conversation(word) for word in TEXTS], ensure_ascii=False))
-    whole = JsonDataset(path)
+    expected = JsonDataset(path)
     for window_bytes in range(1, 40):
         monkeypatch.setattr("owl2.json_records.WINDOW_BYTES", window_bytes)
-        assert list(JsonDataset(path)) == list(whole)
+        assert list(JsonDataset(path)) == list(expected)
 
 
 def test_a_number_across_windows_is_one_row(tmp_path, small_windows):

@@ -24,12 +24,12 @@ def resident_megabytes() -> float:
 def images(edge: int) -> list[bytes]:
     """PNG images of noise, which compresses badly: 12 kB for an edge of 64."""
     rng = Random(0)
-    made = []
+    files = []
     for _ in range(20):
         file = io.BytesIO()
         Image.frombytes("RGB", (edge, edge), rng.randbytes(3 * edge * edge)).save(file, "PNG")
-        made.append(file.getvalue())
-    return made
+        files.append(file.getvalue())
+    return files
 
 
 def write(directory: Path, samples: int, shards: int, edge: int) -> int:

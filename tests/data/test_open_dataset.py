@@ -76,10 +76,10 @@ def test_options_reach_the_dataset_from_recipe_and_cli():
     assert one[:20] != open_dataset(dataset="easy_vqa", style="joined")[:20]
 
 
-@pytest.mark.parametrize("given", [{}, {"file": "a.json", "hf_dataset": "t"}])
-def test_exactly_one_origin_is_required(given):
+@pytest.mark.parametrize("origins", [{}, {"file": "a.json", "hf_dataset": "t"}])
+def test_exactly_one_origin_is_required(origins):
     with raises_input_error(ErrorCode.CONFLICT):
-        open_dataset(**given)
+        open_dataset(**origins)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_compressed_archives_are_read(tmp_path):
 @pytest.mark.parametrize("pack", [bytes, partial(gzip.compress, mtime=0)])
 def test_every_truncation_is_detected(tmp_path, shard, pack):
     """The samples before the error are complete, wherever the file is truncated."""
-    whole = list(read_shard(str(shard)))
+    expected = list(read_shard(str(shard)))
     # 9 files of a header and a block each; then two empty blocks, of which one says enough.
     packed = pack(shard.read_bytes()[: (9 * 2 + 2) * 512])
     last = 9 * 2 * 512 if pack is bytes else len(packed) - 30
@@ -63,10 +63,10 @@ def test_every_truncation_is_detected(tmp_path, shard, pack):
         with raises_input_error(ErrorCode.UNREADABLE_FILE):
             for group in read_shard(str(path)):
                 read.append(group)
-        assert read == whole[: len(read)]
+        assert read == expected[: len(read)]
         assert len(read) < 3
     path.write_bytes(packed)
-    assert list(read_shard(str(path))) == whole
+    assert list(read_shard(str(path))) == expected
 
 
 def test_a_damaged_header_is_an_error(tmp_path, shard):

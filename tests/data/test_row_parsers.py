@@ -196,13 +196,13 @@ def test_an_invalid_line_is_named(tmp_path, line, expected_error):
 IMAGE = {"type": "image"}
 
 
-def asked(*parts: object) -> dict:
+def question(*parts: object) -> dict:
     answer = {"role": "assistant", "content": "yes"}
     return {"messages": [{"role": "user", "content": list(parts)}, answer]}
 
 
 def test_bare_image_parts_use_the_images_of_the_row(tmp_path):
-    row = asked(IMAGE, {"type": "text", "text": "or"}, IMAGE) | {"images": ["a.png", "b.png"]}
+    row = question(IMAGE, {"type": "text", "text": "or"}, IMAGE) | {"images": ["a.png", "b.png"]}
     (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", row))
     assert texts(sample) == ["<|image|>or<|image|>", "yes"]
     assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
@@ -211,14 +211,14 @@ def test_bare_image_parts_use_the_images_of_the_row(tmp_path):
 @pytest.mark.parametrize(
     ("row", "expected_error"),
     [
-        (asked(IMAGE) | {"images": ["a.png", "b.png"]}, (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
+        (question(IMAGE) | {"images": ["a.png", "b.png"]}, (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
         # A mark in a text is LLaVA's; trained as a word, it would teach to write it.
         (
-            asked({"type": "text", "text": "<image>?"}) | {"images": ["a.png"]},
+            question({"type": "text", "text": "<image>?"}) | {"images": ["a.png"]},
             (ErrorCode.IMAGE_COUNT_MISMATCH, "0"),
         ),
-        (asked(IMAGE, IMAGE) | {"images": ["a.png"]}, (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
-        (asked(IMAGE | {"path": 3}), (ErrorCode.INVALID_TYPE,)),
+        (question(IMAGE, IMAGE) | {"images": ["a.png"]}, (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
+        (question(IMAGE | {"path": 3}), (ErrorCode.INVALID_TYPE,)),
     ],
 )
 def test_the_number_of_images_must_match_the_messages(tmp_path, row, expected_error):
@@ -231,7 +231,7 @@ def test_the_number_of_images_must_match_the_messages(tmp_path, row, expected_er
 
 
 def test_json_and_jsonl_accept_the_same_rows(tmp_path):
-    rows = (human("<image>hi", "a.png"), asked(IMAGE) | {"images": ["a.png"]})
+    rows = (human("<image>hi", "a.png"), question(IMAGE) | {"images": ["a.png"]})
     one = JsonDataset(llava(tmp_path / "chat.json", *rows))
     two = JsonDataset(lines(tmp_path / "chat.jsonl", *rows))
     assert [sample.messages for sample in one] == [sample.messages for sample in two]

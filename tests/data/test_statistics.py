@@ -26,25 +26,25 @@ from owl2.errors import ErrorCode
 
 def some(number: int, seed: int = 0) -> list[SampleStats]:
     rng = Random(seed)
-    made = []
+    samples = []
     for _ in range(number):
         images = rng.choice([0, 1, 1, 3])
         sizes = tuple((rng.randint(1, 2000), rng.randint(1, 2000)) for _ in range(images))
         tokens = int(rng.lognormvariate(4, 1)) + 2
-        made.append(SampleStats(2, images, tokens, tokens // 2, tokens > 100, sizes))
-    return made
+        samples.append(SampleStats(2, images, tokens, tokens // 2, tokens > 100, sizes))
+    return samples
 
 
-def tally_of(seen: list[SampleStats]) -> DatasetStats:
-    tally = DatasetStats()
-    for one in seen:
-        tally.add(one)
-    return tally
+def stats_of(samples: list[SampleStats]) -> DatasetStats:
+    stats = DatasetStats()
+    for sample in samples:
+        stats.add(sample)
+    return stats
 
 
 @pytest.mark.parametrize("number", [1, 2, 99, 1000])
 def test_spread_equals_numpy_percentiles(number):
-    values = [one.tokens for one in some(number)]
+    values = [sample.tokens for sample in some(number)]
     found = spread(Counter(values))
     assert found["total"] == sum(values)
     assert found["mean"] == pytest.approx(np.mean(values))
@@ -55,28 +55,28 @@ def test_spread_equals_numpy_percentiles(number):
 
 
 def test_merged_statistics_equal_the_total():
-    seen = some(300)
-    whole = tally_of(seen)
-    whole.invalid[ErrorCode.INVALID_ROLE] += 3
-    parts = [tally_of(seen[start : start + 70]) for start in range(0, 300, 70)]
+    samples = some(300)
+    total = stats_of(samples)
+    total.invalid[ErrorCode.INVALID_ROLE] += 3
+    parts = [stats_of(samples[start : start + 70]) for start in range(0, 300, 70)]
     parts[1].invalid[ErrorCode.INVALID_ROLE] += 1
     parts[4].invalid[ErrorCode.INVALID_ROLE] += 2
     added = DatasetStats()
     for part in parts:
         added.merge(part)
-    assert added == whole
+    assert added == total
     assert (added.rows, added.usable) == (303, 300)
-    assert added.truncated == sum(one.tokens > 100 for one in seen)
+    assert added.truncated == sum(sample.tokens > 100 for sample in samples)
     assert added.image_edge.total() == added.images[1] + 3 * added.images[3]
 
 
 def test_the_summary_is_json():
-    tally = tally_of(some(50))
-    tally.invalid[ErrorCode.INVALID_ROLE] += 1
-    summary = json.loads(json.dumps(tally.summary()))
+    stats = stats_of(some(50))
+    stats.invalid[ErrorCode.INVALID_ROLE] += 1
+    summary = json.loads(json.dumps(stats.summary()))
     assert (summary["rows"], summary["usable"], summary["invalid"]) == (51, 50, 1)
     assert summary["invalid_by_code"] == {ErrorCode.INVALID_ROLE: 1}
-    ratios = [w / h for one in some(50) for w, h in one.sizes]
+    ratios = [w / h for sample in some(50) for w, h in sample.sizes]
     assert summary["aspect_ratio"]["median"] == pytest.approx(np.median(ratios), rel=0.1)
     assert DatasetStats().summary()["truncated_share"] == 0
 
@@ -107,22 +107,24 @@ def test_padding_estimates_use_truncated_lengths():
 
 
 def test_tables_contain_the_counts():
-    tally = tally_of([SampleStats(2, 1, 117, 30, True, ((640, 480),)), SampleStats(4, 0, 1200, 40)])
-    tally.invalid[ErrorCode.INVALID_ROLE] += 7
+    stats = stats_of([SampleStats(2, 1, 117, 30, True, ((640, 480),)), SampleStats(4, 0, 1200, 40)])
+    stats.invalid[ErrorCode.INVALID_ROLE] += 7
     console = Console(file=io.StringIO(), width=120)
-    console.print(dataset_table({"mine": tally}), spread_table(tally))
+    console.print(dataset_table({"rows.json": stats}), spread_table(stats))
     text = console.file.getvalue()
-    cells = [cell.strip() for cell in next(x for x in text.splitlines() if "mine" in x).split("│")]
-    assert cells[1:-1] == ["mine", "9", "2", "7", "1", "1,317", "70", "1"]
+    cells = [
+        cell.strip() for cell in next(x for x in text.splitlines() if "rows.json" in x).split("│")
+    ]
+    assert cells[1:-1] == ["rows.json", "9", "2", "7", "1", "1,317", "70", "1"]
     assert "658.5" in text and "640" in text
 
 
 @pytest.mark.parametrize(
-    "seen", [[], some(1), some(300), [SampleStats(2, 0, 5, 2), SampleStats(2, 0, 10**6, 2)]]
+    "samples", [[], some(1), some(300), [SampleStats(2, 0, 5, 2), SampleStats(2, 0, 10**6, 2)]]
 )
-def test_the_plot_is_written(tmp_path, seen):
+def test_the_plot_is_written(tmp_path, samples):
     path = tmp_path / "statistics.png"
-    assert plot_statistics(path, tally_of(seen), "a $title_", 100)
+    assert plot_statistics(path, stats_of(samples), "a $title_", 100)
     assert Image.open(path).size == (1200, 780)
 
 

@@ -119,15 +119,15 @@ def shards(tmp_path, chat):
             for key, image in {"a": good, "b": cut, "c": good}.items():
                 add(tar, f"{key}.png", image)
                 add(tar, f"{key}.txt", b"" if (number, key) == (1, "c") else b"a red circle")
-    whole = (tmp_path / "0.tar").read_bytes()
-    (tmp_path / "2.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    data = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "2.tar").write_bytes(data[: len(data) // 2 + 700])
     return tmp_path / "{0..2}.tar"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_shards_are_validated(load, shards, workers):
     report = run(load, {"web": TarDataset(str(shards))}, num_workers=workers)
-    places = [(Path(bad.source).name, bad.code) for bad in report.first]
+    places = [(Path(sample.source).name, sample.code) for sample in report.first]
     assert places[:3] == [
         ("0.tar, b", ErrorCode.BROKEN_IMAGE),
         ("1.tar, b", ErrorCode.BROKEN_IMAGE),

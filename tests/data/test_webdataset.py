@@ -64,8 +64,8 @@ def test_the_stream_order_depends_on_the_seed_only(shards):
 
 def test_a_buffer_of_one_keeps_the_order_of_each_shard(shards):
     drawn = numbers(shards.stream(seed=0, shuffle_buffer=1), 40)
-    whole = [list(range(*ends)) for ends in [(0, 11), (11, 14), (14, 31), (31, 40)]]
-    starts = sorted((drawn.index(shard[0]), shard) for shard in whole)
+    expected = [list(range(*ends)) for ends in [(0, 11), (11, 14), (14, 31), (31, 40)]]
+    starts = sorted((drawn.index(shard[0]), shard) for shard in expected)
     assert drawn == [place for _, shard in starts for place in shard]
 
 
@@ -120,23 +120,23 @@ def test_resuming_at_any_sample_equals_uninterrupted(shards, rank, world_size, s
         "rank": rank,
         "world_size": world_size,
     }
-    whole = list(islice(shards.stream(**settings), 100))
+    expected = list(islice(shards.stream(**settings), 100))
     for after in Random(shuffle_buffer).sample(range(1, 90), 25):
-        state = json.loads(json.dumps(whole[after - 1][1]))
+        state = json.loads(json.dumps(expected[after - 1][1]))
         resumed = list(islice(shards.stream(**settings, state=state), 10))
-        assert resumed == whole[after : after + 10]
+        assert resumed == expected[after : after + 10]
 
 
 def test_resuming_opens_no_earlier_shard(tmp_path):
     directory = write_shards(tmp_path, [10] * 5)
     shards = TarDataset(str(directory / "*.tar"))
-    whole = list(islice(shards.stream(seed=0, shuffle_buffer=4), 50))
+    expected = list(islice(shards.stream(seed=0, shuffle_buffer=4), 50))
     # All of the fourth and fifth shard; windows of four do not fit tens.
-    _, state = whole[35]
-    for url in {sample.source.split(",")[0] for sample, _ in whole[:28]}:
+    _, state = expected[35]
+    for url in {sample.source.split(",")[0] for sample, _ in expected[:28]}:
         open(url, "w").close()
     rest = list(islice(shards.stream(seed=0, shuffle_buffer=4, state=state), 8))
-    assert rest == whole[36:44]
+    assert rest == expected[36:44]
 
 
 @pytest.mark.parametrize(
@@ -272,11 +272,11 @@ def test_json_without_an_image_is_a_text_conversation(tmp_path):
 def test_an_invalid_sample_is_returned_in_place(tmp_path, files, code):
     good = captions([1])
     path = write_tar(tmp_path / "some.tar", [*files, *good])
-    bad, sample = TarDataset(str(path))
-    assert isinstance(bad, InvalidSample)
-    assert bad.code is code
-    assert bad.source == f"{path}, a"
-    assert not bad.reason.startswith(str(path))
+    invalid, sample = TarDataset(str(path))
+    assert isinstance(invalid, InvalidSample)
+    assert invalid.code is code
+    assert invalid.source == f"{path}, a"
+    assert not invalid.reason.startswith(str(path))
     assert number(sample) == 1
     assert any(
         isinstance(drawn, InvalidSample)

@@ -37,8 +37,8 @@ def test_a_question_has_three_forms(folder):
     direct, choice, reordered = summarize_all(aokvqa(folder))
     image = "train2017/000000299207.jpg"
     assert direct == (image, [(f"<|image|>\nWho is on the court?{SHORT}", "ball")])
-    asked = "<|image|>\nWho is on the court?\nA. man\nB. stranger\nC. player\nD. dog\n"
-    assert choice == (image, [(asked + LETTER, "C")])
+    text = "<|image|>\nWho is on the court?\nA. man\nB. stranger\nC. player\nD. dog\n"
+    assert choice == (image, [(text + LETTER, "C")])
     ((words, letter),) = reordered[1]
     begin, *lines, end = words.split("\n")[1:]
     assert (begin, end) == ("Who is on the court?", LETTER)

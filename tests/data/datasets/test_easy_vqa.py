@@ -87,13 +87,13 @@ def test_joined_shuffles_all_questions_of_an_image():
 
 
 def test_max_rounds_splits_conversations():
-    whole = {path_of(sample): sample for sample in easy_vqa("train", style="joined")}
+    expected = {path_of(sample): sample for sample in easy_vqa("train", style="joined")}
     parts = easy_vqa("train", style="joined", max_rounds=3)
     assert {len(pairs(part)) for part in parts} == {1, 2, 3}
     regrouped = {}
     for part in parts:
         regrouped.setdefault(path_of(part), []).extend(pairs(part))
-    assert regrouped == {path: pairs(sample) for path, sample in whole.items()}
+    assert regrouped == {path: pairs(sample) for path, sample in expected.items()}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_missing_package_is_reported(monkeypatch):
 # ------------------------------------------------------------------ captions
 
 
-def asked(*questions: tuple[str, str]) -> EasyVqaImage:
+def image_with(*questions: tuple[str, str]) -> EasyVqaImage:
     rows = [EasyVqaQuestion(number, *question) for number, question in enumerate(questions)]
     return EasyVqaImage(0, "0.png", rows)
 
@@ -178,7 +178,7 @@ def asked(*questions: tuple[str, str]) -> EasyVqaImage:
     ],
 )
 def test_caption_contains_what_the_answers_reveal(questions, expected):
-    assert caption(asked(*questions)) == expected
+    assert caption(image_with(*questions)) == expected
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_caption_contains_what_the_answers_reveal(questions, expected):
 )
 def test_contradictions_are_refused(questions):
     with raises_input_error(ErrorCode.INVALID_FORMAT, "0.png"):
-        caption(asked(*questions))
+        caption(image_with(*questions))
 
 
 def test_number_of_complete_captions():

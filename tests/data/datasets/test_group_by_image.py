@@ -28,14 +28,14 @@ def test_majority_answer_with_ties(answers, agreed):
 
 
 def test_one_conversation_per_image_in_order_of_appearance():
-    asked = [
+    questions = [
         ("2.jpg", ("a?", "1")),
         ("1.jpg", ("b?", "2")),
         ("2.jpg", ("", "3")),
         ("3.jpg", ("c?", "")),
         ("2.jpg", ("d?", "4")),
     ]
-    samples, skipped = split_skipped(group_by_image(asked, Path("file.json")))
+    samples, skipped = split_skipped(group_by_image(questions, Path("file.json")))
     assert [summarize(sample) for sample in samples] == [
         ("2.jpg", [("<|image|>\na?", "1"), ("d?", "4")]),
         ("1.jpg", [("<|image|>\nb?", "2")]),
@@ -48,8 +48,8 @@ def test_one_conversation_per_image_in_order_of_appearance():
 
 
 def test_max_rounds_limits_the_conversation():
-    asked = [("1.jpg", (f"{n}?", str(n))) for n in range(5)] + [("2.jpg", ("a?", "b"))]
-    samples, _ = split_skipped(group_by_image(asked, Path("file.json"), 2))
+    questions = [("1.jpg", (f"{n}?", str(n))) for n in range(5)] + [("2.jpg", ("a?", "b"))]
+    samples, _ = split_skipped(group_by_image(questions, Path("file.json"), 2))
     assert [
         (summarize(each)[0], [answer for _, answer in summarize(each)[1]]) for each in samples
     ] == [

@@ -1,5 +1,7 @@
 """Tests of all converters, and of the datasets that training reads directly."""
 
+from pathlib import Path
+
 import pytest
 
 from owl2.data.datasets import DATASETS, load_dataset
@@ -56,7 +58,7 @@ def test_invalid_options_are_refused(tmp_path, name, options, expected_error):
 
 
 def test_easy_vqa_is_read_from_the_package(tmp_path):
-    samples = summarize_all(read_published("easy_vqa", "package", max_rounds=2))
+    samples = summarize_all(read_published("easy_vqa", Path("package"), max_rounds=2))
     assert sum(len(rounds) for _, rounds in samples) == 38575
     with raises_input_error(ErrorCode.INVALID_VALUE):
         list(read_published("easy_vqa", tmp_path))

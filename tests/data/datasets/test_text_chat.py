@@ -19,17 +19,17 @@ SHAREGPT = "ShareGPT_V3_unfiltered_cleaned_split.json"
 SLIMORCA = "oo-labeled_correct.gpt4.sharegpt.jsonl"
 
 
-def turns(*given: tuple[str, str]) -> list[dict]:
-    return [{"from": name, "value": text} for name, text in given]
+def turns(*rounds: tuple[str, str]) -> list[dict]:
+    return [{"from": name, "value": text} for name, text in rounds]
 
 
-def shared(*given: tuple[str, str]) -> dict:
-    return {"id": "QWJhYvA_0", "conversations": turns(*given)}
+def shared(*rounds: tuple[str, str]) -> dict:
+    return {"id": "QWJhYvA_0", "conversations": turns(*rounds)}
 
 
-def orca(*given: tuple[str, str]) -> dict:
+def orca(*rounds: tuple[str, str]) -> dict:
     weights = {"system": None, "human": 0.0, "gpt": 1.0}
-    return {"conversations": [turn | {"weight": weights[turn["from"]]} for turn in turns(*given)]}
+    return {"conversations": [turn | {"weight": weights[turn["from"]]} for turn in turns(*rounds)]}
 
 
 def test_sharegpt(tmp_path):
@@ -50,7 +50,7 @@ def test_sharegpt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("rounds", "reason"),
     [
         ([], "conversations without a turn"),
         ([("gpt", "Hello"), ("human", "Hi"), ("gpt", "So")], "conversations that start with an an"),
@@ -77,8 +77,8 @@ def test_sharegpt(tmp_path):
         ),
     ],
 )
-def test_unusable_conversations_are_skipped(tmp_path, given, reason):
-    put(tmp_path, SHAREGPT, [shared(*given), shared(("human", "a"), ("gpt", "b"))])
+def test_unusable_conversations_are_skipped(tmp_path, rounds, reason):
+    put(tmp_path, SHAREGPT, [shared(*rounds), shared(("human", "a"), ("gpt", "b"))])
     samples, skipped = split_skipped(sharegpt(tmp_path))
     assert [summarize(sample) for sample in samples] == [(None, [("a", "b")])]
     ((found, count),) = skipped.items()

@@ -94,9 +94,9 @@ def test_file_names_are_options_and_empty_answers_are_skipped(tmp_path):
 
 
 def broken(key: str, row: int, **change: object) -> tuple[dict, dict]:
-    asked, answered = questions(*ASKED), annotations(*ANSWERED, WHY)
-    (asked if key == "questions" else answered)[key][row] |= change
-    return asked, answered
+    question_file, annotation_file = questions(*ASKED), annotations(*ANSWERED, WHY)
+    (question_file if key == "questions" else annotation_file)[key][row] |= change
+    return question_file, annotation_file
 
 
 @pytest.mark.parametrize(
