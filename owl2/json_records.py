@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from codecs import BOM_UTF8, utf_8_decode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,7 +189,7 @@ class _JsonCursor:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.byte = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
-        self._descriptor, self._path = file.fileno(), path
+        self._file, self._path = file, path
         self._parse = json.JSONDecoder().raw_decode
 
     def error(self, reason: str) -> InputError:
@@ -230,7 +229,8 @@ class _JsonCursor:
 
     def _window(self, size: int) -> tuple[str, bool]:
         """The complete characters of the next `size` bytes, and whether the file ends there."""
-        data = os.pread(self._descriptor, size, self.byte)
+        self._file.seek(self.byte)
+        data = self._file.read(size)
         is_end = len(data) < size
         try:
             return utf_8_decode(data, "strict", is_end)[0], is_end
