@@ -31,7 +31,7 @@ help:
 	@echo "make check          check formatting, lint, types and import layers"
 	@echo "make format         format the code and fix lint errors"
 	@echo "make recipes-quick  run the recipes for a few steps each with a tiny model"
-	@echo "make docs           run the commands of the how-tos in docs/ (after demo or demo-quick)"
+	@echo "make docs           run the commands of the how-tos (after demo or demo-quick) and the notebooks"
 	@echo "make site           build the documentation site into site/ and check its links"
 
 setup: $(VENV)/.installed
@@ -67,6 +67,7 @@ recipes-quick: setup
 
 docs: setup
 	$(BIN)/python tests/run_docs.py
+	$(BIN)/python -m pytest -m slow tests/test_examples.py
 
 site: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict

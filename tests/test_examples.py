@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run as they are, from an empty folder."""
+"""The notebooks in examples/ run without changes in an empty directory."""
 
 import json
 import os
@@ -32,6 +32,7 @@ def test_notebook_has_no_outputs_and_one_model_variable(notebook):
     assert "MAGAer13/mplug-owl2-llama2-7b" in code[0]
 
 
+@pytest.mark.slow  # run by `make docs`
 @ON_EACH
 def test_notebook_runs(notebook, tmp_path):
     """Executes all code cells in one namespace, as Jupyter does, in a process of their own."""

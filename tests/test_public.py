@@ -11,13 +11,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 import owl2
 
 
-def test_the_public_names():
+def test_public_names():
     names = {"Engine", "Owl2Config", "Owl2ForConditionalGeneration", "Owl2Processor"}
     assert names <= set(owl2.__all__)
     assert all(hasattr(owl2, name) for name in owl2.__all__)
 
 
-def test_auto_classes_find_ours(tiny_checkpoint):
+def test_auto_classes_load_owl2_classes(tiny_checkpoint):
     assert type(AutoConfig.from_pretrained(tiny_checkpoint)) is owl2.Owl2Config
     processor = AutoProcessor.from_pretrained(tiny_checkpoint)
     assert type(processor) is owl2.Owl2Processor
@@ -26,7 +26,7 @@ def test_auto_classes_find_ours(tiny_checkpoint):
     assert type(model) is owl2.Owl2ForConditionalGeneration
 
 
-def test_a_released_checkpoint_names_no_processor_and_gets_ours(tiny_checkpoint, tmp_path):
+def test_released_checkpoint_without_processor_class(tiny_checkpoint, tmp_path):
     released = tmp_path / "released"
     shutil.copytree(tiny_checkpoint, released)
     (released / "processor_config.json").unlink()
@@ -34,9 +34,9 @@ def test_a_released_checkpoint_names_no_processor_and_gets_ours(tiny_checkpoint,
     assert type(AutoProcessor.from_pretrained(released)) is owl2.Owl2Processor
 
 
-@pytest.mark.parametrize("given", ["objects", "a directory"])
-def test_transformers_pipeline(tiny_checkpoint, given):
-    if given == "objects":
+@pytest.mark.parametrize("source", ["objects", "directory"])
+def test_transformers_pipeline(tiny_checkpoint, source):
+    if source == "objects":
         parts = {
             "model": owl2.Owl2ForConditionalGeneration.from_pretrained(tiny_checkpoint),
             "processor": owl2.Owl2Processor.from_pretrained(tiny_checkpoint),
@@ -53,22 +53,24 @@ def test_transformers_pipeline(tiny_checkpoint, given):
     )
     output = chat.model.generate(**inputs, max_new_tokens=4, do_sample=False)
     prompt = inputs["input_ids"].shape[1]
-    said = chat.processor.decode(output[0, prompt:], skip_special_tokens=True)
-    assert said and answer["generated_text"] == said
+    expected = chat.processor.decode(output[0, prompt:], skip_special_tokens=True)
+    assert expected and answer["generated_text"] == expected
 
 
-@pytest.mark.parametrize("first", ["import owl2, transformers", "import transformers, owl2"])
-@pytest.mark.parametrize(
-    "auto_class", ["AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"]
-)
-def test_auto_classes_find_owl2_in_any_import_order(tiny_checkpoint, first, auto_class):
-    code = f"{first}; print(type(transformers.{auto_class}.from_pretrained('{tiny_checkpoint}')))"
+@pytest.mark.parametrize("imports", ["import owl2, transformers", "import transformers, owl2"])
+def test_auto_classes_find_owl2_in_any_import_order(tiny_checkpoint, imports):
+    auto_classes = ["AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"]
+    code = f"""{imports}
+for name in {auto_classes}:
+    print(type(getattr(transformers, name).from_pretrained({str(tiny_checkpoint)!r})).__module__)"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "owl2." in result.stdout, result.stderr
+    modules = result.stdout.split()
+    assert len(modules) == 3, result.stderr
+    assert all(module.startswith("owl2.") for module in modules)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["no-such-command"]])
-def test_the_command_line_imports_nothing_heavy(arguments):
+def test_command_line_imports_no_heavy_library(arguments):
     command = [sys.executable, "-X", "importtime", "-m", "owl2", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     lines = (line for line in result.stderr.splitlines() if line.startswith("import time:"))
@@ -77,7 +79,7 @@ def test_the_command_line_imports_nothing_heavy(arguments):
     assert not imported & {"torch", "transformers", "peft", "matplotlib", "numpy"}
 
 
-def test_importing_the_package_imports_nothing_unused():
+def test_import_of_owl2_imports_no_optional_library():
     heavy = ["easy_vqa", "matplotlib", "peft", "pydantic", "typer"]
     code = f"import sys, owl2; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
