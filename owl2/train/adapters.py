@@ -178,8 +178,7 @@ def merge(
     files = find_adapter(adapter, {})
     if files is None:
         raise InputError(
-            f"{adapter} is not an adapter: it has no adapter_config.json",
-            ErrorCode.FILE_NOT_FOUND,
+            f"{adapter} is not an adapter: it has no adapter_config.json", ErrorCode.FILE_NOT_FOUND
         )
     require_writable(output)
     # With a dtype the sums are computed in float32 and rounded once.

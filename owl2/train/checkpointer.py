@@ -179,10 +179,7 @@ class CheckpointCallback(TrainerCallback):
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(
-        self,
-        output: Path,
-        progress: Callable[[int], TrainingProgress],
-        context: DistributedContext,
+        self, output: Path, progress: Callable[[int], TrainingProgress], context: DistributedContext
     ) -> None:
         """`progress`: The progress after a step; all processes call it."""
         self.checkpoints = checkpoints_of(output)

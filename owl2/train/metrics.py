@@ -55,7 +55,10 @@ class JsonlLog:
                 self.lines = [record.value for record in records]
         except InputError as error:
             raise InputError(f"{error}; overwrite=true starts over", error.code) from error
-        atomic_write_text(path, "".join(to_json(line) + "\n" for line in self.lines))
+        if self.lines:
+            atomic_write_text(path, "".join(to_json(line) + "\n" for line in self.lines))
+        else:
+            path.unlink()
 
     def add(self, line: dict[str, Any]) -> None:
         """Append a line."""

@@ -9,14 +9,7 @@ import torch
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
 from tests.train.processes import FSDP, owl2, run, start
-from tests.train.runs import (
-    assert_same_weights,
-    quiet,
-    read_jsonl,
-    wait_for,
-    weights,
-    write_recipe,
-)
+from tests.train.runs import assert_same_weights, quiet, read_jsonl, wait_for, weights, write_recipe
 
 
 @pytest.mark.slow

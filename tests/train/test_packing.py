@@ -100,11 +100,7 @@ def mask_of(attention, **inputs):
     config._attn_implementation = attention
     embeddings = torch.zeros(*inputs["position_ids"].shape, config.hidden_size)
     return create_causal_mask(
-        config=config,
-        inputs_embeds=embeddings,
-        attention_mask=None,
-        past_key_values=None,
-        **inputs,
+        config=config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None, **inputs
     )
 
 

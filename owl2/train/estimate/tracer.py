@@ -125,10 +125,7 @@ def trace_step(
 
 
 def _forward_backward(
-    model: Owl2ForConditionalGeneration,
-    shape: BatchShape,
-    autocast: bool,
-    tracker: "MemoryTracker",
+    model: Owl2ForConditionalGeneration, shape: BatchShape, autocast: bool, tracker: "MemoryTracker"
 ) -> None:
     """The forward pass of `Owl2ForConditionalGeneration` without its checks of values, which fake
     tensors do not have; then the backward pass.
