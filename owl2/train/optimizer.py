@@ -116,8 +116,8 @@ def make_adamw(
 def groups_table(groups: list[dict[str, Any]]) -> Table:
     """The groups for the terminal: name, learning rate, weight decay, number of parameters."""
     columns = ("x lr", "peak lr", "decay", "tensors", "parameters")
-    numbers = (Column(column, justify="right") for column in columns)
-    table = Table("part", *numbers, title="Trainable parameters", title_justify="left")
+    numeric = (Column(column, justify="right") for column in columns)
+    table = Table("part", *numeric, title="Trainable parameters", title_justify="left")
     for group in groups:
         table.add_row(
             group["name"],

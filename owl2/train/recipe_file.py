@@ -16,7 +16,7 @@ from owl2.registry import read_setting
 from owl2.train.recipe import DataSource, LoraSettings, Recipe, Section, ValidationSettings
 
 COMMAND_LINE = "the command line"
-# pydantic's errors: the code, and the expected type in plain words if the message does not have it.
+# The code of each of pydantic's errors, and the expected type unless its message names it.
 ERRORS = {
     "missing": (ErrorCode.MISSING_VALUE, ""),
     "extra_forbidden": (ErrorCode.UNKNOWN_NAME, ""),

@@ -71,7 +71,7 @@ def part_of(name: str) -> ModelPart:
 
 @dataclass(frozen=True)
 class TrainableParams:
-    """The numbers of all and of trainable parameters by part; tied embeddings count once."""
+    """The sizes of all and of the trainable parameters by part; tied embeddings count once."""
 
     sizes: dict[ModelPart, int]
     trainable_sizes: dict[ModelPart, int]
@@ -118,7 +118,7 @@ def apply_stage(model: nn.Module, stage: int, freeze: Sequence[str] = ()) -> Tra
         raise ValueError(f"tied weights in a trainable and a frozen part: {conflicts}")
     summary = summarize_trainable(model)
     if not summary.trainable_size:
-        raise InputError(f"freeze: no part that stage {stage} trains is left", ErrorCode.CONFLICT)
+        raise InputError(f"freeze: stage {stage} trains only these parts", ErrorCode.CONFLICT)
     return summary
 
 

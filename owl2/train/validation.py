@@ -112,7 +112,7 @@ class ValidationDataset(Dataset[Features | InvalidSample]):
                 samples = list(islice(stream, limit))
             else:
                 raise InputError(
-                    "validation: samples of shards are held in memory: set `max_samples`, or "
+                    "validation: samples of shards are kept in memory: set `max_samples`, or "
                     "their `count`",
                     ErrorCode.MISSING_VALUE,
                 )

@@ -157,7 +157,7 @@ def test_missing_key_is_described(write):
 @pytest.mark.parametrize(
     ("text", "code", "needle"),
     [
-        ("base: gone.yaml\n", ErrorCode.FILE_NOT_FOUND, "gone.yaml"),
+        ("base: missing.yaml\n", ErrorCode.FILE_NOT_FOUND, "missing.yaml"),
         ("model: m\noutput: [o\n", ErrorCode.INVALID_FORMAT, "recipe.yaml:3:1"),
         ("model: m\nmodel: n\n", ErrorCode.INVALID_FORMAT, "recipe.yaml:2:1"),
         ("- a\n- b\n", ErrorCode.INVALID_FORMAT, "recipe.yaml"),

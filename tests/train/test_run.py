@@ -113,8 +113,8 @@ def test_invalid_recipe_keeps_the_saved_checkpoint(recipe, monkeypatch, tmp_path
 
 
 def test_missing_data_is_refused(recipe, tmp_path):
-    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "gone.json"):
-        train(recipe(data=[{"file": str(tmp_path / "gone.json")}]), quiet())
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "missing.json"):
+        train(recipe(data=[{"file": str(tmp_path / "missing.json")}]), quiet())
     with raises_input_error(ErrorCode.UNKNOWN_NAME, "easy_vqua"):
         train(recipe(data=[{"dataset": "easy_vqua"}]), quiet())
     with raises_input_error(ErrorCode.UNKNOWN_NAME, "styel"):
@@ -125,12 +125,12 @@ def test_missing_data_is_refused(recipe, tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_missing_image_is_reported_with_its_row(recipe, tmp_path, workers):
     turns = [{"from": "human", "value": "<image>a"}, {"from": "gpt", "value": "b"}]
-    rows = [{"image": "gone.png", "conversations": turns}]
+    rows = [{"image": "missing.png", "conversations": turns}]
     (tmp_path / "bad.json").write_text(json.dumps(rows), encoding="utf-8")
     bad = recipe(data=[{"file": str(tmp_path / "bad.json")}], dataloader_num_workers=workers)
     with pytest.raises(InputError) as caught:
         train(bad, quiet())
-    assert "gone.png" in str(caught.value)
+    assert "missing.png" in str(caught.value)
     assert "bad.json, row 1" in str(caught.value)
     assert "Traceback" not in str(caught.value)
     assert "\n" not in str(caught.value)

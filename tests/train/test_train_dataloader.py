@@ -44,7 +44,7 @@ def mixed(world, tmp_path, shards):
     turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "red"}]
     rows = [
         {"image": str(world / "0.png"), "conversations": turns},
-        {"image": "gone.png", "conversations": turns},
+        {"image": "missing.png", "conversations": turns},
         {"conversations": turns},
     ]
     (tmp_path / "bad.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -210,9 +210,9 @@ def test_position_in_other_data_is_refused(make_loader, tmp_path):
 
 def test_run_without_valid_samples_stops(recipe, tmp_path):
     rows = [{"image": f"{n}.png", "caption": "red"} for n in range(200)]
-    (tmp_path / "gone.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "missing.json").write_text(json.dumps(rows), encoding="utf-8")
     settings = {
-        "data": [{"file": str(tmp_path / "gone.json")}],
+        "data": [{"file": str(tmp_path / "missing.json")}],
         "on_invalid_sample": "skip",
         "max_steps": 50,
     }

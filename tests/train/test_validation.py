@@ -282,10 +282,10 @@ def test_resumed_run_has_the_same_validations(recipe, world, monkeypatch, tmp_pa
 def test_invalid_held_out_sample_is_reported_or_skipped(recipe, tmp_path):
     turns = [{"from": "human", "value": "<image>a"}, {"from": "gpt", "value": "b"}]
     text = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    rows = [{"conversations": text}, {"image": "gone.png", "conversations": turns}]
+    rows = [{"conversations": text}, {"image": "missing.png", "conversations": turns}]
     (tmp_path / "bad.json").write_text(json.dumps(rows), encoding="utf-8")
     held_out = {"data": [{"file": str(tmp_path / "bad.json")}], "eval_steps": 3}
-    with raises_input_error(ErrorCode.MISSING_IMAGE, "bad.json, row 2", "gone.png"):
+    with raises_input_error(ErrorCode.MISSING_IMAGE, "bad.json, row 2", "missing.png"):
         train(recipe(validation=held_out), quiet())
     result = train(recipe(validation=held_out, on_invalid_sample="skip", overwrite=True), quiet())
     line = read_jsonl(result.output / "validation.jsonl")[0]
