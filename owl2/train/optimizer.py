@@ -16,11 +16,11 @@ import re
 from typing import Any
 
 import torch
-from rich.table import Column, Table
+from rich.table import Table
 from torch import nn
 
 from owl2.train.recipe import Recipe
-from owl2.train.trainable import ModelPart, part_of
+from owl2.train.trainable import ModelPart, numeric_table, part_of
 
 # Learned vectors of tokens or positions. A tied lm_head has the name of `embed_tokens`.
 EMBEDDINGS = (
@@ -115,9 +115,8 @@ def make_adamw(
 
 def groups_table(groups: list[dict[str, Any]]) -> Table:
     """The groups for the terminal: name, learning rate, weight decay, number of parameters."""
-    columns = ("x lr", "peak lr", "decay", "tensors", "parameters")
-    numeric = (Column(column, justify="right") for column in columns)
-    table = Table("part", *numeric, title="Trainable parameters", title_justify="left")
+    columns = ("part", "x lr", "peak lr", "decay", "tensors", "parameters")
+    table = numeric_table("Parameter groups", *columns)
     for group in groups:
         table.add_row(
             group["name"],

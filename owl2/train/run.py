@@ -162,8 +162,7 @@ class TrainingRun:
     def _announce(self) -> None:
         recipe, print_line = self.recipe, self.console.print
         print_line(f"Stage {recipe.stage} from {recipe.model}", markup=False, soft_wrap=True)
-        for line in self.trainable.lines():
-            print_line(f"  {line}", highlight=False)
+        print_line(self.trainable.table("Parameters"))
         print_line(groups_table(recipe_groups(self.model, recipe)))
         size, epoch_size = self.model.config.image_size, self.dataset.epoch_size
         samples = "Weighted sources" if epoch_size is None else f"{epoch_size:,} samples per epoch"

@@ -16,10 +16,11 @@ then `…q_proj.base_layer.weight`), so they belong to the part of that Linear.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from rich.table import Column, Table
 from torch import nn
 
 from owl2.errors import ErrorCode, InputError
@@ -86,12 +87,21 @@ class TrainableParams:
         """Number of frozen parameters."""
         return sum(self.sizes.values()) - self.trainable_size
 
-    def lines(self) -> Iterable[str]:
-        """One line per part for the terminal."""
+    def table(self, title: str) -> Table:
+        """All and trainable parameters of each part, for the terminal."""
+        table = numeric_table(title, "part", "all", "trainable")
         for part, size in self.sizes.items():
-            trainable = self.trainable_sizes[part]
-            state = {0: "frozen", size: "trainable"}.get(trainable, f"{trainable:,} trainable")
-            yield f"{part:<26} {size:>13,} parameters  {state}"
+            table.add_row(str(part), f"{size:,}", f"{self.trainable_sizes[part]:,}")
+        table.add_section()
+        total = self.trainable_size + self.frozen_size
+        table.add_row("all", f"{total:,}", f"{self.trainable_size:,}")
+        return table
+
+
+def numeric_table(title: str, first: str, *others: str) -> Table:
+    """An empty table for the terminal; all columns but the first are numeric."""
+    columns = (Column(name, justify="right") for name in others)
+    return Table(first, *columns, title=title, title_justify="left")
 
 
 def apply_stage(model: nn.Module, stage: int, freeze: Sequence[str] = ()) -> TrainableParams:

@@ -126,9 +126,6 @@ def test_lora_counts_for_the_part_of_its_linear():
         ModelPart.DECODER: 2 * (16 + 8),
     }
     assert trained.frozen_size == sum(sizes.values())
-    lines = dict(zip(trained.sizes, trained.lines(), strict=True))
-    assert lines[ModelPart.VISION].endswith("frozen")
-    assert lines[ModelPart.DECODER].endswith("48 trainable")
 
 
 @pytest.mark.parametrize("freeze", [["vision"], ["abstractor", "visual"], ["decoder"]])

@@ -64,7 +64,7 @@ def test_run_writes_a_model_and_reports(recipe, world):
         assert plot.size == (960, 720)
 
     text = console.file.getvalue()
-    assert "Trainable parameters" in text
+    assert "decoder: visual" in text and "Parameter groups" in text
     assert "24 samples per epoch, images of 8 x 8 pixels" in text
     assert "step     10/10  loss" in text
     assert "{" not in text  # the Trainer would print dicts

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from owl2.checkpoints.config_file import read_config
 from owl2.data.open_dataset import open_dataset
@@ -26,6 +26,7 @@ from owl2.train.estimate.hardware import DEFAULT_MFU, GIB, MIB, USABLE_FRACTION,
 from owl2.train.estimate.memory import SampleStatistics, Sharding, TrainingSetup
 from owl2.train.estimate.tracer import MemoryKind
 from owl2.train.recipe import Checkpointing, Recipe
+from owl2.train.trainable import numeric_table
 
 CHECKPOINTING: dict[Checkpointing, str] = {True: "", "selective": "selective ", False: "no "}
 
@@ -125,15 +126,8 @@ def read_statistics(path: Path, max_length: int) -> SampleStatistics:
 
 
 def _tables(estimate: TrainingEstimate, origin: str) -> Iterator[Table]:
-    params, compute, hardware = estimate.trainable, estimate.compute, estimate.setup.hardware
-    table = _table(f"Parameters ({origin})", "part", "all", "trainable")
-    for part, size in params.sizes.items():
-        table.add_row(str(part), f"{size:,}", f"{params.trainable_sizes[part]:,}")
-    table.add_section()
-    total = params.trainable_size + params.frozen_size
-    table.add_row("all", f"{total:,}", f"{params.trainable_size:,}")
-    yield table
-
+    compute, hardware = estimate.compute, estimate.setup.hardware
+    yield estimate.trainable.table(f"Parameters ({origin})")
     chosen = (estimate.setup.sharding, estimate.recipe.gradient_checkpointing)
     titles, columns = [], list(estimate.memory.values())
     for sharding, mode in estimate.memory:
@@ -141,7 +135,7 @@ def _tables(estimate: TrainingEstimate, origin: str) -> Iterator[Table]:
         title = f"{way}, {CHECKPOINTING[mode]}checkpointing"
         titles.append(f"[bold]{title} ◄[/bold]" if (sharding, mode) == chosen else title)
     unit, name = _unit(max(column.total() for column in columns))
-    table = _table(f"Memory per device ({hardware.title}), in {name}", "", *titles)
+    table = numeric_table(f"Memory per device ({hardware.title}), in {name}", "", *titles)
     for kind in MemoryKind:
         if any(column[kind] for column in columns):
             table.add_row(kind, *(f"{column[kind] / unit:,.2f}" for column in columns))
@@ -150,7 +144,9 @@ def _tables(estimate: TrainingEstimate, origin: str) -> Iterator[Table]:
     yield table
 
     steps = compute.steps
-    table = _table("Computation", "", "per step", f"run ({steps:,} steps)" if steps else "run")
+    table = numeric_table(
+        "Computation", "", "per step", f"run ({steps:,} steps)" if steps else "run"
+    )
     for name, count, digits in (
         ("samples", compute.samples, ",.0f"),
         ("images", compute.images, ",.0f"),
@@ -226,8 +222,3 @@ def _unit(size: float) -> tuple[int, str]:
 def _size(size: float) -> str:
     unit, name = _unit(size)
     return f"{size / unit:,.1f} {name}"
-
-
-def _table(title: str, first: str, *others: str) -> Table:
-    columns = (Column(name, justify="right") for name in others)
-    return Table(first, *columns, title=title, title_justify="left")
