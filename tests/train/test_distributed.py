@@ -18,7 +18,7 @@ from owl2.train.trainer import Owl2Trainer
 from tests.tiny import make_model
 from tests.train.processes import FSDP, owl2, run, start
 from tests.train.runs import quiet, read_jsonl, wait_for, weights, write_recipe
-from tests.train.tiny import COLORS, QUESTION, SMALL_RUN
+from tests.train.tiny import COLORS, SMALL_RUN, write_rows
 
 ROOT = Path(__file__).parents[2]
 SHARDINGS = {"DDP": {}, "FSDP2": FSDP}
@@ -41,16 +41,8 @@ MORE = {
 def mixed(world, tmp_path_factory):
     """Settings of a run on samples with and without images, one per process and step."""
     folder = tmp_path_factory.mktemp("mixed")
-    rows = []
-    for number in range(24):
-        color = COLORS[number % len(COLORS)]
-        question, row = QUESTION, {}
-        if number % 2:
-            question, row = f"<image>\n{QUESTION}", {"image": str(world / f"{number}.png")}
-        answer = " ".join([color] * (1 + number % 5))
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        rows.append(row | {"conversations": turns})
-    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    answers = [" ".join([COLORS[n % len(COLORS)]] * (1 + n % 5)) for n in range(24)]
+    write_rows(folder / "data.json", answers, lambda n: world / f"{n}.png" if n % 2 else None)
     tied = folder / "tied"
     original = Owl2ForConditionalGeneration.from_pretrained(world / "start")
     model = make_model(vocab_size=original.config.vocab_size, tie_word_embeddings=True)

@@ -7,7 +7,7 @@ import pytest
 from owl2.train.run import train
 from tests.train.processes import FSDP, run
 from tests.train.runs import quiet, read_jsonl
-from tests.train.tiny import QUESTION
+from tests.train.tiny import write_rows
 
 HELD_OUT = 7  # one of two processes has one more sample
 
@@ -15,27 +15,13 @@ HELD_OUT = 7  # one of two processes has one more sample
 @pytest.fixture
 def validated(recipe, world, tmp_path):
     """A recipe with held-out samples with and without images, in turn, one kind per process."""
-    rows = []
-    for number in range(HELD_OUT):
-        question, row = QUESTION, {}
-        if number % 2:
-            question, row = f"<image>\n{QUESTION}", {"image": str(world / f"{number}.png")}
-        turns = [
-            {"from": "human", "value": question},
-            {"from": "gpt", "value": "red " * (number + 1)},
-        ]
-        rows.append(row | {"conversations": turns})
     path = tmp_path / "held_out.json"
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    answers = ["red " * (number + 1) for number in range(HELD_OUT)]
+    write_rows(path, answers, lambda n: world / f"{n}.png" if n % 2 else None)
     held_out = {"data": [{"file": str(path), "images": "/"}], "eval_steps": 2, "num_generations": 1}
 
-    def make(name):
-        output = str(tmp_path / name)
-        return recipe(
-            output=output, validation=held_out, max_steps=2, warmup_steps=0, logging_steps=1
-        )
-
-    return make
+    settings = {"validation": held_out, "max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
+    return lambda name: recipe(output=str(tmp_path / name), **settings)
 
 
 def read(folder, name):

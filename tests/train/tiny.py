@@ -30,16 +30,24 @@ SMALL_RUN = {
 }
 
 
+def write_rows(file, answers, images):
+    """Write questions with these answers; `images(number)` is the path of an image or None."""
+    rows = []
+    for number, answer in enumerate(answers):
+        image = images(number)
+        question = QUESTION if image is None else f"<image>\n{QUESTION}"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        row = {} if image is None else {"image": str(image)}
+        rows.append(row | {"conversations": turns})
+    file.write_text(json.dumps(rows), encoding="utf-8")
+
+
 def make_world(folder, answers, image_size=8, num_image_tokens=3, **sizes):
     """Write `data.json`, with a question about an image of one color for each answer, and `start`,
     an untrained checkpoint."""
-    rows = []
-    for number, answer in enumerate(answers):
+    for number in range(len(answers)):
         Image.new("RGB", (10, 10), COLORS[number % len(COLORS)]).save(folder / f"{number}.png")
-        question = {"from": "human", "value": f"<image>\n{QUESTION}"}
-        turns = [question, {"from": "gpt", "value": answer}]
-        rows.append({"image": f"{number}.png", "conversations": turns})
-    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_rows(folder / "data.json", answers, lambda number: f"{number}.png")
     start = folder / "start"
     start.mkdir()
     texts = [f"USER: \n{QUESTION} ASSISTANT: {color}" for color in COLORS] * 10
