@@ -41,8 +41,8 @@ KEYS_IGNORED_ON_RESUME = {
 }
 
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-# Parts of the messages of safetensors and torch.save for a full disk.
-WRITE_MESSAGES = ("I/O error", "inline_container", "iostream", "PytorchStreamWriter")
+# Parts of torch.save's message for a full disk, which does not name the reason.
+TORCH_WRITERS = ("inline_container", "iostream", "PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
@@ -286,4 +286,6 @@ def _disk_reason(error: BaseException) -> str | None:
         return next(filter(None, reasons), None)
     if isinstance(error, OSError):
         return (error.strerror or str(error)) if error.errno in DISK_ERRNOS else None
-    return str(error) if any(part in str(error) for part in WRITE_MESSAGES) else None
+    if "I/O error" in str(error):  # of safetensors
+        return str(error)
+    return "a file is incomplete" if any(name in str(error) for name in TORCH_WRITERS) else None
