@@ -19,6 +19,7 @@ from owl2.errors import ErrorCode, InputError
 
 MAX_EDGE = 1024  # pixels of the longer edge of a map, which has a few hundred patches
 MIN_SCALE = 3.0  # the brightest color stands for at least this multiple of a uniform share
+MAX_OPACITY = 0.85  # of the color at the maximum
 SMOOTHING = 0.5  # standard deviation of the Gaussian that smooths a map, in patches
 # Chinese text has no spaces, so that each character counts as a word.
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
@@ -145,7 +146,7 @@ def _interpolation(pixels: int, patches: int) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def overlay(image: Image.Image, heat: np.ndarray, strength: float = 0.85) -> Image.Image:
+def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
     """Paint a heat map over an image, in the size of the image.
 
     Pixels with at most a uniform share (1) only lose some saturation. The maximum gets the
@@ -153,7 +154,6 @@ def overlay(image: Image.Image, heat: np.ndarray, strength: float = 0.85) -> Ima
 
     Args:
         heat: (h, w) of any size.
-        strength: The opacity at the maximum, 0 to 1.
     """
     scale = max(float(heat.max()), MIN_SCALE)
     level = ((heat - 1) / (scale - 1)).clip(min=0).astype(np.float32)
@@ -161,7 +161,7 @@ def overlay(image: Image.Image, heat: np.ndarray, strength: float = 0.85) -> Ima
     level = np.asarray(resized)  # (H, W)
     stops = np.linspace(0, 1, len(COLORS))
     paint = np.stack([np.interp(level, stops, channel) for channel in COLORS.T], -1)  # (H, W, 3)
-    opacity = strength * level[..., None] ** 0.7
+    opacity = MAX_OPACITY * level[..., None] ** 0.7
     rgb = np.asarray(image.convert("RGB"), np.float32)
     pale = 0.5 * rgb + 0.5 * np.asarray(image.convert("L"), np.float32)[..., None]
     painted = (1 - opacity) * pale + opacity * paint

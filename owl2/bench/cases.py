@@ -35,7 +35,7 @@ def _forward(model: Any, *inputs: torch.Tensor, **options: Any) -> Run:
     return Run(lambda: torch.no_grad()(model)(*inputs, **options))
 
 
-def _decoding(runner: DecodeRunner | TransformersDecodeRunner) -> Run:
+def _decoding(runner: TransformersDecodeRunner) -> Run:
     return Run(partial(runner.decode, NEW_TOKENS), NEW_TOKENS * runner.rows)
 
 
@@ -107,33 +107,27 @@ def second_question(on: Implementations) -> BenchCase:
     return BenchCase("ms", runs, on.roofline.seconds(flops, _step_bytes(on)))
 
 
-def decode(on: Implementations, rows: int = 1) -> BenchCase:
+def decode(on: Implementations, rows: int = 1, int8: bool = False) -> BenchCase:
     """Greedy decoding of sequences in a batch after an image and 64 text tokens.
 
     The throughput of the baseline, and of `single` for several sequences, is that of one sequence.
+
+    Args:
+        int8: 8-bit weights in owl2's decoder, without a comparison with LLaMA.
     """
     request = on.workload.request()
-    text = BenchRequest(on.workload.text_ids(request.ids.shape[1]))
     runs = {
         "baseline": _decoding(TransformersDecodeRunner(on.baseline, request)),
-        "owl2": _decoding(DecodeRunner(on.model, request, rows)),
-        "llama": _decoding(TransformersDecodeRunner(on.llama, text, rows)),
+        "owl2": _decoding(DecodeRunner(on.int8 if int8 else on.model, request, rows)),
     }
+    if not int8:
+        text = BenchRequest(on.workload.text_ids(request.ids.shape[1]))
+        runs["llama"] = _decoding(TransformersDecodeRunner(on.llama, text, rows))
     if rows > 1:
         runs["single"] = _decoding(DecodeRunner(on.model, request))
     flops = rows * decoder_flops(on.model, 1, cached=request.ids.shape[1])
-    return BenchCase("tokens/s", runs, NEW_TOKENS * on.roofline.seconds(flops, _step_bytes(on)))
-
-
-def decode_int8(on: Implementations) -> BenchCase:
-    """Decoding with 8-bit weights in the decoder; the baseline keeps the model's dtype."""
-    request = on.workload.request()
-    runs = {
-        "baseline": _decoding(TransformersDecodeRunner(on.baseline, request)),
-        "owl2": _decoding(DecodeRunner(on.int8, request)),
-    }
-    seconds = on.roofline.seconds(read=decode_bytes(on.model, 1))
-    return BenchCase("tokens/s", runs, NEW_TOKENS * seconds)
+    read = decode_bytes(on.model, 1 if int8 else on.model.dtype.itemsize)
+    return BenchCase("tokens/s", runs, NEW_TOKENS * on.roofline.seconds(flops, read))
 
 
 def generate_mixed(on: Implementations) -> BenchCase:
@@ -222,7 +216,7 @@ CASES: dict[str, Callable[[Implementations], BenchCase]] = {
     "prefill_8": partial(prefill, count=BATCH_SIZE),
     "ttft_second_question": second_question,
     "decode_1": decode,
-    "decode_1_int8": decode_int8,
+    "decode_1_int8": partial(decode, int8=True),
     "decode_16": partial(decode, rows=CONCURRENT),
     "generate_16_mixed": generate_mixed,
     "mam_decode": mam_decode,

@@ -112,48 +112,46 @@ class TransformersDecodeRunner:
 
     def __init__(self, model: Any, request: BenchRequest, rows: int = 1) -> None:
         self.rows = rows
-        self._model = model
-        self._cache = DynamicCache(config=model.config)
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
         images = {} if request.pixel_values is None else {"pixel_values": request.pixel_values}
         with torch.no_grad():
-            out = model(request.ids.expand(rows, -1), past_key_values=self._cache, **images)
-        self._first = out.logits[:, -1:].argmax(-1)
+            out = model(request.ids.expand(rows, -1), past_key_values=self.cache, **images)
+        self.first_tokens = out.logits[:, -1].argmax(-1)  # (rows,)
+        self.length = request.ids.shape[1]
 
     @torch.no_grad()
     def decode(self, count: int) -> list[int]:
         """Decode `count` tokens in every row; returns those of the first row."""
-        tokens, generated = self._first, []
-        for _ in range(count):
-            out = self._model(tokens, past_key_values=self._cache)
-            tokens = out.logits[:, -1:].argmax(-1)
+        tokens, generated = self.first_tokens, []
+        for position in range(self.length, self.length + count):
+            tokens = self.logits(tokens, position).argmax(-1)
             generated.append(int(tokens[0]))
-        self._cache.crop(-count)
+        if added := self.cache.get_seq_length() - self.length:
+            self.cache.crop(-added)
         return generated
 
+    def logits(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
+        """(rows, V) after the tokens (rows,) at a position."""
+        out = self.model(tokens[:, None], past_key_values=self.cache)
+        return out.logits[:, -1]
 
-class DecodeRunner:
-    """Decoding on owl2's fast path; otherwise as `TransformersDecodeRunner`."""
+
+class DecodeRunner(TransformersDecodeRunner):
+    """Decoding on owl2's fast path."""
 
     def __init__(
         self, model: Owl2ForConditionalGeneration, request: BenchRequest, rows: int = 1
     ) -> None:
+        super().__init__(model, request)
         self.rows = rows
-        self._runner = ModelRunner(model)
-        with torch.no_grad():
-            out = model(request.ids, request.pixel_values, use_cache=True, logits_to_keep=1)
-        self._start = request.ids.shape[1]
-        self._first = out.logits[0, -1:].argmax(-1).expand(rows)
-        cache: Any = out.past_key_values
-        self._runner.cache.reserve(rows, self._start)
+        self.first_tokens = self.first_tokens.expand(rows)
+        self.runner = ModelRunner(model)
+        self.runner.cache.reserve(rows, self.length)
+        layers: Any = self.cache.layers
+        keys, values = [layer.keys[0] for layer in layers], [layer.values[0] for layer in layers]
         for row in range(rows):
-            keys, values = ([getattr(x, n)[0] for x in cache.layers] for n in ("keys", "values"))
-            self._runner.cache.write(row, keys, values)
+            self.runner.cache.write(row, keys, values)
 
-    def decode(self, count: int) -> list[int]:
-        """Decode `count` tokens in every row; returns those of the first row."""
-        tokens, generated = self._first, []
-        for position in range(self._start, self._start + count):
-            logits = self._runner.decode(tokens, torch.full((len(tokens),), position))
-            tokens = logits.argmax(-1)
-            generated.append(int(tokens[0]))
-        return generated
+    def logits(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
+        return self.runner.decode(tokens, torch.full((len(tokens),), position))
