@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from owl2.errors import InputError
-from owl2.eval.samples import EvalSample
 from owl2.eval.task_config import task_configs
 from owl2.eval.tasks import EvalTask
 
@@ -30,10 +29,10 @@ def missing_data(task: EvalTask, directory: Path | None) -> str:
     if task.config.data.files:
         return ""
     try:
-        is_readable = any(isinstance(item, EvalSample) for item in task.reader(data))
+        samples, _ = task.read(data)
     except InputError as error:
         return str(error)
-    return "" if is_readable else "There is no valid sample."
+    return "" if samples else "There is no valid sample."
 
 
 def print_tasks(directory: Path | None, console: Console) -> None:
@@ -43,7 +42,7 @@ def print_tasks(directory: Path | None, console: Console) -> None:
         table.add_column(column, no_wrap=column != "paper")
     lines = []
     for name, config in task_configs().items():
-        missing = missing_data(EvalTask.from_config(name, config), directory)
+        missing = missing_data(EvalTask(name, config), directory)
         if missing:
             lines.append(f"{name}: {missing}")
         has_several = len(config.paper) > 1

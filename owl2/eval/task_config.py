@@ -1,7 +1,7 @@
 """The configuration of each benchmark: the entries of ``task_configs/SUITE.yaml``.
 
-An entry says how a benchmark is prompted and scored, which result the paper reports, and where its
-data is published. `tasks.py` makes a runnable task of it.
+An entry says where the data of a benchmark is published, how its rows become samples, how they are
+prompted and scored, and which result the paper reports. `tasks.py` makes a runnable task of it.
 """
 
 from collections.abc import Mapping
@@ -21,37 +21,88 @@ class DataFiles(BaseModel):
     Attributes:
         files: Patterns of the files that ``--data DIR/NAME`` must contain; " or " separates
             alternatives.
-        origin: Where to get them.
+        num_row_files: The rows are in the files of the first patterns of `files`, as many as this.
+        format: Of these files: a list of objects, an object of objects (`json_entries`), an object
+            per line, or a table.
+        field: The key of the rows in the object of a JSON file.
+        columns: Of a table without a header.
+        origin: Where to get the files.
         license: As the authors name it; "not stated" where they do not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     files: list[str]
+    num_row_files: int = 1
+    format: Literal["json", "json_entries", "jsonl", "csv", "tsv"] = "json"
+    field: str | None = None
+    columns: list[str] | None = None
     origin: str
     license: str
 
 
+class SampleFields(BaseModel):
+    """Jinja expressions of the columns of a row, for the attributes of an `EvalSample`.
+
+    They may also use `number` (of the row in its file, from 1), `key` (of an entry), `file_name`
+    (without suffix) and `root` (the object that contains the rows).
+
+    Attributes:
+        filter: Rows for which it is false are not part of the benchmark.
+        question: None if the prompt of the task is the question.
+        choices: All possible answers.
+        expected: The correct answer or a list of them, among `choices` if there are any; an integer
+            is an index of `choices`. None where a judge decides.
+        show_choices: The question contains the choices as lines "A. ...", and the expected answer
+            is a letter.
+        image: A file name, a list of them, or a mapping such as ``{'base64': ...}``.
+        video: The name of a file, or of a folder with its frames and without suffix; or a list of
+            alternatives.
+        segment: The start and the end of the relevant part of the video, in seconds.
+        frames: Number of frames, evenly spaced (not an expression).
+        folders: Directories of the images or videos, in this order (not expressions).
+        metadata: Other values that the metric needs; or the columns of the hub, for lm-eval.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    filter: str = "true"
+    id: str = "id"
+    question: str | None = "question"
+    choices: str = "none"
+    expected: str = "none"
+    show_choices: bool = False
+    category: str = "''"
+    image: str = "none"
+    video: str = "none"
+    segment: str = "none"
+    frames: int = 8
+    folders: list[str] = ["."]
+    metadata: str | dict[str, str] = "{}"
+
+
 class TaskConfig(BaseModel):
-    """How a benchmark is prompted and scored.
+    """How a benchmark is read, prompted and scored.
 
     Attributes:
         title: For reports.
         suite: The table of the paper; None for benchmarks that the paper does not have.
         engine: `owl2` generates the responses and `metric` scores them; `lm-eval` does both, for
             text only.
-        reader: MODULE.FUNCTION in `owl2.eval.readers`.
+        reader: MODULE.FUNCTION in `owl2.eval.readers`, for rows that are not as `data` describes.
+        sample: How a row becomes a sample.
         metric: MODULE.NAME in `owl2.eval.metrics`.
-        dataset_kwargs: Options of the reader, such as a split.
         prompt: Text in which ``{question}`` is replaced by the question.
         max_new_tokens: Maximum number of generated tokens.
         image_policy: How an image becomes a square; None for the checkpoint's.
-        num_fewshot: Number of examples before the question.
+        num_fewshot: Number of examples before the question, from the second pattern of the files.
         judge: Whether a language model scores the responses.
         paper: The results of the paper (Specification §3) by metric, as the paper prints them.
         scale: Factor from the values of the metrics to those of the paper, such as 100 for percent.
         note: Differences to the protocol of the paper.
-        lmms_eval, lm_eval: The name of the task there, if it exists.
+        lmms_eval: The name of the task there, if it exists.
+        lm_eval: The YAML file of the task below ``tasks/`` of lm-eval; a group has one for each
+            ``{category}``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,9 +110,9 @@ class TaskConfig(BaseModel):
     title: str
     suite: Literal["captions", "vqa", "mllm", "hallucination", "text", "video"] | None
     engine: Literal["owl2", "lm-eval"] = "owl2"
-    reader: str
+    reader: str = "rows.read_rows"
+    sample: SampleFields = SampleFields()
     metric: str
-    dataset_kwargs: dict[str, Any] = Field(default_factory=dict)
     prompt: str = "{question}"
     max_new_tokens: int = Field(16, ge=1)
     image_policy: Literal["resize", "pad"] | None = None
@@ -82,6 +133,6 @@ def task_configs() -> Mapping[str, TaskConfig]:
     folder = files("owl2.eval").joinpath("task_configs")
     for file in (*SUITES, "others"):
         entries = yaml.safe_load(folder.joinpath(f"{file}.yaml").read_text(encoding="utf-8"))
-        shared = entries.pop("_shared", {})
+        shared: dict[str, Any] = entries.pop("_shared", {})
         found |= {name: TaskConfig(**{**shared, **entry}) for name, entry in entries.items()}
     return found

@@ -1,13 +1,15 @@
-"""Tasks by name: a configuration with its reader and its metric."""
+"""Tasks by name: a configuration with its metric and its data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import Metric, find_metric
-from owl2.eval.readers import EvalData, Reader, find_reader, split_invalid
+from owl2.eval.readers import EvalData
 from owl2.eval.readers.custom import custom_config
+from owl2.eval.readers.fields import read_samples
 from owl2.eval.samples import EvalSample, InvalidEvalSample
 from owl2.eval.task_config import SUITES, TaskConfig, task_configs
 from owl2.registry import look_up
@@ -17,41 +19,61 @@ CUSTOM_SUFFIX = ".jsonl"  # of the user's own files
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A benchmark with its reader and its metric."""
+    """A benchmark, or a file with custom questions in `directory`."""
 
     name: str
     config: TaskConfig
-    reader: Reader
-    metric: Metric
+    directory: Path | None = None
 
-    @classmethod
-    def from_config(cls, name: str, config: TaskConfig) -> "EvalTask":
-        """Raises `AttributeError` or `ModuleNotFoundError` for an unknown reader or metric."""
-        return cls(name, config, find_reader(config.reader), find_metric(config.metric))
+    @cached_property
+    def metric(self) -> Metric:
+        """Raises `AttributeError` or `ModuleNotFoundError` if it does not exist."""
+        return find_metric(self.config.metric)
 
     def data(self, directory: Path | None, prompt: str | None = None) -> EvalData:
         """The files of the task in ``--data``, and the prompt.
 
         Args:
-            prompt: Replaces the prompt of the task, contains ``{question}``; "short" is the
-                question alone.
-        """
-        if prompt is None:
-            prompt = self.config.prompt
-        elif prompt == "short":
-            prompt = "{question}"
-        directories = () if directory is None else (directory / self.name, directory)
-        files = self.config.data
-        advice = f"Get {self.config.title} from {files.origin} (license: {files.license})."
-        return EvalData(directories, prompt, dict(self.config.dataset_kwargs), advice)
-
-    def read(self, data: EvalData) -> tuple[list[EvalSample], list[InvalidEvalSample]]:
-        """All samples, valid and invalid.
+            prompt: Replaces the prompt of the task; "short" is the question alone.
 
         Raises:
-            InputError: A file is missing (FILE_NOT_FOUND), or its format is wrong.
+            InputError: The prompt does not contain ``{question}``.
         """
-        return split_invalid(self.reader(data))
+        own, files = self.config.prompt, self.config.data
+        has_question = "{question}" in own
+        if prompt is None or (prompt == "short" and not has_question):
+            prompt = own
+        elif prompt == "short":
+            prompt = "{question}"
+        elif has_question and "{question}" not in prompt:
+            raise InputError(
+                f"The prompt {prompt!r:.80} must be 'short' or contain {{question}}.",
+                ErrorCode.INVALID_VALUE,
+            )
+        directories = () if directory is None else (directory / self.name, directory)
+        if self.directory is not None:
+            directories = (self.directory, *directories)
+        advice = f"Get {self.config.title} from {files.origin} (license: {files.license})."
+        return EvalData(directories, prompt, files, advice)
+
+    def read(self, data: EvalData) -> tuple[list[EvalSample], list[InvalidEvalSample]]:
+        """All samples, valid and invalid; one with the id of an earlier sample is invalid.
+
+        Raises:
+            InputError: A file is missing (FILE_NOT_FOUND), or its format is wrong; the package of
+                the metric is missing.
+        """
+        self.metric.require_package()
+        samples: dict[str, EvalSample] = {}
+        invalid: list[InvalidEvalSample] = []
+        for item in read_samples(self.config, data):
+            if isinstance(item, InvalidEvalSample):
+                invalid.append(item)
+            elif item.id in samples:
+                invalid.append(InvalidEvalSample(item.id, "An earlier sample has the same id."))
+            else:
+                samples[item.id] = item
+        return list(samples.values()), invalid
 
 
 def find_tasks(
@@ -67,33 +89,28 @@ def find_tasks(
             custom file does not exist, cannot be read, or has the name of another task.
     """
     table = task_configs() if table is None else table
-    requested = dict.fromkeys(name.strip() for name in (names or "").split(",") if name.strip())
-    custom = [_custom_task(Path(name), table) for name in requested if name.endswith(CUSTOM_SUFFIX)]
-    custom_names = [task.name for task in custom]
-    duplicate = next((name for name in custom_names if custom_names.count(name) > 1), None)
-    if duplicate is not None:
-        raise InputError(
-            f"Two files are called {duplicate}{CUSTOM_SUFFIX}. Rename one.", ErrorCode.CONFLICT
-        )
-    found = {n: look_up("task", n, table) for n in requested if not n.endswith(CUSTOM_SUFFIX)}
+    found: dict[str, EvalTask] = {}
+    for name in filter(None, map(str.strip, (names or "").split(","))):
+        if not name.endswith(CUSTOM_SUFFIX):
+            found[name] = EvalTask(name, look_up("task", name, table))
+            continue
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"There is no file {path}.", ErrorCode.FILE_NOT_FOUND)
+        is_other = path.stem in found and found[path.stem].directory != path.parent
+        if path.stem in table or is_other:
+            raise InputError(
+                f"{path} has the name of another task, {path.stem!r}. Rename the file.",
+                ErrorCode.CONFLICT,
+            )
+        found[path.stem] = EvalTask(path.stem, custom_config(path), path.parent)
     if suite is not None:
         look_up("suite", suite, dict.fromkeys((*SUITES, "paper")))
         for name, config in table.items():
             if config.suite == suite or (suite == "paper" and config.suite):
-                found.setdefault(name, config)
-    if not found and not custom:
+                found.setdefault(name, EvalTask(name, config))
+    if not found:
         raise InputError(
             f"No task is named. Choose from {', '.join(sorted(table))}.", ErrorCode.MISSING_VALUE
         )
-    return [*(EvalTask.from_config(name, config) for name, config in found.items()), *custom]
-
-
-def _custom_task(path: Path, table: Mapping[str, TaskConfig]) -> EvalTask:
-    if not path.is_file():
-        raise InputError(f"There is no file {path}.", ErrorCode.FILE_NOT_FOUND)
-    if path.stem in table:
-        raise InputError(
-            f"{path} has the name of the task {path.stem!r}. Rename the file.", ErrorCode.CONFLICT
-        )
-    config, reader = custom_config(path)
-    return EvalTask(path.stem, config, reader, find_metric(config.metric))
+    return list(found.values())

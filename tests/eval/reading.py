@@ -1,8 +1,8 @@
-"""Shared by the tests of the readers: the fixtures, and parts of samples."""
+"""Shared by the tests of the readers and metrics: the fixtures, and parts of samples."""
 
 from pathlib import Path
 
-from owl2.eval.samples import Response
+from owl2.eval.samples import EvalSample, Response
 from owl2.eval.tasks import find_tasks
 from owl2.processing.chat_template import parse_messages
 
@@ -11,9 +11,9 @@ SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
-def read(name, data=FIXTURES):
+def read(name, data=FIXTURES, prompt=None):
     [task] = find_tasks(name)
-    return task.read(task.data(data))
+    return task.read(task.data(data, prompt))
 
 
 def by_id(name, data=FIXTURES):
@@ -33,3 +33,8 @@ def score(name, respond):
     [task] = find_tasks(name)
     responses = [Response(sample, "", respond(sample)) for sample in read(name)[0]]
     return task.metric.score(responses).metrics
+
+
+def response(text, *expected, **metadata):
+    """A response to a sample with these expected answers."""
+    return Response(EvalSample(text, "?", [], expected, metadata=metadata), "", text)

@@ -9,7 +9,7 @@ import pytest
 from owl2.errors import ErrorCode
 from owl2.eval import llm_judge
 from owl2.eval.llm_judge import judge_rows, judge_run
-from owl2.eval.metrics.llm_judge import MM_VET, MMHAL, RUBRICS, parse_rating, parse_score
+from owl2.eval.metrics.llm_judge import MM_VET, MMHAL, RUBRICS
 from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import EvalSample, Response
 from tests.errors import raises_input_error
@@ -95,7 +95,7 @@ def test_prompt_has_question_reference_and_response():
     ],
 )
 def test_scores_are_parsed(reply, score):
-    assert parse_score(reply) == score
+    assert RUBRICS["mm_vet"].parse(reply) == score
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_scores_are_parsed(reply, score):
     ],
 )
 def test_ratings_are_parsed(reply, rating):
-    assert parse_rating(reply) == rating
+    assert RUBRICS["mmhal"].parse(reply) == rating
 
 
 # ------------------------------------------------------------------ metrics

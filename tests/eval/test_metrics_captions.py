@@ -1,4 +1,4 @@
-"""CIDEr beside pycocoevalcap from end to end, and the tokenizer that stands in for java's."""
+"""CIDEr: known scores, those of pycocoevalcap, and the tokenizer without java."""
 
 import math
 import shutil
@@ -6,12 +6,13 @@ import subprocess
 
 import pytest
 
-from owl2.errors import InputError
+from owl2.errors import ErrorCode
 from owl2.eval.metrics import captions
 from owl2.eval.metrics.captions import CIDER, FALLBACK, PTB, tokenize, tokenize_fallback
-from owl2.eval.samples import EvalSample, Response
+from tests.errors import raises_input_error
+from tests.eval.reading import response
 
-java = pytest.mark.skipif(not shutil.which("java"), reason="there is no java")
+java = pytest.mark.skipif(not shutil.which("java"), reason="java is not installed")
 
 SENTENCES = [
     "A man's dog doesn't like the t-shirt.",
@@ -22,6 +23,8 @@ SENTENCES = [
     "",
     "   red,white \n and\u2028blue\t ",
     "gonna wanna gotta",
+    "A dog. It runs on grass, fast.",
+    "vs. a man at 5 p.m. in the U.S. on a bench etc. near Mr. Smith",
 ]
 REFERENCES = [
     ["A dog runs over a green lawn.", "The dog is running on grass.", "A dog, running."],
@@ -30,9 +33,8 @@ REFERENCES = [
 ]
 
 
-def answers(*texts, references=REFERENCES):
-    asked = [EvalSample(str(n), "?", [], tuple(given)) for n, given in enumerate(references)]
-    return [Response(question, "", text) for question, text in zip(asked, texts, strict=True)]
+def responses(*texts, references=REFERENCES):
+    return [response(text, *own) for own, text in zip(references, texts, strict=True)]
 
 
 @pytest.fixture
@@ -40,26 +42,26 @@ def without_java(monkeypatch):
     monkeypatch.setattr(captions, "TOKENIZER", FALLBACK)
 
 
-def test_by_hand(without_java):
-    """Three images, one word each, of which every one is in one image's references only."""
+def test_known_scores(without_java):
+    """Three images with one-word references that do not occur in those of other images."""
     pytest.importorskip("pycocoevalcap")
-    given = answers("red", "blue", "pink", references=[["Red."], ["blue"], ["lime"]])
+    found = responses("red", "blue", "pink", references=[["Red."], ["blue"], ["lime"]])
     # The cosine of one-word vectors is 1 or 0; of the four lengths of phrases there is one: 10/4.
-    scores = CIDER.score(given)
+    scores = CIDER.score(found)
     assert scores.per_sample == pytest.approx([0.25, 0.25, 0])
     assert scores.metrics == pytest.approx({"CIDEr": 100 * 2 * 2.5 / 3})
     assert CIDER.main in scores.metrics
 
 
-def test_a_longer_caption_costs(without_java):
+def test_longer_caption_has_a_lower_score(without_java):
     pytest.importorskip("pycocoevalcap")
     words = "one two three four five six"
-    given = answers(words, f"{words} seven", references=[[words], [words + " eight"]])
-    alone = CIDER.score(given).per_sample
-    # All phrases of the references' first six words are in both images: they weigh nothing.
+    found = responses(words, f"{words} seven", references=[[words], [words + " eight"]])
+    alone = CIDER.score(found).per_sample
+    # All phrases of the references' first six words are in both images: their weight is 0.
     assert alone[0] == pytest.approx(0)
-    given = answers("x y z w", "a b c d e f", references=[["x y z w"], ["a b c d"]])
-    each = CIDER.score(given).per_sample
+    found = responses("x y z w", "a b c d e f", references=[["x y z w"], ["a b c d"]])
+    each = CIDER.score(found).per_sample
     assert each[0] == pytest.approx(1)
     # n-gram overlap k of m and the Gaussian of two words' difference, sigma 6.
     parts = [4 / math.sqrt(4 * 6), 3 / math.sqrt(3 * 5), 2 / math.sqrt(2 * 4), 1 / math.sqrt(3)]
@@ -67,11 +69,11 @@ def test_a_longer_caption_costs(without_java):
 
 
 @java
-def test_as_pycocoevalcap():
-    """Its own tokenizer and CIDEr, from the raw captions on."""
+def test_scores_equal_those_of_pycocoevalcap():
+    """Its tokenizer and its CIDEr, from unprocessed captions."""
     cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
-    said = ["A dog is running on a lawn.", "Two men in a park", "a cat."]
-    scores = CIDER.score(answers(*said))
+    texts = ["A dog is running on a lawn.", "Two men in a park", "a cat."]
+    scores = CIDER.score(responses(*texts))
     tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
 
     def words(captions):
@@ -79,14 +81,14 @@ def test_as_pycocoevalcap():
             {n: [{"caption": text} for text in texts] for n, texts in enumerate(captions)}
         )
 
-    score, each = cider.compute_score(words(REFERENCES), words([[text] for text in said]))
+    score, each = cider.compute_score(words(REFERENCES), words([[text] for text in texts]))
     assert score > 0.5
     assert scores.metrics == pytest.approx({"CIDEr": 100 * score})
     assert scores.per_sample == pytest.approx([value / 10 for value in each])
 
 
 @java
-def test_the_stand_in_is_near(monkeypatch):
+def test_fallback_equals_the_tokenizer_in_java(monkeypatch):
     pytest.importorskip("pycocoevalcap")
     theirs = tokenize(SENTENCES)
     monkeypatch.setattr(captions, "TOKENIZER", FALLBACK)
@@ -95,17 +97,17 @@ def test_the_stand_in_is_near(monkeypatch):
     assert theirs[0] == "a man 's dog does n't like the t-shirt"
 
 
-def test_stand_in():
+def test_words_of_the_fallback():
     words = "the man 's -lrb- old -rrb- hat , is n't it ?"
     assert tokenize_fallback("The man's (old) hat, isn't it?") == words.split()
 
 
-def test_the_result_says_which_tokenizer():
+def test_settings_contain_the_tokenizer():
     expected = PTB if shutil.which("java") else FALLBACK
     assert CIDER.to_dict() == {"name": "cider", "version": "1", "tokenizer": expected}
 
 
-def test_java_that_fails(monkeypatch):
+def test_failure_of_java_is_an_error(monkeypatch):
     pytest.importorskip("pycocoevalcap")
     monkeypatch.setattr(captions, "TOKENIZER", PTB)
 
@@ -113,11 +115,5 @@ def test_java_that_fails(monkeypatch):
         return subprocess.CompletedProcess(command, 1, b"a b\n", b"no main class")
 
     monkeypatch.setattr(captions.subprocess, "run", run)
-    with pytest.raises(InputError, match="no main class"):
+    with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "no main class"):
         tokenize(["a b"])
-
-
-def test_without_the_package(monkeypatch):
-    monkeypatch.setattr(captions, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'owl2-vlm\[eval\]'"):
-        CIDER.score(answers("a", "b", "c"))

@@ -1,48 +1,78 @@
-"""lm-eval's scores over answers, and ROUGE by hand."""
-
-import sys
+"""Exact match, ROUGE, and the means of the scores of lm-eval."""
 
 import pytest
 
-from owl2.errors import InputError
-from owl2.eval.metrics.text import ACC, ACC_NORM, ROUGE
-from owl2.eval.samples import EvalSample, Response
+from owl2.errors import ErrorCode
+from owl2.eval.metrics.text import ACC, ACC_NORM, EXACT, ROUGE, normalize
+from tests.errors import raises_input_error
+from tests.eval.reading import response
 
 
-def answer(text, *expected, **metadata):
-    return Response(EvalSample("q", "?", [], expected, metadata=metadata), "", text)
+@pytest.mark.parametrize(
+    ("text", "expected", "is_correct"),
+    [
+        ("red", ["red"], True),
+        (" Red.\n", ["red"], True),
+        ("red .", ["red"], True),
+        ("red", ["RED."], True),
+        ("green", ["red", "green"], True),
+        ("a red", ["red"], False),
+        ("red circle", ["red"], False),
+        ("re", ["red"], False),
+        ("red..", ["red"], False),
+        (".red", ["red"], False),
+        ("", ["red"], False),
+        ("yes, red", ["yes"], False),
+        ("red", [], False),
+    ],
+)
+def test_exact_match(text, expected, is_correct):
+    assert EXACT.score([response(text, *expected)]).per_sample == [float(is_correct)]
 
 
-def test_means_of_the_suites_scores():
-    answers = [
-        answer("A", scores={"acc": 1.0, "acc_norm": 0.0}),
-        answer("B", scores={"acc": 0.0, "acc_norm": 0.0}),
-        answer("6", scores={"acc": 1.0}),  # AGIEval's written answers have no other score
+def test_accuracy_is_the_mean():
+    scores = EXACT.score([response("red", "red"), response("red", "blue"), response("a", "A.")])
+    assert scores.metrics == {"accuracy": pytest.approx(2 / 3)}
+    assert scores.per_sample == [1.0, 0.0, 1.0]
+    assert EXACT.to_dict() == {"name": "exact_match", "version": "1"}
+
+
+def test_normalization_is_idempotent():
+    for text in ("Yes.", " no . ", "A Red Circle", ".", "3.5"):
+        assert normalize(normalize(text)) == normalize(text)
+    assert normalize("3.5") == "3.5"
+
+
+def test_means_of_the_scores_of_lm_eval():
+    responses = [
+        response("A", scores={"acc": 1.0, "acc_norm": 0.0}),
+        response("B", scores={"acc": 0.0, "acc_norm": 0.0}),
+        response("6", scores={"acc": 1.0}),  # open questions of AGIEval have no other score
     ]
-    scores = ACC.score(answers)
+    scores = ACC.score(responses)
     assert scores.metrics == {"acc": pytest.approx(2 / 3), "acc_norm": 0.0}
     assert scores.per_sample == [1.0, 0.0, 1.0]
-    assert ACC_NORM.score(answers[:2]).per_sample == [0.0, 0.0]
+    assert ACC_NORM.score(responses[:2]).per_sample == [0.0, 0.0]
 
 
 def test_rouge():
     pytest.importorskip("rouge_score")
-    # 4 of 5 words said are among the 6 expected: 2 * 4 / (5 + 6); in order "the owl the town": 4
-    # (stems: "flies" and "fly" are one); pairs: "the owl", "owl fly" -> 2 * 2 / (4 + 5)
+    # 4 of 5 generated words are among the 6 expected: 2 * 4 / (5 + 6); in order "the owl the town":
+    # 4 (stems: "flies" and "fly" are one); pairs: "the owl", "owl fly" -> 2 * 2 / (4 + 5)
     scores = ROUGE.score(
         [
-            answer("the owl flies to town", "the owl flies over the town"),
-            answer("", "the owl"),
+            response("the owl flies to town", "the owl flies over the town"),
+            response("", "the owl"),
         ]
     )
     assert scores.per_sample == [pytest.approx(8 / 11), 0.0]
     assert scores.metrics["rouge1"] == pytest.approx(4 / 11)
     assert scores.metrics["rouge2"] == pytest.approx(2 / 9)
-    assert ROUGE.score([answer("Flying owls", "an owl flies")]).metrics["rouge1"] == 4 / 5
+    assert ROUGE.score([response("Flying owls", "an owl flies")]).metrics["rouge1"] == 4 / 5
 
 
-def test_without_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
-    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(InputError, match=r"owl2-vlm\[eval\]"):
-        ROUGE.score([answer("a", "b")])
+def test_missing_package_is_an_error(monkeypatch):
+    monkeypatch.setattr("owl2.eval.metrics.find_spec", lambda name: None)
+    with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "rouge-score", "owl2-vlm[eval]"):
+        ROUGE.require_package()
+    EXACT.require_package()

@@ -1,4 +1,4 @@
-"""VQA accuracy: by hand, by the definition written out, and beside lmms-eval's normalization."""
+"""VQA accuracy: known values, its definition, and the normalization of lmms-eval."""
 
 import importlib.util
 from pathlib import Path
@@ -7,11 +7,7 @@ from random import Random
 import pytest
 
 from owl2.eval.metrics.vqa import TEXTVQA, VQA, normalize, normalize_textvqa, vqa_accuracy
-from owl2.eval.samples import EvalSample, Response
-
-
-def answer(text, *expected):
-    return Response(EvalSample("1", "?", [], expected), "", text)
+from tests.eval.reading import response
 
 
 @pytest.mark.parametrize(
@@ -49,10 +45,10 @@ def test_textvqa_removes_punctuation_first():
 
 def test_score_with_ten_annotators():
     annotators = ["red"] * 1 + ["blue"] * 2 + ["green"] * 3 + ["teal"] * 4
-    # Alone: left out once (0), there nine times (1/3 each). Three: 3 × 2/3 and 7 × 1.
+    # One annotator: excluded once (0), included nine times (1/3 each). Three: 3 × 2/3 and 7 × 1.
     scores = {"red": 0.3, "blue": 0.6, "green": 0.9, "teal": 1.0, "pink": 0.0}
-    for response, score in scores.items():
-        assert vqa_accuracy(response, annotators) == pytest.approx(score)
+    for text, score in scores.items():
+        assert vqa_accuracy(text, annotators) == pytest.approx(score)
     assert vqa_accuracy("The RED.", annotators) == pytest.approx(0.3)
     assert vqa_accuracy("Yes", ["yes"] * 10) == 1
 
@@ -63,8 +59,8 @@ def test_score_with_fewer_annotators():
     assert vqa_accuracy("red", ["red"] * 4) == 1
 
 
-def test_the_definition_written_out():
-    """Leaving each out in turn, as the official code does it."""
+def test_accuracy_equals_the_definition():
+    """The official code excludes each annotator in turn."""
     draw = Random(0)
     for _ in range(200):
         annotators = draw.choices(["a1", "b2", "c3"], k=draw.choice([1, 4, 9, 10]))
@@ -76,7 +72,7 @@ def test_the_definition_written_out():
 
 
 def test_metric():
-    given = [answer("A red", *["red"] * 10), answer("joe", *["joe"] * 2, *["joe's"] * 8)]
+    given = [response("A red", *["red"] * 10), response("joe", *["joe"] * 2, *["joe's"] * 8)]
     scores = VQA.score(given)
     assert scores.per_sample == pytest.approx([1, 0.6])
     assert scores.metrics == pytest.approx({"accuracy": 0.8})
@@ -84,12 +80,12 @@ def test_metric():
     assert VQA.to_dict() == {"name": "vqa_accuracy", "version": "1"}
     assert TEXTVQA.to_dict() == {"name": "textvqa_accuracy", "version": "1"}
     # The two differ in what a comma between two words becomes.
-    given = [answer("red, blue", *["red,blue"] * 10)]
+    given = [response("red, blue", *["red,blue"] * 10)]
     assert (VQA.score(given).per_sample, TEXTVQA.score(given).per_sample) == ([1], [0])
 
 
-def test_as_lmms_eval_normalises():
-    """Its file is read by itself: the package as a whole takes seconds to import."""
+def test_normalization_equals_that_of_lmms_eval():
+    """Only its file is loaded: the package takes seconds to import."""
     package = importlib.util.find_spec("lmms_eval")
     if package is None:
         pytest.skip("lmms-eval is not installed")
@@ -99,9 +95,19 @@ def test_as_lmms_eval_normalises():
     spec.loader.exec_module(theirs)
     process = theirs.EvalAIAnswerProcessor()
     known = [*process.CONTRACTIONS, *process.NUMBER_MAP, *process.ARTICLES]
-    pieces = [*known, *known, *process.PUNCTUATIONS, *" .,'?", "10,000", "3.5", "dog", "It", "\n"]
+    parts_of_text = [
+        *known,
+        *known,
+        *process.PUNCTUATIONS,
+        *" .,'?",
+        "10,000",
+        "3.5",
+        "dog",
+        "It",
+        "\n",
+    ]
     draw = Random(1)
-    random = ["".join(draw.choices([*pieces, " ", " ", " "], k=9)) for _ in range(2000)]
+    random = ["".join(draw.choices([*parts_of_text, " ", " ", " "], k=9)) for _ in range(2000)]
     for text in [*known, *random]:
         assert normalize_textvqa(text) == process(text), text
         plain = text.replace("\n", " ").replace("\t", " ").strip()

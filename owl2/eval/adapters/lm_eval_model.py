@@ -6,18 +6,25 @@ and its tokenizer, and adds the chat format.
 
 import copy
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from lm_eval.models.huggingface import HFLM
 
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
+from owl2.eval.adapters import load_engine
+from owl2.registry import look_up
+
+# Arguments of `HFLM` that `LmEvalModel` passes on.
+HFLM_ARGUMENTS = (
+    "logits_cache", "max_length", "mixed_precision_dtype", "prefix_token_id", "softmax_dtype",
+    "truncation",
+)  # fmt: skip
+ARGUMENTS = ("pretrained", "dtype", "quantize", "add_bos_token", *HFLM_ARGUMENTS)
 
 
 class LmEvalModel(HFLM):
@@ -30,7 +37,7 @@ class LmEvalModel(HFLM):
         batch_size: Prompts per batch, or "auto".
         add_bos_token: None: as the tokenizer does, which is one ``<s>`` for LLaMA (Specification
             §1.5).
-        hflm: Other arguments of `HFLM`, see `_HFLM_ARGUMENTS`.
+        hflm: Other arguments of `HFLM`, see `HFLM_ARGUMENTS`.
 
     Raises:
         InputError: The checkpoint cannot be loaded; an argument is unknown.
@@ -47,26 +54,15 @@ class LmEvalModel(HFLM):
         add_bos_token: bool | None = None,
         **hflm: Any,
     ) -> None:
-        if unknown := sorted(hflm.keys() - _HFLM_ARGUMENTS):
-            names = "pretrained, device, dtype, quantize, batch_size, max_batch_size, add_bos_token"
-            raise InputError(
-                f"model_args: unknown argument {', '.join(unknown)}. Choose from {names}, "
-                f"{', '.join(sorted(_HFLM_ARGUMENTS))}.",
-                ErrorCode.UNKNOWN_NAME,
-            )
+        for name in hflm:
+            look_up("argument in model_args", name, dict.fromkeys(ARGUMENTS))
         # The default of the command line of lm-eval, also on machines without a GPU.
         if device == "cuda:0" and not torch.cuda.is_available():
             device = None
-        workers = Accelerator() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-        if isinstance(pretrained, Engine):
-            engine = pretrained
-        else:
-            where = device if workers is None else workers.device
-            chosen = None if dtype in (None, "auto") else dtype
-            # No prompt occurs twice, so a prefix cache would only take memory.
-            engine = Engine.from_pretrained(
-                pretrained, where, chosen, quantize=quantize, enable_prefix_caching=False
-            )
+        dtype = None if dtype == "auto" else dtype
+        # No prompt occurs twice, so a prefix cache would only take memory.
+        options = {"quantize": quantize, "enable_prefix_caching": False}
+        engine, processes = load_engine(pretrained, device, dtype, **options)
         self.processor = engine.processor
         with quiet():
             super().__init__(
@@ -79,9 +75,9 @@ class LmEvalModel(HFLM):
                 add_bos_token=add_bos_token,
                 **{"max_length": engine.context_length, **hflm},
             )
-        if workers is not None:
-            self.accelerator = workers
-            self._rank, self._world_size = workers.process_index, workers.num_processes
+        if processes is not None:
+            self.accelerator = processes
+            self._rank, self._world_size = processes.process_index, processes.num_processes
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **_: Any) -> None:
         self.tokenizer = tokenizer  # that of HFLM rejects unknown classes
@@ -144,13 +140,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
-
-
-_HFLM_ARGUMENTS = {
-    "logits_cache",
-    "max_length",
-    "mixed_precision_dtype",
-    "prefix_token_id",
-    "softmax_dtype",
-    "truncation",
-}

@@ -13,11 +13,9 @@ a pair (loss, is greedy) has to be wrapped in a `GenerationResult`.
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import ImageFile
@@ -27,10 +25,16 @@ from owl2.data.sample import Message
 from owl2.engine.engine import MAX_NUM_SEQS, Engine
 from owl2.engine.offline import answer_all
 from owl2.errors import ErrorCode, InputError
+from owl2.eval.adapters import load_engine
 from owl2.eval.adapters.requests import load_visuals, sampling_kwargs, to_messages, truncate
-from owl2.processing.image_processing import ImagePolicy
+from owl2.registry import look_up
 
 _LOG = logging.getLogger(__name__)
+
+
+ARGUMENTS = (
+    "pretrained", "device", "dtype", "quantize", "image_policy", "max_new_tokens", "max_frames"
+)  # fmt: skip
 
 
 class LmmsEvalModel(lmms):
@@ -39,11 +43,12 @@ class LmmsEvalModel(lmms):
     Args:
         pretrained: A directory, a hub id, or an engine.
         device: Default: cuda, mps or cpu; each of several processes uses its own GPU.
-        dtype, quantize, image_policy: As in `Engine.from_pretrained`.
+        dtype: As in `Engine.from_pretrained`.
         batch_size: Requests, or options of a question, per batch; or "auto".
         max_batch_size: The value for "auto".
         max_new_tokens: For tasks without a value.
         max_frames: Number of evenly spaced frames per video.
+        options: `quantize` and `image_policy`, as in `Engine.from_pretrained`.
 
     Attributes:
         invalid: Errors of invalid requests by "TASK SPLIT NUMBER". Their response is empty, and
@@ -60,34 +65,21 @@ class LmmsEvalModel(lmms):
         pretrained: str | Engine,
         device: str | None = None,
         dtype: str | None = None,
-        quantize: str | None = None,
-        image_policy: ImagePolicy | None = None,
         batch_size: int | str = 1,
         max_batch_size: int = MAX_NUM_SEQS,
         max_new_tokens: int = 256,
         max_frames: int = 8,
-        **unknown: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        if unknown:
-            raise InputError(
-                f"model_args: unknown argument {', '.join(unknown)}. Choose from pretrained, "
-                "device, dtype, quantize, image_policy, max_new_tokens, max_frames.",
-                ErrorCode.UNKNOWN_NAME,
-            )
+        for name in options:
+            look_up("argument in model_args", name, dict.fromkeys(ARGUMENTS))
         # lmms-eval sets it globally; half of a truncated image would be gray.
         ImageFile.LOAD_TRUNCATED_IMAGES = False
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            self.accelerator = Accelerator()
-            self._rank = self.accelerator.process_index
-            self._world_size = self.accelerator.num_processes
-            device = str(self.accelerator.device)
-        if isinstance(pretrained, Engine):
-            self.engine = pretrained
-        else:
-            self.engine = Engine.from_pretrained(
-                pretrained, device, dtype, quantize=quantize, image_policy=image_policy
-            )
+        self.engine, processes = load_engine(pretrained, device, dtype, **options)
+        if processes is not None:
+            self.accelerator = processes
+            self._rank, self._world_size = processes.process_index, processes.num_processes
         self.device = self.engine.model.device
         self.batch_size = max_batch_size if batch_size == "auto" else int(batch_size)
         self.max_new_tokens = max_new_tokens
@@ -101,10 +93,14 @@ class LmmsEvalModel(lmms):
         responses = [""] * len(requests)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="owl2") as bar:
             for options, until, indices in self._batches(requests):
-                messages = {index: self._messages(requests[index]) for index in indices}
-                valid = {index: turns for index, turns in messages.items() if turns is not None}
-                texts = answer_all(self.engine, valid.values(), self.batch_size, **options)
-                for index, text in zip(valid, texts, strict=True):
+                messages: dict[int, list[Message]] = {}
+                for index in indices:
+                    try:
+                        messages[index] = self._messages(requests[index])
+                    except InputError as error:
+                        self._add_invalid(requests[index], error)
+                texts = answer_all(self.engine, messages.values(), self.batch_size, **options)
+                for index, text in zip(messages, texts, strict=True):
                     if isinstance(text, InputError):
                         self._add_invalid(requests[index], text)
                     else:
@@ -153,34 +149,28 @@ class LmmsEvalModel(lmms):
             groups.setdefault((context, *document), []).append(index)
         with tqdm(total=len(requests), disable=self.rank != 0, desc="owl2") as bar:
             for indices in groups.values():
-                first = requests[indices[0]]
-                messages = self._messages(first)
-                if messages is not None:
-                    choices = [self._continuation(requests[index]) for index in indices]
-                    try:
-                        scored = self._score(messages, choices)
-                    except InputError as error:
-                        self._add_invalid(first, error)
-                    else:
-                        for index, loss in zip(indices, scored, strict=True):
-                            losses[index] = loss
+                try:
+                    scored = self._score([requests[index] for index in indices])
+                except InputError as error:
+                    self._add_invalid(requests[indices[0]], error)
+                else:
+                    for index, loss in zip(indices, scored, strict=True):
+                        losses[index] = loss
                 bar.update(len(indices))
         return [GenerationResult(loss) for loss in losses]
 
-    def _score(self, messages: list[Message], choices: list[str]) -> list[tuple[float, bool]]:
+    def _score(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """The losses of continuations of the same prompt."""
+        messages = self._messages(requests[0])
+        given = [request.args[1] for request in requests]
+        texts = [text(self._document(requests[0])) if callable(text) else text for text in given]
+        choices = [str(text).strip() for text in texts]  # the chat format adds the space
         scores = self.engine.score(messages, choices, include_end=False, batch_size=self.batch_size)
         is_greedy = False
         if len(choices) == 1:
             text = self.engine.chat(messages, max_new_tokens=len(choices[0]), do_sample=False)
             is_greedy = text.startswith(choices[0])
         return [(-score, is_greedy) for score in scores]
-
-    def _continuation(self, request: Instance) -> str:
-        given = request.args[1]
-        if callable(given):
-            given = given(self._document(request))
-        # The chat format adds the space before an answer.
-        return str(given).strip()
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not supported: tasks whose next question depends on an answer."""
@@ -195,18 +185,16 @@ class LmmsEvalModel(lmms):
         index, task, split = request.args[-3:]
         return self.task_dict[task][split][index]
 
-    def _messages(self, request: Instance) -> list[Message] | None:
-        """The user message of a request; None if its images cannot be read."""
+    def _messages(self, request: Instance) -> list[Message]:
+        """The user message of a request. Raises `InputError` if its images cannot be read."""
         context, doc_to_visual = request.args[0], request.args[2]
         try:
             visuals = doc_to_visual(self._document(request)) if doc_to_visual is not None else []
-            images = load_visuals(visuals or [], self.max_frames)
-        except (OSError, SyntaxError, InputError) as error:  # Pillow raises SyntaxError as well
-            self._add_invalid(request, error)
-            return None
-        return to_messages(str(context), images)
+            return to_messages(str(context), load_visuals(visuals or [], self.max_frames))
+        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError as well
+            raise InputError(f"An image is invalid: {error}", ErrorCode.BROKEN_IMAGE) from error
 
-    def _add_invalid(self, request: Instance, error: Exception) -> None:
+    def _add_invalid(self, request: Instance, error: InputError) -> None:
         index, task, split = request.args[-3:]
         name = f"{task} {split} {index}"
         self.invalid[name] = str(error)

@@ -14,21 +14,10 @@ from typing import Any
 
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.readers import EvalData, split_invalid
+from owl2.eval.readers import EvalData
 from owl2.eval.samples import EvalSample, Response
 from owl2.eval.tasks import EvalTask
 
-# The YAML file of a task below ``tasks/`` of lm-eval; a group has one for each category.
-FILES = {
-    "mmlu": "mmlu/default/mmlu_{category}.yaml",
-    "bbh": "bbh/zeroshot/{category}.yaml",
-    "agieval": "agieval/{category}.yaml",
-    "arc_c": "arc/arc_challenge.yaml",
-    "arc_e": "arc/arc_easy.yaml",
-    "boolq": "super_glue/boolq/default.yaml",
-    "triviaqa": "triviaqa/default.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-}
 FILTERS = {"bbh": "flexible-extract"}  # the filter to use, of tasks with several
 
 
@@ -61,11 +50,12 @@ def run_lm_eval(
             f"The text benchmarks need {error.name}: pip install 'owl2-vlm[eval]'",
             ErrorCode.MISSING_DEPENDENCY,
         ) from error
-    file, num_fewshot = FILES[task.name], task.config.num_fewshot
+    file, num_fewshot = str(task.config.lm_eval), task.config.num_fewshot
     examples: list[EvalSample] = []
     if num_fewshot:
-        dev = replace(data, options={**data.options, "split": "dev"})  # shares the list `files`
-        examples = split_invalid(task.reader(dev))[0]
+        patterns = data.published.files[1:]
+        published = data.published.model_copy(update={"files": patterns})
+        examples, _ = task.read(replace(data, published=published))  # shares the list `files`
     groups: dict[str, list[EvalSample]] = {}
     for sample in samples:
         groups.setdefault(file.format(category=sample.category), []).append(sample)

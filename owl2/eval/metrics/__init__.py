@@ -8,8 +8,10 @@ lmms-eval and lm-eval are in the docstrings of the modules.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+from owl2.errors import ErrorCode, InputError
 from owl2.eval.samples import Response
 
 SampleScore = float | None  # 0 to 1; None where a judge has not scored it yet
@@ -36,6 +38,7 @@ class Metric:
         main: The name of the value that represents the task.
         score: Scores the responses of a task or of one category: one or more.
         settings: Other values on which the scores depend, such as the tokenizer.
+        package: An optional package that `score` needs, as it is called on PyPI.
     """
 
     name: str
@@ -43,16 +46,36 @@ class Metric:
     main: str
     score: Callable[[Sequence[Response]], Scores]
     settings: Mapping[str, Any] | None = None
+    package: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in `results.json`."""
         return {"name": self.name, "version": self.version, **(self.settings or {})}
 
+    def require_package(self) -> None:
+        """Lets a task fail before its first response. Raises `InputError` without the package."""
+        if self.package and find_spec(self.package.replace("-", "_")) is None:
+            raise InputError(
+                f"The metric {self.name} needs the package {self.package}: pip install "
+                "'owl2-vlm[eval]'.",
+                ErrorCode.MISSING_DEPENDENCY,
+            )
+
 
 def find_metric(path: str) -> Metric:
-    """The metric with a name of the form ``MODULE.NAME`` in this package: "exact.MATCH"."""
+    """The metric with a name of the form ``MODULE.NAME`` in this package: "vqa.VQA"."""
     module, _, name = path.rpartition(".")
     return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def accuracy_metric(name: str, score_one: Callable[[Response], float]) -> Metric:
+    """The metric whose only value is the mean of the scores of the responses."""
+
+    def score(responses: Sequence[Response]) -> Scores:
+        scores = [float(score_one(response)) for response in responses]
+        return Scores({"accuracy": mean(scores)}, [*scores])
+
+    return Metric(name, "1", "accuracy", score)
 
 
 def mean(scores: Sequence[SampleScore]) -> float:

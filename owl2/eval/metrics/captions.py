@@ -14,36 +14,22 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib.resources import as_file, files
-from importlib.util import find_spec
 
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import Metric, Scores
 from owl2.eval.samples import Response
 
 PTB = "PTBTokenizer, Stanford CoreNLP 3.4.1"
-FALLBACK = "fallback of owl2 without java, close to PTBTokenizer"
+FALLBACK = "NLTKWordTokenizer, close to PTBTokenizer"
 TOKENIZER = PTB if shutil.which("java") else FALLBACK
 
 # Tokens that the evaluation of COCO drops. It keeps brackets, as it compares them in upper case.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+_SENTENCE_END = re.compile(r"\b(?!(?:mr|mrs|ms|dr|st|vs|etc)\.)(\w\w+)\.(?=\s)")
 _MAX_CIDER = 10.0  # of pycocoevalcap, for a caption that equals all references
 
 
-def require_pycocoevalcap() -> None:
-    """Lets readers fail before the first response is generated.
-
-    Raises:
-        InputError: pycocoevalcap is not installed.
-    """
-    if find_spec("pycocoevalcap") is None:
-        raise InputError(
-            "CIDEr needs the package pycocoevalcap: pip install 'owl2-vlm[eval]'.",
-            ErrorCode.MISSING_DEPENDENCY,
-        )
-
-
 def _score(responses: Sequence[Response]) -> Scores:
-    require_pycocoevalcap()
     from pycocoevalcap.cider.cider import Cider
 
     captions = tokenize([response.text for response in responses])
@@ -90,30 +76,15 @@ def _run_java(lines: Sequence[str]) -> list[list[str]]:
     return [line.split() for line in tokenized]
 
 
-# ------------------------------------------------------------------ without java
-
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_TWO_WORDS = re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b|\b(gim|lem)(me)\b")
-_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ve|ll|d|m))(?!\w)")
-_TOKEN = re.compile(
-    r"""-(?:lrb|rrb|lsb|rsb|lcb|rcb)-  # a bracket
-    | n't | '(?:s|re|ve|ll|d|m)(?!\w)  # a clitic
-    | (?:[a-z]\.){2,}                  # p.m.
-    | (?:mr|mrs|ms|dr|st|vs|etc)\.     # abbreviations that keep their period
-    | \w+(?:[.,:]\d+)+                 # 10,000 5:30
-    | \w+(?:[-/'@.]\w+)*               # t-shirt black/white o'clock
-    | \.\.\. | -- | \S""",
-    re.VERBOSE,
-)
-
-
 def tokenize_fallback(line: str) -> list[str]:
     """The words and punctuation marks of a caption, close to PTBTokenizer."""
-    text = line.lower().replace("’", "'").replace("‘", "'")
-    text = re.sub(r'["“”]', " `` ", text)
-    text = "".join(f" {_BRACKETS[sign]} " if sign in _BRACKETS else sign for sign in text)
-    text = _TWO_WORDS.sub(lambda found: " ".join(filter(None, found.groups())), text)
-    return _TOKEN.findall(_CLITIC.sub(r" \1", text))
+    from nltk.tokenize import NLTKWordTokenizer
+
+    # The tokenizer of nltk expects single sentences.
+    text = _SENTENCE_END.sub(r"\1 .", line.lower().replace("’", "'").replace("‘", "'"))
+    words = NLTKWordTokenizer().tokenize(text, convert_parentheses=True)
+    return [word.lower() for word in words]
 
 
-CIDER = Metric("cider", "1", "CIDEr", _score, {"tokenizer": TOKENIZER})
+SETTINGS = {"tokenizer": TOKENIZER}
+CIDER = Metric("cider", "1", "CIDEr", _score, SETTINGS, package="pycocoevalcap")

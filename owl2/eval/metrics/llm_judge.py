@@ -9,11 +9,11 @@ with other prompts, so that scores are similar to theirs but not equal.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from owl2.eval.metrics import Metric, SampleScore, Scores, mean
+from owl2.eval.metrics import Metric, Scores, mean
 from owl2.eval.samples import Response
 
 MM_VET_PROMPT = """\
@@ -63,23 +63,24 @@ Rate it by this scale:
 
 Explain in one or two sentences. Then end with one line: Rating: N"""
 
-MAX_RATING = 6
 MIN_FAITHFUL_RATING = 3  # a response with a lower rating contains a hallucination
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """The prompt of a judge, and the parser of its replies.
+    """The prompt of a judge, and the form of its replies.
 
     Attributes:
         prompt: Contains ``{question}``, ``{reference}``, ``{answer}`` and keys of the metadata.
-        parse: A reply → the score; None without exactly one score.
-        max_score: The best score.
+        label: Precedes the score in a reply.
+        max_score: The best score; the worst one is 0.
+        is_integer: Whether all scores are integers.
     """
 
     prompt: str
-    parse: Callable[[str], float | None]
+    label: str
     max_score: float
+    is_integer: bool
 
     def format(self, question: str, metadata: Mapping[str, Any], response: str) -> str:
         """The prompt for one response."""
@@ -87,80 +88,67 @@ class Rubric:
         # In one pass, so that braces within a response are kept.
         return re.sub(r"\{(\w+)\}", lambda found: str(values[found[1]]), self.prompt)
 
+    def parse(self, reply: str) -> float | None:
+        """The number after the label, or the complete reply; None without exactly one score.
 
-def parse_score(reply: str) -> float | None:
-    """The number from 0 to 1 after "Score:", or the complete reply; None without exactly one.
+        >>> RUBRICS["mm_vet"].parse("The color is wrong.\\nScore: 0.5")
+        0.5
+        >>> RUBRICS["mmhal"].parse("It invents a dog. **Rating: 2/6**")
+        2.0
+        """
+        # "0,5" is ambiguous: a half, or 0 and another number.
+        number = r"-?[0-9.]*[0-9](?!,?[0-9])"
+        pattern = rf"{self.label}(?: is| of)?[\s:*=]*({number})(?:\s*/\s*({number}))?"
+        found = set(re.findall(pattern, reply, re.IGNORECASE)) or {(reply.strip(), "")}
+        try:
+            values = {float(value) for value, _ in found}
+            maxima = {float(value) for _, value in found if value}
+        except ValueError:
+            return None
+        value = values.pop()
+        if values or not maxima <= {self.max_score} or not 0 <= value <= self.max_score:
+            return None
+        return value if value.is_integer() or not self.is_integer else None
 
-    >>> parse_score("The color is wrong.\\nScore: 0.5")
-    0.5
-    """
-    return _parse_number("score", reply, 1.0)
 
-
-def parse_rating(reply: str) -> float | None:
-    """The integer from 0 to 6 after "Rating:", or the complete reply; None without exactly one.
-
-    >>> parse_rating("It invents a dog. **Rating: 2**")
-    2.0
-    """
-    number = _parse_number("rating", reply, MAX_RATING)
-    return number if number is not None and number.is_integer() else None
-
-
-def _parse_number(name: str, reply: str, maximum: float) -> float | None:
-    """The number after a name, which may include the maximum ("4/6")."""
-    # "0,5" is ambiguous: a half, or 0 and another number.
-    number = r"-?[0-9.]*[0-9](?!,?[0-9])"
-    pattern = rf"{name}(?: is| of)?[\s:*=]*({number})(?:\s*/\s*({number}))?"
-    found = set(re.findall(pattern, reply, re.IGNORECASE)) or {(reply.strip(), "")}
-    try:
-        values = {float(value) for value, _ in found}
-        maxima = {float(value) for _, value in found if value}
-    except ValueError:
-        return None
-    value = values.pop()
-    return value if not values and maxima <= {maximum} and 0 <= value <= maximum else None
-
+# By the name of the metric.
+RUBRICS = {
+    "mm_vet": Rubric(MM_VET_PROMPT, "score", 1, is_integer=False),
+    "mmhal": Rubric(MMHAL_PROMPT, "rating", 6, is_integer=True),
+}
 
 # ------------------------------------------------------------------ metrics
 
 
-def _judge_scores(
-    responses: Sequence[Response], maximum: float
-) -> tuple[dict[str, float], list[float], list[SampleScore]]:
-    """Metrics of all rubrics, known scores of the judge, and scores of all samples from 0 to 1."""
+def _score(name: str, responses: Sequence[Response]) -> tuple[Scores, list[float]]:
+    """The metrics of all rubrics, and the known scores of the judge."""
     scores = [response.sample.metadata.get("judge_score") for response in responses]
     known = [score for score in scores if score is not None]
     metrics = {"judged": len(known) / len(responses)}
     if known:
         metrics["score"] = mean(known)
-    return metrics, known, [None if score is None else score / maximum for score in scores]
+    best = RUBRICS[name].max_score
+    return Scores(metrics, [None if score is None else score / best for score in scores]), known
 
 
 def _mm_vet(responses: Sequence[Response]) -> Scores:
-    metrics, _, scores = _judge_scores(responses, 1.0)
-    capabilities: dict[str, list[SampleScore]] = defaultdict(list)
-    for response, score in zip(responses, scores, strict=True):
-        for capability in response.sample.metadata["capabilities"]:
-            capabilities[capability].append(score)
-    for capability, values in sorted(capabilities.items()):
-        if any(score is not None for score in values):
-            metrics[capability] = mean(values)
-    return Scores(metrics, scores)
+    scores, _ = _score("mm_vet", responses)
+    capabilities: dict[str, list[float]] = defaultdict(list)
+    for response, score in zip(responses, scores.per_sample, strict=True):
+        if score is not None:
+            for capability in response.sample.metadata["capabilities"]:
+                capabilities[capability].append(score)
+    scores.metrics.update((name, mean(values)) for name, values in sorted(capabilities.items()))
+    return scores
 
 
 def _mmhal(responses: Sequence[Response]) -> Scores:
-    metrics, known, scores = _judge_scores(responses, MAX_RATING)
+    scores, known = _score("mmhal", responses)
     if known:
-        metrics["hallucination_rate"] = mean([float(n < MIN_FAITHFUL_RATING) for n in known])
-    return Scores(metrics, scores)
+        unfaithful = [float(rating < MIN_FAITHFUL_RATING) for rating in known]
+        scores.metrics["hallucination_rate"] = mean(unfaithful)
+    return scores
 
 
 MM_VET = Metric("mm_vet", "1", "score", _mm_vet)
 MMHAL = Metric("mmhal", "1", "score", _mmhal)
-
-# By the name of the metric.
-RUBRICS = {
-    "mm_vet": Rubric(MM_VET_PROMPT, parse_score, 1.0),
-    "mmhal": Rubric(MMHAL_PROMPT, parse_rating, MAX_RATING),
-}

@@ -1,4 +1,4 @@
-"""Text benchmarks: the scores of lm-eval, averaged over all responses; and ROUGE.
+"""Metrics of texts: exact match, ROUGE, and the scores of lm-eval, averaged over all responses.
 
 `scores` of the metadata of a sample are those of lm-eval (`adapters.text_tasks`). The score of a
 group such as MMLU is the mean over all its samples: lm-eval weights its parts by their sizes.
@@ -6,9 +6,18 @@ group such as MMLU is the mean over all its samples: lm-eval weights its parts b
 
 from collections.abc import Sequence
 
-from owl2.errors import ErrorCode, InputError
-from owl2.eval.metrics import Metric, Scores, mean
+from owl2.eval.metrics import Metric, Scores, accuracy_metric, mean
 from owl2.eval.samples import Response
+
+
+def normalize(answer: str) -> str:
+    """Lower case, without surrounding white space and without one final period."""
+    return answer.strip().lower().removesuffix(".").rstrip()
+
+
+def is_match(response: Response) -> bool:
+    """Whether the response equals one of the expected answers, after normalization."""
+    return normalize(response.text) in map(normalize, response.sample.expected)
 
 
 def _lm_eval(main: str) -> Metric:
@@ -26,18 +35,9 @@ def _lm_eval(main: str) -> Metric:
 
 
 def _rouge(responses: Sequence[Response]) -> Scores:
-    """F1 of stemmed words, pairs of words and longest common subsequences.
+    """F1 of stemmed words, pairs of words and longest common subsequences."""
+    from rouge_score.rouge_scorer import RougeScorer
 
-    Raises:
-        InputError: The package rouge-score is not installed.
-    """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "ROUGE needs the package rouge-score: pip install 'owl2-vlm[eval]'.",
-            ErrorCode.MISSING_DEPENDENCY,
-        ) from error
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, use_stemmer=True)
     found = [scorer.score_multi(list(item.sample.expected), item.text) for item in responses]
@@ -45,7 +45,9 @@ def _rouge(responses: Sequence[Response]) -> Scores:
     return Scores({name: mean(values[name]) for name in names}, [*values["rougeL"]])
 
 
+EXACT = accuracy_metric("exact_match", is_match)
 ACC = _lm_eval("acc")
 ACC_NORM = _lm_eval("acc_norm")
 EXACT_MATCH = _lm_eval("exact_match")
-ROUGE = Metric("rouge", "1", "rougeL", _rouge, {"stemmer": "Porter", "package": "rouge-score"})
+ROUGE_SETTINGS = {"stemmer": "Porter", "package": "rouge-score"}
+ROUGE = Metric("rouge", "1", "rougeL", _rouge, ROUGE_SETTINGS, package="rouge-score")

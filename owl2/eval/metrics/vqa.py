@@ -13,8 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from owl2.eval.metrics import Metric, Scores, mean
-from owl2.eval.samples import Response
+from owl2.eval.metrics import accuracy_metric
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,+\d")
@@ -80,16 +79,8 @@ def vqa_accuracy(
     return (without_one + (count - matches) * min(1, matches / 3)) / count
 
 
-def _metric(name: str, normalizer: Callable[[str], str]) -> Metric:
-    def score(responses: Sequence[Response]) -> Scores:
-        scores = [
-            vqa_accuracy(response.text, response.sample.expected, normalizer)
-            for response in responses
-        ]
-        return Scores({"accuracy": mean(scores)}, [*scores])
-
-    return Metric(name, "1", "accuracy", score)
-
-
-VQA = _metric("vqa_accuracy", normalize)
-TEXTVQA = _metric("textvqa_accuracy", normalize_textvqa)
+VQA = accuracy_metric("vqa_accuracy", lambda one: vqa_accuracy(one.text, one.sample.expected))
+TEXTVQA = accuracy_metric(
+    "textvqa_accuracy",
+    lambda one: vqa_accuracy(one.text, one.sample.expected, normalize_textvqa),
+)

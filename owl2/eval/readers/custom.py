@@ -19,14 +19,14 @@ read counts as the first line.
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from owl2.data.datasets.prompts import CAPTION_PROMPT, CHOICE_REQUEST, LETTERS, VQA_PROMPT
 from owl2.errors import ErrorCode, InputError
-from owl2.eval.metrics.captions import require_pycocoevalcap
-from owl2.eval.metrics.choices import with_options
-from owl2.eval.readers import EvalData, Reader, read_jsonl
-from owl2.eval.samples import EvalSample, InvalidEvalSample
-from owl2.eval.task_config import DataFiles, TaskConfig
+from owl2.eval.readers import EvalData
+from owl2.eval.readers.rows import Row, read_jsonl
+from owl2.eval.samples import InvalidEvalSample
+from owl2.eval.task_config import DataFiles, SampleFields, TaskConfig
 from owl2.json_records import JsonRecord
 from owl2.registry import look_up
 
@@ -34,61 +34,38 @@ KEYS = dict.fromkeys(
     ("image", "question", "answers", "answer", "options", "metric", "id", "category")
 )
 MIN_VQA_ANSWERS = 4  # with fewer, no answer can have a VQA accuracy of 1
+FIELDS = {
+    "expected": "answers",
+    "image": "image | default(none)",
+    "category": "category | default('')",
+}
 # The part of the configuration that depends on the metric.
-METRICS = {
-    "exact": {"metric": "exact.MATCH", "prompt": VQA_PROMPT, "scale": 100},
+METRICS: dict[str, dict[str, Any]] = {
+    "exact": {"metric": "text.EXACT", "prompt": VQA_PROMPT, "scale": 100},
     "vqa": {"metric": "vqa.VQA", "prompt": VQA_PROMPT, "scale": 100},
     "choice": {
         "metric": "choices.LETTER",
         "prompt": f"{{question}}\n{CHOICE_REQUEST}",
         "scale": 100,
+        "sample": SampleFields(**FIELDS, choices="options", show_choices=True),
     },
-    "cider": {"metric": "captions.CIDER", "prompt": "{question}", "max_new_tokens": 64},
+    "cider": {"metric": "captions.CIDER", "max_new_tokens": 64},
 }
 
 
-def custom_config(path: Path) -> tuple[TaskConfig, Reader]:
-    """The configuration and the reader for a file.
+def custom_config(path: Path) -> TaskConfig:
+    """The configuration for a file, with the metric of the first line that can be read.
 
     Raises:
-        InputError: The file or all of its lines cannot be read; the metric is unknown.
+        InputError: As `read_questions`; there is no valid line.
     """
-    metric = _metric(path)
-    config = TaskConfig.model_validate(
-        {
-            "title": path.name,
-            "suite": None,
-            "reader": "custom",
-            "data": DataFiles(files=[str(path)], origin=str(path), license="of the user"),
-            **METRICS[metric],
-        }
-    )
-
-    def reader(data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:
-        if metric == "cider":
-            require_pycocoevalcap()
-        data.files.append(path)
-        for row in _rows(path):
-            if isinstance(row, InvalidEvalSample):
-                yield row
-                continue
-            identifier = str(row.value.get("id", _line_number(row.where)))
-            try:
-                yield _sample(path, metric, data, row, identifier)
-            except InputError as error:
-                yield InvalidEvalSample(identifier, str(error))
-
-    return config, reader
-
-
-def _metric(path: Path) -> str:
-    """The metric of the first line that can be read."""
-    first: InvalidEvalSample | None = None
-    for row in _rows(path):
+    first = None
+    for row in read_questions([path]):
         if isinstance(row, JsonRecord):
-            name = row.value.get("metric", "choice" if "options" in row.value else "exact")
-            look_up("metric for custom questions", name, METRICS)
-            return str(name)
+            data = DataFiles(files=[path.name], origin=str(path), license="of the user")
+            sample, reader = SampleFields(**FIELDS), "custom.read_questions"
+            config = {"title": path.name, "suite": None, "sample": sample, "reader": reader}
+            return TaskConfig(**{**config, **METRICS[row.value["metric"]]}, data=data)
         first = first or row
     if first is None:
         raise InputError(f"{path} contains no questions.", ErrorCode.EMPTY_DATASET)
@@ -97,17 +74,19 @@ def _metric(path: Path) -> str:
     )
 
 
-def _rows(path: Path) -> Iterator[JsonRecord | InvalidEvalSample]:
-    """The lines with known keys; others are invalid.
+def read_questions(paths: list[Path], data: EvalData | None = None) -> Iterator[Row]:
+    """The lines of a file with `id`, `question`, `metric` and a list `answers`.
 
     Raises:
-        InputError: The file cannot be read; a key is a misspelling of `metric`, without which all
-            lines would be scored by another one.
+        InputError: The file cannot be read; the metric is unknown; a key is a misspelling of
+            `metric`, without which all lines would be scored by another one.
     """
-    for row in read_jsonl(path):
+    metric = None
+    for row in read_jsonl(paths[0]):
         if isinstance(row, InvalidEvalSample):
-            yield InvalidEvalSample(_line_number(row.id), row.reason)
+            yield row
             continue
+        value = {"id": row.where.rpartition(" ")[2], "question": CAPTION_PROMPT, **row.value}
         try:
             # With an image under another key, the question would be asked without the image.
             for key in row.value:
@@ -115,52 +94,33 @@ def _rows(path: Path) -> Iterator[JsonRecord | InvalidEvalSample]:
         except InputError as error:
             if get_close_matches(key, ["metric"]):
                 raise
-            yield InvalidEvalSample(str(row.value.get("id", _line_number(row.where))), str(error))
+            yield InvalidEvalSample(str(value["id"]), str(error))
+            continue
+        if metric is None:
+            metric = _metric(row, "exact")
+            look_up("metric for custom questions", metric, METRICS)
+        try:
+            value |= {"metric": metric, "answers": _answers(row, metric)}
+        except InputError as error:
+            yield InvalidEvalSample(str(value["id"]), str(error))
         else:
-            yield row
+            yield JsonRecord(value, row.where)
 
 
-def _line_number(where: str) -> str:
-    return where.rpartition(" ")[2]
+def _metric(row: JsonRecord, default: str) -> Any:
+    return row.value.get("metric", "choice" if "options" in row.value else default)
 
 
-def _sample(
-    path: Path, metric: str, data: EvalData, row: JsonRecord, identifier: str
-) -> EvalSample:
-    if row.value.get("metric", metric) != metric:
-        raise _invalid(row, f"the metric of the file is {metric!r}, as in its first line.")
+def _answers(row: JsonRecord, metric: str) -> list[str] | list[int]:
+    """The correct answers; with options the index of one."""
+    if (own := _metric(row, metric)) != metric:
+        raise _invalid(row, f"the metric is {own!r}, but {metric!r} in the first line of the file.")
     if "options" in row.value and metric != "choice":
         raise _invalid(row, f"only the metric 'choice' has options, not {metric!r}.")
-    is_caption = metric == "cider" and "question" not in row.value
-    question = CAPTION_PROMPT if is_caption else row.text("question")
-    if not question:
-        raise _invalid(row, "the question is empty.")
-    options = row.texts("options") if metric == "choice" else []
-    expected = _expected(row, metric, options)
-    given = row.value.get("image")
-    names = row.texts("image") if isinstance(given, list) else []
-    if "image" in row.value and not isinstance(given, list):
-        names = [row.text("image")]
-    images = []
-    for name in names:
-        sibling = path.parent / name
-        image = sibling if name and sibling.is_file() else data.find(name)
-        if image is None or not name:
-            raise InputError(
-                f"{row.where}: the image {sibling} does not exist.", ErrorCode.MISSING_IMAGE
-            )
-        images.append(image)
-    category = row.text("category") if "category" in row.value else ""
-    metadata = {"options": options} if options else {}
-    text = with_options(question, options) if options else question
-    return data.sample(identifier, question, images, expected, category, metadata, text)
-
-
-def _expected(row: JsonRecord, metric: str, options: list[str]) -> list[str]:
-    given = row.texts("answers") if "answers" in row.value else [row.text("answer")]
-    answers = [answer for answer in given if answer]
-    if not answers:
-        raise _invalid(row, "there is no answer.")
+    if "question" not in row.value and metric != "cider":
+        raise _invalid(row, "'question' is missing.")
+    answers = row.texts("answers") if "answers" in row.value else [row.text("answer")]
+    answers = [answer for answer in answers if answer]
     if metric == "vqa" and len(answers) < MIN_VQA_ANSWERS:
         raise _invalid(
             row,
@@ -169,18 +129,16 @@ def _expected(row: JsonRecord, metric: str, options: list[str]) -> list[str]:
         )
     if metric == "cider" and not any(char.isalnum() for answer in answers for char in answer):
         raise _invalid(row, "no answer contains words to compare a caption with.")
-    return [_letter(row, answers, options)] if metric == "choice" else answers
-
-
-def _letter(row: JsonRecord, answers: list[str], options: list[str]) -> str:
-    letters = LETTERS[: len(options)]
-    if not 2 <= len(options) <= len(LETTERS) or len(answers) > 1:
+    if metric != "choice":
+        return answers
+    options = row.texts("options")
+    if not 2 <= len(options) <= len(LETTERS) or len(answers) != 1:
         raise _invalid(row, "a multiple choice has 2 to 26 options and one answer.")
     [answer] = answers
     if options.count(answer) == 1:  # the option "B" precedes the letter B
-        return letters[options.index(answer)]
-    if len(answer) == 1 and answer in letters:
-        return answer
+        return [options.index(answer)]
+    if answer in [*LETTERS[: len(options)]]:
+        return [LETTERS.index(answer)]
     raise _invalid(row, f"the answer {answer!r} is not one of the options.")
 
 

@@ -1,15 +1,15 @@
-"""The letter that a free answer means."""
+"""The letter of the option that a response means."""
 
 import pytest
 
 from owl2.eval.metrics.choices import LETTER, parse_letter, with_options
-from owl2.eval.samples import EvalSample, Response
+from tests.eval.reading import response
 
 OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
 
 
 @pytest.mark.parametrize(
-    "said, letter",
+    ("text", "letter"),
     [
         ("B", "B"),
         (" b ", "B"),
@@ -18,7 +18,7 @@ OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
         ("**B**", "B"),
         ("The answer is **B**.", "B"),
         ("B. a dog house", "B"),
-        ("B: two cats", "B"),  # the letter is what was asked for
+        ("B: two cats", "B"),  # the letter precedes the text
         ("(B) a dog house", "B"),
         ("C) two cats", "C"),
         ("c) two cats", "C"),
@@ -43,7 +43,7 @@ OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
         ("A dog house.", "B"),
         ("There are two cats in the image", "C"),
         ("The answer is: A dog house", "B"),
-        # Nothing, or more than one:
+        # No option, or several:
         ("", None),
         ("E", None),
         ("The answer is E.", None),
@@ -61,11 +61,11 @@ OPTIONS = ("a dog", "a dog house", "two cats", "none of them")
         ("The answer", None),
     ],
 )
-def test_an_answer_means_a_letter_or_none(said, letter):
-    assert parse_letter(said, OPTIONS) == letter
+def test_letter_of_a_response(text, letter):
+    assert parse_letter(text, OPTIONS) == letter
 
 
-def test_words_that_begin_like_letters_are_words():
+def test_words_that_start_with_a_letter_and_a_hyphen():
     assert parse_letter("The answer is X-ray", ("MRI", "X-ray")) == "B"
     assert parse_letter("The answer is B-side", ("A-side", "B-side")) == "B"
 
@@ -75,31 +75,25 @@ def test_fewer_options_have_fewer_letters():
     assert parse_letter("C", OPTIONS[:2]) is None
 
 
-def test_options_with_the_same_words_or_none_are_not_told_apart():
+def test_equal_and_empty_options_are_ambiguous():
     assert parse_letter("yes", ("yes", "yes", "no")) is None
     assert parse_letter("no", ("yes", "yes", "no")) == "C"
     assert parse_letter("maybe", ("", "no")) is None
 
 
-def test_options_may_be_numbers_and_signs():
+def test_options_may_contain_numbers_and_signs():
     assert parse_letter("12", ("1", "12", "2")) == "B"
     assert parse_letter("It is 3.5", ("3", "3.5")) == "B"
     assert parse_letter("-2", ("2", "-2")) == "B"
     assert parse_letter("x + 1", ("x", "x + 1")) == "B"
 
 
-def test_options_are_written_below_the_question():
+def test_options_follow_the_question():
     assert with_options("Which?", ["red", "blue"]) == "Which?\nA. red\nB. blue"
 
 
-def test_accuracy_counts_what_is_unparsed_as_wrong():
-    def answer(text, letter):
-        return Response(
-            EvalSample(text, "?", [], (letter,), metadata={"options": OPTIONS}), "", text
-        )
-
-    scores = LETTER.score(
-        [answer("B", "B"), answer("C.", "B"), answer("hm", "A"), answer("D", "D")]
-    )
+def test_unparsed_responses_are_wrong():
+    pairs = [("B", "B"), ("C.", "B"), ("hm", "A"), ("D", "D")]
+    scores = LETTER.score([response(text, letter, options=OPTIONS) for text, letter in pairs])
     assert scores.per_sample == [1.0, 0.0, 0.0, 1.0]
     assert scores.metrics == {"accuracy": 0.5, "unparsed": 0.25}
