@@ -1,4 +1,4 @@
 """Benchmarks: the tables of the paper, and datasets of the user.
 
-Start with `evaluate.evaluate`; a benchmark is an entry in ``task_configs/``, a reader and a metric.
+Start with `evaluate.evaluate`; a benchmark is an entry in ``task_configs/`` and a metric.
 """

@@ -71,20 +71,11 @@ def cache_key(sample: EvalSample) -> str:
     An image file is represented by its path, size and modification time.
     """
 
-    def described(value: Any) -> Any:
-        if isinstance(value, list):
-            return [described(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        found = {name: described(item) for name, item in value.items()}
-        path = value.get("path")
-        if isinstance(path, str) and os.path.isfile(path):
-            status = os.stat(path)
-            found["state"] = [status.st_size, status.st_mtime_ns]
-        return found
-
-    messages = described(sample.messages)
-    row = [sample.id, sample.question, messages, sample.metadata, sample.expected]
+    contents = [turn["content"] for turn in sample.messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    paths = [path for part in parts if os.path.isfile(path := str(part.get("path", "")))]
+    files = [(os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    row = [sample.id, sample.question, sample.messages, files, sample.metadata, sample.expected]
     text = json.dumps(row, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()[:32]
 

@@ -8,7 +8,6 @@ that the directory of a run can be moved.
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -27,25 +26,24 @@ def image_names(response: Response, directory: Path) -> list[str]:
     Args:
         directory: That of the responses.
     """
+    names = []
     images = parse_messages(response.sample.messages).images
-    pairs = zip(images, response.image_digests, strict=True)
-    return [_name(image, digest, directory) for image, digest in pairs]
+    for image, digest in zip(images, response.image_digests, strict=True):
+        is_data_uri = isinstance(image, str) and image.startswith("data:")
+        if isinstance(image, (str, os.PathLike)) and not is_data_uri:
+            names.append(str(image))
+            continue
+        path = directory / FOLDER / f"{digest}.jpg"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            copy = load_image(image, sys.maxsize)  # the model has accepted its size
+            copy.thumbnail((COPY_SIZE, COPY_SIZE), Image.Resampling.BICUBIC)
+            copy.save(path, quality=85)
+        names.append(path.relative_to(directory).as_posix())
+    return names
 
 
 def find_image(name: str, directory: Path) -> VideoFrame | Path | str:
     """The image with a name that `image_names` returned, as `load_image` takes it."""
     copy = directory / name
     return copy if name.startswith(f"{FOLDER}/") and copy.is_file() else parse_frame(name)
-
-
-def _name(image: Any, digest: str, directory: Path) -> str:
-    is_data_uri = isinstance(image, str) and image.startswith("data:")
-    if isinstance(image, (str, os.PathLike)) and not is_data_uri:
-        return str(image)
-    path = directory / FOLDER / f"{digest}.jpg"
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        copy = load_image(image, sys.maxsize)  # the model has accepted its size
-        copy.thumbnail((COPY_SIZE, COPY_SIZE), Image.Resampling.BICUBIC)
-        copy.save(path, quality=85)
-    return path.relative_to(directory).as_posix()

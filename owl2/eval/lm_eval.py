@@ -7,7 +7,6 @@ lm-eval 0.4.13 has no entry points for models, so that the model is registered i
 
 import sys
 from importlib import import_module
-from typing import NoReturn
 
 from owl2.errors import InputError
 
@@ -28,17 +27,12 @@ def main() -> None:
         from lm_eval.__main__ import cli_evaluate
 
         register()
-    except ModuleNotFoundError as error:
-        _exit(f"{error.name} is not installed: pip install 'owl2-vlm[eval]'")
-    try:
         cli_evaluate()
-    except InputError as error:
-        _exit(str(error))
-
-
-def _exit(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    except (InputError, ModuleNotFoundError) as error:
+        is_missing = isinstance(error, ModuleNotFoundError)
+        hint = ": pip install 'owl2-vlm[eval]'" if is_missing else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,11 @@ def _frame_directory() -> "tempfile.TemporaryDirectory[str]":
 
 @cache
 def _decode(video: Path, count: int, segment: Segment | None) -> tuple[Path, ...]:
+    read = _read_animation if video.suffix.lower() in ANIMATIONS else _read_video
     try:
-        is_animation = video.suffix.lower() in ANIMATIONS
-        frames = (_decode_animation if is_animation else _decode_video)(video, count, segment)
         folder = Path(tempfile.mkdtemp(dir=_frame_directory().name))
-        paths = [folder / f"{number}.jpg" for number in range(1, len(frames) + 1)]
-        for path, frame in zip(paths, frames, strict=True):
+        paths = [folder / f"{number}.jpg" for number in range(1, count + 1)]
+        for path, frame in zip(paths, read(video, count, segment), strict=True):
             frame.convert("RGB").save(path, quality=JPEG_QUALITY, subsampling=0)
     except Exception as error:  # decoders raise any exception for files from any source
         raise InputError(
@@ -134,20 +134,16 @@ def _decode(video: Path, count: int, segment: Segment | None) -> tuple[Path, ...
     return tuple(paths)
 
 
-def _decode_animation(video: Path, count: int, segment: Segment | None) -> list[Image.Image]:
+def _read_animation(video: Path, count: int, segment: Segment | None) -> Iterator[Image.Image]:
     with Image.open(video) as image:
-        times, now = [], 0.0
-        for frame in ImageSequence.Iterator(image):
-            times.append(now)
-            now += frame.info.get("duration", 0) / 1000
-        frames = []
+        durations = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(image)]
+        times = [total / 1000 for total in accumulate(durations[:-1], initial=0)]
         for index in _select(times, count, segment):
             image.seek(index)
-            frames.append(image.convert("RGB"))
-        return frames
+            yield image
 
 
-def _decode_video(video: Path, count: int, segment: Segment | None) -> list[Image.Image]:
+def _read_video(video: Path, count: int, segment: Segment | None) -> list[Image.Image]:
     av = _import_av(video)
     with av.open(str(video)) as container:
         selected = _select(_frame_times(container), count, segment)

@@ -7,8 +7,8 @@ lmms-eval and lm-eval are in the docstrings of the modules.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import resolve_name
 from typing import Any
 
 from owl2.errors import ErrorCode, InputError
@@ -64,8 +64,8 @@ class Metric:
 
 def find_metric(path: str) -> Metric:
     """The metric with a name of the form ``MODULE.NAME`` in this package: "vqa.VQA"."""
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    metric: Metric = resolve_name(f"{__name__}.{path}")
+    return metric
 
 
 def accuracy_metric(name: str, score_one: Callable[[Response], float]) -> Metric:

@@ -24,18 +24,18 @@ def _pope(responses: Sequence[Response]) -> Scores:
     lmms-eval differs: it accepts only the words yes and no, and its yes ratio is that of the
     expected answers.
     """
-    said = [says_yes(response.text) for response in responses]
+    predicted = [says_yes(response.text) for response in responses]
     true = [response.sample.expected[0] == "yes" for response in responses]
-    scores = [float(one == other) for one, other in zip(said, true, strict=True)]
-    true_positives = sum(one and other for one, other in zip(said, true, strict=True))
-    precision = _ratio(true_positives, sum(said))
+    scores = [float(one == other) for one, other in zip(predicted, true, strict=True)]
+    true_positives = sum(one and other for one, other in zip(predicted, true, strict=True))
+    precision = _ratio(true_positives, sum(predicted))
     recall = _ratio(true_positives, sum(true))
     metrics = {
         "f1": _ratio(2 * precision * recall, precision + recall),
         "accuracy": _ratio(sum(scores), len(scores)),
         "precision": precision,
         "recall": recall,
-        "yes_ratio": _ratio(sum(said), len(said)),
+        "yes_ratio": _ratio(sum(predicted), len(predicted)),
     }
     return Scores(metrics, [*scores])
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
+from pkgutil import resolve_name
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError, UndefinedError
@@ -11,7 +12,7 @@ from owl2.data.datasets.prompts import LETTERS
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics.choices import with_options
 from owl2.eval.readers import EvalData
-from owl2.eval.readers.rows import Row, find_reader
+from owl2.eval.readers.rows import Row
 from owl2.eval.samples import EvalSample, InvalidEvalSample
 from owl2.eval.task_config import SampleFields, TaskConfig
 from owl2.eval.video import sample_frames
@@ -33,7 +34,8 @@ def read_samples(config: TaskConfig, data: EvalData) -> Iterator[EvalSample | In
         InputError: One of `DATASET_ERRORS`; or no row has the published format, which means that
             this is another file.
     """
-    reader, builder = find_reader(config.reader), SampleBuilder(config.sample, data)
+    reader = resolve_name(f"owl2.eval.readers.{config.reader}")
+    builder = SampleBuilder(config.sample, data)
     patterns = data.published.files[: data.published.num_row_files]
     for paths in [data.paths(alternatives) for alternatives in patterns] or [[]]:
         yield from _read_each(reader(paths, data), builder, paths)

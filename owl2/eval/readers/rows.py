@@ -1,8 +1,7 @@
 """Rows of JSON, JSONL, CSV and TSV files."""
 
 import csv
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Iterator
 from pathlib import Path
 
 from owl2.errors import ErrorCode, InputError
@@ -22,13 +21,6 @@ from owl2.json_records import (
 MAX_CSV_FIELD = 2**30  # characters; the default of csv is less than an image
 
 Row = JsonRecord | InvalidEvalSample
-Reader = Callable[[list[Path], EvalData], Iterator[Row]]
-
-
-def find_reader(path: str) -> Reader:
-    """The reader with a name of the form ``MODULE.FUNCTION`` in this package: "special.mme"."""
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(f"owl2.eval.readers.{module}"), name)
 
 
 def read_rows(paths: list[Path], data: EvalData) -> Iterator[Row]:
