@@ -45,7 +45,8 @@ class SampleFields(BaseModel):
     """Jinja expressions of the columns of a row, for the attributes of an `EvalSample`.
 
     They may also use `number` (of the row in its file, from 1), `key` (of an entry), `file_name`
-    (without suffix) and `root` (the object that contains the rows).
+    (without suffix), `root` (the object that contains the rows) and the filter `letter_index`
+    ("A" → 0).
 
     Attributes:
         filter: Rows for which it is false are not part of the benchmark.

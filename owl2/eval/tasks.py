@@ -1,6 +1,5 @@
 """Tasks by name: a configuration with its metric and its data."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,9 +75,7 @@ class EvalTask:
         return list(samples.values()), invalid
 
 
-def find_tasks(
-    names: str | None, suite: str | None = None, table: Mapping[str, TaskConfig] | None = None
-) -> list[EvalTask]:
+def find_tasks(names: str | None, suite: str | None = None) -> list[EvalTask]:
     """The tasks of a list such as "mme,pope,mine.jsonl" and of a suite, without duplicates.
 
     Args:
@@ -88,7 +85,7 @@ def find_tasks(
         InputError: A name is unknown (the message names the nearest one), or there are no names; a
             custom file does not exist, cannot be read, or has the name of another task.
     """
-    table = task_configs() if table is None else table
+    table = task_configs()
     found: dict[str, EvalTask] = {}
     for name in filter(None, map(str.strip, (names or "").split(","))):
         if not name.endswith(CUSTOM_SUFFIX):

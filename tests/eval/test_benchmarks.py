@@ -248,9 +248,8 @@ def test_agieval_has_the_prompts_of_its_authors():
         "问题：哪些是颜色？ 选项：(A)红 (B)蓝 (C)三 (D)五\n答案：从A到D, 我们应选择"
     )
     assert metadata["gaokao-physics"]["gold"] == [0, 1]
-    assert metadata["math"] == {
-        "query": "Q: What is $2 \\cdot 3$?\nA: The answer is", "answer": "6"
-    }  # fmt: skip
+    assert metadata["math"]["query"] == "Q: What is $2 \\cdot 3$?\nA: The answer is"
+    assert (metadata["math"]["answer"], metadata["math"]["gold"]) == ("6", None)
     assert [item.id for item in invalid] == ["aqua-rat#2"]
 
 

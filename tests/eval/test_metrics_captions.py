@@ -90,11 +90,11 @@ def test_scores_equal_those_of_pycocoevalcap():
 @java
 def test_fallback_equals_the_tokenizer_in_java(monkeypatch):
     pytest.importorskip("pycocoevalcap")
-    theirs = tokenize(SENTENCES)
+    tokenized = tokenize(SENTENCES)
     monkeypatch.setattr(captions, "TOKENIZER", FALLBACK)
-    assert tokenize(SENTENCES) == theirs
-    assert theirs[5] == ""
-    assert theirs[0] == "a man 's dog does n't like the t-shirt"
+    assert tokenize(SENTENCES) == tokenized
+    assert tokenized[5] == ""
+    assert tokenized[0] == "a man 's dog does n't like the t-shirt"
 
 
 def test_words_of_the_fallback():

@@ -72,16 +72,16 @@ def test_accuracy_equals_the_definition():
 
 
 def test_metric():
-    given = [response("A red", *["red"] * 10), response("joe", *["joe"] * 2, *["joe's"] * 8)]
-    scores = VQA.score(given)
+    responses = [response("A red", *["red"] * 10), response("joe", *["joe"] * 2, *["joe's"] * 8)]
+    scores = VQA.score(responses)
     assert scores.per_sample == pytest.approx([1, 0.6])
     assert scores.metrics == pytest.approx({"accuracy": 0.8})
     assert VQA.main in scores.metrics
     assert VQA.to_dict() == {"name": "vqa_accuracy", "version": "1"}
     assert TEXTVQA.to_dict() == {"name": "textvqa_accuracy", "version": "1"}
-    # The two differ in what a comma between two words becomes.
-    given = [response("red, blue", *["red,blue"] * 10)]
-    assert (VQA.score(given).per_sample, TEXTVQA.score(given).per_sample) == ([1], [0])
+    # The two metrics replace a comma between two words differently.
+    responses = [response("red, blue", *["red,blue"] * 10)]
+    assert (VQA.score(responses).per_sample, TEXTVQA.score(responses).per_sample) == ([1], [0])
 
 
 def test_normalization_equals_that_of_lmms_eval():
@@ -90,10 +90,10 @@ def test_normalization_equals_that_of_lmms_eval():
     if package is None:
         pytest.skip("lmms-eval is not installed")
     path = Path(package.origin).parent / "tasks" / "_task_utils" / "vqa_eval_metric.py"
-    spec = importlib.util.spec_from_file_location("theirs", path)
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
-    process = theirs.EvalAIAnswerProcessor()
+    spec = importlib.util.spec_from_file_location("vqa_eval_metric", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    process = module.EvalAIAnswerProcessor()
     known = [*process.CONTRACTIONS, *process.NUMBER_MAP, *process.ARTICLES]
     parts_of_text = [
         *known,
@@ -111,5 +111,5 @@ def test_normalization_equals_that_of_lmms_eval():
     for text in [*known, *random]:
         assert normalize_textvqa(text) == process(text), text
         plain = text.replace("\n", " ").replace("\t", " ").strip()
-        theirs_plain = process.process_digit_article(process.process_punctuation(plain))
-        assert normalize(text) == theirs_plain, text
+        expected = process.process_digit_article(process.process_punctuation(plain))
+        assert normalize(text) == expected, text

@@ -25,6 +25,7 @@ DATASET_ERRORS = (ErrorCode.FILE_NOT_FOUND, ErrorCode.MISSING_DEPENDENCY)
 ERROR_CODES = {UndefinedError: ErrorCode.MISSING_VALUE, ValueError: ErrorCode.INVALID_VALUE}
 
 _JINJA = Environment(undefined=StrictUndefined)
+_JINJA.filters["letter_index"] = LETTERS.index
 
 
 def read_samples(config: TaskConfig, data: EvalData) -> Iterator[EvalSample | InvalidEvalSample]:

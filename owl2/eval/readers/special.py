@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from owl2.data.datasets import load_dataset
 from owl2.data.datasets.prompts import LETTERS
@@ -139,47 +138,6 @@ def mmbench(paths: list[Path], data: EvalData) -> Iterator[Row]:
                 "image": {"base64": image} if image else "",
             }
             yield JsonRecord(value, where)
-
-
-# ------------------------------------------------------------------ AGIEval
-
-# Sets in Chinese, and sets whose answer is not one of several options.
-CHINESE = (
-    "logiqa-zh", "jec-qa-kd", "jec-qa-ca", "gaokao-chinese", "gaokao-geography", "gaokao-history",
-    "gaokao-biology", "gaokao-chemistry", "gaokao-physics", "gaokao-mathqa", "gaokao-mathcloze",
-)  # fmt: skip
-OPEN_ENDED = ("math", "gaokao-mathcloze")
-
-
-def agieval(paths: list[Path], data: EvalData) -> Iterator[Row]:
-    """The rows of AGIEval with its zero-shot prompts (arXiv:2304.06364, ``dataset_loader.py``).
-
-    Additional columns: `query`, `letters` (those of the options; None for an open question) and
-    `gold` (the correct ones, such as "AB" or ["A", "B"], as indices).
-    """
-    for row in read_rows(paths, data):
-        if isinstance(row, InvalidEvalSample):
-            yield row
-            continue
-        name, options = row.value["file_name"], row.value.get("options")
-        options = options if isinstance(options, list) else []
-        passage = str(row.value.get("passage") or "").strip()
-        question = str(row.value.get("question")).strip()
-        columns: dict[str, Any] = {"letters": [*LETTERS[: len(options)]]}
-        if name in OPEN_ENDED:
-            english = f"Q: {question}\nA: The answer is"
-            columns = {"letters": None}
-            query = f"问题：{question}\n答案：" if name in CHINESE else english
-        else:
-            listed, last = " ".join(map(str, options)), LETTERS[len(options) - 1]
-            label = row.value.get("label") or []
-            columns["gold"] = [LETTERS.find(letter) for letter in map(str, label)]
-            if name in CHINESE:
-                query = f"问题：{question} 选项：{listed}\n答案：从A到{last}, 我们应选择"
-            else:
-                choices = f"Answer Choices: {listed}\nA: Among A through {last}, the answer is"
-                query = f"Q: {question} {choices}"
-        yield JsonRecord({**row.value, **columns, "query": f"{passage}{query}"}, row.where)
 
 
 # ------------------------------------------------------------------ MSVD-QA, XSum, easy-VQA

@@ -23,8 +23,8 @@ def engine(tiny_checkpoint):
     return Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
 
 
-def ask(kind, model, arguments):
-    requests = [Instance(kind, {}, pair, number) for number, pair in enumerate(arguments)]
+def ask(kind, model, pairs):
+    requests = [Instance(kind, {}, pair, number) for number, pair in enumerate(pairs)]
     return getattr(model, kind)(requests)
 
 
@@ -35,10 +35,10 @@ def test_likelihoods_equal_those_of_the_logits(engine):
     alone = ask("loglikelihood", LmEvalModel(engine, batch_size=1), pairs)
     for (prompt, choice), (one, _), (other, _) in zip(pairs, together, alone, strict=True):
         before = engine.processor(text=prompt)["input_ids"][0]
-        whole = engine.processor(text=prompt + choice, return_tensors="pt")["input_ids"]
-        log_probabilities = engine.model(whole).logits[0].log_softmax(-1).detach()
-        places = range(len(before), whole.shape[1])
-        expected = sum(float(log_probabilities[at - 1, whole[0, at]]) for at in places)
+        ids = engine.processor(text=prompt + choice, return_tensors="pt")["input_ids"]
+        log_probabilities = engine.model(ids).logits[0].log_softmax(-1).detach()
+        positions = range(len(before), ids.shape[1])
+        expected = sum(float(log_probabilities[at - 1, ids[0, at]]) for at in positions)
         assert one == pytest.approx(expected, abs=1e-4)
         assert other == pytest.approx(expected, abs=1e-4)
 
@@ -57,9 +57,9 @@ def test_generation_equals_that_of_the_engine(engine):
     settings = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
     model = LmEvalModel(engine, batch_size=4)
     turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    asked = [(model.apply_chat_template(turn), settings) for turn in turns]
-    together = ask("generate_until", model, asked)
-    assert together == ask("generate_until", LmEvalModel(engine, batch_size=1), asked)
+    arguments = [(model.apply_chat_template(turn), settings) for turn in turns]
+    together = ask("generate_until", model, arguments)
+    assert together == ask("generate_until", LmEvalModel(engine, batch_size=1), arguments)
     expected = [engine.chat(turn, max_new_tokens=5).split("\n")[0] for turn in turns]
     assert [text.strip() for text in together] == [text.strip() for text in expected]
 

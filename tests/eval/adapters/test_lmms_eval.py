@@ -40,7 +40,7 @@ def documents():
 def model(engine, documents):
     def make(batch_size):
         model = LmmsEvalModel(engine, batch_size=batch_size)
-        model.task_dict = {"made": {"test": documents}}
+        model.task_dict = {"colors": {"test": documents}}
         return model
 
     return make
@@ -51,9 +51,9 @@ def image(document):
 
 
 def request(kind, number, *arguments, visual=image, **metadata):
-    metadata = {"task": "made", "doc_id": number, "repeats": 1, **metadata}
+    metadata = {"task": "colors", "doc_id": number, "repeats": 1, **metadata}
     text, second = arguments
-    return Instance(kind, (text, second, visual, number, "made", "test"), 0, metadata)
+    return Instance(kind, (text, second, visual, number, "colors", "test"), 0, metadata)
 
 
 def generations(documents, **settings):
@@ -84,14 +84,14 @@ def test_responses_equal_those_of_the_engine_in_any_batch(model, engine, documen
     assert model("4").generate_until(requests) == expected
     assert model("auto").generate_until(requests) == expected
     assert len(set(expected)) > 1
-    assert requests[0].args[1] == SHORT, "the settings are lmms-eval's own, for its cache"
+    assert requests[0].args[1] == SHORT, "lmms-eval uses the settings for its cache"
 
 
 def test_sampled_responses_do_not_depend_on_the_batch(model, documents):
     requests = generations(documents, do_sample=True, temperature=2.0)
-    drawn = model(1).generate_until(requests)
-    assert drawn == model(4).generate_until(requests)
-    assert drawn != model(1).generate_until(generations(documents))
+    sampled = model(1).generate_until(requests)
+    assert sampled == model(4).generate_until(requests)
+    assert sampled != model(1).generate_until(generations(documents))
 
 
 def test_responses_end_at_stop_strings(model, documents):
@@ -129,45 +129,45 @@ def test_likelihoods_are_losses(model, engine, documents):
 
 
 def test_single_continuation_is_compared_with_the_greedy_response(model, documents):
-    [said] = model(1).generate_until(generations(documents[:1]))
+    [text_of_model] = model(1).generate_until(generations(documents[:1]))
     text = documents[0]["text"]
 
     def greedy(continuation):
         [found] = model(1).loglikelihood([request("loglikelihood", 0, text, continuation)])
         return found.text[1]
 
-    assert greedy(lambda document: said[:2])
+    assert greedy(lambda document: text_of_model[:2])
     assert not greedy(" no")
 
 
 def test_invalid_image_is_logged_and_others_get_responses(model, documents, tmp_path, caplog):
-    whole = tmp_path / "whole.png"
-    Image.effect_noise((64, 64), 90).save(whole)
+    complete = tmp_path / "complete.png"
+    Image.effect_noise((64, 64), 90).save(complete)
     broken = tmp_path / "broken.png"
-    broken.write_bytes(whole.read_bytes()[:2000])
+    broken.write_bytes(complete.read_bytes()[:2000])
     sound = generations(documents[:3])
 
     def opened(document):
         return [Image.open(broken).convert("RGB")]
 
     for visual in (opened, lambda document: [str(broken)], lambda document: [b"sound"]):
-        made = model(4)
+        adapter = model(4)
         bad = request("generate_until", 3, "is it", SHORT, visual=visual)
-        answers = made.generate_until([*sound[:2], bad, sound[2]])
+        answers = adapter.generate_until([*sound[:2], bad, sound[2]])
         assert answers[2] == ""
         assert answers[:2] + answers[3:] == model(4).generate_until(sound)
-        assert list(made.invalid) == ["made test 3"]
-        assert "made test 3" in caplog.text
+        assert list(adapter.invalid) == ["colors test 3"]
+        assert "colors test 3" in caplog.text
         lost = request("loglikelihood", 3, "is it", " yes", visual=visual)
-        assert made.loglikelihood([lost])[0].text == (math.inf, False)
+        assert adapter.loglikelihood([lost])[0].text == (math.inf, False)
 
 
 def test_prompt_beyond_the_context_is_invalid(model, documents):
-    made = model(4)
+    adapter = model(4)
     long = request("generate_until", 2, "very " * 300, SHORT)
-    answers = made.generate_until([*generations(documents[:2]), long])
+    answers = adapter.generate_until([*generations(documents[:2]), long])
     assert answers[:2] == model(1).generate_until(generations(documents[:2]))
-    assert "128" in made.invalid["made test 2"]
+    assert "128" in adapter.invalid["colors test 2"]
 
 
 def test_unsupported_requests_are_errors(engine, model, documents):
@@ -186,12 +186,12 @@ def test_lmms_eval_finds_the_model():
     assert get_model("owl2") is LmmsEvalModel
 
 
-# ------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------ complete evaluations
 
 
 @pytest.fixture
 def own(tmp_path):
-    """A task of two kinds in lmms-eval's format, beside ours, and a clean environment."""
+    """Two tasks in the format of lmms-eval: with options, and with a text."""
     Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
     rows = [{"path": str(tmp_path / "a.png"), "text": f"is it {n}", "gold": n} for n in (0, 1)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -217,7 +217,7 @@ def own(tmp_path):
 
 
 def test_evaluator_of_lmms_eval(own, engine, monkeypatch):
-    """Options are chosen by our likelihoods: the way in which 0.7.3 would choose the worst."""
+    """The most likely option is selected; lmms-eval 0.7.3 selects the lowest loss."""
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 

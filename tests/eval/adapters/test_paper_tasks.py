@@ -1,4 +1,4 @@
-"""Our own tasks through lmms-eval: the fixtures of their published formats, end to end."""
+"""Additional tasks in lmms-eval, from published files to scores."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint):
     engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
-    engine.model.config.max_position_embeddings = 512  # room for eight frames and a prompt
+    engine.model.config.max_position_embeddings = 512  # for eight frames and a prompt
     return engine
 
 
@@ -52,12 +52,12 @@ def test_additional_tasks_in_the_evaluator_of_lmms_eval(engine, monkeypatch, tmp
             continue
         [task] = find_tasks(name)
         questions, _ = task.read(task.data(FIXTURES))
-        said = engine.batch(
+        texts = engine.batch(
             [question.messages for question in questions[:3]],
             max_new_tokens=task.config.max_new_tokens,
             do_sample=False,
         )
-        assert [sample["filtered_resps"][0] for sample in samples] == said
+        assert [sample["filtered_resps"][0] for sample in samples] == texts
         assert 0 <= results["results"][name]["accuracy,none"] <= 1
 
     [file] = tmp_path.rglob("mmhal_answers.json")

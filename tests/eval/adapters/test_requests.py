@@ -1,4 +1,4 @@
-"""lmms-eval's requests in our terms: places of images, videos, decoding, ends of answers."""
+"""Requests of lmms-eval: positions of images, videos, sampling parameters, stop strings."""
 
 import pytest
 from PIL import Image
@@ -7,11 +7,11 @@ from owl2.errors import ErrorCode
 from owl2.eval.adapters.requests import load_visuals, sampling_kwargs, to_messages, truncate
 from tests.errors import raises_input_error
 
-RED, BLUE = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+RED, BLUE = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
 
 
-def rendered(words, images):
-    [message] = to_messages(words, images)
+def rendered(text, images):
+    [message] = to_messages(text, images)
     assert message["role"] == "user"
     names = {id(RED): "[red]", id(BLUE): "[blue]"}
     return "".join(
@@ -21,20 +21,20 @@ def rendered(words, images):
 
 
 @pytest.mark.parametrize(
-    ("words", "images", "expected"),
+    ("text", "images", "expected"),
     [
         ("what?", [RED], "[red]what?"),
         ("what?", [RED, BLUE], "[red][blue]what?"),
         ("a <image> b <image>?", [RED, BLUE], "a [red] b [blue]?"),
         ("a <image 2> b <image 1>?", [RED, BLUE], "a [blue] b [red]?"),
-        ("a <image>?", [RED, BLUE], "[red][blue]a ?"),  # which of the two it means, nobody knows
+        ("a <image>?", [RED, BLUE], "[red][blue]a ?"),
         ("<image><image>x", [RED], "[red]x"),
         ("is <image> a tag?", [], "is <image> a tag?"),
-        ("a <|image|> here", [RED], "[red]a  here"),  # would count as one image more
+        ("a <|image|> here", [RED], "[red]a  here"),  # not an additional image
     ],
 )
-def test_positions_of_images(words, images, expected):
-    assert rendered(words, images) == expected
+def test_positions_of_images(text, images, expected):
+    assert rendered(text, images) == expected
 
 
 def test_videos_become_frames(tmp_path):

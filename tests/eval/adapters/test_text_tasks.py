@@ -1,4 +1,4 @@
-"""The text benchmarks through lm-eval, of fixtures; and its model beside a plain one."""
+"""The text benchmarks through lm-eval, with the files of the fixtures."""
 
 from pathlib import Path
 
@@ -23,13 +23,13 @@ NAMES = ("bbh", "agieval", "arc_c", "arc_e", "boolq", "triviaqa", "hellaswag")
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint):
     engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
-    engine.model.config.max_position_embeddings = 2048  # MMLU's prompts are long
+    engine.model.config.max_position_embeddings = 2048  # prompts of MMLU are long
     return engine
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Answers of 256 tokens, lm-eval's own number, would take most of the time here."""
+    """Responses of 256 tokens, the default of lm-eval, would take most of the time."""
     monkeypatch.setattr(LmEvalModel, "max_gen_toks", 8)
 
 
@@ -78,7 +78,7 @@ def test_published_files_get_scores(name, engine):
 
 
 def test_response_is_the_most_likely_option(engine):
-    """Against `LmEvalModel` over the bare prompts: no score is lm-eval's alone to say."""
+    """As `LmEvalModel` scores the prompts."""
     _, _, _, [first, second] = run("boolq", engine)
     pairs = [(answer.prompt, word) for answer in (first, second) for word in (" no", " yes")]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]

@@ -42,7 +42,7 @@ def questions():
 def test_prompts_and_scores_equal_those_of_owl2_eval(
     questions, kind, tiny_checkpoint, tmp_path, monkeypatch
 ):
-    task, asked = questions
+    task, paired = questions
     rows = [
         {
             "image": {"path": question.messages[0]["content"][0]["path"], "bytes": None},
@@ -51,7 +51,7 @@ def test_prompts_and_scores_equal_those_of_owl2_eval(
             "category": question.category,
             "question_id": f"{question.category}/{question.metadata['image']}",
         }
-        for question in asked
+        for question in paired
     ]
     for row in rows:
         row["image"]["bytes"] = Path(row["image"]["path"]).read_bytes()
@@ -74,13 +74,13 @@ def test_prompts_and_scores_equal_those_of_owl2_eval(
         log_samples=True,
     )
     samples = sorted(results["samples"]["mme_local"], key=lambda sample: sample["doc_id"])
-    said = [sample["filtered_resps"][0] for sample in samples]
+    texts = [sample["filtered_resps"][0] for sample in samples]
     if kind is LmmsEvalModel:  # equal responses imply equal prompts
         limit = task.config.max_new_tokens
-        own = engine.batch([question.messages for question in asked], max_new_tokens=limit)
-        assert said == [text.strip() for text in own]
-    answers = [Response(question, "", text) for question, text in zip(asked, said, strict=True)]
-    scores = task.metric.score(answers).metrics
+        own = engine.batch([question.messages for question in paired], max_new_tokens=limit)
+        assert texts == [text.strip() for text in own]
+    responses = [Response(question, "", text) for question, text in zip(paired, texts, strict=True)]
+    scores = task.metric.score(responses).metrics
     found = results["results"]["mme_local"]
     assert scores["perception"] == pytest.approx(found["mme_perception_score,none"])
     assert scores["cognition"] == pytest.approx(found["mme_cognition_score,none"])

@@ -1,7 +1,7 @@
 """On text, scores of an Owl2 model in lm-eval equal those of its plain language model.
 
 The model `hf` of lm-eval evaluates the language model, and `owl2` a checkpoint that `owl2 init`
-made of it, with the same dtype, batch size and tasks.
+created from it, with the same dtype, batch size and tasks.
 """
 
 import importlib.util
@@ -120,7 +120,7 @@ def registered():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A random LLaMA with a tokenizer like that of SmolLM2, and the Owl2 checkpoint made of it."""
+    """A random LLaMA with a tokenizer, and an Owl2 checkpoint with its weights."""
     root = tmp_path_factory.mktemp("small")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -158,8 +158,8 @@ def test_scores_of_a_small_model_are_equal(small, tasks, monkeypatch, batch_size
     folder = tasks(QUESTIONS, TEXTS)
     names = ("by_letter", "by_content", "by_text")
     plain = evaluate("hf", small / "plain", folder, names, monkeypatch, batch_size)
-    ours = evaluate("owl2", small / "owl2", folder, names, monkeypatch, batch_size)
-    assert ours == plain
+    found = evaluate("owl2", small / "owl2", folder, names, monkeypatch, batch_size)
+    assert found == plain
     numbers = [float(option[0][0]) for option in plain[1]["by_content"][0]]
     assert len(set(numbers)) == 4, "otherwise equality is trivial"
 
@@ -193,7 +193,7 @@ def test_command_line(small, tasks, tmp_path):
 
     done = run(f"pretrained={small / 'owl2'},dytpe=float32")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: model_args: ")
+    assert done.stderr.splitlines()[-1].startswith("error: unknown argument in model_args")
     assert "dytpe" in done.stderr.splitlines()[-1]
 
 
@@ -233,7 +233,7 @@ def test_scores_of_smollm2_are_equal(tasks, monkeypatch, tmp_path):
     folder = tasks(questions[:: -(-len(questions) // count)], [text[:4000] for text in documents])
     names = ("by_letter", "by_text")
     plain = evaluate("hf", tmp_path / "plain", folder, names, monkeypatch, 8)
-    ours = evaluate("owl2", tmp_path / "owl2", folder, names, monkeypatch, 8)
+    found = evaluate("owl2", tmp_path / "owl2", folder, names, monkeypatch, 8)
     print(json.dumps(plain[0]))
-    assert ours == plain
+    assert found == plain
     assert plain[0]["by_text"]["bits_per_byte,none"] < 2, "a trained language model"
