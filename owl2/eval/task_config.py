@@ -132,7 +132,7 @@ def task_configs() -> Mapping[str, TaskConfig]:
     """All entries by name, in the order of the suites."""
     found: dict[str, TaskConfig] = {}
     folder = files("owl2.eval").joinpath("task_configs")
-    for file in (*SUITES, "others"):
+    for file in SUITES:
         entries = yaml.safe_load(folder.joinpath(f"{file}.yaml").read_text(encoding="utf-8"))
         shared: dict[str, Any] = entries.pop("_shared", {})
         found |= {name: TaskConfig(**{**shared, **entry}) for name, entry in entries.items()}

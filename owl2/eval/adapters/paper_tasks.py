@@ -22,7 +22,7 @@ from PIL import Image
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.samples import Response
 from owl2.eval.tasks import find_tasks
-from owl2.processing.chat_template import content_to_text, parse_messages
+from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 
 DATA = "OWL2_EVAL_DATA"
@@ -59,12 +59,14 @@ class PaperTask(ConfigurableTask):
             print(f"{name}: {item.id} is skipped: {item.reason}")
         if not self.samples:
             raise InputError(f"{name} has no valid samples.", ErrorCode.EMPTY_DATASET)
-        rows = []
-        for index, sample in enumerate(self.samples):
-            content = parse_messages(sample.messages).turns[-1]["content"]
-            text = content_to_text([part for part in content if part["type"] == "text"])
-            expected = list(sample.expected)
-            rows.append({"index": index, "id": sample.id, "text": text, "expected": expected})
+        rows = [
+            {
+                "index": index,
+                "text": sample.messages[-1]["content"][-1]["text"],
+                "expected": list(sample.expected),
+            }
+            for index, sample in enumerate(self.samples)
+        ]
         self.dataset = {"test": Dataset.from_list(rows)}
         self.dataset_no_image = self.dataset
 

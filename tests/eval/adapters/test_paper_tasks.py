@@ -83,7 +83,7 @@ def test_correct_response_scores_one(monkeypatch):
 
 def test_missing_data_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv(DATA, str(tmp_path))
-    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "msvd_qa/youtube_mapping.txt"):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "msvd_qa/test_qa.json"):
         PaperTask({"task": "msvd_qa", "metric_list": METRICS})
 
 
