@@ -49,11 +49,10 @@ class EvalTask:
                 f"The prompt {prompt!r:.80} must be 'short' or contain {{question}}.",
                 ErrorCode.INVALID_VALUE,
             )
-        directories = () if directory is None else (directory / self.name, directory)
-        if self.directory is not None:
-            directories = (self.directory, *directories)
+        folders = [] if self.directory is None else [self.directory]
+        folders += [] if directory is None else [directory / self.name, directory]
         advice = f"Get {self.config.title} from {files.origin} (license: {files.license})."
-        return EvalData(directories, prompt, files, advice)
+        return EvalData(tuple(folders), prompt, files, advice)
 
     def read(self, data: EvalData) -> tuple[list[EvalSample], list[InvalidEvalSample]]:
         """All samples, valid and invalid; one with the id of an earlier sample is invalid.

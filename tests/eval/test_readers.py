@@ -272,7 +272,7 @@ ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
             "seed_bench",
             "SEED-Bench.json",
             lambda content: [row.update(segment=["a"]) for row in content["questions"]],
-            "SEED-Bench.json, questions 3: ",
+            "['a']",
         ),
     ],
 )

@@ -34,7 +34,7 @@ KEYS = dict.fromkeys(
     ("image", "question", "answers", "answer", "options", "metric", "id", "category")
 )
 MIN_VQA_ANSWERS = 4  # with fewer, no answer can have a VQA accuracy of 1
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "expected": "answers",
     "image": "image | default(none)",
     "category": "category | default('')",
@@ -62,10 +62,14 @@ def custom_config(path: Path) -> TaskConfig:
     first = None
     for row in read_questions([path]):
         if isinstance(row, JsonRecord):
-            data = DataFiles(files=[path.name], origin=str(path), license="of the user")
-            sample, reader = SampleFields(**FIELDS), "custom.read_questions"
-            config = {"title": path.name, "suite": None, "sample": sample, "reader": reader}
-            return TaskConfig(**{**config, **METRICS[row.value["metric"]]}, data=data)
+            config = {
+                "title": path.name,
+                "suite": None,
+                "reader": "custom.read_questions",
+                "sample": SampleFields(**FIELDS),
+                "data": DataFiles(files=[path.name], origin=str(path), license="of the user"),
+            }
+            return TaskConfig.model_validate(config | METRICS[row.value["metric"]])
         first = first or row
     if first is None:
         raise InputError(f"{path} contains no questions.", ErrorCode.EMPTY_DATASET)

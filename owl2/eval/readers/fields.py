@@ -55,10 +55,10 @@ def _read_each(
             continue
         identifier = row.where.split(", ")[-1]
         try:
-            own = builder.identify(row)
-            if own is None:
+            sample_id = builder.identify(row)
+            if sample_id is None:
                 continue
-            identifier = own
+            identifier = sample_id
             item: EvalSample | InvalidEvalSample = builder.build(identifier, row)
             is_published_format = True
         except (ValueError, TypeError, AttributeError, TemplateError) as error:
@@ -144,8 +144,9 @@ class SampleBuilder:
         pairs = zip(folders, names, strict=True)
         path = self._find([name for pair in pairs for name in pair])
         if segment is not None:
-            start, end = segment
-            segment = (float(start), float(end))
+            if not isinstance(segment, list) or len(segment) != 2:
+                raise ValueError(f"the segment {segment!r:.60} is not a pair of numbers")
+            segment = (float(segment[0]), float(segment[1]))
         frames = sample_frames(path, self.fields.frames, segment)
         if not frames:
             raise InputError(f"{path} contains no images.", ErrorCode.MISSING_IMAGE)
