@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from owl2.attention.capture import CapturedAttention, capture_attention
 from owl2.attention.tokenized_dialogue import Span, TokenizedDialogue
 from owl2.engine.engine import Engine
-from owl2.engine.prefill import PrefillOutput
+from owl2.engine.running_batch import PrefillOutput
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, parse_messages

@@ -16,8 +16,8 @@ from owl2.bench.workload import BenchRequest, Workload
 from owl2.engine.backends.weight_only_quantization import quantize
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
-from owl2.engine.prefill import Prefiller
 from owl2.engine.prefix_cache import PromptState
+from owl2.engine.running_batch import RunningBatch
 from owl2.engine.sampling import SamplingParams
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.model.variants import as_llama, as_no_mam, clone_sharing_weights
@@ -93,14 +93,13 @@ class PrefillRunner:
     """
 
     def __init__(self, model: Owl2ForConditionalGeneration, feature_bytes: int = 0) -> None:
-        self._runner = ModelRunner(model)
-        self._prefiller = Prefiller(model, prefix_bytes=0, feature_bytes=feature_bytes)
+        self._batch = RunningBatch(model, prefix_bytes=0, image_bytes=feature_bytes)
 
     @torch.no_grad()
     def run(self, prompts: Sequence[PreparedPrompt]) -> torch.Tensor:
         """The most likely next tokens (B,)."""
         states = [PromptState(prompt) for prompt in prompts]
-        return self._prefiller.prefill(states, self._runner, 0).argmax(-1)
+        return self._batch.prefill(states, first_row=0).argmax(-1)
 
 
 class TransformersDecodeRunner:
@@ -148,10 +147,10 @@ class DecodeRunner(TransformersDecodeRunner):
         self.first_tokens = self.first_tokens.expand(rows)
         self.runner = ModelRunner(model)
         self.runner.cache.reserve(rows, self.length)
-        layers: Any = self.cache.layers
-        keys, values = [layer.keys[0] for layer in layers], [layer.values[0] for layer in layers]
+        cache: Any = self.cache
+        layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
         for row in range(rows):
-            self.runner.cache.write(row, keys, values)
+            self.runner.cache.write(row, layers)
 
     def logits(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
         return self.runner.decode(tokens, torch.full((len(tokens),), position))

@@ -34,8 +34,11 @@ def chat(
     quantize: Quantize = None,
 ) -> None:
     """Ask about images: one question, or an interactive chat."""
-    from owl2.cli.repl import answer_once, run_repl
+    from owl2.cli.repl import Repl
+    from owl2.engine.engine import Engine
     from owl2.engine.load_model import ModelArgs
+    from owl2.processing.chat_template import user_message
+    from owl2.processing.image_io import load_image
 
     model_args = ModelArgs(model, device, dtype, image_policy, max_pixels, quantize)
     options = {
@@ -45,7 +48,17 @@ def chat(
         "top_k": top_k,
         "seed": seed,
     }
+    processor = model_args.load_processor()
+    # The input may be invalid: it is read before the model is loaded, which takes a while.
     if question is None:
-        run_repl(model_args, image or [], options)
+        images = [load_image(one, processor.image_processor.max_pixels) for one in image or []]
     else:
-        answer_once(model_args, question, image or [], options)
+        prompt = processor.encode([user_message(question, image or [])])
+    engine = Engine(model_args.load_model(), processor, enable_prefix_caching=True)
+    if question is None:
+        print(f"{model} on {engine.model.device}. Type /help for help.")
+        Repl(engine, options, images).run()
+        return
+    for text in engine.stream(prompt, **options):
+        print(text, end="", flush=True)
+    print(flush=True)

@@ -1,7 +1,7 @@
-"""`owl2 chat`: one question, or an interactive chat on the terminal."""
+"""The interactive chat of `owl2 chat`."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image
 
 from owl2.engine.engine import Engine
-from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import Message, user_message
 from owl2.processing.image_io import load_image
@@ -27,40 +26,11 @@ come first."""
 PROMPT = "> "
 
 
-def answer_once(
-    model: ModelArgs, question: str, images: Sequence[str], options: dict[str, Any]
-) -> None:
-    """Print the answer to one question on stdout while it is generated.
-
-    Raises:
-        InputError: See `Engine.stream`.
-    """
-    processor = model.load_processor()
-    # Before the model is loaded, which takes a while: the input may be invalid.
-    prompt = processor.encode([user_message(question, images)])
-    engine = Engine(model.load_model(), processor, enable_prefix_caching=True)
-    for text in engine.stream(prompt, **options):
-        print(text, end="", flush=True)
-    print(flush=True)
-
-
-def run_repl(model: ModelArgs, images: Sequence[str], options: dict[str, Any]) -> None:
-    """Chat on the terminal until Ctrl-D or /quit; the images go with the first question."""
-    processor = model.load_processor()
-    max_pixels = processor.image_processor.max_pixels
-    first_images = [load_image(image, max_pixels) for image in images]
-    engine = Engine(model.load_model(), processor, enable_prefix_caching=True)
-    with suppress(ImportError):  # not available on Windows
-        import_module("readline")  # line editing for input()
-    print(f"{model.model} on {engine.model.device}. Type /help for help.")
-    read = input if sys.stdin.isatty() else _echoing_input
-    Repl(engine, options, first_images, read).run()
-
-
-def _echoing_input(prompt: str) -> str:
-    """`input` for a script on stdin: prints its lines, as a terminal does."""
+def read_line(prompt: str) -> str:
+    """The next line of stdin; if it is not a terminal, the line is printed as one does."""
     line = input(prompt)
-    print(line)
+    if not sys.stdin.isatty():
+        print(line)
     return line
 
 
@@ -77,12 +47,14 @@ class Repl:
     engine: Engine
     options: dict[str, Any]
     images: list[Image.Image] = field(default_factory=list)
-    read: Callable[[str], str] = input
+    read: Callable[[str], str] = read_line
     write: Callable[[str], Any] = lambda text: print(text, end="", flush=True)
     messages: list[Message] = field(default_factory=list)
 
     def run(self) -> None:
         """Process lines until the end; an invalid line prints an error."""
+        with suppress(ImportError):  # not available on Windows
+            import_module("readline")  # line editing for input()
         while True:
             try:
                 line = self.read(PROMPT).strip()

@@ -17,18 +17,13 @@ from typing import Any
 import torch
 
 from owl2.engine import hf_generate
-from owl2.engine.detokenizer import IncrementalDetokenizer, TokenTexts, open_byte_ids
-from owl2.engine.engine_core import EngineCore, EngineStats
+from owl2.engine.detokenizer import IncrementalDetokenizer, open_byte_ids, token_texts
+from owl2.engine.engine_core import EngineCore
 from owl2.engine.load_model import load_model
-from owl2.engine.output import (
-    Completion,
-    OnOutput,
-    OutputProcessor,
-    RequestHandle,
-)
-from owl2.engine.prefill import PrefillOutput, prefill_uncached
+from owl2.engine.output import Abort, Completion, OnOutput, OutputProcessor
 from owl2.engine.prefix_cache import PromptState
-from owl2.engine.sampling import Logprobs, SamplingParams, end_ids
+from owl2.engine.running_batch import EngineStats, PrefillOutput
+from owl2.engine.sampling import SamplingParams, end_ids
 from owl2.engine.scheduler import Request
 from owl2.engine.scoring import group_choices, score_answers
 from owl2.errors import ErrorCode, InputError
@@ -54,9 +49,11 @@ class Engine:
             so that a second question about an image and the next turn of a dialogue cost little.
             The caches are cleared when weights change in a way that autograd tracks; after other
             changes, call `clear_cache`. False is the default for models that are being trained.
+        synced_gpus: As in transformers' `generate`: True where processes share the weights of one
+            model.
 
     Attributes:
-        core: None if the model's weights are not all on one device.
+        core: None if the model's weights are not all on one device, or `synced_gpus`.
         end_ids: The tokens that end an answer.
 
     Raises:
@@ -69,6 +66,7 @@ class Engine:
         processor: Owl2Processor,
         *,
         enable_prefix_caching: bool = False,
+        synced_gpus: bool = False,
     ) -> None:
         for name, in_model, in_processor in (
             ("image token id", model.config.image_token_id, processor.image_token_id),
@@ -83,16 +81,15 @@ class Engine:
                 )
         self.model = model.eval()
         self.processor = processor
-        # As in transformers' `generate`: True where processes share the weights of one model.
-        self.synced_gpus: bool | None = None
+        self.synced_gpus = synced_gpus
         self.core: EngineCore | None = None
-        if hf_generate.is_on_one_device(model):
+        if not synced_gpus and hf_generate.is_on_one_device(model):
             self.core = EngineCore(
                 model, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=enable_prefix_caching
             )
         self.end_ids = end_ids(model.generation_config, processor.tokenizer)
         self._open_ids = open_byte_ids(processor.tokenizer)
-        self._token_texts = TokenTexts(processor.tokenizer)
+        self._token_text = token_texts(processor.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -185,7 +182,13 @@ class Engine:
         for. Leaving the loop, or `close()`, aborts the request.
         """
         params = self._chat_params(options)
-        return _texts(self._complete([self.encode(messages)], params))
+        completion = self._complete([self.encode(messages)], params)
+
+        def texts() -> Iterator[str]:
+            with completion:
+                yield from (chunk.text for chunk in completion if chunk.text)
+
+        return texts()
 
     def complete(self, messages: Prompt, **options: Any) -> Completion:
         """Answers in chunks, with token counts, finish reasons and log-probabilities.
@@ -239,9 +242,7 @@ class Engine:
             )
         return prompt
 
-    def submit(
-        self, prompt: PreparedPrompt, params: SamplingParams, on_output: OnOutput
-    ) -> RequestHandle:
+    def submit(self, prompt: PreparedPrompt, params: SamplingParams, on_output: OnOutput) -> Abort:
         """Start `params.n` answers to a prompt, without waiting.
 
         Args:
@@ -249,9 +250,12 @@ class Engine:
             params: From `sampling_params`.
             on_output: Called in the engine's thread with each `CompletionChunk`; the request is
                 complete when n chunks had a `finish_reason`. An error ends the request and is
-                passed in place of a chunk. Nothing is passed after `RequestHandle.abort`, except
-                for a call that is already running. The callback must return quickly and must not
-                raise.
+                passed in place of a chunk. The callback must return quickly and must not raise.
+
+        Returns:
+            A function that aborts the request before the engine's next step. Any thread may call
+            it, also repeatedly. Nothing is passed afterwards, except for a call that is already
+            running.
 
         Raises:
             InputError: The model's weights are on several devices.
@@ -290,12 +294,13 @@ class Engine:
         prompt = self.encode(messages)
         removed = () if include_end else self.end_ids
         scores = [0.0] * len(choices)
-        for group in group_choices(
-            self.processor, prompt, messages, choices, self.context_length, removed
-        ):
-            score = partial(score_answers, self.model, group.answers, max(1, batch_size))
-            rows: list[torch.Tensor] = self.run_prefilled(group.prompt, score)
-            for index, row in zip(group.indices, rows, strict=True):
+        groups = group_choices(self.processor, messages, choices, self.context_length, removed)
+        image = self.processor.image_token_id, self.processor.num_image_tokens
+        for ids, answers in groups.items():
+            own_prompt = PreparedPrompt.from_ids(ids, prompt.pixel_values, *image)
+            score = partial(score_answers, self.model, list(answers.values()), max(1, batch_size))
+            rows: list[torch.Tensor] = self.run_prefilled(own_prompt, score)
+            for index, row in zip(answers, rows, strict=True):
                 scores[index] = float((row.mean() if normalize else row.sum()).item())
         return scores
 
@@ -306,9 +311,9 @@ class Engine:
 
         It runs in the engine's thread, while other requests wait, and must not modify its argument.
         """
-        if core := self._core():
-            return core.run_prefilled(prompt, function)
-        return function(prefill_uncached(self.model, prompt))
+        if self.core is not None:
+            return self.core.run_prefilled(prompt, function)
+        return function(hf_generate.prefill(self.model, prompt))
 
     # -------------------------------------------------------------- internals
 
@@ -319,7 +324,7 @@ class Engine:
 
     def _complete(self, prompts: Sequence[PreparedPrompt], params: SamplingParams) -> Completion:
         """n answers to each prompt; those of prompt i have the indices from n * i on."""
-        if self._core() is None and params.top_logprobs is not None:
+        if params.top_logprobs is not None:
             self._require_core("top_logprobs")
         num_tokens = sum(len(prompt.ids) for prompt in prompts)
         submit = partial(self._submit, prompts, params)
@@ -327,74 +332,42 @@ class Engine:
 
     def _submit(
         self, prompts: Sequence[PreparedPrompt], params: SamplingParams, on_output: OnOutput
-    ) -> RequestHandle:
-        states = [state for prompt in prompts for state in [PromptState(prompt)] * params.n]
-        room = [self.context_length - state.num_tokens for state in states]
-        limits = [min(params.max_new_tokens, tokens) for tokens in room]
-        processors = [
-            OutputProcessor(
-                index,
-                limit,
-                self.end_ids,
-                IncrementalDetokenizer(self._decode, self._open_ids, params.stop),
-                self._token_texts,
-            )
-            for index, limit in enumerate(limits)
-        ]
+    ) -> Abort:
         requests: list[Request] = []
-        handle = RequestHandle(sum(len(prompt.ids) for prompt in prompts), requests)
 
-        def on_token(index: int, token: int, logprobs: Logprobs | None) -> None:
-            chunk = processors[index].process(token, logprobs)
-            if chunk is not None and not requests[index].aborted:
-                # After a stop string, the request does not continue.
-                requests[index].aborted = chunk.finish_reason is not None
-                on_output(chunk)
+        def abort() -> None:
+            for request in requests:
+                request.aborted = True
 
         def on_end(error: BaseException | None) -> None:
             if error is not None:
-                handle.abort()
+                abort()
                 on_output(error)
 
-        device, core = self.model.device, self._core()
-        requests += [
-            Request(
-                state, params, limit, self.end_ids, device, index, partial(on_token, index), on_end
-            )
-            for index, (state, limit) in enumerate(zip(states, limits, strict=True))
-        ]
-        if core is not None:
-            core.submit(requests)
-            return handle
-        repeated = [state.prompt for state in states]
-        answers = hf_generate.generate(
-            self.model, repeated, params, limits, self.end_ids, self.synced_gpus
-        )
-        for request, ids in zip(requests, answers, strict=True):
-            for token in ids:
-                if not request.aborted:
-                    request.add_token(token)
-        return handle
-
-    def _core(self) -> EngineCore | None:
-        return None if self.synced_gpus else self.core
+        for prompt in prompts:
+            state = PromptState(prompt)
+            limit = min(params.max_new_tokens, self.context_length - state.num_tokens)
+            options = state, params, limit, self.end_ids, self.model.device
+            requests += [Request(*options, len(requests) + index) for index in range(params.n)]
+        for request in requests:
+            detokenizer = IncrementalDetokenizer(self._decode, self._open_ids, params.stop)
+            output = OutputProcessor(request, detokenizer, self._token_text, on_output)
+            request.on_token, request.on_end = output.process, on_end
+        if self.core is not None:
+            self.core.submit(requests)
+        else:
+            hf_generate.generate(self.model, requests, self.synced_gpus)
+        return abort
 
     def _require_core(self, feature: str) -> EngineCore:
-        if (core := self._core()) is None:
+        if self.core is None:
             raise InputError(
                 f"{feature} needs all weights of the model on one device.", ErrorCode.UNSUPPORTED
             )
-        return core
+        return self.core
 
     def _decode(self, ids: list[int]) -> str:
         # Cleaning up spaces would change text that was released before.
         return str(
             self.processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-
-
-def _texts(completion: Completion) -> Iterator[str]:
-    with completion:
-        for chunk in completion:
-            if chunk.text:
-                yield chunk.text

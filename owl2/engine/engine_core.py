@@ -3,8 +3,8 @@
 ::
 
     any thread ──Request──► queue ──► the engine's thread, step by step:
-        waiting prompts ──Prefiller──► rows of the running batch
-        running requests ──ModelRunner.decode──► one token each ──► callbacks
+        waiting prompts ──RunningBatch.add──► first tokens ──► callbacks
+        running requests ──RunningBatch.step──► one token each ──► callbacks
 
 Requests join and leave between steps, so that none waits for the end of another. An answer does not
 depend on the other requests, up to rounding in the dtype.
@@ -13,21 +13,20 @@ All of torch's work happens in this thread. Each thread that computes has its ow
 and where they outnumber the cores, they sleep after every operation: prompts take a third longer.
 """
 
+import os
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
 
-from owl2.engine.engine_thread import EngineThread
-from owl2.engine.model_runner import ModelRunner
-from owl2.engine.prefill import Prefiller, PrefillOutput
 from owl2.engine.prefix_cache import PromptState, free_memory
-from owl2.engine.running_batch import RunningBatch
+from owl2.engine.running_batch import EngineStats, PrefillOutput, RunningBatch
 from owl2.engine.sampling import SamplingParams
 from owl2.engine.scheduler import Request, select_prefills
 from owl2.errors import ErrorCode, InputError
@@ -37,31 +36,6 @@ from owl2.runtime import release_openmp_threads
 
 # Fractions of the free memory: for cached prefixes, image embeddings, and running requests.
 PREFIX_FRACTION, FEATURE_FRACTION, BATCH_FRACTION = 0.1, 0.01, 0.5
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine does, and what it has computed since it was created.
-
-    Attributes:
-        num_running, num_waiting: Requests.
-        num_prefills: Prompts that were computed; answers to the same prompt share one.
-        num_prefill_tokens: Tokens of these prompts that no cached prefix had.
-        num_encoded_images: Images that passed through the vision encoder.
-        num_decode_steps: Steps of one token for each running request.
-        prefix_cache_keys: The token sequences in the prefix cache.
-        prefix_cache_bytes, image_cache_bytes: Sizes of the caches.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_prefills: int
-    num_prefill_tokens: int
-    num_encoded_images: int
-    num_decode_steps: int
-    prefix_cache_keys: list[tuple[int | bytes, ...]]
-    prefix_cache_bytes: int
-    image_cache_bytes: int
 
 
 class _Job(NamedTuple):
@@ -84,7 +58,13 @@ class EngineCore:
         prefix_cache_bytes: Default: a tenth of the free memory.
         image_cache_bytes: Default: a hundredth of the free memory.
         min_prefix_tokens: The shortest prefix that is cached.
+
+    Attributes:
+        on_step: Called in the engine's thread before each decode step, with the number of running
+            requests. Default: None.
     """
+
+    on_step: Callable[[int], object] | None = None
 
     def __init__(
         self,
@@ -106,20 +86,13 @@ class EngineCore:
         self.model = model
         self.max_num_seqs = max_num_seqs
         self._max_batch_bytes = int(free * BATCH_FRACTION)
-        self._prefiller = Prefiller(model, prefix_cache_bytes, image_cache_bytes)
+        self._batch = RunningBatch(model, prefix_cache_bytes, image_cache_bytes)
         if min_prefix_tokens is not None:
-            self._prefiller.prefixes.min_tokens = min_prefix_tokens
-        self._num_decode_steps = 0
-        self._must_clear = False
-        self._reset()
-        self._thread = EngineThread()
-        # At the interpreter's exit, the thread must not be inside of torch.
-        weakref.finalize(self, self._thread.close)
-
-    def _reset(self) -> None:
-        self._batch: RunningBatch | None = None
+            self._batch.prefixes.min_tokens = min_prefix_tokens
         self._waiting: list[Request] = []
         self._jobs: list[_Job] = []
+        self._must_clear = False
+        self._thread = _EngineThread(self)
 
     # ------------------------------------------------------------ for any thread
 
@@ -143,16 +116,17 @@ class EngineCore:
             ids, pixel_values, config.image_token_id, config.num_image_tokens
         )
 
-    def submit(self, items: "Sequence[Request | _Job]") -> None:
+    def submit(self, items: Sequence[Request | _Job]) -> None:
         """Queue requests; their callbacks report the results.
 
         Raises:
             RuntimeError: The process is exiting.
         """
         release_openmp_threads()  # those of the thread that loaded the model, for example
-        if self._thread.is_forked:
+        if self._thread.process != os.getpid():  # a fork has neither the thread nor its requests
             self._reset()
-        self._thread.put(items, self)
+            self._thread = _EngineThread(self)
+        self._thread.put(items)
 
     def generate(
         self,
@@ -169,11 +143,12 @@ class EngineCore:
             InputError: Logits that are not finite.
         """
         ended: SimpleQueue[BaseException | None] = SimpleQueue()
-        device = self.model.device
         requests = [
-            Request(PromptState(prompt), params, limit, end_ids, device, i, on_end=ended.put)
-            for i, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
+            Request(PromptState(prompt), params, limit, end_ids, self.model.device, index)
+            for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         ]
+        for request in requests:
+            request.on_end = ended.put
         try:
             self.submit(requests)
             for _ in requests:
@@ -183,33 +158,6 @@ class EngineCore:
             for request in requests:
                 request.aborted = True
         return [request.token_ids for request in requests]
-
-    def stream(
-        self,
-        prompt: PreparedPrompt,
-        params: SamplingParams,
-        max_tokens: int,
-        end_ids: Collection[int],
-    ) -> Iterator[int]:
-        """The token ids of one answer as they are generated. Closing the iterator ends it."""
-        events: SimpleQueue[int | BaseException | None] = SimpleQueue()
-        request = Request(
-            PromptState(prompt),
-            params,
-            max_tokens,
-            end_ids,
-            self.model.device,
-            on_token=lambda token, _: events.put(token),
-            on_end=events.put,
-        )
-        try:
-            self.submit([request])
-            while (event := events.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-        finally:
-            request.aborted = True
 
     def run_prefilled(
         self, prompt: PreparedPrompt, function: Callable[[PrefillOutput], Any]
@@ -228,17 +176,14 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Counts of requests and of what was computed."""
-        prefiller = self._prefiller
-        return EngineStats(
-            num_running=len(self._batch.requests) if self._batch is not None else 0,
+        batch = self._batch
+        return replace(
+            batch.stats,
+            num_running=len(batch.requests),
             num_waiting=len(self._waiting),
-            num_prefills=prefiller.num_prompts,
-            num_prefill_tokens=prefiller.num_tokens,
-            num_encoded_images=prefiller.num_images,
-            num_decode_steps=self._num_decode_steps,
-            prefix_cache_keys=prefiller.prefixes.cached_keys,
-            prefix_cache_bytes=prefiller.prefixes.bytes,
-            image_cache_bytes=prefiller.features.bytes,
+            prefix_cache_keys=batch.prefixes.cached_keys,
+            prefix_cache_bytes=batch.prefixes.bytes,
+            image_cache_bytes=batch.images.bytes,
         )
 
     # ------------------------------------------------------------ for the engine's thread
@@ -253,24 +198,32 @@ class EngineCore:
                 self._jobs += [item for item in items if isinstance(item, _Job)]
                 self._waiting += [item for item in items if isinstance(item, Request)]
                 try:
-                    if not self._step():
-                        return
+                    self._step()
                 except Exception as error:  # the callers receive it
                     self._fail(error)
                 items = self._thread.take()
+                if not (items or self._jobs or self._waiting or self._batch.requests):
+                    return
 
-    def _step(self) -> bool:
-        """Prefill some requests, and decode one token for all; False if nothing is left."""
+    def _step(self) -> None:
+        """Prefill some requests, and decode one token for all."""
+        batch = self._batch
         self._waiting = [request for request in self._waiting if not request.aborted]
-        batch = self._current_batch()
-        batch.remove_aborted()
+        batch.remove_finished()
         if self._jobs or (self._waiting and len(batch.requests) < self.max_num_seqs):
-            self._clear_cache_if_needed()
+            if self._must_clear:
+                self._must_clear = False
+                batch.clear()
+            batch.clear_if_weights_changed()
             while self._jobs:
-                self._run_job(self._jobs.pop(0))
+                job = self._jobs.pop(0)
+                try:
+                    job.result.set_result(job.function(batch.prefill_alone(job.prompt)))
+                except Exception as error:  # the caller of `run_prefilled` receives it
+                    job.result.set_exception(error)
             selected = select_prefills(
                 self._waiting[: self.max_num_seqs],
-                self._prefiller.prefixes,
+                batch.prefixes,
                 is_packed=batch.runner.uses_cpu_kernels,
                 is_busy=bool(batch.requests),
                 fits=lambda requests: self._fits([*batch.requests, *requests]),
@@ -279,48 +232,81 @@ class EngineCore:
                 batch.add(selected)
                 self._waiting = [one for one in self._waiting if one not in selected]
         if batch.requests:
-            self._num_decode_steps += 1
+            if self.on_step is not None:
+                self.on_step(len(batch.requests))
             batch.step()
-        return bool(self._waiting or batch.requests or self._thread.has_items)
 
     def _fits(self, requests: Sequence[Request]) -> bool:
         """Whether there are rows and memory for these requests; one always fits."""
         if len(requests) <= 1:
             return True
-        longest = max(request.max_length for request in requests)
-        position_bytes = self._current_batch().runner.cache.position_bytes
+        longest = max(request.prompt.num_tokens + request.max_tokens for request in requests)
+        position_bytes = self._batch.runner.cache.position_bytes
         size = 2 * len(requests) * longest * position_bytes  # 2: the cache grows by doubling
         return len(requests) <= self.max_num_seqs and size <= self._max_batch_bytes
 
-    def _run_job(self, job: _Job) -> None:
-        try:
-            job.result.set_result(job.function(self._prefiller.prefill_alone(job.prompt)))
-        except Exception as error:  # the caller of `run_prefilled` receives it
-            job.result.set_exception(error)
-
-    def _clear_cache_if_needed(self) -> None:
-        if self._must_clear:
-            self._must_clear = False
-            self._prefiller.clear()
-        self._prefiller.clear_if_weights_changed()
-
-    def _current_batch(self) -> RunningBatch:
-        """The batch; a new one if the model was moved or cast since the last request."""
-        batch = self._batch
-        if batch is None or (batch.runner.is_stale and not batch.requests):
-            batch = self._batch = RunningBatch(ModelRunner(self.model), self._prefiller)
-        return batch
+    def _reset(self) -> tuple[list[Request], list[_Job]]:
+        """Remove everything; returns what was removed."""
+        requests, jobs = [*self._batch.reset(), *self._waiting], self._jobs
+        self._waiting, self._jobs = [], []
+        return requests, jobs
 
     def _fail(self, error: Exception) -> None:
-        """End everything, and free all memory: a lack of it may have caused the error."""
-        running = self._batch.requests if self._batch is not None else []
-        requests, jobs = [*running, *self._waiting], self._jobs
-        self._reset()
-        self._prefiller.clear()
+        """End everything."""
+        requests, jobs = self._reset()
         for request in requests:
             request.end(error)
         for job in jobs:
             job.result.set_exception(error)
+
+
+class _EngineThread:
+    """The thread of an engine core, and its queue of items.
+
+    It does not reference the core, so that an idle thread does not keep the model in memory.
+    """
+
+    def __init__(self, core: EngineCore) -> None:
+        # `put` of a SimpleQueue is reentrant: the garbage collector may run anywhere.
+        self._queue: SimpleQueue[Sequence[Request | _Job]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self.process = os.getpid()
+        self.closed = False
+        self._core = weakref.ref(core)
+        # At the interpreter's exit, the thread must not be inside of torch.
+        weakref.finalize(core, self.close)
+
+    def put(self, items: Sequence[Request | _Job]) -> None:
+        """Hand items to the thread; starts it if necessary."""
+        if self.closed:
+            raise RuntimeError("the engine is shut down: the process is exiting")
+        self._queue.put(items)
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._serve, name="owl2-engine", daemon=True)
+                self._thread.start()
+
+    def take(self) -> list[Request | _Job]:
+        """All items that arrived since."""
+        items: list[Request | _Job] = []
+        while not self._queue.empty():
+            items += self._queue.get()
+        return items
+
+    def close(self) -> None:
+        """End the thread after its current step."""
+        self.closed = True
+        self._queue.put([])  # wakes the thread
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _serve(self) -> None:
+        while not self.closed:
+            items = self._queue.get()
+            if (core := self._core()) is not None:
+                core.run(items)
+            del core, items  # while the thread waits, it must not keep the model in memory
 
 
 @contextmanager

@@ -4,12 +4,15 @@ Processes that share the weights of one model (FSDP2, ZeRO-3) have a part of eac
 all of them must take every step together. Nothing is cached across calls, and nothing is streamed.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from owl2.engine.sampling import SamplingParams, non_finite_error, sample
+from owl2.engine.running_batch import PrefillOutput
+from owl2.engine.sampling import non_finite_error, sample
+from owl2.engine.scheduler import Request
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt
 
@@ -22,25 +25,39 @@ def is_on_one_device(model: Owl2ForConditionalGeneration) -> bool:
     return not is_sharded and {weight.device for weight in weights} == {model.device}
 
 
+@torch.no_grad()
+def prefill(model: Owl2ForConditionalGeneration, prompt: PreparedPrompt) -> PrefillOutput:
+    """As `RunningBatch.prefill_alone`."""
+    cache = DynamicCache(config=model.config)
+    images: dict[str, Any] = {}
+    if prompt.pixel_values is not None:
+        images["pixel_values"] = prompt.pixel_values.to(model.device, model.dtype)
+    ids = torch.tensor([prompt.ids], device=model.device)  # (1, P)
+    outputs = model(
+        input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **images
+    )
+    return PrefillOutput(outputs.logits[:, -1], cache)
+
+
 def generate(
-    model: Owl2ForConditionalGeneration,
-    prompts: Sequence[PreparedPrompt],
-    params: SamplingParams,
-    max_tokens: Sequence[int],
-    end_ids: Collection[int],
-    synced_gpus: bool | None = None,
-) -> list[list[int]]:
-    """As `EngineCore.generate`.
+    model: Owl2ForConditionalGeneration, requests: Sequence[Request], synced_gpus: bool = False
+) -> None:
+    """Add the tokens of their answers to requests with the same `end_ids`.
 
     Args:
         synced_gpus: As in transformers: True where processes share the weights.
+
+    Raises:
+        InputError: Logits that are not finite.
     """
+    prompts = [request.prompt.prompt for request in requests]
+    end_ids = requests[0].end_ids
     width = max(len(prompt.ids) for prompt in prompts)
     pad_id = next(iter(end_ids), 0)
     rows = [[pad_id] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts]
     mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
     images = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-    limit = max(max_tokens)
+    limit = max(request.max_tokens for request in requests)
     # transformers merges the checkpoint's settings, and warns if max_length and max_new_tokens are
     # both set: use the one that the checkpoint has.
     has_max_new_tokens = model.generation_config.max_new_tokens is not None
@@ -63,26 +80,22 @@ def generate(
         attention_mask=torch.tensor(mask, device=model.device),
         pixel_values=torch.cat(images).to(model.device, model.dtype) if images else None,
         generation_config=config,
-        logits_processor=LogitsProcessorList([_Sampler(params, len(prompts), model)]),
-        synced_gpus=synced_gpus,
+        logits_processor=LogitsProcessorList([_Sampler(requests, model.dtype)]),
+        synced_gpus=synced_gpus or None,
     )
-    answers = []
-    for answer, own_limit in zip(ids[:, width:].tolist(), max_tokens, strict=True):
-        answer = answer[:own_limit]
-        end = next((i for i, token in enumerate(answer) if token in end_ids), len(answer))
-        answers.append(answer[: end + 1])
-    return answers
+    for request, answer in zip(requests, ids[:, width:].tolist(), strict=True):
+        for token in answer:
+            if not (request.aborted or request.is_finished):
+                request.add_token(token)
 
 
 class _Sampler(LogitsProcessor):
     """Scores (B, V) that exclude all tokens but the sampled ones."""
 
-    def __init__(
-        self, params: SamplingParams, count: int, model: Owl2ForConditionalGeneration
-    ) -> None:
-        self._params = [params] * count
-        self._generators = [params.generator(index, model.device) for index in range(count)]
-        self._dtype = model.dtype
+    def __init__(self, requests: Sequence[Request], dtype: torch.dtype) -> None:
+        self._params = [request.params for request in requests]
+        self._generators = [request.generator for request in requests]
+        self._dtype = dtype
         self._num_steps = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

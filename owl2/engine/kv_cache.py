@@ -20,57 +20,49 @@ class StaticKVCache:
     The caller tracks the lengths. Positions beyond them are never read.
 
     Attributes:
-        keys, values: (R, h, C, d) for each layer.
+        layers: (2, R, h, C, d) for each decoder layer: keys and values.
     """
 
     def __init__(
         self, layers: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.rows = self.capacity = 0
-        shape = (0, heads, 0, width)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        shape = (2, 0, heads, 0, width)
+        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
 
     @property
     def position_bytes(self) -> int:
         """Bytes of one position of one row, over all layers."""
-        heads, width = self.keys[0].shape[1], self.keys[0].shape[3]
-        return 2 * len(self.keys) * heads * width * self.keys[0].element_size()
+        heads, width = self.layers[0].shape[2], self.layers[0].shape[4]
+        return 2 * len(self.layers) * heads * width * self.layers[0].element_size()
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Grow to at least this many rows and positions; the content is kept.
 
         The size doubles, so that a growing dialogue is rarely copied.
         """
-        if rows <= self.rows and capacity <= self.capacity:
+        _, old_rows, heads, old_capacity, width = self.layers[0].shape
+        if rows <= old_rows and capacity <= old_capacity:
             return
-        rows = self.rows if rows <= self.rows else max(rows, 2 * self.rows)
-        if capacity > self.capacity:
-            self.capacity = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length())
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                new = old.new_zeros(rows, old.shape[1], self.capacity, old.shape[3])
-                new[: old.shape[0], :, : old.shape[2]] = old
-                tensors[layer] = new
-        self.rows = rows
+        rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
+        capacity = max(MIN_CAPACITY, old_capacity, 1 << (capacity - 1).bit_length())
+        for layer, old in enumerate(self.layers):
+            new = old.new_zeros(2, rows, heads, capacity, width)
+            new[:, :old_rows, :, :old_capacity] = old
+            self.layers[layer] = new
 
-    def write(self, row: int, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-        """Write (h, S, d) for each layer to the start of a row."""
-        for own, new in ((self.keys, keys), (self.values, values)):
-            for tensor, part in zip(own, new, strict=True):
-                tensor[row, :, : part.shape[1]] = part
+    def write(self, row: int, layers: Sequence[torch.Tensor]) -> None:
+        """Write (2, h, S, d) for each layer to the start of a row."""
+        for own, new in zip(self.layers, layers, strict=True):
+            own[:, row, :, : new.shape[2]] = new
 
-    def read(self, row: int, length: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Copies of the first `length` positions of a row: (h, length, d) for each layer."""
-        return (
-            [tensor[row, :, :length].clone() for tensor in self.keys],
-            [tensor[row, :, :length].clone() for tensor in self.values],
-        )
+    def read(self, row: int, length: int) -> list[torch.Tensor]:
+        """Copies of the first `length` positions of a row: (2, h, length, d) for each layer."""
+        return [layer[:, row, :, :length].clone() for layer in self.layers]
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one row to another."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+        for layer in self.layers:
+            layer[:, target, :, :length] = layer[:, source, :, :length]
 
     def view(self, first: int, positions: torch.Tensor, length: int) -> Cache:
         """The rows from `first` on as a cache for the model's forward.
@@ -82,8 +74,8 @@ class StaticKVCache:
         rows = slice(first, first + len(positions))
         return Cache(
             layers=[
-                _RowsLayer(keys[rows], values[rows], positions, length)
-                for keys, values in zip(self.keys, self.values, strict=True)
+                _RowsLayer(layer[0, rows], layer[1, rows], positions, length)
+                for layer in self.layers
             ]
         )
 

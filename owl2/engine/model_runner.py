@@ -46,8 +46,8 @@ class ModelRunner:
     @property
     def is_stale(self) -> bool:
         """Whether the model was moved to another device or cast to another dtype."""
-        keys = self.cache.keys[0]
-        return (keys.dtype, keys.device) != (self.model.dtype, self.model.device)
+        layer = self.cache.layers[0]
+        return (layer.dtype, layer.device) != (self.model.dtype, self.model.device)
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ class ModelRunner:
         self.cache.reserve(len(tokens), length)
         hidden = self.model.model.embed_tokens(tokens)  # (B, D)
         if self.uses_cpu_kernels:
-            return self._logits(self._run_layers(hidden, torch.arange(len(tokens)), positions, 0))
+            return self._logits(self._run_layers(hidden, torch.arange(len(tokens)), positions))
         places = positions[:, None].to(tokens.device)  # (B, 1)
         # Shorter rows have a mask; the forward itself masks what comes after a query.
         mask = (torch.arange(length, device=tokens.device) <= places).long()  # (B, length)
@@ -90,8 +90,7 @@ class ModelRunner:
         for row, prompt in enumerate(prompts, first_row):
             if prompt.prefix is not None:
                 stop = prompt.num_computed_tokens
-                keys, values = prompt.prefix.keys, prompt.prefix.values
-                self.cache.write(row, [k[:, :stop] for k in keys], [v[:, :stop] for v in values])
+                self.cache.write(row, [layer[:, :, :stop] for layer in prompt.prefix])
         compute = self._prefill_packed if self.uses_cpu_kernels else self._prefill_padded
         return compute(prompts, images, first_row)
 
@@ -153,13 +152,17 @@ class ModelRunner:
         return hidden
 
     def _run_layers(
-        self, hidden: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, num_visual: int
+        self,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        num_visual: int = 0,
     ) -> torch.Tensor:
         """(M, D) embeddings, the last `num_visual` of images, through the CPU kernels."""
-        cos, sin = self.model.model.rotary_emb(hidden[None], positions[None])  # (1, M, d)
+        decoder: Any = self.model.model
+        cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, M, d)
         tokens = cpu.TokenPositions(rows, positions, cos[0], sin[0], num_visual)
-        layers: Any = self.model.model.layers
-        return cpu.run_layers(layers, hidden, self.cache.keys, self.cache.values, tokens)
+        return cpu.run_layers(decoder.layers, hidden, self.cache.layers, tokens)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return cpu.linear(self.model.lm_head, cpu.rms_norm(self.model.model.norm, hidden))

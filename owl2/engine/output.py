@@ -5,13 +5,14 @@
     token, log-probabilities ──OutputProcessor──► CompletionChunk ──Completion──► the caller
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
+from threading import Event
 from typing import Any, Literal
 
-from owl2.engine.detokenizer import IncrementalDetokenizer, TokenTexts
+from owl2.engine.detokenizer import IncrementalDetokenizer
 from owl2.engine.sampling import Logprobs
 from owl2.engine.scheduler import Request
 
@@ -38,7 +39,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class CompletionChunk:
-    """The new part of one of several answers.
+    """The new part of one of several answers, or from `Completion.outputs` a complete answer.
 
     Attributes:
         index: Which answer.
@@ -57,92 +58,59 @@ class CompletionChunk:
     finish_reason: FinishReason | None
 
 
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One complete answer; the fields are those of `CompletionChunk`."""
-
-    text: str
-    finish_reason: FinishReason
-    num_tokens: int
-    logprobs: tuple[TokenLogprob, ...]
-
-
 OnOutput = Callable[[CompletionChunk | BaseException], object]
+Abort = Callable[[], None]
 
 
 class OutputProcessor:
     """Makes the chunks of one answer.
 
     Args:
-        index: The answer's index.
-        max_tokens: The maximum number of tokens.
-        end_ids: Tokens that end the answer.
+        request: Its `on_token` is `process`.
+        token_text: See `detokenizer.token_texts`.
+        on_output: Gets the chunks. The last one may follow a stop string; it aborts the request.
     """
 
     def __init__(
         self,
-        index: int,
-        max_tokens: int,
-        end_ids: Collection[int],
+        request: Request,
         detokenizer: IncrementalDetokenizer,
-        token_texts: TokenTexts,
+        token_text: Callable[[int], tuple[str, bytes]],
+        on_output: OnOutput,
     ) -> None:
-        self._index = index
-        self._max_tokens = max_tokens
-        self._end_ids = end_ids
+        self._request = request
         self._detokenizer = detokenizer
-        self._token_texts = token_texts
-        self._num_tokens = 0
+        self._token_text = token_text
+        self._on_output = on_output
         # Not released yet, with the positions in the text where their tokens begin.
         self._pending: list[tuple[int, TokenLogprob]] = []
 
-    def process(self, token: int, logprobs: Logprobs | None = None) -> CompletionChunk | None:
-        """The chunk that the next token completes, if any."""
-        detokenizer = self._detokenizer
-        self._num_tokens += 1
-        begin = detokenizer.num_final
-        is_end = token in self._end_ids
-        text = "" if is_end else detokenizer.add(token)
+    def process(self, token: int, logprobs: Logprobs | None = None) -> None:
+        """Pass on the chunk that the next token completes, if any."""
+        request, detokenizer = self._request, self._detokenizer
+        begin = len(detokenizer.text)
+        text = "" if request.has_end_token else detokenizer.add(token)
         if logprobs is not None:
-            top = tuple(self._token_logprob(*alternative) for alternative in logprobs.top)
-            self._pending.append((begin, self._token_logprob(token, logprobs.logprob, top)))
-        is_stopped = is_end or detokenizer.stop_position is not None
-        if not is_stopped and self._num_tokens < self._max_tokens:
-            return self._chunk(text, detokenizer.num_released, None) if text else None
-        text += detokenizer.finish()
-        is_stopped = is_end or detokenizer.stop_position is not None
-        return self._chunk(text, detokenizer.stop_position, "stop" if is_stopped else "length")
-
-    def _chunk(
-        self, text: str, end: int | None, finish_reason: FinishReason | None
-    ) -> CompletionChunk:
-        """With the log-probabilities of tokens that begin before `end`; None: of all."""
-        released = [own for begin, own in self._pending if end is None or begin < end]
+            own, *top = [self._token_logprob(*pair) for pair in logprobs]
+            self._pending.append((begin, replace(own, top=tuple(top))))
+        reason: FinishReason | None = None
+        end: int | None = detokenizer.num_released
+        if request.is_finished or detokenizer.stop_position is not None:
+            text += detokenizer.finish()
+            end = detokenizer.stop_position
+            reason = "length" if end is None and not request.has_end_token else "stop"
+        if request.aborted or not (text or reason):
+            return
+        request.aborted = reason is not None
+        # Of tokens that begin before `end`; of all if it is None.
+        released = [own for start, own in self._pending if end is None or start < end]
         self._pending = self._pending[len(released) :]
-        return CompletionChunk(self._index, text, tuple(released), self._num_tokens, finish_reason)
+        count = len(request.token_ids)
+        self._on_output(CompletionChunk(request.index, text, tuple(released), count, reason))
 
-    def _token_logprob(
-        self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
-    ) -> TokenLogprob:
-        text, data = self._token_texts.find(token)
-        return TokenLogprob(token, text, list(data), logprob, top)
-
-
-class RequestHandle:
-    """A submitted request.
-
-    Attributes:
-        num_prompt_tokens: Tokens of the prompt, K + 1 for each image.
-    """
-
-    def __init__(self, num_prompt_tokens: int, requests: Sequence[Request]) -> None:
-        self.num_prompt_tokens = num_prompt_tokens
-        self._requests = requests
-
-    def abort(self) -> None:
-        """End the request before the engine's next step. From any thread; may be repeated."""
-        for request in self._requests:
-            request.aborted = True
+    def _token_logprob(self, token: int, logprob: float) -> TokenLogprob:
+        text, data = self._token_text(token)
+        return TokenLogprob(token, text, list(data), logprob)
 
 
 class Completion(Iterator[CompletionChunk]):
@@ -159,31 +127,29 @@ class Completion(Iterator[CompletionChunk]):
     """
 
     def __init__(
-        self,
-        num_prompt_tokens: int,
-        num_answers: int,
-        submit: Callable[[OnOutput], RequestHandle],
+        self, num_prompt_tokens: int, num_answers: int, submit: Callable[[OnOutput], Abort]
     ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self._num_unfinished = num_answers
         self._submit = submit
         self._outputs: SimpleQueue[CompletionChunk | BaseException | None] = SimpleQueue()
-        self._handle: RequestHandle | None = None
-        self._closed = False
+        self._abort: Abort | None = None
+        self._closed = Event()
 
     def __next__(self) -> CompletionChunk:
         """The next chunk; StopIteration after the last one, and after `close`."""
-        if self._closed or not self._num_unfinished:
+        if self._closed.is_set() or not self._num_unfinished:
             raise StopIteration
         try:
-            if self._handle is None:
-                self._handle = self._submit(self._outputs.put)
-                self._abort_if_closed()  # by another thread meanwhile
+            if self._abort is None:
+                self._abort = self._submit(self._outputs.put)
+                if self._closed.is_set():  # by another thread meanwhile
+                    self._abort()
             item = self._outputs.get()
         except BaseException:  # Ctrl-C
             self.close()
             raise
-        if item is None or self._closed:
+        if item is None or self._closed.is_set():
             raise StopIteration
         if isinstance(item, BaseException):
             self.close()
@@ -202,15 +168,12 @@ class Completion(Iterator[CompletionChunk]):
 
     def close(self) -> None:
         """Abort the request. A thread that waits for a chunk gets no more."""
-        self._closed = True
-        self._abort_if_closed()
+        self._closed.set()
+        if self._abort is not None:
+            self._abort()
         self._outputs.put(None)
 
-    def _abort_if_closed(self) -> None:
-        if self._closed and self._handle is not None:
-            self._handle.abort()
-
-    def outputs(self) -> list[CompletionOutput]:
+    def outputs(self) -> list[CompletionChunk]:
         """All complete answers, by index.
 
         Raises:
@@ -219,14 +182,11 @@ class Completion(Iterator[CompletionChunk]):
         chunks: dict[int, list[CompletionChunk]] = {}
         for chunk in self:
             chunks.setdefault(chunk.index, []).append(chunk)
-        if self._closed:
+        if self._closed.is_set():
             raise CancelledError("the completion was closed before its answers were complete")
-        return [_join(chunks[index]) for index in sorted(chunks)]
-
-
-def _join(chunks: Sequence[CompletionChunk]) -> CompletionOutput:
-    last = chunks[-1]
-    assert last.finish_reason is not None
-    text = "".join(chunk.text for chunk in chunks)
-    logprobs = tuple(own for chunk in chunks for own in chunk.logprobs)
-    return CompletionOutput(text, last.finish_reason, last.num_tokens, logprobs)
+        outputs = []
+        for _, parts in sorted(chunks.items()):
+            text = "".join(part.text for part in parts)
+            logprobs = tuple(own for part in parts for own in part.logprobs)
+            outputs.append(replace(parts[-1], text=text, logprobs=logprobs))
+        return outputs

@@ -2,7 +2,7 @@
 
 ::
 
-    pixels ──digest──► ImageFeatureCache: embeddings (K+1, D)
+    pixels ──digest──► TensorCache: embeddings (K+1, D)
     token ids, with digests in place of image tokens ──longest common prefix──► PrefixCache
 
 Both have a limit in bytes and evict the least recently used entry. All image tokens have the same
@@ -13,9 +13,10 @@ Shapes: K+1 embeddings per image, D width, h key-value heads, P positions, d hea
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from functools import partial
 from itertools import chain
+from typing import Generic, TypeVar
 
 import psutil
 import torch
@@ -26,7 +27,8 @@ from owl2.processing.prepared_prompt import PreparedPrompt
 MIN_PREFIX_TOKENS = 32  # copying shorter prefixes costs as much as it saves
 MAX_PREFIXES = 256  # every lookup compares with all of them
 
-Key = tuple[int | bytes, ...]
+PromptKey = tuple[int | bytes, ...]
+K = TypeVar("K", bound=Hashable)
 
 
 def free_memory(device: torch.device) -> int:
@@ -49,8 +51,8 @@ def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:
     )
 
 
-class ImageFeatureCache:
-    """Embeddings of images by digest, (K+1, D) each.
+class TensorCache(Generic[K]):
+    """Tensors by key; the least recently used entry is evicted.
 
     Args:
         limit: Maximum size in bytes.
@@ -59,96 +61,27 @@ class ImageFeatureCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-
-    def find(self, digest: bytes) -> torch.Tensor | None:
-        """The embeddings of an image if they are cached."""
-        if digest in self._entries:
-            self._entries.move_to_end(digest)
-        return self._entries.get(digest)
-
-    def add(self, digest: bytes, embeddings: torch.Tensor) -> None:
-        """Cache embeddings that nothing else modifies, unless they exceed the limit."""
-        if embeddings.nbytes > self.limit or digest in self._entries:
-            return
-        self._entries[digest] = embeddings
-        self.bytes += embeddings.nbytes
-        while self.bytes > self.limit:
-            self.bytes -= self._entries.popitem(last=False)[1].nbytes
-
-    def clear(self) -> None:
-        """Remove all entries."""
-        self._entries.clear()
-        self.bytes = 0
-
-
-@dataclass(eq=False, frozen=True)
-class Prefix:
-    """Keys and values of the tokens of `key`, from position 0: (h, P, d) for each layer."""
-
-    key: Key
-    keys: Sequence[torch.Tensor]
-    values: Sequence[torch.Tensor]
+        self._entries: OrderedDict[K, Sequence[torch.Tensor]] = OrderedDict()
 
     @property
-    def bytes(self) -> int:
-        """The size of all tensors."""
-        return sum(tensor.nbytes for tensor in chain(self.keys, self.values))
-
-
-class PrefixCache:
-    """Keys and values of token sequences, found by their longest common prefix.
-
-    Args:
-        limit: Maximum size in bytes.
-        min_tokens: Shorter prefixes are neither stored nor found.
-    """
-
-    def __init__(self, limit: int, min_tokens: int = MIN_PREFIX_TOKENS) -> None:
-        self.limit = limit
-        self.min_tokens = min_tokens
-        self.bytes = 0
-        self._entries: OrderedDict[Prefix, None] = OrderedDict()
-
-    @property
-    def cached_keys(self) -> list[Key]:
+    def cached_keys(self) -> list[K]:
         """The keys of all entries, the least recently used first."""
-        return [prefix.key for prefix in self._entries]
+        return list(self._entries)
 
-    def find(self, key: Key) -> tuple[Prefix | None, int]:
-        """The entry with the longest common prefix, and its length; (None, 0) without one.
+    def get(self, key: K) -> Sequence[torch.Tensor] | None:
+        """The tensors of a key if they are cached."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
 
-        At least one token of `key` remains to be computed.
-        """
-        best, longest = None, self.min_tokens - 1
-        for prefix in self._candidates(key):
-            shared = common_prefix_length(prefix.key, key)
-            if shared > longest:
-                best, longest = prefix, shared
-        if best is None:
-            return None, 0
-        self._entries.move_to_end(best)
-        shared = min(longest, len(key) - 1)
-        return (best, shared) if shared >= self.min_tokens else (None, 0)
-
-    def accepts(self, key: Key) -> bool:
-        """Whether `add` would store it: it is long enough, and no entry starts with it."""
-        if len(key) < self.min_tokens or not self.limit:
-            return False
-        longer = (old for old in self._candidates(key) if len(old.key) >= len(key))
-        return all(old.key[: len(key)] != key for old in longer)
-
-    def add(self, key: Key, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-        """Store keys and values, (h, P, d) for each layer, that nothing else modifies."""
-        new = Prefix(key, keys, values)
-        if new.bytes > self.limit or not self.accepts(key):
+    def add(self, key: K, tensors: Sequence[torch.Tensor]) -> None:
+        """Cache tensors that nothing else modifies, unless they exceed the limit."""
+        size = sum(tensor.nbytes for tensor in tensors)
+        if size > self.limit or key in self._entries:
             return
-        # The next turn of a dialogue contains the earlier turns.
-        for old in [old for old in self._candidates(key) if key[: len(old.key)] == old.key]:
-            self._remove(old)
-        self._entries[new] = None
-        self.bytes += new.bytes
-        while self.bytes > self.limit or len(self._entries) > MAX_PREFIXES:
+        self._entries[key] = tensors
+        self.bytes += size
+        while self.bytes > self.limit:
             self._remove(next(iter(self._entries)))
 
     def clear(self) -> None:
@@ -156,19 +89,58 @@ class PrefixCache:
         self._entries.clear()
         self.bytes = 0
 
-    def _candidates(self, key: Key) -> list[Prefix]:
+    def _remove(self, key: K) -> None:
+        self.bytes -= sum(tensor.nbytes for tensor in self._entries.pop(key))
+
+
+class PrefixCache(TensorCache[PromptKey]):
+    """Keys and values of token sequences, (2, h, P, d) for each layer, from position 0.
+
+    Args:
+        limit: Maximum size in bytes.
+        min_tokens: Shorter prefixes are neither stored nor found.
+    """
+
+    def __init__(self, limit: int, min_tokens: int = MIN_PREFIX_TOKENS) -> None:
+        super().__init__(limit)
+        self.min_tokens = min_tokens
+
+    def find(self, key: PromptKey) -> tuple[Sequence[torch.Tensor] | None, int]:
+        """The entry with the longest common prefix, and its length; (None, 0) without one.
+
+        At least one token of `key` remains to be computed.
+        """
+        candidates = self._candidates(key)
+        best = max(candidates, key=partial(common_prefix_length, key), default=())
+        shared = min(common_prefix_length(key, best), len(key) - 1)
+        return (self.get(best), shared) if shared >= self.min_tokens else (None, 0)
+
+    def accepts(self, key: PromptKey) -> bool:
+        """Whether `add` would store it: it is long enough, and no entry starts with it."""
+        is_long = bool(self.limit) and len(key) >= self.min_tokens
+        return is_long and all(old[: len(key)] != key for old in self._candidates(key))
+
+    def add(self, key: PromptKey, tensors: Sequence[torch.Tensor]) -> None:
+        """Store keys and values that nothing else modifies."""
+        if not self.accepts(key) or sum(tensor.nbytes for tensor in tensors) > self.limit:
+            return
+        # The next turn of a dialogue contains the earlier turns.
+        for old in self._candidates(key):
+            if key[: len(old)] == old:
+                self._remove(old)
+        super().add(key, tensors)
+        if len(self._entries) > MAX_PREFIXES:
+            self._remove(next(iter(self._entries)))
+
+    def _candidates(self, key: PromptKey) -> list[PromptKey]:
         """Entries that have the last of the first `min_tokens` tokens in common with `key`."""
         position = self.min_tokens - 1
         if len(key) <= position:
             return []
-        return [prefix for prefix in self._entries if prefix.key[position] == key[position]]
-
-    def _remove(self, prefix: Prefix) -> None:
-        del self._entries[prefix]
-        self.bytes -= prefix.bytes
+        return [old for old in self._entries if old[position] == key[position]]
 
 
-def common_prefix_length(one: Key, other: Key) -> int:
+def common_prefix_length(one: PromptKey, other: PromptKey) -> int:
     """How many tokens two sequences have in common at their start."""
     low, high = 0, min(len(one), len(other))
     while low < high:  # bisection: comparing slices is faster than comparing token by token
@@ -185,17 +157,18 @@ class PromptState:
 
     Attributes:
         key: The token ids, with the digest of the image in place of image tokens.
-        prefix: An entry of the prefix cache that has the first `num_computed_tokens` tokens.
+        prefix: An entry of the prefix cache that has the first `num_computed_tokens` tokens:
+            (2, h, P, d) for each layer.
     """
 
     def __init__(self, prompt: PreparedPrompt) -> None:
         self.prompt = prompt
-        self.prefix: Prefix | None = None
+        self.prefix: Sequence[torch.Tensor] | None = None
         self.num_computed_tokens = 0
         key: list[int | bytes] = list(prompt.ids)
         for (start, end), digest in zip(prompt.image_spans, prompt.image_digests, strict=True):
             key[start:end] = [digest] * (end - start)
-        self.key: Key = tuple(key)
+        self.key: PromptKey = tuple(key)
 
     @property
     def num_tokens(self) -> int:

@@ -1,32 +1,106 @@
-"""The running requests: their prompts, decode steps, and rows of the cache.
+"""The running requests: prefill of their prompts, decode steps, and caches for later prompts.
 
-Shapes: B requests, V vocabulary.
+::
+
+    PromptState ──look_up──► cached prefix, new tokens and images
+    new images ──vision encoder, abstractor──► embeddings (N, K+1, D)
+    new tokens ──ModelRunner.prefill──► rows of the KV cache, logits (B, V) ──sample──► tokens
+    last tokens ──ModelRunner.decode──► logits (B, V) ──sample──► tokens
+
+Shapes: B requests or prompts, P tokens of a prompt, N images, K+1 embeddings per image, D width, V
+vocabulary, h key-value heads, d head width.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from transformers import DynamicCache
 
-from owl2.engine.prefix_cache import PromptState
+from owl2.engine.model_runner import ModelRunner
+from owl2.engine.prefix_cache import (
+    PrefixCache,
+    PromptKey,
+    PromptState,
+    TensorCache,
+    weights_version,
+)
 from owl2.engine.sampling import compute_logprobs, non_finite_error, sample
 from owl2.engine.scheduler import Request
+from owl2.model.modeling import Owl2ForConditionalGeneration
 
-if TYPE_CHECKING:
-    from owl2.engine.model_runner import ModelRunner
-    from owl2.engine.prefill import Prefiller
+ENCODER_BATCH_SIZE = 32  # images
+
+
+@dataclass
+class EngineStats:
+    """What an engine does, and what it has computed since it was created.
+
+    Attributes:
+        num_running, num_waiting: Requests.
+        num_prefills: Prompts that were computed; answers to the same prompt share one.
+        num_prefill_tokens: Tokens of these prompts that no cached prefix had.
+        num_encoded_images: Images that passed through the vision encoder.
+        num_decode_steps: Steps of one token for each running request.
+        prefix_cache_keys: The token sequences in the prefix cache.
+        prefix_cache_bytes, image_cache_bytes: Sizes of the caches.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_prefills: int = 0
+    num_prefill_tokens: int = 0
+    num_encoded_images: int = 0
+    num_decode_steps: int = 0
+    prefix_cache_keys: Sequence[PromptKey] = ()
+    prefix_cache_bytes: int = 0
+    image_cache_bytes: int = 0
+
+
+class PrefillOutput(NamedTuple):
+    """The result for one prompt of P tokens.
+
+    Attributes:
+        logits: (1, V) after the last token.
+        cache: (1, h, P, d) for each layer.
+    """
+
+    logits: torch.Tensor
+    cache: DynamicCache
 
 
 class RunningBatch:
-    """The running requests, each in the row of the cache with its index.
+    """The running requests, each in the row of the KV cache with its index.
 
     The last row moves to where one becomes free, so that rows 0 to B-1 are always used.
+
+    Args:
+        prefix_bytes, image_bytes: Limits of the caches; 0 disables one.
+
+    Attributes:
+        epoch: Increases whenever the caches are cleared.
+        stats: Counts of what was computed so far, without cache hits.
     """
 
-    def __init__(self, runner: "ModelRunner", prefiller: "Prefiller") -> None:
-        self.runner = runner
+    def __init__(
+        self, model: Owl2ForConditionalGeneration, prefix_bytes: int, image_bytes: int
+    ) -> None:
+        self.model = model
         self.requests: list[Request] = []
-        self._prefiller = prefiller
+        self.prefixes = PrefixCache(prefix_bytes)
+        self.images: TensorCache[bytes] = TensorCache(image_bytes)
+        self.epoch = 0
+        self.stats = EngineStats()
+        self._version: Any = None
+        self._runner: ModelRunner | None = None
+
+    @property
+    def runner(self) -> ModelRunner:
+        """A new one if the model was moved or cast since the last request."""
+        if self._runner is None or (self._runner.is_stale and not self.requests):
+            self._runner = ModelRunner(self.model)
+        return self._runner
 
     def add(self, requests: Sequence[Request]) -> None:
         """Compute the prompts of requests and their first tokens.
@@ -37,58 +111,129 @@ class RunningBatch:
         originals: dict[PromptState, Request] = {}
         for request in requests:
             originals.setdefault(request.prompt, request)
+            request.epoch = self.epoch
+        prompts = list(originals)
+        cache.reserve(first + len(requests), max(prompt.num_tokens for prompt in prompts))
+        logits = self.prefill(prompts, first)
         copies = [one for one in requests if one is not originals[one.prompt]]
-        requests = [*originals.values(), *copies]
-        cache.reserve(first + len(requests), max(prompt.num_tokens for prompt in originals))
-        logits = self._prefiller.prefill(list(originals), self.runner, first)
-        if copies:
-            rows = {prompt: row for row, prompt in enumerate(originals)}
-            for row, request in enumerate(copies, first + len(originals)):
-                cache.copy_row(first + rows[request.prompt], row, request.prompt.num_tokens)
-            logits = logits[[rows[request.prompt] for request in requests]]
-        for request in requests:
-            request.epoch = self._prefiller.epoch
-        self.requests += requests
-        self._sample(requests, logits)
+        for row, request in enumerate(copies, first + len(prompts)):
+            source = first + prompts.index(request.prompt)
+            cache.copy_row(source, row, request.prompt.num_tokens)
+        new = [*originals.values(), *copies]
+        self.requests += new
+        self._sample(new, logits[[prompts.index(request.prompt) for request in new]])
 
     def step(self) -> None:
         """Decode one token for every request."""
+        self.stats.num_decode_steps += 1
         tokens = torch.tensor([request.token_ids[-1] for request in self.requests])
         positions = torch.tensor([request.num_cached for request in self.requests])
-        logits = self.runner.decode(tokens.to(self.runner.model.device), positions)  # (B, V)
+        logits = self.runner.decode(tokens.to(self.model.device), positions)  # (B, V)
         self._sample(self.requests, logits)
 
-    def remove_aborted(self) -> None:
+    def remove_finished(self) -> None:
         """Free the rows of requests that are finished or aborted."""
         cache = self.runner.cache
         for row in reversed(range(len(self.requests))):
             request = self.requests[row]
             if not (request.aborted or request.is_finished):
                 continue
-            self._store_prefix(request, row)
+            # The next turn of the dialogue starts with this prompt and answer.
+            if request.token_ids and request.epoch == self.epoch:
+                key = (*request.prompt.key, *request.token_ids[:-1])
+                self._store_prefix(key, row)
             last = self.requests.pop()
             if last is not request:
                 cache.copy_row(len(self.requests), row, last.num_cached)
                 self.requests[row] = last
 
+    def prefill(self, prompts: Sequence[PromptState], first_row: int) -> torch.Tensor:
+        """Compute prompts together, after their cached prefixes, and cache them.
+
+        Their keys and values go to the rows from `first_row` on.
+
+        Returns:
+            (B, V) logits after the last token of each.
+        """
+        logits = self.runner.prefill(prompts, self._embed_images(prompts), first_row)
+        self.stats.num_prefills += len(prompts)
+        for row, prompt in enumerate(prompts, first_row):
+            self.stats.num_prefill_tokens += prompt.num_new_tokens
+            self._store_prefix(prompt.key, row)
+            prompt.prefix = None  # the cache may evict it
+        return logits
+
+    def prefill_alone(self, prompt: PromptState) -> PrefillOutput:
+        """Compute one prompt in the row after the running requests."""
+        prompt.look_up(self.prefixes)
+        row = len(self.requests)
+        logits = self.prefill([prompt], row)
+        cache = DynamicCache(config=self.model.config)
+        for layer, (keys, values) in enumerate(self.runner.cache.read(row, prompt.num_tokens)):
+            cache.update(keys[None], values[None], layer)
+        return PrefillOutput(logits, cache)
+
+    def clear(self) -> None:
+        """Clear the caches."""
+        self.prefixes.clear()
+        self.images.clear()
+        self.epoch += 1
+
+    def clear_if_weights_changed(self) -> None:
+        """Clear the caches if the weights are not those of the last call."""
+        if not (self.prefixes.limit or self.images.limit):
+            return
+        if (version := weights_version(self.model)) != self._version:
+            self.clear()
+            self._version = version
+
+    def reset(self) -> list[Request]:
+        """Remove and return all requests, and free all memory: a lack of it may be the error."""
+        requests, self.requests = self.requests, []
+        self._runner = None
+        self.clear()
+        return requests
+
     def _sample(self, requests: Sequence[Request], logits: torch.Tensor) -> None:
         """Choose and report the next token of each request."""
         params = [request.params for request in requests]
         tokens = sample(logits, params, [request.generator for request in requests])
-        logprobs = compute_logprobs(logits, tokens, [own.top_logprobs for own in params])
-        for request, token, own in zip(list(requests), tokens, logprobs, strict=True):
+        logprobs = compute_logprobs(logits, tokens, params)
+        for request, token, own in zip(requests, tokens, logprobs, strict=True):
             if token is None:
                 position = f"token {len(request.token_ids) + 1} of the answer"
                 request.token_ids.clear()  # its keys and values must not be cached
                 request.end(non_finite_error(logits.dtype, position))
             else:
                 request.add_token(token, own)
-        self.remove_aborted()
+        self.remove_finished()
 
-    def _store_prefix(self, request: Request, row: int) -> None:
-        """Cache the prompt and the answer: the next turn of the dialogue starts with them."""
-        if not request.token_ids or request.epoch != self._prefiller.epoch:
-            return
-        key = (*request.prompt.key, *request.token_ids[:-1])
-        if self._prefiller.prefixes.accepts(key):
-            self._prefiller.prefixes.add(key, *self.runner.cache.read(row, request.num_cached))
+    def _store_prefix(self, key: PromptKey, row: int) -> None:
+        if self.prefixes.accepts(key):
+            self.prefixes.add(key, self.runner.cache.read(row, len(key)))
+
+    @torch.no_grad()
+    def _embed_images(self, prompts: Sequence[PromptState]) -> torch.Tensor | None:
+        """(N, K+1, D) of the new images of all prompts; equal images are encoded once."""
+        new = [(state.prompt, index) for state in prompts for index in state.new_images]
+        digests = [prompt.image_digests[index] for prompt, index in new]
+        if not new:
+            return None
+        embeddings: dict[bytes, torch.Tensor] = {}
+        missing: dict[bytes, torch.Tensor] = {}
+        for digest, (prompt, index) in zip(digests, new, strict=True):
+            if (cached := self.images.get(digest)) is not None:
+                embeddings[digest] = cached[0]
+            elif prompt.pixel_values is not None:
+                missing[digest] = prompt.pixel_values[index]
+        for start in range(0, len(missing), ENCODER_BATCH_SIZE):
+            batch = list(missing)[start : start + ENCODER_BATCH_SIZE]
+            pixels = torch.stack([missing[digest] for digest in batch])
+            pixels = pixels.to(self.model.device, self.model.dtype)
+            encoded: Any = self.model.get_image_features(pixels).pooler_output
+            self.stats.num_encoded_images += len(batch)
+            for digest, own in zip(batch, encoded, strict=True):
+                embeddings[digest] = own
+                if self.images.limit:
+                    self.images.add(digest, [own.clone()])
+        return torch.stack([embeddings[digest] for digest in digests])

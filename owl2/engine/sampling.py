@@ -9,12 +9,12 @@ Shapes: B sequences, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
+    LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
@@ -27,6 +27,8 @@ from owl2.errors import ErrorCode, InputError
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_SEED = 2**32 - 1  # training accepts the same range
 MAX_TOP_LOGPROBS = 20
+# (id, log-probability) of the chosen token, then of the most probable ones in descending order.
+Logprobs = list[tuple[int, float]]
 # Parameters that request sampling by being set.
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 # Lower temperatures are treated as 0. Logits divided by them are not finite, so that nothing can be
@@ -79,19 +81,14 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("seed", 0 <= (self.seed or 0) <= MAX_SEED, f"from 0 to {MAX_SEED}"),
             ("n", self.n >= 1, "1 or more"),
-            (
-                "top_logprobs",
-                0 <= (self.top_logprobs or 0) <= MAX_TOP_LOGPROBS,
-                f"from 0 to {MAX_TOP_LOGPROBS}",
-            ),
+            ("top_logprobs", 0 <= (self.top_logprobs or 0) <= MAX_TOP_LOGPROBS, "from 0 to 20"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
         ):
             if not is_valid:
                 raise InputError(
                     f"{name} is {getattr(self, name)}; it must be {expected}.",
                     ErrorCode.INVALID_VALUE,
                 )
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError("stop must hold non-empty strings.", ErrorCode.INVALID_VALUE)
 
     @classmethod
     def from_options(cls, defaults: GenerationConfig, **options: Any) -> "SamplingParams":
@@ -160,17 +157,16 @@ def sample(
     for warping, rows in groups.items():
         # Rows that are not finite are discarded below, but would make multinomial fail.
         scores = logits[rows].float().masked_fill(~is_finite[rows, None], 0.0)
-        for probabilities, row in zip(_warp(scores, *warping).softmax(-1), rows, strict=True):
+        no_ids: Any = torch.empty(len(rows), 0, dtype=torch.long, device=scores.device)
+        scores = _warpers(*warping)(no_ids, scores)
+        for probabilities, row in zip(scores.softmax(-1), rows, strict=True):
             chosen[row] = torch.multinomial(probabilities, 1, generator=generators[row])[0]
     tokens, finite = torch.stack([chosen, is_finite.to(chosen.dtype)]).tolist()
     return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
 
 
-def _warp(
-    scores: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float
-) -> torch.Tensor:
-    """(B, V) scores over the temperature, with -infinity for excluded tokens."""
-    warpers: list[LogitsProcessor] = []
+def _warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
     if temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(temperature)))
     if top_k:
@@ -179,51 +175,34 @@ def _warp(
         warpers.append(TopPLogitsWarper(top_p))
     if min_p:
         warpers.append(MinPLogitsWarper(min_p))
-    no_ids = torch.empty(len(scores), 0, dtype=torch.long, device=scores.device)
-    for warper in warpers:
-        scores = warper(no_ids, scores)
-    return scores
-
-
-class Logprobs(NamedTuple):
-    """Log-probabilities of the logits as the model gives them, in float32.
-
-    Temperature, top_p and top_k change which token is drawn, but not these values.
-
-    Attributes:
-        logprob: of the chosen token.
-        top: (id, log-probability) of the most probable tokens, in descending order.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    return warpers
 
 
 def compute_logprobs(
-    logits: torch.Tensor, tokens: Sequence[int | None], top_logprobs: Sequence[int | None]
+    logits: torch.Tensor, tokens: Sequence[int | None], params: Sequence[SamplingParams]
 ) -> list[Logprobs | None]:
     """Log-probabilities of B chosen tokens; None where there is no token or none are requested.
 
-    Args:
-        logits: (B, V).
-        top_logprobs: for each sequence the number of alternatives, without tokens that the logits
-            exclude; None: no log-probabilities.
+    They are those of the logits (B, V) as the model gives them, in float32: temperature, top_p and
+    top_k change which token is drawn, but not these values.
     """
     found: list[Logprobs | None] = [None] * len(tokens)
-    rows = [
-        row for row, top in enumerate(top_logprobs) if top is not None and tokens[row] is not None
-    ]
-    if not rows:
+    counts = {
+        row: own.top_logprobs
+        for row, (own, token) in enumerate(zip(params, tokens, strict=True))
+        if own.top_logprobs is not None and token is not None
+    }
+    if not counts:
         return found
-    logprobs = logits[rows].float().log_softmax(-1)
-    chosen = torch.tensor([tokens[row] for row in rows], device=logits.device)
-    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-    counts = [top_logprobs[row] or 0 for row in rows]
-    best = logprobs.topk(min(max(counts), logits.shape[1]))
-    lines = zip(rows, counts, own, best.values.tolist(), best.indices.tolist(), strict=True)
-    for row, count, logprob, values, ids in lines:
-        top = zip(ids[:count], values[:count], strict=True)
-        found[row] = Logprobs(logprob, tuple(pair for pair in top if pair[1] > float("-inf")))
+    logprobs = logits[list(counts)].float().log_softmax(-1)
+    chosen = torch.tensor([[tokens[row]] for row in counts], device=logits.device)
+    best = logprobs.topk(min(max(counts.values()), logits.shape[1]))
+    ids = torch.cat([chosen, best.indices], 1).tolist()
+    values = torch.cat([logprobs.gather(1, chosen), best.values], 1).tolist()
+    for (row, count), *pairs in zip(counts.items(), ids, values, strict=True):
+        # -infinity: the logits exclude the token.
+        possible = [pair for pair in zip(*pairs, strict=True) if pair[1] > float("-inf")]
+        found[row] = possible[: 1 + count]
     return found
 
 

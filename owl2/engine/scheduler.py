@@ -9,34 +9,30 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from owl2.engine.prefix_cache import PrefixCache, PromptState
+from owl2.engine.prefix_cache import PrefixCache, PromptKey, PromptState
 from owl2.engine.sampling import Logprobs, SamplingParams
 
 # Positions of one prefill: without running requests, and with some that wait for their next token.
 MAX_PREFILL_TOKENS_IDLE, MAX_PREFILL_TOKENS_BUSY = 4096, 512
 
-OnToken = Callable[[int, Logprobs | None], object]
-OnEnd = Callable[[BaseException | None], object]
-
 
 class Request:
     """One answer to a prompt, from its submission to its end.
 
-    The scheduler's thread calls the callbacks. An exception that `on_token` raises ends the
-    request; `on_end` must not raise.
-
     Args:
         prompt: Shared by all answers to it.
-        index: Selects the seed, `params.seed` + `index`.
         max_tokens: Tokens of the answer.
         end_ids: Tokens that end the answer.
-        on_token: Gets each token, and its log-probabilities if `params` request them.
-        on_end: Called once, with the error that ended the request or None; not after `aborted`.
+        index: Of the answer; selects the seed, `params.seed` + `index`.
 
     Attributes:
         token_ids: The answer so far, with its end token.
         aborted: The result is no longer wanted. May be set from any thread.
-        epoch: The prefiller's epoch when the prompt was computed.
+        epoch: The batch's epoch when the prompt was computed.
+        on_token: Called in the engine's thread with each token, and its log-probabilities if
+            `params` request them. An exception ends the request.
+        on_end: Called there once, with the error that ended the request or None; not after
+            `aborted`. It must not raise.
     """
 
     def __init__(
@@ -47,10 +43,9 @@ class Request:
         end_ids: Collection[int],
         device: torch.device,
         index: int = 0,
-        on_token: OnToken | None = None,
-        on_end: OnEnd | None = None,
     ) -> None:
         self.prompt = prompt
+        self.index = index
         self.params = params
         self.generator = params.generator(index, device)
         self.max_tokens = max_tokens
@@ -58,8 +53,8 @@ class Request:
         self.token_ids: list[int] = []
         self.aborted = False
         self.epoch = 0
-        self._on_token = on_token
-        self._on_end = on_end
+        self.on_token: Callable[[int, Logprobs | None], object] | None = None
+        self.on_end: Callable[[BaseException | None], object] | None = None
 
     @property
     def num_cached(self) -> int:
@@ -67,88 +62,32 @@ class Request:
         return self.prompt.num_tokens + len(self.token_ids) - 1
 
     @property
-    def max_length(self) -> int:
-        """Positions that the request may need."""
-        return self.prompt.num_tokens + self.max_tokens
+    def has_end_token(self) -> bool:
+        """Whether the last token is an end token."""
+        return bool(self.token_ids) and self.token_ids[-1] in self.end_ids
 
     @property
     def is_finished(self) -> bool:
         """Whether the answer is complete."""
-        if not self.token_ids:
-            return False
-        return len(self.token_ids) >= self.max_tokens or self.token_ids[-1] in self.end_ids
+        return self.has_end_token or len(self.token_ids) >= self.max_tokens
 
     def add_token(self, token: int, logprobs: Logprobs | None = None) -> None:
         """Append the next token; ends the request if it is the last one."""
         self.token_ids.append(token)
         try:
-            if self._on_token is not None:
-                self._on_token(token, logprobs)
+            if self.on_token is not None:
+                self.on_token(token, logprobs)
         except Exception as error:  # the submitter receives it
             self.end(error)
-            return
         if self.is_finished:
             self.end()
 
     def end(self, error: BaseException | None = None) -> None:
         """Report the end, once."""
-        on_end, self._on_end = self._on_end, None
+        on_end, self.on_end = self.on_end, None
         if on_end is not None and not self.aborted:
             on_end(error)
         self.aborted |= error is not None
-
-
-class PackedPrefills:
-    """A prefill batch without padding.
-
-    Args:
-        prefixes: The prefix cache.
-        max_tokens: Limit for the new tokens of all prompts.
-    """
-
-    def __init__(self, prefixes: PrefixCache, max_tokens: int) -> None:
-        self.prompts: list[PromptState] = []
-        self._prefixes = prefixes
-        self._max_tokens = max_tokens
-        self._starts: set[tuple[int | bytes, ...]] = set()
-
-    def must_wait(self, prompt: PromptState) -> bool:
-        """Whether a prompt belongs into another batch, for example behind its prefix."""
-        is_long = prompt.num_new_tokens > self._prefixes.min_tokens
-        return bool(self._prefixes.limit) and is_long and self._start(prompt) in self._starts
-
-    def has_room(self, prompt: PromptState) -> bool:
-        """Whether the batch remains below the limit; one prompt always fits."""
-        return not self.prompts or self._num_tokens([*self.prompts, prompt]) <= self._max_tokens
-
-    def add(self, prompt: PromptState) -> None:
-        """Add a prompt to the batch."""
-        self.prompts.append(prompt)
-        self._starts.add(self._start(prompt))
-
-    def _start(self, prompt: PromptState) -> tuple[int | bytes, ...]:
-        return prompt.key[: prompt.num_computed_tokens + self._prefixes.min_tokens]
-
-    def _num_tokens(self, prompts: Sequence[PromptState]) -> int:
-        return sum(prompt.num_new_tokens for prompt in prompts)
-
-
-class PaddedPrefills(PackedPrefills):
-    """A prefill batch of right-padded rows."""
-
-    def must_wait(self, prompt: PromptState) -> bool:
-        """Also a prompt whose numbers of cached and new tokens are not similar."""
-        if not self.prompts:
-            return False
-        first, new = self.prompts[0], prompt.num_new_tokens
-        return (
-            prompt.num_computed_tokens != first.num_computed_tokens
-            or abs(new - first.num_new_tokens) > max(8, new // 8)
-            or super().must_wait(prompt)
-        )
-
-    def _num_tokens(self, prompts: Sequence[PromptState]) -> int:
-        return len(prompts) * max(prompt.num_new_tokens for prompt in prompts)
 
 
 def select_prefills(
@@ -164,23 +103,39 @@ def select_prefills(
     Answers to the same prompt are selected together.
 
     Args:
-        is_packed: Whether the model runner takes prompts without padding.
+        is_packed: The model runner takes prompts of any lengths. Otherwise it pads them, and the
+            selected ones have equally many cached tokens and similar numbers of new ones.
         is_busy: Whether running requests wait meanwhile.
         fits: Whether these requests fit into rows and memory.
     """
-    for request in waiting:
-        request.prompt.look_up(prefixes)
     max_tokens = MAX_PREFILL_TOKENS_BUSY if is_busy else MAX_PREFILL_TOKENS_IDLE
-    batch = (PackedPrefills if is_packed else PaddedPrefills)(prefixes, max_tokens)
     selected: list[Request] = []
+    prompts: list[PromptState] = []
+    starts: set[PromptKey] = set()
     for request in waiting:
         prompt = request.prompt
-        is_new = prompt not in batch.prompts
-        if is_new and batch.must_wait(prompt):
-            continue
-        if not fits([*selected, request]) or (is_new and not batch.has_room(prompt)):
+        if is_new := prompt not in prompts:
+            prompt.look_up(prefixes)
+            start = prompt.key[: prompt.num_computed_tokens + prefixes.min_tokens]
+            is_long = bool(prefixes.limit) and prompt.num_new_tokens > prefixes.min_tokens
+            if (is_long and start in starts) or not (is_packed or _are_similar(prompt, prompts)):
+                continue
+        if not fits([*selected, request]):
             break
-        selected.append(request)
         if is_new:
-            batch.add(prompt)
+            sizes = [one.num_new_tokens for one in (*prompts, prompt)]
+            if prompts and (sum(sizes) if is_packed else len(sizes) * max(sizes)) > max_tokens:
+                break
+            prompts.append(prompt)
+            starts.add(start)
+        selected.append(request)
     return selected
+
+
+def _are_similar(prompt: PromptState, prompts: Sequence[PromptState]) -> bool:
+    """Whether a prompt can be padded to the others without much waste."""
+    if not prompts:
+        return True
+    difference = abs(prompt.num_new_tokens - prompts[0].num_new_tokens)
+    is_aligned = prompt.num_computed_tokens == prompts[0].num_computed_tokens
+    return is_aligned and difference <= max(8, prompt.num_new_tokens // 8)

@@ -10,17 +10,15 @@ Shapes: C answers of up to T tokens, V vocabulary.
 
 import copy
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
 import torch
 
-from owl2.engine.prefill import PrefillOutput
+from owl2.engine.running_batch import PrefillOutput
 from owl2.engine.sampling import non_finite_error
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, parse_messages
 from owl2.processing.loss_mask import EncodedConversation
-from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 
 
@@ -51,63 +49,36 @@ def encode_answer(
     return sample, begin, end
 
 
-def prompt_and_answer(
-    processor: Owl2Processor, messages: Sequence[Message], answer: str
-) -> tuple[list[int], list[int]]:
-    """The ids before an answer, and those of the answer with its end token."""
-    sample, begin, end = encode_answer(processor, messages, answer)
-    return sample.ids[:begin], sample.ids[begin:end]
-
-
-class ChoiceGroup(NamedTuple):
-    """Choices after the same prompt.
-
-    Attributes:
-        indices: Positions in the list of choices.
-        answers: Their ids.
-    """
-
-    prompt: PreparedPrompt
-    indices: list[int]
-    answers: list[list[int]]
-
-
 def group_choices(
     processor: Owl2Processor,
-    prompt: PreparedPrompt,
     messages: Sequence[Message],
     choices: Sequence[str],
     context_length: int,
     removed_end_ids: Collection[int] = (),
-) -> list[ChoiceGroup]:
-    """Choices by their prompts: one group, unless a choice changes how the prompt is tokenized.
+) -> dict[tuple[int, ...], dict[int, list[int]]]:
+    """Choices by the ids of their prompts: the ids of each choice by its position in the list.
+
+    There is one prompt, unless a choice changes how it is tokenized.
 
     Args:
-        prompt: Of the messages, with their images.
         removed_end_ids: End tokens that are not to be scored.
 
     Raises:
         InputError: A choice is empty, or exceeds the context.
     """
-    groups: dict[tuple[int, ...], ChoiceGroup] = {}
+    groups: dict[tuple[int, ...], dict[int, list[int]]] = {}
     for index, choice in enumerate(choices):
-        before, answer = prompt_and_answer(processor, messages, choice)
-        ids = tuple(before)
-        if (excess := len(ids) + len(answer) - context_length) > 0:
+        sample, begin, end = encode_answer(processor, messages, choice)
+        if (excess := end - context_length) > 0:
             raise InputError(
-                f"With choice {index + 1} the prompt has {len(ids) + len(answer)} tokens, "
-                f"{excess} more than the context of {context_length}.",
+                f"With choice {index + 1} the prompt has {end} tokens, {excess} more than the "
+                f"context of {context_length}.",
                 ErrorCode.TOO_LONG,
             )
-        if len(answer) > 1 and answer[-1] in removed_end_ids:
-            answer = answer[:-1]
-        if ids not in groups:
-            image = processor.image_token_id, processor.num_image_tokens
-            own_prompt = PreparedPrompt.from_ids(ids, prompt.pixel_values, *image)
-            groups[ids] = ChoiceGroup(own_prompt, [], [])
-        groups[ids].indices.append(index)
-        groups[ids].answers.append(answer)
-    return list(groups.values())
+        if end - begin > 1 and sample.ids[end - 1] in removed_end_ids:
+            end -= 1
+        groups.setdefault(tuple(sample.ids[:begin]), {})[index] = sample.ids[begin:end]
+    return groups
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 from owl2.engine.engine import Engine
-from owl2.engine.output import CompletionChunk, RequestHandle
+from owl2.engine.output import Abort, CompletionChunk
 from owl2.errors import InputError
 from owl2.processing.chat_template import Message
 from owl2.serve import errors
@@ -110,7 +110,7 @@ class ResponseStream:
         self._outputs: asyncio.Queue[CompletionChunk | BaseException | None] = asyncio.Queue()
         self._tokens = [0] * num_answers
         self._unfinished = num_answers
-        self._handle: RequestHandle | None = None
+        self._abort: Abort | None = None
 
     async def start(
         self, messages: Callable[[], Awaitable[Sequence[Message]]], options: dict[str, Any]
@@ -135,8 +135,8 @@ class ResponseStream:
             self._metrics.running.inc()
             params = engine.sampling_params(**options)
             prompt = await asyncio.to_thread(engine.encode, await messages())
-            self._handle = engine.submit(prompt, params, self._post)
-        self.prompt_tokens = self._handle.num_prompt_tokens
+            self._abort = engine.submit(prompt, params, self._post)
+        self.prompt_tokens = len(prompt.ids)
         self._metrics.prompt_tokens.inc(self.prompt_tokens)
 
     def _post(self, output: CompletionChunk | BaseException) -> None:
@@ -214,8 +214,8 @@ class ResponseStream:
         self.closed = True
         self._outputs.put_nowait(None)
         self._metrics.answers.labels(reason).inc(self._unfinished)
-        if self._handle is not None:
-            self._handle.abort()
+        if self._abort is not None:
+            self._abort()
         if self._has_slot:
             self._metrics.running.dec()
             self._admission.slots.release()

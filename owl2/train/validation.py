@@ -235,9 +235,8 @@ class Validator:
     def _generate(self, model: Owl2ForConditionalGeneration) -> Iterator[Generation]:
         if not self._prompts:
             return
-        engine = Engine(model, self.processor)
         # With sharded weights all processes must run every decoding step, or one waits forever.
-        engine.synced_gpus = True if self.context.sharding else None
+        engine = Engine(model, self.processor, synced_gpus=bool(self.context.sharding))
         for source, messages, reference in self._prompts:
             prediction = engine.chat(messages, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
             parsed = parse_messages(messages)

@@ -13,7 +13,7 @@ from owl2.attention import capture, collect_attention
 from owl2.attention.attention_maps import resolve_layers
 from owl2.attention.capture import abstractor_attention, decoder_attention
 from owl2.engine.backends.weight_only_quantization import quantize
-from owl2.engine.scoring import prompt_and_answer
+from owl2.engine.scoring import encode_answer
 from owl2.errors import ErrorCode
 from owl2.model import vision
 from owl2.model.variants import as_no_mam
@@ -38,8 +38,8 @@ def eager(tiny_checkpoint):
 
 def by_transformers(model, processor, messages, answer):
     """(L, h, T, S) by `output_attentions` of one forward over prompt and answer."""
-    prompt, reply = prompt_and_answer(processor, messages, answer)
-    reply = reply[:-1]  # less the end token
+    sample, begin, end = encode_answer(processor, messages, answer)
+    prompt, reply = sample.ids[:begin], sample.ids[begin : end - 1]  # without the end token
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from PIL import Image
 
 from owl2.engine.engine import Engine
 from owl2.engine.engine_core import EngineCore
-from owl2.engine.model_runner import ModelRunner
+from owl2.engine.prefix_cache import PromptState
+from owl2.engine.sampling import SamplingParams
+from owl2.engine.scheduler import Request
 
 
 @pytest.fixture(scope="session")
@@ -41,16 +44,23 @@ def caching_engine(shared_engine, **options):
 
 
 @pytest.fixture
-def batch_sizes(monkeypatch):
-    """The number of sequences of every decode step of any model, in a growing list."""
+def step_hooks(monkeypatch):
+    """Functions that get the number of running requests before every decode step of any engine."""
+    hooks = []
+
+    def on_step(core, num_running):
+        for hook in hooks:
+            hook(num_running)
+
+    monkeypatch.setattr(EngineCore, "on_step", on_step)
+    return hooks
+
+
+@pytest.fixture
+def batch_sizes(step_hooks):
+    """The number of running requests in every decode step, in a growing list."""
     sizes = []
-    decode = ModelRunner.decode
-
-    def counted(self, tokens, positions):
-        sizes.append(len(tokens))
-        return decode(self, tokens, positions)
-
-    monkeypatch.setattr(ModelRunner, "decode", counted)
+    step_hooks.append(sizes.append)
     return sizes
 
 
@@ -62,7 +72,7 @@ class Gate:
         self.reached = threading.Event()
         self._open = threading.Event()
 
-    def wait(self):
+    def wait(self, num_running):
         self.free_steps -= 1
         if self.free_steps < 0:
             self.reached.set()
@@ -73,18 +83,29 @@ class Gate:
 
 
 @pytest.fixture
-def gate(monkeypatch):
+def gate(step_hooks):
     """Holds back every decode step until the test opens it."""
     result = Gate()
-    decode = ModelRunner.decode
-
-    def held_back(self, tokens, positions):
-        result.wait()
-        return decode(self, tokens, positions)
-
-    monkeypatch.setattr(ModelRunner, "decode", held_back)
+    step_hooks.append(result.wait)
     yield result
     result.open()
+
+
+def stream_tokens(core, prompt, max_tokens, end_ids=()):
+    """The token ids of a greedy answer as they are generated; closing the iterator aborts it."""
+    events = SimpleQueue()
+    device = core.model.device
+    request = Request(PromptState(prompt), SamplingParams(), max_tokens, end_ids, device)
+    request.on_token = lambda token, logprobs: events.put(token)
+    request.on_end = events.put
+    core.submit([request])
+    try:
+        while (event := events.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+    finally:
+        request.aborted = True
 
 
 def random_image(seed, size=(10, 12)):

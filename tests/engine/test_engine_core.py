@@ -17,11 +17,13 @@ from owl2.engine import hf_generate
 from owl2.engine.engine import Engine
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
-from owl2.engine.prefill import Prefiller
+from owl2.engine.prefix_cache import PromptState
+from owl2.engine.running_batch import RunningBatch
 from owl2.engine.sampling import SamplingParams, sample
+from owl2.engine.scheduler import Request
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.prepared_prompt import PreparedPrompt
-from tests.engine.conftest import ask, caching_engine, random_image
+from tests.engine.conftest import ask, caching_engine, random_image, stream_tokens
 from tests.errors import raises_input_error
 from tests.tiny import make_model
 
@@ -61,8 +63,19 @@ def alone(model, prompts):
     return [generate_alone(model, prompt) for prompt in prompts]
 
 
+def generate_by_transformers(model, prompts, params=GREEDY, limits=None, end_ids=(7,)):
+    requests = [
+        Request(PromptState(prompt), params, limit, end_ids, model.device, index)
+        for index, (prompt, limit) in enumerate(
+            zip(prompts, limits or [TOKENS] * len(prompts), strict=True)
+        )
+    ]
+    hf_generate.generate(model, requests)
+    return [request.token_ids for request in requests]
+
+
 def generate_alone(model, prompt, end_ids=(7,)):
-    return hf_generate.generate(model, [prompt], GREEDY, [TOKENS], end_ids)[0]
+    return generate_by_transformers(model, [prompt], end_ids=end_ids)[0]
 
 
 def generate(core, prompts, params=GREEDY, end_ids=(7,)):
@@ -90,7 +103,7 @@ def test_batched_answers_equal_those_alone(model, prompts, alone, options):
         assert generate(core, prompts) == alone
     assert generate(core, prompts[::-1])[::-1] == alone
     assert [generate(core, [prompt])[0] for prompt in prompts] == alone
-    assert [list(core.stream(prompt, GREEDY, TOKENS, {7})) for prompt in prompts] == alone
+    assert [list(stream_tokens(core, prompt, TOKENS, {7})) for prompt in prompts] == alone
 
 
 @pytest.mark.parametrize(
@@ -110,14 +123,12 @@ def test_batched_answers_of_other_models(prompts, settings):
 
 
 def test_hf_generate_batches(model, prompts, alone):
-    limits = [TOKENS] * len(prompts)
-    assert hf_generate.generate(model, prompts, GREEDY, limits, {7}) == alone
-    limits[0] = 2
-    assert hf_generate.generate(model, prompts[:2], GREEDY, limits[:2], ())[0] == alone[0][:2]
+    assert generate_by_transformers(model, prompts) == alone
+    cut = generate_by_transformers(model, prompts[:2], limits=[2, TOKENS], end_ids=())[0]
+    assert cut == alone[0][:2]
     sampled = SamplingParams(do_sample=True, temperature=1.5, seed=3)
-    assert hf_generate.generate(model, prompts, sampled, [TOKENS] * 20, {7}) == generate(
-        EngineCore(model), prompts, sampled
-    )
+    expected = generate(EngineCore(model), prompts, sampled)
+    assert generate_by_transformers(model, prompts, sampled) == expected
 
 
 def test_each_request_has_its_own_limit(model, prompts, alone):
@@ -128,7 +139,7 @@ def test_each_request_has_its_own_limit(model, prompts, alone):
 
 def test_a_request_joins_a_running_batch(model, prompts, alone, batch_sizes, gate):
     core = EngineCore(model)
-    stream = core.stream(prompts[0], GREEDY, 60, ())
+    stream = stream_tokens(core, prompts[0], 60)
     first = next(stream)
     assert gate.reached.wait(20)
     with ThreadPoolExecutor(1) as pool:
@@ -137,7 +148,7 @@ def test_a_request_joins_a_running_batch(model, prompts, alone, batch_sizes, gat
         assert later.result(30) == alone[1:5]
     assert max(batch_sizes) > 1, "the requests were not computed together"
     uncached = EngineCore(model, enable_prefix_caching=False)
-    assert [first, *stream] == list(uncached.stream(prompts[0], GREEDY, 60, ()))
+    assert [first, *stream] == list(stream_tokens(uncached, prompts[0], 60))
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(model, prompts):
@@ -192,7 +203,7 @@ def test_a_prompt_that_ends_with_a_cached_image(model, prompts):
 
 def test_closing_a_stream_frees_its_row(model, prompts, alone, batch_sizes):
     core = EngineCore(model, max_num_seqs=1)
-    stream = core.stream(prompts[0], GREEDY, 100_000, ())
+    stream = stream_tokens(core, prompts[0], 100_000)
     next(stream)
     stream.close()
     assert generate(core, prompts[:3]) == alone[:3]
@@ -236,7 +247,7 @@ def test_an_error_of_one_sequence_does_not_reach_the_others(model, prompts, monk
 
 
 @pytest.mark.parametrize(
-    "method", [(ModelRunner, "decode"), (Prefiller, "prefill")], ids=["decode", "prefill"]
+    "method", [(ModelRunner, "decode"), (RunningBatch, "prefill")], ids=["decode", "prefill"]
 )
 def test_an_error_of_the_machine_ends_all_requests_but_not_the_engine(
     model, prompts, alone, monkeypatch, method
@@ -318,15 +329,9 @@ def test_eight_threads_at_once(shared_engine, conversations):
         list(pool.map(work, range(8)))
 
 
-def test_all_work_happens_in_one_thread(model, prompts, monkeypatch):
+def test_all_work_happens_in_one_thread(model, prompts, step_hooks):
     threads = set()
-    decode = ModelRunner.decode
-
-    def spy(self, tokens, positions):
-        threads.add(threading.current_thread().name)
-        return decode(self, tokens, positions)
-
-    monkeypatch.setattr(ModelRunner, "decode", spy)
+    step_hooks.append(lambda num_running: threads.add(threading.current_thread().name))
     core = EngineCore(model)
     generate(core, prompts[:2])
     with ThreadPoolExecutor(2) as pool:
@@ -351,7 +356,7 @@ def test_an_idle_thread_does_not_keep_the_model(prompts):
 def test_a_fork_and_its_parent_both_continue(model, prompts, alone):
     core = EngineCore(model)
     assert generate(core, prompts[:2]) == alone[:2]
-    stream = core.stream(prompts[0], GREEDY, TOKENS, ())
+    stream = stream_tokens(core, prompts[0], TOKENS)
     next(stream)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
@@ -367,10 +372,10 @@ def test_a_fork_and_its_parent_both_continue(model, prompts, alone):
 def test_the_process_exits_during_an_answer(max_tokens):
     script = f"""
         from owl2.engine.engine_core import EngineCore
-        from owl2.engine.sampling import SamplingParams
+        from tests.engine.conftest import stream_tokens
         from tests.tiny import make_model
         core = EngineCore(make_model().eval())
-        stream = core.stream(core.prepare([1, 2, 3]), SamplingParams(), {max_tokens}, ())
+        stream = stream_tokens(core, core.prepare([1, 2, 3]), {max_tokens})
         next(stream)
         keep = [stream]
         keep.append(keep)

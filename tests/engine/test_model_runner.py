@@ -11,8 +11,8 @@ from owl2 import Owl2ForConditionalGeneration
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear, quantize
 from owl2.engine.kv_cache import StaticKVCache
 from owl2.engine.model_runner import ModelRunner
-from owl2.engine.prefill import Prefiller
 from owl2.engine.prefix_cache import PromptState
+from owl2.engine.running_batch import RunningBatch
 from owl2.processing.prepared_prompt import PreparedPrompt
 
 pytestmark = pytest.mark.usefixtures("three_threads")
@@ -67,8 +67,8 @@ def filled(model, use_kernels=None):
         with torch.no_grad():
             model(input_ids=ids[row : row + 1, :length], past_key_values=cache, use_cache=True)
         runner.cache.reserve(3, length)
-        keys = [layer.keys[0] for layer in cache.layers]
-        runner.cache.write(row, keys, [layer.values[0] for layer in cache.layers])
+        layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
+        runner.cache.write(row, layers)
     with torch.no_grad():
         return runner, ids, model(input_ids=ids).logits
 
@@ -139,16 +139,15 @@ def test_quantized_logits_are_close(golden_models, name, bound):
 def test_the_cache_grows_and_keeps_its_content():
     cache = StaticKVCache(2, 3, 4, torch.float32, torch.device("cpu"))
     cache.reserve(1, 5)
-    parts = [torch.randn(3, 5, 4) for _ in range(4)]
-    cache.write(0, parts[:2], parts[2:])
+    layers = [torch.randn(2, 3, 5, 4) for _ in range(2)]
+    cache.write(0, layers)
     cache.reserve(3, 300)
-    assert cache.rows >= 3
-    assert cache.capacity >= 300
+    _, rows, _, capacity, _ = cache.layers[1].shape
+    assert rows >= 3
+    assert capacity >= 300
     cache.copy_row(0, 2, 5)
     for row in (0, 2):
-        keys, values = cache.read(row, 5)
-        for ours, given in zip(keys + values, parts, strict=True):
-            assert torch.equal(ours, given)
+        assert all(map(torch.equal, cache.read(row, 5), layers))
     assert cache.position_bytes == 2 * 2 * 3 * 4 * 4
 
 
@@ -159,8 +158,8 @@ def test_heads_that_the_kernels_do_not_support(golden_models):
     torch.testing.assert_close(decode(runner, ids), expected(logits), atol=1e-4, rtol=0)
 
 
-def prefill(model, runner, prompts, first_row=0):
-    """Logits after (ids, pixel_values) prompts."""
+def prefill(model, prompts, first_row=0, use_kernels=True):
+    """Logits after (ids, pixel_values) prompts, and the runner that computed them."""
     config = model.config
     states = [
         PromptState(
@@ -168,7 +167,9 @@ def prefill(model, runner, prompts, first_row=0):
         )
         for ids, own in prompts
     ]
-    return Prefiller(model, 0, 0).prefill(states, runner, first_row)
+    batch = RunningBatch(model, 0, 0)
+    batch.runner.uses_cpu_kernels &= use_kernels
+    return batch.prefill(states, first_row), batch.runner
 
 
 @pytest.mark.parametrize("name", ["model_mha", "model_gqa", "no_mam"])
@@ -176,9 +177,9 @@ def prefill(model, runner, prompts, first_row=0):
 def test_prefill_of_text_equals_the_forward(golden_models, name, limit, monkeypatch):
     monkeypatch.setattr("owl2.engine.backends.native.ops.MAX_TOKENS", limit)
     model = golden_models(name)
-    runner, ids, logits = filled(model)
+    _, ids, logits = filled(model)
     rows = [ids[row, : n + 5].tolist() for row, n in enumerate(LENGTHS)]
-    ours = prefill(model, runner, [(row, None) for row in rows])
+    ours, runner = prefill(model, [(row, None) for row in rows])
     last = torch.stack([logits[row, n + 4] for row, n in enumerate(LENGTHS)])
     torch.testing.assert_close(ours, last, atol=1e-4, rtol=0)
     # The cache has what decode steps need.
@@ -215,12 +216,10 @@ def test_prefill_with_images_equals_the_forward(golden_models, name, dtype, use_
                 given = None if own is None else own.to(reference.dtype)
                 rows.append(reference(torch.tensor([ids]), given).logits[0, -1].float())
         references.append(torch.stack(rows))
-    runner = ModelRunner(model)
+    logits, runner = prefill(model, prompts, first_row=1, use_kernels=use_kernels)
+    ours = logits.float()
     if dtype == torch.float32:
-        assert runner.uses_cpu_kernels
-    runner.uses_cpu_kernels &= use_kernels
-    ours = prefill(model, runner, prompts, first_row=1).float()
-    if dtype == torch.float32:
+        assert runner.uses_cpu_kernels == use_kernels
         torch.testing.assert_close(ours, references[0], atol=1e-4, rtol=0)
         return
     our_error, plain_error = ((row - references[0]).abs().mean() for row in (ours, references[1]))

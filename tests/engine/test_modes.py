@@ -8,6 +8,7 @@ from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.sampling import SamplingParams
 from owl2.errors import ErrorCode
+from tests.engine.conftest import stream_tokens
 from tests.errors import raises_input_error
 from tests.tiny import make_model
 
@@ -56,7 +57,7 @@ def test_nan_is_reported_with_any_number_of_bits(model, bits):
 
 def test_a_cast_during_an_answer_is_an_error(model, gate):
     core = EngineCore(model)
-    stream = core.stream(core.prepare(IDS), GREEDY, TOKENS, ())
+    stream = stream_tokens(core, core.prepare(IDS), TOKENS)
     next(stream)
     assert gate.reached.wait(20)
     model.to(torch.bfloat16)

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from owl2.engine.detokenizer import TokenTexts
+from owl2.engine.detokenizer import token_texts
 from owl2.engine.engine import MAX_NUM_SEQS, Engine
 from owl2.errors import ErrorCode
 from owl2.processing.image_processing import Owl2ImageProcessor
@@ -190,16 +190,13 @@ def test_excluded_tokens_are_not_reported(engine, conversations):
 
 
 def test_token_texts_of_sentencepiece(shared_engine):
-    texts = TokenTexts(shared_engine.processor.tokenizer)
     tokenizer = shared_engine.processor.tokenizer
-    assert (
-        b"".join(texts.find(id_)[1] for id_ in encode(tokenizer, "a 你好 🦉")).decode().strip()
-        == "a 你好 🦉"
-    )
-    tokenizer = shared_engine.processor.tokenizer
-    assert texts.find(tokenizer.convert_tokens_to_ids("<0xE4>")) == ("\\xe4", b"\xe4")
-    assert texts.find(tokenizer.eos_token_id) == ("</s>", b"")
-    assert texts.find(len(tokenizer) + 5) == ("", b"")
+    texts = token_texts(tokenizer)
+    ids = encode(tokenizer, "a 你好 🦉")
+    assert b"".join(texts(id_)[1] for id_ in ids).decode().strip() == "a 你好 🦉"
+    assert texts(tokenizer.convert_tokens_to_ids("<0xE4>")) == ("\\xe4", b"\xe4")
+    assert texts(tokenizer.eos_token_id) == ("</s>", b"")
+    assert texts(len(tokenizer) + 5) == ("", b"")
 
 
 def test_token_texts_of_byte_level_tokenizers():
@@ -209,12 +206,12 @@ def test_token_texts_of_byte_level_tokenizers():
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
     tokenizer.add_tokens(["<image part>"])
-    texts = TokenTexts(tokenizer)
+    texts = token_texts(tokenizer)
     text = "a\x00b 你好 \x7f\xa0\xad🦉\n"
     ids = tokenizer.encode(text)
-    assert b"".join(texts.find(id_)[1] for id_ in ids).decode() == text
-    assert {texts.find(id_)[1] for id_ in range(256)} == {bytes([byte]) for byte in range(256)}
-    assert texts.find(256) == ("<image part>", b"<image part>")
+    assert b"".join(texts(id_)[1] for id_ in ids).decode() == text
+    assert {texts(id_)[1] for id_ in range(256)} == {bytes([byte]) for byte in range(256)}
+    assert texts(256) == ("<image part>", b"<image part>")
 
 
 # ------------------------------------------------------------------ n answers
@@ -375,11 +372,11 @@ def test_outputs_of_a_closed_completion(endless, conversations, gate):
 
 def test_a_request_aborted_while_it_waits_never_starts(endless, conversations, gate):
     endless.core.max_num_seqs = 1
-    running, _ = submit(endless, conversations[0], max_new_tokens=90_000)
+    abort_running, _ = submit(endless, conversations[0], max_new_tokens=90_000)
     assert gate.reached.wait(20)
-    waiting, outputs = submit(endless, conversations[4])
-    waiting.abort()
-    running.abort()
+    abort_waiting, outputs = submit(endless, conversations[4])
+    abort_waiting()
+    abort_running()
     gate.open()
     assert endless.chat(conversations[1], max_new_tokens=1)
     assert endless.stats().num_prefills == 2
@@ -409,7 +406,7 @@ def test_a_completion_that_is_not_iterated_computes_nothing(engine, conversation
 
 
 def submit(engine, messages, **options):
-    """A submitted request and the queue of its outputs."""
+    """The function that aborts a submitted request, and the queue of its outputs."""
     outputs = SimpleQueue()
     prompt = engine.encode(messages)
     return engine.submit(prompt, engine.sampling_params(**options), outputs.put), outputs
@@ -417,12 +414,11 @@ def submit(engine, messages, **options):
 
 def test_submit_passes_the_chunks_of_complete(shared_engine, conversations):
     options = {"n": 3, "max_new_tokens": TOKENS, "top_logprobs": 1, "stop": "e", **SAMPLED}
-    handle, outputs = submit(shared_engine, conversations[2], **options)
+    _, outputs = submit(shared_engine, conversations[2], **options)
     chunks = []
     while sum(chunk.finish_reason is not None for chunk in chunks) < 3:
         chunks.append(outputs.get(timeout=20))
     completion = shared_engine.complete(conversations[2], **options)
-    assert handle.num_prompt_tokens == completion.num_prompt_tokens
     texts = dict.fromkeys(range(3), "")
     for chunk in chunks:
         texts[chunk.index] += chunk.text
@@ -431,9 +427,9 @@ def test_submit_passes_the_chunks_of_complete(shared_engine, conversations):
 
 
 def test_nothing_is_passed_after_abort(endless, conversations):
-    handle, outputs = submit(endless, conversations[0], max_new_tokens=90_000)
+    abort, outputs = submit(endless, conversations[0], max_new_tokens=90_000)
     outputs.get(timeout=20)
-    handle.abort()
+    abort()
     assert endless.chat(conversations[1], max_new_tokens=3)  # a later step
     while not outputs.empty():
         assert outputs.get().finish_reason is None

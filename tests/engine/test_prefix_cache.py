@@ -7,8 +7,8 @@ import torch
 
 from owl2.engine.engine import Engine
 from owl2.engine.prefix_cache import (
-    ImageFeatureCache,
     PrefixCache,
+    TensorCache,
     common_prefix_length,
     weights_version,
 )
@@ -205,48 +205,50 @@ def test_by_default_an_engine_of_a_model_caches_nothing(engine, conversations):
 # ------------------------------------------------------------------ units
 
 
-def tensors(length, layers=2):
-    return [torch.zeros(1, length, 4) for _ in range(layers)]
+SIZE = 2 * 2 * 4 * 4  # bytes of a position: keys and values of 2 layers, 4 floats each
+
+
+def filled(limit, *keys, min_tokens=2):
+    prefixes = PrefixCache(limit, min_tokens)
+    for key in keys:
+        prefixes.add(key, [torch.zeros(2, 1, len(key), 4) for _ in range(2)])
+    return prefixes
 
 
 def test_find_returns_the_longest_common_prefix():
-    prefixes = PrefixCache(10_000, min_tokens=2)
-    for key in ((1, 2, 3, 4), (1, 2, b"a", b"a", 5), (9, 9)):
-        prefixes.add(key, tensors(len(key)), tensors(len(key)))
+    entries = (1, 2, 3, 4), (1, 2, b"a", b"a", 5), (9, 9)
+    prefixes = filled(10_000, *entries)
     assert prefixes.find((1, 2, b"a", b"a", 7))[1] == 4
     assert prefixes.find((1, 2, b"b", b"b", 7))[1] == 2
-    found, shared = prefixes.find((1, 2, 3, 4))
-    assert (found.key, shared) == ((1, 2, 3, 4), 3)  # one token remains to be computed
+    tensors, shared = prefixes.find((1, 2, 3, 4))
+    assert (tensors, shared) == (prefixes.get((1, 2, 3, 4)), 3)  # one token is to be computed
     assert prefixes.find((9, 9)) == (None, 0)
     assert prefixes.find((1, 3, 3)) == (None, 0)
 
 
 def test_a_longer_entry_replaces_its_prefix():
-    prefixes = PrefixCache(10_000, min_tokens=2)
-    for key in ((1, 2, 3), (1, 2, 3, 4), (1, 2), (1, 2, 5)):
-        prefixes.add(key, tensors(len(key)), tensors(len(key)))
+    prefixes = filled(10_000, (1, 2, 3), (1, 2, 3, 4), (1, 2), (1, 2, 5))
     assert prefixes.cached_keys == [(1, 2, 3, 4), (1, 2, 5)]
-    assert prefixes.bytes == 2 * 2 * (4 + 3) * 4 * 4  # keys and values of 2 layers, 7 positions
+    assert prefixes.bytes == SIZE * (4 + 3)
 
 
-def test_the_least_recently_used_entry_is_evicted():
-    size = 2 * 2 * 4 * 4  # of a position: keys and values of 2 layers, 4 floats each
-    prefixes = PrefixCache(2 * 3 * size, min_tokens=1)
-    prefixes.add((1, 1, 1), tensors(3), tensors(3))
-    prefixes.add((2, 2, 2), tensors(3), tensors(3))
+def test_the_least_recently_used_prefix_is_evicted():
+    prefixes = filled(2 * 3 * SIZE, (1, 1, 1), (2, 2, 2), min_tokens=1)
     prefixes.find((1, 1, 5))
-    prefixes.add((3, 3, 3), tensors(3), tensors(3))
-    assert prefixes.cached_keys == [(1, 1, 1), (3, 3, 3)]
-    prefixes.add((4,) * 7, tensors(7), tensors(7))
-    assert prefixes.cached_keys == [(1, 1, 1), (3, 3, 3)]  # the new entry exceeds the limit
-    features = ImageFeatureCache(100)
+    for key in ((3, 3, 3), (4,) * 7):  # the second exceeds the limit
+        prefixes.add(key, [torch.zeros(2, 1, len(key), 4) for _ in range(2)])
+        assert prefixes.cached_keys == [(1, 1, 1), (3, 3, 3)]
+
+
+def test_the_least_recently_used_image_is_evicted():
+    images = TensorCache(100)
     for name in (b"a", b"b"):
-        features.add(name, torch.zeros(12))
-    features.find(b"a")
-    features.add(b"c", torch.zeros(12))
-    assert features.find(b"b") is None
-    assert features.find(b"a") is not None
-    assert features.bytes == 96
+        images.add(name, [torch.zeros(12)])
+    images.get(b"a")
+    images.add(b"c", [torch.zeros(12)])
+    assert images.cached_keys == [b"a", b"c"]
+    assert images.get(b"b") is None
+    assert images.bytes == 96
 
 
 def test_common_prefix_length():

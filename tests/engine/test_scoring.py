@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from owl2.engine.scoring import prompt_and_answer
+from owl2.engine.scoring import encode_answer
 from owl2.errors import ErrorCode
 from tests.engine.conftest import ask, random_image
 from tests.errors import raises_input_error
@@ -60,10 +60,11 @@ def test_the_prompt_is_computed_once(engine, conversations):
 
 def test_the_answer_is_that_of_for_training(shared_engine, conversations):
     for messages in conversations:
-        prompt, answer = prompt_and_answer(shared_engine.processor, messages, "a red circle")
+        sample, begin, end = encode_answer(shared_engine.processor, messages, "a red circle")
+        answer = sample.ids[begin:end]
         turn = {"role": "assistant", "content": "a red circle"}
         batch = shared_engine.processor.for_training([*messages, turn])
-        assert prompt + answer == batch["input_ids"][0].tolist()
+        assert sample.ids[:end] == batch["input_ids"][0].tolist()
         labels = batch["labels"][0].tolist()
         assert labels[-len(answer) :] == answer
         assert labels[-len(answer) - 1] == -100

@@ -4,6 +4,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import uvicorn
 
@@ -42,7 +43,6 @@ class FakeRequest:
     options: dict
     on_output: object
     aborted: bool = False
-    num_prompt_tokens: int = 7
     num_tokens: dict = field(default_factory=dict)
 
     def emit(self, text, index=0, finish_reason=None):
@@ -81,9 +81,9 @@ class FakeEngine:
     def encode(self, messages):
         if self.error is not None:
             raise self.error
-        return messages
+        return SimpleNamespace(messages=messages, ids=range(7))
 
     def submit(self, prompt, params, on_output):
-        request = FakeRequest(prompt, params, on_output)
+        request = FakeRequest(prompt.messages, params, on_output)
         self.requests.append(request)
-        return request
+        return request.abort

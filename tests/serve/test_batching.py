@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from owl2.engine.running_batch import RunningBatch
+from owl2.engine.engine_core import EngineCore
 from tests.serve.running import wait_until
 
 MESSAGES = [{"role": "user", "content": "what is this?"}]
@@ -18,14 +18,12 @@ LONG = {"model": "tiny", "messages": MESSAGES, "max_tokens": 100, "temperature":
 def batch_sizes(monkeypatch):
     """The number of sequences in each step of the engine; steps are slowed down."""
     sizes = []
-    step = RunningBatch.step
 
-    def slow_step(batch):
-        sizes.append(len(batch.requests))
+    def on_step(core, num_running):
+        sizes.append(num_running)
         time.sleep(0.02)  # the duration of a step of a larger model
-        return step(batch)
 
-    monkeypatch.setattr(RunningBatch, "step", slow_step)
+    monkeypatch.setattr(EngineCore, "on_step", on_step)
     return sizes
 
 

@@ -35,9 +35,8 @@ class ServerProcess:
 
     def __init__(self, *arguments, environment=None, delay=0.0):
         code = (
-            "import sys, time, owl2.cli\nfrom owl2.engine.running_batch import RunningBatch\n"
-            "step = RunningBatch.step\n"
-            f"RunningBatch.step = lambda self: (time.sleep({delay}), step(self))[1]\n"
+            "import sys, time, owl2.cli\nfrom owl2.engine.engine_core import EngineCore\n"
+            f"EngineCore.on_step = lambda core, num_running: time.sleep({delay})\n"
             "sys.argv = ['owl2', 'serve', *sys.argv[1:]]\nowl2.cli.main()"
         )
         self.process = subprocess.Popen(

@@ -8,7 +8,7 @@ last, so that each modality is a slice of the tokens.
 Shapes: M tokens, D width, h key-value heads, d head width, R rows and C capacity of the cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,12 +39,9 @@ class TokenPositions(NamedTuple):
     sin: torch.Tensor
     num_visual: int = 0
 
-    def slots(
-        self, keys: torch.Tensor, values: torch.Tensor, part: slice = slice(None)
-    ) -> ops.CacheSlots:
-        """A part of the tokens in one layer of the cache, (R, h, C, d) each."""
-        cos, sin, rows, positions = self.cos, self.sin, self.rows, self.positions
-        return ops.cache_slots(cos[part], sin[part], rows[part], positions[part], keys, values)
+    def slots(self, layer: torch.Tensor) -> ops.CacheSlots:
+        """The tokens in one layer of the cache, (2, R, h, C, d)."""
+        return ops.cache_slots(self.cos, self.sin, self.rows, self.positions, layer)
 
 
 def supports(model: Any) -> bool:
@@ -68,65 +65,68 @@ def supports(model: Any) -> bool:
 def run_layers(
     layers: Sequence[Any],
     hidden: torch.Tensor,
-    keys: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
+    cache: Sequence[torch.Tensor],
     tokens: TokenPositions,
 ) -> torch.Tensor:
     """(M, D), which may be overwritten, through all layers; writes keys and values to the cache.
 
     Args:
-        keys, values: (R, h, C, d) for each layer.
+        cache: (2, R, h, C, d) for each layer.
     """
     is_short = len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual
     if is_short and all(_is_supported(layer, hidden.dtype) for layer in layers):
-        arguments = [
-            ops.layer(
-                hidden.shape[1],
-                [_matrix(linear) for linear in _text_linears(layer)],
-                [(norm.weight, norm.variance_epsilon) for norm in _text_norms(layer)],
-                tokens.slots(own_keys, own_values),
-                layer.self_attn.q_proj.out_features // layer.self_attn.head_dim,
-                layer.self_attn.scaling,
-            )
-            for layer, own_keys, own_values in zip(layers, keys, values, strict=True)
-        ]
-        ops.decoder_layers(hidden, arguments)
+        pairs = zip(layers, cache, strict=True)
+        ops.decoder_layers(hidden, [_arguments(*pair, tokens) for pair in pairs])
         return hidden
-    for layer, own_keys, own_values in zip(layers, keys, values, strict=True):
-        hidden = _run_layer(layer, hidden, own_keys, own_values, tokens)
+    for layer, own_cache in zip(layers, cache, strict=True):
+        hidden = _run_layer(layer, hidden, own_cache, tokens)
     return hidden
 
 
+def _arguments(layer: Any, cache: torch.Tensor, tokens: TokenPositions) -> ops.Layer:
+    """A layer for `ops.decoder_layers`."""
+    attention, first, second = layer.self_attn, *_text_norms(layer)
+    matrices = [
+        ops.matrix(linear.weight, linear.bias, linear.scale, linear.bits)
+        if type(linear) is QuantizedLinear
+        else ops.matrix(linear.weight, linear.bias)
+        for linear in _text_linears(layer)
+    ]
+    return ops.Layer(
+        *matrices,
+        first.weight.data_ptr(),
+        second.weight.data_ptr(),
+        tokens.slots(cache),
+        attention.q_proj.in_features,
+        attention.q_proj.out_features // attention.head_dim,
+        first.variance_epsilon,
+        second.variance_epsilon,
+        attention.scaling,
+    )
+
+
 def _run_layer(
-    layer: Any,
-    hidden: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tokens: TokenPositions,
+    layer: Any, hidden: torch.Tensor, cache: torch.Tensor, tokens: TokenPositions
 ) -> torch.Tensor:
     attention, mlp = layer.self_attn, layer.mlp
     num_text = len(hidden) - tokens.num_visual
-    normed = _norm_by_modality(layer.input_layernorm, hidden, num_text)
+    normed = _by_modality(rms_norm, layer.input_layernorm, hidden, num_text)
     query = linear(attention.q_proj, normed)
-    parts = slice(None, num_text), slice(num_text, None)
-    projections = _by_modality(attention.k_proj), _by_modality(attention.v_proj)
-    for part, to_key, to_value in zip(parts, *projections, strict=True):
-        if len(own := normed[part]):
-            slots = tokens.slots(keys, values, part)
-            ops.write_kv(slots, linear(to_key, own), linear(to_value, own))
+    key = _by_modality(linear, attention.k_proj, normed, num_text)
+    value = _by_modality(linear, attention.v_proj, normed, num_text)
     heads = query.shape[1] // attention.head_dim
-    attended = ops.attention(tokens.slots(keys, values), query, heads, attention.scaling)
+    attended = ops.attention(tokens.slots(cache), key, value, query, heads, attention.scaling)
     hidden = hidden + linear(attention.o_proj, attended)
-    normed = _norm_by_modality(layer.post_attention_layernorm, hidden, num_text)
+    normed = _by_modality(rms_norm, layer.post_attention_layernorm, hidden, num_text)
     gate, up = linear(mlp.gate_proj, normed), linear(mlp.up_proj, normed)
     return hidden.add_(linear(mlp.down_proj, ops.swiglu(gate, up)))
 
 
-def rms_norm(module: Any, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     """An RMSNorm of (M, D)."""
     if module.weight.dtype == hidden.dtype and hidden.shape[1] % ops.WIDTH == 0:
-        return ops.rms_norm(hidden.contiguous(), module.weight, module.variance_epsilon, out)
-    return module(hidden) if out is None else out.copy_(module(hidden))
+        return ops.rms_norm(hidden.contiguous(), module.weight, module.variance_epsilon)
+    return module(hidden)
 
 
 def linear(module: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -136,18 +136,22 @@ def linear(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return module(hidden).to(hidden.dtype).contiguous()
 
 
-def _norm_by_modality(module: nn.Module, hidden: torch.Tensor, num_text: int) -> torch.Tensor:
-    """(M, D) to (M, D), the first `num_text` tokens as text, the others as images."""
-    text_norm, visual_norm = _by_modality(module)
-    if num_text == len(hidden) or text_norm is visual_norm:
-        return rms_norm(text_norm, hidden)
-    normed = torch.empty_like(hidden)
-    rms_norm(text_norm, hidden[:num_text], normed[:num_text])
-    rms_norm(visual_norm, hidden[num_text:], normed[num_text:])
-    return normed
+def _by_modality(
+    function: Callable[[Any, torch.Tensor], torch.Tensor],
+    module: nn.Module,
+    hidden: torch.Tensor,
+    num_text: int,
+) -> torch.Tensor:
+    """(M, D) to (M, N): the modules of both modalities, the first `num_text` tokens are text."""
+    text, visual = _modules(module)
+    if text is visual or num_text == len(hidden):
+        return function(text, hidden)
+    if not num_text:
+        return function(visual, hidden)
+    return torch.cat([function(text, hidden[:num_text]), function(visual, hidden[num_text:])])
 
 
-def _by_modality(module: nn.Module) -> tuple[Any, Any]:
+def _modules(module: nn.Module) -> tuple[Any, Any]:
     """The modules for text and for images."""
     if isinstance(module, Multiway):
         return module.multiway[TEXT], module.multiway[VISUAL]
@@ -155,16 +159,14 @@ def _by_modality(module: nn.Module) -> tuple[Any, Any]:
 
 
 def _text_norms(layer: Any) -> list[Any]:
-    return [
-        _by_modality(norm)[0] for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-    ]
+    return [_modules(norm)[0] for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
 
 
 def _text_linears(layer: Any) -> list[Any]:
-    """In the order of `ops.MATRICES`."""
+    """In the order of `ops.Layer`."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    text = [_by_modality(projection)[0] for projection in projections]
+    text = [_modules(projection)[0] for projection in projections]
     return [*text, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
@@ -178,12 +180,8 @@ def _is_supported(layer: Any, dtype: torch.dtype) -> bool:
 
 
 def _is_plain(module: Any, dtype: torch.dtype) -> bool:
-    return (
-        type(module) is nn.Linear
-        and module.weight.dtype == dtype
-        and ops.supports(module.weight)
-        and _has_bias_of(module, dtype)
-    )
+    is_plain = type(module) is nn.Linear and module.weight.dtype == dtype
+    return is_plain and ops.supports(module.weight) and _has_bias_of(module, dtype)
 
 
 def _is_quantized(module: Any, dtype: torch.dtype) -> bool:
@@ -192,9 +190,3 @@ def _is_quantized(module: Any, dtype: torch.dtype) -> bool:
 
 def _has_bias_of(module: Any, dtype: torch.dtype) -> bool:
     return module.bias is None or module.bias.dtype == dtype
-
-
-def _matrix(module: Any) -> ops.Matrix:
-    if type(module) is QuantizedLinear:
-        return ops.matrix(module.weight, module.bias, module.scale, module.bits)
-    return ops.matrix(module.weight, module.bias)

@@ -139,10 +139,14 @@ void attend_query(const T* query, const T* keys, const T* values, T* out, int64_
   weighted_sum(scores.data(), values, n, d, 1 / sum(totals), out);
 }
 
-// Rotates keys to their positions, and writes them and the values to the cache: (M, h, d) each.
+// Rotates queries (M, heads, d) and keys (M, h, d) to their positions, and writes keys and values to
+// the cache. Each query attends to its row up to its position. Several tokens may be in the same
+// row.
 template <class T>
-void write_kv(const Worker& worker, const CacheSlots& slots, const T* key, const T* value) {
-  const int64_t d = slots.d;
+void attention(Worker& worker, const CacheSlots& slots, const T* key, const T* value, T* query,
+               T* out, int64_t heads, float scaling) {
+  thread_local std::vector<float> scores;
+  const int64_t d = slots.d, group = heads / slots.h;
   const auto [from, to] = worker.share(slots.M * slots.h, 1);
   for (int64_t i = from; i < to; i++) {
     const int64_t b = i / slots.h, at = slots.offset(b, i % slots.h, slots.positions[b]);
@@ -150,15 +154,7 @@ void write_kv(const Worker& worker, const CacheSlots& slots, const T* key, const
            static_cast<const T*>(slots.sin) + b * d, static_cast<T*>(slots.keys) + at, d);
     std::memcpy(static_cast<T*>(slots.values) + at, value + i * d, d * sizeof(T));
   }
-}
-
-// Rotates queries (M, heads, d) to their positions; each attends to its row up to its position.
-// Several tokens may be in the same row.
-template <class T>
-void attention(const Worker& worker, const CacheSlots& slots, T* query, T* out, int64_t heads,
-            float scaling) {
-  thread_local std::vector<float> scores;
-  const int64_t d = slots.d, group = heads / slots.h;
+  worker.wait();
   // Head by head, so that keys and values stay in the CPU cache from token to token.
   worker.for_each_part(slots.M * slots.h, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; i++) {

@@ -29,19 +29,26 @@ class BuildError(Exception):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The kernels, compiled if necessary.
+    """The kernels, compiled if necessary with $CXX, else g++, c++ or clang++.
+
+    They are stored in ``owl2`` in $XDG_CACHE_HOME, else in ~/.cache.
 
     Raises:
-        BuildError: There is no compiler, or it failed.
+        BuildError: There is no compiler, it failed, or the library cannot be written.
     """
-    compiler = find_compiler()
-    path = cache_directory() / f"kernels-{fingerprint(compiler)}.so"
-    if not path.exists():
-        compile_into(path, compiler)
+    requested = os.environ.get("CXX")
+    names = [requested] if requested else ["g++", "c++", "clang++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        raise BuildError(f"no C++ compiler {requested or '(g++)'} on the PATH")
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "owl2"
+    path = directory / f"kernels-{_fingerprint(compiler)}.so"
     try:
+        if not path.exists():
+            compile_into(path, compiler)
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"{path} cannot be loaded: {error}") from error
+        raise BuildError(f"the CPU kernels in {directory} cannot be used: {error}") from error
 
 
 @cache
@@ -55,36 +62,17 @@ def available() -> bool:
     return True
 
 
-def find_compiler() -> str:
-    """The C++ compiler: $CXX, else g++, c++ or clang++ on the PATH."""
-    requested = os.environ.get("CXX")
-    for name in [requested] if requested else ["g++", "c++", "clang++"]:
-        if found := shutil.which(name):
-            return found
-    raise BuildError(f"no C++ compiler {requested or '(g++)'} on the PATH")
-
-
-def cache_directory() -> Path:
-    """The directory of the compiled library: ``owl2`` in $XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "owl2"
-
-
-def fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str) -> str:
     """A hash of the sources, the flags, the compiler, the processor and OpenMP's path."""
-    here = Path(__file__).parent
-    parts = [(here / source).read_bytes() for source in SOURCES]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts += [" ".join(FLAGS).encode(), version, _processor().encode(), openmp_library().encode()]
+    processor = platform.processor()
+    if (info := Path("/proc/cpuinfo")).exists():  # Linux
+        prefixes = ("model name", "flags", "Features")  # ARM has Features
+        lines = info.read_text().splitlines()
+        processor = "\n".join(sorted({line for line in lines if line.startswith(prefixes)}))
+    parts = [Path(__file__).with_name(source).read_bytes() for source in SOURCES]
+    parts += [version, " ".join((*FLAGS, processor, openmp_library())).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    prefixes = ("model name", "flags", "Features")  # ARM has Features
-    return "\n".join(sorted({line for line in lines if line.startswith(prefixes)}))
 
 
 def compile_into(path: Path, compiler: str) -> None:
@@ -92,25 +80,18 @@ def compile_into(path: Path, compiler: str) -> None:
 
     Raises:
         BuildError: With the first line of the compiler's message.
+        OSError: The library cannot be written.
     """
     print("owl2: compiling the CPU kernels, once on this machine", file=sys.stderr, flush=True)
-    source = Path(__file__).with_name(SOURCES[0])
-    shared = openmp_library()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            library_path = Path(directory) / path.name
-            command = [compiler, *FLAGS, str(source), "-o", str(library_path)]
-            # Before the library of -fopenmp, so that the linker prefers torch's.
-            run = subprocess.run(
-                [*command, *([shared, "-Wl,--as-needed"] if shared else [])],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if run.returncode:
-                message = (run.stderr.strip() or "no message").splitlines()
-                raise BuildError(f"{compiler} failed: {message[0]}")
-            os.replace(library_path, path)
-    except OSError as error:
-        raise BuildError(f"the CPU kernels cannot be written to {path.parent}: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        output = Path(directory) / path.name
+        command = [compiler, *FLAGS, str(Path(__file__).with_name(SOURCES[0])), "-o", str(output)]
+        # Before the library of -fopenmp, so that the linker prefers torch's.
+        if shared := openmp_library():
+            command += [shared, "-Wl,--as-needed"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            message = (run.stderr.strip() or "no message").splitlines()[0]
+            raise BuildError(f"{compiler} failed: {message}")
+        os.replace(output, path)

@@ -101,9 +101,8 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
   product(l.key, space.normed, space.key);
   product(l.value, space.normed, space.value);
   worker.wait();
-  write_kv(worker, l.slots, space.key.data(), space.value.data());
-  worker.wait();
-  attention(worker, l.slots, space.query.data(), space.attended.data(), l.heads, l.scaling);
+  attention(worker, l.slots, space.key.data(), space.value.data(), space.query.data(),
+            space.attended.data(), l.heads, l.scaling);
   ready(space.attended, l.output.bits);
   add(l.output, space.attended);
   worker.wait();
@@ -163,33 +162,31 @@ void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
 // `Product<T>::STEP`; `ops.py` ensures it.
 #define EXPORT(T, NAME)                                                                           \
   extern "C" void linear_##NAME(const Matrix* matrix, const T* x, T* y, int64_t M, int64_t K,     \
-                                int threads) {                                                    \
+                                int64_t threads) {                                                \
     linear(*matrix, x, y, M, K, threads);                                                         \
   }                                                                                               \
-  extern "C" void dequantize_##NAME(const Matrix* matrix, T* out, int64_t K, int threads) {       \
+  extern "C" void dequantize_##NAME(const Matrix* matrix, T* out, int64_t K, int64_t threads) {   \
     dequantize(*matrix, out, K, threads);                                                         \
   }                                                                                               \
   extern "C" void rms_norm_##NAME(const T* x, const void* weight, T* y, int64_t M, int64_t D,     \
-                                  float epsilon, int threads) {                                   \
+                                  float epsilon, int64_t threads) {                               \
     parallel(threads, [&](Worker worker) { rms_norm(worker, x, weight, y, M, D, epsilon); });     \
   }                                                                                               \
-  extern "C" void swiglu_##NAME(T* gate, const T* up, int64_t n, int threads) {                   \
+  extern "C" void swiglu_##NAME(T* gate, const T* up, int64_t n, int64_t threads) {               \
     parallel(threads, [&](Worker worker) {                                                        \
       const auto [from, to] = worker.share(n, ROW_STEP);                                          \
       swiglu(gate + from, up + from, to - from);                                                  \
     });                                                                                           \
   }                                                                                               \
-  extern "C" void write_kv_##NAME(const CacheSlots* slots, const T* key, const T* value,          \
-                                int threads) {                                                    \
-    parallel(threads, [&](Worker worker) { write_kv(worker, *slots, key, value); });              \
-  }                                                                                               \
-  extern "C" void attention_##NAME(const CacheSlots* slots, T* query, T* out, int64_t heads,      \
-                                float scaling, int threads) {                                     \
-    parallel(threads,                                                                             \
-             [&](Worker worker) { attention(worker, *slots, query, out, heads, scaling); });      \
+  extern "C" void attention_##NAME(const CacheSlots* slots, const T* key, const T* value,         \
+                                   T* query, T* out, int64_t heads, float scaling,                \
+                                   int64_t threads) {                                             \
+    parallel(threads, [&](Worker worker) {                                                        \
+      attention(worker, *slots, key, value, query, out, heads, scaling);                          \
+    });                                                                                           \
   }                                                                                               \
   extern "C" void decoder_layers_##NAME(const Layer* layers, int64_t count, T* hidden,            \
-                                int threads) {                                                    \
+                                        int64_t threads) {                                        \
     decoder_layers(layers, count, hidden, threads);                                               \
   }
 EXPORT(float, float32)

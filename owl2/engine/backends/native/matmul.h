@@ -182,29 +182,25 @@ struct Rows {
   int64_t N, K;
 };
 
-template <int R, int M, class T>
-inline void store_tile(const Rows<T>& rows, const T* x, int64_t m, Prefetch<T> prefetch) {
-  float out[R * M];
-  tile<R, M>(rows.w, x + m * rows.K, rows.K, prefetch, out);
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < M; j++)
-      store(rows.y + (m + j) * rows.N + r,
-            out[r * M + j] * rows.factors[r] + (rows.bias ? to_float(rows.bias[r]) : 0));
-}
-
 // R rows for all tokens. Each tile prefetches a part of the next rows.
 template <int R, class T>
 inline void store_rows(const Rows<T>& rows, const T* x, int64_t M, const T* next) {
   const int64_t tiles = (M + TOKENS - 1) / TOKENS;
-  const auto prefetch = [&](int64_t i) {
-    const int64_t from = R * i / tiles, to = R * (i + 1) / tiles;
-    return next ? Prefetch<T>{next + from * rows.K, to - from} : Prefetch<T>{};
+  const auto store_tile = [&]<int COUNT>(int64_t m) {
+    const int64_t i = m / TOKENS, from = R * i / tiles, to = R * (i + 1) / tiles;
+    const auto prefetch = next ? Prefetch<T>{next + from * rows.K, to - from} : Prefetch<T>{};
+    float out[R * COUNT];
+    tile<R, COUNT>(rows.w, x + m * rows.K, rows.K, prefetch, out);
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < COUNT; j++)
+        store(rows.y + (m + j) * rows.N + r,
+              out[r * COUNT + j] * rows.factors[r] + (rows.bias ? to_float(rows.bias[r]) : 0));
   };
   int64_t m = 0;
-  for (; m + TOKENS <= M; m += TOKENS) store_tile<R, TOKENS>(rows, x, m, prefetch(m / TOKENS));
-  if (M - m == 3) store_tile<R, 3>(rows, x, m, prefetch(tiles - 1));
-  if (M - m == 2) store_tile<R, 2>(rows, x, m, prefetch(tiles - 1));
-  if (M - m == 1) store_tile<R, 1>(rows, x, m, prefetch(tiles - 1));
+  for (; m + TOKENS <= M; m += TOKENS) store_tile.template operator()<TOKENS>(m);
+  if (M - m == 3) store_tile.template operator()<3>(m);
+  if (M - m == 2) store_tile.template operator()<2>(m);
+  if (M - m == 1) store_tile.template operator()<1>(m);
 }
 
 template <class Weights, class T>

@@ -6,7 +6,6 @@ capacity of the cache.
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,18 +19,17 @@ WIDTH = 16  # values of a SIMD vector
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 STEPS = {torch.float32: 16, torch.bfloat16: 32}  # K and d must be multiples
 
-POINTER, COUNT, THREADS, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
 
 
 class Matrix(ctypes.Structure):
     """The struct of `matmul.h`: the weight of a Linear, (N, K)."""
 
     _fields_ = [
-        ("weight", POINTER),
-        ("scale", POINTER),
-        ("bias", POINTER),
-        ("bits", COUNT),
-        ("rows", COUNT),
+        *_fields(ctypes.c_void_p, "weight scale bias"),
+        *_fields(ctypes.c_int64, "bits rows"),
     ]
 
 
@@ -39,51 +37,24 @@ class CacheSlots(ctypes.Structure):
     """The struct of `attention.h`: positions of M tokens, and the keys and values of their rows."""
 
     _fields_ = [
-        *((name, POINTER) for name in ("cos", "sin", "rows", "positions", "keys", "values")),
-        *((name, COUNT) for name in ("M", "h", "C", "d")),
+        *_fields(ctypes.c_void_p, "cos sin rows positions keys values"),
+        *_fields(ctypes.c_int64, "M h C d"),
     ]
-
-
-MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 
 
 class Layer(ctypes.Structure):
-    """The struct of `kernels.cpp`: a decoder layer and the positions of its tokens."""
+    """The struct of `kernels.cpp`: a decoder layer and the positions of its tokens.
+
+    The norms are two (D,) weights, D is `width`, and `heads` are those of the queries.
+    """
 
     _fields_ = [
-        *((name, Matrix) for name in MATRICES),
-        ("norm", POINTER),
-        ("second_norm", POINTER),
+        *_fields(Matrix, "query key value output gate up down"),
+        *_fields(ctypes.c_void_p, "norm second_norm"),
         ("slots", CacheSlots),
-        ("D", COUNT),
-        ("heads", COUNT),
-        ("epsilon", FLOAT),
-        ("second_epsilon", FLOAT),
-        ("scaling", FLOAT),
+        *_fields(ctypes.c_int64, "width heads"),
+        *_fields(ctypes.c_float, "epsilon second_epsilon scaling"),
     ]
-
-
-ARGUMENTS = {
-    "linear": [*[POINTER] * 3, *[COUNT] * 2, THREADS],
-    "dequantize": [*[POINTER] * 2, COUNT, THREADS],
-    "rms_norm": [*[POINTER] * 3, *[COUNT] * 2, FLOAT, THREADS],
-    "swiglu": [*[POINTER] * 2, COUNT, THREADS],
-    "write_kv": [*[POINTER] * 3, THREADS],
-    "attention": [*[POINTER] * 3, COUNT, FLOAT, THREADS],
-    "decoder_layers": [POINTER, COUNT, POINTER, THREADS],
-}
-
-
-@cache
-def function(name: str, dtype: torch.dtype) -> Any:
-    """A kernel for a dtype.
-
-    Raises:
-        BuildError: See `build.library`.
-    """
-    kernel = getattr(library(), f"{name}_{DTYPES[dtype]}")
-    kernel.argtypes, kernel.restype = ARGUMENTS[name], None
-    return kernel
 
 
 def supports(weight: torch.Tensor) -> bool:
@@ -109,13 +80,8 @@ def matrix(
     """
     if scale is not None and scale.dtype != torch.float32:
         raise TypeError(f"the scale is {scale.dtype}; the kernels read float32")
-    return Matrix(
-        weight.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        bits,
-        len(weight),
-    )
+    pointers = [None if one is None else one.data_ptr() for one in (weight, scale, bias)]
+    return Matrix(*pointers, bits, len(weight))
 
 
 def linear(
@@ -132,16 +98,7 @@ def linear(
         scale: With `bits`, float32: (N,) for 8 bits, (N, K / 64) for 4.
     """
     y = x.new_empty(len(x), len(weight))
-    own = matrix(weight, bias, scale, bits)
-    call(
-        "linear",
-        x.dtype,
-        y.numel() * x.shape[1],
-        ctypes.byref(own),
-        x.data_ptr(),
-        y.data_ptr(),
-        *x.shape,
-    )
+    _call("linear", y, y.numel() * x.shape[1], matrix(weight, bias, scale, bits), x, y, *x.shape)
     return y
 
 
@@ -150,32 +107,20 @@ def dequantize(
 ) -> torch.Tensor:
     """A quantized weight, see `linear`, as an (N, K) matrix of `dtype`; `width` is K."""
     out = torch.empty(len(weight), width, dtype=dtype)
-    own = matrix(weight, None, scale, bits)
-    call("dequantize", dtype, out.numel(), ctypes.byref(own), out.data_ptr(), width)
+    _call("dequantize", out, out.numel(), matrix(weight, None, scale, bits), out, width)
     return out
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, epsilon: float, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """The RMSNorm of (M, K), contiguous; K is a multiple of 16."""
-    y = torch.empty_like(x) if out is None else out
-    call(
-        "rms_norm",
-        x.dtype,
-        4 * x.numel(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        *x.shape,
-        epsilon,
-    )
+    y = torch.empty_like(x)
+    _call("rms_norm", x, 4 * x.numel(), x, weight, y, *x.shape, epsilon)
     return y
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` in place of `gate`; both are contiguous and have the same shape."""
-    call("swiglu", gate.dtype, 8 * gate.numel(), gate.data_ptr(), up.data_ptr(), gate.numel())
+    _call("swiglu", gate, 8 * gate.numel(), gate, up, gate.numel())
     return gate
 
 
@@ -184,65 +129,60 @@ def cache_slots(
     sin: torch.Tensor,
     rows: torch.Tensor,
     positions: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    layer: torch.Tensor,
 ) -> CacheSlots:
     """Where M tokens are in one layer of the cache.
 
     Args:
         cos, sin: (M, d) the rotary embeddings of the positions, contiguous.
         rows, positions: (M,), int64; several tokens may be in the same row.
-        keys, values: (R, h, C, d).
+        layer: (2, R, h, C, d) keys and values.
     """
-    tensors = (cos, sin, rows, positions, keys, values)
-    return CacheSlots(*(tensor.data_ptr() for tensor in tensors), len(rows), *keys.shape[1:])
+    pointers = [tensor.data_ptr() for tensor in (cos, sin, rows, positions, layer[0], layer[1])]
+    return CacheSlots(*pointers, len(rows), *layer.shape[2:])
 
 
-def write_kv(slots: CacheSlots, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Write keys, after rotating them to their positions, and values to the cache: (M, h, d)."""
-    pointers = ctypes.byref(slots), key.data_ptr(), value.data_ptr()
-    call("write_kv", key.dtype, 4 * key.numel(), *pointers)
-
-
-def attention(slots: CacheSlots, query: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:
-    """Causal attention of queries (M, heads, d), which are overwritten, over their rows."""
-    out = torch.empty_like(query)
-    work = 64 * query.numel()  # a lower bound: the numbers of keys are not known here
-    pointers = ctypes.byref(slots), query.data_ptr(), out.data_ptr()
-    call("attention", query.dtype, work, *pointers, heads, scaling)
-    return out
-
-
-def layer(
-    width: int,
-    matrices: Sequence[Matrix],
-    norms: Sequence[tuple[torch.Tensor, float]],
+def attention(
     slots: CacheSlots,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query: torch.Tensor,
     heads: int,
     scaling: float,
-) -> Layer:
-    """A decoder layer for `decoder_layers`.
+) -> torch.Tensor:
+    """Write keys and values (M, h * d) to the cache, and attend to rows up to each position.
+
+    Keys and queries are rotated to their positions, queries in place.
 
     Args:
-        width: D.
-        matrices: In the order of `MATRICES`.
-        norms: Weight (D,) and epsilon of the two RMSNorms.
-        heads: Query heads.
+        query: (M, heads * d).
+
+    Returns:
+        (M, heads * d).
     """
-    (norm, epsilon), (second, second_epsilon) = norms
-    pointers = norm.data_ptr(), second.data_ptr()
-    return Layer(*matrices, *pointers, slots, width, heads, epsilon, second_epsilon, scaling)
+    out = torch.empty_like(query)
+    work = 64 * query.numel()  # a lower bound: the numbers of keys are not known here
+    _call("attention", query, work, slots, key, value, query, out, heads, scaling)
+    return out
 
 
 def decoder_layers(hidden: torch.Tensor, layers: Sequence[Layer]) -> None:
     """Decoder layers of the same shape, one after the other, for hidden (M, D) in place."""
     first = layers[0]
-    work = sum(getattr(first, name).rows for name in MATRICES) * hidden.numel()  # of one layer
-    arguments = (Layer * len(layers))(*layers)
-    call("decoder_layers", hidden.dtype, work, arguments, len(layers), hidden.data_ptr())
+    matrices = (first.query, first.key, first.value, first.output, first.gate, first.up, first.down)
+    work = sum(matrix.rows for matrix in matrices) * hidden.numel()  # of one layer
+    _call("decoder_layers", hidden, work, (Layer * len(layers))(*layers), len(layers), hidden)
 
 
-def call(name: str, dtype: torch.dtype, work: int, *arguments: Any) -> None:
-    """Run a kernel with torch's number of threads, or with one if there is little work."""
-    num_threads = 1 if work < MIN_PARALLEL_WORK else torch.get_num_threads()
-    function(name, dtype)(*arguments, num_threads)
+def _call(name: str, typed: torch.Tensor, work: int, *arguments: Any) -> None:
+    """Run a kernel for a dtype with torch's number of threads, or with one for little work."""
+    threads = 1 if work < MIN_PARALLEL_WORK else torch.get_num_threads()
+    kernel = getattr(library(), f"{name}_{DTYPES[typed.dtype]}")
+    kernel(*map(_as_c, (*arguments, threads)))
+
+
+def _as_c(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    kinds: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_float}
+    return kinds.get(type(argument), ctypes.byref)(argument)
