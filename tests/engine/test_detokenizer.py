@@ -7,9 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from owl2.engine.detokenizer import IncrementalDetokenizer, open_byte_ids
-from owl2.errors import ErrorCode
 from owl2.processing.tokenizer import encode
-from tests.errors import raises_input_error
 
 
 def decoder(tokenizer):
@@ -24,8 +22,7 @@ def spelling(parts):
 def released_texts(ids, decode, open_ids=()):
     """The released texts that are not empty."""
     stream = IncrementalDetokenizer(decode, open_ids)
-    chunks = [*map(stream.add, ids), stream.finish()]
-    return [chunk for chunk in chunks if chunk]
+    return [*filter(None, [*map(stream.add, ids), stream.finish()])]
 
 
 def test_joined_chunks_equal_the_answer(shared_engine, conversations):
@@ -51,7 +48,7 @@ def test_only_complete_characters_are_released(shared_engine):
     text = "a 你好 🦉👩‍🚀 é\n\n  end ő"
     ids = encode(tokenizer, text)
     assert len(ids) > len(text)
-    chunks = list(released_texts(ids, decoder(tokenizer)))
+    chunks = released_texts(ids, decoder(tokenizer))
     assert "".join(chunks) == text
     assert len(chunks) > 5
     assert not any("\ufffd" in chunk for chunk in chunks)
@@ -97,7 +94,7 @@ def test_long_answers_are_decoded_in_windows(shared_engine):
 
 
 @pytest.mark.parametrize(
-    ("stops", "left"),
+    ("stops", "expected"),
     [
         (["cd"], "ab"),
         (["bcd", "c"], "ab"),  # the one that is complete first
@@ -111,46 +108,25 @@ def test_long_answers_are_decoded_in_windows(shared_engine):
         (["gha", "hh", "x"], "abcd ef\n\ngh"),
     ],
 )
-def test_stop_strings_across_tokens(stops, left):
+def test_stop_strings_across_tokens(stops, expected):
     text = "abcd ef\n\ngh"
     ways = ([text], list(text), ["abc", "d ", "ef\n", "\ng", "h"], ["ab", "cd e", "f\n\ng", "h"])
     for parts in ways:
         stream = IncrementalDetokenizer(spelling(parts), (), stops)
-        given = ""
-        for number in range(len(parts)):
-            given += stream.add(number)
+        released = ""
+        for token in range(len(parts)):
+            released += stream.add(token)
             if stream.stop_position is not None:
                 break
-        assert given + stream.finish() == left
-        assert (stream.stop_position is not None) == (left != text)
+        assert released + stream.finish() == expected
+        assert (stream.stop_position is not None) == (expected != text)
 
 
 def test_a_possible_stop_string_is_held_back():
     letters = "one END two EN three"
     stream = IncrementalDetokenizer(spelling(letters), (), ["ENDE", "EN three and"])
-    given = [stream.add(number) for number in range(len(letters))]
-    assert "".join(given[:7]) == "one"
-    assert given[7] == " END"
-    assert "".join(given) == "one END two"
+    released = [stream.add(token) for token in range(len(letters))]
+    assert "".join(released[:7]) == "one"
+    assert released[7] == " END"
+    assert "".join(released) == "one END two"
     assert stream.finish() == " EN three"
-
-
-def test_closing_a_stream_ends_the_generation(engine, conversations, batch_sizes):
-    stream = engine.stream(conversations[0], max_new_tokens=90)
-    next(stream)
-    stream.close()
-    assert engine.chat(conversations[1], max_new_tokens=1)
-    assert len(batch_sizes) < 80
-    batch_sizes.clear()
-    assert engine.chat(conversations[0], max_new_tokens=3)
-    assert batch_sizes == [1, 1]
-
-
-def test_input_is_checked_before_the_first_chunk(shared_engine):
-    with raises_input_error(ErrorCode.EMPTY_MESSAGE):
-        shared_engine.stream([{"role": "user", "content": " "}])
-
-
-def test_a_stream_that_is_not_iterated_computes_nothing(engine, conversations):
-    engine.stream(conversations[0])
-    assert engine.stats().num_prefills == 0

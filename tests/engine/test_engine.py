@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from owl2.engine.engine import Engine
+from owl2.engine.engine import MAX_NUM_SEQS, Engine
 from owl2.engine.model_runner import ModelRunner
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_processing import Owl2ImageProcessor
@@ -147,22 +147,28 @@ def test_a_generation_config_causes_no_warnings(engine, conversations, caplog):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "needle"),
+    ("name", "values"),
     [
-        ({"temperature": -1}, ErrorCode.INVALID_VALUE, "temperature"),
-        ({"top_p": 0}, ErrorCode.INVALID_VALUE, "top_p"),
-        ({"top_p": 1.5}, ErrorCode.INVALID_VALUE, "top_p"),
-        ({"top_k": -1}, ErrorCode.INVALID_VALUE, "top_k"),
-        ({"min_p": 2}, ErrorCode.INVALID_VALUE, "min_p"),
-        ({"max_new_tokens": 0}, ErrorCode.INVALID_VALUE, "max_new_tokens"),
-        ({"seed": -1, "temperature": 1.0}, ErrorCode.INVALID_VALUE, "seed"),
-        ({"seed": 2**32, "temperature": 1.0}, ErrorCode.INVALID_VALUE, "seed"),
-        ({"do_sample": False, "top_k": 3}, ErrorCode.CONFLICT, "do_sample"),
+        ("temperature", [-1]),
+        ("top_p", [0, 1.5]),
+        ("top_k", [-1]),
+        ("min_p", [2]),
+        ("max_new_tokens", [0]),
+        ("seed", [-1, 2**32]),
+        ("n", [0, MAX_NUM_SEQS + 1]),
+        ("top_logprobs", [-1, 21]),
+        ("stop", [[""], ["a", ""], [3]]),
     ],
 )
-def test_invalid_options(shared_engine, conversations, options, code, needle):
-    with raises_input_error(code, needle):
-        shared_engine.chat(conversations[0], **options)
+def test_options_out_of_range(shared_engine, conversations, name, values):
+    for value in values:
+        with raises_input_error(ErrorCode.INVALID_VALUE, f"{name} is"):
+            shared_engine.complete(conversations[0], **{name: value})
+
+
+def test_sampling_options_of_a_greedy_answer(shared_engine, conversations):
+    with raises_input_error(ErrorCode.CONFLICT, "do_sample"):
+        shared_engine.chat(conversations[0], do_sample=False, top_k=3)
 
 
 def test_unknown_options(shared_engine, conversations):

@@ -5,7 +5,7 @@ import torch
 
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import load_model
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode
 from owl2.runtime import select_device, select_dtype
 from tests.errors import raises_input_error
 
@@ -59,16 +59,12 @@ def test_processor_options(tiny_checkpoint):
         ({"device": "cpu", "dtype": "int3"}, ErrorCode.UNKNOWN_NAME, "int3"),
         ({"device": "cpu", "attn_implementation": "magic"}, ErrorCode.UNSUPPORTED, "magic"),
         ({"device": "cpu", "quantize": "3bit"}, ErrorCode.UNKNOWN_NAME, "3bit"),
+        ({"device": "cpu", "image_policy": "crop"}, ErrorCode.INVALID_VALUE, "crop"),
     ],
 )
 def test_options_that_cannot_be_loaded(tiny_checkpoint, options, code, needle):
     with raises_input_error(code, needle):
         Engine.from_pretrained(tiny_checkpoint, **options)
-
-
-def test_an_unknown_image_policy(tiny_checkpoint):
-    with pytest.raises(InputError, match="crop"):
-        Engine.from_pretrained(tiny_checkpoint, device="cpu", image_policy="crop")
 
 
 def test_unavailable_devices(monkeypatch, tiny_checkpoint):
