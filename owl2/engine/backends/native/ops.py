@@ -136,10 +136,11 @@ def cache_slots(
     Args:
         cos, sin: (M, d) the rotary embeddings of the positions, contiguous.
         rows, positions: (M,), int64; several tokens may be in the same row.
-        layer: (2, R, h, C, d) keys and values.
+        layer: (2, R, h, C, d) keys and values, contiguous.
     """
-    pointers = [tensor.data_ptr() for tensor in (cos, sin, rows, positions, layer[0], layer[1])]
-    return CacheSlots(*pointers, len(rows), *layer.shape[2:])
+    pointers = [tensor.data_ptr() for tensor in (cos, sin, rows, positions, layer)]
+    values = layer.data_ptr() + layer.nbytes // 2
+    return CacheSlots(*pointers, values, len(rows), *layer.shape[2:])
 
 
 def attention(
