@@ -23,9 +23,10 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
-from owl2.engine.prefix_cache import PromptState, free_memory
+from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput, RunningBatch
 from owl2.engine.sampling import SamplingParams
 from owl2.engine.scheduler import Request, select_prefills
@@ -76,7 +77,10 @@ class EngineCore:
         image_cache_bytes: int | None = None,
         min_prefix_tokens: int | None = None,
     ) -> None:
-        free = free_memory(model.device)
+        if model.device.type == "cuda":
+            free = torch.cuda.mem_get_info(model.device)[0]
+        else:
+            free = psutil.virtual_memory().available
         if prefix_cache_bytes is None:
             prefix_cache_bytes = int(free * PREFIX_FRACTION)
         if image_cache_bytes is None:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from owl2.checkpoints.quantization import quantization_config
-from owl2.engine.backends.weight_only_quantization import check_bits
-from owl2.engine.backends.weight_only_quantization import quantize as quantize_weights
+from owl2.engine.backends import weight_only_quantization
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
@@ -60,8 +59,12 @@ def load_model(
     selected = select_device(device)
     if selected.type == "cpu":
         tune_malloc()
-    if quantize is not None:
-        check_bits(quantize)
+    names = weight_only_quantization.BITS
+    if quantize is not None and quantize not in names:
+        raise InputError(
+            f"quantize is {quantize!r}; it must be one of {', '.join(names)}.",
+            ErrorCode.UNKNOWN_NAME,
+        )
     options: dict[str, Any] = {"dtype": select_dtype(selected, dtype)}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -80,7 +83,7 @@ def load_model(
     if "quantization_config" in options:
         return model.eval()
     if quantize is not None:
-        quantize_weights(model, quantize)
+        weight_only_quantization.quantize(model, quantize)
     try:
         return model.to(selected).eval()
     except RuntimeError as error:  # no driver, or out of memory

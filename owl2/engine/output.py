@@ -7,6 +7,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Event
@@ -113,7 +114,7 @@ class OutputProcessor:
         return TokenLogprob(token, text, list(data), logprob)
 
 
-class Completion(Iterator[CompletionChunk]):
+class Completion(AbstractContextManager["Completion"], Iterator[CompletionChunk]):
     """The chunks of one or several answers, in the order in which they are generated.
 
     The request is submitted when the first chunk is asked for. One thread iterates; any thread may
@@ -156,9 +157,6 @@ class Completion(Iterator[CompletionChunk]):
             raise item
         self._num_unfinished -= item.finish_reason is not None
         return item
-
-    def __enter__(self) -> "Completion":
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()

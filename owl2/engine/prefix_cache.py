@@ -18,7 +18,6 @@ from functools import partial
 from itertools import chain
 from typing import Generic, TypeVar
 
-import psutil
 import torch
 from torch import nn
 
@@ -29,13 +28,6 @@ MAX_PREFIXES = 256  # every lookup compares with all of them
 
 PromptKey = tuple[int | bytes, ...]
 K = TypeVar("K", bound=Hashable)
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes on the device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:

@@ -25,14 +25,6 @@ def released_texts(ids, decode, open_ids=()):
     return [*filter(None, [*map(stream.add, ids), stream.finish()])]
 
 
-def test_joined_chunks_equal_the_answer(shared_engine, conversations):
-    for seed, one in enumerate(conversations):
-        for options in ({}, {"temperature": 3.0, "seed": seed}):
-            chunks = list(shared_engine.stream(one, max_new_tokens=12, **options))
-            assert "".join(chunks) == shared_engine.chat(one, max_new_tokens=12, **options)
-            assert all(chunks)
-
-
 def test_the_first_chunk_comes_before_the_last_token(engine, conversations, gate):
     gate.free_steps = 30
     stream = engine.stream(conversations[0], max_new_tokens=40)

@@ -233,6 +233,8 @@ def test_logits_that_are_not_finite(nan_engine, conversations, options):
         nan_engine.chat(conversations[1], **options)
     with raises_input_error(ErrorCode.NON_FINITE):
         list(nan_engine.stream(conversations[1], **options))
+    with raises_input_error(ErrorCode.NON_FINITE):
+        nan_engine.score(conversations[1], ["red"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,6 +3,7 @@
 import random
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,7 +20,6 @@ from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode
 from tests.engine.conftest import ask, caching_engine, random_image
 from tests.errors import raises_input_error
-from tests.serve.running import wait_until
 from tests.tiny import make_model
 
 TOKENS = 12
@@ -55,14 +55,13 @@ def test_chat_chunks_and_outputs_agree(shared_engine, conversations, options):
     options = {"max_new_tokens": TOKENS} | options
     for one in conversations:
         answer = shared_engine.chat(one, **options)
+        streamed = list(shared_engine.stream(one, **options))
+        assert "".join(streamed) == answer
+        assert all(streamed)
         texts, last = join_chunks(shared_engine.complete(one, **options))
         assert texts == {0: answer}
         [output] = shared_engine.complete(one, **options).outputs()
-        assert output.text == answer
-        assert (output.num_tokens, output.finish_reason) == (
-            last[0].num_tokens,
-            last[0].finish_reason,
-        )
+        assert output == replace(last[0], text=answer)
         assert output.logprobs == ()
 
 
@@ -329,7 +328,7 @@ def endless(engine):
     return engine
 
 
-def test_close_from_another_thread(endless, conversations):
+def test_close_from_another_thread(endless, conversations, batch_sizes):
     completion = endless.complete(conversations[0], max_new_tokens=90_000)
     chunks, has_some = [], threading.Event()
 
@@ -346,8 +345,10 @@ def test_close_from_another_thread(endless, conversations):
     assert not thread.is_alive()
     assert chunks[-1].finish_reason is None
     assert list(completion) == []
+    assert endless.chat(conversations[0], max_new_tokens=1)
+    batch_sizes.clear()
     assert endless.chat(conversations[0], max_new_tokens=3)
-    wait_until(lambda: not endless.stats().num_running)
+    assert batch_sizes == [1, 1]
 
 
 def test_outputs_of_a_closed_completion(endless, conversations, gate):

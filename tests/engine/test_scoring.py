@@ -87,8 +87,3 @@ def test_scores_depend_on_the_image(shared_engine):
 def test_invalid_choices(shared_engine, conversations, choices, code, needle):
     with raises_input_error(code, needle):
         shared_engine.score(conversations[0], choices)
-
-
-def test_logits_that_are_not_finite(nan_engine, conversations):
-    with raises_input_error(ErrorCode.NON_FINITE):
-        nan_engine.score(conversations[0], ["red"])

@@ -27,9 +27,9 @@ class TokenPositions(NamedTuple):
     """Where M tokens are in the cache.
 
     Attributes:
-        rows: (M,) their sequences.
-        positions: (M,) their positions; all before them are filled, or are among the tokens.
-        cos, sin: (M, d) the rotary embeddings of the positions.
+        rows: (M,) int64, their sequences; several tokens may be in the same row.
+        positions: (M,) int64, their positions; all before them are filled, or are among the tokens.
+        cos, sin: (M, d) the rotary embeddings of the positions, contiguous.
         num_visual: How many of the tokens, the last ones, belong to images.
     """
 
@@ -40,8 +40,11 @@ class TokenPositions(NamedTuple):
     num_visual: int = 0
 
     def slots(self, layer: torch.Tensor) -> ops.CacheSlots:
-        """The tokens in one layer of the cache, (2, R, h, C, d)."""
-        return ops.cache_slots(self.cos, self.sin, self.rows, self.positions, layer)
+        """The tokens in one layer of the cache, (2, R, h, C, d), contiguous."""
+        tensors = self.cos, self.sin, self.rows, self.positions, layer
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        values = layer.data_ptr() + layer.nbytes // 2
+        return ops.CacheSlots(*pointers, values, len(self.rows), *layer.shape[2:])
 
 
 def supports(model: Any) -> bool:
@@ -131,7 +134,8 @@ def rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 def linear(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     """A Linear, or a module in its place: (M, K) to (M, N)."""
-    if len(hidden) <= ops.MAX_TOKENS and _is_plain(module, hidden.dtype):
+    is_plain = type(module) is nn.Linear and _has_kernel(module, hidden.dtype)
+    if len(hidden) <= ops.MAX_TOKENS and is_plain:
         return ops.linear(hidden.contiguous(), module.weight, module.bias)
     return module(hidden).to(hidden.dtype).contiguous()
 
@@ -175,18 +179,14 @@ def _is_supported(layer: Any, dtype: torch.dtype) -> bool:
     return (
         layer.self_attn.q_proj.in_features % ops.WIDTH == 0
         and all(norm.weight.dtype == dtype for norm in _text_norms(layer))
-        and all(_is_plain(m, dtype) or _is_quantized(m, dtype) for m in _text_linears(layer))
+        and all(_has_kernel(linear, dtype) for linear in _text_linears(layer))
     )
 
 
-def _is_plain(module: Any, dtype: torch.dtype) -> bool:
-    is_plain = type(module) is nn.Linear and module.weight.dtype == dtype
-    return is_plain and ops.supports(module.weight) and _has_bias_of(module, dtype)
-
-
-def _is_quantized(module: Any, dtype: torch.dtype) -> bool:
-    return type(module) is QuantizedLinear and not module.padding and _has_bias_of(module, dtype)
-
-
-def _has_bias_of(module: Any, dtype: torch.dtype) -> bool:
-    return module.bias is None or module.bias.dtype == dtype
+def _has_kernel(module: Any, dtype: torch.dtype) -> bool:
+    if type(module) is QuantizedLinear:
+        is_supported = not module.padding
+    else:
+        is_supported = type(module) is nn.Linear and module.weight.dtype == dtype
+        is_supported = is_supported and ops.supports(module.weight)
+    return is_supported and (module.bias is None or module.bias.dtype == dtype)

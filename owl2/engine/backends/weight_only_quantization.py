@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from owl2.engine.backends.native import ops
 from owl2.engine.backends.native.build import available
-from owl2.errors import ErrorCode, InputError
 
 BITS = {"8bit": 8, "4bit": 4}
 GROUP = ops.GROUP
@@ -101,14 +100,6 @@ def quantize_to_4_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return (low | high << 4).flatten(1), scale.contiguous()
 
 
-def check_bits(name: str) -> None:
-    """Raise an InputError unless `name` is one of `BITS`."""
-    if name not in BITS:
-        raise InputError(
-            f"quantize is {name!r}; it must be one of {', '.join(BITS)}.", ErrorCode.UNKNOWN_NAME
-        )
-
-
 @torch.no_grad()
 def quantize(model: Any, name: str) -> None:
     """Quantize the Linears of a model's decoder layers and its head in place.
@@ -116,11 +107,7 @@ def quantize(model: Any, name: str) -> None:
     Args:
         model: An `Owl2ForConditionalGeneration`, which cannot be trained afterwards.
         name: One of `BITS`.
-
-    Raises:
-        InputError: Another name.
     """
-    check_bits(name)
     for layer in model.model.layers:
         for module in list(layer.modules()):
             for child_name, child in list(module.named_children()):

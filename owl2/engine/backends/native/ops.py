@@ -124,25 +124,6 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate
 
 
-def cache_slots(
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    layer: torch.Tensor,
-) -> CacheSlots:
-    """Where M tokens are in one layer of the cache.
-
-    Args:
-        cos, sin: (M, d) the rotary embeddings of the positions, contiguous.
-        rows, positions: (M,), int64; several tokens may be in the same row.
-        layer: (2, R, h, C, d) keys and values, contiguous.
-    """
-    pointers = [tensor.data_ptr() for tensor in (cos, sin, rows, positions, layer)]
-    values = layer.data_ptr() + layer.nbytes // 2
-    return CacheSlots(*pointers, values, len(rows), *layer.shape[2:])
-
-
 def attention(
     slots: CacheSlots,
     key: torch.Tensor,
