@@ -83,7 +83,7 @@ class Engine:
         self.processor = processor
         self.synced_gpus = synced_gpus
         self.core: EngineCore | None = None
-        if not synced_gpus and hf_generate.is_on_one_device(model):
+        if not synced_gpus and is_on_one_device(model):
             self.core = EngineCore(
                 model, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=enable_prefix_caching
             )
@@ -371,3 +371,11 @@ class Engine:
         return str(
             self.processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
+
+
+def is_on_one_device(model: Owl2ForConditionalGeneration) -> bool:
+    """Whether all weights are complete and on one device, as `EngineCore` needs them."""
+    weights = list(model.parameters())
+    # Only a DTensor, which has a part of a weight, has a device mesh.
+    is_sharded = any(hasattr(weight, "device_mesh") for weight in weights)
+    return not is_sharded and {weight.device for weight in weights} == {model.device}

@@ -17,14 +17,6 @@ from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt
 
 
-def is_on_one_device(model: Owl2ForConditionalGeneration) -> bool:
-    """Whether all weights are complete and on one device, as `EngineCore` needs them."""
-    weights = list(model.parameters())
-    # Only a DTensor, which has a part of a weight, has a device mesh.
-    is_sharded = any(hasattr(weight, "device_mesh") for weight in weights)
-    return not is_sharded and {weight.device for weight in weights} == {model.device}
-
-
 @torch.no_grad()
 def prefill(model: Owl2ForConditionalGeneration, prompt: PreparedPrompt) -> PrefillOutput:
     """As `RunningBatch.prefill_alone`."""

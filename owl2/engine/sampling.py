@@ -7,14 +7,14 @@ transformers' processors.
 Shapes: B sequences, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessorList,
+    LogitsProcessor,
     MinPLogitsWarper,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
@@ -158,24 +158,25 @@ def sample(
         # Rows that are not finite are discarded below, but would make multinomial fail.
         scores = logits[rows].float().masked_fill(~is_finite[rows, None], 0.0)
         no_ids: Any = torch.empty(len(rows), 0, dtype=torch.long, device=scores.device)
-        scores = _warpers(*warping)(no_ids, scores)
+        for warper in _warpers(*warping):
+            scores = warper(no_ids, scores)
         for probabilities, row in zip(scores.softmax(-1), rows, strict=True):
             chosen[row] = torch.multinomial(probabilities, 1, generator=generators[row])[0]
     tokens, finite = torch.stack([chosen, is_finite.to(chosen.dtype)]).tolist()
     return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
 
 
-def _warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
+def _warpers(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> Iterator[LogitsProcessor]:
     if temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
+        yield TemperatureLogitsWarper(float(temperature))
     if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
+        yield TopKLogitsWarper(top_k)
     if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
+        yield TopPLogitsWarper(top_p)
     if min_p:
-        warpers.append(MinPLogitsWarper(min_p))
-    return warpers
+        yield MinPLogitsWarper(min_p)
 
 
 def compute_logprobs(

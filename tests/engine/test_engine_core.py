@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from owl2.engine import hf_generate
-from owl2.engine.engine import Engine
+from owl2.engine.engine import Engine, is_on_one_device
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefix_cache import PromptState
@@ -406,10 +406,10 @@ def test_models_on_several_devices_use_transformers_generate(
     shared_engine, conversations, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(hf_generate, "is_on_one_device", lambda model: False)
+        patch.setattr("owl2.engine.engine.is_on_one_device", lambda model: False)
         engine = Engine(shared_engine.model, shared_engine.processor)
     assert engine.core is None
-    assert hf_generate.is_on_one_device(shared_engine.model)
+    assert is_on_one_device(shared_engine.model)
     options = {"max_new_tokens": TOKENS}
     expected = shared_engine.batch(conversations, **options)
     assert engine.batch(conversations, **options) == expected
