@@ -178,8 +178,8 @@ class Engine:
     def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
         """The answer of `chat` in chunks, as it is generated.
 
-        The input is checked immediately; the request is submitted when the first chunk is asked
-        for. Leaving the loop, or `close()`, aborts the request.
+        The input is checked immediately; the first `next` submits the request. Leaving the loop, or
+        `close()`, aborts it.
         """
         params = self._chat_params(options)
         completion = self._complete([self.encode(messages)], params)
@@ -193,8 +193,7 @@ class Engine:
     def complete(self, messages: Prompt, **options: Any) -> Completion:
         """Answers in chunks, with token counts, finish reasons and log-probabilities.
 
-        The input is checked immediately; the request is submitted when the first chunk is asked
-        for.
+        The input is checked immediately; the first `next` submits the request.
 
         Args:
             options: The fields of `SamplingParams`. With a seed, answer i of `n` is what `chat`

@@ -117,8 +117,8 @@ class OutputProcessor:
 class Completion(AbstractContextManager["Completion"], Iterator[CompletionChunk]):
     """The chunks of one or several answers, in the order in which they are generated.
 
-    The request is submitted when the first chunk is asked for. One thread iterates; any thread may
-    `close`. The context manager closes it.
+    The first `next` submits the request. One thread iterates; any thread may `close`. The context
+    manager closes it.
 
     Attributes:
         num_prompt_tokens: Tokens of the prompts, K + 1 for each image.

@@ -100,17 +100,17 @@ class SamplingParams:
             InputError: A value is out of its range, or sampling options with do_sample=False.
             TypeError: An unknown option.
         """
-        given = {name: value for name, value in options.items() if value is not None}
-        sampling = [name for name in _SAMPLING if name in given]
-        if sampling and given.get("do_sample") is False and given.get("temperature") != 0:
+        requested = {name: value for name, value in options.items() if value is not None}
+        sampling = [name for name in _SAMPLING if name in requested]
+        if sampling and requested.get("do_sample") is False and requested.get("temperature") != 0:
             raise InputError(
                 f"{' and '.join(sampling)} have no effect with do_sample=False.",
                 ErrorCode.CONFLICT,
             )
         names = ("max_new_tokens", "do_sample", *_SAMPLING)
         values = {name: getattr(defaults, name, None) for name in names}
-        values = {name: value for name, value in values.items() if value is not None} | given
-        if sampling and "do_sample" not in given:
+        values = {name: value for name, value in values.items() if value is not None} | requested
+        if sampling and "do_sample" not in requested:
             values["do_sample"] = True
         stop = values.pop("stop", ())
         values["stop"] = (stop,) * bool(stop) if isinstance(stop, str) else tuple(stop)
@@ -128,8 +128,8 @@ class SamplingParams:
 
 def end_ids(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The end tokens of a checkpoint, and the one that training labels."""
-    given = defaults.eos_token_id
-    ids = [] if given is None else [given] if isinstance(given, int) else list(given)
+    eos: int | list[int] | None = defaults.eos_token_id
+    ids = [eos] if isinstance(eos, int) else list(eos or ())
     own = tokenizer.eos_token_id
     return ids if own is None or own in ids else [*ids, own]
 

@@ -213,8 +213,8 @@ def test_prefill_with_images_equals_the_forward(golden_models, name, dtype, use_
         rows = []
         for ids, own in prompts:
             with torch.no_grad():
-                given = None if own is None else own.to(reference.dtype)
-                rows.append(reference(torch.tensor([ids]), given).logits[0, -1].float())
+                images = None if own is None else own.to(reference.dtype)
+                rows.append(reference(torch.tensor([ids]), images).logits[0, -1].float())
         references.append(torch.stack(rows))
     logits, runner = prefill(model, prompts, first_row=1, use_kernels=use_kernels)
     ours = logits.float()
