@@ -9,7 +9,6 @@ import torch
 
 from owl2.errors import ErrorCode, InputError
 
-DEVICES = ("cuda", "mps", "cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # glibc's malloc.h
@@ -53,29 +52,22 @@ def select_device(device: str | torch.device | None = None) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    devices = [("cuda", index) for index in range(torch.cuda.device_count())]
+    devices += [("mps", 0)] * torch.backends.mps.is_available() + [("cpu", 0)]
     try:
         selected = torch.device(device)
     except RuntimeError as error:
-        raise _unknown_device(device) from error
-    if selected.type not in DEVICES:
-        raise _unknown_device(device)
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(selected.type, True):
-        raise InputError(
-            f"device {str(device)!r} is not available on this machine.", ErrorCode.UNSUPPORTED
-        )
-    if selected.type == "cuda" and (selected.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {str(device)!r} does not exist: this machine has "
-            f"{torch.cuda.device_count()} CUDA device(s).",
-            ErrorCode.UNSUPPORTED,
-        )
+        raise _unknown_device(device, devices) from error
+    if (selected.type, selected.index or 0) not in devices:
+        raise _unknown_device(device, devices)
     return selected
 
 
-def _unknown_device(device: str | torch.device) -> InputError:
+def _unknown_device(device: object, devices: list[tuple[str, int]]) -> InputError:
+    names = ", ".join(f"{kind}:{index}" for kind, index in devices)
     return InputError(
-        f"unknown device {str(device)!r}; choose from {', '.join(DEVICES)}.", ErrorCode.UNKNOWN_NAME
+        f"device {str(device)!r} is not available; this machine has {names}.",
+        ErrorCode.UNSUPPORTED,
     )
 
 

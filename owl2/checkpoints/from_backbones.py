@@ -11,13 +11,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from owl2.checkpoints.key_report import REPORT_KEYS, check_loading_info, translate_load_errors
 from owl2.checkpoints.weight_files import read_tensors, weight_files
@@ -69,7 +63,7 @@ def load_llm(source: str | Path, dtype: torch.dtype | str = "auto") -> LlamaForC
         if gguf_config := getattr(transformers, "GgufConfig", None):
             options["quantization_config"] = gguf_config(dequantize=True)
         dtype = torch.float32 if dtype == "auto" else dtype
-    return _load(source, AutoModelForCausalLM, LlamaForCausalLM, name, dtype=dtype, **options)
+    return _load(source, LlamaForCausalLM, ["llama"], name, dtype=dtype, **options)
 
 
 def random_llm(**options: Any) -> LlamaForCausalLM:
@@ -93,30 +87,27 @@ def load_vision(source: str | Path) -> CLIPVisionModel:
     Raises:
         InputError: It cannot be read, or is not a CLIP.
     """
-    return _load(source, CLIPVisionModel, CLIPVisionModel, source)
+    return _load(source, CLIPVisionModel, ["clip", "clip_vision_model"], source)
 
 
-def _load(source: str | Path, loader: Any, expected: type, name: str | Path, **options: Any) -> Any:
-    """Load a backbone of the class `expected` from `name` with all keys accounted for."""
-    if Path(name).is_dir() and "gguf_file" not in options:
+def _load(source: str | Path, cls: Any, kinds: list[str], name: str | Path, **options: Any) -> Any:
+    """Load a backbone from `name`, whose `model_type` is one of `kinds`, with all its keys."""
+    gguf_file = options.get("gguf_file")
+    if Path(name).is_dir() and gguf_file is None:
         for file in weight_files(Path(name)):
             read_tensors(file)
     try:
         with translate_load_errors(source):
-            if expected is CLIPVisionModel:
-                kind = AutoConfig.from_pretrained(name).model_type
-                if kind not in ("clip", "clip_vision_model"):
-                    raise _wrong_kind(source, kind, expected)
-            model, info = loader.from_pretrained(name, **options, **REPORT_KEYS)
+            kind = AutoConfig.from_pretrained(name, gguf_file=gguf_file).model_type
+            if kind not in kinds:
+                raise _wrong_kind(source, kind, cls)
+            model, info = cls.from_pretrained(name, **options, **REPORT_KEYS)
     except InputError:
         raise
-    except (ValueError, ImportError) as error:  # another kind of model; gguf is not installed
+    except (ValueError, ImportError) as error:  # an unknown kind of model; gguf is not installed
         raise InputError(
-            f"{source} cannot be loaded as a {expected.__name__}: {error}",
-            ErrorCode.UNREADABLE_FILE,
+            f"{source} cannot be loaded as a {cls.__name__}: {error}", ErrorCode.UNREADABLE_FILE
         ) from error
-    if not isinstance(model, expected):
-        raise _wrong_kind(source, model.config.model_type, expected)
     check_loading_info(source, {**info, "unexpected_keys": []})
     return model
 

@@ -15,7 +15,7 @@ from owl2.errors import ErrorCode, InputError
 MAX_LINES = 12
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 # StrictDataclassError: an option in config.json has the wrong type.
-UNREADABLE = (OSError, SafetensorError, EOFError, StrictDataclassError)
+UNREADABLE = (OSError, SafetensorError, EOFError, StrictDataclassError, pickle.UnpicklingError)
 # transformers reports the keys that do not fit, and owl2 decides.
 REPORT_KEYS: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True}
 
@@ -31,19 +31,14 @@ def translate_load_errors(source: str | Path | None) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         yield
-    except pickle.UnpicklingError as error:  # torch's message recommends weights_only=False
+    except (*UNREADABLE, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # only this one is torch's message for a corrupt .bin
+        # torch's message about pickles recommends weights_only=False.
+        is_pickle = isinstance(error, pickle.UnpicklingError)
+        reason = "a weight file is corrupt or contains code" if is_pickle else str(error)
         raise InputError(
-            f"{source}: a weight file is corrupt or contains code", ErrorCode.UNREADABLE_FILE
-        ) from error
-    except UNREADABLE as error:
-        raise InputError(
-            f"{source} cannot be loaded as a checkpoint: {error}", ErrorCode.UNREADABLE_FILE
-        ) from error
-    except RuntimeError as error:
-        if "PytorchStreamReader" not in str(error):  # torch's message for a corrupt .bin
-            raise
-        raise InputError(
-            f"{source}: a weight file is corrupt: {error}", ErrorCode.UNREADABLE_FILE
+            f"{source} cannot be loaded as a checkpoint: {reason}", ErrorCode.UNREADABLE_FILE
         ) from error
     finally:
         logging.set_verbosity(verbosity)

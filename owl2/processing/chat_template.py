@@ -124,7 +124,7 @@ def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
     if not turns or turns[-1]["role"] == "system":
         raise InputError(
             "The messages are empty or only a system prompt: add a user message.",
-            ErrorCode.EMPTY_MESSAGE,
+            ErrorCode.INVALID_ROLE if turns else ErrorCode.EMPTY_MESSAGE,
         )
     return ParsedMessages(tuple(turns), tuple(images))
 

@@ -230,8 +230,7 @@ def _undecodable(name: str, error: Exception) -> InputError:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        # Corrupt EXIF is common and does not affect the pixels. Pillow raises any exception.
+    except Exception:  # corrupt EXIF, which raises any exception, does not affect the pixels
         return image
     return image if orientation == 1 else ImageOps.exif_transpose(image)
 

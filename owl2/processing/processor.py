@@ -28,6 +28,7 @@ from owl2.processing.chat_template import (
     DEFAULT_CHAT_TEMPLATE,
     IMAGE_TOKEN,
     ParsedMessages,
+    Spans,
     has_variable,
     parse_messages,
     render,
@@ -122,20 +123,20 @@ class Owl2Processor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text) if text is not None else []
         if not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise InputError(
-                "`text` must be a prompt or a non-empty list of prompts (strings).",
-                ErrorCode.INVALID_TYPE,
+                "`text` must be a prompt or a non-empty list of strings.", ErrorCode.INVALID_TYPE
             )
         images = flatten_images([prompt.count(IMAGE_TOKEN) for prompt in texts], images)
         rows = [self._encode(prompt, add_special_tokens) for prompt in texts]
-        if padding == "max_length" and max_length is None:
-            raise InputError("padding='max_length' requires max_length.", ErrorCode.MISSING_VALUE)
-        if padding == "max_length" and (longest := max(map(len, rows))) > max_length:
+        longest = max(map(len, rows))
+        if padding == "max_length" and (max_length is None or max_length < longest):
             raise InputError(
-                f"A prompt has {longest} tokens, more than max_length {max_length}.",
-                ErrorCode.TOO_LONG,
+                f"padding='max_length' requires a max_length of at least {longest}, the tokens of "
+                f"the longest prompt, not {max_length}.",
+                ErrorCode.INVALID_VALUE,
             )
+        pixels = self.image_processor(images, return_tensors=return_tensors) if images else {}
         try:
-            data: dict[str, Any] = dict(
+            data = dict(
                 self.tokenizer.pad(
                     {"input_ids": rows},
                     padding,
@@ -149,11 +150,7 @@ class Owl2Processor(ProcessorMixin):
                 data["mm_token_type_ids"] = [
                     [int(id_ == self.image_token_id) for id_ in row] for row in data["input_ids"]
                 ]
-            if images:
-                data.update(self.image_processor(images, return_tensors=return_tensors))
-            return BatchFeature(data, tensor_type=return_tensors)
-        except InputError:
-            raise
+            return BatchFeature(data | pixels, tensor_type=return_tensors)
         except ValueError as error:  # of transformers: an invalid option, or different lengths
             raise InputError(
                 f"The prompts cannot be padded: {error}", ErrorCode.INVALID_VALUE
@@ -227,8 +224,7 @@ class Owl2Processor(ProcessorMixin):
             InputError: See `validate_prompt`; an image is missing or cannot be read.
         """
         parsed = validate_prompt(messages)
-        special_tokens = self.tokenizer.special_tokens_map
-        text, _ = render(parsed, self.chat_template, special_tokens, add_generation_prompt=True)
+        text, _ = self._render(parsed, add_generation_prompt=True)
         images = flatten_images([text.count(IMAGE_TOKEN)], [list(parsed.images)])
         pixels = self.image_processor(images)["pixel_values"] if images else None
         ids = self._encode(text)
@@ -276,10 +272,6 @@ class Owl2Processor(ProcessorMixin):
             data.update(self.image_processor(images))
         return BatchFeature(data)
 
-    def count_tokens(self, messages: Any) -> int:
-        """The number of tokens of a conversation in training, before truncation."""
-        return len(self.encode_labeled(parse_messages(messages)).ids)
-
     def show_labels(self, messages: Any) -> Text:
         """The model's input in training for a terminal: labels in color, other tokens dim.
 
@@ -303,15 +295,14 @@ class Owl2Processor(ProcessorMixin):
             )
         if self.tokenizer.eos_token is None:
             raise InputError(
-                "The tokenizer has no end token, so the model could not learn to stop: set "
-                "eos_token.",
-                ErrorCode.MISSING_VALUE,
+                "The tokenizer has no end token to learn: set eos_token.", ErrorCode.MISSING_VALUE
             )
-        special_tokens = self.tokenizer.special_tokens_map
-        text, spans = render(
-            conversation, self.chat_template, special_tokens, return_assistant_tokens_mask=True
-        )
+        text, spans = self._render(conversation, return_assistant_tokens_mask=True)
         return encode_with_loss_mask(self.tokenizer, text, spans, self._start_ids, self._image_ids)
+
+    def _render(self, conversation: ParsedMessages, **options: Any) -> tuple[str, Spans]:
+        special_tokens = self.tokenizer.special_tokens_map
+        return render(conversation, self.chat_template, special_tokens, **options)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
         """Ids (a list, a tensor, or a batch of them) to text (or a list of texts).
@@ -331,17 +322,13 @@ class Owl2Processor(ProcessorMixin):
                 texts.append(IMAGE_TOKEN * -(-len(list(run)) // self.num_image_tokens))
         return "".join(texts)
 
-    def batch_decode(
-        self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """`decode` for each row."""
-        return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
+    batch_decode = decode
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """`batch_decode` for the pipelines of transformers."""
-        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
+    ) -> Any:
+        """`decode` for the pipelines of transformers."""
+        return self.decode(generated_outputs, skip_special_tokens, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `processor_config.json`."""
@@ -369,15 +356,18 @@ class Owl2Processor(ProcessorMixin):
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         files = list(self.tokenizer.save_pretrained(str(directory)))
-        # After the tokenizer, which may write a template.
-        texts = {
-            pretrained_files.PREPROCESSOR_FILE: _as_json(self.image_processor.to_dict()),
-            pretrained_files.PROCESSOR_FILE: _as_json(self.to_dict()),
-            pretrained_files.TEMPLATE_FILE: str(self.chat_template),
-        }
-        for name, text in texts.items():
+        images, own = (
+            json.dumps(config, indent=2, sort_keys=True) + "\n"
+            for config in (self.image_processor.to_dict(), self.to_dict())
+        )
+        for name, text in (
+            (pretrained_files.PREPROCESSOR_FILE, images),
+            (pretrained_files.PROCESSOR_FILE, own),
+            (pretrained_files.TEMPLATE_FILE, str(self.chat_template)),  # replaces the tokenizer's
+        ):
             (directory / name).write_text(text, encoding="utf-8")
-        return files + [str(directory / name) for name in texts]
+            files.append(str(directory / name))
+        return files
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # rejects unknown arguments
@@ -403,10 +393,6 @@ class Owl2Processor(ProcessorMixin):
         if chat_template is not None:
             settings["chat_template"] = chat_template
         return cls(**settings)
-
-
-def _as_json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 AutoProcessor.register(Owl2Config, Owl2Processor)

@@ -171,7 +171,7 @@ def test_other_language_models_are_rejected(tmp_path):
     with raises_input_error(ErrorCode.UNSUPPORTED, "gpt2"):
         load_llm(tmp_path / "gpt2")
     make_tower().save_pretrained(tmp_path / "clip")
-    with raises_input_error(ErrorCode.UNREADABLE_FILE, "clip"):
+    with raises_input_error(ErrorCode.UNSUPPORTED, "clip"):
         load_llm(tmp_path / "clip")
     for missing in ("no-such-directory", "no/such.gguf"):
         with raises_input_error(ErrorCode.UNREADABLE_FILE, missing):

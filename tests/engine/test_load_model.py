@@ -53,9 +53,9 @@ def test_processor_options(tiny_checkpoint):
 @pytest.mark.parametrize(
     ("options", "code", "needle"),
     [
-        ({"device": "abacus"}, ErrorCode.UNKNOWN_NAME, "abacus"),
-        ({"device": "meta"}, ErrorCode.UNKNOWN_NAME, "meta"),
-        ({"device": "xla"}, ErrorCode.UNKNOWN_NAME, "xla"),
+        ({"device": "abacus"}, ErrorCode.UNSUPPORTED, "abacus"),
+        ({"device": "meta"}, ErrorCode.UNSUPPORTED, "meta"),
+        ({"device": "xla"}, ErrorCode.UNSUPPORTED, "xla"),
         ({"device": "cpu", "dtype": "int3"}, ErrorCode.UNKNOWN_NAME, "int3"),
         ({"device": "cpu", "attn_implementation": "magic"}, ErrorCode.UNSUPPORTED, "magic"),
         ({"device": "cpu", "quantize": "3bit"}, ErrorCode.UNKNOWN_NAME, "3bit"),

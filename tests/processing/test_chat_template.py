@@ -129,7 +129,7 @@ def test_images_in_all_forms_and_in_order():
         ([ANSWER], ErrorCode.INVALID_ROLE, "'assistant'"),
         ([USER, USER], ErrorCode.INVALID_ROLE, "messages[1]"),
         ([USER, {"role": "system", "content": "x"}], ErrorCode.INVALID_ROLE, "'system'"),
-        ([{"role": "system", "content": "x"}], ErrorCode.EMPTY_MESSAGE, "system"),
+        ([{"role": "system", "content": "x"}], ErrorCode.INVALID_ROLE, "system"),
         ([{"role": "user", "content": "  "}], ErrorCode.EMPTY_MESSAGE, "messages[0] (user)"),
         ([{"role": "user", "content": []}], ErrorCode.EMPTY_MESSAGE, "messages[0]"),
         (

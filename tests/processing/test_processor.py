@@ -134,9 +134,9 @@ def test_padding_to_a_length(processor):
     assert [len(row) for row in batch["input_ids"]] == [9, 9]
     batch = processor(text=["one", "one two"], padding=True, pad_to_multiple_of=8)
     assert [len(row) for row in batch["input_ids"]] == [8, 8]
-    with raises_input_error(ErrorCode.TOO_LONG, "max_length 2"):
+    with raises_input_error(ErrorCode.INVALID_VALUE, "max_length", "at least 3"):
         processor(text="one two", padding="max_length", max_length=2)
-    with raises_input_error(ErrorCode.MISSING_VALUE, "max_length"):
+    with raises_input_error(ErrorCode.INVALID_VALUE, "max_length"):
         processor(text="one", padding="max_length")
     with raises_input_error(ErrorCode.INVALID_VALUE, "left"):
         processor(text="one", padding="left")

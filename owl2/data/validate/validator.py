@@ -58,7 +58,8 @@ class SampleValidator:
             features = self.processor.for_training(
                 sample.messages, self.max_length, return_pixel_values=False
             )
-            images = parse_messages(sample.messages).images
+            conversation = parse_messages(sample.messages)
+            images = conversation.images
             max_pixels = self.processor.image_processor.max_pixels
             sizes = tuple(load_image(i, max_pixels).size for i in images if self._is_opened(i))
             require_labels(dict(features), self.max_length)
@@ -66,7 +67,7 @@ class SampleValidator:
             return InvalidSample.from_error(sample.source, error)
         tokens = features["input_ids"].shape[-1]
         if tokens == self.max_length:  # this long, or truncated
-            tokens = self.processor.count_tokens(sample.messages)
+            tokens = len(self.processor.encode_labeled(conversation).ids)
         return SampleStats(
             turns=len(sample.messages),
             images=len(images),
