@@ -227,7 +227,9 @@ def _image_size_of(mismatched: Iterable[tuple[str, Any, Any]], config: Any) -> i
     Args:
         mismatched: Name, stored shape and shape in the model of tensors that do not fit.
     """
-    shape = next((stored for name, stored, _ in mismatched if name == POSITIONS), ())
+    shape: tuple[int, ...] = next(
+        (stored for name, stored, _ in mismatched if name == POSITIONS), ()
+    )
     grid = round((shape[1] - 1) ** 0.5) if len(shape) == 3 and shape[1] > 1 else 0
     if grid < 1 or shape[1] != 1 + grid**2:
         return None

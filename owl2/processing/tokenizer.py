@@ -136,7 +136,7 @@ class Owl2Tokenizer(SentencePieceBackend):
         special = set(self.all_special_ids)
         control = special | self.added_tokens_decoder.keys()
         size = self.sp_model.get_piece_size()
-        text = []
+        text: list[str] = []
         for is_control, run in groupby(ids, key=control.__contains__):
             if is_control:
                 kept = (id_ for id_ in run if not (skip_special_tokens and id_ in special))
