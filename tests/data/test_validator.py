@@ -98,7 +98,7 @@ def test_invalid_rows_of_messages_are_reported(load, tmp_path):
     expected = {
         "line 2": ErrorCode.INVALID_TYPE,
         "line 3": ErrorCode.INVALID_TYPE,
-        "line 4": ErrorCode.EMPTY_MESSAGE,
+        "line 4": ErrorCode.INVALID_ROLE,
     }
     assert invalid_codes(run(load, {"": JsonDataset(path)})) == expected | {
         "line 5": ErrorCode.INVALID_FORMAT
