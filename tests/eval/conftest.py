@@ -67,7 +67,7 @@ def task(samples, monkeypatch):
     monkeypatch.setattr(
         tasks,
         "read_samples",
-        lambda own, data: iter(samples) if own is config else read(own, data),
+        lambda own, data: iter(samples) if own.title == "Tiny" else read(own, data),
     )
     for module in (tasks, listing):
         monkeypatch.setattr(module, "task_configs", lambda: {**task_configs(), "tiny": config})

@@ -107,7 +107,8 @@ def test_missing_few_shot_examples(engine, tmp_path):
 
 
 def test_file_of_another_benchmark(engine, tmp_path):
-    (tmp_path / "cooking.json").write_text('{"examples": [{"input": "a", "target": "b"}]}')
+    (tmp_path / "bbh").mkdir()
+    (tmp_path / "bbh/cooking.json").write_text('{"examples": [{"input": "a", "target": "b"}]}')
     with raises_input_error(ErrorCode.UNKNOWN_NAME, "'cooking'"):
         run("bbh", engine, data=tmp_path)
 
