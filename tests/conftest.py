@@ -1,5 +1,6 @@
 """Fixtures of all tests. Tests do not use the network: a hub request fails immediately."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it
@@ -7,6 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which rea
 import pytest
 
 from tests.cli import run_cli  # noqa: F401  # a fixture of all tests
+
+
+def pytest_collection_finish():
+    """Exclude the imported modules from garbage collection, which runs at the end of each
+    training run and would otherwise take longer than the run."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,18 @@ from tests.train.tiny import COLORS, ROWS, SMALL_RUN, make_world
 
 
 @pytest.fixture
+def real_plots():
+    """Requested by tests whose runs plot the loss."""
+
+
+@pytest.fixture(autouse=True)
+def skip_plots(request, monkeypatch):
+    """Runs do not plot the loss, which takes longer than ten steps of a tiny model."""
+    if "real_plots" not in request.fixturenames:
+        monkeypatch.setattr("owl2.train.run.plot_loss", lambda *_: True)
+
+
+@pytest.fixture
 def make_recipe(tmp_path):
     """Recipes of a `Owl2Trainer` whose model and data are not read from files."""
     unread = {"model": "unused", "data": [{"dataset": "unused"}], "output": str(tmp_path / "run")}

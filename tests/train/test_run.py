@@ -19,7 +19,7 @@ from tests.train.runs import assert_same_weights, interrupt_at, quiet, read_json
 from tests.train.tiny import QUESTION, ROWS
 
 
-def test_run_writes_a_model_and_reports(recipe, world):
+def test_run_writes_a_model_and_reports(recipe, world, real_plots):
     console = quiet()
     result = train(recipe(), console)
     assert (result.finished, result.step, result.steps) == (True, 10, 10)
@@ -198,7 +198,7 @@ def test_unwritable_output_is_refused(recipe):
         train(recipe(output="/proc/run"), quiet())
 
 
-def test_missing_matplotlib_is_reported(recipe, monkeypatch):
+def test_missing_matplotlib_is_reported(recipe, monkeypatch, real_plots):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     console = quiet()
