@@ -3,9 +3,11 @@
 Content is written into a hidden temporary directory next to its target and then renamed. Readers
 never see an incomplete file, also if the writer is killed. A file, or a directory that did not
 exist, appears in one step. Replacing a directory takes two renames. The target is missing between
-them; if the process is killed at that moment, both directories remain in ``.NAME.part-XXXX/``.
+them. If the process is killed at that moment, the old directory is ``.NAME.previous`` until
+`restore_directory` or the next `atomic_directory` renames it back.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,19 +29,30 @@ def atomic_directory(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     with _temporary_directory(target, "directory", target.exists() and not target.is_dir()) as part:
+        restore_directory(target)
         new = part / target.name
         new.mkdir()
         yield new
-        if not target.exists():
-            new.rename(target)
-            return
-        # A rename cannot replace a directory that is not empty.
-        old = target.rename(part / "old")
         try:
+            if target.exists():  # a rename cannot replace a directory that is not empty
+                target.rename(_previous(target))
             new.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
+        finally:
+            restore_directory(target)
+
+
+def restore_directory(target: str | Path) -> None:
+    """Restore a directory whose replacement was interrupted, or remove its old version."""
+    previous = _previous(Path(target))
+    if previous.exists():
+        if Path(target).exists():
+            shutil.rmtree(previous)
+        else:
+            previous.rename(target)
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
 
 
 @contextmanager

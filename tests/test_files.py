@@ -2,13 +2,23 @@
 
 import errno
 import os
+import shutil
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from owl2.errors import ErrorCode
-from owl2.files import atomic_directory, atomic_file, atomic_write_text, require_writable
+from owl2.files import (
+    atomic_directory,
+    atomic_file,
+    atomic_write_text,
+    require_writable,
+    restore_directory,
+)
 from tests.errors import raises_input_error
 
 
@@ -72,6 +82,51 @@ def test_existing_directory_is_restored_if_the_rename_fails(tmp_path, monkeypatc
         (part / "new.bin").write_text("new")
     assert names(tmp_path) == ["model"]
     assert names(target) == ["old.bin"]
+
+
+REPLACE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from owl2.files import atomic_directory
+target, rename, calls = Path(sys.argv[1]), Path.rename, []
+
+def killing(self, to):
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(self)
+    return rename(self, to)
+
+Path.rename = killing
+with atomic_directory(target) as directory:
+    (directory / "new.bin").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_process_killed_between_the_renames_leaves_the_old_directory(tmp_path, renames):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old.bin").write_text("old")
+    command = [sys.executable, "-c", REPLACE_AND_DIE, str(target), str(renames)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert target.exists() == (renames == 0)
+    for part in tmp_path.glob(".model.part-*"):
+        shutil.rmtree(part)  # as a resumed training does
+    restore_directory(target)
+    assert names(target) == ["old.bin"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_interrupted_replacement_is_repeated(tmp_path):
+    (tmp_path / ".model.previous").mkdir()
+    (tmp_path / ".model.previous" / "old.bin").write_text("old")
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "model"):
+        raise KeyError
+    assert names(tmp_path / "model") == ["old.bin"]
+    with atomic_directory(tmp_path / "model") as part:
+        (part / "new.bin").write_text("new")
+    assert names(tmp_path / "model") == ["new.bin"]
+    assert names(tmp_path) == ["model"]
 
 
 def test_directory_has_the_permissions_of_mkdir(tmp_path):

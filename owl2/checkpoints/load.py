@@ -7,7 +7,6 @@ resolution are resized.
 """
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from owl2.checkpoints.key_report import (
     listing,
     translate_load_errors,
 )
-from owl2.checkpoints.weight_files import Provenance, read_tensors, weight_files
+from owl2.checkpoints.weight_files import Provenance, find_tensor, read_tensors, weight_files
 from owl2.errors import ErrorCode, InputError
 
 if TYPE_CHECKING:
@@ -93,18 +92,19 @@ class CheckpointMixin(PreTrainedModel):
         config = kwargs.get("config")
         config = read_config(name_or_path, **hub) if config is None else copy.deepcopy(config)
         folder = Path(name_or_path) / (kwargs.get("subfolder") or "")
+        safetensors = kwargs.get("use_safetensors") is not False
         if folder.is_dir():
             check_generation_config(folder)
-            _check_weights(folder, config, kwargs.get("use_safetensors") is not False)
-        if type(config) is not cls.config_class:  # of a sibling in the registry
-            kwargs["config"] = config
-        model, info = cls._load(name_or_path, *args, **kwargs)
-        stored = _image_size_of(info["mismatched_keys"], config)
-        if stored is not None:
+            _check_weights(folder, config, safetensors)
+        stored = _stored_image_size(name_or_path, config, safetensors, hub)
+        if stored not in (None, config.image_size):
             # The configuration has another resolution than the weights: load, then resize.
             image_size = image_size or config.image_size
             config.visual_config.set_image_size(stored)
-            model, info = cls._load(name_or_path, *args, **kwargs | {"config": config})
+            kwargs["config"] = config
+        elif type(config) is not cls.config_class:  # of a sibling in the registry
+            kwargs["config"] = config
+        model, info = cls._load(name_or_path, *args, **kwargs)
         hint = ""
         if any(key.endswith("self_attn.k_proj.weight") for key in info["unexpected_keys"]):
             hint = "\nThis may be a LLaMA; `owl2 init` creates an mPLUG-Owl2 from a LLaMA."
@@ -221,16 +221,17 @@ def _check_weights(folder: Path, config: Any, safetensors: bool) -> None:
         )
 
 
-def _image_size_of(mismatched: Iterable[tuple[str, Any, Any]], config: Any) -> int | None:
-    """The image size in pixels of the stored position embeddings, if it is not the model's.
+def _stored_image_size(
+    name: str | Path, config: Any, safetensors: bool, hub: dict[str, Any]
+) -> int | None:
+    """The image size in pixels of the stored position embeddings; None if it cannot be derived.
 
-    Args:
-        mismatched: Name, stored shape and shape in the model of tensors that do not fit.
+    Reads the header of the file that contains them. From the hub it is downloaded, as loading does.
     """
-    shape: tuple[int, ...] = next(
-        (stored for name, stored, _ in mismatched if name == POSITIONS), ()
-    )
+    file = find_tensor(name, POSITIONS, safetensors, hub)
+    tensors = read_tensors(file) if file else {}
+    shape = tuple(tensors[POSITIONS].shape) if POSITIONS in tensors else ()
     grid = round((shape[1] - 1) ** 0.5) if len(shape) == 3 and shape[1] > 1 else 0
     if grid < 1 or shape[1] != 1 + grid**2:
         return None
-    return grid * config.visual_config.visual_model.patch_size
+    return grid * int(config.visual_config.visual_model.patch_size)

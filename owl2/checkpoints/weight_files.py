@@ -17,7 +17,7 @@ import torch
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from owl2.checkpoints.config_file import CONFIG_FILE
+from owl2.checkpoints.config_file import CONFIG_FILE, find_file
 from owl2.errors import ErrorCode, InputError
 
 # In the order in which transformers searches.
@@ -43,7 +43,8 @@ def weight_files(folder: Path, safetensors: bool = True) -> list[Path]:
             files = [single]
         elif index.is_file():
             # transformers reports a missing shard.
-            files = [folder / name for name in _shards(index) if (folder / name).is_file()]
+            names = sorted(set(_shards(index).values()))
+            files = [folder / name for name in names if (folder / name).is_file()]
         else:
             files = sorted(folder.glob(f"{stem}.*{suffix}"))  # variants: model.fp16.safetensors
         if files:
@@ -51,9 +52,25 @@ def weight_files(folder: Path, safetensors: bool = True) -> list[Path]:
     return []
 
 
-def _shards(index: Path) -> list[str]:
+def find_tensor(name: str | Path, key: str, safetensors: bool, hub: dict[str, Any]) -> Path | None:
+    """The file of a checkpoint (a directory or a hub id) that contains the tensor `key`.
+
+    A file without shards is not read: it may lack the tensor.
+    """
+    for stem, suffix in KINDS if safetensors else KINDS[1:]:
+        if single := find_file(name, f"{stem}{suffix}", hub):
+            return single
+        if index := find_file(name, f"{stem}{suffix}.index.json", hub):
+            shard = _shards(index).get(key)
+            return find_file(name, shard, hub) if shard else None
+    return None
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """The file name of each tensor."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(shards.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{index} is not an index of weights: {error!r}", ErrorCode.INVALID_FORMAT
@@ -65,7 +82,7 @@ def _shards(index: Path) -> list[str]:
                 f"{index}: {name!r} is not the name of a file in this directory",
                 ErrorCode.INVALID_FORMAT,
             )
-    return sorted(names)
+    return shards
 
 
 def read_tensors(file: Path, device: str = "meta") -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback
 
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_write_text
+from owl2.files import atomic_write_text, restore_directory
 from owl2.train.distributed import DistributedContext
 from owl2.train.recipe import Recipe
 
@@ -85,7 +85,9 @@ def checkpoints_of(output: Path) -> Path:
 
 
 def find_state(recipe: Recipe, context: DistributedContext) -> SavedState | None:
-    """The state from which a run of this recipe resumes; None for a new run. Changes nothing.
+    """The state from which a run of this recipe resumes; None for a new run.
+
+    Changes nothing, except that a model whose replacement was interrupted is restored.
 
     Raises:
         InputError: `output` contains a finished model, an unfinished run of another recipe, a
@@ -94,6 +96,8 @@ def find_state(recipe: Recipe, context: DistributedContext) -> SavedState | None
     output = Path(recipe.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"output: {output} is a file; give a directory", ErrorCode.FILE_EXISTS)
+    if context.is_main:
+        restore_directory(output / "model")
     if (output / "model").exists() and not recipe.overwrite:
         raise InputError(
             f"{output / 'model'} is a finished model; give another `output`, or overwrite=true",

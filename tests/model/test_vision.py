@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from owl2.errors import ErrorCode
 from owl2.model import vision
@@ -66,10 +67,26 @@ def edit_size(path, size):
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def test_image_size_in_an_edited_config(tmp_path):
-    load(GOLDEN).save_pretrained(tmp_path)
-    edit_size(tmp_path, 112)
-    check_size(load(tmp_path), 112, 8)
+@pytest.mark.parametrize("shard_size", ["5GB", "300KB"])
+@pytest.mark.parametrize("place", ["directory", "hub"])
+def test_image_size_in_an_edited_config(tmp_path, monkeypatch, shard_size, place):
+    """The weights are loaded once: the released model has 16 GB."""
+    folder = tmp_path / "models--owner--name" / "snapshots" / ("1" * 40)
+    load(GOLDEN).save_pretrained(folder, max_shard_size=shard_size)
+    edit_size(folder, 112)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs" / "main").write_text("1" * 40, encoding="utf-8")
+    calls, from_pretrained = [], PreTrainedModel.from_pretrained.__func__
+
+    def counting(cls, *args, **kwargs):
+        calls.append(args)
+        return from_pretrained(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counting))
+    hub = {"cache_dir": tmp_path} if place == "hub" else {}
+    model = load("owner/name" if hub else folder, **hub)
+    assert len(calls) == 1
+    check_size(model, 112, 8)
 
 
 def test_config_argument_is_not_modified():

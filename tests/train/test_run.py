@@ -112,6 +112,16 @@ def test_invalid_recipe_keeps_the_saved_checkpoint(recipe, monkeypatch, tmp_path
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-4").is_dir()
 
 
+def test_model_whose_replacement_was_interrupted_is_kept(recipe, tmp_path):
+    previous = tmp_path / "run" / ".model.previous"
+    previous.mkdir(parents=True)
+    (previous / "config.json").write_text("{}")
+    with raises_input_error(ErrorCode.FILE_EXISTS, tmp_path / "run" / "model"):
+        train(recipe(), quiet())
+    assert [path.name for path in (tmp_path / "run" / "model").iterdir()] == ["config.json"]
+    assert not previous.exists()
+
+
 def test_missing_data_is_refused(recipe, tmp_path):
     with raises_input_error(ErrorCode.FILE_NOT_FOUND, "missing.json"):
         train(recipe(data=[{"file": str(tmp_path / "missing.json")}]), quiet())
