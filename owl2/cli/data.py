@@ -84,6 +84,7 @@ def check_data(
     from owl2.data.validate.validator import SampleValidator
     from owl2.processing.processor import Owl2Processor
 
+    template = None
     if Path(source).suffix.lower() in (".yaml", ".yml"):
         from owl2.train.recipe_file import read_recipe
 
@@ -91,6 +92,7 @@ def check_data(
         entries = [*recipe.data, *(recipe.validation.data if recipe.validation else [])]
         datasets = unique_names((entry.title, open_dataset(**entry.origin())) for entry in entries)
         model, max_length = model or recipe.model, max_length or recipe.max_length
+        template = recipe.chat_template
         batch_size = batch_size or recipe.batch_size // recipe.gradient_accumulation_steps
     elif model is None:
         raise InputError(
@@ -99,7 +101,7 @@ def check_data(
     else:
         datasets = unique_names([(source, open_from_cli(source, settings or []))])
     validator = SampleValidator(
-        Owl2Processor.from_pretrained(model),
+        Owl2Processor.from_pretrained(model, chat_template=template, image_newline=True),
         effective_max_length(model, max_length),
         check_images,
         fetch_urls,

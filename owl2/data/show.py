@@ -58,7 +58,7 @@ def show_samples(
     """
     console = console or Console()
     dataset = open_from_cli(source, settings)
-    processor = Owl2Processor.from_pretrained(model)
+    processor = Owl2Processor.from_pretrained(model, image_newline=True)  # as in training
     samples = islice(_ordered(dataset, start + count, seed), start, start + count)
     total = "the" if isinstance(dataset, TarDataset) else f"{len(dataset):,}"
     if html is not None:

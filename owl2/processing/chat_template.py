@@ -11,7 +11,7 @@ this one text.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,14 @@ put that text at the start of the first user turn') -}}
   {{- ' ASSISTANT:' -}}
 {%- endif -%}
 """
+
+# The authors' training format: the same with a system text.
+V1_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. "
+)
+V1_CHAT_TEMPLATE = f'{{{{- "{V1_SYSTEM}" -}}}}\n{DEFAULT_CHAT_TEMPLATE}'
+CHAT_TEMPLATES = {"mplug_owl2": DEFAULT_CHAT_TEMPLATE, "v1": V1_CHAT_TEMPLATE}
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
@@ -173,6 +181,24 @@ def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
         if segment:
             parts.append({"type": "text", "text": segment})
     return {"role": "user", "content": parts}
+
+
+def insert_image_newlines(conversation: ParsedMessages) -> ParsedMessages:
+    """Insert a line break between the images that start a user turn and its text.
+
+    Specification §1.5. A text that starts with a line break is not changed, nor is a turn with an
+    image inside or after its text.
+    """
+    turns = []
+    for turn in conversation.turns:
+        text = content_to_text(turn["content"])
+        count = text.count(IMAGE_TOKEN)
+        rest = text.removeprefix(IMAGE_TOKEN * count)
+        if count and rest != text and rest.strip() and not rest.startswith("\n"):
+            images = [{"type": "image"}] * count
+            turn = {**turn, "content": [*images, {"type": "text", "text": f"\n{rest}"}]}
+        turns.append(turn)
+    return replace(conversation, turns=tuple(turns))
 
 
 def content_to_text(parts: Sequence[Mapping[str, Any]]) -> str:

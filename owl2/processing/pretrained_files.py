@@ -62,6 +62,12 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
                 f"{path}: {key} is {value!r}; it must be an integer of at least 1.",
                 ErrorCode.INVALID_CONFIG,
             )
+    image_newline = own.get("image_newline", False)
+    if not isinstance(image_newline, bool):
+        raise InputError(
+            f"{path}: image_newline is {image_newline!r}; it must be true or false.",
+            ErrorCode.INVALID_CONFIG,
+        )
     if config:  # It has precedence, because the ids must fit the model.
         sizes["num_image_tokens"] = config.num_image_tokens
         sizes["image_token_id"] = max(config.image_token_id, len(tokenizer))
@@ -69,6 +75,7 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
         "image_processor": image_processor,
         "tokenizer": tokenizer,
         "chat_template": tokenizer.chat_template,  # transformers reads chat_template.jinja
+        "image_newline": image_newline,
         **sizes,
     }
 

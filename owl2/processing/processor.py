@@ -25,11 +25,12 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing import pretrained_files
 from owl2.processing.chat_template import (
-    DEFAULT_CHAT_TEMPLATE,
+    CHAT_TEMPLATES,
     IMAGE_TOKEN,
     ParsedMessages,
     Spans,
     has_variable,
+    insert_image_newlines,
     parse_messages,
     render,
     validate_prompt,
@@ -46,10 +47,12 @@ class Owl2Processor(ProcessorMixin):
     Prompts are padded on the tokenizer's `padding_side`, which is set to left for generation.
 
     Args:
-        chat_template: A Jinja template. Default: Specification §1.5.
+        chat_template: A Jinja template, or a name in `CHAT_TEMPLATES`. Default: Specification §1.5.
         num_image_tokens: Tokens of an image, K+1.
         image_token_id: Id of these tokens, the first after the model's vocabulary. Default:
             `len(tokenizer)`.
+        image_newline: Insert a line break between the images that start a user turn and its text,
+            as training does. It is saved; the released checkpoint has none.
     """
 
     image_token = IMAGE_TOKEN
@@ -61,13 +64,14 @@ class Owl2Processor(ProcessorMixin):
         chat_template: str | None = None,
         num_image_tokens: int = 65,
         image_token_id: int | None = None,
+        image_newline: bool = False,
     ) -> None:
-        # Not the mixin's __init__, which requires an image processor of transformers. Those compute
-        # other pixels.
+        # Not the mixin's __init__, which requires transformers' image processors: other pixels.
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "left"
-        self.chat_template = DEFAULT_CHAT_TEMPLATE if chat_template is None else chat_template
+        self.chat_template = CHAT_TEMPLATES.get(chat_template or "mplug_owl2", chat_template)
+        self.image_newline = image_newline
         self.num_image_tokens = num_image_tokens
         self.image_token_id = len(tokenizer) if image_token_id is None else image_token_id
         if self.image_token_id < len(tokenizer):
@@ -207,8 +211,7 @@ class Owl2Processor(ProcessorMixin):
         ]
         variables["add_generation_prompt"] = add_generation_prompt
         variables["continue_final_message"] = continue_final_message
-        special_tokens = self.tokenizer.special_tokens_map
-        texts = [render(item, template, special_tokens, **variables)[0] for item in conversations]
+        texts = [self._render(item, template, **variables)[0] for item in conversations]
         if not tokenize:
             return texts if is_batch else texts[0]
         options: dict[str, Any] = {"padding": padding, "padding_side": padding_side}
@@ -224,7 +227,7 @@ class Owl2Processor(ProcessorMixin):
             InputError: See `validate_prompt`; an image is missing or cannot be read.
         """
         parsed = validate_prompt(messages)
-        text, _ = self._render(parsed, add_generation_prompt=True)
+        text, _ = self._render(parsed, self.chat_template, add_generation_prompt=True)
         images = flatten_images([text.count(IMAGE_TOKEN)], [list(parsed.images)])
         pixels = self.image_processor(images)["pixel_values"] if images else None
         ids = self._encode(text)
@@ -297,12 +300,14 @@ class Owl2Processor(ProcessorMixin):
             raise InputError(
                 "The tokenizer has no end token to learn: set eos_token.", ErrorCode.MISSING_VALUE
             )
-        text, spans = self._render(conversation, return_assistant_tokens_mask=True)
+        text, spans = self._render(
+            conversation, self.chat_template, return_assistant_tokens_mask=True
+        )
         return encode_with_loss_mask(self.tokenizer, text, spans, self._start_ids, self._image_ids)
 
-    def _render(self, conversation: ParsedMessages, **options: Any) -> tuple[str, Spans]:
-        special_tokens = self.tokenizer.special_tokens_map
-        return render(conversation, self.chat_template, special_tokens, **options)
+    def _render(self, turns: ParsedMessages, template: Any, **options: Any) -> tuple[str, Spans]:
+        turns = insert_image_newlines(turns) if self.image_newline else turns
+        return render(turns, template, self.tokenizer.special_tokens_map, **options)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
         """Ids (a list, a tensor, or a batch of them) to text (or a list of texts).
@@ -310,8 +315,7 @@ class Owl2Processor(ProcessorMixin):
         The K+1 tokens of an image become one `<|image|>`, or nothing with `skip_special_tokens`.
         """
         ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
-        if isinstance(ids, int):
-            ids = [ids]
+        ids = [ids] if isinstance(ids, int) else ids
         if len(ids) and hasattr(ids[0], "__len__"):
             return [self.decode(row, skip_special_tokens, **kwargs) for row in ids]
         texts = []
@@ -338,6 +342,8 @@ class Owl2Processor(ProcessorMixin):
         }
         if self.image_token_id != len(self.tokenizer):
             config["image_token_id"] = self.image_token_id
+        if self.image_newline:
+            config["image_newline"] = True
         return config
 
     def save_pretrained(  # type: ignore[override]  # without upload
@@ -345,8 +351,7 @@ class Owl2Processor(ProcessorMixin):
     ) -> list[str]:
         """Write the files of the tokenizer, the image processor, the processor and the template.
 
-        Returns:
-            Paths of the files.
+        Returns: Paths of the files.
         """
         if push_to_hub:
             raise InputError(
@@ -356,13 +361,10 @@ class Owl2Processor(ProcessorMixin):
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         files = list(self.tokenizer.save_pretrained(str(directory)))
-        images, own = (
-            json.dumps(config, indent=2, sort_keys=True) + "\n"
-            for config in (self.image_processor.to_dict(), self.to_dict())
-        )
+        images, own = self.image_processor.to_dict(), self.to_dict()
         for name, text in (
-            (pretrained_files.PREPROCESSOR_FILE, images),
-            (pretrained_files.PROCESSOR_FILE, own),
+            (pretrained_files.PREPROCESSOR_FILE, f"{json.dumps(images, indent=2)}\n"),
+            (pretrained_files.PROCESSOR_FILE, f"{json.dumps(own, indent=2)}\n"),
             (pretrained_files.TEMPLATE_FILE, str(self.chat_template)),  # replaces the tokenizer's
         ):
             (directory / name).write_text(text, encoding="utf-8")
@@ -377,12 +379,13 @@ class Owl2Processor(ProcessorMixin):
         chat_template: str | None = None,
         image_policy: ImagePolicy | None = None,
         max_pixels: int | None = None,
+        image_newline: bool | None = None,
         **hub: Any,
     ) -> "Owl2Processor":
         """The processor of a checkpoint, a directory or a hub id.
 
         Args:
-            chat_template, image_policy, max_pixels: Override the checkpoint's values.
+            chat_template, image_policy, max_pixels, image_newline: Instead of the checkpoint's.
             hub: `revision`, `token`, `cache_dir`, `local_files_only`, ..., as in transformers.
 
         Raises:
@@ -390,9 +393,8 @@ class Owl2Processor(ProcessorMixin):
         """
         settings = pretrained_files.read_processor(str(pretrained_model_name_or_path), hub)
         settings["image_processor"] = settings["image_processor"].replace(image_policy, max_pixels)
-        if chat_template is not None:
-            settings["chat_template"] = chat_template
-        return cls(**settings)
+        own = {"chat_template": chat_template, "image_newline": image_newline}
+        return cls(**settings | {key: value for key, value in own.items() if value is not None})
 
 
 AutoProcessor.register(Owl2Config, Owl2Processor)

@@ -164,6 +164,9 @@ class Recipe(Section):
     on_invalid_sample: Literal["stop", "skip"] = Field(
         "stop", description="stop at a sample that cannot be used, or skip and count it"
     )
+    chat_template: Literal["mplug_owl2", "v1"] | None = Field(
+        None, description="conversation format; v1: with a system text; null: the checkpoint's"
+    )
     group_by_length: bool = Field(False, description="batch samples of similar length")
     packing: bool = Field(
         False, description="pack the samples of a batch into few rows without padding"

@@ -125,7 +125,9 @@ class TrainingRun:
             **loading_options(recipe),
         )
         self.use_cache = self.model.config.use_cache
-        self.processor = Owl2Processor.from_pretrained(recipe.model)
+        self.processor = Owl2Processor.from_pretrained(
+            recipe.model, chat_template=recipe.chat_template, image_newline=True
+        )
         self.processor.image_processor.size = self.model.config.image_size
         recipe.require_context(self.model.config.max_position_embeddings)
         self.trainable = prepare(self.model, recipe, autocast=context.sharding is None)

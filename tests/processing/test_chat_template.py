@@ -6,8 +6,10 @@ import pytest
 
 from owl2.errors import ErrorCode
 from owl2.processing.chat_template import (
+    CHAT_TEMPLATES,
     DEFAULT_CHAT_TEMPLATE,
     has_variable,
+    insert_image_newlines,
     parse_messages,
     render,
     validate_prompt,
@@ -51,6 +53,36 @@ def test_answer_span_includes_leading_space_and_end_token():
 def test_contents_are_concatenated_without_changes():
     messages = ask("  a \n", object(), "\n b ", "c")
     assert write(messages, add_generation_prompt=True) == ("USER:   a \n<|image|>\n b c ASSISTANT:")
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ((object(), "Hi"), "<|image|>\nHi"),
+        ((object(), "\nHi"), "<|image|>\nHi"),
+        (("<|image|>Hi",), "<|image|>\nHi"),
+        ((object(), object(), "H", "i"), "<|image|><|image|>\nHi"),
+        ((object(),), "<|image|>"),
+        (("Hi",), "Hi"),
+        (("Hi", object()), "Hi<|image|>"),
+        ((object(), "Hi", object()), "<|image|>Hi<|image|>"),
+    ],
+)
+def test_line_break_after_leading_images(parts, text):
+    turns = insert_image_newlines(parse_messages(ask(*parts, answer="<b>")))
+    assert render(turns, DEFAULT_CHAT_TEMPLATE, EOS)[0] == f"USER: {text} ASSISTANT: <b></s>"
+
+
+def test_v1_format_has_the_system_text_of_the_authors_training():
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions."
+    )
+    messages = [USER, ANSWER, USER, ANSWER]
+    assert write(messages, CHAT_TEMPLATES["v1"]) == f"{system} {write(messages)}"
+    assert write([USER], CHAT_TEMPLATES["v1"], add_generation_prompt=True) == (
+        f"{system} USER: Hi ASSISTANT:"
+    )
 
 
 def test_generation_prompt_and_continued_message():

@@ -52,6 +52,26 @@ def golden_messages(turns: list[dict], image) -> list[dict]:
     return messages
 
 
+def test_line_break_of_training_is_saved_and_used_by_every_prompt(processor, image, tmp_path):
+    question, training = ask(image, "What is it?"), ask(image, "What is it?", answer="A bus.")
+    without = processor.encode(question).ids
+    processor.image_newline = True
+    processor.save_pretrained(tmp_path)
+    again = Owl2Processor.from_pretrained(tmp_path)
+    prompt = again.encode(question).ids
+    assert prompt != without
+    assert prompt == processor.encode(ask(image, "\nWhat is it?")).ids
+    assert prompt == tuple(again.for_training(training)["input_ids"][0, : len(prompt)].tolist())
+    text = again.apply_chat_template(question, add_generation_prompt=True)
+    assert text == "USER: <|image|>\nWhat is it? ASSISTANT:"
+    plain = Owl2Processor.from_pretrained(tmp_path, image_newline=False)
+    assert plain.encode(question).ids == without
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_newline": "yes"}))
+    with raises_input_error(ErrorCode.INVALID_CONFIG, file, "image_newline"):
+        Owl2Processor.from_pretrained(tmp_path)
+
+
 # ------------------------------------------------------------------ golden/text
 
 

@@ -39,6 +39,7 @@ OTHER = {
     "logging_steps",
     "save_steps",
     "on_invalid_sample",
+    "chat_template",
     "group_by_length",
     "packing",
     "compile",

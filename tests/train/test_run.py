@@ -11,6 +11,7 @@ from rich.console import Console
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.processing.chat_template import CHAT_TEMPLATES
 from owl2.processing.processor import Owl2Processor
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
@@ -98,6 +99,15 @@ def test_image_size_applies_to_model_and_processor(recipe):
     result = train(recipe(image_size=16, max_steps=3), quiet())
     assert Owl2ForConditionalGeneration.from_pretrained(result.model).config.image_size == 16
     assert Owl2Processor.from_pretrained(result.model).image_processor.size == 16
+
+
+@pytest.mark.parametrize("name", [None, "v1"])
+def test_chat_template_and_line_break_are_saved_with_the_model(recipe, world, name):
+    start = Owl2Processor.from_pretrained(world / "start")
+    result = train(recipe(chat_template=name, max_steps=3), quiet())
+    trained = Owl2Processor.from_pretrained(result.model)
+    assert (start.image_newline, trained.image_newline) == (False, True)
+    assert trained.chat_template == CHAT_TEMPLATES[name or "mplug_owl2"]
 
 
 # ------------------------------------------------------------------ invalid inputs
