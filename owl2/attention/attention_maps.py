@@ -12,7 +12,7 @@ of an image.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,10 @@ def collect_attention(
         raise InputError(
             "use_mam=False: this model has no modality-adaptive module.", ErrorCode.UNSUPPORTED
         )
-    encoded = engine.encode(messages)
+    parsed = parse_messages(messages)
+    max_pixels = processor.image_processor.max_pixels
+    images = tuple(load_image(image, max_pixels) for image in parsed.images)
+    encoded = engine.encode(replace(parsed, images=images))
     if answer is None:
         answer = engine.chat(encoded, do_sample=False, max_new_tokens=max_new_tokens)
         if not answer:
@@ -150,15 +153,13 @@ def collect_attention(
         return capture_attention(engine.model, dialogue, cache, selected)
 
     captured = engine.run_prefilled(prompt, capture)
-    max_pixels = processor.image_processor.max_pixels
-    images = parse_messages(messages).images
     return AttentionMaps(
         tokens=dialogue.answer_texts,
         prompt_tokens=dialogue.prompt_texts,
         spans=dialogue.spans,
         layers=selected,
         **captured._asdict(),
-        sizes=tuple(load_image(image, max_pixels).size for image in images),
+        sizes=tuple(image.size for image in images),
         policy=processor.image_processor.policy,
         use_mam=use_mam and engine.model.config.use_mam,
     )

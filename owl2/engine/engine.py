@@ -28,7 +28,7 @@ from owl2.engine.scheduler import Request
 from owl2.engine.scoring import group_choices, score_answers
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import Message
+from owl2.processing.chat_template import Message, ParsedMessages
 from owl2.processing.image_processing import ImagePolicy
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
@@ -36,7 +36,7 @@ from owl2.processing.processor import Owl2Processor
 MAX_NUM_SEQS = 128  # running requests if memory allows; more do not increase the throughput
 
 Messages = Sequence[Message]
-Prompt = Messages | PreparedPrompt  # the input of chat, batch, stream and complete
+Prompt = Messages | ParsedMessages | PreparedPrompt  # the input of chat, batch, stream and complete
 
 
 class Engine:

@@ -102,7 +102,8 @@ class OutputProcessor:
             reason = "length" if end is None and not request.has_end_token else "stop"
         if request.aborted or not (text or reason):
             return
-        request.aborted = reason is not None
+        if reason is not None:
+            request.aborted = True
         # Of tokens that begin before `end`; of all if it is None.
         released = [own for start, own in self._pending if end is None or start < end]
         self._pending = self._pending[len(released) :]

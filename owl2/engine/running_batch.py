@@ -141,35 +141,38 @@ class RunningBatch:
             # The next turn of the dialogue starts with this prompt and answer.
             if request.token_ids and request.epoch == self.epoch:
                 key = (*request.prompt.key, *request.token_ids[:-1])
-                self._store_prefix(key, row)
+                self._store_prefix(key, row, self.runner)
             last = self.requests.pop()
             if last is not request:
                 cache.copy_row(len(self.requests), row, last.num_cached)
                 self.requests[row] = last
 
-    def prefill(self, prompts: Sequence[PromptState], first_row: int) -> torch.Tensor:
+    def prefill(
+        self, prompts: Sequence[PromptState], first_row: int, runner: ModelRunner | None = None
+    ) -> torch.Tensor:
         """Compute prompts together, after their cached prefixes, and cache them.
 
-        Their keys and values go to the rows from `first_row` on.
+        Their keys and values go to the rows from `first_row` on, of another runner if one is given.
 
         Returns:
             (B, V) logits after the last token of each.
         """
-        logits = self.runner.prefill(prompts, self._embed_images(prompts), first_row)
+        runner = runner or self.runner
+        logits = runner.prefill(prompts, self._embed_images(prompts), first_row)
         self.stats.num_prefills += len(prompts)
         for row, prompt in enumerate(prompts, first_row):
             self.stats.num_prefill_tokens += prompt.num_new_tokens
-            self._store_prefix(prompt.key, row)
+            self._store_prefix(prompt.key, row, runner)
             prompt.prefix = None  # the cache may evict it
         return logits
 
     def prefill_alone(self, prompt: PromptState) -> PrefillOutput:
-        """Compute one prompt in the row after the running requests."""
+        """Compute one prompt outside of the batch, whose rows would all grow to its length."""
+        runner = ModelRunner(self.model)
         prompt.look_up(self.prefixes)
-        row = len(self.requests)
-        logits = self.prefill([prompt], row)
+        logits = self.prefill([prompt], 0, runner)
         cache = DynamicCache(config=self.model.config)
-        for layer, (keys, values) in enumerate(self.runner.cache.read(row, prompt.num_tokens)):
+        for layer, (keys, values) in enumerate(runner.cache.read(0, prompt.num_tokens)):
             cache.update(keys[None], values[None], layer)
         return PrefillOutput(logits, cache)
 
@@ -208,9 +211,9 @@ class RunningBatch:
                 request.add_token(token, own)
         self.remove_finished()
 
-    def _store_prefix(self, key: PromptKey, row: int) -> None:
+    def _store_prefix(self, key: PromptKey, row: int, runner: ModelRunner) -> None:
         if self.prefixes.accepts(key):
-            self.prefixes.add(key, self.runner.cache.read(row, len(key)))
+            self.prefixes.add(key, runner.cache.read(row, len(key)))
 
     @torch.no_grad()
     def _embed_images(self, prompts: Sequence[PromptState]) -> torch.Tensor | None:

@@ -224,7 +224,7 @@ def check_sizes(part: str, values: Mapping[str, Any], names: Iterable[str]) -> N
 
 def _require_values(part: str, values: Mapping[str, Any], **released: bool) -> None:
     for name, value in released.items():
-        if values[name] != value:
+        if bool(values[name]) != value:
             raise _invalid(f"{part}.{name}: the released architecture supports only {value}")
 
 

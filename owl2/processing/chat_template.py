@@ -10,6 +10,7 @@ this one text.
 """
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -64,6 +65,8 @@ CHAT_TEMPLATES = {"mplug_owl2": DEFAULT_CHAT_TEMPLATE, "v1": V1_CHAT_TEMPLATE}
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
 _IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+# transformers caches compiled templates, and each has one list of the answers being rendered.
+_render_lock = threading.Lock()
 
 Message = Mapping[str, Any]
 Spans = list[tuple[int, int]]
@@ -91,8 +94,8 @@ class ParsedMessages:
 # ------------------------------------------------------------------ messages to ParsedMessages
 
 
-def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
-    """Validate messages in the format of transformers.
+def parse_messages(messages: Sequence[Message] | ParsedMessages) -> ParsedMessages:
+    """Validate messages in the format of transformers; `ParsedMessages` are returned unchanged.
 
     Roles alternate, starting with `user`; a template may support `system` before it. A content is a
     string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" |
@@ -103,6 +106,8 @@ def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
         InputError: A role is unknown or misplaced, a turn is empty, a part has another type, or an
             answer contains an image. The error names the message.
     """
+    if isinstance(messages, ParsedMessages):
+        return messages
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise InputError(
             "Messages must be a list of {'role': ..., 'content': ...}, not "
@@ -137,7 +142,7 @@ def parse_messages(messages: Sequence[Message]) -> ParsedMessages:
     return ParsedMessages(tuple(turns), tuple(images))
 
 
-def validate_prompt(messages: Sequence[Message]) -> ParsedMessages:
+def validate_prompt(messages: Sequence[Message] | ParsedMessages) -> ParsedMessages:
     """Parse messages that must end with a user message that contains text.
 
     Raises:
@@ -304,10 +309,6 @@ def render(
         InputError: The template raises an exception, an option does not fit the last message, or
             answers are requested from a template without `{% generation %}` blocks.
     """
-    if not isinstance(template, str):  # transformers allows a dict of templates
-        raise InputError(
-            f"The chat template must be a string, not {template!r}.", ErrorCode.INVALID_TYPE
-        )
     last = "user" if conversation.is_open else "assistant"
     for option, needed in (
         ("add_generation_prompt", "user"),
@@ -315,9 +316,10 @@ def render(
     ):
         if options.get(option) and last != needed:
             raise InputError(
-                f"{option} requires that the last message is of the {needed}.",
+                f"{option} requires that the last message has the role {needed!r}.",
                 ErrorCode.INVALID_ROLE,
             )
+    template = require_template(template)
     if options.get("return_assistant_tokens_mask") and not _GENERATION_BLOCK.search(template):
         raise InputError(
             "The chat template does not mark the answers. In chat_template.jinja, put "
@@ -336,6 +338,15 @@ def render(
         ) from error
 
 
+def require_template(template: Any) -> str:
+    """Raise an `InputError` unless a template is a string; transformers also allows a dict."""
+    if not isinstance(template, str):
+        raise InputError(
+            f"The chat template must be a string, not {template!r}.", ErrorCode.INVALID_TYPE
+        )
+    return template
+
+
 def has_variable(template: str, name: str) -> bool:
     """Whether the template's code contains the variable `name`."""
     return any(re.search(rf"\b{re.escape(name)}\b", code) for code in _CODE.findall(template))
@@ -344,8 +355,9 @@ def has_variable(template: str, name: str) -> bool:
 def _render(
     turns: list[dict[str, Any]], template: str, variables: dict[str, Any]
 ) -> tuple[str, Spans]:
-    # transformers caches compiled templates. It is annotated with `str` but returns lists.
-    rendered: Any = render_jinja_template([turns], chat_template=template, **variables)
+    # It is annotated with `str` but returns lists.
+    with _render_lock:
+        rendered: Any = render_jinja_template([turns], chat_template=template, **variables)
     texts, spans = rendered
     return texts[0], [(start, end) for start, end in spans[0]] if spans else []
 

@@ -3,6 +3,7 @@
 The files come from any source, so every problem is an `InputError` with the file and the key.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,18 @@ def _load_tokenizer(
             ErrorCode.UNREADABLE_FILE,
         )
     return tokenizer
+
+
+def write_files(
+    directory: Path, image_processor: dict[str, Any], processor: dict[str, Any], template: str
+) -> list[str]:
+    """Write the files of an image processor, a processor and a template; returns their paths."""
+    to_json = json.JSONEncoder(indent=2, sort_keys=True).encode
+    texts = {
+        PREPROCESSOR_FILE: to_json(image_processor) + "\n",
+        PROCESSOR_FILE: to_json(processor) + "\n",
+        TEMPLATE_FILE: template,  # replaces the tokenizer's
+    }
+    for name, text in texts.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    return [str(directory / name) for name in texts]

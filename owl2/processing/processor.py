@@ -9,7 +9,6 @@
 B prompts, S tokens, N images in the batch, K learnable queries (an image takes K+1 tokens).
 """
 
-import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +32,7 @@ from owl2.processing.chat_template import (
     insert_image_newlines,
     parse_messages,
     render,
+    require_template,
     validate_prompt,
 )
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
@@ -80,7 +80,7 @@ class Owl2Processor(ProcessorMixin):
                 f"{len(tokenizer)} tokens; it must be larger.",
                 ErrorCode.INVALID_VALUE,
             )
-        if tokenizer.pad_token is None:
+        if tokenizer.pad_token is None:  # `pad` requires one; the mask makes its id irrelevant
             tokenizer.pad_token = tokenizer.eos_token
         self._start_ids = start_ids(tokenizer)
         self._image_ids = [self.image_token_id] * num_image_tokens
@@ -136,7 +136,7 @@ class Owl2Processor(ProcessorMixin):
             raise InputError(
                 f"padding='max_length' requires a max_length of at least {longest}, the tokens of "
                 f"the longest prompt, not {max_length}.",
-                ErrorCode.INVALID_VALUE,
+                ErrorCode.MISSING_VALUE if max_length is None else ErrorCode.TOO_LONG,
             )
         pixels = self.image_processor(images, return_tensors=return_tensors) if images else {}
         try:
@@ -198,8 +198,8 @@ class Owl2Processor(ProcessorMixin):
         Raises:
             InputError: See `parse_messages` and `__call__`.
         """
-        template = self.chat_template if chat_template is None else chat_template
-        if unknown := [name for name in variables if not has_variable(str(template), name)]:
+        template = require_template(self.chat_template if chat_template is None else chat_template)
+        if unknown := [name for name in variables if not has_variable(template, name)]:
             raise TypeError(
                 f"apply_chat_template() got unexpected arguments: {', '.join(unknown)}, which are "
                 "not variables of the chat template"
@@ -326,13 +326,17 @@ class Owl2Processor(ProcessorMixin):
                 texts.append(IMAGE_TOKEN * -(-len(list(run)) // self.num_image_tokens))
         return "".join(texts)
 
-    batch_decode = decode
+    def batch_decode(
+        self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """`decode` for each row."""
+        return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> Any:
-        """`decode` for the pipelines of transformers."""
-        return self.decode(generated_outputs, skip_special_tokens, **kwargs)
+    ) -> list[str]:
+        """`batch_decode` for the pipelines of transformers."""
+        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `processor_config.json`."""
@@ -351,25 +355,19 @@ class Owl2Processor(ProcessorMixin):
     ) -> list[str]:
         """Write the files of the tokenizer, the image processor, the processor and the template.
 
-        Returns: Paths of the files.
+        Returns:
+            Paths of the files.
         """
         if push_to_hub:
             raise InputError(
                 "push_to_hub is not supported: save, then run `hf upload REPO DIRECTORY`.",
                 ErrorCode.UNSUPPORTED,
             )
-        directory = Path(save_directory)
+        directory, template = Path(save_directory), require_template(self.chat_template)
         directory.mkdir(parents=True, exist_ok=True)
         files = list(self.tokenizer.save_pretrained(str(directory)))
-        images, own = self.image_processor.to_dict(), self.to_dict()
-        for name, text in (
-            (pretrained_files.PREPROCESSOR_FILE, f"{json.dumps(images, indent=2)}\n"),
-            (pretrained_files.PROCESSOR_FILE, f"{json.dumps(own, indent=2)}\n"),
-            (pretrained_files.TEMPLATE_FILE, str(self.chat_template)),  # replaces the tokenizer's
-        ):
-            (directory / name).write_text(text, encoding="utf-8")
-            files.append(str(directory / name))
-        return files
+        contents = self.image_processor.to_dict(), self.to_dict(), template
+        return files + pretrained_files.write_files(directory, *contents)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # rejects unknown arguments

@@ -290,3 +290,17 @@ def test_default_layers_are_those_of_the_paper():
     assert resolve_layers(None, 32) == (0, 15, 31)
     assert resolve_layers(None, 1) == (0,)
     assert resolve_layers([-1, 0], 3) == (2, 0)
+
+
+def test_each_image_is_read_once(engine, tmp_path):
+    class CountingPath:
+        num_reads = 0
+
+        def __fspath__(self):
+            self.num_reads += 1
+            return str(tmp_path / "image.png")
+
+    random_image(1).save(tmp_path / "image.png")
+    path = CountingPath()
+    maps = collect_attention(engine, engine.processor, ask("what?", path), answer=ANSWER)
+    assert (maps.sizes, path.num_reads) == ((random_image(1).size,), 1)

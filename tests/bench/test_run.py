@@ -120,7 +120,7 @@ def test_ctrl_c_keeps_the_results(fixed_roofline, console, tmp_path, monkeypatch
         ({"model": "here"}, ErrorCode.CONFLICT, "--size"),
         ({"size": None, "model": "/nowhere"}, ErrorCode.FILE_NOT_FOUND, "/nowhere"),
         ({"dtype": "int3"}, ErrorCode.UNKNOWN_NAME, "int3"),
-        ({"device": "abacus"}, ErrorCode.UNKNOWN_NAME, "abacus"),
+        ({"device": "abacus"}, ErrorCode.UNSUPPORTED, "abacus"),
     ],
 )
 def test_invalid_models(fixed_roofline, console, options, code, value):

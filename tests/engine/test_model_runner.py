@@ -234,3 +234,14 @@ def test_weights_of_two_dtypes(golden_models):
     down.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
     down.register_forward_hook(lambda module, inputs, output: output.float())
     torch.testing.assert_close(decode(runner, ids, 2), expected(logits, 2), atol=1e-4, rtol=0)
+
+
+def test_a_prompt_computed_alone_does_not_enlarge_the_cache_of_the_batch(golden_models):
+    model = golden_models("model_mha")
+    batch = RunningBatch(model, 0, 0)
+    short, long = (PromptState(PreparedPrompt((5,) * length, None, (), ())) for length in (9, 90))
+    batch.prefill([short], first_row=0)
+    before = [layer.clone() for layer in batch.runner.cache.layers]
+    output = batch.prefill_alone(long)
+    assert output.cache.get_seq_length() == 90
+    assert all(map(torch.equal, batch.runner.cache.layers, before))

@@ -154,9 +154,9 @@ def test_padding_to_a_length(processor):
     assert [len(row) for row in batch["input_ids"]] == [9, 9]
     batch = processor(text=["one", "one two"], padding=True, pad_to_multiple_of=8)
     assert [len(row) for row in batch["input_ids"]] == [8, 8]
-    with raises_input_error(ErrorCode.INVALID_VALUE, "max_length", "at least 3"):
+    with raises_input_error(ErrorCode.TOO_LONG, "max_length", "at least 3"):
         processor(text="one two", padding="max_length", max_length=2)
-    with raises_input_error(ErrorCode.INVALID_VALUE, "max_length"):
+    with raises_input_error(ErrorCode.MISSING_VALUE, "max_length"):
         processor(text="one", padding="max_length")
     with raises_input_error(ErrorCode.INVALID_VALUE, "left"):
         processor(text="one", padding="left")
@@ -329,7 +329,7 @@ def test_max_length_truncates_on_the_right(processor, image):
         processor.for_training(messages, max_length=end - 1)
 
 
-def test_samples_without_labels_are_rejected(processor, llama_file, image):
+def test_samples_without_labels_are_rejected(processor, llama_file, image, tmp_path):
     with raises_input_error(ErrorCode.INVALID_ROLE):
         processor.for_training(ask("Hi"))
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "1 <|image|>", "0 image"):
@@ -342,6 +342,9 @@ def test_samples_without_labels_are_rejected(processor, llama_file, image):
     processor.chat_template = None
     with raises_input_error(ErrorCode.INVALID_TYPE, None):
         processor.for_training(ask("Hi", answer="x"))
+    with raises_input_error(ErrorCode.INVALID_TYPE, None):
+        processor.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     processor.chat_template = CHATML
     processor.tokenizer = Owl2Tokenizer(llama_file)
     processor.tokenizer.eos_token = None
@@ -371,6 +374,7 @@ def test_decoding_prompts_with_images(processor, image):
     ids = processor(text=prompt, images=[image, image], return_tensors="pt")["input_ids"]
     assert processor.decode(ids[0]) == "<s>" + prompt
     assert processor.batch_decode(ids) == processor.decode(ids) == ["<s>" + prompt]
+    assert processor.batch_decode([]) == []
     plain = processor.batch_decode(ids, skip_special_tokens=True)
     assert plain == ["USER: one two  ASSISTANT:"]
     assert processor.decode([1, 330]) == "<s>A" and processor.decode(330) == "A"

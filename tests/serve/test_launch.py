@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from owl2.errors import ErrorCode
-from owl2.serve.config import MIB, ServerLimits
+from owl2.serve.config import MIB, ServerConfig, ServerLimits
 from tests.errors import raises_input_error
 from tests.serve.running import wait_until
 
@@ -151,6 +151,12 @@ def test_shutdown_timeout_aborts_requests(start):
     assert aborted.value.code == "shutting_down"
     assert server.wait() == 1
     assert "1 request(s)" in "\n".join(server.lines)
+
+
+def test_shutdown_timeout_may_be_zero():
+    assert ServerConfig(model="tiny", shutdown_timeout=0.0).shutdown_timeout == 0
+    with raises_input_error(ErrorCode.INVALID_VALUE, "shutdown_timeout"):
+        ServerConfig(model="tiny", shutdown_timeout=-1.0)
 
 
 def test_port_in_use_is_reported_before_the_model_is_loaded(run_cli):
