@@ -170,6 +170,7 @@ def scan_json(file: BinaryIO, path: Path, opening: Literal["[", "{"]) -> Iterato
         row += 1
         key = ""
         if opening == "{":
+            cursor.peek()
             key = cursor.value(row)
             if not isinstance(key, str) or cursor.peek() != ":":
                 raise cursor.error(f"row {row}: expected a key and a ':'")
@@ -206,8 +207,7 @@ class _JsonCursor:
                 return content[:1]
 
     def value(self, row: int) -> Any:
-        """Parses the value at the cursor, and advances behind it."""
-        self.peek()
+        """Parses the value that starts at the cursor, and advances behind it."""
         size = WINDOW_BYTES
         while True:
             text, is_end = self._window(size)

@@ -10,7 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
+from owl2.eval.task_config import TaskConfig
 from owl2.train.recipe_file import read_recipe
 from tests.documents import blocks, commands, require_command
 
@@ -41,9 +43,13 @@ def test_commands_and_their_options_exist(page):
 
 
 @on_each_guide
-def test_recipes_and_parts_of_recipes_are_valid(page, tmp_path):
+def test_recipes_and_tasks_are_valid(page, tmp_path):
     (tmp_path / "minimal.yaml").write_text(MINIMAL_RECIPE, encoding="utf-8")
     for number, text in enumerate(blocks(read(page), "yaml")):
+        if page.stem == "evaluation":
+            for task in yaml.safe_load(text).values():
+                TaskConfig.model_validate(task)
+            continue
         file = tmp_path / f"{number}.yaml"
         complete = text if "base:" in text else f"base: minimal.yaml\n{text}"
         file.write_text(complete, encoding="utf-8")

@@ -61,11 +61,11 @@ class JsonDataset(RowDataset):
                 ErrorCode.INVALID_FORMAT,
             )
         self._is_list = self.path.suffix.lower() == ".json"
-        self._image = image_reader(image_root(self.path.parent, images))
         self._file: BinaryIO | None = None
         positions = array("q")
         with readable(self.path), self.path.open("rb") as file:
             self._size = os.fstat(file.fileno()).st_size
+            self._image = image_reader(image_root(self.path.parent, images))
             if not self._is_list and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
                 raise InputError(
                     f"{path} is a list of rows, not a row per line: it needs the suffix .json",

@@ -53,7 +53,11 @@ class ChatEndpoint:
     backoff: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")) or not httpx.URL(self.url).host:
+        try:
+            url = httpx.URL(self.url)
+        except httpx.InvalidURL:
+            url = httpx.URL()
+        if url.scheme not in ("http", "https") or not url.host:
             raise InputError(
                 f"{self.url!r} is not an endpoint such as https://api.openai.com/v1 or "
                 "http://localhost:8000/v1.",

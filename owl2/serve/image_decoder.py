@@ -193,11 +193,14 @@ class ForkServer:
             is_last_attempt = True
 
     def close(self) -> None:
-        """End the process by closing its connection."""
+        """End the process."""
         with self._lock:
             if self._control is not None and self.process is not None:
                 self._control.close()
-                self.process.wait(GRACE_SECONDS)
+                try:
+                    self.process.wait(GRACE_SECONDS)
+                except subprocess.TimeoutExpired:  # it is still importing modules
+                    self.process.kill()
 
 
 @cache

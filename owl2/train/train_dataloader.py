@@ -123,6 +123,7 @@ class TrainDataLoader:
             "world_size": self.world_size,
             "sizes": self.loader.dataset.sizes,
             "num_skipped": self._skipped_lines,
+            "has_valid_sample": self._has_valid_sample,
             "loader": self.loader.state,
         }
         path = checkpoint / f"data_state_{self.rank}.json"
@@ -140,6 +141,9 @@ class TrainDataLoader:
             state = json.loads(path.read_text(encoding="utf-8"))
             before = (state["sizes"], state["world_size"])
             self._skipped_lines, self.loader.state = state["num_skipped"], state["loader"]
+            self._has_valid_sample = state.get(
+                "has_valid_sample", False
+            )  # not in older checkpoints
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read, so the run cannot be resumed; overwrite=true starts over",

@@ -132,7 +132,9 @@ def test_rejected_prompt_does_not_affect_others(stub):
     assert ask(server.url)[0] == 7.0
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "", "http://"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "file:///etc/passwd", "", "http://", "http://host:port/v1"]
+)
 def test_invalid_url_is_an_error(url):
     with raises_input_error(ErrorCode.INVALID_VALUE, repr(url)):
         ChatEndpoint(url, "judge-1")

@@ -208,16 +208,35 @@ def test_position_in_other_data_is_refused(make_loader, tmp_path):
         make_loader().load(tmp_path)
 
 
-def test_run_without_valid_samples_stops(recipe, tmp_path):
-    rows = [{"image": f"{n}.png", "caption": "red"} for n in range(200)]
+@pytest.mark.parametrize(
+    ("num_rows", "max_steps", "num_skipped"),
+    [(200, 50, 100), (6, 50, 8), (200, 3, 12)],
+    ids=["at the start", "epoch", "run"],
+)
+def test_run_without_valid_samples_stops(recipe, tmp_path, num_rows, max_steps, num_skipped):
+    rows = [{"image": f"{n}.png", "caption": "red"} for n in range(num_rows)]
     (tmp_path / "missing.json").write_text(json.dumps(rows), encoding="utf-8")
     settings = {
         "data": [{"file": str(tmp_path / "missing.json")}],
         "on_invalid_sample": "skip",
-        "max_steps": 50,
+        "max_steps": max_steps,
     }
-    with raises_input_error(ErrorCode.EMPTY_DATASET, "100 samples", "skipped.jsonl"):
+    with raises_input_error(ErrorCode.EMPTY_DATASET, f"{num_skipped} samples", "skipped.jsonl"):
         train(recipe(**settings), quiet())
+
+
+def test_resumed_run_may_start_with_invalid_samples(make_loader, tmp_path):
+    one = make_loader("skip")
+    next(iter(one))
+    one.update_counts()
+    one.save(tmp_path)
+    other = make_loader("skip")
+    other.load(tmp_path)
+    invalid = [InvalidSample("row 1", "no answer", ErrorCode.NO_LABELS)] * 20
+    other.loader.collate = lambda samples: collate(samples)._replace(num_samples=0, skipped=invalid)
+    next(iter(other))
+    other.update_counts()
+    assert other.counts.num_skipped == 20
 
 
 def test_batches_are_counted(make_loader):

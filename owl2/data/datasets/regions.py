@@ -107,7 +107,7 @@ def refcoco(
         else:
             phrase = Random(f"{seed}/{row.integer('ref_id')}").choice(phrases)
             images.setdefault(number, []).append((phrase, text))
-    directory = coco_directory("train", coco)  # of the validation images, too
+    directory = coco_directory("train", coco)  # it also has the validation images
     for number, regions in images.items():
         image = coco_image(number, directory)
         yield from region_samples(image, regions, direction, max_rounds, f"{refs}, image {image}")

@@ -90,8 +90,8 @@ def _first_file(directory: Path, names: Sequence[str]) -> Path:
         if (directory / name).is_file():
             return directory / name
     raise InputError(
-        f"{directory / names[0]} does not exist. If the published file has another name, give it "
-        "as an option; `owl2 data convert --list` shows the options.",
+        f"{directory / ' or '.join(names)} does not exist. If the published file has another name, "
+        "give it as an option; `owl2 data convert --list` shows the options.",
         ErrorCode.FILE_NOT_FOUND,
     )
 

@@ -39,10 +39,9 @@ def draw_examples(directory: Path) -> list[Example]:
     directory.mkdir(parents=True, exist_ok=True)
     examples = []
     for name, corners, color, background, circle, question in _SHAPES:
+        # Drawn at 4 times the size, for smooth edges.
         image = Image.new("RGB", (4 * EDGE, 4 * EDGE), background)
-        x, y, radius = (
-            4 * value for value in circle
-        )  # drawn at 4 times the size, for smooth edges
+        x, y, radius = (4 * value for value in circle)
         ImageDraw.Draw(image).regular_polygon((x, y, radius), corners, fill=color)
         path = directory / f"{name}.png"
         image.resize((EDGE, EDGE), Image.Resampling.LANCZOS).save(path)
