@@ -6,6 +6,12 @@ from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 VISION_BLOCKS = 3
+# Settings of a model with one layer per part, for tests whose time depends on the layers.
+ONE_LAYER = {
+    "num_hidden_layers": 1,
+    "vision": {"num_hidden_layers": 1},
+    "abstractor": {"num_hidden_layers": 1},
+}
 
 
 def make_config(vocab_size=40, vision=None, abstractor=None, **settings):

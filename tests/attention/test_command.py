@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli import run_cli
 from tests.engine.conftest import random_image
-
-__all__ = ["run_cli"]
 
 
 @pytest.fixture
@@ -63,27 +60,20 @@ def test_figures_and_arrays(attend, arrays, tmp_path):
         np.testing.assert_allclose(saved[f"{prefix}shares"].sum(-1), 1, atol=1e-5)
 
 
-def test_two_images_one_token_and_an_existing_output_directory(attend, arrays):
-    arguments = ("what is this?", "--answer", "red and $red$ \\x", "--token", "and")
-    for _ in range(2):
-        assert attend(*arguments, images=("1.png", "2.png")).exit_code == 0
-    assert arrays()["heat"].shape == (1, 2, 2, 2)
-    assert not any(name.startswith("no_mam") for name in arrays())
-
-
-def test_no_heat_map_without_an_image(attend, tmp_path):
+def test_output_of_an_earlier_call_is_replaced(attend, arrays, tmp_path):
     assert attend("what is this?", "--answer", "yes", images=()).exit_code == 0
     assert not (tmp_path / "out" / "heatmap.png").exists()
+    assert arrays()["layers"].tolist() == [0, 1]  # the default, those of the paper
+    arguments = ("what is this?", "--answer", "red and $red$ \\x", "--token", "and")
+    assert attend(*arguments, images=("1.png", "2.png")).exit_code == 0
+    assert (tmp_path / "out" / "heatmap.png").exists()
+    assert arrays()["heat"].shape == (1, 2, 2, 2)
+    assert not any(name.startswith("no_mam") for name in arrays())
 
 
 def test_a_repeated_word_gets_one_heat_map(attend, arrays):
     attend("what?", "--answer", "a red a Red a", "--layers", "mean")
     assert arrays()["words"].tolist() == ["a", "red"]
-
-
-def test_default_layers_are_those_of_the_paper(attend, arrays):
-    attend("what?", "--answer", "a")
-    assert arrays()["layers"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(

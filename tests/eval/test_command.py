@@ -8,14 +8,13 @@ import sys
 import pytest
 
 from owl2.engine.engine import Engine
-from tests.cli import run_cli  # noqa: F401 - a fixture
 from tests.eval.stub import completion, serving
 
 pytest.importorskip("easy_vqa")
 
 
 @pytest.fixture
-def owl2_eval(run_cli):  # noqa: F811 - the fixture
+def owl2_eval(run_cli):
     """`owl2 eval ...`"""
     return lambda *arguments: run_cli("eval", *arguments)
 

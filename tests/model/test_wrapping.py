@@ -1,4 +1,4 @@
-"""What wraps the model from outside: adapters around every Linear, torch.compile."""
+"""The model in the wrappers of other libraries: peft, torch.compile, quantization."""
 
 import copy
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from tests.tiny import make_model
+from tests.model.conftest import make_modalities_differ
+from tests.tiny import ONE_LAYER, make_model
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -24,7 +25,7 @@ def linears(model):
 
 def adapted(model, target_modules):
     torch.manual_seed(11)
-    # B starts at zero otherwise, and an adapter that adds nothing would show nothing.
+    # By default B is zero, so that the adapter would have no effect.
     options = {"r": 2, "lora_alpha": 4, "init_lora_weights": False}
     return peft.get_peft_model(
         model, peft.LoraConfig(target_modules=target_modules, task_type="CAUSAL_LM", **options)
@@ -76,11 +77,12 @@ def test_adapter_is_trained_and_saved_without_the_base(tiny, image_inputs, tmp_p
     assert answer.shape[1] <= image_inputs["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize(
-    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)  # "eager" traces and takes apart the same graphs, without a minute of C++ compilation
-def test_compiled_equals_eager(tiny, image_inputs, backend):
+# "eager" traces the same graphs without a minute of C++ compilation.
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(image_inputs, backend):
     torch.compiler.reset()
+    tiny = make_model(**ONE_LAYER).eval()
+    make_modalities_differ(tiny)
     compiled = torch.compile(copy.deepcopy(tiny), backend=backend)
     for inputs in (image_inputs, {"input_ids": torch.tensor([[1, 5, 6]])}):
         expected = logits(tiny, **inputs)
@@ -88,7 +90,7 @@ def test_compiled_equals_eager(tiny, image_inputs, backend):
 
 
 def test_vocabulary_can_be_resized(image_inputs):
-    """The image's id stays just past the vocabulary; so old ids for images are words then."""
+    """The image token id is always the size of the vocabulary, so the old one becomes a token."""
     model = make_model()
     model.resize_token_embeddings(48)
     assert model.config.image_token_id == 48
@@ -98,12 +100,12 @@ def test_vocabulary_can_be_resized(image_inputs):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
 def test_quantization_replaces_every_linear(tiny, image_inputs):
-    """8-bit weights by torch's own dynamic quantisation, which runs on any CPU."""
+    """8-bit weights by torch's dynamic quantization, which runs on any CPU."""
     expected = logits(tiny, **image_inputs)
-    quantised = torch.ao.quantization.quantize_dynamic(
+    quantized = torch.ao.quantization.quantize_dynamic(
         copy.deepcopy(tiny), {nn.Linear}, dtype=torch.qint8
     )
     assert linears(tiny)
-    assert not linears(quantised)
-    difference = (logits(quantised, **image_inputs) - expected).abs().max()
+    assert not linears(quantized)
+    difference = (logits(quantized, **image_inputs) - expected).abs().max()
     assert 0 < difference < 0.1 * expected.abs().max()

@@ -2,8 +2,6 @@
 
 import pytest
 
-from tests.cli import run_cli  # noqa: F401 - a fixture
-
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_checkpoint):

@@ -1,9 +1,12 @@
 """Fixtures for tests of training."""
 
+from functools import partial
+
 import pytest
 
 from owl2.train.recipe import Recipe
-from tests.cli import run_cli  # noqa: F401  # a fixture
+from owl2.train.run import train
+from tests.train.runs import quiet
 from tests.train.tiny import COLORS, ROWS, SMALL_RUN, make_world
 
 
@@ -36,9 +39,25 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def recipe(world, tmp_path):
-    """Recipes of runs in `world`."""
+@pytest.fixture(scope="session")
+def recipe_in(world):
+    """`recipe_in(folder, **settings)` is a recipe of a run in `folder` with the data of `world`."""
     files = {"model": str(world / "start"), "data": [{"file": str(world / "data.json")}]}
-    own = {"output": str(tmp_path / "run"), "augment": "dihedral", "max_steps": 10}
-    return lambda **settings: Recipe(**SMALL_RUN | files | own | settings)
+    own = files | {"augment": "dihedral", "max_steps": 10}
+
+    def make(folder, **settings):
+        return Recipe(**SMALL_RUN | own | {"output": str(folder / "run")} | settings)
+
+    return make
+
+
+@pytest.fixture
+def recipe(recipe_in, tmp_path):
+    """Recipes of runs in `tmp_path`."""
+    return partial(recipe_in, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(recipe_in, tmp_path_factory):
+    """The result of a run of `recipe()` that was not stopped; read-only."""
+    return train(recipe_in(tmp_path_factory.mktemp("uninterrupted")), quiet())

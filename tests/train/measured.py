@@ -38,6 +38,12 @@ WIDE = {
         "num_learnable_queries": 8,
     },
 }
+# One layer per part, for traces whose asserted values do not need more.
+SHALLOW = WIDE | {
+    "num_hidden_layers": 1,
+    "vision": WIDE["vision"] | {"num_hidden_layers": 1},
+    "abstractor": WIDE["abstractor"] | {"num_hidden_layers": 1},
+}
 
 
 def make_wide_world(folder):

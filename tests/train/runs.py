@@ -6,10 +6,12 @@ import os
 import signal
 import time
 
+import pytest
 import torch
 from rich.console import Console
 
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 
 LORA = {"r": 2, "lora_alpha": 4.0}
@@ -88,8 +90,8 @@ def kill_at(monkeypatch, step):
     monkeypatch.setattr(Owl2Trainer, "training_step", killed_step)
 
 
-def interrupt_at(monkeypatch, step):
-    """Send SIGINT while this step is computed."""
+def train_until(step, recipe):
+    """Train, and send SIGINT while this step is computed."""
     training_step = Owl2Trainer.training_step
     sent = False
 
@@ -100,4 +102,6 @@ def interrupt_at(monkeypatch, step):
             os.kill(os.getpid(), signal.SIGINT)
         return training_step(self, *args, **kwargs)
 
-    monkeypatch.setattr(Owl2Trainer, "training_step", interrupted_step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Owl2Trainer, "training_step", interrupted_step)
+        return train(recipe, quiet())

@@ -23,10 +23,10 @@ from tests.train.runs import (
     LORA,
     ask,
     assert_same_weights,
-    interrupt_at,
     load_model,
     quiet,
     read_jsonl,
+    train_until,
     trainable_names,
     weights,
 )
@@ -208,11 +208,9 @@ DROPOUT = {"lora": LORA | {"lora_dropout": 0.3}, "packing": True, "dataloader_nu
 # Neither batches nor workers use the random state of dropout. PARTS: the state of the fully trained
 # vision encoder is saved.
 @pytest.mark.parametrize("settings", [DROPOUT, {"lora": PARTS}], ids=["dropout", "parts"])
-def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, settings):
+def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, settings):
     uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 6)
-        stopped = train(recipe(**settings), quiet())
+    stopped = train_until(6, recipe(**settings))
     assert (stopped.finished, stopped.step) == (False, 6)
     resumed = train(recipe(**settings), quiet())
     assert resumed.finished
@@ -223,13 +221,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
     assert losses[0] == losses[1]
 
 
-def test_run_with_a_changed_base_model_is_not_resumed(recipe, world, tmp_path, monkeypatch):
+def test_run_with_a_changed_base_model_is_not_resumed(recipe, world, tmp_path):
     start = tmp_path / "start"
     shutil.copytree(world / "start", start)
     settings = recipe(model=str(start), lora=LORA)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        train(settings, quiet())
+    train_until(4, settings)
     model = load_model(start)
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-3
@@ -238,22 +234,25 @@ def test_run_with_a_changed_base_model_is_not_resumed(recipe, world, tmp_path, m
         train(settings, quiet())
 
 
-def test_run_does_not_start_from_an_adapter(recipe, tmp_path):
-    result = train(recipe(lora=LORA, max_steps=3), quiet())
-    again = recipe(model=str(result.model), output=str(tmp_path / "again"))
+@pytest.fixture(scope="module")
+def lora_model(recipe_in, tmp_path_factory):
+    """A model directory with a trained adapter; read-only."""
+    return train(recipe_in(tmp_path_factory.mktemp("lora"), lora=LORA, max_steps=3), quiet()).model
+
+
+def test_run_does_not_start_from_an_adapter(recipe, lora_model, tmp_path):
     with raises_input_error(ErrorCode.UNSUPPORTED, "owl2 merge"):
-        train(again, quiet())
-    merged = merge(result.model, tmp_path / "merged")
-    assert train(recipe(model=str(merged), output=str(tmp_path / "again")), quiet()).finished
+        train(recipe(model=str(lora_model)), quiet())
+    merged = merge(lora_model, tmp_path / "merged")
+    assert train(recipe(model=str(merged), max_steps=3), quiet()).finished
 
 
-def test_merge_command(recipe, world, tmp_path, run_cli):
-    result = train(recipe(lora=LORA, max_steps=3), quiet())
-    arguments = ("merge", result.model, "--output", tmp_path / "merged")
+def test_merge_command(lora_model, world, tmp_path, run_cli):
+    arguments = ("merge", lora_model, "--output", tmp_path / "merged")
     merged = run_cli(*arguments)
     assert merged.exit_code == 0 and str(tmp_path / "merged") in merged.stdout
     answers = []
-    for model in (result.model, tmp_path / "merged"):
+    for model in (lora_model, tmp_path / "merged"):
         image = ["--image", world / "1.png", "--max-new-tokens", 5]
         answers.append(run_cli("chat", "--model", model, *image, QUESTION).stdout)
     assert answers[0] == answers[1] != ""
@@ -271,8 +270,7 @@ def test_invalid_merge_is_refused(world, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_merge_to_another_dtype(recipe, tmp_path):
-    result = train(recipe(lora=LORA, max_steps=3), quiet())
-    merge(result.model, tmp_path / "merged", dtype="bfloat16")
+def test_merge_to_another_dtype(lora_model, tmp_path):
+    merge(lora_model, tmp_path / "merged", dtype="bfloat16")
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}

@@ -1,5 +1,7 @@
 """Two processes on CPUs compute what one computes, stop together, and save one model."""
 
+import functools
+import itertools
 import json
 import os
 import signal
@@ -24,8 +26,9 @@ ROOT = Path(__file__).parents[2]
 SHARDINGS = {"DDP": {}, "FSDP2": FSDP}
 # A tiny learning rate, so that the weights are the same in all steps, and no clipping.
 FIXED_WEIGHTS = {"learning_rate": 1e-9, "min_lr": 0.0, "max_grad_norm": 1e9, "max_steps": 3}
-CASES = {"stage 2": {}, "stage 1": {"stage": 1}}
-MORE = {
+CASES = {
+    "stage 2": {},
+    "stage 1": {"stage": 1},
     "accumulated": {
         "gradient_accumulation_steps": 2,
         "batch_size": 4,
@@ -63,8 +66,8 @@ def mixed(world, tmp_path_factory):
     }, tied
 
 
-def keep_gradients(folder, recipes):
-    """Train with each recipe; save the gradients of every step, and its numbers of images."""
+def keep_gradients(folder, recipe):
+    """Train; save the gradients of every step, and its numbers of images."""
     kept = []
     norm, step = Owl2Trainer._get_grad_norm, Owl2Trainer.training_step
     images = []
@@ -89,40 +92,40 @@ def keep_gradients(folder, recipes):
 
     Owl2Trainer._get_grad_norm, Owl2Trainer.training_step = keep_norm, keep_images
     with DistributedContext.open() as context:
-        for name, recipe in recipes.items():
-            kept.clear()
-            train(recipe, quiet())
-            torch.save(kept, folder / f"{name} {context.rank} of {context.world_size}.pt")
+        train(recipe, quiet())
+        torch.save(kept, folder / f"{context.rank} of {context.world_size}.pt")
 
 
 @pytest.fixture(scope="module")
 def gradients(mixed, tmp_path_factory):
-    """Runs `keep_gradients` for some cases in 1 process or in 2; returns the directory."""
+    """Runs `keep_gradients` for a case in 1 process or in 2; returns the results by rank."""
     settings, tied = mixed
-    directories = {}
 
-    def keep(sharding, cases):
-        key = (sharding, *cases)
-        if key not in directories:
-            place = directories[key] = tmp_path_factory.mktemp("gradients")
-            recipes = {}
-            for name, case in cases.items():
-                case = case | ({"model": str(tied)} if case.get("model") else {})
-                output = {"output": str(place / name)}
-                recipes[name] = Recipe(**settings | FIXED_WEIGHTS | case | output)
-            environment = SHARDINGS.get(sharding)
-            count = 1 if environment is None else 2
-            run(place, keep_gradients, place, recipes, count=count, environment=environment)
-        return directories[key]
+    @functools.cache
+    def keep(sharding, case):
+        folder = tmp_path_factory.mktemp("gradients")
+        changes = CASES[case] | ({"model": str(tied)} if case == "tied" else {})
+        recipe = Recipe(**settings | FIXED_WEIGHTS | changes | {"output": str(folder / "run")})
+        count = 1 if sharding is None else 2
+        environment = SHARDINGS.get(sharding)
+        run(folder, keep_gradients, folder, recipe, count=count, environment=environment)
+        return [torch.load(folder / f"{rank} of {count}.pt") for rank in range(count)]
 
     return keep
 
 
-def assert_equal_to_one_process(gradients, sharding, case, cases):
-    one = torch.load(gradients("one", cases) / f"{case} 0 of 1.pt")
-    place = gradients(sharding, cases)
-    two = [torch.load(place / f"{case} {rank} of 2.pt") for rank in range(2)]
-    if cases[case].get("batch_size") is None:
+@pytest.mark.parametrize(
+    ("case", "sharding"),
+    [
+        case
+        if case in (("stage 1", "DDP"), ("stage 2", "FSDP2"))
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(CASES, SHARDINGS)
+    ],
+)
+def test_two_processes_give_the_losses_and_gradients_of_one(gradients, case, sharding):
+    [one], two = gradients(None, case), gradients(sharding, case)
+    if CASES[case].get("batch_size") is None:
         # A process with images and one without, in both orders, could deadlock.
         shares = [tuple(bool(sum(s["images"])) for s in step) for step in zip(*two, strict=True)]
         assert shares == [(False, True), (True, False), (True, True)]
@@ -136,26 +139,6 @@ def assert_equal_to_one_process(gradients, sharding, case, cases):
                 assert not gradient.any(), name
             else:
                 torch.testing.assert_close(gradient, single, rtol=1e-5, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("case", "sharding"),
-    [
-        ("stage 1", "DDP"),
-        ("stage 2", "FSDP2"),
-        pytest.param("stage 1", "FSDP2", marks=pytest.mark.slow),
-        pytest.param("stage 2", "DDP", marks=pytest.mark.slow),
-    ],
-)
-def test_two_processes_give_the_losses_and_gradients_of_one(gradients, case, sharding):
-    assert_equal_to_one_process(gradients, sharding, case, CASES)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("case", MORE)
-def test_gradients_with_accumulation_packing_tied_weights_and_lora(gradients, case, sharding):
-    assert_equal_to_one_process(gradients, sharding, case, MORE)
 
 
 def check_between_micro_batches(recipe):
@@ -215,7 +198,7 @@ def test_fsdp2_in_bfloat16_reduces_in_float32_and_keeps_shards(mixed, tmp_path):
 )
 def test_two_processes_save_the_model_of_one(mixed, tmp_path, sharding, case):
     settings, tied = mixed
-    settings = settings | (CASES | MORE)[case] | ({"model": str(tied)} if case == "tied" else {})
+    settings = settings | CASES[case] | ({"model": str(tied)} if case == "tied" else {})
     single = train(Recipe(**settings, output=str(tmp_path / "one")), quiet())
     recipe = Recipe(**settings, output=str(tmp_path / "two"))
     processes = run(tmp_path / "output", train, recipe, count=2, environment=SHARDINGS[sharding])
@@ -259,7 +242,7 @@ def test_error_of_one_process_ends_both(mixed, tmp_path):
 @pytest.mark.parametrize("sharding", ["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
 def test_sigterm_to_one_process_stops_both_and_the_run_is_resumed(mixed, tmp_path, sharding):
     settings, _ = mixed
-    settings = settings | {"max_steps": 40, "learning_rate": 1e-2}
+    settings = settings | {"max_steps": 30, "learning_rate": 1e-2}
     environment = SHARDINGS[sharding]
     uninterrupted = Recipe(**settings, output=str(tmp_path / "whole"))
     run(tmp_path / "output0", train, uninterrupted, count=2, environment=environment)

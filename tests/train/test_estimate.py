@@ -14,18 +14,12 @@ from owl2.train.estimate.estimate import estimate_training, suggest_changes
 from owl2.train.estimate.hardware import MIB, Hardware
 from owl2.train.estimate.memory import SampleStatistics, Sharding, TrainingSetup, run_on_meta
 from tests.errors import raises_input_error
-from tests.tiny import make_config, make_model
+from tests.tiny import ONE_LAYER, make_config, make_model
 from tests.train.measured import make_recipe
 
 FOLDER = Path("unused")
 IMAGE_TOKENS = 3
-# Few operations, because each estimate traces several steps.
-SMALL = {
-    "max_position_embeddings": 256,
-    "num_hidden_layers": 1,
-    "vision": {"num_hidden_layers": 1},
-    "abstractor": {"num_hidden_layers": 1},
-}
+SMALL = ONE_LAYER | {"max_position_embeddings": 256}
 
 
 def recipe_of(**settings):
@@ -35,6 +29,16 @@ def recipe_of(**settings):
 def setup_of(hardware=None, data=None, sharding=Sharding.NONE):
     hardware = hardware or Hardware.from_options(gpus=0, tflops=0.1)
     return TrainingSetup(make_config(**SMALL), hardware, sharding, data or SampleStatistics())
+
+
+@pytest.fixture(scope="module")
+def estimate():
+    return estimate_training(recipe_of(), setup_of())
+
+
+@pytest.fixture(scope="module")
+def four_devices():
+    return estimate_training(recipe_of(), setup_of(Hardware(4, "cpu")))
 
 
 def with_memory(size, devices=1):
@@ -58,20 +62,18 @@ def test_computation_of_a_step_and_the_run():
     assert (batch.rows, batch.length, batch.micro_batches) == (4, 96, 2)
 
 
-def test_flops_do_not_depend_on_micro_batches_and_devices():
-    one = estimate_training(recipe_of(), setup_of()).compute
+def test_flops_do_not_depend_on_micro_batches_and_devices(estimate, four_devices):
+    flops = estimate.compute.flops
     accumulated = estimate_training(recipe_of(gradient_accumulation_steps=4), setup_of()).compute
-    devices = estimate_training(recipe_of(), setup_of(Hardware(4, "cpu"))).compute
     # transformers 5.16 computes some positions once per micro-batch.
-    assert accumulated.flops == pytest.approx(one.flops, rel=1e-4)
-    assert devices.flops == pytest.approx(one.flops, rel=1e-4)
+    assert accumulated.flops == pytest.approx(flops, rel=1e-4)
+    assert four_devices.compute.flops == pytest.approx(flops, rel=1e-4)
 
 
-def test_shorter_samples_have_fewer_flops():
-    full = estimate_training(recipe_of(), setup_of()).compute
+def test_shorter_samples_have_fewer_flops(estimate):
     data = SampleStatistics(tokens=48, images=0.5)
     half = estimate_training(recipe_of(), setup_of(data=data)).compute
-    assert 0.3 < half.flops / full.flops < 0.5  # attention is quadratic
+    assert 0.3 < half.flops / estimate.compute.flops < 0.5  # attention is quadratic
     assert half.images == 4 and half.text_tokens == 8 * 48 - 4 * IMAGE_TOKENS
     data = SampleStatistics(tokens=48, images=0)
     text = estimate_training(recipe_of(), setup_of(data=data)).compute
@@ -89,13 +91,12 @@ def test_steps_of_epochs(samples, steps):
 # ------------------------------------------------------------------ memory
 
 
-def test_memory_is_estimated_for_all_variants():
-    estimate = estimate_training(recipe_of(), setup_of(Hardware(4, "cpu")))
+def test_memory_is_estimated_for_all_variants(four_devices):
     shardings = (Sharding.NONE, Sharding.FSDP2)
-    assert set(estimate.memory) == {(way, mode) for way in shardings for mode in (True, False)}
-    assert estimate.required == estimate.memory[Sharding.NONE, False]
+    assert set(four_devices.memory) == {(way, mode) for way in shardings for mode in (True, False)}
+    assert four_devices.required == four_devices.memory[Sharding.NONE, False]
     for sharding in shardings:
-        checkpointed, saved = (estimate.memory[sharding, mode] for mode in (True, False))
+        checkpointed, saved = (four_devices.memory[sharding, mode] for mode in (True, False))
         assert checkpointed.total() < saved.total()
 
 
@@ -108,8 +109,7 @@ def test_selective_checkpointing_is_between_full_and_none():
     assert estimate.compute.recomputed_flops == 0  # no matrix product is recomputed
 
 
-def test_fits_compares_with_the_usable_memory():
-    estimate = estimate_training(recipe_of(), setup_of())
+def test_fits_compares_with_the_usable_memory(estimate):
     required = estimate.required.total()
     assert estimate.fits is None
     for memory, fits in ((required / 0.9, True), (required, False)):
@@ -148,9 +148,9 @@ def test_suggested_micro_batch_is_the_largest_that_fits():
     assert suggest_changes(estimate)[0].change == "gradient_accumulation_steps=2"
 
 
-def test_no_change_is_suggested_if_none_fits():
-    estimate = estimate_training(recipe_of(), setup_of(with_memory(MIB / 50)))
-    assert estimate.fits is False and suggest_changes(estimate) == []
+def test_no_change_is_suggested_if_none_fits(estimate):
+    tight = replace(estimate, setup=setup_of(with_memory(MIB / 50)))
+    assert tight.fits is False and suggest_changes(tight) == []
 
 
 # ------------------------------------------------------------------ inputs
@@ -223,9 +223,9 @@ def recipe_file(tmp_path, monkeypatch):
     return file
 
 
-def test_plan_prints_and_writes_the_estimate(run_cli, recipe_file, tmp_path):
+def test_plan_prints_and_writes_the_estimate(run_cli, recipe_file, estimate, tmp_path):
     output_file = tmp_path / "plan.json"
-    required = run_on_meta(recipe_of(), setup_of()).memory(Sharding.NONE, 1).total()
+    required = estimate.required.total()
     hardware = ("--gpus", 0, "--gpu-memory", required)
     result = run_cli("plan", recipe_file, *hardware, "--output-file", output_file)
     assert result.exit_code == 0

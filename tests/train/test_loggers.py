@@ -12,7 +12,7 @@ from owl2.train.loggers import grouped_metrics, make_loggers
 from owl2.train.run import train
 from owl2.train.validation import Generation, ValidationResult
 from tests.errors import raises_input_error
-from tests.train.runs import held_out_of, interrupt_at, quiet, read_jsonl
+from tests.train.runs import held_out_of, quiet, read_jsonl, train_until
 
 
 def events(directory):
@@ -48,12 +48,10 @@ def test_tensorboard_has_metrics_validations_and_the_recipe(recipe, world):
     assert "    max_steps: 4\n" in text
 
 
-def test_tensorboard_of_a_resumed_run_has_each_step_once(recipe, monkeypatch):
+def test_tensorboard_of_a_resumed_run_has_each_step_once(recipe):
     pytest.importorskip("tensorboard")
     settings = {"tensorboard": True, "logging_steps": 1}
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 5)
-        stopped = train(recipe(**settings), quiet())
+    stopped = train_until(5, recipe(**settings))
     # As if the run had been killed three steps after its checkpoint.
     [late] = make_loggers(recipe(**settings), stopped.step)
     for step in (6, 7, 8):
@@ -141,10 +139,8 @@ def test_wandb_has_metrics_and_generations(recipe, world, wandb):
     assert [step for step, _ in run.logged] == sorted(step for step, _ in run.logged)
 
 
-def test_wandb_of_a_resumed_run_has_the_same_id(recipe, monkeypatch, wandb):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 5)
-        train(recipe(wandb_project="owls"), quiet())
+def test_wandb_of_a_resumed_run_has_the_same_id(recipe, wandb):
+    train_until(5, recipe(wandb_project="owls"))
     train(recipe(wandb_project="owls"), quiet())
     first, second = (settings["id"] for settings in wandb.inits)
     assert first == second and len(first) == 8

@@ -19,7 +19,7 @@ from owl2.train.estimate.memory import (
 from owl2.train.estimate.tracer import MemoryKind
 from tests.errors import raises_input_error
 from tests.tiny import make_config
-from tests.train.measured import WIDE, make_recipe, make_wide_world, measured_peak
+from tests.train.measured import SHALLOW, make_recipe, make_wide_world, measured_peak
 
 CPU = Hardware.from_options(gpus=0)
 FULL = Owl2Config(max_position_embeddings=4096)
@@ -83,13 +83,13 @@ def small(tmp_path, **settings):
 
 
 def run_of(recipe, hardware=CPU, sharding=Sharding.NONE, data=None):
-    setup = TrainingSetup(make_config(**WIDE), hardware, sharding, data or SampleStatistics())
+    setup = TrainingSetup(make_config(**SHALLOW), hardware, sharding, data or SampleStatistics())
     return run_on_meta(recipe, setup)
 
 
 def test_optimizer_has_two_states_per_trainable_parameter(tmp_path):
     memory = run_of(small(tmp_path, stage=1)).memory(Sharding.NONE, 1)
-    config = make_config(**WIDE)
+    config = make_config(**SHALLOW)
     model = prepared_model(small(tmp_path, stage=1), config, half=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert memory[MemoryKind.OPTIMIZER] == 8 * trained
@@ -124,9 +124,9 @@ def test_quantized_weights_take_fewer_bytes(tmp_path, bits, width):
     settings = {"lora": {"r": 2}, "dtype": "bfloat16"}
     plain = run_of(small(tmp_path, **settings)).memory(Sharding.NONE, 1)
     quantized = run_of(small(tmp_path, **settings, quantize=bits)).memory(Sharding.NONE, 1)
-    width_, mlp = WIDE["hidden_size"], WIDE["intermediate_size"]
+    width_, mlp = SHALLOW["hidden_size"], SHALLOW["intermediate_size"]
     layer = 2 * width_ * width_ + 4 * width_ * width_ // 2 + 3 * width_ * mlp
-    weights = WIDE["num_hidden_layers"] * layer
+    weights = SHALLOW["num_hidden_layers"] * layer
     assert plain[MemoryKind.WEIGHTS] - quantized[MemoryKind.WEIGHTS] == pytest.approx(
         (2 - width) * weights, rel=1e-3
     )
@@ -134,13 +134,13 @@ def test_quantized_weights_take_fewer_bytes(tmp_path, bits, width):
 
 def test_packing_with_mean_lengths_has_fewer_rows(tmp_path):
     recipe = small(tmp_path, packing=True)
-    setup = TrainingSetup(make_config(**WIDE), CPU, data=SampleStatistics(tokens=30))
+    setup = TrainingSetup(make_config(**SHALLOW), CPU, data=SampleStatistics(tokens=30))
     assert batch_shape(recipe, setup).rows == 3  # 8 samples of 30 tokens in rows of 96
     assert batch_shape(recipe, setup).images == 8
 
 
 def test_indivisible_batch_is_refused(tmp_path):
-    setup = TrainingSetup(make_config(**WIDE), Hardware.from_options(gpus=3))
+    setup = TrainingSetup(make_config(**SHALLOW), Hardware.from_options(gpus=3))
     with raises_input_error(ErrorCode.CONFLICT, "batch_size (8)"):
         batch_shape(small(tmp_path), setup)
 

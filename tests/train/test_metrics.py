@@ -17,7 +17,7 @@ from owl2.train.run import train
 from owl2.train.train_dataloader import DataCounts
 from owl2.train.validation import ValidationResult
 from tests.errors import raises_input_error
-from tests.train.runs import interrupt_at, quiet, read_jsonl
+from tests.train.runs import quiet, read_jsonl, train_until
 
 
 def arguments(device="cpu"):
@@ -195,11 +195,8 @@ def test_last_step_is_logged(recipe):
     assert [line["step"] for line in read_jsonl(result.output / "log.jsonl")] == [1, 3, 5]
 
 
-def test_totals_continue_after_a_stop(recipe, monkeypatch, tmp_path):
-    uninterrupted = train(recipe(output=str(tmp_path / "whole")), quiet())
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 6)
-        train(recipe(), quiet())
+def test_totals_continue_after_a_stop(recipe, uninterrupted):
+    train_until(6, recipe())
     resumed = train(recipe(), quiet())
     totals = [
         {

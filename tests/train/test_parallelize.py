@@ -20,7 +20,7 @@ from owl2.train.run import batch_layout, train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error
 from tests.tiny import VISION_BLOCKS, make_model
-from tests.train.runs import assert_same_weights, interrupt_at, quiet, weights
+from tests.train.runs import assert_same_weights, quiet, train_until, weights
 from tests.train.test_packing import samples
 from tests.train.tiny import RandomSamples, pad
 
@@ -106,7 +106,7 @@ def test_compiled_equals_eager(checkpointing, lora):
 
 
 @pytest.mark.slow
-def test_resumed_run_with_all_features_equals_uninterrupted_run(recipe, tmp_path, monkeypatch):
+def test_resumed_run_with_all_features_equals_uninterrupted_run(recipe, tmp_path):
     settings = {
         "compile": True,
         "gradient_checkpointing": "selective",
@@ -115,8 +115,7 @@ def test_resumed_run_with_all_features_equals_uninterrupted_run(recipe, tmp_path
         "gradient_accumulation_steps": 2,
     }
     whole = train(recipe(**settings, output=str(tmp_path / "whole")), quiet())
-    interrupt_at(monkeypatch, 4)
-    assert not train(recipe(**settings), quiet()).finished
+    assert not train_until(4, recipe(**settings)).finished
     result = train(recipe(**settings), quiet())
     assert result.finished
     assert_same_weights(weights(result.model), weights(whole.model))

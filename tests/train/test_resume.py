@@ -1,5 +1,6 @@
 """Resuming runs that were stopped or killed; damaged checkpoints."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from tests.errors import raises_input_error
 from tests.train.runs import (
     Killed,
     assert_same_weights,
-    interrupt_at,
     kill_at,
     quiet,
     read_jsonl,
+    train_until,
     weights,
 )
 
@@ -29,7 +30,7 @@ from tests.train.runs import (
         (8, 2),
     ],
 )
-def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypatch, step, workers):
+def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, step, workers):
     settings = {
         "dataloader_num_workers": workers,
         "data": recipe().data,
@@ -37,9 +38,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
     }
     uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
     handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
-        stopped = train(recipe(**settings), quiet())
+    stopped = train_until(step, recipe(**settings))
     assert signal.getsignal(signal.SIGINT) is handler
     assert (stopped.finished, stopped.step) == (False, step)
     assert not stopped.model.exists()
@@ -57,8 +56,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, monkeypa
     assert not (resumed.output / "checkpoints").exists()
 
 
-def test_killed_run_resumes_from_its_last_complete_checkpoint(recipe, tmp_path, monkeypatch):
-    uninterrupted = train(recipe(output=str(tmp_path / "whole")), quiet())
+def test_killed_run_resumes_from_its_last_complete_checkpoint(
+    recipe, uninterrupted, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         kill_at(patch, 7)
         with pytest.raises(Killed):
@@ -73,12 +73,15 @@ def test_killed_run_resumes_from_its_last_complete_checkpoint(recipe, tmp_path, 
     assert_same_weights(weights(uninterrupted.model), weights(resumed.model))
 
 
+@pytest.fixture(scope="module")
+def stopped_run(recipe_in, tmp_path_factory):
+    return train_until(4, recipe_in(tmp_path_factory.mktemp("stopped"))).output
+
+
 @pytest.fixture
-def stopped(recipe, monkeypatch):
-    """The checkpoints directory of a run that was stopped after step 4."""
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        return train(recipe(), quiet()).output / "checkpoints"
+def stopped(recipe, stopped_run):
+    """The checkpoints directory of a run of `recipe()` that was stopped after step 4."""
+    return shutil.copytree(stopped_run, recipe().output) / Path("checkpoints")
 
 
 def truncate(path):
@@ -141,15 +144,12 @@ def test_damaged_log_is_refused(recipe, stopped):
         train(recipe(), quiet())
 
 
-def test_two_runs_of_a_recipe_give_the_same_weights(recipe, tmp_path):
-    runs = [train(recipe(output=str(tmp_path / name)), quiet()) for name in "ab"]
-    assert_same_weights(*(weights(run.model) for run in runs))
+def test_two_runs_of_a_recipe_give_the_same_weights(recipe, uninterrupted):
+    assert_same_weights(weights(train(recipe(), quiet()).model), weights(uninterrupted.model))
 
 
-def test_run_of_another_recipe_is_not_resumed(recipe, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        train(recipe(), quiet())
+@pytest.mark.usefixtures("stopped")
+def test_run_of_another_recipe_is_not_resumed(recipe):
     with raises_input_error(ErrorCode.RESUME_MISMATCH, "batch_size, seed"):
         train(recipe(seed=5, batch_size=8), quiet())
     console = quiet()
@@ -157,22 +157,24 @@ def test_run_of_another_recipe_is_not_resumed(recipe, monkeypatch):
     assert "Resuming" not in console.file.getvalue()
 
 
-def test_finished_model_is_not_overwritten_by_default(recipe):
-    result = train(recipe(), quiet())
-    before = weights(result.model)
-    with raises_input_error(ErrorCode.FILE_EXISTS, result.model, "overwrite=true"):
+@pytest.fixture
+def finished(recipe, uninterrupted):
+    """The model directory of a finished run of `recipe()`."""
+    return shutil.copytree(uninterrupted.output, recipe().output) / Path("model")
+
+
+def test_finished_model_is_not_overwritten_by_default(recipe, finished):
+    before = weights(finished)
+    with raises_input_error(ErrorCode.FILE_EXISTS, finished, "overwrite=true"):
         train(recipe(seed=1), quiet())
-    assert_same_weights(weights(result.model), before)
-    train(recipe(seed=1, overwrite=True), quiet())
-    assert not torch.equal(weights(result.model)["lm_head.weight"], before["lm_head.weight"])
+    assert_same_weights(weights(finished), before)
 
 
-def test_overwriting_run_is_resumed_after_a_stop(recipe, monkeypatch):
-    train(recipe(), quiet())
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        stopped = train(recipe(seed=1, overwrite=True), quiet())
-    assert stopped.model.exists()  # of the first run, until it is replaced
+def test_overwriting_run_replaces_the_model_when_it_finishes(recipe, finished):
+    before = weights(finished)
+    train_until(4, recipe(seed=1, overwrite=True))
+    assert_same_weights(weights(finished), before)
     console = quiet()
     assert train(recipe(seed=1, overwrite=True), console).finished
     assert "Resuming after step 4" in console.file.getvalue()
+    assert not torch.equal(weights(finished)["lm_head.weight"], before["lm_head.weight"])

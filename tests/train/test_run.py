@@ -16,7 +16,7 @@ from owl2.processing.processor import Owl2Processor
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error
-from tests.train.runs import assert_same_weights, interrupt_at, quiet, read_jsonl, weights
+from tests.train.runs import assert_same_weights, quiet, read_jsonl, train_until, weights
 from tests.train.tiny import QUESTION, ROWS
 
 
@@ -113,10 +113,8 @@ def test_chat_template_and_line_break_are_saved_with_the_model(recipe, world, na
 # ------------------------------------------------------------------ invalid inputs
 
 
-def test_invalid_recipe_keeps_the_saved_checkpoint(recipe, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 4)
-        train(recipe(), quiet())
+def test_invalid_recipe_keeps_the_saved_checkpoint(recipe, tmp_path):
+    train_until(4, recipe())
     with raises_input_error(ErrorCode.FILE_NOT_FOUND, tmp_path / "nowhere"):
         train(recipe(model=str(tmp_path / "nowhere"), overwrite=True), quiet())
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-4").is_dir()

@@ -1,5 +1,7 @@
 """Traced steps: FLOPs as torch counts them for real tensors, and counted by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,7 +11,7 @@ from owl2.train.estimate.tracer import KINDS, BatchShape, MemoryKind, trace_step
 from owl2.train.parallelize import enable_checkpointing
 from owl2.train.trainable import apply_stage
 from tests.tiny import make_config, make_model
-from tests.train.measured import WIDE
+from tests.train.measured import SHALLOW, WIDE
 
 ROWS, LENGTH, IMAGES = 2, 40, 3
 SHAPE = BatchShape(ROWS, LENGTH, IMAGES)
@@ -23,6 +25,12 @@ def on_meta(stage=2, checkpointing=False, **settings):
     if checkpointing:
         enable_checkpointing(model, checkpointing == "selective")
     return model
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The trace of stage 2 without checkpointing."""
+    return trace_step(on_meta(), SHAPE)
 
 
 def forward_flops(trace):
@@ -46,42 +54,40 @@ def batch(model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_equal_those_of_a_real_step(stage, checkpointing):
     """With eager attention, because torch does not count fused attention on CPUs."""
-    model = make_model(**WIDE, attn_implementation="eager").train()
+    model = make_model(**SHALLOW, attn_implementation="eager").train()
     apply_stage(model, stage)
     if checkpointing:
         enable_checkpointing(model)
     with FlopCounterMode(display=False) as counter:
         model(**batch(model), return_logits=False).loss.backward()
-    eager = on_meta(stage, checkpointing, attn_implementation="eager")
+    eager = on_meta(stage, checkpointing, **SHALLOW, attn_implementation="eager")
     assert trace_step(eager, SHAPE).flops.total() == pytest.approx(
         counter.get_total_flops(), rel=1e-3
     )
-    fused = trace_step(on_meta(stage, checkpointing), SHAPE).flops.total()
+    fused = trace_step(on_meta(stage, checkpointing, **SHALLOW), SHAPE).flops.total()
     assert fused == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-def test_flops_of_the_decoder_counted_by_hand():
+def test_flops_of_the_decoder_counted_by_hand(plain):
     width, inner, layers, vocab_size = 192, 512, WIDE["num_hidden_layers"], 1200
     linears = 2 * width * width + 2 * width * width // 2 + 3 * width * inner  # q, o; k, v; MLP
     attention = 2 * LENGTH * width  # per token: scores and weighted sums over all positions
     tokens = ROWS * LENGTH
-    trace = trace_step(on_meta(), SHAPE)
     by_hand = 2 * tokens * layers * (linears + attention)
     # transformers 5.16 computes the positions by a matrix product.
-    assert trace.flops[MemoryKind.DECODER] == pytest.approx(by_hand, rel=1e-4)
+    assert plain.flops[MemoryKind.DECODER] == pytest.approx(by_hand, rel=1e-4)
     labelled = tokens - ROWS - IMAGES * IMAGE_TOKENS  # the first token of a row has no label
-    assert trace.flops[MemoryKind.LOGITS] == 2 * labelled * width * vocab_size
+    assert plain.flops[MemoryKind.LOGITS] == 2 * labelled * width * vocab_size
 
 
-def test_frozen_decoder_needs_no_weight_gradients():
-    stage2, stage1 = (trace_step(on_meta(stage), SHAPE) for stage in (2, 1))
-    assert forward_flops(stage2) == forward_flops(stage1)
-    ratio = stage1.flops.total() / stage2.flops.total()
+def test_frozen_decoder_needs_no_weight_gradients(plain):
+    stage1 = trace_step(on_meta(stage=1), SHAPE)
+    assert forward_flops(plain) == forward_flops(stage1)
+    ratio = stage1.flops.total() / plain.flops.total()
     assert 2 / 3 < ratio < 0.9
 
 
-def test_checkpointing_recomputes_most_of_the_forward_pass():
-    plain = trace_step(on_meta(), SHAPE)
+def test_checkpointing_recomputes_most_of_the_forward_pass(plain):
     again = trace_step(on_meta(checkpointing=True), SHAPE)
     head = plain.flops[MemoryKind.LOGITS]
     more = again.flops.total() - plain.flops.total()
@@ -90,30 +96,27 @@ def test_checkpointing_recomputes_most_of_the_forward_pass():
 
 
 def test_vision_flops_are_proportional_to_the_images():
-    few, many = (trace_step(on_meta(), BatchShape(4, 30, n)) for n in (1, 2))
+    none, few, many = (trace_step(on_meta(**SHALLOW), BatchShape(4, 30, n)) for n in (0, 1, 2))
     assert many.flops[MemoryKind.VISION] == 2 * few.flops[MemoryKind.VISION]
-    none = trace_step(on_meta(), BatchShape(4, 30, 0))
     assert none.flops.get(MemoryKind.VISION, 0) == 0 < none.flops[MemoryKind.DECODER]
 
 
-def test_freed_memory_is_not_counted():
+def test_freed_memory_is_not_counted(plain):
     """After the step only weights and gradients are live."""
-    trace = trace_step(on_meta(), SHAPE)
-    end = dict(zip(KINDS, trace.memory[-1], strict=True))
+    end = dict(zip(KINDS, plain.memory[-1], strict=True))
     activations = sum(
         end[kind] for kind in (MemoryKind.VISION, MemoryKind.ABSTRACTOR, MemoryKind.DECODER)
     )
     assert end[MemoryKind.GRADIENTS] == 4 * sum(p.numel() for p in on_meta().parameters())
-    assert activations < 0.05 * sum(trace.peak().values())
+    assert activations < 0.05 * sum(plain.peak().values())
 
 
-def test_later_micro_batches_run_next_to_the_gradients():
-    one, two = (trace_step(on_meta(), BatchShape(ROWS, LENGTH, IMAGES, n)) for n in (1, 2))
+def test_later_micro_batches_run_next_to_the_gradients(plain):
+    two = trace_step(on_meta(), replace(SHAPE, micro_batches=2))
     gradients = 4 * sum(p.numel() for p in on_meta().parameters())
-    assert one.peak()[MemoryKind.GRADIENTS] < gradients == two.peak()[MemoryKind.GRADIENTS]
+    assert plain.peak()[MemoryKind.GRADIENTS] < gradients == two.peak()[MemoryKind.GRADIENTS]
 
 
-def test_peak_with_sharded_weights():
-    trace = trace_step(on_meta(), SHAPE)
-    half = trace.peak({MemoryKind.WEIGHTS: 0.5})
-    assert half[MemoryKind.WEIGHTS] == trace.peak()[MemoryKind.WEIGHTS] // 2
+def test_peak_with_sharded_weights(plain):
+    half = plain.peak({MemoryKind.WEIGHTS: 0.5})
+    assert half[MemoryKind.WEIGHTS] == plain.peak()[MemoryKind.WEIGHTS] // 2

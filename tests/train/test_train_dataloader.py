@@ -15,7 +15,7 @@ from owl2.train.run import train
 from owl2.train.train_dataloader import TrainDataLoader
 from owl2.train.trainer import run_steps
 from tests.errors import raises_input_error
-from tests.train.runs import assert_same_weights, interrupt_at, quiet, read_jsonl, weights
+from tests.train.runs import assert_same_weights, quiet, read_jsonl, train_until, weights
 from tests.train.tiny import QUESTION, RandomSamples, collate
 
 
@@ -64,7 +64,7 @@ def mixed(world, tmp_path, shards):
         pytest.param({"group_by_length": True, "shuffle_buffer": 3}, marks=pytest.mark.slow),
     ],
 )
-def test_stopped_run_resumes_with_the_next_samples(recipe, tmp_path, monkeypatch, mixed, settings):
+def test_stopped_run_resumes_with_the_next_samples(recipe, tmp_path, mixed, settings):
     settings = settings | {"data": mixed, "on_invalid_sample": "skip", "max_steps": 22}
     uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
     skipped = read_jsonl(uninterrupted.output / "skipped.jsonl")
@@ -76,9 +76,7 @@ def test_stopped_run_resumes_with_the_next_samples(recipe, tmp_path, monkeypatch
     results = json.loads((uninterrupted.output / "run.json").read_text(encoding="utf-8"))
     assert results["num_skipped"] == len(skipped)
     assert results["samples"] == 22 * 4 - len(skipped)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 13)
-        stopped = train(recipe(**settings), quiet())
+    stopped = train_until(13, recipe(**settings))
     # As if the run had skipped more samples after the checkpoint and then been killed.
     with (stopped.output / "skipped.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"source": "later"}\n{"sou')
@@ -95,7 +93,7 @@ def test_new_run_removes_the_skipped_samples_of_an_earlier_run(recipe, mixed):
     assert not (first.output / "skipped.jsonl").exists()
 
 
-def test_run_that_stopped_at_an_invalid_row_can_skip_it(recipe, mixed, monkeypatch, tmp_path):
+def test_run_that_stopped_at_an_invalid_row_can_skip_it(recipe, mixed, tmp_path):
     settings = {"data": mixed, "max_steps": 12, "save_steps": 1}
     uninterrupted = train(
         recipe(output=str(tmp_path / "whole"), on_invalid_sample="skip", **settings), quiet()

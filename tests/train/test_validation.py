@@ -19,9 +19,9 @@ from tests.errors import raises_input_error
 from tests.train.runs import (
     assert_same_weights,
     held_out_of,
-    interrupt_at,
     quiet,
     read_jsonl,
+    train_until,
     weights,
 )
 
@@ -257,12 +257,10 @@ def test_validation_uses_the_dtype_of_training(recipe, world, monkeypatch):
     assert dtypes == {torch.bfloat16}
 
 
-def test_resumed_run_has_the_same_validations(recipe, world, monkeypatch, tmp_path):
+def test_resumed_run_has_the_same_validations(recipe, world, tmp_path):
     held_out = held_out_of(world, eval_steps=4, max_samples=4)
     uninterrupted = train(recipe(output=str(tmp_path / "whole"), validation=held_out), quiet())
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 6)
-        stopped = train(recipe(validation=held_out), quiet())
+    stopped = train_until(6, recipe(validation=held_out))
     assert not stopped.finished
     # As if a validation after the checkpoint had been written before a kill.
     with (stopped.output / "validation.jsonl").open("a") as file:
