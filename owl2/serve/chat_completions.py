@@ -72,8 +72,10 @@ def add_chat_completions(
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletionResponse,
-        responses={200: {"content": {"text/event-stream": {}}}}
-        | errors.responses(400, 401, 404, 408, 413, 429, 500, 503),
+        responses={
+            200: {"content": {"text/event-stream": {}}},
+            **errors.responses(400, 401, 404, 408, 413, 429, 500, 503),
+        },
     )
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation with images.

@@ -4,6 +4,7 @@ conversations ──in windows──► prompts and pixels ──vLLM──► a
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def answer_all(
     params = SamplingParams.from_options(defaults, **(options or {}))
     llm = LLM(str(model), **settings)
     context = int(llm.llm_engine.model_config.max_model_len)
+    dtype = llm.llm_engine.model_config.dtype
 
     def encode(messages: Messages) -> PreparedPrompt:
         prompt = processor.encode(messages)
@@ -69,7 +71,10 @@ def answer_all(
                 "includes at least one for the answer.",
                 ErrorCode.TOO_LONG,
             )
-        return prompt
+        if prompt.pixel_values is None:
+            return prompt
+        # The dtype of the model takes less memory and time to transfer to vLLM's processes.
+        return replace(prompt, pixel_values=prompt.pixel_values.to(dtype))
 
     first = 0
     try:

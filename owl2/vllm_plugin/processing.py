@@ -106,7 +106,8 @@ class Owl2MultiModalProcessor(BaseMultiModalProcessor[Owl2ProcessingInfo]):
         self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]
     ) -> BatchFeature:
         images = list(hf_data["images"])
-        if isinstance(images[0], torch.Tensor):  # pixel values from `offline`
+        if isinstance(images[0], torch.Tensor) and images[0].is_floating_point():
+            # Pixel values from `offline`.
             pixels = torch.stack(images)
         else:
             image_processor = self.info.get_hf_processor(**hf_kwargs).image_processor

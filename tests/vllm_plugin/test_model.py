@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.vllm_plugin.conftest import (
+    NEW,
     QUERIES,
     ask,
     conversations,
@@ -53,6 +54,22 @@ def test_another_question_about_a_cached_image(llm, engine):
     )
     vllm_tokens(llm, [first])
     assert vllm_tokens(llm, [second]) == [engine_tokens(engine, second)]
+
+
+def test_integer_image_tensors_equal_images(llm, engine):
+    import torch
+    from vllm import SamplingParams
+
+    image = random_image(5)
+    messages = ask("what is this?", image)
+    pixels = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(*image.size[::-1], 3)
+    prompt = {
+        "prompt": engine.processor.apply_chat_template(messages, add_generation_prompt=True),
+        "multi_modal_data": {"image": pixels.permute(2, 0, 1)},
+    }
+    params = SamplingParams(temperature=0, max_tokens=NEW)
+    [output] = llm.generate(prompt, params, use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == engine_tokens(engine, messages)
 
 
 @pytest.mark.parametrize("extra", range(3))

@@ -212,8 +212,8 @@ def _settings(engine: Engine, limit: int) -> list[Any]:
         "top_p": (0.05, 1, defaults.top_p or 1.0, 0.05),
     }
     sliders = [
-        gr.Slider(*values, label=i18n(key), info=i18n(f"{key}_info"))
-        for key, values in ranges.items()
+        gr.Slider(low, high, value, step=step, label=i18n(key), info=i18n(f"{key}_info"))
+        for key, (low, high, value, step) in ranges.items()
     ]
     # gr.Number would turn an empty value into 0.
     seed = gr.Textbox("", max_lines=1, label=i18n("seed"), info=i18n("seed_info"), elem_id="seed")
