@@ -142,9 +142,10 @@ def test_suggested_changes_fit():
 
 
 def test_suggested_micro_batch_is_the_largest_that_fits():
-    tight = estimate_training(recipe_of(gradient_checkpointing=True, batch_size=16), setup_of())
-    hardware = with_memory(0.8 * tight.required.total() / 0.92)
-    estimate = replace(tight, setup=setup_of(hardware))
+    recipe = recipe_of(gradient_checkpointing=True, batch_size=16, stage=1)
+    estimate = estimate_training(recipe, setup_of())
+    hardware = with_memory(0.8 * estimate.required.total() / 0.92)
+    estimate = replace(estimate, setup=setup_of(hardware))
     assert suggest_changes(estimate)[0].change == "gradient_accumulation_steps=2"
 
 

@@ -205,7 +205,10 @@ def _try(arguments: list[str], recipe: Recipe, setup: TrainingSetup) -> Suggesti
         run = run_on_meta(_with(recipe, gradient_accumulation_steps=samples // size), setup)
         return run.memory(setup.sharding, hardware.devices).total()
 
-    least, most = required(1), required(current)
+    least = required(1)
+    if not hardware.fits(least):
+        return None
+    most = required(current)
     # Memory grows linearly with the samples, so two points show which size to try.
     slope = (most - least) / max(1, current - 1)
     for size in range(current, 0, -1):
