@@ -7,9 +7,10 @@ them. If the process is killed at that moment, the old directory is ``.NAME.prev
 `restore_directory` or the next `atomic_directory` renames it back.
 """
 
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -79,6 +80,14 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """
     with atomic_file(path) as file:
         file.write(text)
+
+
+def apply_umask(files: Iterable[Path]) -> None:
+    """Give files the permissions of new files; safetensors lets only the owner read its files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in files:
+        file.chmod(0o666 & ~umask)
 
 
 def require_writable(target: str | Path) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from owl2.checkpoints.key_report import REPORT_KEYS, check_loading_info, translate_load_errors
-from owl2.checkpoints.weight_files import read_tensors, weight_files
+from owl2.checkpoints.weight_files import complete_index, read_tensors, weight_files
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import (
     DECODER_SIZES,
@@ -101,7 +101,8 @@ def _load(source: str | Path, cls: Any, kinds: list[str], name: str | Path, **op
             kind = AutoConfig.from_pretrained(name, gguf_file=gguf_file).model_type
             if kind not in kinds:
                 raise _wrong_kind(source, kind, cls)
-            model, info = cls.from_pretrained(name, **options, **REPORT_KEYS)
+            with complete_index(name, True, {}) as folder:
+                model, info = cls.from_pretrained(folder, **options, **REPORT_KEYS)
     except InputError:
         raise
     except (ValueError, ImportError) as error:  # an unknown kind of model; gguf is not installed

@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from owl2.checkpoints.adapters import (
@@ -27,8 +28,15 @@ from owl2.checkpoints.key_report import (
     listing,
     translate_load_errors,
 )
-from owl2.checkpoints.weight_files import Provenance, find_tensor, read_tensors, weight_files
+from owl2.checkpoints.weight_files import (
+    Provenance,
+    complete_index,
+    find_tensor,
+    read_tensors,
+    weight_files,
+)
 from owl2.errors import ErrorCode, InputError
+from owl2.files import apply_umask
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, LlamaForCausalLM
@@ -104,7 +112,10 @@ class CheckpointMixin(PreTrainedModel):
             kwargs["config"] = config
         elif type(config) is not cls.config_class:  # of a sibling in the registry
             kwargs["config"] = config
-        model, info = cls._load(name_or_path, *args, **kwargs)
+        with complete_index(name_or_path, safetensors, hub) as source:
+            model, info = cls._load(source, *args, **kwargs)
+        model.name_or_path = str(name_or_path)
+        _cast_unquantized(model)
         hint = ""
         if any(key.endswith("self_attn.k_proj.weight") for key in info["unexpected_keys"]):
             hint = "\nThis may be a LLaMA; `owl2 init` creates an mPLUG-Owl2 from a LLaMA."
@@ -198,12 +209,27 @@ class CheckpointMixin(PreTrainedModel):
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         elif is_main_process:
             save_adapter(self, save_directory, state_dict)
+        if is_main_process:
+            apply_umask(Path(save_directory).glob("*.safetensors"))
 
     @classmethod
     def _load(cls, name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         with translate_load_errors(name_or_path):
             loaded: Any = super().from_pretrained(name_or_path, *args, **(kwargs | REPORT_KEYS))
         return loaded
+
+
+def _cast_unquantized(model: Any) -> None:
+    """Convert the weights that a quantized checkpoint stores in another dtype than requested.
+
+    transformers converts only some of them.
+    """
+    dtype = getattr(model.config, "dtype", None)
+    if getattr(model.config, "quantization_config", None) and isinstance(dtype, torch.dtype):
+        for parameter in model.parameters():
+            # Packed 4-bit weights may be stored in a floating-point dtype.
+            if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _check_weights(folder: Path, config: Any, safetensors: bool) -> None:

@@ -8,20 +8,24 @@ and does not depend on the file format or the shards.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from owl2.checkpoints.config_file import CONFIG_FILE, find_file
+from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_json
 from owl2.errors import ErrorCode, InputError
 
 # In the order in which transformers searches.
 KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+OTHER_FILES = (CONFIG_FILE, "generation_config.json")
 ZIP, GIT_LFS = b"PK\x03\x04", b"version https://git-lfs"
 VALUES_PER_TENSOR = 16
 # Computed, not learned: checkpoints may or may not contain these.
@@ -64,6 +68,35 @@ def find_tensor(name: str | Path, key: str, safetensors: bool, hub: dict[str, An
             shard = _shards(index).get(key)
             return find_file(name, shard, hub) if shard else None
     return None
+
+
+@contextmanager
+def complete_index(
+    name: str | Path, safetensors: bool, hub: dict[str, Any]
+) -> Iterator[str | Path]:
+    """`name`, or a copy with links if its index has no ``metadata``, which transformers requires.
+
+    Args:
+        name: A directory or a hub id; its files are downloaded in the second case.
+    """
+    for stem, suffix in KINDS if safetensors else KINDS[1:]:
+        if find_file(name, f"{stem}{suffix}", hub):
+            break
+        if index := find_file(name, f"{stem}{suffix}.index.json", hub):
+            content = read_json(index)
+            if isinstance(content.get("metadata"), dict):
+                break
+            shards = set(_shards(index).values())
+            files = [find_file(name, file, hub) for file in (*shards, *OTHER_FILES)]
+            with TemporaryDirectory() as folder:
+                target = Path(folder, hub.get("subfolder") or "")
+                target.mkdir(exist_ok=True, parents=True)
+                for file in filter(None, files):
+                    (target / file.name).symlink_to(file.absolute())
+                (target / index.name).write_text(json.dumps(content | {"metadata": {}}))
+                yield folder
+            return
+    yield name
 
 
 def _shards(index: Path) -> dict[str, str]:

@@ -31,7 +31,7 @@ def info(
 
 
 def size_table(name_or_path: str | None = None) -> "Table":
-    """A table of the parts of a checkpoint, from its ``config.json`` only.
+    """A table of the parts of a checkpoint and its image policy, without its weights.
 
     Args:
         name_or_path: A directory or a hub id. Default: the released model's configuration.
@@ -43,8 +43,14 @@ def size_table(name_or_path: str | None = None) -> "Table":
 
     from owl2.checkpoints.config_file import read_config
     from owl2.model.configuration import Owl2Config
+    from owl2.processing.pretrained_files import read_image_policy, select_image_policy
 
-    config = Owl2Config() if name_or_path is None else read_config(name_or_path)
+    if name_or_path is None:
+        config = Owl2Config()
+        policy, reason = select_image_policy({}, config)
+    else:
+        config = read_config(name_or_path)
+        policy, reason = read_image_policy(name_or_path, config)
     vision, abstractor = config.visual_config.visual_model, config.visual_config.visual_abstractor
     shapes = {
         "vision encoder": f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, "
@@ -66,6 +72,7 @@ def size_table(name_or_path: str | None = None) -> "Table":
     for part, shape in shapes.items():
         if part in counts:
             table.add_row(part, f"{counts[part]:,}", shape)
+    table.add_row("images that are not square", policy, reason)
     table.add_section()
     total = sum(counts.values())
     size = total * 2  # bytes

@@ -103,6 +103,7 @@ def evaluate(
         engine = load_engine(config, worker)
         fingerprint = model_fingerprint(engine.model)
         policy = engine.processor.image_processor.policy
+        engine.processor.image_processor.alpha = "drop"  # as the authors' scripts
         for run in runs:
             # The option, the task and the checkpoint, in this order, select the policy.
             engine.processor.image_processor.policy = (

@@ -142,7 +142,6 @@ class Owl2Config(LlamaConfig):
     model_type = "mplug_owl2"
     sub_configs = {"visual_config": Owl2VisualConfig}
 
-    rms_norm_eps: float = 1e-5
     visual_config: Any = None
     use_mam: bool = True
 

@@ -120,8 +120,10 @@ def parse_messages(messages: Sequence[Message] | ParsedMessages) -> ParsedMessag
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            # The keys and not the values, which may contain base64.
+            found = list(message) if isinstance(message, Mapping) else type(message).__name__
             raise InputError(
-                f"{where} must be a dict with 'role' and 'content', not {message!r:.100}.",
+                f"{where} must be a dict with 'role' and 'content', not {found!s:.100}.",
                 ErrorCode.INVALID_TYPE,
             )
         role = message["role"]

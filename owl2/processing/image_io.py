@@ -10,15 +10,17 @@ import os
 import re
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from owl2.errors import ErrorCode, InputError
 
@@ -30,6 +32,13 @@ SQUARE_FACTOR = 4
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 1024 * 1024
 URL_SCHEMES = ("http", "https", "file", "data")
+URL_RETRY_DELAYS = (0.5, 2.0)  # seconds
+TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
+
+# Image generators store long texts in PNG files. Their total is limited to 64 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+Alpha = Literal["white", "drop"]
 
 # Not all formats of Pillow, because images are untrusted: for EPS Pillow starts another program,
 # and some decoders are little used. MPO (cameras) is read as JPEG.
@@ -39,46 +48,56 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "J
 _SCHEME = re.compile(r"(data(?=:)|[a-z][a-z0-9+.-]+(?=://))", re.IGNORECASE)
 _MIN_BASE64_LENGTH = 64
 
+# A run of mixed letters and digits that base64 has and paths do not have.
+_LONG_RUN = re.compile(r"(?=[a-z0-9+=]*[A-Z])(?=[A-Z0-9+=]*[a-z])[A-Za-z0-9+=]{40}")
+
 _pillow_limit_lock = threading.Lock()
 
 
-def load_image(source: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: Any, max_pixels: int = DEFAULT_MAX_PIXELS, alpha: Alpha = "white"
+) -> Image.Image:
     """Load an image as an upright RGB `PIL.Image`.
 
-    EXIF rotation is applied, 16-bit images are scaled to 8 bits, and alpha is dropped as by
-    `convert("RGB")`, which the authors' pixels require.
+    EXIF rotation is applied, and 16-bit images are scaled to 8 bits. An http(s) URL is requested
+    again after a transient error.
 
     Args:
         source: A path (`str`, `Path`, ``file://``), an http(s) URL, a `PIL.Image`, encoded `bytes`,
             a data URI, a base64 string, or a NumPy array or tensor of shape (H, W), (H, W, C) or
             (C, H, W) with C = 1, 3 or 4, in `uint8`, `uint16`, or float between 0 and 1.
         max_pixels: Limit on width x height. It is checked before pixels are decoded.
+        alpha: For transparent images. "white": composite on white, as viewers show them. "drop":
+            use the colors without the transparency, as `convert("RGB")` in the authors' scripts.
 
     Raises:
         InputError: The image is missing (`MISSING_IMAGE`), too large (`IMAGE_TOO_LARGE`), or cannot
             be decoded (`BROKEN_IMAGE`). The message names the image.
     """
     max_pixels = check_max_pixels(max_pixels)
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, max_pixels, "the given PIL image")
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), max_pixels, f"the given {len(source)} bytes")
-    if isinstance(source, os.PathLike):
-        return _read_file(Path(source), max_pixels)
-    if isinstance(source, str):
-        return _load_string(source, max_pixels)
+    if alpha not in ("white", "drop"):
+        raise InputError(f"alpha is {alpha!r}; choose white or drop.", ErrorCode.INVALID_VALUE)
     torch = sys.modules.get("torch")  # imported already if the source is a tensor
     if torch is not None and isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.is_floating_point() else source).numpy()
-    if isinstance(source, np.ndarray):
+    if isinstance(source, (str, os.PathLike)):
+        file, name = _open(source)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        file, name = io.BytesIO(source), f"the given {len(source)} bytes"
+    elif isinstance(source, np.ndarray):
         name = f"the array of shape {tuple(source.shape)}"
-        return _to_rgb(_array_to_image(source, name), max_pixels, name)
-    raise _error(
-        f"an object of type {type(source).__name__}",
-        "is not an image: pass a path, a URL, a PIL image, bytes, a data URI, a base64 string or "
-        "an array.",
-    )
+        return _to_rgb(_array_to_image(source, name), max_pixels, alpha, name)
+    elif isinstance(source, Image.Image):
+        return _to_rgb(source, max_pixels, alpha, "the given PIL image")
+    else:
+        raise _error(
+            f"an object of type {type(source).__name__}",
+            "is not an image: pass a path, a URL, a PIL image, bytes, a data URI, a base64 string "
+            "or an array.",
+        )
+    with file:
+        return _decode(file, max_pixels, alpha, name)
 
 
 def check_max_pixels(value: Any) -> int:
@@ -95,51 +114,30 @@ def _error(name: str, problem: str, code: ErrorCode = ErrorCode.BROKEN_IMAGE) ->
     return InputError(f"{name[0].upper()}{name[1:]} {problem}", code)
 
 
-def _load_string(source: str, max_pixels: int) -> Image.Image:
-    if not source.strip():
-        raise _error("the path of the image", "is empty.")
-    shown = source if len(source) <= 120 else f"{source[:60]}…({len(source)} characters)"
-    if scheme := _SCHEME.match(source):
-        if scheme[1].lower() not in URL_SCHEMES:
+def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
+    """The encoded image in a path, a URL, a data URI or a base64 string, and its name."""
+    if isinstance(source, str):
+        if not source.strip():
+            raise _error("the path of the image", "is empty.")
+        if scheme := _SCHEME.match(source):
+            name = f"the image at {_shorten(source)}"
+            if scheme[1].lower() in URL_SCHEMES:
+                return io.BytesIO(_fetch(source, scheme[1].lower(), name)), name
             raise _error(
-                f"the image at {shown}",
+                name,
                 f"cannot be read: {scheme[1]}:// is not supported. Download the image and pass its "
                 "path.",
             )
-        data = _fetch(source, scheme[1].lower(), shown)
-        return _decode(io.BytesIO(data), max_pixels, f"the image at {shown}")
-    if len(source) >= _MIN_BASE64_LENGTH and not os.path.exists(source):
-        try:
-            data = base64.b64decode("".join(source.split()), validate=True)
-        except ValueError:
-            pass  # not base64: a path
-        else:
-            return _decode(io.BytesIO(data), max_pixels, f"the base64 string {shown}")
-    return _read_file(Path(source), max_pixels)
-
-
-def _fetch(url: str, scheme: str, shown: str) -> bytes:
-    is_remote = scheme in ("http", "https")
+        if len(source) >= _MIN_BASE64_LENGTH and not os.path.exists(source):
+            try:
+                data = base64.b64decode("".join(source.split()), validate=True)
+            except ValueError:
+                pass  # not base64: a path
+            else:
+                return io.BytesIO(data), f"the base64 string of {len(source)} characters"
+    name = f"the image file '{_shorten(os.fspath(source))}'"
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "owl2"})
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as reply:
-            data: bytes = reply.read(URL_MAX_BYTES + 1 if is_remote else -1)
-    except (http.client.HTTPException, OSError, ValueError) as error:  # URLError is an OSError
-        code = ErrorCode.BROKEN_IMAGE if scheme == "data" else ErrorCode.MISSING_IMAGE
-        raise _error(f"the image at {shown}", f"cannot be fetched: {error}.", code) from error
-    if is_remote and len(data) > URL_MAX_BYTES:
-        raise _error(
-            f"the image at {shown}",
-            f"is larger than {URL_MAX_BYTES // 2**20} MiB. Download it and pass its path.",
-            ErrorCode.IMAGE_TOO_LARGE,
-        )
-    return data
-
-
-def _read_file(path: Path, max_pixels: int) -> Image.Image:
-    name = f"the image file '{path}'"
-    try:
-        file = path.open("rb")
+        return open(source, "rb"), name
     except FileNotFoundError as error:
         raise _error(
             name,
@@ -147,12 +145,57 @@ def _read_file(path: Path, max_pixels: int) -> Image.Image:
             ErrorCode.MISSING_IMAGE,
         ) from error
     except (OSError, ValueError) as error:
-        raise _error(name, f"cannot be read: {error}.") from error
-    with file:
-        return _decode(file, max_pixels, name)
+        reason = getattr(error, "strerror", None) or error  # without the path
+        raise _error(name, f"cannot be read: {reason}.") from error
 
 
-def _decode(stream: BinaryIO | io.BytesIO, max_pixels: int, name: str) -> Image.Image:
+def _shorten(name: str) -> str:
+    """A path or URL for messages, without the base64 of a data URI or of a mistaken path."""
+    is_url = _SCHEME.match(name) is not None
+    length = f"…({len(name)} characters)"
+    if name[:5].lower() == "data:":
+        return f"{name.partition(',')[0][:24]}{length}"
+    if not is_url and _LONG_RUN.search(name):
+        return length
+    limit = 120 if is_url else 1000
+    return name if len(name) <= limit else f"{name[:limit]}{length}"
+
+
+def _fetch(url: str, scheme: str, name: str) -> bytes:
+    is_remote = scheme in ("http", "https")
+    for delay in (*URL_RETRY_DELAYS, None):
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "owl2"})
+            with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as reply:
+                data: bytes = reply.read(URL_MAX_BYTES + 1 if is_remote else -1)
+                missing = getattr(reply, "length", None)
+            if missing and len(data) <= URL_MAX_BYTES:
+                raise http.client.IncompleteRead(data, missing)
+            break
+        except (http.client.HTTPException, OSError, ValueError) as error:  # URLError is an OSError
+            if delay is not None and is_remote and _is_transient(error):
+                time.sleep(delay)
+                continue
+            code = ErrorCode.BROKEN_IMAGE if scheme == "data" else ErrorCode.MISSING_IMAGE
+            raise _error(name, f"cannot be fetched: {error}.", code) from error
+    if is_remote and len(data) > URL_MAX_BYTES:
+        raise _error(
+            name,
+            f"is larger than {URL_MAX_BYTES // 2**20} MiB. Download it and pass its path.",
+            ErrorCode.IMAGE_TOO_LARGE,
+        )
+    return data
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later: an overloaded server, a broken connection."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in TRANSIENT_STATUS
+    reason = getattr(error, "reason", error)
+    return isinstance(reason, (http.client.IncompleteRead, ConnectionResetError))
+
+
+def _decode(stream: BinaryIO, max_pixels: int, alpha: Alpha, name: str) -> Image.Image:
     """Decode a file as RGB. The size is checked after the header and before the pixels."""
     if not stream.read(1):
         raise _error(name, "is empty: 0 bytes.")
@@ -167,7 +210,7 @@ def _decode(stream: BinaryIO | io.BytesIO, max_pixels: int, name: str) -> Image.
     except Exception as error:  # a decoder raises exceptions of any type for untrusted bytes
         raise _undecodable(name, error) from error
     with image:
-        return _to_rgb(image, max_pixels, name)
+        return _to_rgb(image, max_pixels, alpha, name)
 
 
 @cache
@@ -192,7 +235,7 @@ def _without_pillow_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _to_rgb(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, max_pixels: int, alpha: Alpha, name: str) -> Image.Image:
     width, height = image.size
     if width == 0 or height == 0:
         raise _error(name, f"is empty: {width}×{height} pixels.")
@@ -211,9 +254,12 @@ def _to_rgb(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
             image = _scale_to_8_bits(image, 65535.0, name)
         elif image.mode in ("I", "F"):
             image = _scale_to_8_bits(image, None, name)
-        elif image.mode == "P" and "transparency" in image.info:
-            # The same pixels as a direct conversion to RGB, but without a warning of Pillow.
-            image = image.convert("RGBA")
+        elif image.has_transparency_data:
+            # A palette is converted in two steps, because Pillow warns about a direct conversion.
+            image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+            if alpha == "white":
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
         return image if image.mode == "RGB" else image.convert("RGB")
     except InputError:
         raise

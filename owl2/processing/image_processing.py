@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.image_io import DEFAULT_MAX_PIXELS, check_max_pixels, load_image
+from owl2.processing.image_io import DEFAULT_MAX_PIXELS, Alpha, check_max_pixels, load_image
 
 ImagePolicy = Literal["resize", "pad"]
 POLICIES: tuple[ImagePolicy, ...] = ("resize", "pad")
@@ -37,7 +37,12 @@ class Owl2ImageProcessor:
         policy: For images that are not square. "resize" stretches them to a square of the longer
             edge; "pad" centers them in a square filled with the mean color.
         max_pixels: Limit of `load_image`.
+
+    Attributes:
+        alpha: For transparent images, see `load_image`; evaluation sets it to "drop".
     """
+
+    alpha: Alpha = "white"
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
 
@@ -96,7 +101,7 @@ class Owl2ImageProcessor:
         pixels = np.empty((len(batch), 3, self.size, self.size), dtype=np.float32)
         for index, source in enumerate(batch):
             try:
-                image = load_image(source, self.max_pixels)
+                image = load_image(source, self.max_pixels, self.alpha)
             except InputError as error:
                 where = f"Image {index + 1} of {len(batch)}: " if len(batch) > 1 else ""
                 raise InputError(f"{where}{error}", error.code) from error
@@ -155,7 +160,7 @@ class Owl2ImageProcessor:
         """The processor of a ``preprocessor_config.json``.
 
         Args:
-            default_policy: For files of other tools, which do not contain the policy.
+            default_policy: For files without a policy, see `select_image_policy`.
 
         Raises:
             InputError: A setting requires other pixels than this class computes.

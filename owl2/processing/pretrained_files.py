@@ -4,6 +4,7 @@ The files come from any source, so every problem is an `InputError` with the fil
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from owl2.checkpoints.config_file import CONFIG_FILE, HUB_ARGS, find_file, read_config, read_json
 from owl2.errors import ErrorCode, InputError
 from owl2.files import require_checkpoint
+from owl2.model.configuration import Owl2Config
 from owl2.model.registry import DEFAULT_MODEL_TYPE, ModelType, get_model_type
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, encode
@@ -49,10 +51,13 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
     # Without the file, all settings but the size have their default (Specification §1.5).
     path = files[PREPROCESSOR_FILE]
     pixels = read_json(path) if path else {"size": config.image_size if config else None}
-    image_processor = Owl2ImageProcessor.from_dict(pixels, model_type.image_policy)
+    policy, _ = select_image_policy(pixels, config)
+    image_processor = Owl2ImageProcessor.from_dict(pixels, policy)
     tokenizer = _load_tokenizer(name, files, hub, model_type)
     path = files[PROCESSOR_FILE]
     own = read_json(path) if path else {}
+    if (kind := own.get("processor_class", "Owl2Processor")) != "Owl2Processor":
+        raise InputError(f"{path} is of a {kind}, not of an mPLUG-Owl2.", ErrorCode.UNSUPPORTED)
     sizes = {
         "num_image_tokens": own.get("num_image_tokens", 65),
         "image_token_id": own.get("image_token_id", len(tokenizer)),
@@ -79,6 +84,30 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
         "image_newline": image_newline,
         **sizes,
     }
+
+
+def select_image_policy(pixels: Mapping[str, Any], config: Owl2Config | None) -> tuple[str, str]:
+    """The image policy of a checkpoint and the reason; an explicit option has precedence.
+
+    The released ``config.json`` says "pad", but the authors' inference stretches images
+    (Specification §1.5). Checkpoints that contain their code, such as OneAlign, pad as it says.
+
+    Args:
+        pixels: The content of ``preprocessor_config.json``; {} without the file.
+    """
+    if "image_policy" in pixels:
+        return str(pixels["image_policy"]), f"image_policy in {PREPROCESSOR_FILE}"
+    if getattr(config, "image_aspect_ratio", None) == "pad" and getattr(config, "auto_map", None):
+        reason = f"image_aspect_ratio in {CONFIG_FILE}; the checkpoint contains code (auto_map)"
+        return "pad", reason
+    name = config.model_type if config else DEFAULT_MODEL_TYPE
+    return get_model_type(name).image_policy, f"default of {name}"
+
+
+def read_image_policy(name: str | Path, config: Owl2Config) -> tuple[str, str]:
+    """`select_image_policy` for a checkpoint, a directory or a hub id."""
+    file = find_file(name, PREPROCESSOR_FILE, {})
+    return select_image_policy(read_json(file) if file else {}, config)
 
 
 def _find_files(name: str, hub: dict[str, Any]) -> Files:

@@ -3,7 +3,8 @@
 A prompt is split at each `<|image|>`, and every segment is tokenized separately (Specification
 §1.5) for all tokenizers; `encode` tokenizes one segment. For SentencePiece models of LLaMA, a
 segment is split again at the control tokens (`<s>`, `</s>`, `<unk>`), as in LLaMA's original
-tokenizer. No characters are stripped.
+tokenizer. No characters are stripped. `legacy` in ``tokenizer_config.json`` decides whether a text
+after a control token starts with "▁" (docs/reference/model-family.md §0.1).
 """
 
 import io
@@ -27,6 +28,9 @@ Offsets = list[tuple[int, int]]
 TOKENIZER_FILE = "tokenizer.model"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
+# A character that is in no vocabulary: its tokens are bytes or `<unk>`, which never merge.
+_BARRIER = "\ue000"
+
 # Attributes of the object that do not belong in the file, which any LlamaTokenizer can read.
 _NOT_SAVED = (
     "backend",
@@ -46,6 +50,7 @@ class Owl2Tokenizer(SentencePieceBackend):
 
     Args:
         vocab_file: The `tokenizer.model`.
+        legacy: Whether SentencePiece adds "▁" to the text after a control token, as at the start.
 
     Raises:
         InputError: The file is missing or is not a SentencePiece model.
@@ -63,12 +68,11 @@ class Owl2Tokenizer(SentencePieceBackend):
         pad_token: Any = None,
         add_bos_token: bool = True,
         padding_side: str = "left",
+        legacy: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        # `legacy` selects how text after a control token is tokenized. The checkpoint was trained
-        # with the ids of SentencePiece, so the value in the file is ignored. The chat template adds
-        # the end token.
-        for key in ("legacy", "add_eos_token", "special_tokens_pattern", "sp_model_kwargs"):
+        # The chat template adds the end token.
+        for key in ("add_eos_token", "special_tokens_pattern", "sp_model_kwargs"):
             kwargs.pop(key, None)
         if not os.path.isfile(vocab_file):
             raise InputError(
@@ -76,6 +80,7 @@ class Owl2Tokenizer(SentencePieceBackend):
                 ErrorCode.FILE_NOT_FOUND,
             )
         self.add_bos_token = add_bos_token
+        self.adds_prefix_after_control = legacy is not False
         try:
             super().__init__(
                 vocab_file=os.fspath(vocab_file),
@@ -84,7 +89,7 @@ class Owl2Tokenizer(SentencePieceBackend):
                 unk_token=unk_token,
                 pad_token=unk_token if pad_token is None else pad_token,
                 padding_side=padding_side,
-                legacy=True,
+                legacy=True,  # of transformers, which this class replaces
                 special_tokens_pattern="bos" if add_bos_token else "none",
                 token_type_ids_pattern="all_zeros",
                 **kwargs,
@@ -111,11 +116,18 @@ class Owl2Tokenizer(SentencePieceBackend):
                 ids.append(control[part])
                 offsets.append((start, start + len(part)))
             elif part:
-                encoded = self.sp_model.encode(part, out_type="offset_mapping")
-                ids += encoded["ids"]
-                offsets += [(start + begin, start + end) for begin, end in encoded["offsets"]]
+                barrier = _BARRIER if start and not self.adds_prefix_after_control else ""
+                encoded = self.sp_model.encode(barrier + part, out_type="offset_mapping")
+                for id_, (begin, end) in zip(encoded["ids"], encoded["offsets"], strict=True):
+                    if begin >= len(barrier):
+                        ids.append(id_)
+                        shift = start - len(barrier)
+                        offsets.append((begin + shift, end + shift))
             start += len(part)
         return ids, offsets
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return list(self.convert_ids_to_tokens(self.encode_with_offsets(text)[0]))
 
     # -------------------------------------------------------------- ids to text
 
@@ -137,10 +149,16 @@ class Owl2Tokenizer(SentencePieceBackend):
         control = special | self.added_tokens_decoder.keys()
         size = self.sp_model.get_piece_size()
         text: list[str] = []
+        previous: int | None = None
         for is_control, run in groupby(ids, key=control.__contains__):
             if is_control:
-                kept = (id_ for id_ in run if not (skip_special_tokens and id_ in special))
-                text.extend(self.convert_ids_to_tokens(id_) for id_ in kept)
+                *kept, previous = run
+                kept = [
+                    id_
+                    for id_ in (*kept, previous)
+                    if not skip_special_tokens or id_ not in special
+                ]
+                text.extend(self.convert_ids_to_tokens(kept))
                 continue
             run_ids = list(run)
             for id_ in (min(run_ids), max(run_ids)):
@@ -150,7 +168,11 @@ class Owl2Tokenizer(SentencePieceBackend):
                         f"{size - 1}.",
                         ErrorCode.INVALID_VALUE,
                     )
-            text.append(self.sp_model.decode(run_ids))
+            has_prefix = self.adds_prefix_after_control or previous in (None, self.bos_token_id)
+            # A character in front keeps the space at the start, which would be removed as a prefix.
+            barrier = [] if has_prefix else self.sp_model.encode(_BARRIER)
+            length = len(self.sp_model.decode(barrier))
+            text.append(self.sp_model.decode(barrier + run_ids)[length:])
         return "".join(text)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -170,6 +192,7 @@ class Owl2Tokenizer(SentencePieceBackend):
             "tokenizer_class": "LlamaTokenizer",
             "add_bos_token": self.add_bos_token,
             "add_eos_token": False,
+            "legacy": self.adds_prefix_after_control,
         }
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         path.write_text(text + "\n", encoding="utf-8")

@@ -8,13 +8,20 @@ The sizes of a fresh (randomly initialized) part come from a YAML file with the 
 fresh language model gets a SentencePiece tokenizer trained on the text of a dataset's train split.
 """
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.hub import cached_file
 
 from owl2.checkpoints.from_backbones import load_llm, load_vision, random_llm
@@ -108,6 +115,7 @@ def init_checkpoint(
         )
         if weights_dtype is not None:
             model.to(weights_dtype)
+        tokenizer = _without_padding_token(tokenizer, model.config.vocab_size)
         processor = _make_processor(model, tokenizer, template)
         with atomic_directory(output) as directory:
             model.save_pretrained(directory)
@@ -132,6 +140,27 @@ def load_tokenizer(llm: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"{llm} has no readable tokenizer: {error}", ErrorCode.UNREADABLE_FILE
         ) from error
+
+
+def _without_padding_token(
+    tokenizer: PreTrainedTokenizerBase, num_rows: int
+) -> PreTrainedTokenizerBase:
+    """The tokenizer without added padding tokens that have no row in the embedding.
+
+    Many copies of LLaMA-2 have such a `<pad>`. The model never receives it: padding is masked.
+    """
+    added = [token for token, id_ in tokenizer.get_added_vocab().items() if id_ >= num_rows]
+    has_others = any("pad" not in token.lower() for token in added)
+    if not added or has_others or len(tokenizer) - len(added) > num_rows:
+        return tokenizer
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    if isinstance(tokenizer, Owl2Tokenizer):
+        legacy = tokenizer.adds_prefix_after_control
+        return Owl2Tokenizer(tokenizer.vocab_file, **names, legacy=legacy)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < num_rows]
+    backend = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 def _make_processor(

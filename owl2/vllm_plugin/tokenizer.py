@@ -14,7 +14,12 @@ from typing import Any
 from transformers import BatchEncoding
 from vllm.tokenizers.hf import get_cached_tokenizer
 
-from owl2.processing.chat_template import IMAGE_TOKEN
+from owl2.processing.chat_template import (
+    IMAGE_TOKEN,
+    content_to_text,
+    insert_image_newlines,
+    parse_messages,
+)
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode, start_ids
 
@@ -86,8 +91,15 @@ def _load(name: str, truncation_side: str, hub: dict[str, Any]) -> Any:
             return BatchEncoding({"input_ids": rows, "attention_mask": mask})
 
         def apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
-            """Add the start token to the text, because vLLM adds none to a chat."""
+            """Add the processor's line breaks, and the start token, which vLLM omits in a chat."""
             tokenize = options.pop("tokenize", True)
+            if processor.image_newline:
+                turns = insert_image_newlines(parse_messages(conversation)).turns
+                has_parts = [isinstance(turn["content"], list) for turn in conversation]
+                conversation = [
+                    turn if keeps else {**turn, "content": content_to_text(turn["content"])}
+                    for turn, keeps in zip(turns, has_parts, strict=True)
+                ]
             text = super().apply_chat_template(conversation, *args, tokenize=False, **options)
             start = "".join(self.convert_ids_to_tokens(start_ids(processor.tokenizer)))
             text = text if text.startswith(start) else start + text

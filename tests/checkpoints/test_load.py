@@ -1,19 +1,27 @@
 """Checkpoints: every key is loaded, recomputed or rejected; saved models load again."""
 
 import json
+import os
 import pickle
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 import owl2  # noqa: F401  # registers with the Auto classes
 from owl2.cli.info import size_table
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.train.adapters import apply_lora
+from owl2.train.recipe import LoraSettings
 from tests.errors import raises_input_error
 from tests.model.golden import FOLDER, MODELS
 from tests.tiny import make_config, make_model
@@ -93,6 +101,73 @@ def test_every_layout_gives_the_same_tensors_without_warnings(
     output = log.text + "".join(capfd.readouterr())
     assert "newly initialized" not in output and "not used" not in output
     assert not [record for record in log.records if record.levelname in ("WARNING", "ERROR")]
+
+
+def test_released_repository_is_loaded(released, tmp_path):
+    """33 shards without leading zeros, ModelScope's `configuration.json`, and images."""
+    folder = tmp_path / "model"
+    write(folder, released, "pytorch_model-*.bin", shards=33)
+    index = folder / "pytorch_model.bin.index.json"
+    content = json.loads(index.read_text())
+    for name in set(content["weight_map"].values()):
+        number = int(name.split("-")[1])
+        (folder / name).rename(folder / f"pytorch_model-{number}-of-33.bin")
+    files = {key: int(name.split("-")[1]) for key, name in content["weight_map"].items()}
+    content["weight_map"] = {key: f"pytorch_model-{n}-of-33.bin" for key, n in files.items()}
+    index.write_text(json.dumps(content))
+    (folder / "configuration.json").write_text('{"framework": "pytorch", "task": "chat"}')
+    (folder / "assets").mkdir()
+    (folder / "assets" / "model.safetensors.png").write_bytes(b"not weights")
+    assert sum(path.suffix == ".bin" for path in folder.iterdir()) == 33
+    model = load(folder)
+    assert_has_tensors(model, released)
+    assert (
+        model.provenance.fingerprint
+        == load(write(tmp_path / "1", released, LAYOUTS[3])).provenance.fingerprint
+    )
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2]])
+@pytest.mark.parametrize("metadata", [None, {}])
+def test_index_without_metadata_is_loaded(layout, metadata, released, tmp_path):
+    folder = write(tmp_path / "model", released, layout)
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    (index,) = folder.glob("*.index.json")
+    content = {"weight_map": json.loads(index.read_text())["weight_map"], "metadata": metadata}
+    index.write_text(json.dumps(content if metadata else {"weight_map": content["weight_map"]}))
+    model = load(folder)
+    assert_has_tensors(model, released)
+    assert model.generation_config.max_new_tokens == 7
+    assert (model.name_or_path, model.provenance.name) == (str(folder), str(folder))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_weight_files_have_the_permissions_of_the_umask(umask, shard_size, has_adapter, tmp_path):
+    model = make_model()
+    if has_adapter:
+        apply_lora(model, LoraSettings(r=2), seed=0)
+    previous = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "model", max_shard_size=shard_size)
+    finally:
+        os.umask(previous)
+    files = list((tmp_path / "model").iterdir())
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_8_bit_checkpoint_loads_in_another_dtype(dtype, tmp_path):
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    load(GOLDEN, quantization_config=config).save_pretrained(tmp_path)
+    model = load(tmp_path, **({"dtype": dtype} if dtype else {}))
+    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    assert floats == {dtype or torch.float32}
+    pixels = torch.randn(1, 3, 56, 56)
+    ids = torch.cat([torch.tensor([[1]]), torch.full((1, model.config.num_image_tokens), 320)], 1)
+    assert torch.isfinite(model(input_ids=ids, pixel_values=pixels).logits).all()
 
 
 def test_log_fixture_captures_warnings(log):

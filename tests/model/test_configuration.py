@@ -67,7 +67,8 @@ def test_defaults_are_the_released_model():
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (4096, 32, 32000)
     assert (config.image_size, config.num_image_tokens, config.image_token_id) == (448, 65, 32000)
     assert config.visual_config.visual_abstractor.grid_size == 32
-    assert config.rms_norm_eps == 1e-5
+    assert config.rms_norm_eps == 1e-6
+    assert config.max_position_embeddings == 2048
     assert config.rope_parameters["rope_theta"] == 10000.0
 
 

@@ -87,22 +87,104 @@ def test_url(monkeypatch):
         def log_message(self, *_):
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serving(Handler) as address:
         assert same(load_image(f"{address}/a.png"), gradient())
         with raises_input_error(ErrorCode.MISSING_IMAGE, "b.png", 404):
             load_image(f"{address}/b.png")
         monkeypatch.setattr(image_io, "URL_MAX_BYTES", 10)
         with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "a.png"):
             load_image(f"{address}/a.png")
+
+
+@contextlib.contextmanager
+def serving(handler):
+    server = http.server.HTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
 
 
+@pytest.mark.parametrize("failure", [429, 503, "truncated", "reset"])
+@pytest.mark.parametrize("failures", [1, 9])
+def test_url_is_requested_again_after_a_transient_error(monkeypatch, failure, failures):
+    """A broken download is never reported as a broken image."""
+    data, requests = encoded(gradient()), []
+    monkeypatch.setattr(image_io, "URL_RETRY_DELAYS", (0.0, 0.0))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            fails = len(requests) <= failures
+            if fails and failure == "reset":
+                self.close_connection = True
+                return
+            self.send_response(failure if fails and failure != "truncated" else 200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2 if fails else None])
+
+        def log_message(self, *_):
+            pass
+
+    with serving(Handler) as address:
+        if failures == 1:
+            assert same(load_image(f"{address}/a.png"), gradient())
+        else:
+            with raises_input_error(ErrorCode.MISSING_IMAGE, "a.png"):
+                load_image(f"{address}/a.png")
+    assert len(requests) == min(failures, 2) + 1
+
+
 # ------------------------------------------------------------------ kinds of an image
+
+
+def hidden_colors(kind):
+    """An image whose left half is transparent red and whose right half is opaque green."""
+    image = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
+    image.paste((0, 255, 0, 255), (4, 0, 8, 4))
+    if kind == "palette":
+        image = Image.new("P", (8, 4), 0)
+        image.putpalette([255, 0, 0, 0, 255, 0])
+        image.paste(1, (4, 0, 8, 4))
+        return encoded(image, transparency=0)
+    if kind == "gray":
+        image = Image.new("LA", (8, 4), (76, 0))
+        image.paste((150, 255), (4, 0, 8, 4))
+    if kind == "color key":
+        return encoded(image.convert("RGB"), transparency=(255, 0, 0))
+    return np.asarray(image) if kind == "array" else encoded(image)
+
+
+@pytest.mark.parametrize("kind", ["color", "palette", "gray", "color key", "array"])
+def test_transparent_pixels_are_white_or_keep_their_color(kind):
+    image = hidden_colors(kind)
+    left, right = ((76,) * 3, (150,) * 3) if kind == "gray" else ((255, 0, 0), (0, 255, 0))
+    for options, expected in (
+        ({}, (255, 255, 255)),
+        ({"alpha": "white"}, (255, 255, 255)),
+        ({"alpha": "drop"}, left),
+    ):
+        loaded = load_image(image, **options)
+        assert (loaded.getpixel((0, 0)), loaded.getpixel((7, 0))) == (expected, right)
+    with raises_input_error(ErrorCode.INVALID_VALUE, "black"):
+        load_image(image, alpha="black")
+
+
+def test_partial_transparency_is_composited_on_white():
+    image = Image.new("RGBA", (2, 2), (100, 0, 200, 51))  # a fifth
+    assert load_image(image).getpixel((0, 0)) == (224, 204, 244)
+    assert load_image(image, alpha="drop").getpixel((0, 0)) == (100, 0, 200)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_png_with_a_long_text_is_opened(compressed):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("prompt", "x" * 3_000_000, zip=compressed)
+    info.add_itxt("workflow", "ü" * 1_500_000, zip=compressed)
+    assert same(load_image(encoded(gradient(), pnginfo=info)), gradient())
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK", "YCbCr"])
@@ -115,7 +197,8 @@ def test_palette_with_transparency_gives_no_warning():
     data = encoded(gradient("P"), transparency=bytes(range(256)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert same(load_image(data), gradient("P").convert("RGB"))
+        assert same(load_image(data, alpha="drop"), gradient("P").convert("RGB"))
+        assert not same(load_image(data), gradient("P").convert("RGB"))
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
@@ -222,6 +305,22 @@ def test_truncated_files(tmp_path, kind):
     path.write_bytes(data[: len(data) * 2 // 3])
     with raises_input_error(ErrorCode.BROKEN_IMAGE, path):
         load_image(path)
+
+
+@pytest.mark.parametrize("count", [60, 300, 300_000])
+def test_messages_contain_no_base64(count):
+    random = np.random.default_rng(0).bytes(count)
+    text = base64.b64encode(random).decode()
+    sources = [
+        *(text, f"data:image/png;base64,{text}", f"data:image/png;base64{text}"),
+        *(Path("data") / text, f"data/{text}", f"{text[:-3]}-=="),
+    ]
+    for source in sources:
+        with pytest.raises(InputError) as error:
+            load_image(source)
+        message = str(error.value)
+        assert len(message) < 300
+        assert not any(text[i : i + 20] in message for i in range(0, len(text) - 20, 10)), message
 
 
 def test_empty_file(tmp_path):

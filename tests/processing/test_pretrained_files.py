@@ -11,10 +11,44 @@ from owl2.checkpoints import config_file
 from owl2.errors import ErrorCode
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import Owl2Tokenizer
 from tests.errors import raises_input_error
 from tests.processing.samples import CHATML, equal_processors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+PAD = {"image_aspect_ratio": "pad"}
+CODE = {"auto_map": {"AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "pixels", "option", "expected", "reason"),
+    [
+        ({}, {}, None, "resize", "default of mplug_owl2"),
+        (PAD, {}, None, "resize", "default of mplug_owl2"),  # the released checkpoint
+        (CODE, {}, None, "resize", "default of mplug_owl2"),
+        (PAD | CODE, {}, None, "pad", "auto_map"),  # OneAlign, DeQA-Score
+        (PAD | CODE, {"image_policy": "resize"}, None, "resize", "image_policy"),
+        ({}, {"image_policy": "pad"}, None, "pad", "image_policy"),
+        (PAD | CODE, {"image_policy": "pad"}, "resize", "resize", "image_policy"),
+    ],
+)
+def test_order_of_the_image_policies(
+    tmp_path, processor, run_cli, monkeypatch, config, pixels, option, expected, reason
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    processor.save_pretrained(tmp_path)
+    golden = json.loads((GOLDEN / "model_mha" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(golden | config))
+    file = tmp_path / "preprocessor_config.json"
+    values = json.loads(file.read_text())
+    del values["image_policy"]
+    file.write_text(json.dumps(values | pixels))
+    loaded = Owl2Processor.from_pretrained(tmp_path, image_policy=option)
+    assert loaded.image_processor.policy == expected
+    shown = run_cli("info", tmp_path).stdout
+    assert reason in shown and (option or expected in shown)
 
 
 @pytest.mark.parametrize("kind", ["llama", "byte level"])
@@ -59,7 +93,8 @@ def released(tmp_path, llama_file) -> Path:
     return tmp_path
 
 
-def test_released_layout(released, processor, image):
+def test_released_layout(released, processor, llama_file, image):
+    processor.tokenizer = Owl2Tokenizer(llama_file, legacy=False, padding_side="left")
     loaded = Owl2Processor.from_pretrained(released)
     equal_processors(processor, loaded, image)
     assert (loaded.num_image_tokens, loaded.image_token_id) == (6, 32000)
@@ -165,6 +200,7 @@ def test_tokenizer_config_alone_is_rejected(released):
             "image_mean 5",
         ),
         ("config.json", b'{"model_type": "llama"}', ErrorCode.UNSUPPORTED, "llama"),
+        ("processor_config.json", b'{"processor_class": "X"}', ErrorCode.UNSUPPORTED, "of a X"),
         (
             "config.json",
             b'{"model_type": "mplug_owl2", "vocab_size": null}',

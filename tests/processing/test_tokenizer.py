@@ -106,14 +106,37 @@ def test_padding_is_marked(llama):
     assert "token_type_ids" not in batch
 
 
-@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("legacy", [None, True, False])
+def test_legacy_decides_the_ids_after_a_control_token(tmp_path, llama_file, legacy):
+    """As LlamaTokenizer of transformers 4.36: the second turn's `USER:` has no "▁" in front."""
+    tokenizer = Owl2Tokenizer(llama_file, legacy=legacy)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(llama_file))
+    assert tokenizer("USER: a")["input_ids"] == [1, *sp.encode("USER: a")]
+    for text in ("USER:", " USER:", "  b\n", "🦉", "\n\n"):
+        expected = sp.encode(text)
+        if legacy is False:
+            expected = sp.encode("\n" + text)[2:]  # a line break never merges
+        whole = f"a</s>{text}</s>"
+        ids, offsets = tokenizer.encode_with_offsets(whole)
+        assert ids == [*sp.encode("a"), 2, *expected, 2]
+        assert [whole[start:end] for start, end in offsets[-1:]] == ["</s>"]
+        assert "".join(whole[start:end] for start, end in offsets) == whole
+        assert tokenizer(whole)["input_ids"] == [1, *ids]
+        assert tokenizer.decode([1, *ids]) == f"<s>{whole}"
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["legacy"] is (legacy is not False)
+    again = Owl2Tokenizer.from_pretrained(tmp_path)
+    assert again("a</s>USER:")["input_ids"] == tokenizer("a</s>USER:")["input_ids"]
+
+
+@pytest.mark.parametrize("legacy", [True, None])
 def test_round_trip(tmp_path, llama, llama_file, legacy):
     llama.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.model").read_bytes() == llama_file.read_bytes()
     path = tmp_path / "tokenizer_config.json"
     config = json.loads(path.read_text())
     assert config["tokenizer_class"] == "LlamaTokenizer"
-    # What LLaMA-2's own file says must not change the ids.
     path.write_text(json.dumps({**config, "legacy": legacy, "pad_token": None}))
     again = Owl2Tokenizer.from_pretrained(tmp_path)
     for text in [*STRINGS, "a</s> b"]:

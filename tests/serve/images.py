@@ -13,6 +13,7 @@ def noise(seed=0, size=(40, 30), mode="RGB"):
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
     if mode == "I;16":
         return Image.fromarray((values[..., 0].astype(np.uint16) << 8) + values[..., 1])
+    values[..., 3] |= 192  # mostly opaque, so that images differ after compositing
     return Image.fromarray(values, "RGBA").convert(mode)
 
 

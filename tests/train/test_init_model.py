@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from owl2.checkpoints.from_backbones import load_llm
 from owl2.data.datasets import DATASETS
@@ -288,6 +290,33 @@ def test_tokenizer_of_another_model_is_refused(llama_folder, config, tmp_path):
     with raises_input_error(ErrorCode.UNREADABLE_FILE, "tokenizer"):
         init_checkpoint(str(llm), "fresh", out, **options)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["<pad>", "[PAD]", "<|im_start|>"])
+def test_padding_token_without_a_row_is_dropped(llama_folder, config, tmp_path, kind, name):
+    """Many copies of LLaMA-2 have 32,000 rows and a `<pad>` with the id 32000."""
+    shutil.copytree(llama_folder, tmp_path / "llm")
+    size = len(load_tokenizer(llama_folder))
+    if kind == "tokenizer.model":
+        (tmp_path / "llm" / "added_tokens.json").write_text(json.dumps({name: size}))
+    else:
+        (tmp_path / "llm" / "tokenizer.model").unlink()
+        backend = Tokenizer(models.BPE({chr(33 + i): i for i in range(size)}, []))
+        fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="!", eos_token='"')
+        fast.add_special_tokens({"pad_token": name})
+        fast.save_pretrained(tmp_path / "llm")
+    assert len(load_tokenizer(tmp_path / "llm")) == size + 1
+    arguments = (str(tmp_path / "llm"), "fresh", tmp_path / "out")
+    if "pad" not in name.lower():
+        with raises_input_error(ErrorCode.SHAPE_MISMATCH, size + 1):
+            init_checkpoint(*arguments, config=config(**VISUAL))
+        return
+    init_checkpoint(*arguments, config=config(**VISUAL))
+    model, processor = load(tmp_path / "out")
+    assert len(processor.tokenizer) == size == model.config.image_token_id
+    assert name not in processor.tokenizer.get_vocab()
+    assert processor.tokenizer.pad_token_id < size
 
 
 def test_sentencepiece_tokenizer_is_an_owl2_tokenizer(llama_folder):

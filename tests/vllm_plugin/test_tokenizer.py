@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 
@@ -54,6 +55,24 @@ def test_a_chat_has_one_start_token(tokenizer, processor):
     for add_special_tokens in (True, False):
         assert tokenizer.encode(text, add_special_tokens=add_special_tokens) == expected
     assert tokenizer.apply_chat_template(conversation=chat, **options) == expected
+
+
+@pytest.mark.parametrize(
+    "content", ["<|image|>Hi", [{"type": "image"}, {"type": "text", "text": "Hi"}]]
+)
+def test_a_chat_has_the_line_break_of_training(checkpoint, processor, tmp_path, content):
+    from owl2.processing.processor import Owl2Processor
+    from owl2.vllm_plugin.tokenizer import Owl2PromptTokenizer
+
+    shutil.copytree(checkpoint, tmp_path / "model")
+    Owl2Processor.from_pretrained(checkpoint, image_newline=True).save_pretrained(
+        tmp_path / "model"
+    )
+    tokenizer = Owl2PromptTokenizer.from_pretrained(tmp_path / "model")
+    options = {"chat_template": processor.chat_template, "tokenize": False}
+    chat = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(conversation=chat, **options)
+    assert text.endswith("USER: <|image|>\nHi")
 
 
 def test_no_start_token_without_special_tokens(tokenizer):

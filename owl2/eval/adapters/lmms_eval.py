@@ -77,6 +77,7 @@ class LmmsEvalModel(lmms):
         # lmms-eval sets it globally; half of a truncated image would be gray.
         ImageFile.LOAD_TRUNCATED_IMAGES = False
         self.engine, processes = load_engine(pretrained, device, dtype, **options)
+        self.engine.processor.image_processor.alpha = "drop"  # as the authors' scripts
         if processes is not None:
             self.accelerator = processes
             self._rank, self._world_size = processes.process_index, processes.num_processes

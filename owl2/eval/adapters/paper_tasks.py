@@ -81,7 +81,7 @@ class PaperTask(ConfigurableTask):
     def doc_to_visual(self, doc: Mapping[str, Any]) -> list[Image.Image]:
         """The image, or the frames of the video in order."""
         images = parse_messages(self.samples[doc["index"]].messages).images
-        return [load_image(image) for image in images]
+        return [load_image(image, alpha="drop") for image in images]
 
     def score_response(self, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
         """The metric of the task for one response; for a judge the data that it needs."""
