@@ -89,8 +89,8 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
 def select_image_policy(pixels: Mapping[str, Any], config: Owl2Config | None) -> tuple[str, str]:
     """The image policy of a checkpoint and the reason; an explicit option has precedence.
 
-    The released ``config.json`` says "pad", but the authors' inference stretches images
-    (Specification §1.5). Checkpoints that contain their code, such as OneAlign, pad as it says.
+    The authors' inference of mPLUG-Owl2 stretches images whatever ``config.json`` says
+    (Specification §1.5). Checkpoints with code of their own, such as OneAlign, follow it.
 
     Args:
         pixels: The content of ``preprocessor_config.json``; {} without the file.

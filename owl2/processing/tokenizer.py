@@ -126,7 +126,7 @@ class Owl2Tokenizer(SentencePieceBackend):
             start += len(part)
         return ids, offsets
 
-    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+    def tokenize(self, text: str, *_: Any, **__: Any) -> list[str]:
         return list(self.convert_ids_to_tokens(self.encode_with_offsets(text)[0]))
 
     # -------------------------------------------------------------- ids to text

@@ -156,7 +156,7 @@ def _without_padding_token(
     names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
     if isinstance(tokenizer, Owl2Tokenizer):
         legacy = tokenizer.adds_prefix_after_control
-        return Owl2Tokenizer(tokenizer.vocab_file, **names, legacy=legacy)
+        return Owl2Tokenizer(str(tokenizer.vocab_file), **names, legacy=legacy)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < num_rows]
     backend = Tokenizer.from_str(json.dumps(state))
