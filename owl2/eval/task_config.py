@@ -1,7 +1,7 @@
 """The configuration of each benchmark: the entries of ``task_configs/SUITE.yaml``.
 
-An entry says where the data of a benchmark is published, how its rows become samples, how they are
-prompted and scored, and which result the paper reports. `tasks.py` makes a runnable task of it.
+An entry describes where the data of a benchmark is published, how its rows become samples, how they
+are prompted and scored, and which result the paper reports. `tasks.py` makes a runnable task of it.
 """
 
 from collections.abc import Mapping

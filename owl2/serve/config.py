@@ -37,7 +37,7 @@ class ServerLimits:
     max_body_bytes: int = _option(
         32 * MIB, "Size of a request body; base64 adds a third to images.", 1
     )
-    body_timeout: float = _option(60.0, "Until the whole body of a request has arrived.", 0)
+    body_timeout: float = _option(60.0, "Until the complete body of a request has arrived.", 0)
     max_messages: int = _option(256, "Messages of a conversation.", 1)
     max_n: int = _option(8, "Answers to one request (n).", 1, MAX_N)
     max_completion_tokens: int = _option(2048, "Tokens of one answer.", 1, MAX_TOKENS)

@@ -4,8 +4,8 @@
 
     request ──► log, count ──► API key: 401 ──► size and time of the body: 413, 408 ──► application
 
-The application would read the whole body before it could check the key; the middleware checks the
-key first and passes the body on when it is complete.
+The application would read the complete body before it could check the key; the middleware checks
+the key first and passes the body on when it is complete.
 """
 
 import asyncio

@@ -65,7 +65,7 @@ def test_integer_image_tensors_equal_images(llm, engine):
     pixels = torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(*image.size[::-1], 3)
     prompt = {
         "prompt": engine.processor.apply_chat_template(messages, add_generation_prompt=True),
-        "multi_modal_data": {"image": pixels.permute(2, 0, 1)},
+        "multi_modal_data": {"image": [pixels.permute(2, 0, 1)]},
     }
     params = SamplingParams(temperature=0, max_tokens=NEW)
     [output] = llm.generate(prompt, params, use_tqdm=False)
