@@ -284,6 +284,30 @@ def test_invalid_value_is_reported_and_other_samples_are_read(copy, name, file, 
     assert samples
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "function"),
+    [
+        (
+            "gqa",
+            "testdev_balanced_questions.json",
+            lambda rows: [row.pop("types") for row in rows.values()],
+        ),
+        (
+            "okvqa",
+            "mscoco_val2014_annotations.json",
+            lambda content: [row.pop("question_type") for row in content["annotations"]],
+        ),
+        ("q_bench", "llvisionqa_dev.json", lambda rows: [row.update(type=9) for row in rows]),
+    ],
+)
+def test_rows_may_have_no_known_category(copy, name, file, function):
+    data = copy(name)
+    change(data / name / file, function)
+    samples, invalid = read(name, data)
+    assert (len(samples), len(invalid)) == COUNTS[name]
+    assert {sample.category for sample in samples} <= {"", "9"}
+
+
 def test_label_of_pope_that_is_not_yes_or_no_is_invalid(copy):
     data = copy("pope_random")
     path = data / "pope_random/coco_pope_random.json"
