@@ -13,6 +13,11 @@ from tests.eval.stub import completion, serving
 pytest.importorskip("easy_vqa")
 
 
+@pytest.fixture(autouse=True)
+def skip_figures(monkeypatch):
+    monkeypatch.setattr("owl2.eval.evaluate.has_matplotlib", lambda: False)
+
+
 @pytest.fixture
 def owl2_eval(run_cli):
     """`owl2 eval ...`"""

@@ -72,7 +72,7 @@ def test_run_writes_a_model_and_reports(recipe, world, real_plots):
 
 
 def test_loss_decreases(recipe):
-    result = train(recipe(max_steps=120, batch_size=8), quiet())
+    result = train(recipe(max_steps=80, batch_size=8), quiet())
     results = json.loads((result.output / "run.json").read_text(encoding="utf-8"))
     lines = read_jsonl(result.output / "log.jsonl")
     assert results["smoothed_loss"] < lines[0]["loss"] / 4
