@@ -4,7 +4,7 @@ A prompt is split at each `<|image|>`, and every segment is tokenized separately
 §1.5) for all tokenizers; `encode` tokenizes one segment. For SentencePiece models of LLaMA, a
 segment is split again at the control tokens (`<s>`, `</s>`, `<unk>`), as in LLaMA's original
 tokenizer. No characters are stripped. `legacy` in ``tokenizer_config.json`` decides whether a text
-after a control token starts with "▁" (docs/reference/model-family.md §0.1).
+after a control token starts with "▁" (Model family §0.1).
 """
 
 import io
