@@ -66,7 +66,7 @@ def held_out_of(world, **settings):
     return {"data": [{"file": str(world / "data.json")}], "num_generations": 1} | settings
 
 
-def wait_for(condition, describe=lambda: "", seconds=60, interval=0.005):
+def wait_for(condition, describe=lambda: "", seconds=120, interval=0.005):
     """Poll until a condition on files of another process is true."""
     end = time.monotonic() + seconds
     while not condition():
