@@ -41,7 +41,7 @@ CASES = [
         marks=SLOW,
     ),
     pytest.param({"gradient_checkpointing": True}, id="checkpointing", marks=SLOW),
-    pytest.param({"stage": 1, "dtype": "bfloat16"}, id="stage 1, bfloat16"),
+    pytest.param({"stage": 1, "dtype": "bfloat16"}, id="stage 1, bfloat16", marks=SLOW),
     pytest.param(
         {"gradient_checkpointing": "selective", "dtype": "bfloat16"}, id="selective, bfloat16"
     ),
