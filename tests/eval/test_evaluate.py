@@ -19,6 +19,8 @@ from owl2.eval import task_run
 from owl2.eval.evaluate import EvalConfig, estimate, evaluate, load_engine
 from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import InvalidEvalSample
+from owl2.processing.chat_template import user_message
+from owl2.processing.processor import Owl2Processor
 from owl2.workers import WorkerRank
 from tests.errors import raises_input_error
 
@@ -202,6 +204,30 @@ def test_responses_with_other_settings_are_not_used(config, plain, batches):
     batches.stop_at = None
     evaluate(replace(config, model_args=replace(config.model_args, image_policy="pad")), plain)
     assert sum(batches.sizes) == 20
+
+
+def test_hidden_colors_are_visible_in_evaluation_only(config, plain, monkeypatch):
+    """The authors' scripts drop the transparency; other entry points composite on white."""
+    engines = []
+    load = evaluate_module.load_engine
+    monkeypatch.setattr(
+        evaluate_module, "load_engine", lambda *args: engines.append(load(*args)) or engines[0]
+    )
+    evaluate(config, plain)
+    images = {
+        "hidden red": Image.new("RGBA", (8, 8), (255, 0, 0, 0)),
+        "red": Image.new("RGB", (8, 8), (255, 0, 0)),
+        "white": Image.new("RGB", (8, 8), (255, 255, 255)),
+    }
+    for processor, color in (
+        (engines[0].processor, "red"),
+        (Owl2Processor.from_pretrained(config.model_args.model), "white"),
+    ):
+        digests = {
+            name: processor.encode([user_message("x", [image])]).image_digests
+            for name, image in images.items()
+        }
+        assert digests["hidden red"] == digests[color] and digests["red"] != digests["white"]
 
 
 def test_two_processes_give_the_results_of_one(config, plain, tmp_path):
