@@ -304,7 +304,7 @@ def test_rows_may_have_no_known_category(copy, name, file, function):
     data = copy(name)
     change(data / name / file, function)
     samples, invalid = read(name, data)
-    assert (len(samples), len(invalid)) == COUNTS[name]
+    assert (len(samples), len(invalid)) == COUNTS[name][:2]
     assert {sample.category for sample in samples} <= {"", "9"}
 
 
