@@ -23,7 +23,12 @@ from owl2.engine.load_model import load_model
 from owl2.engine.output import Abort, Completion, OnOutput, OutputProcessor
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput
-from owl2.engine.sampling import SamplingParams, end_ids
+from owl2.engine.sampling import (
+    SamplingParams,
+    check_generation_config,
+    check_logits_processors,
+    end_ids,
+)
 from owl2.engine.scheduler import Request
 from owl2.engine.scoring import group_choices, score_answers
 from owl2.errors import ErrorCode, InputError
@@ -57,7 +62,8 @@ class Engine:
         end_ids: The tokens that end an answer.
 
     Raises:
-        InputError: Model and processor do not fit.
+        InputError: Model and processor do not fit, or the checkpoint's `generation_config` has
+            invalid or unsupported options.
     """
 
     def __init__(
@@ -88,6 +94,11 @@ class Engine:
                 model, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=enable_prefix_caching
             )
         self.end_ids = end_ids(model.generation_config, processor.tokenizer)
+        check_generation_config(model.generation_config)
+        try:
+            self.sampling_params()
+        except InputError as error:
+            raise InputError(f"The checkpoint's generation_config: {error}", error.code) from error
         self._open_ids = open_byte_ids(processor.tokenizer)
         self._token_text = token_texts(processor.tokenizer)
 
@@ -217,6 +228,7 @@ class Engine:
             raise InputError(
                 f"n is {params.n}; the maximum is {MAX_NUM_SEQS}.", ErrorCode.INVALID_VALUE
             )
+        check_logits_processors(params, self.model, self.end_ids)
         return params
 
     def encode(self, messages: Prompt) -> PreparedPrompt:
@@ -325,9 +337,21 @@ class Engine:
         """n answers to each prompt; those of prompt i have the indices from n * i on."""
         if params.top_logprobs is not None:
             self._require_core("top_logprobs")
+        for prompt in prompts:
+            self._max_answer_tokens(prompt, params)
         num_tokens = sum(len(prompt.ids) for prompt in prompts)
         submit = partial(self._submit, prompts, params)
         return Completion(num_tokens, params.n * len(prompts), submit)
+
+    def _max_answer_tokens(self, prompt: PreparedPrompt, params: SamplingParams) -> int:
+        limit = min(params.max_length or self.context_length, self.context_length)
+        if (excess := len(prompt.ids) + 1 - limit) > 0:
+            raise InputError(
+                f"The prompt has {len(prompt.ids)} tokens. Prompt and answer are limited to "
+                f"max_length={limit}: {excess} too many.",
+                ErrorCode.TOO_LONG,
+            )
+        return min(params.max_new_tokens, limit - len(prompt.ids))
 
     def _submit(
         self, prompts: Sequence[PreparedPrompt], params: SamplingParams, on_output: OnOutput
@@ -345,7 +369,7 @@ class Engine:
 
         for prompt in prompts:
             state = PromptState(prompt)
-            limit = min(params.max_new_tokens, self.context_length - state.num_tokens)
+            limit = self._max_answer_tokens(prompt, params)
             options = state, params, limit, self.end_ids, self.model.device
             requests += [Request(*options, len(requests) + index) for index in range(params.n)]
         for request in requests:

@@ -5,6 +5,7 @@ all of them must take every step together. Nothing is cached across calls, and n
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,32 +50,26 @@ def generate(
     rows = [[pad_id] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts]
     mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
     images = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-    limit = max(request.max_tokens for request in requests)
-    # transformers merges the checkpoint's settings, and warns if max_length and max_new_tokens are
-    # both set: use the one that the checkpoint has.
-    has_max_new_tokens = model.generation_config.max_new_tokens is not None
-    length = {"max_new_tokens": limit} if has_max_new_tokens else {"max_length": width + limit}
     config = GenerationConfig(
-        **length,
+        max_new_tokens=max(request.max_tokens for request in requests),
         do_sample=False,  # `_Sampler` samples
-        num_beams=1,
-        num_return_sequences=1,
-        return_dict_in_generate=False,
         eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,  # after the end; not read
-        # Without these, transformers warns of a sampling checkpoint's values.
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
     )
-    ids = model.generate(
-        input_ids=torch.tensor(rows, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        pixel_values=torch.cat(images).to(model.device, model.dtype) if images else None,
-        generation_config=config,
-        logits_processor=LogitsProcessorList([_Sampler(requests, model.dtype)]),
-        synced_gpus=synced_gpus or None,
-    )
+    sampler = _Sampler(model, requests, [width - len(prompt.ids) for prompt in prompts])
+    # transformers would merge the checkpoint's options. The requests have them.
+    defaults, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        ids = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            pixel_values=torch.cat(images).to(model.device, model.dtype) if images else None,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampler]),
+            synced_gpus=synced_gpus or None,
+        )
+    finally:
+        model.generation_config = defaults
     for request, answer in zip(requests, ids[:, width:].tolist(), strict=True):
         for token in answer:
             if not (request.aborted or request.is_finished):
@@ -82,17 +77,34 @@ def generate(
 
 
 class _Sampler(LogitsProcessor):
-    """Scores (B, V) that exclude all tokens but the sampled ones."""
+    """Scores (B, V) that exclude all tokens but the sampled ones.
 
-    def __init__(self, requests: Sequence[Request], dtype: torch.dtype) -> None:
+    Args:
+        paddings: The number of tokens before each prompt.
+    """
+
+    def __init__(
+        self,
+        model: Owl2ForConditionalGeneration,
+        requests: Sequence[Request],
+        paddings: Sequence[int],
+    ) -> None:
+        for request in requests:
+            request.create_processors(model)
         self._params = [request.params for request in requests]
         self._generators = [request.generator for request in requests]
-        self._dtype = dtype
+        self._processors = [request.processors for request in requests]
+        self._paddings = paddings
+        self._dtype = model.dtype
         self._num_steps = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._num_steps += 1
-        tokens = sample(scores, self._params, self._generators)
+        processors: list[Any] = [
+            partial(own, ids[None, padding:]) if own else None
+            for own, ids, padding in zip(self._processors, input_ids, self._paddings, strict=True)
+        ]
+        tokens = sample(scores, self._params, self._generators, processors)
         if None in tokens:
             raise non_finite_error(self._dtype, f"token {self._num_steps} of the answer")
         chosen = torch.tensor(tokens, device=scores.device)[:, None]

@@ -112,6 +112,7 @@ class RunningBatch:
         for request in requests:
             originals.setdefault(request.prompt, request)
             request.epoch = self.epoch
+            request.create_processors(self.model)
         prompts = list(originals)
         cache.reserve(first + len(requests), max(prompt.num_tokens for prompt in prompts))
         logits = self.prefill(prompts, first)
@@ -200,7 +201,9 @@ class RunningBatch:
     def _sample(self, requests: Sequence[Request], logits: torch.Tensor) -> None:
         """Choose and report the next token of each request."""
         params = [request.params for request in requests]
-        tokens = sample(logits, params, [request.generator for request in requests])
+        generators = [request.generator for request in requests]
+        processors = [request.bind_processors() for request in requests]
+        tokens = sample(logits, params, generators, processors)
         logprobs = compute_logprobs(logits, tokens, params)
         for request, token, own in zip(requests, tokens, logprobs, strict=True):
             if token is None:

@@ -1,20 +1,21 @@
 """Sampling parameters, and the choice of the next token from the logits.
 
 Each answer draws from a generator of its own. Its tokens therefore depend neither on torch's global
-generator, which threads share, nor on the other sequences of the batch. The logits are warped by
-transformers' processors.
+generator, which threads share, nor on the other sequences of the batch. The logits are changed by
+transformers' processors, in the order of `generate`.
 
 Shapes: B sequences, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
+    LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
@@ -23,33 +24,63 @@ from transformers import (
 )
 
 from owl2.errors import ErrorCode, InputError
+from owl2.model.modeling import Owl2ForConditionalGeneration
 
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_SEED = 2**32 - 1  # training accepts the same range
 MAX_TOP_LOGPROBS = 20
 # (id, log-probability) of the chosen token, then of the most probable ones in descending order.
 Logprobs = list[tuple[int, float]]
-# Parameters that request sampling by being set.
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+# Parameters that request sampling by being set. Those of `_BATCHED` are applied to a batch.
+_BATCHED = ("temperature", "top_k", "top_p", "min_p")
+_NOT_PROCESSED = {"max_new_tokens", "max_length", "seed", "n", "stop", "top_logprobs"}
+_SAMPLING = (*_BATCHED, "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Lower temperatures are treated as 0. Logits divided by them are not finite, so that nothing can be
 # drawn from them, and the other sequences of the step would fail as well.
 MIN_TEMPERATURE = 1e-5
+# Options of a `generation_config` that change answers and are not supported, with the values that
+# have no effect. Options of the memory, the speed and the form of the result have none either.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (None, 1)),
+    **dict.fromkeys(("penalty_alpha", "token_healing"), (None, 0)),
+    **dict.fromkeys(("constraints", "force_words_ids", "dola_layers", "max_time"), (None,)),
+    "guidance_scale": (None, 1),
+    "watermarking_config": (None,),
+}
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How an answer is generated, and when it ends.
 
+    Options that transformers' `GenerationConfig` has as well have its names and effects.
     `Engine.chat`, `.batch`, `.stream` and `.complete` take the fields as keyword arguments; there,
     None stands for the value in the checkpoint's `generation_config`.
 
     Attributes:
         max_new_tokens: Maximum number of generated tokens; at most what fits into the context.
+        max_length: Maximum number of tokens of prompt and answer. The value of a checkpoint applies
+            if neither the checkpoint nor the call sets `max_new_tokens`.
+        min_new_tokens, min_length: No end token before this length.
         do_sample: Draw tokens instead of taking the most probable one.
         temperature: Divisor of the logits; below 0.00001 the answer is greedy.
         top_p: Sample from the smallest set of most probable tokens with this total probability.
         top_k: Sample from this number of most probable tokens; 0: all.
         min_p: Exclude tokens below this fraction of the highest probability.
+        top_h, typical_p, epsilon_cutoff, eta_cutoff: Other rules that exclude improbable tokens.
+        repetition_penalty: Above 1: tokens of prompt and answer become less probable.
+        encoder_repetition_penalty: Above 1: tokens of the prompt become more probable.
+        no_repeat_ngram_size: No sequence of this length occurs twice in prompt and answer.
+        encoder_no_repeat_ngram_size: No sequence of this length of the prompt is in the answer.
+        bad_words_ids: Sequences of tokens that the answer does not contain.
+        suppress_tokens, begin_suppress_tokens: Tokens that the answer does not contain, or does not
+            begin with.
+        sequence_bias: (sequence of tokens, value added to the logit of its last token) pairs.
+        exponential_decay_length_penalty: (length, factor): above the length of the answer, the end
+            token becomes more probable.
+        forced_eos_token_id: The last token of an answer of the maximum length.
+        remove_invalid_values: Replace NaN and infinity instead of raising an error.
+        renormalize_logits: Normalize the changed logits.
         seed: Answer i of a request (counted from 0 over all its conversations) draws from a
             generator with the seed `seed` + i. None: torch's global generator.
         n: Number of answers to each prompt, which is computed once.
@@ -62,11 +93,30 @@ class SamplingParams:
     """
 
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    min_length: int = 0
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    top_h: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    repetition_penalty: float = 1.0
+    encoder_repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    sequence_bias: Any = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    forced_eos_token_id: int | list[int] | None = None
+    remove_invalid_values: bool = False
+    renormalize_logits: bool = False
     seed: int | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
@@ -79,6 +129,10 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "0 or more"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
             ("seed", 0 <= (self.seed or 0) <= MAX_SEED, f"from 0 to {MAX_SEED}"),
             ("n", self.n >= 1, "1 or more"),
             ("top_logprobs", 0 <= (self.top_logprobs or 0) <= MAX_TOP_LOGPROBS, "from 0 to 20"),
@@ -94,7 +148,8 @@ class SamplingParams:
     def from_options(cls, defaults: GenerationConfig, **options: Any) -> "SamplingParams":
         """The options that are not None, over the defaults of a checkpoint.
 
-        Setting temperature, top_p, top_k or min_p implies do_sample=True. `stop` may be one string.
+        Setting temperature, top_p, top_k, min_p or another parameter of sampling implies
+        do_sample=True. `stop` may be one string; its default is `stop_strings`.
 
         Raises:
             InputError: A value is out of its range, or sampling options with do_sample=False.
@@ -107,9 +162,11 @@ class SamplingParams:
                 f"{' and '.join(sampling)} have no effect with do_sample=False.",
                 ErrorCode.CONFLICT,
             )
-        names = ("max_new_tokens", "do_sample", *_SAMPLING)
-        values = {name: getattr(defaults, name, None) for name in names}
+        values = {field.name: getattr(defaults, field.name, None) for field in fields(cls)}
+        values["stop"] = defaults.stop_strings
         values = {name: value for name, value in values.items() if value is not None} | requested
+        if "max_new_tokens" in values and "max_length" not in requested:
+            values.pop("max_length", None)
         if sampling and "do_sample" not in requested:
             values["do_sample"] = True
         stop = values.pop("stop", ())
@@ -126,6 +183,22 @@ class SamplingParams:
         return torch.Generator(device).manual_seed(self.seed + index)
 
 
+def check_generation_config(defaults: GenerationConfig) -> None:
+    """Reject options of a checkpoint that would change its answers in `generate` only.
+
+    Raises:
+        InputError: The name and the value of the option.
+    """
+    for name, neutral in _UNSUPPORTED.items():
+        if (value := getattr(defaults, name, None)) not in neutral:
+            raise InputError(
+                f"The checkpoint's generation_config has {name}={value!r}, which the engine does "
+                "not support: remove it from generation_config.json, or use the model's "
+                "`generate`.",
+                ErrorCode.UNSUPPORTED,
+            )
+
+
 def end_ids(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The end tokens of a checkpoint, and the one that training labels."""
     eos: int | list[int] | None = defaults.eos_token_id
@@ -134,25 +207,92 @@ def end_ids(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> l
     return ids if own is None or own in ids else [*ids, own]
 
 
+def logits_processors(
+    params: SamplingParams,
+    model: Owl2ForConditionalGeneration,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    end_ids: Collection[int],
+) -> LogitsProcessorList:
+    """The processors of `generate` for one answer, with those of sampling.
+
+    The list is empty if `sample` needs none: only options in `_BATCHED` have an effect.
+
+    Raises:
+        ValueError: A value that transformers rejects.
+    """
+    defaults = {field.name: field.default for field in fields(params)}
+    values = {name: getattr(params, name) for name in defaults.keys() - _NOT_PROCESSED}
+    values = {name: value for name, value in values.items() if value != defaults[name]}
+    if not values.keys() - {"do_sample", *_BATCHED}:
+        return LogitsProcessorList()
+    config: Any = GenerationConfig()  # its arguments would be checked, with warnings
+    for name, value in values.items():
+        # The processors reject integers in place of floats.
+        setattr(config, name, float(value) if isinstance(defaults[name], float) else value)
+    config.max_length = len(prompt_ids) + max_tokens
+    config._eos_token_tensor = torch.tensor([*end_ids], device=model.device) if end_ids else None
+    ids: Any = torch.tensor([prompt_ids], device=model.device)
+    device: Any = model.device
+    return model._get_logits_processor(
+        config, len(prompt_ids), encoder_input_ids=ids, device=device
+    )
+
+
+def check_logits_processors(
+    params: SamplingParams, model: Owl2ForConditionalGeneration, end_ids: Collection[int]
+) -> None:
+    """Run the processors once: an error in the engine's thread would end all requests.
+
+    Raises:
+        InputError: A value that a processor rejects, such as an id beyond the vocabulary.
+    """
+    try:
+        if processors := logits_processors(params, model, [0], 1, end_ids):
+            device, size = model.device, model.config.vocab_size
+            ids: Any = torch.zeros(1, 1, dtype=torch.long, device=device)
+            processors(ids, torch.zeros(1, size, device=device))  # type: ignore[arg-type]  # a tensor
+    except Exception as error:  # values of any type raise exceptions of any type
+        raise InputError(
+            f"The options of the generation are invalid: {error}", ErrorCode.INVALID_VALUE
+        ) from error
+
+
 def sample(
     logits: torch.Tensor,
     params: Sequence[SamplingParams],
     generators: Sequence[torch.Generator | None],
+    processors: Sequence[Callable[[torch.Tensor], torch.Tensor] | None] = (),
 ) -> list[int | None]:
     """The next token of each sequence; None where its logits are not finite.
 
     Logits are not finite if they contain NaN or +infinity, or if they exclude every token;
-    -infinity excludes a token. The device is synchronized once.
+    -infinity excludes a token. Without processors, the device is synchronized once.
 
     Args:
         logits: (B, V).
         params, generators: one for each sequence.
+        processors: for each sequence, a function of its (1, V) logits in float32, which replaces
+            its `_warpers`, or None. Default: none.
     """
     maximum, chosen = logits.max(-1)  # (B,); NaN if the row contains one
     is_finite = maximum.isfinite()
+
+    def draw(rows: Sequence[int], scores: torch.Tensor) -> None:
+        for probabilities, row in zip(scores.softmax(-1), rows, strict=True):
+            chosen[row] = torch.multinomial(probabilities, 1, generator=generators[row])[0]
+
+    processed = {row: process for row, process in enumerate(processors) if process is not None}
+    for row, process in processed.items():
+        scores = process(logits[row : row + 1].float())
+        best, chosen[row] = scores[0].max(-1)
+        is_valid = is_finite[row] | params[row].remove_invalid_values
+        is_finite[row] = best.isfinite() & is_valid
+        if params[row].do_sample and is_finite[row]:
+            draw([row], scores)
     groups: dict[tuple[float, int, float, float], list[int]] = {}
     for row, own in enumerate(params):
-        if own.do_sample:
+        if own.do_sample and row not in processed:
             groups.setdefault((own.temperature, own.top_k, own.top_p, own.min_p), []).append(row)
     for warping, rows in groups.items():
         # Rows that are not finite are discarded below, but would make multinomial fail.
@@ -160,8 +300,7 @@ def sample(
         no_ids: Any = torch.empty(len(rows), 0, dtype=torch.long, device=scores.device)
         for warper in _warpers(*warping):
             scores = warper(no_ids, scores)
-        for probabilities, row in zip(scores.softmax(-1), rows, strict=True):
-            chosen[row] = torch.multinomial(probabilities, 1, generator=generators[row])[0]
+        draw(rows, scores)
     tokens, finite = torch.stack([chosen, is_finite.to(chosen.dtype)]).tolist()
     return [token if fine else None for token, fine in zip(tokens, finite, strict=True)]
 
@@ -195,7 +334,8 @@ def compute_logprobs(
     }
     if not counts:
         return found
-    logprobs = logits[list(counts)].float().log_softmax(-1)
+    # NaN and infinity occur with `remove_invalid_values` only.
+    logprobs = logits[list(counts)].float().nan_to_num(neginf=float("-inf")).log_softmax(-1)
     chosen = torch.tensor([[tokens[row]] for row in counts], device=logits.device)
     best = logprobs.topk(min(max(counts.values()), logits.shape[1]))
     ids = torch.cat([chosen, best.indices], 1).tolist()

@@ -6,11 +6,15 @@ prefix, one is computed first, and the others find its keys and values in the pr
 """
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from owl2.engine.prefix_cache import PrefixCache, PromptKey, PromptState
-from owl2.engine.sampling import Logprobs, SamplingParams
+from owl2.engine.sampling import Logprobs, SamplingParams, logits_processors
+from owl2.model.modeling import Owl2ForConditionalGeneration
 
 # Positions of one prefill: without running requests, and with some that wait for their next token.
 MAX_PREFILL_TOKENS_IDLE, MAX_PREFILL_TOKENS_BUSY = 4096, 512
@@ -29,6 +33,7 @@ class Request:
         token_ids: The answer so far, with its end token.
         aborted: The result is no longer wanted. May be set from any thread.
         epoch: The batch's epoch when the prompt was computed.
+        processors: What the options change in the logits; see `sampling.logits_processors`.
         on_token: Called in the engine's thread with each token, and its log-probabilities if
             `params` request them. An exception ends the request.
         on_end: Called there once, with the error that ended the request or None; not after
@@ -47,12 +52,14 @@ class Request:
         self.prompt = prompt
         self.index = index
         self.params = params
+        self.device = device
         self.generator = params.generator(index, device)
         self.max_tokens = max_tokens
         self.end_ids = end_ids
         self.token_ids: list[int] = []
         self.aborted = False
         self.epoch = 0
+        self.processors = LogitsProcessorList()
         self.on_token: Callable[[int, Logprobs | None], object] | None = None
         self.on_end: Callable[[BaseException | None], object] | None = None
 
@@ -70,6 +77,19 @@ class Request:
     def is_finished(self) -> bool:
         """Whether the answer is complete."""
         return self.has_end_token or len(self.token_ids) >= self.max_tokens
+
+    def create_processors(self, model: Owl2ForConditionalGeneration) -> None:
+        """Set `processors`, before the first token."""
+        self.processors = logits_processors(
+            self.params, model, self.prompt.prompt.ids, self.max_tokens, self.end_ids
+        )
+
+    def bind_processors(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What `sample` applies to the logits of the next token; None without processors."""
+        if not self.processors:
+            return None
+        ids: Any = torch.tensor([[*self.prompt.prompt.ids, *self.token_ids]], device=self.device)
+        return partial(self.processors, ids)
 
     def add_token(self, token: int, logprobs: Logprobs | None = None) -> None:
         """Append the next token; ends the request if it is the last one."""
