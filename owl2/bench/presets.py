@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from owl2.engine.load_model import load_model
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -88,7 +88,7 @@ class BenchModel:
         """
         device, dtype = self.device_and_dtype()
         if self.model is not None:
-            return load_model(self.model, device, dtype)
+            return ModelArgs(self.model, device, dtype).load_model()
         config = Owl2Config(**look_up("size", self.size or DEFAULT_SIZE, PRESETS))
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.device(device):

@@ -170,8 +170,10 @@ def _captions(
     from owl2.vllm_plugin.offline import answer_all as answer_all_with_vllm
 
     args = config.model_args
-    if args.quantize is not None or args.device is not None:
-        raise InputError("--engine vllm has no --quantize and --device.", ErrorCode.CONFLICT)
+    if any(option is not None for option in (args.quantize, args.device, args.base)):
+        raise InputError(
+            "--engine vllm has no --quantize, --device and --base.", ErrorCode.CONFLICT
+        )
     more: dict[str, Any] = {} if args.dtype is None else {"dtype": args.dtype}
     return answer_all_with_vllm(args.model, conversations, sampling, **more)
 

@@ -61,7 +61,7 @@ class AdapterFiles:
         """
         base = str(override or self.config.base_model_name_or_path or "")
         revision = None if override else self.config.revision
-        hint = f"pass base=..., or edit {self.folder / CONFIG}"
+        hint = f"pass base=... (--base on the command line), or edit {self.folder / CONFIG}"
         if not base or (Path(base) / CONFIG).is_file():
             raise InputError(
                 f"{self.name} needs the directory or hub id of a complete model as its base model, "
@@ -161,7 +161,7 @@ def _check_base(model: PreTrainedModel, folder: Path) -> None:
     if provenance and provenance.fingerprint not in (expected, None):
         raise InputError(
             f"{folder} was trained on other weights than those of {provenance.name}. Pass the "
-            f"right base model with base=..., or delete {file} to skip this check",
+            f"right base model with base=... (--base), or delete {file} to skip this check",
             ErrorCode.BASE_MODEL_MISMATCH,
         )
 

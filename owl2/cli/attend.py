@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from owl2.cli.options import Device, Dtype, Images, Model, Quantize
+from owl2.cli.options import Base, Device, Dtype, Images, Model, Quantize
 
 
 def attend(
@@ -33,6 +33,7 @@ def attend(
         str | None, typer.Option(help="Analyze this answer instead of generating one.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens to generate.")] = 64,
+    base: Base = None,
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -42,7 +43,7 @@ def attend(
     from owl2.engine.load_model import ModelArgs
 
     run_attend(
-        ModelArgs(model, device, dtype, quantize=quantize),
+        ModelArgs(model, device, dtype, quantize=quantize, base=base),
         question,
         output,
         Console(soft_wrap=True),

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from owl2.cli.options import Device, Dtype, Model, Quantize
+from owl2.cli.options import Base, Device, Dtype, Model, Quantize
 
 
 def caption(
@@ -20,6 +20,7 @@ def caption(
     engine: Annotated[str, typer.Option(help="owl2 or vllm.")] = "owl2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per caption.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    base: Base = None,
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -33,7 +34,7 @@ def caption(
     from owl2.caption.command import caption as run_caption
     from owl2.engine.load_model import ModelArgs
 
-    model_args = ModelArgs(model, device, dtype, quantize=quantize)
+    model_args = ModelArgs(model, device, dtype, quantize=quantize, base=base)
     config = CaptionConfig(
         folder, model_args, output_file, prompt, recursive, engine, max_new_tokens, batch_size
     )

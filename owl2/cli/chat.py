@@ -1,10 +1,11 @@
 """`owl2 chat`: one question, or a conversation on the terminal."""
 
+import sys
 from typing import Annotated
 
 import typer
 
-from owl2.cli.options import Device, Dtype, Images, Model, Quantize
+from owl2.cli.options import Base, Device, Dtype, Images, Model, Quantize
 
 
 def chat(
@@ -23,6 +24,15 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Random seed for sampling.")
     ] = None,
+    truncate_history: Annotated[
+        bool,
+        typer.Option(
+            "--truncate-history",
+            help="Interactive chat: drop the oldest turns when the conversation exceeds the "
+            "context.",
+        ),
+    ] = False,
+    base: Base = None,
     device: Device = None,
     dtype: Dtype = None,
     image_policy: Annotated[
@@ -34,13 +44,13 @@ def chat(
     quantize: Quantize = None,
 ) -> None:
     """Ask about images: one question, or an interactive chat."""
-    from owl2.cli.repl import Repl
+    from owl2.cli.repl import Repl, placeholder_note
     from owl2.engine.engine import Engine
     from owl2.engine.load_model import ModelArgs
     from owl2.processing.chat_template import user_message
     from owl2.processing.image_io import load_image
 
-    model_args = ModelArgs(model, device, dtype, image_policy, max_pixels, quantize)
+    model_args = ModelArgs(model, device, dtype, image_policy, max_pixels, quantize, base)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -54,10 +64,11 @@ def chat(
         images = [load_image(one, processor.image_processor.max_pixels) for one in image or []]
     else:
         prompt = processor.encode([user_message(question, image or [])])
+        print(placeholder_note(question), end="", file=sys.stderr)
     engine = Engine(model_args.load_model(), processor, enable_prefix_caching=True)
     if question is None:
         print(f"{model} on {engine.model.device}. Type /help for help.")
-        Repl(engine, options, images).run()
+        Repl(engine, options, images, truncate_history=truncate_history).run()
         return
     for text in engine.stream(prompt, **options):
         print(text, end="", flush=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeVar
 import typer
 from rich.console import Console
 
-from owl2.cli.options import Device, Dtype
+from owl2.cli.options import Base, Device, Dtype
 from owl2.errors import ErrorCode, InputError
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
@@ -67,6 +67,7 @@ def evaluate_model(
     ] = None,
     judge_url: Annotated[str | None, JUDGE_URL] = None,
     judge_model: Annotated[str | None, JUDGE_MODEL] = None,
+    base: Base = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -93,7 +94,7 @@ def evaluate_model(
             _require(judge_url, "--judge-url"), _require(judge_model, "--judge-model")
         )
     config = EvalConfig(
-        ModelArgs(_require(model, "--model"), device, dtype, image_policy),
+        ModelArgs(_require(model, "--model"), device, dtype, image_policy, base=base),
         output=Path() if estimate else _require(output, "--output"),
         tasks=tasks,
         suite=suite,

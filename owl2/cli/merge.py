@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from owl2.cli.options import Base
+
 
 def merge(
     adapter: Annotated[str, typer.Argument(help="Adapter: a directory or a hub id.")],
@@ -12,9 +14,7 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Base model; default: the one that the adapter names.")
-    ] = None,
+    base: Base = None,
 ) -> None:
     """Merge an adapter into its base model."""
     from owl2.train.adapters import merge as merge_adapter

@@ -13,6 +13,10 @@ Images = Annotated[
         "in order, or precedes the question."
     ),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Base model of an adapter; default: the one that the adapter names."),
+]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Quantize = Annotated[

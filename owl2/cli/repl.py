@@ -1,5 +1,6 @@
 """The interactive chat of `owl2 chat`."""
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,19 +12,22 @@ from PIL import Image
 
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import Message, user_message
+from owl2.processing.chat_template import IMAGE_TOKEN, Message, user_message
 from owl2.processing.image_io import load_image
 
 HELP = """\
 Type a question and press Enter. Lines that start with / are commands:
   /image FILE   add an image (a file or a URL) to the next question; repeat it for several
   /clear        start a new conversation
+  /drop [N]     remove the oldest question and answer, or the N oldest
   /help         print this help
   /quit         exit (also Ctrl-D)
 Ctrl-C stops an answer. <|image|> in a question is the position of an image; without it, images
-come first."""
+come first. An empty question asks about the images alone."""
 
 PROMPT = "> "
+# Placeholders of other models' formats.
+OTHER_PLACEHOLDER = re.compile(r"<(?!\|image\|>)\|?(?:image|img|video)\w*\|?/?>", re.IGNORECASE)
 
 
 def read_line(prompt: str) -> str:
@@ -34,6 +38,17 @@ def read_line(prompt: str) -> str:
     return line
 
 
+def placeholder_note(question: str) -> str:
+    """A line about a placeholder that is plain text for this model; empty without one."""
+    found = OTHER_PLACEHOLDER.search(question)
+    if found is None:
+        return ""
+    return (
+        f"note: {found[0]} is sent as text. The placeholder of an image is {IMAGE_TOKEN}; without "
+        "it, images precede the question.\n"
+    )
+
+
 @dataclass
 class Repl:
     """The state of an interactive chat, and its loop.
@@ -42,6 +57,7 @@ class Repl:
         images: For the next question.
         read: Returns the next line for a prompt; EOFError ends the loop.
         write: Prints text.
+        truncate_history: Drop the oldest turns of a conversation that exceeds the context.
     """
 
     engine: Engine
@@ -50,6 +66,7 @@ class Repl:
     read: Callable[[str], str] = read_line
     write: Callable[[str], Any] = lambda text: print(text, end="", flush=True)
     messages: list[Message] = field(default_factory=list)
+    truncate_history: bool = False
 
     def run(self) -> None:
         """Process lines until the end; an invalid line prints an error."""
@@ -86,31 +103,65 @@ class Repl:
         elif command == "/clear":
             self.messages, self.images = [], []
             self.write("(new conversation)\n")
+        elif command == "/drop":
+            self._drop(argument.strip() or "1")
         elif command == "/help":
             self.write(HELP + "\n")
         else:
             raise InputError(f"unknown command {command}; see /help", ErrorCode.UNKNOWN_NAME)
 
     def _answer(self, question: str) -> None:
-        if not question:
+        if not (question or self.images):
             return
         message = user_message(question, self.images)
+        self.write(placeholder_note(question))
+        history = self._truncate(message) if self.truncate_history else self.messages
         texts: list[str] = []
         try:
             # The question is stored after the answer, so that an error changes nothing.
-            for text in self.engine.stream([*self.messages, message], **self.options):
+            for text in self.engine.stream([*history, message], **self.options):
                 texts.append(text)
                 self.write(text)
         except KeyboardInterrupt:
             self.write(" (stopped)")
+        except InputError as error:
+            if error.code is not ErrorCode.TOO_LONG or not history:
+                raise
+            raise InputError(
+                f"{error} /clear starts a new conversation; /drop removes its oldest question and "
+                "answer; `owl2 chat --truncate-history` does so automatically.",
+                error.code,
+            ) from error
         finally:
             self.write("\n" if texts else "")
         answer = "".join(texts)
         if not answer.strip():
             self.write("(empty answer; the question is not stored)\n")
             return
-        self.messages += [message, {"role": "assistant", "content": answer}]
+        self.messages = [*history, message, {"role": "assistant", "content": answer}]
         self.images = []
+
+    def _truncate(self, message: Message) -> list[Message]:
+        """The newest turns that leave room for an answer: a quarter of the context at most."""
+        engine, history = self.engine, self.messages
+        room = min(
+            engine.sampling_params(**self.options).max_new_tokens, engine.context_length // 4
+        )
+        while history and (
+            len(engine.processor.encode([*history, message]).ids) + room > engine.context_length
+        ):
+            history = history[2:]
+        if count := (len(self.messages) - len(history)) // 2:
+            self.write(f"(the oldest {count} of {len(self.messages) // 2} turns are dropped)\n")
+        return history
+
+    def _drop(self, argument: str) -> None:
+        if not argument.isdecimal() or int(argument) < 1:
+            raise InputError(
+                f"/drop takes a number of turns, not {argument}", ErrorCode.INVALID_VALUE
+            )
+        self.messages = self.messages[2 * int(argument) :]
+        self.write(f"({len(self.messages) // 2} questions are left)\n")
 
     def _add_image(self, path: str) -> None:
         if not path:

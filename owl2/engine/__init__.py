@@ -1,5 +1,5 @@
 """Inference: many requests to tokens and text.
 
 Start with `engine.py` (the public class), then `engine_core.py` (the thread that runs the model),
-`scheduler.py`, `prefill.py` and `model_runner.py`.
+`scheduler.py`, `running_batch.py` and `model_runner.py`.
 """

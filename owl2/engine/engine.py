@@ -19,7 +19,7 @@ import torch
 from owl2.engine import hf_generate
 from owl2.engine.detokenizer import IncrementalDetokenizer, open_byte_ids, token_texts
 from owl2.engine.engine_core import EngineCore
-from owl2.engine.load_model import load_model
+from owl2.engine.load_model import ModelArgs
 from owl2.engine.output import Abort, Completion, OnOutput, OutputProcessor
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput
@@ -34,7 +34,6 @@ from owl2.engine.scoring import group_choices, score_answers
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, ParsedMessages
-from owl2.processing.image_processing import ImagePolicy
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 
@@ -108,11 +107,9 @@ class Engine:
         name_or_path: str | Path,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        attn_implementation: str | None = None,
-        image_policy: ImagePolicy | None = None,
-        max_pixels: int | None = None,
-        quantize: str | None = None,
+        *,
         enable_prefix_caching: bool = True,
+        **options: Any,
     ) -> "Engine":
         """The engine of a checkpoint.
 
@@ -120,19 +117,15 @@ class Engine:
             name_or_path: A directory or a hub id.
             device: Default: cuda, mps or cpu, the first that is available.
             dtype: Default: the best for the device (`owl2.runtime.select_dtype`).
-            attn_implementation: eager, sdpa or flash_attention_2.
-            image_policy: resize or pad, instead of the checkpoint's.
-            max_pixels: The largest accepted image, instead of the checkpoint's.
-            quantize: 8bit or 4bit weights in the decoder.
             enable_prefix_caching: See `Engine`.
+            options: The other fields of `ModelArgs`: `attn_implementation`, `image_policy`,
+                `max_pixels`, `quantize`, and `base` for an adapter.
 
         Raises:
             InputError: The checkpoint cannot be loaded.
         """
-        model = load_model(name_or_path, device, dtype, attn_implementation, quantize)
-        processor = Owl2Processor.from_pretrained(
-            name_or_path, image_policy=image_policy, max_pixels=max_pixels
-        )
+        args = ModelArgs(name_or_path, device, dtype, **options)
+        model, processor = args.load_model(), args.load_processor()
         return cls(model, processor, enable_prefix_caching=enable_prefix_caching)
 
     @property

@@ -1,4 +1,4 @@
-"""Loading of a model for inference."""
+"""Loading of a model and its processor for inference."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,28 @@ from owl2.runtime import select_device, select_dtype, tune_malloc
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The model options of a command; see `load_model` and `Owl2Processor.from_pretrained`."""
+    """A checkpoint and how it is loaded: options of `Engine.from_pretrained` and of commands.
 
-    model: str
-    device: str | None = None
-    dtype: str | None = None
+    Attributes:
+        model: A directory or a hub id.
+        device: Default: cuda, mps or cpu, the first that is available.
+        dtype: Default: the best for the device (`owl2.runtime.select_dtype`).
+        image_policy: resize or pad, instead of the checkpoint's.
+        max_pixels: The largest accepted image, instead of the checkpoint's.
+        quantize: 8bit or 4bit: quantize the weights of the decoder, on a CPU with
+            `weight_only_quantization`, on a GPU with bitsandbytes.
+        base: For an adapter: the base model, instead of the one that the adapter names.
+        attn_implementation: eager, sdpa or flash_attention_2.
+    """
+
+    model: str | Path
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
     image_policy: Any = None  # an ImagePolicy; Owl2ImageProcessor checks it
     max_pixels: int | None = None
     quantize: str | None = None
+    base: str | Path | None = None
+    attn_implementation: str | None = None
 
     def load_processor(self) -> Owl2Processor:
         """The processor of the checkpoint."""
@@ -32,62 +46,43 @@ class ModelArgs:
         )
 
     def load_model(self) -> Owl2ForConditionalGeneration:
-        """The model of the checkpoint."""
-        return load_model(self.model, self.device, self.dtype, quantize=self.quantize)
+        """The model of the checkpoint, in evaluation mode on its device.
 
-
-def load_model(
-    name_or_path: str | Path,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    attn_implementation: str | None = None,
-    quantize: str | None = None,
-) -> Owl2ForConditionalGeneration:
-    """The model of a checkpoint, in evaluation mode on its device.
-
-    Args:
-        name_or_path: A directory or a hub id.
-        device: Default: see `select_device`.
-        dtype: Default: see `select_dtype`.
-        attn_implementation: eager, sdpa or flash_attention_2.
-        quantize: 8bit or 4bit: quantize the weights of the decoder, on a CPU with
-            `weight_only_quantization`, on a GPU with bitsandbytes.
-
-    Raises:
-        InputError: The checkpoint, device, dtype or attention implementation does not exist.
-    """
-    selected = select_device(device)
-    if selected.type == "cpu":
-        tune_malloc()
-    names = weight_only_quantization.BITS
-    if quantize is not None and quantize not in names:
-        raise InputError(
-            f"quantize is {quantize!r}; it must be one of {', '.join(names)}.",
-            ErrorCode.UNKNOWN_NAME,
-        )
-    options: dict[str, Any] = {"dtype": select_dtype(selected, dtype)}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if quantize is not None and selected.type == "cuda":
-        options["quantization_config"] = quantization_config(quantize, options["dtype"])
-        options["device_map"] = {"": selected}  # bitsandbytes cannot move the model afterwards
-    try:
-        model = Owl2ForConditionalGeneration.from_pretrained(name_or_path, **options)
-    except InputError:
-        raise
-    # transformers raises these for an attention implementation that is unknown or not installed.
-    except (ImportError, ValueError) as error:
-        raise InputError(
-            f"{name_or_path} cannot be loaded: {error}", ErrorCode.UNSUPPORTED
-        ) from error
-    if "quantization_config" in options:
-        return model.eval()
-    if quantize is not None:
-        weight_only_quantization.quantize(model, quantize)
-    try:
-        return model.to(selected).eval()
-    except RuntimeError as error:  # no driver, or out of memory
-        raise InputError(
-            f"The model cannot be moved to device {str(selected)!r}: {error}",
-            ErrorCode.UNSUPPORTED,
-        ) from error
+        Raises:
+            InputError: The checkpoint, device, dtype or attention implementation does not exist.
+        """
+        selected = select_device(self.device)
+        if selected.type == "cpu":
+            tune_malloc()
+        names = weight_only_quantization.BITS
+        if self.quantize is not None and self.quantize not in names:
+            raise InputError(
+                f"quantize is {self.quantize!r}; it must be one of {', '.join(names)}.",
+                ErrorCode.UNKNOWN_NAME,
+            )
+        options: dict[str, Any] = {"dtype": select_dtype(selected, self.dtype), "base": self.base}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        if self.quantize is not None and selected.type == "cuda":
+            options["quantization_config"] = quantization_config(self.quantize, options["dtype"])
+            options["device_map"] = {"": selected}  # bitsandbytes cannot move the model afterwards
+        try:
+            model = Owl2ForConditionalGeneration.from_pretrained(self.model, **options)
+        except InputError:
+            raise
+        # transformers raises these for an unknown or missing attention implementation.
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"{self.model} cannot be loaded: {error}", ErrorCode.UNSUPPORTED
+            ) from error
+        if "quantization_config" in options:
+            return model.eval()
+        if self.quantize is not None:
+            weight_only_quantization.quantize(model, self.quantize)
+        try:
+            return model.to(selected).eval()
+        except RuntimeError as error:  # no driver, or out of memory
+            raise InputError(
+                f"The model cannot be moved to device {str(selected)!r}: {error}",
+                ErrorCode.UNSUPPORTED,
+            ) from error

@@ -207,6 +207,14 @@ def end_ids(defaults: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> l
     return ids if own is None or own in ids else [*ids, own]
 
 
+def changed_options(params: SamplingParams) -> dict[str, Any]:
+    """The options that have another value than their default."""
+    values = {field.name: getattr(params, field.name) for field in fields(params)}
+    return {
+        name: value for name, value in values.items() if value != getattr(params.__class__, name)
+    }
+
+
 def logits_processors(
     params: SamplingParams,
     model: Owl2ForConditionalGeneration,
@@ -221,15 +229,14 @@ def logits_processors(
     Raises:
         ValueError: A value that transformers rejects.
     """
-    defaults = {field.name: field.default for field in fields(params)}
-    values = {name: getattr(params, name) for name in defaults.keys() - _NOT_PROCESSED}
-    values = {name: value for name, value in values.items() if value != defaults[name]}
-    if not values.keys() - {"do_sample", *_BATCHED}:
+    values = changed_options(params)
+    if not values.keys() - {"do_sample", *_BATCHED, *_NOT_PROCESSED}:
         return LogitsProcessorList()
     config: Any = GenerationConfig()  # its arguments would be checked, with warnings
     for name, value in values.items():
         # The processors reject integers in place of floats.
-        setattr(config, name, float(value) if isinstance(defaults[name], float) else value)
+        is_float = isinstance(getattr(SamplingParams, name), float)
+        setattr(config, name, float(value) if is_float else value)
     config.max_length = len(prompt_ids) + max_tokens
     config._eos_token_tensor = torch.tensor([*end_ids], device=model.device) if end_ids else None
     ids: Any = torch.tensor([prompt_ids], device=model.device)

@@ -145,21 +145,16 @@ def parse_messages(messages: Sequence[Message] | ParsedMessages) -> ParsedMessag
 
 
 def validate_prompt(messages: Sequence[Message] | ParsedMessages) -> ParsedMessages:
-    """Parse messages that must end with a user message that contains text.
+    """Parse messages that must end with a user message. An image without text is one.
 
     Raises:
-        InputError: As `parse_messages`; also if the last message is an answer, or has no text.
+        InputError: As `parse_messages`; also if the last message is an answer.
     """
     parsed = parse_messages(messages)
-    message = parsed.turns[-1]
-    if message["role"] != "user":
+    if not parsed.is_open:
         raise InputError(
             "The last message is an answer; the conversation must end with a user message.",
             ErrorCode.INVALID_ROLE,
-        )
-    if not content_to_text(message["content"]).replace(IMAGE_TOKEN, "").strip():
-        raise InputError(
-            "The question is empty: the last user message has no text.", ErrorCode.EMPTY_MESSAGE
         )
     return parsed
 

@@ -54,8 +54,9 @@ def add_chat_completions(
         model_name: The value of `model` that requests must have.
     """
     engine, limits = admission.engine, admission.limits
+    defaults = engine.model.generation_config
     default_max_tokens = min(
-        engine.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+        defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
         limits.max_completion_tokens,
     )
     has_system_role = supports_system_prompt(engine.processor)
@@ -66,7 +67,9 @@ def add_chat_completions(
             return decoded if has_system_role else merge_system_prompt(decoded)
 
         options = body.sampling_options()
-        options["max_new_tokens"] = options["max_new_tokens"] or default_max_tokens
+        if options["max_new_tokens"] is None:
+            options["max_new_tokens"] = default_max_tokens
+            options["max_length"] = None if defaults.max_new_tokens else defaults.max_length
         await stream.start(messages, options)
 
     @app.post(

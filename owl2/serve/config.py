@@ -83,6 +83,9 @@ class ServerConfig(ServerLimits):
     examples: str | None = _option(
         None, 'Example questions of the page: JSON, [{"question": TEXT, "image": FILE}, ...].'
     )
+    base: str | None = _option(
+        None, "Base model of an adapter; default: the one that the adapter names."
+    )
     device: str | None = _option(None, "cuda, mps or cpu.")
     dtype: str | None = _option(None, "float32, bfloat16 or float16.")
     quantize: str | None = _option(None, "8bit or 4bit: quantize the weights of the decoder.")

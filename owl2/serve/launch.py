@@ -53,7 +53,11 @@ def serve_model(config: ServerConfig) -> int:
         example = curl_example(url, name, _key_in_shell(config))
         print(f"Loading {config.model} ...", flush=True)
         engine = Engine.from_pretrained(
-            config.model, device=config.device, dtype=config.dtype, quantize=config.quantize
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            quantize=config.quantize,
+            base=config.base,
         )
         # The first token reports errors and pays one-time costs before the first request.
         engine.chat([{"role": "user", "content": "Hello?"}], max_new_tokens=1)

@@ -6,6 +6,7 @@ ignored, because clients send fields that other servers support. A known field t
 answer but is not supported is rejected.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -73,11 +74,23 @@ def _string_to_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _reject_effect(value: Any) -> Any:
-    is_zero = type(value) in (int, float) and value == 0
-    if value is None or value in ([], {}) or is_zero:
-        return value
-    raise ValueError("this field is not supported by the model; remove it")
+def _only(*neutral: Any) -> Callable[[Any], Any]:
+    """A validator that accepts None and the values without an effect."""
+
+    def check(value: Any) -> Any:
+        # type: True equals 1
+        same = (
+            isinstance(value, bool) == isinstance(one, bool) and value == one for one in neutral
+        )
+        if value is None or any(same):
+            return value
+        raise ValueError("this field is not supported by the model; remove it")
+
+    return check
+
+
+def _schema(*neutral: Any) -> WithJsonSchema:
+    return WithJsonSchema({"enum": [None, *neutral], "description": "Not supported."})
 
 
 Parts = Annotated[
@@ -91,11 +104,10 @@ Parts = Annotated[
 ]
 StopStrings = Annotated[list[NonEmptyStr], Field(max_length=MAX_STOP_STRINGS)]
 # Only values without an effect are accepted.
-Unsupported = Annotated[
-    Any,
-    AfterValidator(_reject_effect),
-    WithJsonSchema({"enum": [None, 0, [], {}], "description": "Not supported."}),
-]
+Unsupported = Annotated[Any, AfterValidator(_only(0, [], {})), _schema(0, [], {})]
+UnsupportedFlag = Annotated[Any, AfterValidator(_only(False)), _schema(False)]
+UnsupportedFlagTrue = Annotated[Any, AfterValidator(_only(True)), _schema(True)]
+UnsupportedFactor = Annotated[Any, AfterValidator(_only(1)), _schema(1)]
 
 
 class ChatCompletionMessageParam(OpenAIBaseModel):
@@ -126,6 +138,10 @@ class ChatCompletionRequest(OpenAIBaseModel):
     top_k: int | None = Field(
         None, ge=-1, le=MAX_TOKENS, description="Not in OpenAI's API. 0 and -1: all tokens."
     )
+    # These three are fields of vLLM.
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     seed: int | None = Field(None, ge=-MAX_OPENAI_SEED - 1, le=MAX_OPENAI_SEED)
     stop: (
         Annotated[
@@ -148,6 +164,32 @@ class ChatCompletionRequest(OpenAIBaseModel):
     functions: Unsupported = None
     modalities: list[Literal["text"]] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    # Of vLLM
+    guided_json: Unsupported = None
+    guided_regex: Unsupported = None
+    guided_choice: Unsupported = None
+    guided_grammar: Unsupported = None
+    structured_outputs: Unsupported = None
+    bad_words: Unsupported = None
+    allowed_token_ids: Unsupported = None
+    stop_token_ids: Unsupported = None
+    logits_processors: Unsupported = None
+    truncate_prompt_tokens: Unsupported = None
+    documents: Unsupported = None
+    chat_template: Unsupported = None
+    chat_template_kwargs: Unsupported = None
+    mm_processor_kwargs: Unsupported = None
+    best_of: UnsupportedFactor = None
+    length_penalty: UnsupportedFactor = None
+    use_beam_search: UnsupportedFlag = None
+    ignore_eos: UnsupportedFlag = None
+    include_stop_str_in_output: UnsupportedFlag = None
+    echo: UnsupportedFlag = None
+    continue_final_message: UnsupportedFlag = None
+    add_special_tokens: UnsupportedFlag = None
+    add_generation_prompt: UnsupportedFlagTrue = None
+    skip_special_tokens: UnsupportedFlagTrue = None
 
     @model_validator(mode="after")
     def _check_dependent_fields(self) -> "ChatCompletionRequest":
@@ -201,6 +243,9 @@ class ChatCompletionRequest(OpenAIBaseModel):
             "temperature": 0.0 if is_greedy else self.temperature,
             "top_p": None if is_greedy else self.top_p,
             "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "min_new_tokens": self.min_tokens,
             "seed": seed,
             "stop": list(self.stop or ()),
             "top_logprobs": (self.top_logprobs or 0) if self.logprobs else None,

@@ -12,13 +12,21 @@ from transformers import GenerationConfig
 
 from owl2.engine.engine import Messages
 from owl2.engine.offline import encode_batches
-from owl2.engine.sampling import SamplingParams
+from owl2.engine.sampling import SamplingParams, changed_options, check_generation_config
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 
 # Conversations per call of vLLM: enough to hide the time of the last ones to finish.
 WINDOW = 1024
+# Options by their names in vLLM's `SamplingParams`.
+VLLM_NAMES = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "seed")},
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "do_sample": None,
+}
 
 
 def answer_all(
@@ -58,7 +66,14 @@ def answer_all(
         defaults = GenerationConfig.from_pretrained(model)
     except OSError:  # the checkpoint has no generation_config.json
         defaults = GenerationConfig()
+    check_generation_config(defaults)
     params = SamplingParams.from_options(defaults, **(options or {}))
+    if unsupported := changed_options(params).keys() - VLLM_NAMES.keys():
+        raise InputError(
+            f"{', '.join(sorted(unsupported))}: not supported with vLLM, neither as an option nor "
+            "in the checkpoint's generation_config.",
+            ErrorCode.UNSUPPORTED,
+        )
     llm = LLM(str(model), **settings)
     context = int(llm.llm_engine.model_config.max_model_len)
     dtype = llm.llm_engine.model_config.dtype
@@ -104,13 +119,12 @@ def _vllm_prompt(prompt: PreparedPrompt) -> dict[str, Any]:
 def _vllm_sampling(params: SamplingParams, index: int) -> Any:
     import vllm
 
-    options: dict[str, Any] = {"temperature": 0}
+    options = {other: getattr(params, name) for name, other in VLLM_NAMES.items() if other}
     if params.do_sample:
-        options = {
-            name: getattr(params, name) for name in ("temperature", "top_p", "top_k", "min_p")
-        }
         options["seed"] = None if params.seed is None else params.seed + index
-    return vllm.SamplingParams(max_tokens=params.max_new_tokens, detokenize=False, **options)
+    else:
+        options |= {"temperature": 0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}
+    return vllm.SamplingParams(detokenize=False, **options)
 
 
 def _text(processor: Owl2Processor, answer: Any) -> str:

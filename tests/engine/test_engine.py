@@ -8,6 +8,7 @@ import torch
 from owl2.engine.engine import MAX_NUM_SEQS, Engine
 from owl2.engine.model_runner import ModelRunner
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.chat_template import user_message
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode
@@ -212,12 +213,31 @@ def test_the_context_limits_the_answers(engine, conversations, batch_sizes):
 # ------------------------------------------------------------------ invalid input
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "<|image|>"])
+@pytest.mark.parametrize("text", ["", "  \n"])
 def test_an_empty_question(shared_engine, text):
     with raises_input_error(ErrorCode.EMPTY_MESSAGE):
-        shared_engine.chat(ask(text, *[random_image(1)] * text.count("<|image|>")))
+        shared_engine.chat(ask(text))
     with raises_input_error(ErrorCode.EMPTY_MESSAGE, "Conversation 1"):
-        shared_engine.batch([ask("what?"), ask(" ", random_image(1))])
+        shared_engine.batch([ask("what?"), ask(text)])
+
+
+@pytest.mark.parametrize("text", ["", " ", "<|image|>"])
+def test_an_image_alone_is_a_prompt(shared_engine, text):
+    images = [random_image(1), random_image(2)]
+    question = ask(text, images[0])
+    if text == "<|image|>":
+        question = [user_message(text, images[:1])]
+    answer = shared_engine.chat(question, max_new_tokens=TOKENS)
+    inputs = shared_engine.processor.apply_chat_template(
+        question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["pixel_values"].shape[0] == 1
+    ids = shared_engine.model.generate(**inputs, max_new_tokens=TOKENS)
+    new_ids = ids[0, inputs["input_ids"].shape[1] :]
+    assert answer == shared_engine.processor.decode(new_ids, skip_special_tokens=True).strip()
+    turns = [*question, {"role": "assistant", "content": answer}, *ask("", images[1])]
+    assert shared_engine.batch([question, turns], max_new_tokens=TOKENS)[0] == answer
+    assert shared_engine.score(question, ["red"])[0] < 0
 
 
 def test_a_missing_image(shared_engine, tmp_path):

@@ -1,12 +1,18 @@
 """Devices and dtypes; checkpoints and options that cannot be loaded."""
 
+import shutil
+
 import pytest
 import torch
 
 from owl2.engine.engine import Engine
-from owl2.engine.load_model import load_model
+from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode
+from owl2.processing.processor import Owl2Processor
 from owl2.runtime import select_device, select_dtype
+from owl2.train.adapters import apply_lora
+from owl2.train.recipe import LoraSettings
+from tests.engine.conftest import ask
 from tests.errors import raises_input_error
 
 
@@ -50,6 +56,24 @@ def test_processor_options(tiny_checkpoint):
     assert (images.policy, images.max_pixels) == ("pad", 100)
 
 
+def test_a_moved_base_model(run_cli, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    model = ModelArgs(tmp_path / "base", "cpu", "float32").load_model()
+    apply_lora(model, LoraSettings(r=2), seed=0)
+    adapter = tmp_path / "adapter"
+    Owl2Processor.from_pretrained(tiny_checkpoint).save_pretrained(adapter)
+    model.save_pretrained(adapter)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    options = ("--device", "cpu", "--dtype", "float32", "--max-new-tokens", 4)
+    refused = run_cli("chat", "--model", adapter, *options, "what?")
+    assert (refused.exit_code, "--base" in refused.stderr) == (2, True)
+    result = run_cli("chat", "--model", adapter, "--base", tmp_path / "moved", *options, "what?")
+    engine = Engine.from_pretrained(adapter, "cpu", "float32", base=tmp_path / "moved")
+    assert result.stdout.strip() == engine.chat(ask("what?"), max_new_tokens=4)
+    for command in ("attend", "caption", "eval", "serve", "web", "merge"):
+        assert "--base" in run_cli(command, "--help").stdout
+
+
 @pytest.mark.parametrize(
     ("options", "code", "needle"),
     [
@@ -86,4 +110,4 @@ def test_a_device_without_a_driver(monkeypatch, tiny_checkpoint):
 
     monkeypatch.setattr(torch.nn.Module, "to", fail)
     with raises_input_error(ErrorCode.UNSUPPORTED, "'cuda'", "no driver"):
-        load_model(tiny_checkpoint, device="cuda", dtype="float32")
+        ModelArgs(tiny_checkpoint, device="cuda", dtype="float32").load_model()

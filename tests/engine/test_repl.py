@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from owl2.cli.repl import HELP, Repl
+from owl2.cli.repl import HELP, Repl, placeholder_note
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode
 from owl2.processing.chat_template import user_message
@@ -20,7 +20,7 @@ def image_file(tmp_path):
     return path
 
 
-def run_lines(engine, *lines, images=()):
+def run_lines(engine, *lines, images=(), **settings):
     """The state and the output of a chat with these lines; exceptions are raised by `read`."""
     remaining, written = iter(lines), []
 
@@ -30,7 +30,7 @@ def run_lines(engine, *lines, images=()):
             raise line
         return line
 
-    repl = Repl(engine, OPTIONS, list(images), read, written.append)
+    repl = Repl(engine, OPTIONS, list(images), read, written.append, **settings)
     repl.run()
     return repl, "".join(written)
 
@@ -45,6 +45,19 @@ def test_one_question(run_cli, tiny_checkpoint, shared_engine, image_file):
     )
     expected = shared_engine.chat(ask("what is this?", Image.open(image_file)), **OPTIONS)
     assert (result.exit_code, result.stdout) == (0, expected + "\n")
+
+
+def test_one_question_of_an_image_and_a_placeholder(
+    run_cli, tiny_checkpoint, shared_engine, image_file
+):
+    options = ("--image", image_file, "--device", "cpu", "--dtype", "float32")
+    options += ("--max-new-tokens", 6)
+    for question, note in (("", ""), ("<image> what?", "note: <image>")):
+        result = run_cli("chat", "--model", tiny_checkpoint, *options, question)
+        expected = shared_engine.chat(ask(question, Image.open(image_file)), **OPTIONS)
+        assert (result.exit_code, result.stdout) == (0, expected + "\n")
+        assert note in result.stderr
+        assert bool(note) == ("note:" in result.stderr)
 
 
 def test_image_positions_of_a_user_message():
@@ -102,6 +115,58 @@ def test_clear(shared_engine, image_file):
     repl, output = run_lines(shared_engine, "what?", f"/image {image_file}", "/clear")
     assert (repl.messages, repl.images) == ([], [])
     assert "(new conversation)" in output
+
+
+def test_drop_removes_the_oldest_turns(shared_engine):
+    repl, output = run_lines(shared_engine, "a", "b", "c", "/drop", "/drop 0", "/drop x")
+    assert [turn["content"][0]["text"] for turn in repl.messages[::2]] == ["b", "c"]
+    assert "(2 questions are left)" in output
+    assert output.count("error: ") == 2
+    repl, _ = run_lines(shared_engine, "a", "b", "/drop 5", "c")
+    assert [turn["content"][0]["text"] for turn in repl.messages[::2]] == ["c"]
+    assert shared_engine.chat(ask("c"), **OPTIONS) == repl.messages[1]["content"]
+
+
+def test_a_conversation_beyond_the_context(shared_engine):
+    question = "no " * 20
+    lines = [question] * 3
+    repl, output = run_lines(shared_engine, *lines)
+    assert "/clear" in output
+    assert "/drop" in output
+    assert "too many" in output
+    assert 2 <= len(repl.messages) < 6
+    _, alone = run_lines(shared_engine, "no " * 200)
+    assert "/clear" not in alone
+
+
+def test_truncate_history_drops_the_oldest_turns(shared_engine):
+    question = "no " * 20
+    repl, output = run_lines(shared_engine, "what?", *[question] * 3, truncate_history=True)
+    assert "error" not in output
+    assert "turns are dropped)" in output
+    used = shared_engine.processor.encode(repl.messages[:-1]).ids
+    assert len(used) + OPTIONS["max_new_tokens"] <= shared_engine.context_length
+    assert shared_engine.chat(repl.messages[:-1], **OPTIONS) == repl.messages[-1]["content"]
+    repl, output = run_lines(shared_engine, "what?", "no " * 200, truncate_history=True)
+    assert "too many" in output
+    assert len(repl.messages) == 2  # the conversation is unchanged
+
+
+@pytest.mark.parametrize("tag", ["<image>", "<IMAGE>", "<img>", "<video>", "<|image_1|>"])
+def test_placeholders_of_other_models_are_pointed_out(shared_engine, image_file, tag):
+    _, output = run_lines(shared_engine, f"/image {image_file}", f"{tag} what is this?")
+    assert f"note: {tag} is sent as text" in output
+    assert "<|image|>" in output
+    answer = shared_engine.chat(ask(f"{tag} what is this?", Image.open(image_file)), **OPTIONS)
+    assert answer in output
+    for question in ("<|image|> what?", "is a < b?", "an image"):
+        assert placeholder_note(question) == ""
+
+
+def test_an_empty_question_with_an_image(shared_engine, image_file):
+    repl, output = run_lines(shared_engine, "", f"/image {image_file}", "", "and now?")
+    assert shared_engine.chat(ask("", Image.open(image_file)), **OPTIONS) in output
+    assert len(repl.messages) == 4
 
 
 def test_help_and_invalid_commands(shared_engine):

@@ -211,10 +211,11 @@ def test_invalid_messages_are_named(messages, code, needle):
         parse_messages(messages)
 
 
-@pytest.mark.parametrize("text", ["", " \n", "<|image|>", "<|image|>\n"])
+@pytest.mark.parametrize("text", ["", " \n"])
 def test_empty_question(text):
     with raises_input_error(ErrorCode.EMPTY_MESSAGE):
-        validate_prompt(ask(object(), text))
+        validate_prompt([{"role": "user", "content": text}])
+    assert validate_prompt(ask(object(), text)).is_open
 
 
 def test_last_message_must_be_a_question():

@@ -181,7 +181,7 @@ class ChatHandler:
     def _new_turn(
         self, question: str, files: list[str], conversation: Conversation, language: str
     ) -> Turn:
-        if not question.strip():
+        if not (question.strip() or files):
             raise InputError(text("error_empty", language), ErrorCode.EMPTY_MESSAGE)
         turns = conversation.turns
         check_limits(
