@@ -114,7 +114,8 @@ class Repl:
         if not (question or self.images):
             return
         message = user_message(question, self.images)
-        self.write(placeholder_note(question))
+        if note := placeholder_note(question):
+            self.write(note)
         history = self._truncate(message) if self.truncate_history else self.messages
         texts: list[str] = []
         try:

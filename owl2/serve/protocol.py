@@ -78,7 +78,7 @@ def _only(*neutral: Any) -> Callable[[Any], Any]:
     """A validator that accepts None and the values without an effect."""
 
     def check(value: Any) -> Any:
-        # type: True equals 1
+        # In Python, True equals 1.
         same = (
             isinstance(value, bool) == isinstance(one, bool) and value == one for one in neutral
         )

@@ -246,9 +246,7 @@ def test_an_error_of_one_sequence_does_not_reach_the_others(model, prompts, monk
             answers[1].result(30)
 
 
-@pytest.mark.parametrize(
-    "method", [(ModelRunner, "decode"), (RunningBatch, "prefill")], ids=["decode", "prefill"]
-)
+@pytest.mark.parametrize("method", [(EngineCore, "on_step"), (RunningBatch, "prefill")], ids=str)
 def test_an_error_of_the_machine_ends_all_requests_but_not_the_engine(
     model, prompts, alone, monkeypatch, method
 ):
