@@ -17,8 +17,16 @@ from owl2.model.registry import get_model_type
 CONFIG_FILE = "config.json"
 # Arguments of `from_pretrained` that locate a checkpoint.
 HUB_ARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
-INTEGERS = ("max_new_tokens", "max_length", "min_length", "min_new_tokens", "top_k", "num_beams")
+FLOATS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
+INTEGERS = (
+    "max_new_tokens",
+    "max_length",
+    "min_length",
+    "min_new_tokens",
+    "top_k",
+    "num_beams",
+    "no_repeat_ngram_size",
+)
 BOOLEANS = ("do_sample", "use_cache")
 TOKEN_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
 GENERATION_TYPES: dict[str, tuple[tuple[type, ...], str]] = {

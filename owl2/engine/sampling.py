@@ -258,7 +258,7 @@ def check_logits_processors(
         if processors := logits_processors(params, model, [0], 1, end_ids):
             device, size = model.device, model.config.vocab_size
             ids: Any = torch.zeros(1, 1, dtype=torch.long, device=device)
-            processors(ids, torch.zeros(1, size, device=device))  # type: ignore[arg-type]  # a tensor
+            processors(ids, torch.zeros(1, size, device=device))
     except Exception as error:  # values of any type raise exceptions of any type
         raise InputError(
             f"The options of the generation are invalid: {error}", ErrorCode.INVALID_VALUE
