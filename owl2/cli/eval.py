@@ -42,12 +42,20 @@ def evaluate_model(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 128,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate only the first samples of each task.")
+        int | None,
+        typer.Option(min=1, help="Evaluate only N samples of each task, of all categories."),
     ] = None,
     no_image_baseline: Annotated[
         bool,
         typer.Option("--no-image-baseline", help="Also ask the same questions without images."),
     ] = False,
+    prompts: Annotated[
+        Literal["authors", "plain"],
+        typer.Option(
+            help="authors: prompts and chat format of the authors' evaluation scripts; plain: "
+            "prompts of this package's training data, in the chat format of the checkpoint."
+        ),
+    ] = "authors",
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -102,6 +110,7 @@ def evaluate_model(
         batch_size=batch_size,
         limit=limit,
         no_image_baseline=no_image_baseline,
+        prompts=prompts,
         prompt=prompt,
         mam=mam,
         image_size=image_size,

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -32,8 +32,8 @@ from owl2.eval.report import (
     text_table,
     write_report,
 )
-from owl2.eval.samples import NO_IMAGE
-from owl2.eval.task_run import SEED, TaskRun, evaluation_conditions
+from owl2.eval.samples import NO_IMAGE, limit_samples
+from owl2.eval.task_run import SEED, TaskRun, chat_format, evaluation_conditions
 from owl2.eval.tasks import find_tasks
 from owl2.files import atomic_write_text, require_writable
 from owl2.model.variants import as_no_mam
@@ -52,8 +52,10 @@ class EvalConfig:
         tasks: Names of tasks and files with custom questions, separated by commas.
         suite: All tasks of a suite, in addition to `tasks`.
         data: The directory with the published files.
-        limit: Evaluate only the first samples of each task.
+        limit: Evaluate only this number of samples of each task, from all categories.
         no_image_baseline: Evaluate the same questions without images as well.
+        prompts: "authors": the prompts and the chat format of the tasks. "plain": the plain prompts
+            of the tasks in the chat format of the checkpoint.
         prompt: Replaces the prompts of the tasks; contains `{question}`, or is "short".
         mam: False: use the text weights for images as well. The checkpoint is not changed.
         image_size: Pixels; replaces that of the checkpoint.
@@ -68,6 +70,7 @@ class EvalConfig:
     batch_size: int = 128
     limit: int | None = None
     no_image_baseline: bool = False
+    prompts: Literal["authors", "plain"] = "authors"
     prompt: str | None = None
     mam: bool = True
     image_size: int | None = None
@@ -104,7 +107,9 @@ def evaluate(
         fingerprint = model_fingerprint(engine.model)
         policy = engine.processor.image_processor.policy
         engine.processor.image_processor.alpha = "drop"  # as the authors' scripts
+        own_format = chat_format(engine.processor)
         for run in runs:
+            run.set_chat_format(engine.processor, own_format)
             # The option, the task and the checkpoint, in this order, select the policy.
             engine.processor.image_processor.policy = (
                 config.model_args.image_policy or run.task.config.image_policy or policy
@@ -136,7 +141,7 @@ def evaluate(
             "processes": worker.world_size,
             "batch_size": config.batch_size,
         },
-        "tasks": {run.name: run.result(config.limit) for run in scored},
+        "tasks": {run.name: run.result() for run in scored},
         "skipped": skipped,
     }
     for run in runs:
@@ -165,7 +170,10 @@ def estimate(config: EvalConfig, console: Console) -> dict[str, dict[str, float]
     """
     runs, skipped = load_task_runs(config)
     engine = load_engine(config, WorkerRank.from_environment())
-    estimates = {run.name: run.estimate(engine, config.batch_size) for run in runs}
+    own_format, estimates = chat_format(engine.processor), {}
+    for run in runs:
+        run.set_chat_format(engine.processor, own_format)
+        estimates[run.name] = run.estimate(engine, config.batch_size)
     columns = list(estimates[runs[0].name])
     total = {column: sum(one[column] for one in estimates.values()) for column in columns}
     rows = []
@@ -199,7 +207,7 @@ def load_task_runs(config: EvalConfig) -> tuple[list[TaskRun], dict[str, str]]:
     skipped: dict[str, str] = {}
     for task in find_tasks(config.tasks, config.suite):
         try:
-            data = task.data(config.data, config.prompt)
+            data = task.data(config.data, config.prompt, config.prompts)
             samples, invalid = task.read(data)
         except InputError as error:
             skipped[task.name] = str(error)
@@ -208,7 +216,9 @@ def load_task_runs(config: EvalConfig) -> tuple[list[TaskRun], dict[str, str]]:
             first = f" The first: {invalid[0].reason}" if invalid else ""
             skipped[task.name] = f"No sample is valid; {len(invalid)} are invalid.{first}"
             continue
-        run = TaskRun(task.name, task, data, samples[: config.limit], invalid)
+        limited = limit_samples(samples, config.limit)
+        limit = config.limit if len(limited) < len(samples) else None
+        run = TaskRun(task.name, task, data, limited, invalid, limit)
         if config.no_image_baseline:
             run.add_baseline()
         runs.append(run)

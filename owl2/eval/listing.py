@@ -20,7 +20,8 @@ def missing_data(task: EvalTask, directory: Path | None) -> str:
     missing = []
     for entry in task.config.data.files:  # patterns, alternatives separated by " or "
         patterns = entry.split(" or ")
-        found = (folder.glob(pattern) for folder in data.directories for pattern in patterns)
+        folders = data.directories
+        found = (data.matches(folder, pattern) for folder in folders for pattern in patterns)
         if all(next(paths, None) is None for paths in found):
             missing.append(entry)
     if missing:

@@ -158,7 +158,7 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], li
 
 def _task_rows(name: str, result: Mapping[str, Any]) -> Iterator[Row]:
     paper, metrics, invalid = result["paper"], result["metrics"], result["invalid"]["n"]
-    limit = f"only the first {result['limit']} samples" if result["limit"] else ""
+    limit = f"only {result['limit']} samples, of all categories" if result["limit"] else ""
     remarks = (limit, f"{invalid} invalid samples" if invalid else "", result["note"])
     first = (f"{result['title']} ({name})", f"{result['n']:,}", "; ".join(filter(None, remarks)))
     # The main metric first, then those of the paper, then all others.

@@ -1,7 +1,9 @@
 """Samples of a benchmark, and the responses of a model."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from owl2.data.sample import Message
@@ -73,6 +75,20 @@ class Response:
 def with_suffix(metrics: dict[str, float], suffix: str) -> dict[str, float]:
     """Metrics under their names with a suffix, as Python floats."""
     return {f"{name}{suffix}": float(value) for name, value in metrics.items()}
+
+
+def limit_samples(samples: Sequence[EvalSample], count: int | None) -> list[EvalSample]:
+    """At most `count` samples, the first ones of all categories in turn, in their order.
+
+    The questions about an image of MME and the rounds of a question of MMBench stay together.
+    """
+    groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, sample in enumerate(samples):
+        key = sample.metadata.get("image") or sample.metadata.get("question") or sample.id
+        groups[sample.category][str(key)].append(index)
+    rows = zip_longest(*(group.values() for group in groups.values()), fillvalue=[])
+    indices = [index for row in rows for group in row for index in group]
+    return [samples[index] for index in sorted(indices[:count])]
 
 
 def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:

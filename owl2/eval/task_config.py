@@ -21,6 +21,8 @@ class DataFiles(BaseModel):
     Attributes:
         files: Patterns of the files that ``--data DIR/NAME`` must contain; " or " separates
             alternatives.
+        names: Names of the files without suffix; others that match a pattern, such as those of
+            another benchmark in the same directory, are not read. None: any name.
         num_row_files: The rows are in the files of the first patterns of `files`, as many as this.
         format: Of these files: a list of objects, an object of objects (`json_entries`), an object
             per line, or a table.
@@ -33,6 +35,7 @@ class DataFiles(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     files: list[str]
+    names: list[str] | None = None
     num_row_files: int = 1
     format: Literal["json", "json_entries", "jsonl", "csv", "tsv"] = "json"
     field: str | None = None
@@ -50,7 +53,11 @@ class SampleFields(BaseModel):
 
     Attributes:
         filter: Rows for which it is false are not part of the benchmark.
-        question: None if the prompt of the task is the question.
+        question: None if the prompt of the task is the question. ``<|image|>`` in it is the place
+            of an image; otherwise images precede the text.
+        hint: Text before the question: ``{hint}`` of the prompt ("N/A" without one), or else a
+            line before the question.
+        request: ``{request}`` of the prompt, if it depends on the row.
         choices: All possible answers.
         expected: The correct answer or a list of them, among `choices` if there are any; an integer
             is an index of `choices`. None where a judge decides.
@@ -60,6 +67,7 @@ class SampleFields(BaseModel):
         video: The name of a file, or of a folder with its frames and without suffix; or a list of
             alternatives.
         segment: The start and the end of the relevant part of the video, in seconds.
+        segment_fps: The number of frames per second, if the segment is in frames.
         frames: Number of frames, evenly spaced (not an expression).
         folders: Directories of the images or videos, in this order (not expressions).
         metadata: Other values that the metric needs; or the columns of the hub, for lm-eval.
@@ -70,6 +78,8 @@ class SampleFields(BaseModel):
     filter: str = "true"
     id: str = "id"
     question: str | None = "question"
+    hint: str = "none"
+    request: str = "''"
     choices: str = "none"
     expected: str = "none"
     show_choices: bool = False
@@ -77,6 +87,7 @@ class SampleFields(BaseModel):
     image: str = "none"
     video: str = "none"
     segment: str = "none"
+    segment_fps: str = "none"
     frames: int = 8
     folders: list[str] = ["."]
     metadata: str | dict[str, str] = "{}"
@@ -93,12 +104,19 @@ class TaskConfig(BaseModel):
         reader: MODULE.FUNCTION in `owl2.eval.readers`, for rows that are not as `data` describes.
         sample: How a row becomes a sample.
         metric: MODULE.NAME in `owl2.eval.metrics`.
-        prompt: Text in which ``{question}`` is replaced by the question.
-        max_new_tokens: Maximum number of generated tokens.
+        prompt: Text in which ``{question}``, ``{hint}`` and ``{request}`` are replaced.
+        plain_prompt: The prompt with ``--prompts plain``; None for the same.
+        assistant_space: Whether a space follows ``ASSISTANT:``, which is one more id. The
+            conversation then has no system text, and no line break after the image. None: the chat
+            format of the checkpoint.
+        max_new_tokens, min_new_tokens: Maximum and minimum number of generated tokens.
+        sources: The origin of `prompt`, `length` (the numbers of tokens) and `scoring`: a script of
+            the authors (Specification §1.5), the benchmark, or "our choice".
         image_policy: How an image becomes a square; None for the checkpoint's.
         num_fewshot: Number of examples before the question, from the second pattern of the files.
         judge: Whether a language model scores the responses.
         paper: The results of the paper (Specification §3) by metric, as the paper prints them.
+        paper_with_limit: Whether the metrics of some samples can be compared with `paper`.
         scale: Factor from the values of the metrics to those of the paper, such as 100 for percent.
         note: Differences to the protocol of the paper.
         lmms_eval: The name of the task there, if it exists.
@@ -115,11 +133,16 @@ class TaskConfig(BaseModel):
     sample: SampleFields = SampleFields()
     metric: str
     prompt: str = "{question}"
+    plain_prompt: str | None = None
+    assistant_space: bool | None = None
     max_new_tokens: int = Field(16, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    sources: dict[Literal["prompt", "length", "scoring"], str] = Field(default_factory=dict)
     image_policy: Literal["resize", "pad"] | None = None
     num_fewshot: int = Field(0, ge=0)
     judge: bool = False
     paper: dict[str, float] = Field(default_factory=dict)
+    paper_with_limit: bool = True
     scale: float = Field(1, gt=0)
     note: str = ""
     lmms_eval: str | None = None

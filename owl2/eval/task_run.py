@@ -39,14 +39,21 @@ from owl2.eval.samples import (
 )
 from owl2.eval.tasks import EvalTask
 from owl2.files import atomic_write_text
-from owl2.processing.chat_template import IMAGE_TOKEN, parse_messages
+from owl2.processing.chat_template import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, parse_messages
+from owl2.processing.processor import Owl2Processor
 from owl2.progress import ProgressReporter
 from owl2.sharded_jsonl import Record, ShardedJsonl, to_json
 
 LM_EVAL_BATCHES = 8  # batches of lm-eval per call
 TRIAL_BATCHES = 2  # of an estimate
 MAX_LISTED_INVALID = 20  # in results.json; a file next to the responses has all
+# The format of the authors' evaluation scripts, with a space after "ASSISTANT:".
+SPACE_CHAT_TEMPLATE = "' ASSISTANT: '".join(DEFAULT_CHAT_TEMPLATE.rsplit("' ASSISTANT:'", 1))
+PROBE_PARTS = [{"type": "image"}, {"type": "text", "text": "?"}]
+CHAT_PROBE = EvalSample("", "?", [{"role": "user", "content": PROBE_PARTS}], ())
 SEED = 0  # of torch; greedy decoding draws no random numbers
+
+ChatFormat = tuple[Any, bool]  # chat template, image_newline
 
 
 @dataclass
@@ -58,6 +65,7 @@ class TaskRun:
         data: The files and the prompt.
         samples: The samples to evaluate.
         invalid: Samples that the model cannot be asked: found by the reader or by the engine.
+        limit: Number of samples, if it is less than all.
         baseline: The same task without images.
         conditions: Everything that the responses depend on, except samples, weights and machine.
         responses: In the order of the samples.
@@ -71,6 +79,7 @@ class TaskRun:
     data: EvalData
     samples: list[EvalSample]
     invalid: list[InvalidEvalSample]
+    limit: int | None = None
     baseline: "TaskRun | None" = None
     conditions: dict[str, Any] = field(default_factory=dict)
     responses: list[Response] = field(default_factory=list)
@@ -86,13 +95,32 @@ class TaskRun:
     @property
     def generation_kwargs(self) -> dict[str, Any]:
         """Greedy, so that a model gives the same responses whatever its generation config is."""
-        return {"do_sample": False, "max_new_tokens": self.task.config.max_new_tokens}
+        config = self.task.config
+        minimum = {"min_new_tokens": config.min_new_tokens} if config.min_new_tokens else {}
+        return {"do_sample": False, "max_new_tokens": config.max_new_tokens, **minimum}
 
     def add_baseline(self) -> None:
         """Ask the same questions without images; text tasks have none."""
         if self.task.config.engine == "owl2":
             samples = [sample.without_images() for sample in self.samples]
             self.baseline = TaskRun(f"{self.name}{NO_IMAGE}", self.task, self.data, samples, [])
+
+    def set_chat_format(self, processor: Owl2Processor, own: ChatFormat) -> None:
+        """Use the chat format of the authors' scripts if the task has it, or else `own`.
+
+        A checkpoint whose turns are not ``USER: ... ASSISTANT:`` keeps its format.
+
+        Args:
+            own: The format of the checkpoint.
+        """
+        processor.chat_template, processor.image_newline = own
+        space = self.task.config.assistant_space
+        if self.data.has_task_format and space is not None:
+            probe = [{"role": "user", "content": "?"}]
+            text = processor.apply_chat_template(probe, add_generation_prompt=True)
+            if str(text).endswith("USER: ? ASSISTANT:"):
+                template = SPACE_CHAT_TEMPLATE if space else DEFAULT_CHAT_TEMPLATE
+                processor.chat_template, processor.image_newline = template, False
 
     # -------------------------------------------------------------- responses
 
@@ -247,7 +275,7 @@ class TaskRun:
 
     # -------------------------------------------------------------- output
 
-    def result(self, limit: int | None) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """The entry of the task in ``results.json``."""
         config, metric = self.task.config, self.task.metric
         entry: dict[str, Any] = {"metrics": {}, "n": len(self.responses)}
@@ -266,10 +294,11 @@ class TaskRun:
         return {
             **entry,
             "samples_per_second": len(self.responses) / self.seconds if self.seconds else None,
-            "limit": limit,
+            "limit": self.limit,
             **config.model_dump(
-                include={"title", "suite", "paper", "scale", "note", "num_fewshot"}
+                include={"title", "suite", "scale", "note", "sources", "num_fewshot"}
             ),
+            "paper": config.paper if self.limit is None or config.paper_with_limit else {},
             "main_metric": metric.main,
             "prompt": self.data.prompt,
             "metric": metric.to_dict(),
@@ -302,6 +331,11 @@ class TaskRun:
                 path.unlink(missing_ok=True)
 
 
+def chat_format(processor: Owl2Processor) -> ChatFormat:
+    """The chat format of a checkpoint, for `TaskRun.set_chat_format`."""
+    return processor.chat_template, processor.image_newline
+
+
 def evaluation_conditions(engine: Engine, run: TaskRun) -> dict[str, Any]:
     """The values for `TaskRun.conditions` with the current image policy of the engine."""
     processor, model = engine.processor, engine.model
@@ -319,6 +353,7 @@ def evaluation_conditions(engine: Engine, run: TaskRun) -> dict[str, Any]:
             "engine": run.task.config.engine,
             **({} if uses_lm_eval else run.generation_kwargs),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "chat_format": render_prompt(engine, CHAT_PROBE),
             "attn_implementation": model.config._attn_implementation,
             "mam": bool(model.config.use_mam),
         },

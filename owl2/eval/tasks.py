@@ -29,16 +29,23 @@ class EvalTask:
         """Raises `AttributeError` or `ModuleNotFoundError` if it does not exist."""
         return find_metric(self.config.metric)
 
-    def data(self, directory: Path | None, prompt: str | None = None) -> EvalData:
+    def data(
+        self, directory: Path | None, prompt: str | None = None, prompts: str = "authors"
+    ) -> EvalData:
         """The files of the task in ``--data``, and the prompt.
 
         Args:
             prompt: Replaces the prompt of the task; "short" is the question alone.
+            prompts: "authors": the prompt and the chat format of the task. "plain": its plain
+                prompt in the chat format of the checkpoint, which also applies to `prompt`.
 
         Raises:
             InputError: The prompt does not contain ``{question}``.
         """
         own, files = self.config.prompt, self.config.data
+        has_task_format = prompt is None and prompts == "authors"
+        if prompts == "plain":
+            own = self.config.plain_prompt or own
         has_question = "{question}" in own
         if prompt is None or (prompt == "short" and not has_question):
             prompt = own
@@ -52,7 +59,7 @@ class EvalTask:
         folders = [] if self.directory is None else [self.directory]
         folders += [] if directory is None else [directory / self.name, directory]
         advice = f"Get {self.config.title} from {files.origin} (license: {files.license})."
-        return EvalData(tuple(folders), prompt, files, advice)
+        return EvalData(tuple(folders), prompt, has_task_format, files, advice)
 
     def read(self, data: EvalData) -> tuple[list[EvalSample], list[InvalidEvalSample]]:
         """All samples, valid and invalid; one with the id of an earlier sample is invalid.

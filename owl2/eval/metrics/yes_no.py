@@ -12,9 +12,10 @@ from owl2.eval.samples import Response
 def says_yes(text: str) -> bool:
     """Parse a response as the script of POPE does: "no" or "not" in the first sentence means no.
 
-    Everything else means yes, including an empty response.
+    Everything else means yes, including an empty response. The script splits at spaces only, so
+    that "No\\nthere is" means yes.
     """
-    words = text.partition(".")[0].replace(",", "").split()
+    words = text.partition(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
@@ -44,7 +45,7 @@ def _ratio(part: float, total: float) -> float:
     return part / total if total else 0.0
 
 
-POPE = Metric("pope", "1", "f1", _pope)
+POPE = Metric("pope", "2", "f1", _pope)
 
 # ------------------------------------------------------------------ MME
 
@@ -58,14 +59,13 @@ COGNITION = (
 
 
 def yes_or_no(text: str) -> str | None:
-    """Parse a response as the script of MME does: by its first four letters.
+    """Parse a response as the script of MME does: by its first four characters.
 
-    "Yes, ..." means yes, but "Not sure" and "Nope" mean no.
+    "Yes, ..." means yes, but "Not sure" and "Nope" mean no. "Y" and "N" are neither (lmms-eval
+    accepts them).
     """
-    text = text.strip().lower().replace(".", "")
-    if text in ("y", "n"):
-        return {"y": "yes", "n": "no"}[text]
-    return "yes" if "yes" in text[:4] else "no" if "no" in text[:4] else None
+    start = text.strip().lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else None
 
 
 def _mme(responses: Sequence[Response]) -> Scores:
@@ -102,4 +102,4 @@ def _accuracies(images: Collection[Sequence[float]]) -> tuple[float, float]:
     return 100 * mean([score for scores in images for score in scores]), 100 * mean(both)
 
 
-MME = Metric("mme", "1", "perception", _mme)
+MME = Metric("mme", "2", "perception", _mme)

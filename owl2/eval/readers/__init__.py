@@ -7,7 +7,7 @@
 `task_configs` describes the files and the columns of each benchmark. No image is opened.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,9 @@ class EvalData:
     Attributes:
         directories: Searched in this order: that of the benchmark, and the one that several
             benchmarks share (the images of COCO).
-        prompt: Contains ``{question}``, or is the question.
+        prompt: Contains ``{question}``, or is the question. See `TaskConfig.prompt`.
+        has_task_format: Whether the chat format and the white space of the questions are those of
+            the task (`TaskConfig.assistant_space`), not of the checkpoint.
         published: The patterns and the format of the files.
         advice: Where to get the files, for error messages.
         files: Files that were read, for the fingerprint of the data.
@@ -32,6 +34,7 @@ class EvalData:
 
     directories: tuple[Path, ...]
     prompt: str
+    has_task_format: bool = True
     published: DataFiles = NO_FILES
     advice: str = ""
     files: list[Path] = field(default_factory=list)
@@ -45,12 +48,17 @@ class EvalData:
         for directory in self.directories:
             for pattern in (patterns, *patterns.split(" or ")):
                 found = [literal] if (literal := directory / pattern).is_file() else None
-                paths = found or sorted(filter(Path.is_file, directory.glob(pattern)))
+                paths = found or sorted(filter(Path.is_file, self.matches(directory, pattern)))
                 if paths:
                     self.files += [path for path in paths if path not in self.files]
                     return paths
         place = self.directories[0] / patterns if self.directories else f"{patterns} (with --data)"
         raise InputError(f"{place} does not exist. {self.advice}", ErrorCode.FILE_NOT_FOUND)
+
+    def matches(self, directory: Path, pattern: str) -> Iterator[Path]:
+        """The paths in `directory` with this pattern that are part of the benchmark."""
+        names = self.published.names
+        return (path for path in directory.glob(pattern) if names is None or path.stem in names)
 
     def find(self, names: Sequence[str]) -> Path | None:
         """The first of these relative names that exists."""

@@ -1,6 +1,7 @@
 """Rows → samples, by the Jinja expressions of a task."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from pkgutil import resolve_name
@@ -17,6 +18,7 @@ from owl2.eval.samples import EvalSample, InvalidEvalSample
 from owl2.eval.task_config import SampleFields, TaskConfig
 from owl2.eval.video import sample_frames
 from owl2.json_records import JsonRecord
+from owl2.processing.chat_template import user_message
 
 # Errors of one row in a file of the right format.
 ROW_ERRORS = (ErrorCode.INVALID_VALUE, ErrorCode.MISSING_IMAGE)
@@ -84,8 +86,8 @@ class SampleBuilder:
     def __init__(self, fields: SampleFields, data: EvalData) -> None:
         self.fields, self.data = fields, data
         self._head = _compile({"filter": fields.filter, "id": fields.id})
-        names = ("choices", "expected", "category", "image", "video", "segment", "metadata")
-        values = {name: getattr(fields, name) for name in names}
+        heads = {"filter", "id", "question", "show_choices", "frames", "folders"}
+        values = {name: value for name, value in fields if name not in heads}
         self._values = _compile({"question": fields.question or "none", **values})
 
     def identify(self, row: JsonRecord) -> str | None:
@@ -96,7 +98,7 @@ class SampleBuilder:
         return str(head["id"]) if isinstance(head["id"], int) else _text("id", head["id"])
 
     def build(self, identifier: str, row: JsonRecord) -> EvalSample:
-        """The sample with images before the text, without a separator (Specification §1.5).
+        """The sample; no separator is between images and text (Specification §1.5).
 
         Raises:
             InputError: A value has another type; a text is empty; an image does not exist.
@@ -105,14 +107,18 @@ class SampleBuilder:
         metadata = values["metadata"]
         json.dumps(metadata, default=str)  # raises for an undefined column
         if self.fields.question is None:
-            question = self.data.prompt
+            question = text = self.data.prompt
         else:
-            question = _text("question", values["question"])
+            text = values["question"]
+            question = _text("question", text)
+        hint = values["hint"] or ""
+        if hint and "{hint}" not in self.data.prompt:
+            question = text = f"{hint}\n{text}"
         choices = [] if values["choices"] is None else _texts("choices", values["choices"])
         answers = values["expected"] if values["expected"] is not None else []
         answers = answers if isinstance(answers, list) else [answers]
-        if self.fields.show_choices:
-            question = with_options(question, choices)
+        if self.fields.show_choices and choices:
+            question, text = with_options(question, choices), with_options(text, values["choices"])
             metadata = {**metadata, "options": choices}
             expected = [LETTERS[_index(answer, choices)] for answer in answers]
         elif values["choices"] is not None:
@@ -122,9 +128,12 @@ class SampleBuilder:
         if not question or (values["expected"] is not None and not any(expected)):
             reason = "The answers are empty." if question else "The question is empty."
             raise InputError(reason, ErrorCode.INVALID_VALUE)
-        content = [_image_part(image) for image in self._images(values)]
-        content.append({"type": "text", "text": self.data.prompt.replace("{question}", question)})
-        messages = [{"role": "user", "content": content}]
+        text = text if self.data.has_task_format else question
+        filled = {"question": text, "hint": hint or "N/A", "request": values["request"]}
+        text = re.sub(r"\{(\w+)\}", lambda m: filled.get(m[1], m[0]), self.data.prompt)
+        message = user_message(text, self._images(values))
+        parts = [_image_part(p) if p["type"] == "image" else p for p in message["content"]]
+        messages = [{"role": "user", "content": parts}]
         category = _text("category", values["category"])
         return EvalSample(identifier, question, messages, tuple(expected), category, metadata)
 
@@ -146,7 +155,8 @@ class SampleBuilder:
         if segment is not None:
             if not isinstance(segment, list) or len(segment) != 2:
                 raise ValueError(f"the segment {segment!r:.60} is not a pair of numbers")
-            segment = (float(segment[0]), float(segment[1]))
+            fps = values["segment_fps"] or 1
+            segment = (float(segment[0]) / fps, float(segment[1]) / fps)
         frames = sample_frames(path, self.fields.frames, segment)
         if not frames:
             raise InputError(f"{path} contains no images.", ErrorCode.MISSING_IMAGE)
@@ -162,7 +172,8 @@ class SampleBuilder:
         return path
 
 
-def _image_part(image: Any) -> dict[str, Any]:
+def _image_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    image = part["image"]
     if isinstance(image, Mapping):
         return {"type": "image", **image}
     if isinstance(image, Path):

@@ -1,8 +1,11 @@
 """Rows of benchmarks whose files are not tables or lists: their own formats, and joined files."""
 
+import ast
 import re
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from owl2.data.datasets import load_dataset
 from owl2.data.datasets.prompts import LETTERS
@@ -11,6 +14,7 @@ from owl2.eval.readers import EvalData
 from owl2.eval.readers.rows import Row, read_jsonl, read_rows, read_table, read_text
 from owl2.eval.samples import InvalidEvalSample
 from owl2.json_records import JsonRecord, json_object, require_split
+from owl2.processing.chat_template import IMAGE_TOKEN
 
 # ------------------------------------------------------------------ VQAv2, OK-VQA
 
@@ -69,7 +73,7 @@ def mme(paths: list[Path], data: EvalData) -> Iterator[Row]:
             continue
         for number, (question, answer) in enumerate(pairs, start=1):
             row = {"id": f"{folder.name}/{path.stem}#{number}", "answer": answer, **common}
-            text = question.removesuffix(MME_REQUEST).rstrip()
+            text = question.replace(MME_REQUEST, "")  # a space remains at its end
             yield JsonRecord({**row, "question": text}, f"{path}, line {number}")
 
 
@@ -78,7 +82,7 @@ def _mme_pairs(path: Path) -> list[tuple[str, str]]:
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         question, tab, answer = line.rpartition("\t")
         if tab and answer.strip().lower() in ("yes", "no"):
-            pairs.append((question.strip(), answer.strip()))
+            pairs.append((question, answer.strip()))
         elif line.strip():
             raise InputError(
                 f"{path}, line {number}: {line!r:.80} is not a question, a tab, and Yes or No.",
@@ -98,9 +102,9 @@ def mmbench(paths: list[Path], data: EvalData) -> Iterator[Row]:
 
     A question has one round for each of its options, which are rotated by one position each time;
     the index of a later round is that of the first one plus a multiple of 1,000,000. A file without
-    the later rounds gets them, as the metric needs them. Columns: `id` (the index), `question`
-    (with the hint), `options`, `answer` (an index), `category`, `first` (the index of the first
-    round), `image`.
+    the later rounds gets them, as the metric needs them. Columns: `id` (the index), `question`,
+    `hint`, `options`, `answer` (an index), `category`, `first` (the index of the first round),
+    `image`.
     """
     rows = []
     for row in read_table(paths[0], "\t"):
@@ -108,8 +112,8 @@ def mmbench(paths: list[Path], data: EvalData) -> Iterator[Row]:
             yield row
             continue
         # pandas writes "nan" for an empty cell
-        cells = {name: "" if cell == "nan" else cell.strip() for name, cell in row.value.items()}
-        index, answer = cells.get("index", ""), cells.get("answer", "")
+        cells = {k: "" if cell.strip() in ("", "nan") else cell for k, cell in row.value.items()}
+        index, answer = cells.get("index", "").strip(), cells.get("answer", "").strip()
         options = [cells[letter] for letter in "ABCDEF" if cells.get(letter)]
         if index.isdecimal() and answer in [*LETTERS[: len(options)]]:
             rows.append((int(index), LETTERS.index(answer), options, cells, row.where))
@@ -126,11 +130,11 @@ def mmbench(paths: list[Path], data: EvalData) -> Iterator[Row]:
         first = str(number % ROUND)
         names = (str(number), contents[str(number)], first)
         image = next((images[name] for name in names if name in images), None)
-        question = "\n".join(filter(None, [cells.get("hint"), cells.get("question")]))
         for shift in range(1 if has_rounds else len(options)):
             value = {
                 "id": number + shift * ROUND,
-                "question": question,
+                "question": cells.get("question", ""),
+                "hint": cells.get("hint"),
                 "options": options[shift:] + options[:shift],
                 "answer": (place - shift) % len(options),
                 "category": cells.get("category", ""),
@@ -138,6 +142,54 @@ def mmbench(paths: list[Path], data: EvalData) -> Iterator[Row]:
                 "image": {"base64": image} if image else "",
             }
             yield JsonRecord(value, where)
+
+
+# ------------------------------------------------------------------ MMMU
+
+
+def mmmu(paths: list[Path], data: EvalData) -> Iterator[Row]:
+    """MMMU (arXiv:2311.16502): Parquet files of the hub with the images.
+
+    Columns: those of the file; `options` is a list or None for an open question, `answers` a list;
+    ``<image 1>`` in question and options is replaced by ``<|image|>``; `image` are the images in
+    the order of these places.
+
+    Raises:
+        InputError: pyarrow is missing; a file cannot be read.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "MMMU needs pyarrow: pip install 'owl2-vlm[eval]'", ErrorCode.MISSING_DEPENDENCY
+        ) from error
+    for path in paths:
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except (OSError, ArrowException) as error:
+            raise InputError(
+                f"{path} cannot be read: {error}", ErrorCode.UNREADABLE_FILE
+            ) from error
+        for number, row in enumerate(rows, start=1):
+            where = f"{path}, row {number}"
+            try:
+                yield JsonRecord(_mmmu_row(row), where)
+            except (ValueError, SyntaxError, KeyError, TypeError) as error:
+                yield InvalidEvalSample(str(row.get("id", number)), f"{where}: {error!r}")
+
+
+def _mmmu_row(row: dict[str, Any]) -> dict[str, Any]:
+    is_choice = row["question_type"] == "multiple-choice"
+    texts = [row["question"], *(ast.literal_eval(row["options"]) if is_choice else [])]
+    names = re.findall(r"<image (\d+)>", "\n".join(texts))
+    images = [{"base64": b64encode(row[f"image_{name}"]["bytes"]).decode()} for name in names]
+    question, *options = (re.sub(r"<image \d+>", IMAGE_TOKEN, text) for text in texts)
+    # Several answers are a list as text: "['24/7', '3.429']".
+    answer = str(row["answer"])
+    answers = ast.literal_eval(answer) if re.fullmatch(r"\[.*\]", answer) else [answer]
+    plain = {name: value for name, value in row.items() if not name.startswith("image_")}
+    lists = {"options": options or None, "answers": [*map(str, answers)], "image": images}
+    return {**plain, "question": question, **lists}
 
 
 # ------------------------------------------------------------------ MSVD-QA, XSum, easy-VQA
@@ -163,6 +215,12 @@ def msvd_qa(paths: list[Path], data: EvalData) -> Iterator[Row]:
         yield row
 
 
+# Lines that the loader of the hub removes from the web pages.
+XSUM_PAGE_LINES = {
+    "Share this with", "Email", "Facebook", "Messenger", "Twitter", "Pinterest", "WhatsApp",
+    "Linkedin", "LinkedIn", "Copy this link",
+    "These are external links and will open in a new window",
+}  # fmt: skip
 XSUM_WORDS = 1000  # of an article; some articles are longer than any context
 
 
@@ -187,11 +245,13 @@ def xsum(paths: list[Path], data: EvalData) -> Iterator[Row]:
 def _xsum_article(name: str, data: EvalData) -> Row:
     path = data.find([f"bbc-summary-data/{name}.summary"])
     try:
-        # "[SN]NAME[SN]" and the lines of that section
-        sections = re.split(r"\[SN\]([A-Z-]+)\[SN\]", "" if path is None else read_text(path))
+        *lines, rest = ("" if path is None else read_text(path)).split("\n")
     except InputError as error:
         return InvalidEvalSample(name, str(error))
-    texts = [" ".join(section.split()) for section in sections]
+    lines = [line for line in lines if line.strip() and line not in XSUM_PAGE_LINES]
+    # "[SN]NAME[SN]" and the lines of that section
+    sections = re.split(r"\[SN\]([A-Z-]+)\[SN\]", "\n".join([*lines, rest]))
+    texts = [section.strip() for section in sections]
     found = dict(zip(texts[1::2], texts[2::2], strict=True))
     document, summary = found.get("RESTBODY", ""), found.get("FIRST-SENTENCE", "")
     return JsonRecord({"id": name, "document": document, "summary": summary}, name)
