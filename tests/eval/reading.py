@@ -8,12 +8,15 @@ from owl2.processing.chat_template import parse_messages
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHORT = "\nAnswer the question using a single word or phrase."
+# Of the authors' evaluation scripts.
+REQUEST = " Answer the question using a single word or phrase."
+LETTER_REQUEST = "\nAnswer with the option’s letter from the given choices directly."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
-def read(name, data=FIXTURES, prompt=None):
+def read(name, data=FIXTURES, prompt=None, prompts="authors"):
     [task] = find_tasks(name)
-    return task.read(task.data(data, prompt))
+    return task.read(task.data(data, prompt, prompts))
 
 
 def by_id(name, data=FIXTURES):

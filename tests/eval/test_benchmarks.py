@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,16 @@ from owl2.eval.readers import special
 from owl2.eval.tasks import EvalTask, find_tasks
 from owl2.processing.image_io import load_image
 from tests.errors import raises_input_error
-from tests.eval.reading import FIXTURES, LETTER, SHORT, by_id, images, prompt_text, read, score
+from tests.eval.reading import (
+    FIXTURES,
+    LETTER_REQUEST,
+    REQUEST,
+    by_id,
+    images,
+    prompt_text,
+    read,
+    score,
+)
 
 CAPTION = "Provide a one-sentence caption for the provided image."
 
@@ -66,7 +76,7 @@ def test_vqav2():
     assert [sample.id for sample in samples] == ["1101000", "1101001", "1102000"]
     assert [sample.category for sample in samples] == ["yes/no", "number", "other"]
     assert samples[1].question == "How many walls are there?"
-    assert prompt_text(samples[1]) == samples[1].question + SHORT
+    assert prompt_text(samples[1]) == samples[1].question + REQUEST
     assert samples[1].expected == (*["1"] * 6, "2", "2", "0", "3")
     assert [item.id for item in invalid] == ["1199000"]
 
@@ -87,7 +97,7 @@ def test_gqa_vizwiz_and_textvqa():
     assert samples["VizWiz_val_00000001.jpg"].expected.count("grey") == 6
     samples, invalid = read("textvqa")
     assert [sample.id for sample in samples] == ["34602", "34603"]
-    assert prompt_text(samples[0]) == "what does the sign say?" + SHORT
+    assert prompt_text(samples[0]) == "what does the sign say?" + REQUEST
     assert [item.id for item in invalid] == ["34604"]
 
 
@@ -98,9 +108,9 @@ def test_science_qa():
     [hot, sea], [missing] = read("science_qa")
     assert (hot.id, hot.category, hot.expected) == ("11", "natural science", ("B",))
     assert prompt_text(hot) == (
-        "Context: The image shows lava.\nWhich of these is hotter?\nA. ice\nB. lava" + LETTER
+        "The image shows lava.\nWhich of these is hotter?\nA. ice\nB. lava" + LETTER_REQUEST
     )
-    assert prompt_text(sea).startswith("Which sea is shown?\nA. the North")
+    assert prompt_text(sea).startswith("N/A\nWhich sea is shown?\nA. the North")
     assert sea.metadata["options"][3] == "the Black Sea"
     assert missing.id == "14", "12 has no image and is not part of IMG"
 
@@ -108,12 +118,28 @@ def test_science_qa():
 def test_options_have_letters():
     seed = by_id("seed_bench")["101669"]
     assert prompt_text(seed) == (
-        "How many squares are there?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER
+        "N/A\nHow many squares are there?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER_REQUEST
     )
     assert (seed.expected, seed.category) == (("A",), "Instances Counting")
     quality = by_id("q_bench")["q_bench#2"]
     assert (quality.expected, quality.category) == (("C",), "what")
-    assert prompt_text(quality).endswith("A. Noise\nB. Blur\nC. Blocks" + LETTER)
+    assert prompt_text(quality).endswith("A. Noise\nB. Blur\nC. Blocks" + LETTER_REQUEST)
+
+
+def test_segments_of_breakfast_are_in_frames(copy):
+    """Task 12 of SEED-Bench counts at 15 frames per second, the others in seconds."""
+    path = copy("seed_bench") / "seed_bench/SEED-Bench.json"
+    content = json.loads(path.read_text())
+    videos = [row for row in content["questions"] if row["data_type"] == "video"]
+    for row, kind, segment in zip(videos, (11, 12), ([2, 8.5], [18, 166]), strict=True):
+        shutil.rmtree(path.parent / "SEED-Bench-video" / Path(row["data_id"]).stem)
+        (path.parent / "SEED-Bench-video" / row["data_id"]).write_bytes(b"")
+        row.update(question_type_id=kind, segment=segment)
+    path.write_text(json.dumps(content))
+    pytest.importorskip("av")
+    samples = by_id("seed_bench", path.parent.parent)
+    assert images(samples["2000"])[0].segment == (2, 8.5)
+    assert images(samples["3000"])[0].segment == pytest.approx((1.2, 166 / 15))
 
 
 def test_seed_bench_has_videos():
@@ -130,7 +156,9 @@ def test_mme_has_the_prompt_of_the_task():
     samples = by_id("mme")
     sample = samples["posters/tt6605#2"]
     assert sample.question == "Is this a poster of a play?"
-    assert prompt_text(sample) == sample.question + SHORT
+    assert prompt_text(sample) == sample.question + " \n" + REQUEST.strip()
+    [plain] = [item for item in read("mme", prompts="plain")[0] if item.id == sample.id]
+    assert prompt_text(plain) == sample.question + "\n" + REQUEST.strip()
     assert (sample.expected, sample.category) == (("No",), "posters")
     assert all(sample.category == sample.metadata["category"] for sample in samples.values())
 
@@ -212,7 +240,7 @@ def test_video_file_without_a_folder_needs_av(copy, monkeypatch):
 def test_categories_and_prompt_of_video_questions():
     assert [q.category for q in by_id("msrvtt_qa").values()] == ["what", "how", "who"]
     assert [q.category for q in by_id("tgif_qa").values()] == ["object", "number", "color"]
-    assert prompt_text(by_id("msvd_qa")["37001"]) == "who is drawing a square?" + SHORT
+    assert prompt_text(by_id("msvd_qa")["37001"]) == "who is drawing a square?" + REQUEST
 
 
 # ------------------------------------------------------------------ text
@@ -236,8 +264,47 @@ def test_bbh():
     assert samples[0].metadata == {"input": "not ( False ) is", "target": "True"}
 
 
+@pytest.mark.parametrize(
+    ("name", "source", "target"),
+    [
+        ("bbh", "bbh/*.json", "bbh"),
+        ("bbh", "bbh/*.json", "."),
+        ("agieval", "v1/*.jsonl", "agieval"),
+        ("agieval", "v1/*.jsonl", "."),
+        ("agieval", "v1/*.jsonl", "v1"),
+        ("mmlu", "test/*.csv", "mmlu"),
+        ("mmlu", "test/*.csv", "."),
+        ("xsum", "test.jsonl", "xsum"),
+    ],
+)
+def test_files_may_be_in_the_directory_of_the_task_or_of_all_tasks(name, source, target, tmp_path):
+    (tmp_path / target).mkdir(exist_ok=True)
+    for path in (FIXTURES / name).glob(source):
+        file = "xsum_test.jsonl" if name == "xsum" else path.name
+        shutil.copy(path, tmp_path / target / file)
+    other = FIXTURES / "hellaswag/hellaswag_val.jsonl"
+    shutil.copy(other, tmp_path)
+    shutil.copy(FIXTURES / "coco/dataset_coco.json", tmp_path)
+    assert by_id(name, tmp_path) == by_id(name)
+
+
+@pytest.mark.parametrize(
+    ("label", "gold"),
+    [("B", [1]), (["B"], [1]), ("AC", []), ("A B D", []), (["A", "C", "D", "。"], []), ([], [])],
+)
+def test_labels_of_agieval_are_sets(label, gold, tmp_path):
+    """Malformed labels count as questions without a correct letter, as in its script."""
+    row = {"passage": "P ", "question": " q\n", "options": ["(A)1 ", "(B)2"], "label": label}
+    (tmp_path / "sat-en.jsonl").write_text(json.dumps(row))
+    [sample], invalid = read("agieval", tmp_path)
+    assert (sample.metadata["gold"], invalid) == (gold, [])
+    assert sample.metadata["query"] == (
+        "P Q:  q\n Answer Choices: (A)1  (B)2\nA: Among A through B, the answer is"
+    )
+
+
 def test_agieval_has_the_prompts_of_its_authors():
-    samples, invalid = read("agieval")
+    samples, _ = read("agieval")
     metadata = {sample.category: sample.metadata for sample in samples}
     assert metadata["aqua-rat"]["query"] == (
         "Q: How much is 3 + 4? Answer Choices: (A)5 (B)6 (C)7 (D)8 (E)9\n"
@@ -247,10 +314,9 @@ def test_agieval_has_the_prompts_of_its_authors():
     assert metadata["gaokao-physics"]["query"] == (
         "问题：哪些是颜色？ 选项：(A)红 (B)蓝 (C)三 (D)五\n答案：从A到D, 我们应选择"
     )
-    assert metadata["gaokao-physics"]["gold"] == [0, 1]
+    assert metadata["gaokao-physics"]["gold"] == [], "one letter is not the set of two"
     assert metadata["math"]["query"] == "Q: What is $2 \\cdot 3$?\nA: The answer is"
     assert (metadata["math"]["answer"], metadata["math"]["gold"]) == ("6", None)
-    assert [item.id for item in invalid] == ["aqua-rat#2"]
 
 
 @pytest.mark.parametrize(
@@ -282,10 +348,20 @@ def test_xsum_in_the_files_of_the_authors():
     [task] = find_tasks("xsum")
     moved = EvalTask("xsum_files", task.config)
     [sample], [invalid] = moved.read(moved.data(FIXTURES))
-    assert sample.question == "The owl of the town hall has left. Nobody knows where it went."
+    assert sample.question == "The owl of the town hall has left.\nNobody knows where it went."
     assert sample.expected == ("A town has lost its owl.",)
     assert prompt_text(sample).endswith("in one sentence.")
     assert invalid.id == "102"
+
+
+def test_page_lines_of_xsum_are_removed(tmp_path):
+    """As the loader of the hub does: complete lines only, and empty lines."""
+    shutil.copytree(FIXTURES / "xsum_files", tmp_path / "xsum")
+    path = tmp_path / "xsum/bbc-summary-data/101.summary"
+    lines = ("Share this with", "Email", "LinkedIn", "Copy this link", "One line.", "", "Email me")
+    text = path.read_text().partition("[SN]RESTBODY[SN]\n")[0]
+    path.write_text(text + "[SN]RESTBODY[SN]\n" + "\n".join(lines))
+    assert read("xsum", tmp_path)[0][0].question == "One line.\nEmail me"
 
 
 def test_long_articles_are_truncated(monkeypatch):

@@ -17,8 +17,9 @@ OPTIONS = ["red", "green", "blue"]
     [
         ("Yes", "yes"),
         ("yes.", "yes"),
-        ("Y", "yes"),
-        ("n", "no"),
+        ("Y", None),
+        ("n", None),
+        ("y.e.s", None),
         ("No, it is not", "no"),
         (" NO", "no"),
         ("Not sure", "no"),
@@ -93,6 +94,10 @@ def test_best_score_of_mme():
         ("Yes. But not here", True),  # only the first sentence counts
         ("Nothing", True),
         ("", True),
+        ("No\nthere is", True),  # the script splits at spaces only
+        ("Yes\nNo", True),
+        ("no\n", True),
+        ("No\u00a0there", True),
     ],
 )
 def test_pope_parses_the_first_sentence(text, yes):

@@ -33,7 +33,7 @@ COUNTS = {  # valid samples, invalid ones, images per sample (None: one or more)
     "mmhal": (3, 0, 1),
     "mmlu": (2, 1, 0),
     "bbh": (3, 0, 0),
-    "agieval": (4, 1, 0),
+    "agieval": (5, 0, 0),
     "arc_c": (2, 1, 0),
     "arc_e": (1, 0, 0),
     "boolq": (2, 1, 0),

@@ -11,7 +11,16 @@ from PIL import Image
 from owl2.errors import ErrorCode
 from owl2.processing.image_io import load_image
 from tests.errors import raises_input_error
-from tests.eval.reading import FIXTURES, LETTER, by_id, images, prompt_text, read, score
+from tests.eval.reading import (
+    FIXTURES,
+    LETTER,
+    LETTER_REQUEST,
+    by_id,
+    images,
+    prompt_text,
+    read,
+    score,
+)
 
 FILE = "mmbench/mmbench_dev_20230712.tsv"
 
@@ -27,8 +36,12 @@ def test_prompt_has_hint_question_and_options():
     sample = by_id("mmbench")["1000252"]
     assert prompt_text(sample) == (
         'The image has one color.\nIt is "warm".\nWhich of the two is true?\n'
-        "A. It is cold.\nB. It is warm." + LETTER
+        "A. It is cold.\nB. It is warm." + LETTER_REQUEST
     )
+    assert prompt_text(by_id("mmbench")["241"]).startswith("N/A\n")
+    plain = {sample.id: prompt_text(sample) for sample in read("mmbench", prompts="plain")[0]}
+    assert plain["1000252"].endswith("B. It is warm." + LETTER)
+    assert not plain["241"].startswith("N/A")
     assert sample.expected == ("B",)
     assert sample.metadata["question"] == "252"
     assert sample.category == "logic_reasoning"
