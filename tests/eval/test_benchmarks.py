@@ -304,8 +304,9 @@ def test_labels_of_agieval_are_sets(label, gold, tmp_path):
 
 
 def test_agieval_has_the_prompts_of_its_authors():
-    samples, _ = read("agieval")
-    metadata = {sample.category: sample.metadata for sample in samples}
+    samples = by_id("agieval")
+    assert samples.pop("aqua-rat#2").metadata["gold"] == [5], "two options, the label F: wrong"
+    metadata = {sample.category: sample.metadata for sample in samples.values()}
     assert metadata["aqua-rat"]["query"] == (
         "Q: How much is 3 + 4? Answer Choices: (A)5 (B)6 (C)7 (D)8 (E)9\n"
         "A: Among A through E, the answer is"

@@ -323,7 +323,7 @@ def test_judge_runs_at_the_end_and_may_fail(config, plain, task, monkeypatch):
 
 def test_report_has_the_images(config, plain, monkeypatch):
     monkeypatch.setattr(evaluate_module, "has_matplotlib", lambda: True)
-    evaluate(replace(config, limit=4), plain)
+    evaluate(replace(config, limit=5), plain)  # of two categories
     with Image.open(config.output / "report.png") as report:
         pixels = np.asarray(report.convert("RGB")).reshape(-1, 3)
     for color in ((255, 0, 0), (0, 0, 255), (0, 255, 0)):

@@ -66,8 +66,8 @@ def without_report(monkeypatch):
 
 
 def test_prompt_has_question_reference_and_response():
-    prompt = RUBRICS["mm_vet"].format("What?", {"reference": "a <AND> b"}, "say {reference}")
-    assert "Question: What?\nReference: a <AND> b\nAnswer: say {reference}" in prompt
+    prompt = RUBRICS["mm_vet"].format("What?", {"reference": "a<AND>b <OR> c"}, "say {reference}")
+    assert "Question: What?\nReference: a <AND> b <OR> c\nAnswer: say {reference}" in prompt
     metadata = {"reference": "No dog.", "content": "cat, sofa"}
     prompt = RUBRICS["mmhal"].format("Which dog?", metadata, " ")
     assert "cat, sofa" in prompt

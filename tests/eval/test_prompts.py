@@ -1,5 +1,6 @@
 """The prompts and lengths of the authors' evaluation scripts, to the token."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,6 @@ from tests.eval.reading import FIXTURES, LETTER_REQUEST, REQUEST, by_id, respons
 from tests.processing.conftest import llama, llama_file  # noqa: F401 - fixtures
 
 CAPTION = "Provide a one-sentence caption for the provided image."
-SPACE_ID = 29871  # "▁" in the vocabulary of LLaMA
 # (task, id of a sample, text after "USER: <|image|>" and before " ASSISTANT:", a space follows)
 PROMPTS = [
     ("vqav2", "1101001", "How many walls are there?" + REQUEST, True),
@@ -75,7 +75,7 @@ def test_prompt_of_the_authors(processor, name, key, text, has_space):
     if text is not None:
         assert prompt == f"USER: <|image|>{text} ASSISTANT:" + " " * has_space
     ids = processor.encode(sample.messages).ids
-    assert (ids[-1] == SPACE_ID) == has_space
+    assert (ids[-1] == processor.tokenizer.convert_tokens_to_ids("▁")) == has_space
 
 
 def test_prompts_without_a_form_of_the_authors_are_those_of_the_checkpoint(processor):
@@ -173,3 +173,19 @@ def test_limited_mme_has_no_result_of_the_paper():
     assert run.result()["paper"] == {"perception": 1450.19}
     run.limit = 1
     assert run.result()["paper"] == {}
+
+
+def test_documented_prompts_are_those_of_the_tasks():
+    """One row of docs/evaluation.md for the tasks that share prompt, length and sources."""
+    rows = {}
+    for name, config in task_configs().items():
+        if config.engine == "owl2":
+            least = f"{config.min_new_tokens} to " if config.min_new_tokens else ""
+            space = {True: "yes", False: "no", None: "checkpoint"}[config.assistant_space]
+            prompt = f"`{config.prompt}`".replace("\n", "\\n")
+            length = f"{least}{config.max_new_tokens}"
+            cells = (prompt, space, length, *config.sources.values())
+            rows.setdefault(" | ".join(cells), []).append(f"`{name}`")
+    text = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    for cells, names in rows.items():
+        assert f"| {', '.join(names)} | {cells} |" in text

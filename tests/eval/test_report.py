@@ -58,7 +58,7 @@ def test_markdown_has_our_results_and_those_of_the_paper(written):
     assert "| VQAv2 (vqav2) | accuracy | 12 | 79.40% | 79.4 | +0.00 |" in text
     assert "| MME (mme) | perception | 12 | 725.10 | 1450.19 | -725.10 |" in text
     assert "| GQA (gqa) | accuracy | 12 | 60.00% | 56.1 | +3.90 |" in text
-    assert "first 50 samples; testdev" in text
+    assert "only 50 samples, of all categories; testdev" in text
     assert "| MM-Vet (mm_vet) | score | 12 | to be judged | 36.2 |" in text
     assert "mine\\|<b>.jsonl (mine)" in text
     assert "| coco | dataset_coco.json is missing |" in text

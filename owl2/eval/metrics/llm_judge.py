@@ -86,7 +86,7 @@ class Rubric:
         """The prompt for one response."""
         values = {**metadata, "question": question, "answer": response.strip() or "(no answer)"}
         # As in the script of MM-Vet.
-        values["reference"] = re.sub(r"<(AND|OR)>", r" <\1> ", str(values["reference"]))
+        values["reference"] = re.sub(r"\s*<(AND|OR)>\s*", r" <\1> ", str(values["reference"]))
         # In one pass, so that braces within a response are kept.
         return re.sub(r"\{(\w+)\}", lambda found: str(values[found[1]]), self.prompt)
 

@@ -30,7 +30,7 @@ class ConstantModel(LmmsEvalModel):
 @pytest.fixture
 def questions():
     [task] = find_tasks("mme")
-    questions, _ = task.read(task.data(FIXTURES))
+    questions, _ = task.read(task.data(FIXTURES, prompts="plain"))
     pairs = {}
     for question in questions:
         pairs.setdefault((question.category, question.metadata["image"]), []).append(question)

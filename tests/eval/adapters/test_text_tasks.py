@@ -109,7 +109,7 @@ def test_missing_few_shot_examples(engine, tmp_path):
 def test_file_of_another_benchmark(engine, tmp_path):
     (tmp_path / "bbh").mkdir()
     (tmp_path / "bbh/cooking.json").write_text('{"examples": [{"input": "a", "target": "b"}]}')
-    with raises_input_error(ErrorCode.UNKNOWN_NAME, "'cooking'"):
+    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "bbh/*.json"):
         run("bbh", engine, data=tmp_path)
 
 
