@@ -311,7 +311,7 @@ def test_agieval_has_the_prompts_of_its_authors():
         "Q: How much is 3 + 4? Answer Choices: (A)5 (B)6 (C)7 (D)8 (E)9\n"
         "A: Among A through E, the answer is"
     )
-    assert metadata["sat-en"]["query"].startswith("An owl sat on a post.Q: Where did it sit?")
+    assert metadata["sat-en"]["query"].startswith("An owl sat on a post. Q: Where did it sit?")
     assert metadata["gaokao-physics"]["query"] == (
         "问题：哪些是颜色？ 选项：(A)红 (B)蓝 (C)三 (D)五\n答案：从A到D, 我们应选择"
     )
