@@ -1,4 +1,4 @@
-"""Writes files and directories atomically, and checks paths before work begins.
+"""Writes files and directories atomically, expands and checks paths before work begins.
 
 Content is written into a hidden temporary directory next to its target and then renamed. Readers
 never see an incomplete file, also if the writer is killed. A file, or a directory that did not
@@ -104,27 +104,9 @@ def require_writable(target: str | Path) -> None:
             pass
 
 
-def require_checkpoint(name: str, kind: str) -> None:
-    """Check that a name is an existing directory or can be a hub id (``owner/name``).
-
-    Args:
-        kind: What is loaded, for the message: "a model", "a processor".
-
-    Raises:
-        InputError: The name is a path to a missing directory.
-    """
-    if Path(name).is_dir():
-        return
-    owner = name.split("/")[0]
-    hint = ""
-    if not name.startswith((".", "/", "~")) and name.count("/") == 1:
-        if not Path(owner).is_dir():
-            return
-        hint = f" To load it from the hub, run from a directory without '{owner}'."
-    raise InputError(
-        f"There is no directory '{name}' to load {kind} from. Check the path.{hint}",
-        ErrorCode.FILE_NOT_FOUND,
-    )
+def expand_user(path: str | Path) -> Path:
+    """The path with ``~`` replaced by the home directory."""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager

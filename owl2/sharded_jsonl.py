@@ -16,7 +16,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from glob import escape
 from importlib import import_module
@@ -45,6 +45,8 @@ class ShardedJsonl:
         on_other_settings: For an existing part with other settings: "restart" discards its
             records, "error" raises.
         finished: A file with records of an earlier run, without a line for the settings.
+        is_current: Records of which it is False, such as those of a file that has changed, are
+            ignored. Default: none.
 
     Attributes:
         restarted: Whether records with other settings were discarded.
@@ -63,6 +65,7 @@ class ShardedJsonl:
         retry: str | None = None,
         on_other_settings: Literal["restart", "error"] = "restart",
         finished: Path | None = None,
+        is_current: Callable[[Record], bool] | None = None,
     ) -> None:
         self.path = path.with_name(f"{path.stem}.part-{worker.rank}.jsonl")
         self.restarted = False
@@ -71,6 +74,7 @@ class ShardedJsonl:
         self._settings = json.loads(json.dumps(settings, default=str))
         self.worker, self._key, self._retry = worker, key, retry
         self._restart, self._finished = on_other_settings == "restart", finished
+        self._is_current = is_current
         self._final: dict[str, bytes] = {}  # the newest record of each key, as JSON
         self._failed: dict[str, bytes] = {}  # to be retried
         self._offsets: dict[Path, int] = {}  # bytes of each file that are indexed
@@ -194,7 +198,7 @@ class ShardedJsonl:
             ) from error
         if is_header and value != self._settings:
             raise settings_conflict(path, self._settings, value)
-        if not is_header:
+        if not is_header and (self._is_current is None or self._is_current(row)):
             records = self._failed if self._retry in row else self._final
             records[value] = line
 

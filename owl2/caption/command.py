@@ -21,11 +21,11 @@ from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.engine.offline import answer_all
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_file, atomic_write_text
+from owl2.files import atomic_file, atomic_write_text, expand_user
 from owl2.processing.chat_template import user_message
 from owl2.progress import ProgressReporter
 from owl2.runtime import select_device
-from owl2.sharded_jsonl import ShardedJsonl, remove_parts, settings_conflict, to_json
+from owl2.sharded_jsonl import Record, ShardedJsonl, remove_parts, settings_conflict, to_json
 from owl2.workers import WorkerRank, heartbeat
 
 # The prompt of the paper (Specification §1.5).
@@ -59,7 +59,7 @@ class CaptionConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that the captions depend on, except for rounding errors."""
-        folder = Path(self.model_args.model)
+        folder = expand_user(self.model_args.model)
         name = str(folder.resolve()) if folder.is_dir() else self.model_args.model
         return {
             "model": (fingerprint(folder) if folder.is_dir() else None) or name,
@@ -75,7 +75,7 @@ class CaptionConfig:
 
 
 def caption(config: CaptionConfig, console: Console) -> None:
-    """Caption the images of a folder; a later run resumes and retries images that failed.
+    """Caption the images of a folder; a later run captions the images that have none or changed.
 
     With several processes (RANK, WORLD_SIZE) each captions a shard, and process 0 merges them.
 
@@ -91,10 +91,18 @@ def caption(config: CaptionConfig, console: Console) -> None:
         )
     settings, worker, output = config.settings, WorkerRank.from_environment(), config.output
     names = find_images(config.folder, config.recursive)
-    _check_output(config, settings)
+    versions = {name: _version(config.folder / name) for name in names}
+    captioned = _captioned_versions(config, settings)
+
+    def is_current(record: Record) -> bool:
+        name = record["file_name"]
+        return bool(versions.get(name) == record.get("version", captioned.get(name)))
+
     with (
         heartbeat(output.parent, worker),
-        ShardedJsonl(output, settings, worker, "file_name", "error", "error", output) as records,
+        ShardedJsonl(
+            output, settings, worker, "file_name", "error", "error", output, is_current
+        ) as records,
     ):
         shard = worker.shard(names)
         pending = [name for name in shard if name not in records]
@@ -103,13 +111,14 @@ def caption(config: CaptionConfig, console: Console) -> None:
             answers = _captions(config, pending, worker) if pending else iter(())
             for name, answer in zip(pending, answers, strict=True):
                 key = "error" if isinstance(answer, InputError) else "caption"
-                records.append([{"file_name": name, key: str(answer)}])
+                record = {"file_name": name, "version": versions[name], key: str(answer)}
+                records.append([record])
                 progress.advance()
         if worker.rank:
             console.out("This shard is complete. Process 0 merges all shards.")
             return
         records.wait(names)
-        _merge(config, settings, names, records, console)
+        _merge(config, settings, versions, records, console)
 
 
 def find_images(folder: Path, recursive: bool = False) -> list[str]:
@@ -135,17 +144,28 @@ def find_images(folder: Path, recursive: bool = False) -> list[str]:
     return sorted(name.as_posix() for name in visible)
 
 
-def _check_output(config: CaptionConfig, settings: Mapping[str, Any]) -> None:
-    """Refuse an existing output that this command with these settings did not write."""
+def _version(path: Path) -> str:
+    """Size and time of the last modification, which show that a file has been replaced."""
+    stat = path.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _captioned_versions(config: CaptionConfig, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The version of each image in an existing output.
+
+    Raises:
+        InputError: This command with these settings did not write the output.
+    """
     if config.output.suffix != ".jsonl":
         raise InputError(
             f"--output-file is {config.output}. Its name must end with .jsonl.",
             ErrorCode.INVALID_VALUE,
         )
     if not config.output.exists():
-        return
+        return {}
     try:
-        written = json.loads(config.report.read_text(encoding="utf-8"))["settings"]
+        report = json.loads(config.report.read_text(encoding="utf-8"))
+        written, versions = report["settings"], dict(report["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{config.output} exists, and {config.report.name} does not show that `owl2 caption` "
@@ -154,6 +174,7 @@ def _check_output(config: CaptionConfig, settings: Mapping[str, Any]) -> None:
         ) from error
     if written != settings:
         raise settings_conflict(config.output, settings, written)
+    return versions
 
 
 def _captions(
@@ -196,26 +217,32 @@ def load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:
 def _merge(
     config: CaptionConfig,
     settings: Mapping[str, Any],
-    names: Sequence[str],
+    names: Mapping[str, str],
     records: ShardedJsonl,
     console: Console,
 ) -> None:
-    """Write the report and, if there are captions, the output; print a summary."""
+    """Write the report and, if there are captions, the output; print a summary.
+
+    Args:
+        names: The images with their versions.
+    """
     errors = {name: records.record(name)["error"] for name in names if name not in records}
     count = len(names) - len(errors)
     report = {
         "settings": settings,
         "images": len(names),
         "captions": count,
+        "files": names,
         "errors": [{"file_name": name, "error": error} for name, error in errors.items()],
     }
     # The report first: an output without one is refused by the next run.
     atomic_write_text(config.report, to_json(report, indent=2) + "\n")
     if count:
         with atomic_file(config.output) as file:
-            file.writelines(
-                f"{to_json(records.record(name))}\n" for name in names if name not in errors
-            )
+            for name in names:
+                if name not in errors:
+                    row = {"file_name": name, "caption": records.record(name)["caption"]}
+                    file.write(f"{to_json(row)}\n")
     remove_parts(config.output)
     for name, error in islice(errors.items(), MAX_PRINTED_ERRORS):
         console.out(f"{name}: {error}")

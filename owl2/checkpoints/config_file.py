@@ -1,6 +1,8 @@
 """Finds the files of a checkpoint, and reads its ``config.json`` and ``generation_config.json``."""
 
 import json
+import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.hub import cached_file
 
-from owl2.errors import ErrorCode, InputError
-from owl2.files import require_checkpoint
+from owl2.errors import ErrorCode, InputError, require_package
+from owl2.files import expand_user
 from owl2.model.configuration import Owl2Config
 from owl2.model.registry import get_model_type
 
@@ -35,6 +37,63 @@ GENERATION_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(BOOLEANS, ((bool,), "true or false")),
     **dict.fromkeys(TOKEN_IDS, ((int,), "a token id")),
 }
+# With the value 1 or true, ids are those of ModelScope; the first that is set decides.
+MODELSCOPE_VARIABLES = ("OWL2_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE")
+WEIGHTS = [r".+\.bin$", r".+\.safetensors$"]  # as ModelScope's snapshot_download expects
+
+
+def resolve_checkpoint(
+    name: str | Path, kind: str = "a model", weights: bool = True, revision: str | None = None
+) -> str:
+    """The directory of a checkpoint, or its Hugging Face id.
+
+    ``~`` is the home directory. An id of ModelScope is downloaded (see `MODELSCOPE_VARIABLES`).
+
+    Args:
+        kind: What is loaded, for the message: "a model", "a processor".
+        weights: Whether weights are downloaded from ModelScope.
+
+    Raises:
+        InputError: The name is a path to a file or to a missing directory; ModelScope does not
+            provide the id.
+    """
+    path = expand_user(name)
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise InputError(
+            f"{name} is a file; pass the directory of the checkpoint", ErrorCode.INVALID_VALUE
+        )
+    name = str(name)
+    owner, hint = name.split("/")[0], ""
+    if not name.startswith((".", "/", "~")) and name.count("/") == 1:
+        if not Path(owner).is_dir():
+            settings = [os.environ[key] for key in MODELSCOPE_VARIABLES if key in os.environ]
+            if settings and settings[0].lower() in ("1", "true"):
+                return _download_from_modelscope(name, weights, revision)
+            return name
+        hint = f" To load it from the hub, run from a directory without '{owner}'."
+    raise InputError(
+        f"There is no directory '{name}' to load {kind} from. Check the path.{hint}",
+        ErrorCode.FILE_NOT_FOUND,
+    )
+
+
+@cache
+def _download_from_modelscope(name: str, weights: bool, revision: str | None) -> str:
+    require_package("modelscope", "The hub modelscope", "modelscope")
+    from modelscope import snapshot_download
+
+    try:
+        return str(
+            snapshot_download(
+                name, revision=revision, ignore_file_pattern=None if weights else WEIGHTS
+            )
+        )
+    except Exception as error:  # of its HTTP client and of its own classes
+        raise InputError(
+            f"ModelScope does not provide '{name}': {error}", ErrorCode.NETWORK
+        ) from error
 
 
 def find_file(name: str | Path, file: str, hub: dict[str, Any]) -> Path | None:
@@ -85,12 +144,7 @@ def read_config(name_or_path: str | Path, **hub: Any) -> Owl2Config:
     Raises:
         InputError: There is no configuration, it is of another model, or an option is invalid.
     """
-    if Path(name_or_path).is_file():
-        raise InputError(
-            f"{name_or_path} is a file; pass the directory of the checkpoint",
-            ErrorCode.INVALID_VALUE,
-        )
-    require_checkpoint(str(name_or_path), "a model")
+    name_or_path = resolve_checkpoint(name_or_path, "a model", False, hub.get("revision"))
     file = find_file(name_or_path, CONFIG_FILE, hub)
     if file is None:
         raise InputError(f"{name_or_path} has no {CONFIG_FILE}", ErrorCode.FILE_NOT_FOUND)

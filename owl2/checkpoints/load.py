@@ -7,6 +7,7 @@ resolution are resized.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,12 @@ from owl2.checkpoints.adapters import (
     load_adapter,
     save_adapter,
 )
-from owl2.checkpoints.config_file import HUB_ARGS, check_generation_config, read_config
+from owl2.checkpoints.config_file import (
+    HUB_ARGS,
+    check_generation_config,
+    read_config,
+    resolve_checkpoint,
+)
 from owl2.checkpoints.from_backbones import backbone_config, backbone_weights
 from owl2.checkpoints.key_report import (
     REPORT_KEYS,
@@ -36,7 +42,7 @@ from owl2.checkpoints.weight_files import (
     weight_files,
 )
 from owl2.errors import ErrorCode, InputError
-from owl2.files import apply_umask
+from owl2.files import apply_umask, expand_user
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, LlamaForCausalLM
@@ -86,6 +92,8 @@ class CheckpointMixin(PreTrainedModel):
             InputError: The checkpoint is not an mPLUG-Owl2; a key is missing, unexpected or of
                 another shape (the message lists them); or an adapter's base model is missing.
         """
+        given = name_or_path
+        name_or_path = resolve_checkpoint(given, revision=kwargs.get("revision"))
         # transformers' Auto classes replace the name of an adapter by the name of its base.
         requested = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path", name_or_path)
         hub = {name: kwargs[name] for name in HUB_ARGS if name in kwargs}
@@ -125,6 +133,8 @@ class CheckpointMixin(PreTrainedModel):
         if image_size is not None:
             model.set_image_size(image_size)
         model.provenance = Provenance.of(name_or_path, hub)
+        if name_or_path != str(expand_user(given)):  # downloaded from ModelScope
+            model.provenance = replace(model.provenance, name=str(given))
         return (model, info) if want_info else model
 
     @classmethod

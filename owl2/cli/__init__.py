@@ -22,6 +22,7 @@ from owl2.cli.chat import chat
 from owl2.cli.info import info
 from owl2.cli.init import init
 from owl2.cli.merge import merge
+from owl2.cli.options import command
 from owl2.cli.plan import plan
 from owl2.cli.serve import serve, web
 from owl2.cli.train import train
@@ -59,8 +60,8 @@ def show_version() -> None:
     _print_version(True)
 
 
-for command in (chat, init, info, plan, train, merge, bench, serve, web, attend, caption):
-    app.command()(command)
+for function in (chat, init, info, plan, train, merge, bench, serve, web, attend, caption):
+    app.command()(command(function))
 app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
 

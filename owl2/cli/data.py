@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from owl2.cli.options import command
 from owl2.errors import ErrorCode, InputError
 
 app = typer.Typer(help="Convert, validate and show datasets.", no_args_is_help=True)
@@ -29,6 +30,7 @@ def _print_datasets(wanted: bool) -> None:
 
 
 @app.command("convert")
+@command
 def convert_data(
     name: Annotated[str, typer.Argument(help="Name of a public dataset; see --list.")],
     source: Annotated[Path, typer.Argument(help="Directory with the published files.")],
@@ -49,6 +51,7 @@ def convert_data(
 
 
 @app.command("check")
+@command
 def check_data(
     source: Annotated[
         str,
@@ -117,6 +120,7 @@ def check_data(
 
 
 @app.command("show")
+@command
 def show_data(
     model: Annotated[str, typer.Option(help="Checkpoint whose processor is used.")],
     source: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeVar
 import typer
 from rich.console import Console
 
-from owl2.cli.options import Base, Device, Dtype
+from owl2.cli.options import Base, Device, Dtype, command
 from owl2.errors import ErrorCode, InputError
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
@@ -17,6 +17,7 @@ JUDGE_MODEL = typer.Option(help="Model name of the judge.")
 
 
 @app.callback()
+@command
 def evaluate_model(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Checkpoint: a directory or a hub id.")] = None,
@@ -123,6 +124,7 @@ def evaluate_model(
 
 
 @app.command("compare")
+@command
 def compare_runs(
     first: Annotated[Path, typer.Argument(help="Output directory of `owl2 eval`.")],
     second: Annotated[Path, typer.Argument(help="Another one with tasks in common.")],
@@ -137,6 +139,7 @@ def compare_runs(
 
 
 @app.command("judge")
+@command
 def judge_responses(
     run: Annotated[Path, typer.Argument(help="Output directory of `owl2 eval`.")],
     judge_url: Annotated[str, JUDGE_URL],

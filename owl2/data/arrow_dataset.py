@@ -10,6 +10,7 @@ from typing import Any
 from owl2.data.row_parsers import image_reader, image_root, parse_row
 from owl2.data.sample import Message, RowDataset, Sample
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 from owl2.registry import look_up
 
 # The files that `save_to_disk` writes for a Dataset and for a DatasetDict.
@@ -18,7 +19,7 @@ _MARKERS = ("dataset_info.json", "dataset_dict.json")
 
 def is_arrow_directory(name: str | Path) -> bool:
     """Whether `save_to_disk` wrote this directory."""
-    return any((Path(name) / marker).is_file() for marker in _MARKERS)
+    return any((expand_user(name) / marker).is_file() for marker in _MARKERS)
 
 
 class ArrowDataset(RowDataset):
@@ -36,7 +37,7 @@ class ArrowDataset(RowDataset):
     def __init__(
         self, path: str | Path, split: str = "train", images: str | Path | None = None
     ) -> None:
-        self.path = Path(path)
+        self.path = expand_user(path)
         if not is_arrow_directory(path):
             raise InputError(
                 f"{path} was not written by save_to_disk of datasets", ErrorCode.FILE_NOT_FOUND

@@ -23,7 +23,7 @@ from owl2.data.datasets.img2dataset import Shard, shard_patterns
 from owl2.data.datasets.registry import DATASET_CARDS, read_published
 from owl2.data.sample import Sample, SkippedRows, validated
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_file, atomic_write_text, require_writable
+from owl2.files import atomic_file, atomic_write_text, expand_user, require_writable
 from owl2.progress import ProgressReporter
 from owl2.registry import Option, check_options, look_up, read_setting
 
@@ -98,7 +98,7 @@ def _pop_image_options(options: dict[str, Any]) -> dict[str, Any]:
     directory = values.get("check_images")
     if directory is None and values.get("missing") == "skip":
         raise InputError("missing=skip needs check_images=DIR", ErrorCode.MISSING_VALUE)
-    if directory is not None and not Path(directory).is_dir():
+    if directory is not None and not expand_user(directory).is_dir():
         raise InputError(f"check_images={directory}: no such directory", ErrorCode.FILE_NOT_FOUND)
     return values
 
@@ -147,7 +147,7 @@ def _write_samples(
         for item in items:
             paths = set(_image_paths(validated(item)))
             if check_images is not None:
-                files = [Path(check_images, path) for path in paths - seen]
+                files = [expand_user(check_images) / path for path in paths - seen]
                 absent = [path for path in files if not path.is_file()]
                 if absent and missing == "stop":
                     raise InputError(

@@ -12,14 +12,18 @@ StatefulDataLoader does the same. It is not used because its last release (0.11,
 subclasses private parts of torch's DataLoader and predates torch 2.7.
 """
 
+import re
+import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from owl2.data.collate import Batch, Features
 from owl2.data.mixture import (
@@ -30,6 +34,7 @@ from owl2.data.mixture import (
     make_generator,
 )
 from owl2.data.sample import InvalidSample, Sample
+from owl2.errors import ErrorCode, InputError
 
 # Batches whose samples are sorted by length together: enough for similar lengths within a batch,
 # few enough that the order of an epoch stays random.
@@ -38,6 +43,8 @@ CHARACTERS_PER_TOKEN = 4
 
 # Ctrl-C and job schedulers send these to all processes of a job.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHARED_MEMORY = Path("/dev/shm")  # of Linux
+MIN_SHARED_MEMORY = 2**20  # bytes
 
 
 class MixtureBatchSampler(Sampler[list[SampleIndex]]):
@@ -185,13 +192,67 @@ def iter_ignoring_signals(loader: "DataLoader[Any]") -> Iterator[Any]:
     The training process finishes its step first, and stops the workers then. The signals are
     blocked while the workers start: a worker would otherwise end if one arrived before
     `ignore_stop_signals` has run in it.
+
+    Raises:
+        InputError: A worker is killed, or the shared memory is too small.
     """
     loader.worker_init_fn = ignore_stop_signals
+    loader.collate_fn = partial(_collate, loader.collate_fn)
+    if loader.num_workers:
+        require_shared_memory()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        return iter(loader)
+        batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return _translate_errors(batches)
+
+
+def require_shared_memory() -> None:
+    """Raises `InputError` if the shared memory is too small for the semaphores of the workers."""
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < MIN_SHARED_MEMORY:
+        raise _shared_memory_error(f"less than {MIN_SHARED_MEMORY / 2**20:.0f} MiB are free")
+
+
+def _shared_memory_error(reason: str) -> InputError:
+    return InputError(
+        f"{SHARED_MEMORY} is too small for the processes that load the data: {reason}. Enlarge it "
+        "(docker run --shm-size=8g or --ipc=host), use smaller batches, or load the data in the "
+        "main process: dataloader_num_workers=0 in a recipe, --workers 1 for `owl2 data check`.",
+        ErrorCode.OUT_OF_MEMORY,
+    )
+
+
+def _collate(collate: Callable[[Any], Any], features: Any) -> Any:
+    """The batch; in a worker its tensors are moved to shared memory.
+
+    The queue of a worker would do that as well, but after an error it prints a traceback and drops
+    the batch, for which the main process would wait forever.
+    """
+    batch = collate(features)
+    if get_worker_info() is not None and isinstance(batch, Batch):
+        for tensor in batch.inputs.values():
+            tensor.share_memory_()
+    return batch
+
+
+def _translate_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        message = str(error)
+        reason = message.strip().rpartition("\n")[2].rstrip(".")
+        if "DataLoader worker" not in message:  # part of torch's messages about workers
+            raise
+        if re.search("shared memory|</torch_", message):  # the name of a file in it
+            raise _shared_memory_error(reason) from error
+        if not re.search("killed by signal|exited unexpectedly", message):
+            raise
+        raise InputError(
+            f"a process that loads the data was killed: {reason}. If memory was short, use fewer "
+            "processes: dataloader_num_workers in a recipe, --workers for `owl2 data check`.",
+            ErrorCode.PROCESS_FAILED,
+        ) from error
 
 
 def ignore_stop_signals(worker: int) -> None:

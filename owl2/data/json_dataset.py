@@ -26,6 +26,7 @@ from rich.console import Console
 from owl2.data.row_parsers import image_reader, image_root, parse_row
 from owl2.data.sample import RowDataset, Sample
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 from owl2.json_records import parse_json, readable, scan_json
 from owl2.progress import ProgressReporter
 
@@ -54,7 +55,7 @@ class JsonDataset(RowDataset):
     """
 
     def __init__(self, path: str | Path, images: str | Path | None = None) -> None:
-        self.path = Path(path)
+        self.path = expand_user(path)
         if not is_json_file(path):
             raise InputError(
                 f"{path}: the suffix must be .json (a list of rows) or .jsonl (a row per line)",

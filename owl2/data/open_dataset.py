@@ -12,7 +12,6 @@ Sequences parse and validate a row when it is accessed: `samples[i]` of an inval
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from owl2.data.arrow_dataset import ArrowDataset, is_arrow_directory
@@ -21,6 +20,7 @@ from owl2.data.json_dataset import JsonDataset, is_json_file
 from owl2.data.sample import Sample
 from owl2.data.webdataset import TarDataset, is_shard_url
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 from owl2.registry import look_up, read_setting
 
 SampleDataset = Sequence[Sample] | TarDataset
@@ -92,7 +92,7 @@ def open_from_cli(source: str, settings: Sequence[str] = ()) -> SampleDataset:
                 look_up(f"setting of {source}", name, dict.fromkeys(known))
             arguments: dict[str, Any] = {name: str(value) for name, value in values.items()}
             return open_dataset(**arguments | {origin: source})
-    if Path(source).exists():
+    if expand_user(source).exists():
         raise InputError(
             f"{source} is not a dataset: give a .json or .jsonl file, .tar files, or a directory "
             "written by save_to_disk of datasets",

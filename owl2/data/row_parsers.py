@@ -19,6 +19,7 @@ from typing import Any
 
 from owl2.data.sample import Message, Sample, validated
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 
 # LLaVA's files write the first, mPLUG-Owl2's files the second.
 _PLACEHOLDER = re.compile(r"<image>|<\|image\|>")
@@ -70,7 +71,7 @@ def _read_image(root: Path, name: Any) -> Message:
         )
     if name.startswith(("http://", "https://", "data:")):
         return {"type": "image", "url": name}
-    return {"type": "image", "path": str(root / name)}
+    return {"type": "image", "path": str(root / expand_user(name))}
 
 
 def image_root(directory: Path, images: str | Path | None) -> Path:
@@ -79,7 +80,7 @@ def image_root(directory: Path, images: str | Path | None) -> Path:
     Raises:
         InputError: It is not a directory.
     """
-    root = directory if images is None else Path(images)
+    root = directory if images is None else expand_user(images)
     if not root.is_dir():
         raise InputError(f"the image directory {root} does not exist", ErrorCode.FILE_NOT_FOUND)
     return root

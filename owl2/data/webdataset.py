@@ -18,6 +18,7 @@ truncated shard must be an error: `tarfile`, and webdataset with it, accepts a m
 """
 
 import glob
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -190,7 +191,7 @@ def _expand(pattern: str) -> list[str]:
     from braceexpand import braceexpand
 
     try:
-        urls = list(braceexpand(pattern))
+        urls = list(braceexpand(os.path.expanduser(pattern)))
     except ValueError as error:
         raise InputError(f"{pattern}: unbalanced braces", ErrorCode.INVALID_VALUE) from error
     paths: list[str] = []

@@ -11,6 +11,7 @@ from owl2.eval.readers.custom import custom_config
 from owl2.eval.readers.fields import read_samples
 from owl2.eval.samples import EvalSample, InvalidEvalSample
 from owl2.eval.task_config import SUITES, TaskConfig, task_configs
+from owl2.files import expand_user
 from owl2.registry import look_up
 
 CUSTOM_SUFFIX = ".jsonl"  # of the user's own files
@@ -97,7 +98,7 @@ def find_tasks(names: str | None, suite: str | None = None) -> list[EvalTask]:
         if not name.endswith(CUSTOM_SUFFIX):
             found[name] = EvalTask(name, look_up("task", name, table))
             continue
-        path = Path(name)
+        path = expand_user(name)
         if not path.is_file():
             raise InputError(f"There is no file {path}.", ErrorCode.FILE_NOT_FOUND)
         is_other = path.stem in found and found[path.stem].directory != path.parent

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 
 # Pillow's own threshold for a suspicious image: a quarter of a gigabyte as RGB.
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -137,7 +138,7 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
                 return io.BytesIO(data), f"the base64 string of {len(source)} characters"
     name = f"the image file '{_shorten(os.fspath(source))}'"
     try:
-        return open(source, "rb"), name
+        return expand_user(source).open("rb"), name
     except FileNotFoundError as error:
         raise _error(
             name,

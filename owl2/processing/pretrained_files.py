@@ -10,9 +10,15 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from owl2.checkpoints.config_file import CONFIG_FILE, HUB_ARGS, find_file, read_config, read_json
+from owl2.checkpoints.config_file import (
+    CONFIG_FILE,
+    HUB_ARGS,
+    find_file,
+    read_config,
+    read_json,
+    resolve_checkpoint,
+)
 from owl2.errors import ErrorCode, InputError
-from owl2.files import require_checkpoint
 from owl2.model.configuration import Owl2Config
 from owl2.model.registry import DEFAULT_MODEL_TYPE, ModelType, get_model_type
 from owl2.processing.image_processing import Owl2ImageProcessor
@@ -45,6 +51,7 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
     hub = {key: value for key, value in hub.items() if key not in _AUTO_ARGS}
     if unknown := sorted(hub.keys() - {*HUB_ARGS, "proxies"}):
         raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(unknown)}")
+    name = resolve_checkpoint(name, "a processor", False, hub.get("revision"))
     files = _find_files(name, hub)
     config = read_config(name, **hub) if files[CONFIG_FILE] else None
     model_type = get_model_type(config.model_type if config else DEFAULT_MODEL_TYPE)
@@ -111,7 +118,6 @@ def read_image_policy(name: str | Path, config: Owl2Config) -> tuple[str, str]:
 
 
 def _find_files(name: str, hub: dict[str, Any]) -> Files:
-    require_checkpoint(name, "a processor")
     files = {file: find_file(name, file, hub) for file in _FILES}
     for vocabulary in _VOCABULARIES:
         files |= {file: find_file(name, file, hub) for file in vocabulary}

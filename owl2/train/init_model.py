@@ -24,10 +24,11 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from owl2.checkpoints.config_file import resolve_checkpoint
 from owl2.checkpoints.from_backbones import load_llm, load_vision, random_llm
 from owl2.data.datasets import load_dataset
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_directory, require_writable
+from owl2.files import atomic_directory, expand_user, require_writable
 from owl2.model.configuration import Owl2AbstractorConfig, Owl2VisionConfig
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.image_processing import Owl2ImageProcessor
@@ -83,6 +84,7 @@ def init_checkpoint(
         raise InputError(f"{output} exists; give another --output", ErrorCode.FILE_EXISTS)
     settings = _read_config(config, {"llm": llm, "tokenizer": llm, "vision": vision})
     require_writable(output)
+    llm, vision = _resolve_backbone(llm), _resolve_backbone(vision)
     try:
         template = None if chat_template is None else Path(chat_template).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -121,6 +123,13 @@ def init_checkpoint(
             model.save_pretrained(directory)
             processor.save_pretrained(directory)
     return model
+
+
+def _resolve_backbone(source: str | Path) -> str:
+    is_file = Path(source).suffix == ".gguf"
+    if is_file or source == FRESH:
+        return str(expand_user(source))
+    return resolve_checkpoint(source, "a backbone")
 
 
 def load_tokenizer(llm: str | Path) -> PreTrainedTokenizerBase:

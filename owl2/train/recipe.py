@@ -7,9 +7,10 @@ contains only what differs from them. Keys have the names of transformers' `Trai
 peft's `LoraConfig` where these have the same setting. `recipe_file` reads the files.
 """
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from owl2.errors import ErrorCode, InputError
@@ -19,6 +20,7 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home directory
 Checkpointing = bool | Literal["selective"]  # see owl2.train.parallelize
 
 # The defaults of stage 1 and stage 2.
@@ -55,14 +57,14 @@ class DataSource(Section):
 
     name: str | None = Field(None, description="name in the mixture; default: the origin")
     dataset: str | None = Field(None, description="name of a dataset, e.g. easy_vqa")
-    file: str | None = Field(None, description="LLaVA-style .json, or .jsonl of messages")
-    shards: str | list[str] | None = Field(
+    file: LocalPath | None = Field(None, description="LLaVA-style .json, or .jsonl of messages")
+    shards: LocalPath | list[LocalPath] | None = Field(
         None, description="tar files: paths with * or {000..099}, http(s) or pipe: URLs"
     )
-    hf_dataset: str | None = Field(
+    hf_dataset: LocalPath | None = Field(
         None, description="directory written by save_to_disk of the library datasets"
     )
-    images: str | None = Field(
+    images: LocalPath | None = Field(
         None, description="root directory of the image paths in a file or hf_dataset"
     )
     split: str = Field("train", description="split of a dataset or hf_dataset")
@@ -146,8 +148,8 @@ class Recipe(Section):
     The defaults are those of the paper; fields without one depend on the stage (`PAPER_STAGES`).
     """
 
-    model: str = Field(description="checkpoint to start from: a directory or a hub id")
-    output: str = Field(description="directory for the model, the logs and the plots")
+    model: LocalPath = Field(description="checkpoint to start from: a directory or a hub id")
+    output: LocalPath = Field(description="directory for the model, the logs and the plots")
     overwrite: bool = Field(False, description="replace a finished model in `output`")
     stage: Annotated[int, Field(ge=1, le=2)] = Field(
         description="1: vision, abstractor, visual weights of MAM; 2: all"

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 from owl2.json_records import readable
 from owl2.registry import read_setting
 from owl2.train.recipe import DataSource, LoraSettings, Recipe, Section, ValidationSettings
@@ -68,7 +69,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: A missing or invalid file, a cycle of bases, an unknown key (the message names
             the most similar one), a value of the wrong type or out of range.
     """
-    settings, origins = _read_with_bases(Path(path), ())
+    settings, origins = _read_with_bases(expand_user(path), ())
     pairs = [read_setting(argument, _Loader) for argument in overrides]
     origins |= {key.split(".")[0]: COMMAND_LINE for key, _ in pairs}
     _update(settings, {key: value for key, value in pairs if "." not in key})
@@ -99,7 +100,8 @@ def _read_with_bases(
             raise InputError(
                 f"{path}: `base` is {base!r}, but must be a path", ErrorCode.INVALID_TYPE
             )
-        settings, origins = _read_with_bases(path.parent / base, (*derived, path.resolve()))
+        base_path = path.parent / expand_user(base)
+        settings, origins = _read_with_bases(base_path, (*derived, path.resolve()))
     _update(settings, own)
     return settings, origins | dict.fromkeys(own, str(path))
 

@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from owl2.checkpoints.config_file import resolve_checkpoint
 from owl2.data.collate import Collator, Layout
 from owl2.data.mixture import MixtureDataset, MixtureSource
 from owl2.data.open_dataset import open_dataset
-from owl2.files import atomic_directory, require_checkpoint, require_writable
+from owl2.files import atomic_directory, require_writable
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.runtime import tune_malloc
@@ -108,7 +109,7 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, context: DistributedContext, console: Console) -> None:
         self.recipe, self.context, self.console = recipe, context, console
         self.output = Path(recipe.output)
-        require_checkpoint(recipe.model, "a model")
+        resolve_checkpoint(recipe.model)
         require_loggers(recipe)
         require_attention(recipe)
         if recipe.compile:

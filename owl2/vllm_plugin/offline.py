@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from owl2.checkpoints.config_file import resolve_checkpoint
 from owl2.engine.engine import Messages
 from owl2.engine.offline import encode_batches
 from owl2.engine.sampling import SamplingParams, changed_options, check_generation_config
@@ -61,6 +62,7 @@ def answer_all(
             "pip install 'owl2-vlm[vllm]'",
             ErrorCode.MISSING_DEPENDENCY,
         ) from error
+    model = resolve_checkpoint(model)
     processor = Owl2Processor.from_pretrained(model)
     try:
         defaults = GenerationConfig.from_pretrained(model)
@@ -74,7 +76,7 @@ def answer_all(
             "in the checkpoint's generation_config.",
             ErrorCode.UNSUPPORTED,
         )
-    llm = LLM(str(model), **settings)
+    llm = LLM(model, **settings)
     context = int(llm.llm_engine.model_config.max_model_len)
     dtype = llm.llm_engine.model_config.dtype
 

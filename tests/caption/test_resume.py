@@ -24,8 +24,9 @@ def part(config, rank=0):
 
 def write_part(config, record, worker):
     options = ("file_name", "error", "error", config.output)
+    stat = (config.folder / record["file_name"]).stat()
     with ShardedJsonl(config.output, config.settings, worker, *options) as records:
-        records.append([record])
+        records.append([record | {"version": f"{stat.st_size}-{stat.st_mtime_ns}"}])
 
 
 @pytest.fixture
@@ -93,6 +94,33 @@ def test_changed_folder(config, folder, stub):
     names = ["a.png", "aa.png", "b/1.jpg", "b/2.PNG", "c.webp", "good.png"]
     assert [row["file_name"] for row in rows(config)] == names
     assert [row["file_name"] for row in report(config)["errors"]] == ["bad2.png"]
+
+
+def replace_image(path, *, same_size):
+    """Replace the content; a modification time as `cp -p` sets it may be older."""
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + (b"" if same_size else b"0"))
+    assert (path.stat().st_size == size) is same_size
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("same_size", [True, False])
+def test_images_that_have_changed_are_captioned_again(config, folder, stub, same_size):
+    run(config)
+    before = rows(config)
+    stub.asked.clear()
+    replace_image(folder / "b/1.jpg", same_size=same_size)
+    run(config)
+    assert stub.asked == ["b/1.jpg"]
+    assert rows(config) == before
+
+
+def test_an_image_that_has_changed_during_an_interruption_is_captioned_again(config, folder, stub):
+    write_part(config, {"file_name": "a.png", "caption": "old"}, WorkerRank(0, 1))
+    write_part(config, {"file_name": "c.webp", "caption": "kept"}, WorkerRank(1, 2))
+    replace_image(folder / "a.png", same_size=True)
+    run(config)
+    assert [row["caption"] for row in rows(config)][::3] == ["a a.png", "kept"]
 
 
 def test_failed_images_are_retried(config, folder, stub):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 from itertools import chain, islice
 
@@ -11,17 +12,20 @@ import pytest
 import torch
 
 from owl2.data import dataloader
-from owl2.data.collate import Collator
+from owl2.data.collate import Batch, Collator
 from owl2.data.dataloader import (
     GROUPED_BATCHES,
     STOP_SIGNALS,
     MixtureBatchSampler,
     MixtureDataLoader,
     estimated_length,
+    iter_ignoring_signals,
 )
 from owl2.data.mixture import MixtureDataset, MixtureSource
 from owl2.data.sample import InvalidSample, Sample
+from owl2.errors import ErrorCode
 from tests.data.streams import NumberedStream
+from tests.errors import raises_input_error
 
 TEXT = "what color is the circle? yes no blue "
 
@@ -190,3 +194,47 @@ def test_dataset_and_collator_can_be_pickled_for_spawned_workers(image, processo
     (index,) = next(iter(MixtureBatchSampler(original.dataset, 1)))
     expected = original.collate([original.dataset[index]])
     assert_same([expected], [collate([dataset[index]])])
+
+
+class LargeBatches(torch.utils.data.Dataset):
+    """Samples of 4 MB in a process that can write files of 1 MB, also into shared memory."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+        return torch.zeros(2**20)
+
+
+def as_batch(rows: list[torch.Tensor]) -> Batch:
+    return Batch({"pixel_values": torch.stack(rows)}, len(rows), 0, 0, [])
+
+
+def test_a_batch_that_exceeds_the_shared_memory_ends_with_advice():
+    loader = torch.utils.data.DataLoader(LargeBatches(), 2, num_workers=1, collate_fn=as_batch)
+    with raises_input_error(ErrorCode.OUT_OF_MEMORY, "/dev/shm", "--shm-size"):
+        list(iter_ignoring_signals(loader))
+
+
+def test_a_tiny_shared_memory_is_refused_before_workers_start(monkeypatch, tmp_path):
+    monkeypatch.setattr(dataloader, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(dataloader, "MIN_SHARED_MEMORY", 2**60)
+    with raises_input_error(ErrorCode.OUT_OF_MEMORY, tmp_path, "dataloader_num_workers=0"):
+        iter_ignoring_signals(torch.utils.data.DataLoader([1, 2], num_workers=1))
+    assert len(list(iter_ignoring_signals(torch.utils.data.DataLoader([1, 2])))) == 2
+
+
+class KilledDataset(torch.utils.data.Dataset):
+    """Its process is killed when it reads a sample, as by the system for lack of memory."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> object:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_with_advice():
+    with raises_input_error(ErrorCode.PROCESS_FAILED, "dataloader_num_workers"):
+        list(iter_ignoring_signals(torch.utils.data.DataLoader(KilledDataset(), num_workers=1)))

@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_config
+from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_config, resolve_checkpoint
 from owl2.data.open_dataset import SampleDataset
 from owl2.data.sample import InvalidSample
 from owl2.data.validate.statistics import (
@@ -34,7 +34,7 @@ from owl2.data.validate.statistics import (
 )
 from owl2.data.validate.validator import SampleValidator, WorkItems, WorkResult
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_file, atomic_write_text, require_checkpoint
+from owl2.files import atomic_file, atomic_write_text
 from owl2.progress import ProgressReporter
 
 MAX_SHOWN = 20
@@ -84,7 +84,7 @@ def effective_max_length(model: str, max_length: int | None) -> int | None:
         InputError: `model` has no processor, its config.json is not valid, or `max_length` exceeds
             the context.
     """
-    require_checkpoint(model, "a processor")
+    model = resolve_checkpoint(model, "a processor", weights=False)
     if find_file(model, CONFIG_FILE, {}) is None:
         return max_length
     context = read_config(model).max_position_embeddings

@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from owl2.constants import IGNORE_INDEX
 from owl2.data.collate import require_labels
-from owl2.data.dataloader import iter_ignoring_signals
+from owl2.data.dataloader import iter_ignoring_signals, require_shared_memory
 from owl2.data.open_dataset import SampleDataset
 from owl2.data.sample import InvalidSample, Message, Sample, get_or_invalid
 from owl2.data.validate.statistics import DatasetStats, SampleStats
 from owl2.data.webdataset import TarDataset
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import InputError
 from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 from owl2.processing.processor import Owl2Processor
@@ -124,6 +124,7 @@ class WorkItems(Dataset[WorkResult]):
     def __init__(self, datasets: Mapping[str, SampleDataset], validator: SampleValidator) -> None:
         self.datasets = datasets
         self.validator = validator
+        require_shared_memory()
         self.stop = multiprocessing.Event()
         self.items: list[WorkItem] = []
         for name, samples in datasets.items():
@@ -170,7 +171,7 @@ class WorkItems(Dataset[WorkResult]):
         process inherits locks that other threads hold.
 
         Raises:
-            InputError: A worker was killed, for example by the system for lack of memory.
+            InputError: See `iter_ignoring_signals`.
         """
         num_workers = min(num_workers, len(self)) if num_workers > 1 else 0
         loader = DataLoader(
@@ -181,13 +182,6 @@ class WorkItems(Dataset[WorkResult]):
         )
         try:
             yield iter_ignoring_signals(loader)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise InputError(
-                "a worker process was killed. If memory was short, use fewer --workers.",
-                ErrorCode.PROCESS_FAILED,
-            ) from error
         except BaseException:
             self.stop.set()  # otherwise the loader waits for the items of its workers
             raise

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.task_config import DataFiles
+from owl2.files import expand_user
 
 NO_FILES = DataFiles(files=[], origin="", license="")
 
@@ -62,7 +63,11 @@ class EvalData:
 
     def find(self, names: Sequence[str]) -> Path | None:
         """The first of these relative names that exists."""
-        paths = (directory / name for directory in self.directories or (Path(),) for name in names)
+        paths = (
+            directory / expand_user(name)
+            for directory in self.directories or (Path(),)
+            for name in names
+        )
         return next((path for path in paths if path.exists()), None)
 
     def relative_name(self, path: Path) -> str:
