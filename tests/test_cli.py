@@ -59,3 +59,11 @@ def test_other_errors_are_not_hidden(monkeypatch, run_cli):
     replace_app(monkeypatch, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         run_cli()
+
+
+def test_windows_is_refused_with_one_error(monkeypatch, run_cli):
+    monkeypatch.setattr(sys, "platform", "win32")
+    result = run_cli("--version")
+    assert result.exit_code == 2
+    assert "WSL" in result.stderr
+    assert result.stdout == ""

@@ -5,7 +5,6 @@ They need matplotlib (the extra ``plot``).
 
 import math
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from owl2.attention.attention_maps import AttentionMaps
 from owl2.attention.heatmap import TokenRange, attention_share, heat_map, overlay
+from owl2.fonts import save_figure
 
 # Colors as in the paper: images orange, text blue.
 KINDS = {
@@ -23,7 +23,6 @@ KINDS = {
     "text": ("prompt text", "#4e79a7"),
     "answer": ("answer", "#59a14f"),
 }
-CHINESE_FONTS = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC")
 MAX_POSITION_LABELS = 48
 LABEL_HEIGHT = 0.11  # inches of a label in the small font
 MIN_IMAGE_EDGE = 360  # pixels, so that a heat map over a small image is smooth
@@ -159,22 +158,17 @@ def _figure(
 ) -> Iterator[Any]:
     """A figure with the question and the answer as title, which is saved when the block ends."""
     import matplotlib
-    from matplotlib import font_manager
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
     style: Any = {
-        "font.family": ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in installed)],
         "font.size": 9,
         "axes.titlesize": 9,
         "figure.titlesize": 11,
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        # A character that no installed font contains becomes a box.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         title = " → ".join(
             textwrap.shorten(text, 120, placeholder=" …") for text in (question, maps.answer)
@@ -188,7 +182,7 @@ def _figure(
             entries = [entry for kind, entry in KINDS.items() if kind in kinds]
             handles = [Patch(color=color, label=label) for label, color in entries]
             figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path, dpi=150)
 
 
 def _mark_spans(axes: Any, maps: AttentionMaps) -> None:

@@ -26,7 +26,7 @@ from owl2.cli.options import command
 from owl2.cli.plan import plan
 from owl2.cli.serve import serve, web
 from owl2.cli.train import train
-from owl2.errors import InputError
+from owl2.errors import ErrorCode, InputError
 
 app = typer.Typer(
     name="owl2",
@@ -76,6 +76,11 @@ def main() -> None:
     # peft imports bitsandbytes, which logs advice on every import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        if sys.platform == "win32":
+            raise InputError(
+                "owl2 runs on Linux and macOS. On Windows, use WSL (`wsl --install`).",
+                ErrorCode.UNSUPPORTED,
+            )
         app(prog_name="owl2")
     except InputError as error:
         console = Console(stderr=True, soft_wrap=True, highlight=False)

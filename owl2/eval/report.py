@@ -7,7 +7,6 @@ need matplotlib (the extra ``plot``); call `has_matplotlib` first.
 import importlib.util
 import math
 import textwrap
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -21,6 +20,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import SampleScore
 from owl2.eval.samples import NO_IMAGE, Response, evenly_spaced
 from owl2.files import atomic_write_text
+from owl2.fonts import save_figure
 from owl2.json_records import json_object
 from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
@@ -259,12 +259,10 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
     from matplotlib.figure import Figure
 
     # Dollar signs in responses do not start a formula.
-    with rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        # Fonts lack some characters of the responses; a box replaces them.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path, dpi=120)
 
 
 def _color(score: SampleScore) -> str:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from owl2 import __version__
 from owl2.files import atomic_write_text
+from owl2.fonts import save_figure
 from owl2.train.checkpointer import TrainingProgress
 from owl2.train.distributed import DistributedContext
 
@@ -150,7 +151,7 @@ def plot_loss(path: Path, log: Lines, validations: Lines, title: str) -> bool:
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
     return True
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from owl2.data.packing import first_fit_decreasing
 from owl2.errors import ErrorCode
+from owl2.fonts import save_figure
 
 RATIO_STEPS = 20  # bins of the aspect ratio per factor of 2: 3.5 % each
 SIMULATED_BATCHES = 200
@@ -210,7 +211,7 @@ def plot_statistics(path: Path, stats: DatasetStats, title: str, max_length: int
     names = [f"1:{2**-tick}" if tick < 0 else f"{2**tick}:1" for tick in ticks]
     ratios.set_xticks([tick * RATIO_STEPS for tick in ticks], names)
     ratios.set_xlim(-3.1 * RATIO_STEPS, 3.1 * RATIO_STEPS)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
     return True
 
 
