@@ -113,7 +113,7 @@ def select_image_policy(pixels: Mapping[str, Any], config: Owl2Config | None) ->
 
 def read_image_policy(name: str | Path, config: Owl2Config) -> tuple[str, str]:
     """`select_image_policy` for a checkpoint, a directory or a hub id."""
-    file = find_file(name, PREPROCESSOR_FILE, {})
+    file = find_file(resolve_checkpoint(name, weights=False), PREPROCESSOR_FILE, {})
     return select_image_policy(read_json(file) if file else {}, config)
 
 
