@@ -1,4 +1,6 @@
-"""AdamW over parameter groups with their own learning rate and weight decay (Specification §2).
+"""AdamW over parameter groups, and the learning-rate schedule (Specification §2).
+
+Each group has its own learning rate and weight decay.
 
 The learning rate of the ViT decays from top to bottom by a factor d (0.9) per level, as in BEiT.
 With L blocks there are L + 2 levels, and level l of 0 … L+1 has d^(L+1-l) of the peak rate:
@@ -8,8 +10,9 @@ With L blocks there are L + 2 levels, and level l of 0 … L+1 has d^(L+1-l) of 
     level L + 1   post_layernorm                                                  1
 
 The last block has d, not 1: the full rate applies above the blocks. Decoder, abstractor and the top
-of the ViT have the same peak rate unless a recipe sets the latter two. The schedule scales each
-group by the same factor. Weight decay applies to matrices, not to norms, biases and embeddings.
+of the ViT have the same peak rate unless a recipe sets the latter two. The schedule multiplies the
+rates of all groups by the same factor. Weight decay applies to matrices, not to norms, biases and
+embeddings.
 """
 
 import re
@@ -111,6 +114,17 @@ def make_adamw(
     devices = {p.device.type for group in groups for p in group["params"]}
     fused = devices <= {"cpu", "cuda"}
     return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=fused)
+
+
+def schedule_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The Trainer's arguments for linear warm-up and cosine decay from the peak to `min_lr`."""
+    return {
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        # A ratio, because the groups have different peaks.
+        "lr_scheduler_kwargs": {"min_lr_rate": recipe.min_lr / recipe.learning_rate},
+        "warmup_steps": recipe.warmup_steps,
+    }
 
 
 def groups_table(groups: list[dict[str, Any]]) -> Table:
