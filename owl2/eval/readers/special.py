@@ -9,7 +9,7 @@ from typing import Any
 
 from owl2.data.datasets import load_dataset
 from owl2.data.datasets.prompts import LETTERS
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, require_package
 from owl2.eval.readers import EvalData
 from owl2.eval.readers.rows import Row, read_jsonl, read_rows, read_table, read_text
 from owl2.eval.samples import InvalidEvalSample
@@ -157,12 +157,9 @@ def mmmu(paths: list[Path], data: EvalData) -> Iterator[Row]:
     Raises:
         InputError: pyarrow is missing; a file cannot be read.
     """
-    try:
-        from pyarrow import ArrowException, parquet
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "MMMU needs pyarrow: pip install 'owl2-vlm[eval]'", ErrorCode.MISSING_DEPENDENCY
-        ) from error
+    require_package("pyarrow", "MMMU", "eval")
+    from pyarrow import ArrowException, parquet
+
     for path in paths:
         try:
             rows = parquet.read_table(path).to_pylist()
