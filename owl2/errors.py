@@ -1,7 +1,12 @@
 """`InputError`: the one exception for errors that a user can cause and correct."""
 
+import re
 from enum import StrEnum
 from importlib.util import find_spec
+from typing import Any
+
+# Base64, and values that are as unreadable in a message.
+_LONG_RUN = re.compile(r"[A-Za-z0-9+/=]{100,}")
 
 
 class ErrorCode(StrEnum):
@@ -70,6 +75,12 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def shorten(value: Any, limit: int = 80) -> str:
+    """`repr(value)` for an error message: at most `limit` characters, base64 abbreviated."""
+    text = _LONG_RUN.sub(lambda run: f"{run[0][:12]}…({len(run[0])} characters)", repr(value))
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def require_package(package: str, purpose: str, extra: str) -> None:

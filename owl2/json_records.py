@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, shorten
 
 # Windows of a file that are read for the next character, and at first for the next value.
 PEEK_BYTES, WINDOW_BYTES = 64, 4096
@@ -60,14 +60,14 @@ class JsonRecord:
         return self.value[key]
 
     def _type_error(self, key: str, kind: str) -> InputError:
-        message = f"{self.where}: {key!r} is {self.value[key]!r:.80}, not {kind}"
+        message = f"{self.where}: {key!r} is {shorten(self.value[key])}, not {kind}"
         return InputError(message, ErrorCode.INVALID_TYPE)
 
 
 def as_record(value: Any, where: str) -> JsonRecord:
     """Raises `InputError` unless `value` is an object."""
     if not isinstance(value, dict):
-        raise InputError(f"{where} is {value!r:.80}, not an object", ErrorCode.INVALID_TYPE)
+        raise InputError(f"{where} is {shorten(value)}, not an object", ErrorCode.INVALID_TYPE)
     return JsonRecord(value, where)
 
 
@@ -85,7 +85,7 @@ def require_split(actual: object, wanted: str, where: str) -> None:
     refuse_test(actual, where)
     if actual not in (None, wanted):
         raise InputError(
-            f"{where} belongs to the split {actual!r:.40}, not to {wanted!r}",
+            f"{where} belongs to the split {shorten(actual)}, not to {wanted!r}",
             ErrorCode.INVALID_VALUE,
         )
 

@@ -2,12 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from owl2.cli.options import command
 from owl2.errors import ErrorCode, InputError
+
+if TYPE_CHECKING:
+    from owl2.data.open_dataset import SampleDataset
+    from owl2.train.recipe import Recipe
 
 app = typer.Typer(help="Convert, validate and show datasets.", no_args_is_help=True)
 
@@ -19,6 +23,43 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe (all of its data), a file, shards, a directory from save_to_disk, or "
+        "the name of a dataset."
+    ),
+]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Checkpoint whose processor is used; default: the recipe's model."
+    ),
+]
+
+
+def _open_datasets(
+    source: str, settings: list[str]
+) -> "tuple[dict[str, SampleDataset], Recipe | None]":
+    """The datasets of a recipe by name, with the recipe; or one dataset."""
+    from owl2.data.open_dataset import open_dataset, open_from_cli, unique_names
+
+    if Path(source).suffix.lower() not in (".yaml", ".yml"):
+        return {source: open_from_cli(source, settings)}, None
+    from owl2.train.recipe_file import read_recipe
+
+    recipe = read_recipe(source, settings)
+    entries = [*recipe.data, *(recipe.validation.data if recipe.validation else [])]
+    return unique_names((e.title, open_dataset(**e.origin())) for e in entries), recipe
+
+
+def _require_model(model: str | None, recipe: "Recipe | None") -> str:
+    if model is None and recipe is None:
+        raise InputError(
+            "--model is required: its processor encodes the samples", ErrorCode.MISSING_VALUE
+        )
+    return model or recipe.model
 
 
 def _print_datasets(wanted: bool) -> None:
@@ -53,15 +94,9 @@ def convert_data(
 @app.command("check")
 @command
 def check_data(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A recipe (all of its data), a file, shards, a directory from save_to_disk, or "
-            "the name of a dataset."
-        ),
-    ],
+    source: Source,
     settings: Settings = None,
-    model: Annotated[str | None, typer.Option(help="Checkpoint; default: the recipe's.")] = None,
+    model: CheckpointOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Directory for the invalid samples and the statistics.")
     ] = None,
@@ -82,29 +117,19 @@ def check_data(
 
     Exit code 0: all samples are valid; 1: some are not; 130: stopped by Ctrl-C.
     """
-    from owl2.data.open_dataset import open_dataset, open_from_cli
-    from owl2.data.validate.command import effective_max_length, unique_names, validate_datasets
+    from owl2.data.validate.command import effective_max_length, validate_datasets
     from owl2.data.validate.validator import SampleValidator
     from owl2.processing.processor import Owl2Processor
 
-    template = None
-    if Path(source).suffix.lower() in (".yaml", ".yml"):
-        from owl2.train.recipe_file import read_recipe
-
-        recipe = read_recipe(source, settings or [])
-        entries = [*recipe.data, *(recipe.validation.data if recipe.validation else [])]
-        datasets = unique_names((entry.title, open_dataset(**entry.origin())) for entry in entries)
-        model, max_length = model or recipe.model, max_length or recipe.max_length
-        template = recipe.chat_template
+    datasets, recipe = _open_datasets(source, settings or [])
+    if recipe is not None:
+        max_length = max_length or recipe.max_length
         batch_size = batch_size or recipe.batch_size // recipe.gradient_accumulation_steps
-    elif model is None:
-        raise InputError(
-            "--model is required: its processor encodes the samples", ErrorCode.MISSING_VALUE
-        )
-    else:
-        datasets = unique_names([(source, open_from_cli(source, settings or []))])
+    model = _require_model(model, recipe)
     validator = SampleValidator(
-        Owl2Processor.from_pretrained(model, chat_template=template, image_newline=True),
+        Owl2Processor.from_pretrained(
+            model, chat_template=recipe and recipe.chat_template, image_newline=True
+        ),
         effective_max_length(model, max_length),
         check_images,
         fetch_urls,
@@ -122,15 +147,10 @@ def check_data(
 @app.command("show")
 @command
 def show_data(
-    model: Annotated[str, typer.Option(help="Checkpoint whose processor is used.")],
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A file, shards, a directory from save_to_disk, or the name of a dataset."
-        ),
-    ],
+    source: Source,
     settings: Settings = None,
-    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 3,
+    model: CheckpointOption = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples of each dataset.")] = 3,
     start: Annotated[int, typer.Option(min=0, help="Number of the first sample, from 0.")] = 0,
     random: Annotated[bool, typer.Option("--random", help="Show random samples.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed for --random.")] = 0,
@@ -141,11 +161,12 @@ def show_data(
     """Print samples as the model reads them; tokens with a label are green or in ⟦brackets⟧."""
     from owl2.data.show import show_samples
 
+    datasets, recipe = _open_datasets(source, settings or [])
     show_samples(
-        model,
-        source,
-        settings or [],
+        _require_model(model, recipe),
+        datasets,
         count,
+        chat_template=recipe and recipe.chat_template,
         start=start,
         seed=seed if random else None,
         html=html,

@@ -65,7 +65,7 @@ def convert_dataset(
     skipped: Counter[str] = Counter()
     items = _without_skipped(read_published(name, source, **options), skipped, name, console)
     if card.is_shards:
-        summary = _write_entry(name, items, out)
+        summary = _write_entry(name, items, out, skipped)
     else:
         statistics = {"name": name, "options": {"source": str(source)} | options}
         summary = _write_samples(items, out, statistics, skipped, **image_options)
@@ -145,7 +145,13 @@ def _write_samples(
     seen: set[str] = set()
     with atomic_file(out) as file:
         for item in items:
-            paths = set(_image_paths(validated(item)))
+            try:
+                paths = set(_image_paths(validated(item)))
+            except InputError as error:
+                if error.code is not ErrorCode.EMPTY_MESSAGE:
+                    raise
+                skipped["samples with an empty turn"] += 1
+                continue
             if check_images is not None:
                 files = [expand_user(check_images) / path for path in paths - seen]
                 absent = [path for path in files if not path.is_file()]
@@ -185,10 +191,13 @@ def _image_paths(sample: Sample) -> Iterator[str]:
                 yield str(part["path"])
 
 
-def _write_entry(name: str, shards: Iterable[Shard], out: Path) -> str:
+def _write_entry(name: str, shards: Iterable[Shard], out: Path, skipped: Counter[str]) -> str:
     found = list(shards)
     if not found:
-        raise InputError(f"{name}: no complete shard", ErrorCode.EMPTY_DATASET)
+        raise InputError(
+            f"{name}: no complete shard with captions; skipped: {dict(skipped)}",
+            ErrorCode.EMPTY_DATASET,
+        )
     pairs = sum(shard.pairs for shard in found)
     # With the number of pairs as weight, several sources are sampled like one.
     patterns = shard_patterns([shard.path for shard in found])

@@ -11,7 +11,7 @@ Sequences parse and validate a row when it is accessed: `samples[i]` of an inval
 `InputError`. A stream returns an `InvalidSample` instead.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from owl2.data.arrow_dataset import ArrowDataset, is_arrow_directory
@@ -100,3 +100,12 @@ def open_from_cli(source: str, settings: Sequence[str] = ()) -> SampleDataset:
         )
     split = values.pop("split", "train")
     return open_dataset(dataset=source, split=split, options=values)
+
+
+def unique_names(datasets: Iterable[tuple[str, SampleDataset]]) -> dict[str, SampleDataset]:
+    """Datasets by name; the second with the same name becomes "NAME (2)"."""
+    result: dict[str, SampleDataset] = {}
+    for name, samples in datasets:
+        count = sum(other == name or other.startswith(f"{name} (") for other in result)
+        result[f"{name} ({count + 1})" if count else name] = samples
+    return result

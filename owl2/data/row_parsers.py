@@ -1,77 +1,138 @@
 """Rows to samples, independent of the file format.
 
-The keys of a row determine its kind::
+The keys of a row determine its format, see `FORMATS`::
 
-    messages [+ images]        transformers' messages; a bare {"type": "image"} part is the next of
-                               `images`
-    conversations [+ image]    LLaVA's [{"from": "human" | "gpt", "value": ...}, ...]; <image> in a
-                               text is the next of `image`
-    caption | text + image     an image and its caption: the user turn is the image alone
+    messages [+ images]         transformers, OpenAI, ms-swift, LlamaFactory, DocOwl
+    conversations [+ image]     LLaVA, ShareGPT, Qwen-VL: [{"from": "human" | "gpt", "value": ...}]
+    query, response             ms-swift
+    instruction, input, output  LlamaFactory
+    text with Human: and AI:    mPLUG-Owl
+    caption | text + image      an image and its caption: the user turn is the image alone
 
-Images are opened when a sample is used.
+In a text, `<image>` or `<|image|>` is the next of the row's images, and Qwen-VL's
+`<img>PATH</img>` is an image itself; a bare {"type": "image"} part is the next one as well. A
+`system` text becomes a system message, and an answer with `"loss": false` (OpenAI: `"weight": 0`)
+is a part of the prompt. Media that are not read are refused, see `media_keys`. Images are opened
+when a sample is used.
 """
 
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from owl2.data.media_keys import refuse_markers, unused_keys
 from owl2.data.sample import Message, Sample, validated
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
+from owl2.processing.chat_template import IMAGE_TOKEN
 
 # LLaVA's files write the first, mPLUG-Owl2's files the second.
 _PLACEHOLDER = re.compile(r"<image>|<\|image\|>")
-_LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_CAPTION_KEYS = ("caption", "text")
+_QWEN_IMAGE = re.compile(r"<img>\s*([^<>\n]+\.\w{2,5}|https?://[^<>\s]+)\s*</img>")
+_QWEN_LABEL = re.compile(r"Picture \d+: ?(?=<image>)")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+_SCHEME = re.compile(r"(?:https?|file)://|data:", re.IGNORECASE)
+# ShareGPT's files have all of these, and others (bing, bard).
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_OWL_TURN = re.compile(r"(?:^|\n)(Human|AI):[ \t]?")
+# The start of every row of mPLUG-Owl. The format of mPLUG-Owl2 has no system text.
+OWL_SYSTEM = (
+    "The following is a conversation between a curious human and AI assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
 
 # An image of a row to a message part. Raises `InputError` for other values.
 ImageReader = Callable[[Any], Message]
 
 
+class Format(NamedTuple):
+    """A format of rows.
+
+    Attributes:
+        read: The messages of a row, with placeholders in their texts.
+        keys: The keys that it reads, without those of images.
+        moves_image: The single image of a turn is moved before the text, see `parse_row`.
+    """
+
+    read: Callable[[Mapping[str, Any]], list[Any]]
+    keys: tuple[str, ...]
+    moves_image: bool = False
+
+
 def parse_row(
     row: Any, source: str, read_image: ImageReader, attached: Sequence[Any] = ()
 ) -> Sample:
-    """A row of any kind as a validated sample.
+    """A row of any format as a validated sample.
 
-    The text of LLaVA rows is converted as in the authors' training code (Specification §1.5): a
-    turn with one image becomes the image, a line break and the stripped text, wherever the
-    placeholder was. In a turn with several images the placeholders keep their positions, because
-    the text between them refers to them. Turns without images and `messages` are not changed.
+    The text of LLaVA, Qwen-VL and mPLUG-Owl rows is converted as in the authors' training code
+    (Specification §1.5): a turn with one image becomes the image, a line break and the stripped
+    text, wherever the placeholder was. In a turn with several images the placeholders keep their
+    positions, because the text between them refers to them. Other texts are not changed.
 
     Args:
         attached: Images stored next to the row; image names in the row are then ignored.
 
     Raises:
-        InputError: Starts with `source`. The row is of no kind or of several, the number of images
-            does not fit, or see `validated`.
+        InputError: Starts with `source`. The row has no known format or several, the number of
+            images does not fit, it has media that are not read, or see `validated`.
     """
     try:
         if not isinstance(row, Mapping):
             raise InputError(
                 f"a row must be an object, not {type(row).__name__}", ErrorCode.INVALID_FORMAT
             )
-        images = [read_image(image) for image in attached or _images(row)]
-        messages = _PARSERS[_kind(row)](row, images, read_image)
+        row_format = FORMATS[_format_name(row)]
+        messages = row_format.read(row)
+        if system := row.get("system"):
+            messages.insert(0, {"role": "system", "content": system})
+        images = list(attached or _images(row))
+        messages, inline = _take_qwen_images(messages)
+        if images and inline:
+            raise InputError("the row has images both as a key and as <img>", ErrorCode.CONFLICT)
+        images += inline
+        split = partial(_split, has_images=bool(images), moves_image=row_format.moves_image)
+        messages = [
+            m | {"content": _to_parts(m["content"], split, read_image)} if _is_message(m) else m
+            for m in messages
+        ]
+        messages = _insert_images(messages, [read_image(image) for image in images])
+        keys = {*row_format.keys, "image", "images"}
+        has_images = any(part.get("type") != "text" for m in messages for part in _parts(m))
+        unused = unused_keys(row, keys, has_images, is_attached=bool(attached))
+        texts = [part.get("text") for m in messages if _is_message(m, "user") for part in _parts(m)]
+        refuse_markers((text for text in texts if isinstance(text, str)), has_images)
     except InputError as error:
         raise InputError(f"{source}: {error}", error.code) from error
-    return validated(Sample(messages, source))
+    return validated(Sample(messages, source, unused))
 
 
 def image_reader(root: Path) -> ImageReader:
-    """Reads image names as paths relative to `root`; URLs are not changed."""
+    """Reads image names as paths relative to `root`; URLs and base64 are not changed."""
     return partial(_read_image, root)
 
 
 def _read_image(root: Path, name: Any) -> Message:
     if not isinstance(name, str) or not name:
         raise InputError(
-            f"an image must be a path or a URL, not {name!r:.80}", ErrorCode.INVALID_TYPE
+            f"an image must be a path, a URL or base64, not {shorten(name)}",
+            ErrorCode.INVALID_TYPE,
         )
-    if name.startswith(("http://", "https://", "data:")):
+    if _SCHEME.match(name):
         return {"type": "image", "url": name}
-    return {"type": "image", "path": str(root / expand_user(name))}
+    path = root / expand_user(name)
+    if _BASE64.fullmatch(name) and not os.path.exists(path):
+        return {"type": "image", "base64": name}
+    return {"type": "image", "path": str(path)}
 
 
 def image_root(directory: Path, images: str | Path | None) -> Path:
@@ -86,21 +147,6 @@ def image_root(directory: Path, images: str | Path | None) -> Path:
     return root
 
 
-def _kind(row: Mapping[str, Any]) -> str:
-    kinds = [key for key in ("messages", "conversations") if row.get(key) is not None]
-    if len(kinds) == 2:
-        raise InputError("a row has both 'messages' and 'conversations'", ErrorCode.CONFLICT)
-    if kinds:
-        return kinds[0]
-    if any(isinstance(row.get(key), str) for key in _CAPTION_KEYS):
-        return "caption"
-    raise InputError(
-        "a row needs a list 'messages' (transformers), a list 'conversations' (LLaVA), or an image "
-        "with a 'caption' or 'text'",
-        ErrorCode.INVALID_FORMAT,
-    )
-
-
 def _images(row: Mapping[str, Any]) -> list[Any]:
     values = [row[key] for key in ("image", "images") if row.get(key) is not None]
     if len(values) > 1:
@@ -110,99 +156,227 @@ def _images(row: Mapping[str, Any]) -> list[Any]:
     return values[0] if isinstance(values[0], list) else values
 
 
+# ------------------------------------------------------------------ formats
+
+
+def _format_name(row: Mapping[str, Any]) -> str:
+    names = [name for name in FORMATS if row.get(name) is not None]
+    if {"messages", "conversations"} <= set(names):
+        raise InputError("a row has both 'messages' and 'conversations'", ErrorCode.CONFLICT)
+    for name in names:
+        if name in ("messages", "conversations") or all(
+            isinstance(row.get(key), str) for key in (name, _ANSWER_KEYS.get(name, name))
+        ):
+            return name
+    raise InputError(
+        "a row needs a list 'messages' (transformers), a list 'conversations' (LLaVA), or an image "
+        "with a 'caption' or 'text'",
+        ErrorCode.INVALID_FORMAT,
+    )
+
+
 def _turns(row: Mapping[str, Any], key: str) -> list[Any]:
     if not isinstance(row[key], list):
-        raise InputError(f"{key!r} must be a list, not {row[key]!r:.80}", ErrorCode.INVALID_FORMAT)
+        raise InputError(
+            f"{key!r} must be a list, not {shorten(row[key])}", ErrorCode.INVALID_FORMAT
+        )
     return row[key]
 
 
-def _parse_caption(row: Mapping[str, Any], images: list[Message], _: ImageReader) -> list[Message]:
-    if len(images) != 1:
-        raise InputError(
-            f"a caption needs one image, but the row has {len(images)}",
-            ErrorCode.IMAGE_COUNT_MISMATCH,
-        )
-    caption = next(row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str))
-    question = {"role": "user", "content": images}
-    return [question, {"role": "assistant", "content": caption.strip()}]
+def _read_messages(row: Mapping[str, Any]) -> list[Any]:
+    return [
+        _message(turn, turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else turn
+        for turn in _turns(row, "messages")
+    ]
 
 
-def _parse_llava(row: Mapping[str, Any], images: list[Message], _: ImageReader) -> list[Message]:
-    turns = [_llava_turn(turn) for turn in _turns(row, "conversations")]
-    placeholders = sum(len(_PLACEHOLDER.findall(text)) for _, text in turns)
-    if placeholders != len(images):
-        raise InputError(
-            f"the text has {placeholders} image placeholders, but the row has {len(images)} images",
-            ErrorCode.IMAGE_COUNT_MISMATCH,
-        )
-    unused = iter(images)
-    return [{"role": role, "content": _llava_content(text, unused)} for role, text in turns]
+def _read_conversations(row: Mapping[str, Any]) -> list[Any]:
+    messages = []
+    for turn in _turns(row, "conversations"):
+        fields = turn if isinstance(turn, Mapping) else {}
+        role = fields.get("from", fields.get("role"))
+        text = fields.get("value", fields.get("content"))
+        if not isinstance(text, str):
+            raise InputError(
+                "a turn must be an object with 'from' and a string 'value'", ErrorCode.INVALID_TYPE
+            )
+        if not isinstance(role, str) or role not in ROLES:
+            raise InputError(
+                f"'from' is {shorten(role)}; it must be 'human' or 'gpt'", ErrorCode.INVALID_ROLE
+            )
+        messages.append(_message(turn, ROLES[role], text))
+    return messages
 
 
-def _llava_turn(turn: Any) -> tuple[str, str]:
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-        raise InputError(
-            "a turn must be an object with 'from' and a string 'value'", ErrorCode.INVALID_TYPE
-        )
-    role = turn.get("from")
-    if not isinstance(role, str) or role not in _LLAVA_ROLES:
-        raise InputError(f"'from' is {role!r}; it must be 'human' or 'gpt'", ErrorCode.INVALID_ROLE)
-    return _LLAVA_ROLES[role], turn["value"]
+def _message(turn: Mapping[str, Any], role: Any, content: Any) -> Message:
+    """A turn as a message; `"loss": False` is kept."""
+    unused_keys(turn, ("from", "value", "role", "content"), has_images=False)
+    message = {"role": role, "content": content}
+    for key in ("loss", "weight"):
+        value = turn.get(key)
+        if value not in (None, 0, 1) or (value and role != "assistant"):
+            raise InputError(
+                f"{key!r} of a turn of {role!r} is {shorten(value)}: only answers contribute to "
+                "the loss, with true or not at all",
+                ErrorCode.UNSUPPORTED,
+            )
+        if value is not None and not value and role == "assistant":
+            message["loss"] = False
+    return message
 
 
-def _llava_content(text: str, images: Iterator[Message]) -> str | list[Message]:
-    """The content of a turn; takes an image for each placeholder."""
-    segments = _PLACEHOLDER.split(text)
-    if len(segments) == 1:
-        return text
-    if len(segments) == 2:
+def _read_rounds(row: Mapping[str, Any], question: str, answer: str, more: str = "") -> list[Any]:
+    """A question and its answer under two keys, after the rounds of `history`."""
+    last = "\n".join(row[key] for key in (question, more) if row.get(key))
+    rounds = [*(row.get("history") or []), [last, row[answer]]]
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in rounds):
+        raise InputError("'history' must be a list of [question, answer]", ErrorCode.INVALID_FORMAT)
+    roles = ("user", "assistant")
+    return [_message({}, roles[i], pair[i]) for pair in rounds for i in range(2)]
+
+
+def _read_caption(row: Mapping[str, Any], key: str) -> list[Any]:
+    if key == "text" and {"Human", "AI"} <= set(_OWL_TURN.findall(row[key])):
+        return _read_owl(row[key])
+    for question in ("question", "query", "prompt", "instruction"):
+        if row.get(question):
+            raise InputError(
+                f"a row has {key!r} and {question!r}, but no known format has both",
+                ErrorCode.INVALID_FORMAT,
+            )
+    image = [{"type": "image"}]
+    return [_message({}, "user", image), _message({}, "assistant", row[key].strip())]
+
+
+def _read_owl(text: str) -> list[Any]:
+    """The turns of an mPLUG-Owl row: "Human: <image>\\nHuman: question\\nAI: answer\\n..."."""
+    system, *fields = _OWL_TURN.split(text)
+    messages: list[Message] = []
+    if system.strip() not in ("", OWL_SYSTEM):
+        messages.append(_message({}, "system", system.strip()))
+    for name, content in zip(fields[::2], fields[1::2], strict=True):
+        role = "user" if name == "Human" else "assistant"
+        if role == "user" and messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n{content.strip()}"
+        else:
+            messages.append(_message({}, role, content.strip()))
+    return messages
+
+
+# The answer of a question under another key.
+_ANSWER_KEYS = {"query": "response", "instruction": "output"}
+FORMATS: dict[str, Format] = {
+    "messages": Format(_read_messages, ("messages", "system")),
+    "conversations": Format(_read_conversations, ("conversations", "system"), moves_image=True),
+    "query": Format(
+        partial(_read_rounds, question="query", answer="response"),
+        ("query", "response", "history", "system"),
+    ),
+    "instruction": Format(
+        partial(_read_rounds, question="instruction", answer="output", more="input"),
+        ("instruction", "input", "output", "history", "system"),
+    ),
+    "caption": Format(partial(_read_caption, key="caption"), ("caption",)),
+    "text": Format(partial(_read_caption, key="text"), ("text",), moves_image=True),
+}
+
+
+# ------------------------------------------------------------------ images of messages
+
+
+def _is_message(message: Any, role: str | None = None) -> bool:
+    # Other values are not changed here: `validated` reports them.
+    return isinstance(message, Mapping) and role in (None, message.get("role"))
+
+
+def _parts(message: Any) -> list[Mapping[str, Any]]:
+    content = message.get("content") if _is_message(message) else None
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+
+
+def _take_qwen_images(messages: list[Any]) -> tuple[list[Any], list[str]]:
+    """The messages with `<image>` in place of `<img>PATH</img>` in user texts, and the paths."""
+    names: list[str] = []
+    replaced = list(messages)
+    for i, message in enumerate(messages):
+        if _is_message(message, "user") and isinstance(message["content"], str):
+            names += _QWEN_IMAGE.findall(message["content"])
+            replaced[i] = message | {"content": _QWEN_IMAGE.sub("<image>", message["content"])}
+    if len(names) == 1:  # nothing refers to the label of a single image
+        for message in replaced:
+            if _is_message(message, "user") and isinstance(message["content"], str):
+                message["content"] = _QWEN_LABEL.sub("", message["content"])
+    return (replaced if names else messages), names
+
+
+def _split(text: str, has_images: bool, moves_image: bool) -> list[Message]:
+    """A text as parts; placeholders become {"type": "image"}."""
+    # Without images, <image>...</image> is XML.
+    is_xml = not has_images and "</image>" in text
+    segments = text.split(IMAGE_TOKEN) if is_xml else _PLACEHOLDER.split(text)
+    if moves_image and len(segments) == 2:
         stripped = "".join(segments).strip()
         segments = ["", f"\n{stripped}" if stripped else ""]
-    else:
+    elif moves_image and len(segments) > 2:
         segments = [segments[0].lstrip(), *segments[1:-1], segments[-1].rstrip()]
     parts: list[Message] = []
     for i, segment in enumerate(segments):
         if i:
-            parts.append(next(images))
+            parts.append({"type": "image"})
         if segment:
             parts.append({"type": "text", "text": segment})
     return parts
 
 
-def _parse_messages(
-    row: Mapping[str, Any], images: list[Message], read_image: ImageReader
-) -> list[Message]:
-    unused = iter(images)
-    messages = [_message(message, unused, read_image) for message in _turns(row, "messages")]
-    if remaining := len(list(unused)):
+def _to_parts(content: Any, split: Callable[[str], list[Message]], read_image: ImageReader) -> Any:
+    if isinstance(content, str):
+        parts = split(content)
+        return parts if any(part["type"] == "image" for part in parts) else content
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for part in content:
+        if not isinstance(part, Mapping):
+            return content
+        # Arrow tables have every key in every part, with None where it is absent.
+        part = {key: value for key, value in part.items() if value is not None}
+        if "type" not in part:  # Qwen's API: {"image": ...} or {"text": ...}
+            part |= {"type": next((key for key in ("text", "image") if key in part), None)}
+        if part["type"] == "text" and isinstance(part.get("text"), str):
+            unused_keys(part, ("type", "text"), has_images=False)
+            parts += split(part["text"]) or [part]
+        else:
+            parts.append(_image_part(part, read_image))
+    return parts
+
+
+def _image_part(part: Message, read_image: ImageReader) -> Message:
+    """The part with its path resolved; URLs and base64 are not changed."""
+    for key in ("path", "image", "url", "image_url"):
+        value = part.get(key)
+        if key == "image_url" and isinstance(value, Mapping):
+            value = value.get("url")
+        is_name = key in ("path", "image") or (isinstance(value, str) and not _SCHEME.match(value))
+        if part["type"] in ("image", "image_url") and value is not None and is_name:
+            others = {name: one for name, one in part.items() if name not in (key, "type")}
+            return others | read_image(value)
+    return part
+
+
+def _insert_images(messages: list[Any], images: list[Message]) -> list[Any]:
+    """The messages with the next of `images` for each part {"type": "image"}."""
+    bare = {"type": "image"}
+    count = sum(part == bare for message in messages for part in _parts(message))
+    if count != len(images):
         raise InputError(
-            f"the row has {len(images)} images, but its messages have {len(images) - remaining} "
-            'parts {"type": "image"}',
+            f"the messages have {count} image placeholders, but the row has {len(images)} images",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
-    return messages
-
-
-def _message(message: Any, images: Iterator[Message], read_image: ImageReader) -> Any:
-    # Other values are not changed here: `validated` reports them.
-    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
-        return message
-    parts = [_part(part, images, read_image) for part in message["content"]]
-    return {**message, "content": parts}
-
-
-def _part(part: Any, images: Iterator[Message], read_image: ImageReader) -> Any:
-    if not isinstance(part, Mapping) or part.get("type") != "image":
-        return part
-    # Arrow tables have every key in every part, with None where it is absent.
-    present = {key: value for key, value in part.items() if value is not None}
-    if present.keys() == {"type"}:
-        return next(images, present)
-    for key in ("path", "image"):
-        if key in present:
-            image = read_image(present[key])
-            return {name: value for name, value in present.items() if name != key} | image
-    return present
-
-
-_PARSERS = {"messages": _parse_messages, "conversations": _parse_llava, "caption": _parse_caption}
+    unused = iter(images)
+    return [
+        message | {"content": [next(unused) if p == bare else p for p in message["content"]]}
+        if _is_message(message) and isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]

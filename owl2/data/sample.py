@@ -17,14 +17,16 @@ class Sample:
 
     Attributes:
         messages: transformers' message format,
-            `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`. An image is a
-            part such as `{"type": "image", "path": ...}`. It is not opened before the sample is
-            encoded.
+            `[{"role": "user" | "assistant", "content": str | [part, ...]}, ...]`, after an optional
+            system message. An image is a part such as `{"type": "image", "path": ...}`. It is not
+            opened before the sample is encoded. An answer with `"loss": False` has no labels.
         source: The file and row, or the dataset and item, for error messages.
+        unused_keys: Keys of the row that were not read.
     """
 
     messages: list[Message]
     source: str
+    unused_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`owl2 data show`: samples as the model reads them, on the terminal or as a page with images."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from owl2 import html as html_page
-from owl2.data.open_dataset import SampleDataset, open_from_cli
+from owl2.data.open_dataset import SampleDataset
 from owl2.data.sample import InvalidSample, Sample, get_or_invalid
 from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
@@ -35,11 +35,11 @@ h2 { font-size: .85em; color: #555; font-weight: normal; margin: 0 0 .5em; word-
 
 def show_samples(
     model: str,
-    source: str,
-    settings: Sequence[str],
+    datasets: Mapping[str, SampleDataset],
     count: int,
     console: Console | None = None,
     *,
+    chat_template: str | None = None,
     start: int = 0,
     seed: int | None = None,
     html: str | Path | None = None,
@@ -48,23 +48,32 @@ def show_samples(
 
     Args:
         model: The checkpoint or hub id whose processor is used.
-        source: A dataset, with its `settings`; see `open_from_cli`.
-        count: Number of samples, from number `start` on (from 0).
+        datasets: By their names.
+        chat_template: As in `Owl2Processor.from_pretrained`.
+        count: Number of samples of each dataset, from number `start` on (from 0).
         seed: Shuffles the samples; None keeps their order.
         html: Write a page with the images to this file instead.
 
     Raises:
-        InputError: `model` has no processor, `html` cannot be written, or see `open_from_cli`.
+        InputError: `model` has no processor, or `html` cannot be written.
     """
     console = console or Console()
-    dataset = open_from_cli(source, settings)
-    processor = Owl2Processor.from_pretrained(model, image_newline=True)  # as in training
-    samples = islice(_ordered(dataset, start + count, seed), start, start + count)
-    total = "the" if isinstance(dataset, TarDataset) else f"{len(dataset):,}"
+    processor = Owl2Processor.from_pretrained(
+        model,
+        chat_template=chat_template,
+        image_newline=True,  # as in training
+    )
+    samples = (
+        sample
+        for dataset in datasets.values()
+        for sample in islice(_ordered(dataset, start + count, seed), start, start + count)
+    )
+    sizes = [None if isinstance(d, TarDataset) else len(d) for d in datasets.values()]
+    total = "the" if None in sizes else f"{sum(filter(None, sizes)):,}"
     if html is not None:
         articles = [_article(sample, processor) for sample in samples]
         legend = '<p><span class="label">Green</span> tokens contribute to the loss.</p>\n'
-        title = f"{len(articles):,} of {total} samples of {source}"
+        title = f"{len(articles):,} of {total} samples of {', '.join(datasets)}"
         atomic_write_text(html, html_page.page(title, legend + "\n".join(articles), HTML_STYLE))
         console.print(f"Wrote {len(articles):,} samples to {html}", markup=False, soft_wrap=True)
         return

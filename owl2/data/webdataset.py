@@ -32,7 +32,7 @@ from typing import IO, Any, Self, cast
 
 from owl2.data.row_parsers import parse_row
 from owl2.data.sample import InvalidSample, Message, Sample
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, shorten
 from owl2.json_records import parse_json
 
 _URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -218,6 +218,11 @@ def _to_sample(source: str, files: Files) -> Sample | InvalidSample:
             row: Any = {"caption": contents["txt"].decode("utf-8-sig")}
         elif "json" in contents:
             row = parse_json(contents["json"], "its .json")
+            if isinstance(row, dict) and "sha256" in row and row.get("caption") is None:
+                raise InputError(
+                    "img2dataset wrote the sample without a caption: give it --caption_col",
+                    ErrorCode.EMPTY_MESSAGE,
+                )
         else:
             raise InputError(
                 "the sample has no .txt or .json. (The files of a sample must be consecutive; "
@@ -240,8 +245,8 @@ def _read_image(value: Any) -> Message:
     if isinstance(value, bytes):
         return {"type": "image", "image": value}
     raise InputError(
-        f"the .json names the image {value!r:.80}, but the images of a shard are files next to it, "
-        'KEY.jpg or KEY.0.jpg, KEY.1.jpg, ...; in messages their parts are {"type": "image"}',
+        f"the .json names the image {shorten(value)}, but the images of a shard are files next to "
+        'it, KEY.jpg or KEY.0.jpg, KEY.1.jpg, ...; in messages their parts are {"type": "image"}',
         ErrorCode.MISSING_IMAGE,
     )
 

@@ -19,48 +19,9 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, shorten
 
 IMAGE_TOKEN = "<|image|>"
-
-# Specification §1.5. Rounds are concatenated without a separator. The space before an answer is
-# part of the answer's first token. Contents may be strings or lists of parts, for other tools that
-# use this file.
-DEFAULT_CHAT_TEMPLATE = """\
-{%- macro body(content) -%}
-  {%- if content is string -%}
-    {{- content -}}
-  {%- else -%}
-    {%- for part in content -%}
-      {{- part['text'] if part['type'] == 'text' else '<|image|>' -}}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-  {%- if message['role'] == 'user' -%}
-    {{- 'USER: ' + body(message['content']) -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- ' ASSISTANT:' -}}
-    {%- generation -%}
-      {{- ' ' + body(message['content']) + eos_token -}}
-    {%- endgeneration -%}
-  {%- else -%}
-    {{- raise_exception('the format of mPLUG-Owl2 has no ' + message['role'] + ' prompt; \
-put that text at the start of the first user turn') -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- ' ASSISTANT:' -}}
-{%- endif -%}
-"""
-
-# The authors' training format: the same with a system text.
-V1_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions. "
-)
-V1_CHAT_TEMPLATE = f'{{{{- "{V1_SYSTEM}" -}}}}\n{DEFAULT_CHAT_TEMPLATE}'
-CHAT_TEMPLATES = {"mplug_owl2": DEFAULT_CHAT_TEMPLATE, "v1": V1_CHAT_TEMPLATE}
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
@@ -77,7 +38,8 @@ class ParsedMessages:
     """Validated messages.
 
     Attributes:
-        turns: Messages whose parts are `{"type": "text", "text": str}` and `{"type": "image"}`.
+        turns: Messages whose parts are `{"type": "text", "text": str}` and `{"type": "image"}`. An
+            answer with `"loss": False` has no labels.
         images: Sources of the images for `load_image`, in order of appearance, not yet opened. A
             part `{"type": "image"}` without a source has none.
     """
@@ -90,6 +52,31 @@ class ParsedMessages:
         """Whether the last turn has no answer."""
         return bool(self.turns[-1]["role"] == "user")
 
+    @property
+    def has_loss(self) -> list[bool]:
+        """Whether each answer has labels."""
+        return [turn.get("loss", True) for turn in self.turns if turn["role"] == "assistant"]
+
+    def without_end_tokens(self, eos_token: str) -> "ParsedMessages":
+        """The conversation without `eos_token` at the end of an answer: the template writes it.
+
+        Raises:
+            InputError: The answer has no other text.
+        """
+        end = re.compile(rf"(?:\s*{re.escape(eos_token)})+\s*$")
+        turns = []
+        for turn in self.turns:
+            text = content_to_text(turn["content"]) if turn["role"] == "assistant" else ""
+            if found := end.search(text):
+                if not found.start():
+                    raise InputError(
+                        f"An answer is empty: its text is only {eos_token}.",
+                        ErrorCode.EMPTY_MESSAGE,
+                    )
+                turn = turn | {"content": [{"type": "text", "text": text[: found.start()]}]}
+            turns.append(turn)
+        return ParsedMessages(tuple(turns), self.images)
+
 
 # ------------------------------------------------------------------ messages to ParsedMessages
 
@@ -97,8 +84,8 @@ class ParsedMessages:
 def parse_messages(messages: Sequence[Message] | ParsedMessages) -> ParsedMessages:
     """Validate messages in the format of transformers; `ParsedMessages` are returned unchanged.
 
-    Roles alternate, starting with `user`; a template may support `system` before it. A content is a
-    string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" |
+    Roles alternate, starting with `user` after optional `system` messages. A content is a string
+    or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" |
     "path" | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`.
     `<|image|>` in a text marks an image as well.
 
@@ -127,14 +114,16 @@ def parse_messages(messages: Sequence[Message] | ParsedMessages) -> ParsedMessag
                 ErrorCode.INVALID_TYPE,
             )
         role = message["role"]
-        if role != expected and not (role == "system" and index == 0):
+        if role != expected and not (role == "system" and all(t["role"] == role for t in turns)):
             raise InputError(
-                f"{where} has the role {role!r} instead of {expected!r}: after an optional system "
-                "message, user and assistant alternate.",
+                f"{where} has the role {role!r} instead of {expected!r}: after optional system "
+                "messages, user and assistant alternate.",
                 ErrorCode.INVALID_ROLE,
             )
         parts = _read_content(message["content"], role, f"{where} ({role})", images)
         turns.append({"role": role, "content": parts})
+        if role == "assistant" and message.get("loss") is False:
+            turns[-1]["loss"] = False
         expected = "assistant" if role == "user" else "user"
     if not turns or turns[-1]["role"] == "system":
         raise InputError(
@@ -295,6 +284,8 @@ def render(
 ) -> tuple[str, Spans]:
     """The conversation as text, with `<|image|>` for images.
 
+    System messages are moved into the first user message if the template does not support them.
+
     Args:
         options: Of transformers (`add_generation_prompt`, `continue_final_message`,
             `return_assistant_tokens_mask`), and variables of the template.
@@ -325,7 +316,10 @@ def render(
             ErrorCode.NO_LABELS,
         )
     turns: list[dict[str, Any]] = list(conversation.turns)
-    if not _understands_parts(template, tuple(special_tokens.items())):
+    tokens = tuple(special_tokens.items())
+    if turns[0]["role"] == "system" and not _supports_system(template, tokens):
+        turns = merge_system(turns)
+    if not _understands_parts(template, tokens):
         turns = [{**turn, "content": content_to_text(turn["content"])} for turn in turns]
     try:
         return _render(turns, template, {**special_tokens, **options})
@@ -357,6 +351,33 @@ def _render(
         rendered: Any = render_jinja_template([turns], chat_template=template, **variables)
     texts, spans = rendered
     return texts[0], [(start, end) for start, end in spans[0]] if spans else []
+
+
+def merge_system(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns without system messages, whose texts become lines of the first user message.
+
+    They follow the leading images, because the model was trained with images before the text.
+    """
+    count = next(i for i, turn in enumerate(turns) if turn["role"] != "system")
+    lines = "".join(f"{content_to_text(turn['content'])}\n" for turn in turns[:count])
+    parts = list(turns[count]["content"])
+    index = next((i for i, part in enumerate(parts) if part["type"] == "text"), len(parts))
+    if 0 < index < len(parts) and parts[index]["text"].startswith("\n"):  # after the image
+        lines = f"\n{lines}"
+        parts[index] = {"type": "text", "text": parts[index]["text"][1:]}
+    parts.insert(index, {"type": "text", "text": lines})
+    return [{**turns[count], "content": parts}, *turns[count + 1 :]]
+
+
+@lru_cache(maxsize=16)
+def _supports_system(template: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template accepts the role `system`."""
+    messages = [{"role": "system", "content": "probe"}, {"role": "user", "content": "user"}]
+    try:
+        text, _ = _render(messages, template, dict(special_tokens))
+    except Exception:  # as in `render`
+        return False
+    return "probe" in text
 
 
 @lru_cache(maxsize=16)

@@ -51,6 +51,7 @@ def encode_with_loss_mask(
     spans: Spans,
     start_ids: Sequence[int],
     image_ids: Sequence[int],
+    has_loss: Sequence[bool] = (),
 ) -> EncodedConversation:
     """Tokenize `text`. Each segment between images is tokenized separately.
 
@@ -58,9 +59,11 @@ def encode_with_loss_mask(
         spans: Start and end of each answer in `text`, sorted. Tokens inside are labels.
         start_ids: Prepended, unless the text begins with them.
         image_ids: The ids of an image.
+        has_loss: Whether the tokens of each answer are labels; default: all are.
 
     Raises:
-        InputError: The tokenizer gives no offsets, or a token crosses the border of a span.
+        InputError: The tokenizer gives no offsets, a token crosses the border of a span, or an
+            answer without labels has no span.
     """
     sample = EncodedConversation(text)
     position = 0
@@ -75,6 +78,17 @@ def encode_with_loss_mask(
             sample.extend(start_ids, [(0, 0)] * len(start_ids), [False] * len(start_ids))
         sample.extend(ids, offsets, loss_mask)
         position += len(segment)
+    if not all(has_loss):
+        if len(has_loss) != len(spans):
+            raise InputError(
+                f"The chat template marks {len(spans)} of {len(has_loss)} answers, so that those "
+                "without loss are unknown.",
+                ErrorCode.UNSUPPORTED,
+            )
+        without = [span for span, is_label in zip(spans, has_loss, strict=True) if not is_label]
+        for index, (first, _) in enumerate(sample.offsets):
+            if any(start <= first < end for start, end in without):
+                sample.loss_mask[index] = False
     return sample
 
 

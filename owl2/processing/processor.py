@@ -24,7 +24,6 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing import pretrained_files
 from owl2.processing.chat_template import (
-    CHAT_TEMPLATES,
     IMAGE_TOKEN,
     ParsedMessages,
     Spans,
@@ -35,6 +34,7 @@ from owl2.processing.chat_template import (
     require_template,
     validate_prompt,
 )
+from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
 from owl2.processing.prepared_prompt import PreparedPrompt, flatten_images
@@ -300,10 +300,10 @@ class Owl2Processor(ProcessorMixin):
             raise InputError(
                 "The tokenizer has no end token to learn: set eos_token.", ErrorCode.MISSING_VALUE
             )
-        text, spans = self._render(
-            conversation, self.chat_template, return_assistant_tokens_mask=True
-        )
-        return encode_with_loss_mask(self.tokenizer, text, spans, self._start_ids, self._image_ids)
+        turns = conversation.without_end_tokens(self.tokenizer.eos_token)
+        text, spans = self._render(turns, self.chat_template, return_assistant_tokens_mask=True)
+        ids = (self._start_ids, self._image_ids)
+        return encode_with_loss_mask(self.tokenizer, text, spans, *ids, conversation.has_loss)
 
     def _render(self, turns: ParsedMessages, template: Any, **options: Any) -> tuple[str, Spans]:
         turns = insert_image_newlines(turns) if self.image_newline else turns

@@ -14,7 +14,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,9 +24,6 @@ from starlette.types import Receive, Scope, Send
 
 from owl2.engine.output import CompletionChunk, TokenLogprob
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
-from owl2.errors import InputError
-from owl2.processing.chat_template import Message
-from owl2.processing.processor import Owl2Processor
 from owl2.serve import errors
 from owl2.serve.admission import (
     AdmissionController,
@@ -41,8 +38,6 @@ from owl2.serve.request_images import RequestImages
 
 # After the deadline of the request, for a client that reads slowly.
 FLUSH_SECONDS = 30.0
-
-PROBE: list[Message] = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
 
 
 def add_chat_completions(
@@ -59,18 +54,13 @@ def add_chat_completions(
         defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
         limits.max_completion_tokens,
     )
-    has_system_role = supports_system_prompt(engine.processor)
 
     async def start(stream: ResponseStream, body: ChatCompletionRequest) -> None:
-        async def messages() -> list[Message]:
-            decoded = await images.messages(body)
-            return decoded if has_system_role else merge_system_prompt(decoded)
-
         options = body.sampling_options()
         if options["max_new_tokens"] is None:
             options["max_new_tokens"] = default_max_tokens
             options["max_length"] = None if defaults.max_new_tokens else defaults.max_length
-        await stream.start(messages, options)
+        await stream.start(lambda: images.messages(body), options)
 
     @app.post(
         "/v1/chat/completions",
@@ -223,32 +213,3 @@ class EventStreamResponse(StreamingResponse):
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def supports_system_prompt(processor: Owl2Processor) -> bool:
-    """Whether the chat template accepts the role `system`."""
-    try:
-        processor.apply_chat_template(PROBE, add_generation_prompt=True)
-    except InputError:
-        return False
-    return True
-
-
-def merge_system_prompt(messages: Sequence[Message]) -> list[Message]:
-    """The messages with leading system prompts moved into the first user message.
-
-    Many clients send system prompts, but the format of the released model only has users and
-    answers.
-
-    Each prompt becomes a line before the first text of the message. It follows leading images,
-    because the model was trained with images before the text. Contents are lists of parts.
-    """
-    count = next((i for i, one in enumerate(messages) if one["role"] != "system"), len(messages))
-    prompts = [part for message in messages[:count] for part in message["content"]]
-    rest = list(messages[count:])
-    if not prompts or any(part["type"] != "text" for part in prompts) or not rest:
-        return list(messages)  # nothing to merge, or the engine rejects it
-    parts: list[Mapping[str, Any]] = list(rest[0]["content"])
-    index = next((i for i, part in enumerate(parts) if part["type"] == "text"), len(parts))
-    parts.insert(index, {"type": "text", "text": "".join(f"{part['text']}\n" for part in prompts)})
-    return [{**rest[0], "content": parts}, *rest[1:]]

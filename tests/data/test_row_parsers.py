@@ -1,13 +1,20 @@
+import base64
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from owl2.data.json_dataset import JsonDataset
-from owl2.errors import ErrorCode
+from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import content_to_text, parse_messages
+from owl2.processing.image_io import load_image
 from tests.errors import raises_input_error
 
+USER = {"role": "user", "content": "what?"}
+ANSWER = {"role": "assistant", "content": "red"}
+TEXT = {"type": "text", "text": "what?"}
+URL = {"type": "image_url", "image_url": {"url": "a.png"}}
 GOLDEN = Path(__file__).parents[1] / "golden" / "text" / "cases.json"
 
 
@@ -179,7 +186,11 @@ def test_line_separators_inside_a_string_and_blank_lines(tmp_path):
         ('{"messages": "hi"}', (ErrorCode.INVALID_FORMAT, "messages")),
         ('{"conversations": []}', (ErrorCode.EMPTY_MESSAGE,)),
         ('{"messages": ["hi"]}', (ErrorCode.INVALID_TYPE, "0")),
-        ('{"messages": [{"role": "user", "content": "<|image|>"}]}', (ErrorCode.INVALID_ROLE,)),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', (ErrorCode.INVALID_ROLE,)),
+        (
+            '{"messages": [{"role": "user", "content": "<|image|>"}]}',
+            (ErrorCode.IMAGE_COUNT_MISMATCH, "1"),
+        ),
     ],
 )
 def test_an_invalid_line_is_named(tmp_path, line, expected_error):
@@ -212,10 +223,10 @@ def test_bare_image_parts_use_the_images_of_the_row(tmp_path):
     ("row", "expected_error"),
     [
         (question(IMAGE) | {"images": ["a.png", "b.png"]}, (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
-        # A mark in a text is LLaVA's; trained as a word, it would teach to write it.
+        (question({"type": "text", "text": "<image>?"}), (ErrorCode.IMAGE_COUNT_MISMATCH, "0")),
         (
-            question({"type": "text", "text": "<image>?"}) | {"images": ["a.png"]},
-            (ErrorCode.IMAGE_COUNT_MISMATCH, "0"),
+            question(IMAGE, {"type": "text", "text": "<image>?"}) | {"images": ["a.png"]},
+            (ErrorCode.IMAGE_COUNT_MISMATCH, "2"),
         ),
         (question(IMAGE, IMAGE) | {"images": ["a.png"]}, (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
         (question(IMAGE | {"path": 3}), (ErrorCode.INVALID_TYPE,)),
@@ -238,6 +249,128 @@ def test_json_and_jsonl_accept_the_same_rows(tmp_path):
     assert texts(one[0]) == ["<|image|>\nhi", "yes"]
 
 
+OWL = (
+    "The following is a conversation between a curious human and AI assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions.\n"
+)
+FORMATS = {
+    "LlamaFactory": (
+        {"messages": [USER | {"content": "<image>what?"}, ANSWER], "images": ["a.png"]},
+        ["<|image|>what?", "red"],
+    ),
+    "LlamaFactory, ShareGPT's keys": (
+        human("<image>what?", answer="red") | {"images": ["a.png"], "system": "Be kind."},
+        ["Be kind.", "<|image|>\nwhat?", "red"],
+    ),
+    "LlamaFactory, Alpaca's keys": (
+        {"instruction": "<image>what?", "input": "Be short.", "output": "red", "images": ["a.png"]},
+        ["<|image|>what?\nBe short.", "red"],
+    ),
+    "ms-swift": (
+        {
+            "query": "<image>what?",
+            "response": "red",
+            "images": ["a.png"],
+            "history": [["hi", "yes"]],
+        },
+        ["hi", "yes", "<|image|>what?", "red"],
+    ),
+    "Qwen-VL": (
+        human("Picture 1: <img>a.png</img>\nwhat?", answer="red"),
+        ["<|image|>\nwhat?", "red"],
+    ),
+    "OpenAI": (
+        {"messages": [USER | {"content": [URL, TEXT]}, ANSWER]},
+        ["<|image|>what?", "red"],
+    ),
+    "DocOwl": (
+        {
+            "image": ["a.png"],
+            "messages": [USER | {"content": "<|image|>what?"}, ANSWER],
+            "task_name": "qa",
+            "dataset_name": "doc",
+        },
+        ["<|image|>what?", "red"],
+    ),
+    "mPLUG-Owl": (
+        {
+            "image": ["a.png"],
+            "text": f"{OWL}Human: <image>\nHuman: what?\nAI: red\nHuman: sure?\nAI: yes, red",
+            "task_type": "llava_sft",
+        },
+        ["<|image|>\nwhat?", "red", "sure?", "yes, red"],
+    ),
+    "mPLUG-Owl, other system text": (
+        {"image": "a.png", "text": "Be kind.\nHuman: <image>\nHuman: what?\nAI: red"},
+        ["Be kind.", "<|image|>\nwhat?", "red"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_known_formats_are_read_with_their_image(tmp_path, name):
+    row, expected = FORMATS[name]
+    (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", row))
+    assert texts(sample) == expected
+    assert images(sample) == [str(tmp_path / "a.png")]
+
+
+def test_text_only_rows_of_mplug_owl_are_conversations(tmp_path):
+    row = {"text": f"{OWL}Human: Write a word.\nAI: Word.\nHuman: Two.\nAI: Two\nwords."}
+    (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", row))
+    assert texts(sample) == ["Write a word.", "Word.", "Two.", "Two\nwords."]
+
+
+def test_several_images_of_qwen_vl_keep_their_labels(tmp_path):
+    text = "Picture 1: <img>a.png</img>\nPicture 2: <img>https://x.org/b</img>\nsame?"
+    (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", human(text)))
+    assert texts(sample)[0] == "Picture 1: <|image|>\nPicture 2: <|image|>\nsame?"
+    assert images(sample) == [str(tmp_path / "a.png"), "https://x.org/b"]
+
+
+@pytest.mark.parametrize("key", ["loss", "weight"])
+def test_an_answer_without_loss_is_marked(tmp_path, key):
+    first, second = ANSWER | {key: 0}, ANSWER | {key: 1}
+    row = {"messages": [USER, first, USER | {key: 0}, second]}
+    (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", row))
+    assert [message.get("loss", True) for message in sample.messages] == [True, False, True, True]
+    row = {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", key: 0}]
+    }
+    (sample,) = JsonDataset(lines(tmp_path / "other.jsonl", row))
+    assert sample.messages[1]["loss"] is False
+
+
+@pytest.mark.parametrize(
+    "turn", [USER | {"loss": True}, USER | {"weight": 1}, ANSWER | {"loss": 2}]
+)
+def test_other_loss_weights_are_refused(tmp_path, turn):
+    turns = [turn, ANSWER] if turn["role"] == "user" else [USER, turn]
+    with raises_input_error(ErrorCode.UNSUPPORTED):
+        JsonDataset(lines(tmp_path / "chat.jsonl", {"messages": turns}))[0]
+
+
+def test_base64_as_image_is_read_and_absent_from_messages(tmp_path):
+    data = base64.b64encode(Random(0).randbytes(300_000)).decode()
+    (sample,) = JsonDataset(lines(tmp_path / "a.jsonl", human("<image>", data)))
+    (image,) = parse_messages(sample.messages).images
+    assert image.endswith(data)
+    with raises_input_error(ErrorCode.BROKEN_IMAGE) as caught:
+        load_image(image)
+    assert len(str(caught.value)) < 500
+    for row in (
+        human("<image>", [[data]]),
+        human("what?") | {"picture": data},
+        {"messages": data},
+        {"conversations": [{"from": data, "value": "a"}]},
+        human("<image>", f"{data}!"),
+    ):
+        rows = JsonDataset(lines(tmp_path / "b.jsonl", row))
+        with pytest.raises(InputError) as caught:
+            load_image(*parse_messages(rows[0].messages).images)
+        assert len(str(caught.value)) < 500 and data[:60] not in str(caught.value)
+
+
 def test_a_caption_becomes_the_answer(tmp_path):
     path = lines(tmp_path / "captions.jsonl", {"image": "a.png", "caption": " a red circle\n"})
     (sample,) = JsonDataset(path)
@@ -249,6 +382,16 @@ def test_a_caption_becomes_the_answer(tmp_path):
     ("row", "expected_error", "code"),
     [
         ({"image": "a.png", "caption": " "}, (ErrorCode.EMPTY_MESSAGE,), ErrorCode.EMPTY_MESSAGE),
+        (
+            {"image": "a.png", "caption": "<image>\na"},
+            (ErrorCode.IMAGE_COUNT_MISMATCH, "2"),
+            ErrorCode.IMAGE_COUNT_MISMATCH,
+        ),
+        (
+            {"image": "a.png", "question": "what?", "text": "a"},
+            (ErrorCode.INVALID_FORMAT, "question"),
+            ErrorCode.INVALID_FORMAT,
+        ),
         ({"caption": "a"}, (ErrorCode.IMAGE_COUNT_MISMATCH, "0"), ErrorCode.IMAGE_COUNT_MISMATCH),
         (
             {"image": ["a.png", "b.png"], "text": "a"},

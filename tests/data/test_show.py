@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from owl2.data.open_dataset import open_from_cli
 from owl2.data.show import show_samples
 from owl2.errors import ErrorCode
 from tests.errors import raises_input_error
@@ -32,7 +33,7 @@ def chat(tmp_path):
 def test_tokens_with_a_label_are_green(checkpoint, chat):
     console = Console(force_terminal=True, color_system="standard", width=300, record=True)
     with console.capture() as capture:
-        show_samples(str(checkpoint), str(chat), [], 2, console)
+        show_samples(str(checkpoint), {str(chat): open_from_cli(str(chat))}, 2, console)
     shown = capture.get()
     assert shown.count("\x1b[1;32m red</s>") == 2
     assert "\x1b[2mUSER: <|image|>×5\nwhat color? ASSISTANT:" in shown.replace(
@@ -65,7 +66,8 @@ def mixed(tmp_path):
 
 def shown(checkpoint, source, count, **options) -> str:
     console = Console(file=io.StringIO(), width=500)
-    show_samples(str(checkpoint), str(source), [], count, console, **options)
+    datasets = {str(source): open_from_cli(str(source))}
+    show_samples(str(checkpoint), datasets, count, console, **options)
     return console.file.getvalue()
 
 
@@ -136,3 +138,23 @@ def test_the_command_line(run_cli, checkpoint, chat):
     result = run_cli("data", "show", "--model", checkpoint, "no-such.json")
     assert result.exit_code == 2
     assert "no-such.json" in result.stderr
+
+
+def test_a_recipe_shows_all_of_its_data_with_its_model(run_cli, checkpoint, chat, mixed, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    settings = {
+        "model": str(checkpoint),
+        "output": "unused",
+        "stage": 2,
+        "max_steps": 1000,
+        "data": [{"file": str(chat)}],
+        "validation": {"data": [{"file": str(mixed)}]},
+    }
+    recipe.write_text(json.dumps(settings))
+    result = run_cli("data", "show", recipe, "--count", "1")
+    assert result.exit_code == 0
+    assert f"{chat}, row 1\n" in result.stdout and f"{mixed}, row 1\n" in result.stdout
+    assert "2 of 13 samples" in result.stdout
+    result = run_cli("data", "show", chat)
+    assert result.exit_code == 2
+    assert "--model" in result.stderr

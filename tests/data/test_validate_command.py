@@ -7,7 +7,8 @@ from dataclasses import astuple
 
 import pytest
 
-from owl2.data.validate.command import effective_max_length, unique_names
+from owl2.data.open_dataset import unique_names
+from owl2.data.validate.command import effective_max_length
 from owl2.data.validate.validator import SampleValidator
 from owl2.errors import ErrorCode
 from tests.data.bad_rows import BAD, MAX_LENGTH, ROWS, save_checkpoint, write_rows
@@ -41,6 +42,20 @@ def test_the_exit_code_depends_on_invalid_samples(check, checkpoint, chat, tmp_p
     assert (code, err) == (0, "")
     assert "No sample is invalid." in out
     assert "tokens per sample, before truncation" in out
+
+
+def test_keys_that_are_not_read_are_counted(check, checkpoint, chat, tmp_path):
+    row = ROWS[0][0]
+    chat.write_text(
+        json.dumps([row | {"id": 1, "model": "x"}, row | {"id": 2}, row | {"img": "a"}])
+    )
+    output = tmp_path / "out"
+    code, out, _ = check("--model", checkpoint, chat, "--workers", 1, "--output", output)
+    assert code == 1
+    assert "id (2), model (1)" in out and "'img'" in out
+    facts = json.loads((output / "statistics.json").read_text(encoding="utf-8"))
+    assert facts["all"]["unused_keys"] == {"id": 2, "model": 1}
+    assert facts["all"]["invalid_by_code"] == {ErrorCode.UNKNOWN_NAME: 1}
 
 
 def test_the_exit_code_after_an_interrupt(check, checkpoint, chat, monkeypatch):

@@ -16,10 +16,10 @@ from rich.console import Console
 from owl2.data.augment import AUGMENTATIONS
 from owl2.data.collate import encode_sample
 from owl2.data.json_dataset import JsonDataset
-from owl2.data.open_dataset import open_dataset
+from owl2.data.open_dataset import open_dataset, unique_names
 from owl2.data.sample import InvalidSample, get_or_invalid
 from owl2.data.validate import command
-from owl2.data.validate.command import unique_names, validate_datasets
+from owl2.data.validate.command import validate_datasets
 from owl2.data.validate.validator import SampleValidator, sample_hash
 from owl2.data.webdataset import TarDataset
 from owl2.errors import ErrorCode

@@ -252,6 +252,7 @@ def test_json_without_an_image_is_a_text_conversation(tmp_path):
         ([("a.jpg", PNG), ("a.json", b"[" * 100_000)], ErrorCode.INVALID_FORMAT),
         ([("a.jpg", PNG), ("a.json", b"[]")], ErrorCode.INVALID_FORMAT),
         ([("a.jpg", PNG), row(url="u", caption=None)], ErrorCode.INVALID_FORMAT),
+        ([("a.jpg", PNG), row(url="u", status="success", sha256="5f")], ErrorCode.EMPTY_MESSAGE),
         ([("a.jpg", PNG), ("a.jpg", PNG), ("a.txt", b"a fox")], ErrorCode.CONFLICT),
         ([("a.jpg", PNG), row(conversations=talk("no mark", "a"))], ErrorCode.IMAGE_COUNT_MISMATCH),
         ([("a.jpg", PNG), row(conversations=talk("<image>"))], ErrorCode.INVALID_ROLE),

@@ -89,6 +89,14 @@ def test_input_is_checked_before_the_model_is_loaded(
 # ------------------------------------------------------------------ the interactive chat
 
 
+def test_an_empty_line_sends_the_images_alone(shared_engine):
+    repl, _ = run_lines(shared_engine, "", "", images=[random_image(3)])
+    answer = shared_engine.chat(ask("", random_image(3)), **OPTIONS)
+    assert [message["role"] for message in repl.messages] == ["user", "assistant"]
+    assert repl.messages[1]["content"] == answer
+    assert not repl.images
+
+
 def test_the_chat_sends_earlier_turns(shared_engine):
     repl, output = run_lines(shared_engine, "what is this?", "and now?")
     first = shared_engine.chat(ask("what is this?"), **OPTIONS)

@@ -6,14 +6,13 @@ import pytest
 
 from owl2.errors import ErrorCode
 from owl2.processing.chat_template import (
-    CHAT_TEMPLATES,
-    DEFAULT_CHAT_TEMPLATE,
     has_variable,
     insert_image_newlines,
     parse_messages,
     render,
     validate_prompt,
 )
+from owl2.processing.default_templates import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE
 from tests.errors import raises_input_error
 from tests.processing.samples import CHATML, ask
 
@@ -94,11 +93,17 @@ def test_generation_prompt_and_continued_message():
         write([USER, ANSWER], add_generation_prompt=True)
 
 
-def test_template_decides_whether_a_system_prompt_is_supported():
-    messages = [{"role": "system", "content": "Be kind."}, USER]
-    with raises_input_error(ErrorCode.UNSUPPORTED, "system"):
-        write(messages)
-    assert write(messages, CHATML).startswith("<|im_start|>system\nBe kind.<|im_end|>\n")
+def test_system_messages_are_lines_of_the_first_user_message_without_a_system_role():
+    system = [{"role": "system", "content": "Be kind."}, {"role": "system", "content": "Be short."}]
+    image = {"type": "image", "path": "a.png"}
+    parts = [image, {"type": "text", "text": "What"}, image, {"type": "text", "text": "?"}]
+    text = write([*system, {"role": "user", "content": parts}])
+    assert text == "USER: <|image|>Be kind.\nBe short.\nWhat<|image|>?"
+    parts = [image, {"type": "text", "text": "\nWhat?"}]
+    text = write([system[0], {"role": "user", "content": parts}])
+    assert text == "USER: <|image|>\nBe kind.\nWhat?"
+    assert write([*system, {"role": "user", "content": [image]}]).endswith("Be short.\n")
+    assert write([system[0], USER], CHATML).startswith("<|im_start|>system\nBe kind.<|im_end|>\n")
 
 
 def test_templates_for_strings_and_for_parts():

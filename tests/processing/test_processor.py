@@ -329,6 +329,32 @@ def test_max_length_truncates_on_the_right(processor, image):
         processor.for_training(messages, max_length=end - 1)
 
 
+def test_an_end_token_in_an_answer_is_learned_once(processor):
+    expected = processor.for_training([*ask("Hi", answer="red"), *ask("And?", answer="blue")])
+    turns = [*ask("Hi", answer="red</s>"), *ask("And?", answer="blue </s> </s>\n")]
+    batch = processor.for_training(turns)
+    assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert batch["labels"].tolist() == expected["labels"].tolist()
+    inside = processor.for_training(ask("Hi", answer="red</s>blue"))["input_ids"]
+    assert int((inside == processor.tokenizer.eos_token_id).sum()) == 2
+    with raises_input_error(ErrorCode.EMPTY_MESSAGE, "</s>"):
+        processor.for_training(ask("Hi", answer=" </s>"))
+
+
+def test_an_answer_without_loss_has_no_labels(processor):
+    turns = [*ask("Hi", answer="red"), *ask("And?", answer="blue")]
+    expected = processor.for_training(turns)
+    turns[1]["loss"] = False
+    batch = processor.for_training(turns)
+    assert batch["input_ids"].tolist() == expected["input_ids"].tolist()
+    labels, without = expected["labels"], batch["labels"]
+    kept = without != -100
+    assert processor.decode(without[kept].tolist()) == "blue</s>"
+    assert torch.equal(labels[kept], without[kept])
+    turns[3]["loss"] = False
+    assert (processor.for_training(turns)["labels"] == -100).all()
+
+
 def test_samples_without_labels_are_rejected(processor, llama_file, image, tmp_path):
     with raises_input_error(ErrorCode.INVALID_ROLE):
         processor.for_training(ask("Hi"))

@@ -30,6 +30,7 @@ def user(*parts):
 CONVERSATIONS = {
     "text": [{"role": "user", "content": QUESTION}],
     "image": user(color_uri(), QUESTION),
+    "image alone": user(color_uri()),
     "images": user(color_uri(), "or", color_uri("blue", "JPEG"), QUESTION),
     "turns": [
         *user(color_uri("green"), QUESTION),

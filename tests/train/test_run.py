@@ -11,7 +11,7 @@ from rich.console import Console
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import CHAT_TEMPLATES
+from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.processor import Owl2Processor
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer

@@ -241,6 +241,18 @@ def test_validation_does_not_change_the_weights(recipe, world, tmp_path):
     assert "validation loss" in text.split("Summary")[1]
 
 
+def test_stage_1_on_captions_is_validated_with_the_image_alone(recipe, world, tmp_path):
+    captions = tmp_path / "captions.jsonl"
+    rows = [{"image": f"{number}.png", "caption": "a red square"} for number in range(8)]
+    captions.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = [{"file": str(captions), "images": str(world)}]
+    validation = {"data": data, "eval_steps": 2, "num_generations": 1}
+    result = train(recipe(stage=1, data=data, validation=validation, max_steps=2), quiet())
+    (generation,) = read_jsonl(result.output / "validation.jsonl")[-1]["generations"]
+    assert generation["prompt"] == "<|image|>"
+    assert generation["reference"] == "a red square"
+
+
 def test_validation_uses_the_dtype_of_training(recipe, world, monkeypatch):
     evaluate, dtypes = Validator.evaluate, set()
 

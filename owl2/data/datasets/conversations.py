@@ -8,32 +8,37 @@ reason; their texts are stripped.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from owl2.data.row_parsers import image_reader, parse_row
+from owl2.data.row_parsers import ROLES, image_reader, parse_row
 from owl2.data.sample import Message, Sample, SkippedRows
+from owl2.errors import ErrorCode, InputError
 from owl2.json_records import json_lines, json_rows
 from owl2.processing.chat_template import IMAGE_TOKEN, has_lone_surrogate
 
 # The tokenizer reads these as special tokens anywhere in a text (in HTML, <s> is strikethrough).
 SPECIAL_TOKENS = (IMAGE_TOKEN, "</s>", "<s>", "<unk>")
 
-# ShareGPT's files have all of these, and others (bing, bard), which are skipped.
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-}
 
-
-def llava_instruct(path: Path) -> Iterator[Sample]:
+def llava_instruct(path: Path) -> Iterator[Sample | SkippedRows]:
     """LLaVA-Instruct, with the text as the authors' training code reads it (see `row_parsers`).
 
-    The images are file names in COCO's `train2017`.
+    The images of LLaVA-Instruct-150K are file names in COCO's `train2017`. Those of LLaVA-1.5's
+    mixture (`llava_v1_5_mix665k.json`) have a directory, such as `gqa/images/1.jpg`. Conversations
+    with an empty turn are skipped.
     """
-    read_image = image_reader(Path("train2017"))
-    return (parse_row(row.value, row.where, read_image) for row in json_rows(path))
+    for row in json_rows(path):
+        try:
+            yield parse_row(row.value, row.where, _llava_image)
+        except InputError as error:
+            if error.code is not ErrorCode.EMPTY_MESSAGE:
+                raise
+            yield SkippedRows("conversations with an empty turn")
+
+
+def _llava_image(name: Any) -> Message:
+    is_bare = isinstance(name, str) and "/" not in name
+    return image_reader(Path("train2017" if is_bare else ""))(name)
 
 
 def text_conversations(path: Path) -> Iterator[Sample | SkippedRows]:

@@ -5,23 +5,24 @@
     00000.tar  00000_stats.json  00000.parquet  00001.tar ...
 
 Training reads them in place (`shards` in a recipe); they are only checked here. img2dataset writes
-the statistics last, so a shard without them is not complete.
+the statistics last, so a shard without them is not complete. An image without a caption is no pair:
+img2dataset writes no .txt without `--caption_col`, and an empty one for a caption that is absent.
 """
 
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from owl2.data.sample import SkippedRows
 from owl2.errors import ErrorCode, InputError
-from owl2.json_records import json_object, readable
+from owl2.json_records import as_record, json_object, parse_json, readable
 
 _TAR_END = bytes(1024)  # an archive ends with two empty blocks
-_IMAGE_SUFFIXES = (".jpg", ".png", ".webp")
+_IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 
 
 class Shard(NamedTuple):
@@ -37,7 +38,8 @@ def shards(directory: Path, *, read: bool = False) -> Iterator[Shard | SkippedRo
     A shard is complete if its statistics exist and the archive has its end.
 
     Args:
-        read: Also read every archive and compare its number of images with the statistics.
+        read: Also read every archive, compare its number of images with the statistics, and count
+            the images that have a caption. Otherwise only the first image of a shard is read.
 
     Raises:
         InputError: No shard in the directory, statistics of another format, or a different number
@@ -45,7 +47,10 @@ def shards(directory: Path, *, read: bool = False) -> Iterator[Shard | SkippedRo
     """
     paths = sorted(path for path in directory.iterdir() if re.fullmatch(r"\d+\.tar", path.name))
     if not paths:
-        raise InputError(f"{directory} has no shards such as 00000.tar", ErrorCode.EMPTY_DATASET)
+        raise InputError(
+            f"{directory} has no shards such as 00000.tar{_other_format(directory)}",
+            ErrorCode.EMPTY_DATASET,
+        )
     for path in paths:
         statistics = path.with_name(f"{path.stem}_stats.json")
         if not statistics.is_file():
@@ -53,12 +58,37 @@ def shards(directory: Path, *, read: bool = False) -> Iterator[Shard | SkippedRo
         elif not _has_end(path):
             yield SkippedRows("truncated shards")
         # `count` is the number of requested images, of which some could not be downloaded.
-        elif not (pairs := json_object(statistics).integer("successes")):
+        elif not (images := json_object(statistics).integer("successes")):
             yield SkippedRows("shards without a pair")
         else:
-            if read:
-                _check_count(path, pairs)
-            yield Shard(path, pairs)
+            has_caption = list(_captions(path, None if read else 1))
+            if read and len(has_caption) != images:
+                raise InputError(
+                    f"{path} has {len(has_caption)} images, but its statistics count {images}; "
+                    "create it again",
+                    ErrorCode.IMAGE_COUNT_MISMATCH,
+                )
+            pairs = sum(has_caption) if read else images
+            if pairs < images:
+                yield SkippedRows("images without a caption", images - pairs)
+            if pairs and (read or any(has_caption)):
+                yield Shard(path, pairs)
+            else:
+                yield SkippedRows("shards without captions")
+
+
+def _other_format(directory: Path) -> str:
+    """Explains the output of img2dataset in another format than webdataset."""
+    names = {path.name for path in directory.iterdir()}
+    stems = {name.removesuffix("_stats.json") for name in names if name.endswith("_stats.json")}
+    for suffix, name, advice in (
+        ("", "files", "pack each directory: tar --sort=name -cf 00000.tar -C 00000 ."),
+        (".parquet", "parquet", "download again with --output_format webdataset"),
+        (".tfrecord", "tfrecord", "download again with --output_format webdataset"),
+    ):
+        if any(f"{stem}{suffix}" in names for stem in stems):
+            return f". It is img2dataset's output in the format {name!r}; {advice}"
+    return ""
 
 
 def _has_end(path: Path) -> bool:
@@ -68,17 +98,29 @@ def _has_end(path: Path) -> bool:
         return size % tarfile.BLOCKSIZE == 0 and file.read() == _TAR_END
 
 
-def _check_count(path: Path, pairs: int) -> None:
+def _captions(path: Path, limit: int | None) -> Iterator[bool]:
+    """Whether each of the first `limit` images of an archive has a caption that is not empty."""
     try:
         with tarfile.open(path, "r:") as archive:
-            images = sum(member.name.endswith(_IMAGE_SUFFIXES) for member in archive)
+            # The files of an image are consecutive and have the same name before the suffix.
+            keys = groupby(archive, lambda member: member.name.rpartition(".")[0])
+            groups = ({m.name.rpartition(".")[2]: m for m in members} for _, members in keys)
+            images = (files for files in groups if not files.keys().isdisjoint(_IMAGE_SUFFIXES))
+            for files in islice(images, limit):
+                yield _has_caption(archive, files)
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"{path} cannot be read: {error}", ErrorCode.UNREADABLE_FILE) from error
-    if images != pairs:
-        raise InputError(
-            f"{path} has {images} images, but its statistics count {pairs}; create it again",
-            ErrorCode.IMAGE_COUNT_MISMATCH,
-        )
+
+
+def _has_caption(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> bool:
+    # As in `webdataset`: the caption is the .txt, or the key of the .json.
+    name = "txt" if "txt" in files else "json"
+    file = archive.extractfile(files[name]) if name in files else None
+    text: Any = file.read().decode("utf-8-sig", "replace") if file else ""
+    if name == "json" and text:
+        text = as_record(parse_json(text.encode(), archive.name or ""), str(archive.name)).value
+        text = text.get("caption") or text.get("text")
+    return isinstance(text, str) and bool(text.strip())
 
 
 def shard_patterns(paths: Sequence[Path]) -> list[str]:

@@ -18,7 +18,7 @@ from pydantic import PositiveInt
 from owl2.data.datasets.coco import Year, coco_directory, coco_image
 from owl2.data.datasets.prompts import conversations
 from owl2.data.sample import Sample, SkippedRows
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, shorten
 from owl2.json_records import JsonRecord, as_record, json_object, json_rows, readable
 
 Direction = Literal["describe", "locate", "both"]
@@ -118,7 +118,7 @@ def _box(row: JsonRecord) -> list[float]:
     if isinstance(box, list) and [type(edge) in (int, float) for edge in box] == [True] * 4:
         return box
     raise InputError(
-        f"{row.where}: 'bbox' is {box!r:.80}, not left, top, width, height",
+        f"{row.where}: 'bbox' is {shorten(box)}, not left, top, width, height",
         ErrorCode.INVALID_FORMAT,
     )
 

@@ -182,7 +182,7 @@ DATASET_CARDS: dict[str, DatasetCard] = {
     ),
     "llava_instruct": DatasetCard(
         llava_instruct,
-        {"file": ("llava_instruct_150k.json",)},
+        {"file": ("llava_instruct_150k.json", "llava_v1_5_mix665k.json")},
         "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
         "158 K",
         CC_BY,

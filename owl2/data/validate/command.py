@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
@@ -94,15 +94,6 @@ def effective_max_length(model: str, max_length: int | None) -> int | None:
             ErrorCode.TOO_LONG,
         )
     return context if max_length is None else max_length
-
-
-def unique_names(datasets: Iterable[tuple[str, SampleDataset]]) -> dict[str, SampleDataset]:
-    """Datasets by name; the second with the same name becomes "NAME (2)"."""
-    result: dict[str, SampleDataset] = {}
-    for name, samples in datasets:
-        count = sum(other == name or other.startswith(f"{name} (") for other in result)
-        result[f"{name} ({count + 1})" if count else name] = samples
-    return result
 
 
 def validate_datasets(
@@ -233,6 +224,9 @@ def _print_report(
     if total.unchecked_images:
         hint = "; --fetch-urls opens images behind URLs" if validator.check_images else ""
         lines.append((f"{total.unchecked_images:,} images were not opened{hint}.", "yellow"))
+    if total.unused_keys:
+        keys = (f"{key} ({count:,})" for key, count in total.unused_keys.most_common(MAX_SHOWN))
+        lines.append((f"Keys of rows that are not read: {', '.join(keys)}.", ""))
     if report.duplicates:
         lines.append((f"{report.duplicates:,} samples are duplicates of others.", "yellow"))
     lines += [(f"{count:>8,}  {code}", "red") for code, count in sorted(total.invalid.items())]

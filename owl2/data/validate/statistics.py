@@ -41,6 +41,7 @@ class SampleStats:
         tokens: Before truncation.
         labels: Tokens with a label, after truncation.
         sizes: (width, height) of the images that were opened.
+        unused_keys: Keys of the row that are not read.
     """
 
     turns: int
@@ -49,16 +50,19 @@ class SampleStats:
     labels: int
     is_truncated: bool = False
     sizes: tuple[tuple[int, int], ...] = ()
+    unused_keys: tuple[str, ...] = ()
 
 
 @dataclass
 class DatasetStats:
-    """Counts of samples. `invalid` is by error code; the last six are value → frequency."""
+    """Counts of samples: by error code in `invalid`, by key in `unused_keys`; the last six are
+    value → frequency."""
 
     usable: int = 0
     truncated: int = 0
     unchecked_images: int = 0
     invalid: Counter[ErrorCode] = field(default_factory=Counter)
+    unused_keys: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
     images: Counter[int] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
@@ -75,6 +79,7 @@ class DatasetStats:
         """Counts a valid sample."""
         self.usable += 1
         self.truncated += sample.is_truncated
+        self.unused_keys.update(sample.unused_keys)
         self.unchecked_images += sample.images - len(sample.sizes)
         for name in ("turns", "images", "tokens", "labels"):
             getattr(self, name)[getattr(sample, name)] += 1
@@ -108,6 +113,7 @@ class DatasetStats:
                 if key in ratios
             },
             "unchecked_images": self.unchecked_images,
+            "unused_keys": dict(self.unused_keys.most_common()),
         }
 
 

@@ -75,6 +75,7 @@ class SampleValidator:
             labels=int((features["labels"] != IGNORE_INDEX).sum()),
             is_truncated=self.max_length is not None and tokens > self.max_length,
             sizes=sizes,
+            unused_keys=sample.unused_keys,
         )
 
     def _is_opened(self, image: object) -> bool:

@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,24 @@ from owl2.errors import ErrorCode
 from tests.errors import raises_input_error
 
 
-def put_shard(folder: Path, number: int, pairs: int = 2, **statistics: object) -> Path:
-    """A shard as img2dataset writes it, with its statistics."""
+def put_shard(
+    folder: Path,
+    number: int,
+    pairs: int = 2,
+    captions: Sequence[str | None] = ("a dog",),
+    **statistics: object,
+) -> Path:
+    """A shard as img2dataset writes it, with its statistics.
+
+    `captions` are repeated; "" is written for a caption that is null. Without any, no caption
+    column was given.
+    """
     path = folder / f"{number:05d}.tar"
     with tarfile.open(path, "w") as archive:
         for place in range(pairs):
             key = f"{number:05d}{place:04d}"
+            caption = captions[place % len(captions)] if captions else None
             row = {
-                "caption": "a dog",
                 "url": "https://example.org/dog.jpg",
                 "key": key,
                 "status": "success",
@@ -30,11 +41,11 @@ def put_shard(folder: Path, number: int, pairs: int = 2, **statistics: object) -
                 "exif": "{}",
                 "sha256": "5f",
             }
-            for ending, content in (
-                ("jpg", b"\xff\xd8 image"),
-                ("json", json.dumps(row).encode()),
-                ("txt", b"a dog"),
-            ):
+            files = {"jpg": b"\xff\xd8 image", "json": json.dumps(row).encode()}
+            if captions:
+                files["json"] = json.dumps(row | {"caption": caption}).encode()
+                files["txt"] = (caption or "").encode()
+            for ending, content in files.items():
                 member = tarfile.TarInfo(f"{key}.{ending}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
@@ -83,6 +94,35 @@ def test_read_compares_images_with_statistics(tmp_path):
     path.write_bytes(b"garbage" * 512 + bytes(1024))
     with raises_input_error(ErrorCode.UNREADABLE_FILE, "00000.tar"):
         list(shards(tmp_path, read=True))
+
+
+def test_images_without_a_caption_are_no_pairs(tmp_path):
+    put_shard(tmp_path, 0, captions=())
+    put_shard(tmp_path, 1, captions=(None, "", " \n"))
+    some = put_shard(tmp_path, 2, pairs=4, captions=("a dog", None, ""))
+    assert list(shards(tmp_path, read=True)) == [
+        SkippedRows("images without a caption", 2),
+        SkippedRows("shards without captions"),
+        SkippedRows("images without a caption", 2),
+        SkippedRows("shards without captions"),
+        SkippedRows("images without a caption", 2),
+        Shard(some, 2),
+    ]
+    assert list(shards(tmp_path)) == [
+        SkippedRows("shards without captions"),
+        SkippedRows("shards without captions"),
+        Shard(some, 4),
+    ]
+
+
+@pytest.mark.parametrize("name", ["files", "parquet", "tfrecord"])
+def test_other_formats_of_img2dataset_are_explained(tmp_path, name):
+    (tmp_path / "00000_stats.json").write_text("{}")
+    if name == "files":
+        (tmp_path / "00000").mkdir()
+    (tmp_path / ("00000.tfrecord" if name == "tfrecord" else "00000.parquet")).write_bytes(b"")
+    with raises_input_error(ErrorCode.EMPTY_DATASET, f"'{name}'"):
+        list(shards(tmp_path))
 
 
 def test_invalid_directories_and_statistics_are_refused(tmp_path):

@@ -115,6 +115,15 @@ async def test_the_answer_is_streamed(visit):
     assert visitor.chats[-1] == ["what is this?", "a red circle"]
 
 
+async def test_an_image_alone_is_a_question(visit, tmp_path):
+    (tmp_path / "1.png").write_bytes(b"\x01")
+    visitor = visit()
+    request = await visitor.answered("a cat", question=" ", files=[tmp_path / "1.png"])
+    (message,) = request.messages
+    assert [part["type"] for part in message["content"]] == ["image"]
+    assert visitor.chats[-1][-1] == "a cat"
+
+
 async def test_a_second_turn_includes_the_first_and_its_images(visit, tmp_path):
     for name in ("1.png", "2.png"):
         (tmp_path / name).write_bytes(bytes([int(name[0])]))

@@ -1,0 +1,142 @@
+"""Media that the row parser does not read are refused; other unknown keys are allowed."""
+
+import json
+
+import pytest
+
+from owl2.data.json_dataset import JsonDataset
+from owl2.errors import ErrorCode
+from owl2.processing.chat_template import content_to_text, parse_messages
+from tests.errors import raises_input_error
+
+
+def row(question="what?", answer="red", **keys):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns} | keys
+
+
+def read(tmp_path, content):
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([content]))
+    return JsonDataset(path)[0]
+
+
+def messages(*contents, **keys):
+    roles = ("user", "assistant")
+    return {
+        "messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    } | keys
+
+
+KEYS = (
+    "image_path Image IMAGE img imgs imgPath image-url ImageURL image_file imageFileName imagepath "
+    "picture photos screenshot input_image image_1 query_img 图片路径 image_base64"
+)
+
+
+@pytest.mark.parametrize("key", KEYS.split())
+def test_other_keys_of_an_image_are_refused_with_the_known_one(tmp_path, key):
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, repr(key), "'image'"):
+        read(tmp_path, row(**{key: "x"}))
+    with raises_input_error(ErrorCode.UNKNOWN_NAME, repr(key), "'images'"):
+        read(tmp_path, messages("what?", "red", **{key: ["x"]}))
+
+
+@pytest.mark.parametrize(
+    "key", ["video", "videos", "Video", "video_path", "audio", "audios", "视频"]
+)
+@pytest.mark.parametrize("question", ["what?", "<video>\nwhat?"])
+def test_videos_and_sounds_are_refused_with_the_reason(tmp_path, key, question):
+    with raises_input_error(ErrorCode.UNSUPPORTED, repr(key), "frames"):
+        read(tmp_path, row(question, **{key: "x"}))
+    with raises_input_error(ErrorCode.UNSUPPORTED, repr(key)):
+        read(tmp_path, row(f"<image>{question}", image="a.png", **{key: "x"}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        row(file="a.png"),
+        row(media_files=["x"]),
+        row(assets=["a.mp4"]),
+        row(data="data:image/png;base64,AAAA"),
+        row("<image>", image="a.png", image2="b.png"),
+        row("<image>", image="a.png", depth_image="b.png"),
+        row(image_id=7),
+        row(has_image=True),
+        {
+            "conversations": [
+                row()["conversations"][0] | {"image": "a.png"},
+                row()["conversations"][1],
+            ]
+        },
+        messages([{"type": "text", "text": "what?", "image": "a.png"}], "red"),
+    ],
+    ids=str,
+)
+def test_other_names_of_media_are_refused(tmp_path, content):
+    with raises_input_error(
+        ErrorCode.UNKNOWN_NAME if "media_files" not in content else ErrorCode.UNSUPPORTED
+    ):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "unused"),
+    [
+        (row(id="000.jpg", model="gpt-4", task_name="qa"), ("id", "model", "task_name")),
+        (row(median=3, audience="all", framework="x", imagination="yes"), None),
+        (row(image=None, img="", videos=[], has_image=False), ("img", "videos", "has_image")),
+        (row("<image>", image="a.png", image_id=7, image_url="https://x.org/a"), None),
+        (row("<image>", image="a.png", width=3, num_images=1, video_id="v"), None),
+    ],
+    ids=str,
+)
+def test_other_keys_are_allowed_and_reported(tmp_path, content, unused):
+    sample = read(tmp_path, content)
+    expected = unused or tuple(k for k in content if k not in ("conversations", "image"))
+    assert sample.unused_keys == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (row("<video>\nwhat?"), ErrorCode.UNSUPPORTED),
+        (row("what?\n<audio>"), ErrorCode.UNSUPPORTED),
+        (row("<image_1> what?"), ErrorCode.UNSUPPORTED),
+        (row("<|vision_start|>what?"), ErrorCode.UNSUPPORTED),
+        (row("<image>\nand <video>", image="a.png"), ErrorCode.UNSUPPORTED),
+        (row("<image>\nand <img>", image="a.png"), ErrorCode.UNSUPPORTED),
+        (row("<img>b.png</img><image>", image="a.png"), ErrorCode.CONFLICT),
+        (row("<image_1>", image="a.png"), ErrorCode.IMAGE_COUNT_MISMATCH),
+        (messages("<image>what?", "red"), ErrorCode.IMAGE_COUNT_MISMATCH),
+        (messages([{"type": "video", "video": "a.mp4"}], "red"), ErrorCode.UNKNOWN_NAME),
+    ],
+    ids=str,
+)
+def test_markers_that_are_not_read_are_refused(tmp_path, content, code):
+    with raises_input_error(code):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Why is <img> empty in my page?",
+        '<img src="a.png"> is <video> or <video controls></video>?',
+        "<video>\n<source src='a.mp4'></video>",
+        "<img>alt</img>",
+        "<image><url>logo</url></image> in RSS?",
+        "<picture>x</picture>",
+    ],
+)
+def test_html_in_text_only_data_is_text(tmp_path, question):
+    sample = read(tmp_path, row(question, answer="Use <img> and <video>."))
+    parsed = parse_messages(sample.messages)
+    assert not parsed.images
+    assert content_to_text(parsed.turns[0]["content"]) == question
+
+
+def test_html_in_the_answer_of_an_image_is_text(tmp_path):
+    sample = read(tmp_path, row("<image>Write HTML.", '<img src="a.png"><video>', image="a.png"))
+    assert len(parse_messages(sample.messages).images) == 1
