@@ -109,8 +109,9 @@ RETIRED = {
     r"\btextbook": "baseline",
     r"\bnobody\b|\bsomebody\b": "the client, the user",
 }
-# Quotations: prompts of published models, and the official table of contractions.
+# Quotations: prompts of published models, keys of other formats, the official contractions.
 QUOTING = {
+    ("owl2/data/media_keys.py", r"\bpictures?\b"),
     ("docs/reference/model-family.md", r"\bpictures?\b"),
     ("owl2/eval/metrics/vqa.py", r"\bnobody\b|\bsomebody\b"),
 }

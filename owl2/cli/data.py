@@ -55,11 +55,12 @@ def _open_datasets(
 
 
 def _require_model(model: str | None, recipe: "Recipe | None") -> str:
-    if model is None and recipe is None:
+    model = model or (recipe.model if recipe else None)
+    if model is None:
         raise InputError(
             "--model is required: its processor encodes the samples", ErrorCode.MISSING_VALUE
         )
-    return model or recipe.model
+    return model
 
 
 def _print_datasets(wanted: bool) -> None:
@@ -128,7 +129,7 @@ def check_data(
     model = _require_model(model, recipe)
     validator = SampleValidator(
         Owl2Processor.from_pretrained(
-            model, chat_template=recipe and recipe.chat_template, image_newline=True
+            model, chat_template=recipe.chat_template if recipe else None, image_newline=True
         ),
         effective_max_length(model, max_length),
         check_images,
@@ -166,7 +167,7 @@ def show_data(
         _require_model(model, recipe),
         datasets,
         count,
-        chat_template=recipe and recipe.chat_template,
+        chat_template=recipe.chat_template if recipe else None,
         start=start,
         seed=seed if random else None,
         html=html,

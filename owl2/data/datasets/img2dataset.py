@@ -118,7 +118,7 @@ def _has_caption(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) ->
     file = archive.extractfile(files[name]) if name in files else None
     text: Any = file.read().decode("utf-8-sig", "replace") if file else ""
     if name == "json" and text:
-        text = as_record(parse_json(text.encode(), archive.name or ""), str(archive.name)).value
+        text = as_record(parse_json(text.encode(), str(archive.name)), str(archive.name)).value
         text = text.get("caption") or text.get("text")
     return isinstance(text, str) and bool(text.strip())
 
