@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from owl2.errors import ErrorCode, InputError, shorten
+from owl2.errors import ErrorCode, InputError
 
 IMAGE_TOKEN = "<|image|>"
 
