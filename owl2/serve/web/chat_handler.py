@@ -191,7 +191,7 @@ class ChatHandler:
             images=len(files) + sum(len(turn.files) for turn in turns),
             characters=len(question) + sum(len(turn.question) + len(turn.answer) for turn in turns),
         )
-        return Turn(question, tuple(files))
+        return Turn(question if question.strip() else "", tuple(files))
 
     async def _load_image(self, file: Path, language: str) -> Image.Image:
         try:
