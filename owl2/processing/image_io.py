@@ -136,9 +136,10 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
                 pass  # not base64: a path
             else:
                 return io.BytesIO(data), f"the base64 string of {len(source)} characters"
-    name = f"the image file '{_shorten(os.fspath(source))}'"
+    path = os.fspath(source)
+    name = f"the image file '{_shorten(path)}'"
     try:
-        return expand_user(source).open("rb"), name
+        return expand_user(path).open("rb"), name
     except FileNotFoundError as error:
         raise _error(
             name,
