@@ -64,6 +64,14 @@ def evaluate_model(
             "question alone."
         ),
     ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Replaces the limits of the tasks. Default for custom questions: enough for the "
+            "longest expected answer.",
+        ),
+    ] = None,
     mam: Annotated[
         bool, typer.Option(help="Use modality-adaptive weights, or the text weights for images.")
     ] = True,
@@ -113,6 +121,7 @@ def evaluate_model(
         no_image_baseline=no_image_baseline,
         prompts=prompts,
         prompt=prompt,
+        max_new_tokens=max_new_tokens,
         mam=mam,
         image_size=image_size,
         judge=judge,

@@ -57,6 +57,7 @@ class EvalConfig:
         prompts: "authors": the prompts and the chat format of the tasks. "plain": the plain prompts
             of the tasks in the chat format of the checkpoint.
         prompt: Replaces the prompts of the tasks; contains `{question}`, or is "short".
+        max_new_tokens: Replaces that of the tasks, see `EvalTask.max_new_tokens`.
         mam: False: use the text weights for images as well. The checkpoint is not changed.
         image_size: Pixels; replaces that of the checkpoint.
         judge: None: tasks that need a judge are scored later by `owl2 eval judge`.
@@ -72,6 +73,7 @@ class EvalConfig:
     no_image_baseline: bool = False
     prompts: Literal["authors", "plain"] = "authors"
     prompt: str | None = None
+    max_new_tokens: int | None = None
     mam: bool = True
     image_size: int | None = None
     judge: ChatEndpoint | None = None
@@ -114,6 +116,7 @@ def evaluate(
             engine.processor.image_processor.policy = (
                 config.model_args.image_policy or run.task.config.image_policy or policy
             )
+            _set_limit(run, engine, config)
             run.conditions = evaluation_conditions(engine, run)
             settings = {**run.conditions, "model": fingerprint}
             for own in run.passes:
@@ -173,6 +176,7 @@ def estimate(config: EvalConfig, console: Console) -> dict[str, dict[str, float]
     own_format, estimates = chat_format(engine.processor), {}
     for run in runs:
         run.set_chat_format(engine.processor, own_format)
+        _set_limit(run, engine, config)
         estimates[run.name] = run.estimate(engine, config.batch_size)
     columns = list(estimates[runs[0].name])
     total = {column: sum(one[column] for one in estimates.values()) for column in columns}
@@ -254,6 +258,14 @@ def load_engine(config: EvalConfig, worker: WorkerRank) -> Engine:
     return Engine(model, processor, enable_prefix_caching=True)
 
 
+def _set_limit(run: TaskRun, engine: Engine, config: EvalConfig) -> None:
+    limit = config.max_new_tokens
+    for own in run.passes:
+        own.max_new_tokens = limit or run.task.max_new_tokens(
+            run.samples, engine.processor.tokenizer
+        )
+
+
 def _generate_and_score(
     config: EvalConfig,
     run: TaskRun,
@@ -290,6 +302,12 @@ def _print_results(
         console.print(results_table(name, result))
         seconds = result["seconds"] + result.get(f"seconds{NO_IMAGE}", 0.0)
         console.out(f"{seconds:.0f} s, {result['samples_per_second'] or 0.0:.0f} questions/s")
+        if result["truncated"]:
+            limit = result["generation"]["max_new_tokens"]
+            console.out(
+                f"{result['truncated']} of {result['n']} responses have {limit} tokens, the limit, "
+                "and may be incomplete; --max-new-tokens raises it"
+            )
         if result["invalid"]["n"]:
             first = result["invalid"]["first"][0]
             count = f"{result['invalid']['n']} invalid samples"

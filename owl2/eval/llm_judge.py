@@ -11,7 +11,8 @@ are listed and have no score.
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,13 +172,24 @@ def judge_rows(
         slots = asyncio.Semaphore(WORKERS)
         await asyncio.gather(*(judge(index, slots) for index in pending))
 
-    asyncio.run(judge_all())  # after an error or Ctrl-C it cancels the other requests
+    _run(judge_all())
     for row, key in zip(rows, keys, strict=True):
         row["judgement"] = known.get(key)
     summary.judged = sum(row["judgement"] is not None for row in rows)
     line = f"{path.stem}: {summary.judged} of {len(rows)} responses are judged"
     console.out(line)
     return summary
+
+
+def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run to the end; after an error or Ctrl-C the other requests are cancelled."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(coroutine)
+    else:  # in a notebook, whose loop this thread runs
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, coroutine).result()
 
 
 def _judged_response(row: Record) -> Response:

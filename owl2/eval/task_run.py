@@ -72,6 +72,8 @@ class TaskRun:
         seconds: Time for the responses, summed over processes and resumed runs.
         scores: Those of all responses.
         categories: The metrics of each category, if there are several.
+        max_new_tokens: Replaces that of the task.
+        num_truncated: Responses with as many tokens as allowed.
     """
 
     name: str
@@ -86,6 +88,8 @@ class TaskRun:
     seconds: float = 0.0
     scores: Scores | None = None
     categories: dict[str, dict[str, float]] = field(default_factory=dict)
+    max_new_tokens: int | None = None
+    num_truncated: int = 0
 
     @property
     def passes(self) -> "list[TaskRun]":
@@ -96,8 +100,10 @@ class TaskRun:
     def generation_kwargs(self) -> dict[str, Any]:
         """Greedy, so that a model gives the same responses whatever its generation config is."""
         config = self.task.config
-        minimum = {"min_new_tokens": config.min_new_tokens} if config.min_new_tokens else {}
-        return {"do_sample": False, "max_new_tokens": config.max_new_tokens, **minimum}
+        limit = self.max_new_tokens or config.max_new_tokens
+        minimum = min(config.min_new_tokens, limit)
+        more = {"min_new_tokens": minimum} if minimum else {}
+        return {"do_sample": False, "max_new_tokens": limit, **more}
 
     def add_baseline(self) -> None:
         """Ask the same questions without images; text tasks have none."""
@@ -171,6 +177,10 @@ class TaskRun:
                     images = parse_messages(self.samples[index].messages).images
                     digests = [image_digest(image) for image in images]
                     records[index] = {"prompt": prompts[index], "text": text, "images": digests}
+                    count = len(engine.processor.tokenizer(text)["input_ids"]) - 1  # without BOS
+                    is_truncated = count >= self.generation_kwargs["max_new_tokens"]
+                    records[index] = {"prompt": prompts[index], "text": text, "images": digests}
+                    records[index]["truncated"] = is_truncated
             yield records
 
     def _responses_of_lm_eval(
@@ -203,6 +213,7 @@ class TaskRun:
         cache.wait(keys)
         for sample, record in zip(self.samples, map(cache.record, keys), strict=True):
             self.seconds += record["seconds"]
+            self.num_truncated += record.get("truncated", False)
             if "invalid" in record:
                 self.invalid.append(InvalidEvalSample(sample.id, record["invalid"]))
                 continue
@@ -239,7 +250,7 @@ class TaskRun:
             "questions": questions,
             "images": images,
             "prompt tokens": text_tokens * passes + images * engine.processor.num_image_tokens,
-            "new tokens (max)": questions * self.task.config.max_new_tokens,
+            "new tokens (max)": questions * self.generation_kwargs["max_new_tokens"],
             "time": seconds * questions / max(1, len(trial.samples)),
         }
 
@@ -290,6 +301,7 @@ class TaskRun:
                     values = run.categories.get(name, {})
                     entry["per_category"][name] |= with_suffix(values, suffix)
                 entry[f"seconds{suffix}"] = run.seconds
+                entry[f"truncated{suffix}"] = run.num_truncated
         files = {self.data.relative_name(path): file_digest(path) for path in self.data.files}
         return {
             **entry,

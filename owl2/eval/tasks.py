@@ -1,8 +1,10 @@
 """Tasks by name: a configuration with its metric and its data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import Metric, find_metric
@@ -61,6 +63,15 @@ class EvalTask:
         folders += [] if directory is None else [directory / self.name, directory]
         advice = f"Get {self.config.title} from {files.origin} (license: {files.license})."
         return EvalData(tuple(folders), prompt, has_task_format, files, advice)
+
+    def max_new_tokens(self, samples: Sequence[EvalSample], tokenizer: Any) -> int:
+        """The limit of the task; for custom questions also enough for the longest answer."""
+        counts = [self.config.max_new_tokens]
+        if self.directory is not None:
+            answers = {answer for sample in samples for answer in sample.expected}
+            # With the begin token, in whose place a response has an end token.
+            counts += [len(tokenizer(answer)["input_ids"]) for answer in answers]
+        return max(counts)
 
     def read(self, data: EvalData) -> tuple[list[EvalSample], list[InvalidEvalSample]]:
         """All samples, valid and invalid; one with the id of an earlier sample is invalid.

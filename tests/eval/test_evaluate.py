@@ -409,3 +409,22 @@ def test_estimated_time_is_that_of_a_trial_after_a_warm_up(config, plain, monkey
     [found] = estimate(replace(config, no_image_baseline=True), plain).values()
     assert [*found.values()][:2] == [40, 20]
     assert found["time"] == pytest.approx(40 * 4.0 / 8)
+
+
+def test_custom_questions_are_asked_as_written_with_room_for_the_answers(config, plain, tmp_path):
+    """The limit is the longest expected answer; responses that reach a limit are reported."""
+    long = "a red circle " * 12
+    lines = [{"question": "what is this?", "answers": [long, "a"]}]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = replace(config, tasks=str(path))
+    result = evaluate(config, plain)["tasks"]["mine"]
+    assert result["generation"]["max_new_tokens"] > 24
+    [row] = rows(config.responses / "mine.jsonl")
+    assert "what is this? ASSISTANT:" in row["prompt"]
+    result = evaluate(replace(config, max_new_tokens=1, prompt="{question} Now."), plain)
+    result = result["tasks"]["mine"]
+    assert result["generation"]["max_new_tokens"] == 1
+    assert result["truncated"] == 1
+    assert "--max-new-tokens" in plain.file.getvalue()
+    assert "this? Now. ASSISTANT:" in rows(config.responses / "mine.jsonl")[0]["prompt"]

@@ -1,5 +1,6 @@
 """Responses are judged, even if the endpoint fails."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -313,3 +314,13 @@ def test_directory_without_responses_to_judge_is_an_error(run, tmp_path, plain):
     (run / "results.json").write_text('{"tasks": {"mme": {}}}')
     with raises_input_error(ErrorCode.EMPTY_DATASET, run):
         judge_run(run, endpoint, plain)
+
+
+def test_judge_in_a_running_event_loop(judge):
+    """As in a notebook, whose cells run in an event loop."""
+
+    async def cell(server):
+        return judge([row(1)], server)
+
+    with serving(completion("Score: 0.5")) as server:
+        assert asyncio.run(cell(server)).judged == 1

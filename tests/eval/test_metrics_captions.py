@@ -104,7 +104,12 @@ def test_words_of_the_fallback():
 
 def test_settings_contain_the_tokenizer():
     expected = PTB if shutil.which("java") else FALLBACK
-    assert CIDER.to_dict() == {"name": "cider", "version": "1", "tokenizer": expected}
+    assert CIDER.to_dict() == {
+        "name": "cider",
+        "version": "1",
+        "tokenizer": expected,
+        "chinese": "characters",
+    }
 
 
 def test_failure_of_java_is_an_error(monkeypatch):
@@ -117,3 +122,14 @@ def test_failure_of_java_is_an_error(monkeypatch):
     monkeypatch.setattr(captions.subprocess, "run", run)
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "no main class"):
         tokenize(["a b"])
+
+
+def test_chinese_is_split_into_characters():
+    assert tokenize(["一只red狗。", "一只，ＲＥＤ狗"]) == ["一 只 red 狗", "一 只 red 狗"]
+
+
+def test_cider_of_chinese_captions_depends_on_the_words():
+    expected = ["一只红色的狗在草地上", "两个男人在踢足球", "桌子上有一杯咖啡"]
+    texts = ["一只红色的狗在草地上。", "两个男人在打篮球", "一只红色的狗在草地上"]
+    scores = CIDER.score([response(*pair) for pair in zip(texts, expected, strict=True)]).per_sample
+    assert scores[0] > 0.9 > scores[1] > 0.2 > scores[2]

@@ -4,6 +4,8 @@ import pytest
 
 from owl2.errors import ErrorCode
 from owl2.eval.metrics.text import ACC, ACC_NORM, EXACT, ROUGE, normalize
+from owl2.eval.metrics.vqa import normalize as normalize_vqa
+from owl2.eval.metrics.vqa import normalize_textvqa
 from tests.errors import raises_input_error
 from tests.eval.reading import response
 
@@ -76,3 +78,19 @@ def test_missing_package_is_an_error(monkeypatch):
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "rouge-score", "owl2-vlm[eval]"):
         ROUGE.require_package()
     EXACT.require_package()
+
+
+@pytest.mark.parametrize(
+    "response", ["红色", "红色。", "红色｡", "红色.", " 红色 。", "\u3000红色。"], ids=ascii
+)
+def test_chinese_is_normalized_like_english(response):
+    assert normalize(response) == "红色"
+    assert normalize_vqa(response) == normalize_vqa("红色")
+    assert normalize_textvqa(response) == normalize_textvqa("红色")
+
+
+def test_unicode_forms_are_equal():
+    for normalizer in (normalize, normalize_vqa, normalize_textvqa):
+        assert normalizer("cafe\u0301") == normalizer("caf\u00e9")
+        assert normalizer("ＡＢ１２") == normalizer("ab12")
+        assert normalizer("对，是！") == normalizer("对,是!")

@@ -10,7 +10,7 @@ from owl2.eval.metrics.captions import FALLBACK
 from owl2.eval.samples import Response
 from owl2.eval.tasks import find_tasks
 from tests.errors import raises_input_error
-from tests.eval.reading import LETTER, SHORT, prompt_text
+from tests.eval.reading import LETTER, prompt_text
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_exact(write, tmp_path):
     assert (task.config.max_new_tokens, task.config.scale) == (16, 100)
     assert [sample.id for sample in samples] == ["1", "7", "3"]
     assert [sample.category for sample in samples] == ["", "sum", ""]
-    assert prompt_text(samples[0]) == "Color?" + SHORT
+    assert prompt_text(samples[0]) == "Color?"
     parts = [[part["type"] for part in sample.messages[0]["content"]] for sample in samples]
     assert parts == [["image", "text"], ["text"], ["image", "image", "text"]]
     assert samples[0].messages[0]["content"][0]["path"] == str(tmp_path / "red.png")

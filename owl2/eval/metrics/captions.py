@@ -17,6 +17,7 @@ from importlib.resources import as_file, files
 
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.metrics import Metric, Scores
+from owl2.eval.metrics.text import to_half_width
 from owl2.eval.samples import Response
 
 PTB = "PTBTokenizer, Stanford CoreNLP 3.4.1"
@@ -26,6 +27,8 @@ TOKENIZER = PTB if shutil.which("java") else FALLBACK
 # Tokens that the evaluation of COCO drops. It keeps brackets, as it compares them in upper case.
 _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _SENTENCE_END = re.compile(r"\b(?!(?:mr|mrs|ms|dr|st|vs|etc)\.)(\w\w+)\.(?=\s)")
+# PTBTokenizer does not segment Chinese and Japanese: each character is a token.
+_CHINESE = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _MAX_CIDER = 10.0  # of pycocoevalcap, for a caption that equals all references
 
 
@@ -50,7 +53,8 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     Raises:
         InputError: java fails.
     """
-    lines = [" ".join(caption.split()) for caption in captions]
+    spaced = (_CHINESE.sub(r" \g<0> ", to_half_width(caption)) for caption in captions)
+    lines = [" ".join(caption.split()) for caption in spaced]
     tokenized = (
         _run_java(lines) if TOKENIZER == PTB else [tokenize_fallback(line) for line in lines]
     )
@@ -86,5 +90,5 @@ def tokenize_fallback(line: str) -> list[str]:
     return [word.lower() for word in words]
 
 
-SETTINGS = {"tokenizer": TOKENIZER}
+SETTINGS = {"tokenizer": TOKENIZER, "chinese": "characters"}
 CIDER = Metric("cider", "1", "CIDEr", _score, SETTINGS, package="pycocoevalcap")

@@ -4,15 +4,25 @@
 group such as MMLU is the mean over all its samples: lm-eval weights its parts by their sizes.
 """
 
+import unicodedata
 from collections.abc import Sequence
 
 from owl2.eval.metrics import Metric, Scores, accuracy_metric, mean
 from owl2.eval.samples import Response
 
+# Full-width characters and Chinese punctuation.
+_HALF_WIDTH = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+_HALF_WIDTH |= {0x3000: " ", ord("。"): ".", ord("｡"): ".", ord("、"): ","}
+
+
+def to_half_width(text: str) -> str:
+    """Composed characters (NFC), and ASCII for full-width characters and Chinese punctuation."""
+    return unicodedata.normalize("NFC", text).translate(_HALF_WIDTH)
+
 
 def normalize(answer: str) -> str:
-    """Lower case, without surrounding white space and without one final period."""
-    return answer.strip().lower().removesuffix(".").rstrip()
+    """Lower case, half width, without surrounding white space and without one final period."""
+    return to_half_width(answer).strip().lower().removesuffix(".").rstrip()
 
 
 def is_match(response: Response) -> bool:

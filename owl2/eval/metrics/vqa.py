@@ -7,6 +7,7 @@ of Antol et al. (2015) in the code of visualqa.org; VQAv2, OK-VQA, VizWiz and Te
 There are several versions of that code. One does not normalize if all ten annotators agree, so that
 "Yes" does not match their "yes"; here both sides are always normalized. The version of TextVQA has
 an additional first step (`normalize_textvqa`), which lmms-eval also uses for OK-VQA and VizWiz.
+Chinese punctuation and full-width characters are treated as their ASCII forms.
 """
 
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from owl2.eval.metrics import accuracy_metric
+from owl2.eval.metrics.text import to_half_width
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,+\d")
@@ -49,7 +51,7 @@ _REPLACEMENTS = _replacements()
 @lru_cache(maxsize=1 << 16)  # answers repeat
 def normalize(answer: str) -> str:
     """Lower case, digits for numbers up to ten, no articles, punctuation only in numbers."""
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    text = to_half_width(answer).replace("\n", " ").replace("\t", " ").strip()
     words = text
     for char in _PUNCTUATION:
         # Removed next to a space; a space between two words, unless there is a number like 10,000.
@@ -62,7 +64,9 @@ def normalize(answer: str) -> str:
 @lru_cache(maxsize=1 << 16)
 def normalize_textvqa(answer: str) -> str:
     """As `normalize`, after removing commas and question marks and separating "'s"."""
-    return normalize(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
+    return normalize(
+        to_half_width(answer).lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    )
 
 
 def vqa_accuracy(

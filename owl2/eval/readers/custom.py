@@ -12,6 +12,9 @@
   `choice` if the first line has options, and `exact` otherwise.
 - `id`, `category`: optional. The default id is the number of the line.
 
+The question is asked as it is written; with options, the options and a request for a letter follow.
+The limit of new tokens is enough for the longest answer of the file (`EvalTask.max_new_tokens`).
+
 An invalid line (not JSON, an unknown key, ...) is reported and skipped; the first line that can be
 read counts as the first line.
 """
@@ -21,7 +24,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from owl2.data.datasets.prompts import CAPTION_PROMPT, CHOICE_REQUEST, LETTERS, VQA_PROMPT
+from owl2.data.datasets.prompts import CAPTION_PROMPT, CHOICE_REQUEST, LETTERS
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.readers import EvalData
 from owl2.eval.readers.rows import Row, read_jsonl
@@ -41,8 +44,8 @@ FIELDS: dict[str, Any] = {
 }
 # The part of the configuration that depends on the metric.
 METRICS: dict[str, dict[str, Any]] = {
-    "exact": {"metric": "text.EXACT", "prompt": VQA_PROMPT, "scale": 100},
-    "vqa": {"metric": "vqa.VQA", "prompt": VQA_PROMPT, "scale": 100},
+    "exact": {"metric": "text.EXACT", "scale": 100},
+    "vqa": {"metric": "vqa.VQA", "scale": 100},
     "choice": {
         "metric": "choices.LETTER",
         "prompt": f"{{question}}\n{CHOICE_REQUEST}",
