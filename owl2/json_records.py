@@ -4,7 +4,8 @@
 """
 
 import json
-from codecs import BOM_UTF8, utf_8_decode
+import re
+from codecs import BOM_UTF8, getincrementaldecoder
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from owl2.errors import ErrorCode, InputError, shorten
 
-# Windows of a file that are read for the next character, and at first for the next value.
-PEEK_BYTES, WINDOW_BYTES = 64, 4096
+CHUNK_BYTES = 1 << 22
+_SPACE = re.compile(r"[ \t\n\r]*")  # the white space of JSON; `\s` matches more
 
 
 @dataclass(frozen=True)
@@ -164,34 +165,36 @@ def scan_json(file: BinaryIO, path: Path, opening: Literal["[", "{"]) -> Iterato
         raise InputError(f"{path} must contain a JSON {kind}.{hint}", ErrorCode.INVALID_FORMAT)
     row = 0
     while row == 0 or cursor.peek() == ",":
-        cursor.byte += 1
+        cursor.skip_character()
         if row == 0 and cursor.peek() == closing:
             raise InputError(f"{path} contains an empty {kind}", ErrorCode.EMPTY_DATASET)
         row += 1
         key = ""
         if opening == "{":
-            cursor.peek()
             key = cursor.value(row)
             if not isinstance(key, str) or cursor.peek() != ":":
                 raise cursor.error(f"row {row}: expected a key and a ':'")
-            cursor.byte += 1
+            cursor.skip_character()
         cursor.peek()
         start = cursor.byte
         yield JsonElement(key, cursor.value(row), start, cursor.byte - start)
     if cursor.peek() != closing:
         raise cursor.error(f"expected ',' or '{closing}' after row {row}")
-    cursor.byte += 1
+    cursor.skip_character()
     if cursor.peek():
         raise cursor.error("unexpected content after the end")
 
 
 class _JsonCursor:
-    """A position, `byte`, in a JSON file, of which a window is read at a time."""
+    """A position, `byte`, in a JSON file, of which one chunk is in memory."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.byte = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+        file.seek(self.byte)
         self._file, self._path = file, path
+        self._decode = getincrementaldecoder("utf-8")().decode
         self._parse = json.JSONDecoder().raw_decode
+        self._text, self._position, self._at_end = "", 0, False
 
     def error(self, reason: str) -> InputError:
         message = f"{self._path}, byte {self.byte}: not valid JSON: {reason}"
@@ -200,39 +203,49 @@ class _JsonCursor:
     def peek(self) -> str:
         """Skips white space, and returns the next character, or "" at the end."""
         while True:
-            text, is_end = self._window(PEEK_BYTES)
-            content = text.lstrip(" \t\n\r")  # the white space of JSON
-            self.byte += len(text) - len(content)
-            if content or is_end:
-                return content[:1]
+            space = _SPACE.match(self._text, self._position)
+            self.advance(space.end() if space else self._position)
+            if self._position < len(self._text) or self._at_end:
+                return self._text[self._position : self._position + 1]
+            self._read_chunk()
+
+    def advance(self, position: int) -> None:
+        """Moves to a position in the current chunk."""
+        skipped = self._text[self._position : position]
+        self.byte += len(skipped) if skipped.isascii() else len(skipped.encode())
+        self._position = position
+
+    def skip_character(self) -> None:
+        """Moves behind an ASCII character that `peek` returned."""
+        self.byte += 1
+        self._position += 1
 
     def value(self, row: int) -> Any:
-        """Parses the value that starts at the cursor, and advances behind it."""
-        size = WINDOW_BYTES
+        """Parses the value after white space, and advances behind it."""
+        self.peek()
         while True:
-            text, is_end = self._window(size)
             try:
-                value, end = self._parse(text)
-                if end < len(text) or is_end:
-                    self.byte += len(text[:end].encode())
+                value, end = self._parse(self._text, self._position)
+                if end < len(self._text) or self._at_end:
+                    self.advance(end)
                     return value
             except json.JSONDecodeError as error:
-                # An error near the end of the window, or in an open string, may disappear with more
+                # An error near the end of the chunk, or in an open string, may disappear with more
                 # text. For others a broken file is not read to its end.
-                near_end = error.pos > len(text) - 16
-                if is_end or not (near_end or error.msg.startswith("Unterminated string")):
-                    self.byte += len(text[: error.pos].encode())
+                near_end = error.pos > len(self._text) - 16
+                if self._at_end or not (near_end or error.msg.startswith("Unterminated string")):
+                    self.advance(error.pos)
                     raise self.error(f"row {row}: {error.msg}") from error
             except (ValueError, RecursionError) as error:
                 raise self.error(f"row {row}: {error}") from error
-            size *= 4
+            self._read_chunk()
 
-    def _window(self, size: int) -> tuple[str, bool]:
-        """The complete characters of the next `size` bytes, and whether the file ends there."""
-        self._file.seek(self.byte)
-        data = self._file.read(size)
-        is_end = len(data) < size
+    def _read_chunk(self) -> None:
+        # The remaining text doubles, so a row of many chunks is not parsed once per chunk.
+        data = self._file.read(max(CHUNK_BYTES, len(self._text) - self._position))
+        self._at_end = not data
         try:
-            return utf_8_decode(data, "strict", is_end)[0], is_end
+            more = self._decode(data, final=self._at_end)
         except UnicodeDecodeError as error:
             raise self.error(f"not UTF-8: {error}") from error
+        self._text, self._position = self._text[self._position :] + more, 0

@@ -36,6 +36,8 @@ POLL_SECONDS = 0.5
 class ShardedJsonl:
     """The records of one task; this process appends to its own part. A context manager.
 
+    Only the positions of the records are in memory.
+
     Args:
         path: ``DIR/NAME.jsonl``, which names the parts ``DIR/NAME.part-RANK.jsonl``.
         settings: JSON values on which the records depend.
@@ -75,8 +77,10 @@ class ShardedJsonl:
         self.worker, self._key, self._retry = worker, key, retry
         self._restart, self._finished = on_other_settings == "restart", finished
         self._is_current = is_current
-        self._final: dict[str, bytes] = {}  # the newest record of each key, as JSON
-        self._failed: dict[str, bytes] = {}  # to be retried
+        # The file of the newest record of each key, and its first byte there.
+        self._final: dict[str, tuple[Path, int]] = {}
+        self._failed: dict[str, tuple[Path, int]] = {}  # to be retried
+        self._readers: dict[Path, BinaryIO] = {}
         self._offsets: dict[Path, int] = {}  # bytes of each file that are indexed
         with ExitStack() as stack:
             with translate_write_errors(self.path):
@@ -157,14 +161,19 @@ class ShardedJsonl:
 
     def record(self, key: str) -> Record:
         """The newest record of a key; a final one replaces one to be retried."""
-        record: Record = json.loads(self._final.get(key) or self._failed[key])
+        path, offset = self._final.get(key) or self._failed[key]
+        if path not in self._readers:
+            self._readers[path] = path.open("rb")
+        self._readers[path].seek(offset)
+        record: Record = json.loads(self._readers[path].readline())
         return record
 
     def close(self) -> None:
-        """Close the part, and remove it if it has no records."""
+        """Close all files. A part without records is removed."""
         if not self._file.closed and self._is_empty:
             self.path.unlink(missing_ok=True)
-        self._file.close()
+        for file in (self._file, *self._readers.values()):
+            file.close()
 
     @property
     def _is_empty(self) -> bool:
@@ -200,7 +209,7 @@ class ShardedJsonl:
             raise settings_conflict(path, self._settings, value)
         if not is_header and (self._is_current is None or self._is_current(row)):
             records = self._failed if self._retry in row else self._final
-            records[value] = line
+            records[value] = path, offset
 
 
 def remove_parts(path: Path) -> None:

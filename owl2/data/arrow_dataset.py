@@ -7,7 +7,7 @@ in `row_parsers`. Images are an `Image` column of `datasets`, not decoded here, 
 from pathlib import Path
 from typing import Any
 
-from owl2.data.row_parsers import image_reader, image_root, parse_row
+from owl2.data.row_parsers import image_reader, image_root, parse_row, require_format
 from owl2.data.sample import Message, RowDataset, Sample
 from owl2.errors import ErrorCode, InputError
 from owl2.files import expand_user
@@ -30,8 +30,9 @@ class ArrowDataset(RowDataset):
         images: Root directory of image paths; default: `path`.
 
     Raises:
-        InputError: There is no such directory or split, there are no rows, or the package datasets
-            is not installed. When a row is accessed: the row is not valid.
+        InputError: There is no such directory or split, the columns do not form samples, there are
+            no rows, or the package datasets is not installed. When a row is accessed: the row is
+            not valid.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ArrowDataset(RowDataset):
             raise InputError(f"{path} has no splits: remove split={split}", ErrorCode.UNKNOWN_NAME)
         if not len(table):
             raise InputError(f"{self.path} has no rows", ErrorCode.EMPTY_DATASET)
+        require_format(table.column_names, str(self.path))
         self._resolve_path = image_reader(image_root(self.path, images))
         self._table = table.with_format("arrow")  # values are not decoded
 

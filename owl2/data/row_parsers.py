@@ -50,6 +50,10 @@ OWL_SYSTEM = (
     "The following is a conversation between a curious human and AI assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
+_NO_FORMAT = (
+    "a row needs a list 'messages' (transformers), a list 'conversations' (LLaVA), or an image "
+    "with a 'caption' or 'text'"
+)
 
 # An image of a row to a message part. Raises `InputError` for other values.
 ImageReader = Callable[[Any], Message]
@@ -168,11 +172,15 @@ def _format_name(row: Mapping[str, Any]) -> str:
             isinstance(row.get(key), str) for key in (name, _ANSWER_KEYS.get(name, name))
         ):
             return name
-    raise InputError(
-        "a row needs a list 'messages' (transformers), a list 'conversations' (LLaVA), or an image "
-        "with a 'caption' or 'text'",
-        ErrorCode.INVALID_FORMAT,
-    )
+    raise InputError(_NO_FORMAT, ErrorCode.INVALID_FORMAT)
+
+
+def require_format(columns: Sequence[str], source: str) -> None:
+    """Raises `InputError` if no row with these columns has a known format."""
+    if not {name for name in FORMATS if {name, _ANSWER_KEYS.get(name, name)} <= set(columns)}:
+        names = ", ".join(sorted(columns))
+        message = f"{source} has the columns {names}: {_NO_FORMAT}"
+        raise InputError(message, ErrorCode.INVALID_FORMAT)
 
 
 def _turns(row: Mapping[str, Any], key: str) -> list[Any]:

@@ -8,6 +8,8 @@
 """
 
 import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -104,13 +106,15 @@ def evaluate(
         console.out(f"{name} is skipped: {reason}")
     require_writable(config.responses)
     torch.manual_seed(SEED)
-    with heartbeat(config.responses, worker):
+    with heartbeat(config.responses, worker), ExitStack() as stack:
         engine = load_engine(config, worker)
         fingerprint = model_fingerprint(engine.model)
         policy = engine.processor.image_processor.policy
         engine.processor.image_processor.alpha = "drop"  # as the authors' scripts
         own_format = chat_format(engine.processor)
-        for run in runs:
+        caches: dict[str, ShardedJsonl] = {}
+
+        def generate(run: TaskRun, own: TaskRun) -> None:
             run.set_chat_format(engine.processor, own_format)
             # The option, the task and the checkpoint, in this order, select the policy.
             engine.processor.image_processor.policy = (
@@ -119,17 +123,27 @@ def evaluate(
             _set_limit(run, engine, config)
             run.conditions = evaluation_conditions(engine, run)
             settings = {**run.conditions, "model": fingerprint}
-            for own in run.passes:
-                try:
-                    _generate_and_score(config, own, engine, settings, worker, console)
-                except InputError as error:
-                    if error.code is ErrorCode.PROCESS_FAILED:
-                        raise
-                    skipped[own.name] = str(error)
-                    console.out(f"{own.name} is skipped: {error}")
-                    break
-        if worker.rank:
-            return {}
+            path = config.responses / f"{own.name}.jsonl"
+            cache = stack.enter_context(ShardedJsonl(path, settings, worker))
+            if cache.restarted:
+                console.out(f"{own.name}: earlier responses have other settings; starting over")
+            own.generate(engine, cache, config.batch_size, console)
+            caches[own.name] = cache
+
+        def score(run: TaskRun, own: TaskRun) -> None:
+            own.collect(caches[own.name])
+            own.score()
+
+        try:
+            _for_each_pass(runs, generate, skipped, console)
+            if worker.rank:
+                return {}
+            # At the end, so that process 0 does not wait for the others after each task.
+            _for_each_pass(runs, score, skipped, console)
+        except KeyboardInterrupt:
+            parts = config.responses / "*.part-*.jsonl"
+            console.out(f"\nStopped. The responses are in {parts}: the command resumes.")
+            raise
     scored = [run for run in runs if run.scores is not None]
     if not scored:
         raise _nothing_evaluated(skipped)
@@ -266,28 +280,24 @@ def _set_limit(run: TaskRun, engine: Engine, config: EvalConfig) -> None:
         )
 
 
-def _generate_and_score(
-    config: EvalConfig,
-    run: TaskRun,
-    engine: Engine,
-    settings: dict[str, Any],
-    worker: WorkerRank,
+def _for_each_pass(
+    runs: list[TaskRun],
+    step: Callable[[TaskRun, TaskRun], None],
+    skipped: dict[str, str],
     console: Console,
 ) -> None:
-    """Generate this process's responses of a task, or of its baseline; process 0 scores all."""
-    path = config.responses / f"{run.name}.jsonl"
-    with ShardedJsonl(path, settings, worker) as cache:
-        if cache.restarted:
-            console.out(f"{run.name}: earlier responses have other settings; starting over")
+    """Call `step` with each task and each of its passes, up to the first one with an error."""
+    for run in runs:
         try:
-            run.generate(engine, cache, config.batch_size, console)
-            if worker.rank == 0:
-                run.collect(cache)
-                run.score()
-        except KeyboardInterrupt:
-            parts = config.responses / "*.part-*.jsonl"
-            console.out(f"\nStopped. The responses are in {parts}: the command resumes.")
-            raise
+            for own in run.passes:
+                if own.name in skipped:
+                    break
+                step(run, own)
+        except InputError as error:
+            if error.code is ErrorCode.PROCESS_FAILED:
+                raise
+            skipped[own.name] = str(error)
+            console.out(f"{own.name} is skipped: {error}")
 
 
 def _nothing_evaluated(skipped: dict[str, str]) -> InputError:

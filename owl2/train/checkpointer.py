@@ -135,6 +135,9 @@ def _read_state(checkpoints: Path, recipe: Recipe, context: DistributedContext) 
         path = checkpoints / saved.checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
             raise mismatch(f"{path.parent} lacks {name}, or a part of it")
+    state = f"{saved.checkpoint}/trainer_state.json"
+    if read(state, dict[str, Any]).get("global_step") != saved.progress.step:
+        raise mismatch(f"{checkpoints / state} is not of step {saved.progress.step}")
     if (saved.world_size, saved.sharding) != (context.world_size, context.sharding):
         raise mismatch(
             f"{saved.checkpoint} was written by {saved.world_size} processes (sharding: "

@@ -24,21 +24,21 @@ def answers(samples) -> list[str]:
 
 
 @pytest.fixture
-def small_windows(monkeypatch):
-    monkeypatch.setattr("owl2.json_records.WINDOW_BYTES", 7)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr("owl2.json_records.CHUNK_BYTES", 7)
 
 
 # ------------------------------------------------------------------ finding rows
 
 # Of two, three and four bytes, of one letter and of two in JSON's escapes; brackets and quotes in
-# strings; numbers that the end of a window can split.
+# strings; numbers that the end of a chunk can split.
 TEXTS = ["é", "漢", "🦉", "\u2028", 'a "quoted" ]},{[', "\\", '\\"', "", "1234567890" * 3]
 
 
 @pytest.mark.parametrize("escaped", [True, False])
 @pytest.mark.parametrize("indent", [None, 3])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-def test_list_elements_are_found_at_their_boundaries(tmp_path, small_windows, escaped, indent, bom):
+def test_list_elements_are_found_at_their_boundaries(tmp_path, small_chunks, escaped, indent, bom):
     path = tmp_path / "chat.json"
     text = json.dumps([conversation(word) for word in TEXTS], ensure_ascii=escaped, indent=indent)
     path.write_bytes(bom + f"\n {text}\r\n\t".encode())
@@ -59,16 +59,16 @@ def test_lines_are_rows(tmp_path, bom, end):
     assert samples[2].source == f"{path}, line {5 if end == chr(10) + ' ' + chr(10) else 3}"
 
 
-def test_the_window_size_does_not_change_the_rows(tmp_path, monkeypatch):
+def test_the_chunk_size_does_not_change_the_rows(tmp_path, monkeypatch):
     path = tmp_path / "chat.json"
     path.write_text(json.dumps([conversation(word) for word in TEXTS], ensure_ascii=False))
     expected = JsonDataset(path)
-    for window_bytes in range(1, 40):
-        monkeypatch.setattr("owl2.json_records.WINDOW_BYTES", window_bytes)
+    for chunk_bytes in range(1, 40):
+        monkeypatch.setattr("owl2.json_records.CHUNK_BYTES", chunk_bytes)
         assert list(JsonDataset(path)) == list(expected)
 
 
-def test_a_number_across_windows_is_one_row(tmp_path, small_windows):
+def test_a_number_across_chunks_is_one_row(tmp_path, small_chunks):
     path = tmp_path / "chat.json"
     path.write_text("[1234567890123456, 3]")
     with raises_input_error(ErrorCode.INVALID_FORMAT, "2"):
@@ -188,7 +188,7 @@ def test_an_invalid_file_is_refused(tmp_path, name, content, expected_error):
     assert str(path) in str(caught.value)
 
 
-def test_an_invalid_list_is_not_read_to_the_end(tmp_path, small_windows):
+def test_an_invalid_list_is_not_read_to_the_end(tmp_path, small_chunks):
     path = tmp_path / "chat.json"
     path.write_bytes(b"[{'a': 1}" + b" " * 1000 + b"]")
     file = io.BytesIO(path.read_bytes())

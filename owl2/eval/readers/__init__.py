@@ -61,14 +61,15 @@ class EvalData:
         names = self.published.names
         return (path for path in directory.glob(pattern) if names is None or path.stem in names)
 
-    def find(self, names: Sequence[str]) -> Path | None:
-        """The first of these relative names that exists."""
-        paths = (
-            directory / expand_user(name)
-            for directory in self.directories or (Path(),)
-            for name in names
-        )
-        return next((path for path in paths if path.exists()), None)
+    def find(self, names: Sequence[str], folders: Sequence[str] = ("",)) -> Path | None:
+        """The first of these relative names that exists in one of the folders."""
+        for directory in self.directories or (Path(),):
+            for name in map(expand_user, names):
+                for folder in folders:
+                    path = directory.joinpath(folder, name)
+                    if path.exists():
+                        return path
+        return None
 
     def relative_name(self, path: Path) -> str:
         """The name of a file relative to the directory that contains it."""

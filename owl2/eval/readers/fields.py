@@ -163,9 +163,10 @@ class SampleBuilder:
         return frames
 
     def _find(self, names: list[str]) -> Path:
-        paths = [str(PurePath(folder, name)) for name in names for folder in self.fields.folders]
-        path = self.data.find(paths) if all(names) else None
+        folders = self.fields.folders
+        path = self.data.find(names, folders) if all(names) else None
         if path is None:
+            paths = [str(PurePath(folder, name)) for name in names for folder in folders]
             found = f"None of {', '.join(paths)} exists."
             reason = found if all(names) else "The image or video has no name."
             raise InputError(reason, ErrorCode.MISSING_IMAGE)
