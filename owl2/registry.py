@@ -3,14 +3,16 @@
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from owl2.errors import ErrorCode, InputError
 
 Entry = TypeVar("Entry")
+
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def look_up(kind: str, name: object, table: Mapping[str, Entry]) -> Entry:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -354,6 +355,18 @@ def test_heartbeat_that_cannot_be_written(tmp_path):
         heartbeat(tmp_path / "file" / "responses", SECOND),
     ):
         pass
+
+
+def test_records_are_not_kept_in_memory(make):
+    with make() as records:
+        records.append({"key": str(number), "answer": "x" * 10_000} for number in range(500))
+    tracemalloc.start()
+    try:
+        records = make()
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000  # of 5 MB
+    finally:
+        tracemalloc.stop()
+    assert len(records.record("499")["answer"]) == 10_000
 
 
 KILLED = """

@@ -106,7 +106,7 @@ def check_data(
         typer.Option(min=2, help="Maximum tokens; default: the recipe's, else the context."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; default: one per core.")
+        int | None, typer.Option(min=1, help="Processes; default and maximum: one per CPU.")
     ] = None,
     check_images: Annotated[bool, typer.Option(help="Open the images to find broken ones.")] = True,
     fetch_urls: Annotated[bool, typer.Option(help="Also open images behind http(s) URLs.")] = False,
@@ -135,10 +135,13 @@ def check_data(
         check_images,
         fetch_urls,
     )
+    # As in torch, which warns of more processes than CPUs.
+    affinity = getattr(os, "sched_getaffinity", None)
+    num_cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     report = validate_datasets(
         datasets,
         validator,
-        num_workers=workers or os.cpu_count() or 1,
+        num_workers=min(workers or num_cpus, num_cpus),
         batch_size=batch_size or 8,
         output=output,
     )

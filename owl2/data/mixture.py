@@ -21,6 +21,7 @@ from random import Random
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from pydantic import PositiveInt
 from torch.utils.data import Dataset
 
 from owl2.data.augment import AUGMENTATIONS
@@ -28,12 +29,19 @@ from owl2.data.collate import Features, encode_sample
 from owl2.data.sample import InvalidSample, Sample, get_or_invalid
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
-from owl2.registry import look_up
+from owl2.registry import Option, PositiveNumber, check_options, look_up
 
 # Sources with weights have no epochs. Their order is drawn in blocks of this many positions.
 BLOCK_SIZE = 1 << 16
 
 State = dict[str, Any]
+
+# The same ranges as in recipes.
+_RANGES = {
+    "count": Option(PositiveInt | None, None),
+    "weight": Option(PositiveNumber | None, None),
+    "shuffle_buffer": Option(PositiveInt, 1000),
+}
 
 
 @runtime_checkable
@@ -97,8 +105,8 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
         epoch_size: Samples per epoch; None for sources with weights.
 
     Raises:
-        InputError: No source, a source without samples, a stream without count and weight, or
-            weights for some sources only.
+        InputError: No source, a source without samples, a value out of its range, a stream without
+            count and weight, or weights for some sources only.
     """
 
     def __init__(
@@ -114,6 +122,7 @@ class MixtureDataset(Dataset[Features | InvalidSample]):
         self.sources = list(sources)
         self.processor = processor
         self.seed = seed
+        check_options("setting", _RANGES, {"shuffle_buffer": shuffle_buffer})
         self.shuffle_buffer = shuffle_buffer
         self.augmentation = look_up("augmentation", augment, AUGMENTATIONS)
         self.max_length = max_length
@@ -250,6 +259,10 @@ def make_generator(*key: int) -> torch.Generator:
 def _epoch_count(source: MixtureSource, index: int) -> int:
     """Samples per epoch of a source without a weight; 0 for a stream with a weight."""
     name = source.name or f"source {index} of the data"
+    try:
+        check_options("setting", _RANGES, {"count": source.count, "weight": source.weight})
+    except InputError as error:
+        raise InputError(f"{name}: {error}", error.code) from error
     if not isinstance(source.samples, SampleStream):
         if not len(source.samples):
             raise InputError(f"{name} has no samples", ErrorCode.EMPTY_DATASET)

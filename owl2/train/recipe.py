@@ -10,15 +10,22 @@ peft's `LoraConfig` where these have the same setting. `recipe_file` reads the f
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticKnownError
 
 from owl2.errors import ErrorCode, InputError
+from owl2.registry import PositiveNumber
 from owl2.runtime import cpu_supports_bf16
 
-Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home directory
 Checkpointing = bool | Literal["selective"]  # see owl2.train.parallelize
@@ -70,8 +77,8 @@ class DataSource(Section):
     split: str = Field("train", description="split of a dataset or hf_dataset")
     style: str | None = Field(None, description="how the dataset is converted to conversations")
     options: dict[str, Any] = Field({}, description="other options of the dataset")
-    count: Positive | None = Field(None, description="samples per epoch; null: each sample once")
-    weight: Annotated[float, Field(gt=0)] | None = Field(
+    count: PositiveInt | None = Field(None, description="samples per epoch; null: each sample once")
+    weight: PositiveNumber | None = Field(
         None, description="sampling weight relative to the other sources; excludes count"
     )
 
@@ -103,8 +110,8 @@ class DataSource(Section):
 class LoraSettings(Section):
     """Settings of LoRA, with the names of peft's `LoraConfig`."""
 
-    r: Positive = 16
-    lora_alpha: Rate = Field(32.0, description="the update is scaled by lora_alpha / r")
+    r: PositiveInt = 16
+    lora_alpha: PositiveNumber = Field(32.0, description="the update is scaled by lora_alpha / r")
     lora_dropout: Share = 0.0
     parts: list[Literal["decoder", "abstractor", "vision"]] = Field(
         ["decoder"], min_length=1, description="parts of the model that get LoRA"
@@ -131,8 +138,8 @@ class ValidationSettings(Section):
     """Settings of the validation on held-out samples during training."""
 
     data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="held-out samples")
-    eval_steps: Positive = Field(500, description="steps between validations")
-    max_samples: Positive | None = Field(1000, description="number of samples; null: all")
+    eval_steps: PositiveInt = Field(500, description="steps between validations")
+    max_samples: PositiveInt | None = Field(1000, description="number of samples; null: all")
     num_generations: NotNegative = Field(3, description="samples for which answers are generated")
 
     @model_validator(mode="after")
@@ -156,7 +163,7 @@ class Recipe(Section):
     )
     data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="training samples")
 
-    image_size: Positive | None = Field(description="pixels per edge; null: the checkpoint's")
+    image_size: PositiveInt | None = Field(description="pixels per edge; null: the checkpoint's")
     augment: Literal["none", "crop_flip", "flip", "dihedral"] = Field(
         description="image augmentation"
     )
@@ -173,7 +180,7 @@ class Recipe(Section):
     packing: bool = Field(
         False, description="pack the samples of a batch into few rows without padding"
     )
-    shuffle_buffer: Positive = Field(1000, description="samples of shards shuffled at a time")
+    shuffle_buffer: PositiveInt = Field(1000, description="samples of shards shuffled at a time")
 
     lora: LoraSettings | None = Field(None, description="LoRA instead of full training")
     quantize: Literal["8bit", "4bit"] | None = Field(
@@ -184,13 +191,15 @@ class Recipe(Section):
     )
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="or max_steps")
-    max_steps: Positive | None = Field(None, description="optimizer steps of the run; or epochs")
-    batch_size: Positive = Field(description="samples per optimizer step, over all devices")
-    gradient_accumulation_steps: Positive = Field(
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps of the run; or epochs")
+    batch_size: PositiveInt = Field(description="samples per optimizer step, over all devices")
+    gradient_accumulation_steps: PositiveInt = Field(
         1, description="micro-batches per optimizer step on each device"
     )
 
-    learning_rate: Rate = Field(description="peak learning rate, reached after the warm-up")
+    learning_rate: PositiveNumber = Field(
+        description="peak learning rate, reached after the warm-up"
+    )
     min_lr: Annotated[float, Field(ge=0)] = Field(description="final value of the cosine decay")
     warmup_steps: NotNegative = Field(description="steps of linear warm-up from 0 to the peak")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
@@ -198,13 +207,17 @@ class Recipe(Section):
     )
     adam_beta1: Share = 0.9
     adam_beta2: Share = 0.98
-    adam_epsilon: Rate = 1e-6
-    max_grad_norm: Rate = Field(1.0, description="gradients are clipped to this norm")
+    adam_epsilon: PositiveNumber = 1e-6
+    max_grad_norm: PositiveNumber = Field(1.0, description="gradients are clipped to this norm")
     vision_lr_layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="learning rate of a ViT block relative to the block above"
     )
-    vision_learning_rate: Rate | None = Field(None, description="peak at the top of the ViT")
-    abstractor_learning_rate: Rate | None = Field(None, description="peak of the abstractor")
+    vision_learning_rate: PositiveNumber | None = Field(
+        None, description="peak at the top of the ViT"
+    )
+    abstractor_learning_rate: PositiveNumber | None = Field(
+        None, description="peak of the abstractor"
+    )
 
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the computation; null: bfloat16 where the hardware supports it"
@@ -218,8 +231,8 @@ class Recipe(Section):
     compile: bool = Field(False, description="compile the repeated blocks with torch.compile")
     dataloader_num_workers: NotNegative = Field(2, description="processes that load the data")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # the range of NumPy's seeds
-    logging_steps: Positive = Field(10, description="steps between lines of the log")
-    save_steps: Positive | None = Field(
+    logging_steps: PositiveInt = Field(10, description="steps between lines of the log")
+    save_steps: PositiveInt | None = Field(
         500, description="steps between checkpoints for resuming; null: none"
     )
     validation: ValidationSettings | None = Field(None, description="validation during training")

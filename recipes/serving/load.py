@@ -42,7 +42,7 @@ class Reply:
     """The times of one request in seconds, and its token counts."""
 
     first: float
-    whole: float
+    total: float
     prompt_tokens: int
     tokens: int
 
@@ -197,10 +197,10 @@ async def ask(client: httpx.AsyncClient, server: Server, body: dict[str, Any]) -
             texts = (choice["delta"].get("content") for choice in chunk["choices"])
             if first is None and any(texts):
                 first = time.perf_counter() - start_time
-    whole = time.perf_counter() - start_time
+    total = time.perf_counter() - start_time
     if usage is None:
         raise ValueError("the stream ended without usage")
-    return Reply(first or whole, whole, usage["prompt_tokens"], usage["completion_tokens"])
+    return Reply(first or total, total, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def request(
@@ -249,7 +249,7 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
         "tokens_per_second_range": [min(speeds), max(speeds)],
         "tokens": statistics.fmean([reply.tokens for reply in replies] or [0]),
     }
-    for name in ("first", "whole"):
+    for name in ("first", "total"):
         times = sorted(getattr(reply, name) for reply in replies)
         for percent in (50, 95):
             line[f"{name}_ms_p{percent}"] = 1e3 * percentile(times, percent)
@@ -268,11 +268,11 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
     table = Table(caption="times in ms, measured in the client; tokens/s: median of the rounds")
     for title in ("clients", "server", "requests", "tokens/s", "tokens", "first p50", "p95"):
         table.add_column(title, justify="left" if title == "server" else "right")
-    table.add_column("whole p50", justify="right")
+    table.add_column("total p50", justify="right")
     table.add_column("p95", justify="right")
     for line in lines:
         times = [
-            line[f"{name}_ms_p{percent}"] for name in ("first", "whole") for percent in (50, 95)
+            line[f"{name}_ms_p{percent}"] for name in ("first", "total") for percent in (50, 95)
         ]
         table.add_row(
             str(line["clients"]),

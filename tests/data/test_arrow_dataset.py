@@ -95,13 +95,19 @@ def test_an_image_column_may_contain_paths(tmp_path):
         ({"image": None, "caption": "a"}, (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
         ({"image": {"bytes": PNG, "path": ""}, "caption": None}, (ErrorCode.INVALID_FORMAT, "1")),
         ({"messages": messages(IMAGE), "images": []}, (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
-        ({"prompt": "a", "image": "a.png"}, (ErrorCode.INVALID_FORMAT,)),
     ],
 )
-def test_invalid_rows_and_columns_are_refused(tmp_path, row, expected_error):
+def test_invalid_rows_are_refused(tmp_path, row, expected_error):
     path = saved(tmp_path / "t", [row])
     with raises_input_error(*expected_error):
         ArrowDataset(path)[0]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a", "image": "a.png"}, {"id": 1, "title": "a"}])
+def test_other_columns_are_refused_when_the_dataset_is_opened(tmp_path, row):
+    path = saved(tmp_path / "t", [row])
+    with raises_input_error(ErrorCode.INVALID_FORMAT, ", ".join(sorted(row))):
+        ArrowDataset(path)
 
 
 # ------------------------------------------------------------------ directories

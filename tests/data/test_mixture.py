@@ -166,8 +166,21 @@ def test_each_process_reads_its_share_of_a_stream():
             "weight",
         ),
         ([MixtureSource(NumberedStream("s"), name="cc3m")], ErrorCode.MISSING_VALUE, "cc3m"),
+        ([MixtureSource(samples("a", 1), count=0)], ErrorCode.INVALID_VALUE, "count=0"),
+        ([MixtureSource(samples("a", 1), weight=0.0)], ErrorCode.INVALID_VALUE, "weight=0.0"),
+        ([MixtureSource(samples("a", 1), weight=-1.0)], ErrorCode.INVALID_VALUE, "weight=-1.0"),
+        (
+            [MixtureSource(samples("a", 1), weight=float("nan"), name="b")],
+            ErrorCode.INVALID_VALUE,
+            "b: weight",
+        ),
     ],
 )
 def test_invalid_sources_are_refused(sources, code, needle):
     with raises_input_error(code, needle):
         mixture(*sources)
+
+
+def test_shuffle_buffer_below_one_is_refused():
+    with raises_input_error(ErrorCode.INVALID_VALUE, "shuffle_buffer=0"):
+        mixture(MixtureSource(samples("a", 1)), shuffle_buffer=0)

@@ -243,6 +243,24 @@ def test_two_processes_give_the_results_of_one(config, plain, tmp_path):
     assert files(shared.output) == files(config.output)
 
 
+def test_process_0_waits_only_after_all_tasks(baseline, plain, monkeypatch):
+    steps = []
+    generate, collect = task_run.TaskRun.generate, task_run.TaskRun.collect
+
+    def record_generate(*args):
+        steps.append("generate")
+        return generate(*args)
+
+    def record_collect(*args):
+        steps.append("collect")
+        return collect(*args)
+
+    monkeypatch.setattr(task_run.TaskRun, "generate", record_generate)
+    monkeypatch.setattr(task_run.TaskRun, "collect", record_collect)
+    evaluate(baseline, plain)
+    assert steps == ["generate", "generate", "collect", "collect"]
+
+
 def test_invalid_samples_are_counted_and_reported(config, plain, samples, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG no")
     text = {"type": "text", "text": "What?"}

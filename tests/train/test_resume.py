@@ -127,6 +127,16 @@ def test_damaged_state_is_refused(recipe, stopped, name, content):
     assert "Resuming" not in console.file.getvalue()
 
 
+@pytest.mark.parametrize("damage", ['"global_step": 5', '"global_step": ?'])
+def test_state_of_the_same_size_with_another_step_is_refused(recipe, stopped, damage):
+    path = stopped / "checkpoint-4" / "trainer_state.json"
+    text = path.read_text(encoding="utf-8")
+    assert '"global_step": 4' in text
+    path.write_text(text.replace('"global_step": 4', damage), encoding="utf-8")
+    with raises_input_error(ErrorCode.RESUME_MISMATCH, str(path), "overwrite=true"):
+        train(recipe(), quiet())
+
+
 def test_incomplete_last_line_of_a_log_is_dropped(recipe, stopped):
     log = stopped.parent / "log.jsonl"
     complete = log.read_bytes()

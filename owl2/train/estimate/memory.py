@@ -51,7 +51,7 @@ class SampleStatistics:
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """The inputs of an estimate besides the recipe."""
+    """The inputs of an estimate, without the recipe."""
 
     config: Owl2Config
     hardware: Hardware
