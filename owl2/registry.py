@@ -12,6 +12,7 @@ from owl2.errors import ErrorCode, InputError
 
 Entry = TypeVar("Entry")
 
+PositiveInteger = Annotated[int, Field(ge=1)]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

@@ -21,7 +21,6 @@ from random import Random
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from pydantic import PositiveInt
 from torch.utils.data import Dataset
 
 from owl2.data.augment import AUGMENTATIONS
@@ -29,7 +28,7 @@ from owl2.data.collate import Features, encode_sample
 from owl2.data.sample import InvalidSample, Sample, get_or_invalid
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.processor import Owl2Processor
-from owl2.registry import Option, PositiveNumber, check_options, look_up
+from owl2.registry import Option, PositiveInteger, PositiveNumber, check_options, look_up
 
 # Sources with weights have no epochs. Their order is drawn in blocks of this many positions.
 BLOCK_SIZE = 1 << 16
@@ -38,9 +37,9 @@ State = dict[str, Any]
 
 # The same ranges as in recipes.
 _RANGES = {
-    "count": Option(PositiveInt | None, None),
+    "count": Option(PositiveInteger | None, None),
     "weight": Option(PositiveNumber | None, None),
-    "shuffle_buffer": Option(PositiveInt, 1000),
+    "shuffle_buffer": Option(PositiveInteger, 1000),
 }
 
 

@@ -15,14 +15,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveInt,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticKnownError
 
 from owl2.errors import ErrorCode, InputError
-from owl2.registry import PositiveNumber
+from owl2.registry import PositiveInteger, PositiveNumber
 from owl2.runtime import cpu_supports_bf16
 
 NotNegative = Annotated[int, Field(ge=0)]
@@ -77,7 +76,9 @@ class DataSource(Section):
     split: str = Field("train", description="split of a dataset or hf_dataset")
     style: str | None = Field(None, description="how the dataset is converted to conversations")
     options: dict[str, Any] = Field({}, description="other options of the dataset")
-    count: PositiveInt | None = Field(None, description="samples per epoch; null: each sample once")
+    count: PositiveInteger | None = Field(
+        None, description="samples per epoch; null: each sample once"
+    )
     weight: PositiveNumber | None = Field(
         None, description="sampling weight relative to the other sources; excludes count"
     )
@@ -110,7 +111,7 @@ class DataSource(Section):
 class LoraSettings(Section):
     """Settings of LoRA, with the names of peft's `LoraConfig`."""
 
-    r: PositiveInt = 16
+    r: PositiveInteger = 16
     lora_alpha: PositiveNumber = Field(32.0, description="the update is scaled by lora_alpha / r")
     lora_dropout: Share = 0.0
     parts: list[Literal["decoder", "abstractor", "vision"]] = Field(
@@ -138,8 +139,8 @@ class ValidationSettings(Section):
     """Settings of the validation on held-out samples during training."""
 
     data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="held-out samples")
-    eval_steps: PositiveInt = Field(500, description="steps between validations")
-    max_samples: PositiveInt | None = Field(1000, description="number of samples; null: all")
+    eval_steps: PositiveInteger = Field(500, description="steps between validations")
+    max_samples: PositiveInteger | None = Field(1000, description="number of samples; null: all")
     num_generations: NotNegative = Field(3, description="samples for which answers are generated")
 
     @model_validator(mode="after")
@@ -163,7 +164,9 @@ class Recipe(Section):
     )
     data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="training samples")
 
-    image_size: PositiveInt | None = Field(description="pixels per edge; null: the checkpoint's")
+    image_size: PositiveInteger | None = Field(
+        description="pixels per edge; null: the checkpoint's"
+    )
     augment: Literal["none", "crop_flip", "flip", "dihedral"] = Field(
         description="image augmentation"
     )
@@ -180,7 +183,9 @@ class Recipe(Section):
     packing: bool = Field(
         False, description="pack the samples of a batch into few rows without padding"
     )
-    shuffle_buffer: PositiveInt = Field(1000, description="samples of shards shuffled at a time")
+    shuffle_buffer: PositiveInteger = Field(
+        1000, description="samples of shards shuffled at a time"
+    )
 
     lora: LoraSettings | None = Field(None, description="LoRA instead of full training")
     quantize: Literal["8bit", "4bit"] | None = Field(
@@ -191,9 +196,11 @@ class Recipe(Section):
     )
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="or max_steps")
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps of the run; or epochs")
-    batch_size: PositiveInt = Field(description="samples per optimizer step, over all devices")
-    gradient_accumulation_steps: PositiveInt = Field(
+    max_steps: PositiveInteger | None = Field(
+        None, description="optimizer steps of the run; or epochs"
+    )
+    batch_size: PositiveInteger = Field(description="samples per optimizer step, over all devices")
+    gradient_accumulation_steps: PositiveInteger = Field(
         1, description="micro-batches per optimizer step on each device"
     )
 
@@ -231,8 +238,8 @@ class Recipe(Section):
     compile: bool = Field(False, description="compile the repeated blocks with torch.compile")
     dataloader_num_workers: NotNegative = Field(2, description="processes that load the data")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # the range of NumPy's seeds
-    logging_steps: PositiveInt = Field(10, description="steps between lines of the log")
-    save_steps: PositiveInt | None = Field(
+    logging_steps: PositiveInteger = Field(10, description="steps between lines of the log")
+    save_steps: PositiveInteger | None = Field(
         500, description="steps between checkpoints for resuming; null: none"
     )
     validation: ValidationSettings | None = Field(None, description="validation during training")
