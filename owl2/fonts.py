@@ -5,6 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from owl2.files import translate_write_errors
+
 DEFAULT_FONT = "DejaVu Sans"  # part of matplotlib
 # Preferred over other fonts with the same characters, which may have them in other forms.
 CHINESE_FONTS = ("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC")
@@ -17,6 +19,9 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
 
     If no installed font has some of them, boxes are drawn, and standard error names the characters
     and a package to install, once per process.
+
+    Raises:
+        InputError: The file cannot be written.
     """
     from matplotlib.text import Text
 
@@ -32,7 +37,7 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
             "and Ubuntu) or google-noto-sans-cjk-fonts (Fedora).",
             file=sys.stderr,
         )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), translate_write_errors(path):
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(path, dpi=dpi)
 

@@ -7,6 +7,8 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from owl2 import fonts
+from owl2.errors import ErrorCode
+from tests.errors import raises_input_error
 
 CHINESE = "图里是什么颜色？"
 
@@ -53,3 +55,10 @@ def test_latin_text_needs_no_other_font(tmp_path, installed, capfd):
     installed("DejaVu Sans", "STIXGeneral")
     assert draw(tmp_path / "a.png", "red → 50%\nnew line") == ["DejaVu Sans"]
     assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_is_an_input_error(tmp_path):
+    path = tmp_path / "a.png"
+    path.symlink_to("/dev/full")
+    with raises_input_error(ErrorCode.WRITE_FAILED, path):
+        fonts.save_figure(Figure(), path, dpi=50)
