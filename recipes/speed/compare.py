@@ -48,12 +48,12 @@ def make(folder: Path, size: str, dtype: str) -> None:
 def ours(folder: Path) -> Answer:
     """This project, as `Engine` uses it."""
     from owl2.engine.engine_core import EngineCore
-    from owl2.engine.load_model import load_model
+    from owl2.engine.load_model import ModelArgs
     from owl2.engine.sampling import SamplingParams
 
     dtype = _config(folder)["dtype"]
     runner = EngineCore(
-        load_model(folder / "owl2", "cpu", dtype),
+        ModelArgs(folder / "owl2", "cpu", dtype).load_model(),
         max_num_seqs=max(COUNTS),
         enable_prefix_caching=False,
     )

@@ -11,7 +11,7 @@ from owl2.eval.samples import limit_samples
 from owl2.eval.task_config import task_configs
 from owl2.eval.task_run import TaskRun, chat_format
 from owl2.eval.tasks import find_tasks
-from owl2.processing.chat_template import CHAT_TEMPLATES
+from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from tests.eval.reading import FIXTURES, LETTER_REQUEST, REQUEST, by_id, response

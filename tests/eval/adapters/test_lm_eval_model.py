@@ -86,8 +86,8 @@ def test_chat_format(engine):
     assert model.apply_chat_template(turns, add_generation_prompt=False) == f"{prompt} an"
     assert model.chat_template(True) == engine.processor.chat_template
     assert model.chat_template(False) is None
-    with pytest.raises(InputError):
-        model.apply_chat_template([{"role": "system", "content": "be brief"}, turns[0]])
+    system = {"role": "system", "content": "be brief"}
+    assert "be brief" in model.apply_chat_template([system, turns[0]])
     with raises_input_error(ErrorCode.UNKNOWN_NAME, "'mine'"):
         model.chat_template("mine")
 
