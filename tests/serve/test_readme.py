@@ -31,6 +31,15 @@ def url(tiny_checkpoint):
         server.close()
 
 
+@pytest.fixture
+def demo_image(tmp_path, monkeypatch):
+    """An image at the path that the README's examples read."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/demo/images").mkdir(parents=True)
+    Image.new("RGB", (40, 30), "red").save("runs/demo/images/1.png")
+
+
+@pytest.mark.usefixtures("demo_image")
 def test_curl_command(url):
     [line] = [block for block in blocks(README, "bash") if block.startswith("curl")]
     done = subprocess.run(
@@ -41,13 +50,11 @@ def test_curl_command(url):
     assert choice["finish_reason"] in ("stop", "length")
 
 
-def test_python_client(url, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("demo_image")
+def test_python_client(url, capsys):
     """The streamed output equals the answer without streaming."""
     from openai import OpenAI
 
-    monkeypatch.chdir(tmp_path)
-    Path("runs/demo/images").mkdir(parents=True)
-    Image.new("RGB", (40, 30), "red").save("runs/demo/images/1.png")
     [code] = [block for block in blocks(README, "python") if "import OpenAI" in block]
     code = code.replace(README_URL, url).replace("stream=True", "stream=True, max_tokens=8")
     names = {}
