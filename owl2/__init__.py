@@ -1,7 +1,7 @@
-"""owl2: mPLUG-Owl2 and its model family: chat, fine-tune, pre-train, evaluate, serve, study.
+"""mPLUG-Owl2 and its model family: chat, fine-tune, pre-train, evaluate, serve, inspect.
 
 `import owl2` registers the model with transformers' Auto classes, as transformers documents for
-custom models; that imports transformers. The command line does without it until a command needs
+custom models. This imports transformers. The command line delays this import until a command needs
 it, so that help and usage errors appear without delay.
 """
 

@@ -5,7 +5,7 @@
 
 from owl2.attention.attention_maps import AttentionMaps, collect_attention
 from owl2.attention.heatmap import answer_words, attention_share, heat_map, overlay
-from owl2.attention.tokenized_dialogue import Span
+from owl2.attention.tokenized_conversation import Span
 
 __all__ = [
     "AttentionMaps",

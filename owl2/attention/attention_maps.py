@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from owl2.attention.capture import CapturedAttention, capture_attention
-from owl2.attention.tokenized_dialogue import Span, TokenizedDialogue
+from owl2.attention.tokenized_conversation import Span, TokenizedConversation
 from owl2.engine.engine import Engine
 from owl2.engine.running_batch import PrefillOutput
 from owl2.errors import ErrorCode, InputError
@@ -138,11 +138,11 @@ def collect_attention(
         answer = engine.chat(encoded, do_sample=False, max_new_tokens=max_new_tokens)
         if not answer:
             raise InputError("The model's answer is empty; pass `answer`.", ErrorCode.EMPTY_MESSAGE)
-    dialogue = TokenizedDialogue.encode(processor, messages, answer, encoded.pixel_values)
-    prompt = dialogue.prompt
-    if len(prompt.ids) + len(dialogue.answer) - 1 > engine.context_length:
+    conversation = TokenizedConversation.encode(processor, messages, answer, encoded.pixel_values)
+    prompt = conversation.prompt
+    if len(prompt.ids) + len(conversation.answer) - 1 > engine.context_length:
         raise InputError(
-            f"The prompt has {len(prompt.ids)} tokens and the answer {len(dialogue.answer)}; "
+            f"The prompt has {len(prompt.ids)} tokens and the answer {len(conversation.answer)}; "
             f"the context of the model is {engine.context_length}. Shorten the text, or use "
             "fewer turns or images.",
             ErrorCode.TOO_LONG,
@@ -150,13 +150,13 @@ def collect_attention(
 
     def capture(prefilled: PrefillOutput) -> CapturedAttention:
         cache = prefilled.cache if use_mam else _prefill_without_mam(engine.model, prompt)
-        return capture_attention(engine.model, dialogue, cache, selected)
+        return capture_attention(engine.model, conversation, cache, selected)
 
     captured = engine.run_prefilled(prompt, capture)
     return AttentionMaps(
-        tokens=dialogue.answer_texts,
-        prompt_tokens=dialogue.prompt_texts,
-        spans=dialogue.spans,
+        tokens=conversation.answer_texts,
+        prompt_tokens=conversation.prompt_texts,
+        spans=conversation.spans,
         layers=selected,
         **captured._asdict(),
         sizes=tuple(image.size for image in images),

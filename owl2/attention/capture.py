@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from owl2.attention.tokenized_dialogue import TokenizedDialogue
+from owl2.attention.tokenized_conversation import TokenizedConversation
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 
@@ -35,7 +35,7 @@ class CapturedAttention(NamedTuple):
 @torch.no_grad()
 def capture_attention(
     model: Owl2ForConditionalGeneration,
-    dialogue: TokenizedDialogue,
+    conversation: TokenizedConversation,
     cache: DynamicCache,
     layers: Sequence[int],
 ) -> CapturedAttention:
@@ -46,8 +46,8 @@ def capture_attention(
         layers: Indices of the layers whose weights are kept. The others are only averaged.
     """
     # The first answer token is predicted at the last prompt token, which is therefore repeated.
-    ids = [dialogue.prompt.ids[-1], *dialogue.answer[:-1]]
-    length = len(dialogue.prompt.ids) - 1
+    ids = [conversation.prompt.ids[-1], *conversation.answer[:-1]]
+    length = len(conversation.prompt.ids) - 1
     own_cache = DynamicCache(config=model.config)
     cached: Any = cache.layers
     for index, layer in enumerate(cached):
@@ -56,7 +56,7 @@ def capture_attention(
     kept = torch.zeros(len(layers), *shape)
     total = torch.zeros(shape, device=model.device)
     shares: list[torch.Tensor] = []
-    spans = dialogue.spans
+    spans = conversation.spans
 
     def add(layer: int, weights: torch.Tensor) -> None:
         total.add_(weights)
@@ -76,7 +76,7 @@ def capture_attention(
         kept.numpy(),
         (total / len(shares)).cpu().numpy(),
         torch.stack(shares).numpy(),
-        _query_patches(model, dialogue.prompt.pixel_values),
+        _query_patches(model, conversation.prompt.pixel_values),
     )
 
 

@@ -23,7 +23,7 @@ from owl2.files import atomic_directory
 from owl2.processing.chat_template import user_message, validate_prompt
 from owl2.processing.image_io import load_image
 
-MAX_WORDS = 7  # words that get a heat map by default
+MAX_WORDS = 7  # words that get a heatmap by default
 OUTPUT_FILES = {"attention.png", "shares.png", "heatmap.png", "attention.npz"}
 
 
@@ -45,7 +45,7 @@ def attend(
     Args:
         layers: Indices (negative ones count from the end) and "mean", separated by commas.
             Default: the first, the middle, the last and the mean, as in the paper.
-        words: Words of the answer to draw heat maps for. Default: all, up to `MAX_WORDS`.
+        words: Words of the answer to draw heatmaps for. Default: all, up to `MAX_WORDS`.
         compare_no_mam: Also draw the attention with the text weights for images.
         answer: The answer to analyze instead of the model's own.
 

@@ -1,4 +1,4 @@
-"""Heat maps: the part of an image that the tokens of an answer attend to.
+"""Heatmaps: the part of an image that the tokens of an answer attend to.
 
 ::
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from owl2.attention.attention_maps import AttentionMaps
-from owl2.attention.tokenized_dialogue import Span
+from owl2.attention.tokenized_conversation import Span
 from owl2.errors import ErrorCode, InputError
 
 MAX_EDGE = 1024  # pixels of the longer edge of a map, which has a few hundred patches
@@ -147,7 +147,7 @@ def _interpolation(pixels: int, patches: int) -> np.ndarray:
 
 
 def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """Paint a heat map over an image, in the size of the image.
+    """Paint a heatmap over an image, in the size of the image.
 
     Pixels with at most a uniform share (1) only lose some saturation. The maximum gets the
     brightest color if it is at least `MIN_SCALE`. A nearly uniform map is therefore not painted.

@@ -1,4 +1,4 @@
-"""Figures of attention maps: the paper's Figs. 4 and 5 for one answer, and heat maps.
+"""Figures of attention maps: the paper's Figs. 4 and 5 for one answer, and heatmaps.
 
 They need matplotlib (the extra ``plot``).
 """
@@ -25,7 +25,7 @@ KINDS = {
 }
 MAX_POSITION_LABELS = 48
 LABEL_HEIGHT = 0.11  # inches of a label in the small font
-MIN_IMAGE_EDGE = 360  # pixels, so that a heat map over a small image is smooth
+MIN_IMAGE_EDGE = 360  # pixels, so that a heatmap over a small image is smooth
 
 Layers = Sequence[int | None]  # None: the mean over all layers
 
@@ -110,7 +110,7 @@ def draw_heat_maps(
     words: Sequence[tuple[str, TokenRange]],
     question: str,
 ) -> None:
-    """The image and the heat map of each word, one row for each image and each of `maps`.
+    """The image and the heatmap of each word, one row for each image and each of `maps`.
 
     The percentage in parentheses is the share of the word's attention on this image.
 

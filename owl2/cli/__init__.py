@@ -1,8 +1,8 @@
-"""The command `owl2`: one file a command; each imports what it runs when it runs.
+"""The command `owl2`, one file per command.
 
-The command line itself needs no more than typer, so help, versions and usage errors appear
-without delay. Exit codes: 0 success, 2 an error in the user's input (`InputError`), 130 Ctrl-C,
-143 SIGTERM during `owl2 train`.
+A command imports its implementation when it runs. The command line itself needs only typer, so
+help, versions and usage errors appear without delay. Exit codes: 0 success, 2 an error in the
+user's input (`InputError`), 130 Ctrl-C, 143 SIGTERM during `owl2 train`.
 """
 
 import logging

@@ -23,7 +23,7 @@ def attend(
     token: Annotated[
         list[str] | None,
         typer.Option(
-            help="Word of the answer to draw a heat map for; repeatable. Default: up to 7."
+            help="Word of the answer to draw a heatmap for; repeatable. Default: up to 7."
         ),
     ] = None,
     compare_no_mam: Annotated[

@@ -36,7 +36,7 @@ def evaluate_model(
         Path | None, typer.Option(help="Directory with the published files, DIR/TASK/...")
     ] = None,
     list_: Annotated[
-        bool, typer.Option("--list", help="List all tasks and whether their data exists.")
+        bool, typer.Option("--list", help="List all tasks and the files that are missing.")
     ] = False,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only estimate the time, from tokens and a trial.")

@@ -21,7 +21,8 @@ def init(
         Path | None, typer.Option(help="Jinja file with another chat template.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: float32, bfloat16 ...; auto: the LLM's.")
+        str,
+        typer.Option(help="Dtype of the weights: float32, bfloat16 ...; auto: that of the LLM."),
     ] = "auto",
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the initialization.")

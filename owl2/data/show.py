@@ -84,7 +84,7 @@ def show_samples(
         _print_sample(console, sample, processor, has_colors)
     legend_text = Text("Green", LABEL_STYLE) if has_colors else Text(f"{BEGIN}Marked{END}")
     summary = Text(f"{number:,} of {total} samples. ")
-    console.print(summary + legend_text + " tokens contribute to loss.")
+    console.print(summary + legend_text + " tokens contribute to the loss.")
 
 
 def _ordered(

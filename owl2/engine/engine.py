@@ -6,7 +6,7 @@
     ──EngineCore, together with all other requests──► token ids
     ──OutputProcessor──► text
 
-Nothing that changes an answer is kept from call to call.
+Calls do not change the answers of later calls.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,7 @@ class Engine:
         model: On its device and in its dtype.
         processor: Of the same checkpoint.
         enable_prefix_caching: Cache image features, and keys and values of prompts, across calls,
-            so that a second question about an image and the next turn of a dialogue cost little.
+            so that further questions about an image and in a conversation cost little.
             The caches are cleared when weights change in a way that autograd tracks; after other
             changes, call `clear_cache`. False is the default for models that are being trained.
         synced_gpus: As in transformers' `generate`: True where processes share the weights of one

@@ -6,11 +6,11 @@
         waiting prompts ──RunningBatch.add──► first tokens ──► callbacks
         running requests ──RunningBatch.step──► one token each ──► callbacks
 
-Requests join and leave between steps, so that none waits for the end of another. An answer does not
-depend on the other requests, up to rounding in the dtype.
+Requests join and leave between steps, so a short request does not wait for a long one. Answers do
+not depend on the other requests, up to rounding in the dtype.
 
-All of torch's work happens in this thread. Each thread that computes has its own OpenMP threads,
-and where they outnumber the cores, they sleep after every operation: prompts take a third longer.
+This thread runs all computations of torch. Each thread that computes has its own OpenMP threads. If
+they outnumber the cores, they sleep after every operation, and prompts take a third longer.
 """
 
 import os

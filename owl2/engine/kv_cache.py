@@ -38,7 +38,7 @@ class StaticKVCache:
     def reserve(self, rows: int, capacity: int) -> None:
         """Grow to at least this many rows and positions; the content is kept.
 
-        The size doubles, so that a growing dialogue is rarely copied.
+        The size doubles, so that a growing conversation is rarely copied.
         """
         _, old_rows, heads, old_capacity, width = self.layers[0].shape
         if rows <= old_rows and capacity <= old_capacity:

@@ -116,7 +116,7 @@ class PrefixCache(TensorCache[PromptKey]):
         """Store keys and values that nothing else modifies."""
         if not self.accepts(key) or sum(tensor.nbytes for tensor in tensors) > self.limit:
             return
-        # The next turn of a dialogue contains the earlier turns.
+        # The next turn of a conversation contains the earlier turns.
         for old in self._candidates(key):
             if key[: len(old)] == old:
                 self._remove(old)

@@ -139,7 +139,7 @@ class RunningBatch:
             request = self.requests[row]
             if not (request.aborted or request.is_finished):
                 continue
-            # The next turn of the dialogue starts with this prompt and answer.
+            # The next turn of the conversation starts with this prompt and answer.
             if request.token_ids and request.epoch == self.epoch:
                 key = (*request.prompt.key, *request.token_ids[:-1])
                 self._store_prefix(key, row, self.runner)

@@ -330,7 +330,7 @@ def _print_results(
             result, main = results["tasks"][run.name], run.task.metric.main
             value = format_value(result["metrics"].get(main), result) or "to be judged"
             plot_examples(path, run.scored, f"{run.name}: {main} {value}, n = {result['n']:,}")
-            console.out(f"examples: {path}")
+            console.out(f"samples: {path}")
     write_report(config.output)
     scores, report = config.output / "results.json", config.output / "report.html"
     console.out(f"scores: {scores}, report: {report}, responses: {config.responses}")

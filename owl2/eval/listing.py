@@ -1,4 +1,4 @@
-"""``owl2 eval --list``: all tasks, the results of the paper, and whether their data exists."""
+"""``owl2 eval --list``: the tasks, the results of the paper, and missing data."""
 
 from pathlib import Path
 

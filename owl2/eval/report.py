@@ -41,7 +41,7 @@ TITLES = {
 }
 
 PLOT_COLUMNS = 4
-EXAMPLES = 8  # evenly spaced over all samples, correct or not
+SHOWN_SAMPLES = 8  # evenly spaced over all samples, correct or not
 MISTAKES = 4  # additional samples with a score of 0
 MIN_AXES = 3  # of a radar plot
 
@@ -195,8 +195,8 @@ def has_matplotlib() -> bool:
 
 
 def plot_examples(path: Path, scored: Sequence[tuple[Response, SampleScore]], title: str) -> None:
-    """Write a grid of images with question and response: examples, and mistakes below them."""
-    shown = evenly_spaced(scored, EXAMPLES)
+    """Write a grid of images with question and response: samples, and mistakes below them."""
+    shown = evenly_spaced(scored, SHOWN_SAMPLES)
     mistakes = [pair for pair in scored if pair[1] == 0 and pair not in shown]
     shown += evenly_spaced(mistakes, MISTAKES)
     rows = -(-len(shown) // PLOT_COLUMNS)

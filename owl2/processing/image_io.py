@@ -85,7 +85,7 @@ def load_image(
     if isinstance(source, (str, os.PathLike)):
         file, name = _open(source)
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        file, name = io.BytesIO(source), f"the given {len(source)} bytes"
+        file, name = io.BytesIO(source), f"the given file of {len(source)} bytes"
     elif isinstance(source, np.ndarray):
         name = f"the array of shape {tuple(source.shape)}"
         return _to_rgb(_array_to_image(source, name), max_pixels, alpha, name)

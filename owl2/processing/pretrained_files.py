@@ -64,7 +64,9 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
     path = files[PROCESSOR_FILE]
     own = read_json(path) if path else {}
     if (kind := own.get("processor_class", "Owl2Processor")) != "Owl2Processor":
-        raise InputError(f"{path} is of a {kind}, not of an mPLUG-Owl2.", ErrorCode.UNSUPPORTED)
+        raise InputError(
+            f"{path} belongs to a {kind}, not to an mPLUG-Owl2.", ErrorCode.UNSUPPORTED
+        )
     sizes = {
         "num_image_tokens": own.get("num_image_tokens", 65),
         "image_token_id": own.get("image_token_id", len(tokenizer)),

@@ -33,22 +33,24 @@ class ServerLimits:
     max_inflight_bytes: int = _option(1024 * MIB, "Total body size of all unfinished requests.", 1)
     image_decoders: int = _option(2, "Images that are decoded at the same time.", 1)
     # One request
-    request_timeout: float = _option(600.0, "From the arrival to the last token.", 0)
+    request_timeout: float = _option(
+        600.0, "Time from the arrival of a request to its last token.", 0
+    )
     max_body_bytes: int = _option(
         32 * MIB, "Size of a request body; base64 adds a third to images.", 1
     )
-    body_timeout: float = _option(60.0, "Until the complete body of a request has arrived.", 0)
+    body_timeout: float = _option(60.0, "Time until the complete body has arrived.", 0)
     max_messages: int = _option(256, "Messages of a conversation.", 1)
-    max_n: int = _option(8, "Answers to one request (n).", 1, MAX_N)
-    max_completion_tokens: int = _option(2048, "Tokens of one answer.", 1, MAX_TOKENS)
+    max_n: int = _option(8, "Number of answers to one request (n).", 1, MAX_N)
+    max_completion_tokens: int = _option(2048, "Maximum tokens of one answer.", 1, MAX_TOKENS)
     # Images of a request
     max_images: int = _option(8, "Images of a conversation.", 0)
     max_image_bytes: int = _option(16 * MIB, "Size of an image file.", 1)
     max_image_pixels: int = _option(2**25, "Pixels of an image.", 1)
-    image_decode_timeout: float = _option(20.0, "To decode one image.", 0)
+    image_decode_timeout: float = _option(20.0, "Time to decode one image.", 0)
     image_decode_memory: int = _option(1024 * MIB, "Memory to decode one image.", 64 * MIB)
     allow_remote_images: bool = _option(False, "Fetch images from http and https URLs.")
-    image_fetch_timeout: float = _option(10.0, "To fetch one image from a URL.", 0)
+    image_fetch_timeout: float = _option(10.0, "Time to fetch one image from a URL.", 0)
     max_image_redirects: int = _option(3, "Redirects that are followed for one image.", 0)
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class ServerLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(ServerLimits):
-    """What `owl2 serve` and `owl2 web` start."""
+    """Configuration of `owl2 serve` and `owl2 web`."""
 
     model: str = _option(MISSING, "Checkpoint: a directory or a hub id.")
     host: str = _option("127.0.0.1", "Listen address; 0.0.0.0 accepts other machines.")

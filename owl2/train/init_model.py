@@ -179,7 +179,7 @@ def _make_processor(
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens, but the language model has "
-            f"{config.vocab_size}: they do not belong together",
+            f"{config.vocab_size}: use the tokenizer of this language model",
             ErrorCode.SHAPE_MISMATCH,
         )
     processor = Owl2Processor(

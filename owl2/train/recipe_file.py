@@ -144,7 +144,8 @@ def _set_nested(settings: dict[str, Any], dotted: str, value: Any) -> None:
         container[int(last) if isinstance(container, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise InputError(
-            f"{dotted!r} on {COMMAND_LINE} is no key of the recipe: it has {container!r:.80} there",
+            f"{dotted!r} on {COMMAND_LINE} is not a key of the recipe, which has "
+            f"{container!r:.80} there",
             ErrorCode.UNKNOWN_NAME,
         ) from error
 

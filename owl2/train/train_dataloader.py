@@ -152,8 +152,8 @@ class TrainDataLoader:
         now = (self.loader.dataset.sizes, self.world_size)
         if before != now:
             raise InputError(
-                f"{checkpoint} is of a run with (samples per source, processes) = {before}, now "
-                f"{now}. Resume with the same, or overwrite=true to start over",
+                f"{checkpoint} belongs to a run with (samples per source, processes) = {before}; "
+                f"this run has {now}. Resume with the earlier values, or set overwrite=true",
                 ErrorCode.RESUME_MISMATCH,
             )
 

@@ -1,4 +1,4 @@
-"""Pointing accuracy: how often the maximum of the heat map is on the shape (easy-VQA test images).
+"""Pointing accuracy: how often the maximum of the heatmap is on the shape (easy-VQA test images).
 
 python recipes/easy_vqa/pointing.py MODEL [COUNT]
 """

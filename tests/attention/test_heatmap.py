@@ -1,4 +1,4 @@
-"""Heat maps: the tokens of a word, the map over the image, and the overlay."""
+"""Heatmaps: the tokens of a word, the map over the image, and the overlay."""
 
 import dataclasses
 

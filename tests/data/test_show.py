@@ -74,7 +74,7 @@ def shown(checkpoint, source, count, **options) -> str:
 def test_without_colors_labels_are_in_brackets(checkpoint, mixed):
     text = shown(checkpoint, mixed, 1)
     assert "<s>USER: what is <b>0</b>? ASSISTANT:⟦ number 0 & more</s>⟧\n" in text
-    assert text.endswith("1 of 10 samples. ⟦Marked⟧ tokens contribute to loss.\n")
+    assert text.endswith("1 of 10 samples. ⟦Marked⟧ tokens contribute to the loss.\n")
     turns = [{"role": role, "content": "yes"} for role in ("user", "assistant")] * 2
     many = mixed.with_suffix(".jsonl")
     many.write_text(json.dumps({"messages": turns}))

@@ -109,8 +109,8 @@ def test_one_pixel_makes_another_image(shared_engine, cached, count):
     assert cached.score(questions[0], ["red"]) != cached.score(questions[1], ["red"])
 
 
-def test_a_dialogue_of_four_turns(shared_engine, cached):
-    def dialogue(engine, count=lambda: None):
+def test_conversation_of_four_turns(shared_engine, cached):
+    def conversation(engine, count=lambda: None):
         messages, texts, counts = [], [], []
         for question in ("what is this?", "is it red?", "and now?", "no"):
             messages += ask(question, *([] if messages else [random_image(4)]))
@@ -119,8 +119,8 @@ def test_a_dialogue_of_four_turns(shared_engine, cached):
             messages.append({"role": "assistant", "content": texts[-1] or "no"})
         return texts, counts, num_tokens(engine, messages[:-1])
 
-    expected, _, _ = dialogue(shared_engine)
-    texts, counts, length = dialogue(cached, Counter(cached))
+    expected, _, _ = conversation(shared_engine)
+    texts, counts, length = conversation(cached, Counter(cached))
     assert texts == expected
     assert [images for _, images in counts] == [1, 0, 0, 0]
     assert counts[-1][0] < length / 2

@@ -64,15 +64,15 @@ def _reason_to_skip(turns: Sequence[tuple[str, str]]) -> str | None:
     """Why the turns are not a valid conversation; None for valid ones."""
     if not turns:
         return "without a turn"
-    if others := sorted({name for name, _ in turns} - ROLES.keys()):
-        return f"with turns from {others[0]!r}"
+    if unknown := sorted({name for name, _ in turns} - ROLES.keys()):
+        return f"with turns from {unknown[0]!r}"
     roles = [ROLES[name] for name, _ in turns]
-    dialog = roles[1:] if roles[0] == "system" else roles
-    if not dialog or dialog[0] == "assistant":
+    others = roles[1:] if roles[0] == "system" else roles
+    if not others or others[0] == "assistant":
         return "that start with an answer"
-    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(dialog)):
+    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(others)):
         return "whose turns do not alternate"
-    if dialog[-1] == "user":
+    if others[-1] == "user":
         return "without an answer"
     # A system text may be empty.
     if not all(text for role, (_, text) in zip(roles, turns, strict=True) if role != "system"):

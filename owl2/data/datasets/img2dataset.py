@@ -5,8 +5,9 @@
     00000.tar  00000_stats.json  00000.parquet  00001.tar ...
 
 Training reads them in place (`shards` in a recipe); they are only checked here. img2dataset writes
-the statistics last, so a shard without them is not complete. An image without a caption is no pair:
-img2dataset writes no .txt without `--caption_col`, and an empty one for a caption that is absent.
+the statistics last, so a shard without them is not complete. Images without a caption
+are not counted: img2dataset writes no .txt without `--caption_col`, and an empty one for a missing
+caption.
 """
 
 import os

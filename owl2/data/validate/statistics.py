@@ -4,8 +4,8 @@
 
     SampleStats ──DatasetStats.add──► DatasetStats ──► statistics.json, tables, statistics.png
 
-`DatasetStats` holds histograms (how many samples have 117 tokens), so its size does not depend on
-the number of samples, and the statistics of two datasets can be added exactly.
+`DatasetStats` contains histograms (how many samples have 117 tokens). Its size therefore does not
+depend on the number of samples, and the statistics of two datasets can be added exactly.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Weight-only quantization to 8 or 4 bits for inference: the decoder's Linears, after loading.
 
-Generating a token reads every weight once, so that half of the bytes are nearly twice the speed.
+Each generated token reads every weight once, so half the bytes give nearly twice the speed.
 Weights of 8 bits have one scale for each row, weights of 4 bits one for each 64 values of a row.
 Activations are not quantized. The vision encoder and the abstractor are not quantized, and the head
 has 8 bits in either case: they have few of the weights, but a large effect on the answer.

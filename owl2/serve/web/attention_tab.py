@@ -1,4 +1,4 @@
-"""The attention tab: heat maps of the images for the words of the last answer.
+"""The attention tab: heatmaps of the images for the words of the last answer.
 
 The attention is collected once per answer. Another word only selects other rows of it.
 """
@@ -21,7 +21,7 @@ from owl2.engine.engine import Engine
 from owl2.serve.web.chat_handler import Conversation, Turn
 from owl2.serve.web.i18n import show_error, show_info, text
 
-EDGE = 512  # pixels of a square image; large enough for a smooth heat map
+EDGE = 512  # pixels of a square image; large enough for a smooth heatmap
 ALL = -1  # the choice of the complete answer
 
 
@@ -113,7 +113,7 @@ def describe(shown: AnswerAttention | None, word: int | None, language: str) -> 
 
 
 def render(shown: AnswerAttention | None, word: int | None, language: str) -> str:
-    """HTML: each image with its heat map, and the distribution of the attention.
+    """HTML: each image with its heatmap, and the distribution of the attention.
 
     Args:
         word: The index of a word of the answer, or `ALL`.
@@ -123,7 +123,7 @@ def render(shown: AnswerAttention | None, word: int | None, language: str) -> st
     tokens = (0, len(shown.maps.tokens))
     if word is not None and 0 <= word < len(shown.words):
         tokens = shown.words[word][1]
-    # The heat map is a square: stretch it to the image, or cut off the margins of the square.
+    # The heatmap is a square: stretch it to the image, or cut off the margins of the square.
     fit = "cover" if shown.maps.policy == "pad" else "fill"
     colors = ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in COLORS)
     names = [text("image", language)]
@@ -150,7 +150,7 @@ def render(shown: AnswerAttention | None, word: int | None, language: str) -> st
 
 
 def _figure(file: str, name: str, heat_map_uri: str = "", fit: str = "") -> str:
-    """An uploaded image, optionally covered by its heat map."""
+    """An uploaded image, optionally covered by its heatmap."""
     alt = html.escape(name)
     image = f"<img alt='{'' if heat_map_uri else alt}' src='gradio_api/file={quote(file)}'>"
     if heat_map_uri:

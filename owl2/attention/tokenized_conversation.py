@@ -29,7 +29,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class TokenizedDialogue:
+class TokenizedConversation:
     """A prompt of P tokens and the T token ids of its answer, without the end token.
 
     Attributes:
@@ -49,7 +49,7 @@ class TokenizedDialogue:
         messages: Sequence[Message],
         answer: str,
         pixel_values: torch.Tensor | None,
-    ) -> "TokenizedDialogue":
+    ) -> "TokenizedConversation":
         """Tokenize as in training.
 
         Args:
