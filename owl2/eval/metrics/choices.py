@@ -21,58 +21,80 @@ _W = "0-9A-Za-z_À-ɏ"  # of a word; Chinese has no boundaries between words
 # A letter that is not part of a word. "A" and "I" are also words: as letters they end the response,
 # or punctuation, a reason or Chinese text follows.
 _LETTER = (
-    rf"(?<![-{_W}])[\"'“‘(\[{{`]*(?:([B-HJ-Z])(?!-|['’]?[{_W}])|([AI])(?!['’]?[{_W}])(?=\s*(?:$|"
-    rf"[^-\s{_W}]|(?:and|are|as|because|but|cannot|could|does(?:n't)?|for|is(?:n't)?|must|n?or|seems|"
-    r"should|since|was(?:n't)?|would)\b)))[\"'”’)\]}`]*"
+    rf"(?<![-{_W}])[\"'“‘(\[{{<`]*(?:([B-HJ-Z])(?![-+#]|['’]?[{_W}])|([AI])(?![-+#]|['’]?[{_W}])"
+    rf"(?=\s*(?:$|\n|[^-\s{_W}]|(?:and|are|as|because|but|can|cannot|could|does(?:n't)?|fits|for|"
+    r"has|is(?:n't)?|looks|must|n?or|seems|should|since|was(?:n't)?|would)\b)))[\"'”’)\]}>`]*"
 )
-_ONE_OR_TWO = rf"{_LETTER}(?:\s*(?:/|\bor\b|\band\b|[和或与])\s*{_LETTER})?"
-_LIST = rf"{_LETTER}(?:\s*(?:[,/、和或与]|\band\b|\bn?or\b)+\s*(?:option\s+)?{_LETTER})*"
+_OR = r"(?:[/&、和或与]|\bn?or\b|\band\b)"
+_ONE_OR_TWO = rf"{_LETTER}(?:\s*{_OR}\s*{_LETTER})?"
+_MORE = rf"(?:\s*,?\s*{_OR}\s*(?:option\s+)?{_LETTER})"
+_LIST = rf"{_LETTER}(?:\s*[,、]\s*{_LETTER})*{_MORE}*"
+# After "not" a letter behind a comma is the answer, unless the list ends with "or".
+_NOT_LIST = rf"{_LETTER}(?:(?:\s*,\s*{_LETTER})*{_MORE}+)?"
 # Letters that are wrong according to the response. They are removed first.
 _NEGATED = tuple(
     re.compile(rule)
     for rule in (
-        r"(?i:\b(?:not|neither|never|except|excluding|eliminat\w+|reject\w*|rul\w+ out|instead of|"
-        r"rather than)|n['’]t)\s+(?i:(?:answer|be|both|choice|choose|either|option|pick|select|the)"
-        rf"\s+)*{_LIST}",
-        rf"{_LIST}\s+(?i:is|are|was|were|can|could|would|does|do|did|seems?)(?:n['’]t\b|not\b|(?:\s+"
-        r"(?i:all|also|be|both|\w+ly))*\s+(?i:not|never|wrong|false|incorrect|invalid|inaccurate|"
-        r"impossible|untrue|unlikely|irrelevant|(?:ruled\s+)?out|eliminated|excluded)\b)",
-        rf"(?:不是|不选|不能选|不应选|并非|排除|而非)\s*(?:选项|答案)?\s*{_LIST}",
-        rf"{_LIST}\s*(?:选项|项|答案)?(?:都|均|也|是|为|明显|显然)*(?:不|错|有误)",
+        rf"(?i:\b(?:neither|except|exclud\w+|eliminat\w+|reject\w*|rul\w+ out))\s+{_LIST}",
+        r"(?i:(?:\b(?:and|but)\s+)?(?:\b(?:no|not|never|instead of|rather than|cannot)|n['’]t))\s+"
+        rf"(?i:(?:answer|be|both|choice|choose|either|option|pick|select|the)\s+)*{_NOT_LIST}",
+        rf"(?:{_LETTER}(?:\s+option)?\s+(?i:is|was|does|seems|looks)|{_LIST}\s+(?i:are|were|can|"
+        r"could|do|did|would|should))(?:n['’]t\b|not\b|(?:\s+(?i:all|also|be|both|\w+ly))*\s+"
+        r"(?i:not|never|wrong|false|incorrect|invalid|inaccurate|impossible|untrue|unlikely|"
+        r"irrelevant|(?:ruled\s+)?out|eliminated|excluded)\b)",
+        r"(?:不(?:应该?|能|会|可以?|要)?选择?|不是|没有|并非|排除了?|而非|而不是)\s*(?:选项|答案)?\s*"
+        rf"{_LIST}",
+        rf"(?<![是选为:]){_LIST}\s*(?:选项|项|答案)?(?:都|均|也|是|为|被|可以?|明显|显然|肯定)*"
+        r"(?:不(?:正确|可能|对|是|符合)?|错误?|有误|排除)",
     )
 )
-_BE = r"(?:[:=>]|(?i:\s*(?:is|was|be|(?:will|would|should|must|might|may|could|can only) be))\b)"
+_BE = r"(?:[:=>→-]|(?i:\s*(?:is|was|be|(?:will|would|should|must|might|may|could|can only) be))\b)"
 _STRONG_RULES = tuple(
     re.compile(rule)
     for rule in (
-        r"\\boxed\{(?:\\text\{)?\(?([A-Z])\b",
-        rf"\b(?i:answer|selected|selection|correct (?:option|choice|letter|one))\s*{_BE}*\s*"
-        rf"(?i:(?:the|option|choice|letter|\w+ly)\s+)*{_ONE_OR_TWO}",
-        rf"(?:答案|正确的?选项|应该?选|我选)(?:应该|应当|应|只能|可能)?[是为选:=\s]*(?:选项)?\s*{_ONE_OR_TWO}",
-        rf"{_LETTER}[.:]?\s*(?i:is|['’]s|must be|would be|seems|appears)(?:\s+(?i:to be|\w+ly|the|"
-        r"most|only|best|also))*\s+(?i:correct|right|true|answer|best|accurate|likely)\b",
-        rf"{_LETTER}\s*(?:选项|项)?[是为]?(?:正确|对的|最佳|答案)",
+        r"\\boxed\{\{?\(?([A-Z])\b",
+        rf"\b(?i:answer|ans\.?|selected|selection|correct (?:option|choice|letter|one))[\"']?\s*"
+        rf"{_BE}*\s*(?i:(?:the|option|choice|letter|indeed|\w+ly)\s+)*{_ONE_OR_TWO}",
+        r"(?:答案|正确的?选项|应该?选|我选)(?:应该|应当|应|只能|可能|大概|就)?[是为选:=\s]*(?:选项)?\s*"
+        rf"{_ONE_OR_TWO}",
+        rf"{_LETTER}[.:]?\s*(?i:is|['’]s|(?:must|would|should|has to) be|seems|looks|appears)(?:\s+"
+        r"(?i:to be|\w+ly|the|most|only|best|also))*\s+"
+        r"(?i:correct|right|true|answer|better|best|accurate|likely)\b",
+        rf"{_LETTER}\s*(?i:fits best|matches best|remains)\b",
+        rf"{_LETTER}\s*(?:选项|项)?[是为最]?(?:正确|对(?=[的\W]|$)|最佳|答案|符合|合适)",
+        rf"\b(?i:hence|so|therefore|thus)(?:,?\s*|\s+it(?:['’]s| is)\s+){_LETTER}\W*$",
     )
 )
 _WEAK_RULES = tuple(
     re.compile(rule)
     for rule in (
-        r"(?i:\banswer\s*(?:is|:))\s*[(\[]?([a-z])(?=[)\]]?\s*(?:$|[.,;!\n]))",
-        rf"\b(?i:option|choice)\s+{_ONE_OR_TWO}",
-        rf"\b(?i:choose|chose|pick|select|go(?:ing)? (?:with|for)|opt for|settle on|vote for)\s+"
-        rf"(?i:(?:the|option|choice|answer|letter)\s+)*{_ONE_OR_TWO}",
+        r"(?i:\b(?:answer\s*(?:is|:)|option|choice))\s*[(\[]?([a-z])(?=[)\]]?\s*(?:$|[.,;!\n]))",
+        rf"\b(?i:option|choice|letter)\s+{_ONE_OR_TWO}",
+        rf"\b(?i:choose|chose|pick|select|vote|go(?:ing)? (?:with|for)|opt for|settle on|"
+        rf"lean(?:ing)? towards?)\s+(?i:(?:the|for|option|choice|answer|letter)\s+)*{_ONE_OR_TWO}",
         rf"选(?:择|项)?[:是为\s]*{_ONE_OR_TWO}",
         rf"{_LETTER}\s*选?项",
-        rf"[是为]\s*{_LETTER}\W*$",
-        rf"(?:^|[.;\n]\s*){_LETTER}\s+(?:as|because|is|since)\b",
-        r"(?i:\b(?:be|but|certainly|clearly|definitely|guess|hence|is|it['’]s|maybe|no|now|obviously|"
-        r"ok|okay|perhaps|prediction|probably|response|result|say|so|sure|surely|then|therefore|"
-        rf"think|thus|yes))\s*[,:]?\s*{_LETTER}\W*$",
+        rf"(?:[是为猜故答]|所以|因此|认为|觉得)\s*{_LETTER}\W*$",
+        rf"(?:^|[.;\n]\s*){_LETTER}\s*[-:]?\s+(?:as|because|is|since|for sure|it is|obviously)\b",
+        r"(?i:\b(?:be|believe|but|certainly|clearly|course|definitely|doubt|guess|is|(?:it|that)"
+        r"['’]s|likely|maybe|no|now|obviously|ok|okay|perhaps|probably|say|sure|surely|then|think|"
+        rf"yes))\s*[,:]?\s*{_LETTER}\s*(?=\W*$|[;,.]?\s*(?:as|because|since)\b)",
         r"[(\[]([A-Z])[)\]]",
+        rf"(?:^|[.:!?;>→\n])\s*{_LETTER}(?=\W*$|\s*[.;\n])",  # a sentence
     )
 )
-_NEXT = r"(?!\s*(?:(?:or|and|[&,/和或])\s*)?[(\[]?[A-Z](?:\W*$|[.,:;)\]/]))"  # no second letter
-_LEADING = re.compile(rf"\W*(?:([A-Za-z])(?:\W*$|[)\]]?\s*[.:)\]、]{_NEXT}|\s*\n)|([A-Z]),{_NEXT})")
+# No second letter.
+_NEXT = rf"(?!\s*(?:{_OR}|,)?\s*[(\[]?[A-Z](?:\W*$|[.,:;)\]/\n、都均也]|\s+{_OR}))"
+_LEADING = re.compile(
+    rf"\W*(?:([A-Za-z])(?:[^\w+#-]*$|[)\]]?\s*[.:)\]、。\n]{_NEXT})|([A-Z]),{_NEXT})"
+)
+_MARKUP = re.compile(  # Markdown, LaTeX, brackets around "答案" and letters
+    r"\*|__|\\[()\[\]]|\$(?=[A-Z\\])|(?<=[A-Z}])\$|\\(?:text|mathrm|mathbf|textbf)(?=\{)|"
+    r"[【「『](?=(?:答案|[A-Z])[】」』])|(?<=[案A-Z])[】」』]"
+)
+_LOWER = re.compile(rf"(?<![-'’{_W}])(?:[b-hj-z]|a(?=\W*$|[).:\]]))(?![-'’{_W}])")
+_OPTION = re.compile(r"\(([A-Z])\)")
+_SIMPLIFIED = str.maketrans("選擇項應該對錯誤為確無", "选择项应该对错误为确无")
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
@@ -86,33 +108,41 @@ def parse_letter(text: str, options: Sequence[str]) -> str | None:
     A list of options that the response repeats, and letters that it calls wrong ("A is incorrect",
     "not A"), are removed. Then the first rule that finds a letter decides:
 
-    1. The response contains "the answer is B", "B is correct", "答案是B", and no other letter in
-       the same form.
-    2. It starts with a letter, followed by its end, ":", ".", ")", "、", a comma, a new line or the
+    1. The response is the text of one option.
+    2. It contains "the answer is B", "B is correct", "答案是B", and no other letter in the same form.
+    3. It starts with a letter, followed by its end, ":", ".", ")", "、", a comma, a new line or the
        text of that option.
-    3. It contains "option B", "I choose B", "选B", "B because ..." or "(B)", or ends with "so B",
-       and no other letter in the same form.
-    4. It contains the text of one option and of no other.
+    4. It contains "option B", "I choose B", "选B", "B because ...", "(B)" or the sentence "B.", or
+       ends with "so B", and no other letter in the same form.
+    5. It contains "the answer is" with the text of one option, or that text and no other.
 
     Args:
         options: Their texts, in order; the letter of the first is A.
     """
     letters = LETTERS[: len(options)]
-    text, *options = (unicodedata.normalize("NFKC", one) for one in (text, *options))
-    text = _without_lists(text.replace("*", "").strip(), options)  # "**B**" is Markdown
-    for rule in _NEGATED:
-        text = rule.sub("~", text)
-    text = text.strip()
-    for rules in (_STRONG_RULES, _WEAK_RULES):
+    text, *options = (
+        unicodedata.normalize("NFKC", one).translate(_SIMPLIFIED) for one in (text, *options)
+    )
+    normalized = [_normalize(option) for option in options]
+    if len(text.strip()) > 1 and normalized.count(_normalize(text)) == 1:
+        return letters[normalized.index(_normalize(text))]
+    text = _without_lists(_MARKUP.sub("", text).strip(), options)
+    if text.islower():
+        text = _LOWER.sub(lambda found: found[0].upper(), text)
+    for rules in ((*_STRONG_RULES, _LEADING, *_WEAK_RULES), (*_STRONG_RULES, _OPTION)):
+        for rule in _NEGATED:
+            text = rule.sub("~", text)
+        text = text.strip()
         for rule in rules:
-            groups = (found.groups() for found in rule.finditer(text))
-            named = {letter.upper() for found in groups for letter in found if letter}
+            if rule is _LEADING:
+                named = {_leading_letter(text, options)}
+            else:
+                groups = (found.groups() for found in rule.finditer(text))
+                named = {letter.upper() for found in groups for letter in found if letter}
             if named & set(letters):
                 return named.pop() if len(named) == 1 else None
-        if rules is _STRONG_RULES and (letter := _leading_letter(text, options)):
-            return letter
-    mentioned = _mentioned_options(text, options)
-    return letters[mentioned[0]] if len(mentioned) == 1 else None
+        text = _options_to_letters(text, normalized)
+    return None
 
 
 def _leading_letter(text: str, options: Sequence[str]) -> str | None:
@@ -130,11 +160,12 @@ def _without_lists(text: str, options: Sequence[str]) -> str:
     In a list of lines the texts may differ from those of the options.
     """
     named = [
-        rf"{letter}[)\].:、,\s-]+" + r"\s+".join(map(re.escape, option.split()))
+        rf"{letter}(?:[)\].:、,=\s-]+|\s*(?:is|是)\s*)"
+        + r"\s+".join(map(re.escape, option.split()))
         for letter, option in zip(LETTERS, options, strict=False)
         if option.strip()
     ]
-    item = rf"(?<![-{_W}])[(\[]?(?i:(?=\w)({'|'.join(named)}))(?![{_W}])"
+    item = rf"(?<![-{_W}])[(\[]?(?i:(?=\w)({'|'.join(named)}))(?:(?<![{_W}])|(?![{_W}]))"
     line = rf"(?m:^)\W*?([{LETTERS[: len(options)]}][).:、][^\n]+)(?=\n|$)"
     for pattern, gap in ((item, r"[\s,;.、。/|-]*(?:and|or|和|或)?\s*"), (line, r"\s*")):
         run: list[re.Match[str]] = []
@@ -156,37 +187,38 @@ def _without_lists(text: str, options: Sequence[str]) -> str:
     return text.strip()
 
 
-def _mentioned_options(text: str, options: Sequence[str]) -> list[int]:
-    """Indices of the options in the text, without those after "not".
-
-    "dog house" does not mention the option "dog".
-    """
-    rest, normalized = _normalize(text), [_normalize(option) for option in options]
-    found = []
-    for index in sorted(range(len(options)), key=lambda index: -len(normalized[index])):
-        option = normalized[index]
-        pattern = (
-            r"((?:\b(?:not|never|neither|nor|no)\b|n['’]t\b|不是|没有|并非)\s*(?:an?|the)?\s*)?"
-            rf"(?<![{_W}]){re.escape(option)}(?![{_W}])"
-        )
-        if option and any(match[1] is None for match in re.finditer(pattern, rest)):
-            found.append(index)
-        if option and normalized.count(option) == 1:
-            rest = re.sub(pattern, "|", rest)
-    return found
+def _options_to_letters(text: str, options: Sequence[str]) -> str:
+    """The text with "(A)" for the first option, ...; "dog house" does not contain "dog"."""
+    text = _OPTION.sub(r"\1", " ".join(text.split()))
+    for option in sorted(set(options), key=len, reverse=True):
+        if option and options.count(option) == 1:
+            pattern = rf"(?i)(?<![{_W}])(?<!\d\.){re.escape(option)}(?![{_W}]|\.\d)"
+            text = re.sub(pattern, f"({LETTERS[options.index(option)]})", text)
+    return text
 
 
 def _normalize(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
+_REFUSALS = (  # of VLMEvalKit
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+
+
 def parse_letter_mmbench(text: str, options: Sequence[str]) -> str | None:
     """The letter by the rule of VLMEvalKit, the official scorer of MMBench; else `parse_letter`.
 
-    The rule: the only letter of an option among the words of the response, if it is one of the last
-    four words or follows "answer is"; or else the only option whose text a short response contains.
-    VLMEvalKit passes other responses to a language model, here to `parse_letter`.
+    The rule: None for a refusal; the only letter of an option among the words of the response, if
+    it is one of the last four words or follows "answer is"; or else the only option whose text a
+    short response contains. VLMEvalKit passes other responses to a language model, here to
+    `parse_letter`.
     """
+    if any(refusal in text for refusal in _REFUSALS):
+        return None
     letters = LETTERS[: len(options)]
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     named = [letter for letter in letters if letter in words]
