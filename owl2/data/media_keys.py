@@ -32,26 +32,37 @@ _MEDIA_FILE = re.compile(
     r"|flac|ogg)(?:\?\S*)?$",
     re.IGNORECASE,
 )
-# Markers of other formats that occur in no HTML.
+# Markers of other formats that occur in no HTML; ChatML's <|im_start|> is none.
 _MARKER = re.compile(
-    r"<\|?(?:image|img|video|audio)[-_ ]?(?:\d+|placeholder|pad|here|token)\|?>"
-    r"|<\|(?:video|audio|img|vision_start|vision_end)\|>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\]",
+    r"<\|\w*(?:image|img|video|vid|audio|sound|speech|media|vision)[\w ]*\|>"
+    r"|<(?:im|image|img|video|audio|speech)[-_ ]?"
+    r"(?:\d+|placeholder|pad|here|(?:soft_)?tokens?|patch|start|end|context|features?)>"
+    r"|<(?:start|end)_of_(?:image|video|audio)>|\[(?:IMG|IMAGE|VIDEO|AUDIO)\]",
     re.IGNORECASE,
 )
-_TAG = re.compile(r"<(img|picture|photo|video|audio)>", re.IGNORECASE)
-_TAG_AT_BORDER = re.compile(r"(?:^|\n)\s*<(video|audio)>|<(video|audio)>\s*(?:\n|$)", re.IGNORECASE)
+_TAG = re.compile(r"<(?:img|image|picture|photo|video|audio|sound|speech)\s*/?>", re.IGNORECASE)
+_TAG_AT_BORDER = re.compile(
+    r"(?<![^\n])\s*<(?:image|video|audio)\s*/?>|<(?:image|video|audio)\s*/?>\s*(?![^\n])",
+    re.IGNORECASE,
+)
 _NO_VIDEO = "training has no video and no audio; list the frames of a video under 'images'"
 
 
 def unused_keys(
-    row: Mapping[str, Any], known: Collection[str], has_images: bool, is_attached: bool = False
+    row: Mapping[str, Any],
+    known: Collection[str],
+    has_images: bool,
+    is_attached: bool = False,
+    where: str = "the row",
 ) -> tuple[str, ...]:
     """The keys of `row` with a value that are not `known`.
 
     Args:
+        row: A row, or a turn or a part of its messages.
         has_images: The row has images that are read. Keys that describe them (`image_id`) or name
             them a second time (`image_url`) are then allowed.
         is_attached: These images are stored next to the row, so that their names are not read.
+        where: The name of `row` in messages.
 
     Raises:
         InputError: A key or a file name in its value names media that are not read. The message
@@ -74,12 +85,14 @@ def unused_keys(
         else:
             is_unread = is_image or is_video or (key not in ("id", "source") and _is_file(row[key]))
         if is_unread and is_video:
-            raise InputError(f"the row has {key!r}: {_NO_VIDEO}", ErrorCode.UNSUPPORTED)
+            raise InputError(f"{where} has {key!r}: {_NO_VIDEO}", ErrorCode.UNSUPPORTED)
         if is_unread:
             nearest = "images" if isinstance(row[key], list) else "image"
+            hint = f"Did you mean {nearest!r}?"
+            if where != "the row":
+                hint = "The images of a row are under 'images', or image parts of its messages."
             raise InputError(
-                f"the row has {key!r} ({shorten(row[key])}), which is not read. Did you mean "
-                f"{nearest!r}?",
+                f"{where} has {key!r} ({shorten(row[key])}), which is not read. {hint}",
                 ErrorCode.UNKNOWN_NAME,
             )
     return unused
@@ -90,14 +103,17 @@ def refuse_markers(texts: Iterable[str], has_images: bool) -> None:
 
     Args:
         has_images: The row has images. Tags such as <img> are then markers as well. In a text
-            conversation tags are HTML, except for <video> and <audio> at the border of a line.
+            conversation tags are HTML, except for <image>, <video> and <audio> at the border of a
+            line. What is closed, such as <video>...</video> and [IMG]...[/IMG], is no marker.
     """
     for text in texts:
         tags = (_TAG if has_images else _TAG_AT_BORDER).finditer(text)
-        open_tags = [tag for tag in tags if f"</{tag[tag.lastindex or 0]}>" not in text]
-        for found in [*_MARKER.finditer(text), *open_tags]:
+        for found in (*_MARKER.finditer(text), *tags):
             marker = found[0].strip()
-            is_video = re.search("video|audio", marker, re.IGNORECASE)
+            name = re.escape(marker.strip("<>[]/ "))
+            if re.search(rf"[<\[]/{name}[>\]]", text, re.IGNORECASE):
+                continue
+            is_video = re.search("vid|audio|sound|speech", marker, re.IGNORECASE)
             reason = _NO_VIDEO if is_video else "the marker of an image is <image>"
             raise InputError(
                 f"the text has {marker}, which is not read: {reason}", ErrorCode.UNSUPPORTED
@@ -105,5 +121,6 @@ def refuse_markers(texts: Iterable[str], has_images: bool) -> None:
 
 
 def _is_file(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return any(isinstance(item, str) and _MEDIA_FILE.match(item) for item in values)
+    if isinstance(value, (Mapping, list)):
+        return any(map(_is_file, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, str) and _MEDIA_FILE.match(value) is not None

@@ -11,9 +11,9 @@ The keys of a row determine its format, see `FORMATS`::
 
 In a text, `<image>` or `<|image|>` is the next of the row's images, and Qwen-VL's
 `<img>PATH</img>` is an image itself; a bare {"type": "image"} part is the next one as well. A
-`system` text becomes a system message, and an answer with `"loss": false` (OpenAI: `"weight": 0`)
-is a part of the prompt. Media that are not read are refused, see `media_keys`. Images are opened
-when a sample is used.
+`system` (or `system_prompt`) text becomes a system message, and an answer with `"loss": false`
+(OpenAI: `"weight": 0`) is a part of the prompt. Media that are not read are refused, see
+`media_keys`. Images are opened when a sample is used.
 """
 
 import os
@@ -27,14 +27,14 @@ from owl2.data.media_keys import refuse_markers, unused_keys
 from owl2.data.sample import Message, Sample, validated
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
-from owl2.processing.chat_template import IMAGE_TOKEN
+from owl2.processing.chat_template import IMAGE_KEYS, IMAGE_TOKEN
 
 # LLaVA's files write the first, mPLUG-Owl2's files the second.
 _PLACEHOLDER = re.compile(r"<image>|<\|image\|>")
-_QWEN_IMAGE = re.compile(r"<img>\s*([^<>\n]+\.\w{2,5}|https?://[^<>\s]+)\s*</img>")
-_QWEN_LABEL = re.compile(r"Picture \d+: ?(?=<image>)")
+_QWEN_IMAGE = re.compile(r"(Picture \d+: ?)?<img>\s*([^<>\n]+\.\w{2,5}|[^<>\s]*/[^<>\s]+)\s*</img>")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
-_SCHEME = re.compile(r"(?:https?|file)://|data:", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+_SYSTEM_KEYS = ("system", "system_prompt", "system_instruction")
 # ShareGPT's files have all of these, and others (bing, bard).
 ROLES = {
     "human": "user",
@@ -64,11 +64,11 @@ class Format(NamedTuple):
 
     Attributes:
         read: The messages of a row, with placeholders in their texts.
-        keys: The keys that it reads, without those of images.
+        keys: The keys that it reads, without those of images and of the system text.
         moves_image: The single image of a turn is moved before the text, see `parse_row`.
     """
 
-    read: Callable[[Mapping[str, Any]], list[Any]]
+    read: Callable[[Mapping[str, Any]], list[Message]]
     keys: tuple[str, ...]
     moves_image: bool = False
 
@@ -97,24 +97,27 @@ def parse_row(
             )
         row_format = FORMATS[_format_name(row)]
         messages = row_format.read(row)
-        if system := row.get("system"):
-            messages.insert(0, {"role": "system", "content": system})
+        if system := next((row[key] for key in _SYSTEM_KEYS if row.get(key)), None):
+            messages.insert(0, _message({}, "system", system))
         images = list(attached or _images(row))
-        messages, inline = _take_qwen_images(messages)
-        if images and inline:
+        names = [name for text in _user_texts(messages) for _, name in _QWEN_IMAGE.findall(text)]
+        if images and names:
             raise InputError("the row has images both as a key and as <img>", ErrorCode.CONFLICT)
-        images += inline
-        split = partial(_split, has_images=bool(images), moves_image=row_format.moves_image)
-        messages = [
-            m | {"content": _to_parts(m["content"], split, read_image)} if _is_message(m) else m
-            for m in messages
-        ]
-        messages = _insert_images(messages, [read_image(image) for image in images])
-        keys = {*row_format.keys, "image", "images"}
+        images += names
+        split = partial(
+            _split,
+            # Nothing refers to the label of a single image.
+            qwen_image=r"\1<image>" if len(names) > 1 else "<image>",
+            has_images=bool(images),
+            moves_image=row_format.moves_image,
+        )
+        for message in messages:
+            message["content"] = _to_parts(message, split, read_image)
+        _insert_images(messages, [read_image(image) for image in images])
         has_images = any(part.get("type") != "text" for m in messages for part in _parts(m))
-        unused = unused_keys(row, keys, has_images, is_attached=bool(attached))
-        texts = [part.get("text") for m in messages if _is_message(m, "user") for part in _parts(m)]
-        refuse_markers((text for text in texts if isinstance(text, str)), has_images)
+        known = {*row_format.keys, *_SYSTEM_KEYS, "image", "images"}
+        unused = unused_keys(row, known, has_images, is_attached=bool(attached))
+        refuse_markers(_user_texts(messages), has_images)
     except InputError as error:
         raise InputError(f"{source}: {error}", error.code) from error
     return validated(Sample(messages, source, unused))
@@ -152,7 +155,7 @@ def image_root(directory: Path, images: str | Path | None) -> Path:
 
 
 def _images(row: Mapping[str, Any]) -> list[Any]:
-    values = [row[key] for key in ("image", "images") if row.get(key) is not None]
+    values = [row[key] for key in ("image", "images") if row.get(key) not in (None, "", [])]
     if len(values) > 1:
         raise InputError("a row has both 'image' and 'images'", ErrorCode.CONFLICT)
     if not values:
@@ -183,42 +186,43 @@ def require_format(columns: Sequence[str], source: str) -> None:
         raise InputError(message, ErrorCode.INVALID_FORMAT)
 
 
-def _turns(row: Mapping[str, Any], key: str) -> list[Any]:
+def _read_turns(row: Mapping[str, Any], key: str) -> list[Message]:
+    """The turns in the list `key`, with the keys of transformers or, in LLaVA's list, of LLaVA."""
     if not isinstance(row[key], list):
         raise InputError(
             f"{key!r} must be a list, not {shorten(row[key])}", ErrorCode.INVALID_FORMAT
         )
-    return row[key]
-
-
-def _read_messages(row: Mapping[str, Any]) -> list[Any]:
-    return [
-        _message(turn, turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else turn
-        for turn in _turns(row, "messages")
-    ]
-
-
-def _read_conversations(row: Mapping[str, Any]) -> list[Any]:
-    messages = []
-    for turn in _turns(row, "conversations"):
-        fields = turn if isinstance(turn, Mapping) else {}
-        role = fields.get("from", fields.get("role"))
-        text = fields.get("value", fields.get("content"))
-        if not isinstance(text, str):
+    messages: list[Message] = []
+    for i, turn in enumerate(row[key]):
+        if not isinstance(turn, Mapping):
             raise InputError(
-                "a turn must be an object with 'from' and a string 'value'", ErrorCode.INVALID_TYPE
+                f"{key}[{i}] must be an object, not {shorten(turn)}", ErrorCode.INVALID_TYPE
             )
-        if not isinstance(role, str) or role not in ROLES:
-            raise InputError(
-                f"'from' is {shorten(role)}; it must be 'human' or 'gpt'", ErrorCode.INVALID_ROLE
-            )
-        messages.append(_message(turn, ROLES[role], text))
+        role, content = turn.get("role"), turn.get("content")
+        if key == "conversations":
+            role, content = turn.get("from", role), turn.get("value", content) or ""
+            if not isinstance(content, str):
+                raise InputError(
+                    f"'value' of {key}[{i}] must be a string, not {shorten(content)}",
+                    ErrorCode.INVALID_TYPE,
+                )
+            if not isinstance(role, str) or role not in ROLES:
+                raise InputError(
+                    f"'from' is {shorten(role)}; it must be 'human' or 'gpt'",
+                    ErrorCode.INVALID_ROLE,
+                )
+            role, last = ROLES[role], messages[-1] if messages else {"role": None}
+            # In UReader's files an image is a turn of its own.
+            if role == last["role"] == "user" and not _PLACEHOLDER.sub("", last["content"]).strip():
+                last["content"] += f"\n{content}"
+                continue
+        messages.append(_message(turn, role, content))
     return messages
 
 
 def _message(turn: Mapping[str, Any], role: Any, content: Any) -> Message:
     """A turn as a message; `"loss": False` is kept."""
-    unused_keys(turn, ("from", "value", "role", "content"), has_images=False)
+    unused_keys(turn, ("from", "value", "role", "content"), has_images=False, where="a turn")
     message = {"role": role, "content": content}
     for key in ("loss", "weight"):
         value = turn.get(key)
@@ -233,7 +237,9 @@ def _message(turn: Mapping[str, Any], role: Any, content: Any) -> Message:
     return message
 
 
-def _read_rounds(row: Mapping[str, Any], question: str, answer: str, more: str = "") -> list[Any]:
+def _read_rounds(
+    row: Mapping[str, Any], question: str, answer: str, more: str = ""
+) -> list[Message]:
     """A question and its answer under two keys, after the rounds of `history`."""
     last = "\n".join(row[key] for key in (question, more) if row.get(key))
     rounds = [*(row.get("history") or []), [last, row[answer]]]
@@ -243,7 +249,7 @@ def _read_rounds(row: Mapping[str, Any], question: str, answer: str, more: str =
     return [_message({}, roles[i], pair[i]) for pair in rounds for i in range(2)]
 
 
-def _read_caption(row: Mapping[str, Any], key: str) -> list[Any]:
+def _read_caption(row: Mapping[str, Any], key: str) -> list[Message]:
     if key == "text" and {"Human", "AI"} <= set(_OWL_TURN.findall(row[key])):
         return _read_owl(row[key])
     for question in ("question", "query", "prompt", "instruction"):
@@ -256,7 +262,7 @@ def _read_caption(row: Mapping[str, Any], key: str) -> list[Any]:
     return [_message({}, "user", image), _message({}, "assistant", row[key].strip())]
 
 
-def _read_owl(text: str) -> list[Any]:
+def _read_owl(text: str) -> list[Message]:
     """The turns of an mPLUG-Owl row: "Human: <image>\\nHuman: question\\nAI: answer\\n..."."""
     system, *fields = _OWL_TURN.split(text)
     messages: list[Message] = []
@@ -274,15 +280,17 @@ def _read_owl(text: str) -> list[Any]:
 # The answer of a question under another key.
 _ANSWER_KEYS = {"query": "response", "instruction": "output"}
 FORMATS: dict[str, Format] = {
-    "messages": Format(_read_messages, ("messages", "system")),
-    "conversations": Format(_read_conversations, ("conversations", "system"), moves_image=True),
+    "messages": Format(partial(_read_turns, key="messages"), ("messages",)),
+    "conversations": Format(
+        partial(_read_turns, key="conversations"), ("conversations",), moves_image=True
+    ),
     "query": Format(
         partial(_read_rounds, question="query", answer="response"),
-        ("query", "response", "history", "system"),
+        ("query", "response", "history"),
     ),
     "instruction": Format(
         partial(_read_rounds, question="instruction", answer="output", more="input"),
-        ("instruction", "input", "output", "history", "system"),
+        ("instruction", "input", "output", "history"),
     ),
     "caption": Format(partial(_read_caption, key="caption"), ("caption",)),
     "text": Format(partial(_read_caption, key="text"), ("text",), moves_image=True),
@@ -292,36 +300,23 @@ FORMATS: dict[str, Format] = {
 # ------------------------------------------------------------------ images of messages
 
 
-def _is_message(message: Any, role: str | None = None) -> bool:
-    # Other values are not changed here: `validated` reports them.
-    return isinstance(message, Mapping) and role in (None, message.get("role"))
-
-
-def _parts(message: Any) -> list[Mapping[str, Any]]:
-    content = message.get("content") if _is_message(message) else None
+def _parts(message: Message) -> list[Mapping[str, Any]]:
+    """The parts of a message. Other contents are ignored here: `validated` reports them."""
+    content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
 
 
-def _take_qwen_images(messages: list[Any]) -> tuple[list[Any], list[str]]:
-    """The messages with `<image>` in place of `<img>PATH</img>` in user texts, and the paths."""
-    names: list[str] = []
-    replaced = list(messages)
-    for i, message in enumerate(messages):
-        if _is_message(message, "user") and isinstance(message["content"], str):
-            names += _QWEN_IMAGE.findall(message["content"])
-            replaced[i] = message | {"content": _QWEN_IMAGE.sub("<image>", message["content"])}
-    if len(names) == 1:  # nothing refers to the label of a single image
-        for message in replaced:
-            if _is_message(message, "user") and isinstance(message["content"], str):
-                message["content"] = _QWEN_LABEL.sub("", message["content"])
-    return (replaced if names else messages), names
+def _user_texts(messages: Sequence[Message]) -> list[str]:
+    parts = (part for m in messages if m["role"] == "user" for part in _parts(m))
+    return [part["text"] for part in parts if isinstance(part.get("text"), str)]
 
 
-def _split(text: str, has_images: bool, moves_image: bool) -> list[Message]:
+def _split(text: str, qwen_image: str, has_images: bool, moves_image: bool) -> list[Message]:
     """A text as parts; placeholders become {"type": "image"}."""
     # Without images, <image>...</image> is XML.
     is_xml = not has_images and "</image>" in text
+    text = _QWEN_IMAGE.sub(qwen_image, text)
     segments = text.split(IMAGE_TOKEN) if is_xml else _PLACEHOLDER.split(text)
     if moves_image and len(segments) == 2:
         stripped = "".join(segments).strip()
@@ -337,22 +332,26 @@ def _split(text: str, has_images: bool, moves_image: bool) -> list[Message]:
     return parts
 
 
-def _to_parts(content: Any, split: Callable[[str], list[Message]], read_image: ImageReader) -> Any:
+def _to_parts(
+    message: Message, split: Callable[..., list[Message]], read_image: ImageReader
+) -> Any:
+    """The content as parts with their images; a string without images remains one."""
+    content = message["content"]
+    if message["role"] != "user":  # <img> in an answer is HTML
+        split = partial(split, qwen_image=r"\g<0>")
     if isinstance(content, str):
         parts = split(content)
         return parts if any(part["type"] == "image" for part in parts) else content
-    if not isinstance(content, list):
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         return content
     parts = []
     for part in content:
-        if not isinstance(part, Mapping):
-            return content
         # Arrow tables have every key in every part, with None where it is absent.
         part = {key: value for key, value in part.items() if value is not None}
         if "type" not in part:  # Qwen's API: {"image": ...} or {"text": ...}
             part |= {"type": next((key for key in ("text", "image") if key in part), None)}
         if part["type"] == "text" and isinstance(part.get("text"), str):
-            unused_keys(part, ("type", "text"), has_images=False)
+            unused_keys(part, ("type", "text"), has_images=False, where="a part")
             parts += split(part["text"]) or [part]
         else:
             parts.append(_image_part(part, read_image))
@@ -368,12 +367,13 @@ def _image_part(part: Message, read_image: ImageReader) -> Message:
         is_name = key in ("path", "image") or (isinstance(value, str) and not _SCHEME.match(value))
         if part["type"] in ("image", "image_url") and value is not None and is_name:
             others = {name: one for name, one in part.items() if name not in (key, "type")}
+            unused_keys(others, IMAGE_KEYS, has_images=True, where="a part")
             return others | read_image(value)
     return part
 
 
-def _insert_images(messages: list[Any], images: list[Message]) -> list[Any]:
-    """The messages with the next of `images` for each part {"type": "image"}."""
+def _insert_images(messages: list[Message], images: list[Message]) -> None:
+    """Replaces each part {"type": "image"} by the next of `images`."""
     bare = {"type": "image"}
     count = sum(part == bare for message in messages for part in _parts(message))
     if count != len(images):
@@ -382,9 +382,6 @@ def _insert_images(messages: list[Any], images: list[Message]) -> list[Any]:
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     unused = iter(images)
-    return [
-        message | {"content": [next(unused) if p == bare else p for p in message["content"]]}
-        if _is_message(message) and isinstance(message["content"], list)
-        else message
-        for message in messages
-    ]
+    for message in messages:
+        if isinstance(message["content"], list):
+            message["content"] = [next(unused) if p == bare else p for p in message["content"]]

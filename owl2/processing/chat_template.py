@@ -25,7 +25,7 @@ IMAGE_TOKEN = "<|image|>"
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
-_IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 # transformers caches compiled templates, and each has one list of the answers being rendered.
 _render_lock = threading.Lock()
 
@@ -252,7 +252,7 @@ def _read_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
             f"{where}: unknown type {kind!r}; choose from text, image, image_url.{hint}",
             ErrorCode.UNKNOWN_NAME,
         )
-    sources = {key: part[key] for key in _IMAGE_KEYS if part.get(key) is not None}
+    sources = {key: part[key] for key in IMAGE_KEYS if part.get(key) is not None}
     if len(sources) > 1:
         raise InputError(
             f"{where} has more than one image, as {' and '.join(sources)}.", ErrorCode.CONFLICT

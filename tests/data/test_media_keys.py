@@ -64,6 +64,8 @@ def test_videos_and_sounds_are_refused_with_the_reason(tmp_path, key, question):
         row("<image>", image="a.png", depth_image="b.png"),
         row(image_id=7),
         row(has_image=True),
+        row(meta={"file": "a.png"}),
+        row(extra=[{"frames": ["a.jpg"]}]),
         {
             "conversations": [
                 row()["conversations"][0] | {"image": "a.png"},
@@ -71,6 +73,7 @@ def test_videos_and_sounds_are_refused_with_the_reason(tmp_path, key, question):
             ]
         },
         messages([{"type": "text", "text": "what?", "image": "a.png"}], "red"),
+        messages([{"type": "image", "image": "a.png", "image2": "b.png"}], "red"),
     ],
     ids=str,
 )
@@ -119,10 +122,27 @@ def test_markers_that_are_not_read_are_refused(tmp_path, content, code):
         read(tmp_path, content)
 
 
+MARKERS = (
+    "<Image> <IMAGE/> <image_0> <image_start> <im_patch> <IMG_CONTEXT> <image_soft_token> [IMG] "
+    "<start_of_image> <|vision_start|> <|media|> <|image_1|> <|audio_bos|> <VIDEO> <audio>"
+)
+
+
+@pytest.mark.parametrize("marker", MARKERS.split())
+def test_markers_of_other_models_are_refused(tmp_path, marker):
+    for content in (row(f"{marker}\nwhat?"), row(f"<image>\nIs {marker} red?", image="a.png")):
+        with raises_input_error(ErrorCode.UNSUPPORTED, marker):
+            read(tmp_path, content)
+
+
 @pytest.mark.parametrize(
     "question",
     [
         "Why is <img> empty in my page?",
+        "[IMG]https://example.org/logo[/IMG] in BBCode",
+        "docker run <image_name>",
+        "<|im_start|>user",
+        "Is <Image> a component of React?",
         '<img src="a.png"> is <video> or <video controls></video>?',
         "<video>\n<source src='a.mp4'></video>",
         "<img>alt</img>",

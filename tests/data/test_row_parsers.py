@@ -111,7 +111,7 @@ def test_urls_are_not_changed(tmp_path):
         ({"conversations": "hi"}, (ErrorCode.INVALID_FORMAT, "conversations")),
         ({"conversations": [], "messages": []}, (ErrorCode.CONFLICT, "conversations")),
         ({"conversations": []}, (ErrorCode.EMPTY_MESSAGE,)),
-        ({"conversations": ["hi"]}, (ErrorCode.INVALID_TYPE, "value")),
+        ({"conversations": ["hi"]}, (ErrorCode.INVALID_TYPE, "conversations[0]")),
         ({"conversations": [{"from": "human", "value": 3}]}, (ErrorCode.INVALID_TYPE, "value")),
         ({"conversations": [{"from": "robot", "value": "hi"}]}, (ErrorCode.INVALID_ROLE, "robot")),
         (
@@ -119,12 +119,13 @@ def test_urls_are_not_changed(tmp_path):
             (ErrorCode.INVALID_ROLE, "human"),
         ),
         ({"conversations": [{"from": "gpt", "value": "hi"}]}, (ErrorCode.INVALID_ROLE, "user")),
+        (human("hi", answer=None), (ErrorCode.EMPTY_MESSAGE,)),
         ({"conversations": [{"from": "human", "value": "hi"}]}, (ErrorCode.INVALID_ROLE,)),
         (human("no mark", "a.png"), (ErrorCode.IMAGE_COUNT_MISMATCH, "0")),
         (human("<image>"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
         (human("<image><|image|>", "a.png"), (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
         (human("<image>", {"path": "a.png"}), (ErrorCode.INVALID_TYPE,)),
-        (human("<image>", ""), (ErrorCode.INVALID_TYPE,)),
+        (human("<image>", ""), (ErrorCode.IMAGE_COUNT_MISMATCH, "0")),
         (human("<image>", "a.png") | {"images": ["a.png"]}, (ErrorCode.CONFLICT, "images")),
         (human("what?", "a.png", answer="<image>"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
     ],
@@ -279,6 +280,10 @@ FORMATS = {
         human("Picture 1: <img>a.png</img>\nwhat?", answer="red"),
         ["<|image|>\nwhat?", "red"],
     ),
+    "Qwen-VL, in a part": (
+        {"messages": [USER | {"content": [TEXT | {"text": "<img>a.png</img>what?"}]}, ANSWER]},
+        ["<|image|>what?", "red"],
+    ),
     "OpenAI": (
         {"messages": [USER | {"content": [URL, TEXT]}, ANSWER]},
         ["<|image|>what?", "red"],
@@ -299,6 +304,21 @@ FORMATS = {
             "task_type": "llava_sft",
         },
         ["<|image|>\nwhat?", "red", "sure?", "yes, red"],
+    ),
+    "UReader": (
+        {
+            "image": ["a.png"],
+            "prompt": "",
+            "text": "",
+            "system_instruction": "",
+            "conversations": [
+                {"from": "user", "value": "<image>"},
+                {"from": "user", "value": "what?"},
+                {"from": "assistant", "value": "red"},
+            ],
+            "task_type": "qa_sft",
+        },
+        ["<|image|>\nwhat?", "red"],
     ),
     "mPLUG-Owl, other system text": (
         {"image": "a.png", "text": "Be kind.\nHuman: <image>\nHuman: what?\nAI: red"},
@@ -326,6 +346,26 @@ def test_several_images_of_qwen_vl_keep_their_labels(tmp_path):
     (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", human(text)))
     assert texts(sample)[0] == "Picture 1: <|image|>\nPicture 2: <|image|>\nsame?"
     assert images(sample) == [str(tmp_path / "a.png"), "https://x.org/b"]
+
+
+def test_images_of_qwen_vl_need_no_file_name_extension(tmp_path):
+    (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", human("<img>train/0001</img>what?")))
+    assert images(sample) == [str(tmp_path / "train/0001")]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_instruction"])
+def test_a_system_text_is_a_message(tmp_path, key):
+    rows = ({"messages": [USER, ANSWER]}, human("what?"), {"query": "what?", "response": "red"})
+    rows += ({"image": "a.png", "caption": "red"},)
+    for sample in JsonDataset(lines(tmp_path / "a.jsonl", *(row | {key: "Hi."} for row in rows))):
+        assert sample.messages[0] == {"role": "system", "content": "Hi."}
+        assert not sample.unused_keys
+
+
+@pytest.mark.parametrize("image", ["", [], None])
+def test_an_empty_image_is_none(tmp_path, image):
+    rows = JsonDataset(lines(tmp_path / "a.jsonl", human("what?", "") | {"images": image}))
+    assert texts(rows[0]) == ["what?", "yes"]
 
 
 @pytest.mark.parametrize("key", ["loss", "weight"])
