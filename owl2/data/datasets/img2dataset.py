@@ -14,7 +14,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ def shards(directory: Path, *, read: bool = False) -> Iterator[Shard | SkippedRo
 
     Args:
         read: Also read every archive, compare its number of images with the statistics, and count
-            the images that have a caption. Otherwise only the first image of a shard is read.
+            the images that have a caption. Otherwise a shard is read up to the first caption.
 
     Raises:
         InputError: No shard in the directory, statistics of another format, or a different number
@@ -62,18 +62,17 @@ def shards(directory: Path, *, read: bool = False) -> Iterator[Shard | SkippedRo
         elif not (images := json_object(statistics).integer("successes")):
             yield SkippedRows("shards without a pair")
         else:
-            has_caption = list(_captions(path, None if read else 1))
-            if read and len(has_caption) != images:
+            has_caption = list(_captions(path)) if read else [any(_captions(path))] * images
+            if len(has_caption) != images:
                 raise InputError(
                     f"{path} has {len(has_caption)} images, but its statistics count {images}; "
                     "create it again",
                     ErrorCode.IMAGE_COUNT_MISMATCH,
                 )
-            pairs = sum(has_caption) if read else images
-            if pairs < images:
-                yield SkippedRows("images without a caption", images - pairs)
-            if pairs and (read or any(has_caption)):
-                yield Shard(path, pairs)
+            if without := has_caption.count(False):
+                yield SkippedRows("images without a caption", without)
+            if without < images:
+                yield Shard(path, images - without)
             else:
                 yield SkippedRows("shards without captions")
 
@@ -99,16 +98,16 @@ def _has_end(path: Path) -> bool:
         return size % tarfile.BLOCKSIZE == 0 and file.read() == _TAR_END
 
 
-def _captions(path: Path, limit: int | None) -> Iterator[bool]:
-    """Whether each of the first `limit` images of an archive has a caption that is not empty."""
+def _captions(path: Path) -> Iterator[bool]:
+    """Whether each image of an archive has a caption that is not empty."""
     try:
         with tarfile.open(path, "r:") as archive:
             # The files of an image are consecutive and have the same name before the suffix.
             keys = groupby(archive, lambda member: member.name.rpartition(".")[0])
             groups = ({m.name.rpartition(".")[2]: m for m in members} for _, members in keys)
-            images = (files for files in groups if not files.keys().isdisjoint(_IMAGE_SUFFIXES))
-            for files in islice(images, limit):
-                yield _has_caption(archive, files)
+            for files in groups:
+                if not files.keys().isdisjoint(_IMAGE_SUFFIXES):
+                    yield _has_caption(archive, files)
     except (OSError, tarfile.TarError) as error:
         raise InputError(f"{path} cannot be read: {error}", ErrorCode.UNREADABLE_FILE) from error
 
