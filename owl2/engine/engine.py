@@ -227,15 +227,16 @@ class Engine:
     def encode(self, messages: Prompt) -> PreparedPrompt:
         """The prompt of a conversation that ends with a user message; its images are read.
 
-        A `PreparedPrompt` is only checked for its length.
+        A `PreparedPrompt` is only checked for its ids and its length.
 
         Raises:
-            InputError: An empty question, an unreadable or missing image, or a prompt that leaves
-                no token of the context for the answer.
+            InputError: An empty question, an unreadable or missing image, a token without an
+                embedding, or a prompt that leaves no token of the context for the answer.
         """
         prompt = (
             messages if isinstance(messages, PreparedPrompt) else self.processor.encode(messages)
         )
+        prompt.check_ids(self.model.config)
         if (excess := len(prompt.ids) + 1 - self.context_length) > 0:
             raise InputError(
                 f"The prompt has {len(prompt.ids)} tokens. The model's context is "

@@ -116,9 +116,11 @@ class EngineCore:
                 f"(N, 3, {config.image_size}, {config.image_size}).",
                 ErrorCode.SHAPE_MISMATCH,
             )
-        return PreparedPrompt.from_ids(
+        prompt = PreparedPrompt.from_ids(
             ids, pixel_values, config.image_token_id, config.num_image_tokens
         )
+        prompt.check_ids(config)
+        return prompt
 
     def submit(self, items: Sequence[Request | _Job]) -> None:
         """Queue requests; their callbacks report the results.

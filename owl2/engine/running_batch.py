@@ -199,7 +199,10 @@ class RunningBatch:
         return requests
 
     def _sample(self, requests: Sequence[Request], logits: torch.Tensor) -> None:
-        """Choose and report the next token of each request."""
+        """Choose and report the next token of each request. `logits` (B, V) may be modified."""
+        image_token_id = self.model.config.image_token_id
+        if image_token_id < logits.shape[1]:  # in a resized vocabulary
+            logits[:, image_token_id] = float("-inf")
         params = [request.params for request in requests]
         generators = [request.generator for request in requests]
         processors = [request.bind_processors() for request in requests]

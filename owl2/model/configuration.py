@@ -133,6 +133,9 @@ class Owl2Config(LlamaConfig):
         use_mam: Use the modality-adaptive module (Specification §1.3). ``False`` is the paper's
             ablation with one set of weights for both modalities. ``config.json`` contains the
             option only if it is ``False``.
+        image_token_id: Id of the tokenizer's ``<|image|>``, which marks a visual position. Default:
+            `vocab_size`, the first id without an embedding row. It does not change if tokens are
+            added, and ``config.json`` contains it only if it is not `vocab_size`.
 
     Raises:
         InputError: Sizes of the visual parts do not fit, or an option asks for something that the
@@ -144,20 +147,20 @@ class Owl2Config(LlamaConfig):
 
     visual_config: Any = None
     use_mam: bool = True
+    image_token_id: Any = None  # an int after __post_init__
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.visual_config = _as_config(Owl2VisualConfig, self.visual_config)
         check_sizes("decoder", vars(self), DECODER_SIZES)
         if not isinstance(self.use_mam, bool):
             raise _invalid(f"use_mam must be true or false, not {self.use_mam!r}")
+        if self.image_token_id is None:
+            self.image_token_id = self.vocab_size
+        if not isinstance(self.image_token_id, int) or self.image_token_id < 0:
+            raise _invalid(f"image_token_id must be a token id, not {self.image_token_id!r}")
         super().__post_init__(**kwargs)
         check_sizes("decoder", vars(self), ["num_key_value_heads"])
         _require_multiple("decoder", vars(self), "num_attention_heads", "num_key_value_heads")
-
-    @property
-    def image_token_id(self) -> int:
-        """Id of a visual position: the first id after the vocabulary. It has no embedding row."""
-        return self.vocab_size
 
     @property
     def num_image_tokens(self) -> int:
@@ -181,6 +184,9 @@ class Owl2Config(LlamaConfig):
         written["architectures"] = [AUTHORS_ARCHITECTURE]
         if self.use_mam:
             written.pop("use_mam", None)
+        written.pop("image_token_id", None)
+        if self.image_token_id != self.vocab_size:
+            written["image_token_id"] = self.image_token_id
         # Options that every transformers config has are omitted from the visual parts.
         general = PreTrainedConfig().to_dict()
         written["visual_config"] = {}

@@ -5,25 +5,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from owl2.errors import ErrorCode, InputError
 from owl2.model.image_inputs import count_images
-
-# These index scores by the ids of the prompt. The image token has no score.
-INDEXED_BY_PROMPT = (
-    RepetitionPenaltyLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    EncoderNoRepeatNGramLogitsProcessor,
-)
 
 
 class MultimodalGenerationMixin(GenerationMixin):
@@ -58,9 +46,11 @@ class MultimodalGenerationMixin(GenerationMixin):
         # transformers inspects this signature to find out whether inputs_embeds is accepted.
         prepare = super().prepare_inputs_for_generation  # type: ignore[misc]  # as in generate
         inputs: dict[str, Any] = prepare(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        # transformers 5.16 does not cut the modalities of the sequence to a step's one token.
+        # transformers 5.16 does not cut the modalities of the sequence to a step's one token, and
+        # no version extends them to candidates.
         types, ids = inputs.get("mm_token_type_ids"), inputs.get("input_ids")
         if types is not None and ids is not None:
+            types = F.pad(types, (0, max(0, input_ids.shape[1] - types.shape[1])))
             inputs["mm_token_type_ids"] = types[:, -ids.shape[1] :]
         return inputs
 
@@ -88,36 +78,42 @@ class MultimodalGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         make = super()._get_logits_processor  # type: ignore[misc]  # as in generate
-        return LogitsProcessorList(
-            PadImageTokenLogits(processor)
-            if isinstance(processor, INDEXED_BY_PROMPT)
-            else processor
-            for processor in make(*args, **kwargs)
-        )
+        processors: LogitsProcessorList = make(*args, **kwargs)
+        image_token_id = self.config.image_token_id
+        if image_token_id >= self.config.vocab_size:
+            return ImageTokenScores(processors, image_token_id)
+        processors.insert(0, SuppressTokensLogitsProcessor([image_token_id]))
+        return processors
 
-    def _get_candidate_generator(
-        self, generation_config: Any, input_ids: torch.LongTensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        is_lookup = generation_config.prompt_lookup_num_tokens is not None
-        if is_lookup and (input_ids == self.config.image_token_id).any():
-            raise InputError(
-                "prompt_lookup_num_tokens copies candidates from the prompt, which contains image "
-                "tokens: omit it for prompts with images",
-                ErrorCode.UNSUPPORTED,
-            )
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         make = super()._get_candidate_generator  # type: ignore[misc]  # as in generate
-        return make(generation_config, input_ids, *args, **kwargs)
+        generator: Any = make(*args, **kwargs)
+        if getattr(generator, "vocab_size", None) is not None:  # candidates from the prompt
+            generator.vocab_size = max(generator.vocab_size, self.config.image_token_id + 1)
+        return generator
 
 
-class PadImageTokenLogits(LogitsProcessor):
-    """Adds a score of -infinity for the image token while `inner` runs; (B, V) in and out."""
+class ImageTokenScores(LogitsProcessorList):
+    """Processors that see a score of -infinity for an image token without a row in `lm_head`.
 
-    def __init__(self, inner: LogitsProcessor) -> None:
-        self.inner = inner
+    They use the ids of prompts, and of options such as `bad_words_ids`, to index the scores (B, V).
+    """
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(scores, (0, 1), value=float("-inf"))
-        return self.inner(input_ids, padded)[:, :-1]
+    def __init__(self, processors: LogitsProcessorList, image_token_id: int) -> None:
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        size = scores.shape[-1]
+        processors = list(self)
+        if processors and isinstance(processors[0], UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            scores = processors.pop(0)(input_ids, scores)  # combines them with the model's scores
+        if processors or self.image_token_id < size:  # prompt lookup has larger scores
+            missing = max(0, self.image_token_id + 1 - size)
+            scores = F.pad(scores, (0, missing), value=float("-inf"))
+            scores[:, self.image_token_id] = float("-inf")
+            scores = LogitsProcessorList(processors)(input_ids, scores, **kwargs)[:, :size]
+        return scores
 
 
 def to_left_padding(rows: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -35,20 +35,24 @@ def count_images(
         InputError: An id is neither in the vocabulary nor the image token; the numbers of image
             tokens and images do not fit (the message has both); or an image is incomplete.
     """
-    image_token_id, per_image = config.image_token_id, config.num_image_tokens
+    per_image = config.num_image_tokens
     counts, num_visual = [0] * len(input_ids), 0
     if input_ids.numel():
-        image_tokens = (input_ids == image_token_id).sum(1)  # (B,)
+        is_image = input_ids == config.image_token_id
+        image_tokens = is_image.sum(1)  # (B,)
         visual = image_tokens.sum() if token_types is None else (token_types == VISUAL).sum()
-        bounds = torch.stack([*input_ids.aminmax(), visual.to(input_ids)])
-        low, high, num_visual, *counts = torch.cat([bounds, image_tokens.to(bounds)]).tolist()
-        if low < 0 or high > image_token_id:
+        bounds = [*input_ids.masked_fill(is_image, 0).aminmax(), visual.to(input_ids)]
+        low, high, num_visual, *counts = torch.cat(
+            [torch.stack(bounds), image_tokens.to(input_ids)]
+        ).tolist()
+        if low < 0 or high >= config.vocab_size:
             wrong = low if low < 0 else high
             is_placeholder = wrong == AUTHORS_PLACEHOLDER
             hint = "The authors' code uses -200 as a placeholder. " if is_placeholder else ""
             raise InputError(
-                f"input_ids contain {wrong}; valid ids are 0 to {image_token_id}, the image token. "
-                f"{hint}The processor writes several image tokens for each image.",
+                f"input_ids contain {wrong}; valid ids are 0 to {config.vocab_size - 1}, and "
+                f"{config.image_token_id} for images. {hint}The processor writes several image "
+                "tokens for each image.",
                 ErrorCode.INVALID_VALUE,
             )
     positions, num_images = sum(counts), 0 if images is None else len(images)

@@ -34,6 +34,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple
 
 from owl2.checkpoints.load import CheckpointMixin
+from owl2.constants import IGNORE_INDEX
 from owl2.errors import ErrorCode, InputError
 from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.configuration import Owl2Config
@@ -211,7 +212,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             # Before the text embeddings, like images: all processes use weights in one order.
             size = self.config.image_size
             blank = self.get_image_features(input_ids.new_zeros(1, 3, size, size).float())
-        # The image token has no embedding row. Id 0 replaces it, and the row is overwritten.
+        # The image token may have no embedding row. Id 0 replaces it, and the row is overwritten.
         embeddings = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
         if blank is not None:
             return embeddings + 0 * blank.pooler_output.mean().to(embeddings)
@@ -277,7 +278,7 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             past_key_values: Any cache of transformers.
             inputs_embeds: (B, S, D) instead of `input_ids`, with images already inserted.
             mm_token_type_ids: (B, S), 0 text, 1 visual. Default: derived from `input_ids`.
-            labels: (B, S), -100 for positions without a loss.
+            labels: (B, S), -100 for positions without a loss. Image tokens have none.
             logits_to_keep: Compute logits of the last N positions only (0: all), or of a tensor of
                 indices.
             num_items_in_batch: Divide the summed loss by this instead of by this batch's number of
@@ -299,6 +300,8 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
                 "labels require the logits of all positions: set logits_to_keep to 0",
                 ErrorCode.CONFLICT,
             )
+        if labels is not None:
+            labels = labels.masked_fill(labels == self.config.image_token_id, IGNORE_INDEX)
         # Before the decoder runs, while a GPU has no queued work: this synchronizes with it.
         labeled = None if labels is None or return_logits else labeled_positions(labels)
         outputs = self.model(

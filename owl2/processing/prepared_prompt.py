@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from owl2.errors import ErrorCode, InputError
+from owl2.model.configuration import Owl2Config
 from owl2.processing.chat_template import IMAGE_TOKEN
 
 
@@ -41,22 +42,13 @@ class PreparedPrompt:
         """Locate the images in token ids.
 
         Args:
-            image_token_id: The largest valid id, just past the vocabulary.
             num_image_tokens: Tokens of an image, K + 1.
 
         Raises:
-            InputError: No ids, ids out of range, or other numbers of image tokens than the images
-                need.
+            InputError: No ids, or other numbers of image tokens than the images need.
         """
         if not ids:
             raise InputError("A prompt needs at least one token.", ErrorCode.EMPTY_MESSAGE)
-        if min(ids) < 0 or max(ids) > image_token_id:
-            invalid = min(ids) if min(ids) < 0 else max(ids)
-            raise InputError(
-                f"The prompt contains the id {invalid}; ids are 0 to {image_token_id}, the image "
-                "token.",
-                ErrorCode.INVALID_VALUE,
-            )
         images = [] if pixel_values is None else list(pixel_values.cpu())
         positions = [position for position, id_ in enumerate(ids) if id_ == image_token_id]
         if len(positions) != len(images) * num_image_tokens:
@@ -69,6 +61,16 @@ class PreparedPrompt:
         spans = zip(positions[::num_image_tokens], ends, strict=True)
         digests = tuple(map(pixel_digest, images))
         return cls(tuple(ids), pixel_values if images else None, tuple(spans), digests)
+
+    def check_ids(self, config: Owl2Config) -> None:
+        """Raise an InputError if an id is neither the image token nor in the model's vocabulary."""
+        ids = {id_ for id_ in self.ids if not 0 <= id_ < config.vocab_size}
+        if invalid := sorted(ids - {config.image_token_id}):
+            raise InputError(
+                f"The prompt contains the id {invalid[0]}; the model has embeddings of the ids 0 "
+                f"to {config.vocab_size - 1}. For added tokens, call resize_token_embeddings.",
+                ErrorCode.INVALID_VALUE,
+            )
 
 
 def pixel_digest(pixels: torch.Tensor) -> bytes:

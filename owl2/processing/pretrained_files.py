@@ -21,6 +21,7 @@ from owl2.checkpoints.config_file import (
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.registry import DEFAULT_MODEL_TYPE, ModelType, get_model_type
+from owl2.processing.chat_template import IMAGE_TOKEN
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, encode
 
@@ -67,9 +68,11 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"{path} belongs to a {kind}, not to an mPLUG-Owl2.", ErrorCode.UNSUPPORTED
         )
+    # The tokenizer has the image token, unless it was written by the authors or an early owl2.
+    token_id = tokenizer.added_tokens_encoder.get(IMAGE_TOKEN, len(tokenizer))
     sizes = {
         "num_image_tokens": own.get("num_image_tokens", 65),
-        "image_token_id": own.get("image_token_id", len(tokenizer)),
+        "image_token_id": own.get("image_token_id", token_id),
     }
     for key, value in sizes.items():
         if not isinstance(value, int) or value < 1:
@@ -85,7 +88,7 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
         )
     if config:  # It has precedence, because the ids must fit the model.
         sizes["num_image_tokens"] = config.num_image_tokens
-        sizes["image_token_id"] = max(config.image_token_id, len(tokenizer))
+        sizes["image_token_id"] = max(config.image_token_id, token_id)
     return {
         "image_processor": image_processor,
         "tokenizer": tokenizer,

@@ -9,8 +9,8 @@
 B prompts, S tokens, N images in the batch, K learnable queries (an image takes K+1 tokens).
 """
 
+import re
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
 from owl2.processing.prepared_prompt import PreparedPrompt, flatten_images
-from owl2.processing.tokenizer import encode, start_ids
+from owl2.processing.tokenizer import add_image_token, encode, start_ids
 
 
 class Owl2Processor(ProcessorMixin):
@@ -49,7 +49,7 @@ class Owl2Processor(ProcessorMixin):
     Args:
         chat_template: A Jinja template, or a name in `CHAT_TEMPLATES`. Default: Specification §1.5.
         num_image_tokens: Tokens of an image, K+1.
-        image_token_id: Id of these tokens, the first after the model's vocabulary. Default:
+        image_token_id: Id of `<|image|>` for a tokenizer without this token. Default:
             `len(tokenizer)`.
         image_newline: Insert a line break between the images that start a user turn and its text,
             as training does. It is saved; the released checkpoint has none.
@@ -73,13 +73,7 @@ class Owl2Processor(ProcessorMixin):
         self.chat_template = CHAT_TEMPLATES.get(chat_template or "mplug_owl2", chat_template)
         self.image_newline = image_newline
         self.num_image_tokens = num_image_tokens
-        self.image_token_id = len(tokenizer) if image_token_id is None else image_token_id
-        if self.image_token_id < len(tokenizer):
-            raise InputError(
-                f"image_token_id {image_token_id} is in the tokenizer's vocabulary of "
-                f"{len(tokenizer)} tokens; it must be larger.",
-                ErrorCode.INVALID_VALUE,
-            )
+        self.image_token_id = add_image_token(tokenizer, image_token_id)
         if tokenizer.pad_token is None:  # `pad` requires one; the mask makes its id irrelevant
             tokenizer.pad_token = tokenizer.eos_token
         self._start_ids = start_ids(tokenizer)
@@ -162,11 +156,9 @@ class Owl2Processor(ProcessorMixin):
 
     def _encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt, with K+1 × `image_token_id` for every `<|image|>`."""
-        ids: list[int] = []
-        for index, segment in enumerate(prompt.split(IMAGE_TOKEN)):
-            if index:
-                ids += self._image_ids
-            ids += encode(self.tokenizer, segment)
+        image, num_ids = self.image_token_id, self.num_image_tokens
+        encoded = encode(self.tokenizer, prompt)
+        ids = [id_ for id_ in encoded for _ in range(num_ids if id_ == image else 1)]
         if add_special_tokens and ids[: len(self._start_ids)] != self._start_ids:
             return self._start_ids + ids
         return ids
@@ -318,13 +310,9 @@ class Owl2Processor(ProcessorMixin):
         ids = [ids] if isinstance(ids, int) else ids
         if len(ids) and hasattr(ids[0], "__len__"):
             return [self.decode(row, skip_special_tokens, **kwargs) for row in ids]
-        texts = []
-        for is_image, run in groupby(ids, key=lambda id_: id_ == self.image_token_id):
-            if not is_image:
-                texts.append(str(self.tokenizer.decode(list(run), skip_special_tokens, **kwargs)))
-            elif not skip_special_tokens:
-                texts.append(IMAGE_TOKEN * -(-len(list(run)) // self.num_image_tokens))
-        return "".join(texts)
+        text: Any = self.tokenizer.decode(ids, skip_special_tokens, **kwargs)
+        image_tokens = rf"(?:{re.escape(IMAGE_TOKEN)}){{1,{self.num_image_tokens}}}"
+        return re.sub(image_tokens, IMAGE_TOKEN, text)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any
@@ -344,8 +332,6 @@ class Owl2Processor(ProcessorMixin):
             "processor_class": "Owl2Processor",
             "num_image_tokens": self.num_image_tokens,
         }
-        if self.image_token_id != len(self.tokenizer):
-            config["image_token_id"] = self.image_token_id
         if self.image_newline:
             config["image_newline"] = True
         return config

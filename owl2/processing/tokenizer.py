@@ -1,10 +1,11 @@
 """Text to ids, equal to those of SentencePiece, with the offsets of every token.
 
-A prompt is split at each `<|image|>`, and every segment is tokenized separately (Specification
-§1.5) for all tokenizers; `encode` tokenizes one segment. For SentencePiece models of LLaMA, a
-segment is split again at the control tokens (`<s>`, `</s>`, `<unk>`), as in LLaMA's original
-tokenizer. No characters are stripped. `legacy` in ``tokenizer_config.json`` decides whether a text
-after a control token starts with "▁" (Model family §0.1).
+`<|image|>` is a special token that `add_image_token` adds to every tokenizer. A prompt is split at
+each of them, and every segment is tokenized separately (Specification §1.5) for all tokenizers. For
+SentencePiece models of LLaMA, a segment is split again at the control tokens (`<s>`, `</s>`,
+`<unk>`), as in LLaMA's original tokenizer. No characters are stripped. `legacy` in
+``tokenizer_config.json`` decides whether a text after a control token starts with "▁" (Model family
+§0.1).
 """
 
 import io
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.chat_template import IMAGE_TOKEN
 
 Offsets = list[tuple[int, int]]
 
@@ -36,6 +38,7 @@ _NOT_SAVED = (
     "backend",
     "is_local",
     "local_files_only",
+    "model_specific_special_tokens",  # also under their names
     "special_tokens_pattern",
     "vocab_file",
     "name_or_path",
@@ -99,6 +102,11 @@ class Owl2Tokenizer(SentencePieceBackend):
                 f"'{vocab_file}' is not a SentencePiece model: {error}.", ErrorCode.UNREADABLE_FILE
             ) from error
 
+    def get_vocab(self) -> dict[str, int]:
+        ids = range(self.vocab_size)
+        pieces = self.sp_model.id_to_piece(list(ids))  # one call, not one per token
+        return dict(zip(pieces, ids, strict=True)) | self.added_tokens_encoder
+
     # -------------------------------------------------------------- text to ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
@@ -111,12 +119,15 @@ class Owl2Tokenizer(SentencePieceBackend):
         ids: list[int] = []
         offsets: Offsets = []
         start = 0
+        previous = IMAGE_TOKEN  # the start of the text is a start of a segment
         for part in _splitter(tuple(control)).split(text):
             if part in control:
                 ids.append(control[part])
                 offsets.append((start, start + len(part)))
+                previous = part
             elif part:
-                barrier = _BARRIER if start and not self.adds_prefix_after_control else ""
+                has_prefix = self.adds_prefix_after_control or previous == IMAGE_TOKEN
+                barrier = "" if has_prefix else _BARRIER
                 encoded = self.sp_model.encode(barrier + part, out_type="offset_mapping")
                 for id_, (begin, end) in zip(encoded["ids"], encoded["offsets"], strict=True):
                     if begin >= len(barrier):
@@ -168,7 +179,8 @@ class Owl2Tokenizer(SentencePieceBackend):
                         f"{size - 1}.",
                         ErrorCode.INVALID_VALUE,
                     )
-            has_prefix = self.adds_prefix_after_control or previous in (None, self.bos_token_id)
+            fresh = (None, self.bos_token_id, self.added_tokens_encoder.get(IMAGE_TOKEN))
+            has_prefix = self.adds_prefix_after_control or previous in fresh
             # A character in front keeps the space at the start, which would be removed as a prefix.
             barrier = [] if has_prefix else self.sp_model.encode(_BARRIER)
             length = len(self.sp_model.decode(barrier))
@@ -209,15 +221,47 @@ def _splitter(control_tokens: tuple[str, ...]) -> re.Pattern[str]:
 # ------------------------------------------------------------------ any tokenizer
 
 
+def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token_id: int | None = None) -> int:
+    """Add `<|image|>` as the special token `image_token`, unless the tokenizer has it.
+
+    Args:
+        image_token_id: Its id. Ids before it that have no token become reserved tokens. Default:
+            the next id of the tokenizer.
+
+    Returns:
+        Its id.
+
+    Raises:
+        InputError: `image_token_id` is in the vocabulary, or `<|image|>` has another id.
+    """
+    size, found = len(tokenizer), tokenizer.added_tokens_encoder.get(IMAGE_TOKEN)
+    wanted = image_token_id if image_token_id is not None else size if found is None else found
+    if wanted != found if found is not None else wanted < size:
+        has = f"has {size} tokens" if found is None else f"has {IMAGE_TOKEN} with the id {found}"
+        raise InputError(
+            f"The image token cannot have the id {wanted}, because the tokenizer {has}.",
+            ErrorCode.INVALID_VALUE,
+        )
+    if "image_token" not in tokenizer.special_tokens_map:
+        tokenizer._set_model_specific_special_tokens({"image_token": IMAGE_TOKEN})
+    if found is None:
+        names = [*(f"<|reserved_token_{id_}|>" for id_ in range(size, wanted)), IMAGE_TOKEN]
+        tokens: Any = [AddedToken(name, special=True, normalized=False) for name in names]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+    return wanted
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of one segment of a prompt (between two images), without special tokens."""
+    """The ids of a prompt, with one id for each `<|image|>`, without special tokens."""
     if isinstance(tokenizer, Owl2Tokenizer):
         return tokenizer.encode_with_offsets(text)[0]
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False) if text else []
+    parts = [part for part in _splitter((IMAGE_TOKEN,)).split(text) if part]
+    options = {"add_special_tokens": False, "verbose": False}
+    return [id_ for part in parts for id_ in tokenizer.encode(part, **options)]
 
 
 def encode_with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Offsets]:
-    """`encode`, and the start and end of each token in `text`.
+    """`encode` of a segment between images, and the start and end of each token in `text`.
 
     Raises:
         InputError: The tokenizer has no offsets (neither SentencePiece nor a fast tokenizer).

@@ -31,6 +31,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_directory, expand_user, require_writable
 from owl2.model.configuration import Owl2AbstractorConfig, Owl2VisionConfig
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.processing.chat_template import IMAGE_TOKEN
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import TOKENIZER_FILE, Owl2Tokenizer, train_tokenizer
@@ -176,9 +177,9 @@ def _make_processor(
     model: Owl2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Owl2Processor:
     config = model.config
-    if len(tokenizer) > config.vocab_size:
+    if (size := len(tokenizer.get_vocab().keys() - {IMAGE_TOKEN})) > config.vocab_size:
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the language model has "
+            f"the tokenizer has {size} tokens, but the language model has "
             f"{config.vocab_size}: use the tokenizer of this language model",
             ErrorCode.SHAPE_MISMATCH,
         )
@@ -187,8 +188,8 @@ def _make_processor(
         tokenizer,
         template,
         num_image_tokens=config.num_image_tokens,
-        image_token_id=config.image_token_id,
     )
+    config.image_token_id = processor.image_token_id  # the LLaMA may have more rows than tokens
     try:
         processor.apply_chat_template(PROBE, add_generation_prompt=True)
     except InputError as error:

@@ -1,10 +1,10 @@
 """The tokenizer of a checkpoint for vLLM: prompts with `<|image|>` → ids.
 
 vLLM tokenizes a prompt before it processes the images, and then expands the token of each image to
-K + 1 positions. `<|image|>` is therefore one id here: `image_token_id`, just past the vocabulary.
-Each text segment between images is tokenized separately, as in training (Specification §1.5). The
-expanded positions get a valid id (`processing.PLACEHOLDER_ID`). A placeholder without an image
-keeps its id, which vLLM rejects because it is not in the vocabulary.
+K + 1 positions. `<|image|>` is therefore one id here: `image_token_id`. Each text segment between
+images is tokenized separately, as in training (Specification §1.5). The expanded positions get a
+valid id (`processing.PLACEHOLDER_ID`). A placeholder without an image keeps its id, which vLLM
+rejects because it is not in the vocabulary that vLLM reads from this tokenizer.
 """
 
 import copy
@@ -35,12 +35,7 @@ def encode_prompt(processor: Owl2Processor, prompt: str, add_special_tokens: boo
     written = "".join(tokenizer.convert_ids_to_tokens(start))
     if start and prompt.startswith(written):
         prompt, add_special_tokens = prompt[len(written) :], True
-    ids = list(start) if add_special_tokens else []
-    for index, segment in enumerate(prompt.split(IMAGE_TOKEN)):
-        if index:
-            ids.append(processor.image_token_id)
-        ids += encode(tokenizer, segment)
-    return ids
+    return (list(start) if add_special_tokens else []) + encode(tokenizer, prompt)
 
 
 class Owl2PromptTokenizer:
@@ -73,6 +68,9 @@ def _load(name: str, truncation_side: str, hub: dict[str, Any]) -> Any:
 
     class PromptTokenizer(base):
         is_fast = False  # it does not return offsets for a text with images
+
+        def get_vocab(self) -> dict[str, int]:
+            return {name: id_ for name, id_ in super().get_vocab().items() if name != IMAGE_TOKEN}
 
         def encode(self, text: str, add_special_tokens: bool = True, **options: Any) -> list[int]:
             ids = encode_prompt(processor, text, add_special_tokens)

@@ -10,8 +10,6 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from owl2.errors import ErrorCode
-from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
 from tests.model.golden import inputs_of, load_cases, load_model
 from tests.tiny import make_model
@@ -179,12 +177,3 @@ def test_penalty_changes_the_answer(model):
     """Or the test above would compare nothing."""
     plain = model.generate(**two_prompts(), **GREEDY)
     assert not torch.equal(model.generate(**two_prompts(), **GREEDY, repetition_penalty=3.0), plain)
-
-
-def test_prompt_lookup_rejects_images(model):
-    single = next(one_by_one(two_prompts()))
-    with raises_input_error(ErrorCode.UNSUPPORTED, "prompt_lookup_num_tokens"):
-        model.generate(**single, **GREEDY, prompt_lookup_num_tokens=2)
-    text = torch.tensor([[1, 5, 6, 7, 5, 6]])
-    expected = model.generate(text, **GREEDY)
-    assert torch.equal(model.generate(text, **GREEDY, prompt_lookup_num_tokens=2), expected)

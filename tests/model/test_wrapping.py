@@ -89,15 +89,6 @@ def test_compiled_equals_eager(image_inputs, backend):
         torch.testing.assert_close(logits(compiled, **inputs), expected, **CLOSE)
 
 
-def test_vocabulary_can_be_resized(image_inputs):
-    """The image token id is always the size of the vocabulary, so the old one becomes a token."""
-    model = make_model()
-    model.resize_token_embeddings(48)
-    assert model.config.image_token_id == 48
-    image_inputs["input_ids"][image_inputs["input_ids"] == 40] = 48
-    assert logits(model, **image_inputs).shape[-1] == 48
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize:UserWarning")
 def test_quantization_replaces_every_linear(tiny, image_inputs):
     """8-bit weights by torch's dynamic quantization, which runs on any CPU."""

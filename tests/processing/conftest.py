@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
-from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
+from owl2.processing.tokenizer import Owl2Tokenizer, add_image_token, train_tokenizer
 from tests.processing.samples import TEXTS
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -33,7 +33,9 @@ def llama_file() -> Path:
 @pytest.fixture(scope="session")
 def llama(llama_file) -> Owl2Tokenizer:
     """For all tests, as it takes a while to load: a test that changes it makes its own."""
-    return Owl2Tokenizer(llama_file)
+    tokenizer = Owl2Tokenizer(llama_file)
+    add_image_token(tokenizer)
+    return tokenizer
 
 
 @pytest.fixture

@@ -92,8 +92,8 @@ def test_offsets_of_byte_tokens(llama):
 
 
 def test_invalid_ids_are_rejected(llama):
-    with raises_input_error(ErrorCode.INVALID_VALUE, 32000, 31999):
-        llama.decode([5, 32000])
+    with raises_input_error(ErrorCode.INVALID_VALUE, 32001, 31999):
+        llama.decode([5, 32001])
     with raises_input_error(ErrorCode.INVALID_VALUE, -100):
         llama.decode([-100, 5])
 
@@ -141,7 +141,7 @@ def test_round_trip(tmp_path, llama, llama_file, legacy):
     again = Owl2Tokenizer.from_pretrained(tmp_path)
     for text in [*STRINGS, "a</s> b"]:
         assert again(text)["input_ids"] == llama(text)["input_ids"] == [1, *encode(again, text)]
-    assert (again.pad_token, len(again)) == ("<unk>", 32000)
+    assert (again.pad_token, len(again)) == ("<unk>", 32001)
     (tmp_path / "again").mkdir()
     again.save_pretrained(tmp_path / "again")
     llama.save_pretrained(tmp_path)
