@@ -1,9 +1,9 @@
-"""Runs the `sh` blocks of the how-tos as they stand: `make docs`.
+"""Runs the `sh` blocks of the guides: `make docs`.
 
-    python tests/run_docs.py [PAGE...]      e.g. finetune; default: all that have some
+    python tests/run_docs.py [PAGE...]      such as finetune; default: all pages with `sh` blocks
 
-Each page runs in a folder of its own, in which are this repository's recipes/ and the demo's runs,
-or those of `make demo-quick` in their place; the first command that fails ends it.
+Each page runs in its own directory, which contains recipes/ of this repository and the runs of
+`make demo` or `make demo-quick`. The first command that fails ends the page.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.documents import blocks  # noqa: E402  # found only from here on
+from tests.documents import blocks  # noqa: E402  # importable after the previous line
 
 
 def run(page: Path) -> int:
@@ -39,7 +39,7 @@ def _demo() -> Path:
     for name in ("demo", "demo-quick"):
         if (ROOT / "runs" / name / "model").is_dir():
             return ROOT / "runs" / name
-    sys.exit("the how-tos go on from the demo's model: run `make demo` or `make demo-quick`")
+    sys.exit("the guides use the model of the demo: run `make demo` or `make demo-quick` first")
 
 
 def main(names: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""recipes/speed/compare.py compares like with like."""
+"""recipes/speed/compare.py: equal answers of the implementations, and the table."""
 
 import importlib.util
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Draws a folder as somebody's own data could be: images, and questions about them as JSON.
+"""Creates an example dataset for fine-tuning: images, and questions about them in LLaVA's format.
 
-    python recipes/finetune/example_folder.py FOLDER
+    python recipes/finetune/example_folder.py DIR
 
-    FOLDER/images/*.png     one shape each, small or large
-    FOLDER/train.json         400 of them with a question and its answer, in LLaVA's format
-    FOLDER/held_out.json      100 others
+    DIR/images/*.png        images of one shape each, small or large
+    DIR/train.json          400 of them with a question and its answer
+    DIR/held_out.json       100 other ones
 
-Nothing asks for sizes in what the demo's model was trained on, so it has something to learn.
+The training data of the demo has no questions about sizes, so its model cannot answer them yet.
 """
 
 import json
@@ -19,15 +19,15 @@ from PIL import Image, ImageDraw
 QUESTION = "is the shape small or large?"
 SPLITS = {"train": 400, "held_out": 100}
 RADII = {"small": (6, 11), "large": (20, 26)}
-COLOURS = ("red", "blue", "green", "yellow", "teal", "gray", "brown", "black")
+COLORS = ("red", "blue", "green", "yellow", "teal", "gray", "brown", "black")
 EDGE = 64
 
 
-def draw(chance: Random) -> tuple[Image.Image, str]:
-    """An image with one shape, and whether that is small or large."""
-    size = chance.choice(list(RADII))
-    radius = chance.randint(*RADII[size])
-    x, y = (chance.randint(radius, EDGE - 1 - radius) for _ in range(2))
+def draw(rng: Random) -> tuple[Image.Image, str]:
+    """An image with one shape, and the size of the shape: small or large."""
+    size = rng.choice(list(RADII))
+    radius = rng.randint(*RADII[size])
+    x, y = (rng.randint(radius, EDGE - 1 - radius) for _ in range(2))
     box = (x - radius, y - radius, x + radius, y + radius)
     image = Image.new("RGB", (EDGE, EDGE), "white")
     pen = ImageDraw.Draw(image)
@@ -38,18 +38,18 @@ def draw(chance: Random) -> tuple[Image.Image, str]:
             [(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill
         ),
     }
-    shapes[chance.choice(list(shapes))](box, fill=chance.choice(COLOURS))
+    shapes[rng.choice(list(shapes))](box, fill=rng.choice(COLORS))
     return image, size
 
 
 def main(folder: Path) -> None:
-    """Draw both splits into `folder`."""
-    chance = Random(0)
+    """Write both splits to `folder`."""
+    rng = Random(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, count in SPLITS.items():
         rows = []
         for number in range(count):
-            image, size = draw(chance)
+            image, size = draw(rng)
             name = f"images/{split}_{number}.png"
             image.save(folder / name)
             turns = [

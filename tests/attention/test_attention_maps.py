@@ -185,7 +185,7 @@ def test_empty_layer_selection_returns_the_mean(engine, conversations):
 
 
 def test_patches_are_the_rollout_of_the_abstractor(engine, monkeypatch):
-    """One layer: one half of each query is what it attends to in the image."""
+    """One layer: half of each query comes from the patches that it attends to."""
     model = copy.deepcopy(engine.model)
     del model.model.visual_abstractor.encoder.layers[1:]
     messages = ask("what is this?", random_image(1))

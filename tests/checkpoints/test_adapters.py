@@ -123,7 +123,7 @@ def test_files_are_small_and_peft_reads_them(saved, base):
         "config.json",
     }
     stored = load_file(folder / "adapter_model.safetensors")
-    # LoRA of the decoder and the ViT, and the abstractor as a whole: nothing else.
+    # LoRA of the decoder and the ViT, and the complete abstractor, and nothing else.
     assert all(
         ".lora_" in key or key.startswith("base_model.model.model.visual_abstractor.")
         for key in stored

@@ -203,10 +203,10 @@ def test_load_vision_from_a_tower_or_a_clip(tmp_path, capfd):
     pixels = torch.randn(1, 3, 8, 8)
     text_config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     text_config |= {"num_attention_heads": 2, "vocab_size": 40}
-    whole = CLIPModel(CLIPConfig(vision_config=FRESH, text_config=text_config)).eval()
-    whole.save_pretrained(tmp_path / "whole")
-    loaded = load_vision(tmp_path / "whole").eval()
-    expected = whole.vision_model(pixels).last_hidden_state
+    clip = CLIPModel(CLIPConfig(vision_config=FRESH, text_config=text_config)).eval()
+    clip.save_pretrained(tmp_path / "clip")
+    loaded = load_vision(tmp_path / "clip").eval()
+    expected = clip.vision_model(pixels).last_hidden_state
     torch.testing.assert_close(loaded(pixels).last_hidden_state, expected)
     tower = make_tower()
     tower.save_pretrained(tmp_path / "tower")

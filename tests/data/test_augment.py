@@ -48,10 +48,10 @@ def test_dihedral_of_a_wide_image(image):
 
 
 def test_crop_flip_returns_squares():
-    grey = Image.linear_gradient("L").rotate(90).convert("RGB").resize((200, 100))
+    gray = Image.linear_gradient("L").rotate(90).convert("RGB").resize((200, 100))
     flipped = 0
     for seed in range(400):
-        part = AUGMENTATIONS["crop_flip"](grey, Random(seed))
+        part = AUGMENTATIONS["crop_flip"](gray, Random(seed))
         assert part.width == part.height
         flipped += part.getpixel((0, 0)) > part.getpixel((part.width - 1, 0))
     assert 150 < flipped < 250

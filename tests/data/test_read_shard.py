@@ -50,7 +50,7 @@ def test_compressed_archives_are_read(tmp_path):
 def test_every_truncation_is_detected(tmp_path, shard, pack):
     """The samples before the error are complete, wherever the file is truncated."""
     expected = list(read_shard(str(shard)))
-    # 9 files of a header and a block each; then two empty blocks, of which one says enough.
+    # 9 files of a header and a block each; then two empty blocks, of which one is sufficient.
     packed = pack(shard.read_bytes()[: (9 * 2 + 2) * 512])
     last = 9 * 2 * 512 if pack is bytes else len(packed) - 30
     path = tmp_path / "cut.tar"

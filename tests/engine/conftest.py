@@ -35,7 +35,7 @@ def nan_engine(engine):
 
 
 def caching_engine(shared_engine, **options):
-    """An engine with a model of its own that caches even short prefixes."""
+    """An engine with its own model that also caches short prefixes."""
     engine = Engine(copy.deepcopy(shared_engine.model), shared_engine.processor)
     engine.core = EngineCore(
         engine.model, **{"max_num_seqs": 128, "min_prefix_tokens": 2} | options

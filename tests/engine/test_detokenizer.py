@@ -28,7 +28,7 @@ def released_texts(ids, decode, open_ids=()):
 def test_the_first_chunk_comes_before_the_last_token(engine, conversations, gate):
     gate.free_steps = 30
     stream = engine.stream(conversations[0], max_new_tokens=40)
-    first = next(stream)  # while the gate holds back the last decode steps
+    first = next(stream)  # while the gate blocks the last decode steps
     gate.open()
     rest = list(stream)
     assert len(rest) > 5

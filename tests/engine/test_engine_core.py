@@ -1,4 +1,4 @@
-"""Many requests at once: answers equal those alone; aborts, errors, threads, forks."""
+"""Concurrent requests: answers equal those alone; aborts, errors, threads, forks."""
 
 import gc
 import os

@@ -22,7 +22,7 @@ from tests.eval.reading import response
         ("yall'll", "y'all'll"),
         ("somebody'd", "somebodyd"),
         ("t-shirt", "t shirt"),  # between two words: a space
-        ("big, red", "big red"),  # beside a space: nothing
+        ("big, red", "big red"),  # next to a space: removed
         ("10,000", "10000"),  # a comma in a number: all signs go
         ("t-shirt 10,000", "tshirt 10000"),
         ("3.5 m.", "3.5 m"),

@@ -1,4 +1,4 @@
-"""The authors' own numbers: checkpoints in the released layout and what they computed with them."""
+"""The golden values of the authors: checkpoints in the released layout, inputs and outputs."""
 
 from pathlib import Path
 
@@ -21,9 +21,9 @@ def load_cases(name):
 
 
 def expand(values, ids, config, fill=None):
-    """Rows of T values to rows in which an image takes K + 1 places.
+    """Rows of T values to rows in which an image has K + 1 positions.
 
-    Those hold `fill`, or what the image's own place held where `fill` is None.
+    Their value is `fill`, or the value at the position of the image if `fill` is None.
     """
     rows = []
     for row, marks in zip(values.tolist(), ids.tolist(), strict=True):
@@ -39,7 +39,7 @@ def expand(values, ids, config, fill=None):
 
 
 def inputs_of(cases, case, config):
-    """What the model takes for a case."""
+    """The model inputs of a case."""
     ids = cases[f"{case}.input_ids"]
     inputs = {"input_ids": expand(ids, ids, config, fill=config.image_token_id)}
     for name in ("pixel_values", "attention_mask", "labels"):

@@ -1,4 +1,4 @@
-"""Visual abstractor: the position codes against Specification §1.2's formula, written out."""
+"""Visual abstractor: the position codes equal the formula of Specification §1.2."""
 
 import math
 

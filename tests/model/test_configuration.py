@@ -1,4 +1,4 @@
-"""config.json: read as released, written so that it reads back here and there."""
+"""config.json: the released files are read; written files load here and in the authors' code."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from tests.errors import raises_input_error
 from tests.model.golden import FOLDER, MODELS
 from tests.tiny import make_config
 
-# What the model reads. 4.31 wrote every default of transformers beside these; 5 drops them.
+# The keys that the model uses. transformers 4.31 also wrote all defaults; version 5 does not.
 # fmt: off
 SETTINGS = [
     "architectures", "attention_bias", "bos_token_id", "eos_token_id", "hidden_act",
@@ -57,7 +57,7 @@ def test_released_config_keeps_its_options(name, tmp_path):
             expected = released["visual_config"][part][setting]
             assert written["visual_config"][part][setting] == expected, (part, setting)
     assert "use_mam" not in written
-    # Read and written once more it is the same file.
+    # Reading and writing again gives the same file.
     Owl2Config.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     assert read(tmp_path / "again") == written
 
@@ -89,7 +89,7 @@ def test_rope_is_written_under_the_names_of_4_31(tmp_path):
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic"])
 def test_rope_scaling_has_the_keys_of_4_31(kind, tmp_path):
-    """4.31 refuses anything but a dict of exactly `type` and `factor`."""
+    """transformers 4.31 accepts only a dict with exactly `type` and `factor`."""
     scaling = {"type": kind, "factor": 2.0}
     make_config(rope_scaling=dict(scaling)).save_pretrained(tmp_path)
     assert read(tmp_path)["rope_scaling"] == scaling
@@ -166,7 +166,7 @@ def test_config_can_be_copied():
 
 
 def test_integer_rope_factor_is_written_as_a_float():
-    """4.31 refuses an int."""
+    """transformers 4.31 rejects an int."""
     scaling = {"type": "linear", "factor": 2}
     written = make_config(rope_scaling=scaling).to_diff_dict()["rope_scaling"]
     assert type(written["factor"]) is float

@@ -1,4 +1,4 @@
-"""A batch without images that passes through every weight: same loss, no gradient missing."""
+"""A batch without images that uses every weight: equal loss, and no missing gradients."""
 
 import pytest
 import torch

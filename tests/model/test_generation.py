@@ -20,14 +20,14 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 @pytest.fixture
 def model():
-    """Another tiny model: this one's answers change from token to token."""
+    """A tiny model whose answers change from token to token."""
     model = make_model(seed=5).eval()
     make_modalities_differ(model)
     return model
 
 
 def two_prompts():
-    """Each with two images, all four different."""
+    """Two prompts with two images each; all four images are different."""
     ids = torch.tensor([[1, *IMAGE, 5, *IMAGE, 6], [1, 9, *IMAGE, *IMAGE, 8]])
     pixels = 3 * torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     return {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
@@ -55,7 +55,7 @@ def test_beams_of_several_prompts_equal_one_by_one(model, options):
     together = model.generate(**inputs, **GREEDY, **options)
     alone = [model.generate(**single, **GREEDY, **options) for single in one_by_one(inputs)]
     assert torch.equal(together, torch.cat(alone))
-    # The images do matter: other ones lead to other answers.
+    # Other images give other answers.
     inputs["pixel_values"] = -inputs["pixel_values"]
     assert not torch.equal(model.generate(**inputs, **GREEDY, **options), together)
 
@@ -108,24 +108,24 @@ def test_generate_from_embeddings(model, beams):
 
 
 def test_continuing_from_a_cache(model):
-    """A second turn with a new image: old ids and mask whole, images only the new ones."""
+    """A second turn with a new image: all ids, the complete mask, and only the new image."""
     inputs = two_prompts()
     first = next(one_by_one(inputs))
     cache = DynamicCache(config=model.config)
     answered = model.generate(**first, past_key_values=cache, **GREEDY)
-    whole = torch.cat([answered, torch.tensor([[1, *IMAGE, 4]])], dim=1)
+    ids = torch.cat([answered, torch.tensor([[1, *IMAGE, 4]])], dim=1)
     new = inputs["pixel_values"][3:]
     images = torch.cat([first["pixel_values"], new])
-    mask = torch.ones_like(whole)
-    expected = model.generate(whole, pixel_values=images, attention_mask=mask, **GREEDY)
-    went_on = model.generate(
-        whole, pixel_values=new, attention_mask=mask, past_key_values=cache, **GREEDY
+    mask = torch.ones_like(ids)
+    expected = model.generate(ids, pixel_values=images, attention_mask=mask, **GREEDY)
+    continued = model.generate(
+        ids, pixel_values=new, attention_mask=mask, past_key_values=cache, **GREEDY
     )
-    assert torch.equal(went_on, expected)
+    assert torch.equal(continued, expected)
 
 
 def test_end_token_ends_an_answer():
-    """golden's answer of 5 tokens ends with </s>, whatever is asked for."""
+    """The golden answer ends with </s> after 5 tokens, also with a higher limit."""
     model, cases = load_model("model_mha"), load_cases("model_mha")
     inputs = inputs_of(cases, "generate_text", model.config)
     assert model.generate(**inputs, max_new_tokens=200)[0, -1] == 2
@@ -142,7 +142,7 @@ PROCESSORS = {
 
 
 def greedy_by_hand(model, inputs, make, steps):
-    """One row at a time, the processor seeing text only."""
+    """One row at a time, with a logits processor that receives the text tokens only."""
     rows = []
     for single in one_by_one(inputs):
         ids = single["input_ids"]
@@ -174,6 +174,6 @@ def test_processors_indexed_by_prompt_ids_use_its_text(model, option, value):
 
 
 def test_penalty_changes_the_answer(model):
-    """Or the test above would compare nothing."""
+    """Otherwise the previous test would compare equal answers."""
     plain = model.generate(**two_prompts(), **GREEDY)
     assert not torch.equal(model.generate(**two_prompts(), **GREEDY, repetition_penalty=3.0), plain)

@@ -1,4 +1,4 @@
-"""golden/: the numbers of the authors' implementation, at the tolerances of golden/README.md."""
+"""The golden values of the authors' implementation, with the tolerances of golden/README.md."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from tests.model.golden import inputs_of, load_model
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
-# Mathematically zero: a bias of the keys shifts all scores of a query alike, and softmax does not
-# see it. What golden holds there, and what we compute, is rounding noise around 1e-8.
+# Mathematically zero: a bias of the keys adds the same value to all scores of a query, which does
+# not change the softmax. The golden and the computed values are rounding errors around 1e-8.
 ZERO_GRADIENT = "crossattention.attention.key.bias"
 NOISE = 1e-7
 
@@ -30,7 +30,7 @@ def test_logits_and_hidden_states(golden_model, cases, case):
     check_hidden_states(output, cases, case)
 
 
-@pytest.mark.slow  # compiled to C++: a minute
+@pytest.mark.slow  # compilation to C++ takes a minute
 @pytest.mark.parametrize("case", ["text", "image", "two_images"])
 def test_compiled_logits(golden_name, cases, case):
     torch.compiler.reset()
@@ -78,7 +78,7 @@ def test_greedy_tokens(golden_model, cases, case):
     inputs = inputs_of(cases, case, golden_model.config)
     answer = golden_model.generate(**inputs, max_new_tokens=24, do_sample=False)
     new = answer[:, inputs["input_ids"].shape[1] :]
-    # One of the cases has 5 tokens only: they end with </s>, and so does our answer.
+    # The answer of one case ends with </s> after 5 tokens.
     torch.testing.assert_close(new, cases[f"{case}.new_tokens"], rtol=0, atol=0)
 
 
@@ -88,7 +88,7 @@ def test_training(golden_name, cases):
         inputs = inputs_of(cases, "train", model.config)
         output = model(**inputs)
         torch.testing.assert_close(output.loss, cases["train.loss"][0], **TOLERANCE)
-        # What stands on padding is nobody's: the two implementations mask it differently.
+        # The two implementations mask padding differently, so its logits are not compared.
         real = inputs["attention_mask"].bool()
         torch.testing.assert_close(output.logits[real], cases["train.logits"][real], **TOLERANCE)
         output.loss.backward()

@@ -1,4 +1,4 @@
-"""The loss: over labelled words only, always finite; gradients with and without checkpointing."""
+"""The loss: over labeled tokens only, always finite; gradients with and without checkpointing."""
 
 import pytest
 import torch
@@ -25,10 +25,10 @@ def gradients(model):
 def test_loss_is_the_mean_over_labeled_tokens():
     logits = torch.randn(2, 5, 7)
     labels = torch.tensor([[3, -100, 2, 6, -100], [-100, -100, -100, -100, 1]])
-    # (0, 0) has nothing before it; so 2, 6 and 1 are left.
+    # (0, 0) has no previous position, so the labels 2, 6 and 1 remain.
     terms = [
-        F.cross_entropy(logits[row, place - 1], labels[row, place])
-        for row, place in ((0, 2), (0, 3), (1, 4))
+        F.cross_entropy(logits[row, position - 1], labels[row, position])
+        for row, position in ((0, 2), (0, 3), (1, 4))
     ]
     torch.testing.assert_close(next_token_loss(logits, labels), sum(terms) / 3)
     for count in (6, torch.tensor(6)):
@@ -47,9 +47,9 @@ def test_model_loss_and_num_items_in_batch(tiny, batch):
     output = tiny(**batch)
     expected = next_token_loss(output.logits, batch["labels"])
     torch.testing.assert_close(output.loss, expected)
-    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    labeled = int((batch["labels"][:, 1:] != -100).sum())
     torch.testing.assert_close(
-        tiny(**batch, num_items_in_batch=2 * labelled).loss, expected / 2, rtol=1e-5, atol=0
+        tiny(**batch, num_items_in_batch=2 * labeled).loss, expected / 2, rtol=1e-5, atol=0
     )
 
 
@@ -71,7 +71,7 @@ def test_without_labels_there_is_no_loss(tiny, image_inputs):
 def test_images_and_text_give_every_parameter_a_gradient(tiny, batch):
     tiny(**batch).loss.backward()
     assert gradients(tiny).keys() == dict(tiny.named_parameters()).keys()
-    # Zero by mathematics: the keys' biases of the abstractor do not change a softmax.
+    # Mathematically zero: the key biases of the abstractor do not change a softmax.
     still = {n for n, g in gradients(tiny).items() if g.abs().max() < 1e-9}
     assert all(name.endswith("attention.key.bias") for name in still), still
 
@@ -105,7 +105,7 @@ def test_activation_checkpointing_does_not_change_gradients(batch, reentrant, at
 
 
 def count_runs(model):
-    """How often one MLP of each part runs."""
+    """Count the calls of one MLP of each part."""
     modules = {
         "vision": model.model.vision_model.encoder.layers[0].mlp,
         "abstractor": model.model.visual_abstractor.encoder.layers[0].crossattention.output.mlp,
@@ -124,8 +124,8 @@ def count_runs(model):
     return runs
 
 
-def both_ways(model, inputs, **options):
-    """(loss, gradients) with all logits at once, and in chunks."""
+def full_and_chunked(model, inputs, **options):
+    """(loss, gradients) from the complete logits and from chunks."""
     results = []
     for return_logits in (True, False):
         model.zero_grad(set_to_none=True)
@@ -136,31 +136,33 @@ def both_ways(model, inputs, **options):
     return results
 
 
-def labelled_at(batch, places):
+def labeled_at(batch, positions):
     labels = torch.full_like(batch["labels"], -100)
-    labels[:, places] = batch["input_ids"][:, places]
+    labels[:, positions] = batch["input_ids"][:, positions]
     return batch | {"labels": labels}
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 512])
-@pytest.mark.parametrize("places", [[5, 6, 10, 11], [11], [0], []])
+@pytest.mark.parametrize("positions", [[5, 6, 10, 11], [11], [0], []])
 @pytest.mark.parametrize("count", [None, 7, torch.tensor(3)])
-def test_chunked_loss_equals_full_loss(monkeypatch, batch, chunk, places, count):
+def test_chunked_loss_equals_full_loss(monkeypatch, batch, chunk, positions, count):
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
     for settings in ({}, {"tie_word_embeddings": True}):
         model = make_model(**settings).train()
         make_modalities_differ(model)
-        inputs = labelled_at(batch, places)
+        inputs = labeled_at(batch, positions)
         inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
         inputs["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)
         # Rows with different labels.
         none = torch.full_like(inputs["labels"], -100)
         inputs["labels"] = torch.cat([inputs["labels"], none.where(none == 0, inputs["labels"])])
         inputs["labels"][1, 6:] = -100
-        (loss, plain), (chunked_loss, chunked) = both_ways(model, inputs, num_items_in_batch=count)
+        (loss, plain), (chunked_loss, chunked) = full_and_chunked(
+            model, inputs, num_items_in_batch=count
+        )
         assert loss.dtype == chunked_loss.dtype == torch.float32
         torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=1e-6)
-        assert plain.keys() == chunked.keys()  # lm_head's too where there is no label
+        assert plain.keys() == chunked.keys()  # also that of lm_head, without labels
         for name, gradient in chunked.items():
             torch.testing.assert_close(gradient, plain[name], rtol=1e-5, atol=1e-6, msg=name)
 
@@ -169,9 +171,9 @@ def test_chunked_loss_computes_logits_of_labeled_positions_only(monkeypatch, tin
     monkeypatch.setattr(loss_module, "CHUNK", 2)
     seen = []
     tiny.lm_head.register_forward_hook(lambda _m, _i, logits: seen.append(tuple(logits.shape)))
-    tiny(**labelled_at(batch, [5, 6, 11]), return_logits=False).loss.backward()
+    tiny(**labeled_at(batch, [5, 6, 11]), return_logits=False).loss.backward()
     assert seen[:2] == [(2, 40), (1, 40)]
-    assert len(seen) == 4  # and once more each in the backward pass
+    assert len(seen) == 4  # each chunk again in the backward pass
     with torch.no_grad():
         del seen[:]
         assert tiny(**image_alone(batch), return_logits=False).logits is None
@@ -187,9 +189,9 @@ def test_chunked_loss_with_autocast_and_accumulation(monkeypatch, tiny, batch):
     results = []
     for return_logits in (True, False):
         tiny.zero_grad(set_to_none=True)
-        for places in ([5, 6, 10], [11]):
+        for positions in ([5, 6, 10], [11]):
             with torch.autocast("cpu", torch.bfloat16):
-                inputs = labelled_at(batch, places)
+                inputs = labeled_at(batch, positions)
                 output = tiny(**inputs, num_items_in_batch=4, return_logits=return_logits)
             assert output.loss.dtype == torch.float32
             output.loss.backward()

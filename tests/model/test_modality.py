@@ -1,4 +1,4 @@
-"""MAM: every token through its own modality's weights, and text never through the visual ones."""
+"""MAM: each token uses the weights of its modality, and text never uses the visual weights."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def visual_weights(model):
 
 
 def spoil(model):
-    """Whatever reads a visual weight from now on is not a number."""
+    """Set the visual weights to NaN, so that every result that depends on them is NaN."""
     with torch.no_grad():
         for weight in visual_weights(model).values():
             weight.fill_(torch.nan)
@@ -42,7 +42,7 @@ def test_each_token_uses_the_weights_of_its_modality():
 
 @pytest.mark.parametrize("visual", [None, 4])
 def test_split_and_join_with_gradients(visual):
-    """Against indexing with a mask: values, order within a modality, gradients."""
+    """Compared with indexing by a mask: values, order within a modality, gradients."""
     types = torch.tensor([[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]])
     states = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
     routing = Routing.of(types, visual)
@@ -65,7 +65,7 @@ def test_split_and_join_with_gradients(visual):
 
 
 def test_decoder_layer_equals_its_modules(tiny):
-    """Keys and values of tokens split once as of each projection by itself; gradients, too."""
+    """Splitting the tokens once gives the keys, values and gradients of separate projections."""
     attention = tiny.model.layers[0].self_attn
     routing = Routing.of(torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]))
     found = []
@@ -109,7 +109,7 @@ def test_gradients_of_a_modality_come_from_its_tokens():
 def test_visual_weights_start_as_copies():
     state = make_model(attention_bias=True).state_dict()
     visual = [name for name in state if ".multiway.1." in name]
-    assert len(visual) == 2 * (4 + 2)  # two layers: two norms, K and V, and these two's biases
+    assert len(visual) == 2 * (4 + 2)  # two layers: two norms, K and V with their biases
     for name in visual:
         text = state[name.replace(".multiway.1.", ".multiway.0.")]
         assert torch.equal(state[name], text), name
@@ -139,12 +139,12 @@ def test_decoding_after_an_image_never_uses_visual_weights(tiny, image_inputs, w
         types = (image_inputs["input_ids"] == 40).long()
         image_inputs["mm_token_type_ids"] = types
     new = torch.tensor([[3], [17], [4]])
-    whole = image_inputs | {
+    complete = image_inputs | {
         "input_ids": torch.cat([image_inputs["input_ids"], new.T], dim=1),
     }
     if with_types:
-        whole["mm_token_type_ids"] = torch.cat([types, torch.zeros(1, 3).long()], dim=1)
-    expected = logits(tiny, **whole)[:, -3:]
+        complete["mm_token_type_ids"] = torch.cat([types, torch.zeros(1, 3).long()], dim=1)
+    expected = logits(tiny, **complete)[:, -3:]
     with torch.no_grad():
         cache = tiny(**image_inputs, use_cache=True).past_key_values
     spoil(tiny)
@@ -163,7 +163,7 @@ def test_without_mam_weights_have_llama_names():
 
 def test_without_mam_equals_mam_with_equal_weights(image_inputs):
     plain = make_model(use_mam=False).eval()
-    make_modalities_differ(plain)  # random weights; there are no modalities in it
+    make_modalities_differ(plain)  # random weights; this model has no modalities
     twice = make_model().eval()
     state = plain.state_dict()
     for module in MULTIWAY:
@@ -193,7 +193,7 @@ def test_without_mam_equals_mam_with_equal_weights(image_inputs):
     ],
 )
 def test_text_logits_are_bit_identical_to_a_llama(settings):
-    """Sizes that LLaMA has but the released model has not: grouped queries, tied embeddings ..."""
+    """Options of LLaMA that the released model does not use, such as grouped queries."""
     model = make_model(**settings).eval()
     make_modalities_differ(model)
     config = make_config(**settings).to_dict()

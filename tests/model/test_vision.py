@@ -1,4 +1,4 @@
-"""Vision encoder: images of another size, CLIP's layout, what it refuses."""
+"""Vision encoder: images of another size, CLIP's layout, rejected inputs."""
 
 import json
 
@@ -24,7 +24,7 @@ def load(path, **options):
 
 
 def bicubic(stored, grid):
-    """The interpolation of Specification §2 by torch itself, patch by patch of the result."""
+    """The interpolation of Specification §2 with torch, for each patch of the result."""
     old = round((stored.shape[1] - 1) ** 0.5)
     planes = stored[0, 1:].T.reshape(1, -1, old, old)
     resized = F.interpolate(planes, size=(grid, grid), mode="bicubic", align_corners=False)
@@ -41,7 +41,7 @@ def check_size(model, size, grid):
         if name.endswith("k_pos_embed"):
             assert codes.shape == (1 + grid**2, 48)
             assert not codes[0].any()
-            # The second row of patches starts with the first's column and the next row's code.
+            # The second row of patches starts with the code of the first column and the next row.
             torch.testing.assert_close(codes[1 + grid, :24], codes[1, :24])
             torch.testing.assert_close(codes[1 + grid, 24:], codes[2, :24])
     with torch.no_grad():

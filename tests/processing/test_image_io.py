@@ -67,10 +67,10 @@ def test_every_form_gives_the_same_image(tmp_path):
 
 
 def test_grayscale_arrays():
-    grey = gradient("L")
-    array = np.asarray(grey)
+    gray = gradient("L")
+    array = np.asarray(gray)
     for form in (array, array[..., None], array[None]):
-        assert same(load_image(form), grey.convert("RGB"))
+        assert same(load_image(form), gray.convert("RGB"))
     assert np.asarray(load_image(array > 100)).max() == 255
 
 

@@ -43,7 +43,7 @@ FILES = {
     "model size": encode(noise(size=(SIZE, SIZE)), "PNG"),
     "alpha": encode(noise(mode="RGBA"), "PNG"),
     "palette": encode(noise(mode="P"), "GIF", transparency=3),
-    "grey": encode(noise(mode="L"), "JPEG"),
+    "gray": encode(noise(mode="L"), "JPEG"),
     "16 bits": encode(noise(mode="I;16"), "PNG"),
     "CMYK": encode(noise(mode="CMYK"), "JPEG"),
     "bilevel": encode(noise(mode="1"), "TIFF", compression="group4"),

@@ -20,7 +20,7 @@ FILE = b"an image's file" * 100
 
 
 class FakeNetwork(PublicNetwork):
-    """Resolves names as the test says; every connection leads to one local port, without TLS.
+    """Resolves names as the test defines; every connection leads to one local port, without TLS.
 
     Attributes:
         names: Addresses by host, or a list of addresses for each lookup.

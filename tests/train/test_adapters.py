@@ -209,7 +209,7 @@ DROPOUT = {"lora": LORA | {"lora_dropout": 0.3}, "packing": True, "dataloader_nu
 # vision encoder is saved.
 @pytest.mark.parametrize("settings", [DROPOUT, {"lora": PARTS}], ids=["dropout", "parts"])
 def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, settings):
-    uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
+    uninterrupted = train(recipe(output=str(tmp_path / "uninterrupted"), **settings), quiet())
     stopped = train_until(6, recipe(**settings))
     assert (stopped.finished, stopped.step) == (False, 6)
     resumed = train(recipe(**settings), quiet())

@@ -1,4 +1,4 @@
-"""Two processes on CPUs compute what one computes, stop together, and save one model."""
+"""Two processes on CPUs give the results of one, stop together, and save one model."""
 
 import functools
 import itertools
@@ -244,7 +244,7 @@ def test_sigterm_to_one_process_stops_both_and_the_run_is_resumed(mixed, tmp_pat
     settings, _ = mixed
     settings = settings | {"max_steps": 30, "learning_rate": 1e-2}
     environment = SHARDINGS[sharding]
-    uninterrupted = Recipe(**settings, output=str(tmp_path / "whole"))
+    uninterrupted = Recipe(**settings, output=str(tmp_path / "uninterrupted"))
     run(tmp_path / "output0", train, uninterrupted, count=2, environment=environment)
     recipe = write_recipe(tmp_path, settings)
     command = ("train", recipe)
@@ -262,7 +262,7 @@ def test_sigterm_to_one_process_stops_both_and_the_run_is_resumed(mixed, tmp_pat
     assert "2 processes" in other.output()
 
     run(tmp_path / "output3", owl2, *command, count=2, environment=environment)
-    one, two = weights(tmp_path / "whole" / "model"), weights(output / "model")
+    one, two = weights(tmp_path / "uninterrupted" / "model"), weights(output / "model")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

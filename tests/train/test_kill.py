@@ -96,7 +96,7 @@ def assert_same_model(one, other):
 def test_run_killed_twice_and_resumed_equals_uninterrupted(settings, tmp_path, case):
     settings = settings | CASES[case]
     count = 2 if case == "two processes" else 1
-    uninterrupted = Recipe(**settings | {"output": str(tmp_path / "whole")})
+    uninterrupted = Recipe(**settings | {"output": str(tmp_path / "uninterrupted")})
     run(tmp_path / "output0", train, uninterrupted, count=count)
     command = ("train", write_recipe(tmp_path, settings))
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -111,8 +111,8 @@ def test_run_killed_twice_and_resumed_equals_uninterrupted(settings, tmp_path, c
     )
     processes = run(tmp_path / "output3", owl2, *command, count=count)
     assert "Resuming after step" in processes.output(0)
-    assert log_without_times(tmp_path / "run") == log_without_times(tmp_path / "whole")
-    assert_same_model(tmp_path / "whole" / "model", tmp_path / "run" / "model")
+    assert log_without_times(tmp_path / "run") == log_without_times(tmp_path / "uninterrupted")
+    assert_same_model(tmp_path / "uninterrupted" / "model", tmp_path / "run" / "model")
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not [name for name in left if "part" in name or name == "checkpoints"]
 
@@ -217,7 +217,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run_is_resumed(settings, tm
     os.system(f"mount -o remount,size=9m {small_disk}")
     processes = run(tmp_path / "output2", owl2, "train", recipe)
     assert "Resuming after step 3" in processes.output()
-    uninterrupted = train(Recipe(**settings | {"output": str(tmp_path / "whole")}), quiet())
+    uninterrupted = train(Recipe(**settings | {"output": str(tmp_path / "uninterrupted")}), quiet())
     assert_same_model(uninterrupted.model, small_disk / "run" / "model")
 
 

@@ -17,7 +17,7 @@ from tests.tiny import make_config, make_model
 from tests.train.runs import quiet, read_jsonl, weights
 from tests.train.tiny import RandomSamples
 
-LONGEST = 24  # a row holds two of the other samples
+LONGEST = 24  # two of the other samples fit into a row
 
 
 def samples(with_images=True):
@@ -143,7 +143,7 @@ def test_flash_attention_gets_the_lengths_of_the_samples():
     assert longest == lengths[0]
 
 
-# ------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------ complete runs
 
 
 def lines(result):

@@ -114,11 +114,11 @@ def test_resumed_run_with_all_features_equals_uninterrupted_run(recipe, tmp_path
         "packing": True,
         "gradient_accumulation_steps": 2,
     }
-    whole = train(recipe(**settings, output=str(tmp_path / "whole")), quiet())
+    uninterrupted = train(recipe(**settings, output=str(tmp_path / "uninterrupted")), quiet())
     assert not train_until(4, recipe(**settings)).finished
     result = train(recipe(**settings), quiet())
     assert result.finished
-    assert_same_weights(weights(result.model), weights(whole.model))
+    assert_same_weights(weights(result.model), weights(uninterrupted.model))
 
 
 def test_missing_compiler_is_reported_before_weights_are_loaded(recipe, monkeypatch):

@@ -36,7 +36,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, step, wo
         "data": recipe().data,
         "gradient_accumulation_steps": 2,
     }
-    uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
+    uninterrupted = train(recipe(output=str(tmp_path / "uninterrupted"), **settings), quiet())
     handler = signal.getsignal(signal.SIGINT)
     stopped = train_until(step, recipe(**settings))
     assert signal.getsignal(signal.SIGINT) is handler

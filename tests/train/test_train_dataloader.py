@@ -66,7 +66,7 @@ def mixed(world, tmp_path, shards):
 )
 def test_stopped_run_resumes_with_the_next_samples(recipe, tmp_path, mixed, settings):
     settings = settings | {"data": mixed, "on_invalid_sample": "skip", "max_steps": 22}
-    uninterrupted = train(recipe(output=str(tmp_path / "whole"), **settings), quiet())
+    uninterrupted = train(recipe(output=str(tmp_path / "uninterrupted"), **settings), quiet())
     skipped = read_jsonl(uninterrupted.output / "skipped.jsonl")
     assert {line["code"] for line in skipped} == {
         ErrorCode.MISSING_IMAGE,
@@ -96,7 +96,8 @@ def test_new_run_removes_the_skipped_samples_of_an_earlier_run(recipe, mixed):
 def test_run_that_stopped_at_an_invalid_row_can_skip_it(recipe, mixed, tmp_path):
     settings = {"data": mixed, "max_steps": 12, "save_steps": 1}
     uninterrupted = train(
-        recipe(output=str(tmp_path / "whole"), on_invalid_sample="skip", **settings), quiet()
+        recipe(output=str(tmp_path / "uninterrupted"), on_invalid_sample="skip", **settings),
+        quiet(),
     )
     with pytest.raises(InputError) as error:
         train(recipe(**settings), quiet())

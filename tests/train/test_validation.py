@@ -273,7 +273,9 @@ def test_validation_uses_the_dtype_of_training(recipe, world, monkeypatch):
 
 def test_resumed_run_has_the_same_validations(recipe, world, tmp_path):
     held_out = held_out_of(world, eval_steps=4, max_samples=4)
-    uninterrupted = train(recipe(output=str(tmp_path / "whole"), validation=held_out), quiet())
+    uninterrupted = train(
+        recipe(output=str(tmp_path / "uninterrupted"), validation=held_out), quiet()
+    )
     stopped = train_until(6, recipe(validation=held_out))
     assert not stopped.finished
     # As if a validation after the checkpoint had been written before a kill.
