@@ -47,7 +47,7 @@ done | owl2 chat --model $run/model
 heading "Results"
 cat <<END
 scores           $run/eval/results.json
-answers          $run/eval/answers/  $run/eval/report.html  $run/eval/report.png
+responses        $run/eval/responses/  $run/eval/report.html  $run/eval/report.png
 learning curves  $run/stage1/loss.png  $run/loss.png
 model            $run/model
 
