@@ -109,7 +109,7 @@ def parse_letter(text: str, options: Sequence[str]) -> str | None:
     "not A"), are removed. Then the first rule that finds a letter decides:
 
     1. The response is the text of one option.
-    2. It contains "the answer is B", "B is correct", "答案是B", and no other letter in the same form.
+    2. It contains "the answer is B", "B is correct", "答案是B", and no other letter in this form.
     3. It starts with a letter, followed by its end, ":", ".", ")", "、", a comma, a new line or the
        text of that option.
     4. It contains "option B", "I choose B", "选B", "B because ...", "(B)" or the sentence "B.", or
