@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from owl2.checkpoints.adapters import (
     AdapterFiles,
@@ -34,6 +35,7 @@ from owl2.checkpoints.key_report import (
     listing,
     translate_load_errors,
 )
+from owl2.checkpoints.remote_code import add_remote_code
 from owl2.checkpoints.weight_files import (
     Provenance,
     complete_index,
@@ -47,7 +49,9 @@ from owl2.files import apply_umask, expand_user
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, LlamaForCausalLM
 
+logger = logging.get_logger(__name__)
 POSITIONS = "model.vision_model.embeddings.position_embedding"
+BASE_PREFIX, HEAD = "model.", "lm_head.weight"  # a checkpoint of `Owl2Model` has neither
 FRESH_PARTS = ("model.visual_abstractor.", "model.vision_model.")
 # Old config.json files contain every default of transformers. This one would limit answers, or
 # cause a warning whenever max_new_tokens is set.
@@ -71,7 +75,7 @@ class CheckpointMixin(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]  # a narrower, documented signature
         cls,
-        name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *args: Any,
         image_size: int | None = None,
         base: str | Path | None = None,
@@ -80,19 +84,23 @@ class CheckpointMixin(PreTrainedModel):
         """Load a checkpoint in the released layout, or an adapter and its base model.
 
         Args:
-            name_or_path: A directory or a hub id with ``config.json`` and ``pytorch_model*.bin`` or
-                ``*.safetensors``, sharded with an index or not; pickles are read with
-                ``weights_only=True``. Or a directory with an adapter (`owl2.checkpoints.adapters`).
+            pretrained_model_name_or_path: A directory or a hub id with ``config.json`` and
+                ``pytorch_model*.bin`` or ``*.safetensors``, sharded with an index or not; pickles
+                are read with ``weights_only=True``. Or a directory with an adapter
+                (`owl2.checkpoints.adapters`). None with ``config`` and ``state_dict``.
             base: For an adapter: the base model, instead of the one that the adapter names.
             image_size: Resolution in pixels; position embeddings are resized bicubically.
             kwargs: As in transformers' ``from_pretrained`` (``dtype``, ``attn_implementation``,
-                ``device_map``, ``quantization_config`` ...).
+                ``device_map``, ``quantization_config`` ...). With ``output_loading_info=True`` the
+                keys that do not fit are returned and are not an error.
 
         Raises:
             InputError: The checkpoint is not an mPLUG-Owl2; a key is missing, unexpected or of
                 another shape (the message lists them); or an adapter's base model is missing.
         """
-        given = name_or_path
+        if (given := pretrained_model_name_or_path) is None:
+            loaded = cls._load(None, *args, **kwargs)
+            return _checked(*loaded, "state_dict", kwargs)
         name_or_path = resolve_checkpoint(given, revision=kwargs.get("revision"))
         # transformers' Auto classes replace the name of an adapter by the name of its base.
         requested = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path", name_or_path)
@@ -104,15 +112,16 @@ class CheckpointMixin(PreTrainedModel):
                 f"base=... is for adapters, but {name_or_path} is a complete model",
                 ErrorCode.CONFLICT,
             )
-        want_info = kwargs.pop("output_loading_info", False)
         config = kwargs.get("config")
         config = read_config(name_or_path, **hub) if config is None else copy.deepcopy(config)
         folder = Path(name_or_path) / (kwargs.get("subfolder") or "")
         safetensors = kwargs.get("use_safetensors") is not False
         if folder.is_dir():
             check_generation_config(folder)
-            _check_weights(folder, config, safetensors)
-        stored = _stored_image_size(name_or_path, config, safetensors, hub)
+            if not kwargs.get("output_loading_info"):
+                _check_weights(folder, config, safetensors)
+        positions, tensor = _stored_positions(name_or_path, safetensors, hub)
+        stored = _image_size(tensor, config)
         if stored not in (None, config.image_size):
             # The configuration has another resolution than the weights: load, then resize.
             image_size = image_size or config.image_size
@@ -124,10 +133,8 @@ class CheckpointMixin(PreTrainedModel):
             model, info = cls._load(source, *args, **kwargs)
         model.name_or_path = str(name_or_path)
         _cast_unquantized(model)
-        hint = ""
-        if any(key.endswith("self_attn.k_proj.weight") for key in info["unexpected_keys"]):
-            hint = "\nThis may be a LLaMA; `owl2 init` creates an mPLUG-Owl2 from a LLaMA."
-        check_loading_info(name_or_path, info, hint)
+        is_base = positions == POSITIONS.removeprefix(BASE_PREFIX)
+        loaded = _checked(model, info, name_or_path, kwargs, is_base)
         if model.can_generate() and model.generation_config.max_length == UNSET_MAX_LENGTH:
             model.generation_config.max_length = None
         if image_size is not None:
@@ -135,7 +142,7 @@ class CheckpointMixin(PreTrainedModel):
         model.provenance = Provenance.of(name_or_path, hub)
         if name_or_path != str(expand_user(given)):  # downloaded from ModelScope
             model.provenance = replace(model.provenance, name=str(given))
-        return (model, info) if want_info else model
+        return loaded
 
     @classmethod
     def _load_with_adapter(
@@ -149,7 +156,6 @@ class CheckpointMixin(PreTrainedModel):
         """The base model with the adapter applied, frozen and in evaluation mode."""
         for name in ("adapter_kwargs", "revision", "subfolder"):  # of the adapter, not of its base
             kwargs.pop(name, None)
-        want_info = kwargs.pop("output_loading_info", False)
         hub = {name: kwargs[name] for name in HUB_ARGS if name in kwargs}
         base_name, revision = adapter.base(base, hub)
         if config := kwargs.get("config"):
@@ -158,13 +164,15 @@ class CheckpointMixin(PreTrainedModel):
             config.visual_config.set_image_size(base_config.image_size)
         if revision is not None:
             kwargs["revision"] = revision
-        model, info = cls.from_pretrained(base_name, *args, output_loading_info=True, **kwargs)
+        loaded = cls.from_pretrained(base_name, *args, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
         if adapter.image_size is not None:
             model.set_image_size(adapter.image_size)
         load_adapter(model, adapter)
         if image_size is not None:
             model.set_image_size(image_size)
-        return (model.eval(), info) if want_info else model.eval()
+        model.eval()
+        return loaded
 
     @classmethod
     def from_backbones(
@@ -222,11 +230,37 @@ class CheckpointMixin(PreTrainedModel):
         if is_main_process:
             apply_umask(Path(save_directory).glob("*.safetensors"))
 
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """The last step of `push_to_hub`; the uploaded checkpoint can be loaded without owl2."""
+        add_remote_code(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: classes of the package are registered, and their code is never copied."""
+
     @classmethod
     def _load(cls, name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         with translate_load_errors(name_or_path):
             loaded: Any = super().from_pretrained(name_or_path, *args, **(kwargs | REPORT_KEYS))
         return loaded
+
+
+def _checked(
+    model: Any, info: dict, source: str | Path, options: dict[str, Any], is_base: bool = False
+) -> Any:
+    """The model, after a check of its keys; with ``output_loading_info``, the keys instead."""
+    if options.get("output_loading_info"):
+        return model, info
+    missing, hint = set(info["missing_keys"]), ""
+    if is_base and HEAD in missing:
+        logger.warning("%s has no %s, which is initialized randomly", source, HEAD)
+        missing.remove(HEAD)
+    if any(key.endswith("self_attn.k_proj.weight") for key in info["unexpected_keys"]):
+        hint = "\nThis may be a LLaMA; `owl2 init` creates an mPLUG-Owl2 from a LLaMA."
+    shapes = () if options.get("ignore_mismatched_sizes") else info["mismatched_keys"]
+    check_loading_info(source, {**info, "missing_keys": missing, "mismatched_keys": shapes}, hint)
+    return model
 
 
 def _cast_unquantized(model: Any) -> None:
@@ -257,16 +291,24 @@ def _check_weights(folder: Path, config: Any, safetensors: bool) -> None:
         )
 
 
-def _stored_image_size(
-    name: str | Path, config: Any, safetensors: bool, hub: dict[str, Any]
-) -> int | None:
-    """The image size in pixels of the stored position embeddings; None if it cannot be derived.
+def _stored_positions(
+    name: str | Path, safetensors: bool, hub: dict[str, Any]
+) -> tuple[str, torch.Tensor | None]:
+    """The key and the tensor (without values) of the stored position embeddings, or ("", None).
 
     Reads the header of the file that contains them. From the hub it is downloaded, as loading does.
     """
-    file = find_tensor(name, POSITIONS, safetensors, hub)
-    tensors = read_tensors(file) if file else {}
-    shape = tuple(tensors[POSITIONS].shape) if POSITIONS in tensors else ()
+    for key in (POSITIONS, POSITIONS.removeprefix(BASE_PREFIX)):
+        file = find_tensor(name, key, safetensors, hub)
+        tensors = read_tensors(file) if file else {}
+        if key in tensors:
+            return key, tensors[key]
+    return "", None
+
+
+def _image_size(positions: torch.Tensor | None, config: Any) -> int | None:
+    """The image size in pixels of position embeddings; None if it cannot be derived."""
+    shape = () if positions is None else tuple(positions.shape)
     grid = round((shape[1] - 1) ** 0.5) if len(shape) == 3 and shape[1] > 1 else 0
     if grid < 1 or shape[1] != 1 + grid**2:
         return None

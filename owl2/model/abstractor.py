@@ -30,12 +30,13 @@ def sincos_1d(positions: torch.Tensor, width: int) -> torch.Tensor:
         (n, width) in float32, computed in float64.
     """
     half = width // 2
-    omega = 1.0 / 10000 ** (torch.arange(half, dtype=torch.float64, device="cpu") / half)
+    exponents = torch.arange(half, dtype=torch.float64, device=positions.device) / half
+    omega = 1.0 / 10000**exponents
     angles = positions.to(torch.float64)[:, None] * omega  # (n, width / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
 
-def sincos_2d(grid_size: int, width: int) -> torch.Tensor:
+def sincos_2d(grid_size: int, width: int, device: str = "cpu") -> torch.Tensor:
     """Position embeddings of CLS (zeros) and a square patch grid.
 
     The first half of an embedding encodes the column, the second half the row.
@@ -43,10 +44,10 @@ def sincos_2d(grid_size: int, width: int) -> torch.Tensor:
     Returns:
         (1 + grid_size², width), float32; patches in reading order.
     """
-    axis = torch.arange(grid_size, device="cpu")
+    axis = torch.arange(grid_size, device=device)
     rows, columns = torch.meshgrid(axis, axis, indexing="ij")
     halves = [sincos_1d(index.flatten(), width // 2) for index in (columns, rows)]
-    return torch.cat([torch.zeros(1, width, device="cpu"), torch.cat(halves, dim=1)])
+    return torch.cat([torch.zeros(1, width, device=device), torch.cat(halves, dim=1)])
 
 
 class AbstractorAttention(nn.Module):
@@ -70,15 +71,16 @@ class AbstractorAttention(nn.Module):
         self.value = nn.Linear(config.encoder_hidden_size, width)
         self.q_pos_embed: torch.Tensor
         self.k_pos_embed: torch.Tensor
-        queries, tokens = config.num_learnable_queries, 1 + config.grid_size**2
-        self.register_buffer("q_pos_embed", torch.empty(queries, width))
-        self.register_buffer("k_pos_embed", torch.empty(tokens, width))
+        device, dtype = torch.get_default_device(), torch.get_default_dtype()
+        embeddings = self.position_embeddings("meta" if device.type == "meta" else "cpu")
+        for name, values in zip(("q_pos_embed", "k_pos_embed"), embeddings, strict=True):
+            self.register_buffer(name, values.to(device, dtype))
 
-    def position_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def position_embeddings(self, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Compute (q_pos_embed, k_pos_embed)."""
         width, queries = self.config.hidden_size, self.config.num_learnable_queries
-        query_embeds = sincos_1d(torch.arange(queries, device="cpu"), width)
-        return query_embeds, sincos_2d(self.config.grid_size, width)
+        query_embeds = sincos_1d(torch.arange(queries, device=device), width)
+        return query_embeds, sincos_2d(self.config.grid_size, width, device)
 
     def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Queries (N, K, D) and features (N, 1+P, D), both normalized, to (N, K, D)."""
@@ -88,7 +90,8 @@ class AbstractorAttention(nn.Module):
         query = self._heads(self.query((queries + self.q_pos_embed).to(queries)))
         key = self._heads(self.key((tokens + positions).to(tokens)))
         value = self._heads(self.value(tokens))
-        return maskless_attention(self, query, key, value, self.config.attention_probs_dropout_prob)
+        dropout = self.config.attention_probs_dropout_prob
+        return maskless_attention(self, query, key, value, dropout)[0]
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, h, n, d)

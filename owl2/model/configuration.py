@@ -163,6 +163,12 @@ class Owl2Config(LlamaConfig):
         _require_multiple("decoder", vars(self), "num_attention_heads", "num_key_value_heads")
 
     @property
+    def vision_config(self) -> Owl2VisionConfig:
+        """The vision encoder, under the name that most vision-language models use."""
+        vision: Owl2VisionConfig = self.visual_config.visual_model
+        return vision
+
+    @property
     def num_image_tokens(self) -> int:
         """Embeddings per image: the K learnable queries and ``vit_eos``."""
         return self.visual_config.visual_abstractor.num_learnable_queries + 1
@@ -171,6 +177,10 @@ class Owl2Config(LlamaConfig):
     def image_size(self) -> int:
         """Height and width of the vision encoder's input in pixels."""
         return self.visual_config.visual_model.image_size
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: the class is registered, and its code is never copied to a checkpoint."""
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The content of ``config.json``: the released file's names instead of transformers 5's."""
@@ -182,6 +192,7 @@ class Owl2Config(LlamaConfig):
         if "dtype" in written:
             written["torch_dtype"] = written.pop("dtype")
         written["architectures"] = [AUTHORS_ARCHITECTURE]
+        written.pop("auto_map", None)  # names code that is not saved
         if self.use_mam:
             written.pop("use_mam", None)
         written.pop("image_token_id", None)

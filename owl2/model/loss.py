@@ -21,27 +21,32 @@ CHUNK = 512  # positions: 66 MB of float32 logits with a vocabulary of 32,000
 Count = torch.Tensor | int | None
 
 
+def shift(labels: torch.Tensor) -> torch.Tensor:
+    """The label of each position's next token (B, S), from the labels of the positions (B, S)."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
 def next_token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Count = None
+    logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: Count = None
 ) -> torch.Tensor:
     """Cross-entropy of each next token, averaged over all labeled tokens.
 
     Args:
         logits: (B, S, V).
-        labels: (B, S), -100 for positions without a loss.
+        targets: (B, S), the next token of each position, -100 for positions without a loss.
         num_items_in_batch: The number of labels to average over. Default: the labels of this batch.
             With gradient accumulation it counts the labels of all micro-batches of the step.
 
     Returns:
         A scalar in float32; 0 and not NaN for a batch without labels.
     """
-    targets = labels[:, 1:].flatten().to(logits.device)
-    total = _sum_loss(logits[:, :-1].flatten(0, 1), targets)
+    targets = targets.flatten().to(logits.device)
+    total = _sum_loss(logits.flatten(0, 1), targets)
     return _mean(total, (targets != IGNORE_INDEX).sum(), num_items_in_batch)
 
 
-def labeled_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions whose next token has a label.
+def labeled_positions(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions whose next token (B, S) has a label.
 
     The size of the result depends on the data, which synchronizes with a GPU. Call this function
     before work is queued.
@@ -49,7 +54,7 @@ def labeled_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     Returns:
         Rows (T,) of the flattened batch, and their labels (T,).
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # (B·S,)
+    following = targets.flatten()  # (B·S,)
     rows = (following != IGNORE_INDEX).nonzero()[:, 0]
     return rows, following.index_select(0, rows)
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     Cache,
     GenerationMixin,
 )
@@ -26,12 +28,15 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
     LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from owl2.checkpoints.load import CheckpointMixin
 from owl2.constants import IGNORE_INDEX
@@ -40,10 +45,10 @@ from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.configuration import Owl2Config
 from owl2.model.generation import MultimodalGenerationMixin
 from owl2.model.image_inputs import count_images
-from owl2.model.loss import chunked_cross_entropy, labeled_positions, next_token_loss
+from owl2.model.loss import chunked_cross_entropy, labeled_positions, next_token_loss, shift
 from owl2.model.modality import Multiway, Routing
 from owl2.model.registry import get_model_type
-from owl2.model.vision import VisionEmbeddings
+from owl2.model.vision import VisionAttention, VisionEmbeddings, VisionLayer
 
 
 class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
@@ -55,11 +60,30 @@ class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["VisionLayer", "AbstractorLayer"]  # the decoder layer is added on creation
+    # `forward` records the decoder's, `get_image_features` the vision encoder's.
+    _can_record_outputs = {
+        "hidden_states": [LlamaDecoderLayer, VisionLayer],
+        "attentions": [LlamaAttention, VisionAttention],
+    }
 
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, for all three parts: 5.16 does not visit nested configurations."""
-        super().set_attn_implementation(*args, **kwargs)
-        self.config.visual_config._attn_implementation = self.config._attn_implementation
+    def __init__(self, config: Owl2Config) -> None:
+        requested = config._attn_implementation
+        super().__init__(config)  # selects the default, and replaces what is not installed
+        visual = config.visual_config
+        for part in (visual, visual.visual_model, visual.visual_abstractor):
+            if part._attn_implementation in (None, requested):
+                part._attn_implementation_internal = config._attn_implementation
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, for all parts: 5.16 does not visit nested configurations."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        visual: Any = self.config._attn_implementation
+        if isinstance(attn_implementation, dict):
+            visual = attn_implementation.get("visual_config")
+        if visual is not None:
+            self.config.visual_config._attn_implementation = visual
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -88,11 +112,14 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
     """
 
     run_all_branches = False
+    # A checkpoint with `lm_head` contains this model.
+    _keys_to_ignore_on_load_unexpected = [
+        *CheckpointMixin._keys_to_ignore_on_load_unexpected,
+        r"^lm_head\.",
+    ]
 
     def __init__(self, config: Owl2Config) -> None:
-        LlamaPreTrainedModel.__init__(self, config)
-        # All three parts use one attention implementation, also the default one.
-        config.visual_config._attn_implementation = config._attn_implementation
+        Owl2PreTrainedModel.__init__(self, config)
         parts, visual = get_model_type(config.model_type), config.visual_config
         make_layer = parts.load("decoder_layer")
         self.padding_idx = config.pad_token_id
@@ -143,6 +170,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             )
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
+    @capture_outputs
     def get_image_features(
         self, pixel_values: torch.Tensor, **_: Any
     ) -> BaseModelOutputWithPooling:
@@ -153,7 +181,8 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
 
         Returns:
             ``.pooler_output`` (N, K+1, D): the embeddings that are inserted into the sequence;
-            ``.last_hidden_state`` (N, 1+P, width): the vision encoder's features, CLS first.
+            ``.last_hidden_state`` (N, 1+P, width): the vision encoder's features, CLS first; with
+            ``output_hidden_states`` and ``output_attentions`` (eager) those of its layers.
         """
         features = self.vision_model(pixel_values)  # (N, 1+P, width)
         embeddings = self.visual_abstractor(features)  # (N, K+1, D)
@@ -177,6 +206,17 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         """
         count_images(self.config, input_ids, image_embeddings)
         return self._merge_image_features(input_ids, image_embeddings)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """The image tokens in `input_ids` (B, S) as a mask (B, S, 1).
+
+        Raises:
+            InputError: The numbers of image tokens and images do not fit.
+        """
+        count_images(self.config, input_ids, image_features)
+        return (input_ids == self.config.image_token_id)[..., None].to(inputs_embeds.device)
 
     def _embed_inputs(
         self,
@@ -262,6 +302,7 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -279,6 +320,8 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             inputs_embeds: (B, S, D) instead of `input_ids`, with images already inserted.
             mm_token_type_ids: (B, S), 0 text, 1 visual. Default: derived from `input_ids`.
             labels: (B, S), -100 for positions without a loss. Image tokens have none.
+            shift_labels: (B, S), the label of each position's next token, instead of `labels`: for
+                sequences that are split across processes.
             logits_to_keep: Compute logits of the last N positions only (0: all), or of a tensor of
                 indices.
             num_items_in_batch: Divide the summed loss by this instead of by this batch's number of
@@ -294,16 +337,20 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             InputError: The numbers of image tokens and images do not fit, images have another
                 size, an id is outside the vocabulary, or labels come with `logits_to_keep`.
         """
-        all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if labels is not None and not all_logits:
-            raise InputError(
-                "labels require the logits of all positions: set logits_to_keep to 0",
-                ErrorCode.CONFLICT,
-            )
-        if labels is not None:
-            labels = labels.masked_fill(labels == self.config.image_token_id, IGNORE_INDEX)
+        if shift_labels is None and labels is not None:
+            shift_labels = shift(labels)
+        if shift_labels is not None:
+            if not isinstance(logits_to_keep, int) or logits_to_keep:
+                raise InputError(
+                    "labels require the logits of all positions: set logits_to_keep to 0",
+                    ErrorCode.CONFLICT,
+                )
+            is_image = shift_labels == self.config.image_token_id
+            shift_labels = shift_labels.masked_fill(is_image, IGNORE_INDEX)
         # Before the decoder runs, while a GPU has no queued work: this synchronizes with it.
-        labeled = None if labels is None or return_logits else labeled_positions(labels)
+        labeled = None
+        if shift_labels is not None and not return_logits:
+            labeled = labeled_positions(shift_labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -323,8 +370,8 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             kept = hidden_states[:, keep]
             # As a matrix: `linear` may copy the complete weight for a slice with three dimensions.
             logits = self.lm_head(kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
-            if labels is not None:
-                loss = next_token_loss(logits, labels, num_items_in_batch)
+            if shift_labels is not None:
+                loss = next_token_loss(logits, shift_labels, num_items_in_batch)
         elif labeled is not None:
             loss = chunked_cross_entropy(self.lm_head, hidden_states, *labeled, num_items_in_batch)
         return CausalLMOutputWithPast(
@@ -336,15 +383,16 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
         )
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, **_: Any
+        self, pixel_values: torch.Tensor, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """See `Owl2Model.get_image_features`."""
-        return self.model.get_image_features(pixel_values)
+        return self.model.get_image_features(pixel_values, **kwargs)
 
     def set_image_size(self, image_size: int) -> None:
         """See `Owl2Model.set_image_size`."""
         self.model.set_image_size(image_size)
 
 
-AutoModelForCausalLM.register(Owl2Config, Owl2ForConditionalGeneration)
-AutoModelForImageTextToText.register(Owl2Config, Owl2ForConditionalGeneration)
+AutoModel.register(Owl2Config, Owl2Model)
+for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto_class.register(Owl2Config, Owl2ForConditionalGeneration)

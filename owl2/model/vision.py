@@ -64,12 +64,13 @@ class VisionAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         fused = self.query_key_value(hidden_states)  # (N, 1+P, 3D)
         fused = fused.unflatten(-1, (self.num_heads, 3, -1)).transpose(1, 2)  # (N, h, 1+P, 3, d)
         query, key, value = fused.unbind(3)
-        attended = maskless_attention(self, query, key, value, self.config.attention_dropout)
-        return self.dense(attended)
+        dropout = self.config.attention_dropout
+        attended, weights = maskless_attention(self, query, key, value, dropout)
+        return self.dense(attended), weights
 
 
 def maskless_attention(
@@ -78,7 +79,7 @@ def maskless_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     dropout: float = 0.0,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention without a mask by the attention interface of transformers (eager, sdpa, flash ...).
 
     Args:
@@ -87,18 +88,18 @@ def maskless_attention(
         dropout: Probability during training.
 
     Returns:
-        (N, Q, h * d)
+        (N, Q, h * d), and the weights (N, h, Q, M) if the implementation is eager.
     """
     config: Any = module.config
     scaling: Any = module.scaling
     if config._attn_implementation == "sdpa" and _matmul_is_faster(query, key):
-        return matmul_attention(query, key, value, scaling)
+        return matmul_attention(query, key, value, scaling), None
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, eager_attention_forward
     )
     options = {"dropout": dropout if module.training else 0.0, "scaling": scaling}
-    attended, _ = interface(module, query, key, value, None, **options)
-    return attended.flatten(2)
+    attended, weights = interface(module, query, key, value, None, **options)
+    return attended.flatten(2), weights
 
 
 def _matmul_is_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -146,7 +147,8 @@ class VisionLayer(GradientCheckpointingLayer):
         self.mlp = VisionMLP(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states))
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states))
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from owl2.model import loss as loss_module
-from owl2.model.loss import next_token_loss
+from owl2.model.loss import next_token_loss, shift
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import ONE_LAYER, make_model
 
@@ -30,22 +30,22 @@ def test_loss_is_the_mean_over_labeled_tokens():
         F.cross_entropy(logits[row, position - 1], labels[row, position])
         for row, position in ((0, 2), (0, 3), (1, 4))
     ]
-    torch.testing.assert_close(next_token_loss(logits, labels), sum(terms) / 3)
+    torch.testing.assert_close(next_token_loss(logits, shift(labels)), sum(terms) / 3)
     for count in (6, torch.tensor(6)):
-        torch.testing.assert_close(next_token_loss(logits, labels, count), sum(terms) / 6)
+        torch.testing.assert_close(next_token_loss(logits, shift(labels), count), sum(terms) / 6)
 
 
 def test_16_bit_logits_give_a_float32_loss():
     logits = torch.randn(1, 4, 7).to(torch.bfloat16)
     labels = torch.tensor([[1, 2, 3, 4]])
-    loss = next_token_loss(logits, labels)
+    loss = next_token_loss(logits, shift(labels))
     assert loss.dtype == torch.float32
-    assert loss == next_token_loss(logits.float(), labels)
+    assert loss == next_token_loss(logits.float(), shift(labels))
 
 
 def test_model_loss_and_num_items_in_batch(tiny, batch):
     output = tiny(**batch)
-    expected = next_token_loss(output.logits, batch["labels"])
+    expected = next_token_loss(output.logits, shift(batch["labels"]))
     torch.testing.assert_close(output.loss, expected)
     labeled = int((batch["labels"][:, 1:] != -100).sum())
     torch.testing.assert_close(
