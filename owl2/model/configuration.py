@@ -101,6 +101,7 @@ class Owl2AbstractorConfig(PreTrainedConfig):
 class Owl2VisualConfig(PreTrainedConfig):
     """``visual_config`` of ``config.json``: the vision encoder and the visual abstractor."""
 
+    base_config_key = "visual_config"
     sub_configs = {"visual_model": Owl2VisionConfig, "visual_abstractor": Owl2AbstractorConfig}
 
     visual_model: Any = None
@@ -144,6 +145,7 @@ class Owl2Config(LlamaConfig):
 
     model_type = "mplug_owl2"
     sub_configs = {"visual_config": Owl2VisualConfig}
+    base_model_tp_plan = None  # LLaMA's has no entries for the weights of each modality
 
     visual_config: Any = None
     use_mam: bool = True
@@ -191,7 +193,8 @@ class Owl2Config(LlamaConfig):
             written["rope_scaling"] = _as_rope_scaling(rope)
         if "dtype" in written:
             written["torch_dtype"] = written.pop("dtype")
-        written["architectures"] = [AUTHORS_ARCHITECTURE]
+        if written.get("architectures"):  # set by the model
+            written["architectures"] = [AUTHORS_ARCHITECTURE]
         written.pop("auto_map", None)  # names code that is not saved
         if self.use_mam:
             written.pop("use_mam", None)

@@ -21,84 +21,28 @@ from transformers import (
     Cache,
     GenerationMixin,
 )
-from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
     CausalLMOutputWithPast,
 )
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
     LlamaModel,
-    LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from owl2.checkpoints.load import CheckpointMixin
 from owl2.constants import IGNORE_INDEX
 from owl2.errors import ErrorCode, InputError
-from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.configuration import Owl2Config
 from owl2.model.generation import MultimodalGenerationMixin
 from owl2.model.image_inputs import count_images
 from owl2.model.loss import chunked_cross_entropy, labeled_positions, next_token_loss, shift
 from owl2.model.modality import Multiway, Routing
+from owl2.model.pretrained import Owl2PreTrainedModel
 from owl2.model.registry import get_model_type
-from owl2.model.vision import VisionAttention, VisionEmbeddings, VisionLayer
-
-
-class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
-    """Initialization and class attributes for transformers; `CheckpointMixin` loads and saves."""
-
-    config_class = Owl2Config
-    config: Owl2Config
-    base_model_prefix = "model"
-    input_modalities = ["image", "text"]
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["VisionLayer", "AbstractorLayer"]  # the decoder layer is added on creation
-    # `forward` records the decoder's, `get_image_features` the vision encoder's.
-    _can_record_outputs = {
-        "hidden_states": [LlamaDecoderLayer, VisionLayer],
-        "attentions": [LlamaAttention, VisionAttention],
-    }
-
-    def __init__(self, config: Owl2Config) -> None:
-        requested = config._attn_implementation
-        super().__init__(config)  # selects the default, and replaces what is not installed
-        visual = config.visual_config
-        for part in (visual, visual.visual_model, visual.visual_abstractor):
-            if part._attn_implementation in (None, requested):
-                part._attn_implementation_internal = config._attn_implementation
-
-    def set_attn_implementation(
-        self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """As in transformers, for all parts: 5.16 does not visit nested configurations."""
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        visual: Any = self.config._attn_implementation
-        if isinstance(attn_implementation, dict):
-            visual = attn_implementation.get("visual_config")
-        if visual is not None:
-            self.config.visual_config._attn_implementation = visual
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, VisionEmbeddings):
-            init.normal_(module.cls_token, std=std)
-            init.normal_(module.position_embedding, std=std)
-        elif isinstance(module, VisualAbstractor):
-            init.normal_(module.query_embeds, std=std)
-            init.normal_(module.vit_eos, std=std)
-        elif isinstance(module, AbstractorAttention):
-            query_embeds, key_embeds = module.position_embeddings()
-            init.copy_(module.q_pos_embed, query_embeds)
-            init.copy_(module.k_pos_embed, key_embeds)
 
 
 class Owl2Model(Owl2PreTrainedModel, LlamaModel):
@@ -114,7 +58,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
     run_all_branches = False
     # A checkpoint with `lm_head` contains this model.
     _keys_to_ignore_on_load_unexpected = [
-        *CheckpointMixin._keys_to_ignore_on_load_unexpected,
+        *Owl2PreTrainedModel._keys_to_ignore_on_load_unexpected,
         r"^lm_head\.",
     ]
 

@@ -98,10 +98,11 @@ def test_shifted_labels(model):
 
 def test_placeholder_mask(model):
     embeds = model.model.embed(IDS, model.get_image_features(PIXELS).pooler_output)
-    mask = model.model.get_placeholder_mask(IDS, embeds, PIXELS)
+    features = model.get_image_features(PIXELS).pooler_output
+    mask = model.model.get_placeholder_mask(IDS, embeds, features)
     assert mask[..., 0].tolist() == [[True] * 3 + [False] * 3]
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "2 images"):
-        model.model.get_placeholder_mask(IDS, embeds, PIXELS.repeat(2, 1, 1, 1))
+        model.model.get_placeholder_mask(IDS, embeds, features.repeat(2, 1, 1))
 
 
 def test_uploaded_checkpoint_loads_with_remote_code(model, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 from tests.tiny import make_config
 
-BATCH, TEXT_TOKENS, VOCABULARY = 3, 7, 99
+BATCH, TEXT_TOKENS, VOCABULARY = 7, 7, 99  # a batch of 7, as some of the tests require
 TEXTS = ["USER: what is this? ASSISTANT: a red circle", "lower newer, lowest!", "你好 🦉"] * 5
 LLAVA_IMAGE_TOKEN = "<image>"
 LLAVA_TEMPLATE = (
@@ -98,7 +98,7 @@ class SubjectTester:
     pad_token_id = 1
     num_channels, image_size = 3, 8
 
-    def __init__(self, parent, make_config, num_image_tokens, attention="sdpa"):
+    def __init__(self, parent, make_config, num_image_tokens, attention=None):
         self.parent = parent
         self.make_config = make_config
         self.attention = attention
@@ -107,7 +107,8 @@ class SubjectTester:
 
     def get_config(self):
         config = self.make_config()
-        config._attn_implementation = self.attention
+        if self.attention:
+            config._attn_implementation = self.attention
         return config
 
     def prepare_config_and_inputs_for_common(self):

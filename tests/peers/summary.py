@@ -35,7 +35,7 @@ class Summary:
             f"{suite}::{test}"
             for (suite, subject), tests in self.failures.items()
             if subject == "Owl2"
-            for test in tests - self.failures[suite, "Llava"]
+            for test in tests - self.failures.get((suite, "Llava"), set())
             if not {f"{suite}::{test}", f"{suite}::{test.split('[')[0]}"} & known
         )
 

@@ -1,0 +1,67 @@
+"""The base class of the models: initialization, and attributes that transformers reads."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaPreTrainedModel,
+)
+
+from owl2.checkpoints.load import CheckpointMixin
+from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
+from owl2.model.configuration import Owl2Config
+from owl2.model.vision import VisionAttention, VisionEmbeddings, VisionLayer
+
+
+class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
+    """Initialization and class attributes for transformers; `CheckpointMixin` loads and saves."""
+
+    config_class = Owl2Config
+    config: Owl2Config
+    base_model_prefix = "model"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VisionLayer", "AbstractorLayer"]  # the decoder layer is added on creation
+    # `forward` records the decoder's, `get_image_features` the vision encoder's.
+    _can_record_outputs = {
+        "hidden_states": [LlamaDecoderLayer, VisionLayer],
+        "attentions": [LlamaAttention, VisionAttention],
+    }
+
+    def __init__(self, config: Owl2Config) -> None:
+        requested = config._attn_implementation
+        super().__init__(config)  # selects the default, and replaces what is not installed
+        visual = config.visual_config
+        for part in (visual, visual.visual_model, visual.visual_abstractor):
+            if part._attn_implementation in (None, requested):
+                part._attn_implementation_internal = config._attn_implementation
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, for all parts: 5.16 does not visit nested configurations."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        visual: Any = self.config._attn_implementation
+        if isinstance(attn_implementation, dict):
+            visual = attn_implementation.get("visual_config")
+        if visual is not None:
+            self.config.visual_config._attn_implementation = visual
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, VisionEmbeddings):
+            init.normal_(module.cls_token, std=std)
+            init.normal_(module.position_embedding, std=std)
+        elif isinstance(module, VisualAbstractor):
+            init.normal_(module.query_embeds, std=std)
+            init.normal_(module.vit_eos, std=std)
+        elif isinstance(module, AbstractorAttention):
+            query_embeds, key_embeds = module.position_embeddings()
+            init.copy_(module.q_pos_embed, query_embeds)
+            init.copy_(module.k_pos_embed, key_embeds)
