@@ -34,7 +34,9 @@ class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
 
     def __init__(self, config: Owl2Config) -> None:
         requested = config._attn_implementation
-        super().__init__(config)  # selects the default, and replaces what is not installed
+        # Selects the default, and replaces what is not installed. Not LlamaModel.__init__, which
+        # comes before it in the method resolution order of `Owl2Model` and creates its modules.
+        LlamaPreTrainedModel.__init__(self, config)
         visual = config.visual_config
         for part in (visual, visual.visual_model, visual.visual_abstractor):
             if part._attn_implementation in (None, requested):

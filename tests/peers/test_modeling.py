@@ -8,10 +8,18 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+from transformers.models.auto import modeling_auto
 
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration, Owl2Model
 from tests.peers.subjects import SubjectTester, llava_config, owl2_config
+
+
+# Tests look up which classes have labels. `register` does not change these tables.
+modeling_auto.MODEL_MAPPING_NAMES["mplug_owl2"] = Owl2Model.__name__
+for table in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+    names = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES")
+    names["mplug_owl2"] = Owl2ForConditionalGeneration.__name__
 
 
 class ModelSuite(ModelTesterMixin, GenerationTesterMixin):
