@@ -163,7 +163,7 @@ class MetricsCallback(TrainerCallback):
                 (now.data_wait_seconds - last.data_wait_seconds) / seconds, 1
             ),
             "process_memory_bytes": psutil.Process().memory_info().rss,
-            # First the mean of all lines, then a moving mean: no bias towards the first value.
+            # First the mean of all lines, then a moving mean: no bias toward the first value.
             "smoothed_loss": before + (loss - before) / min(len(lines) + 1, SMOOTHING),
         }
         for name in ("samples", "tokens", "images"):

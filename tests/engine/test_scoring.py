@@ -18,8 +18,8 @@ def by_forward(engine, messages, choice):
     labels = batch.pop("labels")[0]
     with torch.no_grad():
         logits = engine.model(**batch).logits[0, :-1].float()
-    labelled = (labels[1:] != -100).nonzero()[:, 0].tolist()
-    last = [n for n in labelled if all(m in labelled for m in range(n, labelled[-1] + 1))]
+    labeled = (labels[1:] != -100).nonzero()[:, 0].tolist()
+    last = [n for n in labeled if all(m in labeled for m in range(n, labeled[-1] + 1))]
     rows = logits.log_softmax(-1)
     return torch.tensor([rows[n, labels[n + 1]] for n in last])
 

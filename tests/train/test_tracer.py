@@ -76,8 +76,8 @@ def test_flops_of_the_decoder_counted_by_hand(plain):
     by_hand = 2 * tokens * layers * (linears + attention)
     # transformers 5.16 computes the positions by a matrix product.
     assert plain.flops[MemoryKind.DECODER] == pytest.approx(by_hand, rel=1e-4)
-    labelled = tokens - ROWS - IMAGES * IMAGE_TOKENS  # the first token of a row has no label
-    assert plain.flops[MemoryKind.LOGITS] == 2 * labelled * width * vocab_size
+    labeled = tokens - ROWS - IMAGES * IMAGE_TOKENS  # the first token of a row has no label
+    assert plain.flops[MemoryKind.LOGITS] == 2 * labeled * width * vocab_size
 
 
 def test_frozen_decoder_needs_no_weight_gradients(plain):
