@@ -9,45 +9,49 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 ECOSYSTEM = Path(__file__).parents[2] / "docs" / "ecosystem.md"
-NODE = re.compile(r"tests/peers/test_(\w+)\.py::(?:Test)?(Owl2|Llava)(\w*)::(.+)")
+NODE = re.compile(r"tests/peers/test_(\w+)\.py::(?:Test)?((?:Owl2|Llava)\w*)::(.+)")
 
 
 class Summary:
     """The results of all suites; a plugin of pytest."""
 
     def __init__(self):
-        self.counts = defaultdict(Counter)  # by (suite, subject and variant)
-        self.failures = defaultdict(set)  # names of tests by (suite, subject)
+        # By suite and test class, the outcome of each test; a test fails with one of its subtests.
+        self.outcomes = defaultdict(dict)
 
     def pytest_runtest_logreport(self, report):
         match = NODE.match(report.nodeid)
         if not match or (report.when != "call" and report.outcome == "passed"):
             return
-        suite, subject, variant, test = match.groups()
-        self.counts[suite, subject + variant][report.outcome] += 1
-        if report.failed:
-            self.failures[suite, subject].add(test)
+        suite, tests, test = match.groups()
+        if self.outcomes[suite, tests].get(test) != "failed":
+            self.outcomes[suite, tests][test] = report.outcome
+
+    def failures(self, subject):
+        """Names of failed tests, with their suite."""
+        return {
+            f"{suite}::{test}"
+            for (suite, tests), outcomes in self.outcomes.items()
+            for test, outcome in outcomes.items()
+            if tests.startswith(subject) and outcome == "failed"
+        }
 
     def unexpected(self):
-        """Names of owl2's failures (with their suite) that are neither LLaVA's nor documented."""
+        """Failures of owl2 that are neither LLaVA's nor documented."""
         known = set(re.findall(r"`([\w.:\[\]-]+)`", ECOSYSTEM.read_text()))
-        return sorted(
-            f"{suite}::{test}"
-            for (suite, subject), tests in self.failures.items()
-            if subject == "Owl2"
-            for test in tests - self.failures.get((suite, "Llava"), set())
-            if not {f"{suite}::{test}", f"{suite}::{test.split('[')[0]}"} & known
-        )
+        failures = self.failures("Owl2") - self.failures("Llava") - known
+        return sorted(test for test in failures if test.split("[")[0] not in known)
 
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.section("suites of other projects")
         terminalreporter.line(f"{'suite':<18}{'tests':<28}{'passed':>8}{'failed':>8}{'skipped':>8}")
-        for (suite, tests), counts in sorted(self.counts.items()):
+        for (suite, tests), outcomes in sorted(self.outcomes.items()):
+            counts = Counter(outcomes.values())
             columns = "".join(f"{counts[name]:>8}" for name in ("passed", "failed", "skipped"))
             terminalreporter.line(f"{suite:<18}{tests:<28}{columns}")
         for test in self.unexpected():
             terminalreporter.line(f"not a failure of LLaVA, not documented: {test}")
 
     def pytest_sessionfinish(self, session):
-        if self.counts and session.exitstatus in (0, 1):
+        if self.outcomes and session.exitstatus in (0, 1):
             session.exitstatus = int(bool(self.unexpected()))

@@ -14,7 +14,6 @@ from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration, Owl2Model
 from tests.peers.subjects import SubjectTester, llava_config, owl2_config
 
-
 # Tests look up which classes have labels. `register` does not change these tables.
 modeling_auto.MODEL_MAPPING_NAMES["mplug_owl2"] = Owl2Model.__name__
 for table in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
