@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from owl2 import cli
-
 
 @dataclass(frozen=True)
 class CliResult:
@@ -24,6 +22,8 @@ RunCli = Callable[..., CliResult]
 @pytest.fixture
 def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCli:
     """`run_cli("chat", "--model", path)` runs `owl2 chat --model PATH`."""
+
+    from owl2 import cli  # imports torch, which pytest-xdist's controller does not need
 
     def run(*arguments: object) -> CliResult:
         monkeypatch.setattr(sys, "argv", ["owl2", *map(str, arguments)])

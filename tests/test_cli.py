@@ -1,6 +1,5 @@
 """The command line: exit codes and output."""
 
-import subprocess
 import sys
 
 import pytest
@@ -8,12 +7,6 @@ import typer
 
 from owl2 import __version__, cli
 from owl2.errors import ErrorCode, InputError
-
-
-def test_python_m_owl2():
-    command = [sys.executable, "-m", "owl2", "--version"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stdout) == (0, f"owl2 {__version__}\n")
 
 
 def test_version(run_cli):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -69,15 +68,6 @@ def test_conversation_is_read_from_stdin(run_cli, tiny_checkpoint, image, monkey
     result = run_cli("chat", "--model", tiny_checkpoint, "--image", image, "--max-new-tokens", 3)
     assert (result.exit_code, result.stderr) == (0, "")
     assert "error: " in result.stdout and "nowhere.png" in result.stdout
-
-
-def test_python_m_owl2(tiny_checkpoint, tmp_path):
-    command = [sys.executable, "-m", "owl2", "chat", "--model", str(tiny_checkpoint), "what?"]
-    command += ["--image", str(tmp_path / "none.png")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and "none.png" in done.stderr
-    assert done.stderr.count("\n") == 1
 
 
 def test_missing_image(error_line, tiny_checkpoint, tmp_path):

@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from owl2.files import (
     restore_directory,
 )
 from tests.errors import raises_input_error
+from tests.forks import run_in_fork
 
 
 def names(directory: Path) -> list[str]:
@@ -84,22 +83,19 @@ def test_existing_directory_is_restored_if_the_rename_fails(tmp_path, monkeypatc
     assert names(target) == ["old.bin"]
 
 
-REPLACE_AND_DIE = """
-import os, signal, sys
-from pathlib import Path
-from owl2.files import atomic_directory
-target, rename, calls = Path(sys.argv[1]), Path.rename, []
+def replace_and_die(target, renames):
+    """Replace a directory, and kill this process after a number of renames."""
+    rename, calls = Path.rename, []
 
-def killing(self, to):
-    if len(calls) == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    calls.append(self)
-    return rename(self, to)
+    def killing(self, to):
+        if len(calls) == renames:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(self)
+        return rename(self, to)
 
-Path.rename = killing
-with atomic_directory(target) as directory:
-    (directory / "new.bin").write_text("new")
-"""
+    Path.rename = killing
+    with atomic_directory(target) as directory:
+        (directory / "new.bin").write_text("new")
 
 
 @pytest.mark.parametrize("renames", [0, 1])
@@ -107,8 +103,7 @@ def test_process_killed_between_the_renames_leaves_the_old_directory(tmp_path, r
     target = tmp_path / "model"
     target.mkdir()
     (target / "old.bin").write_text("old")
-    command = [sys.executable, "-c", REPLACE_AND_DIE, str(target), str(renames)]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert run_in_fork(replace_and_die, target, renames) == -signal.SIGKILL
     assert target.exists() == (renames == 0)
     for part in tmp_path.glob(".model.part-*"):
         shutil.rmtree(part)  # as a resumed training does

@@ -57,8 +57,20 @@ def test_transformers_pipeline(tiny_checkpoint, source):
     assert expected and answer["generated_text"] == expected
 
 
-@pytest.mark.parametrize("imports", ["import owl2, transformers", "import transformers, owl2"])
-def test_auto_classes_find_owl2_in_any_import_order(tiny_checkpoint, imports):
+# The second order also shows which libraries are not imported: a process takes seconds to start.
+OWL2_FIRST = """import sys, owl2
+optional = ["easy_vqa", "matplotlib", "peft", "pydantic", "typer"]
+assert not {*optional} & sys.modules.keys()
+from owl2.eval.listing import print_tasks
+from rich.console import Console
+print_tasks(None, Console(stderr=True))
+assert not {"lm_eval", "lmms_eval", "pycocoevalcap", "matplotlib"} & sys.modules.keys()
+import transformers
+"""
+
+
+@pytest.mark.parametrize("imports", ["import transformers, owl2", OWL2_FIRST])
+def test_imports_register_auto_classes_and_load_no_optional_library(tiny_checkpoint, imports):
     auto_classes = ["AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"]
     code = f"""{imports}
 for name in {auto_classes}:
@@ -69,18 +81,21 @@ for name in {auto_classes}:
     assert all(module.startswith("owl2.") for module in modules)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["no-such-command"]])
-def test_command_line_imports_no_heavy_library(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "stdout", "stderr"),
+    [
+        (["--help"], 0, "Usage: owl2", ""),
+        (["--version"], 0, f"owl2 {owl2.__version__}\n", ""),
+        (["no-such-command"], 2, "", "no-such-command"),
+    ],
+)
+def test_python_m_owl2_imports_no_heavy_library(arguments, exit_code, stdout, stderr):
     command = [sys.executable, "-X", "importtime", "-m", "owl2", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == exit_code
+    assert stdout in result.stdout and bool(stdout) == bool(result.stdout)
+    assert stderr in result.stderr and "Traceback" not in result.stderr
     lines = (line for line in result.stderr.splitlines() if line.startswith("import time:"))
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
     assert "typer" in imported
     assert not imported & {"torch", "transformers", "peft", "matplotlib", "numpy"}
-
-
-def test_import_of_owl2_imports_no_optional_library():
-    heavy = ["easy_vqa", "matplotlib", "peft", "pydantic", "typer"]
-    code = f"import sys, owl2; print([name for name in {heavy} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "[]", result.stderr

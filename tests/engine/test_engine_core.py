@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +24,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.processing.prepared_prompt import PreparedPrompt
 from tests.engine.conftest import ask, caching_engine, random_image, stream_tokens
 from tests.errors import raises_input_error
+from tests.forks import run_in_fork
 from tests.tiny import make_model
 
 TOKENS = 10
@@ -356,27 +356,26 @@ def test_a_fork_and_its_parent_both_continue(model, prompts, alone):
     assert generate(core, prompts[:2]) == alone[:2]
     stream = stream_tokens(core, prompts[0], TOKENS)
     next(stream)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
-        child = os.fork()
-    if not child:
+
+    def answer_again():
         threading.Timer(60, os._exit, [2]).start()
-        os._exit(0 if generate(core, prompts[:2]) == alone[:2] else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert generate(core, prompts[:2]) == alone[:2]
+
+    assert run_in_fork(answer_again) == 0
     assert generate(core, prompts) == alone
 
 
-@pytest.mark.parametrize("max_tokens", [100, 1_000_000])
-def test_the_process_exits_during_an_answer(max_tokens):
-    script = f"""
+def test_the_process_exits_during_an_answer():
+    script = """
         from owl2.engine.engine_core import EngineCore
         from tests.engine.conftest import stream_tokens
         from tests.tiny import make_model
-        core = EngineCore(make_model().eval())
-        stream = stream_tokens(core, core.prepare([1, 2, 3]), {max_tokens})
-        next(stream)
-        keep = [stream]
-        keep.append(keep)
+        keep = []
+        for max_tokens in (100, 1_000_000):
+            core = EngineCore(make_model().eval())
+            stream = stream_tokens(core, core.prepare([1, 2, 3]), max_tokens)
+            next(stream)
+            keep += [stream, keep]
         print("bye")
     """
     done = subprocess.run(

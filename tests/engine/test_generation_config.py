@@ -78,39 +78,36 @@ def option(request, engine, questions):
     plain = [generate(engine, one) for one in questions]
     value = OPTIONS[name](first)
     setattr(config, name, value)
-    assert [generate(engine, one) for one in questions] != plain
-    return name, value
-
-
-def test_a_checkpoint_option_has_the_effect_of_generate(engine, questions, option):
-    engine = Engine(engine.model, engine.processor)
     expected = [generate(engine, one) for one in questions]
+    assert expected != plain
+    return name, value, expected
+
+
+def test_an_option_of_a_checkpoint_or_a_call_has_the_effect_of_generate(engine, questions, option):
+    name, value, expected = option
+    engine = Engine(engine.model, engine.processor)
     assert [answer(engine, one) for one in questions] == expected
     texts = [text_of(engine, ids) for ids in expected]
     assert engine.batch(questions) == texts
     cached = caching_engine(engine)
     assert cached.batch(questions) == cached.batch(questions[::-1])[::-1] == texts
     assert cached.stats().prefix_cache_bytes
-    engine.core = None  # as for weights on several devices
+    core, engine.core = engine.core, None  # as for weights on several devices
     assert engine.batch(questions) == texts
-    assert getattr(engine.model.generation_config, option[0]) == option[1]
-
-
-def test_an_option_of_a_call_affects_its_answer_only(engine, questions, option):
-    name, value = option
+    assert getattr(engine.model.generation_config, name) == value
+    # An option of a call has the same effect on its answer only.
+    engine.core = core
     if name == "eos_token_id":
         with pytest.raises(TypeError):
             engine.chat(questions[1], eos_token_id=value)
         return
-    engine = Engine(engine.model, engine.processor)
-    expected = [engine.chat(one) for one in questions]
     setattr(engine.model.generation_config, name, None)
     plain = [engine.chat(one) for one in questions]
-    assert plain != expected
-    assert engine.batch(questions, **{name: value}) == expected
+    assert plain != texts
+    assert engine.batch(questions, **{name: value}) == texts
     with engine.complete(questions[0], n=3, temperature=2.0) as running:
         next(running)
-        assert engine.chat(questions[1], **{name: value}) == expected[1]
+        assert engine.chat(questions[1], **{name: value}) == texts[1]
         assert engine.chat(questions[1]) == plain[1]
 
 

@@ -136,6 +136,13 @@ def full_and_chunked(model, inputs, **options):
     return results
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def one_layer(request):
+    model = make_model(**ONE_LAYER, tie_word_embeddings=request.param).train()
+    make_modalities_differ(model)
+    return model
+
+
 def labeled_at(batch, positions):
     labels = torch.full_like(batch["labels"], -100)
     labels[:, positions] = batch["input_ids"][:, positions]
@@ -145,26 +152,23 @@ def labeled_at(batch, positions):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 512])
 @pytest.mark.parametrize("positions", [[5, 6, 10, 11], [11], [0], []])
 @pytest.mark.parametrize("count", [None, 7, torch.tensor(3)])
-def test_chunked_loss_equals_full_loss(monkeypatch, batch, chunk, positions, count):
+def test_chunked_loss_equals_full_loss(monkeypatch, one_layer, batch, chunk, positions, count):
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
-    for settings in ({}, {"tie_word_embeddings": True}):
-        model = make_model(**settings).train()
-        make_modalities_differ(model)
-        inputs = labeled_at(batch, positions)
-        inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
-        inputs["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)
-        # Rows with different labels.
-        none = torch.full_like(inputs["labels"], -100)
-        inputs["labels"] = torch.cat([inputs["labels"], none.where(none == 0, inputs["labels"])])
-        inputs["labels"][1, 6:] = -100
-        (loss, plain), (chunked_loss, chunked) = full_and_chunked(
-            model, inputs, num_items_in_batch=count
-        )
-        assert loss.dtype == chunked_loss.dtype == torch.float32
-        torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=1e-6)
-        assert plain.keys() == chunked.keys()  # also that of lm_head, without labels
-        for name, gradient in chunked.items():
-            torch.testing.assert_close(gradient, plain[name], rtol=1e-5, atol=1e-6, msg=name)
+    inputs = labeled_at(batch, positions)
+    inputs["input_ids"] = inputs["input_ids"].repeat(2, 1)
+    inputs["pixel_values"] = inputs["pixel_values"].repeat(2, 1, 1, 1)
+    # Rows with different labels.
+    none = torch.full_like(inputs["labels"], -100)
+    inputs["labels"] = torch.cat([inputs["labels"], none.where(none == 0, inputs["labels"])])
+    inputs["labels"][1, 6:] = -100
+    (loss, plain), (chunked_loss, chunked) = full_and_chunked(
+        one_layer, inputs, num_items_in_batch=count
+    )
+    assert loss.dtype == chunked_loss.dtype == torch.float32
+    torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=1e-6)
+    assert plain.keys() == chunked.keys()  # also that of lm_head, without labels
+    for name, gradient in chunked.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_chunked_loss_computes_logits_of_labeled_positions_only(monkeypatch, tiny, batch):
