@@ -89,6 +89,7 @@ def test_rms_norm(dtype):
 @pytest.fixture
 def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", build.FLAGS[1:])  # without -O3, which takes many seconds
     for function in (build.library, build.available):
         function.cache_clear()
     yield tmp_path / "owl2"

@@ -6,6 +6,7 @@ import pytest
 
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
+from tests.tiny import ONE_LAYER
 from tests.train.runs import quiet
 from tests.train.tiny import COLORS, ROWS, SMALL_RUN, make_world
 
@@ -35,7 +36,8 @@ def world(tmp_path_factory):
     """A folder with an untrained checkpoint, images of one color each, and conversations."""
     folder = tmp_path_factory.mktemp("world")
     colors = (COLORS[number % len(COLORS)] for number in range(ROWS))
-    make_world(folder, [" ".join([color] * (1 + n % 3)) for n, color in enumerate(colors)])
+    answers = [" ".join([color] * (1 + n % 3)) for n, color in enumerate(colors)]
+    make_world(folder, answers, **ONE_LAYER)
     return folder
 
 

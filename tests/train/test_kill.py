@@ -20,7 +20,7 @@ from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error
 from tests.train.processes import owl2, run, start
-from tests.train.runs import Killed, kill_at, quiet, read_jsonl, wait_for, write_recipe
+from tests.train.runs import Killed, kill_at, quiet, read_jsonl, recorded, wait_for, write_recipe
 from tests.train.tiny import SMALL_RUN
 
 CASES = {
@@ -156,7 +156,7 @@ def test_incomplete_checkpoint_is_neither_used_nor_kept(killed, monkeypatch):
     (checkpoints / "checkpoint-7" / "rng_state_7.pth").touch()
     part = checkpoints.parent / ".model.part-abc"
     part.mkdir()
-    console = quiet()
+    console = recorded()
     found = []
     training_step = Owl2Trainer.training_step
 

@@ -16,6 +16,7 @@ from tests.train.runs import (
     kill_at,
     quiet,
     read_jsonl,
+    recorded,
     train_until,
     weights,
 )
@@ -43,7 +44,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(recipe, tmp_path, step, wo
     assert (stopped.finished, stopped.step) == (False, step)
     assert not stopped.model.exists()
 
-    console = quiet()
+    console = recorded()
     resumed = train(recipe(**settings), console)
     assert f"Resuming after step {step}" in console.file.getvalue()
     assert resumed.finished
@@ -122,7 +123,7 @@ def test_damaged_state_is_refused(recipe, stopped, name, content):
         (stopped / name).write_text(content, encoding="utf-8")
     with raises_input_error(ErrorCode.RESUME_MISMATCH, "overwrite=true"):
         train(recipe(), quiet())
-    console = quiet()
+    console = recorded()
     assert train(recipe(overwrite=True, max_steps=3), console).finished
     assert "Resuming" not in console.file.getvalue()
 
@@ -162,7 +163,7 @@ def test_two_runs_of_a_recipe_give_the_same_weights(recipe, uninterrupted):
 def test_run_of_another_recipe_is_not_resumed(recipe):
     with raises_input_error(ErrorCode.RESUME_MISMATCH, "batch_size, seed"):
         train(recipe(seed=5, batch_size=8), quiet())
-    console = quiet()
+    console = recorded()
     assert train(recipe(seed=5, batch_size=8, overwrite=True), console).finished
     assert "Resuming" not in console.file.getvalue()
 
@@ -184,7 +185,7 @@ def test_overwriting_run_replaces_the_model_when_it_finishes(recipe, finished):
     before = weights(finished)
     train_until(4, recipe(seed=1, overwrite=True))
     assert_same_weights(weights(finished), before)
-    console = quiet()
+    console = recorded()
     assert train(recipe(seed=1, overwrite=True), console).finished
     assert "Resuming after step 4" in console.file.getvalue()
     assert not torch.equal(weights(finished)["lm_head.weight"], before["lm_head.weight"])

@@ -16,12 +16,12 @@ from owl2.processing.processor import Owl2Processor
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error
-from tests.train.runs import assert_same_weights, quiet, read_jsonl, train_until, weights
+from tests.train.runs import assert_same_weights, quiet, read_jsonl, recorded, train_until, weights
 from tests.train.tiny import QUESTION, ROWS
 
 
 def test_run_writes_a_model_and_reports(recipe, world, real_plots):
-    console = quiet()
+    console = recorded()
     result = train(recipe(), console)
     assert (result.finished, result.step, result.steps) == (True, 10, 10)
     names = {path.name for path in result.output.iterdir()}
@@ -219,7 +219,7 @@ def test_unwritable_output_is_refused(recipe):
 def test_missing_matplotlib_is_reported(recipe, monkeypatch, real_plots):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    console = quiet()
+    console = recorded()
     result = train(recipe(max_steps=3), console)
     assert result.model.is_dir()
     assert not (result.output / "loss.png").exists()

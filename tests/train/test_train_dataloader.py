@@ -15,7 +15,7 @@ from owl2.train.run import train
 from owl2.train.train_dataloader import TrainDataLoader
 from owl2.train.trainer import run_steps
 from tests.errors import raises_input_error
-from tests.train.runs import assert_same_weights, quiet, read_jsonl, train_until, weights
+from tests.train.runs import assert_same_weights, quiet, read_jsonl, recorded, train_until, weights
 from tests.train.tiny import QUESTION, RandomSamples, collate
 
 
@@ -123,7 +123,7 @@ def test_weighted_sources_have_no_epochs(recipe, mixed, world):
         {"shards": mixed[0]["shards"], "weight": 0.5},
         {"file": str(world / "data.json"), "weight": 2.0},
     ]
-    console = quiet()
+    console = recorded()
     result = train(recipe(data=data, on_invalid_sample="skip", max_steps=12), console)
     assert "Weighted sources, images of" in console.file.getvalue()
     assert {line["epoch"] for line in read_jsonl(result.output / "log.jsonl")} == {None}

@@ -21,6 +21,7 @@ from tests.train.runs import (
     held_out_of,
     quiet,
     read_jsonl,
+    recorded,
     train_until,
     weights,
 )
@@ -221,7 +222,7 @@ def test_validation_does_not_change_the_weights(recipe, world, tmp_path):
     held_out = held_out_of(world, eval_steps=3, max_samples=8)
     settings = {"augment": "crop_flip", "gradient_checkpointing": True, "save_steps": 4}
     plain = train(recipe(output=str(tmp_path / "plain"), **settings), quiet())
-    console = quiet()
+    console = recorded()
     validated = train(recipe(validation=held_out, **settings), console)
     assert_same_weights(weights(plain.model), weights(validated.model))
 
