@@ -119,6 +119,12 @@ def ask(text, *images):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
+def model_inputs(engine, messages, **options):
+    """What `generate` of the engine's model is called with."""
+    options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return engine.processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+
+
 @pytest.fixture(scope="session")
 def conversations():
     """12 conversations with 0, 1 and 2 images and different lengths; some have earlier turns."""

@@ -5,13 +5,13 @@ import logging
 import pytest
 import torch
 
-from owl2.engine.engine import MAX_NUM_SEQS, Engine
-from owl2.errors import ErrorCode, InputError
+from owl2.engine.engine import MAX_NUM_SEQS, Engine, is_on_one_device
+from owl2.errors import ErrorCode
 from owl2.processing.chat_template import user_message
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode
-from tests.engine.conftest import ask, random_image
+from tests.engine.conftest import ask, model_inputs, random_image
 from tests.errors import raises_input_error
 
 TOKENS = 10
@@ -27,18 +27,11 @@ def test_batched_answers_equal_those_alone(shared_engine, conversations):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_side_does_not_change_answers_of_generate(shared_engine, conversations, side):
-    model, processor = shared_engine.model, shared_engine.processor
-
     def new_ids(some, **padding):
-        inputs = processor.apply_chat_template(
-            some,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **padding,
+        inputs = model_inputs(shared_engine, some, **padding)
+        ids = shared_engine.model.generate(
+            **inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None
         )
-        ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None)
         return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
     alone = [new_ids([one])[0] for one in conversations]
@@ -227,9 +220,7 @@ def test_an_image_alone_is_a_prompt(shared_engine, text):
     if text == "<|image|>":
         question = [user_message(text, images[:1])]
     answer = shared_engine.chat(question, max_new_tokens=TOKENS)
-    inputs = shared_engine.processor.apply_chat_template(
-        question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = model_inputs(shared_engine, question)
     assert inputs["pixel_values"].shape[0] == 1
     ids = shared_engine.model.generate(**inputs, max_new_tokens=TOKENS)
     new_ids = ids[0, inputs["input_ids"].shape[1] :]
@@ -240,7 +231,7 @@ def test_an_image_alone_is_a_prompt(shared_engine, text):
 
 
 def test_a_missing_image(shared_engine, tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.png"):
+    with raises_input_error(ErrorCode.MISSING_IMAGE, "nowhere.png"):
         shared_engine.chat(ask("what?", str(tmp_path / "nowhere.png")))
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH):
         shared_engine.chat(ask("what is <|image|>?", random_image(1)))
@@ -276,3 +267,28 @@ def test_model_and_processor_must_fit(shared_engine):
     ):
         with raises_input_error(ErrorCode.CONFLICT, what):
             Engine(shared_engine.model, processor)
+
+
+def test_models_on_several_devices_use_transformers_generate(
+    shared_engine, conversations, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("owl2.engine.engine.is_on_one_device", lambda model: False)
+        engine = Engine(shared_engine.model, shared_engine.processor)
+    assert engine.core is None
+    assert is_on_one_device(shared_engine.model)
+    options = {"max_new_tokens": TOKENS}
+    expected = shared_engine.batch(conversations, **options)
+    assert engine.batch(conversations, **options) == expected
+    assert "".join(engine.stream(conversations[2], **options)) == expected[2]
+    question = ask("what?", random_image(1))
+    assert engine.score(question, ["red"]) == pytest.approx(
+        shared_engine.score(question, ["red"]), rel=1e-6
+    )
+    for call in (
+        lambda: engine.complete(conversations[0], top_logprobs=1),
+        lambda: engine.submit(engine.encode(conversations[0]), engine.sampling_params(), print),
+        engine.stats,
+    ):
+        with raises_input_error(ErrorCode.UNSUPPORTED):
+            call()

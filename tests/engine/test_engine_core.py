@@ -13,16 +13,15 @@ import pytest
 import torch
 
 from owl2.engine import hf_generate
-from owl2.engine.engine import Engine, is_on_one_device
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import RunningBatch
 from owl2.engine.sampling import SamplingParams, sample
 from owl2.engine.scheduler import Request
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode
 from owl2.processing.prepared_prompt import PreparedPrompt
-from tests.engine.conftest import ask, caching_engine, random_image, stream_tokens
+from tests.engine.conftest import caching_engine, stream_tokens
 from tests.errors import raises_input_error
 from tests.forks import run_in_fork
 from tests.tiny import make_model
@@ -384,7 +383,7 @@ def test_the_process_exits_during_an_answer():
     assert (done.returncode, done.stdout) == (0, "bye\n"), done.stderr
 
 
-# ------------------------------------------------------------------ sampling, several devices
+# ------------------------------------------------------------------ sampling
 
 
 def test_sample_returns_none_for_logits_that_are_not_finite():
@@ -397,29 +396,3 @@ def test_sample_returns_none_for_logits_that_are_not_finite():
     top_1 = SamplingParams(do_sample=True, top_k=1, seed=1)
     generator = top_1.generator(0, logits.device)
     assert sample(logits, [top_1] * 6, [generator] * 6) == [1, None, None, None, 2, 1]
-
-
-def test_models_on_several_devices_use_transformers_generate(
-    shared_engine, conversations, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        patch.setattr("owl2.engine.engine.is_on_one_device", lambda model: False)
-        engine = Engine(shared_engine.model, shared_engine.processor)
-    assert engine.core is None
-    assert is_on_one_device(shared_engine.model)
-    options = {"max_new_tokens": TOKENS}
-    expected = shared_engine.batch(conversations, **options)
-    assert engine.batch(conversations, **options) == expected
-    assert "".join(engine.stream(conversations[2], **options)) == expected[2]
-    question = ask("what?", random_image(1))
-    assert engine.score(question, ["red"]) == pytest.approx(
-        shared_engine.score(question, ["red"]), rel=1e-6
-    )
-    for call in (
-        lambda: engine.complete(conversations[0], top_logprobs=1),
-        lambda: engine.submit(engine.encode(conversations[0]), engine.sampling_params(), print),
-        engine.stats,
-    ):
-        with pytest.raises(InputError) as error:
-            call()
-        assert error.value.code is ErrorCode.UNSUPPORTED

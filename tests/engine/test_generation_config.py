@@ -6,7 +6,7 @@ import torch
 from owl2.engine.engine import Engine
 from owl2.engine.sampling import SamplingParams
 from owl2.errors import ErrorCode
-from tests.engine.conftest import ask, caching_engine
+from tests.engine.conftest import ask, caching_engine, model_inputs
 from tests.errors import raises_input_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length")  # of short prompts
@@ -41,9 +41,7 @@ SAMPLING = {
 
 def generate(engine, messages, **options):
     """The ids of transformers' answer, up to its end token."""
-    inputs = engine.processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = model_inputs(engine, messages)
     ids = engine.model.generate(**inputs, **options)
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
