@@ -84,8 +84,9 @@ site: $(DOCS)/.installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # One process per core and one thread per process: more threads than cores slow each other down.
+# Compiled modules are stored: otherwise each process would compile all tests again.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --timeout 300
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --timeout 300
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

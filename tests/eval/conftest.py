@@ -17,6 +17,14 @@ COUNT = 20
 LIMIT = {"max_new_tokens": 4, "do_sample": False}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def skip_environment_report():
+    """lm-eval adds a report of the machine to each result, which takes a second of `pip` etc."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
+        yield
+
+
 @pytest.fixture(scope="session")
 def engine(tiny_checkpoint):
     return Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from owl2.data.datasets import load_dataset
 from owl2.engine.engine import Engine
+from owl2.eval.readers import special
 from tests.eval.stub import completion, serving
 
 pytest.importorskip("easy_vqa")
@@ -16,6 +18,17 @@ pytest.importorskip("easy_vqa")
 @pytest.fixture(autouse=True)
 def skip_figures(monkeypatch):
     monkeypatch.setattr("owl2.eval.evaluate.has_matplotlib", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def first_questions():
+    return load_dataset("easy_vqa", "test", style="single", prompt="{question}")[:50]
+
+
+@pytest.fixture(autouse=True)
+def read_first_questions(monkeypatch, first_questions):
+    """Reading all 9,673 questions takes more than a second."""
+    monkeypatch.setattr(special, "load_dataset", lambda *_, **__: first_questions)
 
 
 @pytest.fixture
@@ -87,6 +100,7 @@ def test_invalid_options_exit_with_2(evaluate, tmp_path, arguments, options, nee
 
 
 def test_missing_package_exits_with_2(evaluate, monkeypatch):
+    monkeypatch.setattr(special, "load_dataset", load_dataset)
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     run = evaluate()
     assert run.exit_code == 2

@@ -12,7 +12,13 @@ from owl2.model.configuration import Owl2Config
 from owl2.train.estimate.command import count_samples, find_config, read_statistics
 from owl2.train.estimate.estimate import estimate_training, suggest_changes
 from owl2.train.estimate.hardware import MIB, Hardware
-from owl2.train.estimate.memory import SampleStatistics, Sharding, TrainingSetup, run_on_meta
+from owl2.train.estimate.memory import (
+    SampleStatistics,
+    Sharding,
+    TrainingSetup,
+    batch_shape,
+    run_on_meta,
+)
 from tests.errors import raises_input_error
 from tests.tiny import ONE_LAYER, make_config, make_model
 from tests.train.measured import make_recipe
@@ -20,6 +26,29 @@ from tests.train.measured import make_recipe
 FOLDER = Path("unused")
 IMAGE_TOKENS = 3
 SMALL = ONE_LAYER | {"max_position_embeddings": 256}
+
+
+# The trace of a step depends on neither of these, or only through the shape of its batch.
+NOT_TRACED = {"model", "output", "data", "max_steps", "epochs"}
+NOT_TRACED |= {"batch_size", "gradient_accumulation_steps", "max_length", "packing"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trace_equal_steps_once():
+    """A trace takes a second, and most estimates need the same ones."""
+    traced = {}
+
+    def run_once(recipe, setup):
+        settings = recipe.model_dump_json(exclude=NOT_TRACED)
+        key = settings, setup.hardware.device_type, setup.sharding, batch_shape(recipe, setup)
+        key += (setup.config.to_json_string(),)
+        if key not in traced:
+            traced[key] = run_on_meta(recipe, setup)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("owl2.train.estimate.estimate.run_on_meta", run_once)
+        yield
 
 
 def recipe_of(**settings):

@@ -65,10 +65,11 @@ def test_tensorboard_of_a_resumed_run_has_each_step_once(recipe):
 
 def test_tensorboard_of_a_new_run_has_no_events_of_an_earlier_run(recipe):
     pytest.importorskip("tensorboard")
-    train(recipe(tensorboard=True, max_steps=6, logging_steps=1), quiet())
-    result = train(recipe(tensorboard=True, max_steps=3, logging_steps=1, overwrite=True), quiet())
+    settings = {"tensorboard": True, "logging_steps": 1}
+    train(recipe(**settings, max_steps=4), quiet())
+    result = train(recipe(**settings, max_steps=2, overwrite=True), quiet())
     found = events(result.output / "tensorboard").Scalars("train/loss")
-    assert [event.step for event in found] == [1, 2, 3]
+    assert [event.step for event in found] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -140,11 +141,12 @@ def test_wandb_has_metrics_and_generations(recipe, world, wandb):
 
 
 def test_wandb_of_a_resumed_run_has_the_same_id(recipe, wandb):
-    train_until(5, recipe(wandb_project="owls"))
-    train(recipe(wandb_project="owls"), quiet())
+    settings = {"wandb_project": "owls", "max_steps": 3}
+    train_until(2, recipe(**settings))
+    train(recipe(**settings), quiet())
     first, second = (settings["id"] for settings in wandb.inits)
     assert first == second and len(first) == 8
-    train(recipe(wandb_project="owls", max_steps=3, overwrite=True), quiet())
+    train(recipe(**settings, overwrite=True), quiet())
     assert wandb.inits[-1]["id"] != first
 
 

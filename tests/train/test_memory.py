@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 SLOW = pytest.mark.slow
 CASES = [
-    pytest.param({}, id="full"),
+    pytest.param({}, id="full", marks=SLOW),
     pytest.param(
         {"dtype": "bfloat16", "gradient_accumulation_steps": 2},
         id="bfloat16, 2 micro-batches",
