@@ -23,7 +23,7 @@ from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer
 from tests.eval.stub import completion, serving
-from tests.tiny import make_model
+from tests.tiny import ONE_LAYER, make_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PAPER = [name for name, config in task_configs().items() if config.suite]
@@ -39,9 +39,8 @@ def run(tiny_checkpoint, tmp_path_factory):
 
     model, output = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("run")
     tokenizer = Owl2Tokenizer(tiny_checkpoint / "tokenizer.model")
-    make_model(
-        vocab_size=len(tokenizer), initializer_range=0.4, max_position_embeddings=4096
-    ).save_pretrained(model)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, **ONE_LAYER}
+    make_model(initializer_range=0.4, **sizes).save_pretrained(model)
     Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3).save_pretrained(model)
     settings = EvalConfig(
         ModelArgs(str(model), "cpu", "float32"),

@@ -174,7 +174,7 @@ def test_live_merged_and_reloaded_models_give_the_same_logits(
         if plain in base.state_dict() and not live.get_parameter_or_buffer(name).requires_grad:
             assert torch.equal(tensor, base.state_dict()[plain]), name
             frozen += 1
-    assert frozen > 20
+    assert frozen > 10
     assert all(layer.lora_B["default"].weight.any() for _, layer in lora_layers(live))
     if "modules_to_save" in adapter:
         name = "model.visual_abstractor.query_embeds"

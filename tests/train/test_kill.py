@@ -200,7 +200,7 @@ def small_disk(tmp_path):
     """A disk with space for one checkpoint, not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.system(f"mount -t tmpfs -o size=600k tmpfs {disk} 2>/dev/null"):
+    if os.system(f"mount -t tmpfs -o size=400k tmpfs {disk} 2>/dev/null"):
         pytest.skip("mounting is not permitted here")
     yield disk
     os.system(f"umount {disk}")
