@@ -70,9 +70,27 @@ def test_conversation_is_read_from_stdin(run_cli, tiny_checkpoint, image, monkey
     assert "error: " in result.stdout and "nowhere.png" in result.stdout
 
 
-def test_missing_image(error_line, tiny_checkpoint, tmp_path):
-    path = tmp_path / "none.png"
-    assert str(path) in error_line("chat", "--model", tiny_checkpoint, "--image", path, "what?")
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (["what?", "--image", "none.png"], ["none.png"]),
+        (["what is <|image|><|image|>", "--image", "red.png"], ["2", "<|image|>"]),
+        (["what is <|image|><|image|><|image|>", "--image", "red.png"], ["3", "<|image|>"]),
+        ([""], ["empty"]),
+        (["   "], ["empty"]),
+        (["why " * 300], ["128"]),
+        (["what?", "--device", "abacus"], ["abacus"]),
+        (["what?", "--dtype", "int3"], ["int3"]),
+        (["what?", "--image-policy", "crop"], ["crop"]),
+        (["what?", "--temperature", "-1"], ["-1"]),
+        (["what?", "--top-p", "2"], ["2"]),
+        (["what?", "--max-new-tokens", "0"], ["0"]),
+    ],
+)
+def test_invalid_input(error_line, tiny_checkpoint, image, monkeypatch, arguments, needles):
+    monkeypatch.chdir(image.parent)
+    line = error_line("chat", "--model", tiny_checkpoint, *arguments)
+    assert all(needle in line for needle in needles)
 
 
 def test_broken_image(error_line, tiny_checkpoint, image):
@@ -92,39 +110,6 @@ def test_decompression_bomb(error_line, run_cli, tiny_checkpoint, tmp_path):
     assert result.exit_code == 0
     Image.new("1", (20, 20)).save(path)
     assert "100 pixels" in error_line(*arguments, "--max-pixels", 100)
-
-
-@pytest.mark.parametrize("placeholders", [2, 3])
-def test_more_placeholders_than_images(error_line, tiny_checkpoint, image, placeholders):
-    question = "what is " + "<|image|>" * placeholders
-    line = error_line("chat", "--model", tiny_checkpoint, "--image", image, question)
-    assert str(placeholders) in line and "<|image|>" in line
-
-
-@pytest.mark.parametrize("question", ["", "   "])
-def test_empty_question_without_an_image(error_line, tiny_checkpoint, question):
-    assert "empty" in error_line("chat", "--model", tiny_checkpoint, question)
-
-
-def test_prompt_beyond_the_context(error_line, tiny_checkpoint):
-    line = error_line("chat", "--model", tiny_checkpoint, "why " * 300)
-    assert "128" in line
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--device", "abacus"),
-        ("--dtype", "int3"),
-        ("--image-policy", "crop"),
-        ("--temperature", "-1"),
-        ("--top-p", "2"),
-        ("--max-new-tokens", "0"),
-    ],
-)
-def test_invalid_options(error_line, tiny_checkpoint, option, value):
-    line = error_line("chat", "--model", tiny_checkpoint, "what?", option, value)
-    assert value in line
 
 
 @pytest.mark.parametrize(("option", "value"), [("--seed", 2**64), ("--max-pixels", 0)])

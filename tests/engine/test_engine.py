@@ -55,12 +55,6 @@ def test_each_answer_ends_at_its_end_token(engine, conversations):
     assert sum(map(len, alone)) < sum(map(len, full))
 
 
-def test_a_second_call_gives_the_same_answer(shared_engine, conversations):
-    first = [shared_engine.chat(one, max_new_tokens=6) for one in conversations[:4]]
-    shared_engine.chat(conversations[5], max_new_tokens=6, seed=1, temperature=2.0)
-    assert [shared_engine.chat(one, max_new_tokens=6) for one in conversations[:4]] == first
-
-
 def test_attention_implementations_agree(tiny_checkpoint, shared_engine, conversations):
     options = {"device": "cpu", "dtype": "float32", "attn_implementation": "eager"}
     eager = Engine.from_pretrained(tiny_checkpoint, **options)
@@ -196,6 +190,10 @@ def test_the_context_limits_the_answers(engine, conversations, batch_sizes):
     cut = engine.chat(conversations[1], max_new_tokens=20)
     assert len(batch_sizes) == 2  # the first of three tokens comes with the prompt
     assert full[1].startswith(cut)
+    completion = engine.complete(conversations[1], max_new_tokens=20)
+    assert completion.num_prompt_tokens == lengths[1]
+    [output] = completion.outputs()
+    assert (output.text, output.finish_reason, output.num_tokens) == (cut, "length", 3)
     # In a batch, each prompt has its own limit.
     alone = [engine.chat(one, max_new_tokens=20) for one in conversations[:2]]
     assert engine.batch(conversations[:2], max_new_tokens=20) == alone
@@ -243,6 +241,10 @@ def test_logits_that_are_not_finite(nan_engine, conversations, options):
         nan_engine.chat(conversations[1], **options)
     with raises_input_error(ErrorCode.NON_FINITE):
         list(nan_engine.stream(conversations[1], **options))
+    completion = nan_engine.complete(conversations[1], n=2, top_logprobs=2, **options)
+    with raises_input_error(ErrorCode.NON_FINITE):
+        next(completion)
+    assert list(completion) == []
     with raises_input_error(ErrorCode.NON_FINITE):
         nan_engine.score(conversations[1], ["red"])
 

@@ -77,17 +77,6 @@ def test_finish_reasons(engine, conversations):
         assert answer.text == engine.chat(conversations[0], max_new_tokens=limit)
 
 
-def test_the_context_limits_an_answer(engine, conversations):
-    completion = engine.complete(conversations[1], max_new_tokens=50)
-    ids = engine.processor.apply_chat_template(
-        conversations[1], add_generation_prompt=True, tokenize=True
-    )[0]
-    assert completion.num_prompt_tokens == len(ids)
-    engine.model.config.max_position_embeddings = len(ids) + 3
-    [answer] = engine.complete(conversations[1], max_new_tokens=50).outputs()
-    assert (answer.finish_reason, answer.num_tokens) == ("length", 3)
-
-
 def test_concurrent_completions_equal_those_alone(shared_engine, conversations):
     def complete(number):
         return shared_engine.complete(
@@ -314,13 +303,6 @@ def test_chat_takes_no_options_of_complete(shared_engine, conversations, options
 def test_input_is_checked_before_the_first_chunk(shared_engine, method):
     with raises_input_error(ErrorCode.EMPTY_MESSAGE):
         getattr(shared_engine, method)(ask(" "))
-
-
-def test_logits_that_are_not_finite(nan_engine, conversations):
-    completion = nan_engine.complete(conversations[1], n=2, top_logprobs=2)
-    with raises_input_error(ErrorCode.NON_FINITE):
-        next(completion)
-    assert list(completion) == []
 
 
 def test_weights_shared_among_processes(engine, conversations):

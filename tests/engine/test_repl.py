@@ -89,14 +89,6 @@ def test_input_is_checked_before_the_model_is_loaded(
 # ------------------------------------------------------------------ the interactive chat
 
 
-def test_an_empty_line_sends_the_images_alone(shared_engine):
-    repl, _ = run_lines(shared_engine, "", "", images=[random_image(3)])
-    answer = shared_engine.chat(ask("", random_image(3)), **OPTIONS)
-    assert [message["role"] for message in repl.messages] == ["user", "assistant"]
-    assert repl.messages[1]["content"] == answer
-    assert not repl.images
-
-
 def test_the_chat_sends_earlier_turns(shared_engine):
     repl, output = run_lines(shared_engine, "what is this?", "and now?")
     first = shared_engine.chat(ask("what is this?"), **OPTIONS)
@@ -171,10 +163,12 @@ def test_placeholders_of_other_models_are_pointed_out(shared_engine, image_file,
         assert placeholder_note(question) == ""
 
 
-def test_an_empty_question_with_an_image(shared_engine, image_file):
-    repl, output = run_lines(shared_engine, "", f"/image {image_file}", "", "and now?")
-    assert shared_engine.chat(ask("", Image.open(image_file)), **OPTIONS) in output
-    assert len(repl.messages) == 4
+def test_an_empty_line_sends_the_images_alone(shared_engine, image_file):
+    repl, _ = run_lines(shared_engine, "", f"/image {image_file}", "", "", "and now?")
+    answer = shared_engine.chat(ask("", Image.open(image_file)), **OPTIONS)
+    assert [message["role"] for message in repl.messages] == ["user", "assistant"] * 2
+    assert repl.messages[1]["content"] == answer
+    assert not repl.images
 
 
 def test_help_and_invalid_commands(shared_engine):
