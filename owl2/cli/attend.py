@@ -38,7 +38,7 @@ def attend(
     dtype: Dtype = None,
     quantize: Quantize = None,
 ) -> None:
-    """Draw the decoder's attention while it answers: over tokens and over the image."""
+    """Answer a question and draw the attention of the decoder over the tokens and the image."""
     from owl2.attention.command import attend as run_attend
     from owl2.engine.load_model import ModelArgs
 

@@ -38,13 +38,11 @@ def evaluate_model(
     list_: Annotated[
         bool, typer.Option("--list", help="List all tasks and the files that are missing.")
     ] = False,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only estimate the time, from tokens and a trial.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 128,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only estimate the time.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 128,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Evaluate only N samples of each task, of all categories."),
+        typer.Option(min=1, help="Evaluate only N samples of each task, from all its categories."),
     ] = None,
     no_image_baseline: Annotated[
         bool,
@@ -54,7 +52,7 @@ def evaluate_model(
         Literal["authors", "plain"],
         typer.Option(
             help="authors: prompts and chat format of the authors' evaluation scripts; plain: "
-            "prompts of this package's training data, in the chat format of the checkpoint."
+            "prompts of owl2's training data, in the chat format of the checkpoint."
         ),
     ] = "authors",
     prompt: Annotated[
@@ -73,14 +71,17 @@ def evaluate_model(
         ),
     ] = None,
     mam: Annotated[
-        bool, typer.Option(help="Use modality-adaptive weights, or the text weights for images.")
+        bool, typer.Option(help="Use the visual weights for images, or the text weights.")
     ] = True,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels; replaces that of the checkpoint.")
+        int | None,
+        typer.Option(min=1, help="Image size in pixels; default: that of the checkpoint."),
     ] = None,
     image_policy: Annotated[
         Literal["resize", "pad"] | None,
-        typer.Option(help="Replaces that of the task and of the checkpoint."),
+        typer.Option(
+            help="How an image becomes square; default: that of the task or the checkpoint."
+        ),
     ] = None,
     judge_url: Annotated[str | None, JUDGE_URL] = None,
     judge_model: Annotated[str | None, JUDGE_MODEL] = None,

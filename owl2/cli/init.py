@@ -7,18 +7,22 @@ import typer
 
 
 def init(
-    llm: Annotated[str, typer.Option(help="A LLaMA: directory, hub id, .gguf file, or 'fresh'.")],
-    vision: Annotated[str, typer.Option(help="A CLIP tower: directory, hub id, or 'fresh'.")],
+    llm: Annotated[
+        str, typer.Option(help="LLaMA: a directory, a hub id, a .gguf file, or 'fresh'.")
+    ],
+    vision: Annotated[str, typer.Option(help="CLIP tower: a directory, a hub id, or 'fresh'.")],
     output: Annotated[Path, typer.Option(help="Directory for the untrained model.")],
     config: Annotated[
         Path | None, typer.Option(help="YAML file with the sizes of fresh parts.")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels per edge.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Image size in pixels; default: that of the tower.")
+    ] = None,
     mam: Annotated[
-        bool, typer.Option(help="Use the modality-adaptive module, or one set of weights.")
+        bool, typer.Option(help="Separate weights per modality (MAM), or one set of weights.")
     ] = True,
     chat_template: Annotated[
-        Path | None, typer.Option(help="Jinja file with another chat template.")
+        Path | None, typer.Option(help="Jinja file with the chat template.")
     ] = None,
     dtype: Annotated[
         str,
@@ -28,7 +32,7 @@ def init(
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the initialization.")
     ] = 0,
 ) -> None:
-    """Combine a LLaMA and a vision tower to an untrained model for stage 1."""
+    """Create an untrained model for stage 1 from a LLaMA and a CLIP vision tower."""
     from owl2.train.init_model import init_checkpoint
 
     model = init_checkpoint(

@@ -40,8 +40,8 @@ Overrides = Annotated[
 Hub = Annotated[
     Literal["huggingface", "modelscope"] | None,
     typer.Option(
-        help="Where the ids of models are looked up; default: huggingface, or modelscope with the "
-        "environment variable OWL2_USE_MODELSCOPE=1.",
+        help="Hub of model ids; default: huggingface, or modelscope with the environment variable "
+        "OWL2_USE_MODELSCOPE=1.",
         show_default=False,
     ),
 ]

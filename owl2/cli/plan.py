@@ -20,7 +20,7 @@ def plan(
     sharding: Annotated[str, typer.Option(help="none, fsdp2 or zero3.")] = "none",
     tflops: Annotated[
         float | None,
-        typer.Option(min=1e-3, help="Measured TFLOP/s per GPU; default: 40% of the peak."),
+        typer.Option(min=1e-3, help="Measured speed in TFLOP/s per GPU; default: 40% of the peak."),
     ] = None,
     tokens: Annotated[
         float | None, typer.Option(help="Mean tokens per sample; default: max_length.")
@@ -31,12 +31,15 @@ def plan(
     ] = None,
     statistics: Annotated[
         Path | None,
-        typer.Option(help="statistics.json of `owl2 data check`, for these three options."),
+        typer.Option(
+            help="statistics.json of `owl2 data check`; replaces --tokens, --images and --samples."
+        ),
     ] = None,
     config_from: Annotated[
-        str | None, typer.Option(help="Checkpoint of the same sizes, if the model does not exist.")
+        str | None,
+        typer.Option(help="Checkpoint with the same sizes, if the model does not exist."),
     ] = None,
-    output_file: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
+    output_file: Annotated[Path | None, typer.Option(help="JSON file with all values.")] = None,
 ) -> None:
     """Estimate a recipe's memory, FLOPs and time. Loads no weights."""
     from owl2.train.estimate.command import plan_recipe, read_statistics

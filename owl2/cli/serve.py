@@ -70,10 +70,11 @@ serve = _server_command(
 )
 web = _server_command(
     "web",
-    """Ask about images in a browser: `owl2 serve --web` with your own examples.
+    """Serve a web page for questions about images, and the API.
 
-    The page is at /web, in English and Chinese, and works offline. If API keys are configured,
-    visitors enter one of them as the password.
+    This is `owl2 serve --web` with the option --examples. The page is at /web, in English and
+    Chinese, and works offline. If API keys are configured, visitors enter one of them as the
+    password.
     """,
     web=True,
 )
