@@ -1,4 +1,4 @@
-"""Checks that token ids fit the images and the model.
+"""Embeddings of token ids, and checks that they fit the images and the model.
 
 Reading values of a tensor synchronizes with a GPU. A forward pass therefore reads all values that
 it needs at one time, before it queues work (`count_images`), and reads nothing in a step of one
@@ -6,12 +6,43 @@ new token, which cannot contain an image.
 """
 
 import torch
+from torch import nn
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.modality import VISUAL
 
 AUTHORS_PLACEHOLDER = -200
+
+
+class TokenEmbedding(nn.Embedding):
+    """`nn.Embedding` that gives NaN for the image token if it has no row.
+
+    `Owl2Model.forward` replaces these embeddings by those of the images. Prompt tuning embeds the
+    ids itself and passes `inputs_embeds` with `pixel_values`.
+    """
+
+    def __init__(self, config: Owl2Config) -> None:
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.image_token_id = config.image_token_id
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name of the base class
+        # No check in a step of one new token.
+        if input.shape[-1:] == (1,) or self.image_token_id < self.num_embeddings:
+            return super().forward(input)
+        is_image = input == self.image_token_id
+        embeddings = super().forward(input.masked_fill(is_image, 0))
+        return embeddings.masked_fill(is_image[..., None], float("nan"))
+
+
+def find_image_embeddings(
+    config: Owl2Config, inputs_embeds: torch.Tensor, embed_tokens: nn.Module
+) -> torch.Tensor:
+    """Ids (B, S) with the image token where `inputs_embeds` (B, S, D) has its embedding."""
+    ids = torch.tensor(config.image_token_id, device=inputs_embeds.device)
+    row = embed_tokens(ids).to(inputs_embeds)
+    is_image = ((inputs_embeds == row) | (inputs_embeds.isnan() & row.isnan())).all(-1)
+    return torch.where(is_image, ids, 0 if config.image_token_id else 1)
 
 
 def count_images(

@@ -38,7 +38,7 @@ from owl2.constants import IGNORE_INDEX
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.generation import MultimodalGenerationMixin
-from owl2.model.image_inputs import count_images
+from owl2.model.image_inputs import TokenEmbedding, count_images, find_image_embeddings
 from owl2.model.loss import chunked_cross_entropy, labeled_positions, next_token_loss, shift
 from owl2.model.modality import Multiway, Routing
 from owl2.model.pretrained import Owl2PreTrainedModel
@@ -68,7 +68,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         make_layer = parts.load("decoder_layer")
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = TokenEmbedding(config)
         self.layers = nn.ModuleList(make_layer(config, i) for i in range(config.num_hidden_layers))
         # accelerate rejects names of classes that the model does not contain.
         self._no_split_modules = [*self._no_split_modules, type(self.layers[0]).__name__]
@@ -103,11 +103,11 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             inputs_embeds, mm_token_type_ids, num_visual = self._embed_inputs(
                 input_ids, pixel_values, mm_token_type_ids
             )
-        elif pixel_values is not None:
-            raise InputError(
-                "pixel_values require input_ids, which determine the positions of the images",
-                ErrorCode.CONFLICT,
-            )
+        elif inputs_embeds is not None and pixel_values is not None:
+            ids = find_image_embeddings(self.config, inputs_embeds, self.embed_tokens)
+            merged, mm_token_type_ids, num_visual = self._embed_inputs(ids, pixel_values, None)
+            is_image = ids == self.config.image_token_id
+            inputs_embeds = torch.where(is_image[..., None], merged, inputs_embeds)
         if self.config.use_mam and mm_token_type_ids is not None:
             kwargs["routing"] = Routing.of(
                 mm_token_type_ids, num_visual, always=self.run_all_branches
@@ -261,7 +261,8 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             attention_mask: (B, S), 0 on padding on either side.
             position_ids: (B, S). Default: counted from 0 over text and images.
             past_key_values: Any cache of transformers.
-            inputs_embeds: (B, S, D) instead of `input_ids`, with images already inserted.
+            inputs_embeds: (B, S, D) instead of `input_ids`: with `pixel_values` as
+                `get_input_embeddings` gives them, or with images already inserted.
             mm_token_type_ids: (B, S), 0 text, 1 visual. Default: derived from `input_ids`.
             labels: (B, S), -100 for positions without a loss. Image tokens have none.
             shift_labels: (B, S), the label of each position's next token, instead of `labels`: for

@@ -150,8 +150,11 @@ class VllmOwl2ForConditionalGeneration(nn.Module, SupportsMultiModal):
         )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """(n, D) to (n, vocabulary)."""
-        return self.language_model.compute_logits(hidden_states)
+        """(n, D) to (n, vocabulary); an image token in a resized vocabulary is never sampled."""
+        logits = self.language_model.compute_logits(hidden_states)
+        if logits is not None and self.config.image_token_id < logits.shape[-1]:
+            logits[:, self.config.image_token_id] = float("-inf")
+        return logits
 
     # -------------------------------------------------------------- weights
 

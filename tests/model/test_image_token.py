@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig
 
 from owl2.errors import ErrorCode
@@ -152,3 +153,42 @@ def test_prompt_lookup_with_images_equals_greedy(tiny):
         expected = tiny.generate(**inputs, **GREEDY)
         found = tiny.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=3)
         assert torch.equal(found, expected)
+
+
+# ------------------------------------------------------------------ embeddings
+
+
+@pytest.mark.parametrize("size", [40, 44])
+def test_embeddings_of_the_ids_with_pixel_values_equal_ids(tiny, image_inputs, size):
+    model = tiny if size == 40 else resized(tiny, size)
+    ids, pixels = image_inputs.values()
+    embeddings = model.get_input_embeddings()(ids)
+    got = logits(model, inputs_embeds=embeddings, pixel_values=pixels)
+    torch.testing.assert_close(got, logits(model, **image_inputs), **CLOSE)
+    answer = model.generate(**image_inputs, **GREEDY)[:, ids.shape[1] :]
+    own = {"inputs_embeds": embeddings, "pixel_values": pixels}
+    assert torch.equal(model.generate(**own, **GREEDY), answer)
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "6 image tokens", "1 images"):
+        model(inputs_embeds=embeddings, pixel_values=pixels[:1])
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])
+def test_prompt_tuning_with_images(tiny, image_inputs, kind):
+    """Virtual tokens precede the prompt, which is computed from embeddings."""
+    ids = image_inputs["input_ids"]
+    expected = logits(tiny, **image_inputs)
+    peft = get_peft_model(tiny, kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    inputs = image_inputs | {"attention_mask": torch.ones_like(ids)}
+    output = peft(**inputs, labels=ids.clone())
+    assert output.logits.shape == (1, ids.shape[1] + 2, 40)
+    assert (output.logits[:, 2:] - expected).abs().max() > 1e-3
+    output.loss.backward()
+    gradients = [own.grad for own in peft.parameters() if own.requires_grad]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    answer = peft.generate(**inputs, **GREEDY)
+    steps = answer[:, : ids.shape[1]]
+    for _ in range(GREEDY["max_new_tokens"]):
+        rows = {"input_ids": steps, "attention_mask": torch.ones_like(steps)}
+        own = logits(peft, **image_inputs | rows)
+        steps = torch.cat([steps, own[:, -1:].argmax(-1)], 1)
+    assert torch.equal(answer, steps)

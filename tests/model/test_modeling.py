@@ -79,7 +79,7 @@ def test_exactly_one_of_ids_and_embeddings_is_required(tiny, image_inputs):
     for inputs in ({}, {"input_ids": torch.ones(1, 4).long(), "inputs_embeds": embeds}):
         with raises_input_error(ErrorCode.INVALID_VALUE, "inputs_embeds"):
             tiny(**inputs)
-    with raises_input_error(ErrorCode.CONFLICT, "pixel_values"):
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "0 image tokens", "2 images"):
         tiny(inputs_embeds=embeds, pixel_values=image_inputs["pixel_values"])
 
 
