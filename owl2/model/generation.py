@@ -52,6 +52,10 @@ class MultimodalGenerationMixin(GenerationMixin):
         if types is not None and ids is not None:
             types = F.pad(types, (0, max(0, input_ids.shape[1] - types.shape[1])))
             inputs["mm_token_type_ids"] = types[:, -ids.shape[1] :]
+        # For the prompt of an assistant model, transformers drops the images.
+        is_prompt = ids is not None and ids.shape[1] > 1 and inputs.get("pixel_values") is None
+        if is_prompt and (ids == self.config.image_token_id).any():
+            inputs["pixel_values"] = kwargs.get("pixel_values")
         return inputs
 
     def _expand_inputs_for_generation(

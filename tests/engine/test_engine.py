@@ -1,5 +1,6 @@
 """Answers: alone, in batches, sampled; context limits; invalid input."""
 
+import copy
 import logging
 
 import pytest
@@ -61,6 +62,29 @@ def test_attention_implementations_agree(tiny_checkpoint, shared_engine, convers
     assert eager.model.config._attn_implementation == "eager"
     some = conversations[:6]
     assert eager.batch(some, max_new_tokens=5) == shared_engine.batch(some, max_new_tokens=5)
+
+
+def test_added_tokens_are_text_of_the_prompt(tiny_checkpoint, shared_engine, conversations):
+    """Answers are those of `generate`; without an embedding, an added token is an error."""
+    processor = Owl2Processor.from_pretrained(tiny_checkpoint)
+    image_token_id = processor.image_token_id
+    processor.tokenizer.add_tokens(["<|box|>", "<|point|>"])
+    engine = Engine(copy.deepcopy(shared_engine.model), processor)
+    question = ask("what is <|box|>?", random_image(1))
+    with raises_input_error(ErrorCode.INVALID_VALUE, image_token_id + 1, image_token_id - 1):
+        engine.chat(question)
+    assert engine.chat(conversations[3]) == shared_engine.chat(conversations[3])
+    engine.model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    engine.model.lm_head.weight.data[image_token_id] *= 100  # it is never generated
+    engine = Engine(engine.model, processor)
+    inputs = processor.apply_chat_template(
+        question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert image_token_id + 1 in inputs["input_ids"]
+    expected = engine.model.generate(**inputs, max_new_tokens=TOKENS)[0]
+    assert image_token_id not in expected[inputs["input_ids"].shape[1] :]
+    text = processor.decode(expected[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert engine.chat(question, max_new_tokens=TOKENS) == text.strip()
 
 
 def test_an_empty_batch(shared_engine):

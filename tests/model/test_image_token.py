@@ -141,8 +141,8 @@ def test_processors_accept_prompts_and_options_with_the_image_token(
     assert new.shape[1] == 8 and (new != 40).all()
 
 
-def test_prompt_lookup_with_images_equals_greedy(tiny):
-    """Candidates are copied from the prompt; image tokens are no candidates."""
+def test_candidates_do_not_change_answers_about_images(tiny):
+    """Prompt lookup, which has no image tokens as candidates, and an assistant model."""
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     ids = torch.tensor([[1, 5, *IMAGE, 6, 7, 5, *IMAGE, 6, 7, 5]])
     for inputs in (
@@ -151,8 +151,9 @@ def test_prompt_lookup_with_images_equals_greedy(tiny):
         {"input_ids": ids[ids != 40][None]},
     ):
         expected = tiny.generate(**inputs, **GREEDY)
-        found = tiny.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=3)
-        assert torch.equal(found, expected)
+        assistant = make_model(seed=1).eval()
+        for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+            assert torch.equal(tiny.generate(**inputs, **GREEDY, **options), expected)
 
 
 # ------------------------------------------------------------------ embeddings
