@@ -152,13 +152,18 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         return self._merge_image_features(input_ids, image_embeddings)
 
     def get_placeholder_mask(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
     ) -> torch.Tensor:
-        """The image tokens in `input_ids` (B, S) as a mask (B, S, 1).
+        """The image tokens in `input_ids` (B, S), or in `inputs_embeds`, as a mask (B, S, 1).
 
         Raises:
             InputError: The numbers of image tokens and images do not fit.
         """
+        if input_ids is None:
+            input_ids = find_image_embeddings(self.config, inputs_embeds, self.embed_tokens)
         count_images(self.config, input_ids, image_features)
         return (input_ids == self.config.image_token_id)[..., None].to(inputs_embeds.device)
 

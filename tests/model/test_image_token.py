@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from owl2.errors import ErrorCode
 from owl2.model.configuration import Owl2Config
+from owl2.model.loss import shift
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
@@ -106,10 +107,14 @@ def test_image_tokens_are_no_labels(tiny, image_inputs, return_logits, size):
     ids = image_inputs["input_ids"]
     explicit = ids.masked_fill(ids == 40, -100)
     losses = [
-        model(**image_inputs, labels=labels, return_logits=return_logits).loss
-        for labels in (explicit, ids.clone())
+        model(**image_inputs, **labels, return_logits=return_logits).loss
+        for labels in (
+            {"labels": explicit},
+            {"labels": ids.clone()},
+            {"shift_labels": shift(ids)},
+        )
     ]
-    assert losses[0].isfinite() and torch.equal(*losses)
+    assert losses[0].isfinite() and losses[0] == losses[1] == losses[2]
 
 
 # ------------------------------------------------------------------ scores
@@ -167,6 +172,8 @@ def test_embeddings_of_the_ids_with_pixel_values_equal_ids(tiny, image_inputs, s
     got = logits(model, inputs_embeds=embeddings, pixel_values=pixels)
     torch.testing.assert_close(got, logits(model, **image_inputs), **CLOSE)
     answer = model.generate(**image_inputs, **GREEDY)[:, ids.shape[1] :]
+    mask = model.model.get_placeholder_mask(None, embeddings, pixels)
+    assert torch.equal(mask[..., 0], ids == 40)
     own = {"inputs_embeds": embeddings, "pixel_values": pixels}
     assert torch.equal(model.generate(**own, **GREEDY), answer)
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "6 image tokens", "1 images"):
