@@ -20,7 +20,7 @@ from owl2.engine import hf_generate
 from owl2.engine.detokenizer import IncrementalDetokenizer, open_byte_ids, token_texts
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.load_model import ModelArgs
-from owl2.engine.output import Abort, Completion, OnOutput, OutputProcessor
+from owl2.engine.output import Abort, Completion, CompletionChunk, OnOutput, OutputProcessor
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput
 from owl2.engine.sampling import (
@@ -168,6 +168,12 @@ class Engine:
 
         Conversation i (from 0) has the seed `seed` + i.
         """
+        return [output.text for output in self.batch_outputs(list_of_messages, **options)]
+
+    def batch_outputs(
+        self, list_of_messages: Sequence[Prompt], **options: Any
+    ) -> list[CompletionChunk]:
+        """`batch` with the token counts and finish reasons of the answers."""
         params = self._chat_params(options)
         prompts = []
         for index, messages in enumerate(list_of_messages):
@@ -177,7 +183,7 @@ class Engine:
                 if len(list_of_messages) == 1:
                     raise
                 raise InputError(f"Conversation {index}: {error}", error.code) from error
-        return [output.text for output in self._complete(prompts, params).outputs()]
+        return self._complete(prompts, params).outputs()
 
     def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
         """The answer of `chat` in chunks, as it is generated.

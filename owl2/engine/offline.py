@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from owl2.engine.output import CompletionChunk
 from owl2.errors import InputError
 from owl2.processing.chat_template import Message
 from owl2.processing.prepared_prompt import PreparedPrompt
@@ -25,14 +26,22 @@ def answer_all(
         batch_size: Conversations per batch.
         options: As `Engine.batch` takes them.
     """
+    for output in output_all(engine, conversations, batch_size, **options):
+        yield output if isinstance(output, InputError) else output.text
 
-    def answer(prompts: list[PreparedPrompt]) -> list[str | InputError]:
+
+def output_all(
+    engine: "Engine", conversations: Iterable[Messages], batch_size: int, **options: Any
+) -> Iterator[CompletionChunk | InputError]:
+    """`answer_all` with the token counts and finish reasons of the answers."""
+
+    def answer(prompts: list[PreparedPrompt]) -> list[CompletionChunk | InputError]:
         try:
-            return [*engine.batch(prompts, **options)]
+            return [*engine.batch_outputs(prompts, **options)]
         except InputError as error:  # such as logits that are not finite
             if len(prompts) == 1:
                 return [error]
-        return [text for prompt in prompts for text in answer([prompt])]
+        return [output for prompt in prompts for output in answer([prompt])]
 
     for prompts in encode_batches(engine.encode, conversations, batch_size):
         answers = iter(answer([one for one in prompts if isinstance(one, PreparedPrompt)]))

@@ -109,19 +109,14 @@ def evaluate(
     with heartbeat(config.responses, worker), ExitStack() as stack:
         engine = load_engine(config, worker)
         fingerprint = model_fingerprint(engine.model)
-        policy = engine.processor.image_processor.policy
-        engine.processor.image_processor.alpha = "drop"  # as the authors' scripts
-        own_format = chat_format(engine.processor)
+        select_settings = _task_settings(engine, config)
         caches: dict[str, ShardedJsonl] = {}
 
-        def generate(run: TaskRun, own: TaskRun) -> None:
-            run.set_chat_format(engine.processor, own_format)
-            # The option, the task and the checkpoint, in this order, select the policy.
-            engine.processor.image_processor.policy = (
-                config.model_args.image_policy or run.task.config.image_policy or policy
-            )
-            _set_limit(run, engine, config)
+        def prepare(run: TaskRun) -> None:
+            select_settings(run)
             run.conditions = evaluation_conditions(engine, run)
+
+        def generate(run: TaskRun, own: TaskRun) -> None:
             settings = {**run.conditions, "model": fingerprint}
             path = config.responses / f"{own.name}.jsonl"
             cache = stack.enter_context(ShardedJsonl(path, settings, worker))
@@ -135,7 +130,7 @@ def evaluate(
             own.score()
 
         try:
-            _for_each_pass(runs, generate, skipped, console)
+            _for_each_pass(runs, generate, skipped, console, prepare)
             if worker.rank:
                 return {}
             # At the end, so that process 0 does not wait for the others after each task.
@@ -187,10 +182,9 @@ def estimate(config: EvalConfig, console: Console) -> dict[str, dict[str, float]
     """
     runs, skipped = load_task_runs(config)
     engine = load_engine(config, WorkerRank.from_environment())
-    own_format, estimates = chat_format(engine.processor), {}
+    select_settings, estimates = _task_settings(engine, config), {}
     for run in runs:
-        run.set_chat_format(engine.processor, own_format)
-        _set_limit(run, engine, config)
+        select_settings(run)
         estimates[run.name] = run.estimate(engine, config.batch_size)
     columns = list(estimates[runs[0].name])
     total = {column: sum(one[column] for one in estimates.values()) for column in columns}
@@ -272,12 +266,21 @@ def load_engine(config: EvalConfig, worker: WorkerRank) -> Engine:
     return Engine(model, processor, enable_prefix_caching=True)
 
 
-def _set_limit(run: TaskRun, engine: Engine, config: EvalConfig) -> None:
-    limit = config.max_new_tokens
-    for own in run.passes:
-        own.max_new_tokens = limit or run.task.max_new_tokens(
-            run.samples, engine.processor.tokenizer
-        )
+def _task_settings(engine: Engine, config: EvalConfig) -> Callable[[TaskRun], None]:
+    """A function that selects the chat format, the image policy and the limit of a task."""
+    processor, images = engine.processor, engine.processor.image_processor
+    images.alpha = "drop"  # as the authors' scripts
+    own_format, own_policy = chat_format(processor), images.policy
+
+    def select(run: TaskRun) -> None:
+        run.set_chat_format(processor, own_format)
+        # The option, the task and the checkpoint, in this order.
+        images.policy = config.model_args.image_policy or run.task.config.image_policy or own_policy
+        default = run.task.max_new_tokens(run.samples, processor.tokenizer)
+        for own in run.passes:
+            own.max_new_tokens = config.max_new_tokens or default
+
+    return select
 
 
 def _for_each_pass(
@@ -285,10 +288,17 @@ def _for_each_pass(
     step: Callable[[TaskRun, TaskRun], None],
     skipped: dict[str, str],
     console: Console,
+    prepare: Callable[[TaskRun], None] = lambda run: None,
 ) -> None:
-    """Call `step` with each task and each of its passes, up to the first one with an error."""
+    """Call `step` with each task and each of its passes, up to the first one with an error.
+
+    Args:
+        prepare: Called once for each task, before its passes.
+    """
     for run in runs:
+        own = run
         try:
+            prepare(run)
             for own in run.passes:
                 if own.name in skipped:
                     break

@@ -98,7 +98,8 @@ class TaskConfig(BaseModel):
 
     Attributes:
         title: For reports.
-        suite: The table of the paper; None for benchmarks that the paper does not have.
+        suite: The table of results; None for none of them.
+        in_paper: Whether the paper has the benchmark; ``--suite paper`` excludes others.
         engine: `owl2` generates the responses and `metric` scores them; `lm-eval` does both, for
             text only.
         reader: MODULE.FUNCTION in `owl2.eval.readers`, for rows that are not as `data` describes.
@@ -110,8 +111,8 @@ class TaskConfig(BaseModel):
             conversation then has no system text, and no line break after the image. None: the chat
             format of the checkpoint.
         max_new_tokens, min_new_tokens: Maximum and minimum number of generated tokens.
-        sources: The origin of `prompt`, `length` (the numbers of tokens) and `scoring`: a script of
-            the authors (Specification §1.5), the benchmark, or "our choice".
+        sources: The origin of `prompt`, which includes the numbers of tokens, and of `scoring`: a
+            script of the authors (Specification §1.5), the benchmark, or "our choice".
         image_policy: How an image becomes a square; None for the checkpoint's.
         num_fewshot: Number of examples before the question, from the second pattern of the files.
         judge: Whether a language model scores the responses.
@@ -128,6 +129,7 @@ class TaskConfig(BaseModel):
 
     title: str
     suite: Literal["captions", "vqa", "mllm", "hallucination", "text", "video"] | None
+    in_paper: bool = True
     engine: Literal["owl2", "lm-eval"] = "owl2"
     reader: str = "rows.read_rows"
     sample: SampleFields = SampleFields()
@@ -137,7 +139,7 @@ class TaskConfig(BaseModel):
     assistant_space: bool | None = None
     max_new_tokens: int = Field(16, ge=1)
     min_new_tokens: int = Field(0, ge=0)
-    sources: dict[Literal["prompt", "length", "scoring"], str] = Field(default_factory=dict)
+    sources: dict[Literal["prompt", "scoring"], str] = Field(default_factory=dict)
     image_policy: Literal["resize", "pad"] | None = None
     num_fewshot: int = Field(0, ge=0)
     judge: bool = False

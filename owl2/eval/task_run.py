@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from owl2.engine.engine import Engine
-from owl2.engine.offline import answer_all
+from owl2.engine.offline import output_all
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.fingerprints import (
     cache_key,
@@ -168,20 +168,20 @@ class TaskRun:
         # at the start.
         order = sorted(pending, key=lambda index: -len(prompts[index]))
         conversations = (self.samples[index].messages for index in order)
-        texts = answer_all(engine, conversations, batch_size, **self.generation_kwargs)
+        outputs = output_all(engine, conversations, batch_size, **self.generation_kwargs)
         for start in range(0, len(order), batch_size):
             records: dict[int, Record] = {}
-            for index, text in zip(order[start : start + batch_size], texts, strict=False):
-                if isinstance(text, InputError):
-                    records[index] = {"invalid": str(text)}
-                else:
-                    images = parse_messages(self.samples[index].messages).images
-                    digests = [image_digest(image) for image in images]
-                    records[index] = {"prompt": prompts[index], "text": text, "images": digests}
-                    count = len(engine.processor.tokenizer(text)["input_ids"]) - 1  # without BOS
-                    is_truncated = count >= self.generation_kwargs["max_new_tokens"]
-                    records[index] = {"prompt": prompts[index], "text": text, "images": digests}
-                    records[index]["truncated"] = is_truncated
+            for index, output in zip(order[start : start + batch_size], outputs, strict=False):
+                if isinstance(output, InputError):
+                    records[index] = {"invalid": str(output)}
+                    continue
+                images = parse_messages(self.samples[index].messages).images
+                records[index] = {
+                    "prompt": prompts[index],
+                    "text": output.text,
+                    "images": [image_digest(image) for image in images],
+                    "truncated": output.finish_reason == "length",
+                }
             yield records
 
     def _responses_of_lm_eval(

@@ -97,7 +97,7 @@ def find_tasks(names: str | None, suite: str | None = None) -> list[EvalTask]:
     """The tasks of a list such as "mme,pope,mine.jsonl" and of a suite, without duplicates.
 
     Args:
-        suite: One of `SUITES`, or "paper" for all of them.
+        suite: One of `SUITES`, or "paper" for the tasks of all of them that the paper has.
 
     Raises:
         InputError: A name is unknown (the message names the nearest one), or there are no names; a
@@ -122,7 +122,7 @@ def find_tasks(names: str | None, suite: str | None = None) -> list[EvalTask]:
     if suite is not None:
         look_up("suite", suite, dict.fromkeys((*SUITES, "paper")))
         for name, config in table.items():
-            if config.suite == suite or (suite == "paper" and config.suite):
+            if config.suite == suite or (suite == "paper" and config.suite and config.in_paper):
                 found.setdefault(name, EvalTask(name, config))
     if not found:
         raise InputError(

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from owl2.engine.offline import answer_all
+from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import user_message
 from tests.engine.conftest import random_image
@@ -30,14 +31,14 @@ def test_invalid_conversations_do_not_affect_the_others(shared_engine, conversat
 
 
 def test_error_in_a_batch_is_that_of_one_conversation(shared_engine, conversations, monkeypatch):
-    batch, broken = shared_engine.batch, shared_engine.encode(conversations[4])
+    batch, broken = shared_engine.batch_outputs, shared_engine.encode(conversations[4])
 
     def fail(prompts, **options):
         if any(prompt.image_digests == broken.image_digests for prompt in prompts):
             raise InputError("The logits are not finite.", ErrorCode.NON_FINITE)
         return batch(prompts, **options)
 
-    monkeypatch.setattr(shared_engine, "batch", fail)
+    monkeypatch.setattr(shared_engine, "batch_outputs", fail)
     answers = list(answer_all(shared_engine, conversations, 4, **OPTIONS))
     assert [index for index, one in enumerate(answers) if isinstance(one, InputError)] == [4]
 
@@ -54,9 +55,9 @@ def test_next_batch_is_encoded_while_the_model_computes(shared_engine, conversat
     def batch(prompts, **options):
         counts.append(len(prompts))
         assert all(encoded.acquire(timeout=30) for _ in range(next(new)))
-        return ["" for _ in prompts]
+        return [CompletionChunk(0, "", (), 1, "stop") for _ in prompts]
 
     monkeypatch.setattr(shared_engine, "encode", count)
-    monkeypatch.setattr(shared_engine, "batch", batch)
+    monkeypatch.setattr(shared_engine, "batch_outputs", batch)
     assert len(list(answer_all(shared_engine, conversations[:6], 2))) == 6
     assert counts == [2, 2, 2]

@@ -108,7 +108,7 @@ def test_missing_package_exits_with_2(evaluate, monkeypatch):
 
 
 def test_interrupt_exits_with_130(evaluate, monkeypatch, tmp_path):
-    batch, calls = Engine.batch, []
+    batch, calls = Engine.batch_outputs, []
 
     def stop(self, conversations, **options):
         calls.append(1)
@@ -116,7 +116,7 @@ def test_interrupt_exits_with_130(evaluate, monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return batch(self, conversations, **options)
 
-    monkeypatch.setattr(Engine, "batch", stop)
+    monkeypatch.setattr(Engine, "batch_outputs", stop)
     run = evaluate("--prompt", "short", "--limit", "20", "--batch-size", "8")
     assert run.exit_code == 130
     assert "Traceback" not in run.stderr

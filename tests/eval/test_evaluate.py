@@ -12,6 +12,7 @@ from PIL import Image
 
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
+from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
 from owl2.eval import evaluate as evaluate_module
 from owl2.eval import report as report_module
@@ -162,7 +163,7 @@ def test_generation_config_of_the_checkpoint_is_ignored(config, plain, monkeypat
 @pytest.fixture
 def batches(monkeypatch):
     """The sizes of all batches; the one with the number `stop_at` is interrupted."""
-    batch, state = Engine.batch, SimpleNamespace(sizes=[], stop_at=None)
+    batch, state = Engine.batch_outputs, SimpleNamespace(sizes=[], stop_at=None)
 
     def record(self, conversations, **options):
         state.sizes.append(len(conversations))
@@ -170,7 +171,7 @@ def batches(monkeypatch):
             raise KeyboardInterrupt
         return batch(self, conversations, **options)
 
-    monkeypatch.setattr(Engine, "batch", record)
+    monkeypatch.setattr(Engine, "batch_outputs", record)
     return state
 
 
@@ -306,7 +307,7 @@ def test_no_response_is_an_error(config, plain, monkeypatch):
     def fail(self, conversations, **options):
         raise InputError("The logits are not finite.", ErrorCode.NON_FINITE)
 
-    monkeypatch.setattr(Engine, "batch", fail)
+    monkeypatch.setattr(Engine, "batch_outputs", fail)
     with raises_input_error(ErrorCode.EMPTY_DATASET, "20 samples", "not finite"):
         evaluate(config, plain)
     assert "results.json" not in files(config.output)
@@ -415,10 +416,10 @@ def test_estimated_time_is_that_of_a_trial_after_a_warm_up(config, plain, monkey
         conversations = list(conversations)
         counts.append(len(conversations))
         now[0] += 100.0 if len(counts) == 1 else 4.0  # the first batch is a warm-up
-        return ["" for _ in conversations]
+        return [CompletionChunk(0, "", (), 1, "stop") for _ in conversations]
 
     monkeypatch.setattr(task_run.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(task_run, "answer_all", answer)
+    monkeypatch.setattr(task_run, "output_all", answer)
     [found] = estimate(config, plain).values()
     assert counts == [4, 8]
     assert found["time"] == pytest.approx(20 * 4.0 / 8)

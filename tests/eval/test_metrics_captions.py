@@ -125,7 +125,7 @@ def test_failure_of_java_is_an_error(monkeypatch):
 
 
 def test_chinese_is_split_into_characters():
-    assert tokenize(["一只red狗。", "一只，ＲＥＤ狗"]) == ["一 只 red 狗", "一 只 red 狗"]
+    assert tokenize(["一只red狗。", "「一只」，ＲＥＤ……狗"]) == ["一 只 red 狗", "一 只 red 狗"]
 
 
 def test_cider_of_chinese_captions_depends_on_the_words():

@@ -123,7 +123,7 @@ def test_every_task_names_the_source_of_its_prompt():
     """The authors have scripts for VQA, captions, MME, MMBench and MMMU only."""
     scripts = {}
     for name, config in task_configs().items():
-        assert {*config.sources} == {"prompt", "length", "scoring"}, name
+        assert {*config.sources} == {"prompt", "scoring"}, name
         if config.sources["prompt"].endswith(".py"):
             scripts[name] = config.sources["prompt"]
     assert scripts == {

@@ -29,13 +29,13 @@ def generate(engine, task, plain, tmp_path):
 def batches(engine, monkeypatch):
     """The number of tokens of each prompt, by batch."""
     seen = []
-    batch = engine.batch
+    batch = engine.batch_outputs
 
     def record(prompts, **options):
         seen.append([len(prompt.ids) for prompt in prompts])
         return batch(prompts, **options)
 
-    monkeypatch.setattr(engine, "batch", record)
+    monkeypatch.setattr(engine, "batch_outputs", record)
     return seen
 
 
@@ -98,6 +98,22 @@ def test_invalid_samples_do_not_affect_the_others(generate, questions, images, t
     for response in run.responses:
         number = int(response.sample.id.split("#")[1])
         assert (response.text in response.sample.expected) == (number % 2 == 1)
+
+
+def test_truncated_responses_are_those_without_an_end_token(
+    generate, questions, engine, monkeypatch
+):
+    """The tokens of a text are not always those that were generated."""
+    outputs = engine.batch_outputs
+
+    def with_reasons(prompts, **options):
+        found = outputs(prompts, **options)
+        return [
+            replace(one, finish_reason=("stop", "length")[i % 2]) for i, one in enumerate(found)
+        ]
+
+    monkeypatch.setattr(engine, "batch_outputs", with_reasons)
+    assert generate(questions, 20, settings="reasons").num_truncated == 10
 
 
 def test_repaired_image_is_evaluated_again(generate, questions, images, tmp_path):

@@ -29,6 +29,7 @@ _DROPPED = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"
 _SENTENCE_END = re.compile(r"\b(?!(?:mr|mrs|ms|dr|st|vs|etc)\.)(\w\w+)\.(?=\s)")
 # PTBTokenizer does not segment Chinese and Japanese: each character is a token.
 _CHINESE = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_CHINESE_PUNCTUATION = re.compile("[\u3001-\u303f\u30fb·—…]")  # brackets, dashes, ellipses
 _MAX_CIDER = 10.0  # of pycocoevalcap, for a caption that equals all references
 
 
@@ -53,8 +54,8 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     Raises:
         InputError: java fails.
     """
-    spaced = (_CHINESE.sub(r" \g<0> ", to_half_width(caption)) for caption in captions)
-    lines = [" ".join(caption.split()) for caption in spaced]
+    half = (_CHINESE_PUNCTUATION.sub(" ", to_half_width(caption)) for caption in captions)
+    lines = [" ".join(_CHINESE.sub(r" \g<0> ", caption).split()) for caption in half]
     tokenized = (
         _run_java(lines) if TOKENIZER == PTB else [tokenize_fallback(line) for line in lines]
     )

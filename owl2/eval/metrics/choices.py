@@ -157,7 +157,8 @@ def _leading_letter(text: str, options: Sequence[str]) -> str | None:
 def _without_lists(text: str, options: Sequence[str]) -> str:
     """The text without two or more options in a row, each with its letter ("A. red, B. green").
 
-    In a list of lines the texts may differ from those of the options.
+    In a list of lines the texts may differ from those of the options. A list ends where a letter
+    occurs again.
     """
     named = [
         rf"{letter}(?:[)\].:、,=\s-]+|\s*(?:is|是)\s*)"
@@ -165,25 +166,20 @@ def _without_lists(text: str, options: Sequence[str]) -> str:
         for letter, option in zip(LETTERS, options, strict=False)
         if option.strip()
     ]
-    item = rf"(?<![-{_W}])[(\[]?(?i:(?=\w)({'|'.join(named)}))(?:(?<![{_W}])|(?![{_W}]))"
-    line = rf"(?m:^)\W*?([{LETTERS[: len(options)]}][).:、][^\n]+)(?=\n|$)"
-    for pattern, gap in ((item, r"[\s,;.、。/|-]*(?:and|or|和|或)?\s*"), (line, r"\s*")):
-        run: list[re.Match[str]] = []
-        kept, start = "", 0
-        for found in [*re.finditer(pattern, text), None]:
-            is_next = (
-                found is not None
-                and run
-                and re.fullmatch(gap, text[run[-1].end() : found.start()])
-                and found[1][0].upper() not in {item[1][0].upper() for item in run}
-            )
-            if not is_next:
-                if len(run) > 1:
-                    kept, start = kept + text[start : run[0].start()] + "\n", run[-1].end()
-                run = []
-            if found is not None:
-                run.append(found)
-        text = kept + text[start:]
+    item = rf"(?<![-{_W}])[(\[]?(?i:(?=\w)(?:{'|'.join(named)}))(?:(?<![{_W}])|(?![{_W}]))"
+    line = rf"(?m:^)\W*?[{LETTERS[: len(options)]}][).:、][^\n]+(?=\n|$)"
+    for one, gap in ((item, r"[\s,;.、。/|-]*(?:and|or|和|或)?\s*"), (line, r"\s*")):
+
+        def repeated(run: re.Match[str], one: str = one) -> str:
+            seen: set[str] = set()
+            for found in re.finditer(one, run[0]):
+                letter = next(filter(str.isalpha, found[0])).upper()
+                if letter in seen:
+                    return "\n" + run[0][found.start() :]
+                seen.add(letter)
+            return "\n"
+
+        text = re.sub(rf"{one}(?:{gap}{one})+", repeated, text)
     return text.strip()
 
 

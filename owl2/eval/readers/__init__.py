@@ -7,13 +7,13 @@
 `task_configs` describes the files and the columns of each benchmark. No image is opened.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.task_config import DataFiles
-from owl2.files import expand_user
 
 NO_FILES = DataFiles(files=[], origin="", license="")
 
@@ -63,12 +63,11 @@ class EvalData:
 
     def find(self, names: Sequence[str], folders: Sequence[str] = ("",)) -> Path | None:
         """The first of these relative names that exists in one of the folders."""
-        for directory in self.directories or (Path(),):
-            for name in map(expand_user, names):
-                for folder in folders:
-                    path = directory.joinpath(folder, name)
-                    if path.exists():
-                        return path
+        for directory in self.directories or ("",):
+            for name in map(os.path.expanduser, names):
+                for folder in folders:  # os.path is much faster than pathlib
+                    if os.path.exists(path := os.path.join(directory, folder, name)):
+                        return Path(path)
         return None
 
     def relative_name(self, path: Path) -> str:

@@ -233,8 +233,8 @@ def xsum(paths: list[Path], data: EvalData) -> Iterator[Row]:
         rows = (_xsum_article(name, data) for name in json_object(paths[0]).texts("test"))
     for number, row in enumerate(rows, start=1):
         if isinstance(row, JsonRecord) and isinstance(row.value.get("document"), str):
-            words = re.findall(r"\S+\s*", row.value["document"])[:XSUM_WORDS]
-            value = {"id": number, **row.value, "document": "".join(words)}
+            start = re.match(rf"(?:\s*\S+){{0,{XSUM_WORDS}}}", row.value["document"])
+            value = {"id": number, **row.value, "document": start and start[0]}
             row = JsonRecord(value, row.where)
         yield row
 
