@@ -100,8 +100,6 @@ class TaskConfig(BaseModel):
         title: For reports.
         suite: The table of results; None for none of them.
         in_paper: Whether the paper has the benchmark; ``--suite paper`` excludes others.
-        engine: `owl2` generates the responses and `metric` scores them; `lm-eval` does both, for
-            text only.
         reader: MODULE.FUNCTION in `owl2.eval.readers`, for rows that are not as `data` describes.
         sample: How a row becomes a sample.
         metric: MODULE.NAME in `owl2.eval.metrics`.
@@ -120,9 +118,9 @@ class TaskConfig(BaseModel):
         paper_with_limit: Whether the metrics of some samples can be compared with `paper`.
         scale: Factor from the values of the metrics to those of the paper, such as 100 for percent.
         note: Differences to the protocol of the paper.
-        lmms_eval: The name of the task there, if it exists.
-        lm_eval: The YAML file of the task below ``tasks/`` of lm-eval; a group has one for each
-            ``{category}``.
+        lm_eval: The YAML file of the task below ``tasks/`` of lm-eval, which generates and scores
+            the responses, for text only; a group has one for each ``{category}``. None: the engine
+            of owl2 generates the responses, and `metric` scores them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -130,7 +128,6 @@ class TaskConfig(BaseModel):
     title: str
     suite: Literal["captions", "vqa", "mllm", "hallucination", "text", "video"] | None
     in_paper: bool = True
-    engine: Literal["owl2", "lm-eval"] = "owl2"
     reader: str = "rows.read_rows"
     sample: SampleFields = SampleFields()
     metric: str
@@ -147,7 +144,6 @@ class TaskConfig(BaseModel):
     paper_with_limit: bool = True
     scale: float = Field(1, gt=0)
     note: str = ""
-    lmms_eval: str | None = None
     lm_eval: str | None = None
     data: DataFiles
 

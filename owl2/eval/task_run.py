@@ -108,7 +108,7 @@ class TaskRun:
 
     def add_baseline(self) -> None:
         """Ask the same questions without images; text tasks have none."""
-        if self.task.config.engine == "owl2":
+        if not self.task.config.lm_eval:
             samples = [sample.without_images() for sample in self.samples]
             self.baseline = TaskRun(f"{self.name}{NO_IMAGE}", self.task, self.data, samples, [])
 
@@ -160,7 +160,7 @@ class TaskRun:
         self, pending: Sequence[int], engine: Engine, batch_size: int
     ) -> Iterator[dict[int, Record]]:
         """Generate records by the index of their sample, one batch at a time."""
-        if self.task.config.engine == "lm-eval":
+        if self.task.config.lm_eval:
             yield from self._responses_of_lm_eval(pending, engine, batch_size)
             return
         prompts = {index: render_prompt(engine, self.samples[index]) for index in pending}
@@ -353,7 +353,7 @@ def evaluation_conditions(engine: Engine, run: TaskRun) -> dict[str, Any]:
     """The values for `TaskRun.conditions` with the current image policy of the engine."""
     processor, model = engine.processor, engine.model
     images = processor.image_processor
-    uses_lm_eval = run.task.config.engine == "lm-eval"
+    uses_lm_eval = run.task.config.lm_eval is not None
     return {
         "preprocessing": {
             "size": images.size,
@@ -363,7 +363,7 @@ def evaluation_conditions(engine: Engine, run: TaskRun) -> dict[str, Any]:
             "tokens_per_image": processor.num_image_tokens,
         },
         "generation": {
-            "engine": run.task.config.engine,
+            "engine": "lm-eval" if uses_lm_eval else "owl2",
             **({} if uses_lm_eval else run.generation_kwargs),
             "dtype": str(model.dtype).removeprefix("torch."),
             "chat_format": render_prompt(engine, CHAT_PROBE),

@@ -179,7 +179,7 @@ def test_documented_prompts_are_those_of_the_tasks():
     """One row of docs/evaluation.md for the tasks that share prompt, length and sources."""
     rows = {}
     for name, config in task_configs().items():
-        if config.engine == "owl2":
+        if config.lm_eval is None:
             least = f"{config.min_new_tokens} to " if config.min_new_tokens else ""
             space = {True: "yes", False: "no", None: "checkpoint"}[config.assistant_space]
             prompt = f"`{config.prompt}`".replace("\n", "\\n")

@@ -131,7 +131,7 @@ def test_baseline_has_no_images(generate, task, questions):
     assert [own.name for own in run.passes] == ["tiny", "tiny_no_image"]
     for sample in run.baseline.samples:
         assert [part["type"] for part in sample.messages[0]["content"]] == ["text"]
-    text = replace(task, config=task.config.model_copy(update={"engine": "lm-eval"}))
+    text = replace(task, config=task.config.model_copy(update={"lm_eval": "a.yaml"}))
     run = TaskRun("tiny", text, EvalData((), "{question}"), questions, [])
     run.add_baseline()
     assert run.passes == [run]

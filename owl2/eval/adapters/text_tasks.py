@@ -24,7 +24,7 @@ FILTERS = {"bbh": "flexible-extract"}  # the filter to use, of tasks with severa
 def run_lm_eval(
     task: EvalTask, data: EvalData, samples: Sequence[EvalSample], engine: Engine, batch_size: int
 ) -> list[Response]:
-    """The responses and scores of lm-eval for a task with ``engine: lm-eval``.
+    """The responses and scores of lm-eval for a task with `TaskConfig.lm_eval`.
 
     Args:
         data: Also contains the few-shot examples.
