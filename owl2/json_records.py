@@ -3,6 +3,7 @@
 `scan_json` parses a list or an object element by element, so a file need not fit into memory.
 """
 
+import csv
 import json
 import re
 from codecs import BOM_UTF8, getincrementaldecoder
@@ -125,13 +126,14 @@ def json_lines(path: Path) -> Iterator[JsonRecord]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Converts an `OSError` from reading `path` to an `InputError`."""
+    """Converts an error of reading `path`, or of decoding its text, to an `InputError`."""
     try:
         yield
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         missing = isinstance(error, FileNotFoundError)
         code = ErrorCode.FILE_NOT_FOUND if missing else ErrorCode.UNREADABLE_FILE
-        raise InputError(f"{path} cannot be read: {error.strerror}", code) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read: {reason}", code) from error
 
 
 def parse_json(data: bytes, where: str) -> Any:

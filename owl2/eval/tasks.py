@@ -45,15 +45,12 @@ class EvalTask:
         Raises:
             InputError: The prompt does not contain ``{question}``.
         """
-        own, files = self.config.prompt, self.config.data
+        config, files = self.config, self.config.data
         has_task_format = prompt is None and prompts == "authors"
-        if prompts == "plain":
-            own = self.config.plain_prompt or own
+        own = config.plain_prompt if prompts == "plain" and config.plain_prompt else config.prompt
         has_question = "{question}" in own
-        if prompt is None or (prompt == "short" and not has_question):
-            prompt = own
-        elif prompt == "short":
-            prompt = "{question}"
+        if prompt is None or prompt == "short":
+            prompt = "{question}" if prompt and has_question else own
         elif has_question and "{question}" not in prompt:
             raise InputError(
                 f"The prompt {prompt!r:.80} must be 'short' or contain {{question}}.",

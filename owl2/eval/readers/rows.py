@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import InputError
 from owl2.eval.readers import EvalData
 from owl2.eval.samples import InvalidEvalSample
 from owl2.eval.task_config import DataFiles
@@ -81,22 +81,17 @@ def read_table(path: Path, delimiter: str, columns: list[str] | None = None) -> 
         InputError: The file cannot be read.
     """
     csv.field_size_limit(MAX_CSV_FIELD)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, columns, delimiter=delimiter, restval="")
-            for number, cells in enumerate(reader, start=1):
-                where = f"{path}, row {number}"
-                if None in cells:  # the key of additional cells
-                    yield InvalidEvalSample(f"row {number}", f"{where}: it has too many cells.")
-                else:
-                    yield JsonRecord(cells, where)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read: {error}", ErrorCode.UNREADABLE_FILE) from error
+    with readable(path), path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, columns, delimiter=delimiter, restval="")
+        for number, cells in enumerate(reader, start=1):
+            where = f"{path}, row {number}"
+            if None in cells:  # the key of additional cells
+                yield InvalidEvalSample(f"row {number}", f"{where}: it has too many cells.")
+            else:
+                yield JsonRecord(cells, where)
 
 
 def read_text(path: Path) -> str:
     """The text of a file. Raises `InputError` if it cannot be read."""
-    try:
+    with readable(path):
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.", ErrorCode.UNREADABLE_FILE) from error
