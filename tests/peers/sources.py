@@ -42,6 +42,7 @@ def download(versions: dict[str, str]) -> None:
             if file.is_file() and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
+    (tests / "__init__.py").touch()
     sample = tests / "fixtures" / "sample_text.txt"
     if not sample.exists():
         sample.parent.mkdir(exist_ok=True)
