@@ -79,7 +79,7 @@ def select_cases(cases: str | None) -> list[str]:
     requested = {name.strip() for name in cases.split(",") if name.strip()}
     if not requested:
         raise InputError(
-            "--cases: give at least one name, e.g. decode_1,prefill_1", ErrorCode.MISSING_VALUE
+            "--cases: name at least one case, e.g. decode_1,prefill_1", ErrorCode.MISSING_VALUE
         )
     for name in sorted(requested):
         look_up("case", name, CASES)

@@ -55,7 +55,7 @@ def open_dataset(
     """
     if sum(origin is not None for origin in (dataset, file, shards, hf_dataset)) != 1:
         raise InputError(
-            "give exactly one of dataset, file, shards and hf_dataset", ErrorCode.CONFLICT
+            "set exactly one of dataset, file, shards and hf_dataset", ErrorCode.CONFLICT
         )
     if file is not None:
         return JsonDataset(file, images)
@@ -94,7 +94,7 @@ def open_from_cli(source: str, settings: Sequence[str] = ()) -> SampleDataset:
             return open_dataset(**arguments | {origin: source})
     if expand_user(source).exists():
         raise InputError(
-            f"{source} is not a dataset: give a .json or .jsonl file, .tar files, or a directory "
+            f"{source} is not a dataset: pass a .json or .jsonl file, .tar files, or a directory "
             "written by save_to_disk of datasets",
             ErrorCode.INVALID_FORMAT,
         )

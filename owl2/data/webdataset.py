@@ -81,7 +81,7 @@ class TarDataset:
         patterns = [urls] if isinstance(urls, str) else urls
         self.urls = [url for pattern in patterns for url in _expand(pattern)]
         if not self.urls:
-            raise InputError("no shards: give at least one tar file", ErrorCode.EMPTY_DATASET)
+            raise InputError("no shards: pass at least one tar file", ErrorCode.EMPTY_DATASET)
 
     def __iter__(self) -> Iterator[Sample | InvalidSample]:
         """All samples once, in order."""
@@ -220,7 +220,7 @@ def _to_sample(source: str, files: Files) -> Sample | InvalidSample:
             row = parse_json(contents["json"], "its .json")
             if isinstance(row, dict) and "sha256" in row and row.get("caption") is None:
                 raise InputError(
-                    "img2dataset wrote the sample without a caption: give it --caption_col",
+                    "img2dataset wrote the sample without a caption: run it with --caption_col",
                     ErrorCode.EMPTY_MESSAGE,
                 )
         else:

@@ -174,7 +174,7 @@ def merge(
     """
     target = None if dtype is None else look_up("dtype", dtype, DTYPES)
     if Path(output).exists():
-        raise InputError(f"{output} exists; give another --output", ErrorCode.FILE_EXISTS)
+        raise InputError(f"{output} exists; choose another --output", ErrorCode.FILE_EXISTS)
     files = find_adapter(adapter, {})
     if files is None:
         raise InputError(

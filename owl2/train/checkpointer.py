@@ -95,12 +95,12 @@ def find_state(recipe: Recipe, context: DistributedContext) -> SavedState | None
     """
     output = Path(recipe.output)
     if output.exists() and not output.is_dir():
-        raise InputError(f"output: {output} is a file; give a directory", ErrorCode.FILE_EXISTS)
+        raise InputError(f"output: {output} is a file; choose a directory", ErrorCode.FILE_EXISTS)
     if context.is_main:
         restore_directory(output / "model")
     if (output / "model").exists() and not recipe.overwrite:
         raise InputError(
-            f"{output / 'model'} is a finished model; give another `output`, or overwrite=true",
+            f"{output / 'model'} is a finished model; choose another `output`, or overwrite=true",
             ErrorCode.FILE_EXISTS,
         )
     if not (checkpoints_of(output) / "latest.json").is_file():
@@ -116,7 +116,7 @@ def find_state(recipe: Recipe, context: DistributedContext) -> SavedState | None
 def _read_state(checkpoints: Path, recipe: Recipe, context: DistributedContext) -> SavedState:
     def mismatch(problem: str) -> InputError:
         return InputError(
-            f"the run in {checkpoints.parent} cannot be resumed: {problem}; give another `output`, "
+            f"the run in {checkpoints.parent} cannot be resumed: {problem}; set another `output` "
             "or overwrite=true to start over",
             ErrorCode.RESUME_MISMATCH,
         )

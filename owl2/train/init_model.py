@@ -82,7 +82,7 @@ def init_checkpoint(
         InputError: Parts that cannot be read or do not fit together, or unknown settings.
     """
     if Path(output).exists():
-        raise InputError(f"{output} exists; give another --output", ErrorCode.FILE_EXISTS)
+        raise InputError(f"{output} exists; choose another --output", ErrorCode.FILE_EXISTS)
     settings = _read_config(config, {"llm": llm, "tokenizer": llm, "vision": vision})
     require_writable(output)
     llm, vision = _resolve_backbone(llm), _resolve_backbone(vision)

@@ -87,7 +87,7 @@ class DataSource(Section):
     def _one_origin(self) -> "DataSource":
         origins = [name for name in ORIGINS if getattr(self, name) is not None]
         if len(origins) != 1:
-            raise ValueError("give exactly one of `dataset`, `file`, `shards` and `hf_dataset`")
+            raise ValueError("set exactly one of `dataset`, `file`, `shards` and `hf_dataset`")
         for setting, owners in SETTINGS_OF.items():
             if setting in self.model_fields_set and origins[0] not in owners:
                 raise ValueError(f"`{setting}` applies to `{owners[0]}`, not to `{origins[0]}`")
@@ -276,9 +276,9 @@ class Recipe(Section):
             )
         weighted = [source.weight is not None for source in self.data]
         if any(weighted) and not all(weighted):
-            raise ValueError("`data`: give a `weight` for every source, or for none")
+            raise ValueError("`data`: set a `weight` for every source, or for none")
         if any(weighted) and self.epochs is not None:
-            raise ValueError("sources with a `weight` have no epochs: give `max_steps`")
+            raise ValueError("sources with a `weight` have no epochs: set `max_steps`")
         if self.lora is not None and self.stage == 1:
             raise ValueError("`lora` is for stage 2: stage 1 trains new weights fully")
         if self.lora is not None and self.freeze:

@@ -113,7 +113,7 @@ def easy_vqa_of_package(
     """easy-VQA for `owl2 data convert`; the directory is called `package`. See `easy_vqa`."""
     if str(source) != "package":
         raise InputError(
-            f"easy_vqa is read from its package: give `package` as the directory, not {source}",
+            f"easy_vqa is read from its package: pass `package` as the directory, not {source}",
             ErrorCode.INVALID_VALUE,
         )
     yield from easy_vqa(split, style=style, prompt=prompt, max_rounds=max_rounds, seed=seed)

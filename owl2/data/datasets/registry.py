@@ -74,7 +74,7 @@ def read_published(name: str, directory: Path, /, **options: Any) -> Iterator[An
     value = look_up(f"split of the dataset {name}", split, card.splits or {"train": ""})
     if not directory.is_dir() and card.convert is not easy_vqa_of_package:
         raise InputError(
-            f"{directory} is not a directory: give the one with the published files",
+            f"{directory} is not a directory: pass the one with the published files",
             ErrorCode.FILE_NOT_FOUND,
         )
     paths = []

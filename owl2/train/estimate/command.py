@@ -53,7 +53,7 @@ def plan_recipe(
     chosen = look_up("sharding", sharding, {str(kind): kind for kind in Sharding})
     if chosen is not Sharding.NONE and hardware.devices == 1:
         raise InputError(
-            f"--sharding {sharding} needs several devices: give --gpus", ErrorCode.CONFLICT
+            f"--sharding {sharding} needs several devices: set --gpus", ErrorCode.CONFLICT
         )
     data = data or SampleStatistics()
     if data.samples is None:
@@ -185,7 +185,7 @@ def _verdict(estimate: TrainingEstimate, suggestions: Sequence[Suggestion]) -> I
     if hardware.name is not None:
         yield f"The time assumes {DEFAULT_MFU:.0%} MFU; measure it and give --tflops."
     if estimate.compute.steps is None:
-        yield "The steps per epoch depend on the data: give --samples or --statistics."
+        yield "The steps per epoch depend on the data: pass --samples or --statistics."
 
 
 def _as_json(estimate: TrainingEstimate, suggestions: Sequence[Suggestion]) -> dict[str, Any]:
