@@ -27,6 +27,7 @@ from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_config, re
 from owl2.checkpoints.key_report import check_keys
 from owl2.checkpoints.weight_files import COMPUTED_KEYS, read_tensors
 from owl2.errors import ErrorCode, InputError
+from owl2.model.modality import module_name, released_name
 
 # peft takes a second to import, so the functions that use it import it.
 if TYPE_CHECKING:
@@ -79,14 +80,17 @@ class AdapterFiles:
         return base, revision
 
 
-def find_adapter(name_or_path: str | Path, hub: dict[str, Any]) -> AdapterFiles | None:
+def find_adapter(
+    name_or_path: str | Path, hub: dict[str, Any], only_lora: bool = True
+) -> AdapterFiles | None:
     """The adapter in a directory or on the hub (downloaded); None if there is no adapter.
 
     Args:
         hub: Location arguments of `from_pretrained` (``subfolder``, ``revision`` ...).
 
     Raises:
-        InputError: Its configuration cannot be read, or is not a LoRA configuration.
+        InputError: Its configuration cannot be read, or is not a LoRA configuration although
+            `only_lora` is set.
     """
     try:
         file = find_file(name_or_path, CONFIG, hub)
@@ -102,7 +106,9 @@ def find_adapter(name_or_path: str | Path, hub: dict[str, Any]) -> AdapterFiles 
         raise InputError(
             f"{file} is not an adapter configuration: {error!r}", ErrorCode.INVALID_CONFIG
         ) from error
-    if not isinstance(config, LoraConfig):
+    if isinstance(config, LoraConfig):
+        config.target_modules = _with_module_names(config.target_modules)
+    elif only_lora:
         raise InputError(
             f"{file}: only adapters of type LORA are supported, not {config.peft_type}",
             ErrorCode.UNSUPPORTED,
@@ -110,6 +116,14 @@ def find_adapter(name_or_path: str | Path, hub: dict[str, Any]) -> AdapterFiles 
     for name in (WEIGHTS, BASE, CONFIG_FILE):  # downloads them
         find_file(name_or_path, name, hub)
     return AdapterFiles(str(name_or_path), file.parent, config)
+
+
+def _with_module_names(targets: Any) -> Any:
+    """Target modules by their names in the model, in addition to their released names."""
+    if not isinstance(targets, str):
+        return targets and {*targets, *map(module_name, targets)}
+    is_released = module_name(targets) != targets == released_name(targets)
+    return f"{targets}|{module_name(targets)}" if is_released else targets
 
 
 def add_lora(
@@ -177,7 +191,7 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     file = folder / WEIGHTS
     if not file.is_file():
         raise InputError(f"{folder} has no {WEIGHTS}", ErrorCode.MISSING_WEIGHTS)
-    stored = read_tensors(file, "cpu")
+    stored = {released_name(key): tensor for key, tensor in read_tensors(file, "cpu").items()}
     expected = adapter_tensors(model)  # share the model's memory
     shapes = {
         key: (tuple(stored[key].shape), tuple(expected[key].shape))
@@ -214,7 +228,7 @@ def adapter_config(model: PreTrainedModel) -> "LoraConfig":
 def adapter_tensors(
     model: PreTrainedModel, state: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The LoRA matrices and the parts in `modules_to_save`, by the names in peft's files.
+    """The LoRA matrices and the parts in `modules_to_save`, by the released names.
 
     Args:
         state: The model's state dict, if it is gathered from several processes.
@@ -227,7 +241,7 @@ def adapter_tensors(
     # Without embeddings, which are never adapted: peft would search the hub for the base model.
     lora = get_peft_model_state_dict(model, state, name, save_embedding_layers=False)
     tensors = lora | {key: tensor for key, tensor in state.items() if key.startswith(saved)}
-    return {PREFIX + key: tensor for key, tensor in tensors.items()}
+    return {PREFIX + released_name(key): tensor for key, tensor in tensors.items()}
 
 
 def save_adapter(

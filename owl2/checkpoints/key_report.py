@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from owl2.errors import ErrorCode, InputError
+from owl2.model.modality import released_name
 
 MAX_LINES = 12
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -75,8 +76,12 @@ def check_keys(
 
 def check_loading_info(source: str | Path, info: Mapping[str, Any], hint: str = "") -> None:
     """`check_keys` of the ``loading_info`` of transformers' `from_pretrained`."""
-    shapes = {key: (tuple(stored), tuple(own)) for key, stored, own in info["mismatched_keys"]}
-    check_keys(source, info["missing_keys"], info["unexpected_keys"], shapes, hint)
+    shapes = {
+        released_name(key): (tuple(stored), tuple(own))
+        for key, stored, own in info["mismatched_keys"]
+    }
+    missing = map(released_name, info["missing_keys"])
+    check_keys(source, missing, map(released_name, info["unexpected_keys"]), shapes, hint)
 
 
 def listing(title: str, lines: list[str]) -> str:

@@ -1,12 +1,13 @@
 """Loads and saves checkpoints in the released layout (Specification §1.4).
 
-Module names equal the released keys, so that the loader of transformers does the work. This module
-adds a strict check: a key is loaded, recomputed (position embeddings, ``inv_freq``) or rejected
-with a list, and no weight is initialized silently. Position embeddings that were trained at another
-resolution are resized.
+The loader of transformers does the work; it renames the keys of MAM (`RELEASED_RENAMINGS`). This
+module adds a strict check: a key is loaded, recomputed (position embeddings, ``inv_freq``) or
+rejected with a list, and no weight is initialized silently. Position embeddings that were trained
+at another resolution are resized.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ from owl2.checkpoints.weight_files import (
 )
 from owl2.errors import ErrorCode, InputError
 from owl2.files import apply_umask, expand_user
+from owl2.model.modality import module_name
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, LlamaForCausalLM
@@ -238,6 +240,19 @@ class CheckpointMixin(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing: classes of the package are registered, and their code is never copied."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; the keys may have their released names."""
+        state_dict = {module_name(key): tensor for key, tensor in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def load_adapter(self, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the adapter's target modules may have their released names."""
+        hub = {name: kwargs[name] for name in HUB_ARGS if name in kwargs}
+        adapter = find_adapter(peft_model_id, hub, only_lora=False) if peft_model_id else None
+        if adapter and len(args) < 2:
+            kwargs.setdefault("peft_config", adapter.config)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     @classmethod
     def _load(cls, name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> tuple[Any, dict]:

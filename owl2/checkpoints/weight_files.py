@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_json
 from owl2.errors import ErrorCode, InputError
+from owl2.model.modality import released_name
 
 # In the order in which transformers searches.
 KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
@@ -158,7 +159,11 @@ def fingerprint(folder: Path) -> str | None:
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         tensors |= read_tensors(file, "cpu")
-    learned = {name: t for name, t in tensors.items() if not name.endswith(COMPUTED_KEYS)}
+    learned = {
+        released_name(name): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(COMPUTED_KEYS)
+    }
     for name, tensor in sorted(learned.items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         while tensor.dim() > 1:  # `flatten` of a tensor that is not contiguous would read all of it

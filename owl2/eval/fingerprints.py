@@ -17,6 +17,7 @@ from torch import nn
 
 from owl2 import __version__
 from owl2.eval.samples import EvalSample, Response
+from owl2.model.modality import released_name
 
 PACKAGES = ("torch", "transformers", "pillow", "lm-eval", "lmms-eval", "pycocoevalcap")
 VALUES_PER_TENSOR = 256  # a training step changes all values of a weight
@@ -26,7 +27,7 @@ def model_fingerprint(model: nn.Module) -> str:
     """Digest of names, shapes, dtypes and evenly spaced values of all weights; seconds for 7 B."""
     digest = hashlib.sha256()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{released_name(name)} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().flatten()
         values = flat[:: max(1, len(flat) // VALUES_PER_TENSOR)].contiguous().cpu()
         digest.update(values.view(torch.uint8).numpy().tobytes())

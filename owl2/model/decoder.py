@@ -29,12 +29,13 @@ class Owl2Attention(LlamaAttention):
 
     def __init__(self, config: Owl2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        for name in ("k_proj", "v_proj"):
-            linear = getattr(self, name)
-            make = partial(
-                nn.Linear, linear.in_features, linear.out_features, bias=linear.bias is not None
-            )
-            setattr(self, name, Multiway(make))
+        linear, output = self.k_proj, self.o_proj
+        del self.k_proj, self.v_proj, self.o_proj
+        make = partial(
+            nn.Linear, linear.in_features, linear.out_features, bias=linear.bias is not None
+        )
+        self.multiway = Multiway(k_proj=make, v_proj=make)
+        self.o_proj = output  # registered last, as in LLaMA
 
     def forward(  # type: ignore[override]  # LLaMA's signature plus the routing
         self,
@@ -50,15 +51,10 @@ class Owl2Attention(LlamaAttention):
         assert position_embeddings is not None  # the decoder always passes it
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, h, S, d)
-        if routing is None or parts is None:
-            key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
-        else:
-            projections: Any = (self.k_proj, self.v_proj)
-            key, value = (
-                routing.join(projection.each(parts), len(hidden_states))
-                for projection in projections
-            )
-        key, value = (states.view(heads).transpose(1, 2) for states in (key, value))
+        key, value = (
+            self.multiway(name, hidden_states, routing, parts).view(heads).transpose(1, 2)
+            for name in ("k_proj", "v_proj")
+        )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -83,24 +79,24 @@ class Owl2DecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, config: Owl2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        make = partial(LlamaRMSNorm, config.hidden_size, eps=config.rms_norm_eps)
-        # setattr, because type checkers expect LLaMA's norms here.
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            setattr(self, name, Multiway(make))
         self.self_attn = Owl2Attention(config, layer_idx)
+        del self.input_layernorm, self.post_attention_layernorm
+        make = partial(LlamaRMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+        self.multiway = Multiway(input_layernorm=make, post_attention_layernorm=make)
 
     def forward(  # type: ignore[override]  # LLaMA's signature plus the routing
         self, hidden_states: torch.Tensor, routing: Routing | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        norm: Any = self.input_layernorm
+        text_norm, visual_norm = self.multiway.pair("input_layernorm")
         if routing is None:
-            normed, parts = norm(hidden_states), None
+            normed, parts = text_norm(hidden_states), None
         else:
-            parts = norm.each(routing.split(hidden_states))
+            text, visual = routing.split(hidden_states)
+            parts = text_norm(text), visual_norm(visual)
             normed = routing.join(parts, len(hidden_states))
         attended, _ = self.self_attn(normed, routing=routing, parts=parts, **kwargs)
         hidden_states = hidden_states + attended
-        normed = self.post_attention_layernorm(hidden_states, routing)
+        normed = self.multiway("post_attention_layernorm", hidden_states, routing)
         return hidden_states + self.mlp(normed)
 
 

@@ -9,11 +9,16 @@ only its text weight, as a plain LLaMA does. In sharded training every process m
 Such a step then has a routing with V = 0, and the gradients of the visual weights are zeros.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from owl2.model.registry import MODEL_TYPES
 
 TEXT, VISUAL = 0, 1
 
@@ -56,6 +61,10 @@ class Routing(NamedTuple):
         grouped = is_visual.argsort(stable=True)
         return cls(grouped, grouped.argsort(), (len(grouped) - num_visual, num_visual))
 
+    def is_visual(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, S, 1): whether each position of (B, S, D) is visual."""
+        return (self.order >= self.sizes[TEXT]).view(*hidden_states.shape[:2], 1)
+
     def split(self, hidden_states: torch.Tensor) -> ModalitySplit:
         """Split (B, S, D) into text tokens (T, D) and visual tokens (V, D)."""
         rows: torch.Tensor = PermuteRows.apply(
@@ -90,28 +99,96 @@ class PermuteRows(torch.autograd.Function):
         return gradient.index_select(0, inverse), None, None
 
 
-class Multiway(nn.Module):
-    """Two modules of one kind: ``multiway.0`` for text tokens, ``multiway.1`` for visual tokens.
+class Multiway(nn.ModuleList):
+    """Modules for text tokens, ``[TEXT]``, and modules of the same names for visual tokens.
+
+    A module is named ``multiway.0.k_proj`` and ``k_proj.multiway.0`` in released files. Its own
+    name comes last, because PEFT and quantization configurations select modules by the end of
+    their names: ``target_modules=["k_proj"]`` are the projections of both modalities.
 
     Args:
-        make: Creates one of them: a `torch.nn.Linear`, an RMSNorm, or another module that processes
-            each token independently.
+        make: By name, create a module that processes each token independently, for example a
+            `torch.nn.Linear`.
     """
 
-    def __init__(self, make: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.multiway = nn.ModuleList([make(), make()])
+    def __init__(self, **make: Callable[[], nn.Module]) -> None:
+        modalities = ({name: create() for name, create in make.items()} for _ in range(2))
+        super().__init__(nn.ModuleDict(modules) for modules in modalities)
+
+    def named_modules(
+        self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch, ordered by name and then by modality.
+
+        This is the order of parameters in earlier versions. The state of an optimizer is stored by
+        position.
+        """
+        modules = super().named_modules(memo, prefix, remove_duplicate)
+        index = len(prefix.split(".")) + 1 if prefix else 1
+        return iter(sorted(modules, key=lambda item: item[0].split(".")[index : index + 1]))
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *lists: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
+        lora = {key for key in state_dict if key.startswith(prefix) and ".lora_" in key}
+        if lora and not lora <= {prefix + name for name in self.state_dict()}:
+            # PEFT would ignore these weights.
+            errors = lists[-1]
+            errors.append(
+                f"the adapter's target_modules do not match the module of {min(lora)}. If they are "
+                "released names (k_proj.multiway.0), load the adapter with "
+                "Owl2ForConditionalGeneration.from_pretrained and save it again"
+            )
 
     def copy_text_weights(self) -> None:
         """Initialize the visual weights as copies of the text weights (Specification §1.3)."""
-        self.multiway[VISUAL].load_state_dict(self.multiway[TEXT].state_dict())
+        self[VISUAL].load_state_dict(self[TEXT].state_dict())
 
-    def forward(self, hidden_states: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
-        """(B, S, D) to (B, S, D'), each token by the module of its modality."""
+    def forward(
+        self,
+        name: str,
+        hidden_states: torch.Tensor,
+        routing: Routing | None = None,
+        parts: ModalitySplit | None = None,
+    ) -> torch.Tensor:
+        """(B, S, D) to (B, S, D'), each token by the module `name` of its modality.
+
+        Args:
+            parts: ``routing.split(hidden_states)``, if it is already computed.
+        """
+        text, visual = self.pair(name)
         if routing is None:
-            return self.multiway[TEXT](hidden_states)
-        return routing.join(self.each(routing.split(hidden_states)), len(hidden_states))
+            return text(hidden_states)
+        if text._forward_pre_hooks or visual._forward_pre_hooks:
+            # PEFT's hooks select an adapter for each of the B sequences of a mixed batch.
+            return torch.where(
+                routing.is_visual(hidden_states), visual(hidden_states), text(hidden_states)
+            )
+        parts = parts or routing.split(hidden_states)
+        return routing.join((text(parts[TEXT]), visual(parts[VISUAL])), len(hidden_states))
 
-    def each(self, parts: ModalitySplit) -> ModalitySplit:
-        """Apply both modules to tokens that are already split, (T, D) and (V, D)."""
-        return self.multiway[TEXT](parts[TEXT]), self.multiway[VISUAL](parts[VISUAL])
+    def pair(self, name: str) -> tuple[Any, Any]:
+        """The modules `name` for text and for visual tokens."""
+        modalities: Any = self
+        return modalities[TEXT][name], modalities[VISUAL][name]
+
+
+_NAMES = "(input_layernorm|post_attention_layernorm|k_proj|v_proj)"
+# When loading and saving, transformers renames between released files and modules.
+RELEASED_RENAMINGS: list[Any] = [
+    WeightRenaming(rf"{_NAMES}\.multiway\.{modality}", rf"multiway.{modality}.\1")
+    for modality in (TEXT, VISUAL)
+]
+for model_type in MODEL_TYPES:
+    register_checkpoint_conversion_mapping(model_type, RELEASED_RENAMINGS)
+
+
+def module_name(name: str) -> str:
+    """The name of a module or weight in the model; `name` is a released name or a regex of it."""
+    return re.sub(rf"{_NAMES}(\\?\.)multiway\\?\.([01])", r"multiway\2\3\2\1", name)
+
+
+def released_name(name: str) -> str:
+    """Inverse of `module_name`."""
+    return re.sub(rf"multiway(\\?\.)([01])\\?\.{_NAMES}", r"\3\1multiway\1\2", name)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -40,7 +41,7 @@ from owl2.model.configuration import Owl2Config
 from owl2.model.generation import MultimodalGenerationMixin
 from owl2.model.image_inputs import TokenEmbedding, count_images, find_image_embeddings
 from owl2.model.loss import chunked_cross_entropy, labeled_positions, next_token_loss, shift
-from owl2.model.modality import Multiway, Routing
+from owl2.model.modality import TEXT, Multiway, Routing
 from owl2.model.pretrained import Owl2PreTrainedModel
 from owl2.model.registry import get_model_type
 
@@ -108,6 +109,10 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             merged, mm_token_type_ids, num_visual = self._embed_inputs(ids, pixel_values, None)
             is_image = ids == self.config.image_token_id
             inputs_embeds = torch.where(is_image[..., None], merged, inputs_embeds)
+        elif inputs_embeds is not None and mm_token_type_ids is not None:
+            # PEFT inserts embeddings of a trained prompt before the others.
+            inserted = inputs_embeds.shape[1] - mm_token_type_ids.shape[1]
+            mm_token_type_ids = functional.pad(mm_token_type_ids, (inserted, 0), value=TEXT)
         if self.config.use_mam and mm_token_type_ids is not None:
             kwargs["routing"] = Routing.of(
                 mm_token_type_ids, num_visual, always=self.run_all_branches

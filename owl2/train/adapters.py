@@ -18,6 +18,7 @@ from owl2.checkpoints.adapters import add_lora, find_adapter, lora_parameters, m
 from owl2.checkpoints.quantization import quantization_config
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_directory, require_writable
+from owl2.model.modality import module_name, released_name
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.registry import look_up
@@ -134,7 +135,10 @@ def cast_frozen_to_bf16(model: nn.Module) -> None:
 
 
 def _target_modules(model: nn.Module, settings: LoraSettings) -> str:
-    """A regular expression that matches exactly the Linears that get LoRA."""
+    """A regular expression that matches exactly the Linears that get LoRA.
+
+    It also matches their released names, so that the authors' model can load the adapter.
+    """
     prefixes = tuple(f"{MODULES[part]}." for part in settings.parts)
     linears = [
         name
@@ -142,11 +146,10 @@ def _target_modules(model: nn.Module, settings: LoraSettings) -> str:
         if isinstance(module, nn.Linear) and name.startswith(prefixes)
     ]
     chosen = set(linears if settings.target_modules is None else ())
-    for target in settings.target_modules or ():
+    for target in map(module_name, settings.target_modules or ()):
         found = {name for name in linears if f".{target}." in f".{name}."}
         if not found:
-            # Without the modality of multiway Linears.
-            kinds = {name.split(".multiway.")[0].rsplit(".", 1)[-1] for name in linears}
+            kinds = {name.rsplit(".", 1)[-1] for name in linears}
             raise InputError(
                 f"lora.target_modules: {', '.join(settings.parts)} has no Linear {target!r}; the "
                 f"names are {', '.join(sorted(kinds))}",
@@ -154,7 +157,7 @@ def _target_modules(model: nn.Module, settings: LoraSettings) -> str:
             )
         chosen |= found
     patterns = {r"\.layers\.\d+\.".join(map(re.escape, LAYER.split(name))) for name in chosen}
-    return "|".join(sorted(patterns))
+    return "|".join(sorted(patterns | set(map(released_name, patterns))))
 
 
 def merge(

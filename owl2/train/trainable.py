@@ -4,7 +4,7 @@ Every parameter belongs to one part of the model, given by its name:
 
     model.vision_model.…                                          vision encoder
     model.visual_abstractor.…                                     abstractor
-    model.layers.N.{two norms, k_proj, v_proj}.multiway.1.…       the decoder's visual weights (MAM)
+    model.layers.N.multiway.1.…  …self_attn.multiway.1.…          the decoder's visual weights (MAM)
     model.{embed_tokens, layers, norm}.…   lm_head.…              the decoder's other weights
 
 Stage 1 trains the first three parts, stage 2 all. The model has no dropout and no drop path (the
@@ -49,10 +49,7 @@ PARTS = {
 PATTERNS = {
     ModelPart.VISION: r"model\.vision_model\.",
     ModelPart.ABSTRACTOR: r"model\.visual_abstractor\.",
-    ModelPart.VISUAL_WEIGHTS: (
-        r"model\.layers\.\d+\."
-        r"((input|post_attention)_layernorm|self_attn\.[kv]_proj)\.multiway\.1\."
-    ),
+    ModelPart.VISUAL_WEIGHTS: r"model\.layers\.\d+\.(self_attn\.)?multiway\.1\.",
     ModelPart.DECODER: r"model\.(embed_tokens|layers|norm)\.|lm_head\.",
 }
 

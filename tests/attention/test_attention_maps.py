@@ -77,7 +77,7 @@ def test_trained_mam_changes_the_weights(engine, conversations):
     model = copy.deepcopy(engine.model)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.k_proj.multiway[1].weight.neg_()
+            layer.self_attn.multiway[1].k_proj.weight.neg_()
     messages = conversations[2]
     changed, plain = (
         collect_attention(model, engine.processor, messages, answer=ANSWER, use_mam=use)

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 from owl2.checkpoints.adapters import find_adapter, lora_layers, lora_parameters, merge_adapter
 from owl2.errors import ErrorCode
+from owl2.model.modality import released_name
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import apply_lora
 from owl2.train.recipe import LoraSettings
@@ -135,12 +136,41 @@ def test_files_are_small_and_peft_reads_them(saved, base):
         assert_close(live, peft_model)
 
 
-def test_transformers_loads_the_adapter(base, tmp_path):
-    live = make_adapted(base, parts=EVERYWHERE)
+@pytest.mark.parametrize("targets", [None, released_name(r".*\.(multiway\.1\.v_proj|q_proj)")])
+def test_transformers_loads_the_adapter(base, tmp_path, targets):
+    """With the names of modules, or with released names."""
+    kinds = {"target_modules": targets and ["q_proj", "multiway.1.v_proj"]}
+    live = make_adapted(base, parts=["decoder"] if targets else EVERYWHERE, **kinds)
     live.save_pretrained(tmp_path)
+    if targets:
+        file = tmp_path / "adapter_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) | {"target_modules": targets}
+        file.write_text(json.dumps(config), encoding="utf-8")
     model = load(base)
     model.load_adapter(str(tmp_path))
     assert_close(live, model)
+
+
+def test_adapter_with_released_module_names(saved, base, tmp_path):
+    """The authors' code and earlier versions of owl2 write them, as a list or a regex."""
+    live, folder = saved
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for number, targets in enumerate(
+        [
+            "|".join(t for t in config["target_modules"].split("|") if "attn\\.multiway" not in t),
+            sorted({released_name(name) for name, _ in lora_layers(live)}),
+        ]
+    ):
+        old = Path(shutil.copytree(folder, tmp_path / str(number)))
+        (old / "adapter_config.json").write_text(
+            json.dumps(config | {"target_modules": targets}), encoding="utf-8"
+        )
+        assert "multiway" in str(targets)
+        assert_close(live, load(old))
+        with pytest.raises(RuntimeError, match="load the adapter with"):
+            PeftModel.from_pretrained(load(base), str(old))
+        load(old).save_pretrained(tmp_path / "new")
+        assert_close(live, PeftModel.from_pretrained(load(base), str(tmp_path / "new")))
 
 
 def test_auto_classes_load_the_adapter(saved):
@@ -190,7 +220,7 @@ def test_text_does_not_use_the_visual_lora(base):
     before = logits(model), logits(model, TEXT)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "multiway.1.lora_B" in name:
+            if "multiway.1." in name and "lora_B" in name:
                 parameter += 1.0
     assert torch.equal(before[1], logits(model, TEXT))
     assert not torch.allclose(before[0], logits(model), atol=1e-3)

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 import owl2  # noqa: F401  # registers with the Auto classes
 from owl2.cli.info import size_table
 from owl2.errors import ErrorCode
+from owl2.model.modality import module_name, released_name
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import apply_lora
 from owl2.train.recipe import LoraSettings
@@ -82,7 +83,8 @@ def log(caplog):
 
 
 def assert_has_tensors(model, tensors):
-    state = model.state_dict()
+    state = {released_name(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {released_name(name): tensor for name, tensor in tensors.items()}
     assert state.keys() == without(INV_FREQ, tensors).keys()
     for name, tensor in state.items():
         assert torch.equal(tensor, tensors[name]), name
@@ -186,7 +188,7 @@ def test_missing_position_embeddings_are_computed(name, tmp_path):
     state = load(folder).state_dict()
     for key, value in without(INV_FREQ, tensors).items():
         bound = 1e-6 if POSITIONS in key else 0
-        torch.testing.assert_close(state[key], value, rtol=0, atol=bound, msg=key)
+        torch.testing.assert_close(state[module_name(key)], value, rtol=0, atol=bound, msg=key)
 
 
 def test_stored_inv_freq_is_recomputed(released, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from owl2.model.modality import released_name
 from tests.model.golden import inputs_of, load_model
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -102,7 +103,7 @@ def test_training(golden_name, cases):
 
 def check_gradients(model, cases):
     prefix = "train.grad."
-    parameters = dict(model.named_parameters())
+    parameters = {released_name(name): weight for name, weight in model.named_parameters()}
     assert parameters.keys() == {k.removeprefix(prefix) for k in cases if k.startswith(prefix)}
     for name, parameter in parameters.items():
         expected = cases[prefix + name]

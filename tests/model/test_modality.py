@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from owl2.model.modality import TEXT, VISUAL, Multiway, Routing
+from owl2.model.modality import TEXT, VISUAL, Multiway, Routing, module_name, released_name
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import make_config, make_model
 
 MULTIWAY = ("input_layernorm", "post_attention_layernorm", "self_attn.k_proj", "self_attn.v_proj")
+LINEAR = "linear"
 
 
 def logits(model, **inputs):
@@ -30,14 +31,21 @@ def spoil(model):
 
 def test_each_token_uses_the_weights_of_its_modality():
     torch.manual_seed(0)
-    multiway = Multiway(lambda: nn.Linear(4, 6))
+    multiway = Multiway(linear=lambda: nn.Linear(4, 6))
     states = torch.randn(2, 5, 4)
     types = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 1]])
-    mixed = multiway(states, Routing.of(types))
+    mixed = [multiway(LINEAR, states, Routing.of(types))]
+    # Modules with hooks receive the complete batch.
+    shapes = []
+    for linear in multiway.pair(LINEAR):
+        linear.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    mixed.append(multiway(LINEAR, states, Routing.of(types)))
+    assert shapes == [states.shape] * 2
     for row in range(2):
         for place in range(5):
-            expected = multiway.multiway[types[row, place]](states[row, place])
-            torch.testing.assert_close(mixed[row, place], expected)
+            expected = multiway[types[row, place]][LINEAR](states[row, place])
+            for found in mixed:
+                torch.testing.assert_close(found[row, place], expected)
 
 
 @pytest.mark.parametrize("visual", [None, 4])
@@ -73,37 +81,39 @@ def test_decoder_layer_equals_its_modules(tiny):
         tiny.zero_grad()
         states = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(5))
         states.requires_grad_()
-        for projection in (attention.k_proj, attention.v_proj):
+        for name in ("k_proj", "v_proj"):
             if at_once:
-                projected = routing.join(projection.each(routing.split(states)), 2)
+                projected = attention.multiway(name, states, routing, routing.split(states))
             else:
                 rows = [
-                    projection.multiway[m](token)
+                    attention.multiway[m][name](token)
                     for token, m in zip(states.flatten(0, 1), [0, 1, 1, 0, 0, 0, 1, 1], strict=True)
                 ]
                 projected = torch.stack(rows).view(2, 4, -1)
             projected.square().sum().backward()
-        found.append([states.grad, *(p.grad for p in attention.k_proj.parameters())])
+        found.append([states.grad, *(p.grad for p in attention.multiway.parameters())])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
 
 
 def test_batches_of_one_modality():
-    multiway = Multiway(lambda: nn.Linear(4, 4))
+    multiway = Multiway(linear=lambda: nn.Linear(4, 4))
     states = torch.randn(2, 3, 4)
     assert Routing.of(torch.zeros(2, 3, dtype=torch.long)) is None
-    assert torch.equal(multiway(states), multiway.multiway[TEXT](states))
+    text, visual = multiway.pair(LINEAR)
+    assert torch.equal(multiway(LINEAR, states), text(states))
     routing = Routing.of(torch.ones(2, 3, dtype=torch.long))
-    torch.testing.assert_close(multiway(states, routing), multiway.multiway[VISUAL](states))
+    torch.testing.assert_close(multiway(LINEAR, states, routing), visual(states))
 
 
 def test_gradients_of_a_modality_come_from_its_tokens():
-    multiway = Multiway(lambda: nn.Linear(4, 4, bias=False))
+    multiway = Multiway(linear=lambda: nn.Linear(4, 4, bias=False))
     states = torch.randn(1, 4, 4)
     routing = Routing.of(torch.tensor([[0, 1, 0, 1]]))
-    multiway(states, routing)[0, [0, 2]].sum().backward()
-    assert multiway.multiway[TEXT].weight.grad.abs().sum() > 0
-    assert multiway.multiway[VISUAL].weight.grad.abs().sum() == 0
+    multiway(LINEAR, states, routing)[0, [0, 2]].sum().backward()
+    text, visual = multiway.pair(LINEAR)
+    assert text.weight.grad.abs().sum() > 0
+    assert visual.weight.grad.abs().sum() == 0
 
 
 def test_visual_weights_start_as_copies():
@@ -117,8 +127,10 @@ def test_visual_weights_start_as_copies():
 
 
 def test_names_of_multiway_weights():
-    multiway = {n.split(".multiway.")[0] for n in make_model().state_dict() if ".multiway." in n}
+    names = list(make_model().state_dict())
+    multiway = {released_name(n).split(".multiway.")[0] for n in names if ".multiway." in n}
     assert multiway == {f"model.layers.{i}.{module}" for i in range(2) for module in MULTIWAY}
+    assert [module_name(released_name(name)) for name in names] == names
 
 
 def test_text_never_uses_visual_weights(tiny):

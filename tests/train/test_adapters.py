@@ -48,7 +48,7 @@ def test_default_targets_are_all_linears_of_the_decoder():
     apply_lora(model, LoraSettings(), seed=0)
     layer = "model.layers.{}."
     kinds = ["self_attn.q_proj", "self_attn.o_proj"]
-    kinds += [f"self_attn.{p}_proj.multiway.{way}" for p in "kv" for way in (0, 1)]
+    kinds += [f"self_attn.multiway.{way}.{p}_proj" for p in "kv" for way in (0, 1)]
     kinds += [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
     assert names_with_lora(model) == {layer.format(i) + kind for i in range(2) for kind in kinds}
 
@@ -56,10 +56,10 @@ def test_default_targets_are_all_linears_of_the_decoder():
 @pytest.mark.parametrize(
     ("settings", "pattern"),
     [
-        ({"target_modules": ["q_proj", "v_proj"]}, r"model\.layers\.\d\.self_attn\.(q|v)_proj.*"),
+        ({"target_modules": ["q_proj", "v_proj"]}, r"model\.layers\.\d\.self_attn\..*(q|v)_proj"),
         (
             {"target_modules": ["k_proj.multiway.1"]},
-            r"model\.layers\.\d\.self_attn\.k_proj\.multiway\.1",
+            r"model\.layers\.\d\.self_attn\.multiway\.1\.k_proj",
         ),
         ({"parts": ["abstractor"]}, r"model\.visual_abstractor\..*(w\d|query|key|value|proj|fc)"),
         (

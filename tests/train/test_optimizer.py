@@ -24,7 +24,7 @@ SCALES = {
     "model.vision_model.encoder.layers.2.mlp.fc1.weight": 0.9,
     "model.vision_model.post_layernorm.weight": 1.0,
     "model.visual_abstractor.query_embeds": 1.0,
-    "model.layers.0.self_attn.k_proj.multiway.1.weight": 1.0,
+    "model.layers.0.self_attn.multiway.1.k_proj.weight": 1.0,
     "lm_head.weight": 1.0,
 }
 
@@ -116,7 +116,7 @@ def test_parts_can_have_their_own_learning_rates():
     )
     peaks = {
         "lm_head.weight": 2.0,
-        "model.layers.1.self_attn.v_proj.multiway.1.weight": 2.0,
+        "model.layers.1.self_attn.multiway.1.v_proj.weight": 2.0,
         "model.visual_abstractor.visual_fc.weight": 8.0,
         "model.visual_abstractor.vit_eos": 8.0,
         "model.vision_model.post_layernorm.bias": 0.5,

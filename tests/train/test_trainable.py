@@ -11,7 +11,7 @@ from tests.train.runs import trainable_names
 
 VISUAL_WEIGHTS = re.compile(
     r"model\.layers\.\d+\."
-    r"(input_layernorm|post_attention_layernorm|self_attn\.[kv]_proj)\.multiway\.1\.weight"
+    r"(multiway\.1\.(input|post_attention)_layernorm|self_attn\.multiway\.1\.[kv]_proj)\.weight"
 )
 
 
@@ -67,9 +67,9 @@ def test_stage_replaces_an_earlier_stage():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("model.layers.0.self_attn.k_proj.multiway.1.bias", ModelPart.VISUAL_WEIGHTS),
-        ("model.layers.11.input_layernorm.multiway.1.weight", ModelPart.VISUAL_WEIGHTS),
-        ("model.layers.1.self_attn.k_proj.multiway.0.weight", ModelPart.DECODER),
+        ("model.layers.0.self_attn.multiway.1.k_proj.bias", ModelPart.VISUAL_WEIGHTS),
+        ("model.layers.11.multiway.1.input_layernorm.weight", ModelPart.VISUAL_WEIGHTS),
+        ("model.layers.1.self_attn.multiway.0.k_proj.weight", ModelPart.DECODER),
         ("model.layers.1.self_attn.q_proj.weight", ModelPart.DECODER),
         ("lm_head.weight", ModelPart.DECODER),
     ],
