@@ -25,11 +25,6 @@ def normalize(answer: str) -> str:
     return to_half_width(answer).strip().lower().removesuffix(".").rstrip()
 
 
-def is_match(response: Response) -> bool:
-    """Whether the response equals one of the expected answers, after normalization."""
-    return normalize(response.text) in map(normalize, response.sample.expected)
-
-
 def _lm_eval(main: str) -> Metric:
     """The means of the scores of lm-eval; `main` is the score of a sample, from 0 to 1."""
 
@@ -55,7 +50,9 @@ def _rouge(responses: Sequence[Response]) -> Scores:
     return Scores({name: mean(values[name]) for name in names}, [*values["rougeL"]])
 
 
-EXACT = accuracy_metric("exact_match", is_match)
+EXACT = accuracy_metric(
+    "exact_match", lambda one: normalize(one.text) in map(normalize, one.sample.expected)
+)
 ACC = _lm_eval("acc")
 ACC_NORM = _lm_eval("acc_norm")
 EXACT_MATCH = _lm_eval("exact_match")
