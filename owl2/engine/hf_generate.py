@@ -96,6 +96,7 @@ class _Sampler(LogitsProcessor):
         self._processors = [request.processors for request in requests]
         self._paddings = paddings
         self._dtype = model.dtype
+        self._vocab_size = model.config.vocab_size
         self._num_steps = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -104,7 +105,9 @@ class _Sampler(LogitsProcessor):
             partial(own, ids[None, padding:]) if own else None
             for own, ids, padding in zip(self._processors, input_ids, self._paddings, strict=True)
         ]
-        tokens = sample(scores, self._params, self._generators, processors)
+        # Without the score of the image token, with which other random numbers would be drawn.
+        text_scores = scores[:, : self._vocab_size]
+        tokens = sample(text_scores, self._params, self._generators, processors)
         if None in tokens:
             raise non_finite_error(self._dtype, f"token {self._num_steps} of the answer")
         chosen = torch.tensor(tokens, device=scores.device)[:, None]
