@@ -1,7 +1,9 @@
 """Fixtures of all tests. Tests do not use the network: a hub request fails immediately."""
 
+import functools
 import gc
 import os
+import ssl
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it
 
@@ -22,6 +24,14 @@ def reject_truncated_images(monkeypatch):
     from PIL import ImageFile
 
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_certificates_once():
+    """Each client of httpx would read them again, which takes 40 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
+        yield
 
 
 @pytest.fixture(scope="session")
