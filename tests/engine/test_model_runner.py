@@ -86,17 +86,12 @@ def expected(logits, steps=6):
     return torch.stack([logits[row, n : n + steps] for row, n in enumerate(LENGTHS)])
 
 
-@pytest.mark.parametrize("use_kernels", [False, True], ids=["torch", "native"])
-def test_decode_equals_the_forward(model, use_kernels):
+@pytest.mark.parametrize(
+    ("use_kernels", "attention"), [(False, "sdpa"), (False, "eager"), (True, "sdpa")]
+)
+def test_decode_equals_the_forward(model, use_kernels, attention):
+    model.set_attn_implementation(attention)
     runner, ids, logits = filled(model, use_kernels)
-    torch.testing.assert_close(decode(runner, ids), expected(logits), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_decode_without_kernels_with_any_attention_implementation(golden_models, implementation):
-    model = golden_models("model_gqa")
-    model.set_attn_implementation(implementation)
-    runner, ids, logits = filled(model, use_kernels=False)
     torch.testing.assert_close(decode(runner, ids), expected(logits), atol=1e-4, rtol=0)
 
 

@@ -1,13 +1,16 @@
 """Shared by the tests of evaluation: an engine, and a task whose correct answers are known."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
 from owl2.engine.engine import Engine
-from owl2.eval import listing, tasks
+from owl2.engine.load_model import ModelArgs
+from owl2.eval import evaluate, listing, tasks
+from owl2.eval.evaluate import EvalConfig
 from owl2.eval.samples import EvalSample
 from owl2.eval.task_config import DataFiles, TaskConfig, task_configs
 from owl2.eval.tasks import EvalTask
@@ -86,3 +89,16 @@ def task(samples, monkeypatch):
 def plain():
     """A console that is not a terminal, such as a log file."""
     return Console(file=io.StringIO(), width=80, highlight=False)
+
+
+@pytest.fixture
+def config(tiny_checkpoint, task, tmp_path, monkeypatch):
+    """Without plots, which take a second each."""
+    monkeypatch.setattr(evaluate, "has_matplotlib", lambda: False)
+    model_args = ModelArgs(str(tiny_checkpoint), device="cpu", dtype="float32")
+    return EvalConfig(model_args, tmp_path / "out", task.name, batch_size=6)
+
+
+@pytest.fixture
+def baseline(config):
+    return replace(config, no_image_baseline=True)

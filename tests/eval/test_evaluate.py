@@ -11,13 +11,11 @@ import torch
 from PIL import Image
 
 from owl2.engine.engine import Engine
-from owl2.engine.load_model import ModelArgs
-from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
 from owl2.eval import evaluate as evaluate_module
 from owl2.eval import report as report_module
 from owl2.eval import task_run
-from owl2.eval.evaluate import EvalConfig, estimate, evaluate, load_engine
+from owl2.eval.evaluate import evaluate, load_engine
 from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import InvalidEvalSample
 from owl2.processing.chat_template import user_message
@@ -26,19 +24,6 @@ from owl2.workers import WorkerRank
 from tests.errors import raises_input_error
 
 REPORTS = {"report.md", "report.html"}
-
-
-@pytest.fixture
-def config(tiny_checkpoint, task, tmp_path, monkeypatch):
-    """Without plots, which take a second each."""
-    monkeypatch.setattr(evaluate_module, "has_matplotlib", lambda: False)
-    model_args = ModelArgs(str(tiny_checkpoint), device="cpu", dtype="float32")
-    return EvalConfig(model_args, tmp_path / "out", task.name, batch_size=6)
-
-
-@pytest.fixture
-def baseline(config):
-    return replace(config, no_image_baseline=True)
 
 
 def files(folder):
@@ -384,50 +369,6 @@ def test_invalid_options_leave_no_files(config, plain, tmp_path):
         assert needle in str(error.value)
     assert files(tmp_path) == {"file"}
     assert not config.output.exists()
-
-
-# ------------------------------------------------------------------ estimate
-
-
-def test_estimate_counts_the_tokens_of_all_prompts(config, plain, engine, questions):
-    config = replace(config, batch_size=4)
-    [found] = estimate(config, plain).values()
-    ids = [
-        engine.processor.apply_chat_template(
-            sample.messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"][0]
-        for sample in questions
-    ]
-    # The processor tokenizes the texts before and after an image separately.
-    assert found["prompt tokens"] == pytest.approx(sum(map(len, ids)), rel=0.05)
-    assert [*found.values()][:2] == [20, 20]
-    assert found["new tokens (max)"] == 80
-    assert not config.output.exists()
-    text = plain.file.getvalue()
-    assert "tiny" in text
-    assert "batches of 4 on cpu" in text
-
-
-def test_estimated_time_is_that_of_a_trial_after_a_warm_up(config, plain, monkeypatch):
-    config = replace(config, batch_size=4)
-    now, counts = [0.0], []
-
-    def answer(engine, conversations, batch_size, **options):
-        conversations = list(conversations)
-        counts.append(len(conversations))
-        now[0] += 100.0 if len(counts) == 1 else 4.0  # the first batch is a warm-up
-        return [CompletionChunk(0, "", (), 1, "stop") for _ in conversations]
-
-    monkeypatch.setattr(task_run.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(task_run, "output_all", answer)
-    [found] = estimate(config, plain).values()
-    assert counts == [4, 8]
-    assert found["time"] == pytest.approx(20 * 4.0 / 8)
-    assert "0:00:10" in plain.file.getvalue()
-    counts.clear()
-    [found] = estimate(replace(config, no_image_baseline=True), plain).values()
-    assert [*found.values()][:2] == [40, 20]
-    assert found["time"] == pytest.approx(40 * 4.0 / 8)
 
 
 def test_custom_questions_are_asked_as_written_with_room_for_the_answers(config, plain, tmp_path):
