@@ -170,20 +170,17 @@ class Engine:
         """
         return [output.text for output in self.batch_outputs(list_of_messages, **options)]
 
-    def batch_outputs(
-        self, list_of_messages: Sequence[Prompt], **options: Any
-    ) -> list[CompletionChunk]:
+    def batch_outputs(self, prompts: Sequence[Prompt], **options: Any) -> list[CompletionChunk]:
         """`batch` with the token counts and finish reasons of the answers."""
         params = self._chat_params(options)
-        prompts = []
-        for index, messages in enumerate(list_of_messages):
+        encoded = []
+        for index, prompt in enumerate(prompts):
             try:
-                prompts.append(self.encode(messages))
+                encoded.append(self.encode(prompt))
             except InputError as error:
-                if len(list_of_messages) == 1:
-                    raise
-                raise InputError(f"Conversation {index}: {error}", error.code) from error
-        return self._complete(prompts, params).outputs()
+                where = f"Conversation {index}: " if len(prompts) > 1 else ""
+                raise InputError(f"{where}{error}", error.code) from error
+        return self._complete(encoded, params).outputs()
 
     def stream(self, messages: Prompt, **options: Any) -> Iterator[str]:
         """The answer of `chat` in chunks, as it is generated.
@@ -212,8 +209,7 @@ class Engine:
         Raises:
             InputError: As `chat`.
         """
-        params = self.sampling_params(**options)
-        return self._complete([self.encode(messages)], params)
+        return self._complete([self.encode(messages)], self.sampling_params(**options))
 
     def sampling_params(self, **options: Any) -> SamplingParams:
         """Options over the defaults of the checkpoint's `generation_config`.
