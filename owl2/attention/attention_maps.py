@@ -26,8 +26,7 @@ from owl2.engine.running_batch import PrefillOutput
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.chat_template import Message, parse_messages
-from owl2.processing.image_io import load_image
-from owl2.processing.image_processing import ImagePolicy
+from owl2.processing.image_io import ImagePolicy, load_image
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 
@@ -160,7 +159,7 @@ def collect_attention(
         layers=selected,
         **captured._asdict(),
         sizes=tuple(image.size for image in images),
-        policy=processor.image_processor.policy,
+        policy=processor.image_processor.image_policy,
         use_mam=use_mam and engine.model.config.use_mam,
     )
 

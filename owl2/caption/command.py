@@ -209,7 +209,7 @@ def load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:
     args = replace(config.model_args, device=device)
     engine = Engine(args.load_model(), args.load_processor())  # no prefix cache: all images differ
     # An error in the prompt would occur for every image: find it first.
-    size = engine.processor.image_processor.size
+    size = engine.processor.image_processor.edge
     engine.encode([user_message(config.prompt, [Image.new("RGB", (size, size))])])
     return engine
 

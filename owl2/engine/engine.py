@@ -76,7 +76,7 @@ class Engine:
         for name, in_model, in_processor in (
             ("image token id", model.config.image_token_id, processor.image_token_id),
             ("tokens per image", model.config.num_image_tokens, processor.num_image_tokens),
-            ("image size", model.config.image_size, processor.image_processor.size),
+            ("image size", model.config.image_size, processor.image_processor.edge),
         ):
             if in_model != in_processor:
                 raise InputError(

@@ -39,7 +39,6 @@ from owl2.eval.task_run import SEED, TaskRun, chat_format, evaluation_conditions
 from owl2.eval.tasks import find_tasks
 from owl2.files import atomic_write_text, require_writable
 from owl2.model.variants import as_no_mam
-from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.runtime import select_device
 from owl2.sharded_jsonl import ShardedJsonl, remove_parts, to_json
 from owl2.workers import WorkerRank, heartbeat
@@ -259,10 +258,8 @@ def load_engine(config: EvalConfig, worker: WorkerRank) -> Engine:
         model = as_no_mam(model)
     if config.image_size is not None:
         model.set_image_size(config.image_size)
-        old = processor.image_processor
-        processor.image_processor = Owl2ImageProcessor(
-            config.image_size, old.policy, old.image_mean, old.image_std, old.max_pixels
-        )
+        images = processor.image_processor
+        processor.image_processor = images.replace(size=config.image_size)
     return Engine(model, processor, enable_prefix_caching=True)
 
 

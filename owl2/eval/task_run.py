@@ -356,8 +356,8 @@ def evaluation_conditions(engine: Engine, run: TaskRun) -> dict[str, Any]:
     uses_lm_eval = run.task.config.lm_eval is not None
     return {
         "preprocessing": {
-            "size": images.size,
-            "policy": images.policy,
+            "size": images.edge,
+            "policy": images.image_policy,
             "mean": list(images.image_mean),
             "std": list(images.image_std),
             "tokens_per_image": processor.num_image_tokens,

@@ -24,7 +24,9 @@ from owl2.errors import ErrorCode, InputError
 IMAGE_TOKEN = "<|image|>"
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+# Arguments of transformers' renderer; other keyword arguments are variables of the template.
+RENDER_OPTIONS = {"add_generation_prompt", "continue_final_message", "tools", "documents"}
+
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 # transformers caches compiled templates, and each has one list of the answers being rendered.
 _render_lock = threading.Lock()
@@ -81,13 +83,18 @@ class ParsedMessages:
 # ------------------------------------------------------------------ messages to ParsedMessages
 
 
-def parse_messages(messages: Sequence[Message] | ParsedMessages) -> ParsedMessages:
+def parse_messages(
+    messages: Sequence[Message] | ParsedMessages, merge_roles: bool = False
+) -> ParsedMessages:
     """Validate messages in the format of transformers; `ParsedMessages` are returned unchanged.
 
     Roles alternate, starting with `user` after optional `system` messages. A content is a string
     or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" |
     "path" | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`.
     `<|image|>` in a text marks an image as well.
+
+    Args:
+        merge_roles: Join consecutive messages of one role, as lines of one turn.
 
     Raises:
         InputError: A role is unknown or misplaced, a turn is empty, a part has another type, or an
@@ -114,14 +121,19 @@ def parse_messages(messages: Sequence[Message] | ParsedMessages) -> ParsedMessag
                 ErrorCode.INVALID_TYPE,
             )
         role = message["role"]
-        if role != expected and not (role == "system" and all(t["role"] == role for t in turns)):
+        is_continued = merge_roles and bool(turns) and role == turns[-1]["role"] != "system"
+        is_first = role == "system" and all(turn["role"] == role for turn in turns)
+        if role != expected and not is_first and not is_continued:
             raise InputError(
                 f"{where} has the role {role!r} instead of {expected!r}: after optional system "
                 "messages, user and assistant alternate.",
                 ErrorCode.INVALID_ROLE,
             )
         parts = _read_content(message["content"], role, f"{where} ({role})", images)
-        turns.append({"role": role, "content": parts})
+        if is_continued:
+            turns[-1]["content"] += [{"type": "text", "text": "\n"}, *parts]
+        else:
+            turns.append({"role": role, "content": parts})
         if role == "assistant" and message.get("loss") is False:
             turns[-1]["loss"] = False
         expected = "assistant" if role == "user" else "user"
@@ -139,7 +151,7 @@ def validate_prompt(messages: Sequence[Message] | ParsedMessages) -> ParsedMessa
     Raises:
         InputError: As `parse_messages`; also if the last message is an answer.
     """
-    parsed = parse_messages(messages)
+    parsed = parse_messages(messages, merge_roles=True)
     if not parsed.is_open:
         raise InputError(
             "The last message is an answer; the conversation must end with a user message.",
@@ -278,7 +290,7 @@ def _read_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
 
 def render(
     conversation: ParsedMessages,
-    template: Any,
+    template: str,
     special_tokens: Mapping[str, str],
     **options: Any,
 ) -> tuple[str, Spans]:
@@ -287,8 +299,7 @@ def render(
     System messages are moved into the first user message if the template does not support them.
 
     Args:
-        options: Of transformers (`add_generation_prompt`, `continue_final_message`,
-            `return_assistant_tokens_mask`), and variables of the template.
+        options: `RENDER_OPTIONS`, `return_assistant_tokens_mask`, and variables of the template.
 
     Returns:
         The text, and with `return_assistant_tokens_mask` the start and end of each answer in it.
@@ -307,7 +318,6 @@ def render(
                 f"{option} requires that the last message has the role {needed!r}.",
                 ErrorCode.INVALID_ROLE,
             )
-    template = require_template(template)
     if options.get("return_assistant_tokens_mask") and not _GENERATION_BLOCK.search(template):
         raise InputError(
             "The chat template does not mark the answers. In chat_template.jinja, put "
@@ -316,10 +326,12 @@ def render(
             ErrorCode.NO_LABELS,
         )
     turns: list[dict[str, Any]] = list(conversation.turns)
+    special_tokens = {"image_token": IMAGE_TOKEN, **special_tokens}
     tokens = tuple(special_tokens.items())
     if turns[0]["role"] == "system" and not _supports_system(template, tokens):
         turns = merge_system(turns)
-    if not _understands_parts(template, tokens):
+    has_images = any(part["type"] == "image" for turn in turns for part in turn["content"])
+    if not _understands_parts(template, tokens, has_images):
         turns = [{**turn, "content": content_to_text(turn["content"])} for turn in turns]
     try:
         return _render(turns, template, {**special_tokens, **options})
@@ -327,20 +339,6 @@ def render(
         raise InputError(
             f"The chat template cannot render these messages: {error}.", ErrorCode.UNSUPPORTED
         ) from error
-
-
-def require_template(template: Any) -> str:
-    """Raise an `InputError` unless a template is a string; transformers also allows a dict."""
-    if not isinstance(template, str):
-        raise InputError(
-            f"The chat template must be a string, not {template!r}.", ErrorCode.INVALID_TYPE
-        )
-    return template
-
-
-def has_variable(template: str, name: str) -> bool:
-    """Whether the template's code contains the variable `name`."""
-    return any(re.search(rf"\b{re.escape(name)}\b", code) for code in _CODE.findall(template))
 
 
 def _render(
@@ -380,15 +378,18 @@ def _supports_system(template: str, special_tokens: tuple[tuple[str, str], ...])
     return "probe" in text
 
 
-@lru_cache(maxsize=16)
-def _understands_parts(template: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+@lru_cache(maxsize=32)
+def _understands_parts(
+    template: str, special_tokens: tuple[tuple[str, str], ...], has_images: bool
+) -> bool:
     """Whether a template supports lists of parts, as those of vision models do.
 
     Determined by rendering a message: templates of text models fail or print the list.
     """
-    parts = [{"type": "image"}, {"type": "text", "text": "probe"}]
+    parts = [{"type": "image"}] * has_images + [{"type": "text", "text": "probe"}]
     try:
         text, _ = _render([{"role": "user", "content": parts}], template, dict(special_tokens))
     except Exception:  # as in `render`, which raises if strings fail as well
         return False
-    return text.count(IMAGE_TOKEN) == 1 and text.count("probe") == 1 and "'type'" not in text
+    images = text.count(IMAGE_TOKEN)
+    return images == has_images and text.count("probe") == 1 and "'type'" not in text

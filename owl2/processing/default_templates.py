@@ -31,10 +31,18 @@ put that text at the start of the first user turn') -}}
 {%- endif -%}
 """
 
-# The authors' training format: the same with a system text.
+# The authors' training format: the same with a system text, which system messages replace.
 V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions. "
 )
-V1_CHAT_TEMPLATE = f'{{{{- "{V1_SYSTEM}" -}}}}\n{DEFAULT_CHAT_TEMPLATE}'
+_V1_LOOP = f"""\
+{{%- for message in messages if message['role'] == 'system' -%}}
+  {{{{- body(message['content']) + ' ' -}}}}
+{{%- else -%}}
+  {{{{- "{V1_SYSTEM}" -}}}}
+{{%- endfor -%}}
+{{%- for message in messages if message['role'] != 'system' -%}}
+"""
+V1_CHAT_TEMPLATE = DEFAULT_CHAT_TEMPLATE.replace("{%- for message in messages -%}\n", _V1_LOOP)
 CHAT_TEMPLATES = {"mplug_owl2": DEFAULT_CHAT_TEMPLATE, "v1": V1_CHAT_TEMPLATE}

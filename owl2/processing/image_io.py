@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -40,6 +40,8 @@ TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 Alpha = Literal["white", "drop"]
+ImagePolicy = Literal["resize", "pad"]
+POLICIES: tuple[ImagePolicy, ...] = ("resize", "pad")
 
 # Not all formats of Pillow, because images are untrusted: for EPS Pillow starts another program,
 # and some decoders are little used. MPO (cameras) is read as JPEG.
@@ -99,6 +101,30 @@ def load_image(
         )
     with file:
         return _decode(file, max_pixels, alpha, name)
+
+
+def to_square(
+    image: Image.Image,
+    edge: int,
+    policy: ImagePolicy,
+    mean: Sequence[float],
+    resample: int = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """Convert an image to the square for the model, with the edge in pixels.
+
+    Args:
+        policy: For images that are not square: "resize" stretches them to a square of the longer
+            edge, "pad" centers them in a square filled with the mean color.
+        mean: Of each channel, between 0 and 1.
+    """
+    longer = max(image.size)
+    if image.width != image.height and policy == "resize":
+        image = image.resize((longer, longer), resample)
+    elif image.width != image.height:
+        canvas = Image.new(image.mode, (longer, longer), tuple(int(value * 255) for value in mean))
+        canvas.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+        image = canvas
+    return image if longer == edge else image.resize((edge, edge), resample)
 
 
 def check_max_pixels(value: Any) -> int:

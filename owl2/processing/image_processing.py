@@ -3,221 +3,258 @@
 ::
 
     path, URL, PIL, bytes, data URI, array ──load_image──► RGB image
-    RGB image ──policy──► square ──bicubic──► (size, size) ──CLIP mean and std──► (3, size, size)
+    RGB image ──to_square──► (edge, edge) ──CLIP mean and std──► (3, edge, edge)
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from transformers import AutoImageProcessor, BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import to_channel_dimension_format, to_pil_image
+from transformers.image_utils import SizeDict
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.image_io import DEFAULT_MAX_PIXELS, Alpha, check_max_pixels, load_image
+from owl2.model.configuration import Owl2Config
+from owl2.processing.image_io import (
+    DEFAULT_MAX_PIXELS,
+    POLICIES,
+    Alpha,
+    ImagePolicy,
+    check_max_pixels,
+    load_image,
+    to_square,
+)
 
-ImagePolicy = Literal["resize", "pad"]
-POLICIES: tuple[ImagePolicy, ...] = ("resize", "pad")
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-_BICUBIC = 3  # Pillow's code, the value of `resample` in preprocessor_config.json
-# Settings of preprocessor_config.json that have one supported value.
-_FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": _BICUBIC}
+_SAVED = (
+    *("image_processor_type", "do_convert_rgb", "do_resize", "size", "resample"),
+    *("do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std", "image_policy", "max_pixels"),
+)
 
 
-class Owl2ImageProcessor:
+class Owl2ImageProcessorKwargs(ImagesKwargs, total=False):
+    """The options of transformers' image processors and two of owl2."""
+
+    image_policy: ImagePolicy | None
+    max_pixels: int | None
+
+
+class Owl2ImageProcessor(PilBackend):
     """Images to normalized pixels, as in a checkpoint's ``preprocessor_config.json``.
 
-    Specification §1.5.
+    Specification §1.5. Options are arguments of the class and of a call. `size` and `crop_size` are
+    an edge in pixels in any form of transformers. Arrays of floats have values between 0 and 1,
+    with `do_rescale` or without.
 
     Args:
-        size: Edge of the square input of the model in pixels.
-        policy: For images that are not square. "resize" stretches them to a square of the longer
-            edge; "pad" centers them in a square filled with the mean color.
+        image_policy: For images that are not square. "resize" stretches them to a square of the
+            longer edge; "pad" centers them in a square filled with the mean color.
         max_pixels: Limit of `load_image`.
 
     Attributes:
         alpha: For transparent images, see `load_image`; evaluation sets it to "drop".
+
+    Raises:
+        InputError: An option is invalid.
     """
 
     alpha: Alpha = "white"
 
-    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    valid_kwargs = Owl2ImageProcessorKwargs
+    do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True
+    size = {"shortest_edge": 448}
+    crop_size = {"height": 448, "width": 448}
+    default_to_square = False
+    resample = Image.Resampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    image_policy: ImagePolicy = "resize"
+    max_pixels = DEFAULT_MAX_PIXELS
 
-    def __init__(
+    def __init__(self, size: Any = None, image_policy: str | None = None, **kwargs: Any) -> None:
+        if "crop_size" not in kwargs or size is None:
+            size = size or kwargs.get("crop_size", self.size)
+            kwargs["crop_size"] = size
+        kwargs["image_policy"] = self.image_policy if image_policy is None else image_policy
+        super().__init__(size=size, **kwargs)
+
+    @property
+    def edge(self) -> int:
+        """Edge of the square input of the model in pixels."""
+        return int(self.size["shortest_edge"])
+
+    def _standardize_kwargs(  # type: ignore[override]  # the same options by name
+        self, size: Any = None, crop_size: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        edge = _edge(size, crop_size if kwargs["do_center_crop"] else None)
+        if (policy := kwargs["image_policy"]) not in POLICIES:
+            raise _invalid(f"image_policy is {policy!r}; choose from {', '.join(POLICIES)}")
+        check_max_pixels(kwargs["max_pixels"])
+        mean, std = (_floats(kwargs[key]) for key in ("image_mean", "image_std"))
+        if not mean or len(mean) != len(std) or min(std) <= 0:
+            raise _invalid(
+                f"image_mean {kwargs['image_mean']} and image_std {kwargs['image_std']} must have "
+                "a value per channel, those of image_std above 0"
+            )
+        if not _floats(kwargs["rescale_factor"]):
+            raise _invalid(f"rescale_factor is {kwargs['rescale_factor']!r}, not a number")
+        if kwargs["do_resize"] is False or not isinstance(kwargs["resample"], int):
+            raise _invalid("do_resize must be true and resample a filter of Pillow")
+        kwargs |= {"image_mean": mean, "image_std": std, "size": {"shortest_edge": edge}}
+        standard: dict[str, Any] = super()._standardize_kwargs(crop_size=edge, **kwargs)
+        return standard
+
+    def _preprocess_image_like_inputs(  # type: ignore[override]  # the same options by name
         self,
-        size: int,
-        policy: str = "resize",
-        image_mean: Sequence[float] = CLIP_MEAN,
-        image_std: Sequence[float] = CLIP_STD,
-        max_pixels: int = DEFAULT_MAX_PIXELS,
-    ) -> None:
-        if policy not in POLICIES:
-            raise InputError(
-                f"image_policy is {policy!r}; choose from {', '.join(POLICIES)}.",
-                ErrorCode.INVALID_VALUE,
-            )
-        if not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
-            raise InputError(
-                f"The image size is {size!r}; it must be an integer of at least 1.",
-                ErrorCode.INVALID_VALUE,
-            )
-        if not (_are_three(image_mean) and _are_three(image_std) and min(image_std) > 0):
-            raise InputError(
-                f"image_mean {image_mean} and image_std {image_std} must have 3 values each, those "
-                "of image_std above 0.",
-                ErrorCode.INVALID_VALUE,
-            )
-        self.size = size
-        self.policy = policy
-        self.image_mean = tuple(float(value) for value in image_mean)
-        self.image_std = tuple(float(value) for value in image_std)
-        self.max_pixels = check_max_pixels(max_pixels)
-        # The normalized value of each level and channel, computed in the order of CLIP's processor
-        # (scale, shift, divide, in float32). A lookup replaces three passes over the image.
-        levels = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
-        self._levels = [
-            ((levels - np.float32(mean)) / np.float32(std)).astype(np.float32)
-            for mean, std in zip(self.image_mean, self.image_std, strict=True)
-        ]
-
-    def __call__(self, images: Any, return_tensors: str | None = "pt") -> dict[str, Any]:
-        """One image or a list of images to ``{"pixel_values": (N, 3, size, size)}`` in float32.
+        images: Any,
+        *args: Any,
+        return_tensors: str | None = None,
+        device: Any = None,
+        **options: Any,
+    ) -> BatchFeature:
+        """One image or a list of images to `pixel_values` (N, C, edge, edge) in float32.
 
         Args:
-            return_tensors: "pt" (torch) or "np".
+            return_tensors: "pt" (torch, the default) or "np".
 
         Raises:
             InputError: See `load_image`. The message has the position of the image in the list.
         """
-        if return_tensors not in ("pt", "np", None):
-            raise InputError(
-                f"return_tensors is {return_tensors!r}; choose from pt, np.",
-                ErrorCode.INVALID_VALUE,
-            )
-        batch = list(images) if isinstance(images, (list, tuple)) else [images]
-        pixels = np.empty((len(batch), 3, self.size, self.size), dtype=np.float32)
+        batch = _flatten(images)
+        edge, pixels = options["size"]["shortest_edge"], None
         for index, source in enumerate(batch):
             try:
-                image = load_image(source, self.max_pixels, self.alpha)
+                image = self.process_image(source, **options)
             except InputError as error:
                 where = f"Image {index + 1} of {len(batch)}: " if len(batch) > 1 else ""
                 raise InputError(f"{where}{error}", error.code) from error
-            self._fill(image, pixels[index])
+            mean, std = options["image_mean"], options["image_std"]
+            square = to_square(image, edge, options["image_policy"], mean, options["resample"])
+            colors = np.atleast_3d(np.asarray(square))
+            channels = colors.shape[2]
+            scale = float(options["rescale_factor"])
+            if not options["do_rescale"]:
+                scale = 1 / 255 if "float" in str(getattr(source, "dtype", "")) else 1.0
+            if not options["do_normalize"]:
+                mean, std = (0.0,), (1.0,)
+            if pixels is None:
+                pixels = np.empty((len(batch), channels, edge, edge), dtype=np.float32)
+            for channel, levels in enumerate(_levels(scale, mean, std, channels)):
+                np.take(levels, colors[..., channel], out=pixels[index, channel], mode="clip")
+        if pixels is None:
+            pixels = np.empty((0, 3, edge, edge), dtype=np.float32)
         if return_tensors == "np":
-            return {"pixel_values": pixels}
-        import torch  # here, because the server's image decoders run without torch
+            return BatchFeature({"pixel_values": pixels})
+        return BatchFeature({"pixel_values": torch.from_numpy(pixels).to(device)})
 
-        return {"pixel_values": torch.from_numpy(pixels)}
-
-    def to_square(self, image: Image.Image) -> Image.Image:
-        """Convert an RGB image to the (size, size) RGB image for the model."""
-        edge = max(image.size)
-        if image.width != image.height:
-            if self.policy == "resize":
-                image = image.resize((edge, edge), Image.Resampling.BICUBIC)
-            else:
-                color = tuple(int(value * 255) for value in self.image_mean)
-                canvas = Image.new("RGB", (edge, edge), color)
-                canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
-                image = canvas
-        if edge == self.size:
-            return image
-        return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-
-    def _fill(self, image: Image.Image, pixels: np.ndarray) -> None:
-        colors = np.asarray(self.to_square(image))  # (size, size, 3)
-        for channel, levels in enumerate(self._levels):
-            np.take(levels, colors[..., channel], out=pixels[channel], mode="clip")
+    def process_image(  # type: ignore[override]  # to an image, not to an array
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = True,
+        input_data_format: Any = None,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        **options: Any,
+    ) -> Image.Image:
+        """The image in RGB; its channels are kept with `do_convert_rgb=False`."""
+        if do_convert_rgb is False:
+            return to_pil_image(image, input_data_format=input_data_format)
+        if input_data_format is not None and hasattr(image, "shape"):
+            image = to_channel_dimension_format(
+                np.asarray(image), "channels_last", input_data_format
+            )
+        return load_image(image, max_pixels, self.alpha)
 
     # ------------------------------------------------------------------ preprocessor_config.json
 
     def to_dict(self) -> dict[str, Any]:
-        """``preprocessor_config.json``: the keys of a CLIPImageProcessor, and two of owl2."""
-        return {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": self.size},
-            "resample": _BICUBIC,
-            "do_center_crop": True,
-            "crop_size": {"height": self.size, "width": self.size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.image_mean),
-            "image_std": list(self.image_std),
-            "image_policy": self.policy,
-            "max_pixels": self.max_pixels,
-        }
+        """The keys of a CLIPImageProcessor, and two of owl2."""
+        values = super().to_dict()
+        return {key: values[key] for key in _SAVED if key in values}
 
     @classmethod
-    def from_dict(
-        cls, config: Mapping[str, Any], default_policy: str = "resize"
-    ) -> "Owl2ImageProcessor":
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The processor of a ``preprocessor_config.json``.
 
-        Args:
-            default_policy: For files without a policy, see `select_image_policy`.
-
         Raises:
-            InputError: A setting requires other pixels than this class computes.
+            InputError: A value is invalid.
         """
-        for key, value in _FIXED.items():
-            if config.get(key, value) != value:
-                raise _unsupported(f"{key} is {config[key]!r}; only {value!r} is supported")
-        factor = config.get("rescale_factor", 1 / 255)
-        if not (_is_finite(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-6)):
-            raise _unsupported(f"rescale_factor is {factor!r}, not 1/255")
+        if "size" in kwargs:
+            kwargs.setdefault("crop_size", kwargs["size"])
         try:
-            return cls(
-                size=_edge(config),
-                policy=config.get("image_policy", default_policy),
-                image_mean=config.get("image_mean", CLIP_MEAN),
-                image_std=config.get("image_std", CLIP_STD),
-                max_pixels=config.get("max_pixels", DEFAULT_MAX_PIXELS),
-            )
+            return super().from_dict(image_processor_dict, **kwargs)
         except InputError as error:
-            raise _unsupported(str(error)) from error
+            raise InputError(
+                f"preprocessor_config.json: {error}", ErrorCode.INVALID_CONFIG
+            ) from error
 
-    def replace(self, policy: str | None, max_pixels: int | None) -> "Owl2ImageProcessor":
-        """A copy with another policy or limit; None keeps the value."""
-        return type(self)(
-            self.size,
-            self.policy if policy is None else policy,
-            self.image_mean,
-            self.image_std,
-            self.max_pixels if max_pixels is None else max_pixels,
-        )
+    def replace(self, **options: Any) -> "Owl2ImageProcessor":
+        """A copy with other options."""
+        if "size" in options:
+            options["crop_size"] = options["size"]
+        return type(self)(**self.to_dict() | options)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+@lru_cache(maxsize=16)
+def _levels(
+    scale: float, mean: tuple[float, ...], std: tuple[float, ...], channels: int
+) -> list[np.ndarray]:
+    """The normalized value of each of 256 levels, for every channel.
+
+    It is computed in the order of CLIP's processor (scale, shift, divide, in float32). A lookup
+    replaces three passes over the image.
+    """
+    levels = np.arange(256, dtype=np.float32) * np.float32(scale)
+    if len(mean) == 1:
+        mean, std = mean * channels, std * channels
+    return [
+        ((levels - np.float32(shift)) / np.float32(divisor)).astype(np.float32)
+        for shift, divisor in zip(mean, std, strict=True)
+    ]
 
 
-def _are_three(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and len(values) == 3 and all(map(_is_finite, values))
+def _flatten(images: Any) -> list[Any]:
+    if isinstance(images, (list, tuple)):
+        return [image for nested in images for image in _flatten(nested)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
-def _edge(config: Mapping[str, Any]) -> int:
-    """The edge of the square in `crop_size` and `size`, which are integers or dicts."""
-    sizes = [config.get("size")]
-    if config.get("do_center_crop", config.get("crop_size") is not None):
-        sizes.insert(0, config.get("crop_size"))
+def _floats(values: Any) -> tuple[float, ...]:
+    """One or several finite numbers; () for anything else."""
+    numbers = tuple(values) if isinstance(values, (list, tuple)) else (values,)
+    is_valid = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    return tuple(map(float, numbers)) if is_valid else ()
+
+
+def _edge(*sizes: Any) -> int:
+    """The one edge in sizes, which are integers, dicts or None."""
     edges: list[Any] = []
     for size in sizes:
         if size is not None:
-            edges += size.values() if isinstance(size, Mapping) else [size]
+            values = dict(size).values() if isinstance(size, (Mapping, SizeDict)) else [size]
+            edges += [edge for edge in values if edge is not None]
     edge = edges[0] if edges else None
-    if not isinstance(edge, int) or any(other != edge for other in edges):
-        raise _unsupported(
-            f"size is {config.get('size')!r} and crop_size {config.get('crop_size')!r}; they must "
-            "have one edge in pixels, because images are squares"
+    if type(edge) is not int or edge < 1 or any(other != edge for other in edges):
+        raise _invalid(
+            f"size is {sizes[0]} and crop_size {sizes[1]}; they must have one edge of at least 1 "
+            "pixel, because images are squares"
         )
     return edge
 
 
-def _unsupported(problem: str) -> InputError:
-    return InputError(f"preprocessor_config.json: {problem}", ErrorCode.INVALID_CONFIG)
+def _invalid(problem: str) -> InputError:
+    return InputError(f"{problem}.", ErrorCode.INVALID_VALUE)
+
+
+# One class for all backends, because the pixels must be those of Pillow.
+AutoImageProcessor.register(
+    Owl2Config,
+    image_processor_classes=dict.fromkeys(("pil", "torchvision"), Owl2ImageProcessor),
+)

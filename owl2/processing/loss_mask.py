@@ -7,15 +7,19 @@
 S tokens; an image takes K+1 of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
+from typing import Any
 
+import torch
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from owl2.constants import IGNORE_INDEX
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import IMAGE_TOKEN, Spans
+from owl2.processing.token_rows import truncate_text
 from owl2.processing.tokenizer import Offsets, Owl2Tokenizer, encode_with_offsets
 
 LABEL_STYLE = "bold green"
@@ -29,20 +33,40 @@ class EncodedConversation:
     Attributes:
         loss_mask: Whether each id is a label.
         offsets: Start and end of each id in `text`; all K+1 ids of an image have its `<|image|>`.
-        image_ends: The number of ids up to the end of each image.
     """
 
     text: str
     ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
     offsets: Offsets = field(default_factory=list)
-    image_ends: list[int] = field(default_factory=list)
 
     def extend(self, ids: Sequence[int], offsets: Offsets, loss_mask: Sequence[bool]) -> None:
         """Append ids."""
         self.ids.extend(ids)
         self.offsets.extend(offsets)
         self.loss_mask.extend(loss_mask)
+
+    def to_batch(self, image_token_id: int, max_length: int | None) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`, all (1,S).
+
+        Raises:
+            InputError: An image is beyond `max_length`.
+        """
+        ids = truncate_text(self.ids, max_length or len(self.ids), image_token_id)
+        input_ids, loss_mask = torch.tensor([ids]), torch.tensor([self.loss_mask[: len(ids)]])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "mm_token_type_ids": (input_ids == image_token_id).long(),
+            "labels": input_ids.masked_fill(~loss_mask, IGNORE_INDEX),
+        }
+
+    def mask_of(self, attention_mask: Iterable[Any], truncation_side: str = "right") -> list[int]:
+        """The loss mask, truncated and padded as a row (S) of `attention_mask`."""
+        row = [bool(is_token) for is_token in attention_mask]
+        start = len(self.ids) - sum(row) if truncation_side == "left" else 0
+        mask = iter(self.loss_mask[start:])
+        return [int(is_token and next(mask)) for is_token in row]
 
 
 def encode_with_loss_mask(
@@ -71,7 +95,6 @@ def encode_with_loss_mask(
         if index:
             span = (position, position + len(IMAGE_TOKEN))
             sample.extend(image_ids, [span] * len(image_ids), [False] * len(image_ids))
-            sample.image_ends.append(len(sample.ids))
             position = span[1]
         ids, offsets, loss_mask = _encode_segment(tokenizer, segment, position, spans)
         if index == 0 and ids[: len(start_ids)] != list(start_ids):

@@ -98,7 +98,8 @@ def flatten_images(counts: Sequence[int], images: Any) -> list[Any]:
         counts, images = [sum(counts)], [images]
     if len(images) != len(counts):
         raise InputError(
-            f"{len(counts)} prompts, but images for {len(images)} prompts were passed.",
+            f"{len(counts)} prompts, but images for {len(images)} prompts were passed: the number "
+            f"of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images.",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
     flat: list[Any] = []

@@ -3,12 +3,12 @@
 The files come from any source, so every problem is an `InputError` with the file and the key.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.processing_utils import TextKwargs
 
 from owl2.checkpoints.config_file import (
     CONFIG_FILE,
@@ -22,7 +22,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.registry import DEFAULT_MODEL_TYPE, ModelType, get_model_type
 from owl2.processing.chat_template import IMAGE_TOKEN
-from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.image_processing import Owl2ImageProcessor, Owl2ImageProcessorKwargs
 from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, encode
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -34,23 +34,38 @@ _FILES = (CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE, TOKENIZER_CONFIG_FILE)
 # empty tokenizer.
 _VOCABULARIES = ((TOKENIZER_FILE,), ("tokenizer.json",), ("vocab.json", "merges.txt"))
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-# Added by AutoProcessor and pipelines.
-_AUTO_ARGS = frozenset(
+# Added by AutoProcessor and pipelines, and arguments of transformers without effect.
+_IGNORED = frozenset(
     ("_commit_hash", "_from_auto", "_from_pipeline", "code_revision", "dtype", "trust_remote_code")
-)
+) | {"use_fast", "backend", "device_map", "torch_dtype"}
+_PIXEL_ARGS = Owl2ImageProcessorKwargs.__annotations__.keys()
+_TOKENIZER_ARGS = {
+    *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
+    *TextKwargs.__annotations__,
+    *("extra_special_tokens", "legacy", "add_bos_token", "truncation_side", "model_max_length"),
+    *("clean_up_tokenization_spaces", "split_special_tokens", "tokenizer_type"),
+}
 
 Files = dict[str, Path | None]
 
 
-def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
+def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Owl2Processor` for a checkpoint, a directory or a hub id.
+
+    Args:
+        args: Of the hub, `Owl2ImageProcessor` and the tokenizer.
 
     Raises:
         InputError: A file is missing or invalid, or config.json is of another model.
-        TypeError: An unknown argument in `hub`.
+        TypeError: An unknown argument.
     """
-    hub = {key: value for key, value in hub.items() if key not in _AUTO_ARGS}
-    if unknown := sorted(hub.keys() - {*HUB_ARGS, "proxies"}):
+    pixel_args, tokenizer_args, hub = (
+        {key: args[key] for key in args.keys() & names}
+        for names in (_PIXEL_ARGS, _TOKENIZER_ARGS, {*HUB_ARGS, "proxies"})
+    )
+    if unknown := sorted(
+        args.keys() - _IGNORED - pixel_args.keys() - tokenizer_args.keys() - hub.keys()
+    ):
         raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(unknown)}")
     name = resolve_checkpoint(name, "a processor", False, hub.get("revision"))
     files = _find_files(name, hub)
@@ -60,10 +75,11 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
     path = files[PREPROCESSOR_FILE]
     pixels = read_json(path) if path else {"size": config.image_size if config else None}
     policy, _ = select_image_policy(pixels, config)
-    image_processor = Owl2ImageProcessor.from_dict(pixels, policy)
-    tokenizer = _load_tokenizer(name, files, hub, model_type)
+    image_processor = Owl2ImageProcessor.from_dict(pixels | {"image_policy": policy})
     path = files[PROCESSOR_FILE]
     own = read_json(path) if path else {}
+    tokenizer_args = {"padding_side": "left"} | tokenizer_args  # for generation
+    tokenizer = _load_tokenizer(name, files, hub | tokenizer_args, model_type)
     if (kind := own.get("processor_class", "Owl2Processor")) != "Owl2Processor":
         raise InputError(
             f"{path} belongs to a {kind}, not to an mPLUG-Owl2.", ErrorCode.UNSUPPORTED
@@ -86,13 +102,16 @@ def read_processor(name: str, hub: dict[str, Any]) -> dict[str, Any]:
             f"{path}: image_newline is {image_newline!r}; it must be true or false.",
             ErrorCode.INVALID_CONFIG,
         )
+    template = tokenizer.chat_template  # transformers reads chat_template.jinja
+    if template is None and (old := find_file(name, "chat_template.json", hub)):
+        template = read_json(old).get("chat_template")
     if config:  # It has precedence, because the ids must fit the model.
         sizes["num_image_tokens"] = config.num_image_tokens
         sizes["image_token_id"] = max(config.image_token_id, token_id)
     return {
-        "image_processor": image_processor,
+        "image_processor": image_processor.replace(**pixel_args),
         "tokenizer": tokenizer,
-        "chat_template": tokenizer.chat_template,  # transformers reads chat_template.jinja
+        "chat_template": template,
         "image_newline": image_newline,
         **sizes,
     }
@@ -177,18 +196,3 @@ def _load_tokenizer(
             ErrorCode.UNREADABLE_FILE,
         )
     return tokenizer
-
-
-def write_files(
-    directory: Path, image_processor: dict[str, Any], processor: dict[str, Any], template: str
-) -> list[str]:
-    """Write the files of an image processor, a processor and a template; returns their paths."""
-    to_json = json.JSONEncoder(indent=2, sort_keys=True).encode
-    texts = {
-        PREPROCESSOR_FILE: to_json(image_processor) + "\n",
-        PROCESSOR_FILE: to_json(processor) + "\n",
-        TEMPLATE_FILE: template,  # replaces the tokenizer's
-    }
-    for name, text in texts.items():
-        (directory / name).write_text(text, encoding="utf-8")
-    return [str(directory / name) for name in texts]

@@ -9,42 +9,45 @@
 B prompts, S tokens, N images in the batch, K learnable queries (an image takes K+1 tokens).
 """
 
+import json
 import re
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.text import Text
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils.chat_template_utils import _get_template_variables
 
-from owl2.constants import IGNORE_INDEX
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing import pretrained_files
 from owl2.processing.chat_template import (
     IMAGE_TOKEN,
+    RENDER_OPTIONS,
     ParsedMessages,
     Spans,
-    has_variable,
     insert_image_newlines,
     parse_messages,
     render,
-    require_template,
     validate_prompt,
 )
 from owl2.processing.default_templates import CHAT_TEMPLATES
-from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
+from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
 from owl2.processing.prepared_prompt import PreparedPrompt, flatten_images
+from owl2.processing.token_rows import make_batch
 from owl2.processing.tokenizer import add_image_token, encode, start_ids
 
 
 class Owl2Processor(ProcessorMixin):
     """Messages, prompts and images to the model's inputs, and ids to text.
 
-    Prompts are padded on the tokenizer's `padding_side`, which is set to left for generation.
+    The conventions are those of transformers' `ProcessorMixin`: options of the tokenizer and the
+    image processor are keyword arguments, flat or in `text_kwargs` and `images_kwargs`.
 
     Args:
         chat_template: A Jinja template, or a name in `CHAT_TEMPLATES`. Default: Specification §1.5.
@@ -56,21 +59,24 @@ class Owl2Processor(ProcessorMixin):
     """
 
     image_token = IMAGE_TOKEN
+    return_mm_token_type_ids = True
+    return_text_replacement_offsets = False
 
     def __init__(
         self,
         image_processor: Owl2ImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         num_image_tokens: int = 65,
         image_token_id: int | None = None,
         image_newline: bool = False,
     ) -> None:
-        # Not the mixin's __init__, which requires transformers' image processors: other pixels.
-        self.image_processor = image_processor
-        self.tokenizer = tokenizer
-        self.tokenizer.padding_side = "left"
-        self.chat_template = CHAT_TEMPLATES.get(chat_template or "mplug_owl2", chat_template)
+        template: Any = chat_template or "mplug_owl2"
+        if isinstance(template, str):
+            template = CHAT_TEMPLATES.get(template, template)
+        super().__init__(image_processor, tokenizer, chat_template=template)
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = "left"  # for generation
         self.image_newline = image_newline
         self.num_image_tokens = num_image_tokens
         self.image_token_id = add_image_token(tokenizer, image_token_id)
@@ -84,75 +90,87 @@ class Owl2Processor(ProcessorMixin):
         return ["input_ids", "attention_mask", "mm_token_type_ids", "pixel_values"]
 
     def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        *,
-        padding: bool | str = False,
-        padding_side: str | None = None,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        truncation: bool = False,
-        add_special_tokens: bool = True,
-        return_tensors: str | None = None,
-        return_mm_token_type_ids: bool = True,
+        self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
         """Prompts with `<|image|>` and their images to the model's inputs.
 
         Args:
             images: In order of appearance: one list for all prompts, or a list for each prompt.
-            padding: True or "longest", "max_length" (with `max_length`), or False.
-            padding_side: "left" or "right".
+            kwargs: `padding`, `padding_side`, `max_length`, `truncation`, `return_tensors`, ... and
+                options of `Owl2ImageProcessor`. `truncation` removes text, but no image.
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` (0 text, 1 image), all (B,S), and
             `pixel_values` (N,3,size,size), absent without images.
 
         Raises:
-            InputError: The numbers of placeholders and images differ, an image cannot be read, or
-                prompts of different lengths are requested as tensors without padding.
+            InputError: The numbers of placeholders and images differ, an image cannot be read or
+                would be truncated, an option is invalid, or prompts of different lengths are
+                requested as tensors without padding.
         """
-        if truncation:
+        if any(kwargs.pop(key, None) is not None for key in ("videos", "audio")):
             raise InputError(
-                "truncation is not supported, because it could remove the question or a part of an "
-                "image: shorten the text.",
+                "The model has no input for videos and audio: pass frames as images.",
                 ErrorCode.UNSUPPORTED,
             )
-        texts = [text] if isinstance(text, str) else list(text) if text is not None else []
+        try:
+            kinds: Any = self.valid_processor_kwargs
+            options = self._merge_kwargs(kinds, self.tokenizer.init_kwargs, **kwargs)
+            if text is None and images is not None:
+                pixels: BatchFeature = self.image_processor(images, **options["images_kwargs"])
+                return pixels
+            return self._prepare([text] if isinstance(text, str) else text, images, options)
+        except InputError:
+            raise
+        except (ValueError, StrictDataclassError) as error:  # an invalid option, different lengths
+            raise InputError(
+                f"The inputs cannot be prepared: {error}", ErrorCode.INVALID_VALUE
+            ) from error
+
+    def _prepare(self, texts: Any, images: Any, options: dict[str, Any]) -> BatchFeature:
+        texts = list(texts or ())
         if not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise InputError(
                 "`text` must be a prompt or a non-empty list of strings.", ErrorCode.INVALID_TYPE
             )
         images = flatten_images([prompt.count(IMAGE_TOKEN) for prompt in texts], images)
-        rows = [self._encode(prompt, add_special_tokens) for prompt in texts]
-        longest = max(map(len, rows))
-        if padding == "max_length" and (max_length is None or max_length < longest):
-            raise InputError(
-                f"padding='max_length' requires a max_length of at least {longest}, the tokens of "
-                f"the longest prompt, not {max_length}.",
-                ErrorCode.MISSING_VALUE if max_length is None else ErrorCode.TOO_LONG,
-            )
-        pixels = self.image_processor(images, return_tensors=return_tensors) if images else {}
-        try:
-            data = dict(
-                self.tokenizer.pad(
-                    {"input_ids": rows},
-                    padding,
-                    max_length,
-                    pad_to_multiple_of,
-                    padding_side,
-                    return_attention_mask=True,
-                )
-            )
-            if return_mm_token_type_ids:
-                data["mm_token_type_ids"] = [
-                    [int(id_ == self.image_token_id) for id_ in row] for row in data["input_ids"]
-                ]
-            return BatchFeature(data | pixels, tensor_type=return_tensors)
-        except ValueError as error:  # of transformers: an invalid option, or different lengths
-            raise InputError(
-                f"The prompts cannot be padded: {error}", ErrorCode.INVALID_VALUE
-            ) from error
+        text_options = options["text_kwargs"]
+        # transformers < 5.20 has these in the options of the text.
+        wants_types, wants_offsets = (
+            options.get(name, text_options.pop(name, getattr(self, name)))
+            for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        )
+        rows = [
+            self._encode(prompt, text_options.get("add_special_tokens") is not False)
+            for prompt in texts
+        ]
+        tokens = self.tokenizer, self._start_ids, self.image_token_id
+        data = make_batch(rows, text_options, *tokens)
+        if wants_types:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if wants_offsets:
+            expanded = [self.replace_image_token({}, index) for index in range(len(images))]
+            data["text_replacement_offsets"] = self.get_text_with_replacements(texts, expanded)[1]
+        if images:
+            data |= self.image_processor(images, **options["images_kwargs"])
+        return BatchFeature(
+            data,
+            tensor_type=text_options.get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
+        )
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """The text of the tokens of an image."""
+        return self.image_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """The numbers of tokens and of squares for images of any sizes."""
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens] * len(image_sizes),
+            num_image_patches=[1] * len(image_sizes),
+        )
 
     def _encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt, with K+1 × `image_token_id` for every `<|image|>`."""
@@ -163,54 +181,78 @@ class Owl2Processor(ProcessorMixin):
             return self._start_ids + ids
         return ids
 
-    def apply_chat_template(  # type: ignore[override]  # rejects unsupported arguments of the mixin
+    def apply_chat_template(  # type: ignore[override]  # options in kwargs
         self,
         conversation: Any,
         chat_template: str | None = None,
         *,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: str | None = None,
-        padding: bool | str = False,
-        padding_side: str | None = None,
+        return_assistant_tokens_mask: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
-        **variables: Any,
+        **kwargs: Any,
     ) -> Any:
         """The prompt of a conversation (or a list of conversations), as in transformers.
 
         Args:
-            add_generation_prompt: Start the assistant's turn.
+            chat_template: Another template, or a name in a `chat_template` with several.
             tokenize: Return ids, or with `return_dict` the `BatchFeature` of `__call__` including
                 images. False returns text.
-            processor_kwargs: Further arguments of `__call__`.
-            variables: Variables of the template, which must use them.
+            return_assistant_tokens_mask: Add `assistant_masks` (B,S), 1 for tokens of answers.
+            processor_kwargs: Arguments of `__call__`; `images` are those of the parts without a
+                source.
+            kwargs: `add_generation_prompt`, `continue_final_message`, `tools`, `documents`,
+                variables of the template, and arguments of `__call__`.
 
         Raises:
-            InputError: See `parse_messages` and `__call__`.
+            InputError: See `parse_messages`, `render` and `__call__`.
         """
-        template = require_template(self.chat_template if chat_template is None else chat_template)
-        if unknown := [name for name in variables if not has_variable(template, name)]:
-            raise TypeError(
-                f"apply_chat_template() got unexpected arguments: {', '.join(unknown)}, which are "
-                "not variables of the chat template"
-            )
+        template = self._template(chat_template)
+        names = _get_template_variables(template) | RENDER_OPTIONS
+        variables = {name: value for name, value in kwargs.items() if name in names}
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        options |= processor_kwargs or {}
+        if return_tensors is not None:
+            options["return_tensors"] = return_tensors
         first = next(iter(conversation), None) if isinstance(conversation, (list, tuple)) else None
         is_batch = isinstance(first, (list, tuple))
         conversations = [
-            parse_messages(messages) for messages in (conversation if is_batch else [conversation])
+            parse_messages(messages, merge_roles=True)
+            for messages in (conversation if is_batch else [conversation])
         ]
-        variables["add_generation_prompt"] = add_generation_prompt
-        variables["continue_final_message"] = continue_final_message
-        texts = [self._render(item, template, **variables)[0] for item in conversations]
+        if return_assistant_tokens_mask:
+            variables["return_assistant_tokens_mask"] = True
+        rendered = [self._render(item, template, **variables) for item in conversations]
+        texts = [text for text, _ in rendered]
         if not tokenize:
             return texts if is_batch else texts[0]
-        options: dict[str, Any] = {"padding": padding, "padding_side": padding_side}
-        options |= {"return_tensors": return_tensors} | (processor_kwargs or {})
-        images = [list(item.images) for item in conversations]
+        images = options.pop("images", None) or [list(item.images) for item in conversations]
         inputs = self(text=texts, images=images, **options)
+        if return_assistant_tokens_mask:
+            start = [] if options.get("add_special_tokens") is False else self._start_ids
+            samples = [
+                encode_with_loss_mask(self.tokenizer, text, spans, start, self._image_ids)
+                for text, spans in rendered
+            ]
+            inputs["assistant_masks"] = [
+                sample.mask_of(row, self.tokenizer.truncation_side)
+                for sample, row in zip(samples, inputs["attention_mask"], strict=True)
+            ]
+            inputs.convert_to_tensors(options.get("return_tensors"))
         return inputs if return_dict else inputs["input_ids"]
+
+    def _template(self, template: str | None = None) -> str:
+        templates = self.chat_template
+        if isinstance(templates, dict):
+            template = templates.get(template or "default", template)
+        elif template is None:
+            template = templates
+        if not isinstance(template, str):
+            raise InputError(
+                f"The chat template must be a string, not {template!r}.", ErrorCode.INVALID_TYPE
+            )
+        return template
 
     def encode(self, messages: Any) -> PreparedPrompt:
         """The prompt for the answer to a conversation: messages are parsed and images read once.
@@ -219,7 +261,7 @@ class Owl2Processor(ProcessorMixin):
             InputError: See `validate_prompt`; an image is missing or cannot be read.
         """
         parsed = validate_prompt(messages)
-        text, _ = self._render(parsed, self.chat_template, add_generation_prompt=True)
+        text, _ = self._render(parsed, self._template(), add_generation_prompt=True)
         images = flatten_images([text.count(IMAGE_TOKEN)], [list(parsed.images)])
         pixels = self.image_processor(images)["pixel_values"] if images else None
         ids = self._encode(text)
@@ -245,24 +287,8 @@ class Owl2Processor(ProcessorMixin):
         """
         conversation = parse_messages(messages)
         sample = self.encode_labeled(conversation)
-        images = flatten_images([len(sample.image_ends)], list(conversation.images))
-        ids, loss_mask = sample.ids, sample.loss_mask
-        if max_length is not None and len(ids) > max_length:
-            if sample.image_ends and sample.image_ends[-1] > max_length:
-                raise InputError(
-                    f"The sample has {len(ids)} tokens and its last image ends at token "
-                    f"{sample.image_ends[-1]}, beyond max_length {max_length}: use fewer images, a "
-                    "shorter text, or a larger max_length.",
-                    ErrorCode.TOO_LONG,
-                )
-            ids, loss_mask = ids[:max_length], loss_mask[:max_length]
-        input_ids = torch.tensor([ids])
-        data = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "mm_token_type_ids": (input_ids == self.image_token_id).long(),
-            "labels": input_ids.masked_fill(~torch.tensor([loss_mask]), IGNORE_INDEX),
-        }
+        images = flatten_images([sample.text.count(IMAGE_TOKEN)], list(conversation.images))
+        data = sample.to_batch(self.image_token_id, max_length)
         if images and return_pixel_values:
             data.update(self.image_processor(images))
         return BatchFeature(data)
@@ -293,7 +319,7 @@ class Owl2Processor(ProcessorMixin):
                 "The tokenizer has no end token to learn: set eos_token.", ErrorCode.MISSING_VALUE
             )
         turns = conversation.without_end_tokens(self.tokenizer.eos_token)
-        text, spans = self._render(turns, self.chat_template, return_assistant_tokens_mask=True)
+        text, spans = self._render(turns, self._template(), return_assistant_tokens_mask=True)
         ids = (self._start_ids, self._image_ids)
         return encode_with_loss_mask(self.tokenizer, text, spans, *ids, conversation.has_loss)
 
@@ -320,65 +346,38 @@ class Owl2Processor(ProcessorMixin):
         """`decode` for each row."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
 
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """`batch_decode` for the pipelines of transformers."""
-        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `processor_config.json`."""
-        config: dict[str, Any] = {
-            "processor_class": "Owl2Processor",
-            "num_image_tokens": self.num_image_tokens,
-        }
-        if self.image_newline:
-            config["image_newline"] = True
-        return config
-
-    def save_pretrained(  # type: ignore[override]  # without upload
-        self, save_directory: str | Path, push_to_hub: bool = False
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
         """Write the files of the tokenizer, the image processor, the processor and the template.
 
-        Returns:
-            Paths of the files.
+        `preprocessor_config.json` repeats the options of the image processor, for other programs.
         """
-        if push_to_hub:
-            raise InputError(
-                "push_to_hub is not supported: save, then run `hf upload REPO DIRECTORY`.",
-                ErrorCode.UNSUPPORTED,
-            )
-        directory, template = Path(save_directory), require_template(self.chat_template)
-        directory.mkdir(parents=True, exist_ok=True)
-        files = list(self.tokenizer.save_pretrained(str(directory)))
-        contents = self.image_processor.to_dict(), self.to_dict(), template
-        return files + pretrained_files.write_files(directory, *contents)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        pixels = self.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
+        text = json.dumps(pixels, indent=2, sort_keys=True) + "\n"
+        (Path(save_directory) / pretrained_files.PREPROCESSOR_FILE).write_text(text)
+        files: list[str] = super().save_pretrained(str(save_directory), push_to_hub, **kwargs)
+        return files
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # rejects unknown arguments
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        chat_template: str | None = None,
-        image_policy: ImagePolicy | None = None,
-        max_pixels: int | None = None,
-        image_newline: bool | None = None,
-        **hub: Any,
+    def from_pretrained(  # type: ignore[override]  # the same arguments in kwargs
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> "Owl2Processor":
         """The processor of a checkpoint, a directory or a hub id.
 
         Args:
-            chat_template, image_policy, max_pixels, image_newline: Instead of the checkpoint's.
-            hub: `revision`, `token`, `cache_dir`, `local_files_only`, ..., as in transformers.
+            kwargs: Arguments of this class, `Owl2ImageProcessor` and the tokenizer, instead of the
+                checkpoint's; `revision`, `token`, `cache_dir`, `local_files_only`, ..., as in
+                transformers. `use_fast` and `backend` have no effect.
 
         Raises:
             InputError: A file is missing or invalid.
         """
-        settings = pretrained_files.read_processor(str(pretrained_model_name_or_path), hub)
-        settings["image_processor"] = settings["image_processor"].replace(image_policy, max_pixels)
-        own = {"chat_template": chat_template, "image_newline": image_newline}
-        return cls(**settings | {key: value for key, value in own.items() if value is not None})
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        own = {key: given.pop(key) for key in signature(cls).parameters if key in given}
+        settings = pretrained_files.read_processor(str(pretrained_model_name_or_path), given)
+        return cls(**settings | own)
 
 
 AutoProcessor.register(Owl2Config, Owl2Processor)

@@ -38,8 +38,7 @@ if __name__ == "__main__":
     sys.modules["owl2"].__path__ = [str(Path(__file__).parents[1])]
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.image_io import load_image
-from owl2.processing.image_processing import ImagePolicy, Owl2ImageProcessor
+from owl2.processing.image_io import ImagePolicy, load_image, to_square
 
 # Statuses; those of errors are codes of the API.
 DECODED, INVALID, TOO_LARGE = "decoded", "invalid_image", "image_too_large"
@@ -53,7 +52,7 @@ class DecodeRequest:
 
     Attributes:
         size: Edge of the square that the model sees, in pixels; the reply has this size.
-        policy, mean: As in `Owl2ImageProcessor`.
+        policy, mean: As in `to_square`.
         max_pixels: Of the image.
         memory: Bytes that the decoder may allocate.
         timeout: Seconds until the process is ended.
@@ -126,12 +125,9 @@ def restrict_process(request: DecodeRequest) -> None:
 def _decode(request: DecodeRequest, data: bytes) -> tuple[str, bytes]:
     """The status and the RGB values or message of the reply."""
     try:
-        std = (1.0, 1.0, 1.0)  # has no effect on squares
-        processor = Owl2ImageProcessor(
-            request.size, request.policy, request.mean, std, request.max_pixels
-        )
-        image = processor.to_square(load_image(data, request.max_pixels))
-        return DECODED, image.tobytes()
+        image = load_image(data, request.max_pixels)
+        square = to_square(image, request.size, request.policy, request.mean)
+        return DECODED, square.tobytes()
     except (InputError, MemoryError) as error:
         code = error.code if isinstance(error, InputError) else ErrorCode.OUT_OF_MEMORY
         if code == ErrorCode.OUT_OF_MEMORY:

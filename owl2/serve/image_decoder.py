@@ -57,18 +57,18 @@ class SandboxedImageDecoder:
                 "Linux, macOS or WSL.",
                 ErrorCode.UNSUPPORTED,
             )
-        if processor.size**2 > processor.max_pixels:
+        if processor.edge**2 > processor.max_pixels:
             raise InputError(
                 f"max_pixels is {processor.max_pixels:,}, but the model's images have "
-                f"{processor.size}×{processor.size} pixels: raise max_pixels.",
+                f"{processor.edge}×{processor.edge} pixels: raise max_pixels.",
                 ErrorCode.INVALID_VALUE,
             )
         self._max_bytes = limits.max_image_bytes
         self._pool = ThreadPoolExecutor(limits.image_decoders, "owl2-image")
         self._request = decode_forkserver.DecodeRequest(
-            size=processor.size,
-            policy=processor.policy,
-            mean=processor.image_mean,
+            size=processor.edge,
+            policy=processor.image_policy,
+            mean=tuple(processor.image_mean),
             max_pixels=min(limits.max_image_pixels, processor.max_pixels),
             memory=limits.image_decode_memory,
             timeout=limits.image_decode_timeout,

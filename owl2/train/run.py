@@ -129,7 +129,8 @@ class TrainingRun:
         self.processor = Owl2Processor.from_pretrained(
             recipe.model, chat_template=recipe.chat_template, image_newline=True
         )
-        self.processor.image_processor.size = self.model.config.image_size
+        images = self.processor.image_processor
+        self.processor.image_processor = images.replace(size=self.model.config.image_size)
         recipe.require_context(self.model.config.max_position_embeddings)
         self.trainable = prepare(self.model, recipe, autocast=context.sharding is None)
         self.dataset = MixtureDataset(

@@ -53,7 +53,7 @@ def test_processor_options(tiny_checkpoint):
         tiny_checkpoint, device="cpu", image_policy="pad", max_pixels=100
     )
     images = engine.processor.image_processor
-    assert (images.policy, images.max_pixels) == ("pad", 100)
+    assert (images.image_policy, images.max_pixels) == ("pad", 100)
 
 
 def test_a_moved_base_model(run_cli, tiny_checkpoint, tmp_path):

@@ -6,7 +6,6 @@ import pytest
 
 from owl2.errors import ErrorCode
 from owl2.processing.chat_template import (
-    has_variable,
     insert_image_newlines,
     parse_messages,
     render,
@@ -131,8 +130,6 @@ def test_template_errors_are_input_errors():
 
 
 def test_variables_of_a_template():
-    assert has_variable("{% if thinking %}a{% endif %}", "thinking")
-    assert not has_variable("thinking {{ other }}", "thinking")
     assert write([USER], "{{ mood }}: {{ messages[0].content }}", mood="good") == "good: Hi"
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from transformers import CLIPImageProcessor
+from transformers import AutoImageProcessor, CLIPImageProcessor
 
 from owl2.errors import ErrorCode
+from owl2.processing.image_io import to_square
 from owl2.processing.image_processing import Owl2ImageProcessor
 from tests.errors import raises_input_error
 
@@ -37,27 +38,30 @@ def test_golden_pixels(name, policy):
 def test_released_settings_mean_resize():
     config = json.loads((GOLDEN / "preprocessor_config.json").read_text())
     processor = Owl2ImageProcessor.from_dict(config)
-    assert (processor.size, processor.policy) == (56, "resize")
+    assert (processor.edge, processor.image_policy) == (56, "resize")
 
 
 def test_clip_processor_loads_the_settings(tmp_path):
-    ours = Owl2ImageProcessor(28, policy="pad", max_pixels=10_000)
+    ours = Owl2ImageProcessor(28, image_policy="pad", max_pixels=10_000)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(ours.to_dict()))
     theirs = CLIPImageProcessor.from_pretrained(tmp_path)
     square = gradient(size=(40, 40))
-    expected = theirs(ours.to_square(square), return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(ours(square, "np")["pixel_values"], expected, atol=2e-6)
+    expected = theirs(to_square(square, 28, "pad", ours.image_mean), return_tensors="np")[
+        "pixel_values"
+    ]
+    np.testing.assert_allclose(
+        ours(square, return_tensors="np")["pixel_values"], expected, atol=2e-6
+    )
     again = Owl2ImageProcessor.from_dict(ours.to_dict())
     assert again.to_dict() == ours.to_dict()
-    assert (again.policy, again.max_pixels) == ("pad", 10_000)
+    assert (again.image_policy, again.max_pixels) == ("pad", 10_000)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"resample": 2},
-        {"do_normalize": False},
-        {"rescale_factor": 1.0},
+        {"resample": "cubic"},
+        {"do_resize": False},
         {"size": {"shortest_edge": 64}},
         {"crop_size": {"height": 56, "width": 28}},
         {"image_policy": "squash"},
@@ -90,12 +94,54 @@ def test_position_in_a_list_is_named():
 def test_input_image_is_not_modified():
     image = gradient()
     before = image.copy()
-    first = Owl2ImageProcessor(16, policy="pad")(image)["pixel_values"]
-    again = Owl2ImageProcessor(16, policy="pad")(image)["pixel_values"]
+    first = Owl2ImageProcessor(16, image_policy="pad")(image)["pixel_values"]
+    again = Owl2ImageProcessor(16, image_policy="pad")(image)["pixel_values"]
     assert (np.asarray(image) == np.asarray(before)).all() and torch.equal(first, again)
 
 
 def test_max_pixels():
     with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "12×8 = 96", 95):
         Owl2ImageProcessor(8, max_pixels=95)(gradient())
-    assert Owl2ImageProcessor(8, max_pixels=96)(gradient(), "np")["pixel_values"].shape[0] == 1
+    assert (
+        Owl2ImageProcessor(8, max_pixels=96)(gradient(), return_tensors="np")["pixel_values"].shape[
+            0
+        ]
+        == 1
+    )
+
+
+def test_options_of_a_call():
+    """As in transformers: what a call passes replaces the options of the processor."""
+    processor, image = Owl2ImageProcessor(8), gradient(size=(8, 8))
+    array = np.asarray(image)
+    plain = {"do_normalize": False, "do_rescale": False}
+    levels = torch.from_numpy(array.copy()).permute(2, 0, 1).float()
+    for source in (image, array, torch.from_numpy(array.copy())):
+        assert torch.equal(processor(source, **plain).pixel_values[0], levels)
+    floats = processor(array / 255, **plain).pixel_values[0]
+    assert torch.equal(floats, processor(array, do_normalize=False).pixel_values[0])
+    negative = processor(image, do_normalize=False, rescale_factor=-1.0).pixel_values[0]
+    assert torch.equal(negative, -levels)
+    assert processor(image, image_mean=[0.0] * 3, image_std=[1.0] * 3).pixel_values.min() == 0
+    first = array.transpose(2, 0, 1)
+    changed = processor(first, input_data_format="channels_first", **plain).pixel_values[0]
+    assert torch.equal(changed, levels)
+    wide = gradient(size=(12, 8))
+    padded = processor([[wide], [image]], image_policy="pad").pixel_values
+    assert torch.equal(padded[:1], Owl2ImageProcessor(8, "pad")(wide).pixel_values)
+    assert processor.image_policy == "resize" and padded.shape == (2, 3, 8, 8)
+    nearest = processor(wide, resample=0, **plain).pixel_values
+    assert not torch.equal(nearest, processor(wide, **plain).pixel_values)
+    with pytest.raises(TypeError, match="polcy"):
+        processor(image, polcy="pad")
+
+
+def test_loading_and_saving_as_in_transformers(tmp_path):
+    processor = Owl2ImageProcessor(8, "pad", max_pixels=100)
+    processor.save_pretrained(tmp_path)
+    for backend in ({}, {"use_fast": True}, {"backend": "torchvision"}, {"backend": "pil"}):
+        again = AutoImageProcessor.from_pretrained(tmp_path, **backend)
+        assert type(again) is Owl2ImageProcessor and again.to_dict() == processor.to_dict()
+    changed = Owl2ImageProcessor.from_pretrained(tmp_path, do_normalize=False, size=4)
+    assert (changed.do_normalize, changed.edge) == (False, 4)
+    assert Owl2ImageProcessor().edge == 448

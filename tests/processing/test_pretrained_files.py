@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import AutoImageProcessor, AutoProcessor, CLIPImageProcessor
 
 from owl2.checkpoints import config_file
 from owl2.errors import ErrorCode
@@ -46,7 +47,7 @@ def test_order_of_the_image_policies(
     del values["image_policy"]
     file.write_text(json.dumps(values | pixels))
     loaded = Owl2Processor.from_pretrained(tmp_path, image_policy=option)
-    assert loaded.image_processor.policy == expected
+    assert loaded.image_processor.image_policy == expected
     shown = run_cli("info", tmp_path).stdout
     assert reason in shown and (option or expected in shown)
 
@@ -73,7 +74,7 @@ def test_round_trip(tmp_path, kind, llama, byte_level, image):
     changed = Owl2Processor.from_pretrained(
         tmp_path / "a", image_policy="resize", max_pixels=7, chat_template="x"
     )
-    assert changed.image_processor.policy == "resize" and changed.chat_template == "x"
+    assert changed.image_processor.image_policy == "resize" and changed.chat_template == "x"
     assert changed.image_processor.max_pixels == 7
 
 
@@ -98,7 +99,7 @@ def test_released_layout(released, processor, llama_file, image):
     loaded = Owl2Processor.from_pretrained(released)
     equal_processors(processor, loaded, image)
     assert (loaded.num_image_tokens, loaded.image_token_id) == (6, 32000)
-    assert loaded.image_processor.policy == "resize"
+    assert loaded.image_processor.image_policy == "resize"
 
 
 def test_model_vocabulary_may_be_larger_than_the_tokenizer(released):
@@ -122,7 +123,7 @@ def test_image_size_comes_from_the_model_config_without_a_preprocessor_file(rele
     config = json.loads((released / "config.json").read_text())
     config["visual_config"]["visual_model"] = {"image_size": 28}
     (released / "config.json").write_text(json.dumps(config))
-    assert Owl2Processor.from_pretrained(released).image_processor.size == 28
+    assert Owl2Processor.from_pretrained(released).image_processor.edge == 28
     (released / "config.json").unlink()
     with raises_input_error(ErrorCode.FILE_NOT_FOUND, "preprocessor_config.json"):
         Owl2Processor.from_pretrained(released)
@@ -200,7 +201,7 @@ def test_tokenizer_config_alone_is_rejected(released):
             "image_mean 5",
         ),
         ("config.json", b'{"model_type": "llama"}', ErrorCode.UNSUPPORTED, "llama"),
-        ("processor_config.json", b'{"processor_class": "X"}', ErrorCode.UNSUPPORTED, "of a X"),
+        ("processor_config.json", b'{"processor_class": "X"}', ErrorCode.UNSUPPORTED, "to a X"),
         (
             "config.json",
             b'{"model_type": "mplug_owl2", "vocab_size": null}',
@@ -243,5 +244,30 @@ def test_incomplete_checkpoints_are_rejected(tmp_path, released, monkeypatch):
         Owl2Processor.from_pretrained(released)
     with pytest.raises(TypeError, match="policy"):
         Owl2Processor.from_pretrained(released, policy="pad")
-    with raises_input_error(ErrorCode.UNSUPPORTED, "push_to_hub"):
-        Owl2Processor.save_pretrained(None, tmp_path, push_to_hub=True)
+
+
+def test_arguments_of_the_parts(released, processor):
+    options = {"use_fast": False, "backend": "pil", "trust_remote_code": True}
+    options |= {"padding_side": "right", "sep_token": "(SEP)", "do_normalize": False}
+    loaded = AutoProcessor.from_pretrained(released, image_newline=True, **options)
+    assert (loaded.tokenizer.padding_side, loaded.tokenizer.sep_token) == ("right", "(SEP)")
+    assert (loaded.image_processor.do_normalize, loaded.image_newline) == (False, True)
+    assert Owl2Processor.from_pretrained(released).tokenizer.padding_side == "left"
+    parts = {"image_processor": Owl2ImageProcessor(8), "tokenizer": processor.tokenizer}
+    loaded = Owl2Processor.from_pretrained(released, **parts)
+    assert all(getattr(loaded, name) is part for name, part in parts.items())
+
+
+def test_saved_processor_is_read_by_transformers(tmp_path, processor):
+    processor.image_processor = Owl2ImageProcessor(28, "pad")
+    processor.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+    part = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(part) is Owl2ImageProcessor and repr(part) == repr(processor.image_processor)
+    clip = CLIPImageProcessor.from_pretrained(tmp_path)
+    assert clip.size == {"shortest_edge": 28} and clip.crop_size == {"height": 28, "width": 28}
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert written["image_processor_type"] == "CLIPImageProcessor"
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "x"}))
+    assert Owl2Processor.from_pretrained(tmp_path).chat_template == "x"

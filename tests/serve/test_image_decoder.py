@@ -75,17 +75,22 @@ def test_decoded_images_have_the_same_pixel_values_as_files(data, policy):
     processor = Owl2ImageProcessor(SIZE, policy)
     decoded = decode(data, processor)
     assert (decoded.mode, decoded.size) == ("RGB", (SIZE, SIZE))
-    ours, files = (processor(source, "np")["pixel_values"] for source in (decoded, data))
+    ours, files = (
+        processor(source, return_tensors="np")["pixel_values"] for source in (decoded, data)
+    )
     np.testing.assert_array_equal(ours, files)
     assert np.ptp(ours) > 0.5  # otherwise two empty images would be equal
 
 
 def test_other_means_and_sizes():
-    processor = Owl2ImageProcessor(9, "pad", (0.1, 0.9, 0.4), (0.3, 0.2, 0.1))
+    processor = Owl2ImageProcessor(9, "pad", image_mean=(0.1, 0.9, 0.4), image_std=(0.3, 0.2, 0.1))
     for name in ("portrait", "JPEG"):
         decoded = decode(FILES[name], processor)
-        pixels = processor(decoded, "np")["pixel_values"]
-        np.testing.assert_array_equal(pixels, processor(FILES[name], "np")["pixel_values"])
+        ours, files = (
+            processor(source, return_tensors="np")["pixel_values"]
+            for source in (decoded, FILES[name])
+        )
+        np.testing.assert_array_equal(ours, files)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF"])

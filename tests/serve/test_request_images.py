@@ -53,7 +53,7 @@ def error_of(url, **options):
 
 
 def assert_same_pixels(image, file):
-    ours, expected = (PROCESSOR(one, "np")["pixel_values"] for one in (image, file))
+    ours, expected = (PROCESSOR(one, return_tensors="np")["pixel_values"] for one in (image, file))
     np.testing.assert_array_equal(ours, expected)
 
 

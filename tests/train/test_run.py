@@ -98,7 +98,7 @@ def test_stage_2_starts_from_the_model_of_stage_1(recipe, world, tmp_path, monke
 def test_image_size_applies_to_model_and_processor(recipe):
     result = train(recipe(image_size=16, max_steps=3), quiet())
     assert Owl2ForConditionalGeneration.from_pretrained(result.model).config.image_size == 16
-    assert Owl2Processor.from_pretrained(result.model).image_processor.size == 16
+    assert Owl2Processor.from_pretrained(result.model).image_processor.edge == 16
 
 
 @pytest.mark.parametrize("name", [None, "v1"])
