@@ -267,12 +267,14 @@ def _task_settings(engine: Engine, config: EvalConfig) -> Callable[[TaskRun], No
     """A function that selects the chat format, the image policy and the limit of a task."""
     processor, images = engine.processor, engine.processor.image_processor
     images.alpha = "drop"  # as the authors' scripts
-    own_format, own_policy = chat_format(processor), images.policy
+    own_format, own_policy = chat_format(processor), images.image_policy
 
     def select(run: TaskRun) -> None:
         run.set_chat_format(processor, own_format)
         # The option, the task and the checkpoint, in this order.
-        images.policy = config.model_args.image_policy or run.task.config.image_policy or own_policy
+        images.image_policy = (
+            config.model_args.image_policy or run.task.config.image_policy or own_policy
+        )
         default = run.task.max_new_tokens(run.samples, processor.tokenizer)
         for own in run.passes:
             own.max_new_tokens = config.max_new_tokens or default

@@ -346,6 +346,12 @@ class Owl2Processor(ProcessorMixin):
         """`decode` for each row."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `processor_config.json`; the id of the image token is the tokenizer's."""
+        values: dict[str, Any] = super().to_dict()
+        del values["image_token_id"]
+        return values
+
     def save_pretrained(
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
     ) -> list[str]:
