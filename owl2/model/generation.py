@@ -11,7 +11,7 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from owl2.model.image_inputs import count_images
+from owl2.model.image_inputs import count_images, find_image_embeddings
 
 
 class MultimodalGenerationMixin(GenerationMixin):
@@ -68,7 +68,10 @@ class MultimodalGenerationMixin(GenerationMixin):
         """For beams and several answers, repeat the images of one prompt after another."""
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            counts, _ = count_images(self.config, input_ids, pixel_values)
+            embeds, ids = model_kwargs.get("inputs_embeds"), input_ids
+            if embeds is not None:
+                ids = find_image_embeddings(self.config, embeds, self.get_input_embeddings())
+            counts, _ = count_images(self.config, ids, pixel_values)
             model_kwargs.pop("pixel_values")
             repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
             pixel_values = torch.cat(repeated)

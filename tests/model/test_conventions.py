@@ -105,6 +105,15 @@ def test_placeholder_mask(model):
         model.model.get_placeholder_mask(IDS, embeds, features.repeat(2, 1, 1))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_generate_from_embeddings_and_pixels(model, options):
+    ids, pixels = IDS.repeat(2, 1), torch.cat([PIXELS, -PIXELS])
+    options = {"max_new_tokens": 4, "do_sample": False, "pixel_values": pixels} | options
+    expected = model.generate(ids, **options)[:, ids.shape[1] :]
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **options), expected)
+
+
 def test_uploaded_checkpoint_loads_with_remote_code(model, tmp_path, monkeypatch):
     class Hub:
         def create_repo(self, repo_id, **_):

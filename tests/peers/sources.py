@@ -33,9 +33,8 @@ def download(versions: dict[str, str]) -> None:
         with tarfile.open(SOURCES / f"{package}-{version}.tar.gz") as archive:
             archive.extractall(SOURCES, filter="data")
         shutil.rmtree(SOURCES / package, ignore_errors=True)
-        (SOURCES / f"{package}-{version}" / "tests").rename(SOURCES / package)
-        shutil.rmtree(SOURCES / f"{package}-{version}")
-    tests = SOURCES / "transformers"
+        (SOURCES / f"{package}-{version}").rename(SOURCES / package)
+    tests = SOURCES / "transformers" / "tests"
     if checkout := os.environ.get("TRANSFORMERS_CHECKOUT"):
         for file in Path(checkout, "tests").rglob("*"):
             target = tests / file.relative_to(Path(checkout, "tests"))
@@ -53,7 +52,7 @@ def add_to_path() -> None:
     """Make the sources importable as part of the namespace package `tests`."""
     import tests
 
-    folders = [str(SOURCES / package) for package in ("transformers", "peft")]
+    folders = [str(SOURCES / package / "tests") for package in ("transformers", "peft")]
     tests.__path__ = [*tests.__path__, *folders]  # type: ignore[assignment]  # becomes a list
     for name, replacement in REPLACEMENTS.items():
         exists = Path(folders[0], *name.split(".")).with_suffix(".py").exists()
