@@ -165,9 +165,9 @@ class VisualAbstractor(nn.Module):
         self.vit_eos = nn.Parameter(torch.empty(1, 1, language_width))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        queries = self.query_embeds.expand(len(features), -1, -1)  # (N, K, D)
+        queries = self.query_embeds.expand(features.shape[0], -1, -1)  # (N, K, D)
         embeddings = self.visual_fc(self.encoder(queries, features))  # (N, K, L)
-        vit_eos = self.vit_eos.expand(len(features), -1, -1)
+        vit_eos = self.vit_eos.expand(features.shape[0], -1, -1)
         return torch.cat([embeddings, vit_eos], dim=1)  # (N, K+1, L)
 
     @torch.no_grad()

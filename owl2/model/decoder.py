@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from owl2.model.configuration import Owl2Config
-from owl2.model.modality import ModalitySplit, Multiway, Routing
+from owl2.model.modality import AnyRouting, ModalitySplit, Multiway
 
 
 class Owl2Attention(LlamaAttention):
@@ -43,7 +43,7 @@ class Owl2Attention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        routing: Routing | None = None,
+        routing: AnyRouting | None = None,
         parts: ModalitySplit | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -85,7 +85,7 @@ class Owl2DecoderLayer(LlamaDecoderLayer):
         self.multiway = Multiway(input_layernorm=make, post_attention_layernorm=make)
 
     def forward(  # type: ignore[override]  # LLaMA's signature plus the routing
-        self, hidden_states: torch.Tensor, routing: Routing | None = None, **kwargs: Any
+        self, hidden_states: torch.Tensor, routing: AnyRouting | None = None, **kwargs: Any
     ) -> torch.Tensor:
         text_norm, visual_norm = self.multiway.pair("input_layernorm")
         if routing is None:
@@ -93,7 +93,7 @@ class Owl2DecoderLayer(LlamaDecoderLayer):
         else:
             text, visual = routing.split(hidden_states)
             parts = text_norm(text), visual_norm(visual)
-            normed = routing.join(parts, len(hidden_states))
+            normed = routing.join(parts, hidden_states.shape[0])
         attended, _ = self.self_attn(normed, routing=routing, parts=parts, **kwargs)
         hidden_states = hidden_states + attended
         normed = self.multiway("post_attention_layernorm", hidden_states, routing)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.utils import is_tracing
 
 from owl2.model.registry import MODEL_TYPES
 
@@ -41,7 +42,7 @@ class Routing(NamedTuple):
     @classmethod
     def of(
         cls, token_types: torch.Tensor, num_visual: int | None = None, always: bool = False
-    ) -> "Routing | None":
+    ) -> "AnyRouting | None":
         """The routing for modalities (B, S), 0 for text and 1 for visual tokens.
 
         Args:
@@ -50,8 +51,11 @@ class Routing(NamedTuple):
             always: Return a routing also if there are no visual tokens.
 
         Returns:
-            None if there are no visual tokens and `always` is False.
+            None if there are no visual tokens and `always` is False. While `torch.compile` or
+            `torch.export` traces the model, a `MaskedRouting`: T and V are unknown then.
         """
+        if is_tracing(token_types):
+            return MaskedRouting(token_types == VISUAL)
         is_visual = token_types.flatten() == VISUAL
         if num_visual is None:
             num_visual = int(is_visual.sum())
@@ -77,6 +81,33 @@ class Routing(NamedTuple):
         """Inverse of `split`: (T, D) and (V, D) to (B, S, D)."""
         rows: torch.Tensor = PermuteRows.apply(torch.cat(parts), self.order, self.grouped)
         return rows.unflatten(0, (batch_size, -1))
+
+
+class MaskedRouting(NamedTuple):
+    """`Routing` whose shapes do not depend on the data.
+
+    Both modules process all tokens, and one of the two results is selected for each token.
+
+    Attributes:
+        mask: (B, S), True at visual tokens.
+    """
+
+    mask: torch.Tensor
+
+    def is_visual(self, _: torch.Tensor) -> torch.Tensor:
+        """(B, S, 1): whether each position is visual."""
+        return self.mask[..., None]
+
+    def split(self, hidden_states: torch.Tensor) -> ModalitySplit:
+        """(B, S, D) for the text module and for the visual module."""
+        return hidden_states, hidden_states
+
+    def join(self, parts: ModalitySplit, batch_size: int) -> torch.Tensor:
+        """Select from the results of the text and the visual module, (B, S, D) each."""
+        return torch.where(self.mask[..., None], parts[VISUAL], parts[TEXT])
+
+
+AnyRouting = Routing | MaskedRouting
 
 
 class PermuteRows(torch.autograd.Function):
@@ -149,7 +180,7 @@ class Multiway(nn.ModuleList):
         self,
         name: str,
         hidden_states: torch.Tensor,
-        routing: Routing | None = None,
+        routing: AnyRouting | None = None,
         parts: ModalitySplit | None = None,
     ) -> torch.Tensor:
         """(B, S, D) to (B, S, D'), each token by the module `name` of its modality.
@@ -166,7 +197,7 @@ class Multiway(nn.ModuleList):
                 routing.is_visual(hidden_states), visual(hidden_states), text(hidden_states)
             )
         parts = parts or routing.split(hidden_states)
-        return routing.join((text(parts[TEXT]), visual(parts[VISUAL])), len(hidden_states))
+        return routing.join((text(parts[TEXT]), visual(parts[VISUAL])), hidden_states.shape[0])
 
     def pair(self, name: str) -> tuple[Any, Any]:
         """The modules `name` for text and for visual tokens."""

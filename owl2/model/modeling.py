@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.utils import is_tracing
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -189,9 +190,13 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             except IndexError:  # an id outside the vocabulary; the check names it
                 count_images(self.config, input_ids, None)
                 raise
-        _, num_visual = count_images(self.config, input_ids, pixel_values, token_types)
-        images = None
-        if pixel_values is not None and len(pixel_values):
+        images = num_visual = None
+        if is_tracing(input_ids):  # without the checks, which read values
+            if pixel_values is None and token_types is None and not self.run_all_branches:
+                return self.embed_tokens(input_ids), None, None
+        else:
+            _, num_visual = count_images(self.config, input_ids, pixel_values, token_types)
+        if pixel_values is not None and pixel_values.shape[0]:
             images = self.get_image_features(pixel_values).pooler_output
         if token_types is None:
             token_types = input_ids == self.config.image_token_id

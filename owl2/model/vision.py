@@ -45,7 +45,7 @@ class VisionEmbeddings(nn.Module):
                 ErrorCode.SHAPE_MISMATCH,
             )
         patches = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)  # (N, P, D)
-        cls_token = self.cls_token.expand(len(patches), -1, -1)
+        cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
         embeddings = torch.cat([cls_token, patches], dim=1)  # (N, 1+P, D)
         return self.pre_layernorm(embeddings + self.position_embedding)
 
