@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch.nn import functional as F
 from transformers import (
     GenerationMixin,
@@ -11,7 +13,10 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from owl2.errors import ErrorCode, InputError
 from owl2.model.image_inputs import count_images, find_image_embeddings
+
+CHUNKS_WITH_IMAGES = Version("5.23")  # the first version of transformers that splits images
 
 
 class MultimodalGenerationMixin(GenerationMixin):
@@ -57,6 +62,21 @@ class MultimodalGenerationMixin(GenerationMixin):
         if is_prompt and (ids == self.config.image_token_id).any():
             inputs["pixel_values"] = kwargs.get("pixel_values")
         return inputs
+
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        has_images = model_kwargs.get("pixel_values") is not None
+        if generation_config.prefill_chunk_size is not None and has_images:
+            if Version(transformers.__version__) < CHUNKS_WITH_IMAGES:
+                raise InputError(
+                    f"prefill_chunk_size with images requires transformers {CHUNKS_WITH_IMAGES}",
+                    ErrorCode.UNSUPPORTED,
+                )
+            encode = super()._prepare_multimodal_encoder_kwargs_for_generation  # type: ignore[misc]  # as in generate
+            model_kwargs = encode(model_kwargs)
+        prefill = super()._prefill  # type: ignore[misc]  # as in generate
+        return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self,

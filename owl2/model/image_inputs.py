@@ -50,6 +50,7 @@ def count_images(
     input_ids: torch.Tensor,
     images: torch.Tensor | None,
     token_types: torch.Tensor | None = None,
+    per_image: int | None = None,
 ) -> tuple[list[int], int]:
     """Count the images of a batch; synchronizes once with a GPU.
 
@@ -57,6 +58,7 @@ def count_images(
         input_ids: (B, S).
         images: N images along the first dimension, or None.
         token_types: (B, S) modalities. Default: derived from the ids.
+        per_image: Image tokens of each of the N. Default: those of an image, K + 1.
 
     Returns:
         The number of images in each of B sequences, and the number of positions of the visual
@@ -66,7 +68,7 @@ def count_images(
         InputError: An id is neither in the vocabulary nor the image token; the numbers of image
             tokens and images do not fit (the message has both); or an image is incomplete.
     """
-    per_image = config.num_image_tokens
+    per_image = per_image or config.num_image_tokens
     counts, num_visual = [0] * len(input_ids), 0
     if input_ids.numel():
         is_image = input_ids == config.image_token_id

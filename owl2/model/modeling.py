@@ -93,17 +93,25 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         pixel_values: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """See `Owl2ForConditionalGeneration.forward`. Returns hidden states after the norm."""
+        """See `Owl2ForConditionalGeneration.forward`. Returns hidden states after the norm.
+
+        Args:
+            mm_encoder_outputs: ``{"image": ...}`` from `get_image_features` instead of
+                `pixel_values`. Only the positions of some image tokens may be in `input_ids`, with
+                their rows of ``pooler_output``: chunked prefill splits images.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError(
                 "pass either input_ids or inputs_embeds, not both", ErrorCode.INVALID_VALUE
             )
         num_visual = None
         if input_ids is not None:
+            encoded = (mm_encoder_outputs or {}).get("image")
             inputs_embeds, mm_token_type_ids, num_visual = self._embed_inputs(
-                input_ids, pixel_values, mm_token_type_ids
+                input_ids, pixel_values, mm_token_type_ids, encoded and encoded.pooler_output
             )
         elif inputs_embeds is not None and pixel_values is not None:
             ids = find_image_embeddings(self.config, inputs_embeds, self.embed_tokens)
@@ -178,22 +186,29 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         token_types: torch.Tensor | None,
+        images: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
         """Embeddings (B, S, D), modalities (B, S), and the number of visual positions.
+
+        `images` are embeddings (..., D) for all image tokens, in place of `pixel_values`.
 
         The last two are None in a decode step, which cannot contain an image. It needs no check,
         and a check would synchronize with the GPU.
         """
-        if input_ids.shape[1] == 1 and pixel_values is None and not self.run_all_branches:
+        has_images = pixel_values is not None or images is not None
+        if input_ids.shape[1] == 1 and not has_images and not self.run_all_branches:
             try:
                 return self.embed_tokens(input_ids), None, None
             except IndexError:  # an id outside the vocabulary; the check names it
                 count_images(self.config, input_ids, None)
                 raise
-        images = num_visual = None
+        num_visual = None
         if is_tracing(input_ids):  # without the checks, which read values
-            if pixel_values is None and token_types is None and not self.run_all_branches:
+            if not has_images and token_types is None and not self.run_all_branches:
                 return self.embed_tokens(input_ids), None, None
+        elif images is not None:
+            rows = images.flatten(0, -2)
+            _, num_visual = count_images(self.config, input_ids, rows, token_types, per_image=1)
         else:
             _, num_visual = count_images(self.config, input_ids, pixel_values, token_types)
         if pixel_values is not None and pixel_values.shape[0]:

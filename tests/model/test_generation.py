@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     DynamicCache,
     EncoderNoRepeatNGramLogitsProcessor,
@@ -10,6 +12,9 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from owl2.errors import ErrorCode
+from owl2.model.generation import CHUNKS_WITH_IMAGES
+from tests.errors import raises_input_error
 from tests.model.conftest import make_modalities_differ
 from tests.model.golden import inputs_of, load_cases, load_model
 from tests.tiny import make_model
@@ -177,3 +182,25 @@ def test_penalty_changes_the_answer(model):
     """Otherwise the previous test would compare equal answers."""
     plain = model.generate(**two_prompts(), **GREEDY)
     assert not torch.equal(model.generate(**two_prompts(), **GREEDY, repetition_penalty=3.0), plain)
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_prefill_in_chunks(model, size):
+    """Chunks of 4 positions split the images of both prompts."""
+    inputs = two_prompts()
+    options = GREEDY | {"prefill_chunk_size": size}
+    if Version(transformers.__version__) < CHUNKS_WITH_IMAGES:
+        with raises_input_error(ErrorCode.UNSUPPORTED, "5.23"):
+            model.generate(**inputs, **options)
+    else:
+        assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **GREEDY))
+
+
+def test_embeddings_of_images_in_place_of_pixels(model):
+    inputs = two_prompts()
+    expected = model(**inputs).logits
+    encoded = {"image": model.get_image_features(inputs.pop("pixel_values"))}
+    torch.testing.assert_close(model(**inputs, mm_encoder_outputs=encoded).logits, expected)
+    encoded["image"].pooler_output = encoded["image"].pooler_output[:1]
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "12", "3"):
+        model(**inputs, mm_encoder_outputs=encoded)

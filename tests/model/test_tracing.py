@@ -77,6 +77,4 @@ def test_compiled_decode_step_with_static_cache(tiny, inputs):
     cache = StaticCache(config=tiny.config, max_cache_len=20)
     compiled = torch.compile(tiny, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**inputs, past_key_values=cache).logits, prompt.logits)
-    torch.testing.assert_close(
-        compiled(input_ids=step, past_key_values=cache).logits, expected
-    )
+    torch.testing.assert_close(compiled(input_ids=step, past_key_values=cache).logits, expected)
