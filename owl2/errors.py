@@ -1,12 +1,19 @@
 """`InputError`: the one exception for errors that a user can cause and correct."""
 
 import re
+import string
+from collections.abc import Callable
 from enum import StrEnum
 from importlib.util import find_spec
 from typing import Any
 
-# Base64, and values that are as unreadable in a message.
-_LONG_RUN = re.compile(r"[A-Za-z0-9+/=]{100,}")
+# Base64, and values that are as unreadable in a message. A path has shorter runs of letters in both
+# cases. The lookaheads are bounded, because a text may have millions of characters.
+_BASE64 = re.compile(
+    r";base64,.|(?=[a-z0-9+=]{0,39}[A-Z])(?=[A-Z0-9+=]{0,39}[a-z])[A-Za-z0-9+=]{40}"
+    r"|[A-Za-z0-9+=]{100}"
+)
+_BASE64_CHARACTERS = string.ascii_letters + string.digits + "+/=-_"
 
 
 class ErrorCode(StrEnum):
@@ -77,10 +84,12 @@ class InputError(ValueError):
         return self.message
 
 
-def shorten(value: Any, limit: int = 80) -> str:
-    """`repr(value)` for an error message: at most `limit` characters, base64 abbreviated."""
-    text = _LONG_RUN.sub(lambda run: f"{run[0][:12]}…({len(run[0])} characters)", repr(value))
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+def shorten(value: Any, limit: int = 80, convert: Callable[[Any], str] = repr) -> str:
+    """A value for an error message: its first `limit` characters, without base64."""
+    text = convert(value)
+    if found := _BASE64.search(text):
+        limit = min(limit, len(text[: found.start()].rstrip(_BASE64_CHARACTERS)) + 12)
+    return text if len(text) <= limit else f"{text[:limit]}…({len(text)} characters)"
 
 
 def require_package(package: str, purpose: str, extra: str) -> None:

@@ -9,6 +9,7 @@ them. If the process is killed at that moment, the old directory is ``.NAME.prev
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,37 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
+@contextmanager
+def exclusive_directory(directory: Path) -> Iterator[None]:
+    """Keep other processes from using an output directory, by a lock on its file ``.lock``.
+
+    The lock ends with the process. Its children do not inherit it.
+
+    Raises:
+        InputError: Another process uses the directory, or it cannot be written.
+    """
+    path = directory / ".lock"
+    with translate_write_errors(path):
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise InputError(
+                    f"another process writes to {directory}: wait for its end, or give another "
+                    "output",
+                    ErrorCode.CONFLICT,
+                ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def apply_umask(files: Iterable[Path]) -> None:
     """Give files the permissions of new files; safetensors lets only the owner read its files."""
     umask = os.umask(0)
@@ -130,6 +162,7 @@ def translate_write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
-            f"{target} cannot be written: {error.strerror or error}", ErrorCode.WRITE_FAILED
-        ) from error
+        reason = error.strerror or error
+        if isinstance(error, FileExistsError):  # of `mkdir`, where a parent is a file
+            reason = "Not a directory"
+        raise InputError(f"{target} cannot be written: {reason}", ErrorCode.WRITE_FAILED) from error

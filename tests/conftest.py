@@ -4,6 +4,9 @@ import functools
 import gc
 import os
 import ssl
+import subprocess
+import sys
+from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it
 
@@ -55,3 +58,20 @@ def tiny_checkpoint(tmp_path_factory):
     processor = Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3)
     processor.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def other_process_in():
+    """A process that uses an output directory (`exclusive_directory`) until it is killed."""
+
+    @contextmanager
+    def running(directory):
+        code = "from owl2.files import *; import sys\nwith exclusive_directory(Path(sys.argv[1])):"
+        code += "\n    print(flush=True)\n    input()"
+        command = [sys.executable, "-c", code, str(directory)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            yield
+            process.kill()
+
+    return running

@@ -14,6 +14,7 @@ from owl2.files import (
     atomic_directory,
     atomic_file,
     atomic_write_text,
+    exclusive_directory,
     require_writable,
     restore_directory,
 )
@@ -110,6 +111,20 @@ def test_process_killed_between_the_renames_leaves_the_old_directory(tmp_path, r
     restore_directory(target)
     assert names(target) == ["old.bin"]
     assert names(tmp_path) == ["model"]
+
+
+def test_a_directory_is_exclusive_until_the_end_of_its_process(tmp_path, other_process_in):
+    directory = tmp_path / "run"
+    with (
+        other_process_in(directory),
+        raises_input_error(ErrorCode.CONFLICT, directory),
+        exclusive_directory(directory),
+    ):
+        pass
+    for _ in range(2):  # the other process was killed
+        with exclusive_directory(directory):
+            assert names(directory) == [".lock"]
+        assert names(directory) == []
 
 
 def test_interrupted_replacement_is_repeated(tmp_path):

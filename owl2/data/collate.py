@@ -13,7 +13,8 @@ An invalid sample is removed from its batch, is not replaced, and is reported wi
 keeps its position in the order of samples, so all processes run the same number of steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from PIL import Image
 from owl2.constants import IGNORE_INDEX
 from owl2.data.augment import Augmentation, none
 from owl2.data.packing import Side, pack, pad_rows
-from owl2.data.sample import InvalidSample, Message, Sample
+from owl2.data.sample import InvalidSample, Sample
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
@@ -53,15 +54,13 @@ def encode_sample(
     if isinstance(sample, InvalidSample):
         return sample
     try:
-        messages = sample.messages
+        conversation = parse_messages(sample.messages)
         if augmentation is not none:
             max_pixels = processor.image_processor.max_pixels
-            images = (
-                augmentation(load_image(image, max_pixels), rng or Random())
-                for image in parse_messages(messages).images
-            )
-            messages = [m | {"content": _replace_images(m["content"], images)} for m in messages]
-        features = dict(processor.for_training(messages, max_length))
+            loaded = (load_image(image, max_pixels) for image in conversation.images)
+            augmented = tuple(augmentation(image, rng or Random()) for image in loaded)
+            conversation = replace(conversation, images=augmented)
+        features = dict(processor.for_training(conversation, max_length))
         require_labels(features, max_length)
         return features
     except InputError as error:
@@ -76,18 +75,6 @@ def require_labels(features: Features, max_length: int | None) -> None:
             "the answer, or increase max_length",
             ErrorCode.NO_LABELS,
         )
-
-
-def _replace_images(content: Any, images: Iterator[Image.Image]) -> Any:
-    """The content of a message with its image parts replaced by the next of `images`."""
-    if isinstance(content, str):
-        return content
-    parts: list[Message] = []
-    for part in content:
-        parts.append(
-            part if part.get("type") == "text" else {"type": "image", "image": next(images)}
-        )
-    return parts
 
 
 class Batch(NamedTuple):

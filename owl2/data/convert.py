@@ -24,6 +24,7 @@ from owl2.data.datasets.registry import DATASET_CARDS, read_published
 from owl2.data.sample import Sample, SkippedRows, validated
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text, expand_user, require_writable
+from owl2.processing.chat_template import parse_messages
 from owl2.progress import ProgressReporter
 from owl2.registry import Option, check_options, look_up, read_setting
 
@@ -146,12 +147,13 @@ def _write_samples(
     with atomic_file(out) as file:
         for item in items:
             try:
-                paths = set(_image_paths(validated(item)))
+                images = parse_messages(validated(item).messages).images
             except InputError as error:
                 if error.code is not ErrorCode.EMPTY_MESSAGE:
                     raise
                 skipped["samples with an empty turn"] += 1
                 continue
+            paths = {str(image) for image in images if isinstance(image, Path)}  # not URLs
             if check_images is not None:
                 files = [expand_user(check_images) / path for path in paths - seen]
                 absent = [path for path in files if not path.is_file()]
@@ -182,13 +184,6 @@ def _write_samples(
     }
     atomic_write_text(out.with_suffix(".stats.json"), json.dumps(statistics, indent=2) + "\n")
     return f"{samples:,} samples with {answers:,} answers about {len(seen):,} images"
-
-
-def _image_paths(sample: Sample) -> Iterator[str]:
-    for turn in sample.messages:
-        for part in turn["content"] if isinstance(turn["content"], list) else ():
-            if "path" in part:  # not for URLs
-                yield str(part["path"])
 
 
 def _write_entry(name: str, shards: Iterable[Shard], out: Path, skipped: Counter[str]) -> str:

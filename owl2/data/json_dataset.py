@@ -73,7 +73,11 @@ class JsonDataset(RowDataset):
                     ErrorCode.INVALID_FORMAT,
                 )
             file.seek(0)
-            rows = _list_positions(file, self.path) if self._is_list else _line_positions(file)
+            rows = (
+                ((e.start, e.length, i) for i, e in enumerate(scan_json(file, self.path, "["), 1))
+                if self._is_list
+                else _line_positions(file)
+            )
             with _progress(self.path, self._size) as progress:
                 for start, length, number in rows:
                     positions.extend((start, length, number))
@@ -119,12 +123,6 @@ def _line_positions(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
         if not line.isspace():
             yield start, len(line), number
         start += len(line)
-
-
-def _list_positions(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, int]]:
-    """(first byte, bytes, row number from 1) of each element of the list."""
-    for number, element in enumerate(scan_json(file, path, "["), start=1):
-        yield element.start, element.length, number
 
 
 def _progress(path: Path, size: int) -> ProgressReporter:

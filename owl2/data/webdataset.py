@@ -37,7 +37,7 @@ from owl2.json_records import parse_json
 
 _URL = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp)")
-_TEXTS = ("txt", "json")
+TEXTS = ("txt", "json")
 
 # `tarfile` copies the rest of its buffer at each read, which is slow for larger buffers.
 _BUFFER = 1 << 16
@@ -87,7 +87,7 @@ class TarDataset:
         """All samples once, in order."""
         for url in self.urls:
             for key, files in read_shard(url):
-                yield _to_sample(f"{url}, {key}", files)
+                yield to_sample(f"{url}, {key}", files)
 
     def stream(
         self,
@@ -175,7 +175,7 @@ class TarDataset:
                 for number, (key, files) in enumerate(read_shard(url, row), start=row):
                     if size >= world_size or (position + number) % world_size == rank:
                         where = {"epoch": epoch, "shard": place, "row": number}
-                        yield where, _to_sample(f"{url}, {key}", files)
+                        yield where, to_sample(f"{url}, {key}", files)
                 if number < 0:
                     empty.add(url)
                     if empty.issuperset(self.urls):
@@ -208,12 +208,13 @@ def _expand(pattern: str) -> list[str]:
 # ------------------------------------------------------------------ files of a sample
 
 
-def _to_sample(source: str, files: Files) -> Sample | InvalidSample:
+def to_sample(source: str, files: Files) -> Sample | InvalidSample:
+    """The sample of its files, see `read_shard`."""
     try:
         contents = dict(files)
         if len(contents) < len(files):
             raise InputError("two files of the sample have the same name", ErrorCode.CONFLICT)
-        extensions = sorted((ext for ext in contents if ext not in _TEXTS), key=_image_order)
+        extensions = sorted((ext for ext in contents if ext not in TEXTS), key=_image_order)
         if "txt" in contents:
             row: Any = {"caption": contents["txt"].decode("utf-8-sig")}
         elif "json" in contents:
@@ -282,7 +283,7 @@ def read_shard(url: str, skip: int = 0) -> Iterator[tuple[str, Files]]:
                     [
                         (extension, cast(IO[bytes], archive.extractfile(header)).read())
                         for _, extension, header in members
-                        if extension in _TEXTS or _IMAGE.fullmatch(extension)
+                        if extension in TEXTS or _IMAGE.fullmatch(extension)
                     ],
                 )
         while stream.read(_BUFFER):

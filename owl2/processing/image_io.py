@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
 
 # Pillow's own threshold for a suspicious image: a quarter of a gigabyte as RGB.
@@ -50,9 +50,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "J
 # At least two letters: one letter is a Windows drive.
 _SCHEME = re.compile(r"(data(?=:)|[a-z][a-z0-9+.-]+(?=://))", re.IGNORECASE)
 _MIN_BASE64_LENGTH = 64
-
-# A run of mixed letters and digits that base64 has and paths do not have.
-_LONG_RUN = re.compile(r"(?=[a-z0-9+=]*[A-Z])(?=[A-Z0-9+=]*[a-z])[A-Za-z0-9+=]{40}")
 
 _pillow_limit_lock = threading.Lock()
 
@@ -147,7 +144,7 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
         if not source.strip():
             raise _error("the path of the image", "is empty.")
         if scheme := _SCHEME.match(source):
-            name = f"the image at {_shorten(source)}"
+            name = f"the image at {shorten(source, 120, str)}"
             if scheme[1].lower() in URL_SCHEMES:
                 return io.BytesIO(_fetch(source, scheme[1].lower(), name)), name
             raise _error(
@@ -163,7 +160,7 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
             else:
                 return io.BytesIO(data), f"the base64 string of {len(source)} characters"
     path = os.fspath(source)
-    name = f"the image file '{_shorten(path)}'"
+    name = f"the image file '{shorten(path, 1000, str)}'"
     try:
         return expand_user(path).open("rb"), name
     except FileNotFoundError as error:
@@ -175,18 +172,6 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error  # without the path
         raise _error(name, f"cannot be read: {reason}.") from error
-
-
-def _shorten(name: str) -> str:
-    """A path or URL for messages, without the base64 of a data URI or of a mistaken path."""
-    is_url = _SCHEME.match(name) is not None
-    length = f"…({len(name)} characters)"
-    if name[:5].lower() == "data:":
-        return f"{name.partition(',')[0][:24]}{length}"
-    if not is_url and _LONG_RUN.search(name):
-        return length
-    limit = 120 if is_url else 1000
-    return name if len(name) <= limit else f"{name[:limit]}{length}"
 
 
 def _fetch(url: str, scheme: str, name: str) -> bytes:

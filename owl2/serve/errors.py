@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from owl2.errors import ErrorCode, InputError
+from owl2.errors import ErrorCode, InputError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The body of the response; also an event of a stream that has started."""
         error = ErrorInfo(
-            message=_encodable(_shorten(self.message, MAX_MESSAGE_LENGTH)),
+            message=_encodable(shorten(self.message, MAX_MESSAGE_LENGTH, str)),
             type=self.type,
             param=None if self.param is None else _encodable(self.param),
             code=self.code,
@@ -192,15 +192,11 @@ def _from_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     if isinstance(value, (bool, int, float, str)) and value != "":
         # Python does not convert integers with thousands of digits to text.
         is_huge = isinstance(value, int) and abs(value) >= 10**MAX_VALUE_LENGTH
-        message += f" (got {'a huge number' if is_huge else _shorten(repr(value))})"
+        message += f" (got {'a huge number' if is_huge else shorten(value, MAX_VALUE_LENGTH)})"
     if len(problems) > 1:
         message += f"; {len(problems) - 1} more errors"
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
     return ApiError(400, f"{message}.", code=code, param=param)
-
-
-def _shorten(text: str, length: int = MAX_VALUE_LENGTH) -> str:
-    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def _encodable(text: str) -> str:

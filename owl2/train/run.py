@@ -21,7 +21,7 @@ from owl2.checkpoints.config_file import resolve_checkpoint
 from owl2.data.collate import Collator, Layout
 from owl2.data.mixture import MixtureDataset, MixtureSource
 from owl2.data.open_dataset import open_dataset
-from owl2.files import atomic_directory, require_writable
+from owl2.files import atomic_directory, exclusive_directory, require_writable
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.runtime import tune_malloc
@@ -86,7 +86,8 @@ def train(
 
     Raises:
         InputError: An invalid recipe, model or data; an `output` with other content or a damaged
-            state; a loss or weights that are not finite; no sample with a label.
+            state, or to which another run writes; a loss or weights that are not finite; no sample
+            with a label.
     """
     if not torch.cuda.is_available():
         tune_malloc()
@@ -96,7 +97,11 @@ def train(
             if not isinstance(recipe, Recipe):
                 recipe = read_recipe(recipe, overrides)
             run = TrainingRun(recipe, context, console)
-        return run.train()
+        with ExitStack() as stack:
+            with context.raise_on_all_ranks():
+                if context.is_main:
+                    stack.enter_context(exclusive_directory(run.output))
+            return run.train()
 
 
 class TrainingRun:

@@ -103,42 +103,6 @@ def test_urls_are_not_changed(tmp_path):
     assert images(sample) == ["https://example.org/a.png"]
 
 
-@pytest.mark.parametrize(
-    ("row", "expected_error"),
-    [
-        ("a string", (ErrorCode.INVALID_FORMAT,)),
-        ({"talk": []}, (ErrorCode.INVALID_FORMAT, "conversations")),
-        ({"conversations": "hi"}, (ErrorCode.INVALID_FORMAT, "conversations")),
-        ({"conversations": [], "messages": []}, (ErrorCode.CONFLICT, "conversations")),
-        ({"conversations": []}, (ErrorCode.EMPTY_MESSAGE,)),
-        ({"conversations": ["hi"]}, (ErrorCode.INVALID_TYPE, "conversations[0]")),
-        ({"conversations": [{"from": "human", "value": 3}]}, (ErrorCode.INVALID_TYPE, "value")),
-        ({"conversations": [{"from": "robot", "value": "hi"}]}, (ErrorCode.INVALID_ROLE, "robot")),
-        (
-            {"conversations": [{"from": ["human"], "value": "hi"}]},
-            (ErrorCode.INVALID_ROLE, "human"),
-        ),
-        ({"conversations": [{"from": "gpt", "value": "hi"}]}, (ErrorCode.INVALID_ROLE, "user")),
-        (human("hi", answer=None), (ErrorCode.EMPTY_MESSAGE,)),
-        ({"conversations": [{"from": "human", "value": "hi"}]}, (ErrorCode.INVALID_ROLE,)),
-        (human("no mark", "a.png"), (ErrorCode.IMAGE_COUNT_MISMATCH, "0")),
-        (human("<image>"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
-        (human("<image><|image|>", "a.png"), (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
-        (human("<image>", {"path": "a.png"}), (ErrorCode.INVALID_TYPE,)),
-        (human("<image>", ""), (ErrorCode.IMAGE_COUNT_MISMATCH, "0")),
-        (human("<image>", "a.png") | {"images": ["a.png"]}, (ErrorCode.CONFLICT, "images")),
-        (human("what?", "a.png", answer="<image>"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1")),
-    ],
-)
-def test_an_invalid_llava_row_is_named(tmp_path, row, expected_error):
-    path = llava(tmp_path / "chat.json", human("good"), row)
-    rows = JsonDataset(path)
-    assert texts(rows[0])[1] == "yes"
-    with raises_input_error(*expected_error) as caught:
-        rows[1]
-    assert str(caught.value).startswith(f"{path}, row 2: ")
-
-
 # ------------------------------------------------------------------ messages
 
 
@@ -178,33 +142,6 @@ def test_line_separators_inside_a_string_and_blank_lines(tmp_path):
     assert texts(samples[0]) == ["a\u2028b", "c"]
 
 
-@pytest.mark.parametrize(
-    ("line", "expected_error"),
-    [
-        ("{", (ErrorCode.INVALID_FORMAT,)),
-        ("[]", (ErrorCode.INVALID_FORMAT,)),
-        ("{}", (ErrorCode.INVALID_FORMAT, "messages")),
-        ('{"messages": "hi"}', (ErrorCode.INVALID_FORMAT, "messages")),
-        ('{"conversations": []}', (ErrorCode.EMPTY_MESSAGE,)),
-        ('{"messages": ["hi"]}', (ErrorCode.INVALID_TYPE, "0")),
-        ('{"messages": [{"role": "user", "content": "hi"}]}', (ErrorCode.INVALID_ROLE,)),
-        (
-            '{"messages": [{"role": "user", "content": "<|image|>"}]}',
-            (ErrorCode.IMAGE_COUNT_MISMATCH, "1"),
-        ),
-    ],
-)
-def test_an_invalid_line_is_named(tmp_path, line, expected_error):
-    path = tmp_path / "chat.jsonl"
-    good = '{"messages": [{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}'
-    path.write_text(f"{good}\n{line}\n")
-    rows = JsonDataset(path)
-    assert texts(rows[0]) == ["a", "b"]
-    with raises_input_error(*expected_error) as caught:
-        rows[1]
-    assert str(caught.value).startswith(f"{path}, line 2: ")
-
-
 IMAGE = {"type": "image"}
 
 
@@ -218,25 +155,6 @@ def test_bare_image_parts_use_the_images_of_the_row(tmp_path):
     (sample,) = JsonDataset(lines(tmp_path / "chat.jsonl", row))
     assert texts(sample) == ["<|image|>or<|image|>", "yes"]
     assert images(sample) == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-
-
-@pytest.mark.parametrize(
-    ("row", "expected_error"),
-    [
-        (question(IMAGE) | {"images": ["a.png", "b.png"]}, (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
-        (question({"type": "text", "text": "<image>?"}), (ErrorCode.IMAGE_COUNT_MISMATCH, "0")),
-        (
-            question(IMAGE, {"type": "text", "text": "<image>?"}) | {"images": ["a.png"]},
-            (ErrorCode.IMAGE_COUNT_MISMATCH, "2"),
-        ),
-        (question(IMAGE, IMAGE) | {"images": ["a.png"]}, (ErrorCode.IMAGE_COUNT_MISMATCH, "2")),
-        (question(IMAGE | {"path": 3}), (ErrorCode.INVALID_TYPE,)),
-    ],
-)
-def test_the_number_of_images_must_match_the_messages(tmp_path, row, expected_error):
-    rows = JsonDataset(lines(tmp_path / "chat.jsonl", row))
-    with raises_input_error(*expected_error):
-        rows[0]
 
 
 # ------------------------------------------------------------------ both, and captions
@@ -418,42 +336,71 @@ def test_a_caption_becomes_the_answer(tmp_path):
     assert images(sample) == [str(tmp_path / "a.png")]
 
 
+# ------------------------------------------------------------------ invalid rows
+
+IMAGE_COUNT = ErrorCode.IMAGE_COUNT_MISMATCH
+TEXT_WITH_IMAGE = {"type": "text", "text": "<image>?"}
+
+
+@pytest.mark.parametrize("write", [llava, lines])
 @pytest.mark.parametrize(
-    ("row", "expected_error", "code"),
+    ("row", "code", "needle"),
     [
-        ({"image": "a.png", "caption": " "}, (ErrorCode.EMPTY_MESSAGE,), ErrorCode.EMPTY_MESSAGE),
-        (
-            {"image": "a.png", "caption": "<image>\na"},
-            (ErrorCode.IMAGE_COUNT_MISMATCH, "2"),
-            ErrorCode.IMAGE_COUNT_MISMATCH,
-        ),
+        ("a string", ErrorCode.INVALID_FORMAT, "str"),
+        ([], ErrorCode.INVALID_FORMAT, "list"),
+        ({}, ErrorCode.INVALID_FORMAT, "messages"),
+        ({"talk": []}, ErrorCode.INVALID_FORMAT, "conversations"),
+        ({"conversations": [], "messages": []}, ErrorCode.CONFLICT, "conversations"),
+        # conversations
+        ({"conversations": "hi"}, ErrorCode.INVALID_FORMAT, "conversations"),
+        ({"conversations": []}, ErrorCode.EMPTY_MESSAGE, ""),
+        ({"conversations": ["hi"]}, ErrorCode.INVALID_TYPE, "conversations[0]"),
+        ({"conversations": [{"from": "human", "value": 3}]}, ErrorCode.INVALID_TYPE, "value"),
+        ({"conversations": [{"from": "robot", "value": "hi"}]}, ErrorCode.INVALID_ROLE, "robot"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, ErrorCode.INVALID_ROLE, "human"),
+        ({"conversations": [{"from": "gpt", "value": "hi"}]}, ErrorCode.INVALID_ROLE, "user"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, ErrorCode.INVALID_ROLE, ""),
+        (human("hi", answer=None), ErrorCode.EMPTY_MESSAGE, ""),
+        (human("no placeholder", "a.png"), IMAGE_COUNT, "0"),
+        (human("<image>"), IMAGE_COUNT, "1"),
+        (human("<image><|image|>", "a.png"), IMAGE_COUNT, "2"),
+        (human("<image>", ""), IMAGE_COUNT, "0"),
+        (human("what?", "a.png", answer="<image>"), IMAGE_COUNT, "1"),
+        (human("<image>", {"path": "a.png"}), ErrorCode.INVALID_TYPE, ""),
+        (human("<image>", "a.png") | {"images": ["a.png"]}, ErrorCode.CONFLICT, "images"),
+        # messages
+        ({"messages": "hi"}, ErrorCode.INVALID_FORMAT, "messages"),
+        ({"messages": ["hi"]}, ErrorCode.INVALID_TYPE, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, ErrorCode.INVALID_ROLE, ""),
+        ({"messages": [{"role": "user", "content": "<|image|>"}]}, IMAGE_COUNT, "1"),
+        (question(IMAGE) | {"images": ["a.png", "b.png"]}, IMAGE_COUNT, "2"),
+        (question(TEXT_WITH_IMAGE), IMAGE_COUNT, "0"),
+        (question(IMAGE, TEXT_WITH_IMAGE) | {"images": ["a.png"]}, IMAGE_COUNT, "2"),
+        (question(IMAGE, IMAGE) | {"images": ["a.png"]}, IMAGE_COUNT, "2"),
+        (question(IMAGE | {"path": 3}), ErrorCode.INVALID_TYPE, ""),
+        # captions
+        ({"image": "a.png", "caption": " "}, ErrorCode.EMPTY_MESSAGE, ""),
+        ({"image": "a.png", "caption": "<image>\na"}, IMAGE_COUNT, "2"),
         (
             {"image": "a.png", "question": "what?", "text": "a"},
-            (ErrorCode.INVALID_FORMAT, "question"),
             ErrorCode.INVALID_FORMAT,
+            "question",
         ),
-        ({"caption": "a"}, (ErrorCode.IMAGE_COUNT_MISMATCH, "0"), ErrorCode.IMAGE_COUNT_MISMATCH),
-        (
-            {"image": ["a.png", "b.png"], "text": "a"},
-            (ErrorCode.IMAGE_COUNT_MISMATCH, "2"),
-            ErrorCode.IMAGE_COUNT_MISMATCH,
-        ),
-        (human("<image>"), (ErrorCode.IMAGE_COUNT_MISMATCH, "1"), ErrorCode.IMAGE_COUNT_MISMATCH),
-        (
-            {"conversations": [{"from": "gpt", "value": 3}]},
-            (ErrorCode.INVALID_TYPE,),
-            ErrorCode.INVALID_TYPE,
-        ),
-        (
-            {"conversations": [{"from": "me", "value": "hi"}]},
-            (ErrorCode.INVALID_ROLE, "me"),
-            ErrorCode.INVALID_ROLE,
-        ),
+        ({"caption": "a"}, IMAGE_COUNT, "0"),
+        ({"image": ["a.png", "b.png"], "text": "a"}, IMAGE_COUNT, "2"),
     ],
 )
-def test_errors_have_codes(tmp_path, row, expected_error, code):
-    path = lines(tmp_path / "captions.jsonl", row)
-    with raises_input_error(*expected_error) as caught:
-        JsonDataset(path)[0]
-    assert caught.value.code == code
-    assert str(caught.value).startswith(f"{path}, line 1: ")
+def test_an_invalid_row_is_named(tmp_path, write, row, code, needle):
+    path = write(tmp_path / f"rows.{'json' if write is llava else 'jsonl'}", human("good"), row)
+    rows = JsonDataset(path)
+    assert texts(rows[0]) == ["good", "yes"]
+    with raises_input_error(code, needle) as caught:
+        rows[1]
+    assert str(caught.value).startswith(f"{path}, {'row' if write is llava else 'line'} 2: ")
+
+
+def test_a_line_that_is_not_json_is_named(tmp_path):
+    path = lines(tmp_path / "chat.jsonl", human("good"))
+    path.write_text(f"{path.read_text()}{{\n")
+    with raises_input_error(ErrorCode.INVALID_FORMAT, f"{path}, line 2: "):
+        JsonDataset(path)[1]

@@ -44,6 +44,20 @@ def test_the_exit_code_depends_on_invalid_samples(check, checkpoint, chat, tmp_p
     assert "tokens per sample, before truncation" in out
 
 
+def test_a_second_check_replaces_the_results_of_the_first(check, checkpoint, chat, tmp_path):
+    options = ("--model", checkpoint, chat, f"images={tmp_path}", "--workers", 1)
+    output = tmp_path / "out"
+    assert check(*options, "--output", output)[0] == 1
+    chat.write_text(json.dumps([ROWS[0][0]]))
+    assert check(*options, "--output", output)[0] == 0
+    names = {"invalid_samples.jsonl", "statistics.json", "statistics.png"}
+    assert {path.name for path in output.iterdir()} == names
+    assert (output / "invalid_samples.jsonl").read_text() == ""
+    assert json.loads((output / "statistics.json").read_text())["all"]["rows"] == 1
+    code, _, err = check(*options, "--output", chat)
+    assert code == 2 and str(chat) in err and "Not a directory" in err
+
+
 def test_keys_that_are_not_read_are_counted(check, checkpoint, chat, tmp_path):
     row = ROWS[0][0]
     chat.write_text(

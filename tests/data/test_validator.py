@@ -292,6 +292,15 @@ def test_a_killed_worker_is_reported(load, chat, monkeypatch):
         run(load, {"": JsonDataset(chat)}, num_workers=2)
 
 
+def test_one_process_needs_no_shared_memory(load, chat, monkeypatch):
+    monkeypatch.setattr("owl2.data.dataloader.MIN_SHARED_MEMORY", 2**60)
+    monkeypatch.setattr("owl2.data.validate.validator.ROWS_PER_ITEM", 2)
+    monkeypatch.setattr(multiprocessing, "Event", None)
+    assert run(load, {"": JsonDataset(chat)}, num_workers=1).total.rows == len(ROWS)
+    with raises_input_error(ErrorCode.OUT_OF_MEMORY, "--workers 1"):
+        run(load, {"": JsonDataset(chat)}, num_workers=2)
+
+
 def test_an_unwritable_output_directory_is_refused(load, chat):
     with raises_input_error(ErrorCode.WRITE_FAILED, "/proc/nowhere"):
         run(load, {"": JsonDataset(chat)}, output="/proc/nowhere")

@@ -313,7 +313,8 @@ def test_messages_contain_no_base64(count):
     text = base64.b64encode(random).decode()
     sources = [
         *(text, f"data:image/png;base64,{text}", f"data:image/png;base64{text}"),
-        *(Path("data") / text, f"data/{text}", f"{text[:-3]}-=="),
+        *(Path("data") / text, f"data/{text}", f"{text[:-3]}-==", f"s3://bucket/{text}"),
+        f"file:///{text}",
     ]
     for source in sources:
         with pytest.raises(InputError) as error:

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,18 @@ def test_run_writes_a_model_and_reports(recipe, world, real_plots):
     assert "24 samples per epoch, images of 8 x 8 pixels" in text
     assert "step     10/10  loss" in text
     assert "{" not in text  # the Trainer would print dicts
+
+
+def test_a_second_run_with_the_same_output_is_refused(recipe, other_process_in):
+    settings = recipe(max_steps=3)
+    with (
+        other_process_in(Path(settings.output)),
+        raises_input_error(ErrorCode.CONFLICT, settings.output),
+    ):
+        train(settings, quiet())
+    assert train(settings, quiet()).finished
+    with raises_input_error(ErrorCode.FILE_EXISTS, settings.output, "overwrite=true"):
+        train(settings, quiet())
 
 
 def test_loss_decreases(recipe):

@@ -16,14 +16,14 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from owl2.data.sample import SkippedRows
+from owl2.data.sample import Sample, SkippedRows
+from owl2.data.webdataset import TEXTS, read_shard, to_sample
 from owl2.errors import ErrorCode, InputError
-from owl2.json_records import as_record, json_object, parse_json, readable
+from owl2.json_records import json_object, readable
 
 _TAR_END = bytes(1024)  # an archive ends with two empty blocks
-_IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp"}
 
 
 class Shard(NamedTuple):
@@ -99,28 +99,10 @@ def _has_end(path: Path) -> bool:
 
 
 def _captions(path: Path) -> Iterator[bool]:
-    """Whether each image of an archive has a caption that is not empty."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            # The files of an image are consecutive and have the same name before the suffix.
-            keys = groupby(archive, lambda member: member.name.rpartition(".")[0])
-            groups = ({m.name.rpartition(".")[2]: m for m in members} for _, members in keys)
-            for files in groups:
-                if not files.keys().isdisjoint(_IMAGE_SUFFIXES):
-                    yield _has_caption(archive, files)
-    except (OSError, tarfile.TarError) as error:
-        raise InputError(f"{path} cannot be read: {error}", ErrorCode.UNREADABLE_FILE) from error
-
-
-def _has_caption(archive: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> bool:
-    # As in `webdataset`: the caption is the .txt, or the key of the .json.
-    name = "txt" if "txt" in files else "json"
-    file = archive.extractfile(files[name]) if name in files else None
-    text: Any = file.read().decode("utf-8-sig", "replace") if file else ""
-    if name == "json" and text:
-        text = as_record(parse_json(text.encode(), str(archive.name)), str(archive.name)).value
-        text = text.get("caption") or text.get("text")
-    return isinstance(text, str) and bool(text.strip())
+    """Whether training uses each image of an archive: it has a caption that is not empty."""
+    for key, files in read_shard(str(path)):
+        if any(extension not in TEXTS for extension, _ in files):
+            yield isinstance(to_sample(key, files), Sample)
 
 
 def shard_patterns(paths: Sequence[Path]) -> list[str]:

@@ -9,6 +9,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from array import array
 from collections.abc import Iterator, Mapping
@@ -155,11 +156,11 @@ def _validate(
     console: Console,
 ) -> ValidationReport:
     report = ValidationReport({name: DatasetStats() for name in datasets})
-    total, items = report.total, WorkItems(datasets, validator)
+    total, items = report.total, WorkItems(datasets, validator, num_workers)
     start = time.perf_counter()
     with (
         open(os.devnull, "w") if output is None else atomic_file(output / INVALID_FILE) as file,
-        items.results(num_workers) as results,
+        items.results() as results,
         stop_on_interrupt(items.stop),
         ProgressReporter(
             console, "checking", len(items), unit="work items", transient=True
@@ -186,7 +187,7 @@ def _validate(
 
 
 @contextmanager
-def stop_on_interrupt(stop: Event) -> Iterator[None]:
+def stop_on_interrupt(stop: Event | threading.Event) -> Iterator[None]:
     """The first Ctrl-C sets `stop`; the second raises `KeyboardInterrupt`."""
 
     def set_stop(number: int, frame: FrameType | None) -> None:

@@ -11,10 +11,10 @@ that training uses, without pixel values: the images are only opened.
 import hashlib
 import json
 import multiprocessing
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -97,14 +97,6 @@ def sample_hash(messages: Sequence[Message]) -> int:
 # ------------------------------------------------------------------ work items
 
 
-class WorkItem(NamedTuple):
-    """The rows from `start` to `stop` of a dataset, or its shard `start`."""
-
-    dataset: str
-    start: int
-    stop: int
-
-
 @dataclass
 class WorkResult:
     """The invalid samples of an item in order, its statistics, and a hash per valid sample."""
@@ -118,30 +110,38 @@ class WorkResult:
 class WorkItems(Dataset[WorkResult]):
     """The results of all items in the order of the data, computed when they are accessed.
 
+    Args:
+        num_workers: Processes; 1 uses the main process and no shared memory.
+
     Attributes:
         stop: After it is set, an item ends early, with the samples so far.
     """
 
-    def __init__(self, datasets: Mapping[str, SampleDataset], validator: SampleValidator) -> None:
+    def __init__(
+        self, datasets: Mapping[str, SampleDataset], validator: SampleValidator, num_workers: int
+    ) -> None:
         self.datasets = datasets
         self.validator = validator
-        require_shared_memory()
-        self.stop = multiprocessing.Event()
-        self.items: list[WorkItem] = []
+        # The dataset and its rows; of a stream one shard.
+        self.items: list[tuple[str, range]] = []
         for name, samples in datasets.items():
             if isinstance(samples, TarDataset):
-                size, step = len(samples.urls), 1
+                rows, step = range(len(samples.urls)), 1
             else:
-                size, step = len(samples), ROWS_PER_ITEM
-            self.items += [WorkItem(name, i, min(i + step, size)) for i in range(0, size, step)]
+                rows, step = range(len(samples)), ROWS_PER_ITEM
+            self.items += [(name, rows[i : i + step]) for i in range(0, len(rows), step)]
+        self.num_workers = min(num_workers, len(self.items)) if num_workers > 1 else 0
+        if self.num_workers:
+            require_shared_memory()
+        self.stop = multiprocessing.Event() if self.num_workers else threading.Event()
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> WorkResult:
-        item = self.items[index]
-        result = WorkResult(item.dataset)
-        for sample in self._samples(item):
+        name, rows = self.items[index]
+        result = WorkResult(name)
+        for sample in self._samples(name, rows):
             if self.stop.is_set():
                 break
             stats = self.validator.validate(sample)
@@ -153,19 +153,19 @@ class WorkItems(Dataset[WorkResult]):
                 result.hashes.append(sample_hash(sample.messages))
         return result
 
-    def _samples(self, item: WorkItem) -> Iterator[Sample | InvalidSample]:
-        samples = self.datasets[item.dataset]
+    def _samples(self, name: str, rows: range) -> Iterator[Sample | InvalidSample]:
+        samples = self.datasets[name]
         if not isinstance(samples, TarDataset):
-            yield from (get_or_invalid(samples, row) for row in range(item.start, item.stop))
+            yield from (get_or_invalid(samples, row) for row in rows)
             return
-        url = samples.urls[item.start]
+        url = samples.urls[rows[0]]
         try:
             yield from TarDataset([url])
         except InputError as error:  # about the shard: missing, or not a tar file
             yield InvalidSample.from_error(url, error)
 
     @contextmanager
-    def results(self, num_workers: int) -> Iterator[Iterator[WorkResult]]:
+    def results(self) -> Iterator[Iterator[WorkResult]]:
         """The results in order, for any number of worker processes.
 
         The workers start on entering. Callers start their threads afterwards, because a forked
@@ -174,12 +174,9 @@ class WorkItems(Dataset[WorkResult]):
         Raises:
             InputError: See `iter_ignoring_signals`.
         """
-        num_workers = min(num_workers, len(self)) if num_workers > 1 else 0
+        ahead = ITEMS_AHEAD if self.num_workers else None
         loader = DataLoader(
-            self,
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=ITEMS_AHEAD if num_workers else None,
+            self, batch_size=None, num_workers=self.num_workers, prefetch_factor=ahead
         )
         try:
             yield iter_ignoring_signals(loader)
