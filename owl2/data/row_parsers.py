@@ -64,12 +64,14 @@ class Format(NamedTuple):
 
     Attributes:
         read: The messages of a row, with placeholders in their texts.
-        keys: The keys that it reads, without those of images and of the system text.
+        required: The keys of a row in this format: a list, or strings.
+        optional: Other keys that it reads, without those of images and of the system text.
         moves_image: The single image of a turn is moved before the text, see `parse_row`.
     """
 
     read: Callable[[Mapping[str, Any]], list[Message]]
-    keys: tuple[str, ...]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
     moves_image: bool = False
 
 
@@ -95,7 +97,7 @@ def parse_row(
             raise InputError(
                 f"a row must be an object, not {type(row).__name__}", ErrorCode.INVALID_FORMAT
             )
-        row_format = FORMATS[_format_name(row)]
+        row_format = _find_format(row)
         messages = row_format.read(row)
         if system := next((row[key] for key in _SYSTEM_KEYS if row.get(key)), None):
             messages.insert(0, _message({}, "system", system))
@@ -115,7 +117,7 @@ def parse_row(
             message["content"] = _to_parts(message, split, read_image)
         _insert_images(messages, [read_image(image) for image in images])
         has_images = any(part.get("type") != "text" for m in messages for part in _parts(m))
-        known = {*row_format.keys, *_SYSTEM_KEYS, "image", "images"}
+        known = {*row_format.required, *row_format.optional, *_SYSTEM_KEYS, "image", "images"}
         unused = unused_keys(row, known, has_images, is_attached=bool(attached))
         refuse_markers(_user_texts(messages), has_images)
     except InputError as error:
@@ -166,21 +168,19 @@ def _images(row: Mapping[str, Any]) -> list[Any]:
 # ------------------------------------------------------------------ formats
 
 
-def _format_name(row: Mapping[str, Any]) -> str:
-    names = [name for name in FORMATS if row.get(name) is not None]
-    if {"messages", "conversations"} <= set(names):
+def _find_format(row: Mapping[str, Any]) -> Format:
+    lists = [key for key in ("messages", "conversations") if row.get(key) is not None]
+    if len(lists) > 1:
         raise InputError("a row has both 'messages' and 'conversations'", ErrorCode.CONFLICT)
-    for name in names:
-        if name in ("messages", "conversations") or all(
-            isinstance(row.get(key), str) for key in (name, _ANSWER_KEYS.get(name, name))
-        ):
-            return name
+    for name, row_format in FORMATS.items():
+        if name in lists or all(isinstance(row.get(key), str) for key in row_format.required):
+            return row_format
     raise InputError(_NO_FORMAT, ErrorCode.INVALID_FORMAT)
 
 
 def require_format(columns: Sequence[str], source: str) -> None:
     """Raises `InputError` if no row with these columns has a known format."""
-    if not {name for name in FORMATS if {name, _ANSWER_KEYS.get(name, name)} <= set(columns)}:
+    if not any(set(row_format.required) <= set(columns) for row_format in FORMATS.values()):
         names = ", ".join(sorted(columns))
         message = f"{source} has the columns {names}: {_NO_FORMAT}"
         raise InputError(message, ErrorCode.INVALID_FORMAT)
@@ -277,8 +277,6 @@ def _read_owl(text: str) -> list[Message]:
     return messages
 
 
-# The answer of a question under another key.
-_ANSWER_KEYS = {"query": "response", "instruction": "output"}
 FORMATS: dict[str, Format] = {
     "messages": Format(partial(_read_turns, key="messages"), ("messages",)),
     "conversations": Format(
@@ -286,11 +284,13 @@ FORMATS: dict[str, Format] = {
     ),
     "query": Format(
         partial(_read_rounds, question="query", answer="response"),
-        ("query", "response", "history"),
+        ("query", "response"),
+        ("history",),
     ),
     "instruction": Format(
         partial(_read_rounds, question="instruction", answer="output", more="input"),
-        ("instruction", "input", "output", "history"),
+        ("instruction", "output"),
+        ("input", "history"),
     ),
     "caption": Format(partial(_read_caption, key="caption"), ("caption",)),
     "text": Format(partial(_read_caption, key="text"), ("text",), moves_image=True),

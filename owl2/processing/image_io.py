@@ -190,7 +190,7 @@ def _fetch(url: str, scheme: str, name: str) -> bytes:
                 time.sleep(delay)
                 continue
             code = ErrorCode.BROKEN_IMAGE if scheme == "data" else ErrorCode.MISSING_IMAGE
-            raise _error(name, f"cannot be fetched: {error}.", code) from error
+            raise _error(name, f"cannot be fetched: {shorten(error, 200, str)}.", code) from error
     if is_remote and len(data) > URL_MAX_BYTES:
         raise _error(
             name,

@@ -46,6 +46,9 @@ _TOKENIZER_ARGS = {
     *("clean_up_tokenization_spaces", "split_special_tokens", "tokenizer_type"),
 }
 
+# The class that wrote a file; old files have the last one.
+_CLASS_KEYS = ("processor_class", "image_processor_type", "feature_extractor_type")
+
 Files = dict[str, Path | None]
 
 
@@ -71,6 +74,12 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     files = _find_files(name, hub)
     config = read_config(name, **hub) if files[CONFIG_FILE] else None
     model_type = get_model_type(config.model_type if config else DEFAULT_MODEL_TYPE)
+    for path in filter(None, (files[PREPROCESSOR_FILE], files[PROCESSOR_FILE])):
+        for key, value in read_json(path).items():
+            if key in _CLASS_KEYS and not str(value).startswith(("Owl2", "CLIP")):
+                raise InputError(
+                    f"{path} belongs to a {value}, not to an mPLUG-Owl2.", ErrorCode.UNSUPPORTED
+                )
     # Without the file, all settings but the size have their default (Specification §1.5).
     path = files[PREPROCESSOR_FILE]
     pixels = read_json(path) if path else {"size": config.image_size if config else None}
@@ -80,10 +89,6 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     own = read_json(path) if path else {}
     tokenizer_args = {"padding_side": "left"} | tokenizer_args  # for generation
     tokenizer = _load_tokenizer(name, files, hub | tokenizer_args, model_type)
-    if (kind := own.get("processor_class", "Owl2Processor")) != "Owl2Processor":
-        raise InputError(
-            f"{path} belongs to a {kind}, not to an mPLUG-Owl2.", ErrorCode.UNSUPPORTED
-        )
     # The tokenizer has the image token, unless it was written by the authors or an early owl2.
     token_id = tokenizer.added_tokens_encoder.get(IMAGE_TOKEN, len(tokenizer))
     sizes = {

@@ -201,7 +201,15 @@ def test_tokenizer_config_alone_is_rejected(released):
             "image_mean 5",
         ),
         ("config.json", b'{"model_type": "llama"}', ErrorCode.UNSUPPORTED, "llama"),
-        ("processor_config.json", b'{"processor_class": "X"}', ErrorCode.UNSUPPORTED, "to a X"),
+        *(
+            (file, f'{{"size": 56, "{key}": "XProcessor"}}'.encode(), ErrorCode.UNSUPPORTED, "a XP")
+            for file, key in (
+                ("processor_config.json", "processor_class"),
+                ("preprocessor_config.json", "processor_class"),
+                ("preprocessor_config.json", "image_processor_type"),
+                ("preprocessor_config.json", "feature_extractor_type"),
+            )
+        ),
         (
             "config.json",
             b'{"model_type": "mplug_owl2", "vocab_size": null}',

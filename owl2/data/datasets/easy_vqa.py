@@ -6,9 +6,8 @@ training, and 1,000 images with 9,673 questions for testing. The splits are thos
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
-from pathlib import Path
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -99,24 +98,6 @@ def easy_vqa(
     # In the order of the package, so that evaluation results can be compared with its file.
     numbers = [question.number for image in images for question in image.questions]
     return [sample for _, sample in sorted(zip(numbers, samples, strict=True), key=itemgetter(0))]
-
-
-def easy_vqa_of_package(
-    source: Path,
-    split: str,
-    *,
-    style: Style = "joined",
-    prompt: str = VQA_PROMPT,
-    max_rounds: PositiveInt | None = None,
-    seed: int = 0,
-) -> Iterator[Sample]:
-    """easy-VQA for `owl2 data convert`; the directory is called `package`. See `easy_vqa`."""
-    if str(source) != "package":
-        raise InputError(
-            f"easy_vqa is read from its package: pass `package` as the directory, not {source}",
-            ErrorCode.INVALID_VALUE,
-        )
-    yield from easy_vqa(split, style=style, prompt=prompt, max_rounds=max_rounds, seed=seed)
 
 
 def easy_vqa_images(split: str) -> list[EasyVqaImage]:

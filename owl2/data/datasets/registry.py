@@ -1,13 +1,14 @@
 """The datasets of `owl2 data convert`: those of the paper (Specification §2), and easy-VQA."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from owl2.data.datasets.captions import COCO_SPLITS, KARPATHY, coco_captions, textcaps
 from owl2.data.datasets.conversations import llava_instruct, text_conversations
-from owl2.data.datasets.easy_vqa import easy_vqa_of_package
+from owl2.data.datasets.easy_vqa import easy_vqa
 from owl2.data.datasets.img2dataset import shards
 from owl2.data.datasets.questions import aokvqa, gqa, ocr_vqa, visual_questions
 from owl2.data.datasets.regions import refcoco, visual_genome
@@ -25,7 +26,7 @@ class DatasetCard:
 
     Attributes:
         convert: A function of the path of each file (of the directory without `files`), the split
-            if there are splits, and options as keywords.
+            if there are splits, and options as keywords. For a package: without a path.
         files: Option → published names of a file, of which the first that exists is read; the
             option names another one. `{split}` is the value of the split in `splits`.
         url: Where the authors publish it.
@@ -34,7 +35,7 @@ class DatasetCard:
         contents: Of the directory, if there are no `files`.
     """
 
-    convert: Callable[..., Iterator[Any]]
+    convert: Callable[..., Iterable[Any]]
     files: Mapping[str, tuple[str, ...]]
     url: str
     paper: str
@@ -46,6 +47,11 @@ class DatasetCard:
     def is_shards(self) -> bool:
         """Whether training reads it in place, so that only an entry for a recipe is written."""
         return self.convert is shards
+
+    @property
+    def is_package(self) -> bool:
+        """Whether the dataset is in an installed package; its directory is called `package`."""
+        return not self.files and not self.is_shards
 
     @property
     def options(self) -> dict[str, Option]:
@@ -72,7 +78,15 @@ def read_published(name: str, directory: Path, /, **options: Any) -> Iterator[An
     split = options.pop("split", "train")
     refuse_test(split, f"split={split}")
     value = look_up(f"split of the dataset {name}", split, card.splits or {"train": ""})
-    if not directory.is_dir() and card.convert is not easy_vqa_of_package:
+    if card.is_package:
+        if str(directory) != "package":
+            raise InputError(
+                f"{name} is read from its package: pass `package` as the directory, not "
+                f"{directory}",
+                ErrorCode.INVALID_VALUE,
+            )
+        return iter(card.convert(split, **options))
+    if not directory.is_dir():
         raise InputError(
             f"{directory} is not a directory: pass the one with the published files",
             ErrorCode.FILE_NOT_FOUND,
@@ -82,7 +96,7 @@ def read_published(name: str, directory: Path, /, **options: Any) -> Iterator[An
         name_option = options.pop(option, None)
         names = published if name_option is None else (str(name_option),)
         paths.append(_first_file(directory, [n.replace("{split}", value) for n in names]))
-    return card.convert(*(paths or [directory]), *([split] if card.splits else []), **options)
+    return iter(card.convert(*(paths or [directory]), *([split] if card.splits else []), **options))
 
 
 def _first_file(directory: Path, names: Sequence[str]) -> Path:
@@ -201,7 +215,7 @@ DATASET_CARDS: dict[str, DatasetCard] = {
         "MIT",
     ),
     "easy_vqa": DatasetCard(
-        easy_vqa_of_package,
+        partial(easy_vqa, style="joined"),
         {},
         "https://github.com/vzhou842/easy-VQA",
         "not used",
