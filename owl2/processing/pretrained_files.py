@@ -37,7 +37,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Added by AutoProcessor and pipelines, and arguments of transformers without effect.
 _IGNORED = frozenset(
     ("_commit_hash", "_from_auto", "_from_pipeline", "code_revision", "dtype", "trust_remote_code")
-) | {"use_fast", "backend", "device_map", "torch_dtype"}
+) | {"use_fast", "backend", "device_map", "torch_dtype", "attn_implementation"}
 _PIXEL_ARGS = Owl2ImageProcessorKwargs.__annotations__.keys()
 _TOKENIZER_ARGS = {
     *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
