@@ -22,6 +22,7 @@ from owl2.checkpoints.adapters import has_adapter
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
+from owl2.eval.conditions import SEED, evaluation_conditions
 from owl2.eval.fingerprints import model_fingerprint
 from owl2.eval.llm_judge import judge_run
 from owl2.eval.openai_client import ChatEndpoint
@@ -35,7 +36,7 @@ from owl2.eval.report import (
     write_report,
 )
 from owl2.eval.samples import NO_IMAGE, limit_samples
-from owl2.eval.task_run import SEED, TaskRun, chat_format, evaluation_conditions
+from owl2.eval.task_run import TaskRun, chat_format
 from owl2.eval.tasks import find_tasks
 from owl2.files import atomic_write_text, require_writable
 from owl2.model.variants import as_no_mam
@@ -113,7 +114,8 @@ def evaluate(
 
         def prepare(run: TaskRun) -> None:
             select_settings(run)
-            run.conditions = evaluation_conditions(engine, run)
+            uses_lm_eval = run.task.config.lm_eval is not None
+            run.conditions = evaluation_conditions(engine, uses_lm_eval, run.generation_kwargs)
 
         def generate(run: TaskRun, own: TaskRun) -> None:
             settings = {**run.conditions, "model": fingerprint}

@@ -18,13 +18,13 @@ from rich.console import Console
 from owl2.engine.engine import Engine
 from owl2.engine.offline import output_all
 from owl2.errors import ErrorCode, InputError
+from owl2.eval.conditions import render_prompt
 from owl2.eval.fingerprints import (
     cache_key,
     file_digest,
     image_digest,
     images_fingerprint,
     samples_fingerprint,
-    versions,
 )
 from owl2.eval.image_refs import image_names
 from owl2.eval.metrics import SampleScore, Scores
@@ -50,9 +50,6 @@ TRIAL_BATCHES = 2  # of an estimate
 MAX_LISTED_INVALID = 20  # in results.json; a file next to the responses has all
 # The format of the authors' evaluation scripts, with a space after "ASSISTANT:".
 SPACE_CHAT_TEMPLATE = "' ASSISTANT: '".join(DEFAULT_CHAT_TEMPLATE.rsplit("' ASSISTANT:'", 1))
-PROBE_PARTS = [{"type": "image"}, {"type": "text", "text": "?"}]
-CHAT_PROBE = EvalSample("", "?", [{"role": "user", "content": PROBE_PARTS}], ())
-SEED = 0  # of torch; greedy decoding draws no random numbers
 
 ChatFormat = tuple[Any, bool]  # chat template, image_newline
 
@@ -347,41 +344,6 @@ class TaskRun:
 def chat_format(processor: Owl2Processor) -> ChatFormat:
     """The chat format of a checkpoint, for `TaskRun.set_chat_format`."""
     return processor.chat_template, processor.image_newline
-
-
-def evaluation_conditions(engine: Engine, run: TaskRun) -> dict[str, Any]:
-    """The values for `TaskRun.conditions` with the current image policy of the engine."""
-    processor, model = engine.processor, engine.model
-    images = processor.image_processor
-    uses_lm_eval = run.task.config.lm_eval is not None
-    return {
-        "preprocessing": {
-            "size": images.edge,
-            "policy": images.image_policy,
-            "mean": list(images.image_mean),
-            "std": list(images.image_std),
-            "tokens_per_image": processor.num_image_tokens,
-        },
-        "generation": {
-            "engine": "lm-eval" if uses_lm_eval else "owl2",
-            **({} if uses_lm_eval else run.generation_kwargs),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "chat_format": render_prompt(engine, CHAT_PROBE),
-            "attn_implementation": model.config._attn_implementation,
-            "mam": bool(model.config.use_mam),
-        },
-        "seeds": {"torch": SEED},
-        "versions": versions(),
-    }
-
-
-def render_prompt(engine: Engine, sample: EvalSample) -> str:
-    """The prompt of a sample, with ``<|image|>`` for each image; "" if its messages are invalid."""
-    try:
-        prompt = engine.processor.apply_chat_template(sample.messages, add_generation_prompt=True)
-    except InputError:
-        return ""
-    return str(prompt)
 
 
 def response_row(response: Response, score: SampleScore, directory: Path) -> Record:

@@ -1,0 +1,48 @@
+"""The conditions of an evaluation, which are part of its results: prompts, images, generation."""
+
+from typing import Any
+
+from owl2.engine.engine import Engine
+from owl2.errors import InputError
+from owl2.eval.fingerprints import versions
+from owl2.eval.samples import EvalSample
+
+PROBE_PARTS = [{"type": "image"}, {"type": "text", "text": "?"}]
+CHAT_PROBE = EvalSample("", "?", [{"role": "user", "content": PROBE_PARTS}], ())
+SEED = 0  # of torch; greedy decoding draws no random numbers
+
+
+def evaluation_conditions(
+    engine: Engine, uses_lm_eval: bool, generation_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The values for `TaskRun.conditions` with the current settings of the engine."""
+    processor, model = engine.processor, engine.model
+    images = processor.image_processor
+    return {
+        "preprocessing": {
+            "size": images.edge,
+            "policy": images.image_policy,
+            "mean": list(images.image_mean),
+            "std": list(images.image_std),
+            "tokens_per_image": processor.num_image_tokens,
+        },
+        "generation": {
+            "engine": "lm-eval" if uses_lm_eval else "owl2",
+            **({} if uses_lm_eval else generation_kwargs),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "chat_format": render_prompt(engine, CHAT_PROBE),
+            "attn_implementation": model.config._attn_implementation,
+            "mam": bool(model.config.use_mam),
+        },
+        "seeds": {"torch": SEED},
+        "versions": versions(),
+    }
+
+
+def render_prompt(engine: Engine, sample: EvalSample) -> str:
+    """The prompt of a sample, with ``<|image|>`` for each image; "" if its messages are invalid."""
+    try:
+        prompt = engine.processor.apply_chat_template(sample.messages, add_generation_prompt=True)
+    except InputError:
+        return ""
+    return str(prompt)
