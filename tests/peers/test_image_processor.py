@@ -13,24 +13,22 @@ class Tester(ImageProcessingTester):
 
     def __init__(self, parent):
         super().__init__(parent)
-        self.image_processing_classes = dict.fromkeys(parent.backends, parent.processor_class)
+        self.image_processing_classes = {"pil": parent.processor_class}
 
     def prepare_image_processor_dict(self):
         return dict(self.parent.options)
 
     def expected_output_image_shape(self, images):
-        return 3, 18, 18
+        return self.num_channels, 18, 18
 
 
 class Owl2ImageProcessorTest(ImageProcessingTestMixin, unittest.TestCase):
     processor_class = Owl2ImageProcessor
-    backends = ("pil", "torchvision")  # one class for both
     options = {"size": {"shortest_edge": 18}, "crop_size": {"height": 18, "width": 18}}
     image_processor_tester_class = Tester
 
 
 class LlavaImageProcessorTest(ImageProcessingTestMixin, unittest.TestCase):
     processor_class = LlavaImageProcessorPil
-    backends = ("pil",)
     options = {"size": {"shortest_edge": 20}, "crop_size": {"height": 18, "width": 18}}
     image_processor_tester_class = Tester

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from transformers import AutoImageProcessor, CLIPImageProcessor
+from transformers import CLIPImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from owl2.errors import ErrorCode
 from owl2.processing.image_io import to_square

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoImageProcessor, AutoProcessor, CLIPImageProcessor
+from transformers import AutoProcessor, CLIPImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from owl2.checkpoints import config_file
 from owl2.errors import ErrorCode
