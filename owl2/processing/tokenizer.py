@@ -93,6 +93,7 @@ class Owl2Tokenizer(SentencePieceBackend):
                 pad_token=unk_token if pad_token is None else pad_token,
                 padding_side=padding_side,
                 legacy=True,  # of transformers, which this class replaces
+                add_bos_token=add_bos_token,
                 special_tokens_pattern="bos" if add_bos_token else "none",
                 token_type_ids_pattern="all_zeros",
                 **kwargs,
