@@ -3,15 +3,20 @@
 import json
 import re
 import shlex
+import signal
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
 
+from owl2 import cli
+from owl2.serve import launch
 from tests.documents import blocks, commands
-from tests.serve.test_launch import ServerProcess
+from tests.serve.running import wait_until
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 README_URL = "http://127.0.0.1:8000"  # replaced by the URL with a free port
@@ -19,16 +24,29 @@ README_URL = "http://127.0.0.1:8000"  # replaced by the URL with a free port
 
 @pytest.fixture(scope="module")
 def url(tiny_checkpoint):
-    """The URL that the README's command prints, with a tiny model."""
+    """The URL of the README's command with a tiny model, in a thread; test_launch has processes."""
     [line] = [line for line in commands(README) if line.startswith("owl2 serve")]
-    arguments = shlex.split(line.replace("runs/demo/model", str(tiny_checkpoint)))[2:]
-    server = ServerProcess(*arguments, "--port", "0", "--device", "cpu")
-    try:
-        yield server.url
-        server.process.terminate()
-        assert server.wait() == 0
-    finally:
-        server.close()
+    command = shlex.split(line.replace("runs/demo/model", str(tiny_checkpoint)))
+    configs, servers = [], []
+
+    class RecordedServer(launch.Server):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            servers.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*command, "--port", "0", "--device", "cpu"])
+        patch.setattr(launch, "serve_model", lambda config: configs.append(config) or 0)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code in (0, None)
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(launch, "Server", RecordedServer)
+        exit_code = pool.submit(launch.serve_model, *configs)
+        wait_until(lambda: exit_code.done() or (servers and servers[0].started), 60)
+        yield launch.socket_url(servers[0].servers[0].sockets[0])
+        servers[0].handle_exit(signal.SIGTERM, None)
+        assert exit_code.result(20) == 0
 
 
 @pytest.fixture
