@@ -14,6 +14,7 @@ from tests.processing.test_image_io import encoded, gradient
 def test_large_image_is_rejected_before_decoding(tmp_path, monkeypatch):
     path = tmp_path / "bomb.png"
     Image.new("1", (10_000, 10_000)).save(path)  # 12 KB, 300 MB as RGB
+    Image.init()  # some plugins load an image when they are imported
     decoded = []
     monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self))
     with warnings.catch_warnings():
