@@ -62,6 +62,6 @@ def save_checkpoint(folder: Path, processor: Owl2Processor) -> Path:
     """A checkpoint whose processor refuses images larger than `MAX_PIXELS`."""
     directory = folder / "model"
     directory.mkdir()
-    processor.image_processor = processor.image_processor.replace(None, MAX_PIXELS)
+    processor.image_processor = processor.image_processor.replace(max_pixels=MAX_PIXELS)
     processor.save_pretrained(directory)
     return directory
