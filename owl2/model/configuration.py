@@ -171,6 +171,14 @@ class Owl2Config(LlamaConfig):
         vision: Owl2VisionConfig = self.visual_config.visual_model
         return vision
 
+    def validate(self) -> None:
+        """As in transformers, which warns of ids without a row; the image token needs none."""
+        image_token_id, self.image_token_id = self.image_token_id, None
+        try:
+            super().validate()
+        finally:
+            self.image_token_id = image_token_id
+
     @property
     def num_image_tokens(self) -> int:
         """Embeddings per image: the K learnable queries and ``vit_eos``."""

@@ -105,6 +105,29 @@ def test_every_layout_gives_the_same_tensors_without_warnings(
     assert not [record for record in log.records if record.levelname in ("WARNING", "ERROR")]
 
 
+@pytest.mark.parametrize("added", [0, 3])
+def test_saved_layout_is_the_released_one(released, tmp_path, added, log):
+    """Keys, shapes and fields, so that the authors' code loads it; also with added tokens."""
+    model = load(GOLDEN)
+    rows = model.config.vocab_size + added
+    if added:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    assert "image_token_id" not in log.text
+    saved = load_file(tmp_path / "model.safetensors")
+    vocabulary = ("model.embed_tokens.weight", "lm_head.weight")
+    assert {name: tensor.shape for name, tensor in saved.items()} == {
+        name: (rows, *tensor.shape[1:]) if name in vocabulary else tensor.shape
+        for name, tensor in without(INV_FREQ, released).items()
+    }
+    written, expected = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path, GOLDEN)
+    )
+    new = {"attention_dropout", "head_dim", "mlp_bias"}  # of later versions of transformers
+    assert written.keys() - expected.keys() - new == ({"image_token_id"} if added else set())
+    assert written["visual_config"].keys() == expected["visual_config"].keys()
+
+
 def test_released_repository_is_loaded(released, tmp_path):
     """33 shards without leading zeros, ModelScope's `configuration.json`, and images."""
     folder = tmp_path / "model"
