@@ -12,7 +12,7 @@ are written under the names that transformers 4.31 reads, so the authors' code l
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -147,6 +147,7 @@ class Owl2Config(LlamaConfig):
     model_type = "mplug_owl2"
     sub_configs = {"visual_config": Owl2VisualConfig}
     base_model_tp_plan = None  # LLaMA's has no entries for the weights of each modality
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it if `architectures` is not transformers'
 
     visual_config: Any = None
     use_mam: bool = True

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.utils import is_tracing
+from transformers.utils.import_utils import is_tracing
 
 from owl2.model.registry import MODEL_TYPES
 

@@ -32,8 +32,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import is_tracing
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from owl2.constants import IGNORE_INDEX
@@ -110,8 +110,9 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         num_visual = None
         if input_ids is not None:
             encoded = (mm_encoder_outputs or {}).get("image")
+            images = None if encoded is None else encoded.pooler_output
             inputs_embeds, mm_token_type_ids, num_visual = self._embed_inputs(
-                input_ids, pixel_values, mm_token_type_ids, encoded and encoded.pooler_output
+                input_ids, pixel_values, mm_token_type_ids, images
             )
         elif inputs_embeds is not None and pixel_values is not None:
             ids = find_image_embeddings(self.config, inputs_embeds, self.embed_tokens)
