@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from rich.text import Text
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessorMixin
@@ -209,7 +210,12 @@ class Owl2Processor(ProcessorMixin):
             InputError: See `parse_messages`, `render` and `__call__`.
         """
         template = self._template(chat_template)
-        names = _get_template_variables(template) | RENDER_OPTIONS
+        try:
+            names = _get_template_variables(template) | RENDER_OPTIONS
+        except TemplateError as error:
+            raise InputError(
+                f"The chat template cannot render messages: {error}.", ErrorCode.UNSUPPORTED
+            ) from error
         variables = {name: value for name, value in kwargs.items() if name in names}
         options = {name: value for name, value in kwargs.items() if name not in names}
         options |= processor_kwargs or {}
