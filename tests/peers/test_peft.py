@@ -21,6 +21,10 @@ class PeftSuite(source.TestDecoderModels):
     def use_checkpoints(self, monkeypatch):
         monkeypatch.chdir(checkpoints() / self.subject)
 
+    def _test_generate_pos_args(self, *args, **kwargs):
+        self.num_image_tokens = 0  # the test passes ids without images
+        super()._test_generate_pos_args(*args, **kwargs)
+
     def prepare_inputs_for_testing(self):
         inputs = super().prepare_inputs_for_testing()
         if self.num_image_tokens:
