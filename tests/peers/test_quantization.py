@@ -1,0 +1,52 @@
+"""Quantization libraries through transformers' `quantization_config`.
+
+HQQ is missing: transformers 5.23 refuses it for every model.
+"""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    QuantoConfig,
+    TorchAoConfig,
+)
+
+import owl2  # noqa: F401  # registers the model
+from tests.peers.subjects import checkpoint
+
+pytestmark = pytest.mark.peers
+
+
+def torchao():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+QUANTIZATIONS = {
+    "bitsandbytes8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes4": lambda: BitsAndBytesConfig(load_in_4bit=True),
+    "torchao": torchao,
+    "quanto": lambda: QuantoConfig(weights="int8"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("subject", ["owl2", "llava"], ids=["Owl2", "Llava"])
+def test_quantized_logits(subject, name):
+    path = checkpoint(subject)
+    plain = AutoModelForImageTextToText.from_pretrained(path)
+    quantized = AutoModelForImageTextToText.from_pretrained(
+        path, quantization_config=QUANTIZATIONS[name]()
+    )
+    image = [plain.config.image_token_id] * {"owl2": 3, "llava": 4}[subject]
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, *image, 7, 8, 9]]),
+        "pixel_values": torch.rand(1, 3, 8, 8),
+    }
+    with torch.no_grad():
+        expected = plain(**inputs).logits.float()
+        found = quantized(**inputs).logits.float()
+    difference = (found - expected).norm() / expected.norm()
+    assert 0 < difference < (0.3 if name == "bitsandbytes4" else 0.1)
