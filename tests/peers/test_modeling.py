@@ -80,6 +80,10 @@ class Owl2ModelTest(ModelSuite, unittest.TestCase):
 class Owl2NoMamModelTest(Owl2ModelTest):
     settings = {"use_mam": False}
 
+    @unittest.skip("The keys of a model without MAM have the same names in files")
+    def test_reverse_loading_mapping(self):
+        pass
+
 
 class Owl2EagerModelTest(Owl2ModelTest):
     attention = "eager"
