@@ -176,7 +176,7 @@ class Owl2Config(LlamaConfig):
         """As in transformers, which warns of ids without a row; the image token needs none."""
         image_token_id, self.image_token_id = self.image_token_id, None
         try:
-            super().validate()
+            super().validate()  # type: ignore[misc]  # added by a decorator of the base class
         finally:
             self.image_token_id = image_token_id
 
