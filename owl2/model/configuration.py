@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -128,7 +127,6 @@ class Owl2VisualConfig(PreTrainedConfig):
         self.visual_abstractor.grid_size = self.visual_model.grid_size
 
 
-@strict
 class Owl2Config(LlamaConfig):
     """A flat LLaMA configuration plus ``visual_config`` (Specification §1.4).
 
@@ -152,7 +150,7 @@ class Owl2Config(LlamaConfig):
     auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it if `architectures` is not transformers'
 
     visual_config: Any = None
-    use_mam: Any = True  # a bool; `strict` would check it before __post_init__ does
+    use_mam: bool = True
     image_token_id: Any = None  # an int after __post_init__
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -167,9 +165,6 @@ class Owl2Config(LlamaConfig):
         super().__post_init__(**kwargs)
         check_sizes("decoder", vars(self), ["num_key_value_heads"])
         _require_multiple("decoder", vars(self), "num_attention_heads", "num_key_value_heads")
-
-    def validate_token_ids(self) -> None:
-        """No warning of transformers: `image_token_id` has no row in the embeddings."""
 
     @property
     def vision_config(self) -> Owl2VisionConfig:
