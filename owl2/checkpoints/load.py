@@ -232,7 +232,9 @@ class CheckpointMixin(PreTrainedModel):
         if is_main_process:
             apply_umask(Path(save_directory).glob("*.safetensors"))
 
-    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(  # type: ignore[override]  # passes all other arguments through
+        self, working_dir: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
         """The last step of `push_to_hub`; the uploaded checkpoint can be loaded without owl2."""
         add_remote_code(Path(working_dir))
         return super()._upload_modified_files(working_dir, *args, **kwargs)

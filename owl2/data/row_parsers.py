@@ -211,9 +211,10 @@ def _read_turns(row: Mapping[str, Any], key: str) -> list[Message]:
                     f"'from' is {shorten(role)}; it must be 'human' or 'gpt'",
                     ErrorCode.INVALID_ROLE,
                 )
-            role, last = ROLES[role], messages[-1] if messages else {"role": None}
+            role, last = ROLES[role], messages[-1] if messages else {}
             # In UReader's files an image is a turn of its own.
-            if role == last["role"] == "user" and not _PLACEHOLDER.sub("", last["content"]).strip():
+            is_image = "content" in last and not _PLACEHOLDER.sub("", last["content"]).strip()
+            if role == last.get("role") == "user" and is_image:
                 last["content"] += f"\n{content}"
                 continue
         messages.append(_message(turn, role, content))

@@ -146,7 +146,9 @@ class Owl2Config(LlamaConfig):
 
     model_type = "mplug_owl2"
     sub_configs = {"visual_config": Owl2VisualConfig}
-    base_model_tp_plan = None  # LLaMA's has no entries for the weights of each modality
+    base_model_tp_plan: ClassVar[Any] = (
+        None  # LLaMA's has no entries for the weights of each modality
+    )
     auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it if `architectures` is not transformers'
 
     visual_config: Any = None

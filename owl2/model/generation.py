@@ -1,6 +1,6 @@
 """`generate` for prompts with images: padding, beams, caches, and scores by token id."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import (
     GenerationMixin,
     LogitsProcessorList,
+    PreTrainedModel,
     SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -88,9 +89,10 @@ class MultimodalGenerationMixin(GenerationMixin):
         """For beams and several answers, repeat the images of one prompt after another."""
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
-            embeds, ids = model_kwargs.get("inputs_embeds"), input_ids
+            embeds, ids = model_kwargs.get("inputs_embeds"), cast(torch.Tensor, input_ids)
             if embeds is not None:
-                ids = find_image_embeddings(self.config, embeds, self.get_input_embeddings())
+                embed_tokens = cast(PreTrainedModel, self).get_input_embeddings()
+                ids = find_image_embeddings(self.config, embeds, embed_tokens)
             counts, _ = count_images(self.config, ids, pixel_values)
             model_kwargs.pop("pixel_values")
             repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]

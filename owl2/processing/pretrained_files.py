@@ -81,12 +81,13 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
                     f"{path} belongs to a {value}, not to an mPLUG-Owl2.", ErrorCode.UNSUPPORTED
                 )
     # Without the file, all settings but the size have their default (Specification §1.5).
-    path = files[PREPROCESSOR_FILE]
-    pixels = read_json(path) if path else {"size": config.image_size if config else None}
+    preprocessor_file, processor_file = files[PREPROCESSOR_FILE], files[PROCESSOR_FILE]
+    pixels = {"size": config.image_size if config else None}
+    if preprocessor_file:
+        pixels = read_json(preprocessor_file)
     policy, _ = select_image_policy(pixels, config)
     image_processor = Owl2ImageProcessor.from_dict(pixels | {"image_policy": policy})
-    path = files[PROCESSOR_FILE]
-    own = read_json(path) if path else {}
+    own = read_json(processor_file) if processor_file else {}
     tokenizer_args = {"padding_side": "left"} | tokenizer_args  # for generation
     tokenizer = _load_tokenizer(name, files, hub | tokenizer_args, model_type)
     # The tokenizer has the image token, unless it was written by the authors or an early owl2.
