@@ -130,11 +130,12 @@ def test_invalid_arguments_are_refused(
     assert complaint in err
 
 
-def test_max_length_defaults_to_the_context(checkpoint, check, chat):
+def test_max_length_defaults_to_the_context(checkpoint, check, chat, processor):
     assert effective_max_length(str(checkpoint), None) is None
     assert effective_max_length(str(checkpoint), 7) == 7
     config = {"model_type": "mplug_owl2", "max_position_embeddings": MAX_LENGTH}
     config |= {"visual_config": {"visual_abstractor": {"num_learnable_queries": 4}}}
+    config["image_token_id"] = config["vocab_size"] = processor.image_token_id
     (checkpoint / "config.json").write_text(json.dumps(config))
     assert effective_max_length(str(checkpoint), None) == MAX_LENGTH
     code, out, _ = check("--model", checkpoint, chat, "--workers", 1)
