@@ -19,6 +19,8 @@ from owl2.model.image_inputs import count_images, find_image_embeddings
 
 CHUNKS_WITH_IMAGES = Version("5.23")  # the first version of transformers that splits images
 
+IMAGE_ARGUMENTS = ("pixel_values", "mm_token_type_ids", "mm_encoder_outputs", "position_ids")
+
 
 class MultimodalGenerationMixin(GenerationMixin):
     """`GenerationMixin` of transformers for a model whose prompts contain image tokens."""
@@ -114,11 +116,45 @@ class MultimodalGenerationMixin(GenerationMixin):
         processors.insert(0, SuppressTokensLogitsProcessor([image_token_id]))
         return processors
 
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_candidate_generator(  # type: ignore[override]  # passes other arguments through
+        self,
+        generation_config: Any,
+        input_ids: torch.LongTensor,
+        inputs_tensor: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        model_kwargs: dict[str, Any],
+        assistant_model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        is_image = input_ids == self.config.image_token_id  # (B, S)
+        own_id = getattr(getattr(assistant_model, "config", None), "image_token_id", None)
+        hides_images = assistant_model is not None and own_id != self.config.image_token_id
+        if hides_images:  # a language model, for which image positions are padding
+            mask = model_kwargs.get("attention_mask")
+            mask = torch.ones_like(input_ids) if mask is None else mask
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k not in IMAGE_ARGUMENTS}
+            model_kwargs["attention_mask"] = mask.masked_fill(is_image, 0)
         make = super()._get_candidate_generator  # type: ignore[misc]  # as in generate
-        generator: Any = make(*args, **kwargs)
+        generator: Any = make(
+            generation_config,
+            input_ids,
+            inputs_tensor,
+            logits_processor,
+            model_kwargs,
+            assistant_model,
+            **kwargs,
+        )
         if getattr(generator, "vocab_size", None) is not None:  # candidates from the prompt
             generator.vocab_size = max(generator.vocab_size, self.config.image_token_id + 1)
+        if hides_images:
+            get_candidates = generator.get_candidates
+
+            def get_text_candidates(ids: torch.Tensor, **options: Any) -> tuple[Any, Any]:
+                text = ids.masked_fill(ids == self.config.image_token_id, 0)
+                candidates, logits = get_candidates(text, **options)
+                return torch.cat([ids, candidates[:, ids.shape[1] :]], 1), logits
+
+            generator.get_candidates = get_text_candidates
         return generator
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from owl2.errors import ErrorCode
 from owl2.model.configuration import Owl2Config
@@ -147,17 +147,25 @@ def test_processors_accept_prompts_and_options_with_the_image_token(
 
 
 def test_candidates_do_not_change_answers_about_images(tiny):
-    """Prompt lookup, which has no image tokens as candidates, and an assistant model."""
+    """Prompt lookup, which has no image tokens as candidates; owl2 and LLaMA as assistants."""
     pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     ids = torch.tensor([[1, 5, *IMAGE, 6, 7, 5, *IMAGE, 6, 7, 5]])
+    llama = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    assistants = [make_model(seed=1).eval(), LlamaForCausalLM(llama).eval()]
     for inputs in (
         {"input_ids": ids, "pixel_values": pixels},
         {"input_ids": ids, "pixel_values": pixels, "mm_token_type_ids": (ids == 40).long()},
         {"input_ids": ids[ids != 40][None]},
     ):
         expected = tiny.generate(**inputs, **GREEDY)
-        assistant = make_model(seed=1).eval()
-        for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+        candidates = [{"assistant_model": assistant} for assistant in assistants]
+        for options in ({"prompt_lookup_num_tokens": 3}, *candidates):
             assert torch.equal(tiny.generate(**inputs, **GREEDY, **options), expected)
 
 
