@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from owl2.model.modality import released_name
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
@@ -52,9 +53,14 @@ def trainable_names(model):
 
 
 def weights(directory):
-    """The tensors of a model in one file, or of an adapter and its base model."""
+    """The tensors of a model file, or of an adapter and its base model, by released names."""
     file = Path(directory) / "model.safetensors"
-    return load_file(file) if file.exists() else load_model(directory).state_dict()
+    return load_file(file) if file.exists() else released_state(load_model(directory))
+
+
+def released_state(model):
+    """The state dict of a model by released names."""
+    return {released_name(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def assert_same_weights(one, other):

@@ -17,7 +17,15 @@ from owl2.processing.processor import Owl2Processor
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer
 from tests.errors import raises_input_error
-from tests.train.runs import assert_same_weights, quiet, read_jsonl, recorded, train_until, weights
+from tests.train.runs import (
+    assert_same_weights,
+    quiet,
+    read_jsonl,
+    recorded,
+    released_state,
+    train_until,
+    weights,
+)
 from tests.train.tiny import QUESTION, ROWS
 
 
@@ -97,7 +105,7 @@ def test_stage_2_starts_from_the_model_of_stage_1(recipe, world, tmp_path, monke
     original_train = Owl2Trainer.train
 
     def record(self, *args, **kwargs):
-        initial.update({name: t.clone() for name, t in self.model.state_dict().items()})
+        initial.update({name: t.clone() for name, t in released_state(self.model).items()})
         return original_train(self, *args, **kwargs)
 
     monkeypatch.setattr(Owl2Trainer, "train", record)

@@ -53,10 +53,14 @@ def make_world(folder, answers, image_size=8, num_image_tokens=3, **sizes):
     texts = [f"USER: \n{QUESTION} ASSISTANT: {color}" for color in COLORS] * 10
     train_tokenizer(texts, start / "tokenizer.model", 300)
     tokenizer = Owl2Tokenizer(str(start / "tokenizer.model"))
-    make_model(**{"vocab_size": len(tokenizer)} | sizes).save_pretrained(start)
-    image_processor = Owl2ImageProcessor(image_size)
-    processor = Owl2Processor(image_processor, tokenizer, num_image_tokens=num_image_tokens)
-    processor.save_pretrained(start)
+    model = make_model(**{"vocab_size": len(tokenizer)} | sizes)
+    model.save_pretrained(start)
+    Owl2Processor(
+        Owl2ImageProcessor(image_size),
+        tokenizer,
+        num_image_tokens=num_image_tokens,
+        image_token_id=model.config.image_token_id,
+    ).save_pretrained(start)
 
 
 class RandomSamples(MixtureDataset):
