@@ -295,7 +295,8 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             inputs_embeds: (B, S, D) instead of `input_ids`: with `pixel_values` as
                 `get_input_embeddings` gives them, or with images already inserted.
             mm_token_type_ids: (B, S), 0 text, 1 visual. Default: derived from `input_ids`.
-            labels: (B, S), -100 for positions without a loss. Image tokens have none.
+            labels: (B, S), -100 for positions without a loss. Image tokens have none. With
+                `logits_to_keep`, the labels of those positions only.
             shift_labels: (B, S), the label of each position's next token, instead of `labels`: for
                 sequences that are split across processes.
             logits_to_keep: Compute logits of the last N positions only (0: all), or of a tensor of
@@ -311,16 +312,11 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
 
         Raises:
             InputError: The numbers of image tokens and images do not fit, images have another
-                size, an id is outside the vocabulary, or labels come with `logits_to_keep`.
+                size, an id is outside the vocabulary, or labels do not fit `logits_to_keep`.
         """
         if shift_labels is None and labels is not None:
             shift_labels = shift(labels)
         if shift_labels is not None:
-            if not isinstance(logits_to_keep, int) or logits_to_keep:
-                raise InputError(
-                    "labels require the logits of all positions: set logits_to_keep to 0",
-                    ErrorCode.CONFLICT,
-                )
             is_image = shift_labels == self.config.image_token_id
             shift_labels = shift_labels.masked_fill(is_image, IGNORE_INDEX)
         # Before the decoder runs, while a GPU has no queued work: this synchronizes with it.
@@ -340,16 +336,22 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
         )
         hidden_states = outputs.last_hidden_state  # (B, S, D)
         logits = loss = None
+        last = isinstance(logits_to_keep, int)
+        keep = slice(-logits_to_keep, None) if last else logits_to_keep
+        kept = hidden_states[:, keep]
+        if shift_labels is not None and shift_labels.shape[:2] != kept.shape[:2]:
+            raise InputError(
+                f"labels of shape {tuple(shift_labels.shape)} for logits of "
+                f"{tuple(kept.shape[:2])} positions: give the labels that logits_to_keep selects",
+                ErrorCode.CONFLICT,
+            )
         if return_logits:
-            last = isinstance(logits_to_keep, int)
-            keep = slice(-logits_to_keep, None) if last else logits_to_keep
-            kept = hidden_states[:, keep]
             # As a matrix: `linear` may copy the complete weight for a slice with three dimensions.
             logits = self.lm_head(kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
             if shift_labels is not None:
                 loss = next_token_loss(logits, shift_labels, num_items_in_batch)
         elif labeled is not None:
-            loss = chunked_cross_entropy(self.lm_head, hidden_states, *labeled, num_items_in_batch)
+            loss = chunked_cross_entropy(self.lm_head, kept, *labeled, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
