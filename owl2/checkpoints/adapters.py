@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_config, read_json
 from owl2.checkpoints.key_report import check_keys
 from owl2.checkpoints.weight_files import COMPUTED_KEYS, read_tensors
+from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.errors import ErrorCode, InputError
-from owl2.model.modality import module_name, released_name
 
 # peft takes a second to import, so the functions that use it import it.
 if TYPE_CHECKING:

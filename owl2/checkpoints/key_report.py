@@ -10,8 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode, InputError
-from owl2.model.modality import released_name
 
 MAX_LINES = 12
 Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]

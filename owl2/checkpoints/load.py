@@ -1,6 +1,6 @@
 """Loads and saves checkpoints in the released layout (Specification §1.4).
 
-The loader of transformers does the work; it renames the keys of MAM (`RELEASED_RENAMINGS`). This
+The loader of transformers does the work; it renames the keys of MAM (`weight_names`). This
 module adds a strict check: a key is loaded, recomputed (position embeddings, ``inv_freq``) or
 rejected with a list, and no weight is initialized silently. Position embeddings that were trained
 at another resolution are resized.
@@ -44,9 +44,9 @@ from owl2.checkpoints.weight_files import (
     read_tensors,
     weight_files,
 )
+from owl2.checkpoints.weight_names import module_name
 from owl2.errors import ErrorCode, InputError
 from owl2.files import apply_umask, expand_user
-from owl2.model.modality import module_name
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel, LlamaForCausalLM

@@ -21,8 +21,8 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_json
+from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode, InputError
-from owl2.model.modality import released_name
 
 # In the order in which transformers searches.
 KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from owl2 import __version__
+from owl2.checkpoints.weight_names import released_name
 from owl2.eval.samples import EvalSample, Response
-from owl2.model.modality import released_name
 
 PACKAGES = ("torch", "transformers", "pillow", "lm-eval", "lmms-eval", "pycocoevalcap")
 VALUES_PER_TENSOR = 256  # a training step changes all values of a weight

@@ -9,17 +9,12 @@ only its text weight, as a plain LLaMA does. In sharded training every process m
 Such a step then has a routing with V = 0, and the gradients of the visual weights are zeros.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.utils.import_utils import is_tracing
-
-from owl2.model.registry import MODEL_TYPES
 
 TEXT, VISUAL = 0, 1
 
@@ -203,23 +198,3 @@ class Multiway(nn.ModuleList):
         """The modules `name` for text and for visual tokens."""
         modalities: Any = self
         return modalities[TEXT][name], modalities[VISUAL][name]
-
-
-_NAMES = "(input_layernorm|post_attention_layernorm|k_proj|v_proj)"
-# When loading and saving, transformers renames between released files and modules.
-RELEASED_RENAMINGS: list[Any] = [
-    WeightRenaming(rf"{_NAMES}\.multiway\.{modality}", rf"multiway.{modality}.\1")
-    for modality in (TEXT, VISUAL)
-]
-for model_type in MODEL_TYPES:
-    register_checkpoint_conversion_mapping(model_type, RELEASED_RENAMINGS)
-
-
-def module_name(name: str) -> str:
-    """The name of a module or weight in the model; `name` is a released name or a regex of it."""
-    return re.sub(rf"{_NAMES}(\\?\.)multiway\\?\.([01])", r"multiway\2\3\2\1", name)
-
-
-def released_name(name: str) -> str:
-    """Inverse of `module_name`."""
-    return re.sub(rf"multiway(\\?\.)([01])\\?\.{_NAMES}", r"\3\1multiway\1\2", name)

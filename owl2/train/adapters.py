@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from owl2.checkpoints.adapters import add_lora, find_adapter, lora_parameters, merge_adapter
 from owl2.checkpoints.quantization import quantization_config
+from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_directory, require_writable
-from owl2.model.modality import module_name, released_name
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
 from owl2.registry import look_up

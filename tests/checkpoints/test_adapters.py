@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from owl2.checkpoints.adapters import find_adapter, lora_layers, lora_parameters, merge_adapter
+from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode
-from owl2.model.modality import released_name
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import apply_lora
 from owl2.train.recipe import LoraSettings

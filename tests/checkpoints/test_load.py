@@ -17,9 +17,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import owl2  # noqa: F401  # registers with the Auto classes
+from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.cli.info import size_table
 from owl2.errors import ErrorCode
-from owl2.model.modality import module_name, released_name
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import apply_lora
 from owl2.train.recipe import LoraSettings

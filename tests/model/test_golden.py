@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from owl2.model.modality import released_name
+from owl2.checkpoints.weight_names import released_name
 from tests.model.golden import inputs_of, load_model
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}

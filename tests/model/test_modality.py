@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from owl2.model.modality import TEXT, VISUAL, Multiway, Routing, module_name, released_name
+from owl2.checkpoints.weight_names import module_name, released_name
+from owl2.model.modality import TEXT, VISUAL, Multiway, Routing
 from tests.model.conftest import make_modalities_differ
 from tests.tiny import make_config, make_model
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from owl2.model.modality import released_name
+from owl2.checkpoints.weight_names import released_name
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.run import train
 from owl2.train.trainer import Owl2Trainer

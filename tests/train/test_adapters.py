@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from owl2.checkpoints.adapters import lora_layers
+from owl2.checkpoints.weight_names import released_name
 from owl2.engine.engine import Engine
 from owl2.errors import ErrorCode
-from owl2.model.modality import released_name
 from owl2.processing.processor import Owl2Processor
 from owl2.train.adapters import apply_lora, merge, prepare
 from owl2.train.optimizer import parameter_groups

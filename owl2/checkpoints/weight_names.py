@@ -1,0 +1,32 @@
+"""Names of weights in released files and in the model.
+
+The modules of MAM end with their own names in the model, ``multiway.0.k_proj``, and are named
+``k_proj.multiway.0`` in released files. See `owl2.model.modality.Multiway`.
+"""
+
+import re
+from typing import Any
+
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from owl2.model.registry import MODEL_TYPES
+
+_NAMES = "(input_layernorm|post_attention_layernorm|k_proj|v_proj)"
+# When loading and saving, transformers renames between released files and modules.
+RELEASED_RENAMINGS: list[Any] = [
+    WeightRenaming(rf"{_NAMES}\.multiway\.{modality}", rf"multiway.{modality}.\1")
+    for modality in (0, 1)
+]
+for model_type in MODEL_TYPES:
+    register_checkpoint_conversion_mapping(model_type, RELEASED_RENAMINGS)
+
+
+def module_name(name: str) -> str:
+    """The name of a module or weight in the model; `name` is a released name or a regex of it."""
+    return re.sub(rf"{_NAMES}(\\?\.)multiway\\?\.([01])", r"multiway\2\3\2\1", name)
+
+
+def released_name(name: str) -> str:
+    """Inverse of `module_name`."""
+    return re.sub(rf"multiway(\\?\.)([01])\\?\.{_NAMES}", r"\3\1multiway\1\2", name)
