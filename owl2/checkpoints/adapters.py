@@ -108,6 +108,9 @@ def find_adapter(
         ) from error
     if isinstance(config, LoraConfig):
         config.target_modules = _with_module_names(config.target_modules)
+        config.exclude_modules = _with_module_names(config.exclude_modules)
+        config.rank_pattern = {module_name(k): v for k, v in (config.rank_pattern or {}).items()}
+        config.alpha_pattern = {module_name(k): v for k, v in (config.alpha_pattern or {}).items()}
     elif only_lora:
         raise InputError(
             f"{file}: only adapters of type LORA are supported, not {config.peft_type}",

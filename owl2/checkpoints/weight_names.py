@@ -12,10 +12,13 @@ from transformers.core_model_loading import WeightRenaming
 
 from owl2.model.registry import MODEL_TYPES
 
-_NAMES = "(input_layernorm|post_attention_layernorm|k_proj|v_proj)"
+_NAME = "input_layernorm|post_attention_layernorm|k_proj|v_proj"
+# In regexes of target modules, also a group of names, and any modality.
+_GROUP = rf"({_NAME}|\((?:\?:)?(?:\|?(?:{_NAME}))+\))"
+_MODALITY = r"([01]|\[01\]|\\d)"
 # When loading and saving, transformers renames between released files and modules.
 RELEASED_RENAMINGS: list[Any] = [
-    WeightRenaming(rf"{_NAMES}\.multiway\.{modality}", rf"multiway.{modality}.\1")
+    WeightRenaming(rf"({_NAME})\.multiway\.{modality}", rf"multiway.{modality}.\1")
     for modality in (0, 1)
 ]
 for model_type in MODEL_TYPES:
@@ -24,9 +27,9 @@ for model_type in MODEL_TYPES:
 
 def module_name(name: str) -> str:
     """The name of a module or weight in the model; `name` is a released name or a regex of it."""
-    return re.sub(rf"{_NAMES}(\\?\.)multiway\\?\.([01])", r"multiway\2\3\2\1", name)
+    return re.sub(rf"{_GROUP}(\\?\.)multiway\\?\.{_MODALITY}", r"multiway\2\3\2\1", name)
 
 
 def released_name(name: str) -> str:
     """Inverse of `module_name`."""
-    return re.sub(rf"multiway(\\?\.)([01])\\?\.{_NAMES}", r"\3\1multiway\1\2", name)
+    return re.sub(rf"multiway(\\?\.){_MODALITY}\\?\.{_GROUP}", r"\3\1multiway\1\2", name)

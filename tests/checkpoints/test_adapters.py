@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -171,6 +171,38 @@ def test_adapter_with_released_module_names(saved, base, tmp_path):
             PeftModel.from_pretrained(load(base), str(old))
         load(old).save_pretrained(tmp_path / "new")
         assert_close(live, PeftModel.from_pretrained(load(base), str(tmp_path / "new")))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["k_proj.multiway.0", "k_proj.multiway.1"],
+        r".*k_proj\.multiway\.[01]",
+        r".*\.(k_proj)\.multiway\.\d",
+    ],
+)
+def test_patterns_with_released_module_names(base, tmp_path, targets):
+    """Targets, ranks, and scales of an adapter that was written by an earlier version."""
+    live = load(base)
+    live.add_adapter(
+        LoraConfig(
+            r=2,
+            lora_alpha=4,
+            target_modules=["k_proj"],
+            rank_pattern={"multiway.1.k_proj": 3},
+            alpha_pattern={"multiway.1.k_proj": 64},
+            init_lora_weights=False,
+        )
+    )
+    live.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    patterns = {
+        "target_modules": targets,
+        "rank_pattern": {"k_proj.multiway.1": 3},
+        "alpha_pattern": {"k_proj.multiway.1": 64},
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | patterns))
+    assert_close(live, load(tmp_path))
 
 
 def test_auto_classes_load_the_adapter(saved):
