@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
@@ -10,7 +11,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import owl2  # noqa: F401  # registers the model
 from tests.peers.subjects import checkpoint
 
-trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.peers
 
 COLORS = ["red", "green", "blue", "white"]
