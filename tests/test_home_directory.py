@@ -9,8 +9,8 @@ from PIL import Image
 from owl2.data.json_dataset import JsonDataset
 from owl2.data.open_dataset import open_from_cli
 from owl2.eval.tasks import find_tasks
-from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
+from owl2.processing.messages import parse_messages
 from owl2.train.recipe_file import read_recipe
 
 

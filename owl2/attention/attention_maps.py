@@ -25,8 +25,8 @@ from owl2.engine.engine import Engine
 from owl2.engine.running_batch import PrefillOutput
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import Message, parse_messages
 from owl2.processing.image_io import ImagePolicy, load_image
+from owl2.processing.messages import Message, parse_messages
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 

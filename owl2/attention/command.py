@@ -20,8 +20,8 @@ from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError, require_package
 from owl2.files import atomic_directory
-from owl2.processing.chat_template import user_message, validate_prompt
 from owl2.processing.image_io import load_image
+from owl2.processing.messages import user_message, validate_prompt
 
 MAX_WORDS = 7  # words that get a heatmap by default
 OUTPUT_FILES = {"attention.png", "shares.png", "heatmap.png", "attention.npz"}

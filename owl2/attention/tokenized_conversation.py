@@ -8,7 +8,7 @@ import torch
 
 from owl2.engine.scoring import encode_answer
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import Message
+from owl2.processing.messages import Message
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import start_ids

@@ -22,7 +22,7 @@ from owl2.engine.load_model import ModelArgs
 from owl2.engine.offline import answer_all
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text, expand_user
-from owl2.processing.chat_template import user_message
+from owl2.processing.messages import user_message
 from owl2.progress import ProgressReporter
 from owl2.runtime import select_device
 from owl2.sharded_jsonl import Record, ShardedJsonl, remove_parts, settings_conflict, to_json

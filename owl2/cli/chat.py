@@ -47,8 +47,8 @@ def chat(
     from owl2.cli.repl import Repl, placeholder_note
     from owl2.engine.engine import Engine
     from owl2.engine.load_model import ModelArgs
-    from owl2.processing.chat_template import user_message
     from owl2.processing.image_io import load_image
+    from owl2.processing.messages import user_message
 
     model_args = ModelArgs(model, device, dtype, image_policy, max_pixels, quantize, base)
     options = {

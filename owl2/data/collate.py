@@ -26,8 +26,8 @@ from owl2.data.augment import Augmentation, none
 from owl2.data.packing import Side, pack, pad_rows
 from owl2.data.sample import InvalidSample, Sample
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
+from owl2.processing.messages import parse_messages
 from owl2.processing.processor import Owl2Processor
 
 Features = dict[str, Any]

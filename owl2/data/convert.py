@@ -24,7 +24,7 @@ from owl2.data.datasets.registry import DATASET_CARDS, read_published
 from owl2.data.sample import Sample, SkippedRows, validated
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text, expand_user, require_writable
-from owl2.processing.chat_template import parse_messages
+from owl2.processing.messages import parse_messages
 from owl2.progress import ProgressReporter
 from owl2.registry import Option, check_options, look_up, read_setting
 

@@ -27,7 +27,7 @@ from owl2.data.media_keys import refuse_markers, unused_keys
 from owl2.data.sample import Message, Sample, validated
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
-from owl2.processing.chat_template import IMAGE_KEYS, IMAGE_TOKEN
+from owl2.processing.messages import IMAGE_KEYS, IMAGE_TOKEN
 
 # LLaVA's files write the first, mPLUG-Owl2's files the second.
 _PLACEHOLDER = re.compile(r"<image>|<\|image\|>")

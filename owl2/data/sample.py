@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import IMAGE_TOKEN, content_to_text, parse_messages
+from owl2.processing.messages import IMAGE_TOKEN, content_to_text, parse_messages
 
 Message = dict[str, Any]
 

@@ -16,9 +16,9 @@ from owl2.data.sample import InvalidSample, Sample, get_or_invalid
 from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
 from owl2.files import atomic_write_text
-from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
 from owl2.processing.loss_mask import LABEL_STYLE
+from owl2.processing.messages import parse_messages
 from owl2.processing.processor import Owl2Processor
 
 # Enclose the tokens with a label where colors are not available.

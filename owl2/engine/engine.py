@@ -33,7 +33,7 @@ from owl2.engine.scheduler import Request
 from owl2.engine.scoring import group_choices, score_answers
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import Message, ParsedMessages
+from owl2.processing.messages import Message, ParsedMessages
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from owl2.engine.output import CompletionChunk
 from owl2.errors import InputError
-from owl2.processing.chat_template import Message
+from owl2.processing.messages import Message
 from owl2.processing.prepared_prompt import PreparedPrompt
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from owl2.engine.running_batch import PrefillOutput
 from owl2.engine.sampling import non_finite_error
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
-from owl2.processing.chat_template import Message, parse_messages
 from owl2.processing.loss_mask import EncodedConversation
+from owl2.processing.messages import Message, parse_messages
 from owl2.processing.processor import Owl2Processor
 
 

@@ -22,8 +22,8 @@ from owl2.eval.samples import NO_IMAGE, Response, evenly_spaced
 from owl2.files import atomic_write_text
 from owl2.fonts import save_figure
 from owl2.json_records import json_object
-from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
+from owl2.processing.messages import parse_messages
 
 STYLE = """
 td:last-child, th:last-child { text-align: left }

@@ -1,8 +1,8 @@
-"""Messages to text, with the spans of the answers.
+"""Parsed messages to text, with the spans of the answers.
 
 ::
 
-    messages ──parse_messages──► ParsedMessages (turns, images) ──render──► text, answer spans
+    ParsedMessages ──render──► text with `<|image|>`, answer spans
 
 The format is a Jinja template that is saved with the checkpoint, so that formats of other language
 models need no code. The template marks answers with `{% generation %}`. Ids and labels come from
@@ -12,280 +12,22 @@ this one text.
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from owl2.errors import ErrorCode, InputError
-
-IMAGE_TOKEN = "<|image|>"
+from owl2.processing.messages import IMAGE_TOKEN, ParsedMessages, content_to_text
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Arguments of transformers' renderer; other keyword arguments are variables of the template.
 RENDER_OPTIONS = {"add_generation_prompt", "continue_final_message", "tools", "documents"}
 
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 # transformers caches compiled templates, and each has one list of the answers being rendered.
 _render_lock = threading.Lock()
 
-Message = Mapping[str, Any]
 Spans = list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class ParsedMessages:
-    """Validated messages.
-
-    Attributes:
-        turns: Messages whose parts are `{"type": "text", "text": str}` and `{"type": "image"}`. An
-            answer with `"loss": False` has no labels.
-        images: Sources of the images for `load_image`, in order of appearance, not yet opened. A
-            part `{"type": "image"}` without a source has none.
-    """
-
-    turns: tuple[dict[str, Any], ...]
-    images: tuple[Any, ...]
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the last turn has no answer."""
-        return bool(self.turns[-1]["role"] == "user")
-
-    @property
-    def has_loss(self) -> list[bool]:
-        """Whether each answer has labels."""
-        return [turn.get("loss", True) for turn in self.turns if turn["role"] == "assistant"]
-
-    def without_end_tokens(self, eos_token: str) -> "ParsedMessages":
-        """The conversation without `eos_token` at the end of an answer: the template writes it.
-
-        Raises:
-            InputError: The answer has no other text.
-        """
-        end = re.compile(rf"(?:\s*{re.escape(eos_token)})+\s*$")
-        turns = []
-        for turn in self.turns:
-            text = content_to_text(turn["content"]) if turn["role"] == "assistant" else ""
-            if found := end.search(text):
-                if not found.start():
-                    raise InputError(
-                        f"An answer is empty: its text is only {eos_token}.",
-                        ErrorCode.EMPTY_MESSAGE,
-                    )
-                turn = turn | {"content": [{"type": "text", "text": text[: found.start()]}]}
-            turns.append(turn)
-        return ParsedMessages(tuple(turns), self.images)
-
-
-# ------------------------------------------------------------------ messages to ParsedMessages
-
-
-def parse_messages(
-    messages: Sequence[Message] | ParsedMessages, merge_roles: bool = False
-) -> ParsedMessages:
-    """Validate messages in the format of transformers; `ParsedMessages` are returned unchanged.
-
-    Roles alternate, starting with `user` after optional `system` messages. A content is a string
-    or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" |
-    "path" | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`.
-    `<|image|>` in a text marks an image as well.
-
-    Args:
-        merge_roles: Join consecutive messages of one role, as lines of one turn.
-
-    Raises:
-        InputError: A role is unknown or misplaced, a turn is empty, a part has another type, or an
-            answer contains an image. The error names the message.
-    """
-    if isinstance(messages, ParsedMessages):
-        return messages
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise InputError(
-            "Messages must be a list of {'role': ..., 'content': ...}, not "
-            f"{type(messages).__name__}.",
-            ErrorCode.INVALID_TYPE,
-        )
-    turns: list[dict[str, Any]] = []
-    images: list[Any] = []
-    expected = "user"
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            # The keys and not the values, which may contain base64.
-            found = list(message) if isinstance(message, Mapping) else type(message).__name__
-            raise InputError(
-                f"{where} must be a dict with 'role' and 'content', not {found!s:.100}.",
-                ErrorCode.INVALID_TYPE,
-            )
-        role = message["role"]
-        is_continued = merge_roles and bool(turns) and role == turns[-1]["role"] != "system"
-        is_first = role == "system" and all(turn["role"] == role for turn in turns)
-        if role != expected and not is_first and not is_continued:
-            raise InputError(
-                f"{where} has the role {role!r} instead of {expected!r}: after optional system "
-                "messages, user and assistant alternate.",
-                ErrorCode.INVALID_ROLE,
-            )
-        parts = _read_content(message["content"], role, f"{where} ({role})", images)
-        if is_continued:
-            turns[-1]["content"] += [{"type": "text", "text": "\n"}, *parts]
-        else:
-            turns.append({"role": role, "content": parts})
-        if role == "assistant" and message.get("loss") is False:
-            turns[-1]["loss"] = False
-        expected = "assistant" if role == "user" else "user"
-    if not turns or turns[-1]["role"] == "system":
-        raise InputError(
-            "The messages are empty or only a system prompt: add a user message.",
-            ErrorCode.INVALID_ROLE if turns else ErrorCode.EMPTY_MESSAGE,
-        )
-    return ParsedMessages(tuple(turns), tuple(images))
-
-
-def validate_prompt(messages: Sequence[Message] | ParsedMessages) -> ParsedMessages:
-    """Parse messages that must end with a user message. An image without text is one.
-
-    Raises:
-        InputError: As `parse_messages`; also if the last message is an answer.
-    """
-    parsed = parse_messages(messages, merge_roles=True)
-    if not parsed.is_open:
-        raise InputError(
-            "The last message is an answer; the conversation must end with a user message.",
-            ErrorCode.INVALID_ROLE,
-        )
-    return parsed
-
-
-def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
-    """The user message of a question and its images, as `Engine.chat` takes it.
-
-    Images replace the `<|image|>` placeholders of the text, or precede the text if it has none.
-
-    Raises:
-        InputError: The numbers of placeholders and images differ.
-    """
-    texts = text.split(IMAGE_TOKEN)
-    if len(texts) == 1:
-        texts = [""] * len(images) + texts
-    elif len(texts) - 1 != len(images):
-        raise InputError(
-            f"The question has {len(texts) - 1} {IMAGE_TOKEN} placeholder(s) for {len(images)} "
-            "image(s): each placeholder takes one image.",
-            ErrorCode.IMAGE_COUNT_MISMATCH,
-        )
-    parts: list[dict[str, Any]] = []
-    for index, segment in enumerate(texts):
-        if index:
-            parts.append({"type": "image", "image": images[index - 1]})
-        if segment:
-            parts.append({"type": "text", "text": segment})
-    return {"role": "user", "content": parts}
-
-
-def insert_image_newlines(conversation: ParsedMessages) -> ParsedMessages:
-    """Insert a line break between the images that start a user turn and its text.
-
-    Specification §1.5. A text that starts with a line break is not changed, nor is a turn with an
-    image inside or after its text.
-    """
-    turns = []
-    for turn in conversation.turns:
-        text = content_to_text(turn["content"])
-        count = text.count(IMAGE_TOKEN)
-        rest = text.removeprefix(IMAGE_TOKEN * count)
-        if count and rest != text and rest.strip() and not rest.startswith("\n"):
-            images = [{"type": "image"}] * count
-            turn = {**turn, "content": [*images, {"type": "text", "text": f"\n{rest}"}]}
-        turns.append(turn)
-    return replace(conversation, turns=tuple(turns))
-
-
-def content_to_text(parts: Sequence[Mapping[str, Any]]) -> str:
-    """The concatenated parts of a message, with `<|image|>` for images."""
-    return "".join(part["text"] if part["type"] == "text" else IMAGE_TOKEN for part in parts)
-
-
-def has_lone_surrogate(text: str) -> bool:
-    """Whether `text` has a surrogate without its pair, as in JSON that was cut inside an emoji.
-
-    Python allows such strings; tokenizers and UTF-8 files do not.
-    """
-    return re.search("[\ud800-\udfff]", text) is not None
-
-
-def _read_content(content: Any, role: str, where: str, images: list[Any]) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    elif not isinstance(content, (list, tuple)):
-        raise InputError(
-            f"The content of {where} must be a string or a list of parts, not "
-            f"{type(content).__name__}.",
-            ErrorCode.INVALID_TYPE,
-        )
-    parts = [
-        _read_part(part, f"{where}, part {number}", images) for number, part in enumerate(content)
-    ]
-    text = content_to_text(parts)
-    if role != "user" and IMAGE_TOKEN in text:
-        raise InputError(
-            f"{where} contains an image, which only user messages can.",
-            ErrorCode.IMAGE_COUNT_MISMATCH,
-        )
-    if has_lone_surrogate(text):
-        raise InputError(
-            f"{where} contains half of a surrogate pair (such as \\ud83d), which is not valid "
-            "text: remove it.",
-            ErrorCode.INVALID_FORMAT,
-        )
-    if not text.strip():
-        raise InputError(
-            f"{where} is empty: it must have text or an image.", ErrorCode.EMPTY_MESSAGE
-        )
-    return parts
-
-
-def _read_part(part: Any, where: str, images: list[Any]) -> dict[str, Any]:
-    """A part without its image, which is appended to `images`."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if not isinstance(part, Mapping) or (kind == "text" and not isinstance(part.get("text"), str)):
-        raise InputError(
-            f"{where} must be a dict with a 'type', and a string under 'text' if that is its type.",
-            ErrorCode.INVALID_TYPE,
-        )
-    if kind == "text":
-        return {"type": "text", "text": part["text"]}
-    if kind not in ("image", "image_url"):
-        hint = " Pass the frames of a video as images." if kind == "video" else ""
-        raise InputError(
-            f"{where}: unknown type {kind!r}; choose from text, image, image_url.{hint}",
-            ErrorCode.UNKNOWN_NAME,
-        )
-    sources = {key: part[key] for key in IMAGE_KEYS if part.get(key) is not None}
-    if len(sources) > 1:
-        raise InputError(
-            f"{where} has more than one image, as {' and '.join(sources)}.", ErrorCode.CONFLICT
-        )
-    for key, source in sources.items():
-        if key == "image_url" and isinstance(source, Mapping):
-            source = source.get("url")
-        if key != "image" and not isinstance(source, (str, Path)):
-            raise InputError(
-                f"{where}: {key!r} must be a string, not {type(source).__name__}.",
-                ErrorCode.INVALID_TYPE,
-            )
-        if key == "path":
-            source = Path(source)
-        elif key == "base64" and not str(source).startswith("data:"):
-            source = f"data:;base64,{source}"
-        images.append(source)
-    return {"type": "image"}
-
-
-# ------------------------------------------------------------------ ParsedMessages to text
 
 
 def render(

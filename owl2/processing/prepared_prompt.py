@@ -10,7 +10,7 @@ import torch
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
-from owl2.processing.chat_template import IMAGE_TOKEN
+from owl2.processing.messages import IMAGE_TOKEN
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,8 +21,8 @@ from owl2.checkpoints.config_file import (
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.registry import DEFAULT_MODEL_TYPE, ModelType, get_model_type
-from owl2.processing.chat_template import IMAGE_TOKEN
 from owl2.processing.image_processing import Owl2ImageProcessor, Owl2ImageProcessorKwargs
+from owl2.processing.messages import IMAGE_TOKEN
 from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, encode
 
 PREPROCESSOR_FILE = "preprocessor_config.json"

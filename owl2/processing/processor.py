@@ -26,19 +26,17 @@ from transformers.utils.chat_template_utils import _get_template_variables
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing import pretrained_files
-from owl2.processing.chat_template import (
-    IMAGE_TOKEN,
-    RENDER_OPTIONS,
-    ParsedMessages,
-    Spans,
-    insert_image_newlines,
-    parse_messages,
-    render,
-    validate_prompt,
-)
+from owl2.processing.chat_template import RENDER_OPTIONS, Spans, render
 from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
+from owl2.processing.messages import (
+    IMAGE_TOKEN,
+    ParsedMessages,
+    insert_image_newlines,
+    parse_messages,
+    validate_prompt,
+)
 from owl2.processing.prepared_prompt import PreparedPrompt, flatten_images
 from owl2.processing.token_rows import make_batch
 from owl2.processing.tokenizer import add_image_token, encode, start_ids

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from owl2.engine.engine import Engine
 from owl2.engine.output import Abort, CompletionChunk
 from owl2.errors import InputError
-from owl2.processing.chat_template import Message
+from owl2.processing.messages import Message
 from owl2.serve import errors
 from owl2.serve.config import ServerLimits
 from owl2.serve.metrics import Metrics

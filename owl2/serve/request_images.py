@@ -23,8 +23,8 @@ from typing import Any
 
 from PIL import Image
 
-from owl2.processing.chat_template import Message
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.messages import Message
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError
 from owl2.serve.image_decoder import SandboxedImageDecoder

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import BatchEncoding
 from vllm.tokenizers.hf import get_cached_tokenizer
 
-from owl2.processing.chat_template import (
+from owl2.processing.messages import (
     IMAGE_TOKEN,
     content_to_text,
     insert_image_newlines,

@@ -16,7 +16,7 @@ from owl2.cli.caption import caption as caption_options
 from owl2.data.datasets.prompts import CAPTION_PROMPT
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import user_message
+from owl2.processing.messages import user_message
 from tests.caption.conftest import DONE, NAMES, files, report, rows, run
 from tests.errors import raises_input_error
 

@@ -3,7 +3,7 @@ import torch.utils.data
 
 from owl2.data.arrow_dataset import ArrowDataset, is_arrow_directory
 from owl2.errors import ErrorCode
-from owl2.processing.chat_template import content_to_text, parse_messages
+from owl2.processing.messages import content_to_text, parse_messages
 from tests.data.tars import PNG
 from tests.errors import raises_input_error
 

@@ -6,7 +6,7 @@ import pytest
 
 from owl2.data.json_dataset import JsonDataset
 from owl2.errors import ErrorCode
-from owl2.processing.chat_template import content_to_text, parse_messages
+from owl2.processing.messages import content_to_text, parse_messages
 from tests.errors import raises_input_error
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from owl2.data.json_dataset import JsonDataset
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import content_to_text, parse_messages
 from owl2.processing.image_io import load_image
+from owl2.processing.messages import content_to_text, parse_messages
 from tests.errors import raises_input_error
 
 USER = {"role": "user", "content": "what?"}

@@ -8,8 +8,8 @@ import torch
 
 from owl2.engine.engine import MAX_NUM_SEQS, Engine, is_on_one_device
 from owl2.errors import ErrorCode
-from owl2.processing.chat_template import user_message
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.messages import user_message
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode
 from tests.engine.conftest import ask, model_inputs, random_image

@@ -7,7 +7,7 @@ import pytest
 from owl2.engine.offline import answer_all
 from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import user_message
+from owl2.processing.messages import user_message
 from tests.engine.conftest import random_image
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 4}

@@ -6,7 +6,7 @@ from PIL import Image
 from owl2.cli.repl import HELP, Repl, placeholder_note
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode
-from owl2.processing.chat_template import user_message
+from owl2.processing.messages import user_message
 from tests.engine.conftest import ask, random_image
 from tests.errors import raises_input_error
 

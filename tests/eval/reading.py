@@ -4,7 +4,7 @@ from pathlib import Path
 
 from owl2.eval.samples import EvalSample, Response
 from owl2.eval.tasks import find_tasks
-from owl2.processing.chat_template import parse_messages
+from owl2.processing.messages import parse_messages
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -18,7 +18,7 @@ from owl2.eval import task_run
 from owl2.eval.evaluate import evaluate, load_engine
 from owl2.eval.openai_client import ChatEndpoint
 from owl2.eval.samples import InvalidEvalSample
-from owl2.processing.chat_template import user_message
+from owl2.processing.messages import user_message
 from owl2.processing.processor import Owl2Processor
 from owl2.workers import WorkerRank
 from tests.errors import raises_input_error

@@ -10,8 +10,8 @@ from owl2.eval.fingerprints import image_digest
 from owl2.eval.image_refs import find_image, image_names
 from owl2.eval.samples import EvalSample, Response
 from owl2.eval.video import VideoFrame, sample_frames
-from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
+from owl2.processing.messages import parse_messages
 
 
 def response(part):

@@ -5,13 +5,9 @@ from pathlib import Path
 import pytest
 
 from owl2.errors import ErrorCode
-from owl2.processing.chat_template import (
-    insert_image_newlines,
-    parse_messages,
-    render,
-    validate_prompt,
-)
+from owl2.processing.chat_template import render
 from owl2.processing.default_templates import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE
+from owl2.processing.messages import insert_image_newlines, parse_messages, validate_prompt
 from tests.errors import raises_input_error
 from tests.processing.samples import CHATML, ask
 

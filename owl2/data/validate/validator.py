@@ -27,8 +27,8 @@ from owl2.data.sample import InvalidSample, Message, Sample, get_or_invalid
 from owl2.data.validate.statistics import DatasetStats, SampleStats
 from owl2.data.webdataset import TarDataset
 from owl2.errors import InputError
-from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
+from owl2.processing.messages import parse_messages
 from owl2.processing.processor import Owl2Processor
 
 ROWS_PER_ITEM = 100

@@ -22,8 +22,8 @@ from PIL import Image
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.samples import Response
 from owl2.eval.tasks import find_tasks
-from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
+from owl2.processing.messages import parse_messages
 
 DATA = "OWL2_EVAL_DATA"
 

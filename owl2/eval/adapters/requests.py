@@ -11,7 +11,7 @@ from PIL import Image
 from owl2.data.sample import Message
 from owl2.errors import ErrorCode, InputError
 from owl2.eval.video import sample_frames
-from owl2.processing.chat_template import IMAGE_TOKEN, user_message
+from owl2.processing.messages import IMAGE_TOKEN, user_message
 
 ImageInput = Image.Image | os.PathLike[str]
 

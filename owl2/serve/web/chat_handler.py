@@ -19,7 +19,7 @@ import gradio as gr
 from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.chat_template import Message, user_message
+from owl2.processing.messages import Message, user_message
 from owl2.serve.admission import AdmissionController, ClientStopped, check_limits, run_unless
 from owl2.serve.errors import ApiError, as_api_error
 from owl2.serve.web.examples import Example

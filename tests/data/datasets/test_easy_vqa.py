@@ -18,8 +18,8 @@ from owl2.data.datasets.easy_vqa import (
 )
 from owl2.data.sample import validated
 from owl2.errors import ErrorCode
-from owl2.processing.chat_template import parse_messages
 from owl2.processing.image_io import load_image
+from owl2.processing.messages import parse_messages
 from tests.errors import raises_input_error
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
