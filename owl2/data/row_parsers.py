@@ -27,7 +27,7 @@ from owl2.data.media_keys import refuse_markers, unused_keys
 from owl2.data.sample import Message, Sample, validated
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
-from owl2.processing.messages import IMAGE_KEYS, IMAGE_TOKEN
+from owl2.processing.messages import IMAGE_KEYS, IMAGE_TOKEN, text_to_parts
 
 # LLaVA's files write the first, mPLUG-Owl2's files the second.
 _PLACEHOLDER = re.compile(r"<image>|<\|image\|>")
@@ -83,7 +83,8 @@ def parse_row(
     The text of LLaVA, Qwen-VL and mPLUG-Owl rows is converted as in the authors' training code
     (Specification §1.5): a turn with one image becomes the image, a line break and the stripped
     text, wherever the placeholder was. In a turn with several images the placeholders keep their
-    positions, because the text between them refers to them. Other texts are not changed.
+    positions, because the text between them refers to them; line breaks between leading images are
+    removed by the processor (`insert_image_newlines`). Other texts are not changed.
 
     Args:
         attached: Images stored next to the row; image names in the row are then ignored.
@@ -324,13 +325,7 @@ def _split(text: str, qwen_image: str, has_images: bool, moves_image: bool) -> l
         segments = ["", f"\n{stripped}" if stripped else ""]
     elif moves_image and len(segments) > 2:
         segments = [segments[0].lstrip(), *segments[1:-1], segments[-1].rstrip()]
-    parts: list[Message] = []
-    for i, segment in enumerate(segments):
-        if i:
-            parts.append({"type": "image"})
-        if segment:
-            parts.append({"type": "text", "text": segment})
-    return parts
+    return text_to_parts(IMAGE_TOKEN.join(segments))
 
 
 def _to_parts(

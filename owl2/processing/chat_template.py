@@ -18,7 +18,14 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.messages import IMAGE_TOKEN, ParsedMessages, content_to_text
+from owl2.processing.messages import (
+    IMAGE_TOKEN,
+    ParsedMessages,
+    content_to_text,
+    insert_image_newlines,
+    split_leading_images,
+    text_to_parts,
+)
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Arguments of transformers' renderer; other keyword arguments are variables of the template.
@@ -34,6 +41,7 @@ def render(
     conversation: ParsedMessages,
     template: str,
     special_tokens: Mapping[str, str],
+    image_newline: bool = False,
     **options: Any,
 ) -> tuple[str, Spans]:
     """The conversation as text, with `<|image|>` for images.
@@ -41,6 +49,7 @@ def render(
     System messages are moved into the first user message if the template does not support them.
 
     Args:
+        image_newline: See `insert_image_newlines`.
         options: `RENDER_OPTIONS`, `return_assistant_tokens_mask`, and variables of the template.
 
     Returns:
@@ -72,6 +81,8 @@ def render(
     tokens = tuple(special_tokens.items())
     if turns[0]["role"] == "system" and not _supports_system(template, tokens):
         turns = merge_system(turns)
+    if image_newline:
+        turns = insert_image_newlines(turns)
     has_images = any(part["type"] == "image" for turn in turns for part in turn["content"])
     if not _understands_parts(template, tokens, has_images):
         turns = [{**turn, "content": content_to_text(turn["content"])} for turn in turns]
@@ -100,12 +111,8 @@ def merge_system(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     count = next(i for i, turn in enumerate(turns) if turn["role"] != "system")
     lines = "".join(f"{content_to_text(turn['content'])}\n" for turn in turns[:count])
-    parts = list(turns[count]["content"])
-    index = next((i for i, part in enumerate(parts) if part["type"] == "text"), len(parts))
-    if 0 < index < len(parts) and parts[index]["text"].startswith("\n"):  # after the image
-        lines = f"\n{lines}"
-        parts[index] = {"type": "text", "text": parts[index]["text"][1:]}
-    parts.insert(index, {"type": "text", "text": lines})
+    images, text = split_leading_images(turns[count])
+    parts = text_to_parts(images + lines + text)
     return [{**turns[count], "content": parts}, *turns[count + 1 :]]
 
 

@@ -7,13 +7,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from owl2.errors import ErrorCode, InputError
 
 IMAGE_TOKEN = "<|image|>"
+_LEADING_IMAGES = re.compile(rf"\s*(?:{re.escape(IMAGE_TOKEN)}\s*)+")
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 Message = Mapping[str, Any]
@@ -149,40 +150,56 @@ def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
     Raises:
         InputError: The numbers of placeholders and images differ.
     """
-    texts = text.split(IMAGE_TOKEN)
-    if len(texts) == 1:
-        texts = [""] * len(images) + texts
-    elif len(texts) - 1 != len(images):
+    count = text.count(IMAGE_TOKEN)
+    if not count:
+        text = IMAGE_TOKEN * len(images) + text
+    elif count != len(images):
         raise InputError(
-            f"The question has {len(texts) - 1} {IMAGE_TOKEN} placeholder(s) for {len(images)} "
-            "image(s): each placeholder takes one image.",
+            f"The question has {count} {IMAGE_TOKEN} placeholder(s) for {len(images)} image(s): "
+            "each placeholder takes one image.",
             ErrorCode.IMAGE_COUNT_MISMATCH,
         )
-    parts: list[dict[str, Any]] = []
-    for index, segment in enumerate(texts):
-        if index:
-            parts.append({"type": "image", "image": images[index - 1]})
-        if segment:
-            parts.append({"type": "text", "text": segment})
+    unused = iter(images)
+    parts = [
+        {**part, "image": next(unused)} if part["type"] == "image" else part
+        for part in text_to_parts(text)
+    ]
     return {"role": "user", "content": parts}
 
 
-def insert_image_newlines(conversation: ParsedMessages) -> ParsedMessages:
-    """Insert a line break between the images that start a user turn and its text.
+def insert_image_newlines(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Separate the images that start a user turn from its text by exactly one line break.
 
-    Specification §1.5. A text that starts with a line break is not changed, nor is a turn with an
-    image inside or after its text.
+    Specification §1.5. White space around and between these images is removed, so that a turn has
+    the same ids whether its images are placeholders on lines or parts of a message. A turn with an
+    image inside or after its text is not changed.
     """
-    turns = []
-    for turn in conversation.turns:
-        text = content_to_text(turn["content"])
-        count = text.count(IMAGE_TOKEN)
-        rest = text.removeprefix(IMAGE_TOKEN * count)
-        if count and rest != text and rest.strip() and not rest.startswith("\n"):
-            images = [{"type": "image"}] * count
-            turn = {**turn, "content": [*images, {"type": "text", "text": f"\n{rest}"}]}
-        turns.append(turn)
-    return replace(conversation, turns=tuple(turns))
+    separated = []
+    for turn in turns:
+        images, text = split_leading_images(turn)
+        if images and IMAGE_TOKEN not in text:
+            placeholders = IMAGE_TOKEN * images.count(IMAGE_TOKEN)
+            turn = {**turn, "content": text_to_parts(placeholders + (f"\n{text}" if text else ""))}
+        separated.append(turn)
+    return separated
+
+
+def split_leading_images(turn: Mapping[str, Any]) -> tuple[str, str]:
+    """The images that start a turn with the white space around them, and the other text."""
+    text = content_to_text(turn["content"])
+    found = _LEADING_IMAGES.match(text)
+    return (found[0], text[found.end() :]) if found else ("", text)
+
+
+def text_to_parts(text: str) -> list[dict[str, Any]]:
+    """A text with `<|image|>` as the parts of a message; `content_to_text` is the inverse."""
+    parts: list[dict[str, Any]] = []
+    for index, segment in enumerate(text.split(IMAGE_TOKEN)):
+        if index:
+            parts.append({"type": "image"})
+        if segment:
+            parts.append({"type": "text", "text": segment})
+    return parts
 
 
 def content_to_text(parts: Sequence[Mapping[str, Any]]) -> str:

@@ -33,7 +33,6 @@ from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask
 from owl2.processing.messages import (
     IMAGE_TOKEN,
     ParsedMessages,
-    insert_image_newlines,
     parse_messages,
     validate_prompt,
 )
@@ -53,7 +52,7 @@ class Owl2Processor(ProcessorMixin):
         num_image_tokens: Tokens of an image, K+1.
         image_token_id: Id of `<|image|>` for a tokenizer without this token. Default:
             `len(tokenizer)`.
-        image_newline: Insert a line break between the images that start a user turn and its text,
+        image_newline: Separate the images that start a user turn from its text by one line break,
             as training does. It is saved; the released checkpoint has none.
     """
 
@@ -328,8 +327,8 @@ class Owl2Processor(ProcessorMixin):
         return encode_with_loss_mask(self.tokenizer, text, spans, *ids, conversation.has_loss)
 
     def _render(self, turns: ParsedMessages, template: Any, **options: Any) -> tuple[str, Spans]:
-        turns = insert_image_newlines(turns) if self.image_newline else turns
-        return render(turns, template, self.tokenizer.special_tokens_map, **options)
+        tokens = self.tokenizer.special_tokens_map
+        return render(turns, template, tokens, self.image_newline, **options)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
         """Ids (a list, a tensor, or a batch of them) to text (or a list of texts).

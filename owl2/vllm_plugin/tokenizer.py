@@ -92,7 +92,7 @@ def _load(name: str, truncation_side: str, hub: dict[str, Any]) -> Any:
             """Add the processor's line breaks, and the start token, which vLLM omits in a chat."""
             tokenize = options.pop("tokenize", True)
             if processor.image_newline:
-                turns = insert_image_newlines(parse_messages(conversation)).turns
+                turns = insert_image_newlines(parse_messages(conversation).turns)
                 has_parts = [isinstance(turn["content"], list) for turn in conversation]
                 conversation = [
                     turn if keeps else {**turn, "content": content_to_text(turn["content"])}

@@ -7,7 +7,7 @@ import pytest
 from owl2.errors import ErrorCode
 from owl2.processing.chat_template import render
 from owl2.processing.default_templates import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE
-from owl2.processing.messages import insert_image_newlines, parse_messages, validate_prompt
+from owl2.processing.messages import parse_messages, validate_prompt
 from tests.errors import raises_input_error
 from tests.processing.samples import CHATML, ask
 
@@ -56,6 +56,9 @@ def test_contents_are_concatenated_without_changes():
         ((object(), "\nHi"), "<|image|>\nHi"),
         (("<|image|>Hi",), "<|image|>\nHi"),
         ((object(), object(), "H", "i"), "<|image|><|image|>\nHi"),
+        ((object(), "\n", object(), "\nHi"), "<|image|><|image|>\nHi"),
+        (("<|image|>\n<|image|> Hi ",), "<|image|><|image|>\nHi "),
+        ((object(), "\n", object(), "\n"), "<|image|><|image|>"),
         ((object(),), "<|image|>"),
         (("Hi",), "Hi"),
         (("Hi", object()), "Hi<|image|>"),
@@ -63,8 +66,8 @@ def test_contents_are_concatenated_without_changes():
     ],
 )
 def test_line_break_after_leading_images(parts, text):
-    turns = insert_image_newlines(parse_messages(ask(*parts, answer="<b>")))
-    assert render(turns, DEFAULT_CHAT_TEMPLATE, EOS)[0] == f"USER: {text} ASSISTANT: <b></s>"
+    written = write(ask(*parts, answer="<b>"), image_newline=True)
+    assert written == f"USER: {text} ASSISTANT: <b></s>"
 
 
 def test_v1_format_has_the_system_text_of_the_authors_training():
@@ -97,6 +100,9 @@ def test_system_messages_are_lines_of_the_first_user_message_without_a_system_ro
     parts = [image, {"type": "text", "text": "\nWhat?"}]
     text = write([system[0], {"role": "user", "content": parts}])
     assert text == "USER: <|image|>\nBe kind.\nWhat?"
+    assert write([system[0], {"role": "user", "content": "<|image|>What?"}]) == (
+        "USER: <|image|>Be kind.\nWhat?"
+    )
     assert write([*system, {"role": "user", "content": [image]}]).endswith("Be short.\n")
     assert write([system[0], USER], CHATML).startswith("<|im_start|>system\nBe kind.<|im_end|>\n")
 
