@@ -18,12 +18,13 @@ from owl2.eval.samples import Response
 Parser = Callable[[str, Sequence[str]], str | None]
 
 _W = "0-9A-Za-z_À-ɏ"  # of a word; Chinese has no boundaries between words
+_FITS = r"(?:best\s+)?(?:answers|corresponds to|describes|fits|matches|represents)"
 # A letter that is not part of a word. "A" and "I" are also words: as letters they end the response,
 # or punctuation, a reason or Chinese text follows.
 _LETTER = (
     rf"(?<![-{_W}])[\"'“‘(\[{{<`]*(?:([B-HJ-Z])(?![-+#]|['’]?[{_W}])|([AI])(?![-+#]|['’]?[{_W}])"
-    rf"(?=\s*(?:$|\n|[^-\s{_W}]|(?:and|are|as|because|but|can|cannot|could|does(?:n't)?|fits|for|"
-    r"has|is(?:n't)?|looks|must|n?or|seems|should|since|was(?:n't)?|would)\b)))[\"'”’)\]}>`]*"
+    rf"(?=\s*(?:$|\n|[^-\s{_W}]|(?:and|are|as|because|but|can|cannot|could|does(?:n't)?|for|has|"
+    rf"is(?:n't)?|looks|must|n?or|seems|should|since|was(?:n't)?|would|{_FITS})\b)))[\"'”’)\]}}>`]*"
 )
 _OR = r"(?:[/&、和或与]|\bn?or\b|\band\b)"
 _ONE_OR_TWO = rf"{_LETTER}(?:\s*{_OR}\s*{_LETTER})?"
@@ -35,7 +36,12 @@ _NOT_LIST = rf"{_LETTER}(?:(?:\s*,\s*{_LETTER})*{_MORE}+)?"
 _NEGATED = tuple(
     re.compile(rule)
     for rule in (
-        rf"(?i:\b(?:neither|except|exclud\w+|eliminat\w+|reject\w*|rul\w+ out))\s+{_LIST}",
+        r"(?i:\b(?:neither|none of(?:\s+the)?(?:\s+\w+s)?|except|exclud\w+|eliminat\w+|reject\w*|"
+        rf"rul\w+ out))\s+{_LIST}",
+        r"(?i:\b(?:wrong|incorrect|false)\s+(?:\w+\s+)?(?:is|are|was|were)\b|\b(?:wrong|incorrect)"
+        rf"(?:\s+\w+)?:)\s*(?i:options?\s+)?{_LIST}",
+        r"(?:错误?|不正确|不对|有误|不符合?(?:题意)?|不可能)的?(?:选项|答案|一项|说法)?[是为有:]+\s*(?:选项)?"
+        rf"{_LIST}",
         r"(?i:(?:\b(?:and|but)\s+)?(?:\b(?:no|not|never|instead of|rather than|cannot)|n['’]t))\s+"
         rf"(?i:(?:answer|be|both|choice|choose|either|option|pick|select|the)\s+)*{_NOT_LIST}",
         rf"(?:{_LETTER}(?:\s+option)?\s+(?i:is|was|does|seems|looks)|{_LIST}\s+(?i:are|were|can|"
@@ -58,9 +64,9 @@ _STRONG_RULES = tuple(
         r"(?:答案|正确的?选项|应该?选|我选)(?:应该|应当|应|只能|可能|大概|就)?[是为选:=\s]*(?:选项)?\s*"
         rf"{_ONE_OR_TWO}",
         rf"{_LETTER}[.:]?\s*(?i:is|['’]s|(?:must|would|should|has to) be|seems|looks|appears)(?:\s+"
-        r"(?i:to be|\w+ly|the|most|only|best|also))*\s+"
+        r"(?i:to be|\w+ly|the|more|most|only|best|also))*\s+"
         r"(?i:correct|right|true|answer|better|best|accurate|likely)\b",
-        rf"{_LETTER}\s*(?i:fits best|matches best|remains)\b",
+        rf"{_LETTER}\s*(?i:best\s+\w+s|\w+s best|remains)\b",
         rf"{_LETTER}\s*(?:选项|项)?[是为最]?(?:正确|对(?=[的\W]|$)|最佳|答案|符合|合适)",
         rf"\b(?i:hence|so|therefore|thus)(?:,?\s*|\s+it(?:['’]s| is)\s+){_LETTER}\W*$",
     )
@@ -71,12 +77,13 @@ _WEAK_RULES = tuple(
         r"(?i:\b(?:answer\s*(?:is|:)|option|choice))\s*[(\[]?([a-z])(?=[)\]]?\s*(?:$|[.,;!\n]))",
         rf"\b(?i:option|choice|letter)\s+{_ONE_OR_TWO}",
         rf"\b(?i:choose|chose|pick|select|vote|go(?:ing)? (?:with|for)|opt for|settle on|"
-        rf"lean(?:ing)? towards?)\s+(?i:(?:the|for|option|choice|answer|letter)\s+)*{_ONE_OR_TWO}",
+        rf"lean(?:ing)? towards?|leaves|leaving)\s+(?i:(?:only|the|for|option|choice|answer|letter)\s+)*{_ONE_OR_TWO}",
         rf"选(?:择|项)?[:是为\s]*{_ONE_OR_TWO}",
         rf"{_LETTER}\s*选?项",
         rf"(?:[是为猜故答]|所以|因此|认为|觉得)\s*{_LETTER}\W*$",
+        rf"(?:^|[.;,\n]\s*|\b(?i:only|so|thus)\s+){_LETTER}\s+{_FITS}\b",
         rf"(?:^|[.;\n]\s*){_LETTER}\s*[-:]?\s+(?:as|because|is|since|for sure|it is|obviously)\b",
-        r"(?i:\b(?:be|believe|but|certainly|clearly|course|definitely|doubt|guess|is|(?:it|that)"
+        r"(?i:\b(?:be|believe|but|certainly|clearly|course|definitely|doubt|elimination|guess|is|(?:it|that)"
         r"['’]s|likely|maybe|no|now|obviously|ok|okay|perhaps|probably|say|sure|surely|then|think|"
         rf"yes))\s*[,:]?\s*{_LETTER}\s*(?=\W*$|[;,.]?\s*(?:as|because|since)\b)",
         r"[(\[]([A-Z])[)\]]",
@@ -86,13 +93,19 @@ _WEAK_RULES = tuple(
 # No second letter.
 _NEXT = rf"(?!\s*(?:{_OR}|,)?\s*[(\[]?[A-Z](?:\W*$|[.,:;)\]/\n、都均也]|\s+{_OR}))"
 _LEADING = re.compile(
-    rf"\W*(?:([A-Za-z])(?:[^\w+#-]*$|[)\]]?\s*[.:)\]、。\n]{_NEXT})|([A-Z]),{_NEXT})"
+    rf"\W*(?:([A-Za-z])(?:[^\w+#-]*$|\s*\([^()]+\)\W*$|[)\]]?\s*[.:)\]、。\n]{_NEXT})|([A-Z]),{_NEXT})"
 )
 _MARKUP = re.compile(  # Markdown, LaTeX, brackets around "答案" and letters
-    r"\*|__|\\[()\[\]]|\$(?=[A-Z\\])|(?<=[A-Z}])\$|\\(?:text|mathrm|mathbf|textbf)(?=\{)|"
+    r"</s>|<\|\w+\|>|\*|__|\\[()\[\]]|\$(?=[A-Z\\])|(?<=[A-Z}])\$|\\(?:text|mathrm|mathbf|textbf)(?=\{)|"
     r"[【「『](?=(?:答案|[A-Z])[】」』])|(?<=[案A-Z])[】」』]"
 )
 _LOWER = re.compile(rf"(?<![-'’{_W}])(?:[b-hj-z]|a(?=\W*$|[).:\]]))(?![-'’{_W}])")
+_THOUGHTS = re.compile(r".*</think>", re.DOTALL)
+_ABBREVIATION = re.compile(  # "Dr. B. Smith", "D.C."
+    r"\b(?:Capt|Col|Dr|Gen|Lt|Mrs?|Ms|Prof|Sen|Sgt|Sir|St)\.?\s+(?:[A-Z]\.\s*)+|"
+    rf"(?<![{_W}])(?:[A-Z]\.){{2,}}"
+)
+_REPEATED = re.compile(r"\W*([A-Za-z])(?:\W+(?:or\s+|and\s+)?\1)+\W*")
 _OPTION = re.compile(r"\(([A-Z])\)")
 _SIMPLIFIED = str.maketrans("選擇項應該對錯誤為確無", "选择项应该对错误为确无")
 
@@ -126,7 +139,13 @@ def parse_letter(text: str, options: Sequence[str]) -> str | None:
     normalized = [_normalize(option) for option in options]
     if len(text.strip()) > 1 and normalized.count(_normalize(text)) == 1:
         return letters[normalized.index(_normalize(text))]
-    text = _without_lists(_MARKUP.sub("", text).strip(), options)
+    text = _MARKUP.sub("", _THOUGHTS.sub("", text)).strip()
+    text = _without_lists(_ABBREVIATION.sub("~ ", text), options)
+    text = _REPEATED.sub(r"\1", text) if _REPEATED.fullmatch(text) else text
+    if text.startswith("A:"):  # "answer"
+        letter = parse_letter(text[2:], options)
+        if letter is not None:
+            return letter
     if text.islower():
         text = _LOWER.sub(lambda found: found[0].upper(), text)
     for rules in ((*_STRONG_RULES, _LEADING, *_WEAK_RULES), (*_STRONG_RULES, _OPTION)):
