@@ -18,7 +18,10 @@ from owl2.eval.samples import Response
 Parser = Callable[[str, Sequence[str]], str | None]
 
 _W = "0-9A-Za-z_À-ɏ"  # of a word; Chinese has no boundaries between words
-_FITS = r"(?:best\s+)?(?:answers|corresponds to|describes|fits|matches|represents)"
+_FITS = (
+    r"(?:best\s+)?(?:answers|corresponds to|describes|fits|matches|represents|"
+    r"makes\s+(?:(?:the|most|more|perfect)\s+)*sense)"
+)
 # A letter that is not part of a word. "A" and "I" are also words: as letters they end the response,
 # or punctuation, a reason or Chinese text follows.
 _LETTER = (
@@ -36,19 +39,20 @@ _NOT_LIST = rf"{_LETTER}(?:(?:\s*,\s*{_LETTER})*{_MORE}+)?"
 _NEGATED = tuple(
     re.compile(rule)
     for rule in (
-        r"(?i:\b(?:neither|none of(?:\s+the)?(?:\s+\w+s)?|except|exclud\w+|eliminat\w+|reject\w*|"
-        rf"rul\w+ out))\s+{_LIST}",
+        r"(?i:\b(?:neither|none of(?:\s+the)?(?:\s+\w+s)?|anything but|except|exclud\w+|"
+        rf"eliminat\w+|reject\w*|rul\w+ out))\s+{_LIST}",
         r"(?i:\b(?:wrong|incorrect|false)\s+(?:\w+\s+)?(?:is|are|was|were)\b|\b(?:wrong|incorrect)"
         rf"(?:\s+\w+)?:)\s*(?i:options?\s+)?{_LIST}",
         r"(?:错误?|不正确|不对|有误|不符合?(?:题意)?|不可能)的?(?:选项|答案|一项|说法)?[是为有:]+\s*(?:选项)?"
         rf"{_LIST}",
         r"(?i:(?:\b(?:and|but)\s+)?(?:\b(?:no|not|never|instead of|rather than|cannot)|n['’]t))\s+"
-        rf"(?i:(?:answer|be|both|choice|choose|either|option|pick|select|the)\s+)*{_NOT_LIST}",
+        r"(?i:(?:answer|be|believe|both|choice|choose|either|is|it|it['’]s|option|pick|"
+        rf"select|that|the|think|(?-i:an?))\s+)*{_NOT_LIST}",
         rf"(?:{_LETTER}(?:\s+option)?\s+(?i:is|was|does|seems|looks)|{_LIST}\s+(?i:are|were|can|"
-        r"could|do|did|would|should))(?:n['’]t\b|not\b|(?:\s+(?i:all|also|be|both|\w+ly))*\s+"
+        r"could|do|did|would|should))(?:n['’]t\b|not\b|(?:\s+(?i:all|also|an?|be|both|the|\w+ly))*\s+"
         r"(?i:not|never|wrong|false|incorrect|invalid|inaccurate|impossible|untrue|unlikely|"
         r"irrelevant|(?:ruled\s+)?out|eliminated|excluded)\b)",
-        r"(?:不(?:应该?|能|会|可以?|要)?选择?|不是|没有|并非|排除了?|而非|而不是)\s*(?:选项|答案)?\s*"
+        r"(?:不(?:应该?|能|会|可以?|可能|要)?(?:选择?|是)|没有|并非|排除了?|而非|而不是)\s*(?:选项|答案)?\s*"
         rf"{_LIST}",
         rf"(?<![是选为:]){_LIST}\s*(?:选项|项|答案)?(?:都|均|也|是|为|被|可以?|明显|显然|肯定)*"
         r"(?:不(?:正确|可能|对|是|符合)?|错误?|有误|排除)",
@@ -59,15 +63,17 @@ _STRONG_RULES = tuple(
     re.compile(rule)
     for rule in (
         r"\\boxed\{\{?\(?([A-Z])\b",
+        r"\b(?i:(?:so|therefore|thus|hence),? the (?:\w+ )?(?:answer|option|choice) is)\s+"
+        rf"{_LETTER}",
         rf"\b(?i:answer|ans\.?|selected|selection|correct (?:option|choice|letter|one))[\"']?\s*"
         rf"{_BE}*\s*(?i:(?:the|option|choice|letter|indeed|\w+ly)\s+)*{_ONE_OR_TWO}",
         r"(?:答案|正确的?选项|应该?选|我选)(?:应该|应当|应|只能|可能|大概|就)?[是为选:=\s]*(?:选项)?\s*"
         rf"{_ONE_OR_TWO}",
-        rf"{_LETTER}[.:]?\s*(?i:is|['’]s|(?:must|would|should|has to) be|seems|looks|appears)(?:\s+"
-        r"(?i:to be|\w+ly|the|more|most|only|best|also))*\s+"
-        r"(?i:correct|right|true|answer|better|best|accurate|likely)\b",
+        rf"{_LETTER}[.:]?\s*(?i:is|['’]s|(?:must|would|should|might|may|could|has to) be|seems|"
+        r"looks|appears)(?:\s+(?i:to be|\w+ly|the|more|most|only|best|also))*\s+"
+        r"(?i:correct|right|true|answer|better|best|accurate|appropriate|likely|suitable)\b",
         rf"{_LETTER}\s*(?i:best\s+\w+s|\w+s best|remains)\b",
-        rf"{_LETTER}\s*(?:选项|项)?[是为最]?(?:正确|对(?=[的\W]|$)|最佳|答案|符合|合适)",
+        rf"{_LETTER}\s*(?:选项|项)?(?:才?是|为|更|最|较为?|比较)*(?:正确|准确|合理|恰当|对(?=[的\W]|$)|最佳|答案|符合|合适)",
         rf"\b(?i:hence|so|therefore|thus)(?:,?\s*|\s+it(?:['’]s| is)\s+){_LETTER}\W*$",
     )
 )
@@ -77,14 +83,16 @@ _WEAK_RULES = tuple(
         r"(?i:\b(?:answer\s*(?:is|:)|option|choice))\s*[(\[]?([a-z])(?=[)\]]?\s*(?:$|[.,;!\n]))",
         rf"\b(?i:option|choice|letter)\s+{_ONE_OR_TWO}",
         rf"\b(?i:choose|chose|pick|select|vote|go(?:ing)? (?:with|for)|opt for|settle on|"
-        rf"lean(?:ing)? towards?|leaves|leaving)\s+(?i:(?:only|the|for|option|choice|answer|letter)\s+)*{_ONE_OR_TWO}",
+        r"lean(?:ing)? towards?|leaves|leaving)\s+(?i:(?:only|the|for|option|choice|answer|letter)"
+        rf"\s+)*{_ONE_OR_TWO}",
         rf"选(?:择|项)?[:是为\s]*{_ONE_OR_TWO}",
         rf"{_LETTER}\s*选?项",
         rf"(?:[是为猜故答]|所以|因此|认为|觉得)\s*{_LETTER}\W*$",
         rf"(?:^|[.;,\n]\s*|\b(?i:only|so|thus)\s+){_LETTER}\s+{_FITS}\b",
         rf"(?:^|[.;\n]\s*){_LETTER}\s*[-:]?\s+(?:as|because|is|since|for sure|it is|obviously)\b",
-        r"(?i:\b(?:be|believe|but|certainly|clearly|course|definitely|doubt|elimination|guess|is|(?:it|that)"
-        r"['’]s|likely|maybe|no|now|obviously|ok|okay|perhaps|probably|say|sure|surely|then|think|"
+        r"(?i:\b(?:be|believe|but|certainly|choose|clearly|conclusion|course|definitely|doubt|"
+        r"elimination|guess|hmm|indicat(?:es|ing)|is|(?:it|that)['’]s|like|likely|maybe|no|now|"
+        r"obviously|ok|okay|perhaps|pick|probably|say|suggest(?:s|ing)|sure|surely|then|think|to|well|"
         rf"yes))\s*[,:]?\s*{_LETTER}\s*(?=\W*$|[;,.]?\s*(?:as|because|since)\b)",
         r"[(\[]([A-Z])[)\]]",
         rf"(?:^|[.:!?;>→\n])\s*{_LETTER}(?=\W*$|\s*[.;\n])",  # a sentence
@@ -96,8 +104,8 @@ _LEADING = re.compile(
     rf"\W*(?:([A-Za-z])(?:[^\w+#-]*$|\s*\([^()]+\)\W*$|[)\]]?\s*[.:)\]、。\n]{_NEXT})|([A-Z]),{_NEXT})"
 )
 _MARKUP = re.compile(  # Markdown, LaTeX, brackets around "答案" and letters
-    r"</s>|<\|\w+\|>|\*|__|\\[()\[\]]|\$(?=[A-Z\\])|(?<=[A-Z}])\$|\\(?:text|mathrm|mathbf|textbf)(?=\{)|"
-    r"[【「『](?=(?:答案|[A-Z])[】」』])|(?<=[案A-Z])[】」』]"
+    r"</s>|<\|\w+\|>|\*|__|(?<=[A-Z])[吧呢啊呀哦嘛]+|\\[()\[\]]|\$(?=[A-Z\\])|(?<=[A-Z}])\$|\\(?:text|mathrm|mathbf|textbf)(?=\{)|"
+    r"[【「『](?=(?:答案|[A-Z])[】」』])|(?<=[案A-Z])[】」』]|\[(?=答案\])|(?<=案)\]"
 )
 _LOWER = re.compile(rf"(?<![-'’{_W}])(?:[b-hj-z]|a(?=\W*$|[).:\]]))(?![-'’{_W}])")
 _THOUGHTS = re.compile(r".*</think>", re.DOTALL)
@@ -105,9 +113,13 @@ _ABBREVIATION = re.compile(  # "Dr. B. Smith", "D.C."
     r"\b(?:Capt|Col|Dr|Gen|Lt|Mrs?|Ms|Prof|Sen|Sgt|Sir|St)\.?\s+(?:[A-Z]\.\s*)+|"
     rf"(?<![{_W}])(?:[A-Z]\.){{2,}}"
 )
+_VERDICT = re.compile(  # "A. False", "C ✓"
+    rf"(?<![-{_W}])[(\[]?([A-Z])[)\]]?\s*[-.:、]?\s*(?:((?i:correct|right|true)|[✓✔✅对]|正确)|"
+    r"(?i:incorrect|wrong|false)|[✗✘❌错])(?![a-z]|\s*[\d(\\])"
+)
 _REPEATED = re.compile(r"\W*([A-Za-z])(?:\W+(?:or\s+|and\s+)?\1)+\W*")
 _OPTION = re.compile(r"\(([A-Z])\)")
-_SIMPLIFIED = str.maketrans("選擇項應該對錯誤為確無", "选择项应该对错误为确无")
+_SIMPLIFIED = str.maketrans("選擇項應該對錯誤為確無×√", "选择项应该对错误为确无✗✓")
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
@@ -118,8 +130,9 @@ def with_options(question: str, options: Sequence[str]) -> str:
 def parse_letter(text: str, options: Sequence[str]) -> str | None:
     """The letter of the option that a response in English or Chinese means; None if ambiguous.
 
-    A list of options that the response repeats, and letters that it calls wrong ("A is incorrect",
-    "not A"), are removed. Then the first rule that finds a letter decides:
+    Thoughts (`<think>`), initials ("Dr. B. Smith"), a list of options that the response repeats,
+    and letters that it calls wrong ("A is incorrect", "not A", "错误的是A") are removed. A list with
+    one right option ("A ✗ B ✓") means that one. Then the first rule that finds a letter decides:
 
     1. The response is the text of one option.
     2. It contains "the answer is B", "B is correct", "答案是B", and no other letter in this form.
@@ -140,6 +153,10 @@ def parse_letter(text: str, options: Sequence[str]) -> str | None:
     if len(text.strip()) > 1 and normalized.count(_normalize(text)) == 1:
         return letters[normalized.index(_normalize(text))]
     text = _MARKUP.sub("", _THOUGHTS.sub("", text)).strip()
+    verdicts = {found[1]: bool(found[2]) for found in _VERDICT.finditer(text)}
+    is_list = len(verdicts) > 1 and sum(verdicts.values()) == 1 and verdicts.keys() <= set(letters)
+    if is_list and not any(_VERDICT.search(f"A {option}") for option in options):
+        return max(verdicts, key=lambda letter: verdicts[letter])
     text = _without_lists(_ABBREVIATION.sub("~ ", text), options)
     text = _REPEATED.sub(r"\1", text) if _REPEATED.fullmatch(text) else text
     if text.startswith("A:"):  # "answer"
