@@ -31,6 +31,7 @@ from owl2.engine.sampling import (
 )
 from owl2.engine.scheduler import Request
 from owl2.engine.scoring import group_choices, score_answers
+from owl2.engine.structured_output import GrammarCompiler
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.messages import Message, ParsedMessages
@@ -88,18 +89,21 @@ class Engine:
         self.processor = processor
         self.synced_gpus = synced_gpus
         self.core: EngineCore | None = None
-        if not synced_gpus and is_on_one_device(model):
+        if not synced_gpus and hf_generate.is_on_one_device(model):
             self.core = EngineCore(
                 model, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=enable_prefix_caching
             )
         self.end_ids = end_ids(model.generation_config, processor.tokenizer)
+        self._open_ids = open_byte_ids(processor.tokenizer)
+        self._token_text = token_texts(processor.tokenizer)
+        self._grammars = GrammarCompiler(
+            processor.tokenizer, self._token_text, model.config.vocab_size, self.end_ids
+        )
         check_generation_config(model.generation_config)
         try:
             self.sampling_params()
         except InputError as error:
             raise InputError(f"The checkpoint's generation_config: {error}", error.code) from error
-        self._open_ids = open_byte_ids(processor.tokenizer)
-        self._token_text = token_texts(processor.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -224,6 +228,8 @@ class Engine:
                 f"n is {params.n}; the maximum is {MAX_NUM_SEQS}.", ErrorCode.INVALID_VALUE
             )
         check_logits_processors(params, self.model, self.end_ids)
+        if params.structured_outputs is not None:  # compiles it; `submit` finds it in the cache
+            self._grammars.matcher(params.structured_outputs)
         return params
 
     def encode(self, messages: Prompt) -> PreparedPrompt:
@@ -369,6 +375,8 @@ class Engine:
             options = state, params, limit, self.end_ids, self.model.device
             requests += [Request(*options, len(requests) + index) for index in range(params.n)]
         for request in requests:
+            if params.structured_outputs is not None:
+                request.matcher = self._grammars.matcher(params.structured_outputs)
             detokenizer = IncrementalDetokenizer(self._decode, self._open_ids, params.stop)
             output = OutputProcessor(request, detokenizer, self._token_text, on_output)
             request.on_token, request.on_end = output.process, on_end
@@ -390,11 +398,3 @@ class Engine:
         return str(
             self.processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-
-
-def is_on_one_device(model: Owl2ForConditionalGeneration) -> bool:
-    """Whether all weights are complete and on one device, as `EngineCore` needs them."""
-    weights = list(model.parameters())
-    # Only a DTensor, which has a part of a weight, has a device mesh.
-    is_sharded = any(hasattr(weight, "device_mesh") for weight in weights)
-    return not is_sharded and {weight.device for weight in weights} == {model.device}

@@ -12,10 +12,18 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from owl2.engine.running_batch import PrefillOutput
-from owl2.engine.sampling import non_finite_error, sample
+from owl2.engine.sampling import sample
 from owl2.engine.scheduler import Request
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt
+
+
+def is_on_one_device(model: Owl2ForConditionalGeneration) -> bool:
+    """Whether all weights are complete and on one device, as `EngineCore` needs them."""
+    weights = list(model.parameters())
+    # Only a DTensor, which has a part of a weight, has a device mesh.
+    is_sharded = any(hasattr(weight, "device_mesh") for weight in weights)
+    return not is_sharded and {weight.device for weight in weights} == {model.device}
 
 
 @torch.no_grad()
@@ -56,11 +64,12 @@ def generate(
         eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,  # after the end; not read
     )
-    sampler = _Sampler(model, requests, [width - len(prompt.ids) for prompt in prompts])
+    paddings = [width - len(prompt.ids) for prompt in prompts]
+    sampler = _Sampler(model, requests, paddings, pad_id)
     # transformers would merge the checkpoint's options. The requests have them.
     defaults, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        ids = model.generate(
+        model.generate(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             pixel_values=torch.cat(images).to(model.device, model.dtype) if images else None,
@@ -70,17 +79,14 @@ def generate(
         )
     finally:
         model.generation_config = defaults
-    for request, answer in zip(requests, ids[:, width:].tolist(), strict=True):
-        for token in answer:
-            if not (request.aborted or request.is_finished):
-                request.add_token(token)
 
 
 class _Sampler(LogitsProcessor):
-    """Scores (B, V) that exclude all tokens but the sampled ones.
+    """Scores (B, V) that exclude all tokens but the sampled ones, which it adds to the requests.
 
     Args:
         paddings: The number of tokens before each prompt.
+        pad_id: An end token, or 0 without one.
     """
 
     def __init__(
@@ -88,27 +94,38 @@ class _Sampler(LogitsProcessor):
         model: Owl2ForConditionalGeneration,
         requests: Sequence[Request],
         paddings: Sequence[int],
+        pad_id: int,
     ) -> None:
         for request in requests:
             request.create_processors(model)
-        self._params = [request.params for request in requests]
-        self._generators = [request.generator for request in requests]
-        self._processors = [request.processors for request in requests]
+        self._requests = requests
         self._paddings = paddings
+        self._pad_id = pad_id
         self._dtype = model.dtype
         self._vocab_size = model.config.vocab_size
-        self._num_steps = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._num_steps += 1
+        requests = self._requests
+        params = [request.params for request in requests]
+        generators = [request.generator for request in requests]
         processors: list[Any] = [
-            partial(own, ids[None, padding:]) if own else None
-            for own, ids, padding in zip(self._processors, input_ids, self._paddings, strict=True)
+            partial(request.processors, ids[None, padding:]) if request.processors else None
+            for request, ids, padding in zip(requests, input_ids, self._paddings, strict=True)
         ]
+        is_running = [not (request.aborted or request.is_finished) for request in requests]
         # Without the score of the image token, with which other random numbers would be drawn.
         text_scores = scores[:, : self._vocab_size]
-        tokens = sample(text_scores, self._params, self._generators, processors)
-        if None in tokens:
-            raise non_finite_error(self._dtype, f"token {self._num_steps} of the answer")
-        chosen = torch.tensor(tokens, device=scores.device)[:, None]
-        return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+        masks = [
+            request.allowed_tokens(text_scores.shape[1]) if runs else None
+            for request, runs in zip(requests, is_running, strict=True)
+        ]
+        tokens = sample(text_scores, params, generators, processors, masks)
+        chosen = [self._pad_id] * len(requests)  # ends the rows of finished requests
+        for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+            if is_running[row]:
+                if token is None:
+                    raise request.no_token_error(self._dtype)
+                request.add_token(token)
+                chosen[row] = token
+        ids = torch.tensor(chosen, device=scores.device)[:, None]
+        return torch.full_like(scores, float("-inf")).scatter(1, ids, 0.0)

@@ -48,8 +48,8 @@ class CompletionChunk:
         logprobs: If requested, for the tokens that begin in this text; in the last chunk also for
             the end token. Tokens after a stop string are excluded.
         num_tokens: Tokens of this answer so far, with the end token.
-        finish_reason: In the last chunk of an answer: `stop` for an end token or a stop string,
-            `length` for the maximum number of tokens.
+        finish_reason: In the last chunk of an answer: `stop` for an end token, a stop string or a
+            complete grammar, `length` for the maximum number of tokens.
     """
 
     index: int
@@ -99,7 +99,7 @@ class OutputProcessor:
         if request.is_finished or detokenizer.stop_position is not None:
             text += detokenizer.finish()
             end = detokenizer.stop_position
-            reason = "length" if end is None and not request.has_end_token else "stop"
+            reason = "length" if end is None and not request.is_stopped else "stop"
         if request.aborted or not (text or reason):
             return
         if reason is not None:

@@ -26,7 +26,7 @@ from owl2.engine.prefix_cache import (
     TensorCache,
     weights_version,
 )
-from owl2.engine.sampling import compute_logprobs, non_finite_error, sample
+from owl2.engine.sampling import compute_logprobs, sample
 from owl2.engine.scheduler import Request
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
@@ -206,13 +206,14 @@ class RunningBatch:
         params = [request.params for request in requests]
         generators = [request.generator for request in requests]
         processors = [request.bind_processors() for request in requests]
-        tokens = sample(logits, params, generators, processors)
+        masks = [request.allowed_tokens(logits.shape[1]) for request in requests]
+        tokens = sample(logits, params, generators, processors, masks)
         logprobs = compute_logprobs(logits, tokens, params)
         for request, token, own in zip(requests, tokens, logprobs, strict=True):
             if token is None:
-                position = f"token {len(request.token_ids) + 1} of the answer"
+                error = request.no_token_error(logits.dtype)
                 request.token_ids.clear()  # its keys and values must not be cached
-                request.end(non_finite_error(logits.dtype, position))
+                request.end(error)
             else:
                 request.add_token(token, own)
         self.remove_finished()

@@ -23,6 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
@@ -34,6 +35,7 @@ Logprobs = list[tuple[int, float]]
 # Parameters that request sampling by being set. Those of `_BATCHED` are applied to a batch.
 _BATCHED = ("temperature", "top_k", "top_p", "min_p")
 _NOT_PROCESSED = {"max_new_tokens", "max_length", "seed", "n", "stop", "top_logprobs"}
+_NOT_PROCESSED |= {"structured_outputs"}
 _SAMPLING = (*_BATCHED, "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Lower temperatures are treated as 0. Logits divided by them are not finite, so that nothing can be
 # drawn from them, and the other sequences of the step would fail as well.
@@ -87,6 +89,8 @@ class SamplingParams:
         stop: Strings that end the answer; they are not part of it.
         top_logprobs: Report the log-probability of each token and of this number of most probable
             alternatives, 0 to 20. None: no log-probabilities.
+        structured_outputs: What the answer must match: a JSON schema, choices, a regular expression
+            or a grammar; also as a dictionary with the fields of `StructuredOutputsParams`.
 
     Raises:
         InputError: A value is out of its range.
@@ -121,6 +125,7 @@ class SamplingParams:
     n: int = 1
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name, is_valid, expected in (
@@ -171,6 +176,8 @@ class SamplingParams:
             values["do_sample"] = True
         stop = values.pop("stop", ())
         values["stop"] = (stop,) * bool(stop) if isinstance(stop, str) else tuple(stop)
+        if structured := values.get("structured_outputs"):
+            values["structured_outputs"] = StructuredOutputsParams.from_value(structured)
         params = cls(**values)
         if params.temperature < MIN_TEMPERATURE:
             params = replace(params, do_sample=False)
@@ -270,6 +277,7 @@ def sample(
     params: Sequence[SamplingParams],
     generators: Sequence[torch.Generator | None],
     processors: Sequence[Callable[[torch.Tensor], torch.Tensor] | None] = (),
+    masks: Sequence[torch.Tensor | None] = (),
 ) -> list[int | None]:
     """The next token of each sequence; None where its logits are not finite.
 
@@ -281,9 +289,18 @@ def sample(
         params, generators: one for each sequence.
         processors: for each sequence, a function of its (1, V) logits in float32, which replaces
             its `_warpers`, or None. Default: none.
+        masks: for each sequence, the tokens (V,) that its grammar allows, or None. Default: none.
+            If the processors exclude all of them, they have no effect on this token.
     """
     maximum, chosen = logits.max(-1)  # (B,); NaN if the row contains one
     is_finite = maximum.isfinite()
+    excluded = {row: ~mask.to(logits.device) for row, mask in enumerate(masks) if mask is not None}
+    if excluded:
+        logits = logits.clone()
+        for row, mask in excluded.items():
+            logits[row].masked_fill_(mask, float("-inf"))
+        maximum, chosen = logits.max(-1)
+        is_finite &= maximum.isfinite()
 
     def draw(rows: Sequence[int], scores: torch.Tensor) -> None:
         for probabilities, row in zip(scores.softmax(-1), rows, strict=True):
@@ -292,6 +309,10 @@ def sample(
     processed = {row: process for row, process in enumerate(processors) if process is not None}
     for row, process in processed.items():
         scores = process(logits[row : row + 1].float())
+        if row in excluded:  # a processor may force a token
+            scores = scores.masked_fill(excluded[row], float("-inf"))
+            has_token = (scores > float("-inf")).any()
+            scores = torch.where(has_token, scores, logits[row : row + 1].float())
         best, chosen[row] = scores[0].max(-1)
         is_valid = is_finite[row] | params[row].remove_invalid_values
         is_finite[row] = best.isfinite() & is_valid

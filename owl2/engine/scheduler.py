@@ -13,7 +13,14 @@ import torch
 from transformers import LogitsProcessorList
 
 from owl2.engine.prefix_cache import PrefixCache, PromptKey, PromptState
-from owl2.engine.sampling import Logprobs, SamplingParams, logits_processors
+from owl2.engine.sampling import (
+    Logprobs,
+    SamplingParams,
+    logits_processors,
+    non_finite_error,
+)
+from owl2.engine.structured_output import GrammarMatcher
+from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 # Positions of one prefill: without running requests, and with some that wait for their next token.
@@ -34,6 +41,7 @@ class Request:
         aborted: The result is no longer wanted. May be set from any thread.
         epoch: The batch's epoch when the prompt was computed.
         processors: What the options change in the logits; see `sampling.logits_processors`.
+        matcher: The state of the answer in its grammar; None without `structured_outputs`.
         on_token: Called in the engine's thread with each token, and its log-probabilities if
             `params` request them. An exception ends the request.
         on_end: Called there once, with the error that ended the request or None; not after
@@ -60,6 +68,7 @@ class Request:
         self.aborted = False
         self.epoch = 0
         self.processors = LogitsProcessorList()
+        self.matcher: GrammarMatcher | None = None
         self.on_token: Callable[[int, Logprobs | None], object] | None = None
         self.on_end: Callable[[BaseException | None], object] | None = None
 
@@ -74,9 +83,18 @@ class Request:
         return bool(self.token_ids) and self.token_ids[-1] in self.end_ids
 
     @property
+    def is_stopped(self) -> bool:
+        """Whether the answer has its end token, or its grammar allows no more tokens."""
+        return self.has_end_token or (self.matcher is not None and self.matcher.is_stopped)
+
+    @property
     def is_finished(self) -> bool:
         """Whether the answer is complete."""
-        return self.has_end_token or len(self.token_ids) >= self.max_tokens
+        return self.is_stopped or len(self.token_ids) >= self.max_tokens
+
+    def allowed_tokens(self, vocab_size: int) -> torch.Tensor | None:
+        """The mask (V,) of the next token for `sample`; None without a grammar."""
+        return None if self.matcher is None else self.matcher.allowed_tokens(vocab_size)
 
     def create_processors(self, model: Owl2ForConditionalGeneration) -> None:
         """Set `processors`, before the first token."""
@@ -94,6 +112,8 @@ class Request:
     def add_token(self, token: int, logprobs: Logprobs | None = None) -> None:
         """Append the next token; ends the request if it is the last one."""
         self.token_ids.append(token)
+        if self.matcher is not None:
+            self.matcher.accept(token)
         try:
             if self.on_token is not None:
                 self.on_token(token, logprobs)
@@ -101,6 +121,12 @@ class Request:
             self.end(error)
         if self.is_finished:
             self.end()
+
+    def no_token_error(self, dtype: torch.dtype) -> InputError:
+        """The error if there is no next token for logits of this dtype."""
+        if self.matcher is not None and self.matcher.error is not None:
+            return self.matcher.input_error()
+        return non_finite_error(dtype, f"token {len(self.token_ids) + 1} of the answer")
 
     def end(self, error: BaseException | None = None) -> None:
         """Report the end, once."""

@@ -133,7 +133,8 @@ class ResponseStream:
                 await self._admission.slots.acquire()
             self._has_slot = True
             self._metrics.running.inc()
-            params = engine.sampling_params(**options)
+            # A grammar may take a second to compile.
+            params = await asyncio.to_thread(lambda: engine.sampling_params(**options))
             prompt = await asyncio.to_thread(engine.encode, await messages())
             self._abort = engine.submit(prompt, params, self._post)
         self.prompt_tokens = len(prompt.ids)

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from owl2.engine.sampling import MAX_SEED, MAX_TOP_LOGPROBS
+from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.serve.config import MAX_N, MAX_TOKENS
 
 MAX_MESSAGES = 4096
@@ -120,6 +121,28 @@ class ChatCompletionMessageParam(OpenAIBaseModel):
 # ------------------------------------------------------------------ the request
 
 
+class JsonSchema(OpenAIBaseModel):
+    """`schema`: a JSON schema. All schemas are enforced; `strict` has no effect."""
+
+    name: NonEmptyStr
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaResponseFormat(OpenAIBaseModel):
+    """The answer is JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class PlainResponseFormat(OpenAIBaseModel):
+    """The answer is any text, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+
 class StreamOptions(OpenAIBaseModel):
     """`include_usage`: the last chunk has the numbers of tokens."""
 
@@ -163,14 +186,23 @@ class ChatCompletionRequest(OpenAIBaseModel):
     tools: Unsupported = None
     functions: Unsupported = None
     modalities: list[Literal["text"]] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: (
+        Annotated[PlainResponseFormat | JsonSchemaResponseFormat, Field(discriminator="type")]
+        | None
+    ) = None
     tool_choice: Literal["none", "auto"] | None = None
     # Of vLLM
-    guided_json: Unsupported = None
-    guided_regex: Unsupported = None
-    guided_choice: Unsupported = None
-    guided_grammar: Unsupported = None
-    structured_outputs: Unsupported = None
+    structured_outputs: (
+        Annotated[
+            StructuredOutputsParams,
+            BeforeValidator(StructuredOutputsParams.from_value, json_schema_input_type=Any),
+        ]
+        | None
+    ) = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     bad_words: Unsupported = None
     allowed_token_ids: Unsupported = None
     stop_token_ids: Unsupported = None
@@ -197,7 +229,24 @@ class ChatCompletionRequest(OpenAIBaseModel):
             raise ValueError("top_logprobs requires logprobs: true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options requires stream: true")
+        if len(self._constraints()) > 1:
+            raise ValueError(f"{' and '.join(self._constraints())} exclude each other")
         return self
+
+    def _constraints(self) -> dict[str, StructuredOutputsParams]:
+        """What the answer must match, by the field that requests it."""
+        found = {}
+        if self.structured_outputs is not None:
+            found["structured_outputs"] = self.structured_outputs
+        for kind in ("json", "regex", "choice", "grammar"):
+            if (value := getattr(self, f"guided_{kind}")) is not None:
+                found[f"guided_{kind}"] = StructuredOutputsParams(**{kind: value})
+        if isinstance(self.response_format, JsonSchemaResponseFormat):
+            schema = self.response_format.json_schema.json_schema
+            found["response_format"] = StructuredOutputsParams(json=schema)
+        elif self.response_format is not None and self.response_format.type == "json_object":
+            found["response_format"] = StructuredOutputsParams(json_object=True)
+        return found
 
     @property
     def num_answers(self) -> int:
@@ -249,6 +298,7 @@ class ChatCompletionRequest(OpenAIBaseModel):
             "seed": seed,
             "stop": list(self.stop or ()),
             "top_logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "structured_outputs": next(iter(self._constraints().values()), None),
         }
 
 

@@ -6,7 +6,8 @@ import logging
 import pytest
 import torch
 
-from owl2.engine.engine import MAX_NUM_SEQS, Engine, is_on_one_device
+from owl2.engine.engine import MAX_NUM_SEQS, Engine
+from owl2.engine.hf_generate import is_on_one_device
 from owl2.errors import ErrorCode
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.messages import user_message
@@ -299,7 +300,7 @@ def test_models_on_several_devices_use_transformers_generate(
     shared_engine, conversations, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr("owl2.engine.engine.is_on_one_device", lambda model: False)
+        patch.setattr("owl2.engine.hf_generate.is_on_one_device", lambda model: False)
         engine = Engine(shared_engine.model, shared_engine.processor)
     assert engine.core is None
     assert is_on_one_device(shared_engine.model)

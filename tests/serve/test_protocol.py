@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from owl2.engine.sampling import MAX_SEED
+from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.serve.admission import check_limits
 from owl2.serve.config import MAX_N, ServerLimits
 from owl2.serve.errors import ApiError
@@ -40,6 +41,7 @@ def test_omitted_fields_have_the_defaults_of_the_checkpoint():
         "seed": None,
         "stop": [],
         "top_logprobs": None,
+        "structured_outputs": None,
     }
 
 
@@ -74,6 +76,32 @@ def test_fields_become_engine_options(fields, options):
 def test_seeds_of_all_answers_are_in_the_engines_range(seed):
     first = request(seed=seed, n=MAX_N).sampling_options()["seed"]
     assert 0 <= first <= MAX_SEED - (MAX_N - 1)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": FORMAT}, {"json": SCHEMA}),
+        ({"guided_json": SCHEMA}, {"json": SCHEMA}),
+        ({"guided_json": json.dumps(SCHEMA)}, {"json": json.dumps(SCHEMA)}),
+        ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+        ({"guided_regex": "[ab]", "response_format": {"type": "text"}}, {"regex": "[ab]"}),
+        ({"guided_grammar": 'root ::= "a"'}, {"grammar": 'root ::= "a"'}),
+        ({"structured_outputs": {"json": {}}}, {"json": {}}),
+        (
+            {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+            {"json_object": True, "disable_any_whitespace": True},
+        ),
+    ],
+)
+def test_fields_of_structured_output(fields, expected):
+    options = request(**fields).sampling_options()
+    assert options["structured_outputs"] == StructuredOutputsParams(**expected)
 
 
 @pytest.mark.parametrize(
@@ -139,11 +167,15 @@ def test_fields_without_effect_are_accepted(fields):
         {"repetition_penalty": 0},
         {"min_p": 1.5},
         {"min_tokens": -1},
-        {"guided_choice": ["yes", "no"]},
-        {"guided_json": {"type": "object"}},
-        {"guided_regex": "[a-z]"},
-        {"guided_grammar": "root ::= x"},
-        {"structured_outputs": {"choice": ["yes"]}},
+        {"guided_choice": []},
+        {"guided_choice": "yes"},
+        {"guided_choice": ["yes"], "guided_regex": "[a-z]"},
+        {"guided_json": {}, "response_format": {"type": "json_object"}},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"choice": ["yes"], "regex": "yes"}},
+        {"structured_outputs": {"structural_tag": "{}"}},
+        {"structured_outputs": {"json": 5}},
+        {"structured_outputs": "yes"},
         {"bad_words": ["red"]},
         {"allowed_token_ids": [3]},
         {"stop_token_ids": [3]},
@@ -156,7 +188,9 @@ def test_fields_without_effect_are_accepted(fields):
         {"length_penalty": 0.8},
         {"best_of": True},
         {"modalities": ["audio"]},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        {"response_format": {"type": "grammar"}},
     ],
 )
 def test_invalid_and_unsupported_values_are_rejected(fields):

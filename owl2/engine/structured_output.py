@@ -1,0 +1,337 @@
+"""Structured output: answers that follow a JSON schema, a regular expression, or a grammar.
+
+::
+
+    StructuredOutputsParams ──GrammarCompiler, in the caller's thread──► GrammarMatcher
+    ──before each token──► allowed tokens (V,) ──sample──► token ──GrammarMatcher.accept──┘
+
+The library is llguidance. It is imported when it is used. An answer may begin with one space, as
+answers do in the training format; `Engine` removes it.
+
+A schema or a grammar may come from an untrusted client. Its size, the size of its automata, the
+time to compile it, and the time per answer are limited.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from functools import cached_property, lru_cache
+from threading import Lock
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from owl2.errors import ErrorCode, InputError, require_package, shorten
+from owl2.processing.tokenizer import encode_continuation
+
+KINDS = ("json", "regex", "choice", "grammar", "json_object")
+# Of the JSON that describes a grammar. A schema of 5,000 properties has more.
+MAX_CHARACTERS = 65_536
+# The sum of all values of "multipleOf" (without a decimal point) in a schema. The time to compile
+# them grows with it: 0.1 s.
+MAX_MULTIPLES = 10_000
+MAX_SECONDS = 1.0  # of one core, for the masks of one answer; usual grammars take 0.00005 per token
+MAX_CACHED_GRAMMARS = 128
+# Limits of llguidance. They bound the time of a compilation and of a mask to about a second.
+LIMITS = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 50_000,
+    "verbose_errors": False,
+}
+# Between the tokens of JSON: a space, or a line break and the indentation of the next line. Models
+# that were not trained for JSON would otherwise write spaces without end.
+WHITESPACE = r"\x20|\r?\n[\x20\t]{0,20}"
+START = 'start: " "? @answer'
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an answer must match: exactly one of the first five. The names are those of vLLM.
+
+    Attributes:
+        json: A JSON schema, as a dictionary or as text. Properties have the order of the schema.
+        regex: A regular expression for the complete answer, without look-around.
+        choice: The possible answers.
+        grammar: A context-free grammar in Lark's or llama.cpp's (GBNF) notation.
+        json_object: True: any JSON object.
+        disable_any_whitespace: JSON without white space outside of strings.
+        whitespace_pattern: A regular expression for the white space in JSON.
+
+    Raises:
+        InputError: None or several of the first five, or a value of a wrong type.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in KINDS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise InputError(
+                f"structured_outputs needs exactly one of {', '.join(KINDS)}; it has "
+                f"{' and '.join(given) or 'none'}.",
+                ErrorCode.CONFLICT if given else ErrorCode.MISSING_VALUE,
+            )
+        is_list = isinstance(self.choice, list | tuple) and bool(self.choice)
+        texts = self.choice if is_list and self.choice else ()
+        is_list &= all(isinstance(text, str) and text.strip() for text in texts)
+        for name, is_valid, expected in (
+            ("json", isinstance(self.json, str | dict | None), "a JSON schema"),
+            ("choice", self.choice is None or is_list, "a list of texts"),
+            ("regex", isinstance(self.regex, str | None), "a text"),
+            ("grammar", isinstance(self.grammar, str | None), "a text"),
+            ("json_object", isinstance(self.json_object, bool | None), "true"),
+            ("disable_any_whitespace", isinstance(self.disable_any_whitespace, bool), "a boolean"),
+            ("whitespace_pattern", isinstance(self.whitespace_pattern, str | None), "a text"),
+        ):
+            if not is_valid:
+                raise InputError(
+                    f"structured_outputs.{name} is {shorten(getattr(self, name))}; it must be "
+                    f"{expected}.",
+                    ErrorCode.INVALID_TYPE,
+                )
+
+    @classmethod
+    def from_value(cls, value: Any) -> "StructuredOutputsParams":
+        """A mapping with these fields, or an object of this class.
+
+        Raises:
+            InputError: An unknown field, or as the class.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise InputError(
+                f"structured_outputs is {shorten(value)}; it must be a dictionary.",
+                ErrorCode.INVALID_TYPE,
+            )
+        if unknown := value.keys() - {field.name for field in fields(cls)}:
+            raise InputError(
+                f"structured_outputs has no field {', '.join(map(repr, sorted(unknown)))}.",
+                ErrorCode.UNKNOWN_NAME,
+            )
+        return cls(**value)
+
+    @cached_property
+    def serialized(self) -> str:
+        """The grammar for llguidance, as JSON.
+
+        Raises:
+            InputError: The schema or the grammar is not valid, or too large.
+        """
+        import llguidance
+
+        if self.json is not None or self.json_object:
+            answer: dict[str, Any] = {"json_schema": self._schema()}
+        elif self.choice is not None:
+            # One terminal: a rule would have a state for each choice.
+            texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choice)
+            answer = {"lark_grammar": f"start: CHOICE\nCHOICE: {texts}"}
+        elif self.regex is not None:
+            regex = llguidance.regex_to_lark(self.regex, use_ascii="d")
+            answer = {"lark_grammar": f"start: /{regex}/"}
+        else:
+            grammar = self.grammar or ""
+            _check_size(grammar)
+            if "%json" in grammar:
+                raise _error("%json is not supported", "use structured_outputs.json")
+            try:
+                answer = {"lark_grammar": llguidance.grammar_from("grammar", grammar)}
+            except ValueError as error:
+                raise _error(str(error), "use Lark's or llama.cpp's notation") from error
+        grammars = [{"lark_grammar": START}, {"name": "answer"} | answer]
+        try:
+            text = json.dumps({"grammars": grammars})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _error(f"not JSON ({error})", "use a JSON schema") from error
+        _check_size(text)
+        return text
+
+    def _schema(self) -> dict[str, Any]:
+        schema: Any = {"type": "object"} if self.json is None else self.json
+        if isinstance(schema, str):
+            _check_size(schema)
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError) as error:
+                raise _error(f"not JSON ({error})", "use a JSON schema") from error
+        if not isinstance(schema, dict):
+            raise _error("not an object", "use a JSON schema")
+        if (total := _sum_of_multiples(schema)) > MAX_MULTIPLES:
+            raise _error(f"multipleOf is {total} in all", f"use at most {MAX_MULTIPLES}")
+        pattern = self.whitespace_pattern or WHITESPACE
+        whitespace: dict[str, Any] = {"whitespace_pattern": pattern}
+        if self.disable_any_whitespace:
+            whitespace = {"whitespace_flexible": False}
+        return schema | {"x-guidance": whitespace}
+
+
+def _error(reason: str, advice: str = "simplify or correct it") -> InputError:
+    message = f"structured_outputs cannot be used: {shorten(reason, 300, str)}; {advice}."
+    return InputError(message, ErrorCode.INVALID_FORMAT)
+
+
+def _check_size(text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise _error(f"{len(text)} characters", f"use at most {MAX_CHARACTERS}")
+
+
+def _sum_of_multiples(schema: Any) -> int:
+    total, remaining = 0, [schema]
+    while remaining:
+        value = remaining.pop()
+        if isinstance(value, dict):
+            remaining += value.values()
+            multiple = value.get("multipleOf")
+            if isinstance(multiple, int | float):
+                _, digits, exponent = Decimal(repr(multiple)).as_tuple()
+                shift = exponent if isinstance(exponent, int) and exponent > 0 else 0
+                total += int("".join(map(str, digits)) + "0" * min(shift, 20))
+        elif isinstance(value, list):
+            remaining += value
+    return total
+
+
+class GrammarMatcher:
+    """The state of one answer in its grammar.
+
+    Attributes:
+        error: Why the answer cannot be continued; None if it can.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        self.error: str | None = None
+        self._matcher = matcher
+        self._seconds = 0.0
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the answer is complete, and no token can follow."""
+        return bool(self._matcher.is_stopped())
+
+    def copy(self) -> "GrammarMatcher":
+        """A matcher in the same state."""
+        return GrammarMatcher(self._matcher.deep_copy())
+
+    def allowed_tokens(self, vocab_size: int) -> torch.Tensor:
+        """(V,), boolean, on the CPU: the tokens that can follow. All are False after an error.
+
+        End tokens are allowed where the answer may end.
+        """
+        data = self._timed(self._matcher.compute_logit_bias)
+        mask = torch.zeros(vocab_size, dtype=torch.bool)
+        if self.error is None:
+            own = torch.frombuffer(bytearray(data), dtype=torch.uint8)[:vocab_size]
+            mask[: len(own)] = own != 0
+            if not mask.any():
+                self.error = "no token of the model can follow"
+        return mask
+
+    def accept(self, token: int) -> None:
+        """Append a token to the answer."""
+        self._timed(self._matcher.consume_token, token)
+
+    def input_error(self) -> InputError:
+        """The error for the caller."""
+        return _error(str(self.error))
+
+    def _timed(self, function: Callable[..., Any], *args: Any) -> Any:
+        start = time.thread_time()
+        result = function(*args)
+        self._seconds += time.thread_time() - start
+        if self._matcher.is_error():
+            self.error = self._matcher.get_error().split("\n")[0]
+        elif self._seconds > MAX_SECONDS:
+            self.error = f"it is too complex: its masks took {self._seconds:.1f} seconds"
+        return result
+
+
+class _Vocabulary:
+    """The attributes of a tokenizer that llguidance's `TokenizerWrapper` reads."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: list[bytes],
+        end_ids: Sequence[int],
+    ) -> None:
+        self.bos_token_id = None
+        self.eos_token_id = end_ids[0] if end_ids else None
+        self.special_token_ids: list[int] = []
+        self.tokens = tokens
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text that the grammar requires."""
+        return encode_continuation(self._tokenizer, text)
+
+
+class GrammarCompiler:
+    """Compiles what answers must match, for the vocabulary of one model; for any thread.
+
+    Args:
+        token_text: See `detokenizer.token_texts`.
+        vocab_size: V, of the model.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        token_text: Callable[[int], tuple[str, bytes]],
+        vocab_size: int,
+        end_ids: Sequence[int],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._token_text = token_text
+        self._vocab_size = vocab_size
+        self._end_ids = end_ids
+        self._lock = Lock()
+        self._vocabulary: Any = None
+        self._compile = lru_cache(MAX_CACHED_GRAMMARS)(self._compile_text)
+
+    def matcher(self, params: StructuredOutputsParams) -> GrammarMatcher:
+        """A matcher at the start of an answer. Equal parameters are compiled once.
+
+        Raises:
+            InputError: The schema or the grammar is not valid, not supported, or too complex; or
+                llguidance is not installed.
+        """
+        require_package("llguidance", "structured_outputs", "structured")
+        return self._compile(params.serialized).copy()
+
+    def _compile_text(self, text: str) -> GrammarMatcher:
+        import llguidance
+
+        limits = llguidance.LLParserLimits(**LIMITS)
+        matcher = GrammarMatcher(
+            llguidance.LLMatcher(self._get_vocabulary(), text, log_level=0, limits=limits)
+        )
+        matcher.allowed_tokens(self._vocab_size)  # finds more errors
+        if matcher.error is not None:
+            raise matcher.input_error()
+        return matcher
+
+    def _get_vocabulary(self) -> Any:
+        """The tokens in the form of llguidance; this takes half a second for 32,000."""
+        import llguidance
+
+        with self._lock:
+            if self._vocabulary is None:
+                # Special tokens have no bytes, so that no grammar allows them.
+                tokens = [self._token_text(id_)[1] for id_ in range(self._vocab_size)]
+                vocabulary = _Vocabulary(self._tokenizer, tokens, self._end_ids)
+                self._vocabulary = llguidance.LLTokenizer(
+                    llguidance.TokenizerWrapper(vocabulary), eos_token=list(self._end_ids) or None
+                )
+            return self._vocabulary
