@@ -39,7 +39,7 @@ void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t d) {
 }
 
 // out (d) = the weighted sum of n values (n, d), times `scale`. The weights are padded with 0 to a
-// multiple of 16.
+// multiple of WIDTH.
 template <class T>
 void weighted_sum(const float* weights, const T* values, int64_t n, int64_t d, float scale,
                   T* out) {

@@ -170,7 +170,8 @@ struct Int4Weight {
 
 // ---------------------------------------------------------------- matrices
 
-constexpr int ROWS = 6, TOKENS = 4;  // of a tile: the sums fit into the registers
+// Of a tile: the sums fit into the registers, 32 with AVX-512 and on ARM, else 16.
+constexpr int ROWS = WIDTH == 8 ? 3 : 6, TOKENS = 4;
 
 // Consecutive rows of a matrix; the pointers are those of the first row.
 template <class T>
@@ -275,5 +276,5 @@ struct Matrix {
   }
 };
 
-constexpr int64_t ROW_STEP = WIDTH;  // threads divide rows in multiples of it
+constexpr int64_t ROW_STEP = 16;  // threads divide rows in multiples of it
 }  // namespace

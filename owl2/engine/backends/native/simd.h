@@ -4,19 +4,26 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int WIDTH = 16;  // floats in a vector
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint8_t Octets __attribute__((vector_size(16)));
-typedef int8_t Signed __attribute__((vector_size(16)));
+// Floats in a vector, which is one register: compilers split larger ones badly.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef uint8_t Octets __attribute__((vector_size(WIDTH)));
+typedef int8_t Signed __attribute__((vector_size(WIDTH)));
 
 struct bf16 {
   uint16_t bits;
@@ -61,6 +68,13 @@ inline void store(bf16* p, Floats v) {
   std::memcpy(p, &h, sizeof h);
 #endif
 }
+inline int64_t sum(Ints v) {
+  int64_t total = 0;
+  for (int i = 0; i < WIDTH; i++) total += v[i];
+  return total;
+}
+
+#if defined(__AVX512F__)
 inline float sum(Floats v) {  // in halves: a sequential sum has longer latency
   const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -68,13 +82,8 @@ inline float sum(Floats v) {  // in halves: a sequential sum has longer latency
                     __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
-inline int64_t sum(Ints v) {
-  int64_t total = 0;
-  for (int i = 0; i < WIDTH; i++) total += v[i];
-  return total;
-}
 
-// The sums of 16 vectors, one per lane: adds halves of pairs, then quarters, and so on.
+// The sums of vectors, one per lane: adds halves of pairs, then quarters, and so on.
 inline Floats sums(const Floats (&v)[WIDTH]) {
   Floats eights[8], fours[4], twos[2];
   for (int i = 0; i < 8; i++) {
@@ -96,6 +105,20 @@ inline Floats sums(const Floats (&v)[WIDTH]) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
+#else
+inline float sum(Floats v) {
+  float parts[WIDTH];
+  store(parts, v);
+  for (int n = WIDTH / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) parts[i] += parts[i + n];
+  return parts[0];
+}
+inline Floats sums(const Floats (&v)[WIDTH]) {
+  Floats totals;
+  for (int i = 0; i < WIDTH; i++) totals[i] = sum(v[i]);
+  return totals;
+}
+#endif
 
 // Rounds values below 2^22 to the nearest integer: 1.5 * 2^23 leaves no bits for fractions.
 inline Ints rounded(Floats v) { return (Ints)(v + 12582912.f) - 0x4b400000; }
@@ -140,8 +163,8 @@ struct Product<bf16> {
 };
 #endif
 
-// 64 bytes. `add` sums the products of four adjacent bytes in each of 16 lanes; w is unsigned, x is
-// signed.
+// 64 bytes. `add` sums their products in lanes, in an order that depends on the CPU; w is unsigned, x
+// is signed.
 #if defined(__AVX512VNNI__)
 typedef __m512i Bytes;
 inline Bytes bytes(const void* p) { return _mm512_loadu_si512(p); }
@@ -168,7 +191,17 @@ inline Bytes nibbles(const uint8_t* p) {
   return v;
 }
 inline Ints add(Ints acc, const Bytes& w, const Bytes& x) {
-  for (int i = 0; i < 64; i++) acc[i / 4] += int32_t(w.b[i]) * int8_t(x.b[i]);
+#if defined(__AVX512BW__)
+  for (int i = 0; i < 64; i += 32)
+    acc += (Ints)_mm512_madd_epi16(_mm512_cvtepu8_epi16(*(const __m256i_u*)(w.b + i)),
+                                   _mm512_cvtepi8_epi16(*(const __m256i_u*)(x.b + i)));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 64; i += 16)
+    acc += (Ints)_mm256_madd_epi16(_mm256_cvtepu8_epi16(*(const __m128i_u*)(w.b + i)),
+                                   _mm256_cvtepi8_epi16(*(const __m128i_u*)(x.b + i)));
+#else
+  for (int i = 0; i < 64; i++) acc[i % WIDTH] += int32_t(w.b[i]) * int8_t(x.b[i]);
+#endif
   return acc;
 }
 #endif
