@@ -5,7 +5,7 @@
     token, log-probabilities ──OutputProcessor──► CompletionChunk ──Completion──► the caller
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -57,6 +57,19 @@ class CompletionChunk:
     logprobs: tuple[TokenLogprob, ...]
     num_tokens: int
     finish_reason: FinishReason | None
+
+
+def join_chunks(chunks: Iterable[CompletionChunk]) -> list[CompletionChunk]:
+    """Complete answers, by index."""
+    answers: dict[int, list[CompletionChunk]] = {}
+    for chunk in chunks:
+        answers.setdefault(chunk.index, []).append(chunk)
+    outputs = []
+    for _, parts in sorted(answers.items()):
+        text = "".join(part.text for part in parts)
+        logprobs = tuple(own for part in parts for own in part.logprobs)
+        outputs.append(replace(parts[-1], text=text, logprobs=logprobs))
+    return outputs
 
 
 OnOutput = Callable[[CompletionChunk | BaseException], object]
@@ -178,14 +191,7 @@ class Completion(AbstractContextManager["Completion"], Iterator[CompletionChunk]
         Raises:
             CancelledError: The completion was closed before.
         """
-        chunks: dict[int, list[CompletionChunk]] = {}
-        for chunk in self:
-            chunks.setdefault(chunk.index, []).append(chunk)
+        chunks = list(self)
         if self._closed.is_set():
             raise CancelledError("the completion was closed before its answers were complete")
-        outputs = []
-        for _, parts in sorted(chunks.items()):
-            text = "".join(part.text for part in parts)
-            logprobs = tuple(own for part in parts for own in part.logprobs)
-            outputs.append(replace(parts[-1], text=text, logprobs=logprobs))
-        return outputs
+        return join_chunks(chunks)

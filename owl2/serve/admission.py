@@ -10,12 +10,13 @@ The engine batches all running requests. The controller runs in the event loop, 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
-from owl2.engine.engine import Engine
-from owl2.engine.output import Abort, CompletionChunk
+from owl2.engine.engine import Engine, Prompt
+from owl2.engine.output import Abort, CompletionChunk, join_chunks
 from owl2.errors import InputError
-from owl2.processing.messages import Message
 from owl2.serve import errors
 from owl2.serve.config import ServerLimits
 from owl2.serve.metrics import Metrics
@@ -94,7 +95,7 @@ class ResponseStream:
     Attributes:
         deadline: In seconds of the event loop's clock.
         closed: The answers are complete or aborted.
-        prompt_tokens: Tokens of the prompt, including images; known after `start`.
+        prompt_tokens: Tokens of the prompts, including images; known after `start`.
     """
 
     def __init__(self, admission: AdmissionController, num_answers: int) -> None:
@@ -110,17 +111,18 @@ class ResponseStream:
         self._outputs: asyncio.Queue[CompletionChunk | BaseException | None] = asyncio.Queue()
         self._tokens = [0] * num_answers
         self._unfinished = num_answers
-        self._abort: Abort | None = None
+        self._aborts: list[Abort] = []
 
     async def start(
-        self, messages: Callable[[], Awaitable[Sequence[Message]]], options: dict[str, Any]
+        self, prompts: Callable[[], Awaitable[Sequence[Prompt]]], options: dict[str, Any]
     ) -> None:
-        """Wait for a slot, then for the messages, and submit the prompt to the engine.
+        """Wait for a slot, then for the prompts, and submit them to the engine.
 
         The slot is free again when the engine has finished or the stream is closed, so that a
         client that reads slowly does not occupy one.
 
         Args:
+            prompts: Returns P prompts; n answers to prompt i have the indices from n * i.
             options: Keyword arguments of `Engine.sampling_params`.
 
         Raises:
@@ -135,13 +137,18 @@ class ResponseStream:
             self._metrics.running.inc()
             # A grammar may take a second to compile.
             params = await asyncio.to_thread(lambda: engine.sampling_params(**options))
-            prompt = await asyncio.to_thread(engine.encode, await messages())
-            self._abort = engine.submit(prompt, params, self._post)
-        self.prompt_tokens = len(prompt.ids)
+            encoded = [await asyncio.to_thread(engine.encode, prompt) for prompt in await prompts()]
+            num_answers = len(self._tokens) // len(encoded)
+            for index, prompt in enumerate(encoded):
+                post = partial(self._post, index * num_answers)
+                self._aborts.append(engine.submit(prompt, params, post))
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in encoded)
         self._metrics.prompt_tokens.inc(self.prompt_tokens)
 
-    def _post(self, output: CompletionChunk | BaseException) -> None:
+    def _post(self, first_index: int, output: CompletionChunk | BaseException) -> None:
         """Called in the engine's thread."""
+        if first_index and isinstance(output, CompletionChunk):
+            output = replace(output, index=first_index + output.index)
         with suppress(RuntimeError):  # the loop is closed: the server has ended
             self._loop.call_soon_threadsafe(self._add, output)
 
@@ -176,6 +183,18 @@ class ResponseStream:
         if isinstance(output, BaseException):
             raise output
         return output
+
+    async def outputs(self) -> list[CompletionChunk]:
+        """The complete answers, by index. Raises as `next`."""
+        chunks = []
+        while (chunk := await self.next()) is not None:
+            chunks.append(chunk)
+        return join_chunks(chunks)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(self._tokens)
 
     def expire(self) -> None:
         """Move the deadline to the past."""
@@ -215,8 +234,8 @@ class ResponseStream:
         self.closed = True
         self._outputs.put_nowait(None)
         self._metrics.answers.labels(reason).inc(self._unfinished)
-        if self._abort is not None:
-            self._abort()
+        for abort in self._aborts:
+            abort()
         if self._has_slot:
             self._metrics.running.dec()
             self._admission.slots.release()

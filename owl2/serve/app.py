@@ -16,6 +16,7 @@ from owl2.serve.auth import ApiKeys
 from owl2.serve.chat_completions import add_chat_completions
 from owl2.serve.config import ServerLimits
 from owl2.serve.docs_page import docs_page
+from owl2.serve.generation import GenerationHandler
 from owl2.serve.metrics import Metrics
 from owl2.serve.middleware import WEB_PATH, AuthAndBodyLimitMiddleware, RequestLogMiddleware
 from owl2.serve.protocol import ModelCard, ModelList
@@ -60,7 +61,7 @@ def build_app(
         lifespan=lifespan,
     )
     app.state.admission, app.state.decoder = admission, images.decoder
-    add_chat_completions(app, admission, images, model_name)
+    add_chat_completions(app, GenerationHandler(admission, model_name), images)
     _add_models(app, model_name)
     _add_monitoring(app, admission, metrics)
 

@@ -251,15 +251,15 @@ class ChatHandler:
         """
         options = self._sampling_options(chat)
 
-        async def messages() -> list[Message]:
+        async def prompts() -> list[list[Message]]:
             if not turn.images:  # they are loaded already when an answer is regenerated
                 files = [Path(file) for file in turn.files]
                 images = [await self._load_image(file, chat.language) for file in files]
                 turn.images = tuple(images)
-            return conversation.messages()
+            return [conversation.messages()]
 
         with self._admission.admit() as stream:
-            await run_unless(conversation.stop.wait(), stream.start(messages, options))
+            await run_unless(conversation.stop.wait(), stream.start(prompts, options))
             while True:
                 chunk = await run_unless(conversation.stop.wait(), stream.next())
                 if chunk is None:

@@ -1,0 +1,169 @@
+"""The part that all generating routes share: from a request to its answers.
+
+::
+
+    body ──checks──► AdmissionController ──► ResponseStream ──► Reply ──► JSON, or events
+
+When a client disconnects, its answers end and its slot in the engine becomes free.
+
+The response objects are plain dictionaries, because there is one for every token.
+"""
+
+import asyncio
+import json
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, aclosing
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from owl2.engine.engine import Prompt
+from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
+from owl2.serve import errors
+from owl2.serve.admission import (
+    AdmissionController,
+    ClientStopped,
+    ResponseStream,
+    check_limits,
+    run_unless,
+)
+from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
+from owl2.serve.protocol import ChatCompletionRequest
+
+# After the deadline of the request, for a client that reads slowly.
+FLUSH_SECONDS = 30.0
+# Of every generating route, for its documentation.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}},
+    **errors.responses(400, 401, 404, 408, 413, 429, 500, 503),
+}
+
+
+class Reply(ABC):
+    """The response to a request: `complete`, or `events` for a request with `stream`."""
+
+    def __init__(self, stream: ResponseStream) -> None:
+        self._stream = stream
+
+    @abstractmethod
+    async def complete(self) -> dict[str, Any]:
+        """The response after the last chunk. Raises as `ResponseStream.next`."""
+
+    @abstractmethod
+    def generate_events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events. Raises as `ResponseStream.next`."""
+
+    def error_event(self, error: errors.ApiError) -> bytes:
+        """The last event after an error: the status has been sent already."""
+        return encode_event(error.body())
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Server-sent events; errors become the last event."""
+        try:
+            async with aclosing(self.generate_events()) as events:
+                async for event in events:
+                    yield event
+        except Exception as error:
+            self._stream.close("timeout")  # no effect if the stream has failed by itself
+            yield self.error_event(errors.as_api_error(error))
+
+    def usage(self) -> dict[str, int]:
+        """`UsageInfo`."""
+        prompt, answers = self._stream.prompt_tokens, self._stream.answer_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answers,
+            "total_tokens": prompt + answers,
+        }
+
+
+class GenerationHandler:
+    """Answers requests.
+
+    Args:
+        model_name: The value of `model` that requests must have.
+    """
+
+    def __init__(self, admission: AdmissionController, model_name: str) -> None:
+        self.engine = admission.engine
+        self.model_name = model_name
+        self._admission = admission
+
+    async def respond(
+        self,
+        request: Request,
+        body: ChatCompletionRequest,
+        prompts: Callable[[], Awaitable[Sequence[Prompt]]],
+        make_reply: Callable[[ResponseStream], Reply],
+    ) -> Response:
+        """The response to a request.
+
+        Args:
+            prompts: See `ResponseStream.start`.
+
+        Raises:
+            ApiError, InputError: The request is rejected, or fails before its stream has started.
+        """
+        if body.model != self.model_name:
+            raise errors.model_not_found(body.model, self.model_name)
+        check_limits(self._admission.limits, self.engine.context_length, **body.counts())
+        with ExitStack() as stack:
+            stream = stack.enter_context(self._admission.admit(body.num_answers))
+            reply = make_reply(stream)
+            try:
+                start = stream.start(prompts, self._options(body))
+                await run_unless(_disconnected(request), start)
+                if body.stream:
+                    return EventStreamResponse(reply.events(), stream.deadline, stack.pop_all())
+                content = await run_unless(_disconnected(request), reply.complete())
+            except ClientStopped:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return JSONResponse(content)
+
+    def _options(self, body: ChatCompletionRequest) -> dict[str, Any]:
+        options = body.sampling_options()
+        if options["max_new_tokens"] is None:
+            defaults = self.engine.model.generation_config
+            options["max_new_tokens"] = min(
+                defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+                self._admission.limits.max_completion_tokens,
+            )
+            options["max_length"] = None if defaults.max_new_tokens else defaults.max_length
+        return options
+
+
+def encode_event(data: dict[str, Any], event: str = "") -> bytes:
+    """A server-sent event with JSON."""
+    head = f"event: {event}\n".encode() if event else b""
+    return head + b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+class EventStreamResponse(StreamingResponse):
+    """Server-sent events; closes the resources of the request at their end."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], deadline: float, resources: ExitStack
+    ) -> None:
+        # The headers keep proxies from buffering events.
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events = events
+        self._deadline = deadline
+        self._resources = resources
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._resources:
+            try:
+                async with asyncio.timeout_at(self._deadline + FLUSH_SECONDS):
+                    await super().__call__(scope, receive, send)
+            finally:
+                await self._events.aclose()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
