@@ -15,11 +15,13 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from glob import escape
 from importlib import import_module
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -42,7 +44,7 @@ class ShardedJsonl:
         path: ``DIR/NAME.jsonl``, which names the parts ``DIR/NAME.part-RANK.jsonl``.
         settings: JSON values on which the records depend.
         worker: This process.
-        key: The field that identifies a record.
+        key: The field that identifies a record, or a function that returns its key.
         retry: A record with this field does not count as final: a later run computes it again.
         on_other_settings: For an existing part with other settings: "restart" discards its
             records, "error" raises.
@@ -63,7 +65,7 @@ class ShardedJsonl:
         path: Path,
         settings: Mapping[str, Any],
         worker: WorkerRank,
-        key: str = "key",
+        key: str | Callable[[Record], str] = "key",
         retry: str | None = None,
         on_other_settings: Literal["restart", "error"] = "restart",
         finished: Path | None = None,
@@ -74,7 +76,8 @@ class ShardedJsonl:
         self._base = path
         # As JSON, so that tuples compare equal to lists.
         self._settings = json.loads(json.dumps(settings, default=str))
-        self.worker, self._key, self._retry = worker, key, retry
+        self.worker, self._retry = worker, retry
+        self._key = key if callable(key) else itemgetter(key)
         self._restart, self._finished = on_other_settings == "restart", finished
         self._is_current = is_current
         # The file of the newest record of each key, and its first byte there.
@@ -113,7 +116,7 @@ class ShardedJsonl:
             InputError: The disk is full.
         """
         header = [{"settings": self._settings}] if self._is_empty else []
-        lines = "".join(f"{to_json(row)}\n" for row in (*header, *records)).encode()
+        lines = b"".join(_to_line(row) for row in (*header, *records))
         with translate_write_errors(self.path):
             while lines:  # a write is incomplete only if the disk is full; the next one raises
                 lines = lines[self._file.write(lines) :]
@@ -199,7 +202,7 @@ class ShardedJsonl:
         is_header = offset == 0 and path != self._finished
         try:
             row = json.loads(line)
-            value = row["settings"] if is_header else str(row[self._key])
+            value = row["settings"] if is_header else str(self._key(row))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} contains a line that owl2 did not write, at byte {offset}. Move it away.",
@@ -237,13 +240,21 @@ def settings_conflict(path: Path, settings: Mapping[str, Any], other: Any) -> In
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON with readable characters, on one line without `indent`; lone surrogates are escaped."""
+    """JSON with readable characters, on one line without `indent`.
+
+    Lone surrogates, with which pyarrow, pandas and other readers reject a file, become readable
+    text: the six characters ``\\udce9``.
+    """
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text)
+
+
+def _to_line(row: Mapping[str, Any]) -> bytes:
+    """A line of a part, from which `json.loads` returns the same text, also lone surrogates."""
     try:
-        text.encode()
+        return f"{json.dumps(row, ensure_ascii=False, default=str)}\n".encode()
     except UnicodeEncodeError:
-        return json.dumps(value, indent=indent, default=str)
-    return text
+        return f"{json.dumps(row, default=str)}\n".encode()
 
 
 def remove_torn_line(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -165,3 +166,12 @@ def test_recipes(error_line, tiny_checkpoint, tmp_path):
     assert "max_steps" in error_line("train", recipe)
     assert "none.yaml" in error_line("train", tmp_path / "none.yaml")
     assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_under_the_log():
+    command = [sys.executable, "-m", "owl2", "version"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr

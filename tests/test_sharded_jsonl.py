@@ -130,7 +130,10 @@ def test_any_text_is_one_line(make):
     again = make()
     assert [again.record(str(n))["answer"] for n in range(4)] == texts
     assert "🦉" in again.path.read_text(encoding="utf-8")
-    assert to_json("half \ud83e") == '"half \\ud83e"'
+
+
+def test_lone_surrogates_are_readable_text():
+    assert to_json({"half \ud83e": "🦉\udce9"}) == '{"half \\\\ud83e": "🦉\\\\udce9"}'
 
 
 @pytest.mark.parametrize("lost", [1, 7, 20])

@@ -9,13 +9,20 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from rich.console import Console
 
+from owl2.caption.image_folder import (
+    ImageFolder,
+    find_images,
+    name_fields,
+    name_of,
+    read_versions,
+    version_fields,
+)
 from owl2.checkpoints.weight_files import fingerprint
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
@@ -31,9 +38,9 @@ from owl2.workers import WorkerRank, heartbeat
 # The prompt of the paper (Specification §1.5).
 PROMPT = "Provide a one-sentence caption for the provided image."
 ENGINES = ("owl2", "vllm")
-EXTENSIONS = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
-EXTENSIONS |= {".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_PRINTED_ERRORS = 5  # all are in the report
+# Files that could not be read, unlike images that are corrupt or too large.
+UNREAD = (ErrorCode.MISSING_IMAGE, ErrorCode.UNREADABLE_FILE)
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,10 @@ def caption(config: CaptionConfig, console: Console) -> None:
     With several processes (RANK, WORLD_SIZE) each captions a shard, and process 0 merges them.
 
     Raises:
-        InputError: The folder does not exist or has no images; no image could be captioned; the
-            output was not written by `owl2 caption`, or with other settings; see `ShardedJsonl`,
-            `Engine.from_pretrained` and `Engine.chat`.
+        InputError: The folder does not exist or has no images; no image could be captioned; files
+            or subfolders could not be read, although the captions of all others are written; the
+            output was not written by `owl2 caption`, or with other settings, or cannot be written;
+            see `ShardedJsonl`, `Engine.from_pretrained` and `Engine.chat`.
     """
     if config.engine not in ENGINES:
         raise InputError(
@@ -90,18 +98,18 @@ def caption(config: CaptionConfig, console: Console) -> None:
             ErrorCode.UNKNOWN_NAME,
         )
     settings, worker, output = config.settings, WorkerRank.from_environment(), config.output
-    names = find_images(config.folder, config.recursive)
-    versions = {name: _version(config.folder / name) for name in names}
+    found = find_images(config.folder, config.recursive)
+    names, versions = list(found.versions), found.versions
     captioned = _captioned_versions(config, settings)
 
     def is_current(record: Record) -> bool:
-        name = record["file_name"]
+        name = name_of(record)
         return bool(versions.get(name) == record.get("version", captioned.get(name)))
 
     with (
         heartbeat(output.parent, worker),
         ShardedJsonl(
-            output, settings, worker, "file_name", "error", "error", output, is_current
+            output, settings, worker, name_of, "error", "error", output, is_current
         ) as records,
     ):
         shard = worker.shard(names)
@@ -110,44 +118,18 @@ def caption(config: CaptionConfig, console: Console) -> None:
         with ProgressReporter(console, "captions", len(shard), done, "images") as progress:
             answers = _captions(config, pending, worker) if pending else iter(())
             for name, answer in zip(pending, answers, strict=True):
-                key = "error" if isinstance(answer, InputError) else "caption"
-                record = {"file_name": name, "version": versions[name], key: str(answer)}
+                record = {"file_name": name, "version": versions[name]}
+                if isinstance(answer, InputError):
+                    record |= {"error": str(answer), "code": answer.code}
+                else:
+                    record["caption"] = answer
                 records.append([record])
                 progress.advance()
         if worker.rank:
             console.out("This shard is complete. Process 0 merges all shards.")
             return
         records.wait(names)
-        _merge(config, settings, versions, records, console)
-
-
-def find_images(folder: Path, recursive: bool = False) -> list[str]:
-    """Sorted paths of the images in a folder, relative to it, by their file name extensions.
-
-    Hidden files and folders are skipped.
-
-    Raises:
-        InputError: The folder does not exist or has no images.
-    """
-    if not folder.is_dir():
-        raise InputError(f"There is no folder '{folder}'.", ErrorCode.FILE_NOT_FOUND)
-    paths = folder.glob("**/*" if recursive else "*")
-    found = (path for path in paths if path.suffix.lower() in EXTENSIONS and path.is_file())
-    names = (path.relative_to(folder) for path in found)
-    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    if not visible:
-        extensions = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
-        hint = "" if recursive else " To include subfolders, add --recursive."
-        raise InputError(
-            f"There are no images in '{folder}' ({extensions}).{hint}", ErrorCode.EMPTY_DATASET
-        )
-    return sorted(name.as_posix() for name in visible)
-
-
-def _version(path: Path) -> str:
-    """Size and time of the last modification, which show that a file has been replaced."""
-    stat = path.stat()
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
+        _merge(config, settings, found, records, console)
 
 
 def _captioned_versions(config: CaptionConfig, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -165,7 +147,7 @@ def _captioned_versions(config: CaptionConfig, settings: Mapping[str, Any]) -> d
         return {}
     try:
         report = json.loads(config.report.read_text(encoding="utf-8"))
-        written, versions = report["settings"], dict(report["files"])
+        written, versions = report["settings"], read_versions(report)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{config.output} exists, and {config.report.name} does not show that `owl2 caption` "
@@ -217,40 +199,61 @@ def load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:
 def _merge(
     config: CaptionConfig,
     settings: Mapping[str, Any],
-    names: Mapping[str, str],
+    folder: ImageFolder,
     records: ShardedJsonl,
     console: Console,
 ) -> None:
     """Write the report and, if there are captions, the output; print a summary.
 
-    Args:
-        names: The images with their versions.
+    Raises:
+        InputError: Files or folders could not be read, or no image could be captioned.
     """
-    errors = {name: records.record(name)["error"] for name in names if name not in records}
-    count = len(names) - len(errors)
+    names = folder.versions
+    errors = {name: records.record(name) for name in names if name not in records}
+    for name, reason in folder.unreadable.items():
+        errors[f"{name}/"] = {"error": f"The folder cannot be read: {reason}."}
+    count = sum(name in records for name in names)
     report = {
         "settings": settings,
         "images": len(names),
         "captions": count,
-        "files": names,
-        "errors": [{"file_name": name, "error": error} for name, error in errors.items()],
+        **version_fields(names),
+        "errors": [
+            name_fields(name) | {key: row[key] for key in ("error", "code") if key in row}
+            for name, row in errors.items()
+        ],
+        "skipped": [
+            name_fields(name) | {"reason": reason} for name, reason in folder.skipped.items()
+        ],
     }
     # The report first: an output without one is refused by the next run.
     atomic_write_text(config.report, to_json(report, indent=2) + "\n")
     if count:
         with atomic_file(config.output) as file:
             for name in names:
-                if name not in errors:
-                    row = {"file_name": name, "caption": records.record(name)["caption"]}
+                if name in records:
+                    row = name_fields(name) | {"caption": records.record(name)["caption"]}
                     file.write(f"{to_json(row)}\n")
     remove_parts(config.output)
-    for name, error in islice(errors.items(), MAX_PRINTED_ERRORS):
-        console.out(f"{name}: {error}")
-    if len(errors) > MAX_PRINTED_ERRORS:
-        console.out(f"... and {len(errors) - MAX_PRINTED_ERRORS} more")
+    _print_list(console, [f"{name}: {row['error']}" for name, row in errors.items()])
+    _print_list(console, [f"{name}: skipped, {kind}" for name, kind in folder.skipped.items()])
     if not count:
         raise InputError(
             f"None of the {len(names)} images could be captioned.", ErrorCode.EMPTY_DATASET
         )
-    failed = f"; {len(errors):,} failed, see {config.report.name}" if errors else ""
-    console.out(f"{count:,} captions are in {config.output}{failed}")
+    failed = f"; {len(names) - count:,} failed, see {config.report.name}"
+    console.out(f"{count:,} captions are in {config.output}{failed if count < len(names) else ''}")
+    unread = sum(row.get("code") in UNREAD for row in errors.values())
+    if unread or folder.unreadable:
+        raise InputError(
+            f"{unread:,} of {len(names):,} images and {len(folder.unreadable):,} folders could not "
+            f"be read, see {config.report.name}. Run the same command again to caption them.",
+            ErrorCode.UNREADABLE_FILE,
+        )
+
+
+def _print_list(console: Console, lines: Sequence[str]) -> None:
+    for line in lines[:MAX_PRINTED_ERRORS]:
+        console.out(line)
+    if len(lines) > MAX_PRINTED_ERRORS:
+        console.out(f"... and {len(lines) - MAX_PRINTED_ERRORS:,} more")

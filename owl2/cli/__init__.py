@@ -5,10 +5,12 @@ help, versions and usage errors appear without delay. Exit codes: 0 success, 2 a
 user's input (`InputError`), 130 Ctrl-C, 143 SIGTERM during `owl2 train`.
 """
 
+import errno
+import io
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -68,6 +70,8 @@ app.add_typer(eval.app, name="eval")
 
 def main() -> None:
     """Run the command line; the exit codes are in the docstring of this module."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names that are not UTF-8
     if not sys.stderr.isatty():
         # No progress bars in log files. transformers reads the variable when it is imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -81,9 +85,22 @@ def main() -> None:
                 "owl2 runs on Linux and macOS. On Windows, use WSL (`wsl --install`).",
                 ErrorCode.UNSUPPORTED,
             )
-        app(prog_name="owl2")
+        try:
+            app(prog_name="owl2")
+        finally:
+            sys.stdout.flush()  # here its error can be handled
     except InputError as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print("error:", style="bold red", end=" ")
-        console.print(str(error), markup=False)
-        sys.exit(2)
+        _exit_with_error(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        if error.filename is None:  # the log; without this, Python fails again when it flushes it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _exit_with_error(f"{error.filename or 'The output'} cannot be written: {error.strerror}")
+
+
+def _exit_with_error(message: str) -> NoReturn:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False)
+    sys.exit(2)

@@ -123,6 +123,8 @@ def _frame_directory() -> "tempfile.TemporaryDirectory[str]":
 def _decode(video: Path, count: int, segment: Segment | None) -> tuple[Path, ...]:
     read = _read_animation if video.suffix.lower() in ANIMATIONS else _read_video
     try:
+        if not video.is_file():  # opening a named pipe would block
+            raise OSError("It is not a regular file")
         folder = Path(tempfile.mkdtemp(dir=_frame_directory().name))
         paths = [folder / f"{number}.jpg" for number in range(1, count + 1)]
         for path, frame in zip(paths, read(video, count, segment), strict=True):

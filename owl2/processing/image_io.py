@@ -8,6 +8,7 @@ import http.client
 import io
 import os
 import re
+import stat
 import sys
 import threading
 import time
@@ -71,8 +72,9 @@ def load_image(
             use the colors without the transparency, as `convert("RGB")` in the authors' scripts.
 
     Raises:
-        InputError: The image is missing (`MISSING_IMAGE`), too large (`IMAGE_TOO_LARGE`), or cannot
-            be decoded (`BROKEN_IMAGE`). The message names the image.
+        InputError: The image is missing (`MISSING_IMAGE`), too large (`IMAGE_TOO_LARGE`), is not a
+            regular file or cannot be read (`UNREADABLE_FILE`), or cannot be decoded
+            (`BROKEN_IMAGE`). The message names the image.
     """
     max_pixels = check_max_pixels(max_pixels)
     if alpha not in ("white", "drop"):
@@ -145,6 +147,8 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
             raise _error("the path of the image", "is empty.")
         if scheme := _SCHEME.match(source):
             name = f"the image at {shorten(source, 120, str)}"
+            if scheme[1].lower() == "file":
+                return _open_file(_file_url_path(source, name), name), name
             if scheme[1].lower() in URL_SCHEMES:
                 return io.BytesIO(_fetch(source, scheme[1].lower(), name)), name
             raise _error(
@@ -161,8 +165,28 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
                 return io.BytesIO(data), f"the base64 string of {len(source)} characters"
     path = os.fspath(source)
     name = f"the image file '{shorten(path, 1000, str)}'"
+    return _open_file(expand_user(path), name), name
+
+
+def _file_url_path(url: str, name: str) -> Path:
+    found = re.match(r"file://(localhost)?(/[^#]*)", url, re.IGNORECASE)
+    if found is None:
+        raise _error(
+            name,
+            "cannot be read: a file URL starts with file:/// or file://localhost/.",
+            ErrorCode.MISSING_IMAGE,
+        )
+    return Path(urllib.request.url2pathname(found[2]))
+
+
+def _open_file(path: Path, name: str) -> BinaryIO:
+    """Open a regular file. A named pipe or a device could block forever, or have no end."""
     try:
-        return expand_user(path).open("rb"), name
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+        raise OSError("It is not a regular file")
     except FileNotFoundError as error:
         raise _error(
             name,
@@ -171,7 +195,7 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
         ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error  # without the path
-        raise _error(name, f"cannot be read: {reason}.") from error
+        raise _error(name, f"cannot be read: {reason}.", ErrorCode.UNREADABLE_FILE) from error
 
 
 def _fetch(url: str, scheme: str, name: str) -> bytes:
@@ -210,16 +234,18 @@ def _is_transient(error: Exception) -> bool:
 
 def _decode(stream: BinaryIO, max_pixels: int, alpha: Alpha, name: str) -> Image.Image:
     """Decode a file as RGB. The size is checked after the header and before the pixels."""
-    if not stream.read(1):
-        raise _error(name, "is empty: 0 bytes.")
-    stream.seek(0)
     try:
+        if not stream.read(1):
+            raise _error(name, "is empty: 0 bytes.")
+        stream.seek(0)
         with _without_pillow_limit():
             image = Image.open(stream, formats=supported_formats())
     except UnidentifiedImageError as error:
         raise _error(
             name, f"is not an image in a supported format ({', '.join(supported_formats())})."
         ) from error
+    except InputError:
+        raise
     except Exception as error:  # a decoder raises exceptions of any type for untrusted bytes
         raise _undecodable(name, error) from error
     with image:
@@ -281,8 +307,11 @@ def _to_rgb(image: Image.Image, max_pixels: int, alpha: Alpha, name: str) -> Ima
 
 
 def _undecodable(name: str, error: Exception) -> InputError:
-    is_memory = isinstance(error, MemoryError)
-    code = ErrorCode.OUT_OF_MEMORY if is_memory else ErrorCode.BROKEN_IMAGE
+    code = ErrorCode.BROKEN_IMAGE
+    if isinstance(error, MemoryError):
+        code = ErrorCode.OUT_OF_MEMORY
+    elif isinstance(error, OSError) and error.errno:  # of the disk or a file server, not of Pillow
+        code = ErrorCode.UNREADABLE_FILE
     return _error(name, f"cannot be decoded: {error}. It may be corrupt or truncated.", code)
 
 

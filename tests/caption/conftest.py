@@ -47,6 +47,7 @@ def config(folder, tmp_path, tiny_checkpoint):
 def stub(monkeypatch, folder):
     """An engine without a model: the caption is the file name; names with "bad" are errors."""
     state = SimpleNamespace(asked=[], before_each=lambda name: None)
+    state.answer = lambda path: f"a {path.name}"
 
     def answer_all(engine, conversations, batch_size, **options):
         for messages in conversations:
@@ -54,8 +55,13 @@ def stub(monkeypatch, folder):
             name = path.relative_to(folder).as_posix()
             state.before_each(name)
             state.asked.append(name)
-            error = InputError("broken", ErrorCode.BROKEN_IMAGE)
-            yield error if "bad" in path.name else f"a {path.name}"
+            if "bad" in path.name:
+                yield InputError("broken", ErrorCode.BROKEN_IMAGE)
+                continue
+            try:
+                yield state.answer(path)
+            except InputError as error:
+                yield error
 
     monkeypatch.setattr(command, "answer_all", answer_all)
     monkeypatch.setattr(command, "load_engine", lambda *_: None)

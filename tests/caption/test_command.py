@@ -1,23 +1,31 @@
 """`owl2 caption`: each image once, in order, and a report of the errors."""
 
+import errno
 import json
+import os
 import shutil
+import socket
 import sys
 from dataclasses import replace
 from inspect import signature
 from types import SimpleNamespace
+from urllib.parse import unquote_to_bytes
 
+import pandas
+import pyarrow.json
 import pytest
 
 from owl2 import Engine
 from owl2.caption import command
-from owl2.caption.command import find_images
+from owl2.caption.image_folder import find_images, name_of
 from owl2.cli.caption import caption as caption_options
 from owl2.data.datasets.prompts import CAPTION_PROMPT
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.image_io import load_image
 from owl2.processing.messages import user_message
 from tests.caption.conftest import DONE, NAMES, files, report, rows, run
+from tests.engine.conftest import random_image
 from tests.errors import raises_input_error
 
 
@@ -44,16 +52,104 @@ def test_captions_are_those_of_chat(config, folder, tiny_checkpoint):
 
 
 def test_images_are_found_by_their_extensions(folder):
-    assert find_images(folder, recursive=True) == NAMES
-    assert find_images(folder) == ["a.png", "c.webp", "d.png"]
+    assert list(find_images(folder, recursive=True).versions) == NAMES
+    assert list(find_images(folder).versions) == ["a.png", "c.webp", "d.png"]
     with raises_input_error(ErrorCode.EMPTY_DATASET, "--recursive"):
         find_images(folder.parent)
     (folder / "empty").mkdir()
     with raises_input_error(ErrorCode.EMPTY_DATASET, "avif, bmp") as caught:
         find_images(folder / "empty", recursive=True)
     assert "--recursive" not in str(caught.value)
-    with raises_input_error(ErrorCode.FILE_NOT_FOUND, "missing"):
-        find_images(folder / "missing")
+    for place in (folder / "missing", folder / "a.png", folder / "missing" / "deeper"):
+        with raises_input_error(ErrorCode.FILE_NOT_FOUND, place):
+            find_images(place)
+
+
+def test_special_files_are_skipped_and_reported(config, folder, tmp_path, stub):
+    os.mkfifo(folder / "x.png")
+    (folder / "linked pipe.png").symlink_to("x.png")
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(folder / "s.png"))  # the path of a socket must be short
+    (folder / "b" / "up").symlink_to(folder)
+    (folder / "link.png").symlink_to("a.png")
+    printed = run(config)
+    assert stub.asked == [*NAMES, "link.png"]
+    assert report(config)["skipped"] == [
+        {"file_name": "b/up", "reason": "a link to a folder"},
+        {"file_name": "linked pipe.png", "reason": "a named pipe"},
+        {"file_name": "s.png", "reason": "a socket"},
+        {"file_name": "x.png", "reason": "a named pipe"},
+        {"file_name": "zero.jpg", "reason": "a device"},
+    ]
+    assert "x.png: skipped, a named pipe" in printed
+
+
+def test_files_and_folders_that_cannot_be_read_give_an_exit_code(config, folder, monkeypatch):
+    """Tests may run as root, who can list every folder."""
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "broken link.png").symlink_to("nothing")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, "2 of 5 images", "1 folder"):
+        run(config)
+    assert [row["file_name"] for row in rows(config)] == ["a.png", "c.webp", "d.png"]
+    codes = {row["file_name"]: row.get("code") for row in report(config)["errors"]}
+    assert codes == {
+        "broken link.png": ErrorCode.MISSING_IMAGE,
+        "loop.png": ErrorCode.UNREADABLE_FILE,
+        "b/": None,
+    }
+    monkeypatch.undo()
+    (folder / "loop.png").unlink()
+    (folder / "broken link.png").unlink()
+    run(config)
+    assert [row["file_name"] for row in rows(config)] == NAMES
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, "Permission denied"):
+        monkeypatch.setattr(os, "scandir", refuse)
+        find_images(folder / "b")
+
+
+def test_folder_that_is_deleted_during_the_run(config, folder, stub, monkeypatch):
+    """The engine reads the files here, and fails where they are missing."""
+
+    def read(name):
+        if name == NAMES[2]:
+            shutil.rmtree(folder)
+
+    stub.before_each = read
+    stub.answer = lambda path: load_image(path) and "seen"
+    with raises_input_error(ErrorCode.UNREADABLE_FILE, "3 of 5 images"):
+        run(config)
+    assert [row["file_name"] for row in rows(config)] == NAMES[:2]
+    assert [row["code"] for row in report(config)["errors"]] == [ErrorCode.MISSING_IMAGE] * 3
+
+
+def test_file_that_is_replaced_during_the_run_is_captioned_again(config, folder, stub):
+    def replace_two(name):
+        if name == NAMES[0]:  # after the files were listed
+            random_image(9, size=(30, 30)).save(folder / NAMES[0])
+            os.utime(folder / NAMES[3], ns=(5, 5))
+
+    stub.before_each = replace_two
+    run(config)
+    stub.asked.clear()
+    run(config)
+    assert stub.asked == [NAMES[0], NAMES[3]]
+
+
+def test_output_in_the_folder_of_the_images(config, folder, stub):
+    config = replace(config, output=folder / "metadata.jsonl")
+    run(config)
+    run(config)
+    assert stub.asked == NAMES
+    assert [row["file_name"] for row in rows(config)] == NAMES
 
 
 def test_no_image_could_be_captioned(config, folder, stub):
@@ -67,16 +163,48 @@ def test_no_image_could_be_captioned(config, folder, stub):
     assert len(report(config)["errors"]) == 7
 
 
-def test_file_names_that_are_not_text(config, folder, stub):
+def test_file_names_that_are_not_utf_8(config, folder, stub):
+    """Every JSON reader reads the captions, and the exact names are in another field."""
     shutil.rmtree(folder)
     folder.mkdir()
-    name = b"caf\xe9 \xe4\xbd\xa0.png".decode("utf-8", "surrogateescape")
+    odd = b"caf\xe9 \xe4\xbd\xa0.png"
+    names = [os.fsdecode(odd), "caf\\udce9 你.png", "你 🦉\u2028.png", os.fsdecode(b"bad\xff.png")]
+    for name in names:
+        (folder / name).touch()
+    printed = [run(config), run(config)]
+    assert stub.asked == [*sorted(names), names[3]], "the second run finds all names again"
+    escaped = "caf\\udce9 你.png"
+    quoted = "caf%E9%20%E4%BD%A0.png"
+    assert unquote_to_bytes(quoted) == odd
+    expected = [(escaped, None), (escaped, quoted), (names[2], None)]
+    for table in (
+        pandas.read_json(config.output, lines=True).to_dict("records"),
+        pyarrow.json.read_json(config.output).to_pylist(),
+    ):
+        found = [(row["file_name"], row["file_name_quoted"]) for row in table]
+        assert [(name, None if pandas.isna(other) else other) for name, other in found] == expected
+    assert [name_of(row) for row in rows(config)] == sorted(names)[1:]
+    config.report.read_text("utf-8").encode()
+    [error] = report(config)["errors"]
+    assert (error["file_name"], error["file_name_quoted"]) == ("bad\\udcff.png", "bad%FF.png")
+    assert all(names[3] in text for text in printed)
+
+
+def test_names_that_are_not_utf_8_of_an_output_written_before(config, folder, stub):
+    name = os.fsdecode(b"\xe9.png")
     (folder / name).touch()
-    (folder / "你 🦉\u2028.png").touch()
     run(config)
+    written, found = rows(config), report(config)
+    for row in written:
+        row["file_name"] = name_of(row)
+        row.pop("file_name_quoted", None)
+    found["files"] |= {name: found.pop("files_quoted")["%E9.png"]}
+    config.output.write_text("".join(f"{json.dumps(row)}\n" for row in written))
+    config.report.write_text(json.dumps(found))
+    stub.asked.clear()
     run(config)
-    assert [row["file_name"] for row in rows(config)] == sorted([name, "你 🦉\u2028.png"])
-    assert stub.asked == [row["file_name"] for row in rows(config)]
+    assert stub.asked == []
+    assert rows(config)[-1]["file_name_quoted"] == "%E9.png"
 
 
 def test_invalid_prompt_is_an_error_before_the_first_image(config):

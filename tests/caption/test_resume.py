@@ -1,6 +1,7 @@
 """`owl2 caption`, killed, resumed and with several processes: the output is the same."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from owl2 import sharded_jsonl
 from owl2.caption import command
 from owl2.errors import ErrorCode, InputError
+from owl2.files import atomic_write_text
 from owl2.sharded_jsonl import ShardedJsonl
 from owl2.workers import WorkerRank
 from tests.caption.conftest import DONE, NAMES, files, report, rows, run
@@ -191,6 +193,38 @@ def test_an_error_leaves_the_captions_that_exist(config, stub):
     stub.asked.clear()
     run(config)
     assert stub.asked == NAMES[3:]
+
+
+@pytest.mark.parametrize("full_at", ["captions", "report"])
+def test_full_disk_is_an_input_error_and_the_run_is_resumed(config, folder, stub, full_at):
+    """A limit on the size of files stands for the size of the disk."""
+    for number in range(20):
+        (folder / f"{number:02}.png").write_bytes(b"x")
+    complete = config.output.with_name("complete.jsonl")
+    run(config, output=complete)
+
+    def fill_disk(*arguments):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))
+        return arguments and atomic_write_text(*arguments)
+
+    pid = os.fork()
+    if not pid:
+        command.atomic_write_text = fill_disk
+        if full_at == "captions":
+            fill_disk()
+        try:
+            run(config)
+        except InputError as error:
+            os._exit(2 if error.code is ErrorCode.WRITE_FAILED else 3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    written = part(config).read_bytes().count(b"\n") - 1
+    assert 0 < written < 25 if full_at == "captions" else written == 25
+    stub.asked.clear()
+    run(config)
+    assert len(stub.asked) == 25 - written
+    assert config.output.read_bytes() == complete.read_bytes()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Frames of videos: their selection, and decoding on first use."""
 
+import os
 import sys
 
 import pytest
@@ -120,6 +121,12 @@ def test_file_that_is_not_a_video(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"no video" * 100)
     with pytest.raises(InputError):
         load_image(sample_frames(tmp_path / "x.mp4", 1)[0])
+
+
+def test_named_pipe_is_no_video(tmp_path):
+    os.mkfifo(tmp_path / "x.gif")
+    with raises_input_error(ErrorCode.BROKEN_IMAGE, "x.gif"):
+        load_image(sample_frames(tmp_path / "x.gif", 1)[0])
 
 
 def test_frames_with_different_segments_are_different(gif):
