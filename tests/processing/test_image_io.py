@@ -306,9 +306,9 @@ def test_files_that_are_not_regular_are_refused_without_blocking(tmp_path, as_ur
     (tmp_path / "error.png").symlink_to("/proc/self/mem")  # reading it is an error
     (tmp_path / "folder.png").mkdir()
     for name in ("pipe.png", "link.png", "zero.png", "folder.png", "error.png", "a\0b.png"):
-        path = tmp_path / name
-        with raises_input_error(ErrorCode.UNREADABLE_FILE, name):
-            load_image(path.as_uri() if as_url else path)
+        path = (tmp_path / name).as_uri() if as_url else tmp_path / name
+        with raises_input_error(ErrorCode.UNREADABLE_FILE, path):
+            load_image(path)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
