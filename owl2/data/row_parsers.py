@@ -27,7 +27,7 @@ from owl2.data.media_keys import refuse_markers, unused_keys
 from owl2.data.sample import Message, Sample, validated
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
-from owl2.processing.messages import IMAGE_KEYS, IMAGE_TOKEN, text_to_parts
+from owl2.processing.messages import IMAGE_KEYS, IMAGE_TOKEN, move_images_first, text_to_parts
 
 # LLaVA's files write the first, mPLUG-Owl2's files the second.
 _PLACEHOLDER = re.compile(r"<image>|<\|image\|>")
@@ -115,7 +115,10 @@ def parse_row(
             moves_image=row_format.moves_image,
         )
         for message in messages:
+            marked = any(map(_PLACEHOLDER.search, _user_texts([message])))
             message["content"] = _to_parts(message, split, read_image)
+            if marked and message["content"] != move_images_first(_parts(message)):
+                message["interleave_images"] = True
         _insert_images(messages, [read_image(image) for image in images])
         has_images = any(part.get("type") != "text" for m in messages for part in _parts(m))
         known = {*row_format.required, *row_format.optional, *_SYSTEM_KEYS, "image", "images"}
@@ -236,6 +239,8 @@ def _message(turn: Mapping[str, Any], role: Any, content: Any) -> Message:
             )
         if value is not None and not value and role == "assistant":
             message["loss"] = False
+    if turn.get("interleave_images") and role == "user":
+        message["interleave_images"] = True
     return message
 
 

@@ -20,13 +20,13 @@ from owl2.engine import hf_generate
 from owl2.engine.detokenizer import IncrementalDetokenizer, open_byte_ids, token_texts
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.load_model import ModelArgs
+from owl2.engine.logits_processors import check_logits_processors
 from owl2.engine.output import Abort, Completion, CompletionChunk, OnOutput, OutputProcessor
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput
 from owl2.engine.sampling import (
     SamplingParams,
     check_generation_config,
-    check_logits_processors,
     end_ids,
 )
 from owl2.engine.scheduler import Request
@@ -227,32 +227,28 @@ class Engine:
             raise InputError(
                 f"n is {params.n}; the maximum is {MAX_NUM_SEQS}.", ErrorCode.INVALID_VALUE
             )
-        check_logits_processors(params, self.model, self.end_ids)
+        check_logits_processors(params, self.model, params.end_ids(self.end_ids))
         if params.structured_outputs is not None:  # compiles it; `submit` finds it in the cache
             self._grammars.matcher(params.structured_outputs)
         return params
 
-    def encode(self, messages: Prompt) -> PreparedPrompt:
+    def encode(self, messages: Prompt, /, **template_kwargs: Any) -> PreparedPrompt:
         """The prompt of a conversation that ends with a user message; its images are read.
 
         A `PreparedPrompt` is only checked for its ids and its length.
+
+        Args:
+            template_kwargs: As of `Owl2Processor.encode`.
 
         Raises:
             InputError: An empty question, an unreadable or missing image, a token without an
                 embedding, or a prompt that leaves no token of the context for the answer.
         """
-        prompt = (
-            messages if isinstance(messages, PreparedPrompt) else self.processor.encode(messages)
-        )
+        prompt = messages
+        if not isinstance(prompt, PreparedPrompt):
+            prompt = self.processor.encode(messages, **template_kwargs)
         prompt.check_ids(self.model.config)
-        if (excess := len(prompt.ids) + 1 - self.context_length) > 0:
-            raise InputError(
-                f"The prompt has {len(prompt.ids)} tokens. The model's context is "
-                f"{self.context_length}, one of them for the answer: {excess} too many. Shorten "
-                "the text, or remove turns or images (an image takes "
-                f"{self.processor.num_image_tokens} tokens).",
-                ErrorCode.TOO_LONG,
-            )
+        self._max_answer_tokens(prompt, SamplingParams())
         return prompt
 
     def submit(self, prompt: PreparedPrompt, params: SamplingParams, on_output: OnOutput) -> Abort:
@@ -348,9 +344,11 @@ class Engine:
     def _max_answer_tokens(self, prompt: PreparedPrompt, params: SamplingParams) -> int:
         limit = min(params.max_length or self.context_length, self.context_length)
         if (excess := len(prompt.ids) + 1 - limit) > 0:
+            context = "This model's maximum context length is "
             raise InputError(
-                f"The prompt has {len(prompt.ids)} tokens. Prompt and answer are limited to "
-                f"max_length={limit}: {excess} too many.",
+                f"{context if limit == self.context_length else 'max_length='}{limit} tokens. "
+                f"However, the prompt has {len(prompt.ids)} tokens, and the answer needs one: "
+                f"{excess} too many. Shorten the text, or remove turns or images.",
                 ErrorCode.TOO_LONG,
             )
         return min(params.max_new_tokens, limit - len(prompt.ids))
@@ -372,12 +370,14 @@ class Engine:
         for prompt in prompts:
             state = PromptState(prompt)
             limit = self._max_answer_tokens(prompt, params)
-            options = state, params, limit, self.end_ids, self.model.device
+            end_ids = params.end_ids(self.end_ids)
+            options = state, params, limit, end_ids, self.model.device
             requests += [Request(*options, len(requests) + index) for index in range(params.n)]
         for request in requests:
             if params.structured_outputs is not None:
                 request.matcher = self._grammars.matcher(params.structured_outputs)
-            detokenizer = IncrementalDetokenizer(self._decode, self._open_ids, params.stop)
+            decode = partial(self._decode, skip_special_tokens=params.skip_special_tokens)
+            detokenizer = IncrementalDetokenizer(decode, self._open_ids, params.stop)
             output = OutputProcessor(request, detokenizer, self._token_text, on_output)
             request.on_token, request.on_end = output.process, on_end
         if self.core is not None:
@@ -393,8 +393,8 @@ class Engine:
             )
         return self.core
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         # Cleaning up spaces would change text that was released before.
         return str(
-            self.processor.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self.processor.decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False)
         )

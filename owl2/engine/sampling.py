@@ -1,13 +1,12 @@
 """Sampling parameters, and the choice of the next token from the logits.
 
 Each answer draws from a generator of its own. Its tokens therefore depend neither on torch's global
-generator, which threads share, nor on the other sequences of the batch. The logits are changed by
-transformers' processors, in the order of `generate`.
+generator, which threads share, nor on the other sequences of the batch.
 
 Shapes: B sequences, V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
-    LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
@@ -25,18 +23,15 @@ from transformers import (
 
 from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.errors import ErrorCode, InputError
-from owl2.model.modeling import Owl2ForConditionalGeneration
 
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_SEED = 2**32 - 1  # training accepts the same range
 MAX_TOP_LOGPROBS = 20
 # (id, log-probability) of the chosen token, then of the most probable ones in descending order.
 Logprobs = list[tuple[int, float]]
-# Parameters that request sampling by being set. Those of `_BATCHED` are applied to a batch.
-_BATCHED = ("temperature", "top_k", "top_p", "min_p")
-_NOT_PROCESSED = {"max_new_tokens", "max_length", "seed", "n", "stop", "top_logprobs"}
-_NOT_PROCESSED |= {"structured_outputs"}
-_SAMPLING = (*_BATCHED, "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Parameters that request sampling by being set. Those of `BATCHED` are applied to a batch.
+BATCHED = ("temperature", "top_k", "top_p", "min_p")
+_SAMPLING = (*BATCHED, "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Lower temperatures are treated as 0. Logits divided by them are not finite, so that nothing can be
 # drawn from them, and the other sequences of the step would fail as well.
 MIN_TEMPERATURE = 1e-5
@@ -72,12 +67,15 @@ class SamplingParams:
         top_h, typical_p, epsilon_cutoff, eta_cutoff: Other rules that exclude improbable tokens.
         repetition_penalty: Above 1: tokens of prompt and answer become less probable.
         encoder_repetition_penalty: Above 1: tokens of the prompt become more probable.
+        presence_penalty: Subtracted from the logits of the tokens in the answer so far.
+        frequency_penalty: Subtracted for each time that a token occurs in the answer so far.
         no_repeat_ngram_size: No sequence of this length occurs twice in prompt and answer.
         encoder_no_repeat_ngram_size: No sequence of this length of the prompt is in the answer.
         bad_words_ids: Sequences of tokens that the answer does not contain.
         suppress_tokens, begin_suppress_tokens: Tokens that the answer does not contain, or does not
             begin with.
         sequence_bias: (sequence of tokens, value added to the logit of its last token) pairs.
+        logit_bias: Values added to the logits of token ids.
         exponential_decay_length_penalty: (length, factor): above the length of the answer, the end
             token becomes more probable.
         forced_eos_token_id: The last token of an answer of the maximum length.
@@ -87,6 +85,9 @@ class SamplingParams:
             generator with the seed `seed` + i. None: torch's global generator.
         n: Number of answers to each prompt, which is computed once.
         stop: Strings that end the answer; they are not part of it.
+        stop_token_ids: Tokens that end the answer, in addition to the end tokens of the checkpoint.
+        ignore_eos: The end tokens of the checkpoint do not end the answer.
+        skip_special_tokens: Special tokens are not part of the text.
         top_logprobs: Report the log-probability of each token and of this number of most probable
             alternatives, 0 to 20. None: no log-probabilities.
         structured_outputs: What the answer must match: a JSON schema, choices, a regular expression
@@ -111,12 +112,15 @@ class SamplingParams:
     eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     encoder_repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
     bad_words_ids: Sequence[Sequence[int]] | None = None
     suppress_tokens: Sequence[int] | None = None
     begin_suppress_tokens: Sequence[int] | None = None
     sequence_bias: Any = None
+    logit_bias: Mapping[int, float] | None = None
     exponential_decay_length_penalty: tuple[int, float] | None = None
     forced_eos_token_id: int | list[int] | None = None
     remove_invalid_values: bool = False
@@ -124,6 +128,9 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
     top_logprobs: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
@@ -136,6 +143,8 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("presence_penalty", abs(self.presence_penalty) <= 2, "from -2 to 2"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 2, "from -2 to 2"),
             ("min_new_tokens", self.min_new_tokens >= 0, "0 or more"),
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
             ("seed", 0 <= (self.seed or 0) <= MAX_SEED, f"from 0 to {MAX_SEED}"),
@@ -183,6 +192,10 @@ class SamplingParams:
             params = replace(params, do_sample=False)
         return params
 
+    def end_ids(self, end_ids: Collection[int]) -> list[int]:
+        """The tokens that end an answer of a checkpoint with these end tokens."""
+        return [*(() if self.ignore_eos else end_ids), *self.stop_token_ids]
+
     def generator(self, index: int, device: torch.device) -> torch.Generator | None:
         """The random generator of answer `index`; None: torch's global one."""
         if self.seed is None or not self.do_sample:
@@ -220,56 +233,6 @@ def changed_options(params: SamplingParams) -> dict[str, Any]:
     return {
         name: value for name, value in values.items() if value != getattr(params.__class__, name)
     }
-
-
-def logits_processors(
-    params: SamplingParams,
-    model: Owl2ForConditionalGeneration,
-    prompt_ids: Sequence[int],
-    max_tokens: int,
-    end_ids: Collection[int],
-) -> LogitsProcessorList:
-    """The processors of `generate` for one answer, with those of sampling.
-
-    The list is empty if `sample` needs none: only options in `_BATCHED` have an effect.
-
-    Raises:
-        ValueError: A value that transformers rejects.
-    """
-    values = changed_options(params)
-    if not values.keys() - {"do_sample", *_BATCHED, *_NOT_PROCESSED}:
-        return LogitsProcessorList()
-    config: Any = GenerationConfig()  # its arguments would be checked, with warnings
-    for name, value in values.items():
-        # The processors reject integers in place of floats.
-        is_float = isinstance(getattr(SamplingParams, name), float)
-        setattr(config, name, float(value) if is_float else value)
-    config.max_length = len(prompt_ids) + max_tokens
-    config._eos_token_tensor = torch.tensor([*end_ids], device=model.device) if end_ids else None
-    ids: Any = torch.tensor([prompt_ids], device=model.device)
-    device: Any = model.device
-    return model._get_logits_processor(
-        config, len(prompt_ids), encoder_input_ids=ids, device=device
-    )
-
-
-def check_logits_processors(
-    params: SamplingParams, model: Owl2ForConditionalGeneration, end_ids: Collection[int]
-) -> None:
-    """Run the processors once: an error in the engine's thread would end all requests.
-
-    Raises:
-        InputError: A value that a processor rejects, such as an id beyond the vocabulary.
-    """
-    try:
-        if processors := logits_processors(params, model, [0], 1, end_ids):
-            device, size = model.device, model.config.vocab_size
-            ids: Any = torch.zeros(1, 1, dtype=torch.long, device=device)
-            processors(ids, torch.zeros(1, size, device=device))
-    except Exception as error:  # values of any type raise exceptions of any type
-        raise InputError(
-            f"The options of the generation are invalid: {error}", ErrorCode.INVALID_VALUE
-        ) from error
 
 
 def sample(

@@ -12,13 +12,9 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
+from owl2.engine.logits_processors import logits_processors
 from owl2.engine.prefix_cache import PrefixCache, PromptKey, PromptState
-from owl2.engine.sampling import (
-    Logprobs,
-    SamplingParams,
-    logits_processors,
-    non_finite_error,
-)
+from owl2.engine.sampling import Logprobs, SamplingParams, non_finite_error
 from owl2.engine.structured_output import GrammarMatcher
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -40,7 +36,7 @@ class Request:
         token_ids: The answer so far, with its end token.
         aborted: The result is no longer wanted. May be set from any thread.
         epoch: The batch's epoch when the prompt was computed.
-        processors: What the options change in the logits; see `sampling.logits_processors`.
+        processors: What the options change in the logits; see `logits_processors`.
         matcher: The state of the answer in its grammar; None without `structured_outputs`.
         on_token: Called in the engine's thread with each token, and its log-probabilities if
             `params` request them. An exception ends the request.

@@ -36,7 +36,8 @@ def encode_answer(
     Raises:
         InputError: Invalid messages, or an answer without tokens.
     """
-    conversation = parse_messages([*messages, {"role": "assistant", "content": answer}])
+    turns = [*messages, {"role": "assistant", "content": answer}]
+    conversation = parse_messages(turns, merge_roles=True)
     sample = processor.encode_labeled(conversation)
     end = len(sample.ids)
     while end and not sample.loss_mask[end - 1]:  # a template may write a line break after the end

@@ -27,6 +27,8 @@ class ModelType:
             width D. Its `forward` maps features to embeddings (N, num_image_tokens, D).
         tokenizer: Tokenizer class for checkpoints with a SentencePiece ``tokenizer.model``.
         image_policy: Default for images that are not square, "resize" or "pad".
+        interleave_images: Default of `Owl2Processor.interleave_images`: True for models whose
+            prompts have images inside the text, such as DocOwl.
     """
 
     config: str
@@ -35,6 +37,7 @@ class ModelType:
     connector: str
     tokenizer: str
     image_policy: str
+    interleave_images: bool = False
 
     def load(self, part: str) -> Any:
         """Import the class or function of a part."""

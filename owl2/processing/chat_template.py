@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import (
@@ -28,8 +29,9 @@ from owl2.processing.messages import (
 )
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# Arguments of transformers' renderer; other keyword arguments are variables of the template.
+# Arguments of transformers' renderer, and of `order_images`; others are variables of the template.
 RENDER_OPTIONS = {"add_generation_prompt", "continue_final_message", "tools", "documents"}
+RENDER_OPTIONS |= {"interleave_images"}
 
 # transformers caches compiled templates, and each has one list of the answers being rendered.
 _render_lock = threading.Lock()
@@ -92,6 +94,21 @@ def render(
         raise InputError(
             f"The chat template cannot render these messages: {error}.", ErrorCode.UNSUPPORTED
         ) from error
+
+
+def template_variables(template: str) -> set[str]:
+    """The variables of a template for callers: without messages and `RENDER_OPTIONS`.
+
+    Raises:
+        InputError: The template is invalid.
+    """
+    try:
+        names: Any = _get_template_variables(template)
+    except TemplateError as error:
+        raise InputError(
+            f"The chat template cannot render messages: {error}.", ErrorCode.UNSUPPORTED
+        ) from error
+    return set(names) - RENDER_OPTIONS - {"messages"}
 
 
 def _render(

@@ -9,10 +9,12 @@ import io
 import os
 import re
 import stat
+import string
 import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,6 +138,22 @@ def check_max_pixels(value: Any) -> int:
     return int(value)
 
 
+def decode_base64(text: str) -> bytes:
+    """The bytes of base64 in the standard or the URL-safe alphabet.
+
+    White space and missing padding are accepted.
+
+    Raises:
+        ValueError: The text is not base64.
+    """
+    data = text.encode("ascii").translate(None, string.whitespace.encode())
+    if b"-" in data or b"_" in data:
+        if b"+" in data or b"/" in data:
+            raise ValueError("it mixes the standard and the URL-safe alphabet")
+        data = data.translate(bytes.maketrans(b"-_", b"+/"))
+    return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+
+
 def _error(name: str, problem: str, code: ErrorCode = ErrorCode.BROKEN_IMAGE) -> InputError:
     return InputError(f"{name[0].upper()}{name[1:]} {problem}", code)
 
@@ -158,7 +176,7 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
             )
         if len(source) >= _MIN_BASE64_LENGTH and not os.path.exists(source):
             try:
-                data = base64.b64decode("".join(source.split()), validate=True)
+                data = decode_base64(source)
             except ValueError:
                 pass  # not base64: a path
             else:
@@ -200,6 +218,12 @@ def _open_file(path: Path, name: str) -> BinaryIO:
 
 def _fetch(url: str, scheme: str, name: str) -> bytes:
     is_remote = scheme in ("http", "https")
+    header, _, payload = url.partition(",")
+    if scheme == "data" and header.lower().endswith(";base64"):
+        try:
+            return decode_base64(urllib.parse.unquote(payload))
+        except ValueError as error:
+            raise _error(name, f"is not valid base64: {error}.") from error
     for delay in (*URL_RETRY_DELAYS, None):
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "owl2"})

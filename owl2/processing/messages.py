@@ -7,7 +7,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class ParsedMessages:
 
     Attributes:
         turns: Messages whose parts are `{"type": "text", "text": str}` and `{"type": "image"}`. An
-            answer with `"loss": False` has no labels.
+            answer with `"loss": False` has no labels. The images of a turn with
+            `"interleave_images": True` keep their places, see `move_images_first`.
         images: Sources of the images for `load_image`, in order of appearance, not yet opened. A
             part `{"type": "image"}` without a source has none.
     """
@@ -73,10 +74,11 @@ def parse_messages(
     Roles alternate, starting with `user` after optional `system` messages. A content is a string
     or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", "image" | "url" |
     "path" | "base64": ...}` or OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`.
-    `<|image|>` in a text marks an image as well.
+    `<|image|>` in a text marks an image as well. If the texts of a message mark as many images as
+    the message has parts with an image, these are the marked ones.
 
     Args:
-        merge_roles: Join consecutive messages of one role, as lines of one turn.
+        merge_roles: Accept any order of roles, see `_merge_roles`.
 
     Raises:
         InputError: A role is unknown or misplaced, a turn is empty, a part has another type, or an
@@ -90,34 +92,23 @@ def parse_messages(
             f"{type(messages).__name__}.",
             ErrorCode.INVALID_TYPE,
         )
-    turns: list[dict[str, Any]] = []
     images: list[Any] = []
+    turns = [
+        _read_message(message, f"messages[{index}]", images, merge_roles)
+        for index, message in enumerate(messages)
+    ]
+    if merge_roles:
+        turns = _merge_roles(turns)
     expected = "user"
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            # The keys and not the values, which may contain base64.
-            found = list(message) if isinstance(message, Mapping) else type(message).__name__
+    for index, turn in enumerate(turns):
+        role = turn["role"]
+        is_first = role == "system" and all(one["role"] == role for one in turns[:index])
+        if role != expected and not is_first:
             raise InputError(
-                f"{where} must be a dict with 'role' and 'content', not {found!s:.100}.",
-                ErrorCode.INVALID_TYPE,
-            )
-        role = message["role"]
-        is_continued = merge_roles and bool(turns) and role == turns[-1]["role"] != "system"
-        is_first = role == "system" and all(turn["role"] == role for turn in turns)
-        if role != expected and not is_first and not is_continued:
-            raise InputError(
-                f"{where} has the role {role!r} instead of {expected!r}: after optional system "
-                "messages, user and assistant alternate.",
+                f"messages[{index}] has the role {role!r} instead of {expected!r}: after optional "
+                "system messages, user and assistant alternate.",
                 ErrorCode.INVALID_ROLE,
             )
-        parts = _read_content(message["content"], role, f"{where} ({role})", images)
-        if is_continued:
-            turns[-1]["content"] += [{"type": "text", "text": "\n"}, *parts]
-        else:
-            turns.append({"role": role, "content": parts})
-        if role == "assistant" and message.get("loss") is False:
-            turns[-1]["loss"] = False
         expected = "assistant" if role == "user" else "user"
     if not turns or turns[-1]["role"] == "system":
         raise InputError(
@@ -145,12 +136,14 @@ def validate_prompt(messages: Sequence[Message] | ParsedMessages) -> ParsedMessa
 def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
     """The user message of a question and its images, as `Engine.chat` takes it.
 
-    Images replace the `<|image|>` placeholders of the text, or precede the text if it has none.
+    Images replace the `<|image|>` placeholders of the text and keep these places, or precede the
+    text if it has none.
 
     Raises:
         InputError: The numbers of placeholders and images differ.
     """
     count = text.count(IMAGE_TOKEN)
+    places = {"interleave_images": True} if count else {}
     if not count:
         text = IMAGE_TOKEN * len(images) + text
     elif count != len(images):
@@ -164,7 +157,48 @@ def user_message(text: str, images: Sequence[Any] = ()) -> dict[str, Any]:
         {**part, "image": next(unused)} if part["type"] == "image" else part
         for part in text_to_parts(text)
     ]
-    return {"role": "user", "content": parts}
+    return {"role": "user", "content": parts, **places}
+
+
+def move_images_first(parts: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The parts of a user message with its images before its texts; both keep their order.
+
+    Models of the family are trained with images before the text. `<|image|>` in a text is a place
+    that the author of the text chose; such a message is not changed. Texts that an image separated
+    become lines, and white space before a last image is removed.
+    """
+    images = [part for part in parts if part["type"] != "text"]
+    if list(parts[: len(images)]) == images:
+        return list(parts)
+    texts: list[str] = []
+    is_separated = False
+    for part in parts:
+        if part["type"] != "text":
+            is_separated = True
+            continue
+        text = part["text"]
+        if IMAGE_TOKEN in text:
+            return list(parts)
+        if is_separated and texts and not (texts[-1][-1:].isspace() or text[:1].isspace()):
+            text = f"\n{text}"
+        texts.append(text)
+        is_separated = False
+    if is_separated:
+        texts[-1] = texts[-1].rstrip()
+    return [*images, *({"type": "text", "text": text} for text in texts if text)]
+
+
+def order_images(conversation: ParsedMessages, interleave_images: bool) -> ParsedMessages:
+    """Apply `move_images_first` to the user turns, unless their images keep their places."""
+    if interleave_images:
+        return conversation
+    turns = [
+        {**turn, "content": move_images_first(turn["content"])}
+        if turn["role"] == "user" and not turn.get("interleave_images")
+        else turn
+        for turn in conversation.turns
+    ]
+    return replace(conversation, turns=tuple(turns))
 
 
 def insert_image_newlines(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -215,6 +249,65 @@ def has_lone_surrogate(text: str) -> bool:
     return re.search("[\ud800-\udfff]", text) is not None
 
 
+def _read_message(
+    message: Any, where: str, images: list[Any], may_be_empty: bool
+) -> dict[str, Any]:
+    """A message as a turn; its images are appended to `images`."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        # The keys and not the values, which may contain base64.
+        found = list(message) if isinstance(message, Mapping) else type(message).__name__
+        raise InputError(
+            f"{where} must be a dict with 'role' and 'content', not {found!s:.100}.",
+            ErrorCode.INVALID_TYPE,
+        )
+    role, content = message["role"], message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise InputError(
+            f"{where} has the role {role!r}; choose from system, user, assistant.",
+            ErrorCode.INVALID_ROLE,
+        )
+    may_be_empty = may_be_empty and role != "user"
+    if content is None and may_be_empty:
+        content = ""
+    turn = {"role": role, "content": _read_content(content, role, f"{where} ({role})", images)}
+    if not may_be_empty and not content_to_text(turn["content"]).strip():
+        raise InputError(
+            f"{where} ({role}) is empty: it must have text or an image.", ErrorCode.EMPTY_MESSAGE
+        )
+    if role == "assistant" and message.get("loss") is False:
+        turn["loss"] = False
+    if role == "user" and message.get("interleave_images"):
+        turn["interleave_images"] = True
+    return turn
+
+
+def _merge_roles(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns of messages in any order of roles, as of the clients of OpenAI's API.
+
+    - Empty messages of the system and the assistant are skipped.
+    - Neighbors of one role become lines of one turn.
+    - A system message after the first turn becomes a line of the user turn next to it.
+    - A greeting of the assistant at the start answers an empty user turn.
+    """
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role != "user" and not content_to_text(content).strip():
+            continue
+        if role == "system" and any(turn["role"] != "system" for turn in turns):
+            role = "user"
+        if role == "assistant" and all(turn["role"] == "system" for turn in turns):
+            turns.append({"role": "user", "content": [{"type": "text", "text": ""}]})
+        if not turns or role != turns[-1]["role"] or role == "system":
+            turns.append({**message, "role": role})
+            continue
+        before = turns[-1]["content"]
+        has_texts = all(any(part["type"] == "text" for part in one) for one in (before, content))
+        line_break = [{"type": "text", "text": "\n"}] * has_texts
+        turns[-1] |= {**message, "role": role, "content": [*before, *line_break, *content]}
+    return turns
+
+
 def _read_content(content: Any, role: str, where: str, images: list[Any]) -> list[dict[str, Any]]:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -224,9 +317,14 @@ def _read_content(content: Any, role: str, where: str, images: list[Any]) -> lis
             f"{type(content).__name__}.",
             ErrorCode.INVALID_TYPE,
         )
+    first = len(images)
     parts = [
         _read_part(part, f"{where}, part {number}", images) for number, part in enumerate(content)
     ]
+    texts = [part for part in parts if part["type"] == "text"]
+    num_marked = content_to_text(texts).count(IMAGE_TOKEN)
+    if num_marked == len(parts) - len(texts) == len(images) - first:
+        parts = texts
     text = content_to_text(parts)
     if role != "user" and IMAGE_TOKEN in text:
         raise InputError(
@@ -238,10 +336,6 @@ def _read_content(content: Any, role: str, where: str, images: list[Any]) -> lis
             f"{where} contains half of a surrogate pair (such as \\ud83d), which is not valid "
             "text: remove it.",
             ErrorCode.INVALID_FORMAT,
-        )
-    if not text.strip():
-        raise InputError(
-            f"{where} is empty: it must have text or an image.", ErrorCode.EMPTY_MESSAGE
         )
     return parts
 

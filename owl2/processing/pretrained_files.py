@@ -102,12 +102,17 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
                 f"{path}: {key} is {value!r}; it must be an integer of at least 1.",
                 ErrorCode.INVALID_CONFIG,
             )
-    image_newline = own.get("image_newline", False)
-    if not isinstance(image_newline, bool):
-        raise InputError(
-            f"{path}: image_newline is {image_newline!r}; it must be true or false.",
-            ErrorCode.INVALID_CONFIG,
-        )
+    rules = {
+        "image_newline": own.get("image_newline", False),
+        "interleave_images": own.get(
+            "interleave_images", model_type.interleave_images or _is_scorer(config)
+        ),
+    }
+    for key, rule in rules.items():
+        if not isinstance(rule, bool):
+            raise InputError(
+                f"{path}: {key} is {rule!r}; it must be true or false.", ErrorCode.INVALID_CONFIG
+            )
     template = tokenizer.chat_template  # transformers reads chat_template.jinja
     if template is None and (old := find_file(name, "chat_template.json", hub)):
         template = read_json(old).get("chat_template")
@@ -118,7 +123,7 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
         "image_processor": image_processor.replace(**pixel_args),
         "tokenizer": tokenizer,
         "chat_template": template,
-        "image_newline": image_newline,
+        **rules,
         **sizes,
     }
 
@@ -134,11 +139,20 @@ def select_image_policy(pixels: Mapping[str, Any], config: Owl2Config | None) ->
     """
     if "image_policy" in pixels:
         return str(pixels["image_policy"]), f"image_policy in {PREPROCESSOR_FILE}"
-    if getattr(config, "image_aspect_ratio", None) == "pad" and getattr(config, "auto_map", None):
+    if _is_scorer(config):
         reason = f"image_aspect_ratio in {CONFIG_FILE}; the checkpoint contains code (auto_map)"
         return "pad", reason
     name = config.model_type if config else DEFAULT_MODEL_TYPE
     return get_model_type(name).image_policy, f"default of {name}"
+
+
+def _is_scorer(config: Owl2Config | None) -> bool:
+    """Whether a checkpoint follows its own code: OneAlign, Co-Instruct, Compare2Score, ...
+
+    Their prompts have images inside the text, and their images are padded.
+    """
+    is_padded = getattr(config, "image_aspect_ratio", None) == "pad"
+    return is_padded and bool(getattr(config, "auto_map", None))
 
 
 def read_image_policy(name: str | Path, config: Owl2Config) -> tuple[str, str]:

@@ -17,22 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from jinja2 import TemplateError
 from rich.text import Text
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessorMixin
-from transformers.utils.chat_template_utils import _get_template_variables
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.processing import pretrained_files
-from owl2.processing.chat_template import RENDER_OPTIONS, Spans, render
+from owl2.processing.chat_template import RENDER_OPTIONS, Spans, render, template_variables
 from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
 from owl2.processing.messages import (
     IMAGE_TOKEN,
     ParsedMessages,
+    order_images,
     parse_messages,
     validate_prompt,
 )
@@ -54,6 +53,9 @@ class Owl2Processor(ProcessorMixin):
             `len(tokenizer)`.
         image_newline: Separate the images that start a user turn from its text by one line break,
             as training does. It is saved; the released checkpoint has none.
+        interleave_images: Keep the places of images between texts. Otherwise the images of a user
+            turn precede its text, as in the training of mPLUG-Owl2, except for `<|image|>` in a
+            text. It is saved.
     """
 
     image_token = IMAGE_TOKEN
@@ -68,6 +70,7 @@ class Owl2Processor(ProcessorMixin):
         num_image_tokens: int = 65,
         image_token_id: int | None = None,
         image_newline: bool = False,
+        interleave_images: bool = False,
     ) -> None:
         template: Any = chat_template or "mplug_owl2"
         if isinstance(template, str):
@@ -76,6 +79,7 @@ class Owl2Processor(ProcessorMixin):
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"  # for generation
         self.image_newline = image_newline
+        self.interleave_images = interleave_images
         self.num_image_tokens = num_image_tokens
         self.image_token_id = add_image_token(tokenizer, image_token_id)
         if tokenizer.pad_token is None:  # `pad` requires one; the mask makes its id irrelevant
@@ -201,18 +205,14 @@ class Owl2Processor(ProcessorMixin):
             processor_kwargs: Arguments of `__call__`; `images` are those of the parts without a
                 source.
             kwargs: `add_generation_prompt`, `continue_final_message`, `tools`, `documents`,
-                variables of the template, and arguments of `__call__`.
+                `interleave_images` instead of the processor's, variables of the template, and
+                arguments of `__call__`.
 
         Raises:
             InputError: See `parse_messages`, `render` and `__call__`.
         """
         template = self._template(chat_template)
-        try:
-            names = _get_template_variables(template) | RENDER_OPTIONS
-        except TemplateError as error:
-            raise InputError(
-                f"The chat template cannot render messages: {error}.", ErrorCode.UNSUPPORTED
-            ) from error
+        names = template_variables(template) | RENDER_OPTIONS
         variables = {name: value for name, value in kwargs.items() if name in names}
         options = {name: value for name, value in kwargs.items() if name not in names}
         options |= processor_kwargs or {}
@@ -234,13 +234,12 @@ class Owl2Processor(ProcessorMixin):
         inputs = self(text=texts, images=images, **options)
         if return_assistant_tokens_mask:
             start = [] if options.get("add_special_tokens") is False else self._start_ids
-            samples = [
-                encode_with_loss_mask(self.tokenizer, text, spans, start, self._image_ids)
-                for text, spans in rendered
-            ]
+            ids = start, self._image_ids
             inputs["assistant_masks"] = [
-                sample.mask_of(row, self.tokenizer.truncation_side)
-                for sample, row in zip(samples, inputs["attention_mask"], strict=True)
+                encode_with_loss_mask(self.tokenizer, *item, *ids).mask_of(
+                    row, self.tokenizer.truncation_side
+                )
+                for item, row in zip(rendered, inputs["attention_mask"], strict=True)
             ]
             inputs.convert_to_tensors(options.get("return_tensors"))
         return inputs if return_dict else inputs["input_ids"]
@@ -257,14 +256,21 @@ class Owl2Processor(ProcessorMixin):
             )
         return template
 
-    def encode(self, messages: Any) -> PreparedPrompt:
+    def encode(self, messages: Any, /, **variables: Any) -> PreparedPrompt:
         """The prompt for the answer to a conversation: messages are parsed and images read once.
+
+        Args:
+            variables: `interleave_images`, instead of the processor's, and variables of the chat
+                template; others are ignored.
 
         Raises:
             InputError: See `validate_prompt`; an image is missing or cannot be read.
         """
         parsed = validate_prompt(messages)
-        text, _ = self._render(parsed, self._template(), add_generation_prompt=True)
+        template = self._template()
+        names = template_variables(template) | {"interleave_images"}
+        options = {name: value for name, value in variables.items() if name in names}
+        text, _ = self._render(parsed, template, **options, add_generation_prompt=True)
         images = flatten_images([text.count(IMAGE_TOKEN)], [list(parsed.images)])
         pixels = self.image_processor(images)["pixel_values"] if images else None
         ids = self._encode(text)
@@ -327,6 +333,8 @@ class Owl2Processor(ProcessorMixin):
         return encode_with_loss_mask(self.tokenizer, text, spans, *ids, conversation.has_loss)
 
     def _render(self, turns: ParsedMessages, template: Any, **options: Any) -> tuple[str, Spans]:
+        interleave = options.pop("interleave_images", None)
+        turns = order_images(turns, self.interleave_images if interleave is None else interleave)
         tokens = self.tokenizer.special_tokens_map
         return render(turns, template, tokens, self.image_newline, **options)
 

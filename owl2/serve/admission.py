@@ -114,7 +114,10 @@ class ResponseStream:
         self._aborts: list[Abort] = []
 
     async def start(
-        self, prompts: Callable[[], Awaitable[Sequence[Prompt]]], options: dict[str, Any]
+        self,
+        prompts: Callable[[], Awaitable[Sequence[Prompt]]],
+        options: dict[str, Any],
+        template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Wait for a slot, then for the prompts, and submit them to the engine.
 
@@ -124,6 +127,7 @@ class ResponseStream:
         Args:
             prompts: Returns P prompts; n answers to prompt i have the indices from n * i.
             options: Keyword arguments of `Engine.sampling_params`.
+            template_kwargs: Keyword arguments of `Engine.encode`.
 
         Raises:
             ApiError: 503, at the deadline.
@@ -137,7 +141,8 @@ class ResponseStream:
             self._metrics.running.inc()
             # A grammar may take a second to compile.
             params = await asyncio.to_thread(lambda: engine.sampling_params(**options))
-            encoded = [await asyncio.to_thread(engine.encode, prompt) for prompt in await prompts()]
+            encode = partial(engine.encode, **template_kwargs or {})
+            encoded = [await asyncio.to_thread(encode, prompt) for prompt in await prompts()]
             num_answers = len(self._tokens) // len(encoded)
             for index, prompt in enumerate(encoded):
                 post = partial(self._post, index * num_answers)
@@ -249,8 +254,6 @@ def check_limits(
     images: int,
     characters: int,
     answers: int = 1,
-    tokens: int = 0,
-    tokens_field: str = "max_completion_tokens",
 ) -> None:
     """Reject a request whose counts exceed a limit.
 
@@ -258,23 +261,26 @@ def check_limits(
         context: Of the model, in tokens.
         characters: Of all messages. A text that cannot fit is rejected here, because it takes
             seconds to tokenize megabytes.
-        tokens: Of one answer.
 
     Raises:
         ApiError: 400, with the code of the limit and the field.
     """
-    text = f"characters for a context of {context} tokens"
-    max_characters = context * MAX_CHARACTERS_PER_TOKEN
     for what, count, limit, code, param in (
         ("messages", messages, limits.max_messages, "too_many_messages", "messages"),
         ("images", images, limits.max_images, "too_many_images", "messages"),
         ("answers", answers, limits.max_n, "too_many_answers", "n"),
-        ("tokens", tokens, limits.max_completion_tokens, "too_many_tokens", tokens_field),
-        (text, characters, max_characters, "context_length_exceeded", "messages"),
     ):
         if count > limit:
             message = f"There are {count} {what}; the limit of this server is {limit}."
             raise errors.ApiError(400, message, code=code, param=param)
+    if characters > context * MAX_CHARACTERS_PER_TOKEN:
+        raise errors.ApiError(
+            400,
+            f"This model's maximum context length is {context} tokens. However, the messages have "
+            f"{characters} characters. Shorten them.",
+            code="context_length_exceeded",
+            param="messages",
+        )
 
 
 async def run_unless(stop: Coroutine[Any, Any, Any], work: Coroutine[Any, Any, Result]) -> Result:

@@ -178,6 +178,7 @@ def _from_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     first = problems[0]
     # pydantic repeats the name where a field and the tag of its type are equal.
     location = [str(step) for step, _ in groupby(first["loc"])]
+    location += [first["ctx"]["field"]] if "field" in first.get("ctx", {}) else []
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "it cannot be parsed")
         return ApiError(400, f"The body is not valid JSON: {reason}.", code="invalid_json")

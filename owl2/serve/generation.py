@@ -20,7 +20,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from owl2.engine.engine import Prompt
+from owl2.engine.engine import Engine, Prompt
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 from owl2.serve import errors
 from owl2.serve.admission import (
@@ -30,8 +30,10 @@ from owl2.serve.admission import (
     check_limits,
     run_unless,
 )
+from owl2.serve.config import ServerLimits
 from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
 from owl2.serve.protocol import ChatCompletionRequest
+from owl2.serve.sampling_fields import NO_LIMIT
 
 # After the deadline of the request, for a client that reads slowly.
 FLUSH_SECONDS = 30.0
@@ -114,7 +116,9 @@ class GenerationHandler:
             stream = stack.enter_context(self._admission.admit(body.num_answers))
             reply = make_reply(stream)
             try:
-                start = stream.start(prompts, self._options(body))
+                limit = token_limit(self.engine, self._admission.limits, body.max_answer_tokens)
+                options = body.sampling_options() | limit
+                start = stream.start(prompts, options, body.template_kwargs)
                 await run_unless(_disconnected(request), start)
                 if body.stream:
                     return EventStreamResponse(reply.events(), stream.deadline, stack.pop_all())
@@ -123,16 +127,25 @@ class GenerationHandler:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
         return JSONResponse(content)
 
-    def _options(self, body: ChatCompletionRequest) -> dict[str, Any]:
-        options = body.sampling_options()
-        if options["max_new_tokens"] is None:
-            defaults = self.engine.model.generation_config
-            options["max_new_tokens"] = min(
-                defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
-                self._admission.limits.max_completion_tokens,
-            )
-            options["max_length"] = None if defaults.max_new_tokens else defaults.max_length
-        return options
+
+def token_limit(engine: Engine, limits: ServerLimits, requested: int | None) -> dict[str, Any]:
+    """The options of `Engine.sampling_params` that limit the tokens of an answer.
+
+    Larger numbers than the server's limit are reduced to it, because clients send numbers for
+    larger models. The engine reduces them to what fits into the context.
+
+    Args:
+        requested: `NO_LIMIT`: as many tokens as the server allows. None: the default of the
+            checkpoint.
+    """
+    limit = limits.max_completion_tokens
+    if requested is not None:
+        return {"max_new_tokens": limit if requested == NO_LIMIT else min(requested, limit)}
+    defaults = engine.model.generation_config
+    return {
+        "max_new_tokens": min(defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS, limit),
+        "max_length": None if defaults.max_new_tokens else defaults.max_length,
+    }
 
 
 def encode_event(data: dict[str, Any], event: str = "") -> bytes:

@@ -16,13 +16,12 @@ Paths of the server (`file:` or without a scheme) are never opened.
 """
 
 import asyncio
-import base64
-import binascii
 import urllib.parse
 from typing import Any
 
 from PIL import Image
 
+from owl2.processing.image_io import decode_base64
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.messages import Message
 from owl2.serve.config import ServerLimits
@@ -30,7 +29,7 @@ from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError
 from owl2.serve.image_decoder import SandboxedImageDecoder
 from owl2.serve.image_fetch import PublicNetwork, fetch_image, invalid_url
 from owl2.serve.protocol import (
-    ChatCompletionContentPartTextParam,
+    ChatCompletionContentPartImageParam,
     ChatCompletionRequest,
     ImageURL,
 )
@@ -67,10 +66,10 @@ class RequestImages:
         messages: list[Message] = []
         for row, message in enumerate(request.messages):
             parts: list[dict[str, Any]] = [
-                {"type": "text", "text": part.text}
-                if isinstance(part, ChatCompletionContentPartTextParam)
-                else {"type": "image", "image": images[row, column]}
-                for column, part in enumerate(message.content)
+                {"type": "image", "image": images[row, column]}
+                if isinstance(part, ChatCompletionContentPartImageParam)
+                else {"type": "text", "text": part.text}
+                for column, part in enumerate(message.parts)
             ]
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "content": parts})
@@ -108,11 +107,8 @@ def _read_data_uri(uri: str) -> bytes:
             "(data:image/png;base64,)"
         )
     try:
-        has_spaces = any(map(str.isspace, payload[:MAX_VALUE_LENGTH]))
-        if not payload.isascii() or "%" in payload or has_spaces:
-            payload = "".join(urllib.parse.unquote(payload).split())
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return decode_base64(urllib.parse.unquote(payload) if "%" in payload else payload)
+    except ValueError as error:
         raise ApiError(
             400, f"The image is not valid base64: {error}.", code="invalid_base64"
         ) from error

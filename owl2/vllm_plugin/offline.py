@@ -23,7 +23,8 @@ WINDOW = 1024
 # Options by their names in vLLM's `SamplingParams`.
 VLLM_NAMES = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "seed")},
-    "repetition_penalty": "repetition_penalty",
+    **{f"{name}_penalty": f"{name}_penalty" for name in ("repetition", "presence", "frequency")},
+    **{name: name for name in ("logit_bias", "ignore_eos")},
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "do_sample": None,

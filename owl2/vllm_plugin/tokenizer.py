@@ -14,12 +14,7 @@ from typing import Any
 from transformers import BatchEncoding
 from vllm.tokenizers.hf import get_cached_tokenizer
 
-from owl2.processing.messages import (
-    IMAGE_TOKEN,
-    content_to_text,
-    insert_image_newlines,
-    parse_messages,
-)
+from owl2.processing.messages import IMAGE_TOKEN
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import encode, start_ids
 
@@ -88,17 +83,17 @@ def _load(name: str, truncation_side: str, hub: dict[str, Any]) -> Any:
             mask = [[1] * len(row) for row in rows]
             return BatchEncoding({"input_ids": rows, "attention_mask": mask})
 
-        def apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
-            """Add the processor's line breaks, and the start token, which vLLM omits in a chat."""
+        def apply_chat_template(
+            self,
+            conversation: Any,
+            *args: Any,
+            interleave_images: bool | None = None,  # named, because vLLM drops other options
+            **options: Any,
+        ) -> Any:
+            """As the processor, with the start token, which vLLM omits in a chat."""
             tokenize = options.pop("tokenize", True)
-            if processor.image_newline:
-                turns = insert_image_newlines(parse_messages(conversation).turns)
-                has_parts = [isinstance(turn["content"], list) for turn in conversation]
-                conversation = [
-                    turn if keeps else {**turn, "content": content_to_text(turn["content"])}
-                    for turn, keeps in zip(turns, has_parts, strict=True)
-                ]
-            text = super().apply_chat_template(conversation, *args, tokenize=False, **options)
+            options["interleave_images"] = interleave_images
+            text = str(processor.apply_chat_template(conversation, *args, **options))
             start = "".join(self.convert_ids_to_tokens(start_ids(processor.tokenizer)))
             text = text if text.startswith(start) else start + text
             return self.encode(text, add_special_tokens=False) if tokenize else text

@@ -257,7 +257,7 @@ def test_a_missing_image(shared_engine, tmp_path):
     with raises_input_error(ErrorCode.MISSING_IMAGE, "nowhere.png"):
         shared_engine.chat(ask("what?", str(tmp_path / "nowhere.png")))
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH):
-        shared_engine.chat(ask("what is <|image|>?", random_image(1)))
+        shared_engine.chat(ask("what is <|image|> <|image|>?", random_image(1)))
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}])

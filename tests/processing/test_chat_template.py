@@ -7,7 +7,7 @@ import pytest
 from owl2.errors import ErrorCode
 from owl2.processing.chat_template import render
 from owl2.processing.default_templates import CHAT_TEMPLATES, DEFAULT_CHAT_TEMPLATE
-from owl2.processing.messages import parse_messages, validate_prompt
+from owl2.processing.messages import order_images, parse_messages, user_message, validate_prompt
 from tests.errors import raises_input_error
 from tests.processing.samples import CHATML, ask
 
@@ -20,6 +20,14 @@ PARTS_ONLY = """\
 {%- for m in messages -%}{{ m.role + ': ' }}{%- for part in m.content -%}
 {%- if part.type == 'image' -%}[<|image|>]{%- else -%}{{ part.text }}{%- endif -%}
 {%- endfor -%}{%- endfor -%}
+"""
+
+# As the templates of other models: other orders of the roles are errors.
+ALTERNATING = """\
+{%- for m in messages if m.role != 'system' -%}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('order') }}{%- endif -%}
+{{ m.role + m.content }}
+{%- endfor -%}
 """
 
 
@@ -68,6 +76,87 @@ def test_contents_are_concatenated_without_changes():
 def test_line_break_after_leading_images(parts, text):
     written = write(ask(*parts, answer="<b>"), image_newline=True)
     assert written == f"USER: {text} ASSISTANT: <b></s>"
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (("What?", object()), "<|image|>What?"),
+        (("What?\n", object()), "<|image|>What?"),
+        ((object(), "Hi", object()), "<|image|><|image|>Hi"),
+        (("a", object(), "b ", object(), "c", "d"), "<|image|><|image|>a\nb cd"),
+        (("\n", object(), object()), "<|image|><|image|>"),
+        (("no image", " here"), "no image here"),
+        (("a <|image|> b", object(), object()), "a <|image|> b<|image|><|image|>"),
+        ((object(), object(), "a <|image|> b <|image|>"), "a <|image|> b <|image|>"),
+    ],
+)
+def test_images_precede_the_text(parts, text):
+    conversation = parse_messages(ask(*parts, answer="x"))
+    turns = order_images(conversation, interleave_images=False)
+    assert render(turns, DEFAULT_CHAT_TEMPLATE, EOS)[0] == f"USER: {text} ASSISTANT: x</s>"
+    assert turns.images == conversation.images
+
+
+def test_interleaved_images_keep_their_places():
+    parts = [{"type": "text", "text": "a"}, {"type": "image", "image": 1}]
+    kept = {"role": "user", "content": parts, "interleave_images": True}
+    placed = user_message("b <|image|> c", [2])
+    turns = order_images(parse_messages([kept, ANSWER, placed]), False)
+    assert render(turns, DEFAULT_CHAT_TEMPLATE, EOS)[0] == (
+        "USER: a<|image|> ASSISTANT: Hello.</s>USER: b <|image|> c"
+    )
+    turns = order_images(parse_messages(ask("a", object())), True)
+    assert render(turns, DEFAULT_CHAT_TEMPLATE, EOS)[0] == "USER: a<|image|>"
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+IMAGE = {"role": "user", "content": [{"type": "image", "image": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([USER, USER, ANSWER, ANSWER, USER], "USER: Hi\nHi ASSISTANT: Hello.\nHello.</s>USER: Hi"),
+        ([USER, ANSWER, SYSTEM, USER], "USER: Hi ASSISTANT: Hello.</s>USER: Be kind.\nHi"),
+        ([USER, SYSTEM], "USER: Hi\nBe kind."),
+        ([USER, ANSWER, SYSTEM], "USER: Hi ASSISTANT: Hello.</s>USER: Be kind."),
+        ([SYSTEM, USER, ANSWER, SYSTEM, SYSTEM, USER], None),
+        ([ANSWER, USER], "USER:  ASSISTANT: Hello.</s>USER: Hi"),
+        ([SYSTEM, ANSWER, USER], "USER: Be kind.\n ASSISTANT: Hello.</s>USER: Hi"),
+        ([USER, {"role": "assistant", "content": ""}, USER], "USER: Hi\nHi"),
+        ([USER, {"role": "assistant", "content": None}], "USER: Hi"),
+        ([{"role": "system", "content": " "}, USER], "USER: Hi"),
+        ([IMAGE, USER], "USER: <|image|>Hi"),
+        ([USER, IMAGE], "USER: <|image|>Hi"),
+        ([IMAGE, ANSWER, USER, IMAGE, USER], None),
+        ([USER, IMAGE, USER], "USER: <|image|>Hi\nHi"),
+    ],
+)
+@pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, ALTERNATING], ids=["owl", "strict"])
+def test_roles_in_any_order_are_merged(messages, text, template):
+    turns = order_images(validate_prompt(messages), False)
+    rendered = render(turns, template, EOS, add_generation_prompt=True)[0]
+    if template is DEFAULT_CHAT_TEMPLATE and text is not None:
+        assert rendered == f"{text} ASSISTANT:"
+    roles = [turn["role"] for turn in turns.turns if turn["role"] != "system"]
+    assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "code"),
+    [
+        ([{"role": "assistant", "content": ""}], ErrorCode.EMPTY_MESSAGE),
+        ([SYSTEM, {"role": "assistant", "content": None}], ErrorCode.INVALID_ROLE),
+        ([USER, {"role": "user", "content": " "}], ErrorCode.EMPTY_MESSAGE),
+        ([USER, {"role": "user", "content": None}], ErrorCode.INVALID_TYPE),
+        ([USER, {"role": "tool", "content": "x"}], ErrorCode.INVALID_ROLE),
+        ([USER, ANSWER], ErrorCode.INVALID_ROLE),
+    ],
+)
+def test_prompts_without_a_question(messages, code):
+    with raises_input_error(code):
+        validate_prompt(messages)
 
 
 def test_v1_format_has_the_system_text_of_the_authors_training():

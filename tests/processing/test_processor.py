@@ -13,6 +13,7 @@ from PIL import Image
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.messages import user_message
 from owl2.processing.processor import Owl2Processor
 from owl2.processing.tokenizer import Owl2Tokenizer
 from tests.errors import raises_input_error
@@ -39,16 +40,14 @@ def golden_form(processor, values: list[int], ids: list[int]) -> list[int]:
 
 
 def golden_messages(turns: list[dict], image) -> list[dict]:
-    """The golden conversations as messages, images as parts."""
+    """The golden conversations as messages with the places of their images."""
     messages = []
     for turn in turns:
-        parts: list[dict] = []
-        for number, text in enumerate(turn["value"].split("<|image|>")):
-            parts += [{"type": "image", "image": image}] if number else []
-            parts += [{"type": "text", "text": text}] if text else []
-        messages.append(
-            {"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": parts}
-        )
+        text = turn["value"]
+        if turn["from"] == "human":
+            messages.append(user_message(text, [image] * text.count("<|image|>")))
+        else:
+            messages.append({"role": "assistant", "content": text})
     return messages
 
 
@@ -282,7 +281,7 @@ def test_system_messages_and_consecutive_messages_of_one_role(processor, image):
     messages = [system, *ask(image), *ask("What?", answer="A bus."), *ask("And?")[:1], *ask("Why?")]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert prompt == (
-        "USER: <|image|>\nBe brief.\nWhat? ASSISTANT: A bus.</s>USER: And?\nWhy? ASSISTANT:"
+        "USER: <|image|>Be brief.\nWhat? ASSISTANT: A bus.</s>USER: And?\nWhy? ASSISTANT:"
     )
     ids = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)[0]
     assert processor.encode(messages).ids == tuple(ids)
@@ -336,8 +335,8 @@ def test_image_without_a_source_is_counted(processor, image):
     assert processor(text=prompt, images=image)["pixel_values"].shape[0] == 1
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "1 <|image|>", "0 image"):
         processor.apply_chat_template(messages, tokenize=True)
-    literal = ask(image, "<|image|> and this one")
-    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "2 <|image|>", "1 image"):
+    literal = ask(image, "<|image|> and <|image|>")
+    with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "3 <|image|>", "1 image"):
         processor.apply_chat_template(literal, tokenize=True)
 
 

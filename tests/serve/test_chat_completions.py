@@ -196,11 +196,14 @@ def test_models(client):
         ({"model": "other"}, openai.NotFoundError, "'other'"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"messages": user("   ")}, openai.BadRequestError, "empty"),
-        ({"messages": user("what is " * 200)}, openai.BadRequestError, "128"),
+        (
+            {"messages": user("what is " * 200)},
+            openai.BadRequestError,
+            "maximum context length is 128",
+        ),
         ({"messages": user("data:image/png;base64,AAAA", "?")}, openai.BadRequestError, "image"),
         ({"temperature": "hot"}, openai.BadRequestError, "temperature"),
         ({"n": 1000}, openai.BadRequestError, "n"),
-        ({"max_tokens": 10**5}, openai.BadRequestError, "2048"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

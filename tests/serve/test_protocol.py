@@ -3,14 +3,17 @@
 import json
 
 import pytest
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from owl2.engine.sampling import MAX_SEED
 from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.serve.admission import check_limits
 from owl2.serve.config import MAX_N, ServerLimits
-from owl2.serve.errors import ApiError
-from owl2.serve.protocol import MAX_OPENAI_SEED, ChatCompletionRequest
+from owl2.serve.errors import ApiError, as_api_error
+from owl2.serve.generation import token_limit
+from owl2.serve.protocol import ChatCompletionRequest
+from owl2.serve.sampling_fields import MAX_OPENAI_SEED
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
@@ -31,15 +34,20 @@ def check(fields, **limits):
 def test_omitted_fields_have_the_defaults_of_the_checkpoint():
     assert request().sampling_options() == {
         "n": 1,
-        "max_new_tokens": None,
         "temperature": None,
         "top_p": None,
         "top_k": None,
         "min_p": None,
         "repetition_penalty": None,
+        "presence_penalty": None,
+        "frequency_penalty": None,
+        "logit_bias": None,
         "min_new_tokens": None,
         "seed": None,
         "stop": [],
+        "stop_token_ids": None,
+        "ignore_eos": None,
+        "skip_special_tokens": None,
         "top_logprobs": None,
         "structured_outputs": None,
     }
@@ -48,8 +56,6 @@ def test_omitted_fields_have_the_defaults_of_the_checkpoint():
 @pytest.mark.parametrize(
     ("fields", "options"),
     [
-        ({"max_tokens": 3}, {"max_new_tokens": 3}),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, {"max_new_tokens": 4}),
         ({"temperature": 1, "top_p": 0.5}, {"temperature": 1.0, "top_p": 0.5}),
         ({"temperature": 1, "top_p": 0}, {"temperature": 0.0, "top_p": None}),
         ({"top_k": -1}, {"top_k": 0}),
@@ -57,6 +63,12 @@ def test_omitted_fields_have_the_defaults_of_the_checkpoint():
         ({"min_p": 0.2}, {"min_p": 0.2}),
         ({"repetition_penalty": 2}, {"repetition_penalty": 2.0}),
         ({"min_tokens": 3}, {"min_new_tokens": 3}),
+        ({"presence_penalty": 0.5}, {"presence_penalty": 0.5}),
+        ({"frequency_penalty": -2}, {"frequency_penalty": -2.0}),
+        ({"logit_bias": {"5": 1, "7": -100}}, {"logit_bias": {5: 1.0, 7: -100.0}}),
+        ({"stop_token_ids": [3]}, {"stop_token_ids": [3]}),
+        ({"ignore_eos": True}, {"ignore_eos": True}),
+        ({"skip_special_tokens": False}, {"skip_special_tokens": False}),
         ({"stop": "a"}, {"stop": ["a"]}),
         ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
         ({"stop": []}, {"stop": []}),
@@ -114,6 +126,20 @@ def test_fields_of_structured_output(fields, expected):
         {"messages": [{"role": "user", "content": "a", "name": "someone"}]},
         {"stream": True, "stream_options": {"include_usage": True}, "user": "me"},
         {"repetition_penalty": 1.0, "min_p": 0, "length_penalty": 1.0, "best_of": 1},
+        {"top_logprobs": 0, "tools": [{"type": "function"}], "tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none", "parallel_tool_calls": True},
+        {"messages": message({"type": "image_url", "image_url": "data:,"})},
+        *(
+            {
+                "messages": message(
+                    {"type": "image_url", "image_url": {"url": "a", "detail": detail}}
+                )
+            }
+            for detail in (None, "auto", "original", "ultra")
+        ),
+        {"messages": [{"role": "assistant", "content": None}, {"role": "assistant"}]},
+        {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}]},
+        {"chat_template_kwargs": {"interleave_images": True, "enable_thinking": False}},
         {"ignore_eos": False, "use_beam_search": False, "skip_special_tokens": True},
         {"guided_json": None, "bad_words": [], "tool_choice": "auto", "chat_template_kwargs": {}},
     ],
@@ -131,16 +157,20 @@ def test_fields_without_effect_are_accepted(fields):
         {"messages": "x"},
         {"messages": [{"role": "user"}]},
         {"messages": [{"role": "user", "content": None}]},
+        {"messages": [{"role": "system", "content": None}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [1]}]},
         {"messages": [{"role": "tool", "content": "x"}]},
         {"messages": message()},
         {"messages": message({"type": "video_url"})},
-        {"messages": message({"type": "image_url", "image_url": "data:,"})},
+        {"messages": message({"type": "image_url", "image_url": ""})},
+        {"messages": message({"type": "image_url", "image_url": 5})},
+        {"messages": message({"type": "image_url", "image_url": {"url": "a", "detail": 3}})},
         {"messages": message({"type": "image", "path": "/etc/passwd"})},
         {"messages": [{"role": "user", "content": "x"}] * 4097},
         {"max_tokens": 0},
         {"max_tokens": 1.5},
         {"max_tokens": True},
-        {"max_tokens": 10**400},
+        {"max_tokens": -2},
         {"temperature": "0"},
         {"temperature": 2.1},
         {"temperature": float("inf")},
@@ -158,10 +188,18 @@ def test_fields_without_effect_are_accepted(fields):
         {"logprobs": True, "top_logprobs": 21},
         {"top_logprobs": 3},
         {"stream_options": {"include_usage": True}},
-        {"presence_penalty": 0.5},
+        {"presence_penalty": 2.1},
         {"frequency_penalty": True},
-        {"logit_bias": {"5": 1}},
+        {"logit_bias": {"5": 101}},
+        {"logit_bias": {"-5": 1}},
+        {"logit_bias": {"red": 1}},
+        {"logit_bias": {"1" * 20: 1}},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": 5},
+        {"chat_template_kwargs": {"interleave_images": "false"}},
+        {"prompt_logprobs": 1},
         {"tools": [{"type": "function"}]},
+        {"tools": [{"type": "function"}], "tool_choice": "auto"},
         {"functions": [{}]},
         {"tool_choice": "required"},
         {"repetition_penalty": 0},
@@ -178,12 +216,9 @@ def test_fields_without_effect_are_accepted(fields):
         {"structured_outputs": "yes"},
         {"bad_words": ["red"]},
         {"allowed_token_ids": [3]},
-        {"stop_token_ids": [3]},
         {"truncate_prompt_tokens": 10},
         {"chat_template": "{{ x }}"},
         {"use_beam_search": True},
-        {"ignore_eos": True},
-        {"skip_special_tokens": False},
         {"add_generation_prompt": False},
         {"length_penalty": 0.8},
         {"best_of": True},
@@ -210,14 +245,6 @@ def test_invalid_and_unsupported_values_are_rejected(fields):
             "messages",
         ),
         ({"n": 3}, "max_n", 2, "too_many_answers", "n"),
-        ({"max_tokens": 9}, "max_completion_tokens", 8, "too_many_tokens", "max_tokens"),
-        (
-            {"max_completion_tokens": 9},
-            "max_completion_tokens",
-            8,
-            "too_many_tokens",
-            "max_completion_tokens",
-        ),
     ],
 )
 def test_limits_reject_only_larger_requests(fields, limit, value, code, param):
@@ -233,3 +260,38 @@ def test_images_of_all_messages_are_counted():
     with pytest.raises(ApiError):
         check(fields, max_images=1)
     check(fields, max_images=2)
+
+
+@pytest.mark.parametrize(
+    ("requested", "allowed"),
+    [(3, 3), (8, 8), (4000, 8), (2**31 - 1, 8), (10**400, 8), (-1, 8), (None, 8)],
+)
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_more_tokens_than_the_limit_are_clipped(tiny_engine, field, requested, allowed):
+    limits = ServerLimits(max_completion_tokens=8)
+    options = token_limit(tiny_engine, limits, request(**{field: requested}).max_answer_tokens)
+    assert options["max_new_tokens"] == allowed
+
+
+def test_max_completion_tokens_replaces_max_tokens():
+    assert request(max_tokens=3, max_completion_tokens=4).max_answer_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"tools": [{}]}, "tools"),
+        ({"functions": [{}], "function_call": "auto"}, "functions"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ],
+)
+def test_errors_name_the_field(fields, param):
+    with pytest.raises(ValidationError) as caught:
+        request(**fields)
+    problems = [problem | {"loc": ("body", *problem["loc"])} for problem in caught.value.errors()]
+    error = as_api_error(RequestValidationError(problems))
+    assert (error.status, error.param, error.code) == (400, param, "invalid_value")
