@@ -131,8 +131,9 @@ def parse_letter(text: str, options: Sequence[str]) -> str | None:
     """The letter of the option that a response in English or Chinese means; None if ambiguous.
 
     Thoughts (`<think>`), initials ("Dr. B. Smith"), a list of options that the response repeats,
-    and letters that it calls wrong ("A is incorrect", "not A", "错误的是A") are removed. A list with
-    one right option ("A ✗ B ✓") means that one. Then the first rule that finds a letter decides:
+    and letters that it calls wrong ("A is incorrect", "not A", "错误的是A") are removed. A list
+    with one right option ("A ✗ B ✓") means that one. Then the first rule that finds a letter
+    decides:
 
     1. The response is the text of one option.
     2. It contains "the answer is B", "B is correct", "答案是B", and no other letter in this form.
