@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from safetensors import SafetensorError
+
 from owl2.errors import ErrorCode, InputError
 
 
@@ -158,11 +160,14 @@ def _temporary_directory(target: Path, kind: str, is_other: bool) -> Iterator[Pa
 
 @contextmanager
 def translate_write_errors(target: Path) -> Iterator[None]:
-    """Raise an InputError about `target`, not about its temporary name, for an OSError."""
+    """Raise an InputError about `target`, not about its temporary name, for an OSError.
+
+    safetensors has an exception of its own for a full disk.
+    """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         if isinstance(error, FileExistsError):  # of `mkdir`, where a parent is a file
             reason = "Not a directory"
         raise InputError(f"{target} cannot be written: {reason}", ErrorCode.WRITE_FAILED) from error

@@ -47,6 +47,11 @@ Hub = Annotated[
 ]
 # A command with one of these parameters loads a model.
 MODEL_PARAMETERS = {"model", "recipe", "llm", "adapter"}
+# Parameters of type `str` that can be paths; the others are hub ids, URLs or names.
+TEXT_PATHS = {
+    *("model", "base", "llm", "vision", "adapter", "config_from"),
+    *("source", "image", "api_key_file", "examples"),
+}
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -61,9 +66,18 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*, hub: str | None = None, **options: Any) -> None:
         if hub is not None:  # a variable, so that all processes of the command use the same hub
             os.environ["OWL2_USE_MODELSCOPE"] = str(int(hub == "modelscope"))
-        for name, value in options.items():
-            options[name] = expand_user(value) if isinstance(value, Path) else value
-        function(**options)
+        function(**{name: _expand(name, value) for name, value in options.items()})
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # functions accept it
     return run
+
+
+def _expand(name: str, value: Any) -> Any:
+    """The value of a parameter, with ``~`` expanded if it is a path."""
+    if isinstance(value, Path):
+        return expand_user(value)
+    if name in TEXT_PATHS and isinstance(value, str):
+        return os.path.expanduser(value)
+    if name in TEXT_PATHS and isinstance(value, list):
+        return [os.path.expanduser(path) for path in value]
+    return value

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 from owl2.serve.errors import ApiError
 
 MIN_LENGTH = 8
@@ -66,7 +67,9 @@ class ApiKeys:
         if file is None:
             return None
         try:
-            keys = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+            keys = [
+                line.strip() for line in expand_user(file).read_text(encoding="utf-8").splitlines()
+            ]
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise InputError(

@@ -47,7 +47,7 @@ def mirror(tiny_checkpoint):
 
 
 def owl2(endpoint, cache, *arguments):
-    """A command in a process of its own, because huggingface_hub reads the variable when imported."""
+    """A command in its own process: huggingface_hub reads the variable when it is imported."""
     variables = {key: value for key, value in os.environ.items() if "HUB_OFFLINE" not in key}
     variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "owl2", *arguments]

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from pydantic import BaseModel, BeforeValidator, StringConstraints, TypeAdapter, ValidationError
 
 from owl2.errors import ErrorCode, InputError
+from owl2.files import expand_user
 
 EDGE = 256
 # Similar to the images of easy-VQA, so that the demo model can answer.
@@ -57,7 +58,7 @@ def read_examples(path: str | Path) -> list[Example]:
     Raises:
         InputError: The file cannot be read or has another format; names the example by its index.
     """
-    path = Path(path)
+    path = expand_user(path)
     try:
         rows = TypeAdapter(list[_Row]).validate_json(path.read_bytes())
     except OSError as error:
@@ -72,7 +73,9 @@ def read_examples(path: str | Path) -> list[Example]:
             ErrorCode.INVALID_FORMAT,
         ) from error
     examples = [
-        Example(row.question, tuple((path.parent / name).absolute() for name in row.image))
+        Example(
+            row.question, tuple((path.parent / expand_user(name)).absolute() for name in row.image)
+        )
         for row in rows
     ]
     missing = [file for example in examples for file in example.images if not file.is_file()]
