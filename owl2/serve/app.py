@@ -1,12 +1,13 @@
 """The ASGI application: OpenAI's routes, health, metrics and the documentation page."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
 
 from owl2 import __version__
 from owl2.engine.engine import Engine
@@ -18,7 +19,12 @@ from owl2.serve.config import ServerLimits
 from owl2.serve.docs_page import docs_page
 from owl2.serve.generation import GenerationHandler
 from owl2.serve.metrics import Metrics
-from owl2.serve.middleware import WEB_PATH, AuthAndBodyLimitMiddleware, RequestLogMiddleware
+from owl2.serve.middleware import (
+    WEB_PATH,
+    AuthAndBodyLimitMiddleware,
+    RequestGuardMiddleware,
+    RequestLogMiddleware,
+)
 from owl2.serve.protocol import ModelCard, ModelList
 from owl2.serve.request_images import RequestImages
 
@@ -32,6 +38,8 @@ def build_app(
     limits: ServerLimits | None = None,
     api_keys: ApiKeys | None = None,
     example: str = "",
+    allowed_hosts: Sequence[str] | None = None,
+    allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application; its `state` has the `AdmissionController` and the image decoder.
 
@@ -40,6 +48,8 @@ def build_app(
         limits: Default: `ServerLimits()`.
         api_keys: None: every client is accepted.
         example: A shell command for the documentation page.
+        allowed_hosts: Host names that requests may use, besides localhost; None: all.
+        allowed_origins: Websites whose pages may send requests, such as `https://example.com`.
     """
     limits = limits or ServerLimits()
     metrics = Metrics()
@@ -70,12 +80,21 @@ def build_app(
         return HTMLResponse(docs_page(app.openapi(), example))
 
     errors.add_handlers(app)
+    # The last one is the outermost: the log has rejected requests.
     app.add_middleware(
         AuthAndBodyLimitMiddleware, limits=limits, api_keys=api_keys, public_paths=PUBLIC_PATHS
     )
     app.add_middleware(
-        RequestLogMiddleware, metrics=metrics
-    )  # outermost: it sees rejected requests
+        CORSMiddleware,
+        allow_origins=allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
+    app.add_middleware(
+        RequestGuardMiddleware, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins
+    )
+    app.add_middleware(RequestLogMiddleware, metrics=metrics)
     return app
 
 

@@ -52,6 +52,11 @@ class ServerLimits:
     allow_remote_images: bool = _option(False, "Fetch images from http and https URLs.")
     image_fetch_timeout: float = _option(10.0, "Time to fetch one image from a URL.", 0)
     max_image_redirects: int = _option(3, "Redirects that are followed for one image.", 0)
+    # Uploads of the web page
+    max_upload_bytes: int = _option(4096 * MIB, "Total size of all uploads to the page.", 0)
+    max_client_upload_bytes: int = _option(
+        512 * MIB, "Total size of the uploads from one address.", 0
+    )
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -81,6 +86,16 @@ class ServerConfig(ServerLimits):
         None, "Environment variable with API keys, separated by commas."
     )
     api_key_file: str | None = _option(None, "File with API keys, one per line.")
+    allowed_hosts: str | None = _option(
+        None,
+        "Host names of requests, separated by commas, such as example.com or *.example.com; "
+        "default: localhost if --host is a loopback address, otherwise all.",
+    )
+    allowed_origins: str | None = _option(
+        None,
+        "Other websites whose pages may send requests, separated by commas, such as "
+        "https://example.com; * for all.",
+    )
     web: bool = _option(False, "Also serve the web page, at /web.")
     examples: str | None = _option(
         None, 'Example questions of the page: JSON, [{"question": TEXT, "image": FILE}, ...].'

@@ -12,6 +12,7 @@ https://platform.openai.com/docs/guides/error-codes.
 """
 
 import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from itertools import groupby
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 MAX_VALUE_LENGTH = 200  # characters of a value that a message quotes
 MAX_MESSAGE_LENGTH = 1000
+MAX_TRACEBACKS = 100  # in the log, so that clients cannot fill it
+
+_logged: set[tuple[type[BaseException], str]] = set()
 
 
 class ErrorInfo(BaseModel):
@@ -149,8 +153,20 @@ def as_api_error(error: BaseException) -> ApiError:
         codes = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
         code = codes.get(error.status_code)
         return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
-    logger.error("A request failed.", exc_info=error)
+    log_bug(error)
     return ApiError(500, "Internal server error; the log of the server has the details.")
+
+
+def log_bug(error: BaseException) -> None:
+    """Log an unexpected exception; the traceback only if it is the first one from its line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f"{frame[0].filename}:{frame[0].lineno}" if frame else "unknown"
+    kind = (type(error), where)
+    is_new = kind not in _logged and len(_logged) < MAX_TRACEBACKS
+    if is_new:
+        _logged.add(kind)
+    name = type(error).__name__
+    logger.error("A request failed: %s at %s.", name, where, exc_info=error if is_new else None)
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -8,6 +8,7 @@ Errors in the options, such as a port in use, are reported before the weights ar
 take minutes. Clients can connect after the model is loaded.
 """
 
+import ipaddress
 import json
 import logging
 import shlex
@@ -25,13 +26,13 @@ from owl2.serve.admission import AdmissionController
 from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerConfig
+from owl2.serve.origins import parse_hosts, parse_origins
 from owl2.serve.web.examples import read_examples
 
 # Longer than the timeouts of clients and proxies, which should close idle connections first.
 KEEP_ALIVE_SECONDS = 75
 # For connections that are still open after all requests have finished or were aborted.
 FLUSH_SECONDS = 3
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def serve_model(config: ServerConfig) -> int:
     """Serve until a signal arrives.
 
     Returns:
-        The exit code: 0 if every request was finished, otherwise 1.
+        The exit code: 0 if every request was finished and the shutdown succeeded, otherwise 1.
 
     Raises:
         InputError: An option, the model or the port is invalid.
@@ -48,8 +49,13 @@ def serve_model(config: ServerConfig) -> int:
     name = config.model_name
     api_keys = ApiKeys.read(config.api_key_env, config.api_key_file)
     examples = None if config.examples is None else read_examples(config.examples)
+    origins = parse_origins(config.allowed_origins or "")
+    hosts = None if config.allowed_hosts is None else parse_hosts(config.allowed_hosts)
     with bind_socket(config.host, config.port) as bound:
         url = socket_url(bound)
+        is_loopback = ipaddress.ip_address(bound.getsockname()[0]).is_loopback
+        if hosts is None and is_loopback:
+            hosts = []  # localhost only
         example = curl_example(url, name, _key_in_shell(config))
         print(f"Loading {config.model} ...", flush=True)
         engine = Engine.from_pretrained(
@@ -61,11 +67,19 @@ def serve_model(config: ServerConfig) -> int:
         )
         # The first token reports errors and pays one-time costs before the first request.
         engine.chat([{"role": "user", "content": "Hello?"}], max_new_tokens=1)
-        app = build_app(engine, name, config, api_keys, example)
+        app = build_app(engine, name, config, api_keys, example, hosts, origins)
         if config.web:
             from owl2.serve.web.mount import mount
 
-            mount(app, engine, config, keys=api_keys, name=name, examples=examples)
+            mount(
+                app,
+                engine,
+                config,
+                keys=api_keys,
+                name=name,
+                examples=examples,
+                allowed_origins=origins,
+            )
 
         def print_urls() -> None:
             dtype = str(engine.model.dtype).removeprefix("torch.")
@@ -77,7 +91,7 @@ def serve_model(config: ServerConfig) -> int:
 
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
         logging.getLogger("owl2.serve").setLevel(logging.INFO)
-        if api_keys is None and config.host not in LOOPBACK:
+        if api_keys is None and not is_loopback:
             logger.warning(
                 "the server accepts requests from every client that reaches this machine; require "
                 "API keys with --api-key-file or --api-key-env"
@@ -170,6 +184,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             ws="none",
+            lifespan="on",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
@@ -185,12 +200,13 @@ class Server(uvicorn.Server):
         """Serve.
 
         Returns:
-            The exit code: 0 if every request was finished, otherwise 1.
+            The exit code: 0 if every request was finished and the shutdown succeeded, otherwise 1.
         """
         self.run([bound])
         if self.aborted:
             logger.warning("%d request(s) were aborted", self.aborted)
-        return 1 if self.aborted else 0
+        # `should_exit`: the startup or the shutdown of the application failed.
+        return 1 if self.aborted or self.lifespan.should_exit else 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen.
@@ -203,7 +219,8 @@ class Server(uvicorn.Server):
         except OSError as error:
             await self.lifespan.shutdown()
             raise InputError(f"The port cannot be used: {error}.", ErrorCode.NETWORK) from error
-        self._on_start()
+        if not self.lifespan.should_exit:
+            self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's method would stop listening, and raise the signal again at the end.

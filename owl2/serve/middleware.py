@@ -1,8 +1,9 @@
-"""ASGI middlewares: API keys and body limits, and the log and metrics of requests.
+"""ASGI middlewares: hosts and origins, API keys and body limits, the log and metrics of requests.
 
 ::
 
-    request ──► log, count ──► API key: 401 ──► size and time of the body: 413, 408 ──► application
+    request ──► log, count ──► host, origin: 403 ──► CORS headers
+            ──► API key: 401 ──► size and time of the body: 413, 408 ──► application
 
 The application would read the complete body before it could check the key; the middleware checks
 the key first and passes the body on when it is complete.
@@ -11,21 +12,93 @@ the key first and passes the body on when it is complete.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from owl2.serve.admission import ClientStopped, run_unless
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError, as_api_error, body_too_large, too_busy
 from owl2.serve.metrics import Metrics
+from owl2.serve.origins import check_host, check_origin
 
 WEB_PATH = "/web"
+# Methods that change nothing. Other websites may send them: browsers hide the answers.
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected; only metrics show it
 
 logger = logging.getLogger(__name__)
+
+
+class RequestGuardMiddleware:
+    """Rejects requests for other hosts and of other websites, and answers HEAD requests.
+
+    Args:
+        allowed_hosts: See `check_host`.
+        allowed_origins: See `check_origin`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        allowed_hosts: Collection[str] | None = None,
+        allowed_origins: Collection[str] = (),
+    ) -> None:
+        self._app = app
+        self._allowed_hosts = allowed_hosts
+        self._allowed_origins = allowed_origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check(scope["method"], Headers(scope=scope))
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if scope["method"] == "HEAD":
+            await self._answer_head(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _check(self, method: str, headers: Headers) -> None:
+        check_host(headers, self._allowed_hosts)
+        if method not in SAFE_METHODS:
+            check_origin(headers, self._allowed_origins)
+        # A proxy could use the other length, and take the rest of the body for another request.
+        if "content-length" in headers and "transfer-encoding" in headers:
+            raise ApiError(
+                400,
+                "A request has either Content-Length or Transfer-Encoding.",
+                code="invalid_headers",
+                headers={"Connection": "close"},
+            )
+
+    async def _answer_head(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the headers of the response to GET. A stream ends before its first event."""
+        sent = asyncio.Event()
+
+        async def send_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                sent.set()
+
+        get = {**scope, "method": "GET"}
+
+        async def answer() -> None:
+            await self._app(get, receive, send_headers)
+
+        try:
+            with suppress(ClientStopped):
+                await run_unless(sent.wait(), answer())
+        finally:
+            scope["route"] = get.get("route")  # for the log
 
 
 class AuthAndBodyLimitMiddleware:

@@ -23,6 +23,7 @@ def client():
         "input": InputError("The question is empty.", ErrorCode.EMPTY_MESSAGE),
         "long": InputError("The prompt is too long.", ErrorCode.TOO_LONG),
         "bug": RuntimeError(SECRET),
+        "frequent bug": ZeroDivisionError(SECRET),
         "busy": errors.too_busy("7 requests are waiting"),
         "shutdown": errors.shutting_down(),
         "surrogate": errors.ApiError(400, "\ud83d", param="a.\ud83d"),
@@ -60,10 +61,11 @@ def test_exceptions_have_status_type_and_code(client, name, status, kind, code):
 
 def test_bugs_are_logged_and_not_sent_to_clients(client, caplog):
     with caplog.at_level(logging.ERROR, "owl2"):
-        reply = client.get("/raise/bug")
-    assert SECRET not in reply.text
+        replies = [client.get("/raise/frequent bug") for _ in range(3)]
+    assert [SECRET in reply.text for reply in replies] == [False] * 3
+    assert len(caplog.records) == 3
     assert SECRET in caplog.text
-    assert "Traceback" in caplog.text
+    assert caplog.text.count("Traceback") == 1  # the first time
 
 
 def test_lone_surrogates_are_escaped(client):

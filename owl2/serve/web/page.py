@@ -6,36 +6,32 @@
     chat ◄── updates ── ChatHandler    words ──► render ──► figures
 """
 
-import atexit
 import html
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from owl2.serve.web.uploads import UploadStore, create_private_directory
+
 # Set before gradio is imported. By default gradio reports its use over the network, and all gradio
 # programs of a machine share one directory for uploads, from which each deletes files.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-if "GRADIO_TEMP_DIR" not in os.environ:
-    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="owl2-web-")
-    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
+os.environ["GRADIO_TEMP_DIR"] = create_private_directory(os.environ.get("GRADIO_TEMP_DIR"))
 
 import gradio as gr
-from gradio.utils import get_upload_folder
 
 from owl2.engine.engine import Engine
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
 from owl2.serve.admission import AdmissionController
+from owl2.serve.errors import as_api_error
 from owl2.serve.web.attention_tab import AnswerAttention, AttentionTab, describe, render
 from owl2.serve.web.chat_handler import ChatHandler, Conversation, Decode
 from owl2.serve.web.examples import Example
+from owl2.serve.web.gateway import session_owner
 from owl2.serve.web.i18n import LANGUAGES, text, translations
 
 HERE = Path(__file__).parent
-# Seconds: maximum age of an uploaded image, and the interval in which expired ones are deleted.
-UPLOAD_MAX_AGE, DELETE_INTERVAL = 4 * 3600, 600
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"]
 
 OWL = (HERE / "owl.svg").read_text("utf-8")
@@ -65,6 +61,7 @@ class Page(gr.Blocks):
     Args:
         decode: See `ChatHandler`.
         name: The model name to show.
+        uploads: The files that visitors may use.
     """
 
     def __init__(
@@ -73,11 +70,12 @@ class Page(gr.Blocks):
         decode: Decode,
         name: str,
         examples: Sequence[Example],
+        uploads: UploadStore,
     ) -> None:
+        self._uploads = uploads
         super().__init__(
             title=f"owl2 · {name}",
             analytics_enabled=False,
-            delete_cache=(DELETE_INTERVAL, UPLOAD_MAX_AGE),
             fill_width=True,
         )
         with self:
@@ -96,12 +94,32 @@ class Page(gr.Blocks):
             self.tab = {"tab_chat": chat_tab, "tab_attention": maps, "tab_settings": settings}
             self._connect(ChatHandler(admission, decode, examples), AttentionTab(admission.engine))
 
-    async def preprocess_data(
-        self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        if _names_other_files(inputs):
-            raise gr.Error("Files must be uploaded.", print_exception=False)
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+    async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            if self._names_other_files(kwargs["inputs"], session_owner(kwargs["session_hash"])):
+                raise gr.Error("Files must be uploaded.", print_exception=False)
+            return await super().process_api(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:  # gradio would print the traceback each time
+            raise gr.Error(as_api_error(error).message, print_exception=False) from error
+
+    async def preprocess_data(self, *args: Any, **kwargs: Any) -> list[Any]:
+        try:
+            return list(await super().preprocess_data(*args, **kwargs))
+        except Exception as error:  # the inputs are not those of the page
+            raise gr.Error("Invalid input.", print_exception=False) from error
+
+    def _names_other_files(self, value: Any, visitor: str) -> bool:
+        """Whether `value` contains a file that the visitor did not upload: a URL or a path."""
+        if isinstance(value, dict):
+            path = value.get("path")
+            if isinstance(path, str) and not self._uploads.can_read(visitor, path):
+                return True
+            value = list(value.values())
+        return isinstance(value, list) and any(
+            self._names_other_files(item, visitor) for item in value
+        )
 
     def _create_header(self, name: str) -> None:
         with gr.Row(elem_id="head"):
@@ -132,7 +150,9 @@ class Page(gr.Blocks):
             latex_delimiters=[],
             elem_id="chat",
         )
-        self.chat.keep_in_cache.update(self.chat.temp_files)  # example images do not expire
+        for example in examples:
+            self._uploads.page_files.update(map(str, example.images))
+        self._uploads.page_files.update(self.chat.temp_files)  # gradio's copies of them
         self.box = gr.MultimodalTextbox(
             placeholder=str(i18n("question")),
             label=i18n("question"),
@@ -182,22 +202,6 @@ class Page(gr.Blocks):
 
         translated = [self.words, self.figures, *self.tab.values()]
         self.language.change(translate, tab_inputs, translated, **quiet)
-
-
-def _names_other_files(value: Any) -> bool:
-    """Whether `value` contains a file that was not uploaded: a URL or another path."""
-    if isinstance(value, dict):
-        path = value.get("path")
-        is_other = isinstance(path, str) and not _is_upload(path)
-        return is_other or any(map(_names_other_files, value.values()))
-    return isinstance(value, list) and any(map(_names_other_files, value))
-
-
-def _is_upload(path: str) -> bool:
-    directory = get_upload_folder()
-    file = Path(os.path.abspath(path))  # resolves ".."; uploads are not links
-    directories = (Path(os.path.abspath(directory)), Path(os.path.realpath(directory)))
-    return os.path.isabs(path) and any(parent in file.parents for parent in directories)
 
 
 def _settings(engine: Engine, limit: int) -> list[Any]:
