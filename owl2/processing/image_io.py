@@ -332,6 +332,13 @@ def _to_rgb(image: Image.Image, max_pixels: int, alpha: Alpha, name: str) -> Ima
 
 def _undecodable(name: str, error: Exception) -> InputError:
     code = ErrorCode.BROKEN_IMAGE
+    if isinstance(error, ValueError) and "MAX_TEXT" in str(error):
+        return _error(
+            name,
+            f"has more than {PngImagePlugin.MAX_TEXT_MEMORY // 2**20} MiB of text beside its "
+            "pixels. Save it again without the text.",
+            ErrorCode.IMAGE_TOO_LARGE,
+        )
     if isinstance(error, MemoryError):
         code = ErrorCode.OUT_OF_MEMORY
     elif isinstance(error, OSError) and error.errno:  # of the disk or a file server, not of Pillow

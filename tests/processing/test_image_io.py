@@ -108,7 +108,9 @@ def serving(handler):
         server.server_close()
 
 
-@pytest.mark.parametrize("failure", [429, 503, "truncated", "reset"])
+@pytest.mark.parametrize(
+    "failure", [429, 503, "truncated", "reset", "truncated chunk", "no last chunk"]
+)
 @pytest.mark.parametrize("failures", [1, 9])
 def test_url_is_requested_again_after_a_transient_error(monkeypatch, failure, failures):
     """A broken download is never reported as a broken image."""
@@ -122,6 +124,15 @@ def test_url_is_requested_again_after_a_transient_error(monkeypatch, failure, fa
             if fails and failure == "reset":
                 self.close_connection = True
                 return
+            if fails and "chunk" in str(failure):
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                length = 900_000 if failure == "truncated chunk" else len(data) // 2
+                self.wfile.write(f"{length:x}\r\n".encode() + data[: len(data) // 2])
+                self.wfile.write(b"\r\n" if failure == "no last chunk" else b"")
+                self.close_connection = True
+                return
             self.send_response(failure if fails and failure != "truncated" else 200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -130,6 +141,8 @@ def test_url_is_requested_again_after_a_transient_error(monkeypatch, failure, fa
         def log_message(self, *_):
             pass
 
+    if "chunk" in str(failure):
+        Handler.protocol_version = "HTTP/1.1"
     with serving(Handler) as address:
         if failures == 1:
             assert same(load_image(f"{address}/a.png"), gradient())
@@ -186,6 +199,22 @@ def test_png_with_a_long_text_is_opened(compressed):
     info.add_text("prompt", "x" * 3_000_000, zip=compressed)
     info.add_itxt("workflow", "ü" * 1_500_000, zip=compressed)
     assert same(load_image(encoded(gradient(), pnginfo=info)), gradient())
+
+
+@pytest.mark.parametrize("chunks", [1, 5])
+@pytest.mark.parametrize("kind", ["add_text", "add_itxt"])
+@pytest.mark.parametrize("is_after_the_pixels", [False, True])
+def test_png_with_too_much_text_is_refused(chunks, kind, is_after_the_pixels):
+    """In one chunk or several, which would expand to more than 64 MiB."""
+    info = PngImagePlugin.PngInfo()
+    for number in range(chunks):
+        getattr(info, kind)(str(number), "x" * (66 * 2**20 // chunks), zip=True)
+    if is_after_the_pixels:
+        info.chunks = [(name, data, True) for name, data, *_ in info.chunks]
+    data = encoded(gradient(), pnginfo=info)
+    assert len(data) < 2**20
+    with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "64 MiB"):
+        load_image(data)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK", "YCbCr"])
