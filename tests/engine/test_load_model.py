@@ -1,9 +1,12 @@
 """Devices and dtypes; checkpoints and options that cannot be loaded."""
 
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
@@ -56,22 +59,57 @@ def test_processor_options(tiny_checkpoint):
     assert (images.image_policy, images.max_pixels) == ("pad", 100)
 
 
-def test_a_moved_base_model(run_cli, tiny_checkpoint, tmp_path):
-    shutil.copytree(tiny_checkpoint, tmp_path / "base")
-    model = ModelArgs(tmp_path / "base", "cpu", "float32").load_model()
+@pytest.fixture(scope="module")
+def moved(tiny_checkpoint, tmp_path_factory):
+    """A directory with an adapter, its base model, which the adapter does not find, and inputs."""
+    folder = tmp_path_factory.mktemp("moved")
+    shutil.copytree(tiny_checkpoint, folder / "base")
+    model = ModelArgs(folder / "base", "cpu", "float32").load_model()
     apply_lora(model, LoraSettings(r=2), seed=0)
-    adapter = tmp_path / "adapter"
-    Owl2Processor.from_pretrained(tiny_checkpoint).save_pretrained(adapter)
-    model.save_pretrained(adapter)
-    (tmp_path / "base").rename(tmp_path / "moved")
+    Owl2Processor.from_pretrained(tiny_checkpoint).save_pretrained(folder / "adapter")
+    model.save_pretrained(folder / "adapter")
+    (folder / "base").rename(folder / "moved")
+    (folder / "images").mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "images" / "a.png")
+    (folder / "q.jsonl").write_text('{"question": "what?", "answer": "red"}')
+    return folder
+
+
+def test_answer_with_a_moved_base_model(run_cli, moved):
     options = ("--device", "cpu", "--dtype", "float32", "--max-new-tokens", 4)
-    refused = run_cli("chat", "--model", adapter, *options, "what?")
+    result = run_cli("chat", "--model", moved / "adapter", "--base", moved / "moved", *options, "a")
+    engine = Engine.from_pretrained(moved / "adapter", "cpu", "float32", base=moved / "moved")
+    assert result.stdout.strip() == engine.chat(ask("a"), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "chat what? --model {adapter} --max-new-tokens 1",
+        "caption {images} --model {adapter} --output-file {out}/a.jsonl --max-new-tokens 1",
+        "eval --model {adapter} --tasks {q} --output {out} --max-new-tokens 1",
+        pytest.param(  # draws figures
+            "attend what? --model {adapter} --output {out} --max-new-tokens 1",
+            marks=pytest.mark.slow,
+        ),
+        "merge {adapter} --output {out}",
+        "serve --model {adapter} --port 0",
+        "web --model {adapter} --port 0",
+    ],
+)
+def test_every_command_accepts_a_moved_base_model(run_cli, monkeypatch, moved, tmp_path, command):
+    def serve_until_signal(server, *_):
+        return 0
+
+    monkeypatch.setattr("owl2.serve.launch.Server.serve_until_signal", serve_until_signal)
+    page = SimpleNamespace(mount=lambda *_, **options: None)
+    monkeypatch.setitem(sys.modules, "owl2.serve.web.mount", page)
+    files = {name: moved / name for name in ("adapter", "images")}
+    words = command.format(**files, q=moved / "q.jsonl", out=tmp_path / "out").split()
+    refused = run_cli(*words)
     assert (refused.exit_code, "--base" in refused.stderr) == (2, True)
-    result = run_cli("chat", "--model", adapter, "--base", tmp_path / "moved", *options, "what?")
-    engine = Engine.from_pretrained(adapter, "cpu", "float32", base=tmp_path / "moved")
-    assert result.stdout.strip() == engine.chat(ask("what?"), max_new_tokens=4)
-    for command in ("attend", "caption", "eval", "serve", "web", "merge"):
-        assert "--base" in run_cli(command, "--help").stdout
+    accepted = run_cli(*words, "--base", moved / "moved")
+    assert accepted.exit_code == 0, accepted.stderr
 
 
 @pytest.mark.parametrize(
