@@ -26,7 +26,8 @@ from owl2.caption.image_folder import (
 from owl2.checkpoints.weight_files import fingerprint
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
-from owl2.engine.offline import answer_all
+from owl2.engine.offline import answer_all, output_all
+from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_file, atomic_write_text, expand_user
 from owl2.processing.messages import user_message
@@ -52,6 +53,7 @@ class CaptionConfig:
         prompt: The question about each image.
         engine: One of `ENGINES`.
         batch_size: Images per batch of the engine "owl2".
+        structured_outputs: As `Engine.chat` takes it. With a JSON schema, captions are JSON values.
     """
 
     folder: Path
@@ -62,18 +64,20 @@ class CaptionConfig:
     engine: str = "owl2"
     max_new_tokens: int = 64
     batch_size: int = 32
+    structured_outputs: Mapping[str, Any] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that the captions depend on, except for rounding errors."""
         folder = expand_user(self.model_args.model)
         name = str(folder.resolve()) if folder.is_dir() else self.model_args.model
+        structured = self.structured_outputs
         return {
             "model": (fingerprint(folder) if folder.is_dir() else None) or name,
             "prompt": self.prompt,
             "max_new_tokens": self.max_new_tokens,
             "quantize": self.model_args.quantize,
-        }
+        } | ({"structured_outputs": structured} if structured else {})
 
     @property
     def report(self) -> Path:
@@ -159,9 +163,7 @@ def _captioned_versions(config: CaptionConfig, settings: Mapping[str, Any]) -> d
     return versions
 
 
-def _captions(
-    config: CaptionConfig, names: Sequence[str], worker: WorkerRank
-) -> Iterator[str | InputError]:
+def _captions(config: CaptionConfig, names: Sequence[str], worker: WorkerRank) -> Iterator[Any]:
     """The caption of each image, in order, or the error that prevents it."""
     paths = (config.folder / name for name in names)
     conversations = ([user_message(config.prompt, [path])] for path in paths)
@@ -169,16 +171,43 @@ def _captions(
     sampling: dict[str, Any] = {"do_sample": False, "max_new_tokens": config.max_new_tokens}
     if config.engine == "owl2":
         engine = load_engine(config, worker)
+        if config.structured_outputs:
+            sampling["structured_outputs"] = config.structured_outputs
+            engine.sampling_params(**sampling)  # an error would occur for every image
+            outputs = output_all(engine, conversations, config.batch_size, **sampling)
+            return (_value(output, "json" in config.structured_outputs) for output in outputs)
         return answer_all(engine, conversations, config.batch_size, **sampling)
     from owl2.vllm_plugin.offline import answer_all as answer_all_with_vllm
 
     args = config.model_args
-    if any(option is not None for option in (args.quantize, args.device, args.base)):
+    unsupported = (args.quantize, args.device, args.base, config.structured_outputs)
+    if any(option is not None for option in unsupported):
         raise InputError(
-            "--engine vllm has no --quantize, --device and --base.", ErrorCode.CONFLICT
+            "--engine vllm has no --quantize, --device, --base, --json-schema and --choice.",
+            ErrorCode.CONFLICT,
         )
     more: dict[str, Any] = {} if args.dtype is None else {"dtype": args.dtype}
     return answer_all_with_vllm(args.model, conversations, sampling, **more)
+
+
+def _value(output: CompletionChunk | InputError, is_json: bool) -> Any:
+    """The answer, or the JSON value that it contains; an error if it is not complete."""
+    if isinstance(output, InputError):
+        return output
+    if output.finish_reason == "length":
+        return InputError(
+            f"The answer is not complete after {output.num_tokens} tokens. Increase "
+            "--max-new-tokens.",
+            ErrorCode.TOO_LONG,
+        )
+    if not is_json:
+        return output.text
+    try:
+        value = json.loads(output.text)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:  # for example a number above 1e308
+        return InputError(f"The answer cannot be stored: {error}.", ErrorCode.INVALID_FORMAT)
+    return value
 
 
 def load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:

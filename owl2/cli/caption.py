@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from owl2.cli.options import Base, Device, Dtype, Model, Quantize
+from owl2.cli.options import (
+    Base,
+    Choice,
+    Device,
+    Dtype,
+    JsonSchema,
+    Model,
+    Quantize,
+    structured_outputs,
+)
 
 
 def caption(
@@ -20,6 +29,8 @@ def caption(
     engine: Annotated[str, typer.Option(help="owl2 or vllm.")] = "owl2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per caption.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
+    json_schema: JsonSchema = None,
+    choice: Choice = None,
     base: Base = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -36,6 +47,14 @@ def caption(
 
     model_args = ModelArgs(model, device, dtype, quantize=quantize, base=base)
     config = CaptionConfig(
-        folder, model_args, output_file, prompt, recursive, engine, max_new_tokens, batch_size
+        folder,
+        model_args,
+        output_file,
+        prompt,
+        recursive,
+        engine,
+        max_new_tokens,
+        batch_size,
+        structured_outputs(json_schema, choice),
     )
     run_caption(config, Console(highlight=False))

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from owl2.cli.options import Base, Device, Dtype, Images, Model, Quantize
+from owl2.cli.options import (
+    Base,
+    Choice,
+    Device,
+    Dtype,
+    Images,
+    JsonSchema,
+    Model,
+    Quantize,
+    structured_outputs,
+)
 
 
 def chat(
@@ -24,6 +34,8 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**32 - 1, help="Random seed for sampling.")
     ] = None,
+    json_schema: JsonSchema = None,
+    choice: Choice = None,
     truncate_history: Annotated[
         bool,
         typer.Option(
@@ -57,6 +69,7 @@ def chat(
         "top_p": top_p,
         "top_k": top_k,
         "seed": seed,
+        "structured_outputs": structured_outputs(json_schema, choice),
     }
     processor = model_args.load_processor()
     # The input may be invalid: it is read before the model is loaded, which takes a while.

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from owl2.errors import ErrorCode, InputError
 from owl2.files import expand_user
+from owl2.json_records import json_object
 
 Model = Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")]
 Images = Annotated[
@@ -45,6 +47,15 @@ Hub = Annotated[
         show_default=False,
     ),
 ]
+JsonSchema = Annotated[
+    Path | None, typer.Option(help="File with a JSON schema; answers are JSON that follows it.")
+]
+Choice = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A possible answer; repeatable. Answers are one of them.", show_default=False
+    ),
+]
 # A command with one of these parameters loads a model.
 MODEL_PARAMETERS = {"model", "recipe", "llm", "adapter"}
 # Parameters of type `str` that can be paths; the others are hub ids, URLs or names.
@@ -52,6 +63,26 @@ TEXT_PATHS = {
     *("model", "base", "llm", "vision", "adapter", "config_from"),
     *("source", "image", "api_key_file", "examples"),
 }
+
+
+def structured_outputs(json_schema: Path | None, choice: list[str] | None) -> dict[str, Any] | None:
+    """The constraint on the answers, as `Engine.chat` takes it.
+
+    Raises:
+        InputError: Both options are given, or the file is not a JSON schema; as
+            `StructuredOutputsParams`.
+    """
+    if json_schema is None and not choice:
+        return None
+    if json_schema is not None and choice:
+        raise InputError("--json-schema and --choice exclude each other.", ErrorCode.CONFLICT)
+    from owl2.engine.structured_output import StructuredOutputsParams
+
+    value = {"choice": choice} if json_schema is None else {"json": json_object(json_schema).value}
+    _ = StructuredOutputsParams.from_value(
+        value
+    ).serialized  # finds errors before the model is loaded
+    return value
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

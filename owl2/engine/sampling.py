@@ -185,7 +185,7 @@ class SamplingParams:
             values["do_sample"] = True
         stop = values.pop("stop", ())
         values["stop"] = (stop,) * bool(stop) if isinstance(stop, str) else tuple(stop)
-        if structured := values.get("structured_outputs"):
+        if (structured := values.get("structured_outputs")) is not None:
             values["structured_outputs"] = StructuredOutputsParams.from_value(structured)
         params = cls(**values)
         if params.temperature < MIN_TEMPERATURE:

@@ -13,6 +13,7 @@ time to compile it, and the time per answer are limited.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -47,6 +48,7 @@ LIMITS = {
 # Between the tokens of JSON: a space, or a line break and the indentation of the next line. Models
 # that were not trained for JSON would otherwise write spaces without end.
 WHITESPACE = r"\x20|\r?\n[\x20\t]{0,20}"
+_GBNF = re.compile(r"^[\w-]+\s*::=", re.MULTILINE)
 START = 'start: " "? @answer'
 
 
@@ -128,8 +130,10 @@ class StructuredOutputsParams:
         """The grammar for llguidance, as JSON.
 
         Raises:
-            InputError: The schema or the grammar is not valid, or too large.
+            InputError: The schema or the grammar is not valid, or too large; or llguidance is not
+                installed.
         """
+        require_package("llguidance", "structured_outputs", "structured")
         import llguidance
 
         if self.json is not None or self.json_object:
@@ -147,7 +151,8 @@ class StructuredOutputsParams:
             if "%json" in grammar:
                 raise _error("%json is not supported", "use structured_outputs.json")
             try:
-                answer = {"lark_grammar": llguidance.grammar_from("grammar", grammar)}
+                notation = "gbnf" if _GBNF.search(grammar) else "lark"
+                answer = {"lark_grammar": llguidance.grammar_from(notation, grammar)}
             except ValueError as error:
                 raise _error(str(error), "use Lark's or llama.cpp's notation") from error
         grammars = [{"lark_grammar": START}, {"name": "answer"} | answer]
@@ -251,7 +256,8 @@ class GrammarMatcher:
         result = function(*args)
         self._seconds += time.thread_time() - start
         if self._matcher.is_error():
-            self.error = self._matcher.get_error().split("\n")[0]
+            message = self._matcher.get_error().partition("\n<")[0]  # a dump of its state
+            self.error = "not supported" if "panic" in message else " ".join(message.split())
         elif self._seconds > MAX_SECONDS:
             self.error = f"it is too complex: its masks took {self._seconds:.1f} seconds"
         return result
@@ -305,9 +311,8 @@ class GrammarCompiler:
 
         Raises:
             InputError: The schema or the grammar is not valid, not supported, or too complex; or
-                llguidance is not installed.
+                as `StructuredOutputsParams.serialized`.
         """
-        require_package("llguidance", "structured_outputs", "structured")
         return self._compile(params.serialized).copy()
 
     def _compile_text(self, text: str) -> GrammarMatcher:

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from owl2.engine.engine import Engine, Prompt
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
+from owl2.errors import ErrorCode, InputError
 from owl2.serve import errors
 from owl2.serve.admission import (
     AdmissionController,
@@ -125,6 +126,11 @@ class GenerationHandler:
                 content = await run_unless(_disconnected(request), reply.complete())
             except ClientStopped:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
+            except InputError as error:
+                if error.code is not ErrorCode.INVALID_FORMAT or not body.constraints:
+                    raise
+                param = next(iter(body.constraints))
+                raise errors.ApiError(400, str(error), code="invalid_value", param=param) from error
         return JSONResponse(content)
 
 

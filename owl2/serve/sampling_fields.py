@@ -6,6 +6,7 @@ support. A known field that would change the answer but is not supported is reje
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -138,11 +139,12 @@ class StructuredOutputFields(OpenAIBaseModel):
 
     @model_validator(mode="after")
     def _check_constraints(self) -> "StructuredOutputFields":
-        if len(fields := list(self._constraints())) > 1:
+        if len(fields := list(self.constraints)) > 1:
             raise field_error(fields[0], f"{' and '.join(fields)} exclude each other")
         return self
 
-    def _constraints(self) -> dict[str, StructuredOutputsParams]:
+    @cached_property
+    def constraints(self) -> dict[str, StructuredOutputsParams]:
         """What the answer must match, by the field that requests it."""
         found = {}
         if self.structured_outputs is not None:
@@ -231,7 +233,7 @@ class SamplingFields(StructuredOutputFields):
             "top_k": None if self.top_k is None else min(max(self.top_k, 0), MAX_TOKENS),
             "min_new_tokens": self.min_tokens,
             "seed": seed,
-            "structured_outputs": next(iter(self._constraints().values()), None),
+            "structured_outputs": next(iter(self.constraints.values()), None),
             "stop": list(self.stop or ()),
             "stop_token_ids": self.stop_token_ids or None,
             "logit_bias": self.logit_bias or None,

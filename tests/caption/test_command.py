@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes
 import pandas
 import pyarrow.json
 import pytest
+from jsonschema import Draft202012Validator
 
 from owl2 import Engine
 from owl2.caption import command
@@ -298,3 +299,67 @@ def test_model_is_identified_by_its_weights(config, tmp_path, tiny_checkpoint):
     weights.write_bytes(data)
     assert other.settings != config.settings
     assert json.dumps(other.settings)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"color": {"enum": ["red", "blue"]}, "count": {"type": "integer", "maximum": 9}},
+    "required": ["color", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_json_captions(config, run_cli, tmp_path):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA), "utf-8")
+    options = ["--recursive", "--device", "cpu", "--dtype", "float32", "--json-schema", path]
+    options += ["--model", config.model_args.model, "--output-file", config.output]
+    result = run_cli("caption", config.folder, *options, "--max-new-tokens", 60)
+    assert result.exit_code == 0, result.stderr
+    assert [row["file_name"] for row in rows(config)] == NAMES
+    for row in rows(config):
+        Draft202012Validator(SCHEMA).validate(row["caption"])
+    # The same command resumes; another schema is another setting.
+    before = config.output.read_bytes()
+    random_image(9).save(config.folder / "new.png")
+    assert run_cli("caption", config.folder, *options, "--max-new-tokens", 60).exit_code == 0
+    assert [row["file_name"] for row in rows(config)] == [*NAMES, "new.png"]
+    assert config.output.read_bytes().startswith(before)
+    path.write_text("{}", "utf-8")
+    result = run_cli("caption", config.folder, *options, "--max-new-tokens", 60)
+    assert (result.exit_code, "structured_outputs" in result.stderr) == (2, True)
+
+
+def test_captions_that_are_cut_off_are_errors(config):
+    constraint = {"regex": "[0-9]{8}"}
+    with raises_input_error(ErrorCode.EMPTY_DATASET, "5"):
+        run(config, structured_outputs=constraint, max_new_tokens=3)
+    assert not config.output.exists()
+    errors = report(config)["errors"]
+    assert [error["file_name"] for error in errors] == NAMES
+    assert all("--max-new-tokens" in error["error"] for error in errors)
+
+
+def test_captions_from_choices(config):
+    choices = ["red", "green circle", "blue"]
+    run(config, structured_outputs={"choice": choices}, max_new_tokens=20)
+    assert {row["caption"] for row in rows(config)} <= set(choices)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "needle"),
+    [
+        ("{", [], "schema.json"),
+        ("[]", [], "schema.json"),
+        ('{"type": "string"}', ["--choice", "red"], "--choice"),
+        ('{"const": "' + "x" * 70_000 + '"}', [], "65536"),
+        ('{"type": "string"}', ["--engine", "vllm"], "--json-schema"),
+    ],
+)
+def test_invalid_schemas(config, run_cli, tmp_path, text, more, needle):
+    path = tmp_path / "schema.json"
+    path.write_text(text, "utf-8")
+    options = ["--model", config.model_args.model, "--output-file", config.output, "--recursive"]
+    result = run_cli("caption", config.folder, *options, "--json-schema", path, *more)
+    assert result.exit_code == 2
+    assert needle in " ".join(result.stderr.split())
