@@ -135,6 +135,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
+        structured = self.structured_outputs is not None
         for name, is_valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
@@ -151,6 +152,7 @@ class SamplingParams:
             ("n", self.n >= 1, "1 or more"),
             ("top_logprobs", 0 <= (self.top_logprobs or 0) <= MAX_TOP_LOGPROBS, "from 0 to 20"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
+            ("ignore_eos", not (self.ignore_eos and structured), "False with structured_outputs"),
         ):
             if not is_valid:
                 raise InputError(

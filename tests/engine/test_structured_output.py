@@ -368,6 +368,11 @@ def test_values_of_structured_outputs(shared_engine, value, code, needle):
         shared_engine.sampling_params(structured_outputs=value)
 
 
+def test_end_tokens_cannot_be_ignored(shared_engine):
+    with raises_input_error(ErrorCode.INVALID_VALUE, "ignore_eos"):
+        shared_engine.sampling_params(structured_outputs={"choice": ["a"]}, ignore_eos=True)
+
+
 def test_the_error_names_the_extra(shared_engine, monkeypatch):
     monkeypatch.setattr("owl2.errors.find_spec", lambda name: None)
     with raises_input_error(ErrorCode.MISSING_DEPENDENCY, "llguidance", "[structured]"):
