@@ -28,6 +28,7 @@ class IncrementalDetokenizer:
         open_ids: Tokens after which all of the text may still change: the byte tokens of
             tokenizers that decode a run of them together.
         stop: Strings that end the answer and are not part of it.
+        align_to_tokens: Release the text of complete tokens only.
 
     Attributes:
         text: The text that no further token changes, including what follows a stop string.
@@ -40,6 +41,7 @@ class IncrementalDetokenizer:
         decode: Callable[[list[int]], str],
         open_ids: Collection[int] = (),
         stop: Sequence[str] = (),
+        align_to_tokens: bool = False,
     ) -> None:
         self.text = ""
         self.stop_position: int | None = None
@@ -48,6 +50,8 @@ class IncrementalDetokenizer:
         self._open_ids = open_ids
         self._stop = stop
         self._max_stop_length = max(map(len, stop), default=0)
+        # Where tokens end in `text`, after the released part.
+        self._token_ends: list[int] | None = [] if align_to_tokens else None
         # The last tokens, decoded together, and how many of their characters `text` has.
         self._window: list[int] = []
         self._num_decoded = 0
@@ -65,7 +69,7 @@ class IncrementalDetokenizer:
         alone = self._decode([token])
         if alone and _REPLACEMENT not in alone:
             self._window, self._num_decoded = [token], len(alone)
-        return self._release(self._begin_of_possible_stop())
+        return self._release(self._end_of_safe_text())
 
     def finish(self) -> str:
         """Release the rest of the text."""
@@ -86,12 +90,19 @@ class IncrementalDetokenizer:
         found = [(position + length, position) for position, length in positions if position >= 0]
         self.stop_position = min(found)[1] if found else None
 
-    def _begin_of_possible_stop(self) -> int:
+    def _end_of_safe_text(self) -> int:
+        """Where the text begins that may become a stop string or end the answer as white space."""
         end = len(self.text)
         for begin in range(max(0, end - self._max_stop_length + 1), end):
             if any(stop.startswith(self.text[begin:]) for stop in self._stop):
-                return begin
-        return end
+                end = begin
+                break
+        if self._token_ends is None or self.stop_position is not None:
+            return end
+        ends = (*self._token_ends, len(self.text))
+        self._token_ends = [one for one in ends if one > self.num_released]
+        possible = [one for one in self._token_ends if one <= end]
+        return max((one for one in possible if not self.text[one - 1].isspace()), default=0)
 
     def _release(self, end: int) -> str:
         """The new text before `end` or a stop string, without white space around the answer."""

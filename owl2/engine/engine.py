@@ -370,14 +370,14 @@ class Engine:
         for prompt in prompts:
             state = PromptState(prompt)
             limit = self._max_answer_tokens(prompt, params)
-            end_ids = params.end_ids(self.end_ids)
-            options = state, params, limit, end_ids, self.model.device
+            options = state, params, limit, params.end_ids(self.end_ids), self.model.device
             requests += [Request(*options, len(requests) + index) for index in range(params.n)]
         for request in requests:
             if params.structured_outputs is not None:
                 request.matcher = self._grammars.matcher(params.structured_outputs)
             decode = partial(self._decode, skip_special_tokens=params.skip_special_tokens)
-            detokenizer = IncrementalDetokenizer(decode, self._open_ids, params.stop)
+            aligns = params.top_logprobs is not None
+            detokenizer = IncrementalDetokenizer(decode, self._open_ids, params.stop, aligns)
             output = OutputProcessor(request, detokenizer, self._token_text, on_output)
             request.on_token, request.on_end = output.process, on_end
         if self.core is not None:

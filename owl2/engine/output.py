@@ -5,13 +5,14 @@
     token, log-probabilities ──OutputProcessor──► CompletionChunk ──Completion──► the caller
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Event
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from owl2.engine.detokenizer import IncrementalDetokenizer
 from owl2.engine.sampling import Logprobs
@@ -25,10 +26,12 @@ class TokenLogprob:
     """A token and its log-probability (natural logarithm, float32).
 
     Attributes:
-        text: The token's text; bytes that are not a complete character are written as `\\xe4`.
-        bytes: UTF-8. The bytes of an answer's tokens, joined, are its text with the white space
-            around it. Empty for special tokens, whose text is their name.
+        text: What the token adds to the answer: the texts of its tokens, joined, are its text. Of
+            the tokens of one character, the last one has the text. The text of an end token is its
+            name.
+        bytes: UTF-8. The bytes of an answer's tokens, joined, are its text. Empty for end tokens.
         top: The most probable tokens in its place, in descending order, without a `top` themselves.
+            Their bytes that are not a complete character are written as `\\xe4` in the text.
     """
 
     id: int
@@ -45,8 +48,8 @@ class CompletionChunk:
     Attributes:
         index: Which answer.
         text: Final text; empty only in the last chunk of an answer.
-        logprobs: If requested, for the tokens that begin in this text; in the last chunk also for
-            the end token. Tokens after a stop string are excluded.
+        logprobs: If requested, for the tokens of this text; in the last chunk also for the end
+            token. Tokens after a stop string are excluded.
         num_tokens: Tokens of this answer so far, with the end token.
         finish_reason: In the last chunk of an answer: `stop` for an end token, a stop string or a
             complete grammar, `length` for the maximum number of tokens.
@@ -96,8 +99,7 @@ class OutputProcessor:
         self._detokenizer = detokenizer
         self._token_text = token_text
         self._on_output = on_output
-        # Not released yet, with the positions in the text where their tokens begin.
-        self._pending: list[tuple[int, TokenLogprob]] = []
+        self._pending: list[_TokenSpan] = []  # not released yet
 
     def process(self, token: int, logprobs: Logprobs | None = None) -> None:
         """Pass on the chunk that the next token completes, if any."""
@@ -106,26 +108,92 @@ class OutputProcessor:
         text = "" if request.has_end_token else detokenizer.add(token)
         if logprobs is not None:
             own, *top = [self._token_logprob(*pair) for pair in logprobs]
-            self._pending.append((begin, replace(own, top=tuple(top))))
+            own = replace(own, top=tuple(top))
+            self._pending.append(_TokenSpan(begin, len(detokenizer.text), own))
         reason: FinishReason | None = None
-        end: int | None = detokenizer.num_released
         if request.is_finished or detokenizer.stop_position is not None:
             text += detokenizer.finish()
-            end = detokenizer.stop_position
-            reason = "length" if end is None and not request.is_stopped else "stop"
+            is_stopped = request.is_stopped or detokenizer.stop_position is not None
+            reason = "stop" if is_stopped else "length"
         if request.aborted or not (text or reason):
             return
         if reason is not None:
             request.aborted = True
-        # Of tokens that begin before `end`; of all if it is None.
-        released = [own for start, own in self._pending if end is None or start < end]
-        self._pending = self._pending[len(released) :]
+        released = tuple(self._release_logprobs(is_last=reason is not None))
         count = len(request.token_ids)
-        self._on_output(CompletionChunk(request.index, text, tuple(released), count, reason))
+        self._on_output(CompletionChunk(request.index, text, released, count, reason))
+
+    def _release_logprobs(self, is_last: bool) -> Iterator[TokenLogprob]:
+        """The tokens whose text was released; in the last chunk all, except after a stop string.
+
+        Tokens that are parts of one text, such as the bytes of a character, are released together.
+        """
+        detokenizer, group, index = self._detokenizer, list[_TokenSpan](), 0
+        for index, token in enumerate(self._pending, 1):
+            group.append(token)
+            end = token.end
+            if is_last and index == len(self._pending):
+                end = len(detokenizer.text)  # incomplete characters are complete now
+            elif token.end == token.start:
+                continue
+            stop = detokenizer.stop_position
+            if stop is not None and group[0].start >= stop:
+                break
+            if not is_last and end > detokenizer.num_released:
+                break
+            yield from self._with_texts(group, end)
+            group = []
+        self._pending = [] if is_last else [*group, *self._pending[index:]]
+
+    def _with_texts(self, group: Sequence["_TokenSpan"], end: int) -> list[TokenLogprob]:
+        """The tokens of the text from the first one's start to `end`, with their parts of it."""
+        text, start = self._detokenizer.text, group[0].start
+        begin = len(text) - len(text.lstrip())  # of the answer
+        part = text[max(start, begin) : min(end, self._detokenizer.num_released)]
+        texts: list[tuple[str, bytes]]
+        if b"".join(bytes(token.logprob.bytes) for token in group) == part.encode():
+            decoder = getincrementaldecoder("utf-8")()
+            data = [bytes(token.logprob.bytes) for token in group]
+            texts = [(decoder.decode(one), one) for one in data]
+        else:  # spaces around the answer, an invalid character, or a special token
+            texts = [("", b"")] * len(group)
+            last = max((i for i, one in enumerate(group) if one.logprob.bytes), default=-1)
+            texts[last] = part, part.encode()
+        return [
+            _with_text(token.logprob, *own, is_first=start <= begin)
+            for token, own in zip(group, texts, strict=True)
+        ]
 
     def _token_logprob(self, token: int, logprob: float) -> TokenLogprob:
         text, data = self._token_text(token)
         return TokenLogprob(token, text, list(data), logprob)
+
+
+class _TokenSpan(NamedTuple):
+    """A token and where its text is in the text of the answer."""
+
+    start: int
+    end: int
+    logprob: TokenLogprob
+
+
+def _with_text(token: TokenLogprob, text: str, data: bytes, is_first: bool) -> TokenLogprob:
+    """A token with its part of the answer, and its alternatives in the same form.
+
+    Args:
+        is_first: The answer begins with it, without the space that the token may have.
+    """
+    if not (data or token.bytes):  # an end token keeps its name
+        return token
+    own = replace(token, text=text, bytes=list(data))
+
+    def as_own(other: TokenLogprob) -> TokenLogprob:
+        if other.id == token.id:
+            return replace(other, text=text, bytes=list(data))
+        stripped = bytes(other.bytes).lstrip() if is_first else b""
+        return replace(other, text=other.text.lstrip(), bytes=list(stripped)) if stripped else other
+
+    return replace(own, top=tuple(map(as_own, token.top)))
 
 
 class Completion(AbstractContextManager["Completion"], Iterator[CompletionChunk]):

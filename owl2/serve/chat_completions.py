@@ -100,8 +100,11 @@ class ChatCompletion(Reply):
 
 
 def _logprobs(scores: Sequence[TokenLogprob]) -> dict[str, Any]:
+    # Tokens without bytes are not part of the content: the end token, and spaces after it.
     content = [
-        _token(score) | {"top_logprobs": [_token(other) for other in score.top]} for score in scores
+        _token(score) | {"top_logprobs": [_token(other) for other in score.top]}
+        for score in scores
+        if score.bytes
     ]
     return {"content": content, "refusal": None}
 

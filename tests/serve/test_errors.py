@@ -98,8 +98,8 @@ def part(**fields):
         ({"n": -(10**300)}, "n", "invalid_value", "n"),
         ({"stop": ["a"] * 20}, "stop", "invalid_value", "16"),
         ({"tools": [{}]}, "tools", "invalid_value", "tools"),
-        ({"frequency_penalty": 1}, "frequency_penalty", "invalid_value", "frequency_penalty"),
-        ({"top_logprobs": 2}, None, "invalid_value", "logprobs: true"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "invalid_value", "frequency_penalty"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value", "logprobs: true"),
         (part(type="text"), "messages.0.content.0.text", "missing_required_parameter", "text"),
         (
             part(type="image_url", image_url={}),

@@ -275,7 +275,7 @@ async def test_an_empty_answer_is_removed(visit, capsys):
         ({}, (*SETTINGS[:4], "seven"), "The seed must be"),
         ({"files": ["a.png"] * 3}, SETTINGS, "3 images.* limit .* 2"),
         ({"files": ["a.png"] * 3}, ("zh", *SETTINGS[1:]), "图片太多"),
-        ({"question": "a" * (128 * 64 + 1)}, SETTINGS, "context of 128 tokens.* 8192"),
+        ({"question": "a" * (128 * 64 + 1)}, SETTINGS, "context length is 128 tokens.* 8193"),
         ({"question": "a" * (128 * 64 + 1)}, ("zh", *SETTINGS[1:]), "文字太长"),
         ({"files": ["deleted.png"]}, SETTINGS, "“deleted.png” has expired"),
     ],
