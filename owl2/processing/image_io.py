@@ -30,8 +30,14 @@ from owl2.files import expand_user
 
 # Pillow's own threshold for a suspicious image: a quarter of a gigabyte as RGB.
 DEFAULT_MAX_PIXELS = 89_478_485
-# Both image policies create a square of the longer edge, which is large for a 1×50,000 image.
+# Both image policies compute a square of the longer edge, which is large for a 1×50,000 image. The
+# cost of an image is the size of this square; it may be larger than `max_pixels` by this factor.
 SQUARE_FACTOR = 4
+# A decoder that is slower than this computation: its cost per pixel.
+SLOW_FORMATS = {"JPEG2000": 8}
+# The square is computed in bands of rows (which fit into the cache of a processor), or beyond the
+# second size one channel at a time.
+BAND_PIXELS, CHANNEL_PIXELS = 2**18, 2**24
 
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 1024 * 1024
@@ -119,13 +125,33 @@ def to_square(
         mean: Of each channel, between 0 and 1.
     """
     longer = max(image.size)
-    if image.width != image.height and policy == "resize":
-        image = image.resize((longer, longer), resample)
-    elif image.width != image.height:
-        canvas = Image.new(image.mode, (longer, longer), tuple(int(value * 255) for value in mean))
-        canvas.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
-        image = canvas
-    return image if longer == edge else image.resize((edge, edge), resample)
+    is_landscape = image.width > image.height
+    if image.width == image.height:
+        return image if longer == edge else image.resize((edge, edge), resample)
+    if policy == "resize" and is_landscape and image.mode == "RGB" and longer**2 > CHANNEL_PIXELS:
+        # The columns are stretched before the rows are resized: one channel at a time.
+        channels = [to_square(one, edge, policy, mean, resample) for one in image.split()]
+        return Image.merge("RGB", channels)
+    # Pillow resizes each row, then each column. Here the rows are resized in bands, so that the
+    # complete square is not required. The pixels are equal to those of resizing the square.
+    color = tuple(int(value * 255) for value in mean) if policy == "pad" else 0
+    rows = Image.new(image.mode, (edge, longer), color)
+    above = (longer - image.height) // 2 if policy == "pad" else 0
+    height = max(1, BAND_PIXELS // longer)
+    if image.mode in ("LA", "RGBA") or (policy == "resize" and is_landscape):
+        height = longer  # for alpha, because Pillow converts the mode in each step
+    for top in range(above // height * height, above + image.height, height):
+        bottom = min(top + height, longer)
+        if policy == "resize":
+            band = image.crop((0, top, image.width, min(bottom, image.height)))
+            band = band.resize((longer, bottom - top), resample)
+        else:
+            band = Image.new(image.mode, (longer, bottom - top), color)
+            band.paste(image, ((longer - image.width) // 2, above - top))
+        if bottom - top == longer:  # the complete square
+            return band if longer == edge else band.resize((edge, edge), resample)
+        rows.paste(band.resize((edge, bottom - top), resample), (0, top))
+    return rows if longer == edge else rows.resize((edge, edge), resample)
 
 
 def check_max_pixels(value: Any) -> int:
@@ -256,14 +282,31 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(reason, (http.client.IncompleteRead, ConnectionResetError))
 
 
+def image_cost(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> int:
+    """The cost of loading an encoded image and of `to_square`, from its header, in pixels.
+
+    Raises:
+        InputError: As `load_image`, unless only the pixels are invalid.
+    """
+    name = f"the given file of {len(data)} bytes"
+    with _open_image(io.BytesIO(data), name) as image:
+        return _check_size(image, max_pixels, name)
+
+
 def _decode(stream: BinaryIO, max_pixels: int, alpha: Alpha, name: str) -> Image.Image:
     """Decode a file as RGB. The size is checked after the header and before the pixels."""
+    with _open_image(stream, name) as image:
+        return _to_rgb(image, max_pixels, alpha, name)
+
+
+def _open_image(stream: BinaryIO, name: str) -> Image.Image:
+    """An image whose header is read."""
     try:
         if not stream.read(1):
             raise _error(name, "is empty: 0 bytes.")
         stream.seek(0)
         with _without_pillow_limit():
-            image = Image.open(stream, formats=supported_formats())
+            return Image.open(stream, formats=supported_formats())
     except UnidentifiedImageError as error:
         raise _error(
             name, f"is not an image in a supported format ({', '.join(supported_formats())})."
@@ -272,8 +315,6 @@ def _decode(stream: BinaryIO, max_pixels: int, alpha: Alpha, name: str) -> Image
         raise
     except Exception as error:  # a decoder raises exceptions of any type for untrusted bytes
         raise _undecodable(name, error) from error
-    with image:
-        return _to_rgb(image, max_pixels, alpha, name)
 
 
 @cache
@@ -298,20 +339,30 @@ def _without_pillow_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _to_rgb(image: Image.Image, max_pixels: int, alpha: Alpha, name: str) -> Image.Image:
+def _check_size(image: Image.Image, max_pixels: int, name: str) -> int:
+    """The cost of an image, see `image_cost`. Raises `InputError` if it is empty or too large."""
     width, height = image.size
     if width == 0 or height == 0:
         raise _error(name, f"is empty: {width}×{height} pixels.")
-    if width * height > max_pixels or max(width, height) ** 2 > SQUARE_FACTOR * max_pixels:
+    factor = SLOW_FORMATS.get(image.format or "", 1)
+    cost = max(max(width, height) ** 2, width * height * factor)
+    if width * height > max_pixels or cost > SQUARE_FACTOR * max_pixels:
+        limit = min(max_pixels, SQUARE_FACTOR * max_pixels // factor)
         edge = int((SQUARE_FACTOR * max_pixels) ** 0.5)
         raise _error(
             name,
-            f"has {width}×{height} = {width * height:,} pixels; the limits are {max_pixels:,} "
-            f"pixels and an edge of {edge:,}. Resize it, or raise max_pixels if you trust it.",
+            f"has {width}×{height} = {width * height:,} pixels; the limits are {limit:,} pixels "
+            f"and an edge of {edge:,}. Resize it, or raise max_pixels if you trust it.",
             ErrorCode.IMAGE_TOO_LARGE,
         )
+    return cost
+
+
+def _to_rgb(image: Image.Image, max_pixels: int, alpha: Alpha, name: str) -> Image.Image:
+    _check_size(image, max_pixels, name)
     try:
         image.load()
+        _check_size(image, max_pixels, name)  # the size in an ICO file can be another one
         image = _upright(image)
         if image.mode.startswith("I;16"):
             image = _scale_to_8_bits(image, 65535.0, name)

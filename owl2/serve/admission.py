@@ -2,14 +2,19 @@
 
 ::
 
-    admit ──► slot (max_num_seqs, max_queued) ──► images, prompt ──► Engine ──► ResponseStream
+    admit (max_queued) ──► images ──► slot (max_num_seqs) ──► prompt ──► Engine ──► ResponseStream
 
-The engine batches all running requests. The controller runs in the event loop, without locks.
+The engine batches all running requests. The images of the next ones are prepared meanwhile. Clients
+take turns (`FairSlots`), so that one with many requests does not delay the others.
+
+The controller runs in the event loop, without locks.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,10 +24,14 @@ from owl2.engine.output import Abort, CompletionChunk, join_chunks
 from owl2.errors import InputError
 from owl2.serve import errors
 from owl2.serve.config import ServerLimits
+from owl2.serve.fair_slots import FairSlots
 from owl2.serve.metrics import Metrics
 
 # Of the longest token strings; only runs of one character have more characters per token.
 MAX_CHARACTERS_PER_TOKEN = 64
+
+# The client of the request that the current task handles: its API key or its address.
+current_client: ContextVar[str] = ContextVar("current_client", default="")
 
 Result = TypeVar("Result")
 
@@ -35,18 +44,19 @@ class AdmissionController:
     """Decides which requests run, wait or are rejected.
 
     Attributes:
+        preparing: Slots of requests whose images are prepared, held until the engine has a slot.
+            One client has at most half of them, because it may use slow URLs.
         slots: Of the engine; a running request has one.
         shutting_down: New requests are rejected.
-        aborted: `abort_all` was called.
     """
 
     def __init__(self, engine: Engine, limits: ServerLimits, metrics: Metrics) -> None:
         self.engine = engine
         self.limits = limits
         self.metrics = metrics
-        self.slots = asyncio.Semaphore(limits.max_num_seqs)
+        self.preparing = FairSlots(limits.max_num_seqs, max(1, limits.max_num_seqs // 2))
+        self.slots = FairSlots(limits.max_num_seqs)
         self.shutting_down = False
-        self.aborted = False
         self._streams: set[ResponseStream] = set()
 
     @property
@@ -56,7 +66,10 @@ class AdmissionController:
 
     @contextmanager
     def admit(self, num_answers: int = 1) -> Iterator["ResponseStream"]:
-        """A request from its arrival to its end.
+        """A request of `current_client` from its arrival to its end.
+
+        If the queue is full, the newest waiting request of the client with the most waiting
+        requests is rejected. This can be the new request.
 
         Raises:
             ApiError: 429 or 503: the queue is full, or the server is shutting down.
@@ -64,9 +77,18 @@ class AdmissionController:
         if self.shutting_down:
             raise errors.shutting_down()
         # A request whose answers are complete may still be sent to a slow client.
-        unanswered = sum(not stream.closed for stream in self._streams)
-        if unanswered >= self.limits.max_num_seqs + self.limits.max_queued:
-            raise errors.too_busy("the queue is full")
+        unanswered = [stream for stream in self._streams if not stream.closed]
+        if len(unanswered) >= self.limits.max_num_seqs + self.limits.max_queued:
+            waiting = [stream for stream in unanswered if stream.is_waiting]
+            counts = Counter(stream.client for stream in waiting)
+            client, most = max(counts.items(), key=lambda item: item[1], default=("", 0))
+            if counts[current_client.get()] + 1 >= most:
+                raise errors.too_busy("the queue is full")
+            newest = max(
+                (stream for stream in waiting if stream.client == client),
+                key=lambda stream: stream.arrival,
+            )
+            newest.expire(errors.too_busy("the queue is full"))
         stream = ResponseStream(self, num_answers)
         self._streams.add(stream)
         reason = "cancelled"
@@ -82,9 +104,8 @@ class AdmissionController:
 
     def abort_all(self) -> None:
         """End all unfinished requests; their clients receive an error."""
-        self.aborted = True
         for stream in self._streams:
-            stream.expire()
+            stream.expire(errors.shutting_down())
 
 
 class ResponseStream:
@@ -93,7 +114,8 @@ class ResponseStream:
     The engine's thread posts its outputs into the event loop, where everything else runs.
 
     Attributes:
-        deadline: In seconds of the event loop's clock.
+        client: As `current_client`.
+        arrival, deadline: In seconds of the event loop's clock.
         closed: The answers are complete or aborted.
         prompt_tokens: Tokens of the prompts, including images; known after `start`.
     """
@@ -102,16 +124,23 @@ class ResponseStream:
         self._admission = admission
         self._metrics = admission.metrics
         self._loop = asyncio.get_running_loop()
-        self._arrival = self._loop.time()
-        self.deadline = self._arrival + admission.limits.request_timeout
+        self.client = current_client.get()
+        self.arrival = self._loop.time()
+        self.deadline = self.arrival + admission.limits.request_timeout
         self.closed = False
         self.prompt_tokens = 0
         self._timeout: asyncio.Timeout | None = None
+        self._expiry: errors.ApiError | None = None
         self._has_slot = False
         self._outputs: asyncio.Queue[CompletionChunk | BaseException | None] = asyncio.Queue()
         self._tokens = [0] * num_answers
         self._unfinished = num_answers
         self._aborts: list[Abort] = []
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the request has no slot of the engine, and waits for one."""
+        return not (self._has_slot or self.closed or self._expiry)
 
     async def start(
         self,
@@ -119,7 +148,7 @@ class ResponseStream:
         options: dict[str, Any],
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Wait for a slot, then for the prompts, and submit them to the engine.
+        """Prepare the prompts, wait for a slot, and submit them to the engine.
 
         The slot is free again when the engine has finished or the stream is closed, so that a
         client that reads slowly does not occupy one.
@@ -133,16 +162,19 @@ class ResponseStream:
             ApiError: 503, at the deadline.
             InputError: The engine cannot answer the messages, or an option is invalid.
         """
-        engine = self._admission.engine
+        admission, owner = self._admission, (self.client,)
+        engine = admission.engine
         async with self._time_limit():
             with self._metrics.waiting.track_inprogress():
-                await self._admission.slots.acquire()
+                async with admission.preparing.slot(owner):
+                    prepared = await prompts()
+                    await admission.slots.acquire(owner)
             self._has_slot = True
             self._metrics.running.inc()
             # A grammar may take a second to compile.
             params = await asyncio.to_thread(lambda: engine.sampling_params(**options))
             encode = partial(engine.encode, **template_kwargs or {})
-            encoded = [await asyncio.to_thread(encode, prompt) for prompt in await prompts()]
+            encoded = [await asyncio.to_thread(encode, prompt) for prompt in prepared]
             num_answers = len(self._tokens) // len(encoded)
             for index, prompt in enumerate(encoded):
                 post = partial(self._post, index * num_answers)
@@ -164,7 +196,7 @@ class ResponseStream:
         if isinstance(output, BaseException):
             self.close("rejected" if isinstance(output, InputError) else "failed")
             return
-        elapsed = self._loop.time() - self._arrival
+        elapsed = self._loop.time() - self.arrival
         if not any(self._tokens):
             self._metrics.time_to_first_token.observe(elapsed)
         self._metrics.generated_tokens.inc(output.num_tokens - self._tokens[output.index])
@@ -201,8 +233,9 @@ class ResponseStream:
         """Tokens of all answers so far."""
         return sum(self._tokens)
 
-    def expire(self) -> None:
-        """Move the deadline to the past."""
+    def expire(self, error: errors.ApiError) -> None:
+        """Move the deadline to the past. The request receives `error`."""
+        self._expiry = error
         self.deadline = 0.0
         if self._timeout is not None:
             with suppress(RuntimeError):  # it has expired already
@@ -218,8 +251,8 @@ class ResponseStream:
         except TimeoutError as error:
             if not timeout.expired():
                 raise
-            if self._admission.aborted:
-                raise errors.shutting_down() from error
+            if self._expiry is not None:
+                raise self._expiry from error
             raise errors.ApiError(
                 503,
                 "The request was aborted because it did not finish within "
@@ -243,7 +276,7 @@ class ResponseStream:
             abort()
         if self._has_slot:
             self._metrics.running.dec()
-            self._admission.slots.release()
+            self._admission.slots.release((self.client,))
 
 
 def check_limits(

@@ -18,6 +18,7 @@ from owl2.serve.chat_completions import add_chat_completions
 from owl2.serve.config import ServerLimits
 from owl2.serve.docs_page import docs_page
 from owl2.serve.generation import GenerationHandler
+from owl2.serve.json_body import JsonRoute
 from owl2.serve.metrics import Metrics
 from owl2.serve.middleware import (
     WEB_PATH,
@@ -70,6 +71,7 @@ def build_app(
         redoc_url=None,
         lifespan=lifespan,
     )
+    app.router.route_class = JsonRoute
     app.state.admission, app.state.decoder = admission, images.decoder
     add_chat_completions(app, GenerationHandler(admission, model_name), images)
     _add_models(app, model_name)

@@ -31,6 +31,7 @@ class ServerLimits:
     max_num_seqs: int = _option(64, "Requests that the engine processes at the same time.", 1)
     max_queued: int = _option(256, "Requests that wait for the engine.", 0)
     max_inflight_bytes: int = _option(1024 * MIB, "Total body size of all unfinished requests.", 1)
+    max_idle_connections: int = _option(1024, "Connections without a request.", 1)
     image_decoders: int = _option(2, "Images that are decoded at the same time.", 1)
     # One request
     request_timeout: float = _option(
@@ -47,7 +48,10 @@ class ServerLimits:
     max_images: int = _option(8, "Images of a conversation.", 0)
     max_image_bytes: int = _option(16 * MIB, "Size of an image file.", 1)
     max_image_pixels: int = _option(2**25, "Pixels of an image.", 1)
-    image_decode_timeout: float = _option(20.0, "Time to decode one image.", 0)
+    max_request_pixels: int = _option(
+        2**28, "Pixels of all images of a request, each as a square of its longer edge.", 1
+    )
+    image_decode_timeout: float = _option(20.0, "Time to decode the images of a request.", 0)
     image_decode_memory: int = _option(1024 * MIB, "Memory to decode one image.", 64 * MIB)
     allow_remote_images: bool = _option(False, "Fetch images from http and https URLs.")
     image_fetch_timeout: float = _option(10.0, "Time to fetch one image from a URL.", 0)

@@ -9,8 +9,8 @@ decoded in its own process, which contains no data of other requests, has limits
 and can open neither files nor connections. An attack on Pillow ends with that process.
 
 The socket of an image carries a line of JSON (`DecodeRequest`) and the file. The reply is a line
-with a status, then RGB values or an error message in UTF-8. Nothing is pickled, because an attacker
-may control the decoder.
+with a status and the cost of the image, then RGB values or an error message in UTF-8. Nothing is
+pickled, because an attacker may control the decoder.
 """
 
 import gc
@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from PIL import Image
+from PIL import Image, ImageCms  # noqa: F401  # Pillow imports it for LAB; a decoder cannot
 
 if sys.platform != "win32":
     import resource  # does not exist on Windows, which `image_decoder` rejects
@@ -38,10 +38,11 @@ if __name__ == "__main__":
     sys.modules["owl2"].__path__ = [str(Path(__file__).parents[1])]
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.image_io import ImagePolicy, load_image, to_square
+from owl2.processing.image_io import ImagePolicy, image_cost, load_image, to_square
 
 # Statuses; those of errors are codes of the API.
 DECODED, INVALID, TOO_LARGE = "decoded", "invalid_image", "image_too_large"
+EXPENSIVE = "expensive"  # not decoded, because its cost is above `max_cost`
 FORK = b"f"  # sent with the socket of an image
 READY = b"."  # the first byte from a decoder
 
@@ -56,6 +57,7 @@ class DecodeRequest:
         max_pixels: Of the image.
         memory: Bytes that the decoder may allocate.
         timeout: Seconds until the process is ended.
+        max_cost: Of an image that is decoded, as from `image_cost`; None: any.
     """
 
     size: int
@@ -64,6 +66,7 @@ class DecodeRequest:
     max_pixels: int
     memory: int
     timeout: float
+    max_cost: int | None = None
 
 
 def main(control: socket.socket) -> None:
@@ -90,8 +93,8 @@ def _run_decoder(connection: socket.socket) -> NoReturn:
         stream = connection.makefile("rwb")
         request = DecodeRequest(**json.loads(stream.readline()))
         restrict_process(request)
-        status, reply = _decode(request, stream.read())
-        stream.write(f"{status}\n".encode() + reply)
+        status, cost, reply = _decode(request, stream.read())
+        stream.write(f"{status} {cost}\n".encode() + reply)
         stream.flush()
         exit_code = 0
     finally:
@@ -122,18 +125,22 @@ def restrict_process(request: DecodeRequest) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def _decode(request: DecodeRequest, data: bytes) -> tuple[str, bytes]:
-    """The status and the RGB values or message of the reply."""
+def _decode(request: DecodeRequest, data: bytes) -> tuple[str, int, bytes]:
+    """The status, the cost, and the RGB values or message of the reply."""
+    cost = 0
     try:
+        cost = image_cost(data, request.max_pixels)
+        if request.max_cost is not None and cost > request.max_cost:
+            return EXPENSIVE, cost, b""
         image = load_image(data, request.max_pixels)
         square = to_square(image, request.size, request.policy, request.mean)
-        return DECODED, square.tobytes()
+        return DECODED, cost, square.tobytes()
     except (InputError, MemoryError) as error:
         code = error.code if isinstance(error, InputError) else ErrorCode.OUT_OF_MEMORY
         if code == ErrorCode.OUT_OF_MEMORY:
-            return TOO_LARGE, b"The image needs too much memory to decode. Reduce its size."
+            return TOO_LARGE, cost, b"The image needs too much memory to decode. Reduce its size."
         status = TOO_LARGE if code == ErrorCode.IMAGE_TOO_LARGE else INVALID
-        return status, str(error).encode("utf-8", "backslashreplace")
+        return status, cost, str(error).encode("utf-8", "backslashreplace")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Image decoders are C code that processes untrusted bytes. If one crashes, hangs 
 memory, only its own request fails, with status 400. `decode_forkserver` starts the processes.
 """
 
-import asyncio
 import atexit
 import json
 import os
@@ -13,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 from PIL import Image
@@ -25,7 +25,11 @@ from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve import decode_forkserver
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
+from owl2.serve.fair_slots import FairSlots, Owner, run_with_slots
 
+# Images with a higher cost (see `image_cost`) are large: about 0.3 seconds. Photos of 12 megapixels
+# are not.
+LARGE_COST = 2**24
 START_SECONDS = 120  # imports are slow on a busy machine
 GRACE_SECONDS = 5.0  # until a decoder that has not ended itself counts as stuck
 
@@ -38,8 +42,31 @@ _SET = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"} | dict.fromkeys(
 )
 
 
+@dataclass(eq=False)
+class ImageBudget:
+    """What the images of one request may still cost; also their owner in the queue of images.
+
+    Attributes:
+        client: The requests of clients are decoded in turn.
+        cost: In pixels, see `image_cost`.
+        seconds: To decode.
+    """
+
+    client: str
+    cost: int
+    seconds: float
+
+    @property
+    def owner(self) -> Owner:
+        """The client and the request."""
+        return self.client, id(self)
+
+
 class SandboxedImageDecoder:
     """Decodes images in separate processes, `image_decoders` at a time.
+
+    Requests take turns. Large images occupy all processes but one, so that small images do not
+    wait for them.
 
     Args:
         processor: The decoded squares have its size and policy; it makes the same pixel values of
@@ -63,8 +90,10 @@ class SandboxedImageDecoder:
                 f"{processor.edge}×{processor.edge} pixels: raise max_pixels.",
                 ErrorCode.INVALID_VALUE,
             )
-        self._max_bytes = limits.max_image_bytes
+        self._limits = limits
         self._pool = ThreadPoolExecutor(limits.image_decoders, "owl2-image")
+        self._slots = FairSlots(limits.image_decoders)
+        self._large_slots = FairSlots(max(1, limits.image_decoders - 1))
         self._request = decode_forkserver.DecodeRequest(
             size=processor.edge,
             policy=processor.image_policy,
@@ -82,58 +111,99 @@ class SandboxedImageDecoder:
         """Accept no more images; does not wait for the current ones."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def decode(self, data: bytes) -> Image.Image:
-        """`decode_sync` in a thread, after a check of the file size.
+    def budget(self, client: str = "") -> ImageBudget:
+        """The budget of a request."""
+        limits = self._limits
+        return ImageBudget(client, limits.max_request_pixels, limits.image_decode_timeout)
 
-        Raises:
-            ApiError: 400.
-        """
-        if len(data) > self._max_bytes:
-            raise ApiError(
-                400,
-                f"The image has {len(data):,} bytes; the limit of this server is "
-                f"{self._max_bytes:,}.",
-                code="image_too_large",
-            )
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self.decode_sync, data)
-
-    def decode_sync(self, data: bytes) -> Image.Image:
+    async def decode(self, data: bytes, budget: ImageBudget | None = None) -> Image.Image:
         """An image file → the (size, size) RGB image that the model sees.
 
+        Args:
+            budget: Of the request. Default: a budget for this image.
+
         Raises:
-            ApiError: 400: not an image, corrupt, too large, or its decoder exceeded the limits on
-                memory or time or crashed.
+            ApiError: 400: not an image, corrupt, too large for a limit or for the budget, or its
+                decoder exceeded the limits on memory or time or crashed.
         """
-        size, timeout = self._request.size, self._request.timeout
-        num_values = 3 * size**2
+        budget = budget or self.budget()
+        if len(data) > self._limits.max_image_bytes:
+            raise _too_large(
+                f"The image has {len(data):,} bytes; the limit of this server is "
+                f"{self._limits.max_image_bytes:,}."
+            )
+        cost, image = await self._run(data, budget, [self._slots], LARGE_COST)
+        if cost > budget.cost:
+            raise _too_large(
+                f"The images of the request have too many pixels: this one counts as {cost:,}, and "
+                f"{budget.cost:,} remain. Reduce their size."
+            )
+        budget.cost -= cost
+        if image is None:
+            _, image = await self._run(data, budget, [self._large_slots, self._slots])
+        assert image is not None
+        return image
+
+    async def _run(
+        self,
+        data: bytes,
+        budget: ImageBudget,
+        slots: Sequence[FairSlots],
+        max_cost: int | None = None,
+    ) -> tuple[int, Image.Image | None]:
+        """`_decode` in a thread, with a slot of each of `slots`."""
+
+        def work() -> tuple[int, Image.Image | None]:
+            if budget.seconds <= 0:
+                raise self._too_slow()
+            request = replace(self._request, timeout=budget.seconds, max_cost=max_cost)
+            return self._decode(data, request, budget)
+
+        return await run_with_slots(slots, budget.owner, self._pool, work)
+
+    def _decode(
+        self, data: bytes, request: decode_forkserver.DecodeRequest, budget: ImageBudget
+    ) -> tuple[int, Image.Image | None]:
+        """The cost of an image and the image, or None if the cost is above `max_cost`."""
+        num_values = 3 * request.size**2
         with fork_server().fork() as connection:
             start = time.monotonic()
-            connection.settimeout(timeout + GRACE_SECONDS)
+            connection.settimeout(request.timeout + GRACE_SECONDS)
             try:
-                connection.sendall(json.dumps(asdict(self._request)).encode() + b"\n" + data)
+                connection.sendall(json.dumps(asdict(request)).encode() + b"\n" + data)
                 connection.shutdown(socket.SHUT_WR)
                 with connection.makefile("rb") as stream:
-                    status = stream.readline(100).decode("ascii", "replace").rstrip("\n")
+                    head = stream.readline(100).decode("ascii", "replace").split()
                     reply = stream.read(num_values + 1)
             except OSError:
-                status, reply = "", b""
+                head, reply = [], b""
+        seconds = time.monotonic() - start
+        budget.seconds -= seconds
+        status, cost = head if len(head) == 2 and head[1].isdecimal() else ("", "0")
+        if status == decode_forkserver.EXPENSIVE and request.max_cost is not None:
+            return int(cost), None
         if status == decode_forkserver.DECODED and len(reply) == num_values:
-            return Image.frombytes("RGB", (size, size), reply)
+            return int(cost), Image.frombytes("RGB", (request.size, request.size), reply)
         if status in (decode_forkserver.INVALID, decode_forkserver.TOO_LARGE):
             raise ApiError(400, reply.decode("utf-8", "replace"), code=status)
-        if time.monotonic() - start >= timeout:
-            raise ApiError(
-                400,
-                f"The image takes longer than {timeout:g} seconds to decode. Reduce its size.",
-                code=decode_forkserver.TOO_LARGE,
-            )
+        if seconds >= request.timeout:
+            raise self._too_slow()
         raise ApiError(
             400,
             "The image cannot be decoded: its decoder crashed. The file may be corrupt or "
             "malicious; save it again as PNG.",
             code=decode_forkserver.INVALID,
         )
+
+    def _too_slow(self) -> ApiError:
+        return _too_large(
+            f"The images of the request take longer than {self._limits.image_decode_timeout:g} "
+            "seconds to decode. Reduce their size."
+        )
+
+
+def _too_large(message: str) -> ApiError:
+    return ApiError(400, message, code=decode_forkserver.TOO_LARGE)
 
 
 class ForkServer:

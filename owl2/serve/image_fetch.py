@@ -17,13 +17,15 @@ import socket
 import ssl
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import httpcore
 
+from owl2.serve.admission import current_client
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError
+from owl2.serve.fair_slots import FairSlots, run_with_slots
 
 MAX_URL_LENGTH = 4096
 PORTS = {"http": 80, "https": 443}
@@ -38,19 +40,27 @@ _BLOCKED = [
     ipaddress.ip_network(net) for net in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32")
 ]
 
-# A lookup has no timeout; slow ones must not occupy the threads of other work.
-_resolvers = ThreadPoolExecutor(16, "owl2-dns")
+# A lookup has no timeout. Slow ones must not occupy the threads of other work, and those of one
+# client must not delay others.
+MAX_LOOKUPS, MAX_LOOKUPS_PER_CLIENT = 64, 8
+_resolvers = ThreadPoolExecutor(MAX_LOOKUPS, "owl2-dns")
 _ssl_context = cache(ssl.create_default_context)
 
 
 class PublicNetwork(httpcore.AnyIOBackend):
     """Connections to hosts whose addresses are all public."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._lookups = FairSlots(MAX_LOOKUPS, MAX_LOOKUPS_PER_CLIENT)
+
     async def resolve(self, host: str) -> list[str]:
         """The addresses of a name. Raises `OSError`."""
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(
-            _resolvers, lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        found = await run_with_slots(
+            [self._lookups],
+            (current_client.get(),),
+            _resolvers,
+            partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM),
         )
         return [str(entry[4][0]) for entry in found]
 

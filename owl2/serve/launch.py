@@ -8,6 +8,7 @@ Errors in the options, such as a port in use, are reported before the weights ar
 take minutes. Clients can connect after the model is loaded.
 """
 
+import asyncio
 import ipaddress
 import json
 import logging
@@ -15,6 +16,7 @@ import shlex
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -26,6 +28,7 @@ from owl2.serve.admission import AdmissionController
 from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerConfig
+from owl2.serve.connections import AcceptErrors, LimitedConnection, raise_open_files_limit
 from owl2.serve.origins import parse_hosts, parse_origins
 from owl2.serve.web.examples import read_examples
 
@@ -178,8 +181,14 @@ class Server(uvicorn.Server):
         shutdown_timeout: float = 30.0,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
+        self._admission: AdmissionController = app.state.admission
         config = uvicorn.Config(
             app,
+            http=partial(  # type: ignore[arg-type]  # uvicorn only calls it
+                LimitedConnection,
+                max_idle=self._admission.limits.max_idle_connections,
+                max_connections=raise_open_files_limit(),
+            ),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -190,7 +199,6 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.aborted = 0
-        self._admission: AdmissionController = app.state.admission
         self._shutdown_timeout = shutdown_timeout
         self._on_start = on_start
         self._signals = 0
@@ -214,6 +222,7 @@ class Server(uvicorn.Server):
         Raises:
             InputError: Another server that was loading at the same time uses the port.
         """
+        asyncio.get_running_loop().set_exception_handler(AcceptErrors())
         try:
             await super().startup(sockets)
         except OSError as error:

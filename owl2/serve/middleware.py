@@ -10,6 +10,7 @@ the key first and passes the body on when it is complete.
 """
 
 import asyncio
+import ipaddress
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -19,7 +20,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from owl2.serve.admission import ClientStopped, run_unless
+from owl2.serve.admission import ClientStopped, current_client, run_unless
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError, as_api_error, body_too_large, too_busy
@@ -129,7 +130,9 @@ class AuthAndBodyLimitMiddleware:
             return
         body = bytearray()
         try:
-            self._check_headers(Headers(scope=scope))
+            headers = Headers(scope=scope)
+            self._check_headers(headers)
+            current_client.set(self._client(scope, headers))
             await self._receive_body(Request(scope, receive), body)
             messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -147,6 +150,16 @@ class AuthAndBodyLimitMiddleware:
     def _is_public(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         return any(path == public or path.startswith(f"{public}/") for public in self._public_paths)
+
+    def _client(self, scope: Scope, headers: Headers) -> str:
+        """The API key, or without keys the address: of IPv6 the network that one client has."""
+        if self._api_keys is not None:
+            return headers["authorization"]
+        host = str(scope["client"][0]) if scope.get("client") else ""
+        with suppress(ValueError):  # a UNIX socket
+            if (address := ipaddress.ip_address(host)).version == 6:
+                return str(ipaddress.ip_network((address.packed[:8] + bytes(8), 64)))
+        return host
 
     def _check_headers(self, headers: Headers) -> None:
         if self._api_keys is not None:

@@ -24,9 +24,10 @@ from PIL import Image
 from owl2.processing.image_io import decode_base64
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.messages import Message
+from owl2.serve.admission import current_client
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError
-from owl2.serve.image_decoder import SandboxedImageDecoder
+from owl2.serve.image_decoder import ImageBudget, SandboxedImageDecoder
 from owl2.serve.image_fetch import PublicNetwork, fetch_image, invalid_url
 from owl2.serve.protocol import (
     ChatCompletionContentPartImageParam,
@@ -61,7 +62,8 @@ class RequestImages:
             ApiError: 400; `param` is the path of the image.
         """
         urls = request.images
-        opened = await asyncio.gather(*(self._open(*item) for item in urls.items()))
+        budget = self.decoder.budget(current_client.get())
+        opened = await asyncio.gather(*(self._open(*item, budget) for item in urls.items()))
         images = dict(zip(urls, opened, strict=True))
         messages: list[Message] = []
         for row, message in enumerate(request.messages):
@@ -75,7 +77,9 @@ class RequestImages:
             messages.append({"role": role, "content": parts})
         return messages
 
-    async def _open(self, indices: tuple[int, int], image: ImageURL) -> Image.Image:
+    async def _open(
+        self, indices: tuple[int, int], image: ImageURL, budget: ImageBudget
+    ) -> Image.Image:
         try:
             scheme = image.url[:8].lower()
             if scheme.startswith("data:"):
@@ -92,7 +96,7 @@ class RequestImages:
                     "images must be data:image/...;base64,... (or https:// URLs, if this server "
                     "fetches them); files are not opened"
                 )
-            return await self.decoder.decode(data)
+            return await self.decoder.decode(data, budget)
         except ApiError as error:
             error.param = "messages.{}.content.{}.image_url.url".format(*indices)
             raise

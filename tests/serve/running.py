@@ -15,12 +15,18 @@ from owl2.engine.output import CompletionChunk
 def run_app(app):
     """The URL of `app`, which uvicorn serves in a thread."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    with run_server(server) as address:
+        yield "http://{}:{}".format(*address)
+
+
+@contextmanager
+def run_server(server, *sockets):
+    """The address of a server that runs in a thread, on bound sockets or those of its settings."""
+    thread = threading.Thread(target=server.run, args=(sockets or None,), daemon=True)
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive())
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield server.servers[0].sockets[0].getsockname()
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)

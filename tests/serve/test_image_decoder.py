@@ -1,5 +1,7 @@
 """Sandboxed decoding: equal pixels, rejected files, and limits of the decoder processes."""
 
+import asyncio
+import json
 import os
 import signal
 import socket
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from owl2.errors import ErrorCode
 from owl2.processing.image_io import FORMATS, SQUARE_FACTOR
@@ -28,6 +30,12 @@ from tests.serve.running import wait_until
 
 SIZE = 24
 Image.init()  # registers all formats, which FILES lists
+
+
+def lab():
+    """Noise in the color space LAB, which no format but TIFF has."""
+    spaces = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
+    return ImageCms.applyTransform(noise(), ImageCms.buildTransform(*spaces, "RGB", "LAB"))
 
 
 def rotated_jpeg():
@@ -49,13 +57,16 @@ FILES = {
     "bilevel": encode(noise(mode="1"), "TIFF", compression="group4"),
     "LZW": encode(noise(), "TIFF", compression="tiff_lzw"),
     "rotated": rotated_jpeg(),
+    "LAB": encode(lab(), "TIFF"),
 }
 
 
 def decode(data, processor=None, **limits):
-    return SandboxedImageDecoder(
-        ServerLimits(**limits), processor or Owl2ImageProcessor(SIZE)
-    ).decode_sync(data)
+    decoder = SandboxedImageDecoder(ServerLimits(**limits), processor or Owl2ImageProcessor(SIZE))
+    try:
+        return asyncio.run(decoder.decode(data))
+    finally:
+        decoder.close()
 
 
 def error_message(data, code, processor=None, **limits):
@@ -173,6 +184,92 @@ def test_time_limit_only_fails_the_image():
     assert_decoder_works()
 
 
+def wide(edge):
+    """An image with one row."""
+    return encode(Image.new("RGB", (edge, 1)), "PNG")
+
+
+def test_cost_of_all_images_of_a_request_is_limited():
+    decoder = SandboxedImageDecoder(
+        ServerLimits(max_request_pixels=5 * 10**7), Owl2ImageProcessor(SIZE, "pad")
+    )
+
+    async def decode_all(*files):
+        budget = decoder.budget()
+        return [await decoder.decode(file, budget) for file in files]
+
+    small, large = wide(4000), wide(5000)  # 16 and 25 million pixels as squares
+    assert len(asyncio.run(decode_all(small, small, FILES["PNG"], small))) == 4
+    assert len(asyncio.run(decode_all(large, small))) == 2
+    for files in ([small] * 4, [large, large, FILES["PNG"]], [small, small, large], [wide(7200)]):
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(decode_all(*files))
+        assert (caught.value.status, caught.value.code) == (400, "image_too_large")
+    decoder.close()
+
+
+def test_time_of_all_images_of_a_request_is_limited():
+    decoder = SandboxedImageDecoder(ServerLimits(), Owl2ImageProcessor(SIZE))
+    budget = decoder.budget()
+    asyncio.run(decoder.decode(FILES["PNG"], budget))
+    assert budget.seconds < ServerLimits().image_decode_timeout
+    budget.seconds = 0.0
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(decoder.decode(FILES["PNG"], budget))
+    assert caught.value.code == "image_too_large"
+    decoder.close()
+
+
+@pytest.mark.parametrize("decoders", [1, 2, 3])
+def test_small_images_do_not_wait_for_large_ones(monkeypatch, decoders):
+    """Large images are being decoded until `finish`; the limit of the processes is respected."""
+    finish = threading.Event()
+    running = []
+
+    def work(connection):
+        with connection, connection.makefile("rb") as stream:
+            request = json.loads(stream.readline())
+            is_large = stream.read() == b"large"
+            if is_large and request["max_cost"] is not None:
+                connection.sendall(b"expensive 20000000\n")
+                return
+            running.append(is_large)
+            if is_large:
+                finish.wait(20)
+            connection.sendall(b"decoded 9\n" + bytes(3 * SIZE**2))
+
+    def fork(self):
+        ours, theirs = socket.socketpair()
+        threading.Thread(target=work, args=(theirs,)).start()
+        return ours
+
+    monkeypatch.setattr(ForkServer, "fork", fork)
+    decoder = SandboxedImageDecoder(ServerLimits(image_decoders=decoders), Owl2ImageProcessor(SIZE))
+
+    async def run():
+        large = []
+        for client in ("a", "a", "b"):
+            budget = decoder.budget(client)
+            large += [asyncio.ensure_future(decoder.decode(b"large", budget)) for _ in range(4)]
+        expected = max(1, decoders - 1)
+        while sum(running) < expected:
+            await asyncio.sleep(0.001)
+        if decoders == 1:
+            finish.set()
+        for client in ("a", "c"):
+            await asyncio.wait_for(decoder.decode(b"small", decoder.budget(client)), 10)
+        if decoders > 1:
+            assert running.count(True) == expected
+            assert not any(task.done() for task in large)
+        else:
+            assert not all(task.done() for task in large)
+        finish.set()
+        await asyncio.gather(*large)
+
+    asyncio.run(run())
+    decoder.close()
+
+
 def decoder_pids():
     parent = image_decoder.fork_server().process.pid
     with open(f"/proc/{parent}/task/{parent}/children") as file:
@@ -217,11 +314,13 @@ def reply_with(monkeypatch, reply):
         b"",
         b"decoded",
         b"decoded\n",
-        b"decoded\n" + b"x" * (3 * SIZE**2 - 1),
-        b"decoded\n" + b"x" * (3 * SIZE**2 + 1),
-        b"decoded\n" + b"x" * 10_000_000,
+        b"decoded 9\n",
+        b"decoded\n" + b"x" * 3 * SIZE**2,
+        b"decoded 9\n" + b"x" * (3 * SIZE**2 - 1),
+        b"decoded 9\n" + b"x" * (3 * SIZE**2 + 1),
+        b"decoded 9\n" + b"x" * 10_000_000,
         b"x" * 1000,
-        b"other\nmessage",
+        b"other 9\nmessage",
         b"\xff\xfe\n",
     ],
 )
@@ -231,7 +330,7 @@ def test_malformed_replies_of_a_decoder_are_rejected(monkeypatch, reply):
 
 
 def test_error_message_with_invalid_utf8(monkeypatch):
-    reply_with(monkeypatch, b"image_too_large\n\xff\xfe")
+    reply_with(monkeypatch, b"image_too_large 9\n\xff\xfe")
     assert error_message(FILES["PNG"], "image_too_large") == "\ufffd\ufffd"
 
 

@@ -11,9 +11,15 @@ from contextlib import contextmanager
 
 import pytest
 
+from owl2.serve.admission import current_client
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
-from owl2.serve.image_fetch import PublicNetwork, fetch_image, is_public
+from owl2.serve.image_fetch import (
+    MAX_LOOKUPS_PER_CLIENT,
+    PublicNetwork,
+    fetch_image,
+    is_public,
+)
 
 PUBLIC, OTHER = "93.184.216.34", "1.1.1.1"
 FILE = b"an image's file" * 100
@@ -185,6 +191,35 @@ class ResolvingNetwork(PublicNetwork):
 
     async def connect(self, address, port):
         raise AssertionError(f"connected to {address}")
+
+
+def test_slow_lookups_of_a_client_do_not_delay_others(monkeypatch):
+    finish = threading.Event()
+    resolved = []
+
+    def look_up(host, *_, **__):
+        resolved.append(host)
+        if host.endswith(".slow"):
+            finish.wait(20)
+        return [(0, 0, 0, "", (PUBLIC, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    network = PublicNetwork()
+
+    async def resolve(client, host):
+        current_client.set(client)
+        return await network.resolve(host)
+
+    async def run():
+        slow = [asyncio.ensure_future(resolve("a", f"{n}.slow")) for n in range(100)]
+        try:
+            assert await asyncio.wait_for(resolve("b", "fast"), 10) == [PUBLIC]
+            assert len(resolved) == 1 + MAX_LOOKUPS_PER_CLIENT
+        finally:
+            finish.set()
+        await asyncio.gather(*slow)
+
+    asyncio.run(run())
 
 
 LOOPBACK = """

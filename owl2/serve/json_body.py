@@ -1,0 +1,103 @@
+"""JSON bodies: limits before they are parsed, and parsing outside the event loop.
+
+A body of 30 MB can contain 10 million values, which takes seconds and a gigabyte to parse.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response
+
+from owl2.serve.errors import ApiError
+
+# A conversation of 3,000 messages has fewer. They are parsed and validated within 0.1 seconds.
+MAX_VALUES = 2**15
+# Larger bodies are counted and parsed in a thread. It must not hold Python's lock for long, so that
+# long strings are scanned in parts.
+MIN_THREAD_BYTES = 64 * 1024
+PART_BYTES = 256 * 1024
+
+_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+
+
+def check_values(body: bytes) -> None:
+    """Reject a JSON body with more than `MAX_VALUES` values and keys, before it is parsed.
+
+    Outside strings, at least one of the characters `,:[{` precedes every value but the first.
+
+    Raises:
+        ApiError: 400.
+    """
+    starts = range(0, len(body), PART_BYTES)
+    # Most bodies have few such characters, including those in strings.
+    if sum(_count_structure(body, start, start + PART_BYTES) for start in starts) < MAX_VALUES:
+        return
+    values, position = 1, 0
+    while position < len(body):
+        end = body.find(b'"', position, position + PART_BYTES)
+        in_string = end >= 0
+        end = end if in_string else min(position + PART_BYTES, len(body))
+        values += _count_structure(body, position, end)
+        if values > MAX_VALUES:
+            raise ApiError(
+                400,
+                f"The body has more than {MAX_VALUES:,} JSON values; this is not a request for "
+                "an answer.",
+                code="invalid_json",
+            )
+        position = end + in_string
+        while in_string and position < len(body):
+            match = _IN_STRING.match(body, position, position + PART_BYTES)
+            assert match is not None  # the pattern matches the empty string
+            is_end = body[match.end() : match.end() + 1] == b'"'
+            # A backslash at the end of a part belongs to the next one.
+            position = match.end() + is_end if match.end() > position or is_end else len(body)
+            in_string = not is_end
+
+
+def _count_structure(body: bytes, start: int, end: int) -> int:
+    """The number of the characters `,:[{` in a part of a body."""
+    return sum(body.count(character, start, end) for character in (b",", b":", b"[", b"{"))
+
+
+class JsonRequest(Request):
+    """A request that parses large bodies in a thread."""
+
+    async def json(self) -> Any:
+        """The parsed body.
+
+        Raises:
+            json.JSONDecodeError: The body is not JSON.
+        """
+        if not hasattr(self, "_json"):
+            self._json = await _run(json.loads, await self.body())
+        return self._json
+
+
+class JsonRoute(APIRoute):
+    """A route with `check_values` for its body and a `JsonRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of FastAPI, after the check of the body."""
+        handler = super().get_route_handler()
+        if self.body_field is None:
+            return handler
+
+        async def check_and_handle(request: Request) -> Response:
+            request = JsonRequest(request.scope, request.receive)
+            await _run(check_values, await request.body())
+            return await handler(request)
+
+        return check_and_handle
+
+
+async def _run(function: Callable[[bytes], Any], body: bytes) -> Any:
+    """The result for a body, computed in a thread if the body is large."""
+    if len(body) < MIN_THREAD_BYTES:
+        return function(body)
+    return await asyncio.to_thread(function, body)
