@@ -31,8 +31,8 @@ from owl2.processing.image_io import (
     ImagePolicy,
     check_max_pixels,
     load_image,
-    to_square,
 )
+from owl2.processing.image_square import to_square
 
 _SAVED = (
     *("image_processor_type", "do_convert_rgb", "do_resize", "size", "resample"),

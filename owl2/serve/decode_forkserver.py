@@ -38,7 +38,8 @@ if __name__ == "__main__":
     sys.modules["owl2"].__path__ = [str(Path(__file__).parents[1])]
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.image_io import ImagePolicy, image_cost, load_image, to_square
+from owl2.processing.image_io import ImagePolicy, image_cost, load_image
+from owl2.processing.image_square import to_square
 
 # Statuses; those of errors are codes of the API.
 DECODED, INVALID, TOO_LARGE = "decoded", "invalid_image", "image_too_large"

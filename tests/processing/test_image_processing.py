@@ -12,8 +12,8 @@ from transformers import CLIPImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from owl2.errors import ErrorCode
-from owl2.processing.image_io import to_square
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.image_square import to_square
 from tests.errors import raises_input_error
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "image"

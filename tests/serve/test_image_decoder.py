@@ -1,7 +1,6 @@
 """Sandboxed decoding: equal pixels, rejected files, and limits of the decoder processes."""
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -182,92 +181,6 @@ def test_time_limit_only_fails_the_image():
     assert "0.01" in message
     assert time.monotonic() - begin < image_decoder.GRACE_SECONDS  # the decoder ended itself
     assert_decoder_works()
-
-
-def wide(edge):
-    """An image with one row."""
-    return encode(Image.new("RGB", (edge, 1)), "PNG")
-
-
-def test_cost_of_all_images_of_a_request_is_limited():
-    decoder = SandboxedImageDecoder(
-        ServerLimits(max_request_pixels=5 * 10**7), Owl2ImageProcessor(SIZE, "pad")
-    )
-
-    async def decode_all(*files):
-        budget = decoder.budget()
-        return [await decoder.decode(file, budget) for file in files]
-
-    small, large = wide(4000), wide(5000)  # 16 and 25 million pixels as squares
-    assert len(asyncio.run(decode_all(small, small, FILES["PNG"], small))) == 4
-    assert len(asyncio.run(decode_all(large, small))) == 2
-    for files in ([small] * 4, [large, large, FILES["PNG"]], [small, small, large], [wide(7200)]):
-        with pytest.raises(ApiError) as caught:
-            asyncio.run(decode_all(*files))
-        assert (caught.value.status, caught.value.code) == (400, "image_too_large")
-    decoder.close()
-
-
-def test_time_of_all_images_of_a_request_is_limited():
-    decoder = SandboxedImageDecoder(ServerLimits(), Owl2ImageProcessor(SIZE))
-    budget = decoder.budget()
-    asyncio.run(decoder.decode(FILES["PNG"], budget))
-    assert budget.seconds < ServerLimits().image_decode_timeout
-    budget.seconds = 0.0
-    with pytest.raises(ApiError) as caught:
-        asyncio.run(decoder.decode(FILES["PNG"], budget))
-    assert caught.value.code == "image_too_large"
-    decoder.close()
-
-
-@pytest.mark.parametrize("decoders", [1, 2, 3])
-def test_small_images_do_not_wait_for_large_ones(monkeypatch, decoders):
-    """Large images are being decoded until `finish`; the limit of the processes is respected."""
-    finish = threading.Event()
-    running = []
-
-    def work(connection):
-        with connection, connection.makefile("rb") as stream:
-            request = json.loads(stream.readline())
-            is_large = stream.read() == b"large"
-            if is_large and request["max_cost"] is not None:
-                connection.sendall(b"expensive 20000000\n")
-                return
-            running.append(is_large)
-            if is_large:
-                finish.wait(20)
-            connection.sendall(b"decoded 9\n" + bytes(3 * SIZE**2))
-
-    def fork(self):
-        ours, theirs = socket.socketpair()
-        threading.Thread(target=work, args=(theirs,)).start()
-        return ours
-
-    monkeypatch.setattr(ForkServer, "fork", fork)
-    decoder = SandboxedImageDecoder(ServerLimits(image_decoders=decoders), Owl2ImageProcessor(SIZE))
-
-    async def run():
-        large = []
-        for client in ("a", "a", "b"):
-            budget = decoder.budget(client)
-            large += [asyncio.ensure_future(decoder.decode(b"large", budget)) for _ in range(4)]
-        expected = max(1, decoders - 1)
-        while sum(running) < expected:
-            await asyncio.sleep(0.001)
-        if decoders == 1:
-            finish.set()
-        for client in ("a", "c"):
-            await asyncio.wait_for(decoder.decode(b"small", decoder.budget(client)), 10)
-        if decoders > 1:
-            assert running.count(True) == expected
-            assert not any(task.done() for task in large)
-        else:
-            assert not all(task.done() for task in large)
-        finish.set()
-        await asyncio.gather(*large)
-
-    asyncio.run(run())
-    decoder.close()
 
 
 def decoder_pids():

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from owl2.errors import ErrorCode
-from owl2.processing import image_io
-from owl2.processing.image_io import image_cost, load_image, to_square
+from owl2.processing import image_square
+from owl2.processing.image_io import image_cost, load_image
+from owl2.processing.image_square import to_square
 from tests.errors import raises_input_error
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,8 +39,8 @@ def noise(size, mode="RGB"):
 def test_bands_and_channels_have_the_pixels_of_the_complete_square(
     monkeypatch, pixels, policy, resample
 ):
-    monkeypatch.setattr(image_io, "BAND_PIXELS", pixels)
-    monkeypatch.setattr(image_io, "CHANNEL_PIXELS", pixels)
+    monkeypatch.setattr(image_square, "BAND_PIXELS", pixels)
+    monkeypatch.setattr(image_square, "CHANNEL_PIXELS", pixels)
     for size in SIZES:
         image = noise(size)
         for edge in (24, 7, 60):
@@ -51,7 +52,7 @@ def test_bands_and_channels_have_the_pixels_of_the_complete_square(
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK"])
 def test_other_modes(monkeypatch, mode):
-    monkeypatch.setattr(image_io, "BAND_PIXELS", 50)
+    monkeypatch.setattr(image_square, "BAND_PIXELS", 50)
     bicubic = Image.Resampling.BICUBIC
     for size in SIZES:
         image = noise(size, mode)

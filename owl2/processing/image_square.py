@@ -1,0 +1,55 @@
+"""Squares of images, for the model."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from owl2.processing.image_io import ImagePolicy
+
+# A square is computed in bands of rows, which fit into the cache of a processor, or beyond the
+# second size one channel at a time.
+BAND_PIXELS, CHANNEL_PIXELS = 2**18, 2**24
+
+
+def to_square(
+    image: Image.Image,
+    edge: int,
+    policy: ImagePolicy,
+    mean: Sequence[float],
+    resample: int = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """Convert an image to the square for the model, with the edge in pixels.
+
+    Args:
+        policy: For images that are not square: "resize" stretches them to a square of the longer
+            edge, "pad" centers them in a square filled with the mean color.
+        mean: Of each channel, between 0 and 1.
+    """
+    longer = max(image.size)
+    is_landscape = image.width > image.height
+    if image.width == image.height:
+        return image if longer == edge else image.resize((edge, edge), resample)
+    if policy == "resize" and is_landscape and image.mode == "RGB" and longer**2 > CHANNEL_PIXELS:
+        # The columns are stretched before the rows are resized: one channel at a time.
+        channels = [to_square(one, edge, policy, mean, resample) for one in image.split()]
+        return Image.merge("RGB", channels)
+    # Pillow resizes each row, then each column. Here the rows are resized in bands, so that the
+    # complete square is not required. The pixels are equal to those of resizing the square.
+    color = tuple(int(value * 255) for value in mean) if policy == "pad" else 0
+    rows = Image.new(image.mode, (edge, longer), color)
+    above = (longer - image.height) // 2 if policy == "pad" else 0
+    height = max(1, BAND_PIXELS // longer)
+    if image.mode in ("LA", "RGBA") or (policy == "resize" and is_landscape):
+        height = longer  # for alpha, because Pillow converts the mode in each step
+    for top in range(above // height * height, above + image.height, height):
+        bottom = min(top + height, longer)
+        if policy == "resize":
+            band = image.crop((0, top, image.width, min(bottom, image.height)))
+            band = band.resize((longer, bottom - top), resample)
+        else:
+            band = Image.new(image.mode, (longer, bottom - top), color)
+            band.paste(image, ((longer - image.width) // 2, above - top))
+        if bottom - top == longer:  # the complete square
+            return band if longer == edge else band.resize((edge, edge), resample)
+        rows.paste(band.resize((edge, bottom - top), resample), (0, top))
+    return rows if longer == edge else rows.resize((edge, edge), resample)
