@@ -27,6 +27,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
+from owl2.processing.image_arrays import array_to_image, image_error, scale_to_8_bits
 
 # Pillow's own threshold for a suspicious image: a quarter of a gigabyte as RGB.
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -94,11 +95,11 @@ def load_image(
         file, name = io.BytesIO(source), f"the given file of {len(source)} bytes"
     elif isinstance(source, np.ndarray):
         name = f"the array of shape {tuple(source.shape)}"
-        return _to_rgb(_array_to_image(source, name), max_pixels, alpha, name)
+        return _to_rgb(array_to_image(source, name), max_pixels, alpha, name)
     elif isinstance(source, Image.Image):
         return _to_rgb(source, max_pixels, alpha, "the given PIL image")
     else:
-        raise _error(
+        raise image_error(
             f"an object of type {type(source).__name__}",
             "is not an image: pass a path, a URL, a PIL image, bytes, a data URI, a base64 string "
             "or an array.",
@@ -133,22 +134,18 @@ def decode_base64(text: str) -> bytes:
     return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
 
 
-def _error(name: str, problem: str, code: ErrorCode = ErrorCode.BROKEN_IMAGE) -> InputError:
-    return InputError(f"{name[0].upper()}{name[1:]} {problem}", code)
-
-
 def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
     """The encoded image in a path, a URL, a data URI or a base64 string, and its name."""
     if isinstance(source, str):
         if not source.strip():
-            raise _error("the path of the image", "is empty.")
+            raise image_error("the path of the image", "is empty.")
         if scheme := _SCHEME.match(source):
             name = f"the image at {shorten(source, 120, str)}"
             if scheme[1].lower() == "file":
                 return _open_file(_file_url_path(source, name), name), name
             if scheme[1].lower() in URL_SCHEMES:
                 return io.BytesIO(_fetch(source, scheme[1].lower(), name)), name
-            raise _error(
+            raise image_error(
                 name,
                 f"cannot be read: {scheme[1]}:// is not supported. Download the image and pass its "
                 "path.",
@@ -168,7 +165,7 @@ def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:
 def _file_url_path(url: str, name: str) -> Path:
     found = re.match(r"file://(localhost)?(/[^#]*)", url, re.IGNORECASE)
     if found is None:
-        raise _error(
+        raise image_error(
             name,
             "cannot be read: a file URL starts with file:/// or file://localhost/.",
             ErrorCode.MISSING_IMAGE,
@@ -185,14 +182,14 @@ def _open_file(path: Path, name: str) -> BinaryIO:
         os.close(descriptor)
         raise OSError("It is not a regular file")
     except FileNotFoundError as error:
-        raise _error(
+        raise image_error(
             name,
             f"does not exist (working directory: {Path.cwd()}). Check the path.",
             ErrorCode.MISSING_IMAGE,
         ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error  # without the path
-        raise _error(name, f"cannot be read: {reason}.", ErrorCode.UNREADABLE_FILE) from error
+        raise image_error(name, f"cannot be read: {reason}.", ErrorCode.UNREADABLE_FILE) from error
 
 
 def _fetch(url: str, scheme: str, name: str) -> bytes:
@@ -202,7 +199,7 @@ def _fetch(url: str, scheme: str, name: str) -> bytes:
         try:
             return decode_base64(urllib.parse.unquote(payload))
         except ValueError as error:
-            raise _error(name, f"is not valid base64: {error}.") from error
+            raise image_error(name, f"is not valid base64: {error}.") from error
     for delay in (*URL_RETRY_DELAYS, None):
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "owl2"})
@@ -217,9 +214,11 @@ def _fetch(url: str, scheme: str, name: str) -> bytes:
                 time.sleep(delay)
                 continue
             code = ErrorCode.BROKEN_IMAGE if scheme == "data" else ErrorCode.MISSING_IMAGE
-            raise _error(name, f"cannot be fetched: {shorten(error, 200, str)}.", code) from error
+            raise image_error(
+                name, f"cannot be fetched: {shorten(error, 200, str)}.", code
+            ) from error
     if is_remote and len(data) > URL_MAX_BYTES:
-        raise _error(
+        raise image_error(
             name,
             f"is larger than {URL_MAX_BYTES // 2**20} MiB. Download it and pass its path.",
             ErrorCode.IMAGE_TOO_LARGE,
@@ -256,12 +255,12 @@ def _open_image(stream: BinaryIO, name: str) -> Image.Image:
     """An image whose header is read."""
     try:
         if not stream.read(1):
-            raise _error(name, "is empty: 0 bytes.")
+            raise image_error(name, "is empty: 0 bytes.")
         stream.seek(0)
         with _without_pillow_limit():
             return Image.open(stream, formats=supported_formats())
     except UnidentifiedImageError as error:
-        raise _error(
+        raise image_error(
             name, f"is not an image in a supported format ({', '.join(supported_formats())})."
         ) from error
     except InputError:
@@ -296,13 +295,13 @@ def _check_size(image: Image.Image, max_pixels: int, name: str) -> int:
     """The cost of an image, see `image_cost`. Raises `InputError` if it is empty or too large."""
     width, height = image.size
     if width == 0 or height == 0:
-        raise _error(name, f"is empty: {width}×{height} pixels.")
+        raise image_error(name, f"is empty: {width}×{height} pixels.")
     factor = SLOW_FORMATS.get(image.format or "", 1)
     cost = max(max(width, height) ** 2, width * height * factor)
     if width * height > max_pixels or cost > SQUARE_FACTOR * max_pixels:
         limit = min(max_pixels, SQUARE_FACTOR * max_pixels // factor)
         edge = int((SQUARE_FACTOR * max_pixels) ** 0.5)
-        raise _error(
+        raise image_error(
             name,
             f"has {width}×{height} = {width * height:,} pixels; the limits are {limit:,} pixels "
             f"and an edge of {edge:,}. Resize it, or raise max_pixels if you trust it.",
@@ -318,9 +317,9 @@ def _to_rgb(image: Image.Image, max_pixels: int, alpha: Alpha, name: str) -> Ima
         _check_size(image, max_pixels, name)  # the size in an ICO file can be another one
         image = _upright(image)
         if image.mode.startswith("I;16"):
-            image = _scale_to_8_bits(image, 65535.0, name)
+            image = scale_to_8_bits(image, 65535.0, name)
         elif image.mode in ("I", "F"):
-            image = _scale_to_8_bits(image, None, name)
+            image = scale_to_8_bits(image, None, name)
         elif image.has_transparency_data:
             # A palette is converted in two steps, because Pillow warns about a direct conversion.
             image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
@@ -337,7 +336,7 @@ def _to_rgb(image: Image.Image, max_pixels: int, alpha: Alpha, name: str) -> Ima
 def _undecodable(name: str, error: Exception) -> InputError:
     code = ErrorCode.BROKEN_IMAGE
     if isinstance(error, ValueError) and "MAX_TEXT" in str(error):
-        return _error(
+        return image_error(
             name,
             f"has more than {PngImagePlugin.MAX_TEXT_MEMORY // 2**20} MiB of text beside its "
             "pixels. Save it again without the text.",
@@ -347,7 +346,7 @@ def _undecodable(name: str, error: Exception) -> InputError:
         code = ErrorCode.OUT_OF_MEMORY
     elif isinstance(error, OSError) and error.errno:  # of the disk or a file server, not of Pillow
         code = ErrorCode.UNREADABLE_FILE
-    return _error(name, f"cannot be decoded: {error}. It may be corrupt or truncated.", code)
+    return image_error(name, f"cannot be decoded: {error}. It may be corrupt or truncated.", code)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -356,51 +355,3 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # corrupt EXIF, which raises any exception, does not affect the pixels
         return image
     return image if orientation == 1 else ImageOps.exif_transpose(image)
-
-
-def _scale_to_8_bits(image: Image.Image, white: float | None, name: str) -> Image.Image:
-    """Scale a grayscale image with more than 8 bits to "L", which `convert` would clip at 255.
-
-    Args:
-        white: The value of white. By default it is derived from the values: 1 (floats only), 255 or
-            65535 if they fit, else the range of the values.
-    """
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise _error(name, "contains values that are not finite.")
-    if white is None:
-        low, high = float(values.min()), float(values.max())
-        candidates = [1.0, 255.0, 65535.0] if image.mode == "F" else [255.0, 65535.0]
-        fitting = [value for value in candidates if low >= 0 and high <= value]
-        if not fitting:
-            values, fitting = values - low, [max(high - low, 1.0)]
-        white = fitting[0]
-    return Image.fromarray(np.rint(values * (255.0 / white)).astype(np.uint8))
-
-
-def _array_to_image(array: np.ndarray, name: str) -> Image.Image:
-    if array.dtype.kind not in "buif":
-        raise _error(name, f"has the dtype {array.dtype}. Pass uint8, or floats between 0 and 1.")
-    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[-1] in (3, 4)):
-        raise _error(name, "is not an image: pass (H, W), (H, W, C) or (C, H, W), C in 1, 3, 4.")
-    if array.size == 0:
-        raise _error(name, "is empty.")
-    if array.dtype.kind == "f":
-        # Written so that NaN fails.
-        if not (array.min() >= 0.0 and array.max() <= 1.0):
-            raise _error(
-                name,
-                "has float values outside 0..1. Pass uint8, or floats that are not normalized.",
-            )
-        array = np.rint(array.astype(np.float64) * 255.0)
-    elif array.dtype == np.uint16:
-        array = np.rint(array / 257.0)
-    elif array.dtype == np.bool_:
-        array = array * 255
-    elif array.dtype != np.uint8 and (array.min() < 0 or array.max() > 255):
-        raise _error(name, f"has {array.dtype} values outside 0..255. Pass uint8.")
-    return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
