@@ -30,7 +30,6 @@ from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerConfig
 from owl2.serve.connections import AcceptErrors, LimitedConnection, raise_open_files_limit
 from owl2.serve.origins import parse_hosts, parse_origins
-from owl2.serve.web.examples import read_examples
 
 # Longer than the timeouts of clients and proxies, which should close idle connections first.
 KEEP_ALIVE_SECONDS = 75
@@ -51,7 +50,11 @@ def serve_model(config: ServerConfig) -> int:
     """
     name = config.model_name
     api_keys = ApiKeys.read(config.api_key_env, config.api_key_file)
-    examples = None if config.examples is None else read_examples(config.examples)
+    examples = None
+    if config.examples is not None:
+        from owl2.serve.web.examples import read_examples
+
+        examples = read_examples(config.examples)
     origins = parse_origins(config.allowed_origins or "")
     hosts = None if config.allowed_hosts is None else parse_hosts(config.allowed_hosts)
     with bind_socket(config.host, config.port) as bound:

@@ -7,17 +7,9 @@
 """
 
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from owl2.serve.web.uploads import UploadStore, create_private_directory
-
-# Set before gradio is imported. By default gradio reports its use over the network, and all gradio
-# programs of a machine share one directory for uploads, from which each deletes files.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["GRADIO_TEMP_DIR"] = create_private_directory(os.environ.get("GRADIO_TEMP_DIR"))
 
 import gradio as gr
 
@@ -30,6 +22,7 @@ from owl2.serve.web.chat_handler import ChatHandler, Conversation, Decode
 from owl2.serve.web.examples import Example
 from owl2.serve.web.gateway import session_owner
 from owl2.serve.web.i18n import LANGUAGES, text, translations
+from owl2.serve.web.uploads import UploadStore
 
 HERE = Path(__file__).parent
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"]
