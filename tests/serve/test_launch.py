@@ -8,15 +8,19 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import asynccontextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
 from owl2.errors import ErrorCode
 from owl2.serve.config import MIB, ServerConfig, ServerLimits
+from owl2.serve.launch import Server, bind_socket
 from tests.errors import raises_input_error
 from tests.serve.running import wait_until
 
@@ -108,6 +112,8 @@ def test_printed_example_works_and_shutdown_finishes_requests(start, tmp_path):
     assert reply["choices"][0]["message"]["content"]
     assert reply["model"] == "tiny"
     assert httpx.get(f"{server.url}/docs").status_code == 200
+    rebound = httpx.get(f"{server.url}/health", headers={"Host": "rebind.example"})
+    assert rebound.status_code == 403  # on a loopback address
     with pytest.raises(openai.AuthenticationError):
         server.ask("another-secret-key")
 
@@ -212,6 +218,53 @@ def test_limits_are_options(run_cli, monkeypatch, command):
 def test_limits_out_of_range(name, value):
     with raises_input_error(ErrorCode.INVALID_VALUE, name, value):
         ServerLimits(**{name: value})
+
+
+def serve_until_stopped(lifespan):
+    """The exit code of a server that is stopped when it has started, and whether it started."""
+    app = FastAPI(lifespan=lifespan)
+    app.state.admission = SimpleNamespace(shutting_down=False, in_flight=0)
+    started = []
+
+    def stop():
+        started.append(True)
+        server.handle_exit(signal.SIGTERM, None)
+
+    with bind_socket("127.0.0.1", 0) as bound:
+        server = Server(app, on_start=stop)
+        try:
+            return server.serve_until_signal(bound), bool(started)
+        except SystemExit as exit:  # uvicorn's, if the startup fails
+            return exit.code, bool(started)
+
+
+@asynccontextmanager
+async def lifespan_that_ends(app):
+    yield
+
+
+@asynccontextmanager
+async def lifespan_with_failing_shutdown(app):
+    yield
+    raise OSError("a directory")
+
+
+@asynccontextmanager
+async def lifespan_with_failing_startup(app):
+    raise OSError("no decoder")
+    yield
+
+
+@pytest.mark.parametrize(
+    ("lifespan", "expected"),
+    [
+        (lifespan_that_ends, (0, True)),
+        (lifespan_with_failing_shutdown, (1, True)),
+        (lifespan_with_failing_startup, (3, False)),
+    ],
+)
+def test_exit_code_after_a_failed_startup_or_shutdown(lifespan, expected):
+    assert serve_until_stopped(lifespan) == expected
 
 
 def test_every_limit_is_documented():
