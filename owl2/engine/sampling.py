@@ -259,12 +259,12 @@ def sample(
     """
     maximum, chosen = logits.max(-1)  # (B,); NaN if the row contains one
     is_finite = maximum.isfinite()
-    excluded = {row: ~mask.to(logits.device) for row, mask in enumerate(masks) if mask is not None}
-    if excluded:
+    allowed = {row: mask.to(logits.device) for row, mask in enumerate(masks) if mask is not None}
+    if allowed:
         logits = logits.clone()
-        for row, mask in excluded.items():
-            logits[row].masked_fill_(mask, float("-inf"))
-        maximum, chosen = logits.max(-1)
+        for row, mask in allowed.items():  # faster than an index of several rows
+            logits[row] = torch.where(mask, logits[row], float("-inf"))
+            maximum[row], chosen[row] = logits[row].max(-1)
         is_finite &= maximum.isfinite()
 
     def draw(rows: Sequence[int], scores: torch.Tensor) -> None:
@@ -274,8 +274,8 @@ def sample(
     processed = {row: process for row, process in enumerate(processors) if process is not None}
     for row, process in processed.items():
         scores = process(logits[row : row + 1].float())
-        if row in excluded:  # a processor may force a token
-            scores = scores.masked_fill(excluded[row], float("-inf"))
+        if row in allowed:  # a processor may force a token
+            scores = torch.where(allowed[row], scores, float("-inf"))
             has_token = (scores > float("-inf")).any()
             scores = torch.where(has_token, scores, logits[row : row + 1].float())
         best, chosen[row] = scores[0].max(-1)

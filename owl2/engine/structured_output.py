@@ -22,6 +22,7 @@ from functools import cached_property, lru_cache
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -37,7 +38,7 @@ MAX_MULTIPLES = 10_000
 MAX_SECONDS = 1.0  # of one core, for the masks of one answer; usual grammars take 0.00005 per token
 MAX_CACHED_GRAMMARS = 128
 # Limits of llguidance. They bound the time of a compilation and of a mask to about a second.
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 300_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 20_000,
@@ -151,10 +152,11 @@ class StructuredOutputsParams:
             if "%json" in grammar:
                 raise _error("%json is not supported", "use structured_outputs.json")
             try:
-                notation = "gbnf" if _GBNF.search(grammar) else "lark"
-                answer = {"lark_grammar": llguidance.grammar_from(notation, grammar)}
+                if _GBNF.search(grammar):
+                    grammar = llguidance.grammar_from("gbnf", grammar)
             except ValueError as error:
                 raise _error(str(error), "use Lark's or llama.cpp's notation") from error
+            answer = {"lark_grammar": grammar}
         grammars = [{"lark_grammar": START}, {"name": "answer"} | answer]
         try:
             text = json.dumps({"grammars": grammars})
@@ -234,14 +236,13 @@ class GrammarMatcher:
 
         End tokens are allowed where the answer may end.
         """
-        data = self._timed(self._matcher.compute_logit_bias)
-        mask = torch.zeros(vocab_size, dtype=torch.bool)
-        if self.error is None:
-            own = torch.frombuffer(bytearray(data), dtype=torch.uint8)[:vocab_size]
-            mask[: len(own)] = own != 0
-            if not mask.any():
-                self.error = "no token of the model can follow"
-        return mask
+        bits = np.frombuffer(self._timed(self._matcher.compute_bitmask), dtype=np.uint8)
+        if self.error is not None:
+            return torch.zeros(vocab_size, dtype=torch.bool)
+        mask = np.unpackbits(bits, count=vocab_size, bitorder="little")  # 0 beyond its end
+        if not mask.any():
+            self.error = "no token of the model can follow"
+        return torch.from_numpy(mask.view(bool))
 
     def accept(self, token: int) -> None:
         """Append a token to the answer."""
