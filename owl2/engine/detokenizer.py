@@ -29,6 +29,8 @@ class IncrementalDetokenizer:
             tokenizers that decode a run of them together.
         stop: Strings that end the answer and are not part of it.
         align_to_tokens: Release the text of complete tokens only.
+        prefix: The token before the answer, if the answer continues its text and keeps the white
+            space around it.
 
     Attributes:
         text: The text that no further token changes, including what follows a stop string.
@@ -42,6 +44,7 @@ class IncrementalDetokenizer:
         open_ids: Collection[int] = (),
         stop: Sequence[str] = (),
         align_to_tokens: bool = False,
+        prefix: int | None = None,
     ) -> None:
         self.text = ""
         self.stop_position: int | None = None
@@ -53,8 +56,14 @@ class IncrementalDetokenizer:
         # Where tokens end in `text`, after the released part.
         self._token_ends: list[int] | None = [] if align_to_tokens else None
         # The last tokens, decoded together, and how many of their characters `text` has.
-        self._window: list[int] = []
-        self._num_decoded = 0
+        self._window: list[int] = [] if prefix is None else [prefix]
+        self._num_decoded = 0 if prefix is None else len(decode(self._window))
+        self._is_stripped = prefix is None
+
+    @property
+    def begin(self) -> int:
+        """Where the answer begins in `text`."""
+        return len(self.text) - len(self.text.lstrip()) if self._is_stripped else 0
 
     def add(self, token: int) -> str:
         """Add a token other than the end token; returns the released text, which may be empty."""
@@ -108,12 +117,12 @@ class IncrementalDetokenizer:
         """The new text before `end` or a stop string, without white space around the answer."""
         if self.stop_position is not None:
             end = self.stop_position
-        end = len(self.text[:end].rstrip())
+        if self._is_stripped:
+            end = len(self.text[:end].rstrip())
         if end <= self.num_released:
             return ""
         begin, self.num_released = self.num_released, end
-        new = self.text[begin:end]
-        return new if self.text[:begin].strip() else new.lstrip()
+        return self.text[max(begin, self.begin) : end]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], tuple[str, bytes]]:

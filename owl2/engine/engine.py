@@ -367,19 +367,19 @@ class Engine:
                 abort()
                 on_output(error)
 
+        decode = partial(self._decode, skip_special_tokens=params.skip_special_tokens)
+        text_options = decode, self._open_ids, params.stop, params.top_logprobs is not None
         for prompt in prompts:
-            state = PromptState(prompt)
             limit = self._max_answer_tokens(prompt, params)
-            options = state, params, limit, params.end_ids(self.end_ids), self.model.device
-            requests += [Request(*options, len(requests) + index) for index in range(params.n)]
-        for request in requests:
-            if params.structured_outputs is not None:
-                request.matcher = self._grammars.matcher(params.structured_outputs)
-            decode = partial(self._decode, skip_special_tokens=params.skip_special_tokens)
-            aligns = params.top_logprobs is not None
-            detokenizer = IncrementalDetokenizer(decode, self._open_ids, params.stop, aligns)
-            output = OutputProcessor(request, detokenizer, self._token_text, on_output)
-            request.on_token, request.on_end = output.process, on_end
+            state = PromptState(prompt)
+            options = params, limit, params.end_ids(self.end_ids), self.model.device
+            for _ in range(params.n):
+                requests.append(request := Request(state, *options, len(requests)))
+                if params.structured_outputs is not None:
+                    request.matcher = self._grammars.matcher(params.structured_outputs)
+                detokenizer = IncrementalDetokenizer(*text_options, prompt.continued_id)
+                output = OutputProcessor(request, detokenizer, self._token_text, on_output)
+                request.on_token, request.on_end = output.process, on_end
         if self.core is not None:
             self.core.submit(requests)
         else:

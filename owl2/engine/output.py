@@ -148,7 +148,7 @@ class OutputProcessor:
     def _with_texts(self, group: Sequence["_TokenSpan"], end: int) -> list[TokenLogprob]:
         """The tokens of the text from the first one's start to `end`, with their parts of it."""
         text, start = self._detokenizer.text, group[0].start
-        begin = len(text) - len(text.lstrip())  # of the answer
+        begin = self._detokenizer.begin
         part = text[max(start, begin) : min(end, self._detokenizer.num_released)]
         texts: list[tuple[str, bytes]]
         if b"".join(bytes(token.logprob.bytes) for token in group) == part.encode():

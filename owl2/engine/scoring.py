@@ -14,12 +14,14 @@ from collections.abc import Collection, Sequence
 import torch
 
 from owl2.engine.running_batch import PrefillOutput
-from owl2.engine.sampling import non_finite_error
+from owl2.engine.sampling import Logprobs, SamplingParams, compute_logprobs, non_finite_error
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.loss_mask import EncodedConversation
 from owl2.processing.messages import Message, parse_messages
 from owl2.processing.processor import Owl2Processor
+
+_SCORED_TOGETHER = 256  # tokens of a prompt; their logits take V * 4 bytes each
 
 
 def encode_answer(
@@ -120,4 +122,33 @@ def score_answers(
         if not row.isfinite().all():
             step = int((~row.isfinite()).nonzero()[0, 0]) + 1
             raise non_finite_error(model.dtype, f"token {step} of a choice")
+    return scores
+
+
+@torch.no_grad()
+def score_prompt(
+    model: Owl2ForConditionalGeneration,
+    ids: Sequence[int],
+    top_logprobs: int,
+    first: PrefillOutput,
+) -> list[Logprobs]:
+    """The log-probabilities of the S - 1 tokens of a text prompt that follow its first one.
+
+    Args:
+        ids: S token ids, without images.
+        top_logprobs: Number of most probable tokens in addition to each token.
+        first: The prefill of the first token; not modified.
+    """
+    params = SamplingParams(top_logprobs=top_logprobs)
+    cache = copy.deepcopy(first.cache)  # the model writes to it
+    logits = first.logits  # (1, V)
+    scores: list[Logprobs] = []
+    for start in range(1, len(ids), _SCORED_TOGETHER):
+        chunk = ids[start : start + _SCORED_TOGETHER]
+        rest = torch.tensor([chunk], device=logits.device)
+        output = model(input_ids=rest, past_key_values=cache, use_cache=True).logits[0]
+        logits = torch.cat([logits[-1:], output[:-1]])  # (T, V), each before its token
+        found = compute_logprobs(logits, chunk, [params] * len(chunk))
+        scores += [row for row in found if row is not None]
+        logits = output
     return scores

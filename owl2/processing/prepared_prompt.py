@@ -24,12 +24,14 @@ class PreparedPrompt:
         pixel_values: (N, 3, H, W) on the CPU, or None without images.
         image_spans: Start and end position of each image's tokens.
         image_digests: A hash of each image's pixels; equal images have equal digests.
+        is_continued: The answer continues the text of the prompt and keeps its white space.
     """
 
     ids: tuple[int, ...]
     pixel_values: torch.Tensor | None
     image_spans: tuple[tuple[int, int], ...]
     image_digests: tuple[bytes, ...]
+    is_continued: bool = False
 
     @classmethod
     def from_ids(
@@ -61,6 +63,11 @@ class PreparedPrompt:
         spans = zip(positions[::num_image_tokens], ends, strict=True)
         digests = tuple(map(pixel_digest, images))
         return cls(tuple(ids), pixel_values if images else None, tuple(spans), digests)
+
+    @property
+    def continued_id(self) -> int | None:
+        """The last id, if the answer continues its text."""
+        return self.ids[-1] if self.is_continued else None
 
     def check_ids(self, config: Owl2Config) -> None:
         """Raise an InputError if an id is neither the image token nor in the model's vocabulary."""

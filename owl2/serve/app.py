@@ -15,6 +15,7 @@ from owl2.serve import errors
 from owl2.serve.admission import AdmissionController
 from owl2.serve.auth import ApiKeys
 from owl2.serve.chat_completions import add_chat_completions
+from owl2.serve.completions import add_completions
 from owl2.serve.config import ServerLimits
 from owl2.serve.docs_page import docs_page
 from owl2.serve.generation import GenerationHandler
@@ -28,6 +29,7 @@ from owl2.serve.middleware import (
 )
 from owl2.serve.protocol import ModelCard, ModelList
 from owl2.serve.request_images import RequestImages
+from owl2.serve.responses import add_responses
 
 # Paths without an API key: monitoring, documentation, and the web page, which has its own sign-in.
 PUBLIC_PATHS = ("/health", "/metrics", "/docs", "/openapi.json", WEB_PATH)
@@ -73,7 +75,10 @@ def build_app(
     )
     app.router.route_class = JsonRoute
     app.state.admission, app.state.decoder = admission, images.decoder
-    add_chat_completions(app, GenerationHandler(admission, model_name), images)
+    handler = GenerationHandler(admission, model_name)
+    add_chat_completions(app, handler, images)
+    add_completions(app, handler)
+    add_responses(app, handler, images)
     _add_models(app, model_name)
     _add_monitoring(app, admission, metrics)
 

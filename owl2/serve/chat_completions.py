@@ -30,27 +30,31 @@ def add_chat_completions(app: FastAPI, handler: GenerationHandler, images: Reque
         With `stream`, the response consists of server-sent events: `data: {...}` with a
         `chat.completion.chunk` each, and `data: [DONE]` at the end.
         """
-
-        async def prompts() -> list[list[Message]]:
-            return [await images.messages(body)]
-
-        return await handler.respond(request, body, prompts, partial(ChatCompletion, body))
+        return await handler.respond(request, body, partial(ChatCompletion, body, images))
 
 
 class ChatCompletion(Reply):
     """The response to a `ChatCompletionRequest`."""
 
-    def __init__(self, request: ChatCompletionRequest, stream: ResponseStream) -> None:
+    def __init__(
+        self, request: ChatCompletionRequest, images: RequestImages, stream: ResponseStream
+    ) -> None:
         super().__init__(stream)
+        self.template_kwargs = request.template_kwargs
+        self._request = request
+        self._images = images
         self._num_answers = request.num_answers
         self._has_logprobs = bool(request.logprobs)
-        options = request.stream_options
-        self._include_usage = options is not None and options.include_usage
+        self._include_usage = request.include_usage
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": request.model,
         }
+
+    async def prompts(self) -> list[list[Message]]:
+        """The conversation."""
+        return [await self._images.messages(self._request)]
 
     async def complete(self) -> dict[str, Any]:
         """A `ChatCompletionResponse`."""

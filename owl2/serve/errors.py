@@ -21,6 +21,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -173,10 +174,26 @@ def add_handlers(app: FastAPI) -> None:
     """Respond to every exception in `app` with an `ErrorResponse`."""
 
     async def respond(request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+        found = as_api_error(error)
+        if found.code in ("not_found", "method_not_allowed") and isinstance(error, HTTPException):
+            found.message = (
+                f"{request.method} {request.url.path} does not exist. This server has "
+                f"{', '.join(_documented_routes(app))}."
+            )
+        return found.response()
 
     for kind in (ApiError, InputError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)
+
+
+def _documented_routes(app: FastAPI) -> list[str]:
+    """Methods and paths of the API."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    return [
+        f"{'/'.join(sorted(route.methods or ()))} {route.path_format}"
+        for route in routes
+        if route.include_in_schema
+    ]
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

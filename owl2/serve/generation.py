@@ -12,7 +12,7 @@ The response objects are plain dictionaries, because there is one for every toke
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from typing import Any
 
@@ -33,7 +33,7 @@ from owl2.serve.admission import (
 )
 from owl2.serve.config import ServerLimits
 from owl2.serve.middleware import CLIENT_CLOSED_REQUEST
-from owl2.serve.protocol import ChatCompletionRequest
+from owl2.serve.protocol import GenerationRequest
 from owl2.serve.sampling_fields import NO_LIMIT
 
 # After the deadline of the request, for a client that reads slowly.
@@ -46,10 +46,20 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class Reply(ABC):
-    """The response to a request: `complete`, or `events` for a request with `stream`."""
+    """The response to a request: `complete`, or `events` for a request with `stream`.
+
+    Attributes:
+        template_kwargs: See `ResponseStream.start`.
+    """
+
+    template_kwargs: dict[str, Any] | None = None
 
     def __init__(self, stream: ResponseStream) -> None:
         self._stream = stream
+
+    @abstractmethod
+    async def prompts(self) -> Sequence[Prompt]:
+        """The prompts; see `ResponseStream.start`."""
 
     @abstractmethod
     async def complete(self) -> dict[str, Any]:
@@ -98,14 +108,10 @@ class GenerationHandler:
     async def respond(
         self,
         request: Request,
-        body: ChatCompletionRequest,
-        prompts: Callable[[], Awaitable[Sequence[Prompt]]],
+        body: GenerationRequest,
         make_reply: Callable[[ResponseStream], Reply],
     ) -> Response:
         """The response to a request.
-
-        Args:
-            prompts: See `ResponseStream.start`.
 
         Raises:
             ApiError, InputError: The request is rejected, or fails before its stream has started.
@@ -119,7 +125,7 @@ class GenerationHandler:
             try:
                 limit = token_limit(self.engine, self._admission.limits, body.max_answer_tokens)
                 options = body.sampling_options() | limit
-                start = stream.start(prompts, options, body.template_kwargs)
+                start = stream.start(reply.prompts, options, reply.template_kwargs)
                 await run_unless(_disconnected(request), start)
                 if body.stream:
                     return EventStreamResponse(reply.events(), stream.deadline, stack.pop_all())

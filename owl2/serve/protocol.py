@@ -1,20 +1,23 @@
-"""Requests and responses of OpenAI's chat completions, as far as the model supports them.
+"""Requests and responses of OpenAI's chat and text completions, as far as the model supports them.
 
-Fields and ranges follow https://platform.openai.com/docs/api-reference/chat, names follow vLLM's
+Fields and ranges follow https://platform.openai.com/docs/api-reference, names follow vLLM's
 protocol. `sampling_fields` has the fields that other routes have as well.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from owl2.engine.sampling import MAX_TOP_LOGPROBS
+from owl2.serve.config import MAX_N
 from owl2.serve.sampling_fields import (
     NO_LIMIT,
     NonEmptyStr,
     OpenAIBaseModel,
     SamplingFields,
+    TokenId,
     Unsupported,
     UnsupportedFlag,
     UnsupportedFlagTrue,
@@ -120,6 +123,33 @@ class StreamOptions(OpenAIBaseModel):
     include_usage: bool = False
 
 
+class GenerationRequest(SamplingFields, ABC):
+    """A request that `GenerationHandler` answers."""
+
+    model: NonEmptyStr
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise field_error("stream_options", "it requires stream: true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the last chunk of a stream has the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    @abstractmethod
+    def max_answer_tokens(self) -> int | None:
+        """See `token_limit`."""
+
+    @abstractmethod
+    def counts(self) -> dict[str, Any]:
+        """Keyword arguments of `check_limits`."""
+
+
 class ChatTemplateKwargs(OpenAIBaseModel):
     """Variables of the chat template; others are ignored.
 
@@ -131,16 +161,14 @@ class ChatTemplateKwargs(OpenAIBaseModel):
     interleave_images: bool | None = None
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    model: NonEmptyStr
     messages: list[ChatCompletionMessageParam] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=NO_LIMIT)
     max_completion_tokens: int | None = Field(None, ge=NO_LIMIT)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    stream_options: StreamOptions | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_PARTS)
     tool_choice: Literal["none", "auto"] | None = None
@@ -158,8 +186,6 @@ class ChatCompletionRequest(SamplingFields):
     def _check_dependent_fields(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
             raise field_error("top_logprobs", "it requires logprobs: true")
-        if self.stream_options is not None and not self.stream:
-            raise field_error("stream_options", "it requires stream: true")
         for field, choice in (("tools", "tool_choice"), ("functions", "function_call")):
             if getattr(self, field) and getattr(self, choice) != "none":
                 raise field_error(
@@ -205,6 +231,64 @@ class ChatCompletionRequest(SamplingFields):
         """Keyword arguments of `Engine.sampling_params` without the number of tokens."""
         top_logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return super().sampling_options() | {"top_logprobs": top_logprobs}
+
+
+TextPrompt = str | Annotated[list[TokenId], Field(min_length=1)]
+
+
+def _to_prompts(value: Any) -> Any:
+    """A list of prompts; one prompt is a string or a list of ids."""
+    is_ids = isinstance(value, list) and value and all(type(id_) is int for id_ in value)
+    return [value] if isinstance(value, str) or is_ids else value
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[
+        list[TextPrompt],
+        Field(min_length=1, max_length=MAX_N),
+        BeforeValidator(_to_prompts, json_schema_input_type=TextPrompt | list[TextPrompt]),
+    ]
+    max_tokens: int | None = Field(16, ge=NO_LIMIT, description="0 requires echo: true.")
+    echo: bool | None = Field(None, description="The text begins with the prompt.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Of vLLM. Prompts that are texts begin with the start token; default: true.",
+    )
+    suffix: Unsupported = None
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise field_error("max_tokens", "0 requires echo: true")
+        return self
+
+    @property
+    def num_answers(self) -> int:
+        """`n` answers to each prompt."""
+        return super().num_answers * len(self.prompt)
+
+    @property
+    def max_answer_tokens(self) -> int | None:
+        """See `token_limit`; one token is generated for 0 and discarded."""
+        return 1 if self.max_tokens == 0 else self.max_tokens
+
+    def counts(self) -> dict[str, Any]:
+        """Keyword arguments of `check_limits`."""
+        texts = [prompt for prompt in self.prompt if isinstance(prompt, str)]
+        return {
+            "messages": 0,
+            "images": 0,
+            "characters": max(map(len, texts), default=0),
+            "answers": self.num_answers,
+        }
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Keyword arguments of `Engine.sampling_params` without the number of tokens."""
+        answers_per_prompt = {"n": super().num_answers, "top_logprobs": self.logprobs}
+        return super().sampling_options() | answers_per_prompt
 
 
 # ------------------------------------------------------------------ responses, for /docs
@@ -264,6 +348,35 @@ class ChatCompletionResponse(BaseModel):
     created: int
     model: str
     choices: list[ChatCompletionResponseChoice]
+    usage: UsageInfo
+
+
+class CompletionLogProbs(BaseModel):
+    """Log-probabilities of all tokens; null for the first token of a prompt."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionResponseChoice(BaseModel):
+    """One of `n` answers to one of the prompts."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogProbs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionResponse(BaseModel):
+    """The response to a request without `stream`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionResponseChoice]
     usage: UsageInfo
 
 

@@ -6,21 +6,32 @@ import socket
 from html import escape
 
 import httpx
+import pytest
 
 from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
 from tests.serve.running import run_app, wait_until
 
-ROUTES = ["/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/health", "/metrics"]
+GENERATING = ["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+ROUTES = [*GENERATING, "/v1/models", "/v1/models/{name}", "/health", "/metrics"]
 KEY = "an-api-key-for-tests"
 
 
 def test_openapi_document_describes_every_route(server_url):
     document = httpx.get(f"{server_url}/openapi.json").json()
     assert sorted(document["paths"]) == sorted(ROUTES)
-    chat = document["paths"]["/v1/chat/completions"]["post"]
-    assert {"200", "400", "401", "404", "413", "429", "503"} <= chat["responses"].keys()
+    for route in GENERATING:
+        statuses = document["paths"][route]["post"]["responses"].keys()
+        assert {"200", "400", "401", "404", "413", "429", "503"} <= statuses
     assert "422" not in str(document["paths"])
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/chat/completions", "/v1/v1/models", "/"])
+def test_unknown_paths_name_the_routes(server_url, path):
+    reply = httpx.post(server_url + path, json={})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+    for route in ROUTES:
+        assert route in reply.json()["error"]["message"]
 
 
 def test_docs_page_is_complete_and_works_offline(server_url):

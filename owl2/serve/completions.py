@@ -1,0 +1,171 @@
+"""`POST /v1/completions`: answers that continue texts without a chat template.
+
+The fields follow https://platform.openai.com/docs/api-reference/completions.
+"""
+
+import asyncio
+import math
+import time
+import uuid
+from codecs import getincrementaldecoder
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from owl2.engine.detokenizer import token_texts
+from owl2.engine.engine import Engine
+from owl2.engine.output import CompletionChunk, TokenLogprob
+from owl2.engine.scoring import score_prompt
+from owl2.processing.prepared_prompt import PreparedPrompt
+from owl2.serve.admission import ResponseStream
+from owl2.serve.generation import RESPONSES, GenerationHandler, Reply, encode_event
+from owl2.serve.protocol import CompletionRequest, CompletionResponse
+
+
+def add_completions(app: FastAPI, handler: GenerationHandler) -> None:
+    """Add the route to an application."""
+    token_text = token_texts(handler.engine.processor.tokenizer)
+
+    @app.post("/v1/completions", response_model=CompletionResponse, responses=RESPONSES)
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts, without a chat template and without images.
+
+        With `stream`, the response consists of server-sent events: `data: {...}` with a
+        `text_completion` each, and `data: [DONE]` at the end.
+        """
+        reply = partial(TextCompletion, body, handler.engine, token_text)
+        return await handler.respond(request, body, reply)
+
+
+class TextCompletion(Reply):
+    """The response to a `CompletionRequest`.
+
+    Args:
+        token_text: See `token_texts`.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        engine: Engine,
+        token_text: Callable[[int], tuple[str, bytes]],
+        stream: ResponseStream,
+    ) -> None:
+        super().__init__(stream)
+        self._request = request
+        self._engine = engine
+        self._token_text = token_text
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": request.model,
+        }
+        # With `echo`: the text of each prompt and, with `logprobs`, its tokens.
+        self._echoes: list[tuple[str, list[TokenLogprob]]] = []
+        self._offsets: dict[int, int] = {}  # characters of each answer that were sent
+
+    async def prompts(self) -> list[PreparedPrompt]:
+        """The prompts as token ids."""
+        encoded = [await asyncio.to_thread(self._encode, prompt) for prompt in self._request.prompt]
+        if self._request.echo:
+            for prompt, source in zip(encoded, self._request.prompt, strict=True):
+                echo = await asyncio.to_thread(self._echo, prompt, source)
+                self._echoes.append(echo)
+        return encoded
+
+    def _encode(self, prompt: str | list[int]) -> PreparedPrompt:
+        processor = self._engine.processor
+        if isinstance(prompt, str):
+            has_start = self._request.add_special_tokens is not False
+            ids = processor(text=prompt, add_special_tokens=has_start)["input_ids"][0]
+        else:
+            ids = prompt
+        image = processor.image_token_id, processor.num_image_tokens
+        prepared = replace(PreparedPrompt.from_ids(ids, None, *image), is_continued=True)
+        return self._engine.encode(prepared)
+
+    def _echo(
+        self, prompt: PreparedPrompt, source: str | list[int]
+    ) -> tuple[str, list[TokenLogprob]]:
+        engine, ids = self._engine, prompt.ids
+        text = source if isinstance(source, str) else engine.processor.decode(source, True)
+        if (top := self._request.logprobs) is None:
+            return text, []
+        image = engine.processor.image_token_id, engine.processor.num_image_tokens
+        first = PreparedPrompt.from_ids(ids[:1], None, *image)
+        rows = engine.run_prefilled(first, partial(score_prompt, engine.model, ids, top))
+        scores = [self._token(ids[0], math.nan)]  # no token precedes it
+        for row in rows:
+            own, *best = [self._token(*pair) for pair in row]
+            scores.append(replace(own, top=tuple(best)))
+        return text, scores
+
+    def _token(self, id_: int, logprob: float) -> TokenLogprob:
+        text, data = self._token_text(id_)
+        return TokenLogprob(id_, text, list(data), logprob)
+
+    async def complete(self) -> dict[str, Any]:
+        """A `CompletionResponse`."""
+        choices = [self._choice(answer, is_first=True) for answer in await self._stream.outputs()]
+        return {**self._head, "choices": choices, "usage": self.usage()}
+
+    async def generate_events(self) -> AsyncGenerator[bytes, None]:
+        """Chunks, and `[DONE]` at the end."""
+        started = set()
+        while (chunk := await self._stream.next()) is not None:
+            choice = self._choice(chunk, is_first=chunk.index not in started)
+            started.add(chunk.index)
+            usage = {"usage": None} if self._request.include_usage else {}
+            yield encode_event({**self._head, "choices": [choice], **usage})
+        if self._request.include_usage:
+            yield encode_event({**self._head, "choices": [], "usage": self.usage()})
+        yield b"data: [DONE]\n\n"
+
+    def usage(self) -> dict[str, int]:
+        """`UsageInfo`."""
+        usage = super().usage()
+        if self._request.max_tokens == 0:  # the generated token is discarded
+            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        return usage
+
+    def _choice(self, chunk: CompletionChunk, is_first: bool) -> dict[str, Any]:
+        text, scores = chunk.text, list(chunk.logprobs)
+        if self._request.max_tokens == 0:
+            text, scores = "", []
+        if is_first and self._echoes:
+            prompt, prompt_scores = self._echoes[chunk.index // (self._request.n or 1)]
+            text, scores = prompt + text, prompt_scores + scores
+        offset = self._offsets.get(chunk.index, 0)
+        self._offsets[chunk.index] = offset + len(text)
+        return {
+            "index": chunk.index,
+            "text": text,
+            "logprobs": None if self._request.logprobs is None else _logprobs(scores, offset, text),
+            "finish_reason": chunk.finish_reason,
+        }
+
+
+def _logprobs(scores: Sequence[TokenLogprob], offset: int, text: str) -> dict[str, Any]:
+    data: dict[str, list[Any]] = {
+        "tokens": [],
+        "token_logprobs": [],
+        "top_logprobs": [],
+        "text_offset": [],
+    }
+    decoder = getincrementaldecoder("utf-8")("replace")
+    for score in scores:
+        is_known = not math.isnan(score.logprob)
+        best = {other.text: other.logprob for other in (*score.top, score)}
+        data["tokens"].append(score.text)
+        data["token_logprobs"].append(score.logprob if is_known else None)
+        data["top_logprobs"].append(best if is_known else None)
+        data["text_offset"].append(offset)
+        # SentencePiece puts a space before a prompt.
+        is_added = not offset and score.text[:1] == " " != text[:1]
+        offset += len(decoder.decode(bytes(score.bytes))) - is_added
+    return data

@@ -1,0 +1,73 @@
+"""Write a tiny model that answers with short words, or with short JSON strings.
+
+::
+
+    python make_model.py DIRECTORY
+
+Clients need an answer and the end of a JSON string within a few tokens, not a correct answer. The
+model is trained for a few seconds on texts without images. The script needs the environment of the
+server.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.messages import parse_messages
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
+from tests.tiny import make_model
+
+ANSWERS = [
+    "a red circle",
+    "hello there",
+    '{"setup": "why", "punchline": "so"}',
+    '{"color": "red", "count": 2}',
+    '{"name": "Ada", "age": 36}',
+    '{"items": ["a", "b"]}',
+]
+QUESTIONS = ["Hello", "what is this?", "Return JSON.", "Tell me a joke about cats."]
+STEPS = 150
+
+
+def main(directory: Path) -> None:
+    """Create the tokenizer, train the model, and save both."""
+    directory.mkdir(parents=True, exist_ok=True)
+    alphabet = " ".join(map(chr, range(33, 127)))
+    texts = [f"USER: {question} ASSISTANT: {a}" for question in QUESTIONS for a in ANSWERS]
+    train_tokenizer([*texts, alphabet] * 3, directory / "tokenizer.model", 400)
+    tokenizer = Owl2Tokenizer(directory / "tokenizer.model")
+    model = make_model(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        max_position_embeddings=4096,
+    )
+    processor = Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    rows = []
+    for question in QUESTIONS:
+        for answer in ANSWERS:
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+            rows.append(processor.encode_labeled(parse_messages(messages)).ids)
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+    for step in range(STEPS):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == STEPS - 1:
+            print(f"step {step}: loss {loss.item():.2f}")
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
