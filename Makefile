@@ -4,6 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 VLLM := .venv-vllm
 PEERS := .venv-peers
+CLIENTS := .venv-clients
 DOCS := .venv-docs
 BIN := $(VENV)/bin
 
@@ -19,7 +20,7 @@ define install
 endef
 
 .PHONY: help setup demo demo-quick recipes-quick docs site
-.PHONY: test test-slow test-oldest test-vllm test-peers test-browser check format
+.PHONY: test test-slow test-oldest test-vllm test-peers test-clients test-browser check format
 
 help:
 	@echo "make setup          install owl2 into $(VENV); the other targets run this first"
@@ -30,6 +31,7 @@ help:
 	@echo "make test-oldest    run the tests with the oldest supported dependencies"
 	@echo "make test-vllm      run the tests of the vLLM plug-in in a separate environment"
 	@echo "make test-peers     run tests of transformers and PEFT on owl2 in a separate environment"
+	@echo "make test-clients   run clients of the server (openai, LangChain, AI SDK, ...) in a separate environment"
 	@echo "make test-browser   run the tests of the web page in Chromium (installed with apt if missing)"
 	@echo "make check          check formatting, lint, types and import layers"
 	@echo "make format         format the code and fix lint errors"
@@ -58,6 +60,14 @@ $(PEERS)/.installed: pyproject.toml constraints-peers.txt tests/peers/sources.py
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --constraint constraints-peers.txt --editable '.[peers]'
 	$(PEERS)/bin/python tests/peers/sources.py
+	touch $@
+
+# The clients of the server: their dependencies exclude some of owl2. npm does not install optional
+# packages, which are models and programs that the tests do not use.
+$(CLIENTS)/.installed: constraints-clients.txt tests/clients/package-lock.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --no-deps --requirement constraints-clients.txt
+	cd tests/clients && npm ci --ignore-scripts --omit=optional --no-audit --no-fund
 	touch $@
 
 # Only the packages of the extra `docs`: mkdocstrings reads the source without importing it.
@@ -101,6 +111,10 @@ test-vllm: $(VLLM)/.installed
 # Takes most of an hour on two cores.
 test-peers: $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -m peers --numprocesses auto --timeout 600 tests/peers
+
+# Takes minutes. Needs Node.js 20 or newer. The server runs in $(VENV).
+test-clients: setup $(CLIENTS)/.installed
+	OWL2_PYTHON="$(CURDIR)/$(BIN)/python" $(CLIENTS)/bin/python -m pytest --config-file tests/clients/pytest.ini tests/clients
 
 # Playwright drives Debian's Chromium: its own browser builds are not in a package registry.
 test-browser: setup

@@ -14,6 +14,8 @@ import pytest
 
 from tests.cli import run_cli  # noqa: F401  # a fixture of all tests
 
+collect_ignore = ["clients"]  # `make test-clients` runs them in an environment of their own
+
 
 def pytest_collection_finish():
     """Exclude the imported modules from garbage collection, which runs at the end of each
