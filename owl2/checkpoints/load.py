@@ -7,7 +7,6 @@ at another resolution are resized.
 """
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from owl2.checkpoints.config_file import (
 from owl2.checkpoints.from_backbones import backbone_config, backbone_weights
 from owl2.checkpoints.key_report import (
     REPORT_KEYS,
+    check_keys,
     check_loading_info,
     listing,
     translate_load_errors,
@@ -44,7 +44,7 @@ from owl2.checkpoints.weight_files import (
     read_tensors,
     weight_files,
 )
-from owl2.checkpoints.weight_names import module_name
+from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.errors import ErrorCode, InputError
 from owl2.files import apply_umask, expand_user
 
@@ -243,18 +243,27 @@ class CheckpointMixin(PreTrainedModel):
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing: classes of the package are registered, and their code is never copied."""
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in torch; the keys may have their released names."""
-        state_dict = {module_name(key): tensor for key, tensor in state_dict.items()}
-        return super().load_state_dict(state_dict, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As in torch, also inside of a wrapper; the keys may have their released names."""
+        for key in list(state_dict):
+            if (name := module_name(key)) != key:
+                state_dict[name] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
 
     def load_adapter(self, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the adapter's target modules may have their released names."""
+        """As in transformers; the adapter's target modules may have their released names.
+
+        Raises:
+            InputError: A weight of LoRA in the adapter has no module in the model.
+        """
         hub = {name: kwargs[name] for name in HUB_ARGS if name in kwargs}
         adapter = find_adapter(peft_model_id, hub, only_lora=False) if peft_model_id else None
         if adapter and len(args) < 2:
             kwargs.setdefault("peft_config", adapter.config)
-        return super().load_adapter(peft_model_id, *args, **kwargs)
+        info = super().load_adapter(peft_model_id, *args, **kwargs)
+        unexpected = {key for key in info.unexpected_keys if ".lora_" in key}
+        check_keys(peft_model_id or "the adapter", unexpected=map(released_name, unexpected))
+        return info
 
     @classmethod
     def _load(cls, name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> tuple[Any, dict]:

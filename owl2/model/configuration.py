@@ -10,7 +10,6 @@ has default to the released behavior and are omitted from the file at their defa
 are written under the names that transformers 4.31 reads, so the authors' code loads the checkpoint.
 """
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -195,18 +194,6 @@ class Owl2Config(LlamaConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Nothing: the class is registered, and its code is never copied to a checkpoint."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in transformers. Also registers LLaMA's default target modules, if PEFT is imported.
-
-        PEFT reads the model type here before it looks up the targets of a configuration without
-        `target_modules`. Importing PEFT here or with this module would take a second.
-        """
-        constants = sys.modules.get("peft.utils.constants")
-        for name, targets in vars(constants).items() if constants else ():
-            if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in targets:
-                targets.setdefault(self.model_type, targets["llama"])
-        return super().to_dict()
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The content of ``config.json``: the released file's names instead of transformers 5's."""

@@ -84,6 +84,10 @@ class Owl2DecoderLayer(LlamaDecoderLayer):
         make = partial(LlamaRMSNorm, config.hidden_size, eps=config.rms_norm_eps)
         self.multiway = Multiway(input_layernorm=make, post_attention_layernorm=make)
 
+    def requires_sequences(self) -> bool:
+        """See `Multiway.requires_sequences`."""
+        return self.multiway.requires_sequences() or self.self_attn.multiway.requires_sequences()
+
     def forward(  # type: ignore[override]  # LLaMA's signature plus the routing
         self, hidden_states: torch.Tensor, routing: AnyRouting | None = None, **kwargs: Any
     ) -> torch.Tensor:

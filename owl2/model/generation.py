@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from transformers import (
     GenerationMixin,
     LogitsProcessorList,
-    PreTrainedModel,
     SuppressTokensLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -93,8 +92,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
             embeds, ids = model_kwargs.get("inputs_embeds"), cast(torch.Tensor, input_ids)
             if embeds is not None:
-                embed_tokens = cast(PreTrainedModel, self).get_input_embeddings()
-                ids = find_image_embeddings(self.config, embeds, embed_tokens)
+                ids = find_image_embeddings(self.config, embeds)
             counts, _ = count_images(self.config, ids, pixel_values)
             model_kwargs.pop("pixel_values")
             repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]

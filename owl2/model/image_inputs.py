@@ -16,10 +16,11 @@ AUTHORS_PLACEHOLDER = -200
 
 
 class TokenEmbedding(nn.Embedding):
-    """`nn.Embedding` that gives NaN for the image token if it has no row.
+    """`nn.Embedding` that gives NaN for the image token, which may have no row.
 
     `Owl2Model.forward` replaces these embeddings by those of the images. Prompt tuning embeds the
-    ids itself and passes `inputs_embeds` with `pixel_values`.
+    ids itself and passes `inputs_embeds` with `pixel_values`. NaN also marks the positions of
+    images after a hook has changed the embeddings (NEFTune adds noise).
     """
 
     def __init__(self, config: Owl2Config) -> None:
@@ -27,22 +28,39 @@ class TokenEmbedding(nn.Embedding):
         self.image_token_id = config.image_token_id
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name of the base class
-        # No check in a step of one new token.
-        if input.shape[-1:] == (1,) or self.image_token_id < self.num_embeddings:
+        # A step of one new token cannot contain an image.
+        if input.shape[-1:] == (1,):
             return super().forward(input)
         is_image = input == self.image_token_id
         embeddings = super().forward(input.masked_fill(is_image, 0))
         return embeddings.masked_fill(is_image[..., None], float("nan"))
 
 
-def find_image_embeddings(
-    config: Owl2Config, inputs_embeds: torch.Tensor, embed_tokens: nn.Module
-) -> torch.Tensor:
+def find_image_embeddings(config: Owl2Config, inputs_embeds: torch.Tensor) -> torch.Tensor:
     """Ids (B, S) with the image token where `inputs_embeds` (B, S, D) has its embedding."""
-    ids = torch.tensor(config.image_token_id, device=inputs_embeds.device)
-    row = embed_tokens(ids).to(inputs_embeds)
-    is_image = ((inputs_embeds == row) | (inputs_embeds.isnan() & row.isnan())).all(-1)
-    return torch.where(is_image, ids, 0 if config.image_token_id else 1)
+    is_image = inputs_embeds.isnan().all(-1)
+    return torch.where(is_image, config.image_token_id, 0 if config.image_token_id else 1)
+
+
+def check_embeddings(inputs_embeds: torch.Tensor, token_types: torch.Tensor | None) -> int:
+    """Check that images are inserted in `inputs_embeds` (B, S, D); synchronizes once with a GPU.
+
+    Returns:
+        The number of visual positions in `token_types` (B, S).
+
+    Raises:
+        InputError: Positions contain the embedding of the image token.
+    """
+    missing = inputs_embeds.isnan().all(-1).sum()
+    num_visual = missing.new_zeros(()) if token_types is None else (token_types == VISUAL).sum()
+    num_missing, count = torch.stack([missing, num_visual.to(missing.device)]).tolist()
+    if num_missing:
+        raise InputError(
+            f"inputs_embeds contain the embeddings of {num_missing} image tokens: pass the images "
+            "as pixel_values, or insert their embeddings (Owl2Model.embed)",
+            ErrorCode.IMAGE_COUNT_MISMATCH,
+        )
+    return int(count)
 
 
 def count_images(

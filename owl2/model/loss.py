@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.utils.import_utils import is_tracing
 
 from owl2.constants import IGNORE_INDEX
+from owl2.errors import ErrorCode, InputError
 
 CHUNK = 512  # positions: 66 MB of float32 logits with a vocabulary of 32,000
 
@@ -24,6 +26,52 @@ Count = torch.Tensor | int | None
 def shift(labels: torch.Tensor) -> torch.Tensor:
     """The label of each position's next token (B, S), from the labels of the positions (B, S)."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def next_token_labels(
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    sequence: torch.Tensor,
+    keep: slice | torch.Tensor,
+    image_token_id: int,
+) -> torch.Tensor:
+    """The label of the next token of each of the L positions `keep` that have logits.
+
+    Args:
+        labels: (B, S), or (B, L) where each kept position's next token is the next column, as
+            ms-swift passes them.
+        shift_labels: (B, S) or (B, L), already shifted, instead of `labels`.
+        sequence: (B, S) ids, or (B, S, D) embeddings.
+        keep: The last positions, indices, or a mask (S,).
+
+    Returns:
+        (B, L), -100 for positions without a loss and for image tokens.
+
+    Raises:
+        InputError: The labels have another shape, or `labels` (B, L) are of the kept positions
+            themselves although their next tokens are not kept.
+    """
+    found: torch.Tensor = shift(labels) if shift_labels is None else shift_labels  # type: ignore[arg-type]  # one of the two
+    found = found.masked_fill(found == image_token_id, IGNORE_INDEX)
+    positions = torch.arange(sequence.shape[1], device=sequence.device)[keep]
+    if found.shape[1] == sequence.shape[1]:
+        return found[:, keep]
+    if found.shape[1] != len(positions):
+        raise InputError(
+            f"labels of {found.shape[1]} positions: the sequence has {sequence.shape[1]}, and "
+            f"logits_to_keep selects {len(positions)}",
+            ErrorCode.CONFLICT,
+        )
+    is_exact = shift_labels is not None or isinstance(keep, slice) or sequence.dim() == 3
+    if not is_exact and not is_tracing(sequence):
+        tokens = shift(sequence)[:, keep].to(found)
+        if ((found != IGNORE_INDEX) & (found != tokens)).any():
+            raise InputError(
+                "labels of the positions that logits_to_keep selects do not contain their next "
+                "tokens: pass the labels of all positions, or shift_labels",
+                ErrorCode.CONFLICT,
+            )
+    return found
 
 
 def next_token_loss(

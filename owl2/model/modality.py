@@ -5,11 +5,13 @@ V visual.
 
 The modality of a token is the same in every layer, so a forward pass computes one `Routing` and
 passes it to all layers. A step without visual tokens has no routing (None): each module then uses
-only its text weight, as a plain LLaMA does. In sharded training every process must use all weights.
-Such a step then has a routing with V = 0, and the gradients of the visual weights are zeros.
+only its text weight, as a plain LLaMA does. A training step has a routing with V = 0, and the
+gradients of the visual weights are zeros: DDP and sharded training require that every process uses
+all weights.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from torch import nn
 from transformers.utils.import_utils import is_tracing
 
 TEXT, VISUAL = 0, 1
+# Arguments of PEFT's hooks: an adapter, or the start of one, for each of the B sequences.
+PER_SEQUENCE = {"adapter_names", "alora_offsets"}
 
 ModalitySplit = tuple[torch.Tensor, torch.Tensor]  # the text and the visual tokens
 
@@ -36,7 +40,11 @@ class Routing(NamedTuple):
 
     @classmethod
     def of(
-        cls, token_types: torch.Tensor, num_visual: int | None = None, always: bool = False
+        cls,
+        token_types: torch.Tensor,
+        num_visual: int | None = None,
+        always: bool = False,
+        masked: bool = False,
     ) -> "AnyRouting | None":
         """The routing for modalities (B, S), 0 for text and 1 for visual tokens.
 
@@ -44,6 +52,7 @@ class Routing(NamedTuple):
             num_visual: The number of visual positions. By default they are counted, which
                 synchronizes with a GPU.
             always: Return a routing also if there are no visual tokens.
+            masked: Return a `MaskedRouting`, for modules that process complete sequences.
 
         Returns:
             None if there are no visual tokens and `always` is False. While `torch.compile` or
@@ -56,25 +65,28 @@ class Routing(NamedTuple):
             num_visual = int(is_visual.sum())
         if not num_visual and not always:
             return None
+        if masked:
+            return MaskedRouting(token_types == VISUAL)
         # A sort and not `nonzero`, whose result size depends on the data and synchronizes a GPU.
         grouped = is_visual.argsort(stable=True)
         return cls(grouped, grouped.argsort(), (len(grouped) - num_visual, num_visual))
 
-    def is_visual(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, S, 1): whether each position of (B, S, D) is visual."""
-        return (self.order >= self.sizes[TEXT]).view(*hidden_states.shape[:2], 1)
-
     def split(self, hidden_states: torch.Tensor) -> ModalitySplit:
         """Split (B, S, D) into text tokens (T, D) and visual tokens (V, D)."""
-        rows: torch.Tensor = PermuteRows.apply(
-            hidden_states.flatten(0, 1), self.grouped, self.order
-        )
+        if not self.sizes[VISUAL]:
+            rows = hidden_states.flatten(0, 1)
+            return rows, rows[:0].detach()
+        rows = PermuteRows.apply(hidden_states.flatten(0, 1), self.grouped, self.order)
         text, visual = rows.split(self.sizes)
         return text, visual
 
     def join(self, parts: ModalitySplit, batch_size: int) -> torch.Tensor:
         """Inverse of `split`: (T, D) and (V, D) to (B, S, D)."""
-        rows: torch.Tensor = PermuteRows.apply(torch.cat(parts), self.order, self.grouped)
+        rows: torch.Tensor = (
+            PermuteRows.apply(torch.cat(parts), self.order, self.grouped)
+            if self.sizes[VISUAL]
+            else WithoutVisual.apply(*parts)
+        )
         return rows.unflatten(0, (batch_size, -1))
 
 
@@ -88,10 +100,6 @@ class MaskedRouting(NamedTuple):
     """
 
     mask: torch.Tensor
-
-    def is_visual(self, _: torch.Tensor) -> torch.Tensor:
-        """(B, S, 1): whether each position is visual."""
-        return self.mask[..., None]
 
     def split(self, hidden_states: torch.Tensor) -> ModalitySplit:
         """(B, S, D) for the text module and for the visual module."""
@@ -123,6 +131,18 @@ class PermuteRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return gradient.index_select(0, inverse), None, None
+
+
+class WithoutVisual(torch.autograd.Function):
+    """The text tokens. The backward pass also reaches the visual module, which has no tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        return text.view_as(text)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, gradient[:0]
 
 
 class Multiway(nn.ModuleList):
@@ -186,13 +206,15 @@ class Multiway(nn.ModuleList):
         text, visual = self.pair(name)
         if routing is None:
             return text(hidden_states)
-        if text._forward_pre_hooks or visual._forward_pre_hooks:
-            # PEFT's hooks select an adapter for each of the B sequences of a mixed batch.
-            return torch.where(
-                routing.is_visual(hidden_states), visual(hidden_states), text(hidden_states)
-            )
         parts = parts or routing.split(hidden_states)
         return routing.join((text(parts[TEXT]), visual(parts[VISUAL])), hidden_states.shape[0])
+
+    def requires_sequences(self) -> bool:
+        """Whether modules must process complete sequences (B, S, D), as PEFT's hooks require."""
+        text, visual = self._modules.values()  # faster than `children` and indices
+        modules: Any = (*text._modules.values(), *visual._modules.values())  # type: ignore[union-attr]  # not None
+        hooks = [hook for module in modules for hook in module._forward_pre_hooks.values()]
+        return any(isinstance(hook, partial) and PER_SEQUENCE & {*hook.keywords} for hook in hooks)
 
     def pair(self, name: str) -> tuple[Any, Any]:
         """The modules `name` for text and for visual tokens."""

@@ -36,12 +36,21 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from owl2.constants import IGNORE_INDEX
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
 from owl2.model.generation import MultimodalGenerationMixin
-from owl2.model.image_inputs import TokenEmbedding, count_images, find_image_embeddings
-from owl2.model.loss import chunked_cross_entropy, labeled_positions, next_token_loss, shift
+from owl2.model.image_inputs import (
+    TokenEmbedding,
+    check_embeddings,
+    count_images,
+    find_image_embeddings,
+)
+from owl2.model.loss import (
+    chunked_cross_entropy,
+    labeled_positions,
+    next_token_labels,
+    next_token_loss,
+)
 from owl2.model.modality import TEXT, Multiway, Routing
 from owl2.model.pretrained import Owl2PreTrainedModel
 from owl2.model.registry import get_model_type
@@ -52,9 +61,9 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
 
     Attributes:
         run_all_branches: Use all weights also for a batch without images, without changing its
-            result: a blank image is encoded and multiplied by 0, and MAM is routed to 0 visual
-            tokens. Sharded training needs this, because processes wait for each other at each
-            weight and a process that skips one would block the others.
+            result: a blank image is encoded and multiplied by 0. Sharded training needs this,
+            because processes wait for each other at each weight and a process that skips one would
+            block the others. The decoder uses all weights in every training step.
     """
 
     run_all_branches = False
@@ -115,18 +124,22 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
                 input_ids, pixel_values, mm_token_type_ids, images
             )
         elif inputs_embeds is not None and pixel_values is not None:
-            ids = find_image_embeddings(self.config, inputs_embeds, self.embed_tokens)
+            ids = find_image_embeddings(self.config, inputs_embeds)
             merged, mm_token_type_ids, num_visual = self._embed_inputs(ids, pixel_values, None)
             is_image = ids == self.config.image_token_id
             inputs_embeds = torch.where(is_image[..., None], merged, inputs_embeds)
-        elif inputs_embeds is not None and mm_token_type_ids is not None:
-            # PEFT inserts embeddings of a trained prompt before the others.
-            inserted = inputs_embeds.shape[1] - mm_token_type_ids.shape[1]
-            mm_token_type_ids = functional.pad(mm_token_type_ids, (inserted, 0), value=TEXT)
+        elif inputs_embeds is not None:
+            if mm_token_type_ids is not None:
+                # PEFT inserts embeddings of a trained prompt before the others.
+                inserted = inputs_embeds.shape[1] - mm_token_type_ids.shape[1]
+                mm_token_type_ids = functional.pad(mm_token_type_ids, (inserted, 0), value=TEXT)
+            if inputs_embeds.shape[1] > 1 and not is_tracing(inputs_embeds):
+                num_visual = check_embeddings(inputs_embeds, mm_token_type_ids)
         if self.config.use_mam and mm_token_type_ids is not None:
-            kwargs["routing"] = Routing.of(
-                mm_token_type_ids, num_visual, always=self.run_all_branches
-            )
+            layers: Any = () if is_tracing(mm_token_type_ids) else self.layers
+            masked = any(layer.requires_sequences() for layer in layers)
+            always = self.run_all_branches or (self.training and torch.is_grad_enabled())
+            kwargs["routing"] = Routing.of(mm_token_type_ids, num_visual, always, masked)
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
     @capture_outputs
@@ -178,7 +191,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             InputError: The numbers of image tokens and images do not fit.
         """
         if input_ids is None:
-            input_ids = find_image_embeddings(self.config, inputs_embeds, self.embed_tokens)
+            input_ids = find_image_embeddings(self.config, inputs_embeds)
         count_images(self.config, input_ids, image_features)
         return (input_ids == self.config.image_token_id)[..., None].to(inputs_embeds.device)
 
@@ -227,7 +240,8 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             # Before the text embeddings, like images: all processes use weights in one order.
             size = self.config.image_size
             blank = self.get_image_features(input_ids.new_zeros(1, 3, size, size).float())
-        # The image token may have no embedding row. Id 0 replaces it, and the row is overwritten.
+        # Id 0 replaces the image token, which may have no row, and is overwritten. `TokenEmbedding`
+        # accepts it, but adapters of embeddings index their own rows.
         embeddings = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
         if blank is not None:
             return embeddings + 0 * blank.pooler_output.mean().to(embeddings)
@@ -296,7 +310,7 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
                 `get_input_embeddings` gives them, or with images already inserted.
             mm_token_type_ids: (B, S), 0 text, 1 visual. Default: derived from `input_ids`.
             labels: (B, S), -100 for positions without a loss. Image tokens have none. With
-                `logits_to_keep`, the labels of those positions only.
+                `logits_to_keep`, of all positions or of those; see `next_token_labels`.
             shift_labels: (B, S), the label of each position's next token, instead of `labels`: for
                 sequences that are split across processes.
             logits_to_keep: Compute logits of the last N positions only (0: all), or of a tensor of
@@ -314,11 +328,12 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             InputError: The numbers of image tokens and images do not fit, images have another
                 size, an id is outside the vocabulary, or labels do not fit `logits_to_keep`.
         """
-        if shift_labels is None and labels is not None:
-            shift_labels = shift(labels)
-        if shift_labels is not None:
-            is_image = shift_labels == self.config.image_token_id
-            shift_labels = shift_labels.masked_fill(is_image, IGNORE_INDEX)
+        last = isinstance(logits_to_keep, int)
+        keep = slice(-logits_to_keep, None) if last else logits_to_keep
+        if labels is not None or shift_labels is not None:
+            sequence = inputs_embeds if input_ids is None else input_ids
+            image_token_id = self.config.image_token_id
+            shift_labels = next_token_labels(labels, shift_labels, sequence, keep, image_token_id)
         # Before the decoder runs, while a GPU has no queued work: this synchronizes with it.
         labeled = None
         if shift_labels is not None and not return_logits:
@@ -336,15 +351,7 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
         )
         hidden_states = outputs.last_hidden_state  # (B, S, D)
         logits = loss = None
-        last = isinstance(logits_to_keep, int)
-        keep = slice(-logits_to_keep, None) if last else logits_to_keep
         kept = hidden_states[:, keep]
-        if shift_labels is not None and shift_labels.shape[:2] != kept.shape[:2]:
-            raise InputError(
-                f"labels of shape {tuple(shift_labels.shape)} for logits of "
-                f"{tuple(kept.shape[:2])} positions: give the labels that logits_to_keep selects",
-                ErrorCode.CONFLICT,
-            )
         if return_logits:
             # As a matrix: `linear` may copy the complete weight for a slice with three dimensions.
             logits = self.lm_head(kept.flatten(0, 1)).unflatten(0, kept.shape[:2])

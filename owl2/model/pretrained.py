@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
 )
 
+import owl2.checkpoints.peft_targets  # noqa: F401  # registers default target modules
 from owl2.checkpoints.load import CheckpointMixin
 from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
 from owl2.model.configuration import Owl2Config

@@ -25,9 +25,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback
 
+from owl2.checkpoints.weight_names import module_name
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text, restore_directory
 from owl2.train.distributed import DistributedContext
@@ -135,6 +137,13 @@ def _read_state(checkpoints: Path, recipe: Recipe, context: DistributedContext) 
         path = checkpoints / saved.checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
             raise mismatch(f"{path.parent} lacks {name}, or a part of it")
+    for metadata in (checkpoints / saved.checkpoint).rglob(".metadata"):  # of sharded weights
+        keys = FileSystemReader(metadata.parent).read_metadata().state_dict_metadata
+        if any(module_name(key) != key for key in keys):
+            raise mismatch(
+                f"{metadata.parent} was written by an earlier version of owl2, which names weights "
+                "differently; finish the run with that version"
+            )
     state = f"{saved.checkpoint}/trainer_state.json"
     if read(state, dict[str, Any]).get("global_step") != saved.progress.step:
         raise mismatch(f"{checkpoints / state} is not of step {saved.progress.step}")

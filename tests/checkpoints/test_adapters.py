@@ -169,8 +169,24 @@ def test_adapter_with_released_module_names(saved, base, tmp_path):
         assert_close(live, load(old))
         with pytest.raises(RuntimeError, match="load the adapter with"):
             PeftModel.from_pretrained(load(base), str(old))
+        config_of_old = find_adapter(old, {}).config  # docs/ecosystem.md
+        found = PeftModel.from_pretrained(load(base), str(old), config=config_of_old)
+        assert_close(live, found)
         load(old).save_pretrained(tmp_path / "new")
         assert_close(live, PeftModel.from_pretrained(load(base), str(tmp_path / "new")))
+
+
+def test_lora_without_a_module_is_rejected(base, tmp_path):
+    """transformers' and PEFT's loaders, with targets that do not contain all weights."""
+    live = make_adapted(base, parts=["decoder"], target_modules=["q_proj", "multiway.1.v_proj"])
+    live.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"target_modules": ["q_proj"]}), encoding="utf-8")
+    with raises_input_error(ErrorCode.UNEXPECTED_WEIGHTS, "v_proj.multiway.1.lora_A"):
+        load(base).load_adapter(str(tmp_path))
+    with pytest.raises(RuntimeError, match="v_proj"):
+        PeftModel.from_pretrained(load(base), str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from owl2.errors import ErrorCode
 from owl2.model.configuration import Owl2Config
@@ -186,6 +187,25 @@ def test_embeddings_of_the_ids_with_pixel_values_equal_ids(tiny, image_inputs, s
     assert torch.equal(model.generate(**own, **GREEDY), answer)
     with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "6 image tokens", "1 images"):
         model(inputs_embeds=embeddings, pixel_values=pixels[:1])
+    for types in (None, (ids == 40).long()):
+        with raises_input_error(ErrorCode.IMAGE_COUNT_MISMATCH, "6 image tokens", "pixel_values"):
+            model.generate(inputs_embeds=embeddings, mm_token_type_ids=types, **GREEDY)
+
+
+@pytest.mark.parametrize("size", [40, 44])
+def test_noise_on_embeddings_does_not_hide_images(tiny, image_inputs, size):
+    """NEFTune's hook, as TRL's `neftune_noise_alpha` registers it."""
+    model = tiny if size == 40 else resized(tiny, size)
+    ids, pixels = image_inputs.values()
+    expected = logits(model, **image_inputs)
+    embed = model.get_input_embeddings()
+    embed.register_forward_hook(neftune_post_forward_hook)
+    model.train()
+    for alpha, low, high in ((1e-6, 0, 1e-4), (5.0, 1e-3, 100)):
+        embed.neftune_noise_alpha = alpha
+        for inputs in ({"input_ids": ids}, {"inputs_embeds": embed(ids)}):
+            difference = (logits(model, **inputs, pixel_values=pixels) - expected).abs().max()
+            assert low <= difference < high
 
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig])

@@ -35,13 +35,11 @@ def test_each_token_uses_the_weights_of_its_modality():
     multiway = Multiway(linear=lambda: nn.Linear(4, 6))
     states = torch.randn(2, 5, 4)
     types = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 1]])
-    mixed = [multiway(LINEAR, states, Routing.of(types))]
-    # Modules with hooks receive the complete batch.
     shapes = []
-    for linear in multiway.pair(LINEAR):
-        linear.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    mixed.append(multiway(LINEAR, states, Routing.of(types)))
-    assert shapes == [states.shape] * 2
+    for linear in multiway.pair(LINEAR):  # DeepSpeed has such hooks
+        linear.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    mixed = [multiway(LINEAR, states, Routing.of(types, masked=masked)) for masked in (False, True)]
+    assert shapes == [(5, 4), (5, 4), (2, 5, 4), (2, 5, 4)]
     for row in range(2):
         for place in range(5):
             expected = multiway[types[row, place]][LINEAR](states[row, place])
@@ -125,6 +123,22 @@ def test_visual_weights_start_as_copies():
         text = state[name.replace(".multiway.1.", ".multiway.0.")]
         assert torch.equal(state[name], text), name
         assert state[name].data_ptr() != text.data_ptr()
+
+
+def test_weights_with_released_names_load_into_a_wrapper(tiny):
+    """As FSDP, DDP and other modules contain the model. The metadata of torch is kept."""
+    state = {f"module.{released_name(n)}": t + 1 for n, t in tiny.state_dict().items()}
+    assert any(".multiway.1.weight" in name for name in state)
+    wrapper = nn.ModuleDict({"module": tiny})
+    wrapper.load_state_dict(state)
+    for name, tensor in tiny.state_dict().items():
+        assert torch.equal(tensor, state[f"module.{released_name(name)}"])
+    seen = {}
+    tiny.norm = nn.Linear(1, 1)
+    tiny.norm._version = 7
+    tiny.norm.register_load_state_dict_pre_hook(lambda _, __, ___, own, *____: seen.update(own))
+    tiny.load_state_dict(tiny.state_dict())
+    assert seen == {"version": 7}
 
 
 def test_names_of_multiway_weights():

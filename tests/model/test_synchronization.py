@@ -76,16 +76,18 @@ def test_explicit_token_types_need_no_further_synchronization(synchronizations, 
     assert synchronizations.seen == ["tolist"]
 
 
-def test_embeddings_synchronize_for_token_types_only(synchronizations, tiny, image_inputs):
+def test_embeddings_synchronize_once(synchronizations, tiny, image_inputs):
     ids, pixels = image_inputs.values()
     embeds = tiny.model.embed(ids, tiny.get_image_features(pixels).pooler_output)
+    for types in (None, (ids == 40).long()):
+        del synchronizations.seen[:]
+        with synchronizations:
+            cache = forward(tiny, inputs_embeds=embeds, mm_token_type_ids=types).past_key_values
+        assert synchronizations.seen == ["tolist"]
     del synchronizations.seen[:]
     with synchronizations:
-        forward(tiny, inputs_embeds=embeds)
+        forward(tiny, inputs_embeds=embeds[:, :1], past_key_values=cache)
     assert synchronizations.seen == []
-    with synchronizations:
-        forward(tiny, inputs_embeds=embeds, mm_token_type_ids=(ids == 40).long())
-    assert len(synchronizations.seen) == 1
 
 
 def test_training_synchronizes_twice_before_the_forward_pass(synchronizations, tiny, image_inputs):

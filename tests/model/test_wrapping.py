@@ -1,12 +1,16 @@
 """The model in the wrappers of other libraries: peft, torch.compile, quantization."""
 
 import copy
+import importlib
+import sys
 
 import peft
 import pytest
 import torch
+from peft.utils import constants
 from torch import nn
 
+from owl2.checkpoints.peft_targets import TABLES, RegisterOnImport
 from owl2.model.modality import TEXT, VISUAL, Routing
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.model.conftest import make_modalities_differ
@@ -102,6 +106,22 @@ def test_tokens_train_the_lora_of_their_modality(tiny, modality):
         assert not any(gradients[1 - modality].values())
 
 
+def test_every_adapter_has_a_gradient_without_images(tiny):
+    """DDP requires it; those of images have zeros."""
+    ids = torch.tensor([[1, 5, 6, 7], [1, 9, 9, 0]])
+    expected = logits(tiny, input_ids=ids)
+    model = adapted(tiny, PROJECTIONS).train()
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            assert weight.grad.any() != (".multiway.1." in name), name
+    with torch.no_grad():
+        evaluated = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(output.logits, evaluated, **CLOSE)
+    assert (evaluated - expected).abs().max() > 1e-2
+
+
 def test_batch_of_several_adapters(tiny, image_inputs):
     """PEFT's `adapter_names`: each row equals the row alone with its adapter."""
     batch = {
@@ -121,6 +141,28 @@ def test_batch_of_several_adapters(tiny, image_inputs):
             model.set_adapter(name)
             expected = logits(model, **image_inputs)
         torch.testing.assert_close(found, expected[0], **CLOSE)
+
+
+def test_lora_of_embeddings_with_images(tiny, image_inputs):
+    """Its matrices have no row for the image token either."""
+    before = logits(tiny, **image_inputs)
+    model = adapted(tiny, ["embed_tokens"])
+    found = logits(model, **image_inputs)
+    assert found.isfinite().all() and (found - before).abs().max() > 1e-3
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, **image_inputs), found, **CLOSE)
+
+
+def test_default_targets_are_registered_when_peft_is_imported(monkeypatch):
+    """After owl2, as in a notebook that imports PEFT in a later cell."""
+    before = list(sys.meta_path)
+    monkeypatch.delitem(sys.modules, TABLES)
+    sys.meta_path.insert(0, RegisterOnImport())
+    tables = importlib.import_module(TABLES)
+    assert sys.meta_path == before
+    for table in (tables, constants):
+        targets = table.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        assert targets["mplug_owl2"] == targets["llama"]
 
 
 def test_adapters_of_transformers(tiny, image_inputs, tmp_path):

@@ -1,6 +1,6 @@
 """Quantization libraries through transformers' `quantization_config`.
 
-HQQ is missing: transformers 5.23 refuses it for every model.
+docs/ecosystem.md describes HQQ and GPTQ.
 """
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    HqqConfig,
     QuantoConfig,
     TorchAoConfig,
 )
@@ -50,3 +51,12 @@ def test_quantized_logits(subject, name):
         found = quantized(**inputs).logits.float()
     difference = (found - expected).norm() / expected.norm()
     assert 0 < difference < (0.3 if name == "bitsandbytes4" else 0.1)
+
+
+@pytest.mark.parametrize("subject", ["owl2", "llava"], ids=["Owl2", "Llava"])
+def test_hqq_is_refused_by_transformers(subject):
+    """For every model; if a later version of transformers accepts it, add it to the cases."""
+    with pytest.raises(NotImplementedError, match="HQQ is not available yet"):
+        AutoModelForImageTextToText.from_pretrained(
+            checkpoint(subject), quantization_config=HqqConfig(nbits=8)
+        )

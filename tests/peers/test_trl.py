@@ -47,6 +47,7 @@ def length(prompts, completions, **_):
 CASES = {
     "sft_messages": ("SFT", ["messages"], {}),
     "sft_completion": ("SFT", ["prompt", "completion"], {}),
+    "sft_neftune": ("SFT", ["messages"], {"neftune_noise_alpha": 5.0}),
     "dpo": ("DPO", ["prompt", "chosen", "rejected"], {}),
     "kto": ("KTO", ["prompt", "completion", "label"], {}),
     "grpo": ("GRPO", ["prompt"], {"num_generations": 2, "max_completion_length": 4}),

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import checkpoint as distributed
 
 from owl2.errors import ErrorCode
+from owl2.train.checkpointer import find_state
+from owl2.train.distributed import DistributedContext
 from owl2.train.run import train
 from tests.errors import raises_input_error
 from tests.train.runs import (
@@ -126,6 +129,19 @@ def test_damaged_state_is_refused(recipe, stopped, name, content):
     console = recorded()
     assert train(recipe(overwrite=True, max_steps=1, warmup_steps=0), console).finished
     assert "Resuming" not in console.file.getvalue()
+
+
+def test_sharded_weights_of_an_earlier_version_are_refused(recipe, stopped):
+    """Their names are in the metadata that torch writes with the shards."""
+    folder = stopped / "checkpoint-4" / "pytorch_model_fsdp_0"
+    for name, refused in (("multiway.1.k_proj", False), ("k_proj.multiway.1", True)):
+        key = f"model.layers.0.self_attn.{name}.weight"
+        distributed.save({"model": {key: torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
+        if not refused:
+            find_state(recipe(), DistributedContext())
+            continue
+        with raises_input_error(ErrorCode.RESUME_MISMATCH, "pytorch_model_fsdp_0", "earlier"):
+            find_state(recipe(), DistributedContext())
 
 
 @pytest.mark.parametrize("damage", ['"global_step": 5', '"global_step": ?'])
