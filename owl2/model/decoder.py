@@ -86,7 +86,8 @@ class Owl2DecoderLayer(LlamaDecoderLayer):
 
     def requires_sequences(self) -> bool:
         """See `Multiway.requires_sequences`."""
-        return self.multiway.requires_sequences() or self.self_attn.multiway.requires_sequences()
+        attention: Any = self.self_attn
+        return self.multiway.requires_sequences() or attention.multiway.requires_sequences()
 
     def forward(  # type: ignore[override]  # LLaMA's signature plus the routing
         self, hidden_states: torch.Tensor, routing: AnyRouting | None = None, **kwargs: Any

@@ -212,7 +212,7 @@ class Multiway(nn.ModuleList):
     def requires_sequences(self) -> bool:
         """Whether modules must process complete sequences (B, S, D), as PEFT's hooks require."""
         text, visual = self._modules.values()  # faster than `children` and indices
-        modules: Any = (*text._modules.values(), *visual._modules.values())  # type: ignore[union-attr]  # not None
+        modules: Any = (*text._modules.values(), *visual._modules.values())
         hooks = [hook for module in modules for hook in module._forward_pre_hooks.values()]
         return any(isinstance(hook, partial) and PER_SEQUENCE & {*hook.keywords} for hook in hooks)
 

@@ -329,9 +329,9 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
                 size, an id is outside the vocabulary, or labels do not fit `logits_to_keep`.
         """
         last = isinstance(logits_to_keep, int)
-        keep = slice(-logits_to_keep, None) if last else logits_to_keep
+        keep: Any = slice(-logits_to_keep, None) if last else logits_to_keep
         if labels is not None or shift_labels is not None:
-            sequence = inputs_embeds if input_ids is None else input_ids
+            sequence: Any = inputs_embeds if input_ids is None else input_ids
             image_token_id = self.config.image_token_id
             shift_labels = next_token_labels(labels, shift_labels, sequence, keep, image_token_id)
         # Before the decoder runs, while a GPU has no queued work: this synchronizes with it.

@@ -39,19 +39,19 @@ LLAVA_TEMPLATE = (
 )
 
 
-def owl2_config(vocab_size=VOCABULARY, **settings):
+def owl2_config(vocab_size=VOCABULARY, pad_token_id=1, **settings):
     return make_config(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=37,
         max_position_embeddings=512,
-        pad_token_id=1,
+        pad_token_id=pad_token_id,
         vision={"num_hidden_layers": 2},
         **settings,
     )
 
 
-def llava_config(vocab_size=VOCABULARY, image_token_id=0):
+def llava_config(vocab_size=VOCABULARY, image_token_id=0, pad_token_id=1):
     text = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -60,7 +60,7 @@ def llava_config(vocab_size=VOCABULARY, image_token_id=0):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        pad_token_id=1,
+        pad_token_id=pad_token_id,
     )
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -127,14 +127,15 @@ class SubjectTester:
 def write_checkpoints(directory):
     """A tiny owl2 and a tiny LLaVA with processors, in ``owl2/llama`` and ``llava/llama``.
 
-    Both decoders are LLaMA layers, which PEFT's tests recognize by this name.
+    Both decoders are LLaMA layers, which PEFT's tests recognize by this name. These tests have id 1
+    in their inputs, so it must not be the padding, whose embedding is zeros.
     """
     directory = Path(directory)
     (directory / "tokenizer").mkdir(parents=True)
     train_tokenizer(TEXTS, directory / "tokenizer" / "tokenizer.model", 320)
     tokenizer = Owl2Tokenizer(directory / "tokenizer" / "tokenizer.model")
     torch.manual_seed(0)
-    model = Owl2ForConditionalGeneration(owl2_config(vocab_size=len(tokenizer)))
+    model = Owl2ForConditionalGeneration(owl2_config(len(tokenizer), pad_token_id=0))
     model.save_pretrained(directory / "owl2" / "llama")
     processor = Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3)
     processor.save_pretrained(directory / "owl2" / "llama")
@@ -142,7 +143,7 @@ def write_checkpoints(directory):
     tokenizer = LlamaTokenizer.from_pretrained(directory / "tokenizer", pad_token="<unk>")
     tokenizer.add_special_tokens({"additional_special_tokens": [LLAVA_IMAGE_TOKEN]})
     image_id = tokenizer.convert_tokens_to_ids(LLAVA_IMAGE_TOKEN)
-    model = LlavaForConditionalGeneration(llava_config(len(tokenizer), image_id))
+    model = LlavaForConditionalGeneration(llava_config(len(tokenizer), image_id, pad_token_id=0))
     model.save_pretrained(directory / "llava" / "llama")
     LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
