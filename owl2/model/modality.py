@@ -5,9 +5,9 @@ V visual.
 
 The modality of a token is the same in every layer, so a forward pass computes one `Routing` and
 passes it to all layers. A step without visual tokens has no routing (None): each module then uses
-only its text weight, as a plain LLaMA does. A training step has a routing with V = 0, and the
-gradients of the visual weights are zeros: DDP and sharded training require that every process uses
-all weights.
+only its text weight, as a plain LLaMA does. With gradients the routing has V = 0, and those of
+the visual weights are zeros if text weights have some: DDP requires that every process uses the
+same weights. In sharded training (`always`) the visual weights are used in any case.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,11 +32,13 @@ class Routing(NamedTuple):
         grouped: (B·S,) rows of all text tokens, followed by the rows of all visual tokens.
         order: (B·S,) inverse permutation of `grouped`.
         sizes: T and V.
+        always: Use the visual modules although V = 0 and nothing else has a gradient.
     """
 
     grouped: torch.Tensor
     order: torch.Tensor
     sizes: tuple[int, int]
+    always: bool = False
 
     @classmethod
     def of(
@@ -51,42 +53,47 @@ class Routing(NamedTuple):
         Args:
             num_visual: The number of visual positions. By default they are counted, which
                 synchronizes with a GPU.
-            always: Return a routing also if there are no visual tokens.
+            always: Use the visual modules also if there are no visual tokens.
             masked: Return a `MaskedRouting`, for modules that process complete sequences.
 
         Returns:
-            None if there are no visual tokens and `always` is False. While `torch.compile` or
-            `torch.export` traces the model, a `MaskedRouting`: T and V are unknown then.
+            None if there are no visual tokens, `always` is False, and gradients are off. While
+            `torch.compile` or `torch.export` traces the model, a `MaskedRouting`: T and V are
+            unknown then.
         """
         if is_tracing(token_types):
             return MaskedRouting(token_types == VISUAL)
         is_visual = token_types.flatten() == VISUAL
         if num_visual is None:
             num_visual = int(is_visual.sum())
-        if not num_visual and not always:
+        if not num_visual and not always and not torch.is_grad_enabled():
             return None
         if masked:
             return MaskedRouting(token_types == VISUAL)
         # A sort and not `nonzero`, whose result size depends on the data and synchronizes a GPU.
         grouped = is_visual.argsort(stable=True)
-        return cls(grouped, grouped.argsort(), (len(grouped) - num_visual, num_visual))
+        return cls(grouped, grouped.argsort(), (len(grouped) - num_visual, num_visual), always)
 
     def split(self, hidden_states: torch.Tensor) -> ModalitySplit:
-        """Split (B, S, D) into text tokens (T, D) and visual tokens (V, D)."""
+        """Split (B, S, D) into text tokens (T, D) and visual tokens (V, D).
+
+        Without visual tokens (V = 0), one row (1, D) replaces them, since some adapters cannot
+        process an empty tensor. `join` ignores its result.
+        """
         if not self.sizes[VISUAL]:
             rows = hidden_states.flatten(0, 1)
-            return rows, rows[:0].detach()
+            return rows, rows[:1].detach()
         rows = PermuteRows.apply(hidden_states.flatten(0, 1), self.grouped, self.order)
         text, visual = rows.split(self.sizes)
         return text, visual
 
     def join(self, parts: ModalitySplit, batch_size: int) -> torch.Tensor:
         """Inverse of `split`: (T, D) and (V, D) to (B, S, D)."""
-        rows: torch.Tensor = (
-            PermuteRows.apply(torch.cat(parts), self.order, self.grouped)
-            if self.sizes[VISUAL]
-            else WithoutVisual.apply(*parts)
-        )
+        rows = parts[TEXT]
+        if self.sizes[VISUAL]:
+            rows = PermuteRows.apply(torch.cat(parts), self.order, self.grouped)
+        elif rows.requires_grad or self.always:
+            rows = WithoutVisual.apply(*parts)
         return rows.unflatten(0, (batch_size, -1))
 
 
@@ -134,15 +141,16 @@ class PermuteRows(torch.autograd.Function):
 
 
 class WithoutVisual(torch.autograd.Function):
-    """The text tokens. The backward pass also reaches the visual module, which has no tokens."""
+    """The text tokens. The gradient of the visual module's result is zeros."""
 
     @staticmethod
     def forward(ctx: Any, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        ctx.visual_shape = visual.shape
         return text.view_as(text)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return gradient, gradient[:0]
+        return gradient, gradient.new_zeros(ctx.visual_shape)
 
 
 class Multiway(nn.ModuleList):

@@ -63,7 +63,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         run_all_branches: Use all weights also for a batch without images, without changing its
             result: a blank image is encoded and multiplied by 0. Sharded training needs this,
             because processes wait for each other at each weight and a process that skips one would
-            block the others. The decoder uses all weights in every training step.
+            block the others.
     """
 
     run_all_branches = False
@@ -138,7 +138,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         if self.config.use_mam and mm_token_type_ids is not None:
             layers: Any = () if is_tracing(mm_token_type_ids) else self.layers
             masked = any(layer.requires_sequences() for layer in layers)
-            always = self.run_all_branches or (self.training and torch.is_grad_enabled())
+            always = self.run_all_branches
             kwargs["routing"] = Routing.of(mm_token_type_ids, num_visual, always, masked)
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 

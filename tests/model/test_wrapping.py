@@ -106,11 +106,12 @@ def test_tokens_train_the_lora_of_their_modality(tiny, modality):
         assert not any(gradients[1 - modality].values())
 
 
-def test_every_adapter_has_a_gradient_without_images(tiny):
+@pytest.mark.parametrize("training", [True, False])
+def test_every_adapter_has_a_gradient_without_images(tiny, training):
     """DDP requires it; those of images have zeros."""
     ids = torch.tensor([[1, 5, 6, 7], [1, 9, 9, 0]])
     expected = logits(tiny, input_ids=ids)
-    model = adapted(tiny, PROJECTIONS).train()
+    model = adapted(tiny, PROJECTIONS).train(training)
     output = model(input_ids=ids, labels=ids)
     output.loss.backward()
     for name, weight in model.named_parameters():
