@@ -25,8 +25,8 @@ PART_BYTES = 256 * 1024
 _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
-def check_values(body: bytes) -> None:
-    """Reject a JSON body with more than `MAX_VALUES` values and keys, before it is parsed.
+def check_values(body: bytes, max_values: int = MAX_VALUES) -> None:
+    """Reject a JSON body with more than `max_values` values and keys, before it is parsed.
 
     Outside strings, at least one of the characters `,:[{` precedes every value but the first.
 
@@ -35,7 +35,7 @@ def check_values(body: bytes) -> None:
     """
     starts = range(0, len(body), PART_BYTES)
     # Most bodies have few such characters, including those in strings.
-    if sum(_count_structure(body, start, start + PART_BYTES) for start in starts) < MAX_VALUES:
+    if sum(_count_structure(body, start, start + PART_BYTES) for start in starts) < max_values:
         return
     values, position = 1, 0
     while position < len(body):
@@ -43,10 +43,10 @@ def check_values(body: bytes) -> None:
         in_string = end >= 0
         end = end if in_string else min(position + PART_BYTES, len(body))
         values += _count_structure(body, position, end)
-        if values > MAX_VALUES:
+        if values > max_values:
             raise ApiError(
                 400,
-                f"The body has more than {MAX_VALUES:,} JSON values; this is not a request for "
+                f"The body has more than {max_values:,} JSON values; this is not a request for "
                 "an answer.",
                 code="invalid_json",
             )
@@ -94,6 +94,23 @@ class JsonRoute(APIRoute):
             return await handler(request)
 
         return check_and_handle
+
+
+async def parse_json(body: bytes, max_values: int) -> Any:
+    """Parse a body.
+
+    Raises:
+        ApiError: 400: it is not JSON, or has more than `max_values` values and keys.
+    """
+
+    def parse(body: bytes) -> Any:
+        check_values(body, max_values)
+        return json.loads(body)
+
+    try:
+        return await _run(parse, body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is not JSON: {error}.", code="invalid_json") from error
 
 
 async def _run(function: Callable[[bytes], Any], body: bytes) -> Any:

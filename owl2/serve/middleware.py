@@ -10,7 +10,6 @@ the key first and passes the body on when it is complete.
 """
 
 import asyncio
-import ipaddress
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -25,7 +24,7 @@ from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError, as_api_error, body_too_large, too_busy
 from owl2.serve.metrics import Metrics
-from owl2.serve.origins import check_host, check_origin
+from owl2.serve.origins import check_host, check_origin, client_network
 
 WEB_PATH = "/web"
 # Methods that change nothing. Other websites may send them: browsers hide the answers.
@@ -152,14 +151,10 @@ class AuthAndBodyLimitMiddleware:
         return any(path == public or path.startswith(f"{public}/") for public in self._public_paths)
 
     def _client(self, scope: Scope, headers: Headers) -> str:
-        """The API key, or without keys the address: of IPv6 the network that one client has."""
+        """The API key, or without keys the address."""
         if self._api_keys is not None:
             return headers["authorization"]
-        host = str(scope["client"][0]) if scope.get("client") else ""
-        with suppress(ValueError):  # a UNIX socket
-            if (address := ipaddress.ip_address(host)).version == 6:
-                return str(ipaddress.ip_network((address.packed[:8] + bytes(8), 64)))
-        return host
+        return client_network(scope.get("client"))
 
     def _check_headers(self, headers: Headers) -> None:
         if self._api_keys is not None:

@@ -11,7 +11,8 @@ which the page cannot set, reveal this:
 
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -71,7 +72,9 @@ def check_host(headers: Headers, allowed_hosts: Collection[str] | None) -> None:
     """
     if allowed_hosts is None or ANY in allowed_hosts:
         return
-    header = headers.get("host", "")
+    header = headers.get("host")
+    if header is None:  # not from a browser
+        return
     host = _host_and_port(f"//{header}")[0] if re.fullmatch(r"[\w.:\[\]-]+", header) else ""
     if _is_local(host) or host in allowed_hosts or f"[{host}]" in allowed_hosts:
         return
@@ -113,6 +116,22 @@ def check_origin(headers: Headers, allowed_origins: Collection[str] = ()) -> Non
         "Start it with --allowed-origins to accept them.",
         code="origin_not_allowed",
     )
+
+
+def client_network(client: Sequence[Any] | None) -> str:
+    """What stands for a client in quotas and queues: its address, or the network of IPv6.
+
+    Args:
+        client: The address and the port; None for a UNIX socket.
+    """
+    host = str(client[0]) if client else ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.version == 4:
+        return host
+    return str(ipaddress.IPv6Network((address.packed, 64), strict=False))
 
 
 def _host_and_port(url: str) -> tuple[str, int | None]:

@@ -10,7 +10,13 @@ from owl2.errors import ErrorCode
 from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
 from owl2.serve.errors import ApiError
-from owl2.serve.origins import check_host, check_origin, parse_hosts, parse_origins
+from owl2.serve.origins import (
+    check_host,
+    check_origin,
+    client_network,
+    parse_hosts,
+    parse_origins,
+)
 from tests.errors import raises_input_error
 from tests.serve.running import FakeEngine, run_app
 
@@ -58,6 +64,25 @@ def test_other_hosts_are_rejected(host, server):
     for path in ("/health", "/docs", "/v1/models", "/unknown"):
         reply = httpx.get(server + path, headers={"Host": host})
         assert code(reply) == (403, "host_not_allowed")
+
+
+def test_programs_without_the_header_are_accepted():
+    assert rejection(check_host, {}, []) is None
+    assert rejection(check_origin, {"host": "localhost"}) is None
+
+
+@pytest.mark.parametrize(
+    "client, network",
+    [
+        (("192.0.2.1", 5), "192.0.2.1"),
+        (("2001:db8::2:3", 5, 0, 0), "2001:db8::/64"),
+        (("::1", 5, 0, 0), "::/64"),
+        (("fe80::1%eth0", 5), "fe80::/64"),
+        (None, ""),
+    ],
+)
+def test_addresses_of_an_ipv6_network_are_one_client(client, network):
+    assert client_network(client) == network
 
 
 def test_allowed_hosts():

@@ -34,7 +34,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from owl2.serve.admission import AdmissionController
 from owl2.serve.config import MIB
 from owl2.serve.errors import ApiError, as_api_error, log_bug
-from owl2.serve.origins import check_origin
+from owl2.serve.json_body import parse_json
+from owl2.serve.origins import check_origin, client_network
 from owl2.serve.web.exchange import PageExchange
 from owl2.serve.web.uploads import FILE_OVERHEAD, UploadStore
 
@@ -73,6 +74,7 @@ PASSED_HEADERS = {
 
 # Limit of a request without images.
 MAX_BODY_BYTES = 2 * MIB
+MAX_VALUES = 1000  # of a JSON body
 # Limit of the parts of an upload that are not images.
 MAX_FORM_BYTES = MIB
 
@@ -175,10 +177,7 @@ class PageGateway:
         await self.gradio(scope, exchange.receive, exchange.send)
 
     async def _rewrite(self, request: Request, route: tuple[str, str]) -> bytes:
-        try:
-            body = json.loads(await request.body())
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"The body is not JSON: {error}.", code="invalid_json") from error
+        body = await parse_json(await request.body(), MAX_VALUES)
         index = body.get("fn_index") if isinstance(body, dict) else None
         if not isinstance(index, int) or index not in self._functions:
             raise ApiError(404, "Unknown function.", code="not_found")
@@ -194,8 +193,7 @@ class PageGateway:
     async def _receive_upload(self, request: Request) -> Response:
         visitor = _known_visitor(request)
         await self._check_sign_in(request)
-        address = request.client.host if request.client else ""
-        directory = self.uploads.begin(visitor, address)
+        directory = self.uploads.begin(visitor, client_network(request.client))
 
         async def receive() -> Message:
             message = await request.receive()

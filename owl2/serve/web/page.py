@@ -15,8 +15,9 @@ import gradio as gr
 
 from owl2.engine.engine import Engine
 from owl2.engine.sampling import DEFAULT_MAX_NEW_TOKENS
-from owl2.serve.admission import AdmissionController
+from owl2.serve.admission import AdmissionController, current_client
 from owl2.serve.errors import as_api_error
+from owl2.serve.origins import client_network
 from owl2.serve.web.attention_tab import AnswerAttention, AttentionTab, describe, render
 from owl2.serve.web.chat_handler import ChatHandler, Conversation, Decode
 from owl2.serve.web.examples import Example
@@ -88,6 +89,7 @@ class Page(gr.Blocks):
             self._connect(ChatHandler(admission, decode, examples), AttentionTab(admission.engine))
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        current_client.set(client_network(getattr(kwargs["request"], "client", None)))
         try:
             if self._names_other_files(kwargs["inputs"], session_owner(kwargs["session_hash"])):
                 raise gr.Error("Files must be uploaded.", print_exception=False)
@@ -103,16 +105,19 @@ class Page(gr.Blocks):
         except Exception as error:  # the inputs are not those of the page
             raise gr.Error("Invalid input.", print_exception=False) from error
 
-    def _names_other_files(self, value: Any, visitor: str) -> bool:
-        """Whether `value` contains a file that the visitor did not upload: a URL or a path."""
-        if isinstance(value, dict):
-            path = value.get("path")
-            if isinstance(path, str) and not self._uploads.can_read(visitor, path):
-                return True
-            value = list(value.values())
-        return isinstance(value, list) and any(
-            self._names_other_files(item, visitor) for item in value
-        )
+    def _names_other_files(self, inputs: Any, visitor: str) -> bool:
+        """Whether `inputs` contain a file that the visitor did not upload: a URL or a path."""
+        values = [inputs]
+        while values:
+            value = values.pop()
+            if isinstance(value, list):
+                values += value
+            elif isinstance(value, dict):
+                values += value.values()
+                path = value.get("path")
+                if isinstance(path, str) and not self._uploads.can_read(visitor, path):
+                    return True
+        return False
 
     def _create_header(self, name: str) -> None:
         with gr.Row(elem_id="head"):

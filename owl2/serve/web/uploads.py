@@ -10,7 +10,6 @@ The directory of a server that was killed is deleted when the next one starts.
 import asyncio
 import atexit
 import fcntl
-import ipaddress
 import logging
 import os
 import secrets
@@ -70,7 +69,7 @@ def _delete_leftovers(parent: str) -> None:
 
 @dataclass
 class Upload:
-    """An upload: its visitor, the network address of its client, and the bytes that it occupies."""
+    """An upload: its visitor, its client, and the bytes that it occupies."""
 
     owner: str
     client: str
@@ -98,16 +97,16 @@ class UploadStore:
         self._bytes: Counter[str] = Counter()  # of each client, and of all clients
         self._is_logged: set[str] = set()
 
-    def begin(self, owner: str, address: str) -> Path:
+    def begin(self, owner: str, client: str) -> Path:
         """Create the directory of a new upload.
 
         Args:
             owner: The visitor.
-            address: Of the client. The addresses of an IPv6 network share a quota.
+            client: As from `client_network`.
         """
         name = secrets.token_hex(16)
         (self.directory / name).mkdir(parents=True, mode=0o700)
-        self._uploads[name] = Upload(owner, _network(address), 0, time.time())
+        self._uploads[name] = Upload(owner, client, 0, time.time())
         return self.directory / name
 
     def add(self, directory: Path, size: int) -> None:
@@ -172,11 +171,3 @@ class UploadStore:
         self._uploads.clear()
         self._bytes.clear()
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _network(address: str) -> str:
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    return address if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))

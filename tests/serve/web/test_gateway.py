@@ -459,7 +459,9 @@ def test_the_cookie_is_not_available_to_scripts_and_other_sites(server):
 
 # ------------------------------------------------------------------ the log
 
+NESTED = json.loads("[" * 500 + "]" * 500)
 BODIES = [
+    {"fn_index": 0, "session_hash": "a", "data": [[]] * 1000},
     *({}, [], None, 1, "x", {"fn_index": None}, {"fn_index": "0"}, {"fn_index": [1]}),
     *({"fn_index": 10**9}, {"fn_index": -1}, {"fn_index": True}, {"session_hash": "a"}),
     {"fn_index": 0, "session_hash": "a", "data": None},
@@ -483,6 +485,8 @@ def test_visitors_cannot_fill_the_log(visit, capfd, caplog):
         {"data": []},
         {"data": [1]},
         {"data": ["x"] * 7},
+        {"data": NESTED},
+        {"data": NESTED * 7},
         {"data": [{"text": None, "files": None}, *["x"] * 6]},
         {"data": [{"text": "\ud800", "files": []}, None, "en", 8, 0, 1, "\ud800"]},
         {"data": [{"text": "a", "files": ["/etc/passwd"]}, None, "en", 8, 0, 1, ""]},
