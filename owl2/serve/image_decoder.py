@@ -23,6 +23,7 @@ from PIL import Image
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve import decode_forkserver
+from owl2.serve.admission import current_client
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.fair_slots import FairSlots, Owner, run_with_slots
@@ -55,6 +56,11 @@ class ImageBudget:
     client: str
     cost: int
     seconds: float
+
+    @classmethod
+    def of_request(cls, limits: ServerLimits) -> "ImageBudget":
+        """The budget of a request of `current_client`."""
+        return cls(current_client.get(), limits.max_request_pixels, limits.image_decode_timeout)
 
     @property
     def owner(self) -> Owner:
@@ -111,11 +117,6 @@ class SandboxedImageDecoder:
         """Accept no more images; does not wait for the current ones."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def budget(self, client: str = "") -> ImageBudget:
-        """The budget of a request."""
-        limits = self._limits
-        return ImageBudget(client, limits.max_request_pixels, limits.image_decode_timeout)
-
     async def decode(self, data: bytes, budget: ImageBudget | None = None) -> Image.Image:
         """An image file → the (size, size) RGB image that the model sees.
 
@@ -126,7 +127,7 @@ class SandboxedImageDecoder:
             ApiError: 400: not an image, corrupt, too large for a limit or for the budget, or its
                 decoder exceeded the limits on memory or time or crashed.
         """
-        budget = budget or self.budget()
+        budget = budget or ImageBudget.of_request(self._limits)
         if len(data) > self._limits.max_image_bytes:
             raise _too_large(
                 f"The image has {len(data):,} bytes; the limit of this server is "

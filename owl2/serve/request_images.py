@@ -24,7 +24,6 @@ from PIL import Image
 from owl2.processing.image_io import decode_base64
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.messages import Message
-from owl2.serve.admission import current_client
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import MAX_VALUE_LENGTH, ApiError
 from owl2.serve.image_decoder import ImageBudget, SandboxedImageDecoder
@@ -62,7 +61,7 @@ class RequestImages:
             ApiError: 400; `param` is the path of the image.
         """
         urls = request.images
-        budget = self.decoder.budget(current_client.get())
+        budget = ImageBudget.of_request(self._limits)
         opened = await asyncio.gather(*(self._open(*item, budget) for item in urls.items()))
         images = dict(zip(urls, opened, strict=True))
         messages: list[Message] = []

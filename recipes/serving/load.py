@@ -18,14 +18,16 @@ import base64
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import random
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,13 @@ WORDS = ("what", "which", "color", "is", "are", "the", "a", "left", "above", "ci
 
 @dataclass
 class Reply:
-    """The times of one request in seconds, and its token counts."""
+    """The times of one request in seconds, its token counts, and the number of its client."""
 
     first: float
     total: float
     prompt_tokens: int
     tokens: int
+    client: int = 0
 
 
 @dataclass
@@ -162,15 +165,16 @@ async def one_round(
     replies: list[Reply] = []
     errors: list[str] = []
 
-    async def one_client() -> None:
+    async def one_client(number: int) -> None:
         while bodies:
             try:
-                replies.append(await ask(client, server, bodies.pop()))
+                reply = await ask(client, server, bodies.pop())
+                replies.append(replace(reply, client=number))
             except (httpx.HTTPError, ValueError) as error:
                 errors.append(f"{server.name}: {type(error).__name__} {error}"[:300])
 
     start_time = time.perf_counter()
-    await asyncio.gather(*(one_client() for _ in range(clients)))
+    await asyncio.gather(*map(one_client, range(clients)))
     return Round(server.name, clients, time.perf_counter() - start_time, replies, errors)
 
 
@@ -253,6 +257,14 @@ def summary(rounds: Sequence[Round]) -> dict[str, Any]:
         times = sorted(getattr(reply, name) for reply in replies)
         for percent in (50, 95):
             line[f"{name}_ms_p{percent}"] = 1e3 * percentile(times, percent)
+        line[f"{name}_ms_max"] = 1e3 * max(times, default=math.nan)
+    answers = [Counter(reply.client for reply in one.replies) for one in rounds]
+    shares = [
+        count[client]
+        for one, count in zip(rounds, answers, strict=True)
+        for client in range(one.clients)
+    ]
+    line["answers_per_client"] = [min(shares), max(shares)]
     return line
 
 
@@ -265,15 +277,17 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
     """Print the table; times are in milliseconds."""
-    table = Table(caption="times in ms, measured in the client; tokens/s: median of the rounds")
-    for title in ("clients", "server", "requests", "tokens/s", "tokens", "first p50", "p95"):
+    caption = (
+        "times in ms, measured in the client; tokens/s: median of the rounds; answers: of the "
+        "client with the fewest and of the one with the most in a round"
+    )
+    table = Table(caption=caption)
+    titles = ["clients", "server", "requests", "tokens/s", "tokens", "first p50", "p95", "max"]
+    for title in (*titles, "total p50", "p95", "answers"):
         table.add_column(title, justify="left" if title == "server" else "right")
-    table.add_column("total p50", justify="right")
-    table.add_column("p95", justify="right")
     for line in lines:
-        times = [
-            line[f"{name}_ms_p{percent}"] for name in ("first", "total") for percent in (50, 95)
-        ]
+        times = [line[f"first_ms_{one}"] for one in ("p50", "p95", "max")]
+        times += [line[f"total_ms_{one}"] for one in ("p50", "p95")]
         table.add_row(
             str(line["clients"]),
             line["server"],
@@ -281,6 +295,7 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
             f"{line['tokens_per_second']:.1f}",
             f"{line['tokens']:.0f}",
             *(f"{value:.0f}" for value in times),
+            "{}-{}".format(*line["answers_per_client"]),
         )
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.serve.admission import current_client
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
-from owl2.serve.image_decoder import ForkServer, SandboxedImageDecoder
+from owl2.serve.image_decoder import ForkServer, ImageBudget, SandboxedImageDecoder
 from tests.serve.images import encode
 from tests.serve.test_image_decoder import FILES, SIZE
 
@@ -22,12 +23,11 @@ def wide(edge):
 
 
 def test_cost_of_all_images_of_a_request_is_limited():
-    decoder = SandboxedImageDecoder(
-        ServerLimits(max_request_pixels=5 * 10**7), Owl2ImageProcessor(SIZE, "pad")
-    )
+    limits = ServerLimits(max_request_pixels=5 * 10**7)
+    decoder = SandboxedImageDecoder(limits, Owl2ImageProcessor(SIZE, "pad"))
 
     async def decode_all(*files):
-        budget = decoder.budget()
+        budget = ImageBudget.of_request(limits)
         return [await decoder.decode(file, budget) for file in files]
 
     small, large = wide(4000), wide(5000)  # 16 and 25 million pixels as squares
@@ -42,7 +42,7 @@ def test_cost_of_all_images_of_a_request_is_limited():
 
 def test_time_of_all_images_of_a_request_is_limited():
     decoder = SandboxedImageDecoder(ServerLimits(), Owl2ImageProcessor(SIZE))
-    budget = decoder.budget()
+    budget = ImageBudget.of_request(ServerLimits())
     asyncio.run(decoder.decode(FILES["PNG"], budget))
     assert budget.seconds < ServerLimits().image_decode_timeout
     budget.seconds = 0.0
@@ -76,20 +76,25 @@ def test_small_images_do_not_wait_for_large_ones(monkeypatch, decoders):
         return ours
 
     monkeypatch.setattr(ForkServer, "fork", fork)
-    decoder = SandboxedImageDecoder(ServerLimits(image_decoders=decoders), Owl2ImageProcessor(SIZE))
+    limits = ServerLimits(image_decoders=decoders)
+    decoder = SandboxedImageDecoder(limits, Owl2ImageProcessor(SIZE))
+
+    def budget(client):
+        current_client.set(client)
+        return ImageBudget.of_request(limits)
 
     async def run():
         large = []
         for client in ("a", "a", "b"):
-            budget = decoder.budget(client)
-            large += [asyncio.ensure_future(decoder.decode(b"large", budget)) for _ in range(4)]
+            shared = budget(client)
+            large += [asyncio.ensure_future(decoder.decode(b"large", shared)) for _ in range(4)]
         expected = max(1, decoders - 1)
         while sum(running) < expected:
             await asyncio.sleep(0.001)
         if decoders == 1:
             finish.set()
         for client in ("a", "c"):
-            await asyncio.wait_for(decoder.decode(b"small", decoder.budget(client)), 10)
+            await asyncio.wait_for(decoder.decode(b"small", budget(client)), 10)
         if decoders > 1:
             assert running.count(True) == expected
             assert not any(task.done() for task in large)

@@ -35,6 +35,9 @@ def test_report_of_two_servers(load, server_url, tmp_path, capsys):
         assert line["failed"] == 0
         assert 0 < line["first_ms_p50"] <= line["first_ms_p95"] <= line["total_ms_p95"]
         assert line["first_ms_p50"] <= line["total_ms_p50"]
+        assert line["first_ms_p95"] <= line["first_ms_max"] <= line["total_ms_max"]
+        fewest, most = line["answers_per_client"]
+        assert 0 <= fewest <= 2 <= most <= 2 * line["clients"]
         assert 1 <= line["tokens"] <= 5
         assert line["tokens_per_second"] > 0
     assert [one["server"] for one in report["rounds"]][:4] == ["one", "other"] * 2

@@ -20,8 +20,15 @@ from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message, user_message
-from owl2.serve.admission import AdmissionController, ClientStopped, check_limits, run_unless
+from owl2.serve.admission import (
+    AdmissionController,
+    ClientStopped,
+    check_limits,
+    current_client,
+    run_unless,
+)
 from owl2.serve.errors import ApiError, as_api_error
+from owl2.serve.image_decoder import ImageBudget
 from owl2.serve.web.examples import Example
 from owl2.serve.web.i18n import error_text, show_error, show_info, text
 
@@ -32,7 +39,7 @@ MAX_SEED_DIGITS = 9  # so that every seed is valid
 
 WAITING = "<span class='waiting'>● ● ●</span>"
 
-Decode = Callable[[bytes], Awaitable[Image.Image]]
+Decode = Callable[[bytes, ImageBudget], Awaitable[Image.Image]]
 
 
 @dataclass
@@ -118,7 +125,7 @@ class ChatHandler:
     """The event handlers of the chat tab.
 
     Args:
-        decode: Decodes an image file to RGB; raises `ApiError` or `InputError`.
+        decode: `SandboxedImageDecoder.decode`.
     """
 
     def __init__(
@@ -193,14 +200,14 @@ class ChatHandler:
         )
         return Turn(question if question.strip() else "", tuple(files))
 
-    async def _load_image(self, file: Path, language: str) -> Image.Image:
+    async def _load_image(self, file: Path, language: str, budget: ImageBudget) -> Image.Image:
         try:
             data = await asyncio.to_thread(file.read_bytes)
         except FileNotFoundError as error:  # uploads are deleted after some hours
             message = text("error_file_expired", language, name=file.name)
             raise InputError(message, ErrorCode.FILE_NOT_FOUND) from error
         try:
-            return await self._decode(data)
+            return await self._decode(data, budget)
         except (ApiError, InputError) as error:
             reason = error_text(as_api_error(error), language)
             message = text("error_in_file", language, name=file.name, error=reason)
@@ -253,11 +260,16 @@ class ChatHandler:
 
         async def prompts() -> list[list[Message]]:
             if not turn.images:  # they are loaded already when an answer is regenerated
-                files = [Path(file) for file in turn.files]
-                images = [await self._load_image(file, chat.language) for file in files]
-                turn.images = tuple(images)
+                budget = ImageBudget.of_request(self._admission.limits)
+                turn.images = tuple(
+                    [
+                        await self._load_image(Path(file), chat.language, budget)
+                        for file in turn.files
+                    ]
+                )
             return [conversation.messages()]
 
+        current_client.set(f"visitor {id(conversation)}")
         with self._admission.admit() as stream:
             await run_unless(conversation.stop.wait(), stream.start(prompts, options))
             while True:

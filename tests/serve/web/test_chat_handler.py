@@ -37,7 +37,7 @@ class Visitor:
         self.box = "untouched"
         self.chats = []
 
-    async def opened(self, data):
+    async def opened(self, data, budget):
         return Image.new("RGB", (8, 8), (data[0], 0, 0))
 
     def ask(self, question="what?", files=(), settings=SETTINGS):
@@ -296,7 +296,7 @@ async def test_an_invalid_question_stays_in_the_box(visit, question, settings, m
 async def test_a_broken_image_is_named(visit, tmp_path, language, message):
     (tmp_path / "cat.png").write_bytes(b"x")
 
-    async def decode(data):
+    async def decode(data, budget):
         raise ApiError(400, "it is broken", code="invalid_image")
 
     visitor = visit(decode=decode)
