@@ -15,6 +15,7 @@ CHROMIUM = [
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
+    "--host-resolver-rules=MAP *.example 127.0.0.1",
 ]
 TIMEOUT_MS = 20_000
 
