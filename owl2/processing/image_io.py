@@ -34,8 +34,8 @@ DEFAULT_MAX_PIXELS = 89_478_485
 # Both image policies compute a square of the longer edge, which is large for a 1×50,000 image. The
 # cost of an image is the size of this square; it may be larger than `max_pixels` by this factor.
 SQUARE_FACTOR = 4
-# A decoder that is slower than this computation: its cost per pixel.
-SLOW_FORMATS = {"JPEG2000": 8}
+# Decoders that are slower than this computation: their cost per pixel.
+JPEG2000_COST, JPEG_SCAN_COST = 8.0, 1 / 16
 
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 1024 * 1024
@@ -57,6 +57,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "J
 # At least two letters: one letter is a Windows drive.
 _SCHEME = re.compile(r"(data(?=:)|[a-z][a-z0-9+.-]+(?=://))", re.IGNORECASE)
 _MIN_BASE64_LENGTH = 64
+
+# All but restart markers and others without a length.
+_JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 
 _pillow_limit_lock = threading.Lock()
 
@@ -296,10 +299,10 @@ def _check_size(image: Image.Image, max_pixels: int, name: str) -> int:
     width, height = image.size
     if width == 0 or height == 0:
         raise image_error(name, f"is empty: {width}×{height} pixels.")
-    factor = SLOW_FORMATS.get(image.format or "", 1)
-    cost = max(max(width, height) ** 2, width * height * factor)
+    factor = _decoder_cost(image)
+    cost = int(max(max(width, height) ** 2, width * height * factor))
     if width * height > max_pixels or cost > SQUARE_FACTOR * max_pixels:
-        limit = min(max_pixels, SQUARE_FACTOR * max_pixels // factor)
+        limit = int(min(max_pixels, SQUARE_FACTOR * max_pixels / factor))
         edge = int((SQUARE_FACTOR * max_pixels) ** 0.5)
         raise image_error(
             name,
@@ -308,6 +311,24 @@ def _check_size(image: Image.Image, max_pixels: int, name: str) -> int:
             ErrorCode.IMAGE_TOO_LARGE,
         )
     return cost
+
+
+def _decoder_cost(image: Image.Image) -> float:
+    """The cost of a pixel for the decoder of an image whose header is read."""
+    file = getattr(image, "fp", None)
+    if image.format not in ("JPEG", "MPO") or file is None:
+        return JPEG2000_COST if image.format == "JPEG2000" else 1.0
+    # A progressive JPEG can contain thousands of empty scans, each of which updates all pixels.
+    # Pillow has read the file up to the first scan.
+    start = file.tell()
+    data, position, scans = file.read(), 0, 1
+    file.seek(start)
+    while marker := _JPEG_MARKER.search(data, position):
+        if marker[0] == b"\xff\xd9":  # the end of the image
+            break
+        scans += marker[0] == b"\xff\xda"
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return max(1.0, scans * JPEG_SCAN_COST)
 
 
 def _to_rgb(image: Image.Image, max_pixels: int, alpha: Alpha, name: str) -> Image.Image:

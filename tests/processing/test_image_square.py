@@ -60,10 +60,23 @@ def test_other_modes(monkeypatch, mode):
         assert to_square(image, 24, "resize", MEAN).tobytes() == expected.tobytes(), size
 
 
-def encoded(size, kind):
+def encoded(size, kind, **options):
     stream = io.BytesIO()
-    Image.new("RGB", size).save(stream, kind)
+    Image.new("RGB", size).save(stream, kind, **options)
     return stream.getvalue()
+
+
+@pytest.mark.parametrize("comment", [b"", b"\xff\xfe\x00\x06\xff\xd9\xff\xda"])
+def test_cost_of_a_jpeg_with_many_scans(comment):
+    data = encoded((400, 300), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    count = data.count(b"\xff\xda")
+    assert image_cost(data + scan) == 400**2  # after the end of the image
+    repeated = data[:-2] + comment + scan * 100 + data[-2:]
+    assert image_cost(repeated) == 400 * 300 * (count + 100) // 16
+    assert load_image(repeated).tobytes() == load_image(data).tobytes()
+    with raises_input_error(ErrorCode.IMAGE_TOO_LARGE, "400×300"):
+        load_image(repeated, 400 * 300)
 
 
 @pytest.mark.parametrize(
