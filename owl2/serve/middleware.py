@@ -12,6 +12,7 @@ the key first and passes the body on when it is complete.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 
@@ -121,7 +122,7 @@ class AuthAndBodyLimitMiddleware:
         self._limits = limits
         self._api_keys = api_keys
         self._public_paths = tuple(path.rstrip("/") for path in public_paths)
-        self._inflight_bytes = 0  # bodies of unfinished requests
+        self._inflight_bytes: Counter[str] = Counter()  # bodies of unfinished requests by client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_public(scope):
@@ -144,7 +145,10 @@ class AuthAndBodyLimitMiddleware:
         except ClientDisconnect:
             return
         finally:
-            self._inflight_bytes -= len(body)
+            client = current_client.get()
+            self._inflight_bytes[client] -= len(body)
+            if not self._inflight_bytes[client]:
+                del self._inflight_bytes[client]
 
     def _is_public(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -164,14 +168,16 @@ class AuthAndBodyLimitMiddleware:
             raise body_too_large(self._limits.max_body_bytes)
 
     async def _receive_body(self, request: Request, body: bytearray) -> None:
+        client, limit = current_client.get(), self._limits.max_inflight_bytes
         try:
             async with asyncio.timeout(self._limits.body_timeout):
                 async for chunk in request.stream():
                     body += chunk
-                    self._inflight_bytes += len(chunk)
+                    self._inflight_bytes[client] += len(chunk)
                     if len(body) > self._limits.max_body_bytes:
                         raise body_too_large(self._limits.max_body_bytes)
-                    if self._inflight_bytes > self._limits.max_inflight_bytes:
+                    is_above_share = self._inflight_bytes[client] > max(limit // 2, len(body))
+                    if is_above_share or self._inflight_bytes.total() > limit:
                         raise too_busy("the bodies of unfinished requests have reached their limit")
         except TimeoutError as error:
             raise ApiError(

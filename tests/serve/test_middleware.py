@@ -130,7 +130,7 @@ def test_total_size_of_unfinished_bodies_is_limited():
         await finish.wait()
         events.append("finished")
 
-    async def post(middleware, size):
+    async def post(middleware, size, client="a"):
         async def receive():
             return {"type": "http.request", "body": b"x" * size}
 
@@ -138,21 +138,26 @@ def test_total_size_of_unfinished_bodies_is_limited():
             if message["type"] == "http.response.start":
                 events.append(message["status"])
 
-        await middleware({"type": "http", "path": "/v1/x", "headers": []}, receive, send)
+        scope = {"type": "http", "path": "/v1/x", "headers": [], "client": (client, 1)}
+        # A task of its own, as in a server
+        await asyncio.ensure_future(middleware(scope, receive, send))
 
     async def run():
         middleware = AuthAndBodyLimitMiddleware(app, ServerLimits(max_inflight_bytes=100))
         first = asyncio.ensure_future(post(middleware, 60))
         await asyncio.sleep(0)
-        await post(middleware, 41)
-        second = asyncio.ensure_future(post(middleware, 40))
+        await asyncio.sleep(0)
+        await post(middleware, 1)  # a client has at most half, except for one request
+        await post(middleware, 41, "b")
+        second = asyncio.ensure_future(post(middleware, 40, "b"))
+        await asyncio.sleep(0)
         await asyncio.sleep(0)
         finish.set()
         await asyncio.gather(first, second)
         await post(middleware, 100)  # everything is free again
 
     asyncio.run(run())
-    assert events == [429, "finished", "finished", "finished"]
+    assert events == [429, 429, "finished", "finished", "finished"]
 
 
 def test_scopes_other_than_http_pass_without_key(app):
