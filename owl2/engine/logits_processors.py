@@ -66,8 +66,9 @@ class _BiasAndPenalties(LogitsProcessor):
         self._params = params
         self._num_prompt = num_prompt
         self._biases = dict(params.logit_bias or {})
-        if invalid := [token for token in self._biases if not 0 <= token < vocab_size]:
-            raise ValueError(f"logit_bias has the token {invalid[0]} of {vocab_size} tokens")
+        for token in self._biases:
+            if not (isinstance(token, int) and 0 <= token < vocab_size):
+                raise ValueError(f"logit_bias has {token!r}; the model has {vocab_size} tokens")
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         answer = input_ids[:, self._num_prompt :]  # (1, T)

@@ -13,7 +13,7 @@ from owl2 import __version__
 from owl2.engine.engine import Engine
 from owl2.serve import errors
 from owl2.serve.admission import AdmissionController
-from owl2.serve.auth import ApiKeys
+from owl2.serve.auth import ApiKeys, document_api_keys
 from owl2.serve.chat_completions import add_chat_completions
 from owl2.serve.completions import add_completions
 from owl2.serve.config import ServerLimits
@@ -86,6 +86,8 @@ def build_app(
     async def show_docs() -> HTMLResponse:
         return HTMLResponse(docs_page(app.openapi(), example))
 
+    if api_keys is not None:
+        document_api_keys(app, PUBLIC_PATHS)
     errors.add_handlers(app)
     # The last one is the outermost: the log has rejected requests.
     app.add_middleware(
@@ -96,7 +98,7 @@ def build_app(
         allow_origins=allowed_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["Retry-After"],
+        expose_headers=["Retry-After", "X-Request-ID"],
     )
     app.add_middleware(
         RequestGuardMiddleware, allowed_hosts=allowed_hosts, allowed_origins=allowed_origins

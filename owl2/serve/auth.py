@@ -8,6 +8,9 @@ import hmac
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
 
 from owl2.errors import ErrorCode, InputError
 from owl2.files import expand_user
@@ -99,3 +102,20 @@ class ApiKeys:
                 message = "The API key is not valid for this server."
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
+
+
+def document_api_keys(app: FastAPI, public_paths: Sequence[str]) -> None:
+    """Add the security scheme to the OpenAPI document, for all routes but the public ones."""
+    make_document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make_document()
+        schemes = document["components"].setdefault("securitySchemes", {})
+        schemes["apiKey"] = {"type": "http", "scheme": "bearer"}
+        for path, methods in document["paths"].items():
+            for operation in methods.values():
+                if path not in public_paths:
+                    operation["security"] = [{"apiKey": []}]
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's way to extend the document

@@ -11,7 +11,9 @@ the key first and passes the body on when it is complete.
 
 import asyncio
 import logging
+import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -31,6 +33,8 @@ WEB_PATH = "/web"
 # Methods that change nothing. Other websites may send them: browsers hide the answers.
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected; only metrics show it
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +195,8 @@ class AuthAndBodyLimitMiddleware:
 class RequestLogMiddleware:
     """Counts requests by route and status, and logs one line for each.
 
-    The line contains the pattern of the route and nothing that the client sent: no key, no text.
+    The line contains the pattern of the route and nothing that the client sent: no key, no text,
+    only its `X-Request-ID`, a short word. The response has the same id, or a new one.
     Unexpected exceptions become a response here. Starlette would raise them again after its
     response, and the server would close a connection that the client keeps for reuse.
     """
@@ -206,11 +211,15 @@ class RequestLogMiddleware:
             return
         start = time.perf_counter()
         status = 0
+        given = REQUEST_ID.fullmatch(Headers(scope=scope).get("x-request-id", ""))
+        request_id = given[0] if given else uuid.uuid4().hex
 
         async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                header = (b"x-request-id", request_id.encode())
+                message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
         try:
@@ -228,5 +237,5 @@ class RequestLogMiddleware:
             client = scope["client"][0] if scope.get("client") else "-"
             seconds = time.perf_counter() - start
             level = logging.DEBUG if is_page else logging.INFO
-            line = "%s %s %s %d %.2f s"
-            logger.log(level, line, client, scope["method"], route, status, seconds)
+            line = "%s %s %s %d %.2f s %s"
+            logger.log(level, line, client, scope["method"], route, status, seconds, request_id)

@@ -75,7 +75,7 @@ def _schema(*neutral: Any) -> WithJsonSchema:
 StopStrings = Annotated[list[NonEmptyStr], Field(max_length=MAX_STOP_STRINGS)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 # Only values without an effect are accepted.
-Unsupported = Annotated[Any, _NotSupported(), AfterValidator(_only(0, [], {})), _schema(0, [], {})]
+Unsupported = Annotated[Any, _NotSupported(), AfterValidator(_only([], {})), _schema([], {})]
 UnsupportedFlag = Annotated[Any, _NotSupported(), AfterValidator(_only(False)), _schema(False)]
 UnsupportedFlagTrue = Annotated[Any, _NotSupported(), AfterValidator(_only(True)), _schema(True)]
 UnsupportedFactor = Annotated[Any, _NotSupported(), AfterValidator(_only(1)), _schema(1)]

@@ -24,6 +24,7 @@ def test_openapi_document_describes_every_route(server_url):
         statuses = document["paths"][route]["post"]["responses"].keys()
         assert {"200", "400", "401", "404", "413", "429", "503"} <= statuses
     assert "422" not in str(document["paths"])
+    assert "securitySchemes" not in document["components"]
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/chat/completions", "/v1/v1/models", "/"])
@@ -49,6 +50,13 @@ def test_api_keys_protect_all_but_monitoring_and_documentation(tiny_engine):
     with run_app(build_app(tiny_engine, "tiny", api_keys=ApiKeys([KEY]))) as url:
         for path in ("/health", "/metrics", "/docs", "/openapi.json"):
             assert httpx.get(url + path).status_code == 200, path
+        document = httpx.get(f"{url}/openapi.json").json()
+        [(name, scheme)] = document["components"]["securitySchemes"].items()
+        assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+        for path, methods in document["paths"].items():
+            for operation in methods.values():
+                expected = [{name: []}] if path.startswith("/v1/") else None
+                assert operation.get("security") == expected, path
         for path in ("/v1/models", "/v1/models/tiny", "/v1/other", "/other"):
             rejected = httpx.get(url + path)
             assert rejected.status_code == 401, path
@@ -66,8 +74,25 @@ def test_log_has_one_line_per_request_and_no_client_data(server_url, caplog):
         httpx.get(f"{server_url}/v1/models/a%0Ab")
         wait_until(lambda: len(caplog.records) == 2)  # written after the response
     lines = [record.getMessage() for record in caplog.records]
-    assert re.fullmatch(r"127\.0\.0\.1 POST /v1/chat/completions 200 \d+\.\d\d s", lines[0])
+    assert re.fullmatch(
+        r"127\.0\.0\.1 POST /v1/chat/completions 200 \d+\.\d\d s [0-9a-f]{32}", lines[0]
+    )
     assert not any(secret in " ".join(lines) for secret in ("what", KEY, "abc", "\n"))
+
+
+@pytest.mark.parametrize(
+    ("given", "is_echoed"),
+    [("abc-1.2_3:4", True), ("a" * 128, True), ("a" * 129, False), ("a b", False), ("", False)],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/other"])
+def test_request_id_is_echoed_or_generated(server_url, caplog, path, given, is_echoed):
+    with caplog.at_level(logging.INFO, "owl2.serve"):
+        reply = httpx.get(server_url + path, headers={"X-Request-ID": given})
+        wait_until(lambda: caplog.records)
+    [own] = reply.headers.get_list("x-request-id")
+    assert (own == given) == is_echoed
+    assert is_echoed or re.fullmatch("[0-9a-f]{32}", own)
+    assert caplog.records[0].getMessage().endswith(f" {own}")
 
 
 def test_client_that_disconnects_during_its_request_is_counted(server_url):

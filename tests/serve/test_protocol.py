@@ -1,6 +1,8 @@
 """Fields of requests: accepted and rejected values, engine options, and limits."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from fastapi.exceptions import RequestValidationError
@@ -295,3 +297,25 @@ def test_errors_name_the_field(fields, param):
     problems = [problem | {"loc": ("body", *problem["loc"])} for problem in caught.value.errors()]
     error = as_api_error(RequestValidationError(problems))
     assert (error.status, error.param, error.code) == (400, param, "invalid_value")
+
+
+def documented_fields(heading):
+    """The fields in the first column of the table of docs/serving.md whose header starts so."""
+    text = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    rows = text.partition(f"| {heading} |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [field for row in rows for field in re.findall(r"`(\w+)`", row.split(" | ")[0])]
+
+
+def test_documentation_lists_every_field_once():
+    rejected = documented_fields("fields that are not supported")
+    assert sorted(rejected) == sorted(ChatCompletionRequest.unsupported_fields())
+    accepted = ChatCompletionRequest.model_fields.keys() - set(rejected)
+    assert sorted(documented_fields("field | values")) == sorted(accepted)
+
+
+@pytest.mark.parametrize("field", sorted(ChatCompletionRequest.unsupported_fields()))
+@pytest.mark.parametrize("value", [0.5, "x", ["x"], {"x": 1}])
+def test_values_with_an_effect_are_rejected(field, value):
+    request(**{field: None})
+    with pytest.raises(ValidationError):
+        request(**{field: value})
