@@ -226,8 +226,9 @@ def _read_turns(row: Mapping[str, Any], key: str) -> list[Message]:
 
 
 def _message(turn: Mapping[str, Any], role: Any, content: Any) -> Message:
-    """A turn as a message; `"loss": False` is kept."""
-    unused_keys(turn, ("from", "value", "role", "content"), has_images=False, where="a turn")
+    """A turn as a message; `"loss": False` and `"interleave_images": True` are kept."""
+    known = ("from", "value", "role", "content", "interleave_images")
+    unused_keys(turn, known, has_images=False, where="a turn")
     message = {"role": role, "content": content}
     for key in ("loss", "weight"):
         value = turn.get(key)

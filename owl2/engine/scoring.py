@@ -38,6 +38,8 @@ def encode_answer(
     Raises:
         InputError: Invalid messages, or an answer without tokens.
     """
+    if not answer.strip():
+        raise InputError(f"The answer {answer!r} is empty.", ErrorCode.EMPTY_MESSAGE)
     turns = [*messages, {"role": "assistant", "content": answer}]
     conversation = parse_messages(turns, merge_roles=True)
     sample = processor.encode_labeled(conversation)

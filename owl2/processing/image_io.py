@@ -3,13 +3,11 @@
 Does not import torch or transformers, so that the image decoders of the server start fast.
 """
 
-import base64
 import http.client
 import io
 import os
 import re
 import stat
-import string
 import sys
 import threading
 import time
@@ -27,6 +25,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 
 from owl2.errors import ErrorCode, InputError, shorten
 from owl2.files import expand_user
+from owl2.processing.data_uri import decode_base64
 from owl2.processing.image_arrays import array_to_image, image_error, scale_to_8_bits
 
 # Pillow's own threshold for a suspicious image: a quarter of a gigabyte as RGB.
@@ -119,22 +118,6 @@ def check_max_pixels(value: Any) -> int:
             ErrorCode.INVALID_VALUE,
         )
     return int(value)
-
-
-def decode_base64(text: str) -> bytes:
-    """The bytes of base64 in the standard or the URL-safe alphabet.
-
-    White space and missing padding are accepted.
-
-    Raises:
-        ValueError: The text is not base64.
-    """
-    data = text.encode("ascii").translate(None, string.whitespace.encode())
-    if b"-" in data or b"_" in data:
-        if b"+" in data or b"/" in data:
-            raise ValueError("it mixes the standard and the URL-safe alphabet")
-        data = data.translate(bytes.maketrans(b"-_", b"+/"))
-    return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
 
 
 def _open(source: str | os.PathLike[str]) -> tuple[BinaryIO, str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from owl2.processing.image_io import decode_base64
+from owl2.processing.data_uri import decode_base64
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.messages import Message
 from owl2.serve.config import ServerLimits

@@ -6,9 +6,10 @@ from random import Random
 import pytest
 
 from owl2.data.json_dataset import JsonDataset
+from owl2.data.row_parsers import image_reader, parse_row
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
-from owl2.processing.messages import content_to_text, parse_messages
+from owl2.processing.messages import content_to_text, order_images, parse_messages
 from tests.errors import raises_input_error
 
 USER = {"role": "user", "content": "what?"}
@@ -40,6 +41,33 @@ def images(sample) -> list[str]:
 
 def texts(sample) -> list[str]:
     return [content_to_text(turn["content"]) for turn in parse_messages(sample.messages).turns]
+
+
+@pytest.mark.parametrize(
+    ("content", "row", "prompt"),
+    [
+        ([URL, TEXT], {}, "<|image|>what?"),
+        ([TEXT, URL], {}, "<|image|>what?"),
+        ([TEXT, {"type": "image"}], {"images": ["a.png"]}, "<|image|>what?"),
+        ("what?<image>", {"images": ["a.png"]}, "what?<|image|>"),
+        ("<image>what?", {"images": ["a.png"]}, "<|image|>what?"),
+        (
+            [{"type": "text", "text": "a<image>b"}, URL],
+            {"images": ["b.png"]},
+            "a<|image|>b<|image|>",
+        ),
+    ],
+)
+@pytest.mark.parametrize("keeps", [False, True])
+def test_images_precede_the_text_unless_it_marks_them(content, row, prompt, keeps):
+    message = {"role": "user", "content": content} | ({"interleave_images": True} if keeps else {})
+    answer = {"role": "assistant", "content": "A bus."}
+    sample = parse_row({"messages": [message, answer], **row}, "row", image_reader(Path()))
+    turn = order_images(parse_messages(sample.messages), interleave_images=False).turns[0]
+    if keeps and isinstance(content, list) and content[0] == TEXT:
+        prompt = "what?<|image|>"
+    assert content_to_text(turn["content"]) == prompt
+    assert not sample.unused_keys
 
 
 # ------------------------------------------------------------------ LLaVA's JSON

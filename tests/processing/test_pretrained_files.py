@@ -46,9 +46,14 @@ def test_order_of_the_image_policies(
     file = tmp_path / "preprocessor_config.json"
     values = json.loads(file.read_text())
     del values["image_policy"]
+    own = json.loads((tmp_path / "processor_config.json").read_text())
+    assert own.pop("interleave_images") is False
+    (tmp_path / "processor_config.json").write_text(json.dumps(own))  # as written before
     file.write_text(json.dumps(values | pixels))
     loaded = Owl2Processor.from_pretrained(tmp_path, image_policy=option)
     assert loaded.image_processor.image_policy == expected
+    # Prompts of OneAlign and Co-Instruct have images inside the text.
+    assert loaded.interleave_images == (config == PAD | CODE)
     shown = run_cli("info", tmp_path).stdout
     assert reason in shown and (option or expected in shown)
 

@@ -71,6 +71,37 @@ def test_line_break_of_training_is_saved_and_used_by_every_prompt(processor, ima
         Owl2Processor.from_pretrained(tmp_path)
 
 
+def test_images_precede_the_text_unless_the_setting_or_the_call_keeps_them(
+    processor, image, tmp_path
+):
+    question, usual = ask("What is it?", image), ask(image, "What is it?")
+    inside = processor.encode([user_message("What is it?<|image|>", [image])]).ids
+    first = processor.encode(usual).ids
+    assert processor.encode(question).ids == first != inside
+    assert processor.encode(question, interleave_images=True).ids == inside
+    assert processor.encode(question, unknown=1, messages=2).ids == first
+    options = {"tokenize": True, "add_generation_prompt": True}
+    for interleave, expected in ((None, first), (True, inside)):
+        ids = processor.apply_chat_template(question, interleave_images=interleave, **options)
+        assert ids == [list(expected)]
+    for value in (True, False):
+        processor.interleave_images = value
+        processor.save_pretrained(tmp_path)
+        again = Owl2Processor.from_pretrained(tmp_path)
+        assert again.encode(question).ids == (inside if value else first)
+        trained = again.for_training(ask("What is it?", image, answer="A bus."))["input_ids"]
+        assert again.encode(question).ids == tuple(trained[0, : len(first)].tolist())
+        other = Owl2Processor.from_pretrained(tmp_path, interleave_images=not value)
+        assert other.encode(question).ids == (first if value else inside)
+        assert again.encode(usual).ids == first
+    prompt = "USER: What is it?<|image|> ASSISTANT:"
+    assert processor(text=prompt, images=image)["input_ids"] == [list(inside)]
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"interleave_images": 1}))
+    with raises_input_error(ErrorCode.INVALID_CONFIG, file, "interleave_images"):
+        Owl2Processor.from_pretrained(tmp_path)
+
+
 # ------------------------------------------------------------------ golden/text
 
 

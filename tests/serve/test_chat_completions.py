@@ -72,6 +72,90 @@ def test_answer_equals_the_engines(ask, tiny_engine, messages):
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + answer.num_tokens
 
 
+def test_images_precede_the_text(ask, tiny_engine):
+    first, last = user(color_uri(), QUESTION), user(QUESTION, color_uri())
+    reply, expected = ask(last), ask(first)
+    assert reply.choices[0].message == expected.choices[0].message
+    keep = {"chat_template_kwargs": {"interleave_images": True, "messages": [], "self": 1}}
+    [inside] = engine_outputs(tiny_engine, [last[0] | {"interleave_images": True}])
+    assert inside.text != expected.choices[0].message.content
+    assert ask(last, extra_body=keep).choices[0].message.content == inside.text
+    placed = user(f"{QUESTION}<|image|>", color_uri())
+    assert ask(placed).choices[0].message.content == inside.text
+
+
+EMPTY = {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    ("messages", "equal"),
+    [
+        ([*user("yes"), *user("or no")], user("yes\nor no")),
+        ([*user("yes"), EMPTY, *user("or no")], user("yes\nor no")),
+        ([*user("yes"), {"role": "assistant", "content": None}], user("yes")),
+        ([*user("yes"), {"role": "assistant"}, *user("or no")], user("yes\nor no")),
+        ([*user("yes"), {"role": "system", "content": "or no"}], user("yes\nor no")),
+        ([{"role": "system", "content": ""}, *user("yes")], user("yes")),
+        ([*user(QUESTION), *user(color_uri())], user(color_uri(), QUESTION)),
+        (
+            [{"role": "assistant", "content": [{"type": "refusal", "refusal": "a"}]}, *user("b")],
+            [{"role": "assistant", "content": "a"}, *user("b")],
+        ),
+    ],
+)
+def test_messages_in_any_order(ask, messages, equal):
+    reply, expected = ask(messages), ask(equal)
+    assert reply.choices[0].message == expected.choices[0].message
+    assert reply.usage == expected.usage
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"presence_penalty": 2},
+        {"frequency_penalty": 2},
+        {"logit_bias": {"50": 100}},
+        {"extra_body": {"stop_token_ids": list(range(200))}},
+        {"extra_body": {"repetition_penalty": 3}},
+        {
+            "extra_body": {"skip_special_tokens": False, "ignore_eos": True},
+            "logit_bias": {"2": 100},
+        },
+    ],
+    ids=str,
+)
+def test_fields_change_the_answer(ask, options):
+    assert ask(**options).choices[0].message != ask().choices[0].message
+    streamed = [chunk.choices[0].delta.content or "" for chunk in ask(stream=True, **options)]
+    assert "".join(streamed) == ask(**options).choices[0].message.content
+
+
+def test_tools_without_a_call(ask):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert ask(tools=tools, tool_choice="none").choices[0].message == ask().choices[0].message
+    for choice in ("auto", openai.omit):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(tools=tools, tool_choice=choice)
+        assert caught.value.param == "tools"
+
+
+def test_image_urls_as_strings_and_details(ask):
+    uri, content = color_uri(), ask(user(color_uri(), QUESTION)).choices[0].message.content
+    header, _, data = uri.partition(",")
+    url_safe = f"{header},{data.replace('+', '-').replace('/', '_').rstrip('=')}"
+    lines = f"{header},\r\n" + "\r\n".join(data[i : i + 60] for i in range(0, len(data), 60))
+    for image in (
+        uri,
+        url_safe,
+        lines,
+        {"url": uri, "detail": None},
+        {"url": uri, "detail": "original"},
+    ):
+        parts = [{"type": "image_url", "image_url": image}, {"type": "text", "text": QUESTION}]
+        reply = ask([{"role": "user", "content": parts}])
+        assert reply.choices[0].message.content == content
+
+
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_streamed_and_complete_answers_are_equal(ask, messages):
     complete = ask(messages)
@@ -185,6 +269,13 @@ def test_max_tokens(ask):
     assert reply.choices[0].finish_reason == "length"
     assert reply.usage.completion_tokens == 2
     assert ask(max_tokens=openai.omit, max_completion_tokens=3).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize("tokens", [4096, 8192, 2**31 - 1, -1])
+def test_large_numbers_of_tokens_are_clipped_to_the_context(ask, tiny_engine, tokens):
+    reply = ask(max_tokens=tokens)
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage.total_tokens == tiny_engine.context_length
 
 
 def test_models(client):
