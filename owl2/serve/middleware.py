@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +27,7 @@ from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError, as_api_error, body_too_large, too_busy
 from owl2.serve.metrics import Metrics
-from owl2.serve.origins import check_host, check_origin, client_network
+from owl2.serve.origins import check_host, check_origin, client_network, forwarded_host
 
 WEB_PATH = "/web"
 # Methods that change nothing. Other websites may send them: browsers hide the answers.
@@ -62,7 +62,7 @@ class RequestGuardMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            self._check(scope["method"], Headers(scope=scope))
+            self._check(scope)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
@@ -71,9 +71,12 @@ class RequestGuardMiddleware:
         else:
             await self._app(scope, receive, send)
 
-    def _check(self, method: str, headers: Headers) -> None:
+    def _check(self, scope: Scope) -> None:
+        headers = MutableHeaders(scope=scope)
         check_host(headers, self._allowed_hosts)
-        if method not in SAFE_METHODS:
+        if (host := forwarded_host(headers, self._allowed_hosts)) is not None:
+            headers["host"] = host
+        if scope["method"] not in SAFE_METHODS:
             check_origin(headers, self._allowed_origins)
         # A proxy could use the other length, and take the rest of the body for another request.
         if "content-length" in headers and "transfer-encoding" in headers:

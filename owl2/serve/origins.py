@@ -70,15 +70,11 @@ def check_host(headers: Headers, allowed_hosts: Collection[str] | None) -> None:
     Raises:
         ApiError: 403.
     """
-    if allowed_hosts is None or ANY in allowed_hosts:
-        return
     header = headers.get("host")
-    if header is None:  # not from a browser
+    if allowed_hosts is None or header is None:  # a browser always sends it
         return
-    host = _host_and_port(f"//{header}")[0] if re.fullmatch(r"[\w.:\[\]-]+", header) else ""
-    if _is_local(host) or host in allowed_hosts or f"[{host}]" in allowed_hosts:
-        return
-    if any(name.startswith("*.") and host.endswith(name[1:]) for name in allowed_hosts):
+    host = _host_name(header)
+    if ANY in allowed_hosts or _is_local(host) or _is_listed(host, allowed_hosts):
         return
     raise ApiError(
         403,
@@ -86,6 +82,15 @@ def check_host(headers: Headers, allowed_hosts: Collection[str] | None) -> None:
         "--allowed-hosts to accept other hosts than localhost.",
         code="host_not_allowed",
     )
+
+
+def forwarded_host(headers: Headers, allowed_hosts: Collection[str] | None) -> str | None:
+    """The header `X-Forwarded-Host`, if `allowed_hosts` lists its name; otherwise None.
+
+    Clients can send this header, and it becomes a part of redirects.
+    """
+    header = headers.get("x-forwarded-host", "")
+    return header if _is_listed(_host_name(header), allowed_hosts or ()) else None
 
 
 def check_origin(headers: Headers, allowed_origins: Collection[str] = ()) -> None:
@@ -132,6 +137,19 @@ def client_network(client: Sequence[Any] | None) -> str:
     if address.version == 4:
         return host
     return str(ipaddress.IPv6Network((address.packed, 64), strict=False))
+
+
+def _host_name(header: str) -> str:
+    is_valid = re.fullmatch(r"[\w.:\[\]-]+", header)
+    return _host_and_port(f"//{header}")[0] if is_valid else ""
+
+
+def _is_listed(host: str, allowed_hosts: Collection[str]) -> bool:
+    return (
+        host in allowed_hosts
+        or f"[{host}]" in allowed_hosts
+        or any(name.startswith("*.") and host.endswith(name[1:]) for name in allowed_hosts)
+    )
 
 
 def _host_and_port(url: str) -> tuple[str, int | None]:

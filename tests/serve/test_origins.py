@@ -94,6 +94,20 @@ def test_allowed_hosts():
     assert rejection(check_host, {"host": "any.example"}, parse_hosts("*")) is None
 
 
+def test_forwarded_host_replaces_the_host_if_it_is_listed(tiny_engine):
+    hosts = ["*.app.example"]
+    with run_app(build_app(FakeEngine(tiny_engine), "tiny", allowed_hosts=hosts)) as url:
+        for name, expected in (("x.app.example", "x.app.example"), ("evil.example", "127.0.0.1")):
+            headers = {"X-Forwarded-Host": name, "Origin": f"http://{name}"}
+            reply = httpx.get(f"{url}/health/", headers=headers)  # redirects
+            assert httpx.URL(reply.headers["location"]).host == expected
+            reply = httpx.post(f"{url}/v1/chat/completions", json={}, headers=headers)
+            assert reply.status_code == (400 if name == expected else 403)
+        # DNS rebinding: the page can set the header, but not its host.
+        headers = {"Host": "rebind.example", "X-Forwarded-Host": "x.app.example"}
+        assert code(httpx.get(f"{url}/health", headers=headers)) == (403, "host_not_allowed")
+
+
 @pytest.mark.parametrize(
     "origin, host",
     [
