@@ -62,8 +62,12 @@ class RequestImages:
         """
         urls = request.images
         budget = ImageBudget.of_request(self._limits)
-        opened = await asyncio.gather(*(self._open(*item, budget) for item in urls.items()))
-        images = dict(zip(urls, opened, strict=True))
+        tasks = [asyncio.ensure_future(self._open(*item, budget)) for item in urls.items()]
+        try:
+            images = dict(zip(urls, await asyncio.gather(*tasks), strict=True))
+        finally:  # after an error, the other images are not decoded
+            for task in tasks:
+                task.cancel()
         messages: list[Message] = []
         for row, message in enumerate(request.messages):
             parts: list[dict[str, Any]] = [

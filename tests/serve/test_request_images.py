@@ -12,6 +12,7 @@ import pytest
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
+from owl2.serve.image_decoder import SandboxedImageDecoder
 from owl2.serve.protocol import ChatCompletionRequest
 from owl2.serve.request_images import RequestImages
 from tests.serve.images import data_uri, encode, noise
@@ -161,6 +162,29 @@ def test_remote_images_are_checked_like_others():
         options = {"network": FakeNetwork(port), "allow_remote_images": True}
         assert error_of("http://good.test/", **options).code == "invalid_image"
         assert error_of("http://good.test/", **options).code == "invalid_image_url"
+
+
+def test_images_after_an_invalid_one_are_not_decoded(monkeypatch):
+    started = []
+    decode = SandboxedImageDecoder.decode
+
+    async def counted(self, *arguments):
+        await asyncio.sleep(0.05)
+        started.append(arguments)
+        return await decode(self, *arguments)
+
+    async def run():
+        monkeypatch.setattr(SandboxedImageDecoder, "decode", counted)
+        images = RequestImages(ServerLimits(), PROCESSOR)
+        content = message(data_uri(encode(noise())), "file:///etc/passwd")
+        request = ChatCompletionRequest.model_validate({"model": "m", "messages": [content]})
+        with pytest.raises(ApiError):
+            await images.messages(request)
+        await asyncio.sleep(0.2)
+        images.decoder.close()
+
+    asyncio.run(run())
+    assert started == []
 
 
 def test_slow_name_lookup_does_not_block_the_request(monkeypatch):
