@@ -117,7 +117,8 @@ def parse_row(
         for message in messages:
             marked = any(map(_PLACEHOLDER.search, _user_texts([message])))
             message["content"] = _to_parts(message, split, read_image)
-            if marked and message["content"] != move_images_first(_parts(message)):
+            parts = _parts(message)
+            if marked and parts != move_images_first(parts):
                 message["interleave_images"] = True
         _insert_images(messages, [read_image(image) for image in images])
         has_images = any(part.get("type") != "text" for m in messages for part in _parts(m))

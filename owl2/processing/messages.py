@@ -168,7 +168,7 @@ def move_images_first(parts: Sequence[Mapping[str, Any]]) -> list[Any]:
     become lines, and white space before a last image is removed.
     """
     images = [part for part in parts if part["type"] != "text"]
-    if list(parts[: len(images)]) == images:
+    if all(part["type"] != "text" for part in parts[: len(images)]):
         return list(parts)
     texts: list[str] = []
     is_separated = False
