@@ -99,7 +99,8 @@ class ApiKeys:
         if not (self.is_valid(key) and scheme.lower() == "bearer"):
             message = "This server needs an API key: send 'Authorization: Bearer KEY'."
             if authorization:
-                message = "The API key is not valid for this server."
+                # Clients search for the first words.
+                message = "Incorrect API key provided: it is not valid for this server."
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import KEY, MODEL
 from instructor import Mode
 from openai import AsyncOpenAI, OpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 
 class Shape(BaseModel):
@@ -31,25 +31,53 @@ def make_client(base_url, mode, kind=OpenAI):
     return instructor.from_openai(kind(base_url=base_url, api_key=KEY, max_retries=0), mode=mode)
 
 
-@pytest.mark.parametrize("mode", [Mode.JSON_SCHEMA, Mode.JSON])
-@pytest.mark.parametrize("schema", [Shape, Drawing])
+class Anything(BaseModel):
+    """Any JSON object."""
+
+    name: object = None
+
+
+@pytest.mark.parametrize(
+    ("mode", "schema"),
+    [(Mode.JSON_SCHEMA, Shape), (Mode.JSON_SCHEMA, Drawing), (Mode.JSON, Anything)],
+)
 def test_create(base_url, mode, schema):
-    options = {"extra_body": {"guided_json": schema.model_json_schema()}}
-    client = make_client(base_url, mode)
-    found = client.chat.completions.create(
-        model=MODEL,
-        messages=TEXT,
-        response_model=schema,
-        max_tokens=200,
-        max_retries=0,
-        **(options if mode is Mode.JSON else {}),
+    found = make_client(base_url, mode).chat.completions.create(
+        model=MODEL, messages=TEXT, response_model=schema, max_tokens=200, max_retries=0
     )
     assert isinstance(found, schema)
 
 
+def test_retries_with_the_errors_of_the_validation(base_url):
+    """The second attempt is a conversation with the invalid answer and what is wrong with it."""
+    seen = []
+
+    class Strict(Anything):
+        """Accepts the second answer."""
+
+        @model_validator(mode="after")
+        def _reject_the_first(self):
+            seen.append(self)
+            if len(seen) == 1:
+                raise ValueError("again")
+            return self
+
+    make_client(base_url, Mode.JSON).chat.completions.create(
+        model=MODEL, messages=TEXT, response_model=Strict, max_tokens=200, max_retries=2
+    )
+    assert len(seen) == 2
+
+
+def test_tools_are_rejected(base_url):
+    with pytest.raises(instructor.core.InstructorRetryException, match="tool"):
+        make_client(base_url, Mode.TOOLS).chat.completions.create(
+            model=MODEL, messages=TEXT, response_model=Shape, max_retries=0
+        )
+
+
 def test_image(base_url, image_url):
-    content = [{"type": "image_url", "image_url": {"url": image_url}}, *TEXT[0]["content"].split()]
-    content = [content[0], {"type": "text", "text": "what is this?"}]
+    image = {"type": "image_url", "image_url": {"url": image_url}}
+    content = [image, {"type": "text", "text": "what is this?"}]
     client = make_client(base_url, Mode.JSON_SCHEMA)
     found, reply = client.chat.completions.create_with_completion(
         model=MODEL,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from conftest import KEY, MODEL
 from pydantic import BaseModel
 
+PROXY_KEY = f"sk-{secrets.token_hex(32)}"
 TEXT = [{"role": "user", "content": "Hello"}]
 PROVIDERS = ["openai", "hosted_vllm"]
 
@@ -125,6 +127,7 @@ def proxy_client(base_url, tmp_path_factory):
     config = {
         "model_list": [{"model_name": "owl2", "litellm_params": params}],
         "litellm_settings": {"num_retries": 0},
+        "general_settings": {"master_key": PROXY_KEY},
     }
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     with socket.socket() as listener:
@@ -141,7 +144,7 @@ def proxy_client(base_url, tmp_path_factory):
             log = (folder / "log").read_text()
             assert process.poll() is None and time.monotonic() < end, log
             time.sleep(0.5)
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=PROXY_KEY, max_retries=0) as client:
             yield client
     finally:
         process.kill()
