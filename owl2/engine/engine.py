@@ -96,9 +96,7 @@ class Engine:
         self.end_ids = end_ids(model.generation_config, processor.tokenizer)
         self._open_ids = open_byte_ids(processor.tokenizer)
         self._token_text = token_texts(processor.tokenizer)
-        self._grammars = GrammarCompiler(
-            processor.tokenizer, self._token_text, model.config.vocab_size, self.end_ids
-        )
+        self._grammars = GrammarCompiler(self._token_text, model.config.vocab_size, self.end_ids)
         check_generation_config(model.generation_config)
         try:
             self.sampling_params()

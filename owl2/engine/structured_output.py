@@ -24,10 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from owl2.errors import ErrorCode, InputError, require_package, shorten
-from owl2.processing.tokenizer import encode_continuation
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 # Of the JSON that describes a grammar. A schema of 5,000 properties has more.
@@ -35,7 +33,7 @@ MAX_CHARACTERS = 65_536
 # The sum of all values of "multipleOf" (without a decimal point) in a schema. The time to compile
 # them grows with it: 0.1 s.
 MAX_MULTIPLES = 10_000
-MAX_SECONDS = 1.0  # of one core, for the masks of one answer; usual grammars take 0.00005 per token
+MAX_SECONDS = 1.0  # of one core, for the masks of one answer; usual grammars take 0.00006 per token
 MAX_CACHED_GRAMMARS = 128
 # Limits of llguidance. They bound the time of a compilation and of a mask to about a second.
 LIMITS: dict[str, Any] = {
@@ -50,7 +48,9 @@ LIMITS: dict[str, Any] = {
 # that were not trained for JSON would otherwise write spaces without end.
 WHITESPACE = r"\x20|\r?\n[\x20\t]{0,20}"
 _GBNF = re.compile(r"^[\w-]+\s*::=", re.MULTILINE)
-START = 'start: " "? @answer'
+# Without `no_forcing`, llguidance would tokenize text that must follow, and exclude other tokens.
+# Its tokens can differ from those of the complete text, which the model was trained with.
+START = '%llguidance {"no_forcing": true}\nstart: " "? @answer'
 
 
 @dataclass(frozen=True)
@@ -267,21 +267,15 @@ class GrammarMatcher:
 class _Vocabulary:
     """The attributes of a tokenizer that llguidance's `TokenizerWrapper` reads."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        tokens: list[bytes],
-        end_ids: Sequence[int],
-    ) -> None:
-        self.bos_token_id = None
+    bos_token_id = None
+    special_token_ids: Sequence[int] = ()
+
+    def __init__(self, tokens: list[bytes], end_ids: Sequence[int]) -> None:
         self.eos_token_id = end_ids[0] if end_ids else None
-        self.special_token_ids: list[int] = []
         self.tokens = tokens
-        self._tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text that the grammar requires."""
-        return encode_continuation(self._tokenizer, text)
+        raise NotImplementedError("`no_forcing` makes this unnecessary")
 
 
 class GrammarCompiler:
@@ -294,12 +288,10 @@ class GrammarCompiler:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
         token_text: Callable[[int], tuple[str, bytes]],
         vocab_size: int,
         end_ids: Sequence[int],
     ) -> None:
-        self._tokenizer = tokenizer
         self._token_text = token_text
         self._vocab_size = vocab_size
         self._end_ids = end_ids
@@ -336,7 +328,7 @@ class GrammarCompiler:
             if self._vocabulary is None:
                 # Special tokens have no bytes, so that no grammar allows them.
                 tokens = [self._token_text(id_)[1] for id_ in range(self._vocab_size)]
-                vocabulary = _Vocabulary(self._tokenizer, tokens, self._end_ids)
+                vocabulary = _Vocabulary(tokens, self._end_ids)
                 self._vocabulary = llguidance.LLTokenizer(
                     llguidance.TokenizerWrapper(vocabulary), eos_token=list(self._end_ids) or None
                 )

@@ -261,18 +261,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [id_ for part in parts for id_ in tokenizer.encode(part, **options)]
 
 
-def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of text that follows other text. Names of special tokens are plain text."""
-
-    def encode_text(text: str) -> list[int]:
-        if isinstance(tokenizer, Owl2Tokenizer):
-            return list(tokenizer.sp_model.encode(text))
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return list(tokenizer.encode(text, **options))
-
-    return encode_text(_BARRIER + text)[len(encode_text(_BARRIER)) :]
-
-
 def encode_with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], Offsets]:
     """`encode` of a segment between images, and the start and end of each token in `text`.
 

@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from types import FrameType
 
 import uvicorn
@@ -72,7 +73,9 @@ def serve_model(config: ServerConfig) -> int:
             base=config.base,
         )
         # The first token reports errors and pays one-time costs before the first request.
-        engine.chat([{"role": "user", "content": "Hello?"}], max_new_tokens=1)
+        structured = {"choice": ["Hello"]} if find_spec("llguidance") else None
+        hello = [{"role": "user", "content": "Hello?"}]
+        engine.chat(hello, max_new_tokens=1, structured_outputs=structured)
         app = build_app(engine, name, config, api_keys, example, hosts, origins)
         if config.web:
             from owl2.serve.web.mount import mount

@@ -15,9 +15,10 @@ from owl2.engine.engine import Engine
 from owl2.engine.sampling import SamplingParams, sample
 from owl2.engine.structured_output import GrammarCompiler, StructuredOutputsParams
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.tokenizer import encode_continuation
+from owl2.processing.tokenizer import encode
 from tests.engine.conftest import ask, caching_engine
 from tests.errors import raises_input_error
+from tests.processing.conftest import byte_level, llama, llama_file  # noqa: F401  # fixtures
 
 TOKENS = 80
 SCHEMA = {
@@ -65,7 +66,7 @@ SAMPLINGS = {
 @pytest.fixture
 def compiler(shared_engine):
     tokenizer = shared_engine.processor.tokenizer
-    return GrammarCompiler(tokenizer, token_texts(tokenizer), len(tokenizer), [2])
+    return GrammarCompiler(token_texts(tokenizer), len(tokenizer), [2])
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
@@ -238,9 +239,9 @@ def test_masked_logits_may_not_be_finite():
 
 
 def accepts(compiler, tokenizer, params, text):
-    """Whether the tokens of a text are a complete answer."""
+    """Whether a text is a complete answer, as the tokens of its bytes."""
     matcher = compiler.matcher(params)
-    for token in encode_continuation(tokenizer, text):
+    for token in tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()]):
         if not matcher.allowed_tokens(len(tokenizer))[token]:
             return False
         matcher.accept(token)
@@ -268,6 +269,23 @@ def test_accepted_texts(compiler, shared_engine, constraint, accepted, rejected)
     tokenizer = shared_engine.processor.tokenizer
     assert [text for text in accepted if not accepts(compiler, tokenizer, params, text)] == []
     assert [text for text in rejected if accepts(compiler, tokenizer, params, text)] == []
+
+
+@pytest.mark.parametrize("name", ["llama", "byte_level"])
+def test_tokenizers_of_other_models(name, request):
+    """32,000 tokens of SentencePiece with byte fallback, and byte-level BPE."""
+    tokenizer = request.getfixturevalue(name)
+    end = tokenizer.eos_token_id
+    compiler = GrammarCompiler(token_texts(tokenizer), len(tokenizer), [end])
+    params = StructuredOutputsParams(json=SCHEMA)
+    for color in SCHEMA["properties"]["color"]["enum"]:
+        matcher = compiler.matcher(params)
+        text = json.dumps({"color": color, "count": 7, "tags": ["x"]}, ensure_ascii=False)
+        for token in encode(tokenizer, text):
+            assert matcher.allowed_tokens(len(tokenizer))[token], (text, token)
+            matcher.accept(token)
+        assert matcher.is_stopped
+        assert matcher.allowed_tokens(len(tokenizer)).nonzero().tolist() == [[end]]
 
 
 def nested(depth):
