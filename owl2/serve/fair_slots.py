@@ -1,7 +1,7 @@
 """A semaphore that is fair to clients and to their requests."""
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, asynccontextmanager
@@ -29,7 +29,7 @@ class FairSlots:
     def __init__(self, size: int, per_client: int | None = None) -> None:
         self._free = size
         self._per_client = per_client or size
-        self._waiting: dict[asyncio.Future[None], Owner] = {}
+        self._waiting: dict[Owner, deque[asyncio.Future[None]]] = {}
         self._held: Counter[Owner] = Counter()  # slots of a client, and of a request
         self._users: Counter[Owner] = Counter()  # slots and waiting tasks
         self._turns: dict[Owner, int] = {}
@@ -38,7 +38,7 @@ class FairSlots:
     async def acquire(self, owner: Owner) -> None:
         """Wait for a slot."""
         waiter = asyncio.get_running_loop().create_future()
-        self._waiting[waiter] = owner
+        self._waiting.setdefault(owner, deque()).append(waiter)
         for part in _parts(owner):
             self._users[part] += 1
             self._turns.setdefault(part, next(self._clock))
@@ -47,7 +47,7 @@ class FairSlots:
             await waiter
         except asyncio.CancelledError:
             if waiter.cancelled():
-                del self._waiting[waiter]
+                self._remove(owner, waiter)
                 self._forget(owner)
             else:  # it has received a slot in the same step of the loop
                 self.release(owner)
@@ -72,23 +72,28 @@ class FairSlots:
             self.release(owner)
 
     def _assign(self) -> None:
-        def rank(waiter: asyncio.Future[None]) -> list[tuple[int, int]]:
-            parts = _parts(self._waiting[waiter])
-            return [(self._held[part], self._turns[part]) for part in parts]
+        def rank(owner: Owner) -> list[tuple[int, int]]:
+            return [(self._held[part], self._turns[part]) for part in _parts(owner)]
 
         while self._free:
-            able = [
-                waiter
-                for waiter, owner in self._waiting.items()
-                if not waiter.done() and self._held[owner[:1]] < self._per_client
-            ]
+            able = [one for one in self._waiting if self._held[one[:1]] < self._per_client]
             if not able:
                 return
-            first = min(able, key=rank)
-            self._free -= 1
-            for part in _parts(self._waiting.pop(first)):
-                self._held[part] += 1
-            first.set_result(None)
+            owner = min(able, key=rank)
+            waiter = self._waiting[owner][0]
+            self._remove(owner, waiter)
+            if not waiter.cancelled():
+                self._free -= 1
+                for part in _parts(owner):
+                    self._held[part] += 1
+                waiter.set_result(None)
+
+    def _remove(self, owner: Owner, waiter: asyncio.Future[None]) -> None:
+        waiters = self._waiting.get(owner, deque())
+        if waiter in waiters:
+            waiters.remove(waiter)
+        if not waiters:
+            self._waiting.pop(owner, None)
 
     def _forget(self, owner: Owner) -> None:
         for part in _parts(owner):
