@@ -223,7 +223,7 @@ def test_limits_out_of_range(name, value):
 def serve_until_stopped(lifespan):
     """The exit code of a server that is stopped when it has started, and whether it started."""
     app = FastAPI(lifespan=lifespan)
-    app.state.admission = SimpleNamespace(shutting_down=False, in_flight=0)
+    app.state.admission = SimpleNamespace(limits=ServerLimits(), shutting_down=False, in_flight=0)
     started = []
 
     def stop():
