@@ -93,7 +93,8 @@ def test_checkpoints(home, tiny_checkpoint, run_cli):
 COMMANDS = {
     name: dict(word.split("=", 1) for word in words.split())
     for name, words in {
-        "chat": "--model=adapter --image=images/a.png --base=model question=what?",
+        "chat": "--model=adapter --image=images/a.png --base=model --json-schema=schema.json "
+        "question=what?",
         "init": "--llm=fresh --vision=fresh --config=config.yaml --chat-template=template.jinja "
         "--output=out/init",
         "info": "model=model",
@@ -106,7 +107,8 @@ COMMANDS = {
         "web": "--model=adapter --base=model --api-key-file=keys --examples=examples.json --port=0",
         "attend": "--model=adapter --output=out/attend --image=images/a.png --base=model "
         "question=what?",
-        "caption": "folder=images --model=adapter --output-file=out/captions.jsonl --base=model",
+        "caption": "folder=images --model=adapter --output-file=out/captions.jsonl --base=model "
+        "--json-schema=schema.json",
         "data convert": "name=llava_instruct source=images out=out/rows.jsonl",
         "data check": "source=rows.json --model=model --output=out/check",
         "data show": "source=rows.json --model=model --html=out/page.html",
@@ -120,6 +122,7 @@ TEXTS = {  # parameters of type `str` that are not paths
     *("question", "device", "dtype", "image_policy", "quantize", "settings", "gpu", "gpu_memory"),
     *("sharding", "size", "cases", "host", "served_model_name", "api_key_env", "layers", "token"),
     *("answer", "prompt", "engine", "name", "suite", "prompts", "judge_url", "judge_model", "hub"),
+    *("choice", "allowed_hosts", "allowed_origins"),
 }
 
 
@@ -230,6 +233,8 @@ def test_home_directory_in_every_option(complete_home, run_cli, name, parameter)
         if is_path(key) and value != "fresh":
             words[key] = f"~/{value}"
     words[parameter] = "~/file/x.jsonl" if is_output else "~/missing.jsonl"
+    if parameter != "--json-schema":
+        words.pop("--json-schema", None)  # a valid schema needs an optional package
     if parameter == "--data":
         words["--tasks"] = "vqav2"
     arguments = [
