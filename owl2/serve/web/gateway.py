@@ -74,7 +74,7 @@ PASSED_HEADERS = {
 
 # Limit of a request without images.
 MAX_BODY_BYTES = 2 * MIB
-MAX_VALUES = 1000  # of a JSON body
+MAX_VALUES = 2**13  # of a JSON body
 # Limit of the parts of an upload that are not images.
 MAX_FORM_BYTES = MIB
 

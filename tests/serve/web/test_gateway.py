@@ -461,7 +461,7 @@ def test_the_cookie_is_not_available_to_scripts_and_other_sites(server):
 
 NESTED = json.loads("[" * 500 + "]" * 500)
 BODIES = [
-    {"fn_index": 0, "session_hash": "a", "data": [[]] * 1000},
+    {"fn_index": 0, "session_hash": "a", "data": [[]] * 9000},
     *({}, [], None, 1, "x", {"fn_index": None}, {"fn_index": "0"}, {"fn_index": [1]}),
     *({"fn_index": 10**9}, {"fn_index": -1}, {"fn_index": True}, {"session_hash": "a"}),
     {"fn_index": 0, "session_hash": "a", "data": None},
