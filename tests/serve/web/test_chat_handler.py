@@ -348,7 +348,7 @@ async def test_an_unexpected_error_is_logged_and_not_shown(visit, caplog):
         await task
     assert "server log" in str(caught[0].message)
     assert "internal detail" not in str(caught[0].message)
-    assert "internal detail" in caplog.text
+    assert "RuntimeError" in caplog.text  # the traceback only the first time
 
 
 async def test_an_example_is_selected_by_index(visit, tmp_path):
