@@ -12,9 +12,9 @@ from owl2.engine.output import CompletionChunk
 
 
 @contextmanager
-def run_app(app):
-    """The URL of `app`, which uvicorn serves in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
+def run_app(app, port=0):
+    """The URL of `app`, which uvicorn serves in a thread; by default on a free port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, ws="none"))
     with run_server(server) as address:
         yield "http://{}:{}".format(*address)
 

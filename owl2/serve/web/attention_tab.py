@@ -18,7 +18,7 @@ from PIL import Image
 from owl2.attention import AttentionMaps, answer_words, collect_attention, heat_map, overlay
 from owl2.attention.heatmap import COLORS, MIN_SCALE, TokenRange
 from owl2.engine.engine import Engine
-from owl2.serve.web.chat_handler import Conversation, Turn
+from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.i18n import show_error, show_info, text
 
 EDGE = 512  # pixels of a square image; large enough for a smooth heatmap
@@ -187,6 +187,6 @@ def _render_shares(
         )
         legend += f"<span><i class='of-{kind}'></i>{label} {percent}</span>"
     return (
-        f"<div><h4>{html.escape(text('shares', language))}</h4><div class='shares'>{bars}</div>"
+        f"<div><h2>{html.escape(text('shares', language))}</h2><div class='shares'>{bars}</div>"
         f"<div class='legend'>{legend}</div></div>"
     )

@@ -10,8 +10,7 @@ The page and the API share the admission controller with its slots, queue and li
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import gradio as gr
 from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
-from owl2.processing.messages import Message, user_message
+from owl2.processing.messages import Message
 from owl2.serve.admission import (
     AdmissionController,
     ClientStopped,
@@ -29,6 +28,7 @@ from owl2.serve.admission import (
 )
 from owl2.serve.errors import ApiError, as_api_error
 from owl2.serve.image_decoder import ImageBudget
+from owl2.serve.web.conversation import Conversation, Turn
 from owl2.serve.web.examples import Example
 from owl2.serve.web.i18n import error_text, show_error, show_info, text
 
@@ -37,70 +37,18 @@ UPDATE_SECONDS = 0.05
 
 MAX_SEED_DIGITS = 9  # so that every seed is valid
 
-WAITING = "<span class='waiting'>● ● ●</span>"
+# Seconds until an answer whose connection was lost has ended.
+RECOVERY_SECONDS = 5.0
 
 Decode = Callable[[bytes, ImageBudget], Awaitable[Image.Image]]
 
 
-@dataclass
-class Turn:
-    """A question and its answer, as far as it is generated.
-
-    Attributes:
-        files: The uploaded image files, for display.
-        images: The same images for the model; loaded when the answer starts.
-        note: Shown below the answer, for example that it was stopped.
-    """
-
-    question: str
-    files: tuple[str, ...] = ()
-    images: tuple[Image.Image, ...] = ()
-    answer: str = ""
-    note: str = ""
-
-
-@dataclass
-class Conversation:
-    """The turns of a visitor, stored in the server; the browser only displays them.
-
-    A browser can therefore not change earlier answers or refer to files that were not uploaded.
-
-    Attributes:
-        answering: Locked while the last turn is being answered.
-        stop: Set to stop that answer.
-    """
-
-    turns: list[Turn] = field(default_factory=list)
-    answering: asyncio.Lock = field(default_factory=asyncio.Lock)
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def messages(self) -> list[Message]:
-        """The messages for the engine, without the last answer."""
-        messages: list[Message] = []
-        for turn in self.turns:
-            messages.append(user_message(turn.question, turn.images))
-            messages.append({"role": "assistant", "content": turn.answer})
-        return messages[:-1]
-
-    def display(self) -> list[dict[str, Any]]:
-        """Rows for gradio's Chatbot: images before their question, notes below their answer."""
-        rows: list[dict[str, Any]] = []
-        for turn in self.turns:
-            rows += [{"role": "user", "content": {"path": file}} for file in turn.files]
-            rows.append({"role": "user", "content": turn.question})
-            is_last = turn is self.turns[-1]
-            is_waiting = self.answering.locked() and is_last and not turn.answer
-            note = f"<small class='note'>{turn.note}</small>" if turn.note else ""
-            answer = WAITING if is_waiting else "\n\n".join(filter(None, (turn.answer, note)))
-            rows.append({"role": "assistant", "content": answer})
-        return rows
-
-
 class ChatUpdate(NamedTuple):
-    """Outputs of a chat event: changes of the text box, and all rows of the chat."""
+    """Outputs of a chat event: the text box, all rows of the chat, and `Conversation.save`."""
 
     box: Any
     rows: list[dict[str, Any]]
+    memory: Any = gr.skip()
 
 
 Updates = AsyncGenerator[ChatUpdate, None]
@@ -135,43 +83,83 @@ class ChatHandler:
         self._decode = decode
         self._examples = examples
 
-    async def ask(self, box: dict[str, Any], conversation: Conversation, *settings: Any) -> Updates:
+    async def ask(
+        self, box: dict[str, Any], conversation: Conversation, memory: Any, *settings: Any
+    ) -> Updates:
         """Answer the content of the text box, `{"text": ..., "files": [paths]}`."""
         if conversation.answering.locked():
             return
         chat = ChatSettings(*settings)
+        conversation.restore(memory)
+        replaced = conversation.turns.pop() if conversation.editing else None
         try:
             turn = self._new_turn(box["text"], box["files"], conversation, chat.language)
         except (ApiError, InputError) as error:
+            conversation.turns += [replaced] if replaced else []
             show_error(error, chat.language)
             yield ChatUpdate(gr.update(value=box), conversation.display())
             return
         conversation.turns.append(turn)
-        async with aclosing(self._answer(conversation, chat)) as updates:
+        async with aclosing(self._answer(conversation, chat, replaced)) as updates:
             async for update in updates:
                 yield update
 
     async def ask_example(
-        self, event: gr.SelectData, conversation: Conversation, *settings: Any
+        self, event: gr.SelectData, conversation: Conversation, memory: Any, *settings: Any
     ) -> Updates:
         """Answer an example. Only its index comes from the browser."""
         example = self._examples[int(event.index)]
         box = {"text": example.question, "files": [str(path) for path in example.images]}
-        async with aclosing(self.ask(box, conversation, *settings)) as updates:
+        async with aclosing(self.ask(box, conversation, memory, *settings)) as updates:
             async for update in updates:
                 yield update
 
-    async def regenerate(self, conversation: Conversation, *settings: Any) -> Updates:
+    async def regenerate(self, conversation: Conversation, memory: Any, *settings: Any) -> Updates:
         """Replace the last answer."""
         if conversation.answering.locked():
             return
         chat = ChatSettings(*settings)
+        conversation.restore(memory)
         if not conversation.turns:
             show_info("error_no_answer", chat.language)
             return
         async with aclosing(self._answer(conversation, chat)) as updates:
             async for update in updates:
                 yield update
+
+    async def edit(self, conversation: Conversation, memory: Any, language: str) -> ChatUpdate:
+        """Move the last question to the text box, or cancel that."""
+        conversation.restore(memory)
+        box = gr.skip()
+        if conversation.editing:
+            conversation.editing, box = "", gr.update(value=None)
+        elif not conversation.turns:
+            show_info("error_no_answer", language)
+        elif not conversation.answering.locked():
+            conversation.editing, turn = text("editing", language), conversation.turns[-1]
+            box = gr.update(value={"text": turn.question, "files": list(turn.files)})
+        return ChatUpdate(box, conversation.display())
+
+    async def recover(
+        self, box: dict[str, Any] | None, conversation: Conversation, memory: Any
+    ) -> ChatUpdate:
+        """Show the conversation again after the connection was lost.
+
+        Args:
+            box: The question that was being answered; it returns to the text box if it has no
+                answer.
+        """
+        await self.stop(conversation)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RECOVERY_SECONDS), conversation.answering:
+                pass
+        conversation.restore(memory)
+        last = conversation.turns[-1] if conversation.turns else None
+        value = {}
+        if box and not (last and (last.question, list(last.files)) == (box["text"], box["files"])):
+            value["value"] = box
+        ready = gr.update(submit_btn=True, stop_btn=False, **value)
+        return ChatUpdate(ready, conversation.display(), conversation.save())
 
     async def stop(self, conversation: Conversation) -> None:
         """Stop the current answer, whose updates then end."""
@@ -180,8 +168,8 @@ class ChatHandler:
     async def clear(self, conversation: Conversation) -> ChatUpdate:
         """Start a new conversation."""
         await self.stop(conversation)
-        conversation.turns = []
-        return ChatUpdate(gr.update(value=None), [])
+        conversation.turns, conversation.editing = [], ""
+        return ChatUpdate(gr.update(value=None), [], [])
 
     # -------------------------------------------------------------- one answer
 
@@ -213,9 +201,15 @@ class ChatHandler:
             message = text("error_in_file", language, name=file.name, error=reason)
             raise InputError(message, ErrorCode.BROKEN_IMAGE) from error
 
-    async def _answer(self, conversation: Conversation, chat: ChatSettings) -> Updates:
-        """Answer the last turn. Without an answer, restore the previous state and the text box."""
-        turn = conversation.turns[-1]
+    async def _answer(
+        self, conversation: Conversation, chat: ChatSettings, replaced: Turn | None = None
+    ) -> Updates:
+        """Answer the last turn. Without an answer, restore the previous state and the text box.
+
+        Args:
+            replaced: The turn before its question was edited.
+        """
+        turn, conversation.editing = conversation.turns[-1], ""
         previous = (turn.answer, turn.note)
         turn.answer = turn.note = ""
         box: dict[str, Any] = {}
@@ -243,9 +237,10 @@ class ChatHandler:
                 # It is not among the turns if the conversation was cleared meanwhile.
                 if not turn.answer and turn in conversation.turns:
                     conversation.turns.remove(turn)
+                    conversation.turns += [replaced] if replaced else []
                     box["value"] = {"text": turn.question, "files": list(turn.files)}
         finished = gr.update(submit_btn=True, stop_btn=False, **box)
-        yield ChatUpdate(finished, conversation.display())
+        yield ChatUpdate(finished, conversation.display(), conversation.save())
 
     async def _generate(
         self, conversation: Conversation, turn: Turn, chat: ChatSettings
@@ -259,14 +254,14 @@ class ChatHandler:
         options = self._sampling_options(chat)
 
         async def prompts() -> list[list[Message]]:
-            if not turn.images:  # they are loaded already when an answer is regenerated
-                budget = ImageBudget.of_request(self._admission.limits)
-                turn.images = tuple(
-                    [
+            budget = ImageBudget.of_request(self._admission.limits)
+            for other in conversation.turns:  # those of earlier turns are loaded unless restored
+                if not other.images:
+                    images = [
                         await self._load_image(Path(file), chat.language, budget)
-                        for file in turn.files
+                        for file in other.files
                     ]
-                )
+                    other.images = tuple(images)
             return [conversation.messages()]
 
         current_client.set(f"visitor {id(conversation)}")

@@ -27,7 +27,7 @@ from gradio.route_utils import XSS_SAFE_MIMETYPES, upload_fn
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -93,6 +93,7 @@ class PageGateway:
         gradio: The application of gradio.
         functions: Indices of the functions that the browser may run.
         allowed_origins: See `check_origin`.
+        login_page: The HTML for visitors who have not signed in; empty if they need not.
 
     Attributes:
         gradio, uploads: As given.
@@ -105,8 +106,10 @@ class PageGateway:
         admission: AdmissionController,
         uploads: UploadStore,
         allowed_origins: Collection[str] = (),
+        login_page: str = "",
     ) -> None:
         self.gradio = gradio
+        self._login_page = login_page
         self._functions = functions
         self._admission = admission
         self.uploads = uploads
@@ -149,6 +152,8 @@ class PageGateway:
             response: Response = await self._receive_upload(request)
         elif route == FILE:
             response = await self._send_file(request, parameters["path"])
+        elif route == PAGE and self._login_page and not await self._is_signed_in(request):
+            response = HTMLResponse(self._login_page, headers={"Cache-Control": "no-store"})
         else:
             await self._pass(request, exchange, route, parameters)
             return
@@ -237,6 +242,10 @@ class PageGateway:
         )
 
     async def _check_sign_in(self, request: Request) -> None:
+        if not await self._is_signed_in(request):
+            raise ApiError(401, "Sign in first.", code="invalid_api_key")
+
+    async def _is_signed_in(self, request: Request) -> bool:
         """Ask gradio whether the visitor has signed in."""
         status = 0
 
@@ -251,8 +260,7 @@ class PageGateway:
         scope = {**request.scope, "method": "GET", "path": path, "raw_path": path.encode()}
         scope["query_string"] = b""
         await self.gradio(scope, receive, send)
-        if status != 200:
-            raise ApiError(401, "Sign in first.", code="invalid_api_key")
+        return status == 200
 
 
 def _find_route(request: Request) -> tuple[tuple[str, str], dict[str, str]]:

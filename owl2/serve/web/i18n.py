@@ -62,5 +62,6 @@ def show_info(key: str, language: str) -> None:
 
 
 def show_error(error: Exception, language: str) -> None:
-    """Show an error as a notification; an unexpected exception is logged and not shown."""
-    gr.Warning(html.escape(error_text(as_api_error(error), language)))  # gradio renders HTML
+    """Show an error until it is closed; an unexpected exception is logged and not shown."""
+    message = html.escape(error_text(as_api_error(error), language))  # gradio renders HTML
+    gr.Warning(message, duration=None)

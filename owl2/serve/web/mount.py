@@ -18,8 +18,7 @@ from owl2.serve.image_decoder import SandboxedImageDecoder
 from owl2.serve.metrics import Metrics
 from owl2.serve.web.examples import Example, draw_examples
 from owl2.serve.web.gateway import PageGateway
-from owl2.serve.web.i18n import TEXTS
-from owl2.serve.web.page import HERE, Page, i18n, theme
+from owl2.serve.web.page import HERE, Page, i18n, login_page, theme
 from owl2.serve.web.uploads import UploadStore
 
 PATH = "/web"
@@ -58,7 +57,9 @@ def mount(
     if examples is None:
         examples = draw_examples(Path(os.environ["GRADIO_TEMP_DIR"]))
     uploads = UploadStore(os.environ["GRADIO_TEMP_DIR"], limits)
-    page = Page(app.state.admission, app.state.decoder.decode, name, examples, uploads)
+    page = Page(
+        app.state.admission, app.state.decoder.decode, name, examples, uploads, keys is not None
+    )
 
     async def delete_expired_uploads() -> None:
         while True:
@@ -83,7 +84,6 @@ def mount(
         css=(HERE / "page.css").read_text("utf-8"),
         i18n=i18n,
         auth=None if keys is None else lambda _, password: keys.is_valid(password),
-        auth_message=" ".join(TEXTS["sign_in"].values()),
         max_file_size=limits.max_image_bytes,
         allowed_paths=[str(file) for example in examples for file in example.images],
         footer_links=[],
@@ -96,5 +96,10 @@ def mount(
     route: Any = app.routes[-1]
     functions = {index for index, function in page.fns.items() if function.fn is not None}
     route.app = PageGateway(
-        route.app, functions, app.state.admission, uploads, tuple(allowed_origins)
+        route.app,
+        functions,
+        app.state.admission,
+        uploads,
+        tuple(allowed_origins),
+        login_page="" if keys is None else login_page(name),
     )

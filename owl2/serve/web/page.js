@@ -1,35 +1,227 @@
 // Runs when the page is loaded. Returns the language: the saved choice, else that of the browser.
 () => {
-  window.owl2 = {
+  const find = (selector) => document.querySelector(selector);
+  const textBox = () => find("#box textarea");
+  const fileInput = () => find("#box input[type=file]");
+
+  // ---------------------------------------------------------------- language and theme
+
+  const setLanguage = async (language) => {
+    document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
     // gradio has both languages; the name of the module that switches them contains a hash.
-    setLanguage: async (language) => {
-      const loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
-      const core = loaded.find((name) => /\/assets\/core-[^/]*\.js$/.test(name));
-      await (await import(core)).changeLocale(language === "zh" ? "zh-CN" : "en");
-    },
-    choose: (language) => { localStorage.setItem("owl2-language", language); window.owl2.setLanguage(language); },
+    const loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
+    const core = loaded.find((name) => /\/assets\/core-[^/]*\.js$/.test(name));
+    await (await import(core)).changeLocale(language === "zh" ? "zh-CN" : "en");
+  };
+  const theme = localStorage.getItem("owl2-theme");
+  if (theme) document.body.classList.toggle("dark", theme === "dark");
+
+  // ---------------------------------------------------------------- connection
+  //
+  // gradio's page stops working when the connection is lost, and loads again when it returns. That
+  // would delete the conversation and the typed question. Here requests wait for the server, and
+  // streams end as if the event were complete. The images are kept, because a server that was
+  // restarted has deleted its uploads.
+
+  const request = window.fetch.bind(window);
+  const files = new Map();  // uploaded files by their path in the server
+  const events = new Set();  // ids of the events of the current stream
+  const streams = new Set();  // functions that end a stream
+  let connected = null;  // a promise while the connection is lost
+  let isInterrupted = false;  // whether it was lost during an answer
+  let pending = null;  // the text box whose question is being answered
+
+  const isAvailable = async () => {
+    const reply = await request("theme.css", { cache: "no-store" }).catch(() => null);
+    return reply !== null && reply.status < 500;
+  };
+  const connect = () => {
+    connected ??= (async () => {
+      find("#connection-lost").classList.add("shown");
+      do await new Promise((resolve) => setTimeout(resolve, 1000)); while (!(await isAvailable()));
+      connected = null;
+      find("#connection-lost").classList.remove("shown");
+      if (isInterrupted) find("#recover").click();
+      isInterrupted = false;
+    })();
+    return connected;
+  };
+  const isUnavailable = (reply) => [502, 503, 504].includes(reply.status);
+
+  // The stream of a reply. When it breaks, its events end without a change of the page.
+  const unbroken = (reply, signal) => {
+    const reader = reply.body.getReader();
+    let isComplete = false;
+    const read = async (controller) => {
+      const part = await reader.read().catch(() => ({ done: true }));
+      if (!part.done) {
+        isComplete ||= new TextDecoder().decode(part.value).includes('"close_stream"');
+        if (isComplete) events.clear();
+        return controller.enqueue(part.value);
+      }
+      streams.delete(end);
+      if (!isComplete && !signal.aborted) {
+        isInterrupted = true;
+        connect();
+        const messages = [...events].map((id) => (
+          { msg: "process_completed", event_id: id, success: true, output: { data: [] } }
+        ));
+        messages.push({ msg: "close_stream", event_id: null });
+        const text = messages.map((message) => `data: ${JSON.stringify(message)}\n\n`).join("");
+        controller.enqueue(new TextEncoder().encode(text));
+        events.clear();
+      }
+      controller.close();
+    };
+    const end = () => reader.cancel();
+    streams.add(end);
+    const { status, headers } = reply;
+    return new Response(new ReadableStream({ pull: read, cancel: end }), { status, headers });
+  };
+  // Without a network, a stream would wait for minutes. A server on this machine remains available.
+  window.addEventListener("offline", async () => {
+    if (await isAvailable()) return;
+    connect();
+    streams.forEach((end) => end());
+  });
+
+  window.fetch = async (resource, options) => {
+    const url = String(resource.url ?? resource);
+    if (url.endsWith("/app_id")) await connect();  // gradio loads the page when this succeeds
+    const isJoin = url.includes("/queue/join");
+    let reply = await request(resource, options).catch((error) => { if (!isJoin) throw error; });
+    while (isJoin && (!reply || isUnavailable(reply))) {
+      textBox().readOnly = true;
+      await connect();
+      textBox().readOnly = false;
+      const body = JSON.stringify(await withFiles(JSON.parse(options.body)).catch(() => null));
+      if (body !== "null") reply = await request(resource, { ...options, body }).catch(() => null);
+    }
+    if (isJoin) find("#signed-out").classList.toggle("shown", reply.status === 401);
+    if (isJoin && reply.ok) events.add((await reply.clone().json()).event_id);
+    if (url.includes("/queue/data") && reply.ok) return unbroken(reply, resource.signal);
+    if (url.includes("/upload") && reply.ok && options?.body instanceof FormData) {
+      const paths = await reply.clone().json();
+      options.body.getAll("files").forEach((file, index) => files.set(paths[index], file));
+    }
+    return reply;
+  };
+
+  const address = (path) => "gradio_api/file=" + encodeURI(path).replace(/[?#]/g, encodeURIComponent);
+  const uploadAgain = async (path) => {
+    const range = { headers: { Range: "bytes=0-0" } };
+    const file = files.get(path);
+    if (!file || (await request(address(path), range)).ok) return path;
+    const body = new FormData();
+    body.append("files", file, file.name);
+    const [created] = await (await window.fetch("gradio_api/upload", { method: "POST", body })).json();
+    return created;
+  };
+  // A copy of a value in which all files exist in the server.
+  const withFiles = async (value) => {
+    if (Array.isArray(value)) return Promise.all(value.map(withFiles));
+    if (value === null || typeof value !== "object") return value;
+    const entries = Object.entries(value).map(async ([key, item]) => [key, await withFiles(item)]);
+    const copy = Object.fromEntries(await Promise.all(entries));
+    if (typeof copy.path === "string") copy.path = await uploadAgain(copy.path);
+    return copy;
+  };
+  const upload = (inputs) => withFiles(inputs).catch(() => inputs);
+
+  window.owl2 = {
+    setLanguage,
+    choose: (language) => { localStorage.setItem("owl2-language", language); setLanguage(language); },
     theme: () => {
       const dark = document.body.classList.toggle("dark");
       localStorage.setItem("owl2-theme", dark ? "dark" : "light");
     },
+    upload,
+    send: (inputs) => { pending = inputs[0]; return upload(inputs); },
+    // The inputs of `recover`: the question without an answer, unless another one was typed.
+    resend: ([box, ...inputs]) => {
+      const isEmpty = !box?.text && !box?.files?.length;
+      return upload([isEmpty ? pending : box, ...inputs]);
+    },
+    // Called when an answer is complete: keep the images of the conversation.
+    keep: (memory) => {
+      pending = null;
+      if (!memory?.length) files.clear();
+      const paths = (memory ?? []).flatMap((turn) => turn.files.map((file) => file.path));
+      for (const path of paths.filter((path) => !files.has(path))) {
+        request(address(path)).then(async (reply) => {
+          if (reply.ok) files.set(path, new File([await reply.blob()], path.split("/").pop()));
+        }).catch(() => {});
+      }
+    },
   };
-  const theme = localStorage.getItem("owl2-theme");
-  if (theme) document.body.classList.toggle("dark", theme === "dark");
-  // Images can be dropped anywhere on the page, not only on the text box.
-  document.addEventListener("dragover", (event) => event.preventDefault());
-  document.addEventListener("drop", (event) => {
-    const input = document.querySelector("#box input[type=file]");
-    if (!input || !event.dataTransfer?.files.length || event.target.closest("#box")) return;
+
+  // ---------------------------------------------------------------- images from anywhere
+
+  const addImages = (event, data) => {
+    if (!fileInput() || !data?.files.length || event.target.closest?.("#box")) return;
     event.preventDefault();
-    input.files = event.dataTransfer.files;
-    input.dispatchEvent(new Event("change", { bubbles: true }));
+    fileInput().files = data.files;
+    fileInput().dispatchEvent(new Event("change", { bubbles: true }));
+    textBox().focus();
+  };
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => addImages(event, event.dataTransfer));
+  document.addEventListener("paste", (event) => {
+    addImages(event, event.clipboardData);
+    const text = event.clipboardData?.getData("text/plain");
+    const isEditable = event.target.closest?.("input, textarea, [contenteditable]");
+    if (event.defaultPrevented || isEditable || !text || !textBox()?.offsetParent) return;
+    event.preventDefault();
+    textBox().focus();
+    document.execCommand("insertText", false, text);
   });
+
+  // Questions contain entities in place of markup, see `plain_text`.
+  const writeText = navigator.clipboard?.writeText.bind(navigator.clipboard);
+  if (writeText) {
+    navigator.clipboard.writeText = (text) =>
+      writeText(text.replace(/&#(\d{7});/g, (_, code) => String.fromCharCode(code)));
+  }
+
+  // ---------------------------------------------------------------- keyboard and screen readers
+
+  document.addEventListener("keydown", (event) => {
+    const tabs = [...(event.target.closest?.("[role=tablist]")?.querySelectorAll("[role=tab]") ?? [])];
+    const current = tabs.indexOf(event.target);
+    const next = { ArrowRight: current + 1, ArrowLeft: current - 1, Home: 0, End: -1 }[event.key];
+    if (current < 0 || next === undefined) return;
+    event.preventDefault();
+    tabs.at(next % tabs.length).focus();
+    tabs.at(next % tabs.length).click();
+  });
+
+  // gradio's roles and names of some elements are not valid. It sets them again when they change.
+  const remove = (...names) => (element) => names.forEach((name) => element.removeAttribute(name));
+  const repairs = {
+    "#chat .examples[role]": remove("role"),
+    "#chat [data-testid=user][aria-label], #chat [data-testid=bot][aria-label]": remove("aria-label"),
+    ".toast-header[role]": remove("role", "tabindex"),
+    "#box .thumbnail-wrapper[role]": remove("role", "aria-label"),
+    "#chat .image-container > button:not([aria-label])": (button) => {
+      const name = decodeURIComponent(button.querySelector("img")?.src.split("/").pop() ?? "");
+      button.setAttribute("aria-label", name);
+    },
+    "[role=tab][aria-selected=true][tabindex]": remove("tabindex"),
+    "[role=tab][aria-selected=false]:not([tabindex])": (tab) => tab.setAttribute("tabindex", "-1"),
+  };
+  const repair = () => {
+    for (const [selector, change] of Object.entries(repairs)) document.querySelectorAll(selector).forEach(change);
+  };
+  const attributeFilter = ["role", "aria-label", "aria-selected"];
+  new MutationObserver(repair).observe(document.body, { subtree: true, childList: true, attributes: true, attributeFilter });
+  repair();
+
   const icon = document.createElement("link");
   icon.rel = "icon";
-  icon.href = "data:image/svg+xml," + encodeURIComponent(document.querySelector("#brand svg").outerHTML);
+  icon.href = "data:image/svg+xml," + encodeURIComponent(find("#brand svg").outerHTML);
   document.head.append(icon);
   const saved = localStorage.getItem("owl2-language");
   const language = saved || (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
-  window.owl2.setLanguage(language);
+  setLanguage(language);
   return language;
 }

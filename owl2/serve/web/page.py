@@ -7,8 +7,10 @@
 """
 
 import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import gradio as gr
@@ -19,10 +21,11 @@ from owl2.serve.admission import AdmissionController, current_client
 from owl2.serve.errors import as_api_error
 from owl2.serve.origins import client_network
 from owl2.serve.web.attention_tab import AnswerAttention, AttentionTab, describe, render
-from owl2.serve.web.chat_handler import ChatHandler, Conversation, Decode
+from owl2.serve.web.chat_handler import ChatHandler, Decode
+from owl2.serve.web.conversation import Conversation
 from owl2.serve.web.examples import Example
 from owl2.serve.web.gateway import session_owner
-from owl2.serve.web.i18n import LANGUAGES, text, translations
+from owl2.serve.web.i18n import LANGUAGES, TEXTS, text, translations
 from owl2.serve.web.uploads import UploadStore
 
 HERE = Path(__file__).parent
@@ -46,6 +49,17 @@ def theme() -> gr.themes.Base:
     )
 
 
+def login_page(name: str) -> str:
+    """The HTML of the page on which a visitor signs in."""
+    keys = ("sign_in", "api_key", "no_reply", "wrong_key")
+    return Template((HERE / "login.html").read_text("utf-8")).substitute(
+        title=html.escape(f"{TEXTS['sign_in']['en']} · owl2 · {name}"),
+        name=html.escape(name),
+        owl=OWL,
+        texts=json.dumps({key: TEXTS[key] for key in keys}),
+    )
+
+
 class Page(gr.Blocks):
     """The page. It accepts uploaded files only.
 
@@ -56,6 +70,7 @@ class Page(gr.Blocks):
         decode: See `ChatHandler`.
         name: The model name to show.
         uploads: The files that visitors may use.
+        has_sign_in: Whether visitors sign in, and can therefore sign out.
     """
 
     def __init__(
@@ -65,6 +80,7 @@ class Page(gr.Blocks):
         name: str,
         examples: Sequence[Example],
         uploads: UploadStore,
+        has_sign_in: bool = False,
     ) -> None:
         self._uploads = uploads
         super().__init__(
@@ -75,7 +91,12 @@ class Page(gr.Blocks):
         with self:
             self.conversation = gr.State(Conversation())
             self.shown = gr.State(None)  # in the attention tab
-            self._create_header(name)
+            # The browser's copy of the conversation: the server forgets it in a restart.
+            self.memory = gr.JSON([], visible="hidden")
+            self.recover = gr.Button(visible="hidden", elem_id="recover")
+            gr.HTML(i18n("connection_lost"), elem_id="connection-lost")
+            gr.HTML(i18n("signed_out"), elem_id="signed-out")
+            self._create_header(name, has_sign_in)
             with gr.Tabs() as self.tabs:
                 with gr.Tab(i18n("tab_chat"), id="chat") as chat_tab:
                     self._create_chat(examples)
@@ -119,10 +140,10 @@ class Page(gr.Blocks):
                     return True
         return False
 
-    def _create_header(self, name: str) -> None:
+    def _create_header(self, name: str, has_sign_in: bool) -> None:
         with gr.Row(elem_id="head"):
             gr.HTML(
-                f"<div class='brand'>{OWL}<b>owl2</b><span>{html.escape(name)}</span></div>",
+                f"<div class='brand'>{OWL}<h1>owl2</h1><span>{html.escape(name)}</span></div>",
                 elem_id="brand",
             )
             self.language = gr.Radio(
@@ -133,6 +154,9 @@ class Page(gr.Blocks):
                 elem_id="language",
             )
             gr.Button(i18n("theme"), elem_id="theme").click(None, js="() => window.owl2.theme()")
+            if has_sign_in:
+                sign_out = gr.Button(i18n("sign_out"), elem_id="sign-out")
+                sign_out.click(None, js="() => { location.href = 'logout'; }")
 
     def _create_chat(self, examples: Sequence[Example]) -> None:
         self.chat = gr.Chatbot(
@@ -164,6 +188,7 @@ class Page(gr.Blocks):
         )
         with gr.Row(elem_id="actions"):
             self.show_attention = gr.Button(i18n("show_attention"), elem_id="show-attention")
+            self.edit = gr.Button(i18n("edit"), elem_id="edit")
             self.regenerate = gr.Button(i18n("regenerate"), elem_id="regenerate")
             self.new_conversation = gr.Button(i18n("clear"), elem_id="clear")
 
@@ -171,11 +196,27 @@ class Page(gr.Blocks):
         # The admission controller limits the concurrency. The events are not part of gradio's API.
         options: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private"}
         quiet: dict[str, Any] = {**options, "show_progress": "hidden"}
-        chat_inputs = [self.conversation, *self.settings]
-        chat_outputs = [self.box, self.chat]
-        self.box.submit(chat_handler.ask, [self.box, *chat_inputs], chat_outputs, **quiet)
-        self.chat.example_select(chat_handler.ask_example, chat_inputs, chat_outputs, **quiet)
-        self.regenerate.click(chat_handler.regenerate, chat_inputs, chat_outputs, **quiet)
+        chat_inputs = [self.conversation, self.memory, *self.settings]
+        chat_outputs = [self.box, self.chat, self.memory]
+        # After a restart of the server, the browser uploads the images of the conversation again.
+        upload = {"js": "(...inputs) => window.owl2.upload(inputs)"}
+        send = {"js": "(...inputs) => window.owl2.send(inputs)"}
+        self.box.submit(chat_handler.ask, [self.box, *chat_inputs], chat_outputs, **quiet, **send)
+        self.chat.example_select(
+            chat_handler.ask_example, chat_inputs, chat_outputs, **quiet, **upload
+        )
+        self.regenerate.click(chat_handler.regenerate, chat_inputs, chat_outputs, **quiet, **upload)
+        edit_inputs = [self.conversation, self.memory, self.language]
+        edited = self.edit.click(chat_handler.edit, edit_inputs, chat_outputs, **quiet, **upload)
+        edited.then(None, js="() => document.querySelector('#box textarea').focus()")
+        self.recover.click(
+            chat_handler.recover,
+            [self.box, self.conversation, self.memory],
+            chat_outputs,
+            **quiet,
+            js="(...inputs) => window.owl2.resend(inputs)",
+        )
+        self.memory.change(None, self.memory, js="(memory) => window.owl2.keep(memory)")
         self.box.stop(chat_handler.stop, [self.conversation], None, **quiet)
         tab_inputs = [self.shown, self.words, self.language]
         tab_outputs = [self.shown, self.words, self.figures]

@@ -100,6 +100,19 @@ def visit(browser):
 
 
 @pytest.fixture
+def open_chat(visit, controlled_page):
+    """Opens the page whose answers come from the test."""
+    from tests.serve.web.browser_page import Page
+
+    url, engine = controlled_page
+
+    def open_page(**settings):
+        return Page(visit(url, **settings), engine)
+
+    return open_page
+
+
+@pytest.fixture
 def images(tmp_path):
     """Three image files."""
     files = [tmp_path / f"{name}.png" for name in ("red", "green", "blue")]

@@ -2,6 +2,8 @@
 
 They are of the demo's model, which answers questions about plain shapes:
 `make demo`, then `python tests/serve/web/screenshots.py runs/demo/model docs/images`.
+
+With `--widths`, they show each tab in both themes at several widths instead, for a review.
 """
 
 import io
@@ -24,6 +26,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
 DESKTOP = {"viewport": {"width": 1100, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "is_mobile": True}
 MOST_BYTES = 150_000
+WIDTHS = (320, 375, 768, 1280)
 
 
 def open_page(browser: Browser, url: str, **settings: object) -> Page:
@@ -76,7 +79,23 @@ def shoot(page: Page, path: Path) -> None:
     page.context.close()
 
 
-def main(model: str, folder: Path) -> None:
+def shoot_all(browser: Browser, url: str, folder: Path) -> None:
+    """Every tab with and without a conversation, in both themes, at all widths."""
+    for width in WIDTHS:
+        for theme in ("light", "dark"):
+            view = {"viewport": {"width": width, "height": 800}, "color_scheme": theme}
+            page = open_page(browser, url, **view)
+            page.screenshot(path=folder / f"start-{width}-{theme}.png")
+            page.get_by_role("tab").nth(2).click()
+            page.screenshot(path=folder / f"settings-{width}-{theme}.png")
+            page.get_by_role("tab").nth(0).click()
+            talk(page, 0, "what color is the shape?")
+            page.screenshot(path=folder / f"chat-{width}-{theme}.png")
+            show_attention(page).screenshot(path=folder / f"attention-{width}-{theme}.png")
+            page.context.close()
+
+
+def main(model: str, folder: Path, widths: bool) -> None:
     engine = Engine.from_pretrained(model, device="cpu", dtype="float32")
     name = "easy-VQA"
     app = build_app(engine, name)
@@ -87,6 +106,9 @@ def main(model: str, folder: Path) -> None:
             executable_path=shutil.which("chromium"), args=ARGUMENTS
         )
         url = f"{place}/web/"
+        if widths:
+            shoot_all(browser, url, folder)
+            return
         color = "what color is the shape?"
         shoot(open_page(browser, url, **DESKTOP), folder / "web.png")
         page = open_page(browser, url, color_scheme="dark", **DESKTOP)
@@ -101,4 +123,4 @@ def main(model: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), "--widths" in sys.argv)

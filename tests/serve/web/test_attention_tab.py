@@ -8,7 +8,7 @@ from PIL import Image
 
 from owl2.attention import heat_map
 from owl2.serve.web.attention_tab import ALL, AttentionTab, attention_shares, describe, render
-from owl2.serve.web.chat_handler import Conversation, Turn
+from owl2.serve.web.conversation import Conversation, Turn
 
 
 def image(shade, size=8):

@@ -11,63 +11,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from tests.serve.running import wait_until
+from tests.serve.web.browser_page import Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 PAGE = re.compile(r"Web page: (http://\S+)")
 EXPECTED_FILES = {"examples.json", "temporary", "log", "red.png", "green.png", "blue.png"}
-PHONE = {"viewport": {"width": 375, "height": 700}, "has_touch": True, "is_mobile": True}
-
-
-class Page:
-    """Actions and locators of a page."""
-
-    def __init__(self, page, engine=None):
-        from playwright.sync_api import expect
-
-        self.page, self.engine, self.expect = page, engine, expect
-        self.num_requests = 0 if engine is None else len(engine.requests)
-        self.box = page.locator("#box textarea")
-        self.answers = page.get_by_test_id("bot")
-        self.questions = page.get_by_test_id("user")
-        self.notification = page.get_by_test_id("toast-body")
-
-    def add(self, *files):
-        before = self.page.locator("#box .thumbnail-item").count()
-        self.page.set_input_files("#box input[type=file]", files)
-        self.expect(self.page.locator("#box .thumbnail-item")).to_have_count(before + len(files))
-        self.expect(self.page.locator("#box .loader")).to_have_count(0)
-
-    def ask(self, question):
-        self.box.fill(question)
-        self.page.locator("#box .submit-button").click()
-
-    def next_request(self):
-        """The next question at the engine."""
-        self.num_requests += 1
-        wait_until(lambda: len(self.engine.requests) >= self.num_requests, 20)
-        return self.engine.requests[self.num_requests - 1]
-
-    def answer(self, *chunks):
-        request = self.next_request()
-        for chunk in chunks:
-            request.emit(chunk)
-        request.end()
-        self.expect(self.page.locator("#box .submit-button")).to_be_visible()
-        return request
-
-    def tab(self, number):
-        self.page.get_by_role("tab").nth(number).click()
-
-
-@pytest.fixture
-def open_chat(visit, controlled_page):
-    url, engine = controlled_page
-
-    def open_page(**settings):
-        return Page(visit(url, **settings), engine)
-
-    return open_page
 
 
 def test_upload_ask_stream_and_follow_up(open_chat, images):
@@ -136,6 +85,66 @@ def test_an_image_can_be_dropped_anywhere(open_chat, images):
     chat.expect(chat.page.locator("#box .thumbnail-item")).to_have_count(1)
     chat.ask("what color?")
     assert chat.answer("red").messages[0]["content"][0]["image"].getpixel((1, 1)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("place", ["body", "#box textarea"])
+def test_paste_anywhere(open_chat, images, place):
+    chat = open_chat()
+    paste = """(element, bytes) => {
+        const data = new DataTransfer();
+        const file = () => new File([new Uint8Array(bytes)], "red.png", { type: "image/png" });
+        if (bytes) data.items.add(file());
+        else data.setData("text/plain", "what *is* it?");
+        const options = { clipboardData: data, bubbles: true, cancelable: true };
+        element.dispatchEvent(new ClipboardEvent("paste", options));
+    }"""
+    target = chat.page.locator(place)
+    target.evaluate(paste, list(images[0].read_bytes()))
+    chat.expect(chat.page.locator("#box .thumbnail-item")).to_have_count(1)
+    chat.expect(chat.page.locator("#box .loader")).to_have_count(0)
+    if place == "body":
+        target.evaluate(paste, None)
+        chat.expect(chat.box).to_have_value("what *is* it?")
+    else:
+        chat.box.fill("what?")
+    chat.page.locator("#box .submit-button").click()
+    assert chat.answer("red").messages[0]["content"][0]["image"].getpixel((1, 1)) == (255, 0, 0)
+
+
+def test_edit_a_question(open_chat, images):
+    chat = open_chat()
+    chat.add(images[0])
+    chat.ask("what colr?")
+    chat.answer("red")
+    chat.page.click("#edit")
+    chat.expect(chat.box).to_have_value("what colr?")
+    chat.expect(chat.page.locator("#box .thumbnail-item")).to_have_count(1)
+    chat.ask("what color?")
+    assert len(chat.answer("it is red").messages) == 1
+    chat.expect(chat.answers).to_have_count(1)
+    assert chat.questions.last.inner_text() == "what color?"
+
+
+def test_errors_stay_until_they_are_closed(open_chat):
+    chat = open_chat()
+    chat.page.clock.install()
+    chat.ask(" ")
+    chat.expect(chat.notification).to_contain_text("Type a question first")
+    chat.page.clock.run_for(120_000)
+    chat.expect(chat.notification).to_be_visible()
+    chat.page.get_by_test_id("toast-close").click()
+    chat.page.clock.run_for(2_000)
+    chat.expect(chat.notification).to_have_count(0)
+
+
+def test_copied_conversation_contains_the_typed_questions(open_chat):
+    chat = open_chat(permissions=["clipboard-read", "clipboard-write"])
+    chat.ask("what is <this>, *exactly*?")
+    chat.answer("a *red* circle")
+    chat.page.get_by_role("button", name="Copy conversation").click()
+    expected = "user: what is <this>, *exactly*?\n\nassistant: a *red* circle"
+    chat.page.wait_for_function("navigator.clipboard.readText().then((text) => text)")
+    assert chat.page.evaluate("navigator.clipboard.readText()") == expected
 
 
 def test_stop_regenerate_and_clear(open_chat):
@@ -255,29 +264,6 @@ def test_dark_theme_of_the_system_and_theme_button(open_chat):
     chat.page.wait_for_function(f"window.owl2 && !{dark}")
 
 
-def test_layout_on_a_phone(open_chat, images):
-    chat = open_chat(**PHONE)
-    chat.add(*images)
-    chat.ask("which colors are these, and which of them do you like best of all?")
-    chat.answer("red, green and blue " * 12)
-    wide = "document.documentElement.scrollWidth"
-    for number in range(3):
-        chat.tab(number)
-        assert chat.page.evaluate(wide) <= 375
-    chat.tab(0)
-    for name in (
-        "#box textarea",
-        "#show-attention",
-        "#regenerate",
-        "#clear",
-        "#language",
-        "#theme",
-    ):
-        place = chat.page.locator(name).bounding_box()
-        assert place["x"] >= 0 and place["x"] + place["width"] <= 375, name
-        assert place["y"] + place["height"] <= 700, name
-
-
 def test_markup_in_an_answer_runs_and_fetches_nothing(open_chat):
     hits = []
 
@@ -296,9 +282,10 @@ def test_markup_in_an_answer_runs_and_fetches_nothing(open_chat):
         chat = open_chat()
         evil = f"![x]({place}/markdown) <img src={place}/html onerror='window.evil = 1'>"
         evil += f"<script>window.evil = 1</script><iframe src={place}/frame></iframe>"
-        chat.ask(f"{evil} what?")
+        chat.ask(f"{evil} *what*?")
         chat.answer(f"{evil} the end")
         chat.expect(chat.answers.last).to_contain_text("the end")
+        assert chat.questions.last.inner_text() == f"{evil} *what*?"
         chat.page.wait_for_timeout(500)
         assert chat.page.evaluate("window.evil") is None
         assert hits == []

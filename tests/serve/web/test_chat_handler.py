@@ -3,6 +3,7 @@
 import asyncio
 import warnings
 from contextlib import contextmanager
+from html import unescape
 
 import pytest
 from PIL import Image
@@ -12,7 +13,8 @@ from owl2.serve.admission import AdmissionController
 from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
 from owl2.serve.metrics import Metrics
-from owl2.serve.web.chat_handler import WAITING, ChatHandler, Conversation
+from owl2.serve.web.chat_handler import ChatHandler
+from owl2.serve.web.conversation import WAITING, Conversation
 from owl2.serve.web.examples import Example
 from tests.serve.running import FakeEngine
 
@@ -27,6 +29,7 @@ class Visitor:
     Attributes:
         conversation: In the server.
         box: The last value that the text box was set to.
+        memory: What the browser sends back with each question.
     """
 
     def __init__(self, engine, decode=None, examples=(), **limits):
@@ -35,6 +38,7 @@ class Visitor:
         self.handler = ChatHandler(self.admission, decode or self.opened, examples)
         self.conversation = Conversation()
         self.box = "untouched"
+        self.memory = []
         self.chats = []
 
     async def opened(self, data, budget):
@@ -42,16 +46,23 @@ class Visitor:
 
     def ask(self, question="what?", files=(), settings=SETTINGS):
         box = {"text": question, "files": [str(file) for file in files]}
-        return self.begin(self.handler.ask(box, self.conversation, *settings))
+        return self.begin(self.handler.ask(box, self.conversation, self.memory, *settings))
 
     def begin(self, views):
         async def see():
             async for view in views:
-                self.chats.append([row["content"] for row in view.rows])
-                if "value" in view.box:
-                    self.box = view.box["value"]
+                self.see(view)
 
         return asyncio.ensure_future(see())
+
+    def see(self, view):
+        """Texts as a browser shows them."""
+        contents = [row["content"] for row in view.rows]
+        self.chats.append([one if isinstance(one, dict) else unescape(one) for one in contents])
+        if "value" in view.box:
+            self.box = view.box["value"]
+        if isinstance(view.memory, list):
+            self.memory = view.memory
 
     async def until(self, condition):
         async with asyncio.timeout(10):
@@ -209,7 +220,8 @@ async def test_stop_removes_a_queued_request(visit):
 
 async def test_a_disconnect_frees_the_slot(visit):
     visitor = visit()
-    views = visitor.handler.ask({"text": "what?", "files": []}, visitor.conversation, *SETTINGS)
+    box = {"text": "what?", "files": []}
+    views = visitor.handler.ask(box, visitor.conversation, [], *SETTINGS)
     assert len((await anext(views)).rows) == 2
     waiting = asyncio.ensure_future(anext(views))
     request = await visitor.submitted()
@@ -222,7 +234,9 @@ async def test_a_disconnect_frees_the_slot(visit):
 async def test_regenerate_replaces_the_answer(visit):
     visitor = visit()
     await visitor.answered("one", question="what?")
-    task = visitor.begin(visitor.handler.regenerate(visitor.conversation, *SETTINGS))
+    task = visitor.begin(
+        visitor.handler.regenerate(visitor.conversation, visitor.memory, *SETTINGS)
+    )
     request = await visitor.submitted(2)
     assert len(request.messages) == 1
     request.emit("two")
@@ -234,7 +248,9 @@ async def test_regenerate_replaces_the_answer(visit):
 async def test_a_failed_regenerate_keeps_the_answer(visit):
     visitor = visit()
     await visitor.answered("one", question="what?")
-    task = visitor.begin(visitor.handler.regenerate(visitor.conversation, *SETTINGS))
+    task = visitor.begin(
+        visitor.handler.regenerate(visitor.conversation, visitor.memory, *SETTINGS)
+    )
     (await visitor.submitted(2)).fail(InputError("too long", ErrorCode.TOO_LONG))
     with shows_error("too long"):
         await task
@@ -243,7 +259,7 @@ async def test_a_failed_regenerate_keeps_the_answer(visit):
 
 async def test_regenerate_needs_a_question(visit, capsys):
     visitor = visit()
-    await visitor.begin(visitor.handler.regenerate(visitor.conversation, *SETTINGS))
+    await visitor.begin(visitor.handler.regenerate(visitor.conversation, visitor.memory, *SETTINGS))
     assert "Ask a question first." in capsys.readouterr().out
 
 
@@ -360,7 +376,8 @@ async def test_an_example_is_selected_by_index(visit, tmp_path):
         value = {"text": "read this", "files": ["/etc/passwd"]}  # what a browser might send
 
     visitor = visit(examples=examples)
-    task = visitor.begin(visitor.handler.ask_example(Event(), visitor.conversation, *SETTINGS))
+    example = visitor.handler.ask_example(Event(), visitor.conversation, [], *SETTINGS)
+    task = visitor.begin(example)
     request = await visitor.submitted()
     request.emit("yes")
     request.end()

@@ -140,7 +140,7 @@ def join(client, session, text="what?", path=None, event="submit", **fields):
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     box = {"text": text, "files": [file] if path else []}
     body = {
-        "data": [box, None, "en", 8, 0, 1, ""],
+        "data": [box, None, [], "en", 8, 0, 1, ""],
         "fn_index": function_index(client, event),
         "session_hash": session,
     }
@@ -480,16 +480,16 @@ def test_visitors_cannot_fill_the_log(visit, capfd, caplog):
     """Each kind of error has one traceback in the log, however often a visitor causes it."""
     client = visit()
     example = function_index(client, "example_select")
-    data = [None, "en", 8, 0, 1, ""]
+    data = [None, [], "en", 8, 0, 1, ""]
     invalid = [
         {"data": []},
         {"data": [1]},
-        {"data": ["x"] * 7},
+        {"data": ["x"] * 8},
         {"data": NESTED},
-        {"data": NESTED * 7},
-        {"data": [{"text": None, "files": None}, *["x"] * 6]},
-        {"data": [{"text": "\ud800", "files": []}, None, "en", 8, 0, 1, "\ud800"]},
-        {"data": [{"text": "a", "files": ["/etc/passwd"]}, None, "en", 8, 0, 1, ""]},
+        {"data": NESTED * 8},
+        {"data": [{"text": None, "files": None}, *["x"] * 7]},
+        {"data": [{"text": "\ud800", "files": []}, None, [], "en", 8, 0, 1, "\ud800"]},
+        {"data": [{"text": "a", "files": ["/etc/passwd"]}, None, [], "en", 8, 0, 1, ""]},
         {"fn_index": example, "data": data, "event_data": None},
         {"fn_index": example, "data": data, "event_data": {"index": 99}},
         {"fn_index": example, "data": data, "event_data": {"index": "x"}, "trigger_id": 10**9},

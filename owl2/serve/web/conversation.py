@@ -1,0 +1,129 @@
+"""The conversations of the page: stored in the server, displayed and kept by the browser."""
+
+import asyncio
+import html
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from owl2.processing.messages import Message, user_message
+
+WAITING = "<span class='waiting'>● ● ●</span>"
+
+# Everything that Markdown and HTML could interpret, and spaces that Markdown would remove.
+_MARKUP = re.compile(r"[\x00-\x1f!-/:-@\[-`{-~]|^ | $| (?=\s)|(?<=\s) ")
+
+
+def plain_text(question: str) -> str:
+    """Markdown that shows a question as the visitor typed it.
+
+    The entities have seven digits: the page decodes this form when a conversation is copied.
+    """
+    return _MARKUP.sub(lambda found: f"&#{ord(found[0]):07};", question)
+
+
+class SavedFile(TypedDict):
+    """An uploaded file, in the form in which gradio sends one."""
+
+    path: str
+
+
+class SavedTurn(TypedDict):
+    """An answered turn. The browser keeps it for the case that the server is restarted."""
+
+    question: str
+    files: list[SavedFile]
+    answer: str
+    note: str
+
+
+@dataclass
+class Turn:
+    """A question and its answer, as far as it is generated.
+
+    Attributes:
+        files: The uploaded image files, for display.
+        images: The same images for the model; loaded when the answer starts.
+        note: Shown below the answer, for example that it was stopped.
+    """
+
+    question: str
+    files: tuple[str, ...] = ()
+    images: tuple[Image.Image, ...] = ()
+    answer: str = ""
+    note: str = ""
+
+
+@dataclass
+class Conversation:
+    """The turns of a visitor, stored in the server; the browser only displays them.
+
+    A browser can therefore not change earlier answers or refer to files that were not uploaded.
+
+    Attributes:
+        answering: Locked while the last turn is being answered.
+        stop: Set to stop that answer.
+        editing: The text below the last answer while its question is edited in the text box. The
+            next question then replaces that turn.
+    """
+
+    turns: list[Turn] = field(default_factory=list)
+    editing: str = ""
+    answering: asyncio.Lock = field(default_factory=asyncio.Lock)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def messages(self) -> list[Message]:
+        """The messages for the engine, without the last answer."""
+        messages: list[Message] = []
+        for turn in self.turns:
+            messages.append(user_message(turn.question, turn.images))
+            messages.append({"role": "assistant", "content": turn.answer})
+        return messages[:-1]
+
+    def display(self) -> list[dict[str, Any]]:
+        """Rows for gradio's Chatbot: images before their question, notes below their answer."""
+        rows: list[dict[str, Any]] = []
+        for turn in self.turns:
+            rows += [{"role": "user", "content": {"path": file}} for file in turn.files]
+            if turn.question:
+                rows.append({"role": "user", "content": plain_text(turn.question)})
+            is_last = turn is self.turns[-1]
+            is_waiting = self.answering.locked() and is_last and not turn.answer
+            notes = [turn.note, self.editing if is_last else ""]
+            notes = [f"<small class='note'>{html.escape(note)}</small>" for note in notes if note]
+            answer = WAITING if is_waiting else "\n\n".join(filter(None, (turn.answer, *notes)))
+            rows.append({"role": "assistant", "content": answer})
+        return rows
+
+    def save(self) -> list[SavedTurn]:
+        """The answered turns, from which `restore` makes the same conversation."""
+        return [
+            SavedTurn(
+                question=turn.question,
+                files=[SavedFile(path=file) for file in turn.files],
+                answer=turn.answer,
+                note=turn.note,
+            )
+            for turn in self.turns
+            if turn.answer
+        ]
+
+    def restore(self, memory: Any) -> None:
+        """Restore the turns of a browser in a server that does not know the conversation.
+
+        Args:
+            memory: As from `save`. The caller has checked that the files are uploads.
+
+        Raises:
+            pydantic.ValidationError: It has another form.
+        """
+        if self.turns or not memory:
+            return
+        for saved in TypeAdapter(list[SavedTurn]).validate_python(memory):
+            files = tuple(file["path"] for file in saved["files"])
+            turn = Turn(saved["question"], files, answer=saved["answer"], note=saved["note"])
+            self.turns.append(turn)

@@ -1,0 +1,106 @@
+"""The connection is lost or the server is restarted: nothing that the visitor wrote is lost."""
+
+from contextlib import ExitStack
+
+import pytest
+
+from tests.serve.running import FakeEngine, run_app, wait_until
+from tests.serve.web.browser_page import Page
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
+
+
+def test_question_that_is_asked_offline_is_sent_later(open_chat):
+    chat = open_chat()
+    chat.ask("first?")
+    chat.answer("one")
+    chat.page.context.set_offline(True)
+    chat.ask("second?")
+    chat.expect(chat.page.locator("#connection-lost")).to_be_visible()
+    chat.expect(chat.box).to_have_value("second?")
+    chat.expect(chat.answers).to_have_text(["one"])
+    chat.page.context.set_offline(False)
+    request = chat.answer("two")
+    assert len(request.messages) == 3
+    chat.expect(chat.answers).to_have_text(["one", "two"])
+    chat.expect(chat.page.locator("#connection-lost")).not_to_be_visible()
+    chat.expect(chat.box).to_have_value("")
+
+
+@pytest.mark.parametrize("chunks", [(), ("a part",)])
+def test_connection_is_lost_during_an_answer(open_chat, chunks):
+    chat = open_chat()
+    chat.ask("first?")
+    chat.answer("one")
+    chat.ask("second?")
+    request = chat.next_request()
+    for chunk in chunks:
+        request.emit(chunk)
+        chat.expect(chat.answers.last).to_have_text(chunk)
+    chat.page.context.set_offline(True)
+    chat.expect(chat.page.locator("#connection-lost")).to_be_visible()
+    chat.page.context.set_offline(False)
+    wait_until(lambda: request.aborted, 20)
+    answers = ["one", *(f"{chunk} (stopped)" for chunk in chunks)]
+    chat.expect(chat.answers).to_have_text(answers)
+    chat.expect(chat.box).to_have_value("" if chunks else "second?")
+    chat.ask("again?")
+    chat.answer("three")
+    chat.expect(chat.answers).to_have_text([*answers, "three"])
+
+
+class Server:
+    """A server that can be stopped and started again on the same port."""
+
+    def __init__(self, engine):
+        self.engine = FakeEngine(engine)
+        self.port = 0
+        self._stack = ExitStack()
+
+    def start(self):
+        from owl2.serve.app import build_app
+        from owl2.serve.config import ServerLimits
+        from owl2.serve.web.mount import mount
+
+        app = build_app(self.engine, "restarted", ServerLimits())
+        mount(app, self.engine, ServerLimits(), name="restarted")
+        url = self._stack.enter_context(run_app(app, self.port))
+        self.port = int(url.rpartition(":")[2])
+        return f"{url}/web/"
+
+    def stop(self):
+        self._stack.close()
+
+
+@pytest.mark.parametrize("asked", ["before", "during", "after"])
+def test_server_is_restarted(visit, tiny_engine, images, asked):
+    """The question is asked before the server stops, while it is down, or when it runs again."""
+    server = Server(tiny_engine)
+    try:
+        chat = Page(visit(server.start()), server.engine)
+        chat.add(images[0])
+        chat.ask("what color?")
+        chat.answer("red")
+        chat.box.fill("and *now*?")
+        submit = chat.page.locator("#box .submit-button")
+        if asked == "before":
+            submit.click()
+            chat.next_request()
+        server.stop()
+        if asked == "during":
+            submit.click()
+            chat.expect(chat.page.locator("#connection-lost")).to_be_visible()
+        server.start()
+        if asked != "during":
+            chat.expect(chat.page.locator("#connection-lost")).not_to_be_visible()
+            chat.expect(chat.box).to_have_value("and *now*?")
+            chat.expect(chat.answers).to_have_text(["red"])
+            submit.click()
+        request = chat.answer("still red")
+        first, answer, second = request.messages
+        assert first["content"][0]["image"].getpixel((1, 1)) == (255, 0, 0)
+        assert answer["content"] == "red"
+        assert second["content"][-1]["text"] == "and *now*?"
+        chat.expect(chat.answers).to_have_text(["red", "still red"])
+    finally:
+        server.stop()
