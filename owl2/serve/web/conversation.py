@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from owl2.errors import ErrorCode, InputError
 from owl2.processing.messages import Message, user_message
 
 WAITING = "<span class='waiting'>● ● ●</span>"
@@ -119,11 +120,16 @@ class Conversation:
             memory: As from `save`. The caller has checked that the files are uploads.
 
         Raises:
-            pydantic.ValidationError: It has another form.
+            InputError: It has another form.
         """
         if self.turns or not memory:
             return
-        for saved in TypeAdapter(list[SavedTurn]).validate_python(memory):
+        try:
+            turns = TypeAdapter(list[SavedTurn]).validate_python(memory)
+        except ValidationError as error:
+            message = "The copy of the conversation in the browser is invalid."
+            raise InputError(message, ErrorCode.INVALID_FORMAT) from error
+        for saved in turns:
             files = tuple(file["path"] for file in saved["files"])
             turn = Turn(saved["question"], files, answer=saved["answer"], note=saved["note"])
             self.turns.append(turn)

@@ -5,10 +5,10 @@ from html import unescape
 
 import pytest
 from PIL import Image
-from pydantic import ValidationError
 
 from owl2.errors import ErrorCode, InputError
 from owl2.serve.web.conversation import Conversation, Turn, plain_text
+from tests.errors import raises_input_error
 from tests.serve.web.test_chat_handler import (  # noqa: F401  # fixtures
     SETTINGS,
     engine,
@@ -61,7 +61,7 @@ def test_conversation_is_restored_from_the_browser():
     restored.restore([])
     restored.restore(memory * 2)  # the server knows the conversation
     assert restored.turns == turns[:2]
-    with pytest.raises(ValidationError):
+    with raises_input_error(ErrorCode.INVALID_FORMAT):
         Conversation().restore([{"question": "a?"}])
 
 

@@ -476,6 +476,9 @@ def test_invalid_bodies(body, path, visit, capfd, caplog):
     assert "Traceback" not in capfd.readouterr().err + caplog.text
 
 
+MEMORY = [{"question": "", "files": [{"path": "/etc/passwd"}], "answer": "a", "note": ""}]
+
+
 def test_visitors_cannot_fill_the_log(visit, capfd, caplog):
     """Each kind of error has one traceback in the log, however often a visitor causes it."""
     client = visit()
@@ -490,6 +493,8 @@ def test_visitors_cannot_fill_the_log(visit, capfd, caplog):
         {"data": [{"text": None, "files": None}, *["x"] * 7]},
         {"data": [{"text": "\ud800", "files": []}, None, [], "en", 8, 0, 1, "\ud800"]},
         {"data": [{"text": "a", "files": ["/etc/passwd"]}, None, [], "en", 8, 0, 1, ""]},
+        {"data": [{"text": "a", "files": []}, None, [{"question": 1}], "en", 8, 0, 1, ""]},
+        {"data": [{"text": "a", "files": []}, None, MEMORY, "en", 8, 0, 1, ""]},
         {"fn_index": example, "data": data, "event_data": None},
         {"fn_index": example, "data": data, "event_data": {"index": 99}},
         {"fn_index": example, "data": data, "event_data": {"index": "x"}, "trigger_id": 10**9},
