@@ -54,11 +54,12 @@
     let isComplete = false;
     const read = async (controller) => {
       const part = await reader.read().catch(() => ({ done: true }));
-      if (!part.done) {
-        isComplete ||= new TextDecoder().decode(part.value).includes('"close_stream"');
-        if (isComplete) events.clear();
-        return controller.enqueue(part.value);
-      }
+      const text = new TextDecoder().decode(part.value);
+      isComplete ||= text.includes('"close_stream"');
+      if (isComplete) events.clear();
+      // A server that stops reports an error before the end, after which gradio's page does nothing.
+      if (!part.done && !/"msg": ?"unexpected_error"/.test(text)) return controller.enqueue(part.value);
+      reader.cancel().catch(() => {});
       streams.delete(end);
       if (!isComplete && !signal.aborted) {
         isInterrupted = true;
@@ -67,8 +68,8 @@
           { msg: "process_completed", event_id: id, success: true, output: { data: [] } }
         ));
         messages.push({ msg: "close_stream", event_id: null });
-        const text = messages.map((message) => `data: ${JSON.stringify(message)}\n\n`).join("");
-        controller.enqueue(new TextEncoder().encode(text));
+        const last = messages.map((message) => `data: ${JSON.stringify(message)}\n\n`).join("");
+        controller.enqueue(new TextEncoder().encode(last));
         events.clear();
       }
       controller.close();

@@ -86,9 +86,11 @@ def test_server_is_restarted(visit, tiny_engine, images, asked):
         if asked == "before":
             submit.click()
             chat.next_request()
+            chat.expect(chat.answers.last).to_contain_text("●")
         server.stop()
         if asked == "during":
             submit.click()
+        if asked != "after":
             chat.expect(chat.page.locator("#connection-lost")).to_be_visible()
         server.start()
         if asked != "during":
