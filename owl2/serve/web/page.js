@@ -48,9 +48,10 @@
   };
   const isUnavailable = (reply) => [502, 503, 504].includes(reply.status);
 
-  // The stream of a reply. When it breaks, its events end without a change of the page.
+  // The stream of a reply, null if there is none. When it breaks, its events end without a change
+  // of the page.
   const unbroken = (reply, signal) => {
-    const reader = reply.body.getReader();
+    const reader = (reply?.body ?? new Blob([]).stream()).getReader();
     let isComplete = false;
     const read = async (controller) => {
       const part = await reader.read().catch(() => ({ done: true }));
@@ -76,8 +77,8 @@
     };
     const end = () => reader.cancel();
     streams.add(end);
-    const { status, headers } = reply;
-    return new Response(new ReadableStream({ pull: read, cancel: end }), { status, headers });
+    const headers = { "Content-Type": "text/event-stream" };
+    return new Response(new ReadableStream({ pull: read, cancel: end }), { headers });
   };
   // Without a network, a stream would wait for minutes. A server on this machine remains available.
   window.addEventListener("offline", async () => {
@@ -89,8 +90,11 @@
   window.fetch = async (resource, options) => {
     const url = String(resource.url ?? resource);
     if (url.endsWith("/app_id")) await connect();  // gradio loads the page when this succeeds
-    const isJoin = url.includes("/queue/join");
-    let reply = await request(resource, options).catch((error) => { if (!isJoin) throw error; });
+    const isJoin = url.includes("/queue/join"), isStream = url.includes("/queue/data");
+    let reply = await request(resource, options).catch((error) => {
+      if (!isJoin && !isStream) throw error;
+      return null;
+    });
     while (isJoin && (!reply || isUnavailable(reply))) {
       textBox().readOnly = true;
       await connect();
@@ -100,7 +104,7 @@
     }
     if (isJoin) find("#signed-out").classList.toggle("shown", reply.status === 401);
     if (isJoin && reply.ok) events.add((await reply.clone().json()).event_id);
-    if (url.includes("/queue/data") && reply.ok) return unbroken(reply, resource.signal);
+    if (isStream && (!reply || isUnavailable(reply) || reply.ok)) return unbroken(reply?.ok ? reply : null, resource.signal);
     if (url.includes("/upload") && reply.ok && options?.body instanceof FormData) {
       const paths = await reply.clone().json();
       options.body.getAll("files").forEach((file, index) => files.set(paths[index], file));

@@ -16,7 +16,7 @@ from tests.serve.running import FakeEngine, run_app
 
 KEY = "an-api-key"
 LIMITS = ServerLimits(max_image_bytes=2000)
-OTHER_FIELDS = {"language": "en", "slider": 8}
+OTHER_FIELDS = {"memory": [], "language": "en", "slider": 8}
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,9 @@ def answer_about(path, client, name):
     [ask] = [one for one in config["dependencies"] if one["targets"][0][1:] == ["submit"]]
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     box = {"text": "what?", "files": [file] if name == "box" else []}
-    language, slider = (file if name == other else good for other, good in OTHER_FIELDS.items())
-    data = [box, None, language, slider, 0, 1, ""]
+    others = (file if name == other else good for other, good in OTHER_FIELDS.items())
+    memory, language, slider = others
+    data = [box, None, memory, language, slider, 0, 1, ""]
     request = {"data": data, "fn_index": ask["id"], "session_hash": name}
     api = "/web/gradio_api/queue"
     assert client.post(f"{api}/join", json=request).status_code == 200
@@ -185,7 +186,10 @@ def test_sign_in_is_required_with_keys(closed):
     config = httpx.get(f"{closed}/web/config")
     assert config.status_code == 401
     assert upload(visitor(closed), b"x").status_code == 401
-    assert '"auth_required":true' in httpx.get(f"{closed}/web/").text.replace(" ", "")
+    login = httpx.get(f"{closed}/web/")
+    assert login.headers["cache-control"] == "no-store"
+    assert 'autocomplete="current-password"' in login.text
+    assert "gradio" not in login.text
 
 
 @pytest.mark.parametrize("password", ["", "wrong", KEY[:-1], f"Bearer {KEY}"])
