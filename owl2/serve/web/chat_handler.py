@@ -155,7 +155,7 @@ class ChatHandler:
                 pass
         conversation.restore(memory)
         last = conversation.turns[-1] if conversation.turns else None
-        value = {}
+        value: dict[str, Any] = {}
         if box and not (last and (last.question, list(last.files)) == (box["text"], box["files"])):
             value["value"] = box
         ready = gr.update(submit_btn=True, stop_btn=False, **value)

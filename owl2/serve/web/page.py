@@ -199,8 +199,8 @@ class Page(gr.Blocks):
         chat_inputs = [self.conversation, self.memory, *self.settings]
         chat_outputs = [self.box, self.chat, self.memory]
         # After a restart of the server, the browser uploads the images of the conversation again.
-        upload = {"js": "(...inputs) => window.owl2.upload(inputs)"}
-        send = {"js": "(...inputs) => window.owl2.send(inputs)"}
+        upload: dict[str, Any] = {"js": "(...inputs) => window.owl2.upload(inputs)"}
+        send: dict[str, Any] = {"js": "(...inputs) => window.owl2.send(inputs)"}
         self.box.submit(chat_handler.ask, [self.box, *chat_inputs], chat_outputs, **quiet, **send)
         self.chat.example_select(
             chat_handler.ask_example, chat_inputs, chat_outputs, **quiet, **upload
