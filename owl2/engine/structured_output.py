@@ -30,6 +30,7 @@ from owl2.errors import ErrorCode, InputError, require_package, shorten
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 # Of the JSON that describes a grammar. A schema of 5,000 properties has more.
 MAX_CHARACTERS = 65_536
+MAX_GBNF_CHARACTERS = 16_384  # the conversion to Lark takes quadratic time
 # The sum of all values of "multipleOf" (without a decimal point) in a schema. The time to compile
 # them grows with it: 0.1 s.
 MAX_MULTIPLES = 10_000
@@ -151,11 +152,14 @@ class StructuredOutputsParams:
             _check_size(grammar)
             if "%json" in grammar:
                 raise _error("%json is not supported", "use structured_outputs.json")
-            try:
-                if _GBNF.search(grammar):
-                    grammar = llguidance.grammar_from("gbnf", grammar)
-            except ValueError as error:
-                raise _error(str(error), "use Lark's or llama.cpp's notation") from error
+            if _GBNF.search(grammar):
+                from llguidance.gbnf_to_lark import gbnf_to_lark
+
+                _check_size(grammar, MAX_GBNF_CHARACTERS)
+                try:
+                    grammar = gbnf_to_lark(grammar)
+                except Exception as error:  # of several types, for example RecursionError
+                    raise _error(str(error), "use Lark's or llama.cpp's notation") from error
             answer = {"lark_grammar": grammar}
         grammars = [{"lark_grammar": START}, {"name": "answer"} | answer]
         try:
@@ -189,9 +193,9 @@ def _error(reason: str, advice: str = "simplify or correct it") -> InputError:
     return InputError(message, ErrorCode.INVALID_FORMAT)
 
 
-def _check_size(text: str) -> None:
-    if len(text) > MAX_CHARACTERS:
-        raise _error(f"{len(text)} characters", f"use at most {MAX_CHARACTERS}")
+def _check_size(text: str, limit: int = MAX_CHARACTERS) -> None:
+    if len(text) > limit:
+        raise _error(f"{len(text)} characters", f"use at most {limit}")
 
 
 def _sum_of_multiples(schema: Any) -> int:

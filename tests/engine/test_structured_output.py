@@ -321,7 +321,11 @@ HOSTILE = {
     "deep": {"json": nested(400)},
     "deeper": {"json": nested(3000)},
     "deep text": {"json": '{"items":' * 7000},
-    "deep grammar": {"grammar": "root ::= " + "(" * 30_000},
+    "deep grammar": {"grammar": "root ::= " + "(" * 10_000},
+    "blank lines": {"grammar": 'root ::= "a"' + "\n" * 16_000},
+    "many rules": {
+        "grammar": "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(3000))
+    },
     "multiples": {"json": {"items": [{"multipleOf": 999_983}]}},
     "properties": {"json": {"properties": {f"p{number}": {} for number in range(4000)}}},
     "repetition": {"regex": "((a{1,1000}){1,1000}b){1,1000}"},
@@ -432,3 +436,18 @@ def test_an_answer_that_is_too_complex_does_not_affect_others(
     assert isinstance(results[0], InputError)
     assert results[0].code is ErrorCode.INVALID_FORMAT
     assert results[1].finish_reason == "length"
+
+
+def test_chat_command(run_cli, tiny_checkpoint, tmp_path):
+    options = ["--model", tiny_checkpoint, "--device", "cpu", "--dtype", "float32", "what is this?"]
+    result = run_cli("chat", *options, "--choice", "red", "--choice", "dark blue")
+    assert (result.exit_code, result.stdout.strip() in ("red", "dark blue")) == (0, True)
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA), "utf-8")
+    result = run_cli("chat", *options, "--json-schema", path)
+    assert (result.exit_code, is_valid(result.stdout)) == (0, True)
+    path.write_text('{"not": {}}', "utf-8")
+    result = run_cli("chat", *options, "--json-schema", path)
+    assert (result.exit_code, "not" in result.stderr) == (2, True)
+    result = run_cli("chat", *options, "--json-schema", tmp_path / "missing.json")
+    assert (result.exit_code, "missing.json" in result.stderr) == (2, True)
