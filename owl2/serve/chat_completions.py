@@ -43,6 +43,8 @@ class ChatCompletion(Reply):
         self.template_kwargs = request.template_kwargs
         self._request = request
         self._images = images
+        chosen = request.forced_function
+        self._function = chosen and chosen.name
         self._num_answers = request.num_answers
         self._has_logprobs = bool(request.logprobs)
         self._include_usage = request.include_usage
@@ -61,7 +63,7 @@ class ChatCompletion(Reply):
         choices = [
             {
                 "index": answer.index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": {"role": "assistant", **self._content(answer.text), "refusal": None},
                 "logprobs": _logprobs(answer.logprobs) if self._has_logprobs else None,
                 "finish_reason": answer.finish_reason,
             }
@@ -73,15 +75,33 @@ class ChatCompletion(Reply):
     async def generate_events(self) -> AsyncGenerator[bytes, None]:
         """Chunks, and `[DONE]` at the end."""
         for index in range(self._num_answers):
-            yield self._event(index, {"role": "assistant", "content": "", "refusal": None})
+            begin = self._delta("", is_first=True)
+            yield self._event(index, {"role": "assistant", **begin, "refusal": None})
         while (chunk := await self._stream.next()) is not None:
             if chunk.text or chunk.logprobs:
-                yield self._event(chunk.index, {"content": chunk.text}, chunk.logprobs)
+                yield self._event(chunk.index, self._delta(chunk.text), chunk.logprobs)
             if chunk.finish_reason:
                 yield self._event(chunk.index, {}, finish_reason=chunk.finish_reason)
         if self._include_usage:
             yield encode_event(self._chunk([]) | {"usage": self.usage()})
         yield b"data: [DONE]\n\n"
+
+    def _content(self, text: str) -> dict[str, Any]:
+        """The fields of a message with this text, which may be the arguments of a call."""
+        if self._function is None:
+            return {"content": text}
+        return {"content": None, "tool_calls": [self._call(text)]}
+
+    def _delta(self, text: str, is_first: bool = False) -> dict[str, Any]:
+        if self._function is None:
+            return {"content": text}
+        if is_first:
+            return {"content": None, "tool_calls": [{"index": 0, **self._call(text)}]}
+        return {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+
+    def _call(self, arguments: str) -> dict[str, Any]:
+        function = {"name": self._function, "arguments": arguments}
+        return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
     def _event(
         self,

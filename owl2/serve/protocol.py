@@ -6,11 +6,13 @@ protocol. `sampling_fields` has the fields that other routes have as well.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from owl2.engine.sampling import MAX_TOP_LOGPROBS
+from owl2.engine.structured_output import StructuredOutputsParams
 from owl2.serve.config import MAX_N
 from owl2.serve.sampling_fields import (
     NO_LIMIT,
@@ -23,6 +25,7 @@ from owl2.serve.sampling_fields import (
     UnsupportedFlagTrue,
     field_error,
 )
+from owl2.serve.tools import ToolFields
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -161,7 +164,7 @@ class ChatTemplateKwargs(OpenAIBaseModel):
     interleave_images: bool | None = None
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(ToolFields, GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatCompletionMessageParam] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -170,10 +173,6 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template_kwargs: ChatTemplateKwargs | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_PARTS)
-    tool_choice: Literal["none", "auto"] | None = None
-    functions: list[dict[str, Any]] | None = Field(None, max_length=MAX_PARTS)
-    function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
     documents: Unsupported = None
     chat_template: Unsupported = None
@@ -186,12 +185,6 @@ class ChatCompletionRequest(GenerationRequest):
     def _check_dependent_fields(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
             raise field_error("top_logprobs", "it requires logprobs: true")
-        for field, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-            if getattr(self, field) and getattr(self, choice) != "none":
-                raise field_error(
-                    field,
-                    f"the model cannot call tools; remove this field, or set {choice} to 'none'",
-                )
         for field in ("max_tokens", "max_completion_tokens"):
             if getattr(self, field) == 0:
                 raise field_error(field, "it must be 1 or more, or -1 for no limit")
@@ -226,6 +219,11 @@ class ChatCompletionRequest(GenerationRequest):
             "characters": sum(len(getattr(part, "text", "")) for part in parts),
             "answers": self.num_answers,
         }
+
+    @cached_property
+    def constraints(self) -> dict[str, StructuredOutputsParams]:
+        """What the answer must match, by the field that requests it."""
+        return super().constraints | self.tool_constraint()
 
     def sampling_options(self) -> dict[str, Any]:
         """Keyword arguments of `Engine.sampling_params` without the number of tokens."""
@@ -316,11 +314,12 @@ class ChatCompletionLogProbs(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """The text of an answer."""
+    """The text of an answer, or the call of the function that the request chose."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
 
 class ChatCompletionResponseChoice(BaseModel):

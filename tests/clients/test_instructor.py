@@ -39,7 +39,13 @@ class Anything(BaseModel):
 
 @pytest.mark.parametrize(
     ("mode", "schema"),
-    [(Mode.JSON_SCHEMA, Shape), (Mode.JSON_SCHEMA, Drawing), (Mode.JSON, Anything)],
+    [
+        (Mode.TOOLS, Shape),
+        (Mode.TOOLS, Drawing),
+        (Mode.JSON_SCHEMA, Shape),
+        (Mode.JSON_SCHEMA, Drawing),
+        (Mode.JSON, Anything),
+    ],
 )
 def test_create(base_url, mode, schema):
     found = make_client(base_url, mode).chat.completions.create(
@@ -68,13 +74,6 @@ def test_retries_with_the_errors_of_the_validation(base_url):
     assert len(seen) == 2
 
 
-def test_tools_are_rejected(base_url):
-    with pytest.raises(instructor.core.InstructorRetryException, match="tool"):
-        make_client(base_url, Mode.TOOLS).chat.completions.create(
-            model=MODEL, messages=TEXT, response_model=Shape, max_retries=0
-        )
-
-
 def test_image(base_url, image_url):
     image = {"type": "image_url", "image_url": {"url": image_url}}
     content = [image, {"type": "text", "text": "what is this?"}]
@@ -89,14 +88,16 @@ def test_image(base_url, image_url):
     assert reply.usage.completion_tokens > 0
 
 
-def test_partial_objects(base_url):
-    client = make_client(base_url, Mode.JSON_SCHEMA)
+@pytest.mark.parametrize("mode", [Mode.TOOLS, Mode.JSON_SCHEMA])
+def test_partial_objects(base_url, mode):
+    client = make_client(base_url, mode)
     options = {"model": MODEL, "messages": TEXT, "max_tokens": 100}
     *_, last = client.chat.completions.create_partial(response_model=Shape, **options)
     assert last.color in {"red", "green", "blue"}
 
 
-async def test_async_client(base_url):
-    client = make_client(base_url, Mode.JSON_SCHEMA, AsyncOpenAI)
+@pytest.mark.parametrize("mode", [Mode.TOOLS, Mode.JSON_SCHEMA])
+async def test_async_client(base_url, mode):
+    client = make_client(base_url, mode, AsyncOpenAI)
     options = {"model": MODEL, "messages": TEXT, "max_tokens": 100}
     assert isinstance(await client.chat.completions.create(response_model=Shape, **options), Shape)

@@ -1,6 +1,7 @@
 """Responses to OpenAI's client, compared with the engine's answers."""
 
 import asyncio
+import json
 
 import httpx
 import openai
@@ -137,6 +138,30 @@ def test_tools_without_a_call(ask):
         with pytest.raises(openai.BadRequestError) as caught:
             ask(tools=tools, tool_choice=choice)
         assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize(
+    "choice", [{"type": "function", "function": {"name": "paint"}}, "required"]
+)
+def test_call_of_the_chosen_function(ask, choice):
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"color": {"enum": ["red", "blue"]}},
+        "required": ["color"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "paint", "parameters": schema}}
+    options = {"tools": [tool], "tool_choice": choice, "max_tokens": 60}
+    message = ask(**options).choices[0].message
+    [call] = message.tool_calls
+    assert (message.content, call.type, call.function.name) == (None, "function", "paint")
+    assert json.loads(call.function.arguments)["color"] in ("red", "blue")
+    deltas = [chunk.choices[0].delta for chunk in ask(stream=True, **options)]
+    calls = [delta.tool_calls[0] for delta in deltas if delta.tool_calls]
+    assert (calls[0].function.name, calls[0].id[:5]) == ("paint", "call_")
+    assert "".join(one.function.arguments for one in calls) == call.function.arguments
+    assert not any(delta.content for delta in deltas)
 
 
 def test_image_urls_as_strings_and_details(ask):
