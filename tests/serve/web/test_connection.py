@@ -10,10 +10,18 @@ from tests.serve.web.browser_page import Page
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 
+def ask_first(chat, question, answer):
+    """Ask, and wait until the page shows the complete answer: its first update empties the box."""
+    chat.ask(question)
+    chat.answer(answer)
+    chat.expect(chat.answers).to_have_text([answer])
+    chat.expect(chat.page.locator("#box .submit-button")).to_be_visible()
+    chat.expect(chat.box).to_have_value("")
+
+
 def test_question_that_is_asked_offline_is_sent_later(open_chat):
     chat = open_chat()
-    chat.ask("first?")
-    chat.answer("one")
+    ask_first(chat, "first?", "one")
     chat.page.context.set_offline(True)
     chat.ask("second?")
     chat.expect(chat.page.locator("#connection-lost")).to_be_visible()
@@ -30,8 +38,7 @@ def test_question_that_is_asked_offline_is_sent_later(open_chat):
 @pytest.mark.parametrize("chunks", [(), ("a part",)])
 def test_connection_is_lost_during_an_answer(open_chat, chunks):
     chat = open_chat()
-    chat.ask("first?")
-    chat.answer("one")
+    ask_first(chat, "first?", "one")
     chat.ask("second?")
     request = chat.next_request()
     for chunk in chunks:
@@ -79,8 +86,7 @@ def test_server_is_restarted(visit, tiny_engine, images, asked):
     try:
         chat = Page(visit(server.start()), server.engine)
         chat.add(images[0])
-        chat.ask("what color?")
-        chat.answer("red")
+        ask_first(chat, "what color?", "red")
         chat.box.fill("and *now*?")
         submit = chat.page.locator("#box .submit-button")
         if asked == "before":
