@@ -7,7 +7,7 @@ import asyncio
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
@@ -23,6 +23,8 @@ from owl2.serve.web.i18n import show_error, show_info, text
 
 EDGE = 512  # pixels of a square image; large enough for a smooth heatmap
 ALL = -1  # the choice of the complete answer
+
+LoadImages = Callable[[Conversation, str], Awaitable[list[Image.Image]]]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,15 @@ class AnswerAttention:
 
 
 class AttentionTab:
-    """The event handlers of the tab. One request at a time, because answers have priority."""
+    """The event handlers of the tab. One request at a time, because answers have priority.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        load_images: `ChatHandler.load_images`.
+    """
+
+    def __init__(self, engine: Engine, load_images: LoadImages) -> None:
         self._engine = engine
+        self._load_images = load_images
         self._lock = asyncio.Lock()
 
     async def show(
@@ -66,14 +73,15 @@ class AttentionTab:
         """
         async with conversation.answering:
             turns = [turn for turn in conversation.turns if turn.answer.strip()]
-        if not any(turn.images for turn in turns):
+        if not any(turn.files for turn in turns):
             if turns:
                 show_info("error_no_image", language)
             return await self.clear(language)
         if shown is None or shown.texts != _texts(turns):
             try:
                 async with self._lock:
-                    shown = await asyncio.to_thread(self._collect, turns)
+                    images = await self._load_images(Conversation(turns), language)
+                    shown = await asyncio.to_thread(self._collect, turns, images)
             except Exception as error:  # shown to the visitor; unexpected ones are logged
                 show_error(error, language)
                 return await self.clear(language)
@@ -83,16 +91,16 @@ class AttentionTab:
         """The initial state of the tab."""
         return None, *describe(None, ALL, language)
 
-    def _collect(self, turns: list[Turn]) -> AnswerAttention:
+    def _collect(self, turns: list[Turn], images: Sequence[Image.Image]) -> AnswerAttention:
         maps = collect_attention(
             self._engine,
             self._engine.processor,
-            Conversation(turns).messages(),
+            Conversation(turns).messages(images),
             answer=turns[-1].answer.strip(),
             layers=[],
         )
         mean = maps.mean.mean(0, keepdims=True)  # (1, T, S)
-        squares = [image.resize((EDGE, EDGE)) for turn in turns for image in turn.images]
+        squares = [image.resize((EDGE, EDGE)) for image in images]
         files = [file for turn in turns for file in turn.files]
         maps = replace(maps, mean=mean, attention=mean[:0])
         return AnswerAttention(maps, tuple(squares), tuple(files), _texts(turns))

@@ -188,6 +188,16 @@ class ChatHandler:
         )
         return Turn(question if question.strip() else "", tuple(files))
 
+    async def load_images(self, conversation: Conversation, language: str) -> list[Image.Image]:
+        """The images of all turns, as the model sees them.
+
+        Raises:
+            InputError: A file has expired, or is not a valid image.
+        """
+        budget = ImageBudget.of_request(self._admission.limits)
+        files = [Path(file) for turn in conversation.turns for file in turn.files]
+        return [await self._load_image(file, language, budget) for file in files]
+
     async def _load_image(self, file: Path, language: str, budget: ImageBudget) -> Image.Image:
         try:
             data = await asyncio.to_thread(file.read_bytes)
@@ -252,19 +262,12 @@ class ChatHandler:
             ApiError, InputError: As in the API.
         """
         options = self._sampling_options(chat)
+        current_client.set(f"visitor {id(conversation)}")
 
         async def prompts() -> list[list[Message]]:
-            budget = ImageBudget.of_request(self._admission.limits)
-            for other in conversation.turns:  # those of earlier turns are loaded unless restored
-                if not other.images:
-                    images = [
-                        await self._load_image(Path(file), chat.language, budget)
-                        for file in other.files
-                    ]
-                    other.images = tuple(images)
-            return [conversation.messages()]
+            images = await self.load_images(conversation, chat.language)
+            return [conversation.messages(images)]
 
-        current_client.set(f"visitor {id(conversation)}")
         with self._admission.admit() as stream:
             await run_unless(conversation.stop.wait(), stream.start(prompts, options))
             while True:

@@ -3,10 +3,10 @@
 import asyncio
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
@@ -47,14 +47,13 @@ class Turn:
     """A question and its answer, as far as it is generated.
 
     Attributes:
-        files: The uploaded image files, for display.
-        images: The same images for the model; loaded when the answer starts.
+        files: The uploaded image files. The images are loaded for each answer: gradio keeps the
+            conversations of thousands of visitors who have left.
         note: Shown below the answer, for example that it was stopped.
     """
 
     question: str
     files: tuple[str, ...] = ()
-    images: tuple[Image.Image, ...] = ()
     answer: str = ""
     note: str = ""
 
@@ -77,11 +76,16 @@ class Conversation:
     answering: asyncio.Lock = field(default_factory=asyncio.Lock)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def messages(self) -> list[Message]:
-        """The messages for the engine, without the last answer."""
+    def messages(self, images: Sequence[Any]) -> list[Message]:
+        """The messages for the engine, without the last answer.
+
+        Args:
+            images: Those of the files of all turns.
+        """
+        unused = iter(images)
         messages: list[Message] = []
         for turn in self.turns:
-            messages.append(user_message(turn.question, turn.images))
+            messages.append(user_message(turn.question, [next(unused) for _ in turn.files]))
             messages.append({"role": "assistant", "content": turn.answer})
         return messages[:-1]
 

@@ -60,6 +60,10 @@ def login_page(name: str) -> str:
     )
 
 
+# Sessions that the server remembers. The browser restores others, see `Conversation.restore`.
+MAX_SESSIONS = 1000
+
+
 class Page(gr.Blocks):
     """The page. It accepts uploaded files only.
 
@@ -88,6 +92,7 @@ class Page(gr.Blocks):
             analytics_enabled=False,
             fill_width=True,
         )
+        self.state_session_capacity = MAX_SESSIONS
         with self:
             self.conversation = gr.State(Conversation())
             self.shown = gr.State(None)  # in the attention tab
@@ -107,7 +112,8 @@ class Page(gr.Blocks):
                     limit = admission.limits.max_completion_tokens
                     self.settings = [self.language, *_settings(admission.engine, limit)]
             self.tab = {"tab_chat": chat_tab, "tab_attention": maps, "tab_settings": settings}
-            self._connect(ChatHandler(admission, decode, examples), AttentionTab(admission.engine))
+            handler = ChatHandler(admission, decode, examples)
+            self._connect(handler, AttentionTab(admission.engine, handler.load_images))
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         current_client.set(client_network(getattr(kwargs["request"], "client", None)))

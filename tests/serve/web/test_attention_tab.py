@@ -19,13 +19,18 @@ def conversation(*turns):
     return Conversation(list(turns))
 
 
+async def load_images(conversation, language):
+    files = [file for turn in conversation.turns for file in turn.files]
+    return [image(10 + 140 * number) for number, _ in enumerate(files)]
+
+
 @pytest.fixture(scope="module")
 def shown_answer(tiny_engine):
     turns = conversation(
-        Turn("what?", ("/tmp/o'ne.png",), (image(10),), "a red circle"),
-        Turn("and this?", ("/tmp/two.png",), (image(150),), "yes, blue"),
+        Turn("what?", ("/tmp/o'ne.png",), answer="a red circle"),
+        Turn("and this?", ("/tmp/two.png",), answer="yes, blue"),
     )
-    kept, words, shown = asyncio.run(AttentionTab(tiny_engine).show(turns, None, "en"))
+    kept, words, shown = asyncio.run(AttentionTab(tiny_engine, load_images).show(turns, None, "en"))
     return kept, words, shown
 
 
@@ -82,8 +87,8 @@ def test_describe_in_another_language(shown_answer):
 
 
 def test_the_attention_of_an_answer_is_collected_once(tiny_engine, monkeypatch):
-    turns = conversation(Turn("what?", ("1.png",), (image(10),), "a red circle"))
-    tab = AttentionTab(tiny_engine)
+    turns = conversation(Turn("what?", ("1.png",), answer="a red circle"))
+    tab = AttentionTab(tiny_engine, load_images)
 
     async def twice():
         first, *_ = await tab.show(turns, None, "en")
@@ -98,11 +103,13 @@ def test_the_attention_of_an_answer_is_collected_once(tiny_engine, monkeypatch):
 
 
 def test_the_tab_waits_for_the_end_of_the_answer(tiny_engine):
-    turns = conversation(Turn("what?", ("1.png",), (image(10),), "a red"))
+    turns = conversation(Turn("what?", ("1.png",), answer="a red"))
 
     async def select_tab_before_the_end():
         async with turns.answering:
-            tab = asyncio.create_task(AttentionTab(tiny_engine).show(turns, None, "en"))
+            tab = asyncio.create_task(
+                AttentionTab(tiny_engine, load_images).show(turns, None, "en")
+            )
             await asyncio.sleep(0)  # the tab has started
             turns.turns[-1].answer += " circle"
         return await tab
@@ -116,7 +123,7 @@ def test_the_tab_waits_for_the_end_of_the_answer(tiny_engine):
 )
 def test_without_an_image_the_help_is_shown(tiny_engine, capsys, turns, info):
     kept, words, shown = asyncio.run(
-        AttentionTab(tiny_engine).show(conversation(*turns), None, "en")
+        AttentionTab(tiny_engine, load_images).show(conversation(*turns), None, "en")
     )
     assert kept is None
     assert not words["visible"]
@@ -126,9 +133,7 @@ def test_without_an_image_the_help_is_shown(tiny_engine, capsys, turns, info):
 
 
 def test_errors_are_shown(tiny_engine):
-    broken = conversation(
-        Turn("what? " * 200, ("1.png",), (image(1),), "red")
-    )  # beyond the context
+    broken = conversation(Turn("what? " * 200, ("1.png",), answer="red"))  # beyond the context
     with pytest.warns(UserWarning, match="tokens"):
-        kept, _, _ = asyncio.run(AttentionTab(tiny_engine).show(broken, None, "en"))
+        kept, _, _ = asyncio.run(AttentionTab(tiny_engine, load_images).show(broken, None, "en"))
     assert kept is None

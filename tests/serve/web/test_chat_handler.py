@@ -1,7 +1,9 @@
 """The event handlers of the chat, without a browser."""
 
 import asyncio
+import gc
 import warnings
+import weakref
 from contextlib import contextmanager
 from html import unescape
 
@@ -139,8 +141,18 @@ async def test_a_second_turn_includes_the_first_and_its_images(visit, tmp_path):
     for name in ("1.png", "2.png"):
         (tmp_path / name).write_bytes(bytes([int(name[0])]))
 
-    visitor = visit()
+    loaded = []
+
+    async def decode(data, budget):
+        loaded.append(image := Image.new("RGB", (8, 8), (data[0], 0, 0)))
+        return image
+
+    visitor = visit(decode=decode)
     await visitor.answered("a cat", question="what?", files=sorted(tmp_path.iterdir()))
+    visitor.engine.requests.clear()
+    references, loaded = [weakref.ref(image) for image in loaded], []
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
     request = await visitor.answered("black", question="which color?")
     first, answer, second = request.messages
     colors = [part["image"].getpixel((0, 0))[0] for part in first["content"][:-1]]
