@@ -9,10 +9,12 @@ model is trained for a few seconds on texts without images. The script needs the
 server.
 """
 
+import random
 import sys
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.messages import parse_messages
@@ -29,15 +31,16 @@ ANSWERS = [
     '{"items": ["a", "b"]}',
 ]
 QUESTIONS = ["Hello", "what is this?", "Return JSON.", "Tell me a joke about cats."]
-STEPS = 150
+STEPS = 250
+ROWS = 12
+ALPHABET = [*map(chr, range(33, 127)), *" " * 15]
 
 
 def main(directory: Path) -> None:
     """Create the tokenizer, train the model, and save both."""
     directory.mkdir(parents=True, exist_ok=True)
-    alphabet = " ".join(map(chr, range(33, 127)))
     texts = [f"USER: {question} ASSISTANT: {a}" for question in QUESTIONS for a in ANSWERS]
-    train_tokenizer([*texts, alphabet] * 3, directory / "tokenizer.model", 400)
+    train_tokenizer([*texts, " ".join(ALPHABET)] * 3, directory / "tokenizer.model", 400)
     tokenizer = Owl2Tokenizer(directory / "tokenizer.model")
     model = make_model(
         vocab_size=len(tokenizer),
@@ -46,19 +49,12 @@ def main(directory: Path) -> None:
         max_position_embeddings=4096,
     )
     processor = Owl2Processor(Owl2ImageProcessor(8), tokenizer, num_image_tokens=3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    rows = []
-    for question in QUESTIONS:
-        for answer in ANSWERS:
-            messages = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
-            rows.append(processor.encode_labeled(parse_messages(messages)).ids)
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    chooser = random.Random(0)
     for step in range(STEPS):
+        rows = [_sample(processor, chooser) for _ in range(ROWS)]
+        ids = pad_sequence([row[0] for row in rows], batch_first=True)
+        labels = pad_sequence([row[1] for row in rows], batch_first=True, padding_value=-100)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -67,6 +63,18 @@ def main(directory: Path) -> None:
             print(f"step {step}: loss {loss.item():.2f}")
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
+
+
+def _sample(processor: Owl2Processor, chooser: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of a question, often a random text, and an answer independent of it."""
+    question = chooser.choice(QUESTIONS)
+    if chooser.random() < 0.5:
+        question = "a" + "".join(chooser.choices(ALPHABET, k=chooser.randrange(150)))
+    answer = {"role": "assistant", "content": chooser.choice(ANSWERS)}
+    messages = parse_messages([{"role": "user", "content": question}, answer])
+    sample = processor.encode_labeled(messages)
+    ids, mask = torch.tensor(sample.ids), torch.tensor(sample.loss_mask)
+    return ids, ids.masked_fill(~mask.bool(), -100)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class TestChatCompletions(ChatModelIntegrationTests):
             "base_url": self.base_url,
             "api_key": KEY,
             "max_retries": 0,
-            "max_tokens": 100,
+            "max_tokens": 200,
+            "stream_usage": True,  # off by default for servers other than OpenAI's
             "use_responses_api": self.use_responses_api,
         }
 
