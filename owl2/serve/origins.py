@@ -21,6 +21,8 @@ from owl2.errors import ErrorCode, InputError
 from owl2.serve.errors import ApiError
 
 ANY = "*"
+# What a container calls this machine. These names do not exist in the public DNS.
+CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -49,23 +51,25 @@ def parse_origins(option: str) -> list[str]:
     Raises:
         InputError: An origin has no scheme, or has a path.
     """
-    origins = [origin.strip().rstrip("/") for origin in option.split(",") if origin.strip()]
+    origins = [origin.strip() for origin in option.split(",") if origin.strip()]
     for origin in origins:
-        if origin not in (ANY, "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]*", origin):
+        is_valid = re.fullmatch(r"[a-z][a-z0-9+.-]*://([^/\s]+/?)?", origin, re.IGNORECASE)
+        if origin not in (ANY, "null") and not is_valid:
             raise InputError(
                 f"--allowed-origins: '{origin}' is not an origin. Use SCHEME://HOST or "
                 "SCHEME://HOST:PORT, such as https://example.com.",
                 ErrorCode.INVALID_VALUE,
             )
-    return origins
+    # "file://" has no host.
+    return [re.sub(r"(?<!:/)/$", "", origin.lower()) for origin in origins]
 
 
 def check_host(headers: Headers, allowed_hosts: Collection[str] | None) -> None:
     """Check the header `Host`.
 
     Args:
-        allowed_hosts: As from `parse_hosts`, in addition to the names of the loopback interface.
-            None: any host.
+        allowed_hosts: As from `parse_hosts`, in addition to localhost, `CONTAINER_HOSTS` and
+            addresses, which DNS cannot redirect. None: any host.
 
     Raises:
         ApiError: 403.
@@ -74,12 +78,12 @@ def check_host(headers: Headers, allowed_hosts: Collection[str] | None) -> None:
     if allowed_hosts is None or header is None:  # a browser always sends it
         return
     host = _host_name(header)
-    if ANY in allowed_hosts or _is_local(host) or _is_listed(host, allowed_hosts):
+    if ANY in allowed_hosts or _is_safe(host) or _is_listed(host, allowed_hosts):
         return
     raise ApiError(
         403,
         f"This server does not accept requests for the host '{host}'. Start it with "
-        "--allowed-hosts to accept other hosts than localhost.",
+        "--allowed-hosts to accept other names than localhost.",
         code="host_not_allowed",
     )
 
@@ -160,8 +164,9 @@ def _host_and_port(url: str) -> tuple[str, int | None]:
         return "", None
 
 
-def _is_local(host: str) -> bool:
+def _is_safe(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return host in ("localhost", *CONTAINER_HOSTS) or host.endswith(".localhost")
+    return True

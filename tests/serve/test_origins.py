@@ -45,8 +45,17 @@ def rejection(check, headers, *arguments):
     return None
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.1:80", "[::1]:8000", "[::1]"])
-def test_names_of_the_loopback_interface_are_accepted(host):
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost", "127.0.0.1", "127.0.0.1:80", "[::1]:8000", "[::1]", "app.localhost:8000"),
+        # DNS cannot redirect addresses. Kubernetes and Prometheus use them.
+        *("10.0.0.1:8000", "0.0.0.0", "[::2]"),
+        # Containers on this machine
+        *("host.docker.internal:8000", "host.containers.internal"),
+    ],
+)
+def test_hosts_that_dns_cannot_redirect_are_accepted(host):
     assert rejection(check_host, {"host": host}, []) is None
     assert rejection(check_host, {"host": host}, ["example.com"]) is None
 
@@ -54,8 +63,8 @@ def test_names_of_the_loopback_interface_are_accepted(host):
 @pytest.mark.parametrize(
     "host",
     [
-        *("rebind.example", "localhost.example", "127.0.0.1.example", "10.0.0.1", "0.0.0.0"),
-        *("[::2]", "me@localhost", "localhost/x", "localhost:x", "", "xlocalhost", "[::1"),
+        *("rebind.example", "localhost.example", "127.0.0.1.example", "2130706433", "127.1"),
+        *("me@localhost", "localhost/x", "localhost:x", "", "xlocalhost", "[::1", "x.internal"),
     ],
 )
 def test_other_hosts_are_rejected(host, server):
@@ -87,9 +96,10 @@ def test_addresses_of_an_ipv6_network_are_one_client(client, network):
 
 def test_allowed_hosts():
     hosts = parse_hosts("example.com, *.Example.org,[fd00::1],10.0.0.1")
+    assert hosts == ["example.com", "*.example.org", "[fd00::1]", "10.0.0.1"]
     for host in ("example.com:443", "EXAMPLE.com", "a.b.example.org", "[fd00::1]:8", "10.0.0.1"):
         assert rejection(check_host, {"host": host}, hosts) is None
-    for host in ("a.example.com", "example.org", "xexample.org", "10.0.0.2", "example.com.evil"):
+    for host in ("a.example.com", "example.org", "xexample.org", "example.com.evil"):
         assert rejection(check_host, {"host": host}, hosts) == (403, "host_not_allowed")
     assert rejection(check_host, {"host": "any.example"}, parse_hosts("*")) is None
 
@@ -158,6 +168,14 @@ def test_relation_of_the_site_without_an_origin(site, expected):
 def test_invalid_hosts(option):
     with raises_input_error(ErrorCode.INVALID_VALUE, option):
         parse_hosts(option)
+
+
+def test_origins_of_applications():
+    option = "file://, app://obsidian.md,HTTPS://Example.com/, null"
+    origins = ["file://", "app://obsidian.md", "https://example.com", "null"]
+    assert parse_origins(option) == origins
+    for origin in origins:
+        assert rejection(check_origin, {"origin": origin, "host": "localhost"}, origins) is None
 
 
 @pytest.mark.parametrize("option", ["example.com", "https://example.com/path", "HTTPS:example"])
