@@ -89,13 +89,17 @@ class ApiKeys:
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return any(matches)
 
-    def check(self, authorization: str) -> None:
+    def check(self, authorization: str) -> str:
         """Check the value of a header `Authorization: Bearer KEY`; an empty one is missing.
+
+        Returns:
+            The name of the client, which is the same for each spelling of the header.
 
         Raises:
             ApiError: 401.
         """
         scheme, _, key = authorization.strip().partition(" ")
+        key = key.strip()
         if not (self.is_valid(key) and scheme.lower() == "bearer"):
             message = "This server needs an API key: send 'Authorization: Bearer KEY'."
             if authorization:
@@ -103,6 +107,7 @@ class ApiKeys:
                 message = "Incorrect API key provided: it is not valid for this server."
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=headers)
+        return hashlib.sha256(key.encode()).hexdigest()
 
 
 def document_api_keys(app: FastAPI, public_paths: Sequence[str]) -> None:

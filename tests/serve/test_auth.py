@@ -21,7 +21,12 @@ def keys():
     "header", [f"Bearer {FIRST}", f"Bearer {SECOND}", f"bearer {FIRST}", f" BEARER   {FIRST} "]
 )
 def test_each_key_is_accepted(keys, header):
-    keys.check(header)
+    key = SECOND if SECOND in header else FIRST
+    assert keys.check(header) == keys.check(f"Bearer {key}")  # one client
+
+
+def test_each_key_is_a_client(keys):
+    assert keys.check(f"Bearer {FIRST}") != keys.check(f"Bearer {SECOND}")
 
 
 @pytest.mark.parametrize(
