@@ -43,8 +43,8 @@ def raise_open_files_limit() -> int:
 class LimitedConnection(H11Protocol):
     """A connection that is closed if its headers are late, or if too many connections are idle.
 
-    A connection is idle while it has no request. Above a limit, the address with the most idle
-    connections loses its oldest one.
+    A connection is idle while it has no request. Above a limit, the address with the most
+    connections loses its oldest one: an idle one if it has any, or if too many are idle.
 
     Args:
         max_idle: Idle connections of all clients.
@@ -98,8 +98,11 @@ class LimitedConnection(H11Protocol):
         idle = [one for one in open_ if one.is_idle]
         if len(idle) <= self._max_idle and len(open_) <= self._max_connections:
             return
-        counts = Counter(one.address for one in idle)
-        victim = max(idle, key=lambda one: (counts[one.address], -one._idle_since))
+        candidates = idle if len(idle) > self._max_idle else open_
+        counts = Counter(one.address for one in candidates)
+        victim = max(
+            candidates, key=lambda one: (counts[one.address], one.is_idle, -one._idle_since)
+        )
         victim.transport.abort()  # without waiting for the client
 
     @property

@@ -119,6 +119,16 @@ def body_too_large(limit: int) -> ApiError:
     )
 
 
+def body_too_slow(seconds: float) -> ApiError:
+    """408."""
+    return ApiError(
+        408,
+        f"The request body did not arrive within {seconds:g} seconds.",
+        code="body_too_slow",
+        headers={"Connection": "close"},
+    )
+
+
 def model_not_found(requested: str, served: str) -> ApiError:
     """404 for a request with another model's name."""
     return ApiError(
@@ -220,7 +230,7 @@ def _from_validation(problems: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, message, code="invalid_json")
     param = ".".join(location[1:]) or None
     where = f"'{param}'" if param else "The body"
-    reason = str(first["msg"]).removeprefix("Value error, ")
+    reason = str(first["msg"]).removeprefix("Value error, ").removesuffix(".")
     message = f"{where}: {reason[:1].lower()}{reason[1:]}"
     value = first.get("input")
     if isinstance(value, (bool, int, float, str)) and value != "":

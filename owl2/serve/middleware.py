@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from owl2.serve.admission import ClientStopped, current_client, run_unless
 from owl2.serve.auth import ApiKeys
 from owl2.serve.config import ServerLimits
-from owl2.serve.errors import ApiError, as_api_error, body_too_large, too_busy
+from owl2.serve.errors import ApiError, as_api_error, body_too_large, body_too_slow, too_busy
 from owl2.serve.metrics import Metrics
 from owl2.serve.origins import check_host, check_origin, client_network, forwarded_host
 
@@ -138,8 +138,7 @@ class AuthAndBodyLimitMiddleware:
         body = bytearray()
         try:
             headers = Headers(scope=scope)
-            self._check_headers(headers)
-            current_client.set(self._client(scope, headers))
+            current_client.set(self._check_headers(scope, headers))
             await self._receive_body(Request(scope, receive), body)
             messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -161,18 +160,15 @@ class AuthAndBodyLimitMiddleware:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         return any(path == public or path.startswith(f"{public}/") for public in self._public_paths)
 
-    def _client(self, scope: Scope, headers: Headers) -> str:
-        """The API key, or without keys the address."""
+    def _check_headers(self, scope: Scope, headers: Headers) -> str:
+        """The client: its API key, or without keys its address."""
+        client = client_network(scope.get("client"))
         if self._api_keys is not None:
-            return headers["authorization"]
-        return client_network(scope.get("client"))
-
-    def _check_headers(self, headers: Headers) -> None:
-        if self._api_keys is not None:
-            self._api_keys.check(headers.get("authorization", ""))
+            client = self._api_keys.check(headers.get("authorization", ""))
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._limits.max_body_bytes:
             raise body_too_large(self._limits.max_body_bytes)
+        return client
 
     async def _receive_body(self, request: Request, body: bytearray) -> None:
         client, limit = current_client.get(), self._limits.max_inflight_bytes
@@ -187,12 +183,7 @@ class AuthAndBodyLimitMiddleware:
                     if is_above_share or self._inflight_bytes.total() > limit:
                         raise too_busy("the bodies of unfinished requests have reached their limit")
         except TimeoutError as error:
-            raise ApiError(
-                408,
-                f"The request body did not arrive within {self._limits.body_timeout:g} seconds.",
-                code="body_too_slow",
-                headers={"Connection": "close"},
-            ) from error
+            raise body_too_slow(self._limits.body_timeout) from error
 
 
 class RequestLogMiddleware:

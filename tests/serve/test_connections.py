@@ -100,6 +100,23 @@ def test_connections_are_limited_by_file_descriptors(serve, monkeypatch):
         assert sum(is_closed(one, 0.1) for one in opened) >= 4
 
 
+def test_beyond_the_limit_the_client_with_the_most_connections_loses_one(serve, monkeypatch):
+    """Requests whose bodies never arrive must not lock out other clients."""
+    monkeypatch.setattr(launch, "raise_open_files_limit", lambda: 5)
+    address = serve()
+    with ExitStack() as stack:
+        opened = []
+        for _ in range(5):
+            opened.append(stack.enter_context(socket.create_connection(address)))
+            opened[-1].sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"
+            )
+        assert not any(is_closed(one, 0.05) for one in opened)
+        other = socket.create_connection(address, source_address=("127.0.0.2", 0))
+        ask(stack.enter_context(other))
+        assert sum(is_closed(one, 0.1) for one in opened) == 1
+
+
 @pytest.mark.slow
 def test_silent_connections_do_not_exhaust_file_descriptors(tmp_path):
     """With 64 file descriptors and 100 silent connections, the server answers and logs little."""

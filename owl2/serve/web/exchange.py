@@ -1,9 +1,11 @@
-"""One request to the page and its response: the limit of the body, and security headers."""
+"""One request to the page and its response: the limits of the body, and security headers."""
+
+import asyncio
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Receive, Send
 
-from owl2.serve.errors import ApiError, body_too_large
+from owl2.serve.errors import ApiError, body_too_large, body_too_slow
 
 # The browser exchanges data with this server only, whatever an answer contains. gradio has inline
 # scripts and compiles templates, which need 'unsafe-inline' and 'unsafe-eval'.
@@ -20,7 +22,7 @@ HEADERS = {
 class PageExchange:
     """One request and its response: limits the body and adds `HEADERS` and the cookie.
 
-    A body ends at the limit, as if the client had disconnected.
+    A body ends at a limit, as if the client had disconnected.
 
     Attributes:
         has_started: Whether the response has started.
@@ -30,19 +32,22 @@ class PageExchange:
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
         self._limit = self._size = 0
+        self._seconds = 0.0
+        self._deadline: float | None = None  # of the body
         self._is_open = False  # the response
         self._body: bytes | None = None
         self._rejection: ApiError | None = None
         self.has_started = False
         self.cookie = ""
 
-    def limit(self, limit: int, headers: Headers) -> None:
-        """Limit the body.
+    def limit(self, limit: int, seconds: float, headers: Headers) -> None:
+        """Limit the bytes of the body, and the seconds until it has arrived.
 
         Raises:
             ApiError: 413, if the length in the headers exceeds the limit.
         """
-        self._limit = limit
+        self._limit, self._seconds = limit, seconds
+        self._deadline = asyncio.get_running_loop().time() + seconds
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > limit:
             raise body_too_large(limit)
@@ -62,7 +67,14 @@ class PageExchange:
             return {"type": "http.request", "body": body, "more_body": False}
         if self._rejection is not None:
             return {"type": "http.disconnect"}
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            self._rejection = body_too_slow(self._seconds)
+            return {"type": "http.disconnect"}
+        if not message.get("more_body"):
+            self._deadline = None
         self._size += len(message.get("body", b""))
         if self._size > self._limit:
             self._rejection = body_too_large(self._limit)

@@ -143,9 +143,13 @@ class PageGateway:
 
     async def _respond(self, request: Request, exchange: PageExchange) -> None:
         route, parameters = _find_route(request)
+        limits = self._admission.limits
         if route[1].startswith(API) or route[1] in ("/login", "/logout"):
             check_origin(request.headers, self._allowed_origins)
-        exchange.limit(self._upload_bytes if route == UPLOAD else MAX_BODY_BYTES, request.headers)
+        size, seconds = MAX_BODY_BYTES, limits.body_timeout
+        if route == UPLOAD:
+            size, seconds = self._upload_bytes, seconds * limits.max_images
+        exchange.limit(size, seconds, request.headers)
         if route == PAGE and not _visitor(request):
             exchange.cookie = _new_cookie(request)
         if route == UPLOAD:

@@ -1,5 +1,6 @@
 """Attacks on the page: gradio's routes, sessions of other visitors, files, uploads, the log."""
 
+import asyncio
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from owl2.serve.app import build_app
 from owl2.serve.config import MIB, ServerLimits
+from owl2.serve.web.exchange import PageExchange
 from owl2.serve.web.gateway import ROUTES
 from owl2.serve.web.mount import mount
 from tests.serve.running import FakeEngine, run_app, wait_until
@@ -336,6 +338,22 @@ def test_an_interrupted_upload_is_deleted(server, visit, uploads):
         connection.sendall(head.encode() + b"x" * 10_000)
         wait_until(lambda: list(directory.iterdir()))
     wait_until(lambda: not list(directory.iterdir()))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_complete", [False, True])
+async def test_the_time_of_a_body_is_limited(is_complete):
+    messages = [{"type": "http.request", "body": b"x", "more_body": not is_complete}]
+
+    async def receive():
+        return messages.pop(0) if messages else await asyncio.sleep(0.1, {"type": "late"})
+
+    exchange = PageExchange(receive, None)
+    exchange.limit(10, 0.02, httpx.Headers())
+    assert (await exchange.receive())["body"] == b"x"
+    assert (await exchange.receive())["type"] == ("late" if is_complete else "http.disconnect")
+    rejection = exchange.take_rejection()
+    assert (rejection and rejection.status) == (None if is_complete else 408)
 
 
 def test_no_space_is_an_error_of_the_upload(visit, uploads, monkeypatch):
