@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from owl2.engine.sampling import MAX_SEED
 from owl2.engine.structured_output import StructuredOutputsParams
+from owl2.errors import InputError
 from owl2.serve.config import MAX_N, MAX_TOKENS
 
 MAX_STOP_STRINGS = 16
@@ -151,7 +152,10 @@ class StructuredOutputFields(OpenAIBaseModel):
             found["structured_outputs"] = self.structured_outputs
         for kind in ("json", "regex", "choice", "grammar"):
             if (value := getattr(self, f"guided_{kind}")) is not None:
-                found[f"guided_{kind}"] = StructuredOutputsParams(**{kind: value})
+                try:
+                    found[f"guided_{kind}"] = StructuredOutputsParams(**{kind: value})
+                except InputError as error:
+                    raise field_error(f"guided_{kind}", str(error)) from error
         if isinstance(self.response_format, JsonSchemaResponseFormat):
             schema = self.response_format.json_schema.json_schema
             found["response_format"] = StructuredOutputsParams(json=schema)

@@ -119,6 +119,8 @@ def test_json_objects(client):
         ({"guided_regex": "("}, "guided_regex"),
         ({"guided_json": "{"}, "guided_json"),
         ({"guided_grammar": "nonsense"}, "guided_grammar"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
         ({"structured_outputs": {"choice": ["x" * 70_000]}}, "structured_outputs"),
     ],
 )
