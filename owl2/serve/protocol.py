@@ -7,6 +7,7 @@ protocol. `sampling_fields` has the fields that other routes have as well.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -25,7 +26,7 @@ from owl2.serve.sampling_fields import (
     UnsupportedFlagTrue,
     field_error,
 )
-from owl2.serve.tools import ToolFields
+from owl2.serve.tools import MAX_TOOLS, ToolCall, ToolFields
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -95,26 +96,29 @@ Parts = Annotated[
 class ChatCompletionMessageParam(OpenAIBaseModel):
     """A message. A string as content is one text part; `developer` is a synonym of `system`.
 
-    The content of an assistant's message may be null or missing; such a message is skipped.
+    The content of an assistant's message may be null or missing. The arguments of its calls are
+    text, as the model has written them. Without them, such a message is skipped. The result of a
+    call, a message of the role `tool`, is a message of the user for the model.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         Annotated[Parts, BeforeValidator(_to_parts, json_schema_input_type=str | Parts)] | None
     ) = None
-    tool_calls: Unsupported = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS)
     function_call: Unsupported = None
 
     @model_validator(mode="after")
     def _check_content(self) -> "ChatCompletionMessageParam":
         if not self.content and self.role != "assistant":
-            raise field_error("content", f"a message of the role {self.role!r} needs a content")
+            raise field_error("content", f"a message of the role {self.role!r} needs content")
         return self
 
     @property
     def parts(self) -> Sequence[ContentPart]:
-        """The content; empty if there is none."""
-        return self.content or ()
+        """The content and the arguments of calls; empty if there are none."""
+        calls = [_to_parts(call.function.arguments) for call in self.tool_calls or ()]
+        return [*(self.content or ()), *chain(*calls)]
 
 
 # ------------------------------------------------------------------ the request

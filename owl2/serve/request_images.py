@@ -76,7 +76,7 @@ class RequestImages:
                 else {"type": "text", "text": part.text}
                 for column, part in enumerate(message.parts)
             ]
-            role = "system" if message.role == "developer" else message.role
+            role = {"developer": "system", "tool": "user"}.get(message.role, message.role)
             messages.append({"role": role, "content": parts})
         return messages
 

@@ -27,6 +27,18 @@ class NamedToolChoice(OpenAIBaseModel):
     function: FunctionName
 
 
+class FunctionCall(FunctionName):
+    """A function that an earlier answer has called, with JSON as its arguments."""
+
+    arguments: str
+
+
+class ToolCall(OpenAIBaseModel):
+    """A call in an earlier answer."""
+
+    function: FunctionCall
+
+
 class FunctionDefinition(FunctionName):
     """A function: `parameters` is a JSON schema; default: any object."""
 
@@ -51,6 +63,9 @@ class ToolFields(OpenAIBaseModel):
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         is_chosen = self.forced_function is not None
+        if self.tools and isinstance(self.tool_choice, NamedToolChoice) and not is_chosen:
+            name = self.tool_choice.function.name
+            raise field_error("tool_choice", f"tools has no valid function with the name {name!r}")
         if self.tools and self.tool_choice != "none" and not is_chosen:
             raise field_error(
                 "tools",

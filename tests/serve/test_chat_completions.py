@@ -164,6 +164,19 @@ def test_call_of_the_chosen_function(ask, choice):
     assert not any(delta.content for delta in deltas)
 
 
+def test_call_in_the_history(ask):
+    """As instructor sends it, after an answer that is not valid."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    result = {"role": "tool", "tool_call_id": "c", "content": "not valid"}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    text = {"role": "assistant", "content": '{"a": 1}'}
+    answers = [
+        ask([*user("what?"), *history]).choices[0].message.content
+        for history in ([called, result], [text, *user("not valid")])
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_image_urls_as_strings_and_details(ask):
     uri, content = color_uri(), ask(user(color_uri(), QUESTION)).choices[0].message.content
     header, _, data = uri.partition(",")

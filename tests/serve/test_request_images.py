@@ -66,12 +66,13 @@ def test_messages_have_the_engines_format():
         message(uris[0], "and", uris[1], "what"),
         message("this", role="assistant"),
         message(uris[2], uris[0]),
+        {"role": "tool", "tool_call_id": "1", "content": "a result"},
     )
-    assert [one["role"] for one in messages] == ["system", "user", "assistant", "user"]
+    assert [one["role"] for one in messages] == ["system", "user", "assistant", "user", "user"]
     assert messages[0]["content"] == [{"type": "text", "text": "rules"}]
     assert messages[2]["content"] == [{"type": "text", "text": "this"}]
     kinds = [[part["type"] for part in one["content"]] for one in messages]
-    assert kinds[1:] == [["image", "text", "image", "text"], ["text"], ["image", "image"]]
+    assert kinds[1:4] == [["image", "text", "image", "text"], ["text"], ["image", "image"]]
     images = [part["image"] for one in messages for part in one["content"] if "image" in part]
     for image, index in zip(images, [0, 1, 2, 0], strict=True):
         assert image.size == (8, 8)

@@ -20,6 +20,7 @@ from owl2.serve.config import MIB, ServerLimits
 from owl2.serve.web.exchange import PageExchange
 from owl2.serve.web.gateway import ROUTES
 from owl2.serve.web.mount import mount
+from owl2.serve.web.page import MAX_SESSIONS
 from tests.serve.running import FakeEngine, run_app, wait_until
 
 LIMITS = ServerLimits(
@@ -404,6 +405,10 @@ def test_another_visitor_cannot_use_a_session(server, visit):
 @pytest.mark.parametrize("session", ["", "a.b", "a/b", "x" * 65, "é", None, 1, ["a"], {"a": "b"}])
 def test_invalid_sessions(session, visit):
     assert code(join(visit(), session)) == (400, "invalid_value")
+
+
+def test_sessions_are_limited(server):
+    assert server[1].routes[-1].app.gradio.state_holder.capacity == MAX_SESSIONS
 
 
 @pytest.mark.parametrize("path", ["queue/data?session_hash=abc", "heartbeat/abc"])
