@@ -63,11 +63,12 @@ $(PEERS)/.installed: pyproject.toml constraints-peers.txt tests/peers/sources.py
 	touch $@
 
 # The clients of the server: their dependencies exclude some of owl2. npm does not install optional
-# packages, which are models and programs that the tests do not use.
+# packages, which are models and programs that the tests do not use, except for one that promptfoo
+# needs on Linux; --force accepts it on other systems.
 $(CLIENTS)/.installed: constraints-clients.txt tests/clients/package-lock.json
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --no-deps --requirement constraints-clients.txt
-	cd tests/clients && npm ci --ignore-scripts --omit=optional --no-audit --no-fund
+	cd tests/clients && npm ci --force --ignore-scripts --omit=optional --no-audit --no-fund
 	touch $@
 
 # Only the packages of the extra `docs`: mkdocstrings reads the source without importing it.
