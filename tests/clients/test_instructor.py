@@ -54,7 +54,8 @@ def test_create(base_url, mode, schema):
     assert isinstance(found, schema)
 
 
-def test_retries_with_the_errors_of_the_validation(base_url):
+@pytest.mark.parametrize("mode", [Mode.TOOLS, Mode.JSON])
+def test_retries_with_the_errors_of_the_validation(base_url, mode):
     """The second attempt is a conversation with the invalid answer and what is wrong with it."""
     seen = []
 
@@ -68,7 +69,7 @@ def test_retries_with_the_errors_of_the_validation(base_url):
                 raise ValueError("again")
             return self
 
-    make_client(base_url, Mode.JSON).chat.completions.create(
+    make_client(base_url, mode).chat.completions.create(
         model=MODEL, messages=TEXT, response_model=Strict, max_tokens=200, max_retries=2
     )
     assert len(seen) == 2
