@@ -115,7 +115,13 @@ async def run_with_slots(
             stack.callback(one.release, owner)
         work = asyncio.get_running_loop().run_in_executor(pool, function)
         release = stack.pop_all().close
-        work.add_done_callback(lambda _: release())
+
+        def finish(work: asyncio.Future[Result]) -> None:
+            release()
+            if not work.cancelled():
+                work.exception()  # otherwise asyncio would log it if the task is cancelled
+
+        work.add_done_callback(finish)
     return await asyncio.shield(work)
 
 

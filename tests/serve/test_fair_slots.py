@@ -1,6 +1,7 @@
 """Fair slots: the order in which clients and requests receive them, limits, and cancellation."""
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -100,3 +101,24 @@ def test_function_occupies_its_slots_until_it_ends():
             assert await second == "b"
 
     asyncio.run(run())
+
+
+def test_an_error_after_the_cancellation_is_not_logged(caplog):
+    def fail():
+        finish.wait(5)
+        raise ValueError
+
+    finish = threading.Event()
+
+    async def run():
+        with ThreadPoolExecutor(1) as pool:
+            task = asyncio.ensure_future(run_with_slots([FairSlots(1)], ("a",), pool, fail))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            finish.set()
+        await asyncio.sleep(0.01)
+        gc.collect()
+
+    asyncio.run(run())
+    assert caplog.text == ""
