@@ -183,7 +183,7 @@ def _fetch(url: str, scheme: str, name: str) -> bytes:
     header, _, payload = url.partition(",")
     if scheme == "data" and header.lower().endswith(";base64"):
         try:
-            return decode_base64(urllib.parse.unquote(payload))
+            return decode_base64(payload)
         except ValueError as error:
             raise image_error(name, f"is not valid base64: {error}.") from error
     for delay in (*URL_RETRY_DELAYS, None):

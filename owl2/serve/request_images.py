@@ -16,7 +16,6 @@ Paths of the server (`file:` or without a scheme) are never opened.
 """
 
 import asyncio
-import urllib.parse
 from typing import Any
 
 from PIL import Image
@@ -114,7 +113,7 @@ def _read_data_uri(uri: str) -> bytes:
             "(data:image/png;base64,)"
         )
     try:
-        return decode_base64(urllib.parse.unquote(payload) if "%" in payload else payload)
+        return decode_base64(payload)
     except ValueError as error:
         raise ApiError(
             400, f"The image is not valid base64: {error}.", code="invalid_base64"

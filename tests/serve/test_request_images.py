@@ -87,11 +87,19 @@ def test_headers_of_data_uris(header):
     assert decode(message(data_uri(encode(noise()), header)))
 
 
+def test_percent_encoding_takes_no_long_time():
+    uri = "data:image/png;base64," + "%41" * 2_000_000
+    start = time.process_time()
+    assert error_of(uri).code == "invalid_base64"
+    assert time.process_time() - start < 1  # 3.5 seconds with `unquote`
+
+
 def test_data_uris_with_line_breaks_and_percent_encoding():
     uri = data_uri(encode(noise()))
     quoted = uri.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
     for form in (
         uri[:60] + "\n" + uri[60:],
+        uri[:60] + "%0d%0A" + uri[60:].replace("=", "%3d"),
         quoted.replace("data:image%2Fpng", "data:image/png"),
     ):
         assert decode(message(form))
