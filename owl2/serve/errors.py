@@ -89,7 +89,7 @@ class ApiError(Exception):
         error = ErrorInfo(
             message=_encodable(shorten(self.message, MAX_MESSAGE_LENGTH, str)),
             type=self.type,
-            param=None if self.param is None else _encodable(self.param),
+            param=self.param and _encodable(shorten(self.param, MAX_VALUE_LENGTH, str)),
             code=self.code,
         )
         return ErrorResponse(error=error).model_dump()

@@ -17,7 +17,7 @@ from contextlib import ExitStack, aclosing
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from owl2.engine.engine import Engine, Prompt
@@ -137,7 +137,7 @@ class GenerationHandler:
                     raise
                 param = next(iter(body.constraints))
                 raise errors.ApiError(400, str(error), code="invalid_value", param=param) from error
-        return JSONResponse(content)
+        return Response(encode_json(content), media_type="application/json")
 
 
 def token_limit(engine: Engine, limits: ServerLimits, requested: int | None) -> dict[str, Any]:
@@ -160,10 +160,15 @@ def token_limit(engine: Engine, limits: ServerLimits, requested: int | None) -> 
     }
 
 
+def encode_json(data: dict[str, Any]) -> bytes:
+    """JSON. A lone surrogate, which a field of the request can contain, is escaped."""
+    return json.dumps(data, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
 def encode_event(data: dict[str, Any], event: str = "") -> bytes:
     """A server-sent event with JSON."""
     head = f"event: {event}\n".encode() if event else b""
-    return head + b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+    return head + b"data: " + encode_json(data) + b"\n\n"
 
 
 class EventStreamResponse(StreamingResponse):

@@ -235,7 +235,8 @@ class ChatCompletionRequest(ToolFields, GenerationRequest):
         return super().sampling_options() | {"top_logprobs": top_logprobs}
 
 
-TextPrompt = str | Annotated[list[TokenId], Field(min_length=1)]
+# A string with a constraint has no lone surrogates.
+TextPrompt = Annotated[str, Field(min_length=0)] | Annotated[list[TokenId], Field(min_length=1)]
 
 
 def _to_prompts(value: Any) -> Any:

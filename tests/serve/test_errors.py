@@ -27,6 +27,7 @@ def client():
         "busy": errors.too_busy("7 requests are waiting"),
         "shutdown": errors.shutting_down(),
         "surrogate": errors.ApiError(400, "\ud83d", param="a.\ud83d"),
+        "long names": errors.ApiError(400, "x" * 10**6, param="y" * 10**6),
     }
 
     @app.post("/v1/chat/completions")
@@ -66,6 +67,12 @@ def test_bugs_are_logged_and_not_sent_to_clients(client, caplog):
     assert len(caplog.records) == 3
     assert SECRET in caplog.text
     assert caplog.text.count("Traceback") == 1  # the first time
+
+
+def test_long_names_of_fields_are_shortened(client):
+    error = client.get("/raise/long names").json()["error"]
+    assert error["param"].startswith("yyy")
+    assert len(error["param"]) + len(error["message"]) < 1500
 
 
 def test_lone_surrogates_are_escaped(client):

@@ -99,6 +99,24 @@ def test_response_follows_openais_schema(server_url):
     assert (message.role, message.status, message.id[:4]) == ("assistant", "incomplete", "msg_")
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "status"),
+    [
+        ("responses", {"input": "x", "user": "\ud83d", "stream": False}, 200),
+        ("responses", {"input": "x", "user": "\ud83d", "stream": True}, 200),
+        ("completions", {"prompt": "\ud83d"}, 400),
+        ("completions", {"prompt": ["a", "\ud83d"]}, 400),
+    ],
+)
+def test_lone_surrogates(server_url, path, fields, status):
+    body = json.dumps({"model": "tiny"} | fields)  # httpx would not encode a lone surrogate
+    headers = {"Content-Type": "application/json"}
+    reply = httpx.post(f"{server_url}/v1/{path}", content=body, headers=headers)
+    assert reply.status_code == status
+    assert "\\ud83d" in reply.text  # escaped, in the response or in the error
+    assert "response.failed" not in reply.text
+
+
 @pytest.mark.parametrize("options", [{}, {"top_logprobs": 2}], ids=["text", "logprobs"])
 def test_events_follow_openais_schema(server_url, respond, options):
     stop = respond(**options).output_text[4:7]
