@@ -69,12 +69,12 @@ def _delete_leftovers(parent: str) -> None:
 
 @dataclass
 class Upload:
-    """An upload: its visitor, its client, and the bytes that it occupies."""
+    """An upload: its visitor, its client, the bytes that it occupies, and when it was used."""
 
     owner: str
     client: str
     size: int
-    start: float
+    last_use: float
 
 
 class UploadStore:
@@ -143,7 +143,10 @@ class UploadStore:
         if ".." in file.parts or len(file.parents) < 3 or file.parents[2] != self.directory:
             return False
         upload = self._uploads.get(file.parents[1].name)
-        return upload is not None and upload.owner == visitor and os.path.isfile(path)
+        if upload is None or upload.owner != visitor or not os.path.isfile(path):
+            return False
+        upload.last_use = time.time()  # it belongs to a conversation that continues
+        return True
 
     def delete(self, directory: Path) -> None:
         """Delete an upload."""
@@ -151,10 +154,10 @@ class UploadStore:
         self._forget(directory)
 
     async def delete_expired(self, max_age: float) -> None:
-        """Delete the uploads that are older than `max_age` seconds."""
+        """Delete the uploads that were not used for `max_age` seconds."""
         self._is_logged.clear()
         oldest = time.time() - max_age
-        for name in [name for name, one in self._uploads.items() if one.start < oldest]:
+        for name in [name for name, one in self._uploads.items() if one.last_use < oldest]:
             await asyncio.to_thread(shutil.rmtree, self.directory / name, ignore_errors=True)
             self._forget(self.directory / name)
 

@@ -65,11 +65,13 @@ def test_only_the_owner_reads_an_upload(store):
 
 def test_expired_uploads_are_deleted(store, monkeypatch):
     old = add(store, 150)
+    used = add(store, 20)
     now = time.time()
     monkeypatch.setattr("time.time", lambda: now + 1000)
-    new = add(store, 50)
+    assert store.can_read("me", str(used / "digest" / "cat.png"))
+    new = add(store, 30)
     anyio.run(store.delete_expired, 500)
-    assert not old.exists() and new.is_dir()
+    assert not old.exists() and new.is_dir() and used.is_dir()
     assert add(store, 150).is_dir()  # the quota is free again
     store.close()
     assert not store.directory.exists()
