@@ -11,6 +11,7 @@ are listed and have no score.
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -134,9 +135,10 @@ def judge_rows(
             line of `path` is not a judgement.
     """
     prompts = [rubric.format(row["question"], row["metadata"], row["response"]) for row in rows]
+    # As in the file of the responses, so that a second run has the same prompts.
+    prompts = [json.loads(to_json(prompt)) for prompt in prompts]
     keys = [
-        hashlib.sha256(f"{endpoint.model}\n{prompt}".encode(errors="surrogatepass")).hexdigest()
-        for prompt in prompts
+        hashlib.sha256(f"{endpoint.model}\n{prompt}".encode()).hexdigest() for prompt in prompts
     ]
     known: dict[str, Record] = {}
     if path.is_file():

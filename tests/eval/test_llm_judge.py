@@ -192,7 +192,7 @@ def test_any_text_can_be_judged(run, plain):
         assert len(server.asked) == 1
     assert done["mm_vet"].judged == 1
     [line] = (run / "responses" / "mm_vet.jsonl").read_text().splitlines()
-    assert json.loads(line)["response"] == half["response"]
+    assert json.loads(line)["response"] == "half \\ud83e"  # half of a surrogate pair as text
 
 
 def test_torn_line_is_judged_again(judge, tmp_path):
