@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from owl2.checkpoints.adapters import find_adapter, lora_layers, lora_parameters, merge_adapter
@@ -16,9 +16,8 @@ from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import apply_lora
 from owl2.train.recipe import LoraSettings
+from tests.checkpoints.conftest import load, make_adapted, make_base
 from tests.errors import raises_input_error
-from tests.model.conftest import make_modalities_differ
-from tests.tiny import make_model
 
 EVERYWHERE = ["decoder", "abstractor", "vision"]
 CASES = {
@@ -48,49 +47,6 @@ def assert_close(one, other):
     """Both kinds of input; float32, within 1e-5."""
     for inputs in (IMAGES, TEXT):
         torch.testing.assert_close(logits(one, inputs), logits(other, inputs), atol=1e-5, rtol=0)
-
-
-def make_base(folder, **settings):
-    model = make_model(**settings)
-    make_modalities_differ(model)
-    model.save_pretrained(folder)
-    return folder
-
-
-def load(folder, **options):
-    return Owl2ForConditionalGeneration.from_pretrained(folder, **options)
-
-
-def make_adapted(base, **settings):
-    """Change LoRA and the saved parts as training would."""
-    model = load(base)
-    apply_lora(model, LoraSettings(r=4, **settings), seed=0)
-    source = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=source)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def saved(base, tmp_path_factory):
-    """A live model with every kind of adapter, and its directory."""
-    model = make_adapted(base, parts=["decoder", "vision"], modules_to_save=["abstractor"])
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    return model, folder
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    """A copy of the directory, to be corrupted."""
-    return Path(shutil.copytree(saved[1], tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(("adapter", "settings"), CASES.values(), ids=CASES)
@@ -335,60 +291,6 @@ def test_changed_base_weights_are_rejected(tmp_path):
         load(tmp_path / "adapter")
     (tmp_path / "adapter" / "base.json").unlink()
     load(tmp_path / "adapter")
-
-
-def corrupt(folder, change):
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-
-
-LORA = "base_model.model.model.layers.0.self_attn.v_proj.multiway.1.lora_A.weight"
-SAVED_PART = "base_model.model.model.visual_abstractor.vit_eos"
-
-
-@pytest.mark.parametrize("key", [LORA, SAVED_PART])
-def test_missing_key_is_rejected(copied, key):
-    corrupt(copied, lambda tensors: tensors.pop(key))
-    with raises_input_error(ErrorCode.MISSING_WEIGHTS, key):
-        load(copied)
-
-
-def test_unexpected_key_is_rejected(copied):
-    corrupt(copied, lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}))
-    with raises_input_error(ErrorCode.UNEXPECTED_WEIGHTS, "base_model.model.lm_head.weight"):
-        load(copied)
-
-
-def test_other_shape_is_rejected(copied):
-    corrupt(copied, lambda tensors: tensors.update({LORA: torch.zeros(4, 17)}))
-    with raises_input_error(ErrorCode.SHAPE_MISMATCH, "(4, 17)", "(4, 16)"):
-        load(copied)
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "code"),
-    [
-        ("adapter_config.json", "{", ErrorCode.INVALID_CONFIG),
-        ("adapter_config.json", '{"peft_type": "IA3"}', ErrorCode.UNSUPPORTED),
-        ("adapter_config.json", '{"peft_type": "LORA"}', ErrorCode.INVALID_CONFIG),
-        ("adapter_model.safetensors", "text", ErrorCode.UNREADABLE_FILE),
-        ("adapter_model.safetensors", None, ErrorCode.MISSING_WEIGHTS),
-        ("base.json", "[]", ErrorCode.INVALID_CONFIG),
-    ],
-)
-def test_corrupt_files_are_named(copied, file, text, code):
-    (copied / file).unlink()
-    if text is not None:
-        (copied / file).write_text(text, encoding="utf-8")
-    with raises_input_error(code, file):
-        load(copied)
-
-
-def test_adapter_as_base_is_rejected(saved, tmp_path):
-    with raises_input_error(ErrorCode.INVALID_CONFIG, saved[1]):
-        load(saved[1], base=saved[1])
 
 
 def test_merging_rounds_once(base, tmp_path):

@@ -10,6 +10,7 @@ from owl2.data.row_parsers import image_reader, parse_row
 from owl2.errors import ErrorCode, InputError
 from owl2.processing.image_io import load_image
 from owl2.processing.messages import content_to_text, order_images, parse_messages
+from tests.data.rows import IMAGE, human, lines, llava, question, texts
 from tests.errors import raises_input_error
 
 USER = {"role": "user", "content": "what?"}
@@ -19,28 +20,8 @@ URL = {"type": "image_url", "image_url": {"url": "a.png"}}
 GOLDEN = Path(__file__).parents[1] / "golden" / "text" / "cases.json"
 
 
-def llava(path: Path, *rows: object) -> Path:
-    path.write_text(json.dumps(list(rows)), encoding="utf-8")
-    return path
-
-
-def human(value: str, image: object = None, answer: str = "yes") -> dict:
-    row: dict = {"conversations": [{"from": "human", "value": value}]}
-    row["conversations"].append({"from": "gpt", "value": answer})
-    return row if image is None else row | {"image": image}
-
-
-def lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def images(sample) -> list[str]:
     return [str(image) for image in parse_messages(sample.messages).images]
-
-
-def texts(sample) -> list[str]:
-    return [content_to_text(turn["content"]) for turn in parse_messages(sample.messages).turns]
 
 
 @pytest.mark.parametrize(
@@ -168,14 +149,6 @@ def test_line_separators_inside_a_string_and_blank_lines(tmp_path):
     samples = list(JsonDataset(path))
     assert [sample.source for sample in samples] == [f"{path}, line 1", f"{path}, line 3"]
     assert texts(samples[0]) == ["a\u2028b", "c"]
-
-
-IMAGE = {"type": "image"}
-
-
-def question(*parts: object) -> dict:
-    answer = {"role": "assistant", "content": "yes"}
-    return {"messages": [{"role": "user", "content": list(parts)}, answer]}
 
 
 def test_bare_image_parts_use_the_images_of_the_row(tmp_path):
@@ -362,73 +335,3 @@ def test_a_caption_becomes_the_answer(tmp_path):
     (sample,) = JsonDataset(path)
     assert texts(sample) == ["<|image|>", "a red circle"]
     assert images(sample) == [str(tmp_path / "a.png")]
-
-
-# ------------------------------------------------------------------ invalid rows
-
-IMAGE_COUNT = ErrorCode.IMAGE_COUNT_MISMATCH
-TEXT_WITH_IMAGE = {"type": "text", "text": "<image>?"}
-
-
-@pytest.mark.parametrize("write", [llava, lines])
-@pytest.mark.parametrize(
-    ("row", "code", "needle"),
-    [
-        ("a string", ErrorCode.INVALID_FORMAT, "str"),
-        ([], ErrorCode.INVALID_FORMAT, "list"),
-        ({}, ErrorCode.INVALID_FORMAT, "messages"),
-        ({"talk": []}, ErrorCode.INVALID_FORMAT, "conversations"),
-        ({"conversations": [], "messages": []}, ErrorCode.CONFLICT, "conversations"),
-        # conversations
-        ({"conversations": "hi"}, ErrorCode.INVALID_FORMAT, "conversations"),
-        ({"conversations": []}, ErrorCode.EMPTY_MESSAGE, ""),
-        ({"conversations": ["hi"]}, ErrorCode.INVALID_TYPE, "conversations[0]"),
-        ({"conversations": [{"from": "human", "value": 3}]}, ErrorCode.INVALID_TYPE, "value"),
-        ({"conversations": [{"from": "robot", "value": "hi"}]}, ErrorCode.INVALID_ROLE, "robot"),
-        ({"conversations": [{"from": ["human"], "value": "a"}]}, ErrorCode.INVALID_ROLE, "human"),
-        ({"conversations": [{"from": "gpt", "value": "hi"}]}, ErrorCode.INVALID_ROLE, "user"),
-        ({"conversations": [{"from": "human", "value": "hi"}]}, ErrorCode.INVALID_ROLE, ""),
-        (human("hi", answer=None), ErrorCode.EMPTY_MESSAGE, ""),
-        (human("no placeholder", "a.png"), IMAGE_COUNT, "0"),
-        (human("<image>"), IMAGE_COUNT, "1"),
-        (human("<image><|image|>", "a.png"), IMAGE_COUNT, "2"),
-        (human("<image>", ""), IMAGE_COUNT, "0"),
-        (human("what?", "a.png", answer="<image>"), IMAGE_COUNT, "1"),
-        (human("<image>", {"path": "a.png"}), ErrorCode.INVALID_TYPE, ""),
-        (human("<image>", "a.png") | {"images": ["a.png"]}, ErrorCode.CONFLICT, "images"),
-        # messages
-        ({"messages": "hi"}, ErrorCode.INVALID_FORMAT, "messages"),
-        ({"messages": ["hi"]}, ErrorCode.INVALID_TYPE, "messages[0]"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, ErrorCode.INVALID_ROLE, ""),
-        ({"messages": [{"role": "user", "content": "<|image|>"}]}, IMAGE_COUNT, "1"),
-        (question(IMAGE) | {"images": ["a.png", "b.png"]}, IMAGE_COUNT, "2"),
-        (question(TEXT_WITH_IMAGE), IMAGE_COUNT, "0"),
-        (question(IMAGE, TEXT_WITH_IMAGE) | {"images": ["a.png"]}, IMAGE_COUNT, "2"),
-        (question(IMAGE, IMAGE) | {"images": ["a.png"]}, IMAGE_COUNT, "2"),
-        (question(IMAGE | {"path": 3}), ErrorCode.INVALID_TYPE, ""),
-        # captions
-        ({"image": "a.png", "caption": " "}, ErrorCode.EMPTY_MESSAGE, ""),
-        ({"image": "a.png", "caption": "<image>\na"}, IMAGE_COUNT, "2"),
-        (
-            {"image": "a.png", "question": "what?", "text": "a"},
-            ErrorCode.INVALID_FORMAT,
-            "question",
-        ),
-        ({"caption": "a"}, IMAGE_COUNT, "0"),
-        ({"image": ["a.png", "b.png"], "text": "a"}, IMAGE_COUNT, "2"),
-    ],
-)
-def test_an_invalid_row_is_named(tmp_path, write, row, code, needle):
-    path = write(tmp_path / f"rows.{'json' if write is llava else 'jsonl'}", human("good"), row)
-    rows = JsonDataset(path)
-    assert texts(rows[0]) == ["good", "yes"]
-    with raises_input_error(code, needle) as caught:
-        rows[1]
-    assert str(caught.value).startswith(f"{path}, {'row' if write is llava else 'line'} 2: ")
-
-
-def test_a_line_that_is_not_json_is_named(tmp_path):
-    path = lines(tmp_path / "chat.jsonl", human("good"))
-    path.write_text(f"{path.read_text()}{{\n")
-    with raises_input_error(ErrorCode.INVALID_FORMAT, f"{path}, line 2: "):
-        JsonDataset(path)[1]

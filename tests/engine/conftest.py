@@ -14,6 +14,18 @@ from owl2.engine.prefix_cache import PromptState
 from owl2.engine.sampling import SamplingParams
 from owl2.engine.scheduler import Request
 
+# Of JSON answers: strings with quotes and non-ASCII characters, integers, arrays.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "color": {"enum": ["red", 'dark "blue"', "蓝🦉"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tags": {"type": "array", "items": {"const": "x"}, "maxItems": 2},
+    },
+    "required": ["color", "count"],
+    "additionalProperties": False,
+}
+
 
 @pytest.fixture(scope="session")
 def shared_engine(tiny_checkpoint):

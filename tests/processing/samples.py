@@ -1,6 +1,9 @@
-"""Texts, a template and messages for several tests."""
+"""Texts, a template, messages and images for several tests."""
+
+import io
 
 import numpy as np
+from PIL import Image
 
 from owl2.processing.processor import Owl2Processor
 
@@ -48,3 +51,15 @@ def equal_processors(one: Owl2Processor, other: Owl2Processor, image: object) ->
         assert all(np.array_equal(first[key], second[key]) for key in first)
     assert one.chat_template == other.chat_template
     assert one.to_dict() == other.to_dict()
+
+
+def gradient(mode: str = "RGB", size: tuple[int, int] = (12, 8)) -> Image.Image:
+    red = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0])
+    image = Image.fromarray(np.stack([red, red[::-1], 255 - red], -1).astype(np.uint8))
+    return image.convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()

@@ -8,7 +8,7 @@ from PIL import Image
 from owl2.errors import ErrorCode
 from owl2.processing.image_io import load_image
 from tests.errors import raises_input_error
-from tests.processing.test_image_io import encoded, gradient
+from tests.processing.samples import encoded, gradient
 
 
 def test_large_image_is_rejected_before_decoding(tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ from owl2.serve.errors import ApiError
 from owl2.serve.image_decoder import SandboxedImageDecoder
 from owl2.serve.protocol import ChatCompletionRequest
 from owl2.serve.request_images import RequestImages
+from tests.serve.image_hosts import PUBLIC, FakeNetwork, http_reply, redirect, run_host
 from tests.serve.images import data_uri, encode, noise
-from tests.serve.test_image_fetch import PUBLIC, FakeNetwork, http_reply, redirect, run_host
 
 PROCESSOR = Owl2ImageProcessor(8)
 

@@ -1,9 +1,11 @@
-"""A browser and pages: with an engine that the test controls, and with the tiny model."""
+"""A browser and pages: with an engine that the test controls, and with the tiny model. Visitors
+without a browser."""
 
 import shutil
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -119,3 +121,61 @@ def images(tmp_path):
     for file in files:
         Image.new("RGB", (40, 30), file.stem).save(file)
     return files
+
+
+@pytest.fixture
+async def new_visitor(tiny_engine):
+    """`new_visitor(**settings)` returns a `Visitor`."""
+    from tests.serve.running import FakeEngine
+    from tests.serve.web.visitor import Visitor
+
+    engine = FakeEngine(tiny_engine)
+    visitors = []
+
+    def start(**settings):
+        visitors.append(Visitor(engine, **settings))
+        return visitors[-1]
+
+    yield start
+    for visitor in visitors:
+        assert not visitor.conversation.answering.locked()
+        assert visitor.admission.in_flight == 0
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine):
+    """The URL of a server with the page, its app, and its engine."""
+    from owl2.serve.app import build_app
+    from owl2.serve.web.mount import mount
+    from tests.serve.running import FakeEngine, run_app
+    from tests.serve.web.page_requests import LIMITS
+
+    engine = FakeEngine(tiny_engine)
+    app = build_app(engine, "tiny", LIMITS, allowed_hosts=["example.com"])
+    mount(app, engine, LIMITS)
+    with run_app(app) as url:
+        yield url, app, engine
+
+
+@pytest.fixture
+def new_client(server):
+    """Opens the page as a new visitor, without a browser."""
+    clients = []
+
+    def open_page():
+        clients.append(httpx.Client(base_url=server[0], timeout=20))
+        assert clients[-1].get("/web/").status_code == 200
+        return clients[-1]
+
+    yield open_page
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def uploads(server):
+    """Deletes all uploads afterwards, so that tests do not share quotas."""
+    yield
+    store = server[1].routes[-1].app.uploads
+    for directory in store.directory.iterdir():
+        store.delete(directory)

@@ -4,118 +4,21 @@ import asyncio
 import gc
 import warnings
 import weakref
-from contextlib import contextmanager
-from html import unescape
 
 import pytest
 from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
-from owl2.serve.admission import AdmissionController
-from owl2.serve.config import ServerLimits
 from owl2.serve.errors import ApiError
-from owl2.serve.metrics import Metrics
-from owl2.serve.web.chat_handler import ChatHandler
 from owl2.serve.web.conversation import WAITING, Conversation
 from owl2.serve.web.examples import Example
-from tests.serve.running import FakeEngine
+from tests.serve.web.visitor import SETTINGS, shows_error
 
 pytestmark = pytest.mark.anyio
 
-SETTINGS = ("en", 32, 0.0, 1.0, "")
 
-
-class Visitor:
-    """Asks questions and records what a browser would show.
-
-    Attributes:
-        conversation: In the server.
-        box: The last value that the text box was set to.
-        memory: What the browser sends back with each question.
-    """
-
-    def __init__(self, engine, decode=None, examples=(), **limits):
-        self.engine = engine
-        self.admission = AdmissionController(engine, ServerLimits(**limits), Metrics())
-        self.handler = ChatHandler(self.admission, decode or self.opened, examples)
-        self.conversation = Conversation()
-        self.box = "untouched"
-        self.memory = []
-        self.chats = []
-
-    async def opened(self, data, budget):
-        return Image.new("RGB", (8, 8), (data[0], 0, 0))
-
-    def ask(self, question="what?", files=(), settings=SETTINGS):
-        box = {"text": question, "files": [str(file) for file in files]}
-        return self.begin(self.handler.ask(box, self.conversation, self.memory, *settings))
-
-    def begin(self, views):
-        async def see():
-            async for view in views:
-                self.see(view)
-
-        return asyncio.ensure_future(see())
-
-    def see(self, view):
-        """Texts as a browser shows them."""
-        contents = [row["content"] for row in view.rows]
-        self.chats.append([one if isinstance(one, dict) else unescape(one) for one in contents])
-        if "value" in view.box:
-            self.box = view.box["value"]
-        if isinstance(view.memory, list):
-            self.memory = view.memory
-
-    async def until(self, condition):
-        async with asyncio.timeout(10):
-            while not condition():
-                await asyncio.sleep(0.005)
-
-    async def submitted(self, count=1):
-        await self.until(lambda: len(self.engine.requests) >= count)
-        return self.engine.requests[count - 1]
-
-    async def answered(self, *chunks, **question):
-        """A question, answered."""
-        count = len(self.engine.requests)
-        task = self.ask(**question)
-        request = await self.submitted(count + 1)
-        for chunk in chunks:
-            request.emit(chunk)
-        request.end()
-        await task
-        return request
-
-
-@pytest.fixture
-def engine(tiny_engine):
-    return FakeEngine(tiny_engine)
-
-
-@pytest.fixture
-async def visit(engine):
-    """`visit(**settings)` returns a `Visitor`."""
-    visitors = []
-
-    def start(**settings):
-        visitors.append(Visitor(engine, **settings))
-        return visitors[-1]
-
-    yield start
-    for visitor in visitors:
-        assert not visitor.conversation.answering.locked()
-        assert visitor.admission.in_flight == 0
-
-
-@contextmanager
-def shows_error(needle):
-    """Outside of a page, gradio turns an error notification into a warning."""
-    with pytest.warns(UserWarning, match=needle):
-        yield
-
-
-async def test_the_answer_is_streamed(visit):
-    visitor = visit()
+async def test_the_answer_is_streamed(new_visitor):
+    visitor = new_visitor()
     task = visitor.ask("what is this?")
     request = await visitor.submitted()
     assert visitor.chats == [["what is this?", WAITING]]
@@ -128,16 +31,16 @@ async def test_the_answer_is_streamed(visit):
     assert visitor.chats[-1] == ["what is this?", "a red circle"]
 
 
-async def test_an_image_alone_is_a_question(visit, tmp_path):
+async def test_an_image_alone_is_a_question(new_visitor, tmp_path):
     (tmp_path / "1.png").write_bytes(b"\x01")
-    visitor = visit()
+    visitor = new_visitor()
     request = await visitor.answered("a cat", question=" ", files=[tmp_path / "1.png"])
     (message,) = request.messages
     assert [part["type"] for part in message["content"]] == ["image"]
     assert visitor.chats[-1][-1] == "a cat"
 
 
-async def test_a_second_turn_includes_the_first_and_its_images(visit, tmp_path):
+async def test_a_second_turn_includes_the_first_and_its_images(new_visitor, tmp_path):
     for name in ("1.png", "2.png"):
         (tmp_path / name).write_bytes(bytes([int(name[0])]))
 
@@ -147,7 +50,7 @@ async def test_a_second_turn_includes_the_first_and_its_images(visit, tmp_path):
         loaded.append(image := Image.new("RGB", (8, 8), (data[0], 0, 0)))
         return image
 
-    visitor = visit(decode=decode)
+    visitor = new_visitor(decode=decode)
     await visitor.answered("a cat", question="what?", files=sorted(tmp_path.iterdir()))
     visitor.engine.requests.clear()
     references, loaded = [weakref.ref(image) for image in loaded], []
@@ -173,14 +76,14 @@ async def test_a_second_turn_includes_the_first_and_its_images(visit, tmp_path):
         ),
     ],
 )
-async def test_settings_reach_the_engine_within_the_limits(visit, settings, options):
-    visitor = visit(max_completion_tokens=100)
+async def test_settings_reach_the_engine_within_the_limits(new_visitor, settings, options):
+    visitor = new_visitor(max_completion_tokens=100)
     request = await visitor.answered("yes", settings=settings)
     assert request.options == options
 
 
-async def test_a_truncated_answer_has_a_note(visit):
-    visitor = visit()
+async def test_a_truncated_answer_has_a_note(new_visitor):
+    visitor = new_visitor()
     task = visitor.ask()
     request = await visitor.submitted()
     request.emit("a very")
@@ -190,8 +93,8 @@ async def test_a_truncated_answer_has_a_note(visit):
     assert visitor.conversation.turns[-1].answer == "a very"  # what the model sees next has no note
 
 
-async def test_stop_keeps_the_partial_answer(visit):
-    visitor = visit()
+async def test_stop_keeps_the_partial_answer(new_visitor):
+    visitor = new_visitor()
     task = visitor.ask()
     request = await visitor.submitted()
     request.emit("a long")
@@ -203,8 +106,8 @@ async def test_stop_keeps_the_partial_answer(visit):
     assert "(stopped)" in visitor.chats[-1][-1]
 
 
-async def test_stop_before_the_first_token_restores_the_question(visit):
-    visitor = visit()
+async def test_stop_before_the_first_token_restores_the_question(new_visitor):
+    visitor = new_visitor()
     task = visitor.ask("what?")
     request = await visitor.submitted()
     await visitor.handler.stop(visitor.conversation)
@@ -214,8 +117,8 @@ async def test_stop_before_the_first_token_restores_the_question(visit):
     assert visitor.box == {"text": "what?", "files": []}
 
 
-async def test_stop_removes_a_queued_request(visit):
-    visitor = visit(max_num_seqs=1)
+async def test_stop_removes_a_queued_request(new_visitor):
+    visitor = new_visitor(max_num_seqs=1)
     first = visitor.ask("first?")
     request = await visitor.submitted()
     talk, visitor.conversation = visitor.conversation, Conversation()
@@ -230,8 +133,8 @@ async def test_stop_removes_a_queued_request(visit):
     assert [turn.answer for turn in talk.turns] == ["one"]
 
 
-async def test_a_disconnect_frees_the_slot(visit):
-    visitor = visit()
+async def test_a_disconnect_frees_the_slot(new_visitor):
+    visitor = new_visitor()
     box = {"text": "what?", "files": []}
     views = visitor.handler.ask(box, visitor.conversation, [], *SETTINGS)
     assert len((await anext(views)).rows) == 2
@@ -243,8 +146,8 @@ async def test_a_disconnect_frees_the_slot(visit):
     assert request.aborted
 
 
-async def test_regenerate_replaces_the_answer(visit):
-    visitor = visit()
+async def test_regenerate_replaces_the_answer(new_visitor):
+    visitor = new_visitor()
     await visitor.answered("one", question="what?")
     task = visitor.begin(
         visitor.handler.regenerate(visitor.conversation, visitor.memory, *SETTINGS)
@@ -257,8 +160,8 @@ async def test_regenerate_replaces_the_answer(visit):
     assert visitor.chats[-1] == ["what?", "two"]
 
 
-async def test_a_failed_regenerate_keeps_the_answer(visit):
-    visitor = visit()
+async def test_a_failed_regenerate_keeps_the_answer(new_visitor):
+    visitor = new_visitor()
     await visitor.answered("one", question="what?")
     task = visitor.begin(
         visitor.handler.regenerate(visitor.conversation, visitor.memory, *SETTINGS)
@@ -269,14 +172,14 @@ async def test_a_failed_regenerate_keeps_the_answer(visit):
     assert visitor.chats[-1] == ["what?", "one"]
 
 
-async def test_regenerate_needs_a_question(visit, capsys):
-    visitor = visit()
+async def test_regenerate_needs_a_question(new_visitor, capsys):
+    visitor = new_visitor()
     await visitor.begin(visitor.handler.regenerate(visitor.conversation, visitor.memory, *SETTINGS))
     assert "Ask a question first." in capsys.readouterr().out
 
 
-async def test_clear_stops_the_answer(visit):
-    visitor = visit()
+async def test_clear_stops_the_answer(new_visitor):
+    visitor = new_visitor()
     task = visitor.ask("what?")
     request = await visitor.submitted()
     view = await visitor.handler.clear(visitor.conversation)
@@ -287,8 +190,8 @@ async def test_clear_stops_the_answer(visit):
     assert visitor.box is None  # not the question of the old conversation
 
 
-async def test_an_empty_answer_is_removed(visit, capsys):
-    visitor = visit()
+async def test_an_empty_answer_is_removed(new_visitor, capsys):
+    visitor = new_visitor()
     await visitor.answered(" ", question="what?")
     assert visitor.conversation.turns == []
     assert visitor.box == {"text": "what?", "files": []}
@@ -308,8 +211,8 @@ async def test_an_empty_answer_is_removed(visit, capsys):
         ({"files": ["deleted.png"]}, SETTINGS, "“deleted.png” has expired"),
     ],
 )
-async def test_an_invalid_question_stays_in_the_box(visit, question, settings, message):
-    visitor = visit(max_images=2)
+async def test_an_invalid_question_stays_in_the_box(new_visitor, question, settings, message):
+    visitor = new_visitor(max_images=2)
     with shows_error(message):
         await visitor.ask(**question, settings=settings)
     assert visitor.box == {
@@ -321,13 +224,13 @@ async def test_an_invalid_question_stays_in_the_box(visit, question, settings, m
 
 
 @pytest.mark.parametrize(("language", "message"), [("en", "it is broken"), ("zh", "文件已损坏")])
-async def test_a_broken_image_is_named(visit, tmp_path, language, message):
+async def test_a_broken_image_is_named(new_visitor, tmp_path, language, message):
     (tmp_path / "cat.png").write_bytes(b"x")
 
     async def decode(data, budget):
         raise ApiError(400, "it is broken", code="invalid_image")
 
-    visitor = visit(decode=decode)
+    visitor = new_visitor(decode=decode)
     with shows_error(f"cat.png.*{message}"):
         await visitor.ask(files=[tmp_path / "cat.png"], settings=(language, *SETTINGS[1:]))
     assert visitor.box["files"] == [str(tmp_path / "cat.png")]
@@ -335,17 +238,17 @@ async def test_a_broken_image_is_named(visit, tmp_path, language, message):
     await visitor.answered("fine", question="and without it?")
 
 
-async def test_images_of_all_turns_count(visit, tmp_path):
+async def test_images_of_all_turns_count(new_visitor, tmp_path):
     (tmp_path / "cat.png").write_bytes(b"x")
 
-    visitor = visit(max_images=1)
+    visitor = new_visitor(max_images=1)
     await visitor.answered("a", files=[tmp_path / "cat.png"])
     with shows_error("2 images.* limit .* 1"):
         await visitor.ask(files=[tmp_path / "cat.png"])
 
 
-async def test_a_full_queue_rejects(visit):
-    visitor = visit(max_num_seqs=1, max_queued=0)
+async def test_a_full_queue_rejects(new_visitor):
+    visitor = new_visitor(max_num_seqs=1, max_queued=0)
     first = visitor.ask("first?")
     request = await visitor.submitted()
     visitor.conversation = Conversation()
@@ -356,8 +259,8 @@ async def test_a_full_queue_rejects(visit):
     await first
 
 
-async def test_a_timeout_keeps_the_partial_answer(visit):
-    visitor = visit(request_timeout=0.2)
+async def test_a_timeout_keeps_the_partial_answer(new_visitor):
+    visitor = new_visitor(request_timeout=0.2)
     task = visitor.ask()
     request = await visitor.submitted()
     request.emit("slowly")
@@ -367,8 +270,8 @@ async def test_a_timeout_keeps_the_partial_answer(visit):
     assert visitor.chats[-1][-1] == "slowly"
 
 
-async def test_an_unexpected_error_is_logged_and_not_shown(visit, caplog):
-    visitor = visit()
+async def test_an_unexpected_error_is_logged_and_not_shown(new_visitor, caplog):
+    visitor = new_visitor()
     task = visitor.ask()
     (await visitor.submitted()).fail(RuntimeError("internal detail"))
     with warnings.catch_warnings(record=True) as caught:
@@ -379,7 +282,7 @@ async def test_an_unexpected_error_is_logged_and_not_shown(visit, caplog):
     assert "RuntimeError" in caplog.text  # the traceback only the first time
 
 
-async def test_an_example_is_selected_by_index(visit, tmp_path):
+async def test_an_example_is_selected_by_index(new_visitor, tmp_path):
     (tmp_path / "cat.png").write_bytes(b"x")
     examples = [Example("no", ()), Example("is it a cat?", (tmp_path / "cat.png",))]
 
@@ -387,7 +290,7 @@ async def test_an_example_is_selected_by_index(visit, tmp_path):
         index = 1
         value = {"text": "read this", "files": ["/etc/passwd"]}  # what a browser might send
 
-    visitor = visit(examples=examples)
+    visitor = new_visitor(examples=examples)
     example = visitor.handler.ask_example(Event(), visitor.conversation, [], *SETTINGS)
     task = visitor.begin(example)
     request = await visitor.submitted()
@@ -398,8 +301,8 @@ async def test_an_example_is_selected_by_index(visit, tmp_path):
     assert visitor.conversation.turns[0].files == (str(tmp_path / "cat.png"),)
 
 
-async def test_a_busy_conversation_ignores_questions(visit):
-    visitor = visit()
+async def test_a_busy_conversation_ignores_questions(new_visitor):
+    visitor = new_visitor()
     task = visitor.ask("first?")
     request = await visitor.submitted()
     await visitor.ask("second?")

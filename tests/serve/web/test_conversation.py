@@ -8,12 +8,7 @@ import pytest
 from owl2.errors import ErrorCode, InputError
 from owl2.serve.web.conversation import Conversation, Turn, plain_text
 from tests.errors import raises_input_error
-from tests.serve.web.test_chat_handler import (  # noqa: F401  # fixtures
-    SETTINGS,
-    engine,
-    shows_error,
-    visit,
-)
+from tests.serve.web.visitor import shows_error
 
 pytestmark = pytest.mark.anyio
 
@@ -64,9 +59,9 @@ def test_conversation_is_restored_from_the_browser():
         Conversation().restore([{"question": "a?"}])
 
 
-async def test_question_after_a_restart_of_the_server(visit, tmp_path):  # noqa: F811
+async def test_question_after_a_restart_of_the_server(new_visitor, tmp_path):
     (tmp_path / "1.png").write_bytes(b"\x07")
-    visitor = visit()
+    visitor = new_visitor()
     await visitor.answered("a cat", question="what?", files=[tmp_path / "1.png"])
     visitor.conversation = Conversation()  # of the new server
     request = await visitor.answered("black", question="which color?")
@@ -81,9 +76,9 @@ async def edit(visitor):
     visitor.see(await visitor.handler.edit(visitor.conversation, visitor.memory, "en"))
 
 
-async def test_edited_question_replaces_the_last_turn(visit, tmp_path):  # noqa: F811
+async def test_edited_question_replaces_the_last_turn(new_visitor, tmp_path):
     (tmp_path / "1.png").write_bytes(b"\x07")
-    visitor = visit()
+    visitor = new_visitor()
     await visitor.answered("one", question="first?")
     await visitor.answered("two", question="secnd?", files=[tmp_path / "1.png"])
     await edit(visitor)
@@ -94,8 +89,8 @@ async def test_edited_question_replaces_the_last_turn(visit, tmp_path):  # noqa:
     assert visitor.chats[-1] == ["first?", "one", "second?", "three"]
 
 
-async def test_cancelled_edit_keeps_the_turn(visit):  # noqa: F811
-    visitor = visit()
+async def test_cancelled_edit_keeps_the_turn(new_visitor):
+    visitor = new_visitor()
     await visitor.answered("one", question="first?")
     await edit(visitor)
     await edit(visitor)
@@ -105,8 +100,8 @@ async def test_cancelled_edit_keeps_the_turn(visit):  # noqa: F811
 
 
 @pytest.mark.parametrize("question", ["", "fails?"])
-async def test_edited_question_without_an_answer_keeps_the_turn(visit, question):  # noqa: F811
-    visitor = visit()
+async def test_edited_question_without_an_answer_keeps_the_turn(new_visitor, question):
+    visitor = new_visitor()
     await visitor.answered("one", question="first?")
     await edit(visitor)
     task = visitor.ask(question)
@@ -118,15 +113,15 @@ async def test_edited_question_without_an_answer_keeps_the_turn(visit, question)
     assert visitor.box == {"text": question, "files": []}
 
 
-async def test_edit_needs_a_question(visit, capsys):  # noqa: F811
-    await edit(visit())
+async def test_edit_needs_a_question(new_visitor, capsys):
+    await edit(new_visitor())
     assert "Ask a question first." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chunks", [(), ("a part",)])
-async def test_recovery_during_an_answer(visit, chunks):  # noqa: F811
+async def test_recovery_during_an_answer(new_visitor, chunks):
     """The answer ends; without a token, its question returns to the text box."""
-    visitor = visit()
+    visitor = new_visitor()
     await visitor.answered("one", question="first?")
     task = visitor.ask("second?")
     request = await visitor.submitted(2)
@@ -142,8 +137,8 @@ async def test_recovery_during_an_answer(visit, chunks):  # noqa: F811
     assert visitor.box == ("untouched" if chunks else box)
 
 
-async def test_recovery_after_a_restart(visit):  # noqa: F811
-    visitor = visit()
+async def test_recovery_after_a_restart(new_visitor):
+    visitor = new_visitor()
     await visitor.answered("one", question="first?")
     visitor.conversation = Conversation()
     box = {"text": "second?", "files": []}
