@@ -96,7 +96,6 @@ def sign_in(context, url):
     """Sign in to the page and wait for it."""
     page = context.new_page()
     page.goto(f"{url}/web/")
-    page.locator("input").nth(0).fill("me")
     page.locator("input[type=password]").fill(KEY)
     page.keyboard.press("Enter")
     page.locator("#box textarea").wait_for()
