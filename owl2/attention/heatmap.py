@@ -129,12 +129,16 @@ def heat_map(
     width, height = maps.sizes[image]
     scale = min(1.0, MAX_EDGE / max(width, height))
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    # The model's square is the stretched image or the image with margins, which are cut off.
-    square = (width, height) if maps.policy == "resize" else (max(width, height),) * 2
+    # The model's square is the stretched image, the image with margins, which are cut off, or the
+    # center of the image, outside of which the model sees nothing.
+    edge = (min if maps.policy == "crop" else max)(width, height)
+    square = (width, height) if maps.policy == "resize" else (edge, edge)
     left, top = (square[0] - width) // 2, (square[1] - height) // 2
-    columns = _interpolation(square[0], len(grid))[left : left + width]
-    rows = _interpolation(square[1], len(grid))[top : top + height]
-    heat: np.ndarray = rows @ grid @ columns.T
+    columns = _interpolation(square[0], len(grid))[max(left, 0) :][:width]
+    rows = _interpolation(square[1], len(grid))[max(top, 0) :][:height]
+    heat = np.zeros((height, width), np.float32)
+    inside = heat[max(-top, 0) :, max(-left, 0) :][: len(rows), : len(columns)]
+    inside[:] = rows @ grid @ columns.T
     return heat
 
 

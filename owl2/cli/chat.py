@@ -48,7 +48,7 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
     image_policy: Annotated[
-        str | None, typer.Option(help="resize or pad: how an image becomes square.")
+        str | None, typer.Option(help="resize, pad or crop: how an image becomes square.")
     ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="Largest image accepted, in pixels.")

@@ -78,7 +78,7 @@ def evaluate_model(
         typer.Option(min=1, help="Image size in pixels; default: that of the checkpoint."),
     ] = None,
     image_policy: Annotated[
-        Literal["resize", "pad"] | None,
+        Literal["resize", "pad", "crop"] | None,
         typer.Option(
             help="How an image becomes square; default: that of the task or the checkpoint."
         ),

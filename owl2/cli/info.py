@@ -47,7 +47,7 @@ def size_table(name_or_path: str | None = None) -> "Table":
 
     if name_or_path is None:
         config = Owl2Config()
-        policy, reason = select_image_policy({}, config)
+        policy, reason = select_image_policy({}, config, is_padded=False)
     else:
         config = read_config(name_or_path)
         policy, reason = read_image_policy(name_or_path, config)

@@ -22,7 +22,7 @@ class ModelArgs:
         model: A directory or a hub id.
         device: Default: cuda, mps or cpu, the first that is available.
         dtype: Default: the best for the device (`owl2.runtime.select_dtype`).
-        image_policy: resize or pad, instead of the checkpoint's.
+        image_policy: resize, pad or crop, instead of the checkpoint's.
         max_pixels: The largest accepted image, instead of the checkpoint's.
         quantize: 8bit or 4bit: quantize the weights of the decoder, on a CPU with
             `weight_only_quantization`, on a GPU with bitsandbytes.

@@ -137,7 +137,7 @@ class TaskConfig(BaseModel):
     max_new_tokens: int = Field(16, ge=1)
     min_new_tokens: int = Field(0, ge=0)
     sources: dict[Literal["prompt", "scoring"], str] = Field(default_factory=dict)
-    image_policy: Literal["resize", "pad"] | None = None
+    image_policy: Literal["resize", "pad", "crop"] | None = None
     num_fewshot: int = Field(0, ge=0)
     judge: bool = False
     paper: dict[str, float] = Field(default_factory=dict)

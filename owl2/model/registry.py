@@ -26,7 +26,7 @@ class ModelType:
         connector: Module class, called with ``visual_config.visual_abstractor`` and the decoder's
             width D. Its `forward` maps features to embeddings (N, num_image_tokens, D).
         tokenizer: Tokenizer class for checkpoints with a SentencePiece ``tokenizer.model``.
-        image_policy: Default for images that are not square, "resize" or "pad".
+        image_policy: Default for images that are not square, "resize", "pad" or "crop".
         interleave_images: Default of `Owl2Processor.interleave_images`: True for models whose
             prompts have images inside the text, such as DocOwl.
     """

@@ -46,8 +46,8 @@ TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 Alpha = Literal["white", "drop"]
-ImagePolicy = Literal["resize", "pad"]
-POLICIES: tuple[ImagePolicy, ...] = ("resize", "pad")
+ImagePolicy = Literal["resize", "pad", "crop"]
+POLICIES: tuple[ImagePolicy, ...] = ("resize", "pad", "crop")
 
 # Not all formats of Pillow, because images are untrusted: for EPS Pillow starts another program,
 # and some decoders are little used. MPO (cameras) is read as JPEG.

@@ -57,7 +57,8 @@ class Owl2ImageProcessor(PilBackend):
 
     Args:
         image_policy: For images that are not square. "resize" stretches them to a square of the
-            longer edge; "pad" centers them in a square filled with the mean color.
+            longer edge; "pad" centers them in a square filled with the mean color; "crop" keeps the
+            central square, as CLIP's processor.
         max_pixels: Limit of `load_image`.
 
     Attributes:

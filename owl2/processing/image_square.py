@@ -9,6 +9,7 @@ from owl2.processing.image_io import ImagePolicy
 # A square is computed in bands of rows, which fit into the cache of a processor, or beyond the
 # second size one channel at a time.
 BAND_PIXELS, CHANNEL_PIXELS = 2**18, 2**24
+MAX_CROPPED_RATIO = 4  # of the edges of an image that is resized completely before it is cropped
 
 
 def to_square(
@@ -22,13 +23,16 @@ def to_square(
 
     Args:
         policy: For images that are not square: "resize" stretches them to a square of the longer
-            edge, "pad" centers them in a square filled with the mean color.
+            edge, "pad" centers them in a square filled with the mean color, "crop" keeps the
+            central square (the processor of CLIP).
         mean: Of each channel, between 0 and 1.
     """
     longer = max(image.size)
     is_landscape = image.width > image.height
     if image.width == image.height:
         return image if longer == edge else image.resize((edge, edge), resample)
+    if policy == "crop":
+        return _crop(image, edge, resample)
     if policy == "resize" and is_landscape and image.mode == "RGB" and longer**2 > CHANNEL_PIXELS:
         # The columns are stretched before the rows are resized: one channel at a time.
         channels = [to_square(one, edge, policy, mean, resample) for one in image.split()]
@@ -53,3 +57,17 @@ def to_square(
             return band if longer == edge else band.resize((edge, edge), resample)
         rows.paste(band.resize((edge, bottom - top), resample), (0, top))
     return rows if longer == edge else rows.resize((edge, edge), resample)
+
+
+def _crop(image: Image.Image, edge: int, resample: int) -> Image.Image:
+    """The central square of an image whose shorter edge is resized to `edge`."""
+    shorter, longer = sorted(image.size)
+    length = int(edge * longer / shorter)
+    width, height = (length, edge) if image.width > image.height else (edge, length)
+    left, top = (width - edge) // 2, (height - edge) // 2
+    if longer <= MAX_CROPPED_RATIO * shorter:
+        return image.resize((width, height), resample).crop((left, top, left + edge, top + edge))
+    # Of an image of any length, only the square is computed.
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, (left + edge) * x, (top + edge) * y)
+    return image.resize((edge, edge), resample, box=box)

@@ -30,6 +30,8 @@ PROCESSOR_FILE = "processor_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 # config.json first: every checkpoint has it, so it shows whether the checkpoint exists.
 _FILES = (CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE, TOKENIZER_CONFIG_FILE)
+# Only the released checkpoint has shards with this name (Specification §1.4).
+_INDEX_FILE, _RELEASED_SHARD = "pytorch_model.bin.index.json", "pytorch_model-1-of-33.bin"
 # Each of these makes a tokenizer. From tokenizer_config.json alone, transformers would create an
 # empty tokenizer.
 _VOCABULARIES = ((TOKENIZER_FILE,), ("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -85,7 +87,8 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     pixels = {"size": config.image_size if config else None}
     if preprocessor_file:
         pixels = read_json(preprocessor_file)
-    policy, _ = select_image_policy(pixels, config)
+    is_padded = _follows_config(name, config, hub)
+    policy, _ = select_image_policy(pixels, config, is_padded)
     image_processor = Owl2ImageProcessor.from_dict(pixels | {"image_policy": policy})
     own = read_json(processor_file) if processor_file else {}
     tokenizer_args = {"padding_side": "left"} | tokenizer_args  # for generation
@@ -105,7 +108,7 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     rules = {
         "image_newline": own.get("image_newline", False),
         "interleave_images": own.get(
-            "interleave_images", model_type.interleave_images or _is_scorer(config)
+            "interleave_images", model_type.interleave_images or is_padded
         ),
     }
     for key, rule in rules.items():
@@ -128,37 +131,43 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def select_image_policy(pixels: Mapping[str, Any], config: Owl2Config | None) -> tuple[str, str]:
+def select_image_policy(
+    pixels: Mapping[str, Any], config: Owl2Config | None, is_padded: bool
+) -> tuple[str, str]:
     """The image policy of a checkpoint and the reason; an explicit option has precedence.
-
-    The authors' inference of mPLUG-Owl2 stretches images whatever ``config.json`` says
-    (Specification §1.5). Checkpoints with code of their own, such as OneAlign, follow it.
 
     Args:
         pixels: The content of ``preprocessor_config.json``; {} without the file.
+        is_padded: Whether ``config.json`` selects "pad", see `_follows_config`.
     """
     if "image_policy" in pixels:
         return str(pixels["image_policy"]), f"image_policy in {PREPROCESSOR_FILE}"
-    if _is_scorer(config):
-        reason = f"image_aspect_ratio in {CONFIG_FILE}; the checkpoint contains code (auto_map)"
-        return "pad", reason
+    if is_padded:
+        return "pad", f"image_aspect_ratio in {CONFIG_FILE}"
     name = config.model_type if config else DEFAULT_MODEL_TYPE
     return get_model_type(name).image_policy, f"default of {name}"
 
 
-def _is_scorer(config: Owl2Config | None) -> bool:
-    """Whether a checkpoint follows its own code: OneAlign, Co-Instruct, Compare2Score, ...
+def _follows_config(name: str | Path, config: Owl2Config | None, hub: dict[str, Any]) -> bool:
+    """Whether ``image_aspect_ratio`` in ``config.json`` is "pad" and applies to inference.
 
-    Their prompts have images inside the text, and their images are padded.
+    It does for the models that descend from mPLUG-Owl2: OneAlign, Co-Instruct, Compare2Score, ...
+    Their prompts have images inside the text. The authors' inference of mPLUG-Owl2 itself stretches
+    images whatever the file says (Specification §1.5).
     """
-    is_padded = getattr(config, "image_aspect_ratio", None) == "pad"
-    return is_padded and bool(getattr(config, "auto_map", None))
+    if getattr(config, "image_aspect_ratio", None) != "pad":
+        return False
+    index = find_file(name, _INDEX_FILE, hub)
+    shards = read_json(index).get("weight_map") if index else None
+    return not isinstance(shards, dict) or _RELEASED_SHARD not in shards.values()
 
 
 def read_image_policy(name: str | Path, config: Owl2Config) -> tuple[str, str]:
     """`select_image_policy` for a checkpoint, a directory or a hub id."""
-    file = find_file(resolve_checkpoint(name, weights=False), PREPROCESSOR_FILE, {})
-    return select_image_policy(read_json(file) if file else {}, config)
+    name = resolve_checkpoint(name, weights=False)
+    file = find_file(name, PREPROCESSOR_FILE, {})
+    is_padded = _follows_config(name, config, {})
+    return select_image_policy(read_json(file) if file else {}, config, is_padded)
 
 
 def _find_files(name: str, hub: dict[str, Any]) -> Files:

@@ -60,6 +60,21 @@ def test_other_modes(monkeypatch, mode):
         assert to_square(image, 24, "resize", MEAN).tobytes() == expected.tobytes(), size
 
 
+@pytest.mark.parametrize("size", [*SIZES, (3, 400), (400, 3)])
+def test_crop_has_the_pixels_of_the_processor_of_clip(monkeypatch, size):
+    image, edge = noise(size), 24
+    shorter, longer = sorted(size)
+    length = int(edge * longer / shorter)
+    width, height = (length, edge) if size[0] > size[1] else (edge, length)
+    left, top = (width - edge) // 2, (height - edge) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    expected = np.asarray(resized.crop((left, top, left + edge, top + edge))).astype(int)
+    square = np.asarray(to_square(image, edge, "crop", MEAN)).astype(int)
+    if longer <= image_square.MAX_CROPPED_RATIO * shorter:
+        assert (square == expected).all()
+    assert abs(square - expected).max() <= 1  # rounding of the kernel's positions
+
+
 def encoded(size, kind, **options):
     stream = io.BytesIO()
     Image.new("RGB", size).save(stream, kind, **options)

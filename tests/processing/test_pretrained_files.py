@@ -28,9 +28,9 @@ CODE = {"auto_map": {"AutoConfig": "configuration_mplug_owl2.MPLUGOwl2Config"}}
     ("config", "pixels", "option", "expected", "reason"),
     [
         ({}, {}, None, "resize", "default of mplug_owl2"),
-        (PAD, {}, None, "resize", "default of mplug_owl2"),  # the released checkpoint
+        (PAD, {}, None, "pad", "image_aspect_ratio"),  # Compare2Score, Co-Instruct
         (CODE, {}, None, "resize", "default of mplug_owl2"),
-        (PAD | CODE, {}, None, "pad", "auto_map"),  # OneAlign, DeQA-Score
+        (PAD | CODE, {}, None, "pad", "image_aspect_ratio"),  # OneAlign, DeQA-Score
         (PAD | CODE, {"image_policy": "resize"}, None, "resize", "image_policy"),
         ({}, {"image_policy": "pad"}, None, "pad", "image_policy"),
         (PAD | CODE, {"image_policy": "pad"}, "resize", "resize", "image_policy"),
@@ -53,9 +53,25 @@ def test_order_of_the_image_policies(
     loaded = Owl2Processor.from_pretrained(tmp_path, image_policy=option)
     assert loaded.image_processor.image_policy == expected
     # Prompts of OneAlign and Co-Instruct have images inside the text.
-    assert loaded.interleave_images == (config == PAD | CODE)
+    assert loaded.interleave_images == ("image_aspect_ratio" in config)
     shown = run_cli("info", tmp_path).stdout
     assert reason in shown and (option or expected in shown)
+
+
+@pytest.mark.parametrize(
+    ("shard", "expected"),
+    [("pytorch_model-1-of-33.bin", "resize"), ("pytorch_model-00001-of-00002.bin", "pad")],
+)
+def test_released_checkpoint_stretches_images_whatever_its_configuration_says(
+    released, shard, expected
+):
+    config = json.loads((released / "config.json").read_text())
+    (released / "config.json").write_text(json.dumps(config | PAD))
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
+    (released / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    loaded = Owl2Processor.from_pretrained(released)
+    assert loaded.image_processor.image_policy == expected
+    assert loaded.interleave_images == (expected == "pad")
 
 
 @pytest.mark.parametrize("kind", ["llama", "byte level"])
