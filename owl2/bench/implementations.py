@@ -13,7 +13,7 @@ from owl2.bench.measure import Roofline
 from owl2.bench.presets import BenchModel
 from owl2.bench.training import TrainingSteps
 from owl2.bench.workload import BenchRequest, Workload
-from owl2.engine.backends.weight_only_quantization import quantize
+from owl2.checkpoints.hf_quantizer import quantize_model
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefix_cache import PromptState
@@ -48,7 +48,7 @@ class Implementations:
     def int8(self) -> Owl2ForConditionalGeneration:
         """The model with 8-bit weights in the decoder."""
         quantized = clone_sharing_weights(self.model)
-        quantize(quantized, "8bit")
+        quantize_model(quantized, "8bit")
         return quantized
 
     @cached_property

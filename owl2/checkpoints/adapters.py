@@ -27,6 +27,7 @@ from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_config, re
 from owl2.checkpoints.key_report import check_keys
 from owl2.checkpoints.weight_files import COMPUTED_KEYS, read_tensors
 from owl2.checkpoints.weight_names import module_name, released_name
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.errors import ErrorCode, InputError
 
 # peft takes a second to import, so the functions that use it import it.
@@ -140,6 +141,10 @@ def add_lora(
     provenance = getattr(model, "provenance", None)
     if provenance:
         _ = provenance.fingerprint  # read now: the files may change before the adapter is saved
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        from owl2.checkpoints.quantized_lora import QuantizedLoraLinear
+
+        config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})
     model.add_adapter(config)
     model.requires_grad_(False)
     # Set afterwards, because peft would add a copy of the parts in `modules_to_save`.

@@ -29,6 +29,11 @@ from owl2.checkpoints.config_file import (
     resolve_checkpoint,
 )
 from owl2.checkpoints.from_backbones import backbone_config, backbone_weights
+from owl2.checkpoints.hf_quantizer import (
+    Owl2QuantizationConfig,
+    Owl2Quantizer,
+    stored_quantization,
+)
 from owl2.checkpoints.key_report import (
     REPORT_KEYS,
     check_keys,
@@ -36,6 +41,7 @@ from owl2.checkpoints.key_report import (
     listing,
     translate_load_errors,
 )
+from owl2.checkpoints.quantized_weights import WeightReader, quantized_weights
 from owl2.checkpoints.remote_code import add_remote_code
 from owl2.checkpoints.weight_files import (
     Provenance,
@@ -116,6 +122,7 @@ class CheckpointMixin(PreTrainedModel):
             )
         config = kwargs.get("config")
         config = read_config(name_or_path, **hub) if config is None else copy.deepcopy(config)
+        _check_quantization(name_or_path, config, kwargs)
         folder = Path(name_or_path) / (kwargs.get("subfolder") or "")
         safetensors = kwargs.get("use_safetensors") is not False
         if folder.is_dir():
@@ -265,6 +272,23 @@ class CheckpointMixin(PreTrainedModel):
         check_keys(peft_model_id or "the adapter", unexpected=map(released_name, unexpected))
         return info
 
+    @staticmethod
+    def _load_pretrained_model(  # type: ignore[override]  # passes all other arguments through
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kw: Any
+    ) -> Any:
+        """As in transformers; a checkpoint that `Owl2Quantizer` quantizes is read lazily."""
+        quantizer = load_config.hf_quantizer
+        if (
+            checkpoint_files
+            and isinstance(quantizer, Owl2Quantizer)
+            and not quantizer.pre_quantized
+        ):
+            reader = WeightReader(map(Path, checkpoint_files))
+            state_dict = quantized_weights(reader, quantizer.quantization_config)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kw
+        )
+
     @classmethod
     def _load(cls, name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         with translate_load_errors(name_or_path):
@@ -287,6 +311,19 @@ def _checked(
     shapes = () if options.get("ignore_mismatched_sizes") else info["mismatched_keys"]
     check_loading_info(source, {**info, "missing_keys": missing, "mismatched_keys": shapes}, hint)
     return model
+
+
+def _check_quantization(name: str | Path, config: Any, options: dict[str, Any]) -> None:
+    """Reject another quantization of a quantized checkpoint; the same one needs no argument."""
+    stored, given = stored_quantization(config), options.get("quantization_config")
+    if stored is None or given is None:
+        return
+    if not isinstance(given, Owl2QuantizationConfig) or given.bits != stored.bits:
+        raise InputError(
+            f"{name} is already quantized to {stored.bits} bits; load it without `quantize`",
+            ErrorCode.CONFLICT,
+        )
+    del options["quantization_config"]
 
 
 def _cast_unquantized(model: Any) -> None:

@@ -204,6 +204,12 @@ class Provenance:
     def fingerprint(self) -> str | None:
         """Fingerprint of the weights; None if they are not local.
 
-        It is read once, because the files may change later.
+        It is read once, because the files may change later. A quantized checkpoint has the one of
+        its source, so that an adapter fits both.
         """
-        return fingerprint(self.folder) if self.folder else None
+        if self.folder is None:
+            return None
+        file = self.folder / CONFIG_FILE
+        quantization = read_json(file).get("quantization_config") if file.is_file() else None
+        stored = quantization.get("base_fingerprint") if isinstance(quantization, dict) else None
+        return stored or fingerprint(self.folder)

@@ -26,6 +26,7 @@ from owl2.cli.init import init
 from owl2.cli.merge import merge
 from owl2.cli.options import command
 from owl2.cli.plan import plan
+from owl2.cli.quantize import quantize
 from owl2.cli.serve import serve, web
 from owl2.cli.train import train
 from owl2.errors import ErrorCode, InputError
@@ -62,7 +63,20 @@ def show_version() -> None:
     _print_version(True)
 
 
-for function in (chat, init, info, plan, train, merge, bench, serve, web, attend, caption):
+for function in (
+    chat,
+    init,
+    info,
+    plan,
+    train,
+    merge,
+    quantize,
+    bench,
+    serve,
+    web,
+    attend,
+    caption,
+):
     app.command()(command(function))
 app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.checkpoints.quantization import quantization_config
-from owl2.engine.backends import weight_only_quantization
+from owl2.engine.backends.weight_only_quantization import BITS
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
@@ -24,8 +25,8 @@ class ModelArgs:
         dtype: Default: the best for the device (`owl2.runtime.select_dtype`).
         image_policy: resize, pad or crop, instead of the checkpoint's.
         max_pixels: The largest accepted image, instead of the checkpoint's.
-        quantize: 8bit or 4bit: quantize the weights of the decoder, on a CPU with
-            `weight_only_quantization`, on a GPU with bitsandbytes.
+        quantize: 8bit or 4bit: quantize the weights of the decoder while they are read, on a CPU
+            with `weight_only_quantization`, on a GPU with bitsandbytes.
         base: For an adapter: the base model, instead of the one that the adapter names.
         attn_implementation: eager, sdpa or flash_attention_2.
     """
@@ -54,16 +55,17 @@ class ModelArgs:
         selected = select_device(self.device)
         if selected.type == "cpu":
             tune_malloc()
-        names = weight_only_quantization.BITS
-        if self.quantize is not None and self.quantize not in names:
+        if self.quantize is not None and self.quantize not in BITS:
             raise InputError(
-                f"quantize is {self.quantize!r}; it must be one of {', '.join(names)}.",
+                f"quantize is {self.quantize!r}; it must be one of {', '.join(BITS)}.",
                 ErrorCode.UNKNOWN_NAME,
             )
         options: dict[str, Any] = {"dtype": select_dtype(selected, self.dtype), "base": self.base}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
-        if self.quantize is not None and selected.type == "cuda":
+        if self.quantize is not None and selected.type != "cuda":
+            options["quantization_config"] = Owl2QuantizationConfig(BITS[self.quantize])
+        elif self.quantize is not None:
             options["quantization_config"] = quantization_config(self.quantize, options["dtype"])
             options["device_map"] = {"": selected}  # bitsandbytes cannot move the model afterwards
         try:
@@ -75,10 +77,8 @@ class ModelArgs:
             raise InputError(
                 f"{self.model} cannot be loaded: {error}", ErrorCode.UNSUPPORTED
             ) from error
-        if "quantization_config" in options:
+        if "device_map" in options:
             return model.eval()
-        if self.quantize is not None:
-            weight_only_quantization.quantize(model, self.quantize)
         try:
             return model.to(selected).eval()
         except RuntimeError as error:  # no driver, or out of memory

@@ -12,7 +12,7 @@ from owl2 import Engine, Owl2ForConditionalGeneration
 from owl2.attention import capture, collect_attention
 from owl2.attention.attention_maps import resolve_layers
 from owl2.attention.capture import abstractor_attention, decoder_attention
-from owl2.engine.backends.weight_only_quantization import quantize
+from owl2.checkpoints.hf_quantizer import quantize_model
 from owl2.engine.scoring import encode_answer
 from owl2.errors import ErrorCode
 from owl2.model import vision
@@ -247,7 +247,7 @@ def test_use_mam_false_needs_a_model_with_mam(engine, conversations):
 
 
 def to_8bit(model):
-    quantize(model, "8bit")
+    quantize_model(model, "8bit")
 
 
 @pytest.mark.parametrize("convert", [to_8bit, torch.nn.Module.bfloat16])

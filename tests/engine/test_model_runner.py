@@ -8,7 +8,8 @@ import torch
 from transformers import DynamicCache
 
 from owl2 import Owl2ForConditionalGeneration
-from owl2.engine.backends.weight_only_quantization import QuantizedLinear, quantize
+from owl2.checkpoints.hf_quantizer import quantize_model
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.kv_cache import StaticKVCache
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefix_cache import PromptState
@@ -118,7 +119,7 @@ def test_weights_are_read_in_place(golden_models):
 def test_quantized_logits_are_close(golden_models, name, bound):
     model = golden_models("model_wide")
     unquantized = expected(filled(model)[2])
-    quantize(model, name)
+    quantize_model(model, name)
     assert any(isinstance(module, QuantizedLinear) for module in model.model.layers.modules())
     assert isinstance(model.lm_head, QuantizedLinear)
     assert model.lm_head.bits == 8

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from owl2.engine.backends.weight_only_quantization import QuantizedLinear, quantize
+from owl2.checkpoints.hf_quantizer import quantize_model
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.sampling import SamplingParams
@@ -48,7 +49,7 @@ def test_inference_mode_of_a_caller_has_no_effect(model):
 @pytest.mark.parametrize("bits", [None, "8bit", "4bit"])
 def test_nan_is_reported_with_any_number_of_bits(model, bits):
     if bits:
-        quantize(model, bits)
+        quantize_model(model, bits)
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     with raises_input_error(ErrorCode.NON_FINITE):

@@ -19,10 +19,15 @@ from owl2.engine.backends.native.build import available
 
 BITS = {"8bit": 8, "4bit": 4}
 GROUP = ops.GROUP
+BLOCK = 2**22  # weights that are quantized at a time: their temporary tensors take 100 MB
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear with an integer weight and scales, for inference only.
+    """A Linear with an integer weight and scales. The weight is constant; the input has gradients.
+
+    Args:
+        linear: With floating-point weights; on the meta device for a module without values.
+        bits: 8 or 4.
 
     Attributes:
         bits: 8 or 4.
@@ -36,8 +41,7 @@ class QuantizedLinear(nn.Module):
         self.bits = bits
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.padding = -self.in_features % GROUP  # zeros at the end of each row
-        quantize_weight = quantize_to_8_bits if bits == 8 else quantize_to_4_bits
-        weight, scale = quantize_weight(F.pad(linear.weight.detach(), (0, self.padding)))
+        weight, scale = quantize_linear(linear.weight.detach(), bits)
         self.weight: torch.Tensor
         self.scale: torch.Tensor
         self.register_buffer("weight", weight)
@@ -54,7 +58,12 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N). For many tokens, the weight is dequantized to their dtype."""
-        use_kernels = x.device.type == "cpu" and x.dtype in ops.DTYPES and available()
+        if torch.is_grad_enabled() and x.requires_grad:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            y: torch.Tensor = _ConstantLinear.apply(x, self)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        use_kernels = _has_kernels(x)
         if use_kernels and x.numel() <= ops.MAX_TOKENS * self.in_features:
             tokens = F.pad(x.reshape(-1, self.in_features), (0, self.padding)).contiguous()
             y = ops.linear(tokens, self.weight, self.bias, self.scale, self.bits)
@@ -72,6 +81,41 @@ class QuantizedLinear(nn.Module):
         pairs = self.weight.unflatten(1, (-1, GROUP // 2))  # (N, K / 64, 32)
         values = torch.cat([pairs & 15, pairs >> 4], dim=2).float() - 8
         return (values * self.scale[..., None]).flatten(1)[:, :width].to(dtype)
+
+
+class _ConstantLinear(torch.autograd.Function):
+    """A product with a quantized weight; the backward pass dequantizes the weight again.
+
+    Autograd would save the dequantized weight of every layer until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: QuantizedLinear) -> torch.Tensor:
+        ctx.module = module
+        return F.linear(x, module.dequantize(x.dtype, _has_kernels(x)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.module.dequantize(gradient.dtype, _has_kernels(gradient)), None
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Whether the CPU kernels support tokens like these."""
+    return x.device.type == "cpu" and x.dtype in ops.DTYPES and available()
+
+
+def quantize_linear(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `weight` and the `scale` of a `QuantizedLinear`.
+
+    Args:
+        weight: (N, K), floating-point.
+        bits: 8 or 4.
+    """
+    quantize_rows = quantize_to_8_bits if bits == 8 else quantize_to_4_bits
+    padding = -weight.shape[1] % GROUP
+    blocks = weight.split(max(1, BLOCK // max(1, weight.shape[1])))
+    weights, scales = zip(*(quantize_rows(F.pad(b, (0, padding))) for b in blocks), strict=True)
+    return torch.cat(weights), torch.cat(scales)
 
 
 def quantize_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,19 +142,3 @@ def quantize_to_4_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     chosen = (torch.where(is_first, values[0], values[1]) + 8).to(torch.uint8)
     low, high = chosen.chunk(2, dim=2)
     return (low | high << 4).flatten(1), scale.contiguous()
-
-
-@torch.no_grad()
-def quantize(model: Any, name: str) -> None:
-    """Quantize the Linears of a model's decoder layers and its head in place.
-
-    Args:
-        model: An `Owl2ForConditionalGeneration`, which cannot be trained afterwards.
-        name: One of `BITS`.
-    """
-    for layer in model.model.layers:
-        for module in list(layer.modules()):
-            for child_name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(module, child_name, QuantizedLinear(child, BITS[name]))
-    model.lm_head = QuantizedLinear(model.lm_head, 8)

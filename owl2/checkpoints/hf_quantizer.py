@@ -1,0 +1,132 @@
+"""Quantized checkpoints through the loader of transformers.
+
+Format: docs/reference/quantized-checkpoints.md.
+
+`from_pretrained` finds ``quantization_config`` in config.json and replaces the Linears by
+`QuantizedLinear` before it loads their ``weight`` and ``scale``. With the argument
+``quantization_config=Owl2QuantizationConfig(bits=4)`` a checkpoint without quantization is
+quantized while it is read (`quantized_weights`).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from owl2.checkpoints.weight_names import released_name
+from owl2.engine.backends.weight_only_quantization import BITS, GROUP, QuantizedLinear
+from owl2.errors import ErrorCode, InputError
+
+QUANT_METHOD = "owl2"
+UNQUANTIZED = 16  # bits
+HEAD = "lm_head"
+
+
+@register_quantization_config(QUANT_METHOD)
+class Owl2QuantizationConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a checkpoint: the bits of its Linears.
+
+    Args:
+        bits: 4 or 8, of the Linears in the decoder's layers.
+        group_size: 4-bit weights that share a scale; 64 is the only size.
+        modules: Bits of single modules by their released names, instead of `bits`; 16: not
+            quantized. Default: the head has 8 bits.
+        method: How the values were rounded; "rtn" is to the nearest.
+        base_fingerprint: Fingerprint of the checkpoint before quantization, which adapters refer
+            to.
+
+    Raises:
+        InputError: An unknown option or value.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = GROUP,
+        modules: dict[str, int] | None = None,
+        method: str = "rtn",
+        base_fingerprint: str | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method: Any = quant_method
+        self.bits = bits
+        self.group_size = group_size
+        self.modules = {HEAD: 8} if modules is None else dict(modules)
+        self.method = method
+        self.base_fingerprint = base_fingerprint
+        choices = sorted(BITS.values())
+        problem = ""
+        if unknown:
+            problem = f"unknown options: {', '.join(sorted(unknown))}"
+        elif bits not in choices or any(b not in (*choices, 16) for b in self.modules.values()):
+            problem = f"bits must be 4 or 8, or 16 in `modules`: {bits}, {self.modules}"
+        elif group_size != GROUP:
+            problem = f"group_size must be {GROUP}, not {group_size}"
+        if problem:
+            raise InputError(f"quantization_config: {problem}", ErrorCode.INVALID_CONFIG)
+
+    def bits_of(self, name: str) -> int:
+        """The bits of a Linear with this name, released or in the model; `UNQUANTIZED` or less."""
+        name = released_name(name)
+        if not name.startswith(("model.", HEAD)):  # of an `Owl2Model`
+            name = f"model.{name}"
+        default = self.bits if name == HEAD or name.startswith("model.layers.") else UNQUANTIZED
+        return self.modules.get(name, default)
+
+
+@register_quantizer(QUANT_METHOD)
+class Owl2Quantizer(HfQuantizer):
+    """Creates the quantized Linears of a model that is being loaded."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> Any:
+        quantize_model(model, self.quantization_config)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Whether `save_pretrained` can write the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on the model."""
+        return True
+
+
+@torch.no_grad()
+def quantize_model(model: Any, config: "Owl2QuantizationConfig | str") -> None:
+    """Quantize a model's Linears in place. Their weights can be on the meta device.
+
+    Args:
+        model: An `Owl2ForConditionalGeneration`, or its model without head. Its Linears cannot be
+            trained afterwards.
+        config: Or one of `BITS`.
+    """
+    if isinstance(config, str):
+        config = Owl2QuantizationConfig(BITS[config])
+    for name, module in list(model.named_modules()):
+        bits = config.bits_of(name.removesuffix(".base_layer"))
+        if type(module) is nn.Linear and bits < UNQUANTIZED and ".lora_" not in name:
+            model.set_submodule(name, QuantizedLinear(module, bits))
+    if config.bits_of(HEAD) < UNQUANTIZED:  # the embeddings are not quantized
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys.pop(f"{HEAD}.weight", None)
+    model.config.quantization_config = config
+    model.hf_quantizer = Owl2Quantizer(config, pre_quantized=True)
+    model.is_quantized = True
+
+
+def stored_quantization(config: Any) -> Owl2QuantizationConfig | None:
+    """The quantization by owl2 in a model's configuration; None if there is no such quantization.
+
+    Raises:
+        InputError: An invalid option.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD:
+        return Owl2QuantizationConfig(**stored)
+    return stored if isinstance(stored, Owl2QuantizationConfig) else None

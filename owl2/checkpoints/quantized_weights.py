@@ -1,0 +1,107 @@
+"""Reads the weights of a checkpoint one by one, and quantizes each as it is read.
+
+`owl2 quantize` writes these weights to a file, and `from_pretrained` loads them into a model, so
+that both have the same values. One weight file is open at a time.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from owl2.checkpoints.hf_quantizer import HEAD, UNQUANTIZED, Owl2QuantizationConfig
+from owl2.checkpoints.weight_files import read_tensors
+from owl2.engine.backends.weight_only_quantization import quantize_linear
+
+EMBEDDINGS = "model.embed_tokens.weight"
+# (released name of the module, weight (N, K), bits) to `weight` and `scale` of a QuantizedLinear.
+QuantizeWeight = Callable[[str, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def round_to_nearest(
+    name: str, weight: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_linear`, as a `QuantizeWeight`."""
+    return quantize_linear(weight, bits)
+
+
+class WeightReader:
+    """Reads single tensors of weight files. The files are memory-mapped, one at a time.
+
+    Attributes:
+        tensors: All tensors by name, on the meta device.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._files: dict[str, Path] = {}
+        self._open: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
+        for file in files:
+            found = read_tensors(file)
+            self.tensors |= found
+            self._files |= dict.fromkeys(found, file)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor; a view of the mapped file, which it keeps open."""
+        file = self._files[name]
+        if self._open[0] != file:
+            self._open = (None, {})  # closes the other file first
+            self._open = (file, read_tensors(file, "cpu"))
+        return self._open[1][name]
+
+    def read_copy(self, name: str) -> torch.Tensor:
+        """A copy of the tensor."""
+        return self.read(name).clone()
+
+
+@dataclass
+class LazyTensor:
+    """A tensor that is read when it is indexed, as transformers does with safetensors' slices."""
+
+    read: Callable[[], torch.Tensor]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.read()[index]
+
+
+@dataclass
+class _QuantizedPair:
+    """The two tensors of a quantized weight; the first that is read quantizes it."""
+
+    quantize: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.values:
+            weight, scale = self.quantize()
+            self.values = {"weight": weight, "scale": scale}
+        return self.values.pop(name)
+
+
+def quantized_weights(
+    reader: WeightReader,
+    config: Owl2QuantizationConfig,
+    quantize_weight: QuantizeWeight = round_to_nearest,
+) -> dict[str, LazyTensor]:
+    """The tensors of the quantized checkpoint by their stored names, in the order of the files."""
+    weights: dict[str, LazyTensor] = {}
+
+    def add(stored: str, module: str, bits: int) -> None:
+        pair = _QuantizedPair(lambda: quantize_weight(module, reader.read(stored), bits))
+        for part in ("weight", "scale"):
+            weights[f"{module}.{part}"] = LazyTensor(partial(pair.read, part))
+
+    for name, tensor in reader.tensors.items():
+        module = name.removesuffix(".weight")
+        bits = config.bits_of(module)
+        if name != module and tensor.dim() == 2 and bits < UNQUANTIZED:
+            add(name, module, bits)
+        else:  # a copy, which does not keep the file open
+            weights[name] = LazyTensor(partial(reader.read_copy, name))
+    bits, has_head = config.bits_of(HEAD), f"{HEAD}.weight" in reader.tensors
+    if bits < UNQUANTIZED and not has_head and EMBEDDINGS in reader.tensors:  # they are tied
+        add(EMBEDDINGS, HEAD, bits)
+    return weights

@@ -1,0 +1,1 @@
+"""Quantized checkpoints (`owl2 quantize`). Start with `quantize_checkpoint`."""
