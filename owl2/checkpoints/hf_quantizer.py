@@ -98,20 +98,25 @@ class Owl2Quantizer(HfQuantizer):
 
 
 @torch.no_grad()
-def quantize_model(model: Any, config: "Owl2QuantizationConfig | str") -> None:
+def quantize_model(
+    model: Any,
+    config: "Owl2QuantizationConfig | str",
+    make: type[QuantizedLinear] = QuantizedLinear,
+) -> None:
     """Quantize a model's Linears in place. Their weights can be on the meta device.
 
     Args:
         model: An `Owl2ForConditionalGeneration`, or its model without head. Its Linears cannot be
             trained afterwards.
         config: Or one of `BITS`.
+        make: The class of the quantized Linears.
     """
     if isinstance(config, str):
         config = Owl2QuantizationConfig(BITS[config])
     for name, module in list(model.named_modules()):
         bits = config.bits_of(name.removesuffix(".base_layer"))
         if type(module) is nn.Linear and bits < UNQUANTIZED and ".lora_" not in name:
-            model.set_submodule(name, QuantizedLinear(module, bits))
+            model.set_submodule(name, make(module, bits))
     if config.bits_of(HEAD) < UNQUANTIZED:  # the embeddings are not quantized
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys.pop(f"{HEAD}.weight", None)

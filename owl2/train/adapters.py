@@ -15,8 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from owl2.checkpoints.adapters import add_lora, find_adapter, lora_parameters, merge_adapter
+from owl2.checkpoints.config_file import read_config
+from owl2.checkpoints.hf_quantizer import stored_quantization
 from owl2.checkpoints.quantization import quantization_config
 from owl2.checkpoints.weight_names import module_name, released_name
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_directory, require_writable
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -38,13 +41,22 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
     """The arguments of `from_pretrained` for a quantized base model; none without `quantize`.
 
     Raises:
-        InputError: The model is an adapter, or bitsandbytes is not installed.
+        InputError: The model is an adapter; bitsandbytes is not installed; or the checkpoint is
+            quantized and the recipe has no `lora`, or quantizes it again.
     """
     if find_adapter(recipe.model, {}):
         raise InputError(
             f"model: {recipe.model} is an adapter; training starts from a complete model. Run "
             f"`owl2 merge {recipe.model} --output DIR` and give DIR",
             ErrorCode.UNSUPPORTED,
+        )
+    stored = stored_quantization(read_config(recipe.model))
+    if stored and (recipe.lora is None or recipe.quantize is not None):
+        change = "set `lora`" if recipe.lora is None else "remove `quantize`"
+        raise InputError(
+            f"model: the weights of {recipe.model} are quantized to {stored.bits} bits and cannot "
+            f"be trained; {change}",
+            ErrorCode.CONFLICT,
         )
     if recipe.quantize is None:
         return {}
@@ -66,7 +78,8 @@ def prepare(model: PreTrainedModel, recipe: Recipe, autocast: bool = True) -> Tr
         InputError: No parameter is trainable, no Linear matches, or quantized weights would have to
             be sharded.
     """
-    if recipe.quantize is not None and not autocast:
+    is_quantized = recipe.quantize is not None or stored_quantization(model.config) is not None
+    if is_quantized and not autocast:
         raise InputError(
             "quantize: FSDP2 and DeepSpeed cannot shard quantized weights; use DDP "
             "(recipes/accelerate/ddp.yaml)",
@@ -143,7 +156,7 @@ def _target_modules(model: nn.Module, settings: LoraSettings) -> str:
     linears = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(prefixes)
+        if isinstance(module, nn.Linear | QuantizedLinear) and name.startswith(prefixes)
     ]
     chosen = set(linears if settings.target_modules is None else ())
     for target in map(module_name, settings.target_modules or ()):
@@ -188,6 +201,11 @@ def merge(
     model = Owl2ForConditionalGeneration.from_pretrained(
         adapter, dtype="auto" if target is None else torch.float32, base=base
     )
+    if stored_quantization(model.config):
+        raise InputError(
+            f"the base model of {adapter} is quantized; give the unquantized one with --base",
+            ErrorCode.UNSUPPORTED,
+        )
     merge_adapter(model, files)
     if target is not None:
         model.to(target)

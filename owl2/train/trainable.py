@@ -23,6 +23,7 @@ from enum import StrEnum
 from rich.table import Column, Table
 from torch import nn
 
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.errors import ErrorCode, InputError
 
 
@@ -139,5 +140,8 @@ def summarize_trainable(model: nn.Module) -> TrainableParams:
         size = packed.shape.numel() if packed is not None else parameter.numel()
         sizes[part_of(name)] += size
         trainable_sizes[part_of(name)] += size * parameter.requires_grad
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):  # its weight is a buffer
+            sizes[part_of(f"{name}.")] += module.in_features * module.out_features
     present = {part: size for part, size in sizes.items() if size}
     return TrainableParams(present, {part: trainable_sizes[part] for part in present})

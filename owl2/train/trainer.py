@@ -332,6 +332,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path, max_steps: int) -> Tra
         dataloader_pin_memory=has_cuda,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # with several processes every weight is used
+        ddp_broadcast_buffers=False,  # they are constant, and contain the quantized weights
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would hide them; see `_get_grad_norm`

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import torch
 
 from owl2.train.recipe import Recipe
 from owl2.train.run import train
@@ -63,3 +64,11 @@ def recipe(recipe_in, tmp_path):
 def uninterrupted(recipe_in, tmp_path_factory):
     """The result of a run of `recipe()` that was not stopped; read-only."""
     return train(recipe_in(tmp_path_factory.mktemp("uninterrupted")), quiet())
+
+
+@pytest.fixture
+def image_batch():
+    """Two rows of ids, one with an image of `tests.tiny`."""
+    ids = torch.tensor([[1, 40, 40, 40, 5, 6, 7], [1, 8, 9, 10, 11, 12, 13]])
+    labels = ids.masked_fill((ids == 40) | (ids == 1), -100)
+    return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(1, 3, 8, 8)}

@@ -46,13 +46,6 @@ def test_frozen_linears_in_bfloat16_do_not_change_results(image_batch):
 
 
 @pytest.fixture
-def image_batch():
-    ids = torch.tensor([[1, 40, 40, 40, 5, 6, 7], [1, 8, 9, 10, 11, 12, 13]])
-    labels = ids.masked_fill((ids == 40) | (ids == 1), -100)
-    return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(1, 3, 8, 8)}
-
-
-@pytest.fixture
 def wide(world, tmp_path):
     """A checkpoint with sizes for bitsandbytes' CPU kernels: multiples of 32."""
     folder = tmp_path / "wide"

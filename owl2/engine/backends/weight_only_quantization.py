@@ -59,16 +59,20 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N). For many tokens, the weight is dequantized to their dtype."""
         if torch.is_grad_enabled() and x.requires_grad:
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))
-            y: torch.Tensor = _ConstantLinear.apply(x, self)
-            return y if self.bias is None else y + self.bias.to(y.dtype)
+            return self.forward_with_gradients(x)
         use_kernels = _has_kernels(x)
         if use_kernels and x.numel() <= ops.MAX_TOKENS * self.in_features:
             tokens = F.pad(x.reshape(-1, self.in_features), (0, self.padding)).contiguous()
             y = ops.linear(tokens, self.weight, self.bias, self.scale, self.bits)
             return y.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.dequantize(x.dtype, use_kernels), self.bias)
+
+    def forward_with_gradients(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` of an input whose gradient is needed; under autocast, in its dtype."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y: torch.Tensor = _ConstantLinear.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype, use_kernels: bool = False) -> torch.Tensor:
         """The weight (N, K) in a floating-point dtype."""
@@ -113,7 +117,8 @@ def quantize_linear(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     """
     quantize_rows = quantize_to_8_bits if bits == 8 else quantize_to_4_bits
     padding = -weight.shape[1] % GROUP
-    blocks = weight.split(max(1, BLOCK // max(1, weight.shape[1])))
+    rows = len(weight) if weight.is_meta else BLOCK // max(1, weight.shape[1])
+    blocks = weight.split(max(1, rows))
     weights, scales = zip(*(quantize_rows(F.pad(b, (0, padding))) for b in blocks), strict=True)
     return torch.cat(weights), torch.cat(scales)
 

@@ -16,11 +16,18 @@ from enum import StrEnum
 import torch
 from torch import nn
 
+from owl2.checkpoints.hf_quantizer import quantize_model, stored_quantization
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import prepare
 from owl2.train.estimate.hardware import Hardware
-from owl2.train.estimate.tracer import BatchShape, MemoryKind, StepTrace, trace_step
+from owl2.train.estimate.tracer import (
+    BatchShape,
+    MemoryKind,
+    StepTrace,
+    TracedQuantizedLinear,
+    trace_step,
+)
 from owl2.train.parallelize import enable_checkpointing
 from owl2.train.recipe import Recipe
 
@@ -159,6 +166,8 @@ def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForCon
         model = Owl2ForConditionalGeneration(config)
         if recipe.image_size is not None:
             model.set_image_size(recipe.image_size)
+        if stored := stored_quantization(config):
+            quantize_model(model, stored, TracedQuantizedLinear)
         # Explicit, because the default dtype is that of this machine, not of the planned one.
         prepare(model, recipe.model_copy(update={"dtype": dtype}))
     for linear in _quantized_linears(model, recipe):

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.model.loss import chunked_cross_entropy
 from owl2.model.modality import Routing
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -91,6 +92,18 @@ class StepTrace:
         scaled = self.memory * factors
         row = scaled[scaled.sum(1).argmax()]
         return Counter({kind: int(size) for kind, size in zip(KINDS, row, strict=True)})
+
+
+class TracedQuantizedLinear(QuantizedLinear):
+    """A quantized Linear without values: the dequantized weight is one tensor, as with kernels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As in training."""
+        return self.forward_with_gradients(x)
+
+    def dequantize(self, dtype: torch.dtype, use_kernels: bool = False) -> torch.Tensor:
+        """See `QuantizedLinear`."""
+        return torch.empty(self.out_features, self.in_features, dtype=dtype)
 
 
 def trace_step(
