@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from owl2.model.configuration import Owl2Config
     from owl2.model.modeling import Owl2ForConditionalGeneration
     from owl2.processing.processor import Owl2Processor
+    from owl2.scoring.scorer import ImageScorer
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Owl2Config", "Owl2ForConditionalGeneration", "Owl2Processor"]
+__all__ = ["Engine", "ImageScorer", "Owl2Config", "Owl2ForConditionalGeneration", "Owl2Processor"]
 
 _MODULES = {
     "Engine": "owl2.engine.engine",
+    "ImageScorer": "owl2.scoring.scorer",
     "Owl2Config": "owl2.model.configuration",
     "Owl2ForConditionalGeneration": "owl2.model.modeling",
     "Owl2Processor": "owl2.processing.processor",

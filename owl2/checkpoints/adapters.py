@@ -9,6 +9,9 @@ The base model stays where it is. The adapter's directory has the format of peft
 
 LoRA replaces the Linears inside the model, whose class does not change. Unlike peft, owl2 trains
 the parts in `modules_to_save` in place, without a second copy in memory.
+
+The authors of Q-Align and DeQA-Score publish adapters as `adapter_model.bin` with the LoRA matrices
+and `non_lora_trainables.bin` with the parts that were trained completely (Model family §6).
 """
 
 import copy
@@ -34,6 +37,7 @@ from owl2.errors import ErrorCode, InputError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+PICKLED_WEIGHTS, PICKLED_PARTS = "adapter_model.bin", "non_lora_trainables.bin"
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PREFIX = "base_model.model."  # of all names in peft's files: its wrappers around a model
 
@@ -117,9 +121,19 @@ def find_adapter(
             f"{file}: only adapters of type LORA are supported, not {config.peft_type}",
             ErrorCode.UNSUPPORTED,
         )
-    for name in (WEIGHTS, BASE, CONFIG_FILE):  # downloads them
+    for name in (WEIGHTS, PICKLED_WEIGHTS, PICKLED_PARTS, BASE, CONFIG_FILE):  # downloads them
         find_file(name_or_path, name, hub)
+    if isinstance(config, LoraConfig) and (parts := file.parent / PICKLED_PARTS).is_file():
+        names = [name.removeprefix(PREFIX).split(".") for name in read_tensors(parts)]
+        saved = {".".join(name[: 2 if name[0] == "model" else 1]) for name in names}
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *saved})
     return AdapterFiles(str(name_or_path), file.parent, config)
+
+
+def base_name(name_or_path: str | Path, hub: dict[str, Any] | None = None) -> str | None:
+    """The base model that an adapter names; None if there is no adapter."""
+    file = find_file(name_or_path, CONFIG, hub or {})
+    return read_json(file).get("base_model_name_or_path") if file else None
 
 
 def _with_module_names(targets: Any) -> Any:
@@ -197,9 +211,19 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     """
     _check_base(model, folder)
     file = folder / WEIGHTS
+    files = [file]
     if not file.is_file():
-        raise InputError(f"{folder} has no {WEIGHTS}", ErrorCode.MISSING_WEIGHTS)
-    stored = {released_name(key): tensor for key, tensor in read_tensors(file, "cpu").items()}
+        file = folder / PICKLED_WEIGHTS
+        files = [one for one in (file, folder / PICKLED_PARTS) if one.is_file()]
+    if not file.is_file():
+        raise InputError(
+            f"{folder} has neither {WEIGHTS} nor {PICKLED_WEIGHTS}", ErrorCode.MISSING_WEIGHTS
+        )
+    stored = {
+        released_name(key): tensor
+        for one in files
+        for key, tensor in read_tensors(one, "cpu").items()
+    }
     expected = adapter_tensors(model)  # share the model's memory
     shapes = {
         key: (tuple(stored[key].shape), tuple(expected[key].shape))

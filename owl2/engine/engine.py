@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from owl2.engine import hf_generate
+from owl2.engine import hf_generate, offline
 from owl2.engine.detokenizer import IncrementalDetokenizer, open_byte_ids, token_texts
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.load_model import ModelArgs
@@ -24,11 +24,7 @@ from owl2.engine.logits_processors import check_logits_processors
 from owl2.engine.output import Abort, Completion, CompletionChunk, OnOutput, OutputProcessor
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput
-from owl2.engine.sampling import (
-    SamplingParams,
-    check_generation_config,
-    end_ids,
-)
+from owl2.engine.sampling import SamplingParams, check_generation_config, end_ids
 from owl2.engine.scheduler import Request
 from owl2.engine.scoring import group_choices, score_answers
 from owl2.engine.structured_output import GrammarCompiler
@@ -318,9 +314,15 @@ class Engine:
 
         It runs in the engine's thread, while other requests wait, and must not modify its argument.
         """
-        if self.core is not None:
-            return self.core.run_prefilled(prompt, function)
-        return function(hf_generate.prefill(self.model, prompt))
+        if self.core is None:
+            return function(hf_generate.prefill(self.model, prompt))
+        return self.core.run_prefilled(prompt, function)
+
+    def next_token_logits(
+        self, prompts: Sequence[PreparedPrompt], token_ids: Sequence[int]
+    ) -> torch.Tensor:
+        """The logits of W tokens after each of B prompts, see `offline.next_token_logits`."""
+        return offline.next_token_logits(self, prompts, token_ids)
 
     # -------------------------------------------------------------- internals
 

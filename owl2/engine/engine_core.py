@@ -29,7 +29,12 @@ import torch
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput, RunningBatch
 from owl2.engine.sampling import SamplingParams
-from owl2.engine.scheduler import Request, select_prefills
+from owl2.engine.scheduler import (
+    MAX_PREFILL_TOKENS_BUSY,
+    MAX_PREFILL_TOKENS_IDLE,
+    Request,
+    select_prefills,
+)
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt
@@ -45,6 +50,16 @@ class _Job(NamedTuple):
     prompt: PromptState
     function: Callable[[PrefillOutput], Any]
     result: Future
+
+
+class _LogitsJob(NamedTuple):
+    """A prompt of which only the logits of the next token are computed."""
+
+    prompt: PromptState
+    result: Future
+
+
+Item = Request | _Job | _LogitsJob
 
 
 class EngineCore:
@@ -95,6 +110,7 @@ class EngineCore:
             self._batch.prefixes.min_tokens = min_prefix_tokens
         self._waiting: list[Request] = []
         self._jobs: list[_Job] = []
+        self._logits_jobs: list[_LogitsJob] = []
         self._must_clear = False
         self._thread = _EngineThread(self)
 
@@ -122,7 +138,7 @@ class EngineCore:
         prompt.check_ids(config)
         return prompt
 
-    def submit(self, items: Sequence[Request | _Job]) -> None:
+    def submit(self, items: Sequence[Item]) -> None:
         """Queue requests; their callbacks report the results.
 
         Raises:
@@ -176,6 +192,15 @@ class EngineCore:
         self.submit([job])
         return job.result.result()
 
+    def next_token_logits(self, prompts: Sequence[PromptState]) -> list[torch.Tensor]:
+        """The logits (V,) after the last token of each prompt, in float32.
+
+        Prompts of several callers are computed together.
+        """
+        jobs = [_LogitsJob(prompt, Future()) for prompt in prompts]
+        self.submit(jobs)
+        return [job.result.result() for job in jobs]
+
     def clear_cache(self) -> None:
         """Clear the caches before the next prompt."""
         self._must_clear = True
@@ -194,7 +219,7 @@ class EngineCore:
 
     # ------------------------------------------------------------ for the engine's thread
 
-    def run(self, items: Sequence[Request | _Job]) -> None:
+    def run(self, items: Sequence[Item]) -> None:
         """Process items, and those that arrive meanwhile, until nothing is left.
 
         Errors such as a lack of memory end all requests, but not the thread.
@@ -202,13 +227,15 @@ class EngineCore:
         with _neutral_modes(self.model.device):
             while not self._thread.closed:
                 self._jobs += [item for item in items if isinstance(item, _Job)]
+                self._logits_jobs += [item for item in items if isinstance(item, _LogitsJob)]
                 self._waiting += [item for item in items if isinstance(item, Request)]
                 try:
                     self._step()
                 except Exception as error:  # the callers receive it
                     self._fail(error)
                 items = self._thread.take()
-                if not (items or self._jobs or self._waiting or self._batch.requests):
+                jobs = self._jobs or self._logits_jobs
+                if not (items or jobs or self._waiting or self._batch.requests):
                     return
 
     def _step(self) -> None:
@@ -216,7 +243,8 @@ class EngineCore:
         batch = self._batch
         self._waiting = [request for request in self._waiting if not request.aborted]
         batch.remove_finished()
-        if self._jobs or (self._waiting and len(batch.requests) < self.max_num_seqs):
+        has_jobs = bool(self._jobs or self._logits_jobs)
+        if has_jobs or (self._waiting and len(batch.requests) < self.max_num_seqs):
             if self._must_clear:
                 self._must_clear = False
                 batch.clear()
@@ -227,6 +255,7 @@ class EngineCore:
                     job.result.set_result(job.function(batch.prefill_alone(job.prompt)))
                 except Exception as error:  # the caller of `run_prefilled` receives it
                     job.result.set_exception(error)
+            self._compute_logits()
             selected = select_prefills(
                 self._waiting[: self.max_num_seqs],
                 batch.prefixes,
@@ -242,6 +271,26 @@ class EngineCore:
                 self.on_step(len(batch.requests))
             batch.step()
 
+    def _compute_logits(self) -> None:
+        """Compute the logits of some prompts in one batch."""
+        limit = MAX_PREFILL_TOKENS_BUSY if self._batch.requests else MAX_PREFILL_TOKENS_IDLE
+        jobs: list[_LogitsJob] = []
+        width = 0
+        while self._logits_jobs:
+            width = max(width, self._logits_jobs[0].prompt.num_tokens)
+            if jobs and (len(jobs) + 1) * width > limit:
+                break
+            jobs.append(self._logits_jobs.pop(0))
+        if not jobs:
+            return
+        try:
+            logits = self._batch.next_token_logits([job.prompt for job in jobs])
+            for job, row in zip(jobs, logits, strict=True):
+                job.result.set_result(row)
+        except Exception as error:  # the callers receive it
+            for job in jobs:
+                job.result.set_exception(error)
+
     def _fits(self, requests: Sequence[Request]) -> bool:
         """Whether there are rows and memory for these requests; one always fits."""
         if len(requests) <= 1:
@@ -251,10 +300,10 @@ class EngineCore:
         size = 2 * len(requests) * longest * position_bytes  # 2: the cache grows by doubling
         return len(requests) <= self.max_num_seqs and size <= self._max_batch_bytes
 
-    def _reset(self) -> tuple[list[Request], list[_Job]]:
+    def _reset(self) -> tuple[list[Request], list[_Job | _LogitsJob]]:
         """Remove everything; returns what was removed."""
-        requests, jobs = [*self._batch.reset(), *self._waiting], self._jobs
-        self._waiting, self._jobs = [], []
+        requests, jobs = [*self._batch.reset(), *self._waiting], [*self._jobs, *self._logits_jobs]
+        self._waiting, self._jobs, self._logits_jobs = [], [], []
         return requests, jobs
 
     def _fail(self, error: Exception) -> None:
@@ -274,7 +323,7 @@ class _EngineThread:
 
     def __init__(self, core: EngineCore) -> None:
         # `put` of a SimpleQueue is reentrant: the garbage collector may run anywhere.
-        self._queue: SimpleQueue[Sequence[Request | _Job]] = SimpleQueue()
+        self._queue: SimpleQueue[Sequence[Item]] = SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.process = os.getpid()
@@ -283,7 +332,7 @@ class _EngineThread:
         # At the interpreter's exit, the thread must not be inside of torch.
         weakref.finalize(core, self.close)
 
-    def put(self, items: Sequence[Request | _Job]) -> None:
+    def put(self, items: Sequence[Item]) -> None:
         """Hand items to the thread; starts it if necessary."""
         if self.closed:
             raise RuntimeError("the engine is shut down: the process is exiting")
@@ -293,9 +342,9 @@ class _EngineThread:
                 self._thread = threading.Thread(target=self._serve, name="owl2-engine", daemon=True)
                 self._thread.start()
 
-    def take(self) -> list[Request | _Job]:
+    def take(self) -> list[Item]:
         """All items that arrived since."""
-        items: list[Request | _Job] = []
+        items: list[Item] = []
         while not self._queue.empty():
             items += self._queue.get()
         return items

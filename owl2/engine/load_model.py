@@ -43,7 +43,10 @@ class ModelArgs:
     def load_processor(self) -> Owl2Processor:
         """The processor of the checkpoint."""
         return Owl2Processor.from_pretrained(
-            self.model, image_policy=self.image_policy, max_pixels=self.max_pixels
+            self.model,
+            base=self.base,
+            image_policy=self.image_policy,
+            max_pixels=self.max_pixels,
         )
 
     def load_model(self) -> Owl2ForConditionalGeneration:

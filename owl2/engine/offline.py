@@ -3,9 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
+from owl2.engine import hf_generate
 from owl2.engine.output import CompletionChunk
+from owl2.engine.prefix_cache import PromptState
+from owl2.engine.sampling import non_finite_error
 from owl2.errors import InputError
 from owl2.processing.messages import Message
 from owl2.processing.prepared_prompt import PreparedPrompt
@@ -14,7 +19,7 @@ if TYPE_CHECKING:
     from owl2.engine.engine import Engine
 
 Messages = Sequence[Message]
-Encoded = PreparedPrompt | InputError
+Item, Encoded = TypeVar("Item"), TypeVar("Encoded")
 
 
 def answer_all(
@@ -50,27 +55,50 @@ def output_all(
 
 
 def encode_batches(
-    encode: Callable[[Messages], PreparedPrompt], conversations: Iterable[Messages], batch_size: int
-) -> Iterator[list[Encoded]]:
-    """Batches of prompts, each the result of `encode` or its `InputError`.
+    encode: Callable[[Item], Encoded], items: Iterable[Item], batch_size: int
+) -> Iterator[list[Encoded | InputError]]:
+    """Batches of what `encode` returns for items, or its `InputError`.
 
-    Conversations are read lazily. Threads read the images of the next batch while one is used.
+    Items are read lazily. Threads read the images of the next batch while one is used.
     """
 
-    def encode_one(messages: Messages) -> Encoded:
+    def encode_one(item: Item) -> Encoded | InputError:
         try:
-            return encode(messages)
+            return encode(item)
         except InputError as error:
             return error
 
-    remaining = iter(conversations)
+    remaining = iter(items)
     with ThreadPoolExecutor() as pool:
 
-        def submit() -> list[Future[Encoded]]:
-            return [pool.submit(encode_one, messages) for messages in islice(remaining, batch_size)]
+        def submit() -> list[Future[Encoded | InputError]]:
+            return [pool.submit(encode_one, item) for item in islice(remaining, batch_size)]
 
         pending = submit()
         while pending:
-            prompts = [future.result() for future in pending]
+            encoded = [future.result() for future in pending]
             pending = submit()
-            yield prompts
+            yield encoded
+
+
+def next_token_logits(
+    engine: "Engine", prompts: Sequence[PreparedPrompt], token_ids: Sequence[int]
+) -> torch.Tensor:
+    """The logits of W tokens after each of B prompts: (B, W) in float32 on the CPU.
+
+    Nothing is generated. Prompts of several threads are computed together, and the tokens that they
+    share at their start only once.
+
+    Raises:
+        InputError: A prompt does not fit the model, or logits are not finite.
+    """
+    for prompt in prompts:
+        engine.encode(prompt)
+    if engine.core is not None:
+        rows = engine.core.next_token_logits([PromptState(prompt) for prompt in prompts])
+    else:
+        rows = [hf_generate.prefill(engine.model, one).logits[0] for one in prompts]
+    logits = torch.stack(rows)[:, list(token_ids)].float().cpu()
+    if not logits.isfinite().all():
+        raise non_finite_error(engine.model.dtype, "the next token")
+    return logits

@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from owl2.engine.model_runner import ModelRunner
+from owl2.engine.next_token import next_token_logits
 from owl2.engine.prefix_cache import (
     PrefixCache,
     PromptKey,
@@ -176,6 +177,16 @@ class RunningBatch:
         for layer, (keys, values) in enumerate(runner.cache.read(0, prompt.num_tokens)):
             cache.update(keys[None], values[None], layer)
         return PrefillOutput(logits, cache)
+
+    def next_token_logits(self, prompts: Sequence[PromptState]) -> torch.Tensor:
+        """(B, V) float32 logits after the last token of each prompt, which nothing is added to.
+
+        The prefix cache is neither read nor extended.
+        """
+        images = self._embed_images(prompts)
+        self.stats.num_prefills += len(prompts)
+        self.stats.num_prefill_tokens += sum(prompt.num_tokens for prompt in prompts)
+        return next_token_logits(self.model, prompts, images)
 
     def clear(self) -> None:
         """Clear the caches."""

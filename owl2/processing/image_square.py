@@ -67,7 +67,12 @@ def _crop(image: Image.Image, edge: int, resample: int) -> Image.Image:
     left, top = (width - edge) // 2, (height - edge) // 2
     if longer <= MAX_CROPPED_RATIO * shorter:
         return image.resize((width, height), resample).crop((left, top, left + edge, top + edge))
-    # Of an image of any length, only the square is computed.
+    # Of an image of any length, only the square is computed. The pixels next to it, as far as the
+    # widest filter reaches, are kept. Pillow resizes images of more than 1:100 in another order.
     x, y = image.width / width, image.height / height
-    box = (left * x, top * y, (left + edge) * x, (top + edge) * y)
-    return image.resize((edge, edge), resample, box=box)
+    margin = int(4 * max(x, y, 1)) + 1
+    x_start, y_start = max(0, int(left * x) - margin), max(0, int(top * y) - margin)
+    x_end, y_end = int((left + edge) * x) + margin, int((top + edge) * y) + margin
+    part = image.crop((x_start, y_start, min(x_end, image.width), min(y_end, image.height)))
+    box = (left * x - x_start, top * y - y_start)
+    return part.resize((edge, edge), resample, box=(*box, box[0] + edge * x, box[1] + edge * y))

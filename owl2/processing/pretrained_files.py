@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.processing_utils import TextKwargs
 
+from owl2.checkpoints.adapters import base_name
 from owl2.checkpoints.config_file import (
     CONFIG_FILE,
     HUB_ARGS,
@@ -58,12 +59,14 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Owl2Processor` for a checkpoint, a directory or a hub id.
 
     Args:
-        args: Of the hub, `Owl2ImageProcessor` and the tokenizer.
+        args: Of the hub, `Owl2ImageProcessor` and the tokenizer; `base`, the base model of an
+            adapter, which has the files of adapters without a tokenizer.
 
     Raises:
         InputError: A file is missing or invalid, or config.json is of another model.
         TypeError: An unknown argument.
     """
+    base = args.pop("base", None)
     pixel_args, tokenizer_args, hub = (
         {key: args[key] for key in args.keys() & names}
         for names in (_PIXEL_ARGS, _TOKENIZER_ARGS, {*HUB_ARGS, "proxies"})
@@ -73,6 +76,9 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     ):
         raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(unknown)}")
     name = resolve_checkpoint(name, "a processor", False, hub.get("revision"))
+    if not any(find_file(name, files[0], hub) for files in _VOCABULARIES):
+        own_base = base or base_name(name, hub)
+        name = resolve_checkpoint(own_base, "a processor", False) if own_base else name
     files = _find_files(name, hub)
     config = read_config(name, **hub) if files[CONFIG_FILE] else None
     model_type = get_model_type(config.model_type if config else DEFAULT_MODEL_TYPE)

@@ -143,7 +143,7 @@ class Owl2Processor(ProcessorMixin):
             for name in ("return_mm_token_type_ids", "return_text_replacement_offsets")
         )
         rows = [
-            self._encode(prompt, text_options.get("add_special_tokens") is not False)
+            self.prompt_ids(prompt, text_options.get("add_special_tokens") is not False)
             for prompt in texts
         ]
         tokens = self.tokenizer, self._start_ids, self.image_token_id
@@ -174,8 +174,8 @@ class Owl2Processor(ProcessorMixin):
             num_image_patches=[1] * len(image_sizes),
         )
 
-    def _encode(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a prompt, with K+1 × `image_token_id` for every `<|image|>`."""
+    def prompt_ids(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, with K+1 × `image_token_id` for every `<|image|>`."""
         image, num_ids = self.image_token_id, self.num_image_tokens
         encoded = encode(self.tokenizer, prompt)
         ids = [id_ for id_ in encoded for _ in range(num_ids if id_ == image else 1)]
@@ -273,7 +273,7 @@ class Owl2Processor(ProcessorMixin):
         text, _ = self._render(parsed, template, **options, add_generation_prompt=True)
         images = flatten_images([text.count(IMAGE_TOKEN)], [list(parsed.images)])
         pixels = self.image_processor(images)["pixel_values"] if images else None
-        ids = self._encode(text)
+        ids = self.prompt_ids(text)
         return PreparedPrompt.from_ids(ids, pixels, self.image_token_id, self.num_image_tokens)
 
     def for_training(

@@ -209,7 +209,7 @@ def merge(
     merge_adapter(model, files)
     if target is not None:
         model.to(target)
-    processor = Owl2Processor.from_pretrained(str(adapter))
+    processor = Owl2Processor.from_pretrained(str(adapter), base=base)
     with atomic_directory(output) as directory:
         model.save_pretrained(directory)
         processor.save_pretrained(directory)

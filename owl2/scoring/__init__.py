@@ -1,0 +1,1 @@
+"""Scores of images and videos: quality and aesthetics. Start with `scorer.ImageScorer`."""
