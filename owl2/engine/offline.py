@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from owl2.engine import hf_generate
 from owl2.engine.output import CompletionChunk
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.sampling import non_finite_error
@@ -97,7 +96,7 @@ def next_token_logits(
     if engine.core is not None:
         rows = engine.core.next_token_logits([PromptState(prompt) for prompt in prompts])
     else:
-        rows = [hf_generate.prefill(engine.model, one).logits[0] for one in prompts]
+        rows = [engine.run_prefilled(one, lambda output: output.logits[0]) for one in prompts]
     logits = torch.stack(rows)[:, list(token_ids)].float().cpu()
     if not logits.isfinite().all():
         raise non_finite_error(engine.model.dtype, "the next token")
