@@ -41,6 +41,7 @@ from owl2.checkpoints.key_report import (
     listing,
     translate_load_errors,
 )
+from owl2.checkpoints.load_memory import require_load_memory
 from owl2.checkpoints.quantized_weights import WeightReader, quantized_weights
 from owl2.checkpoints.remote_code import add_remote_code
 from owl2.checkpoints.weight_files import (
@@ -127,8 +128,7 @@ class CheckpointMixin(PreTrainedModel):
         safetensors = kwargs.get("use_safetensors") is not False
         if folder.is_dir():
             check_generation_config(folder)
-            if not kwargs.get("output_loading_info"):
-                _check_weights(folder, config, safetensors)
+            _check_weights(name_or_path, folder, config, safetensors, kwargs)
         positions, tensor = _stored_positions(name_or_path, safetensors, hub)
         stored = _image_size(tensor, config)
         if stored not in (None, config.image_size):
@@ -339,19 +339,28 @@ def _cast_unquantized(model: Any) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _check_weights(folder: Path, config: Any, safetensors: bool) -> None:
-    """Reject corrupt weight files and integer tensors, which transformers would convert."""
-    integers = [
-        name
-        for file in weight_files(folder, safetensors)
-        for name, tensor in read_tensors(file).items()
-        if not tensor.is_floating_point()
-    ]
-    if integers and getattr(config, "quantization_config", None) is None:
+def _check_weights(
+    name: str | Path, folder: Path, config: Any, safetensors: bool, options: dict[str, Any]
+) -> None:
+    """Reject corrupt weight files, integer tensors, which transformers would convert, and weights
+    that do not fit into memory."""
+    files = weight_files(folder, safetensors)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors |= read_tensors(file)
+    integers = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if integers and not is_quantized and not options.get("output_loading_info"):
         raise InputError(
             f"{folder}: weights must be floating-point tensors\n" + listing("integers", integers),
             ErrorCode.INVALID_FORMAT,
         )
+    given, dtype = options.get("quantization_config"), options.get("dtype")
+    # With a device map, weights are not loaded into the memory of the CPU.
+    if options.get("device_map") is None and isinstance(given, Owl2QuantizationConfig | None):
+        sizes = {file.name: file.stat().st_size for file in files}
+        dtype = dtype if isinstance(dtype, torch.dtype) else None
+        require_load_memory(str(name), tensors, sizes, dtype, given)
 
 
 def _stored_positions(

@@ -81,6 +81,13 @@ class _QuantizedPair:
         return self.values.pop(name)
 
 
+def bits_of_weight(name: str, tensor: torch.Tensor, config: Owl2QuantizationConfig) -> int:
+    """The bits of a stored tensor; `UNQUANTIZED` for all but the weights of quantized Linears."""
+    module = name.removesuffix(".weight")
+    is_matrix = name != module and tensor.dim() == 2 and tensor.is_floating_point()
+    return config.bits_of(module) if is_matrix else UNQUANTIZED
+
+
 def quantized_weights(
     reader: WeightReader,
     config: Owl2QuantizationConfig,
@@ -95,10 +102,9 @@ def quantized_weights(
             weights[f"{module}.{part}"] = LazyTensor(partial(pair.read, part))
 
     for name, tensor in reader.tensors.items():
-        module = name.removesuffix(".weight")
-        bits = config.bits_of(module)
-        if name != module and tensor.dim() == 2 and bits < UNQUANTIZED:
-            add(name, module, bits)
+        bits = bits_of_weight(name, tensor, config)
+        if bits < UNQUANTIZED:
+            add(name, name.removesuffix(".weight"), bits)
         else:  # a copy, which does not keep the file open
             weights[name] = LazyTensor(partial(reader.read_copy, name))
     bits, has_head = config.bits_of(HEAD), f"{HEAD}.weight" in reader.tensors

@@ -42,6 +42,7 @@ def size_table(name_or_path: str | None = None) -> "Table":
     from rich.table import Table
 
     from owl2.checkpoints.config_file import read_config
+    from owl2.memory import available_memory, format_size
     from owl2.model.configuration import Owl2Config
     from owl2.processing.pretrained_files import read_image_policy, select_image_policy
 
@@ -78,7 +79,39 @@ def size_table(name_or_path: str | None = None) -> "Table":
     size = total * 2  # bytes
     shown = f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
     table.add_row("total", f"{total:,}", f"{shown} in 16 bits")
+    table.add_section()
+    for purpose, needed in memory_of_commands(config).items():
+        table.add_row(purpose, format_size(needed), "of memory")
+    table.add_row("available here", format_size(available_memory()), "of memory")
     return table
+
+
+def memory_of_commands(config: "Owl2Config") -> dict[str, int]:
+    """The bytes of memory that commands need for a model on this machine's CPU, by the command.
+
+    `owl2 chat` needs its weights and a key-value cache. `owl2 plan` estimates training.
+    """
+    import torch
+
+    from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig, stored_quantization
+    from owl2.checkpoints.load_memory import loaded_size
+    from owl2.engine.backends.weight_only_quantization import BITS
+    from owl2.model.modeling import Owl2ForConditionalGeneration
+    from owl2.runtime import select_dtype
+
+    with torch.device("meta"):
+        weights = Owl2ForConditionalGeneration(config).state_dict()
+    dtype = select_dtype(torch.device("cpu"))
+    stored = stored_quantization(config)
+    if stored is not None:
+        needed = {"chat": loaded_size(weights, dtype, stored)}
+    else:
+        needed = {f"chat, {str(dtype).removeprefix('torch.')}": loaded_size(weights, dtype)}
+        for name, bits in BITS.items():
+            size = loaded_size(weights, dtype, Owl2QuantizationConfig(bits))
+            needed[f"chat --quantize {name}"] = size
+    width = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    return {**needed, "cache of 1,000 tokens": 1000 * 2 * width * dtype.itemsize}
 
 
 def parameter_counts(config: "Owl2Config") -> dict[str, int]:

@@ -16,7 +16,10 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(help="GPU model: h200, h100, a100, l40s, rtx4090 ...")
     ] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Memory per GPU, such as 80G.")] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory per GPU, such as 80G; default for the CPU: what is available."),
+    ] = None,
     sharding: Annotated[str, typer.Option(help="none, fsdp2 or zero3.")] = "none",
     tflops: Annotated[
         float | None,
@@ -42,12 +45,15 @@ def plan(
     output_file: Annotated[Path | None, typer.Option(help="JSON file with all values.")] = None,
 ) -> None:
     """Estimate a recipe's memory, FLOPs and time. Loads no weights."""
+    from owl2.memory import available_memory
     from owl2.train.estimate.command import plan_recipe, read_statistics
     from owl2.train.estimate.hardware import Hardware
     from owl2.train.estimate.memory import SampleStatistics
     from owl2.train.recipe_file import read_recipe
 
     chosen = read_recipe(recipe, settings or [])
+    if not gpus and gpu_memory is None:
+        gpu_memory = str(available_memory())
     data = SampleStatistics(tokens, images, samples)
     if statistics is not None:
         data = read_statistics(statistics, chosen.max_length)

@@ -22,6 +22,7 @@ from owl2.checkpoints.config_file import CONFIG_FILE, read_config, read_json, re
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.checkpoints.key_report import check_keys
 from owl2.checkpoints.load import HEAD, POSITIONS
+from owl2.checkpoints.load_memory import BUFFERS, loaded_size
 from owl2.checkpoints.quantized_weights import (
     LazyTensor,
     QuantizeWeight,
@@ -33,6 +34,7 @@ from owl2.checkpoints.weight_files import COMPUTED_KEYS, fingerprint, weight_fil
 from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode, InputError
 from owl2.files import apply_umask, atomic_directory, require_writable
+from owl2.memory import require_memory
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
@@ -69,6 +71,10 @@ def quantize_checkpoint(
     if Path(output).exists():
         raise InputError(f"{output} exists; choose another output", ErrorCode.FILE_EXISTS)
     require_writable(output)
+    largest = max(tensor.nbytes for tensor in reader.tensors.values())
+    size = min(max_shard_size, loaded_size(reader.tensors, None, config))
+    file_size = max(file.stat().st_size for file in weight_files(source))
+    require_memory(f"Quantizing {model}", size + largest + BUFFERS, file_size)
     weights = quantized_weights(reader, config, quantize_weight)
     with atomic_directory(output) as directory:
         _write_weights(weights, directory, max_shard_size, progress)

@@ -36,6 +36,7 @@ from owl2.train.checkpointer import (
 )
 from owl2.train.console import ConsoleLogger, LivePanel
 from owl2.train.distributed import DistributedContext
+from owl2.train.estimate.memory import require_training_memory
 from owl2.train.loggers import make_loggers, require_loggers
 from owl2.train.metrics import MetricsCallback
 from owl2.train.optimizer import groups_table, recipe_groups
@@ -122,6 +123,8 @@ class TrainingRun:
         self.saved = find_state(recipe, context)
         self.start = TrainingProgress() if self.saved is None else self.saved.progress
         require_writable(self.output / "model")
+        if not torch.cuda.is_available():
+            require_training_memory(recipe, context)
         # In float32, because small updates need the precision.
         self.model = Owl2ForConditionalGeneration.from_pretrained(
             recipe.model,

@@ -31,7 +31,7 @@ STANDARD_DEVIATION = 0.02
 def write(folder: Path, size: str, shards: int) -> None:
     """Write the checkpoint and its processor."""
     folder.mkdir(parents=True)
-    config = Owl2Config(**PRESETS[size], dtype="bfloat16")
+    config = Owl2Config(**PRESETS[size] | {"dtype": "bfloat16"})
     config.save_pretrained(folder)
     tokenizer_file = folder / "tokenizer.model"
     train_tokenizer(TEXTS, tokenizer_file, 320)

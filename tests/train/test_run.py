@@ -254,3 +254,10 @@ def test_terminal_shows_the_live_panel(recipe):
     assert "step 10/10" in text
     assert "samples/s" in text
     assert "step      1/10" not in text  # the plain lines are for files
+
+
+def test_a_run_that_does_not_fit_is_refused_before_weights_are_read(recipe, monkeypatch):
+    monkeypatch.setattr("owl2.memory.memory_limits", lambda: {"free memory": 100_000})
+    monkeypatch.setattr(Owl2ForConditionalGeneration, "from_pretrained", None)
+    with raises_input_error(ErrorCode.OUT_OF_MEMORY, "0.1 MB", "owl2 plan"):
+        train(recipe(), quiet())

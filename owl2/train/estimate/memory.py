@@ -9,6 +9,7 @@ With N devices:
 """
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,10 +17,13 @@ from enum import StrEnum
 import torch
 from torch import nn
 
+from owl2.checkpoints.config_file import read_config
 from owl2.checkpoints.hf_quantizer import quantize_model, stored_quantization
+from owl2.memory import require_memory
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.train.adapters import prepare
+from owl2.train.distributed import DistributedContext
 from owl2.train.estimate.hardware import Hardware
 from owl2.train.estimate.tracer import (
     BatchShape,
@@ -108,6 +112,28 @@ class MetaRun:
         return peak
 
 
+def require_training_memory(recipe: Recipe, context: DistributedContext) -> None:
+    """Check that the weights, gradients and optimizer states fit into memory, without activations.
+
+    Only the first process of a machine checks, for all of its processes.
+
+    Raises:
+        InputError: They do not fit.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        return
+    half = recipe.resolve_dtype("cpu") == "bfloat16"
+    model = prepared_model(recipe, read_config(recipe.model), half)
+    saved = _saved_by_quantization(model, recipe)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    needed = weights - saved + (1 + ADAM_STATES) * FLOAT32 * trainable
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = processes / context.world_size if context.sharding else processes
+    advice = "`owl2 plan RECIPE --gpus 0` shows what it consists of and which changes make it fit."
+    require_memory(f"Training {recipe.model}", int(needed * share), advice=advice)
+
+
 def run_on_meta(recipe: Recipe, setup: TrainingSetup) -> MetaRun:
     """Trace a step of one device.
 
@@ -118,7 +144,6 @@ def run_on_meta(recipe: Recipe, setup: TrainingSetup) -> MetaRun:
     half_model = half and setup.sharding is Sharding.ZERO3
     shape = batch_shape(recipe, setup)
     model = prepared_model(recipe, setup.config, half)
-    quantized = sum(linear.weight.numel() for linear in _quantized_linears(model, recipe))
     sharded = tuple(model._no_split_modules or ())
     layers = [
         sum(parameter.numel() for parameter in module.parameters())
@@ -130,7 +155,7 @@ def run_on_meta(recipe: Recipe, setup: TrainingSetup) -> MetaRun:
     return MetaRun(
         trace=trace_step(model, shape, autocast=half and not half_model),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        saved=quantized * (HALF - QUANTIZED_BYTES.get(recipe.quantize, HALF)),
+        saved=_saved_by_quantization(model, recipe),
         layer=max(layers),
         rest=sum(p.numel() for p in model.parameters()) - sum(layers),
         half=half,
@@ -175,6 +200,12 @@ def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForCon
     if recipe.gradient_checkpointing:
         enable_checkpointing(model, recipe.gradient_checkpointing == "selective")
     return model
+
+
+def _saved_by_quantization(model: nn.Module, recipe: Recipe) -> float:
+    """Bytes that the weights of `_quantized_linears` take less than in `model`."""
+    quantized = sum(linear.weight.numel() for linear in _quantized_linears(model, recipe))
+    return quantized * (HALF - QUANTIZED_BYTES.get(recipe.quantize, HALF))
 
 
 def _quantized_linears(model: nn.Module, recipe: Recipe) -> list[nn.Linear]:
