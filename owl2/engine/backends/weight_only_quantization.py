@@ -127,7 +127,7 @@ def quantize_to_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """(N, K) to values + 128, uint8 (N, K), and scales (N,)."""
     weight = weight.float()
     scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((weight / scale[:, None]).round() + 128).to(torch.uint8), scale
+    return pack((weight / scale[:, None]).round(), scale[:, None], 8)
 
 
 def quantize_to_4_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +144,17 @@ def quantize_to_4_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     errors = (values * scales - groups).square().sum(-1, keepdim=True)
     is_first = errors[0] <= errors[1]
     scale = torch.where(is_first, scales[0], scales[1])[..., 0]
-    chosen = (torch.where(is_first, values[0], values[1]) + 8).to(torch.uint8)
-    low, high = chosen.chunk(2, dim=2)
+    return pack(torch.where(is_first, values[0], values[1]).flatten(1), scale, 4)
+
+
+def pack(values: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `weight` and the `scale` of a `QuantizedLinear`.
+
+    Args:
+        values: (N, K) integers of any dtype, -128 to 127 or -8 to 7; K is a multiple of 64.
+        scale: (N, 1) for 8 bits, (N, K / 64) for 4.
+    """
+    if bits == 8:
+        return (values + 128).to(torch.uint8), scale[:, 0].contiguous()
+    low, high = (values + 8).to(torch.uint8).unflatten(1, (-1, GROUP)).chunk(2, dim=2)
     return (low | high << 4).flatten(1), scale.contiguous()

@@ -1,0 +1,124 @@
+"""Quantization of decoder layers, one after the other, with the activations of samples.
+
+::
+
+    samples ──embeddings, image encoder──► hidden states h' = h of each sample
+    layer 0 ──► h' = layer(h'), h = quantized layer(h)
+    layer 1 ──► ...
+
+Within a layer the Linears are quantized in the order of their use, so that each is calibrated on
+the inputs that the quantized model computes. A Linear of one modality (Specification §1.3)
+receives only the tokens of this modality, so its statistics are those of this modality.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from owl2.quantization.gptq import InputStatistics
+
+# The Linears of a layer in the order of their use; those of a stage have the same inputs.
+STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+# Linears with the same inputs as another one of their modality, whose statistics they use.
+SAME_INPUTS = {"v_proj": "k_proj", "up_proj": "gate_proj"}
+Hidden = tuple[torch.Tensor, dict[str, Any]]  # (1, S, D), and the other arguments of a layer
+# (index of the layer, name of a Linear in it, weight, statistics) to the rounded weight.
+RoundWeight = Callable[[int, str, torch.Tensor, InputStatistics], torch.Tensor]
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose remaining results are not used."""
+
+
+@torch.no_grad()
+def first_hidden(model: Any, inputs: Mapping[str, torch.Tensor]) -> Hidden:
+    """What the first layer of an `Owl2Model` receives for its arguments `inputs`, in float32."""
+    captured: list[Hidden] = []
+
+    def capture(_: nn.Module, args: tuple[torch.Tensor], kwargs: dict[str, Any]) -> None:
+        captured.append((args[0], kwargs))
+        raise _Stop
+
+    handle = model.layers[0].register_forward_pre_hook(capture, with_kwargs=True)
+    with suppress(_Stop):
+        model(**inputs, use_cache=False)
+    handle.remove()
+    [(hidden, arguments)] = captured
+    rotation = tuple(part.float() for part in arguments["position_embeddings"])
+    return hidden.float(), arguments | {"position_embeddings": rotation}
+
+
+@torch.no_grad()
+def calibrate_layers(
+    layers: Iterable[nn.Module], samples: Iterable[Hidden], round_weight: RoundWeight
+) -> None:
+    """Round the weights of the Linears in each layer, in place.
+
+    Args:
+        layers: The decoder's layers in order, in float32. A layer is not used after the next one
+            is requested, so both can be the same object with other weights.
+        samples: See `first_hidden`.
+    """
+    hidden, arguments = map(list, zip(*samples, strict=True))
+    originals = list(hidden)
+    for index, layer in enumerate(layers):
+        original = copy.deepcopy(layer)
+        for stage in range(len(STAGES)):
+            linears = dict(_linears(layer, stage))
+            statistics = {
+                name: InputStatistics.empty(linear.in_features)
+                for name, linear in linears.items()
+                if _source_of(name) == name
+            }
+            for old, new, options in zip(originals, hidden, arguments, strict=True):
+                wanted = _inputs_of(original, stage, old, options)
+                given = _inputs_of(layer, stage, new, options)
+                for name in statistics.keys() & given.keys():
+                    statistics[name].add(given[name], wanted[name])
+            for name, linear in linears.items():
+                known = statistics[_source_of(name)]
+                linear.weight.copy_(round_weight(index, name, linear.weight, known))
+        for i, options in enumerate(arguments):
+            originals[i] = original(originals[i], **options)
+            hidden[i] = layer(hidden[i], **options)
+
+
+def _source_of(name: str) -> str:
+    """The Linear whose statistics the Linear `name` uses."""
+    prefix, dot, own = name.rpartition(".")
+    return prefix + dot + SAME_INPUTS.get(own, own)
+
+
+def _linears(layer: nn.Module, stage: int) -> Iterator[tuple[str, nn.Linear]]:
+    names = STAGES[stage] if stage < len(STAGES) else ()
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in names:
+            yield name, module
+
+
+def _inputs_of(
+    layer: nn.Module, stage: int, hidden: torch.Tensor, arguments: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The inputs (T, K) of the Linears of a stage; a Linear without tokens is not called."""
+    inputs: dict[str, torch.Tensor] = {}
+
+    def hook(linear: nn.Linear, function: Callable[[torch.Tensor], None]) -> Any:
+        return linear.register_forward_pre_hook(lambda _, args: function(args[0]))
+
+    def record(name: str) -> Callable[[torch.Tensor], None]:
+        return lambda given: inputs.update({name: given.flatten(0, -2)})
+
+    def stop(_: torch.Tensor) -> None:
+        raise _Stop
+
+    handles = [hook(linear, record(name)) for name, linear in _linears(layer, stage)]
+    handles += [hook(linear, stop) for _, linear in _linears(layer, stage + 1)]
+    with suppress(_Stop):
+        layer(hidden, **arguments)
+    for handle in handles:
+        handle.remove()
+    return inputs

@@ -1,0 +1,70 @@
+"""Calibration samples as model inputs: datasets of the command line, or text that Python contains.
+
+The text is the language reference that Python's `help` shows, so it is on every machine.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+import torch
+
+from owl2.data.open_dataset import open_from_cli
+from owl2.data.sample import InvalidSample, Sample
+from owl2.errors import InputError
+from owl2.processing.processor import Owl2Processor
+
+PYTHON_REFERENCE = "python_reference"  # the name of the built-in text
+INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values")
+Inputs = Mapping[str, torch.Tensor]
+
+
+def calibration_inputs(
+    sources: Sequence[str], processor: Owl2Processor, num_samples: int, max_length: int
+) -> Iterator[Inputs]:
+    """Arguments of the model for each sample, in batches of one.
+
+    Args:
+        sources: Datasets, see `open_from_cli`, or "python_reference" for the built-in text. Each
+            provides the same number of samples, if it has that many.
+        num_samples: In total.
+        max_length: Tokens of a sample.
+
+    Raises:
+        InputError: A source cannot be opened; a row or an image in it cannot be read; an image
+            ends after `max_length`.
+    """
+    count = -(-num_samples // len(sources))
+    for source in sources:
+        if source == PYTHON_REFERENCE:
+            yield from islice(_text_inputs(processor, max_length), count)
+            continue
+        dataset = open_from_cli(source)
+        # Rows at equal distances; a stream of shards has no length.
+        step = max(1, len(dataset) // count) if isinstance(dataset, Sequence) else 1
+        for sample in islice(dataset, 0, count * step, step):
+            yield _sample_inputs(sample, processor, max_length)
+
+
+def _sample_inputs(
+    sample: Sample | InvalidSample, processor: Owl2Processor, max_length: int
+) -> Inputs:
+    if isinstance(sample, InvalidSample):
+        raise sample.to_error()
+    try:
+        features = processor.for_training(sample.messages, max_length)
+    except InputError as error:
+        raise InputError(f"{sample.source}: {error}", error.code) from error
+    return {name: features[name] for name in INPUTS if name in features}
+
+
+def _text_inputs(processor: Owl2Processor, max_length: int) -> Iterator[Inputs]:
+    """Chunks of the built-in text."""
+    from pydoc_data.topics import topics  # 0.5 MB
+
+    start = processor(text=[""])["input_ids"][0]
+    ids = list(start)
+    for text in topics.values():
+        ids += processor.tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
+        while len(ids) >= max_length:
+            yield {"input_ids": torch.tensor([ids[:max_length]])}
+            ids = start + ids[max_length:]

@@ -1,0 +1,187 @@
+"""Calibration of a model's layers: tokens by modality, `owl2 quantize --method gptq`."""
+
+import copy
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from owl2 import Engine, Owl2ForConditionalGeneration
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
+from owl2.errors import ErrorCode
+from owl2.processing.processor import Owl2Processor
+from owl2.quantization.calibrate import calibrate_layers, first_hidden
+from owl2.quantization.calibration_data import PYTHON_REFERENCE, calibration_inputs
+from owl2.quantization.command import Calibration, quantize
+from tests.engine.conftest import ask
+from tests.errors import raises_input_error
+from tests.tiny import make_model
+
+COLORS = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def samples_file(tmp_path_factory):
+    """A JSONL file with three questions about images and one without."""
+    folder = tmp_path_factory.mktemp("samples")
+    rows = [conversation("what is this?", "a red circle")]
+    for color in COLORS:
+        Image.new("RGB", (8, 8), color).save(folder / f"{color}.png")
+        rows.append(conversation("<image>\nwhat is this?", color) | {"image": f"{color}.png"})
+    file = folder / "samples.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def conversation(question, answer):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns}
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_checkpoint, samples_file, tmp_path_factory):
+    """The tiny checkpoint with 4 bits, calibrated on the samples, one module with 8 bits."""
+    output = tmp_path_factory.mktemp("quantized") / "gptq"
+    sources = [str(samples_file), PYTHON_REFERENCE]
+    calibration = Calibration(sources, num_samples=8, max_length=32)
+    modules = ["layers.1.mlp.down_proj"]
+    return quantize(
+        tiny_checkpoint, output, method="gptq", modules_8bit=modules, calibration=calibration
+    )
+
+
+@torch.no_grad()
+def test_statistics_of_a_modality_are_those_of_its_tokens():
+    model = make_model(initializer_range=0.3).eval()
+    ids = torch.randint(3, 40, (1, 12))
+    ids[0, 4 : 4 + model.config.num_image_tokens] = model.config.image_token_id
+    is_visual = (ids == model.config.image_token_id)[0]
+    image = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8)}
+    samples = [first_hidden(model.model, inputs) for inputs in (image, {"input_ids": ids[:, :4]})]
+    found = {}
+
+    def keep_weight(index, name, weight, statistics):
+        found[index, name] = statistics
+        return weight
+
+    calibrate_layers(copy.deepcopy(model.model.layers), samples, keep_weight)
+    layer = model.model.layers[0]
+    text = torch.cat([samples[0][0][0, ~is_visual], samples[1][0][0]])
+    visual = samples[0][0][0, is_visual]
+    for modality, tokens in enumerate((text, visual)):
+        inputs = layer.multiway.pair("input_layernorm")[modality](tokens)
+        for name in ("k_proj", "v_proj"):
+            statistics = found[0, f"self_attn.multiway.{modality}.{name}"]
+            assert statistics.tokens == len(tokens)
+            torch.testing.assert_close(statistics.hessian, inputs.T @ inputs)
+            assert not statistics.shift.any(), "no layer before it is quantized"
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        assert found[1, name].tokens == len(text) + len(visual)
+
+
+@torch.no_grad()
+def test_inputs_are_those_of_the_quantized_layers():
+    model = make_model(initializer_range=0.3).eval()
+    ids = torch.randint(3, 40, (1, 12))
+    samples = [first_hidden(model.model, {"input_ids": ids})]
+    layers, found = copy.deepcopy(model.model.layers), {}
+
+    def change_weight(index, name, weight, statistics):
+        found[index, name] = statistics
+        return 0.9 * weight
+
+    calibrate_layers(layers, samples, change_weight)
+    hidden, arguments = samples[0]
+    changed = layers[0](hidden, **arguments)[0]
+    original = model.model.layers[0](hidden, **arguments)[0]
+    norm = layers[1].multiway.pair("input_layernorm")[0]
+    inputs, wanted = norm(changed), norm(original)
+    statistics = found[1, "self_attn.q_proj"]
+    torch.testing.assert_close(statistics.hessian, inputs.T @ inputs)
+    torch.testing.assert_close(statistics.shift, (wanted - inputs).T @ inputs)
+    assert statistics.shift.any()
+    # Within a layer as well: the inputs of the output projection have been changed by v_proj.
+    assert found[0, "self_attn.o_proj"].shift.any()
+
+
+@torch.no_grad()
+def test_gptq_is_closer_to_the_model_than_rounding(tiny_checkpoint, quantized, tmp_path):
+    modules = ["layers.1.mlp.down_proj"]
+    rounded = quantize(tiny_checkpoint, tmp_path / "rtn", modules_8bit=modules)
+    processor = Owl2Processor.from_pretrained(tiny_checkpoint)
+    text = "USER: what is this? <|image|>ASSISTANT: a red circle"
+    inputs = processor(text=text, images=Image.new("RGB", (8, 8), "red"), return_tensors="pt")
+    folders = {"full": tiny_checkpoint, "gptq": quantized, "rtn": rounded}
+    logits = {
+        name: Owl2ForConditionalGeneration.from_pretrained(folder)(**inputs).logits
+        for name, folder in folders.items()
+    }
+    errors = {name: (logits[name] - logits["full"]).norm() for name in ("gptq", "rtn")}
+    assert 0 < errors["gptq"] < 0.8 * errors["rtn"]
+
+
+@torch.no_grad()
+def test_the_kernels_answer_as_the_dequantized_model(quantized, samples_file):
+    engine = Engine.from_pretrained(quantized, "cpu", "float32")
+    model = copy.deepcopy(engine.model)
+    bits = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            bits[name] = module.bits
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            linear.weight.copy_(module.dequantize(torch.float32))
+            model.set_submodule(name, linear)
+    assert bits.pop("lm_head") == bits.pop("model.layers.1.mlp.down_proj") == 8
+    assert set(bits.values()) == {4}
+    dequantized = Engine(model, engine.processor)
+    conversations = [ask("what is this?")]
+    for color in COLORS:
+        image = {"type": "image", "path": str(samples_file.with_name(f"{color}.png"))}
+        conversations.append([{"role": "user", "content": [image, {"type": "text", "text": "?"}]}])
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert engine.batch(conversations, **options) == dequantized.batch(conversations, **options)
+
+
+def test_modalities_without_samples_are_reported(run_cli, tiny_checkpoint, tmp_path):
+    options = ("--method", "gptq", "--calibration-samples", 2, "--calibration-length", 16)
+    result = run_cli("quantize", tiny_checkpoint, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "4 Linears" in result.stdout  # keys and values of images in two layers
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (stored["method"], stored["bits"]) == ("gptq", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "needle"),
+    [
+        ({"method": "awq"}, ErrorCode.UNKNOWN_NAME, "awq"),
+        ({"calibration": Calibration()}, ErrorCode.CONFLICT, "gptq"),
+        ({"modules_8bit": ["layers.7"]}, ErrorCode.UNKNOWN_NAME, "layers.7"),
+        (
+            {"method": "gptq", "calibration": Calibration(["missing.jsonl"])},
+            ErrorCode.FILE_NOT_FOUND,
+            "missing.jsonl",
+        ),
+    ],
+)
+def test_options_that_cannot_be_used(tiny_checkpoint, tmp_path, options, code, needle):
+    with raises_input_error(code, needle):
+        quantize(tiny_checkpoint, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_does_not_fit_names_its_row(tiny_checkpoint, samples_file):
+    processor = Owl2Processor.from_pretrained(tiny_checkpoint)
+    with raises_input_error(ErrorCode.TOO_LONG, samples_file.name):
+        list(calibration_inputs([str(samples_file)], processor, 4, 6))
+
+
+def test_samples_are_taken_at_equal_distances(tiny_checkpoint, samples_file):
+    processor = Owl2Processor.from_pretrained(tiny_checkpoint)
+    sources = [str(samples_file), PYTHON_REFERENCE]
+    inputs = list(calibration_inputs(sources, processor, 4, 32))
+    assert [one.get("pixel_values") is not None for one in inputs] == [False, True, False, False]
+    assert [one["input_ids"].shape[1] for one in inputs[2:]] == [32, 32]
+    assert [one["input_ids"][0, 0] for one in inputs] == [processor.tokenizer.bos_token_id] * 4
+    assert not torch.equal(inputs[2]["input_ids"], inputs[3]["input_ids"])
