@@ -4,13 +4,14 @@ A case has up to three implementations with standard names: `baseline`, `owl2` a
 compared with further ones as `vs_NAME`. `CASES` lists the cases by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from owl2.bench.flops import decode_bytes, decoder_flops, training_flops
+from owl2.bench.flops import cache_bytes, decode_bytes, decoder_flops, training_flops
 from owl2.bench.implementations import (
     DecodeRunner,
     Implementations,
@@ -43,14 +44,39 @@ def _step_bytes(on: Implementations) -> float:
     return decode_bytes(on.model, on.model.dtype.itemsize)
 
 
+def owl2_encode(on: Implementations, count: int) -> BenchCase:
+    """Images through the vision encoder and the abstractor in one batch."""
+    runs = {"owl2": _forward(on.model.get_image_features, on.workload.pixels(count))}
+    return BenchCase("ms", runs, on.roofline.seconds(count * on.image_flops))
+
+
+def owl2_prefill(on: Implementations, requests: Sequence[BenchRequest]) -> BenchCase:
+    """Prompts in a batch, to their first tokens, without caches across requests."""
+    runner = PrefillRunner(on.model)
+
+    def owl2() -> None:
+        runner.run([on.engine.prepare(r.ids[0].tolist(), r.pixel_values) for r in requests])
+
+    images = sum(len(r.pixel_values) for r in requests if r.pixel_values is not None)
+    flops = sum(decoder_flops(on.model, request.ids.shape[1]) for request in requests)
+    seconds = on.roofline.seconds(flops + images * on.image_flops, _step_bytes(on))
+    return BenchCase("ms", {"owl2": Run(owl2)}, seconds)
+
+
+def owl2_decode(on: Implementations, request: BenchRequest, rows: int) -> BenchCase:
+    """Greedy decoding of sequences in a batch. The limit includes the reading of the KV cache."""
+    runs = {"owl2": _decoding(DecodeRunner(on.model, request, rows))}
+    length = request.ids.shape[1] + NEW_TOKENS // 2  # on average
+    flops = rows * decoder_flops(on.model, 1, cached=length)
+    read = _step_bytes(on) + cache_bytes(on.model, rows * length)
+    return BenchCase("tokens/s", runs, NEW_TOKENS * on.roofline.seconds(flops, read))
+
+
 def encode(on: Implementations) -> BenchCase:
     """Eight images through the vision encoder and the abstractor in one batch."""
-    pixels = on.workload.pixels(BATCH_SIZE)
-    runs = {
-        "baseline": _forward(on.baseline.get_image_features, pixels),
-        "owl2": _forward(on.model.get_image_features, pixels),
-    }
-    return BenchCase("ms", runs, on.roofline.seconds(BATCH_SIZE * on.image_flops))
+    case = owl2_encode(on, BATCH_SIZE)
+    baseline = _forward(on.baseline.get_image_features, on.workload.pixels(BATCH_SIZE))
+    return replace(case, runs={"baseline": baseline, **case.runs})
 
 
 def prefill(on: Implementations, count: int) -> BenchCase:
@@ -61,23 +87,15 @@ def prefill(on: Implementations, count: int) -> BenchCase:
     requests = [on.workload.request() for _ in range(count)]
     ids = torch.cat([request.ids for request in requests])
     text = on.workload.text_ids(ids.numel()).view_as(ids)
-    runner = PrefillRunner(on.model)
+    case = owl2_prefill(on, requests)
 
     @torch.no_grad()
     def baseline() -> None:
         for request in requests:
             on.baseline(request.ids, request.pixel_values, use_cache=True)
 
-    def owl2() -> None:
-        runner.run([on.engine.prepare(r.ids[0].tolist(), r.pixel_values) for r in requests])
-
-    runs = {
-        "baseline": Run(baseline),
-        "owl2": Run(owl2),
-        "llama": _forward(on.llama, text, use_cache=True, logits_to_keep=1),
-    }
-    flops = count * (on.image_flops + decoder_flops(on.model, ids.shape[1]))
-    return BenchCase("ms", runs, on.roofline.seconds(flops))
+    llama = _forward(on.llama, text, use_cache=True, logits_to_keep=1)
+    return replace(case, runs={"baseline": Run(baseline), **case.runs, "llama": llama})
 
 
 def second_question(on: Implementations) -> BenchCase:

@@ -61,3 +61,10 @@ def decode_bytes(model: Owl2ForConditionalGeneration, itemsize: float) -> float:
         itemsize: Bytes per weight, e.g. 2 for bfloat16.
     """
     return itemsize * (decoder_weights(model) + model.lm_head.weight.numel())
+
+
+def cache_bytes(model: Owl2ForConditionalGeneration, positions: int) -> int:
+    """Bytes of the keys and values of `positions`, which a decode step reads."""
+    config = model.config
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * positions * width * config.num_hidden_layers * model.dtype.itemsize

@@ -130,8 +130,8 @@ def case_result(case: BenchCase, costs: Costs) -> dict[str, Any]:
 
     Returns:
         The median of each implementation in `unit` (None for a missing one of `STANDARD`),
-        `ratio`, `roofline_fraction`, `vs_NAME`, `spread` (minimum and maximum per
-        implementation) and `rounds`.
+        `ratio` (None without a run to compare with), `roofline_fraction`, `vs_NAME`, `spread`
+        (minimum and maximum per implementation) and `rounds`.
     """
 
     def convert(cost: float) -> float:
@@ -145,7 +145,7 @@ def case_result(case: BenchCase, costs: Costs) -> dict[str, Any]:
         **dict.fromkeys(STANDARD),
         **{name: convert(cost) for name, cost in medians.items()},
         "unit": case.unit,
-        "ratio": medians[first] / medians[second],
+        "ratio": medians[first] / medians[second] if first in medians else None,
         "roofline_fraction": case.min_seconds and case.min_seconds / owl2_seconds,
         **{f"vs_{name}": medians[name] / medians["owl2"] for name in others},
         "spread": {

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode, InputError
@@ -44,7 +45,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         image_size=224,
         queries=64,
     ),
-    "7b": {"vocab_size": 32000},  # the released size: the defaults of the configuration
+    # Named by their number of parameters, for scaling curves.
+    "135m": _config(
+        32000,
+        decoder=(640, 1856, 12, 10),
+        vision=(384, 1536, 8, 6),
+        abstractor=(384, 1024, 4, 6),
+        image_size=224,
+        queries=64,
+    ),
+    "1b": _config(
+        32000,
+        decoder=(2048, 5632, 14, 16),
+        vision=(768, 3072, 12, 12),
+        abstractor=(768, 2048, 6, 12),
+        image_size=224,
+        queries=64,
+    ),
+    "3b": _config(
+        32000,
+        decoder=(2560, 6912, 28, 20),
+        vision=(1024, 4096, 24, 16),
+        abstractor=(1024, 2816, 6, 16),
+        image_size=224,
+        queries=64,
+    ),
+    "7b": {"vocab_size": 32000},  # 8.2 B, the released size: the defaults of the configuration
 }
 
 
@@ -75,6 +101,11 @@ class BenchModel:
         """The title of the report."""
         return self.model or f"size {self.size or DEFAULT_SIZE}, random weights"
 
+    def num_parameters(self) -> int:
+        """Parameters of the preset. Raises `InputError` for an unknown size."""
+        with init_empty_weights():
+            return sum(weight.numel() for weight in self._preset().parameters())
+
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """The device and the dtype. Raises `InputError` for unknown names."""
         device = select_device(self.device)
@@ -89,12 +120,16 @@ class BenchModel:
         device, dtype = self.device_and_dtype()
         if self.model is not None:
             return ModelArgs(self.model, device, dtype).load_model()
-        config = Owl2Config(**look_up("size", self.size or DEFAULT_SIZE, PRESETS))
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.device(device):
             torch.manual_seed(0)
-            # The Auto classes' `from_config` calls this. It creates no float32 copy.
-            model: Owl2ForConditionalGeneration = Owl2ForConditionalGeneration._from_config(
-                config, dtype=dtype
-            )
-        return model.eval()
+            return self._preset(dtype=dtype).eval()
+
+    def _preset(self, **options: Any) -> Owl2ForConditionalGeneration:
+        """The preset's model on torch's current device."""
+        config = Owl2Config(**look_up("size", self.size or DEFAULT_SIZE, PRESETS))
+        # The Auto classes' `from_config` calls this. It creates no float32 copy.
+        model: Owl2ForConditionalGeneration = Owl2ForConditionalGeneration._from_config(
+            config, **options
+        )
+        return model

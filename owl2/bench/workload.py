@@ -54,9 +54,12 @@ class Workload:
         ids = torch.randint(FIRST_TEXT_ID, vocab_size, (1, count), generator=self.generator)
         return ids.to(self.device)
 
-    def prompt_ids(self, text: int = TEXT_TOKENS, after: int = QUESTION_TOKENS) -> torch.Tensor:
-        """A prompt (1, text + K + 1) with an image before the last `after` text tokens."""
-        image_ids = torch.full((1, self.config.num_image_tokens), self.config.image_token_id)
+    def prompt_ids(
+        self, text: int = TEXT_TOKENS, after: int = QUESTION_TOKENS, images: int = 1
+    ) -> torch.Tensor:
+        """A prompt (1, text + images · (K+1)) with images before the last `after` text tokens."""
+        count = images * self.config.num_image_tokens
+        image_ids = torch.full((1, count), self.config.image_token_id)
         before = self.text_ids(text - after)
         return torch.cat([before, image_ids.to(self.device), self.text_ids(after)], dim=1)
 
