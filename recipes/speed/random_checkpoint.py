@@ -2,7 +2,7 @@
 
 ::
 
-    python recipes/speed/random_checkpoint.py FOLDER [--size 7b] [--shards 8]
+    python recipes/speed/random_checkpoint.py FOLDER [--size 7b] [--shards 8] [--device cuda]
 
 It has the released layout: bfloat16 in ``pytorch_model-*.bin`` with an index, 16.4 GB for 7b. One
 file is in memory at a time. The answers are meaningless.
@@ -28,8 +28,8 @@ TEXTS = ["USER: what is this? ASSISTANT: a red circle", "yes no blue green 01234
 STANDARD_DEVIATION = 0.02
 
 
-def write(folder: Path, size: str, shards: int) -> None:
-    """Write the checkpoint and its processor."""
+def write(folder: Path, size: str, shards: int, device: str = "cpu") -> None:
+    """Write the checkpoint and its processor. A GPU draws the values in seconds."""
     folder.mkdir(parents=True)
     config = Owl2Config(**PRESETS[size] | {"dtype": "bfloat16"})
     config.save_pretrained(folder)
@@ -40,19 +40,18 @@ def write(folder: Path, size: str, shards: int) -> None:
         Owl2Tokenizer(tokenizer_file),
         num_image_tokens=config.num_image_tokens,
     ).save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     files: dict[str, str] = {}
     for number, names in enumerate(split(shapes_of(config), shards), 1):
         file = f"pytorch_model-{number:05}-of-{shards:05}.bin"
         tensors = {}
         for name, shape in names.items():
-            tensor = torch.empty(shape, dtype=torch.bfloat16)
-            is_norm = len(shape) == 1 and name.endswith("weight")
-            tensors[name] = (
+            tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
+            if len(shape) == 1 and name.endswith("weight"):  # of a norm
                 tensor.fill_(1)
-                if is_norm
-                else tensor.normal_(std=STANDARD_DEVIATION, generator=generator)
-            )
+            else:
+                tensor.normal_(std=STANDARD_DEVIATION, generator=generator)
+            tensors[name] = tensor.cpu()
         torch.save(tensors, folder / file)
         files |= dict.fromkeys(names, file)
         print(file, flush=True)
@@ -87,5 +86,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", default="7b", choices=sorted(PRESETS))
     parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--device", default="cpu", help="cuda is faster")
     options = parser.parse_args()
-    write(options.folder, options.size, options.shards)
+    write(options.folder, options.size, options.shards, options.device)
