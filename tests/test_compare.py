@@ -121,7 +121,7 @@ def test_rounds_alternate_and_resume(compare, tmp_path, monkeypatch):
 def test_each_engine_runs_in_its_own_process(compare, folder):
     lengths = ["--prompt", "5", "--new", "3"]
     engines = ["owl2", "transformers"]
-    found = measure_all(compare, folder, engines=engines, rounds=1, options=lengths)
+    found = measure_all(compare, folder, engines=engines, rounds=1, options=lengths, minutes=15)
     assert found["skipped"] == {}
     assert len(found["runs"]) == 3
     assert "transformers" in (folder / "compare.md").read_text()
