@@ -12,14 +12,14 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-dry=()
+dry=() factor=1
 if [ "${1:-}" = --dry ]; then
-    dry=(--dry)
+    dry=(--dry) factor=5 # CPUs are slower, and shared
     shift
 fi
 folder=${1:-runs/gpu_check}
 python=${PYTHON:-python}
-limit=${GPU_CHECK_SECONDS:-590} # of all steps
+limit=${GPU_CHECK_SECONDS:-$((590 * factor))} # of all steps
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 mkdir -p "$folder"
@@ -29,7 +29,7 @@ start=$SECONDS
 
 # step NAME SECONDS: run a step, for at most SECONDS and the rest of the time limit.
 step() {
-    local name=$1 seconds=$2 began=$SECONDS code=0 reason=
+    local name=$1 seconds=$(($2 * factor)) began=$SECONDS code=0 reason=
     local left=$((limit - (SECONDS - start)))
     printf '\n\033[1m%s\033[0m\n' "$name"
     if [ "$left" -lt 10 ]; then

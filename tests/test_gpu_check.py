@@ -96,7 +96,7 @@ def test_steps_that_find_no_time_do_not_run(tmp_path):
 
 @pytest.mark.slow
 def test_dry_run(tmp_path):
-    run = gpu_check(tmp_path, GPU_CHECK_SECONDS="850")
+    run = gpu_check(tmp_path)
     result = json.loads((tmp_path / "gpu_check.json").read_text())
     failed = {name: step for name, step in result["steps"].items() if step["status"] == "failed"}
     assert run.returncode == 0, failed
