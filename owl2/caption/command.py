@@ -15,33 +15,20 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
-from owl2.caption.image_folder import (
-    ImageFolder,
-    find_images,
-    name_fields,
-    name_of,
-    read_versions,
-    version_fields,
-)
-from owl2.checkpoints.weight_files import fingerprint
+from owl2.caption.image_folder import find_images
+from owl2.caption.image_records import Computed, ImageRecords, model_setting
 from owl2.engine.engine import Engine
 from owl2.engine.load_model import ModelArgs
 from owl2.engine.offline import answer_all, output_all
 from owl2.engine.output import CompletionChunk
 from owl2.errors import ErrorCode, InputError
-from owl2.files import atomic_file, atomic_write_text, expand_user
 from owl2.processing.messages import user_message
-from owl2.progress import ProgressReporter
 from owl2.runtime import select_device
-from owl2.sharded_jsonl import Record, ShardedJsonl, remove_parts, settings_conflict, to_json
-from owl2.workers import WorkerRank, heartbeat
+from owl2.workers import WorkerRank
 
 # The prompt of the paper (Specification §1.5).
 PROMPT = "Provide a one-sentence caption for the provided image."
 ENGINES = ("owl2", "vllm")
-MAX_PRINTED_ERRORS = 5  # all are in the report
-# Files that could not be read, unlike images that are corrupt or too large.
-UNREAD = (ErrorCode.MISSING_IMAGE, ErrorCode.UNREADABLE_FILE)
 
 
 @dataclass(frozen=True)
@@ -69,98 +56,44 @@ class CaptionConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that the captions depend on, except for rounding errors."""
-        folder = expand_user(self.model_args.model)
-        name = str(folder.resolve()) if folder.is_dir() else self.model_args.model
         structured = self.structured_outputs
         return {
-            "model": (fingerprint(folder) if folder.is_dir() else None) or name,
+            "model": model_setting(self.model_args.model),
             "prompt": self.prompt,
             "max_new_tokens": self.max_new_tokens,
             "quantize": self.model_args.quantize,
         } | ({"structured_outputs": structured} if structured else {})
 
     @property
+    def records(self) -> ImageRecords:
+        """The run."""
+        return ImageRecords(self.output, self.settings, "owl2 caption", "captions")
+
+    @property
     def report(self) -> Path:
         """The file next to the output with the settings and the errors."""
-        return self.output.with_name(f"{self.output.stem}.report.json")
+        return self.records.report
 
 
 def caption(config: CaptionConfig, console: Console) -> None:
     """Caption the images of a folder; a later run captions the images that have none or changed.
 
-    With several processes (RANK, WORLD_SIZE) each captions a shard, and process 0 merges them.
-
     Raises:
-        InputError: The folder does not exist or has no images; no image could be captioned; files
-            or subfolders could not be read, although the captions of all others are written; the
-            output was not written by `owl2 caption`, or with other settings, or cannot be written;
-            see `ShardedJsonl`, `Engine.from_pretrained` and `Engine.chat`.
+        InputError: The folder does not exist or has no images; see `ImageRecords.run`,
+            `Engine.from_pretrained` and `Engine.chat`.
     """
     if config.engine not in ENGINES:
         raise InputError(
             f"--engine is {config.engine!r}. Choose from {', '.join(ENGINES)}.",
             ErrorCode.UNKNOWN_NAME,
         )
-    settings, worker, output = config.settings, WorkerRank.from_environment(), config.output
-    found = find_images(config.folder, config.recursive)
-    names, versions = list(found.versions), found.versions
-    captioned = _captioned_versions(config, settings)
 
-    def is_current(record: Record) -> bool:
-        name = name_of(record)
-        return bool(versions.get(name) == record.get("version", captioned.get(name)))
+    def compute(names: Sequence[str], worker: WorkerRank) -> Iterator[Computed]:
+        for answer in _captions(config, names, worker):
+            yield answer if isinstance(answer, InputError) else {"caption": answer}
 
-    with (
-        heartbeat(output.parent, worker),
-        ShardedJsonl(
-            output, settings, worker, name_of, "error", "error", output, is_current
-        ) as records,
-    ):
-        shard = worker.shard(names)
-        pending = [name for name in shard if name not in records]
-        done = len(shard) - len(pending)
-        with ProgressReporter(console, "captions", len(shard), done, "images") as progress:
-            answers = _captions(config, pending, worker) if pending else iter(())
-            for name, answer in zip(pending, answers, strict=True):
-                record = {"file_name": name, "version": versions[name]}
-                if isinstance(answer, InputError):
-                    record |= {"error": str(answer), "code": answer.code}
-                else:
-                    record["caption"] = answer
-                records.append([record])
-                progress.advance()
-        if worker.rank:
-            console.out("This shard is complete. Process 0 merges all shards.")
-            return
-        records.wait(names)
-        _merge(config, settings, found, records, console)
-
-
-def _captioned_versions(config: CaptionConfig, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The version of each image in an existing output.
-
-    Raises:
-        InputError: This command with these settings did not write the output.
-    """
-    if config.output.suffix != ".jsonl":
-        raise InputError(
-            f"--output-file is {config.output}. Its name must end with .jsonl.",
-            ErrorCode.INVALID_VALUE,
-        )
-    if not config.output.exists():
-        return {}
-    try:
-        report = json.loads(config.report.read_text(encoding="utf-8"))
-        written, versions = report["settings"], read_versions(report)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{config.output} exists, and {config.report.name} does not show that `owl2 caption` "
-            "wrote it. Choose another --output-file, or move it away.",
-            ErrorCode.FILE_EXISTS,
-        ) from error
-    if written != settings:
-        raise settings_conflict(config.output, settings, written)
-    return versions
+    records = config.records  # before the folder is read: the settings read the weights
+    records.run(find_images(config.folder, config.recursive), compute, console)
 
 
 def _captions(config: CaptionConfig, names: Sequence[str], worker: WorkerRank) -> Iterator[Any]:
@@ -223,66 +156,3 @@ def load_engine(config: CaptionConfig, worker: WorkerRank) -> Engine:
     size = engine.processor.image_processor.edge
     engine.encode([user_message(config.prompt, [Image.new("RGB", (size, size))])])
     return engine
-
-
-def _merge(
-    config: CaptionConfig,
-    settings: Mapping[str, Any],
-    folder: ImageFolder,
-    records: ShardedJsonl,
-    console: Console,
-) -> None:
-    """Write the report and, if there are captions, the output; print a summary.
-
-    Raises:
-        InputError: Files or folders could not be read, or no image could be captioned.
-    """
-    names = folder.versions
-    errors = {name: records.record(name) for name in names if name not in records}
-    for name, reason in folder.unreadable.items():
-        errors[f"{name}/"] = {"error": f"The folder cannot be read: {reason}."}
-    count = sum(name in records for name in names)
-    report = {
-        "settings": settings,
-        "images": len(names),
-        "captions": count,
-        **version_fields(names),
-        "errors": [
-            name_fields(name) | {key: row[key] for key in ("error", "code") if key in row}
-            for name, row in errors.items()
-        ],
-        "skipped": [
-            name_fields(name) | {"reason": reason} for name, reason in folder.skipped.items()
-        ],
-    }
-    # The report first: an output without one is refused by the next run.
-    atomic_write_text(config.report, to_json(report, indent=2) + "\n")
-    if count:
-        with atomic_file(config.output) as file:
-            for name in names:
-                if name in records:
-                    row = name_fields(name) | {"caption": records.record(name)["caption"]}
-                    file.write(f"{to_json(row)}\n")
-    remove_parts(config.output)
-    _print_list(console, [f"{name}: {row['error']}" for name, row in errors.items()])
-    _print_list(console, [f"{name}: skipped, {kind}" for name, kind in folder.skipped.items()])
-    if not count:
-        raise InputError(
-            f"None of the {len(names)} images could be captioned.", ErrorCode.EMPTY_DATASET
-        )
-    failed = f"; {len(names) - count:,} failed, see {config.report.name}"
-    console.out(f"{count:,} captions are in {config.output}{failed if count < len(names) else ''}")
-    unread = sum(row.get("code") in UNREAD for row in errors.values())
-    if unread or folder.unreadable:
-        raise InputError(
-            f"{unread:,} of {len(names):,} images and {len(folder.unreadable):,} folders could not "
-            f"be read, see {config.report.name}. Run the same command again to caption them.",
-            ErrorCode.UNREADABLE_FILE,
-        )
-
-
-def _print_list(console: Console, lines: Sequence[str]) -> None:
-    for line in lines[:MAX_PRINTED_ERRORS]:
-        console.out(line)
-    if len(lines) > MAX_PRINTED_ERRORS:
-        console.out(f"... and {len(lines) - MAX_PRINTED_ERRORS:,} more")

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ class ImageFolder:
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
-def find_images(folder: Path, recursive: bool = False) -> ImageFolder:
+def find_images(
+    folder: Path, recursive: bool = False, extensions: Collection[str] = EXTENSIONS
+) -> ImageFolder:
     """Find the images of a folder by their file name extensions.
 
     Hidden files and folders are ignored. Links to files are followed, links to folders are not.
@@ -63,22 +65,22 @@ def find_images(folder: Path, recursive: bool = False) -> ImageFolder:
             if os.path.islink(os.path.join(directory, name)):
                 found.skipped[(place / name).as_posix()] = "a link to a folder"
         for name in files:
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
-                kind, version = _inspect(os.path.join(directory, name))
+            if Path(name).suffix.lower() in extensions and not name.startswith("."):
+                kind, version = inspect_file(os.path.join(directory, name))
                 target = found.skipped if kind else versions
                 target[(place / name).as_posix()] = kind or version
     found.versions = dict(sorted(versions.items()))
     found.skipped = dict(sorted(found.skipped.items()))
     if not versions:
-        extensions = ", ".join(sorted(extension[1:] for extension in EXTENSIONS))
+        shown = ", ".join(sorted(extension[1:] for extension in extensions))
         hint = "" if recursive else " To include subfolders, add --recursive."
         raise InputError(
-            f"There are no images in '{folder}' ({extensions}).{hint}", ErrorCode.EMPTY_DATASET
+            f"There are no images in '{folder}' ({shown}).{hint}", ErrorCode.EMPTY_DATASET
         )
     return found
 
 
-def _inspect(path: str) -> tuple[str, str]:
+def inspect_file(path: str | Path) -> tuple[str, str]:
     """What a file is if it is not a regular file, and its version."""
     try:
         status = os.stat(path)
@@ -94,24 +96,24 @@ def _inspect(path: str) -> tuple[str, str]:
 # which pyarrow, pandas and other readers reject in JSON. `to_json` writes them as readable text,
 # and another field has the exact name.
 
-QUOTED = "file_name_quoted"
+QUOTED = "file_name_quoted"  # of the field "file_name"
 
 
-def name_fields(name: str) -> dict[str, str]:
+def name_fields(name: str, key: str = "file_name") -> dict[str, str]:
     """The fields that identify a file: its name, and for names that are not UTF-8 also its bytes.
 
     ``os.fsdecode(urllib.parse.unquote_to_bytes(row["file_name_quoted"]))`` is the exact name.
     """
     if not has_lone_surrogate(name):
-        return {"file_name": name}
-    return {"file_name": name, QUOTED: quote(os.fsencode(name))}
+        return {key: name}
+    return {key: name, f"{key}_quoted": quote(os.fsencode(name))}
 
 
-def name_of(record: Mapping[str, Any]) -> str:
+def name_of(record: Mapping[str, Any], key: str = "file_name") -> str:
     """The exact name of the file that `name_fields` identifies."""
-    if QUOTED in record:
-        return os.fsdecode(unquote_to_bytes(record[QUOTED]))
-    return str(record["file_name"])
+    if f"{key}_quoted" in record:
+        return os.fsdecode(unquote_to_bytes(record[f"{key}_quoted"]))
+    return str(record[key])
 
 
 def version_fields(versions: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -27,6 +27,7 @@ from owl2.cli.merge import merge
 from owl2.cli.options import command
 from owl2.cli.plan import plan
 from owl2.cli.quantize import quantize
+from owl2.cli.rate import rate
 from owl2.cli.serve import serve, web
 from owl2.cli.train import train
 from owl2.errors import ErrorCode, InputError
@@ -76,6 +77,7 @@ for function in (
     web,
     attend,
     caption,
+    rate,
 ):
     app.command()(command(function))
 app.add_typer(data.app, name="data")

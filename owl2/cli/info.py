@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from owl2.cli.options import Base, Device, Dtype
+from owl2.errors import ErrorCode, InputError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -17,6 +20,7 @@ PART_PREFIXES = {
     "decoder": ("model.layers.", "model.norm."),
     "embeddings and head": ("model.embed_tokens.", "lm_head."),
 }
+REPORT_TEMPLATE = "open an issue with the template 'Verification of released weights'."
 VISUAL_WEIGHTS = "decoder, visual weights (MAM)"
 
 
@@ -25,9 +29,35 @@ def info(
         str | None,
         typer.Argument(help="Checkpoint: a directory or a hub id. Default: the released sizes."),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Load the weights, compare scores with the published ones, and print what to "
+            "report.",
+        ),
+    ] = False,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="With --verify: file of a published image, instead of its URL."),
+    ] = None,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Show the parts of a model and their sizes, without loading its weights."""
     Console().print(size_table(model))
+    if not verify:
+        return
+    from owl2.engine.load_model import ModelArgs
+    from owl2.scoring.verify import verify as verify_model
+
+    if model is None:
+        raise InputError("--verify needs a checkpoint.", ErrorCode.MISSING_VALUE)
+    report, agrees = verify_model(ModelArgs(model, device, dtype, base=base), image or ())
+    print(f"\n{report}\n\nPlease report this output, also if all scores agree: {REPORT_TEMPLATE}")
+    if not agrees:
+        raise typer.Exit(1)
 
 
 def size_table(name_or_path: str | None = None) -> "Table":

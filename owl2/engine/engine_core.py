@@ -302,7 +302,8 @@ class EngineCore:
 
     def _reset(self) -> tuple[list[Request], list[_Job | _LogitsJob]]:
         """Remove everything; returns what was removed."""
-        requests, jobs = [*self._batch.reset(), *self._waiting], [*self._jobs, *self._logits_jobs]
+        requests = [*self._batch.reset(), *self._waiting]
+        jobs: list[_Job | _LogitsJob] = [*self._jobs, *self._logits_jobs]
         self._waiting, self._jobs, self._logits_jobs = [], [], []
         return requests, jobs
 

@@ -46,7 +46,8 @@ def next_token_logits(
     if start:
         cache = DynamicCache(config=model.config)
         _forward(model, prompts[:1], embeddings, 0, start, past_key_values=cache, use_cache=True)
-        prefix = [_PrefixLayer(layer.keys, layer.values) for layer in cache.layers]
+        computed: list[Any] = cache.layers
+        prefix: list[Any] = [_PrefixLayer(layer.keys, layer.values) for layer in computed]
         options = {"past_key_values": Cache(layers=prefix), "use_cache": True}
     width = max(prompt.num_tokens for prompt in prompts) - start
     hidden = _forward(model, prompts, embeddings, start, width, **options)  # (B, S, D)
@@ -103,7 +104,7 @@ class _PrefixLayer(DynamicLayer):
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
-        self.keys, self.values = keys, values
+        self.keys, self.values = self._prefix = keys, values
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
@@ -111,8 +112,7 @@ class _PrefixLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (B, h, S, d) each; returns (B, h, P + S, d)."""
-        rows = len(key_states)
-        return (
-            torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=2),
-            torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=2),
-        )
+        size = (len(key_states), -1, -1, -1)
+        keys, values = self._prefix
+        keys = torch.cat([keys.expand(size), key_states], dim=2)
+        return keys, torch.cat([values.expand(size), value_states], dim=2)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from owl2.engine.engine import Engine
 
 Messages = Sequence[Message]
-Item, Encoded = TypeVar("Item"), TypeVar("Encoded")
+Item = TypeVar("Item")
+Encoded = TypeVar("Encoded")
 
 
 def answer_all(

@@ -88,6 +88,70 @@ def sample_frames(
     return [VideoFrame(video, number, count, segment) for number in range(1, count + 1)]
 
 
+def frames_per_second(video: Path) -> list[Image.Image]:
+    """One frame a second: the frames int(fps * i) for i < frames / fps (Model family §1.3).
+
+    A video shorter than a second has one frame. Of a folder, all images are frames.
+
+    Raises:
+        InputError: The package `av` is required and not installed, or the video cannot be decoded.
+    """
+    if video.is_dir():
+        images = [path for path in video.iterdir() if path.suffix.lower() in IMAGES]
+        return [Image.open(path) for path in sorted(images, key=_natural_order)]
+    is_animation = video.suffix.lower() in ANIMATIONS
+    if not is_animation:
+        _import_av(video)
+    read = _animation_frames if is_animation else _video_frames
+    try:
+        if not video.is_file():  # opening a named pipe would block
+            raise OSError("It is not a regular file")
+        return read(video)
+    except Exception as error:  # decoders raise any exception for files from any source
+        raise InputError(
+            f"The video {video} cannot be decoded: {error}.", ErrorCode.BROKEN_IMAGE
+        ) from error
+
+
+def _animation_frames(video: Path) -> list[Image.Image]:
+    frames = []
+    with Image.open(video) as image:
+        durations = _durations(image)
+        rate = len(durations) * 1000 / max(sum(durations), 1)
+        for index in _every_second(len(durations), rate):
+            image.seek(index)
+            frames.append(image.convert("RGB"))
+    return frames
+
+
+def _video_frames(video: Path) -> list[Image.Image]:
+    av = _import_av(video)
+    with av.open(str(video)) as container:
+        rate = float(container.streams.video[0].average_rate or 25)
+        count = len(_frame_times(container))
+    selected = set(_every_second(count, rate))
+    with av.open(str(video)) as container:
+        return [
+            frame.to_image()
+            for index, frame in enumerate(container.decode(video=0))
+            if index in selected
+        ]
+
+
+def _durations(image: Image.Image) -> list[float]:
+    """The durations of all frames of an animation in milliseconds."""
+    durations = []
+    for frame in ImageSequence.Iterator(image):
+        frame.load()  # WebP has the duration afterwards
+        durations.append(frame.info.get("duration", 0))
+    return durations
+
+
+def _every_second(count: int, rate: float) -> list[int]:
+    """Indices of `count` frames, of which a second has `rate`."""
+    return [int(rate * index) for index in range(max(1, int(count / rate)))]
+
+
 def centers(total: int, count: int) -> list[int]:
     """Indices of the centers of `count` equal parts of `total` items.
 
@@ -138,7 +202,7 @@ def _decode(video: Path, count: int, segment: Segment | None) -> tuple[Path, ...
 
 def _read_animation(video: Path, count: int, segment: Segment | None) -> Iterator[Image.Image]:
     with Image.open(video) as image:
-        durations = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(image)]
+        durations = _durations(image)
         times = [total / 1000 for total in accumulate(durations[:-1], initial=0)]
         for index in _select(times, count, segment):
             image.seek(index)

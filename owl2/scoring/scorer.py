@@ -24,6 +24,7 @@ from owl2.checkpoints.config_file import CONFIG_FILE, find_file, read_json, reso
 from owl2.engine.engine import Engine
 from owl2.engine.offline import encode_batches
 from owl2.errors import ErrorCode, InputError
+from owl2.eval.video import frames_per_second
 from owl2.processing.messages import IMAGE_TOKEN
 from owl2.processing.prepared_prompt import PreparedPrompt
 from owl2.processing.processor import Owl2Processor
@@ -179,11 +180,11 @@ class ImageScorer:
         return self._all(self.score_iter(images, task, batch_size=batch_size))
 
     def score_videos(
-        self, videos: Sequence[Sequence[Any]], task: str = "quality", *, batch_size: int = 4
+        self, videos: Sequence[Any], task: str = "quality", *, batch_size: int = 4
     ) -> list[ImageScore]:
-        """The score of each video, which is a sequence of frames (published: one a second).
+        """The score of each video: a path, of which one frame a second is used, or its frames.
 
-        See `owl2.scoring.videos.read_frames`. Raises as `score`.
+        Raises as `score`, for a path also as `frames_per_second`.
         """
         scores = self.score_iter(videos, task, kind="video", batch_size=batch_size)
         return self._all(scores)
@@ -258,6 +259,8 @@ class ImageScorer:
 
     def _encode(self, ids: list[int], item: Any, kind: str) -> list[PreparedPrompt]:
         """The prompts about an image or a video."""
+        if kind == "video" and isinstance(item, (str, Path)):
+            item = frames_per_second(Path(item))
         frames = list(item) if kind == "video" else [item]
         if not frames:
             raise InputError("The video has no frames.", ErrorCode.MISSING_IMAGE)

@@ -3,11 +3,12 @@
 conversations ──in windows──► prompts and pixels ──vLLM──► answers
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from owl2.checkpoints.config_file import resolve_checkpoint
@@ -55,14 +56,7 @@ def answer_all(
     Raises:
         InputError: vLLM is not installed, the checkpoint does not exist, or an option is invalid.
     """
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        raise InputError(
-            f"Cannot import vLLM ({error}). Install it in a separate environment: "
-            "pip install 'owl2-vlm[vllm]'",
-            ErrorCode.MISSING_DEPENDENCY,
-        ) from error
+    LLM = _import_llm()
     model = resolve_checkpoint(model)
     processor = Owl2Processor.from_pretrained(model)
     try:
@@ -109,6 +103,51 @@ def answer_all(
             first += len(prompts)
     finally:
         llm.llm_engine.engine_core.shutdown()  # ends its processes and frees their memory
+
+
+class VllmLogitsEngine:
+    """The logits of the next token, as `Engine.next_token_logits`.
+
+    Args:
+        model: The directory or hub id of a checkpoint.
+        settings: Arguments of vLLM's `LLM`, such as ``dtype``.
+
+    Raises:
+        InputError: vLLM is not installed, or the checkpoint does not exist.
+    """
+
+    def __init__(self, model: str | Path, **settings: Any) -> None:
+        LLM = _import_llm()
+        name = resolve_checkpoint(model)
+        self.processor = Owl2Processor.from_pretrained(name)
+        self._llm: Any = LLM(name, logprobs_mode="raw_logits", **settings)
+
+    def next_token_logits(
+        self, prompts: Sequence[PreparedPrompt], token_ids: Sequence[int]
+    ) -> torch.Tensor:
+        """The logits of W tokens after each of B prompts: (B, W) in float32."""
+        import vllm
+
+        ids = list(dict.fromkeys(token_ids))
+        params = vllm.SamplingParams(
+            max_tokens=1, temperature=0, logprob_token_ids=ids, detokenize=False
+        )
+        inputs: Any = [_vllm_prompt(prompt) for prompt in prompts]
+        outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        rows = [output.outputs[0].logprobs[0] for output in outputs]
+        return torch.tensor([[row[id_].logprob for id_ in token_ids] for row in rows])
+
+
+def _import_llm() -> Any:
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise InputError(
+            f"Cannot import vLLM ({error}). Install it in a separate environment: "
+            "pip install 'owl2-vlm[vllm]'",
+            ErrorCode.MISSING_DEPENDENCY,
+        ) from error
+    return LLM
 
 
 def _vllm_prompt(prompt: PreparedPrompt) -> dict[str, Any]:
