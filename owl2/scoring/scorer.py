@@ -203,14 +203,21 @@ class ImageScorer:
             InputError: The model was not trained for the task.
         """
         self.check_task(task, kind)
-        ids = self._prompt_ids(task, kind)
-        batches = encode_batches(lambda item: self._encode(ids, item, kind), items, batch_size)
+        batches = encode_batches(lambda item: self.encode(item, task, kind), items, batch_size)
         return (score for batch in batches for score in self._score_batch(batch))
 
     def check_task(self, task: str, kind: str = "image") -> None:
         """Raise an InputError if the model was not trained for a task, see `check_task`."""
         if isinstance(self.form_name, str) and self.form_name in self.method.forms:
             check_task(self.method, self.checkpoint, task, kind)
+
+    def score_prompts(self, rows: Sequence[list[PreparedPrompt]]) -> list[ImageScore]:
+        """The scores of prompts from `encode`, computed together.
+
+        Raises:
+            InputError: Logits that are not finite.
+        """
+        return self._all(iter(self._score_prompts(rows)))
 
     def _all(self, scores: Iterator[ImageScore | InputError]) -> list[ImageScore]:
         result: list[ImageScore] = []
@@ -257,8 +264,13 @@ class ImageScorer:
                 del ids[:repeated]
         return short
 
-    def _encode(self, ids: list[int], item: Any, kind: str) -> list[PreparedPrompt]:
-        """The prompts about an image or a video."""
+    def encode(self, item: Any, task: str, kind: str = "image") -> list[PreparedPrompt]:
+        """The prompt about an image or a video; with anchors, a prompt for each.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        ids = self._prompt_ids(task, kind)
         if kind == "video" and isinstance(item, (str, Path)):
             item = frames_per_second(Path(item))
         frames = list(item) if kind == "video" else [item]

@@ -34,6 +34,7 @@ MAX_CHARACTERS_PER_TOKEN = 64
 current_client: ContextVar[str] = ContextVar("current_client", default="")
 
 Result = TypeVar("Result")
+Prepared = TypeVar("Prepared")
 
 
 class ClientStopped(Exception):
@@ -162,15 +163,9 @@ class ResponseStream:
             ApiError: 503, at the deadline.
             InputError: The engine cannot answer the messages, or an option is invalid.
         """
-        admission, owner = self._admission, (self.client,)
-        engine = admission.engine
+        engine = self._admission.engine
         async with self._time_limit():
-            with self._metrics.waiting.track_inprogress():
-                async with admission.preparing.slot(owner):
-                    prepared = await prompts()
-                    await admission.slots.acquire(owner)
-            self._has_slot = True
-            self._metrics.running.inc()
+            prepared = await self._wait_for_slot(prompts)
             # A grammar may take a second to compile.
             params = await asyncio.to_thread(lambda: engine.sampling_params(**options))
             encode = partial(engine.encode, **template_kwargs or {})
@@ -181,6 +176,33 @@ class ResponseStream:
                 self._aborts.append(engine.submit(prompt, params, post))
         self.prompt_tokens = sum(len(prompt.ids) for prompt in encoded)
         self._metrics.prompt_tokens.inc(self.prompt_tokens)
+
+    async def compute(
+        self, prepare: Callable[[], Awaitable[Prepared]], function: Callable[[Prepared], Result]
+    ) -> Result:
+        """What `function` returns in a thread for the prepared input, once there is a slot.
+
+        Raises:
+            ApiError: 503, at the deadline.
+        """
+        async with self._time_limit():
+            return await asyncio.to_thread(function, await self._wait_for_slot(prepare))
+
+    def finish(self, num_tokens: int) -> None:
+        """Count a computed request with prompts of this many tokens as complete."""
+        self._metrics.prompt_tokens.inc(num_tokens)
+        self._metrics.request_seconds.observe(self._loop.time() - self.arrival)
+        self.close("stop")
+
+    async def _wait_for_slot(self, prepare: Callable[[], Awaitable[Prepared]]) -> Prepared:
+        admission, owner = self._admission, (self.client,)
+        with self._metrics.waiting.track_inprogress():
+            async with admission.preparing.slot(owner):
+                prepared = await prepare()
+                await admission.slots.acquire(owner)
+        self._has_slot = True
+        self._metrics.running.inc()
+        return prepared
 
     def _post(self, first_index: int, output: CompletionChunk | BaseException) -> None:
         """Called in the engine's thread."""

@@ -11,10 +11,12 @@ from starlette.middleware.cors import CORSMiddleware
 
 from owl2 import __version__
 from owl2.engine.engine import Engine
+from owl2.scoring.scorer import ImageScorer
 from owl2.serve import errors
 from owl2.serve.admission import AdmissionController
 from owl2.serve.auth import ApiKeys, document_api_keys
 from owl2.serve.chat_completions import add_chat_completions
+from owl2.serve.classify import add_classify
 from owl2.serve.completions import add_completions
 from owl2.serve.config import ServerLimits
 from owl2.serve.docs_page import docs_page
@@ -43,6 +45,7 @@ def build_app(
     example: str = "",
     allowed_hosts: Sequence[str] | None = None,
     allowed_origins: Sequence[str] = (),
+    scorer: ImageScorer | None = None,
 ) -> FastAPI:
     """The application; its `state` has the `AdmissionController` and the image decoder.
 
@@ -52,6 +55,7 @@ def build_app(
         api_keys: None: every client is accepted.
         example: A shell command for the documentation page.
         allowed_hosts: Host names that requests may use, besides localhost; None: all.
+        scorer: For `POST /classify`; None: the model gives no scores.
         allowed_origins: Websites whose pages may send requests, such as `https://example.com`.
     """
     limits = limits or ServerLimits()
@@ -79,6 +83,8 @@ def build_app(
     add_chat_completions(app, handler, images)
     add_completions(app, handler)
     add_responses(app, handler, images)
+    if scorer is not None:
+        add_classify(app, admission, model_name, images, scorer)
     _add_models(app, model_name)
     _add_monitoring(app, admission, metrics)
 

@@ -126,10 +126,10 @@ class GenerationHandler:
                 limit = token_limit(self.engine, self._admission.limits, body.max_answer_tokens)
                 options = body.sampling_options() | limit
                 start = stream.start(reply.prompts, options, reply.template_kwargs)
-                await run_unless(_disconnected(request), start)
+                await run_unless(disconnected(request), start)
                 if body.stream:
                     return EventStreamResponse(reply.events(), stream.deadline, stack.pop_all())
-                content = await run_unless(_disconnected(request), reply.complete())
+                content = await run_unless(disconnected(request), reply.complete())
             except ClientStopped:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             except InputError as error:
@@ -194,6 +194,7 @@ class EventStreamResponse(StreamingResponse):
                 await self._events.aclose()
 
 
-async def _disconnected(request: Request) -> None:
+async def disconnected(request: Request) -> None:
+    """Return when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

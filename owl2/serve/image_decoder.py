@@ -21,6 +21,7 @@ from functools import cache
 from PIL import Image
 
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.image_io import ImagePolicy
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.serve import decode_forkserver
 from owl2.serve.admission import current_client
@@ -117,11 +118,14 @@ class SandboxedImageDecoder:
         """Accept no more images; does not wait for the current ones."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def decode(self, data: bytes, budget: ImageBudget | None = None) -> Image.Image:
+    async def decode(
+        self, data: bytes, budget: ImageBudget | None = None, policy: ImagePolicy | None = None
+    ) -> Image.Image:
         """An image file → the (size, size) RGB image that the model sees.
 
         Args:
             budget: Of the request. Default: a budget for this image.
+            policy: Instead of the image policy of the checkpoint.
 
         Raises:
             ApiError: 400: not an image, corrupt, too large for a limit or for the budget, or its
@@ -133,7 +137,8 @@ class SandboxedImageDecoder:
                 f"The image has {len(data):,} bytes; the limit of this server is "
                 f"{self._limits.max_image_bytes:,}."
             )
-        cost, image = await self._run(data, budget, [self._slots], LARGE_COST)
+        request = replace(self._request, policy=policy or self._request.policy)
+        cost, image = await self._run(data, request, budget, [self._slots], LARGE_COST)
         if cost > budget.cost:
             raise _too_large(
                 f"The images of the request have too many pixels: this one counts as {cost:,}, and "
@@ -141,13 +146,15 @@ class SandboxedImageDecoder:
             )
         budget.cost -= cost
         if image is None:
-            _, image = await self._run(data, budget, [self._large_slots, self._slots])
+            slots = [self._large_slots, self._slots]
+            _, image = await self._run(data, request, budget, slots)
         assert image is not None
         return image
 
     async def _run(
         self,
         data: bytes,
+        decode_request: decode_forkserver.DecodeRequest,
         budget: ImageBudget,
         slots: Sequence[FairSlots],
         max_cost: int | None = None,
@@ -157,7 +164,7 @@ class SandboxedImageDecoder:
         def work() -> tuple[int, Image.Image | None]:
             if budget.seconds <= 0:
                 raise self._too_slow()
-            request = replace(self._request, timeout=budget.seconds, max_cost=max_cost)
+            request = replace(decode_request, timeout=budget.seconds, max_cost=max_cost)
             return self._decode(data, request, budget)
 
         return await run_with_slots(slots, budget.owner, self._pool, work)

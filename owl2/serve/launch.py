@@ -28,6 +28,7 @@ from owl2.errors import ErrorCode, InputError
 from owl2.serve.admission import AdmissionController
 from owl2.serve.app import build_app
 from owl2.serve.auth import ApiKeys
+from owl2.serve.classify import find_scorer
 from owl2.serve.config import ServerConfig
 from owl2.serve.connections import AcceptErrors, LimitedConnection, raise_open_files_limit
 from owl2.serve.origins import parse_hosts, parse_origins
@@ -76,7 +77,8 @@ def serve_model(config: ServerConfig) -> int:
         structured = {"choice": ["Hello"]} if find_spec("llguidance") else None
         hello = [{"role": "user", "content": "Hello?"}]
         engine.chat(hello, max_new_tokens=1, structured_outputs=structured)
-        app = build_app(engine, name, config, api_keys, example, hosts, origins)
+        scorer = find_scorer(engine, config.model, config.base)
+        app = build_app(engine, name, config, api_keys, example, hosts, origins, scorer)
         if config.web:
             from owl2.serve.web.mount import mount
 

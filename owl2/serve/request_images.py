@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from owl2.processing.data_uri import decode_base64
+from owl2.processing.image_io import ImagePolicy
 from owl2.processing.image_processing import Owl2ImageProcessor
 from owl2.processing.messages import Message
 from owl2.serve.config import ServerLimits
@@ -59,14 +60,7 @@ class RequestImages:
         Raises:
             ApiError: 400; `param` is the path of the image.
         """
-        urls = request.images
-        budget = ImageBudget.of_request(self._limits)
-        tasks = [asyncio.ensure_future(self._open(*item, budget)) for item in urls.items()]
-        try:
-            images = dict(zip(urls, await asyncio.gather(*tasks), strict=True))
-        finally:  # after an error, the other images are not decoded
-            for task in tasks:
-                task.cancel()
+        images = await self.open_all(request.images)
         messages: list[Message] = []
         for row, message in enumerate(request.messages):
             parts: list[dict[str, Any]] = [
@@ -79,8 +73,31 @@ class RequestImages:
             messages.append({"role": role, "content": parts})
         return messages
 
+    async def open_all(
+        self, urls: dict[tuple[int, int], ImageURL], policy: ImagePolicy | None = None
+    ) -> dict[tuple[int, int], Image.Image]:
+        """Images by the indices of their message and their content part, in the model's size.
+
+        Args:
+            policy: Instead of the image policy of the checkpoint.
+
+        Raises:
+            ApiError: 400; `param` is the path of the image.
+        """
+        budget = ImageBudget.of_request(self._limits)
+        tasks = [asyncio.ensure_future(self._open(*item, budget, policy)) for item in urls.items()]
+        try:
+            return dict(zip(urls, await asyncio.gather(*tasks), strict=True))
+        finally:  # after an error, the other images are not decoded
+            for task in tasks:
+                task.cancel()
+
     async def _open(
-        self, indices: tuple[int, int], image: ImageURL, budget: ImageBudget
+        self,
+        indices: tuple[int, int],
+        image: ImageURL,
+        budget: ImageBudget,
+        policy: ImagePolicy | None,
     ) -> Image.Image:
         try:
             scheme = image.url[:8].lower()
@@ -98,7 +115,7 @@ class RequestImages:
                     "images must be data:image/...;base64,... (or https:// URLs, if this server "
                     "fetches them); files are not opened"
                 )
-            return await self.decoder.decode(data, budget)
+            return await self.decoder.decode(data, budget, policy)
         except ApiError as error:
             error.param = "messages.{}.content.{}.image_url.url".format(*indices)
             raise

@@ -1,0 +1,123 @@
+"""`POST /classify`: scores of a scoring model, equal to those of `ImageScorer`."""
+
+import base64
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from owl2.engine.engine import Engine
+from owl2.scoring.scorer import ImageScorer
+from owl2.serve.app import build_app
+from owl2.serve.classify import find_scorer
+from tests.scoring.golden import FAMILY, image_files, read
+from tests.serve.running import run_app
+
+MODEL = FAMILY / "one_align" / "model"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained(MODEL, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with run_app(build_app(engine, "rater", scorer=find_scorer(engine, MODEL))) as url:
+        yield url
+
+
+def part(file):
+    data = base64.b64encode(file.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+def classify(url, files, **fields):
+    messages = [{"role": "user", "content": [part(file) for file in files]}]
+    body = {"model": "rater", "messages": messages} | fields
+    return httpx.post(f"{url}/classify", json=body, timeout=60)
+
+
+@pytest.mark.parametrize("task", ["quality", "aesthetics"])
+def test_images(url, engine, task):
+    expected = read("one_align", "scores.json")[f"{task}.image"]
+    files = image_files("one_align", expected["pictures"])
+    response = classify(url, files, task=task)
+    assert response.status_code == 200
+    body = response.json()
+    data = body["data"]
+    assert (body["object"], body["model"]) == ("list", "rater")
+    assert [one["score"] for one in data] == pytest.approx(expected["score_1_to_5"], abs=1e-4)
+    for index, (one, probabilities) in enumerate(zip(data, expected["probabilities"], strict=True)):
+        assert one["probs"] == pytest.approx(probabilities, abs=1e-4)
+        assert (one["index"], one["num_classes"]) == (index, 5)
+        assert one["labels"][one["probs"].index(max(one["probs"]))] == one["label"] == "poor"
+        assert one["std"] > 0
+    [prompt] = ImageScorer(engine, "q-align").encode(files[0], task)
+    assert body["usage"]["prompt_tokens"] == 4 * len(prompt.ids)
+
+
+def test_video(url):
+    expected = read("one_align", "scores.json")["quality.video.three"]
+    [one] = classify(url, image_files("one_align", expected["frames"]), kind="video").json()["data"]
+    assert one["score"] == pytest.approx(expected["score_1_to_5"][0], abs=1e-4)
+
+
+def test_own_crop_of_q_instruct(engine):
+    expected = read("one_align", "scores.json")["q_instruct.plain"]
+    app = build_app(engine, "rater", scorer=ImageScorer(engine, "q-instruct"))
+    with run_app(app) as url:
+        response = classify(url, image_files("one_align", expected["pictures"]))
+    scores = [one["score"] for one in response.json()["data"]]
+    assert scores == pytest.approx(expected["score_0_to_1"], abs=1e-4)
+
+
+def test_concurrent_requests_and_answers(url):
+    expected = read("one_align", "scores.json")["quality.image"]
+    files = image_files("one_align", expected["pictures"])
+    chat = {"model": "rater", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30}
+    with ThreadPoolExecutor(9) as pool:
+        answer = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=chat, timeout=60)
+        found = list(pool.map(lambda file: classify(url, [file]).json(), files * 2))
+    assert answer.result().status_code == 200
+    scores = [one["data"][0]["score"] for one in found]
+    assert scores == pytest.approx(expected["score_1_to_5"] * 2, abs=1e-4)
+    metrics = httpx.get(f"{url}/metrics").text
+    assert "owl2_running_requests 0.0" in metrics or "running 0.0" in metrics
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"task": "beauty"}, 400, "task"),
+        ({"messages": [{"role": "user", "content": "How good?"}]}, 400, "messages"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "assistant", "content": None}]}, 400, "messages"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image_url", "image_url": {"url": "data:;base64,eA=="}}
+                        ],
+                    }
+                ]
+            },
+            400,
+            "messages.0.content.0.image_url.url",
+        ),
+    ],
+)
+def test_errors(url, fields, status, param):
+    response = classify(url, image_files("one_align", ["wide"]), **fields)
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == param
+
+
+def test_model_without_scores_has_no_route(engine):
+    assert find_scorer(engine, FAMILY / "co_instruct" / "model") is None
+    assert find_scorer(engine, FAMILY / "compare2score" / "model") is None  # needs anchors
+    with run_app(build_app(engine, "rater")) as url:
+        assert classify(url, image_files("one_align", ["wide"])).status_code == 404
