@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
 from owl2.bench.cases import owl2_decode, owl2_encode, owl2_prefill
@@ -18,6 +17,7 @@ from owl2.bench.measure import MIN_ROUNDS, BenchCase, Roofline, case_result, mea
 from owl2.bench.presets import BenchModel
 from owl2.bench.training import MeasurementError
 from owl2.bench.workload import TEXT_TOKENS, BenchRequest
+from owl2.memory import available_memory, format_size
 
 DEFAULT_SIZES = ("135m", "bench", "1b", "3b", "7b")
 MAX_POINT_SECONDS = 180.0  # a point that would take longer is skipped
@@ -151,11 +151,8 @@ def _check_memory(model: BenchModel) -> None:
         return
     device, dtype = model.device_and_dtype()
     needed = model.num_parameters() * dtype.itemsize * MEMORY_FACTOR
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     if needed > free:
         raise MeasurementError(
-            f"needs {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are available"
+            f"needs {format_size(needed)} of memory; {format_size(free)} are available"
         )
