@@ -44,7 +44,7 @@ def test_owl2_and_transformers_answer_the_same(compare, folder):
 
 def test_quantized_weights_are_measured(compare, folder):
     task = compare.Task(folder, 4, max(compare.COUNTS), positions=8, threads=1)
-    result = compare.measure("owl2", task, prompt=5, new=3)
+    result = compare.measure("owl2", task, prompt=5, new=3, repeats=1)
     assert (result["engine"], result["bits"]) == ("owl2", 4)
     for count, figures in result["requests"].items():
         assert [len(ids) for ids in figures["answers"]] == [3] * int(count)
@@ -62,7 +62,7 @@ def test_the_gguf_file_has_the_same_weights(folder):
 
 def test_short_answers_are_not_measured(compare):
     with pytest.raises(RuntimeError, match="instead of 3"):
-        compare.timed(lambda prompts, new: [[1]] * len(prompts), PROMPTS, 3)
+        compare.timed(lambda prompts, new: [[1]] * len(prompts), PROMPTS, 3, 1)
 
 
 def run(compare, engine, bits, first, decode, answers):
@@ -119,7 +119,7 @@ def test_rounds_alternate_and_resume(compare, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_each_engine_runs_in_its_own_process(compare, folder):
-    lengths = ["--prompt", "5", "--new", "3"]
+    lengths = ["--prompt", "5", "--new", "3", "--repeats", "1"]
     engines = ["owl2", "transformers"]
     found = measure_all(compare, folder, engines=engines, rounds=1, options=lengths, minutes=15)
     assert found["skipped"] == {}

@@ -33,7 +33,7 @@ from engines import Answer, Prompts, Task
 
 PROMPT, NEW = 129, 128  # tokens; the prompt is as long as an image and 64 words of size `bench`
 COUNTS = (1, 16)  # concurrent requests
-REPEATS = 3  # after one warm-up
+REPEATS = 3  # in a process, after one warm-up
 THREADS = 2
 SPECIAL = 3  # lower ids are special tokens of some tokenizers
 CPU_INFO = Path("/proc/cpuinfo")
@@ -60,7 +60,7 @@ def make(folder: Path, size: str, dtype: str) -> None:
     write_gguf(folder, dtype)
 
 
-def measure(name: str, task: Task, prompt: int, new: int) -> dict[str, Any]:
+def measure(name: str, task: Task, prompt: int, new: int, repeats: int = REPEATS) -> dict[str, Any]:
     """Measure the seconds to the first tokens and to the last tokens.
 
     Returns:
@@ -80,17 +80,17 @@ def measure(name: str, task: Task, prompt: int, new: int) -> dict[str, Any]:
         "bits": task.bits,
         "versions": {package: version(package) for package in engine.PACKAGES},
         "load_seconds": load_seconds,
-        "requests": {str(count): timed(answer, prompts[:count], new) for count in COUNTS},
+        "requests": {str(count): timed(answer, prompts[:count], new, repeats) for count in COUNTS},
     }
 
 
-def timed(answer: Answer, prompts: Prompts, new: int) -> dict[str, Any]:
+def timed(answer: Answer, prompts: Prompts, new: int, repeats: int) -> dict[str, Any]:
     """See `measure`."""
     answers = answer(prompts, new)
     if any(len(ids) != new for ids in answers):
         raise RuntimeError(f"answers of {[len(ids) for ids in answers]} tokens instead of {new}")
     first, seconds = [], []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for times, tokens in ((first, 1), (seconds, new)):
             start = time.perf_counter()
             answer(prompts, tokens)
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="`make`: dtype of 16-bit weights")
     parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=NEW, help="tokens of an answer")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="repetitions in a process")
     parser.add_argument("--engine", choices=ENGINES, help="`measure`: the engine")
     parser.add_argument("--output", type=Path, help="`measure`: the JSON file")
     parser.add_argument("--bits", default="16,8,4", help="bits of the weights")
@@ -277,17 +278,19 @@ def main() -> None:
     elif given.what == "measure":
         task = Task(given.folder, bits[0], max(COUNTS), given.prompt + given.new, THREADS)
         load = os.getloadavg()[0]  # before the measurement
-        result = measure(given.engine, task, given.prompt, given.new) | {"load_before": load}
+        result = measure(given.engine, task, given.prompt, given.new, given.repeats)
+        result["load_before"] = load
         given.output.write_text(json.dumps(result))
     else:
         pythons = {
             name: shlex.split(command)
             for name, _, command in (item.partition("=") for item in given.python)
         }
-        lengths = ["--prompt", str(given.prompt), "--new", str(given.new)]
+        options = ["--prompt", str(given.prompt), "--new", str(given.new)]
+        options += ["--repeats", str(given.repeats)]
         engines = given.engines.split(",")
         found = measure_all(
-            given.folder, engines, bits, given.rounds, pythons, lengths, given.minutes
+            given.folder, engines, bits, given.rounds, pythons, options, given.minutes
         )
         print(table(found["runs"]))
 
