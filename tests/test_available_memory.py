@@ -6,8 +6,8 @@ import psutil
 import pytest
 
 from owl2 import memory
+from owl2.checkpoints.lazy_weights import WeightReader
 from owl2.checkpoints.load_memory import loaded_size
-from owl2.checkpoints.quantized_weights import WeightReader
 from owl2.cli.info import memory_of_commands
 from owl2.engine.load_model import ModelArgs
 from owl2.errors import ErrorCode

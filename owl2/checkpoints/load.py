@@ -32,6 +32,8 @@ from owl2.checkpoints.from_backbones import backbone_config, backbone_weights
 from owl2.checkpoints.hf_quantizer import (
     Owl2QuantizationConfig,
     Owl2Quantizer,
+    StoredDtypeLinear,
+    keep_stored_dtype,
     stored_quantization,
 )
 from owl2.checkpoints.key_report import (
@@ -41,8 +43,9 @@ from owl2.checkpoints.key_report import (
     listing,
     translate_load_errors,
 )
+from owl2.checkpoints.lazy_weights import WeightReader, loaded_share, rank_share
 from owl2.checkpoints.load_memory import require_load_memory
-from owl2.checkpoints.quantized_weights import WeightReader, quantized_weights
+from owl2.checkpoints.quantized_weights import quantized_weights
 from owl2.checkpoints.remote_code import add_remote_code
 from owl2.checkpoints.weight_files import (
     Provenance,
@@ -276,15 +279,16 @@ class CheckpointMixin(PreTrainedModel):
     def _load_pretrained_model(  # type: ignore[override]  # passes all other arguments through
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kw: Any
     ) -> Any:
-        """As in transformers; a checkpoint that `Owl2Quantizer` quantizes is read lazily."""
-        quantizer = load_config.hf_quantizer
-        if (
-            checkpoint_files
-            and isinstance(quantizer, Owl2Quantizer)
-            and not quantizer.pre_quantized
-        ):
-            reader = WeightReader(map(Path, checkpoint_files))
-            state_dict = quantized_weights(reader, quantizer.quantization_config)
+        """As in transformers; weights that are quantized or sharded are read lazily."""
+        quantizer, share = load_config.hf_quantizer, loaded_share.get()
+        files = [Path(file) for file in checkpoint_files or ()]
+        if files and isinstance(quantizer, Owl2Quantizer):
+            reader = WeightReader(files)
+            keep_stored_dtype(model, reader.tensors)
+            if not quantizer.pre_quantized:
+                state_dict = quantized_weights(reader, quantizer.quantization_config)
+        elif files and share is not None:
+            state_dict = rank_share(model, WeightReader(files), share, load_config.dtype)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kw
         )
@@ -333,9 +337,11 @@ def _cast_unquantized(model: Any) -> None:
     """
     dtype = getattr(model.config, "dtype", None)
     if getattr(model.config, "quantization_config", None) and isinstance(dtype, torch.dtype):
+        kept = {id(m.weight) for m in model.modules() if isinstance(m, StoredDtypeLinear)}
         for parameter in model.parameters():
             # Packed 4-bit weights may be stored in a floating-point dtype.
-            if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+            is_packed = hasattr(parameter, "quant_state")
+            if parameter.is_floating_point() and not is_packed and id(parameter) not in kept:
                 parameter.data = parameter.data.to(dtype)
 
 
@@ -356,8 +362,10 @@ def _check_weights(
             ErrorCode.INVALID_FORMAT,
         )
     given, dtype = options.get("quantization_config"), options.get("dtype")
-    # With a device map, weights are not loaded into the memory of the CPU.
-    if options.get("device_map") is None and isinstance(given, Owl2QuantizationConfig | None):
+    # With a device map, weights are not loaded into the memory of the CPU, and in sharded training
+    # only a share of them.
+    on_cpu = options.get("device_map") is None and loaded_share.get() is None
+    if on_cpu and isinstance(given, Owl2QuantizationConfig | None):
         sizes = {file.name: file.stat().st_size for file in files}
         dtype = dtype if isinstance(dtype, torch.dtype) else None
         require_load_memory(str(name), tensors, sizes, dtype, given)

@@ -4,7 +4,11 @@ from collections.abc import Mapping
 
 import torch
 
-from owl2.checkpoints.hf_quantizer import UNQUANTIZED, Owl2QuantizationConfig
+from owl2.checkpoints.hf_quantizer import (
+    UNQUANTIZED,
+    Owl2QuantizationConfig,
+    is_visual_linear,
+)
 from owl2.checkpoints.quantized_weights import bits_of_weight
 from owl2.engine.backends.weight_only_quantization import BITS, GROUP
 from owl2.memory import format_size, require_memory
@@ -26,6 +30,7 @@ def loaded_size(
         config: Quantizes them while they are loaded.
     """
     total = 0.0
+    is_quantized = config is not None or any(not t.is_floating_point() for t in tensors.values())
     for name, tensor in tensors.items():
         bits = UNQUANTIZED if config is None else bits_of_weight(name, tensor, config)
         if bits < UNQUANTIZED:
@@ -35,7 +40,9 @@ def loaded_size(
         elif dtype is None or not tensor.is_floating_point() or name.endswith(SCALE):
             total += tensor.nbytes
         else:
-            total += tensor.numel() * dtype.itemsize
+            keeps_dtype = is_quantized and is_visual_linear(name, tensor)
+            size = min(dtype.itemsize, tensor.itemsize) if keeps_dtype else dtype.itemsize
+            total += tensor.numel() * size
     return int(total)
 
 

@@ -1,19 +1,17 @@
-"""Reads the weights of a checkpoint one by one, and quantizes each as it is read.
+"""The weights of a checkpoint, each quantized as it is read.
 
 `owl2 quantize` writes these weights to a file, and `from_pretrained` loads them into a model, so
-that both have the same values. One weight file is open at a time.
+that both have the same values.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from owl2.checkpoints.hf_quantizer import HEAD, UNQUANTIZED, Owl2QuantizationConfig
-from owl2.checkpoints.weight_files import read_tensors
+from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader
 from owl2.engine.backends.weight_only_quantization import quantize_linear
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -26,45 +24,6 @@ def round_to_nearest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_linear`, as a `QuantizeWeight`."""
     return quantize_linear(weight, bits)
-
-
-class WeightReader:
-    """Reads single tensors of weight files. The files are memory-mapped, one at a time.
-
-    Attributes:
-        tensors: All tensors by name, on the meta device.
-    """
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._files: dict[str, Path] = {}
-        self._open: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
-        for file in files:
-            found = read_tensors(file)
-            self.tensors |= found
-            self._files |= dict.fromkeys(found, file)
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor; a view of the mapped file, which it keeps open."""
-        file = self._files[name]
-        if self._open[0] != file:
-            self._open = (None, {})  # closes the other file first
-            self._open = (file, read_tensors(file, "cpu"))
-        return self._open[1][name]
-
-    def read_copy(self, name: str) -> torch.Tensor:
-        """A copy of the tensor."""
-        return self.read(name).clone()
-
-
-@dataclass
-class LazyTensor:
-    """A tensor that is read when it is indexed, as transformers does with safetensors' slices."""
-
-    read: Callable[[], torch.Tensor]
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.read()[index]
 
 
 @dataclass

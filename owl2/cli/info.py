@@ -130,7 +130,8 @@ def memory_of_commands(config: "Owl2Config") -> dict[str, int]:
     from owl2.runtime import select_dtype
 
     with torch.device("meta"):
-        weights = Owl2ForConditionalGeneration(config).state_dict()
+        model = Owl2ForConditionalGeneration(config)
+    weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     dtype = select_dtype(torch.device("cpu"))
     stored = stored_quantization(config)
     if stored is not None:

@@ -21,15 +21,10 @@ from owl2.checkpoints.adapters import find_adapter
 from owl2.checkpoints.config_file import CONFIG_FILE, read_config, read_json, resolve_checkpoint
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.checkpoints.key_report import check_keys
+from owl2.checkpoints.lazy_weights import LazyTensor, WeightReader
 from owl2.checkpoints.load import HEAD, POSITIONS
 from owl2.checkpoints.load_memory import BUFFERS, loaded_size
-from owl2.checkpoints.quantized_weights import (
-    LazyTensor,
-    QuantizeWeight,
-    WeightReader,
-    quantized_weights,
-    round_to_nearest,
-)
+from owl2.checkpoints.quantized_weights import QuantizeWeight, quantized_weights, round_to_nearest
 from owl2.checkpoints.weight_files import COMPUTED_KEYS, fingerprint, weight_files
 from owl2.checkpoints.weight_names import released_name
 from owl2.errors import ErrorCode, InputError

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from owl2.checkpoints.adapters import add_lora, find_adapter, lora_parameters, merge_adapter
 from owl2.checkpoints.config_file import read_config
-from owl2.checkpoints.hf_quantizer import stored_quantization
+from owl2.checkpoints.hf_quantizer import StoredDtypeLinear, stored_quantization
 from owl2.checkpoints.quantization import quantization_config
 from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
@@ -129,6 +129,9 @@ def apply_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Tra
         parameter.requires_grad_(True)
     for name in modules_to_save:
         model.get_submodule(name).requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, StoredDtypeLinear) and module.weight.requires_grad:
+            module.restore()
     return summarize_trainable(model)
 
 

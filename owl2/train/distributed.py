@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import distributed
 
+from owl2.checkpoints.lazy_weights import RankShare, loaded_share
 from owl2.errors import ErrorCode, InputError
 
 # The others wait while one process saves a large model.
@@ -84,6 +85,17 @@ class DistributedContext:
             if os.environ.get(variable, "").lower() == "true":
                 return name
         return None
+
+    @contextmanager
+    def load_share(self) -> Iterator[None]:
+        """With FSDP, models that are loaded in this block have only the values that this process
+        keeps when they are sharded."""
+        share = RankShare(self.rank, self.world_size) if self.sharding == "FSDP" else None
+        token = loaded_share.set(share)
+        try:
+            yield
+        finally:
+            loaded_share.reset(token)
 
     def all_reduce_sum(self, *values: float) -> list[float]:
         """The sum of each value over all processes. All processes must call it."""

@@ -126,13 +126,14 @@ class TrainingRun:
         if not torch.cuda.is_available():
             require_training_memory(recipe, context)
         # In float32, because small updates need the precision.
-        self.model = Owl2ForConditionalGeneration.from_pretrained(
-            recipe.model,
-            dtype=torch.float32,
-            image_size=recipe.image_size,
-            attn_implementation=recipe.attn_implementation,
-            **loading_options(recipe),
-        )
+        with context.load_share():
+            self.model = Owl2ForConditionalGeneration.from_pretrained(
+                recipe.model,
+                dtype=torch.float32,
+                image_size=recipe.image_size,
+                attn_implementation=recipe.attn_implementation,
+                **loading_options(recipe),
+            )
         self.use_cache = self.model.config.use_cache
         self.processor = Owl2Processor.from_pretrained(
             recipe.model, chat_template=recipe.chat_template, image_newline=True

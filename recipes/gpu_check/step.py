@@ -66,7 +66,7 @@ class Step:
         path = self.folder / f"checkpoint-{size}"
         if not (path / "pytorch_model.bin.index.json").exists():
             script = ROOT / "recipes" / "speed" / "random_checkpoint.py"
-            self.run(sys.executable, script, path, "--size", size, "--device", self.device)
+            self.run(sys.executable, script, path, "--size", size)
         return path
 
 

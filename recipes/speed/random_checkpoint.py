@@ -2,7 +2,7 @@
 
 ::
 
-    python recipes/speed/random_checkpoint.py FOLDER [--size 7b] [--shards 8] [--device cuda]
+    python recipes/speed/random_checkpoint.py FOLDER [--size 7b] [--shards 8]
 
 It has the released layout: bfloat16 in ``pytorch_model-*.bin`` with an index, 16.4 GB for 7b. One
 file is in memory at a time. The answers are meaningless.
@@ -26,10 +26,11 @@ from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
 
 TEXTS = ["USER: what is this? ASSISTANT: a red circle", "yes no blue green 0123456789"] * 5
 STANDARD_DEVIATION = 0.02
+NUM_VALUES = 9_999_991  # random numbers; not a multiple of a row
 
 
-def write(folder: Path, size: str, shards: int, device: str = "cpu") -> None:
-    """Write the checkpoint and its processor. A GPU draws the values in seconds."""
+def write(folder: Path, size: str, shards: int) -> None:
+    """Write the checkpoint and its processor."""
     folder.mkdir(parents=True)
     config = Owl2Config(**PRESETS[size] | {"dtype": "bfloat16"})
     config.save_pretrained(folder)
@@ -40,23 +41,31 @@ def write(folder: Path, size: str, shards: int, device: str = "cpu") -> None:
         Owl2Tokenizer(tokenizer_file),
         num_image_tokens=config.num_image_tokens,
     ).save_pretrained(folder)
-    generator = torch.Generator(device).manual_seed(0)
+    torch.manual_seed(0)
+    values = torch.empty(NUM_VALUES, dtype=torch.bfloat16).normal_(std=STANDARD_DEVIATION)
     files: dict[str, str] = {}
     for number, names in enumerate(split(shapes_of(config), shards), 1):
         file = f"pytorch_model-{number:05}-of-{shards:05}.bin"
         tensors = {}
         for name, shape in names.items():
-            tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
             if len(shape) == 1 and name.endswith("weight"):  # of a norm
-                tensor.fill_(1)
+                tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
             else:
-                tensor.normal_(std=STANDARD_DEVIATION, generator=generator)
-            tensors[name] = tensor.cpu()
+                tensors[name] = random_tensor(shape, values)
         torch.save(tensors, folder / file)
         files |= dict.fromkeys(names, file)
         print(file, flush=True)
     index = {"metadata": {}, "weight_map": files}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=2))
+
+
+def random_tensor(shape: torch.Size, values: torch.Tensor) -> torch.Tensor:
+    """`values`, repeated from a random position: much faster than as many random numbers."""
+    tensor = torch.empty(shape.numel(), dtype=values.dtype)
+    start = int(torch.randint(len(values), ()))
+    for part in tensor.split(len(values)):
+        part.copy_(torch.cat([values[start:], values[:start]])[: len(part)])
+    return tensor.view(shape)
 
 
 def shapes_of(config: Owl2Config) -> dict[str, torch.Size]:
@@ -86,6 +95,5 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", default="7b", choices=sorted(PRESETS))
     parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--device", default="cpu", help="cuda is faster")
     options = parser.parse_args()
-    write(options.folder, options.size, options.shards, options.device)
+    write(options.folder, options.size, options.shards)

@@ -18,7 +18,11 @@ import torch
 from torch import nn
 
 from owl2.checkpoints.config_file import read_config
-from owl2.checkpoints.hf_quantizer import quantize_model, stored_quantization
+from owl2.checkpoints.hf_quantizer import (
+    keep_stored_dtype,
+    quantize_model,
+    stored_quantization,
+)
 from owl2.memory import require_memory
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -193,6 +197,8 @@ def prepared_model(recipe: Recipe, config: Owl2Config, half: bool) -> Owl2ForCon
             model.set_image_size(recipe.image_size)
         if stored := stored_quantization(config):
             quantize_model(model, stored, TracedQuantizedLinear)
+            halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+            keep_stored_dtype(model, halves)
         # Explicit, because the default dtype is that of this machine, not of the planned one.
         prepare(model, recipe.model_copy(update={"dtype": dtype}))
     for linear in _quantized_linears(model, recipe):
