@@ -21,8 +21,13 @@ RELEASED_RENAMINGS: list[Any] = [
     WeightRenaming(rf"({_NAME})\.multiway\.{modality}", rf"multiway.{modality}.\1")
     for modality in (0, 1)
 ]
-for model_type in MODEL_TYPES:
-    register_checkpoint_conversion_mapping(model_type, RELEASED_RENAMINGS)
+for name, parts in MODEL_TYPES.items():
+    prefixes: list[Any] = [
+        # `^` in both, so that saving renames prefixes only. transformers removes it in the target.
+        WeightRenaming("^" + re.escape(released), "^" + re.escape(own))
+        for released, own in parts.weight_names
+    ]
+    register_checkpoint_conversion_mapping(name, RELEASED_RENAMINGS + prefixes)
 
 
 def module_name(name: str) -> str:

@@ -11,6 +11,7 @@ L width of the language model.
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from owl2.model.configuration import Owl2AbstractorConfig
@@ -80,7 +81,8 @@ class AbstractorAttention(nn.Module):
         """Compute (q_pos_embed, k_pos_embed)."""
         width, queries = self.config.hidden_size, self.config.num_learnable_queries
         query_embeds = sincos_1d(torch.arange(queries, device=device), width)
-        return query_embeds, sincos_2d(self.config.grid_size, width, device)
+        key_embeds = sincos_2d(self.config.grid_size, width, device)
+        return query_embeds, key_embeds if self.config.use_cls_token else key_embeds[1:]
 
     def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Queries (N, K, D) and features (N, 1+P, D), both normalized, to (N, K, D)."""
@@ -163,6 +165,11 @@ class VisualAbstractor(nn.Module):
         self.encoder = LayerStack(AbstractorLayer(config) for _ in range(config.num_hidden_layers))
         self.visual_fc = nn.Linear(config.hidden_size, language_width)
         self.vit_eos = nn.Parameter(torch.empty(1, 1, language_width))
+
+    def init_parameters(self, std: float) -> None:
+        """Initialize the parameters that belong to no layer of torch."""
+        init.normal_(self.query_embeds, std=std)
+        init.normal_(self.vit_eos, std=std)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         queries = self.query_embeds.expand(features.shape[0], -1, -1)  # (N, K, D)

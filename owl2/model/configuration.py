@@ -26,7 +26,6 @@ DECODER_SIZES = (
     "num_attention_heads",
 )
 VISUAL_SIZES = DECODER_SIZES[1:]
-AUTHORS_ARCHITECTURE = "MPLUGOwl2LlamaForCausalLM"
 
 
 class Owl2VisionConfig(PreTrainedConfig):
@@ -52,11 +51,15 @@ class Owl2VisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         names = (*VISUAL_SIZES, "image_size", "patch_size", "num_channels")
         check_sizes("visual_model", vars(self), names)
-        _require_values("visual_model", vars(self), use_cls_token=True, use_post_layernorm=True)
+        self.check_released_options()
         if self.hidden_act not in ACT2FN:
-            raise _invalid(f"visual_model.hidden_act: unknown activation {self.hidden_act!r}")
-        _require_multiple("visual_model", vars(self), "image_size", "patch_size")
-        _require_multiple("visual_model", vars(self), "hidden_size", "num_attention_heads")
+            raise invalid(f"visual_model.hidden_act: unknown activation {self.hidden_act!r}")
+        require_multiple("visual_model", vars(self), "image_size", "patch_size")
+        require_multiple("visual_model", vars(self), "hidden_size", "num_attention_heads")
+
+    def check_released_options(self) -> None:
+        """Raise an InputError for options that no code of this model type supports."""
+        require_values("visual_model", vars(self), use_cls_token=True, use_post_layernorm=True)
 
     @property
     def grid_size(self) -> int:
@@ -86,39 +89,85 @@ class Owl2AbstractorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         names = (*VISUAL_SIZES, "encoder_hidden_size", "num_learnable_queries")
         check_sizes("visual_abstractor", vars(self), names)
-        _require_values("visual_abstractor", vars(self), use_cls_token=True, add_v2t_pos_emb=False)
+        require_values("visual_abstractor", vars(self), add_v2t_pos_emb=False)
         if self.hidden_size != self.encoder_hidden_size:
-            raise _invalid(
+            raise invalid(
                 f"visual_abstractor.hidden_size ({self.hidden_size}) must equal "
                 f"encoder_hidden_size ({self.encoder_hidden_size}): keys and values are computed "
                 "from the concatenation of the queries and the encoder's features"
             )
         # The 2-D position embedding has a sine and a cosine for each of two axes.
-        _require_multiple("visual_abstractor", vars(self), "hidden_size", 4)
-        _require_multiple("visual_abstractor", vars(self), "hidden_size", "num_attention_heads")
+        require_multiple("visual_abstractor", vars(self), "hidden_size", 4)
+        require_multiple("visual_abstractor", vars(self), "hidden_size", "num_attention_heads")
 
 
-class Owl2VisualConfig(PreTrainedConfig):
-    """``visual_config`` of ``config.json``: the vision encoder and the visual abstractor."""
+class VisualConfig(PreTrainedConfig):
+    """``visual_config`` of ``config.json``: the vision encoder and the parts of the connector.
+
+    A model type has a subclass. `sub_configs` are the names and the classes of the parts.
+    """
 
     base_config_key = "visual_config"
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The configurations of the parts by name."""
+        found = {name: getattr(self, name) for name in self.sub_configs}
+        return {name: part for name, part in found.items() if part is not None}
+
+    @property
+    def connector(self) -> Any:
+        """The configuration that the connector is created with."""
+        raise NotImplementedError
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Embeddings of an image token's image."""
+        raise NotImplementedError
+
+    @property
+    def has_image_grids(self) -> bool:
+        """Whether several crops in `pixel_values` are one image; `image_grids` describe them."""
+        return False
+
+    def set_image_size(self, image_size: int) -> None:
+        """Set the image size in pixels."""
+        raise NotImplementedError
+
+
+class Owl2VisualConfig(VisualConfig):
+    """The vision encoder and the visual abstractor."""
+
     sub_configs = {"visual_model": Owl2VisionConfig, "visual_abstractor": Owl2AbstractorConfig}
 
     visual_model: Any = None
     visual_abstractor: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.visual_model = _as_config(Owl2VisionConfig, self.visual_model)
-        self.visual_abstractor = _as_config(Owl2AbstractorConfig, self.visual_abstractor)
+        for name, cls in self.sub_configs.items():
+            setattr(self, name, as_config(cls, getattr(self, name)))
         super().__post_init__(**kwargs)
         vision, abstractor = self.visual_model, self.visual_abstractor
+        if abstractor.use_cls_token != vision.use_cls_token:
+            raise invalid("visual_abstractor.use_cls_token must equal visual_model.use_cls_token")
         if abstractor.encoder_hidden_size != vision.hidden_size:
-            raise _invalid(
+            raise invalid(
                 f"visual_abstractor.encoder_hidden_size ({abstractor.encoder_hidden_size}) must "
                 f"equal visual_model.hidden_size ({vision.hidden_size})"
             )
         # The grid follows from the image size, so that a config edited in one place is consistent.
         abstractor.grid_size = vision.grid_size
+
+    @property
+    def connector(self) -> Owl2AbstractorConfig:
+        """The visual abstractor."""
+        abstractor: Owl2AbstractorConfig = self.visual_abstractor
+        return abstractor
+
+    @property
+    def num_image_tokens(self) -> int:
+        """The K learnable queries and ``vit_eos``."""
+        return self.connector.num_learnable_queries + 1
 
     def set_image_size(self, image_size: int) -> None:
         """Set the image size in pixels and the abstractor's patch grid."""
@@ -149,23 +198,39 @@ class Owl2Config(LlamaConfig):
         None  # LLaMA's has no entries for the weights of each modality
     )
     auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it if `architectures` is not transformers'
+    # The class of the authors' code, which `config.json` names.
+    authors_architecture: ClassVar[str] = "MPLUGOwl2LlamaForCausalLM"
+    has_dynamic_ntk: ClassVar[bool] = False  # see `ntk_alpha`
 
     visual_config: Any = None
     use_mam: bool = True
     image_token_id: Any = None  # an int after __post_init__
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.visual_config = _as_config(Owl2VisualConfig, self.visual_config)
+        visual_class: Any = self.sub_configs["visual_config"]
+        self.visual_config = as_config(visual_class, self.visual_config)
         check_sizes("decoder", vars(self), DECODER_SIZES)
         if not isinstance(self.use_mam, bool):
-            raise _invalid(f"use_mam must be true or false, not {self.use_mam!r}")
+            raise invalid(f"use_mam must be true or false, not {self.use_mam!r}")
         if self.image_token_id is None:
             self.image_token_id = self.vocab_size
         if not isinstance(self.image_token_id, int) or self.image_token_id < 0:
-            raise _invalid(f"image_token_id must be a token id, not {self.image_token_id!r}")
+            raise invalid(f"image_token_id must be a token id, not {self.image_token_id!r}")
         super().__post_init__(**kwargs)
         check_sizes("decoder", vars(self), ["num_key_value_heads"])
-        _require_multiple("decoder", vars(self), "num_attention_heads", "num_key_value_heads")
+        require_multiple("decoder", vars(self), "num_attention_heads", "num_key_value_heads")
+
+    @property
+    def member(self) -> str:
+        """The name of the model type in `owl2.model.registry`."""
+        return self.model_type
+
+    def ntk_alpha(self, num_tokens: int) -> float:
+        """The factor by which a prompt of this length scales the base of its rotary embeddings.
+
+        It is kept while the answer is generated. 1 for models without dynamic NTK scaling.
+        """
+        return 1.0
 
     @property
     def vision_config(self) -> Owl2VisionConfig:
@@ -183,8 +248,8 @@ class Owl2Config(LlamaConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Embeddings per image: the K learnable queries and ``vit_eos``."""
-        return self.visual_config.visual_abstractor.num_learnable_queries + 1
+        """Embeddings per image token's image, K + 1 (K learnable queries and ``vit_eos``)."""
+        return int(self.visual_config.num_image_tokens)
 
     @property
     def image_size(self) -> int:
@@ -205,7 +270,7 @@ class Owl2Config(LlamaConfig):
         if "dtype" in written:
             written["torch_dtype"] = written.pop("dtype")
         if written.get("architectures"):  # set by the model
-            written["architectures"] = [AUTHORS_ARCHITECTURE]
+            written["architectures"] = [self.authors_architecture]
         written.pop("auto_map", None)  # names code that is not saved
         if self.use_mam:
             written.pop("use_mam", None)
@@ -215,8 +280,7 @@ class Owl2Config(LlamaConfig):
         # Options that every transformers config has are omitted from the visual parts.
         general = PreTrainedConfig().to_dict()
         written["visual_config"] = {}
-        for name in self.visual_config.sub_configs:
-            part = getattr(self.visual_config, name)
+        for name, part in self.visual_config.parts.items():
             own = {key: value for key, value in part.to_dict().items() if key not in general}
             written["visual_config"][name] = own | {"model_type": part.model_type}
         return written
@@ -235,13 +299,13 @@ def _as_rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     return rope
 
 
-def _as_config(cls: type[PreTrainedConfig], value: Any) -> PreTrainedConfig:
+def as_config(cls: type[PreTrainedConfig], value: Any) -> PreTrainedConfig:
     """`value` (a config, a dict from ``config.json``, or None) as an instance of `cls`."""
     if isinstance(value, cls):
         return value
     if value is None or isinstance(value, dict):
         return cls(**(value or {}))
-    raise _invalid(f"expected a {cls.__name__} or a dict, got {type(value).__name__}")
+    raise invalid(f"expected a {cls.__name__} or a dict, got {type(value).__name__}")
 
 
 def check_sizes(part: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -249,26 +313,26 @@ def check_sizes(part: str, values: Mapping[str, Any], names: Iterable[str]) -> N
     for name in names:
         value = values.get(name, 1)
         if not isinstance(value, int) or value < 1:
-            raise _invalid(f"{part}.{name} must be an integer of at least 1, not {value!r}")
+            raise invalid(f"{part}.{name} must be an integer of at least 1, not {value!r}")
 
 
-def _require_values(part: str, values: Mapping[str, Any], **released: bool) -> None:
+def require_values(part: str, values: Mapping[str, Any], **released: bool) -> None:
     for name, value in released.items():
         if bool(values[name]) != value:
-            raise _invalid(f"{part}.{name}: the released architecture supports only {value}")
+            raise invalid(f"{part}.{name}: the released architecture supports only {value}")
 
 
-def _require_multiple(
+def require_multiple(
     part: str, values: Mapping[str, Any], name: str, divisor_name: str | int
 ) -> None:
     divisor = values[divisor_name] if isinstance(divisor_name, str) else divisor_name
     if values[name] % divisor:
-        raise _invalid(
+        raise invalid(
             f"{part}.{name} ({values[name]}) must be a multiple of {divisor_name} ({divisor})"
         )
 
 
-def _invalid(message: str) -> InputError:
+def invalid(message: str) -> InputError:
     return InputError(message, ErrorCode.INVALID_CONFIG)
 
 

@@ -14,11 +14,19 @@ from transformers import (
 )
 
 from owl2.errors import ErrorCode, InputError
-from owl2.model.image_inputs import count_images, find_image_embeddings
+from owl2.model.image_inputs import (
+    count_images,
+    find_image_embeddings,
+    prompt_ntk_alphas,
+    repeat_images,
+)
 
 CHUNKS_WITH_IMAGES = Version("5.23")  # the first version of transformers that splits images
 
-IMAGE_ARGUMENTS = ("pixel_values", "mm_token_type_ids", "mm_encoder_outputs", "position_ids")
+IMAGE_ARGUMENTS = (
+    *("pixel_values", "image_grids"),
+    *("mm_token_type_ids", "mm_encoder_outputs", "position_ids"),
+)
 
 
 class MultimodalGenerationMixin(GenerationMixin):
@@ -44,6 +52,9 @@ class MultimodalGenerationMixin(GenerationMixin):
                 if kwargs.get(name) is not None:
                     kwargs[name] = to_left_padding(kwargs[name], mask)
             inputs = None if inputs is None else to_left_padding(inputs, mask)
+        if self.config.has_dynamic_ntk and prompts is not None:
+            alphas = prompt_ntk_alphas(self.config, prompts, mask)
+            kwargs.setdefault("ntk_alphas", alphas)
         generate = super().generate  # type: ignore[misc]  # no class fits the Protocol of its self
         return generate(inputs, *args, **kwargs)
 
@@ -62,7 +73,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         # For the prompt of an assistant model, transformers drops the images.
         is_prompt = ids is not None and ids.shape[1] > 1 and inputs.get("pixel_values") is None
         if is_prompt and (ids == self.config.image_token_id).any():
-            inputs["pixel_values"] = kwargs.get("pixel_values")
+            inputs |= {name: kwargs.get(name) for name in ("pixel_values", "image_grids")}
         return inputs
 
     def _prefill(
@@ -88,21 +99,23 @@ class MultimodalGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """For beams and several answers, repeat the images of one prompt after another."""
-        pixel_values = model_kwargs.get("pixel_values")
+        pixel_values, grids = model_kwargs.get("pixel_values"), None
         if expand_size > 1 and pixel_values is not None and input_ids is not None:
             embeds, ids = model_kwargs.get("inputs_embeds"), cast(torch.Tensor, input_ids)
             if embeds is not None:
                 ids = find_image_embeddings(self.config, embeds)
-            counts, _ = count_images(self.config, ids, pixel_values)
             model_kwargs.pop("pixel_values")
-            repeated = [part for part in pixel_values.split(counts) for _ in range(expand_size)]
-            pixel_values = torch.cat(repeated)
+            grids = model_kwargs.pop("image_grids", None)
+            counts, _ = count_images(self.config, ids, pixel_values if grids is None else grids)
+            pixel_values, grids = repeat_images(counts, expand_size, pixel_values, grids)
         expand = super()._expand_inputs_for_generation  # type: ignore[misc]  # as in generate
         expanded_ids, model_kwargs = expand(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if pixel_values is not None:
             model_kwargs["pixel_values"] = pixel_values
+        if grids is not None:
+            model_kwargs["image_grids"] = grids
         return expanded_ids, model_kwargs
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:

@@ -5,6 +5,8 @@ it needs at one time, before it queues work (`count_images`), and reads nothing 
 new token, which cannot contain an image.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -121,3 +123,61 @@ def count_images(
                 ErrorCode.IMAGE_COUNT_MISMATCH,
             )
     return [count // per_image for count in counts], num_visual
+
+
+def repeat_images(
+    counts: list[int], times: int, pixel_values: torch.Tensor, image_grids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Repeat the images of each prompt, for beams and several answers.
+
+    Args:
+        counts: Images of each prompt.
+        pixel_values, image_grids: See `Owl2ForConditionalGeneration.forward`.
+    """
+    if image_grids is not None:
+        crops = [int(1 + grid.prod()) for grid in image_grids]
+        bounds = [sum(counts[:row]) for row in range(len(counts) + 1)]
+        image_grids = _repeat_parts(image_grids, counts, times)
+        counts = [sum(crops[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return _repeat_parts(pixel_values, counts, times), image_grids
+
+
+def _repeat_parts(rows: torch.Tensor, counts: list[int], times: int) -> torch.Tensor:
+    return torch.cat([part for part in rows.split(counts) for _ in range(times)])
+
+
+def default_ntk_alphas(
+    config: Owl2Config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **_: Any,
+) -> torch.Tensor | None:
+    """`config.ntk_alpha` for each of B prompts; None if it is 1 for all.
+
+    Raises:
+        InputError: The cache is filled, so that the lengths of the prompts are unknown, and they
+            matter.
+    """
+    length = inputs_embeds.shape[1]
+    cached = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    if config.ntk_alpha(cached + length) == 1:
+        return None
+    if cached:
+        raise InputError(
+            f"The sequence has {cached + length} positions. With a filled cache, pass ntk_alphas, "
+            "the config.ntk_alpha of the length of each prompt",
+            ErrorCode.MISSING_VALUE,
+        )
+    return prompt_ntk_alphas(config, inputs_embeds, attention_mask)
+
+
+def prompt_ntk_alphas(
+    config: Owl2Config, prompts: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """(B,) `config.ntk_alpha` of prompts (B, S, ...), without their padding in a mask (B, S)."""
+    lengths = [prompts.shape[1]] * len(prompts)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        lengths = attention_mask.sum(1).tolist()
+    alphas = [config.ntk_alpha(length) for length in lengths]
+    return torch.tensor(alphas, device=prompts.device, dtype=torch.float32)

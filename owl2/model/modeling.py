@@ -43,6 +43,7 @@ from owl2.model.image_inputs import (
     TokenEmbedding,
     check_embeddings,
     count_images,
+    default_ntk_alphas,
     find_image_embeddings,
 )
 from owl2.model.loss import (
@@ -75,7 +76,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
 
     def __init__(self, config: Owl2Config) -> None:
         Owl2PreTrainedModel.__init__(self, config)
-        parts, visual = get_model_type(config.model_type), config.visual_config
+        parts, visual = get_model_type(config.member), config.visual_config
         make_layer = parts.load("decoder_layer")
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -86,9 +87,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.vision_model = parts.load("vision_encoder")(visual.visual_model)
-        self.visual_abstractor = parts.load("connector")(
-            visual.visual_abstractor, config.hidden_size
-        )
+        self.visual_abstractor = parts.load("connector")(visual.connector, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
         # Not in _init_weights: transformers calls that only for modules with parameters.
@@ -103,6 +102,8 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         mm_token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_grids: torch.Tensor | None = None,
+        ntk_alphas: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """See `Owl2ForConditionalGeneration.forward`. Returns hidden states after the norm.
@@ -121,11 +122,13 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             encoded = (mm_encoder_outputs or {}).get("image")
             images = None if encoded is None else encoded.pooler_output
             inputs_embeds, mm_token_type_ids, num_visual = self._embed_inputs(
-                input_ids, pixel_values, mm_token_type_ids, images
+                input_ids, pixel_values, mm_token_type_ids, images, image_grids
             )
         elif inputs_embeds is not None and pixel_values is not None:
             ids = find_image_embeddings(self.config, inputs_embeds)
-            merged, mm_token_type_ids, num_visual = self._embed_inputs(ids, pixel_values, None)
+            merged, mm_token_type_ids, num_visual = self._embed_inputs(
+                ids, pixel_values, None, image_grids=image_grids
+            )
             is_image = ids == self.config.image_token_id
             inputs_embeds = torch.where(is_image[..., None], merged, inputs_embeds)
         elif inputs_embeds is not None:
@@ -140,16 +143,21 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             masked = any(layer.requires_sequences() for layer in layers)
             always = self.run_all_branches
             kwargs["routing"] = Routing.of(mm_token_type_ids, num_visual, always, masked)
+        if self.config.has_dynamic_ntk and not self.training:
+            if ntk_alphas is None:
+                ntk_alphas = default_ntk_alphas(self.config, inputs_embeds, **kwargs)
+            kwargs["ntk_alphas"] = ntk_alphas
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
     @capture_outputs
     def get_image_features(
-        self, pixel_values: torch.Tensor, **_: Any
+        self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None = None, **_: Any
     ) -> BaseModelOutputWithPooling:
         """Encode images as embeddings of the language model.
 
         Args:
             pixel_values: (N, 3, H, W), normalized.
+            image_grids: For models whose images are several crops, see `forward`.
 
         Returns:
             ``.pooler_output`` (N, K+1, D): the embeddings that are inserted into the sequence;
@@ -157,7 +165,8 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             ``output_hidden_states`` and ``output_attentions`` (eager) those of its layers.
         """
         features = self.vision_model(pixel_values)  # (N, 1+P, width)
-        embeddings = self.visual_abstractor(features)  # (N, K+1, D)
+        grids = () if image_grids is None else (image_grids,)
+        embeddings = self.visual_abstractor(features, *grids)  # (N, K+1, D)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeddings)
 
     def embed(
@@ -201,6 +210,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         pixel_values: torch.Tensor | None,
         token_types: torch.Tensor | None,
         images: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
         """Embeddings (B, S, D), modalities (B, S), and the number of visual positions.
 
@@ -224,9 +234,10 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             rows = images.flatten(0, -2)
             _, num_visual = count_images(self.config, input_ids, rows, token_types, per_image=1)
         else:
-            _, num_visual = count_images(self.config, input_ids, pixel_values, token_types)
+            one_per_image = pixel_values if image_grids is None else image_grids
+            _, num_visual = count_images(self.config, input_ids, one_per_image, token_types)
         if pixel_values is not None and pixel_values.shape[0]:
-            images = self.get_image_features(pixel_values).pooler_output
+            images = self.get_image_features(pixel_values, image_grids).pooler_output
         if token_types is None:
             token_types = input_ids == self.config.image_token_id
         return self._merge_image_features(input_ids, images), token_types, num_visual
@@ -238,8 +249,10 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
         blank: Any = None
         if self.run_all_branches and (images is None or not len(images)):
             # Before the text embeddings, like images: all processes use weights in one order.
-            size = self.config.image_size
-            blank = self.get_image_features(input_ids.new_zeros(1, 3, size, size).float())
+            size, has_grids = self.config.image_size, self.config.visual_config.has_image_grids
+            grids = input_ids.new_ones(1, 2) if has_grids else None
+            pixels = input_ids.new_zeros(1 + has_grids, 3, size, size).float()
+            blank = self.get_image_features(pixels, grids)
         # Id 0 replaces the image token, which may have no row, and is overwritten. `TokenEmbedding`
         # accepts it, but adapters of embeddings index their own rows.
         embeddings = self.embed_tokens(input_ids.masked_fill(is_image, 0))  # (B, S, D)
@@ -290,6 +303,8 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        ntk_alphas: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -309,6 +324,11 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             inputs_embeds: (B, S, D) instead of `input_ids`: with `pixel_values` as
                 `get_input_embeddings` gives them, or with images already inserted.
             mm_token_type_ids: (B, S), 0 text, 1 visual. Default: derived from `input_ids`.
+            image_grids: (G, 2), for models whose images are several crops (DocOwl2): the rows and
+                columns of the crops of each image. `pixel_values` then contain the whole image and
+                its crops for each of the G images.
+            ntk_alphas: (B,) `config.ntk_alpha` of the length of each prompt, for models with
+                dynamic NTK scaling and a filled cache. Default: derived from the inputs.
             labels: (B, S), -100 for positions without a loss. Image tokens have none. With
                 `logits_to_keep`, of all positions or of those; see `next_token_labels`.
             shift_labels: (B, S), the label of each position's next token, instead of `labels`: for
@@ -346,6 +366,8 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
+            image_grids=image_grids,
+            ntk_alphas=ntk_alphas,
             use_cache=use_cache,
             **kwargs,
         )
@@ -368,10 +390,10 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
         )
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Any
+        self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """See `Owl2Model.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grids, **kwargs)
 
     def set_image_size(self, image_size: int) -> None:
         """See `Owl2Model.set_image_size`."""

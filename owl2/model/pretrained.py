@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import (
 
 import owl2.checkpoints.peft_targets  # noqa: F401  # registers default target modules
 from owl2.checkpoints.load import CheckpointMixin
-from owl2.model.abstractor import AbstractorAttention, VisualAbstractor
+from owl2.model.abstractor import AbstractorAttention
 from owl2.model.configuration import Owl2Config
 from owl2.model.vision import VisionAttention, VisionEmbeddings, VisionLayer
 
@@ -39,7 +39,7 @@ class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
         # comes before it in the method resolution order of `Owl2Model` and creates its modules.
         LlamaPreTrainedModel.__init__(self, config)
         visual = config.visual_config
-        for part in (visual, visual.visual_model, visual.visual_abstractor):
+        for part in (visual, *visual.parts.values()):
             if part._attn_implementation in (None, requested):
                 part._attn_implementation_internal = config._attn_implementation
 
@@ -61,9 +61,8 @@ class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
         if isinstance(module, VisionEmbeddings):
             init.normal_(module.cls_token, std=std)
             init.normal_(module.position_embedding, std=std)
-        elif isinstance(module, VisualAbstractor):
-            init.normal_(module.query_embeds, std=std)
-            init.normal_(module.vit_eos, std=std)
+        elif hasattr(module, "init_parameters"):  # of a connector
+            module.init_parameters(std)
         elif isinstance(module, AbstractorAttention):
             query_embeds, key_embeds = module.position_embeddings()
             init.copy_(module.q_pos_embed, query_embeds)

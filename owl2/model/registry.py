@@ -16,28 +16,37 @@ class ModelType:
     """The parts of a model type.
 
     Code is named by import paths (``"package.module:name"``), so that the processor can read its
-    two parts without importing the model.
+    parts without importing the model.
 
     Attributes:
-        config: Configuration class.
+        config: Configuration class, an `Owl2Config`. Its `member` is the name of the entry.
         decoder_layer: Function of (config, layer index) that returns a decoder layer.
         vision_encoder: Module class, called with ``visual_config.visual_model``. Its `forward` maps
             pixels (N, 3, H, W) to features (N, 1+P, width).
-        connector: Module class, called with ``visual_config.visual_abstractor`` and the decoder's
-            width D. Its `forward` maps features to embeddings (N, num_image_tokens, D).
-        tokenizer: Tokenizer class for checkpoints with a SentencePiece ``tokenizer.model``.
+        connector: Module class, called with ``visual_config.connector`` and the decoder's width D.
+            Its `forward` maps features, and the `image_grids` of an image processor that returns
+            them, to embeddings (N, num_image_tokens, D).
+        tokenizer: Tokenizer class for checkpoints that contain its vocabulary file.
+        image_processor: Image processor class: pixels, and the texts between crops.
         image_policy: Default for images that are not square, "resize", "pad" or "crop".
+        chat_template: Default, a name in `CHAT_TEMPLATES`.
         interleave_images: Default of `Owl2Processor.interleave_images`: True for models whose
             prompts have images inside the text, such as DocOwl.
+        weight_names: Pairs of prefixes: of weights in released files, and in the model.
+        title: Name for people.
     """
 
     config: str
-    decoder_layer: str
-    vision_encoder: str
-    connector: str
-    tokenizer: str
-    image_policy: str
+    decoder_layer: str = "owl2.model.decoder:make_decoder_layer"
+    vision_encoder: str = "owl2.model.vision:VisionModel"
+    connector: str = "owl2.model.abstractor:VisualAbstractor"
+    tokenizer: str = "owl2.processing.tokenizer:Owl2Tokenizer"
+    image_processor: str = "owl2.processing.image_processing:Owl2ImageProcessor"
+    image_policy: str = "resize"
+    chat_template: str = "mplug_owl2"
     interleave_images: bool = False
+    weight_names: tuple[tuple[str, str], ...] = ()
+    title: str = "mPLUG-Owl2"
 
     def load(self, part: str) -> Any:
         """Import the class or function of a part."""
@@ -45,21 +54,34 @@ class ModelType:
         return getattr(import_module(module), name)
 
 
+_DOCOWL_NAMES = (
+    ("model.vision2text.", "model.visual_abstractor."),
+    ("model.hr_compressor.", "model.visual_abstractor.hr_compressor."),
+)
 MODEL_TYPES = {
-    "mplug_owl2": ModelType(
-        config="owl2.model.configuration:Owl2Config",
-        decoder_layer="owl2.model.decoder:make_decoder_layer",
-        vision_encoder="owl2.model.vision:VisionModel",
-        connector="owl2.model.abstractor:VisualAbstractor",
-        tokenizer="owl2.processing.tokenizer:Owl2Tokenizer",
-        image_policy="resize",
-    )
+    "mplug_owl2": ModelType(config="owl2.model.configuration:Owl2Config"),
+    "mplug_docowl": ModelType(
+        title="DocOwl1.5",
+        config="owl2.model.docowl_configuration:DocOwlConfig",
+        connector="owl2.model.h_reducer:HReducer",
+        image_processor="owl2.processing.anchor_crops:CropImageProcessor",
+        interleave_images=True,
+        weight_names=_DOCOWL_NAMES,
+    ),
+    "mplug_docowl2": ModelType(
+        title="DocOwl2",
+        config="owl2.model.docowl_configuration:DocOwlConfig",
+        connector="owl2.model.hr_compressor:DocOwl2Connector",
+        image_processor="owl2.processing.anchor_crops:PageImageProcessor",
+        interleave_images=True,
+        weight_names=_DOCOWL_NAMES,
+    ),
 }
 DEFAULT_MODEL_TYPE = "mplug_owl2"
 
 
 def get_model_type(name: str) -> ModelType:
-    """The model type `name`, the ``model_type`` of a ``config.json``.
+    """The entry `name`: the ``model_type`` of a ``config.json``, or the `member` of its config.
 
     Raises:
         InputError: The model type is not registered.

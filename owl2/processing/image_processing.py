@@ -33,8 +33,9 @@ from owl2.processing.image_io import (
     load_image,
 )
 from owl2.processing.image_square import to_square
+from owl2.processing.messages import IMAGE_TOKEN
 
-_SAVED = (
+_SAVED: tuple[str, ...] = (
     *("image_processor_type", "do_convert_rgb", "do_resize", "size", "resample"),
     *("do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "image_policy", "max_pixels"),
@@ -69,6 +70,7 @@ class Owl2ImageProcessor(PilBackend):
     """
 
     alpha: Alpha = "white"
+    saved_options = _SAVED  # keys of `to_dict`
 
     valid_kwargs = Owl2ImageProcessorKwargs
     do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True
@@ -131,31 +133,71 @@ class Owl2ImageProcessor(PilBackend):
             InputError: See `load_image`. The message has the position of the image in the list.
         """
         batch = _flatten(images)
-        edge, pixels = options["size"]["shortest_edge"], None
+        edge = options["size"]["shortest_edge"]
+        mean, std = options["image_mean"], options["image_std"]
+        if not options["do_normalize"]:
+            mean, std = (0.0,), (1.0,)
+        found, sizes = [], []
         for index, source in enumerate(batch):
-            try:
-                image = self.process_image(source, **options)
-            except InputError as error:
-                where = f"Image {index + 1} of {len(batch)}: " if len(batch) > 1 else ""
-                raise InputError(f"{where}{error}", error.code) from error
-            mean, std = options["image_mean"], options["image_std"]
-            square = to_square(image, edge, options["image_policy"], mean, options["resample"])
-            colors = np.atleast_3d(np.asarray(square))
-            channels = colors.shape[2]
+            image = self.load(source, index, batch, **options)
+            sizes.append(image.size)
             scale = float(options["rescale_factor"])
             if not options["do_rescale"]:
                 scale = 1 / 255 if "float" in str(getattr(source, "dtype", "")) else 1.0
-            if not options["do_normalize"]:
-                mean, std = (0.0,), (1.0,)
-            if pixels is None:
-                pixels = np.empty((len(batch), channels, edge, edge), dtype=np.float32)
-            for channel, levels in enumerate(_levels(scale, mean, std, channels)):
-                np.take(levels, colors[..., channel], out=pixels[index, channel], mode="clip")
-        if pixels is None:
-            pixels = np.empty((0, 3, edge, edge), dtype=np.float32)
+            for square in self.make_squares(image, edge, options):
+                colors = np.atleast_3d(np.asarray(square))
+                channels = colors.shape[2]
+                pixels = np.empty((channels, edge, edge), dtype=np.float32)
+                for channel, levels in enumerate(_levels(scale, mean, std, channels)):
+                    np.take(levels, colors[..., channel], out=pixels[channel], mode="clip")
+                found.append(pixels)
+        # One image is not copied.
+        values = found[0][None] if len(found) == 1 else np.empty((0, 3, edge, edge), np.float32)
+        if len(found) > 1:
+            values = np.stack(found)
+        grids = self.describe_squares(sizes, edge, options)
         if return_tensors == "np":
-            return BatchFeature({"pixel_values": pixels})
-        return BatchFeature({"pixel_values": torch.from_numpy(pixels).to(device)})
+            own = {name: grid.numpy() for name, grid in grids.items()}
+            return BatchFeature({"pixel_values": values, **own})
+        tensors = {"pixel_values": torch.from_numpy(values), **grids}
+        return BatchFeature({name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def load(self, source: Any, index: int, batch: list[Any], **options: Any) -> Image.Image:
+        """`process_image` of one of several images, whose number is in the message of an error."""
+        try:
+            return self.process_image(source, **({"max_pixels": self.max_pixels} | options))
+        except InputError as error:
+            where = f"Image {index + 1} of {len(batch)}: " if len(batch) > 1 else ""
+            raise InputError(f"{where}{error}", error.code) from error
+
+    # ------------------------------------------------------------------ one square per image
+
+    def make_squares(self, image: Image.Image, edge: int, options: Any) -> list[Image.Image]:
+        """The squares of an image, in the order of their pixels.
+
+        Args:
+            edge: Of a square, in pixels.
+            options: Of the class and the call.
+        """
+        policy, mean = options["image_policy"], options["image_mean"]
+        return [to_square(image, edge, policy, mean, options["resample"])]
+
+    def expand_images(self, images: list[Any]) -> tuple[list[str], list[Any]]:
+        """The text that replaces `<|image|>` for each image of a prompt, and the images.
+
+        Images that had to be opened are returned decoded.
+        """
+        return [IMAGE_TOKEN] * len(images), images
+
+    def count_squares(self, width: int, height: int) -> tuple[int, int]:
+        """The numbers of `<|image|>` and of squares for an image of this size in pixels."""
+        return 1, 1
+
+    def describe_squares(
+        self, sizes: list[tuple[int, int]], edge: int, options: Any
+    ) -> dict[str, torch.Tensor]:
+        """Further inputs of the model, from the sizes of the images in pixels."""
+        return {}
 
     def process_image(  # type: ignore[override]  # to an image, not to an array
         self,
@@ -179,7 +221,7 @@ class Owl2ImageProcessor(PilBackend):
     def to_dict(self) -> dict[str, Any]:
         """The keys of a CLIPImageProcessor, and two of owl2."""
         values = super().to_dict()
-        return {key: values[key] for key in _SAVED if key in values}
+        return {key: values[key] for key in self.saved_options if key in values}
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:

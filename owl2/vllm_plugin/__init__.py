@@ -4,7 +4,7 @@ vLLM calls `register` in each of its processes through the entry point `vllm.gen
 registers names only; vLLM imports the model when it creates one. Start with `model`.
 """
 
-from owl2.model.configuration import AUTHORS_ARCHITECTURE
+from owl2.model.configuration import Owl2Config
 
 TOKENIZER_MODE = "owl2"
 
@@ -18,11 +18,11 @@ def register() -> None:
 
     from owl2.vllm_plugin.config import VllmModelConfig
 
-    if AUTHORS_ARCHITECTURE in MODELS_CONFIG_MAP:
+    if Owl2Config.authors_architecture in MODELS_CONFIG_MAP:
         return
     ModelRegistry.register_model(
-        AUTHORS_ARCHITECTURE, "owl2.vllm_plugin.model:VllmOwl2ForConditionalGeneration"
+        Owl2Config.authors_architecture, "owl2.vllm_plugin.model:VllmOwl2ForConditionalGeneration"
     )
     TokenizerRegistry.register(TOKENIZER_MODE, "owl2.vllm_plugin.tokenizer", "Owl2PromptTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm.renderers.hf", "HfRenderer")
-    MODELS_CONFIG_MAP[AUTHORS_ARCHITECTURE] = VllmModelConfig
+    MODELS_CONFIG_MAP[Owl2Config.authors_architecture] = VllmModelConfig
