@@ -43,6 +43,6 @@ def _runs_as_command() -> bool:
 
 
 if not _runs_as_command():
-    # Each of these modules registers its class when it is imported.
-    for name in ("Owl2Config", "Owl2ForConditionalGeneration", "Owl2Processor"):
-        import_module(_MODULES[name])
+    # Each of these modules registers its classes when it is imported.
+    for module in ("owl2.model.family", "owl2.processing.processor"):
+        import_module(module)

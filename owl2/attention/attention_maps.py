@@ -124,6 +124,7 @@ def collect_attention(
             for a model without MAM.
     """
     engine = model if isinstance(model, Engine) else Engine(model, processor)
+    require_attention_maps(engine.model)
     selected = resolve_layers(layers, engine.model.config.num_hidden_layers)
     if not use_mam and not engine.model.config.use_mam:
         raise InputError(
@@ -137,7 +138,8 @@ def collect_attention(
         answer = engine.chat(encoded, do_sample=False, max_new_tokens=max_new_tokens)
         if not answer:
             raise InputError("The model's answer is empty; pass `answer`.", ErrorCode.EMPTY_MESSAGE)
-    conversation = TokenizedConversation.encode(processor, messages, answer, encoded.pixel_values)
+    pixel_values = encoded.pixel_values
+    conversation = TokenizedConversation.encode(processor, messages, answer, pixel_values)
     prompt = conversation.prompt
     if len(prompt.ids) + len(conversation.answer) - 1 > engine.context_length:
         raise InputError(
@@ -162,6 +164,19 @@ def collect_attention(
         policy=processor.image_processor.image_policy,
         use_mam=use_mam and engine.model.config.use_mam,
     )
+
+
+def require_attention_maps(model: Owl2ForConditionalGeneration) -> None:
+    """Raise an InputError for a model without the decoder and the abstractor of mPLUG-Owl2."""
+    decoder: Any = model.model
+    if not (
+        hasattr(decoder.layers[0], "self_attn") and hasattr(decoder.visual_abstractor, "encoder")
+    ):
+        raise InputError(
+            f"Attention maps need the decoder and the abstractor of mPLUG-Owl2, not those of "
+            f"{model.config.member}.",
+            ErrorCode.UNSUPPORTED,
+        )
 
 
 def resolve_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from owl2.model.registry import MODEL_TYPES
 
-_NAME = "input_layernorm|post_attention_layernorm|k_proj|v_proj"
+_NAME = "input_layernorm|post_attention_layernorm|k_proj|v_proj|c_attn"
 # In regexes of target modules, also a group of names, and any modality.
 _GROUP = rf"({_NAME}|\((?:\?:)?(?:\|?(?:{_NAME}))+\))"
 _MODALITY = r"([01]|\[01\]|\\d)"

@@ -125,7 +125,9 @@ class Collator:
             inputs,
             num_samples=len(valid),
             num_tokens=sum(item["input_ids"].shape[1] for item in valid),
-            num_images=sum(len(item.get("pixel_values", ())) for item in valid),
+            num_images=sum(
+                len(item.get("image_grids", item.get("pixel_values", ()))) for item in valid
+            ),
             skipped=[item for item in features if isinstance(item, InvalidSample)],
         )
 

@@ -77,8 +77,8 @@ def pad_rows(
 
     Returns:
         `input_ids` (padded with `pad_token_id`), `attention_mask` (0), `mm_token_type_ids` (0) and
-        `labels` (-100), all (R,S); `pixel_values` (N,3,H,W) in the order of the rows, absent
-        without images.
+        `labels` (-100), all (R,S); `pixel_values` (N,3,H,W), and `image_grids` of some models, in
+        the order of the rows, absent without images.
     """
     padding = {
         "input_ids": pad_token_id,
@@ -95,8 +95,10 @@ def pad_rows(
         )
         for key, value in padding.items()
     }
-    pixels = [item["pixel_values"] for row in rows for item in row if "pixel_values" in item]
-    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+    for key in ("pixel_values", "image_grids"):
+        if parts := [item[key] for row in rows for item in row if key in item]:
+            batch[key] = torch.cat(parts)
+    return batch
 
 
 def _positions(lengths: Sequence[int], width: int) -> torch.Tensor:

@@ -298,9 +298,8 @@ class Engine:
         removed = () if include_end else self.end_ids
         scores = [0.0] * len(choices)
         groups = group_choices(self.processor, messages, choices, self.context_length, removed)
-        image = self.processor.image_token_id, self.processor.num_image_tokens
         for ids, answers in groups.items():
-            own_prompt = PreparedPrompt.from_ids(ids, prompt.pixel_values, *image)
+            own_prompt = prompt.with_ids(ids, self.processor.image_token_id)
             score = partial(score_answers, self.model, list(answers.values()), max(1, batch_size))
             rows: list[torch.Tensor] = self.run_prefilled(own_prompt, score)
             for index, row in zip(answers, rows, strict=True):
@@ -371,7 +370,7 @@ class Engine:
         text_options = decode, self._open_ids, params.stop, params.top_logprobs is not None
         for prompt in prompts:
             limit = self._max_answer_tokens(prompt, params)
-            state = PromptState(prompt)
+            state = PromptState(prompt, self.model.config.ntk_alpha(len(prompt.ids)))
             options = params, limit, params.end_ids(self.end_ids), self.model.device
             for _ in range(params.n):
                 requests.append(request := Request(state, *options, len(requests)))

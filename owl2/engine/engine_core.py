@@ -117,9 +117,12 @@ class EngineCore:
     # ------------------------------------------------------------ for any thread
 
     def prepare(
-        self, ids: Sequence[int], pixel_values: torch.Tensor | None = None
+        self,
+        ids: Sequence[int],
+        pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
     ) -> PreparedPrompt:
-        """A prompt of token ids with its images (N, 3, H, W).
+        """A prompt of token ids with its images (N, 3, H, W), see `PreparedPrompt`.
 
         Raises:
             InputError: Ids or images that do not fit the model.
@@ -133,10 +136,14 @@ class EngineCore:
                 ErrorCode.SHAPE_MISMATCH,
             )
         prompt = PreparedPrompt.from_ids(
-            ids, pixel_values, config.image_token_id, config.num_image_tokens
+            ids, pixel_values, config.image_token_id, config.num_image_tokens, image_grids
         )
         prompt.check_ids(config)
         return prompt
+
+    def state(self, prompt: PreparedPrompt) -> PromptState:
+        """A prompt before its prefill."""
+        return PromptState(prompt, self.model.config.ntk_alpha(len(prompt.ids)))
 
     def submit(self, items: Sequence[Item]) -> None:
         """Queue requests; their callbacks report the results.
@@ -166,7 +173,7 @@ class EngineCore:
         """
         ended: SimpleQueue[BaseException | None] = SimpleQueue()
         requests = [
-            Request(PromptState(prompt), params, limit, end_ids, self.model.device, index)
+            Request(self.state(prompt), params, limit, end_ids, self.model.device, index)
             for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         ]
         for request in requests:
@@ -188,7 +195,7 @@ class EngineCore:
 
         Other requests wait meanwhile. The function must not modify its argument.
         """
-        job = _Job(PromptState(prompt), function, Future())
+        job = _Job(self.state(prompt), function, Future())
         self.submit([job])
         return job.result.result()
 

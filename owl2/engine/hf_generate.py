@@ -33,11 +33,12 @@ def prefill(model: Owl2ForConditionalGeneration, prompt: PreparedPrompt) -> Pref
     images: dict[str, Any] = {}
     if prompt.pixel_values is not None:
         images["pixel_values"] = prompt.pixel_values.to(model.device, model.dtype)
+        images["image_grids"] = prompt.image_grids
     ids = torch.tensor([prompt.ids], device=model.device)  # (1, P)
     outputs = model(
         input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **images
     )
-    return PrefillOutput(outputs.logits[:, -1], cache)
+    return PrefillOutput(outputs.logits[:, -1], cache, model.config.ntk_alpha(len(prompt.ids)))
 
 
 def generate(
@@ -58,6 +59,7 @@ def generate(
     rows = [[pad_id] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts]
     mask = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
     images = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+    grids = [prompt.image_grids for prompt in prompts if prompt.image_grids is not None]
     config = GenerationConfig(
         max_new_tokens=max(request.max_tokens for request in requests),
         do_sample=False,  # `_Sampler` samples
@@ -73,6 +75,7 @@ def generate(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             pixel_values=torch.cat(images).to(model.device, model.dtype) if images else None,
+            image_grids=torch.cat(grids).to(model.device) if grids else None,
             generation_config=config,
             logits_processor=LogitsProcessorList([sampler]),
             synced_gpus=synced_gpus or None,

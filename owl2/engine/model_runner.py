@@ -20,6 +20,7 @@ import torch
 from owl2.engine.backends import cpu
 from owl2.engine.kv_cache import StaticKVCache
 from owl2.engine.prefix_cache import PromptState
+from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 
@@ -50,12 +51,15 @@ class ModelRunner:
         return (layer.dtype, layer.device) != (self.model.dtype, self.model.device)
 
     @torch.no_grad()
-    def decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, tokens: torch.Tensor, positions: torch.Tensor, ntk_alphas: Sequence[float] = ()
+    ) -> torch.Tensor:
         """Logits of the next token of each sequence; keys and values go to the cache.
 
         Args:
             tokens: (B,) ids of text tokens on the model's device.
             positions: (B,) their positions, on the CPU; all before them are filled.
+            ntk_alphas: `ntk_alpha` of their prompts.
 
         Returns:
             (B, V).
@@ -69,7 +73,9 @@ class ModelRunner:
         places = positions[:, None].to(tokens.device)  # (B, 1)
         # Shorter rows have a mask; the forward itself masks what comes after a query.
         mask = (torch.arange(length, device=tokens.device) <= places).long()  # (B, length)
-        return self.model.lm_head(self._forward(hidden[:, None], 0, places, length, mask)[:, 0])
+        options = ntk_options(self.model.config, ntk_alphas, tokens.device)
+        hidden = self._forward(hidden[:, None], 0, places, length, mask, **options)
+        return self.model.lm_head(hidden[:, 0])
 
     @torch.no_grad()
     def prefill(
@@ -123,7 +129,8 @@ class ModelRunner:
         ids = torch.tensor(rows, device=device)  # (B, S)
         # Padding is on the right, where causal attention hides it from the prompt.
         positions = torch.arange(start, start + width, device=device).expand(len(prompts), -1)
-        options: dict[str, Any] = {}
+        alphas = [prompt.ntk_alpha for prompt in prompts]
+        options: dict[str, Any] = ntk_options(model.config, alphas, device)
         if images is not None:
             options["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
         embeddings = model.model.embed(ids, images)

@@ -147,19 +147,26 @@ def common_prefix_length(one: PromptKey, other: PromptKey) -> int:
 class PromptState:
     """A prompt on its way through prefill; the n answers to a prompt share one.
 
+    Args:
+        ntk_alpha: `config.ntk_alpha` of its length.
+
     Attributes:
-        key: The token ids, with the digest of the image in place of image tokens.
+        key: The token ids, with the digest of the image in place of image tokens. The first one
+            contains `ntk_alpha`, with which all keys and values change.
         prefix: An entry of the prefix cache that has the first `num_computed_tokens` tokens:
             (2, h, P, d) for each layer.
     """
 
-    def __init__(self, prompt: PreparedPrompt) -> None:
+    def __init__(self, prompt: PreparedPrompt, ntk_alpha: float = 1.0) -> None:
         self.prompt = prompt
+        self.ntk_alpha = ntk_alpha
         self.prefix: Sequence[torch.Tensor] | None = None
         self.num_computed_tokens = 0
         key: list[int | bytes] = list(prompt.ids)
         for (start, end), digest in zip(prompt.image_spans, prompt.image_digests, strict=True):
             key[start:end] = [digest] * (end - start)
+        if ntk_alpha != 1:
+            key[0] = f"{key[0]!r} {ntk_alpha}".encode()
         self.key: PromptKey = tuple(key)
 
     @property

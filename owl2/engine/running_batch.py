@@ -29,6 +29,7 @@ from owl2.engine.prefix_cache import (
 )
 from owl2.engine.sampling import compute_logprobs, sample
 from owl2.engine.scheduler import Request
+from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
 ENCODER_BATCH_SIZE = 32  # images
@@ -65,10 +66,17 @@ class PrefillOutput(NamedTuple):
     Attributes:
         logits: (1, V) after the last token.
         cache: (1, h, P, d) for each layer.
+        ntk_alpha: See `Owl2Config.ntk_alpha`.
     """
 
     logits: torch.Tensor
     cache: DynamicCache
+    ntk_alpha: float = 1.0
+
+    def options(self, model: Owl2ForConditionalGeneration, rows: int = 1) -> dict[str, Any]:
+        """Arguments of the model for tokens after the prompt, in several rows."""
+        alphas = ntk_options(model.config, [self.ntk_alpha] * rows, self.logits.device)
+        return {"use_cache": True, **alphas}
 
 
 class RunningBatch:
@@ -130,7 +138,9 @@ class RunningBatch:
         self.stats.num_decode_steps += 1
         tokens = torch.tensor([request.token_ids[-1] for request in self.requests])
         positions = torch.tensor([request.num_cached for request in self.requests])
-        logits = self.runner.decode(tokens.to(self.model.device), positions)  # (B, V)
+        alphas = [request.prompt.ntk_alpha for request in self.requests]
+        tokens = tokens.to(self.model.device)
+        logits = self.runner.decode(tokens, positions, alphas)  # (B, V)
         self._sample(self.requests, logits)
 
     def remove_finished(self) -> None:
@@ -176,7 +186,7 @@ class RunningBatch:
         cache = DynamicCache(config=self.model.config)
         for layer, (keys, values) in enumerate(runner.cache.read(0, prompt.num_tokens)):
             cache.update(keys[None], values[None], layer)
-        return PrefillOutput(logits, cache)
+        return PrefillOutput(logits, cache, prompt.ntk_alpha)
 
     def next_token_logits(self, prompts: Sequence[PromptState]) -> torch.Tensor:
         """(B, V) float32 logits after the last token of each prompt, which nothing is added to.
@@ -241,17 +251,22 @@ class RunningBatch:
         if not new:
             return None
         embeddings: dict[bytes, torch.Tensor] = {}
-        missing: dict[bytes, torch.Tensor] = {}
+        missing: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
         for digest, (prompt, index) in zip(digests, new, strict=True):
             if (cached := self.images.get(digest)) is not None:
                 embeddings[digest] = cached[0]
-            elif prompt.pixel_values is not None:
-                missing[digest] = prompt.pixel_values[index]
-        for start in range(0, len(missing), ENCODER_BATCH_SIZE):
-            batch = list(missing)[start : start + ENCODER_BATCH_SIZE]
-            pixels = torch.stack([missing[digest] for digest in batch])
+            else:
+                missing[digest] = prompt.crops_of(index)
+        # Crops of one image are not split.
+        most = max((len(pixels) for pixels, _ in missing.values()), default=1)
+        size = max(1, ENCODER_BATCH_SIZE // most)
+        for start in range(0, len(missing), size):
+            batch = list(missing)[start : start + size]
+            pixels = torch.cat([missing[digest][0] for digest in batch])
             pixels = pixels.to(self.model.device, self.model.dtype)
-            encoded: Any = self.model.get_image_features(pixels).pooler_output
+            grids = [grid for digest in batch if (grid := missing[digest][1]) is not None]
+            described = torch.cat(grids) if grids else None
+            encoded: Any = self.model.get_image_features(pixels, described).pooler_output
             self.stats.num_encoded_images += len(batch)
             for digest, own in zip(batch, encoded, strict=True):
                 embeddings[digest] = own

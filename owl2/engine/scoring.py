@@ -116,7 +116,8 @@ def score_answers(
         if width > 1:
             cache = copy.deepcopy(prompt.cache)  # the model writes to it
             cache.batch_repeat_interleave(len(batch))
-            rest = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+            options = prompt.options(model, len(batch))
+            rest = model(input_ids=ids[:, :-1], past_key_values=cache, **options).logits
             logits = torch.cat([logits, rest], dim=1)  # (C, T, V)
         logprobs = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # (C, T)
         scores += [row[: len(answer)].cpu() for row, answer in zip(logprobs, batch, strict=True)]
@@ -144,11 +145,13 @@ def score_prompt(
     params = SamplingParams(top_logprobs=top_logprobs)
     cache = copy.deepcopy(first.cache)  # the model writes to it
     logits = first.logits  # (1, V)
+    alpha = model.config.ntk_alpha(len(ids))
+    options = first._replace(ntk_alpha=alpha).options(model)
     scores: list[Logprobs] = []
     for start in range(1, len(ids), _SCORED_TOGETHER):
         chunk = ids[start : start + _SCORED_TOGETHER]
         rest = torch.tensor([chunk], device=logits.device)
-        output = model(input_ids=rest, past_key_values=cache, use_cache=True).logits[0]
+        output = model(input_ids=rest, past_key_values=cache, **options).logits[0]
         logits = torch.cat([logits[-1:], output[:-1]])  # (T, V), each before its token
         found = compute_logprobs(logits, chunk, [params] * len(chunk))
         scores += [row for row in found if row is not None]

@@ -5,6 +5,7 @@ it needs at one time, before it queues work (`count_images`), and reads nothing 
 new token, which cannot contain an image.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def repeat_images(
         crops = [int(1 + grid.prod()) for grid in image_grids]
         bounds = [sum(counts[:row]) for row in range(len(counts) + 1)]
         image_grids = _repeat_parts(image_grids, counts, times)
-        counts = [sum(crops[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+        counts = [sum(crops[start:end]) for start, end in pairwise(bounds)]
     return _repeat_parts(pixel_values, counts, times), image_grids
 
 
@@ -181,3 +182,10 @@ def prompt_ntk_alphas(
         lengths = attention_mask.sum(1).tolist()
     alphas = [config.ntk_alpha(length) for length in lengths]
     return torch.tensor(alphas, device=prompts.device, dtype=torch.float32)
+
+
+def ntk_options(config: Owl2Config, alphas: Any, device: torch.device) -> dict[str, Any]:
+    """The argument `ntk_alphas` of `forward`, for models that have it."""
+    if not config.has_dynamic_ntk:
+        return {}
+    return {"ntk_alphas": torch.tensor(list(alphas), device=device, dtype=torch.float32)}

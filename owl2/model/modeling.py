@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    Cache,
-    GenerationMixin,
-)
+from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -398,8 +391,3 @@ class Owl2ForConditionalGeneration(MultimodalGenerationMixin, Owl2PreTrainedMode
     def set_image_size(self, image_size: int) -> None:
         """See `Owl2Model.set_image_size`."""
         self.model.set_image_size(image_size)
-
-
-AutoModel.register(Owl2Config, Owl2Model)
-for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    auto_class.register(Owl2Config, Owl2ForConditionalGeneration)

@@ -4,7 +4,7 @@ A sibling of mPLUG-Owl2 adds one entry to `MODEL_TYPES` and one module for each 
 Loading, training and generation look parts up here and do not branch on the model type.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -26,9 +26,10 @@ class ModelType:
         connector: Module class, called with ``visual_config.connector`` and the decoder's width D.
             Its `forward` maps features, and the `image_grids` of an image processor that returns
             them, to embeddings (N, num_image_tokens, D).
-        tokenizer: Tokenizer class for checkpoints that contain its vocabulary file.
+        tokenizer: Tokenizer class for checkpoints that contain its `vocabulary_file`.
         image_processor: Image processor class: pixels, and the texts between crops.
         image_policy: Default for images that are not square, "resize", "pad" or "crop".
+        image_options: Further defaults of the image processor.
         chat_template: Default, a name in `CHAT_TEMPLATES`.
         interleave_images: Default of `Owl2Processor.interleave_images`: True for models whose
             prompts have images inside the text, such as DocOwl.
@@ -41,8 +42,10 @@ class ModelType:
     vision_encoder: str = "owl2.model.vision:VisionModel"
     connector: str = "owl2.model.abstractor:VisualAbstractor"
     tokenizer: str = "owl2.processing.tokenizer:Owl2Tokenizer"
+    vocabulary_file: str = "tokenizer.model"
     image_processor: str = "owl2.processing.image_processing:Owl2ImageProcessor"
     image_policy: str = "resize"
+    image_options: dict[str, Any] = field(default_factory=dict)
     chat_template: str = "mplug_owl2"
     interleave_images: bool = False
     weight_names: tuple[tuple[str, str], ...] = ()
@@ -60,6 +63,22 @@ _DOCOWL_NAMES = (
 )
 MODEL_TYPES = {
     "mplug_owl2": ModelType(config="owl2.model.configuration:Owl2Config"),
+    "mplug_owl2_1": ModelType(
+        title="mPLUG-Owl2.1",
+        config="owl2.model.owl2_1_configuration:Owl2_1Config",
+        decoder_layer="owl2.model.qwen_decoder:QwenDecoderLayer",
+        vision_encoder="owl2.model.grid_vision:GridVisionModel",
+        tokenizer="owl2.processing.qwen_tokenizer:QwenTokenizer",
+        vocabulary_file="qwen.tiktoken",
+        chat_template="mplug_owl2_1",
+        weight_names=(
+            ("transformer.h.", "model.layers."),
+            ("transformer.wte.", "model.embed_tokens."),
+            ("transformer.ln_f.", "model.norm."),
+            ("transformer.vision_model.", "model.vision_model."),
+            ("transformer.visual_abstractor.", "model.visual_abstractor."),
+        ),
+    ),
     "mplug_docowl": ModelType(
         title="DocOwl1.5",
         config="owl2.model.docowl_configuration:DocOwlConfig",
@@ -72,7 +91,8 @@ MODEL_TYPES = {
         title="DocOwl2",
         config="owl2.model.docowl_configuration:DocOwlConfig",
         connector="owl2.model.hr_compressor:DocOwl2Connector",
-        image_processor="owl2.processing.anchor_crops:PageImageProcessor",
+        image_processor="owl2.processing.anchor_crops:CropImageProcessor",
+        image_options={"anchors": "grid_12", "compress_pages": True},
         interleave_images=True,
         weight_names=_DOCOWL_NAMES,
     ),

@@ -36,18 +36,23 @@ class VisionEmbeddings(nn.Module):
         self.pre_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        expected = (self.patch_embed.in_channels, self.image_size, self.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise InputError(
-                f"pixel_values have the shape {tuple(pixel_values.shape)}, but this model requires "
-                f"(N, {', '.join(map(str, expected))}): use the processor of this checkpoint, or "
-                "load the model with image_size=...",
-                ErrorCode.SHAPE_MISMATCH,
-            )
+        check_pixels(pixel_values, self.patch_embed.in_channels, self.image_size)
         patches = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)  # (N, P, D)
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
         embeddings = torch.cat([cls_token, patches], dim=1)  # (N, 1+P, D)
         return self.pre_layernorm(embeddings + self.position_embedding)
+
+
+def check_pixels(pixel_values: torch.Tensor, channels: int, image_size: int) -> None:
+    """Raise an InputError unless the pixels have the shape (N, channels, size, size)."""
+    expected = (channels, image_size, image_size)
+    if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+        raise InputError(
+            f"pixel_values have the shape {tuple(pixel_values.shape)}, but this model requires "
+            f"(N, {', '.join(map(str, expected))}): use the processor of this checkpoint, or "
+            "load the model with image_size=...",
+            ErrorCode.SHAPE_MISMATCH,
+        )
 
 
 class VisionAttention(nn.Module):
@@ -208,7 +213,14 @@ def resize_positions(positions: torch.Tensor, grid_size: int) -> torch.Tensor:
     old = round(patches.shape[1] ** 0.5)
     if old == grid_size:
         return positions.clone()
+    return torch.cat([cls_position, interpolate_grid(patches, grid_size)], dim=1)
+
+
+def interpolate_grid(patches: torch.Tensor, grid_size: int) -> torch.Tensor:
+    """Position embeddings of a square grid, (1, n², D) to (1, m², D); m is `grid_size`."""
+    old = round(patches.shape[1] ** 0.5)
+    if old == grid_size:
+        return patches
     plane = patches.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, n, n)
     plane = F.interpolate(plane, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
-    resized = plane.flatten(2).transpose(1, 2).to(positions.dtype)  # (1, m², D)
-    return torch.cat([cls_position, resized], dim=1)
+    return plane.flatten(2).transpose(1, 2).to(patches.dtype)  # (1, m², D)

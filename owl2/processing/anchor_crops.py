@@ -21,13 +21,14 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from owl2.errors import ErrorCode, InputError
 from owl2.model.docowl_configuration import DocOwlConfig
 from owl2.processing.image_processing import Owl2ImageProcessor, Owl2ImageProcessorKwargs
+from owl2.processing.image_square import resize
 from owl2.processing.messages import IMAGE_TOKEN
 
 Grid = tuple[int, int]  # rows and columns
 
 _GRID_4 = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1))
 _GRID_9 = (
-    *(_GRID_4 + ((1, 5), (5, 1), (1, 6), (6, 1), (2, 3), (3, 2), (1, 7), (7, 1))),
+    *(*_GRID_4, (1, 5), (5, 1), (1, 6), (6, 1), (2, 3), (3, 2), (1, 7), (7, 1)),
     *((4, 2), (2, 4), (1, 8), (8, 1), (3, 3), (1, 9), (9, 1)),
 )
 
@@ -153,14 +154,14 @@ class CropImageProcessor(Owl2ImageProcessor):
         """See `Owl2ImageProcessor.make_squares`."""
         resample = options["resample"]
         rows, columns = select_grid(*image.size, edge, options["anchors"])
-        page = image.resize((columns * edge, rows * edge), resample)
+        page = resize(image, (columns * edge, rows * edge), resample)
         crops = [
             page.crop((c * edge, r * edge, (c + 1) * edge, (r + 1) * edge))
             for r in range(rows)
             for c in range(columns)
         ]
         if options["add_global_img"]:
-            crops.insert(0, image.resize((edge, edge), resample))
+            crops.insert(0, resize(image, (edge, edge), resample))
         return crops
 
     def describe_squares(

@@ -96,6 +96,26 @@ def render(
         ) from error
 
 
+def expand_images(text: str, spans: Spans, replacements: Sequence[str]) -> tuple[str, Spans]:
+    """Replace each `<|image|>` of a text by the text of its crops.
+
+    Args:
+        spans: Start and end of the answers in `text`, which contain no image.
+    """
+    pieces = text.split(IMAGE_TOKEN)
+    expanded, shifts, position = pieces[0], [(0, 0)], len(pieces[0])
+    for replacement, piece in zip(replacements, pieces[1:], strict=True):
+        expanded += replacement + piece
+        position += len(IMAGE_TOKEN)
+        shifts.append((position, len(expanded) - len(piece) - position))
+        position += len(piece)
+    moved = []
+    for start, end in spans:
+        shift = next(shift for place, shift in reversed(shifts) if place <= start)
+        moved.append((start + shift, end + shift))
+    return expanded, moved
+
+
 def template_variables(template: str) -> set[str]:
     """The variables of a template for callers: without messages and `RENDER_OPTIONS`.
 

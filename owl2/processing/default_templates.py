@@ -45,4 +45,14 @@ _V1_LOOP = f"""\
 {{%- for message in messages if message['role'] != 'system' -%}}
 """
 V1_CHAT_TEMPLATE = DEFAULT_CHAT_TEMPLATE.replace("{%- for message in messages -%}\n", _V1_LOOP)
-CHAT_TEMPLATES = {"mplug_owl2": DEFAULT_CHAT_TEMPLATE, "v1": V1_CHAT_TEMPLATE}
+# mPLUG-Owl2.1 (Model family §7.5): in a prompt, earlier answers end with the characters `</s>`; in
+# training with the end token.
+OWL2_1_CHAT_TEMPLATE = DEFAULT_CHAT_TEMPLATE.replace(
+    "body(message['content']) + eos_token",
+    "body(message['content']) + ('</s>' if add_generation_prompt else eos_token)",
+)
+CHAT_TEMPLATES = {
+    "mplug_owl2": DEFAULT_CHAT_TEMPLATE,
+    "v1": V1_CHAT_TEMPLATE,
+    "mplug_owl2_1": OWL2_1_CHAT_TEMPLATE,
+}

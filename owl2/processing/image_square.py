@@ -76,3 +76,17 @@ def _crop(image: Image.Image, edge: int, resample: int) -> Image.Image:
     part = image.crop((x_start, y_start, min(x_end, image.width), min(y_end, image.height)))
     box = (left * x - x_start, top * y - y_start)
     return part.resize((edge, edge), resample, box=(*box, box[0] + edge * x, box[1] + edge * y))
+
+
+def resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    """As `Image.resize` of Pillow 13, in every version of Pillow.
+
+    Pillow resizes the rows and then the columns, and rounds in between. Since version 13 it starts
+    with the columns if their pixels decrease by more than twice as many as those of the rows.
+    """
+    width, height = size
+    if image.mode in ("LA", "RGBA"):  # Pillow converts the mode in each step
+        return image.resize(size, resample)
+    is_column_first = 0 < image.height - height > 2 * (image.width - width)
+    between = (image.width, height) if is_column_first else (width, image.height)
+    return image.resize(between, resample).resize(size, resample)

@@ -10,6 +10,7 @@ import torch
 
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
+from owl2.processing.chat_template import Spans, expand_images
 from owl2.processing.messages import IMAGE_TOKEN
 
 
@@ -22,6 +23,8 @@ class PreparedPrompt:
     Attributes:
         ids: S token ids, K + 1 times `image_token_id` for each image.
         pixel_values: (N, 3, H, W) on the CPU, or None without images.
+        image_grids: (N, 2), if images are several crops in `pixel_values`: see
+            `Owl2ForConditionalGeneration.forward`.
         image_spans: Start and end position of each image's tokens.
         image_digests: A hash of each image's pixels; equal images have equal digests.
         is_continued: The answer continues the text of the prompt and keeps its white space.
@@ -32,6 +35,7 @@ class PreparedPrompt:
     image_spans: tuple[tuple[int, int], ...]
     image_digests: tuple[bytes, ...]
     is_continued: bool = False
+    image_grids: torch.Tensor | None = None
 
     @classmethod
     def from_ids(
@@ -40,6 +44,7 @@ class PreparedPrompt:
         pixel_values: torch.Tensor | None,
         image_token_id: int,
         num_image_tokens: int,
+        image_grids: torch.Tensor | None = None,
     ) -> "PreparedPrompt":
         """Locate the images in token ids.
 
@@ -51,7 +56,7 @@ class PreparedPrompt:
         """
         if not ids:
             raise InputError("A prompt needs at least one token.", ErrorCode.EMPTY_MESSAGE)
-        images = [] if pixel_values is None else list(pixel_values.cpu())
+        images = split_images(pixel_values, image_grids)
         positions = [position for position, id_ in enumerate(ids) if id_ == image_token_id]
         if len(positions) != len(images) * num_image_tokens:
             raise InputError(
@@ -62,7 +67,26 @@ class PreparedPrompt:
         ends = [start + num_image_tokens for start in positions[::num_image_tokens]]
         spans = zip(positions[::num_image_tokens], ends, strict=True)
         digests = tuple(map(pixel_digest, images))
-        return cls(tuple(ids), pixel_values if images else None, tuple(spans), digests)
+        pixels, grids = (pixel_values, image_grids) if images else (None, None)
+        return cls(tuple(ids), pixels, tuple(spans), digests, image_grids=grids)
+
+    def with_ids(self, ids: Sequence[int], image_token_id: int) -> "PreparedPrompt":
+        """Other ids with the same images."""
+        spans = self.image_spans
+        num_image_tokens = spans[0][1] - spans[0][0] if spans else 1
+        sizes = image_token_id, num_image_tokens
+        return self.from_ids(ids, self.pixel_values, *sizes, self.image_grids)
+
+    def crops_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The pixels (C, 3, H, W) of an image, and its row of `image_grids` (1, 2)."""
+        if self.pixel_values is None:
+            raise IndexError(index)
+        if self.image_grids is None:
+            return self.pixel_values[index : index + 1], None
+        crops = (1 + self.image_grids.prod(1)).tolist()
+        start = sum(crops[:index])
+        grid = self.image_grids[index : index + 1]
+        return self.pixel_values[start : start + crops[index]], grid
 
     @property
     def continued_id(self) -> int | None:
@@ -78,6 +102,28 @@ class PreparedPrompt:
                 f"to {config.vocab_size - 1}. For added tokens, call resize_token_embeddings.",
                 ErrorCode.INVALID_VALUE,
             )
+
+
+def split_images(
+    pixel_values: torch.Tensor | None, image_grids: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """The pixels of each image on the CPU: (3, H, W), or (C, 3, H, W) of crops.
+
+    Raises:
+        InputError: There are other numbers of crops than the grids describe.
+    """
+    if pixel_values is None:
+        return []
+    if image_grids is None:
+        return list(pixel_values.cpu())
+    crops = (1 + image_grids.prod(1)).tolist()
+    if sum(crops) != len(pixel_values):
+        raise InputError(
+            f"pixel_values contain {len(pixel_values)} crops, but image_grids describe images with "
+            f"{crops}.",
+            ErrorCode.IMAGE_COUNT_MISMATCH,
+        )
+    return list(pixel_values.cpu().split(crops))
 
 
 def pixel_digest(pixels: torch.Tensor) -> bytes:
@@ -121,3 +167,28 @@ def flatten_images(counts: Sequence[int], images: Any) -> list[Any]:
             )
         flat += row
     return flat
+
+
+def expand_prompts(
+    image_processor: Any, prompts: Sequence[tuple[str, Spans]], images: Any
+) -> tuple[list[tuple[str, Spans]], list[Any]]:
+    """Prompts in which `<|image|>` is replaced by the text of the crops of each image.
+
+    Args:
+        image_processor: See `Owl2ImageProcessor.expand_images`.
+        prompts: Texts, and the spans of their answers.
+        images: As for `flatten_images`.
+
+    Returns:
+        The prompts, and the images of all of them.
+
+    Raises:
+        InputError: The numbers of placeholders and images differ, or an image cannot be read.
+    """
+    counts = [text.count(IMAGE_TOKEN) for text, _ in prompts]
+    rest, expanded, opened = iter(flatten_images(counts, images)), [], []
+    for (text, spans), count in zip(prompts, counts, strict=True):
+        texts, own = image_processor.expand_images([next(rest) for _ in range(count)])
+        expanded.append(expand_images(text, spans, texts))
+        opened += own
+    return expanded, opened

@@ -21,10 +21,11 @@ from owl2.checkpoints.config_file import (
 )
 from owl2.errors import ErrorCode, InputError
 from owl2.model.configuration import Owl2Config
-from owl2.model.registry import DEFAULT_MODEL_TYPE, ModelType, get_model_type
-from owl2.processing.image_processing import Owl2ImageProcessor, Owl2ImageProcessorKwargs
+from owl2.model.registry import DEFAULT_MODEL_TYPE, MODEL_TYPES, ModelType, get_model_type
+from owl2.processing.default_templates import CHAT_TEMPLATES
+from owl2.processing.image_processing import Owl2ImageProcessorKwargs
 from owl2.processing.messages import IMAGE_TOKEN
-from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, encode
+from owl2.processing.tokenizer import TOKENIZER_CONFIG_FILE, encode
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
@@ -35,13 +36,15 @@ _FILES = (CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE, TOKENIZER_CONFIG_FILE)
 _INDEX_FILE, _RELEASED_SHARD = "pytorch_model.bin.index.json", "pytorch_model-1-of-33.bin"
 # Each of these makes a tokenizer. From tokenizer_config.json alone, transformers would create an
 # empty tokenizer.
-_VOCABULARIES = ((TOKENIZER_FILE,), ("tokenizer.json",), ("vocab.json", "merges.txt"))
+_VOCABULARIES = (
+    *sorted({(parts.vocabulary_file,) for parts in MODEL_TYPES.values()}),
+    *(("tokenizer.json",), ("vocab.json", "merges.txt")),
+)
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Added by AutoProcessor and pipelines, and arguments of transformers without effect.
 _IGNORED = frozenset(
     ("_commit_hash", "_from_auto", "_from_pipeline", "code_revision", "dtype", "trust_remote_code")
 ) | {"use_fast", "backend", "device_map", "torch_dtype", "attn_implementation"}
-_PIXEL_ARGS = Owl2ImageProcessorKwargs.__annotations__.keys()
 _TOKENIZER_ARGS = {
     *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
     *TextKwargs.__annotations__,
@@ -59,7 +62,7 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Owl2Processor` for a checkpoint, a directory or a hub id.
 
     Args:
-        args: Of the hub, `Owl2ImageProcessor` and the tokenizer; `base`, the base model of an
+        args: Of the hub, the image processor and the tokenizer; `base`, the base model of an
             adapter, which has the files of adapters without a tokenizer.
 
     Raises:
@@ -67,21 +70,27 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
         TypeError: An unknown argument.
     """
     base = args.pop("base", None)
-    pixel_args, tokenizer_args, hub = (
+    hub = {key: args[key] for key in args.keys() & {*HUB_ARGS, "proxies"}}
+    name = resolve_checkpoint(name, "a processor", False, hub.get("revision"))
+    if not any(find_file(name, vocabulary[0], hub) for vocabulary in _VOCABULARIES):
+        own_base = base or base_name(name, hub)
+        name = resolve_checkpoint(own_base, "a processor", False) if own_base else name
+    files = {file: find_file(name, file, hub) for file in _FILES}
+    config = read_config(name, **hub) if files[CONFIG_FILE] else None
+    model_type = get_model_type(config.member if config else DEFAULT_MODEL_TYPE)
+    own_files = {parts.vocabulary_file for parts in MODEL_TYPES.values()}
+    foreign = own_files - {model_type.vocabulary_file}
+    files |= _find_vocabulary(name, files, hub, foreign)
+    image_processor_class = model_type.load("image_processor")
+    pixel_names = image_processor_class.valid_kwargs.__annotations__.keys()
+    pixel_args, tokenizer_args = (
         {key: args[key] for key in args.keys() & names}
-        for names in (_PIXEL_ARGS, _TOKENIZER_ARGS, {*HUB_ARGS, "proxies"})
+        for names in (pixel_names | Owl2ImageProcessorKwargs.__annotations__, _TOKENIZER_ARGS)
     )
     if unknown := sorted(
         args.keys() - _IGNORED - pixel_args.keys() - tokenizer_args.keys() - hub.keys()
     ):
         raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(unknown)}")
-    name = resolve_checkpoint(name, "a processor", False, hub.get("revision"))
-    if not any(find_file(name, files[0], hub) for files in _VOCABULARIES):
-        own_base = base or base_name(name, hub)
-        name = resolve_checkpoint(own_base, "a processor", False) if own_base else name
-    files = _find_files(name, hub)
-    config = read_config(name, **hub) if files[CONFIG_FILE] else None
-    model_type = get_model_type(config.model_type if config else DEFAULT_MODEL_TYPE)
     for path in filter(None, (files[PREPROCESSOR_FILE], files[PROCESSOR_FILE])):
         for key, value in read_json(path).items():
             if key in _CLASS_KEYS and not str(value).startswith(("Owl2", "CLIP")):
@@ -95,7 +104,9 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
         pixels = read_json(preprocessor_file)
     is_padded = _follows_config(name, config, hub)
     policy, _ = select_image_policy(pixels, config, is_padded)
-    image_processor = Owl2ImageProcessor.from_dict(pixels | {"image_policy": policy})
+    image_processor = image_processor_class.from_dict(
+        model_type.image_options | pixels | {"image_policy": policy}
+    )
     own = read_json(processor_file) if processor_file else {}
     tokenizer_args = {"padding_side": "left"} | tokenizer_args  # for generation
     tokenizer = _load_tokenizer(name, files, hub | tokenizer_args, model_type)
@@ -125,6 +136,7 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     template = tokenizer.chat_template  # transformers reads chat_template.jinja
     if template is None and (old := find_file(name, "chat_template.json", hub)):
         template = read_json(old).get("chat_template")
+    template = template or CHAT_TEMPLATES[model_type.chat_template]
     if config:  # It has precedence, because the ids must fit the model.
         sizes["num_image_tokens"] = config.num_image_tokens
         sizes["image_token_id"] = max(config.image_token_id, token_id)
@@ -150,7 +162,7 @@ def select_image_policy(
         return str(pixels["image_policy"]), f"image_policy in {PREPROCESSOR_FILE}"
     if is_padded:
         return "pad", f"image_aspect_ratio in {CONFIG_FILE}"
-    name = config.model_type if config else DEFAULT_MODEL_TYPE
+    name = config.member if config else DEFAULT_MODEL_TYPE
     return get_model_type(name).image_policy, f"default of {name}"
 
 
@@ -176,15 +188,17 @@ def read_image_policy(name: str | Path, config: Owl2Config) -> tuple[str, str]:
     return select_image_policy(read_json(file) if file else {}, config, is_padded)
 
 
-def _find_files(name: str, hub: dict[str, Any]) -> Files:
-    files = {file: find_file(name, file, hub) for file in _FILES}
-    for vocabulary in _VOCABULARIES:
-        files |= {file: find_file(name, file, hub) for file in vocabulary}
-        if has_vocabulary := all(files[file] for file in vocabulary):
+def _find_vocabulary(name: str, files: Files, hub: dict[str, Any], foreign: set[str]) -> Files:
+    """The files of the first vocabulary in a checkpoint, but not those of other model types."""
+    found: Files = {}
+    choices = [vocabulary for vocabulary in _VOCABULARIES if vocabulary[0] not in foreign]
+    for vocabulary in choices:
+        found |= {file: find_file(name, file, hub) for file in vocabulary}
+        if has_vocabulary := all(found[file] for file in vocabulary):
             break
     missing = []
     if not has_vocabulary:
-        missing.append(f"a tokenizer ({' or '.join(map(' and '.join, _VOCABULARIES))})")
+        missing.append(f"a tokenizer ({' or '.join(map(' and '.join, choices))})")
     if files[PREPROCESSOR_FILE] is None and files[CONFIG_FILE] is None:
         missing.append(f"the image settings ({PREPROCESSOR_FILE})")
     if missing:
@@ -194,7 +208,7 @@ def _find_files(name: str, hub: dict[str, Any]) -> Files:
             "the files of the original checkpoint, or create them with `owl2 init`.",
             ErrorCode.FILE_NOT_FOUND,
         )
-    return files
+    return found
 
 
 def _load_tokenizer(
@@ -212,7 +226,8 @@ def _load_tokenizer(
             raise InputError(
                 f"{path}: {key} is {value!r}; it must be a string.", ErrorCode.INVALID_CONFIG
             )
-    loader = AutoTokenizer if files[TOKENIZER_FILE] is None else model_type.load("tokenizer")
+    has_own = files[model_type.vocabulary_file] is not None
+    loader = model_type.load("tokenizer") if has_own else AutoTokenizer
     try:
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(name, **hub)
         is_empty = not encode(tokenizer, "x")

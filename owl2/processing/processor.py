@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from rich.text import Text
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from owl2.errors import ErrorCode, InputError
-from owl2.model.configuration import Owl2Config
+from owl2.model.registry import MODEL_TYPES
 from owl2.processing import pretrained_files
 from owl2.processing.chat_template import RENDER_OPTIONS, Spans, render, template_variables
 from owl2.processing.default_templates import CHAT_TEMPLATES
 from owl2.processing.image_processing import Owl2ImageProcessor
-from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
+from owl2.processing.labeling import LabelingMixin
+from owl2.processing.loss_mask import encode_with_loss_mask
 from owl2.processing.messages import (
     IMAGE_TOKEN,
     ParsedMessages,
@@ -35,12 +35,12 @@ from owl2.processing.messages import (
     parse_messages,
     validate_prompt,
 )
-from owl2.processing.prepared_prompt import PreparedPrompt, flatten_images
+from owl2.processing.prepared_prompt import PreparedPrompt, expand_prompts
 from owl2.processing.token_rows import make_batch
 from owl2.processing.tokenizer import add_image_token, encode, start_ids
 
 
-class Owl2Processor(ProcessorMixin):
+class Owl2Processor(LabelingMixin, ProcessorMixin):
     """Messages, prompts and images to the model's inputs, and ids to text.
 
     The conventions are those of transformers' `ProcessorMixin`: options of the tokenizer and the
@@ -135,7 +135,9 @@ class Owl2Processor(ProcessorMixin):
             raise InputError(
                 "`text` must be a prompt or a non-empty list of strings.", ErrorCode.INVALID_TYPE
             )
-        images = flatten_images([prompt.count(IMAGE_TOKEN) for prompt in texts], images)
+        prompts = [(prompt, []) for prompt in texts]
+        prompts, images = expand_prompts(self.image_processor, prompts, images)
+        texts = [text for text, _ in prompts]
         text_options = options["text_kwargs"]
         # transformers < 5.20 has these in the options of the text.
         wants_types, wants_offsets = (
@@ -151,7 +153,8 @@ class Owl2Processor(ProcessorMixin):
         if wants_types:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if wants_offsets:
-            expanded = [self.replace_image_token({}, index) for index in range(len(images))]
+            num_tokens = sum(prompt.count(IMAGE_TOKEN) for prompt in texts)
+            expanded = [self.replace_image_token({}, index) for index in range(num_tokens)]
             data["text_replacement_offsets"] = self.get_text_with_replacements(texts, expanded)[1]
         if images:
             data |= self.image_processor(images, **options["images_kwargs"])
@@ -169,9 +172,11 @@ class Owl2Processor(ProcessorMixin):
         """The numbers of tokens and of squares for images of any sizes."""
         if image_sizes is None:
             return MultiModalData()
+        count_squares = self.image_processor.count_squares
+        counts = [count_squares(width, height) for height, width in image_sizes]
         return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes),
-            num_image_patches=[1] * len(image_sizes),
+            num_image_tokens=[self.num_image_tokens * tokens for tokens, _ in counts],
+            num_image_patches=[squares for _, squares in counts],
         )
 
     def prompt_ids(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
@@ -235,11 +240,12 @@ class Owl2Processor(ProcessorMixin):
         if return_assistant_tokens_mask:
             start = [] if options.get("add_special_tokens") is False else self._start_ids
             ids = start, self._image_ids
+            expanded, _ = expand_prompts(self.image_processor, rendered, images)
             inputs["assistant_masks"] = [
                 encode_with_loss_mask(self.tokenizer, *item, *ids).mask_of(
                     row, self.tokenizer.truncation_side
                 )
-                for item, row in zip(rendered, inputs["attention_mask"], strict=True)
+                for item, row in zip(expanded, inputs["attention_mask"], strict=True)
             ]
             inputs.convert_to_tensors(options.get("return_tensors"))
         return inputs if return_dict else inputs["input_ids"]
@@ -271,66 +277,14 @@ class Owl2Processor(ProcessorMixin):
         names = template_variables(template) | {"interleave_images"}
         options = {name: value for name, value in variables.items() if name in names}
         text, _ = self._render(parsed, template, **options, add_generation_prompt=True)
-        images = flatten_images([text.count(IMAGE_TOKEN)], [list(parsed.images)])
-        pixels = self.image_processor(images)["pixel_values"] if images else None
-        ids = self.prompt_ids(text)
-        return PreparedPrompt.from_ids(ids, pixels, self.image_token_id, self.num_image_tokens)
-
-    def for_training(
-        self, messages: Any, max_length: int | None = None, return_pixel_values: bool = True
-    ) -> BatchFeature:
-        """A conversation that ends with an answer as a batch of one.
-
-        Args:
-            max_length: Truncate longer samples on the right, which can remove all labels.
-            return_pixel_values: False for a check that opens no image.
-
-        Returns:
-            `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels`, all (1,S), and
-            `pixel_values` (N,3,size,size), absent without images. `labels` are the ids in the
-            template's generation blocks (the answers and their end tokens), -100 elsewhere.
-
-        Raises:
-            InputError: See `parse_messages` and `__call__`; also if an image is beyond
-                `max_length`.
-        """
-        conversation = parse_messages(messages)
-        sample = self.encode_labeled(conversation)
-        images = flatten_images([sample.text.count(IMAGE_TOKEN)], list(conversation.images))
-        data = sample.to_batch(self.image_token_id, max_length)
-        if images and return_pixel_values:
-            data.update(self.image_processor(images))
-        return BatchFeature(data)
-
-    def show_labels(self, messages: Any) -> Text:
-        """The model's input in training for a terminal: labels in color, other tokens dim.
-
-        It is rendered from the ids and the mask of `for_training`. The tokens of an image are
-        written as `<|image|>×(K+1)`, and images are not opened.
-        """
-        sample = self.encode_labeled(parse_messages(messages))
-        start = "".join(self.tokenizer.convert_ids_to_tokens(self._start_ids))
-        return render_mask(sample, start, self.num_image_tokens)
-
-    def encode_labeled(self, conversation: ParsedMessages) -> EncodedConversation:
-        """The ids of a conversation that ends with an answer, with the loss mask of training.
-
-        Raises:
-            InputError: There is no answer, the tokenizer has no end token or no offsets, or the
-                template does not mark the answers.
-        """
-        if conversation.is_open:
-            raise InputError(
-                "The last turn has no answer to train on: add it.", ErrorCode.INVALID_ROLE
-            )
-        if self.tokenizer.eos_token is None:
-            raise InputError(
-                "The tokenizer has no end token to learn: set eos_token.", ErrorCode.MISSING_VALUE
-            )
-        turns = conversation.without_end_tokens(self.tokenizer.eos_token)
-        text, spans = self._render(turns, self._template(), return_assistant_tokens_mask=True)
-        ids = (self._start_ids, self._image_ids)
-        return encode_with_loss_mask(self.tokenizer, text, spans, *ids, conversation.has_loss)
+        prompts = [(text, [])]
+        expanded, images = expand_prompts(self.image_processor, prompts, [list(parsed.images)])
+        pixels = self.image_processor(images) if images else {}
+        sizes = self.image_token_id, self.num_image_tokens
+        grids = pixels.get("image_grids")
+        return PreparedPrompt.from_ids(
+            self.prompt_ids(expanded[0][0]), pixels.get("pixel_values"), *sizes, grids
+        )
 
     def _render(self, turns: ParsedMessages, template: Any, **options: Any) -> tuple[str, Spans]:
         interleave = options.pop("interleave_images", None)
@@ -397,4 +351,5 @@ class Owl2Processor(ProcessorMixin):
         return cls(**settings | own)
 
 
-AutoProcessor.register(Owl2Config, Owl2Processor)
+for parts in MODEL_TYPES.values():
+    AutoProcessor.register(parts.load("config"), Owl2Processor, exist_ok=True)

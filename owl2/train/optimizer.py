@@ -32,6 +32,7 @@ EMBEDDINGS = (
     "model.vision_model.embeddings.cls_token",
     "model.visual_abstractor.query_embeds",
     "model.visual_abstractor.vit_eos",
+    "model.visual_abstractor.hr_compressor.compressor_eos",
 )
 VISION_LEVEL = re.compile(
     r"model\.vision_model\.((?P<bottom>embeddings)|encoder\.layers\.(?P<block>\d+)|post_layernorm)\."

@@ -81,15 +81,25 @@ def _blocks_without_gradients(model: PreTrainedModel) -> Iterator[GradientCheckp
     core: Any = model.get_submodule("model")
     vision, abstractor = core.vision_model, core.visual_abstractor
     path = (
-        *(vision.embeddings, *vision.encoder.layers, vision.post_layernorm),
-        *(*abstractor.encoder.layers, abstractor),
+        *(*_modules_inside(vision), *_modules_inside(abstractor), abstractor),
         *(core.embed_tokens, *core.layers),
     )
-    trainable = abstractor.query_embeds.requires_grad
+    # The learnable queries are the input of the abstractor.
+    trainable = any(weight.requires_grad for weight in abstractor.parameters(recurse=False))
     for module in path:
         trainable = trainable or any(weight.requires_grad for weight in module.parameters())
         if not trainable and isinstance(module, GradientCheckpointingLayer):
             yield module
+
+
+def _modules_inside(part: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of the vision encoder or the connector, without those that contain blocks."""
+    blocks = set(blocks_of(part))
+    return [
+        module
+        for module in part.modules()
+        if module in blocks or not any(inner in blocks for inner in module.modules())
+    ]
 
 
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -52,6 +52,8 @@ def supports(model: Any) -> bool:
     Prints on stderr why the kernels are not available.
     """
     config, dtype, decoder = model.config, model.dtype, model.model
+    if not all(hasattr(layer, "self_attn") for layer in decoder.layers):  # not those of a LLaMA
+        return False
     modules = [decoder.embed_tokens, decoder.norm]
     modules += [norm for layer in decoder.layers for norm in _text_norms(layer)]
     return (
