@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 from owl2.errors import ErrorCode, InputError, require_package
 from owl2.files import expand_user
 from owl2.model.configuration import Owl2Config
-from owl2.model.registry import get_model_type
+from owl2.model.registry import check_visual_parts, get_model_type
 
 CONFIG_FILE = "config.json"
 # Arguments of `from_pretrained` that locate a checkpoint.
@@ -152,6 +152,8 @@ def read_config(name_or_path: str | Path, **hub: Any) -> Owl2Config:
     model_type = values.get("model_type")
     try:
         parts = get_model_type(str(model_type))
+        visual = values.get("visual_config")
+        check_visual_parts(str(model_type), visual if isinstance(visual, dict) else ())
     except InputError as error:
         hint = " `owl2 init` creates an mPLUG-Owl2 from a LLaMA." if model_type == "llama" else ""
         raise InputError(f"{file}: {error}{hint}", error.code) from error

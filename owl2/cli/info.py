@@ -74,6 +74,7 @@ def size_table(name_or_path: str | None = None) -> "Table":
     from owl2.checkpoints.config_file import read_config
     from owl2.memory import available_memory, format_size
     from owl2.model.configuration import Owl2Config
+    from owl2.model.registry import get_model_type
     from owl2.processing.pretrained_files import read_image_policy, select_image_policy
 
     if name_or_path is None:
@@ -82,21 +83,24 @@ def size_table(name_or_path: str | None = None) -> "Table":
     else:
         config = read_config(name_or_path)
         policy, reason = read_image_policy(name_or_path, config)
-    vision, abstractor = config.visual_config.visual_model, config.visual_config.visual_abstractor
+    parts, vision = get_model_type(config.member), config.visual_config.visual_model
+    if anchors := parts.image_options.get("anchors"):
+        policy, reason = f"crops ({anchors})", f"default of {config.member}"
     shapes = {
         "vision encoder": f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, "
         f"{vision.image_size} px, patch {vision.patch_size}",
-        "visual abstractor": f"{abstractor.num_hidden_layers} layers, width "
-        f"{abstractor.hidden_size}, {config.num_image_tokens} embeddings per image",
+        "visual abstractor": f"{config.visual_config.connector_shape}, "
+        f"{config.num_image_tokens} embeddings per image",
         "decoder": f"{config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"{config.num_attention_heads} heads ({config.num_key_value_heads} for keys and values), "
         f"context {config.max_position_embeddings}",
-        VISUAL_WEIGHTS: "norms, K and V for images",
+        VISUAL_WEIGHTS: f"{config.weights_by_modality} for images",
         "embeddings and head": f"vocabulary {config.vocab_size}"
         + (", tied" if config.tie_word_embeddings else ""),
     }
     counts = parameter_counts(config)
-    table = Table(title=name_or_path or "released sizes", title_justify="left")
+    title = f"{name_or_path or 'released sizes'}: {parts.title}"
+    table = Table(title=title, title_justify="left")
     table.add_column("part")
     table.add_column("parameters", justify="right")
     table.add_column("shape")

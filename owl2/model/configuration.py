@@ -121,6 +121,11 @@ class VisualConfig(PreTrainedConfig):
         raise NotImplementedError
 
     @property
+    def connector_shape(self) -> str:
+        """The sizes of the connector, for people."""
+        raise NotImplementedError
+
+    @property
     def num_image_tokens(self) -> int:
         """Embeddings of an image token's image."""
         raise NotImplementedError
@@ -165,6 +170,11 @@ class Owl2VisualConfig(VisualConfig):
         return abstractor
 
     @property
+    def connector_shape(self) -> str:
+        """The sizes of the abstractor."""
+        return f"{self.connector.num_hidden_layers} layers, width {self.connector.hidden_size}"
+
+    @property
     def num_image_tokens(self) -> int:
         """The K learnable queries and ``vit_eos``."""
         return self.connector.num_learnable_queries + 1
@@ -201,6 +211,7 @@ class Owl2Config(LlamaConfig):
     # The class of the authors' code, which `config.json` names.
     authors_architecture: ClassVar[str] = "MPLUGOwl2LlamaForCausalLM"
     has_dynamic_ntk: ClassVar[bool] = False  # see `ntk_alpha`
+    weights_by_modality: ClassVar[str] = "norms, K and V"  # for people
 
     visual_config: Any = None
     use_mam: bool = True

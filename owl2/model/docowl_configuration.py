@@ -113,6 +113,14 @@ class DocOwlVisualConfig(VisualConfig):
         return self
 
     @property
+    def connector_shape(self) -> str:
+        """The sizes of H-Reducer and of the compressor."""
+        shape = f"H-Reducer {self.visual_hreducer.conv_shape}"
+        if (compressor := self.visual_hrcompressor) is None:
+            return shape
+        return f"{shape}, {compressor.layer} layers of width {compressor.hidden_size}"
+
+    @property
     def num_image_tokens(self) -> int:
         """The reduced patches of a crop, or of the whole page for DocOwl2, and an end token."""
         grid: int = self.visual_model.grid_size

@@ -4,7 +4,9 @@ A sibling of mPLUG-Owl2 adds one entry to `MODEL_TYPES` and one module for each 
 Loading, training and generation look parts up here and do not branch on the model type.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -84,6 +86,7 @@ MODEL_TYPES = {
         config="owl2.model.docowl_configuration:DocOwlConfig",
         connector="owl2.model.h_reducer:HReducer",
         image_processor="owl2.processing.anchor_crops:CropImageProcessor",
+        image_options={"anchors": "grid_9"},
         interleave_images=True,
         weight_names=_DOCOWL_NAMES,
     ),
@@ -104,11 +107,37 @@ def get_model_type(name: str) -> ModelType:
     """The entry `name`: the ``model_type`` of a ``config.json``, or the `member` of its config.
 
     Raises:
-        InputError: The model type is not registered.
+        InputError: The model type is not registered; the message has the most similar name.
     """
     if name not in MODEL_TYPES:
+        similar = get_close_matches(name, MODEL_TYPES, n=1)
+        hint = f" The most similar name is {similar[0]!r}." if similar else ""
         raise InputError(
-            f"model_type {name!r} is not supported; choose from {', '.join(MODEL_TYPES)}.",
+            f"model_type {name!r} is not supported; choose from {', '.join(MODEL_TYPES)}.{hint}",
             ErrorCode.UNSUPPORTED,
         )
     return MODEL_TYPES[name]
+
+
+def check_visual_parts(name: str, visual_parts: Iterable[str]) -> None:
+    """Check that a model type has the parts in ``visual_config`` of a ``config.json``.
+
+    Raises:
+        InputError: A part belongs to another model type. The message has the model type whose
+            parts are the most similar.
+    """
+    own = {name: _visual_parts(name) for name in MODEL_TYPES}
+    known = set().union(*own.values())
+    found = known.intersection(visual_parts)
+    if foreign := sorted(found - own[name]):
+        nearest = max(own, key=lambda other: len(found & own[other]) - len(found - own[other]))
+        raise InputError(
+            f"model_type {name!r} has no {', '.join(foreign)} in visual_config. The nearest model "
+            f"type with it is {nearest!r} ({MODEL_TYPES[nearest].title}).",
+            ErrorCode.INVALID_CONFIG,
+        )
+
+
+def _visual_parts(name: str) -> set[str]:
+    config = MODEL_TYPES[name].load("config")
+    return set(config.sub_configs["visual_config"].sub_configs)
