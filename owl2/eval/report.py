@@ -37,6 +37,7 @@ TITLES = {
     "hallucination": "Hallucination",
     "text": "Text",
     "video": "Video",
+    "document": "Documents",
     None: "Other benchmarks",
 }
 

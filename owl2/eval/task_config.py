@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-SUITES = ("captions", "vqa", "mllm", "hallucination", "text", "video")  # `paper`: all of them
+SUITES = ("captions", "vqa", "mllm", "hallucination", "text", "video", "document")
 
 
 class DataFiles(BaseModel):
@@ -126,7 +126,7 @@ class TaskConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
-    suite: Literal["captions", "vqa", "mllm", "hallucination", "text", "video"] | None
+    suite: Literal["captions", "vqa", "mllm", "hallucination", "text", "video", "document"] | None
     in_paper: bool = True
     reader: str = "rows.read_rows"
     sample: SampleFields = SampleFields()
