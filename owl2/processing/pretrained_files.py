@@ -72,10 +72,11 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     base = args.pop("base", None)
     hub = {key: args[key] for key in args.keys() & {*HUB_ARGS, "proxies"}}
     name = resolve_checkpoint(name, "a processor", False, hub.get("revision"))
-    if not any(find_file(name, vocabulary[0], hub) for vocabulary in _VOCABULARIES):
-        own_base = base or base_name(name, hub)
-        name = resolve_checkpoint(own_base, "a processor", False) if own_base else name
     files = {file: find_file(name, file, hub) for file in _FILES}
+    if not any(find_file(name, vocabulary[0], hub) for vocabulary in _VOCABULARIES):
+        if own_base := base or base_name(name, hub):
+            name = resolve_checkpoint(own_base, "a processor", False)
+            files = {file: find_file(name, file, hub) for file in _FILES}
     config = read_config(name, **hub) if files[CONFIG_FILE] else None
     model_type = get_model_type(config.member if config else DEFAULT_MODEL_TYPE)
     own_files = {parts.vocabulary_file for parts in MODEL_TYPES.values()}
