@@ -95,11 +95,17 @@ class ImageRecords:
         def key_of(record: Record) -> str:
             return name_of(record, self.key)
 
-        retry: Any = ("error", "error")
         with (
             heartbeat(self.output.parent, worker),
             ShardedJsonl(
-                self.output, self.settings, worker, key_of, *retry, self.output, is_current
+                self.output,
+                self.settings,
+                worker,
+                key_of,
+                "error",
+                "error",
+                self.output,
+                is_current,
             ) as records,
         ):
             shard = worker.shard(names)

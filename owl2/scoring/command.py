@@ -111,8 +111,12 @@ def rate(config: RateConfig, console: Console) -> None:
         engine = _load_engine(config, worker)
         scorer = ImageScorer(engine, method, checkpoint=checkpoint, **config.options)
         items: Iterator[Any] = (Path(name) for name in names)
-        for score in scorer.score_iter(items, config.task, config.kind, config.batch_size):
-            yield score if isinstance(score, InputError) else score.to_dict()
+        try:
+            for score in scorer.score_iter(items, config.task, config.kind, config.batch_size):
+                yield score if isinstance(score, InputError) else score.to_dict()
+        finally:
+            if config.engine == "vllm":
+                engine.close()
 
     output = config.output
     is_csv = output.suffix.lower() == ".csv"

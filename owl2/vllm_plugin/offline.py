@@ -91,8 +91,8 @@ def answer_all(
     first = 0
     try:
         for prompts in encode_batches(encode, conversations, window):
-            valid = {
-                i: one for i, one in enumerate(prompts, first) if not isinstance(one, InputError)
+            valid: dict[int, PreparedPrompt] = {
+                i: one for i, one in enumerate(prompts, first) if isinstance(one, PreparedPrompt)
             }
             inputs: Any = [_vllm_prompt(prompt) for prompt in valid.values()]
             sampling = [_vllm_sampling(params, index) for index in valid]
@@ -136,6 +136,10 @@ class VllmLogitsEngine:
         outputs = self._llm.generate(inputs, params, use_tqdm=False)
         rows = [output.outputs[0].logprobs[0] for output in outputs]
         return torch.tensor([[row[id_].logprob for id_ in token_ids] for row in rows])
+
+    def close(self) -> None:
+        """End the processes of vLLM and free their memory."""
+        self._llm.llm_engine.engine_core.shutdown()
 
 
 def _import_llm() -> Any:

@@ -173,13 +173,19 @@ def test_vllm_gets_the_same_prompts(config, monkeypatch, family_engine):
 
     def make(model, **settings):
         assert (model, settings) == (config.model_args.model, {"dtype": "float32"})
-        return engine
+        return SimpleNamespace(
+            processor=engine.processor,
+            next_token_logits=engine.next_token_logits,
+            close=lambda: closed.append(model),
+        )
 
+    closed = []
     module = SimpleNamespace(VllmLogitsEngine=make)
     monkeypatch.setitem(sys.modules, "owl2.vllm_plugin.offline", module)
     with raises_input_error(ErrorCode.CONFLICT, "--device"):
         run(config, engine="vllm")
     run(config, engine="vllm", model_args=ModelArgs(config.model_args.model, dtype="float32"))
     assert by_name(rows(config.output)) == pytest.approx(golden(), abs=1e-4)
+    assert closed == [config.model_args.model]
     with raises_input_error(ErrorCode.UNKNOWN_NAME, "sglang"):
         run(config, engine="sglang")

@@ -1,0 +1,137 @@
+"""Time to score images: `ImageScorer` beside the way of the authors' scripts.
+
+    python recipes/scoring/benchmark.py --size bench
+    python recipes/scoring/benchmark.py --model q-future/one-align --images photos/
+
+The authors' way is one image at a time: the image is padded and resized at its full size, CLIP's
+processor of transformers makes the pixels, the model computes the logits of all positions with
+eager attention, and five of them are used. Both ways use the same weights and the same images.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from owl2.bench.baseline import as_baseline
+from owl2.bench.presets import BenchModel
+from owl2.engine.engine import Engine
+from owl2.processing.image_processing import Owl2ImageProcessor
+from owl2.processing.processor import Owl2Processor
+from owl2.processing.tokenizer import Owl2Tokenizer, train_tokenizer
+from owl2.scoring.methods import METHODS
+from owl2.scoring.scorer import ImageScorer
+
+PHOTO_SIZE = 1024, 768  # of KonIQ
+LEVELS = METHODS["q-align"].labels
+REPEATS = 3
+
+
+def write_photos(folder: Path, count: int) -> list[Path]:
+    """JPEG files of smooth noise, which take as long to decode as photos."""
+    files = []
+    for index in range(count):
+        noise = np.random.RandomState(index).randint(0, 256, (96, 128, 3), dtype=np.uint8)
+        files.append(folder / f"{index}.jpg")
+        Image.fromarray(noise).resize(PHOTO_SIZE, Image.Resampling.BICUBIC).save(files[-1])
+    return files
+
+
+def load_engine(model: str | None, size: str | None) -> Engine:
+    """The engine of a checkpoint, or of random weights with a small tokenizer."""
+    if model is not None:
+        return Engine.from_pretrained(model, "cpu", "float32")
+    weights = BenchModel(size=size, device="cpu", dtype="float32").load()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "tokenizer.model")
+        text = f"USER: How would you rate the quality of this image? ASSISTANT: {' '.join(LEVELS)}"
+        train_tokenizer([text] * 5, path, 320)
+        tokenizer = Owl2Tokenizer(path)
+    config = weights.config
+    images = Owl2ImageProcessor(config.image_size, "pad")
+    sizes = config.num_image_tokens, config.image_token_id
+    processor = Owl2Processor(images, tokenizer, None, *sizes)
+    return Engine(weights, processor, enable_prefix_caching=True)
+
+
+def authors_way(engine: Engine, scorer: ImageScorer) -> Callable[[Sequence[Path]], list[float]]:
+    """A function that scores files one by one."""
+    baseline, processor = as_baseline(engine.model), engine.processor
+    edge = processor.image_processor.edge
+    clip = CLIPImageProcessor(size={"shortest_edge": edge}, crop_size=edge)
+    fill = tuple(int(value * 255) for value in clip.image_mean)
+    ids = torch.tensor([processor.prompt_ids(scorer.prompt())])
+    levels = [processor.prompt_ids(level)[1] for level in LEVELS]
+    weights = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+
+    @torch.inference_mode()
+    def score(file: Path) -> float:
+        image = Image.open(file).convert("RGB")
+        longer = max(image.size)
+        square = Image.new("RGB", (longer, longer), fill)
+        square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+        pixels = clip(square, return_tensors="pt")["pixel_values"]
+        logits = baseline(input_ids=ids, pixel_values=pixels).logits[:, -1]
+        return float((logits[0, levels].softmax(-1) @ weights).item())
+
+    return lambda files: [score(file) for file in files]
+
+
+def seconds(function: Callable[[Sequence[Path]], object], files: Sequence[Path]) -> float:
+    """The median time of some runs after a first one."""
+    function(files[:2])
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        function(files)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--model", help="a scoring model")
+    parser.add_argument("--size", default="bench", help="random weights: see `owl2 bench --help`")
+    parser.add_argument("--images", type=Path, help="a folder with images")
+    parser.add_argument("--count", type=int, default=32, help="images")
+    options = parser.parse_args()
+    engine = load_engine(options.model, options.size)
+    scorer = ImageScorer(engine, "q-align")
+    with tempfile.TemporaryDirectory() as folder:
+        files = (
+            sorted(options.images.iterdir())[: options.count]
+            if options.images
+            else write_photos(Path(folder), options.count)
+        )
+        authors = authors_way(engine, scorer)
+        difference = max(
+            abs(one.score - other)
+            for one, other in zip(scorer.score(files[:4]), authors(files[:4]), strict=True)
+        )
+        baseline = seconds(authors, files)
+        print(f"largest difference of scores: {difference:.1e}")
+        print(f"{'way':<24}{'ms per image':>14}{'speedup':>10}")
+        print(f"{'one by one, all logits':<24}{baseline / len(files) * 1e3:>14.1f}{1.0:>10.2f}")
+        for batch_size in (1, 4, 16):
+            # Different images in each run: the engine caches image features.
+            engine.clear_cache()
+
+            def ours(files: Sequence[Path], size: int = batch_size) -> object:
+                engine.clear_cache()
+                return scorer.score(files, batch_size=size)
+
+            own = seconds(ours, files)
+            name = f"ImageScorer, batch {batch_size}"
+            print(f"{name:<24}{own / len(files) * 1e3:>14.1f}{baseline / own:>10.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
