@@ -19,7 +19,7 @@ import torch
 from owl2.engine import hf_generate, offline
 from owl2.engine.detokenizer import IncrementalDetokenizer, open_byte_ids, token_texts
 from owl2.engine.engine_core import EngineCore
-from owl2.engine.load_model import ModelArgs
+from owl2.engine.load_model import ModelArgs, check_processor
 from owl2.engine.logits_processors import check_logits_processors
 from owl2.engine.output import Abort, Completion, CompletionChunk, OnOutput, OutputProcessor
 from owl2.engine.prefix_cache import PromptState
@@ -50,6 +50,7 @@ class Engine:
             so that further questions about an image and in a conversation cost little.
             The caches are cleared when weights change in a way that autograd tracks; after other
             changes, call `clear_cache`. False is the default for models that are being trained.
+        max_num_batched_tokens: See `EngineCore`.
         synced_gpus: As in transformers' `generate`: True where processes share the weights of one
             model.
 
@@ -68,26 +69,20 @@ class Engine:
         processor: Owl2Processor,
         *,
         enable_prefix_caching: bool = False,
+        max_num_batched_tokens: int | None = None,
         synced_gpus: bool = False,
     ) -> None:
-        for name, in_model, in_processor in (
-            ("image token id", model.config.image_token_id, processor.image_token_id),
-            ("tokens per image", model.config.num_image_tokens, processor.num_image_tokens),
-            ("image size", model.config.image_size, processor.image_processor.edge),
-        ):
-            if in_model != in_processor:
-                raise InputError(
-                    f"Model and processor do not fit: {name} {in_model} in the model, "
-                    f"{in_processor} in the processor. Load both from the same checkpoint.",
-                    ErrorCode.CONFLICT,
-                )
+        check_processor(model, processor)
         self.model = model.eval()
         self.processor = processor
         self.synced_gpus = synced_gpus
         self.core: EngineCore | None = None
         if not synced_gpus and hf_generate.is_on_one_device(model):
             self.core = EngineCore(
-                model, max_num_seqs=MAX_NUM_SEQS, enable_prefix_caching=enable_prefix_caching
+                model,
+                max_num_seqs=MAX_NUM_SEQS,
+                enable_prefix_caching=enable_prefix_caching,
+                max_num_batched_tokens=max_num_batched_tokens,
             )
         self.end_ids = end_ids(model.generation_config, processor.tokenizer)
         self._open_ids = open_byte_ids(processor.tokenizer)
@@ -107,24 +102,28 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         *,
         enable_prefix_caching: bool = True,
+        max_num_batched_tokens: int | None = None,
         **options: Any,
     ) -> "Engine":
         """The engine of a checkpoint.
 
         Args:
             name_or_path: A directory or a hub id.
-            device: Default: cuda, mps or cpu, the first that is available.
-            dtype: Default: the best for the device (`owl2.runtime.select_dtype`).
-            enable_prefix_caching: See `Engine`.
-            options: The other fields of `ModelArgs`: `attn_implementation`, `image_policy`,
-                `max_pixels`, `quantize`, and `base` for an adapter.
+            device, dtype: Default: the best; see `ModelArgs`.
+            enable_prefix_caching, max_num_batched_tokens: See `Engine`.
+            options: The other fields of `ModelArgs`.
 
         Raises:
             InputError: The checkpoint cannot be loaded.
         """
         args = ModelArgs(name_or_path, device, dtype, **options)
         model, processor = args.load_model(), args.load_processor()
-        return cls(model, processor, enable_prefix_caching=enable_prefix_caching)
+        return cls(
+            model,
+            processor,
+            enable_prefix_caching=enable_prefix_caching,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
 
     @property
     def context_length(self) -> int:
@@ -309,13 +308,10 @@ class Engine:
     def run_prefilled(
         self, prompt: PreparedPrompt, function: Callable[[PrefillOutput], Any]
     ) -> Any:
-        """What `function` returns for the prefill of a prompt.
-
-        It runs in the engine's thread, while other requests wait, and must not modify its argument.
-        """
-        if self.core is None:
-            return function(hf_generate.prefill(self.model, prompt))
-        return self.core.run_prefilled(prompt, function)
+        """What `function` returns for the prefill of a prompt; see `EngineCore.run_prefilled`."""
+        if self.core is not None:
+            return self.core.run_prefilled(prompt, function)
+        return hf_generate.run_prefilled(self.model, prompt, function)
 
     def next_token_logits(
         self, prompts: Sequence[PreparedPrompt], token_ids: Sequence[int]

@@ -3,20 +3,19 @@
 ::
 
     any thread ──Request──► queue ──► the engine's thread, step by step:
-        waiting prompts ──RunningBatch.add──► first tokens ──► callbacks
-        running requests ──RunningBatch.step──► one token each ──► callbacks
+        waiting requests ──Scheduler.schedule──► chunks of prompts
+        chunks, running requests ──RunningBatch.step──► one token each ──► callbacks
 
-Requests join and leave between steps, so a short request does not wait for a long one. Answers do
-not depend on the other requests, up to rounding in the dtype.
+Requests join and leave between steps, and a step computes a limited number of tokens of prompts. So
+no request waits for the prompt or the answer of another. Answers do not depend on the other
+requests, up to rounding in the dtype.
 
 This thread runs all computations of torch. Each thread that computes has its own OpenMP threads. If
 they outnumber the cores, they sleep after every operation, and prompts take a third longer.
 """
 
 import os
-import threading
-import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -26,15 +25,11 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from owl2.engine.engine_thread import EngineThread
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import EngineStats, PrefillOutput, RunningBatch
 from owl2.engine.sampling import SamplingParams
-from owl2.engine.scheduler import (
-    MAX_PREFILL_TOKENS_BUSY,
-    MAX_PREFILL_TOKENS_IDLE,
-    Request,
-    select_prefills,
-)
+from owl2.engine.scheduler import PromptChunk, Request, Scheduler
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.prepared_prompt import PreparedPrompt
@@ -42,6 +37,10 @@ from owl2.runtime import release_openmp_threads
 
 # Fractions of the free memory: for cached prefixes, image embeddings, and running requests.
 PREFIX_FRACTION, FEATURE_FRACTION, BATCH_FRACTION = 0.1, 0.01, 0.5
+# Tokens of a step, by device type (docs/speed.md). A GPU needs more of them for its full speed.
+MAX_NUM_BATCHED_TOKENS = {"cpu": 256}
+MAX_NUM_BATCHED_TOKENS_GPU = 2048
+MAX_LOGITS_TOKENS_IDLE = 4096  # of `next_token_logits` in a step without other work
 
 
 class _Job(NamedTuple):
@@ -74,6 +73,13 @@ class EngineCore:
         prefix_cache_bytes: Default: a tenth of the free memory.
         image_cache_bytes: Default: a hundredth of the free memory.
         min_prefix_tokens: The shortest prefix that is cached.
+        max_num_batched_tokens: Tokens of a step: those of running requests, and with the rest of
+            this budget prompts. Fewer tokens shorten the time between the tokens of an answer
+            while other prompts are computed, and make prompts slower. Default: 256 on a CPU, 2048
+            on a GPU.
+
+    Raises:
+        InputError: `max_num_batched_tokens` is less than 1.
 
     Attributes:
         on_step: Called in the engine's thread before each decode step, with the number of running
@@ -91,6 +97,7 @@ class EngineCore:
         prefix_cache_bytes: int | None = None,
         image_cache_bytes: int | None = None,
         min_prefix_tokens: int | None = None,
+        max_num_batched_tokens: int | None = None,
     ) -> None:
         if model.device.type == "cuda":
             free = torch.cuda.mem_get_info(model.device)[0]
@@ -108,11 +115,23 @@ class EngineCore:
         self._batch = RunningBatch(model, prefix_cache_bytes, image_cache_bytes)
         if min_prefix_tokens is not None:
             self._batch.prefixes.min_tokens = min_prefix_tokens
-        self._waiting: list[Request] = []
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = MAX_NUM_BATCHED_TOKENS.get(
+                model.device.type, MAX_NUM_BATCHED_TOKENS_GPU
+            )
+        if max_num_batched_tokens < 1:
+            raise InputError(
+                f"max_num_batched_tokens is {max_num_batched_tokens}; it must be 1 or more.",
+                ErrorCode.INVALID_VALUE,
+            )
+        self._scheduler = Scheduler(
+            self._batch.prefixes, self._batch.images, max_num_batched_tokens
+        )
         self._jobs: list[_Job] = []
         self._logits_jobs: list[_LogitsJob] = []
+        self._running_job: Generator[None, None, Any] | None = None
         self._must_clear = False
-        self._thread = _EngineThread(self)
+        self._thread = EngineThread(self)
 
     # ------------------------------------------------------------ for any thread
 
@@ -154,7 +173,7 @@ class EngineCore:
         release_openmp_threads()  # those of the thread that loaded the model, for example
         if self._thread.process != os.getpid():  # a fork has neither the thread nor its requests
             self._reset()
-            self._thread = _EngineThread(self)
+            self._thread = EngineThread(self)
         self._thread.put(items)
 
     def generate(
@@ -193,7 +212,8 @@ class EngineCore:
     ) -> Any:
         """What `function` returns for a prompt's prefill, in the engine's thread.
 
-        Other requests wait meanwhile. The function must not modify its argument.
+        Other requests wait meanwhile, except that the engine takes a step whenever a generator
+        function yields. The function must not modify its argument.
         """
         job = _Job(self.state(prompt), function, Future())
         self.submit([job])
@@ -218,7 +238,7 @@ class EngineCore:
         return replace(
             batch.stats,
             num_running=len(batch.requests),
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._scheduler.waiting),
             prefix_cache_keys=batch.prefixes.cached_keys,
             prefix_cache_bytes=batch.prefixes.bytes,
             image_cache_bytes=batch.images.bytes,
@@ -235,52 +255,65 @@ class EngineCore:
             while not self._thread.closed:
                 self._jobs += [item for item in items if isinstance(item, _Job)]
                 self._logits_jobs += [item for item in items if isinstance(item, _LogitsJob)]
-                self._waiting += [item for item in items if isinstance(item, Request)]
+                self._scheduler.add([item for item in items if isinstance(item, Request)])
                 try:
                     self._step()
                 except Exception as error:  # the callers receive it
                     self._fail(error)
                 items = self._thread.take()
-                jobs = self._jobs or self._logits_jobs
-                if not (items or jobs or self._waiting or self._batch.requests):
+                has_requests = self._scheduler.waiting or self._batch.requests
+                if not (items or self._jobs or self._logits_jobs or has_requests):
                     return
 
     def _step(self) -> None:
-        """Prefill some requests, and decode one token for all."""
-        batch = self._batch
-        self._waiting = [request for request in self._waiting if not request.aborted]
+        """Compute chunks of some prompts, and one token for all running requests."""
+        batch, scheduler = self._batch, self._scheduler
+        scheduler.waiting = [request for request in scheduler.waiting if not request.aborted]
         batch.remove_finished()
-        has_jobs = bool(self._jobs or self._logits_jobs)
-        if has_jobs or (self._waiting and len(batch.requests) < self.max_num_seqs):
+        if self._jobs or self._logits_jobs or scheduler.waiting:
             if self._must_clear:
                 self._must_clear = False
                 batch.clear()
             batch.clear_if_weights_changed()
-            while self._jobs:
-                job = self._jobs.pop(0)
-                try:
-                    job.result.set_result(job.function(batch.prefill_alone(job.prompt)))
-                except Exception as error:  # the caller of `run_prefilled` receives it
-                    job.result.set_exception(error)
-            self._compute_logits()
-            selected = select_prefills(
-                self._waiting[: self.max_num_seqs],
-                batch.prefixes,
-                is_packed=batch.runner.uses_cpu_kernels,
-                is_busy=bool(batch.requests),
-                fits=lambda requests: self._fits([*batch.requests, *requests]),
-            )
-            if selected:
-                batch.add(selected)
-                self._waiting = [one for one in self._waiting if one not in selected]
-        if batch.requests:
-            if self.on_step is not None:
-                self.on_step(len(batch.requests))
-            batch.step()
+        if self._jobs:
+            self._run_job()
+        self._compute_logits()
+        requests, chunks = scheduler.schedule(batch.requests, self._fits, batch.store_prefix)
+        batch.add(requests)
+        num_decoding = batch.num_decoding
+        if num_decoding and self.on_step is not None:
+            self.on_step(num_decoding)
+        if num_decoding or chunks:
+            batch.step(chunks)
+
+    def _run_job(self) -> None:
+        """Run the next part of the first job; its caller receives its errors."""
+        job = self._jobs[0]
+        try:
+            if self._running_job is None:
+                self._running_job = self._job_parts(job)
+            next(self._running_job)
+            return
+        except StopIteration as end:
+            job.result.set_result(end.value)
+        except Exception as error:
+            job.result.set_exception(error)
+        self._running_job = None
+        self._jobs.remove(job)
+
+    def _job_parts(self, job: _Job) -> Generator[None, None, Any]:
+        def next_chunk(prompt: PromptState) -> PromptChunk:
+            # Prompts of the batch get the other half of the budget.
+            return self._scheduler.next_chunk(prompt, 0.5 if self._batch.requests else 1.0)
+
+        output = yield from self._batch.prefill_alone(job.prompt, next_chunk)
+        result = job.function(output)
+        return (yield from result) if isinstance(result, Generator) else result
 
     def _compute_logits(self) -> None:
         """Compute the logits of some prompts in one batch."""
-        limit = MAX_PREFILL_TOKENS_BUSY if self._batch.requests else MAX_PREFILL_TOKENS_IDLE
+        is_busy = self._batch.requests or self._scheduler.waiting or self._jobs
+        limit = self._scheduler.max_num_batched_tokens if is_busy else MAX_LOGITS_TOKENS_IDLE
         jobs: list[_LogitsJob] = []
         width = 0
         while self._logits_jobs:
@@ -298,20 +331,20 @@ class EngineCore:
             for job in jobs:
                 job.result.set_exception(error)
 
-    def _fits(self, requests: Sequence[Request]) -> bool:
-        """Whether there are rows and memory for these requests; one always fits."""
-        if len(requests) <= 1:
+    def _fits(self, count: int, num_tokens: int) -> bool:
+        """Whether there are rows and memory for requests of up to this length; one always fits."""
+        if count <= 1:
             return True
-        longest = max(request.prompt.num_tokens + request.max_tokens for request in requests)
         position_bytes = self._batch.runner.cache.position_bytes
-        size = 2 * len(requests) * longest * position_bytes  # 2: the cache grows by doubling
-        return len(requests) <= self.max_num_seqs and size <= self._max_batch_bytes
+        size = 2 * count * num_tokens * position_bytes  # 2: the cache grows by doubling
+        return count <= self.max_num_seqs and size <= self._max_batch_bytes
 
     def _reset(self) -> tuple[list[Request], list[_Job | _LogitsJob]]:
         """Remove everything; returns what was removed."""
-        requests = [*self._batch.reset(), *self._waiting]
+        requests = [*self._batch.reset(), *self._scheduler.waiting]
         jobs: list[_Job | _LogitsJob] = [*self._jobs, *self._logits_jobs]
-        self._waiting, self._jobs, self._logits_jobs = [], [], []
+        self._jobs, self._logits_jobs, self._running_job = [], [], None
+        self._scheduler.waiting = []
         return requests, jobs
 
     def _fail(self, error: Exception) -> None:
@@ -321,55 +354,6 @@ class EngineCore:
             request.end(error)
         for job in jobs:
             job.result.set_exception(error)
-
-
-class _EngineThread:
-    """The thread of an engine core, and its queue of items.
-
-    It does not reference the core, so that an idle thread does not keep the model in memory.
-    """
-
-    def __init__(self, core: EngineCore) -> None:
-        # `put` of a SimpleQueue is reentrant: the garbage collector may run anywhere.
-        self._queue: SimpleQueue[Sequence[Item]] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self.process = os.getpid()
-        self.closed = False
-        self._core = weakref.ref(core)
-        # At the interpreter's exit, the thread must not be inside of torch.
-        weakref.finalize(core, self.close)
-
-    def put(self, items: Sequence[Item]) -> None:
-        """Hand items to the thread; starts it if necessary."""
-        if self.closed:
-            raise RuntimeError("the engine is shut down: the process is exiting")
-        self._queue.put(items)
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._serve, name="owl2-engine", daemon=True)
-                self._thread.start()
-
-    def take(self) -> list[Item]:
-        """All items that arrived since."""
-        items: list[Item] = []
-        while not self._queue.empty():
-            items += self._queue.get()
-        return items
-
-    def close(self) -> None:
-        """End the thread after its current step."""
-        self.closed = True
-        self._queue.put([])  # wakes the thread
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def _serve(self) -> None:
-        while not self.closed:
-            items = self._queue.get()
-            if (core := self._core()) is not None:
-                core.run(items)
-            del core, items  # while the thread waits, it must not keep the model in memory
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Processes that share the weights of one model (FSDP2, ZeRO-3) have a part of eac
 all of them must take every step together. Nothing is cached across calls, and nothing is streamed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,12 @@ def is_on_one_device(model: Owl2ForConditionalGeneration) -> bool:
 
 
 @torch.no_grad()
-def prefill(model: Owl2ForConditionalGeneration, prompt: PreparedPrompt) -> PrefillOutput:
-    """As `RunningBatch.prefill_alone`."""
+def run_prefilled(
+    model: Owl2ForConditionalGeneration,
+    prompt: PreparedPrompt,
+    function: Callable[[PrefillOutput], Any],
+) -> Any:
+    """As `EngineCore.run_prefilled`."""
     cache = DynamicCache(config=model.config)
     images: dict[str, Any] = {}
     if prompt.pixel_values is not None:
@@ -38,7 +42,14 @@ def prefill(model: Owl2ForConditionalGeneration, prompt: PreparedPrompt) -> Pref
     outputs = model(
         input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **images
     )
-    return PrefillOutput(outputs.logits[:, -1], cache, model.config.ntk_alpha(len(prompt.ids)))
+    ntk_alpha = model.config.ntk_alpha(len(prompt.ids))
+    result = function(PrefillOutput(outputs.logits[:, -1], cache, ntk_alpha))
+    while isinstance(result, Generator):
+        try:
+            next(result)
+        except StopIteration as end:
+            result = end.value
+    return result
 
 
 def generate(

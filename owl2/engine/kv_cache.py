@@ -64,46 +64,61 @@ class StaticKVCache:
         for layer in self.layers:
             layer[:, target, :, :length] = layer[:, source, :, :length]
 
-    def view(self, first: int, positions: torch.Tensor, length: int) -> Cache:
-        """The rows from `first` on as a cache for the model's forward.
+    def view(self, rows: Sequence[int], positions: torch.Tensor, length: int) -> Cache:
+        """Rows as a cache for the model's forward.
 
         Args:
-            positions: (B, S), where the forward writes in each of B rows.
+            rows: B of them. The forward reads consecutive ones in place, and copies of others.
+            positions: (B, S), where it writes in each row.
             length: Positions that the queries see, the new ones included.
         """
-        rows = slice(first, first + len(positions))
+        indices = torch.tensor(rows, device=positions.device)
+        are_consecutive = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        selected = slice(rows[0], rows[0] + len(rows)) if are_consecutive else indices
         return Cache(
             layers=[
-                _RowsLayer(layer[0, rows], layer[1, rows], positions, length)
+                _RowsLayer(layer, (indices[:, None], positions), selected, length)
                 for layer in self.layers
             ]
         )
 
 
 class _RowsLayer(DynamicLayer):
-    """Rows of one layer of a `StaticKVCache`, written in place."""
+    """Rows of one layer of a `StaticKVCache`, written in place.
+
+    Args:
+        layer: (2, R, h, C, d).
+        places: Rows (B, 1) and positions (B, S) of the new keys and values.
+        selected: The rows that are read.
+        length: Their positions.
+    """
 
     def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, length: int
+        self,
+        layer: torch.Tensor,
+        places: tuple[torch.Tensor, torch.Tensor],
+        selected: slice | torch.Tensor,
+        length: int,
     ) -> None:
         super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = layer
+        self.dtype, self.device = layer.dtype, layer.device
         self.is_initialized = True
-        self._rows = keys, values
-        self._positions = positions
+        self._layer = layer
+        self._places = places
+        self._selected = selected
         self._length = length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write (B, h, S, d) each; returns the rows (B, h, length, d)."""
-        rows = torch.arange(len(self._positions), device=self._positions.device)[:, None]
-        keys, values = self._rows
-        keys[rows, :, self._positions] = key_states.transpose(1, 2)
-        values[rows, :, self._positions] = value_states.transpose(1, 2)
-        return keys[:, :, : self._length], values[:, :, : self._length]
+        rows, positions = self._places
+        for own, new in zip(self._layer, (key_states, value_states), strict=True):
+            own[rows, :, positions] = new.transpose(1, 2)
+        keys, values = self._layer[:, :, :, : self._length]
+        return keys[self._selected], values[self._selected]
 
     def get_seq_length(self) -> int:
         """Positions before the new ones."""
-        return self._length - self._positions.shape[1]
+        return self._length - self._places[1].shape[1]

@@ -89,3 +89,18 @@ class ModelArgs:
                 f"The model cannot be moved to device {str(selected)!r}: {error}",
                 ErrorCode.UNSUPPORTED,
             ) from error
+
+
+def check_processor(model: Owl2ForConditionalGeneration, processor: Owl2Processor) -> None:
+    """Raise an InputError if a processor is not that of a model."""
+    for name, in_model, in_processor in (
+        ("image token id", model.config.image_token_id, processor.image_token_id),
+        ("tokens per image", model.config.num_image_tokens, processor.num_image_tokens),
+        ("image size", model.config.image_size, processor.image_processor.edge),
+    ):
+        if in_model != in_processor:
+            raise InputError(
+                f"Model and processor do not fit: {name} {in_model} in the model, "
+                f"{in_processor} in the processor. Load both from the same checkpoint.",
+                ErrorCode.CONFLICT,
+            )

@@ -1,34 +1,52 @@
-"""Forward passes over the static cache: decode steps, and prompts.
+"""Forward passes over the static cache: decode steps and chunks of prompts, together.
 
 ::
 
-    decode:  token ids (B,), positions (B,) ──► logits (B, V)
-    prefill: prompts of any lengths         ──► logits (B, V) after their last tokens
+    new tokens of sequences ──► keys and values in their rows, logits (B, V) after their last tokens
 
-Where the CPU kernels support the model, `backends.cpu` computes the decoder layers. The tokens of
-all prompts are then one sequence without padding, text first and images last. Everywhere else, the
-model's own forward computes right-padded rows.
+Where the CPU kernels support the model, `backends.cpu` computes the decoder layers. All tokens are
+then one sequence without padding, text first and images last. Everywhere else, the model's own
+forward computes decode steps, and prompts in right-padded rows.
 
 Shapes: B sequences, S positions, M tokens in all, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from owl2.engine.backends import cpu
 from owl2.engine.kv_cache import StaticKVCache
-from owl2.engine.prefix_cache import PromptState
 from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration
+
+
+class NewTokens(NamedTuple):
+    """Consecutive tokens of a sequence that are to be computed; all before them are in its row.
+
+    Attributes:
+        row: Of the cache.
+        start: The position of the first one.
+        embeddings: Of the image tokens among `ids`, (V, D); None without any.
+        ntk_alpha: `config.ntk_alpha` of the length of the prompt.
+        has_logits: Whether `forward` returns the logits after the last one.
+    """
+
+    row: int
+    start: int
+    ids: Sequence[int]
+    embeddings: torch.Tensor | None = None
+    ntk_alpha: float = 1.0
+    has_logits: bool = True
 
 
 class ModelRunner:
     """Runs a model over the rows of a cache. It reads the weights of the model in place.
 
     Attributes:
-        cache: Rows 0 to B-1 are the sequences of a decode step.
+        cache: The keys and values.
         uses_cpu_kernels: Whether the CPU kernels compute the decoder layers.
     """
 
@@ -50,131 +68,106 @@ class ModelRunner:
         layer = self.cache.layers[0]
         return (layer.dtype, layer.device) != (self.model.dtype, self.model.device)
 
-    @torch.no_grad()
-    def decode(
-        self, tokens: torch.Tensor, positions: torch.Tensor, ntk_alphas: Sequence[float] = ()
-    ) -> torch.Tensor:
-        """Logits of the next token of each sequence; keys and values go to the cache.
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) after one text token (B,) at a position (B,) in each of rows 0 to B-1."""
+        pairs = enumerate(zip(positions.tolist(), tokens.tolist(), strict=True))
+        return self.forward([NewTokens(row, start, (id_,)) for row, (start, id_) in pairs])
 
-        Args:
-            tokens: (B,) ids of text tokens on the model's device.
-            positions: (B,) their positions, on the CPU; all before them are filled.
-            ntk_alphas: `ntk_alpha` of their prompts.
+    @torch.no_grad()
+    def forward(self, sequences: Sequence[NewTokens]) -> torch.Tensor:
+        """Compute new tokens; their keys and values go to the cache.
 
         Returns:
-            (B, V).
+            (B, V) logits after the last tokens of the sequences that have logits.
+
+        Raises:
+            RuntimeError: The model was moved or cast.
         """
-        self._check_not_stale()
-        length = int(positions.max()) + 1
-        self.cache.reserve(len(tokens), length)
-        hidden = self.model.model.embed_tokens(tokens)  # (B, D)
+        if self.is_stale:  # the kernels would access memory of another element size
+            raise RuntimeError("the model was moved or cast while it generated an answer")
+        last = max(sequences, key=lambda one: one.start + len(one.ids))
+        self.cache.reserve(max(one.row for one in sequences) + 1, last.start + len(last.ids))
         if self.uses_cpu_kernels:
-            return self._logits(self._run_layers(hidden, torch.arange(len(tokens)), positions))
-        places = positions[:, None].to(tokens.device)  # (B, 1)
-        # Shorter rows have a mask; the forward itself masks what comes after a query.
-        mask = (torch.arange(length, device=tokens.device) <= places).long()  # (B, length)
-        options = ntk_options(self.model.config, ntk_alphas, tokens.device)
-        hidden = self._forward(hidden[:, None], 0, places, length, mask, **options)
-        return self.model.lm_head(hidden[:, 0])
+            return self._forward_packed(sequences)
+        hidden: dict[int, torch.Tensor] = {}  # (D,) of the last token, by row
+        for group in _similar_sequences(sequences):
+            rows = [one.row for one in group]
+            hidden |= zip(rows, self._forward_padded(group), strict=True)
+        selected = [hidden[one.row] for one in sequences if one.has_logits]
+        if not selected:
+            return torch.empty(0)
+        return self.model.lm_head(torch.stack(selected))
 
-    @torch.no_grad()
-    def prefill(
-        self, prompts: Sequence[PromptState], images: torch.Tensor | None, first_row: int
-    ) -> torch.Tensor:
-        """Compute the new tokens of prompts into the rows from `first_row` on.
-
-        Args:
-            prompts: Their cached prefixes are copied into the rows. Without CPU kernels, all have
-                the same `num_computed_tokens`.
-            images: (N, K+1, D) embeddings of their new images, in order.
-
-        Returns:
-            (B, V) logits after the last token of each.
-        """
-        self._check_not_stale()
-        self.cache.reserve(first_row + len(prompts), max(prompt.num_tokens for prompt in prompts))
-        for row, prompt in enumerate(prompts, first_row):
-            if prompt.prefix is not None:
-                stop = prompt.num_computed_tokens
-                self.cache.write(row, [layer[:, :, :stop] for layer in prompt.prefix])
-        compute = self._prefill_packed if self.uses_cpu_kernels else self._prefill_padded
-        return compute(prompts, images, first_row)
-
-    def _prefill_packed(
-        self, prompts: Sequence[PromptState], images: torch.Tensor | None, first_row: int
-    ) -> torch.Tensor:
-        lengths = torch.tensor([prompt.num_new_tokens for prompt in prompts])
-        rows = torch.arange(first_row, first_row + len(prompts)).repeat_interleave(lengths)  # (M,)
-        positions = torch.cat(
-            [torch.arange(prompt.num_computed_tokens, prompt.num_tokens) for prompt in prompts]
-        )
-        ids = torch.tensor([id_ for p in prompts for id_ in p.prompt.ids[p.num_computed_tokens :]])
-        is_image = ids == self.model.config.image_token_id  # (M,)
-        order = is_image.int().argsort(stable=True)  # text first
-        hidden = self.model.model.embed_tokens(ids[~is_image])
-        if images is not None:
-            hidden = torch.cat([hidden, images.flatten(0, 1)])
-        last = order.argsort()[lengths.cumsum(0) - 1]
-        hidden = self._run_layers(hidden, rows[order], positions[order], int(is_image.sum()))
-        return self._logits(hidden[last])
-
-    def _prefill_padded(
-        self, prompts: Sequence[PromptState], images: torch.Tensor | None, first_row: int
-    ) -> torch.Tensor:
-        model, device = self.model, self.model.device
-        start = prompts[0].num_computed_tokens
-        lengths = [prompt.num_new_tokens for prompt in prompts]
-        width = max(lengths)
-        rows = [[*p.prompt.ids[start:], *[0] * (width - p.num_new_tokens)] for p in prompts]
-        ids = torch.tensor(rows, device=device)  # (B, S)
-        # Padding is on the right, where causal attention hides it from the prompt.
-        positions = torch.arange(start, start + width, device=device).expand(len(prompts), -1)
-        alphas = [prompt.ntk_alpha for prompt in prompts]
-        options: dict[str, Any] = ntk_options(model.config, alphas, device)
-        if images is not None:
-            options["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
-        embeddings = model.model.embed(ids, images)
-        hidden = self._forward(embeddings, first_row, positions, start + width, None, **options)
-        last = torch.tensor(lengths, device=device) - 1
-        return model.lm_head(hidden[torch.arange(len(prompts), device=device), last])
-
-    def _forward(
-        self,
-        embeddings: torch.Tensor,
-        first_row: int,
-        positions: torch.Tensor,
-        length: int,
-        mask: torch.Tensor | None,
-        **options: Any,
-    ) -> torch.Tensor:
-        """(B, S, D) embeddings through the model's own forward, into the rows of the cache."""
-        hidden: torch.Tensor = self.model.model(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache.view(first_row, positions, length),
-            use_cache=True,
-            **options,
-        ).last_hidden_state
-        return hidden
-
-    def _run_layers(
-        self,
-        hidden: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        num_visual: int = 0,
-    ) -> torch.Tensor:
-        """(M, D) embeddings, the last `num_visual` of images, through the CPU kernels."""
+    def _forward_packed(self, sequences: Sequence[NewTokens]) -> torch.Tensor:
+        """All sequences together through the CPU kernels."""
         decoder: Any = self.model.model
+        lengths = torch.tensor([len(one.ids) for one in sequences])
+        ids = torch.tensor([id_ for one in sequences for id_ in one.ids])  # (M,)
+        rows = torch.tensor([one.row for one in sequences]).repeat_interleave(lengths)
+        starts = torch.tensor([one.start for one in sequences]) - lengths.cumsum(0) + lengths
+        positions = torch.arange(len(ids)) + starts.repeat_interleave(lengths)
+        ends = lengths.cumsum(0) - 1
+        images = [one.embeddings for one in sequences if one.embeddings is not None]
+        num_visual = sum(map(len, images))
+        if num_visual:
+            is_image = ids == self.model.config.image_token_id
+            order = is_image.int().argsort(stable=True)  # text first
+            ids, rows, positions = ids[~is_image], rows[order], positions[order]
+            ends = order.argsort()[ends]
+        hidden = torch.cat([decoder.embed_tokens(ids), *images])  # (M, D)
         cos, sin = decoder.rotary_emb(hidden[None], positions[None])  # (1, M, d)
         tokens = cpu.TokenPositions(rows, positions, cos[0], sin[0], num_visual)
-        return cpu.run_layers(decoder.layers, hidden, self.cache.layers, tokens)
+        hidden = cpu.run_layers(decoder.layers, hidden, self.cache.layers, tokens)
+        selected = ends[torch.tensor([one.has_logits for one in sequences])]
+        if not len(selected):
+            return torch.empty(0)
+        return cpu.linear(self.model.lm_head, cpu.rms_norm(decoder.norm, hidden[selected]))
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return cpu.linear(self.model.lm_head, cpu.rms_norm(self.model.model.norm, hidden))
+    def _forward_padded(self, sequences: Sequence[NewTokens]) -> torch.Tensor:
+        """Similar sequences through the model's own forward: (B, D) after their last tokens."""
+        device = self.model.device
+        lengths = [len(one.ids) for one in sequences]
+        width = max(lengths)
+        # Padding is on the right, where causal attention hides it from the prompt.
+        padded = [[*one.ids, *[0] * (width - len(one.ids))] for one in sequences]
+        starts = torch.tensor([one.start for one in sequences], device=device)
+        positions = starts[:, None] + torch.arange(width, device=device)  # (B, S)
+        rows, length = [one.row for one in sequences], max(one.start for one in sequences) + width
+        self.cache.reserve(max(rows) + 1, length)
+        mask = None
+        if width == 1:
+            # Shorter rows have a mask; the forward itself masks what comes after a query.
+            mask = (torch.arange(length, device=device) <= positions).long()  # (B, length)
+        options = ntk_options(self.model.config, [one.ntk_alpha for one in sequences], device)
+        if images := [one.embeddings for one in sequences if one.embeddings is not None]:
+            encoded = BaseModelOutputWithPooling(pooler_output=torch.cat(images))
+            options["mm_encoder_outputs"] = {"image": encoded}
+        hidden = self.model.model(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache.view(rows, positions, length),
+            use_cache=True,
+            **options,
+        ).last_hidden_state  # (B, S, D)
+        last = torch.tensor(lengths, device=device) - 1
+        return hidden[torch.arange(len(rows), device=device), last]
 
-    def _check_not_stale(self) -> None:
-        """The kernels would access memory of another element size."""
-        if self.is_stale:
-            raise RuntimeError("the model was moved or cast while it generated an answer")
+
+def _similar_sequences(sequences: Sequence[NewTokens]) -> list[list[NewTokens]]:
+    """Sequences that one forward computes: decode steps, and chunks from one start.
+
+    Chunks of about the same length are padded without much waste.
+    """
+    groups: list[list[NewTokens]] = []
+    for one in sorted(sequences, key=lambda one: len(one.ids)):
+        for group in groups:
+            first = group[0]
+            difference = len(one.ids) - len(first.ids)
+            is_prompt = one.start == first.start and difference <= max(8, len(one.ids) // 8)
+            if (is_prompt and len(first.ids) > 1) or len(one.ids) == 1:
+                group.append(one)
+                break
+        else:
+            groups.append([one])
+    return groups

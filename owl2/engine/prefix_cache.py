@@ -60,6 +60,9 @@ class TensorCache(Generic[K]):
         """The keys of all entries, the least recently used first."""
         return list(self._entries)
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._entries
+
     def get(self, key: K) -> Sequence[torch.Tensor] | None:
         """The tensors of a key if they are cached."""
         if key in self._entries:
@@ -145,7 +148,7 @@ def common_prefix_length(one: PromptKey, other: PromptKey) -> int:
 
 
 class PromptState:
-    """A prompt on its way through prefill; the n answers to a prompt share one.
+    """A prompt on its way through prefill, in chunks; the n answers to a prompt share one.
 
     Args:
         ntk_alpha: `config.ntk_alpha` of its length.
@@ -153,8 +156,11 @@ class PromptState:
     Attributes:
         key: The token ids, with the digest of the image in place of image tokens. The first one
             contains `ntk_alpha`, with which all keys and values change.
+        num_computed_tokens: Tokens whose keys and values exist, or are in `prefix`.
         prefix: An entry of the prefix cache that has the first `num_computed_tokens` tokens:
-            (2, h, P, d) for each layer.
+            (2, h, P, d) for each layer. None after the prefix was copied.
+        image_embeddings: (K+1, D) by index, of images whose tokens are computed next.
+        arrival: The prompt's place in the order of arrival.
     """
 
     def __init__(self, prompt: PreparedPrompt, ntk_alpha: float = 1.0) -> None:
@@ -162,6 +168,8 @@ class PromptState:
         self.ntk_alpha = ntk_alpha
         self.prefix: Sequence[torch.Tensor] | None = None
         self.num_computed_tokens = 0
+        self.image_embeddings: dict[int, torch.Tensor] = {}
+        self.arrival: int | None = None
         key: list[int | bytes] = list(prompt.ids)
         for (start, end), digest in zip(prompt.image_spans, prompt.image_digests, strict=True):
             key[start:end] = [digest] * (end - start)
@@ -176,21 +184,30 @@ class PromptState:
 
     @property
     def num_new_tokens(self) -> int:
-        """Tokens that prefill computes."""
+        """Tokens that are still to be computed."""
         return self.num_tokens - self.num_computed_tokens
 
     @property
     def new_images(self) -> list[int]:
-        """Indices of the images that prefill computes."""
+        """Indices of the images that have tokens among them."""
         spans = self.prompt.image_spans
-        return [i for i, (start, _) in enumerate(spans) if start >= self.num_computed_tokens]
+        return [i for i, (_, end) in enumerate(spans) if end > self.num_computed_tokens]
 
     def look_up(self, cache: PrefixCache) -> None:
-        """Find the longest cached prefix that ends outside of an image."""
+        """Start with the longest cached prefix that ends outside of an image."""
         self.prefix, shared = cache.find(self.key)
-        for start, end in self.prompt.image_spans:
-            if start < shared < end:
-                shared = start
-        self.num_computed_tokens = shared
-        if not shared:
+        self.num_computed_tokens = self.end_of_shared(shared)
+        self.image_embeddings.clear()
+        if not self.num_computed_tokens:
             self.prefix = None
+
+    def end_of_shared(self, length: int) -> int:
+        """The end of a prefix that can be taken from another prompt with `length` equal tokens.
+
+        It is outside of an image, and at least one token remains.
+        """
+        length = min(length, self.num_tokens - 1)
+        for start, end in self.prompt.image_spans:
+            if start < length < end:
+                return start
+        return length

@@ -1,24 +1,24 @@
-"""The running requests: prefill of their prompts, decode steps, and caches for later prompts.
+"""The running requests: prefill of their prompts, decoding, and caches for later prompts.
 
 ::
 
-    PromptState ──look_up──► cached prefix, new tokens and images
-    new images ──vision encoder, abstractor──► embeddings (N, K+1, D)
-    new tokens ──ModelRunner.prefill──► rows of the KV cache, logits (B, V) ──sample──► tokens
-    last tokens ──ModelRunner.decode──► logits (B, V) ──sample──► tokens
+    new images ──vision encoder, abstractor──► embeddings (K+1, D)
+    last tokens of answers, next chunks of prompts ──ModelRunner.forward──► rows of the KV cache
+        logits (B, V) after answers and complete prompts ──sample──► tokens
 
-Shapes: B requests or prompts, P tokens of a prompt, N images, K+1 embeddings per image, D width, V
+Shapes: B requests or prompts, P tokens of a prompt, K+1 embeddings per image, D width, V
 vocabulary, h key-value heads, d head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
 
-from owl2.engine.model_runner import ModelRunner
+from owl2.engine.model_runner import ModelRunner, NewTokens
 from owl2.engine.next_token import next_token_logits
 from owl2.engine.prefix_cache import (
     PrefixCache,
@@ -28,7 +28,7 @@ from owl2.engine.prefix_cache import (
     weights_version,
 )
 from owl2.engine.sampling import compute_logprobs, sample
-from owl2.engine.scheduler import Request
+from owl2.engine.scheduler import PromptChunk, Request
 from owl2.model.image_inputs import ntk_options
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
@@ -44,7 +44,7 @@ class EngineStats:
         num_prefills: Prompts that were computed; answers to the same prompt share one.
         num_prefill_tokens: Tokens of these prompts that no cached prefix had.
         num_encoded_images: Images that passed through the vision encoder.
-        num_decode_steps: Steps of one token for each running request.
+        num_decode_steps: Steps of one token for each running request with a complete prompt.
         prefix_cache_keys: The token sequences in the prefix cache.
         prefix_cache_bytes, image_cache_bytes: Sizes of the caches.
     """
@@ -82,7 +82,9 @@ class PrefillOutput(NamedTuple):
 class RunningBatch:
     """The running requests, each in the row of the KV cache with its index.
 
-    The last row moves to where one becomes free, so that rows 0 to B-1 are always used.
+    The last row moves to where one becomes free, so that rows 0 to B-1 are always used. Requests
+    with the same prompt share its computation: one of them has a row, the others get copies of it
+    when the prompt is complete.
 
     Args:
         prefix_bytes, image_bytes: Limits of the caches; 0 disables one.
@@ -96,93 +98,137 @@ class RunningBatch:
         self, model: Owl2ForConditionalGeneration, prefix_bytes: int, image_bytes: int
     ) -> None:
         self.model = model
-        self.requests: list[Request] = []
         self.prefixes = PrefixCache(prefix_bytes)
         self.images: TensorCache[bytes] = TensorCache(image_bytes)
         self.epoch = 0
         self.stats = EngineStats()
+        self._rows: list[Request] = []
+        self._copies: dict[PromptState, list[Request]] = {}  # by prompts that are incomplete
         self._version: Any = None
         self._runner: ModelRunner | None = None
 
     @property
+    def requests(self) -> list[Request]:
+        """All requests, with those that wait for the prompt of another."""
+        copies = list(self._copies.values())  # other threads read `EngineCore.stats`
+        return [*self._rows, *chain.from_iterable(copies)]
+
+    @property
+    def num_decoding(self) -> int:
+        """Requests that get a token from each step."""
+        return sum(not request.is_prefilling for request in self._rows)
+
+    @property
     def runner(self) -> ModelRunner:
         """A new one if the model was moved or cast since the last request."""
-        if self._runner is None or (self._runner.is_stale and not self.requests):
+        if self._runner is None or (self._runner.is_stale and not self._rows):
             self._runner = ModelRunner(self.model)
         return self._runner
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Compute the prompts of requests and their first tokens.
-
-        Requests with the same prompt share its computation.
-        """
-        first, cache = len(self.requests), self.runner.cache
-        originals: dict[PromptState, Request] = {}
+        """Start requests: `step` computes their prompts."""
+        cache = self.runner.cache
         for request in requests:
-            originals.setdefault(request.prompt, request)
             request.epoch = self.epoch
+            request.is_prefilling = True
             request.create_processors(self.model)
-        prompts = list(originals)
-        cache.reserve(first + len(requests), max(prompt.num_tokens for prompt in prompts))
-        logits = self.prefill(prompts, first)
-        copies = [one for one in requests if one is not originals[one.prompt]]
-        for row, request in enumerate(copies, first + len(prompts)):
-            source = first + prompts.index(request.prompt)
-            cache.copy_row(source, row, request.prompt.num_tokens)
-        new = [*originals.values(), *copies]
-        self.requests += new
-        self._sample(new, logits[[prompts.index(request.prompt) for request in new]])
+            if (copies := self._copies.get(request.prompt)) is not None:
+                copies.append(request)
+                continue
+            self._copies[request.prompt] = []
+            self._rows.append(request)
+            cache.reserve(len(self._rows), request.prompt.num_tokens)
+            self._write_prefix(request.prompt, len(self._rows) - 1, self.runner)
 
-    def step(self) -> None:
-        """Decode one token for every request."""
-        self.stats.num_decode_steps += 1
-        tokens = torch.tensor([request.token_ids[-1] for request in self.requests])
-        positions = torch.tensor([request.num_cached for request in self.requests])
-        alphas = [request.prompt.ntk_alpha for request in self.requests]
-        tokens = tokens.to(self.model.device)
-        logits = self.runner.decode(tokens, positions, alphas)  # (B, V)
-        self._sample(self.requests, logits)
+    def step(self, chunks: Sequence[PromptChunk] = ()) -> None:
+        """Compute chunks of prompts, and a token for every request with a complete prompt."""
+        decoding = [(row, one) for row, one in enumerate(self._rows) if not one.is_prefilling]
+        self.stats.num_decode_steps += bool(decoding)
+        rows = {one.prompt: row for row, one in enumerate(self._rows) if one.is_prefilling}
+        tokens = [
+            NewTokens(row, one.num_cached, one.token_ids[-1:], None, one.prompt.ntk_alpha)
+            for row, one in decoding
+        ]
+        logits = self._compute(chunks, [rows[one.prompt] for one in chunks], self.runner, tokens)
+        requests = [request for _, request in decoding]
+        indices = list(range(len(requests)))  # of the logits
+        complete = [one.prompt for one in chunks if not one.prompt.num_new_tokens]
+        for index, prompt in enumerate(complete, len(requests)):
+            row = rows[prompt]
+            new = [self._rows[row], *(one for one in self._copies.pop(prompt) if not one.aborted)]
+            if new[0].epoch == self.epoch:
+                self._store_prefix(prompt.key, row, self.runner)
+            self.runner.cache.reserve(len(self._rows) + len(new) - 1, prompt.num_tokens)
+            for copy in new[1:]:
+                self.runner.cache.copy_row(row, len(self._rows), prompt.num_tokens)
+                self._rows.append(copy)
+            for request in new:
+                request.is_prefilling = False
+            requests += new
+            indices += [index] * len(new)
+        if requests:
+            self._sample(requests, logits if len(indices) == len(logits) else logits[indices])
 
     def remove_finished(self) -> None:
         """Free the rows of requests that are finished or aborted."""
         cache = self.runner.cache
-        for row in reversed(range(len(self.requests))):
-            request = self.requests[row]
+        for row in reversed(range(len(self._rows))):
+            request = self._rows[row]
             if not (request.aborted or request.is_finished):
                 continue
-            # The next turn of the conversation starts with this prompt and answer.
-            if request.token_ids and request.epoch == self.epoch:
+            if request.is_prefilling:
+                copies = self._copies.pop(request.prompt)
+                if heirs := [one for one in copies if not one.aborted]:
+                    self._rows[row], self._copies[request.prompt] = heirs[0], heirs[1:]
+                    continue
+            if request.epoch == self.epoch and (request.is_prefilling or request.token_ids):
+                # The same prompt may be sent again, and the next turn of the conversation starts
+                # with this prompt and answer.
                 key = (*request.prompt.key, *request.token_ids[:-1])
-                self._store_prefix(key, row, self.runner)
-            last = self.requests.pop()
+                self._store_prefix(key[: request.num_cached], row, self.runner)
+            last = self._rows.pop()
             if last is not request:
-                cache.copy_row(len(self.requests), row, last.num_cached)
-                self.requests[row] = last
+                cache.copy_row(len(self._rows), row, last.num_cached)
+                self._rows[row] = last
 
-    def prefill(
-        self, prompts: Sequence[PromptState], first_row: int, runner: ModelRunner | None = None
-    ) -> torch.Tensor:
-        """Compute prompts together, after their cached prefixes, and cache them.
+    def store_prefix(self, prompt: PromptState, length: int) -> None:
+        """Cache the first tokens of an incomplete prompt."""
+        for row, request in enumerate(self._rows):
+            if request.prompt is prompt and request.is_prefilling and request.epoch == self.epoch:
+                self._store_prefix(prompt.key[:length], row, self.runner)
 
-        Their keys and values go to the rows from `first_row` on, of another runner if one is given.
+    def prefill(self, prompts: Sequence[PromptState], first_row: int = 0) -> torch.Tensor:
+        """Compute prompts completely into the rows from `first_row` on, for measurements.
 
         Returns:
             (B, V) logits after the last token of each.
         """
-        runner = runner or self.runner
-        logits = runner.prefill(prompts, self._embed_images(prompts), first_row)
-        self.stats.num_prefills += len(prompts)
         for row, prompt in enumerate(prompts, first_row):
-            self.stats.num_prefill_tokens += prompt.num_new_tokens
-            self._store_prefix(prompt.key, row, runner)
-            prompt.prefix = None  # the cache may evict it
-        return logits
+            self.runner.cache.reserve(row + 1, prompt.num_tokens)
+            self._write_prefix(prompt, row, self.runner)
+        chunks = [PromptChunk(one, one.num_tokens, one.new_images) for one in prompts]
+        rows = range(first_row, first_row + len(prompts))
+        return self._compute(chunks, rows, self.runner)
 
-    def prefill_alone(self, prompt: PromptState) -> PrefillOutput:
-        """Compute one prompt outside of the batch, whose rows would all grow to its length."""
+    def prefill_alone(
+        self, prompt: PromptState, next_chunk: Callable[[PromptState], PromptChunk]
+    ) -> Generator[None, None, PrefillOutput]:
+        """Compute one prompt outside of the batch, whose rows would all grow to its length.
+
+        Yields:
+            After every chunk but the last.
+        """
         runner = ModelRunner(self.model)
+        epoch = self.epoch
         prompt.look_up(self.prefixes)
-        logits = self.prefill([prompt], 0, runner)
+        runner.cache.reserve(1, prompt.num_tokens)
+        self._write_prefix(prompt, 0, runner)
+        logits = self._compute([next_chunk(prompt)], [0], runner)
+        while prompt.num_new_tokens:
+            yield
+            logits = self._compute([next_chunk(prompt)], [0], runner)
+        if epoch == self.epoch:
+            self._store_prefix(prompt.key, 0, runner)
         cache = DynamicCache(config=self.model.config)
         for layer, (keys, values) in enumerate(runner.cache.read(0, prompt.num_tokens)):
             cache.update(keys[None], values[None], layer)
@@ -193,10 +239,12 @@ class RunningBatch:
 
         The prefix cache is neither read nor extended.
         """
-        images = self._embed_images(prompts)
+        self._encode_images([PromptChunk(one, one.num_tokens, one.new_images) for one in prompts])
+        images = [own for one in prompts for _, own in sorted(one.image_embeddings.items())]
         self.stats.num_prefills += len(prompts)
         self.stats.num_prefill_tokens += sum(prompt.num_tokens for prompt in prompts)
-        return next_token_logits(self.model, prompts, images)
+        stacked = torch.stack(images) if images else None  # (N, K+1, D)
+        return next_token_logits(self.model, prompts, stacked)
 
     def clear(self) -> None:
         """Clear the caches."""
@@ -214,7 +262,8 @@ class RunningBatch:
 
     def reset(self) -> list[Request]:
         """Remove and return all requests, and free all memory: a lack of it may be the error."""
-        requests, self.requests = self.requests, []
+        requests = self.requests
+        self._rows, self._copies = [], {}
         self._runner = None
         self.clear()
         return requests
@@ -243,20 +292,64 @@ class RunningBatch:
         if self.prefixes.accepts(key):
             self.prefixes.add(key, runner.cache.read(row, len(key)))
 
+    @staticmethod
+    def _write_prefix(prompt: PromptState, row: int, runner: ModelRunner) -> None:
+        """Copy the cached prefix of a prompt to its row."""
+        if prompt.prefix is not None:
+            stop = prompt.num_computed_tokens
+            runner.cache.write(row, [layer[:, :, :stop] for layer in prompt.prefix])
+            prompt.prefix = None  # the cache may evict it
+
+    def _compute(
+        self,
+        chunks: Sequence[PromptChunk],
+        rows: Sequence[int],
+        runner: ModelRunner,
+        decoding: Sequence[NewTokens] = (),
+    ) -> torch.Tensor:
+        """Compute chunks of prompts into rows of a runner, together with other tokens.
+
+        Returns:
+            (B, V) logits after the tokens of `decoding`, and of the prompts that are complete.
+        """
+        self._encode_images(chunks)
+        tokens = [*decoding]
+        for (prompt, end, images), row in zip(chunks, rows, strict=True):
+            start, is_last = prompt.num_computed_tokens, end == prompt.num_tokens
+            parts = []
+            for index in images:
+                first = prompt.prompt.image_spans[index][0]
+                if first < end:  # otherwise it is only encoded
+                    parts.append(
+                        prompt.image_embeddings[index][max(start - first, 0) : end - first]
+                    )
+            embeddings = torch.cat(parts) if parts else None  # (V, D)
+            if end > start:
+                ids = prompt.prompt.ids[start:end]
+                tokens.append(NewTokens(row, start, ids, embeddings, prompt.ntk_alpha, is_last))
+        logits = runner.forward(tokens) if tokens else torch.empty(0)
+        for prompt, end, _ in chunks:
+            self.stats.num_prefills += end == prompt.num_tokens
+            self.stats.num_prefill_tokens += end - prompt.num_computed_tokens
+            prompt.num_computed_tokens = end
+            for index in prompt.image_embeddings.keys() - prompt.new_images:
+                del prompt.image_embeddings[index]
+        return logits
+
     @torch.no_grad()
-    def _embed_images(self, prompts: Sequence[PromptState]) -> torch.Tensor | None:
-        """(N, K+1, D) of the new images of all prompts; equal images are encoded once."""
-        new = [(state.prompt, index) for state in prompts for index in state.new_images]
-        digests = [prompt.image_digests[index] for prompt, index in new]
-        if not new:
-            return None
-        embeddings: dict[bytes, torch.Tensor] = {}
+    def _encode_images(self, chunks: Sequence[PromptChunk]) -> None:
+        """Set the embeddings (K+1, D) of the images of chunks; equal images are encoded once."""
         missing: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        for digest, (prompt, index) in zip(digests, new, strict=True):
-            if (cached := self.images.get(digest)) is not None:
-                embeddings[digest] = cached[0]
-            else:
-                missing[digest] = prompt.crops_of(index)
+        needed: list[tuple[PromptState, int, bytes]] = []
+        for prompt, _, images in chunks:
+            for index in (one for one in images if one not in prompt.image_embeddings):
+                digest = prompt.prompt.image_digests[index]
+                if (cached := self.images.get(digest)) is not None:
+                    prompt.image_embeddings[index] = cached[0]
+                else:
+                    needed.append((prompt, index, digest))
+                    missing[digest] = prompt.prompt.crops_of(index)
+        encoded: dict[bytes, torch.Tensor] = {}
         # Crops of one image are not split.
         most = max((len(pixels) for pixels, _ in missing.values()), default=1)
         size = max(1, ENCODER_BATCH_SIZE // most)
@@ -266,10 +359,11 @@ class RunningBatch:
             pixels = pixels.to(self.model.device, self.model.dtype)
             grids = [grid for digest in batch if (grid := missing[digest][1]) is not None]
             described = torch.cat(grids) if grids else None
-            encoded: Any = self.model.get_image_features(pixels, described).pooler_output
+            features: Any = self.model.get_image_features(pixels, described).pooler_output
             self.stats.num_encoded_images += len(batch)
-            for digest, own in zip(batch, encoded, strict=True):
-                embeddings[digest] = own
+            for digest, own in zip(batch, features, strict=True):
+                encoded[digest] = own
                 if self.images.limit:
                     self.images.add(digest, [own.clone()])
-        return torch.stack([embeddings[digest] for digest in digests])
+        for prompt, index, digest in needed:
+            prompt.image_embeddings[index] = encoded[digest]

@@ -1,26 +1,26 @@
-"""Requests, and the choice of the waiting ones whose prompts are computed next.
+"""Requests, and the choice of the prompts, or chunks of them, that each step computes."""
 
-A prefill batch contains similar prompts. Padded rows need about equally many new tokens after
-equally many cached ones; the CPU kernels take any lengths. Of prompts with a common uncached
-prefix, one is computed first, and the others find its keys and values in the prefix cache.
-"""
-
+import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LogitsProcessorList
 
 from owl2.engine.logits_processors import logits_processors
-from owl2.engine.prefix_cache import PrefixCache, PromptKey, PromptState
+from owl2.engine.prefix_cache import (
+    PrefixCache,
+    PromptState,
+    TensorCache,
+    common_prefix_length,
+)
 from owl2.engine.sampling import Logprobs, SamplingParams, non_finite_error
 from owl2.engine.structured_output import GrammarMatcher
 from owl2.errors import InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 
-# Positions of one prefill: without running requests, and with some that wait for their next token.
-MAX_PREFILL_TOKENS_IDLE, MAX_PREFILL_TOKENS_BUSY = 4096, 512
+MIN_PREFILL_FRACTION = 0.25  # of the tokens of a step, however many requests decode
 
 
 class Request:
@@ -35,7 +35,8 @@ class Request:
     Attributes:
         token_ids: The answer so far, with its end token.
         aborted: The result is no longer wanted. May be set from any thread.
-        epoch: The batch's epoch when the prompt was computed.
+        is_prefilling: The request runs, and its prompt is incomplete.
+        epoch: The batch's epoch when the request started.
         processors: What the options change in the logits; see `logits_processors`.
         matcher: The state of the answer in its grammar; None without `structured_outputs`.
         on_token: Called in the engine's thread with each token, and its log-probabilities if
@@ -62,6 +63,7 @@ class Request:
         self.end_ids = end_ids
         self.token_ids: list[int] = []
         self.aborted = False
+        self.is_prefilling = False
         self.epoch = 0
         self.processors = LogitsProcessorList()
         self.matcher: GrammarMatcher | None = None
@@ -70,8 +72,15 @@ class Request:
 
     @property
     def num_cached(self) -> int:
-        """Positions whose keys and values exist: all but that of the last token."""
+        """Positions whose keys and values exist: in decoding all but that of the last token."""
+        if self.is_prefilling:
+            return self.prompt.num_computed_tokens
         return self.prompt.num_tokens + len(self.token_ids) - 1
+
+    @property
+    def num_total(self) -> int:
+        """Tokens of the prompt and of the longest answer."""
+        return self.prompt.num_tokens + self.max_tokens
 
     @property
     def has_end_token(self) -> bool:
@@ -132,52 +141,174 @@ class Request:
         self.aborted |= error is not None
 
 
-def select_prefills(
-    waiting: Sequence[Request],
-    prefixes: PrefixCache,
-    *,
-    is_packed: bool,
-    is_busy: bool,
-    fits: Callable[[Sequence[Request]], bool],
-) -> list[Request]:
-    """The requests to be computed by the next prefill, the first waiting one among them.
+class PromptChunk(NamedTuple):
+    """The part of a prompt that a step computes, from `prompt.num_computed_tokens` on.
 
-    Answers to the same prompt are selected together.
+    Attributes:
+        end: The position after its last token.
+        images: Indices of the images that it needs. The last one may begin at `end`: it is only
+            encoded.
+    """
+
+    prompt: PromptState
+    end: int
+    images: Sequence[int] = ()
+
+
+class Scheduler:
+    """Chooses the chunks of prompts that each step computes, as in vLLM's chunked prefill.
+
+    The running requests decode in every step. The prompts get the rest of its token budget, at
+    least a quarter:
+
+    - Half of it belongs to the prompt that arrived first, and the rest to those with the fewest
+      remaining tokens. A short prompt does not wait for a long one, and none waits forever.
+    - An image counts twice, because encoding takes about as long as its tokens in the decoder. The
+      last image of a chunk may exceed the budget.
+    - Of prompts with a common uncached prefix, one computes it, and the others find its keys and
+      values in the prefix cache.
 
     Args:
-        is_packed: The model runner takes prompts of any lengths. Otherwise it pads them, and the
-            selected ones have equally many cached tokens and similar numbers of new ones.
-        is_busy: Whether running requests wait meanwhile.
-        fits: Whether these requests fit into rows and memory.
+        prefixes, images: The caches of the batch.
+        max_num_batched_tokens: Tokens of a step.
+
+    Attributes:
+        waiting: Requests that have not started, in the order of arrival.
     """
-    max_tokens = MAX_PREFILL_TOKENS_BUSY if is_busy else MAX_PREFILL_TOKENS_IDLE
-    selected: list[Request] = []
-    prompts: list[PromptState] = []
-    starts: set[PromptKey] = set()
-    for request in waiting:
-        prompt = request.prompt
-        if is_new := prompt not in prompts:
-            prompt.look_up(prefixes)
-            start = prompt.key[: prompt.num_computed_tokens + prefixes.min_tokens]
-            is_long = bool(prefixes.limit) and prompt.num_new_tokens > prefixes.min_tokens
-            if (is_long and start in starts) or not (is_packed or _are_similar(prompt, prompts)):
-                continue
-        if not fits([*selected, request]):
-            break
-        if is_new:
-            sizes = [one.num_new_tokens for one in (*prompts, prompt)]
-            if prompts and (sum(sizes) if is_packed else len(sizes) * max(sizes)) > max_tokens:
+
+    def __init__(
+        self, prefixes: PrefixCache, images: TensorCache[bytes], max_num_batched_tokens: int
+    ) -> None:
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Request] = []
+        self._prefixes = prefixes
+        self._images = images
+        self._num_arrived = 0
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Append requests to those that wait."""
+        for request in requests:
+            prompt = request.prompt
+            if prompt.arrival is None:
+                prompt.arrival = self._num_arrived
+                self._num_arrived += 1
+                prompt.look_up(self._prefixes)  # for the number of new tokens only
+                prompt.prefix = None  # the cache may evict it
+        self.waiting += requests
+
+    def schedule(
+        self,
+        running: Sequence[Request],
+        fits: Callable[[int, int], bool],
+        store_prefix: Callable[[PromptState, int], None],
+    ) -> tuple[list[Request], list[PromptChunk]]:
+        """The requests that start, and the chunks of this step.
+
+        Args:
+            running: Decoding, or with incomplete prompts.
+            fits: Whether there are rows and memory for a number of requests of up to a number of
+                tokens each.
+            store_prefix: Adds the first tokens of an incomplete prompt to the prefix cache.
+        """
+        started = list(dict.fromkeys(one.prompt for one in running if one.is_prefilling))
+        groups = self._admit(running, fits)
+        prompts = [*started, *(prompt for prompt in groups if prompt not in started)]
+        prompts.sort(key=lambda prompt: prompt.arrival or 0)
+        num_decoding = sum(not request.is_prefilling for request in running)
+        minimum = math.ceil(MIN_PREFILL_FRACTION * self.max_num_batched_tokens)
+        budget = max(self.max_num_batched_tokens - num_decoding, minimum)
+        active, chunks = started.copy(), []
+
+        def start(prompt: PromptState) -> bool:
+            if prompt not in active:
+                if not self._may_start(prompt, active, store_prefix):
+                    return False
+                active.append(prompt)
+            return True
+
+        first = prompts.pop(0) if prompts and start(prompts[0]) else None
+        share = 0 if first is None else min((budget + 1) // 2, self._cost(first))
+        for prompt in sorted(prompts, key=lambda prompt: prompt.num_new_tokens):
+            if budget <= share:
                 break
-            prompts.append(prompt)
-            starts.add(start)
-        selected.append(request)
-    return selected
+            if start(prompt):
+                chunk, cost = self._next_chunk(prompt, budget - share)
+                chunks.append(chunk)
+                budget -= cost
+        if first is not None:
+            chunks.append(self._next_chunk(first, max(budget, share))[0])
+        requests = [one for prompt in active for one in groups.get(prompt, ())]
+        self.waiting = [request for request in self.waiting if request not in requests]
+        return requests, chunks
 
+    def next_chunk(self, prompt: PromptState, fraction: float = 1.0) -> PromptChunk:
+        """The next tokens of a prompt, up to a fraction of the budget."""
+        return self._next_chunk(prompt, max(1, int(self.max_num_batched_tokens * fraction)))[0]
 
-def _are_similar(prompt: PromptState, prompts: Sequence[PromptState]) -> bool:
-    """Whether a prompt can be padded to the others without much waste."""
-    if not prompts:
+    def _admit(
+        self, running: Sequence[Request], fits: Callable[[int, int], bool]
+    ) -> dict[PromptState, list[Request]]:
+        """The waiting requests that fit, by prompt; none overtakes one that does not fit."""
+        groups: dict[PromptState, list[Request]] = {}
+        longest = max((request.num_total for request in running), default=0)
+        for count, request in enumerate(self.waiting, len(running) + 1):
+            longest = max(longest, request.num_total)
+            if not fits(count, longest):
+                break
+            groups.setdefault(request.prompt, []).append(request)
+        return groups
+
+    def _may_start(
+        self,
+        prompt: PromptState,
+        active: Sequence[PromptState],
+        store_prefix: Callable[[PromptState, int], None],
+    ) -> bool:
+        """Look a prompt up in the prefix cache, unless an active one computes its prefix."""
+        for other in active if self._prefixes.limit else ():
+            shared = prompt.end_of_shared(common_prefix_length(prompt.key, other.key))
+            if shared <= prompt.num_computed_tokens + self._prefixes.min_tokens:
+                continue
+            if other.num_computed_tokens < shared:
+                return False
+            store_prefix(other, shared)
+        prompt.look_up(self._prefixes)
         return True
-    difference = abs(prompt.num_new_tokens - prompts[0].num_new_tokens)
-    is_aligned = prompt.num_computed_tokens == prompts[0].num_computed_tokens
-    return is_aligned and difference <= max(8, prompt.num_new_tokens // 8)
+
+    def _is_encoded(self, prompt: PromptState, index: int) -> bool:
+        digest = prompt.prompt.image_digests[index]
+        return index in prompt.image_embeddings or digest in self._images
+
+    def _encoding_cost(self, prompt: PromptState, index: int) -> int:
+        """Tokens of the budget that encoding an image takes: as many as each of its crops has."""
+        if self._is_encoded(prompt, index):
+            return 0
+        start, end = prompt.prompt.image_spans[index]
+        return (end - start) * len(prompt.prompt.crops_of(index)[0])
+
+    def _cost(self, prompt: PromptState) -> int:
+        """Tokens of the budget that the rest of a prompt takes."""
+        encoding = (self._encoding_cost(prompt, index) for index in prompt.new_images)
+        return prompt.num_new_tokens + sum(encoding)
+
+    def _next_chunk(self, prompt: PromptState, budget: int) -> tuple[PromptChunk, int]:
+        """The next tokens that fit into a budget, and their part of it."""
+        position, remaining = prompt.num_computed_tokens, budget
+        images: list[int] = []
+
+        def advance(end: int) -> None:
+            nonlocal position, remaining
+            count = min(end - position, max(0, remaining))
+            position, remaining = position + count, remaining - count
+
+        for index in prompt.new_images:
+            start, end = prompt.prompt.image_spans[index]
+            advance(max(start, position))
+            if remaining <= 0:
+                break
+            images.append(index)
+            remaining -= self._encoding_cost(prompt, index)
+            advance(end)
+        else:
+            advance(prompt.num_tokens)
+        return PromptChunk(prompt, position, images), budget - remaining

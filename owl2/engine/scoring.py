@@ -9,7 +9,7 @@ Shapes: C answers of up to T tokens, V vocabulary.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 
 import torch
 
@@ -92,8 +92,8 @@ def score_answers(
     answers: Sequence[Sequence[int]],
     batch_size: int,
     prompt: PrefillOutput,
-) -> list[torch.Tensor]:
-    """The log-probability of every token of C answers to one prompt.
+) -> Generator[None, None, list[torch.Tensor]]:
+    """The log-probability of every token of C answers to one prompt; yields between batches.
 
     Args:
         answers: C lists of ids.
@@ -105,8 +105,10 @@ def score_answers(
     Raises:
         InputError: Logits that are not finite.
     """
-    scores = []
+    scores: list[torch.Tensor] = []
     for start in range(0, len(answers), batch_size):
+        if start:
+            yield
         batch = answers[start : start + batch_size]
         width = max(len(answer) for answer in batch)
         # Padding is on the right, where causal attention hides it from the answers.
@@ -134,8 +136,10 @@ def score_prompt(
     ids: Sequence[int],
     top_logprobs: int,
     first: PrefillOutput,
-) -> list[Logprobs]:
+) -> Generator[None, None, list[Logprobs]]:
     """The log-probabilities of the S - 1 tokens of a text prompt that follow its first one.
+
+    It yields between parts of the prompt.
 
     Args:
         ids: S token ids, without images.
@@ -149,6 +153,8 @@ def score_prompt(
     options = first._replace(ntk_alpha=alpha).options(model)
     scores: list[Logprobs] = []
     for start in range(1, len(ids), _SCORED_TOGETHER):
+        if start > 1:
+            yield
         chunk = ids[start : start + _SCORED_TOGETHER]
         rest = torch.tensor([chunk], device=logits.device)
         output = model(input_ids=rest, past_key_values=cache, **options).logits[0]

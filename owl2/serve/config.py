@@ -29,6 +29,9 @@ class ServerLimits:
 
     # All requests together
     max_num_seqs: int = _option(64, "Requests that the engine processes at the same time.", 1)
+    max_num_batched_tokens: int | None = _option(
+        None, "Tokens that the engine computes in a step; default: 256 on a CPU, 2048 on a GPU.", 1
+    )
     max_queued: int = _option(256, "Requests that wait for the engine.", 0)
     max_inflight_bytes: int = _option(1024 * MIB, "Total body size of all unfinished requests.", 1)
     max_idle_connections: int = _option(1024, "Connections without a request.", 1)
@@ -67,7 +70,11 @@ class ServerLimits:
             value = getattr(self, setting.name)
             low, high = setting.metadata["low"], setting.metadata["high"]
             is_time = isinstance(setting.default, float)
-            if low is None or (low <= value <= high and (not is_time or 0 < value < math.inf)):
+            if (
+                value is None
+                or low is None
+                or (low <= value <= high and (not is_time or 0 < value < math.inf))
+            ):
                 continue
             expected = f"from {low} to {high}" if high < math.inf else f"{low} or more"
             expected = "above 0" if is_time else expected

@@ -72,6 +72,7 @@ def serve_model(config: ServerConfig) -> int:
             dtype=config.dtype,
             quantize=config.quantize,
             base=config.base,
+            max_num_batched_tokens=config.max_num_batched_tokens,
         )
         # The first token reports errors and pays one-time costs before the first request.
         structured = {"choice": ["Hello"]} if find_spec("llguidance") else None

@@ -16,7 +16,6 @@ from owl2.engine import hf_generate
 from owl2.engine.engine_core import EngineCore
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefix_cache import PromptState
-from owl2.engine.running_batch import RunningBatch
 from owl2.engine.sampling import SamplingParams, sample
 from owl2.engine.scheduler import Request
 from owl2.errors import ErrorCode
@@ -165,7 +164,8 @@ def test_sampled_answers_do_not_depend_on_the_batch(model, prompts):
 
 
 def test_similar_prompts_share_a_forward(model, prompts, forward_shapes):
-    generate(EngineCore(model, max_num_seqs=128), [prompts[index % 2] for index in range(90)])
+    core = EngineCore(model, max_num_seqs=128, max_num_batched_tokens=1000)
+    generate(core, [prompts[index % 2] for index in range(90)])
     assert [rows for rows, length in forward_shapes if length > 1] == [90]
 
 
@@ -227,16 +227,17 @@ def test_an_interrupted_call_frees_its_rows(model, prompts, alone, monkeypatch):
 
 
 def test_an_error_of_one_sequence_does_not_reach_the_others(model, prompts, monkeypatch):
-    decode = ModelRunner.decode
+    forward = ModelRunner.forward
     victim, other = prompts[2], prompts[18]
 
-    def spoil(self, tokens, positions):
-        logits = decode(self, tokens, positions)
+    def spoil(self, sequences):
+        logits = forward(self, sequences)
+        positions = torch.tensor([one.start for one in sequences if one.has_logits])
         # Only the victim reaches this position: the prompts have different lengths.
         return torch.where((positions == 3 + len(victim.ids))[:, None], float("nan"), logits)
 
     expected = generate_alone(model, other, ())
-    monkeypatch.setattr(ModelRunner, "decode", spoil)
+    monkeypatch.setattr(ModelRunner, "forward", spoil)
     core = EngineCore(model)
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(generate, core, [prompt], GREEDY, ()) for prompt in (other, victim)]
@@ -245,7 +246,7 @@ def test_an_error_of_one_sequence_does_not_reach_the_others(model, prompts, monk
             answers[1].result(30)
 
 
-@pytest.mark.parametrize("method", [(EngineCore, "on_step"), (RunningBatch, "prefill")], ids=str)
+@pytest.mark.parametrize("method", [(EngineCore, "on_step"), (ModelRunner, "forward")], ids=str)
 def test_an_error_of_the_machine_ends_all_requests_but_not_the_engine(
     model, prompts, alone, monkeypatch, method
 ):

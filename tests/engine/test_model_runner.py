@@ -14,6 +14,7 @@ from owl2.engine.kv_cache import StaticKVCache
 from owl2.engine.model_runner import ModelRunner
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.running_batch import RunningBatch
+from owl2.engine.scheduler import PromptChunk
 from owl2.processing.prepared_prompt import PreparedPrompt
 
 pytestmark = pytest.mark.usefixtures("three_threads")
@@ -238,6 +239,12 @@ def test_a_prompt_computed_alone_does_not_enlarge_the_cache_of_the_batch(golden_
     short, long = (PromptState(PreparedPrompt((5,) * length, None, (), ())) for length in (9, 90))
     batch.prefill([short], first_row=0)
     before = [layer.clone() for layer in batch.runner.cache.layers]
-    output = batch.prefill_alone(long)
+    steps = batch.prefill_alone(
+        long, lambda prompt: PromptChunk(prompt, prompt.num_computed_tokens + 45)
+    )
+    next(steps)
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    output = end.value.value
     assert output.cache.get_seq_length() == 90
     assert all(map(torch.equal, batch.runner.cache.layers, before))
