@@ -180,6 +180,7 @@ class RunningBatch:
                 copies = self._copies.pop(request.prompt)
                 if heirs := [one for one in copies if not one.aborted]:
                     self._rows[row], self._copies[request.prompt] = heirs[0], heirs[1:]
+                    heirs[0].epoch = request.epoch
                     continue
             if request.epoch == self.epoch and (request.is_prefilling or request.token_ids):
                 # The same prompt may be sent again, and the next turn of the conversation starts

@@ -226,12 +226,12 @@ class Scheduler:
                 active.append(prompt)
             return True
 
-        first = prompts.pop(0) if prompts and start(prompts[0]) else None
+        first = next((prompt for prompt in prompts if start(prompt)), None)
         share = 0 if first is None else min((budget + 1) // 2, self._cost(first))
         for prompt in sorted(prompts, key=lambda prompt: prompt.num_new_tokens):
             if budget <= share:
                 break
-            if start(prompt):
+            if prompt is not first and start(prompt):
                 chunk, cost = self._next_chunk(prompt, budget - share)
                 chunks.append(chunk)
                 budget -= cost

@@ -382,6 +382,20 @@ def test_a_prompt_waits_only_for_the_prefix_that_it_shares():
     assert first not in simulation.finished
 
 
+def test_short_prompts_do_not_delay_a_prefix_that_the_first_prompt_waits_for():
+    simulation = Simulation(budget=16)
+    shared = text_ids(60)
+    first, second = (make_request(make_prompt([*shared, one])) for one in (38, 39))
+    simulation.scheduler.add([first])
+    simulation.step()
+    first.prompt.arrival, second.prompt.arrival = 3, 2  # as after a restart of the second
+    simulation.scheduler.add([second])
+    for number in range(8):
+        simulation.submit(*(make_prompt(text_ids(8, 10 * number + i)) for i in range(3)))
+        simulation.step()
+    assert {first.prompt, second.prompt} <= simulation.finished.keys()
+
+
 def test_no_request_overtakes_one_that_does_not_fit():
     simulation = Simulation(budget=50, max_num_seqs=2)
     prompts = simulation.submit(*(make_prompt(text_ids(60 - 9 * i, i)) for i in range(4)))
