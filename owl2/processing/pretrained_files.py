@@ -73,10 +73,10 @@ def read_processor(name: str, args: dict[str, Any]) -> dict[str, Any]:
     hub = {key: args[key] for key in args.keys() & {*HUB_ARGS, "proxies"}}
     name = resolve_checkpoint(name, "a processor", False, hub.get("revision"))
     files = {file: find_file(name, file, hub) for file in _FILES}
-    if not any(find_file(name, vocabulary[0], hub) for vocabulary in _VOCABULARIES):
-        if own_base := base or base_name(name, hub):
-            name = resolve_checkpoint(own_base, "a processor", False)
-            files = {file: find_file(name, file, hub) for file in _FILES}
+    has_vocabulary = any(find_file(name, vocabulary[0], hub) for vocabulary in _VOCABULARIES)
+    if not has_vocabulary and (own_base := base or base_name(name, hub)):
+        name = resolve_checkpoint(own_base, "a processor", False)
+        files = {file: find_file(name, file, hub) for file in _FILES}
     config = read_config(name, **hub) if files[CONFIG_FILE] else None
     model_type = get_model_type(config.member if config else DEFAULT_MODEL_TYPE)
     own_files = {parts.vocabulary_file for parts in MODEL_TYPES.values()}

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from owl2 import sharded_jsonl
-from owl2.caption import command
+from owl2.caption import command, image_records
 from owl2.errors import ErrorCode, InputError
 from owl2.files import atomic_write_text
 from owl2.sharded_jsonl import ShardedJsonl
@@ -210,7 +210,7 @@ def test_full_disk_is_an_input_error_and_the_run_is_resumed(config, folder, stub
 
     pid = os.fork()
     if not pid:
-        command.atomic_write_text = fill_disk
+        image_records.atomic_write_text = fill_disk
         if full_at == "captions":
             fill_disk()
         try:
