@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from owl2.errors import ErrorCode, InputError
-from owl2.model.docowl_configuration import DocOwlConfig
 from owl2.processing.image_processing import Owl2ImageProcessor, Owl2ImageProcessorKwargs
 from owl2.processing.image_square import resize
 from owl2.processing.messages import IMAGE_TOKEN
@@ -172,9 +170,3 @@ class CropImageProcessor(Owl2ImageProcessor):
             return {}
         grids = [select_grid(*size, edge, options["anchors"]) for size in sizes]
         return {"image_grids": torch.tensor(grids, dtype=torch.long).reshape(-1, 2)}
-
-
-AutoImageProcessor.register(
-    DocOwlConfig,
-    image_processor_classes=dict.fromkeys(("pil", "torchvision"), CropImageProcessor),
-)

@@ -18,12 +18,10 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import to_channel_dimension_format, to_pil_image
 from transformers.image_utils import SizeDict
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from owl2.errors import ErrorCode, InputError
-from owl2.model.configuration import Owl2Config
 from owl2.processing.image_io import (
     DEFAULT_MAX_PIXELS,
     POLICIES,
@@ -295,10 +293,3 @@ def _edge(*sizes: Any) -> int:
 
 def _invalid(problem: str) -> InputError:
     return InputError(f"{problem}.", ErrorCode.INVALID_VALUE)
-
-
-# One class for all backends, because the pixels must be those of Pillow.
-AutoImageProcessor.register(
-    Owl2Config,
-    image_processor_classes=dict.fromkeys(("pil", "torchvision"), Owl2ImageProcessor),
-)

@@ -18,6 +18,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from owl2.errors import ErrorCode, InputError
@@ -352,4 +353,8 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
 
 
 for parts in MODEL_TYPES.values():
-    AutoProcessor.register(parts.load("config"), Owl2Processor, exist_ok=True)
+    config, image_processor = parts.load("config"), parts.load("image_processor")
+    AutoProcessor.register(config, Owl2Processor, exist_ok=True)
+    # One class for all backends, because the pixels must be those of Pillow.
+    backends = dict.fromkeys(("pil", "torchvision"), image_processor)
+    AutoImageProcessor.register(config, image_processor_classes=backends, exist_ok=True)
