@@ -2,8 +2,8 @@
 
 import torch
 
-from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
+from owl2.model.registry import DEFAULT_MODEL_TYPE, MODEL_TYPES
 
 VISION_BLOCKS = 3
 # Settings of a model with one layer per part, for tests whose time depends on the layers.
@@ -14,8 +14,15 @@ ONE_LAYER = {
 }
 
 
-def make_config(vocab_size=40, vision=None, abstractor=None, **settings):
-    """Grouped-query attention and two queries per image by default."""
+# Model types with one image for each image token, so that all have the same inputs.
+MEMBERS = ("mplug_owl2", "mplug_owl2_1", "mplug_docowl")
+
+
+def make_config(vocab_size=40, vision=None, abstractor=None, member=DEFAULT_MODEL_TYPE, **settings):
+    """Grouped-query attention and two queries per image by default.
+
+    `member` is a model type; a DocOwl1.5 also has two embeddings and an end token per image.
+    """
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -39,14 +46,18 @@ def make_config(vocab_size=40, vision=None, abstractor=None, **settings):
         "intermediate_size": 12,
         "num_learnable_queries": 2,
     }
-    return Owl2Config(
-        vocab_size=vocab_size,
-        visual_config={
-            "visual_model": visual_model | (vision or {}),
-            "visual_abstractor": visual_abstractor | (abstractor or {}),
-        },
-        **sizes | settings,
-    )
+    visual_config = {
+        "visual_model": visual_model | (vision or {}),
+        "visual_abstractor": visual_abstractor | (abstractor or {}),
+    }
+    if member == "mplug_docowl":
+        del visual_config["visual_abstractor"]
+        visual_config["visual_hreducer"] = {"hidden_size": 8, "conv_shape": "1x2"}
+    if member == "mplug_owl2_1":  # twice the inner width; keys and values for each head
+        del sizes["num_key_value_heads"]
+        sizes |= {"intermediate_size": 48, "kv_channels": 4}
+    make = MODEL_TYPES[member].load("config")
+    return make(vocab_size=vocab_size, visual_config=visual_config, **sizes | settings)
 
 
 def make_model(seed=0, **settings):

@@ -32,9 +32,19 @@ for name, parts in MODEL_TYPES.items():
 
 def module_name(name: str) -> str:
     """The name of a module or weight in the model; `name` is a released name or a regex of it."""
+    name = _own_prefix(name)
     return re.sub(rf"{_GROUP}(\\?\.)multiway\\?\.{_MODALITY}", r"multiway\2\3\2\1", name)
 
 
 def released_name(name: str) -> str:
-    """Inverse of `module_name`."""
+    """Inverse of `module_name`, with the prefixes of the model (`ModelType.weight_names`)."""
+    name = _own_prefix(name)
     return re.sub(rf"multiway(\\?\.){_MODALITY}\\?\.{_GROUP}", r"\3\1multiway\1\2", name)
+
+
+def _own_prefix(name: str) -> str:
+    for parts in MODEL_TYPES.values():
+        for released, own in parts.weight_names:
+            if name.startswith(released):
+                return own + name.removeprefix(released)
+    return name

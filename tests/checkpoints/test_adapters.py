@@ -29,6 +29,8 @@ CASES = {
         {"use_mam": False},
     ),
     "tied": ({}, {"tie_word_embeddings": True}),
+    "mPLUG-Owl2.1": ({"parts": EVERYWHERE}, {"member": "mplug_owl2_1"}),
+    "DocOwl1.5": ({"modules_to_save": ["abstractor"]}, {"member": "mplug_docowl"}),
     "all heads": ({"target_modules": ["k_proj", "v_proj"]}, {"num_key_value_heads": 4}),
 }
 IMAGES = {

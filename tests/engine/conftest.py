@@ -13,6 +13,7 @@ from owl2.engine.engine_core import EngineCore
 from owl2.engine.prefix_cache import PromptState
 from owl2.engine.sampling import SamplingParams
 from owl2.engine.scheduler import Request
+from tests.family import FOLDER, SIBLINGS
 
 # Of JSON answers: strings with quotes and non-ASCII characters, integers, arrays.
 SCHEMA = {
@@ -30,6 +31,14 @@ SCHEMA = {
 @pytest.fixture(scope="session")
 def shared_engine(tiny_checkpoint):
     return Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session", params=["mplug_owl2", *SIBLINGS])
+def any_engine(request, shared_engine):
+    """Engines of all model types: the tiny one, and the golden checkpoints."""
+    if request.param not in SIBLINGS:
+        return shared_engine
+    return Engine.from_pretrained(FOLDER / request.param / "model", "cpu", "float32")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 from owl2.engine.engine import MAX_NUM_SEQS, Engine
 from owl2.engine.hf_generate import is_on_one_device
 from owl2.errors import ErrorCode
@@ -19,19 +20,19 @@ from tests.errors import raises_input_error
 TOKENS = 10
 
 
-def test_batched_answers_equal_those_alone(shared_engine, conversations):
-    alone = [shared_engine.chat(one, max_new_tokens=TOKENS) for one in conversations]
-    assert shared_engine.batch(conversations, max_new_tokens=TOKENS) == alone
-    backwards = shared_engine.batch(conversations[::-1], max_new_tokens=TOKENS)
+def test_batched_answers_equal_those_alone(any_engine, conversations):
+    alone = [any_engine.chat(one, max_new_tokens=TOKENS) for one in conversations]
+    assert any_engine.batch(conversations, max_new_tokens=TOKENS) == alone
+    backwards = any_engine.batch(conversations[::-1], max_new_tokens=TOKENS)
     assert backwards[::-1] == alone
     assert len(set(alone)) > 6, "the answers do not depend on the prompt"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_side_does_not_change_answers_of_generate(shared_engine, conversations, side):
+def test_padding_side_does_not_change_answers_of_generate(any_engine, conversations, side):
     def new_ids(some, **padding):
-        inputs = model_inputs(shared_engine, some, **padding)
-        ids = shared_engine.model.generate(
+        inputs = model_inputs(any_engine, some, **padding)
+        ids = any_engine.model.generate(
             **inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None
         )
         return ids[:, inputs["input_ids"].shape[1] :].tolist()
@@ -39,6 +40,24 @@ def test_padding_side_does_not_change_answers_of_generate(shared_engine, convers
     alone = [new_ids([one])[0] for one in conversations]
     assert new_ids(conversations, padding=True, padding_side=side) == alone
     assert all(len(ids) == TOKENS for ids in alone)
+
+
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_quantized_models_of_all_types(any_engine, conversations, quantize):
+    folder = any_engine.model.name_or_path
+    engine = Engine.from_pretrained(folder, "cpu", "float32", quantize=quantize)
+    linears = [one for one in engine.model.modules() if isinstance(one, QuantizedLinear)]
+    layer = engine.model.model.layers[0]
+    assert len(linears) >= 4 * len(engine.model.model.layers)
+    assert not any(type(module) is torch.nn.Linear for module in layer.modules())
+    some = conversations[:4]
+    alone = [engine.chat(one, max_new_tokens=TOKENS) for one in some]
+    assert engine.batch(some, max_new_tokens=TOKENS) == alone
+    ids = model_inputs(any_engine, some[1])
+    with torch.no_grad():
+        expected, logits = (one.model(**ids).logits for one in (any_engine, engine))
+    correlation = torch.corrcoef(torch.stack([expected.flatten(), logits.flatten()]))[0, 1]
+    assert correlation > (0.99 if quantize == "8bit" else 0.8)
 
 
 def test_each_answer_ends_at_its_end_token(engine, conversations):

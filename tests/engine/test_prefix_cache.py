@@ -53,8 +53,8 @@ def num_tokens(engine, messages):
     return len(engine.encode(messages).ids)
 
 
-def test_cached_answers_equal_uncached_ones(shared_engine, cached, conversations):
-    expected = answers(shared_engine, conversations)
+def test_cached_answers_equal_uncached_ones(any_engine, conversations):
+    expected, cached = answers(any_engine, conversations), caching_engine(any_engine)
     for _ in range(2):
         assert answers(cached, conversations) == expected
         assert cached.batch(conversations[::-1], max_new_tokens=TOKENS)[::-1] == expected

@@ -8,10 +8,19 @@ from transformers.utils import is_flash_attn_2_available
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.errors import raises_input_error
-from tests.tiny import make_model
+from tests.model.conftest import make_modalities_differ
+from tests.tiny import MEMBERS, make_model
 
 IMAGE = [40] * 3
 CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+@pytest.fixture(params=MEMBERS)
+def tiny(request):
+    """A model of each type, whose visual weights differ from its text weights."""
+    model = make_model(member=request.param).eval()
+    make_modalities_differ(model)
+    return model
 
 
 def logits(model, **inputs):
@@ -236,7 +245,7 @@ def test_attention_implementation_applies_to_all_parts(tiny, image_inputs):
     for attention in ("eager", "sdpa"):
         tiny.set_attn_implementation(attention)
         visual = tiny.config.visual_config
-        for config in (tiny.config, visual.visual_model, visual.visual_abstractor):
+        for config in (tiny.config, *visual.parts.values()):
             assert config._attn_implementation == attention
         results[attention] = logits(tiny, **image_inputs)
     torch.testing.assert_close(results["eager"], results["sdpa"], **CLOSE)
@@ -264,4 +273,5 @@ def test_bfloat16_on_cpu(tiny, image_inputs, attention):
 def test_image_features_have_num_image_tokens_embeddings(tiny):
     features = tiny.get_image_features(torch.randn(2, 3, 8, 8))
     assert features.pooler_output.shape == (2, tiny.config.num_image_tokens, 16)
-    assert features.last_hidden_state.shape == (2, 5, 8)
+    num_tokens = 4 + tiny.config.visual_config.visual_model.use_cls_token
+    assert features.last_hidden_state.shape == (2, num_tokens, 8)
