@@ -72,7 +72,7 @@ def test_steps_without_a_result_are_failed_or_timed_out(modules, tmp_path):
     steps = summary.collect(tmp_path)
     assert steps["golden"] == {"status": "passed", "values": {"a": 1}, "seconds": 7.0}
     assert steps["bits"] == {"status": "timed out", "seconds": 60.0, "reason": "time limit"}
-    assert steps["fsdp2"]["status"] == "failed"
+    assert steps["fsdp2"] == {"status": "failed", "seconds": 2.0, "reason": "exit code 139"}
 
 
 def gpu_check(folder, **environment):

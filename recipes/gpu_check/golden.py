@@ -19,7 +19,7 @@ from tests.model.golden import MODELS, inputs_of, load_cases, load_model
 CASES = ("text", "image", "two_images")
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 FLOAT32_ERROR = 1e-4
-BFLOAT16_ERROR = 0.05
+BFLOAT16_ERROR = 0.08  # 0.04 on CPUs
 
 
 def check(step: Step) -> None:

@@ -21,8 +21,7 @@ def collect(folder: Path) -> dict[str, dict[str, Any]]:
     for line in (folder / "steps.tsv").read_text().splitlines():
         name, code, seconds, reason = line.split("\t")
         result = {"status": STATUS.get(int(code), "failed"), "seconds": float(seconds)}
-        if reason:
-            result["reason"] = reason
+        result["reason"] = reason or f"exit code {code}"
         file = folder / f"{name}.json"
         if file.exists():
             result = json.loads(file.read_text()) | {"seconds": float(seconds)}
