@@ -131,8 +131,10 @@ class StoredDtypeLinear(nn.Linear):
     """A Linear whose weight keeps the 16 bits of its file where the computation is in float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., K) to (..., N), in the dtype of `x`."""
-        return functional.linear(x, self.weight.to(x.dtype), self.bias)
+        """(..., K) to (..., N), in the dtype of `x`, or in that of autocast."""
+        is_cast = torch.is_autocast_enabled(x.device.type)
+        weight = self.weight if is_cast else self.weight.to(x.dtype)
+        return functional.linear(x, weight, self.bias)
 
     def restore(self) -> None:
         """Become a Linear in float32, in place."""

@@ -1,12 +1,15 @@
 """The estimated memory is the measured memory of a run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from owl2.checkpoints.config_file import read_config
 from owl2.errors import ErrorCode
 from owl2.model.configuration import Owl2Config
+from owl2.quantization.quantize_checkpoint import quantize_checkpoint
 from owl2.train.estimate.hardware import Hardware
 from owl2.train.estimate.memory import (
     SampleStatistics,
@@ -20,6 +23,7 @@ from owl2.train.estimate.tracer import MemoryKind
 from tests.errors import raises_input_error
 from tests.tiny import make_config
 from tests.train.measured import SHALLOW, make_recipe, make_wide_world, measured_peak
+from tests.train.runs import load_model
 
 CPU = Hardware.from_options(gpus=0)
 FULL = Owl2Config(max_position_embeddings=4096)
@@ -76,6 +80,27 @@ def test_estimated_memory_equals_measured_memory(folder, tmp_path, monkeypatch, 
     estimated = run_on_meta(recipe, setup).memory(Sharding.NONE, 1).total()
     measured = measured_peak(recipe, monkeypatch)
     assert estimated == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
+def test_estimated_memory_of_a_quantized_checkpoint(folder, tmp_path, monkeypatch, dtype):
+    """Its file has 16-bit weights, as the released checkpoint."""
+    half = shutil.copytree(folder / "start", tmp_path / "half")
+    load_model(half, dtype=torch.bfloat16).save_pretrained(half)
+    quantized = quantize_checkpoint(half, tmp_path / "quantized")
+    recipe = make_recipe(
+        folder,
+        tmp_path / "run",
+        model=str(quantized),
+        lora={"r": 8},
+        gradient_checkpointing=True,
+        dtype=dtype,
+    )
+    setup = TrainingSetup(read_config(recipe.model), CPU)
+    memory = run_on_meta(recipe, setup).memory(Sharding.NONE, 1)
+    assert memory.total() == pytest.approx(measured_peak(recipe, monkeypatch), rel=0.15)
+    plain = run_on_meta(recipe, TrainingSetup(read_config(half), CPU)).memory(Sharding.NONE, 1)
+    assert memory[MemoryKind.WEIGHTS] < 0.6 * plain[MemoryKind.WEIGHTS]
 
 
 def small(tmp_path, **settings):

@@ -19,7 +19,7 @@ from owl2.engine.backends.native.build import available
 
 BITS = {"8bit": 8, "4bit": 4}
 GROUP = ops.GROUP
-BLOCK = 2**22  # weights that are quantized at a time: their temporary tensors take 100 MB
+BLOCK = 2**20  # weights that are quantized at a time, so that temporary tensors stay in the caches
 
 
 class QuantizedLinear(nn.Module):

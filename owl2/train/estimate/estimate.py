@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from owl2.errors import ErrorCode, InputError
+from owl2.train.estimate.hardware import MIB
 from owl2.train.estimate.memory import (
     Sharding,
     TrainingSetup,
@@ -26,6 +27,8 @@ from owl2.train.trainable import TrainableParams, summarize_trainable
 
 # FLOPs of mean lengths are traced for 100 samples, so that the mean number of images is a fraction.
 TRACED_SAMPLES = 100
+# Bytes of Python, torch, transformers and the buffers of their kernels.
+PROCESS_SIZE = 600 * MIB
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,16 @@ def estimate_training(recipe: Recipe, setup: TrainingSetup) -> TrainingEstimate:
         for sharding in shardings:
             if sharding is Sharding.ZERO3:  # the model is in 16 bits
                 run = run_on_meta(variant, setup)
-            memory[sharding, mode] = run.memory(sharding, devices)
+            memory[sharding, mode] = run.memory(sharding, devices) + process_memory(setup)
     trainable = summarize_trainable(prepared_model(recipe, config, half=False))
     compute = _compute(recipe, setup, flops)
     return TrainingEstimate(recipe, setup, trainable, batch_shape(recipe, setup), memory, compute)
+
+
+def process_memory(setup: TrainingSetup) -> Counter[MemoryKind]:
+    """The memory of a process on a CPU before it loads a model. A GPU has its own memory."""
+    on_cpu = setup.hardware.device_type == "cpu"
+    return Counter({MemoryKind.PROCESS: PROCESS_SIZE} if on_cpu else {})
 
 
 def _with(recipe: Recipe, **changes: object) -> Recipe:
@@ -203,7 +212,7 @@ def _try(arguments: list[str], recipe: Recipe, setup: TrainingSetup) -> Suggesti
 
     def required(size: int) -> int:
         run = run_on_meta(_with(recipe, gradient_accumulation_steps=samples // size), setup)
-        return run.memory(setup.sharding, hardware.devices).total()
+        return (run.memory(setup.sharding, hardware.devices) + process_memory(setup)).total()
 
     least = required(1)
     if not hardware.fits(least):

@@ -54,6 +54,7 @@ class MemoryKind(StrEnum):
     BACKWARD = "backward pass"  # recomputed activations and gradients of activations
     COMMUNICATION = "gathered layers, buckets"  # not in a trace
     BATCH = "batch"
+    PROCESS = "Python and libraries"  # not in a trace
 
 
 KINDS = tuple(MemoryKind)
