@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from owl2.checkpoints.config_file import read_config
 from owl2.checkpoints.hf_quantizer import UNQUANTIZED, Owl2QuantizationConfig
-from owl2.checkpoints.quantized_weights import WeightReader, round_to_nearest
+from owl2.checkpoints.lazy_weights import WeightReader
+from owl2.checkpoints.quantized_weights import round_to_nearest
 from owl2.checkpoints.weight_files import COMPUTED_KEYS
 from owl2.checkpoints.weight_names import module_name, released_name
 from owl2.engine.backends.weight_only_quantization import GROUP, pack

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from owl2.checkpoints.hf_quantizer import HEAD, UNQUANTIZED, Owl2QuantizationConfig
-from owl2.checkpoints.quantized_weights import EMBEDDINGS, WeightReader, round_to_nearest
+from owl2.checkpoints.lazy_weights import WeightReader
+from owl2.checkpoints.quantized_weights import EMBEDDINGS, round_to_nearest
 from owl2.checkpoints.weight_names import released_name
 from owl2.engine.backends.weight_only_quantization import GROUP
 from owl2.errors import ErrorCode, InputError
