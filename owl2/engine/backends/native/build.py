@@ -19,8 +19,16 @@ import torch  # noqa: F401  # loads the OpenMP library that the kernels share
 
 from owl2.runtime import openmp_library
 
-SOURCES = ("kernels.cpp", "attention.h", "simd.h", "matmul.h", "thread_pool.h")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-shared")
+SOURCES = (
+    "kernels.cpp",
+    "attention.h",
+    "integer_dot.h",
+    "matmul.h",
+    "quantized.h",
+    "simd.h",
+    "thread_pool.h",
+)
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fwrapv", "-fPIC", "-fopenmp", "-shared")
 
 
 class BuildError(Exception):

@@ -7,8 +7,10 @@
 //
 // Activations are float or bfloat16. Weights have the same type, or 8 or 4 bits with scales
 // (`weight_only_quantization.py`). Sums are in float. All arrays are row-major.
-// Vectors are those of the compiler (vector_size), so that every CPU is supported. Two instructions
-// have no such form, products of bfloat16 and of bytes; they are used where the CPU has them.
+// Vectors are those of the compiler (vector_size), so that every CPU is supported. Products of
+// bfloat16 and of integers have no such form; the instructions are used where the CPU has them.
+
+#include <initializer_list>
 
 #include "attention.h"
 #include "simd.h"
@@ -58,12 +60,22 @@ void swiglu(T* gate, const T* up, int64_t n) {
   }
 }
 
+// Tokens for products with these matrices; `values` is the largest number of values.
+inline QuantizedTokens tokens_for(std::initializer_list<const Matrix*> matrices, int64_t values,
+                                  int activation_bits) {
+  bool words = false, bytes = false;
+  for (const Matrix* matrix : matrices)
+    if (matrix->bits) (uses_bytes(matrix->bits, activation_bits) ? bytes : words) = true;
+  return {words || bytes ? values : 0, words, bytes};
+}
+
 // The intermediate results of a layer.
 template <class T>
 struct Workspace {
   std::vector<T> normed, query, key, value, attended, gate, up, added;
+  QuantizedTokens tokens;
 
-  explicit Workspace(const Layer& l)
+  Workspace(const Layer& l, int activation_bits)
       : normed(l.slots.M * l.D),
         query(l.slots.M * l.query.N),
         key(l.slots.M * l.key.N),
@@ -71,22 +83,27 @@ struct Workspace {
         attended(l.slots.M * l.query.N),
         gate(l.slots.M * l.gate.N),
         up(l.slots.M * l.up.N),
-        added(l.slots.M * l.D) {}
+        added(l.slots.M * l.D),
+        tokens(tokens_for({&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down},
+                          l.slots.M * std::max({l.D, l.query.N, l.gate.N}), activation_bits)) {}
 };
 
 // One layer for hidden (M, D) in place.
 template <class T>
 void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidden,
-                   QuantizedToken& token) {
+                   int activation_bits) {
   const int64_t M = l.slots.M;
   // Waits until all threads have computed x, and quantizes it if a matrix needs that.
   const auto ready = [&](const std::vector<T>& x, int64_t bits) {
     worker.wait();
-    if (bits && M == 1) token.quantize(x.data(), int64_t(x.size()));
+    if (!bits) return;
+    space.tokens.quantize(worker, x.data(), int64_t(x.size()), activation_bits);
+    worker.wait();
   };
   const auto product = [&](const Matrix& m, const std::vector<T>& x, std::vector<T>& y) {
     const Range range = worker.share(m.N, ROW_STEP);
-    m.multiply_range(range, x.data(), token, y.data(), M, int64_t(x.size()) / M);
+    m.multiply_range(range, x.data(), space.tokens, activation_bits, y.data(), M,
+                     int64_t(x.size()) / M);
     return range;
   };
   const auto add = [&](const Matrix& m, const std::vector<T>& x) {
@@ -118,42 +135,33 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
 }
 
 template <class T>
-void decoder_layers(const Layer* layers, int64_t count, T* hidden, int threads) {
-  Workspace<T> space(*layers);
+void decoder_layers(const Layer* layers, int64_t count, T* hidden, int activation_bits,
+                    int threads) {
+  Workspace<T> space(*layers, activation_bits);
   parallel(threads, [&](Worker worker) {
-    QuantizedToken token;
-    for (int64_t i = 0; i < count; i++) decoder_layer(worker, layers[i], space, hidden, token);
+    for (int64_t i = 0; i < count; i++)
+      decoder_layer(worker, layers[i], space, hidden, activation_bits);
   });
 }
 
 template <class T>
-void linear(const Matrix& matrix, const T* x, T* y, int64_t M, int64_t K, int threads) {
+void linear(const Matrix& matrix, const T* x, T* y, int64_t M, int64_t K, int activation_bits,
+            int threads) {
+  QuantizedTokens tokens = tokens_for({&matrix}, M * K, activation_bits);
   parallel(threads, [&](Worker worker) {
-    QuantizedToken token;
-    if (matrix.bits && M == 1) token.quantize(x, K);
-    matrix.multiply_range(worker.share(matrix.N, ROW_STEP), x, token, y, M, K);
+    if (matrix.bits) {
+      tokens.quantize(worker, x, M * K, activation_bits);
+      worker.wait();
+    }
+    matrix.multiply_range(worker.share(matrix.N, ROW_STEP), x, tokens, activation_bits, y, M, K);
   });
-}
-
-template <class Weights, class T>
-void dequantize(Range range, const Weights& weights, T* out, int64_t K) {
-  for (int64_t n = range.from; n < range.to; n++) {
-    weights.dequantize(n, out + n * K);
-    const float factor = weights.factor(n);
-    if (factor != 1)
-      for (int64_t k = 0; k < K; k++) store(out + n * K + k, to_float(out[n * K + k]) * factor);
-  }
 }
 
 template <class T>
 void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
-  const auto* bytes = static_cast<const uint8_t*>(matrix.w);
   parallel(threads, [&](Worker worker) {
-    const Range range = worker.share(matrix.N, 1);
-    if (matrix.bits == 8)
-      dequantize(range, Int8Weight{bytes, matrix.scale, K}, out, K);
-    else
-      dequantize(range, Int4Weight{bytes, matrix.scale, K}, out, K);
+    const auto [from, to] = worker.share(matrix.N, 1);
+    for (int64_t n = from; n < to; n++) matrix.quantized(K).dequantize(n, out + n * K);
   });
 }
 }  // namespace
@@ -162,8 +170,8 @@ void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
 // `Product<T>::STEP`; `ops.py` ensures it.
 #define EXPORT(T, NAME)                                                                           \
   extern "C" void linear_##NAME(const Matrix* matrix, const T* x, T* y, int64_t M, int64_t K,     \
-                                int64_t threads) {                                                \
-    linear(*matrix, x, y, M, K, threads);                                                         \
+                                int64_t activation_bits, int64_t threads) {                       \
+    linear(*matrix, x, y, M, K, activation_bits, threads);                                                         \
   }                                                                                               \
   extern "C" void dequantize_##NAME(const Matrix* matrix, T* out, int64_t K, int64_t threads) {   \
     dequantize(*matrix, out, K, threads);                                                         \
@@ -186,8 +194,8 @@ void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
     });                                                                                           \
   }                                                                                               \
   extern "C" void decoder_layers_##NAME(const Layer* layers, int64_t count, T* hidden,            \
-                                        int64_t threads) {                                        \
-    decoder_layers(layers, count, hidden, threads);                                               \
+                                        int64_t activation_bits, int64_t threads) {               \
+    decoder_layers(layers, count, hidden, activation_bits, threads);                                               \
   }
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)

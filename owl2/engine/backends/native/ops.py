@@ -90,15 +90,18 @@ def linear(
     bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     bits: int = 0,
+    activation_bits: int = 16,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias`` for few tokens: (M, K), contiguous, to (M, N).
+    """``x @ weight.T + bias``: (M, K), contiguous, to (M, N); without `bits`, for few tokens.
 
     Args:
         weight: (N, K) in the dtype of x; with `bits`, uint8: (N, K) of 8 or (N, K / 2) of 4 bits.
         scale: With `bits`, float32: (N,) for 8 bits, (N, K / 64) for 4.
+        activation_bits: With `bits`, 16 or 8: of the integers to which x is converted.
     """
     y = x.new_empty(len(x), len(weight))
-    _call("linear", y, y.numel() * x.shape[1], matrix(weight, bias, scale, bits), x, y, *x.shape)
+    matrix_ = matrix(weight, bias, scale, bits)
+    _call("linear", y, y.numel() * x.shape[1], matrix_, x, y, *x.shape, activation_bits)
     return y
 
 
@@ -148,12 +151,25 @@ def attention(
     return out
 
 
-def decoder_layers(hidden: torch.Tensor, layers: Sequence[Layer]) -> None:
-    """Decoder layers of the same shape, one after the other, for hidden (M, D) in place."""
+def decoder_layers(
+    hidden: torch.Tensor, layers: Sequence[Layer], activation_bits: int = 16
+) -> None:
+    """Decoder layers of the same shape, one after the other, for hidden (M, D) in place.
+
+    `activation_bits` is for quantized weights, see `linear`.
+    """
     first = layers[0]
     matrices = (first.query, first.key, first.value, first.output, first.gate, first.up, first.down)
     work = sum(matrix.rows for matrix in matrices) * hidden.numel()  # of one layer
-    _call("decoder_layers", hidden, work, (Layer * len(layers))(*layers), len(layers), hidden)
+    _call(
+        "decoder_layers",
+        hidden,
+        work,
+        (Layer * len(layers))(*layers),
+        len(layers),
+        hidden,
+        activation_bits,
+    )
 
 
 def _call(name: str, typed: torch.Tensor, work: int, *arguments: Any) -> None:

@@ -11,7 +11,9 @@
 namespace {
 
 // Floats in a vector, which is one register: compilers split larger ones badly.
-#if defined(__AVX512F__)
+#if defined(OWL2_PORTABLE)  // for tests, see integer_dot.h
+constexpr int WIDTH = OWL2_PORTABLE;
+#elif defined(__AVX512F__)
 constexpr int WIDTH = 16;
 #elif defined(__AVX__)
 constexpr int WIDTH = 8;
@@ -23,7 +25,6 @@ typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 typedef uint8_t Octets __attribute__((vector_size(WIDTH)));
-typedef int8_t Signed __attribute__((vector_size(WIDTH)));
 
 struct bf16 {
   uint16_t bits;
@@ -67,11 +68,6 @@ inline void store(bf16* p, Floats v) {
   const Halves h = __builtin_convertvector(v != v ? Bits{} + 0x7fc0 : whole, Halves);
   std::memcpy(p, &h, sizeof h);
 #endif
-}
-inline int64_t sum(Ints v) {
-  int64_t total = 0;
-  for (int i = 0; i < WIDTH; i++) total += v[i];
-  return total;
 }
 
 #if defined(__AVX512F__)
@@ -122,10 +118,6 @@ inline Floats sums(const Floats (&v)[WIDTH]) {
 
 // Rounds values below 2^22 to the nearest integer: 1.5 * 2^23 leaves no bits for fractions.
 inline Ints rounded(Floats v) { return (Ints)(v + 12582912.f) - 0x4b400000; }
-inline void store(int8_t* p, Ints v) {
-  const Signed narrow = __builtin_convertvector(v, Signed);
-  std::memcpy(p, &narrow, sizeof narrow);
-}
 
 // e^x except for the last bits: 2^n times a power series of the rest r, |r| < 0.35. The result is 0
 // below -87; x is at most 88.
@@ -161,48 +153,5 @@ struct Product<bf16> {
                                     (__m512bh)_mm512_loadu_si512(x));
   }
 };
-#endif
-
-// 64 bytes. `add` sums their products in lanes, in an order that depends on the CPU; w is unsigned, x
-// is signed.
-#if defined(__AVX512VNNI__)
-typedef __m512i Bytes;
-inline Bytes bytes(const void* p) { return _mm512_loadu_si512(p); }
-inline Bytes nibbles(const uint8_t* p) {  // 32 bytes to 64 values: low halves, then high halves
-  const __m256i both = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi8(15);
-  const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(both, mask)), second, 1);
-}
-inline Ints add(Ints acc, Bytes w, Bytes x) {
-  return (Ints)_mm512_dpbusd_epi32((__m512i)acc, w, x);
-}
-#else
-struct Bytes {
-  uint8_t b[64];
-};
-inline Bytes bytes(const void* p) {
-  Bytes v;
-  std::memcpy(v.b, p, 64);
-  return v;
-}
-inline Bytes nibbles(const uint8_t* p) {
-  Bytes v;
-  for (int i = 0; i < 32; i++) v.b[i] = p[i] & 15, v.b[32 + i] = p[i] >> 4;
-  return v;
-}
-inline Ints add(Ints acc, const Bytes& w, const Bytes& x) {
-#if defined(__AVX512BW__)
-  for (int i = 0; i < 64; i += 32)
-    acc += (Ints)_mm512_madd_epi16(_mm512_cvtepu8_epi16(*(const __m256i_u*)(w.b + i)),
-                                   _mm512_cvtepi8_epi16(*(const __m256i_u*)(x.b + i)));
-#elif defined(__AVX2__)
-  for (int i = 0; i < 64; i += 16)
-    acc += (Ints)_mm256_madd_epi16(_mm256_cvtepu8_epi16(*(const __m128i_u*)(w.b + i)),
-                                   _mm256_cvtepi8_epi16(*(const __m128i_u*)(x.b + i)));
-#else
-  for (int i = 0; i < 64; i++) acc[i % WIDTH] += int32_t(w.b[i]) * int8_t(x.b[i]);
-#endif
-  return acc;
-}
 #endif
 }  // namespace

@@ -1,0 +1,327 @@
+// Matrix products with quantized weights, in integers.
+//   x (M, K) tokens   w (N, K) weight of a Linear   y (M, N)   G = K / 64 groups
+//
+// The values of a token are quantized to 16 or 8 bits, with a scale for every 64 values (a group). 16
+// bits are at least as precise as bfloat16. The products of a group are summed exactly in integers;
+// the sums of the groups are added in float, in the same order for any number of tokens.
+//
+// A panel is a part of the weight, PANEL rows by up to PANEL_GROUPS groups, in the CPU cache. Lane i
+// of its vectors belongs to row i, so that no sum crosses lanes. A vector has
+//   words: for each row two 16-bit values. Of every four values, the first vector has values 0 and 2,
+//          the second has 1 and 3: a mask extracts them from bytes. Tokens have the same order.
+//   bytes: for each row four 8-bit values.
+// For 4 bits, the vectors of the lower halves of a group precede those of the upper halves.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "integer_dot.h"
+#include "simd.h"
+#include "thread_pool.h"
+
+namespace {
+constexpr int GROUP = 64;
+
+// ---------------------------------------------------------------- tokens
+
+// Tokens as integers. `sums` are those of the integers of a group.
+struct QuantizedTokens {
+  std::vector<int16_t> words;
+  std::vector<int8_t> bytes;
+  std::vector<float> scales;  // (M, G)
+  std::vector<int32_t> sums;  // (M, G)
+
+  // The widest M tokens that will be quantized.
+  QuantizedTokens(int64_t values, bool with_words, bool with_bytes)
+      : words(with_words ? values : 0),
+        bytes(with_bytes ? values : 0),
+        scales(values / GROUP),
+        sums(values / GROUP) {}
+
+  // This thread's part of x, which has `values` values.
+  template <class T>
+  void quantize(const Worker& worker, const T* x, int64_t values, int bits) {
+    const auto [from, to] = worker.share(values / GROUP, 1);
+    for (int64_t g = from; g < to; g++) quantize_group(x + g * GROUP, g, bits);
+  }
+
+ private:
+  template <class T>
+  void quantize_group(const T* x, int64_t g, int bits) {
+    const float limit = bits == 8 ? 127 : 32767;
+    Floats maxima = {};
+    Ints finite = Ints{} - 1;
+    for (int i = 0; i < GROUP; i += WIDTH) {
+      const Floats v = load(x + i), size = v < 0.f ? -v : v;
+      maxima = maxima > size ? maxima : size;
+      finite &= size <= std::numeric_limits<float>::max();
+    }
+    float maximum = 0;
+    bool all_finite = true;
+    for (int i = 0; i < WIDTH; i++)
+      maximum = std::max(maximum, maxima[i]), all_finite &= finite[i] != 0;
+    // Values that are not finite make the products NaN.
+    scales[g] = all_finite ? maximum / limit : std::numeric_limits<float>::quiet_NaN();
+    const float inverse = all_finite && maximum > 0 ? limit / maximum : 0;
+    int32_t values[GROUP] = {};
+    Ints sum = {};
+    for (int i = 0; i < GROUP && inverse != 0; i += WIDTH) {
+      const Ints v = rounded(load(x + i) * inverse);
+      store_ints(values + i, v);
+      sum += v;
+    }
+    sums[g] = 0;
+    for (int i = 0; i < WIDTH; i++) sums[g] += sum[i];
+    if (!bytes.empty())
+      for (int i = 0; i < GROUP; i++) bytes[g * GROUP + i] = int8_t(values[i]);
+    if (!words.empty())
+      for (int i = 0; i < GROUP; i += 4) {
+        int16_t* out = &words[g * GROUP + i];
+        out[0] = int16_t(values[i]), out[1] = int16_t(values[i + 2]);
+        out[2] = int16_t(values[i + 1]), out[3] = int16_t(values[i + 3]);
+      }
+  }
+};
+
+// ---------------------------------------------------------------- kinds of products
+// STEPS vectors have the values of a group. SUMMED products are added to a Partial sum, which `add`
+// then adds to a sum.
+
+struct Words {
+  typedef int16_t Value;
+  static constexpr int STEPS = 32, SUMMED = 32;
+  static Ints dot(Ints acc, Ints w, Ints x) { return dot_words(acc, w, x); }
+  static const Value* values(const QuantizedTokens& x) { return x.words.data(); }
+};
+#if OWL2_BYTE_DOT
+struct Bytes {
+  typedef int8_t Value;
+  static constexpr int STEPS = 16, SUMMED = 16;
+  static Ints dot(Ints acc, Ints w, Ints x) { return dot_bytes(acc, w, x); }
+  static const Value* values(const QuantizedTokens& x) { return x.bytes.data(); }
+};
+#else
+struct Bytes {  // of weights with 4 bits only
+  typedef int8_t Value;
+  static constexpr int STEPS = 16, SUMMED = BYTE_STEPS;
+  static Ints dot(Ints acc, Ints w, Ints x) { return dot_nibbles(acc, w, x); }
+  static const Value* values(const QuantizedTokens& x) { return x.bytes.data(); }
+};
+#endif
+
+// Whether the products with a weight are those of bytes.
+inline bool uses_bytes(int64_t bits, int64_t activation_bits) {
+  return activation_bits == 8 && (bits == 4 || (bits == 8 && OWL2_BYTE_DOT));
+}
+
+// ---------------------------------------------------------------- weights
+
+// (N, K) integers with an offset. 8 bits: one scale for each row. 4 bits: one for each group; byte i
+// of a group has the values i and i + 32.
+struct QuantizedWeight {
+  const uint8_t* w;
+  const float* scale;
+  int64_t bits, N, K;
+
+  int64_t row_bytes() const { return K * bits / 8; }
+  const float* row_scales(int64_t n) const { return scale + (bits == 8 ? n : n * (K / GROUP)); }
+
+  template <class T>
+  void dequantize(int64_t n, T* out) const {
+    const uint8_t* row = w + n * row_bytes();
+    for (int64_t k = 0; k < K; k += WIDTH) {
+      uint8_t values[WIDTH];
+      const int64_t at = k % GROUP, byte = bits == 8 ? k : k / GROUP * 32 + at % 32;
+      for (int i = 0; i < WIDTH; i++)
+        values[i] = bits == 8 ? row[byte + i] : row[byte + i] >> (at < 32 ? 0 : 4) & 15;
+      const float offset = bits == 8 ? 128 : 8;
+      store(out + k, (load(values) - offset) * row_scales(n)[bits == 8 ? 0 : k / GROUP]);
+    }
+  }
+};
+
+// The WIDTH rows from n on, one per lane; rows from `end` on repeat the last one.
+struct LaneRows {
+  const uint8_t *values[WIDTH], *scales[WIDTH];
+
+  LaneRows(const QuantizedWeight& weight, int64_t n, int64_t end) {
+    for (int i = 0; i < WIDTH; i++) {
+      const int64_t row = std::min(n + i, end - 1);
+      values[i] = weight.w + row * weight.row_bytes();
+      scales[i] = reinterpret_cast<const uint8_t*>(weight.row_scales(row));
+    }
+  }
+
+  // The scales of groups g … g + 4, or of fewer at the end.
+  template <int BITS>
+  void load_scales(int64_t g, int64_t G, Floats (&out)[4]) const {
+    Ints columns[4];
+    if (BITS == 4 && g + 4 <= G) {
+      load_columns(scales, 4 * g, columns);
+      std::memcpy(out, columns, sizeof out);
+      return;
+    }
+    for (int64_t j = 0; j < std::min<int64_t>(4, G - g); j++)
+      for (int i = 0; i < WIDTH; i++)
+        std::memcpy((char*)&out[j] + 4 * i, scales[i] + (BITS == 4 ? 4 * (g + j) : 0), 4);
+  }
+
+  // Calls `use` with the vectors of a group as operands of Dot, and with their indices.
+  template <int BITS, class Dot, class Use>
+  inline __attribute__((always_inline)) void unpack(int64_t g, const Use& use) const {
+    constexpr int BYTES = GROUP * BITS / 8, MASK = (1 << BITS) - 1;
+#pragma GCC unroll 4
+    for (int at = 0; at < BYTES; at += 16) {
+      Ints columns[4];
+      load_columns(values, g * BYTES + at, columns);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 8 / BITS; half++) {
+          const auto shifted = [&](int bits) { return (Ints)((Bits)columns[i] >> bits); };
+          const int first = (half * GROUP / 2 + at + 4 * i) * Dot::STEPS / GROUP;
+          if constexpr (Dot::STEPS == 32) {
+            use(first, shifted(4 * half) & (MASK | MASK << 16));
+            use(first + 1, shifted(4 * half + 8) & (MASK | MASK << 16));
+          } else if constexpr (BITS == 4) {
+            use(first, shifted(4 * half) & 0x0f0f0f0f);
+          } else {
+            use(first, BYTE_OFFSET ? columns[i] : columns[i] ^ int32_t(0x80808080));
+          }
+        }
+    }
+  }
+};
+
+template <int BITS, class Dot>
+constexpr int32_t OFFSET = BITS == 4 ? 8 : Dot::STEPS == 16 ? BYTE_OFFSET : 128;
+
+constexpr int VECTORS = WIDTH == 4 ? 4 : 2, PANEL = VECTORS * WIDTH;
+constexpr int PANEL_GROUPS = 8;
+
+template <class Dot>
+struct Panel {
+  Ints w[PANEL_GROUPS][Dot::STEPS][VECTORS];
+  Floats scales[PANEL_GROUPS][VECTORS];
+
+  // Groups g … g + count of the rows from n on.
+  template <int BITS>
+  __attribute__((noinline)) void load(const QuantizedWeight& weight, int64_t n, int64_t end,
+                                      int64_t g, int64_t count) {
+    for (int v = 0; v < VECTORS; v++) {
+      const LaneRows rows(weight, n + v * WIDTH, end);
+      for (int64_t j = 0; j < count; j++) {
+        rows.unpack<BITS, Dot>(g + j, [&](int step, Ints x) { w[j][step][v] = x; });
+        if (j % 4) continue;
+        Floats four[4];
+        rows.load_scales<BITS>(g + j, g + count, four);
+        for (int64_t i = j; i < std::min(j + 4, count); i++) scales[i][v] = four[i - j];
+      }
+    }
+  }
+};
+
+// ---------------------------------------------------------------- products
+
+// Adds the products of a panel and COUNT tokens to acc (COUNT, PANEL). `g` is the first group of the
+// first token; `offset` is that of the weights.
+template <int COUNT, class Dot>
+void multiply_panel(const Panel<Dot>& panel, int64_t groups, const QuantizedTokens& x, int64_t g,
+                    int64_t G, int32_t offset, float* acc) {
+  const auto* values = Dot::values(x) + g * GROUP;
+  constexpr int PER_VECTOR = GROUP / Dot::STEPS;
+  for (int64_t j = 0; j < groups; j++) {
+    Ints sums[COUNT][VECTORS];
+    for (int m = 0; m < COUNT; m++)
+      for (int v = 0; v < VECTORS; v++) sums[m][v] = broadcast(-offset * x.sums[g + m * G + j]);
+    for (int from = 0; from < Dot::STEPS; from += Dot::SUMMED) {
+      Ints partial[COUNT][VECTORS];
+      for (int m = 0; m < COUNT; m++)
+        for (int v = 0; v < VECTORS; v++)
+          partial[m][v] = Dot::SUMMED == Dot::STEPS ? sums[m][v] : Ints{};
+#pragma GCC unroll 4
+      for (int s = from; s < from + Dot::SUMMED; s++)
+        for (int m = 0; m < COUNT; m++) {
+          const Ints token = broadcast_ints(values + (m * G + j) * GROUP + s * PER_VECTOR);
+          for (int v = 0; v < VECTORS; v++)
+            partial[m][v] = Dot::dot(partial[m][v], panel.w[j][s][v], token);
+        }
+      for (int m = 0; m < COUNT; m++)
+        for (int v = 0; v < VECTORS; v++)
+          sums[m][v] = Dot::SUMMED == Dot::STEPS ? partial[m][v] : sums[m][v] + widened(partial[m][v]);
+    }
+    for (int m = 0; m < COUNT; m++)
+      for (int v = 0; v < VECTORS; v++) {
+        float* out = acc + m * PANEL + v * WIDTH;
+        const Floats factor = panel.scales[j][v] * x.scales[g + m * G + j];
+        store(out, load(out) + __builtin_convertvector(sums[m][v], Floats) * factor);
+      }
+  }
+}
+
+// The products of WIDTH rows and one token, without a panel; the same values as `multiply_panel`.
+template <int BITS, class Dot>
+Floats multiply_rows(const QuantizedWeight& weight, int64_t n, int64_t end,
+                     const QuantizedTokens& x) {
+  constexpr int PARTS = Dot::STEPS / Dot::SUMMED, PER_VECTOR = GROUP / Dot::STEPS;
+  constexpr int64_t BYTES = GROUP * BITS / 8;
+  const LaneRows rows(weight, n, end);
+  const auto* values = Dot::values(x);
+  const int64_t G = weight.K / GROUP;
+  Floats acc = {}, scales[4];
+  for (int64_t g = 0; g < G; g++) {
+    if (g % 4 == 0) rows.load_scales<BITS>(g, G, scales);
+    if (n + 2 * WIDTH <= end)  // the next rows, in the order of memory
+      for (int64_t i = 0; i < WIDTH * BYTES; i += 64)
+        __builtin_prefetch(weight.w + ((n + WIDTH) * G + g * WIDTH) * BYTES + i, 0, 2);
+    Ints parts[PARTS] = {};
+    rows.unpack<BITS, Dot>(g, [&](int step, Ints w) {
+      Ints& part = parts[step / Dot::SUMMED];
+      part = Dot::dot(part, w, broadcast_ints(values + g * GROUP + step * PER_VECTOR));
+    });
+    Ints sum = broadcast(-OFFSET<BITS, Dot> * x.sums[g]);
+    for (int i = 0; i < PARTS; i++) sum += PARTS == 1 ? parts[i] : widened(parts[i]);
+    acc = acc + __builtin_convertvector(sum, Floats) * (scales[g % 4] * x.scales[g]);
+  }
+  return acc;
+}
+
+// The rows `range` of y = x w^T + bias.
+template <int BITS, class Dot, class T>
+void multiply_quantized(Range range, const QuantizedWeight& weight, const QuantizedTokens& x,
+                        const T* bias, T* y, int64_t M) {
+  constexpr int TOKENS = WIDTH == 16 ? 8 : 4;
+  thread_local std::vector<float> workspace;
+  workspace.resize(M * PANEL);
+  float* const sums = workspace.data();
+  Panel<Dot> panel;
+  const int64_t G = weight.K / GROUP;
+  for (int64_t n = range.from; n < range.to; n += PANEL) {
+    if (M == 1)
+      for (int v = 0; v < VECTORS; v++)
+        store(sums + v * WIDTH, multiply_rows<BITS, Dot>(weight, n + v * WIDTH, range.to, x));
+    else
+      std::fill_n(sums, M * PANEL, 0.f);
+    for (int64_t g = 0; g < G && M > 1; g += PANEL_GROUPS) {
+      const int64_t groups = std::min<int64_t>(PANEL_GROUPS, G - g);
+      panel.template load<BITS>(weight, n, range.to, g, groups);
+      int64_t m = 0;
+      const auto multiply = [&]<int COUNT>() {
+        multiply_panel<COUNT>(panel, groups, x, m * G + g, G, OFFSET<BITS, Dot>, sums + m * PANEL);
+        m += COUNT;
+      };
+      while (m + TOKENS <= M) multiply.template operator()<TOKENS>();
+      if (TOKENS == 8 && m + 4 <= M) multiply.template operator()<4>();
+      if (m + 2 <= M) multiply.template operator()<2>();
+      if (m < M) multiply.template operator()<1>();
+    }
+    const int64_t count = std::min<int64_t>(PANEL, range.to - n);
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t i = 0; i < count; i++)
+        store(y + m * weight.N + n + i,
+              sums[m * PANEL + i] + (bias ? to_float(bias[n + i]) : 0));
+  }
+}
+}  // namespace
