@@ -29,6 +29,8 @@ class ModelArgs:
             with `weight_only_quantization`, on a GPU with bitsandbytes.
         base: For an adapter: the base model, instead of the one that the adapter names.
         attn_implementation: eager, sdpa or flash_attention_2.
+        activation_bits: 16 or 8: with weights quantized by owl2 on a CPU, the integers to which
+            the inputs of their Linears are converted. 8 is faster and less precise.
     """
 
     model: str | Path
@@ -39,6 +41,7 @@ class ModelArgs:
     quantize: str | None = None
     base: str | Path | None = None
     attn_implementation: str | None = None
+    activation_bits: int = 16
 
     def load_processor(self) -> Owl2Processor:
         """The processor of the checkpoint."""

@@ -1,4 +1,4 @@
-"""The CPU kernels equal torch's operations; their compilation."""
+"""The CPU kernels equal torch's operations; their compilation and the choice of a variant."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from owl2.engine.backends.native import build, ops
+from owl2.engine.backends.native import build, ops, variants
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("three_threads")
@@ -38,35 +38,78 @@ def test_linear(dtype, tokens, rows, width):
     assert_near(ops.linear(x, weight, bias), expected + bias.double(), dtype)
 
 
+def quantized_linear(rows, width, bits, dtype=torch.float32):
+    linear = torch.nn.Linear(width, rows)
+    with torch.no_grad():
+        linear.weight.copy_(random(rows, width))
+    return QuantizedLinear(linear.to(dtype), bits)
+
+
+def exact_product(x, quantized, activation_bits):
+    """What the kernels compute, except for rounding in float: integers times integers."""
+    limit = 127 if activation_bits == 8 else 32767
+    groups = F.pad(x, (0, quantized.padding)).float().unflatten(1, (-1, 64))
+    maxima = groups.abs().amax(2, keepdim=True)
+    integers = (groups * (limit / maxima.clamp(min=1e-30))).round()
+    tokens = (integers.double() * (maxima / limit).double()).flatten(1)[:, : x.shape[1]]
+    y = F.linear(tokens, quantized.dequantize(torch.float64))
+    return y if quantized.bias is None else y + quantized.bias.double()
+
+
+@DTYPES
+@pytest.mark.parametrize("activation_bits", [16, 8])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("rows", "width"), [(64, 64), (129, 192), (3, 1088), (40, 96)])
+def test_quantized_linear(dtype, bits, activation_bits, rows, width):
+    quantized = quantized_linear(rows, width, bits, dtype)
+    quantized.activation_bits = activation_bits
+    x = random(21, width, dtype=dtype)
+    ours = quantized(x)
+    assert ours.dtype == dtype
+    exact = exact_product(x, quantized, activation_bits)
+    bound = {torch.float32: 2e-5, torch.bfloat16: 8e-3}[dtype]
+    assert (ours.double() - exact).abs().max() < bound * exact.abs().max()
+    plain = F.linear(x.double(), quantized.dequantize(torch.float64), quantized.bias.double())
+    bound = {16: max(bound, 1e-4), 8: 2e-2}[activation_bits]
+    assert (ours.double() - plain).abs().max() < bound * plain.abs().max()
+    # Alone or in a batch, the result of a token is the same.
+    for count in (1, 2, 3, 8, 15):
+        assert torch.equal(quantized(x[:count]), ours[:count])
+
+
 @DTYPES
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
-@pytest.mark.parametrize(("rows", "width"), [(64, 64), (129, 192), (3, 1024)])
-def test_quantized_linear(dtype, bits, tokens, rows, width):
-    linear = torch.nn.Linear(width, rows)
-    torch.nn.init.normal_(linear.weight)
-    quantized = QuantizedLinear(linear.to(dtype), bits)
-    x = random(tokens, width, dtype=dtype)
-    expected = F.linear(x.double(), quantized.dequantize(torch.float64), linear.bias.double())
-    bound = {torch.float32: 2e-4, torch.bfloat16: 1e-2}[
-        dtype
-    ]  # a single token is quantized to 16 bits
-    ours = ops.linear(x, quantized.weight, quantized.bias, quantized.scale, bits)
-    assert ours.dtype == dtype
-    assert (ours.double() - expected).abs().max() < bound * expected.abs().max()
-    dequantized = ops.dequantize(quantized.weight, quantized.scale, bits, width, dtype)
-    assert_near(dequantized, quantized.dequantize(torch.float64), dtype)
+def test_dequantize(dtype, bits):
+    quantized = quantized_linear(10, 192, bits)
+    ours = ops.dequantize(quantized.weight, quantized.scale, bits, 192, dtype)
+    assert torch.equal(ours, quantized.dequantize(dtype))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_widths_that_need_padding(bits, tokens, monkeypatch):
-    quantized = QuantizedLinear(torch.nn.Linear(96, 10), bits)
+@pytest.mark.parametrize("tokens", [1, 3, 100])
+def test_without_kernels_the_weight_is_dequantized(bits, tokens, monkeypatch):
+    quantized = quantized_linear(10, 96, bits)
     x = random(2, tokens, 96)
     native = quantized(x)
     monkeypatch.setattr("owl2.engine.backends.weight_only_quantization.available", lambda: False)
     assert native.shape == (2, tokens, 10)
     torch.testing.assert_close(native, quantized(x), atol=1e-3, rtol=0)
+
+
+def test_many_tokens_do_not_dequantize_the_weight(monkeypatch):
+    quantized = quantized_linear(64, 64, 4)
+    monkeypatch.setattr(QuantizedLinear, "dequantize", None)
+    assert quantized(random(1000, 64)).shape == (1000, 64)
+
+
+@pytest.mark.parametrize("activation_bits", [16, 8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_make_their_token_nan(value, activation_bits):
+    quantized = quantized_linear(8, 128, 4)
+    quantized.activation_bits = activation_bits
+    x = random(3, 128)
+    x[1, 70] = value
+    assert quantized(x).isnan().all(1).tolist() == [False, True, False]
 
 
 def test_a_token_of_zeros_and_one_with_an_outlier():
@@ -77,7 +120,7 @@ def test_a_token_of_zeros_and_one_with_an_outlier():
     x[0, 3] = 1000.0
     expected = F.linear(x, quantized.dequantize(torch.float32))
     ours = ops.linear(x, quantized.weight, None, quantized.scale, 8)
-    assert (ours - expected).abs().max() < 2e-4 * expected.abs().max()
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @DTYPES
@@ -89,11 +132,12 @@ def test_rms_norm(dtype):
 @pytest.fixture
 def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", build.FLAGS[1:])  # without -O3, which takes many seconds
-    for function in (build.library, build.available):
+    # -O3 takes many seconds.
+    monkeypatch.setattr(variants, "FLAGS", variants.FLAGS[1:])
+    for function in (build.kernels, build.available):
         function.cache_clear()
     yield tmp_path / "owl2"
-    for function in (build.library, build.available):
+    for function in (build.kernels, build.available):
         function.cache_clear()
 
 
@@ -101,7 +145,7 @@ def test_the_library_is_compiled_once(empty_cache, capfd, monkeypatch):
     assert build.available()
     assert "compiling the CPU kernels" in capfd.readouterr().err
     [library] = empty_cache.glob("kernels-*.so")
-    build.library.cache_clear()
+    build.kernels.cache_clear()
     monkeypatch.setattr(build, "compile_into", None)  # not called by the second start
     build.library()
     assert capfd.readouterr().err == ""
@@ -133,13 +177,49 @@ def test_a_cache_that_cannot_be_written(empty_cache, monkeypatch):
         build.library()
 
 
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ("", "x86-64-v4-bf16"),
+        ("avx512_bf16", "x86-64-v4-vnni"),
+        ("avx512_vnni", "x86-64-v4"),
+        ("avx512f", "x86-64-v3-vnni"),
+        ("avx512f avx_vnni", "x86-64-v3"),
+        ("avx512f avx_vnni fma", "x86-64-v2"),
+        ("avx512f avx_vnni fma ssse3", None),
+    ],
+)
+def test_the_variant_is_the_best_that_the_cpu_supports(missing, expected, monkeypatch, tmp_path):
+    known = variants.VARIANTS["x86_64"]
+    flags = {flag for _, required in known.values() for flag in required.split()}
+    monkeypatch.setattr(variants, "machine_variants", lambda: known)
+    monkeypatch.setattr(variants, "cpu_flags", lambda: frozenset(flags - set(missing.split())))
+    monkeypatch.setattr(variants, "LIBRARIES", tmp_path)
+    assert variants.packaged_variant() is None  # not in a wheel
+    for name in known:
+        (tmp_path / f"{name}.so").touch()
+    found = variants.packaged_variant()
+    assert (found and found.stem) == expected
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processor", ["haswell", "x86-64-v2"])  # vectors of 8 and of 4 values
-def test_processors_without_special_instructions(processor, tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "-march=haswell",
+        "-march=x86-64-v2",
+        # The layouts of other CPUs, without their instructions: AVX-512, and bytes with VNNI.
+        "-march=x86-64-v3 -DOWL2_PORTABLE=16 -DOWL2_BYTE_DOT=0",
+        "-march=x86-64-v3 -DOWL2_PORTABLE=16 -DOWL2_BYTE_DOT=1",
+        "-march=x86-64-v3 -DOWL2_PORTABLE=8 -DOWL2_BYTE_DOT=1",
+        "-march=x86-64-v3 -DOWL2_PORTABLE=4 -DOWL2_BYTE_DOT=1",
+    ],
+)
+def test_processors_without_special_instructions(flags, tmp_path):
     code = f"""
 import sys, pytest
 from owl2.engine.backends.native import build
-build.FLAGS = tuple("-march={processor}" if f == "-march=native" else f for f in build.FLAGS)
+build.NATIVE = tuple("{flags}".split())
 tests = ["tests/engine/test_native.py", "tests/engine/test_model_runner.py"]
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", *tests]))
 """

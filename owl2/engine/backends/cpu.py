@@ -80,7 +80,8 @@ def run_layers(
     is_short = len(hidden) <= ops.MAX_TOKENS and not tokens.num_visual
     if is_short and all(_is_supported(layer, hidden.dtype) for layer in layers):
         pairs = zip(layers, cache, strict=True)
-        ops.decoder_layers(hidden, [_arguments(*pair, tokens) for pair in pairs])
+        bits = getattr(layers[0].mlp.down_proj, "activation_bits", 16)
+        ops.decoder_layers(hidden, [_arguments(*pair, tokens) for pair in pairs], bits)
         return hidden
     for layer, own_cache in zip(layers, cache, strict=True):
         hidden = _run_layer(layer, hidden, own_cache, tokens)

@@ -2,8 +2,10 @@
 
 Each generated token reads every weight once, so half the bytes give nearly twice the speed.
 Weights of 8 bits have one scale for each row, weights of 4 bits one for each 64 values of a row.
-Activations are not quantized. The vision encoder and the abstractor are not quantized, and the head
-has 8 bits in either case: they have few of the weights, but a large effect on the answer.
+The CPU kernels multiply integers: they convert the inputs of a Linear to 16 bits, or to 8 bits on
+request, with one scale for each 64 values. The vision encoder and the abstractor are not quantized,
+and the head has 8 bits in either case: they have few of the weights, but a large effect on the
+answer.
 
 Shapes: N outputs and K inputs of a Linear.
 """
@@ -31,6 +33,8 @@ class QuantizedLinear(nn.Module):
 
     Attributes:
         bits: 8 or 4.
+        activation_bits: 16 or 8, of the integers to which the CPU kernels convert inputs; it is not
+            part of a checkpoint. 16 is at least as precise as bfloat16.
         weight: uint8. For 8 bits (N, K), the value + 128. For 4 bits (N, K / 2), the value + 8:
             byte i of a group of 64 has the values i and i + 32. K is padded to a multiple of 64.
         scale: float32, (N,) for 8 bits, (N, K / 64) for 4.
@@ -39,6 +43,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, bits: int) -> None:
         super().__init__()
         self.bits = bits
+        self.activation_bits = 16
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.padding = -self.in_features % GROUP  # zeros at the end of each row
         weight, scale = quantize_linear(linear.weight.detach(), bits)
@@ -57,15 +62,14 @@ class QuantizedLinear(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., K) to (..., N). For many tokens, the weight is dequantized to their dtype."""
+        """(..., K) to (..., N). Without the kernels, the weight is converted to the dtype of x."""
         if torch.is_grad_enabled() and x.requires_grad:
             return self.forward_with_gradients(x)
-        use_kernels = _has_kernels(x)
-        if use_kernels and x.numel() <= ops.MAX_TOKENS * self.in_features:
-            tokens = F.pad(x.reshape(-1, self.in_features), (0, self.padding)).contiguous()
-            y = ops.linear(tokens, self.weight, self.bias, self.scale, self.bits)
-            return y.view(*x.shape[:-1], self.out_features)
-        return F.linear(x, self.dequantize(x.dtype, use_kernels), self.bias)
+        if not _has_kernels(x):
+            return F.linear(x, self.dequantize(x.dtype), self.bias)
+        tokens = F.pad(x.reshape(-1, self.in_features), (0, self.padding)).contiguous()
+        quantized = self.weight, self.bias, self.scale, self.bits, self.activation_bits
+        return ops.linear(tokens, *quantized).view(*x.shape[:-1], self.out_features)
 
     def forward_with_gradients(self, x: torch.Tensor) -> torch.Tensor:
         """`forward` of an input whose gradient is needed; under autocast, in its dtype."""

@@ -1,7 +1,8 @@
-"""Compilation of the CPU kernels on first use, for this machine.
+"""The shared library of the CPU kernels: that of the wheel, or one compiled on first use.
 
-It takes about three seconds. The library is stored in the user's cache directory; its name contains
-a hash of the source, the compiler and the processor.
+A wheel contains libraries for several instruction sets. Elsewhere the kernels are compiled for this
+CPU, which takes about ten seconds. That library is stored in the user's cache directory; its name
+contains a hash of the source, the compiler and the processor.
 """
 
 import ctypes
@@ -14,36 +15,72 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch  # noqa: F401  # loads the OpenMP library that the kernels share
 
+from owl2.engine.backends.native import variants
+from owl2.engine.backends.native.variants import BuildError
 from owl2.runtime import openmp_library
 
-SOURCES = (
-    "kernels.cpp",
-    "attention.h",
-    "integer_dot.h",
-    "matmul.h",
-    "quantized.h",
-    "simd.h",
-    "thread_pool.h",
-)
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fwrapv", "-fPIC", "-fopenmp", "-shared")
+NATIVE = ("-march=native",)
 
 
-class BuildError(Exception):
-    """The kernels cannot be compiled or loaded."""
+class Kernels(NamedTuple):
+    """The library and its origin.
+
+    Attributes:
+        source: "wheel: NAME OF THE VARIANT" or "compiled on this machine".
+        instructions: The vector instructions that it uses, such as "AVX2".
+    """
+
+    library: ctypes.CDLL
+    source: str
+    instructions: str
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The kernels, compiled if necessary with $CXX, else g++, c++ or clang++.
+def kernels() -> Kernels:
+    """The kernels of the wheel, else compiled with $CXX, else g++, c++ or clang++.
 
-    They are stored in ``owl2`` in $XDG_CACHE_HOME, else in ~/.cache.
+    Compiled ones are stored in ``owl2`` in $XDG_CACHE_HOME, else in ~/.cache.
 
     Raises:
-        BuildError: There is no compiler, it failed, or the library cannot be written.
+        BuildError: There is no compiler, it failed, or the library cannot be written or loaded.
     """
+    path, source = variants.packaged_variant(), "compiled on this machine"
+    if path is not None:
+        source = f"wheel: {path.stem}"
+    else:
+        path = _compiled()
+    try:
+        # The kernels have no OpenMP library of their own: they find the functions of torch's.
+        ctypes.CDLL(openmp_library() or "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the CPU kernels in {path.parent} cannot be used: {error}") from error
+    library.instruction_set.restype = ctypes.c_char_p
+    return Kernels(library, source, library.instruction_set().decode())
+
+
+def library() -> ctypes.CDLL:
+    """The library of `kernels`."""
+    return kernels().library
+
+
+@cache
+def available() -> bool:
+    """Whether the kernels can be used; prints once on stderr why not."""
+    try:
+        kernels()
+    except BuildError as reason:
+        print(f"owl2: no CPU kernels, half the speed: {reason}", file=sys.stderr)
+        return False
+    return True
+
+
+def _compiled() -> Path:
+    """The library in the cache directory, compiled if necessary."""
     requested = os.environ.get("CXX")
     names = [requested] if requested else ["g++", "c++", "clang++"]
     compiler = next(filter(None, map(shutil.which, names)), None)
@@ -54,37 +91,25 @@ def library() -> ctypes.CDLL:
     try:
         if not path.exists():
             compile_into(path, compiler)
-        return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the CPU kernels in {directory} cannot be used: {error}") from error
-
-
-@cache
-def available() -> bool:
-    """Whether the kernels can be used; prints once on stderr why not."""
-    try:
-        library()
-    except BuildError as reason:
-        print(f"owl2: no CPU kernels, half the speed: {reason}", file=sys.stderr)
-        return False
-    return True
+    return path
 
 
 def _fingerprint(compiler: str) -> str:
-    """A hash of the sources, the flags, the compiler, the processor and OpenMP's path."""
+    """A hash of the sources, the flags, the compiler and the processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    processor = platform.processor()
+    processor = [platform.processor(), *sorted(variants.cpu_flags())]
     if (info := Path("/proc/cpuinfo")).exists():  # Linux
-        prefixes = ("model name", "flags", "Features")  # ARM has Features
-        lines = info.read_text().splitlines()
-        processor = "\n".join(sorted({line for line in lines if line.startswith(prefixes)}))
-    parts = [Path(__file__).with_name(source).read_bytes() for source in SOURCES]
-    parts += [version, " ".join((*FLAGS, processor, openmp_library())).encode()]
+        names = {line for line in info.read_text().splitlines() if line.startswith("model name")}
+        processor += sorted(names)
+    parts = [Path(__file__).with_name(source).read_bytes() for source in variants.SOURCES]
+    parts += [version, " ".join((*variants.FLAGS, *NATIVE, *processor)).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def compile_into(path: Path, compiler: str) -> None:
-    """Compile the kernels and move them to `path`.
+    """Compile the kernels for this CPU and move them to `path`.
 
     Raises:
         BuildError: With the first line of the compiler's message.
@@ -94,12 +119,5 @@ def compile_into(path: Path, compiler: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         output = Path(directory) / path.name
-        command = [compiler, *FLAGS, str(Path(__file__).with_name(SOURCES[0])), "-o", str(output)]
-        # Before the library of -fopenmp, so that the linker prefers torch's.
-        if shared := openmp_library():
-            command += [shared, "-Wl,--as-needed"]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            message = (run.stderr.strip() or "no message").splitlines()[0]
-            raise BuildError(f"{compiler} failed: {message}")
+        variants.compile_library(compiler, NATIVE, output)
         os.replace(output, path)

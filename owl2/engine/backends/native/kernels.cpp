@@ -60,13 +60,13 @@ void swiglu(T* gate, const T* up, int64_t n) {
   }
 }
 
-// Tokens for products with these matrices; `values` is the largest number of values.
-inline QuantizedTokens tokens_for(std::initializer_list<const Matrix*> matrices, int64_t values,
-                                  int activation_bits) {
+// M tokens for products with these matrices; K is the largest width.
+inline QuantizedTokens tokens_for(std::initializer_list<const Matrix*> matrices, int64_t M,
+                                  int64_t K, int activation_bits) {
   bool words = false, bytes = false;
   for (const Matrix* matrix : matrices)
     if (matrix->bits) (uses_bytes(matrix->bits, activation_bits) ? bytes : words) = true;
-  return {words || bytes ? values : 0, words, bytes};
+  return {M, K, words, bytes};
 }
 
 // The intermediate results of a layer.
@@ -85,7 +85,7 @@ struct Workspace {
         up(l.slots.M * l.up.N),
         added(l.slots.M * l.D),
         tokens(tokens_for({&l.query, &l.key, &l.value, &l.output, &l.gate, &l.up, &l.down},
-                          l.slots.M * std::max({l.D, l.query.N, l.gate.N}), activation_bits)) {}
+                          l.slots.M, std::max({l.D, l.query.N, l.gate.N}), activation_bits)) {}
 };
 
 // One layer for hidden (M, D) in place.
@@ -97,7 +97,7 @@ void decoder_layer(Worker& worker, const Layer& l, Workspace<T>& space, T* hidde
   const auto ready = [&](const std::vector<T>& x, int64_t bits) {
     worker.wait();
     if (!bits) return;
-    space.tokens.quantize(worker, x.data(), int64_t(x.size()), activation_bits);
+    space.tokens.quantize(worker, x.data(), int64_t(x.size()) / M, activation_bits);
     worker.wait();
   };
   const auto product = [&](const Matrix& m, const std::vector<T>& x, std::vector<T>& y) {
@@ -147,10 +147,10 @@ void decoder_layers(const Layer* layers, int64_t count, T* hidden, int activatio
 template <class T>
 void linear(const Matrix& matrix, const T* x, T* y, int64_t M, int64_t K, int activation_bits,
             int threads) {
-  QuantizedTokens tokens = tokens_for({&matrix}, M * K, activation_bits);
+  QuantizedTokens tokens = tokens_for({&matrix}, M, K, activation_bits);
   parallel(threads, [&](Worker worker) {
     if (matrix.bits) {
-      tokens.quantize(worker, x, M * K, activation_bits);
+      tokens.quantize(worker, x, K, activation_bits);
       worker.wait();
     }
     matrix.multiply_range(worker.share(matrix.N, ROW_STEP), x, tokens, activation_bits, y, M, K);
@@ -165,6 +165,31 @@ void dequantize(const Matrix& matrix, T* out, int64_t K, int threads) {
   });
 }
 }  // namespace
+
+// The vector instructions in use, for `owl2 info`.
+extern "C" const char* instruction_set() {
+#if defined(__AVX512BF16__)
+  return "AVX-512 with VNNI and BF16";
+#elif defined(__AVX512VNNI__)
+  return "AVX-512 with VNNI";
+#elif defined(__AVX512F__)
+  return "AVX-512";
+#elif defined(__AVXVNNI__)
+  return "AVX2 with VNNI";
+#elif defined(__AVX2__)
+  return "AVX2";
+#elif defined(__SSE4_2__)
+  return "SSE4.2";
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  return "NEON with I8MM";
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return "NEON with dot products";
+#elif defined(__ARM_NEON)
+  return "NEON";
+#else
+  return "generic";
+#endif
+}
 
 // The functions that `ops.py` calls, for float and for bfloat16. K and d are multiples of
 // `Product<T>::STEP`; `ops.py` ensures it.

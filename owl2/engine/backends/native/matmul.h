@@ -123,15 +123,15 @@ struct Matrix {
     if (!bits)
       multiply_plain(range, static_cast<const T*>(w), x, b, y, M, N, K);
     else if (bits == 4 && uses_bytes(bits, activation_bits))
-      multiply_quantized<4, Bytes>(range, quantized(K), tokens, b, y, M);
+      multiply_quantized<4, Bytes>(range, quantized(K), tokens, b, y);
     else if (bits == 4)
-      multiply_quantized<4, Words>(range, quantized(K), tokens, b, y, M);
+      multiply_quantized<4, Words>(range, quantized(K), tokens, b, y);
 #if OWL2_BYTE_DOT
     else if (uses_bytes(bits, activation_bits))
-      multiply_quantized<8, Bytes>(range, quantized(K), tokens, b, y, M);
+      multiply_quantized<8, Bytes>(range, quantized(K), tokens, b, y);
 #endif
     else
-      multiply_quantized<8, Words>(range, quantized(K), tokens, b, y, M);
+      multiply_quantized<8, Words>(range, quantized(K), tokens, b, y);
   }
   QuantizedWeight quantized(int64_t K) const {
     return {static_cast<const uint8_t*>(w), scale, bits, N, K};

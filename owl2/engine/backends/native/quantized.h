@@ -26,25 +26,35 @@ constexpr int GROUP = 64;
 
 // ---------------------------------------------------------------- tokens
 
-// Tokens as integers. `sums` are those of the integers of a group.
+// Tokens as integers. `sums` are those of the integers of a group. For a panel, the values of all
+// tokens are contiguous: in the order of K, many widths would map all of them to the same few lines
+// of the CPU cache.
+constexpr int PANEL_GROUPS = 8;
 struct QuantizedTokens {
-  std::vector<int16_t> words;
+  int64_t M;
+  std::vector<int16_t> words;  // (panels, M, PANEL_GROUPS, GROUP)
   std::vector<int8_t> bytes;
-  std::vector<float> scales;  // (M, G)
-  std::vector<int32_t> sums;  // (M, G)
+  std::vector<float> scales;  // (panels, M, PANEL_GROUPS)
+  std::vector<int32_t> sums;
 
-  // The widest M tokens that will be quantized.
-  QuantizedTokens(int64_t values, bool with_words, bool with_bytes)
-      : words(with_words ? values : 0),
-        bytes(with_bytes ? values : 0),
-        scales(values / GROUP),
-        sums(values / GROUP) {}
+  // K is the largest width of the tokens.
+  QuantizedTokens(int64_t M, int64_t K, bool with_words, bool with_bytes) : M(M) {
+    const int64_t groups = with_words || with_bytes ? M * (K / GROUP + PANEL_GROUPS) : 0;
+    words.resize(with_words ? groups * GROUP : 0), bytes.resize(with_bytes ? groups * GROUP : 0);
+    scales.resize(groups), sums.resize(groups);
+  }
 
-  // This thread's part of x, which has `values` values.
+  // Where group g of token m is.
+  int64_t slot(int64_t m, int64_t g) const {
+    return (g / PANEL_GROUPS * M + m) * PANEL_GROUPS + g % PANEL_GROUPS;
+  }
+
+  // This thread's part of x (M, K).
   template <class T>
-  void quantize(const Worker& worker, const T* x, int64_t values, int bits) {
-    const auto [from, to] = worker.share(values / GROUP, 1);
-    for (int64_t g = from; g < to; g++) quantize_group(x + g * GROUP, g, bits);
+  void quantize(const Worker& worker, const T* x, int64_t K, int bits) {
+    const int64_t G = K / GROUP;
+    const auto [from, to] = worker.share(M * G, 1);
+    for (int64_t i = from; i < to; i++) quantize_group(x + i * GROUP, slot(i / G, i % G), bits);
   }
 
  private:
@@ -199,7 +209,6 @@ template <int BITS, class Dot>
 constexpr int32_t OFFSET = BITS == 4 ? 8 : Dot::STEPS == 16 ? BYTE_OFFSET : 128;
 
 constexpr int VECTORS = WIDTH == 4 ? 4 : 2, PANEL = VECTORS * WIDTH;
-constexpr int PANEL_GROUPS = 8;
 
 template <class Dot>
 struct Panel {
@@ -225,38 +234,40 @@ struct Panel {
 
 // ---------------------------------------------------------------- products
 
-// Adds the products of a panel and COUNT tokens to acc (COUNT, PANEL). `g` is the first group of the
+// Adds the products of a panel and COUNT tokens to acc (COUNT, PANEL). `first` is the slot of the
 // first token; `offset` is that of the weights.
 template <int COUNT, class Dot>
-void multiply_panel(const Panel<Dot>& panel, int64_t groups, const QuantizedTokens& x, int64_t g,
-                    int64_t G, int32_t offset, float* acc) {
-  const auto* values = Dot::values(x) + g * GROUP;
-  constexpr int PER_VECTOR = GROUP / Dot::STEPS;
+void multiply_panel(const Panel<Dot>& panel, int64_t groups, const QuantizedTokens& x,
+                    int64_t first, int32_t offset, float* acc) {
+  constexpr int PER_VECTOR = GROUP / Dot::STEPS, PARTS = Dot::STEPS / Dot::SUMMED;
   for (int64_t j = 0; j < groups; j++) {
+    const auto* values = Dot::values(x) + (first + j) * GROUP;
+    const int32_t* token_sums = &x.sums[first + j];
+    const float* token_scales = &x.scales[first + j];
     Ints sums[COUNT][VECTORS];
     for (int m = 0; m < COUNT; m++)
-      for (int v = 0; v < VECTORS; v++) sums[m][v] = broadcast(-offset * x.sums[g + m * G + j]);
-    for (int from = 0; from < Dot::STEPS; from += Dot::SUMMED) {
-      Ints partial[COUNT][VECTORS];
-      for (int m = 0; m < COUNT; m++)
-        for (int v = 0; v < VECTORS; v++)
-          partial[m][v] = Dot::SUMMED == Dot::STEPS ? sums[m][v] : Ints{};
-#pragma GCC unroll 4
-      for (int s = from; s < from + Dot::SUMMED; s++)
+      for (int v = 0; v < VECTORS; v++)
+        sums[m][v] = broadcast(-offset * token_sums[m * PANEL_GROUPS]);
+    const auto add_products = [&](const Ints (*w)[VECTORS], Ints (&out)[COUNT][VECTORS]) {
+#pragma GCC unroll 8
+      for (int s = 0; s < Dot::SUMMED; s++, values += PER_VECTOR)
         for (int m = 0; m < COUNT; m++) {
-          const Ints token = broadcast_ints(values + (m * G + j) * GROUP + s * PER_VECTOR);
-          for (int v = 0; v < VECTORS; v++)
-            partial[m][v] = Dot::dot(partial[m][v], panel.w[j][s][v], token);
+          const Ints token = broadcast_ints(values + m * PANEL_GROUPS * GROUP);
+          for (int v = 0; v < VECTORS; v++) out[m][v] = Dot::dot(out[m][v], w[s][v], token);
         }
+    };
+    if constexpr (PARTS == 1) add_products(panel.w[j], sums);
+    for (int part = 0; part < PARTS && PARTS > 1; part++) {
+      Ints partial[COUNT][VECTORS] = {};
+      add_products(panel.w[j] + part * Dot::SUMMED, partial);
       for (int m = 0; m < COUNT; m++)
-        for (int v = 0; v < VECTORS; v++)
-          sums[m][v] = Dot::SUMMED == Dot::STEPS ? partial[m][v] : sums[m][v] + widened(partial[m][v]);
+        for (int v = 0; v < VECTORS; v++) sums[m][v] += widened(partial[m][v]);
     }
     for (int m = 0; m < COUNT; m++)
       for (int v = 0; v < VECTORS; v++) {
         float* out = acc + m * PANEL + v * WIDTH;
-        const Floats factor = panel.scales[j][v] * x.scales[g + m * G + j];
-        store(out, load(out) + __builtin_convertvector(sums[m][v], Floats) * factor);
+        const Floats factor = panel.scales[j][v] * token_scales[m * PANEL_GROUPS];
+        store(out, multiply_add(__builtin_convertvector(sums[m][v], Floats), factor, load(out)));
       }
   }
 }
@@ -283,7 +294,7 @@ Floats multiply_rows(const QuantizedWeight& weight, int64_t n, int64_t end,
     });
     Ints sum = broadcast(-OFFSET<BITS, Dot> * x.sums[g]);
     for (int i = 0; i < PARTS; i++) sum += PARTS == 1 ? parts[i] : widened(parts[i]);
-    acc = acc + __builtin_convertvector(sum, Floats) * (scales[g % 4] * x.scales[g]);
+    acc = multiply_add(__builtin_convertvector(sum, Floats), scales[g % 4] * x.scales[g], acc);
   }
   return acc;
 }
@@ -291,13 +302,13 @@ Floats multiply_rows(const QuantizedWeight& weight, int64_t n, int64_t end,
 // The rows `range` of y = x w^T + bias.
 template <int BITS, class Dot, class T>
 void multiply_quantized(Range range, const QuantizedWeight& weight, const QuantizedTokens& x,
-                        const T* bias, T* y, int64_t M) {
-  constexpr int TOKENS = WIDTH == 16 ? 8 : 4;
+                        const T* bias, T* y) {
+  constexpr int TOKENS = WIDTH == 16 ? 8 : WIDTH == 8 ? 6 : 4;
   thread_local std::vector<float> workspace;
+  const int64_t G = weight.K / GROUP, M = x.M;
   workspace.resize(M * PANEL);
   float* const sums = workspace.data();
   Panel<Dot> panel;
-  const int64_t G = weight.K / GROUP;
   for (int64_t n = range.from; n < range.to; n += PANEL) {
     if (M == 1)
       for (int v = 0; v < VECTORS; v++)
@@ -309,11 +320,11 @@ void multiply_quantized(Range range, const QuantizedWeight& weight, const Quanti
       panel.template load<BITS>(weight, n, range.to, g, groups);
       int64_t m = 0;
       const auto multiply = [&]<int COUNT>() {
-        multiply_panel<COUNT>(panel, groups, x, m * G + g, G, OFFSET<BITS, Dot>, sums + m * PANEL);
+        multiply_panel<COUNT>(panel, groups, x, x.slot(m, g), OFFSET<BITS, Dot>, sums + m * PANEL);
         m += COUNT;
       };
       while (m + TOKENS <= M) multiply.template operator()<TOKENS>();
-      if (TOKENS == 8 && m + 4 <= M) multiply.template operator()<4>();
+      if (TOKENS > 4 && m + 4 <= M) multiply.template operator()<4>();
       if (m + 2 <= M) multiply.template operator()<2>();
       if (m < M) multiply.template operator()<1>();
     }
