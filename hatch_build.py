@@ -33,9 +33,9 @@ class KernelBuildHook(BuildHookInterface):
                 raise RuntimeError("OWL2_KERNELS=1, but there is no C++ compiler for this platform")
             self.app.display_warning("No C++ compiler: the wheel contains no CPU kernels.")
             return
-        self.directory = tempfile.mkdtemp()
+        self.compiled = tempfile.mkdtemp()
         for name, (flags, _) in available.items():
-            output = Path(self.directory, f"{name}.so")
+            output = Path(self.compiled, f"{name}.so")
             variants["compile_library"](compiler, tuple(flags.split()), output)
             build_data["force_include"][str(output)] = f"{NATIVE}/lib/{output.name}"
         tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
@@ -44,5 +44,5 @@ class KernelBuildHook(BuildHookInterface):
 
     def finalize(self, *_: Any) -> None:
         """Remove the compiled files; called by hatchling."""
-        if directory := getattr(self, "directory", None):
-            shutil.rmtree(directory)
+        if compiled := getattr(self, "compiled", None):
+            shutil.rmtree(compiled)

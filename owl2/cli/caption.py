@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from owl2.cli.options import (
+    ActivationBits,
     Base,
     Choice,
     Device,
@@ -35,6 +36,7 @@ def caption(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    activation_bits: ActivationBits = 16,
 ) -> None:
     """Caption all images of a folder, or ask the same question about each.
 
@@ -45,7 +47,9 @@ def caption(
     from owl2.caption.command import caption as run_caption
     from owl2.engine.load_model import ModelArgs
 
-    model_args = ModelArgs(model, device, dtype, quantize=quantize, base=base)
+    model_args = ModelArgs(
+        model, device, dtype, quantize=quantize, base=base, activation_bits=activation_bits
+    )
     config = CaptionConfig(
         folder,
         model_args,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from owl2.cli.options import (
+    ActivationBits,
     Base,
     Choice,
     Device,
@@ -54,6 +55,7 @@ def chat(
         int | None, typer.Option(min=1, help="Largest image accepted, in pixels.")
     ] = None,
     quantize: Quantize = None,
+    activation_bits: ActivationBits = 16,
 ) -> None:
     """Ask about images: one question, or an interactive chat."""
     from owl2.cli.repl import Repl, placeholder_note
@@ -62,7 +64,16 @@ def chat(
     from owl2.processing.image_io import load_image
     from owl2.processing.messages import user_message
 
-    model_args = ModelArgs(model, device, dtype, image_policy, max_pixels, quantize, base)
+    model_args = ModelArgs(
+        model,
+        device,
+        dtype,
+        image_policy,
+        max_pixels,
+        quantize,
+        base,
+        activation_bits=activation_bits,
+    )
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

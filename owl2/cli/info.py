@@ -72,6 +72,7 @@ def size_table(name_or_path: str | None = None) -> "Table":
     from rich.table import Table
 
     from owl2.checkpoints.config_file import read_config
+    from owl2.engine.backends.native.build import description as kernels_description
     from owl2.memory import available_memory, format_size
     from owl2.model.configuration import Owl2Config
     from owl2.model.registry import get_model_type
@@ -117,6 +118,7 @@ def size_table(name_or_path: str | None = None) -> "Table":
     for purpose, needed in memory_of_commands(config).items():
         table.add_row(purpose, format_size(needed), "of memory")
     table.add_row("available here", format_size(available_memory()), "of memory")
+    table.add_row("CPU kernels", "", kernels_description())
     return table
 
 

@@ -30,6 +30,13 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")
 Quantize = Annotated[
     str | None, typer.Option(help="8bit or 4bit: quantize the weights of the decoder.")
 ]
+ActivationBits = Annotated[
+    int,
+    typer.Option(
+        help="16 or 8: bits of the inputs of quantized Linears on a CPU; 8 is faster and less "
+        "precise."
+    ),
+]
 Recipe = Annotated[Path, typer.Argument(help="A YAML file; see recipes/.")]
 Overrides = Annotated[
     list[str] | None,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from owl2.cli.options import Base, Device, Dtype, Model, Quantize
+from owl2.cli.options import ActivationBits, Base, Device, Dtype, Model, Quantize
 
 
 def rate(
@@ -58,6 +58,7 @@ def rate(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    activation_bits: ActivationBits = 16,
 ) -> None:
     """Rate the quality or the aesthetics of images with OneAlign, Q-Instruct, DeQA-Score, ...
 
@@ -70,7 +71,9 @@ def rate(
 
     config = RateConfig(
         images,
-        ModelArgs(model, device, dtype, quantize=quantize, base=base),
+        ModelArgs(
+            model, device, dtype, quantize=quantize, base=base, activation_bits=activation_bits
+        ),
         output_file,
         html,
         task,

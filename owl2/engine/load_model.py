@@ -8,7 +8,11 @@ import torch
 
 from owl2.checkpoints.hf_quantizer import Owl2QuantizationConfig
 from owl2.checkpoints.quantization import quantization_config
-from owl2.engine.backends.weight_only_quantization import BITS
+from owl2.engine.backends.weight_only_quantization import (
+    ACTIVATION_BITS,
+    BITS,
+    set_activation_bits,
+)
 from owl2.errors import ErrorCode, InputError
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from owl2.processing.processor import Owl2Processor
@@ -66,6 +70,11 @@ class ModelArgs:
                 f"quantize is {self.quantize!r}; it must be one of {', '.join(BITS)}.",
                 ErrorCode.UNKNOWN_NAME,
             )
+        if self.activation_bits not in ACTIVATION_BITS:
+            raise InputError(
+                f"activation_bits is {self.activation_bits}; it must be 16 or 8.",
+                ErrorCode.INVALID_VALUE,
+            )
         options: dict[str, Any] = {"dtype": select_dtype(selected, self.dtype), "base": self.base}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
@@ -83,6 +92,7 @@ class ModelArgs:
             raise InputError(
                 f"{self.model} cannot be loaded: {error}", ErrorCode.UNSUPPORTED
             ) from error
+        set_activation_bits(model, self.activation_bits)
         if "device_map" in options:
             return model.eval()
         try:

@@ -117,6 +117,9 @@ class ServerConfig(ServerLimits):
     device: str | None = _option(None, "cuda, mps or cpu.")
     dtype: str | None = _option(None, "float32, bfloat16 or float16.")
     quantize: str | None = _option(None, "8bit or 4bit: quantize the weights of the decoder.")
+    activation_bits: int = _option(
+        16, "16 or 8: bits of the inputs of quantized Linears on a CPU.", 8, 16
+    )
     shutdown_timeout: float = _option(  # an int as default: 0 and infinity are valid
         30, "Seconds for unfinished requests after SIGTERM or Ctrl-C.", 0
     )

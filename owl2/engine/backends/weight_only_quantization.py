@@ -20,6 +20,7 @@ from owl2.engine.backends.native import ops
 from owl2.engine.backends.native.build import available
 
 BITS = {"8bit": 8, "4bit": 4}
+ACTIVATION_BITS = (16, 8)
 GROUP = ops.GROUP
 BLOCK = 2**20  # weights that are quantized at a time, so that temporary tensors stay in the caches
 
@@ -89,6 +90,13 @@ class QuantizedLinear(nn.Module):
         pairs = self.weight.unflatten(1, (-1, GROUP // 2))  # (N, K / 64, 32)
         values = torch.cat([pairs & 15, pairs >> 4], dim=2).float() - 8
         return (values * self.scale[..., None]).flatten(1)[:, :width].to(dtype)
+
+
+def set_activation_bits(model: nn.Module, bits: int) -> None:
+    """Set the `activation_bits` of a model's quantized Linears to one of `ACTIVATION_BITS`."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.activation_bits = bits
 
 
 class _ConstantLinear(torch.autograd.Function):

@@ -79,6 +79,15 @@ def available() -> bool:
     return True
 
 
+def description() -> str:
+    """The instructions and the origin of the kernels, or why there are none."""
+    try:
+        _, source, instructions = kernels()
+    except BuildError as reason:
+        return f"none, half the speed: {reason}"
+    return f"{instructions} ({source})"
+
+
 def _compiled() -> Path:
     """The library in the cache directory, compiled if necessary."""
     requested = os.environ.get("CXX")
