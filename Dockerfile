@@ -11,14 +11,14 @@ ARG DEVICE=cpu
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# The CPU kernels are compiled with g++ on first use, for the CPU that they run on.
+# g++ compiles the CPU kernels for several instruction sets while owl2 is installed.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/owl2
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt pyproject.toml hatch_build.py README.md LICENSE ./
 COPY owl2 owl2
 
 # PyPI has the CUDA build of torch; PyTorch's index has a CPU build of a tenth of the size.
