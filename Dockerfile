@@ -26,7 +26,7 @@ RUN if [ "$DEVICE" = cpu ]; then index=(--extra-index-url https://download.pytor
     && pip install --no-cache-dir --constraint constraints.txt "${index[@]}" torch \
     && pip install --no-cache-dir --constraint constraints.txt '.[serve,quant]'
 
-# The home directory stores downloads from the hub and compiled kernels between starts.
+# The home directory stores downloads from the hub between starts.
 RUN useradd --create-home --uid 1000 owl2
 USER 1000
 WORKDIR /home/owl2
