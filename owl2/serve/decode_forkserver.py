@@ -53,7 +53,8 @@ class DecodeRequest:
     """How to decode a file.
 
     Attributes:
-        size: Edge of the square that the model sees, in pixels; the reply has this size.
+        size: Edge of the square that the model sees, in pixels; the reply has this size. None: the
+            complete image, for models that cut it into crops.
         policy, mean: As in `to_square`.
         max_pixels: Of the image.
         memory: Bytes that the decoder may allocate.
@@ -61,7 +62,7 @@ class DecodeRequest:
         max_cost: Of an image that is decoded, as from `image_cost`; None: any.
     """
 
-    size: int
+    size: int | None
     policy: ImagePolicy
     mean: tuple[float, ...]
     max_pixels: int
@@ -127,13 +128,19 @@ def restrict_process(request: DecodeRequest) -> None:
 
 
 def _decode(request: DecodeRequest, data: bytes) -> tuple[str, int, bytes]:
-    """The status, the cost, and the RGB values or message of the reply."""
+    """The status, the cost, and the RGB values or message of the reply.
+
+    The values of a complete image follow a line with its width and height.
+    """
     cost = 0
     try:
         cost = image_cost(data, request.max_pixels)
         if request.max_cost is not None and cost > request.max_cost:
             return EXPENSIVE, cost, b""
         image = load_image(data, request.max_pixels)
+        if request.size is None:
+            size = f"{image.width} {image.height}\n".encode()
+            return DECODED, cost, size + image.tobytes()
         square = to_square(image, request.size, request.policy, request.mean)
         return DECODED, cost, square.tobytes()
     except (InputError, MemoryError) as error:

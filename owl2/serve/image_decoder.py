@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -33,6 +34,7 @@ from owl2.serve.fair_slots import FairSlots, Owner, run_with_slots
 # are not.
 LARGE_COST = 2**24
 START_SECONDS = 120  # imports are slow on a busy machine
+MAX_MESSAGE = 2**16  # bytes of an error
 GRACE_SECONDS = 5.0  # until a decoder that has not ended itself counts as stuck
 
 # The environment of decoders: what Python needs to start, and no secrets.
@@ -77,7 +79,7 @@ class SandboxedImageDecoder:
 
     Args:
         processor: The decoded squares have its size and policy; it makes the same pixel values of
-            them as of the files.
+            them as of the files. It gets complete images if it cuts them into crops.
 
     Raises:
         InputError: The system cannot start such processes, or `max_pixels` of the processor is
@@ -102,7 +104,7 @@ class SandboxedImageDecoder:
         self._slots = FairSlots(limits.image_decoders)
         self._large_slots = FairSlots(max(1, limits.image_decoders - 1))
         self._request = decode_forkserver.DecodeRequest(
-            size=processor.edge,
+            size=None if processor.needs_complete_images else processor.edge,
             policy=processor.image_policy,
             mean=tuple(processor.image_mean),
             max_pixels=min(limits.max_image_pixels, processor.max_pixels),
@@ -121,7 +123,7 @@ class SandboxedImageDecoder:
     async def decode(
         self, data: bytes, budget: ImageBudget | None = None, policy: ImagePolicy | None = None
     ) -> Image.Image:
-        """An image file → the (size, size) RGB image that the model sees.
+        """An image file → the (size, size) RGB image that the model sees, or the complete image.
 
         Args:
             budget: Of the request. Default: a budget for this image.
@@ -173,7 +175,6 @@ class SandboxedImageDecoder:
         self, data: bytes, request: decode_forkserver.DecodeRequest, budget: ImageBudget
     ) -> tuple[int, Image.Image | None]:
         """The cost of an image and the image, or None if the cost is above `max_cost`."""
-        num_values = 3 * request.size**2
         with fork_server().fork() as connection:
             start = time.monotonic()
             connection.settimeout(request.timeout + GRACE_SECONDS)
@@ -182,16 +183,17 @@ class SandboxedImageDecoder:
                 connection.shutdown(socket.SHUT_WR)
                 with connection.makefile("rb") as stream:
                     head = stream.readline(100).decode("ascii", "replace").split()
-                    reply = stream.read(num_values + 1)
+                    size = _read_size(stream, head[:1], request)
+                    reply = stream.read(3 * size[0] * size[1] + 1)
             except OSError:
-                head, reply = [], b""
+                head, size, reply = [], (0, 0), b""
         seconds = time.monotonic() - start
         budget.seconds -= seconds
         status, cost = head if len(head) == 2 and head[1].isdecimal() else ("", "0")
         if status == decode_forkserver.EXPENSIVE and request.max_cost is not None:
             return int(cost), None
-        if status == decode_forkserver.DECODED and len(reply) == num_values:
-            return int(cost), Image.frombytes("RGB", (request.size, request.size), reply)
+        if status == decode_forkserver.DECODED and 0 < len(reply) == 3 * size[0] * size[1]:
+            return int(cost), Image.frombytes("RGB", size, reply)
         if status in (decode_forkserver.INVALID, decode_forkserver.TOO_LARGE):
             raise ApiError(400, reply.decode("utf-8", "replace"), code=status)
         if seconds >= request.timeout:
@@ -208,6 +210,21 @@ class SandboxedImageDecoder:
             f"The images of the request take longer than {self._limits.image_decode_timeout:g} "
             "seconds to decode. Reduce their size."
         )
+
+
+def _read_size(
+    stream: BinaryIO, status: Sequence[str], request: decode_forkserver.DecodeRequest
+) -> tuple[int, int]:
+    """The width and height of the image in a reply; (0, 0) for a size that is not allowed."""
+    if request.size is not None:
+        return request.size, request.size
+    if [*status] != [decode_forkserver.DECODED]:  # the message of an error
+        return MAX_MESSAGE, 1
+    size = stream.readline(100).decode("ascii", "replace").split()
+    if len(size) != 2 or not all(part.isdecimal() for part in size):
+        return 0, 0
+    width, height = int(size[0]), int(size[1])
+    return (width, height) if width * height <= request.max_pixels else (0, 0)
 
 
 def _too_large(message: str) -> ApiError:

@@ -8,7 +8,11 @@ import openai
 import pytest
 from PIL import Image
 
+from owl2.engine.engine import Engine
+from owl2.serve.app import build_app
+from tests.family import SIBLINGS, load_model, load_processor
 from tests.serve.images import data_uri, encode
+from tests.serve.running import run_app
 
 QUESTION = "what is this?"
 
@@ -54,6 +58,21 @@ def engine_outputs(tiny_engine, messages, n=1, **options):
     options = {"max_new_tokens": 12, "temperature": 0.0} | options
     with tiny_engine.complete(messages, n=n, **options) as completion:
         return completion.outputs()
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_siblings_of_the_model_are_served(sibling):
+    engine = Engine(load_model(sibling), load_processor(sibling))
+    with (
+        run_app(build_app(engine, "tiny")) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=60) as client,
+    ):
+        for messages in CONVERSATIONS.values():
+            reply = client.chat.completions.create(
+                model="tiny", messages=messages, max_tokens=8, temperature=0
+            )
+            [expected] = engine_outputs(engine, messages, max_new_tokens=8)
+            assert reply.choices[0].message.content == expected.text
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
