@@ -25,9 +25,9 @@ class KernelBuildHook(BuildHookInterface):
         requested = os.environ.get("OWL2_KERNELS", "")
         if version == "editable" or requested == "0":
             return
-        variants = runpy.run_path(str(Path(self.root, NATIVE, "variants.py")))
+        build = runpy.run_path(str(Path(self.root, NATIVE, "build.py")))
         compiler = shutil.which(os.environ.get("CXX", "g++"))
-        available = variants["machine_variants"]()
+        available = build["machine_variants"]()
         if compiler is None or not available or not sysconfig.get_platform().startswith("linux"):
             if requested == "1":
                 raise RuntimeError("OWL2_KERNELS=1, but there is no C++ compiler for this platform")
@@ -36,7 +36,7 @@ class KernelBuildHook(BuildHookInterface):
         self.compiled = tempfile.mkdtemp()
         for name, (flags, _) in available.items():
             output = Path(self.compiled, f"{name}.so")
-            variants["compile_library"](compiler, tuple(flags.split()), output)
+            build["compile_library"](compiler, tuple(flags.split()), output)
             build_data["force_include"][str(output)] = f"{NATIVE}/lib/{output.name}"
         tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from owl2.cli.info import parameter_counts, size_table
+from owl2.engine.backends.native import build
 from owl2.errors import ErrorCode
 from owl2.model.configuration import Owl2Config
 from owl2.model.modeling import Owl2ForConditionalGeneration
@@ -58,6 +59,8 @@ def wide_terminal(monkeypatch):
 
 def test_command_shows_the_released_sizes(run_cli):
     result = run_cli("info")
+    assert "CPU kernels" in result.stdout
+    assert build.kernels().instructions in result.stdout
     out = result.stdout
     assert result.exit_code == 0
     for count in RELEASED.values():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from owl2.engine.backends.native import variants
+from owl2.engine.backends.native import build
 
 ROOT = Path(__file__).parents[1]
 USE = """
@@ -31,7 +31,7 @@ def test_a_wheel_has_kernels_for_every_cpu_and_needs_no_compiler(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     libraries = tmp_path / "installed/owl2/engine/backends/native/lib"
-    assert {file.stem for file in libraries.iterdir()} == set(variants.machine_variants())
+    assert {file.stem for file in libraries.iterdir()} == set(build.machine_variants())
     for library in libraries.iterdir():  # torch's OpenMP library is used
         assert b"libgomp.so" not in library.read_bytes()
     (tmp_path / "empty").mkdir()
@@ -48,8 +48,8 @@ def test_a_wheel_has_kernels_for_every_cpu_and_needs_no_compiler(tmp_path):
     )
     file, description = run.stdout.splitlines()
     assert str(tmp_path) in file
-    names = variants.machine_variants()
-    flags = variants.cpu_flags()
+    names = build.machine_variants()
+    flags = build.cpu_flags()
     best = next(name for name, (_, needed) in names.items() if flags.issuperset(needed.split()))
     assert f"(wheel: {best})" in description
     assert not (tmp_path / "cache").exists()

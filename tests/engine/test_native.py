@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from owl2.engine.backends.native import build, ops, variants
+from owl2.engine.backends.native import build, ops
 from owl2.engine.backends.weight_only_quantization import QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("three_threads")
@@ -133,7 +133,7 @@ def test_rms_norm(dtype):
 def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # -O3 takes many seconds.
-    monkeypatch.setattr(variants, "FLAGS", variants.FLAGS[1:])
+    monkeypatch.setattr(build, "FLAGS", build.FLAGS[1:])
     for function in (build.kernels, build.available):
         function.cache_clear()
     yield tmp_path / "owl2"
@@ -190,15 +190,15 @@ def test_a_cache_that_cannot_be_written(empty_cache, monkeypatch):
     ],
 )
 def test_the_variant_is_the_best_that_the_cpu_supports(missing, expected, monkeypatch, tmp_path):
-    known = variants.VARIANTS["x86_64"]
+    known = build.VARIANTS["x86_64"]
     flags = {flag for _, required in known.values() for flag in required.split()}
-    monkeypatch.setattr(variants, "machine_variants", lambda: known)
-    monkeypatch.setattr(variants, "cpu_flags", lambda: frozenset(flags - set(missing.split())))
-    monkeypatch.setattr(variants, "LIBRARIES", tmp_path)
-    assert variants.packaged_variant() is None  # not in a wheel
+    monkeypatch.setattr(build, "machine_variants", lambda: known)
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(flags - set(missing.split())))
+    monkeypatch.setattr(build, "LIBRARIES", tmp_path)
+    assert build.packaged_variant() is None  # not in a wheel
     for name in known:
         (tmp_path / f"{name}.so").touch()
-    found = variants.packaged_variant()
+    found = build.packaged_variant()
     assert (found and found.stem) == expected
 
 

@@ -91,6 +91,14 @@ def test_quantized_ahead_equals_quantized_while_loading(
     assert answers == [engine.chat(ask("what?"), max_new_tokens=4)]
 
 
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_activation_bits_of_a_quantized_checkpoint(quantized, activation_bits):
+    model = ModelArgs(quantized, "cpu", activation_bits=activation_bits).load_model()
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert linears
+    assert {linear.activation_bits for linear in linears} == {activation_bits}
+
+
 def test_the_same_values_as_a_model_quantized_in_memory(tiny_checkpoint, quantized):
     model = load(tiny_checkpoint)
     quantize_model(model, "4bit")
