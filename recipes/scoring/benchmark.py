@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--model", help="a scoring model")
     parser.add_argument("--size", default="bench", help="random weights: see `owl2 bench --help`")
     parser.add_argument("--images", type=Path, help="a folder with images")
-    parser.add_argument("--count", type=int, default=32, help="images")
+    parser.add_argument("--count", type=int, default=32, help="number of images")
     options = parser.parse_args()
     engine = load_engine(options.model, options.size)
     scorer = ImageScorer(engine, "q-align")
@@ -116,10 +116,13 @@ def main() -> None:
             abs(one.score - other)
             for one, other in zip(scorer.score(files[:4]), authors(files[:4]), strict=True)
         )
+        print(f"largest difference of scores: {difference:.1e}", flush=True)
         baseline = seconds(authors, files)
-        print(f"largest difference of scores: {difference:.1e}")
         print(f"{'way':<24}{'ms per image':>14}{'speedup':>10}")
-        print(f"{'one by one, all logits':<24}{baseline / len(files) * 1e3:>14.1f}{1.0:>10.2f}")
+        print(
+            f"{'one by one, all logits':<24}{baseline / len(files) * 1e3:>14.1f}{1.0:>10.2f}",
+            flush=True,
+        )
         for batch_size in (1, 4, 16):
             # Different images in each run: the engine caches image features.
             engine.clear_cache()
