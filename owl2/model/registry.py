@@ -131,9 +131,11 @@ def check_visual_parts(name: str, visual_parts: Iterable[str]) -> None:
     found = known.intersection(visual_parts)
     if foreign := sorted(found - own[name]):
         nearest = max(own, key=lambda other: len(found & own[other]) - len(found - own[other]))
+        config = MODEL_TYPES[nearest].config
+        titles = [parts.title for parts in MODEL_TYPES.values() if parts.config == config]
         raise InputError(
             f"model_type {name!r} has no {', '.join(foreign)} in visual_config. The nearest model "
-            f"type with it is {nearest!r} ({MODEL_TYPES[nearest].title}).",
+            f"type with it is {nearest!r} ({', '.join(titles)}).",
             ErrorCode.INVALID_CONFIG,
         )
 

@@ -19,6 +19,7 @@ from owl2.model import vision
 from owl2.model.variants import as_no_mam
 from tests.engine.conftest import ask, random_image
 from tests.errors import raises_input_error
+from tests.family import SIBLINGS, load_model, load_processor
 from tests.tiny import make_model
 
 ANSWER = "a red circle, 你好"
@@ -48,6 +49,12 @@ def by_transformers(model, processor, messages, answer):
     with torch.no_grad():
         weights = model(input_ids=ids, output_attentions=True, **pixels).attentions
     return torch.stack(weights)[:, 0, :, len(prompt) - 1 :].numpy()
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_other_decoders_and_connectors_are_refused(sibling):
+    with raises_input_error(ErrorCode.UNSUPPORTED, SIBLINGS[sibling]):
+        collect_attention(load_model(sibling), load_processor(sibling), ask("what?"), answer=ANSWER)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 6])

@@ -8,6 +8,7 @@ from owl2.cli.info import size_table
 from owl2.errors import ErrorCode
 from owl2.model.modeling import Owl2ForConditionalGeneration
 from tests.errors import raises_input_error
+from tests.family import FOLDER
 from tests.tiny import make_model
 
 READERS = (Owl2ForConditionalGeneration.from_pretrained, lambda path: size_table(str(path)))
@@ -39,6 +40,45 @@ def test_other_model_types_are_rejected(read, kind, code, needle, folder):
     (folder / "model.safetensors").write_bytes(b"never read")
     with raises_input_error(code, needle):
         read(folder)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(
+    ("kind", "parts", "nearest"),
+    [
+        ("mplug_owl2", {"visual_hreducer": {}}, "'mplug_docowl'"),
+        ("mplug_owl2", {"visual_hreducer": {}, "visual_hrcompressor": {}}, "DocOwl2"),
+        ("mplug_owl2_1", {"visual_hreducer": {}}, "'mplug_docowl'"),
+        ("mplug_docowl", {"visual_abstractor": {}}, "'mplug_owl2'"),
+    ],
+)
+def test_parts_of_another_model_type_are_rejected(read, kind, parts, nearest, folder):
+    change(folder / "config.json", model_type=kind, visual_config={"visual_model": {}, **parts})
+    with raises_input_error(ErrorCode.INVALID_CONFIG, kind, nearest):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "nearest"), [("mplug_docowl3", "mplug_docowl"), ("mplug_owl2.1", "mplug_owl2_1")]
+)
+def test_similar_model_type_is_suggested(kind, nearest, folder):
+    change(folder / "config.json", model_type=kind)
+    with raises_input_error(ErrorCode.UNSUPPORTED, kind, f"similar name is {nearest!r}"):
+        size_table(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("sibling", "title", "connector"),
+    [
+        ("docowl1_5", "DocOwl1.5", "H-Reducer 1x4"),
+        ("docowl2", "DocOwl2", "2 layers of width 64"),
+        ("mplug_owl2_1", "mPLUG-Owl2.1", "2 layers, width 32"),
+    ],
+)
+def test_siblings_are_recognized(sibling, title, connector):
+    table = size_table(str(FOLDER / sibling / "model"))
+    assert str(table.title).endswith(title)
+    assert any(connector in str(cell) for column in table.columns for cell in column.cells)
 
 
 @pytest.mark.parametrize("read", READERS)
