@@ -95,6 +95,12 @@ class Batch(NamedTuple):
     skipped: list[InvalidSample]
 
 
+def _count_images(item: Features) -> int:
+    """Several crops in `pixel_values` are one image if there are `image_grids`."""
+    images: Any = item.get("image_grids", item.get("pixel_values", ()))
+    return len(images)
+
+
 class Collator:
     """Features of several samples to a `Batch`, without the invalid ones.
 
@@ -125,9 +131,7 @@ class Collator:
             inputs,
             num_samples=len(valid),
             num_tokens=sum(item["input_ids"].shape[1] for item in valid),
-            num_images=sum(
-                len(item.get("image_grids", item.get("pixel_values", ()))) for item in valid
-            ),
+            num_images=sum(map(_count_images, valid)),
             skipped=[item for item in features if isinstance(item, InvalidSample)],
         )
 

@@ -8,6 +8,8 @@ all, h rows and w columns of embeddings in a crop, M = the largest r · c, L wid
     crops ──► windows (G, h·w, M, L) ────┴─► at its place ──► + compressor_eos (G, h·w + 1, L)
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -53,7 +55,8 @@ class CompressorLayer(GradientCheckpointingLayer):
         self.norm1 = nn.LayerNorm(config.hidden_size)
         self.normk = nn.LayerNorm(config.hidden_size)
         self.attention = CompressorAttention(config)
-        self.output = AbstractorOutput(config)
+        sizes: Any = config  # has the sizes that the class reads
+        self.output = AbstractorOutput(sizes)
 
     def forward(
         self, queries: torch.Tensor, windows: torch.Tensor, mask: torch.Tensor

@@ -137,7 +137,7 @@ class Owl2Model(Owl2PreTrainedModel, LlamaModel):
             always = self.run_all_branches
             kwargs["routing"] = Routing.of(mm_token_type_ids, num_visual, always, masked)
         if self.config.has_dynamic_ntk and not self.training:
-            if ntk_alphas is None:
+            if ntk_alphas is None and inputs_embeds is not None:
                 ntk_alphas = default_ntk_alphas(self.config, inputs_embeds, **kwargs)
             kwargs["ntk_alphas"] = ntk_alphas
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)

@@ -61,8 +61,8 @@ class Owl2PreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
         if isinstance(module, VisionEmbeddings):
             init.normal_(module.cls_token, std=std)
             init.normal_(module.position_embedding, std=std)
-        elif hasattr(module, "init_parameters"):  # of a connector
-            module.init_parameters(std)
+        elif (init_parameters := getattr(module, "init_parameters", None)) is not None:
+            init_parameters(std)  # of a connector
         elif isinstance(module, AbstractorAttention):
             query_embeds, key_embeds = module.position_embeddings()
             init.copy_(module.q_pos_embed, query_embeds)

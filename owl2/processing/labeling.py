@@ -6,6 +6,7 @@ from rich.text import Text
 from transformers import BatchFeature
 
 from owl2.errors import ErrorCode, InputError
+from owl2.processing.chat_template import Spans
 from owl2.processing.loss_mask import EncodedConversation, encode_with_loss_mask, render_mask
 from owl2.processing.messages import IMAGE_TOKEN, ParsedMessages, parse_messages
 from owl2.processing.prepared_prompt import expand_prompts
@@ -86,10 +87,13 @@ class LabelingMixin:
                 "The tokenizer has no end token to learn: set eos_token.", ErrorCode.MISSING_VALUE
             )
         turns = conversation.without_end_tokens(self.tokenizer.eos_token)
-        prompt = self._render(turns, self._template(), return_assistant_tokens_mask=True)
+        prompt: tuple[str, Spans] = self._render(
+            turns, self._template(), return_assistant_tokens_mask=True
+        )
         images = list(conversation.images)
         if requires_images or prompt[0].count(IMAGE_TOKEN) == len(images):
             (prompt,), images = expand_prompts(self.image_processor, [prompt], [images])
         ids = (self._start_ids, self._image_ids)
         tokenizer, has_loss = self.tokenizer, conversation.has_loss
-        return encode_with_loss_mask(tokenizer, *prompt, *ids, has_loss), images
+        text, spans = prompt
+        return encode_with_loss_mask(tokenizer, text, spans, *ids, has_loss), images

@@ -136,7 +136,7 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
             raise InputError(
                 "`text` must be a prompt or a non-empty list of strings.", ErrorCode.INVALID_TYPE
             )
-        prompts = [(prompt, []) for prompt in texts]
+        prompts: list[tuple[str, Spans]] = [(prompt, []) for prompt in texts]
         prompts, images = expand_prompts(self.image_processor, prompts, images)
         texts = [text for text, _ in prompts]
         text_options = options["text_kwargs"]
@@ -278,7 +278,7 @@ class Owl2Processor(LabelingMixin, ProcessorMixin):
         names = template_variables(template) | {"interleave_images"}
         options = {name: value for name, value in variables.items() if name in names}
         text, _ = self._render(parsed, template, **options, add_generation_prompt=True)
-        prompts = [(text, [])]
+        prompts: list[tuple[str, Spans]] = [(text, [])]
         expanded, images = expand_prompts(self.image_processor, prompts, [list(parsed.images)])
         pixels = self.image_processor(images) if images else {}
         sizes = self.image_token_id, self.num_image_tokens

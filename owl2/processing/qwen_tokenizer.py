@@ -24,6 +24,9 @@ SPECIAL_TOKENS = (
     *(END_OF_TEXT, "<|im_start|>", "<|im_end|>"),
     *(f"<|extra_{number}|>" for number in range(205)),
 )
+# Attributes of the object that do not belong in `tokenizer_config.json`.
+_DERIVED = {"tokenizer_object", "auto_map", "vocab", "merges", "vocab_file"}
+_DERIVED |= {"backend", "is_local", "local_files_only", "name_or_path"}
 # Contractions; letters after at most one other character; single digits; symbols with line breaks;
 # line breaks; white space before the last blank of a run; white space.
 _PATTERN = "|".join(
@@ -53,19 +56,19 @@ class QwenTokenizer(PreTrainedTokenizerFast):
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab_file: str | os.PathLike[str], **kwargs: Any) -> None:
-        for name in ("tokenizer_object", "tokenizer_file", "auto_map"):
-            kwargs.pop(name, None)
+        saved = kwargs.pop("tokenizer_file", None)  # with added tokens
         self.tiktoken_file = os.fspath(vocab_file)
+        tokenizer = Tokenizer.from_file(saved) if saved else read_tiktoken(vocab_file)
         defaults = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
-        given = {key: value for key, value in kwargs.items() if value is not None}
-        super().__init__(tokenizer_object=read_tiktoken(vocab_file), **(defaults | given))
+        given = {k: v for k, v in kwargs.items() if v is not None and k not in _DERIVED}
+        super().__init__(tokenizer_object=tokenizer, **(defaults | given))
 
     def save_pretrained(  # type: ignore[override]  # further arguments in kwargs
         self, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[str, ...]:
         """Write `qwen.tiktoken` and a `tokenizer_config.json` with the class of the authors.
 
-        Added tokens are in `tokenizer_config.json`.
+        `tokenizer.json` contains added tokens.
         """
         files = tuple(super().save_pretrained(save_directory, **kwargs))
         folder = Path(save_directory)
@@ -73,7 +76,7 @@ class QwenTokenizer(PreTrainedTokenizerFast):
             shutil.copyfile(self.tiktoken_file, folder / QWEN_FILE)
         path = folder / TOKENIZER_CONFIG_FILE
         config = json.loads(path.read_text(encoding="utf-8"))
-        config = {k: v for k, v in config.items() if k not in ("backend", "is_local", "vocab_file")}
+        config = {key: value for key, value in config.items() if key not in _DERIVED}
         config["tokenizer_class"] = "QWenTokenizer"
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return (*files, str(folder / QWEN_FILE))
