@@ -40,9 +40,17 @@ CPU_INFO = Path("/proc/cpuinfo")
 # Instructions that decide which kernels the engines use.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 # Engines by the names of their files in engines/, in the order of the table.
-ENGINES = ("owl2", "llamacpp", "openvino", "vllm", "transformers", "transformers_compiled")
+ENGINES = (
+    *("owl2", "owl2_activations8", "llamacpp", "openvino", "vllm", "transformers"),
+    "transformers_compiled",
+)
 DEFAULT_ENGINES = ENGINES[:-1]  # compiled decode steps take many minutes on two cores
-TITLES = {"llamacpp": "llama.cpp", "openvino": "OpenVINO", "vllm": "vLLM"}
+TITLES = {
+    "owl2_activations8": "owl2, 8-bit activations",
+    "llamacpp": "llama.cpp",
+    "openvino": "OpenVINO",
+    "vllm": "vLLM",
+}
 
 Key = tuple[str, int]  # the name of an engine and bits
 
